@@ -1,0 +1,142 @@
+"""A torch module as f(h_1, ..., h_P; theta) with its vector-Jacobian products.
+
+A cell is linearised at the activations of its forward pass. What it multiplies with in the backward
+pass are the weights of today: they move in place through `.data`, which autograd's graphs alias,
+so a graph that is some ticks old meets today's weights and its own activations (semantics.md,
+memory `trace`). With `stash` every forward pass keeps the weights that it used (`trace+weights`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.dropout import _DropoutNd
+
+from hamdist.dynamics.graph import Combine, combined
+from hamdist.errors import GraphError
+
+_RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+@dataclass(slots=True)
+class Record:
+    """What a forward pass leaves for its vector-Jacobian products.
+
+    leaves: the inputs (a leaf of the graph where a product is wanted, else None); theta: the
+    weights as the graph knows them; output: f, (B, ...).
+    """
+
+    leaves: list[Tensor | None]
+    theta: list[Tensor]
+    output: Tensor
+
+
+class Cell:
+    """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
+
+    seed: of the cell's own random generator (dropout draws the same masks in every engine).
+    """
+
+    def __init__(
+        self, module: nn.Module, combine: Combine, seed: int, *, stash: bool = False
+    ) -> None:
+        self.module = module
+        self._combine = combine
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.names = [n for n, _ in named]
+        self._parameters: list[Tensor] = [p for _, p in named]
+        self.theta: list[Tensor] = [p.data for p in self._parameters]
+        self._stash = stash
+        self._random = torch.Generator().manual_seed(seed).get_state() if _draws(module) else None
+        self._copies = any(getattr(m, "inplace", False) for m in module.modules())
+
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
+        """One forward pass. wanted: the inputs whose product will be asked for."""
+        leaves: list[Tensor | None] = []
+        arguments = []
+        for tensor, want in zip(inputs, wanted, strict=True):
+            leaf = tensor.detach().requires_grad_() if want and tensor.is_floating_point() else None
+            leaves.append(leaf)
+            argument = tensor.detach() if leaf is None else leaf
+            arguments.append(argument.clone() if self._copies else argument)
+        theta = self._parameters
+        if self._stash:
+            theta = [t.clone().requires_grad_() for t in self.theta]
+        with torch.enable_grad():
+            output = self._call(combined(self._combine, arguments), theta)
+        if not isinstance(output, Tensor):
+            raise GraphError(
+                f"the module returned {type(output).__name__}, not a tensor; return the one tensor "
+                "that its children read"
+            )
+        return Record(leaves, theta, output)
+
+    def _call(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
+        if self._random is None:
+            return self._apply(arguments, theta)
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        try:
+            return self._apply(arguments, theta)
+        finally:
+            self._random = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    def _apply(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
+        if self._stash:
+            stashed = dict(zip(self.names, theta, strict=True))
+            return functional_call(self.module, stashed, tuple(arguments))
+        return self.module(*arguments)
+
+    def pull(
+        self,
+        record: Record,
+        cotangent: Tensor,
+        *,
+        inputs: bool = True,
+        weights: bool = True,
+        of: Tensor | None = None,
+        keep: bool = False,
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """(cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight).
+
+        of: a scalar computed from the output, whose gradient is taken instead of f's (a loss).
+        keep: the record will be pulled again.
+        """
+        wrt = [leaf for leaf in record.leaves if leaf is not None] if inputs else []
+        wanted = len(wrt)
+        wrt += record.theta if weights else []
+        output = record.output if of is None else of
+        found: Sequence[Tensor | None] = [None] * len(wrt)
+        if wrt and output.requires_grad:
+            found = torch.autograd.grad(
+                output, wrt, cotangent, allow_unused=True, retain_graph=keep
+            )
+        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(found, wrt, strict=True)]
+        to_inputs = iter(grads[:wanted])
+        per_parent = [
+            None if leaf is None or not inputs else next(to_inputs) for leaf in record.leaves
+        ]
+        return per_parent, grads[wanted:]
+
+
+def block_seed(run_seed: int, name: str) -> int:
+    """The seed of a block's generator: a function of the run's seed and the block's name alone."""
+    digest = hashlib.blake2b(f"{run_seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a forward pass may draw random numbers: torch's own layers without dropout do not;
+    of a user's module we cannot know."""
+    for part in module.modules():
+        if not type(part).__module__.startswith("torch.nn.modules."):
+            return True
+        if isinstance(part, _RANDOM) or float(getattr(part, "dropout", False)):
+            return True
+    return False

@@ -1,0 +1,470 @@
+"""The graph of blocks: what it is, and every check that needs no run.
+
+An edge parent -> child carries the parent's state h forward and the child's message m backward.
+The stream's input is the parent named `u`; nothing travels back to it.
+B: batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.losses import LossFunction
+from hamdist.errors import GraphError
+
+INPUT = "u"
+OUTPUT_KEY = "output:"
+
+ShapeMap: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Combine(str, Enum):
+    """How a module takes several parents: joined on the last axis, summed, or one argument each."""
+
+    CONCAT = "concat"
+    SUM = "sum"
+    ARGUMENTS = "arguments"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """parent -> child. delay: ticks a signal needs, in either direction."""
+
+    index: int
+    parent: str
+    child: str
+    delay: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.parent}->{self.child}"
+
+    @property
+    def from_input(self) -> bool:
+        return self.parent == INPUT
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block: f(h_parents; theta) and where its inputs come from.
+
+    parents: names in the order in which the module takes them; `u` is the stream's input.
+    delays: ticks of the edge from a parent, where it is not 1.
+    loss: makes the block a readout. Without `state` a readout is an output net (HL Eq. 4): it
+    predicts from its parents' states and has none of its own; with `state` it is a state block and
+    predicts output(h), or h itself where `output` is None.
+    shape: of h without the batch; needed for one block of every cycle, where it cannot be derived.
+    """
+
+    name: str
+    module: nn.Module
+    parents: tuple[str, ...]
+    combine: Combine = Combine.CONCAT
+    delays: Mapping[str, int] = field(default_factory=dict)
+    loss: LossFunction | None = None
+    state: bool = False
+    output: nn.Module | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def has_state(self) -> bool:
+        return self.loss is None or self.state
+
+
+def combined(combine: Combine, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The arguments of the module: the inputs joined, summed in their order, or as they are."""
+    if len(inputs) < 2 or combine is Combine.ARGUMENTS:
+        return list(inputs)
+    if combine is Combine.CONCAT:
+        return [torch.cat(list(inputs), dim=-1)]
+    total = inputs[0]
+    for tensor in inputs[1:]:
+        total = total + tensor
+    return [total]
+
+
+class Graph:
+    """A checked directed graph of blocks, in the order given; edges in the order of the parents.
+
+    original: the module that was cut into these blocks, if one was; its `state_dict` keys are those
+    of the blocks' modules.
+
+    Raises GraphError, naming the blocks: a name twice, an unknown or doubled parent, a delay below
+    one tick, a block without parents, no readout, no path to a readout, a child of an output net,
+    parameters shared by blocks.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[BlockSpec],
+        *,
+        original: nn.Module | None = None,
+    ) -> None:
+        self.blocks: dict[str, BlockSpec] = {}
+        for block in blocks:
+            if block.name in self.blocks:
+                raise GraphError(f"two blocks are named {block.name!r}; give each its own name")
+            self.blocks[block.name] = block
+        self.edges: list[Edge] = []
+        for block in self.blocks.values():
+            for parent in block.parents:
+                delay = block.delays.get(parent, 1)
+                self.edges.append(Edge(len(self.edges), parent, block.name, delay))
+        self._check_names()
+        self._check_delays()
+        self._check_readouts()
+        self._check_parameters()
+        self.into = {b: [e for e in self.edges if e.child == b] for b in self.blocks}
+        self.out_of = {b: [e for e in self.edges if e.parent == b] for b in (INPUT, *self.blocks)}
+        self.depths = self._depths()
+        self._original = original
+
+    # -- checks -----------------------------------------------------------------------------
+
+    def _check_names(self) -> None:
+        if not self.blocks:
+            raise GraphError("the graph has no blocks; give it at least a readout")
+        for block in self.blocks.values():
+            if not block.name or block.name == INPUT or "->" in block.name or "." in block.name:
+                raise GraphError(
+                    f"block {block.name!r}: a name is not empty, not {INPUT!r} (the stream's "
+                    "input) and holds neither '->' nor '.'"
+                )
+            if not block.parents:
+                raise GraphError(
+                    f"block {block.name!r} has no parents; name the blocks it reads, or {INPUT!r}"
+                )
+            for parent in (*block.parents, *block.delays):
+                if parent != INPUT and parent not in self.blocks:
+                    known = ", ".join((INPUT, *self.blocks))
+                    raise GraphError(
+                        f"block {block.name!r} has the unknown parent {parent!r}; known: {known}"
+                    )
+            for parent in block.delays:
+                if parent not in block.parents:
+                    raise GraphError(
+                        f"block {block.name!r} has a delay for {parent!r}, which is not its parent"
+                    )
+            for parent in block.parents:
+                if block.parents.count(parent) > 1:
+                    raise GraphError(
+                        f"block {block.name!r} names its parent {parent!r} twice; one edge joins "
+                        "two blocks, so repeat the input inside the module"
+                    )
+
+    def _check_delays(self) -> None:
+        for edge in self.edges:
+            if isinstance(edge.delay, bool) or not isinstance(edge.delay, int):
+                raise GraphError(f"edge {edge.name}: delay {edge.delay!r} is no whole number")
+            if edge.delay < 1:
+                cycle = self._zero_delay_cycle()
+                found = f"; it lies on the zero-delay cycle {' -> '.join(cycle)}" if cycle else ""
+                raise GraphError(
+                    f"edge {edge.name} has delay {edge.delay}{found}: a signal needs at least one "
+                    "tick; for an instantaneous connection put both into one block"
+                )
+
+    def _zero_delay_cycle(self) -> list[str]:
+        zero = {
+            b: [e.child for e in self.edges if e.parent == b and e.delay < 1] for b in self.blocks
+        }
+
+        def walk(path: list[str]) -> list[str]:
+            for child in zero[path[-1]]:
+                if child in path:
+                    return [*path[path.index(child) :], child]
+                found = walk([*path, child])
+                if found:
+                    return found
+            return []
+
+        return next((c for c in (walk([b]) for b in self.blocks) if c), [])
+
+    def _check_readouts(self) -> None:
+        if not self.readouts:
+            raise GraphError(
+                "no block has a loss, so nothing is learned; give the last block a loss"
+            )
+        for edge in self.edges:
+            parent = self.blocks.get(edge.parent)
+            if parent is not None and not parent.has_state:
+                raise GraphError(
+                    f"block {edge.child!r} reads {edge.parent!r}, an output net, which has no "
+                    "state; read its parents instead, or give it a state (state=True)"
+                )
+        for block in self.blocks.values():
+            if block.output is not None and not (block.loss is not None and block.state):
+                raise GraphError(
+                    f"block {block.name!r} has an output module but is no readout with a state"
+                )
+        reached = set(self.readouts)
+        while True:
+            more = {e.parent for e in self.edges if e.child in reached} - reached
+            if not more:
+                break
+            reached |= more
+        lost = [b for b in self.blocks if b not in reached]
+        if lost:
+            raise GraphError(
+                f"no path leads from {_names(lost)} to a readout, so no message ever comes back; "
+                "connect or remove them"
+            )
+
+    def _check_parameters(self) -> None:
+        owner: dict[int, tuple[str, str]] = {}
+        for name, module in ((b.name, m) for b in self.blocks.values() for m in _modules(b)):
+            for key, tensor in module.named_parameters():
+                other = owner.setdefault(id(tensor), (name, key))
+                if other[0] != name:
+                    raise GraphError(
+                        f"blocks {other[0]!r} and {name!r} share a parameter ({other[1]!r} and "
+                        f"{key!r}); a weight belongs to one block, so keep both in one block or "
+                        "give each its own"
+                    )
+
+    # -- structure --------------------------------------------------------------------------
+
+    @property
+    def readouts(self) -> list[str]:
+        return [b.name for b in self.blocks.values() if b.loss is not None]
+
+    @property
+    def acyclic(self) -> bool:
+        return len(self._topological()) == len(self.blocks)
+
+    def _topological(self) -> list[str]:
+        """Blocks with parents first; those on or behind a cycle are missing."""
+        waiting = {b.name: sum(p != INPUT for p in b.parents) for b in self.blocks.values()}
+        ready = [name for name, parents in waiting.items() if not parents]
+        for name in ready:
+            for edge in self.edges:
+                if edge.parent == name:
+                    waiting[edge.child] -= 1
+                    if not waiting[edge.child]:
+                        ready.append(edge.child)
+        return ready
+
+    def cycle(self) -> list[str]:
+        """The blocks that lie on or behind a cycle."""
+        ordered = set(self._topological())
+        return [b for b in self.blocks if b not in ordered]
+
+    def _depths(self) -> dict[str, int]:
+        """Ticks until a sample reaches a block: by the longest path from the input in an acyclic
+        graph (semantics.md), by the shortest where there are cycles; the input's own edges count
+        from their second tick. Blocks that no input reaches have depth 0."""
+        depths = {INPUT: -1}
+        if self.acyclic:
+            for name in self._topological():
+                reach = [depths[e.parent] + e.delay for e in self.into[name] if e.parent in depths]
+                if reach:
+                    depths[name] = max(reach)
+        else:
+            for _ in self.blocks:
+                for edge in self.edges:
+                    if edge.parent in depths:
+                        reach_by = depths[edge.parent] + edge.delay
+                        depths[edge.child] = min(reach_by, depths.get(edge.child, reach_by))
+        return {b: depths.get(b, 0) for b in self.blocks}
+
+    @property
+    def depth(self) -> int:
+        """D: the depth of the deepest readout."""
+        return max(self.depths[r] for r in self.readouts)
+
+    def unreached(self) -> list[str]:
+        """Blocks to which no path leads from the input."""
+        reached = {INPUT}
+        for _ in self.blocks:
+            reached |= {e.child for e in self.edges if e.parent in reached}
+        return [b for b in self.blocks if b not in reached]
+
+    # -- shapes -----------------------------------------------------------------------------
+
+    def shapes(self, u_shape: Sequence[int], u_dtype: torch.dtype) -> ShapeMap:
+        """Shape and type of every block's h (of an output net: its prediction), by a dry run on
+        meta tensors. u_shape: with the batch in front.
+
+        Raises GraphError naming the block whose module does not take its parents' shapes.
+        """
+        batch = u_shape[0]
+        known: ShapeMap = {INPUT: (tuple(u_shape), u_dtype)}
+        cyclic = set(self.cycle())
+        for name in cyclic:
+            shape = self.blocks[name].shape
+            if shape is not None:
+                known[name] = ((batch, *shape), self._dtype(name, u_dtype))
+        waiting = list(self.blocks)
+        found: ShapeMap = {}
+        while waiting:
+            ready = [n for n in waiting if all(p in known for p in self.blocks[n].parents)]
+            if not ready:
+                raise GraphError(
+                    f"the shapes of {_names(waiting)} depend on each other; give one block of "
+                    "each cycle its shape (shape=..., without the batch)"
+                )
+            for name in ready:
+                found[name] = self._dry_run(name, known)
+                declared = known.setdefault(name, found[name])
+                if declared[0] != found[name][0]:
+                    raise GraphError(
+                        f"block {name!r} gives h of shape {found[name][0]}, but shape="
+                        f"{self.blocks[name].shape} was declared (batch {batch} in front)"
+                    )
+                waiting.remove(name)
+        return found
+
+    def _dtype(self, name: str, default: torch.dtype) -> torch.dtype:
+        parameter = next(self.blocks[name].module.parameters(), None)
+        return default if parameter is None else parameter.dtype
+
+    def _dry_run(self, name: str, known: ShapeMap) -> tuple[tuple[int, ...], torch.dtype]:
+        block = self.blocks[name]
+        shapes = [known[p] for p in block.parents]
+        given = ", ".join(
+            f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True)
+        )
+        h = self._run_on(name, block.module, block.combine, shapes, given)
+        if not isinstance(h, Tensor):
+            raise GraphError(
+                f"block {name!r} returned {type(h).__name__}, not a tensor; return the one tensor "
+                "that its children read"
+            )
+        if h.dim() == 0 or h.shape[0] != shapes[0][0][0]:
+            raise GraphError(
+                f"block {name!r} turns {given} into {tuple(h.shape)}: the batch must stay in front"
+            )
+        if block.output is not None:
+            state = [(tuple(h.shape), h.dtype)]
+            self._run_on(name, block.output, block.combine, state, f"its own h {tuple(h.shape)}")
+        return tuple(h.shape), h.dtype
+
+    def _run_on(
+        self,
+        name: str,
+        module: nn.Module,
+        combine: Combine,
+        shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
+        given: str,
+    ) -> object:
+        """`module` on tensors of `shapes`: on meta tensors, or on zeros where it reads values."""
+        for device in ("meta", "cpu"):
+            probe = copy.deepcopy(module).to(device)
+            inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    return probe(*combined(combine, inputs))
+            except NotImplementedError:
+                continue
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                if device == "meta" and "meta" in str(error).lower():
+                    continue
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+                raise GraphError(
+                    f"block {name!r} ({type(module).__name__}) does not take its input {given}: "
+                    f"{reason}"
+                ) from error
+        raise GraphError(f"block {name!r} cannot be run on its input {given}")
+
+    # -- copies and the way back --------------------------------------------------------------
+
+    def copy(self) -> Graph:
+        """The same graph over copies of the modules."""
+        blocks = [
+            BlockSpec(**{**vars(b), "module": m, "output": o})
+            for b in self.blocks.values()
+            for m, o in [copy.deepcopy((b.module, b.output))]
+        ]
+        return Graph(blocks, original=self._original)
+
+    def merge(self, weights: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+        """A plain module with the blocks' `weights`: parameters and buffers, by block and key (keys
+        of an output module begin with `output:`).
+
+        For a split model its `state_dict` has the original keys; for a graph built by hand the
+        module is a `MergedGraph`.
+        """
+        merged = MergedGraph(self) if self._original is None else copy.deepcopy(self._original)
+        state = {}
+        for name, tensors in weights.items():
+            for key, tensor in tensors.items():
+                part = "output" if key.startswith(OUTPUT_KEY) else "module"
+                prefix = f"blocks.{name}.{part}." if self._original is None else ""
+                state[prefix + key.removeprefix(OUTPUT_KEY)] = tensor
+        merged.load_state_dict(state, strict=True)
+        return merged
+
+
+class MergedGraph(nn.Module):
+    """The graph as one feed-forward module: u -> the readout's prediction (or a dict of them).
+
+    With cycles the states are relaxed from zero by h <- f(h_parents) `relax` times (cτ = 1).
+    """
+
+    def __init__(self, graph: Graph, relax: int = 100) -> None:
+        super().__init__()
+        self.relax = relax
+        self.order = graph._topological() if graph.acyclic else list(graph.blocks)
+        self.acyclic = graph.acyclic
+        self.readouts = graph.readouts
+        self.parents = {b.name: b.parents for b in graph.blocks.values()}
+        self.combines = {b.name: b.combine for b in graph.blocks.values()}
+        self.shapes = {b.name: b.shape for b in graph.blocks.values()}
+        self.blocks = nn.ModuleDict(
+            {b.name: copy.deepcopy(_whole(b)) for b in graph.blocks.values()}
+        )
+
+    def _whole(self, name: str) -> _Whole:
+        return cast(_Whole, self.blocks[name])
+
+    def _f(self, name: str, h: Mapping[str, Tensor]) -> Tensor:
+        inputs = [h[p] for p in self.parents[name]]
+        result: Tensor = self._whole(name).module(*combined(self.combines[name], inputs))
+        return result
+
+    def forward(self, u: Tensor) -> Tensor | dict[str, Tensor]:
+        h = {INPUT: u}
+        for name, shape in self.shapes.items():
+            if not self.acyclic and shape is not None:
+                h[name] = torch.zeros(u.shape[0], *shape, dtype=u.dtype, device=u.device)
+        if self.acyclic:
+            for name in self.order:
+                h[name] = self._f(name, h)
+        else:
+            for _ in range(self.relax):
+                ready = [n for n in self.order if all(p in h for p in self.parents[n])]
+                h = {**h, **{n: self._f(n, h) for n in ready}}
+        outputs = {}
+        for name in self.readouts:
+            output = self._whole(name).output
+            outputs[name] = h[name] if output is None else output(h[name])
+        return outputs[self.readouts[0]] if len(self.readouts) == 1 else outputs
+
+
+class _Whole(nn.Module):
+    """A block's module and its output module under one name."""
+
+    def __init__(self, module: nn.Module, output: nn.Module | None) -> None:
+        super().__init__()
+        self.module = module
+        self.output = output
+
+
+def _whole(block: BlockSpec) -> nn.Module:
+    return _Whole(block.module, block.output)
+
+
+def _modules(block: BlockSpec) -> list[nn.Module]:
+    return [block.module] if block.output is None else [block.module, block.output]
+
+
+def _names(blocks: Sequence[str]) -> str:
+    noun = "block" if len(blocks) == 1 else "blocks"
+    return f"{noun} {', '.join(repr(b) for b in blocks)}"

@@ -1,0 +1,315 @@
+"""When: which block does what in which tick, and which signal it expects (semantics.md,
+"Schedules, exactly"). Pure: no tensors, no sockets, no state.
+
+A block's events come in order of their ticks; at one tick, FORWARD before BACKWARD:
+
+    pulse, chain of 3, c = 1      block 0   block 1   block 2 (readout)
+    tick 0                        F0
+    tick 1                        F1        F0
+    tick 2                        F2        F1        F0 B0
+    tick 3                        F3        F2 B0     F1 B1
+    tick 4                        F4 B0     F3 B1     F2 B2
+
+The stream is a source at depth -1: it sends sample n at tick n c - 1, to the blocks that read it
+and to the readouts that compare with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum, IntEnum
+from itertools import count
+from typing import NamedTuple, Protocol
+
+from hamdist.config import Moves, Order, TargetOf, Update
+from hamdist.dynamics.graph import Edge, Graph
+from hamdist.dynamics.locality import Locality
+from hamdist.errors import LevelError
+
+
+class Phase(Enum):
+    """What an event is."""
+
+    EMIT = "E"  # the stream sends a sample
+    FORWARD = "F"  # pulse: a sample passes a block
+    BACKWARD = "B"  # pulse: the message about a sample passes a block, weights move
+    READ = "FB"  # pulse: an output net predicts, takes the loss, moves its weights
+    TICK = "T"  # hold: one step of Hamilton's equations
+
+
+class Kind(IntEnum):
+    """What a signal carries. The value goes over the wire."""
+
+    STATE = 0
+    MESSAGE = 1
+    TARGET = 2
+
+
+class Event(NamedTuple):
+    tick: int
+    phase: Phase
+    sample: int
+
+
+class Stamp(NamedTuple):
+    """What identifies a signal on its edge: the sender's tick, the sample that the signal is about
+    (pulse) or that was shown at that tick (hold), and the number of updates that the sender's
+    weights had had."""
+
+    tick: int
+    sample: int
+    version: int
+
+
+class Schedule(Protocol):
+    """The common face of both presentations. `c`: ticks between two samples.
+
+    A block and its edges are given by name and `Edge`; a method that names the signal of an edge
+    for an event answers None where that event reads nothing from the edge.
+    """
+
+    c: int
+
+    def events(self, block: str) -> Iterator[Event]: ...
+
+    def state(self, edge: Edge, event: Event) -> Stamp | None:
+        """The parent's state that the child reads in `event`."""
+
+    def message(self, edge: Edge, event: Event) -> Stamp | None:
+        """The child's message that the parent reads in `event`."""
+
+    def target(self, readout: str, event: Event) -> Stamp | None:
+        """The target that the readout takes from the stream in `event`."""
+
+    def delay(self, block: str) -> int:
+        """Updates or ticks by which a block's messages lag behind (for delay-scaled steps)."""
+
+    def in_flight(self, edge: Edge, kind: Kind) -> int:
+        """The most signals of `kind` that the schedule itself keeps waiting on an edge."""
+
+    def target_in_flight(self, readout: str) -> int: ...
+
+    @property
+    def staleness(self) -> int:
+        """The most samples by which a message lags behind what it meets."""
+
+
+def source_events(c: int) -> Iterator[Event]:
+    """Sample n leaves the stream at tick n c - 1."""
+    for n in count():
+        yield Event(n * c - 1, Phase.EMIT, n)
+
+
+def emitted(sample: int, c: int) -> Stamp:
+    """The stamp of sample n, as the stream sends it."""
+    return Stamp(sample * c - 1, sample, 0)
+
+
+def make_schedule(graph: Graph, knobs: Locality) -> Schedule:
+    """The schedule of `knobs` on `graph`.
+
+    Raises LevelError where the graph does not allow it: a pulse through a cycle, or past a block
+    that the input does not reach; a speed that is measured in depths on a graph with cycles.
+    """
+    cycle = graph.cycle()
+    if knobs.pulse:
+        if cycle:
+            raise LevelError(
+                f"presentation 'pulse' needs an acyclic graph, but {', '.join(cycle)} lie on or "
+                "behind a cycle; use the levels 'local' or 'group' (presentation 'hold')"
+            )
+        unreached = graph.unreached()
+        if unreached:
+            raise LevelError(
+                f"presentation 'pulse': no path leads from the input to {', '.join(unreached)}"
+            )
+        with_state = [r for r in graph.readouts if graph.blocks[r].state]
+        if with_state:
+            raise LevelError(
+                f"presentation 'pulse': the readout {with_state[0]!r} has a state; a pulse needs "
+                "an output net (state=False)"
+            )
+        return PulseSchedule(graph, knobs)
+    if cycle and not isinstance(knobs.speed, int):
+        raise LevelError(
+            f"speed {knobs.speed!r} counts the depth of the graph, but {', '.join(cycle)} lie on "
+            "or behind a cycle; give the number of ticks a sample is held"
+        )
+    if knobs.order is Order.SEQUENTIAL:
+        outputs = [r for r in graph.readouts if not graph.blocks[r].state]
+        if outputs:
+            raise LevelError(
+                f"order 'sequential': the readout {outputs[0]!r} is an output net behind an edge, "
+                "but this order compares the new state with the target inside one tick; give the "
+                "readout a state (state=True, or readout 'state')"
+            )
+    return HoldSchedule(graph, knobs)
+
+
+class PulseSchedule:
+    """A sample enters once and travels; its message comes back the same way.
+
+    forward of sample n at depth l: tick n c + l. backward: n c + 2D - l; an output net takes the
+    loss in the tick of its forward. Signals that arrive early wait at the receiver, so those of
+    one sample meet, over skips as well.
+    """
+
+    def __init__(self, graph: Graph, knobs: Locality) -> None:
+        self._depths = graph.depths
+        self._readouts = set(graph.readouts)
+        self._D = graph.depth
+        self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
+
+    def _ticks(self, speed: str) -> int:
+        return self._D + 1 if speed == "depth" else 2 * self._D + 1
+
+    def lag(self, block: str) -> int:
+        """d_l = 2 (D - l): ticks from a block's forward to its backward."""
+        return 0 if block in self._readouts else 2 * (self._D - self._depths[block])
+
+    def _forward_tick(self, block: str, sample: int) -> int:
+        return sample * self.c + self._depths[block]
+
+    def _backward_tick(self, block: str, sample: int) -> int:
+        return self._forward_tick(block, sample) + self.lag(block)
+
+    def events(self, block: str) -> Iterator[Event]:
+        if block in self._readouts:
+            for n in count():
+                yield Event(self._forward_tick(block, n), Phase.READ, n)
+        behind = 0
+        for n in count():
+            forward = Event(self._forward_tick(block, n), Phase.FORWARD, n)
+            while self._backward_tick(block, behind) < forward.tick:
+                yield Event(self._backward_tick(block, behind), Phase.BACKWARD, behind)
+                behind += 1
+            yield forward
+
+    def state(self, edge: Edge, event: Event) -> Stamp | None:
+        if event.phase is Phase.BACKWARD:
+            return None
+        if edge.from_input:
+            return emitted(event.sample, self.c)
+        # Updates m with m c + 2D - l < n c + l have come before the forward of n.
+        version = max(0, event.sample - self.lag(edge.parent) // self.c)
+        return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
+
+    def message(self, edge: Edge, event: Event) -> Stamp | None:
+        if event.phase is not Phase.BACKWARD:
+            return None
+        return Stamp(self._backward_tick(edge.child, event.sample), event.sample, event.sample)
+
+    def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
+        return emitted(event.sample, self.c)
+
+    def delay(self, block: str) -> int:
+        return self.lag(block) // self.c
+
+    def in_flight(self, edge: Edge, kind: Kind) -> int:
+        if kind is Kind.STATE:
+            before = -1 if edge.from_input else self._depths[edge.parent]
+            wait = self._depths[edge.child] - before
+        else:
+            wait = self._backward_tick(edge.parent, 0) - self._backward_tick(edge.child, 0)
+        return wait // self.c + 1
+
+    def target_in_flight(self, readout: str) -> int:
+        return (self._depths[readout] + 1) // self.c + 1
+
+    @property
+    def staleness(self) -> int:
+        return max(self.delay(b) for b in self._depths)
+
+    def stored(self, block: str) -> int:
+        """Samples whose activations a block keeps at a time: floor(d_l / c) + 1."""
+        return self.lag(block) // self.c + 1
+
+
+class HoldSchedule:
+    """The sample stays at the input for c ticks; every block steps in every tick.
+
+    At tick k the input shows sample floor(k / c). With `layer-by-layer` only the blocks of depth
+    k mod c move (HL Eq. 10).
+    """
+
+    def __init__(self, graph: Graph, knobs: Locality) -> None:
+        self._depths = graph.depths
+        self._knobs = knobs
+        # The tick after its presentation in which a sample's prediction stands at a readout: a
+        # state is one tick later than an output net, except where the loss takes the new state.
+        late = {
+            r: int(graph.blocks[r].has_state and knobs.order is not Order.SEQUENTIAL)
+            for r in graph.readouts
+        }
+        self._lags = {r: graph.depths[r] + late[r] for r in graph.readouts}
+        self._reach = max(self._lags.values())
+        speeds = {"inf": 2 * self._reach + 1, "depth": graph.depth + 1}
+        self.c = knobs.speed if isinstance(knobs.speed, int) else speeds[knobs.speed]
+
+    def events(self, block: str) -> Iterator[Event]:  # noqa: ARG002
+        for k in count():
+            yield Event(k, Phase.TICK, k // self.c)
+
+    def state(self, edge: Edge, event: Event) -> Stamp | None:
+        if not edge.from_input:
+            return self._sent(event.tick - edge.delay)
+        shown = event.tick - edge.delay + 1
+        return emitted(shown // self.c, self.c) if shown >= 0 and shown % self.c == 0 else None
+
+    def message(self, edge: Edge, event: Event) -> Stamp | None:
+        return self._sent(event.tick - edge.delay)
+
+    def _sent(self, tick: int) -> Stamp:
+        """The stamp of what a block sends in `tick` (below 0: before the start)."""
+        return Stamp(tick, tick // self.c, max(0, self.updates_before(tick)))
+
+    def updates_before(self, tick: int) -> int:
+        return tick if self._knobs.update is Update.TICK else tick // self.c
+
+    def updates(self, tick: int) -> bool:
+        """Whether the weights move in `tick`."""
+        return self._knobs.update is Update.TICK or tick % self.c == self.c - 1
+
+    def moves(self, block: str, tick: int) -> bool:
+        """Whether the state of `block` moves in `tick`."""
+        return self._knobs.moves is Moves.ALL or tick % self.c == self._depths[block]
+
+    def _target_lag(self, readout: str) -> int:
+        return 0 if self._knobs.target is TargetOf.CURRENT else self._lags[readout]
+
+    def compares(self, readout: str, tick: int) -> bool:
+        """Whether `readout` takes its loss in `tick`."""
+        since = tick - self._target_lag(readout)
+        if self._knobs.moves is Moves.ALL or self._knobs.target is TargetOf.CURRENT:
+            return since >= 0
+        return since >= 0 and since % self.c == 0
+
+    def records(self, readout: str, tick: int) -> int | None:
+        """The sample whose prequential loss is taken in `tick`: in the first tick in which its
+        prediction stands at the readout, before the readout has learned from it; with target
+        'current' (literal Algorithm 1) in the sample's last tick."""
+        since = tick - self._target_lag(readout)
+        last = self.c - 1 if self._knobs.target is TargetOf.CURRENT else 0
+        return since // self.c if since >= 0 and since % self.c == last else None
+
+    def target(self, readout: str, event: Event) -> Stamp | None:
+        since = event.tick - self._target_lag(readout)
+        return emitted(since // self.c, self.c) if since >= 0 and since % self.c == 0 else None
+
+    def delay(self, block: str) -> int:
+        back = max(0, self._reach - self._depths[block])
+        if self._knobs.moves is Moves.LAYER_BY_LAYER:
+            return back
+        return 2 * back if self._knobs.update is Update.TICK else 2 * back // self.c
+
+    def in_flight(self, edge: Edge, kind: Kind) -> int:  # noqa: ARG002
+        return edge.delay
+
+    def target_in_flight(self, readout: str) -> int:
+        return (self._lags[readout] + 1) // self.c + 1
+
+    @property
+    def staleness(self) -> int:
+        if self._knobs.moves is Moves.LAYER_BY_LAYER:
+            return self._reach
+        return 2 * self._reach // self.c

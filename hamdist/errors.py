@@ -1,0 +1,70 @@
+"""Every exception that hamdist raises on purpose.
+
+    HamdistError
+    ├── SettingsError      a settings file, an override or an argument is wrong
+    ├── GraphError         the graph of blocks cannot run: names the blocks
+    ├── LevelError         knobs of locality that do not fit together, or do not fit the graph
+    ├── StreamError        a sample is unusable: names its index, or the file it comes from
+    ├── BlockError         a block failed while it ran: names block and tick, carries its traceback
+    │   └── StampError     a signal other than the one that the schedule names arrived on an edge
+    ├── WireError          bytes from a socket are no signal
+    ├── StallError         no block moved for too long: names the edge that blocks
+    └── ClusterError       Ray, an actor or a host failed or cannot take the run
+
+A message says what was wrong (the field or file, and the value) and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class HamdistError(Exception):
+    """Root of the tree: catch this to catch whatever hamdist raises on purpose."""
+
+
+class SettingsError(HamdistError):
+    """A settings file, an override or an argument is wrong."""
+
+
+class GraphError(HamdistError):
+    """The graph of blocks cannot run; found before anything starts."""
+
+
+class LevelError(HamdistError):
+    """Knobs of locality that do not fit together, or do not fit the graph."""
+
+
+class StreamError(HamdistError):
+    """A sample is unusable; the message names its index or its file."""
+
+
+class BlockError(HamdistError):
+    """A block failed while it ran.
+
+    `block` and `tick` say where; `details` is the traceback of the process in which it happened.
+    """
+
+    def __init__(self, block: str, tick: int, message: str, details: str = "") -> None:
+        super().__init__(f"block {block!r} failed at tick {tick}: {message}")
+        self.block = block
+        self.tick = tick
+        self.message = message
+        self.details = details
+
+    def __reduce__(self) -> tuple[type[BlockError], tuple[str, int, str, str]]:
+        return type(self), (self.block, self.tick, self.message, self.details)
+
+
+class StampError(BlockError):
+    """A signal other than the one that the schedule names arrived on an edge: a defect."""
+
+
+class WireError(HamdistError):
+    """Bytes that came from a socket are no signal."""
+
+
+class StallError(HamdistError):
+    """No block moved for longer than the watchdog allows."""
+
+
+class ClusterError(HamdistError):
+    """Ray, an actor or a host failed, or cannot take the run."""

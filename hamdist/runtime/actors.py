@@ -1,0 +1,74 @@
+"""The Ray actor: a `Host` in a process of its own. It adds no mathematics.
+
+Every method runs in the actor's process; `status`, `stop_stream` and `abort` in another thread
+while `run` runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+
+from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.plan import Plan
+from hamdist.streams.sample import Stream
+
+THREADS_OF_AN_ACTOR = 4
+
+
+class HostActor:
+    """Where it runs is known before it gets its blocks: only then can channels choose their way."""
+
+    def __init__(self) -> None:
+        self._host: Host | None = None
+
+    def where(self) -> tuple[str, str, int]:
+        """Ray's id of the host, its address, and the process id."""
+        node = ray.get_runtime_context().get_node_id()
+        return node, ray.util.get_node_ip_address(), os.getpid()
+
+    def prepare(
+        self,
+        plan: Plan,
+        blocks: Sequence[str],
+        stream: Stream | None,
+        binds: Mapping[int, str | None],
+    ) -> dict[int, str]:
+        """Builds the blocks and opens the receiving ends; returns their addresses."""
+        self._host = Host(plan, blocks, stream)
+        return self._host.bind(binds)
+
+    def connect(self, addresses: Mapping[int, str]) -> None:
+        self._prepared().connect(addresses)
+
+    def run(self) -> HostReport:
+        return self._prepared().run()
+
+    def status(self, seen: int, every: int | None) -> HostStatus:
+        return self._prepared().status(seen, every)
+
+    def stop_stream(self) -> None:
+        self._prepared().stop_stream()
+
+    def abort(self) -> None:
+        self._prepared().abort()
+
+    def close(self) -> None:
+        """Ends the run, as far as it has come; the actor can take another."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+
+    def _prepared(self) -> Host:
+        if self._host is None:
+            raise RuntimeError("prepare() comes first")
+        return self._host
+
+
+def start_actor() -> Any:
+    """A new actor in Ray, restarted by nobody: what it knows is lost with it."""
+    options = {"num_cpus": 1, "max_concurrency": THREADS_OF_AN_ACTOR, "max_restarts": 0}
+    return ray.remote(HostActor).options(**options).remote()

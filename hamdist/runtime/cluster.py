@@ -1,0 +1,161 @@
+"""Ray itself: a local one that starts by itself and leaves nothing, or a cluster by its address."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+
+from hamdist.config import EngineSettings
+from hamdist.errors import ClusterError
+
+OBJECT_STORE_BYTES = 100 * 2**20
+GONE_SECONDS = 10.0
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Session:
+    """A Ray that is up, and its idle actors: a run that follows another takes over its processes,
+    which saves it the seconds in which they would import torch."""
+
+    def __init__(self) -> None:
+        self.idle: list[Any] = []
+
+    def actor(self) -> Any:
+        """An idle actor, or a new one."""
+        from hamdist.runtime.actors import start_actor
+
+        return self.idle.pop(0) if self.idle else start_actor()
+
+
+_current: Session | None = None
+
+
+@contextmanager
+def ray_session(engine: EngineSettings) -> Iterator[Session]:
+    """Ray is up inside; a session inside a session is the outer one.
+
+    A Ray that was up before is used and stays up. At `engine.address` a cluster is joined; without
+    one a local Ray is started, which ends with all its processes and files.
+    Raises ClusterError if no cluster answers at `engine.address`.
+    """
+    global _current
+    if _current is not None:
+        yield _current
+        return
+    prepare_environment()
+    with _ray(engine):
+        _current = Session()
+        try:
+            yield _current
+        finally:
+            idle, _current = _current.idle, None
+            _end(idle)
+
+
+def _end(actors: list[Any]) -> None:
+    import ray
+
+    if ray.is_initialized():
+        for actor in actors:
+            ray.kill(actor)
+
+
+@contextmanager
+def _ray(engine: EngineSettings) -> Iterator[None]:
+    import ray
+
+    if ray.is_initialized():
+        yield
+    elif engine.address is not None:
+        with _joined(engine.address):
+            yield
+    else:
+        with _local(max(cores(), _wanted(engine))):
+            yield
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"engine.address {address!r}: no Ray cluster answers there "
+            f"({str(error).splitlines()[0]}); start one (ray start --head), correct the address, "
+            "or leave it out for a local Ray"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _local(cpus: int) -> Iterator[None]:
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="hdray-", dir=_short_folder())
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        yield
+    finally:
+        mine = set(psutil.Process().children(recursive=True)) - before
+        ray.shutdown()
+        _outlast(mine)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wanted(engine: EngineSettings) -> int:
+    if engine.placement is not None:
+        return len(engine.placement)
+    return engine.actors if isinstance(engine.actors, int) else 1
+
+
+def prepare_environment() -> None:
+    """What Ray reads from the environment when it is imported, where the user has not set it."""
+    if "ray" in sys.modules:
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
+        # A token of this process alone; left to itself Ray writes one where all can read it.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _short_folder() -> str | None:
+    """Ray's socket paths must fit 107 bytes: not every TMPDIR is short enough."""
+    return None if len(tempfile.gettempdir()) < 16 else "/tmp"
+
+
+def _outlast(processes: set[psutil.Process]) -> None:
+    """Waits until the processes that this session started are gone; ends what stays."""
+    _, alive = psutil.wait_procs(processes, timeout=GONE_SECONDS)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=GONE_SECONDS)

@@ -1,0 +1,169 @@
+"""One process of a distributed run: some blocks, perhaps the stream, and their sockets.
+
+A plain object: a Ray actor wraps it (actors.py); for a stream that cannot leave the driver's
+process the driver runs one in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hamdist.dynamics.graph import INPUT
+from hamdist.dynamics.metrics import Window
+from hamdist.errors import HamdistError
+from hamdist.runtime.loop import Aborted, run_loop
+from hamdist.runtime.mail import Mailroom
+from hamdist.runtime.memory import peak_bytes, reset_peak
+from hamdist.runtime.nodes import SourceNode, make_node
+from hamdist.runtime.plan import Plan
+from hamdist.runtime.result import BlockState
+from hamdist.runtime.signal import Channel
+from hamdist.runtime.transport import ZmqTransport
+from hamdist.streams.sample import Stream
+
+
+@dataclass(slots=True)
+class HostReport:
+    """What a process leaves. error: what ended it; aborted: it was called off."""
+
+    blocks: dict[str, BlockState] = field(default_factory=dict)
+    windows: dict[str, list[Window]] = field(default_factory=dict)
+    samples: int = 0
+    ticks: int = 0
+    seconds: float = 0.0
+    payload_bytes: dict[str, int] = field(default_factory=dict)
+    peak_memory: int = 0
+    smoothness: float | None = None
+    error: HamdistError | None = None
+    aborted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A blocked channel, for the watchdog. seconds: since when."""
+
+    waiter: str
+    awaited: str
+    what: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class HostStatus:
+    """One look at a running process. ticks and updates by block; windows: of its first readout
+    from number `first` on, `every` items each (None: no readout here)."""
+
+    ticks: dict[str, int]
+    updates: dict[str, int]
+    samples: int
+    windows: list[Window]
+    first: int
+    every: int | None
+    wait: Wait | None
+
+
+class Host:
+    """blocks: those of this process, in the graph's order; stream: if it is drawn here."""
+
+    def __init__(self, plan: Plan, blocks: Sequence[str], stream: Stream | None) -> None:
+        self._plan = plan
+        self._abort = threading.Event()
+        self._transport = ZmqTransport(plan.run, self._abort)
+        inside = {*blocks, INPUT} if stream is not None else set(blocks)
+        self._mail = Mailroom(inside, self._transport)
+        self._inside = inside
+        self._nodes = [make_node(plan, name, self._mail) for name in blocks]
+        self._source = None if stream is None else SourceNode(plan, stream, self._mail)
+
+    def bind(self, hosts: Mapping[int, str | None]) -> dict[int, str]:
+        """Opens the receiving ends of the channels given by index, on tcp at the address given or
+        on ipc (None). Returns their addresses."""
+        channels = {c.number: c for c in self._plan.channels.all()}
+        return {i: self._transport.bind(channels[i], host) for i, host in hosts.items()}
+
+    def connect(self, addresses: Mapping[int, str]) -> None:
+        """Opens the sending ends of this process's channels."""
+        for channel in self._plan.channels.all():
+            if channel.sender in self._inside and channel.receiver not in self._inside:
+                self._transport.connect(channel, addresses[channel.number])
+
+    def run(self) -> HostReport:
+        """Steps the nodes to the end. Errors are reported, not raised."""
+        torch.set_num_threads(self._plan.engine.threads)
+        reset_peak()
+        report = HostReport()
+        started = time.perf_counter()
+        nodes = [*([self._source] if self._source is not None else []), *self._nodes]
+        try:
+            report.ticks = run_loop(nodes, self._check_abort)
+        except Aborted:
+            report.aborted = True
+        except HamdistError as error:
+            report.error = error
+        report.seconds = time.perf_counter() - started
+        for node in self._nodes:
+            report.blocks[node.name] = node.state()
+            if node.metrics is not None:
+                node.metrics.flush()
+                report.windows[node.name] = node.metrics.windows
+        if self._source is not None:
+            report.samples = self._source.samples
+            report.smoothness = self._source.smoothness.frames
+        report.payload_bytes = dict(self._mail.payload_bytes)
+        report.peak_memory = peak_bytes()
+        return report
+
+    def _check_abort(self) -> None:
+        if self._abort.is_set():
+            raise Aborted
+
+    def status(self, seen: int, every: int | None) -> HostStatus:
+        """Called from another thread. seen: windows that the caller has, of `every` items."""
+        metrics = next((n.metrics for n in self._nodes if n.metrics is not None), None)
+        windows, now = ([], None) if metrics is None else (metrics.windows, metrics.every)
+        first = seen if every == now else 0
+        return HostStatus(
+            ticks={n.name: n.tick for n in self._nodes if n.tick is not None},
+            updates={n.name: n.block.weights.updates for n in self._nodes},
+            samples=0 if self._source is None else self._source.samples,
+            windows=windows[first:],
+            first=first,
+            every=now,
+            wait=self._wait(),
+        )
+
+    def _wait(self) -> Wait | None:
+        waiting = self._transport.waiting
+        if waiting is None:
+            return None
+        channel: Channel = waiting.channel
+        stamp = f"tick {waiting.stamp.tick}, sample {waiting.stamp.sample}"
+        if waiting.sending:
+            waiter, awaited = channel.sender, channel.receiver
+            what = f"room for the {channel}, {stamp}"
+        else:
+            waiter, awaited = channel.receiver, channel.sender
+            what = f"the {channel}, {stamp}"
+        return Wait(waiter, awaited, what, time.monotonic() - waiting.since)
+
+    def stop_stream(self) -> None:
+        """Ends the stream at its next sample; what is under way is finished."""
+        if self._source is not None:
+            self._source.stop.set()
+
+    def abort(self) -> None:
+        """Makes `run` end at its next blocked call."""
+        self._abort.set()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()

@@ -1,0 +1,86 @@
+"""The engine in one process: the oracle of every other one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hamdist.dynamics.graph import INPUT
+from hamdist.runtime.loop import run_loop
+from hamdist.runtime.mail import Mailroom
+from hamdist.runtime.memory import peak_bytes, reset_peak
+from hamdist.runtime.nodes import SourceNode, make_node
+from hamdist.runtime.outcome import Outcome, ending_on_interrupt
+from hamdist.runtime.plan import Plan
+from hamdist.runtime.result import BlockProgress, Progress
+from hamdist.streams.sample import Stream
+
+PROGRESS_SECONDS = 0.25
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Inside, torch computes with `threads` threads (results depend on their number)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class InProcessEngine:
+    """Steps all blocks of a graph in the calling thread. Deterministic."""
+
+    def run(
+        self, plan: Plan, stream: Stream, on_progress: Callable[[Progress], None] | None = None
+    ) -> Outcome:
+        created = time.perf_counter()
+        mail = Mailroom({INPUT, *plan.graph.blocks})
+        source = SourceNode(plan, stream, mail)
+        nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
+        measured = [n for n in nodes if n.metrics is not None]
+        reset_peak()
+        started = time.perf_counter()
+        due = started
+
+        def progress() -> Progress:
+            return Progress(
+                seconds=time.perf_counter() - started,
+                samples=source.samples,
+                steps=plan.steps,
+                windows=[w for n in measured[:1] if n.metrics for w in n.metrics.windows],
+                blocks=[BlockProgress(n.name, n.tick or 0, n.block.weights.updates) for n in nodes],
+            )
+
+        def between() -> None:
+            nonlocal due
+            if on_progress is not None and time.perf_counter() >= due:
+                due = time.perf_counter() + PROGRESS_SECONDS
+                on_progress(progress())
+
+        with (
+            torch_threads(plan.engine.threads),
+            ending_on_interrupt(source.stop.set) as interrupted,
+        ):
+            ticks = run_loop([source, *nodes], between)
+            for node in measured:
+                if node.metrics is not None:
+                    node.metrics.flush()
+        if on_progress is not None:
+            on_progress(progress())
+        return Outcome(
+            blocks={n.name: n.state() for n in nodes},
+            windows={n.name: n.metrics.windows for n in measured if n.metrics is not None},
+            samples=source.samples,
+            ticks=ticks,
+            seconds=time.perf_counter() - started,
+            startup_seconds=started - created,
+            payload_bytes=dict(mail.payload_bytes),
+            peak_memory={"driver": peak_bytes()},
+            smoothness=source.smoothness.frames,
+            interrupted=interrupted(),
+        )

@@ -1,0 +1,53 @@
+"""What an engine hands back, before it becomes a `RunResult`; and how a run is called off."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from hamdist.dynamics.metrics import Window
+from hamdist.runtime.result import BlockState
+
+
+@dataclass(slots=True)
+class Outcome:
+    """blocks: final states by name (without those that were lost, after an interruption)."""
+
+    blocks: dict[str, BlockState]
+    windows: dict[str, list[Window]]
+    samples: int
+    ticks: int
+    seconds: float
+    startup_seconds: float
+    payload_bytes: dict[str, int]
+    peak_memory: dict[str, int]
+    smoothness: float | None
+    interrupted: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def ending_on_interrupt(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C calls `stop` (the stream ends, what is under way is finished), the
+    second raises KeyboardInterrupt. Yields a function that tells whether there was one. Outside
+    the main thread signals are left alone."""
+    seen = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield seen.is_set
+        return
+
+    def handler(_number: int, _frame: FrameType | None) -> None:
+        if seen.is_set():
+            raise KeyboardInterrupt
+        seen.set()
+        stop()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

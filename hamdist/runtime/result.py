@@ -1,0 +1,76 @@
+"""What a run leaves behind, whichever engine ran it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from hamdist.dynamics.metrics import Window
+
+
+@dataclass(frozen=True, slots=True)
+class BlockState:
+    """Everything that a block owns at the end of a run (detached copies).
+
+    theta, omega: weights and weight costates by the parameter's name in the block's module.
+    buffers: the module's buffers by name. h, z: state and costate, None where a block has none.
+    updates: how often the weights moved.
+    """
+
+    theta: Mapping[str, Tensor]
+    omega: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    h: Tensor | None
+    z: Tensor | None
+    updates: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockProgress:
+    """Where a block is, for the live display: its next tick, its updates, what it waits for."""
+
+    block: str
+    tick: int
+    updates: int
+    waiting: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One look at a running engine. `samples` counts items that entered the network."""
+
+    seconds: float
+    samples: int
+    steps: int | None
+    windows: Sequence[Window]
+    blocks: Sequence[BlockProgress]
+    note: str | None = None
+
+
+@dataclass(slots=True)
+class RunResult:
+    """A finished (or interrupted) run.
+
+    model: a plain module with the learned weights. windows: prequential metrics in order, per
+    readout. seconds: wall time from the first to the last tick; startup_seconds: what came before.
+    bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
+    peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
+    staleness: the most samples that lie between the activations a block's message was made with
+    and the weights or activations that it meets.
+    """
+
+    model: nn.Module
+    blocks: dict[str, BlockState]
+    windows: dict[str, list[Window]]
+    samples: int
+    ticks: int
+    seconds: float
+    startup_seconds: float
+    bytes_per_edge: dict[str, int]
+    peak_memory: dict[str, int]
+    staleness: int
+    smoothness: float | None = None
+    interrupted: bool = False
+    warnings: list[str] = field(default_factory=list)

@@ -1,0 +1,148 @@
+"""From a model, a stream and settings to a trained model: the one entrance to both engines."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import EngineKind, Readout, Settings
+from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.locality import make_locality
+from hamdist.dynamics.losses import LossFunction, make_loss
+from hamdist.dynamics.split import split_sequential
+from hamdist.errors import GraphError
+from hamdist.runtime.cluster import prepare_environment
+from hamdist.runtime.inprocess import InProcessEngine
+from hamdist.runtime.outcome import Outcome
+from hamdist.runtime.plan import Plan, make_plan
+from hamdist.runtime.result import Progress, RunResult
+from hamdist.streams.sample import SampleSpec, Stream
+
+
+class Engine(Protocol):
+    def run(
+        self, plan: Plan, stream: Stream, on_progress: Callable[[Progress], None] | None = None
+    ) -> Outcome: ...
+
+
+def train(
+    model: nn.Module | Graph,
+    stream: Stream,
+    settings: Settings,
+    *,
+    loss: LossFunction | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> RunResult:
+    """Learns `model` on `stream` as `settings` say (those of one level: `Settings.for_level`).
+
+    model: stays as it is; a copy is cut into blocks and trained. A `Graph` brings its own blocks
+    and losses. loss: (prediction, target) -> scalar mean over the batch, instead of
+    `settings.loss`. on_progress: called about four times a second, in the calling thread.
+    The first Ctrl-C ends the stream; the result then says `interrupted`.
+
+    Raises SettingsError, GraphError, LevelError before anything starts; StreamError, BlockError,
+    StallError, ClusterError when a run fails (everything it started has ended by then).
+    """
+    graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
+    plan = make_plan(graph, settings, stream.spec)
+    outcome = make_engine(settings).run(plan, stream, on_progress)
+    lost = [name for name in graph.blocks if name not in outcome.blocks]
+    if lost:
+        outcome.warnings.append(
+            f"the run was called off before {', '.join(lost)} could hand over their weights; the "
+            "model has their initial ones"
+        )
+    weights = {name: {**b.theta, **b.buffers} for name, b in outcome.blocks.items()}
+    weights |= {name: graph.blocks[name].module.state_dict() for name in lost}
+    return RunResult(
+        model=graph.merge(weights),
+        blocks=outcome.blocks,
+        windows=outcome.windows,
+        samples=outcome.samples,
+        ticks=outcome.ticks,
+        seconds=outcome.seconds,
+        startup_seconds=outcome.startup_seconds,
+        bytes_per_edge=outcome.payload_bytes,
+        peak_memory=outcome.peak_memory,
+        staleness=plan.schedule.staleness,
+        smoothness=outcome.smoothness,
+        interrupted=outcome.interrupted,
+        warnings=[*outcome.warnings, *smoothness_warnings(plan, outcome.smoothness)],
+    )
+
+
+def make_engine(settings: Settings) -> Engine:
+    if settings.engine.kind is EngineKind.INPROCESS:
+        return InProcessEngine()
+    prepare_environment()
+    from hamdist.runtime.supervisor import RayEngine  # Ray takes seconds to import
+
+    return RayEngine()
+
+
+def as_graph(
+    model: nn.Module | Graph, settings: Settings, spec: SampleSpec, loss: LossFunction
+) -> Graph:
+    """A graph over copies of the model's modules, cut as `settings` say.
+
+    Raises GraphError for a model that cannot be cut in that way.
+    """
+    if isinstance(model, Graph):
+        return model.copy()
+    knobs = make_locality(settings.level, settings.locality)
+    own = copy.deepcopy(model)
+    state = knobs.readout is Readout.STATE
+    if isinstance(own, nn.Sequential):
+        return split_sequential(
+            own,
+            loss,
+            settings.partition,
+            knobs.grouping,
+            example=_example(spec),
+            state_readout=state,
+        )
+    partition = settings.partition
+    if (partition.blocks or 1) > 1 or partition.cuts:
+        raise GraphError(
+            f"a {type(own).__name__} cannot be cut into blocks, only an nn.Sequential can; leave "
+            "'partition.blocks' and 'partition.cuts' out, or build the Graph by hand"
+        )
+    return Graph([BlockSpec("block0", own, (INPUT,), loss=loss, state=state)], original=own)
+
+
+def _example(spec: SampleSpec) -> Tensor:
+    if not spec.u_dtype.is_floating_point:
+        return torch.zeros(spec.u_shape, dtype=spec.u_dtype)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(spec.u_shape, dtype=spec.u_dtype, generator=generator)
+
+
+def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
+    """Says so where a level without memory meets a stream that changes too fast for it.
+
+    Measured on prototypes: such a level equals backpropagation once a sample's S c ticks are 2.5
+    times the round trip of 2D ticks, and is worse than training the last block alone below one
+    round trip.
+    """
+    trip = 2 * plan.graph.depth
+    c = plan.schedule.c
+    if plan.knobs.pulse or frames is None or not trip or c > trip:
+        return []
+    ticks = frames * c
+    if ticks >= 2 * trip:
+        return []
+    worse = (
+        "training the last block alone would do better"
+        if ticks < trip
+        else "expect it to lose some points against backpropagation"
+    )
+    return [
+        f"the stream is not smooth enough for a level without memory: it changes within about "
+        f"{frames:.0f} samples = {ticks:.0f} ticks, and a signal's round trip takes {trip} ticks "
+        f"(it should be at most {ticks / 2.5:.0f}); {worse}. Use level 'trace', a smooth stream "
+        "(stream.smooth), a higher locality.speed, or fewer blocks"
+    ]
