@@ -137,6 +137,7 @@ def _draws(module: nn.Module) -> bool:
     for part in module.modules():
         if not type(part).__module__.startswith("torch.nn.modules."):
             return True
-        if isinstance(part, _RANDOM) or float(getattr(part, "dropout", False)):
+        rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
+        if isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
             return True
     return False

@@ -300,7 +300,7 @@ class Graph:
         for name in cyclic:
             shape = self.blocks[name].shape
             if shape is not None:
-                known[name] = ((batch, *shape), self._dtype(name, u_dtype))
+                known[name] = ((batch, *shape), _dtype(self.blocks[name].module, u_dtype))
         waiting = list(self.blocks)
         found: ShapeMap = {}
         while waiting:
@@ -320,10 +320,6 @@ class Graph:
                     )
                 waiting.remove(name)
         return found
-
-    def _dtype(self, name: str, default: torch.dtype) -> torch.dtype:
-        parameter = next(self.blocks[name].module.parameters(), None)
-        return default if parameter is None else parameter.dtype
 
     def _dry_run(self, name: str, known: ShapeMap) -> tuple[tuple[int, ...], torch.dtype]:
         block = self.blocks[name]
@@ -354,8 +350,11 @@ class Graph:
         shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
         given: str,
     ) -> object:
-        """`module` on tensors of `shapes`: on meta tensors, or on zeros where it reads values."""
-        for device in ("meta", "cpu"):
+        """`module` on tensors of `shapes`: on meta tensors, or on zeros where it reads values, and
+        where types differ (which meta tensors let pass)."""
+        types = {t for _, t in shapes if t.is_floating_point}
+        types |= {p.dtype for p in module.parameters() if p.is_floating_point()}
+        for device in ("meta", "cpu") if len(types) < 2 else ("cpu",):
             probe = copy.deepcopy(module).to(device)
             inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
             try:
@@ -433,7 +432,8 @@ class MergedGraph(nn.Module):
         h = {INPUT: u}
         for name, shape in self.shapes.items():
             if not self.acyclic and shape is not None:
-                h[name] = torch.zeros(u.shape[0], *shape, dtype=u.dtype, device=u.device)
+                dtype = _dtype(self._whole(name).module, u.dtype)
+                h[name] = torch.zeros(u.shape[0], *shape, dtype=dtype, device=u.device)
         if self.acyclic:
             for name in self.order:
                 h[name] = self._f(name, h)
@@ -459,6 +459,14 @@ class _Whole(nn.Module):
 
 def _whole(block: BlockSpec) -> nn.Module:
     return _Whole(block.module, block.output)
+
+
+def _dtype(module: nn.Module, u_dtype: torch.dtype) -> torch.dtype:
+    """The type of a state that is declared by its shape: of the weights, or of the input."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None:
+        return parameter.dtype
+    return u_dtype if u_dtype.is_floating_point else torch.get_default_dtype()
 
 
 def _modules(block: BlockSpec) -> list[nn.Module]:

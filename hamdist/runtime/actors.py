@@ -7,6 +7,7 @@ while `run` runs.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,14 @@ THREADS_OF_AN_ACTOR = 4
 
 
 class HostActor:
-    """Where it runs is known before it gets its blocks: only then can channels choose their way."""
+    """Where it runs is known before it gets its blocks: only then can channels choose their way.
 
-    def __init__(self) -> None:
+    path: the driver's sys.path, so that the modules of users' blocks are found here as well.
+    """
+
+    def __init__(self, path: Sequence[str]) -> None:
         self._host: Host | None = None
+        sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:
         """Ray's id of the host, its address, and the process id."""
@@ -71,4 +76,4 @@ class HostActor:
 def start_actor() -> Any:
     """A new actor in Ray, restarted by nobody: what it knows is lost with it."""
     options = {"num_cpus": 1, "max_concurrency": THREADS_OF_AN_ACTOR, "max_restarts": 0}
-    return ray.remote(HostActor).options(**options).remote()
+    return ray.remote(HostActor).options(**options).remote(sys.path)

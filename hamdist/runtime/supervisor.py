@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
@@ -37,6 +38,7 @@ POLL_SECONDS = 0.25
 ANSWER_SECONDS = 5.0
 START_SECONDS = 120.0
 END_SECONDS = 10.0
+OBEY_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class _Actor:
     node: str = ""
     address: str = ""
     pid: int = 0
+    running: Any = None  # the call of run()
     report: HostReport | None = None
     status: HostStatus | None = None
     asked: Any = None  # a status call under way
@@ -180,7 +183,9 @@ class _Run:
     def watch(self, on_progress: Callable[[Progress], None] | None, started: float) -> Outcome:
         """Runs the actors to their end, or to the first error, which it raises."""
         reset_peak()
-        calls = {actor.handle.run.remote(): actor for actor in self._actors}
+        for actor in self._actors:
+            actor.running = actor.handle.run.remote()
+        calls = {actor.running: actor for actor in self._actors}
         if self._local is not None:
             self._thread = threading.Thread(target=self._run_local, daemon=True)
             self._thread.start()
@@ -371,15 +376,40 @@ class _Run:
             if self._thread is not None:
                 self._thread.join(END_SECONDS)
             self._local.close()
-        closed = {a.handle.close.remote(): a for a in self._actors if a.report is not None}
-        if closed:
-            done, _ = ray.wait(list(closed), num_returns=len(closed), timeout=ANSWER_SECONDS)
-            for call in done:
-                self._session.idle.append(closed[call].handle)
+        self._end_calls()
         for actor in self._actors:
             if actor.handle not in self._session.idle:
                 ray.kill(actor.handle)
+        self._outlast([a for a in self._actors if a.handle not in self._session.idle])
         shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
+
+    def _end_calls(self) -> None:
+        """Calls off what still runs, and lets the actors that obey take another run."""
+        for actor in self._actors:
+            if actor.running is not None and actor.report is None:
+                actor.handle.abort.remote()
+        runs = [a.running for a in self._actors if a.running is not None]
+        ended = ray.wait(runs, num_returns=len(runs), timeout=OBEY_SECONDS)[0] if runs else []
+        closed = {a.handle.close.remote(): a for a in self._actors if a.running in ended}
+        done = (
+            ray.wait(list(closed), num_returns=len(closed), timeout=OBEY_SECONDS)[0]
+            if closed
+            else []
+        )
+        for call in done:
+            with contextlib.suppress(RayError):  # it died: it is not among the idle ones
+                ray.get(call)
+                self._session.idle.append(closed[call].handle)
+
+    def _outlast(self, killed: Sequence[_Actor]) -> None:
+        """Waits until the processes of killed actors on this host are gone."""
+        here = ray.get_runtime_context().get_node_id() if killed else ""
+        processes = []
+        for actor in killed:
+            if actor.node == here:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    processes.append(psutil.Process(actor.pid))
+        psutil.wait_procs(processes, timeout=END_SECONDS)
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,0 +1,68 @@
+"""The Python interface in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from hamdist.config import Settings, describe, merge
+from hamdist.dynamics.graph import Graph
+from hamdist.dynamics.losses import LossFunction
+from hamdist.errors import SettingsError
+from hamdist.runtime.result import Progress, RunResult
+from hamdist.runtime.train import train as train_settings
+from hamdist.streams import Stream, from_iterable, from_loader
+
+
+def train(
+    model: nn.Module | Graph,
+    stream: Stream | Iterable[Any],
+    settings: Settings | None = None,
+    *,
+    loss: LossFunction | None = None,
+    classes: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    **fields: Any,
+) -> RunResult:
+    """Learns `model` on `stream`; `result.model` is a plain module with the learned weights.
+
+        result = hamdist.train(model, stream, level="trace", steps=2000, learning={"lr": 0.1})
+
+    model: any `nn.Module`; an `nn.Sequential` is cut into blocks as the level or `partition` say,
+    a `Graph` brings its own blocks. It stays as it is: a copy is trained.
+    stream: a `hamdist.streams.Stream`, a DataLoader, or any iterable of (u, y), with the batch in
+    front of u and y; `classes` is needed for class targets of those that do not know it.
+    settings, fields: a `Settings`, and fields of it by name, which go first.
+    loss: (prediction, target) -> scalar mean over the batch, instead of `settings.loss`.
+
+    Raises HamdistError: SettingsError, GraphError, LevelError before anything starts, StreamError,
+    BlockError, StallError, ClusterError from a run, whose processes have ended by then.
+    """
+    return train_settings(
+        model,
+        _as_stream(stream, classes),
+        _settled(settings, fields),
+        loss=loss,
+        on_progress=on_progress,
+    )
+
+
+def _settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
+    base = {} if settings is None else settings.model_dump(mode="json", exclude_unset=True)
+    try:
+        made = Settings.model_validate(merge(base, fields))
+    except ValidationError as error:
+        raise SettingsError(describe(error)) from None
+    return made.for_level(made.level)
+
+
+def _as_stream(stream: Stream | Iterable[Any], classes: int | None) -> Stream:
+    if isinstance(stream, Stream):
+        return stream
+    if isinstance(stream, (DataLoader, IterableDataset)):
+        return from_loader(stream, classes=classes)
+    return from_iterable(stream, classes=classes)

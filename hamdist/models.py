@@ -1,0 +1,227 @@
+"""Models that settings can name, and models that a user's own function makes.
+
+    mlp            Linear, ReLU, Linear, ReLU, ..., Linear
+    residual-mlp   block 0       h = relu(u W + b)
+                   blocks 1..    h' = h + alpha relu(LN(h) W + b),  alpha = 1/sqrt(L)
+                   last block    y = LN(h) W + b
+
+LN is a layer norm without affine weights, eps = 1e-3. W ~ N(0, 2/fan_in), in the last layer
+N(0, 1/fan_in); b = 0. L (`depth`) counts the layers that have weights.
+
+B: batch, I: inputs, H: width, O: outputs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import ModelKind, ModelSettings
+from hamdist.errors import SettingsError
+from hamdist.streams.sample import SampleSpec
+
+NORM_EPS = 1e-3
+
+ModelFactory: TypeAlias = Callable[[], object]
+
+
+class InputBlock(nn.Module):
+    """relu(u W + b). u: (B, ...) flattened to (B, I); returns (B, H)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.relu(self.linear(u.flatten(1)))
+
+
+class ResidualBlock(nn.Module):
+    """h + alpha relu(LN(h) W + b). h: (B, H); returns (B, H)."""
+
+    def __init__(self, linear: nn.Linear, alpha: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(linear.in_features, eps=NORM_EPS, elementwise_affine=False)
+        self.linear = linear
+        self.alpha = alpha
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.alpha * torch.relu(self.linear(self.norm(h)))
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:g}"
+
+
+class OutputBlock(nn.Module):
+    """LN(h) W + b. h: (B, H); returns (B, O)."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(linear.in_features, eps=NORM_EPS, elementwise_affine=False)
+        self.linear = linear
+
+    def forward(self, h: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.norm(h))
+        return logits
+
+
+def make_model(
+    settings: ModelSettings, spec: SampleSpec, *, seed: int, dtype: torch.dtype
+) -> nn.Sequential:
+    """The model that `settings` names, for samples of `spec`: one child per layer (`mlp`: a ReLU
+    behind each), from (B, ...) inputs to (B, O), O = classes or the target's features.
+
+    `seed` alone decides the weights, up to rounding to `dtype`; torch's global generator is
+    neither read nor moved. Raises SettingsError where model and stream cannot fit.
+    """
+    inputs, outputs = _features(settings, spec)
+    if settings.kind is ModelKind.RESIDUAL_MLP and settings.depth < 2:
+        raise SettingsError(
+            f"model.depth: residual-mlp needs at least 2 layers, input and output "
+            f"(received {settings.depth})"
+        )
+    sizes = [inputs, *[settings.width] * (settings.depth - 1), outputs]
+    layers = _linears(sizes, seed, dtype)
+    if settings.kind is ModelKind.RESIDUAL_MLP:
+        return _residual_mlp(layers)
+    return _mlp(layers, flatten=len(spec.u_shape) != 2)
+
+
+def _features(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int]:
+    """I and O."""
+    kind = settings.kind.value
+    if not spec.u_dtype.is_floating_point:
+        raise SettingsError(
+            f"model.kind: {kind} takes real-valued inputs, the stream yields {spec.u_dtype}; "
+            "give a model of your own (--model package.module:function)"
+        )
+    inputs = math.prod(spec.u_shape[1:])
+    if spec.classes is not None:
+        return inputs, spec.classes
+    if len(spec.y_shape) != 2:
+        raise SettingsError(
+            f"model.kind: {kind} predicts values of shape (B, O), the stream's targets have shape "
+            f"{spec.y_shape}; give a model of your own (--model package.module:function)"
+        )
+    return inputs, spec.y_shape[1]
+
+
+def _linears(sizes: list[int], seed: int, dtype: torch.dtype) -> list[nn.Linear]:
+    """Linear layers between neighbouring `sizes`, drawn in float64 in the order of the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+        gain = 1.0 if i == len(sizes) - 2 else 2.0
+        draw = torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float64)
+        # skip_init: nn.Linear's own initialisation would draw from the global generator.
+        layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, fan_in, fan_out, dtype=dtype
+        )
+        with torch.no_grad():
+            layer.weight.copy_(draw * math.sqrt(gain / fan_in))
+            layer.bias.zero_()
+        layers.append(layer)
+    return layers
+
+
+def _mlp(layers: list[nn.Linear], *, flatten: bool) -> nn.Sequential:
+    children: list[nn.Module] = [nn.Flatten()] if flatten else []
+    for layer in layers[:-1]:
+        children += [layer, nn.ReLU()]
+    return nn.Sequential(*children, layers[-1])
+
+
+def _residual_mlp(layers: list[nn.Linear]) -> nn.Sequential:
+    alpha = 1 / math.sqrt(len(layers))
+    hidden = [ResidualBlock(layer, alpha) for layer in layers[1:-1]]
+    return nn.Sequential(InputBlock(layers[0]), *hidden, OutputBlock(layers[-1]))
+
+
+def load_factory(name: str) -> ModelFactory:
+    """The function `package.module:function` (an `nn.Module` class will do), not called yet.
+
+    The module is imported, so its code runs: `name` may come from a command line or a program,
+    never from a settings file. The current directory is searched too. Raises SettingsError for
+    every way in which it can be wrong.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or not attribute:
+        raise SettingsError(f"--model {name!r}: write it as package.module:function")
+    factory = getattr(_imported(module_name, name), attribute, None)
+    if factory is None:
+        raise SettingsError(f"--model {name!r}: module {module_name!r} has no {attribute!r}")
+    if not callable(factory):
+        raise SettingsError(
+            f"--model {name!r}: {attribute!r} is {type(factory).__name__}, not a function"
+        )
+    _check_signature(factory, name)
+    return factory  # type: ignore[no-any-return]  # callable() narrows to Callable[..., object]
+
+
+def make_from_factory(factory: ModelFactory, *, seed: int, dtype: torch.dtype) -> nn.Module:
+    """The module that `factory` returns, its floating-point tensors in `dtype`.
+
+    torch's global generator is seeded with `seed` while the function runs and put back afterwards.
+    Raises SettingsError where the function fails or returns something else than an `nn.Module`.
+    """
+    name = getattr(factory, "__qualname__", repr(factory))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = factory()
+        except Exception as error:
+            raise SettingsError(f"--model: {name}() failed: {_short(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise SettingsError(
+            f"--model: {name}() returned {type(model).__name__}, not a torch.nn.Module"
+        )
+    return model.to(dtype)
+
+
+def _imported(module_name: str, name: str) -> object:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise SettingsError(
+                f"--model {name!r}: no module {error.name!r} in the current directory or on the "
+                "Python path"
+            ) from None
+        raise SettingsError(f"--model {name!r}: its import failed: {_short(error)}") from error
+    except Exception as error:
+        raise SettingsError(f"--model {name!r}: its import failed: {_short(error)}") from error
+
+
+def _check_signature(factory: ModelFactory, name: str) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # some callables written in C have none
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise SettingsError(
+            f"--model {name!r}: it is called without arguments, but {error}"
+        ) from None
+
+
+def _short(error: Exception) -> str:
+    """Type, message and place of an error in a user's code."""
+    text = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) or not frames:
+        return text
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"

@@ -1,0 +1,102 @@
+"""A synthetic stream whose classes change: the ground truth for studies of drift.
+
+B: batch, F: features, C: classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from hamdist.errors import SettingsError
+from hamdist.streams.sample import Sample, SampleSpec
+from hamdist.streams.seeding import generator
+
+HELD_OUT_ROWS = 1024
+
+
+class DriftStream:
+    """Gaussian classes whose centres jump every `period` items; endless and portable.
+
+    Item n: y (B,) int64 uniform over C classes, u (B, F) = centre[y] + noise * N(0, 1), of
+    `dtype`. The centres are drawn from N(0, 1) for each concept k = n // period, independently of
+    all other concepts. Numbers are drawn in float64 and then rounded, so that both dtypes see the
+    same stream. Equal seeds give equal items; memory is constant.
+
+    Raises SettingsError for features, period or batch below 1, classes below 2, or noise that is
+    negative or not finite.
+    """
+
+    portable: bool = True
+
+    def __init__(
+        self,
+        *,
+        features: int,
+        classes: int,
+        period: int,
+        noise: float,
+        batch: int,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        lowest = {"features": (features, 1), "classes": (classes, 2), "period": (period, 1)}
+        for name, (value, least) in {**lowest, "batch": (batch, 1)}.items():
+            if value < least:
+                raise SettingsError(f"{name} is {value}; a drifting stream needs at least {least}")
+        if noise < 0 or not math.isfinite(noise):
+            raise SettingsError(f"noise is {noise}; it is a standard deviation, 0 or more")
+        self._features = features
+        self._classes = classes
+        self._period = period
+        self._noise = noise
+        self._batch = batch
+        self._seed = seed
+        self._dtype = dtype
+
+    @property
+    def spec(self) -> SampleSpec:
+        u_shape, y_shape = (self._batch, self._features), (self._batch,)
+        return SampleSpec(u_shape, self._dtype, y_shape, torch.int64, self._classes)
+
+    def samples(self) -> Iterator[Sample]:
+        """The items from item 0 on; endless."""
+        for concept in count():
+            centres = self.centres(concept)
+            random = generator("drift items", self._seed, concept)
+            for _ in range(self._period):
+                yield Sample(*self._draw(centres, self._batch, random))
+
+    def concept(self, item: int) -> int:
+        """The number of the concept in force at an item: 0, 1, 2, ..."""
+        return item // self._period
+
+    def drifts(self, items: int) -> tuple[int, ...]:
+        """The items, among the first `items`, that are the first ones of a new concept."""
+        return tuple(range(self._period, items, self._period))
+
+    def centres(self, concept: int) -> Tensor:
+        """The centres (C, F), float64, of the classes of a concept."""
+        random = generator("drift centres", self._seed, concept)
+        shape = (self._classes, self._features)
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    def held_out(self, item: int, rows: int = HELD_OUT_ROWS) -> tuple[Tensor, Tensor]:
+        """x (rows, F) and y (rows,) of the concept in force at `item`; no row is in the stream.
+
+        Raises SettingsError for a negative item or for rows below 1.
+        """
+        if item < 0 or rows < 1:
+            raise SettingsError(f"held-out rows of item {item}, {rows} of them: there are none")
+        concept = self.concept(item)
+        random = generator("drift held-out", self._seed, concept)
+        return self._draw(self.centres(concept), rows, random)
+
+    def _draw(self, centres: Tensor, rows: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        y = torch.randint(self._classes, (rows,), generator=random)
+        noise = torch.randn(rows, self._features, generator=random, dtype=torch.float64)
+        return (centres[y] + self._noise * noise).to(self._dtype), y

@@ -1,0 +1,108 @@
+"""How slowly a stream changes, measured on its first items.
+
+M: items observed, S: frames.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hamdist.streams.seeding import generator
+
+MOST_ITEMS = 64
+FEWEST_ITEMS = 16
+MOST_VALUES = 4096
+
+
+class Smoothness:
+    """Estimates S, the number of items over which a stream decorrelates.
+
+    About 1 for independent samples, about S for samples that fade into each other over S items
+    (`Smooth`), a quarter more than S for samples that are held for S items; at most 64, which
+    means "64 or more". The estimate compares two distances between items: the mean one between
+    neighbours, and the mean one between items at least half the observation apart. Their ratio
+    is 1 for independent samples and grows with S; which S it belongs to follows from the
+    covariance of a cross-fade with a random start (`_ratios`).
+
+    Looks at the first 64 items only, and keeps of each at most 4096 values, always the same
+    positions: at most 1 MiB. Items whose shape differs from the first one's are left out.
+    """
+
+    def __init__(self) -> None:
+        self._shape: torch.Size | None = None
+        self._picked: Tensor | None = None
+        self._items: list[Tensor] = []
+
+    def observe(self, u: Tensor) -> None:
+        """Takes note of the next item's input, (B, ...); does nothing from the 65th item on."""
+        if len(self._items) >= MOST_ITEMS:
+            return
+        if self._shape is None:
+            self._shape = u.shape
+            if u.numel() > MOST_VALUES:
+                random = generator("smoothness")
+                self._picked = torch.randint(u.numel(), (MOST_VALUES,), generator=random)
+        if u.shape != self._shape:
+            return
+        values = u.detach().reshape(-1)
+        values = values if self._picked is None else values[self._picked]
+        self._items.append(values.to(torch.float32, copy=True))
+
+    @property
+    def frames(self) -> float | None:
+        """The estimate, in items, from 1 to 64; None before 16 items have been observed."""
+        many = len(self._items)
+        if many < FEWEST_ITEMS:
+            return None
+        u = torch.stack(self._items)
+        # not the product form, which loses small distances between large vectors
+        apart = torch.cdist(u, u, compute_mode="donot_use_mm_for_euclid_dist").double()
+        step = apart.diagonal(1).mean().item()
+        far = torch.cat([apart.diagonal(lag) for lag in range(_far(many), many)]).mean().item()
+        if step == 0.0:  # nothing moved
+            return float(MOST_ITEMS)
+        return _invert(far / step, _ratios(many))
+
+
+def _far(many: int) -> int:
+    """The smallest lag that counts as far apart."""
+    return (many + 1) // 2
+
+
+@lru_cache(maxsize=MOST_ITEMS)
+def _ratios(many: int) -> tuple[float, ...]:
+    """far/step for S = 1 ... 64, root mean squares, of a cross-fade seen for `many` items.
+
+    Item m of a cross-fade is sum_n L(m/S - n) x_n with the hat L(t) = max(0, 1 - |t|). For
+    independent x_n and a random start its covariance over a lag l is, up to the variance of x,
+
+        c(l) = 1/S sum_t L(t/S) L((t + l)/S)        (t an integer, from -S to S)
+
+    and the mean squared distance of items l apart is 2 (c(0) - c(l)).
+    """
+    lags = torch.arange(many, dtype=torch.float64)
+    pairs = many - lags[_far(many) :]
+    ratios = []
+    for frames in range(1, MOST_ITEMS + 1):
+        t = torch.arange(-frames, frames + 1, dtype=torch.float64)
+        hat = (1.0 - t.abs() / frames).clamp(min=0.0)
+        shifted = (1.0 - (t + lags[:, None]).abs() / frames).clamp(min=0.0)
+        covariance = (hat * shifted).sum(1) / frames
+        distances = covariance[0] - covariance
+        far = (pairs * distances[_far(many) :]).sum() / pairs.sum()
+        ratios.append(float((far / distances[1]).sqrt()))
+    return tuple(ratios)
+
+
+def _invert(ratio: float, ratios: tuple[float, ...]) -> float:
+    """The S at which the table takes the value `ratio`, linear between its entries."""
+    if ratio <= ratios[0]:
+        return 1.0
+    for above, high in enumerate(ratios):
+        if high >= ratio:
+            low = ratios[above - 1]
+            return above + (ratio - low) / (high - low)
+    return float(len(ratios))

@@ -1,0 +1,174 @@
+"""Centralised training: the whole model in this process, plain PyTorch, `torch.optim.SGD`.
+
+The same model, stream, order, loss and step size as the runs it is compared with. The step size
+of item n (from 0) is lr (1 - n/steps) with linear decay. Items without target are not learned from,
+but count. The prequential loss comes from the forward pass that the gradient belongs to.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import Decay, LearningSettings, Settings
+from hamdist.dynamics.losses import LossFunction, make_loss
+from hamdist.dynamics.metrics import Prequential
+from hamdist.errors import BlockError, SettingsError
+from hamdist.runtime.memory import peak_bytes, reset_peak
+from hamdist.runtime.result import BlockProgress, Progress, RunResult
+from hamdist.streams.sample import Sample, SampleSpec, Stream
+from hamdist.study.threads import fair_threads, faster_of, limited_to
+
+CENTRALISED = "centralised"
+PROGRESS_SECONDS = 0.25
+
+
+def train_centralised(
+    model: nn.Module,
+    stream: Stream,
+    settings: Settings,
+    *,
+    loss: LossFunction | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> RunResult:
+    """Train a copy of `model` on `stream` with backpropagation and SGD.
+
+    Uses `settings.learning`, `steps`, `loss` (unless `loss` is given), `seed` (of what the model
+    draws from torch's global generator, which is put back afterwards), `metrics`, and `engine`:
+    as many threads as a run with that engine has, or one where a short trial finds one faster.
+    Ctrl-C ends the training with what was reached (`interrupted`).
+
+    Raises SettingsError for a linear decay without `steps`, StreamError for an unusable item, and
+    BlockError named 'centralised' where the model, the loss or their gradient fails.
+    """
+    entered = time.perf_counter()
+    reset_peak()
+    trainer = _Trainer(copy.deepcopy(model), settings, loss or make_loss(settings.loss))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        threads = _threads(trainer, stream.spec, settings)
+        torch.manual_seed(settings.seed)
+        with limited_to(threads):
+            begun = time.perf_counter()
+            interrupted = _train(trainer, stream, settings, begun, on_progress)
+            seconds = time.perf_counter() - begun
+    return RunResult(
+        model=trainer.model,
+        blocks={},
+        windows={CENTRALISED: trainer.metrics.windows},
+        samples=trainer.items,
+        ticks=trainer.items,
+        seconds=seconds,
+        startup_seconds=begun - entered,
+        bytes_per_edge={},
+        peak_memory={"driver": peak_bytes()},
+        staleness=0,
+        interrupted=interrupted,
+    )
+
+
+class _Trainer:
+    """SGD on one model, one item at a time. items: how many it was shown."""
+
+    def __init__(self, model: nn.Module, settings: Settings, loss: LossFunction) -> None:
+        learning = settings.learning
+        self.model = model
+        self.loss = loss
+        self.step_size = _step_size(learning, settings.steps)
+        self.optimiser = torch.optim.SGD(
+            model.parameters(), learning.lr, learning.momentum, learning.dampening
+        )
+        self.metrics = Prequential(settings.metrics.window)
+        self.items = 0
+        self.updates = 0
+
+    def show(self, sample: Sample) -> None:
+        """Test on the item, then train on it; an item without target only counts."""
+        if sample.y is not None:
+            try:
+                self._learn(sample.u, sample.y)
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                raise BlockError(CENTRALISED, self.items, text, traceback.format_exc()) from error
+        self.items += 1
+
+    def _learn(self, u: Tensor, y: Tensor) -> None:
+        prediction = self.model(u)
+        loss = self.loss(prediction, y)
+        self.metrics.record(self.items, prediction.detach(), y, loss.detach())
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.step_size(self.items)
+        self.optimiser.step()
+        self.updates += 1
+
+
+def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:
+    """The step size by item."""
+    if learning.decay is Decay.NONE:
+        return lambda _: learning.lr
+    if steps is None:
+        raise SettingsError("learning.decay: linear needs 'steps', the length of the run")
+    return lambda item: learning.lr * (1 - item / steps)
+
+
+def _train(
+    trainer: _Trainer,
+    stream: Stream,
+    settings: Settings,
+    begun: float,
+    on_progress: Callable[[Progress], None] | None,
+) -> bool:
+    """Show every item; True where Ctrl-C came first."""
+    reported = begun
+    interrupted = False
+    try:
+        for sample in itertools.islice(stream.samples(), settings.steps):
+            trainer.show(sample)
+            now = time.perf_counter()
+            if on_progress is not None and now - reported >= PROGRESS_SECONDS:
+                on_progress(_progress(trainer, settings.steps, now - begun))
+                reported = now
+    except KeyboardInterrupt:
+        interrupted = True
+    trainer.metrics.flush()
+    if on_progress is not None:
+        on_progress(_progress(trainer, settings.steps, time.perf_counter() - begun))
+    return interrupted
+
+
+def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
+    return Progress(
+        seconds=seconds,
+        samples=trainer.items,
+        steps=steps,
+        windows=trainer.metrics.windows,
+        blocks=[BlockProgress(CENTRALISED, trainer.items, trainer.updates)],
+    )
+
+
+def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
+    """1, or as many as the compared run has: whichever trains a copy of the model faster."""
+    probe = _Trainer(copy.deepcopy(trainer.model), settings, trainer.loss)
+    sample = _stand_in(spec)
+
+    def step() -> None:
+        probe.items = 0
+        probe.show(sample)
+
+    return faster_of({1, fair_threads(settings.engine)}, step)
+
+
+def _stand_in(spec: SampleSpec) -> Sample:
+    """An item of the stream's shapes and types, made without touching the stream."""
+    u = torch.zeros(spec.u_shape, dtype=spec.u_dtype)
+    if spec.u_dtype.is_floating_point:
+        u.normal_(generator=torch.Generator().manual_seed(0))
+    return Sample(u, torch.zeros(spec.y_shape, dtype=spec.y_dtype))

@@ -1,0 +1,62 @@
+"""Centralised backpropagation beside locality levels: same model, stream, order and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from hamdist.config import Level, Settings
+from hamdist.errors import SettingsError
+from hamdist.models import ModelFactory
+from hamdist.study.baseline import CENTRALISED
+from hamdist.study.runs import OnProgress, Run, run_centralised, run_level
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A run that a comparison will make. level: None for the centralised baseline."""
+
+    level: Level | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return CENTRALISED if self.level is None else self.level.value
+
+
+def plan(settings: Settings) -> list[Planned]:
+    """The runs of a comparison, seed by seed (`seed`, `seed` + 1, ...), the baseline first.
+
+    Raises SettingsError where nothing bounds the runs.
+    """
+    if settings.steps is None:
+        raise SettingsError(
+            "steps: a comparison needs the number of items of each run; set it in the settings "
+            "or with --steps"
+        )
+    levels = dict.fromkeys([None, *settings.compare.levels])
+    seeds = range(settings.seed, settings.seed + settings.compare.seeds)
+    return [Planned(level, seed) for seed in seeds for level in levels]
+
+
+def compare(
+    settings: Settings,
+    planned: Sequence[Planned],
+    *,
+    factory: ModelFactory | None = None,
+    on_progress: Callable[[Planned], OnProgress] | None = None,
+) -> Iterator[Run]:
+    """Make the runs one after the other and yield each as it ends.
+
+    Each level has its own settings (`Settings.for_level`); the baseline has those of `backprop`.
+    An interrupted run is the last one. Raises HamdistError as the runs do.
+    """
+    for item in planned:
+        callback = None if on_progress is None else on_progress(item)
+        level = Level.BACKPROP if item.level is None else item.level
+        own = settings.for_level(level).model_copy(update={"seed": item.seed})
+        start = run_centralised if item.level is None else run_level
+        run, _ = start(own, factory=factory, on_progress=callback)
+        yield run
+        if run.interrupted:
+            return

@@ -1,0 +1,111 @@
+"""The files of a run or a comparison. Each is written whole, or not at all."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hamdist.errors import SettingsError
+from hamdist.study.aggregate import Row
+from hamdist.study.runs import Run
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make `folder` and try to write there; SettingsError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SettingsError(
+            f"--out {str(folder)!r}: cannot write there: {error.strerror or error}"
+        ) from None
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` in one step. Raises SettingsError where that fails."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise SettingsError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+
+def run_lines(runs: Iterable[Run]) -> str:
+    """JSON lines: one per window ("event": "window"), one per run ("event": "run")."""
+    return "".join(f"{_json(record)}\n" for run in runs for record in _records(run))
+
+
+def _records(run: Run) -> Iterator[dict[str, Any]]:
+    head = {"level": run.level, "engine": run.engine, "seed": run.seed}
+    for window, seconds in zip(run.windows, run.window_seconds, strict=True):
+        yield {
+            "event": "window",
+            **head,
+            **dataclasses.asdict(window),
+            "mean_loss": window.mean_loss,
+            "accuracy": window.accuracy,
+            "seconds": seconds,
+        }
+    yield {"event": "run", **run_summary(run)}
+
+
+def run_summary(run: Run) -> dict[str, Any]:
+    """A run without its windows."""
+    record = dataclasses.asdict(run)
+    del record["windows"], record["window_seconds"]
+    record["samples_per_second"] = run.rows_per_second
+    return record
+
+
+def comparison_summary(rows: Sequence[Row], *, interrupted: bool) -> str:
+    """summary.json: {"rows": [...], "interrupted": ...}; null for what is missing or not finite."""
+    record = {"rows": [dataclasses.asdict(row) for row in rows], "interrupted": interrupted}
+    return _json(record, indent=2) + "\n"
+
+
+def rows_csv(rows: Sequence[Row]) -> str:
+    """One line per row; processes as 'name=bytes' and notes joined by '; '."""
+    names = [field.name for field in dataclasses.fields(Row)]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        record = dataclasses.asdict(row)
+        record["peak_memory_by_process"] = "; ".join(
+            f"{name}={size}" for name, size in row.peak_memory_by_process.items()
+        )
+        record["notes"] = "; ".join(row.notes)
+        writer.writerow(record)
+    return out.getvalue()
+
+
+def summary_json(run: Run) -> str:
+    """summary.json of a single run."""
+    return _json(run_summary(run), indent=2) + "\n"
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every number that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,167 @@
+"""One run of a study: builds the model and the stream that settings name, trains, evaluates.
+
+Everything that a comparison needs of a run is in a `Run`; the trained model comes beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from hamdist.config import DType, Settings
+from hamdist.dynamics.losses import make_loss
+from hamdist.dynamics.metrics import Window
+from hamdist.models import ModelFactory, make_from_factory, make_model
+from hamdist.runtime.result import Progress, RunResult
+from hamdist.runtime.train import train
+from hamdist.streams import held_out, make_stream
+from hamdist.streams.sample import SampleSpec
+from hamdist.study.baseline import CENTRALISED, train_centralised
+from hamdist.study.evaluate import Scores, evaluate
+
+PYTORCH = "pytorch"
+TIMELINE_LIMIT = 4096
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run's numbers.
+
+    level: a level's name, or 'centralised'. engine: an engine's name, or 'pytorch'.
+    samples: items that entered; batch: rows of an item.
+    windows: prequential, of the (last) readout.
+    window_seconds: when each window's last item had entered, counted as `seconds` is.
+    held_out: None after an interruption. The rest is as in RunResult.
+    """
+
+    level: str
+    engine: str
+    seed: int
+    samples: int
+    batch: int
+    ticks: int
+    seconds: float
+    startup_seconds: float
+    windows: Sequence[Window]
+    window_seconds: Sequence[float]
+    held_out: Scores | None
+    bytes_per_edge: Mapping[str, int]
+    peak_memory: Mapping[str, int]
+    staleness: int
+    smoothness: float | None = None
+    interrupted: bool = False
+    warnings: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows (items times batch) per second."""
+        return self.samples * self.batch / self.seconds if self.seconds > 0 else 0.0
+
+
+class Timeline:
+    """When how many items had entered, from a run's progress; constant memory."""
+
+    def __init__(self, then: OnProgress | None = None) -> None:
+        self._points: list[tuple[int, float]] = [(0, 0.0)]
+        self._then = then
+
+    def __call__(self, progress: Progress) -> None:
+        self._points.append((progress.samples, progress.seconds))
+        if len(self._points) > TIMELINE_LIMIT:
+            self._points = self._points[::2]
+        if self._then is not None:
+            self._then(progress)
+
+    def at(self, items: Sequence[int], end: tuple[int, float]) -> list[float]:
+        """Seconds at which each number of `items` had entered. end: items and seconds in all."""
+        points = sorted({point for point in self._points if point[0] < end[0]} | {end})
+        samples, seconds = zip(*points, strict=True)
+        return [float(s) for s in np.interp(items, samples, seconds)]
+
+
+def run_level(
+    settings: Settings,
+    *,
+    factory: ModelFactory | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[Run, nn.Module]:
+    """Train with `settings` (made for one level by `for_level`) and evaluate on held-out data.
+
+    factory: makes the model, instead of the one that the settings name. Raises HamdistError.
+    """
+    return _run(settings, settings.level.value, settings.engine.kind.value, factory, on_progress)
+
+
+def run_centralised(
+    settings: Settings,
+    *,
+    factory: ModelFactory | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[Run, nn.Module]:
+    """The same with centralised training (baseline.py)."""
+    return _run(settings, CENTRALISED, PYTORCH, factory, on_progress)
+
+
+def _run(
+    settings: Settings,
+    level: str,
+    engine: str,
+    factory: ModelFactory | None,
+    on_progress: OnProgress | None,
+) -> tuple[Run, nn.Module]:
+    dtype = torch_dtype(settings.dtype)
+    stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+    model = _build(settings, stream.spec, factory, dtype)
+    timeline = Timeline(on_progress)
+    trainer = train_centralised if level == CENTRALISED else train
+    result = trainer(model, stream, settings, on_progress=timeline)
+    scores = None if result.interrupted else _score(result, settings, dtype)
+    windows = _readout_windows(result)
+    entered = [window.last + 1 for window in windows]
+    run = Run(
+        level=level,
+        engine=engine,
+        seed=settings.seed,
+        samples=result.samples,
+        batch=stream.spec.batch,
+        ticks=result.ticks,
+        seconds=result.seconds,
+        startup_seconds=result.startup_seconds,
+        windows=windows,
+        window_seconds=timeline.at(entered, (result.samples, result.seconds)),
+        held_out=scores,
+        bytes_per_edge=result.bytes_per_edge,
+        peak_memory=result.peak_memory,
+        staleness=result.staleness,
+        smoothness=result.smoothness,
+        interrupted=result.interrupted,
+        warnings=tuple(result.warnings),
+    )
+    return run, result.model
+
+
+def _build(
+    settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
+) -> nn.Module:
+    if factory is not None:
+        return make_from_factory(factory, seed=settings.seed, dtype=dtype)
+    return make_model(settings.model, spec, seed=settings.seed, dtype=dtype)
+
+
+def _score(result: RunResult, settings: Settings, dtype: torch.dtype) -> Scores:
+    x, y = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=result.samples)
+    return evaluate(result.model, x, y, make_loss(settings.loss))
+
+
+def _readout_windows(result: RunResult) -> list[Window]:
+    return list(result.windows.values())[-1] if result.windows else []
+
+
+def torch_dtype(name: DType) -> torch.dtype:
+    return {DType.FLOAT32: torch.float32, DType.FLOAT64: torch.float64}[name]

@@ -1,0 +1,65 @@
+"""Writes a finished run, or a comparison, into a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import nn
+
+from hamdist.config import Settings, to_yaml
+from hamdist.study.aggregate import aggregate
+from hamdist.study.plots import comparison_plots
+from hamdist.study.report import Report, render
+from hamdist.study.results import (
+    comparison_summary,
+    rows_csv,
+    run_lines,
+    summary_json,
+    write_file,
+)
+from hamdist.study.runs import Run
+from hamdist.study.table import comparison_table
+
+
+def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
+    """metrics.jsonl, summary.json, settings.yaml and model.safetensors (the `state_dict`).
+
+    Raises SettingsError where a file cannot be written.
+    """
+    write_file(folder / "metrics.jsonl", run_lines([run]))
+    write_file(folder / "settings.yaml", to_yaml(settings))
+    # Clones: safetensors refuses tensors that share memory (tied weights).
+    tensors = {
+        key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
+    }
+    write_file(folder / "model.safetensors", save(tensors))
+    write_file(folder / "summary.json", summary_json(run))
+
+
+def save_comparison(
+    folder: Path, runs: Sequence[Run], settings: Settings, *, command: str, interrupted: bool
+) -> None:
+    """runs.jsonl, results.csv, summary.json, settings.yaml, the plots and report.html.
+
+    Raises SettingsError where a file cannot be written.
+    """
+    rows = aggregate(runs)
+    write_file(folder / "runs.jsonl", run_lines(runs))
+    write_file(folder / "results.csv", rows_csv(rows))
+    write_file(folder / "settings.yaml", to_yaml(settings))
+    plots = comparison_plots(runs) if rows else {}
+    for name, png in plots.items():
+        write_file(folder / name, png)
+    report = Report(
+        settings=settings,
+        table=comparison_table(rows),
+        plots=plots,
+        command=command,
+        when=time.strftime("%Y-%m-%d %H:%M %z"),
+        interrupted=interrupted,
+    )
+    write_file(folder / "report.html", render(report))
+    write_file(folder / "summary.json", comparison_summary(rows, interrupted=interrupted))

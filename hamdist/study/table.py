@@ -1,0 +1,160 @@
+"""The comparison as a table of texts, for the terminal and for the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hamdist.dynamics.metrics import merge_windows
+from hamdist.study.aggregate import Row
+from hamdist.study.runs import Run
+
+MIB = 2**20
+KIB = 2**10
+PROCESSES_SHOWN = 6
+MISSING = "–"
+STARTUP_WORTH_SAYING = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Column titles, one list of cells per row, and notes below."""
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Accuracies in %, gaps in points, spreads behind a ±; losses where there is no accuracy."""
+    real_valued = all(row.held_out_accuracy is None for row in rows)
+    columns = _loss_columns() if real_valued else _accuracy_columns()
+    columns.update(_cost_columns())
+    notes = [f"{row.level}: {note}" for row in rows for note in row.notes]
+    slow = [row for row in rows if row.startup_seconds >= STARTUP_WORTH_SAYING]
+    if slow:
+        starts = ", ".join(f"{row.level} {row.startup_seconds:.1f} s" for row in slow)
+        notes.append(f"wall and rows/s do not count start-up: {starts}")
+    if any(row.held_out_spread is None and row.held_out_loss_spread is None for row in rows):
+        notes.append("one seed: no spread, so small differences mean nothing (--seeds 3 or more)")
+    return Table(
+        titles=list(columns),
+        rows=[[cell(row) for cell in columns.values()] for row in rows],
+        notes=notes,
+    )
+
+
+def _accuracy_columns() -> dict[str, Callable[[Row], str]]:
+    return {
+        "level": lambda row: row.level,
+        "engine": lambda row: row.engine,
+        "seeds": lambda row: str(row.seeds),
+        "held-out, %": lambda row: percent(row.held_out_accuracy, row.held_out_spread),
+        "prequential, %": lambda row: percent(row.prequential_accuracy),
+        "gap, points": lambda row: percent(row.gap_to_backprop, row.gap_spread, digits=2),
+    }
+
+
+def _loss_columns() -> dict[str, Callable[[Row], str]]:
+    return {
+        "level": lambda row: row.level,
+        "engine": lambda row: row.engine,
+        "seeds": lambda row: str(row.seeds),
+        "held-out loss": lambda row: number(row.held_out_loss, row.held_out_loss_spread),
+        "prequential loss": lambda row: number(row.prequential_loss),
+        "loss gap": lambda row: number(row.loss_gap, row.loss_gap_spread),
+    }
+
+
+def _cost_columns() -> dict[str, Callable[[Row], str]]:
+    return {
+        "wall, s": lambda row: f"{row.wall_seconds:.1f}",
+        "rows/s": lambda row: f"{row.samples_per_second:,.0f}",
+        "KiB per edge, item": lambda row: f"{row.bytes_per_edge / KIB:.1f}",
+        "peak, MiB": lambda row: processes(row.peak_memory_by_process),
+        "staleness": lambda row: str(row.staleness),
+    }
+
+
+def run_facts(run: Run) -> dict[str, str]:
+    """What a single run reached, name by name."""
+    facts = {
+        "items": f"{run.samples:,} of {run.batch} rows, {run.ticks:,} ticks",
+        "time": f"{run.seconds:.1f} s, after {run.startup_seconds:.1f} s of start-up",
+        "speed": f"{run.rows_per_second:,.0f} rows/s",
+        **_scores(run),
+        "staleness": f"{run.staleness} items",
+        "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
+    }
+    if run.samples:
+        facts["KiB per edge and item"] = ", ".join(
+            f"{edge} {size / run.samples / KIB:.1f}" for edge, size in run.bytes_per_edge.items()
+        )
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _scores(run: Run) -> dict[str, str]:
+    scores = {}
+    if run.windows:
+        last, whole = run.windows[-1], merge_windows(run.windows)
+        scores["prequential loss"] = (
+            f"{number(whole.mean_loss)} (last window {number(last.mean_loss)})"
+        )
+        if whole.accuracy is not None:
+            scores["prequential accuracy"] = (
+                f"{percent(whole.accuracy)} % (last window {percent(last.accuracy)} %)"
+            )
+    if run.held_out is not None:
+        scores["held-out loss"] = number(run.held_out.loss)
+        if run.held_out.accuracy is not None:
+            scores["held-out accuracy"] = f"{percent(run.held_out.accuracy)} %"
+    return scores
+
+
+def finished_line(run: Run) -> str:
+    """A finished run on one line."""
+    head = f"seed {run.seed}, {run.level}: {run.seconds:.1f} s, {run.rows_per_second:,.0f} rows/s"
+    if run.held_out is None:
+        return f"{head}, interrupted after {run.samples} items"
+    if run.held_out.accuracy is None:
+        return f"{head}, held-out loss {number(run.held_out.loss)}"
+    return f"{head}, held-out {percent(run.held_out.accuracy)} %"
+
+
+def percent(value: float | None, spread: float | None = None, *, digits: int = 1) -> str:
+    """A share as percent, `–` where there is none: 0.8774, 0.0012 as '87.7 ± 0.1'."""
+    return _with_spread(value, spread, lambda v: f"{100 * v:.{digits}f}")
+
+
+def number(value: float | None, spread: float | None = None) -> str:
+    return _with_spread(value, spread, lambda v: f"{v:.4g}")
+
+
+def _with_spread(value: float | None, spread: float | None, text: Callable[[float], str]) -> str:
+    if value is None:
+        return MISSING
+    if not math.isfinite(value):
+        return "not finite"
+    # Adding 0.0 after rounding would keep '-0.0': a gap of nothing has no sign.
+    shown = text(value)
+    if not shown.strip("-0."):
+        shown = shown.removeprefix("-")
+    if spread is None or not math.isfinite(spread):
+        return shown
+    return f"{shown} ± {text(spread)}"
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / MIB:,.0f}"
+
+
+def processes(peaks: Mapping[str, int]) -> str:
+    """One line per process; beyond a few, the driver and the largest of the others."""
+    if not peaks:
+        return MISSING
+    if len(peaks) <= PROCESSES_SHOWN:
+        return "\n".join(f"{name} {mebibytes(size)}" for name, size in peaks.items())
+    first, *others = peaks
+    largest = max(peaks[name] for name in others)
+    return f"{first} {mebibytes(peaks[first])}\n{len(others)} others: at most {mebibytes(largest)}"

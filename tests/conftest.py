@@ -1,0 +1,46 @@
+"""What every test shares: one thread (results depend on the number), and one Ray for all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A folder for temporary files of these tests alone, so that what they leave can be seen.
+os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="h-", dir="/tmp")
+tempfile.tempdir = os.environ["TMPDIR"]
+
+import torch
+
+from hamdist.config import EngineSettings
+from hamdist.runtime.cluster import ray_session
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+    yield
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def session():
+    """A local Ray with room for four actors, for the whole test session."""
+    with ray_session(EngineSettings(actors=4)) as opened:
+        yield opened
+
+
+def socket_folders():
+    return {p.name for p in Path(tempfile.gettempdir()).glob("hd-*")}
+
+
+@pytest.fixture
+def leaves_no_socket():
+    """Fails the test if socket folders are left that were not there before."""
+    before = socket_folders()
+    yield
+    assert socket_folders() <= before

@@ -1,0 +1,183 @@
+"""Oracle: the in-process engine. A distributed run equals it to the last bit, at every level, for
+every graph, however the blocks are spread over actors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runtime.networks import PortableStream, chain, cycle_graph, skip_graph, stream
+
+from hamdist.config import Settings
+from hamdist.runtime.train import train
+
+TICKS = 200
+LEVELS = {
+    "local": {"level": "local"},
+    "local, c = 3": {"level": "local", "locality": {"speed": 3}},
+    "local, last tick": {"level": "local", "locality": {"speed": "inf", "update": "last-tick"}},
+    "local, simultaneous, lagging": {
+        "level": "local",
+        "locality": {"order": "simultaneous"},
+        "dynamics": {"tau": 0.5, "c": 0.8, "eta": 0.3},
+    },
+    "local, sequential": {
+        "level": "local",
+        "locality": {"order": "sequential", "readout": "state"},
+    },
+    "group": {"level": "group"},
+    "delay-free": {"level": "delay-free"},
+    "trace": {"level": "trace"},
+    "trace, c = 2": {"level": "trace", "locality": {"speed": 2, "delay_power": 0.5}},
+    "trace+weights": {"level": "trace", "locality": {"memory": "trace+weights"}},
+    "trace, momentum": {"level": "trace", "learning": {"lr": 0.05, "momentum": 0.5}},
+    "backprop": {"level": "backprop"},
+}
+PLACEMENTS = {
+    "2 actors": {"actors": 2},
+    "4 actors": {"actors": 4},
+}
+CYCLIC = {"local", "local, c = 3", "local, simultaneous, lagging", "group"}
+NO_STATE_READOUT = {"local, sequential"}
+
+
+def settings(engine, items, **fields):
+    return Settings.model_validate({"steps": items, "seed": 5, "engine": engine, **fields})
+
+
+def both(model, source, engine, items, **fields):
+    """The same run in one process and on Ray."""
+    alone = train(model(), source(), settings({"kind": "inprocess"}, items, **fields))
+    spread = train(model(), source(), settings({"kind": "ray", **engine}, items, **fields))
+    return alone, spread
+
+
+def assert_equal(alone, spread):
+    assert alone.blocks.keys() == spread.blocks.keys()
+    for name, a in alone.blocks.items():
+        b = spread.blocks[name]
+        assert a.updates == b.updates, name
+        for part in ("theta", "omega", "buffers"):
+            left, right = getattr(a, part), getattr(b, part)
+            assert left.keys() == right.keys()
+            for key in left:
+                assert torch.equal(left[key], right[key]), (name, part, key)
+        for part in ("h", "z"):
+            left, right = getattr(a, part), getattr(b, part)
+            assert (left is None) == (right is None)
+            assert left is None or torch.equal(left, right), (name, part)
+    assert alone.windows == spread.windows
+    assert alone.ticks == spread.ticks
+    assert alone.samples == spread.samples
+    assert alone.bytes_per_edge == spread.bytes_per_edge
+    old, new = alone.model.state_dict(), spread.model.state_dict()
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def learned(result, model):
+    before = model().state_dict()
+    after = result.model.state_dict()
+    return any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def samples_for(level, graph_depth):
+    """Samples that make about 200 ticks."""
+    c = {"local, c = 3": 3, "trace, c = 2": 2, "delay-free": graph_depth + 1}.get(level, 1)
+    if level in {"backprop", "local, last tick"}:
+        c = 2 * graph_depth + 1
+    return max(4, TICKS // c)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_chain(session, leaves_no_socket, level, placement):
+    fields = LEVELS[level]
+    if level == "group" and placement == "4 actors":
+        fields = {**fields, "partition": {"blocks": 4}}
+    items = samples_for(level, 4)
+    alone, spread = both(
+        chain, lambda: PortableStream(items), PLACEMENTS[placement], items, **fields
+    )
+    assert learned(alone, chain)
+    assert_equal(alone, spread)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("level", [x for x in LEVELS if x not in NO_STATE_READOUT])
+def test_skip_graph_with_blocks_sharing_actors(session, leaves_no_socket, level):
+    items = samples_for(level, 5)
+    engine = {"placement": [["a", "d", "y"], ["b", "w"], ["c"]]}
+    alone, spread = both(skip_graph, lambda: PortableStream(items), engine, items, **LEVELS[level])
+    assert_equal(alone, spread)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "engine", [{"actors": 2}, {"actors": 4}, {"placement": [["a", "c"], ["b", "d"]]}]
+)
+@pytest.mark.parametrize("level", sorted(CYCLIC))
+def test_cycle_graph(session, leaves_no_socket, level, engine):
+    items = samples_for(level, 3)
+    alone, spread = both(cycle_graph, lambda: PortableStream(items), engine, items, **LEVELS[level])
+    assert_equal(alone, spread)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("level", ["trace", "backprop"])
+def test_uneven_last_batch_missing_targets_and_a_stream_of_the_driver(session, level):
+    def source():
+        return stream(60, missing={0, 7, 8, 31}, last=1)
+
+    alone, spread = both(chain, source, {"actors": 3}, 60, level=level)
+    assert alone.samples == 60
+    assert sum(w.items for w in alone.windows["block4"]) == 56
+    assert_equal(alone, spread)
+
+
+@pytest.mark.ray
+def test_missing_targets_at_a_held_level(session):
+    alone, spread = both(
+        chain, lambda: PortableStream(60, missing={0, 7, 8, 31}), {"actors": 2}, 60, level="local"
+    )
+    assert_equal(alone, spread)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("level", ["local", "trace"])
+def test_dropout_draws_the_same_masks(session, level):
+    def model():
+        return chain(dropout=0.3)
+
+    alone, spread = both(model, lambda: PortableStream(80), {"actors": 3}, 80, level=level)
+    assert_equal(alone, spread)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("level", ["local", "backprop"])
+def test_tcp(session, level):
+    engine = {"actors": 3, "transport": "tcp"}
+    alone, spread = both(chain, lambda: PortableStream(50), engine, 50, level=level)
+    assert_equal(alone, spread)
+
+
+@pytest.mark.ray
+def test_edge_delays(session):
+    fields = {"level": "trace", "partition": {"delay": 3}}
+    alone, spread = both(chain, lambda: PortableStream(100), {"actors": 4}, 100, **fields)
+    assert alone.staleness == 2 * 4 * 3
+    assert_equal(alone, spread)
+
+
+@pytest.mark.ray
+def test_a_stream_that_ends_before_its_steps(session):
+    alone, spread = both(chain, lambda: PortableStream(30), {"actors": 2}, 1000, level="trace")
+    assert alone.samples == 30
+    assert all(block.updates == 30 for block in alone.blocks.values())
+    assert_equal(alone, spread)
+
+
+def test_the_same_run_twice_is_the_same():
+    first = train(chain(), PortableStream(50), settings({}, 50, level="trace"))
+    again = train(chain(), PortableStream(50), settings({}, 50, level="trace"))
+    assert_equal(first, again)

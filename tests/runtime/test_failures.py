@@ -1,0 +1,229 @@
+"""Documented contract: a run that fails ends with one error that says what and where, and leaves
+no process, socket or thread. Ray here is the test session's; its actors are the run's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import psutil
+import pytest
+import torch
+from runtime.networks import (
+    CLASSES,
+    FEATURES,
+    Broken,
+    EndlessStream,
+    PortableStream,
+    Stuck,
+    batches,
+    chain,
+    stream,
+)
+from torch import nn
+
+from hamdist.config import Settings
+from hamdist.errors import BlockError, ClusterError, SettingsError, StallError, StreamError
+from hamdist.runtime.train import train
+from hamdist.streams import from_iterable
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(90)]
+
+
+def with_module(module):
+    return nn.Sequential(
+        nn.Linear(FEATURES, 8), nn.Linear(8, 8), module, nn.Linear(8, 8), nn.Linear(8, CLASSES)
+    )
+
+
+def settings(**engine):
+    return Settings.model_validate(
+        {
+            "level": "trace",
+            "steps": 200,
+            "partition": {"cuts": ["1", "3", "4"]},
+            "engine": {"kind": "ray", "actors": 3, **engine},
+        }
+    )
+
+
+@pytest.fixture
+def leaves_nothing(session, leaves_no_socket):
+    """After the test no process is busy with a run, and no thread of the driver is left."""
+    threads = threading.active_count()
+    yield
+    known = {actor._actor_id for actor in session.idle}
+    alive = _alive_workers()
+    assert len(alive) <= len(known), (alive, known)
+    assert threading.active_count() <= threads + 1
+
+
+def _alive_workers():
+    """Ray's worker processes that host an actor."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "HostActor" in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("kind", ["inprocess", "ray"])
+def test_a_users_exception_names_the_block_and_carries_its_traceback(leaves_nothing, kind):
+    with pytest.raises(BlockError) as caught:
+        train(with_module(Broken(20)), PortableStream(200), settings(kind=kind))
+    error = caught.value
+    assert error.block == "block1"
+    assert error.tick == 21  # sample 20 at depth 1
+    assert "the user's own mistake" in str(error)
+    assert "ArithmeticError" in error.details
+    assert "forward" in error.details
+
+
+@pytest.mark.parametrize("kind", ["inprocess", "ray"])
+def test_a_bad_sample_is_named(leaves_nothing, kind):
+    made = batches(50)
+    made[17][0][2, 3] = float("nan")
+    with pytest.raises(StreamError, match="item 17.*nan"):
+        train(chain(), from_iterable(made, classes=CLASSES), settings(kind=kind, actors=2))
+
+
+def test_a_failing_iterator_is_named(leaves_nothing):
+    def samples():
+        yield from batches(10)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(StreamError, match="sample 10.*OSError: the disk is gone"):
+        train(chain(), from_iterable(samples(), classes=CLASSES), settings(actors=2))
+
+
+def test_a_killed_actor_is_named(leaves_nothing):
+    seen = []
+
+    def kill(progress):
+        victim = _alive_workers()
+        if progress.samples > 5 and not seen and victim:
+            seen.append(victim[-1])
+            os.kill(victim[-1], signal.SIGKILL)
+
+    with pytest.raises(ClusterError, match=r"actor \d \(blocks block.*died"):
+        train(
+            chain(),
+            EndlessStream(),
+            Settings.model_validate({"level": "trace", "engine": {"kind": "ray", "actors": 2}}),
+            on_progress=kill,
+        )
+    assert seen
+
+
+def test_the_watchdog_names_the_edge_that_blocks(leaves_nothing):
+    with pytest.raises(StallError) as caught:
+        train(
+            with_module(Stuck(20)),
+            PortableStream(200),
+            settings(stall_warning=0.5, stall_limit=1.5),
+        )
+    text = str(caught.value)
+    assert "no block has moved" in text
+    assert "'block2' has waited" in text
+    assert "state on edge block1->block2" in text
+    assert "sample 20" in text
+    assert "'block1' is at tick 21" in text
+
+
+def test_the_watchdog_names_an_actor_that_does_not_answer(session, leaves_no_socket):
+    stopped = []
+
+    def stop(progress):
+        workers = _alive_workers()
+        if progress.samples > 5 and not stopped and workers:
+            stopped.append(workers[-1])
+            os.kill(workers[-1], signal.SIGSTOP)
+
+    with pytest.raises(StallError, match="does not answer"):
+        train(
+            chain(),
+            EndlessStream(),
+            Settings.model_validate(
+                {
+                    "level": "trace",
+                    "engine": {"kind": "ray", "actors": 2, "stall_warning": 1, "stall_limit": 6},
+                }
+            ),
+            on_progress=stop,
+        )
+    psutil.wait_procs([p for p in map(_process, stopped) if p], timeout=10)
+    assert not any(psutil.pid_exists(pid) for pid in stopped)
+
+
+def _process(pid):
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def test_a_slow_warning_is_no_error(session, leaves_no_socket):
+    """A block that takes longer than stall_warning once is warned of, and the run goes on."""
+    result = train(
+        with_module(SlowOnce()), PortableStream(60), settings(stall_warning=0.3, stall_limit=60)
+    )
+    assert result.samples == 60
+    assert any("no block has moved" in text for text in result.warnings)
+
+
+class SlowOnce(nn.Module):
+    """Waits 2 s in its tenth forward pass: a wait for an event that nobody sets."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += x.device.type != "meta"
+        if self.calls == 10:
+            threading.Event().wait(2)
+        return x
+
+
+def test_more_actors_than_blocks_is_refused_before_anything_starts(session):
+    with pytest.raises(SettingsError, match="9 actors for 5 blocks"):
+        train(
+            chain(),
+            PortableStream(5),
+            Settings.model_validate({"engine": {"kind": "ray", "actors": 9}}),
+        )
+
+
+def test_an_error_outside_the_tree_of_a_loss_is_the_readouts(leaves_nothing):
+    def loss(prediction, target):
+        raise ZeroDivisionError("in the loss")
+
+    with pytest.raises(BlockError, match="'block3' failed at tick 3: ZeroDivisionError"):
+        train(with_module(nn.Identity()), stream(9), settings(), loss=loss)
+
+
+def test_an_interrupted_run_keeps_what_it_has(leaves_nothing):
+    """The first Ctrl-C ends the stream: every block finishes the samples that entered."""
+
+    def interrupt(progress):
+        if progress.samples > 50 and not sent:
+            sent.append(progress.samples)
+            signal.raise_signal(signal.SIGINT)
+
+    for kind in ("inprocess", "ray"):
+        sent: list[int] = []
+        result = train(
+            chain(),
+            EndlessStream(),
+            Settings.model_validate({"level": "trace", "engine": {"kind": kind, "actors": 2}}),
+            on_progress=interrupt,
+        )
+        assert result.interrupted
+        assert result.samples >= sent[0]
+        assert all(block.updates == result.samples for block in result.blocks.values())
+        assert sum(w.items for w in result.windows["block4"]) == result.samples
+        alone = train(chain(), EndlessStream(), Settings(level="trace", steps=result.samples))
+        for key, tensor in alone.model.state_dict().items():
+            assert torch.equal(tensor, result.model.state_dict()[key])

@@ -1,0 +1,232 @@
+"""Data sets against their sources, read by another route; IDX files written by hand."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hamdist.errors import SettingsError, StreamError
+from hamdist.streams import DataSet, datasets, digits, fashion_mnist
+from hamdist.streams.datasets import fashion_mnist_folders, read_idx
+
+NAMES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "t10k": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def idx(values: np.ndarray) -> bytes:
+    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+    return header + values.astype(np.uint8).tobytes()
+
+
+def write_fashion(folder: Path, *, train: int = 12, held: int = 7, zipped: bool = False) -> None:
+    """Images whose pixels are all their own number; the label is that number modulo 10."""
+    for part, many in (("train", train), ("t10k", held)):
+        numbers = np.arange(many, dtype=np.uint8)
+        images = np.broadcast_to(numbers[:, None, None], (many, 28, 28))
+        for name, values in zip(NAMES[part], (images, numbers % 10), strict=True):
+            raw = idx(values)
+            if zipped:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
+            else:
+                (folder / name).write_bytes(raw)
+
+
+def epoch(data: DataSet, items: int) -> tuple[Tensor, Tensor]:
+    samples = list(islice(data.train.samples(), items))
+    targets = [sample.y for sample in samples if sample.y is not None]
+    return torch.cat([sample.u for sample in samples]), torch.cat(targets)
+
+
+class TestDigits:
+    @pytest.fixture
+    def source(self) -> tuple[Tensor, Tensor]:
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def test_parts_make_up_the_source(self, source: tuple[Tensor, Tensor]) -> None:
+        data = digits(1, 0, torch.float64)
+        x, y = epoch(data, 1797 - len(data.x))
+        both = torch.cat([torch.cat([x, data.x]), torch.cat([y, data.y]).unsqueeze(1)], 1)
+        # undo the standardisation by the extremes: blank is 0, the darkest pixel is 16
+        scale = (both[:, :64].max() - both[:, :64].min()) / 16
+        both[:, :64] = ((both[:, :64] - both[:, :64].min()) / scale).round()
+        original = torch.cat([source[0], source[1].unsqueeze(1).double()], 1)
+        assert sorted(both.tolist()) == sorted(original.tolist())
+
+    def test_training_part_is_standardised(self) -> None:
+        x, _ = epoch(digits(1, 0, torch.float64), 1438)
+        assert len(digits(1, 0, torch.float64).x) == 1797 - 1438
+        assert x.mean().item() == pytest.approx(0.0, abs=1e-12)
+        assert x.pow(2).mean().item() == pytest.approx(1.0, abs=1e-12)
+
+    def test_held_out_is_a_fifth_of_each_class(self, source: tuple[Tensor, Tensor]) -> None:
+        whole = torch.bincount(source[1], minlength=10)
+        held = torch.bincount(digits(1, 0, torch.float32).y, minlength=10)
+        assert (held - whole / 5).abs().max() <= 0.5
+
+    def test_seed_orders_the_training_part_only(self) -> None:
+        one, two = digits(8, 0, torch.float32), digits(8, 1, torch.float32)
+        assert torch.equal(one.x, two.x)
+        assert torch.equal(one.y, two.y)
+        first, second = (next(iter(data.train.samples())) for data in (one, two))
+        assert not torch.equal(first.u, second.u)
+
+    def test_spec(self) -> None:
+        for dtype in (torch.float32, torch.float64):
+            data = digits(8, 0, dtype)
+            spec, sample = data.train.spec, next(iter(data.train.samples()))
+            assert sample.y is not None
+            assert (spec.u_shape, spec.y_shape, spec.classes) == ((8, 64), (8,), 10)
+            assert (sample.u.shape, sample.u.dtype) == (spec.u_shape, dtype)
+            assert (sample.y.dtype, data.y.dtype) == (torch.int64, torch.int64)
+            assert data.x.dtype == dtype
+
+    def test_batch(self) -> None:
+        with pytest.raises(SettingsError, match="batch is 0"):
+            digits(0, 0, torch.float32)
+
+
+class TestFashionMnist:
+    @pytest.mark.parametrize("zipped", [False, True])
+    def test_values(self, tmp_path: Path, zipped: bool) -> None:
+        write_fashion(tmp_path, zipped=zipped)
+        data = fashion_mnist(4, 0, torch.float64, tmp_path)
+        x, y = epoch(data, 3)
+        order = x[:, 0].argsort()
+        pixels = torch.arange(12, dtype=torch.float64)
+        expected = ((pixels / 255 - 0.286) / 0.353).unsqueeze(1).expand(12, 784)
+        torch.testing.assert_close(x[order], expected, rtol=1e-14, atol=1e-14)
+        assert y[order].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+        torch.testing.assert_close(data.x, expected[:7], rtol=1e-14, atol=1e-14)
+        assert data.y.tolist() == list(range(7))
+        assert data.y.dtype == torch.int64
+
+    def test_spec(self, tmp_path: Path) -> None:
+        write_fashion(tmp_path)
+        data = fashion_mnist(5, 0, torch.float32, str(tmp_path))
+        spec, sample = data.train.spec, next(iter(data.train.samples()))
+        assert (spec.u_shape, spec.u_dtype, spec.classes) == ((5, 784), torch.float32, 10)
+        assert (sample.u.shape, sample.u.dtype) == (spec.u_shape, spec.u_dtype)
+        assert data.train.portable
+
+    def test_looks_in_the_prefixes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = tmp_path / "share" / "datasets" / "fashion-mnist"
+        folder.mkdir(parents=True)
+        write_fashion(folder)
+        monkeypatch.setattr(sys, "prefix", str(tmp_path))
+        expected = (
+            folder,
+            *(Path(p, "share/datasets/fashion-mnist") for p in ("/usr", "/usr/local")),
+        )
+        assert fashion_mnist_folders() == expected
+        assert len(fashion_mnist(1, 0, torch.float32).x) == 7
+
+    def test_nowhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path / "a", tmp_path))
+        message = r"a \(all four files missing\); .*dataset-fashion-mnist, or set stream.path"
+        with pytest.raises(StreamError, match=message):
+            fashion_mnist(1, 0, torch.float32)
+
+    def test_partly_there(self, tmp_path: Path) -> None:
+        write_fashion(tmp_path)
+        (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+        with pytest.raises(StreamError, match=r"\(t10k-labels-idx1-ubyte missing\)"):
+            fashion_mnist(1, 0, torch.float32, tmp_path)
+
+    def test_other_size(self, tmp_path: Path) -> None:
+        write_fashion(tmp_path)
+        (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((12, 8, 9))))
+        with pytest.raises(StreamError, match="train-images-idx3-ubyte: images of 8 x 9"):
+            fashion_mnist(1, 0, torch.float32, tmp_path)
+
+    def test_counts_differ(self, tmp_path: Path) -> None:
+        write_fashion(tmp_path)
+        (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(6)))
+        message = "t10k-images-idx3-ubyte has 7 images and .*t10k-labels-idx1-ubyte has 6 labels"
+        with pytest.raises(StreamError, match=message):
+            fashion_mnist(1, 0, torch.float32, tmp_path)
+
+    def test_label_out_of_range(self, tmp_path: Path) -> None:
+        write_fashion(tmp_path)
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.array([9] * 11 + [10])))
+        with pytest.raises(StreamError, match="train-labels-idx1-ubyte: label 11 is 10"):
+            fashion_mnist(1, 0, torch.float32, tmp_path)
+
+    def test_on_disk(self) -> None:
+        installed = [folder for folder in fashion_mnist_folders() if folder.is_dir()]
+        if not installed:
+            pytest.skip("Fashion-MNIST is not installed (Debian package dataset-fashion-mnist)")
+        data = fashion_mnist(100, 0, torch.float32)
+        assert data.x.shape == (10_000, 784)
+        assert torch.bincount(data.y).tolist() == [1000] * 10
+        # published: mean .2860 and standard deviation .3530 of the training pixels, 6000 a class
+        counts, total, squares = torch.zeros(10, dtype=torch.int64), 0.0, 0.0
+        for sample in islice(data.train.samples(), 600):
+            assert sample.y is not None
+            counts += torch.bincount(sample.y, minlength=10)
+            total += sample.u.sum().item()
+            squares += sample.u.square().sum().item()
+        assert counts.tolist() == [6000] * 10
+        assert total / (60_000 * 784) == pytest.approx(0.0, abs=2e-3)
+        assert squares / (60_000 * 784) == pytest.approx(1.0, abs=4e-3)
+
+
+class TestIdx:
+    @pytest.mark.parametrize("zipped", [False, True])
+    def test_last_dimension_is_fastest(self, tmp_path: Path, zipped: bool) -> None:
+        raw = bytes.fromhex("00000803 00000002 00000001 00000003 0a0b0cff0e0f")
+        path = tmp_path / "file"
+        path.write_bytes(gzip.compress(raw) if zipped else raw)
+        assert read_idx(path, 3).tolist() == [[[10, 11, 12]], [[255, 14, 15]]]
+
+    @pytest.mark.parametrize(
+        ("raw", "message"),
+        [
+            ("", "begins with nothing"),
+            ("00000802 00000001", "begins with 00 00 08 02, but .* 1 dimensions .* 00 00 08 01"),
+            ("00000d01 00000001 00000000", "begins with 00 00 0d 01"),
+            ("01000801 00000001 00", "begins with 01 00 08 01"),
+            ("00000801 0000", "ends after 6 bytes, inside its header of 8"),
+            ("00000801 00000000", "announces 0 values"),
+            ("00000801 00000003 0102", "truncated: 3 values announced, 2 of 3 bytes there"),
+            ("00000801 00000001 0102", "1 bytes follow after the 1 values"),
+            ("00000801 ffffffff 01", "truncated: 4294967295 values"),
+        ],
+    )
+    def test_errors_name_the_file(self, tmp_path: Path, raw: str, message: str) -> None:
+        path = tmp_path / "some-file"
+        path.write_bytes(bytes.fromhex(raw))
+        with pytest.raises(StreamError, match=f"some-file: .*{message}"):
+            read_idx(path, 1)
+
+    def test_damaged_gzip(self, tmp_path: Path) -> None:
+        whole = gzip.compress(idx(np.arange(200)))
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 0xFF
+        for damaged in (whole[:-9], bytes(flipped), whole[:40], whole + b"more"):
+            path = tmp_path / "some-file.gz"
+            path.write_bytes(damaged)
+            with pytest.raises(StreamError, match=r"some-file.gz: cannot be read"):
+                read_idx(path, 1)
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(StreamError, match="absent: cannot be read"):
+            read_idx(tmp_path / "absent", 1)
+
+
+def test_importing_streams_imports_no_sklearn() -> None:
+    code = "import sys, hamdist.streams; sys.exit('sklearn' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,204 @@
+"""Centralised training against hand-written loops, and what it must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from hamdist.config import Settings
+from hamdist.dynamics.losses import cross_entropy
+from hamdist.errors import BlockError, SettingsError, StreamError
+from hamdist.runtime.result import Progress
+from hamdist.streams.sample import Sample, SampleSpec
+from hamdist.study import baseline, threads
+from hamdist.study.baseline import CENTRALISED, train_centralised
+
+STEPS, B, F, C = 40, 6, 5, 3  # items, batch, features, classes
+MISSING = {0, 7, 8, 21}  # items without target
+
+
+class Items:
+    """A stream of random items; `fault` is raised instead of item `at`."""
+
+    portable = True
+    spec = SampleSpec((B, F), torch.float64, (B,), torch.int64, classes=C)
+
+    def __init__(self, fault: BaseException | None = None, at: int = 0) -> None:
+        self.fault, self.at = fault, at
+
+    def samples(self) -> Iterator[Sample]:
+        generator = torch.Generator().manual_seed(11)
+        for item in range(3 * STEPS):
+            if self.fault is not None and item == self.at:
+                raise self.fault
+            u = torch.randn(B, F, dtype=torch.float64, generator=generator)
+            y = torch.randint(C, (B,), generator=generator)
+            yield Sample(u, None if item in MISSING else y)
+
+
+def net(*, dropout: bool = False) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        hidden: list[nn.Module] = [nn.Dropout(0.3)] if dropout else []
+        model = nn.Sequential(nn.Linear(F, 8), nn.Tanh(), *hidden, nn.Linear(8, C))
+    return model.double()
+
+
+def settings(**learning: object) -> Settings:
+    return Settings.model_validate(
+        {"steps": STEPS, "dtype": "float64", "learning": learning, "metrics": {"window": 9}}
+    )
+
+
+@pytest.mark.parametrize("decay", ["none", "linear"])
+@pytest.mark.parametrize(("momentum", "dampening"), [(0.0, 0.0), (0.9, 0.0), (0.6, 0.3)])
+def test_weights_are_those_of_sgd_written_out(
+    decay: str, momentum: float, dampening: float
+) -> None:
+    """v <- mu v + (1 - rho) g (the first v is g itself), theta <- theta - lr_n v."""
+    model = net()
+    asked = settings(lr=0.2, momentum=momentum, dampening=dampening, decay=decay)
+    result = train_centralised(model, Items(), asked)
+
+    theta = [p.detach().clone() for p in net().parameters()]
+    velocity: list[torch.Tensor] | None = None
+    for n, sample in zip(range(STEPS), Items().samples(), strict=False):
+        if sample.y is None:
+            continue
+        leaves = [p.requires_grad_() for p in theta]
+        hidden = torch.tanh(sample.u @ leaves[0].T + leaves[1])
+        log_p = torch.log_softmax(hidden @ leaves[2].T + leaves[3], 1)
+        loss = -log_p[torch.arange(B), sample.y].mean()
+        gradient = torch.autograd.grad(loss, leaves)
+        if velocity is None:
+            velocity = [g.clone() for g in gradient]
+        else:
+            velocity = [
+                momentum * v + (1 - (dampening if momentum else 0.0)) * g
+                for v, g in zip(velocity, gradient, strict=True)
+            ]
+        rate = 0.2 * (1 - n / STEPS) if decay == "linear" else 0.2
+        theta = [(p - rate * v).detach() for p, v in zip(leaves, velocity, strict=True)]
+    for learned, expected in zip(result.model.parameters(), theta, strict=True):
+        torch.testing.assert_close(learned.detach(), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_metrics_are_test_then_train() -> None:
+    result = train_centralised(net(), Items(), settings(lr=0.3))
+    model = net()
+    optimiser = torch.optim.SGD(model.parameters(), 0.3)
+    losses, right = [], []
+    for n, sample in zip(range(STEPS), Items().samples(), strict=False):
+        if sample.y is None:
+            continue
+        prediction = model(sample.u)
+        loss = nn.functional.cross_entropy(prediction, sample.y)
+        losses.append((n, float(loss.detach())))
+        right.append(int((prediction.argmax(1) == sample.y).sum()))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    windows = result.windows[CENTRALISED]
+    assert [w.items for w in windows] == [9, 9, 9, 9]
+    assert [w.first for w in windows] == [losses[i][0] for i in (0, 9, 18, 27)]
+    assert [w.correct for w in windows] == [sum(right[i : i + 9]) for i in (0, 9, 18, 27)]
+    assert [w.loss for w in windows] == pytest.approx(
+        [sum(loss for _, loss in losses[i : i + 9]) for i in (0, 9, 18, 27)], rel=1e-12
+    )
+    assert (result.samples, result.ticks, result.staleness) == (STEPS, STEPS, 0)
+    assert result.bytes_per_edge == {}
+    assert result.peak_memory["driver"] > 2**20
+    assert not result.interrupted
+
+
+def test_leaves_model_generator_and_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline, "fair_threads", lambda _: torch.get_num_threads() + 1)
+    model = net(dropout=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    state, count = torch.get_rng_state(), torch.get_num_threads()
+    first = train_centralised(model, Items(), settings(lr=0.3))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == count
+    torch.manual_seed(123)  # what the caller did with the global generator must not matter
+    second = train_centralised(model, Items(), settings(lr=0.3))
+    pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_own_loss() -> None:
+    doubled = train_centralised(
+        net(), Items(), settings(lr=0.1), loss=lambda p, y: 2 * cross_entropy(p, y)
+    )
+    plain = train_centralised(net(), Items(), settings(lr=0.2))
+    for a, b in zip(doubled.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_interrupted_keeps_what_was_reached() -> None:
+    result = train_centralised(net(), Items(KeyboardInterrupt(), at=25), settings(lr=0.1))
+    assert result.interrupted
+    assert result.samples == 25
+    assert result.windows[CENTRALISED][-1].last == 24
+
+
+def test_failures_are_named() -> None:
+    with pytest.raises(StreamError, match="item 4"):
+        train_centralised(net(), Items(StreamError("item 4"), at=4), settings(lr=0.1))
+    with pytest.raises(BlockError, match="'centralised' failed at tick 1: RuntimeError") as caught:
+        train_centralised(nn.Linear(F + 1, C).double(), Items(), settings(lr=0.1))
+    assert "Traceback" in caught.value.details
+    endless = Settings.model_validate({"learning": {"decay": "linear"}})
+    with pytest.raises(SettingsError, match="steps"):
+        train_centralised(net(), Items(), endless)
+
+
+def test_progress_ends_with_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline, "PROGRESS_SECONDS", 0.0)
+    seen: list[Progress] = []
+    train_centralised(net(), Items(), settings(lr=0.1), on_progress=seen.append)
+    assert [p.samples for p in seen] == [*range(1, STEPS + 1), STEPS]
+    assert seen[-1].steps == STEPS
+    assert (seen[-1].blocks[0].tick, seen[-1].blocks[0].updates) == (STEPS, STEPS - len(MISSING))
+    assert sum(window.items for window in seen[-1].windows) == STEPS - len(MISSING)
+
+
+@pytest.mark.parametrize(
+    ("engine", "cores", "expected"),
+    [
+        ({"kind": "inprocess", "threads": 1}, 8, 1),
+        ({"kind": "inprocess", "threads": 3}, 8, 3),
+        ({"kind": "inprocess", "threads": 16}, 8, 8),
+        ({"kind": "ray", "actors": 4}, 8, 4),
+        ({"kind": "ray", "actors": 4, "threads": 2}, 16, 8),
+        ({"kind": "ray", "actors": 4, "threads": 2}, 2, 2),
+        ({"kind": "ray"}, 6, 6),
+        ({"kind": "ray", "placement": [["a", "b"], ["c"]], "threads": 2}, 8, 4),
+    ],
+)
+def test_fair_threads(
+    engine: dict[str, object], cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "cores", lambda: cores)
+    asked = Settings.model_validate({"engine": engine}).engine
+    assert threads.fair_threads(asked) == expected
+
+
+def test_the_faster_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    cost = {1: 1, 2: 3}  # readings of the clock that a step takes
+
+    def step() -> None:
+        for _ in range(cost[torch.get_num_threads()]):
+            next(clock)
+
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: float(next(clock)))
+    before = torch.get_num_threads()
+    assert threads.faster_of({1, 2}, step) == 1
+    cost[1] = 5
+    assert threads.faster_of({1, 2}, step) == 2
+    assert torch.get_num_threads() == before

@@ -1,0 +1,205 @@
+"""The files: parsed back, whole or not there, and wrong folders found early."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from study.builders import make_run
+from torch import nn
+
+from hamdist.config import Settings, read_settings
+from hamdist.dynamics.metrics import Window
+from hamdist.errors import SettingsError
+from hamdist.study import plots, results
+from hamdist.study.aggregate import aggregate
+from hamdist.study.plots import comparison_plots, joined
+from hamdist.study.report import Report, render
+from hamdist.study.save import save_comparison, save_run
+from hamdist.study.table import Table
+
+RUNS = [
+    make_run("centralised", 0, accuracy=0.9),
+    make_run("trace", 0, accuracy=0.8, warnings=("mind <b>&</b>",)),
+    make_run("local", 0, accuracy=0.1, loss=math.nan),
+]
+ASKED = {
+    "level", "engine", "seeds", "held_out_accuracy", "held_out_spread", "prequential_accuracy",
+    "gap_to_backprop", "wall_seconds", "samples_per_second", "peak_memory_bytes", "bytes_per_edge",
+    "staleness",
+}  # fmt: skip
+
+
+def test_summary_is_strict_json_with_the_promised_keys() -> None:
+    text = results.comparison_summary(aggregate(RUNS), interrupted=False)
+    summary = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [row["level"] for row in summary["rows"]] == ["centralised", "trace", "local"]
+    assert all(row.keys() >= ASKED for row in summary["rows"])
+    assert summary["rows"][1]["gap_to_backprop"] == pytest.approx(0.1)
+    assert summary["rows"][2]["held_out_loss"] is None
+    assert summary["interrupted"] is False
+
+
+def test_run_lines() -> None:
+    lines = [json.loads(line) for line in results.run_lines(RUNS).splitlines()]
+    assert [line["event"] for line in lines] == ["window", "window", "run"] * 3
+    assert lines[1] == {
+        "event": "window",
+        "level": "centralised",
+        "engine": "inprocess",
+        "seed": 0,
+        "first": 10,
+        "last": 19,
+        "items": 10,
+        "loss": 2.0,
+        "correct": 36,
+        "rows": 40,
+        "mean_loss": 0.2,
+        "accuracy": 0.9,
+        "seconds": 2.0,
+    }
+    assert lines[5]["held_out"] == {"loss": 1.0, "accuracy": 0.8}
+    assert lines[5]["samples_per_second"] == 40.0
+    assert "windows" not in lines[5]
+
+
+def test_csv_has_one_line_per_row() -> None:
+    rows = aggregate(RUNS)
+    read = list(csv.DictReader(io.StringIO(results.rows_csv(rows))))
+    assert [line["level"] for line in read] == ["centralised", "trace", "local"]
+    assert float(read[1]["held_out_accuracy"]) == 0.8
+    assert read[1]["held_out_spread"] == ""
+    assert read[1]["peak_memory_by_process"] == "driver=100"
+    assert read[1]["notes"] == "mind <b>&</b>"
+    assert set(read[0]) == {field.name for field in dataclasses.fields(rows[0])}
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.json"
+    results.write_file(path, "old")
+    results.write_file(path, "new")
+    assert path.read_text() == "new"
+
+    def full(_: Path, __: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(SettingsError, match=r"summary\.json.*No space left"):
+        results.write_file(path, "broken")
+    assert path.read_text() == "new"
+    assert [item.name for item in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_folder_is_made_and_tried(tmp_path: Path) -> None:
+    results.prepare_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/nowhere")):
+        with pytest.raises(SettingsError, match=r"--out .*cannot write there"):
+            results.prepare_folder(wrong)
+
+
+def test_comparison_folder(tmp_path: Path) -> None:
+    settings = Settings(name="try <this>", steps=20)
+    save_comparison(tmp_path, RUNS, settings, command="hamdist compare x", interrupted=True)
+    assert sorted(item.name for item in tmp_path.iterdir()) == [
+        "accuracy-samples.png",
+        "accuracy-seconds.png",
+        "gap.png",
+        "report.html",
+        "results.csv",
+        "runs.jsonl",
+        "settings.yaml",
+        "summary.json",
+    ]
+    assert json.loads((tmp_path / "summary.json").read_text())["interrupted"] is True
+    assert read_settings((tmp_path / "settings.yaml").read_text(), "x").name == "try <this>"
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "Ended early" in page
+    assert "try &lt;this&gt;" in page
+    assert "mind &lt;b&gt;&amp;&lt;/b&gt;" in page
+    assert "hamdist compare x" in page
+    assert "<script" not in page
+    assert "http" not in page.replace("-equiv", "")
+
+
+def test_interrupted_before_any_run_finished(tmp_path: Path) -> None:
+    runs = [make_run("centralised", held_out=None, interrupted=True)]
+    save_comparison(tmp_path, runs, Settings(steps=20), command="x", interrupted=True)
+    assert not list(tmp_path.glob("*.png"))
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == []
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+
+
+def test_run_folder(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight  # tied: safetensors refuses shared memory as it is
+    save_run(tmp_path, RUNS[1], model, Settings(steps=20))
+    assert sorted(item.name for item in tmp_path.iterdir()) == [
+        "metrics.jsonl",
+        "model.safetensors",
+        "settings.yaml",
+        "summary.json",
+    ]
+    state = load_file(tmp_path / "model.safetensors")
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert json.loads((tmp_path / "summary.json").read_text())["level"] == "trace"
+
+
+def png_size(png: bytes) -> tuple[int, int]:
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", png[16:24])
+    return width, height
+
+
+@pytest.mark.parametrize("real_valued", [False, True])
+def test_plots_are_drawn_for_one_and_for_three_seeds(real_valued: bool) -> None:
+    accuracy = None if real_valued else 0.7
+    windows = tuple(Window(i, i, 1, 1 / (1 + i), *((0, 0) if real_valued else (i % 4, 4)))
+                    for i in range(20))  # fmt: skip
+    for seeds in (1, 3):
+        runs = [
+            make_run(level, seed, accuracy=accuracy, loss=0.1 * seed, windows=windows)
+            for seed in range(seeds)
+            for level in ("centralised", "trace")
+        ]
+        drawn = comparison_plots(runs)
+        assert list(drawn) == ["accuracy-samples.png", "accuracy-seconds.png", "gap.png"]
+        assert {png_size(png) for png in drawn.values()} == {(1050, 645)}
+
+
+def test_mean_curve_is_the_mean_where_all_seeds_have_values() -> None:
+    import numpy as np
+
+    curves = [
+        plots._Curve(np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.0, 2.0])),
+        plots._Curve(np.array([1.0, 2.0, 3.0]), np.array([3.0, 4.0, 5.0])),
+    ]
+    mean = plots._mean_curve(curves)
+    assert mean.x.tolist() == [1.0, 1.5, 2.0]
+    assert mean.y.tolist() == [2.0, 2.5, 3.0]
+
+
+def test_joined_windows_cover_the_same_items() -> None:
+    windows = [Window(i, i, 1, 1.0, 1, 2) for i in range(7)]
+    few = joined(windows, 3)
+    assert [(w.first, w.last, w.items) for w in few] == [(0, 2, 3), (3, 5, 3), (6, 6, 1)]
+    assert joined(windows, 100) == windows
+
+
+def test_report_without_plots_or_notes() -> None:
+    report = Report(Settings(), Table(["level"], [["a & b"]], []), {}, "x", "today", False)
+    page = render(report)
+    assert "<td>a &amp; b</td>" in page
+    assert "Notes and warnings" not in page
+    assert "Ended early" not in page
