@@ -3,14 +3,20 @@
 A network is a graph of blocks that exchange only neighbour signals: the state h forward, a
 vector-Jacobian product of the costate z backward, at a finite speed. One setting, the level, moves
 a run from fully local to exactly backpropagation.
+
+The public names are loaded when they are first used: `hamdist --help` need not wait for torch.
 """
 
-from hamdist import streams
-from hamdist.api import train
-from hamdist.config import Level, Settings
-from hamdist.dynamics.graph import BlockSpec, Combine, Graph
-from hamdist.errors import HamdistError
-from hamdist.runtime.result import RunResult
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hamdist import streams
+    from hamdist.api import train
+    from hamdist.config import Level, Settings
+    from hamdist.dynamics.graph import BlockSpec, Combine, Graph
+    from hamdist.errors import HamdistError
+    from hamdist.runtime.result import RunResult
 
 __all__ = [
     "BlockSpec",
@@ -24,3 +30,26 @@ __all__ = [
     "train",
 ]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "BlockSpec": "hamdist.dynamics.graph",
+    "Combine": "hamdist.dynamics.graph",
+    "Graph": "hamdist.dynamics.graph",
+    "HamdistError": "hamdist.errors",
+    "Level": "hamdist.config",
+    "RunResult": "hamdist.runtime.result",
+    "Settings": "hamdist.config",
+    "train": "hamdist.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "streams":
+        return import_module("hamdist.streams")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hamdist' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

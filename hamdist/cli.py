@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.config import EngineKind, Level, Settings, merge, parse_override
-from hamdist.errors import BlockError, HamdistError, SettingsError
+from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
@@ -349,7 +349,7 @@ def _exit_codes() -> Iterator[None]:
     """Turns what hamdist raises on purpose, and Ctrl-C, into one message and an exit code."""
     try:
         yield
-    except SettingsError as error:
+    except (SettingsError, LevelError) as error:
         _complain(f"Error: {error}")
         raise typer.Exit(WRONG_USAGE) from None
     except BlockError as error:

@@ -147,7 +147,7 @@ class Motion(str, Enum):
 
 
 class ModelKind(str, Enum):
-    """Models that settings can name; `--model package.module:factory` and the API take any other."""
+    """Models that settings can name; `--model package.module:function` and the API take any."""
 
     MLP = "mlp"
     RESIDUAL_MLP = "residual-mlp"

@@ -53,7 +53,9 @@ class Cell:
         self.theta: list[Tensor] = [p.data for p in self._parameters]
         self._stash = stash
         self._random = torch.Generator().manual_seed(seed).get_state() if _draws(module) else None
-        self._copies = any(getattr(m, "inplace", False) for m in module.modules())
+        self._copies = _foreign(module) or any(
+            getattr(m, "inplace", False) for m in module.modules()
+        )
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
         """One forward pass. wanted: the inputs whose product will be asked for."""
@@ -131,12 +133,17 @@ def block_seed(run_seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def _foreign(module: nn.Module) -> bool:
+    """Whether a part is not torch's own, so that we cannot know what it does to its input."""
+    return any(not type(m).__module__.startswith("torch.nn.modules.") for m in module.modules())
+
+
 def _draws(module: nn.Module) -> bool:
     """Whether a forward pass may draw random numbers: torch's own layers without dropout do not;
     of a user's module we cannot know."""
+    if _foreign(module):
+        return True
     for part in module.modules():
-        if not type(part).__module__.startswith("torch.nn.modules."):
-            return True
         rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
         if isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
             return True

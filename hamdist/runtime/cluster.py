@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from hamdist.errors import ClusterError
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
+KNOCK_SECONDS = 5.0
 
 
 def cores() -> int:
@@ -92,8 +94,9 @@ def _joined(address: str) -> Iterator[None]:
     import ray
 
     try:
+        _knock(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"engine.address {address!r}: no Ray cluster answers there "
             f"({str(error).splitlines()[0]}); start one (ray start --head), correct the address, "
@@ -103,6 +106,13 @@ def _joined(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
 
 
 @contextmanager

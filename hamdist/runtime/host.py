@@ -129,7 +129,7 @@ class Host:
         windows, now = ([], None) if metrics is None else (metrics.windows, metrics.every)
         first = seen if every == now else 0
         return HostStatus(
-            ticks={n.name: n.tick for n in self._nodes if n.tick is not None},
+            ticks={n.name: n.event.tick for n in self._nodes},
             updates={n.name: n.block.weights.updates for n in self._nodes},
             samples=0 if self._source is None else self._source.samples,
             windows=windows[first:],

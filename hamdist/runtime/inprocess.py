@@ -53,7 +53,9 @@ class InProcessEngine:
                 samples=source.samples,
                 steps=plan.steps,
                 windows=[w for n in measured[:1] if n.metrics for w in n.metrics.windows],
-                blocks=[BlockProgress(n.name, n.tick or 0, n.block.weights.updates) for n in nodes],
+                blocks=[
+                    BlockProgress(n.name, n.event.tick, n.block.weights.updates) for n in nodes
+                ],
             )
 
         def between() -> None:

@@ -64,22 +64,22 @@ class SourceNode:
         self._plan = plan
         self._stream = stream
         self._mail = mail
-        self._events = source_events(plan.schedule.c)
-        self._event = next(self._events)
+        self.events = source_events(plan.schedule.c)
+        self.event = next(self.events)
         self._inputs = [plan.channels.states[e.index] for e in plan.graph.out_of[INPUT]]
         self._targets = list(plan.channels.targets.values())
         self._check = Checker(plan.spec, equal_batches=not plan.knobs.pulse)
         self.smoothness = Smoothness()
         self.samples = 0
         self.stop = Flag()
-        self.tick: int | None = self._event.tick
+        self.tick: int | None = self.event.tick
         self._drawn: Iterator[Sample] | None = None
 
     def start(self) -> None:
         self._drawn = iter(self._stream.samples())
 
     def step(self) -> None:
-        stamp = emitted(self._event.sample, self._plan.schedule.c)
+        stamp = emitted(self.event.sample, self._plan.schedule.c)
         sample = self._draw()
         if sample is None:
             for channel in (*self._inputs, *self._targets):
@@ -91,12 +91,12 @@ class SourceNode:
         for channel in self._targets:
             self._mail.post(channel, Signal(stamp, sample.y, sequence_end=sample.end))
         self.samples += 1
-        self._event = next(self._events)
-        self.tick = self._event.tick
+        self.event = next(self.events)
+        self.tick = self.event.tick
 
     def _draw(self) -> Sample | None:
         """The next sample, checked; None at the end of the stream, or when the run is stopped."""
-        n, steps = self._event.sample, self._plan.steps
+        n, steps = self.event.sample, self._plan.steps
         if self._drawn is None or self.stop.is_set() or (steps is not None and n >= steps):
             return None
         try:
@@ -183,28 +183,28 @@ class PulseNode:
         self.block = block
         self.metrics = Prequential(plan.window) if isinstance(block, PulseReadout) else None
         self._ports = _Ports(plan, spec.name, mail)
-        self._events = plan.schedule.events(spec.name)
+        self.events = plan.schedule.events(spec.name)
         self._end: int | None = None
-        self._event = next(self._events)
-        self.tick: int | None = self._event.tick
+        self.event = next(self.events)
+        self.tick: int | None = self.event.tick
 
     def start(self) -> None:
         """Nothing is under way before the first sample."""
 
     def step(self) -> None:
-        phase = self._event.phase
+        phase = self.event.phase
         if phase is Phase.READ:
-            self._read(self._event)
+            self._read(self.event)
         elif phase is Phase.FORWARD:
-            self._forward(self._event)
+            self._forward(self.event)
         else:
-            self._backward(self._event)
+            self._backward(self.event)
         self._advance()
 
     def _advance(self) -> None:
-        for event in self._events:
+        for event in self.events:
             if self._end is None or event.sample < self._end:
-                self._event = event
+                self.event = event
                 self.tick = event.tick
                 return
             if event.phase is not Phase.FORWARD:
@@ -278,9 +278,9 @@ class HoldNode:
         }
         self._target: Tensor | None = None
         self._no_more_targets = False
-        self._events = plan.schedule.events(spec.name)
-        self._event = next(self._events)
-        self.tick: int | None = self._event.tick
+        self.events = plan.schedule.events(spec.name)
+        self.event = next(self.events)
+        self.tick: int | None = self.event.tick
 
     def start(self) -> None:
         h = ready(self.block.h) if isinstance(self.block, HoldBlock) else None
@@ -290,7 +290,7 @@ class HoldNode:
         return Stamp(tick, tick // self._schedule.c, version)
 
     def step(self) -> None:
-        event = self._event
+        event = self.event
         inputs, messages = self._gather(event)
         if inputs is None:
             stamp = self._stamp(event.tick, self._schedule.updates_before(event.tick))
@@ -304,8 +304,8 @@ class HoldNode:
                 self._target = signal.payload
                 self._no_more_targets = signal.end
         self._do(event, inputs, messages)
-        self._event = next(self._events)
-        self.tick = self._event.tick
+        self.event = next(self.events)
+        self.tick = self.event.tick
 
     def _gather(self, event: Event) -> tuple[list[Tensor] | None, list[Tensor | None]]:
         """The parents' states and the children's messages; None for the states where the end of

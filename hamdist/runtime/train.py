@@ -141,8 +141,8 @@ def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
         else "expect it to lose some points against backpropagation"
     )
     return [
-        f"the stream is not smooth enough for a level without memory: it changes within about "
-        f"{frames:.0f} samples = {ticks:.0f} ticks, and a signal's round trip takes {trip} ticks "
-        f"(it should be at most {ticks / 2.5:.0f}); {worse}. Use level 'trace', a smooth stream "
-        "(stream.smooth), a higher locality.speed, or fewer blocks"
+        "the stream is not smooth enough for a level without memory: its samples decorrelate "
+        f"within about {ticks:.0f} ticks, while a signal's round trip takes {trip} of them; "
+        f"{worse}. Use level 'trace', a smooth stream (stream.smooth), a higher locality.speed, "
+        "or fewer blocks"
     ]

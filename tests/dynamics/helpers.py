@@ -161,7 +161,7 @@ class Watched:
         self.inner.start()
 
     def step(self) -> None:
-        event = self.inner._event
+        event = self.inner.event
         if self._before is not None:
             self._before(self, event)
         self.inner.step()

@@ -36,7 +36,17 @@ class Partly(nn.Module):
         return self.used(x)
 
 
+class InPlace(nn.Module):
+    """Writes to its input, which torch allows in a plain forward pass."""
+
+    def forward(self, x):
+        x += 1
+        return torch.relu_(x)
+
+
 CASES = {
+    "a user's in place": (Combine.SUM, lambda: nn.Sequential(InPlace(), linear(3, 4, 0))),
+    "a user's in place, joined": (Combine.CONCAT, InPlace),
     "concat": (Combine.CONCAT, lambda: layer(6, 4, 0)),
     "sum": (Combine.SUM, lambda: layer(3, 4, 0)),
     "arguments": (Combine.ARGUMENTS, Bilinear),
