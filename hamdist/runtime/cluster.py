@@ -17,15 +17,11 @@ import psutil
 
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
+from hamdist.runtime.threads import cores
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
 KNOCK_SECONDS = 5.0
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Session:

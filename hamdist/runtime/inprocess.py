@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import torch
+from collections.abc import Callable
 
 from hamdist.dynamics.graph import INPUT
 from hamdist.runtime.loop import run_loop
@@ -16,20 +13,10 @@ from hamdist.runtime.nodes import SourceNode, make_node
 from hamdist.runtime.outcome import Outcome, ending_on_interrupt
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockProgress, Progress
+from hamdist.runtime.threads import torch_threads
 from hamdist.streams.sample import Stream
 
 PROGRESS_SECONDS = 0.25
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Inside, torch computes with `threads` threads (results depend on their number)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class InProcessEngine:

@@ -22,8 +22,9 @@ from hamdist.dynamics.metrics import Prequential
 from hamdist.errors import BlockError, SettingsError
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
+from hamdist.runtime.threads import torch_threads
 from hamdist.streams.sample import Sample, SampleSpec, Stream
-from hamdist.study.threads import fair_threads, faster_of, limited_to
+from hamdist.study.threads import fair_threads, faster_of
 
 CENTRALISED = "centralised"
 PROGRESS_SECONDS = 0.25
@@ -54,7 +55,7 @@ def train_centralised(
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
         torch.manual_seed(settings.seed)
-        with limited_to(threads):
+        with torch_threads(threads):
             begun = time.perf_counter()
             interrupted = _train(trainer, stream, settings, begun, on_progress)
             seconds = time.perf_counter() - begun

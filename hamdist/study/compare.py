@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
-from hamdist.config import Level, Settings
+from hamdist.config import EngineKind, Level, Settings
 from hamdist.errors import SettingsError
 from hamdist.models import ModelFactory
+from hamdist.runtime.cluster import ray_session
 from hamdist.study.baseline import CENTRALISED
 from hamdist.study.runs import OnProgress, Run, run_centralised, run_level
 
@@ -25,7 +27,8 @@ class Planned:
 
 
 def plan(settings: Settings) -> list[Planned]:
-    """The runs of a comparison, seed by seed (`seed`, `seed` + 1, ...), the baseline first.
+    """The runs of a comparison: the baseline with every seed (`seed`, `seed` + 1, ...), then the
+    levels, seed by seed. So no baseline shares the machine with an idle Ray.
 
     Raises SettingsError where nothing bounds the runs.
     """
@@ -34,9 +37,10 @@ def plan(settings: Settings) -> list[Planned]:
             "steps: a comparison needs the number of items of each run; set it in the settings "
             "or with --steps"
         )
-    levels = dict.fromkeys([None, *settings.compare.levels])
+    levels = dict.fromkeys(settings.compare.levels)
     seeds = range(settings.seed, settings.seed + settings.compare.seeds)
-    return [Planned(level, seed) for seed in seeds for level in levels]
+    baselines = [Planned(None, seed) for seed in seeds]
+    return baselines + [Planned(level, seed) for seed in seeds for level in levels]
 
 
 def compare(
@@ -49,14 +53,18 @@ def compare(
     """Make the runs one after the other and yield each as it ends.
 
     Each level has its own settings (`Settings.for_level`); the baseline has those of `backprop`.
-    An interrupted run is the last one. Raises HamdistError as the runs do.
+    The runs on Ray share one session and its actors. An interrupted run is the last one. Raises
+    HamdistError as the runs do.
     """
-    for item in planned:
-        callback = None if on_progress is None else on_progress(item)
-        level = Level.BACKPROP if item.level is None else item.level
-        own = settings.for_level(level).model_copy(update={"seed": item.seed})
-        start = run_centralised if item.level is None else run_level
-        run, _ = start(own, factory=factory, on_progress=callback)
-        yield run
-        if run.interrupted:
-            return
+    with ExitStack() as stack:
+        for item in planned:
+            callback = None if on_progress is None else on_progress(item)
+            level = Level.BACKPROP if item.level is None else item.level
+            own = settings.for_level(level).model_copy(update={"seed": item.seed})
+            if item.level is not None and own.engine.kind is EngineKind.RAY:
+                stack.enter_context(ray_session(own.engine))
+            start = run_centralised if item.level is None else run_level
+            run, _ = start(own, factory=factory, on_progress=callback)
+            yield run
+            if run.interrupted:
+                return

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-import torch
+from collections.abc import Callable
 
 from hamdist.config import EngineKind, EngineSettings
+from hamdist.runtime.threads import cores, torch_threads
 
 WARM_UP = 3
 REPEATS = 15
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+CLEARLY = 1.1
 
 
 def fair_threads(engine: EngineSettings) -> int:
@@ -35,27 +26,22 @@ def _processes(engine: EngineSettings) -> int:
     return cores() if engine.actors == "auto" else engine.actors
 
 
-@contextmanager
-def limited_to(threads: int) -> Iterator[None]:
-    """Inside, torch uses `threads` threads; afterwards as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def faster_of(candidates: set[int], step: Callable[[], None]) -> int:
-    """The number of threads among `candidates` with which `step` is fastest (median of a few)."""
-    if len(candidates) == 1:
-        return next(iter(candidates))
-    return min(sorted(candidates), key=lambda threads: _seconds(threads, step))
+    """The number of threads among `candidates` with which `step` is fastest (median of a few).
+
+    More threads than the fewest must win clearly: on a busy machine each one waits for the last.
+    """
+    fewest, *more = sorted(candidates)
+    if not more:
+        return fewest
+    seconds = {threads: _seconds(threads, step) for threads in (fewest, *more)}
+    best = min(more, key=seconds.__getitem__)
+    return best if seconds[best] * CLEARLY < seconds[fewest] else fewest
 
 
 def _seconds(threads: int, step: Callable[[], None]) -> float:
     times = []
-    with limited_to(threads):
+    with torch_threads(threads):
         for _ in range(WARM_UP + REPEATS):
             begin = time.perf_counter()
             step()

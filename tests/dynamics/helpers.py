@@ -198,7 +198,9 @@ def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def relative(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """|found - expected| / |expected|, over all tensors together."""
-    pairs = [(f.double(), e.double()) for f, e in zip(found, expected, strict=True)]
+    pairs = [
+        (f.detach().double(), e.detach().double()) for f, e in zip(found, expected, strict=True)
+    ]
     apart = sum(float((f - e).square().sum()) for f, e in pairs)
     size = sum(float(e.square().sum()) for _, e in pairs)
     return (apart / size) ** 0.5 if size else apart**0.5

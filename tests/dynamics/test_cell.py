@@ -106,6 +106,21 @@ def test_pull_equals_autograd(case, wanted, stash):
     assert all(p.grad is None for p in cell.module.parameters())
 
 
+@pytest.mark.parametrize("first", [lambda: nn.ReLU(inplace=True), InPlace])
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("stash", [True, False])
+def test_a_module_that_writes_to_its_only_input(first, wanted, stash):
+    """One parent: the module's input is the very tensor that the parent sent."""
+    cell = Cell(nn.Sequential(first(), linear(3, 4, 0)), Combine.CONCAT, 0, stash=stash)
+    x, z = noise(0, 5, 3), noise(2, 5, 4)
+    kept = x.clone()
+    _, to_inputs, to_weights = autograd(cell.module, Combine.CONCAT, [x], [wanted], z)
+    per_parent, grads = cell.pull(cell.forward([x], [wanted]), z)
+    assert torch.equal(x, kept)
+    same(per_parent, to_inputs)
+    same(grads, to_weights)
+
+
 def test_inputs_not_wanted_and_integer_inputs_have_no_product():
     cell = Cell(layer(6, 4, 0), Combine.CONCAT, 0)
     record = cell.forward([noise(0, 5, 3), noise(1, 5, 3)], [False, False])

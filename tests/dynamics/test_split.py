@@ -208,6 +208,30 @@ def test_balance_by_time_measures():
     assert children(split(last, blocks=2)) == ["0 1", "2 3 4"]
 
 
+class SlowBack(torch.autograd.Function):
+    """The identity, whose backward is far more work than anything beside it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, z):
+        big = torch.eye(500, dtype=F64)
+        return z + 0 * (big @ big @ big).sum()
+
+
+def test_balance_by_time_measures_the_backward_too():
+    class Slow(nn.Module):
+        def forward(self, x):
+            return SlowBack.apply(x)
+
+    rest = [linear(6, 6, i) for i in range(1, 8)]
+    by_time = split(nn.Sequential(linear(6, 6, 0), Slow(), *rest), blocks=2, balance="time",
+                    example=noise(0, 2, 6))  # fmt: skip
+    assert children(by_time) == ["0 1", "2 3 4 5 6 7 8"]
+
+
 def test_balance_by_time_leaves_the_model_and_the_generator_alone():
     model = nn.Sequential(
         linear(6, 4, 0), nn.BatchNorm1d(4, dtype=F64), nn.Dropout(), linear(4, 1, 1)

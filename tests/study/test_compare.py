@@ -83,9 +83,9 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
 def test_plan() -> None:
     assert plan(SETTINGS) == [
         Planned(None, 5),
+        Planned(None, 6),
         Planned(Level.TRACE, 5),
         Planned(Level.LOCAL, 5),
-        Planned(None, 6),
         Planned(Level.TRACE, 6),
         Planned(Level.LOCAL, 6),
     ]
@@ -100,7 +100,7 @@ def test_same_weights_and_stream_per_seed_own_settings_per_level(engines: Engine
     assert [(run.level, run.seed) for run in finished] == [
         (item.name, item.seed) for item in plan(SETTINGS)
     ]
-    assert [run.engine for run in finished] == ["pytorch", "inprocess", "inprocess"] * 2
+    assert [run.engine for run in finished] == ["pytorch"] * 2 + ["inprocess"] * 4
     models, items, asked = zip(*engines.calls, strict=True)
     assert [(s.level, s.seed, s.learning.lr) for s in asked] == [
         (Level.TRACE, 5, 0.05),
@@ -127,7 +127,7 @@ def test_baseline_has_the_settings_of_backprop(
 def test_interrupted_run_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "train", Engines(interrupt_at=1))
     finished = list(compare(SETTINGS, plan(SETTINGS)))
-    assert [run.interrupted for run in finished] == [False, False, True]
+    assert [run.interrupted for run in finished] == [False, False, False, True]
     assert finished[-1].held_out is None
 
 
