@@ -297,7 +297,7 @@ class HoldSchedule:
         return emitted(since // self.c, self.c) if since >= 0 and since % self.c == 0 else None
 
     def delay(self, block: str) -> int:
-        back = max(0, self._reach - self._depths[block])
+        back = max(0, self._lags.get(block, self._reach) - self._depths[block])
         if self._knobs.moves is Moves.LAYER_BY_LAYER:
             return back
         return 2 * back if self._knobs.update is Update.TICK else 2 * back // self.c

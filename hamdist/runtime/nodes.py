@@ -6,8 +6,9 @@ phase, and posts what comes out. The nodes of a process are stepped in the order
 circle.
 
 The end of a stream travels as a signal, too. A pulse block then finishes the messages of the
-samples that it has passed; a held block stops at the tick in which the end reaches it by the
-shortest way along the edges, in either direction.
+samples that it has passed. A held block stops when the end has come along all its ways from the
+input, and is shown the last states of parents that stopped before it; in a graph with cycles it
+stops when the end comes first along any edge, in either direction.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class SourceNode:
         self._plan = plan
         self._stream = stream
         self._mail = mail
-        self.events = source_events(plan.schedule.c)
-        self.event = next(self.events)
+        self._events = source_events(plan.schedule.c)
+        self.event = next(self._events)
         self._inputs = [plan.channels.states[e.index] for e in plan.graph.out_of[INPUT]]
         self._targets = list(plan.channels.targets.values())
         self._check = Checker(plan.spec, equal_batches=not plan.knobs.pulse)
@@ -91,7 +92,7 @@ class SourceNode:
         for channel in self._targets:
             self._mail.post(channel, Signal(stamp, sample.y, sequence_end=sample.end))
         self.samples += 1
-        self.event = next(self.events)
+        self.event = next(self._events)
         self.tick = self.event.tick
 
     def _draw(self) -> Sample | None:
@@ -163,10 +164,16 @@ class _Ports:
                     self._mail.post(parent, Signal(Stamp(tick, tick // c, 0)))
 
     def to_parents(
-        self, stamp: Stamp, messages: Sequence[Tensor | None], *, end: bool = False
+        self,
+        stamp: Stamp,
+        messages: Sequence[Tensor | None],
+        *,
+        end: bool = False,
+        leaving_out: Sequence[Edge] = (),
     ) -> None:
-        for channel, message in zip(self._parents, messages, strict=True):
-            if channel is not None:
+        """leaving_out: edges whose parent reads no more."""
+        for edge, channel, message in zip(self.into, self._parents, messages, strict=True):
+            if channel is not None and edge not in leaving_out:
                 payload = None if message is None else ready(message)
                 self._mail.post(channel, Signal(stamp, payload, end))
 
@@ -183,9 +190,9 @@ class PulseNode:
         self.block = block
         self.metrics = Prequential(plan.window) if isinstance(block, PulseReadout) else None
         self._ports = _Ports(plan, spec.name, mail)
-        self.events = plan.schedule.events(spec.name)
+        self._events = plan.schedule.events(spec.name)
         self._end: int | None = None
-        self.event = next(self.events)
+        self.event = next(self._events)
         self.tick: int | None = self.event.tick
 
     def start(self) -> None:
@@ -202,7 +209,7 @@ class PulseNode:
         self._advance()
 
     def _advance(self) -> None:
-        for event in self.events:
+        for event in self._events:
             if self._end is None or event.sample < self._end:
                 self.event = event
                 self.tick = event.tick
@@ -270,16 +277,18 @@ class HoldNode:
         self.metrics = Prequential(plan.window) if spec.loss is not None else None
         self._schedule = plan.schedule
         self._ports = _Ports(plan, spec.name, mail)
-        # What the input's edges show until the first sample has come along them.
+        self._acyclic = plan.graph.acyclic
+        self._ended: list[Edge] = []
+        # What an edge shows until the first signal has come along it.
+        shapes = {INPUT: (plan.spec.u_shape, plan.spec.u_dtype), **plan.shapes}
         self._shown = {
-            e.index: torch.zeros(plan.spec.u_shape, dtype=plan.spec.u_dtype)
+            e.index: torch.zeros(shapes[e.parent][0], dtype=shapes[e.parent][1])
             for e in self._ports.into
-            if e.from_input
         }
         self._target: Tensor | None = None
         self._no_more_targets = False
-        self.events = plan.schedule.events(spec.name)
-        self.event = next(self.events)
+        self._events = plan.schedule.events(spec.name)
+        self.event = next(self._events)
         self.tick: int | None = self.event.tick
 
     def start(self) -> None:
@@ -291,12 +300,10 @@ class HoldNode:
 
     def step(self) -> None:
         event = self.event
-        inputs, messages = self._gather(event)
-        if inputs is None:
-            stamp = self._stamp(event.tick, self._schedule.updates_before(event.tick))
-            self._ports.to_children(stamp, None, end=True)
-            self._ports.to_parents(stamp, [None] * len(self._ports.into), end=True)
-            self.tick = None
+        inputs = [self._input(edge, event) for edge in self._ports.into]
+        messages = [self._message(edge, event) for edge in self._ports.out_of]
+        if self._has_ended():
+            self._end(event, messages)
             return
         if self.metrics is not None and not self._no_more_targets:
             signal = self._ports.target(event)
@@ -304,30 +311,42 @@ class HoldNode:
                 self._target = signal.payload
                 self._no_more_targets = signal.end
         self._do(event, inputs, messages)
-        self.event = next(self.events)
+        self.event = next(self._events)
         self.tick = self.event.tick
 
-    def _gather(self, event: Event) -> tuple[list[Tensor] | None, list[Tensor | None]]:
-        """The parents' states and the children's messages; None for the states where the end of
-        the stream has come."""
-        inputs = []
-        for edge in self._ports.into:
-            signal = self._ports.state(edge, event)
-            if signal is not None and signal.end:
-                return None, []
-            if edge.from_input:
-                if signal is not None and signal.payload is not None:
-                    self._shown[edge.index] = signal.payload
-                inputs.append(self._shown[edge.index])
-            elif signal is not None and signal.payload is not None:
-                inputs.append(signal.payload)
-        messages: list[Tensor | None] = []
-        for edge in self._ports.out_of:
-            signal = self._ports.message(edge, event)
-            if signal is not None and signal.end:
-                return None, []
-            messages.append(None if signal is None else signal.payload)
-        return inputs, messages
+    def _input(self, edge: Edge, event: Event) -> Tensor:
+        """What the edge shows: the state that came in this tick; the latest one where the input
+        shows a sample for several ticks, or where the end has come."""
+        signal = None if edge in self._ended else self._ports.state(edge, event)
+        if signal is not None and signal.end:
+            self._ended.append(edge)
+        elif signal is not None and signal.payload is not None:
+            self._shown[edge.index] = signal.payload
+        return self._shown[edge.index]
+
+    def _message(self, edge: Edge, event: Event) -> Tensor | None:
+        signal = self._ports.message(edge, event)
+        if signal is None:
+            return None
+        if signal.end:
+            self._ended.append(edge)
+        return signal.payload
+
+    def _has_ended(self) -> bool:
+        """In an acyclic graph the end has to come along every way, so that the last samples reach
+        the readouts; around a cycle nobody would be the first, so there the first one counts."""
+        if not self._acyclic:
+            return bool(self._ended)
+        return all(edge in self._ended for edge in self._ports.into)
+
+    def _end(self, event: Event, messages: list[Tensor | None]) -> None:
+        if isinstance(self.block, HoldBlock):
+            self.block.complete(messages)
+        stamp = self._stamp(event.tick, self._schedule.updates_before(event.tick))
+        self._ports.to_children(stamp, None, end=True)
+        if not self._acyclic:
+            self._ports.to_parents(stamp, [None] * len(self._ports.into), end=True)
+        self.tick = None
 
     def _do(self, event: Event, inputs: list[Tensor], messages: list[Tensor | None]) -> None:
         k, block = event.tick, self.block
@@ -345,7 +364,7 @@ class HoldNode:
         if isinstance(block, HoldBlock):
             block.h = ready(block.h)
             self._ports.to_children(stamp, block.h)
-        self._ports.to_parents(stamp, to_parents)
+        self._ports.to_parents(stamp, to_parents, leaving_out=self._ended)
         if self.metrics is not None:
             sample = self._schedule.records(self.name, k)
             if sample is not None:

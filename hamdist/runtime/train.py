@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import EngineKind, Readout, Settings
-from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.locality import make_locality
 from hamdist.dynamics.losses import LossFunction, make_loss
 from hamdist.dynamics.split import split_sequential
@@ -57,7 +57,12 @@ def train(
             "model has their initial ones"
         )
     weights = {name: {**b.theta, **b.buffers} for name, b in outcome.blocks.items()}
-    weights |= {name: graph.blocks[name].module.state_dict() for name in lost}
+    for name in lost:
+        weights[name] = dict(graph.blocks[name].module.state_dict())
+        output = graph.blocks[name].output
+        if output is not None:
+            own = output.state_dict()
+            weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
     return RunResult(
         model=graph.merge(weights),
         blocks=outcome.blocks,
@@ -142,7 +147,7 @@ def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
     )
     return [
         "the stream is not smooth enough for a level without memory: its samples decorrelate "
-        f"within about {ticks:.0f} ticks, while a signal's round trip takes {trip} of them; "
+        f"within about {max(1, round(ticks))} tick(s), while a signal's round trip takes {trip}; "
         f"{worse}. Use level 'trace', a smooth stream (stream.smooth), a higher locality.speed, "
         "or fewer blocks"
     ]

@@ -211,15 +211,7 @@ def test_hold_at_speed_inf_in_other_units(given):
     assert apart(mlp(SIX), samples(50, 4, 5, 3), config, lr=0.05) <= ROUND_OFF
 
 
-LAST_UPDATE_LOST = pytest.mark.xfail(
-    strict=True,
-    reason="sequential: block0 stops before the update of the last sample is complete",
-)
-
-
-@pytest.mark.parametrize(
-    "order", ["omega-first", pytest.param("sequential", marks=LAST_UPDATE_LOST)]
-)
+@pytest.mark.parametrize("order", ["omega-first", "sequential"])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 6])
 def test_hold_with_a_state_as_readout(blocks, order):
     items = samples(STEPS, 4, 5, 3)

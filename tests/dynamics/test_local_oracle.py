@@ -77,6 +77,15 @@ def simulate(modules, items, delays, *, hold=1, order="omega-first", tau=1.0, c=
                 by = old if order == "simultaneous" else omegas[j]
                 pair[j] = pair[j] - tau * beta * by
 
+    def complete(i, k):
+        """z_k of group i from z_{k-1} and M_{k-1}."""
+        at = k - delays[i + 1]
+        arrived = groups[i + 1].sent[at] if at >= 0 else None
+        if k > 0:
+            groups[i].z = (1 - c * tau - tau * eta_z) * groups[i].z
+            if arrived is not None:
+                groups[i].z = groups[i].z + tau * arrived
+
     for k in range(len(items) * hold + depths[-1]):
         for i, group in enumerate(groups):
             if k >= len(items) * hold + depths[i]:
@@ -98,17 +107,14 @@ def simulate(modules, items, delays, *, hold=1, order="omega-first", tau=1.0, c=
                 group.sent.append(message)
                 update(group, g)
                 continue
-            at = k - delays[i + 1]
-            arrived = groups[i + 1].sent[at] if at >= 0 else None
-            if k > 0:  # z_k from z_{k-1} and M_{k-1}
-                group.z = (1 - c * tau - tau * eta_z) * group.z
-                if arrived is not None:
-                    group.z = group.z + tau * arrived
+            complete(i, k)
             f, passed = group.f(x)
             message, g = group.products(passed, c * group.z)
             group.sent.append(message)
             update(group, g)
             group.h.append(group.h[-1] + c * tau * (f - group.h[-1]))
+    for i in range(last):  # the end has come: every state block is left with h_K and z_K
+        complete(i, len(items) * hold + depths[i])
     return groups
 
 
