@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A folder for temporary files of these tests alone, so that what they leave can be seen.
 os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="h-", dir="/tmp")
 tempfile.tempdir = os.environ["TMPDIR"]
+atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 import torch
 
@@ -23,8 +25,6 @@ from hamdist.runtime.cluster import ray_session
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
-    yield
-    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

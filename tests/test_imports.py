@@ -24,7 +24,7 @@ ALLOWED = {
     "cli": {"errors", "config", "dynamics", "streams", "runtime", "models", "study"},
     "__init__": {"errors", "config", "dynamics", "streams", "runtime", "api"},
 }
-RAY = {"runtime/actors.py", "runtime/supervisor.py", "runtime/cluster.py"}
+RAY = {"runtime/actors.py", "runtime/crew.py", "runtime/cluster.py"}
 
 
 def imports(path):

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayError
 
 from hamdist.runtime.host import Host, HostReport, HostStatus
 from hamdist.runtime.plan import Plan
 from hamdist.streams.sample import Stream
 
 THREADS_OF_AN_ACTOR = 4
+ANSWER_SECONDS = 5.0
 
 
 class HostActor:
@@ -71,6 +73,15 @@ class HostActor:
         if self._host is None:
             raise RuntimeError("prepare() comes first")
         return self._host
+
+
+def is_alive(actor: Any) -> bool:
+    """Whether an idle actor still answers."""
+    try:
+        ray.get(actor.where.remote(), timeout=ANSWER_SECONDS)
+    except (RayError, GetTimeoutError):
+        return False
+    return True
 
 
 def start_actor() -> Any:

@@ -32,10 +32,14 @@ class Session:
         self.idle: list[Any] = []
 
     def actor(self) -> Any:
-        """An idle actor, or a new one."""
-        from hamdist.runtime.actors import start_actor
+        """An idle actor that is still there, or a new one."""
+        from hamdist.runtime.actors import is_alive, start_actor
 
-        return self.idle.pop(0) if self.idle else start_actor()
+        while self.idle:
+            actor = self.idle.pop(0)
+            if is_alive(actor):
+                return actor
+        return start_actor()
 
 
 _current: Session | None = None

@@ -20,10 +20,11 @@ from hamdist.errors import HamdistError
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import peak_bytes, reset_peak
-from hamdist.runtime.nodes import SourceNode, make_node
+from hamdist.runtime.nodes import make_node
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import Channel
+from hamdist.runtime.source import SourceNode
 from hamdist.runtime.transport import ZmqTransport
 from hamdist.streams.sample import Stream
 

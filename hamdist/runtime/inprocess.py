@@ -9,10 +9,11 @@ from hamdist.dynamics.graph import INPUT
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import peak_bytes, reset_peak
-from hamdist.runtime.nodes import SourceNode, make_node
+from hamdist.runtime.nodes import make_node
 from hamdist.runtime.outcome import Outcome, ending_on_interrupt
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockProgress, Progress
+from hamdist.runtime.source import SourceNode
 from hamdist.runtime.threads import torch_threads
 from hamdist.streams.sample import Stream
 

@@ -18,10 +18,13 @@ from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import mse
 from hamdist.dynamics.schedule import Event, Phase
+from hamdist.runtime.hold import HoldNode
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.nodes import HoldNode, PulseNode, SourceNode, make_node
+from hamdist.runtime.nodes import make_node
 from hamdist.runtime.plan import Plan, make_plan
+from hamdist.runtime.pulse import PulseNode
+from hamdist.runtime.source import SourceNode
 from hamdist.streams import from_iterable
 
 F64 = torch.float64

@@ -19,10 +19,12 @@ from hamdist.config import Settings
 from hamdist.dynamics.block import HoldBlock
 from hamdist.dynamics.graph import BlockSpec, Graph
 from hamdist.dynamics.losses import mse
+from hamdist.runtime.hold import HoldNode
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.nodes import HoldNode, SourceNode, make_node
+from hamdist.runtime.nodes import make_node
 from hamdist.runtime.plan import make_plan
+from hamdist.runtime.source import SourceNode
 from hamdist.streams import from_iterable
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -22,7 +22,7 @@ from hamdist.dynamics.cell import Record
 from hamdist.dynamics.graph import BlockSpec, Graph
 from hamdist.dynamics.losses import mse
 from hamdist.dynamics.schedule import Phase
-from hamdist.runtime.nodes import HoldNode
+from hamdist.runtime.hold import HoldNode
 
 
 def nan(like: Tensor) -> Tensor:

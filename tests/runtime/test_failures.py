@@ -23,10 +23,12 @@ from runtime.networks import (
 )
 from torch import nn
 
-from hamdist.config import Settings
+from hamdist.config import EngineSettings, Settings
 from hamdist.errors import BlockError, ClusterError, SettingsError, StallError, StreamError
 from hamdist.runtime.train import train
 from hamdist.streams import from_iterable
+
+RAY = EngineSettings(kind="ray", actors=2)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(90)]
 
@@ -64,7 +66,7 @@ def _alive_workers():
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "HostActor" in " ".join(process.cmdline()):
+            if "ray::HostActor" in " ".join(process.cmdline()):
                 found.append(process.pid)
         except psutil.NoSuchProcess:
             continue
@@ -100,7 +102,18 @@ def test_a_failing_iterator_is_named(leaves_nothing):
         train(chain(), from_iterable(samples(), classes=CLASSES), settings(actors=2))
 
 
-def test_a_killed_actor_is_named(leaves_nothing):
+def _end_idle(session):
+    """So that every worker that is there afterwards is one of the test's own run."""
+    import ray
+
+    workers = [p for p in map(_process, _alive_workers()) if p]
+    while session.idle:
+        ray.kill(session.idle.pop())
+    psutil.wait_procs(workers, timeout=10)
+
+
+def test_a_killed_actor_is_named(session, leaves_nothing):
+    _end_idle(session)
     seen = []
 
     def kill(progress):
@@ -135,6 +148,7 @@ def test_the_watchdog_names_the_edge_that_blocks(leaves_nothing):
 
 
 def test_the_watchdog_names_an_actor_that_does_not_answer(session, leaves_no_socket):
+    _end_idle(session)
     stopped = []
 
     def stop(progress):
@@ -227,3 +241,15 @@ def test_an_interrupted_run_keeps_what_it_has(leaves_nothing):
         alone = train(chain(), EndlessStream(), Settings(level="trace", steps=result.samples))
         for key, tensor in alone.model.state_dict().items():
             assert torch.equal(tensor, result.model.state_dict()[key])
+
+
+def test_an_idle_actor_that_died_is_replaced(session, leaves_no_socket):
+    """The story of a bug: a run took over an idle actor of the session that had been killed."""
+    first = train(chain(), PortableStream(20), Settings(level="trace", engine=RAY, steps=20))
+    idle = _alive_workers()
+    assert idle
+    for pid in idle:
+        os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([p for p in map(_process, idle) if p], timeout=10)
+    again = train(chain(), PortableStream(20), Settings(level="trace", engine=RAY, steps=20))
+    assert first.windows == again.windows

@@ -130,7 +130,8 @@ def test_traces_hold_what_the_schedule_says():
 
     from hamdist.runtime.loop import run_loop
     from hamdist.runtime.mail import Mailroom
-    from hamdist.runtime.nodes import SourceNode, make_node
+    from hamdist.runtime.nodes import make_node
+    from hamdist.runtime.source import SourceNode
 
     source = stream(60)
     settings = Settings.model_validate({"level": "trace"})

@@ -13,9 +13,10 @@ from hamdist.dynamics.schedule import Kind, Stamp
 from hamdist.errors import StampError
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.nodes import SourceNode, make_node
+from hamdist.runtime.nodes import make_node
 from hamdist.runtime.plan import make_plan
 from hamdist.runtime.signal import Channel, Signal
+from hamdist.runtime.source import SourceNode
 from hamdist.runtime.train import as_graph
 
 CHANNEL = Channel(0, Kind.STATE, "a", "b", "a->b", 4)

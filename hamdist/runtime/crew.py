@@ -1,0 +1,302 @@
+"""The actors of one run, seen from the driver: started, wired, asked, called off, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from hamdist.config import TransportKind
+from hamdist.dynamics.graph import INPUT
+from hamdist.dynamics.metrics import Window
+from hamdist.errors import ClusterError
+from hamdist.runtime.cluster import Session
+from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.placement import place
+from hamdist.runtime.plan import Plan
+from hamdist.runtime.signal import Channel
+from hamdist.runtime.transport import socket_folder
+from hamdist.streams.sample import Stream
+
+START_SECONDS = 120.0
+ANSWER_SECONDS = 5.0
+OBEY_SECONDS = 2.0
+END_SECONDS = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class Actor:
+    """One actor as the driver knows it."""
+
+    name: str
+    blocks: list[str]
+    handle: Any
+    node: str = ""
+    address: str = ""
+    pid: int = 0
+    running: Any = None  # the call of run()
+    report: HostReport | None = None
+    status: HostStatus | None = None
+    asked: Any = None  # a status call under way
+    asked_at: float = 0.0
+    windows: list[Window] = field(default_factory=list)
+    every: int | None = None
+
+    def note(self, status: HostStatus) -> None:
+        self.status = status
+        self.windows = [*self.windows[: status.first], *status.windows]
+        self.every = status.every
+
+    def __str__(self) -> str:
+        return f"{self.name} (blocks {', '.join(self.blocks)}; process {self.pid})"
+
+
+class Crew:
+    """actors: of one run, on a Ray that is up. As a context it ends them, and their sockets.
+
+    A stream that cannot leave the driver's process is drawn in a thread here (`local_report` is
+    what it leaves).
+    """
+
+    def __init__(self, plan: Plan, stream: Stream, session: Session) -> None:
+        self._plan = plan
+        self._stream = stream
+        self._session = session
+        self._local: Host | None = None
+        self._thread: threading.Thread | None = None
+        self.local_report: HostReport | None = None
+        self.actors: list[Actor] = []
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends what was started, in whatever state it is."""
+        self._end_local()
+        self._end_actors()
+        shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
+
+    def wire(self) -> None:
+        """Starts the actors, gives them their blocks, opens and joins the sockets."""
+        plan = self._plan
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        groups = place(plan.graph, plan.engine, max(1, cpus))
+        if len(groups) > cpus:
+            raise ClusterError(
+                f"{len(groups)} actors need as many CPUs, the Ray cluster has {cpus}; set "
+                "engine.actors to at most that, or 'auto'"
+            )
+        self.actors = [
+            Actor(f"actor {i}", blocks, self._session.actor()) for i, blocks in enumerate(groups)
+        ]
+        for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
+            actor.node, actor.address, actor.pid = where
+        inside = [set(actor.blocks) for actor in self.actors]
+        portable = self._stream.portable
+        if portable:
+            inside[self._source_actor()].add(INPUT)
+        binds = [self._binds(i, inside) for i in range(len(inside))]
+
+        def arguments(i: int) -> tuple[Any, ...]:
+            own = self._stream if INPUT in inside[i] else None
+            return plan.only(self.actors[i].blocks), self.actors[i].blocks, own, binds[i]
+
+        addresses: dict[int, str] = {}
+        for opened in self._all("prepare", arguments):
+            addresses |= opened
+        self._all("connect", lambda _: (addresses,))
+        if not portable:
+            self._local = Host(plan.only([]), [], self._stream)
+            self._local.connect(addresses)
+
+    def _source_actor(self) -> int:
+        """The stream lives with the first block that reads it."""
+        readers = {e.child for e in self._plan.graph.out_of[INPUT]} or set(
+            self._plan.graph.readouts
+        )
+        return next(i for i, actor in enumerate(self.actors) if readers & set(actor.blocks))
+
+    def _binds(self, i: int, inside: Sequence[set[str]]) -> dict[int, str | None]:
+        """What actor i receives from other processes: on tcp at its address, or on ipc (None)."""
+        me = self.actors[i]
+        return {
+            channel.number: me.address if self._tcp(channel, me, inside) else None
+            for channel in self._plan.channels.all()
+            if channel.receiver in inside[i] and channel.sender not in inside[i]
+        }
+
+    def _tcp(self, channel: Channel, receiver: Actor, inside: Sequence[set[str]]) -> bool:
+        wanted = self._plan.engine.transport
+        sender = next(
+            (a for a, s in zip(self.actors, inside, strict=True) if channel.sender in s), None
+        )
+        node = sender.node if sender is not None else ray.get_runtime_context().get_node_id()
+        if wanted is TransportKind.IPC and node != receiver.node:
+            raise ClusterError(
+                f"engine.transport 'ipc': {channel} crosses hosts; use 'auto' or 'tcp'"
+            )
+        return wanted is TransportKind.TCP or node != receiver.node
+
+    def _all(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
+        """Calls `method` of every actor at once and waits for all."""
+        calls = [
+            getattr(actor.handle, method).remote(*arguments(i))
+            for i, actor in enumerate(self.actors)
+        ]
+        try:
+            return list(ray.get(calls, timeout=START_SECONDS))
+        except GetTimeoutError:
+            raise ClusterError(
+                f"the actors did not start within {START_SECONDS:.0f} s; the cluster may lack "
+                f"free CPUs for {len(self.actors)} actors (ray status shows them)"
+            ) from None
+        except RayError as error:
+            raise ClusterError(f"an actor failed while it started: {_last_line(error)}") from error
+
+    def start(self) -> None:
+        """Everybody runs."""
+        for actor in self.actors:
+            actor.running = actor.handle.run.remote()
+        if self._local is not None:
+            self._thread = threading.Thread(target=self._run_local, daemon=True)
+            self._thread.start()
+
+    def _run_local(self) -> None:
+        if self._local is not None:
+            self.local_report = self._local.run()
+
+    @property
+    def running(self) -> dict[Any, Actor]:
+        """The run calls that have not been collected, with their actors."""
+        return {a.running: a for a in self.actors if a.running is not None and a.report is None}
+
+    @property
+    def done(self) -> bool:
+        return not self.running and (self._local is None or self.local_report is not None)
+
+    def wait(self, seconds: float, *, everybody: bool = False) -> None:
+        """Waits for actors to finish, and collects their reports.
+
+        Raises what ended an actor, or the stream.
+        """
+        calls = self.running
+        if calls:
+            number = len(calls) if everybody else 1
+            for call in ray.wait(list(calls), num_returns=number, timeout=seconds)[0]:
+                self._collect(calls[call], call)
+        elif self._thread is not None:
+            self._thread.join(seconds)
+        if self.local_report is not None and self.local_report.error is not None:
+            raise self.local_report.error
+
+    def _collect(self, actor: Actor, call: Any) -> None:
+        """The report of an actor that has finished. Raises what ended it."""
+        try:
+            actor.report = ray.get(call)
+        except RayActorError as error:
+            raise ClusterError(
+                f"{actor} died: {_last_line(error)}; was it killed, or out of memory?"
+            ) from error
+        except RayError as error:
+            raise ClusterError(f"{actor} failed: {_last_line(error)}") from error
+        if actor.report is not None and actor.report.error is not None:
+            raise actor.report.error
+
+    def ask(self, now: float, seconds: float) -> None:
+        """Asks every running actor how far it is, and notes the answers that come in time."""
+        for actor in self.actors:
+            if actor.report is None and actor.asked is None:
+                actor.asked = actor.handle.status.remote(len(actor.windows), actor.every)
+                actor.asked_at = now
+        asked = {actor.asked: actor for actor in self.actors if actor.asked is not None}
+        if not asked:
+            return
+        for call in ray.wait(list(asked), num_returns=len(asked), timeout=seconds)[0]:
+            actor = asked[call]
+            actor.asked = None
+            with contextlib.suppress(RayError):  # an actor that died is found by its run call
+                actor.note(ray.get(call))
+
+    def silent(self, now: float) -> list[str]:
+        """The actors that have not answered for a while."""
+        return [
+            str(a) for a in self.actors if a.asked is not None and now - a.asked_at > ANSWER_SECONDS
+        ]
+
+    def samples(self) -> int:
+        """Samples that have entered the network."""
+        if self._local is not None:
+            return self._local.status(0, None).samples
+        known = [a.report or a.status for a in self.actors]
+        return max((k.samples for k in known if k is not None), default=0)
+
+    def reports(self) -> list[HostReport]:
+        """Of the actors that have finished, and of a stream in the driver."""
+        reports = [a.report for a in self.actors if a.report is not None]
+        return reports if self.local_report is None else [*reports, self.local_report]
+
+    def stop_stream(self) -> None:
+        """Ends the stream at its next sample; what is under way is finished."""
+        if self._local is not None:
+            self._local.stop_stream()
+        else:
+            self.actors[self._source_actor()].handle.stop_stream.remote()
+
+    def call_off(self) -> None:
+        """Ends the runs as they are now; those that do not answer leave no report."""
+        for actor in self.running.values():
+            actor.handle.abort.remote()
+        if self._local is not None:
+            self._local.abort()
+        self.wait(ANSWER_SECONDS, everybody=True)
+
+    def _end_local(self) -> None:
+        if self._local is None:
+            return
+        self._local.abort()
+        if self._thread is not None:
+            self._thread.join(END_SECONDS)
+        if self._thread is None or not self._thread.is_alive():  # a user's iterator may hang
+            self._local.close()
+
+    def _end_actors(self) -> None:
+        """Lets the actors that obey take another run, and kills the others."""
+        for actor in self.running.values():
+            actor.handle.abort.remote()
+        runs = [a.running for a in self.actors if a.running is not None]
+        ended = ray.wait(runs, num_returns=len(runs), timeout=OBEY_SECONDS)[0] if runs else []
+        closed = {a.handle.close.remote(): a for a in self.actors if a.running in ended}
+        calls = list(closed)
+        done = ray.wait(calls, num_returns=len(calls), timeout=OBEY_SECONDS)[0] if calls else []
+        obedient = []
+        for call in done:
+            with contextlib.suppress(RayError):  # it died
+                ray.get(call)
+                obedient.append(closed[call])
+        self._session.idle.extend(actor.handle for actor in obedient)
+        killed = [actor for actor in self.actors if actor not in obedient]
+        for actor in killed:
+            ray.kill(actor.handle)
+        self._outlast(killed)
+
+    def _outlast(self, killed: Sequence[Actor]) -> None:
+        """Waits until the processes of killed actors on this host are gone."""
+        here = ray.get_runtime_context().get_node_id() if killed else ""
+        processes = []
+        for actor in killed:
+            if actor.node == here:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    processes.append(psutil.Process(actor.pid))
+        psutil.wait_procs(processes, timeout=END_SECONDS)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,134 @@
+"""A block that steps in every tick, as a node."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.block import HoldBlock, HoldReadout, Tick
+from hamdist.dynamics.cell import Cell
+from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Edge
+from hamdist.dynamics.metrics import Prequential
+from hamdist.dynamics.schedule import Event, HoldSchedule, Stamp
+from hamdist.dynamics.weights import Weights
+from hamdist.runtime.mail import Mailroom
+from hamdist.runtime.plan import Plan
+from hamdist.runtime.ports import Ports, block_state, record
+from hamdist.runtime.result import BlockState
+from hamdist.runtime.signal import ready
+
+
+class HoldNode:
+    """A block that steps in every tick."""
+
+    def __init__(
+        self, plan: Plan, spec: BlockSpec, mail: Mailroom, block: HoldBlock | HoldReadout
+    ) -> None:
+        if not isinstance(plan.schedule, HoldSchedule):
+            raise TypeError("a HoldNode needs a HoldSchedule")
+        self.name = spec.name
+        self.block = block
+        self.metrics = Prequential(plan.window) if spec.loss is not None else None
+        self._schedule = plan.schedule
+        self._ports = Ports(plan, spec.name, mail)
+        self._acyclic = plan.graph.acyclic
+        self._ended: list[Edge] = []
+        # What an edge shows until the first signal has come along it.
+        shapes = {INPUT: (plan.spec.u_shape, plan.spec.u_dtype), **plan.shapes}
+        self._shown = {
+            e.index: torch.zeros(shapes[e.parent][0], dtype=shapes[e.parent][1])
+            for e in self._ports.into
+        }
+        self._target: Tensor | None = None
+        self._no_more_targets = False
+        self._events = plan.schedule.events(spec.name)
+        self.event = next(self._events)
+        self.tick: int | None = self.event.tick
+
+    def start(self) -> None:
+        h = ready(self.block.h) if isinstance(self.block, HoldBlock) else None
+        self._ports.before_start(h, self._schedule.c)
+
+    def _stamp(self, tick: int, version: int) -> Stamp:
+        return Stamp(tick, tick // self._schedule.c, version)
+
+    def step(self) -> None:
+        event = self.event
+        inputs = [self._input(edge, event) for edge in self._ports.into]
+        messages = [self._message(edge, event) for edge in self._ports.out_of]
+        if self._has_ended():
+            self._end(event, messages)
+            return
+        if self.metrics is not None and not self._no_more_targets:
+            signal = self._ports.target(event)
+            if signal is not None:
+                self._target = signal.payload
+                self._no_more_targets = signal.end
+        self._do(event, inputs, messages)
+        self.event = next(self._events)
+        self.tick = self.event.tick
+
+    def _input(self, edge: Edge, event: Event) -> Tensor:
+        """What the edge shows: the state that came in this tick; the latest one where the input
+        shows a sample for several ticks, or where the end has come."""
+        signal = None if edge in self._ended else self._ports.state(edge, event)
+        if signal is not None and signal.end:
+            self._ended.append(edge)
+        elif signal is not None and signal.payload is not None:
+            self._shown[edge.index] = signal.payload
+        return self._shown[edge.index]
+
+    def _message(self, edge: Edge, event: Event) -> Tensor | None:
+        signal = self._ports.message(edge, event)
+        if signal is None:
+            return None
+        if signal.end:
+            self._ended.append(edge)
+        return signal.payload
+
+    def _has_ended(self) -> bool:
+        """In an acyclic graph the end has to come along every way, so that the last samples reach
+        the readouts; around a cycle nobody would be the first, so there the first one counts."""
+        if not self._acyclic:
+            return bool(self._ended)
+        return all(edge in self._ended for edge in self._ports.into)
+
+    def _end(self, event: Event, messages: list[Tensor | None]) -> None:
+        if isinstance(self.block, HoldBlock):
+            self.block.complete(messages)
+        stamp = self._stamp(event.tick, self._schedule.updates_before(event.tick))
+        self._ports.to_children(stamp, None, end=True)
+        if not self._acyclic:
+            self._ports.to_parents(stamp, [None] * len(self._ports.into), end=True)
+        self.tick = None
+
+    def _do(self, event: Event, inputs: list[Tensor], messages: list[Tensor | None]) -> None:
+        k, block = event.tick, self.block
+        compares = self.metrics is not None and self._schedule.compares(self.name, k)
+        tick = Tick(
+            sample=event.sample,
+            moves=self._schedule.moves(self.name, k),
+            updates=self._schedule.updates(k),
+            target=self._target if compares else None,
+        )
+        if isinstance(block, HoldBlock):
+            block.complete(messages)
+        stamp = self._stamp(k, block.weights.updates)
+        to_parents, reading = block.tick(inputs, tick)
+        if isinstance(block, HoldBlock):
+            block.h = ready(block.h)
+            self._ports.to_children(stamp, block.h)
+        self._ports.to_parents(stamp, to_parents, leaving_out=self._ended)
+        if self.metrics is not None:
+            sample = self._schedule.records(self.name, k)
+            if sample is not None:
+                record(self.metrics, sample, reading)
+
+    def state(self) -> BlockState:
+        block = self.block
+        if isinstance(block, HoldReadout):
+            return block_state([("", block.cell, block.weights)], None, None)
+        parts: list[tuple[str, Cell, Weights | None]] = [("", block.cell, block.weights)]
+        if block.output is not None:
+            parts.append((OUTPUT_KEY, block.output, block.output_weights))
+        return block_state(parts, block.h, block.z)

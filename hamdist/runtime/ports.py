@@ -1,0 +1,110 @@
+"""The channels of one block, and what every node does at its start and end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hamdist.dynamics.block import Reading
+from hamdist.dynamics.cell import Cell
+from hamdist.dynamics.graph import Edge
+from hamdist.dynamics.metrics import Prequential
+from hamdist.dynamics.schedule import Event, Stamp
+from hamdist.dynamics.weights import Weights
+from hamdist.runtime.mail import Mailroom
+from hamdist.runtime.plan import Plan
+from hamdist.runtime.result import BlockState
+from hamdist.runtime.signal import Channel, Signal, ready
+
+
+class Ports:
+    """The channels of one block, in the graph's edge order, and its stamps."""
+
+    def __init__(self, plan: Plan, name: str, mail: Mailroom) -> None:
+        self.into = plan.graph.into[name]
+        self.out_of = plan.graph.out_of[name]
+        self._channels = plan.channels
+        self._schedule = plan.schedule
+        self._name = name
+        self._mail = mail
+        self._children = [plan.channels.states[e.index] for e in self.out_of]
+        self._parents = [plan.channels.messages.get(e.index) for e in self.into]
+
+    def state(self, edge: Edge, event: Event) -> Signal | None:
+        stamp = self._schedule.state(edge, event)
+        return (
+            None if stamp is None else self._take(self._channels.states[edge.index], stamp, event)
+        )
+
+    def message(self, edge: Edge, event: Event) -> Signal | None:
+        stamp = self._schedule.message(edge, event)
+        return (
+            None if stamp is None else self._take(self._channels.messages[edge.index], stamp, event)
+        )
+
+    def target(self, event: Event) -> Signal | None:
+        stamp = self._schedule.target(self._name, event)
+        return (
+            None if stamp is None else self._take(self._channels.targets[self._name], stamp, event)
+        )
+
+    def _take(self, channel: Channel, stamp: Stamp, event: Event) -> Signal:
+        return self._mail.take(channel, stamp, event.tick)
+
+    def to_children(self, stamp: Stamp, h: Tensor | None, *, end: bool = False) -> None:
+        for channel in self._children:
+            self._mail.post(channel, Signal(stamp, h, end))
+
+    def before_start(self, h: Tensor | None, c: int) -> None:
+        """What the neighbours read in their first ticks: h_0, and messages of zeros."""
+        for edge, channel in zip(self.out_of, self._children, strict=True):
+            for tick in range(-edge.delay, 0):
+                self._mail.post(channel, Signal(Stamp(tick, tick // c, 0), h))
+        for edge, parent in zip(self.into, self._parents, strict=True):
+            for tick in range(-edge.delay, 0):
+                if parent is not None:
+                    self._mail.post(parent, Signal(Stamp(tick, tick // c, 0)))
+
+    def to_parents(
+        self,
+        stamp: Stamp,
+        messages: Sequence[Tensor | None],
+        *,
+        end: bool = False,
+        leaving_out: Sequence[Edge] = (),
+    ) -> None:
+        """leaving_out: edges whose parent reads no more."""
+        for edge, channel, message in zip(self.into, self._parents, messages, strict=True):
+            if channel is not None and edge not in leaving_out:
+                payload = None if message is None else ready(message)
+                self._mail.post(channel, Signal(stamp, payload, end))
+
+
+def record(metrics: Prequential, sample: int, reading: Reading | None) -> None:
+    if reading is not None:
+        metrics.record(sample, reading.prediction, reading.target, reading.loss)
+
+
+def block_state(
+    parts: Sequence[tuple[str, Cell, Weights | None]], h: Tensor | None, z: Tensor | None
+) -> BlockState:
+    theta: dict[str, Tensor] = {}
+    omega: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for prefix, cell, weights in parts:
+        moving = [] if weights is None else weights.omega
+        for name, costate in zip(cell.names, moving, strict=False):
+            omega[prefix + name] = costate.detach().clone()
+        parameters = dict(cell.module.named_parameters())
+        for name, tensor in cell.module.state_dict().items():
+            (theta if name in parameters else buffers)[prefix + name] = tensor.detach().clone()
+    first = parts[0][2]
+    return BlockState(
+        theta=theta,
+        omega=omega,
+        buffers=buffers,
+        h=None if h is None else h.detach().clone(),
+        z=None if z is None else z.detach().clone(),
+        updates=0 if first is None else first.updates,
+    )
