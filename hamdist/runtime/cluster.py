@@ -57,7 +57,7 @@ def ray_session(engine: EngineSettings) -> Iterator[Session]:
     if _current is not None:
         yield _current
         return
-    prepare_environment()
+    prepare_environment(engine)
     with _ray(engine):
         _current = Session()
         try:
@@ -100,7 +100,8 @@ def _joined(address: str) -> Iterator[None]:
         raise ClusterError(
             f"engine.address {address!r}: no Ray cluster answers there "
             f"({str(error).splitlines()[0]}); start one (ray start --head), correct the address, "
-            "or leave it out for a local Ray"
+            "or leave it out for a local Ray. Where the cluster asks for Ray's token, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here as there"
         ) from error
     try:
         yield
@@ -145,14 +146,14 @@ def _wanted(engine: EngineSettings) -> int:
     return engine.actors if isinstance(engine.actors, int) else 1
 
 
-def prepare_environment() -> None:
+def prepare_environment(engine: EngineSettings) -> None:
     """What Ray reads from the environment when it is imported, where the user has not set it."""
     if "ray" in sys.modules:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if "RAY_AUTH_MODE" not in os.environ:
+    if engine.address is None and "RAY_AUTH_MODE" not in os.environ:
         # A token of this process alone; left to itself Ray writes one where all can read it.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -83,7 +83,7 @@ def train(
 def make_engine(settings: Settings) -> Engine:
     if settings.engine.kind is EngineKind.INPROCESS:
         return InProcessEngine()
-    prepare_environment()
+    prepare_environment(settings.engine)
     from hamdist.runtime.supervisor import RayEngine  # Ray takes seconds to import
 
     return RayEngine()
