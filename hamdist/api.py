@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hamdist.config import Settings, describe, merge
+from hamdist.config import Settings, describe, lay_over
 from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import LossFunction
 from hamdist.errors import SettingsError
@@ -54,7 +54,7 @@ def train(
 def _settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     base = {} if settings is None else settings.model_dump(mode="json", exclude_unset=True)
     try:
-        made = Settings.model_validate(merge(base, fields))
+        made = Settings.model_validate(lay_over(base, fields))
     except ValidationError as error:
         raise SettingsError(describe(error)) from None
     return made.for_level(made.level)

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 PLAIN_SECONDS = 5.0
 PLAIN_WIDTH = 132
+# A narrower terminal gets the comparison as two tables: how well, and at what cost.
+WIDE = 110
+QUALITY = 6
+LABELS = 2
 
 app = typer.Typer(
     name="hamdist",
@@ -211,21 +215,24 @@ def _conclude(
 
 
 def _print_comparison(cells: ComparisonTable, title: str) -> None:
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-        show_lines=any("\n" in cell for row in cells.rows for cell in row),
-    )
-    for index, heading in enumerate(cells.titles):
-        side: JustifyMethod = "left" if index < 2 else "right"
-        table.add_column(heading, justify=side, overflow="fold")
-    for row in cells.rows:
-        table.add_row(*map(Text, row))
     console = _console()
-    console.print(table)
+    columns = range(len(cells.titles))
+    split = [columns] if console.width >= WIDE else [columns[:QUALITY], [0, *columns[QUALITY:]]]
+    for part in split:
+        table = Table(
+            title=title,
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+            show_lines=any("\n" in row[i] for row in cells.rows for i in part),
+        )
+        for i in part:
+            side: JustifyMethod = "left" if i < LABELS else "right"
+            table.add_column(cells.titles[i], justify=side, overflow="fold")
+        for row in cells.rows:
+            table.add_row(*(Text(row[i]) for i in part))
+        console.print(table)
     for note in cells.notes:
         console.print(Text(f"• {note}"), soft_wrap=True)
 

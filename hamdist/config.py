@@ -349,6 +349,24 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+LEVEL_SECTIONS = frozenset(LevelOverrides.model_fields)
+
+
+def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`merge`, for overrides that a user gives: what they say holds at every level, also where
+    `levels` says otherwise, unless they speak of `levels` themselves."""
+    merged = merge(base, over)
+    sections = {k: v for k, v in over.items() if k in LEVEL_SECTIONS and isinstance(v, Mapping)}
+    levels = merged.get("levels")
+    if sections and isinstance(levels, Mapping):
+        merged["levels"] = {
+            level: merge(own, sections) if isinstance(own, Mapping) else own
+            for level, own in levels.items()
+        }
+        merged = merge(merged, {k: v for k, v in over.items() if k == "levels"})
+    return merged
+
+
 def describe(error: ValidationError) -> str:
     """One line per wrong field: its path, what is wrong, the value received."""
     lines = []
@@ -380,7 +398,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Settings:
-    """Settings from YAML `text`, with `overrides` laid over it in order.
+    """Settings from YAML `text`, with `overrides` laid over it in order (`lay_over`).
 
     Raises SettingsError naming `origin`, and the line or the field.
     """
@@ -395,7 +413,7 @@ def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]]
     if not isinstance(raw, dict):
         raise SettingsError(f"{origin}: settings are a mapping of names to values, not {raw!r}")
     for override in overrides:
-        raw = merge(raw, override)
+        raw = lay_over(raw, override)
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:

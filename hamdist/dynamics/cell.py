@@ -55,9 +55,8 @@ class Cell:
         self.theta: list[Tensor] = [p.data for p in self._parameters]
         self._stash = stash
         self._random = torch.Generator().manual_seed(seed).get_state() if _draws(module) else None
-        self._copies = _foreign(module) or any(
-            getattr(m, "inplace", False) for m in module.modules()
-        )
+        self._foreign = _foreign(module)
+        self._copies = self._foreign or any(getattr(m, "inplace", False) for m in module.modules())
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
         """One forward pass. wanted: the inputs whose product will be asked for."""
@@ -78,7 +77,17 @@ class Cell:
                 f"the module returned {type(output).__name__}, not a tensor; return the one tensor "
                 "that its children read"
             )
-        return Record(leaves, theta, output)
+        return Record(leaves, theta, output.clone() if self._is_own(output) else output)
+
+    def _is_own(self, output: Tensor) -> bool:
+        """Whether `output` may be memory that the module goes on writing to: a weight, a buffer,
+        or what a user's module keeps. As a signal it must stay as it is."""
+        if output.is_leaf or (self._foreign and not output.requires_grad):
+            return True
+        return self._foreign and output.untyped_storage().data_ptr() in {
+            t.untyped_storage().data_ptr()
+            for t in (*self.module.parameters(), *self.module.buffers())
+        }
 
     def _call(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
         if self._random is None:

@@ -137,6 +137,10 @@ class Graph:
                     f"block {block.name!r}: a name is not empty, not {INPUT!r} (the stream's "
                     "input) and holds neither '->' nor '.'"
                 )
+            if hasattr(nn.ModuleDict(), block.name):
+                raise GraphError(
+                    f"block {block.name!r}: torch keeps this name for itself; choose another"
+                )
             if not block.parents:
                 raise GraphError(
                     f"block {block.name!r} has no parents; name the blocks it reads, or {INPUT!r}"
@@ -220,11 +224,12 @@ class Graph:
     def _check_parameters(self) -> None:
         owner: dict[int, tuple[str, str]] = {}
         for name, module in ((b.name, m) for b in self.blocks.values() for m in _modules(b)):
-            for key, tensor in module.named_parameters():
+            for key, tensor in (*module.named_parameters(), *module.named_buffers()):
                 other = owner.setdefault(id(tensor), (name, key))
                 if other[0] != name:
+                    what = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
                     raise GraphError(
-                        f"blocks {other[0]!r} and {name!r} share a parameter ({other[1]!r} and "
+                        f"blocks {other[0]!r} and {name!r} share a {what} ({other[1]!r} and "
                         f"{key!r}); a weight belongs to one block, so keep both in one block or "
                         "give each its own"
                     )
@@ -285,6 +290,15 @@ class Graph:
         for _ in self.blocks:
             reached |= {e.child for e in self.edges if e.parent in reached}
         return [b for b in self.blocks if b not in reached]
+
+    def adrift(self) -> set[str]:
+        """Blocks that no chain of edges, in either direction, joins with the input."""
+        joined = {INPUT}
+        for _ in self.edges:
+            for edge in self.edges:
+                if edge.parent in joined or edge.child in joined:
+                    joined |= {edge.parent, edge.child}
+        return {b for b in self.blocks if b not in joined}
 
     # -- shapes -----------------------------------------------------------------------------
 
@@ -397,7 +411,11 @@ class Graph:
                 part = "output" if key.startswith(OUTPUT_KEY) else "module"
                 prefix = f"blocks.{name}.{part}." if self._original is None else ""
                 state[prefix + key.removeprefix(OUTPUT_KEY)] = tensor
-        merged.load_state_dict(state, strict=True)
+        persistent = merged.state_dict().keys()
+        merged.load_state_dict({k: v for k, v in state.items() if k in persistent}, strict=True)
+        for key, buffer in merged.named_buffers():
+            if key not in persistent and key in state:
+                buffer.copy_(state[key])
         return merged
 
 

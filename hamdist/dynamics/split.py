@@ -39,14 +39,16 @@ def split_sequential(
     example: (B, ...) an input of the right shape and type, for the balance by time.
     Raises GraphError for an empty model, an unknown cut, or more blocks than children.
     """
-    children = list(model.named_children())
+    children = [(name, m) for name, m in model._modules.items() if m is not None]
     if not children:
         raise GraphError("the model is an empty nn.Sequential; give it at least one module")
-    if len(children) != len(model):
-        raise GraphError(
-            "a module stands in the nn.Sequential twice, so its weights would belong to two "
-            "blocks; give each place its own module"
-        )
+    for i, (name, module) in enumerate(children):
+        stateful = [*module.parameters(), *module.buffers()]
+        if stateful and any(module is other for _, other in children[:i]):
+            raise GraphError(
+                f"module {name!r} stands in the nn.Sequential twice, so its weights would belong "
+                "to two blocks; give each place its own module"
+            )
     starts = _starts(children, model, partition, grouping, example)
     blocks: list[BlockSpec] = []
     for i, (first, last) in enumerate(zip(starts, [*starts[1:], len(children)], strict=True)):

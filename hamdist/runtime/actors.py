@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from hamdist.runtime.host import Host, HostReport, HostStatus
@@ -45,6 +46,7 @@ class HostActor:
         binds: Mapping[int, str | None],
     ) -> dict[int, str]:
         """Builds the blocks and opens the receiving ends; returns their addresses."""
+        torch.set_default_dtype(plan.default_dtype)
         self._host = Host(plan, blocks, stream)
         return self._host.bind(binds)
 

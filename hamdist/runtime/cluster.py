@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -9,6 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,7 @@ import psutil
 
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
+from hamdist.runtime.outcome import deaf_to_interrupts
 from hamdist.runtime.threads import cores
 
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -43,6 +46,8 @@ class Session:
 
 
 _current: Session | None = None
+_owner: int | None = None
+_one_at_a_time = threading.Lock()
 
 
 @contextmanager
@@ -53,18 +58,33 @@ def ray_session(engine: EngineSettings) -> Iterator[Session]:
     one a local Ray is started, which ends with all its processes and files.
     Raises ClusterError if no cluster answers at `engine.address`.
     """
-    global _current
-    if _current is not None:
+    global _current, _owner
+    if _current is not None and _owner == threading.get_ident():
         yield _current
         return
+    if not _one_at_a_time.acquire(blocking=False):
+        raise ClusterError(
+            "another thread of this process has a run on Ray; wait for it, or start a process"
+        )
+    try:
+        with _outermost(engine) as session:
+            yield session
+    finally:
+        _one_at_a_time.release()
+
+
+@contextmanager
+def _outermost(engine: EngineSettings) -> Iterator[Session]:
+    global _current, _owner
     prepare_environment(engine)
     with _ray(engine):
-        _current = Session()
+        _current, _owner = Session(), threading.get_ident()
         try:
             yield _current
         finally:
             idle, _current = _current.idle, None
-            _end(idle)
+            with deaf_to_interrupts():
+                _end(idle)
 
 
 def _end(actors: list[Any]) -> None:
@@ -106,7 +126,8 @@ def _joined(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with deaf_to_interrupts():
+            ray.shutdown()
 
 
 def _knock(address: str) -> None:
@@ -122,6 +143,7 @@ def _local(cpus: int) -> Iterator[None]:
 
     folder = tempfile.mkdtemp(prefix="hdray-", dir=_short_folder())
     before = set(psutil.Process().children(recursive=True))
+    up = False
     try:
         ray.init(
             address="local",
@@ -130,14 +152,31 @@ def _local(cpus: int) -> Iterator[None]:
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
             log_to_driver=False,
-            _temp_dir=folder,
+            # Ray opens its folder to all users: one that only the owner can enter lies around it.
+            _temp_dir=os.path.join(folder, "r"),
         )
+        up = True
         yield
     finally:
-        mine = set(psutil.Process().children(recursive=True)) - before
-        ray.shutdown()
-        _outlast(mine)
-        shutil.rmtree(folder, ignore_errors=True)
+        with deaf_to_interrupts():
+            mine = _of_session(folder, before)
+            ray.shutdown()
+            _outlast(mine, GONE_SECONDS if up else 0)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:
+    """This process's children that belong to the Ray in `folder`; others are the user's own."""
+    heads = set()
+    for process in set(psutil.Process().children(recursive=True)) - before:
+        with contextlib.suppress(psutil.Error):
+            if folder in " ".join(process.cmdline()):
+                heads.add(process)
+    found = set(heads)
+    for head in heads:
+        with contextlib.suppress(psutil.Error):
+            found |= set(head.children(recursive=True))
+    return found
 
 
 def _wanted(engine: EngineSettings) -> int:
@@ -164,9 +203,10 @@ def _short_folder() -> str | None:
     return None if len(tempfile.gettempdir()) < 16 else "/tmp"
 
 
-def _outlast(processes: set[psutil.Process]) -> None:
+def _outlast(processes: set[psutil.Process], seconds: float) -> None:
     """Waits until the processes that this session started are gone; ends what stays."""
-    _, alive = psutil.wait_procs(processes, timeout=GONE_SECONDS)
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
     for process in alive:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(alive, timeout=GONE_SECONDS)

@@ -16,9 +16,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from hamdist.config import TransportKind
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
-from hamdist.errors import ClusterError
+from hamdist.errors import ClusterError, StreamError
 from hamdist.runtime.cluster import Session
 from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.outcome import deaf_to_interrupts
 from hamdist.runtime.placement import place
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.signal import Channel
@@ -79,9 +80,10 @@ class Crew:
 
     def __exit__(self, *_: object) -> None:
         """Ends what was started, in whatever state it is."""
-        self._end_local()
-        self._end_actors()
-        shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
+        with deaf_to_interrupts():
+            self._end_local()
+            self._end_actors()
+            shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
 
     def wire(self) -> None:
         """Starts the actors, gives them their blocks, opens and joins the sockets."""
@@ -169,8 +171,12 @@ class Crew:
             self._thread.start()
 
     def _run_local(self) -> None:
-        if self._local is not None:
-            self.local_report = self._local.run()
+        report = HostReport(error=StreamError("the thread of the stream ended before its time"))
+        try:
+            if self._local is not None:
+                report = self._local.run()
+        finally:  # a user's iterator may even raise SystemExit
+            self.local_report = report
 
     @property
     def running(self) -> dict[Any, Actor]:

@@ -32,6 +32,8 @@ class HoldNode:
         self._schedule = plan.schedule
         self._ports = Ports(plan, spec.name, mail)
         self._acyclic = plan.graph.acyclic
+        # Without a way from the input it is the targets that tell of the end.
+        self._adrift = spec.name in plan.graph.adrift()
         self._ended: list[Edge] = []
         # What an edge shows until the first signal has come along it.
         shapes = {INPUT: (plan.spec.u_shape, plan.spec.u_dtype), **plan.shapes}
@@ -64,6 +66,9 @@ class HoldNode:
             if signal is not None:
                 self._target = signal.payload
                 self._no_more_targets = signal.end
+                if signal.end and self._adrift:
+                    self._end(event, messages)
+                    return
         self._do(event, inputs, messages)
         self.event = next(self._events)
         self.tick = self.event.tick

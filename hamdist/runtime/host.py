@@ -6,7 +6,6 @@ process the driver runs one in a thread.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -102,11 +101,12 @@ class Host:
         started = time.perf_counter()
         nodes = [*([self._source] if self._source is not None else []), *self._nodes]
         try:
-            report.ticks = run_loop(nodes, self._check_abort)
+            run_loop(nodes, self._check_abort)
         except Aborted:
             report.aborted = True
         except HamdistError as error:
             report.error = error
+        report.ticks = max((n.event.tick + 1 for n in self._nodes), default=0)
         report.seconds = time.perf_counter() - started
         for node in self._nodes:
             report.blocks[node.name] = node.state()
@@ -127,7 +127,8 @@ class Host:
     def status(self, seen: int, every: int | None) -> HostStatus:
         """Called from another thread. seen: windows that the caller has, of `every` items."""
         metrics = next((n.metrics for n in self._nodes if n.metrics is not None), None)
-        windows, now = ([], None) if metrics is None else (metrics.windows, metrics.every)
+        now = None if metrics is None else metrics.every  # before the windows, which it may join
+        windows = [] if metrics is None else metrics.windows
         first = seen if every == now else 0
         return HostStatus(
             ticks={n.name: n.event.tick for n in self._nodes},
@@ -164,7 +165,3 @@ class Host:
 
     def close(self) -> None:
         self._transport.close()
-
-    @property
-    def pid(self) -> int:
-        return os.getpid()

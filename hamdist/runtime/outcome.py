@@ -31,6 +31,19 @@ class Outcome:
 
 
 @contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Inside, Ctrl-C does nothing: what cleans up is not to be left half-way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def ending_on_interrupt(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C calls `stop` (the stream ends, what is under way is finished), the
     second raises KeyboardInterrupt. Yields a function that tells whether there was one. Outside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -97,8 +98,10 @@ def block_state(
         for name, costate in zip(cell.names, moving, strict=False):
             omega[prefix + name] = costate.detach().clone()
         parameters = dict(cell.module.named_parameters())
-        for name, tensor in cell.module.state_dict().items():
-            (theta if name in parameters else buffers)[prefix + name] = tensor.detach().clone()
+        state = {**dict(cell.module.named_buffers()), **cell.module.state_dict()}
+        for name, value in state.items():
+            kept = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            (theta if name in parameters else buffers)[prefix + name] = kept
     first = parts[0][2]
     return BlockState(
         theta=theta,

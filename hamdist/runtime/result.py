@@ -15,7 +15,8 @@ class BlockState:
     """Everything that a block owns at the end of a run (detached copies).
 
     theta, omega: weights and weight costates by the parameter's name in the block's module.
-    buffers: the module's buffers by name. h, z: state and costate, None where a block has none.
+    buffers: the module's buffers by name, and its extra state. h, z: state and costate, None where
+    a block has none.
     updates: how often the weights moved.
     """
 

@@ -10,7 +10,7 @@ from hamdist.dynamics.schedule import emitted, source_events
 from hamdist.errors import StreamError
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
-from hamdist.runtime.signal import Signal
+from hamdist.runtime.signal import Signal, ready
 from hamdist.streams.check import Checker
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.smoothness import Smoothness
@@ -47,10 +47,12 @@ class SourceNode:
                 self._mail.post(channel, Signal(stamp, end=True))
             self.tick = None
             return
+        u = ready(sample.u)
+        y = None if sample.y is None else ready(sample.y)
         for channel in self._inputs:
-            self._mail.post(channel, Signal(stamp, sample.u, sequence_end=sample.end))
+            self._mail.post(channel, Signal(stamp, u, sequence_end=sample.end))
         for channel in self._targets:
-            self._mail.post(channel, Signal(stamp, sample.y, sequence_end=sample.end))
+            self._mail.post(channel, Signal(stamp, y, sequence_end=sample.end))
         self.samples += 1
         self.event = next(self._events)
         self.tick = self.event.tick

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -47,9 +48,14 @@ def train(
     Raises SettingsError, GraphError, LevelError before anything starts; StreamError, BlockError,
     StallError, ClusterError when a run fails (everything it started has ended by then).
     """
-    graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
-    plan = make_plan(graph, settings, stream.spec)
-    outcome = make_engine(settings).run(plan, stream, on_progress)
+    with torch.inference_mode(False):  # whatever the caller's mode: this is learning
+        graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
+        plan = make_plan(graph, settings, stream.spec)
+        outcome = make_engine(settings).run(plan, stream, on_progress)
+        return _result(graph, plan, outcome)
+
+
+def _result(graph: Graph, plan: Plan, outcome: Outcome) -> RunResult:
     lost = [name for name in graph.blocks if name not in outcome.blocks]
     if lost:
         outcome.warnings.append(
@@ -76,7 +82,11 @@ def train(
         staleness=plan.schedule.staleness,
         smoothness=outcome.smoothness,
         interrupted=outcome.interrupted,
-        warnings=[*outcome.warnings, *smoothness_warnings(plan, outcome.smoothness)],
+        warnings=[
+            *outcome.warnings,
+            *smoothness_warnings(plan, outcome.smoothness),
+            *loss_warnings(outcome),
+        ],
     )
 
 
@@ -101,7 +111,7 @@ def as_graph(
     knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE
-    if isinstance(own, nn.Sequential):
+    if isinstance(own, nn.Sequential) and type(own).forward is nn.Sequential.forward:
         return split_sequential(
             own,
             loss,
@@ -113,8 +123,9 @@ def as_graph(
     partition = settings.partition
     if (partition.blocks or 1) > 1 or partition.cuts:
         raise GraphError(
-            f"a {type(own).__name__} cannot be cut into blocks, only an nn.Sequential can; leave "
-            "'partition.blocks' and 'partition.cuts' out, or build the Graph by hand"
+            f"a {type(own).__name__} cannot be cut into blocks, only an nn.Sequential with its own "
+            "forward can; leave 'partition.blocks' and 'partition.cuts' out, or build the Graph by "
+            "hand"
         )
     return Graph([BlockSpec("block0", own, (INPUT,), loss=loss, state=state)], original=own)
 
@@ -124,6 +135,19 @@ def _example(spec: SampleSpec) -> Tensor:
         return torch.zeros(spec.u_shape, dtype=spec.u_dtype)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(spec.u_shape, dtype=spec.u_dtype, generator=generator)
+
+
+def loss_warnings(outcome: Outcome) -> list[str]:
+    """Says so where nothing was learned, or where learning ran away."""
+    if outcome.samples and not any(outcome.windows.values()):
+        return ["no sample had a target when it reached a readout, so nothing was learned"]
+    return [
+        f"the loss at {readout!r} was no longer finite from item {bad.first} to {bad.last} on: "
+        "the run diverged; use a smaller learning.lr"
+        for readout, windows in outcome.windows.items()
+        for bad in [next((w for w in windows if not math.isfinite(w.loss)), None)]
+        if bad is not None
+    ]
 
 
 def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:

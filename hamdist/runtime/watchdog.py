@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+from hamdist.dynamics.graph import INPUT
 from hamdist.runtime.host import Wait
 
 
@@ -46,7 +47,10 @@ def explain(
     waiting = {w.waiter for w in waits}
     roots = [w for w in waits if w.awaited not in waiting] or list(waits)
     parts = [
-        f"block {w.waiter!r} has waited {w.seconds:.0f} s for {w.what}; {w.awaited!r} "
+        f"the stream has not yielded the next sample for {w.seconds:.0f} s (block {w.waiter!r} "
+        f"waits for {w.what}); a stream that pauses longer needs a larger engine.stall_limit"
+        if w.awaited == INPUT
+        else f"block {w.waiter!r} has waited {w.seconds:.0f} s for {w.what}; {w.awaited!r} "
         f"is at tick {ticks.get(w.awaited, 'unknown')}"
         for w in roots
     ]

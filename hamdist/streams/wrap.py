@@ -33,8 +33,8 @@ def from_loader(
     Each item is a Sample, (u, y), u alone, or a dict (see `from_iterable`); u: (B, ...), y: (B,)
     classes or (B, O) values. The order and the seed are the loader's own. A loader without
     drop_last=True may end with a shorter batch, which not every level takes. The first item is
-    fetched at once and yielded later; an IterableDataset's tensors are copied, a DataLoader's
-    are fresh already.
+    fetched at once and yielded later; tensors are copied, except where a DataLoader has collated
+    them into fresh batches already.
 
     Raises StreamError like `from_iterable`, and for an object that is neither.
     """
@@ -43,7 +43,7 @@ def from_loader(
             f"from_loader got a {type(loader).__name__}: give a DataLoader (which also batches a "
             "map-style Dataset), an IterableDataset, or use from_iterable"
         )
-    copied = not isinstance(loader, DataLoader)
+    copied = not isinstance(loader, DataLoader) or loader.batch_size is None
     return IterableStream(loader, classes=classes, outputs=outputs, copied=copied)
 
 
