@@ -141,6 +141,9 @@ def _knock(address: str) -> None:
 def _local(cpus: int) -> Iterator[None]:
     import ray
 
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        # A token of this process alone; left to itself Ray writes one where all can read it.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     folder = tempfile.mkdtemp(prefix="hdray-", dir=_short_folder())
     before = set(psutil.Process().children(recursive=True))
     up = False
@@ -192,10 +195,8 @@ def prepare_environment(engine: EngineSettings) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if engine.address is None and "RAY_AUTH_MODE" not in os.environ:
-        # A token of this process alone; left to itself Ray writes one where all can read it.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if engine.address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _short_folder() -> str | None:
