@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,40 @@ from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
 
 from hamdist.dynamics.graph import Combine, combined
+from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
 from hamdist.errors import GraphError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+class OwnGenerator:
+    """As a context: torch's random numbers come from a generator of its own, which goes on where
+    it stopped; outside nothing of it is seen."""
+
+    def __init__(self, seed: int) -> None:
+        self._own = torch.Generator().manual_seed(seed).get_state()
+        self._outside = self._own
+
+    def __enter__(self) -> None:
+        self._outside = torch.get_rng_state()
+        torch.set_rng_state(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        self._own = torch.get_rng_state()
+        torch.set_rng_state(self._outside)
+
+
+def seeded_loss(loss: LossFunction, seed: int) -> LossFunction:
+    """A user's loss may draw random numbers: here it draws the same ones in every engine."""
+    if loss in (mse, cross_entropy):
+        return loss
+    generator = OwnGenerator(seed)
+
+    def drawn(prediction: Tensor, target: Tensor) -> Tensor:
+        with generator:
+            return loss(prediction, target)
+
+    return drawn
 
 
 @dataclass(slots=True)
@@ -54,7 +86,7 @@ class Cell:
         self._parameters: list[Tensor] = [p for _, p in named]
         self.theta: list[Tensor] = [p.data for p in self._parameters]
         self._stash = stash
-        self._random = torch.Generator().manual_seed(seed).get_state() if _draws(module) else None
+        self._random = OwnGenerator(seed) if _draws(module) else nullcontext()
         self._foreign = _foreign(module)
         self._copies = self._foreign or any(getattr(m, "inplace", False) for m in module.modules())
 
@@ -90,15 +122,8 @@ class Cell:
         }
 
     def _call(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
-        if self._random is None:
+        with self._random:
             return self._apply(arguments, theta)
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self._random)
-        try:
-            return self._apply(arguments, theta)
-        finally:
-            self._random = torch.get_rng_state()
-            torch.set_rng_state(outside)
 
     def _apply(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
         if self._stash:

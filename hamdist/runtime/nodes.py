@@ -19,7 +19,7 @@ import torch
 
 from hamdist.config import Memory
 from hamdist.dynamics.block import HoldBlock, HoldReadout, PulseBlock, PulseReadout
-from hamdist.dynamics.cell import Cell, block_seed
+from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
 from hamdist.dynamics.graph import OUTPUT_KEY
 from hamdist.dynamics.weights import Weights
 from hamdist.runtime.hold import HoldNode
@@ -48,16 +48,18 @@ def make_node(plan: Plan, name: str, mail: Mailroom) -> PulseNode | HoldNode:
     weights = Weights(cell.theta, plan.dynamics, order)
     wanted = [not e.from_input for e in plan.graph.into[name]]
 
+    loss = spec.loss and seeded_loss(spec.loss, block_seed(plan.seed, f"{name}/loss"))
+
     def scale(sample: int) -> float:
         return plan.scale(name, sample)
 
     if plan.knobs.pulse:
-        if spec.loss is not None:
-            read = PulseReadout(cell, weights, wanted, plan.dynamics, scale, spec.loss)
+        if loss is not None:
+            read = PulseReadout(cell, weights, wanted, plan.dynamics, scale, loss)
             return PulseNode(plan, spec, mail, read)
         return PulseNode(plan, spec, mail, PulseBlock(cell, weights, wanted, plan.dynamics, scale))
-    if spec.loss is not None and not spec.state:
-        output_net = HoldReadout(cell, weights, wanted, plan.dynamics, scale, spec.loss)
+    if loss is not None and not spec.state:
+        output_net = HoldReadout(cell, weights, wanted, plan.dynamics, scale, loss)
         return HoldNode(plan, spec, mail, output_net)
     output = output_weights = None
     if spec.output is not None:
@@ -77,7 +79,7 @@ def make_node(plan: Plan, name: str, mail: Mailroom) -> PulseNode | HoldNode:
             order,
             scale,
             h,
-            loss=spec.loss,
+            loss=loss,
             output=output,
             output_weights=output_weights,
         ),

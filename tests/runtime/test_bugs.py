@@ -137,6 +137,26 @@ def test_a_sequential_with_a_forward_of_its_own_stays_whole():
         train(model(), PortableStream(5), Settings.model_validate({"partition": {"blocks": 2}}))
 
 
+def noisy_loss(prediction, target):
+    return cross_entropy(prediction + 0.1 * torch.randn_like(prediction), target)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("level", ["local", "trace"])
+def test_a_loss_that_draws_draws_the_same_in_both_engines(session, level):
+    fields = {"level": level, "steps": 30}
+    results = [
+        train(
+            chain(),
+            PortableStream(30),
+            Settings.model_validate({**fields, "engine": {"kind": kind, "actors": 2}}),
+            loss=noisy_loss,
+        )
+        for kind in ("inprocess", "ray")
+    ]
+    assert_equal(*results)
+
+
 @pytest.mark.parametrize("name", ["values", "train", "half", "forward"])
 def test_names_that_torch_keeps_are_refused_at_once(name):
     with pytest.raises(GraphError, match=f"'{name}'.*choose another"):
