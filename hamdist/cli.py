@@ -7,6 +7,7 @@ imported when a command runs, so that `hamdist --help` is quick.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -106,7 +107,10 @@ def compare(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
-    out: OutOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the result's files.", show_default="results/NAME"),
+    ] = None,
 ) -> None:
     """Compare levels with centralised backpropagation on the same stream."""
     with _exit_codes():
@@ -117,7 +121,8 @@ def compare(
             "seed": seed,
             "steps": steps,
         }
-        _compare(_load(settings, set_, options), model, out)
+        loaded = _load(settings, set_, options)
+        _compare(loaded, model, _results_of(loaded) if out is None else out)
 
 
 @app.command()
@@ -153,7 +158,7 @@ def _run(settings: Settings, model_name: str | None, out: Path | None) -> None:
         raise typer.Exit(INTERRUPTED)
 
 
-def _compare(settings: Settings, model_name: str | None, out: Path | None) -> None:
+def _compare(settings: Settings, model_name: str | None, out: Path) -> None:
     factory = _prepare(out, model_name)
 
     from hamdist.study.compare import compare as runs_of
@@ -190,9 +195,7 @@ def _titles(
     return watch
 
 
-def _conclude(
-    finished: list[Run], settings: Settings, out: Path | None, *, interrupted: bool
-) -> None:
+def _conclude(finished: list[Run], settings: Settings, out: Path, *, interrupted: bool) -> None:
     """Print the table of the runs that finished, and write them to `out`."""
     from hamdist.study.aggregate import aggregate
     from hamdist.study.table import comparison_table
@@ -204,7 +207,7 @@ def _conclude(
         _complain(
             "Ended early: only the runs that finished are kept." if rows else "No run finished."
         )
-    if out is None or not finished:
+    if not finished:
         return
 
     from hamdist.study.save import save_comparison
@@ -277,6 +280,11 @@ def _split_levels(text: str) -> list[str]:
             f"levels: {', '.join(known)}"
         )
     return names
+
+
+def _results_of(settings: Settings) -> Path:
+    """Where a comparison is written when nobody says where: a name is no way out of `results`."""
+    return Path("results") / (re.sub(r"[^\w-]+", "-", settings.name).strip("-") or "run")
 
 
 def _prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:

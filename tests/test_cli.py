@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import hamdist
-from hamdist.cli import app
+from hamdist.cli import _results_of, app
 from hamdist.config import Settings
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import BlockError, ClusterError, GraphError, StreamError
@@ -96,6 +96,11 @@ def command(*arguments: str) -> Result:
 def flat(text: str) -> str:
     """Without line breaks and borders, which depend on the width."""
     return " ".join(text.replace("│", " ").split())
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def test_recipes() -> None:
@@ -209,6 +214,13 @@ def test_a_settings_file_that_is_none(tmp_path: Path, content: str) -> None:
 )
 def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     assert command(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("digits", "digits"), ("../../etc", "etc"), ("..", "run"), ("a b", "a-b")]
+)
+def test_a_comparison_is_written_below_results(name: str, folder: str) -> None:
+    assert _results_of(Settings(name=name)) == Path("results") / folder
 
 
 @pytest.mark.parametrize("name", ["run", "compare"])

@@ -22,6 +22,7 @@ ALLOWED = {
     "api": {"errors", "config", "dynamics", "streams", "runtime"},
     "study": {"errors", "config", "dynamics", "streams", "runtime", "models"},
     "cli": {"errors", "config", "dynamics", "streams", "runtime", "models", "study"},
+    "__main__": {"cli"},
     "__init__": {"errors", "config", "dynamics", "streams", "runtime", "api"},
 }
 RAY = {"runtime/actors.py", "runtime/crew.py", "runtime/cluster.py"}
