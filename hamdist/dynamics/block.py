@@ -48,11 +48,14 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
-def loss_gradient(
-    cell: Cell, record: Record, loss: Tensor, phi: float
-) -> tuple[list[Tensor | None], list[Tensor]]:
-    """phi dL/dh_p per parent and phi dL/dtheta of an output net."""
-    return cell.pull(record, torch.full_like(loss, phi), of=loss)
+def take_loss(
+    cell: Cell, record: Record, loss: LossFunction, target: Tensor, phi: float
+) -> tuple[list[Tensor | None], list[Tensor], Reading]:
+    """phi dL/dh_p per parent and phi dL/dtheta of an output net, and what was read."""
+    with torch.enable_grad():
+        value = loss(record.output, target)
+    to_parents, g = cell.pull(record, torch.full_like(value, phi), of=value)
+    return to_parents, g, Reading(record.output.detach(), target, value.detach())
 
 
 class PulseBlock:
@@ -124,11 +127,9 @@ class PulseReadout:
         if target is None:
             self.weights.updates += 1
             return [None] * len(self._wanted), None
-        with torch.enable_grad():
-            loss = self._loss(record.output, target)
-        to_parents, g = loss_gradient(self.cell, record, loss, self._phi)
+        to_parents, g, reading = take_loss(self.cell, record, self._loss, target, self._phi)
         self.weights.move(g, self._scale(sample))
-        return to_parents, Reading(record.output.detach(), target, loss.detach())
+        return to_parents, reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,10 +249,9 @@ class HoldBlock:
             else:
                 cell = self.output
                 record = cell.forward([self.h], [True])
-            with torch.enable_grad():
-                loss = self._loss(record.output, tick.target)
-            (self._own,), g = loss_gradient(cell, record, loss, self._dynamics.phi)
-            reading = Reading(record.output.detach(), tick.target, loss.detach())
+            (self._own,), g, reading = take_loss(
+                cell, record, self._loss, tick.target, self._dynamics.phi
+            )
         if self.output_weights is not None and tick.updates:
             self.output_weights.move(g, self._scale(tick.sample))
         return reading
@@ -288,10 +288,9 @@ class HoldReadout:
         g: list[Tensor] | None = None
         if tick.target is not None:
             record = self.cell.forward(inputs, self._wanted)
-            with torch.enable_grad():
-                loss = self._loss(record.output, tick.target)
-            to_parents, g = loss_gradient(self.cell, record, loss, self._phi)
-            reading = Reading(record.output.detach(), tick.target, loss.detach())
+            to_parents, g, reading = take_loss(
+                self.cell, record, self._loss, tick.target, self._phi
+            )
         if tick.updates:
             self.weights.move(g, self._scale(tick.sample))
         return to_parents, reading

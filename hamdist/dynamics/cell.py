@@ -88,6 +88,7 @@ class Cell:
         self._stash = stash
         self._random = OwnGenerator(seed) if _draws(module) else nullcontext()
         self._foreign = _foreign(module)
+        self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self._copies = self._foreign or any(getattr(m, "inplace", False) for m in module.modules())
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
@@ -116,10 +117,12 @@ class Cell:
         or what a user's module keeps. As a signal it must stay as it is."""
         if output.is_leaf or (self._foreign and not output.requires_grad):
             return True
-        return self._foreign and output.untyped_storage().data_ptr() in {
-            t.untyped_storage().data_ptr()
-            for t in (*self.module.parameters(), *self.module.buffers())
-        }
+        if not self._foreign:
+            return False
+        storage = output.untyped_storage().data_ptr()
+        return storage in self._weights_at or any(
+            storage == buffer.untyped_storage().data_ptr() for buffer in self.module.buffers()
+        )
 
     def _call(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
         with self._random:

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import TypeAlias, cast
 
 import torch
@@ -208,12 +209,7 @@ class Graph:
                 raise GraphError(
                     f"block {block.name!r} has an output module but is no readout with a state"
                 )
-        reached = set(self.readouts)
-        while True:
-            more = {e.parent for e in self.edges if e.child in reached} - reached
-            if not more:
-                break
-            reached |= more
+        reached = _reach(self.readouts, ((e.child, e.parent) for e in self.edges))
         lost = [b for b in self.blocks if b not in reached]
         if lost:
             raise GraphError(
@@ -240,7 +236,7 @@ class Graph:
     def readouts(self) -> list[str]:
         return [b.name for b in self.blocks.values() if b.loss is not None]
 
-    @property
+    @cached_property
     def acyclic(self) -> bool:
         return len(self._topological()) == len(self.blocks)
 
@@ -249,11 +245,10 @@ class Graph:
         waiting = {b.name: sum(p != INPUT for p in b.parents) for b in self.blocks.values()}
         ready = [name for name, parents in waiting.items() if not parents]
         for name in ready:
-            for edge in self.edges:
-                if edge.parent == name:
-                    waiting[edge.child] -= 1
-                    if not waiting[edge.child]:
-                        ready.append(edge.child)
+            for edge in self.out_of[name]:
+                waiting[edge.child] -= 1
+                if not waiting[edge.child]:
+                    ready.append(edge.child)
         return ready
 
     def cycle(self) -> list[str]:
@@ -286,19 +281,14 @@ class Graph:
 
     def unreached(self) -> list[str]:
         """Blocks to which no path leads from the input."""
-        reached = {INPUT}
-        for _ in self.blocks:
-            reached |= {e.child for e in self.edges if e.parent in reached}
+        reached = _reach([INPUT], ((e.parent, e.child) for e in self.edges))
         return [b for b in self.blocks if b not in reached]
 
+    @cached_property
     def adrift(self) -> set[str]:
         """Blocks that no chain of edges, in either direction, joins with the input."""
-        joined = {INPUT}
-        for _ in self.edges:
-            for edge in self.edges:
-                if edge.parent in joined or edge.child in joined:
-                    joined |= {edge.parent, edge.child}
-        return {b for b in self.blocks if b not in joined}
+        ways = [(e.parent, e.child) for e in self.edges]
+        return self.blocks.keys() - _reach([INPUT], [*ways, *((b, a) for a, b in ways)])
 
     # -- shapes -----------------------------------------------------------------------------
 
@@ -464,6 +454,21 @@ class MergedGraph(nn.Module):
             output = self._whole(name).output
             outputs[name] = h[name] if output is None else output(h[name])
         return outputs[self.readouts[0]] if len(self.readouts) == 1 else outputs
+
+
+def _reach(starts: Iterable[str], ways: Iterable[tuple[str, str]]) -> set[str]:
+    """All that can be reached from `starts` along `ways`, given as (from, to)."""
+    onward: dict[str, list[str]] = {}
+    for a, b in ways:
+        onward.setdefault(a, []).append(b)
+    reached: set[str] = set()
+    waiting = list(starts)
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += onward.get(name, [])
+    return reached
 
 
 class _Whole(nn.Module):

@@ -33,7 +33,7 @@ class HoldNode:
         self._ports = Ports(plan, spec.name, mail)
         self._acyclic = plan.graph.acyclic
         # Without a way from the input it is the targets that tell of the end.
-        self._adrift = spec.name in plan.graph.adrift()
+        self._adrift = spec.name in plan.graph.adrift
         self._ended: list[Edge] = []
         # What an edge shows until the first signal has come along it.
         shapes = {INPUT: (plan.spec.u_shape, plan.spec.u_dtype), **plan.shapes}

@@ -19,7 +19,7 @@ from hamdist.errors import HamdistError
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import peak_bytes, reset_peak
-from hamdist.runtime.nodes import make_node
+from hamdist.runtime.nodes import make_node, ticks_of
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import Channel
@@ -106,7 +106,7 @@ class Host:
             report.aborted = True
         except HamdistError as error:
             report.error = error
-        report.ticks = max((n.event.tick + 1 for n in self._nodes), default=0)
+        report.ticks = ticks_of(self._nodes)
         report.seconds = time.perf_counter() - started
         for node in self._nodes:
             report.blocks[node.name] = node.state()

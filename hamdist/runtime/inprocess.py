@@ -9,7 +9,7 @@ from hamdist.dynamics.graph import INPUT
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import peak_bytes, reset_peak
-from hamdist.runtime.nodes import make_node
+from hamdist.runtime.nodes import make_node, ticks_of
 from hamdist.runtime.outcome import Outcome, ending_on_interrupt
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockProgress, Progress
@@ -56,7 +56,7 @@ class InProcessEngine:
             torch_threads(plan.engine.threads),
             ending_on_interrupt(source.stop.set) as interrupted,
         ):
-            ticks = run_loop([source, *nodes], between)
+            run_loop([source, *nodes], between)
             for node in measured:
                 if node.metrics is not None:
                     node.metrics.flush()
@@ -66,7 +66,7 @@ class InProcessEngine:
             blocks={n.name: n.state() for n in nodes},
             windows={n.name: n.metrics.windows for n in measured if n.metrics is not None},
             samples=source.samples,
-            ticks=ticks,
+            ticks=ticks_of(nodes),
             seconds=time.perf_counter() - started,
             startup_seconds=started - created,
             payload_bytes=dict(mail.payload_bytes),

@@ -14,9 +14,9 @@ class Aborted(Exception):
     """The run was called off while this process waited."""
 
 
-def run_loop(nodes: Sequence[Node], between: Callable[[], None] | None = None) -> int:
+def run_loop(nodes: Sequence[Node], between: Callable[[], None] | None = None) -> None:
     """Steps `nodes` in the order of their ticks until all have finished; at one tick in the order
-    given. between: called after every event. Returns the number of ticks.
+    given. between: called after every event.
 
     Raises BlockError naming the block, with the traceback, for whatever a block raises.
     """
@@ -24,9 +24,8 @@ def run_loop(nodes: Sequence[Node], between: Callable[[], None] | None = None) -
         _guarded(node, node.start)
     heap = [(node.tick, i) for i, node in enumerate(nodes) if node.tick is not None]
     heapq.heapify(heap)
-    tick = -1
     while heap:
-        tick, i = heap[0]
+        _, i = heap[0]
         node = nodes[i]
         _guarded(node, node.step)
         if node.tick is None:
@@ -35,7 +34,6 @@ def run_loop(nodes: Sequence[Node], between: Callable[[], None] | None = None) -
             heapq.heapreplace(heap, (node.tick, i))
         if between is not None:
             between()
-    return tick + 1
 
 
 def _guarded(node: Node, act: Callable[[], None]) -> None:

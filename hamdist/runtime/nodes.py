@@ -13,6 +13,7 @@ stops when the end comes first along any edge, in either direction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +38,11 @@ class Node(Protocol):
     def start(self) -> None: ...
 
     def step(self) -> None: ...
+
+
+def ticks_of(nodes: Sequence[PulseNode | HoldNode]) -> int:
+    """How many ticks the nodes have come through."""
+    return max((node.event.tick + 1 for node in nodes), default=0)
 
 
 def make_node(plan: Plan, name: str, mail: Mailroom) -> PulseNode | HoldNode:

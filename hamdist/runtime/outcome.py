@@ -30,13 +30,16 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
 
 
+Handler = Callable[[int, FrameType | None], object]
+
+
 @contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
-    """Inside, Ctrl-C does nothing: what cleans up is not to be left half-way."""
+def _on_interrupt(handler: Handler | signal.Handlers) -> Iterator[None]:
+    """Inside, Ctrl-C is `handler`'s. Outside the main thread signals are left alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
@@ -44,14 +47,17 @@ def deaf_to_interrupts() -> Iterator[None]:
 
 
 @contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Inside, Ctrl-C does nothing: what cleans up is not to be left half-way."""
+    with _on_interrupt(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
 def ending_on_interrupt(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C calls `stop` (the stream ends, what is under way is finished), the
-    second raises KeyboardInterrupt. Yields a function that tells whether there was one. Outside
-    the main thread signals are left alone."""
+    second raises KeyboardInterrupt. Yields a function that tells whether there was one."""
     seen = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield seen.is_set
-        return
 
     def handler(_number: int, _frame: FrameType | None) -> None:
         if seen.is_set():
@@ -59,8 +65,5 @@ def ending_on_interrupt(stop: Callable[[], None]) -> Iterator[Callable[[], bool]
         seen.set()
         stop()
 
-    before = signal.signal(signal.SIGINT, handler)
-    try:
+    with _on_interrupt(handler):
         yield seen.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
