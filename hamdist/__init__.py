@@ -15,17 +15,33 @@ if TYPE_CHECKING:
     from hamdist.api import train
     from hamdist.config import Level, Settings
     from hamdist.dynamics.graph import BlockSpec, Combine, Graph
+    from hamdist.dynamics.reversible import (
+        Coupling,
+        MeanHalf,
+        Midpoint,
+        MidpointStart,
+        SecondHalf,
+        Squeeze,
+        ToPair,
+    )
     from hamdist.errors import HamdistError
     from hamdist.runtime.result import RunResult
 
 __all__ = [
     "BlockSpec",
     "Combine",
+    "Coupling",
     "Graph",
     "HamdistError",
     "Level",
+    "MeanHalf",
+    "Midpoint",
+    "MidpointStart",
     "RunResult",
+    "SecondHalf",
     "Settings",
+    "Squeeze",
+    "ToPair",
     "streams",
     "train",
 ]
@@ -34,11 +50,18 @@ __version__ = "0.1.0"
 _HOMES = {
     "BlockSpec": "hamdist.dynamics.graph",
     "Combine": "hamdist.dynamics.graph",
+    "Coupling": "hamdist.dynamics.reversible",
     "Graph": "hamdist.dynamics.graph",
     "HamdistError": "hamdist.errors",
     "Level": "hamdist.config",
+    "MeanHalf": "hamdist.dynamics.reversible",
+    "Midpoint": "hamdist.dynamics.reversible",
+    "MidpointStart": "hamdist.dynamics.reversible",
     "RunResult": "hamdist.runtime.result",
+    "SecondHalf": "hamdist.dynamics.reversible",
     "Settings": "hamdist.config",
+    "Squeeze": "hamdist.dynamics.reversible",
+    "ToPair": "hamdist.dynamics.reversible",
     "train": "hamdist.api",
 }
 

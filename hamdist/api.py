@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hamdist.config import Settings, describe, lay_over
+from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import LossFunction
 from hamdist.errors import SettingsError
@@ -24,6 +25,7 @@ def train(
     settings: Settings | None = None,
     *,
     loss: LossFunction | None = None,
+    phi: Course | None = None,
     classes: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **fields: Any,
@@ -38,15 +40,18 @@ def train(
     front of u and y; `classes` is needed for class targets of those that do not know it.
     settings, fields: a `Settings`, and fields of it by name, which go first.
     loss: (prediction, target) -> scalar mean over the batch, instead of `settings.loss`.
+    phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a number.
 
     Raises HamdistError: SettingsError, GraphError, LevelError before anything starts, StreamError,
-    BlockError, StallError, ClusterError from a run, whose processes have ended by then.
+    BlockError, StallError, ClusterError from a run, whose processes have ended by then. A run that
+    left the finite range (DivergedError) brings what came before as `error.result`.
     """
     return train_settings(
         model,
         _as_stream(stream, classes),
         _settled(settings, fields),
         loss=loss,
+        phi=phi,
         on_progress=on_progress,
     )
 

@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from hamdist.runtime.result import Progress
     from hamdist.study.compare import Planned
     from hamdist.study.runs import OnProgress, Run
+    from hamdist.study.speed_study import SpeedRow
     from hamdist.study.table import Table as ComparisonTable
+    from hamdist.study.verify.check import Check
+    from hamdist.study.verify.runner import Row, Topic
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 PLAIN_SECONDS = 5.0
@@ -53,6 +56,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+study_app = typer.Typer(
+    name="study", help="Measure what the papers state, and print the table.", no_args_is_help=True
+)
+app.add_typer(study_app)
 
 SettingsArgument = Annotated[
     str, typer.Argument(metavar="SETTINGS", help="A YAML file, or a recipe (`hamdist recipes`).")
@@ -126,6 +133,49 @@ def compare(
 
 
 @app.command()
+def verify(
+    full: Annotated[bool, typer.Option("--full", help="The papers' sizes (half an hour).")] = False,
+    golden: Annotated[
+        Path | None,
+        typer.Option("--golden", metavar="DIR", help="Folder of golden files (.npz), instead."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="TOPIC", help="One topic (repeatable).")
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="PACKAGE.MODULE:FUNCTION",
+            help="Verify the module that this function makes, and nothing else.",
+        ),
+    ] = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option("--input-shape", metavar="3,28,28", help="Of --model, without the batch."),
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", min=2, help="Of --model: targets are classes.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Of --model: rows.")] = 4,
+    blocks: Annotated[
+        int | None, typer.Option("--blocks", min=1, help="Of --model: into how many blocks.")
+    ] = None,
+) -> None:
+    """Prove it: every statement of the papers against an oracle of its own."""
+    with _exit_codes():
+        _prepare_file(json_)
+        if model is None:
+            chosen = _topics(only or [], golden)
+        else:
+            chosen = [_own_model(model, input_shape, classes, batch, blocks)]
+        _verify(chosen, full, json_)
+
+
+@app.command()
 def recipes() -> None:
     """List the shipped recipes."""
     from hamdist.study.recipes import recipes as shipped
@@ -134,6 +184,75 @@ def recipes() -> None:
     for name, description in shipped().items():
         table.add_row(name, Text(description))
     _console().print(table)
+
+
+@study_app.command()
+def recovery(
+    full: Annotated[
+        bool, typer.Option("--full", help="The paper's epochs: 40, for sequences 80.")
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=1, help="Epochs.", show_default="1")
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option("--models", metavar="A,B", help="linear, mlp, resnet, vit, rnn, lstm."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Dampen the first momentum step, too (HL App. E).")
+    ] = False,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Folder of IDX files, instead.")
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", help="Texts of two classes (pos, neg), instead.")
+    ] = None,
+    glove: Annotated[
+        Path | None, typer.Option("--glove", help="Word vectors of 50 numbers to begin with.")
+    ] = None,
+    out: OutOption = None,
+) -> None:
+    """Gradient descent recovered: six networks against torch.optim.SGD, in float64."""
+    with _exit_codes():
+        _recovery(full, epochs, models, paper, (images, texts, glove), out)
+
+
+@study_app.command()
+def speed(
+    speeds: Annotated[
+        str | None,
+        typer.Option(
+            "--speeds", metavar="C,...", help="c, hops per second.", show_default="10..1000"
+        ),
+    ] = None,
+    steps_ratio: Annotated[
+        str | None,
+        typer.Option("--steps-ratio", metavar="A,...", help="c tau.", show_default="1,.5,.1"),
+    ] = None,
+    streams: Annotated[
+        str | None, typer.Option("--streams", metavar="A,B", help="static, smooth, random.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds.")] = 2,
+    depth: Annotated[
+        int | None,
+        typer.Option("--depth", min=1, help="Layers of the tanh network.", show_default="3"),
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", min=1, help="Of its layers.", show_default="16")
+    ] = None,
+    model: ModelOption = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option("--input-shape", metavar="N,...", help="Of the model's input, without batch."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the result's files.")] = Path(
+        "results/speed"
+    ),
+) -> None:
+    """From local to backpropagation: local gradients against backpropagation's, by speed c."""
+    with _exit_codes():
+        asked = {"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams}
+        _speed(_given(asked), seeds, (depth, width), model, input_shape, out)
 
 
 def main() -> None:
@@ -153,6 +272,10 @@ def _run(settings: Settings, model_name: str | None, out: Path | None) -> None:
     _print_run(result, own)
     if out is not None:
         _save_run(out, result, model, own)
+    if result.failure is not None:
+        _complain(f"Error: {result.failure}")
+        _complain(f"Stopped after {result.samples} items; the metrics so far are above.")
+        raise typer.Exit(FAILED)
     if result.interrupted:
         _complain(f"Interrupted after {result.samples} items; the metrics so far are above.")
         raise typer.Exit(INTERRUPTED)
@@ -180,6 +303,98 @@ def _compare(settings: Settings, model_name: str | None, out: Path) -> None:
     _conclude(finished, settings, out, interrupted=interrupted)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _recovery(
+    full: bool,
+    epochs: int | None,
+    models: str | None,
+    paper: bool,
+    paths: tuple[Path | None, Path | None, Path | None],
+    out: Path | None,
+) -> None:
+    if full and epochs is not None:
+        raise SettingsError(f"--epochs {epochs} with --full, which has its own: give one of them")
+    _prepare(out, None)
+
+    from hamdist.config import FirstStep
+    from hamdist.study.recovery.data import Paths
+    from hamdist.study.recovery.models import MODELS
+    from hamdist.study.recovery.report import in_order, recovery_line, recovery_table, save_recovery
+    from hamdist.study.recovery.rows import Rows, jobs
+
+    wanted = jobs(
+        tuple(MODELS) if models is None else [m.strip() for m in models.split(",") if m.strip()],
+        epochs=None if full else epochs or 1,
+        first_step=FirstStep.DAMPENED if paper else FirstStep.UNDAMPENED,
+        paths=Paths(*paths),
+    )
+    finished = []
+    with Rows(wanted) as rows:
+        for row in rows.finished():
+            finished.append(row)
+            _complain(f"[{len(finished)}/{len(wanted)}] {recovery_line(row)}")
+    finished = in_order(finished)
+    _print_table(recovery_table(finished), "Gradient descent recovered")
+    if out is not None:
+        save_recovery(out, finished, shlex.join(["hamdist", *sys.argv[1:]]))
+        _console().print(Text(f"Written to {out}"))
+    if not all(row.passed for row in finished):
+        raise typer.Exit(FAILED)
+
+
+def _speed(
+    asked: dict[str, str],
+    seeds: int,
+    sizes: tuple[int | None, int | None],
+    model: str | None,
+    input_shape: str | None,
+    out: Path,
+) -> None:
+    factory = _prepare(out, model)
+
+    from hamdist.study.speed_report import save_speed, speed_tables
+    from hamdist.study.speed_study import own_network, parse_study, run_study, tanh_network
+    from hamdist.study.verify.own_model import parse_shape
+
+    study = parse_study(asked, seeds)
+    subject = tanh_network(*sizes)
+    if factory is not None and model is not None:
+        if input_shape is None or sizes != (None, None):
+            raise SettingsError(
+                "--model goes with --input-shape; --depth and --width belong to the tanh network"
+            )
+        subject = own_network(factory, model, parse_shape(input_shape))
+    elif input_shape is not None:
+        raise SettingsError("--input-shape belongs to --model; the tanh network has its own")
+    printed = time.monotonic()
+
+    def show(done: int, total: int, row: SpeedRow) -> None:
+        nonlocal printed
+        if done == total or time.monotonic() - printed >= PLAIN_SECONDS:
+            printed = time.monotonic()
+            _complain(
+                f"[{done}/{total}] seed {row.seed}, {row.stream}, c tau {row.c_tau:g}, "
+                f"c {row.c:g}: error {row.error:.2g}"
+            )
+
+    result = run_study(study, subject, shlex.join(["hamdist", *sys.argv[1:]]), show)
+    for title, table in speed_tables(result).items():
+        _print_table(table, title)
+    save_speed(out, result)
+    _console().print(Text(f"Written to {out}"))
+
+
+def _print_table(cells: ComparisonTable, title: str) -> None:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(cells.titles):
+        table.add_column(name, justify="left" if i < LABELS else "right", overflow="fold")
+    for row in cells.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = _console()
+    console.print(table)
+    for note in cells.notes:
+        console.print(Text(f"• {note}"), soft_wrap=True)
 
 
 def _titles(
@@ -256,7 +471,92 @@ def _print_run(result: Run, settings: Settings) -> None:
         table.add_row(name, Text(value))
     _console().print(table)
     for warning in dict.fromkeys(result.warnings):
-        _complain(f"Warning: {warning}")
+        if warning != result.failure:
+            _complain(f"Warning: {warning}")
+
+
+def _topics(only: list[str], golden: Path | None) -> list[Topic]:
+    from hamdist.study.verify.runner import topics
+
+    names = [name.strip() for text in only for name in text.split(",") if name.strip()]
+    return topics(names, golden)
+
+
+def _own_model(
+    name: str, input_shape: str | None, classes: int | None, batch: int, blocks: int | None
+) -> Topic:
+    from hamdist.models import load_factory
+    from hamdist.study.verify.own_model import Own, parse_shape
+    from hamdist.study.verify.runner import own_model_topic
+
+    if input_shape is None:
+        raise SettingsError(
+            f"--model {name!r}: say what it takes as well, without the batch: --input-shape 3,28,28"
+        )
+    shape = parse_shape(input_shape)
+    return own_model_topic(Own(load_factory(name), name, shape, classes, batch, blocks))
+
+
+def _prepare_file(path: Path | None) -> None:
+    """Raises SettingsError where `path` cannot be written, before anything is computed."""
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise SettingsError(f"--json '{path}': cannot write there: {error.strerror}") from None
+
+
+def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
+    """Prints a row for every check as soon as it has run; exit code 1 where one failed."""
+    from hamdist.study.verify.runner import run as run_checks
+    from hamdist.study.verify.runner import to_json
+
+    begin = time.monotonic()
+    console = _console()
+    rows: list[Row] = []
+    status = console.status("") if console.is_terminal else None
+    told = ""
+
+    def starting(topic: Topic, check: Check) -> None:
+        nonlocal told
+        if told != topic.name:
+            console.print(Text(f"\n{topic.title} ({topic.name})", style="bold"))
+        told = topic.name
+        if status is not None:
+            status.update(Text(check.name))
+
+    try:
+        with status or nullcontext():
+            for row in run_checks(chosen, full, starting):
+                rows.append(row)
+                _print_row(console, row)
+    finally:
+        failed = sum(not row.passed for row in rows)
+        seconds = time.monotonic() - begin
+        console.print(f"\n{len(rows) - failed} passed, {failed} failed, {seconds:.0f} s")
+        if json_ is not None:
+            json_.write_text(to_json(rows) + "\n")
+    if failed or not rows:
+        raise typer.Exit(FAILED)
+
+
+def _print_row(console: Console, row: Row) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0), expand=True)
+    table.add_column(width=4)
+    table.add_column(ratio=3)
+    table.add_column(ratio=2, style="dim")
+    for width in (8, 10, 7):
+        table.add_column(width=width, justify="right")
+    what = Text(row.name) if not row.note else Text(f"{row.name}\n→ {row.note}")
+    table.add_row(
+        Text("pass", style="green") if row.passed else Text("FAIL", style="bold red"),
+        what,
+        Text(row.oracle),
+        f"{row.difference:.2g}",
+        f"<= {row.bound:.2g}",
+        f"{row.seconds:.1f} s",
+    )
+    console.print(table)
 
 
 def _load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settings:

@@ -6,6 +6,7 @@ graph are checked later, by `dynamics`; what can be checked without them is chec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -24,7 +25,9 @@ class Level(str, Enum):
     GROUP = "group"
     DELAY_FREE = "delay-free"
     TRACE = "trace"
+    REVERSIBLE = "reversible"
     BACKPROP = "backprop"
+    BPTT = "bptt"
 
 
 class Grouping(str, Enum):
@@ -36,10 +39,12 @@ class Grouping(str, Enum):
 
 
 class Presentation(str, Enum):
-    """How a sample is shown: held at the input for c ticks, or entering once and travelling."""
+    """How a sample is shown: held at the input for c ticks; entering once and travelling; or in a
+    sequence that travels forward and then, sample by sample, in reverse."""
 
     HOLD = "hold"
     PULSE = "pulse"
+    SEQUENCE = "sequence"
 
 
 class Moves(str, Enum):
@@ -50,19 +55,23 @@ class Moves(str, Enum):
 
 
 class Memory(str, Enum):
-    """What a block keeps of the past: nothing, its activations, or the weights used on them too."""
+    """What a block keeps of the past: nothing, its activations, the weights used on them too, or
+    nothing because it recomputes its inputs from its outputs."""
 
     NONE = "none"
     TRACE = "trace"
     TRACE_WEIGHTS = "trace+weights"
+    REVERSIBLE = "reversible"
 
 
 class Update(str, Enum):
-    """When weights move: in every tick, in a sample's last tick, when a message arrives."""
+    """When weights move: in every tick, in a sample's last tick, when a message arrives, at the
+    end of a sequence."""
 
     TICK = "tick"
     LAST = "last-tick"
     ARRIVAL = "arrival"
+    SEQUENCE = "sequence"
 
 
 class Compensation(str, Enum):
@@ -101,6 +110,29 @@ class Balance(str, Enum):
     TIME = "time"
 
 
+class Reset(str, Enum):
+    """When a block's h, z or omega is cleared: never, before a sample, before a sequence."""
+
+    NEVER = "never"
+    SAMPLE = "sample"
+    SEQUENCE = "sequence"
+
+
+class FirstStep(str, Enum):
+    """Whether the first momentum step is dampened: not, as in PyTorch; or as all later ones, which
+    is the plain table of HL Appendix E."""
+
+    UNDAMPENED = "undampened"
+    DAMPENED = "dampened"
+
+
+class Record(str, Enum):
+    """What is recorded per tick: the energies, or the states and costates as well."""
+
+    ENERGY = "energy"
+    TRAJECTORY = "trajectory"
+
+
 class Decay(str, Enum):
     """How the step size falls over the run."""
 
@@ -136,6 +168,40 @@ class Source(str, Enum):
     DIGITS = "digits"
     FASHION_MNIST = "fashion-mnist"
     DRIFT = "drift"
+    SEQUENCES = "sequences"
+    SIGNAL = "signal"
+
+
+class View(str, Enum):
+    """What an item of a text is: one token of it, or all of it."""
+
+    TOKENS = "tokens"
+    SEQUENCES = "sequences"
+
+
+class Known(str, Enum):
+    """Which tokens of a text carry its class: the last one, or every one."""
+
+    LAST = "last"
+    EVERY = "every"
+
+
+class SignalKind(str, Enum):
+    """A target that moves in time: a sinusoid, one around an offset, cosines and constants patched
+    together, constants that jump."""
+
+    SINUSOID = "sinusoid"
+    OFFSET = "offset"
+    PATCHED = "patched"
+    CONSTANTS = "constants"
+
+
+class Late(str, Enum):
+    """What becomes of samples that arrive while the network is busy: all but the newest are
+    dropped, or all are kept and wait their turn."""
+
+    DROP = "drop"
+    KEEP = "keep"
 
 
 class Motion(str, Enum):
@@ -151,6 +217,11 @@ class ModelKind(str, Enum):
 
     MLP = "mlp"
     RESIDUAL_MLP = "residual-mlp"
+    REVERSIBLE_MLP = "reversible-mlp"
+    MIDPOINT = "midpoint"
+    RNN = "rnn"
+    GRU = "gru"
+    LSTM = "lstm"
 
 
 class DType(str, Enum):
@@ -164,15 +235,18 @@ class _Section(BaseModel):
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Speed = Positive | Literal["inf", "depth"]
 
 
 class ModelSettings(_Section):
-    """kind, width of the hidden layers, depth: number of layers that have weights."""
+    """kind, width of the hidden layers, depth: number of layers that have weights (of rnn, gru and
+    lstm: of cells). tau: step of integration of `midpoint`."""
 
     kind: ModelKind = ModelKind.MLP
     width: Positive = 128
     depth: Positive = 5
+    tau: Above0 = 0.1
 
 
 class SmoothSettings(_Section):
@@ -191,15 +265,93 @@ class DriftSettings(_Section):
     noise: Rate = 0.5
 
 
+class SequenceSettings(_Section):
+    """Texts of two classes. count: how many to learn from; None: all that the path holds (of the
+    grammar 100). length: tokens of a sequence; of longer texts the last ones count. vocabulary:
+    words at most, of texts from a path."""
+
+    count: Positive | None = None
+    length: Positive = 20
+    view: View = View.SEQUENCES
+    targets: Known = Known.LAST
+    vocabulary: Positive = 10_000
+
+
+class SignalSettings(_Section):
+    """A real-valued target over time. amplitude, offset: None for the kind's own. period, tau
+    (between two items) and dwell (of one patch) in seconds."""
+
+    kind: SignalKind = SignalKind.SINUSOID
+    amplitude: Above0 | None = None
+    offset: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    period: Above0 = 2 * math.pi
+    tau: Above0 = 1e-3
+    dwell: Above0 = 5.0
+
+
+class PaceSettings(_Section):
+    """Samples arrive in real time. period: seconds between two of them, or `stamps`: at their own
+    time stamps, counted from the first one."""
+
+    period: Above0 | Literal["stamps"] = "stamps"
+    late: Late = Late.DROP
+
+
 class StreamSettings(_Section):
-    """path: the folder of the IDX files. missing: share of items whose target is withheld."""
+    """batch: rows of an item (of signals, and of texts seen token by token, 1 unless given).
+    path: the folder of the IDX files; of texts a folder or a file. missing: share of items whose
+    target is withheld.
+
+    late_targets: items by which the targets come later than their inputs. target_delay: rejoins
+    each target with the sample that came so many items before it; None: by the targets' tags.
+    patience: samples that may wait for a target. pace: in real time.
+    """
 
     source: Source = Source.DIGITS
     batch: Positive = 32
     path: Path | None = None
     smooth: SmoothSettings | None = None
     drift: DriftSettings = DriftSettings()
+    sequences: SequenceSettings = SequenceSettings()
+    signal: SignalSettings = SignalSettings()
     missing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    late_targets: Annotated[int, Field(ge=0)] = 0
+    target_delay: Positive | None = None
+    patience: Positive = 64
+    pace: PaceSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_rows(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and "batch" not in raw and _by_row(raw):
+            return {**raw, "batch": 1}
+        return raw
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> StreamSettings:
+        if self.source is Source.SIGNAL and self.batch != 1:
+            raise ValueError(f"'batch' is {self.batch}, but a signal has one row: leave it out")
+        late, delay = self.late_targets, self.target_delay
+        if late and delay is not None and delay != late:
+            raise ValueError(
+                f"'late_targets' is {late} and 'target_delay' is {delay}: each target would meet "
+                "another sample than its own; give one of them, or both alike"
+            )
+        if max(late, delay or 0) > self.patience:
+            raise ValueError(
+                f"targets come {max(late, delay or 0)} items late, but 'patience' is "
+                f"{self.patience}: no sample would wait for its target; raise 'patience'"
+            )
+        return self
+
+
+def _by_row(raw: Mapping[str, Any]) -> bool:
+    """Whether items of these stream settings have one row unless they say otherwise."""
+    if raw.get("source") == Source.SEQUENCES.value:
+        own = raw.get("sequences")
+        view = own.get("view") if isinstance(own, Mapping) else getattr(own, "view", None)
+        return view == View.TOKENS.value
+    return raw.get("source") == Source.SIGNAL.value
 
 
 class PartitionSettings(_Section):
@@ -232,22 +384,61 @@ class LocalityOverrides(_Section):
     order: Order | None = None
     target: TargetOf | None = None
     readout: Readout | None = None
+    truncation: Positive | None = None
+
+
+class CourseSettings(_Section):
+    """A number that changes with time: `values` one after the other, the last one from then on, or
+    with `cycle` all of them again and again."""
+
+    values: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    cycle: bool = False
+
+
+class ResetSettings(_Section):
+    """When the blocks' states, costates and weight costates are cleared. h, where it is not given:
+    never, but with presentation 'sequence' before each sequence."""
+
+    h: Reset | None = None
+    z: Reset = Reset.NEVER
+    omega: Reset = Reset.NEVER
+
+
+class BlockDynamicsSettings(_Section):
+    """What one block has otherwise. beta: of the block, or of its parameters by name (patterns as
+    in a shell; the first that fits)."""
+
+    c: Above0 | None = None
+    eta: Rate | None = None
+    eta_z: Rate | None = None
+    eta_omega: Rate | None = None
+    beta: Rate | dict[str, Rate] | None = None
 
 
 class DynamicsSettings(_Section):
-    """Hamilton's equations (equations.md). tau in seconds, c in 1/seconds (default 1/tau), eta in
-    1/seconds (one for both costates, or eta_z and eta_omega). What is not given follows from
-    `learning`: beta = lr/tau, phi = (1 - dampening)/tau, eta_omega = (1 - momentum)/tau, eta_z = 0.
+    """Hamilton's equations (equations.md). tau in seconds, or `stamps`: the differences of the
+    stream's time stamps; c in 1/seconds (default 1/tau), eta in 1/seconds (one for both costates,
+    or eta_z and eta_omega). tau and phi may change from tick to tick (phi in levels of presentation
+    'pulse': from sample to sample). What is not given follows from `learning`: beta = lr/tau, phi =
+    (1 - dampening)/tau, eta_omega = (1 - momentum)/tau, eta_z = 0.
+
+    weight_cost: r_w of the term r_w/2 |theta|^2 of the Hamiltonian (NILP). blocks: by name
+    (patterns as in a shell), what single blocks have otherwise. limit: of the norm of a block's h
+    or z; above it the run is stopped as a numerical failure.
     """
 
-    tau: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    c: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    tau: Above0 | CourseSettings | Literal["stamps"] = 1.0
+    c: Above0 | None = None
     eta: Rate | None = None
     eta_z: Rate | None = None
     eta_omega: Rate | None = None
     beta: Rate | None = None
-    phi: Rate | None = None
+    phi: Rate | CourseSettings | None = None
     sign: Literal[-1, 1] = -1
+    weight_cost: Rate = 0.0
+    reset: ResetSettings = ResetSettings()
+    blocks: dict[str, BlockDynamicsSettings] = {}
+    limit: Above0 = 1e12
 
 
 class LearningSettings(_Section):
@@ -256,6 +447,7 @@ class LearningSettings(_Section):
     lr: Rate = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dampening: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    first_step: FirstStep = FirstStep.UNDAMPENED
     decay: Decay = Decay.NONE
 
 
@@ -278,9 +470,14 @@ class EngineSettings(_Section):
 
 
 class MetricsSettings(_Section):
-    """window: items that one prequential window covers."""
+    """window: items that one prequential window covers. limit: windows that are kept; with more,
+    neighbours are joined. record: what is recorded per tick, by block; record_every: ticks between
+    two entries."""
 
     window: Positive = 50
+    limit: Annotated[int, Field(ge=2)] = 2048
+    record: Record | None = None
+    record_every: Positive = 1
 
 
 class CompareSettings(_Section):

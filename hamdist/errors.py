@@ -6,7 +6,8 @@
     ├── LevelError         knobs of locality that do not fit together, or do not fit the graph
     ├── StreamError        a sample is unusable: names its index, or the file it comes from
     ├── BlockError         a block failed while it ran: names block and tick, carries its traceback
-    │   └── StampError     a signal other than the one that the schedule names arrived on an edge
+    │   ├── StampError     a signal other than the one that the schedule names arrived on an edge
+    │   └── DivergedError  h, z or the loss left the finite range: names tick, block, quantity
     ├── WireError          bytes from a socket are no signal
     ├── StallError         no block moved for too long: names the edge that blocks
     └── ClusterError       Ray, an actor or a host failed or cannot take the run
@@ -15,6 +16,8 @@ A message says what was wrong (the field or file, and the value) and what to do 
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class HamdistError(Exception):
@@ -56,6 +59,27 @@ class BlockError(HamdistError):
 
 class StampError(BlockError):
     """A signal other than the one that the schedule names arrived on an edge: a defect."""
+
+
+class DivergedError(BlockError):
+    """h, z or the loss of a block left the finite range.
+
+    quantity: 'h', 'z' or 'loss'; norm: its own. cause: what it is likely to come from. result: the
+    `RunResult` of what came before, its model with the weights that the blocks had then (the value
+    was not used any more); None until `train` has made it.
+    """
+
+    def __init__(self, block: str, tick: int, quantity: str, norm: float, cause: str = "") -> None:
+        behind = f": {cause}" if cause else ""
+        super().__init__(block, tick, f"{quantity} left the finite range (norm {norm:.3g}){behind}")
+        self.quantity = quantity
+        self.norm = norm
+        self.cause = cause
+        self.outcome: Any = None
+        self.result: Any = None
+
+    def __reduce__(self) -> tuple[type[DivergedError], tuple[str, int, str, float, str]]:  # type: ignore[override]
+        return type(self), (self.block, self.tick, self.quantity, self.norm, self.cause)
 
 
 class WireError(HamdistError):

@@ -17,7 +17,7 @@ ALLOWED = {
     "config": {"errors"},
     "dynamics": {"errors", "config"},
     "streams": {"errors", "config"},
-    "models": {"errors", "config", "streams"},
+    "models": {"errors", "config", "dynamics", "streams"},
     "runtime": {"errors", "config", "dynamics", "streams"},
     "api": {"errors", "config", "dynamics", "streams", "runtime"},
     "study": {"errors", "config", "dynamics", "streams", "runtime", "models"},

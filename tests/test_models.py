@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from hamdist.config import ModelKind, ModelSettings
+from hamdist.dynamics.graph import Graph
+from hamdist.dynamics.losses import cross_entropy
+from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.errors import SettingsError
-from hamdist.models import load_factory, make_from_factory, make_model
+from hamdist.models import CELLS, load_factory, make_from_factory, make_model, make_recurrent
 from hamdist.streams.sample import SampleSpec
 
 B, F, C = 4, 12, 3  # batch, features, classes
@@ -65,7 +68,7 @@ def test_mlp_is_the_formula(spec: SampleSpec) -> None:
     torch.testing.assert_close(model(u), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", list(ModelKind))
+@pytest.mark.parametrize("kind", [k for k in ModelKind if k not in CELLS])
 @pytest.mark.parametrize(("spec", "outputs"), [(CLASSES, C), (IMAGES, C), (VALUES, 2)])
 def test_shapes(kind: ModelKind, spec: SampleSpec, outputs: int) -> None:
     model = build(kind, spec, depth=5)
@@ -88,7 +91,7 @@ def test_depth_one() -> None:
         build(ModelKind.RESIDUAL_MLP, CLASSES, depth=1)
 
 
-@pytest.mark.parametrize("kind", list(ModelKind))
+@pytest.mark.parametrize("kind", [k for k in ModelKind if k not in CELLS])
 def test_initial_variances(kind: ModelKind) -> None:
     spec = SampleSpec((1, 400), torch.float32, (1,), torch.int64, classes=300)
     settings = ModelSettings(kind=kind, width=500, depth=3)
@@ -214,3 +217,70 @@ def test_factory_that_cannot_be_had(name: str, message: str) -> None:
 def test_factory_that_makes_no_model(name: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         make_from_factory(load_factory(name), seed=0, dtype=torch.float32)
+
+
+# -- recurrent kinds -----------------------------------------------------------------------------
+
+TOKENS = SampleSpec((B,), torch.int64, (B,), torch.int64, classes=C, tokens=9)
+
+
+def recurrent(kind: ModelKind, spec: SampleSpec, depth: int = 2, **more: object) -> Graph:
+    settings = ModelSettings(kind=kind, width=7, depth=depth)
+    options = {"seed": 0, "dtype": torch.float64, **more}
+    return make_recurrent(settings, spec, cross_entropy, **options)
+
+
+@pytest.mark.parametrize("spec", [CLASSES, TOKENS])
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [(ModelKind.RNN, nn.RNN), (ModelKind.GRU, nn.GRU), (ModelKind.LSTM, nn.LSTM)],
+)
+def test_recurrent_kinds_are_torch_layers_and_a_readout(
+    kind: ModelKind, layer: type[nn.RNNBase], spec: SampleSpec
+) -> None:
+    graph = recurrent(kind, spec)
+    generator = torch.Generator().manual_seed(1)
+    if spec is TOKENS:
+        u = torch.randint(9, (5, B), generator=generator)
+        x, inputs = graph.blocks["embedding"].module(u), 7
+    else:
+        u = x = torch.randn(5, B, F, generator=generator, dtype=torch.float64)
+        inputs = F
+    stack = layer(inputs, 7, num_layers=2, dtype=torch.float64)
+    for i in range(2):
+        for name, value in graph.blocks[f"cell{i}"].module.named_parameters():
+            getattr(stack, f"{name.rpartition('.')[2]}_l{i}").data.copy_(value.data)
+    head = graph.blocks["readout"].module.module
+    expected = head(stack(x)[0])
+    merged = MergedSequence(graph, graph.shapes(spec.u_shape, spec.u_dtype))
+    assert expected.shape == (5, B, C)
+    torch.testing.assert_close(merged(u), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_recurrent_weights_come_from_the_seed_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    graphs = [recurrent(ModelKind.LSTM, TOKENS, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    first, again, other = [
+        torch.cat([p.detach().flatten() for b in g.blocks.values() for p in b.module.parameters()])
+        for g in graphs
+    ]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    single = recurrent(ModelKind.LSTM, TOKENS, dtype=torch.float32)
+    rounded = [p for b in single.blocks.values() for p in b.module.parameters()]
+    assert torch.equal(torch.cat([p.detach().flatten() for p in rounded]), first.float())
+
+
+def test_streams_that_no_cell_can_read() -> None:
+    unknown = SampleSpec((B,), torch.int64, (B,), torch.int64, classes=C)
+    with pytest.raises(SettingsError, match="gru takes real-valued inputs.*sequences.view"):
+        recurrent(ModelKind.GRU, unknown)
+    with pytest.raises(SettingsError, match=r"takes inputs \(B, I\), the stream yields"):
+        recurrent(ModelKind.GRU, IMAGES)
+
+
+def test_a_recurrent_kind_is_no_chain_of_layers() -> None:
+    with pytest.raises(SettingsError, match="model.kind: lstm has a memory.*'bptt'"):
+        build(ModelKind.LSTM, CLASSES)

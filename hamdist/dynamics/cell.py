@@ -180,10 +180,14 @@ def _foreign(module: nn.Module) -> bool:
 def _draws(module: nn.Module) -> bool:
     """Whether a forward pass may draw random numbers: torch's own layers without dropout do not;
     of a user's module we cannot know."""
-    if _foreign(module):
-        return True
+    return _foreign(module) or bool(random_parts(module))
+
+
+def random_parts(module: nn.Module) -> list[nn.Module]:
+    """The parts of `module` that are torch's own and draw random numbers."""
+    found = []
     for part in module.modules():
         rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
         if isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
-            return True
-    return False
+            found.append(part)
+    return found

@@ -62,6 +62,7 @@ class BlockSpec:
     predicts from its parents' states and has none of its own; with `state` it is a state block and
     predicts output(h), or h itself where `output` is None.
     shape: of h without the batch; needed for one block of every cycle, where it cannot be derived.
+    initial: h_0 without the batch, where it is not zero (presentation 'hold').
     """
 
     name: str
@@ -73,6 +74,7 @@ class BlockSpec:
     state: bool = False
     output: nn.Module | None = None
     shape: tuple[int, ...] | None = None
+    initial: Tensor | None = None
 
     @property
     def has_state(self) -> bool:
@@ -290,6 +292,14 @@ class Graph:
         ways = [(e.parent, e.child) for e in self.edges]
         return self.blocks.keys() - _reach([INPUT], [*ways, *((b, a) for a, b in ways)])
 
+    def recurrent(self, edge: Edge) -> bool:
+        """Whether `edge` leads from a block to itself or to one listed before it: in a sequence it
+        carries the state of the token before."""
+        if edge.from_input:
+            return False
+        order = list(self.blocks)
+        return order.index(edge.child) <= order.index(edge.parent)
+
     # -- shapes -----------------------------------------------------------------------------
 
     def shapes(self, u_shape: Sequence[int], u_dtype: torch.dtype) -> ShapeMap:
@@ -322,8 +332,21 @@ class Graph:
                         f"block {name!r} gives h of shape {found[name][0]}, but shape="
                         f"{self.blocks[name].shape} was declared (batch {batch} in front)"
                     )
+                self._check_initial(name, declared[0])
                 waiting.remove(name)
         return found
+
+    def _check_initial(self, name: str, shape: tuple[int, ...]) -> None:
+        block = self.blocks[name]
+        if block.initial is None:
+            return
+        if not block.has_state:
+            raise GraphError(f"block {name!r} is an output net, which has no initial state")
+        if tuple(block.initial.shape) != shape[1:]:
+            raise GraphError(
+                f"block {name!r} has an initial state of shape {tuple(block.initial.shape)}, but "
+                f"its h has {shape[1:]} (without the batch)"
+            )
 
     def _dry_run(self, name: str, known: ShapeMap) -> tuple[tuple[int, ...], torch.dtype]:
         block = self.blocks[name]
@@ -387,14 +410,19 @@ class Graph:
         ]
         return Graph(blocks, original=self._original)
 
-    def merge(self, weights: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+    def merge(
+        self, weights: Mapping[str, Mapping[str, Tensor]], whole: nn.Module | None = None
+    ) -> nn.Module:
         """A plain module with the blocks' `weights`: parameters and buffers, by block and key (keys
         of an output module begin with `output:`).
 
         For a split model its `state_dict` has the original keys; for a graph built by hand the
-        module is a `MergedGraph`.
+        module is `whole`, which has the keys of a `MergedGraph`, or a `MergedGraph`.
         """
-        merged = MergedGraph(self) if self._original is None else copy.deepcopy(self._original)
+        if self._original is not None:
+            merged = copy.deepcopy(self._original)
+        else:
+            merged = MergedGraph(self) if whole is None else whole
         state = {}
         for name, tensors in weights.items():
             for key, tensor in tensors.items():
@@ -412,7 +440,7 @@ class Graph:
 class MergedGraph(nn.Module):
     """The graph as one feed-forward module: u -> the readout's prediction (or a dict of them).
 
-    With cycles the states are relaxed from zero by h <- f(h_parents) `relax` times (cτ = 1).
+    With cycles the states are relaxed from h_0 by h <- f(h_parents) `relax` times (cτ = 1).
     """
 
     def __init__(self, graph: Graph, relax: int = 100) -> None:
@@ -424,6 +452,7 @@ class MergedGraph(nn.Module):
         self.parents = {b.name: b.parents for b in graph.blocks.values()}
         self.combines = {b.name: b.combine for b in graph.blocks.values()}
         self.shapes = {b.name: b.shape for b in graph.blocks.values()}
+        self.initial = {b.name: b.initial for b in graph.blocks.values()}
         self.blocks = nn.ModuleDict(
             {b.name: copy.deepcopy(_whole(b)) for b in graph.blocks.values()}
         )
@@ -442,6 +471,9 @@ class MergedGraph(nn.Module):
             if not self.acyclic and shape is not None:
                 dtype = _dtype(self._whole(name).module, u.dtype)
                 h[name] = torch.zeros(u.shape[0], *shape, dtype=dtype, device=u.device)
+                initial = self.initial[name]
+                if initial is not None:
+                    h[name] = h[name] + initial.to(h[name])
         if self.acyclic:
             for name in self.order:
                 h[name] = self._f(name, h)

@@ -5,7 +5,9 @@
     group       group     1      hold          all             none    tick
     delay-free  layer     depth  hold          layer-by-layer  none    tick
     trace       layer     1      pulse         -               trace   arrival
+    reversible  layer     inf    pulse         -               reversible  arrival
     backprop    layer     inf    pulse         -               trace   arrival
+    bptt        layer     inf    sequence      -               trace   sequence
 
 Combinations that cannot mean anything are refused here with the reason; those that do not fit a
 particular graph are refused in schedule.py.
@@ -13,14 +15,11 @@ particular graph are refused in schedule.py.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from hamdist.config import (
     Compensation,
-    DynamicsSettings,
     Grouping,
-    LearningSettings,
     Level,
     LocalityOverrides,
     Memory,
@@ -37,7 +36,8 @@ from hamdist.errors import LevelError
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """Every knob, set. speed: hops per sample (semantics.md's c), `inf`, or `depth`: D + 1."""
+    """Every knob, set. speed: hops per sample (semantics.md's c), `inf`, or `depth`: D + 1.
+    truncation: samples of a sequence that are gone through in reverse (None: all)."""
 
     grouping: Grouping
     speed: Speed
@@ -50,14 +50,25 @@ class Locality:
     order: Order = Order.OMEGA_FIRST
     target: TargetOf = TargetOf.SAMPLE
     readout: Readout = Readout.OUTPUT
+    truncation: int | None = None
 
     @property
     def pulse(self) -> bool:
         return self.presentation is Presentation.PULSE
 
+    @property
+    def hold(self) -> bool:
+        return self.presentation is Presentation.HOLD
+
+    @property
+    def sequence(self) -> bool:
+        return self.presentation is Presentation.SEQUENCE
+
 
 _HOLD = Locality(Grouping.LAYER, 1, Presentation.HOLD, Memory.NONE, Update.TICK)
 _PULSE = Locality(Grouping.LAYER, 1, Presentation.PULSE, Memory.TRACE, Update.ARRIVAL)
+_SEQUENCE = Locality(Grouping.LAYER, "inf", Presentation.SEQUENCE, Memory.TRACE, Update.SEQUENCE)
+_BASES = {Presentation.HOLD: _HOLD, Presentation.PULSE: _PULSE, Presentation.SEQUENCE: _SEQUENCE}
 
 PRESETS = {
     Level.LOCAL: _HOLD,
@@ -66,7 +77,9 @@ PRESETS = {
     # which the block moves, so under it nothing below the last state block ever learns.
     Level.DELAY_FREE: replace(_HOLD, speed="depth", moves=Moves.LAYER_BY_LAYER),
     Level.TRACE: _PULSE,
+    Level.REVERSIBLE: replace(_PULSE, speed="inf", memory=Memory.REVERSIBLE),
     Level.BACKPROP: replace(_PULSE, speed="inf"),
+    Level.BPTT: _SEQUENCE,
 }
 
 
@@ -78,8 +91,10 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
     given = {k: v for k, v in overrides if v is not None}
     if given.get("presentation") not in (None, PRESETS[level].presentation):
         # The other presentation brings its own memory and update, unless they are given as well.
-        base = _PULSE if given["presentation"] is Presentation.PULSE else _HOLD
+        base = _BASES[given["presentation"]]
         given = {"memory": base.memory, "update": base.update, "moves": base.moves, **given}
+        if base is _SEQUENCE:
+            given = {"speed": base.speed, **given}
     if "delay_power" in given:
         given.setdefault("compensation", Compensation.DELAY_SCALED)
     knobs = replace(PRESETS[level], **given)
@@ -91,6 +106,24 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
 def _contradictions(k: Locality) -> list[str]:
     """Why the knobs cannot go together (none: they can)."""
     reasons = []
+    if k.truncation is not None and not k.sequence:
+        reasons.append(
+            f"truncation {k.truncation} with presentation {k.presentation.value!r}: only a "
+            "sequence is gone through in reverse; use level 'bptt'"
+        )
+    if k.sequence:
+        return reasons + _against_sequence(k)
+    if k.update is Update.SEQUENCE:
+        reasons.append(
+            f"update 'sequence' with presentation {k.presentation.value!r}: it belongs to "
+            "presentation 'sequence' (level 'bptt')"
+        )
+    if k.memory is Memory.REVERSIBLE and (not k.pulse or k.speed != "inf"):
+        reasons.append(
+            f"memory 'reversible' with presentation {k.presentation.value!r} and speed {k.speed!r}:"
+            " inputs can be recomputed only while the weights are those of the forward pass; use "
+            "presentation 'pulse' and speed 'inf' (level 'reversible')"
+        )
     if k.pulse:
         if k.memory is Memory.NONE:
             reasons.append(
@@ -133,70 +166,26 @@ def _contradictions(k: Locality) -> list[str]:
                 "moves 'layer-by-layer' with update 'last-tick': in the last tick only the readout "
                 "moves; use update 'tick'"
             )
-    if k.order is Order.SEQUENTIAL and k.readout is Readout.OUTPUT:
-        reasons.append(
-            "order 'sequential' with readout 'output': this order compares the new state with the "
-            "target inside one tick, so the last block needs the state; use readout 'state'"
-        )
     return reasons
 
 
-@dataclass(frozen=True, slots=True)
-class Dynamics:
-    """The constants of Hamilton's equations, all set (equations.md).
-
-    tau: s; c, eta_z, eta_omega: 1/s; beta: rate of the weights; phi: scale of the loss; sign: s.
-    """
-
-    tau: float
-    c: float
-    eta_z: float
-    eta_omega: float
-    beta: float
-    phi: float
-    sign: int
-
-    @property
-    def step(self) -> float:
-        """c tau: 1 makes a tick one hop (HL Eq. 9)."""
-        return self.c * self.tau
-
-
-def make_dynamics(
-    dynamics: DynamicsSettings, learning: LearningSettings, knobs: Locality
-) -> Dynamics:
-    """The constants, with those not given taken from `learning` (HL Appendix E).
-
-    Raises LevelError where they do not fit `knobs`.
-    """
-    d, tau = dynamics, dynamics.tau
-
-    def first(*values: float | None) -> float:
-        return next(v for v in values if v is not None)
-
-    made = Dynamics(
-        tau=tau,
-        c=first(d.c, 1 / tau),
-        eta_z=first(d.eta_z, d.eta, 0.0),
-        eta_omega=first(d.eta_omega, d.eta, (1 - learning.momentum) / tau),
-        beta=first(d.beta, learning.lr / tau),
-        phi=first(d.phi, (1 - learning.dampening) / tau),
-        sign=d.sign,
-    )
-    if made.step > 1 + 1e-12:
-        raise LevelError(
-            f"dynamics: c tau = {made.step:g} is above 1: the state would overshoot; "
-            f"use c <= {1 / tau:g} or a smaller tau"
-        )
-    if knobs.pulse:
-        for name, given, needed in (
-            ("c tau", made.step, 1.0),
-            ("eta_z", made.eta_z, 0.0),
-            ("sign", made.sign, -1),
-        ):
-            if not math.isclose(given, needed, abs_tol=1e-12):
-                raise LevelError(
-                    f"dynamics: {name} = {given:g} with presentation 'pulse': a pulse is the "
-                    f"travelling wave of {name} = {needed:g}; use presentation 'hold'"
-                )
-    return made
+def _against_sequence(k: Locality) -> list[str]:
+    """Why the knobs of presentation 'sequence' cannot go together."""
+    reasons = []
+    for name, given, needed in (
+        ("speed", k.speed, "inf"),
+        ("memory", k.memory, Memory.TRACE),
+        ("update", k.update, Update.SEQUENCE),
+        ("moves", k.moves, Moves.ALL),
+        ("order", k.order, Order.OMEGA_FIRST),
+        ("compensation", k.compensation, Compensation.NONE),
+        ("readout", k.readout, Readout.OUTPUT),
+        ("target", k.target, TargetOf.SAMPLE),
+    ):
+        if given != needed:
+            value, need = getattr(given, "value", given), getattr(needed, "value", needed)
+            reasons.append(
+                f"presentation 'sequence' with {name} {value!r}: a sequence travels forward with "
+                f"its states kept, then back, and the weights move once; use {name} {need!r}"
+            )
+    return reasons

@@ -31,8 +31,8 @@ class Phase(Enum):
     """What an event is."""
 
     EMIT = "E"  # the stream sends a sample
-    FORWARD = "F"  # pulse: a sample passes a block
-    BACKWARD = "B"  # pulse: the message about a sample passes a block, weights move
+    FORWARD = "F"  # pulse, sequence: a sample passes a block
+    BACKWARD = "B"  # pulse, sequence: the message about a sample passes a block
     READ = "FB"  # pulse: an output net predicts, takes the loss, moves its weights
     TICK = "T"  # hold: one step of Hamilton's equations
 
@@ -43,12 +43,28 @@ class Kind(IntEnum):
     STATE = 0
     MESSAGE = 1
     TARGET = 2
+    CLOCK = 3
+
+
+class Span(NamedTuple):
+    """One sequence on its way (sequence_schedule.py). start: tick in which its first token, sample
+    `first`, meets depth 0. before: the same for the token before it. length: None as long as it is
+    not known."""
+
+    number: int
+    start: int
+    first: int
+    before: int
+    length: int | None = None
 
 
 class Event(NamedTuple):
+    """span: the sequence that the sample belongs to, in presentation 'sequence'."""
+
     tick: int
     phase: Phase
     sample: int
+    span: Span | None = None
 
 
 class Stamp(NamedTuple):
@@ -62,15 +78,13 @@ class Stamp(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The common face of both presentations. `c`: ticks between two samples.
+    """The common face of all presentations. `c`: ticks between two samples.
 
     A block and its edges are given by name and `Edge`; a method that names the signal of an edge
     for an event answers None where that event reads nothing from the edge.
     """
 
     c: int
-
-    def events(self, block: str) -> Iterator[Event]: ...
 
     def state(self, edge: Edge, event: Event) -> Stamp | None:
         """The parent's state that the child reads in `event`."""
@@ -116,7 +130,8 @@ def make_schedule(graph: Graph, knobs: Locality) -> Schedule:
         if cycle:
             raise LevelError(
                 f"presentation 'pulse' needs an acyclic graph, but {', '.join(cycle)} lie on or "
-                "behind a cycle; use the levels 'local' or 'group' (presentation 'hold')"
+                "behind a cycle; use the levels 'local' or 'group' (presentation 'hold'), or for "
+                "sequences 'bptt'"
             )
         unreached = graph.unreached()
         if unreached:
@@ -135,14 +150,6 @@ def make_schedule(graph: Graph, knobs: Locality) -> Schedule:
             f"speed {knobs.speed!r} counts the depth of the graph, but {', '.join(cycle)} lie on "
             "or behind a cycle; give the number of ticks a sample is held"
         )
-    if knobs.order is Order.SEQUENTIAL:
-        outputs = [r for r in graph.readouts if not graph.blocks[r].state]
-        if outputs:
-            raise LevelError(
-                f"order 'sequential': the readout {outputs[0]!r} is an output net behind an edge, "
-                "but this order compares the new state with the target inside one tick; give the "
-                "readout a state (state=True, or readout 'state')"
-            )
     return HoldSchedule(graph, knobs)
 
 
@@ -229,30 +236,40 @@ class HoldSchedule:
     """The sample stays at the input for c ticks; every block steps in every tick.
 
     At tick k the input shows sample floor(k / c). With `layer-by-layer` only the blocks of depth
-    k mod c move (HL Eq. 10).
+    k mod c move (HL Eq. 10). The sequential order compares the new states with the target inside
+    one tick (HL Appendix D), so there an output net takes its tick last: it reads the h_{k+1} that
+    its parents have sent in their tick k, and they read its message at the start of the next.
     """
 
     def __init__(self, graph: Graph, knobs: Locality) -> None:
         self._depths = graph.depths
         self._knobs = knobs
+        sequential = knobs.order is Order.SEQUENTIAL
+        state = {r: graph.blocks[r].has_state for r in graph.readouts}
+        self._late = {r for r in graph.readouts if sequential and not state[r]}
         # The tick after its presentation in which a sample's prediction stands at a readout: a
-        # state is one tick later than an output net, except where the loss takes the new state.
-        late = {
-            r: int(graph.blocks[r].has_state and knobs.order is not Order.SEQUENTIAL)
-            for r in graph.readouts
-        }
-        self._lags = {r: graph.depths[r] + late[r] for r in graph.readouts}
+        # state is one tick later than an output net, and the sequential order looks one ahead.
+        self._lags = {r: max(0, graph.depths[r] + state[r] - sequential) for r in graph.readouts}
         self._reach = max(self._lags.values())
-        speeds = {"inf": 2 * self._reach + 1, "depth": graph.depth + 1}
+        depth = max(1, max(graph.depths[r] + (r not in self._late) for r in graph.readouts))
+        speeds = {"inf": 2 * self._reach + 1, "depth": depth}
         self.c = knobs.speed if isinstance(knobs.speed, int) else speeds[knobs.speed]
+
+    def late(self, block: str) -> bool:
+        """Whether a tick of `block` comes after those of all other blocks with the same number."""
+        return block in self._late
 
     def events(self, block: str) -> Iterator[Event]:  # noqa: ARG002
         for k in count():
             yield Event(k, Phase.TICK, k // self.c)
 
+    def before_start(self, edge: Edge) -> range:
+        """The ticks before the first whose states the child of `edge` reads."""
+        return range(self.late(edge.child) - edge.delay, 0)
+
     def state(self, edge: Edge, event: Event) -> Stamp | None:
         if not edge.from_input:
-            return self._sent(event.tick - edge.delay)
+            return self._sent(event.tick - edge.delay + self.late(edge.child))
         shown = event.tick - edge.delay + 1
         return emitted(shown // self.c, self.c) if shown >= 0 and shown % self.c == 0 else None
 
@@ -274,12 +291,13 @@ class HoldSchedule:
         """Whether the state of `block` moves in `tick`."""
         return self._knobs.moves is Moves.ALL or tick % self.c == self._depths[block]
 
-    def _target_lag(self, readout: str) -> int:
+    def target_lag(self, readout: str) -> int:
+        """Ticks by which the target that `readout` compares with lies back."""
         return 0 if self._knobs.target is TargetOf.CURRENT else self._lags[readout]
 
     def compares(self, readout: str, tick: int) -> bool:
         """Whether `readout` takes its loss in `tick`."""
-        since = tick - self._target_lag(readout)
+        since = tick - self.target_lag(readout)
         if self._knobs.moves is Moves.ALL or self._knobs.target is TargetOf.CURRENT:
             return since >= 0
         return since >= 0 and since % self.c == 0
@@ -288,12 +306,12 @@ class HoldSchedule:
         """The sample whose prequential loss is taken in `tick`: in the first tick in which its
         prediction stands at the readout, before the readout has learned from it; with target
         'current' (literal Algorithm 1) in the sample's last tick."""
-        since = tick - self._target_lag(readout)
+        since = tick - self.target_lag(readout)
         last = self.c - 1 if self._knobs.target is TargetOf.CURRENT else 0
         return since // self.c if since >= 0 and since % self.c == last else None
 
     def target(self, readout: str, event: Event) -> Stamp | None:
-        since = event.tick - self._target_lag(readout)
+        since = event.tick - self.target_lag(readout)
         return emitted(since // self.c, self.c) if since >= 0 and since % self.c == 0 else None
 
     def delay(self, block: str) -> int:

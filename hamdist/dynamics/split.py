@@ -1,7 +1,8 @@
 """Cuts an `nn.Sequential` into a chain of blocks.
 
 A unit is a child that has parameters together with the children without parameters behind it
-(Linear + ReLU); children without parameters at the front belong to the first unit. `grouping`
+(Linear + ReLU); children without parameters at the front belong to the first unit, and those
+behind an invertible unit that are not invertible themselves to the next one. `grouping`
 makes one block of each unit, of two units, or of all; `blocks` balances any number of blocks by
 parameters or by measured time; `cuts` names the children that begin a block.
 The keys of the blocks' modules are the original ones.
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from hamdist.config import Balance, Grouping, PartitionSettings
 from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.losses import LossFunction
+from hamdist.dynamics.reversible import pieces_of
 from hamdist.errors import GraphError
 
 REPEATS = 5
@@ -101,8 +103,19 @@ def _starts(
 
 def _units(children: Sequence[tuple[str, nn.Module]]) -> list[int]:
     """Indices of the children that begin a unit."""
-    weighted = [i for i, (_, m) in enumerate(children) if next(m.parameters(), None) is not None]
-    return [0, *weighted[1:]]
+    starts = [0]
+    weighted = invertible = False  # the unit so far: has a child with weights; could be undone
+    for i, (_, module) in enumerate(children):
+        has_weights = next(module.parameters(), None) is not None
+        undoable = bool(pieces_of(module))
+        if weighted and (has_weights or (invertible and not undoable)):
+            starts.append(i)
+            weighted = False
+            invertible = undoable
+        else:
+            invertible = undoable and (invertible or i == 0)
+        weighted = weighted or has_weights
+    return starts
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:

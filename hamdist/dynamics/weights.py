@@ -4,8 +4,9 @@
     theta_{k+1} = theta_k - tau beta omega_{k+1}        (omega-first, sequential)
                 = theta_k - tau beta omega_k            (simultaneous)
 
-with g = phi dL/dtheta + z^T dh'/dtheta (HL Eq. 7 and Algorithm 1). With eta_omega = 1/tau, omega is
-the latest gradient, and a step is one of plain gradient descent with rate tau beta.
+with g = phi dL/dtheta + z^T dh'/dtheta + r_w theta (HL Eq. 7 and Algorithm 1; the last term: NILP).
+With eta_omega = 1/tau, omega is the latest gradient, and a step is one of plain gradient descent
+with rate tau beta.
 """
 
 from __future__ import annotations
@@ -16,44 +17,101 @@ import torch
 from torch import Tensor
 
 from hamdist.config import Order
-from hamdist.dynamics.locality import Dynamics
+from hamdist.dynamics.constants import Dynamics
 
 
 class Weights:
-    """theta (moved in place) and omega, as lists in the order of the cell's parameters."""
+    """theta (moved in place) and omega, as lists in the order of the cell's parameters.
 
-    def __init__(self, theta: Sequence[Tensor], dynamics: Dynamics, order: Order) -> None:
+    names: of the parameters, where their rates beta differ.
+    """
+
+    def __init__(
+        self,
+        theta: Sequence[Tensor],
+        dynamics: Dynamics,
+        order: Order,
+        names: Sequence[str] | None = None,
+    ) -> None:
         self.theta = list(theta)
         self.omega = [torch.zeros_like(t) for t in self.theta]
         self.updates = 0
-        self._tau = dynamics.tau
-        self._beta = dynamics.beta
-        self._gain = -dynamics.sign * dynamics.tau
-        self._keeps = 1 - dynamics.tau * dynamics.eta_omega
+        self._rates = dynamics.rates([""] * len(self.theta) if names is None else names)
+        self._sign = dynamics.sign
+        self._eta = dynamics.eta_omega
+        self._cost = dynamics.weight_cost
         self._omega_first = order is not Order.SIMULTANEOUS
 
-    def move(self, g: list[Tensor] | None, scale: float) -> None:
-        """One update with gradient g (None: zero). scale: of beta, in this tick."""
+    def move(self, g: list[Tensor] | None, scale: float, tau: float) -> None:
+        """One update with gradient g (None: zero). scale: of beta, in this tick. tau: seconds."""
         self.updates += 1
         if not self.theta:
             return
+        g = self._with_cost(g)
         if not self._omega_first:
-            self._move_theta(scale)
-        self._move_omega(g)
+            self._move_theta(tau * scale)
+        self._move_omega(g, tau)
         if self._omega_first:
-            self._move_theta(scale)
+            self._move_theta(tau * scale)
 
-    def _move_omega(self, g: list[Tensor] | None) -> None:
-        if g is not None and self._keeps == 0:
-            self.omega = g if self._gain == 1 else list(torch._foreach_mul(g, self._gain))
+    def integrate(self, g: list[Tensor] | None, tau: float) -> None:
+        """Moves omega alone, with gradient g (None: zero)."""
+        if self.theta:
+            self._move_omega(g, tau)
+
+    def conclude(self, scale: float, tau: float) -> None:
+        """Moves theta with the omega of several `integrate`; r_w theta counts once."""
+        self.updates += 1
+        if not self.theta:
             return
-        if self._keeps != 1:
-            # A fresh list: omega may be a gradient that somebody else still reads.
-            self.omega = list(torch._foreach_mul(self.omega, self._keeps))
-        if g is not None:
-            self.omega = list(torch._foreach_add(self.omega, g, alpha=self._gain))
+        if self._cost:
+            costs = torch._foreach_mul(self.theta, self._cost)
+            self.omega = list(torch._foreach_add(self.omega, costs, alpha=-self._sign * tau))
+        self._move_theta(tau * scale)
 
-    def _move_theta(self, scale: float) -> None:
-        rate = self._tau * self._beta * scale
-        if rate:
-            torch._foreach_add_(self.theta, self.omega, alpha=-rate)
+    def fade(self, factor: float) -> None:
+        """omega = factor omega."""
+        if not factor:
+            self.clear()
+        elif self.theta:
+            self.omega = list(torch._foreach_mul(self.omega, factor))
+
+    def clear(self) -> None:
+        """omega = 0."""
+        self.omega = [torch.zeros_like(t) for t in self.theta]
+
+    def energies(self) -> tuple[float, float, float]:
+        """(1/2 sum beta |omega|^2, r_w/2 |theta|^2, |theta|)."""
+        kinetic = sum(
+            0.5 * rate * float(o.square().sum())
+            for rate, o in zip(self._rates, self.omega, strict=True)
+        )
+        squares = sum(float(t.square().sum()) for t in self.theta)
+        return kinetic, 0.5 * self._cost * squares, squares**0.5
+
+    def _with_cost(self, g: list[Tensor] | None) -> list[Tensor] | None:
+        if not self._cost:
+            return g
+        if g is None:
+            return list(torch._foreach_mul(self.theta, self._cost))
+        return list(torch._foreach_add(g, self.theta, alpha=self._cost))
+
+    def _move_omega(self, g: list[Tensor] | None, tau: float) -> None:
+        gain, keeps = -self._sign * tau, 1 - tau * self._eta
+        if g is not None and keeps == 0:
+            self.omega = g if gain == 1 else list(torch._foreach_mul(g, gain))
+            return
+        if keeps != 1:
+            # A fresh list: omega may be a gradient that somebody else still reads.
+            self.omega = list(torch._foreach_mul(self.omega, keeps))
+        if g is not None:
+            self.omega = list(torch._foreach_add(self.omega, g, alpha=gain))
+
+    def _move_theta(self, step: float) -> None:
+        if min(self._rates) == max(self._rates):
+            rate = step * self._rates[0]
+            if rate:
+                torch._foreach_add_(self.theta, self.omega, alpha=-rate)
+            return
+        for theta, omega, beta in zip(self.theta, self.omega, self._rates, strict=True):
+            theta.add_(omega, alpha=-step * beta)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.block import HoldBlock, HoldReadout, Tick
+from hamdist.config import Reset, ResetSettings
 from hamdist.dynamics.cell import Cell
+from hamdist.dynamics.constants import Course
+from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Edge
-from hamdist.dynamics.metrics import Prequential
+from hamdist.dynamics.hold import HoldBlock, HoldReadout, Tick
 from hamdist.dynamics.schedule import Event, HoldSchedule, Stamp
 from hamdist.dynamics.weights import Weights
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
-from hamdist.runtime.ports import Ports, block_state, record
+from hamdist.runtime.ports import Ports, block_state, make_metrics, make_recorder, record
 from hamdist.runtime.result import BlockState
-from hamdist.runtime.signal import ready
+from hamdist.runtime.signal import Signal, ready
 
 
 class HoldNode:
@@ -27,9 +31,12 @@ class HoldNode:
         if not isinstance(plan.schedule, HoldSchedule):
             raise TypeError("a HoldNode needs a HoldSchedule")
         self.name = spec.name
+        self.late = plan.schedule.late(spec.name)
         self.block = block
-        self.metrics = Prequential(plan.window) if spec.loss is not None else None
+        self.metrics = make_metrics(plan.metrics) if spec.loss is not None else None
+        self._recorder = make_recorder(plan.metrics)
         self._schedule = plan.schedule
+        self._clock = _Clock(plan.dynamics.reset, plan.dynamics.tau)
         self._ports = Ports(plan, spec.name, mail)
         self._acyclic = plan.graph.acyclic
         # Without a way from the input it is the targets that tell of the end.
@@ -49,13 +56,15 @@ class HoldNode:
 
     def start(self) -> None:
         h = ready(self.block.h) if isinstance(self.block, HoldBlock) else None
-        self._ports.before_start(h, self._schedule.c)
+        self._ports.before_start(h, self._schedule)
 
     def _stamp(self, tick: int, version: int) -> Stamp:
         return Stamp(tick, tick // self._schedule.c, version)
 
     def step(self) -> None:
         event = self.event
+        told = None if self._clock.stopped else self._ports.clock(event)
+        self._clock.advance(event.tick, event.tick % self._schedule.c == 0, told)
         inputs = [self._input(edge, event) for edge in self._ports.into]
         messages = [self._message(edge, event) for edge in self._ports.out_of]
         if self._has_ended():
@@ -80,7 +89,10 @@ class HoldNode:
         if signal is not None and signal.end:
             self._ended.append(edge)
         elif signal is not None and signal.payload is not None:
-            self._shown[edge.index] = signal.payload
+            cleared = not edge.from_input and signal.stamp.tick < self._clock.h_since
+            self._shown[edge.index] = (
+                torch.zeros_like(signal.payload) if cleared else signal.payload
+            )
         return self._shown[edge.index]
 
     def _message(self, edge: Edge, event: Event) -> Tensor | None:
@@ -89,7 +101,7 @@ class HoldNode:
             return None
         if signal.end:
             self._ended.append(edge)
-        return signal.payload
+        return None if signal.stamp.tick < self._clock.z_since else signal.payload
 
     def _has_ended(self) -> bool:
         """In an acyclic graph the end has to come along every way, so that the last samples reach
@@ -109,25 +121,50 @@ class HoldNode:
 
     def _do(self, event: Event, inputs: list[Tensor], messages: list[Tensor | None]) -> None:
         k, block = event.tick, self.block
-        compares = self.metrics is not None and self._schedule.compares(self.name, k)
-        tick = Tick(
-            sample=event.sample,
-            moves=self._schedule.moves(self.name, k),
-            updates=self._schedule.updates(k),
-            target=self._target if compares else None,
-        )
         if isinstance(block, HoldBlock):
             block.complete(messages)
+        self._clear(k)
+        tick = Tick(
+            k=k,
+            sample=event.sample,
+            tau=self._clock.tau(k),
+            moves=self._schedule.moves(self.name, k),
+            updates=self._schedule.updates(k),
+            target=self._target if self._compares(k) else None,
+            measures=self._recorder is not None and self._recorder.due(k),
+        )
+        h, z = (block.h, block.z) if isinstance(block, HoldBlock) else (None, None)
         stamp = self._stamp(k, block.weights.updates)
         to_parents, reading = block.tick(inputs, tick)
         if isinstance(block, HoldBlock):
             block.h = ready(block.h)
             self._ports.to_children(stamp, block.h)
         self._ports.to_parents(stamp, to_parents, leaving_out=self._ended)
+        if self._recorder is not None and block.energy is not None:
+            self._recorder.add(k, block.energy, reading, h, z)
         if self.metrics is not None:
             sample = self._schedule.records(self.name, k)
             if sample is not None:
                 record(self.metrics, sample, reading)
+
+    def _clear(self, k: int) -> None:
+        due = self._clock.due
+        if due and isinstance(self.block, HoldBlock):
+            self.block.clear(h="h" in due, z="z" in due, omega="omega" in due)
+        elif "omega" in due:
+            self.block.weights.clear()
+        if "z" in due:
+            self._clock.z_since = k
+
+    def _compares(self, k: int) -> bool:
+        """Whether a loss is taken: not of what was shown before the states were cleared."""
+        if self.metrics is None or not self._schedule.compares(self.name, k):
+            return False
+        return k - self._schedule.target_lag(self.name) >= self._clock.h_since
+
+    def records(self) -> Records | None:
+        """What was recorded, if anything was to be."""
+        return None if self._recorder is None else self._recorder.records()
 
     def state(self) -> BlockState:
         block = self.block
@@ -137,3 +174,41 @@ class HoldNode:
         if block.output is not None:
             parts.append((OUTPUT_KEY, block.output, block.output_weights))
         return block_state(parts, block.h, block.z)
+
+
+class _Clock:
+    """The step of integration, and when what is cleared.
+
+    due: what is cleared before the present tick's work ('h', 'z', 'omega'). h_since, z_since:
+    states and messages that were sent in earlier ticks than these count as cleared. The messages
+    that arrive in the tick of the clearing still complete the tick before.
+    stopped: the stream has ended.
+    """
+
+    def __init__(self, reset: ResetSettings, tau: Course | None) -> None:
+        self.due: set[str] = set()
+        self.h_since = -math.inf
+        self.z_since = -math.inf
+        self.stopped = False
+        self._reset = dict(reset)
+        self._course = tau
+        self._told_tau = math.nan
+        self._sequence_over = False
+
+    def advance(self, k: int, first: bool, told: Signal | None) -> None:
+        """To tick k. first: of its sample. told: what the stream said of the sample."""
+        new_sequence = False
+        if told is not None and told.end:
+            self.stopped = True
+        elif told is not None:
+            new_sequence, self._sequence_over = self._sequence_over, told.sequence_end
+            if told.payload is not None:
+                self._told_tau = float(told.payload)
+        now = {Reset.SAMPLE: first and k > 0, Reset.SEQUENCE: new_sequence, Reset.NEVER: False}
+        self.due = {name for name, when in self._reset.items() if now[when]}
+        if "h" in self.due:
+            self.h_since = k
+
+    def tau(self, k: int) -> float:
+        """Seconds that tick k takes."""
+        return self._told_tau if self._course is None else self._course(k)

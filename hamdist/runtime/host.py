@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import HamdistError
@@ -40,6 +41,8 @@ class HostReport:
     payload_bytes: dict[str, int] = field(default_factory=dict)
     peak_memory: int = 0
     smoothness: float | None = None
+    stream: dict[str, int] = field(default_factory=dict)
+    records: dict[str, Records] = field(default_factory=dict)
     error: HamdistError | None = None
     aborted: bool = False
 
@@ -110,12 +113,16 @@ class Host:
         report.seconds = time.perf_counter() - started
         for node in self._nodes:
             report.blocks[node.name] = node.state()
+            records = node.records()
+            if records is not None:
+                report.records[node.name] = records
             if node.metrics is not None:
                 node.metrics.flush()
                 report.windows[node.name] = node.metrics.windows
         if self._source is not None:
             report.samples = self._source.samples
             report.smoothness = self._source.smoothness.frames
+            report.stream = self._source.counts
         report.payload_bytes = dict(self._mail.payload_bytes)
         report.peak_memory = peak_bytes()
         return report

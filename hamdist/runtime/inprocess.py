@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from hamdist.dynamics.graph import INPUT
+from hamdist.errors import DivergedError
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import peak_bytes, reset_peak
@@ -34,6 +35,7 @@ class InProcessEngine:
         reset_peak()
         started = time.perf_counter()
         due = started
+        diverged: DivergedError | None = None
 
         def progress() -> Progress:
             return Progress(
@@ -56,13 +58,16 @@ class InProcessEngine:
             torch_threads(plan.engine.threads),
             ending_on_interrupt(source.stop.set) as interrupted,
         ):
-            run_loop([source, *nodes], between)
+            try:
+                run_loop([source, *nodes], between)
+            except DivergedError as error:
+                diverged = error
             for node in measured:
                 if node.metrics is not None:
                     node.metrics.flush()
         if on_progress is not None:
             on_progress(progress())
-        return Outcome(
+        outcome = Outcome(
             blocks={n.name: n.state() for n in nodes},
             windows={n.name: n.metrics.windows for n in measured if n.metrics is not None},
             samples=source.samples,
@@ -72,5 +77,11 @@ class InProcessEngine:
             payload_bytes=dict(mail.payload_bytes),
             peak_memory={"driver": peak_bytes()},
             smoothness=source.smoothness.frames,
+            stream=source.counts,
+            records={n.name: r for n in nodes for r in [n.records()] if r is not None},
             interrupted=interrupted(),
         )
+        if diverged is not None:
+            diverged.outcome = outcome
+            raise diverged
+        return outcome

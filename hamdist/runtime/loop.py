@@ -6,7 +6,8 @@ import heapq
 import traceback
 from collections.abc import Callable, Sequence
 
-from hamdist.errors import BlockError, HamdistError
+from hamdist.dynamics.block import OutOfRange
+from hamdist.errors import BlockError, DivergedError, HamdistError
 from hamdist.runtime.nodes import Node
 
 
@@ -16,22 +17,23 @@ class Aborted(Exception):
 
 def run_loop(nodes: Sequence[Node], between: Callable[[], None] | None = None) -> None:
     """Steps `nodes` in the order of their ticks until all have finished; at one tick in the order
-    given. between: called after every event.
+    given, late ones last. between: called after every event.
 
-    Raises BlockError naming the block, with the traceback, for whatever a block raises.
+    Raises DivergedError where a state, a costate or a loss leaves the finite range, and BlockError
+    naming the block, with the traceback, for whatever else a block raises.
     """
     for node in nodes:
         _guarded(node, node.start)
-    heap = [(node.tick, i) for i, node in enumerate(nodes) if node.tick is not None]
+    heap = [(node.tick, node.late, i) for i, node in enumerate(nodes) if node.tick is not None]
     heapq.heapify(heap)
     while heap:
-        _, i = heap[0]
+        _, late, i = heap[0]
         node = nodes[i]
         _guarded(node, node.step)
         if node.tick is None:
             heapq.heappop(heap)
         else:
-            heapq.heapreplace(heap, (node.tick, i))
+            heapq.heapreplace(heap, (node.tick, late, i))
         if between is not None:
             between()
 
@@ -41,6 +43,8 @@ def _guarded(node: Node, act: Callable[[], None]) -> None:
         act()
     except (HamdistError, Aborted):
         raise
+    except OutOfRange as error:
+        raise DivergedError(node.name, node.tick or 0, error.quantity, error.norm) from None
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         message = f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -6,7 +6,8 @@ phase, and posts what comes out. The nodes of a process are stepped in the order
 circle.
 
 The end of a stream travels as a signal, too. A pulse block then finishes the messages of the
-samples that it has passed. A held block stops when the end has come along all its ways from the
+samples that it has passed; a sequence block has finished its sequences already, whose last tokens
+brought the tag that says so. A held block stops when the end has come along all its ways from the
 input, and is shown the last states of parents that stopped before it; in a graph with cycles it
 stops when the end comes first along any edge, in either direction.
 """
@@ -17,22 +18,29 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from hamdist.config import Memory
-from hamdist.dynamics.block import HoldBlock, HoldReadout, PulseBlock, PulseReadout
+from hamdist.dynamics.block import LossTaker, bounded
 from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
 from hamdist.dynamics.graph import OUTPUT_KEY
+from hamdist.dynamics.hold import HoldBlock, HoldReadout
+from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout, WayBack
 from hamdist.dynamics.weights import Weights
 from hamdist.runtime.hold import HoldNode
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.pulse import PulseNode
+from hamdist.runtime.sequence import SequenceNode
 
 
 class Node(Protocol):
-    """What loop.py steps. `tick`: of the next event, None when the node has finished."""
+    """What loop.py steps. `tick`: of the next event, None when the node has finished. `late`: at
+    one tick it comes after the others."""
 
     name: str
+    late: bool
     tick: int | None
 
     def start(self) -> None: ...
@@ -40,53 +48,100 @@ class Node(Protocol):
     def step(self) -> None: ...
 
 
-def ticks_of(nodes: Sequence[PulseNode | HoldNode]) -> int:
+def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
     """How many ticks the nodes have come through."""
     return max((node.event.tick + 1 for node in nodes), default=0)
 
 
-def make_node(plan: Plan, name: str, mail: Mailroom) -> PulseNode | HoldNode:
+def make_node(plan: Plan, name: str, mail: Mailroom) -> PulseNode | HoldNode | SequenceNode:
     """The node of block `name`, with its own random generator."""
-    spec = plan.graph.blocks[name]
-    stash = plan.knobs.memory is Memory.TRACE_WEIGHTS
-    cell = Cell(spec.module, spec.combine, block_seed(plan.seed, name), stash=stash)
-    order = plan.knobs.order
-    weights = Weights(cell.theta, plan.dynamics, order)
-    wanted = [not e.from_input for e in plan.graph.into[name]]
-
-    loss = spec.loss and seeded_loss(spec.loss, block_seed(plan.seed, f"{name}/loss"))
-
-    def scale(sample: int) -> float:
-        return plan.scale(name, sample)
-
+    parts = _Parts(plan, name)
+    if plan.knobs.sequence:
+        return _sequence_node(plan, parts, mail)
     if plan.knobs.pulse:
-        if loss is not None:
-            read = PulseReadout(cell, weights, wanted, plan.dynamics, scale, loss)
-            return PulseNode(plan, spec, mail, read)
-        return PulseNode(plan, spec, mail, PulseBlock(cell, weights, wanted, plan.dynamics, scale))
-    if loss is not None and not spec.state:
-        output_net = HoldReadout(cell, weights, wanted, plan.dynamics, scale, loss)
-        return HoldNode(plan, spec, mail, output_net)
-    output = output_weights = None
-    if spec.output is not None:
-        output = Cell(spec.output, spec.combine, block_seed(plan.seed, f"{name}/{OUTPUT_KEY}"))
-        output_weights = Weights(output.theta, plan.dynamics, order)
-    shape, dtype = plan.shapes[name]
+        return _pulse_node(plan, parts, mail)
+    return _hold_node(plan, parts, mail)
+
+
+class _Parts:
+    """What blocks of all presentations are made of."""
+
+    def __init__(self, plan: Plan, name: str) -> None:
+        self._plan = plan
+        self.name = name
+        self.spec = plan.graph.blocks[name]
+        self.dynamics = plan.dynamics.of(name)
+        self.guard = bounded(self.dynamics.limit)
+        self.cell = self.make_cell(self.spec.module, name)
+        self.weights = self.make_weights(self.cell)
+        self.wanted = [not e.from_input for e in plan.graph.into[name]]
+        self.loss: LossTaker | None = None
+        if self.spec.loss is not None:
+            loss = seeded_loss(self.spec.loss, block_seed(plan.seed, f"{name}/loss"))
+            self.loss = LossTaker(loss, self.dynamics, self.guard)
+
+    def make_cell(self, module: nn.Module, seed_name: str) -> Cell:
+        stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
+        seed = block_seed(self._plan.seed, seed_name)
+        return Cell(module, self.spec.combine, seed, stash=stash)
+
+    def make_weights(self, cell: Cell, prefix: str = "") -> Weights:
+        names = [prefix + name for name in cell.names]
+        return Weights(cell.theta, self.dynamics, self._plan.knobs.order, names)
+
+    def scale(self, sample: int) -> float:
+        return self._plan.scale(self.name, sample)
+
+
+def _pulse_node(plan: Plan, p: _Parts, mail: Mailroom) -> PulseNode:
+    hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
+    if p.loss is not None:
+        read = PulseReadout(p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.loss, hands_back)
+        return PulseNode(plan, p.spec, mail, read)
+    if p.name in plan.reversible:
+        rewound = ReversibleBlock(
+            p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.guard, hands_back=any(hands_back)
+        )
+        return PulseNode(plan, p.spec, mail, rewound)
+    block = PulseBlock(p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.guard)
+    return PulseNode(plan, p.spec, mail, block)
+
+
+def _sequence_node(plan: Plan, p: _Parts, mail: Mailroom) -> SequenceNode:
+    way_back = WayBack(p.weights, p.dynamics, p.scale)
+    truncation = plan.knobs.truncation
+    if p.loss is not None:
+        read = SequenceReadout(p.cell, way_back, p.wanted, p.loss, truncation)
+        return SequenceNode(plan, p.spec, mail, read)
+    shape, dtype = plan.shapes[p.name]
     h = torch.zeros(shape, dtype=dtype)
-    return HoldNode(
-        plan,
-        spec,
-        mail,
-        HoldBlock(
-            cell,
-            weights,
-            wanted,
-            plan.dynamics,
-            order,
-            scale,
-            h,
-            loss=loss,
-            output=output,
-            output_weights=output_weights,
-        ),
+    block = SequenceBlock(p.cell, way_back, p.wanted, p.dynamics, h, truncation, p.guard)
+    return SequenceNode(plan, p.spec, mail, block)
+
+
+def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
+    if p.loss is not None and not p.spec.state:
+        output_net = HoldReadout(p.cell, p.weights, p.wanted, p.scale, p.loss)
+        return HoldNode(plan, p.spec, mail, output_net)
+    output = output_weights = None
+    if p.spec.output is not None:
+        output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
+        output_weights = p.make_weights(output, OUTPUT_KEY)
+    shape, dtype = plan.shapes[p.name]
+    h = torch.zeros(shape, dtype=dtype)
+    if p.spec.initial is not None:
+        h = h + p.spec.initial.to(dtype)
+    block = HoldBlock(
+        p.cell,
+        p.weights,
+        p.wanted,
+        p.dynamics,
+        plan.knobs.order,
+        p.scale,
+        h,
+        loss=p.loss,
+        output=output,
+        output_weights=output_weights,
+        guard=p.guard,
     )
+    return HoldNode(plan, p.spec, mail, block)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
+from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
 from hamdist.runtime.result import BlockState
 
@@ -26,6 +27,8 @@ class Outcome:
     payload_bytes: dict[str, int]
     peak_memory: dict[str, int]
     smoothness: float | None
+    stream: dict[str, int] = field(default_factory=dict)
+    records: dict[str, Records] = field(default_factory=dict)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
 

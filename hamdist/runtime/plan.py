@@ -10,11 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hamdist.config import Compensation, Decay, EngineSettings, Settings
-from hamdist.dynamics.graph import Graph, ShapeMap
-from hamdist.dynamics.locality import Dynamics, Locality, make_dynamics, make_locality
+from hamdist.config import (
+    Compensation,
+    Decay,
+    EngineSettings,
+    Memory,
+    MetricsSettings,
+    Reset,
+    Settings,
+    TargetOf,
+)
+from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
+from hamdist.dynamics.graph import OUTPUT_KEY, Graph, ShapeMap
+from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import cross_entropy, mse
-from hamdist.dynamics.schedule import Schedule, make_schedule
+from hamdist.dynamics.rewind import reversible_blocks
+from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
+from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import GraphError, LevelError
 from hamdist.runtime.signal import Channels, make_channels
 from hamdist.streams.sample import SampleSpec
@@ -24,7 +36,8 @@ from hamdist.streams.sample import SampleSpec
 class Plan:
     """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
     front. steps: samples after which the stream ends, or None. run: a number that marks the
-    signals of this run. default_dtype: torch's, of the driver."""
+    signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
+    nothing of a sample (memory 'reversible'). follows_lr: beta comes from the learning rate."""
 
     graph: Graph
     knobs: Locality
@@ -38,8 +51,10 @@ class Plan:
     run: int
     steps: int | None
     decay: Decay
-    window: int
+    metrics: MetricsSettings
     default_dtype: torch.dtype
+    follows_lr: bool
+    reversible: frozenset[str] = frozenset()
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""
@@ -60,26 +75,43 @@ class Plan:
         return dataclasses.replace(self, graph=Graph(specs))
 
 
-def make_plan(graph: Graph, settings: Settings, spec: SampleSpec) -> Plan:
+def make_plan(
+    graph: Graph, settings: Settings, spec: SampleSpec, *, phi: Course | None = None
+) -> Plan:
     """The plan of `settings` (already those of one level) for `graph` on a stream of `spec`.
 
+    phi: a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`).
     Raises GraphError and LevelError for whatever cannot run.
     """
     knobs = make_locality(settings.level, settings.locality)
-    dynamics = make_dynamics(settings.dynamics, settings.learning, knobs)
+    dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
+    check_names(dynamics, _parameters(graph))
     shapes = graph.shapes(spec.u_shape, spec.u_dtype)
     _check_predictions(graph, shapes, spec)
-    schedule = make_schedule(graph, knobs)
+    schedule: Schedule
+    if knobs.sequence:
+        schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
+    else:
+        schedule = make_schedule(graph, knobs)
+    _check_resets(graph, schedule, dynamics, knobs)
+    rewinds = knobs.memory is Memory.REVERSIBLE
+    if settings.metrics.record is not None and not knobs.hold:
+        raise LevelError(
+            f"metrics.record {settings.metrics.record.value!r} with presentation "
+            f"{knobs.presentation.value!r}: the energies are sums over the blocks at one time, but "
+            "there the blocks work on different samples; use a level of presentation 'hold'"
+        )
     if settings.learning.decay is Decay.LINEAR and settings.steps is None:
         raise LevelError(
             "learning.decay 'linear' falls to zero over the run, so the run needs 'steps'"
         )
+    clocked = knobs.hold and dynamics.clocked
     return Plan(
         graph=graph,
         knobs=knobs,
         dynamics=dynamics,
         schedule=schedule,
-        channels=make_channels(graph, schedule, settings.engine.queue),
+        channels=make_channels(graph, schedule, settings.engine.queue, clocked=clocked),
         shapes=shapes,
         spec=spec,
         engine=settings.engine,
@@ -87,32 +119,70 @@ def make_plan(graph: Graph, settings: Settings, spec: SampleSpec) -> Plan:
         run=int.from_bytes(os.urandom(8), "little"),
         steps=settings.steps,
         decay=settings.learning.decay,
-        window=settings.metrics.window,
+        metrics=settings.metrics,
         default_dtype=torch.get_default_dtype(),
+        follows_lr=settings.dynamics.beta is None,
+        reversible=reversible_blocks(graph, shapes) if rewinds else frozenset(),
     )
+
+
+def _parameters(graph: Graph) -> dict[str, list[str]]:
+    """The names of the weights by block, as `dynamics.blocks` knows them."""
+    names = {}
+    for block in graph.blocks.values():
+        own = [n for n, p in block.module.named_parameters() if p.requires_grad]
+        if block.output is not None:
+            own += [OUTPUT_KEY + n for n, p in block.output.named_parameters() if p.requires_grad]
+        names[block.name] = own
+    return names
+
+
+def _check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Locality) -> None:
+    """Raises LevelError where states are cleared before a prediction has come about."""
+    if dynamics.reset.h is not Reset.SAMPLE or not isinstance(schedule, HoldSchedule):
+        return
+    late = max(schedule.target_lag(r) for r in graph.readouts)
+    if schedule.c <= late and knobs.target is TargetOf.SAMPLE:
+        raise LevelError(
+            f"dynamics.reset.h 'sample' with speed {schedule.c}: the states are cleared before a "
+            f"sample's prediction stands at the readout, {late} ticks later; use locality.speed "
+            f"{late + 1} or more, or reset.h 'never'"
+        )
 
 
 def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec) -> None:
     """Raises GraphError where a readout's prediction cannot be compared with the targets."""
+    unknown = sorted(set(spec.targets or ()) - set(graph.readouts))
+    if unknown:
+        raise GraphError(
+            f"the stream has targets for {unknown[0]!r}, which is no readout; readouts: "
+            f"{', '.join(map(repr, graph.readouts))}"
+        )
     for name in graph.readouts:
         block = graph.blocks[name]
         shape = shapes[name][0]
+        target = spec.target(name)
+        if target is None:
+            raise GraphError(
+                f"readout {name!r} has no targets in the stream, which has some for "
+                f"{', '.join(map(repr, spec.targets or ()))}; give it targets, or take its loss off"
+            )
         if block.output is not None:  # its own shape was not derived
             continue
-        if block.loss is mse and shape != spec.y_shape:
+        if block.loss is mse and shape != target.shape:
             raise GraphError(
-                f"readout {name!r} predicts {shape}, but the targets are {spec.y_shape}; give it "
+                f"readout {name!r} predicts {shape}, but the targets are {target.shape}; give it "
                 "as many outputs, or choose another loss"
             )
-        classes = spec.classes
+        classes = target.classes
         if block.loss is cross_entropy and classes is not None:
             if len(shape) < 2 or shape[1] < classes:
                 raise GraphError(
                     f"readout {name!r} predicts {shape}, but the stream has {classes} classes; "
                     f"give it {classes} outputs"
                 )
-        elif block.loss is cross_entropy and shape != spec.y_shape:
+        elif block.loss is cross_entropy and shape != target.shape:
             raise GraphError(
                 f"readout {name!r} has the loss cross-entropy, but the stream's targets "
-                f"{spec.y_shape} are no classes; say how many classes there are, or use mse"
+                f"{target.shape} are no classes; say how many classes there are, or use mse"
             )

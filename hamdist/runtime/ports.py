@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from hamdist.config import MetricsSettings, Record
 from hamdist.dynamics.block import Reading
 from hamdist.dynamics.cell import Cell
+from hamdist.dynamics.energy import Recorder
 from hamdist.dynamics.graph import Edge
 from hamdist.dynamics.metrics import Prequential
-from hamdist.dynamics.schedule import Event, Stamp
+from hamdist.dynamics.schedule import Event, HoldSchedule, Stamp, emitted
 from hamdist.dynamics.weights import Weights
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
@@ -50,17 +52,36 @@ class Ports:
             None if stamp is None else self._take(self._channels.targets[self._name], stamp, event)
         )
 
+    def clock(self, event: Event) -> Signal | None:
+        """What the stream tells of the sample that `event` shows; None in an unclocked run, and in
+        all but the sample's first tick."""
+        channel = self._channels.clocks.get(self._name)
+        if channel is None or event.tick % self._schedule.c:
+            return None
+        return self._take(channel, emitted(event.sample, self._schedule.c), event)
+
     def _take(self, channel: Channel, stamp: Stamp, event: Event) -> Signal:
         return self._mail.take(channel, stamp, event.tick)
 
-    def to_children(self, stamp: Stamp, h: Tensor | None, *, end: bool = False) -> None:
-        for channel in self._children:
-            self._mail.post(channel, Signal(stamp, h, end))
-
-    def before_start(self, h: Tensor | None, c: int) -> None:
-        """What the neighbours read in their first ticks: h_0, and messages of zeros."""
+    def to_children(
+        self,
+        stamp: Stamp,
+        h: Tensor | None,
+        *,
+        end: bool = False,
+        sequence_end: bool = False,
+        leaving_out: Sequence[Edge] = (),
+    ) -> None:
+        """leaving_out: edges whose child does not read this."""
         for edge, channel in zip(self.out_of, self._children, strict=True):
-            for tick in range(-edge.delay, 0):
+            if edge not in leaving_out:
+                self._mail.post(channel, Signal(stamp, h, end, sequence_end))
+
+    def before_start(self, h: Tensor | None, schedule: HoldSchedule) -> None:
+        """What the neighbours read in their first ticks: h_0, and messages of zeros."""
+        c = schedule.c
+        for edge, channel in zip(self.out_of, self._children, strict=True):
+            for tick in schedule.before_start(edge):
                 self._mail.post(channel, Signal(Stamp(tick, tick // c, 0), h))
         for edge, parent in zip(self.into, self._parents, strict=True):
             for tick in range(-edge.delay, 0):
@@ -82,13 +103,29 @@ class Ports:
                 self._mail.post(channel, Signal(stamp, payload, end))
 
 
+def make_metrics(settings: MetricsSettings) -> Prequential:
+    """What collects a readout's losses."""
+    return Prequential(settings.window, settings.limit)
+
+
+def make_recorder(settings: MetricsSettings) -> Recorder | None:
+    """What records a block's energies, if that is asked for."""
+    if settings.record is None:
+        return None
+    trajectory = settings.record is Record.TRAJECTORY
+    return Recorder(settings.record_every, trajectory=trajectory)
+
+
 def record(metrics: Prequential, sample: int, reading: Reading | None) -> None:
     if reading is not None:
         metrics.record(sample, reading.prediction, reading.target, reading.loss)
 
 
 def block_state(
-    parts: Sequence[tuple[str, Cell, Weights | None]], h: Tensor | None, z: Tensor | None
+    parts: Sequence[tuple[str, Cell, Weights | None]],
+    h: Tensor | None,
+    z: Tensor | None,
+    stored: int = 0,
 ) -> BlockState:
     theta: dict[str, Tensor] = {}
     omega: dict[str, Tensor] = {}
@@ -110,4 +147,5 @@ def block_state(
         h=None if h is None else h.detach().clone(),
         z=None if z is None else z.detach().clone(),
         updates=0 if first is None else first.updates,
+        stored=stored,
     )

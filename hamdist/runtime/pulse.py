@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hamdist.dynamics.block import PulseBlock, PulseReadout
-from hamdist.dynamics.graph import BlockSpec
-from hamdist.dynamics.metrics import Prequential
+from hamdist.dynamics.graph import BlockSpec, Edge
+from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.schedule import Event, Phase, PulseSchedule, Stamp
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
-from hamdist.runtime.ports import Ports, block_state, record
+from hamdist.runtime.ports import Ports, block_state, make_metrics, record
 from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import ready
 
@@ -19,13 +18,18 @@ class PulseNode:
     """A block that pulses pass."""
 
     def __init__(
-        self, plan: Plan, spec: BlockSpec, mail: Mailroom, block: PulseBlock | PulseReadout
+        self,
+        plan: Plan,
+        spec: BlockSpec,
+        mail: Mailroom,
+        block: PulseBlock | ReversibleBlock | PulseReadout,
     ) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
             raise TypeError("a PulseNode needs a PulseSchedule")
         self.name = spec.name
+        self.late = False
         self.block = block
-        self.metrics = Prequential(plan.window) if isinstance(block, PulseReadout) else None
+        self.metrics = make_metrics(plan.metrics) if isinstance(block, PulseReadout) else None
         self._ports = Ports(plan, spec.name, mail)
         self._events = plan.schedule.events(spec.name)
         self._end: int | None = None
@@ -72,16 +76,19 @@ class PulseNode:
         inputs = self._inputs(event)
         if inputs is None:
             self._ports.to_children(stamp, None, end=True)
-        elif isinstance(self.block, PulseBlock):
+        elif not isinstance(self.block, PulseReadout):
             self._ports.to_children(stamp, ready(self.block.forward(event.sample, inputs)))
 
     def _backward(self, event: Event) -> None:
-        if not isinstance(self.block, PulseBlock):
+        if isinstance(self.block, PulseReadout):
             return
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
-        signals = [self._ports.message(edge, event) for edge in self._ports.out_of]
-        messages = [None if s is None else s.payload for s in signals]
+        messages = [self._message(edge, event) for edge in self._ports.out_of]
         self._ports.to_parents(stamp, self.block.backward(event.sample, messages))
+
+    def _message(self, edge: Edge, event: Event) -> Tensor | None:
+        signal = self._ports.message(edge, event)
+        return None if signal is None else signal.payload
 
     def _read(self, event: Event) -> None:
         if not isinstance(self.block, PulseReadout) or self.metrics is None:
@@ -96,6 +103,10 @@ class PulseNode:
         self._ports.to_parents(stamp, messages)
         record(self.metrics, event.sample, reading)
 
+    def records(self) -> None:
+        """A pulse has no energies at one time (refused by plan.py)."""
+
     def state(self) -> BlockState:
-        held = (self.block.h, self.block.z) if isinstance(self.block, PulseBlock) else (None, None)
-        return block_state([("", self.block.cell, self.block.weights)], *held)
+        block = self.block
+        held = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
+        return block_state([("", block.cell, block.weights)], *held)

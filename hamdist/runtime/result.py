@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
 
 
@@ -17,7 +18,8 @@ class BlockState:
     theta, omega: weights and weight costates by the parameter's name in the block's module.
     buffers: the module's buffers by name, and its extra state. h, z: state and costate, None where
     a block has none.
-    updates: how often the weights moved.
+    updates: how often the weights moved. stored: the most tokens whose activations it kept at once
+    (presentation 'sequence').
     """
 
     theta: Mapping[str, Tensor]
@@ -26,6 +28,7 @@ class BlockState:
     h: Tensor | None
     z: Tensor | None
     updates: int
+    stored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,9 @@ class RunResult:
     peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
     staleness: the most samples that lie between the activations a block's message was made with
     and the weights or activations that it meets.
+    stream: what the stream counted (samples dropped, say), where it counts.
+    stored: the most tokens whose activations a block kept at once, at level 'bptt'.
+    records: the energies per tick by block, where `metrics.record` asked for them.
     """
 
     model: nn.Module
@@ -73,5 +79,8 @@ class RunResult:
     peak_memory: dict[str, int]
     staleness: int
     smoothness: float | None = None
+    stream: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, int] = field(default_factory=dict)
+    records: dict[str, Records] = field(default_factory=dict)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)

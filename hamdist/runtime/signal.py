@@ -58,24 +58,30 @@ class Channel(NamedTuple):
     capacity: int
 
     def __str__(self) -> str:
-        what = {Kind.STATE: "state", Kind.MESSAGE: "message", Kind.TARGET: "target"}[self.kind]
-        return f"{what} on edge {self.edge} (from {self.sender} to {self.receiver})"
+        return (
+            f"{self.kind.name.lower()} on edge {self.edge} (from {self.sender} to {self.receiver})"
+        )
 
 
 class Channels(NamedTuple):
-    """All channels of a graph: by edge index, and the targets' by readout."""
+    """All channels of a graph: by edge index, the targets' by readout, and the clock's by block."""
 
     states: dict[int, Channel]
     messages: dict[int, Channel]
     targets: dict[str, Channel]
+    clocks: dict[str, Channel]
 
     def all(self) -> list[Channel]:
-        return [*self.states.values(), *self.messages.values(), *self.targets.values()]
+        edges = [*self.states.values(), *self.messages.values()]
+        return [*edges, *self.targets.values(), *self.clocks.values()]
 
 
-def make_channels(graph: Graph, schedule: Schedule, queue: int) -> Channels:
-    """The channels, with room for what the schedule keeps in flight and `queue` signals more."""
-    made = Channels({}, {}, {})
+def make_channels(graph: Graph, schedule: Schedule, queue: int, *, clocked: bool) -> Channels:
+    """The channels, with room for what the schedule keeps in flight and `queue` signals more.
+
+    clocked: the stream tells every block the step of integration, and the end of a sequence.
+    """
+    made = Channels({}, {}, {}, {})
     number = 0
     for edge in graph.edges:
         room = schedule.in_flight(edge, Kind.STATE) + queue
@@ -93,6 +99,10 @@ def make_channels(graph: Graph, schedule: Schedule, queue: int) -> Channels:
         room = schedule.target_in_flight(readout) + queue
         name = f"{INPUT}=>{readout}"
         made.targets[readout] = Channel(number, Kind.TARGET, INPUT, readout, name, room)
+        number += 1
+    for block in graph.blocks if clocked else ():
+        room = 1 // schedule.c + 1 + queue
+        made.clocks[block] = Channel(number, Kind.CLOCK, INPUT, block, f"{INPUT}~>{block}", room)
         number += 1
     return made
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from threading import Event as Flag
 
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.constants import TOLERANCE
 from hamdist.dynamics.graph import INPUT
-from hamdist.dynamics.schedule import emitted, source_events
+from hamdist.dynamics.schedule import Event, Stamp, source_events
+from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import StreamError
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.signal import Signal, ready
 from hamdist.streams.check import Checker
-from hamdist.streams.sample import Sample, Stream
+from hamdist.streams.sample import Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
 
 class SourceNode:
-    """The stream: draws, checks and sends one sample every c ticks."""
+    """The stream: draws, checks and sends one sample every c ticks.
+
+    Where time stamps give the step of integration, or where sequences have to end, it draws one
+    sample ahead: how long a sample lasts, and that it was the last, shows only then.
+    """
 
     name = INPUT
+    late = False
 
     def __init__(self, plan: Plan, stream: Stream, mail: Mailroom) -> None:
         self._plan = plan
@@ -27,39 +38,98 @@ class SourceNode:
         self._mail = mail
         self._events = source_events(plan.schedule.c)
         self.event = next(self._events)
+        if isinstance(plan.schedule, SequenceSchedule):
+            self.event = plan.schedule.emission(plan.schedule.opening(), 0)
         self._inputs = [plan.channels.states[e.index] for e in plan.graph.out_of[INPUT]]
-        self._targets = list(plan.channels.targets.values())
-        self._check = Checker(plan.spec, equal_batches=not plan.knobs.pulse)
+        self._targets = plan.channels.targets
+        self._clocks = list(plan.channels.clocks.values())
+        self._ahead = plan.dynamics.tau is None or plan.knobs.sequence
+        self._next: Sample | None = None
+        self._tau = math.nan
+        stamped = plan.dynamics.tau is None
+        self._check = Checker(plan.spec, equal_batches=not plan.knobs.pulse, stamped=stamped)
         self.smoothness = Smoothness()
         self.samples = 0
         self.stop = Flag()
         self.tick: int | None = self.event.tick
         self._drawn: Iterator[Sample] | None = None
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the stream has counted: samples dropped, say."""
+        return report_of(self._stream)
+
     def start(self) -> None:
         self._drawn = iter(self._stream.samples())
+        if self._ahead:
+            self._next = self._draw(0)
 
     def step(self) -> None:
-        stamp = emitted(self.event.sample, self._plan.schedule.c)
-        sample = self._draw()
+        stamp = Stamp(self.event.tick, self.event.sample, 0)
+        sample = self._take()
         if sample is None:
-            for channel in (*self._inputs, *self._targets):
+            for channel in (*self._inputs, *self._targets.values(), *self._clocks):
                 self._mail.post(channel, Signal(stamp, end=True))
             self.tick = None
             return
+        end = sample.end or (self._ahead and self._next is None)
         u = ready(sample.u)
-        y = None if sample.y is None else ready(sample.y)
         for channel in self._inputs:
-            self._mail.post(channel, Signal(stamp, u, sequence_end=sample.end))
-        for channel in self._targets:
-            self._mail.post(channel, Signal(stamp, y, sequence_end=sample.end))
+            self._mail.post(channel, Signal(stamp, u, sequence_end=end))
+        for readout, channel in self._targets.items():
+            y = sample.target(readout)
+            payload = None if y is None else ready(y)
+            self._mail.post(channel, Signal(stamp, payload, sequence_end=end))
+        if self._clocks:
+            tau = self._time(sample)
+            for channel in self._clocks:
+                self._mail.post(channel, Signal(stamp, tau, sequence_end=end))
         self.samples += 1
-        self.event = next(self._events)
+        self.event = self._following(last=end)
         self.tick = self.event.tick
 
-    def _draw(self) -> Sample | None:
-        """The next sample, checked; None at the end of the stream, or when the run is stopped."""
-        n, steps = self.event.sample, self._plan.steps
+    def _following(self, *, last: bool) -> Event:
+        """The next event. last: the sample was the last one of its sequence."""
+        schedule = self._plan.schedule
+        if isinstance(schedule, SequenceSchedule):
+            return schedule.after_emission(schedule.closed(self.event) if last else self.event)
+        return next(self._events)
+
+    def _take(self) -> Sample | None:
+        """The sample to send; None at the end of the stream."""
+        n = self.event.sample
+        if not self._ahead:
+            return self._draw(n)
+        sample = self._next
+        self._next = None if sample is None else self._draw(n + 1)
+        return sample
+
+    def _time(self, sample: Sample) -> Tensor | None:
+        """tau of the ticks in which `sample` is shown: its time until the next one, in equal parts
+        (of the last one: as before)."""
+        if self._plan.dynamics.tau is not None:
+            return None
+        n, c = self.event.sample, self._plan.schedule.c
+        if self._next is not None:
+            if sample.time is None or self._next.time is None:
+                bad = n if sample.time is None else n + 1
+                raise StreamError(
+                    f"item {bad} has no time stamp, but dynamics.tau is 'stamps': give every item "
+                    "its time in seconds, or set dynamics.tau"
+                )
+            self._tau = (self._next.time - sample.time) / c
+        largest = max(self._plan.dynamics.speeds())
+        if not 0 < self._tau * largest <= 1 + TOLERANCE:
+            raise StreamError(
+                f"item {n}: a step of tau = {self._tau:g} s until the next item makes c tau = "
+                f"{self._tau * largest:g}, which has to lie in (0, 1]: give items in the order of "
+                "their times, use a smaller dynamics.c, or a higher locality.speed (ticks per item)"
+            )
+        return torch.tensor(self._tau, dtype=torch.float64)
+
+    def _draw(self, n: int) -> Sample | None:
+        """Sample n, checked; None at the end of the stream, or when the run is stopped."""
+        steps = self._plan.steps
         if self._drawn is None or self.stop.is_set() or (steps is not None and n >= steps):
             return None
         try:

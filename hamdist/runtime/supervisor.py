@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from hamdist.dynamics.metrics import Window
-from hamdist.errors import StallError
+from hamdist.errors import DivergedError, StallError
 from hamdist.runtime.cluster import ray_session
 from hamdist.runtime.crew import END_SECONDS, Crew
 from hamdist.runtime.memory import peak_bytes, reset_peak
@@ -64,6 +64,10 @@ class _Watch:
                 self._follow(stop)
             except KeyboardInterrupt:  # the second Ctrl-C: end at once
                 self._crew.call_off()
+            except DivergedError as error:
+                self._crew.call_off()
+                error.outcome = self._outcome(interrupted())
+                raise
         self._report_progress()
         return self._outcome(interrupted())
 
@@ -150,6 +154,8 @@ class _Watch:
             payload_bytes=sent,
             peak_memory={"driver": peak_bytes(), **memory},
             smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
+            stream=next((r.stream for r in reports if r.stream), {}),
+            records={name: rs for r in reports for name, rs in r.records.items()},
             interrupted=interrupted,
             warnings=self._warnings,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import warnings
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import EngineKind, Readout, Settings
+from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.locality import make_locality
 from hamdist.dynamics.losses import LossFunction, make_loss
+from hamdist.dynamics.recurrent import MergedSequence
+from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import split_sequential
-from hamdist.errors import GraphError
+from hamdist.errors import DivergedError, GraphError
 from hamdist.runtime.cluster import prepare_environment
+from hamdist.runtime.divergence import explained, not_finite
 from hamdist.runtime.inprocess import InProcessEngine
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_plan
@@ -36,30 +40,56 @@ def train(
     settings: Settings,
     *,
     loss: LossFunction | None = None,
+    phi: Course | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
     """Learns `model` on `stream` as `settings` say (those of one level: `Settings.for_level`).
 
     model: stays as it is; a copy is cut into blocks and trained. A `Graph` brings its own blocks
     and losses. loss: (prediction, target) -> scalar mean over the batch, instead of
-    `settings.loss`. on_progress: called about four times a second, in the calling thread.
-    The first Ctrl-C ends the stream; the result then says `interrupted`.
+    `settings.loss`. phi: the scale of the loss by tick (by sample, in levels of presentation
+    'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times a second, in
+    the calling thread. The first Ctrl-C ends the stream; the result then says `interrupted`.
 
     Raises SettingsError, GraphError, LevelError before anything starts; StreamError, BlockError,
-    StallError, ClusterError when a run fails (everything it started has ended by then).
+    StallError, ClusterError when a run fails (everything it started has ended by then). A
+    DivergedError brings what came before as its `result`.
     """
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
-        plan = make_plan(graph, settings, stream.spec)
-        outcome = make_engine(settings).run(plan, stream, on_progress)
+        plan = make_plan(graph, settings, stream.spec, phi=phi)
+        drift = drift_warnings(plan.graph, plan.reversible, _example(stream.spec))
+        for text in drift:
+            warnings.warn(text, stacklevel=3)
+        try:
+            outcome = make_engine(settings).run(plan, stream, on_progress)
+        except DivergedError as error:
+            failure = explained(error, plan)
+            if error.outcome is not None:
+                initial = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
+                failure.result = _diverged(initial, plan, failure)
+            raise failure from None
+        outcome.warnings[:0] = drift
         return _result(graph, plan, outcome)
+
+
+def _diverged(initial: Graph, plan: Plan, failure: DivergedError) -> RunResult:
+    """What a run left that diverged. initial: the graph as it was before the run."""
+    outcome: Outcome = failure.outcome
+    outcome.warnings.insert(0, str(failure))
+    overflown = not_finite(outcome, initial)
+    for name in overflown:
+        del outcome.blocks[name]
+    if overflown:
+        outcome.warnings.append(f"the weights of {', '.join(overflown)} were not finite either")
+    return _result(initial, plan, outcome)
 
 
 def _result(graph: Graph, plan: Plan, outcome: Outcome) -> RunResult:
     lost = [name for name in graph.blocks if name not in outcome.blocks]
     if lost:
         outcome.warnings.append(
-            f"the run was called off before {', '.join(lost)} could hand over their weights; the "
+            f"{', '.join(lost)} could not hand over weights when the run was called off; the "
             "model has their initial ones"
         )
     weights = {name: {**b.theta, **b.buffers} for name, b in outcome.blocks.items()}
@@ -69,8 +99,9 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome) -> RunResult:
         if output is not None:
             own = output.state_dict()
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
+    whole = MergedSequence(graph, plan.shapes) if plan.knobs.sequence else None
     return RunResult(
-        model=graph.merge(weights),
+        model=graph.merge(weights, whole),
         blocks=outcome.blocks,
         windows=outcome.windows,
         samples=outcome.samples,
@@ -81,6 +112,13 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome) -> RunResult:
         peak_memory=outcome.peak_memory,
         staleness=plan.schedule.staleness,
         smoothness=outcome.smoothness,
+        stream=outcome.stream,
+        stored={
+            name: outcome.blocks[name].stored
+            for name in graph.blocks
+            if plan.knobs.sequence and name in outcome.blocks
+        },
+        records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
         interrupted=outcome.interrupted,
         warnings=[
             *outcome.warnings,
@@ -138,16 +176,10 @@ def _example(spec: SampleSpec) -> Tensor:
 
 
 def loss_warnings(outcome: Outcome) -> list[str]:
-    """Says so where nothing was learned, or where learning ran away."""
+    """Says so where nothing was learned."""
     if outcome.samples and not any(outcome.windows.values()):
         return ["no sample had a target when it reached a readout, so nothing was learned"]
-    return [
-        f"the loss at {readout!r} was no longer finite from item {bad.first} to {bad.last} on: "
-        "the run diverged; use a smaller learning.lr"
-        for readout, windows in outcome.windows.items()
-        for bad in [next((w for w in windows if not math.isfinite(w.loss)), None)]
-        if bad is not None
-    ]
+    return []
 
 
 def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
@@ -159,7 +191,7 @@ def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
     """
     trip = 2 * plan.graph.depth
     c = plan.schedule.c
-    if plan.knobs.pulse or frames is None or not trip or c > trip:
+    if not plan.knobs.hold or frames is None or not trip or c > trip:
         return []
     ticks = frames * c
     if ticks >= 2 * trip:

@@ -1,30 +1,43 @@
-"""Streams: sources of samples, their order and seeds, data sets, drift.
+"""Streams: sources of samples, their order and seeds, data sets, drift, texts, signals.
 
 `make_stream` turns settings into a stream; `from_loader` and `from_iterable` wrap your own;
-`ArrayStream` takes tensors. What a stream is: the protocol `Stream` in `sample.py`.
+`ArrayStream` takes tensors. `Rejoin` brings late targets to their samples, `Paced` has samples
+arrive in real time. What a stream is: the protocol `Stream` in `sample.py`.
 """
 
 from hamdist.streams.arrays import ArrayStream
 from hamdist.streams.check import Checker
 from hamdist.streams.datasets import DataSet, digits, fashion_mnist
 from hamdist.streams.drift import DriftStream
-from hamdist.streams.factory import drifts, held_out, make_stream
-from hamdist.streams.sample import Sample, SampleSpec, Stream
+from hamdist.streams.factory import drifts, held_out, held_out_tokens, make_stream
+from hamdist.streams.late import Delayed, Rejoin
+from hamdist.streams.pace import Paced
+from hamdist.streams.sample import Sample, SampleSpec, Stream, TargetSpec, report_of
+from hamdist.streams.sequences import TokenStream
+from hamdist.streams.signals import SignalStream
 from hamdist.streams.smooth import Smooth, Withhold
 from hamdist.streams.smoothness import Smoothness
+from hamdist.streams.text import Vocabulary, load_glove, token_sequences
 from hamdist.streams.wrap import IterableStream, from_iterable, from_loader
 
 __all__ = [
     "ArrayStream",
     "Checker",
     "DataSet",
+    "Delayed",
     "DriftStream",
     "IterableStream",
+    "Paced",
+    "Rejoin",
     "Sample",
     "SampleSpec",
+    "SignalStream",
     "Smooth",
     "Smoothness",
     "Stream",
+    "TargetSpec",
+    "TokenStream",
+    "Vocabulary",
     "Withhold",
     "digits",
     "drifts",
@@ -32,5 +45,9 @@ __all__ = [
     "from_iterable",
     "from_loader",
     "held_out",
+    "held_out_tokens",
+    "load_glove",
     "make_stream",
+    "report_of",
+    "token_sequences",
 ]

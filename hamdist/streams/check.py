@@ -6,12 +6,13 @@ B: batch, O: outputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from hamdist.errors import StreamError
-from hamdist.streams.sample import Sample, SampleSpec
+from hamdist.streams.sample import Sample, SampleSpec, Target, TargetSpec
 
 ALIGNMENT = 64  # bytes; what torch's CPU allocator gives, and vector instructions like
 
@@ -20,12 +21,15 @@ class Checker:
     """Compares every item with what the stream said its items are.
 
     equal_batches: all items must have the batch of `spec` (levels that hold samples mix
-    neighbouring ones); otherwise batches may differ, the other dimensions may not.
+    neighbouring ones); otherwise batches may differ, the other dimensions may not. stamped: time
+    stamps are used, so every item needs one, later than the one before.
     """
 
-    def __init__(self, spec: SampleSpec, *, equal_batches: bool) -> None:
+    def __init__(self, spec: SampleSpec, *, equal_batches: bool, stamped: bool = False) -> None:
         self._spec = spec
         self._equal_batches = equal_batches
+        self._stamped = stamped
+        self._last = -math.inf
 
     def check(self, n: int, sample: Sample) -> Sample:
         """Item n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
@@ -33,13 +37,35 @@ class Checker:
         The sample itself where it is so already. Raises StreamError naming the item, the field,
         the value received and the remedy: for a wrong type, dtype or shape, another batch size
         (in y than in u, or, with equal_batches, than before), NaN or infinity in floating-point
-        values, and class targets outside 0 ... classes - 1.
+        values, class targets outside 0 ... classes - 1, targets by readout where there is one for
+        all, or the other way round, or for an unknown readout; targets of earlier samples that
+        nobody rejoined; and, with `stamped`, time stamps that are missing or do not increase.
         """
+        if sample.late is not None:
+            raise StreamError(
+                f"item {n} brings targets of earlier samples ({', '.join(map(str, sample.late))}): "
+                "wrap the stream in hamdist.streams.Rejoin, so that they meet their samples"
+            )
+        if self._stamped:
+            self._check_time(n, sample.time)
         u = self._input(n, sample.u)
-        y = None if sample.y is None else self._target(n, sample.y, u.shape[0])
+        y = self._targets(n, sample.y, u.shape[0])
         if u is sample.u and y is sample.y:
             return sample
         return Sample(u, y, sample.end, sample.time)
+
+    def _check_time(self, n: int, time: float | None) -> None:
+        if time is None:
+            raise StreamError(
+                f"item {n} has no time stamp, but dynamics.tau is 'stamps': give every item its "
+                "time in seconds, or set dynamics.tau"
+            )
+        if not self._last < time < math.inf:
+            raise StreamError(
+                f"item {n} has time stamp {time:g} s, the one before {self._last:g} s: time stamps "
+                "have to increase from item to item; put the items in order, or set dynamics.tau"
+            )
+        self._last = time
 
     def _input(self, n: int, u: Tensor) -> Tensor:
         spec = self._spec
@@ -60,30 +86,60 @@ class Checker:
         _check_finite(n, "u", u)
         return _own(u)
 
-    def _target(self, n: int, y: Tensor, batch: int) -> Tensor:
-        spec = self._spec
-        _check_dtype(n, "y", y, spec.y_dtype)
-        if y.dim() == 0 or y.shape[1:] != spec.y_shape[1:]:
-            raise StreamError(
-                f"item {n}: y has shape {tuple(y.shape)}, expected {_rows(spec.y_shape)}: "
-                "targets are (B,) classes or (B, O) values; reshape it"
-            )
-        if y.shape[0] != batch:
-            raise StreamError(
-                f"item {n}: y has batch {y.shape[0]}, but u has batch {batch}: "
-                "give one target per input, or None for the whole item"
-            )
-        _check_finite(n, "y", y)
-        if spec.classes is not None:
-            low, high = torch.aminmax(y)
-            if low.item() < 0 or high.item() >= spec.classes:
-                row = int(((y < 0) | (y >= spec.classes)).nonzero()[0])
+    def _targets(self, n: int, y: Target, batch: int) -> Target:
+        """The target, or those of the readouts, as they are where nothing had to be copied."""
+        known = self._spec.targets
+        if y is None:
+            return None
+        if not isinstance(y, Mapping):
+            if known is not None:
                 raise StreamError(
-                    f"item {n}: y[{row}] is {y[row].item()}, but with {spec.classes} classes "
-                    f"targets are 0 to {spec.classes - 1}: correct the labels, or the number of "
-                    "classes"
+                    f"item {n}: y is one target, but this stream's targets are given by readout: "
+                    f"give a dict of {', '.join(map(repr, known))}"
                 )
-        return _own(y)
+            spec = self._spec
+            return _target(n, "y", y, TargetSpec(spec.y_shape, spec.y_dtype, spec.classes), batch)
+        if known is None:
+            raise StreamError(
+                f"item {n}: y is a dict ({', '.join(map(repr, y))}), but this stream has one "
+                "target for every readout: give a tensor or None, or a dict from the first item on"
+            )
+        strange = [name for name in y if name not in known]
+        if strange:
+            raise StreamError(
+                f"item {n}: y has a target for {strange[0]!r}, but this stream has targets for "
+                f"{', '.join(map(repr, known))}: every name is known from the first item on"
+            )
+        checked = {
+            name: None if one is None else _target(n, f"y[{name!r}]", one, known[name], batch)
+            for name, one in y.items()
+        }
+        return y if all(checked[name] is y[name] for name in y) else checked
+
+
+def _target(n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tensor:
+    _check_dtype(n, field, y, spec.dtype)
+    if y.dim() == 0 or y.shape[1:] != spec.shape[1:]:
+        raise StreamError(
+            f"item {n}: {field} has shape {tuple(y.shape)}, expected {_rows(spec.shape)}: "
+            "targets are (B,) classes or (B, O) values; reshape it"
+        )
+    if y.shape[0] != batch:
+        raise StreamError(
+            f"item {n}: {field} has batch {y.shape[0]}, but u has batch {batch}: "
+            "give one target per input, or None for the whole item"
+        )
+    _check_finite(n, field, y)
+    if spec.classes is not None:
+        low, high = torch.aminmax(y)
+        if low.item() < 0 or high.item() >= spec.classes:
+            row = int(((y < 0) | (y >= spec.classes)).nonzero()[0])
+            raise StreamError(
+                f"item {n}: {field}[{row}] is {y[row].item()}, but with {spec.classes} classes "
+                f"targets are 0 to {spec.classes - 1}: correct the labels, or the number of "
+                "classes"
+            )
+    return _own(y)
 
 
 def _check_dtype(n: int, field: str, value: Tensor, dtype: torch.dtype) -> None:

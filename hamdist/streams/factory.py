@@ -2,42 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from hamdist.config import Source, StreamSettings
+from hamdist.config import Known, Late, PaceSettings, Source, StreamSettings, View
+from hamdist.streams.arrays import ArrayStream
 from hamdist.streams.datasets import DataSet, digits, fashion_mnist
 from hamdist.streams.drift import DriftStream
+from hamdist.streams.late import Delayed, Rejoin
+from hamdist.streams.pace import Paced
 from hamdist.streams.sample import Stream
+from hamdist.streams.sequences import TokenStream
+from hamdist.streams.signals import SignalStream
 from hamdist.streams.smooth import Smooth, Withhold, first_item, nearest_sample
+from hamdist.streams.text import Vocabulary, classes_of, corpus, padded
+from hamdist.streams.textfiles import CLASSES, Texts
 
 
 def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> Stream:
-    """The stream that the settings name: its source, made smooth, then with targets withheld.
+    """The stream that the settings name: its source, made smooth, with targets withheld, or late
+    and rejoined with their samples, and in real time, in this order.
 
-    Endless and portable; u of `dtype`. Raises what the parts raise: StreamError for data sets
-    that are not there and for a motion of inputs that are no square images.
+    Endless and portable; u of `dtype` (tokens int64). Raises what the parts raise: StreamError for
+    data sets that are not there and for a motion of inputs that are no square images.
     """
-    stream: Stream
-    if settings.source is Source.DRIFT:
-        stream = _drift(settings, seed, dtype)
-    else:
-        stream = _data_set(settings, seed, dtype).train
+    stream = _source(settings, seed, dtype)
     if settings.smooth is not None:
         stream = Smooth(stream, settings.smooth.frames, settings.smooth.motion)
     if settings.missing > 0:
         stream = Withhold(stream, settings.missing, seed)
-    return stream
+    if settings.late_targets > 0:
+        tagged = settings.target_delay is None
+        stream = Delayed(stream, settings.late_targets, tagged=tagged)
+    if settings.late_targets > 0 or settings.target_delay is not None:
+        stream = Rejoin(stream, settings.target_delay, patience=settings.patience)
+    return stream if settings.pace is None else _paced(stream, settings.pace)
+
+
+def _source(settings: StreamSettings, seed: int, dtype: torch.dtype) -> Stream:
+    if settings.source is Source.DRIFT:
+        return _drift(settings, seed, dtype)
+    if settings.source is Source.SIGNAL:
+        return _signal(settings, seed, dtype)
+    if settings.source is Source.SEQUENCES:
+        return _sequences(settings, seed)
+    return _data_set(settings, seed, dtype).train
+
+
+def _paced(stream: Stream, pace: PaceSettings) -> Paced:
+    period = None if isinstance(pace.period, str) else pace.period
+    return Paced(stream, period, pace.late)
 
 
 def held_out(
     settings: StreamSettings, *, seed: int, dtype: torch.dtype, items: int
-) -> tuple[Tensor, Tensor]:
-    """x (N, F) of `dtype` and y (N,) int64 to evaluate a run of `items` items on.
+) -> tuple[Tensor, Tensor] | None:
+    """x (N, F) of `dtype` (tokens int64) and y (N,) int64 to evaluate a run on.
 
-    The held-out part of a data set; of the drifting stream new rows of the concept in force at
-    the run's last item. Never smooth, moved, or withheld. Raises like `make_stream`.
+    items: how many it has come through, those that were dropped among them.
+
+    The held-out part of a data set or of texts; of the drifting stream new rows of the concept in
+    force at the run's last item. Never smooth, moved, or withheld. None for a signal, where the
+    prequential loss says how well it is followed, for texts that are seen token by token
+    (`held_out_tokens`), and for texts too few to hold some out. Raises like `make_stream`.
     """
+    if settings.source is Source.SIGNAL:
+        return None
+    if settings.source is Source.SEQUENCES:
+        if settings.sequences.view is View.TOKENS:
+            return None
+        texts, vocabulary = _texts(settings, seed)
+        if not texts.held_out:
+            return None
+        return _fixed(texts.held_out, vocabulary, settings.sequences.length)
     if settings.source is Source.DRIFT:
         last = nearest_sample(max(items, 1) - 1, _frames(settings))
         return _drift(settings, seed, dtype).held_out(last)
@@ -46,11 +85,13 @@ def held_out(
 
 
 def drifts(settings: StreamSettings, items: int) -> tuple[int, ...]:
-    """The items, among the first `items`, that are the first of a new concept: () without drift.
+    """The items, among the first `items`, that are the first of a new concept: () without drift,
+    and where items may be dropped, so that nobody knows beforehand.
 
     In a smooth stream: the items whose targets are the first ones of a new concept.
     """
-    if settings.source is not Source.DRIFT:
+    dropping = settings.pace is not None and settings.pace.late is Late.DROP
+    if settings.source is not Source.DRIFT or dropping:
         return ()
     frames = _frames(settings)
     samples = range(settings.drift.period, items, settings.drift.period)
@@ -60,6 +101,66 @@ def drifts(settings: StreamSettings, items: int) -> tuple[int, ...]:
 
 def _frames(settings: StreamSettings) -> int:
     return 1 if settings.smooth is None else settings.smooth.frames
+
+
+def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
+    """The held-out texts, one after the other and once, token by token, one at a time."""
+    texts, vocabulary = _texts(settings, seed)
+    ids = _cut(texts.held_out, vocabulary, settings.sequences.length)
+    labels = classes_of(texts.held_out)
+    return TokenStream(ids, labels, 1, seed, classes=len(CLASSES), shuffled=False, endless=False)
+
+
+def _texts(settings: StreamSettings, seed: int) -> tuple[Texts, Vocabulary]:
+    own = settings.sequences
+    return corpus(own.count, seed, settings.path, own.vocabulary)
+
+
+def _sequences(settings: StreamSettings, seed: int) -> Stream:
+    own = settings.sequences
+    texts, vocabulary = _texts(settings, seed)
+    if own.view is View.SEQUENCES:
+        x, y = _fixed(texts.train, vocabulary, own.length)
+        return ArrayStream(x, y, settings.batch, seed, classes=len(CLASSES))
+    ids, labels = _cut(texts.train, vocabulary, own.length), classes_of(texts.train)
+    every = own.targets is Known.EVERY
+    return TokenStream(
+        ids,
+        labels,
+        settings.batch,
+        seed,
+        classes=len(CLASSES),
+        tokens=len(vocabulary),
+        every=every,
+    )
+
+
+def _cut(
+    texts: Sequence[tuple[Sequence[str], int]], vocabulary: Vocabulary, length: int
+) -> list[Tensor]:
+    """The last `length` tokens of each text."""
+    return [vocabulary.encode(tokens[-length:]) for tokens, _ in texts]
+
+
+def _fixed(
+    texts: Sequence[tuple[Sequence[str], int]], vocabulary: Vocabulary, length: int
+) -> tuple[Tensor, Tensor]:
+    """x (N, T) and y (N,) of texts."""
+    return padded(_cut(texts, vocabulary, length), length), classes_of(texts)
+
+
+def _signal(settings: StreamSettings, seed: int, dtype: torch.dtype) -> SignalStream:
+    signal = settings.signal
+    return SignalStream(
+        signal.kind,
+        amplitude=signal.amplitude,
+        offset=signal.offset,
+        period=signal.period,
+        tau=signal.tau,
+        dwell=signal.dwell,
+        seed=seed,
+        dtype=dtype,
+    )
 
 
 def _drift(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DriftStream:

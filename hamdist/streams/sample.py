@@ -1,30 +1,56 @@
 """What a stream yields, and what a stream is.
 
+HL's stream is a sequence of (u, y^, delta): input, target and tag at a time t_k. Here the tag is
+`Sample.end`, which closes a sequence; t_k is `Sample.time`; and `Sample.late` says which earlier
+sample a target belongs to that comes later than its input.
+
 B: batch, O: outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
+
+# (B,) classes or (B, O) values, for every readout; or a target by the name of its readout; None
+# (or a name that is not there) where it is missing.
+Target: TypeAlias = Tensor | Mapping[str, Tensor | None] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One item (u, y) of a stream; a batch counts as one item.
 
-    u: (B, ...) the input. y: (B,) classes or (B, O) values, or None where the target is missing.
+    u: (B, ...) the input. y: (B,) classes or (B, O) values, or None where the target is missing; or
+    a mapping from the names of readouts to such targets.
     end: the item is the last one of its sequence. time: its time stamp in seconds, if it has one.
+    late: targets that come with this item and belong to earlier ones, by their number (from 0);
+    None for a target that will never come. They wait for `Rejoin`.
     """
 
     u: Tensor
-    y: Tensor | None = None
+    y: Target = None
     end: bool = False
     time: float | None = None
+    late: Mapping[int, Target] | None = None
+
+    def target(self, readout: str) -> Tensor | None:
+        """The target of a readout, or None where it is missing."""
+        return self.y.get(readout) if isinstance(self.y, Mapping) else self.y
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """Shape (with the batch in front) and type of the targets of one readout, and the number of
+    classes for targets that are class indices."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    classes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +58,9 @@ class SampleSpec:
     """Shapes and types that every item of a stream has (shapes with the batch in front).
 
     classes: number of classes, for targets that are class indices; None for real-valued targets.
+    targets: by readout, where every readout has its own; then y_shape, y_dtype and classes are
+    those of the first one (`several` makes such a spec). tokens: number of different tokens, where
+    u holds their numbers (int64, 0 ... tokens - 1).
     """
 
     u_shape: tuple[int, ...]
@@ -39,10 +68,26 @@ class SampleSpec:
     y_shape: tuple[int, ...]
     y_dtype: torch.dtype
     classes: int | None = None
+    targets: Mapping[str, TargetSpec] | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def several(
+        cls, u_shape: tuple[int, ...], u_dtype: torch.dtype, targets: Mapping[str, TargetSpec]
+    ) -> SampleSpec:
+        """The spec of a stream whose items have a target for each of several readouts."""
+        first = next(iter(targets.values()))
+        return cls(u_shape, u_dtype, first.shape, first.dtype, first.classes, dict(targets))
 
     @property
     def batch(self) -> int:
         return self.u_shape[0]
+
+    def target(self, readout: str) -> TargetSpec | None:
+        """What the targets of a readout are; None where the stream has none for it."""
+        if self.targets is not None:
+            return self.targets.get(readout)
+        return TargetSpec(self.y_shape, self.y_dtype, self.classes)
 
 
 @runtime_checkable
@@ -60,3 +105,17 @@ class Stream(Protocol):
     def spec(self) -> SampleSpec: ...
 
     def samples(self) -> Iterator[Sample]: ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A stream that counts what became of its samples (how many were dropped, say)."""
+
+    def report(self) -> dict[str, int]:
+        """The counts since the last call of `samples()`, by name; of a wrapped stream too."""
+        ...
+
+
+def report_of(stream: Stream) -> dict[str, int]:
+    """What a stream has counted; nothing for one that does not count."""
+    return stream.report() if isinstance(stream, Reporting) else {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hamdist.config import Motion
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.sample import Sample, SampleSpec, Stream
+from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.streams.seeding import generator
 
 SHIFT_REACH = 0.125  # largest displacement along an axis, as a share of half an image's side
@@ -43,7 +43,7 @@ class Smooth:
 
     Raises SettingsError for `frames` below 1; StreamError for inputs that are not floating-point,
     for a motion of inputs that are no square images, and, naming the item, for neighbouring
-    samples of different shapes.
+    samples of different shapes and for late targets.
     """
 
     def __init__(self, stream: Stream, frames: int, motion: Motion = Motion.FADE) -> None:
@@ -66,6 +66,10 @@ class Smooth:
         """That of the wrapped stream."""
         return self._stream.spec
 
+    def report(self) -> dict[str, int]:
+        """The counts of the wrapped stream."""
+        return report_of(self._stream)
+
     def samples(self) -> Iterator[Sample]:
         """The items from item 0 on; u has the shape of the wrapped stream's."""
         for item, sample in enumerate(self._faded()):
@@ -78,6 +82,11 @@ class Smooth:
         frames = self._frames
         now = None
         for n, after in enumerate(self._stream.samples()):
+            if after.late is not None:
+                raise StreamError(
+                    f"sample {n} brings targets of earlier samples, which have no number once "
+                    "samples fade: rejoin first, as in Smooth(Rejoin(stream), ...)"
+                )
             if now is not None:
                 if now.u.shape != after.u.shape:
                     raise StreamError(
@@ -128,6 +137,10 @@ class Withhold:
     def spec(self) -> SampleSpec:
         """That of the wrapped stream."""
         return self._stream.spec
+
+    def report(self) -> dict[str, int]:
+        """The counts of the wrapped stream."""
+        return report_of(self._stream)
 
     def samples(self) -> Iterator[Sample]:
         """The items from item 0 on, y None where it is withheld or was missing before."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,16 +17,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.sample import Sample, SampleSpec
+from hamdist.streams.sample import Sample, SampleSpec, Target, TargetSpec
 
-_FORMS = "a Sample, (u, y), (u, None), u alone, or a dict of 'u' and, if known, 'y', 'end', 'time'"
+_FORMS = (
+    "a Sample, (u, y), (u, None), u alone, or a dict of 'u' and, if known, 'y', 'end', 'time', "
+    "'late'"
+)
+_KEYS = ("u", "y", "end", "time", "late")
+
+# A number for every readout, or by the name of the readout.
+Sizes: TypeAlias = int | Mapping[str, int] | None
 
 
 def from_loader(
     loader: DataLoader[Any] | IterableDataset[Any],
     *,
-    classes: int | None = None,
-    outputs: int | None = None,
+    classes: Sizes = None,
+    outputs: Sizes = None,
 ) -> IterableStream:
     """A stream of what a torch DataLoader, or an IterableDataset of batches, yields.
 
@@ -48,16 +55,22 @@ def from_loader(
 
 
 def from_iterable(
-    iterable: Iterable[Any], *, classes: int | None = None, outputs: int | None = None
+    iterable: Iterable[Any], *, classes: Sizes = None, outputs: Sizes = None
 ) -> IterableStream:
     """A stream of what any Python iterable yields, finite or not.
 
     Each item is a Sample, (u, y), (u, None) where the target is missing, u alone, or a dict with
-    'u' and, if it has them, 'y', 'end' (bool), 'time' (seconds). u: (B, ...), y: (B,) classes or
-    (B, O) values; torch tensors or numpy arrays, copied, so that the source may use its buffers
-    again. Items are batches: a batch dimension is never added.
+    'u' and, if it has them, 'y', 'end' (bool), 'time' (seconds), 'late' (targets of earlier items
+    by their number, for `Rejoin`). u: (B, ...), y: (B,) classes or (B, O) values; torch tensors or
+    numpy arrays, copied, so that the source may use its buffers again. Items are batches: a batch
+    dimension is never added.
     classes: number of classes; must be given for integer targets.
     outputs: O, for real-valued targets of which the first one is missing.
+
+    Where readouts have targets of their own, y is a dict of them by the readout's name, as are
+    classes and outputs: {'digit': (B,), 'angle': (B, 1)} with classes={'digit': 10}. The names are
+    those of the first item, of classes and of outputs; an item may leave out, or give None for,
+    what it does not know.
 
     The first item is fetched at once, to learn the shapes, and yielded later. An iterator can be
     asked for `samples()` once; an iterable that makes new iterators (a list, a class with
@@ -79,15 +92,11 @@ class IterableStream:
         self,
         source: Iterable[Any],
         *,
-        classes: int | None,
-        outputs: int | None,
+        classes: Sizes,
+        outputs: Sizes,
         copied: bool,
     ) -> None:
-        if classes is not None and outputs is not None:
-            raise SettingsError("give classes (integer targets) or outputs (values), not both")
-        for name, value in (("classes", classes), ("outputs", outputs)):
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} is {value}; at least 1 is needed")
+        _check_sizes(classes, outputs)
         if not isinstance(source, Iterable):
             raise StreamError(f"a {type(source).__name__} cannot be iterated: give an iterable")
         self._source = source
@@ -101,7 +110,7 @@ class IterableStream:
         first = next(items, nothing)
         if first is nothing:
             raise StreamError(f"the source ({type(source).__name__}) yields no item")
-        self._spec = self._learn(self._sample(0, first), outputs)
+        self._spec = _learn(self._sample(0, first), classes, outputs)
         self._peeked: Iterator[Any] | None = chain([first], items)
 
     @property
@@ -126,38 +135,8 @@ class IterableStream:
             )
         return (self._sample(n, item) for n, item in enumerate(items))
 
-    def _learn(self, first: Sample, outputs: int | None) -> SampleSpec:
-        if first.u.dim() == 0:
-            raise StreamError("item 0: u has no dimension: items are batches, (B, ...)")
-        batch = first.u.shape[0]
-        y_shape: tuple[int, ...] = (batch,)
-        y_dtype = torch.int64
-        if first.y is not None:
-            y_shape, y_dtype = tuple(first.y.shape), first.y.dtype
-            integers = not y_dtype.is_floating_point
-            if integers and self._classes is None:
-                raise StreamError(
-                    f"item 0: y has dtype {y_dtype}, so targets are classes: say how many with "
-                    "classes=, or convert real-valued targets to a floating-point dtype"
-                )
-            if not integers and self._classes is not None:
-                raise StreamError(
-                    f"item 0: y has dtype {y_dtype}, but classes={self._classes} says that "
-                    "targets are classes: convert them with y.long(), or leave classes out"
-                )
-        elif outputs is not None:
-            floats = first.u.is_floating_point()
-            y_shape = (batch, outputs)
-            y_dtype = first.u.dtype if floats else torch.get_default_dtype()
-        elif self._classes is None:
-            raise StreamError(
-                "item 0 has no target, so what targets are is open: give classes= for integer "
-                "targets, outputs= for real-valued ones"
-            )
-        return SampleSpec(tuple(first.u.shape), first.u.dtype, y_shape, y_dtype, self._classes)
-
     def _sample(self, n: int, item: Any) -> Sample:
-        u, y, end, time = _fields(n, item)
+        u, y, end, time, late = _fields(n, item)
         if not isinstance(end, (bool, np.bool_)):
             raise StreamError(f"item {n}: end is {end!r}; give True or False")
         number = isinstance(time, (int, float, np.number)) and not isinstance(time, bool)
@@ -165,15 +144,43 @@ class IterableStream:
             raise StreamError(f"item {n}: time is {time!r}; give a number of seconds, or None")
         return Sample(
             self._tensor(n, "u", u),
-            None if y is None else self._target(self._tensor(n, "y", y)),
+            self._target(n, "y", y),
             bool(end),
             None if time is None else float(time),
+            self._late(n, late),
         )
 
-    def _target(self, y: Tensor) -> Tensor:
+    def _late(self, n: int, late: Any) -> dict[int, Target] | None:
+        if late is None:
+            return None
+        numbered = isinstance(late, Mapping) and all(
+            isinstance(number, int) and not isinstance(number, bool) for number in late
+        )
+        if not numbered:
+            raise StreamError(
+                f"item {n}: late is {_short(late)}; give a dict from the numbers of earlier items "
+                "to their targets"
+            )
+        return {number: self._target(n, f"late[{number}]", y) for number, y in late.items()}
+
+    def _target(self, n: int, field: str, y: Any) -> Target:
+        """A target, or one for each readout that is named."""
+        if y is None:
+            return None
+        if not isinstance(y, Mapping):
+            return self._values(n, field, y, _size_of(self._classes, None))
+        return {
+            str(name): None
+            if one is None
+            else self._values(n, f"{field}[{name!r}]", one, _size_of(self._classes, str(name)))
+            for name, one in y.items()
+        }
+
+    def _values(self, n: int, field: str, value: Any, classes: int | None) -> Tensor:
         """Classes as int64, whatever integers the source counts in; the rest as it is."""
+        y = self._tensor(n, field, value)
         integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-        return y.to(torch.int64) if self._classes is not None and integers else y
+        return y.to(torch.int64) if classes is not None and integers else y
 
     def _tensor(self, n: int, field: str, value: Any) -> Tensor:
         if isinstance(value, Tensor):
@@ -193,19 +200,106 @@ class IterableStream:
             ) from error
 
 
-def _fields(n: int, item: Any) -> tuple[Any, Any, Any, Any]:
-    """(u, y, end, time) of an item in any of the forms that are taken."""
+def _fields(n: int, item: Any) -> tuple[Any, Any, Any, Any, Any]:
+    """(u, y, end, time, late) of an item in any of the forms that are taken."""
     if isinstance(item, Sample):
-        return item.u, item.y, item.end, item.time
+        return item.u, item.y, item.end, item.time, item.late
     if isinstance(item, Mapping):
-        strange = [str(key) for key in item if key not in ("u", "y", "end", "time")]
+        strange = [str(key) for key in item if key not in _KEYS]
         if strange or "u" not in item:
             what = f"the unknown {', '.join(strange)}" if strange else "no 'u'"
             raise StreamError(f"item {n} is a dict with {what}; an item is {_FORMS}")
-        return item["u"], item.get("y"), item.get("end", False), item.get("time")
+        return item["u"], item.get("y"), item.get("end", False), item.get("time"), item.get("late")
     if isinstance(item, (Tensor, np.ndarray)):
-        return item, None, False, None
+        return item, None, False, None, None
     if isinstance(item, (tuple, list)) and len(item) in (1, 2):
-        return item[0], item[1] if len(item) == 2 else None, False, None
+        return item[0], item[1] if len(item) == 2 else None, False, None, None
     length = f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
     raise StreamError(f"item {n} is a {type(item).__name__}{length}; an item is {_FORMS}")
+
+
+def _check_sizes(classes: Sizes, outputs: Sizes) -> None:
+    """Raises SettingsError for what says two things of one readout, or less than 1."""
+    both = classes is not None and outputs is not None
+    named = isinstance(classes, Mapping) and isinstance(outputs, Mapping)
+    if both and not named:
+        raise SettingsError("give classes (integer targets) or outputs (values), not both")
+    for name, sizes in (("classes", classes), ("outputs", outputs)):
+        by_readout = sizes if isinstance(sizes, Mapping) else {None: sizes}
+        for readout, size in by_readout.items():
+            if size is not None and size < 1:
+                where = name if readout is None else f"{name}[{readout!r}]"
+                raise SettingsError(f"{where} is {size}; at least 1 is needed")
+    if isinstance(classes, Mapping) and isinstance(outputs, Mapping):
+        for readout in sorted(classes.keys() & outputs.keys()):
+            raise SettingsError(
+                f"{readout!r} is in classes (integer targets) and in outputs (values): leave it "
+                "out of one"
+            )
+
+
+def _size_of(sizes: Sizes, readout: str | None) -> int | None:
+    """The number for a readout; without a readout the one for all."""
+    if isinstance(sizes, Mapping):
+        return None if readout is None else sizes.get(readout)
+    return sizes
+
+
+def _learn(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
+    """What items are, from the first one and what the user said."""
+    u = first.u
+    if u.dim() == 0:
+        raise StreamError("item 0: u has no dimension: items are batches, (B, ...)")
+    named = [part for part in (first.y, classes, outputs) if isinstance(part, Mapping)]
+    if not named:
+        y = first.target("")
+        one = _target_spec("y", u, y, _size_of(classes, None), _size_of(outputs, None))
+        return SampleSpec(tuple(u.shape), u.dtype, one.shape, one.dtype, one.classes)
+    if isinstance(first.y, Tensor):
+        raise StreamError(
+            "item 0: y is one target, but classes or outputs are given by readout: give y as a "
+            "dict of the readouts' names, too"
+        )
+    names = list(dict.fromkeys(name for part in named for name in part))
+    if not names:
+        raise StreamError("item 0: y is an empty dict: name the readouts, or give None")
+    targets = {
+        name: _target_spec(
+            f"y[{name!r}]", u, first.target(name), _size_of(classes, name), _size_of(outputs, name)
+        )
+        for name in names
+    }
+    return SampleSpec.several(tuple(u.shape), u.dtype, targets)
+
+
+def _target_spec(
+    field: str, u: Tensor, y: Tensor | None, classes: int | None, outputs: int | None
+) -> TargetSpec:
+    if y is not None:
+        integers = not y.dtype.is_floating_point
+        if integers and classes is None:
+            raise StreamError(
+                f"item 0: {field} has dtype {y.dtype}, so targets are classes: say how many with "
+                "classes=, or convert real-valued targets to a floating-point dtype"
+            )
+        if not integers and classes is not None:
+            raise StreamError(
+                f"item 0: {field} has dtype {y.dtype}, but classes={classes} says that "
+                "targets are classes: convert them with y.long(), or leave classes out"
+            )
+        return TargetSpec(tuple(y.shape), y.dtype, classes)
+    batch = u.shape[0]
+    if outputs is not None:
+        dtype = u.dtype if u.is_floating_point() else torch.get_default_dtype()
+        return TargetSpec((batch, outputs), dtype)
+    if classes is None:
+        of = "" if field == "y" else f" as {field}"
+        raise StreamError(
+            f"item 0 has no target{of}, so what targets are is open: give classes= for integer "
+            "targets, outputs= for real-valued ones"
+        )
+    return TargetSpec((batch,), torch.int64, classes)
+
+
+def _short(value: object) -> str:
+    return f"{value!r:.60}"

@@ -60,7 +60,7 @@ def aggregate(runs: Iterable[Run]) -> list[Row]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        if run.held_out is not None:
+        if run.held_out is not None or not run.interrupted:
             groups.setdefault(run.level, []).append(run)
     baseline = groups.get(CENTRALISED, [])
     return [_row(group, baseline) for group in groups.values()]
@@ -68,7 +68,7 @@ def aggregate(runs: Iterable[Run]) -> list[Row]:
 
 def _row(group: Sequence[Run], baseline: Sequence[Run]) -> Row:
     accuracies = _present(_accuracy(run) for run in group)
-    losses = [_loss(run) for run in group]
+    losses = _present(_loss(run) for run in group)
     gaps = _paired(baseline, group, _accuracy)
     loss_gaps = _paired(group, baseline, _loss)
     memory = _peak_memory(group)
@@ -102,8 +102,8 @@ def _accuracy(run: Run) -> float | None:
     return None if run.held_out is None else run.held_out.accuracy
 
 
-def _loss(run: Run) -> float:
-    return math.nan if run.held_out is None else run.held_out.loss
+def _loss(run: Run) -> float | None:
+    return None if run.held_out is None else run.held_out.loss
 
 
 def _present(values: Iterable[float | None]) -> list[float]:
@@ -155,7 +155,8 @@ def _seconds(value: float) -> str:
 def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
     """The runs' warnings, each once, and what a reader of the numbers must know."""
     notes = list(dict.fromkeys(text for run in group for text in run.warnings))
-    diverged = [str(run.seed) for run in group if not math.isfinite(_loss(run))]
+    lost = [(run.seed, _loss(run)) for run in group]
+    diverged = [str(seed) for seed, loss in lost if loss is not None and not math.isfinite(loss)]
     if diverged:
         notes.append(
             f"diverged (held-out loss is not finite) with seed {', '.join(diverged)}; "

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from hamdist.config import Decay, LearningSettings, Settings
 from hamdist.dynamics.losses import LossFunction, make_loss
 from hamdist.dynamics.metrics import Prequential
-from hamdist.errors import BlockError, SettingsError
+from hamdist.errors import BlockError, SettingsError, StreamError
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.threads import torch_threads
-from hamdist.streams.sample import Sample, SampleSpec, Stream
+from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.study.threads import fair_threads, faster_of
 
 CENTRALISED = "centralised"
@@ -45,10 +45,16 @@ def train_centralised(
     as many threads as a run with that engine has, or one where a short trial finds one faster.
     Ctrl-C ends the training with what was reached (`interrupted`).
 
-    Raises SettingsError for a linear decay without `steps`, StreamError for an unusable item, and
-    BlockError named 'centralised' where the model, the loss or their gradient fails.
+    Raises SettingsError for a linear decay without `steps`, StreamError for an unusable item and
+    for a stream with targets by readout, and BlockError named 'centralised' where the model, the
+    loss or their gradient fails.
     """
     entered = time.perf_counter()
+    if stream.spec.targets is not None:
+        raise StreamError(
+            f"the stream has targets by readout ({', '.join(map(repr, stream.spec.targets))}), but "
+            "centralised training has one output: give it a stream of one target"
+        )
     reset_peak()
     trainer = _Trainer(copy.deepcopy(model), settings, loss or make_loss(settings.loss))
     with torch.random.fork_rng(devices=[]):
@@ -70,6 +76,7 @@ def train_centralised(
         bytes_per_edge={},
         peak_memory={"driver": peak_bytes()},
         staleness=0,
+        stream=report_of(stream),
         interrupted=interrupted,
     )
 
@@ -85,15 +92,16 @@ class _Trainer:
         self.optimiser = torch.optim.SGD(
             model.parameters(), learning.lr, learning.momentum, learning.dampening
         )
-        self.metrics = Prequential(settings.metrics.window)
+        self.metrics = Prequential(settings.metrics.window, settings.metrics.limit)
         self.items = 0
         self.updates = 0
 
     def show(self, sample: Sample) -> None:
         """Test on the item, then train on it; an item without target only counts."""
-        if sample.y is not None:
+        y = sample.target(CENTRALISED)
+        if y is not None:
             try:
-                self._learn(sample.u, sample.y)
+                self._learn(sample.u, y)
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise BlockError(CENTRALISED, self.items, text, traceback.format_exc()) from error

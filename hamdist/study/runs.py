@@ -12,16 +12,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from hamdist.config import DType, Settings
+from hamdist.config import DType, Settings, Source, View
+from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import make_loss
 from hamdist.dynamics.metrics import Window
-from hamdist.models import ModelFactory, make_from_factory, make_model
+from hamdist.dynamics.recurrent import MergedSequence
+from hamdist.errors import DivergedError, SettingsError
+from hamdist.models import CELLS, ModelFactory, make_from_factory, make_model, make_recurrent
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.train import train
-from hamdist.streams import held_out, make_stream
-from hamdist.streams.sample import SampleSpec
+from hamdist.streams import held_out, held_out_tokens, make_stream
+from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.baseline import CENTRALISED, train_centralised
-from hamdist.study.evaluate import Scores, evaluate
+from hamdist.study.evaluate import Scores, evaluate, evaluate_sequences
 
 PYTORCH = "pytorch"
 TIMELINE_LIMIT = 4096
@@ -37,7 +40,9 @@ class Run:
     samples: items that entered; batch: rows of an item.
     windows: prequential, of the (last) readout.
     window_seconds: when each window's last item had entered, counted as `seconds` is.
-    held_out: None after an interruption. The rest is as in RunResult.
+    held_out: None after an interruption or a failure, and for streams without held-out part.
+    failure: how the run left the finite range, if it did; its model has the weights from before.
+    The rest is as in RunResult.
     """
 
     level: str
@@ -55,7 +60,10 @@ class Run:
     peak_memory: Mapping[str, int]
     staleness: int
     smoothness: float | None = None
+    stream: Mapping[str, int] = field(default_factory=dict)
+    stored: Mapping[str, int] = field(default_factory=dict)
     interrupted: bool = False
+    failure: str | None = None
     warnings: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -119,9 +127,15 @@ def _run(
     stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
     model = _build(settings, stream.spec, factory, dtype)
     timeline = Timeline(on_progress)
-    trainer = train_centralised if level == CENTRALISED else train
-    result = trainer(model, stream, settings, on_progress=timeline)
-    scores = None if result.interrupted else _score(result, settings, dtype)
+    failure: str | None = None
+    try:
+        result = _trained(level, model, stream, settings, timeline)
+    except DivergedError as error:
+        if error.result is None:
+            raise
+        result, failure = error.result, str(error)
+    whole = not result.interrupted and failure is None
+    scores = _score(result, settings, dtype) if whole else None
     windows = _readout_windows(result)
     entered = [window.last + 1 for window in windows]
     run = Run(
@@ -140,23 +154,60 @@ def _run(
         peak_memory=result.peak_memory,
         staleness=result.staleness,
         smoothness=result.smoothness,
+        stream=result.stream,
+        stored=result.stored,
         interrupted=result.interrupted,
+        failure=failure,
         warnings=tuple(result.warnings),
     )
     return run, result.model
 
 
+def _trained(
+    level: str, model: nn.Module | Graph, stream: Stream, settings: Settings, timeline: Timeline
+) -> RunResult:
+    if level != CENTRALISED:
+        return train(model, stream, settings, on_progress=timeline)
+    if isinstance(model, Graph):
+        raise SettingsError(
+            f"model.kind: there is no centralised training of a {settings.model.kind.value} to "
+            "compare with; use `hamdist run` (`hamdist verify --only bptt` compares it with torch)"
+        )
+    return train_centralised(model, stream, settings, on_progress=timeline)
+
+
 def _build(
     settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
-) -> nn.Module:
+) -> nn.Module | Graph:
     if factory is not None:
         return make_from_factory(factory, seed=settings.seed, dtype=dtype)
+    if settings.model.kind in CELLS:
+        partition = settings.partition
+        if partition.blocks is not None or partition.cuts is not None:
+            raise SettingsError(
+                f"partition: a {settings.model.kind.value} has a block for each cell; leave "
+                "'partition.blocks' and 'partition.cuts' out"
+            )
+        loss = make_loss(settings.loss)
+        return make_recurrent(settings.model, spec, loss, seed=settings.seed, dtype=dtype)
     return make_model(settings.model, spec, seed=settings.seed, dtype=dtype)
 
 
-def _score(result: RunResult, settings: Settings, dtype: torch.dtype) -> Scores:
-    x, y = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=result.samples)
-    return evaluate(result.model, x, y, make_loss(settings.loss))
+def _score(result: RunResult, settings: Settings, dtype: torch.dtype) -> Scores | None:
+    items = result.samples + result.stream.get("dropped", 0)
+    if isinstance(result.model, MergedSequence):
+        return _score_sequences(result.model, settings)
+    part = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=items)
+    return None if part is None else evaluate(result.model, *part, make_loss(settings.loss))
+
+
+def _score_sequences(model: MergedSequence, settings: Settings) -> Scores | None:
+    """On the held-out texts; None for a stream that has no held-out sequences."""
+    own = settings.stream
+    if own.source is not Source.SEQUENCES or own.sequences.view is not View.TOKENS:
+        return None
+    stream = held_out_tokens(own, seed=settings.seed)
+    return evaluate_sequences(model, stream, make_loss(settings.loss))
 
 
 def _readout_windows(result: RunResult) -> list[Window]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hamdist.dynamics.metrics import merge_windows
@@ -15,6 +15,13 @@ KIB = 2**10
 PROCESSES_SHOWN = 6
 MISSING = "–"
 STARTUP_WORTH_SAYING = 1.0
+_COUNTS = {  # what streams count
+    "dropped": "{:,} dropped while the network was busy",
+    "waiting_most": "at most {:,} waiting for the network",
+    "awaiting_most": "at most {:,} waiting for their targets",
+    "let_go": "{:,} let go without a target",
+    "too_late": "{:,} targets too late",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,8 @@ def run_facts(run: Run) -> dict[str, str]:
         "speed": f"{run.rows_per_second:,.0f} rows/s",
         **_scores(run),
         "staleness": f"{run.staleness} items",
+        "stream": ", ".join(_counts(run.stream)),
+        "tokens stored at once": ", ".join(f"{name} {n}" for name, n in run.stored.items()),
         "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
     }
     if run.samples:
@@ -92,6 +101,13 @@ def run_facts(run: Run) -> dict[str, str]:
             f"{edge} {size / run.samples / KIB:.1f}" for edge, size in run.bytes_per_edge.items()
         )
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _counts(counts: Mapping[str, int]) -> Iterator[str]:
+    """What a stream counted, without the zeros; that nothing was dropped is worth saying."""
+    for name, number in counts.items():
+        if number or name == "dropped":
+            yield _COUNTS.get(name, f"{name} {{:,}}").format(number)
 
 
 def _scores(run: Run) -> dict[str, str]:
@@ -116,7 +132,9 @@ def finished_line(run: Run) -> str:
     """A finished run on one line."""
     head = f"seed {run.seed}, {run.level}: {run.seconds:.1f} s, {run.rows_per_second:,.0f} rows/s"
     if run.held_out is None:
-        return f"{head}, interrupted after {run.samples} items"
+        if run.failure is not None:
+            return f"{head}, {run.failure}"
+        return f"{head}, interrupted after {run.samples} items" if run.interrupted else head
     if run.held_out.accuracy is None:
         return f"{head}, held-out loss {number(run.held_out.loss)}"
     return f"{head}, held-out {percent(run.held_out.accuracy)} %"

@@ -152,6 +152,7 @@ class Watched:
     ) -> None:
         self.inner = node
         self.name = node.name
+        self.late = node.late
         self.block = node.block
         self._before = before
         self._after = after

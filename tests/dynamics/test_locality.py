@@ -6,7 +6,7 @@ import pytest
 from dynamics.helpers import knobs
 
 from hamdist.config import DynamicsSettings, LearningSettings
-from hamdist.dynamics.locality import Dynamics, make_dynamics
+from hamdist.dynamics.constants import Constant, Dynamics, make_dynamics
 from hamdist.errors import LevelError
 
 # level: grouping, speed, presentation, moves, memory, update
@@ -88,7 +88,6 @@ REFUSED = [
     ("delay-free", {"speed": 3}, "speed 3: .*use speed 'depth'"),
     ("delay-free", {"speed": "inf"}, "speed 'inf': .*use speed 'depth'"),
     ("delay-free", {"update": "last-tick"}, "update 'last-tick': .*use update 'tick'"),
-    ("local", {"order": "sequential"}, "readout 'output': .*use readout 'state'"),
     ("local", {"presentation": "pulse", "memory": "none"}, "use memory 'trace'"),
     ("trace", {"presentation": "hold", "memory": "trace"}, "use memory 'none'"),
 ]
@@ -129,10 +128,12 @@ def test_constants_of_gradient_descent(scenario, level):
     d = dynamics(level, {"lr": lr, "momentum": momentum, "dampening": dampening}, tau=tau)
     assert d.beta == pytest.approx(expected["beta"], rel=1e-15)
     assert d.eta_omega == pytest.approx(expected["eta"], rel=1e-15)
-    assert d.phi == pytest.approx(expected["phi"], rel=1e-15)
+    assert d.phi(7) == pytest.approx(expected["phi"], rel=1e-15)
+    # PyTorch does not dampen its first momentum step.
+    assert d.first_phi == (1 / tau if dampening else None)
     assert d.eta_z == 0
     assert d.sign == -1
-    assert d.c * d.tau == d.step == 1
+    assert d.c * d.tau(7) == 1
 
 
 def test_eta_is_for_both_costates_unless_one_is_given():
@@ -148,15 +149,16 @@ def test_eta_is_for_both_costates_unless_one_is_given():
 
 def test_what_is_given_is_taken():
     d = dynamics(tau=0.1, c=3, eta=0, beta=7, phi=5, sign=1)
-    assert d == Dynamics(tau=0.1, c=3, eta_z=0, eta_omega=0, beta=7, phi=5, sign=1)
-    assert d.step == pytest.approx(0.3)
+    assert d == Dynamics(
+        Constant(0.1), c=3, eta_z=0, eta_omega=0, beta=7, phi=Constant(5), sign=1, limit=1e12
+    )
 
 
 def test_overshoot_is_refused():
     with pytest.raises(LevelError, match=r"c tau = 1.5 is above 1.*use c <= 2 or a smaller tau"):
         dynamics(tau=0.5, c=3)
     for tau in (0.1, 0.3, 1 / 3, 49.0, 1e-3):
-        assert dynamics(tau=tau).step == pytest.approx(1)  # round-off is no overshoot
+        assert dynamics(tau=tau).c * tau == pytest.approx(1)  # round-off is no overshoot
 
 
 @pytest.mark.parametrize(

@@ -649,9 +649,23 @@ def test_pulse_refuses_a_readout_with_a_state():
         pulse(bare_chain(2, state=True), 1)
 
 
-def test_sequential_refuses_an_output_net():
-    with pytest.raises(LevelError, match=r"the readout 'b1' is an output net.*state=True"):
-        hold(bare_chain(2), order="sequential", readout="state")
+def test_a_sequential_output_net_reads_the_new_states_of_its_parents():
+    """App. D, step 2: L_k is taken of h_{k+1}, which the parents send in their tick k."""
+    graph = bare_chain(3)
+    schedule = hold(graph, order="sequential", speed=1)
+    state, onward = graph.into["b1"][0], graph.into["b2"][0]
+    for k in range(5):
+        event = Event(k, Phase.TICK, k)
+        assert schedule.state(state, event).tick == k - 1
+        assert schedule.state(onward, event).tick == k
+        assert schedule.message(onward, event).tick == k - 1
+    assert [schedule.late(b) for b in graph.blocks] == [False, False, True]
+    assert list(schedule.before_start(state)) == [-1]
+    assert list(schedule.before_start(onward)) == []
+    # Two states before it: sample n stands at the output net in tick n c + 1.
+    assert schedule.target_lag("b2") == 1
+    assert [schedule.records("b2", k) for k in range(4)] == [None, 0, 1, 2]
+    assert hold(graph, order="sequential", moves="layer-by-layer", speed="depth").c == 2
 
 
 # -- causality on any graph --------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from dynamics.helpers import F64, noise, relative
 
 from hamdist.config import Order
-from hamdist.dynamics.locality import Dynamics
+from hamdist.dynamics.constants import Constant, Dynamics
 from hamdist.dynamics.weights import Weights
 
 TICKS = 12
@@ -16,7 +16,13 @@ TICKS = 12
 
 def constants(*, tau=1.0, eta_omega=1.0, beta=0.1, sign=-1):
     return Dynamics(
-        tau=tau, c=1 / tau, eta_z=0.0, eta_omega=eta_omega, beta=beta, phi=1.0, sign=sign
+        tau=Constant(tau),
+        c=1 / tau,
+        eta_z=0.0,
+        eta_omega=eta_omega,
+        beta=beta,
+        phi=Constant(1.0),
+        sign=sign,
     )
 
 
@@ -45,7 +51,7 @@ def test_recursion(order, sign, eta_omega, scale):
             omega[i] = omega[i] + tau * (-sign * gradient - eta_omega * omega[i])
             moved_by = old[i] if order is Order.SIMULTANEOUS else omega[i]
             expected_theta[i] -= tau * beta * scale * moved_by
-        weights.move(g, scale)
+        weights.move(g, scale, tau)
         assert weights.updates == k + 1
         for i in range(2):
             np.testing.assert_allclose(weights.omega[i].numpy(), omega[i], rtol=1e-12, atol=1e-14)
@@ -56,9 +62,9 @@ def test_with_eta_one_over_tau_omega_is_the_latest_gradient():
     weights = Weights([noise(0, 3, 2)], constants(tau=0.5, eta_omega=2.0), Order.OMEGA_FIRST)
     for seed in (5, 6):
         g = noise(seed, 3, 2)
-        weights.move([g], 1.0)
+        weights.move([g], 1.0, 0.5)
         torch.testing.assert_close(weights.omega[0], 0.5 * g, rtol=1e-15, atol=0)
-    weights.move(None, 1.0)
+    weights.move(None, 1.0, 0.5)
     assert not weights.omega[0].any()
 
 
@@ -78,7 +84,7 @@ def test_equals_sgd(tau, momentum, order):
         for p, gradient in zip(theirs, g, strict=True):
             p.grad = gradient.clone()
         optimiser.step()
-        weights.move([gradient / tau for gradient in g], 1.0)
+        weights.move([gradient / tau for gradient in g], 1.0, tau)
     assert relative(theta, [p.detach() for p in theirs]) <= 1e-14
 
 
@@ -88,8 +94,8 @@ def test_simultaneous_is_sgd_one_step_late():
     simultaneous, first = Weights(late, d, Order.SIMULTANEOUS), Weights(now, d, Order.OMEGA_FIRST)
     for k in range(5):
         before = now[0].clone()
-        first.move([noise(k, 3, 2)], 1.0)
-        simultaneous.move([noise(k, 3, 2)], 1.0)
+        first.move([noise(k, 3, 2)], 1.0, 1.0)
+        simultaneous.move([noise(k, 3, 2)], 1.0, 1.0)
         torch.testing.assert_close(late[0], before, rtol=1e-14, atol=1e-15)
 
 
@@ -99,11 +105,11 @@ def test_gradients_are_left_as_they_are(eta_omega):
     weights = Weights([noise(0, 3, 2)], constants(eta_omega=eta_omega), Order.OMEGA_FIRST)
     g = noise(1, 3, 2)
     kept = g.clone()
-    weights.move([g], 1.0)
+    weights.move([g], 1.0, 1.0)
     seen = weights.omega[0]
     was = seen.clone()
-    weights.move([noise(2, 3, 2)], 1.0)
-    weights.move(None, 0.5)
+    weights.move([noise(2, 3, 2)], 1.0, 1.0)
+    weights.move(None, 0.5, 1.0)
     assert torch.equal(g, kept)
     assert torch.equal(seen, was)
 
@@ -111,12 +117,12 @@ def test_gradients_are_left_as_they_are(eta_omega):
 def test_theta_moves_in_place():
     theta = torch.ones(2, dtype=F64)
     weights = Weights([theta], constants(beta=0.5), Order.OMEGA_FIRST)
-    weights.move([torch.ones(2, dtype=F64)], 1.0)
+    weights.move([torch.ones(2, dtype=F64)], 1.0, 1.0)
     assert theta.tolist() == [0.5, 0.5]
 
 
 def test_a_block_without_weights_counts_its_updates():
     weights = Weights([], constants(), Order.OMEGA_FIRST)
-    weights.move([], 1.0)
-    weights.move(None, 1.0)
+    weights.move([], 1.0, 1.0)
+    weights.move(None, 1.0, 1.0)
     assert weights.updates == 2

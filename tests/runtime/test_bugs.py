@@ -201,14 +201,10 @@ def test_a_buffer_shared_by_blocks_is_refused():
         Graph(blocks)
 
 
-def test_a_run_without_targets_and_one_that_diverges_say_so():
+def test_a_run_without_targets_says_so():
     silent = from_iterable([(u, None) for u, _ in batches(9)], classes=CLASSES)
     result = train(chain(), silent, Settings(level="trace"))
     assert any("no sample had a target" in text for text in result.warnings)
-    wild = Settings.model_validate({"level": "trace", "steps": 200, "learning": {"lr": 1e9}})
-    model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES))
-    result = train(model, PortableStream(200), wild)
-    assert any("diverged" in text for text in result.warnings)
 
 
 @pytest.mark.ray

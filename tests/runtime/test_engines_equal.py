@@ -3,12 +3,23 @@ every graph, however the blocks are spread over actors."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from runtime.networks import PortableStream, chain, cycle_graph, skip_graph, stream
+from runtime.networks import (
+    CLASSES,
+    PortableStream,
+    batches,
+    chain,
+    cycle_graph,
+    skip_graph,
+    stream,
+)
 
 from hamdist.config import Settings
 from hamdist.runtime.train import train
+from hamdist.streams import Sample, from_iterable
 
 TICKS = 200
 LEVELS = {
@@ -24,6 +35,20 @@ LEVELS = {
         "level": "local",
         "locality": {"order": "sequential", "readout": "state"},
     },
+    "local, sequential output net": {"level": "local", "locality": {"order": "sequential"}},
+    "local, uneven, resets, energies": {
+        "level": "local",
+        "locality": {"speed": 8},
+        "dynamics": {
+            "tau": {"values": [0.5, 0.2, 0.4], "cycle": True},
+            "c": 2.0,
+            "phi": {"values": [1.0, 0.5], "cycle": True},
+            "reset": {"h": "sample", "z": "sample", "omega": "sequence"},
+            "blocks": {"*": {"eta": 0.1, "beta": {"*weight": 0.1, "*": 0.2}}},
+            "weight_cost": 0.01,
+        },
+        "metrics": {"record": "trajectory", "record_every": 3},
+    },
     "group": {"level": "group"},
     "delay-free": {"level": "delay-free"},
     "trace": {"level": "trace"},
@@ -36,7 +61,14 @@ PLACEMENTS = {
     "2 actors": {"actors": 2},
     "4 actors": {"actors": 4},
 }
-CYCLIC = {"local", "local, c = 3", "local, simultaneous, lagging", "group"}
+CYCLIC = {
+    "local",
+    "local, c = 3",
+    "local, simultaneous, lagging",
+    "local, sequential output net",
+    "local, uneven, resets, energies",
+    "group",
+}
 NO_STATE_READOUT = {"local, sequential"}
 
 
@@ -66,6 +98,12 @@ def assert_equal(alone, spread):
             assert (left is None) == (right is None)
             assert left is None or torch.equal(left, right), (name, part)
     assert alone.windows == spread.windows
+    assert alone.records.keys() == spread.records.keys()
+    for name, a in alone.records.items():
+        for field in dataclasses.fields(a):
+            left, right = getattr(a, field.name), getattr(spread.records[name], field.name)
+            assert (left is None) == (right is None)
+            assert left is None or torch.equal(left.nan_to_num(), right.nan_to_num()), name
     assert alone.ticks == spread.ticks
     assert alone.samples == spread.samples
     assert alone.bytes_per_edge == spread.bytes_per_edge
@@ -82,7 +120,12 @@ def learned(result, model):
 
 def samples_for(level, graph_depth):
     """Samples that make about 200 ticks."""
-    c = {"local, c = 3": 3, "trace, c = 2": 2, "delay-free": graph_depth + 1}.get(level, 1)
+    c = {
+        "local, c = 3": 3,
+        "trace, c = 2": 2,
+        "delay-free": graph_depth + 1,
+        "local, uneven, resets, energies": 8,
+    }.get(level, 1)
     if level in {"backprop", "local, last tick"}:
         c = 2 * graph_depth + 1
     return max(4, TICKS // c)
@@ -181,3 +224,51 @@ def test_the_same_run_twice_is_the_same():
     first = train(chain(), PortableStream(50), settings({}, 50, level="trace"))
     again = train(chain(), PortableStream(50), settings({}, 50, level="trace"))
     assert_equal(first, again)
+
+
+@pytest.mark.ray
+def test_the_clock_of_the_stream(session):
+    """Steps of integration, and the ends of sequences, come from the stream to every block."""
+
+    def source():
+        gaps = [0.5, 0.2, 0.4]
+        times = [sum(gaps[i % 3] for i in range(n)) for n in range(60)]
+        items = [
+            Sample(u, y, end=n % 7 == 6, time=times[n]) for n, (u, y) in enumerate(batches(60))
+        ]
+        return from_iterable(items, classes=CLASSES)
+
+    fields = {
+        "level": "local",
+        "dynamics": {
+            "tau": "stamps",
+            "c": 2.0,
+            "beta": 0.1,
+            "phi": 1.0,
+            "eta": 0.3,
+            "reset": {"h": "sequence", "z": "sequence", "omega": "sequence"},
+        },
+    }
+    for model in (chain, cycle_graph):
+        alone, spread = both(model, source, {"actors": 3}, 60, **fields)
+        assert learned(alone, chain) if model is chain else True
+        assert_equal(alone, spread)
+
+
+def by_tick(k):
+    """A scale of the loss that falls with time."""
+    return 1.0 / (1 + 0.01 * k)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("level", ["local", "backprop"])
+def test_a_scale_of_the_loss_by_function(session, level):
+    def run(engine):
+        asked = settings(engine, 40, level=level)
+        return train(chain(), PortableStream(40), asked, phi=by_tick)
+
+    alone, spread = run({"kind": "inprocess"}), run({"kind": "ray", "actors": 2})
+    assert_equal(alone, spread)
+    listed = {"values": [by_tick(k) for k in range(60)]}
+    named = settings({"kind": "inprocess"}, 40, level=level, dynamics={"phi": listed})
+    assert_equal(alone, train(chain(), PortableStream(40), named))

@@ -1,0 +1,289 @@
+"""The constants of Hamilton's equations, set: of a run, and of each of its blocks (equations.md).
+
+    tau_k   s     step of integration       c    1/s   speed of propagation, c tau in (0, 1]
+    eta     1/s   dissipation of z, omega   beta       rate of the weights
+    phi_k         scale of the loss         s          sign: -1 Hamiltonian Learning, +1 Hamilton
+
+What settings leave open follows from gradient descent (HL Appendix E): with rate gamma, momentum mu
+and dampening rho, beta = gamma/tau, eta_omega = (1 - mu)/tau, phi = (1 - rho)/tau; the first
+momentum step of PyTorch is not dampened, so there phi = 1/tau for the first loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from hamdist.config import (
+    BlockDynamicsSettings,
+    CourseSettings,
+    DynamicsSettings,
+    FirstStep,
+    LearningSettings,
+    Reset,
+    ResetSettings,
+)
+from hamdist.dynamics.locality import Locality
+from hamdist.errors import LevelError
+
+TOLERANCE = 1e-12
+
+Course: TypeAlias = Callable[[int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The same value at every tick."""
+
+    value: float
+
+    def __call__(self, k: int) -> float:  # noqa: ARG002
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """values[k]; behind the end the last one, or with `cycle` from the front again."""
+
+    values: tuple[float, ...]
+    cycle: bool = False
+
+    def __call__(self, k: int) -> float:
+        n = len(self.values)
+        return self.values[k % n if self.cycle else min(k, n - 1)]
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """tau: by tick; None where the stream's time stamps give it. phi: by tick, where the
+    presentation is not 'hold' by sample; first_phi: for the first loss that a readout takes (in a
+    sequence: for all losses of the first one), if not None.
+    beta: of the weights; betas: of those whose name fits a pattern, the first one that does.
+    weight_cost: r_w. momentum: the share of omega that a sequence takes over from the one before it
+    (presentation 'sequence'). reset, limit: see DynamicsSettings. blocks: overrides by pattern, for
+    `of`.
+    """
+
+    tau: Course | None
+    c: float
+    eta_z: float
+    eta_omega: float
+    beta: float
+    phi: Course
+    sign: int = -1
+    first_phi: float | None = None
+    betas: tuple[tuple[str, float], ...] = ()
+    weight_cost: float = 0.0
+    momentum: float = 0.0
+    reset: ResetSettings = field(default_factory=ResetSettings)
+    limit: float = math.inf
+    blocks: Mapping[str, BlockDynamicsSettings] = field(default_factory=dict)
+
+    def of(self, block: str) -> Dynamics:
+        """The constants of `block`."""
+        own = next((b for p, b in self.blocks.items() if fnmatchcase(block, p)), None)
+        if own is None:
+            return replace(self, blocks={})
+        betas = tuple(own.beta.items()) if isinstance(own.beta, dict) else ()
+        return replace(
+            self,
+            c=_first(own.c, self.c),
+            eta_z=_first(own.eta_z, own.eta, self.eta_z),
+            eta_omega=_first(own.eta_omega, own.eta, self.eta_omega),
+            beta=_first(own.beta if isinstance(own.beta, float) else None, self.beta),
+            betas=betas,
+            blocks={},
+        )
+
+    def rates(self, names: Sequence[str]) -> list[float]:
+        """beta of each parameter, by its name in the block."""
+        return [
+            next((rate for p, rate in self.betas if fnmatchcase(name, p)), self.beta)
+            for name in names
+        ]
+
+    def speeds(self) -> list[float]:
+        """Every c of the run."""
+        return [self.c, *(b.c for b in self.blocks.values() if b.c is not None)]
+
+    @property
+    def clocked(self) -> bool:
+        """Whether the stream has to tell every block the time, or the end of a sequence."""
+        r = self.reset
+        return self.tau is None or Reset.SEQUENCE in (r.h, r.z, r.omega)
+
+
+def _first(*values: float | None) -> float:
+    return next(v for v in values if v is not None)
+
+
+def make_dynamics(
+    dynamics: DynamicsSettings,
+    learning: LearningSettings,
+    knobs: Locality,
+    *,
+    phi: Course | None = None,
+) -> Dynamics:
+    """The constants, with those not given taken from `learning`.
+
+    phi: a function of the tick (of the sample, where the presentation is not 'hold'), instead of
+    `dynamics.phi`. Raises LevelError where they do not fit `knobs`.
+    """
+    d = dynamics
+    tau: Course | None
+    if isinstance(d.tau, CourseSettings):
+        largest, tau = max(d.tau.values), Listed(d.tau.values, d.tau.cycle)
+        if min(d.tau.values) <= 0:
+            raise LevelError("dynamics.tau: every step of integration is above 0 seconds")
+    elif d.tau == "stamps":
+        largest, tau = _unknown_tau(d, phi), None
+    else:
+        largest, tau = d.tau, Constant(d.tau)
+    course, first_phi = _phi(d, learning, largest) if phi is None else (phi, None)
+    forgets = (1 - learning.momentum) / largest
+    made = Dynamics(
+        tau=tau,
+        c=_first(d.c, 1 / largest),
+        eta_z=_first(d.eta_z, d.eta, 0.0),
+        eta_omega=_first(d.eta_omega, d.eta, 0.0 if knobs.sequence else forgets),
+        beta=_first(d.beta, learning.lr / largest),
+        phi=course,
+        sign=d.sign,
+        first_phi=first_phi,
+        weight_cost=d.weight_cost,
+        momentum=learning.momentum if knobs.sequence else 0.0,
+        reset=_reset(d.reset, knobs),
+        limit=d.limit,
+        blocks=d.blocks,
+    )
+    _check(made, None if tau is None else largest, knobs)
+    return made
+
+
+def _unknown_tau(d: DynamicsSettings, phi: Course | None) -> float:
+    """Stands for tau where only the stream knows it: nothing may follow from it."""
+    given = {
+        "c": d.c is not None,
+        "beta": d.beta is not None,
+        "phi": d.phi is not None or phi is not None,
+        "eta": d.eta is not None or d.eta_omega is not None,
+    }
+    open_ = [name for name, known in given.items() if not known]
+    if open_:
+        raise LevelError(
+            "dynamics.tau 'stamps': the step is known only when the stream runs, so nothing can "
+            f"follow from it; give dynamics.{', dynamics.'.join(open_)} as well"
+        )
+    return 1.0
+
+
+def _phi(
+    d: DynamicsSettings, learning: LearningSettings, tau: float
+) -> tuple[Course, float | None]:
+    """The course of phi, and phi of the first loss where it differs."""
+    if isinstance(d.phi, CourseSettings):
+        return Listed(d.phi.values, d.phi.cycle), None
+    if d.phi is not None:
+        return Constant(d.phi), None
+    dampened = Constant((1 - learning.dampening) / tau)
+    if learning.first_step is FirstStep.DAMPENED or not learning.dampening:
+        return dampened, None
+    if not learning.momentum:  # PyTorch then ignores the dampening
+        return Constant(1 / tau), None
+    return dampened, 1 / tau
+
+
+def _reset(reset: ResetSettings, knobs: Locality) -> ResetSettings:
+    """`reset` with what is not given set."""
+    if reset.h is not None:
+        return reset
+    h = Reset.SEQUENCE if knobs.sequence else Reset.NEVER
+    return reset.model_copy(update={"h": h})
+
+
+def _check(made: Dynamics, tau: float | None, knobs: Locality) -> None:
+    for block, c in (("", made.c), *((p, b.c) for p, b in made.blocks.items())):
+        if c is not None and tau is not None and c * tau > 1 + TOLERANCE:
+            where = f"dynamics.blocks.{block}" if block else "dynamics"
+            raise LevelError(
+                f"{where}: c tau = {c * tau:g} is above 1: the state would overshoot; "
+                f"use c <= {1 / tau:g} or a smaller tau"
+            )
+    if not knobs.hold:
+        _check_wave(made, tau, knobs)
+
+
+def _check_wave(made: Dynamics, tau: float | None, knobs: Locality) -> None:
+    """A pulse and a sequence are the travelling wave: c tau = 1 everywhere, s = -1."""
+    name = knobs.presentation.value
+    if tau is None or not isinstance(made.tau, Constant):
+        raise LevelError(
+            f"dynamics.tau changes from tick to tick with presentation {name!r}: a travelling wave "
+            "makes one hop a tick; use presentation 'hold'"
+        )
+    if knobs.sequence:
+        _check_sequence(made.reset)
+    elif made.reset != _reset(ResetSettings(), knobs):
+        raise LevelError(
+            "dynamics.reset with presentation 'pulse': every sample has states and costates of its "
+            "own there, and momentum 0 clears omega; use presentation 'hold'"
+        )
+    each = [made, *(made.of(pattern) for pattern in made.blocks)]
+    needs: list[tuple[str, list[float], float]] = [
+        ("c tau", [d.c * tau for d in each], 1.0),
+        ("sign", [made.sign], -1.0),
+    ]
+    if knobs.pulse:
+        needs.append(("eta_z", [d.eta_z for d in each], 0.0))
+    for what, given, needed in needs:
+        for value in given:
+            if not math.isclose(value, needed, abs_tol=TOLERANCE):
+                raise LevelError(
+                    f"dynamics: {what} = {value:g} with presentation {name!r}: a {name} is the "
+                    f"travelling wave of {what} = {needed:g}; use presentation 'hold'"
+                )
+
+
+def constant_tau(dynamics: Dynamics) -> float:
+    """tau of a travelling wave, the same at every tick (checked by `make_dynamics`)."""
+    if dynamics.tau is None:
+        raise LevelError("a travelling wave needs a constant dynamics.tau")
+    return dynamics.tau(0)
+
+
+def _check_sequence(reset: ResetSettings) -> None:
+    if reset.h is Reset.SAMPLE:
+        raise LevelError(
+            "dynamics.reset.h 'sample' with presentation 'sequence': a token begins with the "
+            "states of the token before it; use 'sequence', or 'never', which goes on over the end "
+            "of a sequence"
+        )
+    for name, value in (("z", reset.z), ("omega", reset.omega)):
+        if value is not Reset.NEVER:
+            raise LevelError(
+                f"dynamics.reset.{name} {value.value!r} with presentation 'sequence': each way "
+                "back begins with z = 0 and omega = momentum times omega; leave it out, and set "
+                "learning.momentum"
+            )
+
+
+def check_names(dynamics: Dynamics, parameters: Mapping[str, Iterable[str]]) -> None:
+    """Raises LevelError for a pattern in `dynamics.blocks` that fits no block, or no parameter of
+    the blocks that it fits. parameters: their names, by block."""
+    for pattern, own in dynamics.blocks.items():
+        fitting = [b for b in parameters if fnmatchcase(b, pattern)]
+        if not fitting:
+            raise LevelError(
+                f"dynamics.blocks.{pattern}: no such block; known: {', '.join(parameters)}"
+            )
+        if isinstance(own.beta, dict):
+            names = [name for block in fitting for name in parameters[block]]
+            for key in own.beta:
+                if not any(fnmatchcase(name, key) for name in names):
+                    raise LevelError(
+                        f"dynamics.blocks.{pattern}.beta.{key}: no such parameter; known: "
+                        f"{', '.join(names) or 'none'}"
+                    )

@@ -1,0 +1,227 @@
+"""Blocks that integrate Hamilton's equations tick by tick (HL Algorithm 1).
+
+B: batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hamdist.config import Order
+from hamdist.dynamics.block import (
+    Guard,
+    LossTaker,
+    Reading,
+    Scale,
+    scaled,
+    total,
+    unguarded,
+)
+from hamdist.dynamics.cell import Cell, Record
+from hamdist.dynamics.constants import Dynamics
+from hamdist.dynamics.energy import Energy
+from hamdist.dynamics.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The knobs of one tick of a held block.
+
+    k: its number. sample: shown at the input. tau: seconds. moves: whether the state moves (m_k).
+    updates: whether the weights do. target: of the loss that is taken in this tick, if one is.
+    measures: whether the energies are wanted.
+    """
+
+    k: int
+    sample: int
+    tau: float
+    moves: bool = True
+    updates: bool = True
+    target: Tensor | None = None
+    measures: bool = False
+
+
+class HoldBlock:
+    """A state block that integrates Hamilton's equations tick by tick (HL Algorithm 1).
+
+        h_{k+1} = h_k + tau m_k c ( -h_k + f(h_parents,k; theta_k) )
+        z_{k+1} = z_k + tau ( -s [ own_k - m_k c z_k + sum_w M_w,k ] - eta_z z_k )
+        M_v,k   = m_k c (df/dh_v)^T z_k,        g_k = m_k c (df/dtheta)^T z_k
+
+    z_{k+1} is completed at the start of tick k + 1, when M_k has arrived. In the sequential order
+    g_k takes z_{k+1}, so the weights of tick k move then, too. own_k is phi dL/dh of a readout with
+    a state: at h_k, in the sequential order at h_{k+1}.
+
+    energy: of the latest tick that measured it.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        weights: Weights,
+        wanted: Sequence[bool],
+        dynamics: Dynamics,
+        order: Order,
+        scale: Scale,
+        h: Tensor,
+        z: Tensor | None = None,
+        loss: LossTaker | None = None,
+        output: Cell | None = None,
+        output_weights: Weights | None = None,
+        guard: Guard = unguarded,
+    ) -> None:
+        self.cell = cell
+        self.weights = weights
+        self.h = h
+        self.z = torch.zeros_like(h) if z is None else z
+        self.output = output
+        self.output_weights = output_weights
+        self.energy: Energy | None = None
+        self._wanted = list(wanted)
+        self._dynamics = dynamics
+        self._sequential = order is Order.SEQUENTIAL
+        self._scale = scale
+        self._loss = loss
+        self._guard = guard
+        self._own: Tensor | None = None
+        self._last: Tick | None = None  # the tick before; None before the first
+        self._record: Record | None = None  # of the tick before, where its weights still wait
+
+    def complete(self, messages: Sequence[Tensor | None]) -> None:
+        """Finishes the tick before: z, and in the sequential order the weights."""
+        last = self._last
+        if last is None:
+            return
+        d, tau = self._dynamics, last.tau
+        keeps = 1 + d.sign * (d.c * tau) * last.moves - tau * d.eta_z
+        arrived = total([*messages, self._own])
+        z = None if keeps == 0 else scaled(self.z, keeps)
+        if arrived is not None:
+            arrived = scaled(arrived, -d.sign * tau)
+            z = arrived if z is None else z + arrived
+        self.z = torch.zeros_like(self.z) if z is None else z
+        self._guard("z", self.z)
+        if self._sequential and last.updates:
+            g = None
+            if self._record is not None:
+                _, g = self.cell.pull(self._record, scaled(self.z, d.c), inputs=False)
+            self.weights.move(g, self._scale(last.sample), tau)
+        self._record = None
+        self._last = None
+
+    def clear(self, *, h: bool, z: bool, omega: bool) -> None:
+        """Sets what is named to zero; between `complete` and `tick`."""
+        if h:
+            self.h = torch.zeros_like(self.h)
+        if z:
+            self.z = torch.zeros_like(self.z)
+        if omega:
+            for weights in self._all_weights():
+                weights.clear()
+
+    def _all_weights(self) -> list[Weights]:
+        return [w for w in (self.weights, self.output_weights) if w is not None]
+
+    def tick(
+        self, inputs: Sequence[Tensor], tick: Tick
+    ) -> tuple[list[Tensor | None], Reading | None]:
+        """One tick, after `complete`; `h` is then the state of the next. Returns the messages to
+        the parents, and what a readout read."""
+        self.energy = measured(self._all_weights()) if tick.measures else None
+        reading = None if self._sequential else self._compare(tick)
+        to_parents: list[Tensor | None] = [None] * len(self._wanted)
+        g: list[Tensor] | None = None
+        d = self._dynamics
+        if tick.moves:
+            record = self.cell.forward(inputs, self._wanted)
+            now = tick.updates and not self._sequential
+            later = tick.updates and self._sequential
+            cotangent = scaled(self.z, d.c)
+            to_parents, g = self.cell.pull(record, cotangent, weights=now, keep=later)
+            f = record.output.detach()
+            if self.energy is not None:
+                self.energy.work = d.c * float((self.z * (f - self.h)).sum())
+            step = d.c * tick.tau
+            self.h = f if step == 1 else self.h + step * (f - self.h)
+            self._guard("h", self.h)
+            self._record = record if later else None
+        self._last = tick
+        if tick.updates and not self._sequential:
+            self.weights.move(g if tick.moves else None, self._scale(tick.sample), tick.tau)
+        if self._sequential:
+            reading = self._compare(tick)
+        if self.energy is not None and reading is not None:
+            self.energy.loss = reading.phi * float(reading.loss)
+        return to_parents, reading
+
+    def _compare(self, tick: Tick) -> Reading | None:
+        """own = phi dL/dh at the present h, and the step of the output module's weights."""
+        self._own = None
+        if self._loss is None:
+            return None
+        reading = None
+        g: list[Tensor] | None = None
+        if tick.target is not None:
+            if self.output is None:
+                h = self.h.detach().requires_grad_()
+                record = Record([h], [], h)
+                cell = self.cell
+            else:
+                cell = self.output
+                record = cell.forward([self.h], [True])
+            (self._own,), g, reading = self._loss.take(cell, record, tick.target, tick.k)
+        if self.output_weights is not None and tick.updates:
+            self.output_weights.move(g, self._scale(tick.sample), tick.tau)
+        return reading
+
+
+class HoldReadout:
+    """An output net of a held sample (HL Eq. 4): predicts from its parents' h_k, in the sequential
+    order from h_{k+1}, and takes the loss in the same tick.
+
+        y_k = f^y(h_parents; theta_k),    M_v,k = phi dL/dh_v,    g_k = phi dL/dtheta
+
+    energy: of the latest tick that measured it.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        weights: Weights,
+        wanted: Sequence[bool],
+        scale: Scale,
+        loss: LossTaker,
+    ) -> None:
+        self.cell = cell
+        self.weights = weights
+        self.energy: Energy | None = None
+        self._wanted = list(wanted)
+        self._scale = scale
+        self._loss = loss
+
+    def tick(
+        self, inputs: Sequence[Tensor], tick: Tick
+    ) -> tuple[list[Tensor | None], Reading | None]:
+        """The messages to the parents, and what was read."""
+        self.energy = measured([self.weights]) if tick.measures else None
+        to_parents: list[Tensor | None] = [None] * len(self._wanted)
+        reading = None
+        g: list[Tensor] | None = None
+        if tick.target is not None:
+            record = self.cell.forward(inputs, self._wanted)
+            to_parents, g, reading = self._loss.take(self.cell, record, tick.target, tick.k)
+            if self.energy is not None:
+                self.energy.loss = reading.phi * float(reading.loss)
+        if tick.updates:
+            self.weights.move(g, self._scale(tick.sample), tick.tau)
+        return to_parents, reading
+
+
+def measured(parts: Sequence[Weights]) -> Energy:
+    """The energies of a block's weights, as they are now."""
+    kinetic, cost, norms = zip(*(w.energies() for w in parts), strict=True)
+    return Energy(sum(kinetic), sum(cost), sum(n * n for n in norms) ** 0.5)

@@ -1,0 +1,178 @@
+"""Blocks that a pulse passes: forward of a sample, later its message backward.
+
+With memory `reversible` the message to a reversible parent brings the parent's state along, as one
+tensor (2, B, ...): the message first, then the state.
+B: batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.block import Guard, LossTaker, Reading, Scale, scaled, total, unguarded
+from hamdist.dynamics.cell import Cell, Record
+from hamdist.dynamics.constants import Dynamics, constant_tau
+from hamdist.dynamics.reversible import Rewinder, pieces_of
+from hamdist.dynamics.weights import Weights
+
+
+class PulseBlock:
+    """A state block that a pulse passes: forward of sample n, later backward of n.
+
+        h = f(h_parents; theta)
+        z = tau sum_w M_w,            M_v = c (df/dh_v)^T z,     g = c (df/dtheta)^T z
+
+    which is one hop of Hamilton's equations with c tau = 1, eta_z = 0 and s = -1. The trace keeps
+    the record of every sample between its two passes.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        weights: Weights,
+        wanted: Sequence[bool],
+        dynamics: Dynamics,
+        scale: Scale,
+        guard: Guard = unguarded,
+    ) -> None:
+        self.cell = cell
+        self.weights = weights
+        self.h: Tensor | None = None
+        self.z: Tensor | None = None
+        self.trace: dict[int, Record] = {}
+        self._wanted = list(wanted)
+        self._tau = constant_tau(dynamics)
+        self._c = dynamics.c
+        self._scale = scale
+        self._guard = guard
+
+    def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
+        record = self.cell.forward(inputs, self._wanted)
+        self.trace[sample] = record
+        self.h = record.output.detach()
+        self._guard("h", self.h)
+        return self.h
+
+    def backward(self, sample: int, messages: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The messages to the parents; weights do not move for a sample without any message."""
+        record = self.trace.pop(sample)
+        message = total(messages)
+        if message is None:
+            self.weights.updates += 1
+            return [None] * len(self._wanted)
+        self.z = scaled(message, self._tau)
+        self._guard("z", self.z)
+        to_parents, g = self.cell.pull(record, scaled(self.z, self._c))
+        self.weights.move(g, self._scale(sample), self._tau)
+        return to_parents
+
+
+class ReversibleBlock:
+    """A state block that keeps nothing of a sample: neither its activations nor h and z.
+
+    Forward as `PulseBlock`. Backward its one child hands it (M, h); from the last invertible piece
+    to the first
+
+        x = p^-1(y),      M_x = c (dp/dx)^T z_y,      g += c (dp/dtheta)^T z_y
+
+    with the weights of the forward pass, for one sample is in the network at a time. Memory: about
+    four states, whatever the number of pieces. hands_back: the parent is reversible, too.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        weights: Weights,
+        wanted: Sequence[bool],
+        dynamics: Dynamics,
+        scale: Scale,
+        guard: Guard = unguarded,
+        *,
+        hands_back: bool,
+    ) -> None:
+        self.cell = cell
+        self.weights = weights
+        self.h: Tensor | None = None
+        self.z: Tensor | None = None
+        (self._wanted,) = wanted
+        self._hands_back = hands_back
+        self._tau = constant_tau(dynamics)
+        self._c = dynamics.c
+        self._scale = scale
+        self._guard = guard
+        trained = [p for p in cell.module.parameters() if p.requires_grad]
+        self._rewinder = Rewinder(pieces_of(cell.module), trained)
+
+    def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
+        (x,) = inputs
+        with torch.no_grad():
+            h: Tensor = self.cell.module(x)
+        self._guard("h", h)
+        return h
+
+    def backward(self, sample: int, messages: list[Tensor | None]) -> list[Tensor | None]:
+        """The message to the parent; weights do not move for a sample without any message. The
+        child's is taken out of `messages`, so that its memory can go."""
+        given = messages.pop()
+        if given is None:
+            self.weights.updates += 1
+            return [None]
+        z = scaled(given[0], self._tau)
+        self._guard("z", z)
+        held = [given[1], scaled(z, self._c)]
+        del given, z
+        x, to_parent, g = self._rewinder.back(held)
+        self._guard("h", x)
+        self.weights.move(g, self._scale(sample), self._tau)
+        if not self._wanted:
+            return [None]
+        return [with_state(to_parent, x) if self._hands_back else to_parent]
+
+
+def with_state(message: Tensor, h: Tensor) -> Tensor:
+    """What a reversible parent gets: the message about its state h, and h. Both like h."""
+    return torch.stack([message, h])
+
+
+class PulseReadout:
+    """An output net that a pulse reaches: y = f^y(h_parents; theta), M_v = phi dL/dh_v.
+
+    hands_back: by parent, whether it is reversible and gets its state back.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        weights: Weights,
+        wanted: Sequence[bool],
+        dynamics: Dynamics,
+        scale: Scale,
+        loss: LossTaker,
+        hands_back: Sequence[bool] = (),
+    ) -> None:
+        self.cell = cell
+        self.weights = weights
+        self._wanted = list(wanted)
+        self._tau = constant_tau(dynamics)
+        self._scale = scale
+        self._loss = loss
+        self._hands_back = list(hands_back) or [False] * len(self._wanted)
+
+    def read(
+        self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
+    ) -> tuple[list[Tensor | None], Reading | None]:
+        """The messages to the parents, and what was read (None without a target)."""
+        record = self.cell.forward(inputs, self._wanted)
+        if target is None:
+            self.weights.updates += 1
+            return [None] * len(self._wanted), None
+        to_parents, g, reading = self._loss.take(self.cell, record, target, sample)
+        self.weights.move(g, self._scale(sample), self._tau)
+        messages = [
+            with_state(message, h) if back and message is not None else message
+            for message, h, back in zip(to_parents, inputs, self._hands_back, strict=True)
+        ]
+        return messages, reading

@@ -1,0 +1,192 @@
+"""Blocks through which a sequence travels forward and then, token by token, in reverse.
+
+Backpropagation through time as Hamilton's equations on the reversed stream (equations.md, "BPTT").
+Reversed token j is token m = n - 1 - j; h_{m+1} is the state that token m led to:
+
+    z_{j+1} = tau sum_w M_w - tau eta_z z_j                        z_0 = 0
+    omega_{j+1} = omega_j + tau ( g_j - eta_omega omega_j )        omega_0 = mu omega
+
+with M_w from readouts and blocks of the same token and, over recurrent edges, from what came of
+token m + 1. The weights rest meanwhile; after the last reversed token theta -= tau beta omega. With
+eta = 0 that is one step of gradient descent with momentum mu on the sum of the sequence's losses,
+truncated to its last r tokens where r is given. c tau = 1 and s = -1.
+
+Memory: the linearised f of each of the last r tokens (`stored`: the most at once).
+B: batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.block import Guard, LossTaker, Reading, Scale, scaled, total, unguarded
+from hamdist.dynamics.cell import Cell, Record
+from hamdist.dynamics.constants import Dynamics, constant_tau
+from hamdist.dynamics.weights import Weights
+
+
+class WayBack:
+    """The weights of one block while a sequence is gone through in reverse.
+
+    Where no message came along the whole way, theta and omega stay as they were.
+    """
+
+    def __init__(self, weights: Weights, dynamics: Dynamics, scale: Scale) -> None:
+        self.weights = weights
+        self._momentum = dynamics.momentum
+        self._tau = constant_tau(dynamics)
+        self._scale = scale
+        self._before = weights.omega
+        self._came = False
+
+    def begin(self) -> None:
+        """omega_0 = mu omega."""
+        self._before = self.weights.omega
+        self._came = False
+        self.weights.fade(self._momentum)
+
+    def add(self, g: list[Tensor] | None) -> None:
+        """omega_{j+1}, with g_j (None: zero)."""
+        self._came = self._came or g is not None
+        self.weights.integrate(g, self._tau)
+
+    def end(self, sample: int) -> None:
+        """theta moves. sample: the last token."""
+        if self._came:
+            self.weights.conclude(self._scale(sample), self._tau)
+        else:
+            self.weights.omega = self._before
+            self.weights.updates += 1
+
+
+class SequenceBlock:
+    """A state block: h_{m+1} = f(h_parents; theta) forward, and in reverse
+
+        M_v = c (df/dh_v)^T z_{j+1},        g_j = c (df/dtheta)^T z_{j+1}
+
+    h: of the latest token; before the first one what states begin with.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        way_back: WayBack,
+        wanted: Sequence[bool],
+        dynamics: Dynamics,
+        h: Tensor,
+        truncation: int | None = None,
+        guard: Guard = unguarded,
+    ) -> None:
+        self.cell = cell
+        self.weights = way_back.weights
+        self.h = h
+        self.z: Tensor | None = None
+        self.stored = 0
+        self._way_back = way_back
+        self._trace: deque[Record] = deque(maxlen=truncation)
+        self._wanted = list(wanted)
+        self._tau = constant_tau(dynamics)
+        self._c = dynamics.c
+        self._keeps = -self._tau * dynamics.eta_z
+        self._guard = guard
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        record = self.cell.forward(inputs, self._wanted)
+        self._trace.append(record)
+        self.stored = max(self.stored, len(self._trace))
+        self.h = record.output.detach()
+        self._guard("h", self.h)
+        return self.h
+
+    def begin(self) -> None:
+        """The way back begins: z_0 = 0."""
+        self.z = None
+        self._way_back.begin()
+
+    def backward(self, messages: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One reversed token: the messages to the parents."""
+        record = self._trace.pop()
+        self.z = self._costate(total(messages))
+        if self.z is None:
+            self._way_back.add(None)
+            return [None] * len(self._wanted)
+        self._guard("z", self.z)
+        to_parents, g = self.cell.pull(record, scaled(self.z, self._c))
+        self._way_back.add(g)
+        return to_parents
+
+    def _costate(self, message: Tensor | None) -> Tensor | None:
+        """z_{j+1}; None for zeros."""
+        kept = None if self.z is None or self._keeps == 0 else scaled(self.z, self._keeps)
+        if message is None:
+            return kept
+        arrived = scaled(message, self._tau)
+        return arrived if kept is None else kept + arrived
+
+    def end(self, sample: int) -> None:
+        """The way back ends with the weights' one step. sample: the sequence's last token."""
+        self._way_back.end(sample)
+
+
+class SequenceReadout:
+    """An output net: predicts and compares on the way forward, learns on the way back.
+
+        y_m = f^y(h_parents; theta),    M_v = phi dL_m/dh_v,    g_j = phi dL_m/dtheta
+
+    L_m is computed once, on the way forward.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        way_back: WayBack,
+        wanted: Sequence[bool],
+        loss: LossTaker,
+        truncation: int | None = None,
+    ) -> None:
+        self.cell = cell
+        self.weights = way_back.weights
+        self.stored = 0
+        self._way_back = way_back
+        self._trace: deque[tuple[Record, Tensor | None]] = deque(maxlen=truncation)
+        self._wanted = list(wanted)
+        self._loss = loss
+        self._taken = False
+
+    def forward(
+        self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
+    ) -> Reading | None:
+        """What was read (None without a target)."""
+        record = self.cell.forward(inputs, self._wanted)
+        value = None if target is None else self._loss.value(record, target)
+        self._trace.append((record, value))
+        self.stored = max(self.stored, len(self._trace))
+        if target is None or value is None:
+            return None
+        return Reading(record.output.detach(), target, value.detach(), self._loss.phi(sample))
+
+    def begin(self) -> None:
+        """The way back begins."""
+        self._taken = any(value is not None for _, value in self._trace)
+        self._way_back.begin()
+
+    def backward(self, sample: int) -> list[Tensor | None]:
+        """One reversed token: the messages to the parents."""
+        record, value = self._trace.pop()
+        if value is None:
+            self._way_back.add(None)
+            return [None] * len(self._wanted)
+        phi = torch.full_like(value, self._loss.phi(sample))
+        to_parents, g = self.cell.pull(record, phi, of=value)
+        self._way_back.add(g)
+        return to_parents
+
+    def end(self, sample: int) -> None:
+        """The way back ends with the weights' one step. sample: the sequence's last token."""
+        if self._taken:
+            self._loss.past_first()
+        self._way_back.end(sample)

@@ -1,0 +1,119 @@
+"""A block through which sequences travel forward and in reverse, as a node."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.energy import Records
+from hamdist.dynamics.graph import BlockSpec
+from hamdist.dynamics.schedule import Event, Phase, Stamp
+from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout
+from hamdist.dynamics.sequence_schedule import SequenceSchedule
+from hamdist.runtime.mail import Mailroom
+from hamdist.runtime.plan import Plan
+from hamdist.runtime.ports import Ports, block_state, make_metrics, record
+from hamdist.runtime.result import BlockState
+from hamdist.runtime.signal import ready
+
+
+class SequenceNode:
+    """A block that learns from whole sequences.
+
+    The last token brings the tag that it is the last, and the node hands the tag on with the state.
+    """
+
+    late = False
+
+    def __init__(
+        self, plan: Plan, spec: BlockSpec, mail: Mailroom, block: SequenceBlock | SequenceReadout
+    ) -> None:
+        if not isinstance(plan.schedule, SequenceSchedule):
+            raise TypeError("a SequenceNode needs a SequenceSchedule")
+        self.name = spec.name
+        self.block = block
+        self.metrics = make_metrics(plan.metrics) if spec.loss is not None else None
+        self._schedule = plan.schedule
+        self._ports = Ports(plan, spec.name, mail)
+        self._back_into = [e for e in self._ports.into if plan.schedule.recurrent(e)]
+        self._back_out = [e for e in self._ports.out_of if plan.schedule.recurrent(e)]
+        shapes = {e.index: plan.shapes[e.parent] for e in self._back_into}
+        self._zeros = {i: torch.zeros(shape, dtype=dtype) for i, (shape, dtype) in shapes.items()}
+        self._over = False
+        self.event = plan.schedule.forward(spec.name, plan.schedule.opening(), 0)
+        self.tick: int | None = self.event.tick
+
+    def start(self) -> None:
+        if self._schedule.carries and isinstance(self.block, SequenceBlock):
+            onward = [e for e in self._ports.out_of if e not in self._back_out]
+            stamp = self._schedule.before(self.name)
+            self._ports.to_children(stamp, ready(self.block.h), leaving_out=onward)
+
+    def step(self) -> None:
+        if self.event.phase is Phase.FORWARD:
+            self._forward(self.event)
+        else:
+            self._backward(self.event)
+        if self._over:
+            self.tick = None
+            return
+        self.event = self._schedule.after(self.name, self.event)
+        self.tick = self.event.tick
+
+    def _forward(self, event: Event) -> None:
+        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        inputs, last = self._inputs(event)
+        if self._over:
+            self._ports.to_children(stamp, None, end=True, leaving_out=self._back_out)
+            return
+        if last:
+            self.event = self._schedule.closed(event)
+        block = self.block
+        if isinstance(block, SequenceBlock):
+            stays = self._back_out if last and not self._schedule.carries else ()
+            h = ready(block.forward(inputs))
+            self._ports.to_children(stamp, h, sequence_end=last, leaving_out=stays)
+        elif self.metrics is not None:
+            target = self._ports.target(event)
+            given = None if target is None else target.payload
+            record(self.metrics, event.sample, block.forward(event.sample, inputs, given))
+
+    def _inputs(self, event: Event) -> tuple[list[Tensor], bool]:
+        """The parents' states, and whether this token is the last one of its sequence. What the
+        token itself brings tells that, and that the stream has ended."""
+        inputs, last = [], False
+        for edge in self._ports.into:
+            signal = self._ports.state(edge, event)
+            if signal is None:
+                inputs.append(self._zeros[edge.index])
+                continue
+            self._over = self._over or signal.end
+            if edge not in self._back_into:
+                last = signal.sequence_end
+            if signal.payload is not None:
+                inputs.append(signal.payload)
+        return inputs, last
+
+    def _backward(self, event: Event) -> None:
+        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        signals = [self._ports.message(edge, event) for edge in self._ports.out_of]
+        messages = [None if s is None else s.payload for s in signals]
+        if self._schedule.begins(event):
+            self.block.begin()
+        if isinstance(self.block, SequenceBlock):
+            to_parents = self.block.backward(messages)
+        else:
+            to_parents = self.block.backward(event.sample)
+        ends = self._schedule.ends(event)
+        self._ports.to_parents(stamp, to_parents, leaving_out=self._back_into if ends else ())
+        if ends:
+            self.block.end(self._schedule.last(event))
+
+    def records(self) -> Records | None:
+        """No energies are recorded of sequences."""
+        return None
+
+    def state(self) -> BlockState:
+        block = self.block
+        h, z = (block.h, block.z) if isinstance(block, SequenceBlock) else (None, None)
+        return block_state([("", block.cell, block.weights)], h, z, block.stored)

@@ -1,0 +1,121 @@
+"""Real-valued targets over time, to be tracked (NILP): nothing to see, a number to follow.
+
+n: item, A: amplitude, P: period in seconds, t = n tau: time in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import count, islice
+
+import torch
+from torch import Tensor
+
+from hamdist.config import SignalKind
+from hamdist.errors import SettingsError
+from hamdist.streams.sample import Sample, SampleSpec
+from hamdist.streams.seeding import generator
+
+# (amplitude, offset) of a kind, where none are given: those of the golden files tracking_*
+DEFAULTS = {
+    SignalKind.SINUSOID: (0.6, 0.0),
+    SignalKind.OFFSET: (0.3, 0.5),
+    SignalKind.PATCHED: (0.6, 0.0),
+    SignalKind.CONSTANTS: (0.6, 0.0),
+}
+
+
+class SignalStream:
+    """The values z(t) of a signal at t = 0, tau, 2 tau, ...; endless and portable.
+
+    Item n: u (1, 1) zero (a tracker has no input), y (1, 1) = z(n tau), of `dtype`, time stamp
+    n tau. With t in seconds:
+
+        sinusoid, offset   z(t) = offset + A sin(2 pi t / P)
+        constants          z(t) = offset + v_k             in patch k
+        patched            z(t) = offset + v_k             in patch k = 0, 2, 4, ...
+                           z(t) = offset + v_k cos(2 pi (t - t_k) / P_k)   in patch k = 1, 3, 5, ...
+
+    A patch begins at t_k and lasts for `dwell` seconds (rounded to whole items); v_k is uniform in
+    [-A, A] (of a cosine with A/2 <= |v_k|), P_k uniform in [P/2, P], both drawn from (seed, k)
+    alone. `sinusoid` and `offset` differ in their defaults only, which are DEFAULTS.
+
+    Raises SettingsError for an amplitude or a period that is not above 0, tau that is not above 0,
+    a dwell shorter than tau, and values that are not finite.
+    """
+
+    portable: bool = True
+
+    def __init__(
+        self,
+        kind: SignalKind = SignalKind.SINUSOID,
+        *,
+        amplitude: float | None = None,
+        offset: float | None = None,
+        period: float = 2.0 * math.pi,
+        tau: float = 1e-3,
+        dwell: float = 5.0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        default_amplitude, default_offset = DEFAULTS[kind]
+        self._kind = kind
+        self._amplitude = default_amplitude if amplitude is None else amplitude
+        self._offset = default_offset if offset is None else offset
+        positive = {"amplitude": self._amplitude, "period": period, "tau": tau, "dwell": dwell}
+        for name, value in positive.items():
+            if not (value > 0 and math.isfinite(value)):
+                raise SettingsError(f"{name} is {value}; a signal's {name} is above 0, and finite")
+        if not math.isfinite(self._offset):
+            raise SettingsError(f"offset is {self._offset}; give a finite number")
+        if dwell < tau:
+            raise SettingsError(
+                f"dwell is {dwell} s and tau is {tau} s: a patch lasts at least one item"
+            )
+        self._period = period
+        self._tau = tau
+        self._items_of_patch = round(dwell / tau)
+        self._seed = seed
+        self._dtype = dtype
+
+    @property
+    def spec(self) -> SampleSpec:
+        return SampleSpec((1, 1), self._dtype, (1, 1), self._dtype)
+
+    def samples(self) -> Iterator[Sample]:
+        """The items from item 0 on; endless."""
+        for n, z in enumerate(self._values()):
+            u = torch.zeros(1, 1, dtype=self._dtype)
+            yield Sample(u, torch.tensor([[z]], dtype=self._dtype), time=n * self._tau)
+
+    def values(self, items: int) -> Tensor:
+        """z of the first `items` items, (items,), float64: for plots, and the error's scale."""
+        return torch.tensor(list(islice(self._values(), items)), dtype=torch.float64)
+
+    def jumps(self, items: int) -> tuple[int, ...]:
+        """The items, among the first `items`, that are the first ones of a new patch."""
+        if self._kind in (SignalKind.SINUSOID, SignalKind.OFFSET):
+            return ()
+        return tuple(range(self._items_of_patch, items, self._items_of_patch))
+
+    def _values(self) -> Iterator[float]:
+        if self._kind in (SignalKind.SINUSOID, SignalKind.OFFSET):
+            for n in count():
+                turn = 2.0 * math.pi * (n * self._tau) / self._period
+                yield self._offset + self._amplitude * math.sin(turn)
+        for patch in count():
+            yield from self._patch(patch)
+
+    def _patch(self, k: int) -> Iterator[float]:
+        draw = torch.rand(3, generator=generator("signal", self._seed, k), dtype=torch.float64)
+        level, sign, stretch = draw.tolist()
+        if self._kind is SignalKind.CONSTANTS or k % 2 == 0:
+            v = self._amplitude * (2.0 * level - 1.0)
+            for _ in range(self._items_of_patch):
+                yield self._offset + v
+            return
+        v = math.copysign(self._amplitude * (1.0 + level) / 2.0, sign - 0.5)
+        period = self._period * (1.0 + stretch) / 2.0
+        for j in range(self._items_of_patch):
+            yield self._offset + v * math.cos(2.0 * math.pi * (j * self._tau) / period)

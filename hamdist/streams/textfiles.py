@@ -1,0 +1,150 @@
+"""Real texts of two classes, read from files and cut into tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from hamdist.errors import SettingsError, StreamError
+from hamdist.streams.seeding import generator
+
+CLASSES = ("neg", "pos")  # class 0, class 1
+HELD_OUT_SHARE = 5  # one text in five, where there is no test part
+HELD_OUT_MOST = 1000
+
+_TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[.,!?;:]")
+_MARKUP = re.compile(r"<[^>]*>")
+_LAYOUT = (
+    "a folder with pos/*.txt and neg/*.txt (or train and test folders that hold those), or a text "
+    "file with label<TAB>text lines, labels 0 and 1 or neg and pos"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Tokens of each text, and its class (0 or 1), for training and for evaluation."""
+
+    train: Sequence[tuple[Sequence[str], int]]
+    held_out: Sequence[tuple[Sequence[str], int]]
+
+
+def tokenise(text: str) -> list[str]:
+    """Words (lower case, with their apostrophes) and the marks . , ! ? ; : in order; markup such as
+    <br /> is left out."""
+    return _TOKEN.findall(_MARKUP.sub(" ", text).lower())
+
+
+def read_texts(path: Path | str, count: int | None, seed: int) -> Texts:
+    """Real texts of two classes, tokenised, half of each class, in an order drawn from the seed.
+
+    path: a folder with pos/*.txt and neg/*.txt; a folder whose train and test folders hold those
+    (IMDb as it is unpacked; test is the held-out part); or a UTF-8 text file with label<TAB>text
+    lines, labels 0 and 1 or neg and pos. Where there is no test part, of each class every fifth
+    text, counted from the third, is held out. count: texts of the training part, None for all. At
+    most 1,000 texts are held out, the same ones for every seed.
+
+    Raises StreamError where there is no such file or folder, where one cannot be read, for another
+    label, and where a class has too few texts; SettingsError for `count` below 1.
+    """
+    if count is not None and count < 1:
+        raise SettingsError(f"count is {count}; there is at least 1 text")
+    place = Path(path).expanduser()
+    if place.is_file():
+        train, test = _split(_read_lines(place))
+    elif all((place / name).is_dir() for name in CLASSES):
+        train, test = _split(_files(place))
+    elif all((place / "train" / name).is_dir() for name in CLASSES):
+        train, test = _files(place / "train"), _files(place / "test")
+    else:
+        raise StreamError(f"no texts in {place}: give {_LAYOUT}")
+    for label, entries in enumerate(train):
+        wanted = 1 if count is None else (count + 1 - label) // 2
+        if len(entries) < wanted:
+            raise StreamError(
+                f"{place}: class {CLASSES[label]!r} has {len(entries)} texts to train on, "
+                f"{wanted} are needed: lower stream.sequences.count, or add texts"
+            )
+    return Texts(_chosen(train, count, seed), _chosen(test, HELD_OUT_MOST, 0))
+
+
+class _Text(Protocol):
+    def tokens(self) -> list[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    text: str
+
+    def tokens(self) -> list[str]:
+        return tokenise(self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: Path
+
+    def tokens(self) -> list[str]:
+        found = tokenise(_read(self.path))
+        if not found:
+            raise StreamError(f"{self.path}: holds no word: remove it")
+        return found
+
+
+_ByClass = tuple[Sequence[_Text], Sequence[_Text]]
+
+
+def _files(folder: Path) -> _ByClass:
+    negative, positive = (
+        [_File(path) for path in sorted((folder / name).glob("*.txt"))] for name in CLASSES
+    )
+    return negative, positive
+
+
+def _read_lines(path: Path) -> _ByClass:
+    labels = {**{str(i): i for i in range(len(CLASSES))}, **{n: i for i, n in enumerate(CLASSES)}}
+    found: tuple[list[_Text], list[_Text]] = ([], [])
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        label, tab, text = line.partition("\t")
+        if not tab or label.strip() not in labels or not tokenise(text):
+            raise StreamError(
+                f"{path}, line {number}: {line[:40]!r} is no label<TAB>text, with a label 0 or 1, "
+                "neg or pos, and at least one word"
+            )
+        found[labels[label.strip()]].append(_Line(text))
+    return found
+
+
+def _split(entries: _ByClass) -> tuple[_ByClass, _ByClass]:
+    """Without a test part: of each class every fifth text, from the third on, is held out."""
+    train: list[list[_Text]] = []
+    test: list[list[_Text]] = []
+    for texts in entries:
+        held = set(range(2, len(texts), HELD_OUT_SHARE))
+        train.append([text for i, text in enumerate(texts) if i not in held])
+        test.append([texts[i] for i in sorted(held)])
+    return (train[0], train[1]), (test[0], test[1])
+
+
+def _chosen(entries: _ByClass, count: int | None, seed: int) -> list[tuple[Sequence[str], int]]:
+    """`count` texts, half of each class (or all), the two classes mixed in a seeded order."""
+    picked: list[tuple[_Text, int]] = []
+    for label, texts in enumerate(entries):
+        order = torch.randperm(len(texts), generator=generator("texts", seed, label)).tolist()
+        many = len(texts) if count is None else (count + 1 - label) // 2
+        picked += [(texts[i], label) for i in order[:many]]
+    mixed = torch.randperm(len(picked), generator=generator("text order", seed)).tolist()
+    return [(picked[i][0].tokens(), picked[i][1]) for i in mixed]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StreamError(f"{path}: cannot be read as UTF-8 text: {error}") from error

@@ -1,0 +1,64 @@
+"""How many bytes of tensors are alive at a time: an exact count, by watching every operation."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, counts the memory that operations of this thread allocate, from its first tensor to
+    the end of its last one, what autograd saves included.
+
+    now, peak: bytes, at present and the most so far. leaving_out: shapes of tensors that are not
+    counted, such as those of weights, whose gradients have them as well. Meta tensors have no
+    memory.
+    """
+
+    def __init__(self, leaving_out: Iterable[Sequence[int]] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        shapes = [_bare(shape) for shape in leaving_out]
+        self.now = 0
+        self.peak = 0
+        self._leaving_out = {*shapes, *(shape[::-1] for shape in shapes)}  # and transposed
+        self._known: MutableMapping[object, bool] = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):  # what was there before
+                self._known.setdefault(given.untyped_storage(), True)
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor):
+                self._add(made)
+        return out
+
+    def _add(self, made: Tensor) -> None:
+        storage = made.untyped_storage()
+        if storage in self._known or made.is_meta or _bare(made.shape) in self._leaving_out:
+            return
+        self._known[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def _bare(shape: Sequence[int]) -> tuple[int, ...]:
+    """Without the axes of length 1, which a gradient may have more of than its weight."""
+    return tuple(n for n in shape if n != 1)

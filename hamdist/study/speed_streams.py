@@ -1,0 +1,127 @@
+"""Streams as functions of real time, for the study of speed.
+
+    static   u(t) = u_0, switched on at t = 0
+    smooth   u_i(t) = sqrt(2/3) sum_{j<3} sin(w_ij t + p_ij),  w in [0.5, 1.5] rad/s
+    random   u(t) = noise, drawn anew every `PERIOD` seconds and held
+
+Targets are made in the same way; where they are classes they are constant (static, smooth) or drawn
+anew with the input (random). Everything is float64 and a function of (seed, t) alone.
+B: batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hamdist.streams.seeding import generator
+
+F64 = torch.float64
+PERIOD = 0.04  # seconds that a random sample is held
+HORIZON = 20.0  # seconds over which the looks at a smooth stream are spread
+SWITCHED_ON = 1.0  # seconds for which a static input has been shown when it is looked at
+LOOKS = 8
+WAVES = 3
+SLOWEST, FASTEST = 0.5, 1.5  # rad/s
+
+
+class StreamKind(str, Enum):
+    """How the input of a study moves in time."""
+
+    STATIC = "static"
+    SMOOTH = "smooth"
+    RANDOM = "random"
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Shapes of u and of the target, batch in front; classes: of class targets, else None."""
+
+    u: tuple[int, ...]
+    y: tuple[int, ...]
+    classes: int | None = None
+
+
+Course: TypeAlias = Callable[[float], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStream:
+    """u and target at time t in seconds. begins: when it is switched on (-inf: it has always been).
+    looks: the times at which gradients are compared. forgotten: the share of earlier states that
+    may be left when they are."""
+
+    u: Course
+    y: Course
+    looks: Sequence[float]
+    begins: float = -math.inf
+    forgotten: float = 1e-7
+
+
+def timed_stream(kind: StreamKind, values: Values, seed: int) -> TimedStream:
+    """The stream of this kind and seed."""
+    make = {StreamKind.STATIC: _static, StreamKind.SMOOTH: _smooth, StreamKind.RANDOM: _noise}[kind]
+    u = make("u", values.u, seed)
+    if values.classes is None:
+        y = make("y", values.y, seed)
+    else:
+        moving = kind is StreamKind.RANDOM
+        y = (_classes if moving else _one_class)(values.y, values.classes, seed)
+    if kind is StreamKind.STATIC:
+        return TimedStream(u, y, [SWITCHED_ON], begins=0.0, forgotten=1e-18)
+    if kind is StreamKind.SMOOTH:
+        return TimedStream(u, y, [HORIZON * (i + 0.5) / LOOKS for i in range(LOOKS)])
+    # Each look at another sample, and at another share of its period.
+    drawn = torch.rand(LOOKS, generator=generator("random looks", seed), dtype=F64).tolist()
+    return TimedStream(u, y, [PERIOD * (i + (i + x) / LOOKS) for i, x in enumerate(drawn)])
+
+
+def _static(name: str, shape: tuple[int, ...], seed: int) -> Course:
+    value = torch.randn(shape, generator=generator(f"static {name}", seed), dtype=F64)
+    return lambda _: value
+
+
+def _smooth(name: str, shape: tuple[int, ...], seed: int) -> Course:
+    drawn = generator(f"smooth {name}", seed)
+    w, p = (torch.rand(WAVES, *shape, generator=drawn, dtype=F64) for _ in range(2))
+    w, p = SLOWEST + (FASTEST - SLOWEST) * w, 2 * math.pi * p
+    return lambda t: math.sqrt(2 / WAVES) * torch.sin(w * t + p).sum(0)
+
+
+def _noise(name: str, shape: tuple[int, ...], seed: int) -> Course:
+    def draw(n: int) -> Tensor:
+        return torch.randn(shape, generator=generator(f"random {name}", seed, n), dtype=F64)
+
+    return _held(draw)
+
+
+def _one_class(shape: tuple[int, ...], classes: int, seed: int) -> Course:
+    value = torch.randint(classes, shape, generator=generator("static class", seed))
+    return lambda _: value
+
+
+def _classes(shape: tuple[int, ...], classes: int, seed: int) -> Course:
+    def draw(n: int) -> Tensor:
+        return torch.randint(classes, shape, generator=generator("random class", seed, n))
+
+    return _held(draw)
+
+
+def _held(draw: Callable[[int], Tensor]) -> Course:
+    """The sample of the period in which t lies; the latest one is kept."""
+    kept: tuple[int, Tensor] | None = None
+
+    def at(t: float) -> Tensor:
+        nonlocal kept
+        n = math.floor(t / PERIOD)
+        if kept is None or kept[0] != n:
+            kept = n, draw(n)
+        return kept[1]
+
+    return at

@@ -1,0 +1,90 @@
+"""Level `backprop` equals centralised backpropagation, however the network is cut into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hamdist.config import LearningSettings, Settings
+from hamdist.dynamics.graph import Graph
+from hamdist.runtime.train import train
+from hamdist.study.verify.check import Check
+from hamdist.study.verify.networks import F64, Draws, Skips, chain, seeded, skip_graph
+
+BOUND = 1e-12
+ORACLE = "autograd on the whole network and torch.optim.SGD"
+PLAIN = {"lr": 0.1}
+MOMENTUM = {"lr": 0.05, "momentum": 0.5, "dampening": 0.3}
+
+
+def checks(full: bool) -> Iterator[Check]:
+    items = 600 if full else 60
+    for name, learning, partition in (
+        ("one layer a block", PLAIN, {}),
+        ("two blocks", PLAIN, {"blocks": 2}),
+        ("one block", PLAIN, {"blocks": 1}),
+        ("momentum and dampening", MOMENTUM, {}),
+        ("edges of 3 ticks", PLAIN, {"delay": 3}),
+    ):
+        yield _check(f"a chain of 5, {name}", chain, items, learning, partition)
+    for name, learning in (("plain", PLAIN), ("momentum and dampening", MOMENTUM)):
+        yield _check(f"two skips, two readouts, {name}", lambda: seeded(Skips), items, learning, {})
+
+
+def _check(
+    name: str,
+    build: Callable[[], nn.Module],
+    items: int,
+    learning: Mapping[str, float],
+    partition: Mapping[str, int],
+) -> Check:
+    settings = Settings.model_validate(
+        {
+            "level": "backprop",
+            "dtype": "float64",
+            "learning": learning,
+            "partition": partition,
+            "metrics": {"window": 1},
+        }
+    )
+    what = f"{name}: losses and weights of {items} steps"
+    return Check(what, ORACLE, BOUND, lambda: _apart(build, items, settings))
+
+
+def _apart(build: Callable[[], nn.Module], items: int, settings: Settings) -> float:
+    """The largest difference between losses, and between weights at the end."""
+    own = build()
+    model = skip_graph(own) if isinstance(own, Skips) else own
+    result = train(model, Draws(items), settings)
+    plain = build()
+    curves = sgd(plain, Draws(items), settings.learning)
+    found = [torch.tensor([w.mean_loss for w in ws], dtype=F64) for ws in result.windows.values()]
+    pairs = list(zip(found, curves, strict=True))
+    if isinstance(model, Graph):
+        weights = {f"{b}.{k}": t for b, s in result.blocks.items() for k, t in s.theta.items()}
+    else:
+        weights = dict(result.model.named_parameters())
+    pairs += [(weights[key], p) for key, p in plain.named_parameters()]
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def sgd(model: nn.Module, stream: Draws, learning: LearningSettings) -> list[Tensor]:
+    """Moves the weights of `model` item by item; the loss curve of each of its predictions."""
+    optimiser = torch.optim.SGD(
+        model.parameters(), learning.lr, learning.momentum, learning.dampening
+    )
+    curves: list[Sequence[float]] = []
+    for sample in stream.samples():
+        if not isinstance(sample.y, Tensor):
+            continue
+        predicted = model(sample.u)
+        predictions = predicted if isinstance(predicted, tuple) else (predicted,)
+        losses = torch.stack([functional.cross_entropy(p, sample.y) for p in predictions])
+        optimiser.zero_grad()
+        losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimiser.step()
+        curves.append(losses.tolist())
+    return list(torch.tensor(curves, dtype=F64).T)

@@ -1,0 +1,62 @@
+"""One row of `hamdist verify`: what is compared with what, and how far apart the two may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hamdist.errors import HamdistError
+
+# What a check may raise, to fail with the message as its reason: hamdist's own refusals, and what
+# comes from torch, from numpy or from a file that is none.
+FAULTS = (
+    HamdistError,
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A difference, and where it was found (or what was found on the way)."""
+
+    difference: float
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A check that has not run yet.
+
+    name: what is checked. oracle: what it is compared with. measure: runs both sides and returns
+    their difference (the largest absolute one, unless `name` says otherwise). bound: the largest
+    difference with which the check passes; 0 asks for equality to the bit.
+    """
+
+    name: str
+    oracle: str
+    bound: float
+    measure: Callable[[], float | Found]
+
+
+def reason(error: Exception) -> str:
+    """One line about `error`."""
+    first = str(error).strip().split("\n")[0]
+    if isinstance(error, HamdistError):
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def failure(name: str, error: Exception) -> Check:
+    """A check that fails with `error`."""
+
+    def measure() -> float:
+        raise error
+
+    return Check(name, "-", 0.0, measure)

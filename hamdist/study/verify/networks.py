@@ -1,0 +1,121 @@
+"""Small networks and streams for the checks, in float64, each drawn from a seed of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph import INPUT, BlockSpec, Combine, Graph
+from hamdist.dynamics.losses import cross_entropy
+from hamdist.streams.sample import Sample, SampleSpec
+
+FEATURES, CLASSES, BATCH = 6, 3, 4
+F64 = torch.float64
+
+T = TypeVar("T")
+
+
+def seeded(build: Callable[[], T], seed: int = 7) -> T:
+    """`build()` with torch's global generator seeded, and put back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def dense(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs, dtype=F64), nn.Tanh())
+
+
+def chain(width: int = 8, depth: int = 5) -> nn.Sequential:
+    """Linear, Tanh, ..., Linear: `depth` layers with weights."""
+
+    def build() -> nn.Sequential:
+        layers: list[nn.Module] = []
+        inputs = FEATURES
+        for _ in range(depth - 1):
+            layers += dense(inputs, width)
+            inputs = width
+        return nn.Sequential(*layers, nn.Linear(inputs, CLASSES, dtype=F64))
+
+    return seeded(build)
+
+
+class Skips(nn.Module):
+    """The network of `skip_graph` as one plain module, written down once more.
+
+    u: (B, FEATURES); returns the predictions of the readouts y and w, (B, CLASSES) each.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = dense(FEATURES, 5)
+        self.b = dense(5, 4)
+        self.c = dense(9, 4)
+        self.d = nn.Bilinear(4, 5, 6, dtype=F64)
+        self.y = nn.Linear(4, CLASSES, dtype=F64)
+        self.w = nn.Linear(6, CLASSES, dtype=F64)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.a(u)
+        c = self.c(torch.cat([a, self.b(a)], dim=1))
+        return self.y(c), self.w(self.d(c, a))
+
+
+def skip_graph(net: Skips) -> Graph:
+    """Two skips, edges of two ticks, a block that takes two arguments, two readouts."""
+    return Graph(
+        [
+            BlockSpec("a", net.a, (INPUT,)),
+            BlockSpec("b", net.b, ("a",), delays={"a": 2}),
+            BlockSpec("c", net.c, ("a", "b")),
+            BlockSpec("d", net.d, ("c", "a"), combine=Combine.ARGUMENTS),
+            BlockSpec("y", net.y, ("c",), loss=cross_entropy),
+            BlockSpec("w", net.w, ("d",), loss=cross_entropy),
+        ]
+    )
+
+
+def cycle_graph() -> Graph:
+    """A cycle b <-> c, a self-edge on c, a skip a -> d, an edge of three ticks."""
+    return seeded(
+        lambda: Graph(
+            [
+                BlockSpec("a", dense(FEATURES, 4), (INPUT,)),
+                BlockSpec("b", dense(7, 4), ("a", "c"), shape=(4,)),
+                BlockSpec("c", dense(7, 3), ("b", "c"), shape=(3,), delays={"b": 3}),
+                BlockSpec("d", nn.Linear(7, CLASSES, dtype=F64), ("a", "c"), loss=cross_entropy),
+            ]
+        )
+    )
+
+
+class Draws:
+    """`items` batches of random inputs and classes; the same ones whenever and wherever asked.
+
+    missing: items without a target. ends: sequences of `ends` items, the last one marked.
+    """
+
+    portable = True
+
+    def __init__(
+        self, items: int, *, seed: int = 3, missing: Collection[int] = (), ends: int | None = None
+    ) -> None:
+        self._items = items
+        self._seed = seed
+        self._missing = missing
+        self._ends = ends
+
+    @property
+    def spec(self) -> SampleSpec:
+        return SampleSpec((BATCH, FEATURES), F64, (BATCH,), torch.int64, CLASSES)
+
+    def samples(self) -> Iterator[Sample]:
+        random = torch.Generator().manual_seed(self._seed)
+        for n in range(self._items):
+            u = torch.randn(BATCH, FEATURES, generator=random, dtype=F64)
+            y = torch.randint(CLASSES, (BATCH,), generator=random)
+            last = self._ends is not None and n % self._ends == self._ends - 1
+            yield Sample(u, None if n in self._missing else y, end=last)

@@ -1,0 +1,189 @@
+"""Runs the checks of `hamdist verify`, topic by topic, and turns each into a row."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hamdist.errors import SettingsError
+from hamdist.study.verify import golden, own_model
+from hamdist.study.verify.check import FAULTS, Check, Found, failure, reason
+
+# Each is a module of this package with a function checks(full).
+TOPICS = {
+    "golden": "golden files",
+    "hamilton": "Hamilton's equations",
+    "backpropagation": "level backprop",
+    "gradient-descent": "gradient descent recovered (HL Appendix E)",
+    "bptt": "backpropagation through time",
+    "delay-free": "predictions without delay (HL Eq. 10)",
+    "reversible": "the reversible midpoint rule",
+    "digraphs": "graphs with cycles",
+    "speed": "from local to backpropagation",
+    "engines": "one process and Ray",
+}
+WITH_FILES = ("golden", "engines")  # checks(full, paths) with the golden files
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """checks: the checks of the topic, made one by one as they are asked for. answers: what is
+    found beside a difference is told where the check passes, too."""
+
+    name: str
+    title: str
+    checks: Callable[[bool], Generator[Check, None, None]]
+    answers: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A check that has run. difference: NaN where it could not be measured. note: of a failure,
+    where the difference is, or why there is none; of a topic that answers, what was found."""
+
+    topic: str
+    name: str
+    oracle: str
+    difference: float
+    bound: float
+    passed: bool
+    seconds: float
+    note: str = ""
+
+
+def topics(only: Sequence[str], folder: Path | None) -> list[Topic]:
+    """The topics named in `only` (none: all), in their order; golden files come from `folder`.
+
+    Raises SettingsError for an unknown name, and for a folder without golden files.
+    """
+    wrong = [name for name in only if name not in TOPICS]
+    if wrong:
+        raise SettingsError(
+            f"--only {wrong[0]!r} is no topic of verify; topics: {', '.join(TOPICS)}"
+        )
+    chosen = [name for name in TOPICS if name in only or not only]
+    paths = golden.files(folder or golden.shipped()) if set(WITH_FILES) & set(chosen) else []
+    return [
+        Topic(name, TOPICS[name], partial(_checks_of, name, paths if name in WITH_FILES else None))
+        for name in chosen
+    ]
+
+
+def own_model_topic(own: own_model.Own) -> Topic:
+    """What is asked about a user's own module."""
+
+    def checks(full: bool) -> Generator[Check, None, None]:  # noqa: ARG001
+        yield from own_model.checks(own)
+
+    return Topic("model", f"the model {own.name}", checks, answers=True)
+
+
+def _checks_of(
+    topic: str, paths: Sequence[Path] | None, full: bool
+) -> Generator[Check, None, None]:
+    # Only now: a topic may need what takes seconds to import.
+    module: Any = importlib.import_module(f"hamdist.study.verify.{topic.replace('-', '_')}")
+    checks: Iterator[Check] = module.checks(full) if paths is None else module.checks(full, paths)
+    yield from checks
+
+
+def run(
+    chosen: Iterable[Topic], full: bool, starting: Callable[[Topic, Check], None]
+) -> Iterator[Row]:
+    """Runs the checks; a row as soon as it is known. starting: called before each check.
+
+    What a check raises is the reason of its failure; only Ctrl-C ends the run.
+    """
+    with _noticing_interrupts() as interrupted:
+        for topic in chosen:
+            with closing(_checks(topic, full)) as checks:
+                for check in checks:
+                    starting(topic, check)
+                    row = _row(topic, check)
+                    if interrupted():
+                        raise KeyboardInterrupt
+                    yield row
+
+
+@contextmanager
+def _noticing_interrupts() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether Ctrl-C was pressed. A run inside a check takes the first
+    one for itself, and ends early as if all were well. Outside the main thread it sees none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    reading, writing = socket.socketpair()
+    reading.setblocking(False)
+    writing.setblocking(False)
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+
+    def interrupted() -> bool:
+        try:
+            return signal.SIGINT in reading.recv(4096)
+        except BlockingIOError:
+            return False
+
+    try:
+        yield interrupted
+    finally:
+        signal.set_wakeup_fd(before)
+        reading.close()
+        writing.close()
+
+
+def _checks(topic: Topic, full: bool) -> Generator[Check, None, None]:
+    """The topic's checks; where they cannot be made, one that says so."""
+    try:
+        with closing(topic.checks(full)) as checks:
+            yield from checks
+    except FAULTS as error:
+        yield failure(f"{topic.title}: the checks can be made", error)
+
+
+def _row(topic: Topic, check: Check) -> Row:
+    begin = time.perf_counter()
+    try:
+        measured = check.measure()
+    except FAULTS as error:
+        measured = Found(math.nan, reason(error))
+    found = measured if isinstance(measured, Found) else Found(float(measured), "")
+    passed = found.difference <= check.bound  # never for NaN
+    return Row(
+        topic=topic.name,
+        name=check.name,
+        oracle=check.oracle,
+        difference=found.difference,
+        bound=check.bound,
+        passed=passed,
+        seconds=time.perf_counter() - begin,
+        note=found.where if topic.answers or not passed else "",
+    )
+
+
+def to_json(rows: Iterable[Row]) -> str:
+    """{"rows": [{"name", "oracle", "difference", "bound", "passed"}]}, with "note" where a row has
+    one. A difference that is no finite number is null."""
+    entries = []
+    for row in rows:
+        entry: dict[str, Any] = {
+            "name": row.name,
+            "oracle": row.oracle,
+            "difference": row.difference if math.isfinite(row.difference) else None,
+            "bound": row.bound,
+            "passed": row.passed,
+        }
+        if row.note:
+            entry["note"] = row.note
+        entries.append(entry)
+    return json.dumps({"rows": entries}, indent=1, allow_nan=False)

@@ -1,0 +1,417 @@
+"""Golden files of Hamilton's equations tick by tick: any network of dense nodes, any order.
+
+Entry k of h, z, omega and theta is the value at t_k, before tick k; entry k of y, L and H' belongs
+to tick k itself. A node of the file is a block with a state; its output net is an output net, or,
+where it is the identity on one node, that node is a readout with a state.
+K: ticks, B: batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import Order, Settings
+from hamdist.dynamics.energy import Records, robust_hamiltonian
+from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.hold import HoldBlock
+from hamdist.dynamics.locality import Locality
+from hamdist.dynamics.losses import cross_entropy, mse
+from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.errors import SettingsError
+from hamdist.runtime.hold import HoldNode
+from hamdist.runtime.loop import run_loop
+from hamdist.runtime.mail import Mailroom
+from hamdist.runtime.nodes import make_node
+from hamdist.runtime.plan import Plan, make_plan
+from hamdist.runtime.source import SourceNode
+from hamdist.runtime.train import train
+from hamdist.streams.sample import Stream
+from hamdist.streams.wrap import from_iterable
+from hamdist.study.verify.check import Check, Found
+from hamdist.study.verify.golden import (
+    ORACLE,
+    ORDERS,
+    RTOL,
+    Array,
+    Data,
+    choice,
+    entry,
+    number,
+    tensor,
+    worst,
+)
+
+READOUT = "y"
+ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "linear": nn.Identity}
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node, or the output net: the names of its parents, its layers (outputs, activation)."""
+
+    name: str
+    parents: tuple[str, ...]
+    layers: tuple[tuple[int, str], ...]
+
+    @property
+    def keys(self) -> list[str]:
+        """Of its parameters, in the order of the module's."""
+        return [f"{self.name}.{i}.{part}" for i in range(len(self.layers)) for part in "Wb"]
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """A tick file, read: K ticks of a network of `nodes`, with the output net `out`."""
+
+    data: Data
+    nodes: tuple[_Node, ...]
+    out: _Node
+    dims: Mapping[str, int]
+    K: int
+    batch: int
+
+    @property
+    def state_readout(self) -> str | None:
+        """The node that is its own output, if there is no output net."""
+        alone = not self.out.layers and len(self.out.parents) == 1
+        return self.out.parents[0] if alone and self.out.parents[0] != INPUT else None
+
+    @property
+    def blocks(self) -> tuple[_Node, ...]:
+        return self.nodes if self.state_readout else (*self.nodes, self.out)
+
+    def width(self, node: _Node) -> int:
+        return sum(self.dims[p] for p in node.parents)
+
+    @property
+    def order(self) -> str:
+        return choice(self.data, "order", ORDERS)
+
+    @property
+    def classes(self) -> int | None:
+        """How many, where the loss is cross-entropy."""
+        wide = self.out.layers[-1][0] if self.out.layers else self.width(self.out)
+        return wide if choice(self.data, "loss", ("mse", "ce")) == "ce" else None
+
+
+def read_ticks(data: Data) -> Ticks:
+    """Raises SettingsError where the entries do not fit together."""
+    spec = json.loads(str(entry(data, "spec", ())))
+    K, batch, inputs = entry(data, "u").shape
+    nodes = tuple(_node(*node) for node in spec["nodes"])
+    dims = {INPUT: inputs, **{n.name: n.layers[-1][0] for n in nodes}}
+    ticks = Ticks(data, nodes, _node(READOUT, *spec["out"]), dims, K, batch)
+    for node in nodes:
+        for q in ("h", "z"):
+            entry(data, f"{q}.{node.name}", (K + 1, batch, dims[node.name]))
+    for node in (*nodes, ticks.out):
+        wide = ticks.width(node)
+        for i, (outputs, _) in enumerate(node.layers):
+            for part, shape in (("W", (outputs, wide)), ("b", (outputs,))):
+                for q in ("th", "om"):
+                    entry(data, f"{q}.{node.name}.{i}.{part}", (K + 1, *shape))
+            wide = outputs
+    for key in ("yhat", "tau", "phi"):
+        if len(entry(data, key, None if key == "yhat" else (K,))) != K:
+            raise SettingsError(f"entry {key!r} has {len(data[key])} ticks, u has {K}")
+    if "mask_node" in data and not np.isin(entry(data, "mask_node", (K, len(nodes))), (0, 1)).all():
+        raise SettingsError("entry 'mask_node' holds something else than 0 and 1")
+    return ticks
+
+
+def _node(name: str, parents: Sequence[str], layers: Sequence[tuple[int, str]]) -> _Node:
+    for _, activation in layers:
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise SettingsError(f"node {name!r} has the activation {activation!r}; known: {known}")
+    return _Node(name, tuple(parents), tuple((int(n), a) for n, a in layers))
+
+
+def module(layers: Sequence[tuple[int, str]], inputs: int) -> nn.Sequential:
+    """A chain of dense layers in float64, each with its activation."""
+    chain: list[nn.Module] = []
+    for outputs, activation in layers:
+        chain += [nn.Linear(inputs, outputs, dtype=torch.float64), ACTIVATIONS[activation]()]
+        inputs = outputs
+    return nn.Sequential(*chain)
+
+
+def _graph(ticks: Ticks) -> Graph:
+    loss = mse if ticks.classes is None else cross_entropy
+    blocks = []
+    for node in ticks.blocks:
+        own = module(node.layers, ticks.width(node))
+        for key, weight in zip(node.keys, own.parameters(), strict=True):
+            weight.data = tensor(ticks.data[f"th.{key}"][0])
+        is_state = node is not ticks.out
+        reads = node.name == ticks.state_readout or not is_state
+        blocks.append(
+            BlockSpec(
+                node.name,
+                own,
+                node.parents,
+                loss=loss if reads else None,
+                state=is_state and reads,
+                shape=(ticks.dims[node.name],) if is_state else None,
+            )
+        )
+    return Graph(blocks)
+
+
+def _settings(ticks: Ticks, held: int, **more: Any) -> Settings:
+    """held: ticks that a sample is shown; above 1 the blocks move one after the other."""
+    moving = {"moves": "layer-by-layer", "speed": "depth"} if held > 1 else {}
+    dynamics: dict[str, Any] = {
+        "tau": {"values": ticks.data["tau"].tolist()},
+        "phi": {"values": ticks.data["phi"].tolist()},
+        "c": number(ticks.data, "c"),
+        "eta": number(ticks.data, "eta"),
+        "sign": int(number(ticks.data, "s")),
+        "limit": 1e300,
+        **_betas(ticks),
+    }
+    order = ticks.order.replace("_", "-")
+    return Settings.model_validate(
+        {
+            "level": "local",
+            "dtype": "float64",
+            "locality": {"order": order, "target": "current", "readout": "state", **moving},
+            "dynamics": dynamics,
+            "metrics": {"record": "trajectory"},
+            **more,
+        }
+    )
+
+
+def _betas(ticks: Ticks) -> dict[str, Any]:
+    """`beta`, and what single parameters have otherwise."""
+    data = ticks.data
+    if not any(key.startswith("beta.") for key in data):
+        return {"beta": number(data, "beta")}
+    blocks = {}
+    for node in ticks.blocks:
+        names = [f"{2 * i}.{part}" for i in range(len(node.layers)) for part in ("weight", "bias")]
+        rates = {}
+        for name, key in zip(names, node.keys, strict=True):
+            own = f"beta.{key}"
+            rates[name] = number(data, own if own in data else "beta")
+        blocks[node.name] = {"beta": rates}
+    return {"beta": 0.0, "blocks": blocks}
+
+
+def _held(ticks: Ticks, graph: Graph) -> int:
+    """Ticks that a sample is shown if the mask is that of HL Eq. 10 for this graph, else 1."""
+    nu = len(ticks.nodes)
+    mask = ticks.data.get("mask_node")
+    if mask is None or nu < 2 or not ticks.state_readout or not graph.acyclic:
+        return 1
+    depths = [graph.depths[n.name] for n in ticks.nodes]
+    one_by_one = np.equal.outer(np.arange(ticks.K) % nu, depths)
+    firsts = np.arange(ticks.K) // nu * nu
+    shown = all(np.array_equal(ticks.data[q], ticks.data[q][firsts]) for q in ("u", "yhat"))
+    return nu if shown and np.array_equal(mask, one_by_one) else 1
+
+
+class _Masked(HoldSchedule):
+    """A held schedule in which the blocks move when a mask (K, nodes) says so."""
+
+    def __init__(self, graph: Graph, knobs: Locality, mask: Mapping[str, Array]) -> None:
+        super().__init__(graph, knobs)
+        self._mask = mask
+
+    def moves(self, block: str, tick: int) -> bool:
+        column = self._mask.get(block)
+        return column is None or tick >= len(column) or bool(column[tick])
+
+
+def _planned(ticks: Ticks, **more: Any) -> tuple[Graph, Plan, Stream, Settings]:
+    """The run of a file. Behind its K ticks the last sample is shown once more, so that every block
+    comes to t_K."""
+    graph = _graph(ticks)
+    held = _held(ticks, graph)
+    settings = _settings(ticks, held, **more)
+    u, y = tensor(ticks.data["u"])[::held], tensor(ticks.data["yhat"])[::held]
+    samples = list(zip([*u, u[-1]], [*y, y[-1]], strict=True))
+    stream = from_iterable(samples, classes=ticks.classes)
+    plan = make_plan(graph, settings, stream.spec)
+    mask = ticks.data.get("mask_node")
+    if mask is not None and held == 1:
+        columns = {n.name: mask[:, i] for i, n in enumerate(ticks.nodes)}
+        plan = replace(plan, schedule=_Masked(graph, plan.knobs, columns))
+    return graph, plan, stream, settings
+
+
+class Watch:
+    """A node whose omega and theta are kept at every t_k.
+
+    In the sequential order they move when z_{k+1} is complete, which is at the start of tick k + 1.
+    """
+
+    def __init__(self, node: HoldNode, *, sequential: bool) -> None:
+        self.node = node
+        self.name = node.name
+        self.late = node.late
+        self.omega: list[list[Tensor]] = []
+        self.theta: list[list[Tensor]] = []
+        self.tick = node.tick
+        self._after = sequential and isinstance(node.block, HoldBlock)
+
+    def start(self) -> None:
+        self.node.start()
+
+    def step(self) -> None:
+        if not self._after:
+            self._keep()
+        self.node.step()
+        self.tick = self.node.tick
+        if self._after:
+            self._keep()
+
+    def _keep(self) -> None:
+        weights = self.node.block.weights
+        self.omega.append([o.clone() for o in weights.omega])
+        self.theta.append([t.clone() for t in weights.theta])
+
+
+def watched(plan: Plan, name: str, mail: Mailroom) -> Watch:
+    node = make_node(plan, name, mail)
+    if not isinstance(node, HoldNode):
+        raise TypeError(f"block {name!r} is not one that steps in every tick")
+    return Watch(node, sequential=plan.knobs.order is Order.SEQUENTIAL)
+
+
+def run_ticks(ticks: Ticks) -> dict[str, Array]:
+    """hamdist's own trajectories, under the names of the file's entries; `L` holds phi L."""
+    _, plan, stream, _ = _planned(ticks)
+    mail = Mailroom({INPUT, *plan.graph.blocks})
+    watches = [watched(plan, b.name, mail) for b in ticks.blocks]
+    for watch, node in zip(watches, ticks.blocks, strict=True):
+        block = watch.node.block
+        if isinstance(block, HoldBlock):
+            block.h = tensor(ticks.data[f"h.{node.name}"][0])
+            block.z = tensor(ticks.data[f"z.{node.name}"][0])
+        block.weights.omega = [tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
+    run_loop([SourceNode(plan, stream, mail), *watches])
+    made = recorded(ticks, {w.name: w.node.records() for w in watches})
+    for watch, node in zip(watches, ticks.blocks, strict=True):
+        for i, key in enumerate(node.keys):
+            made[f"om.{key}"] = _first(ticks.K + 1, [o[i] for o in watch.omega])
+            made[f"th.{key}"] = _first(ticks.K + 1, [t[i] for t in watch.theta])
+    return made
+
+
+def begins_at_rest(ticks: Ticks) -> bool:
+    """Whether a run of its own repeats the file: h, z and omega begin at zero, and the blocks move
+    as settings can say."""
+    costates = [f"om.{key}" for node in ticks.blocks for key in node.keys]
+    starts = [*costates, *(f"{q}.{node.name}" for q in ("h", "z") for node in ticks.nodes)]
+    if any(ticks.data[key][0].any() for key in starts):
+        return False
+    return "mask_node" not in ticks.data or _held(ticks, _graph(ticks)) > 1
+
+
+def energies_through(ticks: Ticks, engine: Mapping[str, Any]) -> Found:
+    """The distance of h, z, y, L and H' as an engine records them."""
+    graph, _, stream, settings = _planned(ticks, engine=engine)
+    found = recorded(ticks, train(graph, stream, settings).records)
+    return compared(found, expected(ticks))
+
+
+def _first(n: int, values: Sequence[Tensor]) -> Array:
+    return np.stack([v.numpy() for v in values[:n]])
+
+
+def recorded(ticks: Ticks, found: Mapping[str, Records | None]) -> dict[str, Array]:
+    """h, z, y, phi L and H' out of what the blocks recorded."""
+    records = {name: r for name, r in found.items() if r is not None}
+    made: dict[str, Array] = {}
+    for node in ticks.nodes:
+        own = records[node.name]
+        for q, values in (("h", own.h), ("z", own.z)):
+            if values is not None:
+                made[f"{q}.{node.name}"] = values[: ticks.K + 1].numpy()
+    readout = records[ticks.state_readout or READOUT]
+    if readout.prediction is not None:
+        made["y"] = readout.prediction[: ticks.K].numpy()
+    made["L"] = readout.loss[: ticks.K].numpy()
+    made["Hp"] = robust_hamiltonian(records)[1][: ticks.K].numpy()
+    return made
+
+
+def expected(ticks: Ticks) -> dict[str, Array]:
+    """The file's own trajectories; `L` as phi L."""
+    wanted = {
+        key: array
+        for key, array in ticks.data.items()
+        if key in ("y", "Hp") or key.partition(".")[0] in ("h", "z", "om", "th")
+    }
+    if "L" in ticks.data:
+        wanted["L"] = ticks.data["phi"] * entry(ticks.data, "L", (ticks.K,))
+    return wanted
+
+
+def compared(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Found:
+    """The largest distance over the entries that both have."""
+    return worst({key: (found[key], wanted[key]) for key in wanted if key in found})
+
+
+def golden(data: Data, name: str) -> list[Check]:
+    """The checks of a tick file."""
+    return tick_checks(data, name, ORACLE)
+
+
+def tick_checks(data: Data, name: str, oracle: str) -> list[Check]:
+    """The checks of a tick file's entries, of which `oracle` made the trajectories."""
+    ticks = read_ticks(data)
+    made = [
+        Check(
+            f"{name}: every tick (relative)",
+            f"{oracle}: h, z, ω, θ, y, L, H'",
+            RTOL,
+            lambda: compared(run_ticks(ticks), expected(ticks)),
+        )
+    ]
+    if any(key.startswith("bp_") for key in data):
+        made.append(
+            Check(
+                f"{name}: states, costates, gradients (relative)",
+                "golden file: those of backpropagation",
+                RTOL,
+                lambda: _static(ticks, run_ticks(ticks)),
+            )
+        )
+    return made
+
+
+def _static(ticks: Ticks, found: Mapping[str, Array]) -> Found:
+    """Static input, eta = beta = 0, c tau = 1, a chain of nu blocks: exact from tick
+
+        h_l: l      z_l: 2 nu + 1 - l, sequential 2 nu - l      omega's increment: that of z_l
+
+    (in the simultaneous order omega_{k+1} uses z_k, in the sequential order z_{k+1}).
+    """
+    data, nu = ticks.data, len(ticks.nodes)
+    sequential = ticks.order == "sequential"
+    scale = (data["tau"] * data["phi"])[0]
+    pairs: dict[str, tuple[Array, Array]] = {}
+    for depth, node in enumerate(ticks.nodes, start=1):
+        z_from = 2 * nu + 1 - depth - sequential
+        h, z = found[f"h.{node.name}"][depth:], found[f"z.{node.name}"][z_from:]
+        pairs[f"h.{node.name}"] = _same(h, entry(data, f"bp_h.{node.name}"))
+        delta = entry(data, f"bp_delta.{node.name}")
+        pairs[f"c z.{node.name}"] = _same(number(data, "c") * z / data["phi"][0], delta)
+        for key in node.keys:
+            steps = np.diff(found[f"om.{key}"], axis=0)[z_from - sequential :] / scale
+            pairs[f"d omega.{key}"] = _same(steps, entry(data, f"bp_grad.{key}"))
+    return worst(pairs)
+
+
+def _same(found: Array, expected: Array) -> tuple[Array, Array]:
+    return found, np.broadcast_to(expected, found.shape)
