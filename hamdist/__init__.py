@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hamdist.api import train
     from hamdist.config import Level, Settings
     from hamdist.dynamics.graph import BlockSpec, Combine, Graph
+    from hamdist.dynamics.recurrent import Reads, RecurrentCell
     from hamdist.dynamics.reversible import (
         Coupling,
         MeanHalf,
@@ -37,6 +38,8 @@ __all__ = [
     "MeanHalf",
     "Midpoint",
     "MidpointStart",
+    "Reads",
+    "RecurrentCell",
     "RunResult",
     "SecondHalf",
     "Settings",
@@ -57,6 +60,8 @@ _HOMES = {
     "MeanHalf": "hamdist.dynamics.reversible",
     "Midpoint": "hamdist.dynamics.reversible",
     "MidpointStart": "hamdist.dynamics.reversible",
+    "Reads": "hamdist.dynamics.recurrent",
+    "RecurrentCell": "hamdist.dynamics.recurrent",
     "RunResult": "hamdist.runtime.result",
     "SecondHalf": "hamdist.dynamics.reversible",
     "Settings": "hamdist.config",

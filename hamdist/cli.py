@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -266,10 +267,10 @@ def _run(settings: Settings, model_name: str | None, out: Path | None) -> None:
 
     from hamdist.study.runs import run_level
 
-    with _Display() as display:
+    with _Display() as display, _warning_at_once(display.say) as said:
         show = display.watch(f"{own.name}, {own.level.value}", own.stream.batch)
         result, model = run_level(own, factory=factory, on_progress=show)
-    _print_run(result, own)
+    _print_run(result, own, said)
     if out is not None:
         _save_run(out, result, model, own)
     if result.failure is not None:
@@ -462,7 +463,8 @@ def _save_run(out: Path, result: Run, model: nn.Module, settings: Settings) -> N
     _console().print(Text(f"Written to {out}"))
 
 
-def _print_run(result: Run, settings: Settings) -> None:
+def _print_run(result: Run, settings: Settings, said: list[str]) -> None:
+    """said: warnings that have been shown already."""
     from hamdist.study.table import run_facts
 
     table = Table(box=None, pad_edge=False, show_header=False, title_justify="left")
@@ -471,7 +473,7 @@ def _print_run(result: Run, settings: Settings) -> None:
         table.add_row(name, Text(value))
     _console().print(table)
     for warning in dict.fromkeys(result.warnings):
-        if warning != result.failure:
+        if warning != result.failure and warning not in said:
             _complain(f"Warning: {warning}")
 
 
@@ -624,7 +626,7 @@ class _Display:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(Text(text))
+        self._console.print(Text(text), soft_wrap=True)
 
     def watch(self, title: str, batch: int) -> OnProgress:
         """What to call with the progress of the run `title`."""
@@ -645,6 +647,20 @@ class _Display:
                 self.say(view.line)
 
         return show
+
+
+@contextmanager
+def _warning_at_once(say: Callable[[str], None]) -> Iterator[list[str]]:
+    """Inside, what Python is warned of is shown as our own warnings are. Yields what was shown."""
+    said: list[str] = []
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        said.append(str(message))
+        say(f"Warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield said
 
 
 def _console(*, stderr: bool = False) -> Console:

@@ -222,6 +222,7 @@ class ModelKind(str, Enum):
     RNN = "rnn"
     GRU = "gru"
     LSTM = "lstm"
+    TRACKER = "tracker"
 
 
 class DType(str, Enum):
@@ -241,12 +242,14 @@ Speed = Positive | Literal["inf", "depth"]
 
 class ModelSettings(_Section):
     """kind, width of the hidden layers, depth: number of layers that have weights (of rnn, gru and
-    lstm: of cells). tau: step of integration of `midpoint`."""
+    lstm: of cells). tau: step of integration of `midpoint`. width, bias of `tracker`: its neurons,
+    and whether they have one."""
 
     kind: ModelKind = ModelKind.MLP
     width: Positive = 128
     depth: Positive = 5
     tau: Above0 = 0.1
+    bias: bool = True
 
 
 class SmoothSettings(_Section):
@@ -371,7 +374,8 @@ class PartitionSettings(_Section):
 
 
 class LocalityOverrides(_Section):
-    """Knobs of locality; what is not given keeps the level's preset."""
+    """Knobs of locality; what is not given keeps the level's preset. truncation: how many of the
+    last samples of a sequence are gone through in reverse (level 'bptt'; not given: all)."""
 
     grouping: Grouping | None = None
     speed: Speed | None = None
@@ -418,9 +422,10 @@ class BlockDynamicsSettings(_Section):
 class DynamicsSettings(_Section):
     """Hamilton's equations (equations.md). tau in seconds, or `stamps`: the differences of the
     stream's time stamps; c in 1/seconds (default 1/tau), eta in 1/seconds (one for both costates,
-    or eta_z and eta_omega). tau and phi may change from tick to tick (phi in levels of presentation
-    'pulse': from sample to sample). What is not given follows from `learning`: beta = lr/tau, phi =
-    (1 - dampening)/tau, eta_omega = (1 - momentum)/tau, eta_z = 0.
+    or eta_z and eta_omega). tau and phi may change from tick to tick (phi where the presentation is
+    not 'hold': from sample to sample). What is not given follows from `learning`: beta = lr/tau,
+    phi = (1 - dampening)/tau, eta_omega = (1 - momentum)/tau, eta_z = 0; with presentation
+    'sequence' eta_omega = 0, and omega begins each way back with momentum times its value.
 
     weight_cost: r_w of the term r_w/2 |theta|^2 of the Hamiltonian (NILP). blocks: by name
     (patterns as in a shell), what single blocks have otherwise. limit: of the norm of a block's h

@@ -16,6 +16,9 @@
                    cell0 ...     nn.RNNCell (tanh), nn.GRUCell, nn.LSTMCell over one another
                    readout       y = h W + b of the last cell's h
 
+    tracker        fully connected neurons, the first of which follows the target: no input
+                   (dynamics/tracker.py)
+
 LN is a layer norm without affine weights, eps = 1e-3. W ~ N(0, 2/fan_in), in the last layer
 N(0, 1/fan_in); b = 0. L (`depth`) counts the layers that have weights. Of rnn, gru and lstm it
 counts the cells, and the weights are drawn as torch does it.
@@ -38,11 +41,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import ModelKind, ModelSettings
+from hamdist.config import ModelKind, ModelSettings, PartitionSettings
 from hamdist.dynamics.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.losses import LossFunction
 from hamdist.dynamics.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.reversible import Coupling, MidpointStart
+from hamdist.dynamics.tracker import tracker
 from hamdist.errors import SettingsError
 from hamdist.streams.sample import SampleSpec
 
@@ -121,12 +125,17 @@ def make_model(
 
     `seed` alone decides the weights, up to rounding to `dtype`; torch's global generator is
     neither read nor moved. Raises SettingsError where model and stream cannot fit, and for a kind
-    that `make_recurrent` makes.
+    that `make_recurrent` or `make_tracker` makes.
     """
     if settings.kind in CELLS:
         raise SettingsError(
             f"model.kind: {settings.kind.value} has a memory from sample to sample, which only "
             "`hamdist run` at level 'bptt' trains; choose another kind"
+        )
+    if settings.kind is ModelKind.TRACKER:
+        raise SettingsError(
+            "model.kind: a tracker has no input and no layers, which only `hamdist run` at level "
+            "'local' trains; choose another kind"
         )
     inputs, outputs = _features(settings, spec)
     _check_depth(settings)
@@ -280,6 +289,34 @@ def _reversible(layers: list[nn.Linear], settings: ModelSettings) -> nn.Sequenti
         f = nn.Sequential(layer, nn.Tanh())
         hidden.append(Coupling(f, 2 * settings.tau) if hidden else MidpointStart(f, settings.tau))
     return nn.Sequential(InputBlock(layers[0]), *hidden, OutputBlock(layers[-1]))
+
+
+def make_tracker(
+    settings: ModelSettings,
+    spec: SampleSpec,
+    partition: PartitionSettings,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+) -> Graph:
+    """A tracker of `width` neurons in `partition.blocks` slices (1 unless given).
+
+    Raises SettingsError where it cannot be cut so, and for targets that are not one real value.
+    """
+    if spec.targets is not None or spec.classes is not None or spec.y_shape != (spec.batch, 1):
+        raise SettingsError(
+            "model.kind: a tracker follows one real value, which these targets are not; use "
+            "stream.source signal"
+        )
+    n, blocks = settings.width, partition.blocks or 1
+    if partition.cuts is not None or blocks > n:
+        raise SettingsError(
+            f"partition: a tracker of {n} neurons (model.width) has no modules to cut at, but can "
+            f"be cut into 'partition.blocks' of 1 to {n} slices"
+        )
+    return tracker(
+        n, bias=settings.bias, seed=seed, dtype=dtype, blocks=blocks, delay=partition.delay
+    )
 
 
 def load_factory(name: str) -> ModelFactory:

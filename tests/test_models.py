@@ -73,7 +73,9 @@ def test_mlp_is_the_formula(spec: SampleSpec) -> None:
 def test_shapes(kind: ModelKind, spec: SampleSpec, outputs: int) -> None:
     model = build(kind, spec, depth=5)
     shapes = [(layer.in_features, layer.out_features) for layer in linears(model)]
-    assert shapes == [(F, 7), (7, 7), (7, 7), (7, 7), (7, outputs)]
+    paired = kind in (ModelKind.REVERSIBLE_MLP, ModelKind.MIDPOINT)
+    first, last = 14 if kind is ModelKind.REVERSIBLE_MLP else 7, 14 if paired else 7
+    assert shapes == [(F, first), (7, 7), (7, 7), (7, 7), (last, outputs)]
     assert model(torch.zeros(spec.u_shape, dtype=torch.float64)).shape == (B, outputs)
 
 

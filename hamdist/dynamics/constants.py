@@ -78,7 +78,7 @@ class Dynamics:
     betas: tuple[tuple[str, float], ...] = ()
     weight_cost: float = 0.0
     momentum: float = 0.0
-    reset: ResetSettings = field(default_factory=ResetSettings)
+    reset: ResetSettings = field(default_factory=lambda: ResetSettings(h=Reset.NEVER))
     limit: float = math.inf
     blocks: Mapping[str, BlockDynamicsSettings] = field(default_factory=dict)
 

@@ -56,7 +56,8 @@ class Edge:
 class BlockSpec:
     """One block: f(h_parents; theta) and where its inputs come from.
 
-    parents: names in the order in which the module takes them; `u` is the stream's input.
+    parents: names in the order in which the module takes them; `u` is the stream's input. The
+    block itself, or one listed behind it, is read in a sequence as it was at the token before.
     delays: ticks of the edge from a parent, where it is not 1.
     loss: makes the block a readout. Without `state` a readout is an output net (HL Eq. 4): it
     predicts from its parents' states and has none of its own; with `state` it is a state block and
@@ -291,6 +292,17 @@ class Graph:
         """Blocks that no chain of edges, in either direction, joins with the input."""
         ways = [(e.parent, e.child) for e in self.edges]
         return self.blocks.keys() - _reach([INPUT], [*ways, *((b, a) for a, b in ways)])
+
+    def parameters(self) -> dict[str, list[str]]:
+        """The names of the weights by block, those of an output module behind `output:`."""
+        names = {}
+        for block in self.blocks.values():
+            own = [n for n, p in block.module.named_parameters() if p.requires_grad]
+            if block.output is not None:
+                outer = block.output.named_parameters()
+                own += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
+            names[block.name] = own
+        return names
 
     def recurrent(self, edge: Edge) -> bool:
         """Whether `edge` leads from a block to itself or to one listed before it: in a sequence it

@@ -81,7 +81,7 @@ def _check_evaluations(block: BlockSpec) -> None:
     """Both passes evaluate the same function, and twice is the same as once."""
     name = f"memory 'reversible': block {block.name!r} has "
     for part in random_parts(block.module):
-        if part.training:
+        if part.training and getattr(part, "p", None) != 0:
             raise LevelError(
                 f"{name}a {type(part).__name__}, which would draw other numbers when the state is "
                 "recomputed; leave it out, or use level 'backprop'"
@@ -164,7 +164,7 @@ def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[Rec
     found = []
     for chain in _chains(graph, reversible):
         start = _before(graph, graph.blocks[chain[0]], u)
-        x = start
+        x = start.clone()  # which a user's module might write to
         for name in chain:
             with torch.random.fork_rng(devices=[]):
                 x = _evaluated(graph.blocks[name], x)

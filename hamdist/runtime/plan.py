@@ -21,7 +21,7 @@ from hamdist.config import (
     TargetOf,
 )
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
-from hamdist.dynamics.graph import OUTPUT_KEY, Graph, ShapeMap
+from hamdist.dynamics.graph import Graph, ShapeMap
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import cross_entropy, mse
 from hamdist.dynamics.rewind import reversible_blocks
@@ -85,7 +85,7 @@ def make_plan(
     """
     knobs = make_locality(settings.level, settings.locality)
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
-    check_names(dynamics, _parameters(graph))
+    check_names(dynamics, graph.parameters())
     shapes = graph.shapes(spec.u_shape, spec.u_dtype)
     _check_predictions(graph, shapes, spec)
     schedule: Schedule
@@ -95,6 +95,13 @@ def make_plan(
         schedule = make_schedule(graph, knobs)
     _check_resets(graph, schedule, dynamics, knobs)
     rewinds = knobs.memory is Memory.REVERSIBLE
+    started = [b.name for b in graph.blocks.values() if b.initial is not None]
+    if started and not knobs.hold:
+        raise LevelError(
+            f"block {started[0]!r} has an initial state, but with presentation "
+            f"{knobs.presentation.value!r} a state begins with a sample or a sequence; use a level "
+            "of presentation 'hold'"
+        )
     if settings.metrics.record is not None and not knobs.hold:
         raise LevelError(
             f"metrics.record {settings.metrics.record.value!r} with presentation "
@@ -124,17 +131,6 @@ def make_plan(
         follows_lr=settings.dynamics.beta is None,
         reversible=reversible_blocks(graph, shapes) if rewinds else frozenset(),
     )
-
-
-def _parameters(graph: Graph) -> dict[str, list[str]]:
-    """The names of the weights by block, as `dynamics.blocks` knows them."""
-    names = {}
-    for block in graph.blocks.values():
-        own = [n for n, p in block.module.named_parameters() if p.requires_grad]
-        if block.output is not None:
-            own += [OUTPUT_KEY + n for n, p in block.output.named_parameters() if p.requires_grad]
-        names[block.name] = own
-    return names
 
 
 def _check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Locality) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hamdist.config import EngineKind, Readout, Settings
 from hamdist.dynamics.constants import Course
+from hamdist.dynamics.cycles import dissipation_warnings
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.locality import make_locality
 from hamdist.dynamics.losses import LossFunction, make_loss
@@ -26,6 +27,8 @@ from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_plan
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.streams.sample import SampleSpec, Stream
+
+LONG_SEQUENCE = 1000
 
 
 class Engine(Protocol):
@@ -58,18 +61,21 @@ def train(
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
         plan = make_plan(graph, settings, stream.spec, phi=phi)
-        drift = drift_warnings(plan.graph, plan.reversible, _example(stream.spec))
-        for text in drift:
+        told = drift_warnings(plan.graph, plan.reversible, _example(stream.spec))
+        if plan.knobs.hold:
+            told += dissipation_warnings(plan.graph, plan.dynamics)
+        for text in told:
             warnings.warn(text, stacklevel=3)
         try:
             outcome = make_engine(settings).run(plan, stream, on_progress)
         except DivergedError as error:
             failure = explained(error, plan)
             if error.outcome is not None:
+                error.outcome.warnings[:0] = told
                 initial = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
                 failure.result = _diverged(initial, plan, failure)
             raise failure from None
-        outcome.warnings[:0] = drift
+        outcome.warnings[:0] = told
         return _result(graph, plan, outcome)
 
 
@@ -124,6 +130,7 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome) -> RunResult:
             *outcome.warnings,
             *smoothness_warnings(plan, outcome.smoothness),
             *loss_warnings(outcome),
+            *sequence_warnings(plan, outcome),
         ],
     )
 
@@ -180,6 +187,18 @@ def loss_warnings(outcome: Outcome) -> list[str]:
     if outcome.samples and not any(outcome.windows.values()):
         return ["no sample had a target when it reached a readout, so nothing was learned"]
     return []
+
+
+def sequence_warnings(plan: Plan, outcome: Outcome) -> list[str]:
+    """Says so where nothing in the stream marks the end of a sequence."""
+    updates = max((block.updates for block in outcome.blocks.values()), default=0)
+    if not plan.knobs.sequence or updates > 1 or outcome.samples < LONG_SEQUENCE:
+        return []
+    return [
+        f"the whole run was one sequence of {outcome.samples} samples, so the weights moved once, "
+        "at its end: mark the last sample of every sequence (Sample.end), use a stream that does "
+        "(source 'sequences' with sequences.view 'tokens'), or another level"
+    ]
 
 
 def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:

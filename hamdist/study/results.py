@@ -62,9 +62,9 @@ def _records(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def run_summary(run: Run) -> dict[str, Any]:
-    """A run without its windows."""
-    record = dataclasses.asdict(run)
-    del record["windows"], record["window_seconds"]
+    """A run without its windows and records."""
+    record = dataclasses.asdict(dataclasses.replace(run, windows=(), records={}))
+    del record["windows"], record["window_seconds"], record["records"]
     record["samples_per_second"] = run.rows_per_second
     return record
 

@@ -5,6 +5,7 @@ Everything that a comparison needs of a run is in a `Run`; the trained model com
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,19 +13,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from hamdist.config import DType, Settings, Source, View
+from hamdist.config import DType, ModelKind, Settings, Source, View
+from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import make_loss
 from hamdist.dynamics.metrics import Window
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.errors import DivergedError, SettingsError
-from hamdist.models import CELLS, ModelFactory, make_from_factory, make_model, make_recurrent
+from hamdist.models import (
+    CELLS,
+    ModelFactory,
+    make_from_factory,
+    make_model,
+    make_recurrent,
+    make_tracker,
+)
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.train import train
 from hamdist.streams import held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.baseline import CENTRALISED, train_centralised
 from hamdist.study.evaluate import Scores, evaluate, evaluate_sequences
+from hamdist.study.tracking import Tracking, advice, tracking
 
 PYTORCH = "pytorch"
 TIMELINE_LIMIT = 4096
@@ -42,6 +52,7 @@ class Run:
     window_seconds: when each window's last item had entered, counted as `seconds` is.
     held_out: None after an interruption or a failure, and for streams without held-out part.
     failure: how the run left the finite range, if it did; its model has the weights from before.
+    tracking: how well a real-valued target was followed, where its course was recorded.
     The rest is as in RunResult.
     """
 
@@ -65,6 +76,8 @@ class Run:
     interrupted: bool = False
     failure: str | None = None
     warnings: Sequence[str] = field(default_factory=tuple)
+    tracking: Tracking | None = None
+    records: Mapping[str, Records] = field(default_factory=dict)
 
     @property
     def rows_per_second(self) -> float:
@@ -126,6 +139,9 @@ def _run(
     dtype = torch_dtype(settings.dtype)
     stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
     model = _build(settings, stream.spec, factory, dtype)
+    told = advice(settings)
+    for text in told:
+        warnings.warn(text, stacklevel=3)
     timeline = Timeline(on_progress)
     failure: str | None = None
     try:
@@ -158,7 +174,9 @@ def _run(
         stored=result.stored,
         interrupted=result.interrupted,
         failure=failure,
-        warnings=tuple(result.warnings),
+        warnings=(*told, *result.warnings),
+        tracking=tracking(result.records, settings),
+        records=result.records,
     )
     return run, result.model
 
@@ -190,6 +208,9 @@ def _build(
             )
         loss = make_loss(settings.loss)
         return make_recurrent(settings.model, spec, loss, seed=settings.seed, dtype=dtype)
+    if settings.model.kind is ModelKind.TRACKER:
+        partition = settings.partition
+        return make_tracker(settings.model, spec, partition, seed=settings.seed, dtype=dtype)
     return make_model(settings.model, spec, seed=settings.seed, dtype=dtype)
 
 

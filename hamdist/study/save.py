@@ -22,10 +22,13 @@ from hamdist.study.results import (
 )
 from hamdist.study.runs import Run
 from hamdist.study.table import comparison_table
+from hamdist.study.tracking import records_npz
+from hamdist.study.tracking_plots import record_plots
 
 
 def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
-    """metrics.jsonl, summary.json, settings.yaml and model.safetensors (the `state_dict`).
+    """metrics.jsonl, summary.json, settings.yaml and model.safetensors (the `state_dict`); of a run
+    with `metrics.record` also records.npz and its plots.
 
     Raises SettingsError where a file cannot be written.
     """
@@ -36,6 +39,10 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
         key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
     }
     write_file(folder / "model.safetensors", save(tensors))
+    if run.records:
+        write_file(folder / "records.npz", records_npz(run.records, settings))
+        for name, png in record_plots(run.records, settings).items():
+            write_file(folder / name, png)
     write_file(folder / "summary.json", summary_json(run))
 
 

@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from hamdist.config import TargetOf
 from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import cross_entropy
 from hamdist.errors import GraphError
-from hamdist.study.speed_streams import F64, StreamKind, TimedStream, Values, timed_stream
+from hamdist.study.speed_streams import F64, TimedStream, Values
 from hamdist.study.speed_watch import Backprop, Block, flat, frozen, in_float64, omegas, watch
 
 CYCLE_HOPS = 200  # hops that count on a cycle, where a signal never ends
@@ -76,6 +77,7 @@ def as_network(graph: Graph, input_shape: Sequence[int], batch: int = 4) -> Netw
     return Network(own, values, backprop)
 
 
+@cache
 def ticks_to_settle(hops: int, c_tau: float, share: float) -> int:
     """The smallest k with P[ Binomial(k, c tau) < hops ] <= share: a signal moves on with
     probability c tau in a tick, and has come through when it has moved `hops` times."""
@@ -155,28 +157,3 @@ def one_minus_cos(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
         apart = float((f / sizes[0] - e / sizes[1]).square().sum()) / 2 if pointing else 1.0
         angles.append(apart)
     return sum(angles) / len(angles)
-
-
-def speed_within(
-    graph: Graph,
-    input_shape: Sequence[int],
-    tolerance: float = 0.01,
-    *,
-    batch: int = 4,
-    seed: int = 0,
-    speeds: Sequence[float] = TRIED,
-) -> float | None:
-    """The smallest of `speeds` (hops per second; the smooth stream moves at about 1 rad/s) at which
-    the gradients of level `local` are within `tolerance` of backpropagation's, relatively; None
-    where at none of them.
-
-    input_shape: without the batch. Raises GraphError where the graph does not take it.
-    """
-    network = as_network(graph, input_shape, batch)
-    stream = timed_stream(StreamKind.SMOOTH, network.values, seed)
-    exact = exact_gradients(network, stream)
-    for c in sorted(speeds):
-        found, _ = local_gradients(network, stream, c, 1.0, TargetOf.SAMPLE)
-        if relative_error(found, exact) <= tolerance:
-            return c
-    return None

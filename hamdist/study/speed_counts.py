@@ -122,7 +122,7 @@ def relax(network: Network, order: Order, c_tau: float, ticks: int, seed: int) -
         classes=network.values.classes,
         prepare=prepare,
     )
-    states, costates = _backprop_states(network, u, y)
+    states, costates = backprop_states(network, u, y)
     gradient = network.backprop(u, y)
     return Relaxation(
         h=[[_apart(v, s) for v in h[n]] for n, s in zip(names, states, strict=True)],
@@ -138,7 +138,7 @@ def relax(network: Network, order: Order, c_tau: float, ticks: int, seed: int) -
     )
 
 
-def _backprop_states(network: Network, u: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def backprop_states(network: Network, u: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """h_l and delta_l = dL/dh_l of backpropagation, layer by layer."""
     states = []
     h = u

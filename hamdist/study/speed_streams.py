@@ -26,7 +26,7 @@ F64 = torch.float64
 PERIOD = 0.04  # seconds that a random sample is held
 HORIZON = 20.0  # seconds over which the looks at a smooth stream are spread
 SWITCHED_ON = 1.0  # seconds for which a static input has been shown when it is looked at
-LOOKS = 8
+LOOKS = 6
 WAVES = 3
 SLOWEST, FASTEST = 0.5, 1.5  # rad/s
 

@@ -92,7 +92,7 @@ def _streams(text: str) -> tuple[StreamKind, ...]:
     wrong = [name for name in names if name not in known]
     if wrong:
         raise SettingsError(
-            f"--streams {text!r}: no stream {wrong[0]!r}; known: {', '.join(known)}"
+            f"--streams {text!r}: {wrong[0]!r} is no stream; streams: {', '.join(known)}"
         )
     return tuple(StreamKind(name) for name in names)
 

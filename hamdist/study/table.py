@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from hamdist.dynamics.metrics import merge_windows
 from hamdist.study.aggregate import Row
 from hamdist.study.runs import Run
+from hamdist.study.tracking import SETTLING, Tracking
 
 MIB = 2**20
 KIB = 2**10
 PROCESSES_SHOWN = 6
+EDGES_SHOWN = 12
 MISSING = "–"
 STARTUP_WORTH_SAYING = 1.0
 _COUNTS = {  # what streams count
@@ -97,9 +99,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
     }
     if run.samples:
-        facts["KiB per edge and item"] = ", ".join(
-            f"{edge} {size / run.samples / KIB:.1f}" for edge, size in run.bytes_per_edge.items()
-        )
+        facts["KiB per edge and item"] = _edges(run)
     return {name: fact for name, fact in facts.items() if fact}
 
 
@@ -108,6 +108,16 @@ def _counts(counts: Mapping[str, int]) -> Iterator[str]:
     for name, number in counts.items():
         if number or name == "dropped":
             yield _COUNTS.get(name, f"{name} {{:,}}").format(number)
+
+
+def _edges(run: Run) -> str:
+    """KiB per item that crossed each edge; of many edges their sum, and the busiest one."""
+    sizes = {edge: size / run.samples / KIB for edge, size in run.bytes_per_edge.items()}
+    if len(sizes) <= EDGES_SHOWN:
+        return ", ".join(f"{edge} {size:.1f}" for edge, size in sizes.items())
+    busiest = max(sizes, key=sizes.__getitem__)
+    total = sum(sizes.values())
+    return f"{total:.1f} on {len(sizes)} edges, at most {sizes[busiest]:.1f} ({busiest})"
 
 
 def _scores(run: Run) -> dict[str, str]:
@@ -121,11 +131,25 @@ def _scores(run: Run) -> dict[str, str]:
             scores["prequential accuracy"] = (
                 f"{percent(whole.accuracy)} % (last window {percent(last.accuracy)} %)"
             )
+    if run.tracking is not None:
+        scores |= _tracking(run.tracking)
     if run.held_out is not None:
         scores["held-out loss"] = number(run.held_out.loss)
         if run.held_out.accuracy is not None:
             scores["held-out accuracy"] = f"{percent(run.held_out.accuracy)} %"
     return scores
+
+
+def _tracking(found: Tracking) -> dict[str, str]:
+    parts = f"first tenth {percent(found.first)} %, last tenth {percent(found.last)} %"
+    facts = {"error, rms": f"{percent(found.share)} % of the target's rms ({parts})"}
+    if found.settled is not None:
+        times = "jump" if found.jumps == 1 else "jumps"
+        facts["outside jumps"] = (
+            f"{percent(found.settled)} % (without {SETTLING:g} s after the start and after "
+            f"{found.jumps} {times} of the target)"
+        )
+    return facts
 
 
 def finished_line(run: Run) -> str:

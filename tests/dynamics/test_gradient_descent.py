@@ -47,9 +47,14 @@ def samples():
     return list(zip(noise(2, STEPS, 1, 4), targets, strict=True))
 
 
-def learned(placement, *, lr=0.1, momentum=0.0, dampening=0.0, tau=1.0, first=None, **more):
-    """Losses of the samples, and the weights at the end."""
+def learned(
+    placement, *, lr=0.1, momentum=0.0, dampening=0.0, tau=1.0, first=None, reset=None, **more
+):
+    """Losses of the samples, and the weights at the end. eta is one for both costates."""
     given = PLACEMENTS[placement]
+    dynamics = {"tau": tau, "eta_z": (1 - momentum) / tau, **given.get("dynamics", {})}
+    if reset is not None:
+        dynamics["reset"] = reset
     learning = {"lr": lr, "momentum": momentum, "dampening": dampening}
     if first is not None:
         learning["first_step"] = first
@@ -59,7 +64,7 @@ def learned(placement, *, lr=0.1, momentum=0.0, dampening=0.0, tau=1.0, first=No
             "dtype": "float64",
             "locality": {**given["locality"], **more},
             "partition": given.get("partition", {}),
-            "dynamics": {"tau": tau, **given.get("dynamics", {})},
+            "dynamics": dynamics,
             "learning": learning,
             "metrics": {"window": 1},
         }
@@ -140,6 +145,13 @@ def test_a_dampened_first_step_is_the_plain_table(placement, tau):
 def test_a_dampened_first_step_without_momentum_is_a_smaller_rate():
     found = learned("output net", dampening=0.6, first="dampened")
     assert_same(found, recursion(0.4, 0.0, 0.1))
+
+
+@pytest.mark.parametrize("placement", ["state net", "split"])
+def test_the_costate_has_to_be_cleared(placement):
+    """eta acts on z, too: what is left of the sample before is -tau eta z."""
+    found = learned(placement, momentum=0.4, reset={"h": "sample"})
+    assert apart(found, optimised(momentum=0.4)) > 1e-3
 
 
 def test_the_simultaneous_order_is_one_step_late():

@@ -205,6 +205,46 @@ def test_phi_by_token():
     assert_weights(run(graph, data, learning={"lr": 0.1}, dynamics={"phi": phi}), net)
 
 
+def test_dissipation_per_reversed_token():
+    """eta_z and eta_omega given: the recursion of equations.md written out, over sequences that
+    begin with z = 0 and omega = mu omega."""
+    graph, data = stacked("rnn"), text([4, 3, 5])
+    tau, eta_z, eta_omega, mu, lr = 0.5, 0.3, 0.2, 0.6, 0.1
+    cell, head = (copy.deepcopy(graph.blocks[name].module) for name in ("cell0", "y"))
+    omega = {m: [torch.zeros_like(p) for p in m.parameters()] for m in (cell, head)}
+
+    def gain(module, slopes):
+        """omega_{j+1} = omega_j + tau ( slope - eta omega_j )."""
+        pairs = zip(omega[module], slopes, strict=True)
+        omega[module] = [o + tau * (g - eta_omega * o) for o, g in pairs]
+
+    for us, ys in zip(data.u, data.y, strict=True):
+        h = [torch.zeros(2, 4, dtype=F64)]
+        for u in us:
+            h.append(cell(u, h[-1]).detach())
+        omega = {m: [mu * o for o in own] for m, own in omega.items()}
+        z, carried = torch.zeros(2, 4, dtype=F64), torch.zeros(2, 4, dtype=F64)
+        for m in reversed(range(len(us))):
+            after = h[m + 1].clone().requires_grad_()
+            loss = mse(head(after), ys[m]) / tau  # phi L
+            read, *slopes = torch.autograd.grad(loss, [after, *head.parameters()])
+            gain(head, slopes)
+            z = tau * (read + carried) - tau * eta_z * z
+            before = h[m].clone().requires_grad_()
+            f = cell(us[m], before)
+            carried, *slopes = torch.autograd.grad(f, [before, *cell.parameters()], z / tau)
+            gain(cell, slopes)
+        for module, own in omega.items():
+            for p, o in zip(module.parameters(), own, strict=True):
+                p.data -= lr * o
+    dynamics = {"tau": tau, "eta_z": eta_z, "eta_omega": eta_omega}
+    result = run(graph, data, learning={"lr": lr, "momentum": mu}, dynamics=dynamics)
+    for name, module in (("cell0", cell), ("y", head)):
+        for key, value in module.named_parameters():
+            assert (result.blocks[name].theta[key] - value).abs().max() <= BOUND, (name, key)
+    assert (result.blocks["cell0"].z - z).abs().max() <= BOUND
+
+
 # -- what is stored, and what comes out ------------------------------------------------------------
 
 
@@ -255,6 +295,13 @@ def test_the_model_of_a_tangle():
     for i, name in enumerate(("w", "y")):
         expected = torch.stack([read[i] for read in net(u, 6)])
         assert (found[name] - expected).abs().max() <= BOUND
+
+
+def test_a_stream_without_ends_is_pointed_out(monkeypatch):
+    monkeypatch.setattr("hamdist.runtime.train.LONG_SEQUENCE", 20)
+    long, short, two = (run(stacked("rnn"), text(lengths)) for lengths in ([20], [19], [10, 10]))
+    assert any("one sequence of 20 samples" in warning for warning in long.warnings)
+    assert not any("one sequence" in warning for warning in (*short.warnings, *two.warnings))
 
 
 # -- refused ---------------------------------------------------------------------------------------

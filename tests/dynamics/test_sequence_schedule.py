@@ -10,7 +10,7 @@ from collections import deque
 
 import pytest
 from dynamics.helpers import bare, drawn_events, edge, knobs
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +19,7 @@ from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.losses import mse
 from hamdist.dynamics.schedule import Event, Kind, Phase, Stamp
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
-from hamdist.errors import LevelError
+from hamdist.errors import GraphError, LevelError
 
 CELL = ("cell: u cell", "y: cell")
 STACK = ("e: u", "a: e a", "b: a b", "y: b")
@@ -115,6 +115,26 @@ tick | a  | b  | y
 7    |    | B0 |
 8    | B0 |    |
 9    | F2 |    |
+""",
+    ),
+    "a way back that is deeper than the readout": (
+        ("a: u g", "y: a", "f: a", "g: f"),
+        None,
+        [2],
+        """
+tick | a  | y  | f  | g
+0    | F0 |    |    |
+1    |    | F0 | F0 |
+2    |    |    |    | F0
+3    | F1 |    |    |
+4    |    | F1 | F1 |
+5    |    |    |    | F1 B1
+6    |    | B1 | B1 |
+7    | B1 |    |    |
+8    |    |    |    | B0
+9    |    | B0 | B0 |
+10   | B0 |    |    |
+11   | F2 |    |    |
 """,
     ),
     "a slow skip and an early readout": (
@@ -218,7 +238,7 @@ def test_stamps_of_the_cell_by_hand():
 
 @st.composite
 def graphs(draw: st.DrawFn) -> Graph:
-    """Up to five blocks with any edges among them, the last one a readout; delays up to 3."""
+    """Up to five blocks with any edges among them, the last one a readout of some; delays to 3."""
     count = draw(st.integers(1, 4))
     blocks = []
     for i in range(count):
@@ -227,12 +247,16 @@ def graphs(draw: st.DrawFn) -> Graph:
         parents = tuple(INPUT if p < 0 else f"b{p}" for p in (*earlier, *later))
         delays = {p: draw(st.integers(1, 3)) for p in parents}
         blocks.append((f"b{i}", parents, delays, None))
-    read = tuple(f"b{i}" for i in range(count))
+    numbers = draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True))
+    read = tuple(f"b{i}" for i in numbers)
     blocks.append(("y", read, {p: draw(st.integers(1, 3)) for p in read}, mse))
-    return Graph(
-        BlockSpec(name, nn.Identity(), parents, delays=delays, loss=loss, shape=(1,))
-        for name, parents, delays, loss in blocks
-    )
+    try:
+        return Graph(
+            BlockSpec(name, nn.Identity(), parents, delays=delays, loss=loss, shape=(1,))
+            for name, parents, delays, loss in blocks
+        )
+    except GraphError:  # a block that leads to no readout
+        reject()
 
 
 @hypothesis_settings(max_examples=60, deadline=None)

@@ -207,6 +207,15 @@ class TestSeveralReadouts:
         )
         assert self.targets(stream) == [(0, 10), (1, 11), (2, None)]
 
+    def test_targets_of_one_sample_that_come_apart(self) -> None:
+        items = [
+            (None, None),
+            (None, {0: {"a": y(0)}}),
+            (None, {0: {"b": y(10)}, 1: None, 2: None}),
+        ]
+        assert steps(self.stream(items)) == [(3, 0), (3, 1), (3, 2)]
+        assert self.targets(self.stream(items)) == [(0, 10), (None, None), (None, None)]
+
     def test_a_second_target_for_one_readout(self) -> None:
         stream = self.stream([({"a": y(0)}, None), ({"a": y(1)}, {0: {"a": y(7)}})])
         with pytest.raises(StreamError, match=r"second target \(a\) for sample 0"):

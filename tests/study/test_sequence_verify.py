@@ -100,7 +100,7 @@ def test_entries_that_do_not_fit():
         bptt.golden({**data, "u": data["u"][:, :2]}, "narrow")
 
 
-# -- the checks of the topic ------------------------------------------------------------------------
+# -- the checks of the topic -----------------------------------------------------------------------
 
 
 def failing() -> set[str]:

@@ -68,7 +68,8 @@ class Placement(str, Enum):
     SPLIT = "state/output split"
 
 
-# h and z are cleared before every sample, and a sample takes one tick: h_{k+1} = f(u_k).
+# h and z are cleared before every sample, and a sample takes one tick: h_{k+1} = f(u_k), and the
+# dissipation, one for both costates as in HL, finds no z to act on.
 _CLEARED: dict[str, Any] = {"reset": {"h": "sample", "z": "sample"}}
 _PLACED: Mapping[Placement, dict[str, Any]] = {
     Placement.OUTPUT: {"locality": {"grouping": "network", "order": "omega-first"}},
@@ -100,7 +101,7 @@ def settings_of(
         "seed": SEED,
         "steps": steps,
         "learning": {**learning, "first_step": first_step.value},
-        "dynamics": {"tau": s.tau},
+        "dynamics": {"tau": s.tau, "eta_z": (1 - s.momentum) / s.tau},
         "metrics": {"window": 1, "limit": steps + 1},
     }
     return Settings.model_validate(merge(fields, _PLACED[placement]))

@@ -63,7 +63,7 @@ def loops_graph(net: Loops) -> Graph:
 
 
 def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
-    for c_tau, ticks in ((1.0, 150), (0.3, 500)):
+    for c_tau, ticks in ((1.0, 100), (0.3, 350)):
         what = f"cycles, self-edges and a skip, static input, c tau = {c_tau:g}"
         yield Check(
             f"{what}: h, c z and omega after {ticks} ticks",

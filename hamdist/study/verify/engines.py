@@ -43,7 +43,7 @@ Model = Callable[[], nn.Module | Graph]
 
 LAGGING = {
     "locality": {"order": "simultaneous"},
-    "dynamics": {"tau": {"values": [0.5, 0.3, 0.4], "cycle": True}, "c": 0.8, "eta": 0.3},
+    "dynamics": {"tau": {"values": [0.5, 0.3, 0.4], "cycle": True}, "c": 0.8, "eta": 1.2},
 }
 TRUNCATED = {"locality": {"truncation": 3}}
 SEQUENTIAL = {"locality": {"order": "sequential", "readout": "state"}}

@@ -47,8 +47,10 @@ KINDS = {
 
 
 def shipped() -> Path:
-    """The folder of the golden files that come with hamdist."""
-    return Path(__file__).parents[3] / "tests" / "golden"
+    """The folder of the golden files that come with hamdist: in the repository those of its tests,
+    which a wheel holds beside this module."""
+    installed = Path(__file__).parent / "golden_files"
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "tests" / "golden"
 
 
 def files(folder: Path) -> list[Path]:
@@ -136,12 +138,12 @@ def tensor(array: Array) -> Tensor:
 
 
 def distance(found: Array, expected: Array) -> float:
-    """max |a - b| / (|b| + FLOOR). NaN where one is NaN."""
+    """max |a - b| / (|b| + FLOOR). NaN where one alone is NaN."""
     if found.shape != expected.shape:
         raise SettingsError(f"shape {found.shape} instead of {expected.shape}")
-    if not expected.size:
-        return 0.0
-    return float(np.max(np.abs(found - expected) / (np.abs(expected) + FLOOR)))
+    apart = np.abs(found - expected) / (np.abs(expected) + FLOOR)
+    apart = np.where(np.isnan(found) & np.isnan(expected), 0.0, apart)
+    return float(np.max(apart, initial=0.0))
 
 
 def worst(pairs: Mapping[str, tuple[Array, Array]]) -> Found:

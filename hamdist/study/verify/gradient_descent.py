@@ -30,7 +30,8 @@ from hamdist.study.recovery.report import NAMES
 from hamdist.study.recovery.rows import Rows, jobs
 from hamdist.study.verify.check import Check, Found
 from hamdist.study.verify.golden import ORACLE, RTOL, Array, Data, entry, number, tensor, worst
-from hamdist.study.verify.tick_golden import ACTIVATIONS, watched
+from hamdist.study.verify.tick_golden import ACTIVATIONS
+from hamdist.study.verify.watch import watched
 
 SMALL_STEPS = 25
 SGD = "torch.optim.SGD, float64"

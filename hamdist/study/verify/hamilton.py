@@ -2,7 +2,16 @@
 of the blocks, which see only their neighbours; and the checks against it.
 
 A case is a mapping of arrays in the golden format (golden.py): what is given are its constants,
-its samples and the first entry of every trajectory; `replay` computes the trajectories.
+its samples and the first entry of every trajectory; `replay` computes the trajectories. Beyond the
+format, a case may hold (and tick_golden.py understands)
+
+    c.v, eta.v        of block v, instead of c and eta
+    eta_z, eta_omega  instead of one eta for both costates
+    r_w               weight cost: H' has the term r_w/2 |theta|^2
+    missing (K,)      ticks without a target
+    held, reset       ticks of a sample, and whether h and z are cleared before each
+    stamped           tau is not set but follows from the stream's time stamps
+    inner             the output net is a part of the block that it reads
 
 K: ticks, B: batch.
 """
@@ -26,21 +35,36 @@ Array: TypeAlias = NDArray[Any]
 Case: TypeAlias = dict[str, Array]
 States: TypeAlias = dict[str, Tensor]
 
+TRAJECTORIES = ("h", "z", "om", "th")
+
 
 class _Network:
-    """f_v, f^y and H' of a case, over all blocks at once."""
+    """f_v, f^y and H' of a case, over all blocks at once, and its constants.
 
-    def __init__(self, case: Mapping[str, Array]) -> None:
+    eta_z: by block; eta_omega, beta: by parameter.
+    """
+
+    def __init__(self, case: Mapping[str, Array], theta: Sequence[str]) -> None:
         spec = json.loads(str(case["spec"]))
         self.nodes: list[tuple[str, list[str], list[tuple[int, str]]]] = spec["nodes"]
         self.out: tuple[list[str], list[tuple[int, str]]] = spec["out"]
         self.names = [name for name, _, _ in self.nodes]
+        self.sign = int(case["s"])
+        self._cost = float(case.get("r_w", 0.0))
         self._cross_entropy = str(case["loss"]) == "ce"
+        self._c = {v: float(case.get(f"c.{v}", case["c"])) for v in self.names}
 
-    def velocity(self, u: Tensor, h: States, theta: States, c: float, m: Sequence[float]) -> States:
-        """dh_v/dt = m_v c ( -h_v + f_v(parents) )."""
+        def eta(block: str, costate: str) -> float:
+            return float(case.get(f"eta.{block}", case.get(costate, case["eta"])))
+
+        self.eta_z = {v: eta(v, "eta_z") for v in self.names}
+        self.eta_omega = {p: eta(p.partition(".")[0], "eta_omega") for p in theta}
+        self.beta = {p: float(case.get(f"beta.{p}", case.get("beta", np.nan))) for p in theta}
+
+    def velocity(self, u: Tensor, h: States, theta: States, m: Sequence[float]) -> States:
+        """dh_v/dt = m_v c_v ( -h_v + f_v(parents) )."""
         f = {v: _chain(v, layers, _joined(u, h, ps), theta) for v, ps, layers in self.nodes}
-        return {v: m[i] * c * (f[v] - h[v]) for i, v in enumerate(self.names)}
+        return {v: m[i] * self._c[v] * (f[v] - h[v]) for i, v in enumerate(self.names)}
 
     def loss(self, u: Tensor, h: States, theta: States, target: Tensor) -> tuple[Tensor, Tensor]:
         """(y, L)."""
@@ -49,6 +73,13 @@ class _Network:
         if self._cross_entropy:
             return y, functional.cross_entropy(y, target)
         return y, 0.5 * (y - target).square().sum(1).mean()
+
+    def cost(self, theta: States) -> Tensor:
+        """r_w/2 |theta|^2."""
+        total = torch.zeros((), dtype=torch.float64)
+        for t in theta.values():
+            total = total + t.square().sum()
+        return 0.5 * self._cost * total
 
 
 def _joined(u: Tensor, h: States, parents: Sequence[str]) -> Tensor:
@@ -63,51 +94,51 @@ def _chain(name: str, layers: Sequence[tuple[int, str]], x: Tensor, theta: State
 
 
 def replay(case: Mapping[str, Array]) -> Case:
-    """The case with its trajectories: h, z, om, th (K + 1 entries), y, L, Hp (K entries)."""
-    net = _Network(case)
+    """The case with its trajectories: h, z, om, th (K + 1 entries), y, L, Hp (K entries). Without a
+    target y is NaN and L is 0."""
     K = len(case["u"])
-    first = {
-        q: {k.partition(".")[2]: torch.tensor(a[0]) for k, a in case.items() if _is(k, q)}
-        for q in ("h", "z", "om", "th")
-    }
-    h, z, omega, theta = first["h"], first["z"], first["om"], first["th"]
-    beta = {p: float(case.get(f"beta.{p}", case.get("beta", np.nan))) for p in theta}
+    h, z, omega, theta = (
+        {key.partition(".")[2]: torch.tensor(a[0]) for key, a in case.items() if _is(key, q)}
+        for q in TRAJECTORIES
+    )
+    net = _Network(case, list(theta))
     masks = case.get("mask_node", np.ones((K, len(net.names))))
-    order, c, eta, s = str(case["order"]), float(case["c"]), float(case["eta"]), int(case["s"])
-    entries: dict[str, list[Any]] = {q: [] for q in ("h", "z", "om", "th", "y", "L", "Hp")}
+    missing = case.get("missing", np.zeros(K, dtype=bool))
+    order, held = str(case["order"]), int(case.get("held", 1))
+    entries: dict[str, list[Any]] = {q: [] for q in (*TRAJECTORIES, "y", "L", "Hp")}
     for k in range(K + 1):
-        for q, now in (("h", h), ("z", z), ("om", omega), ("th", theta)):
+        if case.get("reset", False) and k and k % held == 0:
+            h, z = ({v: torch.zeros_like(t) for v, t in s.items()} for s in (h, z))
+        for q, now in zip(TRAJECTORIES, (h, z, omega, theta), strict=True):
             entries[q].append(now)
         if k == K:
             break
         u, target = torch.tensor(case["u"][k]), torch.tensor(case["yhat"][k])
-        tau, phi = float(case["tau"][k]), float(case["phi"][k])
+        tau, phi = float(case["tau"][k]), 0.0 if missing[k] else float(case["phi"][k])
         h, theta = _leaves(h), _leaves(theta)
-        velocity = net.velocity(u, h, theta, c, masks[k])
+        velocity = net.velocity(u, h, theta, masks[k])
         after = {v: (h[v] + tau * velocity[v]).detach() for v in h}
-        work = _inner(z, velocity)
-        if order == "sequential":
-            seen = _leaves(after)
-            y, L = net.loss(u, seen, theta, target)
-            read, read_theta = _grad(phi * L, seen), _grad(phi * L, theta)
-            carried = _grad(work, h)
-            z_after = {v: z[v] + tau * (-s * (read[v] + carried[v]) - eta * z[v]) for v in z}
-            moved = _grad(_inner(z_after, velocity), theta)
-            slope = {p: read_theta[p] + moved[p] for p in theta}
-        else:
-            y, L = net.loss(u, h, theta, target)
-            slope_h, slope = _grad(phi * L + work, h), _grad(phi * L + work, theta)
-            z_after = {v: z[v] + tau * (-s * slope_h[v] - eta * z[v]) for v in z}
-        later = {p: omega[p] + tau * (-s * slope[p] - eta * omega[p]) for p in theta}
+        work, cost = _inner(z, velocity), net.cost(theta)
+        seen = _leaves(after) if order == "sequential" else h
+        y, L = net.loss(u, seen, theta, target)
+        read, carried = _grad(phi * L, seen), _grad(work, h)
+        z_after = {
+            v: z[v] + tau * (-net.sign * (read[v] + carried[v]) - net.eta_z[v] * z[v]) for v in z
+        }
+        moving = _inner(z_after if order == "sequential" else z, velocity)
+        slope = _grad(phi * L + cost + moving, theta)
+        later = {
+            p: omega[p] + tau * (-net.sign * slope[p] - net.eta_omega[p] * omega[p]) for p in theta
+        }
         used = omega if order == "simultaneous" else later
-        entries["y"].append(y.detach())
-        entries["L"].append(L.item())
-        entries["Hp"].append((phi * L + work).item())
-        theta = {p: theta[p].detach() - tau * beta[p] * used[p] for p in theta}
+        entries["y"].append(torch.full_like(y, torch.nan) if missing[k] else y.detach())
+        entries["L"].append(0.0 if missing[k] else L.item())
+        entries["Hp"].append((phi * L + cost + work).item())
+        theta = {p: theta[p].detach() - tau * net.beta[p] * used[p] for p in theta}
         h, z, omega = after, z_after, later
-    made = {k: a for k, a in case.items() if not any(_is(k, q) for q in first)}
-    for q, values in first.items():
-        for key in values:
+    made = {k: a for k, a in case.items() if k.partition(".")[0] not in TRAJECTORIES}
+    for q in TRAJECTORIES:
+        for key in entries[q][0]:
             made[f"{q}.{key}"] = torch.stack([e[key].detach() for e in entries[q]]).numpy()
     made["y"] = torch.stack(entries["y"]).numpy()
     made["L"], made["Hp"] = np.array(entries["L"]), np.array(entries["Hp"])
@@ -159,11 +190,13 @@ def make_case(
     beta: Sequence[float] = (0.1,),
     mask: Array | None = None,
     rest: bool = False,
+    more: Mapping[str, Any] | None = None,
 ) -> Case:
     """What is given in a case, drawn from `seed`.
 
     held: ticks that a sample is shown. tau, phi: repeated to the length of the case. beta: one for
-    all parameters, or several to be dealt out. rest: h, z and omega begin at zero.
+    all parameters, or several to be dealt out. rest: h, z and omega begin at zero. more: entries
+    beyond the golden format.
     """
     random = np.random.default_rng(seed)
     dims = {"u": inputs, **{name: layers[-1][0] for name, _, layers in nodes}}
@@ -208,7 +241,7 @@ def make_case(
         case |= {f"beta.{n}": np.array(beta[i % len(beta)]) for i, n in enumerate(names)}
     if mask is not None:
         case["mask_node"] = mask
-    return case
+    return case | {key: np.array(value) for key, value in (more or {}).items()}
 
 
 LOOPS = (
@@ -251,6 +284,43 @@ def cases() -> Iterator[tuple[str, Case]]:
         "simultaneous: s = +1",
         make_case(CHAIN, (("l3",), ()), inputs=3, ticks=10, seed=5, s=1, tau=(0.25,)),
     )
+    for order in ("simultaneous", "sequential"):
+        yield (
+            f"{order}: a block with a state and an output module",
+            make_case(
+                CHAIN, (("l3",), ((4, "tanh"), (3, "linear"))), inputs=3, ticks=24, seed=10,
+                order=order, beta=(0.1, 0.05, 0.3), more={"inner": True},
+            ),
+        )  # fmt: skip
+        own = {"c.l2": 0.7, "eta.l1": 0.4, "eta_z": 0.1, "eta_omega": 0.3}
+        yield (
+            f"{order}: c and eta by block, eta_z and eta_omega",
+            make_case(
+                CHAIN, (("l3",), ((3, "linear"),)), inputs=3, ticks=24, seed=6, order=order,
+                more=own,
+            ),
+        )  # fmt: skip
+        yield (
+            f"{order}: weight costs, missing targets",
+            make_case(
+                LOOPS, (("D",), ((3, "linear"),)), inputs=2, ticks=24, seed=7, order=order,
+                more={"r_w": 0.2, "missing": np.arange(24) % 5 > 2},
+            ),
+        )  # fmt: skip
+        yield (
+            f"{order}: h and z cleared before each sample of 6 ticks",
+            make_case(
+                CHAIN, (("l3",), ()), inputs=3, ticks=24, seed=8, order=order, held=6,
+                more={"held": 6, "reset": True},
+            ),
+        )  # fmt: skip
+    yield (
+        "omega_first: tau from the stream's time stamps",
+        make_case(
+            CHAIN, (("l3",), ((2, "linear"),)), inputs=3, ticks=24, seed=9, order="omega_first",
+            tau=UNEVEN, more={"stamped": True},
+        ),
+    )  # fmt: skip
 
 
 def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001

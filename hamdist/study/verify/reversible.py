@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,11 @@ WIDTH = 8
 CHANNELS, SIDE = 2, 4
 TAU = 0.05
 KINDS = ("tanh", "anti")
-FIELDS = "A = W", "A = W - W^T"
+CASES: dict[str, dict[str, Any]] = {
+    "tanh(W h + b)": {"kind": "tanh", "steps": 37, "seed": 17},
+    "tanh((W - W^T) h + b)": {"kind": "anti", "steps": 41, "seed": 18},
+    "-0.3 h + tanh(W h + b)": {"kind": "tanh", "steps": 26, "seed": 19, "leak": 0.3},
+}
 
 
 def checks(full: bool) -> Generator[Check, None, None]:
@@ -59,21 +64,22 @@ def checks(full: bool) -> Generator[Check, None, None]:
                 BOUND,
                 partial(_gradients, partial(make, depth), depth),
             )
-    for blocks in (1, 10, 100):
+    depth, items = (100, 20) if full else (40, 10)
+    for blocks in (1, depth // 10, depth):
         yield Check(
-            f"100 midpoint steps in {blocks} block{'s' if blocks > 1 else ''}: losses and weights "
-            "of 20 steps",
+            f"{depth} midpoint steps in {blocks} block{'s' if blocks > 1 else ''}: losses and "
+            f"weights of {items} samples",
             "autograd on the whole network and torch.optim.SGD",
             BOUND,
-            partial(_trained, blocks),
+            partial(_trained, blocks, depth, items),
         )
-    for i, (kind, field) in enumerate(zip(KINDS, FIELDS, strict=True)):
+    for field, case in CASES.items():
         yield from _case_checks(
-            leapfrog(kind, steps=37 + 4 * i, tau=0.08, size=6, seed=17 + i),
-            f"f = tanh(A h + b), {field}",
+            leapfrog(**case, tau=0.08, size=6),
+            f"h' = {field}",
             "the adjoint of equations.md, by hand, with every state stored",
         )
-    deepest = 1000 if full else 100
+    deepest = 1000 if full else 50
     yield Check(
         f"memory at depth {deepest}, beyond that at depth 10 (bytes)",
         "an exact count of the tensors alive",
@@ -101,12 +107,12 @@ def midpoint_layers(depth: int) -> nn.Sequential:
 
 def couplings(depth: int) -> nn.Sequential:
     """Halves of RevNet blocks; F = tanh(LN(h) W + b)."""
-    steps = [
+    steps: list[nn.Module] = [
         Coupling(nn.Sequential(nn.LayerNorm(WIDTH, dtype=F64), *dense(WIDTH, WIDTH)), 0.3)
         for _ in range(depth)
     ]
-    stem = nn.Sequential(_linear(FEATURES, WIDTH), ToPair())
-    return nn.Sequential(stem, *steps, _linear(2 * WIDTH, CLASSES))
+    steps[0] = nn.Sequential(ToPair(), steps[0])
+    return nn.Sequential(_linear(FEATURES, WIDTH), *steps, _linear(2 * WIDTH, CLASSES))
 
 
 def convolutions(depth: int) -> nn.Sequential:
@@ -144,7 +150,9 @@ MODELS: dict[str, Callable[[int], nn.Sequential]] = {
 
 
 def _settings(**sections: object) -> Settings:
-    return Settings.model_validate({"level": "reversible", "dtype": "float64", **sections})
+    """tau is not 1, so that it shows where one is forgotten; the gradients are the same."""
+    base = {"level": "reversible", "dtype": "float64", "dynamics": {"tau": 0.5}}
+    return Settings.model_validate({**base, **sections})
 
 
 def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Found:
@@ -164,14 +172,13 @@ def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Found:
     return largest
 
 
-def _trained(blocks: int) -> float:
-    """The largest difference of a loss and of a weight, after 20 steps."""
-    items, depth = 20, 100
+def _trained(blocks: int, depth: int, items: int) -> float:
+    """The largest difference of a loss, and of a weight at the end."""
     size = depth // blocks
     settings = _settings(
         learning={"lr": 0.1, "momentum": 0.5, "dampening": 0.3},
         metrics={"window": 1},
-        partition={"cuts": ["1", *(str(k) for k in range(1 + size, 1 + depth, size)), "101"]},
+        partition={"cuts": ["1", *map(str, range(1 + size, 2 + depth, size))]},
     )
     result = train(seeded(lambda: midpoint_layers(depth)), Draws(items), settings)
     plain = seeded(lambda: midpoint_layers(depth))
@@ -264,14 +271,14 @@ def _leapfrog_apart(data: Data, part: str) -> Found:
 def _run(data: Data) -> dict[str, Array]:
     """The case through the ordinary blocks and engine: states as f is shown them, gradients as the
     blocks have them."""
-    steps = int(number(data, "N"))
+    steps, leak = int(number(data, "N")), float(data.get("leak", 0.0))
     f = _Field(tensor(data["W"]), tensor(data["b"]), str(data["kind"]))
     end = SecondHalf()
     shown, last_shown = _watched(f), _watched(end)
     graph = Graph(
         [
             BlockSpec("start", nn.Identity(), (INPUT,)),
-            BlockSpec("chain", Midpoint(f, steps, number(data, "tau")), ("start",)),
+            BlockSpec("chain", Midpoint(f, steps, number(data, "tau"), leak=leak), ("start",)),
             BlockSpec("end", end, ("chain",), loss=mse),
         ]
     )
@@ -304,11 +311,15 @@ def _watched(module: nn.Module) -> list[Tensor]:
     return shown
 
 
-def leapfrog(kind: str, *, steps: int, tau: float, size: int, seed: int) -> dict[str, Array]:
-    """A case of the kind leapfrog, drawn from `seed` and worked out in numpy by the equations:
+def leapfrog(
+    kind: str, *, steps: int, tau: float, size: int, seed: int, leak: float = 0.0
+) -> dict[str, Array]:
+    """A case of the kind leapfrog, drawn from `seed` and worked out in numpy by the equations
 
-    z_N = dL/dh_N, z_{N+1} = 0,  z_k = z_{k+2} + 2 tau J_k^T z_{k+1},  J_k = diag(1 - f_k^2) A
-    z_0 = z_2 + z_1 + tau J_0^T z_1,   dA = sum_k (tau or 2 tau) (z_{k+1} (1 - f_k^2)) h_k^T
+        z_N = dL/dh_N, z_{N+1} = 0,  z_k = z_{k+2} + 2 tau J_k^T z_{k+1}
+        z_0 = z_2 + z_1 + tau J_0^T z_1,   dA = sum_k (tau or 2 tau) (z_{k+1} (1 - f_k^2)) h_k^T
+
+    with J_k = diag(1 - f_k^2) A - lambda. leak: lambda (golden files have none).
     """
     random = np.random.default_rng(seed)
     W, b = random.normal(size=(size, size)) / np.sqrt(size), 0.1 * random.normal(size=size)
@@ -318,20 +329,20 @@ def leapfrog(kind: str, *, steps: int, tau: float, size: int, seed: int) -> dict
     def f(x: Array) -> Array:
         return np.asarray(np.tanh(A @ x + b))
 
-    h = [h0, h0 + tau * f(h0)]
+    h = [h0, h0 + tau * (f(h0) - leak * h0)]
     for k in range(1, steps):
-        h.append(h[k - 1] + 2 * tau * f(h[k]))
+        h.append(h[k - 1] + 2 * tau * (f(h[k]) - leak * h[k]))
     dA, db = np.zeros_like(W), np.zeros_like(b)
     z, later = h[steps] - y, np.zeros_like(y)  # z_{k+1}, z_{k+2}
     for k in range(steps - 1, -1, -1):
         step = tau if k == 0 else 2 * tau
         slope = step * (1 - f(h[k]) ** 2) * z
         dA, db = dA + np.outer(slope, h[k]), db + slope
-        before = later + A.T @ slope
+        before = later + A.T @ slope - step * leak * z
         z, later = (before + z if k == 0 else before), z
     return {
         "W": W, "b": b, "h0": h0, "y": y, "tau": np.array(tau), "N": np.array(steps),
-        "kind": np.array(kind), "h": np.stack(h), "db": db, "dh0": z,
+        "kind": np.array(kind), "leak": np.array(leak), "h": np.stack(h), "db": db, "dh0": z,
         "dW": dA - dA.T if kind == "anti" else dA,
         "loss": np.array(0.5 * np.square(h[steps] - y).sum()),
     }  # fmt: skip

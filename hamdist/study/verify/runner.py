@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hamdist.errors import SettingsError
+from hamdist.runtime.threads import torch_threads
 from hamdist.study.verify import golden, own_model
 from hamdist.study.verify.check import FAULTS, Check, Found, failure, reason
 
@@ -105,7 +107,10 @@ def run(
 
     What a check raises is the reason of its failure; only Ctrl-C ends the run.
     """
-    with _noticing_interrupts() as interrupted:
+    # Small networks: more threads would wait for each other. What settings are warned of, the
+    # checks mean to do.
+    with torch_threads(1), warnings.catch_warnings(), _noticing_interrupts() as interrupted:
+        warnings.simplefilter("ignore")
         for topic in chosen:
             with closing(_checks(topic, full)) as checks:
                 for check in checks:
@@ -177,7 +182,7 @@ def to_json(rows: Iterable[Row]) -> str:
     entries = []
     for row in rows:
         entry: dict[str, Any] = {
-            "name": row.name,
+            "name": f"{row.topic}: {row.name}",
             "oracle": row.oracle,
             "difference": row.difference if math.isfinite(row.difference) else None,
             "bound": row.bound,

@@ -17,22 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import Order, Settings
+from hamdist.config import Settings
 from hamdist.dynamics.energy import Records, robust_hamiltonian
-from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.hold import HoldBlock
 from hamdist.dynamics.locality import Locality
 from hamdist.dynamics.losses import cross_entropy, mse
 from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.errors import SettingsError
-from hamdist.runtime.hold import HoldNode
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.nodes import make_node
 from hamdist.runtime.plan import Plan, make_plan
 from hamdist.runtime.source import SourceNode
 from hamdist.runtime.train import train
-from hamdist.streams.sample import Stream
+from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.wrap import from_iterable
 from hamdist.study.verify.check import Check, Found
 from hamdist.study.verify.golden import (
@@ -47,8 +45,10 @@ from hamdist.study.verify.golden import (
     tensor,
     worst,
 )
+from hamdist.study.verify.watch import Kept, watched
 
 READOUT = "y"
+WEIGHTS = {"W": "weight", "b": "bias"}
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "linear": nn.Identity}
 
 
@@ -79,9 +79,10 @@ class Ticks:
 
     @property
     def state_readout(self) -> str | None:
-        """The node that is its own output, if there is no output net."""
-        alone = not self.out.layers and len(self.out.parents) == 1
-        return self.out.parents[0] if alone and self.out.parents[0] != INPUT else None
+        """The node that is its own output, if there is no output net, or whose block holds it."""
+        alone = len(self.out.parents) == 1 and self.out.parents[0] != INPUT
+        own = not self.out.layers or bool(self.data.get("inner", False))
+        return self.out.parents[0] if alone and own else None
 
     @property
     def blocks(self) -> tuple[_Node, ...]:
@@ -145,44 +146,59 @@ def module(layers: Sequence[tuple[int, str]], inputs: int) -> nn.Sequential:
 
 def _graph(ticks: Ticks) -> Graph:
     loss = mse if ticks.classes is None else cross_entropy
-    blocks = []
-    for node in ticks.blocks:
+
+    def made(node: _Node) -> nn.Sequential:
         own = module(node.layers, ticks.width(node))
         for key, weight in zip(node.keys, own.parameters(), strict=True):
             weight.data = tensor(ticks.data[f"th.{key}"][0])
+        return own
+
+    blocks = []
+    for node in ticks.blocks:
         is_state = node is not ticks.out
-        reads = node.name == ticks.state_readout or not is_state
+        is_own = node.name == ticks.state_readout
         blocks.append(
             BlockSpec(
                 node.name,
-                own,
+                made(node),
                 node.parents,
-                loss=loss if reads else None,
-                state=is_state and reads,
+                loss=loss if is_own or not is_state else None,
+                state=is_own,
+                output=made(ticks.out) if is_own and ticks.out.layers else None,
                 shape=(ticks.dims[node.name],) if is_state else None,
             )
         )
     return Graph(blocks)
 
 
-def _settings(ticks: Ticks, held: int, **more: Any) -> Settings:
-    """held: ticks that a sample is shown; above 1 the blocks move one after the other."""
-    moving = {"moves": "layer-by-layer", "speed": "depth"} if held > 1 else {}
+def _settings(ticks: Ticks, delay_free: bool, **more: Any) -> Settings:
+    """delay_free: the blocks move one after the other (HL Eq. 10)."""
+    data = ticks.data
+    pace: dict[str, Any] = {"speed": int(data.get("held", 1))}
+    if delay_free:
+        pace = {"moves": "layer-by-layer", "speed": "depth"}
     dynamics: dict[str, Any] = {
-        "tau": {"values": ticks.data["tau"].tolist()},
-        "phi": {"values": ticks.data["phi"].tolist()},
-        "c": number(ticks.data, "c"),
-        "eta": number(ticks.data, "eta"),
-        "sign": int(number(ticks.data, "s")),
+        "tau": "stamps" if data.get("stamped") else {"values": data["tau"].tolist()},
+        "phi": {"values": data["phi"].tolist()},
+        "c": number(data, "c"),
+        "sign": int(number(data, "s")),
+        "beta": number(data, "beta") if "beta" in data else 0.0,
+        "blocks": {node.name: _own(ticks, node) for node in ticks.blocks},
         "limit": 1e300,
-        **_betas(ticks),
     }
+    if data.get("reset"):
+        dynamics["reset"] = {"h": "sample", "z": "sample"}
+    for key in ("eta", "eta_z", "eta_omega"):
+        if key in data:
+            dynamics[key] = number(data, key)
+    if "r_w" in data:
+        dynamics["weight_cost"] = number(data, "r_w")
     order = ticks.order.replace("_", "-")
     return Settings.model_validate(
         {
             "level": "local",
             "dtype": "float64",
-            "locality": {"order": order, "target": "current", "readout": "state", **moving},
+            "locality": {"order": order, "target": "current", "readout": "state", **pace},
             "dynamics": dynamics,
             "metrics": {"record": "trajectory"},
             **more,
@@ -190,33 +206,55 @@ def _settings(ticks: Ticks, held: int, **more: Any) -> Settings:
     )
 
 
-def _betas(ticks: Ticks) -> dict[str, Any]:
-    """`beta`, and what single parameters have otherwise."""
+def _own(ticks: Ticks, node: _Node) -> dict[str, Any]:
+    """What a block has otherwise: c, eta, beta by parameter."""
     data = ticks.data
-    if not any(key.startswith("beta.") for key in data):
-        return {"beta": number(data, "beta")}
-    blocks = {}
-    for node in ticks.blocks:
-        names = [f"{2 * i}.{part}" for i in range(len(node.layers)) for part in ("weight", "bias")]
-        rates = {}
-        for name, key in zip(names, node.keys, strict=True):
-            own = f"beta.{key}"
-            rates[name] = number(data, own if own in data else "beta")
-        blocks[node.name] = {"beta": rates}
-    return {"beta": 0.0, "blocks": blocks}
+    own: dict[str, Any] = {
+        key: number(data, f"{key}.{node.name}")
+        for key in ("c", "eta")
+        if f"{key}.{node.name}" in data
+    }
+    parts = {"": node}
+    if node.name == ticks.state_readout:
+        parts[OUTPUT_KEY] = ticks.out
+    rates = {}
+    for prefix, part in parts.items():
+        for key in part.keys:
+            _, i, letter = key.rsplit(".", 2)
+            if f"beta.{key}" in data:
+                name = f"{prefix}{2 * int(i)}.{WEIGHTS[letter]}"
+                rates[name] = number(data, f"beta.{key}")
+    return own | ({"beta": rates} if rates else {})
 
 
-def _held(ticks: Ticks, graph: Graph) -> int:
-    """Ticks that a sample is shown if the mask is that of HL Eq. 10 for this graph, else 1."""
+def _is_delay_free(ticks: Ticks, graph: Graph) -> bool:
+    """Whether the mask is that of HL Eq. 10 for this graph, and samples are shown accordingly."""
     nu = len(ticks.nodes)
     mask = ticks.data.get("mask_node")
     if mask is None or nu < 2 or not ticks.state_readout or not graph.acyclic:
-        return 1
+        return False
     depths = [graph.depths[n.name] for n in ticks.nodes]
     one_by_one = np.equal.outer(np.arange(ticks.K) % nu, depths)
     firsts = np.arange(ticks.K) // nu * nu
     shown = all(np.array_equal(ticks.data[q], ticks.data[q][firsts]) for q in ("u", "yhat"))
-    return nu if shown and np.array_equal(mask, one_by_one) else 1
+    return shown and np.array_equal(mask, one_by_one)
+
+
+def _samples(ticks: Ticks, held: int) -> list[Sample]:
+    """What is shown, for `held` ticks each. Behind the K ticks of the file the last sample is shown
+    once more, so that every block comes to t_K."""
+    data = ticks.data
+    u, y = tensor(data["u"]), tensor(data["yhat"])
+    times = np.append(0.0, np.cumsum(data["tau"])) if data.get("stamped") else None
+    missing = data.get("missing", np.zeros(ticks.K, dtype=bool))
+    return [
+        Sample(
+            u[min(k, ticks.K - 1)],
+            None if k < ticks.K and missing[k] else y[min(k, ticks.K - 1)],
+            time=None if times is None else float(times[k]),
+        )
+        for k in [*range(0, ticks.K, held), ticks.K]
+    ]
 
 
 class _Masked(HoldSchedule):
@@ -232,59 +270,17 @@ class _Masked(HoldSchedule):
 
 
 def _planned(ticks: Ticks, **more: Any) -> tuple[Graph, Plan, Stream, Settings]:
-    """The run of a file. Behind its K ticks the last sample is shown once more, so that every block
-    comes to t_K."""
     graph = _graph(ticks)
-    held = _held(ticks, graph)
-    settings = _settings(ticks, held, **more)
-    u, y = tensor(ticks.data["u"])[::held], tensor(ticks.data["yhat"])[::held]
-    samples = list(zip([*u, u[-1]], [*y, y[-1]], strict=True))
-    stream = from_iterable(samples, classes=ticks.classes)
+    delay_free = _is_delay_free(ticks, graph)
+    settings = _settings(ticks, delay_free, **more)
+    held = len(ticks.nodes) if delay_free else int(ticks.data.get("held", 1))
+    stream = from_iterable(_samples(ticks, held), classes=ticks.classes)
     plan = make_plan(graph, settings, stream.spec)
     mask = ticks.data.get("mask_node")
-    if mask is not None and held == 1:
+    if mask is not None and not delay_free:
         columns = {n.name: mask[:, i] for i, n in enumerate(ticks.nodes)}
         plan = replace(plan, schedule=_Masked(graph, plan.knobs, columns))
     return graph, plan, stream, settings
-
-
-class Watch:
-    """A node whose omega and theta are kept at every t_k.
-
-    In the sequential order they move when z_{k+1} is complete, which is at the start of tick k + 1.
-    """
-
-    def __init__(self, node: HoldNode, *, sequential: bool) -> None:
-        self.node = node
-        self.name = node.name
-        self.late = node.late
-        self.omega: list[list[Tensor]] = []
-        self.theta: list[list[Tensor]] = []
-        self.tick = node.tick
-        self._after = sequential and isinstance(node.block, HoldBlock)
-
-    def start(self) -> None:
-        self.node.start()
-
-    def step(self) -> None:
-        if not self._after:
-            self._keep()
-        self.node.step()
-        self.tick = self.node.tick
-        if self._after:
-            self._keep()
-
-    def _keep(self) -> None:
-        weights = self.node.block.weights
-        self.omega.append([o.clone() for o in weights.omega])
-        self.theta.append([t.clone() for t in weights.theta])
-
-
-def watched(plan: Plan, name: str, mail: Mailroom) -> Watch:
-    node = make_node(plan, name, mail)
-    if not isinstance(node, HoldNode):
-        raise TypeError(f"block {name!r} is not one that steps in every tick")
-    return Watch(node, sequential=plan.knobs.order is Order.SEQUENTIAL)
 
 
 def run_ticks(ticks: Ticks) -> dict[str, Array]:
@@ -292,29 +288,34 @@ def run_ticks(ticks: Ticks) -> dict[str, Array]:
     _, plan, stream, _ = _planned(ticks)
     mail = Mailroom({INPUT, *plan.graph.blocks})
     watches = [watched(plan, b.name, mail) for b in ticks.blocks]
+    kept: list[tuple[_Node, Kept]] = []
     for watch, node in zip(watches, ticks.blocks, strict=True):
+        kept.append((node, watch.own))
+        if watch.output is not None:
+            kept.append((ticks.out, watch.output))
         block = watch.node.block
         if isinstance(block, HoldBlock):
             block.h = tensor(ticks.data[f"h.{node.name}"][0])
             block.z = tensor(ticks.data[f"z.{node.name}"][0])
-        block.weights.omega = [tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
+    for node, part in kept:
+        part.weights.omega = [tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
     run_loop([SourceNode(plan, stream, mail), *watches])
     made = recorded(ticks, {w.name: w.node.records() for w in watches})
-    for watch, node in zip(watches, ticks.blocks, strict=True):
+    for node, part in kept:
         for i, key in enumerate(node.keys):
-            made[f"om.{key}"] = _first(ticks.K + 1, [o[i] for o in watch.omega])
-            made[f"th.{key}"] = _first(ticks.K + 1, [t[i] for t in watch.theta])
+            made[f"om.{key}"] = _first(ticks.K + 1, [o[i] for o in part.omega])
+            made[f"th.{key}"] = _first(ticks.K + 1, [t[i] for t in part.theta])
     return made
 
 
 def begins_at_rest(ticks: Ticks) -> bool:
     """Whether a run of its own repeats the file: h, z and omega begin at zero, and the blocks move
     as settings can say."""
-    costates = [f"om.{key}" for node in ticks.blocks for key in node.keys]
+    costates = [f"om.{key}" for node in (*ticks.nodes, ticks.out) for key in node.keys]
     starts = [*costates, *(f"{q}.{node.name}" for q in ("h", "z") for node in ticks.nodes)]
     if any(ticks.data[key][0].any() for key in starts):
         return False
-    return "mask_node" not in ticks.data or _held(ticks, _graph(ticks)) > 1
+    return "mask_node" not in ticks.data or _is_delay_free(ticks, _graph(ticks))
 
 
 def energies_through(ticks: Ticks, engine: Mapping[str, Any]) -> Found:

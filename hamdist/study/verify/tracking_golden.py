@@ -42,7 +42,7 @@ from hamdist.study.verify.golden import (
     tensor,
     worst,
 )
-from hamdist.study.verify.tick_golden import watched
+from hamdist.study.verify.watch import watched
 
 # Without a bias unit a net is near an attractor, where rounding grows: 1e-12 in W_0 moves x by
 # 1.3e-10 in 1000 steps (golden README).

@@ -1,0 +1,125 @@
+"""The topics of `hamdist verify`: they pass, and a defect in what they check turns them red."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import islice
+
+import pytest
+import torch
+
+from hamdist.config import Settings
+from hamdist.dynamics.hold import HoldBlock
+from hamdist.dynamics.pulse import PulseBlock
+from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.dynamics.weights import Weights
+from hamdist.runtime.train import train
+from hamdist.study.verify import backpropagation, delay_free, digraphs, engines, golden, hamilton
+from hamdist.study.verify.check import Found
+from hamdist.study.verify.networks import Draws, chain
+
+TOPICS = {
+    "hamilton": hamilton,
+    "backpropagation": backpropagation,
+    "delay-free": delay_free,
+    "digraphs": digraphs,
+}
+
+
+def failed(topic, most=None):
+    """The names of the checks that fail, of the first `most`."""
+    names = []
+    for check in islice(TOPICS[topic].checks(False), most):
+        found = check.measure()
+        difference = found.difference if isinstance(found, Found) else found
+        if not difference <= check.bound:
+            names.append(check.name)
+    return names
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_it_passes(topic):
+    assert failed(topic) == []
+
+
+def test_a_wrong_step_of_the_weights_is_found(monkeypatch):
+    right = Weights._move_theta
+    monkeypatch.setattr(Weights, "_move_theta", lambda self, step: right(self, step * (1 + 1e-7)))
+    assert len(failed("hamilton", 4)) == 4
+    assert len(failed("backpropagation", 2)) == 2
+
+
+def test_a_wrong_message_is_found(monkeypatch):
+    right = PulseBlock.backward
+
+    def backward(self, sample, messages):
+        first, *others = right(self, sample, messages)
+        return [first, *(m if m is None else m * (1 + 1e-7) for m in others)]
+
+    monkeypatch.setattr(PulseBlock, "backward", backward)
+    assert failed("backpropagation") == [
+        f"two skips, two readouts, {how}: losses and weights of 60 steps"
+        for how in ("plain", "momentum and dampening")
+    ]
+
+
+def test_a_costate_that_leaks_is_found(monkeypatch):
+    right = HoldBlock.complete
+
+    def complete(self, messages):
+        right(self, messages)
+        self.z = self.z * (1 - 1e-7)
+
+    monkeypatch.setattr(HoldBlock, "complete", complete)
+    assert len(failed("hamilton", 4)) == 4
+    assert len(failed("digraphs", 1)) == 1
+
+
+def test_a_layer_that_moves_at_the_wrong_time_is_found(monkeypatch):
+    monkeypatch.setattr(HoldSchedule, "moves", lambda self, block, tick: True)
+    assert len(failed("delay-free", 2)) == 2
+
+
+# -- engines ---------------------------------------------------------------------------------------
+
+
+def result():
+    settings = Settings.model_validate({"level": "trace", "dtype": "float64"})
+    return train(chain(depth=2), Draws(4), settings)
+
+
+def test_equal_runs_differ_by_nothing():
+    assert engines.difference(result(), result()) == Found(0.0, "")
+
+
+def test_the_largest_difference_between_two_runs():
+    a, b = result(), result()
+    b.blocks["block0"].theta["0.bias"][0] += 1e-15
+    b.blocks["block1"].omega["2.bias"][1] += 1e-9
+    found = engines.difference(a, b)
+    assert found.where == "omega block1.2.bias"
+    assert found.difference == pytest.approx(1e-9)
+
+
+def test_runs_of_which_one_has_more():
+    a, b = result(), result()
+    b.blocks["more"] = b.blocks["block0"]
+    assert engines.difference(a, b).difference == float("inf")
+    b = result()
+    b.blocks["block0"] = dataclasses.replace(b.blocks["block0"], updates=3)
+    assert engines.difference(a, b) == Found(1.0, "updates of block0")
+    b = result()
+    b.blocks["block0"].theta["0.bias"].resize_(3)
+    assert engines.difference(a, b).difference == float("inf")
+    b = result()
+    b.blocks["block0"].theta["0.bias"][0] = torch.nan
+    assert not engines.difference(a, b).difference <= 0
+
+
+@pytest.mark.ray
+def test_every_level_and_golden_files_on_ray(session):
+    paths = golden.files(golden.shipped())
+    found = {check.name: check.measure() for check in engines.checks(False, paths)}
+    assert len(found) == len(engines.RUNS) + engines.GOLDEN_FILES
+    assert {name: f for name, f in found.items() if not f.difference <= 1e-9} == {}
+    assert sum(f.difference == 0 for f in found.values()) >= len(engines.RUNS)
