@@ -24,7 +24,7 @@ def train(
     stream: Stream | Iterable[Any],
     settings: Settings | None = None,
     *,
-    loss: LossFunction | None = None,
+    loss: LossFunction | str | None = None,
     phi: Course | None = None,
     classes: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -39,13 +39,16 @@ def train(
     stream: a `hamdist.streams.Stream`, a DataLoader, or any iterable of (u, y), with the batch in
     front of u and y; `classes` is needed for class targets of those that do not know it.
     settings, fields: a `Settings`, and fields of it by name, which go first.
-    loss: (prediction, target) -> scalar mean over the batch, instead of `settings.loss`.
+    loss: (prediction, target) -> scalar mean over the batch, or the name of one (`Loss`), instead
+    of `settings.loss`.
     phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a number.
 
     Raises HamdistError: SettingsError, GraphError, LevelError before anything starts, StreamError,
     BlockError, StallError, ClusterError from a run, whose processes have ended by then. A run that
     left the finite range (DivergedError) brings what came before as `error.result`.
     """
+    if isinstance(loss, str):
+        fields["loss"], loss = loss, None
     return train_settings(
         model,
         _as_stream(stream, classes),

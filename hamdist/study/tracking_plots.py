@@ -68,10 +68,13 @@ def _error(axes: Axes, times: Array, error: Array, size: float) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     parts = np.array_split(np.arange(len(times)), min(BINS, len(times)))
-    shares = [100 * max(rms(error[p]) / size if size else 0.0, TINY) for p in parts]
+    shares = np.array([100 * max(rms(error[p]) / size if size else 0.0, TINY) for p in parts])
     axes.plot([float(times[p].mean()) for p in parts], shares, color=COLOURS[1], linewidth=1.2)
+    finite = shares[np.isfinite(shares)]
+    low, high = finite.min(initial=100.0), finite.max(initial=TINY)
+    axes.set_ylim(0.8 * low, 1.25 * max(low, high))
     axes.set_yscale("log")
-    few = max(shares) < DECADES * min(shares)
+    few = high < DECADES * low
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))

@@ -12,7 +12,7 @@ import hamdist
 from hamdist.config import Settings, read_settings
 from hamdist.dynamics.graph import BlockSpec, Graph
 from hamdist.dynamics.losses import cross_entropy, mse
-from hamdist.errors import ClusterError, GraphError
+from hamdist.errors import ClusterError, GraphError, SettingsError
 from hamdist.runtime.train import train
 from hamdist.streams import from_iterable
 from hamdist.study.recipes import load_settings
@@ -228,3 +228,14 @@ def test_two_threads_do_not_share_a_session(session):
     thread.start()
     thread.join(30)
     assert "another thread" in caught[0]
+
+
+def test_a_loss_may_be_named():
+    """`loss` is a field of the settings and an argument: both mean the same."""
+    items = [(u, torch.ones(len(u), 2)) for u, _ in batches(5)]
+    model = nn.Linear(FEATURES, 2)
+    named = hamdist.train(model, items, level="backprop", loss="mse")
+    given = hamdist.train(model, items, level="backprop", loss=mse)
+    assert torch.equal(named.model.weight, given.model.weight)
+    with pytest.raises(SettingsError, match="loss: .*received 'mean'"):
+        hamdist.train(model, items, level="backprop", loss="mean")

@@ -150,6 +150,20 @@ def test_the_clock_starts_when_the_first_sample_is_asked_for() -> None:
     assert stream.report() == {"dropped": 0}
 
 
+def test_reading_the_data_for_the_first_sample_costs_no_others() -> None:
+    clock = Clock()
+
+    class Slow:
+        portable, spec = True, numbered(3).spec
+
+        def samples(self) -> Iterator[Sample]:
+            clock.now += 50.0
+            return numbered(3).samples()
+
+    stream = paced(Slow(), clock, Late.DROP)
+    assert [int(s.u) for s in stream.samples()] == [0, 1, 2]
+
+
 def test_counts_begin_anew_and_come_through_wrappers() -> None:
     clock = Clock()
 

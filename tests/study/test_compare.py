@@ -182,12 +182,13 @@ def test_evaluation_in_pieces_leaves_the_modes_alone(monkeypatch: pytest.MonkeyP
 
 
 def test_every_recipe_is_valid_for_each_of_its_levels() -> None:
-    assert list(recipes()) == ["digits", "fashion-mnist", "smooth-digits"]
+    to_compare = ["digits", "fashion-mnist", "smooth-digits"]
+    assert list(recipes()) == sorted([*to_compare, "sentences", "tracking"])
     for name, description in recipes().items():
         settings = load_settings(name)
         assert settings.name == name
-        assert settings.engine.kind is EngineKind.RAY
         assert plan(settings)
+        assert settings.engine.kind is EngineKind.RAY or name not in to_compare
         assert len(description) > 20
         for level in settings.compare.levels:
             assert settings.for_level(level).level is level

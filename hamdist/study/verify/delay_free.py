@@ -37,7 +37,7 @@ FORMS = (
 
 
 def checks(full: bool) -> Iterator[Check]:
-    samples = 100 if full else 12
+    samples = 40 if full else 12
     for form, order, phi in FORMS:
         case = _case(order, phi, samples)
         yield Check(

@@ -24,6 +24,7 @@ from hamdist.dynamics.losses import mse
 from hamdist.errors import DivergedError
 from hamdist.runtime.train import train
 from hamdist.streams.wrap import from_iterable
+from hamdist.study.verify import tracking
 from hamdist.study.verify.check import Check, Found
 from hamdist.study.verify.networks import F64, dense, seeded
 
@@ -62,7 +63,7 @@ def loops_graph(net: Loops) -> Graph:
     )
 
 
-def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
+def checks(full: bool) -> Iterator[Check]:
     for c_tau, ticks in ((1.0, 100), (0.3, 350)):
         what = f"cycles, self-edges and a skip, static input, c tau = {c_tau:g}"
         yield Check(
@@ -77,6 +78,7 @@ def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
         0.0,
         _runaway,
     )
+    yield from tracking.checks(full)
 
 
 def _settings(c_tau: float, sign: int) -> Settings:
