@@ -117,8 +117,8 @@ class SourceNode:
         if not 0 < self._tau * largest <= 1 + TOLERANCE:
             raise StreamError(
                 f"item {n}: a step of tau = {self._tau:g} s until the next item makes c tau = "
-                f"{self._tau * largest:g}, which has to lie in (0, 1]: use a smaller dynamics.c, or "
-                "a higher locality.speed (ticks per item); a stream of one item has no step"
+                f"{self._tau * largest:g}, which has to lie in (0, 1]: use a smaller dynamics.c, "
+                "or a higher locality.speed (ticks per item); a stream of one item has no step"
             )
         return torch.tensor(self._tau, dtype=torch.float64)
 
