@@ -47,16 +47,39 @@ def train(
     BlockError, StallError, ClusterError from a run, whose processes have ended by then. A run that
     left the finite range (DivergedError) brings what came before as `error.result`.
     """
+    if phi is not None and not callable(phi):
+        raise SettingsError(
+            f"phi is {phi!r}; give a function of the tick, or a number as dynamics={{'phi': ...}}"
+        )
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
+    settled = _settled(settings, fields)
+    if isinstance(model, Graph):
+        _check_graph(settled, fields, loss)
     return train_settings(
         model,
         _as_stream(stream, classes),
-        _settled(settings, fields),
+        settled,
         loss=loss,
         phi=phi,
         on_progress=on_progress,
     )
+
+
+def _check_graph(settings: Settings, fields: Mapping[str, Any], loss: object) -> None:
+    """Raises SettingsError for what a graph brings itself."""
+    given = {
+        "loss": loss is not None or "loss" in fields,
+        "partition": bool(settings.partition.model_fields_set),
+        "locality.readout": settings.locality.readout is not None,
+        "locality.grouping": settings.locality.grouping is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise SettingsError(
+                f"{name} has no effect on a Graph, which brings its own blocks and losses: say it "
+                "in its BlockSpecs, and leave it out here"
+            )
 
 
 def _settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:

@@ -7,6 +7,7 @@ graph are checked later, by `dynamics`; what can be checked without them is chec
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -410,7 +411,7 @@ class ResetSettings(_Section):
 
 class BlockDynamicsSettings(_Section):
     """What one block has otherwise. beta: of the block, or of its parameters by name (patterns as
-    in a shell; the first that fits)."""
+    in a shell: a name itself goes first, then the first pattern that fits)."""
 
     c: Above0 | None = None
     eta: Rate | None = None
@@ -428,8 +429,8 @@ class DynamicsSettings(_Section):
     'sequence' eta_omega = 0, and omega begins each way back with momentum times its value.
 
     weight_cost: r_w of the term r_w/2 |theta|^2 of the Hamiltonian (NILP). blocks: by name
-    (patterns as in a shell), what single blocks have otherwise. limit: of the norm of a block's h
-    or z; above it the run is stopped as a numerical failure.
+    (patterns as in a shell), what single blocks have otherwise. limit: of the norm of a block's
+    h, z or omega, and of a loss; above it the run is stopped as a numerical failure.
     """
 
     tau: Above0 | CourseSettings | Literal["stamps"] = 1.0
@@ -569,17 +570,26 @@ def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+_TYPE = re.compile(r"(constrained-\w+|literal\[.*\]|dict\[.*\]|float|int|str|[A-Z]\w*Settings)$")
+
+
 def describe(error: ValidationError) -> str:
-    """One line per wrong field: its path, what is wrong, the value received."""
-    lines = []
+    """One line per wrong field: its path, what is wrong, the value received. A field that may be
+    of several types is wrong in one of these ways or the other."""
+    found: dict[tuple[str, str], list[str]] = {}
     for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        # pydantic names the types of a union inside the path, as no field is named
+        path = [str(part) for part in item["loc"]]
+        where = ".".join(part for part in path if not _TYPE.match(part)) or "settings"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: no such setting")
+            found.setdefault((where, ""), []).append("no such setting")
             continue
         given = "" if isinstance(item["input"], Mapping) else f" (received {item['input']!r})"
-        lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{given}")
-    return "\n".join(lines)
+        found.setdefault((where, given), []).append(item["msg"].removeprefix("Value error, "))
+    return "\n".join(
+        f"{where}: {', or: '.join(dict.fromkeys(reasons))}{given}"
+        for (where, given), reasons in found.items()
+    )
 
 
 def parse_override(text: str) -> dict[str, Any]:

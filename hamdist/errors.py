@@ -7,7 +7,7 @@
     ├── StreamError        a sample is unusable: names its index, or the file it comes from
     ├── BlockError         a block failed while it ran: names block and tick, carries its traceback
     │   ├── StampError     a signal other than the one that the schedule names arrived on an edge
-    │   └── DivergedError  h, z or the loss left the finite range: names tick, block, quantity
+    │   └── DivergedError  h, z, omega or the loss left the finite range: tick, block, quantity
     ├── WireError          bytes from a socket are no signal
     ├── StallError         no block moved for too long: names the edge that blocks
     └── ClusterError       Ray, an actor or a host failed or cannot take the run
@@ -62,11 +62,11 @@ class StampError(BlockError):
 
 
 class DivergedError(BlockError):
-    """h, z or the loss of a block left the finite range.
+    """h, z, omega or the loss of a block left the finite range.
 
-    quantity: 'h', 'z' or 'loss'; norm: its own. cause: what it is likely to come from. result: the
-    `RunResult` of what came before, its model with the weights that the blocks had then (the value
-    was not used any more); None until `train` has made it.
+    quantity: 'h', 'z', 'omega' or 'loss'; norm: its own. cause: what it is likely to come from.
+    result: the `RunResult` of what came before, its model with the weights that the blocks had then
+    (the value was not used any more); None until `train` has made it.
     """
 
     def __init__(self, block: str, tick: int, quantity: str, norm: float, cause: str = "") -> None:

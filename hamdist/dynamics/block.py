@@ -12,6 +12,7 @@ B: batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ Guard = Callable[[str, Tensor], None]
 
 
 class OutOfRange(ArithmeticError):
-    """`quantity` ('h', 'z' or 'loss') has left the finite range; norm: its own."""
+    """`quantity` ('h', 'z', 'omega' or 'loss') has left the finite range; norm: its own."""
 
     def __init__(self, quantity: str, norm: float) -> None:
         super().__init__(f"the norm of {quantity} is {norm:g}")
@@ -87,12 +88,15 @@ class LossTaker:
         self._guard = guard
 
     def take(
-        self, cell: Cell, record: Record, target: Tensor, k: int
+        self, cell: Cell, record: Record, target: Tensor, k: int, *, moves: bool = True
     ) -> tuple[list[Tensor | None], list[Tensor], Reading]:
-        """phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and what was read."""
+        """phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and what was read.
+
+        moves: the weights move in this tick; the first phi lasts until they have."""
         value = self.value(record, target)
         phi = self.phi(k)
-        self.past_first()
+        if moves:
+            self.past_first()
         to_parents, g = cell.pull(record, torch.full_like(value, phi), of=value)
         return to_parents, g, Reading(record.output.detach(), target, value.detach(), phi)
 
@@ -104,7 +108,13 @@ class LossTaker:
         return value
 
     def phi(self, k: int) -> float:
-        return self._phi(k) if self._first_phi is None else self._first_phi
+        """phi_k. Raises ValueError where a function of the user's gives no finite number."""
+        if self._first_phi is not None:
+            return self._first_phi
+        phi = float(self._phi(k))
+        if not math.isfinite(phi):
+            raise ValueError(f"phi({k}) is {phi}; the scale of the loss is a finite number")
+        return phi
 
     def past_first(self) -> None:
         """The first loss has been taken."""

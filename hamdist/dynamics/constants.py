@@ -61,7 +61,7 @@ class Dynamics:
     """tau: by tick; None where the stream's time stamps give it. phi: by tick, where the
     presentation is not 'hold' by sample; first_phi: for the first loss that a readout takes (in a
     sequence: for all losses of the first one), if not None.
-    beta: of the weights; betas: of those whose name fits a pattern, the first one that does.
+    beta: of the weights; betas: of those whose name is given, or fits a pattern: the first one.
     weight_cost: r_w. momentum: the share of omega that a sequence takes over from the one before it
     (presentation 'sequence'). reset, limit: see DynamicsSettings. blocks: overrides by pattern, for
     `of`.
@@ -84,9 +84,10 @@ class Dynamics:
 
     def of(self, block: str) -> Dynamics:
         """The constants of `block`."""
-        own = next((b for p, b in self.blocks.items() if fnmatchcase(block, p)), None)
-        if own is None:
-            return replace(self, blocks={})
+        pattern = _fitting(block, self.blocks)
+        return replace(self, blocks={}) if pattern is None else self._with(self.blocks[pattern])
+
+    def _with(self, own: BlockDynamicsSettings) -> Dynamics:
         betas = tuple(own.beta.items()) if isinstance(own.beta, dict) else ()
         return replace(
             self,
@@ -100,10 +101,9 @@ class Dynamics:
 
     def rates(self, names: Sequence[str]) -> list[float]:
         """beta of each parameter, by its name in the block."""
-        return [
-            next((rate for p, rate in self.betas if fnmatchcase(name, p)), self.beta)
-            for name in names
-        ]
+        rates = dict(self.betas)
+        patterns = [_fitting(name, rates) for name in names]
+        return [self.beta if p is None else rates[p] for p in patterns]
 
     def speeds(self) -> list[float]:
         """Every c of the run."""
@@ -114,6 +114,14 @@ class Dynamics:
         """Whether the stream has to tell every block the time, or the end of a sequence."""
         r = self.reset
         return self.tau is None or Reset.SEQUENCE in (r.h, r.z, r.omega)
+
+
+def _fitting(name: str, patterns: Iterable[str]) -> str | None:
+    """`name` itself where it is among the patterns, or else the first one that it fits."""
+    patterns = list(patterns)
+    if name in patterns:
+        return name
+    return next((p for p in patterns if fnmatchcase(name, p)), None)
 
 
 def _first(*values: float | None) -> float:
@@ -231,7 +239,7 @@ def _check_wave(made: Dynamics, tau: float | None, knobs: Locality) -> None:
             "dynamics.reset with presentation 'pulse': every sample has states and costates of its "
             "own there, and momentum 0 clears omega; use presentation 'hold'"
         )
-    each = [made, *(made.of(pattern) for pattern in made.blocks)]
+    each = [made, *(made._with(own) for own in made.blocks.values())]
     needs: list[tuple[str, list[float], float]] = [
         ("c tau", [d.c * tau for d in each], 1.0),
         ("sign", [made.sign], -1.0),
@@ -278,6 +286,11 @@ def check_names(dynamics: Dynamics, parameters: Mapping[str, Iterable[str]]) -> 
         if not fitting:
             raise LevelError(
                 f"dynamics.blocks.{pattern}: no such block; known: {', '.join(parameters)}"
+            )
+        if all(_fitting(block, dynamics.blocks) != pattern for block in fitting):
+            raise LevelError(
+                f"dynamics.blocks.{pattern}: every block that it fits ({', '.join(fitting)}) is "
+                "taken by another pattern before it; list it earlier"
             )
         if isinstance(own.beta, dict):
             names = [name for block in fitting for name in parameters[block]]

@@ -19,6 +19,7 @@ from torch import Tensor
 from hamdist.dynamics.block import Reading
 
 LIMIT = 1 << 17
+LIMIT_BYTES = 1 << 28
 
 
 @dataclass(slots=True)
@@ -64,14 +65,16 @@ class _Entry:
 
 
 class Recorder:
-    """Keeps an entry every `every` ticks. With LIMIT entries every second one is let go and `every`
-    doubles, so that an endless stream is recorded in constant memory."""
+    """Keeps an entry every `every` ticks. With LIMIT entries, or LIMIT_BYTES of tensors, every
+    second one is let go and `every` doubles, so that an endless stream is recorded in constant
+    memory."""
 
     def __init__(self, every: int, *, trajectory: bool, limit: int = LIMIT) -> None:
         self._every = every
         self._limit = limit
         self._trajectory = trajectory
         self._entries: list[_Entry] = []
+        self._bytes = 0
 
     def due(self, tick: int) -> bool:
         return tick % self._every == 0
@@ -91,9 +94,11 @@ class Recorder:
             if reading is not None:
                 entry.prediction, entry.target = reading.prediction, reading.target
         self._entries.append(entry)
-        if len(self._entries) >= self._limit:
+        self._bytes += _size(entry)
+        if len(self._entries) >= self._limit or self._bytes > LIMIT_BYTES:
             self._every *= 2
             self._entries = [e for e in self._entries if e.tick % self._every == 0]
+            self._bytes = sum(_size(e) for e in self._entries)
 
     def records(self) -> Records:
         entries = self._entries
@@ -114,6 +119,11 @@ class Recorder:
             prediction=_stacked([e.prediction for e in entries]),
             target=_stacked([e.target for e in entries]),
         )
+
+
+def _size(entry: _Entry) -> int:
+    kept = (entry.h, entry.z, entry.prediction, entry.target)
+    return sum(t.nbytes for t in kept if t is not None)
 
 
 def _stacked(values: list[Tensor | None]) -> Tensor | None:

@@ -87,6 +87,7 @@ class HoldBlock:
         self._scale = scale
         self._loss = loss
         self._guard = guard
+        self._start = h
         self._own: Tensor | None = None
         self._last: Tick | None = None  # the tick before; None before the first
         self._record: Record | None = None  # of the tick before, where its weights still wait
@@ -114,9 +115,9 @@ class HoldBlock:
         self._last = None
 
     def clear(self, *, h: bool, z: bool, omega: bool) -> None:
-        """Sets what is named to zero; between `complete` and `tick`."""
+        """Sets what is named to zero, h to what it began with; between `complete` and `tick`."""
         if h:
-            self.h = torch.zeros_like(self.h)
+            self.h = self._start
         if z:
             self.z = torch.zeros_like(self.z)
         if omega:
@@ -173,7 +174,9 @@ class HoldBlock:
             else:
                 cell = self.output
                 record = cell.forward([self.h], [True])
-            (self._own,), g, reading = self._loss.take(cell, record, tick.target, tick.k)
+            (self._own,), g, reading = self._loss.take(
+                cell, record, tick.target, tick.k, moves=tick.updates
+            )
         if self.output_weights is not None and tick.updates:
             self.output_weights.move(g, self._scale(tick.sample), tick.tau)
         return reading
@@ -213,7 +216,9 @@ class HoldReadout:
         g: list[Tensor] | None = None
         if tick.target is not None:
             record = self.cell.forward(inputs, self._wanted)
-            to_parents, g, reading = self._loss.take(self.cell, record, tick.target, tick.k)
+            to_parents, g, reading = self._loss.take(
+                self.cell, record, tick.target, tick.k, moves=tick.updates
+            )
             if self.energy is not None:
                 self.energy.loss = reading.phi * float(reading.loss)
         if tick.updates:

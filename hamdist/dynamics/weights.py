@@ -11,12 +11,14 @@ with rate tau beta.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hamdist.config import Order
+from hamdist.dynamics.block import OutOfRange
 from hamdist.dynamics.constants import Dynamics
 
 
@@ -40,24 +42,23 @@ class Weights:
         self._sign = dynamics.sign
         self._eta = dynamics.eta_omega
         self._cost = dynamics.weight_cost
+        self._limit = dynamics.limit
         self._omega_first = order is not Order.SIMULTANEOUS
 
     def move(self, g: list[Tensor] | None, scale: float, tau: float) -> None:
         """One update with gradient g (None: zero). scale: of beta, in this tick. tau: seconds."""
+        if self.theta:
+            later = self._moved(self._with_cost(g), tau)
+            if self._omega_first:
+                self.omega = later
+            self._move_theta(tau * scale)
+            self.omega = later
         self.updates += 1
-        if not self.theta:
-            return
-        g = self._with_cost(g)
-        if not self._omega_first:
-            self._move_theta(tau * scale)
-        self._move_omega(g, tau)
-        if self._omega_first:
-            self._move_theta(tau * scale)
 
     def integrate(self, g: list[Tensor] | None, tau: float) -> None:
         """Moves omega alone, with gradient g (None: zero)."""
         if self.theta:
-            self._move_omega(g, tau)
+            self.omega = self._moved(g, tau)
 
     def conclude(self, scale: float, tau: float) -> None:
         """Moves theta with the omega of several `integrate`; r_w theta counts once."""
@@ -96,16 +97,20 @@ class Weights:
             return list(torch._foreach_mul(self.theta, self._cost))
         return list(torch._foreach_add(g, self.theta, alpha=self._cost))
 
-    def _move_omega(self, g: list[Tensor] | None, tau: float) -> None:
+    def _moved(self, g: list[Tensor] | None, tau: float) -> list[Tensor]:
+        """omega_{k+1}, in fresh tensors, or in those of g. Raises OutOfRange before anything has
+        moved: derivatives may be infinite where h, z and the loss are not (a root at 0)."""
         gain, keeps = -self._sign * tau, 1 - tau * self._eta
         if g is not None and keeps == 0:
-            self.omega = g if gain == 1 else list(torch._foreach_mul(g, gain))
-            return
-        if keeps != 1:
-            # A fresh list: omega may be a gradient that somebody else still reads.
-            self.omega = list(torch._foreach_mul(self.omega, keeps))
-        if g is not None:
-            self.omega = list(torch._foreach_add(self.omega, g, alpha=gain))
+            omega = g if gain == 1 else list(torch._foreach_mul(g, gain))
+        else:
+            omega = self.omega if keeps == 1 else list(torch._foreach_mul(self.omega, keeps))
+            if g is not None:
+                omega = list(torch._foreach_add(omega, g, alpha=gain))
+        norm = math.hypot(*(float(n) for n in torch._foreach_norm(omega)))
+        if not norm <= self._limit:
+            raise OutOfRange("omega", norm)
+        return omega
 
     def _move_theta(self, step: float) -> None:
         if min(self._rates) == max(self._rates):

@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from hamdist.config import TransportKind
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
-from hamdist.errors import ClusterError, StreamError
+from hamdist.errors import ClusterError, HamdistError, StreamError
 from hamdist.runtime.cluster import Session
 from hamdist.runtime.host import Host, HostReport, HostStatus
 from hamdist.runtime.outcome import deaf_to_interrupts
@@ -195,8 +195,14 @@ class Crew:
         calls = self.running
         if calls:
             number = len(calls) if everybody else 1
+            failures = []
             for call in ray.wait(list(calls), num_returns=number, timeout=seconds)[0]:
-                self._collect(calls[call], call)
+                try:
+                    self._collect(calls[call], call)
+                except HamdistError as error:  # after the reports of the others
+                    failures.append(error)
+            if failures:
+                raise failures[0]
         elif self._thread is not None:
             self._thread.join(seconds)
         if self.local_report is not None and self.local_report.error is not None:

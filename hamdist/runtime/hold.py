@@ -48,6 +48,9 @@ class HoldNode:
             e.index: torch.zeros(shapes[e.parent][0], dtype=shapes[e.parent][1])
             for e in self._ports.into
         }
+        # What a state that was cleared on its way is replaced by.
+        parents = [e.parent for e in self._ports.into if not e.from_input]
+        self._starts = {parent: plan.start(parent) for parent in parents}
         self._target: Tensor | None = None
         self._no_more_targets = False
         self._events = plan.schedule.events(spec.name)
@@ -90,9 +93,7 @@ class HoldNode:
             self._ended.append(edge)
         elif signal is not None and signal.payload is not None:
             cleared = not edge.from_input and signal.stamp.tick < self._clock.h_since
-            self._shown[edge.index] = (
-                torch.zeros_like(signal.payload) if cleared else signal.payload
-            )
+            self._shown[edge.index] = self._starts[edge.parent] if cleared else signal.payload
         return self._shown[edge.index]
 
     def _message(self, edge: Edge, event: Event) -> Tensor | None:

@@ -127,10 +127,6 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
     if p.spec.output is not None:
         output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
         output_weights = p.make_weights(output, OUTPUT_KEY)
-    shape, dtype = plan.shapes[p.name]
-    h = torch.zeros(shape, dtype=dtype)
-    if p.spec.initial is not None:
-        h = h + p.spec.initial.to(dtype)
     block = HoldBlock(
         p.cell,
         p.weights,
@@ -138,7 +134,7 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
         p.dynamics,
         plan.knobs.order,
         p.scale,
-        h,
+        plan.start(p.name),
         loss=p.loss,
         output=output,
         output_weights=output_weights,

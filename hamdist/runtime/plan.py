@@ -6,9 +6,10 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hamdist.config import (
     Compensation,
@@ -65,6 +66,13 @@ class Plan:
             factor *= max(0.0, 1 - sample / self.steps)
         return factor
 
+    def start(self, block: str) -> Tensor:
+        """h_0 of a block, the batch in front."""
+        shape, dtype = self.shapes[block]
+        h = torch.zeros(shape, dtype=dtype)
+        initial = self.graph.blocks[block].initial
+        return h if initial is None else h + initial.to(dtype)
+
     def only(self, blocks: Iterable[str]) -> Plan:
         """The plan for the process that hosts `blocks`: without the other blocks' weights."""
         mine = set(blocks)
@@ -94,6 +102,7 @@ def make_plan(
     else:
         schedule = make_schedule(graph, knobs)
     _check_resets(graph, schedule, dynamics, knobs)
+    _check_output_nets(graph, dynamics)
     rewinds = knobs.memory is Memory.REVERSIBLE
     started = [b.name for b in graph.blocks.values() if b.initial is not None]
     if started and not knobs.hold:
@@ -131,6 +140,22 @@ def make_plan(
         follows_lr=settings.dynamics.beta is None,
         reversible=reversible_blocks(graph, shapes) if rewinds else frozenset(),
     )
+
+
+def _check_output_nets(graph: Graph, dynamics: Dynamics) -> None:
+    """Raises LevelError for constants of a state that are given to blocks without one."""
+    for pattern, own in dynamics.blocks.items():
+        fitting = [b for b in graph.blocks.values() if fnmatchcase(b.name, pattern)]
+        given = {"c": own.c, "eta_z": own.eta_z}
+        if any(b.has_state for b in fitting):
+            continue
+        for name, value in given.items():
+            if value is not None:
+                raise LevelError(
+                    f"dynamics.blocks.{pattern}.{name}: {fitting[0].name!r} is an output net and "
+                    "has no state that it could belong to; leave it out, or give the readout a "
+                    "state (locality.readout 'state')"
+                )
 
 
 def _check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Locality) -> None:

@@ -102,6 +102,8 @@ class SourceNode:
             return self._draw(n)
         sample = self._next
         self._next = None if sample is None else self._draw(n + 1)
+        if self.stop.is_set() and n == 0 and self._next is None and self._plan.dynamics.tau is None:
+            return None  # called off before there was a second time stamp
         return sample
 
     def _time(self, sample: Sample) -> Tensor | None:

@@ -5,12 +5,13 @@ Everything here runs in the driver, which is never on the way of a signal.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 
 from hamdist.dynamics.metrics import Window
-from hamdist.errors import DivergedError, StallError
+from hamdist.errors import DivergedError, HamdistError, StallError
 from hamdist.runtime.cluster import ray_session
 from hamdist.runtime.crew import END_SECONDS, Crew
 from hamdist.runtime.memory import peak_bytes, reset_peak
@@ -65,11 +66,20 @@ class _Watch:
             except KeyboardInterrupt:  # the second Ctrl-C: end at once
                 self._crew.call_off()
             except DivergedError as error:
-                self._crew.call_off()
-                error.outcome = self._outcome(interrupted())
-                raise
+                first = self._first(error)
+                first.outcome = self._outcome(interrupted())
+                raise first from None
         self._report_progress()
         return self._outcome(interrupted())
+
+    def _first(self, error: DivergedError) -> DivergedError:
+        """Calls the run off. The failure that came first, where several blocks have diverged: by
+        tick, then in the graph's order."""
+        with contextlib.suppress(HamdistError):
+            self._crew.call_off()
+        order = list(self._plan.graph.blocks)
+        errors = [r.error for r in self._crew.reports() if isinstance(r.error, DivergedError)]
+        return min([error, *errors], key=lambda e: (e.tick, order.index(e.block)))
 
     def _follow(self, stop: threading.Event) -> None:
         end_by: float | None = None

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from hamdist.config import EngineKind, Readout, Settings
 from hamdist.dynamics.constants import Course
-from hamdist.dynamics.cycles import dissipation_warnings
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.locality import make_locality
 from hamdist.dynamics.losses import LossFunction, make_loss
@@ -20,15 +19,14 @@ from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import split_sequential
 from hamdist.errors import DivergedError, GraphError
+from hamdist.runtime.advice import after, before
 from hamdist.runtime.cluster import prepare_environment
-from hamdist.runtime.divergence import explained, not_finite
+from hamdist.runtime.divergence import explained
 from hamdist.runtime.inprocess import InProcessEngine
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_plan
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.streams.sample import SampleSpec, Stream
-
-LONG_SEQUENCE = 1000
 
 
 class Engine(Protocol):
@@ -62,8 +60,7 @@ def train(
         graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
         plan = make_plan(graph, settings, stream.spec, phi=phi)
         told = drift_warnings(plan.graph, plan.reversible, _example(stream.spec))
-        if plan.knobs.hold:
-            told += dissipation_warnings(plan.graph, plan.dynamics)
+        told += before(plan, settings)
         for text in told:
             warnings.warn(text, stacklevel=3)
         try:
@@ -72,30 +69,18 @@ def train(
             failure = explained(error, plan)
             if error.outcome is not None:
                 error.outcome.warnings[:0] = told
-                initial = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
-                failure.result = _diverged(initial, plan, failure)
+                error.outcome.warnings.insert(0, str(failure))
+                failure.result = _result(graph, plan, error.outcome)
             raise failure from None
         outcome.warnings[:0] = told
         return _result(graph, plan, outcome)
-
-
-def _diverged(initial: Graph, plan: Plan, failure: DivergedError) -> RunResult:
-    """What a run left that diverged. initial: the graph as it was before the run."""
-    outcome: Outcome = failure.outcome
-    outcome.warnings.insert(0, str(failure))
-    overflown = not_finite(outcome, initial)
-    for name in overflown:
-        del outcome.blocks[name]
-    if overflown:
-        outcome.warnings.append(f"the weights of {', '.join(overflown)} were not finite either")
-    return _result(initial, plan, outcome)
 
 
 def _result(graph: Graph, plan: Plan, outcome: Outcome) -> RunResult:
     lost = [name for name in graph.blocks if name not in outcome.blocks]
     if lost:
         outcome.warnings.append(
-            f"{', '.join(lost)} could not hand over weights when the run was called off; the "
+            f"the run was called off before {', '.join(lost)} could hand over their weights; the "
             "model has their initial ones"
         )
     weights = {name: {**b.theta, **b.buffers} for name, b in outcome.blocks.items()}
@@ -128,9 +113,7 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome) -> RunResult:
         interrupted=outcome.interrupted,
         warnings=[
             *outcome.warnings,
-            *smoothness_warnings(plan, outcome.smoothness),
-            *loss_warnings(outcome),
-            *sequence_warnings(plan, outcome),
+            *after(plan, outcome),
         ],
     )
 
@@ -180,49 +163,3 @@ def _example(spec: SampleSpec) -> Tensor:
         return torch.zeros(spec.u_shape, dtype=spec.u_dtype)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(spec.u_shape, dtype=spec.u_dtype, generator=generator)
-
-
-def loss_warnings(outcome: Outcome) -> list[str]:
-    """Says so where nothing was learned."""
-    if outcome.samples and not any(outcome.windows.values()):
-        return ["no sample had a target when it reached a readout, so nothing was learned"]
-    return []
-
-
-def sequence_warnings(plan: Plan, outcome: Outcome) -> list[str]:
-    """Says so where nothing in the stream marks the end of a sequence."""
-    updates = max((block.updates for block in outcome.blocks.values()), default=0)
-    if not plan.knobs.sequence or updates > 1 or outcome.samples < LONG_SEQUENCE:
-        return []
-    return [
-        f"the whole run was one sequence of {outcome.samples} samples, so the weights moved once, "
-        "at its end: mark the last sample of every sequence (Sample.end), use a stream that does "
-        "(source 'sequences' with sequences.view 'tokens'), or another level"
-    ]
-
-
-def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
-    """Says so where a level without memory meets a stream that changes too fast for it.
-
-    Measured on prototypes: such a level equals backpropagation once a sample's S c ticks are 2.5
-    times the round trip of 2D ticks, and is worse than training the last block alone below one
-    round trip.
-    """
-    trip = 2 * plan.graph.depth
-    c = plan.schedule.c
-    if not plan.knobs.hold or frames is None or not trip or c > trip:
-        return []
-    ticks = frames * c
-    if ticks >= 2 * trip:
-        return []
-    worse = (
-        "training the last block alone would do better"
-        if ticks < trip
-        else "expect it to lose some points against backpropagation"
-    )
-    return [
-        "the stream is not smooth enough for a level without memory: its samples decorrelate "
-        f"within about {max(1, round(ticks))} tick(s), while a signal's round trip takes {trip}; "
-        f"{worse}. Use level 'trace', a smooth stream (stream.smooth), a higher locality.speed, "
-        "or fewer blocks"
-    ]

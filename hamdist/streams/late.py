@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.pace import Paced
-from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, report_of
+from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, check_stream, report_of
 
 
 class Delayed:
@@ -26,6 +26,7 @@ class Delayed:
 
     def __init__(self, stream: Stream, delay: int, *, tagged: bool = True) -> None:
         _check_delay(delay)
+        check_stream("Delayed", stream)
         self.portable: bool = stream.portable
         self._stream = stream
         self._delay = delay
@@ -104,6 +105,7 @@ class Rejoin:
                 "Rejoin got a Paced stream, whose samples may have been dropped, so that tags no "
                 "longer fit: rejoin first, then pace, as in Paced(Rejoin(stream), ...)"
             )
+        check_stream("Rejoin", stream)
         self.portable: bool = stream.portable
         self._stream = stream
         self._delay = delay

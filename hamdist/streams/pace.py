@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from hamdist.config import Late
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
+from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream, report_of
 
 LOOK_AT = 1000  # items taken in at once, from which on a source is watched for being too slow
 
@@ -50,6 +50,7 @@ class Paced:
             raise SettingsError(
                 f"period is {period}; samples arrive every so many seconds, above 0"
             )
+        check_stream("Paced", stream)
         self.portable: bool = stream.portable
         self._stream = stream
         self._period = period

@@ -16,6 +16,8 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from hamdist.errors import StreamError
+
 # (B,) classes or (B, O) values, for every readout; or a target by the name of its readout; None
 # (or a name that is not there) where it is missing.
 Target: TypeAlias = Tensor | Mapping[str, Tensor | None] | None
@@ -119,3 +121,12 @@ class Reporting(Protocol):
 def report_of(stream: Stream) -> dict[str, int]:
     """What a stream has counted; nothing for one that does not count."""
     return stream.report() if isinstance(stream, Reporting) else {}
+
+
+def check_stream(wrapper: str, stream: object) -> None:
+    """Raises StreamError for what `wrapper` cannot wrap."""
+    if not isinstance(stream, Stream):
+        raise StreamError(
+            f"{wrapper} wraps a stream, not a {type(stream).__name__}; make one with "
+            "hamdist.streams.from_iterable(...) or from_loader(...), which say what items look like"
+        )

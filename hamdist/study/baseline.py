@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import Decay, LearningSettings, Settings
+from hamdist.config import Decay, FirstStep, LearningSettings, Settings
 from hamdist.dynamics.losses import LossFunction, make_loss
 from hamdist.dynamics.metrics import Prequential
 from hamdist.errors import BlockError, SettingsError, StreamError
@@ -181,3 +181,23 @@ def _stand_in(spec: SampleSpec) -> Sample:
     if spec.u_dtype.is_floating_point:
         u.normal_(generator=torch.Generator().manual_seed(0))
     return Sample(u, torch.zeros(spec.y_shape, dtype=spec.y_dtype))
+
+
+def baseline_warnings(settings: Settings) -> list[str]:
+    """Says so where the compared levels do not follow `learning`, which is all that SGD knows."""
+    d, given = settings.dynamics, []
+    for name in ("beta", "phi", "eta", "eta_omega", "weight_cost"):
+        if getattr(d, name):
+            given.append(f"dynamics.{name}")
+    if any(own.beta is not None or own.eta is not None for own in d.blocks.values()):
+        given.append("dynamics.blocks")
+    learning = settings.learning
+    dampened = learning.first_step is FirstStep.DAMPENED
+    if dampened and learning.momentum and learning.dampening:
+        given.append("learning.first_step")
+    if not given:
+        return []
+    return [
+        f"centralised training follows 'learning' alone, not {', '.join(given)}: the gap to it is "
+        "not that of locality"
+    ]

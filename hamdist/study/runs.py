@@ -32,7 +32,7 @@ from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.train import train
 from hamdist.streams import held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
-from hamdist.study.baseline import CENTRALISED, train_centralised
+from hamdist.study.baseline import CENTRALISED, baseline_warnings, train_centralised
 from hamdist.study.evaluate import Scores, evaluate, evaluate_sequences
 from hamdist.study.tracking import Tracking, advice, tracking
 
@@ -140,6 +140,8 @@ def _run(
     stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
     model = _build(settings, stream.spec, factory, dtype)
     told = advice(settings)
+    if level == CENTRALISED:
+        told += baseline_warnings(settings)
     for text in told:
         warnings.warn(text, stacklevel=3)
     timeline = Timeline(on_progress)
@@ -187,9 +189,10 @@ def _trained(
     if level != CENTRALISED:
         return train(model, stream, settings, on_progress=timeline)
     if isinstance(model, Graph):
+        topic = "bptt" if settings.model.kind in CELLS else "tracking"
         raise SettingsError(
             f"model.kind: there is no centralised training of a {settings.model.kind.value} to "
-            "compare with; use `hamdist run` (`hamdist verify --only bptt` compares it with torch)"
+            f"compare with; use `hamdist run` (`hamdist verify --only {topic}` proves it)"
         )
     return train_centralised(model, stream, settings, on_progress=timeline)
 

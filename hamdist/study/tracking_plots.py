@@ -52,11 +52,12 @@ def _tracking(ticks: Array, y: Array, target: Array, settings: Settings) -> byte
         t, goal, own = times[rows], target[rows, 0], y[rows, 0]
         axes.plot(t, goal, color=BASELINE_COLOUR, linewidth=TARGET_WIDTH, label="target")
         axes.plot(t, own, color=COLOURS[0], linewidth=CURVE_WIDTH, label="output")
-    low, high = target[:, 0].min(), target[:, 0].max()
-    room = (high - low) or 1.0
-    # An output that runs away would flatten the target.
+    low, high = float(target[:, 0].min()), float(target[:, 0].max())
+    room = FLAT * (high - low) or 1.0
     bottom, top = start.get_ylim()
-    start.set_ylim(max(bottom, low - room), min(top, high + room))
+    if bottom < low - room or top > high + room:  # the output would flatten the target
+        start.set_ylim(max(bottom, low - room), min(top, high + room))
+        start.set_title("First tenth (the output leaves the picture)", loc="left")
     start.set_ylabel("value" if y.shape[1] == 1 else "value of the first output")
     _error(whole, times, y - target, rms(target))
     _legend(figure, start)
@@ -127,6 +128,8 @@ def _start_end_whole(label: str, *, shared: bool = True) -> tuple[Figure, Axes, 
     for axes in (start, end, whole):
         axes.margins(x=0)
         axes.set_xlabel(label)
+    for axes in (start, end):
+        axes.locator_params(axis="x", nbins=5)
     return figure, start, end, whole
 
 

@@ -8,6 +8,8 @@ and delays.
 from __future__ import annotations
 
 import itertools
+import re
+import warnings
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from hamdist.dynamics.energy import hamiltonian, lagrangian, robust_hamiltonian
 from hamdist.dynamics.graph import BlockSpec, Graph
 from hamdist.dynamics.losses import mse
 from hamdist.errors import LevelError, StreamError
-from hamdist.runtime.train import train
+from hamdist.runtime.train import as_graph, train
 from hamdist.streams import Sample, from_iterable
 
 
@@ -80,9 +82,19 @@ def test_constants_of_a_block():
     assert other.rates(["0.weight"]) == [0.2]  # lr / tau
 
 
+def test_a_name_goes_before_patterns():
+    """So that an override of one block or parameter holds, wherever it is listed."""
+    d = dynamics(
+        blocks={"*": {"c": 0.5, "beta": {"*": 0.3, "0.weight": 0.0}}, "b": {"c": 0.2}}, tau=1.0
+    )
+    assert (d.of("a").c, d.of("b").c) == (0.5, 0.2)
+    assert d.of("a").rates(["0.weight", "0.bias"]) == [0.0, 0.3]
+
+
 @pytest.mark.parametrize(
     ("level", "given", "message"),
     [
+        ("trace", {"blocks": {"block[0]": {"c": 0.5}}}, "c tau = 0.5 with presentation 'pulse'"),
         ("local", {"tau": 0.5, "blocks": {"a": {"c": 3}}}, "dynamics.blocks.a: c tau = 1.5"),
         ("local", {"tau": {"values": [0.5, 2]}, "c": 1}, "c tau = 2 is above 1"),
         ("local", {"tau": {"values": [0.5, 0]}}, "every step of integration is above 0"),
@@ -102,6 +114,8 @@ def test_names_that_fit_nothing_are_refused():
     check_names(dynamics(blocks={"*": {"beta": {"bias": 0.1}}}), parameters)
     with pytest.raises(LevelError, match="dynamics.blocks.c: no such block; known: a, b"):
         check_names(dynamics(blocks={"c": {"c": 1}}), parameters)
+    with pytest.raises(LevelError, match=r"blocks.b\*: every block that it fits \(b\) is taken by"):
+        check_names(dynamics(blocks={"*": {"c": 1}, "b*": {"c": 1}}), parameters)
     with pytest.raises(LevelError, match="blocks.a.beta.bias: no such parameter; known: weight"):
         check_names(dynamics(blocks={"a": {"beta": {"bias": 0.1}}}), parameters)
 
@@ -308,7 +322,7 @@ def test_against_the_simulation(order, state, resets, clock):
             "reset": resets,
             "blocks": {
                 v: {
-                    "c": C[v],
+                    **({"c": C[v]} if state or v != "y" else {}),
                     "eta": ETA[v],
                     "beta": {"*weight": BETA[v][0], "*bias": BETA[v][1]},
                 }
@@ -375,6 +389,47 @@ def test_states_that_are_cleared_before_a_prediction_are_refused():
             from_iterable(stamped([None] * 3)),
             settings("trace", metrics={"record": "energy"}, loss="mse"),
         )
+
+
+def test_what_the_settings_do_not_do_is_said():
+    items = stamped([None] * 8)
+    model = torch.nn.Sequential(layer(3, 4, 0), linear(4, 2, 1))
+
+    def told(level="local", **given):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return train(model, from_iterable(items), settings(level, loss="mse", **given)).warnings
+
+    for given, text in [
+        ({"dynamics": {"reset": {"h": "sequence"}}}, "of the last 1 sample.s. of a sequence"),
+        ({"dynamics": {"reset": {"z": "sample"}}}, "costates are cleared before"),
+        ({"dynamics": {"beta": 0.1}, "learning": {"lr": 3}}, "learning.lr 3 has no effect"),
+    ]:
+        assert any(re.search(text, line) for line in told(**given)), text
+        others = told(locality={"speed": 3}) + told(learning={"lr": 0.1})
+        assert not any(re.search(text, line) for line in others), text
+    assert any("no feed-forward pass" in t for t in told("delay-free", dynamics={"c": 0.5}))
+    with pytest.raises(LevelError, match="blocks.block1.c: 'block1' is an output net"):
+        told(dynamics={"blocks": {"block1": {"c": 0.5}}})
+
+
+@pytest.mark.parametrize("speed", ["inf", 12])
+def test_the_first_step_of_held_samples(speed):
+    """Oracle: torch.optim.SGD. The first phi lasts until the weights have moved."""
+    items = [(noise(n, 2, 3), noise(100 + n, 2, 2)) for n in range(6)]
+    model = torch.nn.Sequential(layer(3, 4, 0), layer(4, 4, 1), linear(4, 2, 2))
+    learning = {"lr": 0.1, "momentum": 0.5, "dampening": 0.4}
+    locality = {"speed": speed, "update": "last-tick"}
+    config = settings("local", loss="mse", learning=learning, locality=locality)
+    network = Network(as_graph(model, config, from_iterable(items).spec, mse), config, items).run()
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5, dampening=0.4)
+    for u, y in items:
+        sgd.zero_grad()
+        mse(model(u), y).backward()
+        sgd.step()
+    found = [t for name in network.nodes for t in network.theta(name)]
+    for mine, theirs in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-14)
 
 
 def test_recording_changes_nothing_and_thins_out():

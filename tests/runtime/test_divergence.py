@@ -141,6 +141,54 @@ def test_the_original_hamilton_equations_blow_up():
     assert math.log(1e12) / (2 * 30 * 0.01) < caught.value.tick < 3 * math.log(1e12) / (20 * 0.01)
 
 
+@pytest.mark.filterwarnings("ignore:block 'x' lies on a cycle")
 def test_too_little_dissipation_on_a_cycle():
-    with pytest.raises(DivergedError, match=r"eta_z = 0, c = 30.*raise dynamics.eta"):
+    with pytest.raises(DivergedError, match=r"lies on a cycle with eta_omega = 0 1/s, below 2K/c"):
         oscillator(nn.Identity, eta_z=0, eta_omega=0, weight_cost=1)()
+
+
+class Root(nn.Module):
+    """x |x|: differentiable at 0, but autograd's derivative of the root is not."""
+
+    def forward(self, x):
+        return x * x.square().sum(1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("level", ["backprop", "local"])
+def test_a_derivative_that_does_not_exist(level):
+    """h, z and the loss stay finite, the gradient does not: the weights must not take it."""
+    items = [(torch.ones(2, 3), torch.ones(2, 1)) for _ in range(6)]
+    items[4] = (torch.zeros(2, 3), torch.ones(2, 1))
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), Root(), nn.Linear(4, 1))
+    asked = settings(level=level, loss="mse", learning={"lr": 0.01})
+    with pytest.raises(DivergedError, match="a derivative does not exist") as caught:
+        train(model, from_iterable(items), asked)
+    assert (caught.value.block, caught.value.quantity) == ("block0", "omega")
+    assert all(t.isfinite().all() for t in caught.value.result.model.state_dict().values())
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_several_blocks_at_once(session):
+    """The first one by tick and order is reported, and what came before is kept, on Ray as well."""
+
+    def run(engine):
+        def explode(prediction, target):
+            return mse(prediction, target) * 1e30
+
+        blocks = [BlockSpec("a", nn.Linear(FEATURES, 3), ("u",))]
+        blocks += [BlockSpec(f"y{i}", nn.Linear(3, 1), ("a",), loss=explode) for i in range(3)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            graph = Graph(blocks)
+        items = [(torch.ones(2, FEATURES), torch.ones(2, 1)) for _ in range(20)]
+        with pytest.raises(DivergedError) as caught:
+            train(graph, from_iterable(items), settings(engine=engine))
+        return caught.value
+
+    alone = run({"kind": "inprocess"})
+    spread = run({"kind": "ray", "placement": [["a"], ["y1"], ["y0"], ["y2"]]})
+    assert (alone.quantity, alone.tick) == (spread.quantity, spread.tick) == ("loss", 1)
+    assert alone.block == "y0"
+    assert spread.block.startswith("y")
+    assert spread.result is not None

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from hamdist.config import Moves
+from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.errors import SettingsError
-from hamdist.study.verify import golden
+from hamdist.study.verify import golden, tick_golden
 from hamdist.study.verify.check import Found
 from hamdist.study.verify.hamilton import CHAIN, LOOPS, UNEVEN, WAVING, make_case, replay
 
@@ -312,3 +314,14 @@ def test_folders_without_golden_files(tmp_path):
         golden.files(tmp_path)
     with pytest.raises(SettingsError, match="cannot read this folder"):
         golden.files(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("kind", "c"), [("delay-free", 4), ("delay-free, output net", 1), ("mask", 1), ("lag", 1)]
+)
+def test_the_mask_of_eq_10_runs_by_the_knobs_and_no_other_does(kind, c):
+    ticks = tick_golden.read_ticks(replay(unseen("simultaneous")[kind]))
+    _, plan, _, settings = tick_golden._planned(ticks)
+    assert plan.schedule.c == c
+    assert (settings.locality.moves is Moves.LAYER_BY_LAYER) == (c > 1)
+    assert (type(plan.schedule) is HoldSchedule) == (kind in ("delay-free", "lag"))

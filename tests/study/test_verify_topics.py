@@ -59,7 +59,7 @@ def test_a_wrong_message_is_found(monkeypatch):
     monkeypatch.setattr(PulseBlock, "backward", backward)
     assert failed("backpropagation") == [
         f"two skips, two readouts, {how}: losses and weights of 60 steps"
-        for how in ("plain", "momentum and dampening")
+        for how in ("plain", "momentum, tau = 0.25")
     ]
 
 

@@ -22,16 +22,17 @@ MOMENTUM = {"lr": 0.05, "momentum": 0.5, "dampening": 0.3}
 
 def checks(full: bool) -> Iterator[Check]:
     items = 600 if full else 60
-    for name, learning, partition in (
-        ("one layer a block", PLAIN, {}),
-        ("two blocks", PLAIN, {"blocks": 2}),
-        ("one block", PLAIN, {"blocks": 1}),
-        ("momentum and dampening", MOMENTUM, {}),
-        ("edges of 3 ticks", PLAIN, {"delay": 3}),
+    for name, learning, tau, partition in (
+        ("one layer a block", PLAIN, 1.0, {}),
+        ("two blocks", PLAIN, 1.0, {"blocks": 2}),
+        ("one block", PLAIN, 1.0, {"blocks": 1}),
+        ("momentum, tau = 0.25", MOMENTUM, 0.25, {}),
+        ("edges of 3 ticks", PLAIN, 1.0, {"delay": 3}),
     ):
-        yield _check(f"a chain of 5, {name}", chain, items, learning, partition)
-    for name, learning in (("plain", PLAIN), ("momentum and dampening", MOMENTUM)):
-        yield _check(f"two skips, two readouts, {name}", lambda: seeded(Skips), items, learning, {})
+        yield _check(f"a chain of 5, {name}", chain, items, learning, tau, partition)
+    for name, learning, tau in (("plain", PLAIN, 1.0), ("momentum, tau = 0.25", MOMENTUM, 0.25)):
+        what = f"two skips, two readouts, {name}"
+        yield _check(what, lambda: seeded(Skips), items, learning, tau, {})
 
 
 def _check(
@@ -39,6 +40,7 @@ def _check(
     build: Callable[[], nn.Module],
     items: int,
     learning: Mapping[str, float],
+    tau: float,
     partition: Mapping[str, int],
 ) -> Check:
     settings = Settings.model_validate(
@@ -46,6 +48,7 @@ def _check(
             "level": "backprop",
             "dtype": "float64",
             "learning": learning,
+            "dynamics": {"tau": tau},
             "partition": partition,
             "metrics": {"window": 1},
         }

@@ -32,6 +32,7 @@ TOPICS = {
     "delay-free": "predictions without delay (HL Eq. 10)",
     "reversible": "the reversible midpoint rule",
     "digraphs": "graphs with cycles",
+    "tracking": "the tracker of NILP",
     "speed": "from local to backpropagation",
     "engines": "one process and Ray",
 }
@@ -65,7 +66,8 @@ class Row:
 
 
 def topics(only: Sequence[str], folder: Path | None) -> list[Topic]:
-    """The topics named in `only` (none: all), in their order; golden files come from `folder`.
+    """The topics named in `only` (none: all, or with a folder the golden files alone), in their
+    order; golden files come from `folder`.
 
     Raises SettingsError for an unknown name, and for a folder without golden files.
     """
@@ -74,6 +76,8 @@ def topics(only: Sequence[str], folder: Path | None) -> list[Topic]:
         raise SettingsError(
             f"--only {wrong[0]!r} is no topic of verify; topics: {', '.join(TOPICS)}"
         )
+    if folder is not None and not only:
+        only = ["golden"]
     chosen = [name for name in TOPICS if name in only or not only]
     paths = golden.files(folder or golden.shipped()) if set(WITH_FILES) & set(chosen) else []
     return [

@@ -1,0 +1,117 @@
+"""What the program tells a user about a run that can go on, but not as they may think."""
+
+from __future__ import annotations
+
+from hamdist.config import Moves, Order, Reset, Settings, TargetOf
+from hamdist.dynamics.cycles import dissipation_warnings
+from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.runtime.outcome import Outcome
+from hamdist.runtime.plan import Plan
+
+# Samples of one sequence from which on it looks as if the ends had been forgotten.
+LONG_SEQUENCE = 100
+
+
+def before(plan: Plan, settings: Settings) -> list[str]:
+    """What can be told before the run."""
+    told = []
+    if settings.dynamics.beta is not None and "lr" in settings.learning.model_fields_set:
+        told.append(
+            f"learning.lr {settings.learning.lr:g} has no effect: dynamics.beta "
+            f"{settings.dynamics.beta:g} is the rate of the weights"
+        )
+    if isinstance(plan.schedule, HoldSchedule):
+        told += dissipation_warnings(plan.graph, plan.dynamics)
+        told += reset_warnings(plan, plan.schedule)
+        told += _one_hop(plan)
+    return told
+
+
+def after(plan: Plan, outcome: Outcome) -> list[str]:
+    """What can be told after the run."""
+    return [
+        *smoothness_warnings(plan, outcome.smoothness),
+        *loss_warnings(outcome),
+        *sequence_warnings(plan, outcome),
+    ]
+
+
+def reset_warnings(plan: Plan, schedule: HoldSchedule) -> list[str]:
+    """Says so where something is cleared before it has had its effect."""
+    told = []
+    late = max(schedule.target_lag(r) for r in plan.graph.readouts)
+    reset, c = plan.dynamics.reset, schedule.c
+    own = plan.knobs.target is TargetOf.SAMPLE
+    if reset.h is Reset.SEQUENCE and own and c <= late:
+        told.append(
+            f"dynamics.reset.h 'sequence' with speed {c}: a prediction stands at the readout "
+            f"{late} ticks after its sample, so nothing is learned of the last {-(-late // c)} "
+            f"sample(s) of a sequence; use locality.speed {late + 1} or more"
+        )
+    needed = plan.graph.depth + 1 - (plan.knobs.order is Order.SEQUENTIAL)
+    if reset.z is Reset.SAMPLE and c < needed:
+        told.append(
+            f"dynamics.reset.z 'sample' with speed {c}: costates are cleared before they have come "
+            f"back to the first blocks, whose weights will not move; use locality.speed {needed} "
+            "or more"
+        )
+    return told
+
+
+def _one_hop(plan: Plan) -> list[str]:
+    d = plan.dynamics
+    if plan.knobs.moves is Moves.ALL or d.tau is None:
+        return []
+    step = d.tau(0) * min(d.speeds())
+    if abs(step - 1) < 1e-9:
+        return []
+    return [
+        f"moves 'layer-by-layer' with c tau = {step:g}: a state moves once a sample and does not "
+        "get all the way, so h is no feed-forward pass (HL Eq. 10); use dynamics.c = 1/tau"
+    ]
+
+
+def loss_warnings(outcome: Outcome) -> list[str]:
+    """Says so where nothing was learned."""
+    if outcome.samples and not any(outcome.windows.values()):
+        return ["no sample had a target when it reached a readout, so nothing was learned"]
+    return []
+
+
+def sequence_warnings(plan: Plan, outcome: Outcome) -> list[str]:
+    """Says so where nothing in the stream marks the end of a sequence."""
+    updates = max((block.updates for block in outcome.blocks.values()), default=0)
+    if not plan.knobs.sequence or updates > 1 or outcome.samples < LONG_SEQUENCE:
+        return []
+    return [
+        f"the whole run was one sequence of {outcome.samples} samples, so the weights moved once, "
+        "at its end: mark the last sample of every sequence (Sample.end), use a stream that does "
+        "(source 'sequences' with sequences.view 'tokens'), or another level"
+    ]
+
+
+def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
+    """Says so where a level without memory meets a stream that changes too fast for it.
+
+    Measured on prototypes: such a level equals backpropagation once a sample's S c ticks are 2.5
+    times the round trip of 2D ticks, and is worse than training the last block alone below one
+    round trip.
+    """
+    trip = 2 * plan.graph.depth
+    c = plan.schedule.c
+    if not plan.knobs.hold or frames is None or not trip or c > trip:
+        return []
+    ticks = frames * c
+    if ticks >= 2 * trip:
+        return []
+    worse = (
+        "training the last block alone would do better"
+        if ticks < trip
+        else "expect it to lose some points against backpropagation"
+    )
+    return [
+        "the stream is not smooth enough for a level without memory: its samples decorrelate "
+        f"within about {max(1, round(ticks))} tick(s), while a signal's round trip takes {trip}; "
+        f"{worse}. Use level 'trace', a smooth stream (stream.smooth), a higher locality.speed, "
+        "or fewer blocks"
+    ]
