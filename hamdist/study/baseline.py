@@ -185,10 +185,9 @@ def _stand_in(spec: SampleSpec) -> Sample:
 
 def baseline_warnings(settings: Settings) -> list[str]:
     """Says so where the compared levels do not follow `learning`, which is all that SGD knows."""
-    d, given = settings.dynamics, []
-    for name in ("beta", "phi", "eta", "eta_omega", "weight_cost"):
-        if getattr(d, name):
-            given.append(f"dynamics.{name}")
+    d = settings.dynamics
+    constants = ("beta", "phi", "eta", "eta_omega", "weight_cost")
+    given = [f"dynamics.{name}" for name in constants if getattr(d, name)]
     if any(own.beta is not None or own.eta is not None for own in d.blocks.values()):
         given.append("dynamics.blocks")
     learning = settings.learning
