@@ -195,7 +195,8 @@ def _trained(blocks: int, depth: int, items: int) -> float:
 def peak_bytes(model: nn.Sequential, stream: Stream, settings: Settings) -> int:
     """The most bytes of activations alive at a time while `model` is trained. What has the shape of
     a weight (weights, their costates, their gradients) is left out."""
-    live = LiveBytes(p.shape for p in model.parameters())
+    # Single numbers are left out, too: omega is guarded by its norm, one number per weight tensor.
+    live = LiveBytes([(), *(p.shape for p in model.parameters())])
     with live:
         train(model, stream, settings)
     return live.peak
