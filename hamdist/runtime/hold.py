@@ -191,13 +191,15 @@ class _Clock:
         self.h_since = -math.inf
         self.z_since = -math.inf
         self.stopped = False
-        self._reset = dict(reset)
+        self._reset = {name: when for name, when in reset if when is not Reset.NEVER}
         self._course = tau
         self._told_tau = math.nan
         self._sequence_over = False
 
     def advance(self, k: int, first: bool, told: Signal | None) -> None:
         """To tick k. first: of its sample. told: what the stream said of the sample."""
+        if not self._reset and told is None:
+            return
         new_sequence = False
         if told is not None and told.end:
             self.stopped = True
@@ -205,7 +207,7 @@ class _Clock:
             new_sequence, self._sequence_over = self._sequence_over, told.sequence_end
             if told.payload is not None:
                 self._told_tau = float(told.payload)
-        now = {Reset.SAMPLE: first and k > 0, Reset.SEQUENCE: new_sequence, Reset.NEVER: False}
+        now = {Reset.SAMPLE: first and k > 0, Reset.SEQUENCE: new_sequence}
         self.due = {name for name, when in self._reset.items() if now[when]}
         if "h" in self.due:
             self.h_since = k

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from hamdist.study.recovery.report import markdown
 from hamdist.study.report import versions
 from hamdist.study.results import write_file
 from hamdist.study.speed_counts import CountRow
 from hamdist.study.speed_plot import Curve, Line, speed_plots
 from hamdist.study.speed_streams import PERIOD, SWITCHED_ON, StreamKind
 from hamdist.study.speed_study import SpeedResult, SpeedRow
-from hamdist.study.table import MISSING, Table
+from hamdist.study.table import MISSING, Table, markdown
 
 FITTED_SPAN = 10.0  # exponents are those of the speeds within this factor of the fastest,
 FITTED_LEAST = 3  # and of so many at least

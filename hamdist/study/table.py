@@ -35,6 +35,13 @@ class Table:
     notes: Sequence[str]
 
 
+def markdown(table: Table) -> str:
+    """The table for a README."""
+    lines = [table.titles, ["---"] * len(table.titles), *table.rows]
+    body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return body + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in table.notes)
+
+
 def comparison_table(rows: Sequence[Row]) -> Table:
     """Accuracies in %, gaps in points, spreads behind a ±; losses where there is no accuracy."""
     real_valued = all(row.held_out_accuracy is None for row in rows)

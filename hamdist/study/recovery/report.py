@@ -13,7 +13,7 @@ from typing import Any
 from hamdist.study.recovery.cells import BOUND, SCENARIOS, Placement, Row
 from hamdist.study.recovery.models import MODELS
 from hamdist.study.results import write_file
-from hamdist.study.table import Table
+from hamdist.study.table import Table, markdown
 
 NAMES = {
     "linear": "Linear",
@@ -81,13 +81,6 @@ def _notes(rows: Sequence[Row], *, paper: bool) -> list[str]:
             "that is from PyTorch's own first step"
         )
     return notes
-
-
-def markdown(table: Table) -> str:
-    """The table for a README."""
-    lines = [table.titles, ["---"] * len(table.titles), *table.rows]
-    body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return body + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in table.notes)
 
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -16,13 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.losses import cross_entropy
 from hamdist.errors import SettingsError
-from hamdist.runtime.loop import run_loop
-from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan, make_plan
-from hamdist.runtime.source import SourceNode
 from hamdist.runtime.train import as_graph
 from hamdist.streams import from_iterable
 from hamdist.study.recovery.cells import BOUND, Job, Placement, Scenario, settings_of
@@ -31,7 +27,7 @@ from hamdist.study.recovery.rows import Rows, jobs
 from hamdist.study.verify.check import Check, Found
 from hamdist.study.verify.golden import ORACLE, RTOL, Array, Data, entry, number, tensor, worst
 from hamdist.study.verify.tick_golden import ACTIVATIONS
-from hamdist.study.verify.watch import watched
+from hamdist.study.verify.watch import Watched
 
 SMALL_STEPS = 25
 SGD = "torch.optim.SGD, float64"
@@ -147,9 +143,9 @@ def _compared(case: _Case, placement: Placement) -> Found:
     stream = from_iterable(samples, classes=case.layers[-1][0])
     graph = as_graph(_model(case), settings, stream.spec, cross_entropy)
     plan = make_plan(graph, settings, stream.spec)
-    mail = Mailroom({INPUT, *graph.blocks})
-    watches = [watched(plan, block, mail) for block in graph.blocks]
-    run_loop([SourceNode(plan, stream, mail), *watches])
+    network = Watched(plan)
+    network.run(stream)
+    watches = network.watches
     readout = watches[-1].node.metrics
     losses = np.array([] if readout is None else [w.loss for w in readout.windows])
     pairs = {"L": (losses, data["L"]), "L of torch": (losses, data["torch_loss"])}

@@ -25,10 +25,7 @@ from hamdist.dynamics.locality import Locality
 from hamdist.dynamics.losses import cross_entropy, mse
 from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.errors import SettingsError
-from hamdist.runtime.loop import run_loop
-from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan, make_plan
-from hamdist.runtime.source import SourceNode
 from hamdist.runtime.train import train
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.wrap import from_iterable
@@ -45,7 +42,7 @@ from hamdist.study.verify.golden import (
     tensor,
     worst,
 )
-from hamdist.study.verify.watch import Kept, watched
+from hamdist.study.verify.watch import Kept, Watched
 
 READOUT = "y"
 WEIGHTS = {"W": "weight", "b": "bias"}
@@ -286,8 +283,8 @@ def _planned(ticks: Ticks, **more: Any) -> tuple[Graph, Plan, Stream, Settings]:
 def run_ticks(ticks: Ticks) -> dict[str, Array]:
     """hamdist's own trajectories, under the names of the file's entries; `L` holds phi L."""
     _, plan, stream, _ = _planned(ticks)
-    mail = Mailroom({INPUT, *plan.graph.blocks})
-    watches = [watched(plan, b.name, mail) for b in ticks.blocks]
+    network = Watched(plan)
+    watches = network.watches
     kept: list[tuple[_Node, Kept]] = []
     for watch, node in zip(watches, ticks.blocks, strict=True):
         kept.append((node, watch.own))
@@ -299,7 +296,7 @@ def run_ticks(ticks: Ticks) -> dict[str, Array]:
             block.z = tensor(ticks.data[f"z.{node.name}"][0])
     for node, part in kept:
         part.weights.omega = [tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
-    run_loop([SourceNode(plan, stream, mail), *watches])
+    network.run(stream)
     made = recorded(ticks, {w.name: w.node.records() for w in watches})
     for node, part in kept:
         for i, key in enumerate(node.keys):

@@ -20,14 +20,12 @@ from torch import Tensor, nn
 
 from hamdist.config import Settings
 from hamdist.dynamics.energy import hamiltonian, lagrangian, robust_hamiltonian
-from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.graph import BlockSpec, Graph
 from hamdist.dynamics.hold import HoldBlock
 from hamdist.dynamics.losses import mse
+from hamdist.dynamics.tracker import First
 from hamdist.errors import SettingsError
-from hamdist.runtime.loop import run_loop
-from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import make_plan
-from hamdist.runtime.source import SourceNode
 from hamdist.streams.wrap import from_iterable
 from hamdist.study.verify.check import Check, Found
 from hamdist.study.verify.golden import (
@@ -42,7 +40,7 @@ from hamdist.study.verify.golden import (
     tensor,
     worst,
 )
-from hamdist.study.verify.watch import watched
+from hamdist.study.verify.watch import Watched
 
 # Without a bias unit a net is near an attractor, where rounding grows: 1e-12 in W_0 moves x by
 # 1.3e-10 in 1000 steps (golden README).
@@ -55,13 +53,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 WHOLE = "x"
 NEURON_TICKS = 250
-
-
-class First(nn.Module):
-    """y = x_1. x: (B, N); returns (B, 1)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :1]
 
 
 def _graph(data: Data) -> Graph:
@@ -142,8 +133,8 @@ def track(data: Data, graph: Graph, K: int) -> dict[str, Array]:
     stream = from_iterable(samples)
     settings = _settings(data)
     plan = make_plan(graph, settings, stream.spec)
-    mail = Mailroom({INPUT, *graph.blocks})
-    watches = [watched(plan, name, mail) for name in graph.blocks]
+    network = Watched(plan)
+    watches = network.watches
     x0, p0, P0 = tensor(data["x0"]), tensor(entry(data, "p")[0]), _costate(data)
     at = 0
     for watch in watches:
@@ -156,7 +147,7 @@ def track(data: Data, graph: Graph, K: int) -> dict[str, Array]:
         block.weights.omega = [P0[rows, : len(x0)].contiguous()]
         if P0.shape[1] > len(x0):
             block.weights.omega.append(P0[rows, -1].contiguous())
-    run_loop([SourceNode(plan, stream, mail), *watches])
+    network.run(stream)
     records = {w.name: r for w in watches for r in [w.node.records()] if r is not None}
     made = {
         "W": np.concatenate([_joined(w.theta, K) for w in watches], axis=1),

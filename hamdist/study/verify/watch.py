@@ -5,12 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from hamdist.config import Order
+from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.hold import HoldBlock
 from hamdist.dynamics.weights import Weights
 from hamdist.runtime.hold import HoldNode
+from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.nodes import make_node
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.source import SourceNode
+from hamdist.streams.sample import Stream
 
 
 class Kept:
@@ -67,7 +71,20 @@ class Watch:
                 part.keep()
 
 
-def watched(plan: Plan, name: str, mail: Mailroom) -> Watch:
+class Watched:
+    """All nodes of a plan (`watches`, in the graph's order), to be set before they are run."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._mail = Mailroom({INPUT, *plan.graph.blocks})
+        self.watches = [_watch(plan, name, self._mail) for name in plan.graph.blocks]
+
+    def run(self, stream: Stream) -> None:
+        """Through the whole stream, as the engine in one process does."""
+        run_loop([SourceNode(self._plan, stream, self._mail), *self.watches])
+
+
+def _watch(plan: Plan, name: str, mail: Mailroom) -> Watch:
     node = make_node(plan, name, mail)
     if not isinstance(node, HoldNode):
         raise TypeError(f"block {name!r} is not one that steps in every tick")
