@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hamdist.runtime.result import Progress
     from hamdist.study.compare import Planned
     from hamdist.study.runs import OnProgress, Run
-    from hamdist.study.speed_study import SpeedRow
+    from hamdist.study.speed.study import SpeedRow
     from hamdist.study.table import Table as ComparisonTable
     from hamdist.study.verify.check import Check
     from hamdist.study.verify.runner import Row, Topic
@@ -354,8 +354,8 @@ def _speed(
 ) -> None:
     factory = _prepare(out, model)
 
-    from hamdist.study.speed_report import save_speed, speed_tables
-    from hamdist.study.speed_study import own_network, parse_study, run_study, tanh_network
+    from hamdist.study.speed.report import save_speed, speed_tables
+    from hamdist.study.speed.study import own_network, parse_study, run_study, tanh_network
     from hamdist.study.verify.own_model import parse_shape
 
     study = parse_study(asked, seeds)

@@ -20,9 +20,10 @@ from hamdist.config import Order, TargetOf
 from hamdist.dynamics.graph import BlockSpec, Combine, Graph
 from hamdist.dynamics.losses import cross_entropy, mse
 from hamdist.errors import GraphError, SettingsError
-from hamdist.study import speed_streams
 from hamdist.study.report import versions
-from hamdist.study.speed import (
+from hamdist.study.speed import streams as speed_streams
+from hamdist.study.speed.counts import backprop_states, is_chain, relax, settled, tick_counts
+from hamdist.study.speed.gradients import (
     as_network,
     exact_gradients,
     local_gradients,
@@ -31,11 +32,10 @@ from hamdist.study.speed import (
     relative_error,
     ticks_to_settle,
 )
-from hamdist.study.speed_counts import backprop_states, is_chain, relax, settled, tick_counts
-from hamdist.study.speed_plot import speed_plots
-from hamdist.study.speed_report import curves, fit, fits, save_speed, speed_tables
-from hamdist.study.speed_streams import PERIOD, StreamKind, TimedStream, Values, timed_stream
-from hamdist.study.speed_study import (
+from hamdist.study.speed.plot import speed_plots
+from hamdist.study.speed.report import curves, fit, fits, save_speed, speed_tables
+from hamdist.study.speed.streams import PERIOD, StreamKind, TimedStream, Values, timed_stream
+from hamdist.study.speed.study import (
     SpeedRow,
     SpeedStudy,
     cut,
@@ -44,7 +44,7 @@ from hamdist.study.speed_study import (
     run_study,
     tanh_network,
 )
-from hamdist.study.speed_watch import Backprop, flat, frozen, omegas, watch
+from hamdist.study.speed.watch import Backprop, flat, frozen, omegas, watch
 from hamdist.study.verify.speed import checks
 
 F64 = torch.float64

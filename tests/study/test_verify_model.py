@@ -15,14 +15,14 @@ from hamdist.config import Settings, TargetOf
 from hamdist.dynamics.losses import mse
 from hamdist.runtime.train import as_graph
 from hamdist.streams.sample import SampleSpec
-from hamdist.study.speed import (
+from hamdist.study.speed.gradients import (
     TRIED,
     as_network,
     exact_gradients,
     local_gradients,
     relative_error,
 )
-from hamdist.study.speed_streams import StreamKind, timed_stream
+from hamdist.study.speed.streams import StreamKind, timed_stream
 from hamdist.study.verify import own_model
 from hamdist.study.verify.own_model import Own, checks
 

@@ -23,14 +23,14 @@ from hamdist.errors import SettingsError
 from hamdist.models import ModelFactory, make_from_factory
 from hamdist.runtime.train import as_graph, train
 from hamdist.streams.sample import Sample, SampleSpec
-from hamdist.study.speed import (
+from hamdist.study.speed.gradients import (
     TRIED,
     as_network,
     exact_gradients,
     local_gradients,
     relative_error,
 )
-from hamdist.study.speed_streams import StreamKind, timed_stream
+from hamdist.study.speed.streams import StreamKind, timed_stream
 from hamdist.study.verify.check import Check, Found
 
 STEPS = 10

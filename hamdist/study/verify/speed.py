@@ -18,17 +18,17 @@ from torch import Tensor
 
 from hamdist.config import Order
 from hamdist.dynamics.hold import HoldBlock
-from hamdist.study.speed import (
+from hamdist.study.speed.counts import CountRow, backprop_states, tick_counts
+from hamdist.study.speed.gradients import (
     exact_gradients,
     local_gradients,
     one_minus_cos,
     relative_error,
 )
-from hamdist.study.speed_counts import CountRow, backprop_states, tick_counts
-from hamdist.study.speed_report import fit
-from hamdist.study.speed_streams import StreamKind, timed_stream
-from hamdist.study.speed_study import tanh_network
-from hamdist.study.speed_watch import Block, flat, frozen, omegas, watch
+from hamdist.study.speed.report import fit
+from hamdist.study.speed.streams import StreamKind, timed_stream
+from hamdist.study.speed.study import tanh_network
+from hamdist.study.speed.watch import Block, flat, frozen, omegas, watch
 from hamdist.study.verify.check import Check
 
 SPEEDS = (100.0, 300.0, 1000.0)

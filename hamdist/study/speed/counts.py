@@ -24,9 +24,9 @@ from torch import Tensor
 from hamdist.config import Order
 from hamdist.dynamics.hold import HoldBlock
 from hamdist.streams.seeding import generator
-from hamdist.study.speed import Network, not_through, ticks_to_settle
-from hamdist.study.speed_streams import F64, StreamKind, timed_stream
-from hamdist.study.speed_watch import Block, flat, frozen, omegas, watch
+from hamdist.study.speed.gradients import Network, not_through, ticks_to_settle
+from hamdist.study.speed.streams import F64, StreamKind, timed_stream
+from hamdist.study.speed.watch import Block, flat, frozen, omegas, watch
 
 ROUND_OFF = 1e-12  # relative difference up to which a value counts as exact
 ERRORS = (1e-3, 1e-6)

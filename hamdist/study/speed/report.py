@@ -16,10 +16,10 @@ import numpy as np
 
 from hamdist.study.report import versions
 from hamdist.study.results import write_file
-from hamdist.study.speed_counts import CountRow
-from hamdist.study.speed_plot import Curve, Line, speed_plots
-from hamdist.study.speed_streams import PERIOD, SWITCHED_ON, StreamKind
-from hamdist.study.speed_study import SpeedResult, SpeedRow
+from hamdist.study.speed.counts import CountRow
+from hamdist.study.speed.plot import Curve, Line, speed_plots
+from hamdist.study.speed.streams import PERIOD, SWITCHED_ON, StreamKind
+from hamdist.study.speed.study import SpeedResult, SpeedRow
 from hamdist.study.table import MISSING, Table, markdown
 
 FITTED_SPAN = 10.0  # exponents are those of the speeds within this factor of the fastest,

@@ -18,7 +18,8 @@ from hamdist.runtime.threads import torch_threads
 from hamdist.runtime.train import as_graph
 from hamdist.streams.sample import SampleSpec
 from hamdist.streams.seeding import generator
-from hamdist.study.speed import (
+from hamdist.study.speed.counts import CountRow, Decay, is_chain, tick_counts
+from hamdist.study.speed.gradients import (
     Network,
     as_network,
     exact_gradients,
@@ -26,8 +27,7 @@ from hamdist.study.speed import (
     one_minus_cos,
     relative_error,
 )
-from hamdist.study.speed_counts import CountRow, Decay, is_chain, tick_counts
-from hamdist.study.speed_streams import F64, StreamKind, timed_stream
+from hamdist.study.speed.streams import F64, StreamKind, timed_stream
 
 BATCH = 4
 INPUTS, WIDTH, OUTPUTS = 8, 16, 4

@@ -1,6 +1,6 @@
 """How local learning becomes backpropagation as its signals get faster.
 
-Local weight gradients of frozen blocks (speed_watch.py) are compared with backpropagation's for the
+Local weight gradients of frozen blocks (watch.py) are compared with backpropagation's for the
 input and the target of the same moment, G*_i = dL(u(t_i), target(t_i))/dtheta at moments t_i:
 
     error   = sqrt( sum_i |G_i - G*_i|^2 / sum_i |G*_i|^2 )
@@ -29,8 +29,8 @@ from hamdist.config import TargetOf
 from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import cross_entropy
 from hamdist.errors import GraphError
-from hamdist.study.speed_streams import F64, TimedStream, Values
-from hamdist.study.speed_watch import Backprop, Block, flat, frozen, in_float64, omegas, watch
+from hamdist.study.speed.streams import F64, TimedStream, Values
+from hamdist.study.speed.watch import Backprop, Block, flat, frozen, in_float64, omegas, watch
 
 CYCLE_HOPS = 200  # hops that count on a cycle, where a signal never ends
 TRIED = tuple(digit * 10.0**power for power in range(6) for digit in (1, 2, 5))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hamdist.study.plots import COLOURS
-from hamdist.study.speed_counts import Decay
-from hamdist.study.speed_streams import StreamKind
+from hamdist.study.speed.counts import Decay
+from hamdist.study.speed.streams import StreamKind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
