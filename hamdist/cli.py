@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -256,20 +257,28 @@ def speed(
         _speed(_given(asked), seeds, (depth, width), model, input_shape, out)
 
 
+_began: float | None = None
+
+
 def main() -> None:
-    """Entry point of the command."""
+    """Entry point of the command: its start-up counts from the start of the process."""
+    global _began
+    _began = time.perf_counter() - (time.time() - psutil.Process().create_time())
     app()
 
 
 def _run(settings: Settings, model_name: str | None, out: Path | None) -> None:
     own = settings.for_level(settings.level)
-    factory = _prepare(out, model_name)
-
-    from hamdist.study.runs import run_level
-
+    title = f"{own.name}, {own.level.value}"
     with _Display() as display, _warning_at_once(display.say) as said:
-        show = display.watch(f"{own.name}, {own.level.value}", own.stream.batch)
-        result, model = run_level(own, factory=factory, on_progress=show)
+        display.note(f"{title}: starting (imports)")
+        factory = _prepare(out, model_name)
+
+        from hamdist.study.runs import run_level
+
+        imports = {} if _began is None else {"imports": time.perf_counter() - _began}
+        show = display.watch(title, own.stream.batch)
+        result, model = run_level(own, factory=factory, on_progress=show, before=imports)
     _print_run(result, own, said)
     if out is not None:
         _save_run(out, result, model, own)
@@ -624,6 +633,11 @@ class _Display:
     ) -> None:
         if self._live is not None:
             self._live.stop()
+
+    def note(self, text: str) -> None:
+        """What is going on, where there is no run to watch yet."""
+        if self._live is not None:
+            self._live.update(Text(text, style="bold"), refresh=True)
 
     def say(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)

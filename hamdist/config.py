@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hamdist.errors import SettingsError
 
@@ -105,7 +105,7 @@ class Readout(str, Enum):
 
 
 class Balance(str, Enum):
-    """What `blocks: N` balances between blocks."""
+    """What `blocks: N` balances between blocks, and a placement between actors."""
 
     PARAMETERS = "parameters"
     TIME = "time"
@@ -155,10 +155,19 @@ class EngineKind(str, Enum):
     RAY = "ray"
 
 
-class TransportKind(str, Enum):
-    """How signals cross between actors; auto: ipc on one host, tcp between hosts."""
+class Pin(str, Enum):
+    """Whether the thread of an actor that steps its blocks stays on one processor."""
 
     AUTO = "auto"
+    OFF = "off"
+
+
+class TransportKind(str, Enum):
+    """How signals cross between actors. auto: shm on one host (ipc where the platform has no such
+    memory, or a queue is too long for it), tcp between hosts."""
+
+    AUTO = "auto"
+    SHM = "shm"
     IPC = "ipc"
     TCP = "tcp"
 
@@ -236,9 +245,15 @@ class _Section(BaseModel):
 
 
 Positive = Annotated[int, Field(ge=1)]
+
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Speed = Positive | Literal["inf", "depth"]
+
+
+def _off(value: object) -> object:
+    """`off` and `on` as they were written: YAML reads them as false and true."""
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 
 class ModelSettings(_Section):
@@ -458,19 +473,26 @@ class LearningSettings(_Section):
 
 
 class EngineSettings(_Section):
-    """actors: how many processes, or auto. placement: the blocks of each actor, by name.
-    threads: of each process. address: of a Ray cluster (none: a local Ray is started).
+    """actors: how many processes, or auto: as many as pay. placement: the blocks of each actor, by
+    name. balance: what is shared out evenly between actors where nothing else is said. threads: of
+    each process. pin: each process to processors of its own. address: of a Ray cluster (none: a
+    local Ray is started).
     queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
+    bundle: the most signals that an edge sends as one message where its delay allows several; auto:
+    as many as it allows. A sample then reaches a delayed edge with its followers.
     stall_warning, stall_limit: seconds without progress until the watchdog speaks, and gives up.
     """
 
     kind: EngineKind = EngineKind.INPROCESS
     actors: Positive | Literal["auto"] = "auto"
     placement: tuple[tuple[str, ...], ...] | None = None
+    balance: Balance = Balance.TIME
     threads: Positive = 1
+    pin: Pin = Pin.AUTO
     address: str | None = None
     transport: TransportKind = TransportKind.AUTO
     queue: Positive = 4
+    bundle: Annotated[Positive | Literal["auto", "off"], BeforeValidator(_off)] = "auto"
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
 

@@ -256,10 +256,10 @@ def _linears(shapes: list[tuple[int, int]], seed: int, dtype: torch.dtype) -> li
     for i, (fan_in, fan_out) in enumerate(shapes):
         gain = 1.0 if i == len(shapes) - 1 else 2.0
         draw = torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float64)
-        # skip_init: nn.Linear's own initialisation would draw from the global generator.
-        layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Linear, fan_in, fan_out, dtype=dtype
-        )
+        # nn.Linear's own initialisation draws from the global generator, which is put back;
+        # nn.utils.skip_init would import half a second of torch for its meta tensors.
+        with torch.random.fork_rng(devices=[]):
+            layer = nn.Linear(fan_in, fan_out, dtype=dtype)
         with torch.no_grad():
             layer.weight.copy_(draw * math.sqrt(gain / fan_in))
             layer.bias.zero_()

@@ -8,6 +8,7 @@ B: batch.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,6 +23,11 @@ from hamdist.errors import GraphError
 
 INPUT = "u"
 OUTPUT_KEY = "output:"
+# Modules that are run on zeros in a dry run, up to this many numbers in weights and input: a few
+# milliseconds of arithmetic.
+PLAIN_MODULES = ("torch.nn.", "hamdist.")
+SMALL_WEIGHTS = 2**22
+SMALL_INPUT = 2**16
 
 ShapeMap: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -315,8 +321,8 @@ class Graph:
     # -- shapes -----------------------------------------------------------------------------
 
     def shapes(self, u_shape: Sequence[int], u_dtype: torch.dtype) -> ShapeMap:
-        """Shape and type of every block's h (of an output net: its prediction), by a dry run on
-        meta tensors. u_shape: with the batch in front.
+        """Shape and type of every block's h (of an output net: its prediction), by a dry run on a
+        copy of its module (`_probes`). u_shape: with the batch in front.
 
         Raises GraphError naming the block whose module does not take its parents' shapes.
         """
@@ -389,11 +395,8 @@ class Graph:
         shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
         given: str,
     ) -> object:
-        """`module` on tensors of `shapes`: on meta tensors, or on zeros where it reads values, and
-        where types differ (which meta tensors let pass)."""
-        types = {t for _, t in shapes if t.is_floating_point}
-        types |= {p.dtype for p in module.parameters() if p.is_floating_point()}
-        for device in ("meta", "cpu") if len(types) < 2 else ("cpu",):
+        """`module` on tensors of `shapes`, on the first device that takes them."""
+        for device in _probes(module, shapes):
             probe = copy.deepcopy(module).to(device)
             inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
             try:
@@ -538,6 +541,27 @@ def _dtype(module: nn.Module, u_dtype: torch.dtype) -> torch.dtype:
 
 def _modules(block: BlockSpec) -> list[nn.Module]:
     return [block.module] if block.output is None else [block.module, block.output]
+
+
+def _probes(
+    module: nn.Module, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]
+) -> tuple[str, ...]:
+    """Where a dry run of `module` is tried: on meta tensors, and on zeros where it reads values.
+
+    On zeros alone where types differ, which meta tensors let pass; and where it is cheaper: the
+    first use of meta tensors imports about a second of torch, the arithmetic of a small module of
+    torch's own (which does nothing but arithmetic) takes less than a millisecond.
+    """
+    types = {t for _, t in shapes if t.is_floating_point}
+    types |= {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if len(types) > 1:
+        return ("cpu",)
+    weights = sum(p.numel() for p in module.parameters())
+    inputs = sum(math.prod(shape) for shape, _ in shapes)
+    plain = all(type(m).__module__.startswith(PLAIN_MODULES) for m in module.modules())
+    if plain and weights <= SMALL_WEIGHTS and inputs <= SMALL_INPUT:
+        return ("cpu",)
+    return ("meta", "cpu")
 
 
 def _names(blocks: Sequence[str]) -> str:

@@ -77,6 +77,23 @@ class Stamp(NamedTuple):
     version: int
 
 
+class Bundle(NamedTuple):
+    """How many signals of one edge may wait at their sender, to leave as one message. spacing:
+    ticks between two of them.
+
+    A signal of tick k is needed at tick k + d, and the last of its bundle is sent no later than at
+    tick k + (size - 1) spacing. With size = max(1, d // spacing) that is at most k + d - 1: whoever
+    waits for a signal waits for a strictly earlier tick, as without bundles, so by induction over
+    the ticks nobody waits for ever.
+    """
+
+    size: int
+    spacing: int
+
+
+ALONE = Bundle(1, 1)
+
+
 class Schedule(Protocol):
     """The common face of all presentations. `c`: ticks between two samples.
 
@@ -102,6 +119,9 @@ class Schedule(Protocol):
         """The most signals of `kind` that the schedule itself keeps waiting on an edge."""
 
     def target_in_flight(self, readout: str) -> int: ...
+
+    def bundle(self, edge: Edge, kind: Kind) -> Bundle:
+        """The most signals of `kind` that may leave together on an edge."""
 
     @property
     def staleness(self) -> int:
@@ -223,6 +243,9 @@ class PulseSchedule:
     def target_in_flight(self, readout: str) -> int:
         return (self._depths[readout] + 1) // self.c + 1
 
+    def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
+        return Bundle(max(1, edge.delay // self.c), self.c)
+
     @property
     def staleness(self) -> int:
         return max(self.delay(b) for b in self._depths)
@@ -321,10 +344,18 @@ class HoldSchedule:
         return 2 * back if self._knobs.update is Update.TICK else 2 * back // self.c
 
     def in_flight(self, edge: Edge, kind: Kind) -> int:  # noqa: ARG002
-        return edge.delay
+        """d in every tick. In the end d more: a block that stops in tick k has read what was sent
+        until k - d, and its neighbour, which hears of it in tick k + d, has sent on until then."""
+        return 2 * edge.delay
 
     def target_in_flight(self, readout: str) -> int:
         return (self._lags[readout] + 1) // self.c + 1
+
+    def bundle(self, edge: Edge, kind: Kind) -> Bundle:
+        if kind is Kind.STATE and self.late(edge.child):
+            return ALONE  # read in the tick in which it is sent
+        spacing = self.c if edge.from_input else 1
+        return Bundle(max(1, edge.delay // spacing), spacing)
 
     @property
     def staleness(self) -> int:

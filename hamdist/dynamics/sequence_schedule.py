@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from hamdist.dynamics.graph import INPUT, Edge, Graph
 from hamdist.dynamics.locality import Locality
-from hamdist.dynamics.schedule import Event, Kind, Phase, Span, Stamp
+from hamdist.dynamics.schedule import ALONE, Bundle, Event, Kind, Phase, Span, Stamp
 from hamdist.errors import LevelError
 
 
@@ -197,6 +197,10 @@ class SequenceSchedule:
 
     def target_in_flight(self, readout: str) -> int:
         return (self._depths[readout] + 1) // self.c + 1
+
+    def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
+        """One: between two sequences a signal's followers do not come at equal times."""
+        return ALONE
 
     @property
     def staleness(self) -> int:

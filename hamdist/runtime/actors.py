@@ -43,7 +43,7 @@ class HostActor:
         plan: Plan,
         blocks: Sequence[str],
         stream: Stream | None,
-        binds: Mapping[int, str | None],
+        binds: Mapping[int, str],
     ) -> dict[int, str]:
         """Builds the blocks and opens the receiving ends; returns their addresses."""
         torch.set_default_dtype(plan.default_dtype)
@@ -53,8 +53,9 @@ class HostActor:
     def connect(self, addresses: Mapping[int, str]) -> None:
         self._prepared().connect(addresses)
 
-    def run(self) -> HostReport:
-        return self._prepared().run()
+    def run(self, index: int, actors: int) -> HostReport:
+        """index: of this actor among the `actors` of its host."""
+        return self._prepared().run(index, actors)
 
     def status(self, seen: int, every: int | None) -> HostStatus:
         return self._prepared().status(seen, every)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from hamdist.config import Moves, Order, Reset, Settings, TargetOf
+from hamdist.config import EngineKind, EngineSettings, Moves, Order, Reset, Settings, TargetOf
 from hamdist.dynamics.cycles import dissipation_warnings
 from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.runtime.outcome import Outcome
+from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.threads import cores
 
 # Samples of one sequence from which on it looks as if the ends had been forgotten.
 LONG_SEQUENCE = 100
@@ -20,11 +22,59 @@ def before(plan: Plan, settings: Settings) -> list[str]:
             f"learning.lr {settings.learning.lr:g} has no effect: dynamics.beta "
             f"{settings.dynamics.beta:g} is the rate of the weights"
         )
+    if plan.engine.address is None:
+        told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
     if isinstance(plan.schedule, HoldSchedule):
         told += dissipation_warnings(plan.graph, plan.dynamics)
         told += reset_warnings(plan, plan.schedule)
         told += _one_hop(plan)
     return told
+
+
+def local_processes(engine: EngineSettings) -> int:
+    """How many processes a run on this host asks for; 1 where it leaves their number open."""
+    if engine.kind is EngineKind.INPROCESS:
+        return 1
+    if engine.placement is not None:
+        return len(engine.placement)
+    return 1 if engine.actors == "auto" else engine.actors
+
+
+def thread_warnings(processes: int, threads: int, processors: int, host: str = "") -> list[str]:
+    """Says so where a host runs more threads than it has processors. host: its name, if several."""
+    if processes * threads <= processors:
+        return []
+    where = f"of {host} " if host else ""
+    kind = "actors" if processes > 1 else "process"
+    return [
+        f"{processes} {kind} of {threads} thread(s) on {processors} processor(s) {where}wait for "
+        f"each other: use engine.threads 1, and engine.actors 'auto' or at most {processors}"
+    ]
+
+
+def placement_notes(plan: Plan, placement: list[list[str]], costs: Costs | None) -> list[str]:
+    """Says so where `auto` found that one process is best."""
+    if plan.engine.actors != "auto" or plan.engine.placement is not None or len(placement) > 1:
+        return []
+    if len(plan.graph.blocks) == 1:
+        reason = "the network is one block"
+    elif costs is None:
+        reason = "there is one processor for it"
+    elif costs.in_flight < 2:
+        reason = (
+            f"at speed {plan.schedule.c} one sample is in the network at a time, so blocks take "
+            "turns"
+        )
+    else:
+        two = costs.of(split(costs, 2))
+        reason = (
+            f"its blocks work {1e6 * sum(costs.seconds):,.0f} µs a sample, spread over two actors "
+            f"a sample would take {1e6 * two:,.0f} µs, signals included"
+        )
+    return [
+        f"engine.actors 'auto' chose one actor: {reason}; --engine inprocess is as fast, and needs "
+        "no Ray"
+    ]
 
 
 def after(plan: Plan, outcome: Outcome) -> list[str]:

@@ -17,13 +17,19 @@ from hamdist.config import TransportKind
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, HamdistError, StreamError
+from hamdist.runtime.advice import thread_warnings
 from hamdist.runtime.cluster import Session
 from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.line import socket_folder
+from hamdist.runtime.measure import source_host
 from hamdist.runtime.outcome import deaf_to_interrupts
-from hamdist.runtime.placement import place
+from hamdist.runtime.placement import Costs, place
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.shared import MAX_CAPACITY
 from hamdist.runtime.signal import Channel
-from hamdist.runtime.transport import socket_folder
+from hamdist.runtime.startup import Startup
+from hamdist.runtime.threads import cores
+from hamdist.runtime.transport import IPC, SHM, TCP, local_way
 from hamdist.streams.sample import Stream
 
 START_SECONDS = 120.0
@@ -85,21 +91,42 @@ class Crew:
             self._end_actors()
             shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
 
-    def wire(self) -> None:
-        """Starts the actors, gives them their blocks, opens and joins the sockets."""
+    @property
+    def placement(self) -> list[list[str]]:
+        """The blocks of each actor."""
+        return [actor.blocks for actor in self.actors]
+
+    def crowded(self) -> list[str]:
+        """What is to be said of other hosts with more threads than processors (of this one it was
+        said before the start)."""
+        here = ray.get_runtime_context().get_node_id()
+        told = []
+        for node in ray.nodes():
+            actors = sum(actor.node == node["NodeID"] for actor in self.actors)
+            processors = int(node["Resources"].get("CPU", 0))
+            if actors and node["NodeID"] != here:
+                name = node["NodeManagerAddress"]
+                told += thread_warnings(actors, self._plan.engine.threads, processors, name)
+        return told
+
+    def wire(self, startup: Startup, costs: Costs | None = None) -> None:
+        """Starts the actors, gives them their blocks, opens and joins the sockets. costs: what the
+        placement goes by, instead of parameters."""
         plan = self._plan
         cpus = int(ray.cluster_resources().get("CPU", 0))
-        groups = place(plan.graph, plan.engine, max(1, cpus))
+        groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
         if len(groups) > cpus:
             raise ClusterError(
                 f"{len(groups)} actors need as many CPUs, the Ray cluster has {cpus}; set "
                 "engine.actors to at most that, or 'auto'"
             )
-        self.actors = [
-            Actor(f"actor {i}", blocks, self._session.actor()) for i, blocks in enumerate(groups)
-        ]
-        for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
-            actor.node, actor.address, actor.pid = where
+        with startup.phase("actors"):
+            self.actors = [
+                Actor(f"actor {i}", blocks, self._session.actor())
+                for i, blocks in enumerate(groups)
+            ]
+            for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
+                actor.node, actor.address, actor.pid = where
         inside = [set(actor.blocks) for actor in self.actors]
         portable = self._stream.portable
         if portable:
@@ -111,40 +138,48 @@ class Crew:
             return plan.only(self.actors[i].blocks), self.actors[i].blocks, own, binds[i]
 
         addresses: dict[int, str] = {}
-        for opened in self._all("prepare", arguments):
-            addresses |= opened
-        self._all("connect", lambda _: (addresses,))
-        if not portable:
-            self._local = Host(plan.only([]), [], self._stream)
-            self._local.connect(addresses)
+        with startup.phase("blocks"):
+            for opened in self._all("prepare", arguments):
+                addresses |= opened
+        with startup.phase("sockets"):
+            self._all("connect", lambda _: (addresses,))
+            if not portable:
+                self._local = Host(plan.only([]), [], self._stream)
+                self._local.connect(addresses)
 
     def _source_actor(self) -> int:
         """The stream lives with the first block that reads it."""
-        readers = {e.child for e in self._plan.graph.out_of[INPUT]} or set(
-            self._plan.graph.readouts
-        )
-        return next(i for i, actor in enumerate(self.actors) if readers & set(actor.blocks))
+        host = source_host(self._plan)
+        return next(i for i, actor in enumerate(self.actors) if host in actor.blocks)
 
-    def _binds(self, i: int, inside: Sequence[set[str]]) -> dict[int, str | None]:
-        """What actor i receives from other processes: on tcp at its address, or on ipc (None)."""
-        me = self.actors[i]
+    def _binds(self, i: int, inside: Sequence[set[str]]) -> dict[int, str]:
+        """What actor i receives from other processes, and the way it comes."""
         return {
-            channel.number: me.address if self._tcp(channel, me, inside) else None
+            channel.number: self._way(channel, self.actors[i], inside)
             for channel in self._plan.channels.all()
             if channel.receiver in inside[i] and channel.sender not in inside[i]
         }
 
-    def _tcp(self, channel: Channel, receiver: Actor, inside: Sequence[set[str]]) -> bool:
+    def _way(self, channel: Channel, receiver: Actor, inside: Sequence[set[str]]) -> str:
         wanted = self._plan.engine.transport
         sender = next(
             (a for a, s in zip(self.actors, inside, strict=True) if channel.sender in s), None
         )
         node = sender.node if sender is not None else ray.get_runtime_context().get_node_id()
-        if wanted is TransportKind.IPC and node != receiver.node:
+        if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
+            return TCP + receiver.address
+        if node != receiver.node:
             raise ClusterError(
-                f"engine.transport 'ipc': {channel} crosses hosts; use 'auto' or 'tcp'"
+                f"engine.transport {wanted.value!r}: {channel} crosses hosts; use 'auto' or 'tcp'"
             )
-        return wanted is TransportKind.TCP or node != receiver.node
+        best = local_way(channel)
+        if wanted is TransportKind.SHM and best != SHM:
+            raise ClusterError(
+                f"engine.transport 'shm': {channel} has room for {channel.capacity} signals, more "
+                f"than the {MAX_CAPACITY} that shared memory takes, or this platform has no such "
+                "memory; use 'auto' or 'ipc'"
+            )
+        return IPC if wanted is TransportKind.IPC else best
 
     def _all(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
         """Calls `method` of every actor at once and waits for all."""
@@ -165,7 +200,8 @@ class Crew:
     def start(self) -> None:
         """Everybody runs."""
         for actor in self.actors:
-            actor.running = actor.handle.run.remote()
+            together = [a for a in self.actors if a.node == actor.node]
+            actor.running = actor.handle.run.remote(together.index(actor), len(together))
         if self._local is not None:
             self._thread = threading.Thread(target=self._run_local, daemon=True)
             self._thread.start()
@@ -307,6 +343,14 @@ class Crew:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     processes.append(psutil.Process(actor.pid))
         psutil.wait_procs(processes, timeout=END_SECONDS)
+
+
+def _processors(cpus: int) -> int:
+    """Processors that the hosts of the cluster have, of the `cpus` that they have told Ray of; on
+    this host Ray may have been told of more than there are."""
+    here = ray.get_runtime_context().get_node_id()
+    mine = next((n["Resources"].get("CPU", 0) for n in ray.nodes() if n["NodeID"] == here), 0)
+    return cpus - max(0, int(mine) - cores())
 
 
 def _last_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hamdist.config import Pin
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
@@ -25,7 +26,8 @@ from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import Channel
 from hamdist.runtime.source import SourceNode
-from hamdist.runtime.transport import ZmqTransport
+from hamdist.runtime.threads import pinned, seat
+from hamdist.runtime.transport import Wires
 from hamdist.streams.sample import Stream
 
 
@@ -77,18 +79,18 @@ class Host:
     def __init__(self, plan: Plan, blocks: Sequence[str], stream: Stream | None) -> None:
         self._plan = plan
         self._abort = threading.Event()
-        self._transport = ZmqTransport(plan.run, self._abort)
+        self._transport = Wires(plan.run, self._abort)
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
         self._mail = Mailroom(inside, self._transport)
         self._inside = inside
         self._nodes = [make_node(plan, name, self._mail) for name in blocks]
         self._source = None if stream is None else SourceNode(plan, stream, self._mail)
 
-    def bind(self, hosts: Mapping[int, str | None]) -> dict[int, str]:
-        """Opens the receiving ends of the channels given by index, on tcp at the address given or
-        on ipc (None). Returns their addresses."""
+    def bind(self, ways: Mapping[int, str]) -> dict[int, str]:
+        """Opens the receiving ends of the channels given by index, each in its way (transport.py).
+        Returns their addresses."""
         channels = {c.number: c for c in self._plan.channels.all()}
-        return {i: self._transport.bind(channels[i], host) for i, host in hosts.items()}
+        return {i: self._transport.bind(channels[i], way) for i, way in ways.items()}
 
     def connect(self, addresses: Mapping[int, str]) -> None:
         """Opens the sending ends of this process's channels."""
@@ -96,15 +98,18 @@ class Host:
             if channel.sender in self._inside and channel.receiver not in self._inside:
                 self._transport.connect(channel, addresses[channel.number])
 
-    def run(self) -> HostReport:
-        """Steps the nodes to the end. Errors are reported, not raised."""
+    def run(self, index: int = 0, actors: int = 0) -> HostReport:
+        """Steps the nodes to the end. Errors are reported, not raised. index: of this process among
+        the `actors` of its host, each of which gets a processor of its own (0: none does)."""
         torch.set_num_threads(self._plan.engine.threads)
         reset_peak()
         report = HostReport()
         started = time.perf_counter()
         nodes = [*([self._source] if self._source is not None else []), *self._nodes]
         try:
-            run_loop(nodes, self._check_abort)
+            with pinned(self._seat(index, actors)):
+                run_loop(nodes, self._check_abort)
+                self._mail.flush()
         except Aborted:
             report.aborted = True
         except HamdistError as error:
@@ -126,6 +131,10 @@ class Host:
         report.payload_bytes = dict(self._mail.payload_bytes)
         report.peak_memory = peak_bytes()
         return report
+
+    def _seat(self, index: int, actors: int) -> set[int] | None:
+        engine = self._plan.engine
+        return None if engine.pin is Pin.OFF else seat(index, actors, engine.threads)
 
     def _check_abort(self) -> None:
         if self._abort.is_set():

@@ -2,11 +2,17 @@
 
 A mailroom serves the nodes of one process: signals between two of them wait in a queue, all others
 cross a transport. Taking a signal checks its stamp against the one that the schedule names.
+
+Where an edge's delay allows it, signals wait here until a bundle of them leaves as one message
+(`Bundle` in schedule.py). A bundle that is not full leaves when the tick is over in which its last
+signal would have come, so when its sender has ended; with a signal that says that the stream has
+ended; and when all nodes have.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import Protocol
 
 from hamdist.dynamics.schedule import Stamp
@@ -18,7 +24,7 @@ class Transport(Protocol):
     """Moves signals between processes. Both calls block while they must, and raise `Aborted`
     when the run is called off meanwhile."""
 
-    def send(self, channel: Channel, signal: Signal) -> None: ...
+    def send(self, channel: Channel, *signals: Signal) -> None: ...
 
     def receive(self, channel: Channel, stamp: Stamp) -> Signal: ...
 
@@ -31,16 +37,19 @@ class Mailroom:
         self._inside = inside
         self._transport = transport
         self._queues: dict[int, deque[Signal]] = {}
+        self._bundles: dict[int, tuple[Channel, list[Signal]]] = {}
+        self._due = inf  # the first tick at whose end a bundle has to leave
         self.payload_bytes: dict[str, int] = {}
 
     def post(self, channel: Channel, signal: Signal) -> None:
+        """The payload belongs to the receiver from now on: nobody writes to it again."""
         if signal.payload is not None:
             sent = self.payload_bytes.get(channel.edge, 0)
             self.payload_bytes[channel.edge] = sent + signal.payload.nbytes
         if channel.receiver in self._inside:
             self._queues.setdefault(channel.number, deque()).append(signal)
         else:
-            self._remote(channel).send(channel, signal)
+            self._send(channel, signal)
 
     def take(self, channel: Channel, stamp: Stamp, tick: int) -> Signal:
         """The signal with this stamp. tick: the receiver's own, for the error.
@@ -51,6 +60,8 @@ class Mailroom:
             queue = self._queues.get(channel.number)
             signal = queue.popleft() if queue else None
         else:
+            if tick > self._due:
+                self.flush(tick)
             signal = self._remote(channel).receive(channel, stamp)
         if signal is None or signal.stamp != stamp:
             found = "nothing" if signal is None else _words(signal.stamp)
@@ -61,10 +72,40 @@ class Mailroom:
             )
         return signal
 
+    def _send(self, channel: Channel, signal: Signal) -> None:
+        if signal.stamp.tick > self._due:
+            self.flush(signal.stamp.tick)
+        if channel.bundle == 1:
+            self._remote(channel).send(channel, signal)
+            return
+        _, bundle = self._bundles.setdefault(channel.number, (channel, []))
+        bundle.append(signal)
+        if len(bundle) >= channel.bundle or signal.end:
+            del self._bundles[channel.number]
+            self._remote(channel).send(channel, *bundle)
+        elif len(bundle) == 1:
+            self._due = min(self._due, signal.stamp.tick + channel.span)
+
+    def flush(self, tick: float = inf) -> None:
+        """Sends the bundles whose last signal was due before `tick`. Those that were due first go
+        first: while one waits for room, nobody waits for a later one in an earlier tick."""
+        waiting = sorted(self._bundles.values(), key=_due)
+        for channel, bundle in waiting:
+            if tick > _due((channel, bundle)):
+                del self._bundles[channel.number]
+                self._remote(channel).send(channel, *bundle)
+        self._due = min((_due(kept) for kept in self._bundles.values()), default=inf)
+
     def _remote(self, channel: Channel) -> Transport:
         if self._transport is None:
             raise StampError(channel.receiver, 0, f"{channel} leads out of the only process")
         return self._transport
+
+
+def _due(waiting: tuple[Channel, list[Signal]]) -> int:
+    """The tick in which the last signal of a bundle comes, unless its sender has ended."""
+    channel, bundle = waiting
+    return bundle[0].stamp.tick + channel.span
 
 
 def _words(stamp: Stamp) -> str:

@@ -16,17 +16,20 @@ from hamdist.runtime.result import BlockState
 
 @dataclass(slots=True)
 class Outcome:
-    """blocks: final states by name (without those that were lost, after an interruption)."""
+    """blocks: final states by name (without those that were lost, after an interruption).
+    startup: seconds by phase, as far as the engine knows them. placement: the blocks of each
+    process."""
 
     blocks: dict[str, BlockState]
     windows: dict[str, list[Window]]
     samples: int
     ticks: int
     seconds: float
-    startup_seconds: float
+    startup: dict[str, float]
     payload_bytes: dict[str, int]
     peak_memory: dict[str, int]
     smoothness: float | None
+    placement: list[list[str]]
     stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
     interrupted: bool = False

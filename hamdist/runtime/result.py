@@ -43,7 +43,8 @@ class BlockProgress:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One look at a running engine. `samples` counts items that entered the network."""
+    """One look at a running engine. `samples` counts items that entered the network. phase: what a
+    run is busy with that has not started yet (startup.py); None from its first tick on."""
 
     seconds: float
     samples: int
@@ -51,6 +52,7 @@ class Progress:
     windows: Sequence[Window]
     blocks: Sequence[BlockProgress]
     note: str | None = None
+    phase: str | None = None
 
 
 @dataclass(slots=True)
@@ -58,7 +60,8 @@ class RunResult:
     """A finished (or interrupted) run.
 
     model: a plain module with the learned weights. windows: prequential metrics in order, per
-    readout. seconds: wall time from the first to the last tick; startup_seconds: what came before.
+    readout. seconds: wall time from the first to the last tick; startup_seconds: what came before,
+    startup: the same by phase (startup.py).
     bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
     peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
     staleness: the most samples that lie between the activations a block's message was made with
@@ -66,6 +69,7 @@ class RunResult:
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
     records: the energies per tick by block, where `metrics.record` asked for them.
+    placement: the blocks of each process; given as `engine.placement` it is used again.
     """
 
     model: nn.Module
@@ -84,3 +88,5 @@ class RunResult:
     records: dict[str, Records] = field(default_factory=dict)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
+    startup: dict[str, float] = field(default_factory=dict)
+    placement: list[list[str]] = field(default_factory=list)

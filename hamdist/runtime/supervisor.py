@@ -9,16 +9,20 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import DivergedError, HamdistError, StallError
+from hamdist.runtime.advice import placement_notes
 from hamdist.runtime.cluster import ray_session
 from hamdist.runtime.crew import END_SECONDS, Crew
+from hamdist.runtime.measure import Unmeasured, measured_costs, unmeasured_costs, wants_costs
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.outcome import Outcome, ending_on_interrupt
 from hamdist.runtime.placement import place
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockProgress, Progress
+from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.threads import cores
 from hamdist.runtime.watchdog import Watchdog, explain
 from hamdist.streams.sample import Stream
@@ -32,13 +36,29 @@ class RayEngine:
     """Each block in an actor, neighbours together where there are fewer actors than blocks."""
 
     def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
-        created = time.perf_counter()
+        startup = Startup(phases_to(on_progress, plan.steps))
         place(plan.graph, plan.engine, cores())  # refuses what cannot be placed before Ray starts
-        with ray_session(plan.engine) as session, Crew(plan, stream, session) as crew:
-            crew.wire()
-            watch = _Watch(plan, crew, on_progress)
-            outcome = watch.to_the_end()
-            outcome.startup_seconds = watch.started - created
+        notes: list[str] = []
+        costs = unmeasured_costs(plan)
+        if wants_costs(plan):
+            with startup.phase("measure"):
+                try:
+                    costs = measured_costs(plan, portable=stream.portable)
+                except Unmeasured as reason:
+                    notes.append(
+                        f"the blocks are spread by their parameters: their steps could not be "
+                        f"measured ({reason})"
+                    )
+        with ExitStack() as stack:
+            with startup.phase("ray"):
+                session = stack.enter_context(ray_session(plan.engine))
+            crew = stack.enter_context(Crew(plan, stream, session))
+            crew.wire(startup, costs)
+            notes += placement_notes(plan, crew.placement, costs)
+            notes += crew.crowded() if plan.engine.address is not None else []
+            outcome = _Watch(plan, crew, on_progress).to_the_end()
+            outcome.startup = startup.seconds
+            outcome.warnings[:0] = notes
             return outcome
 
 
@@ -160,11 +180,12 @@ class _Watch:
             samples=max([self._crew.samples(), *(r.samples for r in reports)]),
             ticks=max((r.ticks for r in reports), default=0),
             seconds=max((r.seconds for r in reports), default=time.perf_counter() - self.started),
-            startup_seconds=0.0,
+            startup={},
             payload_bytes=sent,
             peak_memory={"driver": peak_bytes(), **memory},
             smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
             stream=next((r.stream for r in reports if r.stream), {}),
+            placement=self._crew.placement,
             records={name: rs for r in reports for name, rs in r.records.items()},
             interrupted=interrupted,
             warnings=self._warnings,

@@ -16,6 +16,33 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def seat(index: int, actors: int, threads: int) -> set[int] | None:
+    """The processor of actor `index` of the `actors` on this host; None where it is to have none
+    of its own: it is alone and may go where there is room, processors are too few, an actor has
+    several threads (torch keeps their processors beyond a run), or nothing can be pinned here. Far
+    apart, as neighbours may share a core."""
+    if not hasattr(os, "sched_getaffinity") or actors < 2 or threads > 1:
+        return None
+    mine = sorted(os.sched_getaffinity(0))
+    if actors > len(mine):
+        return None
+    return {mine[index * len(mine) // actors]}
+
+
+@contextmanager
+def pinned(processors: set[int] | None) -> Iterator[None]:
+    """Inside, the calling thread (no other of its process) runs on `processors` alone."""
+    if processors is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, processors)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
     """Inside, torch computes with `threads` threads (results depend on their number); afterwards

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hamdist.config import EngineKind, Readout, Settings
 from hamdist.dynamics.constants import Course
@@ -23,9 +23,11 @@ from hamdist.runtime.advice import after, before
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.divergence import explained
 from hamdist.runtime.inprocess import InProcessEngine
+from hamdist.runtime.measure import example_input
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_plan
 from hamdist.runtime.result import Progress, RunResult
+from hamdist.runtime.startup import Startup, phases_to
 from hamdist.streams.sample import SampleSpec, Stream
 
 
@@ -49,18 +51,21 @@ def train(
     model: stays as it is; a copy is cut into blocks and trained. A `Graph` brings its own blocks
     and losses. loss: (prediction, target) -> scalar mean over the batch, instead of
     `settings.loss`. phi: the scale of the loss by tick (by sample, in levels of presentation
-    'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times a second, in
-    the calling thread. The first Ctrl-C ends the stream; the result then says `interrupted`.
+    'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times a second, and
+    for every phase of the start (`Progress.phase`), in the calling thread. The first Ctrl-C ends
+    the stream; the result then says `interrupted`.
 
     Raises SettingsError, GraphError, LevelError before anything starts; StreamError, BlockError,
     StallError, ClusterError when a run fails (everything it started has ended by then). A
     DivergedError brings what came before as its `result`.
     """
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
-        graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
-        plan = make_plan(graph, settings, stream.spec, phi=phi)
-        told = drift_warnings(plan.graph, plan.reversible, _example(stream.spec))
-        told += before(plan, settings)
+        startup = Startup(phases_to(on_progress, settings.steps))
+        with startup.phase("plan"):
+            graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
+            plan = make_plan(graph, settings, stream.spec, phi=phi)
+            told = drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
+            told += before(plan, settings)
         for text in told:
             warnings.warn(text, stacklevel=3)
         try:
@@ -70,13 +75,14 @@ def train(
             if error.outcome is not None:
                 error.outcome.warnings[:0] = told
                 error.outcome.warnings.insert(0, str(failure))
-                failure.result = _result(graph, plan, error.outcome)
+                failure.result = _result(graph, plan, error.outcome, startup)
             raise failure from None
         outcome.warnings[:0] = told
-        return _result(graph, plan, outcome)
+        return _result(graph, plan, outcome, startup)
 
 
-def _result(graph: Graph, plan: Plan, outcome: Outcome) -> RunResult:
+def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> RunResult:
+    startup.add(outcome.startup)
     lost = [name for name in graph.blocks if name not in outcome.blocks]
     if lost:
         outcome.warnings.append(
@@ -98,7 +104,9 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome) -> RunResult:
         samples=outcome.samples,
         ticks=outcome.ticks,
         seconds=outcome.seconds,
-        startup_seconds=outcome.startup_seconds,
+        startup_seconds=sum(startup.seconds.values()),
+        startup=startup.seconds,
+        placement=outcome.placement,
         bytes_per_edge=outcome.payload_bytes,
         peak_memory=outcome.peak_memory,
         staleness=plan.schedule.staleness,
@@ -145,7 +153,7 @@ def as_graph(
             loss,
             settings.partition,
             knobs.grouping,
-            example=_example(spec),
+            example=example_input(spec),
             state_readout=state,
         )
     partition = settings.partition
@@ -156,10 +164,3 @@ def as_graph(
             "hand"
         )
     return Graph([BlockSpec("block0", own, (INPUT,), loss=loss, state=state)], original=own)
-
-
-def _example(spec: SampleSpec) -> Tensor:
-    if not spec.u_dtype.is_floating_point:
-        return torch.zeros(spec.u_shape, dtype=spec.u_dtype)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(spec.u_shape, dtype=spec.u_dtype, generator=generator)

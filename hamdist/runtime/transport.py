@@ -1,133 +1,106 @@
-"""ZeroMQ between processes: one PUSH and one PULL socket per channel.
+"""Signals between processes: each channel goes its own way, which its receiver's address names.
 
-Each channel has its own queue of bounded length, so a slow receiver holds exactly its senders
-back. ipc sockets lie in a private folder (mode 0700); tcp sockets bind to one address and an
-ephemeral port.
+shm://FILE         shared memory, between processes of one host (shared.py)
+ipc://FILE         ZeroMQ, between processes of one host (zeromq.py)
+tcp://HOST:PORT    ZeroMQ, between hosts
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
+import contextlib
 import threading
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-import zmq
+from typing import TYPE_CHECKING, Any
 
 from hamdist.dynamics.schedule import Stamp
-from hamdist.errors import ClusterError
-from hamdist.runtime.loop import Aborted
-from hamdist.runtime.signal import Channel, Signal, decode, encode
+from hamdist.runtime import shared
+from hamdist.runtime.line import Line, Receiver, Sender, Waiting, socket_folder
+from hamdist.runtime.signal import Channel, Signal
 
-TURN_MS = 100  # how long a blocked call sleeps before it looks whether the run was called off
-MAX_IPC_PATH = 107
+if TYPE_CHECKING:
+    import zmq
 
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A blocked call: on which channel, since when (time.monotonic), for which stamp.
-    sending: the queue is full; else the signal with `stamp` has not come."""
-
-    channel: Channel
-    since: float
-    stamp: Stamp
-    sending: bool
+SHM = "shm"
+IPC = "ipc"
+TCP = "tcp://"
 
 
-def socket_folder(run: int) -> Path:
-    """The private folder of this run's ipc sockets on this host."""
-    folder = Path(tempfile.gettempdir()) / f"hd-{run:016x}"
-    if len(str(folder)) + 12 > MAX_IPC_PATH:
-        folder = Path("/tmp") / folder.name
-    return folder
+def local_way(channel: Channel) -> str:
+    """How `channel` best goes between two processes of this host."""
+    return SHM if shared.takes(channel) else IPC
 
 
-class ZmqTransport:
-    """The sockets of one process. abort: set to make blocked calls raise `Aborted`.
+class Wires:
+    """The ends of all channels that lead out of one process. abort: set to make blocked calls raise
+    `Aborted`.
 
-    Sockets belong to the thread that sends and receives, but for `bind`, `connect` and `close`,
-    which come before and after.
+    They belong to the thread that sends and receives, but for `bind`, `connect` and `close`, which
+    come before and after.
     """
 
     def __init__(self, run: int, abort: threading.Event) -> None:
-        self._run = run
-        self._abort = abort
-        self._context = zmq.Context()
-        self._pull: dict[int, zmq.Socket[bytes]] = {}
-        self._push: dict[int, zmq.Socket[bytes]] = {}
-        self._files: list[Path] = []
-        self.waiting: Waiting | None = None
+        self._line = Line(run, abort)
+        self._in: dict[int, Receiver] = {}
+        self._out: dict[int, Sender] = {}
+        self._zmq: zmq.Context[Any] | None = None
 
-    def bind(self, channel: Channel, host: str | None) -> str:
-        """Opens the receiving end: on tcp at address `host`, or on ipc. Returns where."""
-        socket = self._context.socket(zmq.PULL)
-        self._pull[channel.number] = socket
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVHWM, channel.capacity)
-        socket.setsockopt(zmq.RCVTIMEO, TURN_MS)
-        if host is not None:
-            socket.bind(f"tcp://{host}:*")
-            return str(socket.getsockopt_string(zmq.LAST_ENDPOINT))
-        folder = socket_folder(self._run)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
-            raise ClusterError(f"{folder} belongs to somebody else; remove it and start again")
-        path = folder / str(channel.number)
-        self._files.append(path)
-        socket.bind(f"ipc://{path}")
-        return f"ipc://{path}"
+    @property
+    def waiting(self) -> Waiting | None:
+        """The blocked call, if there is one."""
+        return self._line.waiting
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Where the time of sending and receiving went: waiting, which is all that happens inside
+        calls of the operating system, and packing."""
+        return {"waiting": self._line.waited, "packing": self._line.packed}
+
+    def bind(self, channel: Channel, way: str) -> str:
+        """Opens the receiving end: 'shm', 'ipc' or 'tcp://HOST'. Returns its address."""
+        receiver: Receiver
+        if way == SHM:
+            receiver = shared.SharedReceiver(self._line, channel)
+        else:
+            from hamdist.runtime.zeromq import ZmqReceiver
+
+            host = way.removeprefix(TCP) if way.startswith(TCP) else None
+            receiver = ZmqReceiver(self._line, channel, self._context(), host)
+        self._in[channel.number] = receiver
+        return receiver.address
 
     def connect(self, channel: Channel, address: str) -> None:
         """Opens the sending end."""
-        socket = self._context.socket(zmq.PUSH)
-        self._push[channel.number] = socket
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, channel.capacity)
-        socket.setsockopt(zmq.SNDTIMEO, TURN_MS)
-        socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.connect(address)
+        sender: Sender
+        if address.startswith(shared.SCHEME):
+            sender = shared.SharedSender(self._line, channel, address)
+        else:
+            from hamdist.runtime.zeromq import ZmqSender
 
-    def send(self, channel: Channel, signal: Signal) -> None:
-        frames = encode(signal, self._run, channel)
-        socket = self._push[channel.number]
-        while True:
-            try:
-                socket.send_multipart(frames, copy=False)
-            except zmq.Again:
-                self._wait(channel, signal.stamp, sending=True)
-            else:
-                self.waiting = None
-                return
+            sender = ZmqSender(self._line, channel, self._context(), address)
+        self._out[channel.number] = sender
+
+    def _context(self) -> zmq.Context[Any]:
+        """ZeroMQ's, with its thread: only in processes that have a channel for it."""
+        if self._zmq is None:
+            import zmq
+
+            self._zmq = zmq.Context()
+        return self._zmq
+
+    def send(self, channel: Channel, *signals: Signal) -> None:
+        """One message. Where it goes by shared memory the payloads are copied before this returns;
+        ZeroMQ may read large ones later, so nobody may write to them."""
+        self._out[channel.number].send(signals)
 
     def receive(self, channel: Channel, stamp: Stamp) -> Signal:
-        socket = self._pull[channel.number]
-        while True:
-            try:
-                frames = socket.recv_multipart(copy=False)
-            except zmq.Again:
-                self._wait(channel, stamp, sending=False)
-            else:
-                self.waiting = None
-                if len(frames) != 2:
-                    frames = [*frames, zmq.Frame(b""), zmq.Frame(b"")]
-                return decode(frames[0].bytes, frames[1].buffer, self._run, channel)
-
-    def _wait(self, channel: Channel, stamp: Stamp, *, sending: bool) -> None:
-        if self._abort.is_set():
-            raise Aborted
-        if self.waiting is None:
-            since = time.monotonic() - TURN_MS / 1000
-            self.waiting = Waiting(channel, since, stamp, sending)
+        return self._in[channel.number].receive(stamp)
 
     def close(self) -> None:
-        """Closes all sockets and removes their files."""
-        for socket in (*self._pull.values(), *self._push.values()):
-            socket.close()
-        self._context.term()
-        for path in self._files:
-            path.unlink(missing_ok=True)
-        folder = socket_folder(self._run)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        """Closes all ends and removes their files."""
+        ends: list[Receiver | Sender] = [*self._in.values(), *self._out.values()]
+        for end in ends:
+            end.close()
+        if self._zmq is not None:
+            self._zmq.destroy(linger=0)
+            self._zmq = None
+        with contextlib.suppress(OSError):  # others' sockets are there, or they were faster
+            socket_folder(self._line.run).rmdir()

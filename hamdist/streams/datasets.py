@@ -7,6 +7,7 @@ held-out part as two tensors. The held-out part never depends on the seed.
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import math
 import sys
 import zlib
@@ -57,11 +58,7 @@ def digits(batch: int, seed: int, dtype: torch.dtype) -> DataSet:
 
     Raises SettingsError for `batch` below 1.
     """
-    from sklearn.datasets import load_digits  # heavy: imported only where it is used
-
-    bunch = load_digits()
-    pixels = torch.from_numpy(bunch.data.astype(np.float64))
-    targets = torch.from_numpy(bunch.target.astype(np.int64))
+    pixels, targets = _digits()
     held = torch.zeros(len(targets), dtype=torch.bool)
     for label in range(10):
         held[(targets == label).nonzero().squeeze(1)[2::5]] = True
@@ -69,6 +66,25 @@ def digits(batch: int, seed: int, dtype: torch.dtype) -> DataSet:
     pixels = ((pixels - train.mean()) / train.std(correction=0)).to(dtype)
     stream = ArrayStream(pixels[~held], targets[~held], batch, seed, classes=10)
     return DataSet(stream, pixels[held], targets[held])
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """All digits: pixels (1797, 64) float64, targets (1797,) int64.
+
+    Read from scikit-learn's own file where it lies: `import sklearn` takes a second.
+    """
+    found = importlib.util.find_spec("sklearn")
+    if found is not None and found.origin is not None:
+        file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            with gzip.open(file, "rt", encoding="ascii") as text:
+                table = np.loadtxt(text, delimiter=",")
+            return torch.from_numpy(table[:, :-1]), torch.from_numpy(table[:, -1].astype(np.int64))
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = torch.from_numpy(bunch.data.astype(np.float64))
+    return pixels, torch.from_numpy(bunch.target.astype(np.int64))
 
 
 def fashion_mnist(

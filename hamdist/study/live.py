@@ -15,6 +15,7 @@ from rich.text import Text
 
 from hamdist.dynamics.metrics import merge_windows
 from hamdist.runtime.result import BlockProgress, Progress
+from hamdist.runtime.startup import TITLES
 from hamdist.study.table import number, percent
 
 RATE_SECONDS = 5.0
@@ -31,9 +32,13 @@ class RunView:
         self.title = title
         self.batch = batch
         self._last: Progress | None = None
+        self._phase = ""
         self._recent: deque[tuple[float, int]] = deque([(0.0, 0)])
 
     def update(self, progress: Progress) -> None:
+        if progress.phase is not None:
+            self._phase = f" ({TITLES.get(progress.phase, progress.phase)})"
+            return
         self._last = progress
         self._recent.append((progress.seconds, progress.samples))
         while len(self._recent) > 2 and self._recent[1][0] < progress.seconds - RATE_SECONDS:
@@ -43,13 +48,13 @@ class RunView:
     def line(self) -> str:
         """All of it but the blocks, on one line."""
         if self._last is None:
-            return f"{self.title}: starting"
+            return f"{self.title}: starting{self._phase}"
         return f"{self.title}: " + ", ".join(self._facts(self._last))
 
     def __rich_console__(self, console: Console, _: ConsoleOptions) -> RenderResult:
         last = self._last
         if last is None:
-            yield Text(f"{self.title}: starting", style="bold")
+            yield Text(self.line, style="bold")
             return
         parts: list[RenderableType] = [Text(self.title, style="bold")]
         if last.steps is not None:

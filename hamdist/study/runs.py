@@ -29,6 +29,7 @@ from hamdist.models import (
     make_tracker,
 )
 from hamdist.runtime.result import Progress, RunResult
+from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.train import train
 from hamdist.streams import held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
@@ -78,6 +79,8 @@ class Run:
     warnings: Sequence[str] = field(default_factory=tuple)
     tracking: Tracking | None = None
     records: Mapping[str, Records] = field(default_factory=dict)
+    startup: Mapping[str, float] = field(default_factory=dict)
+    placement: Sequence[Sequence[str]] = field(default_factory=tuple)
 
     @property
     def rows_per_second(self) -> float:
@@ -93,7 +96,8 @@ class Timeline:
         self._then = then
 
     def __call__(self, progress: Progress) -> None:
-        self._points.append((progress.samples, progress.seconds))
+        if progress.phase is None:
+            self._points.append((progress.samples, progress.seconds))
         if len(self._points) > TIMELINE_LIMIT:
             self._points = self._points[::2]
         if self._then is not None:
@@ -111,12 +115,15 @@ def run_level(
     *,
     factory: ModelFactory | None = None,
     on_progress: OnProgress | None = None,
+    before: Mapping[str, float] | None = None,
 ) -> tuple[Run, nn.Module]:
     """Train with `settings` (made for one level by `for_level`) and evaluate on held-out data.
 
-    factory: makes the model, instead of the one that the settings name. Raises HamdistError.
+    factory: makes the model, instead of the one that the settings name. before: what came before
+    this call and belongs to the run's start (seconds by phase). Raises HamdistError.
     """
-    return _run(settings, settings.level.value, settings.engine.kind.value, factory, on_progress)
+    level, engine = settings.level.value, settings.engine.kind.value
+    return _run(settings, level, engine, factory, on_progress, before or {})
 
 
 def run_centralised(
@@ -126,7 +133,7 @@ def run_centralised(
     on_progress: OnProgress | None = None,
 ) -> tuple[Run, nn.Module]:
     """The same with centralised training (baseline.py)."""
-    return _run(settings, CENTRALISED, PYTORCH, factory, on_progress)
+    return _run(settings, CENTRALISED, PYTORCH, factory, on_progress, {})
 
 
 def _run(
@@ -135,10 +142,15 @@ def _run(
     engine: str,
     factory: ModelFactory | None,
     on_progress: OnProgress | None,
+    before: Mapping[str, float],
 ) -> tuple[Run, nn.Module]:
     dtype = torch_dtype(settings.dtype)
-    stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-    model = _build(settings, stream.spec, factory, dtype)
+    startup = Startup(phases_to(on_progress, settings.steps))
+    startup.add(before)
+    with startup.phase("data"):
+        stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+        model = _build(settings, stream.spec, factory, dtype)
+    prepared = sum(startup.seconds.values())
     told = advice(settings)
     if level == CENTRALISED:
         told += baseline_warnings(settings)
@@ -152,6 +164,7 @@ def _run(
         if error.result is None:
             raise
         result, failure = error.result, str(error)
+    startup.add(result.startup)
     whole = not result.interrupted and failure is None
     scores = _score(result, settings, dtype) if whole else None
     windows = _readout_windows(result)
@@ -164,7 +177,9 @@ def _run(
         batch=stream.spec.batch,
         ticks=result.ticks,
         seconds=result.seconds,
-        startup_seconds=result.startup_seconds,
+        startup_seconds=prepared + result.startup_seconds,
+        startup=startup.seconds,
+        placement=result.placement,
         windows=windows,
         window_seconds=timeline.at(entered, (result.samples, result.seconds)),
         held_out=scores,

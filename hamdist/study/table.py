@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hamdist.dynamics.metrics import merge_windows
+from hamdist.runtime.startup import startup_line
 from hamdist.study.aggregate import Row
 from hamdist.study.runs import Run
 from hamdist.study.tracking import SETTLING, Tracking
@@ -97,7 +98,8 @@ def run_facts(run: Run) -> dict[str, str]:
     """What a single run reached, name by name."""
     facts = {
         "items": f"{run.samples:,} of {run.batch} rows, {run.ticks:,} ticks",
-        "time": f"{run.seconds:.1f} s, after {run.startup_seconds:.1f} s of start-up",
+        "time": f"{run.seconds:.1f} s",
+        "start-up": startup_line(run.startup_seconds, run.startup),
         "speed": f"{run.rows_per_second:,.0f} rows/s",
         **_scores(run),
         "staleness": f"{run.staleness} items",

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from hamdist.dynamics.graph import BlockSpec, Graph
 from hamdist.dynamics.losses import mse
 from hamdist.dynamics.schedule import (
+    ALONE,
+    Bundle,
     Event,
     HoldSchedule,
     Kind,
@@ -353,8 +355,9 @@ def test_in_flight_by_hand():
     # the target of n leaves at n - 1 and is read at n + 2
     assert one.target_in_flight("c") == 4
     assert two.target_in_flight("c") == 2
-    assert hold(graph).in_flight(a_c, Kind.STATE) == 1
-    assert hold(bare(*UNEQUAL)).in_flight(edge(bare(*UNEQUAL), "b->r"), Kind.MESSAGE) == 3
+    # b stops in tick k with what r sent in k - 3; r hears of it in k + 3, and has sent five more.
+    assert hold(graph).in_flight(a_c, Kind.STATE) == 2
+    assert hold(bare(*UNEQUAL)).in_flight(edge(bare(*UNEQUAL), "b->r"), Kind.MESSAGE) == 6
 
 
 # -- hold --------------------------------------------------------------------------------------
@@ -668,6 +671,27 @@ def test_a_sequential_output_net_reads_the_new_states_of_its_parents():
     assert hold(graph, order="sequential", moves="layer-by-layer", speed="depth").c == 2
 
 
+# -- bundles -----------------------------------------------------------------------------------
+
+
+def test_bundles_by_hand():
+    """d // (ticks between two signals) leave together; those that are read at once leave alone."""
+    graph = bare("a: u+5", "b: a+3", "r: b")
+    u_a, a_b, b_r = (edge(graph, name) for name in ("u->a", "a->b", "b->r"))
+    held = hold(graph, speed=2)
+    assert held.bundle(u_a, Kind.STATE) == Bundle(2, 2)
+    for kind in (Kind.STATE, Kind.MESSAGE):
+        assert held.bundle(a_b, kind) == Bundle(3, 1)
+        assert held.bundle(b_r, kind).size == 1
+        assert [pulse(graph, c).bundle(a_b, kind) for c in (1, 2, 4)] == [(3, 1), (1, 2), (1, 4)]
+    assert [pulse(graph, c).bundle(u_a, Kind.STATE) for c in (1, 2, 4)] == [(5, 1), (2, 2), (1, 4)]
+    # A sequential output net reads a state in the tick in which it is sent.
+    late = hold(bare("a: u", "r: a+4"), order="sequential", speed=1)
+    a_r = edge(bare("a: u", "r: a+4"), "a->r")
+    assert late.bundle(a_r, Kind.STATE) == ALONE
+    assert late.bundle(a_r, Kind.MESSAGE) == Bundle(4, 1)
+
+
 # -- causality on any graph --------------------------------------------------------------------
 
 
@@ -802,3 +826,37 @@ def test_hold_is_causal_on_any_dag(graph, speed, update):
                 if not e.from_input and k >= -e.delay:
                     messages[e.index].send(k, stamp)
         updates += k >= 0 and (update == "tick" or (k + 1) % schedule.c == 0)
+
+
+def _in_time(sent: dict[Stamp, int], needed: dict[Stamp, int], bundle: Bundle) -> None:
+    """Whatever signal a bundle begins with, its last one is sent before the first is needed.
+
+    sent, needed: the tick of each signal.
+    """
+    for stamp, tick in sent.items():
+        if stamp in needed and bundle.size > 1:
+            last = tick + (bundle.size - 1) * bundle.spacing
+            assert last in sent.values() or last > max(sent.values())
+            assert last < needed[stamp]
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(
+    graph=dags(),
+    c=st.sampled_from([1, 2, 3]),
+    held=st.booleans(),
+    order=st.sampled_from(["omega-first", "sequential"]),
+)
+def test_bundles_are_in_time_on_any_dag(graph, c, held, order):
+    """Oracle: the schedule's own events, which say when each signal is sent and when it is read."""
+    schedule = hold(graph, speed=c, order=order) if held else pulse(graph, c)
+    last = 2 * graph.depth + 4 * c + 8
+    events = {b: list(until(schedule.events(b), last)) for b in graph.blocks}
+    for e in graph.edges:
+        needed = {schedule.state(e, event): event.tick for event in events[e.child]}
+        sent = {s: s.tick for s in needed if s is not None}
+        _in_time(sent, needed, schedule.bundle(e, Kind.STATE))
+        if not e.from_input:
+            needed = {schedule.message(e, event): event.tick for event in events[e.parent]}
+            sent = {s: s.tick for s in needed if s is not None}
+            _in_time(sent, needed, schedule.bundle(e, Kind.MESSAGE))

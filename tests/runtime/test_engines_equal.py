@@ -197,9 +197,10 @@ def test_dropout_draws_the_same_masks(session, level):
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("transport", ["shm", "ipc", "tcp"])
 @pytest.mark.parametrize("level", ["local", "backprop"])
-def test_tcp(session, level):
-    engine = {"actors": 3, "transport": "tcp"}
+def test_transports(session, leaves_no_socket, level, transport):
+    engine = {"actors": 3, "transport": transport}
     alone, spread = both(chain, lambda: PortableStream(50), engine, 50, level=level)
     assert_equal(alone, spread)
 
@@ -209,6 +210,27 @@ def test_edge_delays(session):
     fields = {"level": "trace", "partition": {"delay": 3}}
     alone, spread = both(chain, lambda: PortableStream(100), {"actors": 4}, 100, **fields)
     assert alone.staleness == 2 * 4 * 3
+    assert_equal(alone, spread)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("engine", [{}, {"bundle": "off"}, {"bundle": 2, "transport": "tcp"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"level": "trace", "locality": {"speed": 2}},
+        {"level": "local"},
+        {"level": "local", "locality": {"speed": 3}},
+        {"level": "local", "locality": {"order": "sequential"}},
+    ],
+    ids=["pulse, c = 2", "hold", "hold, c = 3", "hold, sequential"],
+)
+def test_bundles(session, leaves_no_socket, fields, engine):
+    """Delays of 5: up to five signals in one message, and ends that no bundle waits for."""
+    fields = {**fields, "partition": {"delay": 5}}
+    engine = {"placement": [["block0", "block3"], ["block1", "block4"], ["block2"]], **engine}
+    alone, spread = both(chain, lambda: PortableStream(43), engine, 43, **fields)
+    assert learned(alone, chain)
     assert_equal(alone, spread)
 
 

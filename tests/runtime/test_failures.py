@@ -137,7 +137,11 @@ def test_the_watchdog_names_the_edge_that_blocks(leaves_nothing):
         train(
             with_module(Stuck(20)),
             PortableStream(200),
-            settings(stall_warning=0.5, stall_limit=1.5),
+            settings(
+                placement=[["block0"], ["block1"], ["block2", "block3"]],
+                stall_warning=0.5,
+                stall_limit=1.5,
+            ),
         )
     text = str(caught.value)
     assert "no block has moved" in text

@@ -1,23 +1,29 @@
 """Documented contract: nothing is paired by arrival order. A receiver that finds another stamp than
-the one its schedule names stops, and names the edge and both stamps."""
+the one its schedule names stops, and names the edge and both stamps. Bundles: what waits to leave
+together leaves before anybody can miss it."""
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+
 import pytest
 import torch
-from runtime.networks import chain, stream
+from runtime.networks import chain, cycle_graph, skip_graph, stream
 
-from hamdist.config import Settings
+from hamdist.config import Settings, read_settings, to_yaml
+from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import cross_entropy
 from hamdist.dynamics.schedule import Kind, Stamp
-from hamdist.errors import StampError
+from hamdist.errors import SettingsError, StampError
+from hamdist.runtime.host import Host
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.nodes import make_node
 from hamdist.runtime.plan import make_plan
 from hamdist.runtime.signal import Channel, Signal
 from hamdist.runtime.source import SourceNode
-from hamdist.runtime.train import as_graph
+from hamdist.runtime.train import as_graph, train
 
 CHANNEL = Channel(0, Kind.STATE, "a", "b", "a->b", 4)
 
@@ -83,3 +89,180 @@ def test_a_run_stops_at_the_first_wrong_stamp(kind, level, change):
     nodes = [SourceNode(plan, source, mail), *(make_node(plan, b, mail) for b in graph.blocks)]
     with pytest.raises(StampError, match="block1->block2"):
         run_loop(nodes)
+
+
+# -- bundles -----------------------------------------------------------------------------------
+
+THREE = CHANNEL._replace(number=1, bundle=3, span=4)  # a signal every other tick
+FIVE = CHANNEL._replace(number=2, bundle=5, span=8)
+BACK = CHANNEL._replace(number=3, sender="b", receiver="a")
+
+
+class Recorder:
+    """A transport that notes the messages; nothing is ever waited for."""
+
+    def __init__(self):
+        self.messages = []
+
+    def send(self, channel, *signals):
+        self.messages.append((channel.number, [s.stamp.tick for s in signals]))
+
+    def receive(self, channel, stamp):
+        return Signal(stamp)
+
+
+@pytest.fixture
+def room():
+    recorder = Recorder()
+    return Mailroom({"a"}, recorder), recorder.messages
+
+
+def post(mail, channel, tick, **fields):
+    mail.post(channel, Signal(Stamp(tick, tick, 0), **fields))
+
+
+def test_a_full_bundle_is_one_message(room):
+    mail, messages = room
+    for tick in range(0, 14, 2):
+        post(mail, THREE, tick)
+    assert messages == [(1, [0, 2, 4]), (1, [6, 8, 10])]
+    mail.flush()
+    assert messages[2:] == [(1, [12])]
+    mail.flush()
+    assert len(messages) == 3
+
+
+def test_the_end_of_the_stream_takes_along_what_waits(room):
+    mail, messages = room
+    post(mail, THREE, 0)
+    post(mail, THREE, 2, end=True)
+    assert messages == [(1, [0, 2])]
+
+
+def test_a_channel_without_bundles_sends_at_once(room):
+    mail, messages = room
+    post(mail, CHANNEL, 0)
+    assert messages == [(0, [0])]
+
+
+@pytest.mark.parametrize("by", ["post", "take"])
+def test_a_bundle_whose_sender_has_ended_leaves_when_its_time_is_over(room, by):
+    """No signal says that a node has ended: the first call of a later tick finds it out, before it
+    can block. Of two, the one that was due first goes first."""
+    mail, messages = room
+
+    def call(tick):
+        if by == "post":
+            post(mail, CHANNEL, tick)
+        else:
+            mail.take(BACK, Stamp(tick - 1, 0, 0), tick)
+
+    post(mail, FIVE, 8)
+    post(mail, THREE, 9)
+    call(13)
+    assert [m for m in messages if m[0]] == []
+    call(14)
+    assert [m for m in messages if m[0]] == [(1, [9])]
+    call(16)
+    assert len([m for m in messages if m[0]]) == 1
+    call(17)
+    assert [m for m in messages if m[0]] == [(1, [9]), (2, [8])]
+    post(mail, FIVE, 18)
+    post(mail, THREE, 19)
+    call(99)
+    assert [m for m in messages if m[0]] == [(1, [9]), (2, [8]), (1, [19]), (2, [18])]
+
+
+@pytest.mark.parametrize(
+    ("text", "bundle"), [("off", "off"), ("'off'", "off"), ("auto", "auto"), ("3", 3)]
+)
+def test_the_setting(text, bundle):
+    """YAML reads off as false."""
+    read = read_settings(f"engine: {{bundle: {text}}}", "here")
+    assert read.engine.bundle == bundle
+    assert read_settings(to_yaml(read), "again") == read
+
+
+@pytest.mark.parametrize("text", ["0", "on", "many"])
+def test_a_wrong_setting(text):
+    with pytest.raises(SettingsError, match=r"engine\.bundle"):
+        read_settings(f"engine: {{bundle: {text}}}", "here")
+
+
+def deep(graph, delay):
+    """`graph` with `delay` more on every edge."""
+    blocks = [
+        dataclasses.replace(
+            block, delays={p: block.delays.get(p, 1) + delay for p in block.parents}
+        )
+        for block in graph.blocks.values()
+    ]
+    return Graph(blocks)
+
+
+HELD = {"level": "local", "locality": {"speed": 2}}
+LATE = {"level": "local", "locality": {"order": "sequential"}}
+PULSE = {"level": "trace"}
+FASTER = {"level": "trace", "locality": {"speed": 2}}
+
+
+@pytest.mark.parametrize("bundle", ["off", "auto", 2])
+@pytest.mark.parametrize("way", ["shm", "ipc"])
+@pytest.mark.parametrize(
+    ("build", "placement", "fields"),
+    [
+        (skip_graph, "adw|by|c", HELD),
+        (skip_graph, "adw|by|c", LATE),
+        (skip_graph, "aw|bd|cy", PULSE),
+        (skip_graph, "aw|bd|cy", FASTER),
+        (cycle_graph, "ac|b|d", HELD),
+        (cycle_graph, "ad|b|c", LATE),
+    ],
+)
+def test_bundles_change_no_number_and_hang_nobody(
+    leaves_no_socket, build, placement, fields, way, bundle
+):
+    """With the shortest queue, blocks that wait for each other in a circle of processes, and nodes
+    that end while others of their process go on."""
+    source = stream(23)
+    engine = {"queue": 1, "bundle": bundle}
+    settings = Settings.model_validate({"steps": 23, "engine": engine, **fields})
+    plan = make_plan(deep(build(), 3), settings, source.spec)
+    sizes = {c.bundle for c in plan.channels.all()}
+    assert max(sizes) == {"off": 1, "auto": max(sizes), 2: 2}[bundle]
+    assert (bundle == "off") == (max(sizes) == 1)
+    hosts = [Host(plan.only(list(part)), list(part), None) for part in placement.split("|")]
+    hosts.append(Host(plan.only([]), [], source))
+    places = [*({*part} for part in placement.split("|")), {"u"}]
+    addresses = {}
+    for host, inside in zip(hosts, places, strict=True):
+        comes = [c for c in plan.channels.all() if c.receiver in inside and c.sender not in inside]
+        addresses |= host.bind({c.number: way for c in comes})
+    for host in hosts:
+        host.connect(addresses)
+    reports = [None] * len(hosts)
+
+    def run(i):
+        reports[i] = hosts[i].run()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(hosts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    hung = [hosts[i].status(0, None).wait for i, thread in enumerate(threads) if thread.is_alive()]
+    for host in hosts:
+        host.abort()
+    for thread in threads:
+        thread.join(10)
+    for host in hosts:
+        host.close()
+    assert hung == []
+    assert [report.error for report in reports] == [None] * len(hosts)
+    alone = train(deep(build(), 3), stream(23), Settings.model_validate({"steps": 23, **fields}))
+    spread = {name: state for report in reports for name, state in report.blocks.items()}
+    assert spread.keys() == alone.blocks.keys()
+    for name, state in alone.blocks.items():
+        assert spread[name].updates == state.updates
+        for key, value in state.theta.items():
+            assert torch.equal(spread[name].theta[key], value), (name, key)

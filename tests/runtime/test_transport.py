@@ -1,4 +1,5 @@
-"""Sockets: bounded queues hold a sender back, blocked calls can be called off, files go away."""
+"""Every way between two processes: bounded queues hold a sender back, blocked
+calls can be called off, files go away."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ import torch
 import zmq
 
 from hamdist.dynamics.schedule import Kind, Stamp
-from hamdist.errors import WireError
+from hamdist.errors import ClusterError, WireError
+from hamdist.runtime.line import socket_folder
 from hamdist.runtime.loop import Aborted
-from hamdist.runtime.signal import Channel, Signal
-from hamdist.runtime.transport import ZmqTransport, socket_folder
+from hamdist.runtime.signal import Channel, Packer, Signal
+from hamdist.runtime.transport import Wires
 
 RUN = 77
 CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4)
@@ -21,12 +23,15 @@ CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4)
 pytestmark = pytest.mark.timeout(30)
 
 
-@pytest.fixture(params=[None, "127.0.0.1"], ids=["ipc", "tcp"])
+WAYS = {"shm": "shm", "ipc": "ipc", "tcp": "tcp://127.0.0.1"}
+
+
+@pytest.fixture(params=WAYS)
 def pair(request, leaves_no_socket):
     """A sending and a receiving transport, joined by CHANNEL."""
     aborts = threading.Event(), threading.Event()
-    sender, receiver = (ZmqTransport(RUN, abort) for abort in aborts)
-    address = receiver.bind(CHANNEL, request.param)
+    sender, receiver = (Wires(RUN, abort) for abort in aborts)
+    address = receiver.bind(CHANNEL, WAYS[request.param])
     sender.connect(CHANNEL, address)
     yield sender, receiver, aborts, address
     sender.close()
@@ -37,20 +42,48 @@ def signal(n, size=4):
     return Signal(Stamp(n, n, 0), torch.full((size,), float(n)))
 
 
-def test_signals_arrive_in_order_and_whole(pair):
+@pytest.mark.parametrize("size", [1, 20_000, 300_000])
+def test_signals_arrive_in_order_and_whole(pair, size):
+    """Of 4 bytes, 80 kB and 1.2 MB: in a packet or a slot, in one frame or two."""
     sender, receiver, _, _ = pair
 
     def send():
         for n in range(50):
-            sender.send(CHANNEL, signal(n, 20_000))
+            sender.send(CHANNEL, signal(n, size))
 
     thread = threading.Thread(target=send)
     thread.start()
     for n in range(50):
         got = receiver.receive(CHANNEL, Stamp(n, n, 0))
         assert got.stamp == Stamp(n, n, 0)
-        assert torch.equal(got.payload, torch.full((20_000,), float(n)))
+        assert torch.equal(got.payload, torch.full((size,), float(n)))
+        assert got.payload.data_ptr() % 64 == 0
     thread.join()
+    assert sender.seconds["packing"] > 0
+    assert receiver.seconds["waiting"] > 0
+
+
+def test_a_bundle_is_one_message_of_several_signals(pair):
+    """Small and large, empty and last: taken one by one, in their order."""
+    sender, receiver, _, _ = pair
+    sizes = [4, 200_000, 0, 5]
+    made = [signal(n, size) for n, size in enumerate(sizes)]
+    made[2].payload = None
+    made[3].end = True
+    got = []
+
+    def receive():
+        got.extend(receiver.receive(CHANNEL, s.stamp) for s in made * 3)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    for _ in range(3):
+        sender.send(CHANNEL, *made)
+    thread.join()
+    for old, new in zip(made * 3, got, strict=True):
+        assert (new.stamp, new.end) == (old.stamp, old.end)
+        assert (new.payload is None) == (old.payload is None)
+        assert new.payload is None or torch.equal(new.payload, old.payload)
 
 
 def test_a_slow_receiver_holds_the_sender_back(pair):
@@ -114,6 +147,8 @@ def test_a_waiting_receiver_says_for_what_and_can_be_called_off(pair):
 )
 def test_bytes_of_a_stranger_are_refused(pair, frames):
     _, receiver, _, address = pair
+    if address.startswith("shm"):
+        pytest.skip("test_shared.py")
     context = zmq.Context()
     stranger = context.socket(zmq.PUSH)
     stranger.setsockopt(zmq.LINGER, 0)
@@ -125,11 +160,50 @@ def test_bytes_of_a_stranger_are_refused(pair, frames):
     context.term()
 
 
-def test_the_socket_folder_is_private_and_goes_away(leaves_no_socket):
-    transport = ZmqTransport(RUN, threading.Event())
-    address = transport.bind(CHANNEL, None)
+@pytest.mark.parametrize("index", [0, 1, 2, 2**31])
+def test_a_frame_that_is_not_there_is_refused(pair, index):
+    _, receiver, _, address = pair
+    if address.startswith("shm"):
+        pytest.skip("test_shared.py")
+    packer = Packer(RUN, CHANNEL)
+    made = signal(0)
+    data = packer.header(made, packer.form(made.payload), index)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
+        stranger.connect(address)
+        stranger.send_multipart([data, b"too short"])
+        with pytest.raises(WireError, match=f"frame {index}"):
+            receiver.receive(CHANNEL, Stamp(0, 0, 0))
+
+
+@pytest.mark.parametrize("way", ["shm", "ipc"])
+def test_the_socket_folder_is_private_and_goes_away(leaves_no_socket, way):
+    wires = Wires(RUN, threading.Event())
+    address = wires.bind(CHANNEL, way)
     folder = socket_folder(RUN)
-    assert address == f"ipc://{folder}/3"
+    assert address == f"{way}://{folder}/3"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    transport.close()
+    wires.close()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("way", ["shm", "ipc"])
+def test_a_folder_that_others_can_reach_is_refused(leaves_no_socket, way):
+    folder = socket_folder(RUN)
+    folder.mkdir(mode=0o755)
+    wires = Wires(RUN, threading.Event())
+    try:
+        with pytest.raises(ClusterError, match="belongs to somebody else"):
+            wires.bind(CHANNEL, way)
+    finally:
+        wires.close()
+    assert not folder.exists()
+
+
+def test_a_process_without_a_zeromq_channel_has_no_thread_for_it(leaves_no_socket):
+    """What ZeroMQ needs is made with its first channel."""
+    wires = Wires(RUN, threading.Event())
+    wires.bind(CHANNEL, "shm")
+    assert wires._zmq is None
+    wires.bind(CHANNEL._replace(number=4), "ipc")
+    assert wires._zmq is not None
+    wires.close()

@@ -1,0 +1,98 @@
+"""What the ends of all channels of one process share, whatever carries the signals."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from hamdist.dynamics.schedule import Stamp
+from hamdist.errors import ClusterError
+from hamdist.runtime.loop import Aborted
+from hamdist.runtime.signal import Channel, Signal
+
+TURN_MS = 100  # how long a blocked call sleeps before it looks whether the run was called off
+MAX_PATH = 107  # of a socket's file
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A blocked call: on which channel, since when (time.monotonic), for which stamp.
+    sending: the queue is full; else the signal with `stamp` has not come."""
+
+    channel: Channel
+    since: float
+    stamp: Stamp
+    sending: bool
+
+
+class Line:
+    """abort: set to make blocked calls raise `Aborted`. waiting: the blocked call, if there is one.
+    waited, packed: seconds inside calls of the operating system, and seconds of work on bytes."""
+
+    __slots__ = ("abort", "packed", "run", "waited", "waiting")
+
+    def __init__(self, run: int, abort: threading.Event) -> None:
+        self.run = run
+        self.abort = abort
+        self.waiting: Waiting | None = None
+        self.waited = 0.0
+        self.packed = 0.0
+
+    def turn(self, channel: Channel, stamp: Stamp, *, sending: bool) -> None:
+        """After a call that has slept for TURN_MS: goes on only if the run does."""
+        if self.abort.is_set():
+            raise Aborted
+        if self.waiting is None:
+            since = time.monotonic() - TURN_MS / 1000
+            self.waiting = Waiting(channel, since, stamp, sending)
+
+    def lost(self, channel: Channel, stamp: Stamp, *, sending: bool) -> NoReturn:
+        """The process at the other end is gone. Who misses it is no witness of why: its run call
+        tells the driver, who then calls this run off; until then the wait goes on."""
+        while True:
+            self.turn(channel, stamp, sending=sending)
+            self.abort.wait(TURN_MS / 1000)
+
+
+class Sender(Protocol):
+    """The sending end of one channel."""
+
+    def send(self, signals: Sequence[Signal]) -> None:
+        """Sends `signals` as one message, when there is room for all of them."""
+
+    def close(self) -> None: ...
+
+
+class Receiver(Protocol):
+    """The receiving end of one channel, open at `address`."""
+
+    address: str
+
+    def receive(self, stamp: Stamp) -> Signal:
+        """The next signal. stamp: the one that is waited for, which is not compared here."""
+
+    def close(self) -> None: ...
+
+
+def socket_folder(run: int) -> Path:
+    """The private folder of this run's sockets on this host."""
+    folder = Path(tempfile.gettempdir()) / f"hd-{run:016x}"
+    if len(str(folder)) + 12 > MAX_PATH:
+        folder = Path("/tmp") / folder.name
+    return folder
+
+
+def private_folder(run: int) -> Path:
+    """The folder, made if need be. Raises ClusterError if others can reach into it."""
+    folder = socket_folder(run)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
+        raise ClusterError(f"{folder} belongs to somebody else; remove it and start again")
+    return folder

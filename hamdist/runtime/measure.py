@@ -1,0 +1,250 @@
+"""What a block's step costs: a few steps of a copy of the whole network, in the driver.
+
+The run itself notices nothing: the blocks are copies, the samples are made up, random numbers come
+from elsewhere. The measurement runs in a thread of its own, so that a module that never comes back
+costs no more than the limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from hamdist.config import Balance
+from hamdist.dynamics.graph import INPUT
+from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.errors import HamdistError
+from hamdist.runtime.loop import Aborted, run_loop
+from hamdist.runtime.mail import Mailroom
+from hamdist.runtime.nodes import Node, make_node
+from hamdist.runtime.placement import Costs, by_parameters
+from hamdist.runtime.plan import Plan
+from hamdist.runtime.source import SourceNode
+from hamdist.runtime.threads import cores, torch_threads
+from hamdist.streams.sample import Sample, SampleSpec, TargetSpec
+
+# What an actor spends on one signal that crosses, sent or received, with its wait for a neighbour
+# that is as busy, and on its bytes (2 cores, two actors of 6-layer networks, W = 16 to 256).
+SIGNAL_SECONDS = 60e-6
+BYTES_PER_SECOND = 2e9
+
+ENOUGH_SECONDS = 0.3  # then FEWEST samples in a network that is full are enough
+GIVE_UP_SECONDS = 3.0
+FEWEST, MOST = 3, 8
+SEQUENCE = 4  # tokens of a made-up sequence
+STAMP_SECONDS = 1e-3  # between two made-up samples
+
+
+class Unmeasured(Exception):
+    """The steps could not be measured; says why."""
+
+
+def wants_costs(plan: Plan) -> bool:
+    """Whether the placement depends on what the blocks cost."""
+    engine = plan.engine
+    blocks = len(plan.graph.blocks)
+    if engine.placement is not None or engine.balance is not Balance.TIME or blocks == 1:
+        return False
+    if engine.actors == "auto":
+        return in_flight(plan) > 1 and (engine.address is not None or cores() > engine.threads)
+    return 1 < engine.actors < blocks
+
+
+def measured_costs(plan: Plan, *, portable: bool) -> Costs:
+    """What `placement.choose` needs, from a measurement. portable: the stream is drawn by an actor.
+
+    Raises Unmeasured.
+    """
+    seconds = measure(plan)
+    names = list(plan.graph.blocks)
+    blocks = [seconds[name] for name in names]
+    source = source_host(plan) if portable else None
+    if source is not None:
+        blocks[names.index(source)] += seconds[INPUT]
+    return Costs(tuple(blocks), tuple(_crossings(plan, source)), in_flight(plan))
+
+
+def unmeasured_costs(plan: Plan) -> Costs | None:
+    """Without a measurement: only that a schedule may not let two actors work at once."""
+    if in_flight(plan) > 1 or plan.engine.balance is not Balance.TIME:
+        return None
+    return Costs(tuple(by_parameters(plan.graph)), (), in_flight(plan))
+
+
+def in_flight(plan: Plan) -> float:
+    """Samples that the schedule has in the network at once, on their way there or back: a pulse
+    takes 2D + 1 ticks, a token of a sequence D + 1 in either direction, and one enters every c
+    ticks. In presentation `hold` all blocks step in every tick."""
+    schedule, depth = plan.schedule, plan.graph.depth
+    if isinstance(schedule, HoldSchedule):
+        return math.inf
+    ticks = depth + 1 if plan.knobs.sequence else 2 * depth + 1
+    return max(1.0, ticks / schedule.c)
+
+
+def source_host(plan: Plan) -> str:
+    """The first block that reads the stream, or, where none does, compares with it."""
+    readers = {e.child for e in plan.graph.out_of[INPUT]} or set(plan.graph.readouts)
+    return next(name for name in plan.graph.blocks if name in readers)
+
+
+def _crossings(plan: Plan, source: str | None) -> Iterator[tuple[int, int, float]]:
+    """Every pair of blocks that exchange signals, with the seconds a sample that costs each end."""
+    order = list(plan.graph.blocks)
+    ticks = plan.schedule.c if isinstance(plan.schedule, HoldSchedule) else 1  # signals a sample
+    for edge in plan.graph.edges:
+        parent = source if edge.from_input else edge.parent
+        if parent is None or parent == edge.child:
+            continue
+        shape, dtype = (
+            (plan.spec.u_shape, plan.spec.u_dtype) if edge.from_input else plan.shapes[edge.parent]
+        )
+        once = SIGNAL_SECONDS + _bytes(shape, dtype) / BYTES_PER_SECOND
+        a, b = sorted((order.index(parent), order.index(edge.child)))
+        yield a, b, once if edge.from_input else 2 * ticks * once
+    for readout in plan.graph.readouts if source is not None else ():
+        target = plan.spec.target(readout)
+        if target is not None and readout != source:
+            a, b = sorted((order.index(str(source)), order.index(readout)))
+            yield a, b, SIGNAL_SECONDS + _bytes(target.shape, target.dtype) / BYTES_PER_SECOND
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def measure(plan: Plan, clock: Callable[[], float] | None = None) -> dict[str, float]:
+    """Seconds of work for one sample, of every block and of the stream's checks (`u`): medians over
+    samples in a network that is full. clock: in place of the processor's.
+
+    Raises Unmeasured where a block fails, or takes too long.
+    """
+    trial = _Trial(plan, clock)
+    thread = threading.Thread(target=trial.run, name="hamdist-measure", daemon=True)
+    with torch.random.fork_rng(devices=[]):
+        thread.start()
+        try:
+            thread.join(GIVE_UP_SECONDS)
+        finally:
+            trial.over.set()
+    if thread.is_alive():
+        raise Unmeasured(f"the first samples took more than {GIVE_UP_SECONDS:g} s")
+    if trial.failure is not None:
+        raise Unmeasured(trial.failure)
+    return trial.seconds
+
+
+class _Trial:
+    """A copy of the network, stepped with a clock in hand. over: makes it end at its next step."""
+
+    def __init__(self, plan: Plan, clock: Callable[[], float] | None) -> None:
+        self._plan = dataclasses.replace(plan, graph=plan.graph.copy(), steps=None)
+        trip = 1 if plan.knobs.sequence else 2 * plan.graph.depth // plan.schedule.c + 1
+        self._full = SEQUENCE if plan.knobs.sequence else trip  # samples until all blocks work
+        self._samples = self._full + MOST
+        # The time of this thread alone, where all work is done in it: others may be busy.
+        self._clock = clock or (time.perf_counter if plan.engine.threads > 1 else time.thread_time)
+        self.over = threading.Event()
+        self.seconds: dict[str, float] = {}
+        self.failure: str | None = "the measurement broke off"
+
+    def run(self) -> None:
+        try:
+            with torch_threads(self._plan.engine.threads):
+                self._run()
+            self.failure = None
+        except Aborted:
+            self.failure = "called off"
+        except HamdistError as error:
+            self.failure = str(error).splitlines()[0]
+
+    def _run(self) -> None:
+        plan = self._plan
+        mail = Mailroom({INPUT, *plan.graph.blocks})
+        source = SourceNode(plan, _Examples(plan.spec, self._samples), mail)
+        nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
+        timed = [_Timed(node, self._clock) for node in (source, *nodes)]
+        begin = time.perf_counter()
+
+        def between() -> None:
+            if self.over.is_set():
+                raise Aborted
+            late = time.perf_counter() - begin > ENOUGH_SECONDS
+            if late and source.samples >= self._full + FEWEST:
+                source.stop.set()
+
+        run_loop(timed, between)
+        c, steady = plan.schedule.c, range(self._full, source.samples)
+        for node in timed:
+            if plan.knobs.sequence:
+                self.seconds[node.name] = sum(s for _, s in node.spent) / source.samples
+                continue
+            periods: dict[int, float] = defaultdict(float)
+            for tick, spent in node.spent:
+                periods[tick // c] += spent
+            self.seconds[node.name] = statistics.median(periods[i] for i in steady)
+
+
+class _Timed:
+    """A node that notes what its steps take: (tick, seconds)."""
+
+    def __init__(self, node: Node, clock: Callable[[], float]) -> None:
+        self._node = node
+        self._clock = clock
+        self.name = node.name
+        self.late = node.late
+        self.tick = node.tick
+        self.spent: list[tuple[int, float]] = []
+
+    def start(self) -> None:
+        self._node.start()
+        self.tick = self._node.tick
+
+    def step(self) -> None:
+        tick = self.tick
+        begin = self._clock()
+        self._node.step()
+        if tick is not None:
+            self.spent.append((tick, self._clock() - begin))
+        self.tick = self._node.tick
+
+
+class _Examples:
+    """As many made-up samples of the stream's shapes and types."""
+
+    portable = True
+
+    def __init__(self, spec: SampleSpec, number: int) -> None:
+        self.spec = spec
+        self._number = number
+
+    def samples(self) -> Iterator[Sample]:
+        u = example_input(self.spec)
+        own = self.spec.target
+        y = (
+            _example_target(self.spec.target(""))
+            if self.spec.targets is None
+            else {name: _example_target(own(name)) for name in self.spec.targets}
+        )
+        for n in range(self._number):
+            yield Sample(u, y, end=n % SEQUENCE == SEQUENCE - 1, time=n * STAMP_SECONDS)
+
+
+def example_input(spec: SampleSpec) -> Tensor:
+    """An input of the shape and type of `spec`."""
+    if not spec.u_dtype.is_floating_point:
+        return torch.zeros(spec.u_shape, dtype=spec.u_dtype)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(spec.u_shape, dtype=spec.u_dtype, generator=generator)
+
+
+def _example_target(spec: TargetSpec | None) -> Tensor | None:
+    return None if spec is None else torch.zeros(spec.shape, dtype=spec.dtype)
