@@ -162,6 +162,13 @@ class Pin(str, Enum):
     OFF = "off"
 
 
+class Step(str, Enum):
+    """How a block's step is computed: in closed form where its module has one, or by autograd."""
+
+    AUTO = "auto"
+    AUTOGRAD = "autograd"
+
+
 class TransportKind(str, Enum):
     """How signals cross between actors. auto: shm on one host (ipc where the platform has no such
     memory, or a queue is too long for it), tcp between hosts."""
@@ -475,8 +482,8 @@ class LearningSettings(_Section):
 class EngineSettings(_Section):
     """actors: how many processes, or auto: as many as pay. placement: the blocks of each actor, by
     name. balance: what is shared out evenly between actors where nothing else is said. threads: of
-    each process. pin: each process to processors of its own. address: of a Ray cluster (none: a
-    local Ray is started).
+    each process. step: how blocks compute (closed forms equal autograd to round-off). pin: each
+    process to processors of its own. address: of a Ray cluster (none: a local Ray is started).
     queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
     bundle: the most signals that an edge sends as one message where its delay allows several; auto:
     as many as it allows. A sample then reaches a delayed edge with its followers.
@@ -488,6 +495,7 @@ class EngineSettings(_Section):
     placement: tuple[tuple[str, ...], ...] | None = None
     balance: Balance = Balance.TIME
     threads: Positive = 1
+    step: Step = Step.AUTO
     pin: Pin = Pin.AUTO
     address: str | None = None
     transport: TransportKind = TransportKind.AUTO

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics
-from hamdist.dynamics.losses import LossFunction
+from hamdist.dynamics.gradient import Gradient
+from hamdist.dynamics.losses import LossFunction, Slope, loss_and_slope
 
 Scale = Callable[[int], float]
 
@@ -89,23 +90,29 @@ class LossTaker:
 
     def take(
         self, cell: Cell, record: Record, target: Tensor, k: int, *, moves: bool = True
-    ) -> tuple[list[Tensor | None], list[Tensor], Reading]:
+    ) -> tuple[list[Tensor | None], list[Gradient], Reading]:
         """phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and what was read.
 
         moves: the weights move in this tick; the first phi lasts until they have."""
-        value = self.value(record, target)
+        about, reading = self.look(record.output.detach(), target, k, moves=moves)
+        to_parents, g = cell.pull(record, about)
+        return to_parents, g, reading
+
+    def look(
+        self, prediction: Tensor, target: Tensor, k: int, *, moves: bool = True
+    ) -> tuple[Tensor, Reading]:
+        """phi_k dL/dprediction, and what was read."""
+        value, slope = self.value(prediction, target)
         phi = self.phi(k)
         if moves:
             self.past_first()
-        to_parents, g = cell.pull(record, torch.full_like(value, phi), of=value)
-        return to_parents, g, Reading(record.output.detach(), target, value.detach(), phi)
+        return slope(phi), Reading(prediction, target, value, phi)
 
-    def value(self, record: Record, target: Tensor) -> Tensor:
-        """L, with the graph that it came from."""
-        with torch.enable_grad():
-            value = self._loss(record.output, target)
-        self._guard("loss", value.detach())
-        return value
+    def value(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
+        """L, and phi dL/dprediction as a function of phi."""
+        value, slope = loss_and_slope(self._loss, prediction, target)
+        self._guard("loss", value)
+        return value, slope
 
     def phi(self, k: int) -> float:
         """phi_k. Raises ValueError where a function of the user's gives no finite number."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
 
+from hamdist.dynamics.gradient import Gradient
 from hamdist.dynamics.graph import Combine, combined
 from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
 from hamdist.errors import GraphError
@@ -141,18 +142,16 @@ class Cell:
         *,
         inputs: bool = True,
         weights: bool = True,
-        of: Tensor | None = None,
         keep: bool = False,
-    ) -> tuple[list[Tensor | None], list[Tensor]]:
+    ) -> tuple[list[Tensor | None], list[Gradient]]:
         """(cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight).
 
-        of: a scalar computed from the output, whose gradient is taken instead of f's (a loss).
         keep: the record will be pulled again.
         """
         wrt = [leaf for leaf in record.leaves if leaf is not None] if inputs else []
         wanted = len(wrt)
         wrt += record.theta if weights else []
-        output = record.output if of is None else of
+        output = record.output
         found: Sequence[Tensor | None] = [None] * len(wrt)
         if wrt and output.requires_grad:
             found = torch.autograd.grad(
@@ -163,7 +162,7 @@ class Cell:
         per_parent = [
             None if leaf is None or not inputs else next(to_inputs) for leaf in record.leaves
         ]
-        return per_parent, grads[wanted:]
+        return per_parent, list(grads[wanted:])
 
 
 def block_seed(run_seed: int, name: str) -> int:

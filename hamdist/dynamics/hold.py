@@ -5,7 +5,7 @@ B: batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from hamdist.dynamics.block import (
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.energy import Energy
+from hamdist.dynamics.gradient import Gradient
 from hamdist.dynamics.weights import Weights
 
 
@@ -43,6 +44,10 @@ class Tick:
     updates: bool = True
     target: Tensor | None = None
     measures: bool = False
+
+
+def _kept(h: Tensor) -> Tensor:
+    return h
 
 
 class HoldBlock:
@@ -128,27 +133,31 @@ class HoldBlock:
         return [w for w in (self.weights, self.output_weights) if w is not None]
 
     def tick(
-        self, inputs: Sequence[Tensor], tick: Tick
+        self, inputs: Sequence[Tensor], tick: Tick, send: Callable[[Tensor], Tensor] = _kept
     ) -> tuple[list[Tensor | None], Reading | None]:
         """One tick, after `complete`; `h` is then the state of the next. Returns the messages to
-        the parents, and what a readout read."""
+        the parents, and what a readout read. send: gets the new state before the work on the
+        costates begins, and gives it back as everybody sees it."""
         self.energy = measured(self._all_weights()) if tick.measures else None
         reading = None if self._sequential else self._compare(tick)
         to_parents: list[Tensor | None] = [None] * len(self._wanted)
-        g: list[Tensor] | None = None
+        g: list[Gradient] | None = None
         d = self._dynamics
+        record: Record | None = None
         if tick.moves:
             record = self.cell.forward(inputs, self._wanted)
-            now = tick.updates and not self._sequential
-            later = tick.updates and self._sequential
-            cotangent = scaled(self.z, d.c)
-            to_parents, g = self.cell.pull(record, cotangent, weights=now, keep=later)
             f = record.output.detach()
             if self.energy is not None:
                 self.energy.work = d.c * float((self.z * (f - self.h)).sum())
             step = d.c * tick.tau
             self.h = f if step == 1 else self.h + step * (f - self.h)
             self._guard("h", self.h)
+        self.h = send(self.h)
+        if record is not None:
+            now = tick.updates and not self._sequential
+            later = tick.updates and self._sequential
+            cotangent = scaled(self.z, d.c)
+            to_parents, g = self.cell.pull(record, cotangent, weights=now, keep=later)
             self._record = record if later else None
         self._last = tick
         if tick.updates and not self._sequential:
@@ -165,18 +174,17 @@ class HoldBlock:
         if self._loss is None:
             return None
         reading = None
-        g: list[Tensor] | None = None
+        g: list[Gradient] | None = None
         if tick.target is not None:
             if self.output is None:
-                h = self.h.detach().requires_grad_()
-                record = Record([h], [], h)
-                cell = self.cell
+                self._own, reading = self._loss.look(
+                    self.h, tick.target, tick.k, moves=tick.updates
+                )
             else:
-                cell = self.output
-                record = cell.forward([self.h], [True])
-            (self._own,), g, reading = self._loss.take(
-                cell, record, tick.target, tick.k, moves=tick.updates
-            )
+                record = self.output.forward([self.h], [True])
+                (self._own,), g, reading = self._loss.take(
+                    self.output, record, tick.target, tick.k, moves=tick.updates
+                )
         if self.output_weights is not None and tick.updates:
             self.output_weights.move(g, self._scale(tick.sample), tick.tau)
         return reading
@@ -207,13 +215,16 @@ class HoldReadout:
         self._loss = loss
 
     def tick(
-        self, inputs: Sequence[Tensor], tick: Tick
+        self,
+        inputs: Sequence[Tensor],
+        tick: Tick,
+        send: Callable[[Tensor], Tensor] = _kept,  # noqa: ARG002  (it has no state)
     ) -> tuple[list[Tensor | None], Reading | None]:
         """The messages to the parents, and what was read."""
         self.energy = measured([self.weights]) if tick.measures else None
         to_parents: list[Tensor | None] = [None] * len(self._wanted)
         reading = None
-        g: list[Tensor] | None = None
+        g: list[Gradient] | None = None
         if tick.target is not None:
             record = self.cell.forward(inputs, self._wanted)
             to_parents, g, reading = self._loss.take(

@@ -8,12 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from hamdist.config import Loss
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+# phi -> phi dL/dy
+Slope: TypeAlias = Callable[[float], Tensor]
+
+aten = torch.ops.aten
+IGNORED = -100  # PyTorch's: a row of this class has no loss
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -24,6 +31,41 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
 def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over the batch of softmax cross-entropy. prediction: (B, classes), target: (B,)."""
     return functional.cross_entropy(prediction, target)
+
+
+def loss_and_slope(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
+    """L(y, target), a scalar, and its slope. Both in closed form for hamdist's own losses where
+    their targets are of the usual kind; otherwise by autograd, from y on."""
+    if loss is mse and target.dtype == y.dtype and target.shape == y.shape:
+        apart = y - target
+        value = 0.5 * apart.square().sum() / y.shape[0]
+        return value, lambda phi: apart * (phi / y.shape[0])
+    if loss is cross_entropy and y.dim() == 2 and target.dtype == torch.int64:
+        logs = torch.log_softmax(y, 1)
+        value, rows = aten.nll_loss_forward(logs, target, None, 1, IGNORED)
+
+        def slope(phi: float) -> Tensor:
+            given = torch.full_like(value, phi)
+            back = aten.nll_loss_backward(given, logs, target, None, 1, IGNORED, rows)
+            found: Tensor = aten._log_softmax_backward_data(back, logs, 1, y.dtype)
+            return found
+
+        return value, slope
+    return _by_autograd(loss, y, target)
+
+
+def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
+    leaf = y.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf, target)
+
+    def slope(phi: float) -> Tensor:
+        if not value.requires_grad:
+            return torch.zeros_like(y)
+        (found,) = torch.autograd.grad(value, leaf, torch.full_like(value, phi), allow_unused=True)
+        return torch.zeros_like(y) if found is None else found
+
+    return value.detach(), slope
 
 
 def make_loss(name: Loss) -> LossFunction:

@@ -20,12 +20,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from hamdist.dynamics.block import Guard, LossTaker, Reading, Scale, scaled, total, unguarded
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
+from hamdist.dynamics.gradient import Gradient
+from hamdist.dynamics.losses import Slope
 from hamdist.dynamics.weights import Weights
 
 
@@ -49,7 +50,7 @@ class WayBack:
         self._came = False
         self.weights.fade(self._momentum)
 
-    def add(self, g: list[Tensor] | None) -> None:
+    def add(self, g: Sequence[Gradient] | None) -> None:
         """omega_{j+1}, with g_j (None: zero)."""
         self._came = self._came or g is not None
         self.weights.integrate(g, self._tau)
@@ -152,7 +153,7 @@ class SequenceReadout:
         self.weights = way_back.weights
         self.stored = 0
         self._way_back = way_back
-        self._trace: deque[tuple[Record, Tensor | None]] = deque(maxlen=truncation)
+        self._trace: deque[tuple[Record, Slope | None]] = deque(maxlen=truncation)
         self._wanted = list(wanted)
         self._loss = loss
         self._taken = False
@@ -162,26 +163,26 @@ class SequenceReadout:
     ) -> Reading | None:
         """What was read (None without a target)."""
         record = self.cell.forward(inputs, self._wanted)
-        value = None if target is None else self._loss.value(record, target)
-        self._trace.append((record, value))
+        prediction = record.output.detach()
+        taken = None if target is None else self._loss.value(prediction, target)
+        self._trace.append((record, None if taken is None else taken[1]))
         self.stored = max(self.stored, len(self._trace))
-        if target is None or value is None:
+        if target is None or taken is None:
             return None
-        return Reading(record.output.detach(), target, value.detach(), self._loss.phi(sample))
+        return Reading(prediction, target, taken[0], self._loss.phi(sample))
 
     def begin(self) -> None:
         """The way back begins."""
-        self._taken = any(value is not None for _, value in self._trace)
+        self._taken = any(slope is not None for _, slope in self._trace)
         self._way_back.begin()
 
     def backward(self, sample: int) -> list[Tensor | None]:
         """One reversed token: the messages to the parents."""
-        record, value = self._trace.pop()
-        if value is None:
+        record, slope = self._trace.pop()
+        if slope is None:
             self._way_back.add(None)
             return [None] * len(self._wanted)
-        phi = torch.full_like(value, self._loss.phi(sample))
-        to_parents, g = self.cell.pull(record, phi, of=value)
+        to_parents, g = self.cell.pull(record, slope(self._loss.phi(sample)))
         self._way_back.add(g)
         return to_parents
 

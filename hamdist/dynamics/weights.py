@@ -20,12 +20,16 @@ from torch import Tensor
 from hamdist.config import Order
 from hamdist.dynamics.block import OutOfRange
 from hamdist.dynamics.constants import Dynamics
+from hamdist.dynamics.gradient import Gradient, add_to, all_dense, bound, dense
 
 
 class Weights:
     """theta (moved in place) and omega, as lists in the order of the cell's parameters.
 
     names: of the parameters, where their rates beta differ.
+
+    Where gradients come as factors (closed.py) the update is fused: theta gets the product of the
+    factors added, and with eta_omega = 1/tau omega stays in factors as well, until it is read.
     """
 
     def __init__(
@@ -36,29 +40,100 @@ class Weights:
         names: Sequence[str] | None = None,
     ) -> None:
         self.theta = list(theta)
-        self.omega = [torch.zeros_like(t) for t in self.theta]
         self.updates = 0
+        self._omega = [torch.zeros_like(t) for t in self.theta]
+        self._factors: tuple[Sequence[Gradient], float] | None = None  # omega = number times these
+        self._mine = True  # nobody else has seen the tensors of omega
         self._rates = dynamics.rates([""] * len(self.theta) if names is None else names)
         self._sign = dynamics.sign
         self._eta = dynamics.eta_omega
         self._cost = dynamics.weight_cost
         self._limit = dynamics.limit
+        self._largest = min([self._limit, *(torch.finfo(t.dtype).max for t in self.theta)])
+        self._bound = 0.0  # of |omega|
         self._omega_first = order is not Order.SIMULTANEOUS
 
-    def move(self, g: list[Tensor] | None, scale: float, tau: float) -> None:
-        """One update with gradient g (None: zero). scale: of beta, in this tick. tau: seconds."""
-        if self.theta:
-            later = self._moved(self._with_cost(g), tau)
-            if self._omega_first:
-                self.omega = later
-            self._move_theta(tau * scale)
-            self.omega = later
-        self.updates += 1
+    @property
+    def omega(self) -> list[Tensor]:
+        """The weights' costates; never written to once they have been read here."""
+        if self._factors is not None:
+            g, gain = self._factors
+            self._omega = [dense(one) * gain for one in g]
+            self._factors = None
+        self._mine = False
+        return self._omega
 
-    def integrate(self, g: list[Tensor] | None, tau: float) -> None:
+    @omega.setter
+    def omega(self, omega: list[Tensor]) -> None:
+        self._omega = omega
+        self._factors = None
+        self._mine = False
+        self._bound = math.inf  # not known
+
+    def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
+        """One update with gradient g (None: zero). scale: of beta, in this tick. tau: seconds."""
+        self.updates += 1
+        if not self.theta:
+            return
+        in_factors = g is not None and not all(isinstance(one, Tensor) for one in g)
+        if g is not None and in_factors and not self._cost:
+            self._move_fused(g, scale, tau)
+            return
+        later = self._moved(self._with_cost(None if g is None else all_dense(g)), tau)
+        if self._omega_first:
+            self.omega = later
+        self._move_theta(tau * scale)
+        self.omega = later
+
+    def _move_fused(self, g: Sequence[Gradient], scale: float, tau: float) -> None:
+        """`move`, with as few passes over the weights as there can be."""
+        gain, keeps = -self._sign * tau, 1 - tau * self._eta
+        self._check(g, gain, keeps)
+        if keeps == 0:
+            if not self._omega_first:
+                self._follow_omega(tau * scale)
+            self._factors, self._omega = (g, gain), []
+            if self._omega_first:
+                self._follow_omega(tau * scale)
+            return
+        if not self._omega_first:
+            self._follow_omega(tau * scale)
+        if not self._mine or self._factors is not None:
+            self._omega = [o.clone() for o in self.omega]
+            self._mine = True
+        for omega, one in zip(self._omega, g, strict=True):
+            add_to(omega, one, gain, keeps)
+        if self._omega_first:
+            self._follow_omega(tau * scale)
+
+    def _follow_omega(self, step: float) -> None:
+        """theta -= step beta omega."""
+        if self._factors is None:
+            self._move_theta(step)
+            return
+        g, gain = self._factors
+        for theta, one, beta in zip(self.theta, g, self._rates, strict=True):
+            if step * beta:
+                add_to(theta, one, -step * beta * gain)
+
+    def _check(self, g: Sequence[Gradient], gain: float, keeps: float) -> None:
+        """Raises OutOfRange before anything has moved. What omega's norm does not exceed follows
+        from the factors; the norm itself is looked at only where that is too much."""
+        most = math.hypot(abs(gain) * bound(g))
+        most += abs(keeps) * self._bound if keeps else 0.0
+        if not most <= self._largest:
+            omega: list[Tensor] = [dense(one) * gain for one in g]
+            if keeps:
+                omega = list(torch._foreach_add(omega, self.omega, alpha=keeps))
+            most = math.hypot(*(float(n) for n in torch._foreach_norm(omega)))
+            if not most <= self._limit:
+                raise OutOfRange("omega", most)
+        self._bound = most
+
+    def integrate(self, g: Sequence[Gradient] | None, tau: float) -> None:
         """Moves omega alone, with gradient g (None: zero)."""
         if self.theta:
-            self.omega = self._moved(g, tau)
+            self.omega = self._moved(None if g is None else all_dense(g), tau)
 
     def conclude(self, scale: float, tau: float) -> None:
         """Moves theta with the omega of several `integrate`; r_w theta counts once."""
@@ -113,10 +188,11 @@ class Weights:
         return omega
 
     def _move_theta(self, step: float) -> None:
+        omega = self._omega if self._factors is None else self.omega
         if min(self._rates) == max(self._rates):
             rate = step * self._rates[0]
             if rate:
-                torch._foreach_add_(self.theta, self.omega, alpha=-rate)
+                torch._foreach_add_(self.theta, omega, alpha=-rate)
             return
-        for theta, omega, beta in zip(self.theta, self.omega, self._rates, strict=True):
-            theta.add_(omega, alpha=-step * beta)
+        for theta, costate, beta in zip(self.theta, omega, self._rates, strict=True):
+            theta.add_(costate, alpha=-step * beta)

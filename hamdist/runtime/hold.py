@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from hamdist.runtime.signal import Signal, ready
 
 
 class HoldNode:
-    """A block that steps in every tick."""
+    """A block that steps in every tick. seconds: spent in the block's own steps."""
 
     def __init__(
         self, plan: Plan, spec: BlockSpec, mail: Mailroom, block: HoldBlock | HoldReadout
@@ -34,6 +35,7 @@ class HoldNode:
         self.late = plan.schedule.late(spec.name)
         self.block = block
         self.metrics = make_metrics(plan.metrics) if spec.loss is not None else None
+        self.seconds = 0.0
         self._recorder = make_recorder(plan.metrics)
         self._schedule = plan.schedule
         self._clock = _Clock(plan.dynamics.reset, plan.dynamics.tau)
@@ -123,7 +125,9 @@ class HoldNode:
     def _do(self, event: Event, inputs: list[Tensor], messages: list[Tensor | None]) -> None:
         k, block = event.tick, self.block
         if isinstance(block, HoldBlock):
+            begin = perf_counter()
             block.complete(messages)
+            self.seconds += perf_counter() - begin
         self._clear(k)
         tick = Tick(
             k=k,
@@ -136,10 +140,17 @@ class HoldNode:
         )
         h, z = (block.h, block.z) if isinstance(block, HoldBlock) else (None, None)
         stamp = self._stamp(k, block.weights.updates)
-        to_parents, reading = block.tick(inputs, tick)
-        if isinstance(block, HoldBlock):
-            block.h = ready(block.h)
-            self._ports.to_children(stamp, block.h)
+
+        def send(new: Tensor) -> Tensor:
+            new = ready(new)
+            begin = perf_counter()
+            self._ports.to_children(stamp, new)
+            self.seconds -= perf_counter() - begin
+            return new
+
+        begin = perf_counter()
+        to_parents, reading = block.tick(inputs, tick, send)
+        self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, to_parents, leaving_out=self._ended)
         if self._recorder is not None and block.energy is not None:
             self._recorder.add(k, block.energy, reading, h, z)

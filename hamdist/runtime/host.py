@@ -21,7 +21,7 @@ from hamdist.errors import HamdistError
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import peak_bytes, reset_peak
-from hamdist.runtime.nodes import make_node, ticks_of
+from hamdist.runtime.nodes import make_node, ticks_of, time_use
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import Channel
@@ -45,6 +45,7 @@ class HostReport:
     smoothness: float | None = None
     stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
+    time_use: dict[str, float] = field(default_factory=dict)
     error: HamdistError | None = None
     aborted: bool = False
 
@@ -116,6 +117,8 @@ class Host:
             report.error = error
         report.ticks = ticks_of(self._nodes)
         report.seconds = time.perf_counter() - started
+        report.peak_memory = peak_bytes()  # before the states are copied
+        report.time_use = time_use(self._nodes, report.seconds, self._transport.seconds)
         for node in self._nodes:
             report.blocks[node.name] = node.state()
             records = node.records()
@@ -129,7 +132,6 @@ class Host:
             report.smoothness = self._source.smoothness.frames
             report.stream = self._source.counts
         report.payload_bytes = dict(self._mail.payload_bytes)
-        report.peak_memory = peak_bytes()
         return report
 
     def _seat(self, index: int, actors: int) -> set[int] | None:

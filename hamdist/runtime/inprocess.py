@@ -10,7 +10,7 @@ from hamdist.errors import DivergedError
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import peak_bytes, reset_peak
-from hamdist.runtime.nodes import make_node, ticks_of
+from hamdist.runtime.nodes import make_node, ticks_of, time_use
 from hamdist.runtime.outcome import Outcome, ending_on_interrupt
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockProgress, Progress
@@ -67,15 +67,18 @@ class InProcessEngine:
                     node.metrics.flush()
         if on_progress is not None:
             on_progress(progress())
+        seconds = time.perf_counter() - started
+        peak = peak_bytes()  # before the states are copied
         outcome = Outcome(
             blocks={n.name: n.state() for n in nodes},
             windows={n.name: n.metrics.windows for n in measured if n.metrics is not None},
             samples=source.samples,
             ticks=ticks_of(nodes),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
+            time_use={"driver": time_use(nodes, seconds, {})},
             startup={"blocks": started - created},
             payload_bytes=dict(mail.payload_bytes),
-            peak_memory={"driver": peak_bytes()},
+            peak_memory={"driver": peak},
             smoothness=source.smoothness.frames,
             placement=[list(plan.graph.blocks)],
             stream=source.counts,

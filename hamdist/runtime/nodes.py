@@ -14,15 +14,16 @@ stops when the end comes first along any edge, in either direction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from hamdist.config import Memory
+from hamdist.config import Memory, Step
 from hamdist.dynamics.block import LossTaker, bounded
 from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
+from hamdist.dynamics.closed import closed_cell
 from hamdist.dynamics.graph import OUTPUT_KEY
 from hamdist.dynamics.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
@@ -51,6 +52,14 @@ class Node(Protocol):
 def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
     """How many ticks the nodes have come through."""
     return max((node.event.tick + 1 for node in nodes), default=0)
+
+
+def time_use(
+    nodes: Sequence[PulseNode | HoldNode | SequenceNode], total: float, moving: Mapping[str, float]
+) -> dict[str, float]:
+    """Where the `total` seconds of a process went: into the steps of its blocks, into packing and
+    waiting for signals (`moving`), and, what is left, into everything else."""
+    return {"total": total, "step": sum(node.seconds for node in nodes), **moving}
 
 
 def make_node(plan: Plan, name: str, mail: Mailroom) -> PulseNode | HoldNode | SequenceNode:
@@ -83,6 +92,11 @@ class _Parts:
     def make_cell(self, module: nn.Module, seed_name: str) -> Cell:
         stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
         seed = block_seed(self._plan.seed, seed_name)
+        if not stash and self._plan.engine.step is Step.AUTO:
+            parents = 1 if module is self.spec.output else len(self.spec.parents)
+            closed = closed_cell(module, self.spec.combine, seed, parents)
+            if closed is not None:
+                return closed
         return Cell(module, self.spec.combine, seed, stash=stash)
 
     def make_weights(self, cell: Cell, prefix: str = "") -> Weights:

@@ -18,7 +18,7 @@ from hamdist.runtime.result import BlockState
 class Outcome:
     """blocks: final states by name (without those that were lost, after an interruption).
     startup: seconds by phase, as far as the engine knows them. placement: the blocks of each
-    process."""
+    process. time_use: see RunResult."""
 
     blocks: dict[str, BlockState]
     windows: dict[str, list[Window]]
@@ -32,6 +32,7 @@ class Outcome:
     placement: list[list[str]]
     stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
+    time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 from torch import Tensor
 
 from hamdist.dynamics.graph import BlockSpec, Edge
@@ -15,7 +17,7 @@ from hamdist.runtime.signal import ready
 
 
 class PulseNode:
-    """A block that pulses pass."""
+    """A block that pulses pass. seconds: spent in the block's own steps."""
 
     def __init__(
         self,
@@ -30,6 +32,7 @@ class PulseNode:
         self.late = False
         self.block = block
         self.metrics = make_metrics(plan.metrics) if isinstance(block, PulseReadout) else None
+        self.seconds = 0.0
         self._ports = Ports(plan, spec.name, mail)
         self._events = plan.schedule.events(spec.name)
         self._end: int | None = None
@@ -77,14 +80,20 @@ class PulseNode:
         if inputs is None:
             self._ports.to_children(stamp, None, end=True)
         elif not isinstance(self.block, PulseReadout):
-            self._ports.to_children(stamp, ready(self.block.forward(event.sample, inputs)))
+            begin = perf_counter()
+            h = self.block.forward(event.sample, inputs)
+            self.seconds += perf_counter() - begin
+            self._ports.to_children(stamp, ready(h))
 
     def _backward(self, event: Event) -> None:
         if isinstance(self.block, PulseReadout):
             return
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
         messages = [self._message(edge, event) for edge in self._ports.out_of]
-        self._ports.to_parents(stamp, self.block.backward(event.sample, messages))
+        begin = perf_counter()
+        to_parents = self.block.backward(event.sample, messages)
+        self.seconds += perf_counter() - begin
+        self._ports.to_parents(stamp, to_parents)
 
     def _message(self, edge: Edge, event: Event) -> Tensor | None:
         signal = self._ports.message(edge, event)
@@ -99,7 +108,9 @@ class PulseNode:
             return
         target = self._ports.target(event)
         given = None if target is None else target.payload
+        begin = perf_counter()
         messages, reading = self.block.read(event.sample, inputs, given)
+        self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, messages)
         record(self.metrics, event.sample, reading)
 

@@ -70,6 +70,8 @@ class RunResult:
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
     records: the energies per tick by block, where `metrics.record` asked for them.
     placement: the blocks of each process; given as `engine.placement` it is used again.
+    time_use: by process, seconds of the whole run ('total'), in the steps of its blocks ('step'),
+    and over sockets in packing ('packing') and blocked ('waiting').
     """
 
     model: nn.Module
@@ -90,3 +92,4 @@ class RunResult:
     warnings: list[str] = field(default_factory=list)
     startup: dict[str, float] = field(default_factory=dict)
     placement: list[list[str]] = field(default_factory=list)
+    time_use: dict[str, dict[str, float]] = field(default_factory=dict)

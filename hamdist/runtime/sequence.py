@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ class SequenceNode:
         self.block = block
         self.metrics = make_metrics(plan.metrics) if spec.loss is not None else None
         self._schedule = plan.schedule
+        self.seconds = 0.0
         self._ports = Ports(plan, spec.name, mail)
         self._back_into = [e for e in self._ports.into if plan.schedule.recurrent(e)]
         self._back_out = [e for e in self._ports.out_of if plan.schedule.recurrent(e)]
@@ -71,12 +74,17 @@ class SequenceNode:
         block = self.block
         if isinstance(block, SequenceBlock):
             stays = self._back_out if last and not self._schedule.carries else ()
+            begin = perf_counter()
             h = ready(block.forward(inputs))
+            self.seconds += perf_counter() - begin
             self._ports.to_children(stamp, h, sequence_end=last, leaving_out=stays)
         elif self.metrics is not None:
             target = self._ports.target(event)
             given = None if target is None else target.payload
-            record(self.metrics, event.sample, block.forward(event.sample, inputs, given))
+            begin = perf_counter()
+            reading = block.forward(event.sample, inputs, given)
+            self.seconds += perf_counter() - begin
+            record(self.metrics, event.sample, reading)
 
     def _inputs(self, event: Event) -> tuple[list[Tensor], bool]:
         """The parents' states, and whether this token is the last one of its sequence. What the
@@ -98,12 +106,14 @@ class SequenceNode:
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
         signals = [self._ports.message(edge, event) for edge in self._ports.out_of]
         messages = [None if s is None else s.payload for s in signals]
+        begin = perf_counter()
         if self._schedule.begins(event):
             self.block.begin()
         if isinstance(self.block, SequenceBlock):
             to_parents = self.block.backward(messages)
         else:
             to_parents = self.block.backward(event.sample)
+        self.seconds += perf_counter() - begin
         ends = self._schedule.ends(event)
         self._ports.to_parents(stamp, to_parents, leaving_out=self._back_into if ends else ())
         if ends:

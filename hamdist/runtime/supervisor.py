@@ -186,6 +186,7 @@ class _Watch:
             smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
             stream=next((r.stream for r in reports if r.stream), {}),
             placement=self._crew.placement,
+            time_use={a.name: a.report.time_use for a in actors if a.report is not None},
             records={name: rs for r in reports for name, rs in r.records.items()},
             interrupted=interrupted,
             warnings=self._warnings,

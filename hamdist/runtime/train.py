@@ -107,6 +107,7 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         startup_seconds=sum(startup.seconds.values()),
         startup=startup.seconds,
         placement=outcome.placement,
+        time_use=outcome.time_use,
         bytes_per_edge=outcome.payload_bytes,
         peak_memory=outcome.peak_memory,
         staleness=plan.schedule.staleness,

@@ -11,6 +11,7 @@ from torch import nn
 
 from hamdist.dynamics.cell import Cell, block_seed
 from hamdist.dynamics.graph import Combine, combined
+from hamdist.dynamics.losses import loss_and_slope
 from hamdist.errors import GraphError
 
 
@@ -156,8 +157,8 @@ def test_pull_of_a_loss():
     cell = Cell(linear(3, 4, 0), Combine.CONCAT, 0)
     x, y = noise(0, 5, 3), noise(1, 5, 4)
     record = cell.forward([x], [True])
-    loss = 0.5 * (record.output - y).square().sum()
-    per_parent, grads = cell.pull(record, torch.full_like(loss, 3.0), of=loss)
+    _, slope = loss_and_slope(lambda a, b: 0.5 * (a - b).square().sum(), record.output, y)
+    per_parent, grads = cell.pull(record, slope(3.0))
     error = 3.0 * (x @ cell.module.weight.T + cell.module.bias - y).detach()
     same(per_parent, [error @ cell.module.weight.detach()])
     same(grads, [error.T @ x, error.sum(0)])
@@ -166,8 +167,8 @@ def test_pull_of_a_loss():
 def test_a_loss_that_ignores_the_prediction_moves_nothing():
     cell = Cell(linear(3, 4, 0), Combine.CONCAT, 0)
     record = cell.forward([noise(0, 5, 3)], [True])
-    loss = torch.tensor(1.0, dtype=F64)
-    per_parent, grads = cell.pull(record, loss, of=loss)
+    _, slope = loss_and_slope(lambda *_: torch.tensor(1.0, dtype=F64), record.output, record.output)
+    per_parent, grads = cell.pull(record, slope(1.0))
     assert not per_parent[0].any()
     assert not any(g.any() for g in grads)
 

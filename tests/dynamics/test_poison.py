@@ -20,6 +20,7 @@ from dynamics.helpers import Network, clones, layer, linear, noise, samples, set
 from torch import Tensor, nn
 
 from hamdist.dynamics.cell import Record
+from hamdist.dynamics.closed import Steps
 from hamdist.dynamics.graph import BlockSpec, Graph
 from hamdist.dynamics.losses import mse
 from hamdist.dynamics.schedule import Phase
@@ -186,9 +187,22 @@ def _output(node):
     return getattr(node.block, "output", None)
 
 
-def _nan_record(record: Record) -> Record:
+def _nan_record(record: Record | Steps) -> Record | Steps:
+    if isinstance(record, Steps):
+        kept = [[nan(k) if _is_real(k) else k for k in one] for one in record.kept]
+        return replace(record, kept=kept, output=nan(record.output))
     leaves = [None if leaf is None else nan(leaf) for leaf in record.leaves]
     return Record(leaves, [nan(t) for t in record.theta], nan(record.output))
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _held(record: Record | Steps) -> list[Tensor]:
+    if isinstance(record, Steps):
+        return [record.output, *(k for one in record.kept for k in one if _is_real(k))]
+    return [record.output, *record.theta]
 
 
 def own(node) -> list[Tensor | None]:
@@ -199,7 +213,7 @@ def own(node) -> list[Tensor | None]:
     if getattr(block, "output_weights", None) is not None:
         found += [*block.output_weights.theta, *block.output_weights.omega]
     for _, record in sorted(getattr(block, "trace", {}).items()):
-        found += [record.output, *record.theta]
+        found += _held(record)
     return [None if t is None else t.detach().clone() for t in found]
 
 

@@ -1,0 +1,111 @@
+"""Gradients as their factors: what a closed-form cell hands to `Weights`, so that no gradient of
+the size of a weight has to exist. An update is then one product that adds into the weight.
+
+R: rows (batch, times further dimensions), O, I: outputs and inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Outer:
+    """g = z^T x, of a matrix (O, I). z: (R, O), x: (R, I)."""
+
+    z: Tensor
+    x: Tensor
+
+    def dense(self) -> Tensor:
+        return torch.mm(self.z.t(), self.x)
+
+    def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
+        """tensor = beta tensor + alpha g."""
+        tensor.addmm_(self.z.t(), self.x, beta=beta, alpha=alpha)
+
+    def bound(self) -> float:
+        """At least |g|: |z^T x| <= |z| |x| (Frobenius)."""
+        return _norm(self.z) * _norm(self.x)
+
+
+@dataclass(slots=True)
+class Column:
+    """g = sum of the rows of z, of a bias (O,). z: (R, O)."""
+
+    z: Tensor
+
+    def dense(self) -> Tensor:
+        return self.z.sum(0)
+
+    def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
+        """tensor = beta tensor + alpha g."""
+        rows = self.z.shape[0]
+        if rows == 1 and beta == 1:
+            tensor.add_(self.z.view(-1), alpha=alpha)
+        else:
+            tensor.addmv_(self.z.t(), self.z.new_ones(rows), beta=beta, alpha=alpha)
+
+    def bound(self) -> float:
+        """At least |g|: the rows' norms add up to at most sqrt(R) |z|."""
+        return _norm(self.z) * math.sqrt(self.z.shape[0])
+
+
+@dataclass(slots=True)
+class Rows:
+    """g_i = sum of the rows z_r with index_r = i, of a table (N, O). index: (R,), z: (R, O)."""
+
+    index: Tensor
+    z: Tensor
+    many: int
+
+    def dense(self) -> Tensor:
+        made = self.z.new_zeros(self.many, self.z.shape[1])
+        return made.index_add_(0, self.index, self.z)
+
+    def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
+        """tensor = beta tensor + alpha g."""
+        if beta != 1:
+            tensor.mul_(beta)
+        tensor.index_add_(0, self.index, self.z, alpha=alpha)
+
+    def bound(self) -> float:
+        """At least |g|."""
+        return _norm(self.z) * math.sqrt(self.z.shape[0])
+
+
+Factors: TypeAlias = Outer | Column | Rows
+Gradient: TypeAlias = Tensor | Factors
+
+
+def dense(g: Gradient) -> Tensor:
+    """g as a tensor like its weight."""
+    return g if isinstance(g, Tensor) else g.dense()
+
+
+def all_dense(g: Sequence[Gradient]) -> list[Tensor]:
+    return [dense(one) for one in g]
+
+
+def add_to(tensor: Tensor, g: Gradient, alpha: float, beta: float = 1.0) -> None:
+    """tensor = beta tensor + alpha g, in place."""
+    if not isinstance(g, Tensor):
+        g.add_to(tensor, alpha, beta)
+        return
+    if beta != 1:
+        tensor.mul_(beta)
+    tensor.add_(g, alpha=alpha)
+
+
+def bound(g: Sequence[Gradient]) -> float:
+    """A number that the norm of all of g together does not exceed, or NaN."""
+    return math.hypot(*(_norm(one) if isinstance(one, Tensor) else one.bound() for one in g))
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))

@@ -1,0 +1,333 @@
+"""Closed-form steps of single operations: the value, and both vector-Jacobian products.
+
+Where autograd builds a graph at every call, a kernel keeps what its products need in a list that is
+used again for a later sample (`old`), so that in steady state nothing but a block's signals is
+allocated. Sources: the derivatives are those of PyTorch's own backward operators, called directly.
+
+B: batch; R: rows, that is the batch times further dimensions; I, O: inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.gradient import Column, Gradient, Outer, Rows
+
+aten = torch.ops.aten
+
+# What a kernel keeps of one call: its output first, then its own things.
+Kept = list[Any]
+
+
+class Kernel(Protocol):
+    """One operation. weights: places of its parameters in the cell's list; None: not trained.
+
+    owns: the output is memory of its own that the products do not read, so that an activation
+    behind it may work in place. in_place: it works in its input's memory.
+    """
+
+    owns: bool
+
+    @property
+    def in_place(self) -> bool: ...
+
+    @property
+    def weights(self) -> tuple[int | None, ...]: ...
+
+    @property
+    def forward(self) -> Callable[..., Kept]:
+        """(old, *x) -> f(x), and what `pull` needs. old: of an earlier call, to be written over."""
+
+    def pull(
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+    ) -> tuple[Tensor | None, ...]:
+        """z^T df/dx per input (None where not wanted); z^T df/dtheta goes into `g`, if given."""
+
+
+def like(old: Kept | None, place: int, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    """Memory for a result: what an earlier call used, where it fits."""
+    if old is not None:
+        memory = old[place]
+        if memory is not None and memory.shape == shape:
+            return memory  # type: ignore[no-any-return]
+    return x.new_empty(shape)
+
+
+class Linear:
+    """f = x W^T + b; z^T df/dx = z W, z^T df/dW = z^T x, z^T df/db = sum of z's rows.
+
+    lends: z^T df/dx stays inside the cell, so that its memory is used again."""
+
+    owns = True
+    in_place = False
+
+    def __init__(self, module: nn.Linear, weights: tuple[int | None, ...]) -> None:
+        self.weights = weights
+        self.lends = False
+        self._w = module.weight.data
+        self._w_t = self._w.t()
+        self._b = None if module.bias is None else module.bias.data
+        self._into, self._out = module.in_features, module.out_features
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:
+        rows = x if x.dim() == 2 else x.reshape(-1, self._into)
+        y = like(old, 2, (rows.shape[0], self._out), x)
+        if self._b is None:
+            torch.mm(rows, self._w_t, out=y)
+        else:
+            torch.addmm(self._b, rows, self._w_t, out=y)
+        out = y if x.dim() == 2 else y.view(*x.shape[:-1], self._out)
+        return [out, rows, y, None if old is None else old[3]]
+
+    def pull(
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+    ) -> tuple[Tensor | None, ...]:
+        _, x, y, _ = kept
+        rows = z if z.dim() == 2 else z.reshape(y.shape)
+        if g is not None:
+            w, b = self.weights
+            if w is not None:
+                g[w] = Outer(rows, x)
+            if b is not None:
+                g[b] = Column(rows)
+        if not wanted[0]:
+            return (None,)
+        to = like(kept if self.lends else None, 3, x.shape, x)
+        torch.mm(rows, self._w, out=to)
+        kept[3] = to if self.lends else None
+        return (to if z.dim() == 2 else to.view(*z.shape[:-1], self._into),)
+
+
+class Embedding:
+    """f = rows of a table; the table's product are z's rows, at the indices. x: of an integer
+    type."""
+
+    owns = True
+    in_place = False
+
+    def __init__(self, module: nn.Embedding, weights: tuple[int | None, ...]) -> None:
+        self.weights = weights
+        self._table = module.weight.data
+        self._padding = module.padding_idx
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+        return [nn.functional.embedding(x, self._table), x]
+
+    def pull(
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+    ) -> tuple[Tensor | None, ...]:
+        (w,) = self.weights
+        if g is not None and w is not None:
+            index, rows = kept[1].reshape(-1), z.reshape(-1, z.shape[-1])
+            if self._padding is not None:
+                rows = rows * (index != self._padding).unsqueeze(1).to(rows.dtype)
+            g[w] = Rows(index, rows, self._table.shape[0])
+        return (None,) * len(wanted)
+
+
+class FromResult:
+    """An elementwise activation whose derivative follows from its own result; it works in place
+    where the memory is its input's owner's to give. df/dx z = back(z, f)."""
+
+    weights = ()
+    owns = False
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        run_in_place: Callable[[Tensor], Tensor],
+        back: Callable[[Tensor, Tensor], Tensor],
+        *,
+        in_place: bool,
+    ) -> None:
+        self.in_place = in_place
+        self._run = run_in_place if in_place else run
+        self._back = back
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+        return [self._run(x)]
+
+    def pull(
+        self,
+        kept: Kept,
+        z: Tensor,
+        wanted: tuple[bool, ...],
+        g: list[Gradient | None] | None,  # noqa: ARG002
+    ) -> tuple[Tensor | None, ...]:
+        return (self._back(z, kept[0]) if wanted[0] else None,)
+
+
+class FromInput:
+    """An elementwise operation whose derivative follows from its input: df/dx z = back(z, x)."""
+
+    weights = ()
+    owns = True
+    in_place = False
+
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self._run = run
+        self._back = back
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+        return [self._run(x), x]
+
+    def pull(
+        self,
+        kept: Kept,
+        z: Tensor,
+        wanted: tuple[bool, ...],
+        g: list[Gradient | None] | None,  # noqa: ARG002
+    ) -> tuple[Tensor | None, ...]:
+        return (self._back(z, kept[1]) if wanted[0] else None,)
+
+
+class Reshape:
+    """f = x in another shape."""
+
+    weights = ()
+    owns = False
+    in_place = False
+
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        self._run = run
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+        return [self._run(x), x.shape]
+
+    def pull(
+        self,
+        kept: Kept,
+        z: Tensor,
+        wanted: tuple[bool, ...],
+        g: list[Gradient | None] | None,  # noqa: ARG002
+    ) -> tuple[Tensor | None, ...]:
+        return (z.reshape(kept[1]) if wanted[0] else None,)
+
+
+class Add:
+    """f = x_1 + s x_2, of tensors of one shape (a residual add)."""
+
+    weights = ()
+    owns = True
+    in_place = False
+
+    def __init__(self, sign: float = 1.0) -> None:
+        self._sign = sign
+
+    def forward(self, old: Kept | None, *x: Tensor) -> Kept:  # noqa: ARG002
+        a, b = x
+        return [torch.add(a, b, alpha=self._sign), a.shape, b.shape]
+
+    def pull(
+        self,
+        kept: Kept,
+        z: Tensor,
+        wanted: tuple[bool, ...],
+        g: list[Gradient | None] | None,  # noqa: ARG002
+    ) -> tuple[Tensor | None, ...]:
+        a, b = wanted
+        return (
+            z.sum_to_size(kept[1]) if a else None,
+            (z if self._sign == 1 else z * self._sign).sum_to_size(kept[2]) if b else None,
+        )
+
+
+class Scale:
+    """f = a x, with a number a."""
+
+    weights = ()
+    owns = True
+    in_place = False
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+        return [x * self._factor]
+
+    def pull(
+        self,
+        kept: Kept,  # noqa: ARG002
+        z: Tensor,
+        wanted: tuple[bool, ...],
+        g: list[Gradient | None] | None,  # noqa: ARG002
+    ) -> tuple[Tensor | None, ...]:
+        return (z * self._factor if wanted[0] else None,)
+
+
+class LayerNorm:
+    """PyTorch's layer norm and its backward operator, on the weights of today."""
+
+    owns = True
+    in_place = False
+
+    def __init__(self, module: nn.LayerNorm, weights: tuple[int | None, ...]) -> None:
+        self.weights = weights
+        self._shape = list(module.normalized_shape)
+        self._w = None if module.weight is None else module.weight.data
+        self._b = None if module.bias is None else module.bias.data
+        self._eps = module.eps
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+        y, mean, rstd = torch.native_layer_norm(x, self._shape, self._w, self._b, self._eps)
+        return [y, x, mean, rstd]
+
+    def pull(
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+    ) -> tuple[Tensor | None, ...]:
+        _, x, mean, rstd = kept
+        w, b = self.weights
+        mask = [wanted[0], g is not None and w is not None, g is not None and b is not None]
+        to, g_w, g_b = aten.native_layer_norm_backward(
+            z.contiguous(), x, self._shape, mean, rstd, self._w, self._b, mask
+        )
+        if g is not None:
+            if w is not None:
+                g[w] = g_w
+            if b is not None:
+                g[b] = g_b
+        return (to if wanted[0] else None,)
+
+
+class Conv2d:
+    """PyTorch's convolution and its backward operator, on the weights of today."""
+
+    owns = True
+    in_place = False
+
+    def __init__(self, module: nn.Conv2d, weights: tuple[int | None, ...]) -> None:
+        self.weights = weights
+        self._w = module.weight.data
+        self._b = None if module.bias is None else module.bias.data
+        padding = module.padding
+        # module.padding is a string only for 'same' and 'valid' (refused by closed.py)
+        self._how = (list(module.stride), [int(p) for p in padding], list(module.dilation))
+        self._groups = module.groups
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+        stride, padding, dilation = self._how
+        y = torch.conv2d(x, self._w, self._b, stride, padding, dilation, self._groups)
+        return [y, x]
+
+    def pull(
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+    ) -> tuple[Tensor | None, ...]:
+        stride, padding, dilation = self._how
+        w, b = self.weights
+        mask = [wanted[0], g is not None and w is not None, g is not None and b is not None]
+        sizes = None if self._b is None else list(self._b.shape)
+        to, g_w, g_b = aten.convolution_backward(
+            z, kept[1], self._w, sizes, stride, padding, dilation, False, [0, 0], self._groups, mask
+        )
+        if g is not None:
+            if w is not None:
+                g[w] = g_w
+            if b is not None:
+                g[b] = g_b
+        return (to if wanted[0] else None,)

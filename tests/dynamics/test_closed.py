@@ -1,0 +1,366 @@
+"""Closed-form cells against the oracle: autograd in float64, per kind and in chains."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from dynamics.helpers import F64, noise
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hamdist.config import Order
+from hamdist.dynamics.block import OutOfRange
+from hamdist.dynamics.cell import Cell
+from hamdist.dynamics.closed import closed_cell
+from hamdist.dynamics.constants import Constant, Dynamics
+from hamdist.dynamics.gradient import all_dense, bound
+from hamdist.dynamics.graph import Combine
+from hamdist.dynamics.losses import cross_entropy, loss_and_slope, mse
+from hamdist.dynamics.weights import Weights
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-13}
+
+
+class Residual(nn.Module):
+    """x + a f(norm(x)), as users write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6, dtype=F64)
+        self.f = nn.Linear(6, 6, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.5 * functional.gelu(self.f(self.norm(x)))
+
+
+class OnlyAdd(nn.Module):
+    """Hands its cotangent on as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) - x
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 5, dtype=F64),
+        nn.ReLU(),
+        nn.Linear(5, 4, dtype=F64, bias=False),
+        nn.Tanh(),
+        nn.Sequential(nn.Linear(4, 3, dtype=F64), nn.Sigmoid()),
+    )
+
+
+def frozen() -> nn.Module:
+    made = nn.Sequential(nn.Linear(6, 5, dtype=F64), nn.Linear(5, 2, dtype=F64))
+    made[0].weight.requires_grad_(False)
+    return made
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, dtype=F64),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, groups=2, bias=False, dtype=F64),
+        nn.Flatten(),
+        nn.Linear(4, 3, dtype=F64),
+    )
+
+
+KINDS = {
+    "linear": (lambda: nn.Linear(6, 3, dtype=F64), (4, 6)),
+    "linear over rows": (lambda: nn.Linear(6, 3, dtype=F64), (4, 5, 6)),
+    "mlp": (mlp, (4, 6)),
+    "batch 1": (mlp, (1, 6)),
+    "frozen weight": (frozen, (4, 6)),
+    "convnet": (convnet, (3, 2, 5, 5)),
+    "layer norm": (lambda: nn.Sequential(nn.LayerNorm(6, dtype=F64)), (4, 6)),
+    "plain layer norm": (
+        lambda: nn.Sequential(
+            nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 2, dtype=F64)
+        ),
+        (4, 6),
+    ),
+    "residual": (Residual, (4, 6)),
+    "two residuals": (lambda: nn.Sequential(Residual(), Residual()), (4, 6)),
+    "difference": (OnlyAdd, (4, 6)),
+    "flat first": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 3, dtype=F64)), (4, 2, 3)),
+    "unflatten": (
+        lambda: nn.Sequential(nn.Linear(6, 6, dtype=F64), nn.Unflatten(1, (2, 3))),
+        (4, 6),
+    ),
+}
+for _kind in (nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.Softplus, nn.ELU):
+    KINDS[_kind.__name__] = (lambda k=_kind: nn.Sequential(nn.Linear(6, 6, dtype=F64), k()), (4, 6))
+    KINDS[f"{_kind.__name__} first"] = (
+        lambda k=_kind: nn.Sequential(k(), nn.Linear(6, 2, dtype=F64)),
+        (4, 6),
+    )
+KINDS["Hardtanh"] = (lambda: nn.Sequential(nn.Hardtanh(), nn.Linear(6, 2, dtype=F64)), (4, 6))
+KINDS["ReLU6"] = (lambda: nn.Sequential(nn.Linear(6, 6, dtype=F64), nn.ReLU6()), (4, 6))
+
+
+def pair(make):
+    torch.manual_seed(0)
+    module = make()
+    closed = closed_cell(copy.deepcopy(module), Combine.CONCAT, 0, 1)
+    assert closed is not None
+    return closed, Cell(module, Combine.CONCAT, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_autograd(kind):
+    """Several samples under way, pulled late, as in a trace; weights move in between."""
+    make, shape = KINDS[kind]
+    ours, theirs = pair(make)
+    assert ours.names == theirs.names
+    records = []
+    sent = []
+    for n in range(9):
+        x = noise(n, *shape)
+        a, b = ours.forward([x], [True]), theirs.forward([x], [True])
+        torch.testing.assert_close(a.output, b.output, **TIGHT)
+        records.append((a, b))
+        sent.append((a.output, a.output.clone()))
+        if n < 3:
+            continue
+        a, b = records[n - 3]
+        z = noise(100 + n, *a.output.shape)
+        (to_a,), g_a = ours.pull(a, z)
+        (to_b,), g_b = theirs.pull(b, z)
+        torch.testing.assert_close(to_a, to_b, **TIGHT)
+        torch.testing.assert_close(all_dense(g_a), all_dense(g_b), **TIGHT)
+        sent.append((to_a, to_a.clone()))
+        for cell, g in ((ours, g_a), (theirs, g_b)):
+            torch._foreach_add_(cell.theta, all_dense(g), alpha=-0.1)
+    for signal, was in sent:  # a neighbour may keep what it was sent
+        assert torch.equal(signal, was)
+
+
+def test_memory_is_used_again():
+    ours, _ = pair(mlp)
+    seen: set[int] = set()
+    for n in range(6):
+        record = ours.forward([noise(n, 4, 6)], [True])
+        first = record.kept[0][2].data_ptr()
+        if n >= 2:
+            assert first in seen
+        seen.add(first)
+        ours.pull(record, noise(50 + n, 4, 3))
+    assert len(seen) == 2
+
+
+def test_only_what_is_asked_for():
+    ours, theirs = pair(mlp)
+    x, z = noise(0, 4, 6), noise(1, 4, 3)
+    (to,), g = ours.pull(ours.forward([x], [False]), z)
+    assert to is None
+    _, expected = theirs.pull(theirs.forward([x], [False]), z)
+    torch.testing.assert_close(all_dense(g), all_dense(expected), **TIGHT)
+    (to,), g = ours.pull(ours.forward([x], [True]), z, weights=False)
+    assert g == []
+    (expected_to,), _ = theirs.pull(theirs.forward([x], [True]), z)
+    torch.testing.assert_close(to, expected_to, **TIGHT)
+    (to,), g = ours.pull(ours.forward([x], [True]), z, inputs=False)
+    assert to is None
+    assert len(g) == len(expected)
+
+
+@pytest.mark.parametrize("combine", [Combine.CONCAT, Combine.SUM])
+def test_several_parents(combine):
+    width = 3 if combine is Combine.CONCAT else 6
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 4, dtype=F64), nn.Tanh())
+    ours = closed_cell(copy.deepcopy(module), combine, 0, 2)
+    theirs = Cell(module, combine, 0)
+    x = [noise(0, 5, width), noise(1, 5, width)]
+    z = noise(2, 5, 4)
+    for wanted in ([True, True], [False, True]):
+        to_a, _ = ours.pull(ours.forward(x, wanted), z)
+        to_b, _ = theirs.pull(theirs.forward(x, wanted), z)
+        for a, b, want in zip(to_a, to_b, wanted, strict=True):
+            assert (a is not None) == want
+            if want:
+                torch.testing.assert_close(a, b, **TIGHT)
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_embedding(padding):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Embedding(7, 3, padding_idx=padding, dtype=F64), nn.Linear(3, 2, dtype=F64)
+    )
+    ours = closed_cell(copy.deepcopy(module), Combine.CONCAT, 0, 1)
+    theirs = Cell(module, Combine.CONCAT, 0)
+    words = torch.tensor([[1, 2, 2], [6, 0, 1]])
+    z = noise(1, 2, 3, 2)
+    (to,), g = ours.pull(ours.forward([words], [True]), z)
+    assert to is None
+    _, expected = theirs.pull(theirs.forward([words], [True]), z)
+    torch.testing.assert_close(all_dense(g), all_dense(expected), **TIGHT)
+
+
+class Counts(nn.Module):
+    """A forward pass that leaves something behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.f(x)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.f(x))
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) * float(torch.rand(()))
+
+
+class ChangesItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        return self.relu(h) + h
+
+
+class SameUnderTwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+        self.same = nn.Identity()
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        return self.relu(self.same(h)) + h
+
+
+def hooked() -> nn.Module:
+    module = nn.Linear(6, 6)
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+def weight_norm() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Counts,
+        Tied,
+        Draws,
+        ChangesItsInput,
+        SameUnderTwoNames,
+        hooked,
+        weight_norm,
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)),
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)),
+        lambda: nn.GRUCell(6, 6),
+        nn.Identity,
+    ],
+)
+def test_left_to_autograd(make):
+    module = make()
+    before = {k: v for k, v in vars(module).items() if k == "calls"}
+    assert closed_cell(module, Combine.CONCAT, 0, 1) is None
+    assert {k: v for k, v in vars(module).items() if k == "calls"} == before
+
+
+def constants(eta_omega: float, limit: float = 1e12) -> Dynamics:
+    return Dynamics(
+        tau=Constant(0.5), c=2.0, eta_z=0.0, eta_omega=eta_omega, beta=0.3, phi=Constant(1.0),
+        limit=limit,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("order", list(Order))
+@pytest.mark.parametrize("eta_omega", [0.0, 0.7, 2.0])
+@pytest.mark.parametrize("read", [False, True])
+def test_fused_update_equals_the_plain_one(order, eta_omega, read):
+    """read: omega is looked at after every tick, and what was seen stays as it was."""
+    ours, theirs = pair(mlp)
+    fused = Weights(ours.theta, constants(eta_omega), order)
+    plain = Weights(theirs.theta, constants(eta_omega), order)
+    seen = []
+    for n in range(8):
+        x, z = noise(n, 4, 6), noise(50 + n, 4, 3)
+        _, g = ours.pull(ours.forward([x], [False]), z)
+        _, expected = theirs.pull(theirs.forward([x], [False]), z)
+        quiet = n == 5  # a tick without a gradient
+        fused.move(None if quiet else g, 0.5, 0.5)
+        plain.move(None if quiet else expected, 0.5, 0.5)
+        torch.testing.assert_close(fused.theta, plain.theta, **TIGHT)
+        if read:
+            torch.testing.assert_close(fused.omega, plain.omega, **TIGHT)
+            seen.append((fused.omega, [o.clone() for o in fused.omega]))
+    torch.testing.assert_close(fused.omega, plain.omega, **TIGHT)
+    for omega, was in seen:
+        assert all(torch.equal(a, b) for a, b in zip(omega, was, strict=True))
+
+
+@pytest.mark.parametrize("eta_omega", [0.0, 2.0])
+def test_bad_gradients_move_nothing(eta_omega):
+    ours, _ = pair(mlp)
+    weights = Weights(ours.theta, constants(eta_omega, limit=50.0), Order.OMEGA_FIRST)
+    before = [t.clone() for t in ours.theta]
+    for bad in (1e6, float("inf"), float("nan")):
+        _, g = ours.pull(ours.forward([noise(0, 4, 6)], [False]), torch.full((4, 3), bad).to(F64))
+        with pytest.raises(OutOfRange):
+            weights.move(g, 1.0, 0.5)
+        assert all(torch.equal(a, b) for a, b in zip(before, ours.theta, strict=True))
+
+
+def test_the_bound_is_one_and_the_norm_decides():
+    """Below the limit by its norm, above it by the bound: it moves."""
+    ours, _ = pair(lambda: nn.Linear(6, 3, dtype=F64))
+    _, g = ours.pull(ours.forward([noise(0, 4, 6)], [False]), noise(1, 4, 3))
+    norm = float(torch.cat([t.flatten() for t in all_dense(g)]).norm())
+    assert norm < bound(g)
+    limit = (norm + bound(g)) / 4  # omega is half the gradient
+    weights = Weights(ours.theta, constants(2.0, limit=limit), Order.OMEGA_FIRST)
+    weights.move(g, 1.0, 0.5)
+    assert weights.updates == 1
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_slopes_equal_autograd(rows):
+    y = noise(0, rows, 4)
+    classes = torch.arange(rows) % 4
+    for loss, target in (
+        (mse, noise(1, rows, 4)),
+        (cross_entropy, classes),
+        (cross_entropy, noise(2, rows, 4).softmax(1)),
+        (lambda a, b: (a - b).abs().sum(), noise(3, rows, 4)),
+    ):
+        leaf = y.clone().requires_grad_()
+        expected = loss(leaf, target)
+        (by_autograd,) = torch.autograd.grad(3.0 * expected, leaf)
+        value, slope = loss_and_slope(loss, y, target)
+        torch.testing.assert_close(value, expected.detach(), **TIGHT)
+        torch.testing.assert_close(slope(3.0), by_autograd, **TIGHT)
