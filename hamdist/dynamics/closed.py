@@ -83,12 +83,11 @@ class ClosedCell(Cell):
         wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, given, strict=True))
         values: list[Any] = combined(self._combine, given)
         kept: list[Kept] = []
-        with torch.no_grad():
-            for i, step in enumerate(self._steps):
-                before = None if old is None or step.lasting else old.kept[i]
-                made = step.kernel.forward(before, *[values[r] for r in step.reads])
-                kept.append(made)
-                values.append(made[0])
+        for i, step in enumerate(self._steps):
+            before = None if old is None or step.lasting else old.kept[i]
+            made = step.kernel.forward(before, *[values[r] for r in step.reads])
+            kept.append(made)
+            values.append(made[0])
         return Steps(kept, given, wants, values[-1])
 
     def pull(  # type: ignore[override]
@@ -106,18 +105,17 @@ class ClosedCell(Cell):
         many = len(combined_places(self._combine, len(record.inputs)))
         about: list[Tensor | None] = [None] * (many + len(self._steps))
         about[-1] = cotangent
-        with torch.no_grad():
-            needs = self._wanted(wanted, weights=weights)
-            for i in range(len(self._steps) - 1, -1, -1):
-                step, z = self._steps[i], about[many + i]
-                if z is None or not needs[i][0]:
-                    continue
-                found = step.kernel.pull(record.kept[i], z, needs[i][1], g)
-                for place, one in zip(step.reads, found, strict=True):
-                    if one is not None:
-                        had = about[place]
-                        about[place] = one if had is None else had + one
-            to_parents = self._apart(record, wanted, about[:many])
+        needs = self._wanted(wanted, weights=weights)
+        for i in range(len(self._steps) - 1, -1, -1):
+            step, z = self._steps[i], about[many + i]
+            if z is None or not needs[i][0]:
+                continue
+            found = step.kernel.pull(record.kept[i], z, needs[i][1], g)
+            for place, one in zip(step.reads, found, strict=True):
+                if one is not None:
+                    had = about[place]
+                    about[place] = one if had is None else had + one
+        to_parents = self._apart(record, wanted, about[:many])
         if not keep:
             self._retire(record)
         if g is None:

@@ -14,6 +14,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+# A product of two vectors that is added to a matrix of this size or more is faster as `addr_` than
+# as `addmm_` (1024 x 1024 on a core of an EPYC 9004: 100 against 150 us; 256 x 256: 11 against 8).
+BY_VECTORS = 1 << 18
+
 
 @dataclass(slots=True)
 class Outer:
@@ -27,11 +31,10 @@ class Outer:
 
     def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
         """tensor = beta tensor + alpha g."""
-        tensor.addmm_(self.z.t(), self.x, beta=beta, alpha=alpha)
-
-    def bound(self) -> float:
-        """At least |g|: |z^T x| <= |z| |x| (Frobenius)."""
-        return _norm(self.z) * _norm(self.x)
+        if self.z.shape[0] == 1 and beta == 1 and tensor.numel() >= BY_VECTORS:
+            tensor.addr_(self.z.view(-1), self.x.view(-1), alpha=alpha)
+        else:
+            tensor.addmm_(self.z.t(), self.x, beta=beta, alpha=alpha)
 
 
 @dataclass(slots=True)
@@ -51,10 +54,6 @@ class Column:
         else:
             tensor.addmv_(self.z.t(), self.z.new_ones(rows), beta=beta, alpha=alpha)
 
-    def bound(self) -> float:
-        """At least |g|: the rows' norms add up to at most sqrt(R) |z|."""
-        return _norm(self.z) * math.sqrt(self.z.shape[0])
-
 
 @dataclass(slots=True)
 class Rows:
@@ -73,10 +72,6 @@ class Rows:
         if beta != 1:
             tensor.mul_(beta)
         tensor.index_add_(0, self.index, self.z, alpha=alpha)
-
-    def bound(self) -> float:
-        """At least |g|."""
-        return _norm(self.z) * math.sqrt(self.z.shape[0])
 
 
 Factors: TypeAlias = Outer | Column | Rows
@@ -103,9 +98,28 @@ def add_to(tensor: Tensor, g: Gradient, alpha: float, beta: float = 1.0) -> None
 
 
 def bound(g: Sequence[Gradient]) -> float:
-    """A number that the norm of all of g together does not exceed, or NaN."""
-    return math.hypot(*(_norm(one) if isinstance(one, Tensor) else one.bound() for one in g))
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor))
+    """A number that the norm of all of g together does not exceed, or NaN. All norms are taken in
+    one call: |z^T x| <= |z| |x| (Frobenius), and R rows of z add up to at most sqrt(R) |z|."""
+    looked: list[Tensor] = []
+    shares: list[tuple[float, int, int]] = []  # a factor, and one or two of the norms
+    last: Tensor | None = None  # a layer's matrix and bias have one z
+    for one in g:
+        if isinstance(one, Outer):
+            shares.append((1.0, len(looked), len(looked) + 1))
+            last = one.z
+            looked += (last, one.x)
+        elif isinstance(one, Tensor):
+            shares.append((1.0, len(looked), -1))
+            looked.append(one)
+            last = None
+        else:
+            if one.z is not last:  # its norm stands one before the last
+                last = one.z
+                looked += (last, last)
+            shares.append((math.sqrt(one.z.shape[0]), len(looked) - 2, -1))
+    norms = [float(n) for n in torch._foreach_norm(looked)]
+    squares = 0.0
+    for factor, a, b in shares:
+        norm = factor * norms[a] * (1.0 if b < 0 else norms[b])
+        squares += norm * norm
+    return math.sqrt(squares)

@@ -41,7 +41,7 @@ class Weights:
     ) -> None:
         self.theta = list(theta)
         self.updates = 0
-        self._omega = [torch.zeros_like(t) for t in self.theta]
+        self._omega: list[Tensor] | None = None  # None: zero, or in factors
         self._factors: tuple[Sequence[Gradient], float] | None = None  # omega = number times these
         self._mine = True  # nobody else has seen the tensors of omega
         self._rates = dynamics.rates([""] * len(self.theta) if names is None else names)
@@ -60,6 +60,8 @@ class Weights:
             g, gain = self._factors
             self._omega = [dense(one) * gain for one in g]
             self._factors = None
+        if self._omega is None:
+            self._omega = [torch.zeros_like(t) for t in self.theta]
         self._mine = False
         return self._omega
 
@@ -92,13 +94,13 @@ class Weights:
         if keeps == 0:
             if not self._omega_first:
                 self._follow_omega(tau * scale)
-            self._factors, self._omega = (g, gain), []
+            self._factors, self._omega = (g, gain), None
             if self._omega_first:
                 self._follow_omega(tau * scale)
             return
         if not self._omega_first:
             self._follow_omega(tau * scale)
-        if not self._mine or self._factors is not None:
+        if self._omega is None or not self._mine:
             self._omega = [o.clone() for o in self.omega]
             self._mine = True
         for omega, one in zip(self._omega, g, strict=True):
@@ -109,7 +111,8 @@ class Weights:
     def _follow_omega(self, step: float) -> None:
         """theta -= step beta omega."""
         if self._factors is None:
-            self._move_theta(step)
+            if self._omega is not None:
+                self._move_theta(step)
             return
         g, gain = self._factors
         for theta, one, beta in zip(self.theta, g, self._rates, strict=True):
@@ -119,7 +122,7 @@ class Weights:
     def _check(self, g: Sequence[Gradient], gain: float, keeps: float) -> None:
         """Raises OutOfRange before anything has moved. What omega's norm does not exceed follows
         from the factors; the norm itself is looked at only where that is too much."""
-        most = math.hypot(abs(gain) * bound(g))
+        most = abs(gain) * bound(g)
         most += abs(keeps) * self._bound if keeps else 0.0
         if not most <= self._largest:
             omega: list[Tensor] = [dense(one) * gain for one in g]
@@ -154,7 +157,9 @@ class Weights:
 
     def clear(self) -> None:
         """omega = 0."""
-        self.omega = [torch.zeros_like(t) for t in self.theta]
+        self._omega = self._factors = None
+        self._mine = True
+        self._bound = 0.0
 
     def energies(self) -> tuple[float, float, float]:
         """(1/2 sum beta |omega|^2, r_w/2 |theta|^2, |theta|)."""
@@ -188,7 +193,7 @@ class Weights:
         return omega
 
     def _move_theta(self, step: float) -> None:
-        omega = self._omega if self._factors is None else self.omega
+        omega = self.omega if self._omega is None else self._omega
         if min(self._rates) == max(self._rates):
             rate = step * self._rates[0]
             if rate:

@@ -174,9 +174,17 @@ def ready(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().contiguous()
     if tensor.data_ptr() % ALIGNMENT:
         return tensor.clone()
-    if 1 in tensor.shape:
+    if 1 in tensor.shape and tensor.stride() != _strides(tensor.shape):
         return tensor.view(-1).view(tensor.shape)
     return tensor
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor as torch makes it."""
+    made = [1]
+    for n in reversed(shape[1:]):
+        made.append(made[-1] * max(n, 1))
+    return tuple(reversed(made))
 
 
 class Form(NamedTuple):
