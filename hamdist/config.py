@@ -469,14 +469,34 @@ class DynamicsSettings(_Section):
     limit: Above0 = 1e12
 
 
+class AdaptiveSettings(_Section):
+    """Adam's step: each weight's beta is divided by the root of the running mean of its squared
+    gradients (of which it keeps `memory` from update to update), plus epsilon. learning.momentum
+    is Adam's beta_1, memory its beta_2."""
+
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Above0 = 1e-8
+
+
 class LearningSettings(_Section):
-    """The step size and its course, in the words of gradient descent (HL Appendix E)."""
+    """The step size and its course, in the words of gradient descent (HL Appendix E). adaptive:
+    not given: one beta for all of a block's weights."""
 
     lr: Rate = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dampening: Annotated[float, Field(ge=0, lt=1)] = 0.0
     first_step: FirstStep = FirstStep.UNDAMPENED
     decay: Decay = Decay.NONE
+    adaptive: AdaptiveSettings | None = None
+
+    @model_validator(mode="after")
+    def _adam_is_not_dampened(self) -> LearningSettings:
+        if self.adaptive is not None and self.dampening:
+            raise ValueError(
+                f"'dampening' is {self.dampening:g} with 'adaptive', whose steps do not depend on "
+                "it: leave it out"
+            )
+        return self
 
 
 class EngineSettings(_Section):

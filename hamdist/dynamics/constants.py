@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from hamdist.config import (
+    AdaptiveSettings,
     BlockDynamicsSettings,
     CourseSettings,
     DynamicsSettings,
@@ -63,8 +64,8 @@ class Dynamics:
     sequence: for all losses of the first one), if not None.
     beta: of the weights; betas: of those whose name is given, or fits a pattern: the first one.
     weight_cost: r_w. momentum: the share of omega that a sequence takes over from the one before it
-    (presentation 'sequence'). reset, limit: see DynamicsSettings. blocks: overrides by pattern, for
-    `of`.
+    (presentation 'sequence'). adaptive: beta by weight, as Adam has it. reset, limit: see
+    DynamicsSettings. blocks: overrides by pattern, for `of`.
     """
 
     tau: Course | None
@@ -78,6 +79,7 @@ class Dynamics:
     betas: tuple[tuple[str, float], ...] = ()
     weight_cost: float = 0.0
     momentum: float = 0.0
+    adaptive: AdaptiveSettings | None = None
     reset: ResetSettings = field(default_factory=lambda: ResetSettings(h=Reset.NEVER))
     limit: float = math.inf
     blocks: Mapping[str, BlockDynamicsSettings] = field(default_factory=dict)
@@ -163,6 +165,7 @@ def make_dynamics(
         first_phi=first_phi,
         weight_cost=d.weight_cost,
         momentum=learning.momentum if knobs.sequence else 0.0,
+        adaptive=learning.adaptive,
         reset=_reset(d.reset, knobs),
         limit=d.limit,
         blocks=d.blocks,
@@ -220,6 +223,11 @@ def _check(made: Dynamics, tau: float | None, knobs: Locality) -> None:
                 f"{where}: c tau = {c * tau:g} is above 1: the state would overshoot; "
                 f"use c <= {1 / tau:g} or a smaller tau"
             )
+    if made.adaptive is not None and knobs.sequence:
+        raise LevelError(
+            "learning.adaptive with presentation 'sequence', whose omega gathers the gradients of "
+            "a whole sequence before the weights move: leave it out, or use another presentation"
+        )
     if not knobs.hold:
         _check_wave(made, tau, knobs)
 

@@ -52,6 +52,10 @@ class Weights:
         self._largest = min([self._limit, *(torch.finfo(t.dtype).max for t in self.theta)])
         self._bound = 0.0  # of |omega|
         self._omega_first = order is not Order.SIMULTANEOUS
+        self._adaptive = dynamics.adaptive
+        self._squares: list[Tensor] = []  # v, of adaptive rates
+        self._fading = 1.0  # product of the shares of omega that were kept
+        self._steps = 0
 
     @property
     def omega(self) -> list[Tensor]:
@@ -77,6 +81,9 @@ class Weights:
         self.updates += 1
         if not self.theta:
             return
+        if self._adaptive is not None:
+            self._move_adaptive(None if g is None else all_dense(g), scale, tau)
+            return
         in_factors = g is not None and not all(isinstance(one, Tensor) for one in g)
         if g is not None and in_factors and not self._cost:
             self._move_fused(g, scale, tau)
@@ -85,6 +92,37 @@ class Weights:
         if self._omega_first:
             self.omega = later
         self._move_theta(tau * scale)
+        self.omega = later
+
+    def _move_adaptive(self, g: list[Tensor] | None, scale: float, tau: float) -> None:
+        """`move` with a beta by weight: with d = -s tau g and mu = 1 - tau eta_omega
+
+            v_{k+1} = r v_k + (1 - r) d_k^2
+            beta_k  = beta (1 - mu)/(1 - mu^k) / ( sqrt( v_{k+1}/(1 - r^k) ) + epsilon )
+
+        which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega."""
+        adaptive = self._adaptive
+        if adaptive is None:
+            return
+        before = self.omega
+        given = self._with_cost(g)
+        later = self._moved(given, tau)
+        squares = self._squares or [torch.zeros_like(t) for t in self.theta]
+        torch._foreach_mul_(squares, adaptive.memory)
+        if given is not None:
+            share = (1 - adaptive.memory) * tau * tau
+            torch._foreach_addcmul_(squares, given, given, share)
+        keeps = 1 - tau * self._eta
+        self._squares = squares
+        self._steps += 1
+        self._fading *= keeps
+        omega = later if self._omega_first else before
+        step = tau * scale * ((1 - keeps) / (1 - self._fading) if keeps != 1 else 1 / self._steps)
+        roots = torch._foreach_div(squares, 1 - adaptive.memory**self._steps)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, adaptive.epsilon)
+        for theta, o, root, beta in zip(self.theta, omega, roots, self._rates, strict=True):
+            theta.addcdiv_(o, root, value=-step * beta)
         self.omega = later
 
     def _move_fused(self, g: Sequence[Gradient], scale: float, tau: float) -> None:

@@ -89,9 +89,7 @@ class _Trainer:
         self.model = model
         self.loss = loss
         self.step_size = _step_size(learning, settings.steps)
-        self.optimiser = torch.optim.SGD(
-            model.parameters(), learning.lr, learning.momentum, learning.dampening
-        )
+        self.optimiser = _optimiser(model, learning)
         self.metrics = Prequential(settings.metrics.window, settings.metrics.limit)
         self.items = 0
         self.updates = 0
@@ -117,6 +115,16 @@ class _Trainer:
             group["lr"] = self.step_size(self.items)
         self.optimiser.step()
         self.updates += 1
+
+
+def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Optimizer:
+    adaptive = learning.adaptive
+    if adaptive is None:
+        return torch.optim.SGD(
+            model.parameters(), learning.lr, learning.momentum, learning.dampening
+        )
+    betas = learning.momentum, adaptive.memory
+    return torch.optim.Adam(model.parameters(), learning.lr, betas, adaptive.epsilon)
 
 
 def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from dynamics.helpers import F64, noise, relative
 
-from hamdist.config import Order
+from hamdist.config import AdaptiveSettings, Order
 from hamdist.dynamics.constants import Constant, Dynamics
+from hamdist.dynamics.gradient import Column, Outer
 from hamdist.dynamics.weights import Weights
 
 TICKS = 12
@@ -126,3 +129,28 @@ def test_a_block_without_weights_counts_its_updates():
     weights.move([], 1.0, 1.0)
     weights.move(None, 1.0, 1.0)
     assert weights.updates == 2
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("in_factors", [False, True])
+def test_equals_adam(tau, momentum, in_factors):
+    """Oracle: torch.optim.Adam; phi = 1/tau is in the gradient, as without dampening."""
+    lr, memory, epsilon = 0.03, 0.95, 1e-6
+    d = replace(
+        constants(tau=tau, eta_omega=(1 - momentum) / tau, beta=lr / tau),
+        adaptive=AdaptiveSettings(memory=memory, epsilon=epsilon),
+    )
+    theta = [noise(0, 3, 2), noise(1, 3)]
+    theirs = [t.clone().requires_grad_() for t in theta]
+    optimiser = torch.optim.Adam(theirs, lr, (momentum, memory), epsilon)
+    weights = Weights(theta, d, Order.OMEGA_FIRST)
+    for k in range(TICKS):
+        z, x = noise(10 + k, 4, 3), noise(40 + k, 4, 2)
+        g = [Outer(z / tau, x), Column(z / tau)] if in_factors else [z.T @ x / tau, z.sum(0) / tau]
+        weights.move(g, 1.0, tau)
+        for t, gradient in zip(theirs, (z.T @ x, z.sum(0)), strict=True):
+            t.grad = gradient
+        optimiser.step()
+        for ours, t in zip(theta, theirs, strict=True):
+            torch.testing.assert_close(ours, t.detach(), rtol=1e-12, atol=1e-14)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +12,9 @@ from torch import nn
 
 from hamdist.config import Settings
 from hamdist.dynamics.losses import cross_entropy
-from hamdist.errors import BlockError, SettingsError, StreamError
+from hamdist.errors import BlockError, LevelError, SettingsError, StreamError
 from hamdist.runtime.result import Progress
+from hamdist.runtime.train import train
 from hamdist.streams.sample import Sample, SampleSpec
 from hamdist.study import baseline, threads
 from hamdist.study.baseline import CENTRALISED, train_centralised
@@ -202,3 +205,35 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) 
     cost[1] = 5
     assert threads.faster_of({1, 2}, step) == 2
     assert torch.get_num_threads() == before
+
+
+def test_adaptive_rates_are_adam():
+    """The centralised run against a loop of torch.optim.Adam, and level backprop against both."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(F, 7), nn.Tanh(), nn.Linear(7, C)).double()
+    settings = Settings.model_validate(
+        {
+            "level": "backprop",
+            "steps": STEPS,
+            "learning": {"lr": 0.02, "momentum": 0.8, "adaptive": {"memory": 0.97}},
+        }
+    )
+    plain = copy.deepcopy(model)
+    optimiser = torch.optim.Adam(plain.parameters(), 0.02, (0.8, 0.97), 1e-8)
+    for sample in itertools.islice(Items().samples(), STEPS):
+        if sample.y is not None:
+            optimiser.zero_grad()
+            cross_entropy(plain(sample.u), sample.y).backward()
+            optimiser.step()
+    runs = train_centralised(model, Items(), settings), train(model, Items(), settings)
+    for run in runs:
+        for key, expected in plain.state_dict().items():
+            torch.testing.assert_close(run.model.state_dict()[key], expected, rtol=0, atol=1e-12)
+
+
+def test_adaptive_rates_have_no_dampening():
+    with pytest.raises(ValueError, match="'dampening' is 0.5 with 'adaptive'"):
+        Settings.model_validate({"learning": {"dampening": 0.5, "adaptive": {}}})
+    settings = Settings.model_validate({"level": "bptt", "learning": {"adaptive": {}}})
+    with pytest.raises(LevelError, match=r"learning.adaptive with presentation 'sequence'"):
+        train(nn.Sequential(nn.Linear(F, C)).double(), Items(), settings)
