@@ -60,7 +60,8 @@ def like(old: Kept | None, place: int, shape: tuple[int, ...], x: Tensor) -> Ten
 class Linear:
     """f = x W^T + b; z^T df/dx = z W, z^T df/dW = z^T x, z^T df/db = sum of z's rows.
 
-    lends: z^T df/dx stays inside the cell, so that its memory is used again."""
+    lends: z^T df/dx stays inside the cell, so that its memory is used again: by the pull after the
+    next, for until then it may be a factor of omega."""
 
     owns = True
     in_place = False
@@ -68,6 +69,7 @@ class Linear:
     def __init__(self, module: nn.Linear, weights: tuple[int | None, ...]) -> None:
         self.weights = weights
         self.lends = False
+        self._products: list[Tensor | None] = [None, None]
         self._w = module.weight.data
         self._w_t = self._w.t()
         self._b = None if module.bias is None else module.bias.data
@@ -81,12 +83,12 @@ class Linear:
         else:
             torch.addmm(self._b, rows, self._w_t, out=y)
         out = y if x.dim() == 2 else y.view(*x.shape[:-1], self._out)
-        return [out, rows, y, None if old is None else old[3]]
+        return [out, rows, y]
 
     def pull(
         self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
     ) -> tuple[Tensor | None, ...]:
-        _, x, y, _ = kept
+        _, x, y = kept
         rows = z if z.dim() == 2 else z.reshape(y.shape)
         if g is not None:
             w, b = self.weights
@@ -96,9 +98,10 @@ class Linear:
                 g[b] = Column(rows)
         if not wanted[0]:
             return (None,)
-        to = like(kept if self.lends else None, 3, x.shape, x)
+        to = like(self._products if self.lends else None, 0, x.shape, x)
         torch.mm(rows, self._w, out=to)
-        kept[3] = to if self.lends else None
+        if self.lends:
+            self._products = [self._products[1], to]
         return (to if z.dim() == 2 else to.view(*z.shape[:-1], self._into),)
 
 
