@@ -516,7 +516,7 @@ class EngineSettings(_Section):
     balance: Balance = Balance.TIME
     threads: Positive = 1
     step: Step = Step.AUTO
-    pin: Pin = Pin.AUTO
+    pin: Annotated[Pin, BeforeValidator(_off)] = Pin.AUTO
     address: str | None = None
     transport: TransportKind = TransportKind.AUTO
     queue: Positive = 4

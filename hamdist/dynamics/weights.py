@@ -131,31 +131,20 @@ class Weights:
         self._check(g, gain, keeps)
         if keeps == 0:
             if not self._omega_first:
-                self._follow_omega(tau * scale)
+                self._move_theta(tau * scale)
             self._factors, self._omega = (g, gain), None
             if self._omega_first:
-                self._follow_omega(tau * scale)
+                self._move_theta(tau * scale)
             return
         if not self._omega_first:
-            self._follow_omega(tau * scale)
+            self._move_theta(tau * scale)
         if self._omega is None or not self._mine:
             self._omega = [o.clone() for o in self.omega]
             self._mine = True
         for omega, one in zip(self._omega, g, strict=True):
             add_to(omega, one, gain, keeps)
         if self._omega_first:
-            self._follow_omega(tau * scale)
-
-    def _follow_omega(self, step: float) -> None:
-        """theta -= step beta omega."""
-        if self._factors is None:
-            if self._omega is not None:
-                self._move_theta(step)
-            return
-        g, gain = self._factors
-        for theta, one, beta in zip(self.theta, g, self._rates, strict=True):
-            if step * beta:
-                add_to(theta, one, -step * beta * gain)
+            self._move_theta(tau * scale)
 
     def _check(self, g: Sequence[Gradient], gain: float, keeps: float) -> None:
         """Raises OutOfRange before anything has moved. What omega's norm does not exceed follows
@@ -231,11 +220,17 @@ class Weights:
         return omega
 
     def _move_theta(self, step: float) -> None:
-        omega = self.omega if self._omega is None else self._omega
-        if min(self._rates) == max(self._rates):
-            rate = step * self._rates[0]
-            if rate:
-                torch._foreach_add_(self.theta, omega, alpha=-rate)
-            return
-        for theta, costate, beta in zip(self.theta, omega, self._rates, strict=True):
-            theta.add_(costate, alpha=-step * beta)
+        """theta -= step beta omega."""
+        if self._factors is not None:
+            g, gain = self._factors
+            for theta, one, beta in zip(self.theta, g, self._rates, strict=True):
+                if step * beta:
+                    add_to(theta, one, -step * beta * gain)
+        elif self._omega is not None:
+            if min(self._rates) == max(self._rates):
+                rate = step * self._rates[0]
+                if rate:
+                    torch._foreach_add_(self.theta, self._omega, alpha=-rate)
+                return
+            for theta, omega, beta in zip(self.theta, self._omega, self._rates, strict=True):
+                theta.add_(omega, alpha=-step * beta)

@@ -12,7 +12,7 @@ import torch
 from runtime.networks import CLASSES, FEATURES, PortableStream, chain
 from torch import nn
 
-from hamdist.config import EngineSettings, Settings
+from hamdist.config import EngineSettings, Pin, Settings, read_settings
 from hamdist.runtime import threads
 from hamdist.runtime.advice import local_processes, thread_warnings
 from hamdist.runtime.threads import pinned, seat
@@ -142,3 +142,8 @@ def test_where_the_blocks_of_an_actor_run(session, leaves_no_socket, pin):
             assert len(one) == len(other) == 1
             assert one != other
             assert one | other <= everywhere
+
+
+def test_off_as_yaml_reads_it():
+    settings = read_settings("engine: {pin: off}", "here")
+    assert settings.engine.pin is Pin.OFF
