@@ -132,11 +132,31 @@ class Embedding:
         return (None,) * len(wanted)
 
 
-class FromResult:
+class Unary:
+    """An operation without weights on one input."""
+
+    weights = ()
+    owns = True
+    in_place = False
+
+    def product(self, kept: Kept, z: Tensor) -> Tensor:
+        """z^T df/dx."""
+        raise NotImplementedError
+
+    def pull(
+        self,
+        kept: Kept,
+        z: Tensor,
+        wanted: tuple[bool, ...],
+        g: list[Gradient | None] | None,  # noqa: ARG002
+    ) -> tuple[Tensor | None, ...]:
+        return (self.product(kept, z) if wanted[0] else None,)
+
+
+class FromResult(Unary):
     """An elementwise activation whose derivative follows from its own result; it works in place
     where the memory is its input's owner's to give. df/dx z = back(z, f)."""
 
-    weights = ()
     owns = False
 
     def __init__(
@@ -154,22 +174,12 @@ class FromResult:
     def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
         return [self._run(x)]
 
-    def pull(
-        self,
-        kept: Kept,
-        z: Tensor,
-        wanted: tuple[bool, ...],
-        g: list[Gradient | None] | None,  # noqa: ARG002
-    ) -> tuple[Tensor | None, ...]:
-        return (self._back(z, kept[0]) if wanted[0] else None,)
+    def product(self, kept: Kept, z: Tensor) -> Tensor:
+        return self._back(z, kept[0])
 
 
-class FromInput:
+class FromInput(Unary):
     """An elementwise operation whose derivative follows from its input: df/dx z = back(z, x)."""
-
-    weights = ()
-    owns = True
-    in_place = False
 
     def __init__(
         self, run: Callable[[Tensor], Tensor], back: Callable[[Tensor, Tensor], Tensor]
@@ -180,22 +190,14 @@ class FromInput:
     def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
         return [self._run(x), x]
 
-    def pull(
-        self,
-        kept: Kept,
-        z: Tensor,
-        wanted: tuple[bool, ...],
-        g: list[Gradient | None] | None,  # noqa: ARG002
-    ) -> tuple[Tensor | None, ...]:
-        return (self._back(z, kept[1]) if wanted[0] else None,)
+    def product(self, kept: Kept, z: Tensor) -> Tensor:
+        return self._back(z, kept[1])
 
 
-class Reshape:
+class Reshape(Unary):
     """f = x in another shape."""
 
-    weights = ()
     owns = False
-    in_place = False
 
     def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
         self._run = run
@@ -203,14 +205,21 @@ class Reshape:
     def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
         return [self._run(x), x.shape]
 
-    def pull(
-        self,
-        kept: Kept,
-        z: Tensor,
-        wanted: tuple[bool, ...],
-        g: list[Gradient | None] | None,  # noqa: ARG002
-    ) -> tuple[Tensor | None, ...]:
-        return (z.reshape(kept[1]) if wanted[0] else None,)
+    def product(self, kept: Kept, z: Tensor) -> Tensor:
+        return z.reshape(kept[1])
+
+
+class Scale(Unary):
+    """f = a x, with a number a."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+        return [x * self._factor]
+
+    def product(self, kept: Kept, z: Tensor) -> Tensor:  # noqa: ARG002
+        return z * self._factor
 
 
 class Add:
@@ -239,29 +248,6 @@ class Add:
             z.sum_to_size(kept[1]) if a else None,
             (z if self._sign == 1 else z * self._sign).sum_to_size(kept[2]) if b else None,
         )
-
-
-class Scale:
-    """f = a x, with a number a."""
-
-    weights = ()
-    owns = True
-    in_place = False
-
-    def __init__(self, factor: float) -> None:
-        self._factor = factor
-
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
-        return [x * self._factor]
-
-    def pull(
-        self,
-        kept: Kept,  # noqa: ARG002
-        z: Tensor,
-        wanted: tuple[bool, ...],
-        g: list[Gradient | None] | None,  # noqa: ARG002
-    ) -> tuple[Tensor | None, ...]:
-        return (z * self._factor if wanted[0] else None,)
 
 
 class LayerNorm:
