@@ -9,7 +9,6 @@ left nothing behind in the module.
 from __future__ import annotations
 
 import operator
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +35,6 @@ from hamdist.dynamics.kernels import (
     aten,
 )
 
-RETIRED = 1
-
 
 @dataclass(slots=True)
 class Steps:
@@ -51,12 +48,11 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One kernel; reads: places of its inputs, writes: of its output; lasting: its output leaves
-    the cell, so that its memory is not used again."""
+    """One kernel; reads: places of its inputs among the cell's arguments and the steps' outputs.
+    lasting: its output leaves the cell, so that its memory is not used again."""
 
     kernel: Kernel
     reads: tuple[int, ...]
-    writes: int
     lasting: bool
 
 
@@ -72,9 +68,8 @@ class ClosedCell(Cell):
     ) -> None:
         super().__init__(module, combine, seed)
         self._steps = list(program)
-        self._arguments = min((s for step in program for s in step.reads), default=0)
         self._free: list[Steps] = []
-        self._retired: deque[Steps] = deque()
+        self._pulled: Steps | None = None  # the latest
         self._needs: dict[tuple[bool, ...], list[tuple[bool, tuple[bool, ...]]]] = {}
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Steps:  # type: ignore[override]
@@ -117,7 +112,9 @@ class ClosedCell(Cell):
                     about[place] = one if had is None else had + one
         to_parents = self._apart(record, wanted, about[:many])
         if not keep:
-            self._retire(record)
+            if self._pulled is not None:
+                self._free.append(self._pulled)
+            self._pulled = record
         if g is None:
             return to_parents, []
         made = zip(g, self.theta, strict=True)
@@ -158,11 +155,6 @@ class ClosedCell(Cell):
             None if not w else (torch.zeros_like(t) if m is None else m)
             for w, m, t in zip(wanted, split, record.inputs, strict=True)
         ]
-
-    def _retire(self, record: Steps) -> None:
-        self._retired.append(record)
-        if len(self._retired) > RETIRED:
-            self._free.append(self._retired.popleft())
 
 
 def combined_places(combine: Combine, parents: int) -> list[tuple[int, ...]]:
@@ -233,7 +225,7 @@ class _Program:
             if self._arguments + i in leaving and (kernel.in_place or isinstance(kernel, Reshape)):
                 leaving.update(reads)
         return [
-            Step(kernel, reads, self._arguments + i, self._arguments + i in leaving)
+            Step(kernel, reads, self._arguments + i in leaving)
             for i, (kernel, reads) in enumerate(self._made)
         ]
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hamdist.config import Order
+from hamdist.config import AdaptiveSettings, Order
 from hamdist.dynamics.block import OutOfRange
 from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.gradient import Gradient, add_to, all_dense, bound, dense
@@ -82,10 +82,10 @@ class Weights:
         if not self.theta:
             return
         if self._adaptive is not None:
-            self._move_adaptive(None if g is None else all_dense(g), scale, tau)
+            self._move_adaptive(self._adaptive, None if g is None else all_dense(g), scale, tau)
             return
-        in_factors = g is not None and not all(isinstance(one, Tensor) for one in g)
-        if g is not None and in_factors and not self._cost:
+        in_tensors = g is None or all(isinstance(one, Tensor) for one in g)
+        if g is not None and not in_tensors and not self._cost:
             self._move_fused(g, scale, tau)
             return
         later = self._moved(self._with_cost(None if g is None else all_dense(g)), tau)
@@ -94,16 +94,15 @@ class Weights:
         self._move_theta(tau * scale)
         self.omega = later
 
-    def _move_adaptive(self, g: list[Tensor] | None, scale: float, tau: float) -> None:
+    def _move_adaptive(
+        self, adaptive: AdaptiveSettings, g: list[Tensor] | None, scale: float, tau: float
+    ) -> None:
         """`move` with a beta by weight: with d = -s tau g and mu = 1 - tau eta_omega
 
             v_{k+1} = r v_k + (1 - r) d_k^2
             beta_k  = beta (1 - mu)/(1 - mu^k) / ( sqrt( v_{k+1}/(1 - r^k) ) + epsilon )
 
         which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega."""
-        adaptive = self._adaptive
-        if adaptive is None:
-            return
         before = self.omega
         given = self._with_cost(g)
         later = self._moved(given, tau)
