@@ -163,9 +163,13 @@ class Pin(str, Enum):
 
 
 class Step(str, Enum):
-    """How a block's step is computed: in closed form where its module has one, or by autograd."""
+    """How a block's step is computed. closed: in closed form where its module has one, by torch.
+    native: as closed, and linear layers on one row (batch 1) by C code. auto: native where hamdist
+    was installed with it and a process has one thread. autograd: by autograd alone."""
 
     AUTO = "auto"
+    NATIVE = "native"
+    CLOSED = "closed"
     AUTOGRAD = "autograd"
 
 

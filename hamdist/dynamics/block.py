@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hamdist.dynamics import rows
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics
-from hamdist.dynamics.gradient import Gradient
+from hamdist.dynamics.gradient import AtOnce, Gradient
 from hamdist.dynamics.losses import LossFunction, Slope, loss_and_slope
 
 Scale = Callable[[int], float]
@@ -49,7 +50,8 @@ def bounded(limit: float) -> Guard:
 
     def guard(quantity: str, value: Tensor) -> None:
         if value.is_floating_point():
-            norm = float(torch.linalg.vector_norm(value))
+            fast = rows.norm(value)
+            norm = float(torch.linalg.vector_norm(value)) if fast is None else fast
             if not norm <= limit:
                 raise OutOfRange(quantity, norm)
 
@@ -89,13 +91,21 @@ class LossTaker:
         self._guard = guard
 
     def take(
-        self, cell: Cell, record: Record, target: Tensor, k: int, *, moves: bool = True
+        self,
+        cell: Cell,
+        record: Record,
+        target: Tensor,
+        k: int,
+        *,
+        moves: bool = True,
+        at_once: AtOnce | None = None,
     ) -> tuple[list[Tensor | None], list[Gradient], Reading]:
         """phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and what was read.
 
-        moves: the weights move in this tick; the first phi lasts until they have."""
+        moves: the weights move in this tick; the first phi lasts until they have. at_once: as in
+        `Cell.pull`."""
         about, reading = self.look(record.output.detach(), target, k, moves=moves)
-        to_parents, g = cell.pull(record, about)
+        to_parents, g = cell.pull(record, about, at_once=at_once)
         return to_parents, g, reading
 
     def look(

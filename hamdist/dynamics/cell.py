@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
 
-from hamdist.dynamics.gradient import Gradient
+from hamdist.dynamics.gradient import AtOnce, Gradient
 from hamdist.dynamics.graph import Combine, combined
 from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
 from hamdist.errors import GraphError
@@ -143,10 +143,12 @@ class Cell:
         inputs: bool = True,
         weights: bool = True,
         keep: bool = False,
+        at_once: AtOnce | None = None,  # noqa: ARG002  (the gradients come all at one time)
     ) -> tuple[list[Tensor | None], list[Gradient]]:
         """(cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight).
 
-        keep: the record will be pulled again.
+        keep: the record will be pulled again. at_once: what a cell may do with its gradients as
+        each is made; such a gradient says that its weight has moved.
         """
         wrt = [leaf for leaf in record.leaves if leaf is not None] if inputs else []
         wanted = len(wrt)

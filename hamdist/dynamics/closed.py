@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from hamdist.dynamics.cell import Cell
-from hamdist.dynamics.gradient import Gradient
+from hamdist.dynamics.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.graph import Combine, combined
 from hamdist.dynamics.kernels import (
     Add,
@@ -93,10 +93,12 @@ class ClosedCell(Cell):
         inputs: bool = True,
         weights: bool = True,
         keep: bool = False,
+        at_once: AtOnce | None = None,
     ) -> tuple[list[Tensor | None], list[Gradient]]:
-        """As `Cell.pull`; gradients of weights come as their factors."""
+        """As `Cell.pull`; gradients of weights come as their factors, marked where the weights have
+        moved by them already."""
         wanted = record.wanted if inputs else (False,) * len(record.wanted)
-        g: list[Gradient | None] | None = [None] * len(self.theta) if weights else None
+        g = Gradients(len(self.theta), at_once) if weights else None
         many = len(combined_places(self._combine, len(record.inputs)))
         about: list[Tensor | None] = [None] * (many + len(self._steps))
         about[-1] = cotangent
@@ -164,11 +166,14 @@ def combined_places(combine: Combine, parents: int) -> list[tuple[int, ...]]:
     return [tuple(range(parents))]
 
 
-def closed_cell(module: nn.Module, combine: Combine, seed: int, parents: int) -> ClosedCell | None:
-    """The closed-form cell of `module`, which has `parents` inputs; None where it has none."""
+def closed_cell(
+    module: nn.Module, combine: Combine, seed: int, parents: int, *, native: bool = False
+) -> ClosedCell | None:
+    """The closed-form cell of `module`, which has `parents` inputs; None where it has none.
+    native: its linear layers go to the C code where one row comes (rows.py)."""
     arguments = len(combined_places(combine, parents))
     try:
-        program = _Program(module, arguments).read()
+        program = _Program(module, arguments, native=native).read()
     except _Unknown:
         return None
     return ClosedCell(module, combine, seed, program)
@@ -181,9 +186,10 @@ class _Unknown(Exception):
 class _Program:
     """Reads a module into steps."""
 
-    def __init__(self, module: nn.Module, arguments: int) -> None:
+    def __init__(self, module: nn.Module, arguments: int, *, native: bool) -> None:
         self._module = module
         self._arguments = arguments
+        self._native = native
         self._trained = {
             id(p): i for i, p in enumerate(p for p in module.parameters() if p.requires_grad)
         }
@@ -258,7 +264,7 @@ class _Program:
 
         kind = type(m)
         if kind is nn.Linear:
-            return self._add(Linear(m, own("weight", "bias")), place)
+            return self._add(Linear(m, own("weight", "bias"), native=self._native), place)
         if kind is nn.LayerNorm:
             return self._add(LayerNorm(m, own("weight", "bias")), place)
         if kind is nn.Conv2d:
@@ -293,6 +299,11 @@ class _Program:
         if from_result is not None:
             run, in_place, back = from_result
             works = alone and place in self._owns
+            maker = self._made[place - self._arguments][0] if works else None
+            if kind is nn.ReLU and isinstance(maker, Linear):
+                maker.relu = True
+                self._owns.discard(place)
+                return place
             kernel = FromResult(run, in_place, back, in_place=works)
             return self._add(kernel, place)
         if kind in _FROM_INPUT:

@@ -19,12 +19,30 @@ from torch import Tensor
 BY_VECTORS = 1 << 18
 
 
+@dataclass(frozen=True, slots=True)
+class AtOnce:
+    """What may be done with a cell's gradients as soon as each is made: theta_i += rates_i g_i,
+    where the norm of a layer's gradient is not above `limit`."""
+
+    rates: tuple[float, ...]
+    limit: float
+
+
+class Gradients(list["Gradient | None"]):
+    """The gradients of a cell's weights, as a pull finds them; and what may be done with them."""
+
+    def __init__(self, many: int, at_once: AtOnce | None = None) -> None:
+        super().__init__([None] * many)
+        self.at_once = at_once
+
+
 @dataclass(slots=True)
 class Outer:
-    """g = z^T x, of a matrix (O, I). z: (R, O), x: (R, I)."""
+    """g = z^T x, of a matrix (O, I). z: (R, O), x: (R, I). moved: the weight has moved by it."""
 
     z: Tensor
     x: Tensor
+    moved: bool = False
 
     def dense(self) -> Tensor:
         return torch.mm(self.z.t(), self.x)
@@ -39,9 +57,10 @@ class Outer:
 
 @dataclass(slots=True)
 class Column:
-    """g = sum of the rows of z, of a bias (O,). z: (R, O)."""
+    """g = sum of the rows of z, of a bias (O,). z: (R, O). moved: as in `Outer`."""
 
     z: Tensor
+    moved: bool = False
 
     def dense(self) -> Tensor:
         return self.z.sum(0)
@@ -62,6 +81,7 @@ class Rows:
     index: Tensor
     z: Tensor
     many: int
+    moved: bool = False
 
     def dense(self) -> Tensor:
         made = self.z.new_zeros(self.many, self.z.shape[1])
@@ -81,6 +101,11 @@ Gradient: TypeAlias = Tensor | Factors
 def dense(g: Gradient) -> Tensor:
     """g as a tensor like its weight."""
     return g if isinstance(g, Tensor) else g.dense()
+
+
+def has_moved(g: Gradient) -> bool:
+    """Whether the weight has moved by g already."""
+    return not isinstance(g, Tensor) and g.moved
 
 
 def all_dense(g: Sequence[Gradient]) -> list[Tensor]:

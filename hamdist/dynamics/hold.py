@@ -157,7 +157,10 @@ class HoldBlock:
             now = tick.updates and not self._sequential
             later = tick.updates and self._sequential
             cotangent = scaled(self.z, d.c)
-            to_parents, g = self.cell.pull(record, cotangent, weights=now, keep=later)
+            at_once = self.weights.at_once(self._scale(tick.sample), tick.tau) if now else None
+            to_parents, g = self.cell.pull(
+                record, cotangent, weights=now, keep=later, at_once=at_once
+            )
             self._record = record if later else None
         self._last = tick
         if tick.updates and not self._sequential:
@@ -227,8 +230,10 @@ class HoldReadout:
         g: list[Gradient] | None = None
         if tick.target is not None:
             record = self.cell.forward(inputs, self._wanted)
+            updates = tick.updates
+            at_once = self.weights.at_once(self._scale(tick.sample), tick.tau) if updates else None
             to_parents, g, reading = self._loss.take(
-                self.cell, record, tick.target, tick.k, moves=tick.updates
+                self.cell, record, tick.target, tick.k, moves=updates, at_once=at_once
             )
             if self.energy is not None:
                 self.energy.loss = reading.phi * float(reading.loss)

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.gradient import Column, Gradient, Outer, Rows
+from hamdist.dynamics import rows as one_row
+from hamdist.dynamics.gradient import AtOnce, Column, Gradients, Outer, Rows
 
 aten = torch.ops.aten
 
@@ -43,7 +44,7 @@ class Kernel(Protocol):
         """(old, *x) -> f(x), and what `pull` needs. old: of an earlier call, to be written over."""
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         """z^T df/dx per input (None where not wanted); z^T df/dtheta goes into `g`, if given."""
 
@@ -58,51 +59,91 @@ def like(old: Kept | None, place: int, shape: tuple[int, ...], x: Tensor) -> Ten
 
 
 class Linear:
-    """f = x W^T + b; z^T df/dx = z W, z^T df/dW = z^T x, z^T df/db = sum of z's rows.
+    """f = x W^T + b, or the relu of it; with d = z (behind a relu: where f > 0)
+    z^T df/dx = d W, z^T df/dW = d^T x, z^T df/db = sum of d's rows.
 
-    lends: z^T df/dx stays inside the cell, so that its memory is used again: by the pull after the
-    next, for until then it may be a factor of omega."""
+    relu: set where the only reader of the layer is one. lends: z^T df/dx stays inside the cell, so
+    that its memory is used again: by the pull after the next, for until then it may be a factor of
+    omega. native: one row at a time goes to the C code (rows.py)."""
 
-    owns = True
     in_place = False
+    owns = True
 
-    def __init__(self, module: nn.Linear, weights: tuple[int | None, ...]) -> None:
+    def __init__(self, module: nn.Linear, weights: tuple[int | None, ...], *, native: bool) -> None:
         self.weights = weights
+        self.relu = False
         self.lends = False
         self._products: list[Tensor | None] = [None, None]
+        self._masked: list[Tensor | None] = [None, None]
         self._w = module.weight.data
         self._w_t = self._w.t()
         self._b = None if module.bias is None else module.bias.data
         self._into, self._out = module.in_features, module.out_features
+        self._native = native and one_row.fits(self._w)
+        if self._b is not None:
+            self._native &= self._b.dtype is self._w.dtype
+
+    def _by_row(self, x: Tensor) -> bool:
+        """Whether x (R, I) or (R, O) is one row that the C code can read."""
+        alone = self._native and x.shape[0] == 1 and x.dtype is self._w.dtype
+        return alone and x.is_cpu and x.is_contiguous()
 
     def forward(self, old: Kept | None, x: Tensor) -> Kept:
         rows = x if x.dim() == 2 else x.reshape(-1, self._into)
         y = like(old, 2, (rows.shape[0], self._out), x)
-        if self._b is None:
-            torch.mm(rows, self._w_t, out=y)
+        if self._by_row(rows):
+            one_row.forward(self._w, self._b, rows, y, relu=self.relu)
         else:
-            torch.addmm(self._b, rows, self._w_t, out=y)
+            if self._b is None:
+                torch.mm(rows, self._w_t, out=y)
+            else:
+                torch.addmm(self._b, rows, self._w_t, out=y)
+            if self.relu:
+                torch.relu_(y)
         out = y if x.dim() == 2 else y.view(*x.shape[:-1], self._out)
         return [out, rows, y]
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         _, x, y = kept
-        rows = z if z.dim() == 2 else z.reshape(y.shape)
+        d = z if z.dim() == 2 else z.reshape(y.shape)
+        to = self._lent(x) if wanted[0] else None
+        moved = False
+        if self._by_row(d) and self._by_row(x):
+            d, moved = self._pull_row(x, d, y, to, None if g is None else g.at_once)
+        else:
+            if self.relu:
+                d = aten.threshold_backward(d, y, 0)
+            if to is not None:
+                torch.mm(d, self._w, out=to)
         if g is not None:
             w, b = self.weights
             if w is not None:
-                g[w] = Outer(rows, x)
+                g[w] = Outer(d, x, moved)
             if b is not None:
-                g[b] = Column(rows)
-        if not wanted[0]:
-            return (None,)
+                g[b] = Column(d, moved)
+        return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self._into),)
+
+    def _lent(self, x: Tensor) -> Tensor:
+        """Memory for z^T df/dx."""
         to = like(self._products if self.lends else None, 0, x.shape, x)
-        torch.mm(rows, self._w, out=to)
         if self.lends:
             self._products = [self._products[1], to]
-        return (to if z.dim() == 2 else to.view(*z.shape[:-1], self._into),)
+        return to
+
+    def _pull_row(
+        self, x: Tensor, z: Tensor, y: Tensor, to: Tensor | None, at_once: AtOnce | None
+    ) -> tuple[Tensor, bool]:
+        """d, and whether the weights have moved."""
+        d = like(self._masked, 0, y.shape, y)
+        self._masked = [self._masked[1], d]
+        rates, limit = (0.0, 0.0), 0.0
+        if at_once is not None:
+            w, b = (0.0 if i is None else at_once.rates[i] for i in self.weights)
+            rates, limit = (w, b), at_once.limit
+        mask = y if self.relu else None
+        return d, one_row.pull(self._w, self._b, x, z, mask, d, to, rates, limit)
 
 
 class Embedding:
@@ -121,7 +162,7 @@ class Embedding:
         return [nn.functional.embedding(x, self._table), x]
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         (w,) = self.weights
         if g is not None and w is not None:
@@ -148,7 +189,7 @@ class Unary:
         kept: Kept,
         z: Tensor,
         wanted: tuple[bool, ...],
-        g: list[Gradient | None] | None,  # noqa: ARG002
+        g: Gradients | None,  # noqa: ARG002
     ) -> tuple[Tensor | None, ...]:
         return (self.product(kept, z) if wanted[0] else None,)
 
@@ -241,7 +282,7 @@ class Add:
         kept: Kept,
         z: Tensor,
         wanted: tuple[bool, ...],
-        g: list[Gradient | None] | None,  # noqa: ARG002
+        g: Gradients | None,  # noqa: ARG002
     ) -> tuple[Tensor | None, ...]:
         a, b = wanted
         return (
@@ -268,7 +309,7 @@ class LayerNorm:
         return [y, x, mean, rstd]
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         _, x, mean, rstd = kept
         w, b = self.weights
@@ -305,7 +346,7 @@ class Conv2d:
         return [y, x]
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: list[Gradient | None] | None
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         stride, padding, dilation = self._how
         w, b = self.weights

@@ -65,8 +65,10 @@ class PulseBlock:
             return [None] * len(self._wanted)
         self.z = scaled(message, self._tau)
         self._guard("z", self.z)
-        to_parents, g = self.cell.pull(record, scaled(self.z, self._c))
-        self.weights.move(g, self._scale(sample), self._tau)
+        scale = self._scale(sample)
+        at_once = self.weights.at_once(scale, self._tau)
+        to_parents, g = self.cell.pull(record, scaled(self.z, self._c), at_once=at_once)
+        self.weights.move(g, scale, self._tau)
         return to_parents
 
 
@@ -169,8 +171,10 @@ class PulseReadout:
         if target is None:
             self.weights.updates += 1
             return [None] * len(self._wanted), None
-        to_parents, g, reading = self._loss.take(self.cell, record, target, sample)
-        self.weights.move(g, self._scale(sample), self._tau)
+        scale = self._scale(sample)
+        at_once = self.weights.at_once(scale, self._tau)
+        to_parents, g, reading = self._loss.take(self.cell, record, target, sample, at_once=at_once)
+        self.weights.move(g, scale, self._tau)
         messages = [
             with_state(message, h) if back and message is not None else message
             for message, h, back in zip(to_parents, inputs, self._hands_back, strict=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from hamdist.config import AdaptiveSettings, Order
 from hamdist.dynamics.block import OutOfRange
 from hamdist.dynamics.constants import Dynamics
-from hamdist.dynamics.gradient import Gradient, add_to, all_dense, bound, dense
+from hamdist.dynamics.gradient import AtOnce, Gradient, add_to, all_dense, bound, dense, has_moved
 
 
 class Weights:
@@ -54,6 +54,7 @@ class Weights:
         self._omega_first = order is not Order.SIMULTANEOUS
         self._adaptive = dynamics.adaptive
         self._squares: list[Tensor] = []  # v, of adaptive rates
+        self._known: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
         self._fading = 1.0  # product of the shares of omega that were kept
         self._steps = 0
 
@@ -75,6 +76,20 @@ class Weights:
         self._factors = None
         self._mine = False
         self._bound = math.inf  # not known
+
+    def at_once(self, scale: float, tau: float) -> AtOnce | None:
+        """What a cell may do with its gradients before `move` gets them, where theta moves by the
+        present gradient alone; None where it does not."""
+        known = self._known
+        if known is None or known[0] != scale or known[1] != tau:
+            made = None
+            alone = self._adaptive is None and not self._cost and self._omega_first
+            if self.theta and alone and 1 - tau * self._eta == 0:
+                gain = -self._sign * tau
+                rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
+                made = AtOnce(rates, self._largest / abs(gain))
+            known = self._known = (scale, tau, made)
+        return known[2]
 
     def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
         """One update with gradient g (None: zero). scale: of beta, in this tick. tau: seconds."""
@@ -148,7 +163,11 @@ class Weights:
     def _check(self, g: Sequence[Gradient], gain: float, keeps: float) -> None:
         """Raises OutOfRange before anything has moved. What omega's norm does not exceed follows
         from the factors; the norm itself is looked at only where that is too much."""
-        most = abs(gain) * bound(g)
+        waiting = [one for one in g if not has_moved(one)]
+        if not waiting:  # the cell has looked at every layer's
+            self._bound = math.inf
+            return
+        most = abs(gain) * bound(waiting)
         most += abs(keeps) * self._bound if keeps else 0.0
         if not most <= self._largest:
             omega: list[Tensor] = [dense(one) * gain for one in g]
@@ -223,7 +242,7 @@ class Weights:
         if self._factors is not None:
             g, gain = self._factors
             for theta, one, beta in zip(self.theta, g, self._rates, strict=True):
-                if step * beta:
+                if step * beta and not has_moved(one):
                     add_to(theta, one, -step * beta * gain)
         elif self._omega is not None:
             if min(self._rates) == max(self._rates):

@@ -14,6 +14,7 @@ stops when the end comes first along any edge, in either direction.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from hamdist.config import Memory, Step
+from hamdist.dynamics import rows
 from hamdist.dynamics.block import LossTaker, bounded
 from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
 from hamdist.dynamics.closed import closed_cell
@@ -29,6 +31,7 @@ from hamdist.dynamics.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout, WayBack
 from hamdist.dynamics.weights import Weights
+from hamdist.errors import ClusterError
 from hamdist.runtime.hold import HoldNode
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
@@ -92,9 +95,16 @@ class _Parts:
     def make_cell(self, module: nn.Module, seed_name: str) -> Cell:
         stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
         seed = block_seed(self._plan.seed, seed_name)
-        if not stash and self._plan.engine.step is Step.AUTO:
+        native = self._plan.native
+        if native and not rows.built():
+            raise ClusterError(
+                f"hamdist on host {socket.gethostname()!r} was installed without its C code, which "
+                "the driver's has; install it again there, where a C compiler is at hand, or use "
+                "engine.step 'closed'"
+            )
+        if not stash and self._plan.engine.step is not Step.AUTOGRAD:
             parents = 1 if module is self.spec.output else len(self.spec.parents)
-            closed = closed_cell(module, self.spec.combine, seed, parents)
+            closed = closed_cell(module, self.spec.combine, seed, parents, native=native)
             if closed is not None:
                 return closed
         return Cell(module, self.spec.combine, seed, stash=stash)

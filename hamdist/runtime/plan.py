@@ -19,8 +19,10 @@ from hamdist.config import (
     MetricsSettings,
     Reset,
     Settings,
+    Step,
     TargetOf,
 )
+from hamdist.dynamics import rows
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
 from hamdist.dynamics.graph import Graph, ShapeMap
 from hamdist.dynamics.locality import Locality, make_locality
@@ -28,7 +30,7 @@ from hamdist.dynamics.losses import cross_entropy, mse
 from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
-from hamdist.errors import GraphError, LevelError
+from hamdist.errors import GraphError, LevelError, SettingsError
 from hamdist.runtime.signal import Channels, make_channels
 from hamdist.streams.sample import SampleSpec
 
@@ -38,7 +40,8 @@ class Plan:
     """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
     front. steps: samples after which the stream ends, or None. run: a number that marks the
     signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
-    nothing of a sample (memory 'reversible'). follows_lr: beta comes from the learning rate."""
+    nothing of a sample (memory 'reversible'). follows_lr: beta comes from the learning rate.
+    native: linear layers on one row go to the C code, in every process."""
 
     graph: Graph
     knobs: Locality
@@ -56,6 +59,7 @@ class Plan:
     default_dtype: torch.dtype
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
+    native: bool = False
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""
@@ -145,6 +149,19 @@ def make_plan(
         default_dtype=torch.get_default_dtype(),
         follows_lr=settings.dynamics.beta is None,
         reversible=reversible_blocks(graph, shapes) if rewinds else frozenset(),
+        native=_native(settings.engine),
+    )
+
+
+def _native(engine: EngineSettings) -> bool:
+    """Raises SettingsError where C code is asked for that is not there."""
+    if engine.step is Step.NATIVE and not rows.built():
+        raise SettingsError(
+            "engine.step 'native': hamdist was installed without its C code; install it again "
+            "where a C compiler is at hand, or use 'auto'"
+        )
+    return engine.step is Step.NATIVE or (
+        engine.step is Step.AUTO and rows.built() and engine.threads == 1
     )
 
 

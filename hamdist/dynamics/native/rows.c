@@ -1,0 +1,132 @@
+/* Linear layers on one row (batch 1), where a step is bound by reading and writing W.
+
+       forward   y = f(W x + b)                          one pass that reads W
+       pull      d = z f'(y),  m = W^T d                 one pass that reads and writes W,
+                 W += alpha d x^T,  b += beta d          over the rows with d != 0 alone
+
+   f is the identity or relu. m meets W as it was before the update, row by row. A row with d = 0
+   adds zeros to m and to itself, so it is left out; behind a relu that is about half of them.
+
+   The order of every sum is fixed by this code: it depends neither on where memory lies nor on how
+   wide the machine's vectors are. Pointers come as integers (Tensor.data_ptr()); shapes and types
+   are the caller's business (rows.py).
+
+   W: (O, I), x, m: (I,), y, z, d: (O,), b: (O,) or NULL. */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+#define REAL float
+#define NAME(x) x##_f32
+#include "rows.h"
+#undef REAL
+#undef NAME
+
+#define REAL double
+#define NAME(x) x##_f64
+#include "rows.h"
+#undef REAL
+#undef NAME
+
+enum { RELU = 1, DOUBLE = 2 };
+
+/* Reads the arguments of one call: `n` integers (pointers, sizes, flags), then `m` numbers. */
+static int arguments(PyObject *const *args, Py_ssize_t given, size_t *whole, int n, double *real,
+                     int m)
+{
+    if (given != n + m) {
+        PyErr_Format(PyExc_TypeError, "%d arguments wanted, %zd given", n + m, given);
+        return 0;
+    }
+    for (int i = 0; i < n; i++) {
+        whole[i] = PyLong_AsSize_t(args[i]);
+        if (whole[i] == (size_t)-1 && PyErr_Occurred())
+            return 0;
+    }
+    for (int i = 0; i < m; i++) {
+        real[i] = PyFloat_AsDouble(args[n + i]);
+        if (real[i] == -1.0 && PyErr_Occurred())
+            return 0;
+    }
+    return 1;
+}
+
+static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[7];
+    (void)self;
+    if (!arguments(args, given, a, 7, NULL, 0))
+        return NULL;
+    if (a[6] & DOUBLE)
+        forward_f64((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], a[4], a[5],
+                    a[6] & RELU);
+    else
+        forward_f32((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], a[4], a[5],
+                    a[6] & RELU);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_pull(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[10];
+    double r[3];
+    int moved;
+    (void)self;
+    if (!arguments(args, given, a, 10, r, 3))
+        return NULL;
+    size_t *active = malloc(a[7] * sizeof(size_t));
+    if (active == NULL)
+        return PyErr_NoMemory();
+    if (a[9] & DOUBLE)
+        moved = pull_f64((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                         (void *)a[5], (void *)a[6], a[7], a[8], active, r[0], r[1], r[2]);
+    else
+        moved = pull_f32((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                         (void *)a[5], (void *)a[6], a[7], a[8], active, r[0], r[1], r[2]);
+    free(active);
+    return PyBool_FromLong(moved);
+}
+
+static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[3];
+    (void)self;
+    if (!arguments(args, given, a, 3, NULL, 0))
+        return NULL;
+    double squares =
+        a[2] & DOUBLE ? squares_f64((void *)a[0], a[1]) : squares_f32((void *)a[0], a[1]);
+    return PyFloat_FromDouble(sqrt(squares));
+}
+
+static PyMethodDef METHODS[] = {
+    {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL,
+     "forward(W, b, x, y, O, I, flags): y = f(W x + b)."},
+    {"pull", (PyCFunction)(void (*)(void))py_pull, METH_FASTCALL,
+     "pull(W, b, x, z, y, d, m, O, I, flags, alpha, beta, limit) -> moved: d, m, W and b; y is 0\n"
+     "without a relu, m is 0 where it is not wanted. Where |d| sqrt(|x|^2 [alpha != 0] +\n"
+     "[beta != 0]) is above the limit, or NaN, W and b stay as they are."},
+    {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL,
+     "norm(x, n, flags) -> the Euclidean norm."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT, "_rows", "Linear layers on one row; see rows.py.", -1, METHODS,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__rows(void)
+{
+    return PyModule_Create(&MODULE);
+}

@@ -1,0 +1,167 @@
+/* The arithmetic of rows.c for one type: REAL, with names made by NAME. */
+
+#define VECTOR NAME(vector)
+#define LANES NAME(lanes)
+#define GROUP 4
+
+typedef REAL VECTOR __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+enum { LANES = 64 / sizeof(REAL) };
+
+/* (macros: a function that returns a vector would have an ABI of its own for each width) */
+#define AT(p) (*(VECTOR *)(p))
+#define OF(p) (*(const VECTOR *)(p))
+
+/* The sum of the lanes of a + b, halved again and again. */
+static inline __attribute__((always_inline)) REAL NAME(folded)(const VECTOR *a, const VECTOR *b)
+{
+    REAL part[LANES];
+    AT(part) = *a + *b;
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            part[i] += part[i + half];
+    return part[0];
+}
+
+/* sum[r] = W_r x for `many` (1 or GROUP) rows: two vectors of partial sums each, then the rest. */
+static inline __attribute__((always_inline)) void
+NAME(products)(const REAL *w, const REAL *x, REAL *sum, size_t n, int many)
+{
+    VECTOR a[GROUP], b[GROUP];
+    size_t i = 0;
+    for (int r = 0; r < many; r++)
+        a[r] = b[r] = (VECTOR){0};
+    for (; i + 2 * LANES <= n; i += 2 * LANES) {
+        VECTOR x0 = OF(x + i), x1 = OF(x + i + LANES);
+        for (int r = 0; r < many; r++) {
+            a[r] += OF(w + r * n + i) * x0;
+            b[r] += OF(w + r * n + i + LANES) * x1;
+        }
+    }
+    for (int r = 0; r < many; r++)
+        sum[r] = NAME(folded)(&a[r], &b[r]);
+    for (; i < n; i++)
+        for (int r = 0; r < many; r++)
+            sum[r] += w[r * n + i] * x[i];
+}
+
+static inline void NAME(finish)(const REAL *bias, REAL *y, size_t o, REAL sum, int relu)
+{
+    REAL value = bias ? sum + bias[o] : sum;
+    y[o] = relu && value < 0 ? 0 : value;
+}
+
+CLONES static void NAME(forward)(const REAL *w, const REAL *bias, const REAL *x, REAL *y,
+                                 size_t out, size_t in, int relu)
+{
+    REAL sum[GROUP];
+    size_t o = 0;
+    for (; o + GROUP <= out; o += GROUP) {
+        NAME(products)(w + o * in, x, sum, in, GROUP);
+        for (int r = 0; r < GROUP; r++)
+            NAME(finish)(bias, y, o + r, sum[r], relu);
+    }
+    for (; o < out; o++) {
+        NAME(products)(w + o * in, x, sum, in, 1);
+        NAME(finish)(bias, y, o, sum[0], relu);
+    }
+}
+
+/* Sums in doubles: no square of a float overflows. */
+CLONES static double NAME(squares)(const REAL *x, size_t n)
+{
+    double part[16] = {0};
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++)
+            part[j] += (double)x[i + j] * (double)x[i + j];
+    for (; i < n; i++)
+        part[0] += (double)x[i] * (double)x[i];
+    for (int half = 8; half > 0; half /= 2)
+        for (int j = 0; j < half; j++)
+            part[j] += part[j + half];
+    return part[0];
+}
+
+/* m += W^T d and W += alpha d x^T over `many` rows of W; `m` NULL or alpha 0 leaves that out. */
+static inline __attribute__((always_inline)) void
+NAME(rows)(REAL *w, const size_t *row, const REAL *x, const REAL *d, REAL *m, size_t n, REAL alpha,
+           int many, int wanted, int moves)
+{
+    REAL *at[GROUP], z[GROUP], step[GROUP];
+    size_t i = 0;
+    for (int r = 0; r < many; r++) {
+        at[r] = w + row[r] * n;
+        z[r] = d[row[r]];
+        step[r] = alpha * z[r];
+    }
+    for (; i + LANES <= n; i += LANES) {
+        VECTOR sum, one = moves ? OF(x + i) : (VECTOR){0};
+        if (wanted)
+            sum = OF(m + i);
+        for (int r = 0; r < many; r++) {
+            VECTOR v = OF(at[r] + i);
+            if (wanted)
+                sum += v * z[r];
+            if (moves)
+                AT(at[r] + i) = v + one * step[r];
+        }
+        if (wanted)
+            AT(m + i) = sum;
+    }
+    for (; i < n; i++)
+        for (int r = 0; r < many; r++) {
+            REAL v = at[r][i];
+            if (wanted)
+                m[i] += v * z[r];
+            if (moves)
+                at[r][i] = v + x[i] * step[r];
+        }
+}
+
+static inline __attribute__((always_inline)) void
+NAME(all_rows)(REAL *w, const size_t *active, size_t count, const REAL *x, const REAL *d, REAL *m,
+               size_t n, REAL alpha, int wanted, int moves)
+{
+    size_t a = 0;
+    for (; a + GROUP <= count; a += GROUP)
+        NAME(rows)(w, active + a, x, d, m, n, alpha, GROUP, wanted, moves);
+    for (; a < count; a++)
+        NAME(rows)(w, active + a, x, d, m, n, alpha, 1, wanted, moves);
+}
+
+CLONES static int NAME(pull)(REAL *w, REAL *bias, const REAL *x, const REAL *z, const REAL *y,
+                             REAL *d, REAL *m, size_t out, size_t in, size_t *active, double alpha,
+                             double beta, double limit)
+{
+    size_t count = 0;
+    for (size_t o = 0; o < out; o++) {
+        d[o] = y != NULL && y[o] <= 0 ? 0 : z[o];
+        if (d[o] != 0) /* NaN counts */
+            active[count++] = o;
+    }
+    int moves = alpha != 0 || beta != 0;
+    if (moves) {
+        double reach = (alpha != 0 ? NAME(squares)(x, in) : 0) + (beta != 0);
+        moves = sqrt(NAME(squares)(d, out) * reach) <= limit;
+    }
+    if (m != NULL)
+        memset(m, 0, in * sizeof(REAL));
+    if (moves && alpha != 0) {
+        if (m != NULL)
+            NAME(all_rows)(w, active, count, x, d, m, in, (REAL)alpha, 1, 1);
+        else
+            NAME(all_rows)(w, active, count, x, d, m, in, (REAL)alpha, 0, 1);
+    } else if (m != NULL) {
+        NAME(all_rows)(w, active, count, x, d, m, in, 0, 1, 0);
+    }
+    if (moves && beta != 0 && bias != NULL)
+        for (size_t o = 0; o < out; o++)
+            bias[o] += (REAL)beta * d[o];
+    return moves;
+}
+
+#undef AT
+#undef OF
+#undef VECTOR
+#undef LANES
+#undef GROUP
