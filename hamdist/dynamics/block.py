@@ -77,6 +77,11 @@ def total(messages: Sequence[Tensor | None]) -> Tensor | None:
     return result
 
 
+def plain(output: Tensor) -> Tensor:
+    """A cell's output without autograd's graph."""
+    return output.detach() if output.requires_grad else output
+
+
 def scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
@@ -104,7 +109,7 @@ class LossTaker:
 
         moves: the weights move in this tick; the first phi lasts until they have. at_once: as in
         `Cell.pull`."""
-        about, reading = self.look(record.output.detach(), target, k, moves=moves)
+        about, reading = self.look(plain(record.output), target, k, moves=moves)
         to_parents, g = cell.pull(record, about, at_once=at_once)
         return to_parents, g, reading
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -74,7 +74,7 @@ class ClosedCell(Cell):
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Steps:  # type: ignore[override]
         old = self._free.pop() if self._free else None
-        given = [t.detach() for t in inputs]
+        given = [t.detach() if t.requires_grad else t for t in inputs]
         wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, given, strict=True))
         values: list[Any] = combined(self._combine, given)
         kept: list[Kept] = []
@@ -119,8 +119,10 @@ class ClosedCell(Cell):
             self._pulled = record
         if g is None:
             return to_parents, []
-        made = zip(g, self.theta, strict=True)
-        return to_parents, [torch.zeros_like(t) if one is None else one for one, t in made]
+        for i, made in enumerate(g):
+            if made is None:
+                g[i] = torch.zeros_like(self.theta[i])
+        return to_parents, cast("list[Gradient]", g)
 
     def _wanted(
         self, wanted: tuple[bool, ...], *, weights: bool

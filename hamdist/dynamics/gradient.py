@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
+
+from hamdist.dynamics import rows
 
 # A product of two vectors that is added to a matrix of this size or more is faster as `addr_` than
 # as `addmm_` (1024 x 1024 on a core of an EPYC 9004: 100 against 150 us; 256 x 256: 11 against 8).
@@ -29,11 +31,13 @@ class AtOnce:
 
 
 class Gradients(list["Gradient | None"]):
-    """The gradients of a cell's weights, as a pull finds them; and what may be done with them."""
+    """The gradients of a cell's weights, as a pull finds them; and what may be done with them.
+    moved: how many of the weights have moved already."""
 
     def __init__(self, many: int, at_once: AtOnce | None = None) -> None:
         super().__init__([None] * many)
         self.at_once = at_once
+        self.moved = 0
 
 
 @dataclass(slots=True)
@@ -108,6 +112,11 @@ def has_moved(g: Gradient) -> bool:
     return not isinstance(g, Tensor) and g.moved
 
 
+def all_moved(g: Sequence[Gradient] | None) -> bool:
+    """Whether all weights have."""
+    return isinstance(g, Gradients) and g.moved == len(g)
+
+
 def all_dense(g: Sequence[Gradient]) -> list[Tensor]:
     return [dense(one) for one in g]
 
@@ -120,6 +129,13 @@ def add_to(tensor: Tensor, g: Gradient, alpha: float, beta: float = 1.0) -> None
     if beta != 1:
         tensor.mul_(beta)
     tensor.add_(g, alpha=alpha)
+
+
+def _norms(tensors: list[Tensor]) -> list[float]:
+    found = [rows.norm(t) for t in tensors]
+    if None in found:
+        return [float(n) for n in torch._foreach_norm(tensors)]
+    return cast("list[float]", found)
 
 
 def bound(g: Sequence[Gradient]) -> float:
@@ -142,7 +158,7 @@ def bound(g: Sequence[Gradient]) -> float:
                 last = one.z
                 looked += (last, last)
             shares.append((math.sqrt(one.z.shape[0]), len(looked) - 2, -1))
-    norms = [float(n) for n in torch._foreach_norm(looked)]
+    norms = _norms(looked)
     squares = 0.0
     for factor, a, b in shares:
         norm = factor * norms[a] * (1.0 if b < 0 else norms[b])

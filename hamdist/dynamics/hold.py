@@ -17,6 +17,7 @@ from hamdist.dynamics.block import (
     LossTaker,
     Reading,
     Scale,
+    plain,
     scaled,
     total,
     unguarded,
@@ -146,7 +147,7 @@ class HoldBlock:
         record: Record | None = None
         if tick.moves:
             record = self.cell.forward(inputs, self._wanted)
-            f = record.output.detach()
+            f = plain(record.output)
             if self.energy is not None:
                 self.energy.work = d.c * float((self.z * (f - self.h)).sum())
             step = d.c * tick.tau

@@ -79,21 +79,16 @@ class Linear:
         self._w_t = self._w.t()
         self._b = None if module.bias is None else module.bias.data
         self._into, self._out = module.in_features, module.out_features
-        self._native = native and one_row.fits(self._w)
-        if self._b is not None:
-            self._native &= self._b.dtype is self._w.dtype
-
-    def _by_row(self, x: Tensor) -> bool:
-        """Whether x (R, I) or (R, O) is one row that the C code can read."""
-        alone = self._native and x.shape[0] == 1 and x.dtype is self._w.dtype
-        return alone and x.is_cpu and x.is_contiguous()
+        self._row = one_row.Layer.of(self._w, self._b) if native else None
 
     def forward(self, old: Kept | None, x: Tensor) -> Kept:
         rows = x if x.dim() == 2 else x.reshape(-1, self._into)
         y = like(old, 2, (rows.shape[0], self._out), x)
-        if self._by_row(rows):
-            one_row.forward(self._w, self._b, rows, y, relu=self.relu)
+        row = self._row if y.shape[0] == 1 else None
+        if row is not None and row.reads(rows):
+            row.forward(rows, y, relu=self.relu)
         else:
+            row = None
             if self._b is None:
                 torch.mm(rows, self._w_t, out=y)
             else:
@@ -101,17 +96,17 @@ class Linear:
             if self.relu:
                 torch.relu_(y)
         out = y if x.dim() == 2 else y.view(*x.shape[:-1], self._out)
-        return [out, rows, y]
+        return [out, rows, y, row]
 
     def pull(
         self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
-        _, x, y = kept
+        _, x, y, row = kept
         d = z if z.dim() == 2 else z.reshape(y.shape)
         to = self._lent(x) if wanted[0] else None
         moved = False
-        if self._by_row(d) and self._by_row(x):
-            d, moved = self._pull_row(x, d, y, to, None if g is None else g.at_once)
+        if row is not None and row.reads(d):
+            d, moved = self._pull_row(row, x, d, y, to, None if g is None else g.at_once)
         else:
             if self.relu:
                 d = aten.threshold_backward(d, y, 0)
@@ -119,6 +114,7 @@ class Linear:
                 torch.mm(d, self._w, out=to)
         if g is not None:
             w, b = self.weights
+            g.moved += moved * (len(self.weights) - self.weights.count(None))
             if w is not None:
                 g[w] = Outer(d, x, moved)
             if b is not None:
@@ -133,17 +129,24 @@ class Linear:
         return to
 
     def _pull_row(
-        self, x: Tensor, z: Tensor, y: Tensor, to: Tensor | None, at_once: AtOnce | None
+        self,
+        row: one_row.Layer,
+        x: Tensor,
+        z: Tensor,
+        y: Tensor,
+        to: Tensor | None,
+        at_once: AtOnce | None,
     ) -> tuple[Tensor, bool]:
         """d, and whether the weights have moved."""
         d = like(self._masked, 0, y.shape, y)
         self._masked = [self._masked[1], d]
-        rates, limit = (0.0, 0.0), 0.0
+        alpha = beta = limit = 0.0
         if at_once is not None:
-            w, b = (0.0 if i is None else at_once.rates[i] for i in self.weights)
-            rates, limit = (w, b), at_once.limit
-        mask = y if self.relu else None
-        return d, one_row.pull(self._w, self._b, x, z, mask, d, to, rates, limit)
+            w, b = self.weights
+            alpha = 0.0 if w is None else at_once.rates[w]
+            beta = 0.0 if b is None else at_once.rates[b]
+            limit = at_once.limit
+        return d, row.pull(x, z, y if self.relu else None, d, to, alpha, beta, limit)
 
 
 class Embedding:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+AT_ONCE = 64  # items that are counted together
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -45,14 +47,30 @@ def merge_windows(windows: Sequence[Window]) -> Window:
     )
 
 
-def count_correct(prediction: Tensor, target: Tensor) -> tuple[int, int]:
-    """Rows predicted right and rows in all; (0, 0) unless the target holds class indices.
+def guessed(prediction: Tensor, target: Tensor) -> Tensor | None:
+    """The classes that are predicted, (B, ...); None unless the target holds class indices.
 
     prediction: (B, classes, ...), target: (B, ...) of an integer type.
     """
     if target.is_floating_point() or prediction.dim() != target.dim() + 1:
-        return 0, 0
-    return int((prediction.argmax(1) == target).sum()), target.numel()
+        return None
+    return prediction.argmax(1)
+
+
+def count_correct(prediction: Tensor, target: Tensor) -> tuple[int, int]:
+    """Rows predicted right and rows in all; (0, 0) unless the target holds class indices."""
+    guess = guessed(prediction, target)
+    return (0, 0) if guess is None else (int((guess == target).sum()), target.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """One item, not yet counted."""
+
+    item: int
+    guess: Tensor | None
+    target: Tensor
+    loss: Tensor
 
 
 class Prequential:
@@ -66,23 +84,46 @@ class Prequential:
         self.every = every
         self.limit = limit
         self.windows: list[Window] = []
-        self._open: list[Window] = []
+        self._open: list[Window] = []  # at most one
+        self._looks: list[_Look] = []  # behind it; counted together, which is cheaper
 
     def record(self, item: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
         with torch.no_grad():
-            correct, rows = count_correct(prediction, target)
-        self._open.append(Window(item, item, 1, float(loss), correct, rows))
-        if len(self._open) >= self.every:
+            guess = guessed(prediction, target)
+        self._looks.append(_Look(item, guess, target, loss))
+        if len(self._looks) >= AT_ONCE or self._items() >= self.every:
+            self._count()
+        if self._items() >= self.every:
             self.flush()
+
+    def _items(self) -> int:
+        return len(self._looks) + sum(w.items for w in self._open)
+
+    def _count(self) -> None:
+        """The items that were looked at join the open window."""
+        looks, self._looks = self._looks, []
+        if looks:
+            self._open = [merge_windows([*self._open, _window(looks)])]
 
     def flush(self) -> None:
         """Close the open window, however short."""
-        if self._open:
-            self.windows.append(merge_windows(self._open))
-            self._open = []
+        self._count()
+        self.windows += self._open
+        self._open = []
         if len(self.windows) >= self.limit:
             pairs = range(0, len(self.windows) - 1, 2)
             self.windows = [merge_windows(self.windows[i : i + 2]) for i in pairs] + (
                 self.windows[-1:] if len(self.windows) % 2 else []
             )
             self.every *= 2
+
+
+def _window(looks: Sequence[_Look]) -> Window:
+    losses: list[float] = torch.stack([look.loss for look in looks]).tolist()
+    guesses = [look.guess.reshape(-1) for look in looks if look.guess is not None]
+    targets = [look.target.reshape(-1) for look in looks if look.guess is not None]
+    correct = rows = 0
+    if guesses:
+        correct = int((torch.cat(guesses) == torch.cat(targets)).sum())
+        rows = sum(len(target) for target in targets)
+    return Window(looks[0].item, looks[-1].item, len(looks), sum(losses), correct, rows)

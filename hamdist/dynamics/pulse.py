@@ -12,7 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.block import Guard, LossTaker, Reading, Scale, scaled, total, unguarded
+from hamdist.dynamics.block import (
+    Guard,
+    LossTaker,
+    Reading,
+    Scale,
+    plain,
+    scaled,
+    total,
+    unguarded,
+)
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
 from hamdist.dynamics.reversible import Rewinder, pieces_of
@@ -52,7 +61,7 @@ class PulseBlock:
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         record = self.cell.forward(inputs, self._wanted)
         self.trace[sample] = record
-        self.h = record.output.detach()
+        self.h = plain(record.output)
         self._guard("h", self.h)
         return self.h
 

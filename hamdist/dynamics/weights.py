@@ -20,7 +20,16 @@ from torch import Tensor
 from hamdist.config import AdaptiveSettings, Order
 from hamdist.dynamics.block import OutOfRange
 from hamdist.dynamics.constants import Dynamics
-from hamdist.dynamics.gradient import AtOnce, Gradient, add_to, all_dense, bound, dense, has_moved
+from hamdist.dynamics.gradient import (
+    AtOnce,
+    Gradient,
+    add_to,
+    all_dense,
+    all_moved,
+    bound,
+    dense,
+    has_moved,
+)
 
 
 class Weights:
@@ -99,6 +108,10 @@ class Weights:
         if self._adaptive is not None:
             self._move_adaptive(self._adaptive, None if g is None else all_dense(g), scale, tau)
             return
+        if all_moved(g) and g is not None:
+            self._factors, self._omega = (g, -self._sign * tau), None
+            self._bound = math.inf  # the cell has looked at every layer's
+            return
         in_tensors = g is None or all(isinstance(one, Tensor) for one in g)
         if g is not None and not in_tensors and not self._cost:
             self._move_fused(g, scale, tau)
@@ -164,9 +177,6 @@ class Weights:
         """Raises OutOfRange before anything has moved. What omega's norm does not exceed follows
         from the factors; the norm itself is looked at only where that is too much."""
         waiting = [one for one in g if not has_moved(one)]
-        if not waiting:  # the cell has looked at every layer's
-            self._bound = math.inf
-            return
         most = abs(gain) * bound(waiting)
         most += abs(keeps) * self._bound if keeps else 0.0
         if not most <= self._largest:

@@ -19,6 +19,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Any, Literal, NamedTuple
 
@@ -171,15 +172,20 @@ class Signal:
 def ready(tensor: Tensor) -> Tensor:
     """`tensor` as every engine hands it on: detached, contiguous with the strides of its shape, and
     aligned, so that it is the same to every kernel whether or not it crossed a socket."""
-    tensor = tensor.detach().contiguous()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
     if tensor.data_ptr() % ALIGNMENT:
         return tensor.clone()
-    if 1 in tensor.shape and tensor.stride() != _strides(tensor.shape):
-        return tensor.view(-1).view(tensor.shape)
+    shape = tensor.shape
+    if 1 in shape and tensor.stride() != _strides(shape):
+        return tensor.view(-1).view(shape)
     return tensor
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
     """Of a contiguous tensor as torch makes it."""
     made = [1]
     for n in reversed(shape[1:]):
