@@ -9,6 +9,7 @@ left nothing behind in the module.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from hamdist.dynamics.cell import Cell
+from hamdist.dynamics.chain import Chain
 from hamdist.dynamics.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.graph import Combine, combined
 from hamdist.dynamics.kernels import (
@@ -34,6 +36,7 @@ from hamdist.dynamics.kernels import (
     Scale,
     aten,
 )
+from hamdist.dynamics.rows import Rows
 
 
 @dataclass(slots=True)
@@ -119,9 +122,10 @@ class ClosedCell(Cell):
             self._pulled = record
         if g is None:
             return to_parents, []
-        for i, made in enumerate(g):
-            if made is None:
-                g[i] = torch.zeros_like(self.theta[i])
+        if g.moved < len(g):
+            for i, made in enumerate(g):
+                if made is None:
+                    g[i] = torch.zeros_like(self.theta[i])
         return to_parents, cast("list[Gradient]", g)
 
     def _wanted(
@@ -216,7 +220,35 @@ class _Program:
             raise _Unknown  # the output is not the last value: nothing to gain
         if len(self._used) < len(self._trained):
             raise _Unknown  # weights outside the program
-        return self._steps(last)
+        if self._native:
+            self._join()
+        return self._steps(self._arguments + len(self._made) - 1)
+
+    def _join(self) -> None:
+        """Makes one kernel of linear layers that follow each other."""
+        readers = Counter(place for _, reads in self._made for place in reads)
+        runs: list[tuple[list[Kernel], tuple[int, ...]]] = []
+        now_at = {place: place for place in range(self._arguments)}  # of a value, by its place
+        for i, (kernel, reads) in enumerate(self._made):
+            before = runs[-1][0] if runs else []
+            goes_on = (
+                isinstance(kernel, Linear)
+                and bool(before)
+                and isinstance(before[0], Linear)
+                and reads == (self._arguments + i - 1,)
+                and readers[reads[0]] == 1
+                and len(before) < Rows.MOST
+            )
+            if goes_on:
+                before.append(kernel)
+            else:
+                runs.append(([kernel], tuple(now_at[place] for place in reads)))
+            now_at[self._arguments + i] = self._arguments + len(runs) - 1
+        self._made = []
+        for kernels, reads in runs:
+            layers = [kernel for kernel in kernels if isinstance(kernel, Linear)]
+            joined = Chain(layers) if layers else None
+            self._made.append((kernels[0] if joined is None else joined, reads))
 
     def _steps(self, last: int) -> list[Step]:
         """With the mark of what leaves the cell: the output and the messages, and what shares their
@@ -225,17 +257,20 @@ class _Program:
         for i, (kernel, reads) in enumerate(self._made):
             if isinstance(kernel, (Reshape, Add)) and told.intersection(reads):
                 told.add(self._arguments + i)
-            elif isinstance(kernel, Linear):
+            elif isinstance(kernel, (Linear, Chain)):
                 kernel.lends = reads[0] not in told
         leaving = {last}
         for i in range(len(self._made) - 1, -1, -1):
             kernel, reads = self._made[i]
             if self._arguments + i in leaving and (kernel.in_place or isinstance(kernel, Reshape)):
                 leaving.update(reads)
-        return [
-            Step(kernel, reads, self._arguments + i in leaving)
-            for i, (kernel, reads) in enumerate(self._made)
-        ]
+        steps = []
+        for i, (kernel, reads) in enumerate(self._made):
+            leaves = self._arguments + i in leaving
+            if isinstance(kernel, Chain):  # the rest of it stays
+                kernel.lasting = leaves
+            steps.append(Step(kernel, reads, leaves and not isinstance(kernel, Chain)))
+        return steps
 
     def _add(self, kernel: Kernel, *reads: int) -> int:
         for w in kernel.weights:
@@ -266,7 +301,7 @@ class _Program:
 
         kind = type(m)
         if kind is nn.Linear:
-            return self._add(Linear(m, own("weight", "bias"), native=self._native), place)
+            return self._add(Linear(m, own("weight", "bias")), place)
         if kind is nn.LayerNorm:
             return self._add(LayerNorm(m, own("weight", "bias")), place)
         if kind is nn.Conv2d:

@@ -7,7 +7,7 @@ R: rows (batch, times further dimensions), O, I: outputs and inputs of a linear 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -32,12 +32,19 @@ class AtOnce:
 
 class Gradients(list["Gradient | None"]):
     """The gradients of a cell's weights, as a pull finds them; and what may be done with them.
-    moved: how many of the weights have moved already."""
+    moved: how many of the weights have moved already. later: makes some of the gradients, if
+    anybody asks for them (`settle`) before the pull after the next."""
 
     def __init__(self, many: int, at_once: AtOnce | None = None) -> None:
         super().__init__([None] * many)
         self.at_once = at_once
         self.moved = 0
+        self.later: list[Callable[[], None]] = []
+
+    def settle(self) -> None:
+        later, self.later = self.later, []
+        for make in later:
+            make()
 
 
 @dataclass(slots=True)

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics import rows as one_row
-from hamdist.dynamics.gradient import AtOnce, Column, Gradients, Outer, Rows
+from hamdist.dynamics.gradient import Column, Gradients, Outer, Rows
 
 aten = torch.ops.aten
 
@@ -64,89 +63,62 @@ class Linear:
 
     relu: set where the only reader of the layer is one. lends: z^T df/dx stays inside the cell, so
     that its memory is used again: by the pull after the next, for until then it may be a factor of
-    omega. native: one row at a time goes to the C code (rows.py)."""
+    omega."""
 
-    in_place = False
     owns = True
+    in_place = False
 
-    def __init__(self, module: nn.Linear, weights: tuple[int | None, ...], *, native: bool) -> None:
+    def __init__(self, module: nn.Linear, weights: tuple[int | None, ...]) -> None:
         self.weights = weights
         self.relu = False
         self.lends = False
+        self.into, self.out = module.in_features, module.out_features
         self._products: list[Tensor | None] = [None, None]
-        self._masked: list[Tensor | None] = [None, None]
         self._w = module.weight.data
         self._w_t = self._w.t()
         self._b = None if module.bias is None else module.bias.data
-        self._into, self._out = module.in_features, module.out_features
-        self._row = one_row.Layer.of(self._w, self._b) if native else None
+
+    def parts(self) -> tuple[Tensor, Tensor | None, bool]:
+        """W (O, I), b, and whether a relu stands behind them."""
+        return self._w, self._b, self.relu
 
     def forward(self, old: Kept | None, x: Tensor) -> Kept:
-        rows = x if x.dim() == 2 else x.reshape(-1, self._into)
-        y = like(old, 2, (rows.shape[0], self._out), x)
-        row = self._row if y.shape[0] == 1 else None
-        if row is not None and row.reads(rows):
-            row.forward(rows, y, relu=self.relu)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.into)
+        y = like(old, 2, (rows.shape[0], self.out), x)
+        if self._b is None:
+            torch.mm(rows, self._w_t, out=y)
         else:
-            row = None
-            if self._b is None:
-                torch.mm(rows, self._w_t, out=y)
-            else:
-                torch.addmm(self._b, rows, self._w_t, out=y)
-            if self.relu:
-                torch.relu_(y)
-        out = y if x.dim() == 2 else y.view(*x.shape[:-1], self._out)
-        return [out, rows, y, row]
+            torch.addmm(self._b, rows, self._w_t, out=y)
+        if self.relu:
+            torch.relu_(y)
+        out = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out)
+        return [out, rows, y]
 
     def pull(
         self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
-        _, x, y, row = kept
+        _, x, y = kept
         d = z if z.dim() == 2 else z.reshape(y.shape)
-        to = self._lent(x) if wanted[0] else None
-        moved = False
-        if row is not None and row.reads(d):
-            d, moved = self._pull_row(row, x, d, y, to, None if g is None else g.at_once)
-        else:
-            if self.relu:
-                d = aten.threshold_backward(d, y, 0)
-            if to is not None:
-                torch.mm(d, self._w, out=to)
+        if self.relu:
+            d = aten.threshold_backward(d, y, 0)
         if g is not None:
             w, b = self.weights
-            g.moved += moved * (len(self.weights) - self.weights.count(None))
             if w is not None:
-                g[w] = Outer(d, x, moved)
+                g[w] = Outer(d, x)
             if b is not None:
-                g[b] = Column(d, moved)
-        return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self._into),)
+                g[b] = Column(d)
+        if not wanted[0]:
+            return (None,)
+        to = self.lent(x)
+        torch.mm(d, self._w, out=to)
+        return (to if z.dim() == 2 else to.view(*z.shape[:-1], self.into),)
 
-    def _lent(self, x: Tensor) -> Tensor:
+    def lent(self, x: Tensor) -> Tensor:
         """Memory for z^T df/dx."""
         to = like(self._products if self.lends else None, 0, x.shape, x)
         if self.lends:
             self._products = [self._products[1], to]
         return to
-
-    def _pull_row(
-        self,
-        row: one_row.Layer,
-        x: Tensor,
-        z: Tensor,
-        y: Tensor,
-        to: Tensor | None,
-        at_once: AtOnce | None,
-    ) -> tuple[Tensor, bool]:
-        """d, and whether the weights have moved."""
-        d = like(self._masked, 0, y.shape, y)
-        self._masked = [self._masked[1], d]
-        alpha = beta = limit = 0.0
-        if at_once is not None:
-            w, b = self.weights
-            alpha = 0.0 if w is None else at_once.rates[w]
-            beta = 0.0 if b is None else at_once.rates[b]
-            limit = at_once.limit
-        return d, row.pull(x, z, y if self.relu else None, d, to, alpha, beta, limit)
 
 
 class Embedding:

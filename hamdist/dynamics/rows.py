@@ -6,6 +6,9 @@ one both vector-Jacobian products and the update. B = 1; I, O: inputs and output
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 from torch import Tensor, float32, float64
 
 try:
@@ -14,6 +17,7 @@ except ImportError:  # installed where there was no C compiler
     _rows = None  # type: ignore[assignment]
 
 _FLAGS = {float32: 0, float64: 2}
+_PAD = 16  # numbers: 64 bytes of the smaller type
 
 
 def built() -> bool:
@@ -21,65 +25,91 @@ def built() -> bool:
     return _rows is not None
 
 
-class Layer:
-    """The weights W (O, I) and the bias of one layer, which move in place."""
+class Rows:
+    """Some layers, each of which reads the one before; their weights move in place.
 
-    __slots__ = ("_b", "_flags", "_kept", "_sizes", "_w", "dtype")
+    layers: by layer W (O, I), the bias, and whether a relu stands behind it.
+    """
 
-    def __init__(self, w: Tensor, b: Tensor | None) -> None:
-        self.dtype = w.dtype
-        self._kept = (w, b)  # whose memory this reads and writes
-        self._w = w.data_ptr()
-        self._b = 0 if b is None else b.data_ptr()
-        self._sizes = (w.shape[0], w.shape[1])
-        self._flags = _FLAGS[w.dtype]
+    MOST = 64  # layers
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor | None, bool]]) -> None:
+        self._kept = layers  # whose memory this reads and writes
+        self.dtype = layers[0][0].dtype
+        self.many = len(layers)
+        outs = [w.shape[0] for w, _, _ in layers]
+        self._pads = [-(-out // _PAD) * _PAD for out in outs]
+        rows = [
+            (w.data_ptr(), 0 if b is None else b.data_ptr(), *w.shape, relu, pad)
+            for (w, b, relu), pad in zip(layers, self._pads, strict=True)
+        ]
+        self._layers = array("Q", [number for row in rows for number in row])
+        self._at = self._layers.buffer_info()[0]
+        self._flags = _FLAGS[self.dtype]
+        # Numbers of the outputs of all layers but the last, of all layers, of the widest message.
+        self.inner = max(sum(self._pads[:-1]), 1)
+        self.all = sum(self._pads)
+        self.widest = max(outs)
 
     @classmethod
-    def of(cls, w: Tensor, b: Tensor | None) -> Layer | None:
+    def of(cls, layers: Sequence[tuple[Tensor, Tensor | None, bool]]) -> Rows | None:
         """None for weights that the C code cannot step."""
-        known = [t for t in (w, b) if t is not None]
-        plain = all(t.is_cpu and t.is_contiguous() and t.dtype is w.dtype for t in known)
-        return cls(w, b) if built() and plain and w.dtype in _FLAGS else None
+        dtype = layers[0][0].dtype
+        known = [t for w, b, _ in layers for t in (w, b) if t is not None]
+        plain = all(t.is_cpu and t.is_contiguous() and t.dtype is dtype for t in known)
+        return cls(layers) if built() and plain and dtype in _FLAGS else None
 
     def reads(self, x: Tensor) -> bool:
         """Whether x, of the right shape, is memory that the C code can read."""
         return x.dtype is self.dtype and x.is_cpu and x.is_contiguous()
 
-    def forward(self, x: Tensor, y: Tensor, *, relu: bool) -> None:
-        """y = W x + b, or the relu of it. x: I numbers, y: O."""
-        out, into = self._sizes
-        _rows.forward(self._w, self._b, x.data_ptr(), y.data_ptr(), out, into, self._flags | relu)
+    def forward(self, x: Tensor, inner: Tensor, y: Tensor) -> None:
+        """y: the output of the last layer; those of the others go to `inner`. x: I numbers."""
+        _rows.chain_forward(
+            self._at, self.many, x.data_ptr(), inner.data_ptr(), y.data_ptr(), self._flags
+        )
 
     def pull(
         self,
         x: Tensor,
+        inner: Tensor,
+        y: Tensor,
         z: Tensor,
-        y: Tensor | None,
         d: Tensor,
-        m: Tensor | None,
-        alpha: float,
-        beta: float,
+        m: Tensor,
+        to: Tensor | None,
+        rates: array[float] | None,
         limit: float,
-    ) -> bool:
-        """d = z, 0 where y <= 0 (y: behind a relu); m = W^T d (where wanted); then
-        W += alpha d x^T and b += beta d, unless the norm of d (x, 1)^T, of what moves, is above
-        the limit. Returns whether W and b have moved; with rates of 0 they do not."""
-        out, into = self._sizes
-        return _rows.pull(
-            self._w,
-            self._b,
+    ) -> int:
+        """By layer, from the last one on: d = z, 0 behind a relu whose result is not above 0;
+        the message W^T d, of the first layer to `to`; then W += alpha d x^T and b += beta d, unless
+        the norm of d (x, 1)^T, of what moves, is above the limit.
+
+        d: room for `all` numbers, m: for `widest`. rates: alpha and beta of every layer; None:
+        nothing moves. Returns a number whose bit l says that layer l has moved.
+        """
+        return _rows.chain_pull(
+            self._at,
+            self.many,
             x.data_ptr(),
+            inner.data_ptr(),
+            y.data_ptr(),
             z.data_ptr(),
-            0 if y is None else y.data_ptr(),
             d.data_ptr(),
-            0 if m is None else m.data_ptr(),
-            out,
-            into,
+            m.data_ptr(),
+            0 if to is None else to.data_ptr(),
+            0 if rates is None else rates.buffer_info()[0],
             self._flags,
-            alpha,
-            beta,
             limit,
         )
+
+    def outputs(self, inner: Tensor, layers: int) -> list[Tensor]:
+        """What `forward` left there, or `pull` in d, of the first `layers`: (1, O) each."""
+        found, at = [], 0
+        for (w, _, _), pad in zip(self._kept[:layers], self._pads, strict=False):
+            found.append(inner[at : at + w.shape[0]].view(1, -1))
+            at += pad
+        return found
 
 
 def norm(x: Tensor) -> float | None:

@@ -23,6 +23,7 @@ from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.gradient import (
     AtOnce,
     Gradient,
+    Gradients,
     add_to,
     all_dense,
     all_moved,
@@ -72,6 +73,8 @@ class Weights:
         """The weights' costates; never written to once they have been read here."""
         if self._factors is not None:
             g, gain = self._factors
+            if isinstance(g, Gradients):
+                g.settle()
             self._omega = [dense(one) * gain for one in g]
             self._factors = None
         if self._omega is None:

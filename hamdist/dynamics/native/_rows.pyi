@@ -16,3 +16,19 @@ def pull(
     /,
 ) -> bool: ...
 def norm(x: int, n: int, flags: int, /) -> float: ...
+def chain_forward(layers: int, n: int, x: int, inner: int, y: int, flags: int, /) -> None: ...
+def chain_pull(
+    layers: int,
+    n: int,
+    x: int,
+    inner: int,
+    y: int,
+    z: int,
+    d: int,
+    m: int,
+    to: int,
+    rates: int,
+    flags: int,
+    limit: float,
+    /,
+) -> int: ...

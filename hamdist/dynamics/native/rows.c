@@ -11,6 +11,8 @@
    wide the machine's vectors are. Pointers come as integers (Tensor.data_ptr()); shapes and types
    are the caller's business (rows.py).
 
+   A chain steps several layers in one call, each of which reads the one before.
+
    W: (O, I), x, m: (I,), y, z, d: (O,), b: (O,) or NULL. */
 
 #define PY_SSIZE_T_CLEAN
@@ -26,6 +28,11 @@
 #else
 #define CLONES
 #endif
+
+/* A layer of a chain. pad: its outputs, filled up to a multiple of 64 bytes of either type. */
+typedef struct {
+    size_t w, b, out, in, relu, pad;
+} Layer;
 
 #define REAL float
 #define NAME(x) x##_f32
@@ -98,6 +105,46 @@ static PyObject *py_pull(PyObject *self, PyObject *const *args, Py_ssize_t given
     return PyBool_FromLong(moved);
 }
 
+static PyObject *py_chain_forward(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[6];
+    (void)self;
+    if (!arguments(args, given, a, 6, NULL, 0))
+        return NULL;
+    if (a[5] & DOUBLE)
+        chain_forward_f64((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4]);
+    else
+        chain_forward_f32((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4]);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_chain_pull(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[11], most = 0;
+    double limit;
+    unsigned long long moved;
+    (void)self;
+    if (!arguments(args, given, a, 11, &limit, 1))
+        return NULL;
+    const Layer *layer = (void *)a[0];
+    for (size_t l = 0; l < a[1]; l++)
+        if (layer[l].out > most)
+            most = layer[l].out;
+    size_t *active = malloc(most * sizeof(size_t));
+    if (active == NULL)
+        return PyErr_NoMemory();
+    if (a[10] & DOUBLE)
+        moved = chain_pull_f64(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                               (void *)a[5], (void *)a[6], (void *)a[7], (void *)a[8],
+                               (void *)a[9], active, limit);
+    else
+        moved = chain_pull_f32(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                               (void *)a[5], (void *)a[6], (void *)a[7], (void *)a[8],
+                               (void *)a[9], active, limit);
+    free(active);
+    return PyLong_FromUnsignedLongLong(moved);
+}
+
 static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     size_t a[3];
@@ -116,6 +163,12 @@ static PyMethodDef METHODS[] = {
      "pull(W, b, x, z, y, d, m, O, I, flags, alpha, beta, limit) -> moved: d, m, W and b; y is 0\n"
      "without a relu, m is 0 where it is not wanted. Where |d| sqrt(|x|^2 [alpha != 0] +\n"
      "[beta != 0]) is above the limit, or NaN, W and b stay as they are."},
+    {"chain_forward", (PyCFunction)(void (*)(void))py_chain_forward, METH_FASTCALL,
+     "chain_forward(layers, n, x, inner, y, flags): y; the outputs of the others go to `inner`."},
+    {"chain_pull", (PyCFunction)(void (*)(void))py_chain_pull, METH_FASTCALL,
+     "chain_pull(layers, n, x, inner, y, z, d, m, to, rates, flags, limit) -> bit l: layer l has\n"
+     "moved. m: room for the widest message; to: the first layer's, 0 where it is not wanted;\n"
+     "rates: alpha and beta of every layer, or 0."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL,
      "norm(x, n, flags) -> the Euclidean norm."},
     {NULL, NULL, 0, NULL},

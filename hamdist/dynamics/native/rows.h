@@ -160,6 +160,40 @@ CLONES static int NAME(pull)(REAL *w, REAL *bias, const REAL *x, const REAL *z, 
     return moves;
 }
 
+static void NAME(chain_forward)(const Layer *layer, size_t n, const REAL *x, REAL *inner, REAL *y)
+{
+    for (size_t l = 0; l < n; l++) {
+        REAL *to = l == n - 1 ? y : inner;
+        NAME(forward)((const REAL *)layer[l].w, (const REAL *)layer[l].b, x, to, layer[l].out,
+                      layer[l].in, layer[l].relu != 0);
+        x = to;
+        inner += layer[l].pad;
+    }
+}
+
+/* From the last layer to the first; z of a layer is the message of the one above. */
+static unsigned long long NAME(chain_pull)(const Layer *layer, size_t n, const REAL *x,
+                                           const REAL *inner, const REAL *y, const REAL *z,
+                                           REAL *d, REAL *m, REAL *to, const double *rates,
+                                           size_t *active, double limit)
+{
+    unsigned long long moved = 0;
+    size_t at = 0;
+    for (size_t l = 0; l < n; l++)
+        at += layer[l].pad;
+    for (size_t l = n; l-- > 0;) {
+        at -= layer[l].pad;
+        const REAL *out = l == n - 1 ? y : inner + at;
+        const REAL *in = l == 0 ? x : inner + at - layer[l - 1].pad;
+        if (NAME(pull)((REAL *)layer[l].w, (REAL *)layer[l].b, in, z, layer[l].relu ? out : NULL,
+                       d + at, l == 0 ? to : m, layer[l].out, layer[l].in, active,
+                       rates ? rates[2 * l] : 0, rates ? rates[2 * l + 1] : 0, limit))
+            moved |= 1ULL << l;
+        z = m;
+    }
+    return moved;
+}
+
 #undef AT
 #undef OF
 #undef VECTOR
