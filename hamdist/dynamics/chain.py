@@ -33,8 +33,9 @@ class Chain:
         self.layers = list(layers)
         self.weights = tuple(w for layer in layers for w in layer.weights)
         self.lasting = False
-        for layer in self.layers[1:]:
-            layer.lends = True
+        for i, layer in enumerate(self.layers):
+            layer.native = layer.whole()
+            layer.lends = i > 0
         self._into, self._out = layers[0].into, layers[-1].out
         self._rows = Rows.of([layer.parts() for layer in layers])
         self._masked: list[Tensor | None] = [None, None]

@@ -9,13 +9,15 @@ B: batch; R: rows, that is the batch times further dimensions; I, O: inputs and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.gradient import Column, Gradients, Outer, Rows
+from hamdist.dynamics import rows
+from hamdist.dynamics.gradient import AtOnce, Column, Gradients, Outer, Rows
 
 aten = torch.ops.aten
 
@@ -63,7 +65,8 @@ class Linear:
 
     relu: set where the only reader of the layer is one. lends: z^T df/dx stays inside the cell, so
     that its memory is used again: by the pull after the next, for until then it may be a factor of
-    omega."""
+    omega. native: what goes elementwise is done by the C code (rows.py), in as few passes as can
+    be; and the weights move here, where they may."""
 
     owns = True
     in_place = False
@@ -72,46 +75,76 @@ class Linear:
         self.weights = weights
         self.relu = False
         self.lends = False
+        self.native = False
+        self._masked: list[Tensor | None] = [None, None]
         self.into, self.out = module.in_features, module.out_features
         self._products: list[Tensor | None] = [None, None]
         self._w = module.weight.data
         self._w_t = self._w.t()
         self._b = None if module.bias is None else module.bias.data
 
+    def whole(self) -> bool:
+        """Whether the C code can step the weights."""
+        known = [t for t in (self._w, self._b) if t is not None]
+        return all(rows.reads(t) and t.dtype is self._w.dtype for t in known)
+
     def parts(self) -> tuple[Tensor, Tensor | None, bool]:
         """W (O, I), b, and whether a relu stands behind them."""
         return self._w, self._b, self.relu
 
     def forward(self, old: Kept | None, x: Tensor) -> Kept:
-        rows = x if x.dim() == 2 else x.reshape(-1, self.into)
-        y = like(old, 2, (rows.shape[0], self.out), x)
+        flat = x if x.dim() == 2 else x.reshape(-1, self.into)
+        y = like(old, 2, (flat.shape[0], self.out), x)
         if self._b is None:
-            torch.mm(rows, self._w_t, out=y)
+            torch.mm(flat, self._w_t, out=y)
         else:
-            torch.addmm(self._b, rows, self._w_t, out=y)
+            torch.addmm(self._b, flat, self._w_t, out=y)
         if self.relu:
             torch.relu_(y)
         out = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out)
-        return [out, rows, y]
+        return [out, flat, y]
 
     def pull(
         self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         _, x, y = kept
         d = z if z.dim() == 2 else z.reshape(y.shape)
-        if self.relu:
+        native = self.native and rows.reads(d) and d.dtype is self._w.dtype
+        norm: float | None = None
+        if self.relu and native:
+            z_rows, d = d, like(self._masked, 0, y.shape, y)
+            self._masked = [self._masked[1], d]
+            norm = rows.masked(z_rows, y, d)
+        elif self.relu:
             d = aten.threshold_backward(d, y, 0)
+        to = None
+        if wanted[0]:
+            to = self.lent(x)
+            torch.mm(d, self._w, out=to)
         if g is not None:
             w, b = self.weights
+            moved = native and g.at_once is not None and self._move(d, x, norm, g.at_once)
+            g.moved += moved * ((w is not None) + (b is not None))
             if w is not None:
-                g[w] = Outer(d, x)
+                g[w] = Outer(d, x, moved)
             if b is not None:
-                g[b] = Column(d)
-        if not wanted[0]:
-            return (None,)
-        to = self.lent(x)
-        torch.mm(d, self._w, out=to)
-        return (to if z.dim() == 2 else to.view(*z.shape[:-1], self.into),)
+                g[b] = Column(d, moved)
+        return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self.into),)
+
+    def _move(self, d: Tensor, x: Tensor, norm: float | None, at_once: AtOnce) -> bool:
+        """W += alpha d^T x, b += beta sum of d's rows, where a number that the norm of both
+        together does not exceed is in the limit: |d| (|x|^2 + R)^(1/2). norm: |d|, if known."""
+        w, b = self.weights
+        of_d, of_x = rows.norm(d) if norm is None else norm, rows.norm(x)
+        if of_d is None or of_x is None or not d.is_contiguous():
+            return False
+        if not of_d * math.sqrt(of_x * of_x + d.shape[0]) <= at_once.limit:
+            return False
+        if w is not None and at_once.rates[w]:
+            self._w.addmm_(d.t(), x, alpha=at_once.rates[w])
+        if b is not None and self._b is not None and at_once.rates[b]:
+            rows.add_columns(self._b, d, at_once.rates[b])
+        return True
 
     def lent(self, x: Tensor) -> Tensor:
         """Memory for z^T df/dx."""
@@ -141,10 +174,10 @@ class Embedding:
     ) -> tuple[Tensor | None, ...]:
         (w,) = self.weights
         if g is not None and w is not None:
-            index, rows = kept[1].reshape(-1), z.reshape(-1, z.shape[-1])
+            index, z_rows = kept[1].reshape(-1), z.reshape(-1, z.shape[-1])
             if self._padding is not None:
-                rows = rows * (index != self._padding).unsqueeze(1).to(rows.dtype)
-            g[w] = Rows(index, rows, self._table.shape[0])
+                z_rows = z_rows * (index != self._padding).unsqueeze(1).to(z_rows.dtype)
+            g[w] = Rows(index, z_rows, self._table.shape[0])
         return (None,) * len(wanted)
 
 

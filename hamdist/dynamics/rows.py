@@ -16,7 +16,7 @@ try:
 except ImportError:  # installed where there was no C compiler
     _rows = None  # type: ignore[assignment]
 
-_FLAGS = {float32: 0, float64: 2}
+_FLAGS = {float32: 0, float64: 1}
 _PAD = 16  # numbers: 64 bytes of the smaller type
 
 
@@ -118,3 +118,19 @@ def norm(x: Tensor) -> float | None:
     if _rows is None or flags is None or not x.is_cpu or not x.is_contiguous():
         return None
     return _rows.norm(x.data_ptr(), x.numel(), flags)
+
+
+def reads(x: Tensor) -> bool:
+    """Whether the C code can read x."""
+    return built() and x.dtype in _FLAGS and x.is_cpu and x.is_contiguous()
+
+
+def masked(z: Tensor, y: Tensor, d: Tensor) -> float:
+    """d = z, and 0 where y <= 0; returns |d|. All of one shape, type, and contiguous."""
+    return _rows.masked(z.data_ptr(), y.data_ptr(), d.data_ptr(), d.numel(), _FLAGS[d.dtype])
+
+
+def add_columns(b: Tensor, d: Tensor, beta: float) -> None:
+    """b += beta times the sum of d's rows. b: (O,), d: (R, O), of one type, and contiguous."""
+    rows, out = d.shape
+    _rows.columns(b.data_ptr(), d.data_ptr(), rows, out, _FLAGS[d.dtype], beta)

@@ -1,21 +1,3 @@
-def forward(w: int, b: int, x: int, y: int, out: int, into: int, flags: int, /) -> None: ...
-def pull(
-    w: int,
-    b: int,
-    x: int,
-    z: int,
-    y: int,
-    d: int,
-    m: int,
-    out: int,
-    into: int,
-    flags: int,
-    alpha: float,
-    beta: float,
-    limit: float,
-    /,
-) -> bool: ...
-def norm(x: int, n: int, flags: int, /) -> float: ...
 def chain_forward(layers: int, n: int, x: int, inner: int, y: int, flags: int, /) -> None: ...
 def chain_pull(
     layers: int,
@@ -32,3 +14,6 @@ def chain_pull(
     limit: float,
     /,
 ) -> int: ...
+def masked(z: int, y: int, d: int, n: int, flags: int, /) -> float: ...
+def columns(b: int, d: int, rows: int, n: int, flags: int, beta: float, /) -> None: ...
+def norm(x: int, n: int, flags: int, /) -> float: ...

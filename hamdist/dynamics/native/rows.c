@@ -46,7 +46,7 @@ typedef struct {
 #undef REAL
 #undef NAME
 
-enum { RELU = 1, DOUBLE = 2 };
+enum { DOUBLE = 1 };
 
 /* Reads the arguments of one call: `n` integers (pointers, sizes, flags), then `m` numbers. */
 static int arguments(PyObject *const *args, Py_ssize_t given, size_t *whole, int n, double *real,
@@ -67,42 +67,6 @@ static int arguments(PyObject *const *args, Py_ssize_t given, size_t *whole, int
             return 0;
     }
     return 1;
-}
-
-static PyObject *py_forward(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    size_t a[7];
-    (void)self;
-    if (!arguments(args, given, a, 7, NULL, 0))
-        return NULL;
-    if (a[6] & DOUBLE)
-        forward_f64((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], a[4], a[5],
-                    a[6] & RELU);
-    else
-        forward_f32((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], a[4], a[5],
-                    a[6] & RELU);
-    Py_RETURN_NONE;
-}
-
-static PyObject *py_pull(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    size_t a[10];
-    double r[3];
-    int moved;
-    (void)self;
-    if (!arguments(args, given, a, 10, r, 3))
-        return NULL;
-    size_t *active = malloc(a[7] * sizeof(size_t));
-    if (active == NULL)
-        return PyErr_NoMemory();
-    if (a[9] & DOUBLE)
-        moved = pull_f64((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], (void *)a[4],
-                         (void *)a[5], (void *)a[6], a[7], a[8], active, r[0], r[1], r[2]);
-    else
-        moved = pull_f32((void *)a[0], (void *)a[1], (void *)a[2], (void *)a[3], (void *)a[4],
-                         (void *)a[5], (void *)a[6], a[7], a[8], active, r[0], r[1], r[2]);
-    free(active);
-    return PyBool_FromLong(moved);
 }
 
 static PyObject *py_chain_forward(PyObject *self, PyObject *const *args, Py_ssize_t given)
@@ -145,6 +109,32 @@ static PyObject *py_chain_pull(PyObject *self, PyObject *const *args, Py_ssize_t
     return PyLong_FromUnsignedLongLong(moved);
 }
 
+static PyObject *py_masked(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[5];
+    (void)self;
+    if (!arguments(args, given, a, 5, NULL, 0))
+        return NULL;
+    double squares = a[4] & DOUBLE
+                         ? masked_f64((void *)a[0], (void *)a[1], (void *)a[2], a[3])
+                         : masked_f32((void *)a[0], (void *)a[1], (void *)a[2], a[3]);
+    return PyFloat_FromDouble(sqrt(squares));
+}
+
+static PyObject *py_columns(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[5];
+    double beta;
+    (void)self;
+    if (!arguments(args, given, a, 5, &beta, 1))
+        return NULL;
+    if (a[4] & DOUBLE)
+        columns_f64((void *)a[0], (void *)a[1], a[2], a[3], beta);
+    else
+        columns_f32((void *)a[0], (void *)a[1], a[2], a[3], (float)beta);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     size_t a[3];
@@ -157,18 +147,17 @@ static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given
 }
 
 static PyMethodDef METHODS[] = {
-    {"forward", (PyCFunction)(void (*)(void))py_forward, METH_FASTCALL,
-     "forward(W, b, x, y, O, I, flags): y = f(W x + b)."},
-    {"pull", (PyCFunction)(void (*)(void))py_pull, METH_FASTCALL,
-     "pull(W, b, x, z, y, d, m, O, I, flags, alpha, beta, limit) -> moved: d, m, W and b; y is 0\n"
-     "without a relu, m is 0 where it is not wanted. Where |d| sqrt(|x|^2 [alpha != 0] +\n"
-     "[beta != 0]) is above the limit, or NaN, W and b stay as they are."},
     {"chain_forward", (PyCFunction)(void (*)(void))py_chain_forward, METH_FASTCALL,
      "chain_forward(layers, n, x, inner, y, flags): y; the outputs of the others go to `inner`."},
     {"chain_pull", (PyCFunction)(void (*)(void))py_chain_pull, METH_FASTCALL,
      "chain_pull(layers, n, x, inner, y, z, d, m, to, rates, flags, limit) -> bit l: layer l has\n"
      "moved. m: room for the widest message; to: the first layer's, 0 where it is not wanted;\n"
-     "rates: alpha and beta of every layer, or 0."},
+     "rates: alpha and beta of every layer, or 0. Where |d| sqrt(|x|^2 [alpha != 0] + [beta != 0])\n"
+     "is above the limit, or NaN, W and b of a layer stay as they are."},
+    {"masked", (PyCFunction)(void (*)(void))py_masked, METH_FASTCALL,
+     "masked(z, y, d, n, flags) -> |d|, where d is z, and 0 where y <= 0."},
+    {"columns", (PyCFunction)(void (*)(void))py_columns, METH_FASTCALL,
+     "columns(b, d, rows, n, flags, beta): b += beta times the sum of d's rows."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL,
      "norm(x, n, flags) -> the Euclidean norm."},
     {NULL, NULL, 0, NULL},

@@ -160,6 +160,32 @@ CLONES static int NAME(pull)(REAL *w, REAL *bias, const REAL *x, const REAL *z, 
     return moves;
 }
 
+/* Of several rows: d = z, 0 where y <= 0; the sum of d's squares. */
+CLONES static double NAME(masked)(const REAL *z, const REAL *y, REAL *d, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        d[i] = y[i] <= 0 ? 0 : z[i];
+    return NAME(squares)(d, n);
+}
+
+/* b += beta times the sum of the rows of d: 64 bytes of columns at a time, row after row. */
+CLONES static void NAME(columns)(REAL *b, const REAL *d, size_t rows, size_t n, REAL beta)
+{
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        VECTOR sum = {0};
+        for (size_t r = 0; r < rows; r++)
+            sum += OF(d + r * n + i);
+        AT(b + i) = OF(b + i) + sum * beta;
+    }
+    for (; i < n; i++) {
+        REAL sum = 0;
+        for (size_t r = 0; r < rows; r++)
+            sum += d[r * n + i];
+        b[i] += sum * beta;
+    }
+}
+
 static void NAME(chain_forward)(const Layer *layer, size_t n, const REAL *x, REAL *inner, REAL *y)
 {
     for (size_t l = 0; l < n; l++) {
