@@ -221,8 +221,8 @@ class TestVerdicts:
 
     def test_memory_is_that_of_the_worst_actor(self):
         share = claim(chain("c", 2, 3, 4, 5), (0, 1), 1, 0)
-        good = Footprint("actor 0", 0, share.total, share)
-        bad = Footprint("actor 1", 0, 2 * share.total, share)
+        good = Footprint("actor 0", 0, share.total, 0, share)
+        bad = Footprint("actor 1", 0, 2 * share.total, 0, share)
         row = memory_row("c", [good, bad])
         assert (row.ratio, row.reached) == (2, False)
         assert memory_row("c", [good]).reached is True

@@ -36,6 +36,7 @@ class Chain:
         for i, layer in enumerate(self.layers):
             layer.native = layer.whole()
             layer.lends = i > 0
+            layer.owns_z = i < len(layers) - 1
         self._into, self._out = layers[0].into, layers[-1].out
         self._rows = Rows.of([layer.parts() for layer in layers])
         self._masked: list[Tensor | None] = [None, None]

@@ -66,7 +66,8 @@ class Linear:
     relu: set where the only reader of the layer is one. lends: z^T df/dx stays inside the cell, so
     that its memory is used again: by the pull after the next, for until then it may be a factor of
     omega. native: what goes elementwise is done by the C code (rows.py), in as few passes as can
-    be; and the weights move here, where they may."""
+    be; and the weights move here, where they may. owns_z: the next layer lends z, which nobody else
+    reads: d takes its place."""
 
     owns = True
     in_place = False
@@ -76,6 +77,7 @@ class Linear:
         self.relu = False
         self.lends = False
         self.native = False
+        self.owns_z = False
         self._masked: list[Tensor | None] = [None, None]
         self.into, self.out = module.in_features, module.out_features
         self._products: list[Tensor | None] = [None, None]
@@ -112,8 +114,10 @@ class Linear:
         native = self.native and rows.reads(d) and d.dtype is self._w.dtype
         norm: float | None = None
         if self.relu and native:
-            z_rows, d = d, like(self._masked, 0, y.shape, y)
-            self._masked = [self._masked[1], d]
+            z_rows = d
+            if not self.owns_z:
+                d = like(self._masked, 0, y.shape, y)
+                self._masked = [self._masked[1], d]
             norm = rows.masked(z_rows, y, d)
         elif self.relu:
             d = aten.threshold_backward(d, y, 0)

@@ -20,7 +20,7 @@ from hamdist.dynamics.metrics import Window
 from hamdist.errors import HamdistError
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.memory import peak_bytes, reset_peak
+from hamdist.runtime.memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.nodes import make_node, ticks_of, time_use
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockState
@@ -42,6 +42,7 @@ class HostReport:
     seconds: float = 0.0
     payload_bytes: dict[str, int] = field(default_factory=dict)
     peak_memory: int = 0
+    own_memory: int = 0
     smoothness: float | None = None
     stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
@@ -118,6 +119,7 @@ class Host:
         report.ticks = ticks_of(self._nodes)
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_bytes()  # before the states are copied
+        report.own_memory = own_bytes()
         report.time_use = time_use(self._nodes, report.seconds, self._transport.seconds)
         for node in self._nodes:
             report.blocks[node.name] = node.state()

@@ -9,7 +9,7 @@ from hamdist.dynamics.graph import INPUT
 from hamdist.errors import DivergedError
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.memory import peak_bytes, reset_peak
+from hamdist.runtime.memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.nodes import make_node, ticks_of, time_use
 from hamdist.runtime.outcome import Outcome, ending_on_interrupt
 from hamdist.runtime.plan import Plan
@@ -68,7 +68,7 @@ class InProcessEngine:
         if on_progress is not None:
             on_progress(progress())
         seconds = time.perf_counter() - started
-        peak = peak_bytes()  # before the states are copied
+        peak, own = peak_bytes(), own_bytes()  # before the states are copied
         outcome = Outcome(
             blocks={n.name: n.state() for n in nodes},
             windows={n.name: n.metrics.windows for n in measured if n.metrics is not None},
@@ -79,6 +79,7 @@ class InProcessEngine:
             startup={"blocks": started - created},
             payload_bytes=dict(mail.payload_bytes),
             peak_memory={"driver": peak},
+            own_memory={"driver": own},
             smoothness=source.smoothness.frames,
             placement=[list(plan.graph.blocks)],
             stream=source.counts,

@@ -18,7 +18,7 @@ from hamdist.runtime.result import BlockState
 class Outcome:
     """blocks: final states by name (without those that were lost, after an interruption).
     startup: seconds by phase, as far as the engine knows them. placement: the blocks of each
-    process. time_use: see RunResult."""
+    process. own_memory, time_use: see RunResult."""
 
     blocks: dict[str, BlockState]
     windows: dict[str, list[Window]]
@@ -28,6 +28,7 @@ class Outcome:
     startup: dict[str, float]
     payload_bytes: dict[str, int]
     peak_memory: dict[str, int]
+    own_memory: dict[str, int]
     smoothness: float | None
     placement: list[list[str]]
     stream: dict[str, int] = field(default_factory=dict)

@@ -63,7 +63,8 @@ class RunResult:
     readout. seconds: wall time from the first to the last tick; startup_seconds: what came before,
     startup: the same by phase (startup.py).
     bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
-    peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
+    peak_memory: peak resident bytes by process ('driver', 'actor 0', ...). own_memory: at the end,
+    without the code of libraries and Ray's object store (memory.py).
     staleness: the most samples that lie between the activations a block's message was made with
     and the weights or activations that it meets.
     stream: what the stream counted (samples dropped, say), where it counts.
@@ -87,6 +88,7 @@ class RunResult:
     smoothness: float | None = None
     stream: dict[str, int] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
+    own_memory: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)

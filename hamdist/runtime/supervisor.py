@@ -183,6 +183,7 @@ class _Watch:
             startup={},
             payload_bytes=sent,
             peak_memory={"driver": peak_bytes(), **memory},
+            own_memory={a.name: a.report.own_memory for a in actors if a.report is not None},
             smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
             stream=next((r.stream for r in reports if r.stream), {}),
             placement=self._crew.placement,

@@ -110,6 +110,7 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         time_use=outcome.time_use,
         bytes_per_edge=outcome.payload_bytes,
         peak_memory=outcome.peak_memory,
+        own_memory=outcome.own_memory,
         staleness=plan.schedule.staleness,
         smoothness=outcome.smoothness,
         stream=outcome.stream,

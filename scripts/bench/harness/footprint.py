@@ -58,11 +58,14 @@ def claim(work: Work, share: tuple[int, int], depth: int, place: int) -> Claim:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Peak resident bytes of one actor: growth over an actor with a tiny network (`base`)."""
+    """Resident bytes of one actor at the end of a run (`RunResult.own_memory`: without the code of
+    libraries and Ray's object store): growth over the same actor with a tiny network (`base`).
+    peak: growth of the peak, with everything."""
 
     actor: str
     base: int
     growth: int
+    peak: int
     claim: Claim
 
     @property
@@ -73,7 +76,8 @@ class Footprint:
         c, mib = self.claim, 1 << 20
         return (
             f"{self.actor}: grew by {self.growth / mib:.1f} MiB over a base of "
-            f"{self.base / mib:.0f}; claim {c.total / mib:.1f} = weights {c.weights / mib:.1f} + "
+            f"{self.base / mib:.0f} (its peak with library code and Ray's object store by "
+            f"{self.peak / mib:.1f}); claim {c.total / mib:.1f} = weights {c.weights / mib:.1f} + "
             f"omega {c.omega / mib:.1f} + states {c.states / mib:.1f} + trace {c.trace / mib:.1f} "
             f"({c.in_flight} samples); against the claim without omega "
             f"{self.growth / c.without_omega:.2f}"
@@ -87,12 +91,14 @@ def measure(session: Session, work: Work, configuration: Configuration) -> list[
     tiny, side = Ours(mlp(8, 1), configuration), Ours(work, configuration)
     for each in (tiny, side):
         each.run(RUN_SECONDS)
-    base, full = tiny.results[0].peak_memory, side.results[0].peak_memory
+    before, after = tiny.results[0], side.results[0]
     found = []
     groups = side.shares()
     depth = delay * (len(groups) - 1)
     for i, share in enumerate(groups):
         actor = f"actor {i}"
-        grown = full[actor] - base[actor]
-        found.append(Footprint(actor, base[actor], grown, claim(work, share, depth, delay * i)))
+        base = before.own_memory[actor]
+        growth = after.own_memory[actor] - base
+        peak = after.peak_memory[actor] - before.peak_memory[actor]
+        found.append(Footprint(actor, base, growth, peak, claim(work, share, depth, delay * i)))
     return found

@@ -174,7 +174,7 @@ def memory_row(work: str, footprints: Sequence[Footprint]) -> Row:
     ratio = max(found.ratio for found in footprints)
     said = "; ".join(found.sentence() for found in footprints)
     return Row(
-        "peak memory of a block in trace over its base, against weights + costates + trace",
+        "memory of a block in trace over its base, against weights + costates + trace",
         ratio,
         MEMORY_TARGET,
         configuration={"work": work, "actors": [found.sentence() for found in footprints]},
