@@ -33,6 +33,7 @@ class Chain:
         self.layers = list(layers)
         self.weights = tuple(w for layer in layers for w in layer.weights)
         self.lasting = False
+        self._trained = [sum(w is not None for w in layer.weights) for layer in layers]
         for i, layer in enumerate(self.layers):
             layer.native = layer.whole()
             layer.lends = i > 0
@@ -106,9 +107,9 @@ class Chain:
 
     def _tell(self, g: Gradients, moved: int, factors: Callable[[], None]) -> None:
         """The factors are made at once where weights wait for them, otherwise when asked for."""
-        for i, layer in enumerate(self.layers):
+        for i, trained in enumerate(self._trained):
             if moved >> i & 1:
-                g.moved += sum(w is not None for w in layer.weights)
+                g.moved += trained
         g.later.append(factors)
         if g.moved < len(g):
             g.settle()

@@ -6,7 +6,7 @@ B: batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ from hamdist.dynamics.gradient import Gradient
 from hamdist.dynamics.weights import Weights
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(NamedTuple):
     """The knobs of one tick of a held block.
 
     k: its number. sample: shown at the input. tau: seconds. moves: whether the state moves (m_k).

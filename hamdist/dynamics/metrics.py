@@ -86,18 +86,17 @@ class Prequential:
         self.windows: list[Window] = []
         self._open: list[Window] = []  # at most one
         self._looks: list[_Look] = []  # behind it; counted together, which is cheaper
+        self._items = 0  # of both
 
     def record(self, item: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
         with torch.no_grad():
             guess = guessed(prediction, target)
         self._looks.append(_Look(item, guess, target, loss))
-        if len(self._looks) >= AT_ONCE or self._items() >= self.every:
-            self._count()
-        if self._items() >= self.every:
+        self._items += 1
+        if self._items >= self.every:
             self.flush()
-
-    def _items(self) -> int:
-        return len(self._looks) + sum(w.items for w in self._open)
+        elif len(self._looks) >= AT_ONCE:
+            self._count()
 
     def _count(self) -> None:
         """The items that were looked at join the open window."""
@@ -110,6 +109,7 @@ class Prequential:
         self._count()
         self.windows += self._open
         self._open = []
+        self._items = 0
         if len(self.windows) >= self.limit:
             pairs = range(0, len(self.windows) - 1, 2)
             self.windows = [merge_windows(self.windows[i : i + 2]) for i in pairs] + (
