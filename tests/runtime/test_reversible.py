@@ -226,8 +226,9 @@ def test_memory_does_not_grow_with_the_depth(form):
     few, many = peak(model(5), "reversible"), peak(model(60), "reversible")
     assert few == many
     state = 2 * N * 5 * 8
-    # The ends of the network are not reversible: they keep a record for use again, one state more.
-    assert many <= 10 * state
+    # The ends of the network are not reversible: they keep a record for use again, one state more;
+    # and the metrics keep guesses and targets that they have not counted yet.
+    assert many <= 11 * state
     # What is stored otherwise: at least the state of every step.
     assert peak(model(60), "backprop") - peak(model(5), "backprop") >= 55 * state
 
