@@ -17,6 +17,7 @@ except ImportError:  # installed where there was no C compiler
     _rows = None  # type: ignore[assignment]
 
 _FLAGS = {float32: 0, float64: 1}
+NARROW = 1 << 14
 _PAD = 16  # numbers: 64 bytes of the smaller type
 
 
@@ -56,8 +57,8 @@ class Rows:
         """None for weights that the C code cannot step."""
         dtype = layers[0][0].dtype
         known = [t for w, b, _ in layers for t in (w, b) if t is not None]
-        plain = all(t.is_cpu and t.is_contiguous() and t.dtype is dtype for t in known)
-        return cls(layers) if built() and plain and dtype in _FLAGS else None
+        plain = all(reads(t) and t.dtype is dtype for t in known)
+        return cls(layers) if plain and all(_pays(w) for w, _, _ in layers) else None
 
     def reads(self, x: Tensor) -> bool:
         """Whether x, of the right shape, is memory that the C code can read."""
@@ -110,6 +111,11 @@ class Rows:
             found.append(inner[at : at + w.shape[0]].view(1, -1))
             at += pad
         return found
+
+
+def _pays(w: Tensor) -> bool:
+    """Whether one row is faster here than by torch: not through many rows of a few numbers."""
+    return w.shape[1] >= _PAD or w.numel() <= NARROW
 
 
 def norm(x: Tensor) -> float | None:
