@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import TypeAlias, cast
+from itertools import accumulate
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ PLAIN_MODULES = ("torch.nn.", "hamdist.")
 SMALL_WEIGHTS = 2**22
 SMALL_INPUT = 2**16
 
+T = TypeVar("T")
+
 ShapeMap: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -38,6 +41,76 @@ class Combine(str, Enum):
     CONCAT = "concat"
     SUM = "sum"
     ARGUMENTS = "arguments"
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """`parents` neighbouring parents as one input: joined on `axis`, or summed (axis None)."""
+
+    parents: int = 1
+    axis: int | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        if len(tensors) == 1:
+            return tensors[0]
+        if self.axis is None:
+            return combined(Combine.SUM, tensors)[0]
+        return torch.cat(list(tensors), dim=self.axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """How a module takes parents of which some are slices of one (slices.py): the slices are joined
+    first, then what comes out is taken as `then` says."""
+
+    joins: tuple[Join, ...]
+    then: Combine = Combine.CONCAT
+
+    def groups(self, inputs: Sequence[T]) -> list[Sequence[T]]:
+        """What is given by parent, by join."""
+        ends = list(accumulate(join.parents for join in self.joins))
+        return [inputs[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+    def joined(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [j.of(group) for j, group in zip(self.joins, self.groups(inputs), strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a tensor of an unsliced block is now: all of `key` of `block`, or, with `index`, those
+    of its places along `axis`. old, old_key: of the unsliced block."""
+
+    old: str
+    old_key: str
+    block: str
+    key: str
+    axis: int | None = None
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """What a graph was before slices: graph, parts of its tensors, and by block the unsliced one."""
+
+    graph: Graph
+    parts: tuple[Part, ...]
+    origin: Mapping[str, str]
+
+    def gather(self, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """The weights and buffers of the unsliced blocks, from those of the slices."""
+        unsliced = [name for name in weights if self.origin[name] == name]
+        whole = {name: dict(weights[name]) for name in unsliced}
+        for part in self.parts:
+            if part.old not in whole or part.old in unsliced:
+                unsliced = [name for name in unsliced if name != part.old]
+                own = self.graph.blocks[part.old].module.state_dict()
+                whole[part.old] = {k: copy.deepcopy(v) for k, v in own.items()}
+            piece = weights[part.block][part.key]
+            if part.index is None or part.axis is None:
+                whole[part.old][part.old_key] = piece
+            else:
+                whole[part.old][part.old_key].index_copy_(part.axis, part.index, piece)
+        return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +143,30 @@ class BlockSpec:
     predicts output(h), or h itself where `output` is None.
     shape: of h without the batch; needed for one block of every cycle, where it cannot be derived.
     initial: h_0 without the batch, where it is not zero (presentation 'hold').
+    slices: over how many blocks its neurons are spread (slices.py).
     """
 
     name: str
     module: nn.Module
     parents: tuple[str, ...]
-    combine: Combine = Combine.CONCAT
+    combine: Combine | Joining = Combine.CONCAT
     delays: Mapping[str, int] = field(default_factory=dict)
     loss: LossFunction | None = None
     state: bool = False
     output: nn.Module | None = None
     shape: tuple[int, ...] | None = None
     initial: Tensor | None = None
+    slices: int = 1
 
     @property
     def has_state(self) -> bool:
         return self.loss is None or self.state
 
 
-def combined(combine: Combine, inputs: Sequence[Tensor]) -> list[Tensor]:
+def combined(combine: Combine | Joining, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The arguments of the module: the inputs joined, summed in their order, or as they are."""
+    if isinstance(combine, Joining):
+        return combined(combine.then, combine.joined(inputs))
     if len(inputs) < 2 or combine is Combine.ARGUMENTS:
         return list(inputs)
     if combine is Combine.CONCAT:
@@ -104,7 +181,7 @@ class Graph:
     """A checked directed graph of blocks, in the order given; edges in the order of the parents.
 
     original: the module that was cut into these blocks, if one was; its `state_dict` keys are those
-    of the blocks' modules.
+    of the blocks' modules. sliced: what the graph was before its slices (slices.py).
 
     Raises GraphError, naming the blocks: a name twice, an unknown or doubled parent, a delay below
     one tick, a block without parents, no readout, no path to a readout, a child of an output net,
@@ -116,7 +193,9 @@ class Graph:
         blocks: Iterable[BlockSpec],
         *,
         original: nn.Module | None = None,
+        sliced: Sliced | None = None,
     ) -> None:
+        self.sliced = sliced
         self.blocks: dict[str, BlockSpec] = {}
         for block in blocks:
             if block.name in self.blocks:
@@ -391,7 +470,7 @@ class Graph:
         self,
         name: str,
         module: nn.Module,
-        combine: Combine,
+        combine: Combine | Joining,
         shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
         given: str,
     ) -> object:
@@ -423,7 +502,12 @@ class Graph:
             for b in self.blocks.values()
             for m, o in [copy.deepcopy((b.module, b.output))]
         ]
-        return Graph(blocks, original=self._original)
+        return Graph(blocks, original=self._original, sliced=self.sliced)
+
+    @property
+    def unsliced(self) -> Graph:
+        """The graph before slices: itself, if it has none."""
+        return self if self.sliced is None else self.sliced.graph
 
     def merge(
         self, weights: Mapping[str, Mapping[str, Tensor]], whole: nn.Module | None = None
@@ -432,8 +516,11 @@ class Graph:
         of an output module begin with `output:`).
 
         For a split model its `state_dict` has the original keys; for a graph built by hand the
-        module is `whole`, which has the keys of a `MergedGraph`, or a `MergedGraph`.
+        module is `whole`, which has the keys of a `MergedGraph`, or a `MergedGraph`. Slices are
+        put together.
         """
+        if self.sliced is not None:
+            return self.sliced.graph.merge(self.sliced.gather(weights), whole)
         if self._original is not None:
             merged = copy.deepcopy(self._original)
         else:

@@ -24,8 +24,9 @@ from hamdist.config import Memory, Step
 from hamdist.dynamics.block import LossTaker, bounded
 from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
 from hamdist.dynamics.closed import closed_cell
-from hamdist.dynamics.graph import OUTPUT_KEY
+from hamdist.dynamics.graph import OUTPUT_KEY, Combine, Joining
 from hamdist.dynamics.hold import HoldBlock, HoldReadout
+from hamdist.dynamics.joined import JoinedCell
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout, WayBack
 from hamdist.dynamics.weights import Weights
@@ -90,14 +91,22 @@ class _Parts:
             self.loss = LossTaker(loss, self.dynamics, self.guard)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> Cell:
+        combine, parents = self.spec.combine, len(self.spec.parents)
+        if module is self.spec.output:
+            combine, parents = Combine.ARGUMENTS, 1
+        if isinstance(combine, Joining):
+            inner = self._cell(module, seed_name, combine.then, len(combine.joins))
+            return JoinedCell(inner, combine)
+        return self._cell(module, seed_name, combine, parents)
+
+    def _cell(self, module: nn.Module, seed_name: str, combine: Combine, parents: int) -> Cell:
         stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
         seed = block_seed(self._plan.seed, seed_name)
         if not stash and self._plan.engine.step is Step.AUTO:
-            parents = 1 if module is self.spec.output else len(self.spec.parents)
-            closed = closed_cell(module, self.spec.combine, seed, parents)
+            closed = closed_cell(module, combine, seed, parents)
             if closed is not None:
                 return closed
-        return Cell(module, self.spec.combine, seed, stash=stash)
+        return Cell(module, combine, seed, stash=stash)
 
     def make_weights(self, cell: Cell, prefix: str = "") -> Weights:
         names = [prefix + name for name in cell.names]
