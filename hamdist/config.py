@@ -162,6 +162,25 @@ class Pin(str, Enum):
     OFF = "off"
 
 
+class Compress(str, Enum):
+    """How a signal travels: as it is, or in fewer bytes (dynamics/compress.py)."""
+
+    NONE = "none"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class Feedback(str, Enum):
+    """Which signals of codec 'int8' carry the error of the one before them: none, all, the states
+    alone or the messages alone."""
+
+    OFF = "off"
+    ON = "on"
+    STATES = "states"
+    MESSAGES = "messages"
+
+
 class Step(str, Enum):
     """How a block's step is computed: in closed form where its module has one, or by autograd."""
 
@@ -507,6 +526,9 @@ class EngineSettings(_Section):
     queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
     bundle: the most signals that an edge sends as one message where its delay allows several; auto:
     as many as it allows. A sample then reaches a delayed edge with its followers.
+    compress: how signals travel, one word for all edges between blocks, or by edge (patterns as in
+    a shell, names first; `u->*` from the stream). It is part of what a run means: what a receiver
+    sees is the decoded signal, in one process too. feedback: which int8 signals carry errors on.
     stall_warning, stall_limit: seconds without progress until the watchdog speaks, and gives up.
     """
 
@@ -521,6 +543,8 @@ class EngineSettings(_Section):
     transport: TransportKind = TransportKind.AUTO
     queue: Positive = 4
     bundle: Annotated[Positive | Literal["auto", "off"], BeforeValidator(_off)] = "auto"
+    compress: Compress | dict[str, Compress] = Compress.NONE
+    feedback: Annotated[Feedback, BeforeValidator(_off)] = Feedback.MESSAGES
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
 
@@ -620,7 +644,9 @@ def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-_TYPE = re.compile(r"(constrained-\w+|literal\[.*\]|dict\[.*\]|float|int|str|[A-Z]\w*Settings)$")
+_TYPE = re.compile(
+    r"(constrained-\w+|str-enum\[\w+\]|literal\[.*\]|dict\[.*\]|float|int|str|[A-Z]\w*Settings)$"
+)
 
 
 def describe(error: ValidationError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hamdist.config import EngineKind, EngineSettings, Moves, Order, Reset, Settings, TargetOf
 from hamdist.dynamics.cycles import dissipation_warnings
 from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.runtime.compression import compression_warnings
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
@@ -24,6 +25,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         )
     if plan.engine.address is None:
         told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
+    told += compression_warnings(plan.channels, plan.graph, plan.engine)
     if isinstance(plan.schedule, HoldSchedule):
         told += dissipation_warnings(plan.graph, plan.dynamics)
         told += reset_warnings(plan, plan.schedule)

@@ -22,13 +22,14 @@ from hamdist.config import (
     TargetOf,
 )
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
-from hamdist.dynamics.graph import Graph, ShapeMap
+from hamdist.dynamics.graph import INPUT, Graph, ShapeMap
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import cross_entropy, mse
 from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import GraphError, LevelError
+from hamdist.runtime.compression import compressed
 from hamdist.runtime.signal import Channels, make_channels
 from hamdist.streams.sample import SampleSpec
 
@@ -122,18 +123,21 @@ def make_plan(
             "learning.decay 'linear' falls to zero over the run, so the run needs 'steps'"
         )
     clocked = knobs.hold and dynamics.clocked
+    reversible = reversible_blocks(graph, shapes) if rewinds else frozenset()
+    channels = make_channels(
+        graph,
+        schedule,
+        settings.engine.queue,
+        clocked=clocked,
+        bundle=settings.engine.bundle,
+    )
+    signals = {**shapes, INPUT: (spec.u_shape, spec.u_dtype)}
     return Plan(
         graph=graph,
         knobs=knobs,
         dynamics=dynamics,
         schedule=schedule,
-        channels=make_channels(
-            graph,
-            schedule,
-            settings.engine.queue,
-            clocked=clocked,
-            bundle=settings.engine.bundle,
-        ),
+        channels=compressed(channels, graph, signals, settings.engine, reversible),
         shapes=shapes,
         spec=spec,
         engine=settings.engine,
@@ -144,7 +148,7 @@ def make_plan(
         metrics=settings.metrics,
         default_dtype=torch.get_default_dtype(),
         follows_lr=settings.dynamics.beta is None,
-        reversible=reversible_blocks(graph, shapes) if rewinds else frozenset(),
+        reversible=reversible,
     )
 
 

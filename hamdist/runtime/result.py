@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from hamdist.dynamics.compress import Compressed
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
 
@@ -63,6 +64,8 @@ class RunResult:
     readout. seconds: wall time from the first to the last tick; startup_seconds: what came before,
     startup: the same by phase (startup.py).
     bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
+    compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones, bytes
+    sent and saved, and how far the decoded signals were from the exact ones.
     peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
     staleness: the most samples that lie between the activations a block's message was made with
     and the weights or activations that it meets.
@@ -93,3 +96,4 @@ class RunResult:
     startup: dict[str, float] = field(default_factory=dict)
     placement: list[list[str]] = field(default_factory=list)
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
+    compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)

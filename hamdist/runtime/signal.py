@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.compress import Codec
 from hamdist.dynamics.graph import INPUT, Graph
 from hamdist.dynamics.schedule import ALONE, Bundle, Kind, Schedule, Stamp
 from hamdist.errors import WireError
@@ -63,7 +64,8 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 class Channel(NamedTuple):
     """One direction between two nodes. capacity: signals that may wait on it. slack: how many of
     them are more than the schedule itself keeps in flight. bundle: signals that one message may
-    hold; span: ticks from the first to the last of so many."""
+    hold; span: ticks from the first to the last of so many. codec: of the payloads, if they are
+    compressed."""
 
     number: int
     kind: Kind
@@ -74,6 +76,7 @@ class Channel(NamedTuple):
     slack: int = 1
     bundle: int = 1
     span: int = 0
+    codec: Codec | None = None
 
     def __str__(self) -> str:
         return (

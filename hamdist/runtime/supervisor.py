@@ -15,6 +15,7 @@ from hamdist.dynamics.metrics import Window
 from hamdist.errors import DivergedError, HamdistError, StallError
 from hamdist.runtime.advice import placement_notes
 from hamdist.runtime.cluster import ray_session
+from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.crew import END_SECONDS, Crew
 from hamdist.runtime.measure import Unmeasured, measured_costs, unmeasured_costs, wants_costs
 from hamdist.runtime.memory import peak_bytes, reset_peak
@@ -164,9 +165,12 @@ class _Watch:
         actors = self._crew.actors
         reports = self._crew.reports()
         sent: dict[str, int] = {}
+        compression: CompressionMap = {}
         for report in reports:
             for edge, number in report.payload_bytes.items():
                 sent[edge] = sent.get(edge, 0) + number
+            for edge, done in report.compression.items():
+                compression.setdefault(edge, {}).update(done)
         windows: dict[str, list[Window]] = {}
         for actor in actors:
             if actor.report is not None:
@@ -182,6 +186,7 @@ class _Watch:
             seconds=max((r.seconds for r in reports), default=time.perf_counter() - self.started),
             startup={},
             payload_bytes=sent,
+            compression=compression,
             peak_memory={"driver": peak_bytes(), **memory},
             smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
             stream=next((r.stream for r in reports if r.stream), {}),

@@ -21,6 +21,7 @@ from hamdist.dynamics.split import split_sequential
 from hamdist.errors import DivergedError, GraphError
 from hamdist.runtime.advice import after, before
 from hamdist.runtime.cluster import prepare_environment
+from hamdist.runtime.compression import in_edge_order
 from hamdist.runtime.divergence import explained
 from hamdist.runtime.inprocess import InProcessEngine
 from hamdist.runtime.measure import example_input
@@ -109,6 +110,7 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         placement=outcome.placement,
         time_use=outcome.time_use,
         bytes_per_edge=outcome.payload_bytes,
+        compression=in_edge_order(outcome.compression, graph),
         peak_memory=outcome.peak_memory,
         staleness=plan.schedule.staleness,
         smoothness=outcome.smoothness,

@@ -34,6 +34,7 @@ from hamdist.runtime.train import train
 from hamdist.streams import held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.baseline import CENTRALISED, baseline_warnings, train_centralised
+from hamdist.study.compression import Compression
 from hamdist.study.evaluate import Scores, evaluate, evaluate_sequences
 from hamdist.study.tracking import Tracking, advice, tracking
 
@@ -81,6 +82,7 @@ class Run:
     records: Mapping[str, Records] = field(default_factory=dict)
     startup: Mapping[str, float] = field(default_factory=dict)
     placement: Sequence[Sequence[str]] = field(default_factory=tuple)
+    compression: Compression = field(default_factory=dict)
 
     @property
     def rows_per_second(self) -> float:
@@ -184,6 +186,7 @@ def _run(
         window_seconds=timeline.at(entered, (result.samples, result.seconds)),
         held_out=scores,
         bytes_per_edge=result.bytes_per_edge,
+        compression=result.compression,
         peak_memory=result.peak_memory,
         staleness=result.staleness,
         smoothness=result.smoothness,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hamdist.dynamics.metrics import merge_windows
 from hamdist.runtime.startup import startup_line
 from hamdist.study.aggregate import Row
+from hamdist.study.compression import compression_fact
 from hamdist.study.runs import Run
 from hamdist.study.tracking import SETTLING, Tracking
 
@@ -109,6 +110,7 @@ def run_facts(run: Run) -> dict[str, str]:
     }
     if run.samples:
         facts["KiB per edge and item"] = _edges(run)
+    facts["compression"] = compression_fact(run.compression)
     return {name: fact for name, fact in facts.items() if fact}
 
 
