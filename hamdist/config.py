@@ -401,12 +401,19 @@ def _by_row(raw: Mapping[str, Any]) -> bool:
 
 class PartitionSettings(_Section):
     """How the model is cut into blocks: a number of blocks, or the names of the modules that begin
-    a block; without either the level's grouping decides. delay: ticks per edge."""
+    a block; without either the level's grouping decides.
+
+    slices: by block (patterns as in a shell, names first), over how many blocks its neurons are
+    spread. delay: ticks per edge; delays: of single edges, by name ('block0->block1', 'block*->*';
+    names first; a sliced block's name stands for all its slices); auto: the fewest that keep every
+    block busy, by a measurement of the links at start (engine 'ray')."""
 
     blocks: Positive | None = None
     cuts: tuple[str, ...] | None = None
     balance: Balance = Balance.PARAMETERS
     delay: Positive = 1
+    slices: dict[str, Positive] = {}
+    delays: dict[str, Positive] | Literal["auto"] = {}
 
     @model_validator(mode="after")
     def _one_way(self) -> PartitionSettings:
@@ -530,6 +537,8 @@ class EngineSettings(_Section):
     a shell, names first; `u->*` from the stream). It is part of what a run means: what a receiver
     sees is the decoded signal, in one process too. feedback: which int8 signals carry errors on.
     stall_warning, stall_limit: seconds without progress until the watchdog speaks, and gives up.
+    link_delay: for tests and studies: seconds by which every message between two actors comes later
+    than it does.
     """
 
     kind: EngineKind = EngineKind.INPROCESS
@@ -547,6 +556,7 @@ class EngineSettings(_Section):
     feedback: Annotated[Feedback, BeforeValidator(_off)] = Feedback.MESSAGES
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
+    link_delay: Rate = 0.0
 
 
 class MetricsSettings(_Section):

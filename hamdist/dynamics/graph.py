@@ -502,6 +502,10 @@ class Graph:
             for b in self.blocks.values()
             for m, o in [copy.deepcopy((b.module, b.output))]
         ]
+        return self.over(blocks)
+
+    def over(self, blocks: Iterable[BlockSpec]) -> Graph:
+        """The same graph over `blocks`, which are its own in another form."""
         return Graph(blocks, original=self._original, sliced=self.sliced)
 
     @property

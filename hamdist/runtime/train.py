@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hamdist.config import EngineKind, Readout, Settings
+from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.locality import make_locality
@@ -64,6 +65,9 @@ def train(
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
             graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
+            knobs = make_locality(settings.level, settings.locality)
+            given = (settings.partition, knobs, stream.spec.u_shape, stream.spec.u_dtype)
+            graph = arranged(graph, *given)
             plan = make_plan(graph, settings, stream.spec, phi=phi)
             told = drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
             told += before(plan, settings)
@@ -97,7 +101,10 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         if output is not None:
             own = output.state_dict()
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
-    whole = MergedSequence(graph, plan.shapes) if plan.knobs.sequence else None
+    whole = None
+    if plan.knobs.sequence:
+        before = graph.unsliced
+        whole = MergedSequence(before, before.shapes(plan.spec.u_shape, plan.spec.u_dtype))
     return RunResult(
         model=graph.merge(weights, whole),
         blocks=outcome.blocks,
