@@ -105,7 +105,7 @@ class Readout(str, Enum):
 
 
 class Balance(str, Enum):
-    """What `blocks: N` balances between blocks, and a placement between actors."""
+    """What a placement balances between actors."""
 
     PARAMETERS = "parameters"
     TIME = "time"
@@ -117,6 +117,15 @@ class Reset(str, Enum):
     NEVER = "never"
     SAMPLE = "sample"
     SEQUENCE = "sequence"
+
+
+class CutBalance(str, Enum):
+    """What `blocks: N` balances between blocks: what they learn, what they take, or the real
+    numbers that they make (which a trace keeps)."""
+
+    PARAMETERS = "parameters"
+    TIME = "time"
+    ACTIVATIONS = "activations"
 
 
 class FirstStep(str, Enum):
@@ -401,7 +410,9 @@ def _by_row(raw: Mapping[str, Any]) -> bool:
 
 class PartitionSettings(_Section):
     """How the model is cut into blocks: a number of blocks, or the names of the modules that begin
-    a block; without either the level's grouping decides.
+    a block (at any depth: `layer2.1.conv2`); without either the level's grouping decides. blocks:
+    on the way from the input to an output; every further output is a block more. balance: what
+    `blocks` balances.
 
     slices: by block (patterns as in a shell, names first), over how many blocks its neurons are
     spread. delay: ticks per edge; delays: of single edges, by name ('block0->block1', 'block*->*';
@@ -410,7 +421,7 @@ class PartitionSettings(_Section):
 
     blocks: Positive | None = None
     cuts: tuple[str, ...] | None = None
-    balance: Balance = Balance.PARAMETERS
+    balance: CutBalance = CutBalance.PARAMETERS
     delay: Positive = 1
     slices: dict[str, Positive] = {}
     delays: dict[str, Positive] | Literal["auto"] = {}

@@ -23,6 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from hamdist.dynamics.gradient import Gradient
 from hamdist.dynamics.graph import Combine, combined
 from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
+from hamdist.dynamics.piece import Piece
 from hamdist.errors import GraphError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -90,7 +91,11 @@ class Cell:
         self._random = OwnGenerator(seed) if _draws(module) else nullcontext()
         self._foreign = _foreign(module)
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        self._copies = self._foreign or any(getattr(m, "inplace", False) for m in module.modules())
+        self._pieces = any(isinstance(m, Piece) for m in module.modules())
+        self._copies = self._foreign or any(
+            getattr(m, "inplace", False) or (isinstance(m, Piece) and m.writes)
+            for m in module.modules()
+        )
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
         """One forward pass. wanted: the inputs whose product will be asked for."""
@@ -118,7 +123,7 @@ class Cell:
         or what a user's module keeps. As a signal it must stay as it is."""
         if output.is_leaf or (self._foreign and not output.requires_grad):
             return True
-        if not self._foreign:
+        if not self._foreign and not self._pieces:
             return False
         storage = output.untyped_storage().data_ptr()
         return storage in self._weights_at or any(
@@ -172,8 +177,12 @@ def block_seed(run_seed: int, name: str) -> int:
 
 
 def _foreign(module: nn.Module) -> bool:
-    """Whether a part is not torch's own, so that we cannot know what it does to its input."""
-    return any(not type(m).__module__.startswith("torch.nn.modules.") for m in module.modules())
+    """Whether a part is not torch's own, so that we cannot know what it does to its input. (What a
+    piece does itself is known.)"""
+    return any(
+        not type(m).__module__.startswith("torch.nn.modules.") and not isinstance(m, Piece)
+        for m in module.modules()
+    )
 
 
 def _draws(module: nn.Module) -> bool:
@@ -183,10 +192,11 @@ def _draws(module: nn.Module) -> bool:
 
 
 def random_parts(module: nn.Module) -> list[nn.Module]:
-    """The parts of `module` that are torch's own and draw random numbers."""
+    """The parts of `module` that are torch's own, or pieces, and draw random numbers."""
     found = []
     for part in module.modules():
         rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
-        if isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
+        chance = isinstance(part, Piece) and part.draws
+        if chance or isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
             found.append(part)
     return found

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.losses import class_axis
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -48,11 +50,12 @@ def merge_windows(windows: Sequence[Window]) -> Window:
 def count_correct(prediction: Tensor, target: Tensor) -> tuple[int, int]:
     """Rows predicted right and rows in all; (0, 0) unless the target holds class indices.
 
-    prediction: (B, classes, ...), target: (B, ...) of an integer type.
+    prediction: (B, classes, ...) or (B, ..., classes), target: (B, ...) of an integer type.
     """
     if target.is_floating_point() or prediction.dim() != target.dim() + 1:
         return 0, 0
-    return int((prediction.argmax(1) == target).sum()), target.numel()
+    axis = 1 if prediction.dim() == 2 else class_axis(prediction.shape, target.shape)
+    return int((prediction.argmax(axis) == target).sum()), target.numel()
 
 
 class Prequential:

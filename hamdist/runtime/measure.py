@@ -105,7 +105,7 @@ def _crossings(plan: Plan, source: str | None) -> Iterator[tuple[int, int, float
         if parent is None or parent == edge.child:
             continue
         shape, dtype = (
-            (plan.spec.u_shape, plan.spec.u_dtype) if edge.from_input else plan.shapes[edge.parent]
+            plan.spec.parents[edge.parent] if edge.from_input else plan.shapes[edge.parent]
         )
         once = SIGNAL_SECONDS + _bytes(shape, dtype) / BYTES_PER_SECOND
         a, b = sorted((order.index(parent), order.index(edge.child)))
@@ -235,15 +235,26 @@ class _Examples:
             else {name: _example_target(own(name)) for name in self.spec.targets}
         )
         for n in range(self._number):
-            yield Sample(u, y, end=n % SEQUENCE == SEQUENCE - 1, time=n * STAMP_SECONDS)
+            end = n % SEQUENCE == SEQUENCE - 1
+            yield Sample(u, y, end=end, time=n * STAMP_SECONDS, inputs=inputs)
+        inputs = None if self.spec.inputs is None else example_inputs(self.spec)
 
 
 def example_input(spec: SampleSpec) -> Tensor:
-    """An input of the shape and type of `spec`."""
-    if not spec.u_dtype.is_floating_point:
-        return torch.zeros(spec.u_shape, dtype=spec.u_dtype)
+    """An input (of several: the first) of the shape and type of `spec`."""
+    return _example(spec.u_shape, spec.u_dtype)
+
+
+def example_inputs(spec: SampleSpec) -> dict[str, Tensor]:
+    """Several inputs, by name."""
+    return {name: _example(one.shape, one.dtype) for name, one in (spec.inputs or {}).items()}
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(spec.u_shape, dtype=spec.u_dtype, generator=generator)
+    return torch.randn(shape, dtype=dtype, generator=generator)
 
 
 def _example_target(spec: TargetSpec | None) -> Tensor | None:

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hamdist.config import EngineSettings
+from hamdist.dynamics.balance import balanced
 from hamdist.dynamics.graph import Graph
-from hamdist.dynamics.split import balanced
 from hamdist.errors import SettingsError
 
 # `auto` takes a further actor, which costs 170 MiB, where it saves at least this part of T; and a

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,9 @@ from hamdist.config import (
     TargetOf,
 )
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
-from hamdist.dynamics.graph import INPUT, Graph, ShapeMap
+from hamdist.dynamics.graph import Graph, ShapeMap
 from hamdist.dynamics.locality import Locality, make_locality
-from hamdist.dynamics.losses import cross_entropy, mse
+from hamdist.dynamics.losses import class_axis, cross_entropy, mse
 from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
@@ -95,7 +96,7 @@ def make_plan(
     knobs = make_locality(settings.level, settings.locality)
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())
-    shapes = graph.shapes(spec.u_shape, spec.u_dtype)
+    shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
     _check_predictions(graph, shapes, spec)
     schedule: Schedule
     if knobs.sequence:
@@ -131,7 +132,7 @@ def make_plan(
         clocked=clocked,
         bundle=settings.engine.bundle,
     )
-    signals = {**shapes, INPUT: (spec.u_shape, spec.u_dtype)}
+    signals = {**shapes, **spec.parents}
     return Plan(
         graph=graph,
         knobs=knobs,
@@ -207,7 +208,11 @@ def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec) -> None
             )
         classes = target.classes
         if block.loss is cross_entropy and classes is not None:
-            if len(shape) < 2 or shape[1] < classes:
+            try:
+                axis = class_axis(shape, target.shape)
+            except ValueError as error:
+                raise GraphError(f"readout {name!r}: {error}") from None
+            if len(shape) < 2 or shape[axis] < classes:
                 raise GraphError(
                     f"readout {name!r} predicts {shape}, but the stream has {classes} classes; "
                     f"give it {classes} outputs"
@@ -217,3 +222,9 @@ def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec) -> None
                 f"readout {name!r} has the loss cross-entropy, but the stream's targets "
                 f"{target.shape} are no classes; say how many classes there are, or use mse"
             )
+            rows = (*shape[:axis], *shape[axis + 1 :])
+            if rows != target.shape:
+                raise GraphError(
+                    f"readout {name!r} predicts {shape}, that is classes of {rows}, but the "
+                    f"targets are {target.shape}; predict one row of classes for every target"
+                )

@@ -134,7 +134,7 @@ def make_channels(
     for edge in graph.edges:
         made.states[edge.index] = channel(
             Kind.STATE,
-            edge.parent,
+            INPUT if edge.from_input else edge.parent,
             edge.child,
             edge.name,
             schedule.in_flight(edge, Kind.STATE),

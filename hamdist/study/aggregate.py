@@ -136,7 +136,7 @@ def _bytes_per_edge(run: Run) -> float:
     between = [
         size
         for edge, size in run.bytes_per_edge.items()
-        if not edge.startswith((f"{INPUT}->", f"{INPUT}=>"))
+        if not edge.startswith((f"{INPUT}->", f"{INPUT}.", f"{INPUT}=>"))
     ]
     return statistics.fmean(between) / run.samples if between and run.samples else 0.0
 
