@@ -31,26 +31,38 @@ _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 class OwnGenerator:
     """As a context: torch's random numbers come from a generator of its own, which goes on where
-    it stopped; outside nothing of it is seen."""
+    it stopped; outside nothing of it is seen. device: of the numbers; of a GPU its own, too."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
         self._own = torch.Generator().manual_seed(seed).get_state()
         self._outside = self._own
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        if self._gpu is not None:
+            self._own_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
+            self._outside_gpu = self._own_gpu
 
     def __enter__(self) -> None:
         self._outside = torch.get_rng_state()
         torch.set_rng_state(self._own)
+        if self._gpu is not None:
+            self._outside_gpu = torch.cuda.get_rng_state(self._gpu)
+            torch.cuda.set_rng_state(self._own_gpu, self._gpu)
 
     def __exit__(self, *_: object) -> None:
         self._own = torch.get_rng_state()
         torch.set_rng_state(self._outside)
+        if self._gpu is not None:
+            self._own_gpu = torch.cuda.get_rng_state(self._gpu)
+            torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
 
 
-def seeded_loss(loss: LossFunction, seed: int) -> LossFunction:
+def seeded_loss(
+    loss: LossFunction, seed: int, device: torch.device | None = None
+) -> LossFunction:
     """A user's loss may draw random numbers: here it draws the same ones in every engine."""
     if loss in (mse, cross_entropy):
         return loss
-    generator = OwnGenerator(seed)
+    generator = OwnGenerator(seed, device)
 
     def drawn(prediction: Tensor, target: Tensor) -> Tensor:
         with generator:
@@ -76,10 +88,17 @@ class Cell:
     """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
 
     seed: of the cell's own random generator (dropout draws the same masks in every engine).
+    device: where the module is, and where it draws.
     """
 
     def __init__(
-        self, module: nn.Module, combine: Combine, seed: int, *, stash: bool = False
+        self,
+        module: nn.Module,
+        combine: Combine,
+        seed: int,
+        *,
+        stash: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.module = module
         self._combine = combine
@@ -88,7 +107,7 @@ class Cell:
         self._parameters: list[Tensor] = [p for _, p in named]
         self.theta: list[Tensor] = [p.data for p in self._parameters]
         self._stash = stash
-        self._random = OwnGenerator(seed) if _draws(module) else nullcontext()
+        self._random = OwnGenerator(seed, device) if _draws(module) else nullcontext()
         self._foreign = _foreign(module)
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self._pieces = any(isinstance(m, Piece) for m in module.modules())

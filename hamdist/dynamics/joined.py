@@ -29,6 +29,11 @@ class JoinedCell(Cell):
         self._joining = joining
         self._sizes: list[list[int]] = []  # by join, along its axis
 
+    @property
+    def inner(self) -> Cell:
+        """The cell of the module itself."""
+        return self._inner
+
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
         groups = self._joining.groups(inputs)
         if not self._sizes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import torch
+
 from hamdist.config import Compress, EngineSettings, Feedback
 from hamdist.dynamics.compress import Codec, Compressed
 from hamdist.dynamics.graph import INPUT, Edge, Graph, ShapeMap
@@ -23,12 +25,14 @@ def compressed(
     signals: ShapeMap,
     engine: EngineSettings,
     reversible: Collection[str] = (),
+    taken: Mapping[int, torch.dtype] | None = None,
 ) -> Channels:
     """`channels` with the codecs that the settings give to the edges.
 
     signals: shape and type of what each block sends forward, with the stream's input as `u`. One
     word for all means every edge between blocks: what comes from the stream is compressed where a
     pattern fits its edge. Integers stay as they are, and so do targets.
+    taken: by edge, the type in which its child takes it and answers, where it is another one.
     reversible: blocks whose child hands their state back, which has to be exact.
 
     Raises SettingsError for an edge that does not exist, and for one behind a reversible block.
@@ -42,6 +46,8 @@ def compressed(
         if word is Compress.NONE:
             return channel
         shape, dtype = signals[edge.parent]
+        if channel.kind is Kind.MESSAGE and taken is not None:
+            dtype = taken.get(edge.index, dtype)
         codec = Codec(word, dtype, shape[1:], _feeds_back(engine.feedback, word, channel.kind))
         return channel._replace(codec=codec) if codec.pays else channel
 

@@ -47,12 +47,17 @@ class HoldNode:
         # What an edge shows until the first signal has come along it.
         shapes = {**plan.spec.parents, **plan.shapes}
         self._shown = {
-            e.index: torch.zeros(shapes[e.parent][0], dtype=shapes[e.parent][1])
+            e.index: self._ports.border.state(
+                e.index, torch.zeros(shapes[e.parent][0], dtype=shapes[e.parent][1])
+            )
             for e in self._ports.into
         }
         # What a state that was cleared on its way is replaced by.
-        parents = [e.parent for e in self._ports.into if not e.from_input]
-        self._starts = {parent: plan.start(parent) for parent in parents}
+        self._starts = {
+            e.parent: self._ports.border.state(e.index, plan.start(e.parent))
+            for e in self._ports.into
+            if not e.from_input
+        }
         self._target: Tensor | None = None
         self._no_more_targets = False
         self._events = plan.schedule.events(spec.name)

@@ -146,7 +146,9 @@ class _Trial:
     """A copy of the network, stepped with a clock in hand. over: makes it end at its next step."""
 
     def __init__(self, plan: Plan, clock: Callable[[], float] | None) -> None:
-        self._plan = dataclasses.replace(plan, graph=plan.graph.copy(), steps=None)
+        # Here, as this process may see no GPU. (What a block takes there is not known before.)
+        desks = {name: desk.at("cpu") for name, desk in plan.desks.items()}
+        self._plan = dataclasses.replace(plan, graph=plan.graph.copy(), steps=None, desks=desks)
         trip = 1 if plan.knobs.sequence else 2 * plan.graph.depth // plan.schedule.c + 1
         self._full = SEQUENCE if plan.knobs.sequence else trip  # samples until all blocks work
         self._samples = self._full + MOST

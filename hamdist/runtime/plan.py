@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -31,6 +31,8 @@ from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import GraphError, LevelError
 from hamdist.runtime.compression import compressed
+from hamdist.runtime.device import Desk
+from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
 from hamdist.streams.sample import SampleSpec
 
@@ -40,7 +42,8 @@ class Plan:
     """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
     front. steps: samples after which the stream ends, or None. run: a number that marks the
     signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
-    nothing of a sample (memory 'reversible'). follows_lr: beta comes from the learning rate."""
+    nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
+    own, of every block. follows_lr: beta comes from the learning rate."""
 
     graph: Graph
     knobs: Locality
@@ -58,6 +61,7 @@ class Plan:
     default_dtype: torch.dtype
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
+    desks: Mapping[str, Desk] = field(default_factory=dict)
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""
@@ -98,6 +102,7 @@ def make_plan(
     check_names(dynamics, graph.parameters())
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
     _check_predictions(graph, shapes, spec)
+    graph, shapes, desks = with_desks(graph, shapes, spec.parents, settings.engine, knobs)
     schedule: Schedule
     if knobs.sequence:
         schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
@@ -138,7 +143,7 @@ def make_plan(
         knobs=knobs,
         dynamics=dynamics,
         schedule=schedule,
-        channels=compressed(channels, graph, signals, settings.engine, reversible),
+        channels=compressed(channels, graph, signals, settings.engine, reversible, taken(desks)),
         shapes=shapes,
         spec=spec,
         engine=settings.engine,
@@ -149,6 +154,7 @@ def make_plan(
         metrics=settings.metrics,
         default_dtype=torch.get_default_dtype(),
         follows_lr=settings.dynamics.beta is None,
+        desks=desks,
         reversible=reversible,
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.compress import Compressed
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.precision import Rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class BlockState:
     theta, omega: weights and weight costates by the parameter's name in the block's module.
     buffers: the module's buffers by name, and its extra state. h, z: state and costate, None where
     a block has none.
+    rounding: what autocast did to what the block computes, where it is on.
     updates: how often the weights moved. stored: the most tokens whose activations it kept at once
     (presentation 'sequence').
     """
@@ -30,6 +32,7 @@ class BlockState:
     z: Tensor | None
     updates: int
     stored: int = 0
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,11 @@ class RunResult:
     bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
     compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones, bytes
     sent and saved, and how far the decoded signals were from the exact ones.
+    rounding: by block under autocast, how far what it computed was from float32.
     peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
     staleness: the most samples that lie between the activations a block's message was made with
     and the weights or activations that it meets.
+    delays: ticks by edge between blocks; given as `partition.delays` they are used again.
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
     records: the energies per tick by block, where `metrics.record` asked for them.
@@ -88,6 +93,7 @@ class RunResult:
     peak_memory: dict[str, int]
     staleness: int
     smoothness: float | None = None
+    delays: dict[str, int] = field(default_factory=dict)
     stream: dict[str, int] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
@@ -97,3 +103,4 @@ class RunResult:
     placement: list[list[str]] = field(default_factory=list)
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)
+    rounding: dict[str, Rounding] = field(default_factory=dict)

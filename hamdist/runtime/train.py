@@ -121,6 +121,11 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         time_use=outcome.time_use,
         bytes_per_edge=outcome.payload_bytes,
         compression=in_edge_order(outcome.compression, graph),
+        rounding={
+            name: block.rounding
+            for name, block in outcome.blocks.items()
+            if block.rounding is not None
+        },
         peak_memory=outcome.peak_memory,
         staleness=plan.schedule.staleness,
         smoothness=outcome.smoothness,
