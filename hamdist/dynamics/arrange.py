@@ -23,7 +23,7 @@ def arranged(
     u_shape: Sequence[int],
     u_dtype: torch.dtype,
 ) -> Graph:
-    """`graph` with its slices and its delays (those of `auto` are set by the engine).
+    """`graph` with its slices and its delays (those of `auto` are 1 until the links are known).
 
     u_shape: of the stream's input, batch in front. Raises GraphError for a name or a pattern that
     fits nothing, and for a block that cannot be sliced; LevelError for slices with memory
@@ -44,7 +44,9 @@ def arranged(
             "slices with memory 'reversible': a slice knows its own neurons alone and cannot "
             "recompute what all of them read; use level 'backprop', or leave the slices out"
         )
-    return made if isinstance(partition.delays, str) else delayed(made, partition.delays)
+    if isinstance(partition.delays, str):
+        return delayed(made, {e.name: 1 for e in made.edges if not e.from_input})
+    return delayed(made, partition.delays)
 
 
 def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:

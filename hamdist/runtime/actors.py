@@ -16,6 +16,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.plan import Plan
 from hamdist.streams.sample import Stream
 
@@ -31,12 +32,38 @@ class HostActor:
 
     def __init__(self, path: Sequence[str]) -> None:
         self._host: Host | None = None
+        self._probe: Probe | None = None
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:
         """Ray's id of the host, its address, and the process id."""
         node = ray.get_runtime_context().get_node_id()
         return node, ray.util.get_node_ip_address(), os.getpid()
+
+    def probe(self, run: int, link_delay: float, binds: Mapping[int, str]) -> dict[int, str]:
+        """Opens the receiving ends of links to measure, given by channel, each in its way; returns
+        their addresses."""
+        self._probe = Probe(run, link_delay)
+        return self._probe.open(binds)
+
+    def join_probe(self, addresses: Mapping[int, str]) -> None:
+        """Opens the sending ends of the links that this actor has the other end of."""
+        self._probed().join(addresses)
+
+    def answer_probe(self, number: int) -> None:
+        self._probed().answer(number)
+
+    def measure_link(self, number: int) -> Link:
+        return self._probed().measure(number)
+
+    def end_probe(self) -> None:
+        self._probed().close()
+        self._probe = None
+
+    def _probed(self) -> Probe:
+        if self._probe is None:
+            raise RuntimeError("probe() comes first")
+        return self._probe
 
     def prepare(
         self,

@@ -23,6 +23,8 @@ def before(plan: Plan, settings: Settings) -> list[str]:
             f"learning.lr {settings.learning.lr:g} has no effect: dynamics.beta "
             f"{settings.dynamics.beta:g} is the rate of the weights"
         )
+    if plan.engine.kind is EngineKind.INPROCESS:
+        told += _no_links(settings)
     if plan.engine.address is None:
         told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
@@ -30,6 +32,38 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         told += dissipation_warnings(plan.graph, plan.dynamics)
         told += reset_warnings(plan, plan.schedule)
         told += _one_hop(plan)
+    return told
+
+
+def _no_links(settings: Settings) -> list[str]:
+    """Says so where what is said about links has no effect in one process."""
+    told = []
+    if settings.partition.delays == "auto":
+        told.append(
+            "partition.delays 'auto' in one process, which has no links: all delays are 1; give "
+            "those of a run on Ray (its settings.yaml) to repeat it here"
+        )
+    if settings.engine.link_delay:
+        told.append(
+            f"engine.link_delay {settings.engine.link_delay:g} has no effect in one process: it "
+            "makes messages between actors late"
+        )
+    return told
+
+
+def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:
+    """Says so where the steps of the blocks could not be measured."""
+    told = []
+    if places:
+        told.append(
+            "the blocks are spread by their parameters: their steps could not be measured "
+            f"({reason})"
+        )
+    if delays:
+        told.append(
+            f"partition.delays 'auto': all delays are 1, for the steps of the blocks could not be "
+            f"measured ({reason}); give them as numbers"
+        )
     return told
 
 

@@ -82,7 +82,7 @@ class Host:
     def __init__(self, plan: Plan, blocks: Sequence[str], stream: Stream | None) -> None:
         self._plan = plan
         self._abort = threading.Event()
-        self._transport = Wires(plan.run, self._abort)
+        self._transport = Wires(plan.run, self._abort, plan.engine.link_delay)
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
         self._mail = Mailroom(inside, self._transport)
         self._inside = inside

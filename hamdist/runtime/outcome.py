@@ -19,7 +19,8 @@ from hamdist.runtime.result import BlockState
 class Outcome:
     """blocks: final states by name (without those that were lost, after an interruption).
     startup: seconds by phase, as far as the engine knows them. placement: the blocks of each
-    process. time_use, compression: see RunResult."""
+    process. time_use, compression: see RunResult. delays: those that were chosen, where
+    that was asked for."""
 
     blocks: dict[str, BlockState]
     windows: dict[str, list[Window]]
@@ -35,6 +36,7 @@ class Outcome:
     records: dict[str, Records] = field(default_factory=dict)
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     compression: CompressionMap = field(default_factory=dict)
+    delays: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
 

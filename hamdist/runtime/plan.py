@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -36,6 +36,8 @@ from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
 from hamdist.streams.sample import SampleSpec
 
+Replan: TypeAlias = "Callable[[Mapping[str, int]], Plan]"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,7 +45,8 @@ class Plan:
     front. steps: samples after which the stream ends, or None. run: a number that marks the
     signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
     nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
-    own, of every block. follows_lr: beta comes from the learning rate."""
+    own, of every block. follows_lr: beta comes from the learning rate.
+    replan: where delays follow from the links, makes the plan with ticks by edge."""
 
     graph: Graph
     knobs: Locality
@@ -61,6 +64,7 @@ class Plan:
     default_dtype: torch.dtype
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
+    replan: Replan | None = None
     desks: Mapping[str, Desk] = field(default_factory=dict)
 
     def scale(self, block: str, sample: int) -> float:
@@ -86,7 +90,7 @@ class Plan:
             b if b.name in mine else dataclasses.replace(b, module=nn.Identity(), output=None)
             for b in self.graph.blocks.values()
         ]
-        return dataclasses.replace(self, graph=Graph(specs))
+        return dataclasses.replace(self, graph=Graph(specs), replan=None)
 
 
 def make_plan(
@@ -223,14 +227,14 @@ def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec) -> None
                     f"readout {name!r} predicts {shape}, but the stream has {classes} classes; "
                     f"give it {classes} outputs"
                 )
-        elif block.loss is cross_entropy and shape != target.shape:
-            raise GraphError(
-                f"readout {name!r} has the loss cross-entropy, but the stream's targets "
-                f"{target.shape} are no classes; say how many classes there are, or use mse"
-            )
             rows = (*shape[:axis], *shape[axis + 1 :])
             if rows != target.shape:
                 raise GraphError(
                     f"readout {name!r} predicts {shape}, that is classes of {rows}, but the "
                     f"targets are {target.shape}; predict one row of classes for every target"
                 )
+        elif block.loss is cross_entropy and shape != target.shape:
+            raise GraphError(
+                f"readout {name!r} has the loss cross-entropy, but the stream's targets "
+                f"{target.shape} are no classes; say how many classes there are, or use mse"
+            )

@@ -28,6 +28,7 @@ from hamdist.runtime.inprocess import InProcessEngine
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_plan
+from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.streams.sample import SampleSpec, Stream
@@ -72,12 +73,16 @@ def train(
             given = (settings.partition, knobs, stream.spec.u_shape, stream.spec.u_dtype)
             graph = arranged(graph, *given)
             plan = make_plan(graph, settings, stream.spec, phi=phi)
+            if settings.partition.delays == "auto":
+                plan = replannable(plan, settings, phi)
             told = drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
             warnings.warn(text, stacklevel=3)
         try:
             outcome = make_engine(settings).run(plan, stream, on_progress)
+            if plan.replan is not None and outcome.delays:
+                plan = plan.replan(outcome.delays)
         except DivergedError as error:
             failure = explained(error, plan)
             if error.outcome is not None:
@@ -128,6 +133,7 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         },
         peak_memory=outcome.peak_memory,
         staleness=plan.schedule.staleness,
+        delays={e.name: e.delay for e in plan.graph.edges if not e.from_input},
         smoothness=outcome.smoothness,
         stream=outcome.stream,
         stored={

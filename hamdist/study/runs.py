@@ -82,6 +82,7 @@ class Run:
     records: Mapping[str, Records] = field(default_factory=dict)
     startup: Mapping[str, float] = field(default_factory=dict)
     placement: Sequence[Sequence[str]] = field(default_factory=tuple)
+    delays: Mapping[str, int] = field(default_factory=dict)
     compression: Compression = field(default_factory=dict)
 
     @property
@@ -182,6 +183,7 @@ def _run(
         startup_seconds=prepared + result.startup_seconds,
         startup=startup.seconds,
         placement=result.placement,
+        delays=result.delays,
         windows=windows,
         window_seconds=timeline.at(entered, (result.samples, result.seconds)),
         held_out=scores,

@@ -104,6 +104,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "speed": f"{run.rows_per_second:,.0f} rows/s",
         **_scores(run),
         "staleness": f"{run.staleness} items",
+        "delays, ticks": _delays(run.delays),
         "stream": ", ".join(_counts(run.stream)),
         "tokens stored at once": ", ".join(f"{name} {n}" for name, n in run.stored.items()),
         "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
@@ -112,6 +113,11 @@ def run_facts(run: Run) -> dict[str, str]:
         facts["KiB per edge and item"] = _edges(run)
     facts["compression"] = compression_fact(run.compression)
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _delays(delays: Mapping[str, int]) -> str:
+    """Those that are not 1."""
+    return ", ".join(f"{edge} {ticks}" for edge, ticks in delays.items() if ticks != 1)
 
 
 def _counts(counts: Mapping[str, int]) -> Iterator[str]:
