@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -107,6 +108,14 @@ class Step:
 MODULE, METHOD, FUNCTION = "module", "method", "function"
 
 
+# From the inputs and what the steps so far returned.
+Get: TypeAlias = Callable[[Sequence[Tensor], list[Any]], Any]
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+
+
 class Piece(nn.Module):
     """f(inputs) by a program; one tensor comes out.
 
@@ -130,6 +139,7 @@ class Piece(nn.Module):
         writes: bool,
     ) -> None:
         super().__init__()
+        self._hamdist_ready: tuple[list[Get], Get] | None = None
         self._hamdist_draws = draws
         self._hamdist_writes = writes
         self._hamdist_inputs = tuple(inputs)
@@ -151,45 +161,68 @@ class Piece(nn.Module):
         return self._hamdist_writes
 
     def forward(self, *inputs: Tensor) -> Any:
-        named = dict(zip(self._hamdist_inputs, inputs, strict=True))
+        ready = self._hamdist_ready
+        if ready is None:
+            steps = [self._call(step) for step in self._hamdist_program]
+            ready = self._hamdist_ready = steps, self._getter(self._hamdist_output)
+        steps, output = ready
         values: list[Any] = []
+        for step in steps:
+            values.append(step(inputs, values))
+        return output(inputs, values)
 
-        def value(place: Any) -> Any:
-            kind = type(place)
-            if kind is Ref:
-                found = values[place.step]
-                for key in place.path:
-                    found = found[key]
-                return found
-            if kind is Arg:
-                return named[place.name]
-            if kind is Size:
-                return place.of(inputs[0].shape[0])
-            if kind is Weight:
-                found = self
-                for key in place.name.split("."):
-                    found = getattr(found, key)
-                return found
-            if kind is Const:
-                return getattr(self, f"hamdist_constant_{place.index}")
-            return inputs[0].device
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hamdist_ready": None}
 
-        for step in self._hamdist_program:
-            args = replaced(step.args, value)
-            kwargs = replaced(step.kwargs, value) if step.kwargs else step.kwargs
-            if step.grad:
-                values.append(self._call(step, args, kwargs))
-            else:
-                with torch.no_grad():
-                    values.append(self._call(step, args, kwargs))
-        return replaced(self._hamdist_output, value)
-
-    def _call(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, step: Step) -> Get:
+        """A step as a function."""
+        args, kwargs = self._getter(step.args), self._getter(step.kwargs)
+        run: Callable[..., Any] = step.target if step.kind == FUNCTION else _method(step.target)
         if step.kind == MODULE:
-            return self._hamdist_parts[step.target](*args, **kwargs)
-        if step.kind == METHOD:
-            return getattr(args[0], step.target)(*args[1:], **kwargs)
-        return step.target(*args, **kwargs)
+            run = self._hamdist_parts[step.target]
+
+        def call(inputs: Sequence[Tensor], values: list[Any]) -> Any:
+            return run(*args(inputs, values), **kwargs(inputs, values))
+
+        def quietly(inputs: Sequence[Tensor], values: list[Any]) -> Any:
+            with torch.no_grad():
+                return call(inputs, values)
+
+        return call if step.grad else quietly
+
+    def _getter(self, template: Template) -> Get:
+        """A template as a function: what it stands for, from the inputs and the steps' results."""
+        if not places(template):
+            return lambda *_: template
+        if isinstance(template, PLACES):
+            return self._place_getter(template)
+        kind = type(template)
+        if kind is dict:
+            keys, inner = list(template), [self._getter(t) for t in template.values()]
+            return lambda i, v: {k: get(i, v) for k, get in zip(keys, inner, strict=True)}
+        if kind is slice:
+            ends = [self._getter(t) for t in (template.start, template.stop, template.step)]
+            return lambda i, v: slice(*[get(i, v) for get in ends])
+        parts = [self._getter(t) for t in template]
+        return lambda i, v: kind([get(i, v) for get in parts])
+
+    def _place_getter(self, place: Place) -> Get:
+        if isinstance(place, Ref):
+            at, path = place.step, place.path
+            if not path:
+                return lambda _, values: values[at]
+            return lambda _, values: reduce(operator.getitem, path, values[at])
+        if isinstance(place, Arg):
+            number = self._hamdist_inputs.index(place.name)
+            return lambda inputs, _: inputs[number]
+        if isinstance(place, Size):
+            return lambda inputs, _: place.of(inputs[0].shape[0])
+        if isinstance(place, Device):
+            return lambda inputs, _: inputs[0].device
+        name = place.name if isinstance(place, Weight) else f"hamdist_constant_{place.index}"
+        path_to, _, last = name.rpartition(".")
+        owner = self.get_submodule(path_to)  # a weight may stand in for another during a call
+        return lambda *_: getattr(owner, last)
 
     def fx_graph(self) -> fx.Graph | None:
         """The program as a graph of torch.fx; None where it has more than calls on tensors."""

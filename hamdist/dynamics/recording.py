@@ -14,6 +14,7 @@ B: batch.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import operator
 import sys
@@ -416,7 +417,20 @@ def _as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Step:
         return Step(FUNCTION, operator.getitem, tuple(args))
     if name == "__setitem__":
         return Step(FUNCTION, operator.setitem, tuple(args))
-    return Step(FUNCTION, func, tuple(args), kwargs)
+    return Step(FUNCTION, func, tuple(args), _said(func, kwargs))
+
+
+def _said(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without the keywords that torch adds with their defaults (`inplace=False`)."""
+    if not isinstance(func, FunctionType):
+        return kwargs
+    known = inspect.signature(func).parameters
+    plain = (bool, int, float, str, type(None))
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key not in known or not isinstance(value, plain) or known[key].default is not value
+    }
 
 
 def _is_plain(value: Any) -> bool:

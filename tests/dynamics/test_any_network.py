@@ -9,9 +9,11 @@ import pytest
 import torch
 from dynamics.architectures import GPT, Config, Encoder, ResNet, Tagger, TwoByTwo, UNet, ViT
 from dynamics.helpers import F64, relative, settings
+from torch import nn
 from torch.nn import functional
 
 import hamdist
+from hamdist.errors import GraphError
 from hamdist.streams import from_iterable
 
 ROUND_OFF = 1e-12
@@ -167,3 +169,132 @@ def test_balances(balance):
     result, apart = learned("resnet", partition={"blocks": 4, "balance": balance})
     assert len(result.blocks) == 4
     assert apart <= ROUND_OFF
+
+
+# -- what cannot be cut ----------------------------------------------------------------------------
+
+
+def refused(model, item=images, classes=3, **fields):
+    with pytest.raises(GraphError) as caught:
+        hamdist.train(
+            made(lambda: model),
+            from_iterable([item(0)] * 2, classes=classes),
+            settings("backprop"),
+            **fields,
+        )
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        ("layer2.0.con2", "cut 'layer2.0.con2' is no module of the model; did you mean "),
+        ("layer9", "cut 'layer9' is no module of the model; did you mean 'layer3' or"),
+        ("xyz", "cut 'xyz' is no module of the model; known: conv1, bn1, relu, maxpool, layer1"),
+        ("layer1.0.downsample", "is no module of the model"),
+    ],
+)
+def test_a_wrong_cut_name(cut, said):
+    assert said in refused(ResNet(), partition={"cuts": ["layer2", cut]})
+
+
+def test_tied_weights_stay_together():
+    config = Config(tie_word_embeddings=True)
+    text_of = {"item": text, "classes": 11}
+    said = refused(GPT(config), **text_of, partition={"cuts": ["transformer.h.1"]})
+    assert said == (
+        "no block can begin at 'transformer.h.1': the weight 'transformer.wte.weight' = "
+        "'lm_head.weight' is used in 'transformer.wte' and in 'lm_head', and a weight belongs to "
+        "one block; give each user a weight of its own (untie them), or cut elsewhere"
+    )
+    said = refused(GPT(config), **text_of, partition={"blocks": 3})
+    assert "cannot cut the model into 3 blocks; use at most 1 (the weight 'transformer.wte" in said
+
+    model, items = made(lambda: GPT(config)), [text(n) for n in range(STEPS)]
+    result = hamdist.train(
+        model,
+        from_iterable(items, classes=11),
+        settings("backprop", learning={"lr": LR}),
+    )
+    expected = sgd(model, items)
+    assert list(result.blocks) == ["block0"]
+    assert result.model.lm_head.weight is result.model.transformer.wte.weight
+    after = result.model.state_dict()
+    assert relative(after.values(), expected.state_dict().values()) <= ROUND_OFF
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, z):
+        return z * 3
+
+
+def decides(x):
+    return x if x.sum() > 0 else -x
+
+
+def by_row(x):
+    return torch.stack([row * 2 for row in x])
+
+
+HARD = {
+    "a value decides": (decides, "values of a tensor (__bool__)", "if x.sum() > 0"),
+    "a number of a tensor": (lambda x: x * x.max().item(), "values of a tensor (item)", "x.max()"),
+    "autograd.Function": (Twice.apply, "autograd.Function", ""),
+    "a loop over the batch": (by_row, "at another batch", "row * 2"),
+    "numpy": (lambda x: x + torch.from_numpy(x.detach().numpy()), "(numpy)", "numpy()"),
+}
+
+
+class Hard(nn.Module):
+    """Does something that cannot be followed, itself or in its submodule `inner`."""
+
+    def __init__(self, act, inner):
+        super().__init__()
+        self.act = act
+        self.first = nn.Linear(5, 5)
+        self.inner = Hard(act, False) if inner else nn.Linear(5, 5)
+        self.last = nn.Linear(5, 3)
+        self.outer = inner
+
+    def forward(self, x):
+        x = self.inner(torch.tanh(self.first(x)))
+        if not self.outer:
+            x = self.act(x)
+            return x + 0 * self.last(x).sum()
+        return self.last(x)
+
+
+def rows(n):
+    return normal(n, BATCH, 5), whole(n + 100, 3, BATCH)
+
+
+@pytest.mark.parametrize("why", HARD)
+def test_a_model_that_cannot_be_followed(why):
+    act, reason, line = HARD[why]
+    said = refused(Hard(act, False), rows, partition={"blocks": 2})
+    assert said.startswith("the model cannot be cut into blocks: the model (a Hard) stays whole,")
+    assert reason in said
+    assert line in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("why", HARD)
+def test_a_submodule_that_cannot_be_followed_stays_whole(why):
+    act, reason, line = HARD[why]
+    model = made(lambda: Hard(act, True))
+    items = [rows(n) for n in range(STEPS)]
+    config = settings("backprop", learning={"lr": LR})
+    with pytest.warns(UserWarning, match="'inner' .a Hard. stays whole, because") as told:
+        result = hamdist.train(model, from_iterable(items, classes=3), config)
+    assert reason in str(told[0].message)
+    assert line in str(told[0].message)
+    assert len(result.blocks) == 3
+    expected = sgd(model, items).state_dict()
+    assert relative(result.model.state_dict().values(), expected.values()) <= ROUND_OFF
+    said = refused(Hard(act, True), rows, partition={"cuts": ["inner.last"]})
+    assert said.startswith("no block can begin at 'inner.last': 'inner' (a Hard) stays whole")
