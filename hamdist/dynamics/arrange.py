@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from hamdist.config import Memory, PartitionSettings
-from hamdist.dynamics.graph import INPUT, Edge, Graph
+from hamdist.dynamics.graph import Edge, Graph, ShapeMap
 from hamdist.dynamics.locality import Locality
 from hamdist.dynamics.patterns import check_patterns, fitting
 from hamdist.dynamics.slices import sliced
@@ -22,12 +22,13 @@ def arranged(
     knobs: Locality,
     u_shape: Sequence[int],
     u_dtype: torch.dtype,
+    inputs: ShapeMap | None = None,
 ) -> Graph:
     """`graph` with its slices and its delays (those of `auto` are 1 until the links are known).
 
-    u_shape: of the stream's input, batch in front. Raises GraphError for a name or a pattern that
-    fits nothing, and for a block that cannot be sliced; LevelError for slices with memory
-    'reversible'.
+    u_shape: of the stream's input, batch in front; inputs: of each, where there are several.
+    Raises GraphError for a name or a pattern that fits nothing, and for a block that cannot be
+    sliced; LevelError for slices with memory 'reversible'.
     """
     if partition.slices:
         names = list(graph.blocks)
@@ -38,7 +39,7 @@ def arranged(
             many = block.slices if pattern is None else partition.slices[pattern]
             blocks.append(replace(block, slices=many))
         graph = graph.over(blocks)
-    made = sliced(graph, u_shape, u_dtype)
+    made = sliced(graph, u_shape, u_dtype, inputs)
     if made is not graph and knobs.memory is Memory.REVERSIBLE:
         raise LevelError(
             "slices with memory 'reversible': a slice knows its own neurons alone and cannot "
@@ -79,8 +80,9 @@ def _names(graph: Graph, edge: Edge) -> list[str]:
     """The names that an edge goes by: its own, and that between the unsliced blocks."""
     if graph.sliced is None:
         return [edge.name]
-    origin = {INPUT: INPUT, **graph.sliced.origin}
-    return list(dict.fromkeys([edge.name, f"{origin[edge.parent]}->{origin[edge.child]}"]))
+    origin = graph.sliced.origin
+    parent = origin.get(edge.parent, edge.parent)  # (an input is none of the blocks)
+    return list(dict.fromkeys([edge.name, f"{parent}->{origin[edge.child]}"]))
 
 
 def _pattern(names: Sequence[str], delays: Mapping[str, int]) -> str | None:

@@ -153,6 +153,18 @@ class Piece(nn.Module):
             self.register_buffer(f"hamdist_constant_{index}", tensor, persistent=False)
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        return self._hamdist_inputs
+
+    @property
+    def program(self) -> tuple[Step, ...]:
+        return self._hamdist_program
+
+    @property
+    def output(self) -> Template:
+        return self._hamdist_output
+
+    @property
     def draws(self) -> bool:
         return self._hamdist_draws
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.hosts import Seat
 from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.plan import Plan
 from hamdist.streams.sample import Stream
@@ -114,7 +117,36 @@ def is_alive(actor: Any) -> bool:
     return True
 
 
-def start_actor() -> Any:
+def start_actor(seat: Seat) -> Any:
     """A new actor in Ray, restarted by nobody: what it knows is lost with it."""
-    options = {"num_cpus": 1, "max_concurrency": THREADS_OF_AN_ACTOR, "max_restarts": 0}
+    options = {
+        **_reserved(seat),
+        "num_gpus": seat.gpus,
+        "max_concurrency": THREADS_OF_AN_ACTOR,
+        "max_restarts": 0,
+    }
     return ray.remote(HostActor).options(**options).remote(sys.path)
+
+
+def _reserved(seat: Seat) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": seat.cpus, "resources": dict(seat.resources)}
+    if seat.node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(seat.node, soft=False)
+    return options
+
+
+def timed_on(node: str) -> Any:
+    """The seconds that a host takes for a fixed piece of arithmetic, as a reference."""
+    return ray.remote(_seconds).options(**_reserved(Seat(node=node))).remote()
+
+
+def _seconds() -> float:
+    """The least of a few times: others may be busy there."""
+    torch.set_num_threads(1)
+    a = torch.ones(256, 256)
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - begin)
+    return min(times)

@@ -6,6 +6,7 @@ from hamdist.config import EngineKind, EngineSettings, Moves, Order, Reset, Sett
 from hamdist.dynamics.cycles import dissipation_warnings
 from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.runtime.compression import compression_warnings
+from hamdist.runtime.demands import idle_wishes, wishes
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
@@ -28,6 +29,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     if plan.engine.address is None:
         told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
+    told += _alone(plan)
     if isinstance(plan.schedule, HoldSchedule):
         told += dissipation_warnings(plan.graph, plan.dynamics)
         told += reset_warnings(plan, plan.schedule)
@@ -65,6 +67,21 @@ def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:
             f"measured ({reason}); give them as numbers"
         )
     return told
+
+
+def _alone(plan: Plan) -> list[str]:
+    """Says so where one process is asked to be several."""
+    engine = plan.engine
+    if engine.kind is not EngineKind.INPROCESS:
+        return []
+    idle = idle_wishes(wishes(plan.graph, engine).values())
+    if not idle:
+        return []
+    verb = "means" if len(idle) == 1 else "mean"
+    return [
+        f"engine.blocks: {', '.join(idle)} {verb} nothing in one process; use engine.kind 'ray', "
+        "or leave them out"
+    ]
 
 
 def local_processes(engine: EngineSettings) -> int:

@@ -13,18 +13,20 @@ import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from hamdist.config import TransportKind
+from hamdist.config import Spread, TransportKind
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, HamdistError, StreamError
 from hamdist.runtime.advice import thread_warnings
-from hamdist.runtime.cluster import Session
+from hamdist.runtime.cluster import Session, host_seconds, hosts
+from hamdist.runtime.demands import demand, wishes
 from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.hosts import Seat, seats
 from hamdist.runtime.line import socket_folder
 from hamdist.runtime.links import Link, Probe, least_delays, pairs
 from hamdist.runtime.measure import source_host
 from hamdist.runtime.outcome import deaf_to_interrupts
-from hamdist.runtime.placement import Costs, place
+from hamdist.runtime.placement import Costs, by_parameters, place
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.shared import MAX_CAPACITY
 from hamdist.runtime.signal import Channel
@@ -46,6 +48,7 @@ class Actor:
     name: str
     blocks: list[str]
     handle: Any
+    seat: Seat
     node: str = ""
     address: str = ""
     pid: int = 0
@@ -121,15 +124,12 @@ class Crew:
         plan = self._plan
         cpus = int(ray.cluster_resources().get("CPU", 0))
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
-        if len(groups) > cpus:
-            raise ClusterError(
-                f"{len(groups)} actors need as many CPUs, the Ray cluster has {cpus}; set "
-                "engine.actors to at most that, or 'auto'"
-            )
         with startup.phase("actors"):
+            own = self._seats(groups, costs)
+            handles = self._session.actors(own)
             self.actors = [
-                Actor(f"actor {i}", blocks, self._session.actor())
-                for i, blocks in enumerate(groups)
+                Actor(f"actor {i}", blocks, handle, seat)
+                for i, (blocks, handle, seat) in enumerate(zip(groups, handles, own, strict=True))
             ]
             for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
                 actor.node, actor.address, actor.pid = where
@@ -158,6 +158,18 @@ class Crew:
                 self._local = Host(plan.only([]), [], self._stream)
                 self._local.connect(addresses)
         return plan
+
+    def _seats(self, groups: Sequence[Sequence[str]], costs: Costs | None) -> list[Seat]:
+        """What each actor asks Ray for. Raises ClusterError for what the cluster does not have."""
+        plan = self._plan
+        asked = wishes(plan.graph, plan.engine)
+        known = hosts()
+        names = list(plan.graph.blocks)
+        work = by_parameters(plan.graph) if costs is None else costs.seconds
+        busy = [sum(work[names.index(name)] for name in group) for group in groups]
+        spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
+        speeds = host_seconds(known) if spread is Spread.PROFILE else None
+        return seats([demand(g, asked, plan.engine) for g in groups], known, spread, busy, speeds)
 
     def _links(self) -> dict[tuple[int, int], Link]:
         """By pair of actors that exchange signals; between two hosts, or inside of one, one pair
@@ -387,7 +399,7 @@ class Crew:
             with contextlib.suppress(RayError):  # it died
                 ray.get(call)
                 obedient.append(closed[call])
-        self._session.idle.extend(actor.handle for actor in obedient)
+        self._session.idle.extend((actor.seat, actor.handle) for actor in obedient)
         killed = [actor for actor in self.actors if actor not in obedient]
         for actor in killed:
             ray.kill(actor.handle)

@@ -99,7 +99,8 @@ def demand(
     return Demand(host, cpus, gpus, resources, tuple(blocks))
 
 
-def idle_wishes(wishes: Iterable[BlockEngineSettings]) -> list[str]:
+def idle_wishes(asked: Iterable[BlockEngineSettings]) -> list[str]:
     """The settings that mean nothing in one process, as they were given."""
+    given = list(asked)
     names = ("host", "cpus", "gpus", "resources")
-    return [n for n in names if any(getattr(wish, n) not in (None, {}) for wish in wishes)]
+    return [n for n in names if any(getattr(wish, n) not in (None, {}) for wish in given)]

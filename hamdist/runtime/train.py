@@ -70,11 +70,12 @@ def train(
             loss = make_loss(settings.loss) if loss is None else loss
             graph = as_graph(model, settings, stream.spec, loss, policy)
             knobs = make_locality(settings.level, settings.locality)
-            given = (settings.partition, knobs, stream.spec.u_shape, stream.spec.u_dtype)
+            spec = stream.spec
+            given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
             graph = arranged(graph, *given)
             plan = make_plan(graph, settings, stream.spec, phi=phi)
             if settings.partition.delays == "auto":
-                plan = replannable(plan, settings, phi)
+                plan = replannable(plan, graph, settings, phi)
             told = drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
