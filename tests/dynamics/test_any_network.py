@@ -4,6 +4,7 @@ descent for networks as people write them (architectures.py), cut anywhere."""
 from __future__ import annotations
 
 import copy
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from torch import nn
 from torch.nn import functional
 
 import hamdist
+from hamdist.dynamics.closed import closed_cell
+from hamdist.dynamics.losses import cross_entropy
 from hamdist.errors import GraphError
+from hamdist.runtime.train import as_graph
 from hamdist.streams import from_iterable
 
 ROUND_OFF = 1e-12
@@ -298,3 +302,188 @@ def test_a_submodule_that_cannot_be_followed_stays_whole(why):
     assert relative(result.model.state_dict().values(), expected.values()) <= ROUND_OFF
     said = refused(Hard(act, True), rows, partition={"cuts": ["inner.last"]})
     assert said.startswith("no block can begin at 'inner.last': 'inner' (a Hard) stays whole")
+
+
+# -- choosing the places ---------------------------------------------------------------------------
+
+
+def test_a_policy_sees_every_place_and_names_the_cuts():
+    seen = []
+
+    def before_each_stage(where):
+        seen.extend(where)
+        return [place.names[0] for place in where if place.names[0] in ("layer2", "layer3", "fc")]
+
+    result, apart = learned("resnet", partition=before_each_stage)
+    assert apart <= ROUND_OFF
+    assert len(result.blocks) == 4
+    model = ResNet()
+    assert sum(place.parameters for place in seen) == sum(p.numel() for p in model.parameters())
+    by_name = {name: place for place in seen for name in place.names}
+    assert by_name["layer2"].names == ("layer2", "layer2.0", "layer2.0.conv1")
+    assert by_name["layer2"].crossing == 4 * 4 * 4  # what layer1 made
+    assert by_name["layer2.0.conv2"].crossing == 8 * 2 * 2 + 4 * 4 * 4  # ... and the skip
+    assert by_name["fc"].parameters == 8 * 3 + 3
+    assert by_name["conv1"].activations == 4 * 8 * 8
+
+
+def test_a_policy_that_names_nothing_known():
+    assert "cut 'x' is no module" in refused(ResNet(), partition=lambda where: ["x"])
+    assert "return the names of the modules" in refused(ResNet(), partition=lambda where: None)
+
+
+class Layers(nn.Module):
+    """Five layers of different cost; one loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = [5, 2, 30, 3, 9, 3]
+        for i, (a, b) in enumerate(pairwise(self.sizes)):
+            setattr(self, f"l{i}", nn.Linear(a, b))
+
+    def forward(self, x):
+        for i in range(5):
+            x = torch.tanh(getattr(self, f"l{i}")(x))
+        return x
+
+
+@pytest.mark.parametrize("balance", ["parameters", "activations"])
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_balance_against_brute_force(blocks, balance):
+    model = Layers()
+    parameters = [sum(p.numel() for p in getattr(model, f"l{i}").parameters()) for i in range(5)]
+    costs = parameters if balance == "parameters" else [2 * n for n in model.sizes[1:]]  # and tanh
+    result = hamdist.train(
+        made(Layers),
+        from_iterable([rows(0)], classes=3),
+        settings("backprop", partition={"blocks": blocks, "balance": balance}),
+    )
+    found = [[int(k[1]) for k in b.theta if "weight" in k] for b in result.blocks.values()]
+
+    def largest(starts):
+        ends = [*starts[1:], 5]
+        return max(sum(costs[a:b]) for a, b in zip(starts, ends, strict=True))
+
+    best = min(largest([0, *cuts]) for cuts in combinations(range(1, 5), blocks - 1))
+    assert largest([run[0] for run in found]) == best
+    assert sorted(i for run in found for i in run) == list(range(5))
+
+
+# -- the rest of the contract ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "two by two"])
+def test_shorter_batches(name):
+    """A block takes any batch, whatever the one that was shown."""
+    build, item, classes = NETWORKS[name]
+
+    def cut(value, rows):
+        if isinstance(value, dict):
+            return {k: v[:rows] for k, v in value.items()}
+        return value[:rows]
+
+    items = [item(n) for n in range(6)]
+    items += [tuple(cut(part, rows) for part in item(n)) for n, rows in ((7, 2), (8, 3))]
+    model = made(build)
+    result = hamdist.train(
+        model,
+        from_iterable(items, classes=classes),
+        settings("backprop", learning={"lr": LR}, partition={"blocks": 3}),
+        loss={"kind": "cross-entropy", "angle": "mse"} if name == "two by two" else None,
+    )
+    expected = sgd(model, items).state_dict().values()
+    assert relative(result.model.state_dict().values(), expected) <= ROUND_OFF
+
+
+def test_eval_of_the_merged_module():
+    """Batch statistics come back: the merged module predicts as SGD's does, in evaluation."""
+    result, _ = learned("resnet", partition={"blocks": 5})
+    build, item, _ = NETWORKS["resnet"]
+    expected = sgd(made(build), [item(n) for n in range(STEPS)])
+    u = images(999)[0]
+    apart = result.model.eval()(u) - expected.eval()(u)
+    assert apart.abs().max() < 1e-12
+    assert int(result.model.bn1.num_batches_tracked) == STEPS
+
+
+def test_the_users_model_and_the_generator_stay_as_they_are():
+    model = made(ResNet)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    kinds = [type(part) for part in model.modules()]
+    stream = from_iterable([images(0)], classes=3)
+    hamdist.train(model, stream, settings("backprop", partition={"blocks": 3}))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    assert [type(part) for part in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("name", ["unet", "gpt"])
+def test_held_presentation_at_infinite_speed(name):
+    """A network that relaxes on each sample, and moves its weights then, is gradient descent. (No
+    batch norm here: it would see the states on their way, too.)"""
+    build, item, classes = NETWORKS[name]
+    model, items = made(build), [item(n) for n in range(6)]
+    held = {"speed": "inf", "update": "last-tick"}
+    config = settings("local", locality=held, learning={"lr": LR}, partition={"blocks": 3})
+    result = hamdist.train(model, from_iterable(items, classes=classes), config)
+    expected = sgd(model, items).state_dict().values()
+    assert relative(result.model.state_dict().values(), expected) <= ROUND_OFF
+
+
+class Mixed(nn.Module):
+    """What a cut meets: an integer and a mask from the input, a real value without weights, a
+    constant, a buffer that moves, an unused layer, time in front, and a no-grad branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 6)
+        self.b = nn.Linear(6, 6)
+        self.c = nn.Linear(6, 3)
+        self.shift = nn.Parameter(torch.ones(6))
+        self.unused = nn.Linear(2, 2)
+        self.scale = torch.linspace(0.5, 1.5, 6, dtype=F64)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        size = x.abs().mean(1, keepdim=True)
+        order = x.argmax(1)
+        mask = (size > 0.7) & (order > 0)[:, None]
+        h = torch.tanh(self.a(x)) * self.scale
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * h.mean(0))
+        table = torch.sigmoid(self.shift)
+        folded = h.view(-1, 2, 3).permute(1, 0, 2)
+        with torch.no_grad():
+            gate = torch.sigmoid(h.sum(1, keepdim=True))
+        h = self.b(torch.where(mask, h, -h)) * table
+        h = h + folded.permute(1, 0, 2).reshape(x.shape[0], 6) * gate
+        h[:, 0] = 0
+        one = nn.functional.one_hot(order, 5).to(h.dtype).sum(1, keepdim=True)
+        return self.c(h + size * one) + table.sum()
+
+
+@pytest.mark.parametrize("partition", [{"blocks": 2}, {"blocks": 3}, {"cuts": ["b", "c"]}, {}])
+def test_what_a_cut_meets(partition):
+    model, items = made(Mixed), [rows(n) for n in range(STEPS)]
+    result = hamdist.train(
+        model,
+        from_iterable(items, classes=3),
+        settings("backprop", learning={"lr": LR}, partition=partition),
+    )
+    expected = sgd(model, items).state_dict()
+    assert len(result.blocks) == partition.get("blocks", 3)
+    assert list(result.model.state_dict()) == list(expected)
+    assert relative(result.model.state_dict().values(), expected.values()) <= ROUND_OFF
+
+
+def test_blocks_without_autograd():
+    """Closed-form steps are found in what was cut out of a user's class."""
+    graph = as_graph(
+        made(Layers),
+        settings("backprop", partition={"blocks": 3}),
+        from_iterable([rows(0)], classes=3).spec,
+        cross_entropy,
+    )
+    cells = [closed_cell(b.module, b.combine, 0, len(b.parents)) for b in graph.blocks.values()]
+    assert all(cells)
