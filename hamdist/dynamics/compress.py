@@ -53,11 +53,14 @@ class Codec:
         too short to bear a scale."""
         if not self.dtype.is_floating_point:
             return False
+        exact = math.prod(self.row) * self.dtype.itemsize
+        return exact > 0 and self.nbytes(1) < exact
+
+    def nbytes(self, batch: int) -> int:
+        """Of a signal (B, *row), encoded."""
         n = math.prod(self.row)
-        exact = n * self.dtype.itemsize
-        if self.name is Compress.INT8:
-            return n > 0 and n + self._real.itemsize < exact
-        return n > 0 and n * self._half.itemsize < exact
+        a_row = n + self._real.itemsize if self.name is Compress.INT8 else n * self._half.itemsize
+        return batch * a_row
 
     @property
     def _half(self) -> torch.dtype:

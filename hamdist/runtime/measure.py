@@ -107,7 +107,9 @@ def _crossings(plan: Plan, source: str | None) -> Iterator[tuple[int, int, float
         shape, dtype = (
             plan.spec.parents[edge.parent] if edge.from_input else plan.shapes[edge.parent]
         )
-        once = SIGNAL_SECONDS + _bytes(shape, dtype) / BYTES_PER_SECOND
+        codec = plan.channels.states[edge.index].codec
+        number = _bytes(shape, dtype) if codec is None else codec.nbytes(shape[0])
+        once = SIGNAL_SECONDS + number / BYTES_PER_SECOND
         a, b = sorted((order.index(parent), order.index(edge.child)))
         yield a, b, once if edge.from_input else 2 * ticks * once
     for readout in plan.graph.readouts if source is not None else ():
@@ -236,10 +238,10 @@ class _Examples:
             if self.spec.targets is None
             else {name: _example_target(own(name)) for name in self.spec.targets}
         )
+        inputs = None if self.spec.inputs is None else example_inputs(self.spec)
         for n in range(self._number):
             end = n % SEQUENCE == SEQUENCE - 1
             yield Sample(u, y, end=end, time=n * STAMP_SECONDS, inputs=inputs)
-        inputs = None if self.spec.inputs is None else example_inputs(self.spec)
 
 
 def example_input(spec: SampleSpec) -> Tensor:

@@ -18,6 +18,7 @@ from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import make_loss
 from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.precision import Rounding
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.errors import DivergedError, SettingsError
 from hamdist.models import (
@@ -84,6 +85,7 @@ class Run:
     placement: Sequence[Sequence[str]] = field(default_factory=tuple)
     delays: Mapping[str, int] = field(default_factory=dict)
     compression: Compression = field(default_factory=dict)
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
     @property
     def rows_per_second(self) -> float:
@@ -189,6 +191,7 @@ def _run(
         held_out=scores,
         bytes_per_edge=result.bytes_per_edge,
         compression=result.compression,
+        rounding=result.rounding,
         peak_memory=result.peak_memory,
         staleness=result.staleness,
         smoothness=result.smoothness,

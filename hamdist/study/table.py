@@ -112,6 +112,10 @@ def run_facts(run: Run) -> dict[str, str]:
     if run.samples:
         facts["KiB per edge and item"] = _edges(run)
     facts["compression"] = compression_fact(run.compression)
+    facts["autocast bf16"] = ", ".join(
+        f"{name} off by {100 * r.mean:.2g} % (at most {100 * r.worst:.2g} %)"
+        for name, r in run.rounding.items()
+    )
     return {name: fact for name, fact in facts.items() if fact}
 
 

@@ -43,7 +43,7 @@ def through(c, x):
 def test_halves(name, exact, decoded):
     c = codec(name, [5])
     sent = c.encode(torch.tensor([exact]))
-    assert sent.nbytes == 10
+    assert sent.nbytes == c.nbytes(1) == 10
     assert torch.equal(c.decode(sent), torch.tensor([decoded], dtype=F32))
 
 
@@ -71,7 +71,7 @@ def test_int8_by_hand(dtype):
     c = codec("int8", [4], dtype)
     sent = c.encode(exact)
     assert sent.dtype == torch.int8
-    assert sent.nbytes == 4 * (4 + dtype.itemsize)
+    assert sent.nbytes == c.nbytes(4) == 4 * (4 + dtype.itemsize)
     assert torch.equal(c.decode(sent), decoded)
 
 
