@@ -150,7 +150,7 @@ UNARY = {
 }  # fmt: skip
 NARY = {
     "add", "sub", "mul", "truediv", "div", "iadd", "isub", "imul", "masked_fill", "where",
-    "maximum", "minimum",
+    "maximum", "minimum", "radd", "rmul", "rsub", "rtruediv",
 }  # fmt: skip
 LINEAR_UNARY = {"contiguous", "clone", "neg"}
 RANDOM = {"dropout", "dropout1d", "dropout2d", "rand_like", "randn_like", "bernoulli", "rrelu"}
@@ -204,8 +204,8 @@ class Layouts:
 
     def _named(self, node: fx.Node) -> str:
         if node.op == "call_method":
-            return str(node.target).rstrip("_")
-        return str(getattr(node.target, "__name__", "")).rstrip("_")
+            return str(node.target).strip("_")
+        return str(getattr(node.target, "__name__", "")).strip("_")
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(self._values[0][node].shape)
@@ -424,10 +424,12 @@ class Layouts:
         if node.kwargs or len(node.args) != 2:
             return None
         sums = [t for t in tensors if isinstance(self._of(t), Sum)]
-        if name in ("mul", "truediv", "div", "imul"):
-            scaled = len(tensors) == 1 and (node.args[0] is sums[0] or name in ("mul", "imul"))
+        if name in ("mul", "truediv", "div", "imul", "rmul"):
+            scaled = len(tensors) == 1 and (
+                node.args[0] is sums[0] or name in ("mul", "imul", "rmul")
+            )
             return Step(Sum(), {sums[0]: Use.PIECE}) if scaled else None
-        added = name in ("add", "iadd")
+        added = name in ("add", "iadd", "radd")
         if not added and not (name in ("sub", "isub") and node.args[0] in sums):
             return None
         if len(sums) == 2 or (node.args[0] is node.args[1]):

@@ -48,15 +48,22 @@ from hamdist.dynamics.layout import (
     Whole,
     dry_run,
 )
-from hamdist.dynamics.shards import EncoderLayer, Places, Share
+from hamdist.dynamics.reading import read, readable
+from hamdist.dynamics.shards import Places, Share
 from hamdist.errors import GraphError
 
 
-def sliced(graph: Graph, u_shape: Sequence[int], u_dtype: torch.dtype) -> Graph:
+def sliced(
+    graph: Graph,
+    u_shape: Sequence[int],
+    u_dtype: torch.dtype,
+    inputs: ShapeMap | None = None,
+) -> Graph:
     """`graph` with every block of `slices` m > 1 spread over m blocks; itself where there is none.
 
-    u_shape: of the stream's input, batch in front. Raises GraphError for a block that cannot be
-    sliced, with what prevents it.
+    u_shape: of the stream's input, batch in front; inputs: of each, by the names that parents have,
+    where there are several. Raises GraphError for a block that cannot be sliced, with what prevents
+    it.
     """
     for block in graph.blocks.values():
         if isinstance(block.slices, bool) or not isinstance(block.slices, int) or block.slices < 1:
@@ -66,12 +73,12 @@ def sliced(graph: Graph, u_shape: Sequence[int], u_dtype: torch.dtype) -> Graph:
     wanted = [b for b in graph.blocks.values() if b.slices > 1]
     if not wanted:
         return graph
-    shapes = graph.shapes(u_shape, u_dtype)
-    shapes[INPUT] = (tuple(u_shape), u_dtype)
+    inputs = {INPUT: (tuple(u_shape), u_dtype), **(inputs or {})}
+    shapes = {**graph.shapes(u_shape, u_dtype, inputs), **inputs}
     cuts = {b.name: _Cut(b, shapes) for b in wanted}
     outs = {b.name: _Out((b.name,)) for b in graph.blocks.values()}
     outs |= {name: cut.out for name, cut in cuts.items()}
-    outs[INPUT] = _Out((INPUT,))
+    outs |= {name: _Out((name,)) for name in inputs}
     blocks: list[BlockSpec] = []
     parts: list[Part] = []
     origin: dict[str, str] = {}
@@ -134,12 +141,6 @@ class _From:
     piece: int | None = None
 
 
-class _Tracer(fx.Tracer):
-    """Buffers may be indexed by what the trace computes (a mask, by the number of tokens)."""
-
-    proxy_buffer_attributes = True
-
-
 class _Cut:
     """One block, cut into stages."""
 
@@ -147,12 +148,12 @@ class _Cut:
         self.spec = block
         self.m = block.slices
         self._refuse_what_has_no_slices()
-        self._inner = _readable(copy.deepcopy(block.module))
+        self._inner = readable(copy.deepcopy(block.module))
         self._root = nn.Module()
         self._root.add_module("m", self._inner)
         self.traced, self.result = self._trace()
         module = fx.GraphModule(self._root, self.traced)
-        self.modules = dict(module.named_modules())
+        self.modules = dict(module.named_modules(remove_duplicate=False))
         runs = tuple(
             dry_run(copy.deepcopy(module), [_zeros(shapes[p], more) for p in block.parents])
             for more in (0, 1)
@@ -181,7 +182,7 @@ class _Cut:
 
     def _trace(self) -> tuple[fx.Graph, fx.Node]:
         """Its operations, from one placeholder by parent to the result."""
-        spec, inner = self.spec, self._inner
+        spec = self.spec
         graph = fx.Graph()
         parents = [graph.placeholder(f"p{i}") for i in range(len(spec.parents))]
         arguments = parents
@@ -192,45 +193,25 @@ class _Cut:
             for parent in parents[1:]:
                 total = graph.call_function(torch.add, (total, parent))
             arguments = [total]
-        tracer = _Tracer()
-        if tracer.is_leaf_module(inner, "m"):
-            result = graph.call_module("m", tuple(arguments))
-        else:
-            result = self._inline(graph, arguments, self._read(tracer))
+        try:
+            result = read(graph, self._root, "m", arguments)
+        except Exception as error:  # a user's forward may raise anything on fx's stand-ins
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise GraphError(
+                f"block {spec.name!r} ({type(spec.module).__name__}) cannot be sliced: torch.fx "
+                f"cannot read its forward ({reason}); leave its slices out, or cut the model so "
+                "that the layers to slice are a block of their own"
+            ) from error
         if not isinstance(result, fx.Node):
             raise GraphError(
                 f"block {spec.name!r} cannot be sliced: it returns {type(result).__name__}, not "
                 "one tensor"
             )
         graph.output(result)
+        for node in reversed(graph.nodes):  # what nobody reads
+            if not node.users and node.op not in ("placeholder", "output"):
+                graph.erase_node(node)
         return graph, result
-
-    def _read(self, tracer: fx.Tracer) -> fx.Graph:
-        try:
-            return tracer.trace(self._inner)
-        except Exception as error:  # a user's forward may raise anything on fx's stand-ins
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise GraphError(
-                f"block {self.spec.name!r} ({type(self.spec.module).__name__}) cannot be sliced: "
-                f"torch.fx cannot read its forward ({reason}); leave its slices out, or cut the "
-                "model so that the layers to slice are a block of their own"
-            ) from error
-
-    def _inline(self, graph: fx.Graph, arguments: list[fx.Node], inner: fx.Graph) -> Any:
-        known: dict[fx.Node, Any] = {}
-        given = iter(arguments)
-        for node in inner.nodes:
-            if node.op == "placeholder":
-                default = node.args[0] if node.args else None
-                known[node] = next(given, default)
-            elif node.op == "output":
-                return fx.map_arg(node.args[0], lambda n: known[n])
-            else:
-                made = graph.node_copy(node, lambda n: known[n])
-                if node.op in ("call_module", "get_attr"):
-                    made.target = f"m.{node.target}"
-                known[node] = made
-        return None
 
     # -- stages --------------------------------------------------------------------------------
 
@@ -326,10 +307,22 @@ class _Cut:
                 return False
             if len(sent) > 1:
                 last = sent[-1]
-                alone = not stage.many and not self._fixed(last)
-                (self._free if alone else self._apart).add(last)
+                if not stage.many and not self._fixed(last):
+                    self._free.add(last)
+                else:
+                    self._apart.add(self._branch(last, stage))
                 return False
         return True
+
+    def _branch(self, node: fx.Node, stage: _Stage) -> fx.Node:
+        """Where what leads to `node` alone begins in `stage`, or `node` where all of it does."""
+        start = node
+        first = next(n for n, own in self.stage_of.items() if own is stage)
+        while True:
+            before = [i for i in start.all_input_nodes if self.stage_of.get(i) is stage]
+            if len(before) != 1 or list(before[0].users) != [start] or before[0] is first:
+                return start if start not in self._apart else node
+            start = before[0]
 
     def _batch_first(self, node: fx.Node) -> bool:
         one, more = (values[node] for values in self.values)
@@ -621,13 +614,6 @@ class _Made:
 
 def _path(target: str) -> str:
     return target.removeprefix("m").removeprefix(".")
-
-
-def _readable(module: nn.Module) -> nn.Module:
-    """`module` with torch's encoder layers written out."""
-    for name, child in module.named_children():
-        setattr(module, name, _readable(child))
-    return EncoderLayer(module) if type(module) is nn.TransformerEncoderLayer else module
 
 
 def _zeros(known: tuple[tuple[int, ...], torch.dtype], more: int) -> Tensor:

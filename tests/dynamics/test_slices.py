@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dynamics.helpers import layer, linear, mlp, noise, relative, samples, settings, sgd
+from dynamics.test_any_network import learned
 from torch import nn
 from torch.nn import functional
 
@@ -424,3 +425,14 @@ def test_slices_is_a_number(many):
     graph = Graph([BlockSpec("a", linear(5, 3, 0), ("u",), loss=mse, slices=many)])
     with pytest.raises(GraphError, match="block 'a': slices is"):
         train(graph, from_iterable(samples(2, 4, 5, 3)), settings("backprop"))
+
+
+# -- models that were cut by the library -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet", "vit", "two by two"])
+def test_pieces_of_any_module(name):
+    """Blocks that the splitter made, with skips, buffers, several inputs and readouts."""
+    result, apart = learned(name, partition={"blocks": 3, "slices": {"block1": 2}})
+    assert apart <= ROUND_OFF
+    assert any(block.startswith("block1") and block.endswith("_1") for block in result.blocks)
