@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hamdist import streams
     from hamdist.api import train
     from hamdist.config import Level, Settings
+    from hamdist.dynamics.cuts import CutPlace
     from hamdist.dynamics.graph import BlockSpec, Combine, Graph
     from hamdist.dynamics.recurrent import Reads, RecurrentCell
     from hamdist.dynamics.reversible import (
@@ -32,6 +33,7 @@ __all__ = [
     "BlockSpec",
     "Combine",
     "Coupling",
+    "CutPlace",
     "Graph",
     "HamdistError",
     "Level",
@@ -54,6 +56,7 @@ _HOMES = {
     "BlockSpec": "hamdist.dynamics.graph",
     "Combine": "hamdist.dynamics.graph",
     "Coupling": "hamdist.dynamics.reversible",
+    "CutPlace": "hamdist.dynamics.cuts",
     "Graph": "hamdist.dynamics.graph",
     "HamdistError": "hamdist.errors",
     "Level": "hamdist.config",

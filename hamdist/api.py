@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hamdist.config import Settings, describe, lay_over
+from hamdist.config import Loss, Settings, describe, lay_over
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import Graph
-from hamdist.dynamics.losses import LossFunction
+from hamdist.dynamics.losses import LossFunction, make_loss
 from hamdist.errors import SettingsError
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.train import train as train_settings
@@ -24,9 +24,9 @@ def train(
     stream: Stream | Iterable[Any],
     settings: Settings | None = None,
     *,
-    loss: LossFunction | str | None = None,
+    loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
     phi: Course | None = None,
-    classes: int | None = None,
+    classes: int | Mapping[str, int] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **fields: Any,
 ) -> RunResult:
@@ -34,13 +34,17 @@ def train(
 
         result = hamdist.train(model, stream, level="trace", steps=2000, learning={"lr": 0.1})
 
-    model: any `nn.Module`; an `nn.Sequential` is cut into blocks as the level or `partition` say,
-    a `Graph` brings its own blocks. It stays as it is: a copy is trained.
+    model: any `nn.Module`, which is cut into blocks as the level or `partition` say; a `Graph`
+    brings its own blocks. It stays as it is: a copy is trained.
     stream: a `hamdist.streams.Stream`, a DataLoader, or any iterable of (u, y), with the batch in
-    front of u and y; `classes` is needed for class targets of those that do not know it.
-    settings, fields: a `Settings`, and fields of it by name, which go first.
+    front of u and y; `classes` is needed for class targets of those that do not know it. A model
+    with several inputs takes u as a dict by argument, or a tuple; one with several outputs takes y
+    as a dict by output (the keys of the dict that it returns, or `out0`, `out1`, ...).
+    settings, fields: a `Settings`, and fields of it by name, which go first. `partition` may be a
+    function, too: from the places where a block can begin (`CutPlace`) to the names of the modules
+    that begin one.
     loss: (prediction, target) -> scalar mean over the batch, or the name of one (`Loss`), instead
-    of `settings.loss`.
+    of `settings.loss`; or a dict of these by output, whose other outputs are not learned.
     phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a number.
 
     Raises HamdistError: SettingsError, GraphError, LevelError before anything starts, StreamError,
@@ -53,24 +57,38 @@ def train(
         )
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
+    policy = fields.pop("partition") if callable(fields.get("partition")) else None
     settled = _settled(settings, fields)
     if isinstance(model, Graph):
-        _check_graph(settled, fields, loss)
+        _check_graph(settled, fields, loss, policy)
     return train_settings(
         model,
         _as_stream(stream, classes),
         settled,
-        loss=loss,
+        loss={n: _loss(one) for n, one in loss.items()} if isinstance(loss, Mapping) else loss,
+        policy=policy,
         phi=phi,
         on_progress=on_progress,
     )
 
 
-def _check_graph(settings: Settings, fields: Mapping[str, Any], loss: object) -> None:
+def _loss(loss: LossFunction | str) -> LossFunction:
+    """Raises SettingsError for an unknown name."""
+    if not isinstance(loss, str):
+        return loss
+    known = [name.value for name in Loss]
+    if loss not in known:
+        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(known)}")
+    return make_loss(Loss(loss))
+
+
+def _check_graph(
+    settings: Settings, fields: Mapping[str, Any], loss: object, policy: object
+) -> None:
     """Raises SettingsError for what a graph brings itself."""
     given = {
         "loss": loss is not None or "loss" in fields,
-        "partition": bool(settings.partition.model_fields_set),
+        "partition": policy is not None or bool(settings.partition.model_fields_set),
         "locality.readout": settings.locality.readout is not None,
         "locality.grouping": settings.locality.grouping is not None,
     }
@@ -91,7 +109,7 @@ def _settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     return made.for_level(made.level)
 
 
-def _as_stream(stream: Stream | Iterable[Any], classes: int | None) -> Stream:
+def _as_stream(stream: Stream | Iterable[Any], classes: int | Mapping[str, int] | None) -> Stream:
     if isinstance(stream, Stream):
         return stream
     if isinstance(stream, (DataLoader, IterableDataset)):

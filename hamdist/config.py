@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from hamdist.errors import SettingsError
 
@@ -105,7 +113,7 @@ class Readout(str, Enum):
 
 
 class Balance(str, Enum):
-    """What `blocks: N` balances between blocks, and a placement between actors."""
+    """What a placement balances between actors."""
 
     PARAMETERS = "parameters"
     TIME = "time"
@@ -117,6 +125,15 @@ class Reset(str, Enum):
     NEVER = "never"
     SAMPLE = "sample"
     SEQUENCE = "sequence"
+
+
+class CutBalance(str, Enum):
+    """What `blocks: N` balances between blocks: what they learn, what they take, or the real
+    numbers that they make (which a trace keeps)."""
+
+    PARAMETERS = "parameters"
+    TIME = "time"
+    ACTIVATIONS = "activations"
 
 
 class FirstStep(str, Enum):
@@ -160,6 +177,43 @@ class Pin(str, Enum):
 
     AUTO = "auto"
     OFF = "off"
+
+
+class Compress(str, Enum):
+    """How a signal travels: as it is, or in fewer bytes (dynamics/compress.py)."""
+
+    NONE = "none"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class Feedback(str, Enum):
+    """Which signals of codec 'int8' carry the error of the one before them: none, all, the states
+    alone or the messages alone."""
+
+    OFF = "off"
+    ON = "on"
+    STATES = "states"
+    MESSAGES = "messages"
+
+
+class Spread(str, Enum):
+    """Which hosts of a cluster actors go to: Ray decides; as few hosts as hold them; evenly many to
+    each; busy actors to fast hosts, by measurement. Neighbours stay together where they can."""
+
+    AUTO = "auto"
+    PACKED = "packed"
+    SPREAD = "spread"
+    PROFILE = "profile"
+
+
+class BlockDType(str, Enum):
+    """The type in which a block computes and keeps its weights."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
 
 
 class Step(str, Enum):
@@ -386,12 +440,21 @@ def _by_row(raw: Mapping[str, Any]) -> bool:
 
 class PartitionSettings(_Section):
     """How the model is cut into blocks: a number of blocks, or the names of the modules that begin
-    a block; without either the level's grouping decides. delay: ticks per edge."""
+    a block (at any depth: `layer2.1.conv2`); without either the level's grouping decides. blocks:
+    on the way from the input to an output; every further output is a block more. balance: what
+    `blocks` balances.
+
+    slices: by block (patterns as in a shell, names first), over how many blocks its neurons are
+    spread. delay: ticks per edge; delays: of single edges, by name ('block0->block1', 'block*->*';
+    names first; a sliced block's name stands for all its slices); auto: the fewest that keep every
+    block busy, by a measurement of the links at start (engine 'ray')."""
 
     blocks: Positive | None = None
     cuts: tuple[str, ...] | None = None
-    balance: Balance = Balance.PARAMETERS
+    balance: CutBalance = CutBalance.PARAMETERS
     delay: Positive = 1
+    slices: dict[str, Positive] = {}
+    delays: dict[str, Positive] | Literal["auto"] = {}
 
     @model_validator(mode="after")
     def _one_way(self) -> PartitionSettings:
@@ -503,6 +566,38 @@ class LearningSettings(_Section):
         return self
 
 
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("a device is 'cpu', 'cuda', 'cuda:N' or 'auto'")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_device)]
+
+
+class BlockEngineSettings(_Section):
+    """Where a block lives, and how it computes. For its actor: host: by address, name, Ray's id, or
+    a custom resource or label that hosts have; cpus, gpus: what Ray reserves, gpus may be a share;
+    resources: custom ones. Its own: device (auto: cuda where the actor sees a GPU, else cpu),
+    dtype (what comes in is cast to it), autocast to bf16 (its deviation is reported)."""
+
+    host: str | None = None
+    cpus: Above0 | None = None
+    gpus: Above0 | None = None
+    resources: dict[str, Above0] = {}
+    device: Device | None = None
+    dtype: BlockDType | None = None
+    autocast: Annotated[Literal["bf16", "off"], BeforeValidator(_off)] = "off"
+
+    @model_validator(mode="after")
+    def _share_of_a_gpu(self) -> BlockEngineSettings:
+        if self.gpus is not None and self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"'gpus' is {self.gpus:g}: a share is at most 1, or a whole number")
+        if self.gpus is not None and self.device == "cpu":
+            raise ValueError(f"'gpus' is {self.gpus:g} with device 'cpu': leave one of them out")
+        return self
+
+
 class EngineSettings(_Section):
     """actors: how many processes, or auto: as many as pay. placement: the blocks of each actor, by
     name. balance: what is shared out evenly between actors where nothing else is said. threads: of
@@ -511,7 +606,14 @@ class EngineSettings(_Section):
     queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
     bundle: the most signals that an edge sends as one message where its delay allows several; auto:
     as many as it allows. A sample then reaches a delayed edge with its followers.
+    blocks: by name (patterns as in a shell, names first), where single blocks live and how they
+    compute; device: of those that do not say. spread: of the actors over the hosts of a cluster.
+    compress: how signals travel, one word for all edges between blocks, or by edge (patterns as in
+    a shell, names first; `u->*` from the stream). It is part of what a run means: what a receiver
+    sees is the decoded signal, in one process too. feedback: which int8 signals carry errors on.
     stall_warning, stall_limit: seconds without progress until the watchdog speaks, and gives up.
+    link_delay: for tests and studies: seconds by which every message between two actors comes later
+    than it does.
     """
 
     kind: EngineKind = EngineKind.INPROCESS
@@ -525,8 +627,14 @@ class EngineSettings(_Section):
     transport: TransportKind = TransportKind.AUTO
     queue: Positive = 4
     bundle: Annotated[Positive | Literal["auto", "off"], BeforeValidator(_off)] = "auto"
+    device: Device = "cpu"
+    blocks: dict[str, BlockEngineSettings] = {}
+    spread: Spread = Spread.AUTO
+    compress: Compress | dict[str, Compress] = Compress.NONE
+    feedback: Annotated[Feedback, BeforeValidator(_off)] = Feedback.MESSAGES
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
+    link_delay: Rate = 0.0
 
 
 class MetricsSettings(_Section):
@@ -624,7 +732,9 @@ def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-_TYPE = re.compile(r"(constrained-\w+|literal\[.*\]|dict\[.*\]|float|int|str|[A-Z]\w*Settings)$")
+_TYPE = re.compile(
+    r"(constrained-\w+|str-enum\[\w+\]|literal\[.*\]|dict\[.*\]|float|int|str|[A-Z]\w*Settings)$"
+)
 
 
 def describe(error: ValidationError) -> str:

@@ -23,6 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from hamdist.dynamics.gradient import AtOnce, Gradient
 from hamdist.dynamics.graph import Combine, combined
 from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
+from hamdist.dynamics.piece import Piece
 from hamdist.errors import GraphError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -30,26 +31,36 @@ _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 class OwnGenerator:
     """As a context: torch's random numbers come from a generator of its own, which goes on where
-    it stopped; outside nothing of it is seen."""
+    it stopped; outside nothing of it is seen. device: of the numbers; of a GPU its own, too."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
         self._own = torch.Generator().manual_seed(seed).get_state()
         self._outside = self._own
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        if self._gpu is not None:
+            self._own_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
+            self._outside_gpu = self._own_gpu
 
     def __enter__(self) -> None:
         self._outside = torch.get_rng_state()
         torch.set_rng_state(self._own)
+        if self._gpu is not None:
+            self._outside_gpu = torch.cuda.get_rng_state(self._gpu)
+            torch.cuda.set_rng_state(self._own_gpu, self._gpu)
 
     def __exit__(self, *_: object) -> None:
         self._own = torch.get_rng_state()
         torch.set_rng_state(self._outside)
+        if self._gpu is not None:
+            self._own_gpu = torch.cuda.get_rng_state(self._gpu)
+            torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
 
 
-def seeded_loss(loss: LossFunction, seed: int) -> LossFunction:
+def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:
     """A user's loss may draw random numbers: here it draws the same ones in every engine."""
     if loss in (mse, cross_entropy):
         return loss
-    generator = OwnGenerator(seed)
+    generator = OwnGenerator(seed, device)
 
     def drawn(prediction: Tensor, target: Tensor) -> Tensor:
         with generator:
@@ -75,10 +86,17 @@ class Cell:
     """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
 
     seed: of the cell's own random generator (dropout draws the same masks in every engine).
+    device: where the module is, and where it draws.
     """
 
     def __init__(
-        self, module: nn.Module, combine: Combine, seed: int, *, stash: bool = False
+        self,
+        module: nn.Module,
+        combine: Combine,
+        seed: int,
+        *,
+        stash: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.module = module
         self._combine = combine
@@ -87,10 +105,14 @@ class Cell:
         self._parameters: list[Tensor] = [p for _, p in named]
         self.theta: list[Tensor] = [p.data for p in self._parameters]
         self._stash = stash
-        self._random = OwnGenerator(seed) if _draws(module) else nullcontext()
+        self._random = OwnGenerator(seed, device) if _draws(module) else nullcontext()
         self._foreign = _foreign(module)
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        self._copies = self._foreign or any(getattr(m, "inplace", False) for m in module.modules())
+        self._pieces = any(isinstance(m, Piece) for m in module.modules())
+        self._copies = self._foreign or any(
+            getattr(m, "inplace", False) or (isinstance(m, Piece) and m.writes)
+            for m in module.modules()
+        )
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
         """One forward pass. wanted: the inputs whose product will be asked for."""
@@ -118,7 +140,7 @@ class Cell:
         or what a user's module keeps. As a signal it must stay as it is."""
         if output.is_leaf or (self._foreign and not output.requires_grad):
             return True
-        if not self._foreign:
+        if not self._foreign and not self._pieces:
             return False
         storage = output.untyped_storage().data_ptr()
         return storage in self._weights_at or any(
@@ -174,8 +196,12 @@ def block_seed(run_seed: int, name: str) -> int:
 
 
 def _foreign(module: nn.Module) -> bool:
-    """Whether a part is not torch's own, so that we cannot know what it does to its input."""
-    return any(not type(m).__module__.startswith("torch.nn.modules.") for m in module.modules())
+    """Whether a part is not torch's own, so that we cannot know what it does to its input. (What a
+    piece does itself is known.)"""
+    return any(
+        not type(m).__module__.startswith("torch.nn.modules.") and not isinstance(m, Piece)
+        for m in module.modules()
+    )
 
 
 def _draws(module: nn.Module) -> bool:
@@ -185,10 +211,11 @@ def _draws(module: nn.Module) -> bool:
 
 
 def random_parts(module: nn.Module) -> list[nn.Module]:
-    """The parts of `module` that are torch's own and draw random numbers."""
+    """The parts of `module` that are torch's own, or pieces, and draw random numbers."""
     found = []
     for part in module.modules():
         rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
-        if isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
+        chance = isinstance(part, Piece) and part.draws
+        if chance or isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
             found.append(part)
     return found

@@ -36,6 +36,7 @@ from hamdist.dynamics.kernels import (
     Scale,
     aten,
 )
+from hamdist.dynamics.piece import Piece
 from hamdist.dynamics.rows import Rows
 
 
@@ -425,6 +426,11 @@ def _plain(module: nn.Module) -> None:
 
 def _trace(module: nn.Module) -> fx.Graph:
     """What forward does. Raises _Unknown where that changes from call to call, or leaves traces."""
+    if isinstance(module, Piece):  # known already
+        known = module.fx_graph()
+        if known is None:
+            raise _Unknown
+        return known
     before = [dict(vars(part)) for part in module.modules()]
     try:
         first, second = (fx.Tracer().trace(module) for _ in range(2))

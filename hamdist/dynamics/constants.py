@@ -28,6 +28,7 @@ from hamdist.config import (
     ResetSettings,
 )
 from hamdist.dynamics.locality import Locality
+from hamdist.dynamics.patterns import check_patterns, fitting
 from hamdist.errors import LevelError
 
 TOLERANCE = 1e-12
@@ -86,7 +87,7 @@ class Dynamics:
 
     def of(self, block: str) -> Dynamics:
         """The constants of `block`."""
-        pattern = _fitting(block, self.blocks)
+        pattern = fitting(block, self.blocks)
         return replace(self, blocks={}) if pattern is None else self._with(self.blocks[pattern])
 
     def _with(self, own: BlockDynamicsSettings) -> Dynamics:
@@ -104,7 +105,7 @@ class Dynamics:
     def rates(self, names: Sequence[str]) -> list[float]:
         """beta of each parameter, by its name in the block."""
         rates = dict(self.betas)
-        patterns = [_fitting(name, rates) for name in names]
+        patterns = [fitting(name, rates) for name in names]
         return [self.beta if p is None else rates[p] for p in patterns]
 
     def speeds(self) -> list[float]:
@@ -116,14 +117,6 @@ class Dynamics:
         """Whether the stream has to tell every block the time, or the end of a sequence."""
         r = self.reset
         return self.tau is None or Reset.SEQUENCE in (r.h, r.z, r.omega)
-
-
-def _fitting(name: str, patterns: Iterable[str]) -> str | None:
-    """`name` itself where it is among the patterns, or else the first one that it fits."""
-    patterns = list(patterns)
-    if name in patterns:
-        return name
-    return next((p for p in patterns if fnmatchcase(name, p)), None)
 
 
 def _first(*values: float | None) -> float:
@@ -289,19 +282,11 @@ def _check_sequence(reset: ResetSettings) -> None:
 def check_names(dynamics: Dynamics, parameters: Mapping[str, Iterable[str]]) -> None:
     """Raises LevelError for a pattern in `dynamics.blocks` that fits no block, or no parameter of
     the blocks that it fits. parameters: their names, by block."""
+    check_patterns("dynamics.blocks", dynamics.blocks, parameters, "block", LevelError)
     for pattern, own in dynamics.blocks.items():
-        fitting = [b for b in parameters if fnmatchcase(b, pattern)]
-        if not fitting:
-            raise LevelError(
-                f"dynamics.blocks.{pattern}: no such block; known: {', '.join(parameters)}"
-            )
-        if all(_fitting(block, dynamics.blocks) != pattern for block in fitting):
-            raise LevelError(
-                f"dynamics.blocks.{pattern}: every block that it fits ({', '.join(fitting)}) is "
-                "taken by another pattern before it; list it earlier"
-            )
+        fits = [b for b in parameters if fnmatchcase(b, pattern)]
         if isinstance(own.beta, dict):
-            names = [name for block in fitting for name in parameters[block]]
+            names = [name for block in fits for name in parameters[block]]
             for key in own.beta:
                 if not any(fnmatchcase(name, key) for name in names):
                     raise LevelError(

@@ -133,7 +133,8 @@ def _stacked(values: list[Tensor | None]) -> Tensor | None:
         return None
     if any(v is None for v in values):
         example = torch.full_like(example, torch.nan, dtype=_floating(example))
-    return torch.stack([example if v is None else v.to(example.dtype) for v in values])
+    stacked = torch.stack([example if v is None else v.to(example.dtype) for v in values])
+    return stacked.cpu()
 
 
 def _floating(tensor: Tensor) -> torch.dtype:

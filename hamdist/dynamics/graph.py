@@ -13,21 +13,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import TypeAlias, cast
+from itertools import accumulate
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.inputs import INPUT as INPUT
+from hamdist.dynamics.inputs import Inputs, by_parent, is_input
 from hamdist.dynamics.losses import LossFunction
 from hamdist.errors import GraphError
 
-INPUT = "u"
 OUTPUT_KEY = "output:"
 # Modules that are run on zeros in a dry run, up to this many numbers in weights and input: a few
 # milliseconds of arithmetic.
 PLAIN_MODULES = ("torch.nn.", "hamdist.")
 SMALL_WEIGHTS = 2**22
 SMALL_INPUT = 2**16
+
+T = TypeVar("T")
 
 ShapeMap: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -38,6 +42,76 @@ class Combine(str, Enum):
     CONCAT = "concat"
     SUM = "sum"
     ARGUMENTS = "arguments"
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """`parents` neighbouring parents as one input: joined on `axis`, or summed (axis None)."""
+
+    parents: int = 1
+    axis: int | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        if len(tensors) == 1:
+            return tensors[0]
+        if self.axis is None:
+            return combined(Combine.SUM, tensors)[0]
+        return torch.cat(list(tensors), dim=self.axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """How a module takes parents of which some are slices of one (slices.py): the slices are joined
+    first, then what comes out is taken as `then` says."""
+
+    joins: tuple[Join, ...]
+    then: Combine = Combine.CONCAT
+
+    def groups(self, inputs: Sequence[T]) -> list[Sequence[T]]:
+        """What is given by parent, by join."""
+        ends = list(accumulate(join.parents for join in self.joins))
+        return [inputs[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+    def joined(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [j.of(group) for j, group in zip(self.joins, self.groups(inputs), strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a tensor of an unsliced block is now: all of `key` of `block`, or, with `index`, those
+    of its places along `axis`. old, old_key: of the unsliced block."""
+
+    old: str
+    old_key: str
+    block: str
+    key: str
+    axis: int | None = None
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """What a graph was before slices: graph, parts of its tensors, by block the unsliced one."""
+
+    graph: Graph
+    parts: tuple[Part, ...]
+    origin: Mapping[str, str]
+
+    def gather(self, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """The weights and buffers of the unsliced blocks, from those of the slices."""
+        unsliced = [name for name in weights if self.origin[name] == name]
+        whole = {name: dict(weights[name]) for name in unsliced}
+        for part in self.parts:
+            if part.old not in whole or part.old in unsliced:
+                unsliced = [name for name in unsliced if name != part.old]
+                own = self.graph.blocks[part.old].module.state_dict()
+                whole[part.old] = {k: copy.deepcopy(v) for k, v in own.items()}
+            piece = weights[part.block][part.key]
+            if part.index is None or part.axis is None:
+                whole[part.old][part.old_key] = piece
+            else:
+                whole[part.old][part.old_key].index_copy_(part.axis, part.index, piece)
+        return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +129,7 @@ class Edge:
 
     @property
     def from_input(self) -> bool:
-        return self.parent == INPUT
+        return is_input(self.parent)
 
 
 @dataclass(frozen=True)
@@ -70,26 +144,30 @@ class BlockSpec:
     predicts output(h), or h itself where `output` is None.
     shape: of h without the batch; needed for one block of every cycle, where it cannot be derived.
     initial: h_0 without the batch, where it is not zero (presentation 'hold').
+    slices: over how many blocks its neurons are spread (slices.py).
     """
 
     name: str
     module: nn.Module
     parents: tuple[str, ...]
-    combine: Combine = Combine.CONCAT
+    combine: Combine | Joining = Combine.CONCAT
     delays: Mapping[str, int] = field(default_factory=dict)
     loss: LossFunction | None = None
     state: bool = False
     output: nn.Module | None = None
     shape: tuple[int, ...] | None = None
     initial: Tensor | None = None
+    slices: int = 1
 
     @property
     def has_state(self) -> bool:
         return self.loss is None or self.state
 
 
-def combined(combine: Combine, inputs: Sequence[Tensor]) -> list[Tensor]:
+def combined(combine: Combine | Joining, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The arguments of the module: the inputs joined, summed in their order, or as they are."""
+    if isinstance(combine, Joining):
+        return combined(combine.then, combine.joined(inputs))
     if len(inputs) < 2 or combine is Combine.ARGUMENTS:
         return list(inputs)
     if combine is Combine.CONCAT:
@@ -104,7 +182,8 @@ class Graph:
     """A checked directed graph of blocks, in the order given; edges in the order of the parents.
 
     original: the module that was cut into these blocks, if one was; its `state_dict` keys are those
-    of the blocks' modules.
+    of the blocks' modules. sliced: what the graph was before its slices (slices.py). notes: what to
+    tell about the way it was cut.
 
     Raises GraphError, naming the blocks: a name twice, an unknown or doubled parent, a delay below
     one tick, a block without parents, no readout, no path to a readout, a child of an output net,
@@ -116,7 +195,9 @@ class Graph:
         blocks: Iterable[BlockSpec],
         *,
         original: nn.Module | None = None,
+        sliced: Sliced | None = None,
     ) -> None:
+        self.sliced = sliced
         self.blocks: dict[str, BlockSpec] = {}
         for block in blocks:
             if block.name in self.blocks:
@@ -132,7 +213,9 @@ class Graph:
         self._check_readouts()
         self._check_parameters()
         self.into = {b: [e for e in self.edges if e.child == b] for b in self.blocks}
-        self.out_of = {b: [e for e in self.edges if e.parent == b] for b in (INPUT, *self.blocks)}
+        self.out_of = {b: [e for e in self.edges if e.parent == b] for b in self.blocks}
+        self.out_of[INPUT] = [e for e in self.edges if e.from_input]
+        self.notes: list[str] = []
         self.depths = self._depths()
         self._original = original
 
@@ -156,7 +239,7 @@ class Graph:
                     f"block {block.name!r} has no parents; name the blocks it reads, or {INPUT!r}"
                 )
             for parent in (*block.parents, *block.delays):
-                if parent != INPUT and parent not in self.blocks:
+                if not is_input(parent) and parent not in self.blocks:
                     known = ", ".join((INPUT, *self.blocks))
                     raise GraphError(
                         f"block {block.name!r} has the unknown parent {parent!r}; known: {known}"
@@ -251,7 +334,7 @@ class Graph:
 
     def _topological(self) -> list[str]:
         """Blocks with parents first; those on or behind a cycle are missing."""
-        waiting = {b.name: sum(p != INPUT for p in b.parents) for b in self.blocks.values()}
+        waiting = {b.name: sum(not is_input(p) for p in b.parents) for b in self.blocks.values()}
         ready = [name for name, parents in waiting.items() if not parents]
         for name in ready:
             for edge in self.out_of[name]:
@@ -269,7 +352,7 @@ class Graph:
         """Ticks until a sample reaches a block: by the longest path from the input in an acyclic
         graph (semantics.md), by the shortest where there are cycles; the input's own edges count
         from their second tick. Blocks that no input reaches have depth 0."""
-        depths = {INPUT: -1}
+        depths = {INPUT: -1, **{e.parent: -1 for e in self.out_of[INPUT]}}
         if self.acyclic:
             for name in self._topological():
                 reach = [depths[e.parent] + e.delay for e in self.into[name] if e.parent in depths]
@@ -290,14 +373,18 @@ class Graph:
 
     def unreached(self) -> list[str]:
         """Blocks to which no path leads from the input."""
-        reached = _reach([INPUT], ((e.parent, e.child) for e in self.edges))
+        reached = _reach(self._inputs, ((e.parent, e.child) for e in self.edges))
         return [b for b in self.blocks if b not in reached]
 
     @cached_property
     def adrift(self) -> set[str]:
         """Blocks that no chain of edges, in either direction, joins with the input."""
         ways = [(e.parent, e.child) for e in self.edges]
-        return self.blocks.keys() - _reach([INPUT], [*ways, *((b, a) for a, b in ways)])
+        return self.blocks.keys() - _reach(self._inputs, [*ways, *((b, a) for a, b in ways)])
+
+    @property
+    def _inputs(self) -> list[str]:
+        return list(dict.fromkeys([INPUT, *(e.parent for e in self.out_of[INPUT])]))
 
     def parameters(self) -> dict[str, list[str]]:
         """The names of the weights by block, those of an output module behind `output:`."""
@@ -320,14 +407,24 @@ class Graph:
 
     # -- shapes -----------------------------------------------------------------------------
 
-    def shapes(self, u_shape: Sequence[int], u_dtype: torch.dtype) -> ShapeMap:
+    def shapes(
+        self, u_shape: Sequence[int], u_dtype: torch.dtype, several: ShapeMap | None = None
+    ) -> ShapeMap:
         """Shape and type of every block's h (of an output net: its prediction), by a dry run on a
-        copy of its module (`_probes`). u_shape: with the batch in front.
+        copy of its module (`_probes`). u_shape: with the batch in front. several: those of the
+        inputs by parent (`u.NAME`), where there is more than one.
 
-        Raises GraphError naming the block whose module does not take its parents' shapes.
+        Raises GraphError naming the block whose module does not take its parents' shapes, or the
+        input that the stream does not have.
         """
         batch = u_shape[0]
-        known: ShapeMap = {INPUT: (tuple(u_shape), u_dtype)}
+        known: ShapeMap = dict(several or {INPUT: (tuple(u_shape), u_dtype)})
+        for edge in self.out_of[INPUT]:
+            if edge.parent not in known:
+                raise GraphError(
+                    f"block {edge.child!r} reads the input {edge.parent!r}, but the stream has "
+                    f"{', '.join(map(repr, known))}; name one of these"
+                )
         cyclic = set(self.cycle())
         for name in cyclic:
             shape = self.blocks[name].shape
@@ -391,7 +488,7 @@ class Graph:
         self,
         name: str,
         module: nn.Module,
-        combine: Combine,
+        combine: Combine | Joining,
         shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
         given: str,
     ) -> object:
@@ -423,7 +520,18 @@ class Graph:
             for b in self.blocks.values()
             for m, o in [copy.deepcopy((b.module, b.output))]
         ]
-        return Graph(blocks, original=self._original)
+        return self.over(blocks)
+
+    def over(self, blocks: Iterable[BlockSpec]) -> Graph:
+        """The same graph over `blocks`, which are its own in another form."""
+        made = Graph(blocks, original=self._original, sliced=self.sliced)
+        made.notes = list(self.notes)
+        return made
+
+    @property
+    def unsliced(self) -> Graph:
+        """The graph before slices: itself, if it has none."""
+        return self if self.sliced is None else self.sliced.graph
 
     def merge(
         self, weights: Mapping[str, Mapping[str, Tensor]], whole: nn.Module | None = None
@@ -432,13 +540,17 @@ class Graph:
         of an output module begin with `output:`).
 
         For a split model its `state_dict` has the original keys; for a graph built by hand the
-        module is `whole`, which has the keys of a `MergedGraph`, or a `MergedGraph`.
+        module is `whole`, which has the keys of a `MergedGraph`, or a `MergedGraph`. Slices are
+        put together.
         """
+        if self.sliced is not None:
+            return self.sliced.graph.merge(self.sliced.gather(weights), whole)
+        state: dict[str, Tensor] = {}
         if self._original is not None:
             merged = copy.deepcopy(self._original)
+            state.update(merged.state_dict())  # of parts that no block uses
         else:
             merged = MergedGraph(self) if whole is None else whole
-        state = {}
         for name, tensors in weights.items():
             for key, tensor in tensors.items():
                 part = "output" if key.startswith(OUTPUT_KEY) else "module"
@@ -480,8 +592,10 @@ class MergedGraph(nn.Module):
         result: Tensor = self._whole(name).module(*combined(self.combines[name], inputs))
         return result
 
-    def forward(self, u: Tensor) -> Tensor | dict[str, Tensor]:
-        h = {INPUT: u}
+    def forward(self, u: Inputs | None = None, **several: Tensor) -> Tensor | dict[str, Tensor]:
+        """u: (B, ...), or several inputs by name, as one mapping or as keyword arguments."""
+        h = by_parent(several if u is None else u)
+        u = next(iter(h.values()))
         for name, shape in self.shapes.items():
             if not self.acyclic and shape is not None:
                 dtype = _dtype(self._whole(name).module, u.dtype)

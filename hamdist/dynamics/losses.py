@@ -5,7 +5,7 @@ B: batch, O: outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -29,8 +29,33 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over the batch of softmax cross-entropy. prediction: (B, classes), target: (B,)."""
+    """Mean over the batch, and over what else has a class, of softmax cross-entropy.
+
+    prediction: (B, classes) with target (B,); (B, classes, ...) with (B, ...), as torch has it; or
+    (B, ..., classes) with (B, ...), as language models have it. Raises ValueError where both fit.
+    """
+    if prediction.dim() > 2 and class_axis(prediction.shape, target.shape) != 1:
+        prediction = prediction.movedim(-1, 1)
     return functional.cross_entropy(prediction, target)
+
+
+def class_axis(prediction: Sequence[int], target: Sequence[int]) -> int:
+    """The axis of the classes in a prediction of that shape, 1 or the last one.
+
+    Raises ValueError where both would do for (B, n, n); targets of the prediction's own shape are
+    probabilities, with classes on axis 1.
+    """
+    dims = len(prediction)
+    if dims <= 2 or tuple(prediction) == tuple(target):
+        return 1
+    second = (prediction[0], *prediction[2:]) == tuple(target)
+    last = tuple(prediction[:-1]) == tuple(target)
+    if second and last:
+        raise ValueError(
+            f"a prediction {tuple(prediction)} has its classes on axis 1 or on the last one: give "
+            "a loss of your own that says which"
+        )
+    return dims - 1 if last else 1
 
 
 def loss_and_slope(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor, Slope]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.losses import class_axis
+
 AT_ONCE = 64  # items that are counted together
 
 
@@ -50,11 +52,12 @@ def merge_windows(windows: Sequence[Window]) -> Window:
 def guessed(prediction: Tensor, target: Tensor) -> Tensor | None:
     """The classes that are predicted, (B, ...); None unless the target holds class indices.
 
-    prediction: (B, classes, ...), target: (B, ...) of an integer type.
+    prediction: (B, classes, ...) or (B, ..., classes), target: (B, ...) of an integer type.
     """
     if target.is_floating_point() or prediction.dim() != target.dim() + 1:
         return None
-    return prediction.argmax(1)
+    axis = 1 if prediction.dim() == 2 else class_axis(prediction.shape, target.shape)
+    return prediction.argmax(axis)
 
 
 def count_correct(prediction: Tensor, target: Tensor) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hamdist.dynamics.cell import random_parts
-from hamdist.dynamics.graph import INPUT, BlockSpec, Graph, ShapeMap, combined
+from hamdist.dynamics.graph import BlockSpec, Graph, ShapeMap, combined
+from hamdist.dynamics.inputs import INPUT, is_input
 from hamdist.dynamics.reversible import pieces_of, undone
 from hamdist.errors import LevelError
 
@@ -46,7 +47,7 @@ def reversible_blocks(graph: Graph, shapes: ShapeMap) -> frozenset[str]:
         if block.name in found:
             _check_neighbours(graph, block)
             _check_evaluations(block)
-        elif block.loss is None and any(parent != INPUT for parent in block.parents):
+        elif block.loss is None and not all(map(is_input, block.parents)):
             raise LevelError(
                 f"memory 'reversible': block {block.name!r} ({_kind(block.module)}) is h' = f(h) "
                 "(HL Eq. 9) or the like, whose input cannot be recomputed from its output; "

@@ -60,7 +60,7 @@ class SequenceSchedule:
         self.c = max([1, *(self._depths[e.parent] + e.delay - self._depths[e.child] for e in back)])
 
     def _count(self, graph: Graph) -> dict[str, int]:
-        depths = {INPUT: -1}
+        depths = {INPUT: -1, **{e.parent: -1 for e in graph.out_of[INPUT]}}
         for name in graph.blocks:
             reach = [depths[e.parent] + e.delay for e in graph.into[name] if not self.recurrent(e)]
             if not reach:

@@ -1,10 +1,14 @@
-"""Cuts an `nn.Sequential` into a chain of blocks.
+"""Cuts a model into blocks.
 
-A unit is a child that has parameters together with the children without parameters behind it
-(Linear + ReLU); children without parameters at the front belong to the first unit, and those
-behind an invertible unit that are not invertible themselves to the next one. `grouping`
-makes one block of each unit, of two units, or of all; `blocks` balances any number of blocks by
-parameters or by measured time; `cuts` names the children that begin a block.
+An `nn.Sequential` becomes a chain of blocks, each an `nn.Sequential` of neighbouring children. Any
+other module is followed step by step (tracing.py), and its steps become blocks (cuts.py says where
+they begin, assembly.py makes them).
+
+In an `nn.Sequential` a unit is a child that has parameters together with the children without
+parameters behind it (Linear + ReLU); children without parameters at the front belong to the first
+unit, and those behind an invertible unit that are not invertible themselves to the next one.
+`grouping` makes one block of each unit, of two units, or of all; `blocks` balances any number of
+blocks by parameters or by measured time; `cuts` names the children that begin a block.
 The keys of the blocks' modules are the original ones.
 """
 
@@ -13,18 +17,41 @@ from __future__ import annotations
 import copy
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import Balance, Grouping, PartitionSettings
-from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
-from hamdist.dynamics.losses import LossFunction
+from hamdist.config import CutBalance, Grouping, PartitionSettings
+from hamdist.dynamics.assembly import Run, assembled
+from hamdist.dynamics.balance import balanced
+from hamdist.dynamics.cuts import Cuts, Policy, stays, stays_whole
+from hamdist.dynamics.flow import Flow, Value
+from hamdist.dynamics.graph import INPUT, BlockSpec, Graph, combined
+from hamdist.dynamics.inputs import Inputs, by_parent, called_by_parent
+from hamdist.dynamics.losses import LossFunction, mse
+from hamdist.dynamics.piece import Ref, Template
+from hamdist.dynamics.recording import Unfollowed
 from hamdist.dynamics.reversible import pieces_of
+from hamdist.dynamics.tracing import Trace, trace
 from hamdist.errors import GraphError
 
 REPEATS = 5
+
+
+__all__ = ["Policy", "is_chain", "split_module", "split_sequential"]
+
+
+def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Sequential]:
+    """Whether it is an nn.Sequential that can be cut between its children as asked."""
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+        return False
+    names = [name for name, child in model._modules.items() if child is not None]
+    deeper = any(cut not in names and "." in cut for cut in partition.cuts or ())
+    many = partition.blocks is not None and partition.blocks > len(names)
+    nested = any(len(list(child.children())) for child in model.children())
+    return not (deeper or (many and nested) or partition.balance is CutBalance.ACTIVATIONS)
 
 
 def split_sequential(
@@ -93,7 +120,7 @@ def _starts(
         )
     pieces = units if partition.blocks <= len(units) else list(range(len(children)))
     ends = [*pieces[1:], len(children)]
-    if partition.balance is Balance.TIME:
+    if partition.balance is CutBalance.TIME:
         per_child = _seconds(model, example)
     else:
         per_child = [float(sum(p.numel() for p in m.parameters())) for _, m in children]
@@ -118,28 +145,6 @@ def _units(children: Sequence[tuple[str, nn.Module]]) -> list[int]:
     return starts
 
 
-def balanced(costs: Sequence[float], parts: int) -> list[int]:
-    """First indices of `parts` runs of neighbours whose largest sum of `costs` is the least
-    possible (the earliest cuts among equals); every run has at least one element."""
-    n = len(costs)
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    best = {(0, 0): (0.0, 0)}
-    for part in range(1, parts + 1):
-        for end in range(part, n - (parts - part) + 1):
-            best[part, end] = min(
-                (max(best[part - 1, start][0], sums[end] - sums[start]), start)
-                for start in range(part - 1, end)
-                if (part - 1, start) in best
-            )
-    starts, end = [], n
-    for part in range(parts, 0, -1):
-        end = best[part, end][1]
-        starts.append(end)
-    return starts[::-1]
-
-
 def _seconds(model: nn.Sequential, example: Tensor) -> list[float]:
     """Median seconds of forward and backward of each child on `example`."""
     probe = copy.deepcopy(model)
@@ -147,13 +152,165 @@ def _seconds(model: nn.Sequential, example: Tensor) -> list[float]:
     x = example
     with torch.random.fork_rng(devices=[]):
         for child in probe.children():
-            runs = []
-            for _ in range(REPEATS + 1):
-                begin = time.perf_counter()
-                y = child(x)
-                if y.requires_grad:
-                    y.backward(torch.ones_like(y))
-                runs.append(time.perf_counter() - begin)
-            seconds.append(sorted(runs[1:])[REPEATS // 2])
+            y, median = _timed(child, [x])
+            seconds.append(median)
             x = y.detach().requires_grad_(y.is_floating_point())
+    return seconds
+
+
+def _timed(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """What the module returns, and the median seconds of its forward and backward."""
+    runs = []
+    for _ in range(REPEATS + 1):
+        begin = time.perf_counter()
+        y: Tensor = module(*(x.clone() for x in inputs))  # which it might write to
+        if y.requires_grad:
+            torch.autograd.backward(y, torch.ones_like(y))
+        runs.append(time.perf_counter() - begin)
+    return y, sorted(runs[1:])[REPEATS // 2]
+
+
+# -- any other module ----------------------------------------------------------------------------
+
+
+def split_module(
+    model: nn.Module,
+    loss: LossFunction | Mapping[str, LossFunction],
+    partition: PartitionSettings,
+    grouping: Grouping,
+    *,
+    example: Inputs,
+    targets: Collection[str] | None = None,
+    policy: Policy | None = None,
+    state_readout: bool = False,
+) -> Graph:
+    """The blocks that `policy`, `partition` or else `grouping` ask for.
+
+    loss: of every output, or by output; targets: the outputs for which the stream has targets, if
+    it names them. An output of a model that returns several is named by its key in a dict, or
+    `out0`, `out1`, ... in a tuple, and so is the block that predicts it.
+    example: inputs of the right shapes and types.
+
+    A model that cannot be followed is one block, which `Graph.notes` explains. Raises GraphError
+    where blocks, cuts or a policy ask for more than that, for cuts that cannot be, and for outputs
+    that the model does not have.
+    """
+    inputs = by_parent(example)
+    asked = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
+    try:
+        followed = trace(model, inputs, called_by_parent)
+    except Unfollowed as why:
+        told = stays_whole(why.module, model, why)
+        if asked:
+            raise GraphError(
+                f"the model cannot be cut into blocks: {told}; change that line, put it into a "
+                "submodule (which then stays whole alone), or leave the partition out"
+            ) from None
+        return _whole(model, loss, inputs, state_readout, told)
+    names, values, losses = _outputs(followed, loss, targets)
+    flow = Flow(followed, model, values)
+    cuts = Cuts(flow, model)
+
+    def graph(
+        runs: Sequence[Run], own: Sequence[LossFunction], *, delay: int, state: bool
+    ) -> Graph:
+        return assembled(flow, model, runs, own, list(inputs), delay=delay, state_readout=state)
+
+    def seconds(starts: list[int]) -> list[float]:
+        runs = cuts.runs(starts, names)
+        tried = graph(runs, [mse] * len(names), delay=1, state=False)
+        spent = _seconds_of(tried.copy(), inputs)
+        return [spent[run.name] for run in runs if run.ops]
+
+    if policy is not None:
+        starts = cuts.by_policy(policy)
+    elif partition.cuts is not None:
+        starts = cuts.named(partition.cuts)
+    elif partition.blocks is not None:
+        starts = cuts.balanced(partition.blocks, partition.balance, seconds, len(names))
+    else:
+        starts = cuts.grouped(grouping)
+    made = graph(cuts.runs(starts, names), losses, delay=partition.delay, state=state_readout)
+    made.notes += stays(followed.whole, model)
+    return made
+
+
+def _whole(
+    model: nn.Module,
+    loss: LossFunction | Mapping[str, LossFunction],
+    inputs: Mapping[str, Tensor],
+    state_readout: bool,
+    why: str,
+) -> Graph:
+    if isinstance(loss, Mapping):
+        raise GraphError(
+            f"a loss by output needs to know where each output comes from, but {why}; change that "
+            "line, or give one loss"
+        )
+    if len(inputs) > 1:
+        raise GraphError(
+            f"several inputs are handed to the blocks that use them, but {why}; change that line, "
+            "or give the model one input"
+        )
+    block = BlockSpec("block0", model, tuple(inputs), loss=loss, state=state_readout)
+    made = Graph([block], original=model)
+    if sum(bool(m._parameters) for m in model.modules()) > 1:
+        made.notes.append(why)
+    return made
+
+
+def _outputs(
+    followed: Trace,
+    loss: LossFunction | Mapping[str, LossFunction],
+    targets: Collection[str] | None,
+) -> tuple[list[str], list[Value], list[LossFunction]]:
+    """The outputs that have a loss: their names (of the only one: ''), values and losses."""
+    found = dict(_named(followed.output))
+    refs = {n: (r.step, r.path) for n, r in found.items() if isinstance(r, Ref)}
+    if not refs:
+        raise GraphError(
+            "the model's output does not depend on its input and its weights; return the prediction"
+        )
+    if list(refs) == [""]:
+        if isinstance(loss, Mapping):
+            raise GraphError(
+                f"loss names the outputs {', '.join(map(repr, loss))}, but the model returns one "
+                "tensor; give one loss, or return a dict"
+            )
+        return [""], list(refs.values()), [loss]
+    known = f"the model's outputs are {', '.join(map(repr, refs))}"
+    chosen = list(refs)
+    if isinstance(loss, Mapping):
+        chosen = list(loss)
+    elif targets is not None:
+        chosen = list(targets)
+    for name in chosen:
+        if name not in refs:
+            what = "loss" if isinstance(loss, Mapping) else "the stream's targets"
+            raise GraphError(f"{what} name the output {name!r}; {known}")
+    losses = [loss[n] if isinstance(loss, Mapping) else loss for n in chosen]
+    return chosen, [refs[n] for n in chosen], losses
+
+
+def _named(output: Template, name: str = "") -> list[tuple[str, Any]]:
+    """The parts of what the model returns, by name."""
+    if isinstance(output, (tuple, list)):
+        pairs = [(f"{name}_{i}" if name else f"out{i}", v) for i, v in enumerate(output)]
+    elif isinstance(output, dict):
+        pairs = [(f"{name}_{k}" if name else str(k), v) for k, v in output.items()]
+    else:
+        return [(name, output)]
+    return [found for key, value in pairs for found in _named(value, key)]
+
+
+def _seconds_of(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Median seconds of forward and backward of each block, on examples."""
+    h = dict(inputs)
+    seconds = {}
+    with torch.random.fork_rng(devices=[]):
+        for name, block in graph.blocks.items():
+            y, seconds[name] = _timed(
+                block.module, combined(block.combine, [h[p] for p in block.parents])
+            )
+            h[name] = y.detach().requires_grad_(y.is_floating_point())
     return seconds

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.hosts import Seat
+from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.plan import Plan
 from hamdist.streams.sample import Stream
 
@@ -31,12 +35,38 @@ class HostActor:
 
     def __init__(self, path: Sequence[str]) -> None:
         self._host: Host | None = None
+        self._probe: Probe | None = None
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:
         """Ray's id of the host, its address, and the process id."""
         node = ray.get_runtime_context().get_node_id()
         return node, ray.util.get_node_ip_address(), os.getpid()
+
+    def probe(self, run: int, link_delay: float, binds: Mapping[int, str]) -> dict[int, str]:
+        """Opens the receiving ends of links to measure, given by channel, each in its way; returns
+        their addresses."""
+        self._probe = Probe(run, link_delay)
+        return self._probe.open(binds)
+
+    def join_probe(self, addresses: Mapping[int, str]) -> None:
+        """Opens the sending ends of the links that this actor has the other end of."""
+        self._probed().join(addresses)
+
+    def answer_probe(self, number: int) -> None:
+        self._probed().answer(number)
+
+    def measure_link(self, number: int) -> Link:
+        return self._probed().measure(number)
+
+    def end_probe(self) -> None:
+        self._probed().close()
+        self._probe = None
+
+    def _probed(self) -> Probe:
+        if self._probe is None:
+            raise RuntimeError("probe() comes first")
+        return self._probe
 
     def prepare(
         self,
@@ -87,7 +117,36 @@ def is_alive(actor: Any) -> bool:
     return True
 
 
-def start_actor() -> Any:
+def start_actor(seat: Seat) -> Any:
     """A new actor in Ray, restarted by nobody: what it knows is lost with it."""
-    options = {"num_cpus": 1, "max_concurrency": THREADS_OF_AN_ACTOR, "max_restarts": 0}
+    options = {
+        **_reserved(seat),
+        "num_gpus": seat.gpus,
+        "max_concurrency": THREADS_OF_AN_ACTOR,
+        "max_restarts": 0,
+    }
     return ray.remote(HostActor).options(**options).remote(sys.path)
+
+
+def _reserved(seat: Seat) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": seat.cpus, "resources": dict(seat.resources)}
+    if seat.node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(seat.node, soft=False)
+    return options
+
+
+def timed_on(node: str) -> Any:
+    """The seconds that a host takes for a fixed piece of arithmetic, as a reference."""
+    return ray.remote(_seconds).options(**_reserved(Seat(node=node))).remote()
+
+
+def _seconds() -> float:
+    """The least of a few times: others may be busy there."""
+    torch.set_num_threads(1)
+    a = torch.ones(256, 256)
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - begin)
+    return min(times)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hamdist.config import EngineKind, EngineSettings, Moves, Order, Reset, Settings, TargetOf
 from hamdist.dynamics.cycles import dissipation_warnings
 from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.runtime.compression import compression_warnings
+from hamdist.runtime.demands import idle_wishes, wishes
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
@@ -22,13 +24,64 @@ def before(plan: Plan, settings: Settings) -> list[str]:
             f"learning.lr {settings.learning.lr:g} has no effect: dynamics.beta "
             f"{settings.dynamics.beta:g} is the rate of the weights"
         )
+    if plan.engine.kind is EngineKind.INPROCESS:
+        told += _no_links(settings)
     if plan.engine.address is None:
         told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
+    told += compression_warnings(plan.channels, plan.graph, plan.engine)
+    told += _alone(plan)
     if isinstance(plan.schedule, HoldSchedule):
         told += dissipation_warnings(plan.graph, plan.dynamics)
         told += reset_warnings(plan, plan.schedule)
         told += _one_hop(plan)
     return told
+
+
+def _no_links(settings: Settings) -> list[str]:
+    """Says so where what is said about links has no effect in one process."""
+    told = []
+    if settings.partition.delays == "auto":
+        told.append(
+            "partition.delays 'auto' in one process, which has no links: all delays are 1; give "
+            "those of a run on Ray (its settings.yaml) to repeat it here"
+        )
+    if settings.engine.link_delay:
+        told.append(
+            f"engine.link_delay {settings.engine.link_delay:g} has no effect in one process: it "
+            "makes messages between actors late"
+        )
+    return told
+
+
+def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:
+    """Says so where the steps of the blocks could not be measured."""
+    told = []
+    if places:
+        told.append(
+            "the blocks are spread by their parameters: their steps could not be measured "
+            f"({reason})"
+        )
+    if delays:
+        told.append(
+            f"partition.delays 'auto': all delays are 1, for the steps of the blocks could not be "
+            f"measured ({reason}); give them as numbers"
+        )
+    return told
+
+
+def _alone(plan: Plan) -> list[str]:
+    """Says so where one process is asked to be several."""
+    engine = plan.engine
+    if engine.kind is not EngineKind.INPROCESS:
+        return []
+    idle = idle_wishes(wishes(plan.graph, engine).values())
+    if not idle:
+        return []
+    verb = "means" if len(idle) == 1 else "mean"
+    return [
+        f"engine.blocks: {', '.join(idle)} {verb} nothing in one process; use engine.kind 'ray', "
+        "or leave them out"
+    ]
 
 
 def local_processes(engine: EngineSettings) -> int:

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,14 @@ import psutil
 
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
+from hamdist.runtime.hosts import HostInfo, Seat
 from hamdist.runtime.outcome import deaf_to_interrupts
 from hamdist.runtime.threads import cores
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
 KNOCK_SECONDS = 5.0
+PROFILE_SECONDS = 60.0
 
 
 class Session:
@@ -32,17 +34,26 @@ class Session:
     which saves it the seconds in which they would import torch."""
 
     def __init__(self) -> None:
-        self.idle: list[Any] = []
+        self.idle: list[tuple[Seat, Any]] = []
 
-    def actor(self) -> Any:
-        """An idle actor that is still there, or a new one."""
+    def actors(self, seats: Sequence[Seat]) -> list[Any]:
+        """For each seat an idle actor that is still there, or a new one. Before a new one starts,
+        those that this run does not take over make room."""
         from hamdist.runtime.actors import is_alive, start_actor
 
-        while self.idle:
-            actor = self.idle.pop(0)
-            if is_alive(actor):
-                return actor
-        return start_actor()
+        found: dict[int, Any] = {}
+        for i, seat in enumerate(seats):
+            while i not in found and (k := self._fitting(seat)) is not None:
+                _, actor = self.idle.pop(k)
+                if is_alive(actor):
+                    found[i] = actor
+        if len(found) < len(seats):
+            _end([actor for _, actor in self.idle])
+            self.idle = []
+        return [found[i] if i in found else start_actor(seat) for i, seat in enumerate(seats)]
+
+    def _fitting(self, seat: Seat) -> int | None:
+        return next((k for k, (own, _) in enumerate(self.idle) if own == seat), None)
 
 
 _current: Session | None = None
@@ -84,7 +95,7 @@ def _outermost(engine: EngineSettings) -> Iterator[Session]:
         finally:
             idle, _current = _current.idle, None
             with deaf_to_interrupts():
-                _end(idle)
+                _end([actor for _, actor in idle])
 
 
 def _end(actors: list[Any]) -> None:
@@ -180,6 +191,50 @@ def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]
         with contextlib.suppress(psutil.Error):
             found |= set(head.children(recursive=True))
     return found
+
+
+def hosts() -> list[HostInfo]:
+    """The hosts of the Ray that is up, this one first, the others by their address."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    found = [_host(node) for node in ray.nodes() if node["Alive"]]
+    return sorted(found, key=lambda host: (host.id != here, host.address))
+
+
+def _host(node: dict[str, Any]) -> HostInfo:
+    own = dict(node["Resources"])
+    cpus, gpus = own.pop("CPU", 0.0), own.pop("GPU", 0.0)
+    ray_own = ("node:", "memory", "object_store_memory", "accelerator_type:")
+    return HostInfo(
+        id=node["NodeID"],
+        address=node["NodeManagerAddress"],
+        name=node.get("NodeManagerHostname", ""),
+        cpus=cpus,
+        gpus=gpus,
+        resources={name: value for name, value in own.items() if not name.startswith(ray_own)},
+        labels={k: v for k, v in node.get("Labels", {}).items() if not k.startswith("ray.io/")},
+    )
+
+
+def host_seconds(known: Sequence[HostInfo]) -> dict[str, float]:
+    """By host, seconds for the same arithmetic, in one thread of a process of its own there.
+
+    Raises ClusterError for a host on which no processor is free for it."""
+    import ray
+    from ray.exceptions import RayError
+
+    from hamdist.runtime.actors import timed_on
+
+    calls = {host.id: timed_on(host.id) for host in known}
+    try:
+        return dict(zip(calls, ray.get(list(calls.values()), timeout=PROFILE_SECONDS), strict=True))
+    except (RayError, TimeoutError) as error:
+        raise ClusterError(
+            f"engine.spread 'profile': the hosts could not be measured within "
+            f"{PROFILE_SECONDS:.0f} s ({type(error).__name__}); is a processor free on each? use "
+            "'packed' or 'spread'"
+        ) from error
 
 
 def _wanted(engine: EngineSettings) -> int:

@@ -13,17 +13,20 @@ import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from hamdist.config import TransportKind
+from hamdist.config import Spread, TransportKind
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, HamdistError, StreamError
 from hamdist.runtime.advice import thread_warnings
-from hamdist.runtime.cluster import Session
+from hamdist.runtime.cluster import Session, host_seconds, hosts
+from hamdist.runtime.demands import demand, wishes
 from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.hosts import Seat, seats
 from hamdist.runtime.line import socket_folder
+from hamdist.runtime.links import Link, Probe, least_delays, pairs
 from hamdist.runtime.measure import source_host
 from hamdist.runtime.outcome import deaf_to_interrupts
-from hamdist.runtime.placement import Costs, place
+from hamdist.runtime.placement import Costs, by_parameters, place
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.shared import MAX_CAPACITY
 from hamdist.runtime.signal import Channel
@@ -45,6 +48,7 @@ class Actor:
     name: str
     blocks: list[str]
     handle: Any
+    seat: Seat
     node: str = ""
     address: str = ""
     pid: int = 0
@@ -109,24 +113,31 @@ class Crew:
                 told += thread_warnings(actors, self._plan.engine.threads, processors, name)
         return told
 
-    def wire(self, startup: Startup, costs: Costs | None = None) -> None:
-        """Starts the actors, gives them their blocks, opens and joins the sockets. costs: what the
-        placement goes by, instead of parameters."""
+    def wire(
+        self, startup: Startup, costs: Costs | None = None, measured: Costs | None = None
+    ) -> Plan:
+        """Starts the actors, gives them their blocks, opens and joins the sockets. Returns the plan
+        that they have: with delays that hide the links, where they were to be chosen.
+
+        costs: what the placement goes by, instead of parameters; measured: what the delays go by.
+        """
         plan = self._plan
         cpus = int(ray.cluster_resources().get("CPU", 0))
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
-        if len(groups) > cpus:
-            raise ClusterError(
-                f"{len(groups)} actors need as many CPUs, the Ray cluster has {cpus}; set "
-                "engine.actors to at most that, or 'auto'"
-            )
         with startup.phase("actors"):
+            own = self._seats(groups, costs)
+            handles = self._session.actors(own)
             self.actors = [
-                Actor(f"actor {i}", blocks, self._session.actor())
-                for i, blocks in enumerate(groups)
+                Actor(f"actor {i}", blocks, handle, seat)
+                for i, (blocks, handle, seat) in enumerate(zip(groups, handles, own, strict=True))
             ]
             for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
                 actor.node, actor.address, actor.pid = where
+        if plan.replan is not None and measured is not None:
+            with startup.phase("links"):
+                links = self._links()
+                plan = plan.replan(least_delays(plan, self.placement, measured, links))
+                self._plan = plan
         inside = [set(actor.blocks) for actor in self.actors]
         portable = self._stream.portable
         if portable:
@@ -146,6 +157,62 @@ class Crew:
             if not portable:
                 self._local = Host(plan.only([]), [], self._stream)
                 self._local.connect(addresses)
+        return plan
+
+    def _seats(self, groups: Sequence[Sequence[str]], costs: Costs | None) -> list[Seat]:
+        """What each actor asks Ray for. Raises ClusterError for what the cluster does not have."""
+        plan = self._plan
+        asked = wishes(plan.graph, plan.engine)
+        known = hosts()
+        names = list(plan.graph.blocks)
+        work = by_parameters(plan.graph) if costs is None else costs.seconds
+        busy = [sum(work[names.index(name)] for name in group) for group in groups]
+        spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
+        speeds = host_seconds(known) if spread is Spread.PROFILE else None
+        return seats([demand(g, asked, plan.engine) for g in groups], known, spread, busy, speeds)
+
+    def _links(self) -> dict[tuple[int, int], Link]:
+        """By pair of actors that exchange signals; between two hosts, or inside of one, one pair
+        stands for all."""
+        found: dict[frozenset[str], list[tuple[int, int]]] = {}
+        for a, b in sorted(pairs(self._plan, self.placement)):
+            hosts = frozenset([self.actors[a].node, self.actors[b].node])
+            found.setdefault(hosts, []).append((a, b))
+        firsts = [group[0] for group in found.values()]
+        binds: list[dict[int, str]] = [{} for _ in self.actors]
+        for number, (a, b) in enumerate(firsts):
+            there, back = Probe.channels(number)
+            nodes = self.actors[a].node, self.actors[b].node
+            binds[b][there.number] = self._way_between(there, nodes[0], self.actors[b])
+            binds[a][back.number] = self._way_between(back, nodes[1], self.actors[a])
+        run, late = self._plan.run, self._plan.engine.link_delay
+        addresses: dict[int, str] = {}
+        for opened in self._all("probe", lambda i: (run, late, binds[i])):
+            addresses |= opened
+        self._all("join_probe", lambda _: (addresses,))
+        links: dict[tuple[int, int], Link] = {}
+        for number, (group, (a, b)) in enumerate(zip(found.values(), firsts, strict=True)):
+            link = self._measured(number, self.actors[a], self.actors[b])
+            links |= dict.fromkeys(group, link)
+        self._all("end_probe", lambda _: ())
+        return links
+
+    def _measured(self, number: int, first: Actor, second: Actor) -> Link:
+        answered = second.handle.answer_probe.remote(number)
+        try:
+            link, _ = ray.get(
+                [first.handle.measure_link.remote(number), answered], timeout=START_SECONDS
+            )
+        except GetTimeoutError:
+            raise ClusterError(
+                f"the link between {first} and {second} could not be measured within "
+                f"{START_SECONDS:.0f} s; give partition.delays as numbers"
+            ) from None
+        except RayError as error:
+            raise ClusterError(
+                f"the link between {first} and {second} could not be measured: {_last_line(error)}"
+            ) from error
+        return link  # type: ignore[no-any-return]
 
     def _source_actor(self) -> int:
         """The stream lives with the first block that reads it."""
@@ -161,11 +228,15 @@ class Crew:
         }
 
     def _way(self, channel: Channel, receiver: Actor, inside: Sequence[set[str]]) -> str:
-        wanted = self._plan.engine.transport
         sender = next(
             (a for a, s in zip(self.actors, inside, strict=True) if channel.sender in s), None
         )
         node = sender.node if sender is not None else ray.get_runtime_context().get_node_id()
+        return self._way_between(channel, node, receiver)
+
+    def _way_between(self, channel: Channel, node: str, receiver: Actor) -> str:
+        """node: the sender's host."""
+        wanted = self._plan.engine.transport
         if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
             return TCP + receiver.address
         if node != receiver.node:
@@ -328,7 +399,7 @@ class Crew:
             with contextlib.suppress(RayError):  # it died
                 ray.get(call)
                 obedient.append(closed[call])
-        self._session.idle.extend(actor.handle for actor in obedient)
+        self._session.idle.extend((actor.seat, actor.handle) for actor in obedient)
         killed = [actor for actor in self.actors if actor not in obedient]
         for actor in killed:
             ray.kill(actor.handle)

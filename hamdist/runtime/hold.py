@@ -12,7 +12,7 @@ from hamdist.config import Reset, ResetSettings
 from hamdist.dynamics.cell import Cell
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.energy import Records
-from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Edge
+from hamdist.dynamics.graph import OUTPUT_KEY, BlockSpec, Edge
 from hamdist.dynamics.hold import HoldBlock, HoldReadout, Tick
 from hamdist.dynamics.schedule import Event, HoldSchedule, Stamp
 from hamdist.dynamics.weights import Weights
@@ -45,14 +45,19 @@ class HoldNode:
         self._adrift = spec.name in plan.graph.adrift
         self._ended: list[Edge] = []
         # What an edge shows until the first signal has come along it.
-        shapes = {INPUT: (plan.spec.u_shape, plan.spec.u_dtype), **plan.shapes}
+        shapes = {**plan.spec.parents, **plan.shapes}
         self._shown = {
-            e.index: torch.zeros(shapes[e.parent][0], dtype=shapes[e.parent][1])
+            e.index: self._ports.border.state(
+                e.index, torch.zeros(shapes[e.parent][0], dtype=shapes[e.parent][1])
+            )
             for e in self._ports.into
         }
         # What a state that was cleared on its way is replaced by.
-        parents = [e.parent for e in self._ports.into if not e.from_input]
-        self._starts = {parent: plan.start(parent) for parent in parents}
+        self._starts = {
+            e.parent: self._ports.border.state(e.index, plan.start(e.parent))
+            for e in self._ports.into
+            if not e.from_input
+        }
         self._target: Tensor | None = None
         self._no_more_targets = False
         self._events = plan.schedule.events(spec.name)

@@ -18,6 +18,7 @@ from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import HamdistError
+from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import own_bytes, peak_bytes, reset_peak
@@ -41,6 +42,7 @@ class HostReport:
     ticks: int = 0
     seconds: float = 0.0
     payload_bytes: dict[str, int] = field(default_factory=dict)
+    compression: CompressionMap = field(default_factory=dict)
     peak_memory: int = 0
     own_memory: int = 0
     smoothness: float | None = None
@@ -81,7 +83,7 @@ class Host:
     def __init__(self, plan: Plan, blocks: Sequence[str], stream: Stream | None) -> None:
         self._plan = plan
         self._abort = threading.Event()
-        self._transport = Wires(plan.run, self._abort)
+        self._transport = Wires(plan.run, self._abort, plan.engine.link_delay)
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
         self._mail = Mailroom(inside, self._transport)
         self._inside = inside
@@ -134,6 +136,7 @@ class Host:
             report.smoothness = self._source.smoothness.frames
             report.stream = self._source.counts
         report.payload_bytes = dict(self._mail.payload_bytes)
+        report.compression = self._mail.compression
         return report
 
     def _seat(self, index: int, actors: int) -> set[int] | None:

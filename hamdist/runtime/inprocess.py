@@ -78,6 +78,7 @@ class InProcessEngine:
             time_use={"driver": time_use(nodes, seconds, {})},
             startup={"blocks": started - created},
             payload_bytes=dict(mail.payload_bytes),
+            compression=mail.compression,
             peak_memory={"driver": peak},
             own_memory={"driver": own},
             smoothness=source.smoothness.frames,

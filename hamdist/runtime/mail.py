@@ -12,12 +12,16 @@ ended; and when all nodes have.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from math import inf
 from typing import Protocol
 
+from hamdist.dynamics.compress import Encoder
 from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import StampError
-from hamdist.runtime.signal import Channel, Signal
+from hamdist.runtime.compression import DIRECTIONS, CompressionMap
+from hamdist.runtime.device import to_host
+from hamdist.runtime.signal import Channel, Signal, ready
 
 
 class Transport(Protocol):
@@ -40,9 +44,20 @@ class Mailroom:
         self._bundles: dict[int, tuple[Channel, list[Signal]]] = {}
         self._due = inf  # the first tick at whose end a bundle has to leave
         self.payload_bytes: dict[str, int] = {}
+        self._encoders: dict[int, tuple[Channel, Encoder]] = {}
+
+    @property
+    def compression(self) -> CompressionMap:
+        """What was done to the signals that were posted here."""
+        done: CompressionMap = {}
+        for channel, encoder in self._encoders.values():
+            done.setdefault(channel.edge, {})[DIRECTIONS[channel.kind]] = encoder.result()
+        return done
 
     def post(self, channel: Channel, signal: Signal) -> None:
         """The payload belongs to the receiver from now on: nobody writes to it again."""
+        if channel.codec is not None:
+            signal = self._encoded(channel, signal)
         if signal.payload is not None:
             sent = self.payload_bytes.get(channel.edge, 0)
             self.payload_bytes[channel.edge] = sent + signal.payload.nbytes
@@ -70,9 +85,24 @@ class Mailroom:
                 tick,
                 f"on {channel} the schedule names {_words(stamp)}, but {found} was there",
             )
+        codec = channel.codec
+        if codec is not None and signal.payload is not None:
+            return replace(signal, payload=ready(codec.decode(signal.payload)))
         return signal
 
+    def _encoded(self, channel: Channel, signal: Signal) -> Signal:
+        """The signal as it travels, from one block to another of the same process as well: what a
+        run computes does not depend on where its blocks live."""
+        if channel.codec is None or signal.payload is None:
+            return signal
+        if channel.number not in self._encoders:
+            self._encoders[channel.number] = channel, Encoder(channel.codec)
+        _, encoder = self._encoders[channel.number]
+        return replace(signal, payload=ready(encoder(signal.payload)))
+
     def _send(self, channel: Channel, signal: Signal) -> None:
+        if signal.payload is not None and not signal.payload.is_cpu:
+            signal = replace(signal, payload=to_host(signal.payload))
         if signal.stamp.tick > self._due:
             self.flush(signal.stamp.tick)
         if channel.bundle == 1:

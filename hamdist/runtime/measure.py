@@ -105,9 +105,11 @@ def _crossings(plan: Plan, source: str | None) -> Iterator[tuple[int, int, float
         if parent is None or parent == edge.child:
             continue
         shape, dtype = (
-            (plan.spec.u_shape, plan.spec.u_dtype) if edge.from_input else plan.shapes[edge.parent]
+            plan.spec.parents[edge.parent] if edge.from_input else plan.shapes[edge.parent]
         )
-        once = SIGNAL_SECONDS + _bytes(shape, dtype) / BYTES_PER_SECOND
+        codec = plan.channels.states[edge.index].codec
+        number = _bytes(shape, dtype) if codec is None else codec.nbytes(shape[0])
+        once = SIGNAL_SECONDS + number / BYTES_PER_SECOND
         a, b = sorted((order.index(parent), order.index(edge.child)))
         yield a, b, once if edge.from_input else 2 * ticks * once
     for readout in plan.graph.readouts if source is not None else ():
@@ -146,7 +148,9 @@ class _Trial:
     """A copy of the network, stepped with a clock in hand. over: makes it end at its next step."""
 
     def __init__(self, plan: Plan, clock: Callable[[], float] | None) -> None:
-        self._plan = dataclasses.replace(plan, graph=plan.graph.copy(), steps=None)
+        # Here, as this process may see no GPU. (What a block takes there is not known before.)
+        desks = {name: desk.at("cpu") for name, desk in plan.desks.items()}
+        self._plan = dataclasses.replace(plan, graph=plan.graph.copy(), steps=None, desks=desks)
         trip = 1 if plan.knobs.sequence else 2 * plan.graph.depth // plan.schedule.c + 1
         self._full = SEQUENCE if plan.knobs.sequence else trip  # samples until all blocks work
         self._samples = self._full + MOST
@@ -234,16 +238,27 @@ class _Examples:
             if self.spec.targets is None
             else {name: _example_target(own(name)) for name in self.spec.targets}
         )
+        inputs = None if self.spec.inputs is None else example_inputs(self.spec)
         for n in range(self._number):
-            yield Sample(u, y, end=n % SEQUENCE == SEQUENCE - 1, time=n * STAMP_SECONDS)
+            end = n % SEQUENCE == SEQUENCE - 1
+            yield Sample(u, y, end=end, time=n * STAMP_SECONDS, inputs=inputs)
 
 
 def example_input(spec: SampleSpec) -> Tensor:
-    """An input of the shape and type of `spec`."""
-    if not spec.u_dtype.is_floating_point:
-        return torch.zeros(spec.u_shape, dtype=spec.u_dtype)
+    """An input (of several: the first) of the shape and type of `spec`."""
+    return _example(spec.u_shape, spec.u_dtype)
+
+
+def example_inputs(spec: SampleSpec) -> dict[str, Tensor]:
+    """Several inputs, by name."""
+    return {name: _example(one.shape, one.dtype) for name, one in (spec.inputs or {}).items()}
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(spec.u_shape, dtype=spec.u_dtype, generator=generator)
+    return torch.randn(shape, dtype=dtype, generator=generator)
 
 
 def _example_target(spec: TargetSpec | None) -> Tensor | None:

@@ -26,12 +26,15 @@ from hamdist.dynamics import rows
 from hamdist.dynamics.block import LossTaker, bounded
 from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
 from hamdist.dynamics.closed import closed_cell
-from hamdist.dynamics.graph import OUTPUT_KEY
+from hamdist.dynamics.graph import OUTPUT_KEY, Combine, Joining
 from hamdist.dynamics.hold import HoldBlock, HoldReadout
+from hamdist.dynamics.joined import JoinedCell
+from hamdist.dynamics.precision import AutocastCell
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout, WayBack
 from hamdist.dynamics.weights import Weights
 from hamdist.errors import ClusterError
+from hamdist.runtime.device import Border
 from hamdist.runtime.hold import HoldNode
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
@@ -84,17 +87,33 @@ class _Parts:
         self.spec = plan.graph.blocks[name]
         self.dynamics = plan.dynamics.of(name)
         self.guard = bounded(self.dynamics.limit)
+        self.border = Border(plan.desks.get(name))
+        for module in (self.spec.module, self.spec.output):
+            if module is not None and self.border.device.type != "cpu":
+                module.to(self.border.device)
         self.cell = self.make_cell(self.spec.module, name)
         self.weights = self.make_weights(self.cell)
         self.wanted = [not e.from_input for e in plan.graph.into[name]]
         self.loss: LossTaker | None = None
         if self.spec.loss is not None:
-            loss = seeded_loss(self.spec.loss, block_seed(plan.seed, f"{name}/loss"))
+            loss = seeded_loss(
+                self.spec.loss, block_seed(plan.seed, f"{name}/loss"), self.border.device
+            )
             self.loss = LossTaker(loss, self.dynamics, self.guard)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> Cell:
+        combine, parents = self.spec.combine, len(self.spec.parents)
+        if module is self.spec.output:
+            combine, parents = Combine.ARGUMENTS, 1
+        if isinstance(combine, Joining):
+            inner = self._cell(module, seed_name, combine.then, len(combine.joins))
+            return JoinedCell(inner, combine)
+        return self._cell(module, seed_name, combine, parents)
+
+    def _cell(self, module: nn.Module, seed_name: str, combine: Combine, parents: int) -> Cell:
         stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
         seed = block_seed(self._plan.seed, seed_name)
+        device = self.border.device
         native = self._plan.native
         if native and not rows.built():
             raise ClusterError(
@@ -102,12 +121,13 @@ class _Parts:
                 "the driver's has; install it again there, where a C compiler is at hand, or use "
                 "engine.step 'closed'"
             )
+        if self.border.autocast:
+            return AutocastCell(module, combine, seed, device, stash=stash)
         if not stash and self._plan.engine.step is not Step.AUTOGRAD:
-            parents = 1 if module is self.spec.output else len(self.spec.parents)
-            closed = closed_cell(module, self.spec.combine, seed, parents, native=native)
+            closed = closed_cell(module, combine, seed, parents, native=native)
             if closed is not None:
                 return closed
-        return Cell(module, self.spec.combine, seed, stash=stash)
+        return Cell(module, combine, seed, stash=stash, device=device)
 
     def make_weights(self, cell: Cell, prefix: str = "") -> Weights:
         names = [prefix + name for name in cell.names]
@@ -138,7 +158,7 @@ def _sequence_node(plan: Plan, p: _Parts, mail: Mailroom) -> SequenceNode:
         read = SequenceReadout(p.cell, way_back, p.wanted, p.loss, truncation)
         return SequenceNode(plan, p.spec, mail, read)
     shape, dtype = plan.shapes[p.name]
-    h = torch.zeros(shape, dtype=dtype)
+    h = p.border.own(torch.zeros(shape, dtype=dtype))
     block = SequenceBlock(p.cell, way_back, p.wanted, p.dynamics, h, truncation, p.guard)
     return SequenceNode(plan, p.spec, mail, block)
 
@@ -158,7 +178,7 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
         p.dynamics,
         plan.knobs.order,
         p.scale,
-        plan.start(p.name),
+        p.border.own(plan.start(p.name)),
         loss=p.loss,
         output=output,
         output_weights=output_weights,

@@ -11,6 +11,7 @@ from types import FrameType
 
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
+from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.result import BlockState
 
 
@@ -18,7 +19,8 @@ from hamdist.runtime.result import BlockState
 class Outcome:
     """blocks: final states by name (without those that were lost, after an interruption).
     startup: seconds by phase, as far as the engine knows them. placement: the blocks of each
-    process. own_memory, time_use: see RunResult."""
+    process. own_memory, time_use, compression: see RunResult. delays: those that were chosen, where
+    that was asked for."""
 
     blocks: dict[str, BlockState]
     windows: dict[str, list[Window]]
@@ -34,6 +36,8 @@ class Outcome:
     stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
+    compression: CompressionMap = field(default_factory=dict)
+    delays: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
 

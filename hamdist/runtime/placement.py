@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hamdist.config import EngineSettings
+from hamdist.dynamics.balance import balanced
 from hamdist.dynamics.graph import Graph
-from hamdist.dynamics.split import balanced
 from hamdist.errors import SettingsError
+from hamdist.runtime.demands import apart, demand, wishes
 
 # `auto` takes a further actor, which costs 170 MiB, where it saves at least this part of T; and a
 # cut that is better by less is as good.
@@ -32,15 +33,19 @@ WORTH = 0.05
 class Costs:
     """Of one sample. seconds: the work of each block, in the graph's order. crossings: (i, j, s):
     each of the two actors that host the blocks i < j spends s seconds on the signals between them.
-    in_flight: samples that the schedule has in the network at once."""
+    in_flight: samples that the schedule has in the network at once. apart: pairs of blocks that
+    cannot share an actor."""
 
     seconds: tuple[float, ...]
     crossings: tuple[tuple[int, int, float], ...] = ()
     in_flight: float = math.inf
+    apart: tuple[tuple[int, int], ...] = ()
 
     def busy(self, first: int, end: int) -> float:
         """Seconds a sample takes the actor with the blocks first ... end - 1."""
         inside = range(first, end)
+        if any(i in inside and j in inside for i, j in self.apart):
+            return math.inf
         return sum(self.seconds[first:end]) + sum(
             s for i, j, s in self.crossings if (i in inside) != (j in inside)
         )
@@ -82,7 +87,8 @@ def split(costs: Costs, parts: int) -> list[int]:
             starts.append(end)
         return starts[::-1]
 
-    bounds = sorted({busy[a][b] for a in range(n) for b in range(a + 1, n + 1)})
+    times = {busy[a][b] for a in range(n) for b in range(a + 1, n + 1)}
+    bounds = sorted(time for time in times if math.isfinite(time))
 
     def latency(bound: float) -> float:
         starts = within(bound)
@@ -104,7 +110,8 @@ def choose(costs: Costs, most: int) -> list[int]:
     """The first blocks of 1 to `most` actors with the least T; a further actor has to be `WORTH`
     it."""
     best = [0]
-    for parts in range(2, min(most, len(costs.seconds)) + 1):
+    blocks = len(costs.seconds)
+    for parts in range(max(2, len(_segments(blocks, costs.apart))), min(most, blocks) + 1):
         starts = split(costs, parts)
         if costs.of(starts) < (1 - WORTH) * costs.of(best):
             best = starts
@@ -120,18 +127,28 @@ def place(
     number of actors, at most as many as processors have room for their threads.
 
     Raises SettingsError for more actors than blocks, and for a placement that leaves a block out,
-    names an unknown one, or one twice.
+    names an unknown one, or one twice; for blocks of one actor that ask for different things.
     """
     names = list(graph.blocks)
+    asked = wishes(graph, engine)
     if engine.placement is not None:
-        return _explicit(names, engine.placement)
-    most = min(len(names), max(1, cpus // engine.threads))
+        groups = _explicit(names, engine.placement)
+        for group in groups:
+            demand(group, asked, engine)
+        return groups
+    pairs = apart(asked)
+    least = _segments(len(names), pairs)
+    most = max(len(least), min(len(names), max(1, cpus // engine.threads)))
     actors = most if engine.actors == "auto" else engine.actors
     if actors > len(names):
         raise SettingsError(
             f"engine.actors: {actors} actors for {len(names)} blocks ({', '.join(names)}); use at "
             f"most {len(names)}, or cut the model into more blocks (partition.blocks)"
         )
+    if actors < len(least):
+        demand(names[least[actors - 1] : least[actors] + 1], asked, engine)  # says who contradict
+    if pairs:
+        costs = replace(costs or Costs(tuple(by_parameters(graph))), apart=pairs)
     if costs is None:
         starts = balanced(by_parameters(graph), actors)
     else:
@@ -141,6 +158,16 @@ def place(
             starts = steady
     ends = [*starts[1:], len(names)]
     return [names[a:b] for a, b in zip(starts, ends, strict=True)]
+
+
+def _segments(blocks: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """The first blocks of as few actors as keep the blocks of all `pairs` apart: each goes on as
+    long as it can."""
+    starts = [0]
+    for j in range(blocks):
+        if any(i >= starts[-1] and last == j for i, last in pairs):
+            starts.append(j)
+    return starts
 
 
 def by_parameters(graph: Graph) -> list[float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,18 @@ from hamdist.dynamics import rows
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
 from hamdist.dynamics.graph import Graph, ShapeMap
 from hamdist.dynamics.locality import Locality, make_locality
-from hamdist.dynamics.losses import cross_entropy, mse
+from hamdist.dynamics.losses import class_axis, cross_entropy, mse
 from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import GraphError, LevelError, SettingsError
+from hamdist.runtime.compression import compressed
+from hamdist.runtime.device import Desk
+from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
 from hamdist.streams.sample import SampleSpec
+
+Replan: TypeAlias = "Callable[[Mapping[str, int]], Plan]"
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,9 @@ class Plan:
     """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
     front. steps: samples after which the stream ends, or None. run: a number that marks the
     signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
-    nothing of a sample (memory 'reversible'). follows_lr: beta comes from the learning rate.
+    nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
+    own, of every block. follows_lr: beta comes from the learning rate.
+    replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process."""
 
     graph: Graph
@@ -60,6 +68,8 @@ class Plan:
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
     native: bool = False
+    replan: Replan | None = None
+    desks: Mapping[str, Desk] = field(default_factory=dict)
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""
@@ -84,7 +94,7 @@ class Plan:
             b if b.name in mine else dataclasses.replace(b, module=nn.Identity(), output=None)
             for b in self.graph.blocks.values()
         ]
-        return dataclasses.replace(self, graph=Graph(specs))
+        return dataclasses.replace(self, graph=Graph(specs), replan=None)
 
 
 def make_plan(
@@ -98,8 +108,9 @@ def make_plan(
     knobs = make_locality(settings.level, settings.locality)
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())
-    shapes = graph.shapes(spec.u_shape, spec.u_dtype)
+    shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
     _check_predictions(graph, shapes, spec)
+    graph, shapes, desks = with_desks(graph, shapes, spec.parents, settings.engine, knobs)
     schedule: Schedule
     if knobs.sequence:
         schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
@@ -126,18 +137,21 @@ def make_plan(
             "learning.decay 'linear' falls to zero over the run, so the run needs 'steps'"
         )
     clocked = knobs.hold and dynamics.clocked
+    reversible = reversible_blocks(graph, shapes) if rewinds else frozenset()
+    channels = make_channels(
+        graph,
+        schedule,
+        settings.engine.queue,
+        clocked=clocked,
+        bundle=settings.engine.bundle,
+    )
+    signals = {**shapes, **spec.parents}
     return Plan(
         graph=graph,
         knobs=knobs,
         dynamics=dynamics,
         schedule=schedule,
-        channels=make_channels(
-            graph,
-            schedule,
-            settings.engine.queue,
-            clocked=clocked,
-            bundle=settings.engine.bundle,
-        ),
+        channels=compressed(channels, graph, signals, settings.engine, reversible, taken(desks)),
         shapes=shapes,
         spec=spec,
         engine=settings.engine,
@@ -148,7 +162,8 @@ def make_plan(
         metrics=settings.metrics,
         default_dtype=torch.get_default_dtype(),
         follows_lr=settings.dynamics.beta is None,
-        reversible=reversible_blocks(graph, shapes) if rewinds else frozenset(),
+        desks=desks,
+        reversible=reversible,
         native=_native(settings.engine),
     )
 
@@ -220,10 +235,20 @@ def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec) -> None
             )
         classes = target.classes
         if block.loss is cross_entropy and classes is not None:
-            if len(shape) < 2 or shape[1] < classes:
+            try:
+                axis = class_axis(shape, target.shape)
+            except ValueError as error:
+                raise GraphError(f"readout {name!r}: {error}") from None
+            if len(shape) < 2 or shape[axis] < classes:
                 raise GraphError(
                     f"readout {name!r} predicts {shape}, but the stream has {classes} classes; "
                     f"give it {classes} outputs"
+                )
+            rows = (*shape[:axis], *shape[axis + 1 :])
+            if rows != target.shape:
+                raise GraphError(
+                    f"readout {name!r} predicts {shape}, that is classes of {rows}, but the "
+                    f"targets are {target.shape}; predict one row of classes for every target"
                 )
         elif block.loss is cross_entropy and shape != target.shape:
             raise GraphError(

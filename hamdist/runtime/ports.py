@@ -12,9 +12,12 @@ from hamdist.dynamics.block import Reading
 from hamdist.dynamics.cell import Cell
 from hamdist.dynamics.energy import Recorder
 from hamdist.dynamics.graph import Edge
+from hamdist.dynamics.joined import JoinedCell
 from hamdist.dynamics.metrics import Prequential
+from hamdist.dynamics.precision import AutocastCell, Rounding
 from hamdist.dynamics.schedule import Event, HoldSchedule, Stamp, emitted
 from hamdist.dynamics.weights import Weights
+from hamdist.runtime.device import Border, kept
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockState
@@ -25,6 +28,7 @@ class Ports:
     """The channels of one block, in the graph's edge order, and its stamps."""
 
     def __init__(self, plan: Plan, name: str, mail: Mailroom) -> None:
+        self.border = Border(plan.desks.get(name))
         self.into = plan.graph.into[name]
         self.out_of = plan.graph.out_of[name]
         self._channels = plan.channels
@@ -36,21 +40,30 @@ class Ports:
 
     def state(self, edge: Edge, event: Event) -> Signal | None:
         stamp = self._schedule.state(edge, event)
-        return (
-            None if stamp is None else self._take(self._channels.states[edge.index], stamp, event)
-        )
+        if stamp is None:
+            return None
+        signal = self._take(self._channels.states[edge.index], stamp, event)
+        if signal.payload is not None:
+            signal.payload = self.border.state(edge.index, signal.payload)
+        return signal
 
     def message(self, edge: Edge, event: Event) -> Signal | None:
         stamp = self._schedule.message(edge, event)
-        return (
-            None if stamp is None else self._take(self._channels.messages[edge.index], stamp, event)
-        )
+        if stamp is None:
+            return None
+        signal = self._take(self._channels.messages[edge.index], stamp, event)
+        if signal.payload is not None:
+            signal.payload = self.border.message(signal.payload)
+        return signal
 
     def target(self, event: Event) -> Signal | None:
         stamp = self._schedule.target(self._name, event)
-        return (
-            None if stamp is None else self._take(self._channels.targets[self._name], stamp, event)
-        )
+        if stamp is None:
+            return None
+        signal = self._take(self._channels.targets[self._name], stamp, event)
+        if signal.payload is not None:
+            signal.payload = self.border.target(signal.payload)
+        return signal
 
     def clock(self, event: Event) -> Signal | None:
         """What the stream tells of the sample that `event` shows; None in an unclocked run, and in
@@ -133,19 +146,25 @@ def block_state(
     for prefix, cell, weights in parts:
         moving = [] if weights is None else weights.omega
         for name, costate in zip(cell.names, moving, strict=False):
-            omega[prefix + name] = costate.detach().clone()
+            omega[prefix + name] = kept(costate)
         parameters = dict(cell.module.named_parameters())
         state = {**dict(cell.module.named_buffers()), **cell.module.state_dict()}
         for name, value in state.items():
-            kept = value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-            (theta if name in parameters else buffers)[prefix + name] = kept
+            own = kept(value) if isinstance(value, Tensor) else copy.deepcopy(value)
+            (theta if name in parameters else buffers)[prefix + name] = own
     first = parts[0][2]
     return BlockState(
         theta=theta,
         omega=omega,
         buffers=buffers,
-        h=None if h is None else h.detach().clone(),
-        z=None if z is None else z.detach().clone(),
+        h=None if h is None else kept(h),
+        z=None if z is None else kept(z),
         updates=0 if first is None else first.updates,
         stored=stored,
+        rounding=next((r for _, cell, _ in parts if (r := _rounding(cell)) is not None), None),
     )
+
+
+def _rounding(cell: Cell) -> Rounding | None:
+    inner = cell.inner if isinstance(cell, JoinedCell) else cell
+    return inner.rounding if isinstance(inner, AutocastCell) else None

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from hamdist.dynamics.compress import Compressed
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.precision import Rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,7 @@ class BlockState:
     theta, omega: weights and weight costates by the parameter's name in the block's module.
     buffers: the module's buffers by name, and its extra state. h, z: state and costate, None where
     a block has none.
+    rounding: what autocast did to what the block computes, where it is on.
     updates: how often the weights moved. stored: the most tokens whose activations it kept at once
     (presentation 'sequence').
     """
@@ -29,6 +32,7 @@ class BlockState:
     z: Tensor | None
     updates: int
     stored: int = 0
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +67,14 @@ class RunResult:
     readout. seconds: wall time from the first to the last tick; startup_seconds: what came before,
     startup: the same by phase (startup.py).
     bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
+    compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones, bytes
+    sent and saved, and how far the decoded signals were from the exact ones.
+    rounding: by block under autocast, how far what it computed was from float32.
     peak_memory: peak resident bytes by process ('driver', 'actor 0', ...). own_memory: at the end,
     without the code of libraries and Ray's object store (memory.py).
     staleness: the most samples that lie between the activations a block's message was made with
     and the weights or activations that it meets.
+    delays: ticks by edge between blocks; given as `partition.delays` they are used again.
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
     records: the energies per tick by block, where `metrics.record` asked for them.
@@ -86,6 +94,7 @@ class RunResult:
     peak_memory: dict[str, int]
     staleness: int
     smoothness: float | None = None
+    delays: dict[str, int] = field(default_factory=dict)
     stream: dict[str, int] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
     own_memory: dict[str, int] = field(default_factory=dict)
@@ -95,3 +104,5 @@ class RunResult:
     startup: dict[str, float] = field(default_factory=dict)
     placement: list[list[str]] = field(default_factory=list)
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
+    compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)
+    rounding: dict[str, Rounding] = field(default_factory=dict)

@@ -41,7 +41,10 @@ class SequenceNode:
         self._back_into = [e for e in self._ports.into if plan.schedule.recurrent(e)]
         self._back_out = [e for e in self._ports.out_of if plan.schedule.recurrent(e)]
         shapes = {e.index: plan.shapes[e.parent] for e in self._back_into}
-        self._zeros = {i: torch.zeros(shape, dtype=dtype) for i, (shape, dtype) in shapes.items()}
+        self._zeros = {
+            i: self._ports.border.state(i, torch.zeros(shape, dtype=dtype))
+            for i, (shape, dtype) in shapes.items()
+        }
         self._over = False
         self.event = plan.schedule.forward(spec.name, plan.schedule.opening(), 0)
         self.tick: int | None = self.event.tick

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.compress import Codec
 from hamdist.dynamics.graph import INPUT, Graph
 from hamdist.dynamics.schedule import ALONE, Bundle, Kind, Schedule, Stamp
 from hamdist.errors import WireError
@@ -64,7 +65,8 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 class Channel(NamedTuple):
     """One direction between two nodes. capacity: signals that may wait on it. slack: how many of
     them are more than the schedule itself keeps in flight. bundle: signals that one message may
-    hold; span: ticks from the first to the last of so many."""
+    hold; span: ticks from the first to the last of so many. codec: of the payloads, if they are
+    compressed."""
 
     number: int
     kind: Kind
@@ -75,6 +77,7 @@ class Channel(NamedTuple):
     slack: int = 1
     bundle: int = 1
     span: int = 0
+    codec: Codec | None = None
 
     def __str__(self) -> str:
         return (
@@ -132,7 +135,7 @@ def make_channels(
     for edge in graph.edges:
         made.states[edge.index] = channel(
             Kind.STATE,
-            edge.parent,
+            INPUT if edge.from_input else edge.parent,
             edge.child,
             edge.name,
             schedule.in_flight(edge, Kind.STATE),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.constants import TOLERANCE
-from hamdist.dynamics.graph import INPUT
+from hamdist.dynamics.inputs import INPUT, by_parent
 from hamdist.dynamics.schedule import Event, Stamp, source_events
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import StreamError
@@ -40,7 +40,9 @@ class SourceNode:
         self.event = next(self._events)
         if isinstance(plan.schedule, SequenceSchedule):
             self.event = plan.schedule.emission(plan.schedule.opening(), 0)
-        self._inputs = [plan.channels.states[e.index] for e in plan.graph.out_of[INPUT]]
+        into = plan.graph.out_of[INPUT]
+        self._inputs = [plan.channels.states[e.index] for e in into]
+        self._names = [e.parent for e in into]
         self._targets = plan.channels.targets
         self._clocks = list(plan.channels.clocks.values())
         self._ahead = plan.dynamics.tau is None or plan.knobs.sequence
@@ -73,9 +75,14 @@ class SourceNode:
             self.tick = None
             return
         end = sample.end or (self._ahead and self._next is None)
-        u = ready(sample.u)
-        for channel in self._inputs:
-            self._mail.post(channel, Signal(stamp, u, sequence_end=end))
+        if sample.inputs is None:
+            u = ready(sample.u)
+            for channel in self._inputs:
+                self._mail.post(channel, Signal(stamp, u, sequence_end=end))
+        else:
+            inputs = {name: ready(u) for name, u in by_parent(sample.inputs).items()}
+            for name, channel in zip(self._names, self._inputs, strict=True):
+                self._mail.post(channel, Signal(stamp, inputs[name], sequence_end=end))
         for readout, channel in self._targets.items():
             y = sample.target(readout)
             payload = None if y is None else ready(y)

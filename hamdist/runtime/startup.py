@@ -2,6 +2,7 @@
 
 plan: the graph is cut and checked. measure: a few steps of every block, for the placement.
 ray: Ray is imported and started, or found. actors: their processes start and import torch.
+links: the links between them are measured, for delays that hide them.
 blocks: every process builds its blocks. sockets: the processes are joined.
 The command adds what comes before: imports (from the start of its process), data.
 """
@@ -21,6 +22,7 @@ TITLES = {
     "measure": "measuring blocks",
     "ray": "Ray",
     "actors": "actors",
+    "links": "measuring links",
     "blocks": "blocks",
     "sockets": "sockets",
 }

@@ -13,13 +13,14 @@ from contextlib import ExitStack
 
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import DivergedError, HamdistError, StallError
-from hamdist.runtime.advice import placement_notes
+from hamdist.runtime.advice import placement_notes, unmeasured_notes
 from hamdist.runtime.cluster import ray_session
+from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.crew import END_SECONDS, Crew
 from hamdist.runtime.measure import Unmeasured, measured_costs, unmeasured_costs, wants_costs
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.outcome import Outcome, ending_on_interrupt
-from hamdist.runtime.placement import place
+from hamdist.runtime.placement import Costs, place
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockProgress, Progress
 from hamdist.runtime.startup import Startup, phases_to
@@ -40,24 +41,27 @@ class RayEngine:
         place(plan.graph, plan.engine, cores())  # refuses what cannot be placed before Ray starts
         notes: list[str] = []
         costs = unmeasured_costs(plan)
-        if wants_costs(plan):
+        measured: Costs | None = None
+        places = wants_costs(plan)
+        if places or plan.replan is not None:
             with startup.phase("measure"):
                 try:
-                    costs = measured_costs(plan, portable=stream.portable)
+                    measured = measured_costs(plan, portable=stream.portable)
+                    costs = measured if places else costs
                 except Unmeasured as reason:
-                    notes.append(
-                        f"the blocks are spread by their parameters: their steps could not be "
-                        f"measured ({reason})"
-                    )
+                    notes += unmeasured_notes(str(reason), places, plan.replan is not None)
         with ExitStack() as stack:
             with startup.phase("ray"):
                 session = stack.enter_context(ray_session(plan.engine))
             crew = stack.enter_context(Crew(plan, stream, session))
-            crew.wire(startup, costs)
+            auto = plan.replan is not None
+            plan = crew.wire(startup, costs, measured)
             notes += placement_notes(plan, crew.placement, costs)
             notes += crew.crowded() if plan.engine.address is not None else []
             outcome = _Watch(plan, crew, on_progress).to_the_end()
             outcome.startup = startup.seconds
+            if auto:
+                outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
             outcome.warnings[:0] = notes
             return outcome
 
@@ -164,9 +168,12 @@ class _Watch:
         actors = self._crew.actors
         reports = self._crew.reports()
         sent: dict[str, int] = {}
+        compression: CompressionMap = {}
         for report in reports:
             for edge, number in report.payload_bytes.items():
                 sent[edge] = sent.get(edge, 0) + number
+            for edge, done in report.compression.items():
+                compression.setdefault(edge, {}).update(done)
         windows: dict[str, list[Window]] = {}
         for actor in actors:
             if actor.report is not None:
@@ -182,6 +189,7 @@ class _Watch:
             seconds=max((r.seconds for r in reports), default=time.perf_counter() - self.started),
             startup={},
             payload_bytes=sent,
+            compression=compression,
             peak_memory={"driver": peak_bytes(), **memory},
             own_memory={a.name: a.report.own_memory for a in actors if a.report is not None},
             smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),

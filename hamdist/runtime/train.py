@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from hamdist.config import EngineKind, Readout, Settings
+from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
-from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
+from hamdist.dynamics.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.locality import make_locality
 from hamdist.dynamics.losses import LossFunction, make_loss
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
-from hamdist.dynamics.split import split_sequential
-from hamdist.errors import DivergedError, GraphError
+from hamdist.dynamics.split import Policy, is_chain, split_module, split_sequential
+from hamdist.errors import DivergedError
 from hamdist.runtime.advice import after, before
 from hamdist.runtime.cluster import prepare_environment
+from hamdist.runtime.compression import in_edge_order
 from hamdist.runtime.divergence import explained
 from hamdist.runtime.inprocess import InProcessEngine
-from hamdist.runtime.measure import example_input
+from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_plan
+from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.streams.sample import SampleSpec, Stream
@@ -42,7 +45,8 @@ def train(
     stream: Stream,
     settings: Settings,
     *,
-    loss: LossFunction | None = None,
+    loss: LossFunction | Mapping[str, LossFunction] | None = None,
+    policy: Policy | None = None,
     phi: Course | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
@@ -50,10 +54,11 @@ def train(
 
     model: stays as it is; a copy is cut into blocks and trained. A `Graph` brings its own blocks
     and losses. loss: (prediction, target) -> scalar mean over the batch, instead of
-    `settings.loss`. phi: the scale of the loss by tick (by sample, in levels of presentation
-    'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times a second, and
-    for every phase of the start (`Progress.phase`), in the calling thread. The first Ctrl-C ends
-    the stream; the result then says `interrupted`.
+    `settings.loss`, or one for each output of a model that has several. policy: where blocks begin,
+    instead of `settings.partition`. phi: the scale of the loss by tick (by sample, in levels of
+    presentation 'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times
+    a second, and for every phase of the start (`Progress.phase`), in the calling thread. The first
+    Ctrl-C ends the stream; the result then says `interrupted`.
 
     Raises SettingsError, GraphError, LevelError before anything starts; StreamError, BlockError,
     StallError, ClusterError when a run fails (everything it started has ended by then). A
@@ -62,14 +67,23 @@ def train(
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            graph = as_graph(model, settings, stream.spec, loss or make_loss(settings.loss))
+            loss = make_loss(settings.loss) if loss is None else loss
+            graph = as_graph(model, settings, stream.spec, loss, policy)
+            knobs = make_locality(settings.level, settings.locality)
+            spec = stream.spec
+            given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+            graph = arranged(graph, *given)
             plan = make_plan(graph, settings, stream.spec, phi=phi)
+            if settings.partition.delays == "auto":
+                plan = replannable(plan, graph, settings, phi)
             told = drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
-            told += before(plan, settings)
+            told += [*graph.notes, *before(plan, settings)]
         for text in told:
             warnings.warn(text, stacklevel=3)
         try:
             outcome = make_engine(settings).run(plan, stream, on_progress)
+            if plan.replan is not None and outcome.delays:
+                plan = plan.replan(outcome.delays)
         except DivergedError as error:
             failure = explained(error, plan)
             if error.outcome is not None:
@@ -96,7 +110,10 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         if output is not None:
             own = output.state_dict()
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
-    whole = MergedSequence(graph, plan.shapes) if plan.knobs.sequence else None
+    whole = None
+    if plan.knobs.sequence:
+        before = graph.unsliced
+        whole = MergedSequence(before, before.shapes(plan.spec.u_shape, plan.spec.u_dtype))
     return RunResult(
         model=graph.merge(weights, whole),
         blocks=outcome.blocks,
@@ -109,9 +126,16 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         placement=outcome.placement,
         time_use=outcome.time_use,
         bytes_per_edge=outcome.payload_bytes,
+        compression=in_edge_order(outcome.compression, graph),
+        rounding={
+            name: block.rounding
+            for name, block in outcome.blocks.items()
+            if block.rounding is not None
+        },
         peak_memory=outcome.peak_memory,
         own_memory=outcome.own_memory,
         staleness=plan.schedule.staleness,
+        delays={e.name: e.delay for e in plan.graph.edges if not e.from_input},
         smoothness=outcome.smoothness,
         stream=outcome.stream,
         stored={
@@ -138,9 +162,13 @@ def make_engine(settings: Settings) -> Engine:
 
 
 def as_graph(
-    model: nn.Module | Graph, settings: Settings, spec: SampleSpec, loss: LossFunction
+    model: nn.Module | Graph,
+    settings: Settings,
+    spec: SampleSpec,
+    loss: LossFunction | Mapping[str, LossFunction],
+    policy: Policy | None = None,
 ) -> Graph:
-    """A graph over copies of the model's modules, cut as `settings` say.
+    """A graph over copies of the model's modules, cut as `policy`, or else `settings`, say.
 
     Raises GraphError for a model that cannot be cut in that way.
     """
@@ -149,7 +177,7 @@ def as_graph(
     knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE
-    if isinstance(own, nn.Sequential) and type(own).forward is nn.Sequential.forward:
+    if policy is None and callable(loss) and is_chain(own, settings.partition):
         return split_sequential(
             own,
             loss,
@@ -158,11 +186,13 @@ def as_graph(
             example=example_input(spec),
             state_readout=state,
         )
-    partition = settings.partition
-    if (partition.blocks or 1) > 1 or partition.cuts:
-        raise GraphError(
-            f"a {type(own).__name__} cannot be cut into blocks, only an nn.Sequential with its own "
-            "forward can; leave 'partition.blocks' and 'partition.cuts' out, or build the Graph by "
-            "hand"
-        )
-    return Graph([BlockSpec("block0", own, (INPUT,), loss=loss, state=state)], original=own)
+    return split_module(
+        own,
+        loss,
+        settings.partition,
+        knobs.grouping,
+        example=example_input(spec) if spec.inputs is None else example_inputs(spec),
+        targets=spec.targets,
+        policy=policy,
+        state_readout=state,
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hamdist.dynamics.schedule import Stamp
 from hamdist.runtime import shared
+from hamdist.runtime.late import LateReceiver
 from hamdist.runtime.line import Line, Receiver, Sender, Waiting, socket_folder
 from hamdist.runtime.signal import Channel, Signal
 
@@ -31,14 +32,15 @@ def local_way(channel: Channel) -> str:
 
 class Wires:
     """The ends of all channels that lead out of one process. abort: set to make blocked calls raise
-    `Aborted`.
+    `Aborted`. link_delay: seconds by which what comes is handed out later (late.py).
 
     They belong to the thread that sends and receives, but for `bind`, `connect` and `close`, which
     come before and after.
     """
 
-    def __init__(self, run: int, abort: threading.Event) -> None:
+    def __init__(self, run: int, abort: threading.Event, link_delay: float = 0.0) -> None:
         self._line = Line(run, abort)
+        self._link_delay = link_delay
         self._in: dict[int, Receiver] = {}
         self._out: dict[int, Sender] = {}
         self._zmq: zmq.Context[Any] | None = None
@@ -56,16 +58,22 @@ class Wires:
 
     def bind(self, channel: Channel, way: str) -> str:
         """Opens the receiving end: 'shm', 'ipc' or 'tcp://HOST'. Returns its address."""
-        receiver: Receiver
-        if way == SHM:
-            receiver = shared.SharedReceiver(self._line, channel)
+        if self._link_delay:
+            receiver: Receiver = LateReceiver(
+                self._line, channel, self._link_delay, lambda own: self._open(own, channel, way)
+            )
         else:
-            from hamdist.runtime.zeromq import ZmqReceiver
-
-            host = way.removeprefix(TCP) if way.startswith(TCP) else None
-            receiver = ZmqReceiver(self._line, channel, self._context(), host)
+            receiver = self._open(self._line, channel, way)
         self._in[channel.number] = receiver
         return receiver.address
+
+    def _open(self, line: Line, channel: Channel, way: str) -> Receiver:
+        if way == SHM:
+            return shared.SharedReceiver(line, channel)
+        from hamdist.runtime.zeromq import ZmqReceiver
+
+        host = way.removeprefix(TCP) if way.startswith(TCP) else None
+        return ZmqReceiver(line, channel, self._context(), host)
 
     def connect(self, channel: Channel, address: str) -> None:
         """Opens the sending end."""

@@ -12,7 +12,7 @@ from hamdist.streams.drift import DriftStream
 from hamdist.streams.factory import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.late import Delayed, Rejoin
 from hamdist.streams.pace import Paced
-from hamdist.streams.sample import Sample, SampleSpec, Stream, TargetSpec, report_of
+from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Stream, TargetSpec, report_of
 from hamdist.streams.sequences import TokenStream
 from hamdist.streams.signals import SignalStream
 from hamdist.streams.smooth import Smooth, Withhold
@@ -26,6 +26,7 @@ __all__ = [
     "DataSet",
     "Delayed",
     "DriftStream",
+    "InputSpec",
     "IterableStream",
     "Paced",
     "Rejoin",

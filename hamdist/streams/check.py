@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hamdist.errors import StreamError
-from hamdist.streams.sample import Sample, SampleSpec, Target, TargetSpec
+from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec
 
 ALIGNMENT = 64  # bytes; what torch's CPU allocator gives, and vector instructions like
 
@@ -30,6 +30,7 @@ class Checker:
         self._equal_batches = equal_batches
         self._stamped = stamped
         self._last = -math.inf
+        self._first = InputSpec(spec.u_shape, spec.u_dtype)
 
     def check(self, n: int, sample: Sample) -> Sample:
         """Item n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
@@ -48,11 +49,36 @@ class Checker:
             )
         if self._stamped:
             self._check_time(n, sample.time)
-        u = self._input(n, sample.u)
+        if sample.inputs is not None or self._spec.inputs is not None:
+            return self._several(n, sample)
+        u = self._input(n, "u", sample.u, self._first)
         y = self._targets(n, sample.y, u.shape[0])
         if u is sample.u and y is sample.y:
             return sample
         return Sample(u, y, sample.end, sample.time)
+
+    def _several(self, n: int, sample: Sample) -> Sample:
+        """An item of a model that has several inputs."""
+        known, given = self._spec.inputs, sample.inputs
+        if known is None or given is None or known.keys() != given.keys():
+            has = "one input, u" if given is None else ", ".join(map(repr, given))
+            first = "one input, u" if known is None else ", ".join(map(repr, known))
+            raise StreamError(
+                f"item {n} has {has}, the first one had {first}: give every item the same inputs"
+            )
+        inputs = {
+            name: self._input(n, f"u[{name!r}]", given[name], one) for name, one in known.items()
+        }
+        batches = {name: u.shape[0] for name, u in inputs.items()}
+        if len(set(batches.values())) > 1:
+            rows = ", ".join(f"{name!r} {batch}" for name, batch in batches.items())
+            raise StreamError(
+                f"item {n}: the inputs have different batches ({rows}): give every input of an "
+                "item the same rows"
+            )
+        u = next(iter(inputs.values()))
+        y = self._targets(n, sample.y, u.shape[0])
+        return Sample(u, y, sample.end, sample.time, inputs=inputs)
 
     def _check_time(self, n: int, time: float | None) -> None:
         if time is None:
@@ -67,23 +93,24 @@ class Checker:
             )
         self._last = time
 
-    def _input(self, n: int, u: Tensor) -> Tensor:
-        spec = self._spec
-        _check_dtype(n, "u", u, spec.u_dtype)
-        if u.dim() == 0 or u.shape[1:] != spec.u_shape[1:]:
+    def _input(self, n: int, field: str, u: Tensor, spec: InputSpec) -> Tensor:
+        _check_dtype(n, field, u, spec.dtype)
+        if u.dim() == 0 or u.shape[1:] != spec.shape[1:]:
             raise StreamError(
-                f"item {n}: u has shape {tuple(u.shape)}, earlier ones had {_rows(spec.u_shape)}: "
-                "every item is a batch, (B, ...), whose rows have one shape; reshape it, or add "
-                "the batch dimension"
+                f"item {n}: {field} has shape {tuple(u.shape)}, earlier ones had "
+                f"{_rows(spec.shape)}: every item is a batch, (B, ...), whose rows have one shape; "
+                "reshape it, or add the batch dimension"
             )
-        if self._equal_batches and u.shape[0] != spec.batch:
+        if self._equal_batches and u.shape[0] != spec.shape[0]:
             raise StreamError(
-                f"item {n} has batch {u.shape[0]}, earlier ones had {spec.batch}: drop shorter "
+                f"item {n} has batch {u.shape[0]}, earlier ones had {spec.shape[0]}: drop shorter "
                 "batches (drop_last=True), or use a pulse level, which takes them"
             )
         if u.shape[0] == 0:
-            raise StreamError(f"item {n}: u has batch 0: leave empty batches out of the stream")
-        _check_finite(n, "u", u)
+            raise StreamError(
+                f"item {n}: {field} has batch 0: leave empty batches out of the stream"
+            )
+        _check_finite(n, field, u)
         return _own(u)
 
     def _targets(self, n: int, y: Target, batch: int) -> Target:
@@ -133,9 +160,10 @@ def _target(n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tens
     if spec.classes is not None:
         low, high = torch.aminmax(y)
         if low.item() < 0 or high.item() >= spec.classes:
-            row = int(((y < 0) | (y >= spec.classes)).nonzero()[0])
+            where = tuple(((y < 0) | (y >= spec.classes)).nonzero()[0].tolist())
+            row = ", ".join(map(str, where))
             raise StreamError(
-                f"item {n}: {field}[{row}] is {y[row].item()}, but with {spec.classes} classes "
+                f"item {n}: {field}[{row}] is {y[where].item()}, but with {spec.classes} classes "
                 f"targets are 0 to {spec.classes - 1}: correct the labels, or the number of "
                 "classes"
             )

@@ -30,6 +30,8 @@ class Sample:
     u: (B, ...) the input. y: (B,) classes or (B, O) values, or None where the target is missing; or
     a mapping from the names of readouts to such targets.
     end: the item is the last one of its sequence. time: its time stamp in seconds, if it has one.
+    inputs: of a model that has several: all of them, by the names of its arguments, or numbered
+    ('0', '1', ...) by position; u is the first one then.
     late: targets that come with this item and belong to earlier ones, by their number (from 0);
     None for a target that will never come. They wait for `Rejoin`.
     """
@@ -39,6 +41,7 @@ class Sample:
     end: bool = False
     time: float | None = None
     late: Mapping[int, Target] | None = None
+    inputs: Mapping[str, Tensor] | None = None
 
     def target(self, readout: str) -> Tensor | None:
         """The target of a readout, or None where it is missing."""
@@ -56,13 +59,22 @@ class TargetSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class InputSpec:
+    """Shape (with the batch in front) and type of one of several inputs."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class SampleSpec:
     """Shapes and types that every item of a stream has (shapes with the batch in front).
 
     classes: number of classes, for targets that are class indices; None for real-valued targets.
     targets: by readout, where every readout has its own; then y_shape, y_dtype and classes are
     those of the first one (`several` makes such a spec). tokens: number of different tokens, where
-    u holds their numbers (int64, 0 ... tokens - 1).
+    u holds their numbers (int64, 0 ... tokens - 1). inputs: by name, where there are several; then
+    u_shape and u_dtype are those of the first one.
     """
 
     u_shape: tuple[int, ...]
@@ -72,6 +84,7 @@ class SampleSpec:
     classes: int | None = None
     targets: Mapping[str, TargetSpec] | None = None
     tokens: int | None = None
+    inputs: Mapping[str, InputSpec] | None = None
 
     @classmethod
     def several(
@@ -80,6 +93,13 @@ class SampleSpec:
         """The spec of a stream whose items have a target for each of several readouts."""
         first = next(iter(targets.values()))
         return cls(u_shape, u_dtype, first.shape, first.dtype, first.classes, dict(targets))
+
+    @property
+    def parents(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and types of the inputs, by the names that blocks have for them: `u`, `u.NAME`."""
+        if self.inputs is None:
+            return {"u": (self.u_shape, self.u_dtype)}
+        return {f"u.{name}": (one.shape, one.dtype) for name, one in self.inputs.items()}
 
     @property
     def batch(self) -> int:

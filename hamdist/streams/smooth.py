@@ -50,6 +50,11 @@ class Smooth:
         if frames < 1:
             raise SettingsError(f"frames is {frames}; a sample takes at least 1 item")
         spec = stream.spec
+        if spec.inputs is not None:
+            raise StreamError(
+                f"Smooth moves one input, this stream has {', '.join(map(repr, spec.inputs))}: "
+                "make the items of such a stream smooth yourself"
+            )
         if not spec.u_dtype.is_floating_point:
             raise StreamError(
                 f"inputs of {spec.u_dtype} cannot fade: a smooth stream needs floating-point ones"

@@ -8,6 +8,7 @@ by a DataLoader, or by x[None].
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.sample import Sample, SampleSpec, Target, TargetSpec
+from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec
 
 _FORMS = (
     "a Sample, (u, y), (u, None), u alone, or a dict of 'u' and, if known, 'y', 'end', 'time', "
@@ -64,6 +65,8 @@ def from_iterable(
     by their number, for `Rejoin`). u: (B, ...), y: (B,) classes or (B, O) values; torch tensors or
     numpy arrays, copied, so that the source may use its buffers again. Items are batches: a batch
     dimension is never added.
+    For a model that takes several inputs, u is a dict of them by the names of its arguments, or a
+    tuple by position.
     classes: number of classes; must be given for integer targets.
     outputs: O, for real-valued targets of which the first one is missing.
 
@@ -137,18 +140,31 @@ class IterableStream:
 
     def _sample(self, n: int, item: Any) -> Sample:
         u, y, end, time, late = _fields(n, item)
+        inputs = self._inputs(n, u)
         if not isinstance(end, (bool, np.bool_)):
             raise StreamError(f"item {n}: end is {end!r}; give True or False")
         number = isinstance(time, (int, float, np.number)) and not isinstance(time, bool)
         if time is not None and not number:
             raise StreamError(f"item {n}: time is {time!r}; give a number of seconds, or None")
         return Sample(
-            self._tensor(n, "u", u),
+            self._tensor(n, "u", u) if inputs is None else next(iter(inputs.values())),
             self._target(n, "y", y),
             bool(end),
             None if time is None else float(time),
             self._late(n, late),
+            inputs,
         )
+
+    def _inputs(self, n: int, u: Any) -> dict[str, Tensor] | None:
+        """Several inputs by name, those of a tuple or list by number; None for one."""
+        arrays = (Tensor, np.ndarray)
+        if isinstance(u, (tuple, list)) and u and all(isinstance(one, arrays) for one in u):
+            u = {str(i): one for i, one in enumerate(u)}
+        if not isinstance(u, Mapping):
+            return None
+        if not u:
+            raise StreamError(f"item {n}: u has no inputs; give at least one tensor")
+        return {str(name): self._tensor(n, f"u[{name!r}]", one) for name, one in u.items()}
 
     def _late(self, n: int, late: Any) -> dict[int, Target] | None:
         if late is None:
@@ -203,7 +219,8 @@ class IterableStream:
 def _fields(n: int, item: Any) -> tuple[Any, Any, Any, Any, Any]:
     """(u, y, end, time, late) of an item in any of the forms that are taken."""
     if isinstance(item, Sample):
-        return item.u, item.y, item.end, item.time, item.late
+        u = item.u if item.inputs is None else item.inputs
+        return u, item.y, item.end, item.time, item.late
     if isinstance(item, Mapping):
         strange = [str(key) for key in item if key not in _KEYS]
         if strange or "u" not in item:
@@ -248,8 +265,19 @@ def _size_of(sizes: Sizes, readout: str | None) -> int | None:
 def _learn(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
     """What items are, from the first one and what the user said."""
     u = first.u
-    if u.dim() == 0:
-        raise StreamError("item 0: u has no dimension: items are batches, (B, ...)")
+    for one in (first.inputs or {"": u}).values():
+        if one.dim() == 0:
+            raise StreamError("item 0: u has no dimension: items are batches, (B, ...)")
+    made = _learn_targets(first, classes, outputs)
+    if first.inputs is None:
+        return made
+    return replace(
+        made, inputs={k: InputSpec(tuple(v.shape), v.dtype) for k, v in first.inputs.items()}
+    )
+
+
+def _learn_targets(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
+    u = first.u
     named = [part for part in (first.y, classes, outputs) if isinstance(part, Mapping)]
     if not named:
         y = first.target("")

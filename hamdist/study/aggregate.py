@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import merge_windows
 from hamdist.study.baseline import CENTRALISED
+from hamdist.study.compression import compression_notes
 from hamdist.study.runs import Run
 
 
@@ -135,7 +136,7 @@ def _bytes_per_edge(run: Run) -> float:
     between = [
         size
         for edge, size in run.bytes_per_edge.items()
-        if not edge.startswith((f"{INPUT}->", f"{INPUT}=>"))
+        if not edge.startswith((f"{INPUT}->", f"{INPUT}.", f"{INPUT}=>"))
     ]
     return statistics.fmean(between) / run.samples if between and run.samples else 0.0
 
@@ -155,6 +156,7 @@ def _seconds(value: float) -> str:
 def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
     """The runs' warnings, each once, and what a reader of the numbers must know."""
     notes = list(dict.fromkeys(text for run in group for text in run.warnings))
+    notes += compression_notes([run.compression for run in group])
     lost = [(run.seed, _loss(run)) for run in group]
     diverged = [str(seed) for seed, loss in lost if loss is not None and not math.isfinite(loss)]
     if diverged:

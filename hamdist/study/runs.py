@@ -18,6 +18,7 @@ from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import make_loss
 from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.precision import Rounding
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.errors import DivergedError, SettingsError
 from hamdist.models import (
@@ -34,6 +35,7 @@ from hamdist.runtime.train import train
 from hamdist.streams import held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.baseline import CENTRALISED, baseline_warnings, train_centralised
+from hamdist.study.compression import Compression
 from hamdist.study.evaluate import Scores, evaluate, evaluate_sequences
 from hamdist.study.tracking import Tracking, advice, tracking
 
@@ -81,6 +83,9 @@ class Run:
     records: Mapping[str, Records] = field(default_factory=dict)
     startup: Mapping[str, float] = field(default_factory=dict)
     placement: Sequence[Sequence[str]] = field(default_factory=tuple)
+    delays: Mapping[str, int] = field(default_factory=dict)
+    compression: Compression = field(default_factory=dict)
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
     @property
     def rows_per_second(self) -> float:
@@ -180,10 +185,13 @@ def _run(
         startup_seconds=prepared + result.startup_seconds,
         startup=startup.seconds,
         placement=result.placement,
+        delays=result.delays,
         windows=windows,
         window_seconds=timeline.at(entered, (result.samples, result.seconds)),
         held_out=scores,
         bytes_per_edge=result.bytes_per_edge,
+        compression=result.compression,
+        rounding=result.rounding,
         peak_memory=result.peak_memory,
         staleness=result.staleness,
         smoothness=result.smoothness,

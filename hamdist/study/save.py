@@ -28,12 +28,13 @@ from hamdist.study.tracking_plots import record_plots
 
 def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
     """metrics.jsonl, summary.json, settings.yaml and model.safetensors (the `state_dict`); of a run
-    with `metrics.record` also records.npz and its plots.
+    with `partition.delays: auto` the settings have the delays that were chosen; of one with
+    `metrics.record` also records.npz and its plots.
 
     Raises SettingsError where a file cannot be written.
     """
     write_file(folder / "metrics.jsonl", run_lines([run]))
-    write_file(folder / "settings.yaml", to_yaml(settings))
+    write_file(folder / "settings.yaml", to_yaml(as_it_was(settings, run)))
     # Clones: safetensors refuses tensors that share memory (tied weights).
     tensors = {
         key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
@@ -44,6 +45,18 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
         for name, png in record_plots(run.records, settings).items():
             write_file(folder / name, png)
     write_file(folder / "summary.json", summary_json(run))
+
+
+def as_it_was(settings: Settings, run: Run) -> Settings:
+    """`settings` with what was chosen at the start of `run` written down: its delays, and that its
+    signals went alone (runtime/links.py)."""
+    if settings.partition.delays != "auto":
+        return settings
+    partition = settings.partition.model_copy(update={"delays": dict(run.delays)})
+    engine = settings.engine
+    if engine.bundle == "auto":
+        engine = engine.model_copy(update={"bundle": "off"})
+    return settings.model_copy(update={"partition": partition, "engine": engine})
 
 
 def save_comparison(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hamdist.dynamics.metrics import merge_windows
 from hamdist.runtime.startup import startup_line
 from hamdist.study.aggregate import Row
+from hamdist.study.compression import compression_fact
 from hamdist.study.runs import Run
 from hamdist.study.tracking import SETTLING, Tracking
 
@@ -103,13 +104,24 @@ def run_facts(run: Run) -> dict[str, str]:
         "speed": f"{run.rows_per_second:,.0f} rows/s",
         **_scores(run),
         "staleness": f"{run.staleness} items",
+        "delays, ticks": _delays(run.delays),
         "stream": ", ".join(_counts(run.stream)),
         "tokens stored at once": ", ".join(f"{name} {n}" for name, n in run.stored.items()),
         "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
     }
     if run.samples:
         facts["KiB per edge and item"] = _edges(run)
+    facts["compression"] = compression_fact(run.compression)
+    facts["autocast bf16"] = ", ".join(
+        f"{name} off by {100 * r.mean:.2g} % (at most {100 * r.worst:.2g} %)"
+        for name, r in run.rounding.items()
+    )
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _delays(delays: Mapping[str, int]) -> str:
+    """Those that are not 1."""
+    return ", ".join(f"{edge} {ticks}" for edge, ticks in delays.items() if ticks != 1)
 
 
 def _counts(counts: Mapping[str, int]) -> Iterator[str]:

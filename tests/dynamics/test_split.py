@@ -12,8 +12,9 @@ from dynamics.helpers import F64, linear, noise
 from torch import nn
 
 from hamdist.config import Grouping, PartitionSettings, Settings
+from hamdist.dynamics.balance import balanced
 from hamdist.dynamics.losses import mse
-from hamdist.dynamics.split import balanced, split_sequential
+from hamdist.dynamics.split import split_sequential
 from hamdist.errors import GraphError
 from hamdist.runtime.train import as_graph
 from hamdist.streams.sample import SampleSpec
@@ -273,8 +274,7 @@ def test_errors():
 SPEC = SampleSpec((2, 6), F64, (2, 2), F64)
 
 
-@pytest.mark.parametrize("partition", [{"blocks": 2}, {"cuts": ["a"]}])
-def test_only_a_sequential_can_be_cut(partition):
+def test_a_module_of_one_layer_is_one_block():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -283,9 +283,8 @@ def test_only_a_sequential_can_be_cut(partition):
         def forward(self, x):
             return self.a(x)
 
-    settings = Settings.model_validate({"partition": partition})
-    with pytest.raises(GraphError, match="a Net cannot be cut into blocks"):
-        as_graph(Net(), settings, SPEC, mse)
+    with pytest.raises(GraphError, match="cannot cut the model into 2 blocks; use at most 1"):
+        as_graph(Net(), Settings.model_validate({"partition": {"blocks": 2}}), SPEC, mse)
     whole = as_graph(Net(), Settings(), SPEC, mse)
     assert list(whole.blocks) == ["block0"]
     merged = whole.merge({"block0": whole.blocks["block0"].module.state_dict()})

@@ -55,7 +55,7 @@ def leaves_nothing(session, leaves_no_socket):
     """After the test no process is busy with a run, and no thread of the driver is left."""
     threads = threading.active_count()
     yield
-    known = {actor._actor_id for actor in session.idle}
+    known = {actor._actor_id for _, actor in session.idle}
     alive = _alive_workers()
     assert len(alive) <= len(known), (alive, known)
     assert threading.active_count() <= threads + 1
@@ -108,7 +108,7 @@ def _end_idle(session):
 
     workers = [p for p in map(_process, _alive_workers()) if p]
     while session.idle:
-        ray.kill(session.idle.pop())
+        ray.kill(session.idle.pop()[1])
     psutil.wait_procs(workers, timeout=10)
 
 

@@ -96,7 +96,7 @@ def verify(tmp_path, monkeypatch):
         ("mlp", ["--input-shape", "6"], 3),
         ("mlp", ["--input-shape", "6", "--classes", "3", "--blocks", "2", "--batch", "1"], 2),
         ("images", ["--input-shape", "3,8,8", "--classes", "5"], 3),
-        ("Whole", ["--input-shape", "6"], 1),
+        ("Whole", ["--input-shape", "6"], 2),
     ],
 )
 def test_modules_for_which_backprop_is_autograd(verify, name, arguments, blocks):
@@ -159,7 +159,11 @@ def test_a_module_that_is_another_function_in_each_pass_is_found_out(verify, mon
         ("Fails", ["--input-shape", "6"], "IndexError: the user's own mistake"),
         ("mlp", ["--input-shape", "7"], "RuntimeError: mat1 and mat2"),
         ("mlp", ["--input-shape", "6", "--classes", "4"], "--classes 4: the model predicts (4, 3)"),
-        ("Whole", ["--input-shape", "6", "--blocks", "2"], "a Whole cannot be cut into blocks"),
+        (
+            "Whole",
+            ["--input-shape", "6", "--blocks", "9"],
+            "cannot cut the model into 9 blocks; use",
+        ),
         ("weightless", ["--input-shape", "6"], "no weights that learn"),
     ],
 )

@@ -1,0 +1,43 @@
+"""The inputs of a model: one, `u`, or several by name, `u.NAME`.
+
+Several are handed to the model by position where they are numbered (`u.0`, `u.1`), else as keyword
+arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+INPUT = "u"
+Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
+
+
+def is_input(name: str) -> bool:
+    """Whether a parent of this name is (a part of) the stream's input."""
+    return name == INPUT or name.startswith(INPUT + ".")
+
+
+def by_parent(u: Inputs) -> dict[str, Tensor]:
+    """The inputs by the names that parents have."""
+    if isinstance(u, Tensor):
+        return {INPUT: u}
+    return {f"{INPUT}.{name}": tensor for name, tensor in u.items()}
+
+
+def called(model: nn.Module, u: Inputs) -> Any:
+    """model(u), or with its several inputs."""
+    if isinstance(u, Tensor):
+        return model(u)
+    if all(name.isdigit() for name in u):
+        return model(*(u[name] for name in sorted(u, key=int)))
+    return model(**u)
+
+
+def called_by_parent(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """The same, with the names of parents."""
+    if INPUT in inputs:
+        return model(inputs[INPUT])
+    return called(model, {name.removeprefix(INPUT + "."): u for name, u in inputs.items()})

@@ -1,0 +1,64 @@
+"""A cell whose parents are slices: joined before the module sees them, and taken apart behind.
+
+    x = [h_1 ... h_m] or sum_i h_i,        M_i = the part of z^T df/dx that is h_i's, or all of it
+
+Both are exact, so a closed form stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.cell import Cell, Record
+from hamdist.dynamics.gradient import AtOnce, Gradient
+from hamdist.dynamics.graph import Joining
+
+
+class JoinedCell(Cell):
+    """`inner` takes what `joining` makes of the parents, combined as `joining.then` says."""
+
+    def __init__(self, inner: Cell, joining: Joining) -> None:
+        self.module = inner.module
+        self.names = inner.names
+        self.theta = inner.theta
+        self._inner = inner
+        self._joining = joining
+        self._sizes: list[list[int]] = []  # by join, along its axis
+
+    @property
+    def inner(self) -> Cell:
+        """The cell of the module itself."""
+        return self._inner
+
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
+        groups = self._joining.groups(inputs)
+        if not self._sizes:
+            pairs = zip(self._joining.joins, groups, strict=True)
+            self._sizes = [[t.shape[j.axis or 0] for t in group] for j, group in pairs]
+        wants = [any(group) for group in self._joining.groups(wanted)]
+        return self._inner.forward(self._joining.joined(inputs), wants)
+
+    def pull(
+        self,
+        record: Any,
+        cotangent: Tensor,
+        *,
+        inputs: bool = True,
+        weights: bool = True,
+        keep: bool = False,
+        at_once: AtOnce | None = None,
+    ) -> tuple[list[Tensor | None], list[Gradient]]:
+        to_inputs, g = self._inner.pull(
+            record, cotangent, inputs=inputs, weights=weights, keep=keep, at_once=at_once
+        )
+        apart: list[Tensor | None] = []
+        for join, sizes, message in zip(self._joining.joins, self._sizes, to_inputs, strict=True):
+            if message is None or len(sizes) == 1 or join.axis is None:
+                apart += [message] * len(sizes)
+            else:
+                apart += torch.split(message, sizes, dim=join.axis)
+        return apart, g

@@ -1,0 +1,250 @@
+"""A layer's share of neurons as a layer of its own.
+
+Each function gives slice i of m of a module, and by key of its tensors which places along which
+axis of the module's they are (`Places`; None: all of it). A unit is what stays together: a neuron,
+a channel, an attention head.
+
+B: batch; T, S: tokens of queries and keys; E: features; H: heads of a slice; D: features of a head.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Places: TypeAlias = "dict[str, tuple[int, Tensor] | None]"
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Share(NamedTuple):
+    """Slice `i` of `m` of `units`, repeated in each of `chunks` equal parts of an axis (queries,
+    keys and values of one layer, say)."""
+
+    units: int
+    chunks: int
+    i: int
+    m: int
+
+    @property
+    def first(self) -> int:
+        """Its first unit. Where m does not divide, the first slices have one more."""
+        return self.i * (self.units // self.m) + min(self.i, self.units % self.m)
+
+    @property
+    def many(self) -> int:
+        """Its number of units."""
+        return self.units // self.m + (self.i < self.units % self.m)
+
+    def length(self, size: int) -> int:
+        """Its places on an axis of `size`."""
+        return size // self.units * self.many
+
+    def start(self, size: int) -> int:
+        """Its first place on an axis of `size` (one chunk)."""
+        return size // self.units * self.first
+
+    def places(self, size: int) -> Tensor:
+        part = size // self.chunks
+        own = torch.arange(self.start(part), self.start(part) + self.length(part))
+        return torch.cat([own + part * chunk for chunk in range(self.chunks)])
+
+
+def _cut(parameter: Tensor, axis: int, index: Tensor) -> nn.Parameter:
+    piece = parameter.detach().index_select(axis, index).clone()
+    return nn.Parameter(piece, requires_grad=parameter.requires_grad)
+
+
+def _bare(module: nn.Module) -> Any:
+    """A copy of a layer's settings, with its tensors still those of `module`."""
+    made = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        made.__dict__[name] = dict(module.__dict__[name])
+    return made
+
+
+def outputs_of(module: Any, share: Share) -> tuple[nn.Module, Places]:
+    """The output neurons (channels) of a Linear or a convolution."""
+    made = _bare(module)
+    size = module.weight.shape[0]
+    index = share.places(int(size))
+    places: Places = {}
+    for key in ("weight", "bias"):
+        parameter = getattr(module, key)
+        if parameter is not None:
+            setattr(made, key, _cut(parameter, 0, index))
+            places[key] = (0, index)
+    _rename(made, ("out_features", "out_channels"), len(index))
+    return made, places
+
+
+def inputs_of(module: Any, share: Share) -> tuple[nn.Module, Places]:
+    """The part that reads some neurons (channels) of a Linear or a convolution: the parts' sum is
+    the whole. The first one has the bias."""
+    made = _bare(module)
+    index = share.places(int(module.weight.shape[1]))
+    made.weight = _cut(module.weight, 1, index)
+    places: Places = {"weight": (1, index)}
+    made.bias = None
+    if module.bias is not None and share.i == 0:
+        made.bias = _whole(module.bias)
+        places["bias"] = None
+    _rename(made, ("in_features", "in_channels"), len(index))
+    return made, places
+
+
+def channels_of(module: Any, share: Share) -> tuple[nn.Module, Places]:
+    """The channels of a batch norm, with their statistics."""
+    made = _bare(module)
+    index = share.places(int(module.num_features))
+    places: Places = {}
+    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None:
+            continue
+        if tensor.dim() == 0:  # the number of batches
+            setattr(made, key, tensor.clone())
+            places[key] = None
+        elif isinstance(tensor, nn.Parameter):
+            setattr(made, key, _cut(tensor, 0, index))
+            places[key] = (0, index)
+        else:
+            setattr(made, key, tensor.index_select(0, index).clone())
+            places[key] = (0, index)
+    made.num_features = len(index)
+    return made, places
+
+
+def heads_of(module: nn.MultiheadAttention, share: Share) -> tuple[nn.Module, Places]:
+    """Some heads of an attention, and their part of the output projection."""
+    made = AttentionHeads(module, share)
+    size = module.embed_dim
+    rows = share._replace(chunks=3).places(3 * size)
+    columns = share.places(size)
+    places: Places = {"in_proj_weight": (0, rows), "out_proj.weight": (1, columns)}
+    if module.in_proj_bias is not None:
+        places["in_proj_bias"] = (0, rows)
+        if share.i == 0:
+            places["out_proj.bias"] = None
+    return made, places
+
+
+def _whole(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
+
+def _rename(module: nn.Module, names: Sequence[str], size: int) -> None:
+    for name in names:
+        if hasattr(module, name):
+            setattr(module, name, size)
+
+
+class AttentionHeads(nn.Module):
+    """Heads of an nn.MultiheadAttention: its call, with their part of the output (B, T, E) as the
+    result, to which the other heads' parts have to be added.
+
+        softmax(q k^T / sqrt(D) + mask) v, by head
+    """
+
+    def __init__(self, module: nn.MultiheadAttention, share: Share) -> None:
+        super().__init__()
+        size = module.embed_dim
+        rows = share._replace(chunks=3).places(3 * size)
+        self.heads = share.many
+        self.dropout = module.dropout
+        self.batch_first = module.batch_first
+        self.in_proj_weight = _cut(module.in_proj_weight, 0, rows)
+        self.in_proj_bias: nn.Parameter | None = None
+        if module.in_proj_bias is not None:
+            self.in_proj_bias = _cut(module.in_proj_bias, 0, rows)
+        self.out_proj, _ = inputs_of(_as_linear(module.out_proj), share)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,  # noqa: ARG002
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,  # noqa: ARG002
+        is_causal: bool = False,  # noqa: ARG002
+    ) -> tuple[Tensor, None]:
+        given = (query, key, value)
+        if not self.batch_first:
+            given = tuple(x.transpose(0, 1) for x in given)  # type: ignore[assignment]
+        weights = self.in_proj_weight.chunk(3)
+        biases: Sequence[Tensor | None] = (None,) * 3
+        if self.in_proj_bias is not None:
+            biases = self.in_proj_bias.chunk(3)
+        q, k, v = (
+            functional.linear(x, w, b).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+            for x, w, b in zip(given, weights, biases, strict=True)
+        )  # (B, H, T, D), (B, H, S, D)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        for mask in self._masks(scores, key_padding_mask, attn_mask):
+            scores = scores + mask
+        shares = functional.dropout(scores.softmax(-1), self.dropout, self.training)
+        out: Tensor = self.out_proj((shares @ v).transpose(1, 2).flatten(2))
+        return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def _masks(
+        self, scores: Tensor, padding: Tensor | None, mask: Tensor | None
+    ) -> Sequence[Tensor]:
+        """What is added to the scores: padding (B, S), and a mask (T, S) for all heads."""
+        found = []
+        if padding is not None:
+            found.append(_additive(padding, scores)[:, None, None, :])
+        if mask is not None:
+            found.append(_additive(mask, scores))
+        return found
+
+
+def _additive(mask: Tensor, scores: Tensor) -> Tensor:
+    if mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(mask, -math.inf)
+
+
+def _as_linear(module: nn.Linear) -> nn.Linear:
+    """torch's attention has a Linear of a class of its own."""
+    made = nn.Linear(module.in_features, module.out_features, bias=False, dtype=module.weight.dtype)
+    made.weight = module.weight
+    made.bias = module.bias
+    return made
+
+
+class EncoderLayer(nn.Module):
+    """An nn.TransformerEncoderLayer, with its keys, written so that torch.fx reads it."""
+
+    def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        self.norm_first = layer.norm_first
+        self.activation: Any = layer.activation
+        self.self_attn = layer.self_attn
+        self.linear1, self.dropout, self.linear2 = layer.linear1, layer.dropout, layer.linear2
+        self.norm1, self.norm2 = layer.norm1, layer.norm2
+        self.dropout1, self.dropout2 = layer.dropout1, layer.dropout2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm_first:
+            x = x + self._attention(self.norm1(x))
+            return x + self._mlp(self.norm2(x))
+        x = self.norm1(x + self._attention(x))
+        after: Tensor = self.norm2(x + self._mlp(x))
+        return after
+
+    def _attention(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout1(self.self_attn(x, x, x, need_weights=False)[0])
+        return out
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        inner = self.dropout(self.activation(self.linear1(x)))
+        out: Tensor = self.dropout2(self.linear2(inner))
+        return out

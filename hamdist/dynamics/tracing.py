@@ -1,0 +1,292 @@
+"""A model as a list of steps for any batch.
+
+It runs three times, each time with another batch (recording.py). The runs have to take the same
+steps; a whole number that differs is the batch times something, plus something. A submodule that
+cannot be followed, or does other things at another batch, stays whole, as one step.
+B: batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.piece import (
+    PLACES,
+    Const,
+    Form,
+    Path,
+    Ref,
+    Size,
+    Step,
+    Template,
+    replaced,
+)
+from hamdist.dynamics.recording import OWN, Recording, Taken, Unfollowed, record, watch
+
+BATCHES = (2, 3, 5)
+MOST_BATCH = 8  # of the stream's own batch, which the first run has up to here
+
+
+@dataclass(slots=True)
+class Op:
+    """A step of the model. forms: of the tensors that come out, by path; the rest as in `Taken`.
+    keeps: its result is equal in every run: the constant that stands for it."""
+
+    step: Step
+    where: str
+    line: str
+    modules: tuple[str, ...]
+    forms: dict[Path, Form]
+    random: bool
+    varies: bool
+    reads: set[int]
+    writes: set[int]
+    memory: set[int]
+
+
+@dataclass(slots=True)
+class Trace:
+    """ops: in the model's own order. output: a template. constants: by index. origin: of memory (as
+    in `Recording`). whole: the modules that could not be followed, and why."""
+
+    ops: list[Op]
+    output: Template
+    constants: list[Tensor]
+    origin: dict[int, object]
+    whole: dict[str, Unfollowed]
+
+
+def trace(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
+) -> Trace:
+    """What `model` does with `inputs` (examples, (B, ...), by name). The model stays as it is.
+
+    Raises Unfollowed where it does something in its own forward that cannot be followed.
+    """
+    probe = copy.deepcopy(model)
+    watch(probe)
+    whole: dict[str, Unfollowed] = {}
+    while True:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                return _traced(probe, inputs, call, whole)
+        except Unfollowed as why:
+            if not why.module or why.module in whole:
+                raise
+            whole[why.module] = why
+
+
+def _traced(
+    probe: nn.Module,
+    inputs: Mapping[str, Tensor],
+    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
+    whole: dict[str, Unfollowed],
+) -> Trace:
+    batches = _batches(inputs)
+    names = set(whole)
+    record(probe, _rows(inputs, batches[0], 0), call, names)  # what it makes at its first call only
+    before = _attributes(probe)
+    runs = [
+        record(probe, _rows(inputs, batch, run), call, names) for run, batch in enumerate(batches)
+    ]
+    _check_kept(probe, before, names)
+    return _joined(runs, batches, whole)
+
+
+def _batches(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+    own = min(next(iter(inputs.values())).shape[0], MOST_BATCH)
+    return (own, *(b for b in BATCHES if b != own))[:3]
+
+
+def _rows(inputs: Mapping[str, Tensor], batch: int, run: int) -> dict[str, Tensor]:
+    """Inputs with another batch, and other values in every run."""
+    made = {}
+    for name, u in inputs.items():
+        rows = u[torch.arange(batch) % u.shape[0]]
+        if rows.is_floating_point():
+            rows = (rows * (1 + run / 8)).requires_grad_().clone()
+        made[name] = rows
+    return made
+
+
+# -- what the model keeps ------------------------------------------------------------------------
+
+
+def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {
+        name: {k: _flat(v) for k, v in vars(part).items()} for name, part in model.named_modules()
+    }
+
+
+def _flat(value: Any) -> Any:
+    """A list, dict or set with its members, which may change in place."""
+    if isinstance(value, dict):
+        return tuple(x for pair in value.items() for x in pair)
+    if isinstance(value, (list, set)):
+        return tuple(value)
+    return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    plain = (bool, int, float, str, type(None))
+    return a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
+
+
+def _check_kept(model: nn.Module, before: dict[str, dict[str, Any]], whole: set[str]) -> None:
+    """Raises Unfollowed where a run has left something behind for the next one."""
+    after = _attributes(model)
+    for name, part in model.named_modules():
+        inside = any(name == w or name.startswith(w + ".") for w in whole)
+        if inside or type(part).__mro__[2].__module__.startswith(OWN):
+            continue
+        old, new = before.get(name, {}), after[name]
+        changed = [k for k in {**old, **new} if k not in old or k not in new]
+        changed += [k for k in new if k in old and not _same(old[k], new[k])]
+        if changed:
+            kept = "buffers" if changed[0] == "_buffers" else changed[0]
+            raise Unfollowed(f"its forward changes {kept!r} of the module", name, "")
+
+
+# -- three runs in one ---------------------------------------------------------------------------
+
+
+class _Apart(Exception):
+    """Two runs differ."""
+
+
+def _joined(
+    runs: Sequence[Recording], batches: Sequence[int], whole: dict[str, Unfollowed]
+) -> Trace:
+    first = runs[0]
+    join = _Join(runs, batches)
+    ops = []
+    for taken in zip(*(r.taken for r in runs), strict=False):
+        try:
+            ops.append(join.op(taken))
+        except _Apart as why:
+            raise Unfollowed(f"at another batch {why}", taken[0].where, taken[0].line) from None
+    lengths = {len(r.taken) for r in runs}
+    if len(lengths) > 1:
+        longest = max(runs, key=lambda r: len(r.taken)).taken[min(lengths)]
+        raise Unfollowed("at another batch it takes more steps", longest.where, longest.line)
+    try:
+        output = join.template([r.output for r in runs])
+    except _Apart as why:
+        raise Unfollowed(f"at another batch its output: {why}", "", "") from None
+    constants = [t.detach() for t in first.constants]
+    return _folded(Trace(ops, output, constants, first.origin, whole), first)
+
+
+class _Join:
+    def __init__(self, runs: Sequence[Recording], batches: Sequence[int]) -> None:
+        self._runs = runs
+        self._batches = batches
+
+    def op(self, taken: Sequence[Taken]) -> Op:
+        one = taken[0]
+        steps = [t.step for t in taken]
+        if any((s.kind, s.target, s.grad) != (one.step.kind, one.step.target, one.step.grad)
+               or t.where != one.where for s, t in zip(steps, taken, strict=True)):  # fmt: skip
+            raise _Apart("it takes other steps")
+        step = Step(
+            one.step.kind,
+            one.step.target,
+            self.template([s.args for s in steps]),
+            self.template([s.kwargs for s in steps]),
+            one.step.grad,
+        )
+        if any(t.tensors.keys() != one.tensors.keys() for t in taken):
+            raise _Apart("it returns more or fewer tensors")
+        forms = {path: self._form([t.tensors[path] for t in taken]) for path in one.tensors}
+        return Op(
+            step, one.where, one.line, one.modules, forms, any(t.random for t in taken),
+            one.varies, one.reads, one.writes, one.memory,
+        )  # fmt: skip
+
+    def _form(self, tensors: Sequence[Tensor]) -> Form:
+        one = tensors[0]
+        if any(t.dtype != one.dtype or t.dim() != one.dim() for t in tensors):
+            raise _Apart("a tensor has another type, or more dimensions")
+        try:
+            dims = tuple(
+                self._size(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)
+            )
+        except _Apart:
+            return Form(None, one.dtype)
+        return Form(dims, one.dtype)
+
+    def _size(self, values: Sequence[int]) -> Size:
+        """per B + more, by two runs; the third has to agree."""
+        (a, b, c), (m, n, o) = values, self._batches
+        per = (b - a) // (n - m)
+        size = Size(per, a - per * m)
+        if size.of(n) != b or size.of(o) != c:
+            raise _Apart(f"a number is {a}, {b}, {c} where the batch is {m}, {n}, {o}")
+        return size
+
+    def template(self, values: Sequence[Any]) -> Template:
+        one = values[0]
+        kind = type(one)
+        if any(type(v) is not kind for v in values):
+            raise _Apart("it calls with values of other types")
+        if kind is int:
+            size = self._size(values)
+            return size if size.per else one
+        if kind is Const:
+            self._check_constant(one.index, [v.index for v in values])
+            return one
+        if kind is tuple or kind is list:
+            if any(len(v) != len(one) for v in values):
+                raise _Apart("it calls with more or fewer values")
+            return kind(self.template(inner) for inner in zip(*values, strict=True))
+        if kind is dict:
+            if any(v.keys() != one.keys() for v in values):
+                raise _Apart("it calls with other keywords")
+            return {k: self.template([v[k] for v in values]) for k in one}
+        if kind is slice:
+            parts = [[v.start for v in values], [v.stop for v in values], [v.step for v in values]]
+            return slice(*(self.template(p) for p in parts))
+        same = all(v is one or v == one or (v != v and one != one) for v in values)
+        if not same:
+            what = "reads another tensor" if isinstance(one, PLACES) else f"calls with {one!r:.40}"
+            raise _Apart(f"it {what} once, and not always")
+        return one
+
+    def _check_constant(self, index: int, others: Sequence[int]) -> None:
+        tensors = [r.constants[i] for r, i in zip(self._runs, others, strict=True)]
+        one = tensors[0]
+        if any(i != index for i in others) or any(
+            t.shape != one.shape or t.dtype != one.dtype or not torch.equal(t, one) for t in tensors
+        ):
+            raise _Apart("it uses another tensor that no step of torch's has made")
+
+
+def _folded(made: Trace, run: Recording) -> Trace:
+    """With constants in place of what is the same for every sample."""
+    written = {m for op in made.ops for m in op.writes}
+    kept: dict[Ref, Const] = {}
+    for k, op in enumerate(made.ops):
+        steady = not (op.varies or op.writes or op.memory & written)
+        if steady and op.forms and all(f.free for f in op.forms.values()):
+            for path, tensor in run.taken[k].tensors.items():
+                kept[Ref(k, path)] = Const(len(made.constants))
+                made.constants.append(tensor.detach().clone())
+
+    def value(place: Any) -> Any:
+        return kept.get(place, place) if isinstance(place, Ref) else place
+
+    for op in made.ops:
+        args, kwargs = replaced(op.step.args, value), replaced(op.step.kwargs, value)
+        op.step = Step(op.step.kind, op.step.target, args, kwargs, op.step.grad)
+    made.output = replaced(made.output, value)
+    return made

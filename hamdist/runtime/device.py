@@ -1,0 +1,100 @@
+"""The border of a block: the type and the device in which it computes.
+
+A signal has the type of the block that made it. Whoever reads it casts it to the type of its own:
+here, and nowhere else, so that all engines cast alike. On its way a signal stays on its device as
+long as it stays in its process; across processes it goes through (pinned) host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hamdist.errors import SettingsError
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where the signals of one block come in. device: 'cpu', 'cuda', 'cuda:N' or 'auto'.
+    inputs: the type in which the block takes the states that come along an edge, by the edge's
+    index; messages: that of its own h; targets: that of a readout. None, or an edge that is not
+    named: as it comes. Integers are not cast. autocast: whether the block computes under it."""
+
+    block: str
+    device: str = "cpu"
+    inputs: Mapping[int, torch.dtype] = field(default_factory=dict)
+    messages: torch.dtype | None = None
+    targets: torch.dtype | None = None
+    autocast: bool = False
+
+    def at(self, device: str) -> Desk:
+        """The same border on another device."""
+        return replace(self, device=device)
+
+    def resolved(self) -> torch.device:
+        """The device in this process. Raises SettingsError where it is not there."""
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if self.device == "auto":
+            return torch.device("cuda", 0) if there else CPU
+        wanted = torch.device(self.device)
+        if wanted.type == "cuda" and (wanted.index or 0) >= there:
+            raise SettingsError(
+                f"block {self.block!r}: device {self.device!r}, but this process sees {there} "
+                "CUDA device(s); use 'auto', which takes the processor where there is none"
+            )
+        return wanted
+
+
+class Border:
+    """A `Desk` in the process of its block. Of a block without one everything goes as it is."""
+
+    def __init__(self, desk: Desk | None) -> None:
+        self._desk = desk
+        self.device = CPU if desk is None else desk.resolved()
+        self.autocast = desk is not None and desk.autocast
+
+    def state(self, edge: int, h: Tensor) -> Tensor:
+        return h if self._desk is None else entered(h, self.device, self._desk.inputs.get(edge))
+
+    def message(self, m: Tensor) -> Tensor:
+        return m if self._desk is None else entered(m, self.device, self._desk.messages)
+
+    def target(self, y: Tensor) -> Tensor:
+        return y if self._desk is None else entered(y, self.device, self._desk.targets)
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """A tensor of the block itself, on its device."""
+        return tensor.to(self.device)
+
+
+def entered(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """`tensor` in the type of its reader, cast where it has fewer bytes to move, and on the
+    reader's device."""
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    if tensor.dtype == dtype and tensor.device == device:
+        return tensor
+    if dtype.itemsize < tensor.dtype.itemsize:
+        tensor = tensor.to(dtype)
+    return tensor.to(device, non_blocking=tensor.is_pinned()).to(dtype)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """`tensor` where a socket can read it. From a GPU through pinned memory, which the copying
+    engine reaches without a detour; the copy is finished when this returns."""
+    if tensor.is_cpu:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A copy of what a block owns, for those who have no GPU to read it on."""
+    return tensor.detach().clone() if tensor.is_cpu else tensor.detach().cpu()

@@ -1,0 +1,221 @@
+"""Codecs of signals. Oracles: hand-made tables of rounded numbers; bounds in closed form; the sum
+property of error feedback."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hamdist.config import Compress
+from hamdist.dynamics.compress import Codec, Encoder
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+INT8 = Compress.INT8
+
+
+def codec(name, row, dtype=F32, **options):
+    return Codec(Compress(name), dtype, tuple(row), **options)
+
+
+def through(c, x):
+    return c.decode(c.encode(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "decoded"),
+    [
+        # 11 bits: half-way cases go to the even neighbour; the smallest number is 2^-24
+        (
+            "fp16",
+            [1 + 2**-11, 1 + 3 * 2**-11, 2049.0, 2**-24, 2**-26],
+            [1, 1 + 2**-9, 2048, 2**-24, 0],
+        ),
+        # 8 bits, and float32's range
+        (
+            "bf16",
+            [1 + 2**-8, 1 + 3 * 2**-8, 257.0, 2.0**100, -3.0],
+            [1, 1 + 2**-6, 256, 2.0**100, -3],
+        ),
+    ],
+)
+def test_halves(name, exact, decoded):
+    c = codec(name, [5])
+    sent = c.encode(torch.tensor([exact]))
+    assert sent.nbytes == c.nbytes(1) == 10
+    assert torch.equal(c.decode(sent), torch.tensor([decoded], dtype=F32))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_int8_by_hand(dtype):
+    """Rows of the scales 1, 1/2, 0 and 2^-40, whatever is beside them."""
+    exact = torch.tensor(
+        [
+            [127.0, -63.6, 0.4, 1.5],  # 1.5 goes to the even 2
+            [-63.5, 0.2, 0.3, 0.0],
+            [0.0, 0.0, 0.0, 0.0],
+            [127 * 2.0**-40, -(2.0**-41), -3 * 2.0**-41, 2.0**-42],
+        ],
+        dtype=dtype,
+    )
+    decoded = torch.tensor(
+        [
+            [127.0, -64.0, 0.0, 2.0],
+            [-63.5, 0.0, 0.5, 0.0],
+            [0.0, 0.0, 0.0, 0.0],
+            [127 * 2.0**-40, 0.0, -(2.0**-39), 0.0],
+        ],
+        dtype=dtype,
+    )
+    c = codec("int8", [4], dtype)
+    sent = c.encode(exact)
+    assert sent.dtype == torch.int8
+    assert sent.nbytes == c.nbytes(4) == 4 * (4 + dtype.itemsize)
+    assert torch.equal(c.decode(sent), decoded)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16])
+@pytest.mark.parametrize("row", [(50,), (3, 5, 4)])
+def test_int8_is_off_by_half_a_scale_at_most(dtype, row):
+    generator = torch.Generator().manual_seed(1)
+    sizes = 10.0 ** torch.arange(-20, 20, 5).view(-1, *[1] * len(row))
+    x = (torch.randn(8, *row, generator=generator) * sizes).to(dtype)
+    found = through(codec("int8", row, dtype), x)
+    assert found.shape == x.shape
+    assert found.dtype == dtype
+    apart = (found.double() - x.double()).abs().flatten(1).amax(1)
+    largest = x.double().abs().flatten(1).amax(1)
+    rounding = {F32: 1e-6, F64: 1e-14, BF16: 2**-8}[dtype] * largest
+    assert (apart <= largest / 254 + rounding).all()
+    assert (apart > largest / 2540).all()  # and it is int8, no finer
+
+
+def test_the_numbers_of_a_row_do_not_depend_on_its_neighbours():
+    c = codec("int8", [6])
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    x[1] *= 1e6
+    for b in range(4):
+        assert torch.equal(through(c, x)[b : b + 1], through(c, x[b : b + 1]))
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_goes_as_it_is(name, odd):
+    x = torch.ones(2, 8)
+    x[1, 3] = odd
+    c = codec(name, [8])
+    assert c.encode(x) is x
+    assert c.decode(x) is x
+    encoder = Encoder(codec(name, [8], feedback=True))
+    encoder(torch.full((2, 8), 0.3))
+    kept = encoder.error
+    assert encoder(x) is x
+    assert encoder.error is kept
+
+
+def test_too_large_for_the_type_goes_as_it_is():
+    large = torch.full((1, 8), 70_000.0)
+    assert codec("fp16", [8]).encode(large) is large
+    huge = torch.full((1, 8), 1e300, dtype=F64)
+    assert codec("bf16", [8], F64).encode(huge) is huge
+    assert through(codec("int8", [8], F64), huge).allclose(huge)
+    assert through(codec("int8", [8]), torch.full((1, 8), 3e38)).allclose(torch.tensor(3e38))
+
+
+def test_the_smallest_numbers_stay_in_range():
+    """A scale that is rounded to 2^-149, or to nothing: nothing changes its sign or its size."""
+    for n in (1, 60, 64, 100, 127, 191):
+        x = torch.tensor([[n, -n, 1, 0]], dtype=F64).mul(2.0**-149).to(F32)
+        found = through(codec("int8", [4]), x)
+        assert ((found == 0) | (found.sign() == x.sign())).all()
+        assert found.abs().max() <= 2 * x.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+def test_nothing_to_compress(shape):
+    empty = torch.empty(shape)
+    for name in ("fp16", "bf16", "int8"):
+        c = codec(name, shape[1:])
+        assert c.encode(empty) is empty
+        assert c.decode(empty) is empty
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "dtype", "pays"),
+    [
+        ("fp16", [1], F32, True),
+        ("fp16", [9], torch.float16, False),
+        ("fp16", [9], BF16, False),
+        ("bf16", [9], F64, True),
+        ("bf16", [9], torch.int64, False),
+        ("int8", [1], F32, False),  # 5 bytes for 4
+        ("int8", [2], F32, True),
+        ("int8", [4], BF16, False),
+        ("int8", [5], BF16, True),
+        ("int8", [1], F64, False),
+        ("int8", [2], F64, True),
+        ("int8", [], F32, False),
+        ("int8", [0], F32, False),
+        ("int8", [9], torch.bool, False),
+    ],
+)
+def test_what_pays(name, row, dtype, pays):
+    assert codec(name, row, dtype).pays is pays
+
+
+def test_feedback_by_hand():
+    """0.4 beside 127: every fifth signal the debts are paid, two units for five times 0.4."""
+    encoder = Encoder(codec("int8", [2], F64, feedback=True))
+    x = torch.tensor([[127.0, 0.4]], dtype=F64)
+    found = [encoder.codec.decode(encoder(x))[0, 1].item() for _ in range(10)]
+    assert found == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
+    plain = Encoder(codec("int8", [2], F64))
+    assert [plain.codec.decode(plain(x))[0, 1].item() for _ in range(10)] == [0] * 10
+
+
+@pytest.mark.parametrize("row", [(30,), (2, 3, 5)])
+def test_with_feedback_the_sum_is_exact_but_for_the_last_error(row):
+    encoder = Encoder(codec("int8", row, F64, feedback=True))
+    generator = torch.Generator().manual_seed(4)
+    exact, decoded = torch.zeros(3, *row, dtype=F64), torch.zeros(3, *row, dtype=F64)
+    largest = 0.0
+    for _ in range(50):
+        x = torch.randn(3, *row, dtype=F64, generator=generator)
+        largest = max(largest, x.abs().max().item())
+        exact += x
+        decoded += encoder.codec.decode(encoder(x))
+    assert (exact - decoded - encoder.error).abs().max() < 1e-12
+    assert encoder.error.abs().max() <= largest / 127
+
+
+def test_the_error_begins_anew_with_another_batch():
+    encoder = Encoder(codec("int8", [3], feedback=True))
+    x = torch.tensor([[127.0, 0.4, -0.3]])
+    encoder(x.repeat(2, 1))
+    assert torch.equal(encoder.codec.decode(encoder(x)), torch.tensor([[127.0, 0.0, 0.0]]))
+    assert encoder.error.shape == (1, 3)
+
+
+def test_what_is_reported():
+    """Of [3, 4] ones are off by nothing; rows [127, 0.4]: 0.4 of a norm of about 127."""
+    encoder = Encoder(codec("int8", [2]))
+    for x in ([[127.0, 0.4]], [[0.0, 0.0]], [[127.0, 2.0]], [[math.inf, 1.0]]):
+        encoder(torch.tensor(x))
+    done = encoder.result()
+    off = 0.4 / math.hypot(127, 0.4)
+    assert (done.codec, done.feedback, done.signals) == ("int8", False, 4)
+    assert done.sent == 3 * 6 + 8
+    assert done.saved == 3 * 2
+    assert done.mean == pytest.approx(off / 2, rel=1e-5)
+    assert done.worst == pytest.approx(off, rel=1e-5)
+
+
+def test_nobody_writes_to_the_signal():
+    x = torch.randn(4, 6)
+    before = x.clone()
+    for name in ("fp16", "bf16", "int8"):
+        encoder = Encoder(codec(name, [6], feedback=name == "int8"))
+        encoder(x)
+        encoder(x)
+        assert torch.equal(x, before)

@@ -1,0 +1,272 @@
+"""Which host an actor goes to, and what it asks for. Oracles: hand-written tables; every pairing of
+actors with hosts there is; the in-process engine."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from runtime.networks import PortableStream, chain, stream
+from runtime.test_engines_equal import assert_equal
+from runtime.test_placement import graph
+
+from hamdist.config import BlockEngineSettings, EngineSettings, Settings, Spread
+from hamdist.errors import ClusterError, SettingsError
+from hamdist.runtime.demands import Demand, demand, wishes
+from hamdist.runtime.hosts import HostInfo, Seat, seats
+from hamdist.runtime.placement import Costs, place
+from hamdist.runtime.train import train
+
+
+def host(number, cpus=2.0, gpus=0.0, labels=(), **resources):
+    named = {f"tag{i}": word for i, word in enumerate(labels)}
+    return HostInfo(f"id{number}", f"10.0.0.{number}", f"h{number}", cpus, gpus, resources, named)
+
+
+THREE = [host(1), host(2), host(3)]
+
+
+def asks(*wanted):
+    """Demands from what differs from an actor that asks for nothing."""
+    return [Demand(**{"blocks": (f"b{i}",), **one}) for i, one in enumerate(wanted)]
+
+
+def nodes(spread, demands, hosts, **more):
+    found = seats(demands, hosts, Spread(spread), more.pop("busy", [1.0] * len(demands)), **more)
+    return [None if seat.node is None else int(seat.node[2:]) for seat in found]
+
+
+@pytest.mark.parametrize(
+    ("spread", "actors", "hosts", "expected"),
+    [
+        ("auto", 3, THREE, [None, None, None]),
+        ("packed", 5, THREE, [1, 1, 2, 2, 3]),
+        ("spread", 3, THREE, [1, 2, 3]),
+        ("spread", 6, THREE, [1, 1, 2, 2, 3, 3]),  # neighbours together
+        ("spread", 4, THREE, [1, 1, 2, 3]),
+        ("spread", 2, THREE, [1, 2]),
+        ("packed", 4, [host(1, 1), host(2, 8)], [1, 2, 2, 2]),
+        ("spread", 4, [host(1, 1), host(2, 8)], [1, 2, 2, 2]),
+    ],
+)
+def test_actors_that_ask_for_nothing(spread, actors, hosts, expected):
+    assert nodes(spread, asks(*[{}] * actors), hosts) == expected
+
+
+def test_what_is_asked_for_is_reserved():
+    demands = asks(
+        {"cpus": 2.0},
+        {"host": "10.0.0.3", "resources": {"disk": 0.5}},
+        {"gpus": 0.5},
+        {"gpus": 0.5},
+        {},
+    )
+    hosts = [host(1), host(2, 4, 1), host(3, 1, 0, disk=1.0)]
+    assert seats(demands, hosts, Spread.PACKED, [1] * 5) == [
+        Seat(2, 0, (), "id1"),
+        Seat(1, 0, (("disk", 0.5),), "id3"),
+        Seat(1, 0.5, (), "id2"),
+        Seat(1, 0.5, (), "id2"),
+        Seat(1, 0, (), "id2"),
+    ]
+    assert nodes("auto", demands, hosts) == [None, 3, None, None, None]
+
+
+@pytest.mark.parametrize("word", ["id2", "10.0.0.2", "h2", "fast", "rack7"])
+def test_what_a_host_is_called(word):
+    hosts = [host(1), host(2, labels=["rack7"], fast=1.0)]
+    assert nodes("auto", asks({"host": word}), hosts) == [2]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "actors", "share"),
+    [
+        ([1], 1, 1),
+        ([1], 3, 0.3333),
+        ([2], 3, 0.5),
+        ([1, 1], 2, 1),
+        ([4], 2, 1),
+        ([0, 2], 5, 0.3333),
+    ],
+)
+def test_blocks_on_cuda_share_the_gpus_evenly(gpus, actors, share):
+    hosts = [host(i, 8, n) for i, n in enumerate(gpus)]
+    found = seats(asks(*[{"gpus": 0.0}] * actors), hosts, Spread.PACKED, [1] * actors)
+    assert [seat.gpus for seat in found] == [share] * actors
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_pairing_of_actors_and_hosts_is_faster(seed):
+    """Hosts of one processor: the slowest actor is as fast as in the best of all pairings."""
+    draw = random.Random(seed)
+    busy = [draw.randint(1, 20) for _ in range(4)]
+    slow = [2.0 ** draw.randint(0, 3) for _ in range(4)]
+    hosts = [host(i, 1) for i in range(4)]
+    speeds = {f"id{i}": s for i, s in enumerate(slow)}
+    found = nodes("profile", asks(*[{}] * 4), hosts, busy=busy, speeds=speeds)
+    time = max(b * slow[n] for b, n in zip(busy, found, strict=True))
+    every = itertools.permutations(range(4))
+    assert time == min(
+        max(b * slow[n] for b, n in zip(busy, order, strict=True)) for order in every
+    )
+
+
+def test_hosts_that_are_alike_are_filled_in_order():
+    speeds = {"id1": 1.05, "id2": 1.0, "id3": 2.0}
+    assert nodes("profile", asks(*[{}] * 5), THREE, speeds=speeds) == [1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("demands", "hosts", "words"),
+    [
+        (
+            [{"host": "h9"}],
+            THREE,
+            "block b0: host 'h9' is unknown; the cluster has h1 \\(10.0.0.1\\), h2",
+        ),
+        (
+            [{"resources": {"tpu": 1}}],
+            [host(1, disk=1)],
+            "no host has the resource 'tpu'; known: disk",
+        ),
+        ([{"cpus": 3.0}], THREE, "b0 asks for 3 CPU\\(s\\), more than any host has"),
+        ([{"cpus": 2.0, "host": "h1"}], [host(1, 1), host(2)], "more than host 'h1' has"),
+        ([{}] * 7, THREE, "7 actors ask for 7 CPUs, the Ray cluster has 6"),
+        ([{"gpus": 1.0}], THREE, "asks for 1 CPU\\(s\\), 1 GPU\\(s\\), more than any host has"),
+        ([{"gpus": 1.0}] * 2, [host(1, 8, 1)], "2 actors ask for 2 GPUs, the Ray cluster has 1"),
+        ([{"gpus": 0.0}], THREE, "b0 has the device 'cuda', but the cluster has no GPU .* 'auto'"),
+        (
+            [{"gpus": 0.0}, {"gpus": 1.0}],
+            [host(1, 8, 1)],
+            "b0 has the device 'cuda', but the cluster has none of its 1 GPU\\(s\\) left",
+        ),
+        ([{"gpus": 0.6}] * 3, [host(1, 8, 2)], "no room for the actor of block b2.* h1 .* full"),
+        ([{"resources": {"disk": 2}}] * 2, [host(1, disk=3)], "4 of the resource 'disk', .* has 3"),
+        (
+            [{"host": "h1"}] * 3,
+            THREE,
+            "no room for the actor of block b2.*h1 \\(10.0.0.1\\) is full",
+        ),
+    ],
+)
+def test_what_the_cluster_does_not_have(demands, hosts, words):
+    with pytest.raises(ClusterError, match=words):
+        seats(asks(*demands), hosts, Spread.PACKED, [1] * len(demands))
+
+
+def engine(blocks, **fields):
+    return EngineSettings.model_validate({"blocks": blocks, **fields})
+
+
+def test_what_an_actor_asks_for_is_what_its_blocks_do():
+    own = engine(
+        {
+            "b0": {"host": "h1", "gpus": 0.5},
+            "b1": {"resources": {"disk": 1}},
+            "b2": {"cpus": 2, "resources": {"disk": 1, "net": 2}, "device": "cuda"},
+        }
+    )
+    asked = wishes(graph(2, 2, 2, 2), own)
+    assert asked["b3"] == BlockEngineSettings()
+    assert demand(["b0", "b1", "b2"], asked, own) == Demand(
+        "h1", 2, 0.5, {"disk": 1, "net": 2}, ("b0", "b1", "b2")
+    )
+    assert demand(["b1"], asked, own) == Demand(None, 1, None, {"disk": 1}, ("b1",))
+    assert demand(["b2"], asked, own).gpus == 0  # some
+    assert demand(["b3"], asked, engine({}, device="cuda")).gpus == 0
+    assert demand(["b3"], asked, engine({}, device="auto")).gpus is None
+
+
+CONTRADICTIONS = [
+    ({"host": "h1"}, {"host": "h2"}, "host 'h1' and 'h2'"),
+    ({"cpus": 1}, {"cpus": 2}, "cpus 1 and 2"),
+    ({"gpus": 0.5}, {"gpus": 1}, "gpus 0.5 and 1"),
+    ({"resources": {"a": 1, "x": 2}}, {"resources": {"x": 3}}, "resources.x 2 and 3"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "words"), CONTRADICTIONS)
+def test_blocks_of_one_actor_that_contradict_each_other(one, other, words):
+    blocks = {"b0": one, "b2": other}
+    words = f"'b0' and 'b2' share an actor, but ask for {words}"
+    for asked in ({"placement": [["b0", "b1", "b2"], ["b3"]]}, {"actors": 1}):
+        with pytest.raises(SettingsError, match=words):
+            place(graph(2, 2, 2, 2), engine(blocks, **asked), 4)
+
+
+@pytest.mark.parametrize(("one", "other", "words"), CONTRADICTIONS)
+@pytest.mark.parametrize("costs", [None, Costs((9.0, 9.0, 9.0, 9.0))])
+def test_neighbours_that_contradict_each_other_are_parted(one, other, words, costs):
+    blocks = {"b0": one, "b1": one, "b[23]": other}
+    for asked in ({"actors": "auto"}, {"actors": 2}):
+        found = place(graph(2, 2, 2, 2), engine(blocks, **asked), 1, costs)
+        assert found == [["b0", "b1"], ["b2", "b3"]]
+    alternating = {"b0": one, "b1": other, "b2": one}
+    found = place(graph(2, 2, 2, 2), engine(alternating), 1, costs)
+    assert found == [["b0"], ["b1"], ["b2", "b3"]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_parting_is_faster(seed):
+    """Of all cuts that part what has to be parted, the one with the least time."""
+    draw = random.Random(seed)
+    homes = [draw.choice(["h1", "h2"]) for _ in range(5)]
+    costs = Costs(tuple(draw.randint(1, 30) for _ in range(5)))
+    needed = 1 + sum(a != b for a, b in itertools.pairwise(homes))
+    own = engine({f"b{i}": {"host": h} for i, h in enumerate(homes)}, actors=min(5, needed + 1))
+    best = min(
+        max(sum(costs.seconds[a:b]) for a, b in zip(cut, [*cut[1:], 5], strict=True))
+        for cuts in itertools.combinations(range(1, 5), min(5, needed + 1) - 1)
+        for cut in [[0, *cuts]]
+        if all(len({*homes[a:b]}) == 1 for a, b in zip(cut, [*cut[1:], 5], strict=True))
+    )
+    found = place(graph(2, 2, 2, 2, 2), own, 5, costs)
+    index = {f"b{i}": i for i in range(5)}
+    assert all(len({homes[index[b]] for b in group}) == 1 for group in found)
+    time = max(sum(costs.seconds[index[b]] for b in group) for group in found)
+    assert time <= best * 1.05 / 0.95
+
+
+def run_of(engine):
+    wanted = {"steps": 30, "seed": 5, "level": "trace", "engine": engine}
+    return train(chain(), PortableStream(30), Settings.model_validate(wanted))
+
+
+@pytest.mark.ray
+def test_on_ray(session, leaves_no_socket):
+    """A host by its address, two processors for one block; then as if nothing had been asked."""
+    import ray
+
+    address = ray.nodes()[0]["NodeManagerAddress"]
+    blocks = {"block0": {"cpus": 2}, "block[34]": {"host": address}}
+    alone = run_of({"kind": "inprocess"})
+    for asked in ({"blocks": blocks, "spread": "spread"}, {}):
+        spread = run_of({"kind": "ray", "actors": 2, **asked})
+        assert_equal(alone, spread)
+    assert len(session.idle) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"host": "mars"}, "host 'mars' is unknown"),
+        ({"resources": {"tpu": 1}}, "no host has the resource 'tpu'; known: none"),
+        ({"cpus": 99}, "asks for 99 CPU\\(s\\), more than any host has"),
+        ({"gpus": 99}, "99 GPU\\(s\\), more than any host has"),
+    ],
+)
+def test_errors_before_anything_starts(session, wish, words):
+    before = [seat for seat, _ in session.idle]
+    with pytest.raises(ClusterError, match=words):
+        run_of({"kind": "ray", "actors": 2, "blocks": {"block2": wish}})
+    assert [seat for seat, _ in session.idle] == before
+
+
+def test_what_means_nothing_in_one_process_is_told():
+    blocks = {"block0": {"cpus": 2, "host": "h1"}}
+    with pytest.warns(UserWarning, match="engine.blocks: host, cpus mean nothing in one process"):
+        train(
+            chain(), stream(2), Settings.model_validate({"steps": 2, "engine": {"blocks": blocks}})
+        )
