@@ -4,6 +4,7 @@ descent for networks as people write them (architectures.py), cut anywhere."""
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from itertools import combinations, pairwise
 
 import pytest
@@ -302,6 +303,32 @@ def test_a_submodule_that_cannot_be_followed_stays_whole(why):
     assert relative(result.model.state_dict().values(), expected.values()) <= ROUND_OFF
     said = refused(Hard(act, True), rows, partition={"cuts": ["inner.last"]})
     assert said.startswith("no block can begin at 'inner.last': 'inner' (a Hard) stays whole")
+
+
+class Counts(nn.Module):
+    """Keeps count of its calls, and is another function from the sixth on."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = torch.tanh(self.a(x))
+        return self.b(x if self.calls < 6 else -x)
+
+
+def test_a_module_that_keeps_something_stays_whole():
+    model = made(lambda: nn.Sequential(OrderedDict(count=Counts(), last=nn.Linear(5, 3).double())))
+    items = [rows(n) for n in range(STEPS)]
+    config = settings("backprop", learning={"lr": LR})
+    with pytest.warns(UserWarning, match="'count' .a Counts. stays whole, because its forward ch"):
+        result = hamdist.train(
+            model, from_iterable(items, classes=3), config, partition=lambda where: ["last"]
+        )
+    expected = sgd(model, items).state_dict()
+    assert relative(result.model.state_dict().values(), expected.values()) <= ROUND_OFF
 
 
 # -- choosing the places ---------------------------------------------------------------------------
