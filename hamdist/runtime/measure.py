@@ -33,7 +33,7 @@ from hamdist.streams.sample import Sample, SampleSpec, TargetSpec
 
 # What an actor spends on one signal that crosses, sent or received, with its wait for a neighbour
 # that is as busy, and on its bytes (2 cores, two actors of 6-layer networks, W = 16 to 256).
-SIGNAL_SECONDS = 60e-6
+SIGNAL_SECONDS = 50e-6
 BYTES_PER_SECOND = 2e9
 
 ENOUGH_SECONDS = 0.3  # then FEWEST samples in a network that is full are enough
