@@ -56,9 +56,7 @@ class OwnGenerator:
             torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
 
 
-def seeded_loss(
-    loss: LossFunction, seed: int, device: torch.device | None = None
-) -> LossFunction:
+def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:
     """A user's loss may draw random numbers: here it draws the same ones in every engine."""
     if loss in (mse, cross_entropy):
         return loss
