@@ -605,7 +605,8 @@ class EngineSettings(_Section):
     process to processors of its own. address: of a Ray cluster (none: a local Ray is started).
     queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
     bundle: the most signals that an edge sends as one message where its delay allows several; auto:
-    as many as it allows. A sample then reaches a delayed edge with its followers.
+    half as many as it allows, so that the other half of the delay hides the link. A sample then
+    reaches a delayed edge with its followers.
     blocks: by name (patterns as in a shell, names first), where single blocks live and how they
     compute; device: of those that do not say. spread: of the actors over the hosts of a cluster.
     compress: how signals travel, one word for all edges between blocks, or by edge (patterns as in

@@ -8,7 +8,7 @@ import torch
 
 from hamdist.config import Compress, EngineSettings, Feedback
 from hamdist.dynamics.compress import Codec, Compressed
-from hamdist.dynamics.graph import INPUT, Edge, Graph, ShapeMap
+from hamdist.dynamics.graph import Edge, Graph, ShapeMap
 from hamdist.dynamics.patterns import check_patterns, fitting
 from hamdist.dynamics.schedule import Kind
 from hamdist.errors import SettingsError
@@ -96,7 +96,7 @@ def compression_warnings(channels: Channels, graph: Graph, engine: EngineSetting
     asked = engine.compress is not Compress.NONE and words != {Compress.NONE}
     if not asked or any(channel.codec is not None for channel in channels.all()):
         return []
-    only = "" if any(e.parent != INPUT for e in graph.edges) else ": no edge joins two blocks"
+    only = "" if not all(e.from_input for e in graph.edges) else ": no edge joins two blocks"
     return [
         f"engine.compress compresses nothing{only}; integers, and rows too short for a scale, stay "
         "as they are, and edges from the stream do unless a pattern names them (u->*)"

@@ -109,7 +109,8 @@ def make_channels(
     """The channels, with room for what the schedule keeps in flight and `queue` signals more.
 
     clocked: the stream tells every block the step of integration, and the end of a sequence.
-    bundle: the most signals in one message; auto: as many as the schedule allows.
+    bundle: the most signals in one message; auto: half as many as the schedule allows, so that the
+    other half of an edge's delay is left to hide the link.
     """
     made = Channels({}, {}, {}, {})
     numbers = count()
@@ -117,9 +118,8 @@ def make_channels(
     def channel(
         kind: Kind, sender: str, receiver: str, edge: str, in_flight: int, most: Bundle
     ) -> Channel:
-        size = most.size
-        if bundle != "auto":
-            size = 1 if bundle == "off" else min(size, bundle)
+        asked = {"auto": (most.size + 1) // 2, "off": 1}
+        size = min(most.size, asked[bundle] if isinstance(bundle, str) else bundle)
         return Channel(
             number=next(numbers),
             kind=kind,

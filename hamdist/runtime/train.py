@@ -113,7 +113,9 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
     whole = None
     if plan.knobs.sequence:
         before = graph.unsliced
-        whole = MergedSequence(before, before.shapes(plan.spec.u_shape, plan.spec.u_dtype))
+        spec = plan.spec
+        shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)
+        whole = MergedSequence(before, shapes)
     return RunResult(
         model=graph.merge(weights, whole),
         blocks=outcome.blocks,

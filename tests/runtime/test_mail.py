@@ -206,7 +206,7 @@ PULSE = {"level": "trace"}
 FASTER = {"level": "trace", "locality": {"speed": 2}}
 
 
-@pytest.mark.parametrize("bundle", ["off", "auto", 2])
+@pytest.mark.parametrize("bundle", ["off", "auto", 2, 99])
 @pytest.mark.parametrize("way", ["shm", "ipc"])
 @pytest.mark.parametrize(
     ("build", "placement", "fields"),
@@ -228,9 +228,11 @@ def test_bundles_change_no_number_and_hang_nobody(
     engine = {"queue": 1, "bundle": bundle}
     settings = Settings.model_validate({"steps": 23, "engine": engine, **fields})
     plan = make_plan(deep(build(), 3), settings, source.spec)
-    sizes = {c.bundle for c in plan.channels.all()}
-    assert max(sizes) == {"off": 1, "auto": max(sizes), 2: 2}[bundle]
-    assert (bundle == "off") == (max(sizes) == 1)
+    edges = [(e, k) for e in plan.graph.edges for k in (Kind.STATE, Kind.MESSAGE)]
+    most = max(plan.schedule.bundle(e, k).size for e, k in edges)
+    assert most > 1
+    largest = {"off": 1, "auto": (most + 1) // 2, 2: 2, 99: most}[bundle]
+    assert max(c.bundle for c in plan.channels.all()) == largest
     hosts = [Host(plan.only(list(part)), list(part), None) for part in placement.split("|")]
     hosts.append(Host(plan.only([]), [], source))
     places = [*({*part} for part in placement.split("|")), {"u"}]
