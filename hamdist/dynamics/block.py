@@ -87,10 +87,18 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 class LossTaker:
-    """The loss of one readout, and its scale phi."""
+    """The loss of one readout, and its scale phi. native: see `loss_and_slope`."""
 
-    def __init__(self, loss: LossFunction, dynamics: Dynamics, guard: Guard = unguarded) -> None:
+    def __init__(
+        self,
+        loss: LossFunction,
+        dynamics: Dynamics,
+        guard: Guard = unguarded,
+        *,
+        native: bool = False,
+    ) -> None:
         self._loss = loss
+        self._native = native
         self._phi = dynamics.phi
         self._first_phi = dynamics.first_phi
         self._guard = guard
@@ -125,7 +133,7 @@ class LossTaker:
 
     def value(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
         """L, and phi dL/dprediction as a function of phi."""
-        value, slope = loss_and_slope(self._loss, prediction, target)
+        value, slope = loss_and_slope(self._loss, prediction, target, native=self._native)
         self._guard("loss", value)
         return value, slope
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hamdist.config import Loss
+from hamdist.dynamics import rows
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,22 +59,29 @@ def class_axis(prediction: Sequence[int], target: Sequence[int]) -> int:
     return dims - 1 if last else 1
 
 
-def loss_and_slope(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
+def loss_and_slope(
+    loss: LossFunction, y: Tensor, target: Tensor, *, native: bool = False
+) -> tuple[Tensor, Slope]:
     """L(y, target), a scalar, and its slope. Both in closed form for hamdist's own losses where
-    their targets are of the usual kind; otherwise by autograd, from y on."""
+    their targets are of the usual kind (native: few numbers by the C code of rows.py); otherwise by
+    autograd, from y on."""
     if loss is mse and target.dtype == y.dtype and target.shape == y.shape:
         apart = y - target
         value = 0.5 * apart.square().sum() / y.shape[0]
         return value, lambda phi: apart * (phi / y.shape[0])
     if loss is cross_entropy and y.dim() == 2 and target.dtype == torch.int64:
+        found = rows.cross_entropy(y, target, IGNORED) if native else None
+        if found is not None:
+            value, d = found
+            return value, lambda phi: d if phi == 1 else d * phi
         logs = torch.log_softmax(y, 1)
-        value, rows = aten.nll_loss_forward(logs, target, None, 1, IGNORED)
+        value, counted = aten.nll_loss_forward(logs, target, None, 1, IGNORED)
 
         def slope(phi: float) -> Tensor:
             given = torch.full_like(value, phi)
-            back = aten.nll_loss_backward(given, logs, target, None, 1, IGNORED, rows)
-            found: Tensor = aten._log_softmax_backward_data(back, logs, 1, y.dtype)
-            return found
+            back = aten.nll_loss_backward(given, logs, target, None, 1, IGNORED, counted)
+            made: Tensor = aten._log_softmax_backward_data(back, logs, 1, y.dtype)
+            return made
 
         return value, slope
     return _by_autograd(loss, y, target)

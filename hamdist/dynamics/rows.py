@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from torch import Tensor, float32, float64
+from torch import Tensor, float32, float64, int64
 
 try:
     from hamdist.dynamics.native import _rows
@@ -18,6 +18,7 @@ except ImportError:  # installed where there was no C compiler
 
 _FLAGS = {float32: 0, float64: 1}
 NARROW = 1 << 14
+SMALL = 512  # logits, up to which exp() one by one is faster than five calls of torch
 _PAD = 16  # numbers: 64 bytes of the smaller type
 
 
@@ -140,3 +141,25 @@ def add_columns(b: Tensor, d: Tensor, beta: float) -> None:
     """b += beta times the sum of d's rows. b: (O,), d: (R, O), of one type, and contiguous."""
     rows, out = d.shape
     _rows.columns(b.data_ptr(), d.data_ptr(), rows, out, _FLAGS[d.dtype], beta)
+
+
+def cross_entropy(y: Tensor, classes: Tensor, ignored: int) -> tuple[Tensor, Tensor] | None:
+    """The mean softmax cross-entropy, (), of y (B, C) and classes (B,), and its slope, like y. None
+    where this cannot tell it, or where torch is faster. ignored: a class below 0 without a loss."""
+    many = y.numel()
+    if not 0 < many <= SMALL or not reads(y) or classes.dtype != int64:
+        return None
+    if not classes.is_contiguous() or classes.shape != y.shape[:1]:
+        return None
+    loss, d = y.new_empty(()), y.new_empty(y.shape)
+    known = _rows.cross_entropy(
+        y.data_ptr(),
+        classes.data_ptr(),
+        loss.data_ptr(),
+        d.data_ptr(),
+        y.shape[0],
+        y.shape[1],
+        -ignored,
+        _FLAGS[y.dtype],
+    )
+    return (loss, d) if known else None

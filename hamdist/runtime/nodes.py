@@ -99,7 +99,7 @@ class _Parts:
             loss = seeded_loss(
                 self.spec.loss, block_seed(plan.seed, f"{name}/loss"), self.border.device
             )
-            self.loss = LossTaker(loss, self.dynamics, self.guard)
+            self.loss = LossTaker(loss, self.dynamics, self.guard, native=plan.native)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> Cell:
         combine, parents = self.spec.combine, len(self.spec.parents)

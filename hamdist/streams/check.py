@@ -158,7 +158,7 @@ def _target(n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tens
         )
     _check_finite(n, field, y)
     if spec.classes is not None:
-        low, high = torch.aminmax(y)
+        low, high = (y, y) if y.numel() == 1 else torch.aminmax(y)
         if low.item() < 0 or high.item() >= spec.classes:
             where = tuple(((y < 0) | (y >= spec.classes)).nonzero()[0].tolist())
             row = ", ".join(map(str, where))

@@ -18,6 +18,7 @@ from hamdist.dynamics.closed import ClosedCell, closed_cell
 from hamdist.dynamics.constants import Constant, Dynamics
 from hamdist.dynamics.gradient import all_dense, all_moved
 from hamdist.dynamics.graph import Combine
+from hamdist.dynamics.losses import cross_entropy, loss_and_slope
 from hamdist.dynamics.weights import Weights
 
 pytestmark = pytest.mark.skipif(not rows.built(), reason="hamdist was installed without its C code")
@@ -140,6 +141,36 @@ def test_norm(many):
     assert rows.norm(torch.tensor([3e38, 3e38])) == pytest.approx(3e38 * math.sqrt(2), rel=1e-6)
     assert rows.norm(torch.ones(4, 4)[:, :2]) is None
     assert rows.norm(torch.ones(4, dtype=torch.float16)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("many", [1, 5])
+def test_cross_entropy(dtype, many):
+    """One row of class -100 has no loss; large logits do not overflow; others are left to torch."""
+    y = (30 * noise(1, many, 4)).to(dtype)
+    classes = torch.tensor([3, -100, 0, 1, 3])[:many]
+    leaf = y.double().requires_grad_()
+    exact = nn.functional.cross_entropy(leaf, classes)
+    (slope,) = torch.autograd.grad(exact, leaf)
+    loss, d = rows.cross_entropy(y, classes, -100)
+    torch.testing.assert_close(loss.double(), exact.detach(), **LOOSE[dtype])
+    torch.testing.assert_close(d.double(), slope, **LOOSE[dtype])
+    value, by_phi = loss_and_slope(cross_entropy, y, classes, native=True)
+    assert torch.equal(value, loss)
+    torch.testing.assert_close(by_phi(0.5), 0.5 * d)
+    assert loss.isfinite()
+
+
+def test_cross_entropy_that_is_left_to_torch():
+    y = noise(1, 3, 4)
+    assert rows.cross_entropy(y.t(), torch.tensor([0, 1, 2, 0]), -100) is None
+    assert rows.cross_entropy(y, torch.tensor([0, 1]), -100) is None
+    assert rows.cross_entropy(noise(1, 200, 4), torch.zeros(200, dtype=torch.int64), -100) is None
+    with pytest.raises(IndexError, match="out of bounds"):
+        loss_and_slope(cross_entropy, y, torch.tensor([0, 4, 1]), native=True)
+    nobody = torch.tensor([-100, -100, -100])
+    assert rows.cross_entropy(y, nobody, -100)[0].isnan()
+    assert nn.functional.cross_entropy(y, nobody).isnan()
 
 
 # -- cells ---------------------------------------------------------------------------------------

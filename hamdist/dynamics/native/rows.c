@@ -135,6 +135,20 @@ static PyObject *py_columns(PyObject *self, PyObject *const *args, Py_ssize_t gi
     Py_RETURN_NONE;
 }
 
+static PyObject *py_cross_entropy(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    size_t a[8];
+    (void)self;
+    if (!arguments(args, given, a, 8, NULL, 0))
+        return NULL;
+    int64_t ignored = -(int64_t)a[6];
+    int known = a[7] & DOUBLE ? cross_entropy_f64((void *)a[0], (void *)a[1], (void *)a[2],
+                                                  (void *)a[3], a[4], a[5], ignored)
+                              : cross_entropy_f32((void *)a[0], (void *)a[1], (void *)a[2],
+                                                  (void *)a[3], a[4], a[5], ignored);
+    return PyBool_FromLong(known);
+}
+
 static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     size_t a[3];
@@ -158,6 +172,9 @@ static PyMethodDef METHODS[] = {
      "masked(z, y, d, n, flags) -> |d|, where d is z, and 0 where y <= 0."},
     {"columns", (PyCFunction)(void (*)(void))py_columns, METH_FASTCALL,
      "columns(b, d, rows, n, flags, beta): b += beta times the sum of d's rows."},
+    {"cross_entropy", (PyCFunction)(void (*)(void))py_cross_entropy, METH_FASTCALL,
+     "cross_entropy(y, classes, loss, d, rows, n, -ignored, flags) -> whether all classes are\n"
+     "known: the mean loss, and its slope d."},
     {"norm", (PyCFunction)(void (*)(void))py_norm, METH_FASTCALL,
      "norm(x, n, flags) -> the Euclidean norm."},
     {NULL, NULL, 0, NULL},

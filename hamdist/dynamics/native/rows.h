@@ -186,6 +186,36 @@ CLONES static void NAME(columns)(REAL *b, const REAL *d, size_t rows, size_t n, 
     }
 }
 
+/* Softmax cross-entropy of `rows` rows y with classes k, the mean over those whose class is not
+   `ignored`: the loss, and its slope d = (softmax(y) - one hot) / counted. In doubles. Returns 0
+   for a class that there is not. */
+static int NAME(cross_entropy)(const REAL *y, const int64_t *k, REAL *loss, REAL *d, size_t rows,
+                               size_t n, int64_t ignored)
+{
+    double sum = 0, counted = 0;
+    for (size_t r = 0; r < rows; r++) {
+        if (k[r] != ignored && (k[r] < 0 || (size_t)k[r] >= n))
+            return 0;
+        counted += k[r] != ignored;
+    }
+    for (size_t r = 0; r < rows; r++, y += n, d += n) {
+        if (k[r] == ignored) {
+            memset(d, 0, n * sizeof(REAL));
+            continue;
+        }
+        double most = y[0], total = 0;
+        for (size_t i = 1; i < n; i++)
+            most = y[i] > most ? y[i] : most;
+        for (size_t i = 0; i < n; i++)
+            total += exp(y[i] - most);
+        sum += log(total) - (y[k[r]] - most);
+        for (size_t i = 0; i < n; i++)
+            d[i] = (REAL)((exp(y[i] - most) / total - (i == (size_t)k[r])) / counted);
+    }
+    *loss = (REAL)(sum / counted); /* of no row: NaN, as torch has it */
+    return 1;
+}
+
 static void NAME(chain_forward)(const Layer *layer, size_t n, const REAL *x, REAL *inner, REAL *y)
 {
     for (size_t l = 0; l < n; l++) {
