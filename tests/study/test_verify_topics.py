@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -43,8 +44,15 @@ def test_it_passes(topic):
 
 
 def test_a_wrong_step_of_the_weights_is_found(monkeypatch):
-    right = Weights._move_theta
+    """However the weights move: by `move`, or as soon as a gradient is made."""
+    right, right_rates = Weights._move_theta, Weights.at_once
+
+    def at_once(self, scale, tau):
+        found = right_rates(self, scale, tau)
+        return found and replace(found, rates=tuple(rate * (1 + 1e-7) for rate in found.rates))
+
     monkeypatch.setattr(Weights, "_move_theta", lambda self, step: right(self, step * (1 + 1e-7)))
+    monkeypatch.setattr(Weights, "at_once", at_once)
     assert len(failed("hamilton", 4)) == 4
     assert len(failed("backpropagation", 2)) == 2
 
