@@ -245,6 +245,7 @@ class Source(str, Enum):
     DRIFT = "drift"
     SEQUENCES = "sequences"
     SIGNAL = "signal"
+    CHARACTERS = "characters"
 
 
 class View(str, Enum):
@@ -298,6 +299,10 @@ class ModelKind(str, Enum):
     GRU = "gru"
     LSTM = "lstm"
     TRACKER = "tracker"
+    RESNET = "resnet"
+    VIT = "vit"
+    GPT = "gpt"
+    LSTM_LAYERS = "lstm-layers"
 
 
 class DType(str, Enum):
@@ -323,14 +328,17 @@ def _off(value: object) -> object:
 
 class ModelSettings(_Section):
     """kind, width of the hidden layers, depth: number of layers that have weights (of rnn, gru and
-    lstm: of cells). tau: step of integration of `midpoint`. width, bias of `tracker`: its neurons,
-    and whether they have one."""
+    lstm: of cells; of resnet, vit, gpt, lstm-layers: of residual layers). tau: step of integration
+    of `midpoint`. width, bias of `tracker`: its neurons, and whether they have one. width of
+    `resnet`: its channels before they double. heads: of vit and gpt; patch: its side, of vit."""
 
     kind: ModelKind = ModelKind.MLP
     width: Positive = 128
     depth: Positive = 5
     tau: Above0 = 0.1
     bias: bool = True
+    heads: Positive = 4
+    patch: Positive = 7
 
 
 class SmoothSettings(_Section):
@@ -361,6 +369,12 @@ class SequenceSettings(_Section):
     vocabulary: Positive = 10_000
 
 
+class CharacterSettings(_Section):
+    """Windows of a text. length: characters of one."""
+
+    length: Positive = 64
+
+
 class SignalSettings(_Section):
     """A real-valued target over time. amplitude, offset: None for the kind's own. period, tau
     (between two items) and dwell (of one patch) in seconds."""
@@ -383,8 +397,8 @@ class PaceSettings(_Section):
 
 class StreamSettings(_Section):
     """batch: rows of an item (of signals, and of texts seen token by token, 1 unless given).
-    path: the folder of the IDX files; of texts a folder or a file. missing: share of items whose
-    target is withheld.
+    path: the folder of the IDX files; of texts a folder or a file; of characters a file. missing:
+    share of items whose target is withheld.
 
     late_targets: items by which the targets come later than their inputs. target_delay: rejoins
     each target with the sample that came so many items before it; None: by the targets' tags.
@@ -398,6 +412,7 @@ class StreamSettings(_Section):
     drift: DriftSettings = DriftSettings()
     sequences: SequenceSettings = SequenceSettings()
     signal: SignalSettings = SignalSettings()
+    characters: CharacterSettings = CharacterSettings()
     missing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     late_targets: Annotated[int, Field(ge=0)] = 0
     target_delay: Positive | None = None

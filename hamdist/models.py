@@ -16,6 +16,8 @@
                    cell0 ...     nn.RNNCell (tanh), nn.GRUCell, nn.LSTMCell over one another
                    readout       y = h W + b of the last cell's h
 
+    resnet, vit, gpt, lstm-layers: networks.py
+
     tracker        fully connected neurons, the first of which follows the target: no input
                    (dynamics/tracker.py)
 
@@ -48,9 +50,8 @@ from hamdist.dynamics.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.reversible import Coupling, MidpointStart
 from hamdist.dynamics.tracker import tracker
 from hamdist.errors import SettingsError
+from hamdist.networks import NETWORKS, NORM_EPS, make_network
 from hamdist.streams.sample import SampleSpec
-
-NORM_EPS = 1e-3
 
 CELLS: dict[ModelKind, type[nn.RNNCell | nn.GRUCell | nn.LSTMCell]] = {
     ModelKind.RNN: nn.RNNCell,
@@ -137,6 +138,9 @@ def make_model(
             "model.kind: a tracker has no input and no layers, which only `hamdist run` at level "
             "'local' trains; choose another kind"
         )
+    if settings.kind in NETWORKS:
+        outputs = _outputs(settings, spec)
+        return make_network(settings, spec, outputs, seed=seed, dtype=dtype)
     inputs, outputs = _features(settings, spec)
     _check_depth(settings)
     width, hidden = settings.width, [settings.width] * (settings.depth - 1)

@@ -17,6 +17,7 @@ from hamdist.dynamics.losses import cross_entropy
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.errors import SettingsError
 from hamdist.models import CELLS, load_factory, make_from_factory, make_model, make_recurrent
+from hamdist.networks import NETWORKS
 from hamdist.streams.sample import SampleSpec
 
 B, F, C = 4, 12, 3  # batch, features, classes
@@ -25,7 +26,8 @@ IMAGES = SampleSpec((B, 1, 3, 4), torch.float64, (B,), torch.int64, classes=C)
 VALUES = SampleSpec((B, F), torch.float64, (B, 2), torch.float64)
 
 
-GRAPHS = {*CELLS, ModelKind.TRACKER}  # made by functions of their own
+# Made by functions of their own, and networks that are not layers of one width (test_networks.py).
+GRAPHS = {*CELLS, ModelKind.TRACKER, *NETWORKS}
 
 
 def build(kind: ModelKind, spec: SampleSpec, depth: int = 4, seed: int = 0) -> nn.Sequential:

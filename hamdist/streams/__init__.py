@@ -6,6 +6,7 @@ arrive in real time. What a stream is: the protocol `Stream` in `sample.py`.
 """
 
 from hamdist.streams.arrays import ArrayStream
+from hamdist.streams.characters import CharacterStream
 from hamdist.streams.check import Checker
 from hamdist.streams.datasets import DataSet, digits, fashion_mnist
 from hamdist.streams.drift import DriftStream
@@ -22,6 +23,7 @@ from hamdist.streams.wrap import IterableStream, from_iterable, from_loader
 
 __all__ = [
     "ArrayStream",
+    "CharacterStream",
     "Checker",
     "DataSet",
     "Delayed",

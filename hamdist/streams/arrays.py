@@ -21,6 +21,7 @@ class ArrayStream:
 
     x: (N, ...) inputs. y: (N,) integer classes, or (N, O) floating-point values.
     classes: number of classes of integer targets; by default the largest one in `y` plus one.
+    tokens: how many different ones there are, where x holds their numbers.
 
     The order is one long sequence of rows: one permutation per epoch after the other, each drawn
     from (seed, epoch) alone; `shuffled=False` takes the rows as they are. Batches are cut from
@@ -49,6 +50,7 @@ class ArrayStream:
         endless: bool = True,
         classes: int | None = None,
         uneven: bool = False,
+        tokens: int | None = None,
     ) -> None:
         if batch < 1:
             raise SettingsError(f"batch is {batch}; a batch has at least 1 row")
@@ -69,6 +71,7 @@ class ArrayStream:
         self._shuffled = shuffled
         self._endless = endless
         self._uneven = uneven
+        self._tokens = tokens
 
     @property
     def spec(self) -> SampleSpec:
@@ -81,6 +84,7 @@ class ArrayStream:
             (batch, *self._y.shape[1:]),
             self._y.dtype,
             self._classes,
+            tokens=self._tokens,
         )
 
     def samples(self) -> Iterator[Sample]:

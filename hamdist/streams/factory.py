@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hamdist.config import Known, Late, PaceSettings, Source, StreamSettings, View
 from hamdist.streams.arrays import ArrayStream
+from hamdist.streams.characters import CharacterStream, character_parts, held_out_windows
 from hamdist.streams.datasets import DataSet, digits, fashion_mnist
 from hamdist.streams.drift import DriftStream
 from hamdist.streams.late import Delayed, Rejoin
@@ -48,6 +49,9 @@ def _source(settings: StreamSettings, seed: int, dtype: torch.dtype) -> Stream:
         return _signal(settings, seed, dtype)
     if settings.source is Source.SEQUENCES:
         return _sequences(settings, seed)
+    if settings.source is Source.CHARACTERS:
+        ids, _ = character_parts(settings.path)
+        return CharacterStream(ids, settings.characters.length, settings.batch, seed)
     return _data_set(settings, seed, dtype).train
 
 
@@ -59,7 +63,8 @@ def _paced(stream: Stream, pace: PaceSettings) -> Paced:
 def held_out(
     settings: StreamSettings, *, seed: int, dtype: torch.dtype, items: int
 ) -> tuple[Tensor, Tensor] | None:
-    """x (N, F) of `dtype` (tokens int64) and y (N,) int64 to evaluate a run on.
+    """x (N, F) of `dtype` (tokens (N, T) int64) and y (N,) int64 (after characters (N, T)) to
+    evaluate a run on.
 
     items: how many it has come through, those that were dropped among them.
 
@@ -77,6 +82,8 @@ def held_out(
         if not texts.held_out:
             return None
         return _fixed(texts.held_out, vocabulary, settings.sequences.length)
+    if settings.source is Source.CHARACTERS:
+        return held_out_windows(character_parts(settings.path)[1], settings.characters.length)
     if settings.source is Source.DRIFT:
         last = nearest_sample(max(items, 1) - 1, _frames(settings))
         return _drift(settings, seed, dtype).held_out(last)
@@ -121,7 +128,8 @@ def _sequences(settings: StreamSettings, seed: int) -> Stream:
     texts, vocabulary = _texts(settings, seed)
     if own.view is View.SEQUENCES:
         x, y = _fixed(texts.train, vocabulary, own.length)
-        return ArrayStream(x, y, settings.batch, seed, classes=len(CLASSES))
+        many = len(vocabulary)
+        return ArrayStream(x, y, settings.batch, seed, classes=len(CLASSES), tokens=many)
     ids, labels = _cut(texts.train, vocabulary, own.length), classes_of(texts.train)
     every = own.targets is Known.EVERY
     return TokenStream(

@@ -89,7 +89,7 @@ class _File:
     path: Path
 
     def tokens(self) -> list[str]:
-        found = tokenise(_read(self.path))
+        found = tokenise(read_text(self.path))
         if not found:
             raise StreamError(f"{self.path}: holds no word: remove it")
         return found
@@ -108,7 +108,7 @@ def _files(folder: Path) -> _ByClass:
 def _read_lines(path: Path) -> _ByClass:
     labels = {**{str(i): i for i in range(len(CLASSES))}, **{n: i for i, n in enumerate(CLASSES)}}
     found: tuple[list[_Text], list[_Text]] = ([], [])
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         label, tab, text = line.partition("\t")
@@ -143,7 +143,8 @@ def _chosen(entries: _ByClass, count: int | None, seed: int) -> list[tuple[Seque
     return [(picked[i][0].tokens(), picked[i][1]) for i in mixed]
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Raises StreamError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

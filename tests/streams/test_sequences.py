@@ -100,7 +100,8 @@ class TestSettings:
         assert stream.portable
         assert (stream.spec.u_shape, stream.spec.u_dtype) == ((4, 9), torch.int64)
         assert stream.spec.classes == 2
-        ids, labels, _ = token_sequences(12, 9, 3)
+        ids, labels, words = token_sequences(12, 9, 3)
+        assert stream.spec.tokens == words
         rows = [
             (tuple(row), label)
             for item in islice(stream.samples(), 3)

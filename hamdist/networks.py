@@ -1,0 +1,331 @@
+"""Networks of images and of texts that settings can name: chains of pre-norm residual layers.
+
+    resnet         stem        h = W * u, convolutions of 3 x 3; 8 layers make it ResNet-18-like
+                   layer0 ...  h' = S(h) + alpha W2 * relu(W1 * relu(LN(h)))
+    vit            patches     h = W u + place, by patch
+                   layer0 ...  h' = h + alpha attention(LN(h)),  h'' = h' + alpha mlp(LN(h'))
+    gpt            embedding   h = W[u] + place
+                   layer0 ...  as vit, the attention causal
+    lstm-layers    embedding   h = W[u]
+                   layer0 ...  as vit, an nn.LSTM over the whole sequence in place of the attention
+
+    head           y = W LN(h) + b: of the mean over pixels or patches; of texts at the last token
+                   or, where every token has a target, at each
+
+In the layers of a resnet that begin its second, third and fourth quarter the channels double, the
+sides halve, and S is a convolution of 1 x 1 with stride 2; elsewhere S(h) = h. mlp: W2 gelu(W1 h),
+4H inside. alpha = 1/sqrt(residual branches). LN is a layer norm over all that a sample (of texts
+and patches: a token) has, without affine weights, eps = 1e-3. It is not a batch norm, as in He et
+al. 2016: that has no value for one row, and its statistics tie the rows of a batch together, so
+that a message which comes late would meet those of other samples and of older weights.
+
+W ~ N(0, gain/fan_in), the gain 2 before a relu and 1 elsewhere; b = 0; embeddings and places
+N(0, 1) and N(0, 0.02^2); LSTMs as torch draws them.
+
+B: batch, C: channels, T: tokens, H: width, A: heads, D = H/A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import ModelKind, ModelSettings
+from hamdist.errors import SettingsError
+from hamdist.streams.sample import SampleSpec
+
+NORM_EPS = 1e-3
+STAGES = 4
+PLACE_STD = 0.02
+
+
+def _norm(*shape: int) -> nn.LayerNorm:
+    return nn.LayerNorm(shape, eps=NORM_EPS, elementwise_affine=False)
+
+
+class Stem(nn.Module):
+    """A convolution with stride 2 of images, which may be flat. Returns (B, H, side/2, side/2)."""
+
+    def __init__(self, image: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.image = image
+        self.conv = nn.Conv2d(image[0], width, 3, stride=2, padding=1)
+
+    def forward(self, u: Tensor) -> Tensor:
+        h: Tensor = self.conv(u.reshape(-1, *self.image))
+        return h
+
+
+class Residual(nn.Module):
+    """S(h) + alpha W2 * relu(W1 * relu(LN(h))). h: (B, C, side, side)."""
+
+    def __init__(self, inputs: int, outputs: int, side: int, alpha: float) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.norm = _norm(inputs, side, side)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1)
+        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride)
+        self.alpha = alpha
+
+    def forward(self, h: Tensor) -> Tensor:
+        branch = self.conv2(torch.relu(self.conv1(torch.relu(self.norm(h)))))
+        out: Tensor = self.skip(h) + self.alpha * branch
+        return out
+
+
+class ImageHead(nn.Module):
+    """W mean(LN(h)) + b. h: (B, C, side, side); returns (B, O)."""
+
+    def __init__(self, channels: int, side: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels, side, side)
+        self.linear = nn.Linear(channels, outputs)
+
+    def forward(self, h: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(h).mean((2, 3)))
+        return y
+
+
+class Patches(nn.Module):
+    """Patches of images, which may be flat, as tokens. Returns (B, T, H)."""
+
+    def __init__(self, image: tuple[int, int, int], patch: int, width: int) -> None:
+        super().__init__()
+        self.image = image
+        self.project = nn.Conv2d(image[0], width, patch, stride=patch)
+        self.place = nn.Parameter(torch.empty((image[1] // patch) ** 2, width))
+
+    def forward(self, u: Tensor) -> Tensor:
+        tokens: Tensor = self.project(u.reshape(-1, *self.image)).flatten(2).transpose(1, 2)
+        return tokens + self.place
+
+
+class Tokens(nn.Module):
+    """W[u], with learned places. u: (B, T); returns (B, T, H)."""
+
+    def __init__(self, tokens: int, length: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, width)
+        self.place = nn.Parameter(torch.empty(length, width))
+
+    def forward(self, u: Tensor) -> Tensor:
+        h: Tensor = self.embedding(u) + self.place
+        return h
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(D) + mask) v by head, and their projection. h: (B, T, H)."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        rows, tokens, width = h.shape
+        shape = (rows, tokens, self.heads, width // self.heads)
+        q, k, v = self.qkv(h).chunk(3, dim=2)
+        q, k, v = (x.reshape(shape).transpose(1, 2) for x in (q, k, v))
+        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out: Tensor = self.project(found.transpose(1, 2).reshape(rows, tokens, width))
+        return out
+
+
+class Recurrence(nn.Module):
+    """The hidden states of an LSTM, from a zero state on. h: (B, T, H)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        states: Tensor = self.lstm(h)[0]
+        return states
+
+
+class Layer(nn.Module):
+    """h' = h + alpha mix(LN(h)), which mixes tokens; h'' = h' + alpha mlp(LN(h')). h: (B, T, H)."""
+
+    def __init__(self, mix: nn.Module, width: int, alpha: float) -> None:
+        super().__init__()
+        self.norm1 = _norm(width)
+        self.mix = mix
+        self.norm2 = _norm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.alpha = alpha
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.alpha * self.mix(self.norm1(h))
+        inner = nn.functional.gelu(self.up(self.norm2(h)))
+        out: Tensor = h + self.alpha * self.down(inner)
+        return out
+
+
+class MeanHead(nn.Module):
+    """W mean(LN(h)) + b, the mean over tokens. h: (B, T, H); returns (B, O)."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = _norm(width)
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, h: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(h).mean(1))
+        return y
+
+
+class TokenHead(nn.Module):
+    """W LN(h) + b, (B, T, O) at each token, or (B, O) at the last one. h: (B, T, H)."""
+
+    def __init__(self, width: int, outputs: int, *, every: bool) -> None:
+        super().__init__()
+        self.norm = _norm(width)
+        self.linear = nn.Linear(width, outputs)
+        self.every = every
+
+    def forward(self, h: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(h if self.every else h[:, -1]))
+        return y
+
+
+def make_network(
+    settings: ModelSettings, spec: SampleSpec, outputs: int, *, seed: int, dtype: torch.dtype
+) -> nn.Sequential:
+    """The network of a kind in `NETWORKS`, for samples of `spec`: a child per layer.
+
+    `seed` alone decides the weights, up to rounding to `dtype`; torch's global generator is
+    neither read nor moved. Raises SettingsError where model and stream cannot fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = NETWORKS[settings.kind](settings, spec, outputs).double()
+        _draw(model)
+    return model.to(dtype)
+
+
+def _draw(model: nn.Module) -> None:
+    """Weights of its own for all but LSTMs, in the order of the modules."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            gain = 2.0 if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) else 1.0
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=math.sqrt(gain / fan_in))
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # all of them have one
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        if isinstance(module, (Patches, Tokens)):
+            nn.init.normal_(module.place, std=PLACE_STD)
+
+
+def _resnet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
+    image = _image(settings, spec)
+    alpha = 1 / math.sqrt(settings.depth)
+    channels, side = settings.width, _half(image[1])
+    children: list[nn.Module] = []
+    for i in range(settings.depth):
+        stage = i * STAGES // settings.depth
+        wider = settings.width * 2**stage
+        children.append(Residual(channels, wider, side, alpha))
+        if wider != channels:
+            channels, side = wider, _half(side)
+    return _chain("stem", Stem(image, settings.width), children, ImageHead(channels, side, outputs))
+
+
+def _half(side: int) -> int:
+    """Of an image, behind a convolution with stride 2 and padding."""
+    return (side + 1) // 2
+
+
+def _vit(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
+    image = _image(settings, spec)
+    if image[1] % settings.patch:
+        raise SettingsError(
+            f"model.patch: {settings.patch} does not divide the side of the stream's images, "
+            f"{image[1]}"
+        )
+    first = Patches(image, settings.patch, settings.width)
+    mixes = _attentions(settings, causal=False)
+    return _layers("patches", first, mixes, settings, MeanHead(settings.width, outputs))
+
+
+def _gpt(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
+    tokens, length = _text(settings, spec)
+    first = Tokens(tokens, length, settings.width)
+    mixes = _attentions(settings, causal=True)
+    return _layers("embedding", first, mixes, settings, _token_head(settings, spec, outputs))
+
+
+def _lstm_layers(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
+    tokens, _ = _text(settings, spec)
+    first = nn.Embedding(tokens, settings.width)
+    mixes: list[nn.Module] = [Recurrence(settings.width) for _ in range(settings.depth)]
+    return _layers("embedding", first, mixes, settings, _token_head(settings, spec, outputs))
+
+
+def _attentions(settings: ModelSettings, *, causal: bool) -> list[nn.Module]:
+    if settings.width % settings.heads:
+        raise SettingsError(
+            f"model.heads: {settings.heads} does not divide model.width, {settings.width}"
+        )
+    count = range(settings.depth)
+    return [Attention(settings.width, settings.heads, causal=causal) for _ in count]
+
+
+def _token_head(settings: ModelSettings, spec: SampleSpec, outputs: int) -> TokenHead:
+    every = spec.classes is not None and spec.y_shape == spec.u_shape
+    return TokenHead(settings.width, outputs, every=every)
+
+
+def _layers(
+    name: str, first: nn.Module, mixes: list[nn.Module], settings: ModelSettings, head: nn.Module
+) -> nn.Sequential:
+    alpha = 1 / math.sqrt(2 * settings.depth)
+    return _chain(name, first, [Layer(mix, settings.width, alpha) for mix in mixes], head)
+
+
+def _chain(name: str, first: nn.Module, layers: list[nn.Module], head: nn.Module) -> nn.Sequential:
+    numbered = {f"layer{i}": layer for i, layer in enumerate(layers)}
+    return nn.Sequential(OrderedDict({name: first, **numbered, "head": head}))
+
+
+def _image(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int, int]:
+    """Channels, and twice the side, of images (B, C, S, S), or (B, S*S) with one channel."""
+    shape = spec.u_shape[1:]
+    if len(shape) == 1:
+        side = math.isqrt(shape[0])
+        shape = (1, side, side) if side**2 == shape[0] else shape
+    if len(shape) != 3 or shape[1] != shape[2] or not spec.u_dtype.is_floating_point:
+        raise SettingsError(
+            f"model.kind: {settings.kind.value} takes square images (B, C, S, S) or (B, S*S), the "
+            f"stream yields {spec.u_dtype} of shape {spec.u_shape}; use the source 'fashion-mnist' "
+            "or 'digits'"
+        )
+    return shape[0], shape[1], shape[2]
+
+
+def _text(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int]:
+    """How many different tokens there are, and T."""
+    if spec.tokens is None or len(spec.u_shape) != 2:
+        raise SettingsError(
+            f"model.kind: {settings.kind.value} takes tokens (B, T) of which the stream says how "
+            f"many there are (SampleSpec.tokens); it yields {spec.u_dtype} of shape "
+            f"{spec.u_shape}; use the source 'characters', or 'sequences' with sequences.view "
+            "'sequences'"
+        )
+    return spec.tokens, spec.u_shape[1]
+
+
+NETWORKS: Mapping[ModelKind, Callable[[ModelSettings, SampleSpec, int], nn.Sequential]] = {
+    ModelKind.RESNET: _resnet,
+    ModelKind.VIT: _vit,
+    ModelKind.GPT: _gpt,
+    ModelKind.LSTM_LAYERS: _lstm_layers,
+}
