@@ -93,7 +93,7 @@ class Chain:
         limit = 0.0 if at_once is None else at_once.limit
         moved = rows.pull(x, inner, y, one, d, m, to, self._alphas(at_once), limit)
         if g is not None:
-            self._tell(g, moved, lambda: self._factors(g, rows, x, inner, d, moved))
+            self._tell(g, moved, lambda g: self._factors(g, rows, x, inner, d, moved))
         return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self._into),)
 
     def _alphas(self, at_once: AtOnce | None) -> array[float] | None:
@@ -105,7 +105,7 @@ class Chain:
             self._rates = at_once, array("d", rates)
         return self._rates[1]
 
-    def _tell(self, g: Gradients, moved: int, factors: Callable[[], None]) -> None:
+    def _tell(self, g: Gradients, moved: int, factors: Callable[[Gradients], None]) -> None:
         """The factors are made at once where weights wait for them, otherwise when asked for."""
         for i, trained in enumerate(self._trained):
             if moved >> i & 1:

@@ -39,12 +39,12 @@ class Gradients(list["Gradient | None"]):
         super().__init__([None] * many)
         self.at_once = at_once
         self.moved = 0
-        self.later: list[Callable[[], None]] = []
+        self.later: list[Callable[[Gradients], None]] = []  # (of which none may hold this list)
 
     def settle(self) -> None:
         later, self.later = self.later, []
         for make in later:
-            make()
+            make(self)
 
 
 @dataclass(slots=True)

@@ -121,10 +121,7 @@ def _pays(w: Tensor) -> bool:
 
 def norm(x: Tensor) -> float | None:
     """|x|; None for a tensor that this cannot read."""
-    flags = _FLAGS.get(x.dtype)
-    if _rows is None or flags is None or not x.is_cpu or not x.is_contiguous():
-        return None
-    return _rows.norm(x.data_ptr(), x.numel(), flags)
+    return _rows.norm(x.data_ptr(), x.numel(), _FLAGS[x.dtype]) if reads(x) else None
 
 
 def reads(x: Tensor) -> bool:

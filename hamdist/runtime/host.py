@@ -106,7 +106,7 @@ class Host:
         """Steps the nodes to the end. Errors are reported, not raised. index: of this process among
         the `actors` of its host, each of which gets a processor of its own (0: none does)."""
         torch.set_num_threads(self._plan.engine.threads)
-        reset_peak()
+        reset_peak(collect=True)
         report = HostReport()
         started = time.perf_counter()
         nodes = [*([self._source] if self._source is not None else []), *self._nodes]

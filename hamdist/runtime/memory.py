@@ -20,10 +20,12 @@ RESET_HIGH_WATER_MARK = "5"
 RINGS = "/memfd:hamdist"  # of shared.py
 
 
-def reset_peak() -> bool:
+def reset_peak(*, collect: bool = False) -> bool:
     """Begin a new measurement; False where the system cannot (the peak then covers all before).
-    What was freed before goes back to the system first, where glibc would keep it."""
-    gc.collect()
+    What was freed before goes back to the system first, where glibc would keep it. collect: what
+    only the garbage collector frees, too (a tenth of a second and more)."""
+    if collect:
+        gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
     try:
@@ -35,13 +37,9 @@ def reset_peak() -> bool:
 
 def peak_bytes() -> int:
     """Most resident bytes of this process since the last `reset_peak` that returned True."""
-    try:
-        lines = STATUS.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    high = _status("VmHWM")
+    if high is not None:
+        return high
     memory = psutil.Process().memory_info()
     return int(getattr(memory, "peak_wset", memory.rss))
 
@@ -50,10 +48,23 @@ def own_bytes() -> int:
     """Resident bytes of this process that nobody else brought in: anonymous memory, and the rings
     of its signals (a ring counts in both its processes). Left out: the code of libraries, which
     the system can drop and which processes share, and what Ray maps of its object store. Systems
-    without such a list of mappings: the unique set size.
+    that do not tell: the unique set size.
     """
+    anonymous, shared = (_status(field) for field in ("RssAnon", "RssShmem"))
     process = psutil.Process()
-    if not hasattr(process, "memory_maps"):
+    if anonymous is None:
         return int(process.memory_full_info().uss)
+    if not shared:  # no ring: the list of all mappings takes a while
+        return anonymous
     maps = process.memory_maps(grouped=True)
-    return sum(m.rss for m in maps if not m.path.startswith("/") or m.path.startswith(RINGS))
+    return anonymous + sum(m.rss for m in maps if m.path.startswith(RINGS))
+
+
+def _status(field: str) -> int | None:
+    """Bytes of a line of /proc/self/status; None where the system has none."""
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    found = (line for line in lines if line.startswith(f"{field}:"))
+    return next((int(line.split()[1]) * 1024 for line in found), None)
