@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,6 +29,7 @@ def train(
     phi: Course | None = None,
     classes: int | Mapping[str, int] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    resume: str | Path | None = None,
     **fields: Any,
 ) -> RunResult:
     """Learns `model` on `stream`; `result.model` is a plain module with the learned weights.
@@ -45,6 +47,8 @@ def train(
     that begin one.
     loss: (prediction, target) -> scalar mean over the batch, or the name of one (`Loss`), instead
     of `settings.loss`; or a dict of these by output, whose other outputs are not learned.
+    resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run goes
+    on from it.
     phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a number.
 
     Raises HamdistError: SettingsError, GraphError, LevelError before anything starts, StreamError,
@@ -69,6 +73,7 @@ def train(
         policy=policy,
         phi=phi,
         on_progress=on_progress,
+        resume=resume,
     )
 
 

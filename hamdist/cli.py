@@ -92,16 +92,47 @@ def run(
     set_: SetOption = None,
     model: ModelOption = None,
     out: OutOption = None,
+    snapshots: Annotated[
+        str | None,
+        typer.Option("--snapshots", metavar="DIR|URL", help="Where to keep snapshots."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="DIR", help="Go on from the latest snapshot there."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", metavar="FILE", help="Begin with a safetensors state_dict."),
+    ] = None,
 ) -> None:
     """Train one network on a stream, at one level of locality."""
     with _exit_codes():
         options = {
+            "snapshots": None if snapshots is None else {"path": snapshots},
             "level": None if level is None else level.value,
             "engine": None if engine is None else {"kind": engine.value},
             "seed": seed,
             "steps": steps,
         }
-        _run(_load(settings, set_, options), model, out)
+        _run(_load(settings, set_, options), model, out, resume, weights)
+
+
+@app.command()
+def export(
+    snapshots: Annotated[Path, typer.Argument(metavar="DIR", help="Snapshots of a run, or one.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The safetensors file to write.")],
+    model: ModelOption = None,
+) -> None:
+    """Write the weights at the latest snapshot of a run as a plain state_dict."""
+    with _exit_codes():
+        from hamdist.models import load_factory
+        from hamdist.study.save import save_weights
+        from hamdist.study.warm import exported
+
+        factory = None if model is None else load_factory(model)
+        state, name = exported(snapshots, factory, _complain)
+        save_weights(file, state)
+        _console().print(Text(f"{name} written to {file}"))
 
 
 @app.command()
@@ -267,7 +298,15 @@ def main() -> None:
     app()
 
 
-def _run(settings: Settings, model_name: str | None, out: Path | None) -> None:
+def _run(
+    settings: Settings,
+    model_name: str | None,
+    out: Path | None,
+    resume: Path | None = None,
+    weights: Path | None = None,
+) -> None:
+    if resume is not None and weights is not None:
+        raise SettingsError("--resume and --weights: a run begins with one of them")
     own = settings.for_level(settings.level)
     title = f"{own.name}, {own.level.value}"
     with _Display() as display, _warning_at_once(display.say) as said:
@@ -278,7 +317,8 @@ def _run(settings: Settings, model_name: str | None, out: Path | None) -> None:
 
         imports = {} if _began is None else {"imports": time.perf_counter() - _began}
         show = display.watch(title, own.stream.batch)
-        result, model = run_level(own, factory=factory, on_progress=show, before=imports)
+        begin = {"resume": resume, "weights": weights}
+        result, model = run_level(own, factory=factory, on_progress=show, before=imports, **begin)
     _print_run(result, own, said)
     if out is not None:
         _save_run(out, result, model, own)
@@ -288,6 +328,8 @@ def _run(settings: Settings, model_name: str | None, out: Path | None) -> None:
         raise typer.Exit(FAILED)
     if result.interrupted:
         _complain(f"Interrupted after {result.samples} items; the metrics so far are above.")
+        if result.snapshots:
+            _complain(f"Go on with --resume {Path(result.snapshots[-1]).parent}")
         raise typer.Exit(INTERRUPTED)
 
 

@@ -10,6 +10,7 @@
     │   └── DivergedError  h, z, omega or the loss left the finite range: tick, block, quantity
     ├── WireError          bytes from a socket are no signal
     ├── StallError         no block moved for too long: names the edge that blocks
+    ├── SnapshotError      a snapshot cannot be written, read, or gone on from: names the file
     └── ClusterError       Ray, an actor or a host failed or cannot take the run
 
 A message says what was wrong (the field or file, and the value) and what to do about it.
@@ -88,6 +89,10 @@ class WireError(HamdistError):
 
 class StallError(HamdistError):
     """No block moved for longer than the watchdog allows."""
+
+
+class SnapshotError(HamdistError):
+    """A snapshot cannot be written, read, or gone on from; the message names its file."""
 
 
 class ClusterError(HamdistError):

@@ -13,17 +13,19 @@ B: batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hamdist.dynamics import rows
-from hamdist.dynamics.cell import Cell, Record
+from hamdist.dynamics.cell import Cell, Record, SeededLoss
 from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.gradient import AtOnce, Gradient
 from hamdist.dynamics.losses import LossFunction, Slope, loss_and_slope
+from hamdist.dynamics.saving import Remembers, check_names
 
 Scale = Callable[[int], float]
 
@@ -86,7 +88,7 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
-class LossTaker:
+class LossTaker(Remembers):
     """The loss of one readout, and its scale phi. native: see `loss_and_slope`."""
 
     def __init__(
@@ -102,6 +104,25 @@ class LossTaker:
         self._phi = dynamics.phi
         self._first_phi = dynamics.first_phi
         self._guard = guard
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"first_phi": self._first_phi, "random": self.random}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names("loss", state, ("first_phi", "random"))
+        self._first_phi = state["first_phi"]
+        self.random = state["random"]
+
+    @property
+    def random(self) -> dict[str, Any] | None:
+        """Where the random numbers of a user's loss stand."""
+        loss = self._loss
+        return loss.generator.snapshot() if isinstance(loss, SeededLoss) else None
+
+    @random.setter
+    def random(self, state: Mapping[str, Any] | None) -> None:
+        if isinstance(self._loss, SeededLoss) and state is not None:
+            self._loss.generator.restore(state)
 
     def take(
         self,

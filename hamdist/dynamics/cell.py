@@ -11,9 +11,10 @@ transformed one of its own time. With `stash` every forward pass keeps the weigh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,13 @@ from hamdist.dynamics.gradient import AtOnce, Gradient
 from hamdist.dynamics.graph import Combine, combined
 from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
 from hamdist.dynamics.piece import Piece
-from hamdist.errors import GraphError
+from hamdist.dynamics.saving import Remembers, Slot, check_names, fill, graph_slots, held
+from hamdist.errors import GraphError, SnapshotError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
-class OwnGenerator:
+class OwnGenerator(Remembers):
     """As a context: torch's random numbers come from a generator of its own, which goes on where
     it stopped; outside nothing of it is seen. device: of the numbers; of a GPU its own, too."""
 
@@ -40,6 +42,16 @@ class OwnGenerator:
         if self._gpu is not None:
             self._own_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
             self._outside_gpu = self._own_gpu
+
+    def snapshot(self) -> dict[str, Any]:
+        """The numbers' place; of a GPU its own, too."""
+        return {"cpu": self._own, "gpu": None if self._gpu is None else self._own_gpu}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names(type(self).__name__, state, ("cpu", "gpu"))
+        self._own = state["cpu"]
+        if self._gpu is not None and state["gpu"] is not None:
+            self._own_gpu = state["gpu"]
 
     def __enter__(self) -> None:
         self._outside = torch.get_rng_state()
@@ -60,13 +72,19 @@ def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = Non
     """A user's loss may draw random numbers: here it draws the same ones in every engine."""
     if loss in (mse, cross_entropy):
         return loss
-    generator = OwnGenerator(seed, device)
+    return SeededLoss(loss, OwnGenerator(seed, device))
 
-    def drawn(prediction: Tensor, target: Tensor) -> Tensor:
-        with generator:
-            return loss(prediction, target)
 
-    return drawn
+@dataclass(frozen=True, slots=True)
+class SeededLoss:
+    """A loss with a random generator of its own."""
+
+    loss: LossFunction
+    generator: OwnGenerator
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        with self.generator:
+            return self.loss(prediction, target)
 
 
 @dataclass(slots=True)
@@ -74,15 +92,16 @@ class Record:
     """What a forward pass leaves for its vector-Jacobian products.
 
     leaves: the inputs (a leaf of the graph where a product is wanted, else None); theta: the
-    weights as the graph knows them; output: f, (B, ...).
+    weights as the graph knows them; output: f, (B, ...). inputs: as they came, for `Cell.rebuilt`.
     """
 
     leaves: list[Tensor | None]
     theta: list[Tensor]
     output: Tensor
+    inputs: Sequence[Tensor]
 
 
-class Cell:
+class Cell(Remembers):
     """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
 
     seed: of the cell's own random generator (dropout draws the same masks in every engine).
@@ -133,7 +152,8 @@ class Cell:
                 f"the module returned {type(output).__name__}, not a tensor; return the one tensor "
                 "that its children read"
             )
-        return Record(leaves, theta, output.clone() if self._is_own(output) else output)
+        own = output.clone() if self._is_own(output) else output
+        return Record(leaves, theta, own, inputs)
 
     def _is_own(self, output: Tensor) -> bool:
         """Whether `output` may be memory that the module goes on writing to: a weight, a buffer,
@@ -187,6 +207,69 @@ class Cell:
             None if leaf is None or not inputs else next(to_inputs) for leaf in record.leaves
         ]
         return per_parent, list(grads[wanted:])
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """The weights and buffers of the module, what it says of itself (`get_extra_state`), and
+        where its random numbers stand."""
+        state = self.module.state_dict()
+        return {
+            "parameters": dict(self.module.named_parameters()),
+            "buffers": dict(self.module.named_buffers()),
+            "extra": {k: v for k, v in state.items() if k.endswith(_EXTRA)},
+            "random": self._random.snapshot() if isinstance(self._random, OwnGenerator) else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """In place: who holds a weight's memory goes on holding it."""
+        check_names("cell", state, ("parameters", "buffers", "extra", "random"))
+        _write(dict(self.module.named_parameters()), state["parameters"])
+        _write(dict(self.module.named_buffers()), state["buffers"])
+        for key, extra in state["extra"].items():
+            self.module.get_submodule(key[: -len(_EXTRA)].rstrip(".")).set_extra_state(extra)
+        if isinstance(self._random, OwnGenerator) and state["random"] is not None:
+            self._random.restore(state["random"])
+
+    def held(self, record: Any) -> dict[str, Any]:
+        """A record as plain data (saving.py)."""
+        live = {t.untyped_storage().data_ptr() for t in self.module.parameters()}
+        live |= {t.untyped_storage().data_ptr() for t in self.module.buffers()}
+        return {
+            "inputs": list(record.inputs),
+            "wanted": self._wants(record),
+            "output": record.output,
+            "kept": held(self._slots(record), live),
+        }
+
+    def rebuilt(self, state: Mapping[str, Any]) -> Any:
+        """The record that `held` has seen. The module runs once more: what that moves, buffers and
+        random numbers, has to be restored behind it."""
+        check_names("record", state, ("inputs", "wanted", "output", "kept"))
+        record = self.forward(state["inputs"], state["wanted"])
+        fill(self._slots(record), state["kept"])
+        return record
+
+    def _wants(self, record: Any) -> list[bool]:
+        return [leaf is not None for leaf in record.leaves]
+
+    def _slots(self, record: Any) -> Iterator[Slot]:
+        return graph_slots(record.output)
+
+
+_EXTRA = "_extra_state"
+
+
+def _write(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raises SnapshotError where names or shapes differ."""
+    check_names("module", saved, own)
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            raise SnapshotError(
+                f"{name!r} has shape {tuple(tensor.shape)}, the saved one "
+                f"{tuple(saved[name].shape)}"
+            )
+        tensor.data.copy_(saved[name])
 
 
 def block_seed(run_seed: int, name: str) -> int:

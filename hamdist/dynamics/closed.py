@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ from hamdist.dynamics.kernels import (
 )
 from hamdist.dynamics.piece import Piece
 from hamdist.dynamics.rows import Rows
+from hamdist.dynamics.saving import Slot, nested_slots
 
 
 @dataclass(slots=True)
@@ -128,6 +129,12 @@ class ClosedCell(Cell):
                 if made is None:
                     g[i] = torch.zeros_like(self.theta[i])
         return to_parents, cast("list[Gradient]", g)
+
+    def _wants(self, record: Any) -> list[bool]:
+        return list(record.wanted)
+
+    def _slots(self, record: Any) -> Iterator[Slot]:
+        return nested_slots(record.kept)
 
     def _wanted(
         self, wanted: tuple[bool, ...], *, weights: bool

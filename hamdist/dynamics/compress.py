@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from hamdist.config import Compress
+from hamdist.dynamics.saving import Remembers
 
 LEVELS = 127  # of an int8, on either side of zero
 
@@ -123,7 +124,7 @@ class Compressed:
     worst: float
 
 
-class Encoder:
+class Encoder(Remembers):
     """The sending end of one direction of an edge. error: e, as long as the batch keeps its size;
     it begins anew with another one."""
 
@@ -132,6 +133,8 @@ class Encoder:
         self.error: Tensor | None = None
         self._signals = self._sent = self._saved = self._compared = 0
         self._sum = self._worst = 0.0
+
+    STATE = ("error", "_signals", "_sent", "_saved", "_compared", "_sum", "_worst")
 
     def __call__(self, x: Tensor) -> Tensor:
         """What is sent for x, (B, *row)."""

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.block import Reading
+from hamdist.dynamics.saving import Remembers, known
 
 LIMIT = 1 << 17
 LIMIT_BYTES = 1 << 28
 
 
+@known
 @dataclass(slots=True)
 class Energy:
     """One block in one tick. loss: phi L. work: z . dh/dt. kinetic: 1/2 sum beta |omega|^2.
@@ -54,6 +56,7 @@ class Records:
     target: Tensor | None = None
 
 
+@known
 @dataclass(slots=True)
 class _Entry:
     tick: int
@@ -64,7 +67,7 @@ class _Entry:
     target: Tensor | None
 
 
-class Recorder:
+class Recorder(Remembers):
     """Keeps an entry every `every` ticks. With LIMIT entries, or LIMIT_BYTES of tensors, every
     second one is let go and `every` doubles, so that an endless stream is recorded in constant
     memory."""
@@ -75,6 +78,8 @@ class Recorder:
         self._trajectory = trajectory
         self._entries: list[_Entry] = []
         self._bytes = 0
+
+    STATE = ("_every", "_entries", "_bytes")
 
     def due(self, tick: int) -> bool:
         return tick % self._every == 0

@@ -5,8 +5,8 @@ B: batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,11 @@ from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.energy import Energy
 from hamdist.dynamics.gradient import Gradient
+from hamdist.dynamics.saving import Remembers, known, taken
 from hamdist.dynamics.weights import Weights
 
 
+@known
 class Tick(NamedTuple):
     """The knobs of one tick of a held block.
 
@@ -50,7 +52,7 @@ def _kept(h: Tensor) -> Tensor:
     return h
 
 
-class HoldBlock:
+class HoldBlock(Remembers):
     """A state block that integrates Hamilton's equations tick by tick (HL Algorithm 1).
 
         h_{k+1} = h_k + tau m_k c ( -h_k + f(h_parents,k; theta_k) )
@@ -96,6 +98,18 @@ class HoldBlock:
         self._own: Tensor | None = None
         self._last: Tick | None = None  # the tick before; None before the first
         self._record: Record | None = None  # of the tick before, where its weights still wait
+
+    STATE = ("cell", "weights", "h", "z", "output", "output_weights", "_loss", "_own", "_last")
+
+    def snapshot(self) -> dict[str, Any]:
+        record = None if self._record is None else self.cell.held(self._record)
+        return {**super().snapshot(), "record": record}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        record, own = taken(state, "record")
+        super().restore(own)
+        self._record = None if record is None else self.cell.rebuilt(record)
+        self.cell.restore(own["cell"])  # once more: see `rebuilt`
 
     def complete(self, messages: Sequence[Tensor | None]) -> None:
         """Finishes the tick before: z, and in the sequential order the weights."""
@@ -193,7 +207,7 @@ class HoldBlock:
         return reading
 
 
-class HoldReadout:
+class HoldReadout(Remembers):
     """An output net of a held sample (HL Eq. 4): predicts from its parents' h_k, in the sequential
     order from h_{k+1}, and takes the loss in the same tick.
 
@@ -216,6 +230,8 @@ class HoldReadout:
         self._wanted = list(wanted)
         self._scale = scale
         self._loss = loss
+
+    STATE = ("cell", "weights", "_loss")
 
     def tick(
         self,

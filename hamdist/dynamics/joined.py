@@ -7,7 +7,7 @@ Both are exact, so a closed form stays one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.gradient import AtOnce, Gradient
 from hamdist.dynamics.graph import Joining
+from hamdist.dynamics.saving import check_names
 
 
 class JoinedCell(Cell):
@@ -28,6 +29,20 @@ class JoinedCell(Cell):
         self._inner = inner
         self._joining = joining
         self._sizes: list[list[int]] = []  # by join, along its axis
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"inner": self._inner.snapshot(), "sizes": self._sizes}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names("joined cell", state, ("inner", "sizes"))
+        self._inner.restore(state["inner"])
+        self._sizes = state["sizes"]
+
+    def held(self, record: Any) -> dict[str, Any]:
+        return self._inner.held(record)
+
+    def rebuilt(self, state: Mapping[str, Any]) -> Any:
+        return self._inner.rebuilt(state)
 
     @property
     def inner(self) -> Cell:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.losses import class_axis
+from hamdist.dynamics.saving import Remembers, known
 
 AT_ONCE = 64  # items that are counted together
 
 
+@known
 @dataclass(frozen=True, slots=True)
 class Window:
     """Sums over the items first..last of the stream that had a target (a batch is one item).
@@ -66,6 +68,7 @@ def count_correct(prediction: Tensor, target: Tensor) -> tuple[int, int]:
     return (0, 0) if guess is None else (int((guess == target).sum()), target.numel())
 
 
+@known
 @dataclass(frozen=True, slots=True)
 class _Look:
     """One item, not yet counted."""
@@ -76,7 +79,7 @@ class _Look:
     loss: Tensor
 
 
-class Prequential:
+class Prequential(Remembers):
     """Collects a readout's losses into windows of `every` items.
 
     With `limit` windows kept, neighbours are joined and `every` doubles: an endless stream is
@@ -90,6 +93,8 @@ class Prequential:
         self._open: list[Window] = []  # at most one
         self._looks: list[_Look] = []  # behind it; counted together, which is cheaper
         self._items = 0  # of both
+
+    STATE = ("every", "windows", "_open", "_looks", "_items")
 
     def record(self, item: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
         with torch.no_grad():

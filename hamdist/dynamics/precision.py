@@ -13,14 +13,16 @@ B: batch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.cell import Cell, OwnGenerator
 from hamdist.dynamics.graph import Combine
+from hamdist.dynamics.saving import check_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,15 @@ class AutocastCell(Cell):
         self._device = device.type
         self._calls = 0
         self._measured: list[float] = []
+
+    def snapshot(self) -> dict[str, Any]:
+        own = {"calls": self._calls, "measured": self._measured}
+        return {"cell": super().snapshot(), **own}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names("cell under autocast", state, ("cell", "calls", "measured"))
+        super().restore(state["cell"])
+        self._calls, self._measured = state["calls"], list(state["measured"])
 
     @property
     def rounding(self) -> Rounding | None:

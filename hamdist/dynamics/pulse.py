@@ -7,7 +7,8 @@ B: batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,11 @@ from hamdist.dynamics.block import (
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
 from hamdist.dynamics.reversible import Rewinder, pieces_of
+from hamdist.dynamics.saving import Remembers, taken
 from hamdist.dynamics.weights import Weights
 
 
-class PulseBlock:
+class PulseBlock(Remembers):
     """A state block that a pulse passes: forward of sample n, later backward of n.
 
         h = f(h_parents; theta)
@@ -58,6 +60,18 @@ class PulseBlock:
         self._scale = scale
         self._guard = guard
 
+    STATE = ("cell", "weights", "h", "z")
+
+    def snapshot(self) -> dict[str, Any]:
+        trace = {sample: self.cell.held(record) for sample, record in self.trace.items()}
+        return {**super().snapshot(), "trace": trace}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        trace, own = taken(state, "trace")
+        super().restore(own)
+        self.trace = {sample: self.cell.rebuilt(record) for sample, record in trace.items()}
+        self.cell.restore(own["cell"])  # once more: see `rebuilt`
+
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         record = self.cell.forward(inputs, self._wanted)
         self.trace[sample] = record
@@ -81,7 +95,7 @@ class PulseBlock:
         return to_parents
 
 
-class ReversibleBlock:
+class ReversibleBlock(Remembers):
     """A state block that keeps nothing of a sample: neither its activations nor h and z.
 
     Forward as `PulseBlock`. Backward its one child hands it (M, h); from the last invertible piece
@@ -117,6 +131,8 @@ class ReversibleBlock:
         trained = [p for p in cell.module.parameters() if p.requires_grad]
         self._rewinder = Rewinder(pieces_of(cell.module), trained)
 
+    STATE = ("cell", "weights")
+
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
         (x,) = inputs
         with torch.no_grad():
@@ -148,7 +164,7 @@ def with_state(message: Tensor, h: Tensor) -> Tensor:
     return torch.stack([message, h])
 
 
-class PulseReadout:
+class PulseReadout(Remembers):
     """An output net that a pulse reaches: y = f^y(h_parents; theta), M_v = phi dL/dh_v.
 
     hands_back: by parent, whether it is reversible and gets its state back.
@@ -171,6 +187,8 @@ class PulseReadout:
         self._scale = scale
         self._loss = loss
         self._hands_back = list(hands_back) or [False] * len(self._wanted)
+
+    STATE = ("cell", "weights", "_loss")
 
     def read(
         self, sample: int, inputs: Sequence[Tensor], target: Tensor | None

@@ -24,9 +24,11 @@ from typing import NamedTuple, Protocol
 from hamdist.config import Moves, Order, TargetOf, Update
 from hamdist.dynamics.graph import Edge, Graph
 from hamdist.dynamics.locality import Locality
+from hamdist.dynamics.saving import known
 from hamdist.errors import LevelError
 
 
+@known
 class Phase(Enum):
     """What an event is."""
 
@@ -46,6 +48,7 @@ class Kind(IntEnum):
     CLOCK = 3
 
 
+@known
 class Span(NamedTuple):
     """One sequence on its way (sequence_schedule.py). start: tick in which its first token, sample
     `first`, meets depth 0. before: the same for the token before it. length: None as long as it is
@@ -58,6 +61,7 @@ class Span(NamedTuple):
     length: int | None = None
 
 
+@known
 class Event(NamedTuple):
     """span: the sequence that the sample belongs to, in presentation 'sequence'."""
 
@@ -67,6 +71,7 @@ class Event(NamedTuple):
     span: Span | None = None
 
 
+@known
 class Stamp(NamedTuple):
     """What identifies a signal on its edge: the sender's tick, the sample that the signal is about
     (pulse) or that was shown at that tick (hold), and the number of updates that the sender's
@@ -128,9 +133,9 @@ class Schedule(Protocol):
         """The most samples by which a message lags behind what it meets."""
 
 
-def source_events(c: int) -> Iterator[Event]:
-    """Sample n leaves the stream at tick n c - 1."""
-    for n in count():
+def source_events(c: int, first: int = 0) -> Iterator[Event]:
+    """Sample n leaves the stream at tick n c - 1. first: the sample to begin with."""
+    for n in count(first):
         yield Event(n * c - 1, Phase.EMIT, n)
 
 
@@ -200,12 +205,13 @@ class PulseSchedule:
     def _backward_tick(self, block: str, sample: int) -> int:
         return self._forward_tick(block, sample) + self.lag(block)
 
-    def events(self, block: str) -> Iterator[Event]:
+    def events(self, block: str, since: int = 0) -> Iterator[Event]:
+        first = max(0, -((self._forward_tick(block, 0) - since) // self.c))
         if block in self._readouts:
-            for n in count():
+            for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.READ, n)
-        behind = 0
-        for n in count():
+        behind = max(0, -((self._backward_tick(block, 0) - since) // self.c))
+        for n in count(first):
             forward = Event(self._forward_tick(block, n), Phase.FORWARD, n)
             while self._backward_tick(block, behind) < forward.tick:
                 yield Event(self._backward_tick(block, behind), Phase.BACKWARD, behind)
@@ -282,8 +288,8 @@ class HoldSchedule:
         """Whether a tick of `block` comes after those of all other blocks with the same number."""
         return block in self._late
 
-    def events(self, block: str) -> Iterator[Event]:  # noqa: ARG002
-        for k in count():
+    def events(self, block: str, since: int = 0) -> Iterator[Event]:  # noqa: ARG002
+        for k in count(since):
             yield Event(k, Phase.TICK, k // self.c)
 
     def before_start(self, edge: Edge) -> range:

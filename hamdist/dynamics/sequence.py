@@ -18,7 +18,8 @@ B: batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,10 +28,11 @@ from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
 from hamdist.dynamics.gradient import Gradient
 from hamdist.dynamics.losses import Slope
+from hamdist.dynamics.saving import Remembers, taken
 from hamdist.dynamics.weights import Weights
 
 
-class WayBack:
+class WayBack(Remembers):
     """The weights of one block while a sequence is gone through in reverse.
 
     Where no message came along the whole way, theta and omega stay as they were.
@@ -43,6 +45,8 @@ class WayBack:
         self._scale = scale
         self._before = weights.omega
         self._came = False
+
+    STATE = ("_before", "_came")
 
     def begin(self) -> None:
         """omega_0 = mu omega."""
@@ -64,7 +68,7 @@ class WayBack:
             self.weights.updates += 1
 
 
-class SequenceBlock:
+class SequenceBlock(Remembers):
     """A state block: h_{m+1} = f(h_parents; theta) forward, and in reverse
 
         M_v = c (df/dh_v)^T z_{j+1},        g_j = c (df/dtheta)^T z_{j+1}
@@ -94,6 +98,19 @@ class SequenceBlock:
         self._c = dynamics.c
         self._keeps = -self._tau * dynamics.eta_z
         self._guard = guard
+
+    STATE = ("cell", "weights", "_way_back", "h", "z", "stored")
+
+    def snapshot(self) -> dict[str, Any]:
+        trace = [self.cell.held(record) for record in self._trace]
+        return {**super().snapshot(), "trace": trace}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        trace, own = taken(state, "trace")
+        super().restore(own)
+        self._trace.clear()
+        self._trace.extend(self.cell.rebuilt(record) for record in trace)
+        self.cell.restore(own["cell"])  # once more: see `rebuilt`
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         record = self.cell.forward(inputs, self._wanted)
@@ -133,7 +150,16 @@ class SequenceBlock:
         self._way_back.end(sample)
 
 
-class SequenceReadout:
+class _Read(NamedTuple):
+    """One token as a readout saw it. random: where the loss's own random numbers stood before."""
+
+    record: Record
+    slope: Slope | None
+    target: Tensor | None
+    random: dict[str, Any] | None
+
+
+class SequenceReadout(Remembers):
     """An output net: predicts and compares on the way forward, learns on the way back.
 
         y_m = f^y(h_parents; theta),    M_v = phi dL_m/dh_v,    g_j = phi dL_m/dtheta
@@ -153,10 +179,29 @@ class SequenceReadout:
         self.weights = way_back.weights
         self.stored = 0
         self._way_back = way_back
-        self._trace: deque[tuple[Record, Slope | None]] = deque(maxlen=truncation)
+        self._trace: deque[_Read] = deque(maxlen=truncation)
         self._wanted = list(wanted)
         self._loss = loss
         self._taken = False
+
+    STATE = ("cell", "weights", "_way_back", "stored", "_loss", "_taken")
+
+    def snapshot(self) -> dict[str, Any]:
+        trace = [(self.cell.held(r.record), r.target, r.random) for r in self._trace]
+        return {**super().snapshot(), "trace": trace}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        trace, own = taken(state, "trace")
+        super().restore(own)
+        self._trace.clear()
+        for record, target, random in trace:
+            slope = None
+            if target is not None:
+                self._loss.random = random
+                slope = self._loss.value(record["output"], target)[1]
+            self._trace.append(_Read(self.cell.rebuilt(record), slope, target, random))
+        self.cell.restore(own["cell"])  # once more: see `rebuilt`
+        self._loss.restore(own["_loss"])
 
     def forward(
         self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
@@ -164,21 +209,22 @@ class SequenceReadout:
         """What was read (None without a target)."""
         record = self.cell.forward(inputs, self._wanted)
         prediction = record.output.detach()
-        taken = None if target is None else self._loss.value(prediction, target)
-        self._trace.append((record, None if taken is None else taken[1]))
+        random = self._loss.random
+        found = None if target is None else self._loss.value(prediction, target)
+        self._trace.append(_Read(record, None if found is None else found[1], target, random))
         self.stored = max(self.stored, len(self._trace))
-        if target is None or taken is None:
+        if target is None or found is None:
             return None
-        return Reading(prediction, target, taken[0], self._loss.phi(sample))
+        return Reading(prediction, target, found[0], self._loss.phi(sample))
 
     def begin(self) -> None:
         """The way back begins."""
-        self._taken = any(slope is not None for _, slope in self._trace)
+        self._taken = any(read.slope is not None for read in self._trace)
         self._way_back.begin()
 
     def backward(self, sample: int) -> list[Tensor | None]:
         """One reversed token: the messages to the parents."""
-        record, slope = self._trace.pop()
+        record, slope, _, _ = self._trace.pop()
         if slope is None:
             self._way_back.add(None)
             return [None] * len(self._wanted)

@@ -12,7 +12,8 @@ with rate tau beta.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,10 @@ from hamdist.dynamics.gradient import (
     dense,
     has_moved,
 )
+from hamdist.dynamics.saving import Remembers
 
 
-class Weights:
+class Weights(Remembers):
     """theta (moved in place) and omega, as lists in the order of the cell's parameters.
 
     names: of the parameters, where their rates beta differ.
@@ -67,6 +69,23 @@ class Weights:
         self._known: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
         self._fading = 1.0  # product of the shares of omega that were kept
         self._steps = 0
+
+    STATE = ("updates", "_omega", "_factors", "_bound", "_squares", "_fading", "_steps")
+
+    def snapshot(self) -> dict[str, Any]:
+        """All but theta, which is the cell's. omega stays in factors where it is: the order
+        'simultaneous' moves theta by them in the next tick."""
+        state = super().snapshot()
+        if self._factors is not None:
+            g, gain = self._factors
+            if isinstance(g, Gradients):
+                g.settle()
+            state["_factors"] = list(g), gain
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._mine = False
 
     @property
     def omega(self) -> list[Tensor]:

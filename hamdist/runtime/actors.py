@@ -17,13 +17,13 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.host import Host, HostReport, HostStatus, Opened
 from hamdist.runtime.hosts import Seat
 from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.plan import Plan
 from hamdist.streams.sample import Stream
 
-THREADS_OF_AN_ACTOR = 4
+THREADS_OF_AN_ACTOR = 8
 ANSWER_SECONDS = 5.0
 
 
@@ -74,14 +74,27 @@ class HostActor:
         blocks: Sequence[str],
         stream: Stream | None,
         binds: Mapping[int, str],
-    ) -> dict[int, str]:
-        """Builds the blocks and opens the receiving ends; returns their addresses."""
+    ) -> Opened:
+        """Builds the blocks and opens the receiving ends; returns where they are."""
         torch.set_default_dtype(plan.default_dtype)
         self._host = Host(plan, blocks, stream)
         return self._host.bind(binds)
 
-    def connect(self, addresses: Mapping[int, str]) -> None:
-        self._prepared().connect(addresses)
+    def connect(self, ends: Opened) -> int:
+        return self._prepared().connect(ends)
+
+    def bind_anew(self, ways: Mapping[int, str]) -> Opened:
+        return self._prepared().bind_anew(ways)
+
+    def connect_anew(self, ends: Opened) -> int:
+        return self._prepared().connect_anew(ends)
+
+    def keep(self, tick: int) -> bool:
+        return self._prepared().keep(tick)
+
+    def complete(self, tick: int) -> None:
+        if self._host is not None:  # (a run that has ended needs no signal again)
+            self._host.complete(tick)
 
     def run(self, index: int, actors: int) -> HostReport:
         """index: of this actor among the `actors` of its host."""

@@ -20,7 +20,7 @@ from hamdist.errors import ClusterError, HamdistError, StreamError
 from hamdist.runtime.advice import thread_warnings
 from hamdist.runtime.cluster import Session, host_seconds, hosts
 from hamdist.runtime.demands import demand, wishes
-from hamdist.runtime.host import Host, HostReport, HostStatus
+from hamdist.runtime.host import Host, HostReport, HostStatus, Kept, Opened
 from hamdist.runtime.hosts import Seat, seats
 from hamdist.runtime.line import socket_folder
 from hamdist.runtime.links import Link, Probe, least_delays, pairs
@@ -33,6 +33,7 @@ from hamdist.runtime.signal import Channel
 from hamdist.runtime.startup import Startup
 from hamdist.runtime.threads import cores
 from hamdist.runtime.transport import IPC, SHM, TCP, local_way
+from hamdist.streams.replay import replays
 from hamdist.streams.sample import Stream
 
 START_SECONDS = 120.0
@@ -60,8 +61,22 @@ class Actor:
     windows: list[Window] = field(default_factory=list)
     every: int | None = None
 
+    told: list[Kept] = field(default_factory=list)
+    kept_bytes: int = 0
+
+    def renew(self, seat: Seat, handle: Any, place: tuple[str, str, int]) -> None:
+        """Another process takes the actor's part."""
+        self.seat, self.handle = seat, handle
+        self.node, self.address, self.pid = place
+        self.running = self.report = self.status = self.asked = None
+        self.windows = []
+        self.every = None
+
     def note(self, status: HostStatus) -> None:
         self.status = status
+        if status.kept is not None:
+            self.told.append(status.kept)
+            self.kept_bytes = status.kept.nbytes
         self.windows = [*self.windows[: status.first], *status.windows]
         self.every = status.every
 
@@ -79,11 +94,16 @@ class Crew:
     def __init__(self, plan: Plan, stream: Stream, session: Session) -> None:
         self._plan = plan
         self._stream = stream
-        self._session = session
+        self.session = session
+        # What cannot be drawn again a second time stays here, where its log keeps what it gave.
+        keeps = plan.keeping is not None and plan.keeping.recover
+        self._portable = stream.portable and (replays(stream) or not keeps)
         self._local: Host | None = None
         self._thread: threading.Thread | None = None
         self.local_report: HostReport | None = None
         self.actors: list[Actor] = []
+        # Told of an actor that died, or ended with an error; answers whether it is replaced.
+        self.mourn: Callable[[Actor, HamdistError | None, HamdistError], bool] | None = None
 
     def __enter__(self) -> Crew:
         return self
@@ -126,7 +146,7 @@ class Crew:
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
         with startup.phase("actors"):
             own = self._seats(groups, costs)
-            handles = self._session.actors(own)
+            handles = self.session.actors(own)
             self.actors = [
                 Actor(f"actor {i}", blocks, handle, seat)
                 for i, (blocks, handle, seat) in enumerate(zip(groups, handles, own, strict=True))
@@ -138,26 +158,39 @@ class Crew:
                 links = self._links()
                 plan = plan.replan(least_delays(plan, self.placement, measured, links))
                 self._plan = plan
-        inside = [set(actor.blocks) for actor in self.actors]
-        portable = self._stream.portable
-        if portable:
-            inside[self._source_actor()].add(INPUT)
-        binds = [self._binds(i, inside) for i in range(len(inside))]
+        inside = self.inside()
+        binds = [self.binds(i, inside) for i in range(len(inside))]
 
         def arguments(i: int) -> tuple[Any, ...]:
-            own = self._stream if INPUT in inside[i] else None
-            return plan.only(self.actors[i].blocks), self.actors[i].blocks, own, binds[i]
+            blocks = self.actors[i].blocks
+            return plan.only(blocks), blocks, self.stream_of(i), binds[i]
 
-        addresses: dict[int, str] = {}
+        ends: Opened = {}
         with startup.phase("blocks"):
             for opened in self._all("prepare", arguments):
-                addresses |= opened
+                ends |= opened
         with startup.phase("sockets"):
-            self._all("connect", lambda _: (addresses,))
-            if not portable:
+            self._all("connect", lambda _: (ends,))
+            if not self._portable:
                 self._local = Host(plan.only([]), [], self._stream)
-                self._local.connect(addresses)
+                self._local.connect(ends)
         return plan
+
+    @property
+    def plan(self) -> Plan:
+        """What the actors run."""
+        return self._plan
+
+    def inside(self) -> list[set[str]]:
+        """The nodes of each actor."""
+        inside = [set(actor.blocks) for actor in self.actors]
+        if self._portable:
+            inside[self._source_actor()].add(INPUT)
+        return inside
+
+    def stream_of(self, i: int) -> Stream | None:
+        """The stream, if actor i draws it."""
+        return self._stream if self._portable and i == self._source_actor() else None
 
     def _seats(self, groups: Sequence[Sequence[str]], costs: Costs | None) -> list[Seat]:
         """What each actor asks Ray for. Raises ClusterError for what the cluster does not have."""
@@ -210,7 +243,7 @@ class Crew:
             ) from None
         except RayError as error:
             raise ClusterError(
-                f"the link between {first} and {second} could not be measured: {_last_line(error)}"
+                f"the link between {first} and {second} could not be measured: {last_line(error)}"
             ) from error
         return link  # type: ignore[no-any-return]
 
@@ -219,12 +252,19 @@ class Crew:
         host = source_host(self._plan)
         return next(i for i, actor in enumerate(self.actors) if host in actor.blocks)
 
-    def _binds(self, i: int, inside: Sequence[set[str]]) -> dict[int, str]:
-        """What actor i receives from other processes, and the way it comes."""
+    def binds(
+        self, i: int, inside: Sequence[set[str]], only: Sequence[Actor] | None = None
+    ) -> dict[int, str]:
+        """What actor i receives from other processes (`only`: from those), and the way it comes."""
+        senders: set[str] | None = None
+        if only is not None:
+            senders = set().union(*(inside[self.actors.index(actor)] for actor in only))
         return {
             channel.number: self._way(channel, self.actors[i], inside)
             for channel in self._plan.channels.all()
-            if channel.receiver in inside[i] and channel.sender not in inside[i]
+            if channel.receiver in inside[i]
+            and channel.sender not in inside[i]
+            and (senders is None or channel.sender in senders)
         }
 
     def _way(self, channel: Channel, receiver: Actor, inside: Sequence[set[str]]) -> str:
@@ -266,13 +306,45 @@ class Crew:
                 f"free CPUs for {len(self.actors)} actors (ray status shows them)"
             ) from None
         except RayError as error:
-            raise ClusterError(f"an actor failed while it started: {_last_line(error)}") from error
+            raise ClusterError(f"an actor failed while it started: {last_line(error)}") from error
+
+    def start_again(self, actors: Sequence[Actor]) -> None:
+        """These run (once more)."""
+        for actor in actors:
+            together = [a for a in self.actors if a.node == actor.node]
+            actor.running = actor.handle.run.remote(together.index(actor), len(together))
+
+    def connect_local(self, ends: Opened) -> int:
+        """The stream in this process sends to new ends."""
+        return 0 if self._local is None else self._local.connect_anew(ends)
+
+    def keep(self, tick: int) -> None:
+        """All take a snapshot at `tick`."""
+        for actor in self.running.values():
+            actor.handle.keep.remote(tick)
+        if self._local is not None:
+            self._local.keep(tick)
+
+    def complete(self, tick: int) -> None:
+        """All may forget what lies before that snapshot."""
+        for actor in self.actors:
+            actor.handle.complete.remote(tick)
+        if self._local is not None:
+            self._local.complete(tick)
+
+    def kept(self) -> list[Kept]:
+        """What all have told of their snapshots since the last call."""
+        found = [kept for actor in self.actors for kept in actor.told]
+        for actor in self.actors:
+            actor.told.clear()
+        if self._local is not None:
+            status = self._local.status(0, None)
+            found += [] if status.kept is None else [status.kept]
+        return found
 
     def start(self) -> None:
         """Everybody runs."""
-        for actor in self.actors:
-            together = [a for a in self.actors if a.node == actor.node]
-            actor.running = actor.handle.run.remote(together.index(actor), len(together))
+        self.start_again(self.actors)
         if self._local is not None:
             self._thread = threading.Thread(target=self._run_local, daemon=True)
             self._thread.start()
@@ -292,7 +364,8 @@ class Crew:
 
     @property
     def done(self) -> bool:
-        return not self.running and (self._local is None or self.local_report is not None)
+        finished = all(actor.report is not None for actor in self.actors)
+        return finished and (self._local is None or self.local_report is not None)
 
     def wait(self, seconds: float, *, everybody: bool = False) -> None:
         """Waits for actors to finish, and collects their reports.
@@ -320,13 +393,24 @@ class Crew:
         try:
             actor.report = ray.get(call)
         except RayActorError as error:
-            raise ClusterError(
-                f"{actor} died: {_last_line(error)}; was it killed, or out of memory?"
-            ) from error
+            lost = ClusterError(
+                f"{actor} died: {last_line(error)}; was it killed, or out of memory?"
+            )
+            if self.mourn is not None and self.mourn(actor, None, lost):
+                actor.running = None
+                return
+            raise lost from error
         except RayError as error:
-            raise ClusterError(f"{actor} failed: {_last_line(error)}") from error
-        if actor.report is not None and actor.report.error is not None:
-            raise actor.report.error
+            raise ClusterError(f"{actor} failed: {last_line(error)}") from error
+        report = actor.report
+        if report is None or report.error is None:
+            if report is not None and report.kept is not None:
+                actor.told.append(report.kept)
+            return
+        if self.mourn is not None and self.mourn(actor, report.error, report.error):
+            actor.report = actor.running = None
+            return
+        raise report.error
 
     def ask(self, now: float, seconds: float) -> None:
         """Asks every running actor how far it is, and notes the answers that come in time."""
@@ -343,11 +427,9 @@ class Crew:
             with contextlib.suppress(RayError):  # an actor that died is found by its run call
                 actor.note(ray.get(call))
 
-    def silent(self, now: float) -> list[str]:
+    def silent(self, now: float, seconds: float = ANSWER_SECONDS) -> list[Actor]:
         """The actors that have not answered for a while."""
-        return [
-            str(a) for a in self.actors if a.asked is not None and now - a.asked_at > ANSWER_SECONDS
-        ]
+        return [a for a in self.actors if a.asked is not None and now - a.asked_at > seconds]
 
     def samples(self) -> int:
         """Samples that have entered the network."""
@@ -399,7 +481,7 @@ class Crew:
             with contextlib.suppress(RayError):  # it died
                 ray.get(call)
                 obedient.append(closed[call])
-        self._session.idle.extend((actor.seat, actor.handle) for actor in obedient)
+        self.session.idle.extend((actor.seat, actor.handle) for actor in obedient)
         killed = [actor for actor in self.actors if actor not in obedient]
         for actor in killed:
             ray.kill(actor.handle)
@@ -424,6 +506,6 @@ def _processors(cpus: int) -> int:
     return cpus - max(0, int(mine) - cores())
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +16,24 @@ from hamdist.dynamics.constants import Course
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import OUTPUT_KEY, BlockSpec, Edge
 from hamdist.dynamics.hold import HoldBlock, HoldReadout, Tick
+from hamdist.dynamics.saving import Remembers, taken
 from hamdist.dynamics.schedule import Event, HoldSchedule, Stamp
 from hamdist.dynamics.weights import Weights
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
-from hamdist.runtime.ports import Ports, block_state, make_metrics, make_recorder, record
+from hamdist.runtime.ports import (
+    Ports,
+    block_state,
+    events_from,
+    make_metrics,
+    make_recorder,
+    record,
+)
 from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import Signal, ready
 
 
-class HoldNode:
+class HoldNode(Remembers):
     """A block that steps in every tick. seconds: spent in the block's own steps."""
 
     def __init__(
@@ -63,6 +73,22 @@ class HoldNode:
         self._events = plan.schedule.events(spec.name)
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
+
+    STATE = ("block", "metrics", "seconds", "_recorder", "_clock", "_target", "_no_more_targets")
+
+    def snapshot(self) -> dict[str, Any]:
+        own = {"shown": self._shown, "event": self.event, "tick": self.tick}
+        return {**super().snapshot(), **own, "ended": [edge.index for edge in self._ended]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        ended, state = taken(state, "ended")
+        self._shown, state = taken(state, "shown")
+        self.event, state = taken(state, "event")
+        self.tick, state = taken(state, "tick")
+        super().restore(state)
+        edges = {edge.index: edge for edge in (*self._ports.into, *self._ports.out_of)}
+        self._ended = [edges[index] for index in ended]
+        self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:
         h = ready(self.block.h) if isinstance(self.block, HoldBlock) else None
@@ -183,6 +209,11 @@ class HoldNode:
         """What was recorded, if anything was to be."""
         return None if self._recorder is None else self._recorder.records()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return self._ports.border.device
+
     def state(self) -> BlockState:
         block = self.block
         if isinstance(block, HoldReadout):
@@ -193,7 +224,7 @@ class HoldNode:
         return block_state(parts, block.h, block.z)
 
 
-class _Clock:
+class _Clock(Remembers):
     """The step of integration, and when what is cleared.
 
     due: what is cleared before the present tick's work ('h', 'z', 'omega'). h_since, z_since:
@@ -211,6 +242,8 @@ class _Clock:
         self._course = tau
         self._told_tau = math.nan
         self._sequence_over = False
+
+    STATE = ("due", "h_since", "z_since", "stopped", "_told_tau", "_sequence_over")
 
     def advance(self, k: int, first: bool, told: Signal | None) -> None:
         """To tick k. first: of its sample. told: what the stream said of the sample."""

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -19,17 +20,22 @@ from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import HamdistError
 from hamdist.runtime.compression import CompressionMap
+from hamdist.runtime.keeper import Keeper, Taken
+from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.nodes import make_node, ticks_of, time_use
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.requests import Requests
 from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import Channel
 from hamdist.runtime.source import SourceNode
 from hamdist.runtime.threads import pinned, seat
 from hamdist.runtime.transport import Wires
 from hamdist.streams.sample import Stream
+
+ANSWER_SECONDS = 60.0  # a block's step may take long
 
 
 @dataclass(slots=True)
@@ -49,6 +55,7 @@ class HostReport:
     stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
     time_use: dict[str, float] = field(default_factory=dict)
+    kept: Kept | None = None
     error: HamdistError | None = None
     aborted: bool = False
 
@@ -64,6 +71,25 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What was written since the last look, what went wrong, and the bytes of kept signals."""
+
+    taken: list[Taken]
+    failure: str | None
+    nbytes: int
+
+
+class End(NamedTuple):
+    """The receiving end of a channel. next: the number of the signal that it waits for."""
+
+    address: str
+    next: int
+
+
+Opened: TypeAlias = dict[int, End]
+
+
+@dataclass(frozen=True, slots=True)
 class HostStatus:
     """One look at a running process. ticks and updates by block; windows: of its first readout
     from number `first` on, `every` items each (None: no readout here)."""
@@ -75,6 +101,7 @@ class HostStatus:
     first: int
     every: int | None
     wait: Wait | None
+    kept: Kept | None = None
 
 
 class Host:
@@ -83,24 +110,74 @@ class Host:
     def __init__(self, plan: Plan, blocks: Sequence[str], stream: Stream | None) -> None:
         self._plan = plan
         self._abort = threading.Event()
-        self._transport = Wires(plan.run, self._abort, plan.engine.link_delay)
+        self._requests = Requests()
+        delay = plan.engine.link_delay
+        self._transport = Wires(plan.run, self._abort, delay, self._requests)
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
-        self._mail = Mailroom(inside, self._transport)
+        keeping = plan.keeping
+        self._ledger = None if keeping is None else Ledger(inside, replays=keeping.recover)
+        self._mail = Mailroom(inside, self._transport, self._ledger)
         self._inside = inside
         self._nodes = [make_node(plan, name, self._mail) for name in blocks]
         self._source = None if stream is None else SourceNode(plan, stream, self._mail)
+        self._channels = {c.number: c for c in plan.channels.all()}
+        self._keeper: Keeper | None = None
+        if keeping is not None and self._ledger is not None:
+            self._keeper = Keeper(plan, self._all_nodes(), self._mail, self._ledger)
+            if keeping.snapshot is not None:
+                self._keeper.restore(keeping.snapshot)
 
-    def bind(self, ways: Mapping[int, str]) -> dict[int, str]:
+    def _all_nodes(self) -> list[Any]:
+        return [*([self._source] if self._source is not None else []), *self._nodes]
+
+    def bind(self, ways: Mapping[int, str]) -> Opened:
         """Opens the receiving ends of the channels given by index, each in its way (transport.py).
-        Returns their addresses."""
-        channels = {c.number: c for c in self._plan.channels.all()}
-        return {i: self._transport.bind(channels[i], way) for i, way in ways.items()}
+        One that is open already is closed: what it has not handed out yet comes again."""
+        opened: Opened = {}
+        for i, way in ways.items():
+            channel = self._channels[i]
+            address = self._transport.bind(channel, way)
+            opened[i] = End(address, self._mail.taken(channel) + 1)
+        return opened
 
-    def connect(self, addresses: Mapping[int, str]) -> None:
-        """Opens the sending ends of this process's channels."""
-        for channel in self._plan.channels.all():
-            if channel.sender in self._inside and channel.receiver not in self._inside:
-                self._transport.connect(channel, addresses[channel.number])
+    def connect(self, ends: Opened) -> int:
+        """Opens the sending ends of the channels of this process that are among `ends`. How many
+        signals are sent again."""
+        again = 0
+        for i, end in ends.items():
+            channel = self._channels[i]
+            if channel.sender not in self._inside or channel.receiver in self._inside:
+                continue
+            log = None if self._ledger is None else self._ledger.log(channel)
+            behind = 0 if log is None else log.posted + 1 - end.next
+            if log is None or behind <= 0:
+                self._transport.connect(channel, end.address)
+            else:
+                self._transport.connect(channel, end.address, log, end.next)
+                again += behind
+            if log is not None:
+                self._mail.resume_at(channel, end.next)
+        return again
+
+    # While the nodes run, their thread does these (in its own time).
+
+    def bind_anew(self, ways: Mapping[int, str]) -> Opened:
+        """`bind`, for a neighbour that begins again."""
+        return self._requests.ask(lambda: self.bind(ways), ANSWER_SECONDS)
+
+    def connect_anew(self, ends: Opened) -> int:
+        """`connect`, to a neighbour that begins again."""
+        return self._requests.ask(lambda: self.connect(ends), ANSWER_SECONDS)
+
+    def complete(self, tick: int) -> None:
+        """The snapshot of that tick is complete: signals before it are not needed again."""
+        if self._ledger is not None:
+            ledger = self._ledger
+            self._requests.ask(lambda: ledger.complete(tick), ANSWER_SECONDS)
+
+    def keep(self, tick: int) -> bool:
+        """A snapshot at `tick`; whether that is still to come."""
+        return self._keeper is not None and self._keeper.ask(tick)
 
     def run(self, index: int = 0, actors: int = 0) -> HostReport:
         """Steps the nodes to the end. Errors are reported, not raised. index: of this process among
@@ -109,15 +186,22 @@ class Host:
         reset_peak(collect=True)
         report = HostReport()
         started = time.perf_counter()
-        nodes = [*([self._source] if self._source is not None else []), *self._nodes]
+        nodes = self._all_nodes()
+        keeping = self._plan.keeping
+        goes_on = keeping is not None and keeping.snapshot is not None
+        self._requests.begin()
         try:
             with pinned(self._seat(index, actors)):
-                run_loop(nodes, self._check_abort)
+                run_loop(nodes, self._look_up, self._keeper, started=goes_on)
                 self._mail.flush()
         except Aborted:
             report.aborted = True
         except HamdistError as error:
             report.error = error
+        self._requests.end()
+        if self._keeper is not None:
+            self._keeper.close()
+            report.kept = self._kept()
         report.ticks = ticks_of(self._nodes)
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_bytes()  # before the states are copied
@@ -143,9 +227,11 @@ class Host:
         engine = self._plan.engine
         return None if engine.pin is Pin.OFF else seat(index, actors, engine.threads)
 
-    def _check_abort(self) -> None:
+    def _look_up(self) -> None:
         if self._abort.is_set():
             raise Aborted
+        if self._requests.waiting:
+            self._requests.serve()
 
     def status(self, seen: int, every: int | None) -> HostStatus:
         """Called from another thread. seen: windows that the caller has, of `every` items."""
@@ -161,7 +247,14 @@ class Host:
             first=first,
             every=now,
             wait=self._wait(),
+            kept=self._kept(),
         )
+
+    def _kept(self) -> Kept | None:
+        if self._keeper is None or self._ledger is None:
+            return None
+        taken, failure = self._keeper.collected()
+        return Kept(taken, failure, self._ledger.nbytes)
 
     def _wait(self) -> Wait | None:
         waiting = self._transport.waiting

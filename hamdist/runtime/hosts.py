@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hamdist.config import Spread
 from hamdist.errors import ClusterError
@@ -52,6 +52,10 @@ class Seat:
     gpus: float = 0.0
     resources: tuple[tuple[str, float], ...] = ()
     node: str | None = None
+
+    def anywhere(self) -> Seat:
+        """The same on any host."""
+        return replace(self, node=None)
 
 
 def seats(

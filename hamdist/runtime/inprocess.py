@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from hamdist.dynamics.graph import INPUT
 from hamdist.errors import DivergedError
+from hamdist.runtime.keptrun import KeptRun
+from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import own_bytes, peak_bytes, reset_peak
@@ -28,10 +31,16 @@ class InProcessEngine:
         self, plan: Plan, stream: Stream, on_progress: Callable[[Progress], None] | None = None
     ) -> Outcome:
         created = time.perf_counter()
-        mail = Mailroom({INPUT, *plan.graph.blocks})
+        inside = {INPUT, *plan.graph.blocks}
+        ledger = None if plan.keeping is None else Ledger(inside, replays=False)
+        mail = Mailroom(inside, ledger=ledger)
         source = SourceNode(plan, stream, mail)
         nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
         measured = [n for n in nodes if n.metrics is not None]
+        keeping: KeptRun | None = None
+        if ledger is not None:
+            keeping = KeptRun(plan, [source, *nodes], mail, ledger)
+            keeping.restore()
         reset_peak()
         started = time.perf_counter()
         due = started
@@ -50,16 +59,21 @@ class InProcessEngine:
 
         def between() -> None:
             nonlocal due
+            if keeping is not None:
+                keeping.look()
             if on_progress is not None and time.perf_counter() >= due:
                 due = time.perf_counter() + PROGRESS_SECONDS
                 on_progress(progress())
 
+        stop = source.stop.set if keeping is None else keeping.stopping(source.stop.set)
         with (
             torch_threads(plan.engine.threads),
-            ending_on_interrupt(source.stop.set) as interrupted,
+            ending_on_interrupt(stop) as interrupted,
+            keeping or nullcontext(),
         ):
             try:
-                run_loop([source, *nodes], between)
+                cut = None if keeping is None else keeping.keeper
+                run_loop([source, *nodes], between, cut, started=keeping is not None and keeping.on)
             except DivergedError as error:
                 diverged = error
             for node in measured:
@@ -86,6 +100,8 @@ class InProcessEngine:
             stream=source.counts,
             records={n.name: r for n in nodes for r in [n.records()] if r is not None},
             interrupted=interrupted(),
+            snapshots=[] if keeping is None else keeping.snapshots,
+            warnings=[] if keeping is None else keeping.warnings,
         )
         if diverged is not None:
             diverged.outcome = outcome

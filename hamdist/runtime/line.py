@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import NoReturn, Protocol
 from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import ClusterError
 from hamdist.runtime.loop import Aborted
+from hamdist.runtime.requests import Interrupted, Requests
 from hamdist.runtime.signal import Channel, Signal
 
 TURN_MS = 100  # how long a blocked call sleeps before it looks whether the run was called off
@@ -32,22 +34,28 @@ class Waiting:
 
 
 class Line:
-    """abort: set to make blocked calls raise `Aborted`. waiting: the blocked call, if there is one.
-    waited, packed: seconds inside calls of the operating system, and seconds of work on bytes."""
+    """abort: set to make blocked calls raise `Aborted`. requests: of other threads, for which they
+    are left. waiting: the blocked call, if there is one. waited, packed: seconds inside calls of
+    the operating system, and seconds of work on bytes."""
 
-    __slots__ = ("abort", "packed", "run", "waited", "waiting")
+    __slots__ = ("abort", "packed", "requests", "run", "waited", "waiting")
 
-    def __init__(self, run: int, abort: threading.Event) -> None:
+    def __init__(self, run: int, abort: threading.Event, requests: Requests | None = None) -> None:
         self.run = run
         self.abort = abort
         self.waiting: Waiting | None = None
         self.waited = 0.0
         self.packed = 0.0
+        self.requests = requests
 
-    def turn(self, channel: Channel, stamp: Stamp, *, sending: bool) -> None:
-        """After a call that has slept for TURN_MS: goes on only if the run does."""
+    def turn(self, channel: Channel, stamp: Stamp, *, sending: bool, midway: bool = False) -> None:
+        """After a call that has slept for TURN_MS: goes on only if the run does. midway: through a
+        message that has to be finished first. Raises Interrupted where somebody asks for something.
+        """
         if self.abort.is_set():
             raise Aborted
+        if not midway and self.requests is not None and self.requests.waiting:
+            raise Interrupted
         if self.waiting is None:
             since = time.monotonic() - TURN_MS / 1000
             self.waiting = Waiting(channel, since, stamp, sending)
@@ -62,6 +70,9 @@ class Line:
 
 class Sender(Protocol):
     """The sending end of one channel."""
+
+    def move(self, line: Line) -> None:
+        """From now on another thread sends, whose line this is."""
 
     def send(self, signals: Sequence[Signal]) -> None:
         """Sends `signals` as one message, when there is room for all of them."""
@@ -86,6 +97,12 @@ def socket_folder(run: int) -> Path:
     if len(str(folder)) + 12 > MAX_PATH:
         folder = Path("/tmp") / folder.name
     return folder
+
+
+def socket_file(run: int, channel: Channel) -> Path:
+    """A name in the private folder that nobody has used: a channel's end may be opened again, while
+    the file of one that was lost is still there."""
+    return private_folder(run) / f"{channel.number}.{secrets.token_hex(2)}"
 
 
 def private_folder(run: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from hamdist.dynamics.block import OutOfRange
 from hamdist.errors import BlockError, DivergedError, HamdistError
@@ -15,19 +16,37 @@ class Aborted(Exception):
     """The run was called off while this process waited."""
 
 
-def run_loop(nodes: Sequence[Node], between: Callable[[], None] | None = None) -> None:
+class Cut(Protocol):
+    """What is done when all nodes of a process have come to a tick. due: that tick."""
+
+    due: float
+
+    def reach(self, tick: int) -> None:
+        """All nodes stand before their first event of a tick >= due; `tick` is the least of
+        those. Sets the next `due`."""
+
+
+def run_loop(
+    nodes: Sequence[Node],
+    between: Callable[[], None] | None = None,
+    cut: Cut | None = None,
+    *,
+    started: bool = False,
+) -> None:
     """Steps `nodes` in the order of their ticks until all have finished; at one tick in the order
-    given, late ones last. between: called after every event.
+    given, late ones last. between: called after every event. started: they go on.
 
     Raises DivergedError where a state, a costate or a loss leaves the finite range, and BlockError
     naming the block, with the traceback, for whatever else a block raises.
     """
-    for node in nodes:
+    for node in () if started else nodes:
         _guarded(node, node.start)
     heap = [(node.tick, node.late, i) for i, node in enumerate(nodes) if node.tick is not None]
     heapq.heapify(heap)
     while heap:
-        _, late, i = heap[0]
+        tick, late, i = heap[0]
+        if cut is not None and tick >= cut.due:
+            cut.reach(tick)
         node = nodes[i]
         _guarded(node, node.step)
         if node.tick is None:

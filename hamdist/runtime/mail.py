@@ -12,15 +12,18 @@ ended; and when all nodes have.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
-from typing import Protocol
+from typing import Any, Protocol
 
 from hamdist.dynamics.compress import Encoder
+from hamdist.dynamics.saving import check_names
 from hamdist.dynamics.schedule import Stamp
-from hamdist.errors import StampError
+from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.compression import DIRECTIONS, CompressionMap
 from hamdist.runtime.device import to_host
+from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.signal import Channel, Signal, ready
 
 
@@ -34,17 +37,31 @@ class Transport(Protocol):
 
 
 class Mailroom:
-    """The channels of one process. `inside`: nodes of this process; `payload_bytes`: what was
-    posted so far, by edge."""
+    """The channels of one process. `inside`: nodes of this process. ledger: counts what crosses,
+    where snapshots are taken."""
 
-    def __init__(self, inside: set[str], transport: Transport | None = None) -> None:
+    def __init__(
+        self, inside: set[str], transport: Transport | None = None, ledger: Ledger | None = None
+    ) -> None:
         self._inside = inside
+        self._ledger = ledger
+        self._resume: dict[int, int] = {}  # by channel: the first signal that has to be sent
         self._transport = transport
         self._queues: dict[int, deque[Signal]] = {}
         self._bundles: dict[int, tuple[Channel, list[Signal]]] = {}
         self._due = inf  # the first tick at whose end a bundle has to leave
-        self.payload_bytes: dict[str, int] = {}
+        self._sent: dict[int, int] = {}
+        self._edges: dict[int, str] = {}
         self._encoders: dict[int, tuple[Channel, Encoder]] = {}
+
+    @property
+    def payload_bytes(self) -> dict[str, int]:
+        """What was posted so far, by edge."""
+        by_edge: dict[str, int] = {}
+        for number, nbytes in self._sent.items():
+            edge = self._edges[number]
+            by_edge[edge] = by_edge.get(edge, 0) + nbytes
+        return by_edge
 
     @property
     def compression(self) -> CompressionMap:
@@ -59,11 +76,14 @@ class Mailroom:
         if channel.codec is not None:
             signal = self._encoded(channel, signal)
         if signal.payload is not None:
-            sent = self.payload_bytes.get(channel.edge, 0)
-            self.payload_bytes[channel.edge] = sent + signal.payload.nbytes
+            if channel.number not in self._sent:
+                self._sent[channel.number] = 0
+                self._edges[channel.number] = channel.edge
+            self._sent[channel.number] += signal.payload.nbytes
+        number = 0 if self._ledger is None else self._ledger.post(channel, signal)
         if channel.receiver in self._inside:
             self._queues.setdefault(channel.number, deque()).append(signal)
-        else:
+        elif not self._resume or number >= self._resume.get(channel.number, 0):
             self._send(channel, signal)
 
     def take(self, channel: Channel, stamp: Stamp, tick: int) -> Signal:
@@ -85,6 +105,8 @@ class Mailroom:
                 tick,
                 f"on {channel} the schedule names {_words(stamp)}, but {found} was there",
             )
+        if self._ledger is not None:
+            self._ledger.take(channel)
         codec = channel.codec
         if codec is not None and signal.payload is not None:
             return replace(signal, payload=ready(codec.decode(signal.payload)))
@@ -122,9 +144,66 @@ class Mailroom:
         waiting = sorted(self._bundles.values(), key=_due)
         for channel, bundle in waiting:
             if tick > _due((channel, bundle)):
-                del self._bundles[channel.number]
+                # (while an earlier one waited, a new end may have been opened, which has it)
+                if self._bundles.pop(channel.number, None) is None:
+                    continue
                 self._remote(channel).send(channel, *bundle)
         self._due = min((_due(kept) for kept in self._bundles.values()), default=inf)
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def snapshot(self, channel: Channel) -> dict[str, Any]:
+        """What the sender of `channel` has to remember: how much it has posted, and the latest
+        signals, among which are those under way."""
+        number = channel.number
+        queue = self._queues.get(number, ())
+        log = None if self._ledger is None else self._ledger.logs.get(number)
+        posted = 0 if self._ledger is None else self._ledger.posted.get(number, 0)
+        encoder = self._encoders.get(number)
+        return {
+            "posted": posted,
+            "latest": list(queue) if log is None else log.behind(posted - channel.capacity),
+            "bytes": self._sent.get(number, 0),
+            "encoder": None if encoder is None else encoder[1].snapshot(),
+        }
+
+    def taken(self, channel: Channel) -> int:
+        """How many signals of `channel` were taken here."""
+        return 0 if self._ledger is None else self._ledger.taken.get(channel.number, 0)
+
+    def restore(self, channel: Channel, state: Mapping[str, Any] | None, taken: int | None) -> None:
+        """state: of the sender, if it is here; taken: by the receiver, if it is."""
+        ledger, number = self._ledger, channel.number
+        if ledger is None:
+            raise ValueError("a mailroom without a ledger cannot go on")
+        if taken is not None:
+            ledger.taken[number] = taken
+        if state is None:
+            return
+        check_names("channel", state, ("posted", "latest", "bytes", "encoder"))
+        posted, latest = state["posted"], state["latest"]
+        ledger.posted[number] = posted
+        if state["bytes"]:
+            self._sent[number], self._edges[number] = state["bytes"], channel.edge
+        if state["encoder"] is not None and channel.codec is not None:
+            encoder = Encoder(channel.codec)
+            encoder.restore(state["encoder"])
+            self._encoders[number] = channel, encoder
+        if taken is None:
+            ledger.log(channel).begin(posted, latest)
+            return
+        if not posted - len(latest) <= taken <= posted:
+            raise SnapshotError(
+                f"{channel}: {posted} signals were sent and {taken} taken, but the snapshot holds "
+                f"{len(latest)}: its parts do not belong together"
+            )
+        self._queues[number] = deque(latest[len(latest) - (posted - taken) :])
+
+    def resume_at(self, channel: Channel, number: int) -> None:
+        """From now on only signals from `number` on are sent: the receiver has the others, or gets
+        them from the log."""
+        self._resume[channel.number] = number
+        self._bundles.pop(channel.number, None)
 
     def _remote(self, channel: Channel) -> Transport:
         if self._transport is None:

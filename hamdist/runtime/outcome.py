@@ -12,7 +12,7 @@ from types import FrameType
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
 from hamdist.runtime.compression import CompressionMap
-from hamdist.runtime.result import BlockState
+from hamdist.runtime.result import BlockState, Replaced
 
 
 @dataclass(slots=True)
@@ -20,7 +20,7 @@ class Outcome:
     """blocks: final states by name (without those that were lost, after an interruption).
     startup: seconds by phase, as far as the engine knows them. placement: the blocks of each
     process. own_memory, time_use, compression: see RunResult. delays: those that were chosen, where
-    that was asked for."""
+    that was asked for. snapshots: the complete ones that are left."""
 
     blocks: dict[str, BlockState]
     windows: dict[str, list[Window]]
@@ -38,6 +38,8 @@ class Outcome:
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     compression: CompressionMap = field(default_factory=dict)
     delays: dict[str, int] = field(default_factory=dict)
+    snapshots: list[str] = field(default_factory=list)
+    replaced: list[Replaced] = field(default_factory=list)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
 
@@ -47,15 +49,17 @@ Handler = Callable[[int, FrameType | None], object]
 
 @contextmanager
 def _on_interrupt(handler: Handler | signal.Handlers) -> Iterator[None]:
-    """Inside, Ctrl-C is `handler`'s. Outside the main thread signals are left alone."""
+    """Inside, Ctrl-C and a polite request to end (SIGTERM) are `handler`'s. Outside the main thread
+    signals are left alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextmanager
@@ -67,8 +71,9 @@ def deaf_to_interrupts() -> Iterator[None]:
 
 @contextmanager
 def ending_on_interrupt(stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C calls `stop` (the stream ends, what is under way is finished), the
-    second raises KeyboardInterrupt. Yields a function that tells whether there was one."""
+    """Inside, the first Ctrl-C (or SIGTERM) calls `stop` (the stream ends, what is under way is
+    finished), the second raises KeyboardInterrupt. Yields a function that tells whether there was
+    one."""
     seen = threading.Event()
 
     def handler(_number: int, _frame: FrameType | None) -> None:

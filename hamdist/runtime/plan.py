@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hamdist.config import (
     Compensation,
     Decay,
+    EngineKind,
     EngineSettings,
     Memory,
     MetricsSettings,
@@ -38,7 +39,31 @@ from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
 from hamdist.streams.sample import SampleSpec
 
+if TYPE_CHECKING:
+    from hamdist.runtime.snapshot import Snapshot
+
 Replan: TypeAlias = "Callable[[Mapping[str, int]], Plan]"
+
+SNAPSHOT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Snapshots of a run. path: where; every: ticks, seconds: of time between two; keep: how many
+    stay. settings: of the run, for the manifest. snapshot: what the run goes on from. epoch: of the
+    processes that write, which rises whenever one is replaced."""
+
+    path: str
+    every: int | None
+    seconds: float | None
+    keep: int
+    settings: Mapping[str, Any]
+    recover: bool = False
+    memory: int = 2**28
+    attempts: int = 3
+    silence: float = 10.0
+    snapshot: Snapshot | None = None
+    epoch: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +74,8 @@ class Plan:
     nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
     own, of every block. follows_lr: beta comes from the learning rate.
     replan: where delays follow from the links, makes the plan with ticks by edge.
-    native: linear layers on one row go to the C code, in every process."""
+    native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
+    taken, if they are. skip: items of the stream that an earlier run has had."""
 
     graph: Graph
     knobs: Locality
@@ -69,6 +95,8 @@ class Plan:
     reversible: frozenset[str] = frozenset()
     native: bool = False
     replan: Replan | None = None
+    keeping: Keeping | None = None
+    skip: int = 0
     desks: Mapping[str, Desk] = field(default_factory=dict)
 
     def scale(self, block: str, sample: int) -> float:
@@ -77,7 +105,7 @@ class Plan:
         if self.knobs.compensation is Compensation.DELAY_SCALED:
             factor = float((1 + self.schedule.delay(block)) ** -self.knobs.delay_power)
         if self.decay is Decay.LINEAR and self.steps is not None:
-            factor *= max(0.0, 1 - sample / self.steps)
+            factor *= max(0.0, 1 - (sample + self.skip) / self.steps)
         return factor
 
     def start(self, block: str) -> Tensor:
@@ -166,6 +194,58 @@ def make_plan(
         reversible=reversible,
         native=_native(settings.engine),
     )
+
+
+def make_keeping(settings: Settings, snapshot: Snapshot | None = None) -> Keeping | None:
+    """How the run keeps its state, as `settings.snapshots` say."""
+    given = settings.snapshots
+    if given.path is None:
+        return None
+    timed = given.seconds is not None or given.every is None
+    return Keeping(
+        path=given.path,
+        every=given.every,
+        seconds=(given.seconds or SNAPSHOT_SECONDS) if timed else None,
+        keep=given.keep,
+        settings=settings.model_dump(mode="json"),
+        recover=given.recover and settings.engine.kind is EngineKind.RAY,
+        memory=given.memory * 2**20,
+        attempts=given.attempts,
+        silence=given.silence,
+        snapshot=snapshot,
+    )
+
+
+_ALIKE = ("level", "locality", "loss", "dtype", "seed", "metrics")
+
+
+def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
+    """What two runs have in common of which one can go on from the other's state: all but numbers
+    that may change on the way, where blocks live, and how signals get there."""
+    engine = plan.engine.model_dump(mode="json")
+    dumped = settings.model_dump(mode="json")
+    blocks = {
+        name: {
+            "parents": list(block.parents),
+            "parameters": {k: list(p.shape) for k, p in block.module.named_parameters()},
+            "shape": list(plan.shapes[name][0]),
+        }
+        for name, block in plan.graph.blocks.items()
+    }
+    kinds = {
+        n: {"dtype": b["dtype"], "autocast": b["autocast"]} for n, b in engine["blocks"].items()
+    }
+    return {
+        "blocks": blocks,
+        "edges": {e.name: e.delay for e in plan.graph.edges},
+        "channels": [c.key for c in plan.channels.all()],
+        "c": plan.schedule.c,
+        **{name: dumped[name] for name in _ALIKE},
+        "compress": [engine["compress"], engine["feedback"]],
+        "native": plan.native,
+        "closed": plan.engine.step is not Step.AUTOGRAD,
+        "computes": kinds,
+    }
 
 
 def _native(engine: EngineSettings) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -15,8 +15,9 @@ from hamdist.dynamics.graph import Edge
 from hamdist.dynamics.joined import JoinedCell
 from hamdist.dynamics.metrics import Prequential
 from hamdist.dynamics.precision import AutocastCell, Rounding
-from hamdist.dynamics.schedule import Event, HoldSchedule, Stamp, emitted
+from hamdist.dynamics.schedule import Event, HoldSchedule, PulseSchedule, Stamp, emitted
 from hamdist.dynamics.weights import Weights
+from hamdist.errors import SnapshotError
 from hamdist.runtime.device import Border, kept
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
@@ -114,6 +115,17 @@ class Ports:
             if channel is not None and edge not in leaving_out:
                 payload = None if message is None else ready(message)
                 self._mail.post(channel, Signal(stamp, payload, end))
+
+
+def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event) -> Iterator[Event]:
+    """The events of a block behind `event`."""
+    events = schedule.events(name, event.tick)
+    for found in events:
+        if found == event:
+            break
+        if found.tick > event.tick:
+            raise SnapshotError(f"block {name!r} has no event {tuple(event[:3])} in this schedule")
+    return events
 
 
 def make_metrics(settings: MetricsSettings) -> Prequential:

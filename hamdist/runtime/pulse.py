@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph import BlockSpec, Edge
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.schedule import Event, Phase, PulseSchedule, Stamp
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
-from hamdist.runtime.ports import Ports, block_state, make_metrics, record
+from hamdist.runtime.ports import Ports, block_state, events_from, make_metrics, record
 from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import ready
 
 
-class PulseNode:
+class PulseNode(Remembers):
     """A block that pulses pass. seconds: spent in the block's own steps."""
 
     def __init__(
@@ -34,10 +38,17 @@ class PulseNode:
         self.metrics = make_metrics(plan.metrics) if isinstance(block, PulseReadout) else None
         self.seconds = 0.0
         self._ports = Ports(plan, spec.name, mail)
+        self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)
         self._end: int | None = None
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
+
+    STATE = ("block", "metrics", "seconds", "_end", "event", "tick")
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:
         """Nothing is under way before the first sample."""
@@ -116,6 +127,11 @@ class PulseNode:
 
     def records(self) -> None:
         """A pulse has no energies at one time (refused by plan.py)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return self._ports.border.device
 
     def state(self) -> BlockState:
         block = self.block

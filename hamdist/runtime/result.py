@@ -59,6 +59,20 @@ class Progress:
     phase: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """An actor that was lost and replaced. tick: of its blocks, as far as it was known. since: the
+    tick of the snapshot that it went on from. seconds: until it ran again. replayed: signals that
+    its neighbours had to send again (of actors that were lost together: with the first)."""
+
+    actor: str
+    blocks: list[str]
+    tick: int | None
+    since: int
+    seconds: float
+    replayed: int
+
+
 @dataclass(slots=True)
 class RunResult:
     """A finished (or interrupted) run.
@@ -78,6 +92,7 @@ class RunResult:
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
     records: the energies per tick by block, where `metrics.record` asked for them.
+    snapshots: the complete ones that are left, the latest last. replaced: actors that were lost.
     placement: the blocks of each process; given as `engine.placement` it is used again.
     time_use: by process, seconds of the whole run ('total'), in the steps of its blocks ('step'),
     and over sockets in packing ('packing') and blocked ('waiting').
@@ -99,6 +114,8 @@ class RunResult:
     stored: dict[str, int] = field(default_factory=dict)
     own_memory: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
+    snapshots: list[str] = field(default_factory=list)
+    replaced: list[Replaced] = field(default_factory=list)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
     startup: dict[str, float] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import BlockSpec
+from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.schedule import Event, Phase, Stamp
 from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
@@ -19,7 +20,7 @@ from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import ready
 
 
-class SequenceNode:
+class SequenceNode(Remembers):
     """A block that learns from whole sequences.
 
     The last token brings the tag that it is the last, and the node hands the tag on with the state.
@@ -48,6 +49,8 @@ class SequenceNode:
         self._over = False
         self.event = plan.schedule.forward(spec.name, plan.schedule.opening(), 0)
         self.tick: int | None = self.event.tick
+
+    STATE = ("block", "metrics", "seconds", "_over", "event", "tick")
 
     def start(self) -> None:
         if self._schedule.carries and isinstance(self.block, SequenceBlock):
@@ -125,6 +128,11 @@ class SequenceNode:
     def records(self) -> Records | None:
         """No energies are recorded of sequences."""
         return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return self._ports.border.device
 
     def state(self) -> BlockState:
         block = self.block

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.line import TURN_MS, Line, private_folder
+from hamdist.runtime.line import TURN_MS, Line, socket_file
 from hamdist.runtime.signal import ALIGNMENT, MAX_HEADER, Channel, Form, Packer, Signal
 
 SCHEME = "shm://"
@@ -201,7 +201,7 @@ class SharedSender:
                 else:
                     socket.send_fds(self._socket, [data], [fd])
             except BlockingIOError:
-                line.turn(self._channel, stamp, sending=True)
+                line.turn(self._channel, stamp, sending=True, midway=True)
             except (BrokenPipeError, ConnectionResetError):
                 line.lost(self._channel, stamp, sending=True)
             else:
@@ -273,6 +273,9 @@ class SharedSender:
             os.close(fd)
         return ring
 
+    def move(self, line: Line) -> None:
+        self._line = line
+
     def close(self) -> None:
         self._socket.close()
         if self._ring is not None:
@@ -292,7 +295,7 @@ class SharedReceiver:
         self._taken = 0
         self._ring: _Ring | None = None
         self._socket: socket.socket | None = None
-        self._file: Path = private_folder(line.run) / str(channel.number)
+        self._file: Path = socket_file(line.run, channel)
         self.address = f"{SCHEME}{self._file}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -402,7 +405,7 @@ class SharedReceiver:
             try:
                 data, fds, flags, _ = socket.recv_fds(self._socket, len(_RING_MAGIC) + 1, 1)
             except BlockingIOError:
-                self._line.turn(self._channel, stamp, sending=False)
+                self._line.turn(self._channel, stamp, sending=False, midway=True)
             except ConnectionResetError:
                 continue
             else:

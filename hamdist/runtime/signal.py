@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hamdist.dynamics.compress import Codec
 from hamdist.dynamics.graph import INPUT, Graph
+from hamdist.dynamics.saving import known
 from hamdist.dynamics.schedule import ALONE, Bundle, Kind, Schedule, Stamp
 from hamdist.errors import WireError
 
@@ -78,6 +79,11 @@ class Channel(NamedTuple):
     bundle: int = 1
     span: int = 0
     codec: Codec | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in a snapshot, whatever the partition's numbers are."""
+        return f"{self.kind.name.lower()} {self.edge}"
 
     def __str__(self) -> str:
         return (
@@ -160,6 +166,7 @@ def make_channels(
     return made
 
 
+@known
 @dataclass(slots=True)
 class Signal:
     """What crosses a channel. payload: None for a message of zeros, or a missing target.

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from threading import Event as Flag
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hamdist.dynamics.constants import TOLERANCE
 from hamdist.dynamics.inputs import INPUT, by_parent
+from hamdist.dynamics.saving import check_names
 from hamdist.dynamics.schedule import Event, Stamp, source_events
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import StreamError
+from hamdist.runtime.device import CPU
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.signal import Signal, ready
 from hamdist.streams.check import Checker
+from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
@@ -55,6 +59,11 @@ class SourceNode:
         self.stop = Flag()
         self.tick: int | None = self.event.tick
         self._drawn: Iterator[Sample] | None = None
+        self._items = 0  # drawn
+
+    @property
+    def device(self) -> torch.device:
+        return CPU
 
     @property
     def counts(self) -> dict[str, int]:
@@ -62,9 +71,37 @@ class SourceNode:
         return report_of(self._stream)
 
     def start(self) -> None:
-        self._drawn = iter(self._stream.samples())
+        self._drawn = samples_from(self._stream, self._plan.skip)
         if self._ahead:
             self._next = self._draw(0)
+
+    def snapshot(self) -> dict[str, Any]:
+        """How far the stream was drawn, and what was seen of it."""
+        ahead = self._next
+        return {
+            "event": self.event,
+            "tick": self.tick,
+            "samples": self.samples,
+            "drawn": self._items,
+            "next": None if ahead is None else _told(ahead),
+            "tau": self._tau,
+            "time": self._check.last,
+            "smoothness": self.smoothness.snapshot(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`, instead of `start`: the stream is drawn again up to there."""
+        names = ("event", "tick", "samples", "drawn", "next", "tau", "time", "smoothness")
+        check_names("stream", state, names)
+        self.event, self.tick, self.samples = state["event"], state["tick"], state["samples"]
+        self._tau, self._check.last = state["tau"], state["time"]
+        self.smoothness.restore(state["smoothness"])
+        self._items = state["drawn"]
+        self._next = None if state["next"] is None else _heard(state["next"])
+        if not isinstance(self._plan.schedule, SequenceSchedule):
+            self._events = source_events(self._plan.schedule.c, self.event.sample + 1)
+        if self.tick is not None:
+            self._drawn = samples_from(self._stream, self._plan.skip + self._items)
 
     def step(self) -> None:
         stamp = Stamp(self.event.tick, self.event.sample, 0)
@@ -134,6 +171,7 @@ class SourceNode:
     def _draw(self, n: int) -> Sample | None:
         """Sample n, checked; None at the end of the stream, or when the run is stopped."""
         steps = self._plan.steps
+        n += self._plan.skip
         if self._drawn is None or self.stop.is_set() or (steps is not None and n >= steps):
             return None
         try:
@@ -146,6 +184,19 @@ class SourceNode:
             ) from error
         if sample is None:
             return None
+        self._items += 1
         sample = self._check.check(n, sample)
         self.smoothness.observe(sample.u)
         return sample
+
+
+def _told(sample: Sample) -> dict[str, Any]:
+    """A checked sample as plain data."""
+    inputs = None if sample.inputs is None else dict(sample.inputs)
+    y = dict(sample.y) if isinstance(sample.y, Mapping) else sample.y
+    return {"u": sample.u, "y": y, "end": sample.end, "time": sample.time, "inputs": inputs}
+
+
+def _heard(told: Mapping[str, Any]) -> Sample:
+    check_names("sample", told, ("u", "y", "end", "time", "inputs"))
+    return Sample(told["u"], told["y"], told["end"], told["time"], inputs=told["inputs"])

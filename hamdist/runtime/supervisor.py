@@ -17,6 +17,7 @@ from hamdist.runtime.advice import placement_notes, unmeasured_notes
 from hamdist.runtime.cluster import ray_session
 from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.crew import END_SECONDS, Crew
+from hamdist.runtime.crewkeeping import CrewKeeping
 from hamdist.runtime.measure import Unmeasured, measured_costs, unmeasured_costs, wants_costs
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.outcome import Outcome, ending_on_interrupt
@@ -76,6 +77,7 @@ class _Watch:
         self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
         self._warnings: list[str] = []
         self._note: str | None = None
+        self._keeping = None if plan.keeping is None else CrewKeeping(plan, crew, plan.keeping)
         self.started = time.perf_counter()
 
     def to_the_end(self) -> Outcome:
@@ -110,12 +112,16 @@ class _Watch:
         while not self._crew.done:
             self._crew.wait(POLL_SECONDS)
             if stop.is_set() and end_by is None:
+                if self._keeping is not None and not self._keeping.last(time.monotonic()):
+                    continue  # a snapshot first
                 end_by = time.monotonic() + END_SECONDS
                 self._crew.stop_stream()
             if end_by is not None and time.monotonic() > end_by:
                 self._crew.call_off()
                 return
             self._look()
+            if self._keeping is not None:
+                self._keeping.look(time.monotonic())
             self._report_progress()
 
     def _look(self) -> None:
@@ -129,7 +135,8 @@ class _Watch:
         over = self._watchdog.over(still)
         if speak or over:
             waits = [a.status.wait for a in actors if a.status and a.status.wait]
-            text = explain(waits, ticks, self._crew.silent(now), still)
+            silent = [str(actor) for actor in self._crew.silent(now)]
+            text = explain(waits, ticks, silent, still)
             if over:
                 raise StallError(text)
             self._warnings.append(text)
@@ -198,5 +205,7 @@ class _Watch:
             time_use={a.name: a.report.time_use for a in actors if a.report is not None},
             records={name: rs for r in reports for name, rs in r.records.items()},
             interrupted=interrupted,
-            warnings=self._warnings,
+            snapshots=[] if self._keeping is None else self._keeping.snapshots,
+            replaced=[] if self._keeping is None else self._keeping.replaced,
+            warnings=self._warnings + ([] if self._keeping is None else self._keeping.warnings),
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,7 +21,7 @@ from hamdist.dynamics.losses import LossFunction, make_loss
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, is_chain, split_module, split_sequential
-from hamdist.errors import DivergedError
+from hamdist.errors import DivergedError, SnapshotError
 from hamdist.runtime.advice import after, before
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.compression import in_edge_order
@@ -27,9 +29,11 @@ from hamdist.runtime.divergence import explained
 from hamdist.runtime.inprocess import InProcessEngine
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.outcome import Outcome
-from hamdist.runtime.plan import Plan, make_plan
+from hamdist.runtime.plan import Plan, make_keeping, make_plan
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import Progress, RunResult
+from hamdist.runtime.resume import changed, differences, earlier, weights_of, with_weights
+from hamdist.runtime.snapshot import Snapshot, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.streams.sample import SampleSpec, Stream
 
@@ -49,6 +53,7 @@ def train(
     policy: Policy | None = None,
     phi: Course | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    resume: str | Path | None = None,
 ) -> RunResult:
     """Learns `model` on `stream` as `settings` say (those of one level: `Settings.for_level`).
 
@@ -58,25 +63,25 @@ def train(
     instead of `settings.partition`. phi: the scale of the loss by tick (by sample, in levels of
     presentation 'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times
     a second, and for every phase of the start (`Progress.phase`), in the calling thread. The first
-    Ctrl-C ends the stream; the result then says `interrupted`.
+    Ctrl-C ends the stream; the result then says `interrupted`. resume: a folder of snapshots, or
+    one of them: the run goes on from it as if it had never stopped; a network that is cut in
+    another way, or another level, takes over the weights and the place in the stream.
 
     Raises SettingsError, GraphError, LevelError before anything starts; StreamError, BlockError,
-    StallError, ClusterError when a run fails (everything it started has ended by then). A
+    StallError, ClusterError when a run fails (everything it started has ended by then);
+    SnapshotError for a snapshot that cannot be gone on from, before anything starts. A
     DivergedError brings what came before as its `result`.
     """
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            loss = make_loss(settings.loss) if loss is None else loss
-            graph = as_graph(model, settings, stream.spec, loss, policy)
-            knobs = make_locality(settings.level, settings.locality)
-            spec = stream.spec
-            given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
-            graph = arranged(graph, *given)
-            plan = make_plan(graph, settings, stream.spec, phi=phi)
-            if settings.partition.delays == "auto":
-                plan = replannable(plan, graph, settings, phi)
-            told = drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
+            work = _Work(model, stream.spec, settings, loss, policy, phi)
+            told: list[str] = []
+            if resume is None:
+                graph, plan = work.planned()
+            else:
+                graph, plan, told = work.resumed(resume)
+            told += drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
             warnings.warn(text, stacklevel=3)
@@ -93,6 +98,83 @@ def train(
             raise failure from None
         outcome.warnings[:0] = told
         return _result(graph, plan, outcome, startup)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What `train` was given."""
+
+    model: nn.Module | Graph
+    spec: SampleSpec
+    settings: Settings
+    loss: LossFunction | Mapping[str, LossFunction] | None
+    policy: Policy | None
+    phi: Course | None
+
+    def graph(self) -> Graph:
+        settings, spec = self.settings, self.spec
+        loss = make_loss(settings.loss) if self.loss is None else self.loss
+        graph = as_graph(self.model, settings, spec, loss, self.policy)
+        knobs = make_locality(settings.level, settings.locality)
+        given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+        return arranged(graph, *given)
+
+    def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
+        graph = self.graph()
+        plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+        plan = replace(plan, keeping=make_keeping(self.settings, snapshot))
+        if self.settings.partition.delays == "auto":
+            plan = replannable(plan, graph, self.settings, self.phi)
+        return graph, plan
+
+    def resumed(self, where: str | Path) -> tuple[Graph, Plan, list[str]]:
+        """Goes on from the latest snapshot at `where`; with what there is to say about it."""
+        told: list[str] = []
+        snapshot = latest(where, told.append)
+        own = self._kept_at(snapshot)
+        graph, plan = own.planned(snapshot)
+        other = differences(snapshot, plan, own.settings)
+        if not other:
+            names = changed(snapshot, own.settings)
+            if names:
+                told.append(f"the run goes on with other settings than before: {', '.join(names)}")
+            return graph, plan, told
+        if isinstance(self.model, Graph):
+            raise SnapshotError(
+                f"{snapshot}: it was taken of another graph ({', '.join(other)} differ)"
+            )
+        before = replace(own, settings=earlier(snapshot), policy=None)
+        learned = weights_of(snapshot, before.graph())
+        graph, plan = replace(own, model=with_weights(self.model, learned)).planned()
+        told.append(
+            f"{snapshot} was taken of another run ({', '.join(other)} differ): its weights and its "
+            f"place in the stream ({snapshot.manifest.samples} items) are taken over; states, "
+            "costates, traces, signals under way and metrics begin anew"
+        )
+        return graph, replace(plan, skip=snapshot.manifest.samples), told
+
+    def _kept_at(self, snapshot: Snapshot) -> _Work:
+        """New snapshots lie beside the one that the run goes on from, unless settings say so; and
+        delays that were measured are used again."""
+        settings = self.settings
+        if settings.snapshots.path is None:
+            kept = settings.snapshots.model_copy(update={"path": snapshot.where})
+            settings = settings.model_copy(update={"snapshots": kept})
+        if settings.partition.delays == "auto":
+            given = {"delays": snapshot.manifest.delays}
+            partition = settings.partition.model_copy(update=given)
+            settings = settings.model_copy(update={"partition": partition})
+        return replace(self, settings=settings)
+
+
+def snapshot_model(
+    snapshot: Snapshot, model: nn.Module | Graph, spec: SampleSpec, settings: Settings
+) -> nn.Module:
+    """The plain module with the weights of a snapshot of a run of `settings` on `model`.
+
+    Raises SnapshotError where they do not fit.
+    """
+    return weights_of(snapshot, _Work(model, spec, settings, None, None, None).graph())
 
 
 def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> RunResult:
@@ -147,6 +229,8 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         },
         records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
         interrupted=outcome.interrupted,
+        snapshots=outcome.snapshots,
+        replaced=outcome.replaced,
         warnings=[
             *outcome.warnings,
             *after(plan, outcome),

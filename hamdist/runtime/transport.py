@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from hamdist.dynamics.schedule import Stamp
 from hamdist.runtime import shared
+from hamdist.runtime.feeder import Feeder
 from hamdist.runtime.late import LateReceiver
+from hamdist.runtime.ledger import Log
 from hamdist.runtime.line import Line, Receiver, Sender, Waiting, socket_folder
+from hamdist.runtime.requests import Interrupted, Requests
 from hamdist.runtime.signal import Channel, Signal
 
 if TYPE_CHECKING:
@@ -38,8 +41,15 @@ class Wires:
     come before and after.
     """
 
-    def __init__(self, run: int, abort: threading.Event, link_delay: float = 0.0) -> None:
-        self._line = Line(run, abort)
+    def __init__(
+        self,
+        run: int,
+        abort: threading.Event,
+        link_delay: float = 0.0,
+        requests: Requests | None = None,
+    ) -> None:
+        self._line = Line(run, abort, requests)
+        self._requests = requests
         self._link_delay = link_delay
         self._in: dict[int, Receiver] = {}
         self._out: dict[int, Sender] = {}
@@ -64,6 +74,9 @@ class Wires:
             )
         else:
             receiver = self._open(self._line, channel, way)
+        old = self._in.pop(channel.number, None)
+        if old is not None:
+            old.close()
         self._in[channel.number] = receiver
         return receiver.address
 
@@ -75,16 +88,27 @@ class Wires:
         host = way.removeprefix(TCP) if way.startswith(TCP) else None
         return ZmqReceiver(line, channel, self._context(), host)
 
-    def connect(self, channel: Channel, address: str) -> None:
-        """Opens the sending end."""
-        sender: Sender
-        if address.startswith(shared.SCHEME):
-            sender = shared.SharedSender(self._line, channel, address)
-        else:
-            from hamdist.runtime.zeromq import ZmqSender
+    def connect(
+        self, channel: Channel, address: str, log: Log | None = None, first: int = 1
+    ) -> None:
+        """Opens the sending end. log: what a receiver that begins again is sent before all else,
+        from signal `first` on."""
+        old = self._out.pop(channel.number, None)
+        if old is not None:
+            old.close()
+        if log is None:
+            self._out[channel.number] = self._reach(self._line, channel, address)
+            return
+        self._out[channel.number] = Feeder(
+            self._line, channel, log, first, lambda own: self._reach(own, channel, address)
+        )
 
-            sender = ZmqSender(self._line, channel, self._context(), address)
-        self._out[channel.number] = sender
+    def _reach(self, line: Line, channel: Channel, address: str) -> Sender:
+        if address.startswith(shared.SCHEME):
+            return shared.SharedSender(line, channel, address)
+        from hamdist.runtime.zeromq import ZmqSender
+
+        return ZmqSender(line, channel, self._context(), address)
 
     def _context(self) -> zmq.Context[Any]:
         """ZeroMQ's, with its thread: only in processes that have a channel for it."""
@@ -97,10 +121,27 @@ class Wires:
     def send(self, channel: Channel, *signals: Signal) -> None:
         """One message. Where it goes by shared memory the payloads are copied before this returns;
         ZeroMQ may read large ones later, so nobody may write to them."""
-        self._out[channel.number].send(signals)
+        while True:
+            end = self._out[channel.number]
+            try:
+                end.send(signals)
+            except Interrupted:
+                self._serve()
+                if self._out[channel.number] is end:
+                    continue  # (nothing of it was sent yet)
+            return  # a new end sends what is in the log, and so this
 
     def receive(self, channel: Channel, stamp: Stamp) -> Signal:
-        return self._in[channel.number].receive(stamp)
+        while True:
+            try:
+                return self._in[channel.number].receive(stamp)
+            except Interrupted:
+                self._serve()
+
+    def _serve(self) -> None:
+        self._line.waiting = None
+        if self._requests is not None:
+            self._requests.serve()
 
     def close(self) -> None:
         """Closes all ends and removes their files."""

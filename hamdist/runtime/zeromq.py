@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import WireError
-from hamdist.runtime.line import TURN_MS, Line, private_folder
+from hamdist.runtime.line import TURN_MS, Line, socket_file
 from hamdist.runtime.signal import Channel, Form, Packer, Signal
 
 # Bytes from which a payload is a frame of its own, which ZeroMQ sends from the tensor's memory, and
@@ -82,6 +82,9 @@ class ZmqSender:
         frames[0] = b"".join(parts)
         return frames
 
+    def move(self, line: Line) -> None:
+        self._line = line
+
     def close(self) -> None:
         self._socket.close()
 
@@ -103,7 +106,7 @@ class ZmqReceiver:
             self._socket.bind(f"tcp://{host}:*")
             self.address = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
             return
-        self._file = private_folder(line.run) / str(channel.number)
+        self._file = socket_file(line.run, channel)
         self.address = f"ipc://{self._file}"
         self._socket.bind(self.address)
 

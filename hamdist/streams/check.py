@@ -32,6 +32,15 @@ class Checker:
         self._last = -math.inf
         self._first = InputSpec(spec.u_shape, spec.u_dtype)
 
+    @property
+    def last(self) -> float:
+        """The latest time stamp."""
+        return self._last
+
+    @last.setter
+    def last(self, time: float) -> None:
+        self._last = time
+
     def check(self, n: int, sample: Sample) -> Sample:
         """Item n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
 

@@ -52,6 +52,7 @@ class Paced:
             )
         check_stream("Paced", stream)
         self.portable: bool = stream.portable
+        self.replays = False  # what is dropped depends on the clock
         self._stream = stream
         self._period = period
         self._late = late

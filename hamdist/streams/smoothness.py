@@ -5,7 +5,9 @@ M: items observed, S: frames.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,15 @@ class Smoothness:
         self._shape: torch.Size | None = None
         self._picked: Tensor | None = None
         self._items: list[Tensor] = []
+
+    def snapshot(self) -> dict[str, Any]:
+        """What was observed, as plain data."""
+        return {"shape": self._shape, "picked": self._picked, "items": self._items}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `snapshot` told."""
+        self._shape, self._picked = state["shape"], state["picked"]
+        self._items = list(state["items"])
 
     def observe(self, u: Tensor) -> None:
         """Takes note of the next item's input, (B, ...); does nothing from the 65th item on."""

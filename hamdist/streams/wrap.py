@@ -109,6 +109,8 @@ class IterableStream:
         # loader that shuffles by a global generator draws from it once, as without hamdist.
         items = iter(source)
         self._again = items is not source
+        # A loader may shuffle, and its workers draw numbers: it is not sure to give the same again.
+        self.replays = self._again and copied
         nothing = object()
         first = next(items, nothing)
         if first is nothing:

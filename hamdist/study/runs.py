@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from hamdist.models import (
     make_recurrent,
     make_tracker,
 )
-from hamdist.runtime.result import Progress, RunResult
+from hamdist.runtime.result import Progress, Replaced, RunResult
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.train import train
 from hamdist.streams import held_out, held_out_tokens, make_stream
@@ -86,6 +87,8 @@ class Run:
     delays: Mapping[str, int] = field(default_factory=dict)
     compression: Compression = field(default_factory=dict)
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
+    snapshots: Sequence[str] = field(default_factory=tuple)
+    replaced: Sequence[Replaced] = field(default_factory=tuple)
 
     @property
     def rows_per_second(self) -> float:
@@ -121,14 +124,26 @@ def run_level(
     factory: ModelFactory | None = None,
     on_progress: OnProgress | None = None,
     before: Mapping[str, float] | None = None,
+    resume: Path | None = None,
+    weights: Path | None = None,
 ) -> tuple[Run, nn.Module]:
     """Train with `settings` (made for one level by `for_level`) and evaluate on held-out data.
 
     factory: makes the model, instead of the one that the settings name. before: what came before
-    this call and belongs to the run's start (seconds by phase). Raises HamdistError.
+    this call and belongs to the run's start (seconds by phase). resume: a folder of snapshots that
+    the run goes on from; weights: a safetensors file that it begins with. Raises HamdistError.
     """
     level, engine = settings.level.value, settings.engine.kind.value
-    return _run(settings, level, engine, factory, on_progress, before or {})
+    begin = _Begin(resume, weights)
+    return _run(settings, level, engine, factory, on_progress, before or {}, begin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begin:
+    """What a run begins with."""
+
+    resume: Path | None = None
+    weights: Path | None = None
 
 
 def run_centralised(
@@ -148,13 +163,18 @@ def _run(
     factory: ModelFactory | None,
     on_progress: OnProgress | None,
     before: Mapping[str, float],
+    begin: _Begin | None = None,
 ) -> tuple[Run, nn.Module]:
     dtype = torch_dtype(settings.dtype)
     startup = Startup(phases_to(on_progress, settings.steps))
     startup.add(before)
     with startup.phase("data"):
         stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-        model = _build(settings, stream.spec, factory, dtype)
+        model = build(settings, stream.spec, factory, dtype)
+        if begin is not None and begin.weights is not None:
+            from hamdist.study.warm import warmed
+
+            model = warmed(model, begin.weights)
     prepared = sum(startup.seconds.values())
     told = advice(settings)
     if level == CENTRALISED:
@@ -164,7 +184,8 @@ def _run(
     timeline = Timeline(on_progress)
     failure: str | None = None
     try:
-        result = _trained(level, model, stream, settings, timeline)
+        resume = None if begin is None else begin.resume
+        result = _trained(level, model, stream, settings, timeline, resume)
     except DivergedError as error:
         if error.result is None:
             raise
@@ -202,15 +223,22 @@ def _run(
         warnings=(*told, *result.warnings),
         tracking=tracking(result.records, settings),
         records=result.records,
+        snapshots=result.snapshots,
+        replaced=result.replaced,
     )
     return run, result.model
 
 
 def _trained(
-    level: str, model: nn.Module | Graph, stream: Stream, settings: Settings, timeline: Timeline
+    level: str,
+    model: nn.Module | Graph,
+    stream: Stream,
+    settings: Settings,
+    timeline: Timeline,
+    resume: Path | None = None,
 ) -> RunResult:
     if level != CENTRALISED:
-        return train(model, stream, settings, on_progress=timeline)
+        return train(model, stream, settings, on_progress=timeline, resume=resume)
     if isinstance(model, Graph):
         topic = "bptt" if settings.model.kind in CELLS else "tracking"
         raise SettingsError(
@@ -220,9 +248,10 @@ def _trained(
     return train_centralised(model, stream, settings, on_progress=timeline)
 
 
-def _build(
+def build(
     settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
 ) -> nn.Module | Graph:
+    """The model that the settings name, or that `factory` makes. Raises SettingsError."""
     if factory is not None:
         return make_from_factory(factory, seed=settings.seed, dtype=dtype)
     if settings.model.kind in CELLS:

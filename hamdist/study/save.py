@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from hamdist.config import Settings, to_yaml
 from hamdist.study.aggregate import aggregate
@@ -39,12 +39,17 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
     tensors = {
         key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
     }
-    write_file(folder / "model.safetensors", save(tensors))
+    save_weights(folder / "model.safetensors", tensors)
     if run.records:
         write_file(folder / "records.npz", records_npz(run.records, settings))
         for name, png in record_plots(run.records, settings).items():
             write_file(folder / name, png)
     write_file(folder / "summary.json", summary_json(run))
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """A `state_dict` as a safetensors file. Raises SettingsError where it cannot be written."""
+    write_file(path, save(state))
 
 
 def as_it_was(settings: Settings, run: Run) -> Settings:

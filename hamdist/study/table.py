@@ -111,6 +111,10 @@ def run_facts(run: Run) -> dict[str, str]:
     }
     if run.samples:
         facts["KiB per edge and item"] = _edges(run)
+    if run.replaced:
+        seconds = max(r.seconds for r in run.replaced)
+        facts["replaced"] = f"{len(run.replaced)} actors, in at most {seconds:.1f} s"
+    facts["latest snapshot"] = run.snapshots[-1] if run.snapshots else ""
     facts["compression"] = compression_fact(run.compression)
     facts["autocast bf16"] = ", ".join(
         f"{name} off by {100 * r.mean:.2g} % (at most {100 * r.worst:.2g} %)"

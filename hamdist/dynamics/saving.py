@@ -1,0 +1,342 @@
+"""State as plain data: what a block has to remember so that another process goes on in its place.
+
+Classes name their changing attributes in STATE (`Remembers`). Their values are numbers, texts,
+tensors, lists, tuples, mappings, queues, and the small data classes that `known` lists, nested in
+any way: `packed` turns that into JSON and a list of tensors, `unpacked` turns it back. Nothing
+else can be expressed, so nothing else can come out of a file.
+
+A forward pass that waits for its backward pass is the hard part: with memory `trace` its weights
+have moved since, so it cannot be computed again. What autograd holds is a graph whose nodes keep
+tensors. `held` reads those tensors; `rebuilt` lets the module run once more on the same inputs,
+which makes a graph of the same nodes, and then has every node give back what the first one kept.
+Weights are left out: a graph meets today's, in both (cell.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from hamdist.errors import SnapshotError
+
+_Class = TypeVar("_Class", bound=type)
+_known: dict[str, type] = {}
+
+
+def known(cls: _Class) -> _Class:
+    """Marks a data class, a named tuple or an enum as one that state may hold."""
+    _known[cls.__name__] = cls
+    return cls
+
+
+class Remembers:
+    """An object whose state is the values of the attributes that STATE names; of those that
+    remember themselves, theirs."""
+
+    STATE: ClassVar[tuple[str, ...]] = ()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state, in tensors that may go on changing: `packed` copies them."""
+        state = {}
+        for name in self.STATE:
+            value = getattr(self, name)
+            state[name] = value.snapshot() if isinstance(value, Remembers) else value
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`. Raises SnapshotError where it is another class's."""
+        check_names(type(self).__name__, state, self.STATE)
+        for name in self.STATE:
+            value = getattr(self, name)
+            if isinstance(value, Remembers):
+                value.restore(state[name])
+            else:
+                setattr(self, name, state[name])
+
+
+def check_names(whose: str, state: object, names: Collection[str]) -> None:
+    """Raises SnapshotError unless `state` has exactly these entries."""
+    if not isinstance(state, Mapping) or set(state) != set(names):
+        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise SnapshotError(
+            f"the state of a {whose} has {sorted(names)}, not {found}: it was saved by another "
+            "version of hamdist, or belongs to another network"
+        )
+
+
+def taken(state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+    """The entry `name` of `state`, and the others. Raises SnapshotError where it has none."""
+    if name not in state:
+        check_names("block", state, (name,))
+    return state[name], {key: value for key, value in state.items() if key != name}
+
+
+# -- plain data -----------------------------------------------------------------------------------
+
+
+class Packing:
+    """The tensors of one file, each once. copy: makes the tensor that is kept."""
+
+    def __init__(self, copy: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.tensors: list[Tensor] = []
+        self._places: dict[tuple[Any, ...], int] = {}
+        self._alive: list[Tensor] = []  # so that no address is given to another tensor meanwhile
+        self._copy = copy or _copied
+
+    def packed(self, value: Any) -> Any:
+        """`value` as JSON. Raises SnapshotError for what has no form."""
+        if value is None or isinstance(value, (bool, str)):
+            return value
+        if isinstance(value, Enum):
+            return {"enum": _name(value), "name": value.name}
+        if isinstance(value, int) and type(value) is int:
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else {"float": repr(value)}
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, torch.Size):
+            return {"size": list(value)}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, Mapping):
+            return {"map": [[self.packed(k), self.packed(v)] for k, v in value.items()]}
+        if isinstance(value, deque):
+            return {"queue": [self.packed(v) for v in value], "most": value.maxlen}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return {"is": _name(value), "of": [self.packed(v) for v in value]}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            of = [self.packed(getattr(value, f.name)) for f in dataclasses.fields(value)]
+            return {"is": _name(value), "of": of}
+        if isinstance(value, (set, frozenset)):
+            return {"set": [self.packed(v) for v in sorted(value)]}
+        if isinstance(value, tuple):
+            return {"tuple": [self.packed(v) for v in value]}
+        if isinstance(value, list):
+            return [self.packed(v) for v in value]
+        raise SnapshotError(
+            f"a {type(value).__name__} cannot be saved: state is numbers, texts, tensors, and "
+            "lists and mappings of those (a module's own comes from get_extra_state)"
+        )
+
+    def _tensor(self, tensor: Tensor) -> dict[str, Any]:
+        """Its place, and its strides: how a kernel adds up may depend on them."""
+        plain = tensor.detach()
+        strides = list(plain.stride())
+        for axis, (size, stride) in enumerate(zip(plain.shape, strides, strict=True)):
+            if stride == 0 and size > 1:  # the same numbers again and again
+                plain = plain.narrow(axis, 0, 1)
+        key = (plain.data_ptr(), plain.dtype, plain.shape, plain.stride(), str(plain.device))
+        place = self._places.get(key)
+        if place is None:
+            place = self._places[key] = len(self.tensors)
+            self.tensors.append(self._copy(plain))
+            self._alive.append(tensor)
+        found = {"tensor": place, "shape": list(tensor.shape), "strides": strides}
+        return found if tensor.is_cpu else {**found, "gpu": True}
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    copy = tensor.to("cpu", copy=True)
+    return copy.contiguous()
+
+
+def _name(value: object) -> str:
+    name = type(value).__name__
+    if _known.get(name) is not type(value):
+        raise SnapshotError(f"a {name} cannot be saved: it is not one of {sorted(_known)}")
+    return name
+
+
+def unpacked(data: Any, tensors: Sequence[Tensor], gpu: torch.device | None = None) -> Any:
+    """What `Packing.packed` was given. gpu: where tensors go that lay on a GPU.
+
+    Raises SnapshotError for anything else."""
+    try:
+        return _Unpacking(tensors, gpu).made(data)
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+        raise SnapshotError(
+            f"this is no state of hamdist's ({type(error).__name__}: {error})"
+        ) from None
+
+
+class _Unpacking:
+    def __init__(self, tensors: Sequence[Tensor], gpu: torch.device | None) -> None:
+        self._tensors = tensors
+        self._gpu = gpu or torch.device("cpu")
+        self._made: dict[str, Tensor] = {}
+
+    def made(self, data: Any) -> Any:
+        if data is None or isinstance(data, (bool, int, float, str)):
+            return data
+        if isinstance(data, list):
+            return [self.made(v) for v in data]
+        form = next((f for f in _FORMS if f in data), None)
+        if form is None:
+            raise ValueError(f"unknown form {sorted(data)}")
+        return getattr(self, f"_{form}")(data)
+
+    def _tensor(self, data: Any) -> Tensor:
+        key = repr(data)
+        if key not in self._made:
+            flat = self._tensors[_index(data["tensor"])]
+            made = _laid_out(flat, data["shape"], data["strides"])
+            self._made[key] = made.to(self._gpu) if "gpu" in data else made
+        return self._made[key]
+
+    def _is(self, data: Any) -> Any:
+        return _known[data["is"]](*map(self.made, data["of"]))
+
+    def _map(self, data: Any) -> dict[Any, Any]:
+        return {self.made(k): self.made(v) for k, v in data["map"]}
+
+    def _queue(self, data: Any) -> deque[Any]:
+        return deque(map(self.made, data["queue"]), data["most"])
+
+    def _tuple(self, data: Any) -> tuple[Any, ...]:
+        return tuple(map(self.made, data["tuple"]))
+
+    def _set(self, data: Any) -> set[Any]:
+        return set(map(self.made, data["set"]))
+
+    def _enum(self, data: Any) -> Any:
+        return _known[data["enum"]][data["name"]]  # type: ignore[index]
+
+    def _size(self, data: Any) -> torch.Size:
+        return torch.Size(data["size"])
+
+    def _dtype(self, data: Any) -> torch.dtype:
+        found = getattr(torch, data["dtype"])
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"{data['dtype']!r} is no type of tensors")
+        return found
+
+    def _float(self, data: Any) -> float:
+        return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[data["float"]]
+
+
+_FORMS = ("tensor", "is", "map", "queue", "tuple", "set", "enum", "size", "dtype", "float")
+
+
+def _index(place: object) -> int:
+    if type(place) is not int or place < 0:
+        raise ValueError(f"{place!r} is no place of a tensor")
+    return place
+
+
+def _laid_out(tensor: Tensor, shape: list[int], strides: list[int]) -> Tensor:
+    """`tensor` in the shape and with the strides that it had, in memory of its own."""
+    small = [1 if stride == 0 and n > 1 else n for n, stride in zip(shape, strides, strict=True)]
+    if list(tensor.shape) != small:
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} stands for one of {shape}")
+    own = _strides(small, strides)
+    copy = (
+        torch.empty_strided(small, own, dtype=tensor.dtype)
+        if own
+        else torch.empty(small, dtype=tensor.dtype)
+    )
+    copy.copy_(tensor)
+    return copy if small == shape else copy.expand(shape)
+
+
+def _strides(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
+    """Dense strides in the order of `strides`; None for those of a contiguous tensor."""
+    order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
+    made = [0] * len(shape)
+    step = 1
+    for axis in reversed(order):
+        made[axis] = step
+        step *= max(shape[axis], 1)
+    return None if order == sorted(order) else made
+
+
+# -- what autograd's graphs keep ------------------------------------------------------------------
+
+
+class Slot:
+    """One tensor that a node of a graph keeps. set: makes the node give back another one."""
+
+    __slots__ = ("name", "set", "value")
+
+    def __init__(self, name: str, value: Tensor, set_: Callable[[Tensor], None]) -> None:
+        self.name = name
+        self.value = value
+        self.set = set_
+
+
+def graph_slots(output: Tensor) -> Iterator[Slot]:
+    """The tensors that the graph of `output` keeps, in an order that depends on its nodes alone."""
+    seen: set[Any] = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield from _node_slots(node)
+        waiting += [follower for follower, _ in reversed(node.next_functions)]
+
+
+def _node_slots(node: Any) -> Iterator[Slot]:
+    kind = type(node).__name__
+    for name in sorted(dir(node)):
+        if not name.startswith("_raw_saved_"):
+            continue
+        raw = getattr(node, name)
+        seen = name.removeprefix("_raw")
+        values = getattr(node, seen) if hasattr(node, seen) else node.saved_tensors
+        many = isinstance(raw, (tuple, list))
+        pairs = zip(raw, values, strict=True) if many else [(raw, values)]
+        for i, (one, value) in enumerate(pairs):
+            if value is not None:
+                yield Slot(f"{kind}{seen}.{i}", value, _replacing(one))
+    # A user's autograd function may keep more, as attributes of its context.
+    for name, value in sorted(getattr(node, "__dict__", {}).items()):
+        if isinstance(value, Tensor):
+            yield Slot(f"{kind}.{name}", value, lambda t, n=name: setattr(node, n, t))  # type: ignore[misc]
+
+
+def _replacing(raw: Any) -> Callable[[Tensor], None]:
+    def put(value: Tensor) -> None:
+        raw.register_hooks(lambda kept: kept, lambda _: value)
+
+    return put
+
+
+def nested_slots(kept: Any, name: str = "kept") -> Iterator[Slot]:
+    """The tensors in nested lists."""
+    for i, value in enumerate(kept):
+        if isinstance(value, Tensor):
+            yield Slot(f"{name}.{i}", value, lambda t, i=i: kept.__setitem__(i, t))  # type: ignore[misc]
+        elif isinstance(value, list):
+            yield from nested_slots(value, f"{name}.{i}")
+
+
+def held(slots: Iterator[Slot], live: Collection[int]) -> list[list[Any]]:
+    """Names and values of `slots`; None for the value of one that lies in memory of `live`."""
+    return [
+        [slot.name, None if slot.value.untyped_storage().data_ptr() in live else slot.value]
+        for slot in slots
+    ]
+
+
+def fill(slots: Iterator[Slot], values: Sequence[Sequence[Any]]) -> None:
+    """Gives `slots` the values that `held` has found in a graph of the same form.
+
+    Raises SnapshotError where the form is another one."""
+    found = list(slots)
+    if [slot.name for slot in found] != [name for name, _ in values]:
+        raise SnapshotError(
+            "a block computes in another way than the one that was saved: its module, torch or "
+            "hamdist has changed"
+        )
+    for slot, (_, value) in zip(found, values, strict=True):
+        if value is not None:
+            slot.set(value.to(slot.value.device))

@@ -1,0 +1,129 @@
+"""Snapshots and replacements of a crew: when, and what follows from them.
+
+Everything here runs in the driver, between two looks at the actors.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from hamdist.errors import BlockError, ClusterError, HamdistError
+from hamdist.runtime.crew import Actor, Crew
+from hamdist.runtime.plan import Keeping, Plan
+from hamdist.runtime.recovery import Loss, Recovery
+from hamdist.runtime.result import Replaced
+from hamdist.runtime.shelf import Shelf
+
+AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
+PATIENCE_SECONDS = 20.0  # for all files of one
+LAST_SECONDS = 10.0  # for the one before the end
+
+
+class CrewKeeping:
+    """warnings: what went wrong on the way."""
+
+    def __init__(self, plan: Plan, crew: Crew, keeping: Keeping) -> None:
+        self._crew = crew
+        self._keeping = keeping
+        self._blocks = plan.graph.blocks
+        self._shelf = Shelf(plan)
+        self._recovery = Recovery(crew, keeping, self._shelf) if keeping.recover else None
+        self._losses: list[Loss] = []
+        self._seconds = keeping.seconds or inf
+        self._due: float | None = None
+        self._asked: tuple[int, float] | None = None  # the tick of the latest, and when
+        self._pace: tuple[float, int] | None = None  # when, and where the first block was
+        self._rate = 0.0
+        self._last_by: float | None = None
+        self.warnings: list[str] = []
+        crew.mourn = self._mourn
+
+    @property
+    def snapshots(self) -> list[str]:
+        self._collect()
+        return self._shelf.snapshots
+
+    @property
+    def replaced(self) -> list[Replaced]:
+        return [] if self._recovery is None else self._recovery.replaced
+
+    # -- losses ---------------------------------------------------------------------------------
+
+    def _mourn(self, actor: Actor, error: HamdistError | None, loss: HamdistError) -> bool:
+        recovery = self._recovery
+        if recovery is None or (error is not None and not recovery.heals(error)):
+            return False
+        tick = error.tick if isinstance(error, BlockError) else _tick(actor)
+        self._losses.append(Loss(actor, tick, loss))
+        return True
+
+    def look(self, now: float) -> None:
+        """Replaces what was lost, and asks for snapshots. Raises what cannot be healed."""
+        self._collect()
+        self._give_up_the_silent(now)
+        if self._losses and self._recovery is not None:
+            losses, self._losses = self._losses, []
+            self._recovery.replace(losses)
+            self._asked = None
+        self._ask_in_time(now)
+
+    def _give_up_the_silent(self, now: float) -> None:
+        if self._recovery is None:
+            return
+        known = {id(loss.actor) for loss in self._losses}
+        for actor in self._crew.silent(now, self._keeping.silence):
+            if actor.report is None and id(actor) not in known:
+                error = ClusterError(f"{actor} has not answered for {self._keeping.silence:g} s")
+                self._losses.append(Loss(actor, _tick(actor), error))
+
+    # -- snapshots ------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        for kept in self._crew.kept():
+            if kept.failure is not None:
+                self.warnings.append(f"a snapshot was not written: {kept.failure}")
+            for taken in kept.taken:
+                complete = self._shelf.put(taken)
+                if complete is not None:
+                    self._crew.complete(complete.tick)
+
+    def _ask_in_time(self, now: float) -> None:
+        front = self._front()
+        if self._pace is not None and now > self._pace[0]:
+            self._rate = max(0.0, (front - self._pace[1]) / (now - self._pace[0]))
+        self._pace = (now, front)
+        if self._due is None:
+            self._due = now + self._seconds
+        full = self._recovery is not None and self._full()
+        if now < self._due and not full:
+            return
+        if self._asked is not None and now - self._asked[1] < PATIENCE_SECONDS:
+            return
+        self._due = now + self._seconds
+        self._ask(now, front)
+
+    def _full(self) -> bool:
+        """Whether somebody keeps too many signals."""
+        return any(actor.kept_bytes > self._keeping.memory for actor in self._crew.actors)
+
+    def _front(self) -> int:
+        ticks = [k for a in self._crew.actors if a.status for k in a.status.ticks.values()]
+        return max(ticks, default=0)
+
+    def _ask(self, now: float, front: int) -> None:
+        tick = front + 1 + int(AHEAD_SECONDS * self._rate) + 2 * len(self._blocks)
+        self._asked = (tick, now)
+        self._crew.keep(tick)
+
+    def last(self, now: float) -> bool:
+        """Before the end: asks for a snapshot. Whether it is there, or will not be."""
+        if self._last_by is None:
+            self._last_by = now + LAST_SECONDS
+            self._ask(now, self._front())
+        taken = self._shelf.latest is not None and self._asked is not None
+        there = taken and self._shelf.latest.tick >= self._asked[0]  # type: ignore[union-attr,index]
+        return there or now > self._last_by
+
+
+def _tick(actor: Actor) -> int | None:
+    return min(actor.status.ticks.values(), default=None) if actor.status is not None else None

@@ -1,0 +1,172 @@
+"""Replaces lost actors of a crew, while the others wait.
+
+    lost        started again elsewhere, from its part of the latest snapshot (or from the start)
+    neighbours  open new ends for what they get from it, and tell which signal they wait for;
+                send it again what it has not had, out of their logs (ledger.py)
+    all others  notice nothing
+
+Nobody rolls back, so nobody's numbers can change: what a replaced block computes again is a
+function of its state and of the signals that it is given again. An old process that is not dead
+(a host that was cut off) has no open end any more: nobody reads what it sends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from hamdist.errors import BlockError, ClusterError, DivergedError, HamdistError, WireError
+from hamdist.runtime.cluster import hosts
+from hamdist.runtime.crew import START_SECONDS, Actor, Crew, last_line
+from hamdist.runtime.host import ANSWER_SECONDS, Opened
+from hamdist.runtime.plan import Keeping
+from hamdist.runtime.result import Replaced
+from hamdist.runtime.shelf import Shelf
+
+MOST_TRIES = 5  # of one recovery: others may be lost meanwhile
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One actor that is to be replaced. tick: of the block that failed, as far as it is known.
+    error: what ends the run if it comes again."""
+
+    actor: Actor
+    tick: int | None
+    error: HamdistError
+
+
+class Recovery:
+    """replaced: what was lost so far."""
+
+    def __init__(self, crew: Crew, keeping: Keeping, shelf: Shelf) -> None:
+        self._crew = crew
+        self._keeping = keeping
+        self._shelf = shelf
+        self._epoch = keeping.epoch
+        self._failures: dict[str, tuple[int | None, int]] = {}  # by actor: at which tick, how often
+        self._fresh: set[str] = set()  # started already in the present recovery
+        self.replaced: list[Replaced] = []
+
+    def heals(self, error: HamdistError) -> bool:
+        """Whether another try may end in another way: not where numbers or data are wrong."""
+        if isinstance(error, DivergedError):
+            return False
+        return isinstance(error, (BlockError, WireError))
+
+    def replace(self, losses: Sequence[Loss]) -> None:
+        """Raises the error of a loss that has come too often at one tick, and ClusterError where
+        the cluster cannot take a replacement."""
+        began = time.monotonic()
+        for loss in losses:
+            self._count(loss)
+        lost = {loss.actor.name: loss.actor for loss in losses}
+        self._fresh.clear()
+        for attempt in range(MOST_TRIES):
+            again = self._try(list(lost.values()))
+            if isinstance(again, int):
+                break
+            lost |= {actor.name: actor for actor in again}
+            self._fresh -= {actor.name for actor in again}
+            if attempt == MOST_TRIES - 1:
+                raise ClusterError(
+                    f"{', '.join(map(str, lost.values()))} could not be replaced in {MOST_TRIES} "
+                    "tries; is the cluster still there (ray status)? The run can go on from its "
+                    "latest snapshot (--resume)"
+                ) from losses[0].error
+        seconds = time.monotonic() - began
+        ticks = {loss.actor.name: loss.tick for loss in losses}
+        for i, actor in enumerate(lost.values()):
+            self.replaced.append(
+                Replaced(
+                    actor=actor.name,
+                    blocks=list(actor.blocks),
+                    tick=ticks.get(actor.name),
+                    since=0 if self._shelf.latest is None else self._shelf.latest.tick,
+                    seconds=seconds,
+                    replayed=again if i == 0 and isinstance(again, int) else 0,
+                )
+            )
+
+    def _count(self, loss: Loss) -> None:
+        before, times = self._failures.get(loss.actor.name, (None, 0))
+        times = times + 1 if times and before == loss.tick else 1
+        self._failures[loss.actor.name] = loss.tick, times
+        if loss.tick is not None and times >= self._keeping.attempts:
+            raise loss.error
+
+    def _try(self, lost: list[Actor]) -> int | list[Actor]:
+        """How many signals were sent again; or the actors that were lost meanwhile."""
+        crew = self._crew
+        self._epoch += 1
+        fresh = [actor for actor in lost if actor.name in self._fresh]
+        try:
+            ray.get([actor.handle.close.remote() for actor in fresh], timeout=ANSWER_SECONDS)
+            self._start([actor for actor in lost if actor not in fresh])
+        except (RayError, GetTimeoutError) as error:
+            raise ClusterError(
+                f"no actor could be started instead of {', '.join(map(str, lost))} within "
+                f"{START_SECONDS:.0f} s: {last_line(error)}"
+            ) from error
+        others = [actor for actor in crew.actors if actor not in lost]
+        inside = crew.inside()
+        numbers = [crew.actors.index(actor) for actor in lost]
+        keeping = dataclasses.replace(self._keeping, snapshot=self._shelf.latest, epoch=self._epoch)
+        plan = dataclasses.replace(crew.plan, keeping=keeping)
+        ends: Opened = {}
+        calls: dict[Any, Actor] = {}
+        for i in numbers:
+            actor = crew.actors[i]
+            given = (plan.only(actor.blocks), actor.blocks, crew.stream_of(i))
+            call = actor.handle.prepare.remote(*given, crew.binds(i, inside))
+            calls[call] = actor
+        for actor in others:
+            ways = crew.binds(crew.actors.index(actor), inside, only=lost)
+            if ways:
+                calls[actor.handle.bind_anew.remote(ways)] = actor
+        opened, gone = _all(calls)
+        if gone:
+            return gone
+        for found in opened:
+            ends |= found
+        calls = {actor.handle.connect.remote(ends): actor for actor in lost}
+        calls |= {actor.handle.connect_anew.remote(ends): actor for actor in others}
+        again, gone = _all(calls)
+        if gone:
+            return gone
+        crew.start_again(lost)
+        return int(sum(again)) + crew.connect_local(ends)
+
+    def _start(self, lost: Sequence[Actor]) -> None:
+        """New processes: where the old ones were, if that host is still there."""
+        crew = self._crew
+        for actor in lost:
+            with contextlib.suppress(RayError):
+                ray.kill(actor.handle)
+        alive = {host.id for host in hosts()}
+        seats = [a.seat if a.seat.node in alive else a.seat.anywhere() for a in lost]
+        handles = crew.session.actors(seats)
+        where = ray.get([h.where.remote() for h in handles], timeout=START_SECONDS)
+        for actor, seat, handle, place in zip(lost, seats, handles, where, strict=True):
+            actor.renew(seat, handle, place)
+            self._fresh.add(actor.name)
+
+
+def _all(calls: dict[Any, Actor]) -> tuple[list[Any], list[Actor]]:
+    """What the calls give, and the actors that have died instead of an answer."""
+    waiting = list(calls)
+    done, late = ray.wait(waiting, num_returns=len(waiting), timeout=ANSWER_SECONDS)
+    found, gone = [], [calls[call] for call in late]
+    for call in done:
+        try:
+            found.append(ray.get(call))
+        except (RayError, TimeoutError):
+            gone.append(calls[call])
+    return found, gone

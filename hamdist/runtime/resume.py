@@ -1,0 +1,77 @@
+"""Going on from a snapshot: the same run where it fits, its weights where it does not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hamdist.config import Settings
+from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.errors import GraphError, SnapshotError
+from hamdist.runtime.plan import Plan, fingerprint
+from hamdist.runtime.snapshot import Snapshot, settings_of
+
+MayChange = ("learning", "dynamics", "stream", "steps")
+
+
+def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]:
+    """What keeps `plan` from going on with the snapshot's state: nothing, where it is the same
+    network at the same level."""
+    now = fingerprint(plan, settings)
+    before = snapshot.manifest.network
+    return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
+
+
+def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
+    """Settings that are not those of the snapshot's run, though its state can be gone on from."""
+    now = settings.model_dump(mode="json")
+    return [name for name in MayChange if snapshot.manifest.settings.get(name) != now[name]]
+
+
+def weights_of(snapshot: Snapshot, graph: Graph) -> nn.Module:
+    """The whole module with the weights of a snapshot, which was taken of `graph`.
+
+    Raises SnapshotError where they do not fit.
+    """
+    states = {name: _weights(snapshot.state(name), name) for name in graph.blocks}
+    try:
+        return graph.merge(states, None)
+    except (GraphError, RuntimeError, KeyError) as error:
+        raise SnapshotError(f"{snapshot}: its weights do not fit the model: {error}") from None
+
+
+def _weights(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    try:
+        block = state["node"]["block"]
+        found = _of_cell(block["cell"])
+        if block.get("output") is not None:
+            own = _of_cell(block["output"])
+            found |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
+    except (KeyError, TypeError) as error:
+        raise SnapshotError(f"block {name!r} has no weights in the snapshot ({error})") from None
+    return found
+
+
+def _of_cell(cell: Mapping[str, Any]) -> dict[str, Tensor]:
+    inner = cell.get("inner", cell)
+    inner = inner.get("cell", inner)
+    return {**inner["parameters"], **inner["buffers"], **inner["extra"]}
+
+
+def with_weights(model: nn.Module, learned: nn.Module) -> nn.Module:
+    """A copy of `model` with the weights of `learned`. Raises SnapshotError where they differ."""
+    own = copy.deepcopy(model)
+    try:
+        own.load_state_dict(learned.state_dict())
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise SnapshotError(f"the snapshot's weights are those of another model: {first}") from None
+    return own
+
+
+def earlier(snapshot: Snapshot) -> Settings:
+    """The settings of the run that the snapshot was taken of."""
+    return settings_of(snapshot.manifest, str(snapshot))

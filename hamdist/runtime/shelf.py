@@ -1,0 +1,61 @@
+"""The snapshots of a whole run: complete when every node's file is there."""
+
+from __future__ import annotations
+
+from hamdist.config import Settings
+from hamdist.dynamics.graph import INPUT
+from hamdist.errors import SnapshotError
+from hamdist.runtime.keeper import Taken
+from hamdist.runtime.plan import Plan, fingerprint
+from hamdist.runtime.snapshot import FORMAT, Manifest, Part, Snapshot, conclude, versions
+from hamdist.runtime.storage import storage
+
+
+class Shelf:
+    """latest: the latest complete snapshot, with which the run began or that it has taken."""
+
+    def __init__(self, plan: Plan) -> None:
+        if plan.keeping is None:
+            raise SnapshotError("the run takes no snapshots")
+        self._keeping = plan.keeping
+        self._store = storage(plan.keeping.path)
+        self._nodes = {INPUT, *plan.graph.blocks}
+        self._network = fingerprint(plan, Settings.model_validate(plan.keeping.settings))
+        self._delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
+        self._run = f"{plan.run:016x}"
+        self._parts: dict[int, dict[str, Part]] = {}
+        self._samples: dict[int, int] = {}
+        self._skip = plan.skip
+        self.latest: Snapshot | None = plan.keeping.snapshot
+        self._kept: list[Snapshot] = []
+
+    @property
+    def snapshots(self) -> list[str]:
+        """Those that were taken and are left, the latest last."""
+        return [str(snapshot) for snapshot in self._kept[-self._keeping.keep :]]
+
+    def put(self, taken: Taken) -> Snapshot | None:
+        """Notes the files of one process; the snapshot, if it is complete with them."""
+        if self.latest is not None and taken.tick <= self.latest.tick:
+            return None
+        parts = self._parts.setdefault(taken.tick, {})
+        parts.update(taken.parts)
+        self._samples[taken.tick] = max(self._samples.get(taken.tick, 0), taken.samples)
+        if set(parts) != self._nodes:
+            return None
+        manifest = Manifest(
+            format=FORMAT,
+            tick=taken.tick,
+            run=self._run,
+            parts=parts,
+            settings=dict(self._keeping.settings),
+            network=self._network,
+            delays=self._delays,
+            versions=versions(),
+            samples=self._samples[taken.tick] + self._skip,
+        )
+        self.latest = conclude(self._store, manifest, self._keeping.keep)
+        self._kept.append(self.latest)
+        self._parts = {t: p for t, p in self._parts.items() if t > taken.tick}
+        self._samples = {t: n for t, n in self._samples.items() if t > taken.tick}
+        return self.latest

@@ -1,0 +1,188 @@
+"""Oracle: the in-process run. Processes die, hang or fail in the midst of a run; the others wait,
+the lost ones are replaced, and the run ends with the same bits."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+
+import pytest
+from runtime.networks import FEATURES, Broken, PortableStream, batches, seeded
+from runtime.test_engines_equal import assert_equal, settings
+from torch import nn
+
+from hamdist.errors import BlockError, ClusterError
+from hamdist.runtime.train import train
+from hamdist.streams import from_iterable
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(110)]
+
+ITEMS = 60
+ALONE = {"kind": "inprocess"}
+
+
+class Once(nn.Module):
+    """Does something to its process in forward pass number `at`, if nobody has done so yet: the
+    file `mark` tells. It passes on what it gets."""
+
+    def __init__(self, at, mark, what):
+        super().__init__()
+        self.at, self.mark, self.what = at, str(mark), what
+        self.calls = 0
+
+    def forward(self, x):
+        if x.device.type == "meta":
+            return x
+        self.calls += 1
+        if self.calls == self.at and os.environ.get("HAMDIST_TEST_DRIVER") != str(os.getpid()):
+            try:
+                os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return x
+            if self.what == "raise":
+                raise OSError("bad luck")
+            os.kill(os.getpid(), signal.SIGKILL if self.what == "kill" else signal.SIGSTOP)
+        return x
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """The driver's process only measures the network: nothing happens there."""
+    monkeypatch.setenv("HAMDIST_TEST_DRIVER", str(os.getpid()))
+
+
+def net(*odd):
+    """Five linear layers; odd: (number of the layer, module that comes behind it)."""
+
+    def build():
+        layers = []
+        for i in range(5):
+            layer = nn.Linear(FEATURES if i == 0 else 8, 3 if i == 4 else 8)
+            behind = [module for number, module in odd if number == i]
+            layers.append(nn.Sequential(layer, *behind, nn.Tanh() if i < 4 else nn.Identity()))
+        return nn.Sequential(*layers)
+
+    return seeded(build)
+
+
+def cut():
+    return {"cuts": ["1", "2", "3", "4"]}
+
+
+def both(tmp_path, odd, source=PortableStream, items=ITEMS, engine=None, kept=None, **fields):
+    given = {"level": "trace", "partition": cut(), **fields}
+    calm = copy.deepcopy(odd)
+    for module in calm.modules():
+        if isinstance(module, Once):
+            module.at = None
+    more = {k: v for k, v in (engine or {}).items() if k != "transport"}
+    alone = train(calm, source(items), settings({**ALONE, **more}, items, **given))
+    path = {"path": str(tmp_path / "kept"), "every": 10, **(kept or {})}
+    spread = {"kind": "ray", "actors": 3, **(engine or {})}
+    run = settings(spread, items, snapshots=path, **given)
+    result = train(odd, source(items), run)
+    assert_equal(alone, result)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("level", "where"), [("local", 0), ("trace", 2), ("backprop", 4), ("trace", 0)]
+)
+def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, where):
+    """With the stream, in the middle, with the readout."""
+    odd = net((where, Once(31, tmp_path / "mark", "kill")))
+    result = both(tmp_path, odd, level=level)
+    assert len(result.replaced) == 1
+    assert f"block{where}" in result.replaced[0].blocks
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_other_transports_delays_and_codes(session, driver, leaves_no_socket, tmp_path, transport):
+    """Bundles are under way, and encoders have errors to carry on."""
+    odd = net((2, Once(41, tmp_path / "mark", "kill")))
+    engine = {"transport": transport, "compress": "int8", "feedback": "on"}
+    result = both(tmp_path, odd, engine=engine, partition={**cut(), "delay": 4})
+    assert result.replaced
+
+
+def test_two_at_once_and_one_again(session, driver, leaves_no_socket, tmp_path):
+    odd = net(
+        (0, Once(25, tmp_path / "a", "kill")),
+        (2, Once(25, tmp_path / "b", "kill")),
+        (4, Once(8, tmp_path / "c", "kill")),
+    )
+    result = both(tmp_path, odd)
+    assert len(result.replaced) == 3
+
+
+def test_a_hung_actor(session, driver, leaves_no_socket, tmp_path):
+    """Ray does not report it: it does not answer."""
+    odd = net((2, Once(31, tmp_path / "mark", "stop")))
+    result = both(tmp_path, odd, kept={"silence": 1.0})
+    assert len(result.replaced) == 1
+
+
+def test_a_block_that_fails_by_bad_luck(session, driver, leaves_no_socket, tmp_path):
+    odd = net((2, Once(31, tmp_path / "mark", "raise")))
+    result = both(tmp_path, odd)
+    assert [r.tick for r in result.replaced] == [32]
+
+
+def test_a_defect_ends_the_run(session, driver, leaves_no_socket, tmp_path):
+    """Three times at the same tick: no bad luck."""
+    odd = net((2, Broken(20)))
+    run = settings(
+        {"kind": "ray", "actors": 3},
+        ITEMS,
+        level="trace",
+        partition=cut(),
+        snapshots={"path": str(tmp_path), "every": 1000},
+    )
+    with pytest.raises(BlockError, match="the user's own mistake") as caught:
+        train(odd, PortableStream(ITEMS), run)
+    assert caught.value.tick == 22
+    assert "raise ArithmeticError" in caught.value.details
+
+
+def test_a_stream_that_can_be_read_once(session, driver, leaves_no_socket, tmp_path):
+    """It stays with the driver, whose log keeps what it gave."""
+    odd = net((0, Once(31, tmp_path / "mark", "kill")))
+    result = both(tmp_path, odd, lambda n: from_iterable(iter(batches(n)), classes=3))
+    assert result.replaced
+
+
+def test_too_many_kept_signals_make_a_snapshot(session, driver, leaves_no_socket, tmp_path):
+    """Some 40 KiB a tick: without snapshots a minute's work would be kept."""
+    items = 1500
+    wide = lambda: seeded(  # noqa: E731
+        lambda: nn.Sequential(nn.Linear(FEATURES, 2500), nn.Tanh(), nn.Linear(2500, 3))
+    )
+    given = {"level": "trace", "partition": {"blocks": 2}}
+    alone = train(wide(), PortableStream(items), settings(ALONE, items, **given))
+    kept = {"path": str(tmp_path), "seconds": 1000.0, "memory": 10}
+    run = settings({"kind": "ray", "actors": 2}, items, snapshots=kept, **given)
+    result = train(wide(), PortableStream(items), run)
+    assert_equal(alone, result)
+    assert result.snapshots
+
+
+def test_off(session, driver, leaves_no_socket, tmp_path):
+    odd = net((2, Once(31, tmp_path / "mark", "kill")))
+    kept = {"path": str(tmp_path / "kept"), "recover": False}
+    run = settings({"kind": "ray", "actors": 3}, ITEMS, partition=cut(), snapshots=kept)
+    with pytest.raises(ClusterError, match="died"):
+        train(odd, PortableStream(ITEMS), run)
+
+
+def test_on_ray_and_on_from_there_anywhere(session, leaves_no_socket, tmp_path):
+    """Snapshots of three actors; on in one process, and in four over sockets."""
+    given = {"level": "trace", "partition": cut()}
+    alone = train(net(), PortableStream(ITEMS), settings(ALONE, ITEMS, **given))
+    kept = {"path": str(tmp_path / "kept"), "every": 10, "keep": 100}
+    run = settings({"kind": "ray", "actors": 3}, ITEMS, snapshots=kept, **given)
+    assert_equal(alone, train(net(), PortableStream(ITEMS), run))
+    folder = sorted((tmp_path / "kept").iterdir())[3]
+    for engine in (ALONE, {"kind": "ray", "actors": 4, "transport": "tcp"}):
+        on = settings(engine, ITEMS, snapshots={"path": str(tmp_path / "on")}, **given)
+        assert_equal(alone, train(net(), PortableStream(ITEMS), on, resume=folder))
