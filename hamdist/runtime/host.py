@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,7 @@ from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import HamdistError
+from hamdist.runtime.bounds import message_bytes
 from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
@@ -30,6 +32,9 @@ from hamdist.runtime.source import SourceNode
 from hamdist.runtime.threads import pinned, seat
 from hamdist.runtime.transport import Wires
 from hamdist.streams.sample import Stream
+
+if TYPE_CHECKING:
+    from hamdist.runtime.curve import Keys
 
 
 @dataclass(slots=True)
@@ -78,12 +83,19 @@ class HostStatus:
 
 
 class Host:
-    """blocks: those of this process, in the graph's order; stream: if it is drawn here."""
+    """blocks: those of this process, in the graph's order; stream: if it is drawn here; keys: for
+    tcp sockets that ask for them."""
 
-    def __init__(self, plan: Plan, blocks: Sequence[str], stream: Stream | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: Sequence[str],
+        stream: Stream | None,
+        keys: Keys | None = None,
+    ) -> None:
         self._plan = plan
         self._abort = threading.Event()
-        self._transport = Wires(plan.run, self._abort, plan.engine.link_delay)
+        self._transport = Wires(plan.run, self._abort, plan.engine.link_delay, keys)
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
         self._mail = Mailroom(inside, self._transport)
         self._inside = inside
@@ -94,13 +106,24 @@ class Host:
         """Opens the receiving ends of the channels given by index, each in its way (transport.py).
         Returns their addresses."""
         channels = {c.number: c for c in self._plan.channels.all()}
-        return {i: self._transport.bind(channels[i], way) for i, way in ways.items()}
+        return {
+            i: self._transport.bind(channels[i], way, message_bytes(self._plan, channels[i]))
+            for i, way in ways.items()
+        }
 
     def connect(self, addresses: Mapping[int, str]) -> None:
         """Opens the sending ends of this process's channels."""
         for channel in self._plan.channels.all():
             if channel.sender in self._inside and channel.receiver not in self._inside:
-                self._transport.connect(channel, addresses[channel.number])
+                limit = message_bytes(self._plan, channel)
+                self._transport.connect(channel, addresses[channel.number], limit)
+
+    def allow(self, key: str) -> None:
+        """Lets the holder of a public key connect to this process's tcp sockets (transport.py)."""
+        self._transport.allow(key)
+
+    def withdraw(self, key: str) -> None:
+        self._transport.withdraw(key)
 
     def run(self, index: int = 0, actors: int = 0) -> HostReport:
         """Steps the nodes to the end. Errors are reported, not raised. index: of this process among
