@@ -21,7 +21,7 @@ from hamdist.errors import ClusterError
 from hamdist.runtime.hosts import HostInfo, Seat
 from hamdist.runtime.outcome import deaf_to_interrupts
 from hamdist.runtime.threads import cores
-from hamdist.runtime.token import REMEDY, check_joined, check_token, own_token, refused
+from hamdist.runtime.token import REMEDY, check_joined, check_token, is_refusal, own_token, refused
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
@@ -133,7 +133,7 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
         _knock(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        if "uthenticat" in f"{type(error).__name__} {error}":  # (Ray gives it as text)
+        if is_refusal(error):
             raise refused(address) from None
         raise ClusterError(
             f"engine.address {address!r}: no Ray cluster answers there "

@@ -69,6 +69,16 @@ def check_token(address: str) -> None:
         raise ClusterError(f"engine.address {address!r}: {path} is empty; {REMEDY}")
 
 
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether Ray could not be joined for want of the right token, which Ray says as text, in an
+    error or in what that came from."""
+    while error is not None:
+        if "uthenticat" in f"{type(error).__name__} {error}":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def refused(address: str) -> ClusterError:
     """The error for a cluster that asks for another token than this process has shown."""
     if not asked_for():

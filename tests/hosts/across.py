@@ -21,7 +21,7 @@ from hamdist.runtime.cluster import ray_session
 
 torch.set_num_threads(1)
 address, cases = sys.argv[1:]
-with ray_session(EngineSettings(kind="ray", address=address)):
+with ray_session(EngineSettings(kind="ray", address=address, encryption="on")):
     for level, engine in json.loads(cases):
         items = samples_for(level, 4)
         source = PortableStream(items)

@@ -10,7 +10,14 @@ import pytest
 
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
-from hamdist.runtime.token import check_joined, check_token, own_token, refused, token_notes
+from hamdist.runtime.token import (
+    check_joined,
+    check_token,
+    is_refusal,
+    own_token,
+    refused,
+    token_notes,
+)
 
 FILE = "RAY_AUTH_TOKEN_PATH"
 
@@ -82,6 +89,15 @@ def test_a_refused_token_says_which_one(unset, tmp_path):
     assert "the one of /some/file is not the cluster's" in str(refused("h:1"))
     unset.setenv("RAY_AUTH_TOKEN", "x")
     assert "the one of RAY_AUTH_TOKEN is not" in str(refused("h:1"))
+
+
+def test_a_refusal_is_found_where_ray_hides_it():
+    """As Ray 2.60 raises it: ConnectionError, from a RuntimeError with the last try's traceback."""
+    inner = RuntimeError("Last connection error: ... Unauthenticated: RPC error: InvalidAuthToken")
+    outer = ConnectionError("Failed to connect to Ray cluster at h:1")
+    outer.__cause__ = inner
+    assert is_refusal(outer)
+    assert not is_refusal(ConnectionError("Failed to connect to Ray cluster at h:1"))
 
 
 def test_an_open_cluster_is_told_of_and_refused_if_asked(unset, tmp_path):
