@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -235,6 +236,16 @@ class TransportKind(str, Enum):
     SHM = "shm"
     IPC = "ipc"
     TCP = "tcp"
+
+
+class Encryption(str, Enum):
+    """Whether signals that go by tcp are encrypted, and both ends ask for a key of this run. auto:
+    they are. on: they are, and a cluster whose Ray asks for no token, and so hands the keys to
+    anybody, is refused. off: whoever can reach a socket can read and send."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
 
 
 class Source(str, Enum):
@@ -618,6 +629,7 @@ class EngineSettings(_Section):
     name. balance: what is shared out evenly between actors where nothing else is said. threads: of
     each process. step: how blocks compute (closed forms equal autograd to round-off). pin: each
     process to processors of its own. address: of a Ray cluster (none: a local Ray is started).
+    encryption: of signals that go by tcp, with keys made for the run (off warns).
     queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
     bundle: the most signals that an edge sends as one message where its delay allows several; auto:
     half as many as it allows, so that the other half of the delay hides the link. A sample then
@@ -641,6 +653,7 @@ class EngineSettings(_Section):
     pin: Annotated[Pin, BeforeValidator(_off)] = Pin.AUTO
     address: str | None = None
     transport: TransportKind = TransportKind.AUTO
+    encryption: Annotated[Encryption, BeforeValidator(_off)] = Encryption.AUTO
     queue: Positive = 4
     bundle: Annotated[Positive | Literal["auto", "off"], BeforeValidator(_off)] = "auto"
     device: Device = "cpu"
@@ -787,12 +800,67 @@ def describe(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             found.setdefault((where, ""), []).append("no such setting")
             continue
-        given = "" if isinstance(item["input"], Mapping) else f" (received {item['input']!r})"
+        value = item["input"]
+        given = "" if isinstance(value, Mapping) else f" (received {_shown.repr(value)})"
         found.setdefault((where, given), []).append(item["msg"].removeprefix("Value error, "))
     return "\n".join(
         f"{where}: {', or: '.join(dict.fromkeys(reasons))}{given}"
         for (where, given), reasons in found.items()
     )
+
+
+# More than any settings have; beyond it a few lines of text could take minutes or the whole stack.
+MAX_NESTING = 50
+MAX_VALUES = 10_000
+
+_shown = reprlib.Repr()
+_shown.maxlevel, _shown.maxdict, _shown.maxlist, _shown.maxtuple = 4, 20, 20, 20
+_shown.maxstring, _shown.maxother, _shown.maxlong = 200, 200, 40
+
+
+def _load(text: str) -> Any:
+    """What YAML `text` holds. Raises ValueError saying why it does not hold settings: besides what
+    is no YAML, tags (which name types), and text that is small and becomes large by its aliases."""
+    try:
+        _look_through(text)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be read"
+        raise ValueError(f"{where}no valid YAML: {problem}") from None
+
+
+def _look_through(text: str) -> None:
+    """Raises ValueError for what `_load` refuses. Counts values as often as aliases repeat them."""
+    sizes: dict[str, int] = {}  # by anchor
+    open_: list[tuple[str | None, int]] = []  # the collections around: anchor, values before it
+    values = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise ValueError(f"line {line}: the tag {tag!r}: settings are plain values")
+        before, anchor = values, getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            if anchor not in sizes:
+                raise ValueError(f"line {line}: *{anchor} stands before the end of &{anchor}")
+            values += sizes[anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            values += 1
+            if anchor is not None:
+                sizes[anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            values += 1
+            open_.append((anchor, before))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_.pop()
+            if anchor is not None:
+                sizes[anchor] = values - before
+        if values > MAX_VALUES or len(open_) > MAX_NESTING:
+            raise ValueError(
+                f"line {line}: more than {MAX_VALUES:,} values, or {MAX_NESTING} inside each other"
+            )
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -804,10 +872,13 @@ def parse_override(text: str) -> dict[str, Any]:
     if not found or not key:
         raise SettingsError(f"--set {text!r}: write it as key=value, for example stream.batch=8")
     try:
-        parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        parsed: Any = _load(value)
+    except ValueError as error:
         raise SettingsError(f"--set {text!r}: the value is no YAML: {error}") from None
-    for part in reversed(key.split(".")):
+    parts = key.split(".")
+    if len(parts) > MAX_NESTING:
+        raise SettingsError(f"--set {text!r}: a key of {len(parts)} parts")
+    for part in reversed(parts):
         parsed = {part: parsed}
     return dict(parsed)
 
@@ -818,15 +889,14 @@ def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]]
     Raises SettingsError naming `origin`, and the line or the field.
     """
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be read"
-        raise SettingsError(f"{origin}{where}: no valid YAML: {problem}") from None
+        raw = _load(text)
+    except ValueError as error:
+        raise SettingsError(f"{origin}, {error}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
-        raise SettingsError(f"{origin}: settings are a mapping of names to values, not {raw!r}")
+        raise SettingsError(
+            f"{origin}: settings are a mapping of names to values, not {_shown.repr(raw)}"
+        )
     for override in overrides:
         raw = lay_over(raw, override)
     try:

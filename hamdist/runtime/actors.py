@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -22,6 +22,9 @@ from hamdist.runtime.hosts import Seat
 from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.plan import Plan
 from hamdist.streams.sample import Stream
+
+if TYPE_CHECKING:
+    from hamdist.runtime.curve import Keys
 
 THREADS_OF_AN_ACTOR = 8
 ANSWER_SECONDS = 5.0
@@ -36,6 +39,7 @@ class HostActor:
     def __init__(self, path: Sequence[str]) -> None:
         self._host: Host | None = None
         self._probe: Probe | None = None
+        self._keys: Keys | None = None
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:
@@ -43,10 +47,17 @@ class HostActor:
         node = ray.get_runtime_context().get_node_id()
         return node, ray.util.get_node_ip_address(), os.getpid()
 
+    def new_key(self) -> str:
+        """Makes this process's keys for the next run; returns the public one."""
+        from hamdist.runtime.curve import new_keys
+
+        self._keys = new_keys()
+        return self._keys.public
+
     def probe(self, run: int, link_delay: float, binds: Mapping[int, str]) -> dict[int, str]:
         """Opens the receiving ends of links to measure, given by channel, each in its way; returns
         their addresses."""
-        self._probe = Probe(run, link_delay)
+        self._probe = Probe(run, link_delay, self._keys)
         return self._probe.open(binds)
 
     def join_probe(self, addresses: Mapping[int, str]) -> None:
@@ -77,7 +88,7 @@ class HostActor:
     ) -> Opened:
         """Builds the blocks and opens the receiving ends; returns where they are."""
         torch.set_default_dtype(plan.default_dtype)
-        self._host = Host(plan, blocks, stream)
+        self._host = Host(plan, blocks, stream, self._keys)
         return self._host.bind(binds)
 
     def connect(self, ends: Opened) -> int:
@@ -95,6 +106,13 @@ class HostActor:
     def complete(self, tick: int) -> None:
         if self._host is not None:  # (a run that has ended needs no signal again)
             self._host.complete(tick)
+
+    def allow(self, key: str) -> None:
+        self._prepared().allow(key)
+
+    def withdraw(self, key: str) -> None:
+        if self._host is not None:
+            self._host.withdraw(key)
 
     def run(self, index: int, actors: int) -> HostReport:
         """index: of this actor among the `actors` of its host."""

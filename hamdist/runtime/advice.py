@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from hamdist.config import EngineKind, EngineSettings, Moves, Order, Reset, Settings, TargetOf
+from hamdist.config import (
+    Encryption,
+    EngineKind,
+    EngineSettings,
+    Moves,
+    Order,
+    Reset,
+    Settings,
+    TargetOf,
+    TransportKind,
+)
 from hamdist.dynamics.cycles import dissipation_warnings
 from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.runtime.compression import compression_warnings
@@ -26,6 +36,8 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         )
     if plan.engine.kind is EngineKind.INPROCESS:
         told += _no_links(settings)
+    else:
+        told += open_wires(plan.engine)
     if plan.engine.address is None:
         told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
@@ -51,6 +63,19 @@ def _no_links(settings: Settings) -> list[str]:
             "makes messages between actors late"
         )
     return told
+
+
+def open_wires(engine: EngineSettings) -> list[str]:
+    """Says so where strangers can read signals and send some."""
+    by_tcp = engine.transport is TransportKind.TCP or (
+        engine.transport is TransportKind.AUTO and engine.address is not None
+    )
+    if engine.encryption is not Encryption.OFF or not by_tcp:
+        return []
+    return [
+        "engine.encryption 'off': whoever reaches the ports of this run can read its signals and "
+        "send others; leave it at 'auto' unless you trust everybody in the network"
+    ]
 
 
 def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import socket
 import sys
@@ -22,11 +21,13 @@ from hamdist.errors import ClusterError
 from hamdist.runtime.hosts import HostInfo, Seat
 from hamdist.runtime.outcome import deaf_to_interrupts
 from hamdist.runtime.threads import cores
+from hamdist.runtime.token import REMEDY, check_joined, check_token, is_refusal, own_token, refused
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
 KNOCK_SECONDS = 5.0
 PROFILE_SECONDS = 60.0
+TRIES = 5
 
 
 class Session:
@@ -113,7 +114,7 @@ def _ray(engine: EngineSettings) -> Iterator[None]:
     if ray.is_initialized():
         yield
     elif engine.address is not None:
-        with _joined(engine.address):
+        with _joined(engine, engine.address):
             yield
     else:
         with _local(max(cores(), _wanted(engine))):
@@ -121,20 +122,26 @@ def _ray(engine: EngineSettings) -> Iterator[None]:
 
 
 @contextmanager
-def _joined(address: str) -> Iterator[None]:
+def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
     import ray
+    from ray.exceptions import RayError
 
+    check_token(address)
+    # (Ray tries so often; a head that answers and refuses the token will go on to)
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(TRIES))
     try:
         _knock(address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        if is_refusal(error):
+            raise refused(address) from None
         raise ClusterError(
             f"engine.address {address!r}: no Ray cluster answers there "
             f"({str(error).splitlines()[0]}); start one (ray start --head), correct the address, "
-            "or leave it out for a local Ray. Where the cluster asks for Ray's token, set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here as there"
+            f"or leave it out for a local Ray. Where the cluster asks for a token, {REMEDY}"
         ) from error
     try:
+        check_joined(engine)
         yield
     finally:
         with deaf_to_interrupts():
@@ -152,25 +159,23 @@ def _knock(address: str) -> None:
 def _local(cpus: int) -> Iterator[None]:
     import ray
 
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        # A token of this process alone; left to itself Ray writes one where all can read it.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     folder = tempfile.mkdtemp(prefix="hdray-", dir=_short_folder())
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            # Ray opens its folder to all users: one that only the owner can enter lies around it.
-            _temp_dir=os.path.join(folder, "r"),
-        )
-        up = True
-        yield
+        with own_token(folder):
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                # Ray opens its folder to all users: one that only the owner can enter lies around.
+                _temp_dir=os.path.join(folder, "r"),
+            )
+            up = True
+            yield
     finally:
         with deaf_to_interrupts():
             mine = _of_session(folder, before)

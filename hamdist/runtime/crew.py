@@ -7,13 +7,13 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
-from hamdist.config import Spread, TransportKind
+from hamdist.config import Encryption, Spread, TransportKind
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, HamdistError, StreamError
@@ -36,10 +36,14 @@ from hamdist.runtime.transport import IPC, SHM, TCP, local_way
 from hamdist.streams.replay import replays
 from hamdist.streams.sample import Stream
 
+if TYPE_CHECKING:
+    from hamdist.runtime.curve import Keys
+
 START_SECONDS = 120.0
 ANSWER_SECONDS = 5.0
 OBEY_SECONDS = 2.0
 END_SECONDS = 10.0
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +57,7 @@ class Actor:
     node: str = ""
     address: str = ""
     pid: int = 0
+    key: str | None = None  # its public key in this run, where tcp sockets ask for one
     running: Any = None  # the call of run()
     report: HostReport | None = None
     status: HostStatus | None = None
@@ -99,6 +104,7 @@ class Crew:
         keeps = plan.keeping is not None and plan.keeping.recover
         self._portable = stream.portable and (replays(stream) or not keeps)
         self._local: Host | None = None
+        self._keys: Keys | None = None  # this process's, where tcp sockets ask for one
         self._thread: threading.Thread | None = None
         self.local_report: HostReport | None = None
         self.actors: list[Actor] = []
@@ -153,6 +159,7 @@ class Crew:
             ]
             for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
                 actor.node, actor.address, actor.pid = where
+            self._make_keys()
         if plan.replan is not None and measured is not None:
             with startup.phase("links"):
                 links = self._links()
@@ -172,7 +179,7 @@ class Crew:
         with startup.phase("sockets"):
             self._all("connect", lambda _: (ends,))
             if not self._portable:
-                self._local = Host(plan.only([]), [], self._stream)
+                self._local = Host(plan.only([]), [], self._stream, self._keys)
                 self._local.connect(ends)
         return plan
 
@@ -191,6 +198,22 @@ class Crew:
     def stream_of(self, i: int) -> Stream | None:
         """The stream, if actor i draws it."""
         return self._stream if self._portable and i == self._source_actor() else None
+
+    def _make_keys(self) -> None:
+        """Each process gets a key pair for this run, where signals go by tcp (curve.py)."""
+        engine = self._plan.engine
+        here = ray.get_runtime_context().get_node_id()
+        spread = len({here, *(actor.node for actor in self.actors)}) > 1
+        by_tcp = engine.transport is TransportKind.TCP or (
+            engine.transport is TransportKind.AUTO and spread
+        )
+        if engine.encryption is Encryption.OFF or not by_tcp:
+            return
+        from hamdist.runtime.curve import new_keys
+
+        self._keys = new_keys()
+        for actor, key in zip(self.actors, self._all("new_key", lambda _: ()), strict=True):
+            actor.key = key
 
     def _seats(self, groups: Sequence[Sequence[str]], costs: Costs | None) -> list[Seat]:
         """What each actor asks Ray for. Raises ClusterError for what the cluster does not have."""
@@ -215,9 +238,9 @@ class Crew:
         binds: list[dict[int, str]] = [{} for _ in self.actors]
         for number, (a, b) in enumerate(firsts):
             there, back = Probe.channels(number)
-            nodes = self.actors[a].node, self.actors[b].node
-            binds[b][there.number] = self._way_between(there, nodes[0], self.actors[b])
-            binds[a][back.number] = self._way_between(back, nodes[1], self.actors[a])
+            first, second = self.actors[a], self.actors[b]
+            binds[b][there.number] = self._way_between(there, first.node, first.key, second)
+            binds[a][back.number] = self._way_between(back, second.node, second.key, first)
         run, late = self._plan.run, self._plan.engine.link_delay
         addresses: dict[int, str] = {}
         for opened in self._all("probe", lambda i: (run, late, binds[i])):
@@ -271,14 +294,18 @@ class Crew:
         sender = next(
             (a for a, s in zip(self.actors, inside, strict=True) if channel.sender in s), None
         )
-        node = sender.node if sender is not None else ray.get_runtime_context().get_node_id()
-        return self._way_between(channel, node, receiver)
+        if sender is not None:
+            return self._way_between(channel, sender.node, sender.key, receiver)
+        key = None if self._keys is None else self._keys.public
+        here = ray.get_runtime_context().get_node_id()
+        return self._way_between(channel, here, key, receiver)
 
-    def _way_between(self, channel: Channel, node: str, receiver: Actor) -> str:
-        """node: the sender's host."""
+    def _way_between(self, channel: Channel, node: str, key: str | None, receiver: Actor) -> str:
+        """node: the sender's host; key: its public key, if the receiver is to ask for it."""
         wanted = self._plan.engine.transport
         if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
-            return TCP + receiver.address
+            host = LOOPBACK if node == receiver.node else receiver.address
+            return TCP + host if key is None else f"{TCP}{host} {key}"
         if node != receiver.node:
             raise ClusterError(
                 f"engine.transport {wanted.value!r}: {channel} crosses hosts; use 'auto' or 'tcp'"
@@ -317,6 +344,11 @@ class Crew:
     def connect_local(self, ends: Opened) -> int:
         """The stream in this process sends to new ends."""
         return 0 if self._local is None else self._local.connect_anew(ends)
+
+    def withdraw(self, key: str) -> None:
+        """Nobody lets the holder of this key in any more."""
+        for actor in self.actors:
+            actor.handle.withdraw.remote(key)
 
     def keep(self, tick: int) -> None:
         """All take a snapshot at `tick`."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -19,6 +19,7 @@ from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import HamdistError
+from hamdist.runtime.bounds import message_bytes
 from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.keeper import Keeper, Taken
 from hamdist.runtime.ledger import Ledger
@@ -34,6 +35,9 @@ from hamdist.runtime.source import SourceNode
 from hamdist.runtime.threads import pinned, seat
 from hamdist.runtime.transport import Wires
 from hamdist.streams.sample import Stream
+
+if TYPE_CHECKING:
+    from hamdist.runtime.curve import Keys
 
 ANSWER_SECONDS = 60.0  # a block's step may take long
 
@@ -105,14 +109,21 @@ class HostStatus:
 
 
 class Host:
-    """blocks: those of this process, in the graph's order; stream: if it is drawn here."""
+    """blocks: those of this process, in the graph's order; stream: if it is drawn here; keys: for
+    tcp sockets that ask for them."""
 
-    def __init__(self, plan: Plan, blocks: Sequence[str], stream: Stream | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: Sequence[str],
+        stream: Stream | None,
+        keys: Keys | None = None,
+    ) -> None:
         self._plan = plan
         self._abort = threading.Event()
         self._requests = Requests()
         delay = plan.engine.link_delay
-        self._transport = Wires(plan.run, self._abort, delay, self._requests)
+        self._transport = Wires(plan.run, self._abort, delay, keys, self._requests)
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
         keeping = plan.keeping
         self._ledger = None if keeping is None else Ledger(inside, replays=keeping.recover)
@@ -136,7 +147,7 @@ class Host:
         opened: Opened = {}
         for i, way in ways.items():
             channel = self._channels[i]
-            address = self._transport.bind(channel, way)
+            address = self._transport.bind(channel, way, message_bytes(self._plan, channel))
             opened[i] = End(address, self._mail.taken(channel) + 1)
         return opened
 
@@ -150,10 +161,11 @@ class Host:
                 continue
             log = None if self._ledger is None else self._ledger.log(channel)
             behind = 0 if log is None else log.posted + 1 - end.next
+            limit = message_bytes(self._plan, channel)
             if log is None or behind <= 0:
-                self._transport.connect(channel, end.address)
+                self._transport.connect(channel, end.address, limit)
             else:
-                self._transport.connect(channel, end.address, log, end.next)
+                self._transport.connect(channel, end.address, limit, log, end.next)
                 again += behind
             if log is not None:
                 self._mail.resume_at(channel, end.next)
@@ -178,6 +190,13 @@ class Host:
     def keep(self, tick: int) -> bool:
         """A snapshot at `tick`; whether that is still to come."""
         return self._keeper is not None and self._keeper.ask(tick)
+
+    def allow(self, key: str) -> None:
+        """Lets the holder of a public key connect to this process's tcp sockets (transport.py)."""
+        self._transport.allow(key)
+
+    def withdraw(self, key: str) -> None:
+        self._transport.withdraw(key)
 
     def run(self, index: int = 0, actors: int = 0) -> HostReport:
         """Steps the nodes to the end. Errors are reported, not raised. index: of this process among

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +31,9 @@ from hamdist.runtime.placement import Costs
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.signal import Channel, Signal
 from hamdist.runtime.transport import Wires
+
+if TYPE_CHECKING:
+    from hamdist.runtime.curve import Keys
 
 # Ticks differ from each other: what just covers the mean tick still waits now and then (2 cores, 25
 # ms, ticks of 1.9 ms: waits of 0.30 s at 16 ticks, 0.29 at 20, 0.16 at 28, 0.19 at 40).
@@ -52,10 +56,11 @@ class Link:
 
 
 class Probe:
-    """One end of links under measurement, in an actor's process. link_delay: as in the run."""
+    """One end of links under measurement, in an actor's process. link_delay, keys: as in the
+    run."""
 
-    def __init__(self, run: int, link_delay: float) -> None:
-        self._wires = Wires(run, threading.Event(), link_delay)
+    def __init__(self, run: int, link_delay: float, keys: Keys | None = None) -> None:
+        self._wires = Wires(run, threading.Event(), link_delay, keys)
         self._mine: list[int] = []
 
     @staticmethod
@@ -68,7 +73,7 @@ class Probe:
     def open(self, ways: Mapping[int, str]) -> dict[int, str]:
         """Opens the receiving ends of channels given by number; returns their addresses."""
         self._mine = list(ways)
-        return {n: self._wires.bind(self._channel(n), way) for n, way in ways.items()}
+        return {n: self._wires.bind(self._channel(n), way, 2 * LARGE) for n, way in ways.items()}
 
     def join(self, addresses: Mapping[int, str]) -> None:
         """Opens the sending ends of the same links."""

@@ -157,6 +157,9 @@ class Recovery:
         for actor, seat, handle, place in zip(lost, seats, handles, where, strict=True):
             actor.renew(seat, handle, place)
             self._fresh.add(actor.name)
+            if actor.key is not None:
+                crew.withdraw(actor.key)
+                actor.key = ray.get(handle.new_key.remote(), timeout=START_SECONDS)
 
 
 def _all(calls: dict[Any, Actor]) -> tuple[list[Any], list[Actor]]:

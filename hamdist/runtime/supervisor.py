@@ -26,6 +26,7 @@ from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockProgress, Progress
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.threads import cores
+from hamdist.runtime.token import token_notes
 from hamdist.runtime.watchdog import Watchdog, explain
 from hamdist.streams.sample import Stream
 
@@ -59,6 +60,7 @@ class RayEngine:
             plan = crew.wire(startup, costs, measured)
             notes += placement_notes(plan, crew.placement, costs)
             notes += crew.crowded() if plan.engine.address is not None else []
+            notes += token_notes(plan.engine)
             outcome = _Watch(plan, crew, on_progress).to_the_end()
             outcome.startup = startup.seconds
             if auto:

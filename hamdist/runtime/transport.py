@@ -2,7 +2,7 @@
 
 shm://FILE         shared memory, between processes of one host (shared.py)
 ipc://FILE         ZeroMQ, between processes of one host (zeromq.py)
-tcp://HOST:PORT    ZeroMQ, between hosts
+tcp://HOST:PORT    ZeroMQ, between hosts; with the receiver's public key behind it (curve.py)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from hamdist.dynamics.schedule import Stamp
+from hamdist.errors import ClusterError
 from hamdist.runtime import shared
 from hamdist.runtime.feeder import Feeder
 from hamdist.runtime.late import LateReceiver
@@ -22,6 +23,8 @@ from hamdist.runtime.signal import Channel, Signal
 
 if TYPE_CHECKING:
     import zmq
+
+    from hamdist.runtime.curve import Door, Keys
 
 SHM = "shm"
 IPC = "ipc"
@@ -35,7 +38,8 @@ def local_way(channel: Channel) -> str:
 
 class Wires:
     """The ends of all channels that lead out of one process. abort: set to make blocked calls raise
-    `Aborted`. link_delay: seconds by which what comes is handed out later (late.py).
+    `Aborted`. link_delay: seconds by which what comes is handed out later (late.py). keys: of this
+    process, for channels whose way or address carries a peer's key.
 
     They belong to the thread that sends and receives, but for `bind`, `connect` and `close`, which
     come before and after.
@@ -46,10 +50,13 @@ class Wires:
         run: int,
         abort: threading.Event,
         link_delay: float = 0.0,
+        keys: Keys | None = None,
         requests: Requests | None = None,
     ) -> None:
         self._line = Line(run, abort, requests)
         self._requests = requests
+        self._keys = keys
+        self._door: Door | None = None
         self._link_delay = link_delay
         self._in: dict[int, Receiver] = {}
         self._out: dict[int, Sender] = {}
@@ -66,49 +73,83 @@ class Wires:
         calls of the operating system, and packing."""
         return {"waiting": self._line.waited, "packing": self._line.packed}
 
-    def bind(self, channel: Channel, way: str) -> str:
-        """Opens the receiving end: 'shm', 'ipc' or 'tcp://HOST'. Returns its address."""
+    def bind(self, channel: Channel, way: str, limit: int = -1) -> str:
+        """Opens the receiving end: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the
+        sender's public key. limit: bytes of a frame by tcp, at most (-1: any). Returns its address.
+        """
         if self._link_delay:
             receiver: Receiver = LateReceiver(
-                self._line, channel, self._link_delay, lambda own: self._open(own, channel, way)
+                self._line,
+                channel,
+                self._link_delay,
+                lambda own: self._open(own, channel, way, limit),
             )
         else:
-            receiver = self._open(self._line, channel, way)
+            receiver = self._open(self._line, channel, way, limit)
         old = self._in.pop(channel.number, None)
         if old is not None:
             old.close()
         self._in[channel.number] = receiver
         return receiver.address
 
-    def _open(self, line: Line, channel: Channel, way: str) -> Receiver:
+    def _open(self, line: Line, channel: Channel, way: str, limit: int) -> Receiver:
         if way == SHM:
             return shared.SharedReceiver(line, channel)
+        from hamdist.runtime.curve import split_key
         from hamdist.runtime.zeromq import ZmqReceiver
 
-        host = way.removeprefix(TCP) if way.startswith(TCP) else None
-        return ZmqReceiver(line, channel, self._context(), host)
+        bare, key = split_key(way)
+        if not bare.startswith(TCP):
+            return ZmqReceiver(line, channel, self._context(), None)
+        host = bare.removeprefix(TCP)
+        if key is None:
+            return ZmqReceiver(line, channel, self._context(), host, limit=limit)
+        self.allow(key)
+        return ZmqReceiver(line, channel, self._context(), host, self._door, limit)
+
+    def allow(self, key: str) -> None:
+        """Lets the holder of a public key send to the receiving ends that ask for keys, from now
+        on: before it connects."""
+        if self._door is None:
+            from hamdist.runtime.curve import Door
+
+            if self._keys is None:
+                raise ClusterError("a sender with a key, but this process has none")
+            self._door = Door(self._context(), self._keys)
+        self._door.allow(key)
+
+    def withdraw(self, key: str) -> None:
+        """Takes `allow` back, for connections to come."""
+        if self._door is not None:
+            self._door.withdraw(key)
 
     def connect(
-        self, channel: Channel, address: str, log: Log | None = None, first: int = 1
+        self,
+        channel: Channel,
+        address: str,
+        limit: int = -1,
+        log: Log | None = None,
+        first: int = 1,
     ) -> None:
-        """Opens the sending end. log: what a receiver that begins again is sent before all else,
-        from signal `first` on."""
+        """Opens the sending end. limit: as at the other end. log: what a receiver that begins again
+        is sent before all else, from signal `first` on."""
         old = self._out.pop(channel.number, None)
         if old is not None:
             old.close()
         if log is None:
-            self._out[channel.number] = self._reach(self._line, channel, address)
+            self._out[channel.number] = self._reach(self._line, channel, address, limit)
             return
         self._out[channel.number] = Feeder(
-            self._line, channel, log, first, lambda own: self._reach(own, channel, address)
+            self._line, channel, log, first, lambda own: self._reach(own, channel, address, limit)
         )
 
-    def _reach(self, line: Line, channel: Channel, address: str) -> Sender:
+    def _reach(self, line: Line, channel: Channel, address: str, limit: int) -> Sender:
         if address.startswith(shared.SCHEME):
             return shared.SharedSender(line, channel, address)
         from hamdist.runtime.zeromq import ZmqSender
 
-        return ZmqSender(line, channel, self._context(), address)
+        own = limit if address.startswith(TCP) else -1
+        return ZmqSender(line, channel, self._context(), address, self._keys, own)
 
     def _context(self) -> zmq.Context[Any]:
         """ZeroMQ's, with its thread: only in processes that have a channel for it."""
@@ -148,6 +189,9 @@ class Wires:
         ends: list[Receiver | Sender] = [*self._in.values(), *self._out.values()]
         for end in ends:
             end.close()
+        if self._door is not None:
+            self._door.close()
+            self._door = None
         if self._zmq is not None:
             self._zmq.destroy(linger=0)
             self._zmq = None

@@ -2,7 +2,7 @@
 
 Each channel has its own queue of bounded length, so a slow receiver holds exactly its senders
 back. ipc sockets lie in a private folder (mode 0700); tcp sockets bind to one address and an
-ephemeral port.
+ephemeral port, and let in who has a key (curve.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import zmq
 from torch import Tensor
 
 from hamdist.dynamics.schedule import Stamp
-from hamdist.errors import WireError
+from hamdist.errors import ClusterError, WireError
+from hamdist.runtime.curve import Door, Keys, authenticate, split_key
 from hamdist.runtime.line import TURN_MS, Line, socket_file
 from hamdist.runtime.signal import Channel, Form, Packer, Signal
 
@@ -27,13 +28,28 @@ from hamdist.runtime.signal import Channel, Form, Packer, Signal
 # both signals over ipc, medians of a tick, copied / apart): 117 / 169 us at 16 KiB, 193 / 241 at
 # 256, 323 / 322 at 512, 1,207 / 811 at 1 MiB.
 FRAME_BYTES = 2**19
+NO_LIMIT = -1  # of the bytes of a frame, as ZeroMQ says it
+SEAL = 64  # bytes that encryption adds to a frame, at most
 
 
 class ZmqSender:
-    """connects to `address`, which a ZmqReceiver has told."""
+    """connects to `address`, which a ZmqReceiver has told; if it carries a key, with these keys.
+    limit: bytes of a frame, at most. Raises ClusterError for an address with a key without keys."""
 
-    def __init__(self, line: Line, channel: Channel, context: Any, address: str) -> None:
+    def __init__(
+        self,
+        line: Line,
+        channel: Channel,
+        context: Any,
+        address: str,
+        keys: Keys | None = None,
+        limit: int = NO_LIMIT,
+    ) -> None:
+        bare, server = split_key(address)
+        if server is not None and keys is None:
+            raise ClusterError(f"{channel}: its receiver asks for a key, and this process has none")
         self._line = line
+        self._limit = limit
         self._channel = channel
         self._packer = Packer(line.run, channel)
         self._socket = context.socket(zmq.PUSH)
@@ -43,7 +59,9 @@ class ZmqSender:
         self._socket.setsockopt(zmq.SNDTIMEO, TURN_MS)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.copy_threshold = FRAME_BYTES
-        self._socket.connect(address)
+        if server is not None and keys is not None:
+            authenticate(self._socket, keys, server)
+        self._socket.connect(bare)
 
     def send(self, signals: Sequence[Signal]) -> None:
         line = self._line
@@ -80,6 +98,13 @@ class ZmqSender:
                 # (holds the tensor, as long as ZeroMQ holds this)
                 frames.append(payload.view(-1).view(torch.uint8).numpy().data)
         frames[0] = b"".join(parts)
+        largest = max(map(len, frames))
+        if largest > self._limit != NO_LIMIT:
+            raise WireError(
+                f"{self._channel}: a frame of {largest:,} bytes, where the plan knows of "
+                f"{self._limit:,} at most: give the stream's first batch the size that later ones "
+                "have"
+            )
         return frames
 
     def move(self, line: Line) -> None:
@@ -90,9 +115,18 @@ class ZmqSender:
 
 
 class ZmqReceiver:
-    """host: of a tcp address; None: an ipc socket."""
+    """host: of a tcp address; None: an ipc socket. door: lets in who may send (None: anybody).
+    limit: bytes of a frame, at most; who sends a larger one is cut off."""
 
-    def __init__(self, line: Line, channel: Channel, context: Any, host: str | None) -> None:
+    def __init__(
+        self,
+        line: Line,
+        channel: Channel,
+        context: Any,
+        host: str | None,
+        door: Door | None = None,
+        limit: int = NO_LIMIT,
+    ) -> None:
         self._line = line
         self._channel = channel
         self._packer = Packer(line.run, channel)
@@ -103,8 +137,12 @@ class ZmqReceiver:
         self._socket.setsockopt(zmq.RCVHWM, -(-channel.capacity // channel.bundle))
         self._socket.setsockopt(zmq.RCVTIMEO, TURN_MS)
         if host is not None:
+            self._socket.setsockopt(zmq.MAXMSGSIZE, limit if limit == NO_LIMIT else limit + SEAL)
+            if door is not None:
+                door.guard(self._socket)
             self._socket.bind(f"tcp://{host}:*")
-            self.address = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
+            bare = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
+            self.address = bare if door is None else f"{bare} {door.public}"
             return
         self._file = socket_file(line.run, channel)
         self.address = f"ipc://{self._file}"

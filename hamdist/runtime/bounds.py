@@ -1,0 +1,35 @@
+"""How many bytes one message on a channel may have, by the plan: more is no signal of this run."""
+
+from __future__ import annotations
+
+import math
+
+from hamdist.dynamics.graph import INPUT
+from hamdist.dynamics.schedule import Kind
+from hamdist.runtime.plan import Plan
+from hamdist.runtime.signal import MAX_HEADER, Channel
+
+# Batches may be larger than the first one was; a message may be wider than the state that it
+# answers (float64 for float32), and bring that state along (memory 'reversible').
+TIMES = 16
+REST = 4096  # what else a packet may hold; encryption adds 33 bytes
+
+
+def message_bytes(plan: Plan, channel: Channel) -> int:
+    """The most bytes of one message on `channel`: B signals in a bundle, each a header and TIMES
+    the bytes that the plan knows of."""
+    return channel.bundle * (MAX_HEADER + TIMES * _signal_bytes(plan, channel)) + REST
+
+
+def _signal_bytes(plan: Plan, channel: Channel) -> int:
+    if channel.kind is Kind.CLOCK:
+        return 0
+    if channel.kind is Kind.TARGET:
+        target = plan.spec.target(channel.receiver)
+        return 0 if target is None else math.prod(target.shape) * target.dtype.itemsize
+    if channel.sender == INPUT:
+        known = list(plan.spec.parents.values())
+    else:
+        parent = channel.sender if channel.kind is Kind.STATE else channel.receiver
+        known = [plan.shapes[parent]]
+    return max(math.prod(shape) * dtype.itemsize for shape, dtype in known)

@@ -1,0 +1,120 @@
+"""Ray's token: who has it can run code on every host of a cluster, and gets the keys of its runs.
+
+Ray itself would write a token where all users of the host can read it, and joins a cluster without
+one where the environment does not ask for it. Here a local Ray has a token of its own in a private
+folder, and what is missing to join a cluster is said. Ray looks for a token in RAY_AUTH_TOKEN, in
+the file RAY_AUTH_TOKEN_PATH, and in ~/.ray/auth_token, in this order.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from hamdist.config import Encryption, EngineSettings
+from hamdist.errors import ClusterError
+
+MODE, TOKEN, FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+REMEDY = (
+    f"set {MODE}=token and {FILE} to a file of mode 0600 with the cluster's token, here and "
+    "wherever 'ray start' runs"
+)
+
+
+@lru_cache(maxsize=1)
+def _own() -> str:
+    """One for all local Rays of this process: Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+@contextmanager
+def own_token(folder: str) -> Iterator[None]:
+    """Inside, a Ray that is started takes its token from a file of mode 0600 in `folder`; where the
+    user has set one, that one."""
+    if TOKEN in os.environ or FILE in os.environ:
+        yield
+        return
+    path = os.path.join(folder, "token")
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(_own())
+    os.environ[FILE] = path
+    try:
+        yield
+    finally:
+        del os.environ[FILE]
+
+
+def asked_for() -> bool:
+    """Whether this process shows a token to Ray."""
+    return os.environ.get(MODE, "").lower() == "token"
+
+
+def check_token(address: str) -> None:
+    """Raises ClusterError if Ray is told to use a token and there is none that it could read."""
+    if not asked_for() or TOKEN in os.environ:
+        return
+    path = _path()
+    try:
+        empty = not path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClusterError(
+            f"engine.address {address!r}: no token for it: {path}: "
+            f"{getattr(error, 'strerror', None) or 'no text'}; {REMEDY}"
+        ) from None
+    if empty:
+        raise ClusterError(f"engine.address {address!r}: {path} is empty; {REMEDY}")
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether Ray could not be joined for want of the right token, which Ray says as text, in an
+    error or in what that came from."""
+    while error is not None:
+        if "uthenticat" in f"{type(error).__name__} {error}":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def refused(address: str) -> ClusterError:
+    """The error for a cluster that asks for another token than this process has shown."""
+    if not asked_for():
+        what = f"none is shown ({MODE} is {os.environ.get(MODE, 'not set')})"
+    else:
+        source = TOKEN if TOKEN in os.environ else str(_path())
+        what = f"the one of {source} is not the cluster's"
+    return ClusterError(
+        f"engine.address {address!r}: this Ray cluster asks for a token, and {what}; {REMEDY}"
+    )
+
+
+def check_joined(engine: EngineSettings) -> None:
+    """After a cluster was joined. Raises ClusterError if the run's keys would be for everybody, and
+    `engine.encryption` is 'on'."""
+    if engine.encryption is Encryption.ON and not asked_for():
+        raise ClusterError(
+            f"engine.encryption 'on': the Ray cluster at {engine.address} asks for no token, so "
+            f"whoever reaches it gets the keys; {REMEDY}, or use 'auto'"
+        )
+
+
+def token_notes(engine: EngineSettings) -> list[str]:
+    """Says so where a cluster was joined that anybody can use, or a token that anybody can read."""
+    if engine.address is None:
+        return []
+    if not asked_for():
+        return [
+            f"the Ray cluster at {engine.address} asks for no token: whoever reaches its ports can "
+            f"run code on its hosts; {REMEDY}"
+        ]
+    path = _path()
+    if TOKEN not in os.environ and path.exists() and path.stat().st_mode & 0o077:
+        return [f"{path}: other users of this host can read Ray's token; chmod 600 {path}"]
+    return []
+
+
+def _path() -> Path:
+    return Path(os.environ.get(FILE) or Path.home() / ".ray" / "auth_token")

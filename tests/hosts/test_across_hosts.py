@@ -1,0 +1,68 @@
+"""Runs across three hosts, each with its own network stack. Oracle: the in-process engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hosts.namespaces import hosts, why_not
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(bool(reason := why_not()), reason=reason or "hosts can be made"),
+    pytest.mark.timeout(300),
+]
+
+ACROSS = Path(__file__).with_name("across.py")
+# One actor on each host, by the custom resource that each host has.
+EACH = {
+    "actors": 3,
+    "blocks": {
+        "block0": {"host": "host1"},
+        "block[123]": {"host": "host0"},
+        "block4": {"host": "host2"},
+    },
+}
+LEVELS = ["local", "trace", "backprop"]
+CASES = [
+    *((level, EACH) for level in LEVELS),
+    ("trace", {**EACH, "link_delay": 0.003}),
+    ("trace", {**EACH, "transport": "ipc"}),
+]
+
+
+@pytest.fixture(scope="module")
+def three():
+    with hosts(3) as h:
+        yield h
+
+
+@pytest.fixture(scope="module")
+def printed(three):
+    """A line for each case."""
+    paths = [str(ACROSS.parents[1]), *(path for path in sys.path if path)]
+    command = [sys.executable, str(ACROSS), three.address, json.dumps(CASES)]
+    text = three.run(0, command, seconds=240, PYTHONPATH=os.pathsep.join(paths))
+    return [line for line in text.splitlines() if ": " in line]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_equal_to_the_bit(printed, level):
+    assert printed[LEVELS.index(level)] == f"{level}: equal on 3 actors"
+
+
+def test_equal_with_links_that_delay(printed):
+    assert printed[3] == "trace: equal on 3 actors"
+
+
+def test_signals_do_cross_hosts(printed):
+    assert "crosses hosts; use 'auto' or 'tcp'" in printed[4]
+
+
+def test_hosts_keep_no_file_of_a_run(three, printed):
+    for i in range(3):
+        assert not list(three.home(i).glob("hd-*"))
+        assert not [name for name in three.run(i, ["ls", "/dev/shm"]).split() if "hd" in name]
