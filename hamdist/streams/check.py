@@ -14,6 +14,7 @@ from torch import Tensor
 from hamdist.errors import StreamError
 from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec
 
+FEW = 64  # class targets
 ALIGNMENT = 64  # bytes; what torch's CPU allocator gives, and vector instructions like
 
 
@@ -158,8 +159,8 @@ def _target(n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tens
         )
     _check_finite(n, field, y)
     if spec.classes is not None:
-        low, high = (y, y) if y.numel() == 1 else torch.aminmax(y)
-        if low.item() < 0 or high.item() >= spec.classes:
+        low, high = _ends(y)
+        if low < 0 or high >= spec.classes:
             where = tuple(((y < 0) | (y >= spec.classes)).nonzero()[0].tolist())
             row = ", ".join(map(str, where))
             raise StreamError(
@@ -168,6 +169,15 @@ def _target(n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tens
                 "classes"
             )
     return _own(y)
+
+
+def _ends(y: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of y's values."""
+    if 0 < y.numel() <= FEW:  # faster one by one
+        values = y.reshape(-1).tolist()
+        return min(values), max(values)
+    low, high = torch.aminmax(y)
+    return low.item(), high.item()
 
 
 def _check_dtype(n: int, field: str, value: Tensor, dtype: torch.dtype) -> None:
