@@ -10,6 +10,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from harness import works
@@ -326,6 +327,19 @@ class TestProcesses:
             for peer in peers:
                 peer.close()
         assert all(peer.ended for peer in peers)
+
+    @pytest.mark.timeout(60)
+    def test_they_are_forked_from_one_process_of_one_thread(self):
+        remotes = [Remote(), Remote()]
+        try:
+            assert [remote.call("arithmetic.clear") for remote in remotes] == [None, None]
+            parents = {psutil.Process(remote.pid).parent() for remote in remotes}
+            (server,) = parents
+            assert server.parent() == psutil.Process()
+            assert server.num_threads() == 1
+        finally:
+            for remote in remotes:
+                remote.close()
 
     @pytest.mark.timeout(60)
     def test_a_side_that_fails_is_named(self, capfd):

@@ -6,6 +6,7 @@ while `run` runs.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -36,6 +37,9 @@ class HostActor:
     def __init__(self, path: Sequence[str]) -> None:
         self._host: Host | None = None
         self._probe: Probe | None = None
+        # What the imports have made stays: without it the collection with which every run begins
+        # takes milliseconds instead of a tenth of a second and more.
+        gc.freeze()
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:

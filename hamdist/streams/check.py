@@ -32,6 +32,7 @@ class Checker:
         self._stamped = stamped
         self._last = -math.inf
         self._first = InputSpec(spec.u_shape, spec.u_dtype)
+        self._one = TargetSpec(spec.y_shape, spec.y_dtype, spec.classes)  # where there is one
 
     def check(self, n: int, sample: Sample) -> Sample:
         """Item n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
@@ -119,14 +120,13 @@ class Checker:
         known = self._spec.targets
         if y is None:
             return None
-        if not isinstance(y, Mapping):
+        if isinstance(y, Tensor) or not isinstance(y, Mapping):
             if known is not None:
                 raise StreamError(
                     f"item {n}: y is one target, but this stream's targets are given by readout: "
                     f"give a dict of {', '.join(map(repr, known))}"
                 )
-            spec = self._spec
-            return _target(n, "y", y, TargetSpec(spec.y_shape, spec.y_dtype, spec.classes), batch)
+            return _target(n, "y", y, self._one, batch)
         if known is None:
             raise StreamError(
                 f"item {n}: y is a dict ({', '.join(map(repr, y))}), but this stream has one "

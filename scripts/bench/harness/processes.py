@@ -21,7 +21,6 @@ from harness import serve
 
 HERE = Path(__file__).resolve().parent.parent
 END_SECONDS = 10.0
-PRELOADED = [f"harness.{role}" for role in serve.ROLES]
 _FORKED = multiprocessing.get_context("forkserver")
 
 
@@ -31,7 +30,7 @@ class RemoteError(RuntimeError):
 
 def start_server() -> None:
     """Begins to start the fork server, which imports on its own; does nothing where it is there."""
-    _FORKED.set_forkserver_preload(PRELOADED)
+    _FORKED.set_forkserver_preload(["harness.preloaded"])
     # (OpenBLAS starts threads as soon as numpy is imported, where it may)
     more = {"PYTHONPATH": _path(), "GLOO_SOCKET_IFNAME": "lo", "OPENBLAS_NUM_THREADS": "1"}
     with mock.patch.dict(os.environ, more):
@@ -86,6 +85,10 @@ class Remote:
         if not self.ended:
             self._process.kill()
             self._process.join()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
 
     @property
     def ended(self) -> bool:
