@@ -203,6 +203,14 @@ class TestVerdicts:
         found.turns[TRACE] = one(5.01)
         assert exchange_row(found, 16384).reached is False
 
+    def test_a_step_that_is_faster_than_the_arithmetic_by_hand_is_the_arithmetic(self):
+        found = contest(mlp(128, 32), trace=5, arithmetic=6, exchange=1)
+        found.parts[TRACE] = {"arithmetic": 6.0, "autograd or Python": -4.0, "waiting": 3.0}
+        assert exchange_row(found, 16384).ratio == pytest.approx(3)  # 5 - (6 - 4)
+        found.parts[TRACE] = {"arithmetic": 3.0, "autograd or Python": 1.0, "waiting": 1.0}
+        found.turns[ARITHMETIC] = one(3)
+        assert exchange_row(found, 16384).ratio == 2
+
     def test_unequal_weights_miss_however_fast(self):
         contests = {
             key: contest(mlp(*key), backprop=1, centralised=2, alone=0.5)
