@@ -32,6 +32,7 @@ from harness.explain import parts, sentence
 from harness.figures import Row, Spread, Target, faster, missing, spread, worst
 from harness.footprint import Footprint, claim
 from harness.inprocess import InProcess
+from harness.ours import fresh_actors
 from harness.output import figure, targets, write
 from harness.pipelining import half
 from harness.processes import Remote, RemoteError, together
@@ -39,6 +40,9 @@ from harness.turns import in_turns
 from harness.verdicts import backprop_rows, exchange_row, memory_row, rows
 from harness.works import Cycled, chain, mlp, pace
 from torch.nn.functional import cross_entropy
+
+from hamdist.runtime.cluster import Session
+from hamdist.runtime.hosts import Seat
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
@@ -287,6 +291,13 @@ class TestSides:
         assert [str(c) for c in schedules(1, "plain")] == ["GPipe, 1 micro-batch, plain SGD"]
         numbers = [(c.schedule, c.micro_batches) for c in schedules(4, "plain")]
         assert numbers == [("GPipe", 1), ("GPipe", 2), ("GPipe", 4), ("1F1B", 2), ("1F1B", 4)]
+
+    def test_idle_actors_end(self, monkeypatch):
+        session, ended = Session(), []
+        session.idle = [(Seat(), "a"), (Seat(cpus=2), "b")]
+        monkeypatch.setattr("ray.kill", ended.append)
+        fresh_actors(session)
+        assert (session.idle, sorted(ended)) == ([], ["a", "b"])
 
     def test_stages_have_three_layers_each(self):
         model = mlp(8, 1).model()
