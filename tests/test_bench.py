@@ -10,6 +10,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from harness import works
@@ -31,6 +32,7 @@ from harness.explain import parts, sentence
 from harness.figures import Row, Spread, Target, faster, missing, spread, worst
 from harness.footprint import Footprint, claim
 from harness.inprocess import InProcess
+from harness.ours import fresh_actors
 from harness.output import figure, targets, write
 from harness.pipelining import half
 from harness.processes import Remote, RemoteError, together
@@ -38,6 +40,9 @@ from harness.turns import in_turns
 from harness.verdicts import backprop_rows, exchange_row, memory_row, rows
 from harness.works import Cycled, chain, mlp, pace
 from torch.nn.functional import cross_entropy
+
+from hamdist.runtime.cluster import Session
+from hamdist.runtime.hosts import Seat
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
@@ -202,6 +207,14 @@ class TestVerdicts:
         found.turns[TRACE] = one(5.01)
         assert exchange_row(found, 16384).reached is False
 
+    def test_a_step_that_is_faster_than_the_arithmetic_by_hand_is_the_arithmetic(self):
+        found = contest(mlp(128, 32), trace=5, arithmetic=6, exchange=1)
+        found.parts[TRACE] = {"arithmetic": 6.0, "autograd or Python": -4.0, "waiting": 3.0}
+        assert exchange_row(found, 16384).ratio == pytest.approx(3)  # 5 - (6 - 4)
+        found.parts[TRACE] = {"arithmetic": 3.0, "autograd or Python": 1.0, "waiting": 1.0}
+        found.turns[ARITHMETIC] = one(3)
+        assert exchange_row(found, 16384).ratio == 2
+
     def test_unequal_weights_miss_however_fast(self):
         contests = {
             key: contest(mlp(*key), backprop=1, centralised=2, alone=0.5)
@@ -279,6 +292,13 @@ class TestSides:
         numbers = [(c.schedule, c.micro_batches) for c in schedules(4, "plain")]
         assert numbers == [("GPipe", 1), ("GPipe", 2), ("GPipe", 4), ("1F1B", 2), ("1F1B", 4)]
 
+    def test_idle_actors_end(self, monkeypatch):
+        session, ended = Session(), []
+        session.idle = [(Seat(), "a"), (Seat(cpus=2), "b")]
+        monkeypatch.setattr("ray.kill", ended.append)
+        fresh_actors(session)
+        assert (session.idle, sorted(ended)) == ([], ["a", "b"])
+
     def test_stages_have_three_layers_each(self):
         model = mlp(8, 1).model()
         halves = [half(model, rank) for rank in (0, 1)]
@@ -326,6 +346,19 @@ class TestProcesses:
             for peer in peers:
                 peer.close()
         assert all(peer.ended for peer in peers)
+
+    @pytest.mark.timeout(60)
+    def test_they_are_forked_from_one_process_of_one_thread(self):
+        remotes = [Remote(), Remote()]
+        try:
+            assert [remote.call("arithmetic.clear") for remote in remotes] == [None, None]
+            parents = {psutil.Process(remote.pid).parent() for remote in remotes}
+            (server,) = parents
+            assert server.parent() == psutil.Process()
+            assert server.num_threads() == 1
+        finally:
+            for remote in remotes:
+                remote.close()
 
     @pytest.mark.timeout(60)
     def test_a_side_that_fails_is_named(self, capfd):
