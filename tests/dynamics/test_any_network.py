@@ -246,7 +246,12 @@ def by_row(x):
     return torch.stack([row * 2 for row in x])
 
 
+def by_a_number(x):
+    return x * float(x.mean())
+
+
 HARD = {
+    "a float of a tensor": (by_a_number, "values of a tensor (__float__)", "float(x.mean())"),
     "a value decides": (decides, "values of a tensor (__bool__)", "if x.sum() > 0"),
     "a number of a tensor": (lambda x: x * x.max().item(), "values of a tensor (item)", "x.max()"),
     "autograd.Function": (Twice.apply, "autograd.Function", ""),
@@ -288,6 +293,16 @@ def test_a_model_that_cannot_be_followed(why):
     assert "\n" not in said
 
 
+@pytest.fixture
+def torch_warns_again():
+    """What torch otherwise says once a process."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.usefixtures("torch_warns_again")
 @pytest.mark.parametrize("why", HARD)
 def test_a_submodule_that_cannot_be_followed_stays_whole(why):
     act, reason, line = HARD[why]
@@ -298,6 +313,9 @@ def test_a_submodule_that_cannot_be_followed_stays_whole(why):
         result = hamdist.train(model, from_iterable(items, classes=3), config)
     assert reason in str(told[0].message)
     assert line in str(told[0].message)
+    # what torch says of the user's own line it says of that line, and of no line of hamdist's
+    torches = [w for w in told if "Converting a tensor" in str(w.message)]
+    assert {w.filename for w in torches} <= {__file__}
     assert len(result.blocks) == 3
     expected = sgd(model, items).state_dict()
     assert relative(result.model.state_dict().values(), expected.values()) <= ROUND_OFF
