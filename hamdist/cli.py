@@ -78,7 +78,11 @@ StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Items o
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="PACKAGE.MODULE:FUNCTION", help="Makes the model."),
+    typer.Option(
+        "--model",
+        metavar="FILE.py:FUNCTION",
+        help="Makes the model (or PACKAGE.MODULE:FUNCTION).",
+    ),
 ]
 
 
@@ -151,7 +155,7 @@ def verify(
         str | None,
         typer.Option(
             "--model",
-            metavar="PACKAGE.MODULE:FUNCTION",
+            metavar="FILE.py:FUNCTION",
             help="Verify the module that this function makes, and nothing else.",
         ),
     ] = None,

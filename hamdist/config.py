@@ -289,7 +289,7 @@ class Motion(str, Enum):
 
 
 class ModelKind(str, Enum):
-    """Models that settings can name; `--model package.module:function` and the API take any."""
+    """Models that settings can name; `--model file.py:function` and the API take any."""
 
     MLP = "mlp"
     RESIDUAL_MLP = "residual-mlp"
