@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hamdist.models import ModelFactory
     from hamdist.runtime.result import Progress
     from hamdist.study.compare import Planned
-    from hamdist.study.runs import OnProgress, Run
+    from hamdist.study.runs import DataFactory, OnProgress, Run
     from hamdist.study.speed.study import SpeedRow
     from hamdist.study.table import Table as ComparisonTable
     from hamdist.study.verify.check import Check
@@ -85,6 +85,15 @@ ModelOption = Annotated[
     ),
 ]
 
+StreamOption = Annotated[
+    str | None,
+    typer.Option(
+        "--stream",
+        metavar="FILE.py:FUNCTION",
+        help="Makes the stream; or the stream and what is held out.",
+    ),
+]
+
 
 @app.command()
 def run(
@@ -95,6 +104,7 @@ def run(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
+    stream: StreamOption = None,
     out: OutOption = None,
 ) -> None:
     """Train one network on a stream, at one level of locality."""
@@ -105,7 +115,7 @@ def run(
             "seed": seed,
             "steps": steps,
         }
-        _run(_load(settings, set_, options), model, out)
+        _run(_load(settings, set_, options), model, stream, out)
 
 
 @app.command()
@@ -120,6 +130,7 @@ def compare(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
+    stream: StreamOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the result's files.", show_default="results/NAME"),
@@ -135,7 +146,7 @@ def compare(
             "steps": steps,
         }
         loaded = _load(settings, set_, options)
-        _compare(loaded, model, _results_of(loaded) if out is None else out)
+        _compare(loaded, model, stream, _results_of(loaded) if out is None else out)
 
 
 @app.command()
@@ -271,18 +282,21 @@ def main() -> None:
     app()
 
 
-def _run(settings: Settings, model_name: str | None, out: Path | None) -> None:
+def _run(
+    settings: Settings, model_name: str | None, stream_name: str | None, out: Path | None
+) -> None:
     own = settings.for_level(settings.level)
     title = f"{own.name}, {own.level.value}"
     with _Display() as display, _warning_at_once(display.say) as said:
         display.note(f"{title}: starting (imports)")
         factory = _prepare(out, model_name)
+        data = _data(stream_name)
 
         from hamdist.study.runs import run_level
 
         imports = {} if _began is None else {"imports": time.perf_counter() - _began}
-        show = display.watch(title, own.stream.batch)
-        result, model = run_level(own, factory=factory, on_progress=show, before=imports)
+        show = display.watch(title, own.stream.batch if data is None else None)
+        result, model = run_level(own, factory=factory, data=data, on_progress=show, before=imports)
     _print_run(result, own, said)
     if out is not None:
         _save_run(out, result, model, own)
@@ -295,8 +309,11 @@ def _run(settings: Settings, model_name: str | None, out: Path | None) -> None:
         raise typer.Exit(INTERRUPTED)
 
 
-def _compare(settings: Settings, model_name: str | None, out: Path) -> None:
+def _compare(
+    settings: Settings, model_name: str | None, stream_name: str | None, out: Path
+) -> None:
     factory = _prepare(out, model_name)
+    data = _data(stream_name)
 
     from hamdist.study.compare import compare as runs_of
     from hamdist.study.compare import plan
@@ -306,8 +323,9 @@ def _compare(settings: Settings, model_name: str | None, out: Path) -> None:
     finished: list[Run] = []
     try:
         with _Display() as display:
-            watch = _titles(display, planned, settings)
-            for result in runs_of(settings, planned, factory=factory, on_progress=watch):
+            watch = _titles(display, planned, settings.stream.batch if data is None else None)
+            runs = runs_of(settings, planned, factory=factory, data=data, on_progress=watch)
+            for result in runs:
                 finished.append(result)
                 display.say(finished_line(result))
     except (HamdistError, KeyboardInterrupt):
@@ -412,14 +430,14 @@ def _print_table(cells: ComparisonTable, title: str) -> None:
 
 
 def _titles(
-    display: _Display, planned: list[Planned], settings: Settings
+    display: _Display, planned: list[Planned], batch: int | None
 ) -> Callable[[Planned], OnProgress]:
     """For each planned run, what shows its progress."""
     numbers = {item: number for number, item in enumerate(planned, start=1)}
 
     def watch(item: Planned) -> OnProgress:
         title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
-        return display.watch(title, settings.stream.batch)
+        return display.watch(title, batch)
 
     return watch
 
@@ -615,6 +633,14 @@ def _prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:
     return load_factory(model_name)
 
 
+def _data(name: str | None) -> DataFactory | None:
+    if name is None:
+        return None
+    from hamdist.study.own_data import load_stream
+
+    return load_stream(name)
+
+
 class _Display:
     """Shows progress on standard error: live on a terminal, a plain line now and then elsewhere."""
 
@@ -646,7 +672,7 @@ class _Display:
     def say(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
-    def watch(self, title: str, batch: int) -> OnProgress:
+    def watch(self, title: str, batch: int | None) -> OnProgress:
         """What to call with the progress of the run `title`."""
         from hamdist.study.live import RunView
 

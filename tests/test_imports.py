@@ -22,7 +22,7 @@ ALLOWED = {
     "models": {"errors", "config", "dynamics", "streams", "networks", "loading"},
     "runtime": {"errors", "config", "dynamics", "streams"},
     "api": {"errors", "config", "dynamics", "streams", "runtime"},
-    "study": {"errors", "config", "dynamics", "streams", "runtime", "models"},
+    "study": {"errors", "config", "dynamics", "streams", "runtime", "models", "loading"},
     "cli": {"errors", "config", "dynamics", "streams", "runtime", "models", "study"},
     "__main__": {"cli"},
     "__init__": {"errors", "config", "dynamics", "streams", "runtime", "api"},

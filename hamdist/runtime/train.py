@@ -15,7 +15,7 @@ from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.locality import make_locality
-from hamdist.dynamics.losses import LossFunction, make_loss
+from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, is_chain, split_module, split_sequential
@@ -31,6 +31,7 @@ from hamdist.runtime.plan import Plan, make_plan
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.startup import Startup, phases_to
+from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream
 
 
@@ -45,7 +46,7 @@ def train(
     stream: Stream,
     settings: Settings,
     *,
-    loss: LossFunction | Mapping[str, LossFunction] | None = None,
+    loss: Losses | None = None,
     policy: Policy | None = None,
     phi: Course | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -67,7 +68,9 @@ def train(
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            loss = make_loss(settings.loss) if loss is None else loss
+            loss = make_losses(settings.loss) if loss is None else loss
+            if isinstance(loss, Mapping):
+                stream = with_targets_of(stream, loss)
             graph = as_graph(model, settings, stream.spec, loss, policy)
             knobs = make_locality(settings.level, settings.locality)
             spec = stream.spec
@@ -167,7 +170,7 @@ def as_graph(
     model: nn.Module | Graph,
     settings: Settings,
     spec: SampleSpec,
-    loss: LossFunction | Mapping[str, LossFunction],
+    loss: Losses,
     policy: Policy | None = None,
 ) -> Graph:
     """A graph over copies of the model's modules, cut as `policy`, or else `settings`, say.

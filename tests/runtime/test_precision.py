@@ -7,6 +7,8 @@ import copy
 
 import pytest
 import torch
+from dynamics.architectures import ResNet
+from dynamics.test_any_network import images, made, sgd
 from runtime.networks import PortableStream, batches, chain, cycle_graph, skip_graph, stream
 from runtime.test_engines_equal import assert_equal
 from torch import nn
@@ -323,3 +325,43 @@ def test_a_gpu_in_an_actor(session, leaves_no_socket):
     alone = run_of(chain, PortableStream(41), blocks)
     spread = run_of(chain, PortableStream(41), blocks, engine={"kind": "ray", "actors": 2})
     assert_equal(alone, spread)
+
+
+def residual(n, dtype=F32):
+    """Item n for a ResNet."""
+    u, y = images(n)
+    return u.to(dtype), y
+
+
+INSIDE = {"cuts": ["layer1.0.conv2", "layer2.0.conv2"]}  # a skip and a branch leave each block
+
+
+def test_blocks_that_several_values_leave_have_a_type():
+    """All in float64, the sum of a float32 model's run is that of the float64 model under SGD."""
+    model = made(ResNet).float()
+    items = [residual(n) for n in range(8)]
+    fields = {"level": "backprop", "learning": {"lr": 0.1}, "partition": INSIDE}
+
+    def learned(blocks):
+        own = {**fields, "engine": {"blocks": blocks}}
+        return train(model, from_iterable(items, classes=3), Settings.model_validate(own))
+
+    double = sgd(copy.deepcopy(model).double(), [(u.double(), y) for u, y in items])
+    expected = double.state_dict()
+    for key, value in merged(learned({"*": {"dtype": "float64"}})).items():
+        assert (value - expected[key]).abs().max() <= 1e-12 * max(1, expected[key].abs().max())
+    # one block alone, to the rounding of the others; and it did compute in its own type
+    one, plain = learned({"block1": {"dtype": "float64"}}), learned({})
+    assert {t.dtype for t in one.blocks["block1"].theta.values()} == {F64}
+    assert {t.dtype for t in one.blocks["block0"].theta.values()} == {F32}
+    apart = [float((merged(one)[k] - v).abs().max()) for k, v in merged(plain).items()]
+    assert 0 < max(apart) < 1e-4
+
+
+def merged(result):
+    """What the blocks have at the end, in their own types, by the model's names."""
+    return {
+        key: value
+        for block in result.blocks.values()
+        for key, value in {**block.theta, **block.buffers}.items()
+    }
