@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from hamdist.dynamics.losses import Losses, LossFunction
 from hamdist.errors import GraphError
 
@@ -23,6 +25,11 @@ def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
     else:
         return [(name, output)]
     return [found for key, value in pairs for found in named(value, key)]
+
+
+def tensors(output: Any) -> dict[str, Tensor]:
+    """Those of the parts that are tensors, by name."""
+    return {name: one for name, one in named(output) if isinstance(one, Tensor)}
 
 
 def losses_of(

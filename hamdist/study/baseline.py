@@ -20,7 +20,7 @@ from hamdist.config import Decay, FirstStep, LearningSettings, Settings
 from hamdist.dynamics.inputs import called
 from hamdist.dynamics.losses import Losses, LossFunction, make_losses
 from hamdist.dynamics.metrics import Prequential, Window
-from hamdist.dynamics.outputs import ONLY, losses_of, named
+from hamdist.dynamics.outputs import ONLY, losses_of, tensors
 from hamdist.errors import BlockError, GraphError, SettingsError
 from hamdist.runtime.measure import example_sample
 from hamdist.runtime.memory import peak_bytes, reset_peak
@@ -119,7 +119,7 @@ class _Trainer:
 
     def _learn(self, sample: Sample) -> None:
         u = sample.u if sample.inputs is None else sample.inputs
-        predictions = dict(named(called(self.model, u)))
+        predictions = tensors(called(self.model, u))
         losses = self._losses = self._losses or self._chosen(predictions)
         found = []
         for name, loss in losses.items():

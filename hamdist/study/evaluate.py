@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.inputs import Inputs, called
 from hamdist.dynamics.losses import Losses, LossFunction
 from hamdist.dynamics.metrics import count_correct
-from hamdist.dynamics.outputs import ONLY, losses_of, main_output, named
+from hamdist.dynamics.outputs import ONLY, losses_of, main_output, tensors
 from hamdist.errors import StreamError
 from hamdist.streams.sample import Sample, Stream
 
@@ -56,7 +56,8 @@ def evaluate_items(
     tallies: dict[str, _Tally] | None = None
     with _evaluating(model):
         for sample in items:
-            found = dict(named(called(model, sample.u if sample.inputs is None else sample.inputs)))
+            u = sample.u if sample.inputs is None else sample.inputs
+            found = tensors(called(model, u))
             if tallies is None:
                 losses = losses_of(list(found), loss, targets)
                 tallies = {name: _Tally(one) for name, one in losses.items()}

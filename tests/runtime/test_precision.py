@@ -365,3 +365,66 @@ def merged(result):
         for block in result.blocks.values()
         for key, value in {**block.theta, **block.buffers}.items()
     }
+
+
+needs_two_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < 2,
+    reason="no two CUDA devices are at hand",
+)
+
+
+def close(found, plain, bound=1e-12):
+    for key, value in merged(plain).items():
+        other = merged(found)[key]
+        assert other.is_cpu
+        assert (other - value).abs().max() <= bound * max(1, value.abs().max())
+
+
+def residual_run(engine, **fields):
+    """A ResNet cut inside its branches, in float64."""
+    items = [residual(n, F64) for n in range(8)]
+    own = {"level": "trace", "learning": {"lr": 0.1}, "engine": engine, "dtype": "float64"}
+    settings = Settings.model_validate({**own, "partition": {**INSIDE, **fields}})
+    return train(made(ResNet), from_iterable(items, classes=3), settings)
+
+
+@needs_gpu
+@pytest.mark.parametrize("fields", [{}, {"slices": {"block1": 2}}, {"delays": {"*": 3}}])
+def test_a_network_with_skips_on_a_gpu(fields):
+    """All of it, and one block beside the processor: the same to round-off."""
+    plain = residual_run({}, **fields)
+    close(residual_run({"device": "cuda"}, **fields), plain)
+    close(residual_run({"blocks": {"block1*": {"device": "cuda:0"}}}, **fields), plain)
+
+
+@needs_gpu
+def test_compressed_signals_leave_a_gpu():
+    """Rounded to bf16 there or here: the same."""
+    plain = residual_run({"compress": "bf16"})
+    close(residual_run({"compress": "bf16", "blocks": {"block1": {"device": "cuda"}}}), plain, 1e-6)
+
+
+@needs_gpu
+def test_autocast_on_a_gpu_says_how_far_it_is_off():
+    blocks = {"block[13]": {"device": "cuda", "autocast": "bf16"}}
+    found = run_of(chain, stream(41), blocks)
+    assert found.rounding.keys() == {"block1", "block3"}
+    assert all(0 < r.mean < 0.02 for r in found.rounding.values())
+
+
+@needs_two_gpus
+def test_signals_between_two_gpus_of_a_process():
+    plain = residual_run({})
+    found = {"block0": {"device": "cuda:0"}, "block[12]": {"device": "cuda:1"}}
+    close(residual_run({"blocks": found}), plain)
+
+
+@pytest.mark.ray
+@needs_two_gpus
+def test_two_gpus_in_two_actors(session, leaves_no_socket):
+    one_each = {"gpus": 1, "device": "cuda"}
+    blocks = {"block[0-2]": one_each, "block[34]": one_each}
+    placement = [["block0", "block1", "block2"], ["block3", "block4"]]
+    alone = run_of(chain, PortableStream(41), {"*": {"device": "cuda"}})
+    engine = {"kind": "ray", "placement": placement}
+    assert_equal(alone, run_of(chain, PortableStream(41), blocks, engine=engine))
