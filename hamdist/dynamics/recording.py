@@ -406,7 +406,10 @@ class _Recorder(TorchFunctionMode):
 
     def finished(self, output: Any) -> Recording:
         for odd in _others(output):
-            raise self._fails(f"the model returns a {type(odd).__name__}; return tensors")
+            raise Unfollowed(
+                f"the model returns a {type(odd).__name__}; return tensors, or a tuple or dict of "
+                "them", "", "",
+            )  # fmt: skip
         return Recording(self._taken, self._template(output), self._constants, self._origin)
 
 

@@ -22,6 +22,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.assembly import Run, assembled
@@ -41,7 +42,17 @@ from hamdist.errors import GraphError
 REPEATS = 5
 
 
-__all__ = ["Policy", "is_chain", "split_module", "split_sequential"]
+__all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential"]
+
+
+def check_made(model: nn.Module) -> None:
+    """Raises GraphError where a lazy module does not know its weights yet."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise GraphError(
+                f"{name!r} has no shape yet (a lazy module): call the model once on an example, "
+                "which makes its weights, before you train it"
+            )
 
 
 def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Sequential]:

@@ -18,7 +18,7 @@ from hamdist.dynamics.locality import make_locality
 from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
-from hamdist.dynamics.split import Policy, is_chain, split_module, split_sequential
+from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError
 from hamdist.runtime.advice import after, before
 from hamdist.runtime.cluster import prepare_environment
@@ -179,6 +179,7 @@ def as_graph(
     """
     if isinstance(model, Graph):
         return model.copy()
+    check_made(model)
     knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE

@@ -323,6 +323,32 @@ def test_a_submodule_that_cannot_be_followed_stays_whole(why):
     assert said.startswith("no block can begin at 'inner.last': 'inner' (a Hard) stays whole")
 
 
+class Held:
+    def __init__(self, prediction):
+        self.prediction = prediction
+
+
+def test_what_a_model_may_not_return():
+    """No line of hamdist's own is blamed."""
+    said = refused(Hard(Held, False), rows, partition={"blocks": 2})
+    assert said.startswith("the model cannot be cut into blocks: the model (a Hard) stays whole")
+
+    class Wrapped(Layers):
+        def forward(self, x):
+            return Held(super().forward(x))
+
+    said = refused(Wrapped(), rows, partition={"blocks": 2})
+    assert "because the model returns a Held; return tensors, or a tuple or dict of them; " in said
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyBatchNorm1d()])
+def test_lazy_modules_are_made_first(lazy):
+    model = nn.Sequential(nn.Linear(5, 4).double(), lazy, nn.Linear(4, 3).double())
+    said = refused(model, rows)
+    assert said.startswith("'1.")
+    assert "(a lazy module): call the model once on an example" in said
+
+
 class Counts(nn.Module):
     """Keeps count of its calls, and is another function from the sixth on."""
 
