@@ -26,6 +26,7 @@ from hamdist.study.baseline import train_centralised
 from hamdist.study.compare import compare, plan
 from hamdist.study.evaluate import evaluate, evaluate_items
 from hamdist.study.own_data import load_stream
+from hamdist.study.results import run_summary
 from hamdist.study.table import comparison_table, run_facts
 
 STEPS, LR = 12, 0.1
@@ -54,7 +55,7 @@ def loop(model, data, losses):
         found = model(**u)
         values = {k: losses[k](found[k], t) for k, t in known.items()}
         for name, value in values.items():
-            seen[name].append(float(value))
+            seen[name].append(float(value.detach()))
         if values:
             optimiser.zero_grad()
             sum(values.values()).backward()
@@ -233,6 +234,12 @@ def test_compare_with_a_stream_of_ones_own():
     means = [sum(r.held_out.outputs["angle"].loss for r in part) / 2 for part in (runs[:2],)]
     assert any(f"angle loss {means[0]:.4g} (the table has 'kind')" in note for note in table.notes)
     assert "kind: prequential loss" in run_facts(runs[0])["outputs"]
+    written = run_summary(runs[0])["held_out"]
+    assert written["main"] == "kind"
+    assert written["outputs"]["angle"] == {
+        "loss": runs[0].held_out.outputs["angle"].loss,
+        "accuracy": None,
+    }
 
 
 @pytest.mark.usefixtures("folder")
