@@ -22,7 +22,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.assembly import Run, assembled
@@ -48,7 +48,7 @@ __all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential
 def check_made(model: nn.Module) -> None:
     """Raises GraphError where a lazy module does not know its weights yet."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedTensorMixin):
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise GraphError(
                 f"{name!r} has no shape yet (a lazy module): call the model once on an example, "
                 "which makes its weights, before you train it"
