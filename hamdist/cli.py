@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hamdist.models import ModelFactory
     from hamdist.runtime.result import Progress
     from hamdist.study.compare import Planned
-    from hamdist.study.runs import OnProgress, Run
+    from hamdist.study.runs import DataFactory, OnProgress, Run
     from hamdist.study.speed.study import SpeedRow
     from hamdist.study.table import Table as ComparisonTable
     from hamdist.study.verify.check import Check
@@ -78,7 +78,20 @@ StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Items o
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="PACKAGE.MODULE:FUNCTION", help="Makes the model."),
+    typer.Option(
+        "--model",
+        metavar="FILE.py:FUNCTION",
+        help="Makes the model (or PACKAGE.MODULE:FUNCTION).",
+    ),
+]
+
+StreamOption = Annotated[
+    str | None,
+    typer.Option(
+        "--stream",
+        metavar="FILE.py:FUNCTION",
+        help="Makes the stream; or the stream and what is held out.",
+    ),
 ]
 
 
@@ -91,6 +104,7 @@ def run(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
+    stream: StreamOption = None,
     out: OutOption = None,
     snapshots: Annotated[
         str | None,
@@ -114,7 +128,7 @@ def run(
             "seed": seed,
             "steps": steps,
         }
-        _run(_load(settings, set_, options), model, out, resume, weights)
+        _run(_load(settings, set_, options), model, stream, out, resume, weights)
 
 
 @app.command()
@@ -126,8 +140,8 @@ def export(
     """Write the weights at the latest snapshot of a run as a plain state_dict."""
     with _exit_codes():
         from hamdist.models import load_factory
+        from hamdist.study.export import exported
         from hamdist.study.save import save_weights
-        from hamdist.study.warm import exported
 
         factory = None if model is None else load_factory(model)
         state, name = exported(snapshots, factory, _complain)
@@ -147,6 +161,7 @@ def compare(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
+    stream: StreamOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the result's files.", show_default="results/NAME"),
@@ -162,7 +177,7 @@ def compare(
             "steps": steps,
         }
         loaded = _load(settings, set_, options)
-        _compare(loaded, model, _results_of(loaded) if out is None else out)
+        _compare(loaded, model, stream, _results_of(loaded) if out is None else out)
 
 
 @app.command()
@@ -182,7 +197,7 @@ def verify(
         str | None,
         typer.Option(
             "--model",
-            metavar="PACKAGE.MODULE:FUNCTION",
+            metavar="FILE.py:FUNCTION",
             help="Verify the module that this function makes, and nothing else.",
         ),
     ] = None,
@@ -301,6 +316,7 @@ def main() -> None:
 def _run(
     settings: Settings,
     model_name: str | None,
+    stream_name: str | None,
     out: Path | None,
     resume: Path | None = None,
     weights: Path | None = None,
@@ -312,13 +328,21 @@ def _run(
     with _Display() as display, _warning_at_once(display.say) as said:
         display.note(f"{title}: starting (imports)")
         factory = _prepare(out, model_name)
+        data = _data(stream_name)
 
         from hamdist.study.runs import run_level
 
         imports = {} if _began is None else {"imports": time.perf_counter() - _began}
-        show = display.watch(title, own.stream.batch)
-        begin = {"resume": resume, "weights": weights}
-        result, model = run_level(own, factory=factory, on_progress=show, before=imports, **begin)
+        show = display.watch(title, own.stream.batch if data is None else None)
+        result, model = run_level(
+            own,
+            factory=factory,
+            data=data,
+            on_progress=show,
+            before=imports,
+            resume=resume,
+            weights=weights,
+        )
     _print_run(result, own, said)
     if out is not None:
         _save_run(out, result, model, own)
@@ -333,8 +357,11 @@ def _run(
         raise typer.Exit(INTERRUPTED)
 
 
-def _compare(settings: Settings, model_name: str | None, out: Path) -> None:
+def _compare(
+    settings: Settings, model_name: str | None, stream_name: str | None, out: Path
+) -> None:
     factory = _prepare(out, model_name)
+    data = _data(stream_name)
 
     from hamdist.study.compare import compare as runs_of
     from hamdist.study.compare import plan
@@ -344,8 +371,9 @@ def _compare(settings: Settings, model_name: str | None, out: Path) -> None:
     finished: list[Run] = []
     try:
         with _Display() as display:
-            watch = _titles(display, planned, settings)
-            for result in runs_of(settings, planned, factory=factory, on_progress=watch):
+            watch = _titles(display, planned, settings.stream.batch if data is None else None)
+            runs = runs_of(settings, planned, factory=factory, data=data, on_progress=watch)
+            for result in runs:
                 finished.append(result)
                 display.say(finished_line(result))
     except (HamdistError, KeyboardInterrupt):
@@ -450,14 +478,14 @@ def _print_table(cells: ComparisonTable, title: str) -> None:
 
 
 def _titles(
-    display: _Display, planned: list[Planned], settings: Settings
+    display: _Display, planned: list[Planned], batch: int | None
 ) -> Callable[[Planned], OnProgress]:
     """For each planned run, what shows its progress."""
     numbers = {item: number for number, item in enumerate(planned, start=1)}
 
     def watch(item: Planned) -> OnProgress:
         title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
-        return display.watch(title, settings.stream.batch)
+        return display.watch(title, batch)
 
     return watch
 
@@ -653,6 +681,14 @@ def _prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:
     return load_factory(model_name)
 
 
+def _data(name: str | None) -> DataFactory | None:
+    if name is None:
+        return None
+    from hamdist.study.own_data import load_stream
+
+    return load_stream(name)
+
+
 class _Display:
     """Shows progress on standard error: live on a terminal, a plain line now and then elsewhere."""
 
@@ -684,7 +720,7 @@ class _Display:
     def say(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
-    def watch(self, title: str, batch: int) -> OnProgress:
+    def watch(self, title: str, batch: int | None) -> OnProgress:
         """What to call with the progress of the run `title`."""
         from hamdist.study.live import RunView
 

@@ -300,7 +300,7 @@ class Motion(str, Enum):
 
 
 class ModelKind(str, Enum):
-    """Models that settings can name; `--model package.module:function` and the API take any."""
+    """Models that settings can name; `--model file.py:function` and the API take any."""
 
     MLP = "mlp"
     RESIDUAL_MLP = "residual-mlp"
@@ -716,14 +716,16 @@ class LevelOverrides(_Section):
 
 
 class Settings(_Section):
-    """One run, or one comparison. `levels` holds what applies to a level only."""
+    """One run, or one comparison. loss: of the model's output; of one that returns several, for
+    all, or by output (those without one are not learned). `levels` holds what applies to a level
+    only."""
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
     dtype: DType = DType.FLOAT32
     steps: Positive | None = None
     level: Level = Level.TRACE
-    loss: Loss = Loss.CROSS_ENTROPY
+    loss: Loss | Annotated[dict[str, Loss], Field(min_length=1)] = Loss.CROSS_ENTROPY
     model: ModelSettings = ModelSettings()
     stream: StreamSettings = StreamSettings()
     partition: PartitionSettings = PartitionSettings()

@@ -42,6 +42,12 @@ class Gradients(list["Gradient | None"]):
         self.moved = 0
         self.later: list[Callable[[Gradients], None]] = []  # (of which none may hold this list)
 
+    def put(self, places: Sequence[int | None], found: Sequence[Gradient | None]) -> None:
+        """What a kernel found of its weights, each at its place; None: not trained."""
+        for place, gradient in zip(places, found, strict=True):
+            if place is not None:
+                self[place] = gradient
+
     def settle(self) -> None:
         later, self.later = self.later, []
         for make in later:

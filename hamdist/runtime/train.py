@@ -17,10 +17,10 @@ from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.locality import make_locality
-from hamdist.dynamics.losses import LossFunction, make_loss
+from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
-from hamdist.dynamics.split import Policy, is_chain, split_module, split_sequential
+from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SnapshotError
 from hamdist.runtime.advice import after, before
 from hamdist.runtime.cluster import prepare_environment
@@ -35,6 +35,7 @@ from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.resume import changed, differences, earlier, weights_of, with_weights
 from hamdist.runtime.snapshot import Snapshot, latest
 from hamdist.runtime.startup import Startup, phases_to
+from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream
 
 
@@ -49,7 +50,7 @@ def train(
     stream: Stream,
     settings: Settings,
     *,
-    loss: LossFunction | Mapping[str, LossFunction] | None = None,
+    loss: Losses | None = None,
     policy: Policy | None = None,
     phi: Course | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -75,7 +76,10 @@ def train(
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            work = _Work(model, stream.spec, settings, loss, policy, phi)
+            losses = make_losses(settings.loss) if loss is None else loss
+            if isinstance(losses, Mapping):
+                stream = with_targets_of(stream, losses)
+            work = _Work(model, stream.spec, settings, losses, policy, phi)
             told: list[str] = []
             if resume is None:
                 graph, plan = work.planned()
@@ -107,13 +111,13 @@ class _Work:
     model: nn.Module | Graph
     spec: SampleSpec
     settings: Settings
-    loss: LossFunction | Mapping[str, LossFunction] | None
+    loss: Losses | None
     policy: Policy | None
     phi: Course | None
 
     def graph(self) -> Graph:
         settings, spec = self.settings, self.spec
-        loss = make_loss(settings.loss) if self.loss is None else self.loss
+        loss = make_losses(settings.loss) if self.loss is None else self.loss
         graph = as_graph(self.model, settings, spec, loss, self.policy)
         knobs = make_locality(settings.level, settings.locality)
         given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
@@ -251,7 +255,7 @@ def as_graph(
     model: nn.Module | Graph,
     settings: Settings,
     spec: SampleSpec,
-    loss: LossFunction | Mapping[str, LossFunction],
+    loss: Losses,
     policy: Policy | None = None,
 ) -> Graph:
     """A graph over copies of the model's modules, cut as `policy`, or else `settings`, say.
@@ -260,6 +264,7 @@ def as_graph(
     """
     if isinstance(model, Graph):
         return model.copy()
+    check_made(model)
     knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE

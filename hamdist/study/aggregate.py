@@ -14,6 +14,7 @@ from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import merge_windows
 from hamdist.study.baseline import CENTRALISED
 from hamdist.study.compression import compression_notes
+from hamdist.study.outputs import outputs_notes
 from hamdist.study.runs import Run
 
 
@@ -157,6 +158,7 @@ def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
     """The runs' warnings, each once, and what a reader of the numbers must know."""
     notes = list(dict.fromkeys(text for run in group for text in run.warnings))
     notes += compression_notes([run.compression for run in group])
+    notes += outputs_notes(group)
     lost = [(run.seed, _loss(run)) for run in group]
     diverged = [str(seed) for seed, loss in lost if loss is not None and not math.isfinite(loss)]
     if diverged:

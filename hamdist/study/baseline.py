@@ -11,15 +11,18 @@ import copy
 import itertools
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
 from hamdist.config import Decay, FirstStep, LearningSettings, Settings
-from hamdist.dynamics.losses import LossFunction, make_loss
-from hamdist.dynamics.metrics import Prequential
-from hamdist.errors import BlockError, SettingsError, StreamError
+from hamdist.dynamics.inputs import called
+from hamdist.dynamics.losses import Losses, LossFunction, make_losses
+from hamdist.dynamics.metrics import Prequential, Window
+from hamdist.dynamics.outputs import ONLY, losses_of, tensors
+from hamdist.errors import BlockError, GraphError, SettingsError
+from hamdist.runtime.measure import example_sample
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.threads import torch_threads
@@ -35,7 +38,7 @@ def train_centralised(
     stream: Stream,
     settings: Settings,
     *,
-    loss: LossFunction | None = None,
+    loss: Losses | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
     """Train a copy of `model` on `stream` with backpropagation and SGD.
@@ -45,18 +48,16 @@ def train_centralised(
     as many threads as a run with that engine has, or one where a short trial finds one faster.
     Ctrl-C ends the training with what was reached (`interrupted`).
 
-    Raises SettingsError for a linear decay without `steps`, StreamError for an unusable item and
-    for a stream with targets by readout, and BlockError named 'centralised' where the model, the
-    loss or their gradient fails.
+    Of a model that returns several outputs the losses add up, and `windows` has those of each.
+
+    Raises SettingsError for a linear decay without `steps`, StreamError for an unusable item,
+    GraphError for losses or targets of outputs that the model does not have, and BlockError named
+    'centralised' where the model, the loss or their gradient fails.
     """
     entered = time.perf_counter()
-    if stream.spec.targets is not None:
-        raise StreamError(
-            f"the stream has targets by readout ({', '.join(map(repr, stream.spec.targets))}), but "
-            "centralised training has one output: give it a stream of one target"
-        )
     reset_peak()
-    trainer = _Trainer(copy.deepcopy(model), settings, loss or make_loss(settings.loss))
+    losses = make_losses(settings.loss) if loss is None else loss
+    trainer = _Trainer(copy.deepcopy(model), settings, losses, stream.spec.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
@@ -68,7 +69,7 @@ def train_centralised(
     return RunResult(
         model=trainer.model,
         blocks={},
-        windows={CENTRALISED: trainer.metrics.windows},
+        windows={name or CENTRALISED: own.windows for name, own in trainer.metrics.items()},
         samples=trainer.items,
         ticks=trainer.items,
         seconds=seconds,
@@ -82,39 +83,76 @@ def train_centralised(
 
 
 class _Trainer:
-    """SGD on one model, one item at a time. items: how many it was shown."""
+    """SGD on one model, one item at a time. items: how many it was shown. metrics: by output."""
 
-    def __init__(self, model: nn.Module, settings: Settings, loss: LossFunction) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        loss: Losses,
+        targets: Collection[str] | None,
+    ) -> None:
         learning = settings.learning
         self.model = model
         self.loss = loss
+        self.targets = targets
+        self._losses: dict[str, LossFunction] | None = None
+        self._kept = settings.metrics
         self.step_size = _step_size(learning, settings.steps)
         self.optimiser = _optimiser(model, learning)
-        self.metrics = Prequential(settings.metrics.window, settings.metrics.limit)
+        self.metrics: dict[str, Prequential] = {}
         self.items = 0
         self.updates = 0
 
     def show(self, sample: Sample) -> None:
         """Test on the item, then train on it; an item without target only counts."""
-        y = sample.target(CENTRALISED)
-        if y is not None:
+        names = [ONLY] if self.targets is None else self.targets
+        if any(sample.target(name) is not None for name in names):
             try:
-                self._learn(sample.u, y)
+                self._learn(sample)
+            except GraphError:
+                raise
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise BlockError(CENTRALISED, self.items, text, traceback.format_exc()) from error
         self.items += 1
 
-    def _learn(self, u: Tensor, y: Tensor) -> None:
-        prediction = self.model(u)
-        loss = self.loss(prediction, y)
-        self.metrics.record(self.items, prediction.detach(), y, loss.detach())
+    def _learn(self, sample: Sample) -> None:
+        u = sample.u if sample.inputs is None else sample.inputs
+        predictions = tensors(called(self.model, u))
+        losses = self._losses = self._losses or self._chosen(predictions)
+        found = []
+        for name, loss in losses.items():
+            y = sample.target(name)
+            if y is not None:
+                found.append(loss(predictions[name], y))
+                own = predictions[name].detach()
+                self.metrics[name].record(self.items, own, y, found[-1].detach())
+        if not found:
+            return
         self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        torch.autograd.backward(found)
         for group in self.optimiser.param_groups:
             group["lr"] = self.step_size(self.items)
         self.optimiser.step()
         self.updates += 1
+
+    def _chosen(self, predictions: dict[str, Tensor]) -> dict[str, LossFunction]:
+        """The losses of the outputs that have one, each with metrics of its own."""
+        if list(predictions) == [ONLY] and self.targets is not None:
+            raise GraphError(
+                f"the stream has targets by readout ({', '.join(map(repr, self.targets))}), but "
+                "the model returns one tensor: return a dict of predictions by these names, or "
+                "give the stream one target"
+            )
+        losses = losses_of(list(predictions), self.loss, self.targets)
+        kept = self._kept
+        self.metrics = {name: Prequential(kept.window, kept.limit) for name in losses}
+        return losses
+
+    def windows(self) -> list[Window]:
+        """Of the first output, as those of engines under way."""
+        return next((own.windows for own in self.metrics.values()), [])
 
 
 def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Optimizer:
@@ -155,7 +193,8 @@ def _train(
                 reported = now
     except KeyboardInterrupt:
         interrupted = True
-    trainer.metrics.flush()
+    for own in trainer.metrics.values():
+        own.flush()
     if on_progress is not None:
         on_progress(_progress(trainer, settings.steps, time.perf_counter() - begun))
     return interrupted
@@ -166,29 +205,21 @@ def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
         seconds=seconds,
         samples=trainer.items,
         steps=steps,
-        windows=trainer.metrics.windows,
+        windows=trainer.windows(),
         blocks=[BlockProgress(CENTRALISED, trainer.items, trainer.updates)],
     )
 
 
 def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
     """1, or as many as the compared run has: whichever trains a copy of the model faster."""
-    probe = _Trainer(copy.deepcopy(trainer.model), settings, trainer.loss)
-    sample = _stand_in(spec)
+    probe = _Trainer(copy.deepcopy(trainer.model), settings, trainer.loss, trainer.targets)
+    sample = example_sample(spec)
 
     def step() -> None:
         probe.items = 0
         probe.show(sample)
 
     return faster_of({1, fair_threads(settings.engine)}, step)
-
-
-def _stand_in(spec: SampleSpec) -> Sample:
-    """An item of the stream's shapes and types, made without touching the stream."""
-    u = torch.zeros(spec.u_shape, dtype=spec.u_dtype)
-    if spec.u_dtype.is_floating_point:
-        u.normal_(generator=torch.Generator().manual_seed(0))
-    return Sample(u, torch.zeros(spec.y_shape, dtype=spec.y_dtype))
 
 
 def baseline_warnings(settings: Settings) -> list[str]:

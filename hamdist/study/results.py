@@ -15,6 +15,7 @@ from typing import Any
 
 from hamdist.errors import SettingsError
 from hamdist.study.aggregate import Row
+from hamdist.study.evaluate import Scores
 from hamdist.study.runs import Run
 
 
@@ -65,7 +66,17 @@ def run_summary(run: Run) -> dict[str, Any]:
     """A run without its windows and records."""
     record = dataclasses.asdict(dataclasses.replace(run, windows=(), records={}))
     del record["windows"], record["window_seconds"], record["records"]
+    record["held_out"] = None if run.held_out is None else _scores(run.held_out)
     record["samples_per_second"] = run.rows_per_second
+    return record
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    """Of a model of several outputs with those of each, and the name of the main one."""
+    record: dict[str, Any] = {"loss": scores.loss, "accuracy": scores.accuracy}
+    if scores.outputs:
+        record["main"] = scores.main
+        record["outputs"] = {name: _scores(one) for name, one in scores.outputs.items()}
     return record
 
 

@@ -10,6 +10,7 @@ from hamdist.dynamics.metrics import merge_windows
 from hamdist.runtime.startup import startup_line
 from hamdist.study.aggregate import Row
 from hamdist.study.compression import compression_fact
+from hamdist.study.outputs import outputs_fact
 from hamdist.study.runs import Run
 from hamdist.study.tracking import SETTLING, Tracking
 
@@ -162,6 +163,7 @@ def _scores(run: Run) -> dict[str, str]:
         scores["held-out loss"] = number(run.held_out.loss)
         if run.held_out.accuracy is not None:
             scores["held-out accuracy"] = f"{percent(run.held_out.accuracy)} %"
+    scores["outputs"] = outputs_fact(run)
     return scores
 
 
