@@ -154,7 +154,7 @@ def _run(
     startup.add(before)
     with startup.phase("data"):
         stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-        model = _build(settings, stream.spec, factory, dtype)
+        model = build(settings, stream.spec, factory, dtype)
     prepared = sum(startup.seconds.values())
     told = advice(settings)
     if level == CENTRALISED:
@@ -220,9 +220,10 @@ def _trained(
     return train_centralised(model, stream, settings, on_progress=timeline)
 
 
-def _build(
+def build(
     settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
 ) -> nn.Module | Graph:
+    """The model of `factory`, or the one that the settings name, before it is trained."""
     if factory is not None:
         return make_from_factory(factory, seed=settings.seed, dtype=dtype)
     if settings.model.kind in CELLS:
