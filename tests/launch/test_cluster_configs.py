@@ -181,7 +181,7 @@ def slurm(tmp_path):
     joined = f'echo "${{ALIVE:-$(cat {tmp_path}/pids | wc -l)}}"'
     stand_in(tools, "python", f'case "$*" in *secrets*) echo secret;; *) {joined};; esac')
     env = {
-        **os.environ,
+        **{n: v for n, v in os.environ.items() if not n.startswith("RAY_")},
         "PATH": f"{tools}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": "17",
