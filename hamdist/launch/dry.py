@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from hamdist.config import Settings, Spread
+from hamdist.dynamics.arrange import arranged
+from hamdist.dynamics.graph import Graph
+from hamdist.dynamics.locality import make_locality
+from hamdist.dynamics.losses import make_loss
 from hamdist.errors import ClusterError
 from hamdist.launch.cluster_file import ClusterSettings
 from hamdist.launch.parcel import own_code
@@ -13,9 +19,10 @@ from hamdist.models import ModelFactory
 from hamdist.runtime.demands import demand, wishes
 from hamdist.runtime.hosts import HostInfo, Seat, seats
 from hamdist.runtime.placement import by_parameters, place
-from hamdist.runtime.plan import Plan
-from hamdist.runtime.train import planned
+from hamdist.runtime.plan import Plan, make_plan
+from hamdist.runtime.train import as_graph
 from hamdist.streams import make_stream
+from hamdist.streams.sample import SampleSpec
 from hamdist.study.runs import build, torch_dtype
 
 MIB = 2**20
@@ -64,7 +71,7 @@ def dry_run(
     """
     dtype = torch_dtype(settings.dtype)
     stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-    _, plan = planned(build(settings, stream.spec, factory, dtype), stream.spec, settings)
+    plan = _planned(build(settings, stream.spec, factory, dtype), settings, stream.spec)
     cpus = int(sum(host.cpus for host in hosts))
     groups = place(plan.graph, plan.engine, max(1, cpus))
     missing = [] if hosts else ["the cluster has no host that is alive"]
@@ -80,6 +87,14 @@ def dry_run(
         for group, seat in zip(groups, found, strict=True)
     ]
     return DryRun(hosts, actors, missing, _notes(settings, model, cluster, plan, groups, hosts))
+
+
+def _planned(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
+    """As `train` begins."""
+    graph = as_graph(model, settings, spec, make_loss(settings.loss))
+    knobs = make_locality(settings.level, settings.locality)
+    given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+    return make_plan(arranged(graph, *given), settings, spec)
 
 
 def _seats(plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo]) -> list[Seat]:

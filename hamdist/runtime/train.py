@@ -67,7 +67,13 @@ def train(
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            graph, plan = planned(model, stream.spec, settings, loss, policy, phi)
+            loss = make_loss(settings.loss) if loss is None else loss
+            graph = as_graph(model, settings, stream.spec, loss, policy)
+            knobs = make_locality(settings.level, settings.locality)
+            spec = stream.spec
+            given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+            graph = arranged(graph, *given)
+            plan = make_plan(graph, settings, stream.spec, phi=phi)
             if settings.partition.delays == "auto":
                 plan = replannable(plan, graph, settings, phi)
             told = drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
@@ -87,23 +93,6 @@ def train(
             raise failure from None
         outcome.warnings[:0] = told
         return _result(graph, plan, outcome, startup)
-
-
-def planned(
-    model: nn.Module | Graph,
-    spec: SampleSpec,
-    settings: Settings,
-    loss: LossFunction | Mapping[str, LossFunction] | None = None,
-    policy: Policy | None = None,
-    phi: Course | None = None,
-) -> tuple[Graph, Plan]:
-    """The graph that `train` would step, and its plan. Raises as `train` does before it starts."""
-    loss = make_loss(settings.loss) if loss is None else loss
-    graph = as_graph(model, settings, spec, loss, policy)
-    knobs = make_locality(settings.level, settings.locality)
-    given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
-    graph = arranged(graph, *given)
-    return graph, make_plan(graph, settings, spec, phi=phi)
 
 
 def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> RunResult:

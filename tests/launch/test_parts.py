@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hamdist.config import Settings
+from hamdist.config import Level, Settings
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch import one_host
@@ -288,7 +288,7 @@ def test_a_parcel_holds_the_settings_and_the_users_code(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     name = "mine_to_ship.deep.models:make"
     load_factory(name)
-    settings = on_ray(load_settings("digits", [{"steps": 7}]).for_level("local"))
+    settings = on_ray(load_settings("digits", [{"steps": 7}]).for_level(Level.LOCAL))
     with packed(settings, ORDER.model_copy(update={"model": name})) as folder:
         files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         assert files == {
