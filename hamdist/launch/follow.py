@@ -89,18 +89,22 @@ class Results:
 
     def close(self) -> None:
         """Raises ClusterError where a file has not arrived whole; what there is of it goes."""
+        file = self._file
+        self.discard()
+        if file is not None:
+            raise ClusterError(
+                f"{file.name} did not arrive whole ({self._got} of {file.size} bytes); fetch it "
+                "again (hamdist attach)"
+            )
+
+    def discard(self) -> None:
+        """Forgets the file that has not arrived whole, if there is one."""
         file, part = self._file, self._part
         self._file, self._part = None, None
         if part is not None:
             part.close()
-        if file is None:
-            return
-        if self.out is not None:
+        if file is not None and self.out is not None:
             self._path(file).unlink(missing_ok=True)
-        raise ClusterError(
-            f"{file.name} did not arrive whole ({self._got} of {file.size} bytes); fetch it again "
-            "(hamdist attach)"
-        )
 
     def _path(self, file: File) -> Path:
         if self.out is None:
@@ -110,14 +114,19 @@ class Results:
 
 def follow(lines: Iterable[str], results: Results, say: Callable[[str], None]) -> Iterator[Event]:
     """The events of a log that are not of files, until it ends. say: told what is plain text."""
-    for line in lines:
-        text, event = from_line(line)
-        if text.strip():
-            say(text)
-        if isinstance(event, (File, Part, Kept)):
-            results.take(event)
-        elif event is not None:
-            yield event
-            if isinstance(event, Ended):
-                break
-    results.close()
+    try:
+        for line in lines:
+            text, event = from_line(line)
+            if text.strip():
+                say(text)
+            if isinstance(event, (File, Part, Kept)):
+                results.take(event)
+            elif isinstance(event, Ended):
+                results.close()
+                yield event
+                return
+            elif event is not None:
+                yield event
+        results.close()
+    finally:
+        results.discard()

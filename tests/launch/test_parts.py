@@ -232,6 +232,7 @@ def broken(line, **changes):
     ("spoil", "words"),
     [
         (lambda ls: ls[:-1], "a.bin did not arrive whole"),
+        (lambda ls: [*ls[:-1], to_line(Ended(code=0))], "a.bin did not arrive whole"),
         (lambda ls: [ls[0], ls[2], ls[2], ls[3]], "a.bin arrived damaged"),
         (lambda ls: [*ls, ls[1]], "a part of no file"),
         (lambda ls: [ls[0], broken(ls[1], data="*"), *ls[2:]], "did not arrive whole"),
