@@ -146,7 +146,8 @@ def done(process):
 
 @needs_extras
 @pytest.mark.ray
-@pytest.mark.timeout(300)
+@pytest.mark.hosts  # it takes a minute
+@pytest.mark.timeout(400)
 def test_the_whole_way(machine, tmp_path):
     """One start of Ray for all of it: each command talks to what the others have left."""
     (tmp_path / "own_model.py").write_text(MODEL)
@@ -170,7 +171,8 @@ def test_the_whole_way(machine, tmp_path):
 
     # a long one: its terminal is killed as soon as the run has begun, and it goes on
     endless = ["digits", "--set", "learning.decay=none", "--set", "engine.actors=2"]
-    process = hamdist(machine, "launch", *endless, "--steps", "1000000", cwd=tmp_path)
+    slow = ["--set", "stream.pace.period=0.01", "--set", "stream.pace.late=keep"]
+    process = hamdist(machine, "launch", *endless, *slow, "--steps", "1000000", cwd=tmp_path)
     long = process.stdout.readline().strip()
     for line in process.stderr:
         if "item " in line:
