@@ -11,30 +11,48 @@ import re
 import shlex
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.config import EngineKind, Level, Settings, merge, parse_override
-from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError
+from hamdist.cli_cluster import register
+from hamdist.cli_common import (
+    FAILED,
+    INTERRUPTED,
+    PLAIN_SECONDS,
+    EngineOption,
+    ModelOption,
+    OutOption,
+    SeedOption,
+    SetOption,
+    SettingsArgument,
+    StepsOption,
+    StreamOption,
+    print_facts,
+)
+from hamdist.cli_common import Display as _Display
+from hamdist.cli_common import complain as _complain
+from hamdist.cli_common import console as _console
+from hamdist.cli_common import exit_codes as _exit_codes
+from hamdist.cli_common import given as _given
+from hamdist.cli_common import load as _load
+from hamdist.cli_common import warning_at_once as _warning_at_once
+from hamdist.config import Level, Settings
+from hamdist.errors import HamdistError, SettingsError
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
     from torch import nn
 
     from hamdist.models import ModelFactory
-    from hamdist.runtime.result import Progress
     from hamdist.study.compare import Planned
     from hamdist.study.runs import DataFactory, OnProgress, Run
     from hamdist.study.speed.study import SpeedRow
@@ -42,9 +60,6 @@ if TYPE_CHECKING:
     from hamdist.study.verify.check import Check
     from hamdist.study.verify.runner import Row, Topic
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-PLAIN_SECONDS = 5.0
-PLAIN_WIDTH = 132
 # A narrower terminal gets the comparison as two tables: how well, and at what cost.
 WIDE = 110
 QUALITY = 6
@@ -62,37 +77,7 @@ study_app = typer.Typer(
     name="study", help="Measure what the papers state, and print the table.", no_args_is_help=True
 )
 app.add_typer(study_app)
-
-SettingsArgument = Annotated[
-    str, typer.Argument(metavar="SETTINGS", help="A YAML file, or a recipe (`hamdist recipes`).")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. stream.batch=8."),
-]
-EngineOption = Annotated[
-    EngineKind | None, typer.Option("--engine", help="One process, or Ray actors.")
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Items of the stream.")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="FILE.py:FUNCTION",
-        help="Makes the model (or PACKAGE.MODULE:FUNCTION).",
-    ),
-]
-
-StreamOption = Annotated[
-    str | None,
-    typer.Option(
-        "--stream",
-        metavar="FILE.py:FUNCTION",
-        help="Makes the stream; or the stream and what is held out.",
-    ),
-]
+register(app)
 
 
 @app.command()
@@ -546,11 +531,8 @@ def _print_run(result: Run, settings: Settings, said: list[str]) -> None:
     """said: warnings that have been shown already."""
     from hamdist.study.table import run_facts
 
-    table = Table(box=None, pad_edge=False, show_header=False, title_justify="left")
-    table.title = f"{settings.name}: {result.level} on {result.engine}, seed {result.seed}"
-    for name, value in run_facts(result).items():
-        table.add_row(name, Text(value))
-    _console().print(table)
+    title = f"{settings.name}: {result.level} on {result.engine}, seed {result.seed}"
+    print_facts(title, run_facts(result))
     for warning in dict.fromkeys(result.warnings):
         if warning != result.failure and warning not in said:
             _complain(f"Warning: {warning}")
@@ -640,17 +622,6 @@ def _print_row(console: Console, row: Row) -> None:
     console.print(table)
 
 
-def _load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settings:
-    from hamdist.study.recipes import load_settings
-
-    overrides = [parse_override(text) for text in set_ or []]
-    return load_settings(source, [*overrides, merge({}, _given(options))])
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if value is not None}
-
-
 def _split_levels(text: str) -> list[str]:
     known = [level.value for level in Level]
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -687,105 +658,6 @@ def _data(name: str | None) -> DataFactory | None:
     from hamdist.study.own_data import load_stream
 
     return load_stream(name)
-
-
-class _Display:
-    """Shows progress on standard error: live on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = _console(stderr=True)
-        self._live: Live | None = None
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-
-    def __enter__(self) -> _Display:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def note(self, text: str) -> None:
-        """What is going on, where there is no run to watch yet."""
-        if self._live is not None:
-            self._live.update(Text(text, style="bold"), refresh=True)
-
-    def say(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
-
-    def watch(self, title: str, batch: int | None) -> OnProgress:
-        """What to call with the progress of the run `title`."""
-        from hamdist.study.live import RunView
-
-        view = RunView(title, batch)
-        if self._live is not None:
-            self._live.update(view, refresh=True)
-        printed = time.monotonic()
-
-        def show(progress: Progress) -> None:
-            nonlocal printed
-            view.update(progress)
-            if self._live is not None:
-                self._live.update(view, refresh=True)
-            elif time.monotonic() - printed >= PLAIN_SECONDS:
-                printed = time.monotonic()
-                self.say(view.line)
-
-        return show
-
-
-@contextmanager
-def _warning_at_once(say: Callable[[str], None]) -> Iterator[list[str]]:
-    """Inside, what Python is warned of is shown as our own warnings are. Yields what was shown."""
-    said: list[str] = []
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        said.append(str(message))
-        say(f"Warning: {message}")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield said
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """Made when needed, so that it writes to the stream of the moment."""
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    return console
-
-
-def _complain(text: str) -> None:
-    _console(stderr=True).print(Text(text), soft_wrap=True)
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turns what hamdist raises on purpose, and Ctrl-C, into one message and an exit code."""
-    try:
-        yield
-    except (SettingsError, LevelError) as error:
-        _complain(f"Error: {error}")
-        raise typer.Exit(WRONG_USAGE) from None
-    except BlockError as error:
-        if error.details:
-            _complain(error.details.rstrip())
-        _complain(f"Error: {error}")
-        raise typer.Exit(FAILED) from None
-    except HamdistError as error:
-        _complain(f"Error: {error}")
-        raise typer.Exit(FAILED) from None
-    except KeyboardInterrupt:
-        _complain("Interrupted.")
-        raise typer.Exit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

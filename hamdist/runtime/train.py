@@ -171,6 +171,11 @@ class _Work:
         return replace(self, settings=settings)
 
 
+def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
+    """The plan with which `train` would begin. Raises what `train` raises before that."""
+    return _Work(model, spec, settings, None, None, None).planned()[1]
+
+
 def snapshot_model(
     snapshot: Snapshot, model: nn.Module | Graph, spec: SampleSpec, settings: Settings
 ) -> nn.Module:
