@@ -814,9 +814,10 @@ def _look_through(text: str) -> None:
     open_: list[tuple[str | None, int]] = []  # the collections around: anchor, values before it
     values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
-        if getattr(event, "tag", None) is not None:
-            raise ValueError(f"line {line}: the tag {event.tag!r}: settings are plain values")
+        line = 1 if event.start_mark is None else event.start_mark.line + 1
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise ValueError(f"line {line}: the tag {tag!r}: settings are plain values")
         before, anchor = values, getattr(event, "anchor", None)
         if isinstance(event, yaml.AliasEvent):
             if anchor not in sizes:

@@ -1,8 +1,5 @@
-"""How long the fuzzing tests look: briefly, and always at the same examples, unless told otherwise.
-
-    HAMDIST_FUZZ=500 scripts/test tests/fuzz     # 500 times as many, drawn anew
-
-"""
+"""How long the fuzzing tests look: briefly, and always at the same examples, unless told otherwise:
+500 times as many, drawn anew, by `HAMDIST_FUZZ=500 scripts/test tests/fuzz`."""
 
 from __future__ import annotations
 
