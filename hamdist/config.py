@@ -242,10 +242,19 @@ class Source(str, Enum):
 
     DIGITS = "digits"
     FASHION_MNIST = "fashion-mnist"
+    MNIST_1D = "mnist1d"
     DRIFT = "drift"
     SEQUENCES = "sequences"
     SIGNAL = "signal"
     CHARACTERS = "characters"
+
+
+class Part(str, Enum):
+    """What a run is scored on: the test part, or (to choose settings) a sixth of the training part,
+    which is then not learned from."""
+
+    TEST = "test"
+    VALIDATION = "validation"
 
 
 class View(str, Enum):
@@ -348,6 +357,25 @@ class SmoothSettings(_Section):
     motion: Motion = Motion.FADE
 
 
+class CanvasSettings(_Section):
+    """Images move over a canvas of `side` pixels, `speed` pixels an item; each stays for `frames`
+    items, over the last `fade` of which the next one fades in (streams/canvas.py)."""
+
+    side: Positive = 40
+    frames: Positive = 20
+    fade: Annotated[int, Field(ge=0)] = 10
+    speed: Above0 = 1.0
+
+    @model_validator(mode="after")
+    def _fades_inside(self) -> CanvasSettings:
+        if self.fade >= self.frames:
+            raise ValueError(
+                f"'fade' is {self.fade}, but a clip has {self.frames} items ('frames'): fewer of "
+                "them can fade"
+            )
+        return self
+
+
 class DriftSettings(_Section):
     """The synthetic drifting stream: Gaussian classes that jump every `period` items."""
 
@@ -402,13 +430,16 @@ class StreamSettings(_Section):
 
     late_targets: items by which the targets come later than their inputs. target_delay: rejoins
     each target with the sample that came so many items before it; None: by the targets' tags.
-    patience: samples that may wait for a target. pace: in real time.
+    patience: samples that may wait for a target. pace: in real time. canvas: images move over a
+    larger canvas. evaluate: what a run is scored on.
     """
 
     source: Source = Source.DIGITS
     batch: Positive = 32
     path: Path | None = None
     smooth: SmoothSettings | None = None
+    canvas: CanvasSettings | None = None
+    evaluate: Part = Part.TEST
     drift: DriftSettings = DriftSettings()
     sequences: SequenceSettings = SequenceSettings()
     signal: SignalSettings = SignalSettings()
@@ -430,6 +461,15 @@ class StreamSettings(_Section):
     def _parts_fit(self) -> StreamSettings:
         if self.source is Source.SIGNAL and self.batch != 1:
             raise ValueError(f"'batch' is {self.batch}, but a signal has one row: leave it out")
+        if self.canvas is not None and self.source not in _IMAGES:
+            raise ValueError(
+                f"'canvas' moves images, which source {self.source.value!r} has not: leave it out, "
+                f"or use {' or '.join(source.value for source in _IMAGES)}"
+            )
+        if self.canvas is not None and self.smooth is not None:
+            raise ValueError(
+                "'canvas' and 'smooth': each has frames of its own; leave one of them out"
+            )
         late, delay = self.late_targets, self.target_delay
         if late and delay is not None and delay != late:
             raise ValueError(
@@ -442,6 +482,9 @@ class StreamSettings(_Section):
                 f"{self.patience}: no sample would wait for its target; raise 'patience'"
             )
         return self
+
+
+_IMAGES = (Source.DIGITS, Source.FASHION_MNIST)
 
 
 def _by_row(raw: Mapping[str, Any]) -> bool:
