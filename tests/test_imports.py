@@ -26,7 +26,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": {"errors", "config", "dynamics", "streams", "runtime", "api"},
 }
-RAY = {"runtime/actors.py", "runtime/crew.py", "runtime/cluster.py"}
+RAY = {"runtime/actors.py", "runtime/crew.py", "runtime/cluster.py", "runtime/tasks.py"}
 
 
 def imports(path):

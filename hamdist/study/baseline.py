@@ -3,6 +3,9 @@
 The same model, stream, order, loss and step size as the runs it is compared with. The step size
 of item n (from 0) is lr (1 - n/steps) with linear decay. Items without target are not learned from,
 but count. The prequential loss comes from the forward pass that the gradient belongs to.
+
+`frozen` trains the last layer alone, on the hidden blocks as they were drawn: what a level without
+memory has to beat before it can be said to learn anything in its hidden blocks.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.study.threads import fair_threads, faster_of
 
 CENTRALISED = "centralised"
+FROZEN = "frozen"
 PROGRESS_SECONDS = 0.25
 
 
@@ -36,16 +40,19 @@ def train_centralised(
     settings: Settings,
     *,
     loss: LossFunction | None = None,
+    frozen: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
-    """Train a copy of `model` on `stream` with backpropagation and SGD.
+    """Train a copy of `model` on `stream` with backpropagation and SGD; with `frozen` the last
+    child of it that has weights alone.
 
     Uses `settings.learning`, `steps`, `loss` (unless `loss` is given), `seed` (of what the model
     draws from torch's global generator, which is put back afterwards), `metrics`, and `engine`:
     as many threads as a run with that engine has, or one where a short trial finds one faster.
     Ctrl-C ends the training with what was reached (`interrupted`).
 
-    Raises SettingsError for a linear decay without `steps`, StreamError for an unusable item and
+    Raises SettingsError for a linear decay without `steps` and for `frozen` with a model that is no
+    nn.Sequential of several children with weights, StreamError for an unusable item and
     for a stream with targets by readout, and BlockError named 'centralised' where the model, the
     loss or their gradient fails.
     """
@@ -56,7 +63,10 @@ def train_centralised(
             "centralised training has one output: give it a stream of one target"
         )
     reset_peak()
-    trainer = _Trainer(copy.deepcopy(model), settings, loss or make_loss(settings.loss))
+    own = copy.deepcopy(model)
+    if frozen:
+        _freeze(own)
+    trainer = _Trainer(own, settings, loss or make_loss(settings.loss))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
@@ -117,14 +127,25 @@ class _Trainer:
         self.updates += 1
 
 
+def _freeze(model: nn.Module) -> None:
+    """All weights but those of the last child that has some."""
+    children = [child for child in model.children() if any(True for _ in child.parameters())]
+    if not isinstance(model, nn.Sequential) or len(children) < 2:
+        raise SettingsError(
+            "model: 'frozen' trains the last child with weights of an nn.Sequential of several; "
+            f"this {type(model).__name__} has {len(children)}"
+        )
+    for child in children[:-1]:
+        child.requires_grad_(False)
+
+
 def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Optimizer:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     adaptive = learning.adaptive
     if adaptive is None:
-        return torch.optim.SGD(
-            model.parameters(), learning.lr, learning.momentum, learning.dampening
-        )
+        return torch.optim.SGD(weights, learning.lr, learning.momentum, learning.dampening)
     betas = learning.momentum, adaptive.memory
-    return torch.optim.Adam(model.parameters(), learning.lr, betas, adaptive.epsilon)
+    return torch.optim.Adam(weights, learning.lr, betas, adaptive.epsilon)
 
 
 def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:

@@ -44,7 +44,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def run_lines(runs: Iterable[Run]) -> str:
     """JSON lines: one per window ("event": "window"), one per run ("event": "run")."""
-    return "".join(f"{_json(record)}\n" for run in runs for record in _records(run))
+    return "".join(f"{to_json(record)}\n" for run in runs for record in _records(run))
 
 
 def _records(run: Run) -> Iterator[dict[str, Any]]:
@@ -72,7 +72,7 @@ def run_summary(run: Run) -> dict[str, Any]:
 def comparison_summary(rows: Sequence[Row], *, interrupted: bool) -> str:
     """summary.json: {"rows": [...], "interrupted": ...}; null for what is missing or not finite."""
     record = {"rows": [dataclasses.asdict(row) for row in rows], "interrupted": interrupted}
-    return _json(record, indent=2) + "\n"
+    return to_json(record, indent=2) + "\n"
 
 
 def rows_csv(rows: Sequence[Row]) -> str:
@@ -93,10 +93,11 @@ def rows_csv(rows: Sequence[Row]) -> str:
 
 def summary_json(run: Run) -> str:
     """summary.json of a single run."""
-    return _json(run_summary(run), indent=2) + "\n"
+    return to_json(run_summary(run), indent=2) + "\n"
 
 
-def _json(value: object, indent: int | None = None) -> str:
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON, with null for what is not finite."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 

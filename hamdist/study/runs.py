@@ -32,10 +32,11 @@ from hamdist.models import (
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.train import train
-from hamdist.streams import held_out, held_out_tokens, make_stream
+from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
-from hamdist.study.baseline import CENTRALISED, baseline_warnings, train_centralised
+from hamdist.study.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.compression import Compression
+from hamdist.study.drift import Recovery, recoveries
 from hamdist.study.evaluate import Scores, evaluate, evaluate_sequences
 from hamdist.study.tracking import Tracking, advice, tracking
 
@@ -49,13 +50,14 @@ OnProgress = Callable[[Progress], None]
 class Run:
     """A run's numbers.
 
-    level: a level's name, or 'centralised'. engine: an engine's name, or 'pytorch'.
+    level: a level's name, 'centralised' or 'frozen'. engine: an engine's name, or 'pytorch'.
     samples: items that entered; batch: rows of an item.
     windows: prequential, of the (last) readout.
     window_seconds: when each window's last item had entered, counted as `seconds` is.
     held_out: None after an interruption or a failure, and for streams without held-out part.
     failure: how the run left the finite range, if it did; its model has the weights from before.
     tracking: how well a real-valued target was followed, where its course was recorded.
+    drifts: what the prequential accuracy did after each labelled drift of the stream.
     The rest is as in RunResult.
     """
 
@@ -86,6 +88,7 @@ class Run:
     delays: Mapping[str, int] = field(default_factory=dict)
     compression: Compression = field(default_factory=dict)
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
+    drifts: Sequence[Recovery] = field(default_factory=tuple)
 
     @property
     def rows_per_second(self) -> float:
@@ -135,10 +138,12 @@ def run_centralised(
     settings: Settings,
     *,
     factory: ModelFactory | None = None,
+    frozen: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[Run, nn.Module]:
-    """The same with centralised training (baseline.py)."""
-    return _run(settings, CENTRALISED, PYTORCH, factory, on_progress, {})
+    """The same with centralised training (baseline.py), with `frozen` of the last layer alone."""
+    level = FROZEN if frozen else CENTRALISED
+    return _run(settings, level, PYTORCH, factory, on_progress, {})
 
 
 def _run(
@@ -157,7 +162,7 @@ def _run(
         model = _build(settings, stream.spec, factory, dtype)
     prepared = sum(startup.seconds.values())
     told = advice(settings)
-    if level == CENTRALISED:
+    if engine == PYTORCH:
         told += baseline_warnings(settings)
     for text in told:
         warnings.warn(text, stacklevel=3)
@@ -202,6 +207,7 @@ def _run(
         warnings=(*told, *result.warnings),
         tracking=tracking(result.records, settings),
         records=result.records,
+        drifts=recoveries(windows, drifts(settings.stream, result.samples)),
     )
     return run, result.model
 
@@ -209,7 +215,7 @@ def _run(
 def _trained(
     level: str, model: nn.Module | Graph, stream: Stream, settings: Settings, timeline: Timeline
 ) -> RunResult:
-    if level != CENTRALISED:
+    if level not in (CENTRALISED, FROZEN):
         return train(model, stream, settings, on_progress=timeline)
     if isinstance(model, Graph):
         topic = "bptt" if settings.model.kind in CELLS else "tracking"
@@ -217,7 +223,8 @@ def _trained(
             f"model.kind: there is no centralised training of a {settings.model.kind.value} to "
             f"compare with; use `hamdist run` (`hamdist verify --only {topic}` proves it)"
         )
-    return train_centralised(model, stream, settings, on_progress=timeline)
+    frozen = level == FROZEN
+    return train_centralised(model, stream, settings, frozen=frozen, on_progress=timeline)
 
 
 def _build(

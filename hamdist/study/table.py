@@ -10,6 +10,7 @@ from hamdist.dynamics.metrics import merge_windows
 from hamdist.runtime.startup import startup_line
 from hamdist.study.aggregate import Row
 from hamdist.study.compression import compression_fact
+from hamdist.study.drift import drift_fact
 from hamdist.study.runs import Run
 from hamdist.study.tracking import SETTLING, Tracking
 
@@ -103,6 +104,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "start-up": startup_line(run.startup_seconds, run.startup),
         "speed": f"{run.rows_per_second:,.0f} rows/s",
         **_scores(run),
+        "drifts": drift_fact(run.drifts),
         "staleness": f"{run.staleness} items",
         "delays, ticks": _delays(run.delays),
         "stream": ", ".join(_counts(run.stream)),
