@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +212,7 @@ def _file(folder: Path, name: str) -> Path | None:
 def _part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Images (N, 28, 28) and labels (N,), both uint8, of one part of the data set."""
     images_file, labels_file = (_file(folder, name) or folder / name for name in _FILES[part])
-    images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
+    images, labels = _remembered(images_file, 3), _remembered(labels_file, 1)
     if images.shape[1:] != (FASHION_SIDE, FASHION_SIDE):
         raise StreamError(
             f"{images_file}: images of {_by(images.shape[1:])} pixels, "
@@ -228,6 +229,20 @@ def _part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
             f"{labels_file}: label {at} is {int(labels[at])}, expected 0 to {FASHION_CLASSES - 1}"
         )
     return images, labels
+
+
+def _remembered(path: Path, dimensions: int) -> Tensor:
+    """`read_idx`, of a file that has not changed once a process: a run reads it for its stream and
+    again to be scored, and a study makes many runs."""
+    if not path.is_file():
+        return read_idx(path, dimensions)
+    found = path.stat()
+    return _read_once(path, dimensions, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=sum(map(len, _FILES.values())))
+def _read_once(path: Path, dimensions: int, changed: int, size: int) -> Tensor:  # noqa: ARG001
+    return read_idx(path, dimensions)
 
 
 def _read(path: Path) -> bytes:
