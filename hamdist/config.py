@@ -34,6 +34,7 @@ class Level(str, Enum):
     GROUP = "group"
     DELAY_FREE = "delay-free"
     TRACE = "trace"
+    HEADS = "heads"
     REVERSIBLE = "reversible"
     BACKPROP = "backprop"
     BPTT = "bptt"
@@ -83,11 +84,24 @@ class Update(str, Enum):
     SEQUENCE = "sequence"
 
 
+class Credit(str, Enum):
+    """Where a block's gradient comes from: the messages of its children, or its own readout (no
+    message crosses an edge; the label travels with the signal)."""
+
+    MESSAGES = "messages"
+    HEADS = "heads"
+
+
 class Compensation(str, Enum):
-    """What a block does about the delay of its messages."""
+    """What a block does about the delay of its messages, by quantities of its own: steps divided by
+    (1 + delay)^delay_power; the weights of a sample as they are expected to be when its message
+    comes; momentum that looks ahead (Nesterov); states sent as they are expected to be."""
 
     NONE = "none"
     DELAY_SCALED = "delay-scaled"
+    WEIGHT_PREDICTION = "weight-prediction"
+    LOOK_AHEAD = "look-ahead"
+    PROSPECTIVE = "prospective"
 
 
 class Order(str, Enum):
@@ -521,6 +535,18 @@ class PartitionSettings(_Section):
         return self
 
 
+def _listed(value: object) -> object:
+    """One name as a list of one; `none` as a list of none."""
+    if isinstance(value, (str, Compensation)):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        return [one for one in value if one != Compensation.NONE.value]
+    return value
+
+
+Compensations = Annotated[tuple[Compensation, ...], BeforeValidator(_listed)]
+
+
 class LocalityOverrides(_Section):
     """Knobs of locality; what is not given keeps the level's preset. truncation: how many of the
     last samples of a sequence are gone through in reverse (level 'bptt'; not given: all)."""
@@ -530,8 +556,9 @@ class LocalityOverrides(_Section):
     presentation: Presentation | None = None
     moves: Moves | None = None
     memory: Memory | None = None
+    credit: Credit | None = None
     update: Update | None = None
-    compensation: Compensation | None = None
+    compensation: Compensations | None = None
     delay_power: Rate | None = None
     order: Order | None = None
     target: TargetOf | None = None
@@ -603,9 +630,51 @@ class AdaptiveSettings(_Section):
     epsilon: Above0 = 1e-8
 
 
+class AverageSettings(_Section):
+    """A moving average of a block's own weights, with which a run is evaluated and exported.
+    decay: the share of it that stays when the weights come in; every: updates between two looks at
+    the weights (`decay` is per update, whatever `every` is)."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)]
+    every: Positive = 1
+
+
+class HeadsSettings(_Section):
+    """A readout of its own for every block without one, which teaches that block alone: a layer
+    norm and a linear layer, which are no part of the exported model. weight: of its step, beside
+    that of the messages (not given: 0.3; at level 'heads', where there are none, 1). readout: the
+    one whose targets and loss it takes (not given: the first). norm: with the layer norm."""
+
+    weight: Above0 | None = None
+    readout: str | None = None
+    norm: bool = True
+
+
+def _decay_alone(value: object) -> object:
+    """`0.99` as `{decay: 0.99}`; off as it was written."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {"decay": value}
+    return _off(value)
+
+
+Averaging = Annotated[AverageSettings | Literal["off"], BeforeValidator(_decay_alone)]
+
+
+class BlockLearningSettings(_Section):
+    """What one block has otherwise; what is not given is as for all blocks."""
+
+    lr: Rate | None = None
+    average: Averaging | None = None
+    clip: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] | None = None
+    heads: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] | None = None
+
+
 class LearningSettings(_Section):
     """The step size and its course, in the words of gradient descent (HL Appendix E). adaptive:
-    not given: one beta for all of a block's weights."""
+    not given: one beta for all of a block's weights. average: of each block's weights, for
+    evaluation and export; clip: the most that the norm of a block's gradient may be; heads: the
+    blocks' own readouts. blocks: by name (patterns as in a shell, names first), what single blocks
+    have otherwise (`heads` is then the weight, or off)."""
 
     lr: Rate = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -613,6 +682,10 @@ class LearningSettings(_Section):
     first_step: FirstStep = FirstStep.UNDAMPENED
     decay: Decay = Decay.NONE
     adaptive: AdaptiveSettings | None = None
+    average: Averaging = "off"
+    clip: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] = "off"
+    heads: HeadsSettings | None = None
+    blocks: dict[str, BlockLearningSettings] = {}
 
     @model_validator(mode="after")
     def _adam_is_not_dampened(self) -> LearningSettings:

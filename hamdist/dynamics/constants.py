@@ -19,7 +19,10 @@ from typing import TypeAlias
 
 from hamdist.config import (
     AdaptiveSettings,
+    AverageSettings,
     BlockDynamicsSettings,
+    BlockLearningSettings,
+    Compensation,
     CourseSettings,
     DynamicsSettings,
     FirstStep,
@@ -66,7 +69,9 @@ class Dynamics:
     beta: of the weights; betas: of those whose name is given, or fits a pattern: the first one.
     weight_cost: r_w. momentum: the share of omega that a sequence takes over from the one before it
     (presentation 'sequence'). adaptive: beta by weight, as Adam has it. reset, limit: see
-    DynamicsSettings. blocks: overrides by pattern, for `of`.
+    DynamicsSettings. average: of the weights; clip: the most that |tau g| may be; ahead: momentum
+    looks ahead (weights.py). blocks, learning: overrides by pattern, for `of`. per_lr: beta at a
+    learning rate of 1.
     """
 
     tau: Course | None
@@ -83,12 +88,28 @@ class Dynamics:
     adaptive: AdaptiveSettings | None = None
     reset: ResetSettings = field(default_factory=lambda: ResetSettings(h=Reset.NEVER))
     limit: float = math.inf
+    average: AverageSettings | None = None
+    clip: float = math.inf
+    ahead: bool = False
     blocks: Mapping[str, BlockDynamicsSettings] = field(default_factory=dict)
+    learning: Mapping[str, BlockLearningSettings] = field(default_factory=dict)
+    per_lr: float = 1.0
 
     def of(self, block: str) -> Dynamics:
         """The constants of `block`."""
+        pattern = fitting(block, self.learning)
+        made = self if pattern is None else self._learning(self.learning[pattern])
         pattern = fitting(block, self.blocks)
-        return replace(self, blocks={}) if pattern is None else self._with(self.blocks[pattern])
+        return replace(made, blocks={}) if pattern is None else made._with(self.blocks[pattern])
+
+    def _learning(self, own: BlockLearningSettings) -> Dynamics:
+        return replace(
+            self,
+            beta=self.beta if own.lr is None else own.lr * self.per_lr,
+            average=self.average if own.average is None else _average(own.average),
+            clip=self.clip if own.clip is None else _clip(own.clip),
+            learning={},
+        )
 
     def _with(self, own: BlockDynamicsSettings) -> Dynamics:
         betas = tuple(own.beta.items()) if isinstance(own.beta, dict) else ()
@@ -117,6 +138,14 @@ class Dynamics:
         """Whether the stream has to tell every block the time, or the end of a sequence."""
         r = self.reset
         return self.tau is None or Reset.SEQUENCE in (r.h, r.z, r.omega)
+
+
+def _average(given: AverageSettings | str) -> AverageSettings | None:
+    return None if isinstance(given, str) else given
+
+
+def _clip(given: float | str) -> float:
+    return math.inf if isinstance(given, str) else given
 
 
 def _first(*values: float | None) -> float:
@@ -161,7 +190,12 @@ def make_dynamics(
         adaptive=learning.adaptive,
         reset=_reset(d.reset, knobs),
         limit=d.limit,
+        average=_average(learning.average),
+        clip=_clip(learning.clip),
+        ahead=Compensation.LOOK_AHEAD in knobs.compensation,
         blocks=d.blocks,
+        learning=learning.blocks,
+        per_lr=1 / largest if learning.blocks else 1.0,
     )
     _check(made, None if tau is None else largest, knobs)
     return made
@@ -221,8 +255,32 @@ def _check(made: Dynamics, tau: float | None, knobs: Locality) -> None:
             "learning.adaptive with presentation 'sequence', whose omega gathers the gradients of "
             "a whole sequence before the weights move: leave it out, or use another presentation"
         )
+    _check_recipes(made, tau, knobs)
     if not knobs.hold:
         _check_wave(made, tau, knobs)
+
+
+def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
+    """What the recipes of `learning` do not go with."""
+    clips = [made.clip, *(_clip(b.clip) for b in made.learning.values() if b.clip is not None)]
+    if knobs.sequence and min(clips) < math.inf:
+        raise LevelError(
+            f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
+            "gradients of a whole sequence: leave it out, or use another presentation"
+        )
+    if not made.ahead:
+        return
+    if made.adaptive is not None:
+        raise LevelError(
+            "compensation 'look-ahead' with learning.adaptive, whose steps are not along omega: "
+            "leave one of them out"
+        )
+    each = [made, *(made._with(own) for own in made.blocks.values())]
+    if tau is not None and any(abs(1 - tau * d.eta_omega) <= TOLERANCE for d in each):
+        raise LevelError(
+            "compensation 'look-ahead' without momentum: there is nothing that could carry the "
+            "weights ahead; set learning.momentum (or dynamics.eta_omega below 1/tau)"
+        )
 
 
 def _check_wave(made: Dynamics, tau: float | None, knobs: Locality) -> None:
@@ -283,6 +341,14 @@ def check_names(dynamics: Dynamics, parameters: Mapping[str, Iterable[str]]) -> 
     """Raises LevelError for a pattern in `dynamics.blocks` that fits no block, or no parameter of
     the blocks that it fits. parameters: their names, by block."""
     check_patterns("dynamics.blocks", dynamics.blocks, parameters, "block", LevelError)
+    check_patterns("learning.blocks", dynamics.learning, parameters, "block", LevelError)
+    for block in parameters:
+        a, b = fitting(block, dynamics.blocks), fitting(block, dynamics.learning)
+        if a and b and dynamics.blocks[a].beta is not None and dynamics.learning[b].lr is not None:
+            raise LevelError(
+                f"dynamics.blocks.{a}.beta and learning.blocks.{b}.lr both are the rate of the "
+                f"weights of {block!r}: give one of them"
+            )
     for pattern, own in dynamics.blocks.items():
         fits = [b for b in parameters if fnmatchcase(b, pattern)]
         if isinstance(own.beta, dict):

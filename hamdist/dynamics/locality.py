@@ -5,6 +5,7 @@
     group       group     1      hold          all             none    tick
     delay-free  layer     depth  hold          layer-by-layer  none    tick
     trace       layer     1      pulse         -               trace   arrival
+    heads       layer     1      pulse         -               none    arrival, of the signal itself
     reversible  layer     inf    pulse         -               reversible  arrival
     backprop    layer     inf    pulse         -               trace   arrival
     bptt        layer     inf    sequence      -               trace   sequence
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from hamdist.config import (
     Compensation,
+    Credit,
     Grouping,
     Level,
     LocalityOverrides,
@@ -45,7 +47,8 @@ class Locality:
     memory: Memory
     update: Update
     moves: Moves = Moves.ALL
-    compensation: Compensation = Compensation.NONE
+    credit: Credit = Credit.MESSAGES
+    compensation: tuple[Compensation, ...] = ()
     delay_power: float = 0.5
     order: Order = Order.OMEGA_FIRST
     target: TargetOf = TargetOf.SAMPLE
@@ -77,6 +80,7 @@ PRESETS = {
     # which the block moves, so under it nothing below the last state block ever learns.
     Level.DELAY_FREE: replace(_HOLD, speed="depth", moves=Moves.LAYER_BY_LAYER),
     Level.TRACE: _PULSE,
+    Level.HEADS: replace(_PULSE, memory=Memory.NONE, credit=Credit.HEADS),
     Level.REVERSIBLE: replace(_PULSE, speed="inf", memory=Memory.REVERSIBLE),
     Level.BACKPROP: replace(_PULSE, speed="inf"),
     Level.BPTT: _SEQUENCE,
@@ -92,11 +96,12 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
     if given.get("presentation") not in (None, PRESETS[level].presentation):
         # The other presentation brings its own memory and update, unless they are given as well.
         base = _BASES[given["presentation"]]
-        given = {"memory": base.memory, "update": base.update, "moves": base.moves, **given}
+        own = {"memory": base.memory, "update": base.update, "moves": base.moves}
+        given = {**own, "credit": base.credit, **given}
         if base is _SEQUENCE:
             given = {"speed": base.speed, **given}
     if "delay_power" in given:
-        given.setdefault("compensation", Compensation.DELAY_SCALED)
+        given.setdefault("compensation", (Compensation.DELAY_SCALED,))
     knobs = replace(PRESETS[level], **given)
     for reason in _contradictions(knobs):
         raise LevelError(f"level {level.value!r} cannot run with these knobs: {reason}")
@@ -124,8 +129,15 @@ def _contradictions(k: Locality) -> list[str]:
             " inputs can be recomputed only while the weights are those of the forward pass; use "
             "presentation 'pulse' and speed 'inf' (level 'reversible')"
         )
+    if k.credit is Credit.HEADS and (not k.pulse or k.memory is not Memory.NONE):
+        reasons.append(
+            f"credit 'heads' with presentation {k.presentation.value!r} and memory "
+            f"{k.memory.value!r}: each block learns in the tick in which a sample passes it, so "
+            "nothing is held and nothing is kept; use presentation 'pulse' and memory 'none' "
+            "(level 'heads'), or learning.heads beside the messages of level 'trace'"
+        )
     if k.pulse:
-        if k.memory is Memory.NONE:
+        if k.memory is Memory.NONE and k.credit is Credit.MESSAGES:
             reasons.append(
                 "presentation 'pulse' with memory 'none': a message comes back when the sample has "
                 "left the block, so the block must keep its activations; use memory 'trace'"
@@ -178,14 +190,22 @@ def _against_sequence(k: Locality) -> list[str]:
         ("update", k.update, Update.SEQUENCE),
         ("moves", k.moves, Moves.ALL),
         ("order", k.order, Order.OMEGA_FIRST),
-        ("compensation", k.compensation, Compensation.NONE),
+        ("compensation", k.compensation, ()),
+        ("credit", k.credit, Credit.MESSAGES),
         ("readout", k.readout, Readout.OUTPUT),
         ("target", k.target, TargetOf.SAMPLE),
     ):
         if given != needed:
-            value, need = getattr(given, "value", given), getattr(needed, "value", needed)
+            value, need = _word(given), _word(needed)
             reasons.append(
                 f"presentation 'sequence' with {name} {value!r}: a sequence travels forward with "
                 f"its states kept, then back, and the weights move once; use {name} {need!r}"
             )
     return reasons
+
+
+def _word(value: object) -> object:
+    """A knob's value as a user writes it."""
+    if isinstance(value, tuple):
+        return ", ".join(str(_word(one)) for one in value) or "none"
+    return getattr(value, "value", value)

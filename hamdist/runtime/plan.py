@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hamdist.config import (
     Compensation,
+    Credit,
     Decay,
     EngineSettings,
     Memory,
@@ -36,6 +37,7 @@ from hamdist.runtime.compression import compressed
 from hamdist.runtime.device import Desk
 from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
+from hamdist.runtime.taught import Heads, plan_heads
 from hamdist.streams.sample import SampleSpec
 
 Replan: TypeAlias = "Callable[[Mapping[str, int]], Plan]"
@@ -48,6 +50,7 @@ class Plan:
     signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
     nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
     own, of every block. follows_lr: beta comes from the learning rate.
+    heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process."""
 
@@ -69,16 +72,26 @@ class Plan:
     reversible: frozenset[str] = frozenset()
     native: bool = False
     replan: Replan | None = None
+    heads: Heads | None = None
     desks: Mapping[str, Desk] = field(default_factory=dict)
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""
-        factor = 1.0
-        if self.knobs.compensation is Compensation.DELAY_SCALED:
-            factor = float((1 + self.schedule.delay(block)) ** -self.knobs.delay_power)
-        if self.decay is Decay.LINEAR and self.steps is not None:
-            factor *= max(0.0, 1 - sample / self.steps)
+        factor = self.course(sample)
+        if Compensation.DELAY_SCALED in self.knobs.compensation:
+            factor *= float((1 + self.schedule.delay(block)) ** -self.knobs.delay_power)
         return factor
+
+    def course(self, sample: int) -> float:
+        """The same without what makes up for a delay."""
+        if self.decay is Decay.LINEAR and self.steps is not None:
+            return max(0.0, 1 - sample / self.steps)
+        return 1.0
+
+    @property
+    def taught_by(self) -> str:
+        """The readout whose labels travel with the signal."""
+        return "" if self.heads is None else self.heads.readout
 
     def start(self, block: str) -> Tensor:
         """h_0 of a block, the batch in front."""
@@ -136,6 +149,7 @@ def make_plan(
         raise LevelError(
             "learning.decay 'linear' falls to zero over the run, so the run needs 'steps'"
         )
+    heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = knobs.hold and dynamics.clocked
     reversible = reversible_blocks(graph, shapes) if rewinds else frozenset()
     channels = make_channels(
@@ -144,6 +158,8 @@ def make_plan(
         settings.engine.queue,
         clocked=clocked,
         bundle=settings.engine.bundle,
+        labels=heads is not None,
+        messages=knobs.credit is Credit.MESSAGES,
     )
     signals = {**shapes, **spec.parents}
     return Plan(
@@ -164,6 +180,7 @@ def make_plan(
         follows_lr=settings.dynamics.beta is None,
         desks=desks,
         reversible=reversible,
+        heads=heads,
         native=_native(settings.engine),
     )
 

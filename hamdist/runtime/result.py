@@ -18,6 +18,7 @@ class BlockState:
     """Everything that a block owns at the end of a run (detached copies).
 
     theta, omega: weights and weight costates by the parameter's name in the block's module.
+    average: the moving average of the weights by name, where there is one.
     buffers: the module's buffers by name, and its extra state. h, z: state and costate, None where
     a block has none.
     rounding: what autocast did to what the block computes, where it is on.
@@ -33,6 +34,7 @@ class BlockState:
     updates: int
     stored: int = 0
     rounding: Rounding | None = None
+    average: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,10 @@ class Progress:
 class RunResult:
     """A finished (or interrupted) run.
 
-    model: a plain module with the learned weights. windows: prequential metrics in order, per
-    readout. seconds: wall time from the first to the last tick; startup_seconds: what came before,
-    startup: the same by phase (startup.py).
+    model: a plain module with the learned weights, or their averages where `learning.average` asks
+    for them; plain: then the same with the weights as they were in the end.
+    windows: prequential metrics in order, per readout. seconds: wall time from the first to the
+    last tick; startup_seconds: what came before, startup: the same by phase (startup.py).
     bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
     compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones, bytes
     sent and saved, and how far the decoded signals were from the exact ones.
@@ -99,6 +102,7 @@ class RunResult:
     stored: dict[str, int] = field(default_factory=dict)
     own_memory: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
+    plain: nn.Module | None = None
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
     startup: dict[str, float] = field(default_factory=dict)

@@ -110,14 +110,11 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         if output is not None:
             own = output.state_dict()
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
-    whole = None
-    if plan.knobs.sequence:
-        before = graph.unsliced
-        spec = plan.spec
-        shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)
-        whole = MergedSequence(before, shapes)
+    averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
+    averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
     return RunResult(
-        model=graph.merge(weights, whole),
+        model=graph.merge(averaged, _whole(graph, plan)),
+        plain=graph.merge(weights, _whole(graph, plan)) if averages else None,
         blocks=outcome.blocks,
         windows=outcome.windows,
         samples=outcome.samples,
@@ -152,6 +149,15 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
             *after(plan, outcome),
         ],
     )
+
+
+def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
+    """What the weights of a sequence's blocks go into."""
+    if not plan.knobs.sequence:
+        return None
+    before, spec = graph.unsliced, plan.spec
+    shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)
+    return MergedSequence(before, shapes)
 
 
 def make_engine(settings: Settings) -> Engine:

@@ -1,8 +1,9 @@
 """Centralised training: the whole model in this process, plain PyTorch, `torch.optim.SGD`.
 
-The same model, stream, order, loss and step size as the runs it is compared with. The step size
-of item n (from 0) is lr (1 - n/steps) with linear decay. Items without target are not learned from,
-but count. The prequential loss comes from the forward pass that the gradient belongs to.
+The same model, stream, order, loss and step size as the runs it is compared with, and the same
+moving average of the weights (`learning.average`) for evaluation. The step size of item n (from 0)
+is lr (1 - n/steps) with linear decay. Items without target are not learned from, but count.
+The prequential loss comes from the forward pass that the gradient belongs to.
 
 `frozen` trains the last layer alone, on the hidden blocks as they were drawn: what a level without
 memory has to beat before it can be said to learn anything in its hidden blocks.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import Decay, FirstStep, LearningSettings, Settings
+from hamdist.dynamics.averaging import Average
 from hamdist.dynamics.losses import LossFunction, make_loss
 from hamdist.dynamics.metrics import Prequential
 from hamdist.errors import BlockError, SettingsError, StreamError
@@ -75,8 +77,10 @@ def train_centralised(
             begun = time.perf_counter()
             interrupted = _train(trainer, stream, settings, begun, on_progress)
             seconds = time.perf_counter() - begun
+    averaged = trainer.averaged()
     return RunResult(
-        model=trainer.model,
+        model=averaged or trainer.model,
+        plain=None if averaged is None else trainer.model,
         blocks={},
         windows={CENTRALISED: trainer.metrics.windows},
         samples=trainer.items,
@@ -100,6 +104,9 @@ class _Trainer:
         self.loss = loss
         self.step_size = _step_size(learning, settings.steps)
         self.optimiser = _optimiser(model, learning)
+        given = learning.average
+        theta = [p.data for p in model.parameters() if p.requires_grad]
+        self.average = None if isinstance(given, str) else Average(theta, given)
         self.metrics = Prequential(settings.metrics.window, settings.metrics.limit)
         self.items = 0
         self.updates = 0
@@ -125,6 +132,18 @@ class _Trainer:
             group["lr"] = self.step_size(self.items)
         self.optimiser.step()
         self.updates += 1
+        if self.average is not None:
+            self.average.look()
+
+    def averaged(self) -> nn.Module | None:
+        """The model with the average of its weights, if there is one."""
+        if self.average is None:
+            return None
+        made = copy.deepcopy(self.model)
+        moving = [p for p in made.parameters() if p.requires_grad]
+        for p, value in zip(moving, self.average.values, strict=True):
+            p.data.copy_(value)
+        return made
 
 
 def _freeze(model: nn.Module) -> None:

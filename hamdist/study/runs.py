@@ -54,7 +54,9 @@ class Run:
     samples: items that entered; batch: rows of an item.
     windows: prequential, of the (last) readout.
     window_seconds: when each window's last item had entered, counted as `seconds` is.
-    held_out: None after an interruption or a failure, and for streams without held-out part.
+    held_out: None after an interruption or a failure, and for streams without held-out part; of
+    averaged weights (`learning.average`), where there are some; held_out_plain: then of the weights
+    as they were in the end, which plain has.
     failure: how the run left the finite range, if it did; its model has the weights from before.
     tracking: how well a real-valued target was followed, where its course was recorded.
     drifts: what the prequential accuracy did after each labelled drift of the stream.
@@ -89,6 +91,8 @@ class Run:
     compression: Compression = field(default_factory=dict)
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
     drifts: Sequence[Recovery] = field(default_factory=tuple)
+    held_out_plain: Scores | None = None
+    plain: nn.Module | None = None
 
     @property
     def rows_per_second(self) -> float:
@@ -176,7 +180,10 @@ def _run(
         result, failure = error.result, str(error)
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
-    scores = _score(result, settings, dtype) if whole else None
+    scores = _score(result.model, result, settings, dtype) if whole else None
+    plain = None
+    if whole and result.plain is not None:
+        plain = _score(result.plain, result, settings, dtype)
     windows = _readout_windows(result)
     entered = [window.last + 1 for window in windows]
     run = Run(
@@ -194,6 +201,8 @@ def _run(
         windows=windows,
         window_seconds=timeline.at(entered, (result.samples, result.seconds)),
         held_out=scores,
+        held_out_plain=plain,
+        plain=result.plain,
         bytes_per_edge=result.bytes_per_edge,
         compression=result.compression,
         rounding=result.rounding,
@@ -247,12 +256,14 @@ def _build(
     return make_model(settings.model, spec, seed=settings.seed, dtype=dtype)
 
 
-def _score(result: RunResult, settings: Settings, dtype: torch.dtype) -> Scores | None:
+def _score(
+    model: nn.Module, result: RunResult, settings: Settings, dtype: torch.dtype
+) -> Scores | None:
     items = result.samples + result.stream.get("dropped", 0)
-    if isinstance(result.model, MergedSequence):
-        return _score_sequences(result.model, settings)
+    if isinstance(model, MergedSequence):
+        return _score_sequences(model, settings)
     part = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=items)
-    return None if part is None else evaluate(result.model, *part, make_loss(settings.loss))
+    return None if part is None else evaluate(model, *part, make_loss(settings.loss))
 
 
 def _score_sequences(model: MergedSequence, settings: Settings) -> Scores | None:

@@ -27,24 +27,31 @@ from hamdist.study.tracking_plots import record_plots
 
 
 def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
-    """metrics.jsonl, summary.json, settings.yaml and model.safetensors (the `state_dict`); of a run
-    with `partition.delays: auto` the settings have the delays that were chosen; of one with
+    """metrics.jsonl, summary.json, settings.yaml and model.safetensors (the `state_dict`); of
+    averaged weights also plain.safetensors, the weights as they were in the end; of a run with
+    `partition.delays: auto` the settings have the delays that were chosen; of one with
     `metrics.record` also records.npz and its plots.
 
     Raises SettingsError where a file cannot be written.
     """
     write_file(folder / "metrics.jsonl", run_lines([run]))
     write_file(folder / "settings.yaml", to_yaml(as_it_was(settings, run)))
-    # Clones: safetensors refuses tensors that share memory (tied weights).
-    tensors = {
-        key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
-    }
-    write_file(folder / "model.safetensors", save(tensors))
+    write_file(folder / "model.safetensors", _weights(model))
+    if run.plain is not None:
+        write_file(folder / "plain.safetensors", _weights(run.plain))
     if run.records:
         write_file(folder / "records.npz", records_npz(run.records, settings))
         for name, png in record_plots(run.records, settings).items():
             write_file(folder / name, png)
     write_file(folder / "summary.json", summary_json(run))
+
+
+def _weights(model: nn.Module) -> bytes:
+    # Clones: safetensors refuses tensors that share memory (tied weights).
+    tensors = {
+        key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
+    }
+    return save(tensors)
 
 
 def as_it_was(settings: Settings, run: Run) -> Settings:

@@ -160,6 +160,9 @@ def _scores(run: Run) -> dict[str, str]:
         scores["held-out loss"] = number(run.held_out.loss)
         if run.held_out.accuracy is not None:
             scores["held-out accuracy"] = f"{percent(run.held_out.accuracy)} %"
+            if run.held_out_plain is not None:
+                plain = percent(run.held_out_plain.accuracy)
+                scores["held-out accuracy"] += f" (averaged weights; the last ones {plain} %)"
     return scores
 
 

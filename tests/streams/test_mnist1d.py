@@ -29,7 +29,7 @@ def test_against_the_package() -> None:
 
     made = make_dataset(get_dataset_args())
     random.seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     torch.manual_seed(1)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     own = StreamSettings.model_validate({"source": "mnist1d", "batch": 4000})

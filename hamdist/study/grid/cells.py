@@ -185,6 +185,7 @@ def _settings(study: StudySettings, cell: Cell, candidate: Candidate) -> Setting
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
+        _check_run(study)
         raise SettingsError(f"{cell.label}: {describe(error)}") from None
     if settings.engine.kind is not EngineKind.INPROCESS:
         raise SettingsError(
@@ -192,6 +193,14 @@ def _settings(study: StudySettings, cell: Cell, candidate: Candidate) -> Setting
             "and parallel to each other (parallel: processes or ray); leave it out"
         )
     return settings
+
+
+def _check_run(study: StudySettings) -> None:
+    """Raises SettingsError where it is `run` that is wrong, not what a side lays over it."""
+    try:
+        Settings.model_validate(study.run)
+    except ValidationError as error:
+        raise SettingsError(f"in 'run': {describe(error)}") from None
 
 
 def _nested(path: list[str] | tuple[str, ...], value: Any) -> dict[str, Any]:

@@ -77,16 +77,16 @@ def run_study(
     Raises SettingsError before anything runs, HamdistError where a run cannot be made.
     """
     all_cells = check(study, chosen=chosen)
-    runs = _Runs(study, Store(folder / RUNS), on_record)
-    if chosen:
-        choices = [Choice(_best(study, cell), None) for cell in all_cells]
-    else:
-        choices = _tuned(study, all_cells, runs)
-    finals = [
-        final_jobs(study, cell, choice.chosen)
-        for cell, choice in zip(all_cells, choices, strict=True)
-    ]
-    found = runs.make("final", [job for jobs in finals for job in jobs])
+    with _Runs(study, Store(folder / RUNS), on_record) as runs:
+        if chosen:
+            choices = [Choice(_best(study, cell), None) for cell in all_cells]
+        else:
+            choices = _tuned(study, all_cells, runs)
+        finals = [
+            final_jobs(study, cell, choice.chosen)
+            for cell, choice in zip(all_cells, choices, strict=True)
+        ]
+        found = runs.make("final", [job for jobs in finals for job in jobs])
     return [
         Outcome(cell, choice, [found[job.key] for job in jobs])
         for cell, choice, jobs in zip(all_cells, choices, finals, strict=True)
@@ -147,12 +147,20 @@ def _at_edge(cell: Cell, chosen: Candidate) -> tuple[str, ...]:
 
 
 class _Runs:
-    """Makes runs, in parallel, and keeps them."""
+    """Makes runs, in parallel, and keeps them. As a context: its processes end at the end."""
 
     def __init__(self, study: StudySettings, store: Store, on_record: OnRecord | None) -> None:
         self._study = study
         self._store = store
         self._on_record = on_record
+        self._processes: Processes | None = None
+
+    def __enter__(self) -> _Runs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._processes is not None:
+            self._processes.close()
 
     def make(self, phase: str, jobs: Sequence[Job]) -> dict[str, Record]:
         """The records of `jobs` by key; of those only that are not kept yet a run is made."""
@@ -176,10 +184,12 @@ class _Runs:
             )
             yield from ray_tasks(engine, work, jobs)
             return
-        processes = min(self._study.workers or cores(), len(jobs))
-        if processes == 1:
+        number = self._study.workers or cores()
+        if number == 1 or (len(jobs) == 1 and self._processes is None):
             yield from map(work, jobs)
             return
-        with Processes(processes) as pool:
-            for future in as_completed([pool.submit(work, job) for job in jobs]):
-                yield future.result()
+        if self._processes is None:
+            self._processes = Processes(number)
+        pool = self._processes
+        for future in as_completed([pool.submit(work, job) for job in jobs]):
+            yield future.result()
