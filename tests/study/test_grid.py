@@ -436,6 +436,19 @@ class TestReport:
         assert (trace.accuracy, trace.gap) == (None, None)
         assert trace.notes == ("trace: seed 1: it blew up",)
 
+    def test_drifts_are_told(self) -> None:
+        study = tiny()
+        central, trace = outcomes(study, [0.8, 0.9], [0.7, 0.8])
+        drifted = dataclasses.replace(
+            trace,
+            records=[dataclasses.replace(r, drifts=[[9, 0.9, 0.5, 20]]) for r in trace.records],
+        )
+        (note,) = summary([central, drifted])[1].notes
+        assert note == (
+            "trace: of the drifts of all seeds recovered from 2 of 2 within 20 items (at most 20); "
+            "accuracy fell by 40.0 points on average"
+        )
+
     def test_tables(self) -> None:
         study = tiny(axes={"depth": [2, 3]})
         found = outcomes(study, [0.8, 0.9], [0.79, 0.87], [0.6, 0.6], [0.61, 0.61])

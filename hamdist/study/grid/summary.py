@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hamdist.study.aggregate import mean_of, spread_of
+from hamdist.study.drift import Recovery, drift_fact
 from hamdist.study.grid.cells import Point
 from hamdist.study.grid.run import Outcome
 from hamdist.study.grid.settings import Trains
@@ -87,6 +88,8 @@ def _notes(outcome: Outcome) -> list[str]:
     label = outcome.cell.label
     failed = [f"seed {r.seed}: {r.failure}" for r in outcome.records if r.failure is not None]
     notes = [f"{label}: {text}" for text in failed]
+    told = drift_fact([Recovery(*found) for r in outcome.records for found in r.drifts])
+    notes += [f"{label}: of the drifts of all seeds {told}"] if told else []
     notes += [
         f"{label}: {name} = {outcome.choice.chosen[name]} is the lowest or highest value that was "
         "tried: a wider range might be better"

@@ -43,7 +43,7 @@ class Record:
     failure: str | None
     warnings: Sequence[str]
     curve: Sequence[Sequence[float | None]]
-    drifts: Sequence[Sequence[float | None]]
+    drifts: Sequence[Sequence[Any]]
     settings: Mapping[str, Any]
 
 
