@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.config import Level, Part, Settings
-from hamdist.errors import SettingsError
+from hamdist.errors import ClusterError, SettingsError
 from hamdist.study.grid import run as grid_run
 from hamdist.study.grid.cells import TUNING_SEEDS, Job, cells, final_jobs, tuning_jobs
 from hamdist.study.grid.report import save_study
@@ -342,6 +343,10 @@ class TestResume:
             store.find(job)
 
 
+def killed(job: Job) -> Record:
+    os._exit(1)
+
+
 def plain(found: Record) -> Record:
     """Without what a clock says."""
     curve = [(row[0], *row[2:]) for row in found.curve]
@@ -397,6 +402,14 @@ class TestWhole:
         for one, other in zip(alone, beside, strict=True):
             assert one.choice == other.choice
             assert [plain(r) for r in one.records] == [plain(r) for r in other.records]
+        assert set(multiprocessing.active_children()) <= before
+
+    @pytest.mark.timeout(120)
+    def test_a_process_that_dies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(grid_run, "work", killed)
+        before = set(multiprocessing.active_children())
+        with pytest.raises(ClusterError, match="a process of the study ended by itself"):
+            run_study(tiny(workers=2), tmp_path)
         assert set(multiprocessing.active_children()) <= before
 
     @pytest.mark.ray

@@ -11,11 +11,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from hamdist.config import EngineSettings
-from hamdist.errors import SettingsError
+from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.tasks import ray_tasks
 from hamdist.runtime.threads import cores
 from hamdist.study.grid.cells import Candidate, Cell, Job, cells, final_jobs, tuning_jobs
@@ -191,5 +192,11 @@ class _Runs:
         if self._processes is None:
             self._processes = Processes(number)
         pool = self._processes
-        for future in as_completed([pool.submit(work, job) for job in jobs]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(work, job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise ClusterError(
+                "a process of the study ended by itself (was it killed, for want of memory?); the "
+                "runs that finished are kept: start the study again, with fewer --workers"
+            ) from None
