@@ -32,6 +32,8 @@ from hamdist.config import (
 )
 from hamdist.dynamics.locality import Locality
 from hamdist.dynamics.patterns import check_patterns, fitting
+from hamdist.dynamics.rates import Listed as Listed
+from hamdist.dynamics.rates import listed
 from hamdist.errors import LevelError
 
 TOLERANCE = 1e-12
@@ -47,18 +49,6 @@ class Constant:
 
     def __call__(self, k: int) -> float:  # noqa: ARG002
         return self.value
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """values[k]; behind the end the last one, or with `cycle` from the front again."""
-
-    values: tuple[float, ...]
-    cycle: bool = False
-
-    def __call__(self, k: int) -> float:
-        n = len(self.values)
-        return self.values[k % n if self.cycle else min(k, n - 1)]
 
 
 @dataclass(frozen=True)
@@ -167,7 +157,7 @@ def make_dynamics(
     d = dynamics
     tau: Course | None
     if isinstance(d.tau, CourseSettings):
-        largest, tau = max(d.tau.values), Listed(d.tau.values, d.tau.cycle)
+        largest, tau = max(d.tau.values), listed(d.tau)
         if min(d.tau.values) <= 0:
             raise LevelError("dynamics.tau: every step of integration is above 0 seconds")
     elif d.tau == "stamps":
@@ -223,7 +213,7 @@ def _phi(
 ) -> tuple[Course, float | None]:
     """The course of phi, and phi of the first loss where it differs."""
     if isinstance(d.phi, CourseSettings):
-        return Listed(d.phi.values, d.phi.cycle), None
+        return listed(d.phi), None
     if d.phi is not None:
         return Constant(d.phi), None
     dampened = Constant((1 - learning.dampening) / tau)
@@ -267,6 +257,11 @@ def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
         raise LevelError(
             f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
             "gradients of a whole sequence: leave it out, or use another presentation"
+        )
+    if Compensation.WEIGHT_PREDICTION in knobs.compensation and made.adaptive is not None:
+        raise LevelError(
+            "compensation 'weight-prediction' with learning.adaptive, whose steps are not along "
+            "omega: leave one of them out"
         )
     if not made.ahead:
         return

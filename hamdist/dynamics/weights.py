@@ -125,6 +125,17 @@ class Weights:
             if self.average is not None:
                 self.average.look()
 
+    def predicted(self, updates: int, scale: float, tau: float) -> list[Tensor]:
+        """theta after so many updates more along the present omega, in fresh tensors. scale, tau:
+        as in `move`."""
+        step = updates * tau * scale
+        if not step:
+            return [t.clone() for t in self.theta]
+        return [
+            torch.add(t, o, alpha=-step * beta)
+            for t, o, beta in zip(self.theta, self.omega, self._rates, strict=True)
+        ]
+
     def rest(self) -> None:
         """An update in which nothing moves: it counts, for the stamps of what is sent."""
         self.updates += 1
