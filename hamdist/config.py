@@ -615,6 +615,36 @@ class AverageSettings(_Section):
     every: Positive = 1
 
 
+class InputRule(str, Enum):
+    """What a linear layer's step does about its inputs: takes their mean out, or their correlation
+    as well (dynamics/whitening.py)."""
+
+    CENTRED = "centred"
+    WHITENED = "whitened"
+
+
+class InputsSettings(_Section):
+    """Statistics of a layer's own inputs. memory: of their mean, from update to update; of rule
+    'whitened', damping: of the inverse; look: updates between two looks at the covariance; refresh:
+    between two inverses."""
+
+    rule: InputRule = InputRule.WHITENED
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    damping: Above0 = 0.1
+    look: Positive = 4
+    refresh: Positive = 50
+
+
+def _rule_alone(value: object) -> object:
+    """`centred` as `{rule: centred}`; off as it was written."""
+    if isinstance(value, str) and value != "off":
+        return {"rule": value}
+    return _off(value)
+
+
+Inputs = Annotated[InputsSettings | Literal["off"], BeforeValidator(_rule_alone)]
+
+
 class HeadsSettings(_Section):
     """A readout of its own for every block without one, which teaches that block alone: a layer
     norm and a linear layer, which are no part of the exported model. weight: of its step, beside
@@ -643,6 +673,7 @@ class BlockLearningSettings(_Section):
     average: Averaging | None = None
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] | None = None
     heads: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] | None = None
+    inputs: Inputs | None = None
 
 
 class LearningSettings(_Section):
@@ -651,7 +682,8 @@ class LearningSettings(_Section):
     of lr by sample (of beta, where that is given), besides (rates.py). adaptive:
     not given: one beta for all of a block's weights. average: of each block's weights, for
     evaluation and export; clip: the most that the norm of a block's gradient may be; heads: the
-    blocks' own readouts. blocks: by name (patterns as in a shell, names first), what single blocks
+    blocks' own readouts; inputs: steps that do not depend on the mean, or on the correlation, of a
+    linear layer's inputs. blocks: by name (patterns as in a shell, names first), what single blocks
     have otherwise (`heads` is then the weight, or off)."""
 
     lr: Rate = 0.1
@@ -666,6 +698,7 @@ class LearningSettings(_Section):
     average: Averaging = "off"
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] = "off"
     heads: HeadsSettings | None = None
+    inputs: Inputs = "off"
     blocks: dict[str, BlockLearningSettings] = {}
 
     @model_validator(mode="after")

@@ -26,6 +26,8 @@ from hamdist.config import (
     CourseSettings,
     DynamicsSettings,
     FirstStep,
+    InputRule,
+    InputsSettings,
     LearningSettings,
     Reset,
     ResetSettings,
@@ -34,6 +36,7 @@ from hamdist.dynamics.locality import Locality
 from hamdist.dynamics.patterns import check_patterns, fitting
 from hamdist.dynamics.rates import Listed as Listed
 from hamdist.dynamics.rates import listed
+from hamdist.dynamics.whitening import Whitening
 from hamdist.errors import LevelError
 
 TOLERANCE = 1e-12
@@ -60,8 +63,8 @@ class Dynamics:
     weight_cost: r_w. momentum: the share of omega that a sequence takes over from the one before it
     (presentation 'sequence'). adaptive: beta by weight, as Adam has it. reset, limit: see
     DynamicsSettings. average: of the weights; clip: the most that |tau g| may be; ahead: momentum
-    looks ahead (weights.py). blocks, learning: overrides by pattern, for `of`. per_lr: beta at a
-    learning rate of 1.
+    looks ahead (weights.py); inputs: what steps do about theirs (whitening.py). blocks, learning:
+    overrides by pattern, for `of`. per_lr: beta at a learning rate of 1.
     """
 
     tau: Course | None
@@ -81,6 +84,7 @@ class Dynamics:
     average: AverageSettings | None = None
     clip: float = math.inf
     ahead: bool = False
+    inputs: Whitening | None = None
     blocks: Mapping[str, BlockDynamicsSettings] = field(default_factory=dict)
     learning: Mapping[str, BlockLearningSettings] = field(default_factory=dict)
     per_lr: float = 1.0
@@ -98,6 +102,7 @@ class Dynamics:
             beta=self.beta if own.lr is None else own.lr * self.per_lr,
             average=self.average if own.average is None else _average(own.average),
             clip=self.clip if own.clip is None else _clip(own.clip),
+            inputs=self.inputs if own.inputs is None else _inputs(own.inputs),
             learning={},
         )
 
@@ -132,6 +137,13 @@ class Dynamics:
 
 def _average(given: AverageSettings | str) -> AverageSettings | None:
     return None if isinstance(given, str) else given
+
+
+def _inputs(given: InputsSettings | str) -> Whitening | None:
+    if isinstance(given, str):
+        return None
+    centred = given.rule is InputRule.CENTRED
+    return Whitening(given.memory, given.damping, given.look, given.refresh, centred)
 
 
 def _clip(given: float | str) -> float:
@@ -182,6 +194,7 @@ def make_dynamics(
         limit=d.limit,
         average=_average(learning.average),
         clip=_clip(learning.clip),
+        inputs=_inputs(learning.inputs),
         ahead=Compensation.LOOK_AHEAD in knobs.compensation,
         blocks=d.blocks,
         learning=learning.blocks,
@@ -250,6 +263,10 @@ def _check(made: Dynamics, tau: float | None, knobs: Locality) -> None:
         _check_wave(made, tau, knobs)
 
 
+def _named(inputs: InputsSettings | str | None) -> bool:
+    return inputs is not None and inputs != "off"
+
+
 def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
     """What the recipes of `learning` do not go with."""
     clips = [made.clip, *(_clip(b.clip) for b in made.learning.values() if b.clip is not None)]
@@ -257,6 +274,11 @@ def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
         raise LevelError(
             f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
             "gradients of a whole sequence: leave it out, or use another presentation"
+        )
+    if knobs.sequence and (made.inputs or any(_named(b.inputs) for b in made.learning.values())):
+        raise LevelError(
+            "learning.inputs with presentation 'sequence', whose omega gathers the gradients of a "
+            "whole sequence: leave it out, or use another presentation"
         )
     if Compensation.WEIGHT_PREDICTION in knobs.compensation and made.adaptive is not None:
         raise LevelError(

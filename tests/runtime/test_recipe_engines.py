@@ -25,6 +25,7 @@ RECIPES = {
             "decay": "cosine",
             "warmup": 20,
             "clip": 1.0,
+            "inputs": {"rule": "whitened", "refresh": 10},
         },
     },
     "trace, predicted": {
