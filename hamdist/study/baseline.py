@@ -219,6 +219,8 @@ def baseline_warnings(settings: Settings) -> list[str]:
     dampened = learning.first_step is FirstStep.DAMPENED
     if dampened and learning.momentum and learning.dampening:
         given.append("learning.first_step")
+    given += [f"learning.{name}" for name in ("clip", "inputs") if getattr(learning, name) != "off"]
+    given += [f"learning.{name}" for name in ("heads", "blocks") if getattr(learning, name)]
     if not given:
         return []
     return [
