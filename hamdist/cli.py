@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.config import EngineKind, Level, Settings, merge, parse_override
-from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError
+from hamdist.errors import BlockError, Choice, HamdistError, LevelError, SettingsError
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
@@ -77,6 +77,10 @@ EngineOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Items of the stream.")]
+StabiliseOption = Annotated[
+    bool | None,
+    typer.Option("--stabilise", help="Normed inputs and scaled residuals for the model's layers."),
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
 ModelOption = Annotated[
     str | None,
@@ -117,6 +121,7 @@ def run(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
+    stabilise: StabiliseOption = None,
     out: OutOption = None,
 ) -> None:
     """Train one network on a stream, at one level of locality."""
@@ -126,6 +131,7 @@ def run(
             "engine": None if engine is None else {"kind": engine.value},
             "seed": seed,
             "steps": steps,
+            "model": None if stabilise is None else {"stabilise": stabilise},
         }
         _run(_load(settings, set_, options), model, out)
 
@@ -142,6 +148,7 @@ def compare(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
+    stabilise: StabiliseOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the result's files.", show_default="results/NAME"),
@@ -155,6 +162,7 @@ def compare(
             "engine": None if engine is None else {"kind": engine.value},
             "seed": seed,
             "steps": steps,
+            "model": None if stabilise is None else {"stabilise": stabilise},
         }
         loaded = _load(settings, set_, options)
         _compare(loaded, model, _results_of(loaded.name) if out is None else out)
@@ -821,7 +829,7 @@ def _warning_at_once(say: Callable[[str], None]) -> Iterator[list[str]]:
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         said.append(str(message))
-        say(f"Warning: {message}")
+        say(f"{'Chosen' if isinstance(message, Choice) else 'Warning'}: {message}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -28,7 +28,8 @@ from hamdist.errors import SettingsError
 
 
 class Level(str, Enum):
-    """A named preset of the knobs of locality (the presets: dynamics/locality.py)."""
+    """A named preset of the knobs of locality (the presets: dynamics/locality.py). auto: the one
+    that fits the network and the stream (runtime/auto.py)."""
 
     LOCAL = "local"
     GROUP = "group"
@@ -38,6 +39,7 @@ class Level(str, Enum):
     REVERSIBLE = "reversible"
     BACKPROP = "backprop"
     BPTT = "bptt"
+    AUTO = "auto"
 
 
 class Grouping(str, Enum):
@@ -95,13 +97,15 @@ class Credit(str, Enum):
 class Compensation(str, Enum):
     """What a block does about the delay of its messages, by quantities of its own: steps divided by
     (1 + delay)^delay_power; the weights of a sample as they are expected to be when its message
-    comes; momentum that looks ahead (Nesterov); states sent as they are expected to be."""
+    comes; momentum that looks ahead (Nesterov); states sent as they are expected to be; gradients
+    with an estimate of the input that a message answers to."""
 
     NONE = "none"
     DELAY_SCALED = "delay-scaled"
     WEIGHT_PREDICTION = "weight-prediction"
     LOOK_AHEAD = "look-ahead"
     PROSPECTIVE = "prospective"
+    RETROSPECTIVE = "retrospective"
 
 
 class Order(str, Enum):
@@ -166,10 +170,11 @@ class Record(str, Enum):
 
 
 class Decay(str, Enum):
-    """How the step size falls over the run."""
+    """How the step size falls over the run, to `learning.floor` of itself."""
 
     NONE = "none"
     LINEAR = "linear"
+    COSINE = "cosine"
 
 
 class Loss(str, Enum):
@@ -353,9 +358,12 @@ class ModelSettings(_Section):
     """kind, width of the hidden layers, depth: number of layers that have weights (of rnn, gru and
     lstm: of cells; of resnet, vit, gpt, lstm-layers: of residual layers). tau: step of integration
     of `midpoint`. width, bias of `tracker`: its neurons, and whether they have one. width of
-    `resnet`: its channels before they double. heads: of vit and gpt; patch: its side, of vit."""
+    `resnet`: its channels before they double. stabilise: normed inputs and scaled residuals for its
+    layers (dynamics/stabilise.py), of a model of one's own, too. heads: of vit and gpt; patch: its
+    side, of vit."""
 
     kind: ModelKind = ModelKind.MLP
+    stabilise: bool = False
     width: Positive = 128
     depth: Positive = 5
     tau: Above0 = 0.1
@@ -549,7 +557,12 @@ Compensations = Annotated[tuple[Compensation, ...], BeforeValidator(_listed)]
 
 class LocalityOverrides(_Section):
     """Knobs of locality; what is not given keeps the level's preset. truncation: how many of the
-    last samples of a sequence are gone through in reverse (level 'bptt'; not given: all)."""
+    last samples of a sequence are gone through in reverse (level 'bptt'; not given: all).
+
+    gate: weights move only while the block's input has been still for as long as its messages take,
+    up to that share of itself (true: 0.1). lead: ticks by which states are sent ahead (compensation
+    'prospective'); blend: of the input's estimate (compensation 'retrospective'). Either asks for
+    its compensation, as `delay_power` does."""
 
     grouping: Grouping | None = None
     speed: Speed | None = None
@@ -560,6 +573,9 @@ class LocalityOverrides(_Section):
     update: Update | None = None
     compensation: Compensations | None = None
     delay_power: Rate | None = None
+    gate: bool | Above0 | None = None
+    lead: Above0 | None = None
+    blend: Above0 | None = None
     order: Order | None = None
     target: TargetOf | None = None
     readout: Readout | None = None
@@ -568,10 +584,13 @@ class LocalityOverrides(_Section):
 
 class CourseSettings(_Section):
     """A number that changes with time: `values` one after the other, the last one from then on, or
-    with `cycle` all of them again and again."""
+    with `cycle` all of them again and again. every: ticks (or samples) that each value stands for;
+    smooth: it goes on a straight line from one to the next instead."""
 
     values: Annotated[tuple[Rate, ...], Field(min_length=1)]
     cycle: bool = False
+    every: Positive = 1
+    smooth: bool = False
 
 
 class ResetSettings(_Section):
@@ -639,6 +658,36 @@ class AverageSettings(_Section):
     every: Positive = 1
 
 
+class InputRule(str, Enum):
+    """What a linear layer's step does about its inputs: takes their mean out, or their correlation
+    as well (dynamics/whitening.py)."""
+
+    CENTRED = "centred"
+    WHITENED = "whitened"
+
+
+class InputsSettings(_Section):
+    """Statistics of a layer's own inputs. memory: of their mean, from update to update; of rule
+    'whitened', damping: of the inverse; look: updates between two looks at the covariance; refresh:
+    between two inverses."""
+
+    rule: InputRule = InputRule.WHITENED
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    damping: Above0 = 0.1
+    look: Positive = 4
+    refresh: Positive = 50
+
+
+def _rule_alone(value: object) -> object:
+    """`centred` as `{rule: centred}`; off as it was written."""
+    if isinstance(value, str) and value != "off":
+        return {"rule": value}
+    return _off(value)
+
+
+Inputs = Annotated[InputsSettings | Literal["off"], BeforeValidator(_rule_alone)]
+
+
 class HeadsSettings(_Section):
     """A readout of its own for every block without one, which teaches that block alone: a layer
     norm and a linear layer, which are no part of the exported model. weight: of its step, beside
@@ -667,13 +716,17 @@ class BlockLearningSettings(_Section):
     average: Averaging | None = None
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] | None = None
     heads: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] | None = None
+    inputs: Inputs | None = None
 
 
 class LearningSettings(_Section):
-    """The step size and its course, in the words of gradient descent (HL Appendix E). adaptive:
+    """The step size and its course, in the words of gradient descent (HL Appendix E). decay: over
+    the run, to the share `floor` of lr; warmup: samples over which it first rises; course: a factor
+    of lr by sample (of beta, where that is given), besides (rates.py). adaptive:
     not given: one beta for all of a block's weights. average: of each block's weights, for
     evaluation and export; clip: the most that the norm of a block's gradient may be; heads: the
-    blocks' own readouts. blocks: by name (patterns as in a shell, names first), what single blocks
+    blocks' own readouts; inputs: steps that do not depend on the mean, or on the correlation, of a
+    linear layer's inputs. blocks: by name (patterns as in a shell, names first), what single blocks
     have otherwise (`heads` is then the weight, or off)."""
 
     lr: Rate = 0.1
@@ -681,10 +734,14 @@ class LearningSettings(_Section):
     dampening: Annotated[float, Field(ge=0, lt=1)] = 0.0
     first_step: FirstStep = FirstStep.UNDAMPENED
     decay: Decay = Decay.NONE
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warmup: Annotated[int, Field(ge=0)] = 0
+    course: CourseSettings | None = None
     adaptive: AdaptiveSettings | None = None
     average: Averaging = "off"
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] = "off"
     heads: HeadsSettings | None = None
+    inputs: Inputs = "off"
     blocks: dict[str, BlockLearningSettings] = {}
 
     @model_validator(mode="after")
@@ -828,6 +885,14 @@ class Settings(_Section):
 
 
 def _merged(settings: Settings, level: Level) -> Settings:
+    if level is Level.AUTO:  # which level's overrides hold shows later
+        others = {one: own for one, own in settings.levels.items() if one is not Level.AUTO}
+        made = _laid(settings, level)
+        return made.model_copy(update={"levels": others}) if others else made
+    return _laid(settings, level)
+
+
+def _laid(settings: Settings, level: Level) -> Settings:
     raw = settings.model_dump(mode="json", exclude={"levels"}, exclude_unset=True)
     overrides = settings.levels.get(level, LevelOverrides()).model_dump(exclude_unset=True)
     try:

@@ -26,12 +26,17 @@ from hamdist.config import (
     CourseSettings,
     DynamicsSettings,
     FirstStep,
+    InputRule,
+    InputsSettings,
     LearningSettings,
     Reset,
     ResetSettings,
 )
 from hamdist.dynamics.locality import Locality
 from hamdist.dynamics.patterns import check_patterns, fitting
+from hamdist.dynamics.rates import Listed as Listed
+from hamdist.dynamics.rates import listed
+from hamdist.dynamics.whitening import Whitening
 from hamdist.errors import LevelError
 
 TOLERANCE = 1e-12
@@ -49,18 +54,6 @@ class Constant:
         return self.value
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """values[k]; behind the end the last one, or with `cycle` from the front again."""
-
-    values: tuple[float, ...]
-    cycle: bool = False
-
-    def __call__(self, k: int) -> float:
-        n = len(self.values)
-        return self.values[k % n if self.cycle else min(k, n - 1)]
-
-
 @dataclass(frozen=True)
 class Dynamics:
     """tau: by tick; None where the stream's time stamps give it. phi: by tick, where the
@@ -70,8 +63,8 @@ class Dynamics:
     weight_cost: r_w. momentum: the share of omega that a sequence takes over from the one before it
     (presentation 'sequence'). adaptive: beta by weight, as Adam has it. reset, limit: see
     DynamicsSettings. average: of the weights; clip: the most that |tau g| may be; ahead: momentum
-    looks ahead (weights.py). blocks, learning: overrides by pattern, for `of`. per_lr: beta at a
-    learning rate of 1.
+    looks ahead (weights.py); inputs: what steps do about theirs (whitening.py). blocks, learning:
+    overrides by pattern, for `of`. per_lr: beta at a learning rate of 1.
     """
 
     tau: Course | None
@@ -91,6 +84,7 @@ class Dynamics:
     average: AverageSettings | None = None
     clip: float = math.inf
     ahead: bool = False
+    inputs: Whitening | None = None
     blocks: Mapping[str, BlockDynamicsSettings] = field(default_factory=dict)
     learning: Mapping[str, BlockLearningSettings] = field(default_factory=dict)
     per_lr: float = 1.0
@@ -108,6 +102,7 @@ class Dynamics:
             beta=self.beta if own.lr is None else own.lr * self.per_lr,
             average=self.average if own.average is None else _average(own.average),
             clip=self.clip if own.clip is None else _clip(own.clip),
+            inputs=self.inputs if own.inputs is None else _inputs(own.inputs),
             learning={},
         )
 
@@ -144,6 +139,13 @@ def _average(given: AverageSettings | str) -> AverageSettings | None:
     return None if isinstance(given, str) else given
 
 
+def _inputs(given: InputsSettings | str) -> Whitening | None:
+    if isinstance(given, str):
+        return None
+    centred = given.rule is InputRule.CENTRED
+    return Whitening(given.memory, given.damping, given.look, given.refresh, centred)
+
+
 def _clip(given: float | str) -> float:
     return math.inf if isinstance(given, str) else given
 
@@ -167,7 +169,7 @@ def make_dynamics(
     d = dynamics
     tau: Course | None
     if isinstance(d.tau, CourseSettings):
-        largest, tau = max(d.tau.values), Listed(d.tau.values, d.tau.cycle)
+        largest, tau = max(d.tau.values), listed(d.tau)
         if min(d.tau.values) <= 0:
             raise LevelError("dynamics.tau: every step of integration is above 0 seconds")
     elif d.tau == "stamps":
@@ -192,6 +194,7 @@ def make_dynamics(
         limit=d.limit,
         average=_average(learning.average),
         clip=_clip(learning.clip),
+        inputs=_inputs(learning.inputs),
         ahead=Compensation.LOOK_AHEAD in knobs.compensation,
         blocks=d.blocks,
         learning=learning.blocks,
@@ -223,7 +226,7 @@ def _phi(
 ) -> tuple[Course, float | None]:
     """The course of phi, and phi of the first loss where it differs."""
     if isinstance(d.phi, CourseSettings):
-        return Listed(d.phi.values, d.phi.cycle), None
+        return listed(d.phi), None
     if d.phi is not None:
         return Constant(d.phi), None
     dampened = Constant((1 - learning.dampening) / tau)
@@ -260,6 +263,10 @@ def _check(made: Dynamics, tau: float | None, knobs: Locality) -> None:
         _check_wave(made, tau, knobs)
 
 
+def _named(inputs: InputsSettings | str | None) -> bool:
+    return inputs is not None and inputs != "off"
+
+
 def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
     """What the recipes of `learning` do not go with."""
     clips = [made.clip, *(_clip(b.clip) for b in made.learning.values() if b.clip is not None)]
@@ -267,6 +274,16 @@ def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
         raise LevelError(
             f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
             "gradients of a whole sequence: leave it out, or use another presentation"
+        )
+    if knobs.sequence and (made.inputs or any(_named(b.inputs) for b in made.learning.values())):
+        raise LevelError(
+            "learning.inputs with presentation 'sequence', whose omega gathers the gradients of a "
+            "whole sequence: leave it out, or use another presentation"
+        )
+    if Compensation.WEIGHT_PREDICTION in knobs.compensation and made.adaptive is not None:
+        raise LevelError(
+            "compensation 'weight-prediction' with learning.adaptive, whose steps are not along "
+            "omega: leave one of them out"
         )
     if not made.ahead:
         return

@@ -39,7 +39,8 @@ from hamdist.errors import LevelError
 @dataclass(frozen=True, slots=True)
 class Locality:
     """Every knob, set. speed: hops per sample (semantics.md's c), `inf`, or `depth`: D + 1.
-    truncation: samples of a sequence that are gone through in reverse (None: all)."""
+    truncation: samples of a sequence that are gone through in reverse (None: all). gate: the
+    tolerance of the stability gate, if there is one. lead, blend: see LocalityOverrides."""
 
     grouping: Grouping
     speed: Speed
@@ -50,6 +51,9 @@ class Locality:
     credit: Credit = Credit.MESSAGES
     compensation: tuple[Compensation, ...] = ()
     delay_power: float = 0.5
+    gate: float | None = None
+    lead: float = 1.0
+    blend: float = 1.5
     order: Order = Order.OMEGA_FIRST
     target: TargetOf = TargetOf.SAMPLE
     readout: Readout = Readout.OUTPUT
@@ -87,11 +91,23 @@ PRESETS = {
 }
 
 
+STILL = 0.1  # of its norm, by which a still input may change from tick to tick
+_ASKS = {
+    "delay_power": Compensation.DELAY_SCALED,
+    "lead": Compensation.PROSPECTIVE,
+    "blend": Compensation.RETROSPECTIVE,
+}
+
+
 def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
     """The preset of `level` with the knobs of `overrides` set.
 
     Raises LevelError where the knobs contradict each other.
     """
+    if level is Level.AUTO:
+        raise LevelError(
+            "level 'auto' is chosen by `train`, from the stream and the network; name a level here"
+        )
     given = {k: v for k, v in overrides if v is not None}
     if given.get("presentation") not in (None, PRESETS[level].presentation):
         # The other presentation brings its own memory and update, unless they are given as well.
@@ -100,8 +116,13 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
         given = {**own, "credit": base.credit, **given}
         if base is _SEQUENCE:
             given = {"speed": base.speed, **given}
-    if "delay_power" in given:
-        given.setdefault("compensation", (Compensation.DELAY_SCALED,))
+    asked = tuple(made for knob, made in _ASKS.items() if knob in given)
+    if asked and "compensation" not in given:
+        given["compensation"] = asked
+    if Compensation.WEIGHT_PREDICTION in given.get("compensation", ()):
+        given.setdefault("memory", Memory.TRACE_WEIGHTS)
+    if isinstance(given.get("gate"), bool):
+        given["gate"] = STILL if given["gate"] else None
     knobs = replace(PRESETS[level], **given)
     for reason in _contradictions(knobs):
         raise LevelError(f"level {level.value!r} cannot run with these knobs: {reason}")
@@ -118,6 +139,7 @@ def _contradictions(k: Locality) -> list[str]:
         )
     if k.sequence:
         return reasons + _against_sequence(k)
+    reasons += _against_recipes(k)
     if k.update is Update.SEQUENCE:
         reasons.append(
             f"update 'sequence' with presentation {k.presentation.value!r}: it belongs to "
@@ -181,6 +203,37 @@ def _contradictions(k: Locality) -> list[str]:
     return reasons
 
 
+def _against_recipes(k: Locality) -> list[str]:
+    """Why a gate or a compensation cannot go with the other knobs of a hold or a pulse."""
+    reasons = []
+    if k.gate is not None and (
+        not k.hold or k.update is not Update.TICK or k.moves is not Moves.ALL
+    ):
+        reasons.append(
+            f"gate with presentation {k.presentation.value!r}, update {k.update.value!r} and moves "
+            f"{k.moves.value!r}: it picks the ticks in which a held input is still; use "
+            "presentation 'hold', update 'tick' and moves 'all' (levels 'local', 'group')"
+        )
+    reasons += [
+        f"compensation {one.value!r} with presentation {k.presentation.value!r}: signals of one "
+        "sample meet there anyway; use presentation 'hold' (level 'local')"
+        for one in (Compensation.PROSPECTIVE, Compensation.RETROSPECTIVE)
+        if one in k.compensation and not k.hold
+    ]
+    if Compensation.RETROSPECTIVE in k.compensation and k.order is Order.SEQUENTIAL:
+        reasons.append(
+            "compensation 'retrospective' with order 'sequential', whose gradient takes the "
+            "costate of the next tick; use order 'omega-first'"
+        )
+    if Compensation.WEIGHT_PREDICTION in k.compensation and k.memory is not Memory.TRACE_WEIGHTS:
+        reasons.append(
+            f"compensation 'weight-prediction' with memory {k.memory.value!r}: a message meets the "
+            "weights that were expected for it, so a block keeps them; use memory 'trace+weights' "
+            "(level 'trace')"
+        )
+    return reasons
+
+
 def _against_sequence(k: Locality) -> list[str]:
     """Why the knobs of presentation 'sequence' cannot go together."""
     reasons = []
@@ -192,6 +245,7 @@ def _against_sequence(k: Locality) -> list[str]:
         ("order", k.order, Order.OMEGA_FIRST),
         ("compensation", k.compensation, ()),
         ("credit", k.credit, Credit.MESSAGES),
+        ("gate", k.gate, None),
         ("readout", k.readout, Readout.OUTPUT),
         ("target", k.target, TargetOf.SAMPLE),
     ):
@@ -208,4 +262,4 @@ def _word(value: object) -> object:
     """A knob's value as a user writes it."""
     if isinstance(value, tuple):
         return ", ".join(str(_word(one)) for one in value) or "none"
-    return getattr(value, "value", value)
+    return "off" if value is None else getattr(value, "value", value)

@@ -37,7 +37,11 @@ class PulseBlock:
 
     which is one hop of Hamilton's equations with c tau = 1, eta_z = 0 and s = -1. The trace keeps
     the record of every sample between its two passes. taught: a readout of its own beside the
-    messages (heads.py), from which it learns right behind the forward pass.
+    messages (heads.py), from which it learns right behind the forward pass. predicts: the block
+    passes samples with the weights that it will have after so many updates more, if these go on as
+    the last one, and keeps them for the message:
+
+        theta^ = theta - d tau beta omega        (SpecTrain, Chen et al. 2018)
     """
 
     def __init__(
@@ -49,10 +53,12 @@ class PulseBlock:
         scale: Scale,
         guard: Guard = unguarded,
         taught: Taught | None = None,
+        predicts: int | None = None,
     ) -> None:
         self.cell = cell
         self.weights = weights
         self.taught = taught
+        self._predicts = predicts
         self.h: Tensor | None = None
         self.z: Tensor | None = None
         self.trace: dict[int, Record] = {}
@@ -63,7 +69,11 @@ class PulseBlock:
         self._guard = guard
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
-        record = self.cell.forward(inputs, self._wanted)
+        if self._predicts is None:
+            record = self.cell.forward(inputs, self._wanted)
+        else:
+            at = self.weights.predicted(self._predicts, self._scale(sample), self._tau)
+            record = self.cell.forward_at(at, inputs, self._wanted)
         self.trace[sample] = record
         self.h = plain(record.output)
         self._guard("h", self.h)

@@ -351,6 +351,10 @@ class HoldSchedule:
             return back
         return 2 * back if self._knobs.update is Update.TICK else 2 * back // self.c
 
+    def wait(self, block: str) -> int:
+        """Ticks from a sample's arrival at `block` to that of the message about it."""
+        return 2 * max(0, self._lags.get(block, self._reach) - self._depths[block])
+
     def in_flight(self, edge: Edge, kind: Kind) -> int:  # noqa: ARG002
         """d in every tick. In the end d more: a block that stops in tick k has read what was sent
         until k - d, and its neighbour, which hears of it in tick k + d, has sent on until then."""

@@ -12,8 +12,10 @@ with rate tau beta. Two recipes change the step, and nothing else of it:
     look-ahead  theta_{k+1} = theta_k - tau beta ( -s tau g_k + mu omega_{k+1} )
                 with mu = 1 - tau eta_omega
 
-The second is Nesterov's momentum as Sutskever et al. (2013) have it: the weights stand where the
-momentum will have carried them. An average of the weights (averaging.py) looks at them afterwards.
+Before all that the gradients of linear layers may be freed of the scale of their inputs
+(whitening.py). The second recipe is Nesterov's momentum as Sutskever et al. (2013) have it: the
+weights stand where the momentum will have carried them. An average of the weights (averaging.py)
+looks at them afterwards.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from hamdist.dynamics.gradient import (
     has_moved,
     norm_of,
 )
+from hamdist.dynamics.whitening import InputWhitening
 
 
 class Weights:
@@ -75,6 +78,7 @@ class Weights:
         self._adaptive = dynamics.adaptive
         self._clip = dynamics.clip
         self._ahead = dynamics.ahead
+        self._inputs = None if dynamics.inputs is None else InputWhitening(dynamics.inputs)
         self.average = None if dynamics.average is None else Average(self.theta, dynamics.average)
         self._squares: list[Tensor] = []  # v, of adaptive rates
         self._known: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
@@ -109,7 +113,7 @@ class Weights:
         if known is None or known[0] != scale or known[1] != tau:
             made = None
             alone = self._adaptive is None and not self._cost and self._omega_first
-            alone = alone and self._clip == math.inf
+            alone = alone and self._clip == math.inf and self._inputs is None
             if self.theta and alone and 1 - tau * self._eta == 0:
                 gain = -self._sign * tau
                 rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
@@ -125,11 +129,24 @@ class Weights:
             if self.average is not None:
                 self.average.look()
 
+    def predicted(self, updates: int, scale: float, tau: float) -> list[Tensor]:
+        """theta after so many updates more along the present omega, in fresh tensors. scale, tau:
+        as in `move`."""
+        step = updates * tau * scale
+        if not step:
+            return [t.clone() for t in self.theta]
+        return [
+            torch.add(t, o, alpha=-step * beta)
+            for t, o, beta in zip(self.theta, self.omega, self._rates, strict=True)
+        ]
+
     def rest(self) -> None:
         """An update in which nothing moves: it counts, for the stamps of what is sent."""
         self.updates += 1
 
     def _move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
+        if self._inputs is not None and g is not None:
+            g = self._inputs.applied(g)
         if self._adaptive is not None:
             self._move_adaptive(self._adaptive, None if g is None else all_dense(g), scale, tau)
             return

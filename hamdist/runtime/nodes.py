@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hamdist.config import Credit, Memory, Step
+from hamdist.config import Compensation, Credit, Memory, Step
 from hamdist.dynamics import rows
 from hamdist.dynamics.block import LossTaker, bounded
 from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
@@ -34,7 +34,9 @@ from hamdist.dynamics.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.joined import JoinedCell
 from hamdist.dynamics.precision import AutocastCell
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout, WayBack
+from hamdist.dynamics.stillness import Retrospect
 from hamdist.dynamics.weights import Weights
 from hamdist.errors import ClusterError
 from hamdist.runtime.device import Border
@@ -191,7 +193,10 @@ def _pulse_node(plan: Plan, p: _Parts, mail: Mailroom) -> PulseNode:
     if plan.knobs.credit is Credit.HEADS:
         alone = HeadBlock(p.cell, p.weights, taught, len(p.wanted), p.guard)
         return PulseNode(plan, p.spec, mail, alone)
-    block = PulseBlock(p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.guard, taught)
+    predicts = None
+    if Compensation.WEIGHT_PREDICTION in plan.knobs.compensation:
+        predicts = plan.schedule.delay(p.name)
+    block = PulseBlock(p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.guard, taught, predicts)
     return PulseNode(plan, p.spec, mail, block)
 
 
@@ -215,6 +220,11 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
     if p.spec.output is not None:
         output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
         output_weights = p.make_weights(output, OUTPUT_KEY)
+    knobs = plan.knobs
+    retrospect = None
+    if Compensation.RETROSPECTIVE in knobs.compensation and isinstance(plan.schedule, HoldSchedule):
+        wait = plan.schedule.wait(p.name)
+        retrospect = Retrospect(wait, knobs.blend) if wait else None
     block = HoldBlock(
         p.cell,
         p.weights,
@@ -227,5 +237,7 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
         output=output,
         output_weights=output_weights,
         guard=p.guard,
+        lead=knobs.lead if Compensation.PROSPECTIVE in knobs.compensation else 0.0,
+        retrospect=retrospect,
     )
     return HoldNode(plan, p.spec, mail, block)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from hamdist.config import (
     Compensation,
     Credit,
-    Decay,
     EngineSettings,
     Memory,
     MetricsSettings,
@@ -29,6 +28,7 @@ from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynam
 from hamdist.dynamics.graph import Graph, ShapeMap
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import class_axis, cross_entropy, mse
+from hamdist.dynamics.rates import StepCourse, step_course
 from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
@@ -49,7 +49,8 @@ class Plan:
     front. steps: samples after which the stream ends, or None. run: a number that marks the
     signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
     nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
-    own, of every block. follows_lr: beta comes from the learning rate.
+    own, of every block. rate: the course of the step size. follows_lr: beta comes from the
+    learning rate.
     heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process."""
@@ -65,7 +66,7 @@ class Plan:
     seed: int
     run: int
     steps: int | None
-    decay: Decay
+    rate: StepCourse
     metrics: MetricsSettings
     default_dtype: torch.dtype
     follows_lr: bool
@@ -84,9 +85,7 @@ class Plan:
 
     def course(self, sample: int) -> float:
         """The same without what makes up for a delay."""
-        if self.decay is Decay.LINEAR and self.steps is not None:
-            return max(0.0, 1 - sample / self.steps)
-        return 1.0
+        return self.rate(sample)
 
     @property
     def taught_by(self) -> str:
@@ -145,10 +144,7 @@ def make_plan(
             f"{knobs.presentation.value!r}: the energies are sums over the blocks at one time, but "
             "there the blocks work on different samples; use a level of presentation 'hold'"
         )
-    if settings.learning.decay is Decay.LINEAR and settings.steps is None:
-        raise LevelError(
-            "learning.decay 'linear' falls to zero over the run, so the run needs 'steps'"
-        )
+    rate = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = knobs.hold and dynamics.clocked
     reversible = reversible_blocks(graph, shapes) if rewinds else frozenset()
@@ -174,7 +170,7 @@ def make_plan(
         seed=settings.seed,
         run=int.from_bytes(os.urandom(8), "little"),
         steps=settings.steps,
-        decay=settings.learning.decay,
+        rate=rate,
         metrics=settings.metrics,
         default_dtype=torch.get_default_dtype(),
         follows_lr=settings.dynamics.beta is None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from hamdist.config import Settings
 from hamdist.dynamics.compress import Compressed
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
@@ -81,6 +82,7 @@ class RunResult:
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
     records: the energies per tick by block, where `metrics.record` asked for them.
+    chosen: the settings that ran, of level 'auto', and why they are these.
     placement: the blocks of each process; given as `engine.placement` it is used again.
     time_use: by process, seconds of the whole run ('total'), in the steps of its blocks ('step'),
     and over sockets in packing ('packing') and blocked ('waiting').
@@ -103,6 +105,8 @@ class RunResult:
     own_memory: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
     plain: nn.Module | None = None
+    chosen: Settings | None = None
+    why: list[str] = field(default_factory=list)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
     startup: dict[str, float] = field(default_factory=dict)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from hamdist.config import EngineKind, Readout, Settings
+from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
@@ -21,6 +22,7 @@ from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError
 from hamdist.runtime.advice import after, before
+from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.compression import in_edge_order
 from hamdist.runtime.divergence import explained
@@ -68,11 +70,12 @@ def train(
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
             loss = make_loss(settings.loss) if loss is None else loss
-            graph = as_graph(model, settings, stream.spec, loss, policy)
-            knobs = make_locality(settings.level, settings.locality)
-            spec = stream.spec
-            given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
-            graph = arranged(graph, *given)
+            why: list[str] = []
+            if settings.level is Level.AUTO:
+                settings, stream, why = resolved(
+                    settings, stream, partial(_cut, model, stream.spec, loss, policy)
+                )
+            graph = _cut(model, stream.spec, loss, policy, settings)
             plan = make_plan(graph, settings, stream.spec, phi=phi)
             if settings.partition.delays == "auto":
                 plan = replannable(plan, graph, settings, phi)
@@ -89,13 +92,33 @@ def train(
             if error.outcome is not None:
                 error.outcome.warnings[:0] = told
                 error.outcome.warnings.insert(0, str(failure))
-                failure.result = _result(graph, plan, error.outcome, startup)
+                failure.result = _result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
         outcome.warnings[:0] = told
-        return _result(graph, plan, outcome, startup)
+        return _result(graph, plan, outcome, startup, settings, why)
 
 
-def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> RunResult:
+def _cut(
+    model: nn.Module | Graph,
+    spec: SampleSpec,
+    loss: LossFunction | Mapping[str, LossFunction],
+    policy: Policy | None,
+    settings: Settings,
+) -> Graph:
+    """The graph of blocks, with its slices and delays."""
+    graph = as_graph(model, settings, spec, loss, policy)
+    knobs = make_locality(settings.level, settings.locality)
+    return arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+
+
+def _result(
+    graph: Graph,
+    plan: Plan,
+    outcome: Outcome,
+    startup: Startup,
+    settings: Settings,
+    why: list[str],
+) -> RunResult:
     startup.add(outcome.startup)
     lost = [name for name in graph.blocks if name not in outcome.blocks]
     if lost:
@@ -143,6 +166,8 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
             if plan.knobs.sequence and name in outcome.blocks
         },
         records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
+        chosen=settings if why else None,
+        why=why,
         interrupted=outcome.interrupted,
         warnings=[
             *outcome.warnings,

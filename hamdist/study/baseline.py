@@ -2,7 +2,7 @@
 
 The same model, stream, order, loss and step size as the runs it is compared with, and the same
 moving average of the weights (`learning.average`) for evaluation. The step size of item n (from 0)
-is lr (1 - n/steps) with linear decay. Items without target are not learned from, but count.
+follows the same course (dynamics/rates.py). Items without target are not learned from, but count.
 The prequential loss comes from the forward pass that the gradient belongs to.
 
 `frozen` trains the last layer alone, on the hidden blocks as they were drawn: what a level without
@@ -20,11 +20,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import Decay, FirstStep, LearningSettings, Settings
+from hamdist.config import FirstStep, LearningSettings, Settings
 from hamdist.dynamics.averaging import Average
 from hamdist.dynamics.losses import LossFunction, make_loss
 from hamdist.dynamics.metrics import Prequential
-from hamdist.errors import BlockError, SettingsError, StreamError
+from hamdist.dynamics.rates import step_course
+from hamdist.errors import BlockError, StreamError
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.threads import torch_threads
@@ -53,8 +54,8 @@ def train_centralised(
     as many threads as a run with that engine has, or one where a short trial finds one faster.
     Ctrl-C ends the training with what was reached (`interrupted`).
 
-    Raises SettingsError for a linear decay without `steps` and for `frozen` with a model that is no
-    nn.Sequential of several children with weights, StreamError for an unusable item and
+    Raises LevelError for a decay without `steps`, SettingsError for `frozen` with a model that is
+    no nn.Sequential of several children with weights, StreamError for an unusable item and
     for a stream with targets by readout, and BlockError named 'centralised' where the model, the
     loss or their gradient fails.
     """
@@ -169,11 +170,8 @@ def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Opti
 
 def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:
     """The step size by item."""
-    if learning.decay is Decay.NONE:
-        return lambda _: learning.lr
-    if steps is None:
-        raise SettingsError("learning.decay: linear needs 'steps', the length of the run")
-    return lambda item: learning.lr * (1 - item / steps)
+    course = step_course(learning, steps)
+    return lambda item: learning.lr * course(item)
 
 
 def _train(
@@ -242,6 +240,8 @@ def baseline_warnings(settings: Settings) -> list[str]:
     dampened = learning.first_step is FirstStep.DAMPENED
     if dampened and learning.momentum and learning.dampening:
         given.append("learning.first_step")
+    given += [f"learning.{name}" for name in ("clip", "inputs") if getattr(learning, name) != "off"]
+    given += [f"learning.{name}" for name in ("heads", "blocks") if getattr(learning, name)]
     if not given:
         return []
     return [

@@ -63,8 +63,10 @@ def _records(run: Run) -> Iterator[dict[str, Any]]:
 
 def run_summary(run: Run) -> dict[str, Any]:
     """A run without its windows, records and weights."""
-    record = dataclasses.asdict(dataclasses.replace(run, windows=(), records={}, plain=None))
-    for apart in ("windows", "window_seconds", "records", "plain"):
+    record = dataclasses.asdict(
+        dataclasses.replace(run, windows=(), records={}, plain=None, chosen=None)
+    )
+    for apart in ("windows", "window_seconds", "records", "plain", "chosen"):
         del record[apart]
     record["samples_per_second"] = run.rows_per_second
     return record

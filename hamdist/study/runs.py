@@ -20,7 +20,8 @@ from hamdist.dynamics.losses import make_loss
 from hamdist.dynamics.metrics import Window
 from hamdist.dynamics.precision import Rounding
 from hamdist.dynamics.recurrent import MergedSequence
-from hamdist.errors import DivergedError, SettingsError
+from hamdist.dynamics.stabilise import stabilised
+from hamdist.errors import Choice, DivergedError, SettingsError
 from hamdist.models import (
     CELLS,
     ModelFactory,
@@ -29,6 +30,7 @@ from hamdist.models import (
     make_recurrent,
     make_tracker,
 )
+from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.train import train
@@ -50,7 +52,8 @@ OnProgress = Callable[[Progress], None]
 class Run:
     """A run's numbers.
 
-    level: a level's name, 'centralised' or 'frozen'. engine: an engine's name, or 'pytorch'.
+    level: a level's name, 'centralised' or 'frozen'; chosen: the settings that ran where it is
+    'auto', why: its reasons. engine: an engine's name, or 'pytorch'.
     samples: items that entered; batch: rows of an item.
     windows: prequential, of the (last) readout.
     window_seconds: when each window's last item had entered, counted as `seconds` is.
@@ -93,6 +96,8 @@ class Run:
     drifts: Sequence[Recovery] = field(default_factory=tuple)
     held_out_plain: Scores | None = None
     plain: nn.Module | None = None
+    chosen: Settings | None = None
+    why: Sequence[str] = field(default_factory=tuple)
 
     @property
     def rows_per_second(self) -> float:
@@ -203,6 +208,8 @@ def _run(
         held_out=scores,
         held_out_plain=plain,
         plain=result.plain,
+        chosen=result.chosen,
+        why=tuple(result.why),
         bytes_per_edge=result.bytes_per_edge,
         compression=result.compression,
         rounding=result.rounding,
@@ -237,6 +244,23 @@ def _trained(
 
 
 def _build(
+    settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
+) -> nn.Module | Graph:
+    model = _plain_build(settings, spec, factory, dtype)
+    if not settings.model.stabilise:
+        return model
+    if isinstance(model, Graph):
+        raise SettingsError(
+            f"model.stabilise: a {settings.model.kind.value} is no chain of layers; leave it out"
+        )
+    several = spec.inputs is not None
+    made, told = stabilised(model, example_inputs(spec) if several else example_input(spec))
+    for text in told:
+        warnings.warn(Choice(text), stacklevel=5)
+    return made
+
+
+def _plain_build(
     settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
 ) -> nn.Module | Graph:
     if factory is not None:

@@ -56,7 +56,8 @@ def _weights(model: nn.Module) -> bytes:
 
 def as_it_was(settings: Settings, run: Run) -> Settings:
     """`settings` with what was chosen at the start of `run` written down: its delays, and that its
-    signals went alone (runtime/links.py)."""
+    signals went alone (runtime/links.py); of level 'auto' the level and what went with it."""
+    settings = run.chosen or settings
     if settings.partition.delays != "auto":
         return settings
     partition = settings.partition.model_copy(update={"delays": dict(run.delays)})

@@ -133,6 +133,62 @@ def test_clipping_by_block(rule, step, tau):
         assert relative(without.parameters(), expected.parameters()) > 1e-2
 
 
+def without_inputs(items, rule, *, lr, momentum, clip):
+    """SGD on each layer's gradient freed of its inputs, with the formulas of whitening.py."""
+    model = copy.deepcopy(mlp(SIZES))
+    layers = [model[0], model[2], model[4]]
+    mu, a, p = [None] * 3, [torch.eye(n, dtype=F64) for n in SIZES[:3]], [None] * 3
+    v = [[torch.zeros_like(q) for q in layer.parameters()] for layer in layers]
+    for k, (u, y) in enumerate(items):
+        x = [u]
+        for layer in layers[:2]:
+            x.append(torch.tanh(layer(x[-1])))
+        g = torch.autograd.grad(mse(layers[2](x[2]), y), list(model.parameters()))
+        for i, layer in enumerate(layers):
+            x_i, g_w, g_b = x[i].detach(), g[2 * i], g[2 * i + 1]
+            mean = x_i.mean(0)
+            mu[i] = mean if mu[i] is None else 0.8 * mu[i] + 0.2 * mean
+            p[i] = torch.eye(SIZES[i], dtype=F64) if p[i] is None else p[i]
+            if rule == "whitened" and k % 2 == 0:
+                apart = x_i - mu[i]
+                a[i] = 0.8**2 * a[i] + (1 - 0.8**2) * apart.T @ apart / len(x_i)
+            if rule == "whitened" and k % 6 == 0:
+                t = a[i].trace() / SIZES[i]
+                p[i] = 1.3 * torch.linalg.inv(a[i] / t + 0.3 * torch.eye(SIZES[i], dtype=F64))
+            new_w = (g_w - torch.outer(g_b, mu[i])) @ p[i]
+            new_b = g_b - new_w @ mu[i]
+            norm = (new_w.square().sum() + new_b.square().sum()).sqrt()
+            shrink = min(1.0, clip / float(norm))
+            with torch.no_grad():
+                for j, (q, one) in enumerate(zip(layer.parameters(), (new_w, new_b), strict=True)):
+                    v[i][j] = momentum * v[i][j] + shrink * one
+                    q -= lr * v[i][j]
+    return model
+
+
+@pytest.mark.parametrize("rule", ["centred", "whitened"])
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("step", ["auto", "closed"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_steps_freed_of_their_inputs(rule, momentum, step, batch):
+    items = samples(30, batch, 4, 2)
+    inputs = {"rule": rule, "memory": 0.8, "damping": 0.3, "look": 2, "refresh": 6}
+    learning = {"lr": 0.1, "momentum": momentum, "inputs": inputs, "clip": 0.5}
+    found = run("backprop", items, learning=learning, engine={"step": step}).model
+    expected = without_inputs(items, rule, lr=0.1, momentum=momentum, clip=0.5)
+    assert relative(found.parameters(), expected.parameters()) <= 1e-11
+    plain = run("backprop", items, learning={**learning, "inputs": "off"}).model
+    assert relative(plain.parameters(), expected.parameters()) > 1e-3
+
+
+def test_inputs_that_are_not_known_are_told_of():
+    learning = {"lr": 0.1, "inputs": "centred", "blocks": {"block1": {"inputs": "off"}}}
+    with pytest.warns(UserWarning, match=r"learning\.inputs has no effect on block0, block2,"):
+        run("trace", samples(3, 3, 4, 2), learning=learning, engine={"step": "autograd"})
+    with pytest.raises(LevelError, match="learning.inputs with presentation 'sequence'"):
+        run("bptt", samples(3, 3, 4, 2), learning=learning)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_the_norm_of_factors(rows):
     z, x = noise(0, rows, 7), noise(1, rows, 9)

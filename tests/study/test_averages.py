@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from hamdist.config import Settings
 from hamdist.dynamics.losses import cross_entropy
 from hamdist.streams import held_out
+from hamdist.study.baseline import baseline_warnings
 from hamdist.study.evaluate import evaluate
 from hamdist.study.runs import run_centralised, run_level
 from hamdist.study.save import save_run
@@ -60,6 +61,12 @@ def test_the_baseline_averages_alike():
 def test_an_average_that_is_none(average):
     with pytest.raises(ValueError, match="average"):
         settings(learning={"average": average})
+
+
+def test_the_baseline_says_what_it_does_not_do():
+    told = baseline_warnings(settings(learning={"clip": 1.0, "inputs": "centred", "heads": {}}))
+    assert "learning.clip, learning.inputs, learning.heads" in told[0]
+    assert not baseline_warnings(settings(learning={"average": 0.9, "decay": "cosine"}))
 
 
 def test_without_an_average_there_is_one_model(tmp_path):

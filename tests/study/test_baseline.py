@@ -12,7 +12,7 @@ from torch import nn
 
 from hamdist.config import Settings
 from hamdist.dynamics.losses import cross_entropy
-from hamdist.errors import BlockError, LevelError, SettingsError, StreamError
+from hamdist.errors import BlockError, LevelError, StreamError
 from hamdist.runtime.result import Progress
 from hamdist.runtime.train import train
 from hamdist.streams.sample import Sample, SampleSpec
@@ -156,7 +156,7 @@ def test_failures_are_named() -> None:
         train_centralised(nn.Linear(F + 1, C).double(), Items(), settings(lr=0.1))
     assert "Traceback" in caught.value.details
     endless = Settings.model_validate({"learning": {"decay": "linear"}})
-    with pytest.raises(SettingsError, match="steps"):
+    with pytest.raises(LevelError, match="steps"):
         train_centralised(net(), Items(), endless)
 
 
