@@ -34,6 +34,7 @@ from hamdist.cli_common import (
     SeedOption,
     SetOption,
     SettingsArgument,
+    StabiliseOption,
     StepsOption,
     StreamOption,
     print_facts,
@@ -45,7 +46,7 @@ from hamdist.cli_common import exit_codes as _exit_codes
 from hamdist.cli_common import given as _given
 from hamdist.cli_common import load as _load
 from hamdist.cli_common import warning_at_once as _warning_at_once
-from hamdist.config import Level, Settings
+from hamdist.config import Level, Settings, parse_override
 from hamdist.errors import HamdistError, SettingsError
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
     from hamdist.models import ModelFactory
     from hamdist.study.compare import Planned
+    from hamdist.study.grid.settings import Axis, StudySettings
+    from hamdist.study.grid.work import Record
     from hamdist.study.runs import DataFactory, OnProgress, Run
     from hamdist.study.speed.study import SpeedRow
     from hamdist.study.table import Table as ComparisonTable
@@ -79,6 +82,30 @@ study_app = typer.Typer(
 app.add_typer(study_app)
 register(app)
 
+StudyArgument = Annotated[
+    str,
+    typer.Argument(metavar="SETTINGS", help="A study's YAML file, or a shipped one."),
+]
+StudySetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the study, e.g. seeds=5."),
+]
+StudyOutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Folder for runs and report; a study that was ended goes on there.",
+        show_default="results/NAME",
+    ),
+]
+ChosenOption = Annotated[
+    bool, typer.Option("--chosen", help="Tune nothing: take what the file names as `best`.")
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Runs at a time.", show_default="one per core"),
+]
+
 
 @app.command()
 def run(
@@ -90,6 +117,7 @@ def run(
     set_: SetOption = None,
     model: ModelOption = None,
     stream: StreamOption = None,
+    stabilise: StabiliseOption = None,
     out: OutOption = None,
     snapshots: Annotated[
         str | None,
@@ -112,6 +140,7 @@ def run(
             "engine": None if engine is None else {"kind": engine.value},
             "seed": seed,
             "steps": steps,
+            "model": None if stabilise is None else {"stabilise": stabilise},
         }
         _run(_load(settings, set_, options), model, stream, out, resume, weights)
 
@@ -147,6 +176,7 @@ def compare(
     set_: SetOption = None,
     model: ModelOption = None,
     stream: StreamOption = None,
+    stabilise: StabiliseOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the result's files.", show_default="results/NAME"),
@@ -160,9 +190,10 @@ def compare(
             "engine": None if engine is None else {"kind": engine.value},
             "seed": seed,
             "steps": steps,
+            "model": None if stabilise is None else {"stabilise": stabilise},
         }
         loaded = _load(settings, set_, options)
-        _compare(loaded, model, stream, _results_of(loaded) if out is None else out)
+        _compare(loaded, model, stream, _results_of(loaded.name) if out is None else out)
 
 
 @app.command()
@@ -251,7 +282,66 @@ def recovery(
 
 
 @study_app.command()
+def levels(
+    settings: StudyArgument,
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: StudyOutOption = None,
+) -> None:
+    """Levels beside centralised backpropagation, each side tuned on a validation part."""
+    with _exit_codes():
+        _grid(settings, None, set_, chosen, workers, out)
+
+
+@study_app.command()
+def depth(
+    settings: StudyArgument,
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: StudyOutOption = None,
+) -> None:
+    """The same, against the number of layers (axes.depth)."""
+    with _exit_codes():
+        _grid(settings, "depth", set_, chosen, workers, out)
+
+
+@study_app.command()
+def smoothness(
+    settings: StudyArgument,
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: StudyOutOption = None,
+) -> None:
+    """The same, against the items that a sample takes to fade into the next (axes.smoothness)."""
+    with _exit_codes():
+        _grid(settings, "smoothness", set_, chosen, workers, out)
+
+
+@study_app.command()
+def batch(
+    settings: StudyArgument,
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: StudyOutOption = None,
+) -> None:
+    """The same, against the rows of an item (axes.batch), of equally many samples."""
+    with _exit_codes():
+        _grid(settings, "batch", set_, chosen, workers, out)
+
+
+@study_app.command()
 def speed(
+    settings: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SETTINGS]",
+            help="A study's YAML file, or a shipped one: accuracy against c (axes.speed).",
+        ),
+    ] = None,
     speeds: Annotated[
         str | None,
         typer.Option(
@@ -278,14 +368,33 @@ def speed(
         str | None,
         typer.Option("--input-shape", metavar="N,...", help="Of the model's input, without batch."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the result's files.")] = Path(
-        "results/speed"
-    ),
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the result's files.", show_default="results/speed"),
+    ] = None,
 ) -> None:
-    """From local to backpropagation: local gradients against backpropagation's, by speed c."""
+    """From local to backpropagation: local gradients against backpropagation's, by speed c; with
+    SETTINGS the accuracy that is learned, against c."""
     with _exit_codes():
-        asked = {"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams}
-        _speed(_given(asked), seeds, (depth, width), model, input_shape, out)
+        asked = _given({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
+        if settings is not None:
+            of_gradients = {**asked, **_given({"depth": depth, "width": width, "model": model})}
+            if of_gradients:
+                raise SettingsError(
+                    f"--{next(iter(of_gradients))} belongs to the study of gradients, without "
+                    "SETTINGS; what a grid varies stands in its file"
+                )
+            _grid(settings, "speed", set_, chosen, workers, out)
+            return
+        if set_ or chosen or workers is not None:
+            raise SettingsError(
+                "--set, --chosen and --workers belong to a grid: name its SETTINGS, too"
+            )
+        out = Path("results/speed") if out is None else out
+        _speed(asked, seeds, (depth, width), model, input_shape, out)
 
 
 _began: float | None = None
@@ -448,6 +557,52 @@ def _speed(
         _print_table(table, title)
     save_speed(out, result)
     _console().print(Text(f"Written to {out}"))
+
+
+def _grid(
+    source: str,
+    axis_name: str | None,
+    set_: list[str] | None,
+    chosen: bool,
+    workers: int | None,
+    out: Path | None,
+) -> None:
+    """A study of a grid: runs what is not on disk yet, prints the tables, writes the report."""
+    from hamdist.study.grid.report import save_study
+    from hamdist.study.grid.run import check, run_study
+    from hamdist.study.grid.settings import Axis, load_study
+
+    overrides = [parse_override(text) for text in set_ or []]
+    study = load_study(source, [*overrides, _given({"workers": workers})])
+    axis = None if axis_name is None else Axis(axis_name)
+    _check_axis(study, axis)
+    folder = _results_of(study.name) if out is None else out
+    check(study, chosen=chosen)
+    _prepare(folder, None)
+    _complain(f"{study.name}: runs are kept in {folder / 'runs'}; start it again to go on there")
+    outcomes = run_study(study, folder, chosen=chosen, on_record=_say_record)
+    command = shlex.join(["hamdist", *sys.argv[1:]])
+    for title, table in save_study(folder, study, outcomes, command=command, first=axis).items():
+        _print_table(table, title)
+    _console().print(Text(f"Report: {folder / 'study.html'}"))
+
+
+def _check_axis(study: StudySettings, axis: Axis | None) -> None:
+    """Raises SettingsError where there is nothing to show along an axis."""
+    if axis is not None and len(study.axes.of(axis)) < 2:
+        raise SettingsError(
+            f"axes.{axis.value}: a study of it needs several values "
+            f"(received {list(study.axes.of(axis))}); `hamdist study levels` needs none"
+        )
+
+
+def _say_record(phase: str, done: int, total: int, record: Record) -> None:
+    """A finished run on one line."""
+    from hamdist.study.table import percent
+
+    level = record.settings["level"] if record.trains == "level" else record.trains
+    found = record.failure or f"{percent(record.accuracy, digits=2)} %, {record.seconds:.1f} s"
+    _complain(f"[{phase} {done}/{total}] {level}, seed {record.seed}: {found}")
 
 
 def _print_table(cells: ComparisonTable, title: str) -> None:
@@ -634,9 +789,10 @@ def _split_levels(text: str) -> list[str]:
     return names
 
 
-def _results_of(settings: Settings) -> Path:
-    """Where a comparison is written when nobody says where: a name is no way out of `results`."""
-    return Path("results") / (re.sub(r"[^\w-]+", "-", settings.name).strip("-") or "run")
+def _results_of(name: str) -> Path:
+    """Where a comparison or a study is written when nobody says where: no name leads out of
+    `results`."""
+    return Path("results") / (re.sub(r"[^\w-]+", "-", name).strip("-") or "run")
 
 
 def _prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.config import EngineKind, Settings, merge, parse_override
-from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError
+from hamdist.errors import BlockError, Choice, HamdistError, LevelError, SettingsError
 
 if TYPE_CHECKING:
     from hamdist.runtime.result import Progress
@@ -51,6 +51,10 @@ ModelOption = Annotated[
         metavar="FILE.py:FUNCTION",
         help="Makes the model (or PACKAGE.MODULE:FUNCTION).",
     ),
+]
+StabiliseOption = Annotated[
+    bool | None,
+    typer.Option("--stabilise", help="Normed inputs and scaled residuals for the model's layers."),
 ]
 StreamOption = Annotated[
     str | None,
@@ -132,7 +136,7 @@ def warning_at_once(say: Callable[[str], None]) -> Iterator[list[str]]:
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         said.append(str(message))
-        say(f"Warning: {message}")
+        say(f"{'Chosen' if isinstance(message, Choice) else 'Warning'}: {message}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -220,7 +220,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     ("name", "folder"), [("digits", "digits"), ("../../etc", "etc"), ("..", "run"), ("a b", "a-b")]
 )
 def test_a_comparison_is_written_below_results(name: str, folder: str) -> None:
-    assert _results_of(Settings(name=name)) == Path("results") / folder
+    assert _results_of(name) == Path("results") / folder
 
 
 @pytest.mark.parametrize("name", ["run", "compare"])

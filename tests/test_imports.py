@@ -35,7 +35,7 @@ ALLOWED = {
 }
 RAY = {
     *("runtime/actors.py", "runtime/crew.py", "runtime/recovery.py", "runtime/cluster.py"),
-    *("launch/jobs.py", "launch/examine.py"),
+    *("runtime/tasks.py", "launch/jobs.py", "launch/examine.py"),
 }
 
 

@@ -155,6 +155,21 @@ def _norms(tensors: list[Tensor]) -> list[float]:
     return cast("list[float]", found)
 
 
+def norm_of(g: Sequence[Gradient]) -> float:
+    """|g|, of all of g together. |z^T x|^2 = sum_rs (z_r . z_s)(x_r . x_s), which for R rows costs
+    R^2 (O + I) instead of the R O I of the product itself; the less is taken."""
+    squares = 0.0
+    for one in g:
+        if isinstance(one, Outer):
+            rows_, out, into = *one.z.shape, one.x.shape[1]
+            if rows_ * (out + into) < out * into:
+                together = (one.z @ one.z.t()).mul_(one.x @ one.x.t())
+                squares += max(0.0, float(together.sum()))
+                continue
+        squares += float(torch.linalg.vector_norm(dense(one))) ** 2
+    return math.sqrt(squares)
+
+
 def bound(g: Sequence[Gradient]) -> float:
     """A number that the norm of all of g together does not exceed, or NaN. All norms are taken in
     one call: |z^T x| <= |z| |x| (Frobenius), and R rows of z add up to at most sqrt(R) |z|."""

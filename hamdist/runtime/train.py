@@ -6,13 +6,14 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from hamdist.config import EngineKind, Readout, Settings
+from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
@@ -23,6 +24,7 @@ from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SnapshotError
 from hamdist.runtime.advice import after, before
+from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.compression import in_edge_order
 from hamdist.runtime.divergence import explained
@@ -79,6 +81,10 @@ def train(
             losses = make_losses(settings.loss) if loss is None else loss
             if isinstance(losses, Mapping):
                 stream = with_targets_of(stream, losses)
+            why: list[str] = []
+            if settings.level is Level.AUTO:
+                cut = partial(_cut, model, stream.spec, losses, policy)
+                settings, stream, why = resolved(settings, stream, cut)
             work = _Work(model, stream.spec, settings, losses, policy, phi)
             told: list[str] = []
             if resume is None:
@@ -98,10 +104,10 @@ def train(
             if error.outcome is not None:
                 error.outcome.warnings[:0] = told
                 error.outcome.warnings.insert(0, str(failure))
-                failure.result = _result(graph, plan, error.outcome, startup)
+                failure.result = _result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
         outcome.warnings[:0] = told
-        return _result(graph, plan, outcome, startup)
+        return _result(graph, plan, outcome, startup, settings, why)
 
 
 @dataclass(frozen=True)
@@ -116,12 +122,8 @@ class _Work:
     phi: Course | None
 
     def graph(self) -> Graph:
-        settings, spec = self.settings, self.spec
-        loss = make_losses(settings.loss) if self.loss is None else self.loss
-        graph = as_graph(self.model, settings, spec, loss, self.policy)
-        knobs = make_locality(settings.level, settings.locality)
-        given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
-        return arranged(graph, *given)
+        loss = make_losses(self.settings.loss) if self.loss is None else self.loss
+        return _cut(self.model, self.spec, loss, self.policy, self.settings)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         graph = self.graph()
@@ -186,7 +188,27 @@ def snapshot_model(
     return weights_of(snapshot, _Work(model, spec, settings, None, None, None).graph())
 
 
-def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> RunResult:
+def _cut(
+    model: nn.Module | Graph,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None,
+    settings: Settings,
+) -> Graph:
+    """The graph of blocks, with its slices and delays."""
+    graph = as_graph(model, settings, spec, loss, policy)
+    knobs = make_locality(settings.level, settings.locality)
+    return arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+
+
+def _result(
+    graph: Graph,
+    plan: Plan,
+    outcome: Outcome,
+    startup: Startup,
+    settings: Settings,
+    why: list[str],
+) -> RunResult:
     startup.add(outcome.startup)
     lost = [name for name in graph.blocks if name not in outcome.blocks]
     if lost:
@@ -201,14 +223,11 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         if output is not None:
             own = output.state_dict()
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
-    whole = None
-    if plan.knobs.sequence:
-        before = graph.unsliced
-        spec = plan.spec
-        shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)
-        whole = MergedSequence(before, shapes)
+    averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
+    averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
     return RunResult(
-        model=graph.merge(weights, whole),
+        model=graph.merge(averaged, _whole(graph, plan)),
+        plain=graph.merge(weights, _whole(graph, plan)) if averages else None,
         blocks=outcome.blocks,
         windows=outcome.windows,
         samples=outcome.samples,
@@ -237,6 +256,8 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
             if plan.knobs.sequence and name in outcome.blocks
         },
         records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
+        chosen=settings if why else None,
+        why=why,
         interrupted=outcome.interrupted,
         snapshots=outcome.snapshots,
         replaced=outcome.replaced,
@@ -245,6 +266,15 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
             *after(plan, outcome),
         ],
     )
+
+
+def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
+    """What the weights of a sequence's blocks go into."""
+    if not plan.knobs.sequence:
+        return None
+    before, spec = graph.unsliced, plan.spec
+    shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)
+    return MergedSequence(before, shapes)
 
 
 def make_engine(settings: Settings) -> Engine:

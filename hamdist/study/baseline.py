@@ -1,8 +1,12 @@
 """Centralised training: the whole model in this process, plain PyTorch, `torch.optim.SGD`.
 
-The same model, stream, order, loss and step size as the runs it is compared with. The step size
-of item n (from 0) is lr (1 - n/steps) with linear decay. Items without target are not learned from,
-but count. The prequential loss comes from the forward pass that the gradient belongs to.
+The same model, stream, order, loss and step size as the runs it is compared with, and the same
+moving average of the weights (`learning.average`) for evaluation. The step size of item n (from 0)
+follows the same course (dynamics/rates.py). Items without target are not learned from, but count.
+The prequential loss comes from the forward pass that the gradient belongs to.
+
+`frozen` trains the last layer alone, on the hidden blocks as they were drawn: what a level without
+memory has to beat before it can be said to learn anything in its hidden blocks.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import Decay, FirstStep, LearningSettings, Settings
+from hamdist.config import FirstStep, LearningSettings, Settings
+from hamdist.dynamics.averaging import Average
 from hamdist.dynamics.inputs import called
 from hamdist.dynamics.losses import Losses, LossFunction, make_losses
 from hamdist.dynamics.metrics import Prequential, Window
 from hamdist.dynamics.outputs import ONLY, losses_of, tensors
+from hamdist.dynamics.rates import step_course
 from hamdist.errors import BlockError, GraphError, SettingsError
 from hamdist.runtime.measure import example_sample
 from hamdist.runtime.memory import peak_bytes, reset_peak
@@ -30,6 +36,7 @@ from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.study.threads import fair_threads, faster_of
 
 CENTRALISED = "centralised"
+FROZEN = "frozen"
 PROGRESS_SECONDS = 0.25
 
 
@@ -39,9 +46,11 @@ def train_centralised(
     settings: Settings,
     *,
     loss: Losses | None = None,
+    frozen: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
-    """Train a copy of `model` on `stream` with backpropagation and SGD.
+    """Train a copy of `model` on `stream` with backpropagation and SGD; with `frozen` the last
+    child of it that has weights alone.
 
     Uses `settings.learning`, `steps`, `loss` (unless `loss` is given), `seed` (of what the model
     draws from torch's global generator, which is put back afterwards), `metrics`, and `engine`:
@@ -50,14 +59,18 @@ def train_centralised(
 
     Of a model that returns several outputs the losses add up, and `windows` has those of each.
 
-    Raises SettingsError for a linear decay without `steps`, StreamError for an unusable item,
-    GraphError for losses or targets of outputs that the model does not have, and BlockError named
+    Raises LevelError for a decay without `steps`, SettingsError for `frozen` with a model that is
+    no nn.Sequential of several children with weights, StreamError for an unusable item, GraphError
+    for losses or targets of outputs that the model does not have, and BlockError named
     'centralised' where the model, the loss or their gradient fails.
     """
     entered = time.perf_counter()
     reset_peak()
     losses = make_losses(settings.loss) if loss is None else loss
-    trainer = _Trainer(copy.deepcopy(model), settings, losses, stream.spec.targets)
+    own = copy.deepcopy(model)
+    if frozen:
+        _freeze(own)
+    trainer = _Trainer(own, settings, losses, stream.spec.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
@@ -66,8 +79,10 @@ def train_centralised(
             begun = time.perf_counter()
             interrupted = _train(trainer, stream, settings, begun, on_progress)
             seconds = time.perf_counter() - begun
+    averaged = trainer.averaged()
     return RunResult(
-        model=trainer.model,
+        model=averaged or trainer.model,
+        plain=None if averaged is None else trainer.model,
         blocks={},
         windows={name or CENTRALISED: own.windows for name, own in trainer.metrics.items()},
         samples=trainer.items,
@@ -101,6 +116,9 @@ class _Trainer:
         self.step_size = _step_size(learning, settings.steps)
         self.optimiser = _optimiser(model, learning)
         self.metrics: dict[str, Prequential] = {}
+        given = learning.average
+        theta = [p.data for p in model.parameters() if p.requires_grad]
+        self.average = None if isinstance(given, str) else Average(theta, given)
         self.items = 0
         self.updates = 0
 
@@ -136,6 +154,18 @@ class _Trainer:
             group["lr"] = self.step_size(self.items)
         self.optimiser.step()
         self.updates += 1
+        if self.average is not None:
+            self.average.look()
+
+    def averaged(self) -> nn.Module | None:
+        """The model with the average of its weights, if there is one."""
+        if self.average is None:
+            return None
+        made = copy.deepcopy(self.model)
+        moving = [p for p in made.parameters() if p.requires_grad]
+        for p, value in zip(moving, self.average.values, strict=True):
+            p.data.copy_(value)
+        return made
 
     def _chosen(self, predictions: dict[str, Tensor]) -> dict[str, LossFunction]:
         """The losses of the outputs that have one, each with metrics of its own."""
@@ -155,23 +185,31 @@ class _Trainer:
         return next((own.windows for own in self.metrics.values()), [])
 
 
+def _freeze(model: nn.Module) -> None:
+    """All weights but those of the last child that has some."""
+    children = [child for child in model.children() if any(True for _ in child.parameters())]
+    if not isinstance(model, nn.Sequential) or len(children) < 2:
+        raise SettingsError(
+            "model: 'frozen' trains the last child with weights of an nn.Sequential of several; "
+            f"this {type(model).__name__} has {len(children)}"
+        )
+    for child in children[:-1]:
+        child.requires_grad_(False)
+
+
 def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Optimizer:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     adaptive = learning.adaptive
     if adaptive is None:
-        return torch.optim.SGD(
-            model.parameters(), learning.lr, learning.momentum, learning.dampening
-        )
+        return torch.optim.SGD(weights, learning.lr, learning.momentum, learning.dampening)
     betas = learning.momentum, adaptive.memory
-    return torch.optim.Adam(model.parameters(), learning.lr, betas, adaptive.epsilon)
+    return torch.optim.Adam(weights, learning.lr, betas, adaptive.epsilon)
 
 
 def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:
     """The step size by item."""
-    if learning.decay is Decay.NONE:
-        return lambda _: learning.lr
-    if steps is None:
-        raise SettingsError("learning.decay: linear needs 'steps', the length of the run")
-    return lambda item: learning.lr * (1 - item / steps)
+    course = step_course(learning, steps)
+    return lambda item: learning.lr * course(item)
 
 
 def _train(
@@ -233,6 +271,8 @@ def baseline_warnings(settings: Settings) -> list[str]:
     dampened = learning.first_step is FirstStep.DAMPENED
     if dampened and learning.momentum and learning.dampening:
         given.append("learning.first_step")
+    given += [f"learning.{name}" for name in ("clip", "inputs") if getattr(learning, name) != "off"]
+    given += [f"learning.{name}" for name in ("heads", "blocks") if getattr(learning, name)]
     if not given:
         return []
     return [

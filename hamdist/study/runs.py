@@ -22,7 +22,8 @@ from hamdist.dynamics.metrics import Window, merge_windows
 from hamdist.dynamics.outputs import main_output
 from hamdist.dynamics.precision import Rounding
 from hamdist.dynamics.recurrent import MergedSequence
-from hamdist.errors import DivergedError, SettingsError
+from hamdist.dynamics.stabilise import stabilised
+from hamdist.errors import Choice, DivergedError, SettingsError
 from hamdist.models import (
     CELLS,
     ModelFactory,
@@ -31,13 +32,15 @@ from hamdist.models import (
     make_recurrent,
     make_tracker,
 )
+from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.result import Progress, Replaced, RunResult
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.train import train
-from hamdist.streams import held_out, held_out_tokens, make_stream
+from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
-from hamdist.study.baseline import CENTRALISED, baseline_warnings, train_centralised
+from hamdist.study.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.compression import Compression
+from hamdist.study.drift import Recovery, recoveries
 from hamdist.study.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
 from hamdist.study.own_data import OwnData
 from hamdist.study.tracking import Tracking, advice, tracking
@@ -54,14 +57,18 @@ DataFactory = Callable[[int], OwnData]
 class Run:
     """A run's numbers.
 
-    level: a level's name, or 'centralised'. engine: an engine's name, or 'pytorch'.
+    level: a level's name, 'centralised' or 'frozen'; chosen: the settings that ran where it is
+    'auto', why: its reasons. engine: an engine's name, or 'pytorch'.
     samples: items that entered; batch: rows of an item.
     windows: prequential, of the (last) readout; of a model of several outputs, of the one that
     `held_out` names as the main one. prequential: of such a model, all windows in one by output.
     window_seconds: when each window's last item had entered, counted as `seconds` is.
-    held_out: None after an interruption or a failure, and for streams without held-out part.
+    held_out: None after an interruption or a failure, and for streams without held-out part; of
+    averaged weights (`learning.average`), where there are some; held_out_plain: then of the weights
+    as they were in the end, which plain has.
     failure: how the run left the finite range, if it did; its model has the weights from before.
     tracking: how well a real-valued target was followed, where its course was recorded.
+    drifts: what the prequential accuracy did after each labelled drift of the stream.
     The rest is as in RunResult.
     """
 
@@ -95,6 +102,11 @@ class Run:
     snapshots: Sequence[str] = field(default_factory=tuple)
     replaced: Sequence[Replaced] = field(default_factory=tuple)
     prequential: Mapping[str, Window] = field(default_factory=dict)
+    drifts: Sequence[Recovery] = field(default_factory=tuple)
+    held_out_plain: Scores | None = None
+    plain: nn.Module | None = None
+    chosen: Settings | None = None
+    why: Sequence[str] = field(default_factory=tuple)
 
     @property
     def rows_per_second(self) -> float:
@@ -159,10 +171,12 @@ def run_centralised(
     *,
     factory: ModelFactory | None = None,
     data: DataFactory | None = None,
+    frozen: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[Run, nn.Module]:
-    """The same with centralised training (baseline.py)."""
-    return _run(settings, CENTRALISED, PYTORCH, factory, data, on_progress, {})
+    """The same with centralised training (baseline.py), with `frozen` of the last layer alone."""
+    level = FROZEN if frozen else CENTRALISED
+    return _run(settings, level, PYTORCH, factory, data, on_progress, {})
 
 
 def _run(
@@ -186,7 +200,7 @@ def _run(
             model = warmed(model, begin.weights)
     prepared = sum(startup.seconds.values())
     told = advice(settings)
-    if level == CENTRALISED:
+    if engine == PYTORCH:
         told += baseline_warnings(settings)
     for text in told:
         warnings.warn(text, stacklevel=3)
@@ -201,7 +215,10 @@ def _run(
         result, failure = error.result, str(error)
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
-    scores = _score(result, settings, dtype, own) if whole else None
+    scores = _score(result.model, result, settings, dtype, own) if whole else None
+    plain = None
+    if whole and result.plain is not None:
+        plain = _score(result.plain, result, settings, dtype, own)
     windows = _main_windows(result, scores)
     entered = [window.last + 1 for window in windows]
     run = Run(
@@ -219,6 +236,10 @@ def _run(
         windows=windows,
         window_seconds=timeline.at(entered, (result.samples, result.seconds)),
         held_out=scores,
+        held_out_plain=plain,
+        plain=result.plain,
+        chosen=result.chosen,
+        why=tuple(result.why),
         bytes_per_edge=result.bytes_per_edge,
         compression=result.compression,
         rounding=result.rounding,
@@ -235,6 +256,7 @@ def _run(
         records=result.records,
         snapshots=result.snapshots,
         replaced=result.replaced,
+        drifts=recoveries(windows, drifts(settings.stream, result.samples)),
     )
     return run, result.model
 
@@ -247,7 +269,7 @@ def _trained(
     timeline: Timeline,
     resume: Path | None = None,
 ) -> RunResult:
-    if level != CENTRALISED:
+    if level not in (CENTRALISED, FROZEN):
         return train(model, stream, settings, on_progress=timeline, resume=resume)
     if isinstance(model, Graph):
         topic = "bptt" if settings.model.kind in CELLS else "tracking"
@@ -255,13 +277,31 @@ def _trained(
             f"model.kind: there is no centralised training of a {settings.model.kind.value} to "
             f"compare with; use `hamdist run` (`hamdist verify --only {topic}` proves it)"
         )
-    return train_centralised(model, stream, settings, on_progress=timeline)
+    frozen = level == FROZEN
+    return train_centralised(model, stream, settings, frozen=frozen, on_progress=timeline)
 
 
 def build(
     settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
 ) -> nn.Module | Graph:
     """The model that the settings name, or that `factory` makes. Raises SettingsError."""
+    model = _plain_build(settings, spec, factory, dtype)
+    if not settings.model.stabilise:
+        return model
+    if isinstance(model, Graph):
+        raise SettingsError(
+            f"model.stabilise: a {settings.model.kind.value} is no chain of layers; leave it out"
+        )
+    several = spec.inputs is not None
+    made, told = stabilised(model, example_inputs(spec) if several else example_input(spec))
+    for text in told:
+        warnings.warn(Choice(text), stacklevel=5)
+    return made
+
+
+def _plain_build(
+    settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
+) -> nn.Module | Graph:
     if factory is not None:
         return make_from_factory(factory, seed=settings.seed, dtype=dtype)
     if settings.model.kind in CELLS:
@@ -294,17 +334,21 @@ def _stream(settings: Settings, dtype: torch.dtype) -> Stream:
 
 
 def _score(
-    result: RunResult, settings: Settings, dtype: torch.dtype, own: OwnData | None
+    model: nn.Module,
+    result: RunResult,
+    settings: Settings,
+    dtype: torch.dtype,
+    own: OwnData | None,
 ) -> Scores | None:
     """None where nothing is held out."""
     items = result.samples + result.stream.get("dropped", 0)
-    if isinstance(result.model, MergedSequence):
-        return _score_sequences(result.model, settings, own)
+    if isinstance(model, MergedSequence):
+        return _score_sequences(model, settings, own)
     losses = make_losses(settings.loss)
     if own is not None:
-        return _score_own(result.model, own, losses)
+        return _score_own(model, own, losses)
     part = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=items)
-    return None if part is None else evaluate(result.model, *part, losses)
+    return None if part is None else evaluate(model, *part, losses)
 
 
 def _score_own(model: nn.Module, own: OwnData, losses: Losses) -> Scores | None:

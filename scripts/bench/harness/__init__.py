@@ -16,5 +16,6 @@ serve        what it runs: one of the roles below
 ours         hamdist on Ray
 sides        the sides of one work, and which configuration of each is the best one
 explain      where the time of a tick goes
+learning     the targets of learning, and the studies that show them  (pure)
 footprint    memory of the actors, against what a block has to hold
 """
