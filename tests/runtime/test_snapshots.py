@@ -11,6 +11,7 @@ from dynamics.test_any_network import NETWORKS, made
 from runtime.networks import BATCH, FEATURES, PortableStream, batches, chain, cycle_graph, seeded
 from runtime.networks import skip_graph as skips
 from runtime.test_engines_equal import CYCLIC, LEVELS, assert_equal, learned, settings
+from runtime.test_recipe_engines import RECIPES
 from runtime.test_sequence_engines import PortableText, network
 from runtime.test_sequence_engines import settings as sequence_settings
 from torch import nn
@@ -67,6 +68,13 @@ def test_skips(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(CYCLIC))
 def test_cycles(name, tmp_path):
     goes_on(run_of(cycle_graph, PortableStream, **LEVELS[name]), tmp_path, 5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name, tmp_path):
+    """Averages, heads, gates, whitened inputs, predicted weights."""
+    whole = goes_on(run_of(chain, PortableStream, **RECIPES[name]), tmp_path, 13)
+    assert learned(whole, chain)
 
 
 @pytest.mark.parametrize("truncation", [None, 3])
