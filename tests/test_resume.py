@@ -1,4 +1,4 @@
-"""A run that was ended goes on: by the command, and after a signal. Oracle: the run that was not."""
+"""A run that was ended goes on: by the command, and after a signal. Oracle: one that was not."""
 
 from __future__ import annotations
 
