@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Squeeze,
         ToPair,
     )
+    from hamdist.dynamics.stabilise import Normed, PreNorm, stabilised
     from hamdist.errors import HamdistError
     from hamdist.runtime.result import RunResult
 
@@ -40,6 +41,8 @@ __all__ = [
     "MeanHalf",
     "Midpoint",
     "MidpointStart",
+    "Normed",
+    "PreNorm",
     "Reads",
     "RecurrentCell",
     "RunResult",
@@ -47,6 +50,7 @@ __all__ = [
     "Settings",
     "Squeeze",
     "ToPair",
+    "stabilised",
     "streams",
     "train",
 ]
@@ -63,6 +67,8 @@ _HOMES = {
     "MeanHalf": "hamdist.dynamics.reversible",
     "Midpoint": "hamdist.dynamics.reversible",
     "MidpointStart": "hamdist.dynamics.reversible",
+    "Normed": "hamdist.dynamics.stabilise",
+    "PreNorm": "hamdist.dynamics.stabilise",
     "Reads": "hamdist.dynamics.recurrent",
     "RecurrentCell": "hamdist.dynamics.recurrent",
     "RunResult": "hamdist.runtime.result",
@@ -70,6 +76,7 @@ _HOMES = {
     "Settings": "hamdist.config",
     "Squeeze": "hamdist.dynamics.reversible",
     "ToPair": "hamdist.dynamics.reversible",
+    "stabilised": "hamdist.dynamics.stabilise",
     "train": "hamdist.api",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from hamdist.config import Loss, Settings, describe, lay_over
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import LossFunction, make_loss
-from hamdist.errors import SettingsError
+from hamdist.dynamics.stabilise import stabilised
+from hamdist.errors import Choice, SettingsError
+from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
+from hamdist.streams.sample import SampleSpec
 
 
 def train(
@@ -65,9 +69,12 @@ def train(
     settled = _settled(settings, fields)
     if isinstance(model, Graph):
         _check_graph(settled, fields, loss, policy)
+    stream = _as_stream(stream, classes)
+    if settled.model.stabilise:
+        model = _stabilised(model, stream.spec)
     return train_settings(
         model,
-        _as_stream(stream, classes),
+        stream,
         settled,
         loss={n: _loss(one) for n, one in loss.items()} if isinstance(loss, Mapping) else loss,
         policy=policy,
@@ -75,6 +82,20 @@ def train(
         on_progress=on_progress,
         resume=resume,
     )
+
+
+def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
+    if isinstance(model, Graph):
+        raise SettingsError(
+            "model.stabilise has no effect on a Graph, which brings its own blocks: make them of "
+            "hamdist.PreNorm, and leave it out here"
+        )
+    made, told = stabilised(
+        model, example_input(spec) if spec.inputs is None else example_inputs(spec)
+    )
+    for text in told:
+        warnings.warn(Choice(text), stacklevel=3)
+    return made
 
 
 def _loss(loss: LossFunction | str) -> LossFunction:

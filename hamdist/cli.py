@@ -11,40 +11,58 @@ import re
 import shlex
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.config import EngineKind, Level, Settings, merge, parse_override
-from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError
+from hamdist.cli_cluster import register
+from hamdist.cli_common import (
+    FAILED,
+    INTERRUPTED,
+    PLAIN_SECONDS,
+    EngineOption,
+    ModelOption,
+    OutOption,
+    SeedOption,
+    SetOption,
+    SettingsArgument,
+    StabiliseOption,
+    StepsOption,
+    StreamOption,
+    print_facts,
+)
+from hamdist.cli_common import Display as _Display
+from hamdist.cli_common import complain as _complain
+from hamdist.cli_common import console as _console
+from hamdist.cli_common import exit_codes as _exit_codes
+from hamdist.cli_common import given as _given
+from hamdist.cli_common import load as _load
+from hamdist.cli_common import warning_at_once as _warning_at_once
+from hamdist.config import Level, Settings, parse_override
+from hamdist.errors import HamdistError, SettingsError
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
     from torch import nn
 
     from hamdist.models import ModelFactory
-    from hamdist.runtime.result import Progress
     from hamdist.study.compare import Planned
-    from hamdist.study.runs import OnProgress, Run
+    from hamdist.study.grid.settings import Axis, StudySettings
+    from hamdist.study.grid.work import Record
+    from hamdist.study.runs import DataFactory, OnProgress, Run
     from hamdist.study.speed.study import SpeedRow
     from hamdist.study.table import Table as ComparisonTable
     from hamdist.study.verify.check import Check
     from hamdist.study.verify.runner import Row, Topic
 
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-PLAIN_SECONDS = 5.0
-PLAIN_WIDTH = 132
 # A narrower terminal gets the comparison as two tables: how well, and at what cost.
 WIDE = 110
 QUALITY = 6
@@ -62,23 +80,30 @@ study_app = typer.Typer(
     name="study", help="Measure what the papers state, and print the table.", no_args_is_help=True
 )
 app.add_typer(study_app)
+register(app)
 
-SettingsArgument = Annotated[
-    str, typer.Argument(metavar="SETTINGS", help="A YAML file, or a recipe (`hamdist recipes`).")
+StudyArgument = Annotated[
+    str,
+    typer.Argument(metavar="SETTINGS", help="A study's YAML file, or a shipped one."),
 ]
-SetOption = Annotated[
+StudySetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. stream.batch=8."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the study, e.g. seeds=5."),
 ]
-EngineOption = Annotated[
-    EngineKind | None, typer.Option("--engine", help="One process, or Ray actors.")
+StudyOutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Folder for runs and report; a study that was ended goes on there.",
+        show_default="results/NAME",
+    ),
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Items of the stream.")]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", metavar="PACKAGE.MODULE:FUNCTION", help="Makes the model."),
+ChosenOption = Annotated[
+    bool, typer.Option("--chosen", help="Tune nothing: take what the file names as `best`.")
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Runs at a time.", show_default="one per core"),
 ]
 
 
@@ -91,6 +116,8 @@ def run(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
+    stream: StreamOption = None,
+    stabilise: StabiliseOption = None,
     out: OutOption = None,
     snapshots: Annotated[
         str | None,
@@ -113,8 +140,9 @@ def run(
             "engine": None if engine is None else {"kind": engine.value},
             "seed": seed,
             "steps": steps,
+            "model": None if stabilise is None else {"stabilise": stabilise},
         }
-        _run(_load(settings, set_, options), model, out, resume, weights)
+        _run(_load(settings, set_, options), model, stream, out, resume, weights)
 
 
 @app.command()
@@ -126,8 +154,8 @@ def export(
     """Write the weights at the latest snapshot of a run as a plain state_dict."""
     with _exit_codes():
         from hamdist.models import load_factory
+        from hamdist.study.export import exported
         from hamdist.study.save import save_weights
-        from hamdist.study.warm import exported
 
         factory = None if model is None else load_factory(model)
         state, name = exported(snapshots, factory, _complain)
@@ -147,6 +175,8 @@ def compare(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
+    stream: StreamOption = None,
+    stabilise: StabiliseOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the result's files.", show_default="results/NAME"),
@@ -160,9 +190,10 @@ def compare(
             "engine": None if engine is None else {"kind": engine.value},
             "seed": seed,
             "steps": steps,
+            "model": None if stabilise is None else {"stabilise": stabilise},
         }
         loaded = _load(settings, set_, options)
-        _compare(loaded, model, _results_of(loaded) if out is None else out)
+        _compare(loaded, model, stream, _results_of(loaded.name) if out is None else out)
 
 
 @app.command()
@@ -182,7 +213,7 @@ def verify(
         str | None,
         typer.Option(
             "--model",
-            metavar="PACKAGE.MODULE:FUNCTION",
+            metavar="FILE.py:FUNCTION",
             help="Verify the module that this function makes, and nothing else.",
         ),
     ] = None,
@@ -251,7 +282,66 @@ def recovery(
 
 
 @study_app.command()
+def levels(
+    settings: StudyArgument,
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: StudyOutOption = None,
+) -> None:
+    """Levels beside centralised backpropagation, each side tuned on a validation part."""
+    with _exit_codes():
+        _grid(settings, None, set_, chosen, workers, out)
+
+
+@study_app.command()
+def depth(
+    settings: StudyArgument,
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: StudyOutOption = None,
+) -> None:
+    """The same, against the number of layers (axes.depth)."""
+    with _exit_codes():
+        _grid(settings, "depth", set_, chosen, workers, out)
+
+
+@study_app.command()
+def smoothness(
+    settings: StudyArgument,
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: StudyOutOption = None,
+) -> None:
+    """The same, against the items that a sample takes to fade into the next (axes.smoothness)."""
+    with _exit_codes():
+        _grid(settings, "smoothness", set_, chosen, workers, out)
+
+
+@study_app.command()
+def batch(
+    settings: StudyArgument,
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: StudyOutOption = None,
+) -> None:
+    """The same, against the rows of an item (axes.batch), of equally many samples."""
+    with _exit_codes():
+        _grid(settings, "batch", set_, chosen, workers, out)
+
+
+@study_app.command()
 def speed(
+    settings: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SETTINGS]",
+            help="A study's YAML file, or a shipped one: accuracy against c (axes.speed).",
+        ),
+    ] = None,
     speeds: Annotated[
         str | None,
         typer.Option(
@@ -278,14 +368,33 @@ def speed(
         str | None,
         typer.Option("--input-shape", metavar="N,...", help="Of the model's input, without batch."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the result's files.")] = Path(
-        "results/speed"
-    ),
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the result's files.", show_default="results/speed"),
+    ] = None,
 ) -> None:
-    """From local to backpropagation: local gradients against backpropagation's, by speed c."""
+    """From local to backpropagation: local gradients against backpropagation's, by speed c; with
+    SETTINGS the accuracy that is learned, against c."""
     with _exit_codes():
-        asked = {"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams}
-        _speed(_given(asked), seeds, (depth, width), model, input_shape, out)
+        asked = _given({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
+        if settings is not None:
+            of_gradients = {**asked, **_given({"depth": depth, "width": width, "model": model})}
+            if of_gradients:
+                raise SettingsError(
+                    f"--{next(iter(of_gradients))} belongs to the study of gradients, without "
+                    "SETTINGS; what a grid varies stands in its file"
+                )
+            _grid(settings, "speed", set_, chosen, workers, out)
+            return
+        if set_ or chosen or workers is not None:
+            raise SettingsError(
+                "--set, --chosen and --workers belong to a grid: name its SETTINGS, too"
+            )
+        out = Path("results/speed") if out is None else out
+        _speed(asked, seeds, (depth, width), model, input_shape, out)
 
 
 _began: float | None = None
@@ -301,6 +410,7 @@ def main() -> None:
 def _run(
     settings: Settings,
     model_name: str | None,
+    stream_name: str | None,
     out: Path | None,
     resume: Path | None = None,
     weights: Path | None = None,
@@ -312,13 +422,21 @@ def _run(
     with _Display() as display, _warning_at_once(display.say) as said:
         display.note(f"{title}: starting (imports)")
         factory = _prepare(out, model_name)
+        data = _data(stream_name)
 
         from hamdist.study.runs import run_level
 
         imports = {} if _began is None else {"imports": time.perf_counter() - _began}
-        show = display.watch(title, own.stream.batch)
-        begin = {"resume": resume, "weights": weights}
-        result, model = run_level(own, factory=factory, on_progress=show, before=imports, **begin)
+        show = display.watch(title, own.stream.batch if data is None else None)
+        result, model = run_level(
+            own,
+            factory=factory,
+            data=data,
+            on_progress=show,
+            before=imports,
+            resume=resume,
+            weights=weights,
+        )
     _print_run(result, own, said)
     if out is not None:
         _save_run(out, result, model, own)
@@ -333,8 +451,11 @@ def _run(
         raise typer.Exit(INTERRUPTED)
 
 
-def _compare(settings: Settings, model_name: str | None, out: Path) -> None:
+def _compare(
+    settings: Settings, model_name: str | None, stream_name: str | None, out: Path
+) -> None:
     factory = _prepare(out, model_name)
+    data = _data(stream_name)
 
     from hamdist.study.compare import compare as runs_of
     from hamdist.study.compare import plan
@@ -344,8 +465,9 @@ def _compare(settings: Settings, model_name: str | None, out: Path) -> None:
     finished: list[Run] = []
     try:
         with _Display() as display:
-            watch = _titles(display, planned, settings)
-            for result in runs_of(settings, planned, factory=factory, on_progress=watch):
+            watch = _titles(display, planned, settings.stream.batch if data is None else None)
+            runs = runs_of(settings, planned, factory=factory, data=data, on_progress=watch)
+            for result in runs:
                 finished.append(result)
                 display.say(finished_line(result))
     except (HamdistError, KeyboardInterrupt):
@@ -437,6 +559,52 @@ def _speed(
     _console().print(Text(f"Written to {out}"))
 
 
+def _grid(
+    source: str,
+    axis_name: str | None,
+    set_: list[str] | None,
+    chosen: bool,
+    workers: int | None,
+    out: Path | None,
+) -> None:
+    """A study of a grid: runs what is not on disk yet, prints the tables, writes the report."""
+    from hamdist.study.grid.report import save_study
+    from hamdist.study.grid.run import check, run_study
+    from hamdist.study.grid.settings import Axis, load_study
+
+    overrides = [parse_override(text) for text in set_ or []]
+    study = load_study(source, [*overrides, _given({"workers": workers})])
+    axis = None if axis_name is None else Axis(axis_name)
+    _check_axis(study, axis)
+    folder = _results_of(study.name) if out is None else out
+    check(study, chosen=chosen)
+    _prepare(folder, None)
+    _complain(f"{study.name}: runs are kept in {folder / 'runs'}; start it again to go on there")
+    outcomes = run_study(study, folder, chosen=chosen, on_record=_say_record)
+    command = shlex.join(["hamdist", *sys.argv[1:]])
+    for title, table in save_study(folder, study, outcomes, command=command, first=axis).items():
+        _print_table(table, title)
+    _console().print(Text(f"Report: {folder / 'study.html'}"))
+
+
+def _check_axis(study: StudySettings, axis: Axis | None) -> None:
+    """Raises SettingsError where there is nothing to show along an axis."""
+    if axis is not None and len(study.axes.of(axis)) < 2:
+        raise SettingsError(
+            f"axes.{axis.value}: a study of it needs several values "
+            f"(received {list(study.axes.of(axis))}); `hamdist study levels` needs none"
+        )
+
+
+def _say_record(phase: str, done: int, total: int, record: Record) -> None:
+    """A finished run on one line."""
+    from hamdist.study.table import percent
+
+    level = record.settings["level"] if record.trains == "level" else record.trains
+    found = record.failure or f"{percent(record.accuracy, digits=2)} %, {record.seconds:.1f} s"
+    _complain(f"[{phase} {done}/{total}] {level}, seed {record.seed}: {found}")
+
+
 def _print_table(cells: ComparisonTable, title: str) -> None:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(cells.titles):
@@ -450,14 +618,14 @@ def _print_table(cells: ComparisonTable, title: str) -> None:
 
 
 def _titles(
-    display: _Display, planned: list[Planned], settings: Settings
+    display: _Display, planned: list[Planned], batch: int | None
 ) -> Callable[[Planned], OnProgress]:
     """For each planned run, what shows its progress."""
     numbers = {item: number for number, item in enumerate(planned, start=1)}
 
     def watch(item: Planned) -> OnProgress:
         title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
-        return display.watch(title, settings.stream.batch)
+        return display.watch(title, batch)
 
     return watch
 
@@ -518,11 +686,8 @@ def _print_run(result: Run, settings: Settings, said: list[str]) -> None:
     """said: warnings that have been shown already."""
     from hamdist.study.table import run_facts
 
-    table = Table(box=None, pad_edge=False, show_header=False, title_justify="left")
-    table.title = f"{settings.name}: {result.level} on {result.engine}, seed {result.seed}"
-    for name, value in run_facts(result).items():
-        table.add_row(name, Text(value))
-    _console().print(table)
+    title = f"{settings.name}: {result.level} on {result.engine}, seed {result.seed}"
+    print_facts(title, run_facts(result))
     for warning in dict.fromkeys(result.warnings):
         if warning != result.failure and warning not in said:
             _complain(f"Warning: {warning}")
@@ -612,17 +777,6 @@ def _print_row(console: Console, row: Row) -> None:
     console.print(table)
 
 
-def _load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settings:
-    from hamdist.study.recipes import load_settings
-
-    overrides = [parse_override(text) for text in set_ or []]
-    return load_settings(source, [*overrides, merge({}, _given(options))])
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if value is not None}
-
-
 def _split_levels(text: str) -> list[str]:
     known = [level.value for level in Level]
     names = [name.strip() for name in text.split(",") if name.strip()]
@@ -635,9 +789,10 @@ def _split_levels(text: str) -> list[str]:
     return names
 
 
-def _results_of(settings: Settings) -> Path:
-    """Where a comparison is written when nobody says where: a name is no way out of `results`."""
-    return Path("results") / (re.sub(r"[^\w-]+", "-", settings.name).strip("-") or "run")
+def _results_of(name: str) -> Path:
+    """Where a comparison or a study is written when nobody says where: no name leads out of
+    `results`."""
+    return Path("results") / (re.sub(r"[^\w-]+", "-", name).strip("-") or "run")
 
 
 def _prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:
@@ -653,103 +808,12 @@ def _prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:
     return load_factory(model_name)
 
 
-class _Display:
-    """Shows progress on standard error: live on a terminal, a plain line now and then elsewhere."""
+def _data(name: str | None) -> DataFactory | None:
+    if name is None:
+        return None
+    from hamdist.study.own_data import load_stream
 
-    def __init__(self) -> None:
-        self._console = _console(stderr=True)
-        self._live: Live | None = None
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-
-    def __enter__(self) -> _Display:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def note(self, text: str) -> None:
-        """What is going on, where there is no run to watch yet."""
-        if self._live is not None:
-            self._live.update(Text(text, style="bold"), refresh=True)
-
-    def say(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
-
-    def watch(self, title: str, batch: int) -> OnProgress:
-        """What to call with the progress of the run `title`."""
-        from hamdist.study.live import RunView
-
-        view = RunView(title, batch)
-        if self._live is not None:
-            self._live.update(view, refresh=True)
-        printed = time.monotonic()
-
-        def show(progress: Progress) -> None:
-            nonlocal printed
-            view.update(progress)
-            if self._live is not None:
-                self._live.update(view, refresh=True)
-            elif time.monotonic() - printed >= PLAIN_SECONDS:
-                printed = time.monotonic()
-                self.say(view.line)
-
-        return show
-
-
-@contextmanager
-def _warning_at_once(say: Callable[[str], None]) -> Iterator[list[str]]:
-    """Inside, what Python is warned of is shown as our own warnings are. Yields what was shown."""
-    said: list[str] = []
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        said.append(str(message))
-        say(f"Warning: {message}")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield said
-
-
-def _console(*, stderr: bool = False) -> Console:
-    """Made when needed, so that it writes to the stream of the moment."""
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    return console
-
-
-def _complain(text: str) -> None:
-    _console(stderr=True).print(Text(text), soft_wrap=True)
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turns what hamdist raises on purpose, and Ctrl-C, into one message and an exit code."""
-    try:
-        yield
-    except (SettingsError, LevelError) as error:
-        _complain(f"Error: {error}")
-        raise typer.Exit(WRONG_USAGE) from None
-    except BlockError as error:
-        if error.details:
-            _complain(error.details.rstrip())
-        _complain(f"Error: {error}")
-        raise typer.Exit(FAILED) from None
-    except HamdistError as error:
-        _complain(f"Error: {error}")
-        raise typer.Exit(FAILED) from None
-    except KeyboardInterrupt:
-        _complain("Interrupted.")
-        raise typer.Exit(INTERRUPTED) from None
+    return load_stream(name)
 
 
 if __name__ == "__main__":

@@ -29,15 +29,18 @@ from hamdist.errors import SettingsError
 
 
 class Level(str, Enum):
-    """A named preset of the knobs of locality (the presets: dynamics/locality.py)."""
+    """A named preset of the knobs of locality (the presets: dynamics/locality.py). auto: the one
+    that fits the network and the stream (runtime/auto.py)."""
 
     LOCAL = "local"
     GROUP = "group"
     DELAY_FREE = "delay-free"
     TRACE = "trace"
+    HEADS = "heads"
     REVERSIBLE = "reversible"
     BACKPROP = "backprop"
     BPTT = "bptt"
+    AUTO = "auto"
 
 
 class Grouping(str, Enum):
@@ -84,11 +87,26 @@ class Update(str, Enum):
     SEQUENCE = "sequence"
 
 
+class Credit(str, Enum):
+    """Where a block's gradient comes from: the messages of its children, or its own readout (no
+    message crosses an edge; the label travels with the signal)."""
+
+    MESSAGES = "messages"
+    HEADS = "heads"
+
+
 class Compensation(str, Enum):
-    """What a block does about the delay of its messages."""
+    """What a block does about the delay of its messages, by quantities of its own: steps divided by
+    (1 + delay)^delay_power; the weights of a sample as they are expected to be when its message
+    comes; momentum that looks ahead (Nesterov); states sent as they are expected to be; gradients
+    with an estimate of the input that a message answers to."""
 
     NONE = "none"
     DELAY_SCALED = "delay-scaled"
+    WEIGHT_PREDICTION = "weight-prediction"
+    LOOK_AHEAD = "look-ahead"
+    PROSPECTIVE = "prospective"
+    RETROSPECTIVE = "retrospective"
 
 
 class Order(str, Enum):
@@ -153,10 +171,11 @@ class Record(str, Enum):
 
 
 class Decay(str, Enum):
-    """How the step size falls over the run."""
+    """How the step size falls over the run, to `learning.floor` of itself."""
 
     NONE = "none"
     LINEAR = "linear"
+    COSINE = "cosine"
 
 
 class Loss(str, Enum):
@@ -253,10 +272,19 @@ class Source(str, Enum):
 
     DIGITS = "digits"
     FASHION_MNIST = "fashion-mnist"
+    MNIST_1D = "mnist1d"
     DRIFT = "drift"
     SEQUENCES = "sequences"
     SIGNAL = "signal"
     CHARACTERS = "characters"
+
+
+class Part(str, Enum):
+    """What a run is scored on: the test part, or (to choose settings) a sixth of the training part,
+    which is then not learned from."""
+
+    TEST = "test"
+    VALIDATION = "validation"
 
 
 class View(str, Enum):
@@ -300,7 +328,7 @@ class Motion(str, Enum):
 
 
 class ModelKind(str, Enum):
-    """Models that settings can name; `--model package.module:function` and the API take any."""
+    """Models that settings can name; `--model file.py:function` and the API take any."""
 
     MLP = "mlp"
     RESIDUAL_MLP = "residual-mlp"
@@ -341,9 +369,12 @@ class ModelSettings(_Section):
     """kind, width of the hidden layers, depth: number of layers that have weights (of rnn, gru and
     lstm: of cells; of resnet, vit, gpt, lstm-layers: of residual layers). tau: step of integration
     of `midpoint`. width, bias of `tracker`: its neurons, and whether they have one. width of
-    `resnet`: its channels before they double. heads: of vit and gpt; patch: its side, of vit."""
+    `resnet`: its channels before they double. stabilise: normed inputs and scaled residuals for its
+    layers (dynamics/stabilise.py), of a model of one's own, too. heads: of vit and gpt; patch: its
+    side, of vit."""
 
     kind: ModelKind = ModelKind.MLP
+    stabilise: bool = False
     width: Positive = 128
     depth: Positive = 5
     tau: Above0 = 0.1
@@ -357,6 +388,25 @@ class SmoothSettings(_Section):
 
     frames: Positive = 20
     motion: Motion = Motion.FADE
+
+
+class CanvasSettings(_Section):
+    """Images move over a canvas of `side` pixels, `speed` pixels an item; each stays for `frames`
+    items, over the last `fade` of which the next one fades in (streams/canvas.py)."""
+
+    side: Positive = 40
+    frames: Positive = 20
+    fade: Annotated[int, Field(ge=0)] = 10
+    speed: Above0 = 1.0
+
+    @model_validator(mode="after")
+    def _fades_inside(self) -> CanvasSettings:
+        if self.fade >= self.frames:
+            raise ValueError(
+                f"'fade' is {self.fade}, but a clip has {self.frames} items ('frames'): fewer of "
+                "them can fade"
+            )
+        return self
 
 
 class DriftSettings(_Section):
@@ -413,13 +463,16 @@ class StreamSettings(_Section):
 
     late_targets: items by which the targets come later than their inputs. target_delay: rejoins
     each target with the sample that came so many items before it; None: by the targets' tags.
-    patience: samples that may wait for a target. pace: in real time.
+    patience: samples that may wait for a target. pace: in real time. canvas: images move over a
+    larger canvas. evaluate: what a run is scored on.
     """
 
     source: Source = Source.DIGITS
     batch: Positive = 32
     path: Path | None = None
     smooth: SmoothSettings | None = None
+    canvas: CanvasSettings | None = None
+    evaluate: Part = Part.TEST
     drift: DriftSettings = DriftSettings()
     sequences: SequenceSettings = SequenceSettings()
     signal: SignalSettings = SignalSettings()
@@ -441,6 +494,15 @@ class StreamSettings(_Section):
     def _parts_fit(self) -> StreamSettings:
         if self.source is Source.SIGNAL and self.batch != 1:
             raise ValueError(f"'batch' is {self.batch}, but a signal has one row: leave it out")
+        if self.canvas is not None and self.source not in _IMAGES:
+            raise ValueError(
+                f"'canvas' moves images, which source {self.source.value!r} has not: leave it out, "
+                f"or use {' or '.join(source.value for source in _IMAGES)}"
+            )
+        if self.canvas is not None and self.smooth is not None:
+            raise ValueError(
+                "'canvas' and 'smooth': each has frames of its own; leave one of them out"
+            )
         late, delay = self.late_targets, self.target_delay
         if late and delay is not None and delay != late:
             raise ValueError(
@@ -453,6 +515,9 @@ class StreamSettings(_Section):
                 f"{self.patience}: no sample would wait for its target; raise 'patience'"
             )
         return self
+
+
+_IMAGES = (Source.DIGITS, Source.FASHION_MNIST)
 
 
 def _by_row(raw: Mapping[str, Any]) -> bool:
@@ -489,18 +554,39 @@ class PartitionSettings(_Section):
         return self
 
 
+def _listed(value: object) -> object:
+    """One name as a list of one; `none` as a list of none."""
+    if isinstance(value, (str, Compensation)):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        return [one for one in value if one != Compensation.NONE.value]
+    return value
+
+
+Compensations = Annotated[tuple[Compensation, ...], BeforeValidator(_listed)]
+
+
 class LocalityOverrides(_Section):
     """Knobs of locality; what is not given keeps the level's preset. truncation: how many of the
-    last samples of a sequence are gone through in reverse (level 'bptt'; not given: all)."""
+    last samples of a sequence are gone through in reverse (level 'bptt'; not given: all).
+
+    gate: weights move only while the block's input has been still for as long as its messages take,
+    up to that share of itself (true: 0.1). lead: ticks by which states are sent ahead (compensation
+    'prospective'); blend: of the input's estimate (compensation 'retrospective'). Either asks for
+    its compensation, as `delay_power` does."""
 
     grouping: Grouping | None = None
     speed: Speed | None = None
     presentation: Presentation | None = None
     moves: Moves | None = None
     memory: Memory | None = None
+    credit: Credit | None = None
     update: Update | None = None
-    compensation: Compensation | None = None
+    compensation: Compensations | None = None
     delay_power: Rate | None = None
+    gate: bool | Above0 | None = None
+    lead: Above0 | None = None
+    blend: Above0 | None = None
     order: Order | None = None
     target: TargetOf | None = None
     readout: Readout | None = None
@@ -509,10 +595,13 @@ class LocalityOverrides(_Section):
 
 class CourseSettings(_Section):
     """A number that changes with time: `values` one after the other, the last one from then on, or
-    with `cycle` all of them again and again."""
+    with `cycle` all of them again and again. every: ticks (or samples) that each value stands for;
+    smooth: it goes on a straight line from one to the next instead."""
 
     values: Annotated[tuple[Rate, ...], Field(min_length=1)]
     cycle: bool = False
+    every: Positive = 1
+    smooth: bool = False
 
 
 class ResetSettings(_Section):
@@ -571,16 +660,100 @@ class AdaptiveSettings(_Section):
     epsilon: Above0 = 1e-8
 
 
+class AverageSettings(_Section):
+    """A moving average of a block's own weights, with which a run is evaluated and exported.
+    decay: the share of it that stays when the weights come in; every: updates between two looks at
+    the weights (`decay` is per update, whatever `every` is)."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)]
+    every: Positive = 1
+
+
+class InputRule(str, Enum):
+    """What a linear layer's step does about its inputs: takes their mean out, or their correlation
+    as well (dynamics/whitening.py)."""
+
+    CENTRED = "centred"
+    WHITENED = "whitened"
+
+
+class InputsSettings(_Section):
+    """Statistics of a layer's own inputs. memory: of their mean, from update to update; of rule
+    'whitened', damping: of the inverse; look: updates between two looks at the covariance; refresh:
+    between two inverses."""
+
+    rule: InputRule = InputRule.WHITENED
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    damping: Above0 = 0.1
+    look: Positive = 4
+    refresh: Positive = 50
+
+
+def _rule_alone(value: object) -> object:
+    """`centred` as `{rule: centred}`; off as it was written."""
+    if isinstance(value, str) and value != "off":
+        return {"rule": value}
+    return _off(value)
+
+
+Inputs = Annotated[InputsSettings | Literal["off"], BeforeValidator(_rule_alone)]
+
+
+class HeadsSettings(_Section):
+    """A readout of its own for every block without one, which teaches that block alone: a layer
+    norm and a linear layer, which are no part of the exported model. weight: of its step, beside
+    that of the messages (not given: 0.3; at level 'heads', where there are none, 1). readout: the
+    one whose targets and loss it takes (not given: the first). norm: with the layer norm."""
+
+    weight: Above0 | None = None
+    readout: str | None = None
+    norm: bool = True
+
+
+def _decay_alone(value: object) -> object:
+    """`0.99` as `{decay: 0.99}`; off as it was written."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {"decay": value}
+    return _off(value)
+
+
+Averaging = Annotated[AverageSettings | Literal["off"], BeforeValidator(_decay_alone)]
+
+
+class BlockLearningSettings(_Section):
+    """What one block has otherwise; what is not given is as for all blocks."""
+
+    lr: Rate | None = None
+    average: Averaging | None = None
+    clip: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] | None = None
+    heads: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] | None = None
+    inputs: Inputs | None = None
+
+
 class LearningSettings(_Section):
-    """The step size and its course, in the words of gradient descent (HL Appendix E). adaptive:
-    not given: one beta for all of a block's weights."""
+    """The step size and its course, in the words of gradient descent (HL Appendix E). decay: over
+    the run, to the share `floor` of lr; warmup: samples over which it first rises; course: a factor
+    of lr by sample (of beta, where that is given), besides (rates.py). adaptive:
+    not given: one beta for all of a block's weights. average: of each block's weights, for
+    evaluation and export; clip: the most that the norm of a block's gradient may be; heads: the
+    blocks' own readouts; inputs: steps that do not depend on the mean, or on the correlation, of a
+    linear layer's inputs. blocks: by name (patterns as in a shell, names first), what single blocks
+    have otherwise (`heads` is then the weight, or off)."""
 
     lr: Rate = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dampening: Annotated[float, Field(ge=0, lt=1)] = 0.0
     first_step: FirstStep = FirstStep.UNDAMPENED
     decay: Decay = Decay.NONE
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warmup: Annotated[int, Field(ge=0)] = 0
+    course: CourseSettings | None = None
     adaptive: AdaptiveSettings | None = None
+    average: Averaging = "off"
+    clip: Annotated[Above0 | Literal["off"], BeforeValidator(_off)] = "off"
+    heads: HeadsSettings | None = None
+    inputs: Inputs = "off"
+    blocks: dict[str, BlockLearningSettings] = {}
 
     @model_validator(mode="after")
     def _adam_is_not_dampened(self) -> LearningSettings:
@@ -716,14 +889,16 @@ class LevelOverrides(_Section):
 
 
 class Settings(_Section):
-    """One run, or one comparison. `levels` holds what applies to a level only."""
+    """One run, or one comparison. loss: of the model's output; of one that returns several, for
+    all, or by output (those without one are not learned). `levels` holds what applies to a level
+    only."""
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
     dtype: DType = DType.FLOAT32
     steps: Positive | None = None
     level: Level = Level.TRACE
-    loss: Loss = Loss.CROSS_ENTROPY
+    loss: Loss | Annotated[dict[str, Loss], Field(min_length=1)] = Loss.CROSS_ENTROPY
     model: ModelSettings = ModelSettings()
     stream: StreamSettings = StreamSettings()
     partition: PartitionSettings = PartitionSettings()
@@ -748,6 +923,14 @@ class Settings(_Section):
 
 
 def _merged(settings: Settings, level: Level) -> Settings:
+    if level is Level.AUTO:  # which level's overrides hold shows later
+        others = {one: own for one, own in settings.levels.items() if one is not Level.AUTO}
+        made = _laid(settings, level)
+        return made.model_copy(update={"levels": others}) if others else made
+    return _laid(settings, level)
+
+
+def _laid(settings: Settings, level: Level) -> Settings:
     raw = settings.model_dump(mode="json", exclude={"levels"}, exclude_unset=True)
     overrides = settings.levels.get(level, LevelOverrides()).model_dump(exclude_unset=True)
     try:

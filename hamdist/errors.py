@@ -14,6 +14,7 @@
     └── ClusterError       Ray, an actor or a host failed or cannot take the run
 
 A message says what was wrong (the field or file, and the value) and what to do about it.
+`Choice` is no error: a warning that tells what hamdist has chosen, where it was asked to.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from typing import Any
 
 class HamdistError(Exception):
     """Root of the tree: catch this to catch whatever hamdist raises on purpose."""
+
+
+class Choice(UserWarning):
+    """What hamdist has chosen where it was asked to (level 'auto'), and why."""
 
 
 class SettingsError(HamdistError):

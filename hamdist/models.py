@@ -30,14 +30,9 @@ B: batch, I: inputs, H: width, O: outputs.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import itertools
 import math
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -50,6 +45,7 @@ from hamdist.dynamics.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.reversible import Coupling, MidpointStart
 from hamdist.dynamics.tracker import tracker
 from hamdist.errors import SettingsError
+from hamdist.loading import called, check_call, load_function, title
 from hamdist.networks import NETWORKS, NORM_EPS, make_network
 from hamdist.streams.sample import SampleSpec
 
@@ -60,6 +56,7 @@ CELLS: dict[ModelKind, type[nn.RNNCell | nn.GRUCell | nn.LSTMCell]] = {
 }
 
 ModelFactory: TypeAlias = Callable[[], object]
+MODEL_OPTION = "--model"
 
 
 class InputBlock(nn.Module):
@@ -230,7 +227,7 @@ def _features(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int]:
     if not spec.u_dtype.is_floating_point:
         raise SettingsError(
             f"model.kind: {kind} takes real-valued inputs, the stream yields {spec.u_dtype}; "
-            "give a model of your own (--model package.module:function)"
+            "give a model of your own (--model file.py:function)"
         )
     return math.prod(spec.u_shape[1:]), _outputs(settings, spec)
 
@@ -248,7 +245,7 @@ def _outputs(settings: ModelSettings, spec: SampleSpec) -> int:
     if len(spec.y_shape) != 2:
         raise SettingsError(
             f"model.kind: {kind} predicts values of shape (B, O), the stream's targets have shape "
-            f"{spec.y_shape}; give a model of your own (--model package.module:function)"
+            f"{spec.y_shape}; give a model of your own (--model file.py:function)"
         )
     return spec.y_shape[1]
 
@@ -324,24 +321,16 @@ def make_tracker(
 
 
 def load_factory(name: str) -> ModelFactory:
-    """The function `package.module:function` (an `nn.Module` class will do), not called yet.
+    """The function `package.module:function` or `file.py:function` (an `nn.Module` class will do),
+    not called yet.
 
-    The module is imported, so its code runs: `name` may come from a command line or a program,
+    Its module is imported, so its code runs: `name` may come from a command line or a program,
     never from a settings file. The current directory is searched too. Raises SettingsError for
     every way in which it can be wrong.
     """
-    module_name, colon, attribute = name.partition(":")
-    if not colon or not module_name or not attribute:
-        raise SettingsError(f"--model {name!r}: write it as package.module:function")
-    factory = getattr(_imported(module_name, name), attribute, None)
-    if factory is None:
-        raise SettingsError(f"--model {name!r}: module {module_name!r} has no {attribute!r}")
-    if not callable(factory):
-        raise SettingsError(
-            f"--model {name!r}: {attribute!r} is {type(factory).__name__}, not a function"
-        )
-    _check_signature(factory, name)
-    return factory  # type: ignore[no-any-return]  # callable() narrows to Callable[..., object]
+    factory = load_function(MODEL_OPTION, name)
+    check_call(MODEL_OPTION, name, factory)
+    return factory
 
 
 def make_from_factory(factory: ModelFactory, *, seed: int, dtype: torch.dtype) -> nn.Module:
@@ -350,54 +339,12 @@ def make_from_factory(factory: ModelFactory, *, seed: int, dtype: torch.dtype) -
     torch's global generator is seeded with `seed` while the function runs and put back afterwards.
     Raises SettingsError where the function fails or returns something else than an `nn.Module`.
     """
-    name = getattr(factory, "__qualname__", repr(factory))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            model = factory()
-        except Exception as error:
-            raise SettingsError(f"--model: {name}() failed: {_short(error)}") from error
+        model = called(MODEL_OPTION, factory)
     if not isinstance(model, nn.Module):
         raise SettingsError(
-            f"--model: {name}() returned {type(model).__name__}, not a torch.nn.Module"
+            f"{MODEL_OPTION}: {title(factory)}() returned {type(model).__name__}, not a "
+            "torch.nn.Module"
         )
     return model.to(dtype)
-
-
-def _imported(module_name: str, name: str) -> object:
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            raise SettingsError(
-                f"--model {name!r}: no module {error.name!r} in the current directory or on the "
-                "Python path"
-            ) from None
-        raise SettingsError(f"--model {name!r}: its import failed: {_short(error)}") from error
-    except Exception as error:
-        raise SettingsError(f"--model {name!r}: its import failed: {_short(error)}") from error
-
-
-def _check_signature(factory: ModelFactory, name: str) -> None:
-    try:
-        signature = inspect.signature(factory)
-    except ValueError:  # some callables written in C have none
-        return
-    try:
-        signature.bind()
-    except TypeError as error:
-        raise SettingsError(
-            f"--model {name!r}: it is called without arguments, but {error}"
-        ) from None
-
-
-def _short(error: Exception) -> str:
-    """Type, message and place of an error in a user's code."""
-    text = f"{type(error).__name__}: {error}"
-    frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, SyntaxError) or not frames:
-        return text
-    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"

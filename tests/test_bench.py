@@ -7,12 +7,14 @@ import copy
 import json
 import runpy
 import sys
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from harness import works
+from harness import learning, works
 from harness.arithmetic import Share
 from harness.configurations import compiled, eager, schedules
 from harness.contest import (
@@ -31,6 +33,7 @@ from harness.explain import parts, sentence
 from harness.figures import Row, Spread, Target, faster, missing, spread, worst
 from harness.footprint import Footprint, claim
 from harness.inprocess import InProcess
+from harness.ours import fresh_actors
 from harness.output import figure, targets, write
 from harness.pipelining import half
 from harness.processes import Remote, RemoteError, together
@@ -38,6 +41,14 @@ from harness.turns import in_turns
 from harness.verdicts import backprop_rows, exchange_row, memory_row, rows
 from harness.works import Cycled, chain, mlp, pace
 from torch.nn.functional import cross_entropy
+
+from hamdist.runtime.cluster import Session
+from hamdist.runtime.hosts import Seat
+from hamdist.study.grid import run as grid_run
+from hamdist.study.grid.run import check
+from hamdist.study.grid.settings import Trains, load_study
+from hamdist.study.grid.summary import Line
+from hamdist.study.grid.work import Record
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
@@ -202,6 +213,14 @@ class TestVerdicts:
         found.turns[TRACE] = one(5.01)
         assert exchange_row(found, 16384).reached is False
 
+    def test_a_step_that_is_faster_than_the_arithmetic_by_hand_is_the_arithmetic(self):
+        found = contest(mlp(128, 32), trace=5, arithmetic=6, exchange=1)
+        found.parts[TRACE] = {"arithmetic": 6.0, "autograd or Python": -4.0, "waiting": 3.0}
+        assert exchange_row(found, 16384).ratio == pytest.approx(3)  # 5 - (6 - 4)
+        found.parts[TRACE] = {"arithmetic": 3.0, "autograd or Python": 1.0, "waiting": 1.0}
+        found.turns[ARITHMETIC] = one(3)
+        assert exchange_row(found, 16384).ratio == 2
+
     def test_unequal_weights_miss_however_fast(self):
         contests = {
             key: contest(mlp(*key), backprop=1, centralised=2, alone=0.5)
@@ -279,6 +298,13 @@ class TestSides:
         numbers = [(c.schedule, c.micro_batches) for c in schedules(4, "plain")]
         assert numbers == [("GPipe", 1), ("GPipe", 2), ("GPipe", 4), ("1F1B", 2), ("1F1B", 4)]
 
+    def test_idle_actors_end(self, monkeypatch):
+        session, ended = Session(), []
+        session.idle = [(Seat(), "a"), (Seat(cpus=2), "b")]
+        monkeypatch.setattr("ray.kill", ended.append)
+        fresh_actors(session)
+        assert (session.idle, sorted(ended)) == ([], ["a", "b"])
+
     def test_stages_have_three_layers_each(self):
         model = mlp(8, 1).model()
         halves = [half(model, rank) for rank in (0, 1)]
@@ -328,6 +354,19 @@ class TestProcesses:
         assert all(peer.ended for peer in peers)
 
     @pytest.mark.timeout(60)
+    def test_they_are_forked_from_one_process_of_one_thread(self):
+        remotes = [Remote(), Remote()]
+        try:
+            assert [remote.call("arithmetic.clear") for remote in remotes] == [None, None]
+            parents = {psutil.Process(remote.pid).parent() for remote in remotes}
+            (server,) = parents
+            assert server.parent() == psutil.Process()
+            assert server.num_threads() == 1
+        finally:
+            for remote in remotes:
+                remote.close()
+
+    @pytest.mark.timeout(60)
     def test_a_side_that_fails_is_named(self, capfd):
         remote = Remote()
         try:
@@ -356,3 +395,110 @@ class TestArguments:
     def test_wrong_arguments(self, script, wrong, monkeypatch, capsys):
         assert self.run(script, monkeypatch, *wrong) == 2
         assert "error" in capsys.readouterr().err
+
+
+class TestLearning:
+    def line(self, side, accuracy, gap, **more):
+        kind = {"centralised": Trains.CENTRALISED, "frozen": Trains.FROZEN}
+        blank = Line(
+            side=side,
+            trains=kind.get(side, Trains.LEVEL),
+            memoryless=side in ("local", "heads"),
+            point=(),
+            seeds=3,
+            accuracy=accuracy,
+            spread=0.001,
+            loss=0.4,
+            loss_spread=0.01,
+            gap=gap,
+            gap_spread=0.002,
+            prequential=0.8,
+            seconds=1.0,
+            chosen={"learning.lr": 0.3},
+            tuned=0.88,
+        )
+        return replace(blank, **more)
+
+    def test_each_condition_is_a_row(self):
+        lines = [
+            self.line("centralised", 0.877, 0.0),
+            self.line("trace", 0.8751, -0.0019),
+            self.line("heads", 0.8735, -0.0035),
+            self.line("frozen", 0.80, -0.077),
+        ]
+        found = {row.name: row for row in learning.rows({"fashion-5": lines})}
+        assert len(found) == 11
+        gap = found["Fashion-MNIST, L = 5, batch 32, trace: against backpropagation"]
+        assert (gap.ratio, gap.target, gap.reached) == (-0.19, Target(-0.2), True)
+        assert gap.configuration["settings"] == "hamdist/studies/fashion-5.yaml"
+        assert gap.configuration["accuracies"]["frozen"] == 0.80
+        accuracy = found["Fashion-MNIST, L = 5, batch 32, trace: accuracy"]
+        assert (accuracy.ratio, accuracy.reached) == (87.51, True)
+        heads = found["random order, heads: against backpropagation"]
+        assert (heads.ratio, heads.reached) == (-0.35, False)
+        unknown = found["convnet, trace: against backpropagation"]
+        assert (unknown.ratio, unknown.reached) == (None, False)
+        assert "study convnet has not run" in unknown.profile
+        text = learning.targets(list(found.values()))
+        assert "| -0.19 | ≥ -0.2 | reached |" in text
+        assert "| 87.51 % | ≥ 87.4 % | reached |" in text
+        assert "| -0.35 | ≥ -0.3 | **missed** |" in text
+
+    def test_a_failed_seed_is_a_missed_target(self):
+        failed = self.line("local", None, None, notes=("seed 2: it blew up",))
+        row = next(r for r in learning.rows({"fading-20": [failed]}) if "S = 20" in r.name)
+        assert (row.ratio, row.reached, row.profile) == (None, False, "seed 2: it blew up")
+
+    def test_the_targets_are_those_of_shipped_studies(self):
+        for wanted in learning.WANTED:
+            study = load_study(wanted.study)
+            assert study.seeds >= 3
+            assert set(wanted.sides) <= set(study.sides)
+            check(study, chosen=True)
+        assert set(learning.STUDIES) == {wanted.study for wanted in learning.WANTED}
+
+    def test_frozen_stands_beside_what_keeps_nothing(self):
+        local, frozen = self.line("local", 0.8, 0.0), self.line("frozen", 0.7, -0.1)
+        assert learning.frozen_is_there([local, frozen])
+        assert not learning.frozen_is_there([local])
+        assert learning.frozen_is_there([self.line("trace", 0.8, 0.0)])
+
+    @pytest.mark.parametrize("how", ["--quick", "--full"])
+    def test_the_script(self, how, tmp_path, monkeypatch, capsys):
+        """With made-up runs: 87.6 % for centralised training, 87.5 % for all else."""
+
+        def work(job):
+            accuracy = 0.876 if job.trains is Trains.CENTRALISED else 0.875
+            return Record(
+                key=job.key,
+                trains=job.trains.value,
+                seed=job.settings.seed,
+                rows=1,
+                accuracy=accuracy,
+                loss=1.0,
+                prequential=0.8,
+                seconds=1.0,
+                smoothness=None,
+                staleness=0,
+                failure=None,
+                warnings=(),
+                curve=(),
+                drifts=(),
+                settings={},
+            )
+
+        monkeypatch.setattr(grid_run, "work", work)
+        out = tmp_path / "json"
+        given = [how, "--json", str(out), "--out", str(tmp_path), "--workers", "1"]
+        monkeypatch.setattr(sys, "argv", ["learning", *given])
+        runpy.run_path(str(BENCH / "learning"), run_name="__main__")
+        read = json.loads(out.read_text())
+        assert len(read["rows"]) == 11
+        reached = [row["reached"] for row in read["rows"]]
+        assert reached.count(True) == (9 if how == "--quick" else 11)
+        assert set(read["rows"][0]) >= {"name", "ratio", "target", "reached"}
+        assert read["rows"][0]["ratio"] == pytest.approx(-0.1)
+        assert "| what | found | target |" in capsys.readouterr().out
+        text = (tmp_path / "learning.md").read_text()
+        assert "| frozen | 87.50 ± 0.00 | -0.10 ± 0.00 |" in text
+        assert (tmp_path / "fading-20" / "study.html").is_file()

@@ -220,7 +220,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     ("name", "folder"), [("digits", "digits"), ("../../etc", "etc"), ("..", "run"), ("a b", "a-b")]
 )
 def test_a_comparison_is_written_below_results(name: str, folder: str) -> None:
-    assert _results_of(Settings(name=name)) == Path("results") / folder
+    assert _results_of(name) == Path("results") / folder
 
 
 @pytest.mark.parametrize("name", ["run", "compare"])
@@ -309,7 +309,7 @@ def test_settings_cannot_name_code(tmp_path: Path) -> None:
 def test_plain_lines_now_and_then(
     train: FakeTrain, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hamdist.cli.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("hamdist.cli_common.PLAIN_SECONDS", 0.0)
     result = command("run", tiny)
     assert "tiny, trace: item 3/6, tick 3, 12 rows/s, 0:01 left" in flat(result.stderr)
     assert len(train.asked) == 1

@@ -18,15 +18,25 @@ ALLOWED = {
     "dynamics": {"errors", "config"},
     "streams": {"errors", "config"},
     "networks": {"errors", "config", "streams"},
-    "models": {"errors", "config", "dynamics", "streams", "networks"},
+    "loading": {"errors"},
+    "models": {"errors", "config", "dynamics", "streams", "networks", "loading"},
     "runtime": {"errors", "config", "dynamics", "streams"},
     "api": {"errors", "config", "dynamics", "streams", "runtime"},
-    "study": {"errors", "config", "dynamics", "streams", "runtime", "models"},
-    "cli": {"errors", "config", "dynamics", "streams", "runtime", "models", "study"},
+    "study": {"errors", "config", "dynamics", "streams", "runtime", "models", "loading"},
+    "launch": {"errors", "config", "dynamics", "streams", "runtime", "models", "study", "loading"},
+    "cli_common": {"errors", "config", "runtime", "study"},
+    "cli_cluster": {"errors", "config", "models", "study", "launch", "cli_common"},
+    "cli": {
+        *("errors", "config", "dynamics", "streams", "runtime", "models", "study"),
+        *("cli_common", "cli_cluster"),
+    },
     "__main__": {"cli"},
     "__init__": {"errors", "config", "dynamics", "streams", "runtime", "api"},
 }
-RAY = {"runtime/actors.py", "runtime/crew.py", "runtime/cluster.py"}
+RAY = {
+    *("runtime/actors.py", "runtime/crew.py", "runtime/recovery.py", "runtime/cluster.py"),
+    *("runtime/tasks.py", "launch/jobs.py", "launch/examine.py"),
+}
 
 
 def imports(path):

@@ -172,6 +172,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "user_broken.py").write_text("1 / 0\n")
     (tmp_path / "user_syntax.py").write_text("def (\n")
     (tmp_path / "user_needs.py").write_text("import not_installed_anywhere\n")
+    (tmp_path / "user.dotted.py").write_text(MODULE)
+    (tmp_path / "json.py").write_text(MODULE)
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "user_other.py").write_text("from user_beside import good\n")
+    (tmp_path / "deeper" / "user_beside.py").write_text(MODULE)
     yield tmp_path
     for name in set(sys.modules) - before:
         if name.startswith("user_"):
@@ -179,7 +184,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("name", ["user_nets:good", "user_nets:Net"])
+@pytest.mark.parametrize(
+    "name",
+    ["user_nets:good", "user_nets:Net", "user_nets.py:good", "deeper/user_other.py:good"],
+)
 def test_factory_of_a_user(name: str) -> None:
     state = torch.get_rng_state()
     make = load_factory(name)
@@ -206,6 +214,12 @@ def test_factory_of_a_user(name: str) -> None:
         ("user_nets:bad", "module 'user_nets' has no 'bad'"),
         ("user_nets:NUMBER", "'NUMBER' is int, not a function"),
         ("user_nets:takes", "called without arguments, but missing .*'width'"),
+        ("user_nets.py", "write it as package.module:function or path/file.py:function"),
+        ("nowhere/user_nets.py:good", "there is no file 'nowhere/user_nets.py'"),
+        ("user_nets.py:bad", "file 'user_nets.py' has no 'bad'"),
+        ("user_broken.py:good", r"its import failed: ZeroDivisionError.*user_broken\.py, line 1"),
+        ("user.dotted.py:good", "a file with a dot in its name; rename it"),
+        ("json.py:good", "Python has another module 'json' .*; rename the file"),
     ],
 )
 def test_factory_that_cannot_be_had(name: str, message: str) -> None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.flow import Flow, Value, references
@@ -126,9 +124,8 @@ class _Builder:
             self.output = self._ref(Ref(*out[0]))
         else:
             forms = [self.flow.form(value) for value in out]
-            widest = reduce(torch.promote_types, [f.dtype for f in forms])
             sent = [self._ref(Ref(*value)) for value in out]
-            self._add(Step(FUNCTION, packed, (Size(1), widest, sent, forms)))
+            self._add(Step(FUNCTION, packed, (Size(1), sent, forms)))
             self.output = Ref(len(self.program) - 1)
         blocks = [name for name in self.leaving if name in self._inputs]
         own = [name for name in inputs if name in self._inputs]
@@ -207,7 +204,8 @@ class _Builder:
             return Arg(sender)
         at = list(out).index(value)
         first = sum(f.columns for f in forms[:at])
-        return Ref(self._add(Step(FUNCTION, unpacked, (Arg(sender), first, forms[at]))))
+        own = forms[at].dtype if len({f.dtype for f in forms}) > 1 else None
+        return Ref(self._add(Step(FUNCTION, unpacked, (Arg(sender), first, forms[at], own))))
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

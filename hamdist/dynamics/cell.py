@@ -135,6 +135,20 @@ class Cell(Remembers):
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
         """One forward pass. wanted: the inputs whose product will be asked for."""
+        theta = self._parameters
+        if self._stash:
+            theta = [t.clone().requires_grad_() for t in self.theta]
+        return self._forward(theta, inputs, wanted)
+
+    def forward_at(
+        self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Record:
+        """The same with other weights, which the record keeps (of a cell that stashes)."""
+        return self._forward([t.requires_grad_() for t in theta], inputs, wanted)
+
+    def _forward(
+        self, theta: list[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Record:
         leaves: list[Tensor | None] = []
         arguments = []
         for tensor, want in zip(inputs, wanted, strict=True):
@@ -142,9 +156,6 @@ class Cell(Remembers):
             leaves.append(leaf)
             argument = tensor.detach() if leaf is None else leaf
             arguments.append(argument.clone() if self._copies else argument)
-        theta = self._parameters
-        if self._stash:
-            theta = [t.clone().requires_grad_() for t in self.theta]
         with torch.enable_grad():
             output = self._call(combined(self._combine, arguments), theta)
         if not isinstance(output, Tensor):

@@ -120,11 +120,8 @@ class Chain:
         many = len(self.layers)
         inputs = [x, *rows.outputs(inner, many - 1)]
         for i, (layer, d_i) in enumerate(zip(self.layers, rows.outputs(d, many), strict=True)):
-            w, b = layer.weights
-            if w is not None:
-                g[w] = Outer(d_i, inputs[i], bool(moved >> i & 1))
-            if b is not None:
-                g[b] = Column(d_i, bool(moved >> i & 1))
+            done = bool(moved >> i & 1)
+            g.put(layer.weights, (Outer(d_i, inputs[i], done), Column(d_i, done)))
 
     def _apart(self, x: Tensor, inner: Tensor, y: Tensor) -> list[Kept]:
         """What the layers would have kept, had they been called one by one."""

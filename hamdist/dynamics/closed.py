@@ -76,9 +76,19 @@ class ClosedCell(Cell):
         self._free: list[Steps] = []
         self._pulled: Steps | None = None  # the latest
         self._needs: dict[tuple[bool, ...], list[tuple[bool, tuple[bool, ...]]]] = {}
+        # One kernel on one input, as of a chain of linear layers: nothing to look up or to share
+        # out, which is a good part of a small block's step.
+        self._only = program[0] if len(program) == 1 and program[0].reads == (0,) else None
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Steps:  # type: ignore[override]
         old = self._free.pop() if self._free else None
+        only = self._only
+        if only is not None and len(inputs) == 1:
+            x = inputs[0]
+            x = x.detach() if x.requires_grad else x
+            before = None if old is None or only.lasting else old.kept[0]
+            made = only.kernel.forward(before, x)
+            return Steps([made], [x], (wanted[0] and x.is_floating_point(),), made[0])
         given = [t.detach() if t.requires_grad else t for t in inputs]
         wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, given, strict=True))
         values: list[Any] = combined(self._combine, given)
@@ -104,20 +114,7 @@ class ClosedCell(Cell):
         moved by them already."""
         wanted = record.wanted if inputs else (False,) * len(record.wanted)
         g = Gradients(len(self.theta), at_once) if weights else None
-        many = len(combined_places(self._combine, len(record.inputs)))
-        about: list[Tensor | None] = [None] * (many + len(self._steps))
-        about[-1] = cotangent
-        needs = self._wanted(wanted, weights=weights)
-        for i in range(len(self._steps) - 1, -1, -1):
-            step, z = self._steps[i], about[many + i]
-            if z is None or not needs[i][0]:
-                continue
-            found = step.kernel.pull(record.kept[i], z, needs[i][1], g)
-            for place, one in zip(step.reads, found, strict=True):
-                if one is not None:
-                    had = about[place]
-                    about[place] = one if had is None else had + one
-        to_parents = self._apart(record, wanted, about[:many])
+        to_parents = self._pulled_through(record, cotangent, wanted, g)
         if not keep:
             if self._pulled is not None:
                 self._free.append(self._pulled)
@@ -135,6 +132,31 @@ class ClosedCell(Cell):
 
     def _slots(self, record: Any) -> Iterator[Slot]:
         return nested_slots(record.kept)
+
+    def _pulled_through(
+        self, record: Steps, cotangent: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+    ) -> list[Tensor | None]:
+        """The messages to the parents; the gradients go into `g`, if given."""
+        needs = self._wanted(wanted, weights=g is not None)
+        only = self._only
+        if only is not None and len(wanted) == 1 and needs[0][0]:
+            (m,) = only.kernel.pull(record.kept[0], cotangent, wanted, g)
+            if not wanted[0]:
+                return [None]
+            return [torch.zeros_like(record.inputs[0]) if m is None else m]
+        many = len(combined_places(self._combine, len(record.inputs)))
+        about: list[Tensor | None] = [None] * (many + len(self._steps))
+        about[-1] = cotangent
+        for i in range(len(self._steps) - 1, -1, -1):
+            step, z = self._steps[i], about[many + i]
+            if z is None or not needs[i][0]:
+                continue
+            found = step.kernel.pull(record.kept[i], z, needs[i][1], g)
+            for place, one in zip(step.reads, found, strict=True):
+                if one is not None:
+                    had = about[place]
+                    about[place] = one if had is None else had + one
+        return self._apart(record, wanted, about[:many])
 
     def _wanted(
         self, wanted: tuple[bool, ...], *, weights: bool

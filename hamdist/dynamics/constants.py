@@ -19,16 +19,24 @@ from typing import TypeAlias
 
 from hamdist.config import (
     AdaptiveSettings,
+    AverageSettings,
     BlockDynamicsSettings,
+    BlockLearningSettings,
+    Compensation,
     CourseSettings,
     DynamicsSettings,
     FirstStep,
+    InputRule,
+    InputsSettings,
     LearningSettings,
     Reset,
     ResetSettings,
 )
 from hamdist.dynamics.locality import Locality
 from hamdist.dynamics.patterns import check_patterns, fitting
+from hamdist.dynamics.rates import Listed as Listed
+from hamdist.dynamics.rates import listed
+from hamdist.dynamics.whitening import Whitening
 from hamdist.errors import LevelError
 
 TOLERANCE = 1e-12
@@ -46,18 +54,6 @@ class Constant:
         return self.value
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """values[k]; behind the end the last one, or with `cycle` from the front again."""
-
-    values: tuple[float, ...]
-    cycle: bool = False
-
-    def __call__(self, k: int) -> float:
-        n = len(self.values)
-        return self.values[k % n if self.cycle else min(k, n - 1)]
-
-
 @dataclass(frozen=True)
 class Dynamics:
     """tau: by tick; None where the stream's time stamps give it. phi: by tick, where the
@@ -66,7 +62,9 @@ class Dynamics:
     beta: of the weights; betas: of those whose name is given, or fits a pattern: the first one.
     weight_cost: r_w. momentum: the share of omega that a sequence takes over from the one before it
     (presentation 'sequence'). adaptive: beta by weight, as Adam has it. reset, limit: see
-    DynamicsSettings. blocks: overrides by pattern, for `of`.
+    DynamicsSettings. average: of the weights; clip: the most that |tau g| may be; ahead: momentum
+    looks ahead (weights.py); inputs: what steps do about theirs (whitening.py). blocks, learning:
+    overrides by pattern, for `of`. per_lr: beta at a learning rate of 1.
     """
 
     tau: Course | None
@@ -83,12 +81,30 @@ class Dynamics:
     adaptive: AdaptiveSettings | None = None
     reset: ResetSettings = field(default_factory=lambda: ResetSettings(h=Reset.NEVER))
     limit: float = math.inf
+    average: AverageSettings | None = None
+    clip: float = math.inf
+    ahead: bool = False
+    inputs: Whitening | None = None
     blocks: Mapping[str, BlockDynamicsSettings] = field(default_factory=dict)
+    learning: Mapping[str, BlockLearningSettings] = field(default_factory=dict)
+    per_lr: float = 1.0
 
     def of(self, block: str) -> Dynamics:
         """The constants of `block`."""
+        pattern = fitting(block, self.learning)
+        made = self if pattern is None else self._learning(self.learning[pattern])
         pattern = fitting(block, self.blocks)
-        return replace(self, blocks={}) if pattern is None else self._with(self.blocks[pattern])
+        return replace(made, blocks={}) if pattern is None else made._with(self.blocks[pattern])
+
+    def _learning(self, own: BlockLearningSettings) -> Dynamics:
+        return replace(
+            self,
+            beta=self.beta if own.lr is None else own.lr * self.per_lr,
+            average=self.average if own.average is None else _average(own.average),
+            clip=self.clip if own.clip is None else _clip(own.clip),
+            inputs=self.inputs if own.inputs is None else _inputs(own.inputs),
+            learning={},
+        )
 
     def _with(self, own: BlockDynamicsSettings) -> Dynamics:
         betas = tuple(own.beta.items()) if isinstance(own.beta, dict) else ()
@@ -119,6 +135,21 @@ class Dynamics:
         return self.tau is None or Reset.SEQUENCE in (r.h, r.z, r.omega)
 
 
+def _average(given: AverageSettings | str) -> AverageSettings | None:
+    return None if isinstance(given, str) else given
+
+
+def _inputs(given: InputsSettings | str) -> Whitening | None:
+    if isinstance(given, str):
+        return None
+    centred = given.rule is InputRule.CENTRED
+    return Whitening(given.memory, given.damping, given.look, given.refresh, centred)
+
+
+def _clip(given: float | str) -> float:
+    return math.inf if isinstance(given, str) else given
+
+
 def _first(*values: float | None) -> float:
     return next(v for v in values if v is not None)
 
@@ -138,7 +169,7 @@ def make_dynamics(
     d = dynamics
     tau: Course | None
     if isinstance(d.tau, CourseSettings):
-        largest, tau = max(d.tau.values), Listed(d.tau.values, d.tau.cycle)
+        largest, tau = max(d.tau.values), listed(d.tau)
         if min(d.tau.values) <= 0:
             raise LevelError("dynamics.tau: every step of integration is above 0 seconds")
     elif d.tau == "stamps":
@@ -161,7 +192,13 @@ def make_dynamics(
         adaptive=learning.adaptive,
         reset=_reset(d.reset, knobs),
         limit=d.limit,
+        average=_average(learning.average),
+        clip=_clip(learning.clip),
+        inputs=_inputs(learning.inputs),
+        ahead=Compensation.LOOK_AHEAD in knobs.compensation,
         blocks=d.blocks,
+        learning=learning.blocks,
+        per_lr=1 / largest if learning.blocks else 1.0,
     )
     _check(made, None if tau is None else largest, knobs)
     return made
@@ -189,7 +226,7 @@ def _phi(
 ) -> tuple[Course, float | None]:
     """The course of phi, and phi of the first loss where it differs."""
     if isinstance(d.phi, CourseSettings):
-        return Listed(d.phi.values, d.phi.cycle), None
+        return listed(d.phi), None
     if d.phi is not None:
         return Constant(d.phi), None
     dampened = Constant((1 - learning.dampening) / tau)
@@ -221,8 +258,46 @@ def _check(made: Dynamics, tau: float | None, knobs: Locality) -> None:
             "learning.adaptive with presentation 'sequence', whose omega gathers the gradients of "
             "a whole sequence before the weights move: leave it out, or use another presentation"
         )
+    _check_recipes(made, tau, knobs)
     if not knobs.hold:
         _check_wave(made, tau, knobs)
+
+
+def _named(inputs: InputsSettings | str | None) -> bool:
+    return inputs is not None and inputs != "off"
+
+
+def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
+    """What the recipes of `learning` do not go with."""
+    clips = [made.clip, *(_clip(b.clip) for b in made.learning.values() if b.clip is not None)]
+    if knobs.sequence and min(clips) < math.inf:
+        raise LevelError(
+            f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
+            "gradients of a whole sequence: leave it out, or use another presentation"
+        )
+    if knobs.sequence and (made.inputs or any(_named(b.inputs) for b in made.learning.values())):
+        raise LevelError(
+            "learning.inputs with presentation 'sequence', whose omega gathers the gradients of a "
+            "whole sequence: leave it out, or use another presentation"
+        )
+    if Compensation.WEIGHT_PREDICTION in knobs.compensation and made.adaptive is not None:
+        raise LevelError(
+            "compensation 'weight-prediction' with learning.adaptive, whose steps are not along "
+            "omega: leave one of them out"
+        )
+    if not made.ahead:
+        return
+    if made.adaptive is not None:
+        raise LevelError(
+            "compensation 'look-ahead' with learning.adaptive, whose steps are not along omega: "
+            "leave one of them out"
+        )
+    each = [made, *(made._with(own) for own in made.blocks.values())]
+    if tau is not None and any(abs(1 - tau * d.eta_omega) <= TOLERANCE for d in each):
+        raise LevelError(
+            "compensation 'look-ahead' without momentum: there is nothing that could carry the "
+            "weights ahead; set learning.momentum (or dynamics.eta_omega below 1/tau)"
+        )
 
 
 def _check_wave(made: Dynamics, tau: float | None, knobs: Locality) -> None:
@@ -283,6 +358,14 @@ def check_names(dynamics: Dynamics, parameters: Mapping[str, Iterable[str]]) -> 
     """Raises LevelError for a pattern in `dynamics.blocks` that fits no block, or no parameter of
     the blocks that it fits. parameters: their names, by block."""
     check_patterns("dynamics.blocks", dynamics.blocks, parameters, "block", LevelError)
+    check_patterns("learning.blocks", dynamics.learning, parameters, "block", LevelError)
+    for block in parameters:
+        a, b = fitting(block, dynamics.blocks), fitting(block, dynamics.learning)
+        if a and b and dynamics.blocks[a].beta is not None and dynamics.learning[b].lr is not None:
+            raise LevelError(
+                f"dynamics.blocks.{a}.beta and learning.blocks.{b}.lr both are the rate of the "
+                f"weights of {block!r}: give one of them"
+            )
     for pattern, own in dynamics.blocks.items():
         fits = [b for b in parameters if fnmatchcase(b, pattern)]
         if isinstance(own.beta, dict):

@@ -229,10 +229,9 @@ class Cuts:
         made: list[Run] = []
         for segment, (a, b) in enumerate(pairwise(bounds)):
             own = [s for s in starts if a <= s < b]
-            ends = [*own[1:], b]
-            ops = [tuple(flow.order[s:e]) for s, e in zip(own, ends, strict=True)]
+            ops = [tuple(flow.order[s:e]) for s, e in pairwise([*own, b])]
             output = segment - 1 if len(bounds) > 2 else 0
-            if output >= 0 and not ops:
+            if output >= 0 and not ops:  # others go on from it
                 ops = [()]
             for k, run in enumerate(ops):
                 last = output >= 0 and k == len(ops) - 1

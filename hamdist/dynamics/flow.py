@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hamdist.dynamics.piece import MODULE, Arg, Form, Path, Ref, Template, Weight, places
-from hamdist.dynamics.tracing import Op, Trace
+from hamdist.dynamics.recording import Op
+from hamdist.dynamics.tracing import Trace
 
 Value = tuple[int, Path]  # a tensor: the op that makes it, and where in its result
 
@@ -56,7 +57,7 @@ class Flow:
 
     # -- ops --------------------------------------------------------------------------------------
 
-    def _need(self, op: Op) -> set[int]:
+    def _need(self, op: Op[Form]) -> set[int]:
         return {r.step for r in references(op)} | op.reads
 
     def _living(self) -> set[int]:
@@ -78,7 +79,7 @@ class Flow:
             if not waiting:
                 return live
 
-    def _weights(self, op: Op) -> dict[int, str]:
+    def _weights(self, op: Op[Form]) -> dict[int, str]:
         """The weights and buffers that an op uses, by identity, with their names."""
         found: dict[int, str] = {}
         if op.step.kind == MODULE:
@@ -103,14 +104,14 @@ class Flow:
         return pure
 
     def _light(self, i: int) -> bool:
-        forms = self.ops[i].forms.values()
+        forms = self.ops[i].out.values()
         return all(f.free or not f.dtype.is_floating_point for f in forms)
 
     def _late(self, i: int) -> bool:
         """Whether an op moves to its first user: it has no batch."""
         op = self.ops[i]
         moved = op.random or op.writes or op.memory & self._written
-        return not moved and bool(op.forms) and all(f.free for f in op.forms.values())
+        return not moved and bool(op.out) and all(f.free for f in op.out.values())
 
     def _asked(self) -> set[int]:
         """What blocks do: `live`, without what is done only for what is free."""
@@ -225,7 +226,7 @@ class Flow:
     # -- what crosses -----------------------------------------------------------------------------
 
     def form(self, value: Value) -> Form:
-        return self.ops[value[0]].forms[value[1]]
+        return self.ops[value[0]].out[value[1]]
 
     def last_use(self) -> dict[Value, int]:
         """The last place where a value is read, of values that are read in the order."""
@@ -255,7 +256,7 @@ class Flow:
 
     def kept(self, i: int) -> int:
         """Real numbers per row that an op makes."""
-        forms = self.ops[i].forms.values()
+        forms = self.ops[i].out.values()
         return sum(f.columns for f in forms if not f.free and f.dtype.is_floating_point)
 
     def title(self, i: int) -> str:
@@ -272,7 +273,7 @@ class Flow:
         return tuple(n for n in (*op.modules, *own) if n)
 
 
-def references(op: Op) -> list[Ref]:
+def references(op: Op[Form]) -> list[Ref]:
     return refs((op.step.args, op.step.kwargs))
 
 

@@ -42,6 +42,12 @@ class Gradients(list["Gradient | None"]):
         self.moved = 0
         self.later: list[Callable[[Gradients], None]] = []  # (of which none may hold this list)
 
+    def put(self, places: Sequence[int | None], found: Sequence[Gradient | None]) -> None:
+        """What a kernel found of its weights, each at its place; None: not trained."""
+        for place, gradient in zip(places, found, strict=True):
+            if place is not None:
+                self[place] = gradient
+
     def settle(self) -> None:
         later, self.later = self.later, []
         for make in later:
@@ -147,6 +153,21 @@ def _norms(tensors: list[Tensor]) -> list[float]:
     if None in found:
         return [float(n) for n in torch._foreach_norm(tensors)]
     return cast("list[float]", found)
+
+
+def norm_of(g: Sequence[Gradient]) -> float:
+    """|g|, of all of g together. |z^T x|^2 = sum_rs (z_r . z_s)(x_r . x_s), which for R rows costs
+    R^2 (O + I) instead of the R O I of the product itself; the less is taken."""
+    squares = 0.0
+    for one in g:
+        if isinstance(one, Outer):
+            rows_, out, into = *one.z.shape, one.x.shape[1]
+            if rows_ * (out + into) < out * into:
+                together = (one.z @ one.z.t()).mul_(one.x @ one.x.t())
+                squares += max(0.0, float(together.sum()))
+                continue
+        squares += float(torch.linalg.vector_norm(dense(one))) ** 2
+    return math.sqrt(squares)
 
 
 def bound(g: Sequence[Gradient]) -> float:

@@ -27,6 +27,7 @@ from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.energy import Energy
 from hamdist.dynamics.gradient import Gradient
 from hamdist.dynamics.saving import Remembers, known, taken
+from hamdist.dynamics.stillness import Retrospect
 from hamdist.dynamics.weights import Weights
 
 
@@ -63,6 +64,10 @@ class HoldBlock(Remembers):
     g_k takes z_{k+1}, so the weights of tick k move then, too. own_k is phi dL/dh of a readout with
     a state: at h_k, in the sequential order at h_{k+1}.
 
+    lead: the block sends h_{k+1} + lead (h_{k+1} - h_k), its state as it will be so many ticks
+    later if it goes on like this; a leaky state (c tau = a < 1) sends f_k with lead (1 - a)/a.
+    retrospect: makes the input with which g_k is taken (stillness.py).
+
     energy: of the latest tick that measured it.
     """
 
@@ -80,10 +85,14 @@ class HoldBlock(Remembers):
         output: Cell | None = None,
         output_weights: Weights | None = None,
         guard: Guard = unguarded,
+        lead: float = 0.0,
+        retrospect: Retrospect | None = None,
     ) -> None:
         self.cell = cell
         self.weights = weights
         self.h = h
+        self._lead = lead
+        self._retrospect = retrospect
         self.z = torch.zeros_like(h) if z is None else z
         self.output = output
         self.output_weights = output_weights
@@ -158,23 +167,36 @@ class HoldBlock(Remembers):
         g: list[Gradient] | None = None
         d = self._dynamics
         record: Record | None = None
+        ahead: Tensor | None = None
         if tick.moves:
             record = self.cell.forward(inputs, self._wanted)
             f = plain(record.output)
             if self.energy is not None:
                 self.energy.work = d.c * float((self.z * (f - self.h)).sum())
             step = d.c * tick.tau
+            before = self.h
             self.h = f if step == 1 else self.h + step * (f - self.h)
             self._guard("h", self.h)
-        self.h = send(self.h)
+            ahead = self.h + self._lead * (self.h - before) if self._lead else None
+        if ahead is None:
+            self.h = send(self.h)
+        else:
+            send(ahead)
         if record is not None:
             now = tick.updates and not self._sequential
             later = tick.updates and self._sequential
             cotangent = scaled(self.z, d.c)
             at_once = self.weights.at_once(self._scale(tick.sample), tick.tau) if now else None
-            to_parents, g = self.cell.pull(
-                record, cotangent, weights=now, keep=later, at_once=at_once
-            )
+            if self._retrospect is None:
+                to_parents, g = self.cell.pull(
+                    record, cotangent, weights=now, keep=later, at_once=at_once
+                )
+            else:
+                to_parents, _ = self.cell.pull(record, cotangent, weights=False)
+                estimate = self._retrospect.estimate(inputs)
+                if now:
+                    past = self.cell.forward(estimate, [False] * len(inputs))
+                    _, g = self.cell.pull(past, cotangent, inputs=False, at_once=at_once)
             self._record = record if later else None
         self._last = tick
         if tick.updates and not self._sequential:

@@ -50,12 +50,22 @@ class JoinedCell(Cell):
         return self._inner
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
+        return self._inner.forward(*self._joined(inputs, wanted))
+
+    def forward_at(
+        self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Record:
+        return self._inner.forward_at(theta, *self._joined(inputs, wanted))
+
+    def _joined(
+        self, inputs: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[list[Tensor], list[bool]]:
         groups = self._joining.groups(inputs)
         if not self._sizes:
             pairs = zip(self._joining.joins, groups, strict=True)
             self._sizes = [[t.shape[j.axis or 0] for t in group] for j, group in pairs]
         wants = [any(group) for group in self._joining.groups(wanted)]
-        return self._inner.forward(self._joining.joined(inputs), wants)
+        return self._joining.joined(inputs), wants
 
     def pull(
         self,

@@ -129,10 +129,7 @@ class Linear:
             w, b = self.weights
             moved = native and g.at_once is not None and self._move(d, x, norm, g.at_once)
             g.moved += moved * ((w is not None) + (b is not None))
-            if w is not None:
-                g[w] = Outer(d, x, moved)
-            if b is not None:
-                g[b] = Column(d, moved)
+            g.put(self.weights, (Outer(d, x, moved), Column(d, moved)))
         return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self.into),)
 
     def _move(self, d: Tensor, x: Tensor, norm: float | None, at_once: AtOnce) -> bool:
@@ -324,16 +321,12 @@ class LayerNorm:
         self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         _, x, mean, rstd = kept
-        w, b = self.weights
-        mask = [wanted[0], g is not None and w is not None, g is not None and b is not None]
+        mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
         to, g_w, g_b = aten.native_layer_norm_backward(
             z.contiguous(), x, self._shape, mean, rstd, self._w, self._b, mask
         )
         if g is not None:
-            if w is not None:
-                g[w] = g_w
-            if b is not None:
-                g[b] = g_b
+            g.put(self.weights, (g_w, g_b))
         return (to if wanted[0] else None,)
 
 
@@ -361,15 +354,11 @@ class Conv2d:
         self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         stride, padding, dilation = self._how
-        w, b = self.weights
-        mask = [wanted[0], g is not None and w is not None, g is not None and b is not None]
+        mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
         sizes = None if self._b is None else list(self._b.shape)
         to, g_w, g_b = aten.convolution_backward(
             z, kept[1], self._w, sizes, stride, padding, dilation, False, [0, 0], self._groups, mask
         )
         if g is not None:
-            if w is not None:
-                g[w] = g_w
-            if b is not None:
-                g[b] = g_b
+            g.put(self.weights, (g_w, g_b))
         return (to if wanted[0] else None,)

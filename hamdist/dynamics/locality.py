@@ -5,6 +5,7 @@
     group       group     1      hold          all             none    tick
     delay-free  layer     depth  hold          layer-by-layer  none    tick
     trace       layer     1      pulse         -               trace   arrival
+    heads       layer     1      pulse         -               none    arrival, of the signal itself
     reversible  layer     inf    pulse         -               reversible  arrival
     backprop    layer     inf    pulse         -               trace   arrival
     bptt        layer     inf    sequence      -               trace   sequence
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from hamdist.config import (
     Compensation,
+    Credit,
     Grouping,
     Level,
     LocalityOverrides,
@@ -37,7 +39,8 @@ from hamdist.errors import LevelError
 @dataclass(frozen=True, slots=True)
 class Locality:
     """Every knob, set. speed: hops per sample (semantics.md's c), `inf`, or `depth`: D + 1.
-    truncation: samples of a sequence that are gone through in reverse (None: all)."""
+    truncation: samples of a sequence that are gone through in reverse (None: all). gate: the
+    tolerance of the stability gate, if there is one. lead, blend: see LocalityOverrides."""
 
     grouping: Grouping
     speed: Speed
@@ -45,8 +48,12 @@ class Locality:
     memory: Memory
     update: Update
     moves: Moves = Moves.ALL
-    compensation: Compensation = Compensation.NONE
+    credit: Credit = Credit.MESSAGES
+    compensation: tuple[Compensation, ...] = ()
     delay_power: float = 0.5
+    gate: float | None = None
+    lead: float = 1.0
+    blend: float = 1.5
     order: Order = Order.OMEGA_FIRST
     target: TargetOf = TargetOf.SAMPLE
     readout: Readout = Readout.OUTPUT
@@ -77,9 +84,18 @@ PRESETS = {
     # which the block moves, so under it nothing below the last state block ever learns.
     Level.DELAY_FREE: replace(_HOLD, speed="depth", moves=Moves.LAYER_BY_LAYER),
     Level.TRACE: _PULSE,
+    Level.HEADS: replace(_PULSE, memory=Memory.NONE, credit=Credit.HEADS),
     Level.REVERSIBLE: replace(_PULSE, speed="inf", memory=Memory.REVERSIBLE),
     Level.BACKPROP: replace(_PULSE, speed="inf"),
     Level.BPTT: _SEQUENCE,
+}
+
+
+STILL = 0.1  # of its norm, by which a still input may change from tick to tick
+_ASKS = {
+    "delay_power": Compensation.DELAY_SCALED,
+    "lead": Compensation.PROSPECTIVE,
+    "blend": Compensation.RETROSPECTIVE,
 }
 
 
@@ -88,15 +104,25 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
 
     Raises LevelError where the knobs contradict each other.
     """
+    if level is Level.AUTO:
+        raise LevelError(
+            "level 'auto' is chosen by `train`, from the stream and the network; name a level here"
+        )
     given = {k: v for k, v in overrides if v is not None}
     if given.get("presentation") not in (None, PRESETS[level].presentation):
         # The other presentation brings its own memory and update, unless they are given as well.
         base = _BASES[given["presentation"]]
-        given = {"memory": base.memory, "update": base.update, "moves": base.moves, **given}
+        own = {"memory": base.memory, "update": base.update, "moves": base.moves}
+        given = {**own, "credit": base.credit, **given}
         if base is _SEQUENCE:
             given = {"speed": base.speed, **given}
-    if "delay_power" in given:
-        given.setdefault("compensation", Compensation.DELAY_SCALED)
+    asked = tuple(made for knob, made in _ASKS.items() if knob in given)
+    if asked and "compensation" not in given:
+        given["compensation"] = asked
+    if Compensation.WEIGHT_PREDICTION in given.get("compensation", ()):
+        given.setdefault("memory", Memory.TRACE_WEIGHTS)
+    if isinstance(given.get("gate"), bool):
+        given["gate"] = STILL if given["gate"] else None
     knobs = replace(PRESETS[level], **given)
     for reason in _contradictions(knobs):
         raise LevelError(f"level {level.value!r} cannot run with these knobs: {reason}")
@@ -113,6 +139,7 @@ def _contradictions(k: Locality) -> list[str]:
         )
     if k.sequence:
         return reasons + _against_sequence(k)
+    reasons += _against_recipes(k)
     if k.update is Update.SEQUENCE:
         reasons.append(
             f"update 'sequence' with presentation {k.presentation.value!r}: it belongs to "
@@ -124,8 +151,15 @@ def _contradictions(k: Locality) -> list[str]:
             " inputs can be recomputed only while the weights are those of the forward pass; use "
             "presentation 'pulse' and speed 'inf' (level 'reversible')"
         )
+    if k.credit is Credit.HEADS and (not k.pulse or k.memory is not Memory.NONE):
+        reasons.append(
+            f"credit 'heads' with presentation {k.presentation.value!r} and memory "
+            f"{k.memory.value!r}: each block learns in the tick in which a sample passes it, so "
+            "nothing is held and nothing is kept; use presentation 'pulse' and memory 'none' "
+            "(level 'heads'), or learning.heads beside the messages of level 'trace'"
+        )
     if k.pulse:
-        if k.memory is Memory.NONE:
+        if k.memory is Memory.NONE and k.credit is Credit.MESSAGES:
             reasons.append(
                 "presentation 'pulse' with memory 'none': a message comes back when the sample has "
                 "left the block, so the block must keep its activations; use memory 'trace'"
@@ -169,6 +203,37 @@ def _contradictions(k: Locality) -> list[str]:
     return reasons
 
 
+def _against_recipes(k: Locality) -> list[str]:
+    """Why a gate or a compensation cannot go with the other knobs of a hold or a pulse."""
+    reasons = []
+    if k.gate is not None and (
+        not k.hold or k.update is not Update.TICK or k.moves is not Moves.ALL
+    ):
+        reasons.append(
+            f"gate with presentation {k.presentation.value!r}, update {k.update.value!r} and moves "
+            f"{k.moves.value!r}: it picks the ticks in which a held input is still; use "
+            "presentation 'hold', update 'tick' and moves 'all' (levels 'local', 'group')"
+        )
+    reasons += [
+        f"compensation {one.value!r} with presentation {k.presentation.value!r}: signals of one "
+        "sample meet there anyway; use presentation 'hold' (level 'local')"
+        for one in (Compensation.PROSPECTIVE, Compensation.RETROSPECTIVE)
+        if one in k.compensation and not k.hold
+    ]
+    if Compensation.RETROSPECTIVE in k.compensation and k.order is Order.SEQUENTIAL:
+        reasons.append(
+            "compensation 'retrospective' with order 'sequential', whose gradient takes the "
+            "costate of the next tick; use order 'omega-first'"
+        )
+    if Compensation.WEIGHT_PREDICTION in k.compensation and k.memory is not Memory.TRACE_WEIGHTS:
+        reasons.append(
+            f"compensation 'weight-prediction' with memory {k.memory.value!r}: a message meets the "
+            "weights that were expected for it, so a block keeps them; use memory 'trace+weights' "
+            "(level 'trace')"
+        )
+    return reasons
+
+
 def _against_sequence(k: Locality) -> list[str]:
     """Why the knobs of presentation 'sequence' cannot go together."""
     reasons = []
@@ -178,14 +243,23 @@ def _against_sequence(k: Locality) -> list[str]:
         ("update", k.update, Update.SEQUENCE),
         ("moves", k.moves, Moves.ALL),
         ("order", k.order, Order.OMEGA_FIRST),
-        ("compensation", k.compensation, Compensation.NONE),
+        ("compensation", k.compensation, ()),
+        ("credit", k.credit, Credit.MESSAGES),
+        ("gate", k.gate, None),
         ("readout", k.readout, Readout.OUTPUT),
         ("target", k.target, TargetOf.SAMPLE),
     ):
         if given != needed:
-            value, need = getattr(given, "value", given), getattr(needed, "value", needed)
+            value, need = _word(given), _word(needed)
             reasons.append(
                 f"presentation 'sequence' with {name} {value!r}: a sequence travels forward with "
                 f"its states kept, then back, and the weights move once; use {name} {need!r}"
             )
     return reasons
+
+
+def _word(value: object) -> object:
+    """A knob's value as a user writes it."""
+    if isinstance(value, tuple):
+        return ", ".join(str(_word(one)) for one in value) or "none"
+    return "off" if value is None else getattr(value, "value", value)

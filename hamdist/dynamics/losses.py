@@ -5,7 +5,7 @@ B: batch, O: outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -16,6 +16,8 @@ from hamdist.config import Loss
 from hamdist.dynamics import rows
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# of a model's only output, or of all; or by output
+Losses: TypeAlias = LossFunction | Mapping[str, LossFunction]
 
 # phi -> phi dL/dy
 Slope: TypeAlias = Callable[[float], Tensor]
@@ -103,3 +105,10 @@ def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor,
 
 def make_loss(name: Loss) -> LossFunction:
     return {Loss.MSE: mse, Loss.CROSS_ENTROPY: cross_entropy}[name]
+
+
+def make_losses(names: Loss | Mapping[str, Loss]) -> Losses:
+    """What `settings.loss` says."""
+    if isinstance(names, Loss):
+        return make_loss(names)
+    return {output: make_loss(name) for output, name in names.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from hamdist.dynamics.losses import class_axis
 from hamdist.dynamics.saving import Remembers, known
 
 AT_ONCE = 64  # items that are counted together
+SMALL = 4096  # numbers of a prediction, up to which it is kept until then
 
 
 @known
@@ -69,11 +71,12 @@ def count_correct(prediction: Tensor, target: Tensor) -> tuple[int, int]:
 
 
 @known
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """One item, not yet counted."""
+class _Look(NamedTuple):
+    """One item, not yet counted. prediction: of class targets; guess: the classes, where they were
+    looked for at once."""
 
     item: int
+    prediction: Tensor | None
     guess: Tensor | None
     target: Tensor
     loss: Tensor
@@ -97,9 +100,15 @@ class Prequential(Remembers):
     STATE = ("every", "windows", "_open", "_looks", "_items")
 
     def record(self, item: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
-        with torch.no_grad():
-            guess = guessed(prediction, target)
-        self._looks.append(_Look(item, guess, target, loss))
+        """prediction: (B, ...), of which nobody changes a number any more; target: (B, ...); loss:
+        a scalar."""
+        if prediction.dim() == 2 and prediction.numel() <= SMALL and target.dim() == 1:
+            kept = None if target.is_floating_point() else prediction
+            self._looks.append(_Look(item, kept, None, target, loss))
+        else:
+            with torch.no_grad():
+                guess = guessed(prediction, target)
+            self._looks.append(_Look(item, None, guess, target, loss))
         self._items += 1
         if self._items >= self.every:
             self.flush()
@@ -128,10 +137,21 @@ class Prequential(Remembers):
 
 def _window(looks: Sequence[_Look]) -> Window:
     losses: list[float] = torch.stack([look.loss for look in looks]).tolist()
-    guesses = [look.guess.reshape(-1) for look in looks if look.guess is not None]
-    targets = [look.target.reshape(-1) for look in looks if look.guess is not None]
     correct = rows = 0
-    if guesses:
-        correct = int((torch.cat(guesses) == torch.cat(targets)).sum())
-        rows = sum(len(target) for target in targets)
+    for guess, target in _guesses(looks):
+        correct += int((guess == target).sum())
+        rows += len(target)
     return Window(looks[0].item, looks[-1].item, len(looks), sum(losses), correct, rows)
+
+
+def _guesses(looks: Sequence[_Look]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The classes that were predicted, and the right ones, row by row, of several items each."""
+    waiting = [(look.prediction, look.target) for look in looks if look.prediction is not None]
+    if waiting:
+        predictions, targets = zip(*waiting, strict=True)
+        with torch.no_grad():
+            yield torch.cat(predictions).argmax(1), torch.cat(targets)
+    known = [(look.guess.reshape(-1), look.target) for look in looks if look.guess is not None]
+    if known:
+        guesses, targets = zip(*known, strict=True)
+        yield torch.cat(guesses), torch.cat([target.reshape(-1) for target in targets])

@@ -333,11 +333,11 @@ def _fixed(dims: Sequence[Size]) -> bool:
     return not any(d.per for d in dims)
 
 
-def packed(
-    batch: int, dtype: torch.dtype, values: Sequence[Tensor], forms: Sequence[Form]
-) -> Tensor:
-    """Values of one batch as one signal (B, columns); one without batch is repeated in every row,
-    so that the messages about its copies add up to the one about itself."""
+def packed(batch: int, values: Sequence[Tensor], forms: Sequence[Form]) -> Tensor:
+    """Values of one batch as one signal (B, columns), of the widest of their types; one without
+    batch is repeated in every row, so that the messages about its copies add up to the one about
+    itself."""
+    dtype = reduce(torch.promote_types, [value.dtype for value in values])
     columns = []
     for value, form in zip(values, forms, strict=True):
         if form.free:
@@ -350,18 +350,19 @@ def packed(
     return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 
-def unpacked(h: Tensor, first: int, form: Form) -> Tensor:
-    """One value, from column `first` of the signal on."""
-    batch = h.shape[0]
+def unpacked(h: Tensor, first: int, form: Form, dtype: torch.dtype | None) -> Tensor:
+    """One value, from column `first` of the signal on. dtype: of a value that went with others of
+    other types; None: that of the signal, which may be the reader's (runtime/precision.py)."""
+    batch, dtype = h.shape[0], dtype or h.dtype
     columns = h if form.columns == h.shape[1] else h[:, first : first + form.columns]
     dims = [d.of(batch) for d in form.dims or ()]
     if form.free:
-        return columns[0].reshape(dims).to(form.dtype)
+        return columns[0].reshape(dims).to(dtype)
     if not _plain(form):
-        return columns.reshape(dims).to(form.dtype)
+        return columns.reshape(dims).to(dtype)
     front = _moving(form)
     rest = dims[:front] + dims[front + 1 :]
-    return columns.reshape([batch, *rest]).movedim(0, front).to(form.dtype)
+    return columns.reshape([batch, *rest]).movedim(0, front).to(dtype)
 
 
 def _moving(form: Form) -> int:

@@ -25,6 +25,7 @@ from hamdist.dynamics.block import (
 )
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
+from hamdist.dynamics.heads import Taught
 from hamdist.dynamics.reversible import Rewinder, pieces_of
 from hamdist.dynamics.saving import Remembers, taken
 from hamdist.dynamics.weights import Weights
@@ -37,7 +38,12 @@ class PulseBlock(Remembers):
         z = tau sum_w M_w,            M_v = c (df/dh_v)^T z,     g = c (df/dtheta)^T z
 
     which is one hop of Hamilton's equations with c tau = 1, eta_z = 0 and s = -1. The trace keeps
-    the record of every sample between its two passes.
+    the record of every sample between its two passes. taught: a readout of its own beside the
+    messages (heads.py), from which it learns right behind the forward pass. predicts: the block
+    passes samples with the weights that it will have after so many updates more, if these go on as
+    the last one, and keeps them for the message:
+
+        theta^ = theta - d tau beta omega        (SpecTrain, Chen et al. 2018)
     """
 
     def __init__(
@@ -48,9 +54,13 @@ class PulseBlock(Remembers):
         dynamics: Dynamics,
         scale: Scale,
         guard: Guard = unguarded,
+        taught: Taught | None = None,
+        predicts: int | None = None,
     ) -> None:
         self.cell = cell
         self.weights = weights
+        self.taught = taught
+        self._predicts = predicts
         self.h: Tensor | None = None
         self.z: Tensor | None = None
         self.trace: dict[int, Record] = {}
@@ -73,18 +83,27 @@ class PulseBlock(Remembers):
         self.cell.restore(own["cell"])  # once more: see `rebuilt`
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
-        record = self.cell.forward(inputs, self._wanted)
+        if self._predicts is None:
+            record = self.cell.forward(inputs, self._wanted)
+        else:
+            at = self.weights.predicted(self._predicts, self._scale(sample), self._tau)
+            record = self.cell.forward_at(at, inputs, self._wanted)
         self.trace[sample] = record
         self.h = plain(record.output)
         self._guard("h", self.h)
         return self.h
+
+    def learn(self, sample: int, label: Tensor | None) -> None:
+        """A step by the block's own readout, after `forward`; without a label there is none."""
+        if self.taught is not None and label is not None:
+            self.taught.learn(sample, self.trace[sample], label, keep=True)
 
     def backward(self, sample: int, messages: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The messages to the parents; weights do not move for a sample without any message."""
         record = self.trace.pop(sample)
         message = total(messages)
         if message is None:
-            self.weights.updates += 1
+            self.weights.rest()
             return [None] * len(self._wanted)
         self.z = scaled(message, self._tau)
         self._guard("z", self.z)
@@ -145,7 +164,7 @@ class ReversibleBlock(Remembers):
         child's is taken out of `messages`, so that its memory can go."""
         given = messages.pop()
         if given is None:
-            self.weights.updates += 1
+            self.weights.rest()
             return [None]
         z = scaled(given[0], self._tau)
         self._guard("z", z)
@@ -196,7 +215,7 @@ class PulseReadout(Remembers):
         """The messages to the parents, and what was read (None without a target)."""
         record = self.cell.forward(inputs, self._wanted)
         if target is None:
-            self.weights.updates += 1
+            self.weights.rest()
             return [None] * len(self._wanted), None
         scale = self._scale(sample)
         at_once = self.weights.at_once(scale, self._tau)

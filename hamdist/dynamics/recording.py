@@ -19,10 +19,11 @@ import linecache
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -86,23 +87,30 @@ class Unfollowed(Exception):
         self.line = line
 
 
+Out = TypeVar("Out")
+
+
 @dataclass(slots=True)
-class Taken:
+class Op(Generic[Out]):
     """A step that was taken. where: the module whose forward took it; line: of that forward.
-    modules: all modules under way, outermost first. tensors: what came out, by path; varies: it
-    depends on the input, on weights, or on chance. reads: steps that had to come first, through
-    memory that they share. writes: memory that it changed."""
+    modules: all modules under way, outermost first. out: by path, what came out (of one run the
+    tensors; of several their forms, tracing.py); varies: it depends on the input, on weights, or on
+    chance. reads: steps that had to come first, through memory that they share. writes: memory
+    that it changed."""
 
     step: Step
     where: str
     line: str
     modules: tuple[str, ...]
-    tensors: dict[Path, Tensor]
+    out: dict[Path, Out]
     random: bool
     varies: bool
     reads: set[int]
     writes: set[int]
     memory: set[int]
+
+
+Taken: TypeAlias = Op[Tensor]
 
 
 @dataclass(slots=True)
@@ -256,6 +264,15 @@ class _Recorder(TorchFunctionMode):
 
     # -- steps ----------------------------------------------------------------------------------
 
+    @contextmanager
+    def _a_step(self) -> Iterator[None]:
+        """What happens inside is no step of the model's."""
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
     def _take(
         self,
         step: Step,
@@ -265,49 +282,37 @@ class _Recorder(TorchFunctionMode):
         name: str,
         own: nn.Module | None = None,
     ) -> Any:
-        self._inside += 1  # what happens here is no step of the model's
-        try:
-            return self._taking(step, args, kwargs, run, name, own)
-        finally:
-            self._inside -= 1
-
-    def _taking(
-        self,
-        step: Step,
-        args: Any,
-        kwargs: dict[str, Any],
-        run: Callable[[], Any],
-        name: str,
-        own: nn.Module | None,
-    ) -> Any:
-        given = list(_tensors((args, kwargs)))
-        template = Step(
-            step.kind,
-            step.target,
-            self._template(step.args),
-            self._template(step.kwargs),
-            torch.is_grad_enabled(),
-        )
-        if torch.is_autocast_enabled() != self._autocast:
-            raise self._fails("it switches autocast on or off")
-        versions = [t._version for t in given]
-        chance = torch.get_rng_state()
-        out = run()
-        random = not torch.equal(torch.get_rng_state(), chance)
-        written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
-        made = list(_walk(out))
-        varies = random or self._varies(template) or (own is not None and _stateful(own))
-        if not made and not written:
-            about = own is not None or not given or name in ABOUT
-            if not about and varies:
-                raise self._fails(f"what it does depends on values of a tensor ({name})")
-            if own is None and not random:
-                return out
-        if own is not None or given or made:
-            for odd in _others(out):
-                raise self._fails(f"{name} returns a {type(odd).__name__}, which is not followed")
-        self._note(template, given, written, made, random=random, varies=varies)
-        return out
+        with self._a_step():
+            given = list(_tensors((args, kwargs)))
+            template = Step(
+                step.kind,
+                step.target,
+                self._template(step.args),
+                self._template(step.kwargs),
+                torch.is_grad_enabled(),
+            )
+            if torch.is_autocast_enabled() != self._autocast:
+                raise self._fails("it switches autocast on or off")
+            versions = [t._version for t in given]
+            chance = torch.get_rng_state()
+            out = run()
+            random = not torch.equal(torch.get_rng_state(), chance)
+            written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
+            made = list(_walk(out))
+            varies = random or self._varies(template) or (own is not None and _stateful(own))
+            if not made and not written:
+                about = own is not None or not given or name in ABOUT
+                if not about and varies:
+                    raise self._fails(f"what it does depends on values of a tensor ({name})")
+                if own is None and not random:
+                    return out
+            if own is not None or given or made:
+                for odd in _others(out):
+                    raise self._fails(
+                        f"{name} returns a {type(odd).__name__}, which is not followed"
+                    )
+            self._note(template, given, written, made, random=random, varies=varies)
+            return out
 
     def _note(
         self,
@@ -320,7 +325,7 @@ class _Recorder(TorchFunctionMode):
         varies: bool,
     ) -> None:
         k = len(self._taken)
-        taken = Taken(
+        taken: Taken = Op(
             step, self._innermost, _line_here(), tuple(self._stack), dict(made), random, varies,
             set(), set(), set(),
         )  # fmt: skip
@@ -401,7 +406,10 @@ class _Recorder(TorchFunctionMode):
 
     def finished(self, output: Any) -> Recording:
         for odd in _others(output):
-            raise self._fails(f"the model returns a {type(odd).__name__}; return tensors")
+            raise Unfollowed(
+                f"the model returns a {type(odd).__name__}; return tensors, or a tuple or dict of "
+                "them", "", "",
+            )  # fmt: skip
         return Recording(self._taken, self._template(output), self._constants, self._origin)
 
 

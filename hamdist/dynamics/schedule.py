@@ -21,7 +21,7 @@ from enum import Enum, IntEnum
 from itertools import count
 from typing import NamedTuple, Protocol
 
-from hamdist.config import Moves, Order, TargetOf, Update
+from hamdist.config import Credit, Moves, Order, TargetOf, Update
 from hamdist.dynamics.graph import Edge, Graph
 from hamdist.dynamics.locality import Locality
 from hamdist.dynamics.saving import known
@@ -183,13 +183,15 @@ class PulseSchedule:
 
     forward of sample n at depth l: tick n c + l. backward: n c + 2D - l; an output net takes the
     loss in the tick of its forward. Signals that arrive early wait at the receiver, so those of
-    one sample meet, over skips as well.
+    one sample meet, over skips as well. With credit 'heads' nothing comes back: a block learns from
+    sample n in the tick of its forward.
     """
 
     def __init__(self, graph: Graph, knobs: Locality) -> None:
         self._depths = graph.depths
         self._readouts = set(graph.readouts)
         self._D = graph.depth
+        self.one_way = knobs.credit is Credit.HEADS
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
 
     def _ticks(self, speed: str) -> int:
@@ -197,7 +199,9 @@ class PulseSchedule:
 
     def lag(self, block: str) -> int:
         """d_l = 2 (D - l): ticks from a block's forward to its backward."""
-        return 0 if block in self._readouts else 2 * (self._D - self._depths[block])
+        if self.one_way or block in self._readouts:
+            return 0
+        return 2 * (self._D - self._depths[block])
 
     def _forward_tick(self, block: str, sample: int) -> int:
         return sample * self.c + self._depths[block]
@@ -210,6 +214,9 @@ class PulseSchedule:
         if block in self._readouts:
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.READ, n)
+        if self.one_way:
+            for n in count(first):
+                yield Event(self._forward_tick(block, n), Phase.FORWARD, n)
         behind = max(0, -((self._backward_tick(block, 0) - since) // self.c))
         for n in count(first):
             forward = Event(self._forward_tick(block, n), Phase.FORWARD, n)
@@ -257,8 +264,9 @@ class PulseSchedule:
         return max(self.delay(b) for b in self._depths)
 
     def stored(self, block: str) -> int:
-        """Samples whose activations a block keeps at a time: floor(d_l / c) + 1."""
-        return self.lag(block) // self.c + 1
+        """Samples whose activations a block keeps at a time: floor(d_l / c) + 1; with credit
+        'heads' none beyond the tick in which they pass."""
+        return 0 if self.one_way else self.lag(block) // self.c + 1
 
 
 class HoldSchedule:
@@ -348,6 +356,10 @@ class HoldSchedule:
         if self._knobs.moves is Moves.LAYER_BY_LAYER:
             return back
         return 2 * back if self._knobs.update is Update.TICK else 2 * back // self.c
+
+    def wait(self, block: str) -> int:
+        """Ticks from a sample's arrival at `block` to that of the message about it."""
+        return 2 * max(0, self._lags.get(block, self._reach) - self._depths[block])
 
     def in_flight(self, edge: Edge, kind: Kind) -> int:  # noqa: ARG002
         """d in every tick. In the end d more: a block that stops in tick k has read what was sent

@@ -65,7 +65,7 @@ class WayBack(Remembers):
             self.weights.conclude(self._scale(sample), self._tau)
         else:
             self.weights.omega = self._before
-            self.weights.updates += 1
+            self.weights.rest()
 
 
 class SequenceBlock(Remembers):

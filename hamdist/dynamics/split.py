@@ -18,10 +18,11 @@ import copy
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.assembly import Run, assembled
@@ -30,8 +31,9 @@ from hamdist.dynamics.cuts import Cuts, Policy, stays, stays_whole
 from hamdist.dynamics.flow import Flow, Value
 from hamdist.dynamics.graph import INPUT, BlockSpec, Graph, combined
 from hamdist.dynamics.inputs import Inputs, by_parent, called_by_parent
-from hamdist.dynamics.losses import LossFunction, mse
-from hamdist.dynamics.piece import Ref, Template
+from hamdist.dynamics.losses import Losses, LossFunction, mse
+from hamdist.dynamics.outputs import losses_of, named
+from hamdist.dynamics.piece import Ref
 from hamdist.dynamics.recording import Unfollowed
 from hamdist.dynamics.reversible import pieces_of
 from hamdist.dynamics.tracing import Trace, trace
@@ -40,7 +42,17 @@ from hamdist.errors import GraphError
 REPEATS = 5
 
 
-__all__ = ["Policy", "is_chain", "split_module", "split_sequential"]
+__all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential"]
+
+
+def check_made(model: nn.Module) -> None:
+    """Raises GraphError where a lazy module does not know its weights yet."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            raise GraphError(
+                f"{name!r} has no shape yet (a lazy module): call the model once on an example, "
+                "which makes its weights, before you train it"
+            )
 
 
 def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Sequential]:
@@ -175,7 +187,7 @@ def _timed(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, float]:
 
 def split_module(
     model: nn.Module,
-    loss: LossFunction | Mapping[str, LossFunction],
+    loss: Losses,
     partition: PartitionSettings,
     grouping: Grouping,
     *,
@@ -237,7 +249,7 @@ def split_module(
 
 def _whole(
     model: nn.Module,
-    loss: LossFunction | Mapping[str, LossFunction],
+    loss: Losses,
     inputs: Mapping[str, Tensor],
     state_readout: bool,
     why: str,
@@ -260,47 +272,17 @@ def _whole(
 
 
 def _outputs(
-    followed: Trace,
-    loss: LossFunction | Mapping[str, LossFunction],
-    targets: Collection[str] | None,
+    followed: Trace, loss: Losses, targets: Collection[str] | None
 ) -> tuple[list[str], list[Value], list[LossFunction]]:
     """The outputs that have a loss: their names (of the only one: ''), values and losses."""
-    found = dict(_named(followed.output))
+    found = dict(named(followed.output))
     refs = {n: (r.step, r.path) for n, r in found.items() if isinstance(r, Ref)}
     if not refs:
         raise GraphError(
             "the model's output does not depend on its input and its weights; return the prediction"
         )
-    if list(refs) == [""]:
-        if isinstance(loss, Mapping):
-            raise GraphError(
-                f"loss names the outputs {', '.join(map(repr, loss))}, but the model returns one "
-                "tensor; give one loss, or return a dict"
-            )
-        return [""], list(refs.values()), [loss]
-    known = f"the model's outputs are {', '.join(map(repr, refs))}"
-    chosen = list(refs)
-    if isinstance(loss, Mapping):
-        chosen = list(loss)
-    elif targets is not None:
-        chosen = list(targets)
-    for name in chosen:
-        if name not in refs:
-            what = "loss" if isinstance(loss, Mapping) else "the stream's targets"
-            raise GraphError(f"{what} name the output {name!r}; {known}")
-    losses = [loss[n] if isinstance(loss, Mapping) else loss for n in chosen]
-    return chosen, [refs[n] for n in chosen], losses
-
-
-def _named(output: Template, name: str = "") -> list[tuple[str, Any]]:
-    """The parts of what the model returns, by name."""
-    if isinstance(output, (tuple, list)):
-        pairs = [(f"{name}_{i}" if name else f"out{i}", v) for i, v in enumerate(output)]
-    elif isinstance(output, dict):
-        pairs = [(f"{name}_{k}" if name else str(k), v) for k, v in output.items()]
-    else:
-        return [(name, output)]
-    return [found for key, value in pairs for found in _named(value, key)]
+    losses = losses_of(list(refs), loss, targets)
+    return list(losses), [refs[n] for n in losses], list(losses.values())
 
 
 def _seconds_of(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, float]:

@@ -9,6 +9,7 @@ B: batch.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,34 +21,16 @@ from hamdist.dynamics.piece import (
     PLACES,
     Const,
     Form,
-    Path,
     Ref,
     Size,
     Step,
     Template,
     replaced,
 )
-from hamdist.dynamics.recording import OWN, Recording, Taken, Unfollowed, record, watch
+from hamdist.dynamics.recording import OWN, Op, Recording, Taken, Unfollowed, record, watch
 
 BATCHES = (2, 3, 5)
 MOST_BATCH = 8  # of the stream's own batch, which the first run has up to here
-
-
-@dataclass(slots=True)
-class Op:
-    """A step of the model. forms: of the tensors that come out, by path; the rest as in `Taken`.
-    keeps: its result is equal in every run: the constant that stands for it."""
-
-    step: Step
-    where: str
-    line: str
-    modules: tuple[str, ...]
-    forms: dict[Path, Form]
-    random: bool
-    varies: bool
-    reads: set[int]
-    writes: set[int]
-    memory: set[int]
 
 
 @dataclass(slots=True)
@@ -55,7 +38,7 @@ class Trace:
     """ops: in the model's own order. output: a template. constants: by index. origin: of memory (as
     in `Recording`). whole: the modules that could not be followed, and why."""
 
-    ops: list[Op]
+    ops: list[Op[Form]]
     output: Template
     constants: list[Tensor]
     origin: dict[int, object]
@@ -76,7 +59,9 @@ def trace(
     whole: dict[str, Unfollowed] = {}
     while True:
         try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+                # (what follows from that is said as `Unfollowed`, with the user's own line)
+                warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
                 return _traced(probe, inputs, call, whole)
         except Unfollowed as why:
             if not why.module or why.module in whole:
@@ -192,7 +177,7 @@ class _Join:
         self._runs = runs
         self._batches = batches
 
-    def op(self, taken: Sequence[Taken]) -> Op:
+    def op(self, taken: Sequence[Taken]) -> Op[Form]:
         one = taken[0]
         steps = [t.step for t in taken]
         if any((s.kind, s.target, s.grad) != (one.step.kind, one.step.target, one.step.grad)
@@ -205,9 +190,9 @@ class _Join:
             self.template([s.kwargs for s in steps]),
             one.step.grad,
         )
-        if any(t.tensors.keys() != one.tensors.keys() for t in taken):
+        if any(t.out.keys() != one.out.keys() for t in taken):
             raise _Apart("it returns more or fewer tensors")
-        forms = {path: self._form([t.tensors[path] for t in taken]) for path in one.tensors}
+        forms = {path: self._form([t.out[path] for t in taken]) for path in one.out}
         return Op(
             step, one.where, one.line, one.modules, forms, any(t.random for t in taken),
             one.varies, one.reads, one.writes, one.memory,
@@ -277,8 +262,8 @@ def _folded(made: Trace, run: Recording) -> Trace:
     kept: dict[Ref, Const] = {}
     for k, op in enumerate(made.ops):
         steady = not (op.varies or op.writes or op.memory & written)
-        if steady and op.forms and all(f.free for f in op.forms.values()):
-            for path, tensor in run.taken[k].tensors.items():
+        if steady and op.out and all(f.free for f in op.out.values()):
+            for path, tensor in run.taken[k].out.items():
                 kept[Ref(k, path)] = Const(len(made.constants))
                 made.constants.append(tensor.detach().clone())
 

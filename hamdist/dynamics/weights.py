@@ -6,7 +6,16 @@
 
 with g = phi dL/dtheta + z^T dh'/dtheta + r_w theta (HL Eq. 7 and Algorithm 1; the last term: NILP).
 With eta_omega = 1/tau, omega is the latest gradient, and a step is one of plain gradient descent
-with rate tau beta.
+with rate tau beta. Two recipes change the step, and nothing else of it:
+
+    clip        g <- g min(1, clip / |tau g|), the norm over all weights of the cell together
+    look-ahead  theta_{k+1} = theta_k - tau beta ( -s tau g_k + mu omega_{k+1} )
+                with mu = 1 - tau eta_omega
+
+Before all that the gradients of linear layers may be freed of the scale of their inputs
+(whitening.py). The second recipe is Nesterov's momentum as Sutskever et al. (2013) have it: the
+weights stand where the momentum will have carried them. An average of the weights (averaging.py)
+looks at them afterwards.
 """
 
 from __future__ import annotations
@@ -19,6 +28,7 @@ import torch
 from torch import Tensor
 
 from hamdist.config import AdaptiveSettings, Order
+from hamdist.dynamics.averaging import Average
 from hamdist.dynamics.block import OutOfRange
 from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.gradient import (
@@ -31,14 +41,17 @@ from hamdist.dynamics.gradient import (
     bound,
     dense,
     has_moved,
+    norm_of,
 )
 from hamdist.dynamics.saving import Remembers
+from hamdist.dynamics.whitening import InputWhitening
 
 
 class Weights(Remembers):
     """theta (moved in place) and omega, as lists in the order of the cell's parameters.
 
-    names: of the parameters, where their rates beta differ.
+    names: of the parameters, where their rates beta differ. average: of the weights, if there is
+    one.
 
     Where gradients come as factors (closed.py) the update is fused: theta gets the product of the
     factors added, and with eta_omega = 1/tau omega stays in factors as well, until it is read.
@@ -65,6 +78,10 @@ class Weights(Remembers):
         self._bound = 0.0  # of |omega|
         self._omega_first = order is not Order.SIMULTANEOUS
         self._adaptive = dynamics.adaptive
+        self._clip = dynamics.clip
+        self._ahead = dynamics.ahead
+        self._inputs = None if dynamics.inputs is None else InputWhitening(dynamics.inputs)
+        self.average = None if dynamics.average is None else Average(self.theta, dynamics.average)
         self._squares: list[Tensor] = []  # v, of adaptive rates
         self._known: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
         self._fading = 1.0  # product of the shares of omega that were kept
@@ -115,6 +132,7 @@ class Weights(Remembers):
         if known is None or known[0] != scale or known[1] != tau:
             made = None
             alone = self._adaptive is None and not self._cost and self._omega_first
+            alone = alone and self._clip == math.inf and self._inputs is None
             if self.theta and alone and 1 - tau * self._eta == 0:
                 gain = -self._sign * tau
                 rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
@@ -125,8 +143,29 @@ class Weights(Remembers):
     def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
         """One update with gradient g (None: zero). scale: of beta, in this tick. tau: seconds."""
         self.updates += 1
-        if not self.theta:
-            return
+        if self.theta:
+            self._move(g, scale, tau)
+            if self.average is not None:
+                self.average.look()
+
+    def predicted(self, updates: int, scale: float, tau: float) -> list[Tensor]:
+        """theta after so many updates more along the present omega, in fresh tensors. scale, tau:
+        as in `move`."""
+        step = updates * tau * scale
+        if not step:
+            return [t.clone() for t in self.theta]
+        return [
+            torch.add(t, o, alpha=-step * beta)
+            for t, o, beta in zip(self.theta, self.omega, self._rates, strict=True)
+        ]
+
+    def rest(self) -> None:
+        """An update in which nothing moves: it counts, for the stamps of what is sent."""
+        self.updates += 1
+
+    def _move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
+        if self._inputs is not None and g is not None:
+            g = self._inputs.applied(g)
         if self._adaptive is not None:
             self._move_adaptive(self._adaptive, None if g is None else all_dense(g), scale, tau)
             return
@@ -136,12 +175,41 @@ class Weights(Remembers):
             return
         in_tensors = g is None or all(isinstance(one, Tensor) for one in g)
         if g is not None and not in_tensors and not self._cost:
-            self._move_fused(g, scale, tau)
+            self._move_fused(g, scale, tau, self._gain(g, tau))
             return
-        later = self._moved(self._with_cost(None if g is None else all_dense(g)), tau)
+        given = self._with_cost(None if g is None else all_dense(g))
+        gain = self._gain(given, tau)
+        later = self._moved(given, tau, gain)
+        if self._ahead:
+            self._move_ahead(given, later, scale, tau, gain)
+            return
         if self._omega_first:
             self.omega = later
         self._move_theta(tau * scale)
+        self.omega = later
+
+    def _gain(self, g: Sequence[Gradient] | None, tau: float) -> float:
+        """What g comes to omega with: -s tau, less where it is clipped."""
+        gain = -self._sign * tau
+        if self._clip == math.inf or g is None:
+            return gain
+        norm = tau * norm_of(g)
+        return gain * (self._clip / norm) if norm > self._clip else gain
+
+    def _move_ahead(
+        self,
+        g: Sequence[Gradient] | None,
+        later: list[Tensor],
+        scale: float,
+        tau: float,
+        gain: float,
+    ) -> None:
+        """theta -= tau beta (gain g + mu omega_{k+1}); omega = omega_{k+1}, which is `later`."""
+        step, mu = tau * scale, 1 - tau * self._eta
+        for i, (theta, beta) in enumerate(zip(self.theta, self._rates, strict=True)):
+            if g is not None:
+                add_to(theta, g[i], -step * beta * gain)
+            theta.add_(later[i], alpha=-step * beta * mu)
         self.omega = later
 
     def _move_adaptive(
@@ -155,11 +223,12 @@ class Weights(Remembers):
         which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega."""
         before = self.omega
         given = self._with_cost(g)
-        later = self._moved(given, tau)
+        gain = self._gain(given, tau)
+        later = self._moved(given, tau, gain)
         squares = self._squares or [torch.zeros_like(t) for t in self.theta]
         torch._foreach_mul_(squares, adaptive.memory)
         if given is not None:
-            share = (1 - adaptive.memory) * tau * tau
+            share = (1 - adaptive.memory) * gain * gain
             torch._foreach_addcmul_(squares, given, given, share)
         keeps = 1 - tau * self._eta
         self._squares = squares
@@ -174,9 +243,9 @@ class Weights(Remembers):
             theta.addcdiv_(o, root, value=-step * beta)
         self.omega = later
 
-    def _move_fused(self, g: Sequence[Gradient], scale: float, tau: float) -> None:
+    def _move_fused(self, g: Sequence[Gradient], scale: float, tau: float, gain: float) -> None:
         """`move`, with as few passes over the weights as there can be."""
-        gain, keeps = -self._sign * tau, 1 - tau * self._eta
+        keeps = 1 - tau * self._eta
         self._check(g, gain, keeps)
         if keeps == 0:
             if not self._omega_first:
@@ -192,7 +261,10 @@ class Weights(Remembers):
             self._mine = True
         for omega, one in zip(self._omega, g, strict=True):
             add_to(omega, one, gain, keeps)
-        if self._omega_first:
+        if self._ahead:
+            self._move_ahead(g, self._omega, scale, tau, gain)
+            self._mine = True
+        elif self._omega_first:
             self._move_theta(tau * scale)
 
     def _check(self, g: Sequence[Gradient], gain: float, keeps: float) -> None:
@@ -213,7 +285,7 @@ class Weights(Remembers):
     def integrate(self, g: Sequence[Gradient] | None, tau: float) -> None:
         """Moves omega alone, with gradient g (None: zero)."""
         if self.theta:
-            self.omega = self._moved(None if g is None else all_dense(g), tau)
+            self.omega = self._moved(None if g is None else all_dense(g), tau, -self._sign * tau)
 
     def conclude(self, scale: float, tau: float) -> None:
         """Moves theta with the omega of several `integrate`; r_w theta counts once."""
@@ -224,6 +296,8 @@ class Weights(Remembers):
             costs = torch._foreach_mul(self.theta, self._cost)
             self.omega = list(torch._foreach_add(self.omega, costs, alpha=-self._sign * tau))
         self._move_theta(tau * scale)
+        if self.average is not None:
+            self.average.look()
 
     def fade(self, factor: float) -> None:
         """omega = factor omega."""
@@ -254,10 +328,11 @@ class Weights(Remembers):
             return list(torch._foreach_mul(self.theta, self._cost))
         return list(torch._foreach_add(g, self.theta, alpha=self._cost))
 
-    def _moved(self, g: list[Tensor] | None, tau: float) -> list[Tensor]:
-        """omega_{k+1}, in fresh tensors, or in those of g. Raises OutOfRange before anything has
-        moved: derivatives may be infinite where h, z and the loss are not (a root at 0)."""
-        gain, keeps = -self._sign * tau, 1 - tau * self._eta
+    def _moved(self, g: list[Tensor] | None, tau: float, gain: float) -> list[Tensor]:
+        """omega_{k+1}, in fresh tensors, or in those of g, which comes with `gain`. Raises
+        OutOfRange before anything has moved: derivatives may be infinite where h, z and the loss
+        are not (a root at 0)."""
+        keeps = 1 - tau * self._eta
         if g is not None and keeps == 0:
             omega = g if gain == 1 else list(torch._foreach_mul(g, gain))
         else:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from hamdist.config import (
     Encryption,
     EngineKind,
     EngineSettings,
+    Memory,
     Moves,
     Order,
     Reset,
     Settings,
+    Step,
     TargetOf,
     TransportKind,
 )
+from hamdist.dynamics.closed import closed_cell
 from hamdist.dynamics.cycles import dissipation_warnings
+from hamdist.dynamics.graph import Joining
 from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.runtime.compression import compression_warnings
 from hamdist.runtime.demands import idle_wishes, wishes
@@ -42,6 +48,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
     told += _alone(plan)
+    told += _as_they_are(plan)
     if isinstance(plan.schedule, HoldSchedule):
         told += dissipation_warnings(plan.graph, plan.dynamics)
         told += reset_warnings(plan, plan.schedule)
@@ -92,6 +99,31 @@ def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:
             f"measured ({reason}); give them as numbers"
         )
     return told
+
+
+def _as_they_are(plan: Plan) -> list[str]:
+    """Says so where `learning.inputs` has no effect: a layer's inputs are known where its gradient
+    comes as factors, in closed form."""
+    found = []
+    for name, block in plan.graph.blocks.items():
+        linear = any(isinstance(m, nn.Linear) for m in block.module.modules())
+        if plan.dynamics.of(name).inputs is None or not linear:
+            continue
+        by_factors = plan.engine.step is not Step.AUTOGRAD and plan.knobs.memory not in (
+            Memory.TRACE_WEIGHTS,
+            Memory.REVERSIBLE,
+        )
+        combine = block.combine.then if isinstance(block.combine, Joining) else block.combine
+        many = len(block.combine.joins) if isinstance(block.combine, Joining) else None
+        parents = len(block.parents) if many is None else many
+        if not by_factors or closed_cell(block.module, combine, 0, parents) is None:
+            found.append(name)
+    if not found:
+        return []
+    return [
+        f"learning.inputs has no effect on {', '.join(found)}, which step by autograd: it needs "
+        "blocks whose steps have a closed form (Linear, Conv2d, LayerNorm, activations, residuals)"
+    ]
 
 
 def _alone(plan: Plan) -> list[str]:

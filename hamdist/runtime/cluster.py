@@ -18,7 +18,7 @@ import psutil
 
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
-from hamdist.runtime.hosts import HostInfo, Seat
+from hamdist.runtime.hosts import HostInfo, Seat, described
 from hamdist.runtime.outcome import deaf_to_interrupts
 from hamdist.runtime.threads import cores
 from hamdist.runtime.token import REMEDY, check_joined, check_token, is_refusal, own_token, refused
@@ -159,7 +159,7 @@ def _knock(address: str) -> None:
 def _local(cpus: int) -> Iterator[None]:
     import ray
 
-    folder = tempfile.mkdtemp(prefix="hdray-", dir=_short_folder())
+    folder = tempfile.mkdtemp(prefix="hdray-", dir=short_folder())
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
@@ -208,18 +208,8 @@ def hosts() -> list[HostInfo]:
 
 
 def _host(node: dict[str, Any]) -> HostInfo:
-    own = dict(node["Resources"])
-    cpus, gpus = own.pop("CPU", 0.0), own.pop("GPU", 0.0)
-    ray_own = ("node:", "memory", "object_store_memory", "accelerator_type:")
-    return HostInfo(
-        id=node["NodeID"],
-        address=node["NodeManagerAddress"],
-        name=node.get("NodeManagerHostname", ""),
-        cpus=cpus,
-        gpus=gpus,
-        resources={name: value for name, value in own.items() if not name.startswith(ray_own)},
-        labels={k: v for k, v in node.get("Labels", {}).items() if not k.startswith("ray.io/")},
-    )
+    address, name = node["NodeManagerAddress"], node.get("NodeManagerHostname", "")
+    return described(node["NodeID"], address, name, node["Resources"], node.get("Labels", {}))
 
 
 def host_seconds(known: Sequence[HostInfo]) -> dict[str, float]:
@@ -259,7 +249,7 @@ def prepare_environment(engine: EngineSettings) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def _short_folder() -> str | None:
+def short_folder() -> str | None:
     """Ray's socket paths must fit 107 bytes: not every TMPDIR is short enough."""
     return None if len(tempfile.gettempdir()) < 16 else "/tmp"
 

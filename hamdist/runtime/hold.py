@@ -18,6 +18,7 @@ from hamdist.dynamics.graph import OUTPUT_KEY, BlockSpec, Edge
 from hamdist.dynamics.hold import HoldBlock, HoldReadout, Tick
 from hamdist.dynamics.saving import Remembers, taken
 from hamdist.dynamics.schedule import Event, HoldSchedule, Stamp
+from hamdist.dynamics.stillness import Gate
 from hamdist.dynamics.weights import Weights
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
@@ -46,6 +47,9 @@ class HoldNode(Remembers):
         self.block = block
         self.metrics = make_metrics(plan.metrics) if spec.loss is not None else None
         self.seconds = 0.0
+        tolerance = plan.knobs.gate
+        wait = plan.schedule.wait(spec.name)
+        self._gate = None if tolerance is None else Gate(wait, tolerance)
         self._recorder = make_recorder(plan.metrics)
         self._schedule = plan.schedule
         self._clock = _Clock(plan.dynamics.reset, plan.dynamics.tau)
@@ -160,17 +164,21 @@ class HoldNode(Remembers):
             block.complete(messages)
             self.seconds += perf_counter() - begin
         self._clear(k)
+        due = self._schedule.updates(k)
+        updates = due and (self._gate is None or self._gate.open(inputs))
         tick = Tick(
             k=k,
             sample=event.sample,
             tau=self._clock.tau(k),
             moves=self._schedule.moves(self.name, k),
-            updates=self._schedule.updates(k),
+            updates=updates,
             target=self._target if self._compares(k) else None,
             measures=self._recorder is not None and self._recorder.due(k),
         )
         h, z = (block.h, block.z) if isinstance(block, HoldBlock) else (None, None)
         stamp = self._stamp(k, block.weights.updates)
+        if due and not updates:
+            block.weights.rest()
 
         def send(new: Tensor) -> Tensor:
             new = ready(new)

@@ -43,6 +43,27 @@ class HostInfo:
         return self.address if self.name in ("", self.address) else f"{self.name} ({self.address})"
 
 
+def described(
+    node: str,
+    address: str,
+    name: str,
+    resources: Mapping[str, float],
+    labels: Mapping[str, str],
+) -> HostInfo:
+    """A host as Ray tells of it, without what is Ray's own among its resources and labels."""
+    ray_own = ("node:", "memory", "object_store_memory", "accelerator_type:")
+    named = {n: v for n, v in resources.items() if n not in ("CPU", "GPU")}
+    return HostInfo(
+        id=node,
+        address=address,
+        name=name,
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        resources={n: v for n, v in named.items() if not n.startswith(ray_own)},
+        labels={k: v for k, v in labels.items() if not k.startswith("ray.io/")},
+    )
+
+
 @dataclass(frozen=True)
 class Seat:
     """What one actor is started with. node: Ray's id of its host, None where Ray decides. Equal

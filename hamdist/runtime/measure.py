@@ -231,17 +231,21 @@ class _Examples:
         self._number = number
 
     def samples(self) -> Iterator[Sample]:
-        u = example_input(self.spec)
-        own = self.spec.target
-        y = (
-            _example_target(self.spec.target(""))
-            if self.spec.targets is None
-            else {name: _example_target(own(name)) for name in self.spec.targets}
-        )
-        inputs = None if self.spec.inputs is None else example_inputs(self.spec)
+        one = example_sample(self.spec)
         for n in range(self._number):
             end = n % SEQUENCE == SEQUENCE - 1
-            yield Sample(u, y, end=end, time=n * STAMP_SECONDS, inputs=inputs)
+            yield dataclasses.replace(one, end=end, time=n * STAMP_SECONDS)
+
+
+def example_sample(spec: SampleSpec) -> Sample:
+    """A made-up sample of the shapes and types of `spec`, with all its targets."""
+    y = (
+        _example_target(spec.target(""))
+        if spec.targets is None
+        else {name: _example_target(spec.target(name)) for name in spec.targets}
+    )
+    inputs = None if spec.inputs is None else example_inputs(spec)
+    return Sample(example_input(spec), y, inputs=inputs)
 
 
 def example_input(spec: SampleSpec) -> Tensor:

@@ -16,22 +16,27 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from hamdist.config import Memory, Step
+from hamdist.config import Compensation, Credit, Memory, Step
 from hamdist.dynamics import rows
 from hamdist.dynamics.block import LossTaker, bounded
 from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
 from hamdist.dynamics.closed import closed_cell
+from hamdist.dynamics.constants import constant_tau
 from hamdist.dynamics.graph import OUTPUT_KEY, Combine, Joining
+from hamdist.dynamics.heads import Head, HeadBlock, Taught
 from hamdist.dynamics.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.joined import JoinedCell
 from hamdist.dynamics.precision import AutocastCell
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout, WayBack
+from hamdist.dynamics.stillness import Retrospect
 from hamdist.dynamics.weights import Weights
 from hamdist.errors import ClusterError
 from hamdist.runtime.device import Border
@@ -93,7 +98,8 @@ class _Parts:
                 module.to(self.border.device)
         self.cell = self.make_cell(self.spec.module, name)
         self.weights = self.make_weights(self.cell)
-        self.wanted = [not e.from_input for e in plan.graph.into[name]]
+        back = plan.knobs.credit is Credit.MESSAGES
+        self.wanted = [back and not e.from_input for e in plan.graph.into[name]]
         self.loss: LossTaker | None = None
         if self.spec.loss is not None:
             loss = seeded_loss(
@@ -136,6 +142,42 @@ class _Parts:
     def scale(self, sample: int) -> float:
         return self._plan.scale(self.name, sample)
 
+    def make_taught(self) -> Taught | None:
+        """What the block's own readout does to it, if it has one."""
+        plan = self._plan
+        heads = plan.heads
+        if heads is None or self.name not in heads.weights:
+            return None
+        module = heads.make(self.name, plan.shapes, plan.seed).to(self.border.device)
+        seed_name = f"{self.name}/head"
+        cell = self._cell(module, seed_name, Combine.CONCAT, 1)
+        own = replace(self.dynamics, average=None, betas=())
+        given = plan.graph.blocks[heads.readout].loss
+        if given is None:  # (a readout has one)
+            raise TypeError(f"{heads.readout!r} has no loss")
+        loss_seed = block_seed(plan.seed, f"{seed_name}/loss")
+        taker = LossTaker(
+            seeded_loss(given, loss_seed, self.border.device),
+            self.dynamics,
+            self.guard,
+            native=plan.native,
+        )
+        order = plan.knobs.order
+        head = Head(
+            cell,
+            Weights(cell.theta, own, order),
+            taker,
+            heads.weights[self.name],
+            plan.course,
+            constant_tau(own),
+        )
+        weights = self.weights
+        if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
+            weights = Weights(
+                self.cell.theta, replace(self.dynamics, average=None), order, self.cell.names
+            )
+        return Taught(head, self.cell, weights, self.dynamics, plan.course)
+
 
 def _pulse_node(plan: Plan, p: _Parts, mail: Mailroom) -> PulseNode:
     hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
@@ -147,7 +189,14 @@ def _pulse_node(plan: Plan, p: _Parts, mail: Mailroom) -> PulseNode:
             p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.guard, hands_back=any(hands_back)
         )
         return PulseNode(plan, p.spec, mail, rewound)
-    block = PulseBlock(p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.guard)
+    taught = p.make_taught()
+    if plan.knobs.credit is Credit.HEADS:
+        alone = HeadBlock(p.cell, p.weights, taught, len(p.wanted), p.guard)
+        return PulseNode(plan, p.spec, mail, alone)
+    predicts = None
+    if Compensation.WEIGHT_PREDICTION in plan.knobs.compensation:
+        predicts = plan.schedule.delay(p.name)
+    block = PulseBlock(p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.guard, taught, predicts)
     return PulseNode(plan, p.spec, mail, block)
 
 
@@ -171,6 +220,11 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
     if p.spec.output is not None:
         output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
         output_weights = p.make_weights(output, OUTPUT_KEY)
+    knobs = plan.knobs
+    retrospect = None
+    if Compensation.RETROSPECTIVE in knobs.compensation and isinstance(plan.schedule, HoldSchedule):
+        wait = plan.schedule.wait(p.name)
+        retrospect = Retrospect(wait, knobs.blend) if wait else None
     block = HoldBlock(
         p.cell,
         p.weights,
@@ -183,5 +237,7 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
         output=output,
         output_weights=output_weights,
         guard=p.guard,
+        lead=knobs.lead if Compensation.PROSPECTIVE in knobs.compensation else 0.0,
+        retrospect=retrospect,
     )
     return HoldNode(plan, p.spec, mail, block)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hamdist.config import (
     Compensation,
-    Decay,
+    Credit,
     EngineKind,
     EngineSettings,
     Memory,
@@ -29,6 +29,7 @@ from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynam
 from hamdist.dynamics.graph import Graph, ShapeMap
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import class_axis, cross_entropy, mse
+from hamdist.dynamics.rates import StepCourse, step_course
 from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
@@ -37,6 +38,7 @@ from hamdist.runtime.compression import compressed
 from hamdist.runtime.device import Desk
 from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
+from hamdist.runtime.taught import Heads, plan_heads
 from hamdist.streams.sample import SampleSpec
 
 if TYPE_CHECKING:
@@ -72,7 +74,9 @@ class Plan:
     front. steps: samples after which the stream ends, or None. run: a number that marks the
     signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
     nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
-    own, of every block. follows_lr: beta comes from the learning rate.
+    own, of every block. rate: the course of the step size. follows_lr: beta comes from the
+    learning rate.
+    heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
     taken, if they are. skip: items of the stream that an earlier run has had."""
@@ -88,7 +92,7 @@ class Plan:
     seed: int
     run: int
     steps: int | None
-    decay: Decay
+    rate: StepCourse
     metrics: MetricsSettings
     default_dtype: torch.dtype
     follows_lr: bool
@@ -97,16 +101,24 @@ class Plan:
     replan: Replan | None = None
     keeping: Keeping | None = None
     skip: int = 0
+    heads: Heads | None = None
     desks: Mapping[str, Desk] = field(default_factory=dict)
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""
-        factor = 1.0
-        if self.knobs.compensation is Compensation.DELAY_SCALED:
-            factor = float((1 + self.schedule.delay(block)) ** -self.knobs.delay_power)
-        if self.decay is Decay.LINEAR and self.steps is not None:
-            factor *= max(0.0, 1 - (sample + self.skip) / self.steps)
+        factor = self.course(sample)
+        if Compensation.DELAY_SCALED in self.knobs.compensation:
+            factor *= float((1 + self.schedule.delay(block)) ** -self.knobs.delay_power)
         return factor
+
+    def course(self, sample: int) -> float:
+        """The same without what makes up for a delay."""
+        return self.rate(sample + self.skip)
+
+    @property
+    def taught_by(self) -> str:
+        """The readout whose labels travel with the signal."""
+        return "" if self.heads is None else self.heads.readout
 
     def start(self, block: str) -> Tensor:
         """h_0 of a block, the batch in front."""
@@ -160,10 +172,8 @@ def make_plan(
             f"{knobs.presentation.value!r}: the energies are sums over the blocks at one time, but "
             "there the blocks work on different samples; use a level of presentation 'hold'"
         )
-    if settings.learning.decay is Decay.LINEAR and settings.steps is None:
-        raise LevelError(
-            "learning.decay 'linear' falls to zero over the run, so the run needs 'steps'"
-        )
+    rate = step_course(settings.learning, settings.steps)
+    heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = knobs.hold and dynamics.clocked
     reversible = reversible_blocks(graph, shapes) if rewinds else frozenset()
     channels = make_channels(
@@ -172,6 +182,8 @@ def make_plan(
         settings.engine.queue,
         clocked=clocked,
         bundle=settings.engine.bundle,
+        labels=heads is not None,
+        messages=knobs.credit is Credit.MESSAGES,
     )
     signals = {**shapes, **spec.parents}
     return Plan(
@@ -186,12 +198,13 @@ def make_plan(
         seed=settings.seed,
         run=int.from_bytes(os.urandom(8), "little"),
         steps=settings.steps,
-        decay=settings.learning.decay,
+        rate=rate,
         metrics=settings.metrics,
         default_dtype=torch.get_default_dtype(),
         follows_lr=settings.dynamics.beta is None,
         desks=desks,
         reversible=reversible,
+        heads=heads,
         native=_native(settings.engine),
     )
 

@@ -38,6 +38,8 @@ class Ports:
         self._mail = mail
         self._children = [plan.channels.states[e.index] for e in self.out_of]
         self._parents = [plan.channels.messages.get(e.index) for e in self.into]
+        self._label = plan.channels.labels.get(name)
+        self._labelled = [c for c in plan.channels.labels.values() if c.sender == name]
 
     def state(self, edge: Edge, event: Event) -> Signal | None:
         stamp = self._schedule.state(edge, event)
@@ -65,6 +67,23 @@ class Ports:
         if signal.payload is not None:
             signal.payload = self.border.target(signal.payload)
         return signal
+
+    def label(self, event: Event) -> Signal | None:
+        """The label that came with the sample of `event`, as it is passed on; None where labels do
+        not travel."""
+        if self._label is None:
+            return None
+        way = self.into[0]
+        stamp = self._schedule.state(way, event)
+        return None if stamp is None else self._take(self._label, stamp, event)
+
+    def own_label(self, label: Tensor) -> Tensor:
+        """A label as this block reads it."""
+        return self.border.target(label)
+
+    def labels_to_children(self, stamp: Stamp, label: Tensor | None, *, end: bool = False) -> None:
+        for channel in self._labelled:
+            self._mail.post(channel, Signal(stamp, label, end))
 
     def clock(self, event: Event) -> Signal | None:
         """What the stream tells of the sample that `event` shows; None in an unclocked run, and in
@@ -154,11 +173,15 @@ def block_state(
 ) -> BlockState:
     theta: dict[str, Tensor] = {}
     omega: dict[str, Tensor] = {}
+    average: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     for prefix, cell, weights in parts:
         moving = [] if weights is None else weights.omega
         for name, costate in zip(cell.names, moving, strict=False):
             omega[prefix + name] = kept(costate)
+        if weights is not None and weights.average is not None:
+            for name, value in zip(cell.names, weights.average.values, strict=True):
+                average[prefix + name] = kept(value)
         parameters = dict(cell.module.named_parameters())
         state = {**dict(cell.module.named_buffers()), **cell.module.state_dict()}
         for name, value in state.items():
@@ -168,6 +191,7 @@ def block_state(
     return BlockState(
         theta=theta,
         omega=omega,
+        average=average,
         buffers=buffers,
         h=None if h is None else kept(h),
         z=None if z is None else kept(z),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph import BlockSpec, Edge
+from hamdist.dynamics.heads import HeadBlock
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.schedule import Event, Phase, PulseSchedule, Stamp
@@ -28,7 +29,7 @@ class PulseNode(Remembers):
         plan: Plan,
         spec: BlockSpec,
         mail: Mailroom,
-        block: PulseBlock | ReversibleBlock | PulseReadout,
+        block: PulseBlock | ReversibleBlock | HeadBlock | PulseReadout,
     ) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
             raise TypeError("a PulseNode needs a PulseSchedule")
@@ -69,7 +70,7 @@ class PulseNode(Remembers):
                 self.event = event
                 self.tick = event.tick
                 return
-            if event.phase is not Phase.FORWARD:
+            if event.phase is not Phase.FORWARD or isinstance(self.block, HeadBlock):
                 self.tick = None
                 return
 
@@ -88,16 +89,28 @@ class PulseNode(Remembers):
     def _forward(self, event: Event) -> None:
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
         inputs = self._inputs(event)
+        label = self._ports.label(event)
         if inputs is None:
             self._ports.to_children(stamp, None, end=True)
+            self._ports.labels_to_children(stamp, None, end=True)
         elif not isinstance(self.block, PulseReadout):
             begin = perf_counter()
             h = self.block.forward(event.sample, inputs)
             self.seconds += perf_counter() - begin
             self._ports.to_children(stamp, ready(h))
+            if label is not None:
+                self._ports.labels_to_children(stamp, label.payload)
+                self._learn(event.sample, label.payload)
+
+    def _learn(self, sample: int, label: Tensor | None) -> None:
+        """By the block's own readout, if it has one."""
+        if isinstance(self.block, (HeadBlock, PulseBlock)):
+            begin = perf_counter()
+            self.block.learn(sample, None if label is None else self._ports.own_label(label))
+            self.seconds += perf_counter() - begin
 
     def _backward(self, event: Event) -> None:
-        if isinstance(self.block, PulseReadout):
+        if isinstance(self.block, (PulseReadout, HeadBlock)):
             return
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
         messages = [self._message(edge, event) for edge in self._ports.out_of]

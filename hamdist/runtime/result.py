@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from hamdist.config import Settings
 from hamdist.dynamics.compress import Compressed
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
@@ -18,6 +19,7 @@ class BlockState:
     """Everything that a block owns at the end of a run (detached copies).
 
     theta, omega: weights and weight costates by the parameter's name in the block's module.
+    average: the moving average of the weights by name, where there is one.
     buffers: the module's buffers by name, and its extra state. h, z: state and costate, None where
     a block has none.
     rounding: what autocast did to what the block computes, where it is on.
@@ -33,6 +35,7 @@ class BlockState:
     updates: int
     stored: int = 0
     rounding: Rounding | None = None
+    average: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +82,10 @@ class Replaced:
 class RunResult:
     """A finished (or interrupted) run.
 
-    model: a plain module with the learned weights. windows: prequential metrics in order, per
-    readout. seconds: wall time from the first to the last tick; startup_seconds: what came before,
-    startup: the same by phase (startup.py).
+    model: a plain module with the learned weights, or their averages where `learning.average` asks
+    for them; plain: then the same with the weights as they were in the end.
+    windows: prequential metrics in order, per readout. seconds: wall time from the first to the
+    last tick; startup_seconds: what came before, startup: the same by phase (startup.py).
     bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
     compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones, bytes
     sent and saved, and how far the decoded signals were from the exact ones.
@@ -95,6 +99,7 @@ class RunResult:
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
     records: the energies per tick by block, where `metrics.record` asked for them.
     snapshots: the complete ones that are left, the latest last. replaced: actors that were lost.
+    chosen: the settings that ran, of level 'auto', and why they are these.
     placement: the blocks of each process; given as `engine.placement` it is used again.
     time_use: by process, seconds of the whole run ('total'), in the steps of its blocks ('step'),
     and over sockets in packing ('packing') and blocked ('waiting').
@@ -118,6 +123,9 @@ class RunResult:
     records: dict[str, Records] = field(default_factory=dict)
     snapshots: list[str] = field(default_factory=list)
     replaced: list[Replaced] = field(default_factory=list)
+    plain: nn.Module | None = None
+    chosen: Settings | None = None
+    why: list[str] = field(default_factory=list)
     interrupted: bool = False
     warnings: list[str] = field(default_factory=list)
     startup: dict[str, float] = field(default_factory=dict)

@@ -92,16 +92,20 @@ class Channel(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """All channels of a graph: by edge index, the targets' by readout, and the clock's by block."""
+    """All channels of a graph: by edge index, the targets' by readout, and the clock's by block.
+    labels: where labels travel with the signal, by the block that takes them; each passes them on
+    along the first of its edges that leads to a child."""
 
     states: dict[int, Channel]
     messages: dict[int, Channel]
     targets: dict[str, Channel]
     clocks: dict[str, Channel]
+    labels: dict[str, Channel]
 
     def all(self) -> list[Channel]:
         edges = [*self.states.values(), *self.messages.values()]
-        return [*edges, *self.targets.values(), *self.clocks.values()]
+        aside = [*self.targets.values(), *self.clocks.values(), *self.labels.values()]
+        return [*edges, *aside]
 
 
 def make_channels(
@@ -111,14 +115,17 @@ def make_channels(
     *,
     clocked: bool,
     bundle: int | Literal["auto", "off"] = "auto",
+    labels: bool = False,
+    messages: bool = True,
 ) -> Channels:
     """The channels, with room for what the schedule keeps in flight and `queue` signals more.
 
     clocked: the stream tells every block the step of integration, and the end of a sequence.
     bundle: the most signals in one message; auto: half as many as the schedule allows, so that the
-    other half of an edge's delay is left to hide the link.
+    other half of an edge's delay is left to hide the link. labels: travel with the signal to all
+    blocks that are no readouts; messages: come back.
     """
-    made = Channels({}, {}, {}, {})
+    made = Channels({}, {}, {}, {}, {})
     numbers = count()
 
     def channel(
@@ -147,7 +154,7 @@ def make_channels(
             schedule.in_flight(edge, Kind.STATE),
             schedule.bundle(edge, Kind.STATE),
         )
-        if not edge.from_input:
+        if messages and not edge.from_input:
             made.messages[edge.index] = channel(
                 Kind.MESSAGE,
                 edge.child,
@@ -160,6 +167,18 @@ def make_channels(
         waiting = schedule.target_in_flight(readout)
         name = f"{INPUT}=>{readout}"
         made.targets[readout] = channel(Kind.TARGET, INPUT, readout, name, waiting, ALONE)
+    for block in graph.blocks if labels else ():
+        if block in graph.readouts:  # which have the stream's own
+            continue
+        way = graph.into[block][0]
+        made.labels[block] = channel(
+            Kind.TARGET,
+            INPUT if way.from_input else way.parent,
+            block,
+            way.name.replace("->", "=>"),
+            schedule.in_flight(way, Kind.STATE),
+            schedule.bundle(way, Kind.STATE),
+        )
     for block in graph.blocks if clocked else ():
         waiting = 1 // schedule.c + 1
         made.clocks[block] = channel(Kind.CLOCK, INPUT, block, f"{INPUT}~>{block}", waiting, ALONE)

@@ -49,6 +49,7 @@ class SourceNode:
         self._names = [e.parent for e in into]
         self._targets = plan.channels.targets
         self._clocks = list(plan.channels.clocks.values())
+        self._labels = [c for c in plan.channels.labels.values() if c.sender == INPUT]
         self._ahead = plan.dynamics.tau is None or plan.knobs.sequence
         self._next: Sample | None = None
         self._tau = math.nan
@@ -107,7 +108,8 @@ class SourceNode:
         stamp = Stamp(self.event.tick, self.event.sample, 0)
         sample = self._take()
         if sample is None:
-            for channel in (*self._inputs, *self._targets.values(), *self._clocks):
+            ways = (*self._inputs, *self._targets.values(), *self._clocks, *self._labels)
+            for channel in ways:
                 self._mail.post(channel, Signal(stamp, end=True))
             self.tick = None
             return
@@ -124,6 +126,11 @@ class SourceNode:
             y = sample.target(readout)
             payload = None if y is None else ready(y)
             self._mail.post(channel, Signal(stamp, payload, sequence_end=end))
+        if self._labels:
+            y = sample.target(self._plan.taught_by)
+            label = None if y is None else ready(y)
+            for channel in self._labels:
+                self._mail.post(channel, Signal(stamp, label, sequence_end=end))
         if self._clocks:
             tau = self._time(sample)
             for channel in self._clocks:

@@ -6,23 +6,25 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from hamdist.config import EngineKind, Readout, Settings
+from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.locality import make_locality
-from hamdist.dynamics.losses import LossFunction, make_loss
+from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
-from hamdist.dynamics.split import Policy, is_chain, split_module, split_sequential
+from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SnapshotError
 from hamdist.runtime.advice import after, before
+from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.compression import in_edge_order
 from hamdist.runtime.divergence import explained
@@ -35,6 +37,7 @@ from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.resume import changed, differences, earlier, weights_of, with_weights
 from hamdist.runtime.snapshot import Snapshot, latest
 from hamdist.runtime.startup import Startup, phases_to
+from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream
 
 
@@ -49,7 +52,7 @@ def train(
     stream: Stream,
     settings: Settings,
     *,
-    loss: LossFunction | Mapping[str, LossFunction] | None = None,
+    loss: Losses | None = None,
     policy: Policy | None = None,
     phi: Course | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -75,7 +78,14 @@ def train(
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            work = _Work(model, stream.spec, settings, loss, policy, phi)
+            losses = make_losses(settings.loss) if loss is None else loss
+            if isinstance(losses, Mapping):
+                stream = with_targets_of(stream, losses)
+            why: list[str] = []
+            if settings.level is Level.AUTO:
+                cut = partial(_cut, model, stream.spec, losses, policy)
+                settings, stream, why = resolved(settings, stream, cut)
+            work = _Work(model, stream.spec, settings, losses, policy, phi)
             told: list[str] = []
             if resume is None:
                 graph, plan = work.planned()
@@ -94,10 +104,10 @@ def train(
             if error.outcome is not None:
                 error.outcome.warnings[:0] = told
                 error.outcome.warnings.insert(0, str(failure))
-                failure.result = _result(graph, plan, error.outcome, startup)
+                failure.result = _result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
         outcome.warnings[:0] = told
-        return _result(graph, plan, outcome, startup)
+        return _result(graph, plan, outcome, startup, settings, why)
 
 
 @dataclass(frozen=True)
@@ -107,17 +117,13 @@ class _Work:
     model: nn.Module | Graph
     spec: SampleSpec
     settings: Settings
-    loss: LossFunction | Mapping[str, LossFunction] | None
+    loss: Losses | None
     policy: Policy | None
     phi: Course | None
 
     def graph(self) -> Graph:
-        settings, spec = self.settings, self.spec
-        loss = make_loss(settings.loss) if self.loss is None else self.loss
-        graph = as_graph(self.model, settings, spec, loss, self.policy)
-        knobs = make_locality(settings.level, settings.locality)
-        given = (settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
-        return arranged(graph, *given)
+        loss = make_losses(self.settings.loss) if self.loss is None else self.loss
+        return _cut(self.model, self.spec, loss, self.policy, self.settings)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         graph = self.graph()
@@ -167,6 +173,11 @@ class _Work:
         return replace(self, settings=settings)
 
 
+def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
+    """The plan with which `train` would begin. Raises what `train` raises before that."""
+    return _Work(model, spec, settings, None, None, None).planned()[1]
+
+
 def snapshot_model(
     snapshot: Snapshot, model: nn.Module | Graph, spec: SampleSpec, settings: Settings
 ) -> nn.Module:
@@ -177,7 +188,27 @@ def snapshot_model(
     return weights_of(snapshot, _Work(model, spec, settings, None, None, None).graph())
 
 
-def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> RunResult:
+def _cut(
+    model: nn.Module | Graph,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None,
+    settings: Settings,
+) -> Graph:
+    """The graph of blocks, with its slices and delays."""
+    graph = as_graph(model, settings, spec, loss, policy)
+    knobs = make_locality(settings.level, settings.locality)
+    return arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+
+
+def _result(
+    graph: Graph,
+    plan: Plan,
+    outcome: Outcome,
+    startup: Startup,
+    settings: Settings,
+    why: list[str],
+) -> RunResult:
     startup.add(outcome.startup)
     lost = [name for name in graph.blocks if name not in outcome.blocks]
     if lost:
@@ -192,14 +223,11 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
         if output is not None:
             own = output.state_dict()
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
-    whole = None
-    if plan.knobs.sequence:
-        before = graph.unsliced
-        spec = plan.spec
-        shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)
-        whole = MergedSequence(before, shapes)
+    averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
+    averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
     return RunResult(
-        model=graph.merge(weights, whole),
+        model=graph.merge(averaged, _whole(graph, plan)),
+        plain=graph.merge(weights, _whole(graph, plan)) if averages else None,
         blocks=outcome.blocks,
         windows=outcome.windows,
         samples=outcome.samples,
@@ -228,6 +256,8 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
             if plan.knobs.sequence and name in outcome.blocks
         },
         records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
+        chosen=settings if why else None,
+        why=why,
         interrupted=outcome.interrupted,
         snapshots=outcome.snapshots,
         replaced=outcome.replaced,
@@ -236,6 +266,15 @@ def _result(graph: Graph, plan: Plan, outcome: Outcome, startup: Startup) -> Run
             *after(plan, outcome),
         ],
     )
+
+
+def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
+    """What the weights of a sequence's blocks go into."""
+    if not plan.knobs.sequence:
+        return None
+    before, spec = graph.unsliced, plan.spec
+    shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)
+    return MergedSequence(before, shapes)
 
 
 def make_engine(settings: Settings) -> Engine:
@@ -251,7 +290,7 @@ def as_graph(
     model: nn.Module | Graph,
     settings: Settings,
     spec: SampleSpec,
-    loss: LossFunction | Mapping[str, LossFunction],
+    loss: Losses,
     policy: Policy | None = None,
 ) -> Graph:
     """A graph over copies of the model's modules, cut as `policy`, or else `settings`, say.
@@ -260,6 +299,7 @@ def as_graph(
     """
     if isinstance(model, Graph):
         return model.copy()
+    check_made(model)
     knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE

@@ -6,12 +6,14 @@ arrive in real time. What a stream is: the protocol `Stream` in `sample.py`.
 """
 
 from hamdist.streams.arrays import ArrayStream
+from hamdist.streams.canvas import Canvas
 from hamdist.streams.characters import CharacterStream
 from hamdist.streams.check import Checker
 from hamdist.streams.datasets import DataSet, digits, fashion_mnist
 from hamdist.streams.drift import DriftStream
 from hamdist.streams.factory import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.late import Delayed, Rejoin
+from hamdist.streams.mnist1d import mnist1d
 from hamdist.streams.pace import Paced
 from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Stream, TargetSpec, report_of
 from hamdist.streams.sequences import TokenStream
@@ -23,6 +25,7 @@ from hamdist.streams.wrap import IterableStream, from_iterable, from_loader
 
 __all__ = [
     "ArrayStream",
+    "Canvas",
     "CharacterStream",
     "Checker",
     "DataSet",
@@ -51,6 +54,7 @@ __all__ = [
     "held_out_tokens",
     "load_glove",
     "make_stream",
+    "mnist1d",
     "report_of",
     "token_sequences",
 ]

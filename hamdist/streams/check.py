@@ -14,6 +14,7 @@ from torch import Tensor
 from hamdist.errors import StreamError
 from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec
 
+FEW = 64  # class targets
 ALIGNMENT = 64  # bytes; what torch's CPU allocator gives, and vector instructions like
 
 
@@ -31,6 +32,7 @@ class Checker:
         self._stamped = stamped
         self._last = -math.inf
         self._first = InputSpec(spec.u_shape, spec.u_dtype)
+        self._one = TargetSpec(spec.y_shape, spec.y_dtype, spec.classes)  # where there is one
 
     @property
     def last(self) -> float:
@@ -127,14 +129,13 @@ class Checker:
         known = self._spec.targets
         if y is None:
             return None
-        if not isinstance(y, Mapping):
+        if isinstance(y, Tensor) or not isinstance(y, Mapping):
             if known is not None:
                 raise StreamError(
                     f"item {n}: y is one target, but this stream's targets are given by readout: "
                     f"give a dict of {', '.join(map(repr, known))}"
                 )
-            spec = self._spec
-            return _target(n, "y", y, TargetSpec(spec.y_shape, spec.y_dtype, spec.classes), batch)
+            return _target(n, "y", y, self._one, batch)
         if known is None:
             raise StreamError(
                 f"item {n}: y is a dict ({', '.join(map(repr, y))}), but this stream has one "
@@ -167,8 +168,8 @@ def _target(n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tens
         )
     _check_finite(n, field, y)
     if spec.classes is not None:
-        low, high = (y, y) if y.numel() == 1 else torch.aminmax(y)
-        if low.item() < 0 or high.item() >= spec.classes:
+        low, high = _ends(y)
+        if low < 0 or high >= spec.classes:
             where = tuple(((y < 0) | (y >= spec.classes)).nonzero()[0].tolist())
             row = ", ".join(map(str, where))
             raise StreamError(
@@ -177,6 +178,15 @@ def _target(n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tens
                 "classes"
             )
     return _own(y)
+
+
+def _ends(y: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of y's values."""
+    if 0 < y.numel() <= FEW:  # faster one by one
+        values = y.reshape(-1).tolist()
+        return min(values), max(values)
+    low, high = torch.aminmax(y)
+    return low.item(), high.item()
 
 
 def _check_dtype(n: int, field: str, value: Tensor, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hamdist.errors import StreamError
 from hamdist.streams.arrays import ArrayStream
+from hamdist.streams.parts import without_test
 from hamdist.streams.sample import Sample, SampleSpec, Stream
 
 FASHION_CLASSES = 10
@@ -48,7 +50,7 @@ class DataSet:
     y: Tensor
 
 
-def digits(batch: int, seed: int, dtype: torch.dtype) -> DataSet:
+def digits(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = False) -> DataSet:
     """scikit-learn's handwritten digits (embedded, no download): 1797 images of 8 x 8, 10 classes.
 
     Items: u (B, 64) of `dtype`, y (B,) int64. Of each class every fifth image, counted from the
@@ -64,8 +66,10 @@ def digits(batch: int, seed: int, dtype: torch.dtype) -> DataSet:
         held[(targets == label).nonzero().squeeze(1)[2::5]] = True
     train = pixels[~held]
     pixels = ((pixels - train.mean()) / train.std(correction=0)).to(dtype)
-    stream = ArrayStream(pixels[~held], targets[~held], batch, seed, classes=10)
-    return DataSet(stream, pixels[held], targets[held])
+    x, y, x_held, y_held = pixels[~held], targets[~held], pixels[held], targets[held]
+    if validation:
+        x, y, x_held, y_held = without_test(x, y)
+    return DataSet(ArrayStream(x, y, batch, seed, classes=10), x_held, y_held)
 
 
 def _digits() -> tuple[Tensor, Tensor]:
@@ -88,7 +92,12 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def fashion_mnist(
-    batch: int, seed: int, dtype: torch.dtype, path: Path | str | None = None
+    batch: int,
+    seed: int,
+    dtype: torch.dtype,
+    path: Path | str | None = None,
+    *,
+    validation: bool = False,
 ) -> DataSet:
     """Fashion-MNIST from IDX files on disk: 60 000 images of 28 x 28, 10 classes; 10 000 held out.
 
@@ -96,14 +105,18 @@ def fashion_mnist(
     gzipped, are looked for in the folder `path` if it is given, else in share/datasets/
     fashion-mnist of sys.prefix, /usr and /usr/local. Any data set of that format and size of
     image will do; the number of images is free. The stream keeps bytes and scales batch by batch.
+    validation: a sixth of the training part is held out instead of the test part (parts.py).
 
     Raises StreamError where files are missing (and says how to get them) or no IDX files of such
     images and labels (and names the file), SettingsError for `batch` below 1.
     """
     folder = _folder(path)
     images, labels = _part(folder, "train")
+    if validation:
+        images, labels, x, y = without_test(images, labels)
+    else:
+        x, y = _part(folder, "held-out")
     train = ArrayStream(images, labels, batch, seed, classes=FASHION_CLASSES)
-    x, y = _part(folder, "held-out")
     return DataSet(_Standardised(train, dtype), _standardise(x, dtype), y.to(torch.int64))
 
 
@@ -199,7 +212,7 @@ def _file(folder: Path, name: str) -> Path | None:
 def _part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Images (N, 28, 28) and labels (N,), both uint8, of one part of the data set."""
     images_file, labels_file = (_file(folder, name) or folder / name for name in _FILES[part])
-    images, labels = read_idx(images_file, 3), read_idx(labels_file, 1)
+    images, labels = _remembered(images_file, 3), _remembered(labels_file, 1)
     if images.shape[1:] != (FASHION_SIDE, FASHION_SIDE):
         raise StreamError(
             f"{images_file}: images of {_by(images.shape[1:])} pixels, "
@@ -216,6 +229,20 @@ def _part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
             f"{labels_file}: label {at} is {int(labels[at])}, expected 0 to {FASHION_CLASSES - 1}"
         )
     return images, labels
+
+
+def _remembered(path: Path, dimensions: int) -> Tensor:
+    """`read_idx`, of a file that has not changed once a process: a run reads it for its stream and
+    again to be scored, and a study makes many runs."""
+    if not path.is_file():
+        return read_idx(path, dimensions)
+    found = path.stat()
+    return _read_once(path, dimensions, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=sum(map(len, _FILES.values())))
+def _read_once(path: Path, dimensions: int, changed: int, size: int) -> Tensor:  # noqa: ARG001
+    return read_idx(path, dimensions)
 
 
 def _read(path: Path) -> bytes:

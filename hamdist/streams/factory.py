@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hamdist.config import Known, Late, PaceSettings, Source, StreamSettings, View
+from hamdist.config import (
+    CanvasSettings,
+    Known,
+    Late,
+    PaceSettings,
+    Part,
+    Source,
+    StreamSettings,
+    View,
+)
+from hamdist.errors import SettingsError
 from hamdist.streams.arrays import ArrayStream
+from hamdist.streams.canvas import Canvas, still
 from hamdist.streams.characters import CharacterStream, character_parts, held_out_windows
 from hamdist.streams.datasets import DataSet, digits, fashion_mnist
 from hamdist.streams.drift import DriftStream
 from hamdist.streams.late import Delayed, Rejoin
+from hamdist.streams.mnist1d import mnist1d
 from hamdist.streams.pace import Paced
+from hamdist.streams.parts import validation_items
 from hamdist.streams.sample import Stream
 from hamdist.streams.sequences import TokenStream
 from hamdist.streams.signals import SignalStream
@@ -27,8 +41,10 @@ def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> S
     and rejoined with their samples, and in real time, in this order.
 
     Endless and portable; u of `dtype` (tokens int64). Raises what the parts raise: StreamError for
-    data sets that are not there and for a motion of inputs that are no square images.
+    data sets that are not there and for a motion of inputs that are no square images; and
+    SettingsError for a source that has no validation part and is to be scored on one.
     """
+    _check_part(settings)
     stream = _source(settings, seed, dtype)
     if settings.smooth is not None:
         stream = Smooth(stream, settings.smooth.frames, settings.smooth.motion)
@@ -52,7 +68,37 @@ def _source(settings: StreamSettings, seed: int, dtype: torch.dtype) -> Stream:
     if settings.source is Source.CHARACTERS:
         ids, _ = character_parts(settings.path)
         return CharacterStream(ids, settings.characters.length, settings.batch, seed)
-    return _data_set(settings, seed, dtype).train
+    data = _data_set(settings, seed, dtype)
+    return data.train if settings.canvas is None else _canvas(data, settings, seed)
+
+
+def _canvas(data: DataSet, settings: StreamSettings, seed: int) -> Canvas:
+    own = settings.canvas or CanvasSettings()
+    return Canvas(
+        data.train,
+        side=own.side,
+        frames=own.frames,
+        fade=own.fade,
+        speed=own.speed,
+        background=_background(data),
+        seed=seed,
+    )
+
+
+def _background(data: DataSet) -> float:
+    """The value of a blank pixel."""
+    return float(data.x.min())
+
+
+def _check_part(settings: StreamSettings) -> None:
+    """Raises SettingsError where there is no validation part."""
+    tokens = settings.source is Source.SEQUENCES and settings.sequences.view is View.TOKENS
+    none = tokens or settings.source in (Source.SIGNAL, Source.CHARACTERS)
+    if settings.evaluate is Part.VALIDATION and none:
+        source = "sequences seen token by token" if tokens else settings.source.value
+        raise SettingsError(
+            f"stream.evaluate: {source} has no validation part; leave it out, or use another source"
+        )
 
 
 def _paced(stream: Stream, pace: PaceSettings) -> Paced:
@@ -69,7 +115,9 @@ def held_out(
     items: how many it has come through, those that were dropped among them.
 
     The held-out part of a data set or of texts; of the drifting stream new rows of the concept in
-    force at the run's last item. Never smooth, moved, or withheld. None for a signal, where the
+    force at the run's last item. With `evaluate: validation` a sixth of the training part instead
+    (of the drifting stream the same: its runs differ by seed). Never smooth or withheld; on a
+    canvas where the stream's images are. None for a signal, where the
     prequential loss says how well it is followed, for texts that are seen token by token
     (`held_out_tokens`), and for texts too few to hold some out. Raises like `make_stream`.
     """
@@ -88,6 +136,8 @@ def held_out(
         last = nearest_sample(max(items, 1) - 1, _frames(settings))
         return _drift(settings, seed, dtype).held_out(last)
     data = _data_set(settings, seed, dtype)
+    if settings.canvas is not None:
+        return still(data.x, settings.canvas.side, _background(data)), data.y
     return data.x, data.y
 
 
@@ -120,7 +170,11 @@ def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
 
 def _texts(settings: StreamSettings, seed: int) -> tuple[Texts, Vocabulary]:
     own = settings.sequences
-    return corpus(own.count, seed, settings.path, own.vocabulary)
+    texts, vocabulary = corpus(own.count, seed, settings.path, own.vocabulary)
+    if settings.evaluate is Part.VALIDATION:
+        train, held = validation_items(list(texts.train))
+        texts = replace(texts, train=train, held_out=held)
+    return texts, vocabulary
 
 
 def _sequences(settings: StreamSettings, seed: int) -> Stream:
@@ -185,6 +239,9 @@ def _drift(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DriftStre
 
 
 def _data_set(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DataSet:
+    validation = settings.evaluate is Part.VALIDATION
     if settings.source is Source.DIGITS:
-        return digits(settings.batch, seed, dtype)
-    return fashion_mnist(settings.batch, seed, dtype, settings.path)
+        return digits(settings.batch, seed, dtype, validation=validation)
+    if settings.source is Source.MNIST_1D:
+        return mnist1d(settings.batch, seed, dtype, validation=validation)
+    return fashion_mnist(settings.batch, seed, dtype, settings.path, validation=validation)

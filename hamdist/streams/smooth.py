@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hamdist.config import Motion
 from hamdist.errors import SettingsError, StreamError
+from hamdist.streams.images import square_images
 from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.streams.seeding import generator
 
@@ -178,15 +179,4 @@ def _between(now: Sample, after: Sample, j: int, frames: int) -> Sample:
 
 
 def _as_images(shape: tuple[int, ...], motion: Motion) -> tuple[int, int, int, int]:
-    """(B, C, H, H) for the shape of a batch of square images, flat ones included."""
-    match shape:
-        case (batch, flat) if math.isqrt(flat) ** 2 == flat:
-            return batch, 1, math.isqrt(flat), math.isqrt(flat)
-        case (batch, height, width) if height == width:
-            return batch, 1, height, width
-        case (batch, channels, height, width) if height == width:
-            return batch, channels, height, width
-    raise StreamError(
-        f"motion {motion.value!r} needs square images, (B, H, H), (B, C, H, H) or (B, H*H), "
-        f"but inputs have shape {shape}: use motion 'fade'"
-    )
+    return square_images(shape, f"motion {motion.value!r}", "use motion 'fade'")

@@ -14,6 +14,7 @@ from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import merge_windows
 from hamdist.study.baseline import CENTRALISED
 from hamdist.study.compression import compression_notes
+from hamdist.study.outputs import outputs_notes
 from hamdist.study.runs import Run
 
 
@@ -78,21 +79,21 @@ def _row(group: Sequence[Run], baseline: Sequence[Run]) -> Row:
         level=group[0].level,
         engine=group[0].engine,
         seeds=len(group),
-        held_out_accuracy=_mean(accuracies),
-        held_out_spread=_spread(accuracies),
-        prequential_accuracy=_mean(_present(total.accuracy for total in totals)),
-        gap_to_backprop=_mean(gaps),
-        gap_spread=_spread(gaps),
+        held_out_accuracy=mean_of(accuracies),
+        held_out_spread=spread_of(accuracies),
+        prequential_accuracy=mean_of(_present(total.accuracy for total in totals)),
+        gap_to_backprop=mean_of(gaps),
+        gap_spread=spread_of(gaps),
         wall_seconds=statistics.fmean(run.seconds for run in group),
         samples_per_second=statistics.fmean(run.rows_per_second for run in group),
         peak_memory_bytes=max(memory.values(), default=0),
         bytes_per_edge=statistics.fmean(_bytes_per_edge(run) for run in group),
         staleness=max(run.staleness for run in group),
-        held_out_loss=_mean(losses),
-        held_out_loss_spread=_spread(losses),
-        prequential_loss=_mean([total.mean_loss for total in totals]),
-        loss_gap=_mean(loss_gaps),
-        loss_gap_spread=_spread(loss_gaps),
+        held_out_loss=mean_of(losses),
+        held_out_loss_spread=spread_of(losses),
+        prequential_loss=mean_of([total.mean_loss for total in totals]),
+        loss_gap=mean_of(loss_gaps),
+        loss_gap_spread=spread_of(loss_gaps),
         startup_seconds=statistics.fmean(run.startup_seconds for run in group),
         peak_memory_by_process=memory,
         notes=tuple(_notes(group, baseline)),
@@ -111,13 +112,13 @@ def _present(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean_of(values: Sequence[float]) -> float | None:
     if not values:
         return None
     return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
 
 
-def _spread(values: Sequence[float]) -> float | None:
+def spread_of(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
@@ -157,6 +158,7 @@ def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
     """The runs' warnings, each once, and what a reader of the numbers must know."""
     notes = list(dict.fromkeys(text for run in group for text in run.warnings))
     notes += compression_notes([run.compression for run in group])
+    notes += outputs_notes(group)
     lost = [(run.seed, _loss(run)) for run in group]
     diverged = [str(seed) for seed, loss in lost if loss is not None and not math.isfinite(loss)]
     if diverged:

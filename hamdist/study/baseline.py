@@ -1,8 +1,12 @@
 """Centralised training: the whole model in this process, plain PyTorch, `torch.optim.SGD`.
 
-The same model, stream, order, loss and step size as the runs it is compared with. The step size
-of item n (from 0) is lr (1 - n/steps) with linear decay. Items without target are not learned from,
-but count. The prequential loss comes from the forward pass that the gradient belongs to.
+The same model, stream, order, loss and step size as the runs it is compared with, and the same
+moving average of the weights (`learning.average`) for evaluation. The step size of item n (from 0)
+follows the same course (dynamics/rates.py). Items without target are not learned from, but count.
+The prequential loss comes from the forward pass that the gradient belongs to.
+
+`frozen` trains the last layer alone, on the hidden blocks as they were drawn: what a level without
+memory has to beat before it can be said to learn anything in its hidden blocks.
 """
 
 from __future__ import annotations
@@ -11,15 +15,20 @@ import copy
 import itertools
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import Decay, FirstStep, LearningSettings, Settings
-from hamdist.dynamics.losses import LossFunction, make_loss
-from hamdist.dynamics.metrics import Prequential
-from hamdist.errors import BlockError, SettingsError, StreamError
+from hamdist.config import FirstStep, LearningSettings, Settings
+from hamdist.dynamics.averaging import Average
+from hamdist.dynamics.inputs import called
+from hamdist.dynamics.losses import Losses, LossFunction, make_losses
+from hamdist.dynamics.metrics import Prequential, Window
+from hamdist.dynamics.outputs import ONLY, losses_of, tensors
+from hamdist.dynamics.rates import step_course
+from hamdist.errors import BlockError, GraphError, SettingsError
+from hamdist.runtime.measure import example_sample
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.threads import torch_threads
@@ -27,6 +36,7 @@ from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.study.threads import fair_threads, faster_of
 
 CENTRALISED = "centralised"
+FROZEN = "frozen"
 PROGRESS_SECONDS = 0.25
 
 
@@ -35,28 +45,32 @@ def train_centralised(
     stream: Stream,
     settings: Settings,
     *,
-    loss: LossFunction | None = None,
+    loss: Losses | None = None,
+    frozen: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RunResult:
-    """Train a copy of `model` on `stream` with backpropagation and SGD.
+    """Train a copy of `model` on `stream` with backpropagation and SGD; with `frozen` the last
+    child of it that has weights alone.
 
     Uses `settings.learning`, `steps`, `loss` (unless `loss` is given), `seed` (of what the model
     draws from torch's global generator, which is put back afterwards), `metrics`, and `engine`:
     as many threads as a run with that engine has, or one where a short trial finds one faster.
     Ctrl-C ends the training with what was reached (`interrupted`).
 
-    Raises SettingsError for a linear decay without `steps`, StreamError for an unusable item and
-    for a stream with targets by readout, and BlockError named 'centralised' where the model, the
-    loss or their gradient fails.
+    Of a model that returns several outputs the losses add up, and `windows` has those of each.
+
+    Raises LevelError for a decay without `steps`, SettingsError for `frozen` with a model that is
+    no nn.Sequential of several children with weights, StreamError for an unusable item, GraphError
+    for losses or targets of outputs that the model does not have, and BlockError named
+    'centralised' where the model, the loss or their gradient fails.
     """
     entered = time.perf_counter()
-    if stream.spec.targets is not None:
-        raise StreamError(
-            f"the stream has targets by readout ({', '.join(map(repr, stream.spec.targets))}), but "
-            "centralised training has one output: give it a stream of one target"
-        )
     reset_peak()
-    trainer = _Trainer(copy.deepcopy(model), settings, loss or make_loss(settings.loss))
+    losses = make_losses(settings.loss) if loss is None else loss
+    own = copy.deepcopy(model)
+    if frozen:
+        _freeze(own)
+    trainer = _Trainer(own, settings, losses, stream.spec.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
@@ -65,10 +79,12 @@ def train_centralised(
             begun = time.perf_counter()
             interrupted = _train(trainer, stream, settings, begun, on_progress)
             seconds = time.perf_counter() - begun
+    averaged = trainer.averaged()
     return RunResult(
-        model=trainer.model,
+        model=averaged or trainer.model,
+        plain=None if averaged is None else trainer.model,
         blocks={},
-        windows={CENTRALISED: trainer.metrics.windows},
+        windows={name or CENTRALISED: own.windows for name, own in trainer.metrics.items()},
         samples=trainer.items,
         ticks=trainer.items,
         seconds=seconds,
@@ -82,58 +98,118 @@ def train_centralised(
 
 
 class _Trainer:
-    """SGD on one model, one item at a time. items: how many it was shown."""
+    """SGD on one model, one item at a time. items: how many it was shown. metrics: by output."""
 
-    def __init__(self, model: nn.Module, settings: Settings, loss: LossFunction) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        loss: Losses,
+        targets: Collection[str] | None,
+    ) -> None:
         learning = settings.learning
         self.model = model
         self.loss = loss
+        self.targets = targets
+        self._losses: dict[str, LossFunction] | None = None
+        self._kept = settings.metrics
         self.step_size = _step_size(learning, settings.steps)
         self.optimiser = _optimiser(model, learning)
-        self.metrics = Prequential(settings.metrics.window, settings.metrics.limit)
+        self.metrics: dict[str, Prequential] = {}
+        given = learning.average
+        theta = [p.data for p in model.parameters() if p.requires_grad]
+        self.average = None if isinstance(given, str) else Average(theta, given)
         self.items = 0
         self.updates = 0
 
     def show(self, sample: Sample) -> None:
         """Test on the item, then train on it; an item without target only counts."""
-        y = sample.target(CENTRALISED)
-        if y is not None:
+        names = [ONLY] if self.targets is None else self.targets
+        if any(sample.target(name) is not None for name in names):
             try:
-                self._learn(sample.u, y)
+                self._learn(sample)
+            except GraphError:
+                raise
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise BlockError(CENTRALISED, self.items, text, traceback.format_exc()) from error
         self.items += 1
 
-    def _learn(self, u: Tensor, y: Tensor) -> None:
-        prediction = self.model(u)
-        loss = self.loss(prediction, y)
-        self.metrics.record(self.items, prediction.detach(), y, loss.detach())
+    def _learn(self, sample: Sample) -> None:
+        u = sample.u if sample.inputs is None else sample.inputs
+        predictions = tensors(called(self.model, u))
+        losses = self._losses = self._losses or self._chosen(predictions)
+        found = []
+        for name, loss in losses.items():
+            y = sample.target(name)
+            if y is not None:
+                found.append(loss(predictions[name], y))
+                own = predictions[name].detach()
+                self.metrics[name].record(self.items, own, y, found[-1].detach())
+        if not found:
+            return
         self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        torch.autograd.backward(found)
         for group in self.optimiser.param_groups:
             group["lr"] = self.step_size(self.items)
         self.optimiser.step()
         self.updates += 1
+        if self.average is not None:
+            self.average.look()
+
+    def averaged(self) -> nn.Module | None:
+        """The model with the average of its weights, if there is one."""
+        if self.average is None:
+            return None
+        made = copy.deepcopy(self.model)
+        moving = [p for p in made.parameters() if p.requires_grad]
+        for p, value in zip(moving, self.average.values, strict=True):
+            p.data.copy_(value)
+        return made
+
+    def _chosen(self, predictions: dict[str, Tensor]) -> dict[str, LossFunction]:
+        """The losses of the outputs that have one, each with metrics of its own."""
+        if list(predictions) == [ONLY] and self.targets is not None:
+            raise GraphError(
+                f"the stream has targets by readout ({', '.join(map(repr, self.targets))}), but "
+                "the model returns one tensor: return a dict of predictions by these names, or "
+                "give the stream one target"
+            )
+        losses = losses_of(list(predictions), self.loss, self.targets)
+        kept = self._kept
+        self.metrics = {name: Prequential(kept.window, kept.limit) for name in losses}
+        return losses
+
+    def windows(self) -> list[Window]:
+        """Of the first output, as those of engines under way."""
+        return next((own.windows for own in self.metrics.values()), [])
+
+
+def _freeze(model: nn.Module) -> None:
+    """All weights but those of the last child that has some."""
+    children = [child for child in model.children() if any(True for _ in child.parameters())]
+    if not isinstance(model, nn.Sequential) or len(children) < 2:
+        raise SettingsError(
+            "model: 'frozen' trains the last child with weights of an nn.Sequential of several; "
+            f"this {type(model).__name__} has {len(children)}"
+        )
+    for child in children[:-1]:
+        child.requires_grad_(False)
 
 
 def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Optimizer:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     adaptive = learning.adaptive
     if adaptive is None:
-        return torch.optim.SGD(
-            model.parameters(), learning.lr, learning.momentum, learning.dampening
-        )
+        return torch.optim.SGD(weights, learning.lr, learning.momentum, learning.dampening)
     betas = learning.momentum, adaptive.memory
-    return torch.optim.Adam(model.parameters(), learning.lr, betas, adaptive.epsilon)
+    return torch.optim.Adam(weights, learning.lr, betas, adaptive.epsilon)
 
 
 def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:
     """The step size by item."""
-    if learning.decay is Decay.NONE:
-        return lambda _: learning.lr
-    if steps is None:
-        raise SettingsError("learning.decay: linear needs 'steps', the length of the run")
-    return lambda item: learning.lr * (1 - item / steps)
+    course = step_course(learning, steps)
+    return lambda item: learning.lr * course(item)
 
 
 def _train(
@@ -155,7 +231,8 @@ def _train(
                 reported = now
     except KeyboardInterrupt:
         interrupted = True
-    trainer.metrics.flush()
+    for own in trainer.metrics.values():
+        own.flush()
     if on_progress is not None:
         on_progress(_progress(trainer, settings.steps, time.perf_counter() - begun))
     return interrupted
@@ -166,29 +243,21 @@ def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
         seconds=seconds,
         samples=trainer.items,
         steps=steps,
-        windows=trainer.metrics.windows,
+        windows=trainer.windows(),
         blocks=[BlockProgress(CENTRALISED, trainer.items, trainer.updates)],
     )
 
 
 def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
     """1, or as many as the compared run has: whichever trains a copy of the model faster."""
-    probe = _Trainer(copy.deepcopy(trainer.model), settings, trainer.loss)
-    sample = _stand_in(spec)
+    probe = _Trainer(copy.deepcopy(trainer.model), settings, trainer.loss, trainer.targets)
+    sample = example_sample(spec)
 
     def step() -> None:
         probe.items = 0
         probe.show(sample)
 
     return faster_of({1, fair_threads(settings.engine)}, step)
-
-
-def _stand_in(spec: SampleSpec) -> Sample:
-    """An item of the stream's shapes and types, made without touching the stream."""
-    u = torch.zeros(spec.u_shape, dtype=spec.u_dtype)
-    if spec.u_dtype.is_floating_point:
-        u.normal_(generator=torch.Generator().manual_seed(0))
-    return Sample(u, torch.zeros(spec.y_shape, dtype=spec.y_dtype))
 
 
 def baseline_warnings(settings: Settings) -> list[str]:
@@ -202,6 +271,8 @@ def baseline_warnings(settings: Settings) -> list[str]:
     dampened = learning.first_step is FirstStep.DAMPENED
     if dampened and learning.momentum and learning.dampening:
         given.append("learning.first_step")
+    given += [f"learning.{name}" for name in ("clip", "inputs") if getattr(learning, name) != "off"]
+    given += [f"learning.{name}" for name in ("heads", "blocks") if getattr(learning, name)]
     if not given:
         return []
     return [

@@ -11,7 +11,7 @@ from hamdist.errors import SettingsError
 from hamdist.models import ModelFactory
 from hamdist.runtime.cluster import ray_session
 from hamdist.study.baseline import CENTRALISED
-from hamdist.study.runs import OnProgress, Run, run_centralised, run_level
+from hamdist.study.runs import DataFactory, OnProgress, Run, run_centralised, run_level
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ def compare(
     planned: Sequence[Planned],
     *,
     factory: ModelFactory | None = None,
+    data: DataFactory | None = None,
     on_progress: Callable[[Planned], OnProgress] | None = None,
 ) -> Iterator[Run]:
     """Make the runs one after the other and yield each as it ends.
@@ -64,7 +65,7 @@ def compare(
             if item.level is not None and own.engine.kind is EngineKind.RAY:
                 stack.enter_context(ray_session(own.engine))
             start = run_centralised if item.level is None else run_level
-            run, _ = start(own, factory=factory, on_progress=callback)
+            run, _ = start(own, factory=factory, data=data, on_progress=callback)
             yield run
             if run.interrupted:
                 return

@@ -5,39 +5,91 @@ B: batch, N: rows of the held-out set, O: outputs, T: tokens of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.losses import LossFunction
+from hamdist.dynamics.inputs import Inputs, called
+from hamdist.dynamics.losses import Losses, LossFunction
 from hamdist.dynamics.metrics import count_correct
+from hamdist.dynamics.outputs import ONLY, losses_of, main_output, tensors
 from hamdist.errors import StreamError
 from hamdist.streams.sample import Sample, Stream
 
 CHUNK = 1024
+Targets: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """loss: mean over rows. accuracy: share of rows predicted right; None for real values."""
+    """loss: mean over rows. accuracy: share of rows predicted right; None for real values.
+    outputs: of a model of several, by name; loss and accuracy are then those of `main`."""
 
     loss: float
     accuracy: float | None
+    outputs: Mapping[str, Scores] = field(default_factory=dict)
+    main: str = ONLY
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor, loss: LossFunction) -> Scores:
-    """Scores of `model` on x (N, ...) with targets y, (N,) classes or (N, O) values.
+def evaluate(model: nn.Module, x: Inputs, y: Targets, loss: Losses) -> Scores:
+    """Scores of `model` on x (N, ...) with targets y, (N,) classes or (N, O) values; of several
+    inputs and outputs by name.
 
     `loss` is a mean over the batch. The model is set to evaluation meanwhile.
     """
-    tally = _Tally(loss)
+    return evaluate_items(model, _chunks(x, y), loss, y if isinstance(y, Mapping) else None)
+
+
+def evaluate_items(
+    model: nn.Module, items: Iterable[Sample], loss: Losses, targets: Collection[str] | None
+) -> Scores:
+    """Scores of `model` over the rows of all items that have a target. targets: the names of the
+    outputs for which they have targets, where these are given by name.
+
+    The model is set to evaluation meanwhile. Raises StreamError where an output has no target at
+    all, GraphError for outputs that the model does not have.
+    """
+    tallies: dict[str, _Tally] | None = None
     with _evaluating(model):
-        for u, target in zip(torch.split(x, CHUNK), torch.split(y, CHUNK), strict=True):
-            tally.add(model(u), target)
-    return tally.scores()
+        for sample in items:
+            u = sample.u if sample.inputs is None else sample.inputs
+            found = tensors(called(model, u))
+            if tallies is None:
+                losses = losses_of(list(found), loss, targets)
+                tallies = {name: _Tally(one) for name, one in losses.items()}
+            for name, tally in tallies.items():
+                target = sample.target(name)
+                if target is not None:
+                    tally.add(found[name], target)
+    if tallies is None:
+        raise StreamError("nothing is held out: the part to evaluate on has no item")
+    for name, tally in tallies.items():
+        if not tally.rows:
+            what = "" if name == ONLY else f" for {name!r}"
+            raise StreamError(f"no held-out item has a target{what}")
+    if list(tallies) == [ONLY]:
+        return tallies[ONLY].scores()
+    scores = {name: tally.scores() for name, tally in tallies.items()}
+    main = main_output({name: one.accuracy for name, one in scores.items()})
+    return Scores(scores[main].loss, scores[main].accuracy, scores, main)
+
+
+def _chunks(x: Inputs, y: Targets) -> Iterator[Sample]:
+    inputs = x if isinstance(x, Mapping) else {ONLY: x}
+    rows = len(next(iter(inputs.values())))
+    for first in range(0, rows, CHUNK):
+        part = {name: one[first : first + CHUNK] for name, one in inputs.items()}
+        target = (
+            {name: one[first : first + CHUNK] for name, one in y.items()}
+            if isinstance(y, Mapping)
+            else y[first : first + CHUNK]
+        )
+        u = next(iter(part.values()))
+        yield Sample(u, target, inputs=part if isinstance(x, Mapping) else None)
 
 
 def evaluate_sequences(model: nn.Module, stream: Stream, loss: LossFunction) -> Scores:

@@ -26,9 +26,9 @@ SECONDS_TO_JUDGE = 1.0
 
 
 class RunView:
-    """The state of one run. batch: rows of an item."""
+    """The state of one run. batch: rows of an item, where they are known."""
 
-    def __init__(self, title: str, batch: int) -> None:
+    def __init__(self, title: str, batch: int | None) -> None:
         self.title = title
         self.batch = batch
         self._last: Progress | None = None
@@ -71,7 +71,9 @@ class RunView:
         ticks = max((block.tick for block in last.blocks), default=0)
         of = f"/{last.steps}" if last.steps is not None else ""
         rate = self._items_per_second()
-        facts = [f"item {last.samples}{of}", f"tick {ticks}", f"{rate * self.batch:,.0f} rows/s"]
+        known = self.batch is not None
+        speed = f"{rate * (self.batch or 1):,.0f} {'rows' if known else 'items'}/s"
+        facts = [f"item {last.samples}{of}", f"tick {ticks}", speed]
         facts += _metrics(last)
         if last.steps is not None and rate > 0 and last.seconds >= SECONDS_TO_JUDGE:
             facts.append(f"{_clock((last.steps - last.samples) / rate)} left")

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_Dashes: TypeAlias = str | tuple[float, tuple[float, ...]]
+Dashes: TypeAlias = str | tuple[float, tuple[float, ...]]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES: tuple[_Dashes, ...] = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+DASHES: tuple[Dashes, ...] = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 BASELINE_COLOUR = "#a8a8a8"
 BASELINE_WIDTH, CURVE_WIDTH = 5.0, 1.9
 POINTS = 60
@@ -63,7 +63,7 @@ def _by_level(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def _style(groups: dict[str, list[Run]], level: str) -> tuple[str, _Dashes]:
+def _style(groups: dict[str, list[Run]], level: str) -> tuple[str, Dashes]:
     """Colour and dashes of a level."""
     if level == CENTRALISED:
         return BASELINE_COLOUR, "-"
@@ -78,7 +78,7 @@ def _curves(
     real_valued: bool,
 ) -> bytes:
     """Prequential windows: each seed thin, their mean on a common grid thick."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for level, group in groups.items():
         curves = [_curve(run, x_of, real_valued) for run in group if run.windows]
         if not curves:
@@ -101,8 +101,8 @@ def _curves(
         axes.set_yscale("log")
     else:
         axes.set_ylabel("accuracy in a window, %")
-    _legend(figure, axes)
-    return _png(figure)
+    legend(figure, axes)
+    return png_of(figure)
 
 
 def _curve(
@@ -145,7 +145,7 @@ def _mean_curve(curves: Sequence[_Curve]) -> _Curve:
 
 def _gaps(groups: dict[str, list[Run]], real_valued: bool) -> bytes:
     """One place per level: each seed a small point, mean and standard deviation beside them."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     levels = [level for level in groups if level != CENTRALISED]
     for place, level in enumerate(levels):
         gaps = _paired_gaps(groups.get(CENTRALISED, []), groups[level], real_valued)
@@ -167,7 +167,7 @@ def _gaps(groups: dict[str, list[Run]], real_valued: bool) -> bytes:
     axes.set_ylabel("held-out loss above centralised" if real_valued else "points of accuracy")
     title = "Gap to centralised backpropagation (above 0: worse than it)"
     axes.set_title(title, loc="left")
-    return _png(figure)
+    return png_of(figure)
 
 
 def _paired_gaps(baseline: Sequence[Run], group: Sequence[Run], real_valued: bool) -> list[float]:
@@ -184,7 +184,8 @@ def _paired_gaps(baseline: Sequence[Run], group: Sequence[Run], real_valued: boo
     return [gap for gap in gaps if math.isfinite(gap)]
 
 
-def _figure() -> tuple[Figure, Axes]:
+def new_figure() -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, in the style of all."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
@@ -195,12 +196,14 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes, columns: int = 5) -> None:
+    """Below the axes, where something in them has a label."""
     if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=5, frameon=False, handlelength=2.8)
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, handlelength=2.8)
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
+    """The picture."""
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

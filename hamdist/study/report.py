@@ -64,15 +64,20 @@ def render(report: Report) -> str:
     title = escape(f"hamdist compare: {report.settings.name}")
     parts = [
         f"<h1>{title}</h1>",
-        _facts(report),
+        facts(report.command, report.when),
         _interruption(report),
-        f'<h2>Results</h2><div class="scroll">{_table(report.table)}</div>',
+        f'<h2>Results</h2><div class="scroll">{html_table(report.table)}</div>',
         f"<p>{EXPLANATION}</p>",
-        _notes(report.table.notes),
+        html_notes(report.table.notes),
         "<h2>Plots</h2>",
-        *[_figure(name, png) for name, png in report.plots.items()],
+        *[html_figure(name, png) for name, png in report.plots.items()],
         f"<h2>Settings</h2><pre>{escape(to_yaml(report.settings))}</pre>",
     ]
+    return page(title, parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page of `parts`, all of them HTML as `title` is."""
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -94,14 +99,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _facts(report: Report) -> str:
-    facts = {
-        "command": report.command,
-        "date": report.when,
+def facts(command: str, when: str) -> str:
+    """How, when and with what the numbers were made."""
+    known = {
+        "command": command,
+        "date": when,
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": ", ".join(f"{name} {text}" for name, text in versions().items()),
     }
-    return f"<dl>{''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in facts.items())}</dl>"
+    return f"<dl>{''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in known.items())}</dl>"
 
 
 def _interruption(report: Report) -> str:
@@ -110,7 +116,8 @@ def _interruption(report: Report) -> str:
     return '<p class="interrupted">Ended early: only the runs that finished are shown.</p>'
 
 
-def _table(table: Table) -> str:
+def html_table(table: Table) -> str:
+    """The table, without its notes."""
     head = "".join(f"<th>{escape(title)}</th>" for title in table.titles)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
@@ -118,14 +125,16 @@ def _table(table: Table) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _notes(notes: Sequence[str]) -> str:
+def html_notes(notes: Sequence[str]) -> str:
+    """A box of notes; nothing where there are none."""
     if not notes:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f'<div class="notes"><b>Notes and warnings</b><ul>{items}</ul></div>'
 
 
-def _figure(name: str, png: bytes) -> str:
+def html_figure(name: str, png: bytes) -> str:
+    """A picture, inside the page. name: of its file, which says what it shows."""
     data = base64.b64encode(png).decode("ascii")
     words = name.removesuffix(".png").replace("-", " against ")
     return f'<figure><img alt="{escape(words)}" src="data:image/png;base64,{data}"></figure>'

@@ -15,6 +15,7 @@ from typing import Any
 
 from hamdist.errors import SettingsError
 from hamdist.study.aggregate import Row
+from hamdist.study.evaluate import Scores
 from hamdist.study.runs import Run
 
 
@@ -44,7 +45,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def run_lines(runs: Iterable[Run]) -> str:
     """JSON lines: one per window ("event": "window"), one per run ("event": "run")."""
-    return "".join(f"{_json(record)}\n" for run in runs for record in _records(run))
+    return "".join(f"{to_json(record)}\n" for run in runs for record in _records(run))
 
 
 def _records(run: Run) -> Iterator[dict[str, Any]]:
@@ -62,17 +63,28 @@ def _records(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def run_summary(run: Run) -> dict[str, Any]:
-    """A run without its windows and records."""
-    record = dataclasses.asdict(dataclasses.replace(run, windows=(), records={}))
-    del record["windows"], record["window_seconds"], record["records"]
+    """A run without its windows, records and weights."""
+    record = dataclasses.asdict(dataclasses.replace(run, windows=(), records={}, plain=None))
+    for apart in ("windows", "window_seconds", "records", "plain"):
+        del record[apart]
+    record["held_out"] = None if run.held_out is None else _scores(run.held_out)
     record["samples_per_second"] = run.rows_per_second
+    return record
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    """Of a model of several outputs with those of each, and the name of the main one."""
+    record: dict[str, Any] = {"loss": scores.loss, "accuracy": scores.accuracy}
+    if scores.outputs:
+        record["main"] = scores.main
+        record["outputs"] = {name: _scores(one) for name, one in scores.outputs.items()}
     return record
 
 
 def comparison_summary(rows: Sequence[Row], *, interrupted: bool) -> str:
     """summary.json: {"rows": [...], "interrupted": ...}; null for what is missing or not finite."""
     record = {"rows": [dataclasses.asdict(row) for row in rows], "interrupted": interrupted}
-    return _json(record, indent=2) + "\n"
+    return to_json(record, indent=2) + "\n"
 
 
 def rows_csv(rows: Sequence[Row]) -> str:
@@ -93,10 +105,11 @@ def rows_csv(rows: Sequence[Row]) -> str:
 
 def summary_json(run: Run) -> str:
     """summary.json of a single run."""
-    return _json(run_summary(run), indent=2) + "\n"
+    return to_json(run_summary(run), indent=2) + "\n"
 
 
-def _json(value: object, indent: int | None = None) -> str:
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON, with null for what is not finite."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from hamdist.config import DType, ModelKind, Settings, Source, View
+from hamdist.config import DType, Loss, ModelKind, Settings, Source, View
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import Graph
-from hamdist.dynamics.losses import make_loss
-from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.losses import Losses, LossFunction, make_loss, make_losses
+from hamdist.dynamics.metrics import Window, merge_windows
+from hamdist.dynamics.outputs import main_output
 from hamdist.dynamics.precision import Rounding
 from hamdist.dynamics.recurrent import MergedSequence
-from hamdist.errors import DivergedError, SettingsError
+from hamdist.dynamics.stabilise import stabilised
+from hamdist.errors import Choice, DivergedError, SettingsError
 from hamdist.models import (
     CELLS,
     ModelFactory,
@@ -30,33 +32,43 @@ from hamdist.models import (
     make_recurrent,
     make_tracker,
 )
+from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.result import Progress, Replaced, RunResult
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.train import train
-from hamdist.streams import held_out, held_out_tokens, make_stream
+from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
-from hamdist.study.baseline import CENTRALISED, baseline_warnings, train_centralised
+from hamdist.study.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.compression import Compression
-from hamdist.study.evaluate import Scores, evaluate, evaluate_sequences
+from hamdist.study.drift import Recovery, recoveries
+from hamdist.study.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
+from hamdist.study.own_data import OwnData
 from hamdist.study.tracking import Tracking, advice, tracking
+from hamdist.study.warm import warmed
 
 PYTORCH = "pytorch"
 TIMELINE_LIMIT = 4096
 
 OnProgress = Callable[[Progress], None]
+DataFactory = Callable[[int], OwnData]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run's numbers.
 
-    level: a level's name, or 'centralised'. engine: an engine's name, or 'pytorch'.
+    level: a level's name, 'centralised' or 'frozen'; chosen: the settings that ran where it is
+    'auto', why: its reasons. engine: an engine's name, or 'pytorch'.
     samples: items that entered; batch: rows of an item.
-    windows: prequential, of the (last) readout.
+    windows: prequential, of the (last) readout; of a model of several outputs, of the one that
+    `held_out` names as the main one. prequential: of such a model, all windows in one by output.
     window_seconds: when each window's last item had entered, counted as `seconds` is.
-    held_out: None after an interruption or a failure, and for streams without held-out part.
+    held_out: None after an interruption or a failure, and for streams without held-out part; of
+    averaged weights (`learning.average`), where there are some; held_out_plain: then of the weights
+    as they were in the end, which plain has.
     failure: how the run left the finite range, if it did; its model has the weights from before.
     tracking: how well a real-valued target was followed, where its course was recorded.
+    drifts: what the prequential accuracy did after each labelled drift of the stream.
     The rest is as in RunResult.
     """
 
@@ -89,6 +101,12 @@ class Run:
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
     snapshots: Sequence[str] = field(default_factory=tuple)
     replaced: Sequence[Replaced] = field(default_factory=tuple)
+    prequential: Mapping[str, Window] = field(default_factory=dict)
+    drifts: Sequence[Recovery] = field(default_factory=tuple)
+    held_out_plain: Scores | None = None
+    plain: nn.Module | None = None
+    chosen: Settings | None = None
+    why: Sequence[str] = field(default_factory=tuple)
 
     @property
     def rows_per_second(self) -> float:
@@ -122,6 +140,7 @@ def run_level(
     settings: Settings,
     *,
     factory: ModelFactory | None = None,
+    data: DataFactory | None = None,
     on_progress: OnProgress | None = None,
     before: Mapping[str, float] | None = None,
     resume: Path | None = None,
@@ -129,13 +148,14 @@ def run_level(
 ) -> tuple[Run, nn.Module]:
     """Train with `settings` (made for one level by `for_level`) and evaluate on held-out data.
 
-    factory: makes the model, instead of the one that the settings name. before: what came before
-    this call and belongs to the run's start (seconds by phase). resume: a folder of snapshots that
-    the run goes on from; weights: a safetensors file that it begins with. Raises HamdistError.
+    factory, data: make the model, and the stream of a seed, instead of those that the settings
+    name. before: what came before this call and belongs to the run's start (seconds by phase).
+    resume: a folder of snapshots that the run goes on from; weights: a safetensors file that it
+    begins with. Raises HamdistError.
     """
     level, engine = settings.level.value, settings.engine.kind.value
     begin = _Begin(resume, weights)
-    return _run(settings, level, engine, factory, on_progress, before or {}, begin)
+    return _run(settings, level, engine, factory, data, on_progress, before or {}, begin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +170,13 @@ def run_centralised(
     settings: Settings,
     *,
     factory: ModelFactory | None = None,
+    data: DataFactory | None = None,
+    frozen: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[Run, nn.Module]:
-    """The same with centralised training (baseline.py)."""
-    return _run(settings, CENTRALISED, PYTORCH, factory, on_progress, {})
+    """The same with centralised training (baseline.py), with `frozen` of the last layer alone."""
+    level = FROZEN if frozen else CENTRALISED
+    return _run(settings, level, PYTORCH, factory, data, on_progress, {})
 
 
 def _run(
@@ -161,6 +184,7 @@ def _run(
     level: str,
     engine: str,
     factory: ModelFactory | None,
+    data: DataFactory | None,
     on_progress: OnProgress | None,
     before: Mapping[str, float],
     begin: _Begin | None = None,
@@ -169,15 +193,14 @@ def _run(
     startup = Startup(phases_to(on_progress, settings.steps))
     startup.add(before)
     with startup.phase("data"):
-        stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+        own = None if data is None else data(settings.seed)
+        stream = _stream(settings, dtype) if own is None else own.train
         model = build(settings, stream.spec, factory, dtype)
         if begin is not None and begin.weights is not None:
-            from hamdist.study.warm import warmed
-
             model = warmed(model, begin.weights)
     prepared = sum(startup.seconds.values())
     told = advice(settings)
-    if level == CENTRALISED:
+    if engine == PYTORCH:
         told += baseline_warnings(settings)
     for text in told:
         warnings.warn(text, stacklevel=3)
@@ -192,8 +215,11 @@ def _run(
         result, failure = error.result, str(error)
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
-    scores = _score(result, settings, dtype) if whole else None
-    windows = _readout_windows(result)
+    scores = _score(result.model, result, settings, dtype, own) if whole else None
+    plain = None
+    if whole and result.plain is not None:
+        plain = _score(result.plain, result, settings, dtype, own)
+    windows = _main_windows(result, scores)
     entered = [window.last + 1 for window in windows]
     run = Run(
         level=level,
@@ -210,9 +236,14 @@ def _run(
         windows=windows,
         window_seconds=timeline.at(entered, (result.samples, result.seconds)),
         held_out=scores,
+        held_out_plain=plain,
+        plain=result.plain,
+        chosen=result.chosen,
+        why=tuple(result.why),
         bytes_per_edge=result.bytes_per_edge,
         compression=result.compression,
         rounding=result.rounding,
+        prequential=_by_output(result) if len(result.windows) > 1 else {},
         peak_memory=result.peak_memory,
         staleness=result.staleness,
         smoothness=result.smoothness,
@@ -225,6 +256,7 @@ def _run(
         records=result.records,
         snapshots=result.snapshots,
         replaced=result.replaced,
+        drifts=recoveries(windows, drifts(settings.stream, result.samples)),
     )
     return run, result.model
 
@@ -237,7 +269,7 @@ def _trained(
     timeline: Timeline,
     resume: Path | None = None,
 ) -> RunResult:
-    if level != CENTRALISED:
+    if level not in (CENTRALISED, FROZEN):
         return train(model, stream, settings, on_progress=timeline, resume=resume)
     if isinstance(model, Graph):
         topic = "bptt" if settings.model.kind in CELLS else "tracking"
@@ -245,13 +277,31 @@ def _trained(
             f"model.kind: there is no centralised training of a {settings.model.kind.value} to "
             f"compare with; use `hamdist run` (`hamdist verify --only {topic}` proves it)"
         )
-    return train_centralised(model, stream, settings, on_progress=timeline)
+    frozen = level == FROZEN
+    return train_centralised(model, stream, settings, frozen=frozen, on_progress=timeline)
 
 
 def build(
     settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
 ) -> nn.Module | Graph:
     """The model that the settings name, or that `factory` makes. Raises SettingsError."""
+    model = _plain_build(settings, spec, factory, dtype)
+    if not settings.model.stabilise:
+        return model
+    if isinstance(model, Graph):
+        raise SettingsError(
+            f"model.stabilise: a {settings.model.kind.value} is no chain of layers; leave it out"
+        )
+    several = spec.inputs is not None
+    made, told = stabilised(model, example_inputs(spec) if several else example_input(spec))
+    for text in told:
+        warnings.warn(Choice(text), stacklevel=5)
+    return made
+
+
+def _plain_build(
+    settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
+) -> nn.Module | Graph:
     if factory is not None:
         return make_from_factory(factory, seed=settings.seed, dtype=dtype)
     if settings.model.kind in CELLS:
@@ -261,7 +311,7 @@ def build(
                 f"partition: a {settings.model.kind.value} has a block for each cell; leave "
                 "'partition.blocks' and 'partition.cuts' out"
             )
-        loss = make_loss(settings.loss)
+        loss = _only_loss(settings)
         return make_recurrent(settings.model, spec, loss, seed=settings.seed, dtype=dtype)
     if settings.model.kind is ModelKind.TRACKER:
         partition = settings.partition
@@ -269,25 +319,71 @@ def build(
     return make_model(settings.model, spec, seed=settings.seed, dtype=dtype)
 
 
-def _score(result: RunResult, settings: Settings, dtype: torch.dtype) -> Scores | None:
+def _only_loss(settings: Settings) -> LossFunction:
+    """Of a model of sequences."""
+    if not isinstance(settings.loss, Loss):
+        raise SettingsError(
+            f"loss: names the outputs {', '.join(map(repr, settings.loss))}, but a "
+            f"{settings.model.kind.value} has one; give one loss"
+        )
+    return make_loss(settings.loss)
+
+
+def _stream(settings: Settings, dtype: torch.dtype) -> Stream:
+    return make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+
+
+def _score(
+    model: nn.Module,
+    result: RunResult,
+    settings: Settings,
+    dtype: torch.dtype,
+    own: OwnData | None,
+) -> Scores | None:
+    """None where nothing is held out."""
     items = result.samples + result.stream.get("dropped", 0)
-    if isinstance(result.model, MergedSequence):
-        return _score_sequences(result.model, settings)
+    if isinstance(model, MergedSequence):
+        return _score_sequences(model, settings, own)
+    losses = make_losses(settings.loss)
+    if own is not None:
+        return _score_own(model, own, losses)
     part = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=items)
-    return None if part is None else evaluate(result.model, *part, make_loss(settings.loss))
+    return None if part is None else evaluate(model, *part, losses)
 
 
-def _score_sequences(model: MergedSequence, settings: Settings) -> Scores | None:
+def _score_own(model: nn.Module, own: OwnData, losses: Losses) -> Scores | None:
+    if own.held_out is None:
+        return None
+    return evaluate_items(model, own.held_out.samples(), losses, own.train.spec.targets)
+
+
+def _score_sequences(
+    model: MergedSequence, settings: Settings, data: OwnData | None
+) -> Scores | None:
     """On the held-out texts; None for a stream that has no held-out sequences."""
+    if data is not None:
+        if data.held_out is None:
+            return None
+        return evaluate_sequences(model, data.held_out, _only_loss(settings))
     own = settings.stream
     if own.source is not Source.SEQUENCES or own.sequences.view is not View.TOKENS:
         return None
     stream = held_out_tokens(own, seed=settings.seed)
-    return evaluate_sequences(model, stream, make_loss(settings.loss))
+    return evaluate_sequences(model, stream, _only_loss(settings))
 
 
-def _readout_windows(result: RunResult) -> list[Window]:
-    return list(result.windows.values())[-1] if result.windows else []
+def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:
+    """Of the output by which the model is judged."""
+    windows = result.windows
+    if scores is not None and scores.main in windows:
+        return windows[scores.main]
+    found = _by_output(result)
+    return windows[main_output({n: w.accuracy for n, w in found.items()})] if found else []
+
+
+def _by_output(result: RunResult) -> dict[str, Window]:
+    """All windows in one, by readout."""
+    return {name: merge_windows(windows) for name, windows in result.windows.items() if windows}
 
 
 def torch_dtype(name: DType) -> torch.dtype:

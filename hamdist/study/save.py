@@ -27,24 +27,28 @@ from hamdist.study.tracking_plots import record_plots
 
 
 def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
-    """metrics.jsonl, summary.json, settings.yaml and model.safetensors (the `state_dict`); of a run
-    with `partition.delays: auto` the settings have the delays that were chosen; of one with
+    """metrics.jsonl, summary.json, settings.yaml and model.safetensors (the `state_dict`); of
+    averaged weights also plain.safetensors, the weights as they were in the end; of a run with
+    `partition.delays: auto` the settings have the delays that were chosen; of one with
     `metrics.record` also records.npz and its plots.
 
     Raises SettingsError where a file cannot be written.
     """
     write_file(folder / "metrics.jsonl", run_lines([run]))
     write_file(folder / "settings.yaml", to_yaml(as_it_was(settings, run)))
-    # Clones: safetensors refuses tensors that share memory (tied weights).
-    tensors = {
-        key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()
-    }
-    save_weights(folder / "model.safetensors", tensors)
+    save_weights(folder / "model.safetensors", _weights(model))
+    if run.plain is not None:
+        save_weights(folder / "plain.safetensors", _weights(run.plain))
     if run.records:
         write_file(folder / "records.npz", records_npz(run.records, settings))
         for name, png in record_plots(run.records, settings).items():
             write_file(folder / name, png)
     write_file(folder / "summary.json", summary_json(run))
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    # Clones: safetensors refuses tensors that share memory (tied weights).
+    return {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
@@ -54,7 +58,8 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
 
 def as_it_was(settings: Settings, run: Run) -> Settings:
     """`settings` with what was chosen at the start of `run` written down: its delays, and that its
-    signals went alone (runtime/links.py)."""
+    signals went alone (runtime/links.py); of level 'auto' the level and what went with it."""
+    settings = run.chosen or settings
     if settings.partition.delays != "auto":
         return settings
     partition = settings.partition.model_copy(update={"delays": dict(run.delays)})

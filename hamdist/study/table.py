@@ -10,6 +10,8 @@ from hamdist.dynamics.metrics import merge_windows
 from hamdist.runtime.startup import startup_line
 from hamdist.study.aggregate import Row
 from hamdist.study.compression import compression_fact
+from hamdist.study.drift import drift_fact
+from hamdist.study.outputs import outputs_fact
 from hamdist.study.runs import Run
 from hamdist.study.tracking import SETTLING, Tracking
 
@@ -103,6 +105,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "start-up": startup_line(run.startup_seconds, run.startup),
         "speed": f"{run.rows_per_second:,.0f} rows/s",
         **_scores(run),
+        "drifts": drift_fact(run.drifts),
         "staleness": f"{run.staleness} items",
         "delays, ticks": _delays(run.delays),
         "stream": ", ".join(_counts(run.stream)),
@@ -162,6 +165,10 @@ def _scores(run: Run) -> dict[str, str]:
         scores["held-out loss"] = number(run.held_out.loss)
         if run.held_out.accuracy is not None:
             scores["held-out accuracy"] = f"{percent(run.held_out.accuracy)} %"
+            if run.held_out_plain is not None:
+                plain = percent(run.held_out_plain.accuracy)
+                scores["held-out accuracy"] += f" (averaged weights; the last ones {plain} %)"
+    scores["outputs"] = outputs_fact(run)
     return scores
 
 

@@ -1,22 +1,15 @@
-"""Weights from files, and weights of a run that has not ended."""
+"""Weights from files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import nn
 
 from hamdist.dynamics.graph import Graph
 from hamdist.errors import SettingsError
-from hamdist.models import ModelFactory
-from hamdist.runtime.resume import earlier
-from hamdist.runtime.snapshot import latest
-from hamdist.runtime.train import snapshot_model
-from hamdist.streams.factory import make_stream
-from hamdist.study.runs import build, torch_dtype
 
 
 def warmed(model: nn.Module | Graph, file: Path) -> nn.Module:
@@ -39,21 +32,3 @@ def warmed(model: nn.Module | Graph, file: Path) -> nn.Module:
         first = str(error).strip().splitlines()[-1].strip()
         raise SettingsError(f"--weights '{file}': of another model: {first}") from None
     return model
-
-
-def exported(
-    where: Path, factory: ModelFactory | None, told: Callable[[str], None]
-) -> tuple[dict[str, Tensor], str]:
-    """The `state_dict` of the whole model at the latest snapshot of a folder (or at the one that
-    `where` is), and its name. factory: makes the model, where the run had one of its own.
-
-    Raises SnapshotError.
-    """
-    snapshot = latest(where, told)
-    settings = earlier(snapshot)
-    dtype = torch_dtype(settings.dtype)
-    stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-    model = build(settings, stream.spec, factory, dtype)
-    learned = snapshot_model(snapshot, model, stream.spec, settings)
-    state = {k: v.detach().clone().contiguous() for k, v in learned.state_dict().items()}
-    return state, str(snapshot)

@@ -246,7 +246,12 @@ def by_row(x):
     return torch.stack([row * 2 for row in x])
 
 
+def by_a_number(x):
+    return x * float(x.mean())
+
+
 HARD = {
+    "a float of a tensor": (by_a_number, "values of a tensor (__float__)", "float(x.mean())"),
     "a value decides": (decides, "values of a tensor (__bool__)", "if x.sum() > 0"),
     "a number of a tensor": (lambda x: x * x.max().item(), "values of a tensor (item)", "x.max()"),
     "autograd.Function": (Twice.apply, "autograd.Function", ""),
@@ -288,6 +293,16 @@ def test_a_model_that_cannot_be_followed(why):
     assert "\n" not in said
 
 
+@pytest.fixture
+def torch_warns_again():
+    """What torch otherwise says once a process."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.usefixtures("torch_warns_again")
 @pytest.mark.parametrize("why", HARD)
 def test_a_submodule_that_cannot_be_followed_stays_whole(why):
     act, reason, line = HARD[why]
@@ -298,11 +313,40 @@ def test_a_submodule_that_cannot_be_followed_stays_whole(why):
         result = hamdist.train(model, from_iterable(items, classes=3), config)
     assert reason in str(told[0].message)
     assert line in str(told[0].message)
+    # what torch says of the user's own line it says of that line, and of no line of hamdist's
+    torches = [w for w in told if "Converting a tensor" in str(w.message)]
+    assert {w.filename for w in torches} <= {__file__}
     assert len(result.blocks) == 3
     expected = sgd(model, items).state_dict()
     assert relative(result.model.state_dict().values(), expected.values()) <= ROUND_OFF
     said = refused(Hard(act, True), rows, partition={"cuts": ["inner.last"]})
     assert said.startswith("no block can begin at 'inner.last': 'inner' (a Hard) stays whole")
+
+
+class Held:
+    def __init__(self, prediction):
+        self.prediction = prediction
+
+
+def test_what_a_model_may_not_return():
+    """No line of hamdist's own is blamed."""
+    said = refused(Hard(Held, False), rows, partition={"blocks": 2})
+    assert said.startswith("the model cannot be cut into blocks: the model (a Hard) stays whole")
+
+    class Wrapped(Layers):
+        def forward(self, x):
+            return Held(super().forward(x))
+
+    said = refused(Wrapped(), rows, partition={"blocks": 2})
+    assert "because the model returns a Held; return tensors, or a tuple or dict of them; " in said
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyBatchNorm1d()])
+def test_lazy_modules_are_made_first(lazy):
+    model = nn.Sequential(nn.Linear(5, 4).double(), lazy, nn.Linear(4, 3).double())
+    said = refused(model, rows)
+    assert said.startswith("'1.")
+    assert "(a lazy module): call the model once on an example" in said
 
 
 class Counts(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from dynamics.helpers import knobs
 
-from hamdist.config import DynamicsSettings, LearningSettings
+from hamdist.config import Compensation, DynamicsSettings, LearningSettings
 from hamdist.dynamics.constants import Constant, Dynamics, make_dynamics
 from hamdist.errors import LevelError
 
@@ -15,6 +15,7 @@ LEVELS = {
     "group": ("group", 1, "hold", "all", "none", "tick"),
     "delay-free": ("layer", "depth", "hold", "layer-by-layer", "none", "tick"),
     "trace": ("layer", 1, "pulse", "all", "trace", "arrival"),
+    "heads": ("layer", 1, "pulse", "all", "none", "arrival"),
     "backprop": ("layer", "inf", "pulse", "all", "trace", "arrival"),
 }
 
@@ -27,7 +28,7 @@ def test_presets(level):
     assert k.order.value == "omega-first"
     assert k.target.value == "sample"
     assert k.readout.value == "output"
-    assert k.compensation.value == "none"
+    assert k.compensation == ()
     assert k.pulse == (LEVELS[level][2] == "pulse")
 
 
@@ -54,12 +55,13 @@ def test_every_knob_can_be_set(level, overrides):
     k = knobs(level, **overrides)
     for name, value in overrides.items():
         found = getattr(k, name)
+        found = found[0] if isinstance(found, tuple) else found
         assert getattr(found, "value", found) == value
 
 
 def test_a_power_of_the_delay_asks_for_delay_scaled_steps():
-    assert knobs("trace", delay_power=0.7).compensation.value == "delay-scaled"
-    assert knobs("trace", delay_power=0.7, compensation="none").compensation.value == "none"
+    assert knobs("trace", delay_power=0.7).compensation == (Compensation.DELAY_SCALED,)
+    assert knobs("trace", delay_power=0.7, compensation="none").compensation == ()
 
 
 def test_the_other_presentation_brings_its_own_memory_and_update():

@@ -11,6 +11,7 @@ from dynamics.helpers import Network, mlp, relative, samples, settings
 from torch.nn import Sequential
 
 from hamdist.dynamics.losses import mse
+from hamdist.errors import LevelError
 from hamdist.runtime.train import train
 from hamdist.streams import from_iterable
 
@@ -18,7 +19,9 @@ SIZES = [4, 5, 6, 2]
 D = 2
 
 
-def simulate(model: Sequential, items, *, c, lr, momentum=0.0, stash=False, scales=(1, 1, 1)):
+def simulate(
+    model: Sequential, items, *, c, lr, momentum=0.0, stash=False, scales=(1, 1, 1), predict=False
+):
     """Weights after all samples, and the loss of every sample that has a target.
 
     At tick k block l does F of sample n where k = n c + l, then B of n where k = n c + 2 D - l.
@@ -40,8 +43,10 @@ def simulate(model: Sequential, items, *, c, lr, momentum=0.0, stash=False, scal
             n, rest = divmod(k - i, c)
             if rest == 0 and 0 <= n < len(items):  # forward
                 x = h[i - 1, n]
-                h[i, n] = torch.tanh(x @ w[i].T + b[i])
-                kept[i, n] = (x, h[i, n], w[i])
+                ahead = lr * scales[i] * (2 * (D - i) // c) if predict else 0.0
+                used, offset = w[i] - ahead * v[i][0], b[i] - ahead * v[i][1]
+                h[i, n] = torch.tanh(x @ used.T + offset)
+                kept[i, n] = (x, h[i, n], used)
             n, rest = divmod(k - (2 * D - i), c)
             if rest == 0 and 0 <= n < len(items):  # backward
                 x, out, used = kept.pop((i, n))
@@ -115,6 +120,33 @@ def test_delay_scaled_steps(c, delays, power):
     config = trace(c, 0.1, locality={"compensation": "delay-scaled", "delay_power": power})
     scales = [(1 + d) ** -power for d in delays]
     check(items, config, c=c, lr=0.1, scales=scales)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("c", [1, 2, 5])
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+def test_predicted_weights(c, momentum, tau):
+    """A sample passes with the weights that are expected for its message: d steps along omega."""
+    items = samples(60, 3, 4, 2)
+    config = trace(
+        c,
+        0.05,
+        memory=None,
+        momentum=momentum,
+        locality={"compensation": ["weight-prediction", "delay-scaled"], "delay_power": 0.5},
+        dynamics={"tau": tau},
+    )
+    scales = [(1 + 2 * (D - i) // c) ** -0.5 for i in range(3)]
+    oracle = {"c": c, "lr": 0.05, "momentum": momentum, "stash": True, "scales": scales}
+    predicted = check(items, config, **oracle, predict=True)
+    stashed = simulate(mlp(SIZES), items, **oracle)[0]
+    assert (relative(predicted, stashed) > 1e-4) == (c < 5)
+
+
+def test_predicted_weights_are_kept():
+    config = trace(1, 0.1, locality={"compensation": "weight-prediction"})  # memory 'trace'
+    with pytest.raises(LevelError, match=r"memory 'trace\+weights'"):
+        train(mlp(SIZES), from_iterable(samples(3, 3, 4, 2)), config, loss=mse)
 
 
 def test_tau_is_a_unit_of_time():

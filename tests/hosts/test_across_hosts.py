@@ -66,3 +66,20 @@ def test_hosts_keep_no_file_of_a_run(three, printed):
     for i in range(3):
         assert not list(three.home(i).glob("hd-*"))
         assert not [name for name in three.run(i, ["ls", "/dev/shm"]).split() if "hd" in name]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token, and none is shown"),
+        ({"RAY_AUTH_TOKEN_PATH": "WRONG"}, "WRONG is not the cluster's"),
+        ({}, "joined"),
+    ],
+)
+def test_who_has_not_the_token_does_not_join(three, environment, words):
+    wrong = three.folder / "WRONG"
+    wrong.write_text("f" * 64)
+    own = {k: str(wrong) if v == "WRONG" else v for k, v in environment.items()}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, str(ACROSS.with_name("strangers.py")), three.address]
+    assert words in three.run(0, command, PYTHONPATH=paths, **own)

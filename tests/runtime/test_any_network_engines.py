@@ -30,9 +30,11 @@ def run(name, engine, build=None, **fields):
     )
 
 
-def both(name, actors=2, build=None, **fields):
+def both(name, build=None, placement=None, **fields):
+    """Two actors, which all tests here share."""
+    where = {"actors": 2} if placement is None else {"placement": placement}
     alone = run(name, {"kind": "inprocess"}, build, **fields)
-    spread = run(name, {"kind": "ray", "actors": actors}, build, **fields)
+    spread = run(name, {"kind": "ray", **where}, build, **fields)
     assert alone.samples == STEPS
     assert_equal(alone, spread)
     return alone
@@ -49,7 +51,8 @@ def test_networks(session, leaves_no_socket, name, level):
 @pytest.mark.ray
 def test_cuts_inside_residual_branches_and_delays(session):
     cuts = ["layer1.0.conv2", "layer2.0.downsample", "layer3.0.bn2"]
-    alone = both("resnet", 4, level="trace", partition={"cuts": cuts, "delay": 2})
+    apart = [["block0", "block2"], ["block1", "block3"]]  # so that every edge crosses
+    alone = both("resnet", placement=apart, level="trace", partition={"cuts": cuts, "delay": 2})
     assert alone.staleness == 12
 
 
@@ -57,6 +60,6 @@ def test_cuts_inside_residual_branches_and_delays(session):
 def test_dropout_draws_the_same_masks(session):
     config = Config(attention_probs_dropout_prob=0.3)
     blocks = {"partition": {"blocks": 4}, "level": "trace"}
-    dropped = both("gpt", 3, lambda: GPT(config), **blocks)
+    dropped = both("gpt", lambda: GPT(config), **blocks)
     plain = run("gpt", {"kind": "inprocess"}, **blocks)
     assert dropped.windows != plain.windows

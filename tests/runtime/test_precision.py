@@ -7,6 +7,8 @@ import copy
 
 import pytest
 import torch
+from dynamics.architectures import ResNet
+from dynamics.test_any_network import images, made, sgd
 from runtime.networks import PortableStream, batches, chain, cycle_graph, skip_graph, stream
 from runtime.test_engines_equal import assert_equal
 from torch import nn
@@ -323,3 +325,106 @@ def test_a_gpu_in_an_actor(session, leaves_no_socket):
     alone = run_of(chain, PortableStream(41), blocks)
     spread = run_of(chain, PortableStream(41), blocks, engine={"kind": "ray", "actors": 2})
     assert_equal(alone, spread)
+
+
+def residual(n, dtype=F32):
+    """Item n for a ResNet."""
+    u, y = images(n)
+    return u.to(dtype), y
+
+
+INSIDE = {"cuts": ["layer1.0.conv2", "layer2.0.conv2"]}  # a skip and a branch leave each block
+
+
+def test_blocks_that_several_values_leave_have_a_type():
+    """All in float64, the sum of a float32 model's run is that of the float64 model under SGD."""
+    model = made(ResNet).float()
+    items = [residual(n) for n in range(8)]
+    fields = {"level": "backprop", "learning": {"lr": 0.1}, "partition": INSIDE}
+
+    def learned(blocks):
+        own = {**fields, "engine": {"blocks": blocks}}
+        return train(model, from_iterable(items, classes=3), Settings.model_validate(own))
+
+    double = sgd(copy.deepcopy(model).double(), [(u.double(), y) for u, y in items])
+    expected = double.state_dict()
+    for key, value in merged(learned({"*": {"dtype": "float64"}})).items():
+        assert (value - expected[key]).abs().max() <= 1e-12 * max(1, expected[key].abs().max())
+    # one block alone, to the rounding of the others; and it did compute in its own type
+    one, plain = learned({"block1": {"dtype": "float64"}}), learned({})
+    assert {t.dtype for t in one.blocks["block1"].theta.values()} == {F64}
+    assert {t.dtype for t in one.blocks["block0"].theta.values()} == {F32}
+    apart = [float((merged(one)[k] - v).abs().max()) for k, v in merged(plain).items()]
+    assert 0 < max(apart) < 1e-4
+
+
+def merged(result):
+    """What the blocks have at the end, in their own types, by the model's names."""
+    return {
+        key: value
+        for block in result.blocks.values()
+        for key, value in {**block.theta, **block.buffers}.items()
+    }
+
+
+needs_two_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < 2,
+    reason="no two CUDA devices are at hand",
+)
+
+
+def close(found, plain, bound=1e-12):
+    for key, value in merged(plain).items():
+        other = merged(found)[key]
+        assert other.is_cpu
+        assert (other - value).abs().max() <= bound * max(1, value.abs().max())
+
+
+def residual_run(engine, **fields):
+    """A ResNet cut inside its branches, in float64."""
+    items = [residual(n, F64) for n in range(8)]
+    own = {"level": "trace", "learning": {"lr": 0.1}, "engine": engine, "dtype": "float64"}
+    settings = Settings.model_validate({**own, "partition": {**INSIDE, **fields}})
+    return train(made(ResNet), from_iterable(items, classes=3), settings)
+
+
+@needs_gpu
+@pytest.mark.parametrize("fields", [{}, {"slices": {"block1": 2}}, {"delays": {"*": 3}}])
+def test_a_network_with_skips_on_a_gpu(fields):
+    """All of it, and one block beside the processor: the same to round-off."""
+    plain = residual_run({}, **fields)
+    close(residual_run({"device": "cuda"}, **fields), plain)
+    close(residual_run({"blocks": {"block1*": {"device": "cuda:0"}}}, **fields), plain)
+
+
+@needs_gpu
+def test_compressed_signals_leave_a_gpu():
+    """Rounded to bf16 there or here: the same."""
+    plain = residual_run({"compress": "bf16"})
+    close(residual_run({"compress": "bf16", "blocks": {"block1": {"device": "cuda"}}}), plain, 1e-6)
+
+
+@needs_gpu
+def test_autocast_on_a_gpu_says_how_far_it_is_off():
+    blocks = {"block[13]": {"device": "cuda", "autocast": "bf16"}}
+    found = run_of(chain, stream(41), blocks)
+    assert found.rounding.keys() == {"block1", "block3"}
+    assert all(0 < r.mean < 0.02 for r in found.rounding.values())
+
+
+@needs_two_gpus
+def test_signals_between_two_gpus_of_a_process():
+    plain = residual_run({})
+    found = {"block0": {"device": "cuda:0"}, "block[12]": {"device": "cuda:1"}}
+    close(residual_run({"blocks": found}), plain)
+
+
+@pytest.mark.ray
+@needs_two_gpus
+def test_two_gpus_in_two_actors(session, leaves_no_socket):
+    one_each = {"gpus": 1, "device": "cuda"}
+    blocks = {"block[0-2]": one_each, "block[34]": one_each}
+    placement = [["block0", "block1", "block2"], ["block3", "block4"]]
+    alone = run_of(chain, PortableStream(41), {"*": {"device": "cuda"}})
+    engine = {"kind": "ray", "placement": placement}
+    assert_equal(alone, run_of(chain, PortableStream(41), blocks, engine=engine))

@@ -180,7 +180,7 @@ def test_the_socket_folder_is_private_and_goes_away(leaves_no_socket, way):
     wires = Wires(RUN, threading.Event())
     address = wires.bind(CHANNEL, way)
     folder = socket_folder(RUN)
-    assert address == f"{way}://{folder}/3"
+    assert address.startswith(f"{way}://{folder}/3.")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     wires.close()
     assert not folder.exists()

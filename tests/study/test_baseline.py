@@ -156,7 +156,7 @@ def test_failures_are_named() -> None:
         train_centralised(nn.Linear(F + 1, C).double(), Items(), settings(lr=0.1))
     assert "Traceback" in caught.value.details
     endless = Settings.model_validate({"learning": {"decay": "linear"}})
-    with pytest.raises(SettingsError, match="steps"):
+    with pytest.raises(LevelError, match="steps"):
         train_centralised(net(), Items(), endless)
 
 
@@ -237,3 +237,37 @@ def test_adaptive_rates_have_no_dampening():
     settings = Settings.model_validate({"level": "bptt", "learning": {"adaptive": {}}})
     with pytest.raises(LevelError, match=r"learning.adaptive with presentation 'sequence'"):
         train(nn.Sequential(nn.Linear(F, C)).double(), Items(), settings)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_frozen_trains_the_last_layer_on_what_the_others_were_drawn(kind: str) -> None:
+    """Against a loop over a linear model of the frozen features."""
+    adaptive = {"adaptive": {}} if kind == "adam" else {}
+    given = settings(lr=0.1, decay="linear", **adaptive)
+    result = train_centralised(net(), Items(), given, frozen=True)
+    begin = net()
+    features, last = begin[:-1], copy.deepcopy(begin[-1])
+    if kind == "adam":
+        optimiser: torch.optim.Optimizer = torch.optim.Adam(last.parameters(), 0.1, (0.0, 0.999))
+    else:
+        optimiser = torch.optim.SGD(last.parameters(), 0.1)
+    for item, sample in enumerate(itertools.islice(Items().samples(), STEPS)):
+        if sample.y is None:
+            continue
+        with torch.no_grad():
+            h = features(sample.u)
+        optimiser.zero_grad()
+        cross_entropy(last(h), sample.y).backward()
+        optimiser.param_groups[0]["lr"] = 0.1 * (1 - item / STEPS)
+        optimiser.step()
+    own = result.model.state_dict()
+    assert torch.equal(own["0.weight"], begin[0].weight)
+    assert torch.allclose(own["2.weight"], last.weight, atol=1e-12)
+    assert torch.allclose(own["2.bias"], last.bias, atol=1e-12)
+    assert not torch.allclose(own["2.weight"], begin[2].weight, atol=1e-3)
+
+
+def test_frozen_needs_hidden_layers() -> None:
+    for model in (nn.Linear(F, C).double(), nn.Sequential(nn.Linear(F, C)).double()):
+        with pytest.raises(SettingsError, match="'frozen' trains the last child"):
+            train_centralised(model, Items(), settings(), frozen=True)

@@ -3,17 +3,13 @@ thread, so as many run at a time as there are cores."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing.process import BaseProcess
+from concurrent.futures import Future, as_completed
 
 from hamdist.config import FirstStep
 from hamdist.errors import SettingsError
 from hamdist.runtime.threads import cores
+from hamdist.study.processes import Processes
 from hamdist.study.recovery.cells import SCENARIOS, Job, Row, run_row
 from hamdist.study.recovery.data import Paths
 from hamdist.study.recovery.models import MODELS
@@ -54,8 +50,7 @@ class Rows:
     def __init__(self, wanted: Sequence[Job], processes: int | None = None) -> None:
         self._wanted = list(wanted)
         self._processes = min(processes or cores(), len(wanted))
-        self._before = set(multiprocessing.active_children())
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Processes | None = None
         self._futures: dict[Job, Future[Row]] = {}
         self._done: dict[Job, Row] = {}
 
@@ -89,9 +84,7 @@ class Rows:
     def _start(self) -> None:
         if self._pool is not None:
             return
-        self._pool = ProcessPoolExecutor(
-            self._processes, multiprocessing.get_context("spawn"), initializer=_end_together
-        )
+        self._pool = Processes(self._processes)
         longest_first = sorted(self._wanted, key=lambda job: -COSTS.get(job.model, 1))
         self._futures = {job: self._pool.submit(run_row, job) for job in longest_first}
 
@@ -99,27 +92,5 @@ class Rows:
         """Ends the processes, whatever they are doing."""
         if self._pool is None:
             return
-        unfinished = not all(future.done() for future in self._futures.values())
-        self._pool.shutdown(wait=not unfinished, cancel_futures=True)
-        if unfinished:
-            for process in self._mine():
-                process.terminate()
-                process.join()
+        self._pool.close()
         self._pool = None
-
-    def _mine(self) -> set[BaseProcess]:
-        return set(multiprocessing.active_children()) - self._before
-
-
-def _end_together() -> None:
-    """In a worker: Ctrl-C ends it without a word, and so does the end of the process for which it
-    works, however that ended."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_follow, daemon=True).start()
-
-
-def _follow() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -127,4 +127,5 @@ def fresh_actors(session: Session) -> None:
     import ray  # takes a second, which processes without Ray do not need
 
     while session.idle:
-        ray.kill(session.idle.pop())
+        _, actor = session.idle.pop()
+        ray.kill(actor)

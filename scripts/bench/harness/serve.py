@@ -1,4 +1,4 @@
-"""What the process of a side runs: `python -m harness.serve`, calls on stdin.
+"""What the process of a side runs: calls that come through a pipe.
 
 An error ends the process, with its traceback on stderr.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
+from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
 
 READY = "ready"  # the call that does nothing
 ROLES = {
@@ -21,19 +23,22 @@ ROLES = {
 }
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+def serve(calls: Connection, stderr: Connection, threads: int | None) -> None:
+    """Answers calls until the pipe ends. stderr: the one of who asks, who may have another one than
+    the fork server. threads: of torch, where a role does not say otherwise; None: as torch likes.
+    """
+    os.dup2(stderr.fileno(), 2)
     os.dup2(2, 1)  # whatever a library prints is no answer
+    if threads is not None:
+        torch.set_num_threads(threads)
     served: dict[str, Any] = {}
-    for line in sys.stdin:
-        name, arguments = json.loads(line)
+    while True:
+        try:
+            name, arguments = json.loads(calls.recv_bytes())
+        except EOFError:
+            return
         role, _, method = name.partition(".")
         if role not in served:
             served[role] = getattr(importlib.import_module(f"harness.{role}"), ROLES[role])()
         result = None if method == READY else getattr(served[role], method)(**arguments)
-        answers.write(json.dumps(result) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()
+        calls.send_bytes(json.dumps(result).encode())

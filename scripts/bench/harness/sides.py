@@ -31,7 +31,8 @@ class Chosen:
 
 
 class Processes:
-    """The processes of all sides but hamdist's actors; those wanted start at once, and wait.
+    """The processes of all sides but hamdist's actors; those wanted are forked at once, as soon as
+    the fork server (processes.py) has all that it imports.
 
     pair: of two; the arithmetic, and the stages of the pipeline. peers: of the raw exchange.
     """

@@ -111,8 +111,12 @@ def _local(contests: Contests, key: tuple[int, int]) -> Row:
 
 
 def exchange_row(contest: Contest, size: int) -> Row:
-    """(tick - arithmetic) / raw exchange, of signals of `size` bytes."""
+    """(tick - arithmetic) / raw exchange, of signals of `size` bytes. Where the blocks' own steps
+    took less than the arithmetic by hand, they are the arithmetic."""
     tick, floor, raw = (contest.turns[side] for side in (TRACE, ARITHMETIC, EXCHANGE))
+    more = contest.parts[TRACE].get(explain.PYTHON, 0.0)
+    if more < 0:
+        floor = floor.scaled(1 + more / floor.median)
     return Row(
         f"tick minus arithmetic, 2 actors, {size // 1024} KiB signals, against the raw ZeroMQ "
         "exchange",

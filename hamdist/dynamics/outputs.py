@@ -1,0 +1,66 @@
+"""What a model returns, by name, and which loss each part has.
+
+An output is named by its key in a dict, or `out0`, `out1`, ... in a tuple; the only one is `ONLY`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hamdist.dynamics.losses import Losses, LossFunction
+from hamdist.errors import GraphError
+
+ONLY = ""
+
+
+def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
+    """The parts of nested tuples, lists and dicts, by name."""
+    if isinstance(output, (tuple, list)):
+        pairs = [(f"{name}_{i}" if name else f"out{i}", v) for i, v in enumerate(output)]
+    elif isinstance(output, dict):
+        pairs = [(f"{name}_{k}" if name else str(k), v) for k, v in output.items()]
+    else:
+        return [(name, output)]
+    return [found for key, value in pairs for found in named(value, key)]
+
+
+def tensors(output: Any) -> dict[str, Tensor]:
+    """Those of the parts that are tensors, by name."""
+    return {name: one for name, one in named(output) if isinstance(one, Tensor)}
+
+
+def losses_of(
+    outputs: Sequence[str], loss: Losses, targets: Collection[str] | None
+) -> dict[str, LossFunction]:
+    """Of the model's outputs those that have a loss, and which: those that `loss` names, or else
+    those that the stream names in its targets, or else all.
+
+    Raises GraphError for names that the model does not have.
+    """
+    if list(outputs) == [ONLY]:
+        if isinstance(loss, Mapping):
+            raise GraphError(
+                f"loss names the outputs {', '.join(map(repr, loss))}, but the model returns one "
+                "tensor; give one loss, or return a dict"
+            )
+        return {ONLY: loss}
+    chosen = list(outputs)
+    if isinstance(loss, Mapping):
+        chosen = list(loss)
+    elif targets is not None:
+        chosen = list(targets)
+    for name in chosen:
+        if name not in outputs:
+            what = "loss" if isinstance(loss, Mapping) else "the stream's targets"
+            known = ", ".join(map(repr, outputs))
+            raise GraphError(f"{what} name the output {name!r}; the model's outputs are {known}")
+    return {name: loss[name] if isinstance(loss, Mapping) else loss for name in chosen}
+
+
+def main_output(accuracies: Mapping[str, float | None]) -> str:
+    """The output by which a model of several is compared: the last one of classes, or the last."""
+    classes = [name for name, accuracy in accuracies.items() if accuracy is not None]
+    return (classes or list(accuracies))[-1]

@@ -1,0 +1,135 @@
+"""Where a cluster is and how to get in: a small YAML file, or an address alone.
+
+jobs: http://127.0.0.1:8265     # Ray's Jobs API: the dashboard, or the near end of a tunnel
+address: 10.0.0.1:6379          # of Ray's head, as its hosts see it
+token: ~/.hamdist/token         # Ray's token, readable by its owner alone
+storage: /mnt/shared/hamdist    # a folder that all hosts see: results stay there as well
+python: /opt/hamdist/bin/python # how Python is called there
+env: {FASHION_MNIST: /mnt/data} # for every process of the run
+stop_seconds: 60                # that `hamdist stop` leaves a run to end by itself
+fetch_mib: 512                  # larger files do not travel back; they stay where they are
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import ValidationError as Invalid
+
+from hamdist.config import Positive, describe
+from hamdist.errors import SettingsError
+
+VARIABLE = "HAMDIST_CLUSTER"
+JOBS_PORT = 8265
+HOME = Path("~/.hamdist/cluster")  # of `hamdist cluster start`
+FILE = "cluster.yaml"
+
+
+def _url(value: str) -> str:
+    """An http address with its port; raises ValueError for what is none."""
+    text = value if "://" in value else f"http://{value}"
+    try:
+        parts = urlsplit(text)
+        port = parts.port or JOBS_PORT
+    except ValueError as error:
+        raise ValueError(f"write it as http://HOST:PORT ({error})") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("write it as http://HOST:PORT")
+    if parts.path.strip("/") or parts.query or parts.username:
+        raise ValueError("write it as http://HOST:PORT, with nothing behind it")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}:{port}"
+
+
+def _endpoint(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16 or "/" in host:
+        raise ValueError("write it as HOST:PORT (Ray's own port, 6379 if nothing else was said)")
+    return value
+
+
+def _folder(value: str) -> str:
+    if not value.startswith("/"):
+        raise ValueError("write the whole path: hosts have other current folders")
+    return value
+
+
+class ClusterSettings(BaseModel):
+    """One cluster; see the top of this file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    jobs: Annotated[str, AfterValidator(_url)] = f"http://127.0.0.1:{JOBS_PORT}"
+    address: Annotated[str, AfterValidator(_endpoint)] | None = None
+    token: str | None = None
+    storage: Annotated[str, AfterValidator(_folder)] | None = None
+    # Both go into a command line on the cluster.
+    python: Annotated[str, StringConstraints(pattern=r"^[\w./+~-]+$")] = "python"
+    env: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")], str] = {}
+    stop_seconds: Positive = 60
+    fetch_mib: Annotated[int, Field(ge=0)] = 512
+
+
+def find_cluster(given: str | None) -> ClusterSettings:
+    """The cluster that `--cluster` names; without it the one of HAMDIST_CLUSTER, else the one that
+    `hamdist cluster start` has started on this machine. Raises SettingsError."""
+    source = given or os.environ.get(VARIABLE)
+    if source is None:
+        own = HOME.expanduser() / FILE
+        if not own.is_file():
+            raise SettingsError(
+                "which cluster? Name it (--cluster FILE|ADDRESS, or the variable "
+                f"{VARIABLE}), or start one on this machine: hamdist cluster start"
+            )
+        source = str(own)
+    if source.endswith((".yaml", ".yml")) or Path(source).is_file():
+        return read_cluster(Path(source))
+    return _checked({"jobs": source}, f"--cluster {source!r}")
+
+
+def read_cluster(path: Path) -> ClusterSettings:
+    """Raises SettingsError naming the file, and the line or the field."""
+    try:
+        raw = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--cluster {str(path)!r}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise SettingsError(f"--cluster {str(path)!r}{where}: no valid YAML") from None
+    if not isinstance(raw, dict):
+        raise SettingsError(f"--cluster {str(path)!r}: a mapping of names to values, not {raw!r}")
+    if "jobs" not in raw and isinstance(raw.get("address"), str):
+        raw["jobs"] = f"http://{raw['address'].rpartition(':')[0]}:{JOBS_PORT}"
+    return _checked(raw, f"--cluster {str(path)!r}")
+
+
+def _checked(raw: dict[str, Any], origin: str) -> ClusterSettings:
+    try:
+        cluster = ClusterSettings.model_validate(raw)
+    except Invalid as error:
+        raise SettingsError(f"{origin}: {describe(error)}") from None
+    if cluster.token is not None:
+        _check_token(Path(cluster.token).expanduser(), origin)
+    return cluster
+
+
+def _check_token(path: Path, origin: str) -> None:
+    try:
+        mode = path.stat().st_mode
+        empty = not path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{origin}: token: {str(path)!r} cannot be read: {error}") from None
+    if not stat.S_ISREG(mode) or empty:
+        raise SettingsError(f"{origin}: token: {str(path)!r} holds no token")
+    if mode & 0o077:
+        raise SettingsError(
+            f"{origin}: token: others can read {str(path)!r} (mode {stat.S_IMODE(mode):o}); who "
+            f"has it owns the cluster: chmod 600 {path}"
+        )

@@ -1,0 +1,169 @@
+"""What a run on a cluster tells the terminal that started it: lines in the job's log.
+
+The log is what Ray's Jobs API hands out, over HTTP, from the start, to whoever attaches, also when
+the job has ended; so a terminal needs no other way to the cluster. A line of ours is `#hamdist `
+and JSON; anything else (a traceback, a print of the user's model) is text and shown as it is. The
+files of the result come as the last lines, in base64, with their SHA-256.
+
+Progress is told at most once a second and ever less often, so that a log stays small: with pauses
+of max(1, t / 2000) seconds at time t, T seconds give at most 2000 (1 + ln(T / 2000)) lines.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from hamdist.dynamics.metrics import merge_windows
+from hamdist.runtime.result import Progress
+
+PREFIX = "#hamdist "
+PART_BYTES = 48 * 2**10
+LINES = 2000
+MOST_BLOCKS = 64
+
+# No path, no hidden file: a name comes from the cluster and becomes a file of the user's.
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=200)]
+Size = Annotated[int, Field(ge=0)]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Started(_Event):
+    """The driver is up. batch: rows of an item."""
+
+    event: Literal["started"] = "started"
+    title: str
+    batch: int
+
+
+class Moved(_Event):
+    """A `Progress`: windows are two, all but the last one joined, and the last; blocks: the first
+    ones."""
+
+    event: Literal["moved"] = "moved"
+    progress: Progress
+
+
+class Said(_Event):
+    event: Literal["said"] = "said"
+    warning: str
+
+
+class Reached(_Event):
+    """What a run reached, name by name."""
+
+    event: Literal["reached"] = "reached"
+    title: str
+    facts: dict[str, str]
+
+
+class File(_Event):
+    """A file of the result, followed by its parts. Not sent: it was too large, or nobody could."""
+
+    event: Literal["file"] = "file"
+    name: FileName
+    size: Size
+    sha256: str
+    sent: bool = True
+
+
+class Part(_Event):
+    event: Literal["part"] = "part"
+    data: str
+
+
+class Kept(_Event):
+    """Where on the cluster the files of the result stay."""
+
+    event: Literal["kept"] = "kept"
+    host: str
+    folder: str
+
+
+class Report(_Event):
+    """What `hamdist doctor` found (JSON of its own)."""
+
+    event: Literal["report"] = "report"
+    report: str
+
+
+class Ended(_Event):
+    """code: the exit code of `hamdist run`. error: why; details: a traceback."""
+
+    event: Literal["ended"] = "ended"
+    code: int
+    samples: int = 0
+    interrupted: bool = False
+    error: str | None = None
+    details: str = ""
+
+
+Event = Started | Moved | Said | Reached | File | Part | Kept | Report | Ended
+_events: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+
+
+def to_line(event: Event) -> str:
+    """ASCII, without the line's end."""
+    return PREFIX + json.dumps(event.model_dump())
+
+
+def from_line(line: str) -> tuple[str, Event | None]:
+    """The text of a line, and the event behind it, if there is one that can be read."""
+    text, found, own = line.partition(PREFIX)
+    if not found:
+        return line, None
+    try:
+        return text, _events.validate_json(own)
+    except ValidationError:
+        return line, None
+
+
+def moved(progress: Progress) -> Moved:
+    windows = list(progress.windows)
+    brief = windows[-1:]
+    if len(windows) > 1:
+        brief = [merge_windows(windows[:-1]), windows[-1]]
+    blocks = progress.blocks[:MOST_BLOCKS]
+    return Moved(progress=replace(progress, windows=brief, blocks=blocks))
+
+
+class Pace:
+    """Whether it is time to tell: see the top of this file."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self, seconds: float) -> bool:
+        """seconds: since the start."""
+        if seconds < self._next:
+            return False
+        self._next = seconds + max(1.0, seconds / LINES)
+        return True
+
+
+def file_events(path: Path, most: int) -> Iterator[Event]:
+    """A file and its parts; without them where it has more than `most` bytes."""
+    size = path.stat().st_size
+    yield File(name=path.name, size=size, sha256=_digest(path), sent=size <= most)
+    if size <= most:
+        with path.open("rb") as file:
+            while data := file.read(PART_BYTES):
+                yield Part(data=base64.b64encode(data).decode("ascii"))
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            found.update(data)
+    return found.hexdigest()

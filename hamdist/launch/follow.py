@@ -1,0 +1,132 @@
+"""A run as its terminal sees it: the lines of its log, and the files of its result."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from hamdist.errors import ClusterError
+from hamdist.launch.events import Ended, Event, File, Kept, Part, from_line
+from hamdist.study.results import prepare_folder
+
+
+class Results:
+    """Takes the files of a result as they come, into `out` (None: lets them pass). A file gets its
+    name when all of it is there and its checksum is right. written: their names. left: those that
+    stayed on the cluster, and where."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = out
+        self._file: File | None = None
+        self._part: BinaryIO | None = None
+        self._hash = hashlib.sha256()
+        self._got = 0
+        self.written: list[str] = []
+        self.left: list[File] = []
+        self.kept: Kept | None = None
+        if out is not None:
+            prepare_folder(out)
+
+    def take(self, event: File | Part | Kept) -> None:
+        """Raises ClusterError for a file that arrived damaged, or cannot be written."""
+        if isinstance(event, Kept):
+            self.kept = event
+        elif isinstance(event, Part):
+            self._take_part(event)
+        else:
+            self._take_file(event)
+
+    def _take_file(self, event: File) -> None:
+        self.close()
+        if not event.sent:
+            self.left.append(event)
+            return
+        self._file, self._hash, self._got = event, hashlib.sha256(), 0
+        if self.out is not None:
+            self._part = self._path(event).open("wb")
+        self._finish()
+
+    def _take_part(self, event: Part) -> None:
+        if self._file is None:
+            raise ClusterError("the run's log is damaged: a part of no file")
+        try:
+            data = base64.b64decode(event.data, validate=True)
+        except binascii.Error:
+            data = b""
+        self._got += len(data)
+        self._hash.update(data)
+        try:
+            if self._part is not None:
+                self._part.write(data)
+        except OSError as error:
+            raise ClusterError(f"--out {str(self.out)!r}: {error.strerror or error}") from None
+        if not data or self._got > self._file.size:
+            self.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        """Names the file, once it is whole."""
+        if self._file is None or self._got < self._file.size:
+            return
+        file, part = self._file, self._part
+        self._file, self._part = None, None
+        if part is None:
+            return
+        part.close()
+        if self._hash.hexdigest() != file.sha256:
+            self._path(file).unlink()
+            raise ClusterError(
+                f"{file.name} arrived damaged (its checksum differs); fetch it again (hamdist "
+                "attach)"
+            )
+        if self.out is not None:
+            self._path(file).replace(self.out / file.name)
+            self.written.append(file.name)
+
+    def close(self) -> None:
+        """Raises ClusterError where a file has not arrived whole; what there is of it goes."""
+        file = self._file
+        self.discard()
+        if file is not None:
+            raise ClusterError(
+                f"{file.name} did not arrive whole ({self._got} of {file.size} bytes); fetch it "
+                "again (hamdist attach)"
+            )
+
+    def discard(self) -> None:
+        """Forgets the file that has not arrived whole, if there is one."""
+        file, part = self._file, self._part
+        self._file, self._part = None, None
+        if part is not None:
+            part.close()
+        if file is not None and self.out is not None:
+            self._path(file).unlink(missing_ok=True)
+
+    def _path(self, file: File) -> Path:
+        if self.out is None:
+            raise ValueError("no folder to write to")
+        return self.out / f".{file.name}.part"
+
+
+def follow(lines: Iterable[str], results: Results, say: Callable[[str], None]) -> Iterator[Event]:
+    """The events of a log that are not of files, until it ends. say: told what is plain text."""
+    try:
+        for line in lines:
+            text, event = from_line(line)
+            if text.strip():
+                say(text)
+            if isinstance(event, (File, Part, Kept)):
+                results.take(event)
+            elif isinstance(event, Ended):
+                results.close()
+                yield event
+                return
+            elif event is not None:
+                yield event
+        results.close()
+    finally:
+        results.discard()

@@ -1,0 +1,107 @@
+"""What travels to the cluster: the settings, what to do with them, and the user's own code.
+
+hamdist, torch and Ray are installed on the cluster's hosts (`hamdist doctor --cluster` compares);
+data sets are not sent either: `stream.path` is a path there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hamdist.config import EngineKind, Settings, describe, to_yaml
+from hamdist.errors import SettingsError
+
+SETTINGS = "settings.yaml"
+ORDER = "order.json"
+MOST_BYTES = 100 * 2**20
+
+
+class Order(BaseModel):
+    """What a job is to do. model: 'package.module:function', code that travelled along or is
+    installed there. storage: a folder that all hosts see, where the results stay. most: bytes of
+    the largest file that travels back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    model: str | None
+    storage: str | None
+    most: int
+
+
+def on_ray(settings: Settings) -> Settings:
+    """`settings` for a run on a cluster. Raises SettingsError where they name another one."""
+    if settings.engine.address is not None:
+        raise SettingsError(
+            f"engine.address {settings.engine.address!r}: --cluster says where a launched run "
+            "goes; leave one of them out"
+        )
+    engine = settings.engine.model_copy(update={"kind": EngineKind.RAY})
+    return settings.model_copy(update={"engine": engine})
+
+
+@contextmanager
+def packed(settings: Settings, order: Order) -> Iterator[Path]:
+    """A folder with all of it, while inside. The module of `order.model` has been imported."""
+    with TemporaryDirectory(prefix="hd-parcel-") as name:
+        folder = Path(name)
+        (folder / SETTINGS).write_text(to_yaml(settings))
+        (folder / ORDER).write_text(order.model_dump_json())
+        code = None if order.model is None else own_code(order.model)
+        if code is not None:
+            _copy(code, folder)
+        yield folder
+
+
+def read_order(folder: Path) -> Order:
+    """Raises SettingsError where the folder is no parcel."""
+    try:
+        return Order.model_validate_json((folder / ORDER).read_text("utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"{str(folder / ORDER)!r} cannot be read ({error.strerror}): hamdist launch makes it"
+        ) from None
+    except ValidationError as error:
+        raise SettingsError(f"{ORDER}: {describe(error)}") from None
+
+
+def own_code(model: str) -> Path | None:
+    """The file, or the folder of the whole package, of the module in 'package.module:function'.
+    None where it is installed among Python's packages, which do not travel."""
+    top = model.partition(":")[0].partition(".")[0]
+    module = sys.modules[top]
+    found = getattr(module, "__file__", None)
+    if found is None:  # a package without __init__.py
+        found = next(iter(getattr(module, "__path__", [])), None)
+        if found is None:
+            return None
+        path = Path(found).resolve()
+    else:
+        path = Path(found).resolve()
+        path = path.parent if path.name == "__init__.py" else path
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "stdlib")}
+    return None if any(path.is_relative_to(place) for place in installed) else path
+
+
+def _copy(code: Path, folder: Path) -> None:
+    if code.name in (SETTINGS, ORDER):
+        raise SettingsError(f"--model: {str(code)!r}: give the module another name")
+    size = sum(f.stat().st_size for f in code.rglob("*") if f.is_file()) if code.is_dir() else 0
+    if size > MOST_BYTES:
+        raise SettingsError(
+            f"--model: the package {str(code)!r} has {size / 2**20:.0f} MiB, and at most "
+            f"{MOST_BYTES / 2**20:.0f} travel; install it on the cluster, or move its data away"
+        )
+    if code.is_dir():
+        ignored = shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(code, folder / code.name, ignore=ignored)
+    else:
+        shutil.copy(code, folder / code.name)

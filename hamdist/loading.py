@@ -1,0 +1,116 @@
+"""Functions that a user names on the command line: `package.module:function`, `file.py:function`.
+
+What is named is imported, so its code runs: a name may come from a command line or a program, never
+from a settings file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hamdist.errors import SettingsError
+
+FORMS = "package.module:function or path/file.py:function"
+
+
+def load_function(option: str, name: str) -> Callable[..., object]:
+    """The function that `name` says, not called yet. option: what the user wrote before it
+    ('--model'), for errors.
+
+    Modules are searched for in the current directory, too; of a file, its own folder joins the
+    places where modules are searched for (as in `python file.py`), so that it can import its
+    neighbours, and so that other processes of this host find it. Raises SettingsError for every way
+    in which it can be wrong.
+    """
+    said = f"{option} {name!r}"
+    where, colon, attribute = name.rpartition(":")
+    if not colon or not where or not attribute:
+        raise SettingsError(f"{said}: write it as {FORMS}")
+    file = where.endswith(".py")
+    module = _from_file(Path(where), said) if file else _imported(where, said)
+    found = getattr(module, attribute, None)
+    if found is None:
+        what = "file" if file else "module"
+        raise SettingsError(f"{said}: {what} {where!r} has no {attribute!r}")
+    if not callable(found):
+        raise SettingsError(f"{said}: {attribute!r} is {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]  # callable() narrows to Callable[..., object]
+
+
+def check_call(option: str, name: str, function: Callable[..., object], *given: str) -> None:
+    """Raises SettingsError where `function` cannot be called with the keyword arguments `given`."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some callables written in C have none
+        return
+    try:
+        signature.bind(**dict.fromkeys(given))
+    except TypeError as error:
+        how = f"with {', '.join(given)}" if given else "without arguments"
+        raise SettingsError(f"{option} {name!r}: it is called {how}, but {error}") from None
+
+
+def called(option: str, function: Callable[..., object], **given: Any) -> object:
+    """What the user's function returns. Raises SettingsError where it fails."""
+    try:
+        return function(**given)
+    except Exception as error:
+        raise SettingsError(f"{option}: {title(function)}() failed: {_short(error)}") from error
+
+
+def title(function: Callable[..., object]) -> str:
+    return getattr(function, "__qualname__", repr(function))
+
+
+def _from_file(path: Path, said: str) -> ModuleType:
+    if not path.is_file():
+        raise SettingsError(f"{said}: there is no file {str(path)!r}")
+    path = path.resolve()
+    if "." in path.stem:
+        raise SettingsError(
+            f"{said}: Python cannot import a file with a dot in its name; rename it"
+        )
+    _search(path.parent)
+    module = _imported(path.stem, said)
+    own = getattr(module, "__file__", None)
+    if own is None or Path(own).resolve() != path:
+        raise SettingsError(
+            f"{said}: Python has another module {path.stem!r} ({own or 'its own'}), which it takes "
+            "instead; rename the file"
+        )
+    return module
+
+
+def _imported(module_name: str, said: str) -> ModuleType:
+    _search(Path.cwd())
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise SettingsError(
+                f"{said}: no module {error.name!r} in the current directory or on the Python path"
+            ) from None
+        raise SettingsError(f"{said}: its import failed: {_short(error)}") from error
+    except Exception as error:
+        raise SettingsError(f"{said}: its import failed: {_short(error)}") from error
+
+
+def _search(folder: Path) -> None:
+    if str(folder) not in sys.path and not (folder == Path.cwd() and "" in sys.path):
+        sys.path.insert(0, str(folder))
+
+
+def _short(error: Exception) -> str:
+    """Type, message and place of an error in a user's code."""
+    text = f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) or not frames:
+        return text
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})"

@@ -1,0 +1,45 @@
+"""A stream with the targets of some of its readouts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+
+from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
+
+
+def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
+    """`stream` without the targets of other readouts; itself where it has none of these, or where
+    it lacks one that is asked for (which others have to say)."""
+    known = stream.spec.targets
+    if known is None or known.keys() <= set(readouts) or not set(readouts) <= known.keys():
+        return stream
+    return Chosen(stream, readouts)
+
+
+class Chosen:
+    """Portable where the wrapped stream is."""
+
+    def __init__(self, stream: Stream, readouts: Collection[str]) -> None:
+        self.portable: bool = stream.portable
+        self._stream = stream
+        self._readouts = frozenset(readouts)
+
+    @property
+    def spec(self) -> SampleSpec:
+        own = self._stream.spec
+        kept = {n: one for n, one in (own.targets or {}).items() if n in self._readouts}
+        some = SampleSpec.several(own.u_shape, own.u_dtype, kept)
+        return replace(some, tokens=own.tokens, inputs=own.inputs)
+
+    def report(self) -> dict[str, int]:
+        """The counts of the wrapped stream."""
+        return report_of(self._stream)
+
+    def samples(self) -> Iterator[Sample]:
+        for sample in self._stream.samples():
+            if isinstance(sample.y, Mapping):
+                y = {n: one for n, one in sample.y.items() if n in self._readouts}
+                yield replace(sample, y=y)
+            else:
+                yield sample

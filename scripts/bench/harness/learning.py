@@ -1,0 +1,132 @@
+"""The targets of learning: which study shows each, and the rows from what the studies found: pure.
+
+A gap is the side's accuracy minus centralised backpropagation's, in points, the mean over seeds
+paired by seed; an accuracy is in per cent. Each condition of a target is a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hamdist.study.grid.settings import Trains
+from hamdist.study.grid.summary import Line
+from hamdist.study.grid.tables import chosen, gap, held_out
+from harness.figures import Row, Target, missing
+from harness.output import table
+
+POINTS, PERCENT = "points", "%"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A target. study: the shipped one that shows it. sides: any of these may reach it. gap: in
+    points, accuracy: in per cent; both from below."""
+
+    name: str
+    study: str
+    sides: tuple[str, ...]
+    gap: float
+    accuracy: float | None = None
+
+
+WANTED = (
+    Wanted("Fashion-MNIST, L = 5, batch 32, trace", "fashion-5", ("trace",), -0.2, 87.4),
+    Wanted("same, L = 20", "fashion-20", ("trace",), -0.5, 87.5),
+    Wanted("batch 1, L = 5, trace, averaged weights", "fashion-1", ("trace",), -0.2, 86.4),
+    Wanted("fading, S = 20, local", "fading-20", ("local",), -0.3),
+    Wanted("fading, S = 10, memory-less without label channel", "fading-10", ("local",), -2.0),
+    Wanted("random order, heads", "fashion-5", ("heads",), -0.3),
+    Wanted("convnet, trace", "convnet", ("trace",), -0.5),
+    Wanted("transformer, trace", "transformer", ("trace",), -1.5),
+)
+# Of these one thread makes all final runs within ten minutes of two cores.
+QUICK = "fashion-5", "fashion-20", "fashion-1", "fading-20", "fading-10"
+# One after the other, quick ones first: what --full has when it is ended early is the most.
+STUDIES = *QUICK, "convnet", "transformer"
+
+
+def rows(found: Mapping[str, Sequence[Line]]) -> list[Row]:
+    """One or two rows for each target, in their order. found: lines by study."""
+    made = []
+    for wanted in WANTED:
+        made.append(_gap(wanted, found.get(wanted.study)))
+        if wanted.accuracy is not None:
+            made.append(_accuracy(wanted, found.get(wanted.study)))
+    return made
+
+
+def _gap(wanted: Wanted, lines: Sequence[Line] | None) -> Row:
+    name, target = f"{wanted.name}: against backpropagation", Target(wanted.gap)
+    best = _best(wanted, lines)
+    if best is None:
+        return missing(name, target, f"study {wanted.study} has not run")
+    value = None if best.gap is None else round(100 * best.gap, 6)
+    return Row(name, value, target, {}, _told(wanted, best, lines), _profile(best), POINTS)
+
+
+def _accuracy(wanted: Wanted, lines: Sequence[Line] | None) -> Row:
+    name, target = f"{wanted.name}: accuracy", Target(wanted.accuracy or 0.0)
+    best = _best(wanted, lines)
+    if best is None:
+        return missing(name, target, f"study {wanted.study} has not run")
+    value = None if best.accuracy is None else round(100 * best.accuracy, 6)
+    return Row(name, value, target, {}, _told(wanted, best, lines), _profile(best), PERCENT)
+
+
+def _best(wanted: Wanted, lines: Sequence[Line] | None) -> Line | None:
+    """The side with the smallest gap, of those that may reach the target."""
+    own = [line for line in lines or () if line.side in wanted.sides]
+    return max(own, key=lambda line: -1e9 if line.gap is None else line.gap, default=None)
+
+
+def _told(wanted: Wanted, best: Line, lines: Sequence[Line] | None) -> dict[str, object]:
+    """What stands beside a figure in the JSON file."""
+    beside = [line for line in lines or () if line.point == best.point]
+    return {
+        "study": wanted.study,
+        "settings": f"hamdist/studies/{wanted.study}.yaml",
+        "side": best.side,
+        "chosen": best.chosen,
+        "seeds": best.seeds,
+        "spread of the gap": best.gap_spread,
+        "accuracies": {line.side: line.accuracy for line in beside},
+        "spreads": {line.side: line.spread for line in beside},
+    }
+
+
+def _profile(best: Line) -> str:
+    return "; ".join(best.notes) or f"{best.side} with {chosen(best.chosen)}"
+
+
+def targets(made: Sequence[Row]) -> str:
+    """The table of the targets, Markdown."""
+    lines = []
+    for row in made:
+        value = "–" if row.ratio is None else f"{row.ratio:+.2f}"
+        if row.unit == PERCENT and row.ratio is not None:
+            value = f"{row.ratio:.2f} %"
+        verdict = f"**{row.verdict}**" if row.reached is False else row.verdict
+        unit = " %" if row.unit == PERCENT else ""
+        lines.append([row.name, value, f"{row.target}{unit}", verdict])
+    return table(["what", "found", "target", ""], lines)
+
+
+def side_table(lines: Sequence[Line]) -> str:
+    """All sides of a study with one point, Markdown."""
+    cells = [
+        [
+            line.side,
+            held_out(line, False),
+            gap(line, False),
+            chosen(line.chosen),
+        ]
+        for line in lines
+    ]
+    return table(["side", "held-out, %", "gap, points", "step"], cells)
+
+
+def frozen_is_there(lines: Sequence[Line]) -> bool:
+    """Whether the baseline of frozen hidden blocks stands beside every memory-less side."""
+    frozen = {line.point for line in lines if line.trains is Trains.FROZEN}
+    return all(line.point in frozen for line in lines if line.memoryless)

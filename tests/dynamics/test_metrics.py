@@ -1,0 +1,67 @@
+"""Prequential windows against counting by hand, item by item."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hamdist.dynamics.metrics import AT_ONCE, SMALL, Prequential
+
+
+def by_hand(items):
+    """(loss, correct, rows) of all items."""
+    correct = rows = 0
+    for prediction, target, _ in items:
+        if target.is_floating_point():
+            continue
+        for row, right in zip(prediction.tolist(), target.tolist(), strict=True):
+            correct += row.index(max(row)) == right
+            rows += 1
+    return sum(float(loss) for _, _, loss in items), correct, rows
+
+
+def item(batch, classes, *, values=False):
+    prediction = torch.randn(batch, classes)
+    target = torch.randn(batch, classes) if values else torch.randint(classes, (batch,))
+    return prediction, target, torch.rand(())
+
+
+@pytest.mark.parametrize("every", [1, 7, 3 * AT_ONCE + 5])
+def test_small_and_large_predictions_are_counted_alike(every):
+    torch.manual_seed(0)
+    batches = [3, 1, 2, SMALL // 4 + 1]  # the last one is not kept until it is counted
+    items = [item(batches[i % 4], 4) for i in range(2 * AT_ONCE + 9)]
+    metrics = Prequential(every)
+    for n, (prediction, target, loss) in enumerate(items):
+        metrics.record(n, prediction, target, loss)
+    metrics.flush()
+    assert [w.items for w in metrics.windows[:-1]] == [every] * (len(metrics.windows) - 1)
+    for window in metrics.windows:
+        loss, correct, rows = by_hand(items[window.first : window.last + 1])
+        assert window.items == window.last + 1 - window.first
+        assert window.loss == pytest.approx(loss, rel=1e-6)
+        assert (window.correct, window.rows) == (correct, rows)
+    assert metrics.windows[-1].last == len(items) - 1
+
+
+def test_values_have_no_accuracy():
+    torch.manual_seed(0)
+    metrics = Prequential(10)
+    for n in range(10):
+        metrics.record(n, *item(2, 3, values=True))
+    (window,) = metrics.windows
+    assert (window.correct, window.rows, window.accuracy) == (0, 0, None)
+
+
+def test_several_classes_a_row():
+    """(B, C, T) with (B, T): what a language model predicts."""
+    torch.manual_seed(0)
+    prediction, target = torch.randn(2, 5, 7), torch.randint(5, (2, 7))
+    metrics = Prequential(1)
+    metrics.record(0, prediction, target, torch.tensor(1.0))
+    right = sum(
+        prediction[b, :, t].tolist().index(float(prediction[b, :, t].max())) == int(target[b, t])
+        for b in range(2)
+        for t in range(7)
+    )
+    assert (metrics.windows[0].correct, metrics.windows[0].rows) == (right, 14)

@@ -1,0 +1,221 @@
+"""The commands of a cluster as a user types them: wrong input, and once the whole way on a machine.
+Oracle of the run: the in-process engine, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from hamdist.cli import app
+from hamdist.launch.extras import missing_extras
+
+RUN = ["--steps", "40", "--set", "engine.actors=2", "--set", "metrics.window=10"]
+MODEL = """
+import torch
+
+def make():
+    layers = torch.nn.Linear(64, 8), torch.nn.Tanh(), torch.nn.Linear(8, 10)
+    return torch.nn.Sequential(*layers)
+"""
+PORT, JOBS_PORT = 26379, 28265
+
+needs_extras = pytest.mark.skipif(
+    bool(missing_extras()), reason="no ray[default]: pip install 'hamdist[cluster]'"
+)
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch, tmp_path):
+    """No test finds a cluster of the user's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HAMDIST_CLUSTER", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["launch", "digits"], 2, "which cluster? Name it (--cluster FILE|ADDRESS"),
+        (["launch", "nothing", "--cluster", "x:1"], 2, "no settings file 'nothing'"),
+        (["launch", "digits", "--cluster", "gone.yaml"], 2, "'gone.yaml': cannot be read"),
+        (["launch", "digits", "--cluster", "ftp://x"], 2, "jobs: write it as http://HOST:PORT"),
+        (["launch", "digits", "--set", "lr=1", "--cluster", "x:1"], 2, "lr: no such setting"),
+        (
+            ["launch", "digits", "--set", "engine.address=h:1", "--cluster", "x:1"],
+            2,
+            "engine.address 'h:1': --cluster says where",
+        ),
+        (["launch", "digits", "--detach", "--out", "o", "--cluster", "x:1"], 2, "attach --out"),
+        (["launch", "digits", "--model", "x:y", "--cluster", "x:1"], 2, "no module 'x'"),
+        (["launch", "digits", "--out", "/proc/x", "--cluster", "x:1"], 2, "cannot write there"),
+        (["cluster", "start", "--port", "0"], 2, "--port"),
+    ],
+)
+def test_wrong_input(arguments, code, words):
+    result = command(*arguments)
+    assert result.exit_code == code
+    assert words in flat(result.output)
+    assert "Traceback" not in result.output
+
+
+@needs_extras
+@pytest.mark.parametrize("arguments", [["launch", "digits"], ["attach"], ["runs"], ["stop", "x"]])
+def test_nobody_there(arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]  # bound, but nobody listens
+        result = command(*arguments, "--cluster", f"127.0.0.1:{port}")
+    assert result.exit_code == 1
+    assert f"http://127.0.0.1:{port}: no Jobs API of Ray answers there" in flat(result.output)
+    assert "ssh -N -L 8265:127.0.0.1:8265 HEAD" in flat(result.output)
+
+
+def test_without_rays_extras(monkeypatch):
+    monkeypatch.setattr("hamdist.launch.extras.find_spec", lambda name: None)
+    for arguments in (["launch", "digits", "--cluster", "127.0.0.1:1"], ["cluster", "start"]):
+        result = command(*arguments)
+        assert result.exit_code == 1
+        assert "pip install 'hamdist[cluster]'" in flat(result.output)
+
+
+def test_stop_without_a_cluster():
+    assert "No Ray of hamdist runs" in flat(command("cluster", "stop").output)
+
+
+def test_doctor_of_this_host():
+    result = command("doctor")
+    assert result.exit_code == 0, result.output
+    assert "versions: hamdist" in flat(result.output)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """A Ray of this machine, as `hamdist cluster start` starts it; its cluster file."""
+    folder = tmp_path_factory.mktemp("cluster")
+    own = ["--folder", str(folder)]
+    ports = ["--port", str(PORT), "--jobs-port", str(JOBS_PORT), "--cpus", "4"]
+    result = command("cluster", "start", *own, *ports)
+    assert result.exit_code == 0, result.output
+    yield folder / "cluster.yaml"
+    head = json.loads((folder / "head.json").read_text())
+    result = command("cluster", "stop", *own)
+    assert result.exit_code == 0, result.output
+    assert not Path(head["folder"]).exists()
+    assert not Path(f"/proc/{head['pid']}").exists() or _is_zombie(head["pid"])
+    assert list(folder.iterdir()) == [folder / "ray.log"]
+
+
+def _is_zombie(pid):
+    return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+
+
+def hamdist(cluster, *arguments, cwd=None):
+    """The command in a process of its own, which is returned. cluster: None for one without."""
+    where = [] if cluster is None else ["--cluster", str(cluster)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "hamdist", *arguments, *where],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+def done(process):
+    out, err = process.communicate(timeout=100)
+    return process.returncode, flat(out), flat(err)
+
+
+@needs_extras
+@pytest.mark.ray
+@pytest.mark.hosts  # it takes a minute
+@pytest.mark.timeout(400)
+def test_the_whole_way(machine, tmp_path):
+    """One start of Ray for all of it: each command talks to what the others have left."""
+    (tmp_path / "own_model.py").write_text(MODEL)
+    wanted = ["digits", *RUN, "--model", "own_model:make"]
+    code, out, _ = done(hamdist(machine, "launch", *wanted, "--dry-run", cwd=tmp_path))
+    assert code == 0
+    assert "own_model.py travels along" in out
+
+    alone = hamdist(None, "run", *wanted, "--engine", "inprocess", "--out", "alone", cwd=tmp_path)
+    code, out, err = done(hamdist(machine, "launch", *wanted, "--out", "far", cwd=tmp_path))
+    assert done(alone)[0] == 0
+    assert code == 0, err
+    assert "items 40 of 32 rows" in out
+    assert_equal(tmp_path / "alone", tmp_path / "far")
+    name = re.search(r"digits-trace-\w+", out).group()
+
+    # again, by another terminal, after it has ended
+    code, out, err = done(hamdist(machine, "attach", "--out", "again", cwd=tmp_path))
+    assert (code, "items 40" in out) == (0, True), err
+    assert_equal(tmp_path / "far", tmp_path / "again")
+
+    # a long one: its terminal is killed as soon as the run has begun, and it goes on
+    endless = ["digits", "--set", "learning.decay=none", "--set", "engine.actors=2"]
+    slow = ["--set", "stream.pace.period=0.01", "--set", "stream.pace.late=keep"]
+    process = hamdist(machine, "launch", *endless, *slow, "--steps", "1000000", cwd=tmp_path)
+    long = process.stdout.readline().strip()
+    for line in process.stderr:
+        if "item " in line:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, out, _ = done(hamdist(machine, "runs"))
+    assert f"{long} RUNNING trace 1000000" in out
+    assert f"{name} SUCCEEDED trace 40" in out
+    code, out, err = done(hamdist(machine, "stop", long, "--out", "stopped", cwd=tmp_path))
+    assert code == 0, err
+    summary = json.loads((tmp_path / "stopped/summary.json").read_text())
+    assert summary["interrupted"]
+    assert 0 < summary["samples"] < 1000000
+    # the same samples alone: the same weights
+    steps = str(summary["samples"])
+    wanted = [*endless, "--engine", "inprocess", "--steps", steps, "--out", "short"]
+    short = hamdist(None, "run", *wanted, cwd=tmp_path)
+    code, out, err = done(hamdist(machine, "doctor"))
+    assert code == 0, err
+    assert done(short)[0] == 0
+    assert_equal(tmp_path / "short", tmp_path / "stopped")
+    assert "links: 1 measured" in out
+
+    # what fails there is told here
+    wrong = machine.with_name("wrong.yaml")
+    token = machine.with_name("wrong-token")
+    token.write_text("0" * 64)
+    token.chmod(0o600)
+    text = machine.read_text()
+    wrong.write_text(re.sub("token: .*", f"token: {token}", text))
+    code, _, err = done(hamdist(wrong, "runs"))
+    assert (code, "asks for Ray's token, and this is not it" in err) == (1, True)
+    wrong.write_text(re.sub("python: .*", "python: /no/python", text))
+    code, _, err = done(hamdist(wrong, "launch", "digits", "--steps", "5"))
+    assert code == 1
+    assert "Is hamdist installed for the Python that runs there?" in err
+    wrong.unlink()
+    token.unlink()
+
+
+def assert_equal(one, other):
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert value.equal(b[key]), key

@@ -1,0 +1,490 @@
+"""The parts of a launch, without Ray. Oracles: the files as they were; closed forms; tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hamdist.config import Level, Settings
+from hamdist.dynamics.metrics import Window
+from hamdist.errors import ClusterError, SettingsError
+from hamdist.launch import one_host
+from hamdist.launch.cluster_file import ClusterSettings, find_cluster
+from hamdist.launch.dry import dry_run
+from hamdist.launch.events import (
+    PART_BYTES,
+    Ended,
+    Kept,
+    Moved,
+    Pace,
+    Said,
+    Started,
+    file_events,
+    from_line,
+    moved,
+    to_line,
+)
+from hamdist.launch.facts import host_facts, storage_fault
+from hamdist.launch.follow import Results, follow
+from hamdist.launch.parcel import Order, on_ray, own_code, packed, read_order
+from hamdist.launch.report import Findings, LinkFacts, judged
+from hamdist.launch.submit import make_id
+from hamdist.models import load_factory
+from hamdist.runtime.hosts import HostInfo
+from hamdist.runtime.result import BlockProgress, Progress
+from hamdist.study.recipes import load_settings
+
+# -- the cluster file ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster_file(tmp_path):
+    def write(text):
+        path = tmp_path / "cluster.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("given", "jobs"),
+    [
+        ("head", "http://head:8265"),
+        ("10.0.0.1:8000", "http://10.0.0.1:8000"),
+        ("https://ray.example/", "https://ray.example:8265"),
+        ("http://[::1]:9", "http://[::1]:9"),
+    ],
+)
+def test_an_address_alone(given, jobs):
+    assert find_cluster(given) == ClusterSettings(jobs=jobs)
+
+
+def test_the_jobs_api_is_beside_the_head(cluster_file):
+    found = find_cluster(cluster_file("address: 10.0.0.7:6379\n"))
+    assert (found.jobs, found.address) == ("http://10.0.0.7:8265", "10.0.0.7:6379")
+
+
+def test_which_cluster_if_none_is_named(cluster_file, tmp_path, monkeypatch):
+    monkeypatch.delenv("HAMDIST_CLUSTER", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SettingsError, match="which cluster.*HAMDIST_CLUSTER.*cluster start"):
+        find_cluster(None)
+    own = tmp_path / ".hamdist/cluster/cluster.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("jobs: http://own:1\n")
+    assert find_cluster(None).jobs == "http://own:1"
+    monkeypatch.setenv("HAMDIST_CLUSTER", "http://variable:2")
+    assert find_cluster(None).jobs == "http://variable:2"
+    assert find_cluster("http://given:3").jobs == "http://given:3"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("jobs: ftp://x\n", "jobs: write it as http://HOST:PORT"),
+        ("jobs: http://x/path\n", "nothing behind it"),
+        ("jobs: http://x:99999\n", "jobs: write it as http://HOST:PORT"),
+        ("address: 10.0.0.1\n", "address: write it as HOST:PORT"),
+        ("storage: here\n", "storage: write the whole path"),
+        ("python: 'python; rm x'\n", "python: String should match"),
+        ("env: {'A B': x}\n", "env"),
+        ("stop_seconds: 0\n", "stop_seconds: .*greater than or equal to 1"),
+        ("tokens: x\n", "tokens: no such setting"),
+        ("token: /no/such\n", "token: '/no/such' cannot be read"),
+        ("[1]\n", "a mapping of names to values"),
+        ("a: [\n", "line 2: no valid YAML"),
+    ],
+)
+def test_a_wrong_cluster_file_is_one_clear_error(cluster_file, text, words):
+    with pytest.raises(SettingsError, match=words):
+        find_cluster(cluster_file(text))
+
+
+def test_a_token_is_its_owners_alone(cluster_file, tmp_path):
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    path = cluster_file(f"token: {token}\n")
+    with pytest.raises(SettingsError, match="others can read .*mode 644.*chmod 600"):
+        find_cluster(path)
+    token.chmod(0o600)
+    assert find_cluster(path).token == str(token)
+    token.write_text(" \n")
+    with pytest.raises(SettingsError, match="holds no token"):
+        find_cluster(path)
+
+
+def test_no_such_file():
+    with pytest.raises(SettingsError, match=r"'nowhere.yaml': cannot be read"):
+        find_cluster("nowhere.yaml")
+
+
+# -- what a run tells ------------------------------------------------------------------------------
+
+WINDOWS = [Window(0, 4, 5, 5.0, 1, 20), Window(5, 9, 5, 2.5, 9, 20), Window(10, 14, 5, 1.0, 18, 20)]
+PROGRESS = Progress(
+    2.5, 14, 100, WINDOWS, [BlockProgress("b0", 3, 2, "b0->b1"), BlockProgress("b1", 2, 2)], "note"
+)
+
+
+def test_events_survive_the_log():
+    events = [
+        Started(title="a [b]: é", batch=8),
+        moved(PROGRESS),
+        moved(Progress(0.0, 0, None, [], [], phase="ray")),
+        Moved(progress=Progress(1.0, 1, 2, [Window(0, 0, 1, float("inf"), 0, 0)], [])),
+        Said(warning="line\nline"),
+        Ended(code=1, error="e", details="d\nd"),
+    ]
+    for event in events:
+        line = to_line(event)
+        assert line.isascii()
+        assert "\n" not in line
+        assert from_line("text" + line) == ("text", event)
+
+
+def test_progress_is_told_in_two_windows():
+    told = moved(PROGRESS).progress
+    assert told.windows == [Window(0, 9, 10, 7.5, 10, 40), WINDOWS[2]]
+    assert (told.samples, told.steps, told.note) == (14, 100, "note")
+
+
+@pytest.mark.parametrize(
+    "line", ["plain", "#hamdist {}", "#hamdist [1", '#hamdist {"event": "rm"}', "#hamdist null", ""]
+)
+def test_what_is_no_event_is_text(line):
+    assert from_line(line) == (line, None)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", ".x", "a/b", "", "a\n", "a b"])
+def test_a_file_has_a_plain_name(name):
+    line = '#hamdist {"event": "file", "name": %s, "size": 1, "sha256": "x"}' % json.dumps(name)  # noqa: UP031
+    assert from_line(line)[1] is None
+
+
+def test_a_log_stays_small():
+    """Two days of progress, asked four times a second: at most 2000 (1 + ln(T / 2000)) lines."""
+    pace = Pace()
+    told = [n / 4 for n in range(4 * 48 * 3600) if pace.due(n / 4)]
+    assert 2000 < len(told) < 2000 * (1 + 4.5)
+    assert told[:4] == [0, 1, 2, 3]
+
+
+def lines_of(*paths, most=10**9):
+    return [to_line(event) for path in paths for event in file_events(path, most)]
+
+
+@pytest.fixture
+def result(tmp_path):
+    """Two files, one of them of several parts, and what they become."""
+    one, two = tmp_path / "a.bin", tmp_path / "b.txt"
+    one.write_bytes(os.urandom(2 * PART_BYTES + 17))
+    two.write_bytes(b"")
+    return one, two, tmp_path / "out"
+
+
+def test_files_arrive_as_they_were(result):
+    one, two, out = result
+    results = Results(out)
+    said: list[str] = []
+    end = to_line(Ended(code=0))
+    lines = ["text", *lines_of(one, two), to_line(Kept(host="h", folder="/f")), end, "unread"]
+    assert list(follow(lines, results, said.append)) == [Ended(code=0)]
+    assert said == ["text"]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        "a.bin": one.read_bytes(),
+        "b.txt": b"",
+    }
+    assert results.written == ["a.bin", "b.txt"]
+    assert results.kept == Kept(host="h", folder="/f")
+
+
+def test_files_that_nobody_wants_pass(result):
+    one, two, _ = result
+    results = Results(None)
+    assert list(follow(lines_of(one, two), results, print)) == []
+    assert results.written == []
+
+
+def test_a_large_file_stays(result):
+    one, two, out = result
+    results = Results(out)
+    list(follow(lines_of(one, two, most=1000), results, print))
+    assert [file.name for file in results.left] == ["a.bin"]
+    assert [p.name for p in out.iterdir()] == ["b.txt"]
+
+
+def broken(line, **changes):
+    return "#hamdist " + json.dumps({**json.loads(line.removeprefix("#hamdist ")), **changes})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda ls: ls[:-1], "a.bin did not arrive whole"),
+        (lambda ls: [*ls[:-1], to_line(Ended(code=0))], "a.bin did not arrive whole"),
+        (lambda ls: [ls[0], ls[2], ls[2], ls[3]], "a.bin arrived damaged"),
+        (lambda ls: [*ls, ls[1]], "a part of no file"),
+        (lambda ls: [ls[0], broken(ls[1], data="*"), *ls[2:]], "did not arrive whole"),
+        (lambda ls: [broken(ls[0], size=9), *ls[1:]], "did not arrive whole|damaged"),
+        (lambda ls: [*ls[:2], ls[0], *ls[1:]], "did not arrive whole"),
+    ],
+)
+def test_a_damaged_log_gives_no_file(result, spoil, words):
+    one, _, out = result
+    with pytest.raises(ClusterError, match=words):
+        list(follow(spoil(lines_of(one)), Results(out), print))
+    assert {p.name for p in out.iterdir()} <= {"a.bin"}
+    for path in out.iterdir():
+        assert path.read_bytes() == one.read_bytes()
+
+
+def test_sigterm_counts_as_ctrl_c_also_after_ray_has_taken_it():
+    code = (
+        "import os, signal, sys\n"
+        "from hamdist.launch.job import end_on_sigterm\n"
+        "from hamdist.runtime.outcome import ending_on_interrupt\n"
+        "def of_ray(*_): sys.exit(15)\n"
+        "of_ray.__module__ = 'ray._private.worker'\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"  # as in a job
+        "end_on_sigterm()\n"
+        "signal.signal(signal.SIGTERM, of_ray)\n"
+        "end_on_sigterm()\n"
+        "stopped = []\n"
+        "with ending_on_interrupt(lambda: stopped.append(1)) as interrupted:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert interrupted() and stopped == [1]\n"
+        "mine = lambda *_: None\n"
+        "signal.signal(signal.SIGTERM, mine)\n"
+        "end_on_sigterm()\n"
+        "assert signal.getsignal(signal.SIGTERM) is mine\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+# -- the parcel ------------------------------------------------------------------------------------
+
+ORDER = Order(id="x", model=None, storage=None, most=5)
+
+
+def test_a_parcel_holds_the_settings_and_the_users_code(tmp_path, monkeypatch):
+    package = tmp_path / "mine_to_ship"
+    (package / "deep/__pycache__").mkdir(parents=True)
+    for name in ("__init__.py", "deep/__init__.py", ".secret", "deep/__pycache__/x.pyc"):
+        (package / name).write_text("")
+    (package / "deep/models.py").write_text(
+        "import torch\ndef make(): return torch.nn.Linear(2, 2)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = "mine_to_ship.deep.models:make"
+    load_factory(name)
+    settings = on_ray(load_settings("digits", [{"steps": 7}]).for_level(Level.LOCAL))
+    with packed(settings, ORDER.model_copy(update={"model": name})) as folder:
+        files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        assert files == {
+            *("settings.yaml", "order.json"),
+            *("mine_to_ship/__init__.py", "mine_to_ship/deep/__init__.py"),
+            "mine_to_ship/deep/models.py",
+        }
+        assert load_settings(str(folder / "settings.yaml")) == settings
+        assert read_order(folder).model == name
+    assert not folder.exists()
+
+
+def test_installed_code_does_not_travel():
+    load_factory("torch.nn:Identity")
+    assert own_code("torch.nn:Identity") is None
+    assert own_code("json:loads") is None
+
+
+def test_one_place_to_go():
+    elsewhere = Settings.model_validate({"engine": {"kind": "ray", "address": "h:1"}})
+    with pytest.raises(SettingsError, match="engine.address 'h:1': --cluster says where"):
+        on_ray(elsewhere)
+    with pytest.raises(SettingsError, match="hamdist launch makes it"):
+        read_order(Path("/proc"))
+
+
+@pytest.mark.parametrize("name", ["digits-trace", "ä ö/../x", "", "x" * 99])
+def test_ids_are_plain_and_new(name):
+    one, other = make_id(name), make_id(name)
+    assert one != other
+    assert len(one) < 60
+    assert all(c.isascii() and (c.isalnum() or c == "-") for c in one)
+
+
+# -- dry run ---------------------------------------------------------------------------------------
+
+
+def host(number, cpus=2.0, **resources):
+    return HostInfo(f"id{number}", f"10.0.0.{number}", f"h{number}", cpus, 0.0, resources)
+
+
+def work_out(hosts, **engine):
+    settings = load_settings("digits", [{"engine": engine}])
+    own = on_ray(settings.for_level(settings.level))
+    return dry_run(own, None, None, ClusterSettings(), hosts)
+
+
+def test_a_dry_run_says_who_goes_where():
+    found = work_out([host(1), host(2)], actors=2, spread="spread")
+    assert [(list(blocks), seat.node) for blocks, seat, _ in found.actors] == [
+        (["block0", "block1"], "id1"),
+        (["block2", "block3"], "id2"),
+    ]
+    assert found.missing == []
+    # theta and omega, float32: 64 x 64 + 64, three times, then 64 x 10 + 10
+    sizes = [2 * 2 * (64 * 64 + 64) * 4, 2 * (64 * 64 + 64 + 64 * 10 + 10) * 4]
+    assert [round(size * 2**20) for *_, size in found.actors] == sizes
+    assert any(note.startswith("1 edge(s) cross actors") for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "engine", "words"),
+    [
+        ([host(1)], {"actors": 4}, "4 actors ask for 4 CPUs, the Ray cluster has 2"),
+        ([host(1)], {"blocks": {"block0": {"host": "h9"}}}, "host 'h9' is unknown"),
+        ([host(1)], {"blocks": {"block0": {"gpus": 1}}}, "asks for 1 CPU.*1 GPU"),
+        ([], {}, "no host that is alive"),
+    ],
+)
+def test_a_dry_run_says_what_is_missing(hosts, engine, words):
+    found = work_out(hosts, **engine)
+    assert any(re.search(words, line) for line in found.missing)
+    assert all(seat is None for _, seat, _ in found.actors)
+
+
+# -- doctor ----------------------------------------------------------------------------------------
+
+GOOD = host_facts().model_copy(
+    update={
+        "name": "h",
+        "versions": {"hamdist": "1", "torch": "2", "ray": "3", "python": "4"},
+        "processors": 4,
+        "promised": 4.0,
+        "free": 2**33,
+        "shared": 2**30,
+        "files": 4096,
+        "native": True,
+        "token": True,
+        "platform": "Linux x",
+    }
+)
+
+
+def findings(*changes, **more):
+    hosts = [GOOD.model_copy(update=change) for change in changes]
+    return Findings(hosts=hosts, clocks=[(0.0, 0.001)] * len(hosts), **more)
+
+
+def test_hosts_that_are_well():
+    link = LinkFacts(first=0, second=1, seconds=0.001, bytes_per_second=1e8)
+    found = findings({"storage": ""}, {"storage": ""}, links=[link])
+    assert {check.verdict for check in judged(found, GOOD.versions)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "words"),
+    [
+        (findings({}, {"versions": {**GOOD.versions, "ray": "9"}}), "FAIL", "ray differs (3: h; 9"),
+        (findings({}, unreached={"h2": "no answer"}), "FAIL", "h2: no answer"),
+        (findings({"promised": 9.0}), "warning", "hands out 9 CPUs, but there are 4"),
+        (findings({"free": 2**29}), "warning", "512 MiB of memory are free"),
+        (findings({"shared": 2**26}), "warning", "/dev/shm has 64 MiB left"),
+        (findings({"files": 256}), "warning", "may open 256 files"),
+        (findings({"native": False}), "warning", "C code was not built"),
+        (findings({"token": False}), "warning", "asks for no token"),
+        (findings({"storage": "missing"}), "FAIL", "storage: missing"),
+        (findings({}, {"platform": "Linux y"}), "warning", "platforms differ"),
+        (
+            findings({}, {}, links=[LinkFacts(first=0, second=1, error="nothing")]),
+            "FAIL",
+            "h - h: no signal came through (nothing)",
+        ),
+        (
+            findings({}, {}, links=[LinkFacts(first=0, second=1, seconds=0.5)]),
+            "warning",
+            "500 ms a signal",
+        ),
+        (
+            findings({}, {}).model_copy(update={"clocks": [(0.0, 0.0), (-3.0, 0.5)]}),
+            "warning",
+            "its clock is -3.0 s from the head's",
+        ),
+    ],
+)
+def test_what_is_wrong_with_hosts(found, verdict, words):
+    checks = judged(found)
+    assert [c.text for c in checks if c.verdict == verdict and words in c.text], checks
+    assert {c.verdict for c in checks} <= {verdict, "ok"}
+    assert found.tables()["Hosts"][0][0] == "host"
+
+
+def test_another_hamdist_in_this_terminal():
+    checks = judged(findings({}), {**GOOD.versions, "hamdist": "0"})
+    assert any("0: this terminal; 1: h" in c.text and c.verdict == "FAIL" for c in checks)
+
+
+def test_storage_is_written_and_is_the_same_folder(tmp_path):
+    assert storage_fault(tmp_path / "new", None) == ""
+    assert "not the same folder" in storage_fault(tmp_path, "mark")
+    (tmp_path / "mark").write_text("")
+    assert storage_fault(tmp_path, "mark") == ""
+    assert list(tmp_path.glob(".hamdist-*")) == []
+    assert "cannot be written" in storage_fault(Path("/proc/none"), None)
+
+
+# -- one host --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bystander():
+    """A process that is none of ours."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield psutil.Process(process.pid)
+    process.kill()
+    process.wait()
+
+
+def test_stop_ends_the_process_that_start_has_noted_and_no_other(tmp_path, bystander):
+    assert not one_host.stop(tmp_path)
+    ray_folder = tmp_path / "r"
+    head = {"pid": bystander.pid, "born": time.time() - 900, "folder": str(ray_folder)}
+    (tmp_path / "head.json").write_text(json.dumps(head))  # the number is another's by now
+    assert not one_host.stop(tmp_path)
+    assert bystander.is_running()
+    ray_folder.mkdir()
+    head["born"] = bystander.create_time()
+    (tmp_path / "head.json").write_text(json.dumps(head))
+    assert one_host.stop(tmp_path)
+    assert not bystander.is_running() or bystander.status() == psutil.STATUS_ZOMBIE
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_second_one_and_no_port_of_others(tmp_path, bystander, monkeypatch):
+    monkeypatch.setattr(one_host, "need_extras", lambda: None)
+    head = {"pid": bystander.pid, "born": bystander.create_time(), "folder": "x"}
+    (tmp_path / "head.json").write_text(json.dumps(head))
+    with pytest.raises(ClusterError, match="it runs already .*hamdist cluster stop"):
+        one_host.start(tmp_path, port=6379, jobs_port=8265, cpus=None)
+    (tmp_path / "head.json").write_text("{}")
+    with pytest.raises(ClusterError, match="does not say which process it is"):
+        one_host.stop(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"port {port} is not free.*--jobs-port"):
+            one_host.start(tmp_path / "n", port=one_host._any_port(), jobs_port=port, cpus=None)
+    assert not (tmp_path / "n").exists()
