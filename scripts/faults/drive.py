@@ -1,7 +1,7 @@
 """One run, in this process: drive.py FOLDER, which holds run.json (`Orders`) and gets the rest.
 
-    told.jsonl        a line for every actor that was replaced
-    result.safetensors, result.json     what it has learned, in the end
+told.jsonl        a line for every actor that was replaced
+result.safetensors, result.json     what it has learned, in the end
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from faults.events import Event
-from faults.net import DRIVER, Numbered, network
 from safetensors.torch import save_file
 
+from faults.events import Event
+from faults.net import DRIVER, Numbered, network
 from hamdist.config import Settings
+from hamdist.errors import SnapshotError
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.snapshot import latest
-from hamdist.errors import SnapshotError
 from hamdist.runtime.train import train
 
 

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from faults.events import BLOCKS, HANG, KILL, Event
 from torch import Tensor, nn
 
+from faults.events import BLOCKS, HANG, KILL, Event
 from hamdist.streams.sample import Sample, SampleSpec
 
 FEATURES, WIDTH, CLASSES, BATCH = 6, 16, 3, 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import struct
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
+
 from faults.events import DRIVER, HOST, LINK, RAYLET, Event
 from faults.net import BEATS, mark
 
@@ -31,6 +33,9 @@ class Driver(Protocol):
     def kill(self) -> None:
         """SIGKILL, and waits for its end."""
 
+    def close(self) -> None:
+        """Ends it, and waits for the end of all that it and those before it have started."""
+
     def code(self) -> int | None:
         """Its exit status, if it has ended."""
 
@@ -46,6 +51,7 @@ class Local:
         self._folder = folder
         self._log = folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._orphans: list[psutil.Process] = []
 
     def start(self) -> None:
         (self._folder / "t").mkdir(exist_ok=True)
@@ -67,7 +73,12 @@ class Local:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        _, left = psutil.wait_procs(children, timeout=GONE_SECONDS)
+        self._orphans += children
+
+    def close(self) -> None:
+        if self.code() is None:
+            self.kill()
+        _, left = psutil.wait_procs(self._orphans, timeout=GONE_SECONDS)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -98,6 +109,10 @@ class OnHosts:
         if self._job is not None:
             self._before += self._job.text
             self._job.kill()
+
+    def close(self) -> None:
+        if self.code() is None:
+            self.kill()
 
     def code(self) -> int | None:
         return None if self._job is None else self._job.process.poll()
@@ -163,8 +178,7 @@ def watch(
     finally:
         for host in mended:
             world.mend(host)
-        if driver.code() is None:
-            driver.kill()
+        driver.close()
     for event in events:  # (the last ones may have happened since the last look)
         if mark(event, marks).exists():
             log.times.setdefault(event.number, mark(event, marks).stat().st_mtime)
@@ -186,11 +200,12 @@ def lost_seconds(times: Mapping[int, float], folder: Path) -> dict[int, float]:
     """By event: the longest time without a new result of the last block, from the event to the
     next one."""
     data = (folder / "marks" / BEATS).read_bytes()
-    beats = [b for b, in struct.iter_unpack("d", data[: len(data) // 8 * 8])]
+    beats = [b for (b,) in struct.iter_unpack("d", data[: len(data) // 8 * 8])]
     ordered = sorted(times.items(), key=lambda item: item[1])
     found = {}
     for i, (number, at) in enumerate(ordered):
         until = ordered[i + 1][1] if i + 1 < len(ordered) else float("inf")
-        gaps = [b - max(a, at) for a, b in zip(beats, beats[1:], strict=False) if b > at and a < until]
+        pairs = itertools.pairwise(beats)
+        gaps = [b - max(a, at) for a, b in pairs if b > at and a < until]
         found[number] = max(gaps, default=float("inf"))
     return found
