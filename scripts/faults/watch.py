@@ -179,6 +179,8 @@ def watch(
         for host in mended:
             world.mend(host)
         driver.close()
+    for host in {e.host for e in events if e.what in (RAYLET, HOST) and e.number in log.times}:
+        world.await_ray(host)
     for event in events:  # (the last ones may have happened since the last look)
         if mark(event, marks).exists():
             log.times.setdefault(event.number, mark(event, marks).stat().st_mtime)
