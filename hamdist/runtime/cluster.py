@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +27,8 @@ from hamdist.runtime.token import REMEDY, check_joined, check_token, is_refusal,
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
 KNOCK_SECONDS = 5.0
+ANSWER_SECONDS = 1.0  # for a raylet's port
+KNOCKS = 32  # at a time
 PROFILE_SECONDS = 60.0
 TRIES = 5
 
@@ -148,11 +151,11 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
             ray.shutdown()
 
 
-def _knock(address: str) -> None:
+def _knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
     """Raises OSError if nobody listens at host:port; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), seconds).close()
 
 
 @contextmanager
@@ -205,6 +208,29 @@ def hosts() -> list[HostInfo]:
     here = ray.get_runtime_context().get_node_id()
     found = [_host(node) for node in ray.nodes() if node["Alive"]]
     return sorted(found, key=lambda host: (host.id != here, host.address))
+
+
+def reachable_hosts() -> list[HostInfo]:
+    """Of `hosts()`, those whose raylet can be reached from here: Ray itself needs seconds to notice
+    that one cannot."""
+    import ray
+
+    raylets = {
+        node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+
+    def answers(host: HostInfo) -> bool:
+        try:
+            _knock(raylets[host.id], ANSWER_SECONDS)
+        except (OSError, KeyError):
+            return False
+        return True
+
+    known = hosts()
+    with ThreadPoolExecutor(KNOCKS) as pool:
+        return [host for host, up in zip(known, pool.map(answers, known), strict=True) if up]
 
 
 def _host(node: dict[str, Any]) -> HostInfo:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from hamdist.config import Encryption, Spread, TransportKind
 from hamdist.dynamics.graph import INPUT
@@ -203,7 +203,9 @@ class Crew:
         """Each process gets a key pair for this run, where signals go by tcp (curve.py)."""
         engine = self._plan.engine
         here = ray.get_runtime_context().get_node_id()
-        spread = len({here, *(actor.node for actor in self.actors)}) > 1
+        keeping = self._plan.keeping
+        moves = keeping is not None and keeping.recover and engine.address is not None
+        spread = moves or len({here, *(actor.node for actor in self.actors)}) > 1
         by_tcp = engine.transport is TransportKind.TCP or (
             engine.transport is TransportKind.AUTO and spread
         )
@@ -424,7 +426,9 @@ class Crew:
         """The report of an actor that has finished. Raises what ended it."""
         try:
             actor.report = ray.get(call)
-        except RayActorError as error:
+        except RayTaskError as error:
+            raise ClusterError(f"{actor} failed: {last_line(error)}") from error
+        except RayError as error:  # it, or its host with its report, or the way to it
             lost = ClusterError(
                 f"{actor} died: {last_line(error)}; was it killed, or out of memory?"
             )
@@ -432,8 +436,6 @@ class Crew:
                 actor.running = None
                 return
             raise lost from error
-        except RayError as error:
-            raise ClusterError(f"{actor} failed: {last_line(error)}") from error
         report = actor.report
         if report is None or report.error is None:
             if report is not None and report.kept is not None:

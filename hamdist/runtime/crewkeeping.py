@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from math import inf
 
-from hamdist.errors import BlockError, ClusterError, HamdistError
+from hamdist.errors import BlockError, ClusterError, HamdistError, SnapshotError
 from hamdist.runtime.crew import Actor, Crew
 from hamdist.runtime.plan import Keeping, Plan
 from hamdist.runtime.recovery import Loss, Recovery
@@ -89,7 +89,11 @@ class CrewKeeping:
             if kept.failure is not None:
                 self.warnings.append(f"a snapshot was not written: {kept.failure}")
             for taken in kept.taken:
-                complete = self._shelf.put(taken)
+                try:
+                    complete = self._shelf.put(taken)
+                except SnapshotError as error:
+                    self.warnings.append(f"a snapshot was not written: {error}")
+                    continue
                 if complete is not None:
                     self._crew.complete(complete.tick)
 

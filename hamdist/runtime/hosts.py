@@ -74,9 +74,9 @@ class Seat:
     resources: tuple[tuple[str, float], ...] = ()
     node: str | None = None
 
-    def anywhere(self) -> Seat:
-        """The same on any host."""
-        return replace(self, node=None)
+    def on(self, node: str | None) -> Seat:
+        """The same on another host; None: on any."""
+        return replace(self, node=node)
 
 
 def seats(
@@ -126,6 +126,28 @@ def seats(
         )
         for i, (demand, gpus) in enumerate(zip(demands, shares, strict=True))
     ]
+
+
+def reseated(
+    seat: Seat, was: str, hosts: Sequence[HostInfo], taken: Sequence[tuple[str, Seat]]
+) -> Seat:
+    """Where an actor goes that was lost: to host `was`, where it was, or else to one that has room
+    for it beside the others of the run, the emptiest first. hosts: those that are there. taken: the
+    others' hosts and seats."""
+    if was in {host.id for host in hosts}:
+        return seat
+    room = {host.id: _Room(host) for host in hosts}
+    for node, other in taken:
+        if node in room and room[node].has(_as_demand(other), other.gpus):
+            room[node].take(_as_demand(other), other.gpus)
+    mine = _as_demand(seat)
+    fit = [r for r in room.values() if r.has(mine, seat.gpus)]
+    least = min(fit, key=lambda r: r.actors, default=None)
+    return seat.on(None if least is None else least.host.id)
+
+
+def _as_demand(seat: Seat) -> Demand:
+    return Demand(cpus=seat.cpus, gpus=seat.gpus, resources=dict(seat.resources))
 
 
 class _Room:

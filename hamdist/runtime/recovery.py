@@ -19,17 +19,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from hamdist.errors import BlockError, ClusterError, DivergedError, HamdistError, WireError
-from hamdist.runtime.cluster import hosts
-from hamdist.runtime.crew import START_SECONDS, Actor, Crew, last_line
+from hamdist.runtime.cluster import reachable_hosts
+from hamdist.runtime.crew import START_SECONDS, Actor, Crew
 from hamdist.runtime.host import ANSWER_SECONDS, Opened
+from hamdist.runtime.hosts import reseated
 from hamdist.runtime.plan import Keeping
 from hamdist.runtime.result import Replaced
 from hamdist.runtime.shelf import Shelf
 
+ACTOR = "ray::HostActor"  # what Ray calls an actor's process
+PAUSE_SECONDS = 1.0  # before the next try
 MOST_TRIES = 5  # of one recovery: others may be lost meanwhile
 
 
@@ -75,6 +79,7 @@ class Recovery:
                 break
             lost |= {actor.name: actor for actor in again}
             self._fresh -= {actor.name for actor in again}
+            time.sleep(PAUSE_SECONDS)
             if attempt == MOST_TRIES - 1:
                 raise ClusterError(
                     f"{', '.join(map(str, lost.values()))} could not be replaced in {MOST_TRIES} "
@@ -107,14 +112,10 @@ class Recovery:
         crew = self._crew
         self._epoch += 1
         fresh = [actor for actor in lost if actor.name in self._fresh]
-        try:
-            ray.get([actor.handle.close.remote() for actor in fresh], timeout=ANSWER_SECONDS)
-            self._start([actor for actor in lost if actor not in fresh])
-        except (RayError, GetTimeoutError) as error:
-            raise ClusterError(
-                f"no actor could be started instead of {', '.join(map(str, lost))} within "
-                f"{START_SECONDS:.0f} s: {last_line(error)}"
-            ) from error
+        _, dead = _all({actor.handle.close.remote(): actor for actor in fresh})
+        gone = self._start([actor for actor in lost if actor not in fresh or actor in dead])
+        if gone:
+            return gone
         others = [actor for actor in crew.actors if actor not in lost]
         inside = crew.inside()
         numbers = [crew.actors.index(actor) for actor in lost]
@@ -144,22 +145,58 @@ class Recovery:
         crew.start_again(lost)
         return int(sum(again)) + crew.connect_local(ends)
 
-    def _start(self, lost: Sequence[Actor]) -> None:
-        """New processes: where the old ones were, if that host is still there."""
+    def _start(self, lost: Sequence[Actor]) -> list[Actor]:
+        """New processes: where the old ones were, if that host is still there. Those that did not
+        come up. Raises ClusterError where there is no room for one."""
         crew = self._crew
+        here = ray.get_runtime_context().get_node_id()
         for actor in lost:
-            with contextlib.suppress(RayError):
-                ray.kill(actor.handle)
-        alive = {host.id for host in hosts()}
-        seats = [a.seat if a.seat.node in alive else a.seat.anywhere() for a in lost]
-        handles = crew.session.actors(seats)
-        where = ray.get([h.where.remote() for h in handles], timeout=START_SECONDS)
-        for actor, seat, handle, place in zip(lost, seats, handles, where, strict=True):
-            actor.renew(seat, handle, place)
-            self._fresh.add(actor.name)
-            if actor.key is not None:
-                crew.withdraw(actor.key)
-                actor.key = ray.get(handle.new_key.remote(), timeout=START_SECONDS)
+            _kill(actor, here)
+        if not lost:
+            return []
+        there = reachable_hosts()
+        taken = [(a.node, a.seat) for a in crew.actors if a not in lost]
+        seats = []
+        for actor in lost:
+            seat = reseated(actor.seat, actor.node, there, taken)
+            taken.append((seat.node or actor.node, seat))
+            seats.append(seat)
+        begun = dict(zip(crew.session.actors(seats), zip(lost, seats, strict=True), strict=True))
+        calls = {handle.where.remote(): handle for handle in begun}
+        done, late = ray.wait(list(calls), num_returns=len(calls), timeout=START_SECONDS)
+        if late:
+            for handle in begun:
+                ray.kill(handle)
+            raise ClusterError(
+                f"no actor could be started instead of {', '.join(map(str, lost))} "
+                f"within {START_SECONDS:.0f} s; the cluster may lack free CPUs (ray status shows "
+                "them). The run can go on from its latest snapshot (--resume)"
+            )
+        gone = []
+        for call in done:
+            handle = calls[call]
+            actor, seat = begun[handle]
+            try:
+                actor.renew(seat, handle, ray.get(call))
+                if actor.key is not None:
+                    crew.withdraw(actor.key)
+                    actor.key = ray.get(handle.new_key.remote(), timeout=ANSWER_SECONDS)
+            except (RayError, TimeoutError):  # its host has gone, as Ray has just noticed
+                gone.append(actor)
+            else:
+                self._fresh.add(actor.name)
+        return gone
+
+
+def _kill(actor: Actor, here: str) -> None:
+    """Also one that is hung, which Ray gives 5 s (measured) before it is ended."""
+    with contextlib.suppress(RayError):
+        ray.kill(actor.handle)
+    if actor.node == here:
+        with contextlib.suppress(psutil.Error):  # it is gone
+            process = psutil.Process(actor.pid)
+            if ACTOR in " ".join(process.cmdline()):  # and not one that has got its number
+                process.kill()
 
 
 def _all(calls: dict[Any, Actor]) -> tuple[list[Any], list[Actor]]:

@@ -51,7 +51,8 @@ class BlockProgress:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """One look at a running engine. `samples` counts items that entered the network. phase: what a
-    run is busy with that has not started yet (startup.py); None from its first tick on."""
+    run is busy with that has not started yet (startup.py); None from its first tick on. replaced:
+    actors that were lost so far."""
 
     seconds: float
     samples: int
@@ -60,6 +61,7 @@ class Progress:
     blocks: Sequence[BlockProgress]
     note: str | None = None
     phase: str | None = None
+    replaced: Sequence[Replaced] = ()
 
 
 @dataclass(frozen=True, slots=True)

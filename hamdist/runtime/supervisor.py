@@ -170,6 +170,7 @@ class _Watch:
                 windows=next((a.windows for a in self._crew.actors if a.every is not None), []),
                 blocks=blocks,
                 note=self._note,
+                replaced=() if self._keeping is None else tuple(self._keeping.replaced),
             )
         )
 
