@@ -21,13 +21,16 @@ from hamdist.errors import SettingsError
 
 SETTINGS = "settings.yaml"
 ORDER = "order.json"
+SNAPSHOTS = "snapshots"
+FAILED, WRONG_SETTINGS, INTERRUPTED = 1, 2, 130  # exit codes of a run
 MOST_BYTES = 100 * 2**20
 
 
 class Order(BaseModel):
     """What a job is to do. model: 'package.module:function', code that travelled along or is
     installed there. storage: a folder that all hosts see, where the results stay. most: bytes of
-    the largest file that travels back."""
+    the largest file that travels back. snapshots: where the run keeps them; resume: those that it
+    begins with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,6 +38,23 @@ class Order(BaseModel):
     model: str | None
     storage: str | None
     most: int
+    snapshots: str | None = None
+    resume: str | None = None
+
+    @property
+    def own_snapshots(self) -> bool:
+        """Whether they lie in the folder that the run has in the storage."""
+        return self.storage is not None and self.snapshots == snapshots_in(self.storage, self.id)
+
+    @property
+    def called(self) -> str | None:
+        """What `--resume` takes to go on from this run's snapshots."""
+        return self.id if self.own_snapshots else self.snapshots
+
+
+def snapshots_in(storage: str, id_: str) -> str:
+    """Where a run keeps snapshots that has been told no other place."""
+    return f"{storage.rstrip('/')}/{id_}/{SNAPSHOTS}"
 
 
 def on_ray(settings: Settings) -> Settings:

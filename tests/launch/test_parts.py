@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -249,28 +250,81 @@ def test_a_damaged_log_gives_no_file(result, spoil, words):
         assert path.read_bytes() == one.read_bytes()
 
 
-def test_sigterm_counts_as_ctrl_c_also_after_ray_has_taken_it():
-    code = (
-        "import os, signal, sys\n"
-        "from hamdist.launch.job import end_on_sigterm\n"
-        "from hamdist.runtime.outcome import ending_on_interrupt\n"
-        "def of_ray(*_): sys.exit(15)\n"
-        "of_ray.__module__ = 'ray._private.worker'\n"
-        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"  # as in a job
-        "end_on_sigterm()\n"
-        "signal.signal(signal.SIGTERM, of_ray)\n"
-        "end_on_sigterm()\n"
-        "stopped = []\n"
-        "with ending_on_interrupt(lambda: stopped.append(1)) as interrupted:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    assert interrupted() and stopped == [1]\n"
-        "mine = lambda *_: None\n"
-        "signal.signal(signal.SIGTERM, mine)\n"
-        "end_on_sigterm()\n"
-        "assert signal.getsignal(signal.SIGTERM) is mine\n"
+# -- the job and its driver ------------------------------------------------------------------------
+
+GUARDED = """
+import signal, sys
+from hamdist.launch.job import Guardian
+driver = "import os, signal, sys, time; lost = sys.argv[1:]; " + sys.argv[1]
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as in a job of Ray
+sys.exit(Guardian((sys.executable, "-c", driver), sys.argv[2] == "kept").run())
+"""
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def guarded(driver, kept="kept"):
+    return subprocess.Popen(
+        [sys.executable, "-c", GUARDED, driver, kept],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+
+
+def told_by(job):
+    out, err = job.communicate(timeout=60)
+    return job.returncode, [from_line(line) for line in out.splitlines() if line], err
+
+
+def test_a_driver_that_ends_by_itself_is_not_started_again():
+    code, told, err = told_by(guarded("print('once', lost); sys.exit(3)"))
+    assert (code, told) == (3, [("once []", None)]), err
+
+
+def test_a_lost_driver_is_started_again_and_told_why():
+    code, told, err = told_by(guarded(f"print(lost, flush=True); lost or {KILLED}"))
+    assert (code, told) == (0, [("[]", None), ("['SIGKILL']", None)]), err
+
+
+def test_a_driver_that_is_always_lost_ends_the_job():
+    code, told, err = told_by(guarded(f"print('one', end='', flush=True); {KILLED}"))
+    *before, (_, end) = told
+    assert (code, before) == (1, [("one", None)] * 4), err
+    assert (end.code, "was lost 4 times (SIGKILL)" in end.error) == (1, True)
+
+
+def test_without_snapshots_a_lost_driver_ends_the_job():
+    code, [(_, end)], err = told_by(guarded(KILLED, "nothing"))
+    assert (code, "keeps no snapshots" in end.error) == (1, True), err
+
+
+HEARS = (
+    "heard = []; "
+    "signal.signal(signal.SIGINT, lambda *_: heard.append('SIGINT')); "
+    "signal.signal(signal.SIGTERM, lambda *_: heard.append('SIGTERM')); "  # as Ray does
+    "print(os.getpid(), flush=True); "
+    "all(iter(lambda: time.sleep(0.01) or not heard, False)); "
+    "print(heard, signal.SIGTERM in signal.sigpending()); sys.exit(130)"
+)
+
+
+def test_the_driver_hears_of_the_end_once():
+    job = guarded(HEARS)
+    driver = int(job.stdout.readline())
+    for pid in (driver, job.pid):  # as the Jobs API does: to all of them
+        os.kill(pid, signal.SIGTERM)
+    code, told, err = told_by(job)
+    assert (code, told) == (130, [("['SIGINT'] True", None)]), err
+
+
+def test_a_driver_that_is_stopped_before_it_says_a_word():
+    job = guarded(
+        "print(1, flush=True); signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(60)"
+    )
+    job.stdout.readline()
+    os.kill(job.pid, signal.SIGTERM)
+    code, [(_, end)], err = told_by(job)
+    assert (code, end.interrupted, end.error) == (130, True, "stopped before its first tick"), err
 
 
 # -- the parcel ------------------------------------------------------------------------------------
