@@ -15,12 +15,12 @@
                    or, where every token has a target, at each
 
 In the layers of a resnet that begin its second, third and fourth quarter the channels double, the
-sides halve, and S is a convolution of 1 x 1 with stride 2; elsewhere S(h) = h. Those of a convnet do so in
-layer0, and its alpha is 1/sqrt(layers with weights). mlp: W2 gelu(W1 h), 4H inside. Elsewhere
-alpha = 1/sqrt(residual branches). LN is a layer norm over all that a sample (of texts
-and patches: a token) has, without affine weights, eps = 1e-3. It is not a batch norm, as in He et
-al. 2016: that has no value for one row, and its statistics tie the rows of a batch together, so
-that a message which comes late would meet those of other samples and of older weights.
+sides halve, and S is a convolution of 1 x 1 with stride 2; elsewhere S(h) = h. A convnet does so in
+layer0, and its alpha is 1/sqrt(layers with weights), elsewhere 1/sqrt(residual branches). mlp:
+W2 gelu(W1 h), 4H inside. LN is a layer norm over all that a sample (of texts and patches: a token)
+has, without affine weights, eps = 1e-3. It is not a batch norm, as in He et al. 2016: that has no
+value for one row, and its statistics tie the rows of a batch together, so that a message which
+comes late would meet those of other samples and of older weights.
 
 W ~ N(0, gain/fan_in), the gain 2 before a relu and 1 elsewhere; b = 0; embeddings and places
 N(0, 1) and N(0, 0.02^2); LSTMs as torch draws them.

@@ -1,5 +1,5 @@
-"""What the linear layers and the convolutions of a module read, where autograd makes their gradients:
-for steps that do not depend on the scale of these inputs (whitening.py).
+"""What the linear layers and the convolutions of a module read, where autograd makes their
+gradients: for steps that do not depend on the scale of these inputs (whitening.py).
 
 A convolution is a linear layer of the patches that it sees. A layer of which nothing is known is
 left alone: one without a bias, with a weight that it shares or that is made from others, or one

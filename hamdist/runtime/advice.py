@@ -13,7 +13,6 @@ from hamdist.config import (
     Order,
     Reset,
     Settings,
-    Step,
     TargetOf,
     TransportKind,
 )

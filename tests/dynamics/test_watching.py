@@ -1,4 +1,4 @@
-"""Gradients that come with what their layers have read: against the rule on rows laid out by hand."""
+"""Gradients that come with what their layers have read, against rows laid out by hand."""
 
 from __future__ import annotations
 
