@@ -39,7 +39,7 @@ from hamdist.launch.events import (
 from hamdist.launch.examine import Witness
 from hamdist.launch.facts import host_facts, storage_fault
 from hamdist.launch.follow import Results, follow
-from hamdist.launch.parcel import Order, on_ray, own_code, packed, read_order
+from hamdist.launch.parcel import Order, named_there, on_ray, own_code, packed, read_order
 from hamdist.launch.report import Findings, LinkFacts, judged
 from hamdist.launch.submit import kept_at, make_id, resumed_from
 from hamdist.models import load_factory
@@ -408,6 +408,18 @@ def test_a_parcel_holds_the_settings_and_the_users_code(tmp_path, monkeypatch):
         assert load_settings(str(folder / "settings.yaml")) == settings
         assert read_order(folder).model == name
     assert not folder.exists()
+
+
+def test_a_file_travels_by_its_name_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "nets/shipped_net.py"
+    file.parent.mkdir()
+    file.write_text("import torch\ndef make(): return torch.nn.Linear(2, 2)\n")
+    name = f"{file}:make"
+    load_factory(name)
+    assert own_code(name) == file
+    there = named_there(name)
+    assert (there, own_code(there)) == ("shipped_net:make", file)
 
 
 def test_installed_code_does_not_travel():
