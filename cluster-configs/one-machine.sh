@@ -10,11 +10,12 @@ port=${PORT:-6379} jobs_port=${JOBS_PORT:-8265}
 folder=${FOLDER:-$HOME/.hamdist/one-machine}
 
 umask 077
-mkdir -p "$folder"
+mkdir -p "$folder/storage"
 [ -s "$folder/token" ] || python -c 'import secrets; print(secrets.token_hex(32))' >"$folder/token"
 cat >"$folder/cluster.yaml" <<FILE
 jobs: http://127.0.0.1:$jobs_port
 token: $folder/token
+storage: $folder/storage
 python: $(command -v python)
 FILE
 umask 022

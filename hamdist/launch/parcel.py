@@ -93,10 +93,16 @@ def read_order(folder: Path) -> Order:
         raise SettingsError(f"{ORDER}: {describe(error)}") from None
 
 
+def named_there(model: str) -> str:
+    """What `--model` names, as the job finds it: a file lies in the parcel itself."""
+    where, _, function = model.rpartition(":")
+    return f"{Path(where).stem}:{function}" if where.endswith(".py") else model
+
+
 def own_code(model: str) -> Path | None:
-    """The file, or the folder of the whole package, of the module in 'package.module:function'.
+    """The file, or the folder of the whole package, of the module that `--model` has named.
     None where it is installed among Python's packages, which do not travel."""
-    top = model.partition(":")[0].partition(".")[0]
+    top = named_there(model).partition(":")[0].partition(".")[0]
     module = sys.modules[top]
     found = getattr(module, "__file__", None)
     if found is None:  # a package without __init__.py

@@ -9,7 +9,7 @@ from hamdist.config import Settings
 from hamdist.errors import SettingsError
 from hamdist.launch.cluster_file import ClusterSettings
 from hamdist.launch.jobs import Jobs
-from hamdist.launch.parcel import Order, packed, snapshots_in
+from hamdist.launch.parcel import Order, named_there, packed, snapshots_in
 
 MIB = 2**20
 LONGEST = 40
@@ -77,6 +77,7 @@ def make_id(name: str) -> str:
 
 def _order(jobs: Jobs, name: str, model: str | None) -> Order:
     cluster = jobs.cluster
+    model = None if model is None else named_there(model)
     return Order(id=name, model=model, storage=cluster.storage, most=cluster.fetch_mib * MIB)
 
 
