@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from hamdist.config import AverageSettings
+from hamdist.dynamics.saving import Remembers
 
 
-class Average:
+class Average(Remembers):
     """values: a_k, in the order of the weights; before the first update the weights themselves."""
 
     def __init__(self, theta: Sequence[Tensor], settings: AverageSettings) -> None:
@@ -27,6 +28,8 @@ class Average:
         self._updates = 0
         self._fading = 1.0  # r^k
         self._sum = [t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in theta]
+
+    STATE = ("_updates", "_fading", "_sum")
 
     def look(self) -> None:
         """The weights have moved."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.block import Guard, LossTaker, Scale, plain, scaled, unguarded
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
+from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.weights import Weights
 from hamdist.errors import LevelError
 
@@ -88,7 +89,7 @@ def make_head(
     return nn.Sequential(*parts, linear)
 
 
-class Head:
+class Head(Remembers):
     """weight: of the block's step by it. scale: of beta, by sample."""
 
     def __init__(
@@ -100,6 +101,8 @@ class Head:
         self._loss = loss
         self._scale = scale
         self._tau = tau
+
+    STATE = ("cell", "weights", "_loss")
 
     def teach(self, sample: int, h: Tensor, label: Tensor) -> Tensor:
         """s = phi dL/dh, by the head as it was; then the head has learned."""
@@ -113,7 +116,7 @@ class Head:
         return s
 
 
-class Taught:
+class Taught(Remembers):
     """What a head does to the weights of its block. weights: theta of the cell, with an omega of
     the head's own."""
 
@@ -127,6 +130,8 @@ class Taught:
         self._c = dynamics.c
         self._scale = scale
 
+    STATE = ("head", "weights")
+
     def learn(self, sample: int, record: Record, label: Tensor, *, keep: bool) -> Tensor:
         """One step by the label of `sample`; returns z = tau s. keep: the record is used again."""
         z = scaled(self.head.teach(sample, plain(record.output), label), self._tau)
@@ -137,7 +142,7 @@ class Taught:
         return z
 
 
-class HeadBlock:
+class HeadBlock(Remembers):
     """A block of level `heads`: forward, then its own step. taught: None where it has no weights.
 
     h, z: of the latest sample; z = tau s.
@@ -159,6 +164,8 @@ class HeadBlock:
         self._wanted = [False] * parents
         self._record: Record | None = None
         self._guard = guard
+
+    STATE = ("cell", "weights", "taught", "h", "z")
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
         self._record = self.cell.forward(inputs, self._wanted)

@@ -108,7 +108,18 @@ class HoldBlock(Remembers):
         self._last: Tick | None = None  # the tick before; None before the first
         self._record: Record | None = None  # of the tick before, where its weights still wait
 
-    STATE = ("cell", "weights", "h", "z", "output", "output_weights", "_loss", "_own", "_last")
+    STATE = (
+        "cell",
+        "weights",
+        "h",
+        "z",
+        "output",
+        "output_weights",
+        "_loss",
+        "_own",
+        "_last",
+        "_retrospect",
+    )
 
     def snapshot(self) -> dict[str, Any]:
         record = None if self._record is None else self.cell.held(self._record)

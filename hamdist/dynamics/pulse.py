@@ -70,7 +70,7 @@ class PulseBlock(Remembers):
         self._scale = scale
         self._guard = guard
 
-    STATE = ("cell", "weights", "h", "z")
+    STATE = ("cell", "weights", "taught", "h", "z")
 
     def snapshot(self) -> dict[str, Any]:
         trace = {sample: self.cell.held(record) for sample, record in self.trace.items()}

@@ -25,8 +25,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.saving import Remembers
 
-class Gate:
+
+class Gate(Remembers):
     """ticks: d. tolerance: epsilon, of all inputs together."""
 
     def __init__(self, ticks: int, tolerance: float) -> None:
@@ -34,6 +36,8 @@ class Gate:
         self._ticks = ticks
         self._tolerance = tolerance
         self._before: list[Tensor] | None = None
+
+    STATE = ("still", "_before")
 
     def open(self, inputs: Sequence[Tensor]) -> bool:
         """Takes note of this tick's inputs; whether weights may move in it."""
@@ -56,13 +60,15 @@ class Gate:
         return apart <= self._tolerance**2 * size
 
 
-class Retrospect:
+class Retrospect(Remembers):
     """ticks: d; blend: a. Inputs that are no real numbers stay as they are."""
 
     def __init__(self, ticks: int, blend: float) -> None:
         self._keep = 1 / (1 + ticks / blend)
         self._blend = blend
         self._e: list[Tensor] | None = None
+
+    STATE = ("_e",)
 
     def estimate(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Takes note of this tick's inputs x_k; x^_k."""

@@ -87,7 +87,10 @@ class Weights(Remembers):
         self._fading = 1.0  # product of the shares of omega that were kept
         self._steps = 0
 
-    STATE = ("updates", "_omega", "_factors", "_bound", "_squares", "_fading", "_steps")
+    STATE = (
+        *("updates", "_omega", "_factors", "_bound", "_squares", "_fading", "_steps"),
+        *("average", "_inputs"),
+    )
 
     def snapshot(self) -> dict[str, Any]:
         """All but theta, which is the cell's. omega stays in factors where it is: the order

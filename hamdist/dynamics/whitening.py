@@ -20,13 +20,15 @@ R: rows (batch, times further dimensions), O, I: outputs and inputs of a linear 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hamdist.dynamics.gradient import Column, Gradient, Outer
+from hamdist.dynamics.saving import Remembers, taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Whitening:
     centred: bool = False
 
 
-class InputStatistics:
+class InputStatistics(Remembers):
     """mu (I,), A (I, I), P (I, I) of the inputs of one layer; `updates`: how many it has seen."""
 
     def __init__(self, rule: Whitening) -> None:
@@ -49,6 +51,8 @@ class InputStatistics:
         self.mean: Tensor | None = None
         self.covariance: Tensor | None = None
         self.inverse: Tensor | None = None
+
+    STATE = ("updates", "mean", "covariance", "inverse")
 
     def see(self, x: Tensor) -> None:
         """One update's inputs. x: (R, I)."""
@@ -83,13 +87,22 @@ class InputStatistics:
         return Outer(g.z, x), Column(g.z * (1 - torch.mv(x, self.mean)).unsqueeze(1))
 
 
-class InputWhitening:
+class InputWhitening(Remembers):
     """Of all linear layers of a cell: those whose gradients come as factors. A layer without a
     bias is left as it is: its inputs' mean cannot be taken out."""
 
     def __init__(self, rule: Whitening) -> None:
         self.rule = rule
         self.layers: dict[int, InputStatistics] = {}  # by the place of the weight
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"layers": {i: layer.snapshot() for i, layer in self.layers.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        layers, _ = taken(state, "layers")
+        self.layers = {i: InputStatistics(self.rule) for i in layers}
+        for i, layer in self.layers.items():
+            layer.restore(layers[i])
 
     def applied(self, g: Sequence[Gradient]) -> list[Gradient]:
         """The gradients of one update, in the order of the cell's weights, as they shall be used.

@@ -78,7 +78,16 @@ class HoldNode(Remembers):
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
 
-    STATE = ("block", "metrics", "seconds", "_recorder", "_clock", "_target", "_no_more_targets")
+    STATE = (
+        "block",
+        "metrics",
+        "seconds",
+        "_recorder",
+        "_clock",
+        "_target",
+        "_no_more_targets",
+        "_gate",
+    )
 
     def snapshot(self) -> dict[str, Any]:
         own = {"shown": self._shown, "event": self.event, "tick": self.tick}

@@ -11,6 +11,7 @@ from dynamics.test_any_network import NETWORKS, made
 from runtime.networks import BATCH, FEATURES, PortableStream, batches, chain, cycle_graph, seeded
 from runtime.networks import skip_graph as skips
 from runtime.test_engines_equal import CYCLIC, LEVELS, assert_equal, learned, settings
+from runtime.test_recipe_engines import RECIPES
 from runtime.test_sequence_engines import PortableText, network
 from runtime.test_sequence_engines import settings as sequence_settings
 from torch import nn
@@ -69,6 +70,13 @@ def test_cycles(name, tmp_path):
     goes_on(run_of(cycle_graph, PortableStream, **LEVELS[name]), tmp_path, 5)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name, tmp_path):
+    """Averages, heads, gates, whitened inputs, predicted weights."""
+    whole = goes_on(run_of(chain, PortableStream, **RECIPES[name]), tmp_path, 13)
+    assert learned(whole, chain)
+
+
 @pytest.mark.parametrize("truncation", [None, 3])
 @pytest.mark.parametrize("name", ["tangle", "lstm"])
 def test_sequences(name, truncation, tmp_path):
@@ -104,7 +112,7 @@ def test_networks(name, tmp_path):
             **fields,
         )
 
-    goes_on(run, tmp_path, 5)
+    goes_on(run, tmp_path, 3)
 
 
 class Sigmoid(torch.autograd.Function):
@@ -290,6 +298,16 @@ def test_an_altered_file_is_named_and_the_snapshot_before_is_used(tmp_path):
     file.write_bytes(data)
     with pytest.warns(UserWarning, match=r"block-2.*.safetensors: altered.*before it is used"):
         assert_equal(whole, run(ALONE, tmp_path))
+
+
+def test_another_runs_snapshots_are_not_mixed_with(tmp_path):
+    run, found = small(tmp_path)
+    with pytest.raises(SnapshotError, match="another run's snapshots lie there"):
+        run(ALONE, None, snapshots={"path": str(tmp_path)})
+    chosen = settings(ALONE, 8, level="backprop", snapshots={"path": str(tmp_path), "every": 2})
+    with pytest.warns(UserWarning, match="its weights and its place"):
+        on = train(chain(), PortableStream(8), chosen, resume=found[0])
+    assert all(f"from-{found[0].name}/" in name for name in on.snapshots)
 
 
 def test_no_snapshot(tmp_path):
