@@ -74,6 +74,7 @@ class Keeper:
         if plan.keeping is None:
             raise ValueError("a plan without snapshots has no keeper")
         self._keeping = plan.keeping
+        self._run = plan.run
         self._nodes = list(nodes)
         self._mail = mail
         self._ledger = ledger
@@ -153,7 +154,7 @@ class Keeper:
         parts = {}
         try:
             for name, data, tensors in files:
-                file = file_of(name, self._blocks, self._keeping.epoch)
+                file = file_of(name, self._blocks, self._run, self._keeping.epoch)
                 parts[name] = write_part(self._store, tick, file, to_bytes(data, tensors))
         except SnapshotError as error:
             self._done.failure = str(error)

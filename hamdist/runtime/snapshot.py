@@ -1,12 +1,13 @@
 """Snapshots as files.
 
-    PATH/tick-000000001000/block-0.1.safetensors     a block: its state in JSON, and its tensors
-                           block-1.1.safetensors
-                           stream.1.safetensors      how far the stream was drawn
-                           manifest.json             written last: what belongs to it, checksums
+    PATH/tick-000000001000/block-0.RUN.1.safetensors  a block: its state in JSON, and its tensors
+                           block-1.RUN.1.safetensors
+                           stream.RUN.1.safetensors   how far the stream was drawn
+                           manifest.json              written last: what belongs to it, checksums
 
-A file is named after its node and the epoch of the process that wrote it, so that a process that
-was given up cannot write into what its successor has written. Nothing in a file can execute code:
+A file is named after its node, the run, and the epoch of the process that wrote it, so that a
+process that was given up, or whose driver was lost, cannot write into what its successor has
+written. Nothing in a file can execute code:
 safetensors holds numbers, the rest is JSON that is checked (saving.py, `Manifest`).
 """
 
@@ -253,17 +254,26 @@ def write_part(store: Storage, tick: int, file: str, data: bytes) -> Part:
 
 
 def conclude(store: Storage, manifest: Manifest, keep: int) -> Snapshot:
-    """Writes the manifest, and removes all but the `keep` latest snapshots."""
+    """Writes the manifest, and removes all but the `keep` latest snapshots, and what earlier ones
+    have come to that nobody finished."""
     folder = folder_of(manifest.tick)
     store.write(f"{folder}/{MANIFEST}", manifest.dumped())
     kept = 0
     for name in complete(store):
         if name > folder:
             continue  # one that is being written
-        kept += 1
-        if kept > keep:
+        if kept < keep and _finished(store, name):
+            kept += 1
+        else:
             store.remove(name)
     return Snapshot(store.where, folder, manifest)
+
+
+def _finished(store: Storage, folder: str) -> bool:
+    try:
+        return bool(store.read(f"{folder}/{MANIFEST}"))
+    except SnapshotError:
+        return False
 
 
 def versions() -> dict[str, str]:
@@ -277,10 +287,10 @@ def versions() -> dict[str, str]:
     return {"hamdist": own, "torch": torch.__version__}
 
 
-def file_of(node: str, blocks: list[str], epoch: int) -> str:
+def file_of(node: str, blocks: list[str], run: int, epoch: int) -> str:
     """The name of a node's file: block names may hold anything."""
     number = "stream" if node == INPUT else f"block-{blocks.index(node)}"
-    return f"{number}.{epoch}.safetensors"
+    return f"{number}.{run:016x}.{epoch}.safetensors"
 
 
 def settings_of(manifest: Manifest, where: str) -> Settings:

@@ -14,7 +14,7 @@ from runtime.test_placement import graph
 from hamdist.config import BlockEngineSettings, EngineSettings, Settings, Spread
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.demands import Demand, demand, wishes
-from hamdist.runtime.hosts import HostInfo, Seat, seats
+from hamdist.runtime.hosts import HostInfo, Seat, reseated, seats
 from hamdist.runtime.placement import Costs, place
 from hamdist.runtime.train import train
 
@@ -52,6 +52,29 @@ def nodes(spread, demands, hosts, **more):
 )
 def test_actors_that_ask_for_nothing(spread, actors, hosts, expected):
     assert nodes(spread, asks(*[{}] * actors), hosts) == expected
+
+
+@pytest.mark.parametrize(
+    ("seat", "was", "there", "expected"),
+    [
+        (Seat(node="id1"), "id1", THREE, "id1"),
+        (Seat(node=None), "id1", THREE, None),  # Ray decides again
+        (Seat(node="id1"), "id1", THREE[1:], "id3"),  # id2 is full
+        (Seat(node=None), "id1", THREE[1:], "id3"),
+        (Seat(cpus=2.0, node="id1"), "id1", THREE[1:], None),  # no room is left: Ray waits for it
+        (
+            Seat(resources=(("disk", 1.0),), node="id1"),
+            "id1",
+            [host(2, 9), host(3, disk=1.0)],
+            "id3",
+        ),
+        (Seat(node="id1"), "id1", [], None),
+    ],
+)
+def test_a_lost_actor_goes_where_there_is_room(seat, was, there, expected):
+    """Hosts of 2 processors, of which two actors have those of id2, and one has one of id3."""
+    taken = [("id2", Seat()), ("id2", Seat()), ("id3", Seat(node="id3"))]
+    assert reseated(seat, was, there, taken) == seat.on(expected)
 
 
 def test_what_is_asked_for_is_reserved():

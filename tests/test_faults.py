@@ -1,0 +1,162 @@
+"""scripts/chaos and scripts/soak: their choices and figures against numbers made by hand, and each
+of them once, tiny."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from faults.drive import metrics, undisturbed
+from faults.events import (
+    ALONE,
+    BLOCKS,
+    DRIVER,
+    HANG,
+    HOST,
+    HOSTS,
+    KILL,
+    LINK,
+    RAYLET,
+    Event,
+    chosen,
+)
+from faults.gauges import Gauge
+from faults.net import Numbered, network
+from faults.numbered import NEXT, SEEN, WRONG, Counted
+from faults.trial import _wrong, trial
+from faults.watch import lost_seconds
+from safetensors.torch import save_file
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def script(name):
+    return runpy.run_path(str(SCRIPTS / name))
+
+
+def test_events_follow_from_the_seed():
+    first = chosen(len(ALONE) * 3, 4, 3000)
+    assert first == chosen(len(ALONE) * 3, 4, 3000)
+    assert first != chosen(len(ALONE) * 3, 5, 3000)
+    passes = [event.passes for event in first]
+    assert passes == sorted(passes)
+    assert passes[0] > 0
+    assert passes[-1] < 3000
+    assert {event.what for event in first} == {KILL, HANG, DRIVER}
+    assert {event.block for event in first} <= set(range(BLOCKS))
+    assert sum(event.what == DRIVER for event in first) == 3 * ALONE.count(DRIVER)
+
+
+def test_events_on_hosts():
+    events = chosen(len(HOSTS) * 2, 4, 3000, (1, 2))
+    assert {event.what for event in events} == {KILL, HANG, DRIVER, RAYLET, HOST, LINK}
+    for event in events:
+        assert (event.host in (1, 2)) == (event.what in (RAYLET, HOST, LINK))
+        assert (event.seconds >= 1) == (event.what == LINK)
+
+
+def test_lost_seconds(tmp_path):
+    """Results at 0, 1, 2, 7, 8 and 12 s; something happens at 2.5 and at 8.5 s, and at 13 s."""
+    (tmp_path / "marks").mkdir()
+    (tmp_path / "marks" / "beats").write_bytes(struct.pack("6d", 0, 1, 2, 7, 8, 12))
+    found = lost_seconds({3: 2.5, 5: 8.5, 8: 13.0}, tmp_path)
+    assert found == {3: 4.5, 5: 3.5, 8: float("inf")}
+
+
+def test_gauges():
+    """A line: 3 MiB per million ticks."""
+    ticks = list(range(0, 1000, 100))
+    gauge = Gauge("p", ticks, [5 + 3e-6 * k for k in ticks], [7] * 10, [1] * 10)
+    assert gauge.slope(gauge.memory, 1000) == pytest.approx(3)
+    # Of the looks at 300 to 900: the mean of 300, 400, and of 800, 900.
+    assert gauge.ends(gauge.memory, 1000) == pytest.approx((5 + 3e-6 * 350, 5 + 3e-6 * 850))
+    assert gauge.slope(gauge.files, 1000) == 0
+    assert gauge.ends(gauge.sockets, 1000) == (1, 1)
+
+
+def test_samples_are_counted():
+    """0, 1, then 1 again, then 3 in place of 2."""
+    counted = Counted(slow=False)
+    for number in (0, 1, 1, 3):
+        counted(torch.tensor([[float(number), 9.0]]))
+    counts = counted.counts.tolist()
+    assert (counts[SEEN], counts[NEXT], counts[WRONG]) == (4, 4, 2)
+
+
+def test_the_stream_begins_anywhere():
+    all_of_them = list(Numbered(6).samples())
+    for sample, other in zip(all_of_them[4:], Numbered(6).samples_from(4), strict=True):
+        assert torch.equal(sample.u, other.u)
+        assert torch.equal(sample.y, other.y)
+
+
+def test_what_differs_is_said(tmp_path):
+    calm = undisturbed("trace", 12)
+    state = {k: v.clone() for k, v in calm.model.state_dict().items()}
+    told = metrics(calm)
+    save_file(state, tmp_path / "result.safetensors")
+    (tmp_path / "result.json").write_text(json.dumps(told))
+    assert _wrong(tmp_path, 0, calm, "") == ""
+    assert "ended with 1" in _wrong(tmp_path, 1, calm, "")
+    told[0][1][0]["loss"] += 1e-15 * max(1, told[0][1][0]["loss"])
+    (tmp_path / "result.json").write_text(json.dumps(told))
+    assert _wrong(tmp_path, 0, calm, "") == "metrics differ"
+    state["3.1.passes"] += 1
+    save_file(state, tmp_path / "result.safetensors")
+    assert _wrong(tmp_path, 0, calm, "") == "weights differ: 3.1.passes"
+
+
+def test_the_network_learns():
+    calm = undisturbed("trace", 12)
+    before = network((), None).state_dict()
+    after = calm.model.state_dict()
+    assert not torch.equal(before["0.0.weight"], after["0.0.weight"])
+    assert int(after["4.1.passes"]) == 12
+
+
+def test_kills_are_shared_by_the_levels():
+    shares = script("chaos")["_shares"]
+    assert shares(20, ["a", "b", "c"]) == [("a", 7), ("b", 7), ("c", 6)]
+    assert shares(2, ["a", "b", "c"]) == [("a", 1), ("b", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("chaos", ["--levels", "trace,nonsense"], "nonsense unknown; known: local, trace"),
+        ("chaos", ["--kills", "0"], "at least 1"),
+        ("soak", ["--engines", "x"], "x unknown; known: inprocess, ray"),
+    ],
+)
+def test_wrong_arguments(name, arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        script(name)["main"]()
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_soak(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "soak.json"
+    arguments = ["--ticks", "300", "--engines", "inprocess", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["soak", *arguments])
+    assert script("soak")["main"]() == 0
+    found = json.loads(file.read_text())
+    counts = {"given": 300, "compared": 300, "lost": 0, "doubled": 0, "astray": 0}
+    assert found["inprocess"]["samples"] == counts
+    assert "no sample lost or doubled" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(110)
+def test_a_kill():
+    found = trial("trace", 150, [Event(0, KILL, block=1, passes=60, seconds=0.001)])
+    assert found.wrong == ""
+    assert found.replaced == 1
+    assert list(found.seconds) == [0]
+    assert found.seconds[0] < float("inf")
