@@ -66,7 +66,9 @@ class FakeTrain:
         settings: Settings,
         *,
         on_progress: Callable[[Progress], None],
+        resume: Path | None = None,
     ) -> RunResult:
+        assert resume is None
         self.asked.append(settings)
         now = len(self.asked) - 1 == self.at
         on_progress(Progress(1.0, 3, settings.steps, [], [BlockProgress("block0", 3, 1)]))

@@ -63,8 +63,14 @@ class CrewKeeping:
         self._give_up_the_silent(now)
         if self._losses and self._recovery is not None:
             losses, self._losses = self._losses, []
+            before = len(self._recovery.replaced)
             self._recovery.replace(losses)
             self._asked = None
+            self.warnings += [
+                f"{r.actor} (blocks {', '.join(r.blocks)}) was lost at tick {r.tick}, and replaced "
+                f"within {r.seconds:.1f} s from tick {r.since}; no number has changed"
+                for r in self._recovery.replaced[before:]
+            ]
         self._ask_in_time(now)
 
     def _give_up_the_silent(self, now: float) -> None:

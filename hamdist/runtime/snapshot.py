@@ -236,6 +236,16 @@ def _whole(store: Storage, folder: str) -> Snapshot:
     return snapshot
 
 
+def check_empty(where: str) -> None:
+    """Raises SnapshotError where snapshots of another run lie: a later one of those would be taken
+    for this run's."""
+    for folder in complete(storage(where)):
+        raise SnapshotError(
+            f"snapshots.path {where!r}: another run's snapshots lie there ({folder}); go on from "
+            "them (--resume), remove them, or give another folder"
+        )
+
+
 def write_part(store: Storage, tick: int, file: str, data: bytes) -> Part:
     """One node's file."""
     store.write(f"{folder_of(tick)}/{file}", data)

@@ -35,8 +35,9 @@ from hamdist.runtime.plan import Plan, make_keeping, make_plan
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.resume import changed, differences, earlier, weights_of, with_weights
-from hamdist.runtime.snapshot import Snapshot, latest
+from hamdist.runtime.snapshot import Snapshot, check_empty, latest
 from hamdist.runtime.startup import Startup, phases_to
+from hamdist.runtime.storage import storage
 from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream
 
@@ -128,7 +129,10 @@ class _Work:
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         graph = self.graph()
         plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
-        plan = replace(plan, keeping=make_keeping(self.settings, snapshot))
+        keeping = make_keeping(self.settings, snapshot)
+        if keeping is not None and snapshot is None:
+            check_empty(keeping.path)
+        plan = replace(plan, keeping=keeping)
         if self.settings.partition.delays == "auto":
             plan = replannable(plan, graph, self.settings, self.phi)
         return graph, plan
@@ -151,13 +155,22 @@ class _Work:
             )
         before = replace(own, settings=earlier(snapshot), policy=None)
         learned = weights_of(snapshot, before.graph())
-        graph, plan = replace(own, model=with_weights(self.model, learned)).planned()
+        own = replace(own, model=with_weights(self.model, learned))
+        graph, plan = own.in_folder_of_its_own(snapshot).planned()
         told.append(
             f"{snapshot} was taken of another run ({', '.join(other)} differ): its weights and its "
             f"place in the stream ({snapshot.manifest.samples} items) are taken over; states, "
             "costates, traces, signals under way and metrics begin anew"
         )
         return graph, replace(plan, skip=snapshot.manifest.samples), told
+
+    def in_folder_of_its_own(self, snapshot: Snapshot) -> _Work:
+        """A run that begins its ticks anew does not write among those of the snapshot's run."""
+        kept = self.settings.snapshots
+        if kept.path is None or storage(kept.path).where != snapshot.where:
+            return self
+        kept = kept.model_copy(update={"path": f"{snapshot.where}/from-{snapshot.folder}"})
+        return replace(self, settings=self.settings.model_copy(update={"snapshots": kept}))
 
     def _kept_at(self, snapshot: Snapshot) -> _Work:
         """New snapshots lie beside the one that the run goes on from, unless settings say so; and

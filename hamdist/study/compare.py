@@ -62,6 +62,7 @@ def compare(
             callback = None if on_progress is None else on_progress(item)
             level = Level.BACKPROP if item.level is None else item.level
             own = settings.for_level(level).model_copy(update={"seed": item.seed})
+            own = _kept_apart(own)
             if item.level is not None and own.engine.kind is EngineKind.RAY:
                 stack.enter_context(ray_session(own.engine))
             start = run_centralised if item.level is None else run_level
@@ -69,3 +70,12 @@ def compare(
             yield run
             if run.interrupted:
                 return
+
+
+def _kept_apart(settings: Settings) -> Settings:
+    """Each run with a folder for snapshots of its own, if they are taken at all."""
+    kept = settings.snapshots
+    if kept.path is None:
+        return settings
+    path = f"{kept.path.rstrip('/')}/{settings.level.value}-{settings.seed}"
+    return settings.model_copy(update={"snapshots": kept.model_copy(update={"path": path})})

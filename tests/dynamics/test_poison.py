@@ -192,7 +192,7 @@ def _nan_record(record: Record | Steps) -> Record | Steps:
         kept = [[nan(k) if _is_real(k) else k for k in one] for one in record.kept]
         return replace(record, kept=kept, output=nan(record.output))
     leaves = [None if leaf is None else nan(leaf) for leaf in record.leaves]
-    return Record(leaves, [nan(t) for t in record.theta], nan(record.output))
+    return Record(leaves, [nan(t) for t in record.theta], nan(record.output), record.inputs)
 
 
 def _is_real(value: object) -> bool:
@@ -318,7 +318,7 @@ def test_poison_in_what_a_block_reads_is_seen(case, kind):
             # autograd's graph holds what it saved; the record's own output stands for it
             record = node.block.trace[event.sample]
             node.block.trace[event.sample] = Record(
-                record.leaves, record.theta, record.output * float("nan")
+                record.leaves, record.theta, record.output * float("nan"), record.inputs
             )
         else:
             number = {

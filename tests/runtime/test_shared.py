@@ -219,12 +219,18 @@ def run_until_waiting(act, line, abort):
     assert not thread.is_alive()
 
 
-def test_a_failed_start_leaves_nothing(leaves_no_socket):
+def test_a_failed_start_leaves_nothing(leaves_no_socket, monkeypatch):
     wires = Wires(RUN, threading.Event())
     wires.bind(CHANNEL, "shm")
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ClusterError, match="no socket at"):
-        wires.bind(CHANNEL, "shm")  # the same once more
+    wires.bind(CHANNEL, "shm")  # anew: the first one is closed
+    assert len(os.listdir("/proc/self/fd")) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "hamdist.runtime.shared.socket_file", lambda run, _: socket_folder(run) / "a/b"
+        )
+        with pytest.raises(ClusterError, match="no socket at"):
+            wires.bind(CHANNEL, "shm")
     with pytest.raises(ClusterError, match="cannot be reached"):
         wires.connect(CHANNEL, f"{SCHEME}{socket_folder(RUN)}/77")
     assert len(os.listdir("/proc/self/fd")) == before

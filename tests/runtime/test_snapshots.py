@@ -112,7 +112,7 @@ def test_networks(name, tmp_path):
             **fields,
         )
 
-    goes_on(run, tmp_path, 5)
+    goes_on(run, tmp_path, 3)
 
 
 class Sigmoid(torch.autograd.Function):
@@ -297,6 +297,16 @@ def test_an_altered_file_is_named_and_the_snapshot_before_is_used(tmp_path):
     file.write_bytes(data)
     with pytest.warns(UserWarning, match=r"block-2.1.safetensors: altered.*before it is used"):
         assert_equal(whole, run(ALONE, tmp_path))
+
+
+def test_another_runs_snapshots_are_not_mixed_with(tmp_path):
+    run, found = small(tmp_path)
+    with pytest.raises(SnapshotError, match="another run's snapshots lie there"):
+        run(ALONE, None, snapshots={"path": str(tmp_path)})
+    chosen = settings(ALONE, 8, level="backprop", snapshots={"path": str(tmp_path), "every": 2})
+    with pytest.warns(UserWarning, match="its weights and its place"):
+        on = train(chain(), PortableStream(8), chosen, resume=found[0])
+    assert all(f"from-{found[0].name}/" in name for name in on.snapshots)
 
 
 def test_no_snapshot(tmp_path):

@@ -50,7 +50,11 @@ class Engines:
         settings: Settings,
         *,
         on_progress: Callable[[Progress], None] | None = None,
+        resume: object = None,
+        frozen: bool = False,
     ) -> RunResult:
+        assert resume is None
+        assert not frozen
         first = [sample.u for sample, _ in zip(stream.samples(), range(3), strict=False)]
         self.calls.append((copy.deepcopy(model), first, settings))
         steps = settings.steps or 0
