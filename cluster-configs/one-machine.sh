@@ -3,7 +3,7 @@
 # same in the background, and writes the cluster file.
 #   cluster-configs/one-machine.sh
 #   hamdist launch digits --cluster ~/.hamdist/one-machine/cluster.yaml
-# Verified: 2026-11-22, Ray 2.60, by running both lines on Linux (x86_64, 2 cores).
+# Verified: 2026-11-22, Ray 2.60, by running both lines on Linux (x86_64, 2 cores); ended by SIGTERM.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 port=${PORT:-6379} jobs_port=${JOBS_PORT:-8265}

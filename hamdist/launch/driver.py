@@ -111,7 +111,8 @@ def _run(folder: Path, lost: str | None) -> Ended:
 def _found_again(order: Order, lost: str) -> str | None:
     """Where the run goes on after its driver was lost: from its own snapshots, else from where it
     began. Tells so."""
-    from hamdist.runtime.snapshot import latest
+    from hamdist.runtime.snapshot import complete, latest
+    from hamdist.runtime.storage import storage
 
     for where in (order.snapshots, order.resume):
         if where is None:
@@ -119,7 +120,10 @@ def _found_again(order: Order, lost: str) -> str | None:
         try:
             tick = latest(where, lambda text: tell(Said(warning=text))).tick
         except SnapshotError:
-            continue  # lost before the first one was whole
+            if where == order.snapshots:  # lost before the first one was whole
+                for folder in list(complete(storage(where))):
+                    storage(where).remove(folder)
+            continue
         tell(Lost(signal=lost, tick=tick))
         return where
     tell(Lost(signal=lost, tick=0))

@@ -216,7 +216,7 @@ def test_the_whole_way(machine, tmp_path):
     token.unlink()
 
 
-PACE = ["--set", "stream.pace.period=0.01", "--set", "stream.pace.late=keep"]
+PACE = ["--set", "stream.pace.late=keep", "--set"]
 LOSSES = ["digits", "--steps", "700", "--set", "engine.actors=2", "--set", "metrics.window=10"]
 
 
@@ -226,8 +226,8 @@ LOSSES = ["digits", "--steps", "700", "--set", "engine.actors=2", "--set", "metr
 @pytest.mark.timeout(400)
 def test_a_lost_driver_and_a_stop_change_no_number(machine, tmp_path):
     alone = hamdist(None, "run", *LOSSES, "--engine", "inprocess", "--out", "alone", cwd=tmp_path)
-    often = ["--set", "snapshots.every=100"]
-    run = hamdist(machine, "launch", *LOSSES, *PACE, *often, "--out", "lost", cwd=tmp_path)
+    often = [*PACE, "stream.pace.period=0.01", "--set", "snapshots.every=100"]
+    run = hamdist(machine, "launch", *LOSSES, *often, "--out", "lost", cwd=tmp_path)
     name = run.stdout.readline().strip()
     kept = machine.parent / "storage" / name / "snapshots"
     while not list(kept.glob("*/manifest.json")):
@@ -243,7 +243,8 @@ def test_a_lost_driver_and_a_stop_change_no_number(machine, tmp_path):
     assert metrics(tmp_path / "alone") == metrics(tmp_path / "lost")
     assert not kept.exists()  # a run that has ended well needs none
 
-    run = hamdist(machine, "launch", *LOSSES, *PACE, cwd=tmp_path)
+    slow = [*PACE, "stream.pace.period=0.1"]  # it is stopped long before its end
+    run = hamdist(machine, "launch", *LOSSES, *slow, cwd=tmp_path)
     name = run.stdout.readline().strip()
     for line in run.stderr:
         if "item " in line:
