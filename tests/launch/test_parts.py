@@ -226,7 +226,7 @@ def test_a_file_comes_again_from_the_next_driver(result):
     one, _, out = result
     once = lines_of(one)
     lost = Lost(signal="SIGKILL", tick=7)
-    lines = [*once[:-1], once[-1][:99], "", to_line(lost), *once, to_line(Ended(code=0))]
+    lines = [*once[:-1], once[-1][:40], "", to_line(lost), *once, to_line(Ended(code=0))]
     results = Results(out)
     assert list(follow(lines, results, print)) == [lost, Ended(code=0)]
     assert (out / "a.bin").read_bytes() == one.read_bytes()
