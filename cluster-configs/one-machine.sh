@@ -3,18 +3,19 @@
 # same in the background, and writes the cluster file.
 #   cluster-configs/one-machine.sh
 #   hamdist launch digits --cluster ~/.hamdist/one-machine/cluster.yaml
-# Verified: 2026-11-22, Ray 2.60, by running both lines on Linux (x86_64, 2 cores).
+# Verified: 2026-11-22, Ray 2.60, by running both lines on Linux (x86_64, 2 cores); ended by SIGTERM.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 port=${PORT:-6379} jobs_port=${JOBS_PORT:-8265}
 folder=${FOLDER:-$HOME/.hamdist/one-machine}
 
 umask 077
-mkdir -p "$folder"
+mkdir -p "$folder/storage"
 [ -s "$folder/token" ] || python -c 'import secrets; print(secrets.token_hex(32))' >"$folder/token"
 cat >"$folder/cluster.yaml" <<FILE
 jobs: http://127.0.0.1:$jobs_port
 token: $folder/token
+storage: $folder/storage
 python: $(command -v python)
 FILE
 umask 022

@@ -124,8 +124,8 @@ def run(
         typer.Option("--snapshots", metavar="DIR|URL", help="Where to keep snapshots."),
     ] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option("--resume", metavar="DIR", help="Go on from the latest snapshot there."),
+        str | None,
+        typer.Option("--resume", metavar="DIR|URL", help="Go on from the latest snapshot there."),
     ] = None,
     weights: Annotated[
         Path | None,
@@ -147,7 +147,9 @@ def run(
 
 @app.command()
 def export(
-    snapshots: Annotated[Path, typer.Argument(metavar="DIR", help="Snapshots of a run, or one.")],
+    snapshots: Annotated[
+        str, typer.Argument(metavar="DIR|URL", help="Snapshots of a run, or one.")
+    ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The safetensors file to write.")],
     model: ModelOption = None,
 ) -> None:
@@ -412,7 +414,7 @@ def _run(
     model_name: str | None,
     stream_name: str | None,
     out: Path | None,
-    resume: Path | None = None,
+    resume: str | None = None,
     weights: Path | None = None,
 ) -> None:
     if resume is not None and weights is not None:
@@ -447,7 +449,7 @@ def _run(
     if result.interrupted:
         _complain(f"Interrupted after {result.samples} items; the metrics so far are above.")
         if result.snapshots:
-            _complain(f"Go on with --resume {Path(result.snapshots[-1]).parent}")
+            _complain(f"Go on with --resume {result.snapshots[-1].rpartition('/')[0]}")
         raise typer.Exit(INTERRUPTED)
 
 

@@ -109,6 +109,12 @@ def launch(
     set_: SetOption = None,
     model: ModelOption = None,
     out: OutOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume", metavar="ID|PATH", help="Go on from the latest snapshot of a run."
+        ),
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Print the run's id and do not follow it.")
     ] = False,
@@ -122,8 +128,10 @@ def launch(
             raise SettingsError("--out with --detach: fetch the results with hamdist attach --out")
         from hamdist.launch.cluster_file import find_cluster
         from hamdist.launch.parcel import on_ray
+        from hamdist.launch.submit import NOTHING_KEPT, kept_at, resumed_from, submit_run
 
         where = find_cluster(cluster)
+        begin = None if resume is None else resumed_from(resume, where)
         options = {
             "level": None if level is None else level.value,
             "seed": seed,
@@ -131,6 +139,7 @@ def launch(
         }
         loaded = load(settings, set_, options)
         own = on_ray(loaded.for_level(loaded.level))
+        kept = kept_at(own, where, "") is not None
         results = _results(None if dry_run else out)
         factory = None
         if model is not None:
@@ -147,9 +156,9 @@ def launch(
             _print_plan(work_out(own, model, factory, where, jobs.hosts()))
             return
 
-        from hamdist.launch.submit import submit_run
-
-        name = submit_run(jobs, own, model)
+        if not kept:
+            complain(f"Warning: {NOTHING_KEPT}")
+        name = submit_run(jobs, own, model, begin)
         console().print(Text(name))
         if not detach:
             complain("Ctrl-C leaves it running. Again: hamdist attach; to end it: hamdist stop")
@@ -173,7 +182,7 @@ def attach(
 
 
 def stop(id_: IdArgument, cluster: ClusterOption = None, out: OutOption = None) -> None:
-    """End a launched run; what it has reached is its result."""
+    """End a launched run, behind a last snapshot; what it has reached is its result."""
     with exit_codes():
         jobs = _jobs(cluster)
         results = _results(out)
@@ -271,6 +280,8 @@ def _follow(jobs: Jobs, name: str, results: Results, *, stopped: bool = False) -
         complain(f"Error: {ended.error}")
     if ended.interrupted:
         complain(f"Stopped after {ended.samples} items.")
+    if ended.resume is not None:
+        complain(f"Go on: hamdist launch SETTINGS --resume {ended.resume}")
     if ended.code and not (stopped and ended.interrupted):
         raise typer.Exit(ended.code)
 
@@ -280,7 +291,7 @@ def _watch(
 ) -> tuple[Ended | None, Reached | None]:
     """Shows what the run tells. Returns how it ended (None where it never said so), and what it
     reached."""
-    from hamdist.launch.events import Ended, Moved, Reached, Said, Started
+    from hamdist.launch.events import Ended, Lost, Moved, Reached, Said, Started
     from hamdist.launch.follow import follow
 
     display.note(f"{name}: waiting for the cluster")
@@ -297,6 +308,9 @@ def _watch(
     for event in follow(jobs.lines(name), results, say):
         if isinstance(event, Started):
             show = display.watch(event.title, event.batch)
+        elif isinstance(event, Lost):
+            place = f"goes on from tick {event.tick}" if event.tick else "begins again"
+            display.say(f"Warning: the driver was lost ({event.signal}); the run {place}")
         elif isinstance(event, Moved) and show is not None:
             show(event.progress)
         elif isinstance(event, Said):

@@ -339,6 +339,7 @@ class ModelKind(str, Enum):
     LSTM = "lstm"
     TRACKER = "tracker"
     RESNET = "resnet"
+    CONVNET = "convnet"
     VIT = "vit"
     GPT = "gpt"
     LSTM_LAYERS = "lstm-layers"
@@ -367,11 +368,11 @@ def _off(value: object) -> object:
 
 class ModelSettings(_Section):
     """kind, width of the hidden layers, depth: number of layers that have weights (of rnn, gru and
-    lstm: of cells; of resnet, vit, gpt, lstm-layers: of residual layers). tau: step of integration
-    of `midpoint`. width, bias of `tracker`: its neurons, and whether they have one. width of
-    `resnet`: its channels before they double. stabilise: normed inputs and scaled residuals for its
-    layers (dynamics/stabilise.py), of a model of one's own, too. heads: of vit and gpt; patch: its
-    side, of vit."""
+    lstm: of cells; of resnet, convnet, vit, gpt, lstm-layers: of residual layers). tau: step of
+    integration of `midpoint`. width, bias of `tracker`: its neurons, and whether they have one.
+    width of `resnet` and `convnet`: its channels before they double. stabilise: normed inputs and
+    scaled residuals for its layers (dynamics/stabilise.py), of a model of one's own, too. heads: of
+    vit and gpt; patch: its side, of vit."""
 
     kind: ModelKind = ModelKind.MLP
     stabilise: bool = False

@@ -16,7 +16,7 @@
                    cell0 ...     nn.RNNCell (tanh), nn.GRUCell, nn.LSTMCell over one another
                    readout       y = h W + b of the last cell's h
 
-    resnet, vit, gpt, lstm-layers: networks.py
+    resnet, convnet, vit, gpt, lstm-layers: networks.py
 
     tracker        fully connected neurons, the first of which follows the target: no input
                    (dynamics/tracker.py)

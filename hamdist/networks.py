@@ -2,6 +2,8 @@
 
     resnet         stem        h = W * u, convolutions of 3 x 3; 8 layers make it ResNet-18-like
                    layer0 ...  h' = S(h) + alpha W2 * relu(W1 * relu(LN(h)))
+    convnet        stem        h = relu(W * u)
+                   layer0 ...  h' = S(h) + alpha relu(W * LN(h));  the head reads all pixels
     vit            patches     h = W u + place, by patch
                    layer0 ...  h' = h + alpha attention(LN(h)),  h'' = h' + alpha mlp(LN(h'))
     gpt            embedding   h = W[u] + place
@@ -13,11 +15,12 @@
                    or, where every token has a target, at each
 
 In the layers of a resnet that begin its second, third and fourth quarter the channels double, the
-sides halve, and S is a convolution of 1 x 1 with stride 2; elsewhere S(h) = h. mlp: W2 gelu(W1 h),
-4H inside. alpha = 1/sqrt(residual branches). LN is a layer norm over all that a sample (of texts
-and patches: a token) has, without affine weights, eps = 1e-3. It is not a batch norm, as in He et
-al. 2016: that has no value for one row, and its statistics tie the rows of a batch together, so
-that a message which comes late would meet those of other samples and of older weights.
+sides halve, and S is a convolution of 1 x 1 with stride 2; elsewhere S(h) = h. A convnet does so in
+layer0, and its alpha is 1/sqrt(layers with weights), elsewhere 1/sqrt(residual branches). mlp:
+W2 gelu(W1 h), 4H inside. LN is a layer norm over all that a sample (of texts and patches: a token)
+has, without affine weights, eps = 1e-3. It is not a batch norm, as in He et al. 2016: that has no
+value for one row, and its statistics tie the rows of a batch together, so that a message which
+comes late would meet those of other samples and of older weights.
 
 W ~ N(0, gain/fan_in), the gain 2 before a relu and 1 elsewhere; b = 0; embeddings and places
 N(0, 1) and N(0, 0.02^2); LSTMs as torch draws them.
@@ -76,6 +79,42 @@ class Residual(nn.Module):
         branch = self.conv2(torch.relu(self.conv1(torch.relu(self.norm(h)))))
         out: Tensor = self.skip(h) + self.alpha * branch
         return out
+
+
+class ReluStem(Stem):
+    """relu(W * u), with stride 2."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.relu(self.conv(u.reshape(-1, *self.image)))
+
+
+class Convolved(nn.Module):
+    """S(h) + alpha relu(W * LN(h)). h: (B, C, side, side)."""
+
+    def __init__(self, inputs: int, outputs: int, side: int, alpha: float) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.norm = _norm(inputs, side, side)
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, 1)
+        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride)
+        self.alpha = alpha
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.skip(h) + self.alpha * torch.relu(self.conv(self.norm(h)))
+        return out
+
+
+class FlatHead(nn.Module):
+    """W LN(h) + b, of all pixels. h: (B, C, side, side); returns (B, O)."""
+
+    def __init__(self, channels: int, side: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels, side, side)
+        self.linear = nn.Linear(channels * side**2, outputs)
+
+    def forward(self, h: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(h).flatten(1))
+        return y
 
 
 class ImageHead(nn.Module):
@@ -239,6 +278,16 @@ def _resnet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Seque
     return _chain("stem", Stem(image, settings.width), children, ImageHead(channels, side, outputs))
 
 
+def _convnet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequential:
+    image = _image(settings, spec)
+    alpha = 1 / math.sqrt(settings.depth + 2)
+    width, side = settings.width, _half(image[1])
+    children: list[nn.Module] = [Convolved(width, 2 * width, side, alpha)]
+    width, side = 2 * width, _half(side)
+    children += [Convolved(width, width, side, alpha) for _ in range(settings.depth - 1)]
+    return _chain("stem", ReluStem(image, settings.width), children, FlatHead(width, side, outputs))
+
+
 def _half(side: int) -> int:
     """Of an image, behind a convolution with stride 2 and padding."""
     return (side + 1) // 2
@@ -325,6 +374,7 @@ def _text(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int]:
 
 NETWORKS: Mapping[ModelKind, Callable[[ModelSettings, SampleSpec, int], nn.Sequential]] = {
     ModelKind.RESNET: _resnet,
+    ModelKind.CONVNET: _convnet,
     ModelKind.VIT: _vit,
     ModelKind.GPT: _gpt,
     ModelKind.LSTM_LAYERS: _lstm_layers,

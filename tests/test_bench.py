@@ -427,7 +427,7 @@ class TestLearning:
             self.line("frozen", 0.80, -0.077),
         ]
         found = {row.name: row for row in learning.rows({"fashion-5": lines})}
-        assert len(found) == 11
+        assert len(found) == 13
         gap = found["Fashion-MNIST, L = 5, batch 32, trace: against backpropagation"]
         assert (gap.ratio, gap.target, gap.reached) == (-0.19, Target(-0.2), True)
         assert gap.configuration["settings"] == "hamdist/studies/fashion-5.yaml"
@@ -438,7 +438,7 @@ class TestLearning:
         assert (heads.ratio, heads.reached) == (-0.35, False)
         unknown = found["convnet, trace: against backpropagation"]
         assert (unknown.ratio, unknown.reached) == (None, False)
-        assert "study convnet has not run" in unknown.profile
+        assert "side 'trace' of study convnet has not run" in unknown.profile
         text = learning.targets(list(found.values()))
         assert "| -0.19 | ≥ -0.2 | reached |" in text
         assert "| 87.51 % | ≥ 87.4 % | reached |" in text
@@ -453,8 +453,13 @@ class TestLearning:
         for wanted in learning.WANTED:
             study = load_study(wanted.study)
             assert study.seeds >= 3
-            assert set(wanted.sides) <= set(study.sides)
+            assert wanted.side in study.sides
             check(study, chosen=True)
+        assert {*learning.quick("fading-10", load_study("fading-10")).sides} == {
+            "centralised",
+            "local, retrospective",
+            "frozen",
+        }
         assert set(learning.STUDIES) == {wanted.study for wanted in learning.WANTED}
 
     def test_frozen_stands_beside_what_keeps_nothing(self):
@@ -493,9 +498,9 @@ class TestLearning:
         monkeypatch.setattr(sys, "argv", ["learning", *given])
         runpy.run_path(str(BENCH / "learning"), run_name="__main__")
         read = json.loads(out.read_text())
-        assert len(read["rows"]) == 11
+        assert len(read["rows"]) == 13
         reached = [row["reached"] for row in read["rows"]]
-        assert reached.count(True) == (9 if how == "--quick" else 11)
+        assert reached.count(True) == (9 if how == "--quick" else 13)
         assert set(read["rows"][0]) >= {"name", "ratio", "target", "reached"}
         assert read["rows"][0]["ratio"] == pytest.approx(-0.1)
         assert "| what | found | target |" in capsys.readouterr().out

@@ -32,6 +32,7 @@ SENTENCES = {"source": "sequences", "sequences": {"view": "sequences", "count": 
 # Small ones: model, stream, and the blocks that are sliced, of three blocks cut at CUTS.
 SMALL = {
     "resnet": ({"width": 2, "depth": 4}, IMAGES, {"block0": 2, "block1": 2}),
+    "convnet": ({"width": 2, "depth": 3}, IMAGES, {"block0": 2, "block1": 2}),
     "vit": ({"width": 6, "depth": 3, "heads": 3, "patch": 4}, IMAGES, {"block*": 3}),
     "gpt": ({"width": 6, "depth": 3, "heads": 3}, CHARACTERS, {"block1": 2, "block2": 3}),
     "lstm-layers": ({"width": 5, "depth": 3}, SENTENCES, {"block1": 3, "block2": 2}),
@@ -80,6 +81,22 @@ def resnet(p, u):
         skip = functional.conv2d(h, w["skip.weight"], w["skip.bias"], stride) if i else h
         h = skip + b / math.sqrt(4)
     return normed(h, image).mean((2, 3)) @ p["head.linear.weight"].T + p["head.linear.bias"]
+
+
+def convnet(p, u):
+    h = functional.conv2d(
+        u.reshape(-1, 1, 8, 8), p["stem.conv.weight"], p["stem.conv.bias"], stride=2, padding=1
+    ).relu()
+    for i in range(3):
+        w = {k.removeprefix(f"layer{i}."): v for k, v in p.items() if k.startswith(f"layer{i}.")}
+        stride = 1 if i else 2
+        a = functional.conv2d(
+            normed(h, (1, 2, 3)), w["conv.weight"], w["conv.bias"], stride, padding=1
+        )
+        skip = h if i else functional.conv2d(h, w["skip.weight"], w["skip.bias"], stride)
+        h = skip + a.relu() / math.sqrt(5)
+    rows = normed(h, (1, 2, 3)).flatten(1)
+    return rows @ p["head.linear.weight"].T + p["head.linear.bias"]
 
 
 def attention(w, h, heads, causal):
@@ -144,7 +161,13 @@ def lstm_layers(p, u):
     return h @ p["head.linear.weight"].T + p["head.linear.bias"]
 
 
-FORMULAS = {"resnet": resnet, "vit": vit, "gpt": gpt, "lstm-layers": lstm_layers}
+FORMULAS = {
+    "resnet": resnet,
+    "convnet": convnet,
+    "vit": vit,
+    "gpt": gpt,
+    "lstm-layers": lstm_layers,
+}
 
 
 @pytest.mark.parametrize("kind", SMALL)

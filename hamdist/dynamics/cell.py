@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,16 @@ from hamdist.dynamics.gradient import AtOnce, Gradient
 from hamdist.dynamics.graph import Combine, combined
 from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
 from hamdist.dynamics.piece import Piece
-from hamdist.dynamics.saving import Remembers, Slot, check_names, fill, graph_slots, held
+from hamdist.dynamics.saving import (
+    Remembers,
+    Slot,
+    check_names,
+    fill,
+    graph_slots,
+    held,
+    nested_slots,
+)
+from hamdist.dynamics.watching import Watch
 from hamdist.errors import GraphError, SnapshotError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -93,19 +102,22 @@ class Record:
 
     leaves: the inputs (a leaf of the graph where a product is wanted, else None); theta: the
     weights as the graph knows them; output: f, (B, ...). inputs: as they came, for `Cell.rebuilt`.
+    read: by layer that is watched, what it read.
     """
 
     leaves: list[Tensor | None]
     theta: list[Tensor]
     output: Tensor
     inputs: Sequence[Tensor]
+    read: list[list[Tensor]] = field(default_factory=list)
 
 
 class Cell(Remembers):
     """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
 
     seed: of the cell's own random generator (dropout draws the same masks in every engine).
-    device: where the module is, and where it draws.
+    device: where the module is, and where it draws. watched: gradients come with what their layers
+    have read (watching.py).
     """
 
     def __init__(
@@ -116,6 +128,7 @@ class Cell(Remembers):
         *,
         stash: bool = False,
         device: torch.device | None = None,
+        watched: bool = False,
     ) -> None:
         self.module = module
         self._combine = combine
@@ -124,6 +137,7 @@ class Cell(Remembers):
         self._parameters: list[Tensor] = [p for _, p in named]
         self.theta: list[Tensor] = [p.data for p in self._parameters]
         self._stash = stash
+        self._watch = Watch(module, self._parameters) if watched else None
         self._random = OwnGenerator(seed, device) if _draws(module) else nullcontext()
         self._foreign = _foreign(module)
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -156,7 +170,10 @@ class Cell(Remembers):
             leaves.append(leaf)
             argument = tensor.detach() if leaf is None else leaf
             arguments.append(argument.clone() if self._copies else argument)
-        with torch.enable_grad():
+        reading: AbstractContextManager[list[list[Tensor]]] = nullcontext([])
+        if self._watch is not None:
+            reading = self._watch.reading()
+        with torch.enable_grad(), reading as read:
             output = self._call(combined(self._combine, arguments), theta)
         if not isinstance(output, Tensor):
             raise GraphError(
@@ -164,7 +181,7 @@ class Cell(Remembers):
                 "that its children read"
             )
         own = output.clone() if self._is_own(output) else output
-        return Record(leaves, theta, own, inputs)
+        return Record(leaves, theta, own, inputs, read)
 
     def _is_own(self, output: Tensor) -> bool:
         """Whether `output` may be memory that the module goes on writing to: a weight, a buffer,
@@ -217,7 +234,10 @@ class Cell(Remembers):
         per_parent = [
             None if leaf is None or not inputs else next(to_inputs) for leaf in record.leaves
         ]
-        return per_parent, list(grads[wanted:])
+        g: list[Gradient] = list(grads[wanted:])
+        if self._watch is not None and weights:
+            g = self._watch.watched(g, record.read)
+        return per_parent, g
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -265,7 +285,8 @@ class Cell(Remembers):
         return [leaf is not None for leaf in record.leaves]
 
     def _slots(self, record: Any) -> Iterator[Slot]:
-        return graph_slots(record.output)
+        yield from graph_slots(record.output)
+        yield from nested_slots(record.read, "read")
 
 
 _EXTRA = "_extra_state"

@@ -45,8 +45,9 @@ class AutocastCell(Cell):
         device: torch.device,
         *,
         stash: bool = False,
+        watched: bool = False,
     ) -> None:
-        super().__init__(module, combine, seed, stash=stash, device=device)
+        super().__init__(module, combine, seed, stash=stash, device=device, watched=watched)
         self._device = device.type
         self._calls = 0
         self._measured: list[float] = []

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.gradient import Column, Gradient, Outer
+from hamdist.dynamics.gradient import Column, Gradient, Outer, dense
 from hamdist.dynamics.saving import Remembers, taken
+from hamdist.dynamics.watching import Watched, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,9 @@ class InputStatistics(Remembers):
 
 
 class InputWhitening(Remembers):
-    """Of all linear layers of a cell: those whose gradients come as factors. A layer without a
-    bias is left as it is: its inputs' mean cannot be taken out."""
+    """Of all linear layers of a cell: those whose gradients come as factors, or with what the layer
+    has read (watching.py: convolutions, too). A layer without a bias is left as it is: its inputs'
+    mean cannot be taken out."""
 
     def __init__(self, rule: Whitening) -> None:
         self.rule = rule
@@ -107,6 +109,8 @@ class InputWhitening(Remembers):
     def applied(self, g: Sequence[Gradient]) -> list[Gradient]:
         """The gradients of one update, in the order of the cell's weights, as they shall be used.
         None of them may have moved its weight already."""
+        if isinstance(g, Watched):
+            return self._watched(g)
         made = list(g)
         for i, one in enumerate(g):
             if not isinstance(one, Outer):
@@ -117,6 +121,16 @@ class InputWhitening(Remembers):
             layer = self.layers.setdefault(i, InputStatistics(self.rule))
             layer.see(one.x)
             made[i], made[bias] = layer.factors(one)
+        return made
+
+    def _watched(self, g: Watched) -> list[Gradient]:
+        made = list(g)
+        for layer, read in g.read:
+            weight, bias = dense(g[layer.weight]), dense(g[layer.bias])
+            known = self.layers.setdefault(layer.weight, InputStatistics(self.rule))
+            known.see(rows_of(layer.module, read).to(weight.dtype))
+            flat, made[layer.bias] = whitened(weight.flatten(1), bias, known)
+            made[layer.weight] = flat.view_as(weight)
         return made
 
 

@@ -9,6 +9,7 @@ from hamdist.config import Settings, Spread
 from hamdist.errors import ClusterError
 from hamdist.launch.cluster_file import ClusterSettings
 from hamdist.launch.parcel import own_code
+from hamdist.launch.submit import NOTHING_KEPT, kept_at
 from hamdist.models import ModelFactory
 from hamdist.runtime.demands import demand, wishes
 from hamdist.runtime.hosts import HostInfo, Seat, seats
@@ -114,6 +115,8 @@ def _notes(
         told.append("engine.spread 'profile': shown as if all hosts were equally fast")
     if cluster.storage is None:
         told.append("no storage in the cluster file: results come back here, and nowhere else")
+    if kept_at(settings, cluster, "") is None:
+        told.append(NOTHING_KEPT)
     if settings.stream.path is not None:
         told.append(f"stream.path {str(settings.stream.path)!r} must be there on the head")
     if model is not None:

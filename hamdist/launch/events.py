@@ -14,6 +14,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +46,14 @@ class Started(_Event):
     event: Literal["started"] = "started"
     title: str
     batch: int
+
+
+class Lost(_Event):
+    """The driver before this one was ended by `signal`; the run goes on from `tick` (0: anew)."""
+
+    event: Literal["lost"] = "lost"
+    signal: str
+    tick: int
 
 
 class Moved(_Event):
@@ -98,7 +108,8 @@ class Report(_Event):
 
 
 class Ended(_Event):
-    """code: the exit code of `hamdist run`. error: why; details: a traceback."""
+    """code: the exit code of `hamdist run`. error: why; details: a traceback. resume: what
+    `hamdist launch --resume` takes to go on."""
 
     event: Literal["ended"] = "ended"
     code: int
@@ -106,15 +117,24 @@ class Ended(_Event):
     interrupted: bool = False
     error: str | None = None
     details: str = ""
+    resume: str | None = None
 
 
-Event = Started | Moved | Said | Reached | File | Part | Kept | Report | Ended
+Event = Started | Lost | Moved | Said | Reached | File | Part | Kept | Report | Ended
 _events: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
 def to_line(event: Event) -> str:
     """ASCII, without the line's end."""
     return PREFIX + json.dumps(event.model_dump())
+
+
+def tell(event: Event) -> None:
+    """Into this process's log: one write, so that no other thread's output comes between."""
+    data = (to_line(event) + "\n").encode("ascii")
+    sys.stdout.flush()
+    while data:
+        data = data[os.write(1, data) :]
 
 
 def from_line(line: str) -> tuple[str, Event | None]:

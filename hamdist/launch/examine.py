@@ -19,12 +19,12 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamdist.errors import HamdistError
-from hamdist.launch.events import Ended, Report, Said, Started
+from hamdist.launch.events import Ended, Report, Said, Started, tell
 from hamdist.launch.facts import HostFacts, host_facts
-from hamdist.launch.job import FAILED, tell
-from hamdist.launch.parcel import read_order
+from hamdist.launch.parcel import FAILED, read_order
 from hamdist.launch.report import Findings, LinkFacts
 from hamdist.runtime.cluster import hosts
+from hamdist.runtime.curve import new_keys
 from hamdist.runtime.hosts import HostInfo
 from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.transport import TCP, local_way
@@ -48,9 +48,14 @@ class Witness:
     def clock(self) -> float:
         return time.time()
 
-    def open(self, run: int, number: int, channel: int, way: str) -> dict[int, str]:
+    def new_key(self, run: int, number: int) -> str:
+        """Makes the keys of its end of link `number`; returns the public one."""
+        keys = new_keys()
+        self._probes[number] = Probe(run, 0.0, keys)
+        return keys.public
+
+    def open(self, number: int, channel: int, way: str) -> dict[int, str]:
         """The receiving end of one channel of link `number`."""
-        self._probes[number] = Probe(run, 0.0)
         return self._probes[number].open({channel: way})
 
     def join(self, number: int, addresses: dict[int, str]) -> None:
@@ -179,12 +184,16 @@ def _link(
     (first, mine), (second, other) = there[i], there[j]
     out, back = Probe.channels(number)
     same = first.id == second.id
-    ways = [local_way(c) if same else TCP + h.address for c, h in ((out, second), (back, first))]
+    ways = [local_way(c) for c in (out, back)]
     try:
+        made = [witness.new_key.remote(run, number) for witness in (mine, other)]
+        my_key, others_key = ray.get(made, timeout=WITNESS_SECONDS)
+        if not same:  # encrypted, as in a run
+            ways = [f"{TCP}{second.address} {my_key}", f"{TCP}{first.address} {others_key}"]
         opened = ray.get(
             [
-                other.open.remote(run, number, out.number, ways[0]),
-                mine.open.remote(run, number, back.number, ways[1]),
+                other.open.remote(number, out.number, ways[0]),
+                mine.open.remote(number, back.number, ways[1]),
             ],
             timeout=WITNESS_SECONDS,
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hamdist.errors import ClusterError
-from hamdist.launch.events import Ended, Event, File, Kept, Part, from_line
+from hamdist.launch.events import Ended, Event, File, Kept, Lost, Part, from_line
 from hamdist.study.results import prepare_folder
 
 
@@ -85,7 +85,8 @@ class Results:
             )
         if self.out is not None:
             self._path(file).replace(self.out / file.name)
-            self.written.append(file.name)
+            if file.name not in self.written:
+                self.written.append(file.name)
 
     def close(self) -> None:
         """Raises ClusterError where a file has not arrived whole; what there is of it goes."""
@@ -126,6 +127,8 @@ def follow(lines: Iterable[str], results: Results, say: Callable[[str], None]) -
                 yield event
                 return
             elif event is not None:
+                if isinstance(event, Lost):
+                    results.discard()  # of a driver that was lost while it handed a file over
                 yield event
         results.close()
     finally:

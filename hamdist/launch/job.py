@@ -1,172 +1,118 @@
-"""The driver of a launched run, on the cluster: `python -m hamdist.launch.job`, in the parcel.
+"""What Ray runs as the job of a launched run: `python -m hamdist.launch.job`, in the parcel.
 
-Its standard output is the job's log, where it tells what happens (events.py). SIGTERM, which is how
-Ray's Jobs API stops a job, ends the stream as the first Ctrl-C does in a terminal; what the run has
-reached by then is its result.
+A small process that starts the driver (driver.py) and outlives it:
+
+    the driver ends with an exit code      so does the job
+    a signal ends it that was not ours     another driver goes on from the run's snapshots
+    SIGTERM (the Jobs API stops the job)   is SIGINT for the driver, as Ctrl-C in a terminal
+
+Ray sends SIGTERM to the driver, too, and puts a handler of its own there in every driver. So the
+driver has SIGTERM blocked and SIGINT open (in Ray's jobs it is the other way round), and hears of
+the end once, from here.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
+import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
-from tempfile import mkdtemp
 from types import FrameType
 
-from hamdist.config import Settings
-from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError
-from hamdist.launch.events import (
-    Ended,
-    Event,
-    Kept,
-    Pace,
-    Reached,
-    Said,
-    Started,
-    file_events,
-    moved,
-    to_line,
-)
-from hamdist.launch.parcel import SETTINGS, Order, read_order
-from hamdist.runtime.result import Progress
-from hamdist.study.recipes import load_settings
+from hamdist.errors import SettingsError
+from hamdist.launch.parcel import FAILED, INTERRUPTED, WRONG_SETTINGS, read_order
 
-FAILED, WRONG_SETTINGS, INTERRUPTED = 1, 2, 130
+DRIVER = (sys.executable, "-m", "hamdist.launch.driver")
+MOST_LOST = 3
+# A driver that has lived so long was well: what ends it is bad luck, not a defect.
+WELL_SECONDS = 600.0
+TOLD = (0, FAILED, WRONG_SETTINGS, INTERRUPTED)
+
+
+class Guardian:
+    """Keeps one run's driver going. command: starts a driver; its last argument is the signal that
+    has ended the one before, if there was one. kept: whether the run keeps snapshots."""
+
+    def __init__(self, command: tuple[str, ...], kept: bool) -> None:
+        self._command = command
+        self._kept = kept
+        self._driver: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def run(self) -> int:
+        """Returns the exit code of the job, when its last driver has ended."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._forward)
+        losses, lost = 0, ""
+        while True:
+            began = time.monotonic()
+            code = self._start(lost).wait()
+            if self._stopping:
+                return self._stopped(code)
+            if code >= 0:
+                return code
+            lost = signal.Signals(-code).name
+            losses = 1 if time.monotonic() - began > WELL_SECONDS else losses + 1
+            _new_line()
+            if not self._kept:
+                return _failed(
+                    f"the driver was lost ({lost}), and the run keeps no snapshots to go on from: "
+                    "give the cluster file a storage, or set snapshots.path"
+                )
+            if losses > MOST_LOST:
+                return _failed(
+                    f"the driver was lost {losses} times ({lost}): is there too little memory on "
+                    "the head (dmesg)? The run can go on from its latest snapshot (--resume)"
+                )
+
+    def _start(self, lost: str) -> subprocess.Popen[bytes]:
+        """SIGTERM, blocked meanwhile, comes when there is a driver to forward it to."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        command = [*self._command, *([lost] if lost else [])]
+        self._driver = subprocess.Popen(command, stdin=subprocess.PIPE)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return self._driver
+
+    def _forward(self, _number: int, _frame: FrameType | None) -> None:
+        self._stopping = True
+        if self._driver is not None:
+            self._driver.send_signal(signal.SIGINT)
+
+    def _stopped(self, code: int) -> int:
+        """A driver that was stopped while it started has told nothing."""
+        if code in TOLD:
+            return code
+        from hamdist.launch.events import Ended, tell
+
+        error = "stopped before its first tick"
+        if code == -signal.SIGKILL:
+            error = "the driver was lost while it was ending"
+        _new_line()
+        tell(Ended(code=INTERRUPTED, interrupted=True, error=error))
+        return INTERRUPTED
+
+
+def _new_line() -> None:
+    """What a lost driver wrote last may be half a line."""
+    os.write(1, b"\n")
+
+
+def _failed(error: str) -> int:
+    from hamdist.launch.events import Ended, tell  # (imports torch, which this process can spare)
+
+    tell(Ended(code=FAILED, error=error))
+    return FAILED
 
 
 def main() -> int:
-    """Runs the parcel in the current folder. Returns the exit code of `hamdist run`."""
-    end_on_sigterm()
     try:
-        ended = _run(Path.cwd())
-    except (SettingsError, LevelError) as error:
-        ended = Ended(code=WRONG_SETTINGS, error=str(error))
-    except BlockError as error:
-        ended = Ended(code=FAILED, error=str(error), details=error.details)
-    except HamdistError as error:
-        ended = Ended(code=FAILED, error=str(error))
-    except KeyboardInterrupt:
-        ended = Ended(code=INTERRUPTED, interrupted=True, error="stopped before its first tick")
-    tell(ended)
-    return ended.code
-
-
-def _run(folder: Path) -> Ended:
-    order = read_order(folder)
-    here = [{"engine": {"address": os.environ.get("RAY_ADDRESS", "auto")}}]
-    settings = load_settings(str(folder / SETTINGS), here)
-    factory = None
-    if order.model is not None:
-        from hamdist.models import load_factory
-
-        factory = load_factory(order.model)
-    tell(Started(title=f"{settings.name}, {settings.level.value}", batch=settings.stream.batch))
-
-    from hamdist.study.runs import run_level
-    from hamdist.study.save import save_run
-    from hamdist.study.table import run_facts
-
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        run, model = run_level(settings, factory=factory, on_progress=_Teller())
-    title = f"{settings.name}: {run.level} on {run.engine}, seed {run.seed}"
-    tell(Reached(title=title, facts=run_facts(run)))
-    for warning in dict.fromkeys(run.warnings):
-        if warning != run.failure:
-            tell(Said(warning=warning))
-    with _Results(order) as results:
-        save_run(results, run, model, _without_address(settings))
-        _hand_over(results, order)
-    code = FAILED if run.failure is not None else INTERRUPTED if run.interrupted else 0
-    return Ended(code=code, samples=run.samples, interrupted=run.interrupted, error=run.failure)
-
-
-def _without_address(settings: Settings) -> Settings:
-    """As the user can run them again, from elsewhere."""
-    engine = settings.engine.model_copy(update={"address": None})
-    return settings.model_copy(update={"engine": engine})
-
-
-class _Results:
-    """The folder that the results are written to: in the shared storage, or else a temporary one,
-    which goes when all of it has been handed over."""
-
-    def __init__(self, order: Order) -> None:
-        self._order = order
-        self._folder = Path()
-
-    def __enter__(self) -> Path:
-        if self._order.storage is None:
-            self._folder = Path(mkdtemp(prefix=f"hamdist-{self._order.id}-"))
-            return self._folder
-        self._folder = Path(self._order.storage) / self._order.id
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(
-                f"storage: {str(self._folder)!r} cannot be written on {socket.gethostname()}: "
-                f"{error.strerror or error}"
-            ) from None
-        return self._folder
-
-    def __exit__(self, *_: object) -> None:
-        largest = max((f.stat().st_size for f in self._folder.iterdir()), default=0)
-        if self._order.storage is not None or largest > self._order.most:
-            tell(Kept(host=socket.gethostname(), folder=str(self._folder)))
-        else:
-            shutil.rmtree(self._folder)
-
-
-def _hand_over(folder: Path, order: Order) -> None:
-    for path in sorted(folder.iterdir()):
-        for event in file_events(path, order.most):
-            tell(event)
-
-
-class _Teller:
-    """Passes a run's progress on, less and less often; a phase of its start at once."""
-
-    def __init__(self) -> None:
-        self._pace = Pace()
-        self._began = time.monotonic()
-
-    def __call__(self, progress: Progress) -> None:
-        end_on_sigterm()
-        if progress.phase is not None or self._pace.due(time.monotonic() - self._began):
-            tell(moved(progress))
-
-
-def end_on_sigterm() -> None:
-    """SIGTERM counts as Ctrl-C from here on. Ray puts its own handler there whenever it starts (it
-    ends the process at once), so this is called again now and then; a handler of somebody else is
-    left alone."""
-    now = signal.getsignal(signal.SIGTERM)
-    if now is signal.SIG_DFL or getattr(now, "__module__", "").startswith("ray."):
-        signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(_number: int, frame: FrameType | None) -> None:
-    """What Ctrl-C would do. It is called, not sent: Ray's jobs begin with SIGINT blocked."""
-    handler = signal.getsignal(signal.SIGINT)
-    if callable(handler):
-        handler(signal.SIGINT, frame)
-
-
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    tell(Said(warning=str(message)))
-
-
-def tell(event: Event) -> None:
-    """One write, so that no other thread's output comes between."""
-    data = (to_line(event) + "\n").encode("ascii")
-    sys.stdout.flush()
-    while data:
-        data = data[os.write(1, data) :]
+        order = read_order(Path.cwd())
+    except SettingsError as error:
+        return _failed(str(error))
+    return Guardian(DRIVER, order.snapshots is not None).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A Ray of one machine, of one's own: `hamdist cluster start` and `stop`.
 
 Everything that belongs to it is in one folder (mode 0700): the token, Ray's log, `cluster.yaml` for
-`--cluster`, and `head.json`, which says which process it is. Ray stays in the foreground of that
+`--cluster`, `head.json`, which says which process it is, and `storage`, with the results and
+snapshots of its runs, which stay when it ends. Ray stays in the foreground of that
 process (`--block`), so that ending it ends its children and nobody else's; `ray stop` would end
 every Ray of the machine.
 """
@@ -34,6 +35,7 @@ from hamdist.runtime.cluster import OBJECT_STORE_BYTES, short_folder
 HEAD = "head.json"
 LOG = "ray.log"
 TOKEN = "token"
+STORAGE = "storage"
 HERE = "127.0.0.1"
 UP_SECONDS = 90.0
 END_SECONDS = 20.0
@@ -90,6 +92,7 @@ def start(folder: Path, *, port: int, jobs_port: int, cpus: int | None) -> Path:
         stop(folder)
         raise
     where = {"jobs": f"http://{HERE}:{jobs_port}", "address": f"{HERE}:{port}"}
+    where["storage"] = str(folder / STORAGE)
     own = {"python": sys.executable} if " " not in sys.executable else {}
     text = yaml.safe_dump({**where, "token": str(token), **own}, sort_keys=False)
     (folder / FILE).write_text(text)
@@ -135,6 +138,7 @@ def _prepare(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
+        (folder / STORAGE).mkdir(mode=0o700, exist_ok=True)
         token.unlink(missing_ok=True)
         with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))

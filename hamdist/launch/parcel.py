@@ -21,13 +21,16 @@ from hamdist.errors import SettingsError
 
 SETTINGS = "settings.yaml"
 ORDER = "order.json"
+SNAPSHOTS = "snapshots"
+FAILED, WRONG_SETTINGS, INTERRUPTED = 1, 2, 130  # exit codes of a run
 MOST_BYTES = 100 * 2**20
 
 
 class Order(BaseModel):
     """What a job is to do. model: 'package.module:function', code that travelled along or is
     installed there. storage: a folder that all hosts see, where the results stay. most: bytes of
-    the largest file that travels back."""
+    the largest file that travels back. snapshots: where the run keeps them; resume: those that it
+    begins with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,6 +38,23 @@ class Order(BaseModel):
     model: str | None
     storage: str | None
     most: int
+    snapshots: str | None = None
+    resume: str | None = None
+
+    @property
+    def own_snapshots(self) -> bool:
+        """Whether they lie in the folder that the run has in the storage."""
+        return self.storage is not None and self.snapshots == snapshots_in(self.storage, self.id)
+
+    @property
+    def called(self) -> str | None:
+        """What `--resume` takes to go on from this run's snapshots."""
+        return self.id if self.own_snapshots else self.snapshots
+
+
+def snapshots_in(storage: str, id_: str) -> str:
+    """Where a run keeps snapshots that has been told no other place."""
+    return f"{storage.rstrip('/')}/{id_}/{SNAPSHOTS}"
 
 
 def on_ray(settings: Settings) -> Settings:
@@ -73,10 +93,16 @@ def read_order(folder: Path) -> Order:
         raise SettingsError(f"{ORDER}: {describe(error)}") from None
 
 
+def named_there(model: str) -> str:
+    """What `--model` names, as the job finds it: a file lies in the parcel itself."""
+    where, _, function = model.rpartition(":")
+    return f"{Path(where).stem}:{function}" if where.endswith(".py") else model
+
+
 def own_code(model: str) -> Path | None:
-    """The file, or the folder of the whole package, of the module in 'package.module:function'.
+    """The file, or the folder of the whole package, of the module that `--model` has named.
     None where it is installed among Python's packages, which do not travel."""
-    top = model.partition(":")[0].partition(".")[0]
+    top = named_there(model).partition(":")[0].partition(".")[0]
     module = sys.modules[top]
     found = getattr(module, "__file__", None)
     if found is None:  # a package without __init__.py

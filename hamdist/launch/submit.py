@@ -6,22 +6,60 @@ import re
 import secrets
 
 from hamdist.config import Settings
+from hamdist.errors import SettingsError
+from hamdist.launch.cluster_file import ClusterSettings
 from hamdist.launch.jobs import Jobs
-from hamdist.launch.parcel import Order, packed
+from hamdist.launch.parcel import Order, named_there, packed, snapshots_in
 
 MIB = 2**20
 LONGEST = 40
+NOTHING_KEPT = (
+    "no storage in the cluster file, and no snapshots.path: the run keeps no snapshots, so a lost "
+    "process, or a lost driver, ends it"
+)
 
 
-def submit_run(jobs: Jobs, settings: Settings, model: str | None) -> str:
-    """Starts a run of `settings` (those of one level, `on_ray`). Returns its id."""
+def submit_run(jobs: Jobs, settings: Settings, model: str | None, resume: str | None = None) -> str:
+    """Starts a run of `settings` (those of one level, `on_ray`). resume: see `resumed_from`.
+    Returns its id."""
     name = make_id(f"{settings.name}-{settings.level.value}")
+    order = _order(jobs, name, model).model_copy(
+        update={"snapshots": kept_at(settings, jobs.cluster, name), "resume": resume}
+    )
     known = {
         "kind": "run",
         "level": settings.level.value,
         "steps": "" if settings.steps is None else str(settings.steps),
     }
-    return _submit(jobs, settings, _order(jobs, name, model), "hamdist.launch.job", known)
+    return _submit(jobs, settings, order, "hamdist.launch.job", known)
+
+
+def kept_at(settings: Settings, cluster: ClusterSettings, name: str) -> str | None:
+    """Where a run keeps its snapshots: where the settings say, else in the storage; None for
+    nowhere. Raises SettingsError for a path that means something else on every host."""
+    path = settings.snapshots.path
+    if path is None:
+        return None if cluster.storage is None else snapshots_in(cluster.storage, name)
+    if "://" not in path and not path.startswith("/"):
+        raise SettingsError(
+            f"snapshots.path {path!r}: a launched run has another current folder; write the whole "
+            "path, or a URL"
+        )
+    return path
+
+
+def resumed_from(given: str, cluster: ClusterSettings) -> str:
+    """The snapshots that `--resume` names: a run by its id, or a path or URL on the cluster.
+
+    Raises SettingsError."""
+    if "/" in given:
+        return given
+    if cluster.storage is None:
+        raise SettingsError(
+            f"--resume {given!r}: the cluster file names no storage, where runs keep their "
+            "snapshots; give their folder, or a URL"
+        )
+    return snapshots_in(cluster.storage, given)
 
 
 def submit_checkup(jobs: Jobs) -> str:
@@ -39,6 +77,7 @@ def make_id(name: str) -> str:
 
 def _order(jobs: Jobs, name: str, model: str | None) -> Order:
     cluster = jobs.cluster
+    model = None if model is None else named_there(model)
     return Order(id=name, model=model, storage=cluster.storage, most=cluster.fetch_mib * MIB)
 
 

@@ -13,14 +13,12 @@ from hamdist.config import (
     Order,
     Reset,
     Settings,
-    Step,
     TargetOf,
     TransportKind,
 )
-from hamdist.dynamics.closed import closed_cell
 from hamdist.dynamics.cycles import dissipation_warnings
-from hamdist.dynamics.graph import Joining
 from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.dynamics.watching import Watch
 from hamdist.runtime.compression import compression_warnings
 from hamdist.runtime.demands import idle_wishes, wishes
 from hamdist.runtime.outcome import Outcome
@@ -102,27 +100,21 @@ def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:
 
 
 def _as_they_are(plan: Plan) -> list[str]:
-    """Says so where `learning.inputs` has no effect: a layer's inputs are known where its gradient
-    comes as factors, in closed form."""
+    """Says so where `learning.inputs` has no effect."""
     found = []
     for name, block in plan.graph.blocks.items():
-        linear = any(isinstance(m, nn.Linear) for m in block.module.modules())
+        linear = any(isinstance(m, (nn.Linear, nn.Conv2d)) for m in block.module.modules())
         if plan.dynamics.of(name).inputs is None or not linear:
             continue
-        by_factors = plan.engine.step is not Step.AUTOGRAD and plan.knobs.memory not in (
-            Memory.TRACE_WEIGHTS,
-            Memory.REVERSIBLE,
-        )
-        combine = block.combine.then if isinstance(block.combine, Joining) else block.combine
-        many = len(block.combine.joins) if isinstance(block.combine, Joining) else None
-        parents = len(block.parents) if many is None else many
-        if not by_factors or closed_cell(block.module, combine, 0, parents) is None:
+        theta = [p for p in block.module.parameters() if p.requires_grad]
+        rewinds = plan.knobs.memory is Memory.REVERSIBLE
+        if rewinds or not Watch(block.module, theta).layers:
             found.append(name)
     if not found:
         return []
     return [
-        f"learning.inputs has no effect on {', '.join(found)}, which step by autograd: it needs "
-        "blocks whose steps have a closed form (Linear, Conv2d, LayerNorm, activations, residuals)"
+        f"learning.inputs has no effect on {', '.join(found)}: it needs linear layers or "
+        "convolutions with weights and a bias of their own, and another memory than 'reversible'"
     ]
 
 

@@ -118,6 +118,7 @@ class _Parts:
 
     def _cell(self, module: nn.Module, seed_name: str, combine: Combine, parents: int) -> Cell:
         stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
+        watched = self.dynamics.inputs is not None  # (closed forms know what was read)
         seed = block_seed(self._plan.seed, seed_name)
         device = self.border.device
         native = self._plan.native
@@ -128,12 +129,13 @@ class _Parts:
                 "engine.step 'closed'"
             )
         if self.border.autocast:
-            return AutocastCell(module, combine, seed, device, stash=stash)
-        if not stash and self._plan.engine.step is not Step.AUTOGRAD:
+            return AutocastCell(module, combine, seed, device, stash=stash, watched=watched)
+        convolves = watched and any(isinstance(m, nn.Conv2d) for m in module.modules())
+        if not stash and not convolves and self._plan.engine.step is not Step.AUTOGRAD:
             closed = closed_cell(module, combine, seed, parents, native=native)
             if closed is not None:
                 return closed
-        return Cell(module, combine, seed, stash=stash, device=device)
+        return Cell(module, combine, seed, stash=stash, device=device, watched=watched)
 
     def make_weights(self, cell: Cell, prefix: str = "") -> Weights:
         names = [prefix + name for name in cell.names]

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from hamdist.config import Late
 from hamdist.errors import SettingsError, StreamError
+from hamdist.streams.replay import replays, samples_from
 from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream, report_of
 
 LOOK_AT = 1000  # items taken in at once, from which on a source is watched for being too slow
@@ -30,6 +31,9 @@ class Paced:
 
     `report`: `dropped`, how many samples were; or `waiting_most`, the most that had arrived and
     waited behind the one given. What waits on its way to the blocks (engine.queue) has been given.
+
+    With `keep` a run that goes on from a snapshot gets every item once, if the wrapped stream
+    replays; with `drop` what it would get depends on the clock.
 
     clock: seconds, never going back; sleep: waits for so many seconds. Portable where the wrapped
     stream is. Raises SettingsError for a period that is not above 0; StreamError for a sample
@@ -52,7 +56,7 @@ class Paced:
             )
         check_stream("Paced", stream)
         self.portable: bool = stream.portable
-        self.replays = False  # what is dropped depends on the clock
+        self.replays = late is Late.KEEP and replays(stream)
         self._stream = stream
         self._period = period
         self._late = late
@@ -71,8 +75,12 @@ class Paced:
 
     def samples(self) -> Iterator[Sample]:
         """The samples that are given, from the first one on; the clock starts with it."""
+        return self.samples_from(0)
+
+    def samples_from(self, n: int) -> Iterator[Sample]:
+        """The same from item n of the wrapped stream on, which is the first to arrive."""
         self._counts = self._no_counts()
-        arrivals = self._arrivals()
+        arrivals = self._arrivals(n)
         arrived: deque[Sample] = deque()
         coming = next(arrivals, None)
         begun = self._clock()
@@ -84,16 +92,17 @@ class Paced:
             elif coming is not None:
                 self._sleep(max(0.0, begun + coming[0] - self._clock()))
 
-    def _arrivals(self) -> Iterator[tuple[float, Sample]]:
-        """Each sample and the time of its arrival, in seconds after the first one's."""
+    def _arrivals(self, skip: int) -> Iterator[tuple[float, Sample]]:
+        """Each sample from item `skip` on and the time of its arrival, in seconds after the first
+        of them."""
         first = None
-        for n, sample in enumerate(self._stream.samples()):
+        for n, sample in enumerate(samples_from(self._stream, skip)):
             if self._period is not None:
                 yield n * self._period, sample
                 continue
             if sample.time is None:
                 raise StreamError(
-                    f"item {n} has no time stamp to arrive at: give every item its time in "
+                    f"item {skip + n} has no time stamp to arrive at: give every item its time in "
                     "seconds, or set stream.pace.period to the seconds between two items"
                 )
             first = sample.time if first is None else first

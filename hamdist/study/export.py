@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from hamdist.study.runs import build, torch_dtype
 
 
 def exported(
-    where: Path, factory: ModelFactory | None, told: Callable[[str], None]
+    where: str, factory: ModelFactory | None, told: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], str]:
     """The `state_dict` of the whole model at the latest snapshot of a folder (or at the one that
     `where` is), and its name. factory: makes the model, where the run had one of its own.

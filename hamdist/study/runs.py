@@ -143,7 +143,7 @@ def run_level(
     data: DataFactory | None = None,
     on_progress: OnProgress | None = None,
     before: Mapping[str, float] | None = None,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
     weights: Path | None = None,
 ) -> tuple[Run, nn.Module]:
     """Train with `settings` (made for one level by `for_level`) and evaluate on held-out data.
@@ -162,7 +162,7 @@ def run_level(
 class _Begin:
     """What a run begins with."""
 
-    resume: Path | None = None
+    resume: str | Path | None = None
     weights: Path | None = None
 
 
@@ -267,7 +267,7 @@ def _trained(
     stream: Stream,
     settings: Settings,
     timeline: Timeline,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
 ) -> RunResult:
     if level not in (CENTRALISED, FROZEN):
         return train(model, stream, settings, on_progress=timeline, resume=resume)

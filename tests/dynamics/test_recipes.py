@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from dynamics.helpers import F64, Network, clones, mlp, noise, relative, samples, settings
+from torch import nn
 
 from hamdist.config import AverageSettings
 from hamdist.dynamics.averaging import Average
@@ -168,7 +169,7 @@ def without_inputs(items, rule, *, lr, momentum, clip):
 
 @pytest.mark.parametrize("rule", ["centred", "whitened"])
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
-@pytest.mark.parametrize("step", ["auto", "closed"])
+@pytest.mark.parametrize("step", ["auto", "closed", "autograd"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_steps_freed_of_their_inputs(rule, momentum, step, batch):
     items = samples(30, batch, 4, 2)
@@ -183,8 +184,10 @@ def test_steps_freed_of_their_inputs(rule, momentum, step, batch):
 
 def test_inputs_that_are_not_known_are_told_of():
     learning = {"lr": 0.1, "inputs": "centred", "blocks": {"block1": {"inputs": "off"}}}
-    with pytest.warns(UserWarning, match=r"learning\.inputs has no effect on block0, block2,"):
-        run("trace", samples(3, 3, 4, 2), learning=learning, engine={"step": "autograd"})
+    bare = nn.Sequential(*(nn.Linear(4, 4, bias=False, dtype=F64) for _ in range(3)))
+    items = from_iterable(samples(3, 3, 4, 4), outputs=4)
+    with pytest.warns(UserWarning, match=r"learning\.inputs has no effect on block0, block2:"):
+        train(bare, items, settings("trace", learning=learning), loss=mse)
     with pytest.raises(LevelError, match="learning.inputs with presentation 'sequence'"):
         run("bptt", samples(3, 3, 4, 2), learning=learning)
 

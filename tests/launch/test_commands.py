@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -119,7 +121,7 @@ def machine(tmp_path_factory):
     assert result.exit_code == 0, result.output
     assert not Path(head["folder"]).exists()
     assert not Path(f"/proc/{head['pid']}").exists() or _is_zombie(head["pid"])
-    assert list(folder.iterdir()) == [folder / "ray.log"]
+    assert {path.name for path in folder.iterdir()} == {"ray.log", "storage"}
 
 
 def _is_zombie(pid):
@@ -212,6 +214,62 @@ def test_the_whole_way(machine, tmp_path):
     assert "Is hamdist installed for the Python that runs there?" in err
     wrong.unlink()
     token.unlink()
+
+
+PACE = ["--set", "stream.pace.late=keep", "--set"]
+LOSSES = ["digits", "--steps", "700", "--set", "engine.actors=2", "--set", "metrics.window=10"]
+
+
+@needs_extras
+@pytest.mark.ray
+@pytest.mark.hosts
+@pytest.mark.timeout(400)
+def test_a_lost_driver_and_a_stop_change_no_number(machine, tmp_path):
+    alone = hamdist(None, "run", *LOSSES, "--engine", "inprocess", "--out", "alone", cwd=tmp_path)
+    often = [*PACE, "stream.pace.period=0.01", "--set", "snapshots.every=100"]
+    run = hamdist(machine, "launch", *LOSSES, *often, "--out", "lost", cwd=tmp_path)
+    name = run.stdout.readline().strip()
+    kept = machine.parent / "storage" / name / "snapshots"
+    while not list(kept.glob("*/manifest.json")):
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.05)
+    driver_on(machine).kill()
+    code, _, err = done(run)
+    assert code == 0, err
+    assert re.search(r"the driver was lost \(SIGKILL\); the run goes on from tick [1-9]", err), err
+    assert done(alone)[0] == 0
+    assert_equal(tmp_path / "alone", tmp_path / "lost")
+    assert len(metrics(tmp_path / "alone")) == 70
+    assert metrics(tmp_path / "alone") == metrics(tmp_path / "lost")
+    assert not kept.exists()  # a run that has ended well needs none
+
+    slow = [*PACE, "stream.pace.period=0.1"]  # it is stopped long before its end
+    run = hamdist(machine, "launch", *LOSSES, *slow, cwd=tmp_path)
+    name = run.stdout.readline().strip()
+    for line in run.stderr:
+        if "item " in line:
+            break
+    code, _, err = done(hamdist(machine, "stop", name, "--out", "stopped", cwd=tmp_path))
+    assert (code, f"--resume {name}" in err) == (0, True), err
+    assert done(run)[0] == 130
+    assert 0 < json.loads((tmp_path / "stopped/summary.json").read_text())["samples"] < 700
+    on = hamdist(machine, "launch", *LOSSES, "--resume", name, "--out", "on", cwd=tmp_path)
+    code, _, err = done(on)
+    assert code == 0, err
+    assert_equal(tmp_path / "alone", tmp_path / "on")
+    assert metrics(tmp_path / "alone") == metrics(tmp_path / "on")
+
+
+def driver_on(machine):
+    head = psutil.Process(json.loads(machine.with_name("head.json").read_text())["pid"])
+    [found] = [p for p in head.children(recursive=True) if "hamdist.launch.driver" in p.cmdline()]
+    return found
+
+
+def metrics(folder):
+    """The windows, without the times they took."""
+    told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(w["first"], w["items"], w["loss"], w["correct"]) for w in told if "loss" in w]
 
 
 def assert_equal(one, other):

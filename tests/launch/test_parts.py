@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from hamdist.launch.events import (
     PART_BYTES,
     Ended,
     Kept,
+    Lost,
     Moved,
     Pace,
     Said,
@@ -33,13 +36,15 @@ from hamdist.launch.events import (
     moved,
     to_line,
 )
+from hamdist.launch.examine import Witness
 from hamdist.launch.facts import host_facts, storage_fault
 from hamdist.launch.follow import Results, follow
-from hamdist.launch.parcel import Order, on_ray, own_code, packed, read_order
+from hamdist.launch.parcel import Order, named_there, on_ray, own_code, packed, read_order
 from hamdist.launch.report import Findings, LinkFacts, judged
-from hamdist.launch.submit import make_id
+from hamdist.launch.submit import kept_at, make_id, resumed_from
 from hamdist.models import load_factory
 from hamdist.runtime.hosts import HostInfo
+from hamdist.runtime.links import Probe
 from hamdist.runtime.result import BlockProgress, Progress
 from hamdist.study.recipes import load_settings
 
@@ -216,6 +221,18 @@ def test_files_that_nobody_wants_pass(result):
     assert results.written == []
 
 
+def test_a_file_comes_again_from_the_next_driver(result):
+    """The first one was lost in the midst of it, half a line written."""
+    one, _, out = result
+    once = lines_of(one)
+    lost = Lost(signal="SIGKILL", tick=7)
+    lines = [*once[:-1], once[-1][:99], "", to_line(lost), *once, to_line(Ended(code=0))]
+    results = Results(out)
+    assert list(follow(lines, results, print)) == [lost, Ended(code=0)]
+    assert (out / "a.bin").read_bytes() == one.read_bytes()
+    assert results.written == ["a.bin"]
+
+
 def test_a_large_file_stays(result):
     one, two, out = result
     results = Results(out)
@@ -249,28 +266,119 @@ def test_a_damaged_log_gives_no_file(result, spoil, words):
         assert path.read_bytes() == one.read_bytes()
 
 
-def test_sigterm_counts_as_ctrl_c_also_after_ray_has_taken_it():
-    code = (
-        "import os, signal, sys\n"
-        "from hamdist.launch.job import end_on_sigterm\n"
-        "from hamdist.runtime.outcome import ending_on_interrupt\n"
-        "def of_ray(*_): sys.exit(15)\n"
-        "of_ray.__module__ = 'ray._private.worker'\n"
-        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"  # as in a job
-        "end_on_sigterm()\n"
-        "signal.signal(signal.SIGTERM, of_ray)\n"
-        "end_on_sigterm()\n"
-        "stopped = []\n"
-        "with ending_on_interrupt(lambda: stopped.append(1)) as interrupted:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    assert interrupted() and stopped == [1]\n"
-        "mine = lambda *_: None\n"
-        "signal.signal(signal.SIGTERM, mine)\n"
-        "end_on_sigterm()\n"
-        "assert signal.getsignal(signal.SIGTERM) is mine\n"
+# -- snapshots -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("storage", "path", "kept"),
+    [
+        (None, None, None),
+        ("/mnt/s", None, "/mnt/s/x-1/snapshots"),
+        ("/mnt/s", "/own", "/own"),
+        (None, "s3://bucket/own", "s3://bucket/own"),
+    ],
+)
+def test_where_a_launched_run_keeps_snapshots(storage, path, kept):
+    settings = Settings.model_validate({"snapshots": {"path": path}})
+    assert kept_at(settings, ClusterSettings(storage=storage), "x-1") == kept
+
+
+def test_a_relative_folder_for_snapshots_is_refused():
+    settings = Settings.model_validate({"snapshots": {"path": "own"}})
+    with pytest.raises(SettingsError, match="'own'.*the whole path, or a URL"):
+        kept_at(settings, ClusterSettings(storage="/mnt/s"), "x-1")
+
+
+def test_what_a_run_goes_on_from():
+    stored = ClusterSettings(storage="/mnt/s")
+    assert resumed_from("x-1", stored) == "/mnt/s/x-1/snapshots"
+    assert resumed_from("/own/x", ClusterSettings()) == "/own/x"
+    with pytest.raises(SettingsError, match="'x-1'.*no storage"):
+        resumed_from("x-1", ClusterSettings())
+
+
+def test_what_goes_on_from_a_run():
+    own = Order(id="x", model=None, storage="/s", most=5, snapshots="/s/x/snapshots")
+    assert (own.own_snapshots, own.called) == (True, "x")
+    other = own.model_copy(update={"snapshots": "/other"})
+    assert (other.own_snapshots, other.called) == (False, "/other")
+
+
+# -- the job and its driver ------------------------------------------------------------------------
+
+GUARDED = """
+import signal, sys
+from hamdist.launch.job import Guardian
+driver = "import os, signal, sys, time; lost = sys.argv[1:]; " + sys.argv[1]
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as in a job of Ray
+sys.exit(Guardian((sys.executable, "-c", driver), sys.argv[2] == "kept").run())
+"""
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def guarded(driver, kept="kept"):
+    return subprocess.Popen(
+        [sys.executable, "-c", GUARDED, driver, kept],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+
+
+def told_by(job):
+    out, err = job.communicate(timeout=60)
+    return job.returncode, [from_line(line) for line in out.splitlines() if line], err
+
+
+def test_a_driver_that_ends_by_itself_is_not_started_again():
+    code, told, err = told_by(guarded("print('once', lost); sys.exit(3)"))
+    assert (code, told) == (3, [("once []", None)]), err
+
+
+def test_a_lost_driver_is_started_again_and_told_why():
+    code, told, err = told_by(guarded(f"print(lost, flush=True); lost or {KILLED}"))
+    assert (code, told) == (0, [("[]", None), ("['SIGKILL']", None)]), err
+
+
+def test_a_driver_that_is_always_lost_ends_the_job():
+    code, told, err = told_by(guarded(f"print('one', end='', flush=True); {KILLED}"))
+    *before, (_, end) = told
+    assert (code, before) == (1, [("one", None)] * 4), err
+    assert (end.code, "was lost 4 times (SIGKILL)" in end.error) == (1, True)
+
+
+def test_without_snapshots_a_lost_driver_ends_the_job():
+    code, [(_, end)], err = told_by(guarded(KILLED, "nothing"))
+    assert (code, "keeps no snapshots" in end.error) == (1, True), err
+
+
+HEARS = (
+    "heard = []; "
+    "signal.signal(signal.SIGINT, lambda *_: heard.append('SIGINT')); "
+    "signal.signal(signal.SIGTERM, lambda *_: heard.append('SIGTERM')); "  # as Ray does
+    "print(os.getpid(), flush=True); "
+    "all(iter(lambda: time.sleep(0.01) or not heard, False)); "
+    "print(heard, signal.SIGTERM in signal.sigpending()); sys.exit(130)"
+)
+
+
+def test_the_driver_hears_of_the_end_once():
+    job = guarded(HEARS)
+    driver = int(job.stdout.readline())
+    for pid in (driver, job.pid):  # as the Jobs API does: to all of them
+        os.kill(pid, signal.SIGTERM)
+    code, told, err = told_by(job)
+    assert (code, told) == (130, [("['SIGINT'] True", None)]), err
+
+
+def test_a_driver_that_is_stopped_before_it_says_a_word():
+    job = guarded(
+        "print(1, flush=True); signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(60)"
+    )
+    job.stdout.readline()
+    os.kill(job.pid, signal.SIGTERM)
+    code, [(_, end)], err = told_by(job)
+    assert (code, end.interrupted, end.error) == (130, True, "stopped before its first tick"), err
 
 
 # -- the parcel ------------------------------------------------------------------------------------
@@ -300,6 +408,18 @@ def test_a_parcel_holds_the_settings_and_the_users_code(tmp_path, monkeypatch):
         assert load_settings(str(folder / "settings.yaml")) == settings
         assert read_order(folder).model == name
     assert not folder.exists()
+
+
+def test_a_file_travels_by_its_name_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "nets/shipped_net.py"
+    file.parent.mkdir()
+    file.write_text("import torch\ndef make(): return torch.nn.Linear(2, 2)\n")
+    name = f"{file}:make"
+    load_factory(name)
+    assert own_code(name) == file
+    there = named_there(name)
+    assert (there, own_code(there)) == ("shipped_net:make", file)
 
 
 def test_installed_code_does_not_travel():
@@ -429,6 +549,26 @@ def test_what_is_wrong_with_hosts(found, verdict, words):
     assert [c.text for c in checks if c.verdict == verdict and words in c.text], checks
     assert {c.verdict for c in checks} <= {verdict, "ok"}
     assert found.tables()["Hosts"][0][0] == "host"
+
+
+@pytest.mark.timeout(60)
+def test_links_are_measured_encrypted():
+    mine, other = Witness(), Witness()
+    there, back = Probe.channels(0)
+    my_key, others_key = (witness.new_key(7, 0) for witness in (mine, other))
+    addresses = other.open(0, there.number, f"tcp://127.0.0.1 {my_key}")
+    addresses |= mine.open(0, back.number, f"tcp://127.0.0.1 {others_key}")
+    keys = {n: address.partition(" ")[2] for n, address in addresses.items()}
+    assert keys == {there.number: others_key, back.number: my_key}
+    for witness in (mine, other):
+        witness.join(0, addresses)
+    thread = threading.Thread(target=other.answer, args=(0,))
+    thread.start()
+    link = mine.measure(0)
+    thread.join()
+    for witness in (mine, other):
+        witness.close(0)
+    assert link.seconds > 0
 
 
 def test_another_hamdist_in_this_terminal():

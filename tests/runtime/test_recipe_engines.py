@@ -28,6 +28,11 @@ RECIPES = {
             "inputs": {"rule": "whitened", "refresh": 10},
         },
     },
+    "trace, inputs by autograd": {
+        "level": "trace",
+        "locality": {"memory": "trace+weights"},
+        "learning": {"inputs": {"rule": "whitened", "refresh": 10}, "adaptive": {}, "lr": 0.01},
+    },
     "trace, predicted": {
         "level": "trace",
         "locality": {"compensation": ["weight-prediction"]},

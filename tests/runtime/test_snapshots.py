@@ -310,6 +310,22 @@ def test_another_runs_snapshots_are_not_mixed_with(tmp_path):
     assert all(f"from-{found[0].name}/" in name for name in on.snapshots)
 
 
+def test_a_file_system_by_url(tmp_path):
+    """fsspec's: of a cloud, or as here of this process's memory."""
+    import fsspec
+
+    run = run_of(chain, PortableStream, 8, level="trace")
+    kept = {"path": f"memory://{tmp_path.name}/a", "every": 4, "keep": 2}
+    whole = run(ALONE, None, snapshots=kept)
+    assert [name.rpartition("/")[0] for name in whole.snapshots] == [kept["path"]] * 2
+    assert len(fsspec.filesystem("memory").ls(f"/{tmp_path.name}/a")) == 2
+    assert_equal(whole, run(ALONE, kept["path"]))
+    name = f"/{tmp_path.name}/a/{whole.snapshots[-1].rpartition('/')[2]}/block-0.1.safetensors"
+    fsspec.filesystem("memory").pipe_file(name, b"damaged")
+    with pytest.warns(UserWarning, match="block-0.1.safetensors"):
+        assert_equal(whole, run(ALONE, kept["path"]))
+
+
 def test_no_snapshot(tmp_path):
     with pytest.raises(SnapshotError, match="no snapshots there"):
         train(chain(), PortableStream(8), settings(ALONE, 8), resume=tmp_path / "none")

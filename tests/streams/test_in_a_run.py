@@ -171,8 +171,9 @@ class TestTargetsByReadout:
             train(double(two_readouts()), self.stream(**targets), settings())
 
     def test_centralised_training_has_one_output(self) -> None:
-        with pytest.raises(StreamError, match="targets by readout .'kind', 'place'."):
-            train_centralised(nn.Linear(FEATURES, CLASSES), TwoTargets(), settings())
+        model = nn.Linear(FEATURES, CLASSES).double()
+        with pytest.raises(GraphError, match="targets by readout .'kind', 'place'."):
+            train_centralised(model, TwoTargets(), settings())
 
     def test_models_that_settings_name_have_one_output(self) -> None:
         with pytest.raises(SettingsError, match="targets by readout .'kind', 'place'."):

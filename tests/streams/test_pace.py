@@ -10,6 +10,7 @@ import torch
 from hamdist.config import Late
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams import Paced, Sample, Stream, Withhold, from_iterable, report_of
+from hamdist.streams.replay import replays, samples_from
 
 
 class Clock:
@@ -65,6 +66,17 @@ def test_a_quick_network_waits_for_each_sample() -> None:
     ]
     assert clock.slept == [0.75] * 3
     assert stream.report() == {"dropped": 0}
+
+
+@pytest.mark.parametrize(("late", "first"), [(Late.KEEP, 3), (Late.DROP, 0)])
+def test_a_run_that_goes_on_gets_the_items_that_follow(late: Late, first: int) -> None:
+    """Where nothing is dropped; the first of them arrives at once, the others in their pace."""
+    clock = Clock()
+    stream = paced(numbered(6), clock, late)
+    assert replays(stream) == (late is Late.KEEP)
+    begun = clock.now
+    seen = [(clock.now - begun, int(sample.u)) for sample in samples_from(stream, 3)]
+    assert seen == [(float(n - first), n) for n in range(first, 6)]
 
 
 # busy after each given sample: 2.5 s, 0.25 s, 0, 3 s, 0; samples arrive at 0, 1, 2, ... 8

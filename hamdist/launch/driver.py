@@ -1,0 +1,209 @@
+"""The driver of a launched run: `python -m hamdist.launch.driver [SIGNAL]`, in the parcel.
+
+job.py starts it, and starts it again where it was lost (SIGNAL ended the one before). Its standard
+output is the job's log, where it tells what happens (events.py). SIGINT is the first Ctrl-C of a
+terminal: a snapshot, the end of the stream, and what the run has reached by then is its result.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+
+from hamdist.config import Settings
+from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError, SnapshotError
+from hamdist.launch.events import (
+    Ended,
+    Kept,
+    Lost,
+    Pace,
+    Reached,
+    Said,
+    Started,
+    file_events,
+    moved,
+    tell,
+)
+from hamdist.launch.parcel import FAILED, INTERRUPTED, SETTINGS, WRONG_SETTINGS, Order, read_order
+from hamdist.runtime.result import Progress
+from hamdist.study.recipes import load_settings
+
+
+def main() -> int:
+    """Runs the parcel in the current folder. Returns the exit code of `hamdist run`."""
+    _end_with_the_job()
+    lost = sys.argv[1] if len(sys.argv) > 1 else None
+    try:
+        ended = _run(Path.cwd(), lost)
+    except (SettingsError, LevelError) as error:
+        ended = Ended(code=WRONG_SETTINGS, error=str(error))
+    except BlockError as error:
+        ended = Ended(code=FAILED, error=str(error), details=error.details)
+    except HamdistError as error:
+        ended = Ended(code=FAILED, error=str(error))
+    except KeyboardInterrupt:
+        ended = Ended(code=INTERRUPTED, interrupted=True, error="stopped before its first tick")
+    tell(ended)
+    return ended.code
+
+
+def _run(folder: Path, lost: str | None) -> Ended:
+    """lost: the signal that ended the driver before this one."""
+    order = read_order(folder)
+    here = {"engine": {"address": os.environ.get("RAY_ADDRESS", "auto")}}
+    given = load_settings(str(folder / SETTINGS), [here])
+    settings = given
+    if order.snapshots is not None:
+        own = given.snapshots.model_copy(update={"path": order.snapshots})
+        settings = given.model_copy(update={"snapshots": own})
+    factory = None
+    if order.model is not None:
+        from hamdist.models import load_factory
+
+        factory = load_factory(order.model)
+    resume = order.resume if lost is None else _found_again(order, lost)
+    tell(Started(title=f"{settings.name}, {settings.level.value}", batch=settings.stream.batch))
+
+    from hamdist.study.runs import run_level
+    from hamdist.study.save import save_run
+    from hamdist.study.table import run_facts
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        run, model = run_level(
+            settings,
+            factory=factory,
+            on_progress=_Teller(),
+            resume=None if resume is None else Path(resume),
+        )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
+    title = f"{settings.name}: {run.level} on {run.engine}, seed {run.seed}"
+    tell(Reached(title=title, facts=run_facts(run)))
+    for warning in dict.fromkeys(run.warnings):
+        if warning != run.failure:
+            tell(Said(warning=warning))
+    if run.chosen is not None:
+        run = replace(run, chosen=_as_given(run.chosen, given))
+    with _Results(order) as results:
+        save_run(results, run, model, _as_given(settings, given))
+        _hand_over(results, order)
+    code = FAILED if run.failure is not None else INTERRUPTED if run.interrupted else 0
+    if code == 0 and order.own_snapshots:
+        shutil.rmtree(str(order.snapshots), ignore_errors=True)  # nobody goes on from them
+    return Ended(
+        code=code,
+        samples=run.samples,
+        interrupted=run.interrupted,
+        error=run.failure,
+        resume=order.called if run.interrupted and run.snapshots else None,
+    )
+
+
+def _found_again(order: Order, lost: str) -> str | None:
+    """Where the run goes on after its driver was lost: from its own snapshots, else from where it
+    began. Tells so."""
+    from hamdist.runtime.snapshot import complete, latest
+    from hamdist.runtime.storage import storage
+
+    for where in (order.snapshots, order.resume):
+        if where is None:
+            continue
+        try:
+            tick = latest(where, lambda text: tell(Said(warning=text))).tick
+        except SnapshotError:
+            if where == order.snapshots:  # lost before the first one was whole
+                for folder in list(complete(storage(where))):
+                    storage(where).remove(folder)
+            continue
+        tell(Lost(signal=lost, tick=tick))
+        return where
+    tell(Lost(signal=lost, tick=0))
+    return None
+
+
+def _as_given(settings: Settings, given: Settings) -> Settings:
+    """As the user can run them again, from elsewhere."""
+    engine = settings.engine.model_copy(update={"address": None})
+    return settings.model_copy(update={"engine": engine, "snapshots": given.snapshots})
+
+
+class _Results:
+    """The folder that the results are written to: in the shared storage, or else a temporary one,
+    which goes when all of it has been handed over."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._folder = Path()
+
+    def __enter__(self) -> Path:
+        if self._order.storage is None:
+            self._folder = Path(mkdtemp(prefix=f"hamdist-{self._order.id}-"))
+            return self._folder
+        self._folder = Path(self._order.storage) / self._order.id
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(
+                f"storage: {str(self._folder)!r} cannot be written on {socket.gethostname()}: "
+                f"{error.strerror or error}"
+            ) from None
+        return self._folder
+
+    def __exit__(self, *_: object) -> None:
+        largest = max((f.stat().st_size for f in _files(self._folder)), default=0)
+        if self._order.storage is not None or largest > self._order.most:
+            tell(Kept(host=socket.gethostname(), folder=str(self._folder)))
+        else:
+            shutil.rmtree(self._folder)
+
+
+def _hand_over(folder: Path, order: Order) -> None:
+    for path in _files(folder):
+        for event in file_events(path, order.most):
+            tell(event)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of the result, without the folder of snapshots beside them."""
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+class _Teller:
+    """Passes a run's progress on, less and less often; a phase of its start at once."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+        self._began = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase is not None or self._pace.due(time.monotonic() - self._began):
+            tell(moved(progress))
+
+
+def _end_with_the_job() -> None:
+    """Standard input is a pipe of job.py's: it ends with that process, and then this one is to
+    end as well, for nobody could stop it any more."""
+
+    def listen() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=listen, name="hamdist-job", daemon=True).start()
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    tell(Said(warning=str(message)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
