@@ -32,7 +32,7 @@ class Shelf:
     @property
     def snapshots(self) -> list[str]:
         """Those that were taken and are left, the latest last."""
-        return [str(snapshot) for snapshot in self._kept[-self._keeping.keep :]]
+        return [str(snapshot) for snapshot in self._kept]
 
     def put(self, taken: Taken) -> Snapshot | None:
         """Notes the files of one process; the snapshot, if it is complete with them."""
@@ -55,7 +55,7 @@ class Shelf:
             samples=self._samples[taken.tick] + self._skip,
         )
         self.latest = conclude(self._store, manifest, self._keeping.keep)
-        self._kept.append(self.latest)
+        self._kept = [*self._kept, self.latest][-self._keeping.keep :]
         self._parts = {t: p for t, p in self._parts.items() if t > taken.tick}
         self._samples = {t: n for t, n in self._samples.items() if t > taken.tick}
         return self.latest

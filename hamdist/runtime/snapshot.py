@@ -240,11 +240,13 @@ def _whole(store: Storage, folder: str) -> Snapshot:
 def check_empty(where: str) -> None:
     """Raises SnapshotError where snapshots of another run lie: a later one of those would be taken
     for this run's."""
-    for folder in complete(storage(where)):
-        raise SnapshotError(
-            f"snapshots.path {where!r}: another run's snapshots lie there ({folder}); go on from "
-            "them (--resume), remove them, or give another folder"
-        )
+    store = storage(where)
+    for folder in complete(store):
+        if _finished(store, folder):
+            raise SnapshotError(
+                f"snapshots.path {where!r}: another run's snapshots lie there ({folder}); go on "
+                "from them (--resume), remove them, or give another folder"
+            )
 
 
 def write_part(store: Storage, tick: int, file: str, data: bytes) -> Part:
