@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,7 +170,9 @@ class Cell(Remembers):
             leaves.append(leaf)
             argument = tensor.detach() if leaf is None else leaf
             arguments.append(argument.clone() if self._copies else argument)
-        reading = nullcontext([]) if self._watch is None else self._watch.reading()
+        reading: AbstractContextManager[list[list[Tensor]]] = nullcontext([])
+        if self._watch is not None:
+            reading = self._watch.reading()
         with torch.enable_grad(), reading as read:
             output = self._call(combined(self._combine, arguments), theta)
         if not isinstance(output, Tensor):

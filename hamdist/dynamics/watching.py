@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class Watch:
         return Watched(g, [(layer, x) for layer, x in zip(self.layers, read, strict=True) if x])
 
 
-def is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
     """Whether a layer's inputs can be laid out as rows."""
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and module.padding != "same"
@@ -91,7 +91,7 @@ def rows_of(layer: nn.Linear | nn.Conv2d, inputs: Sequence[Tensor]) -> Tensor:
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """(B, patches, I) of (B, C, S, S)."""
     padding: Any = 0 if layer.padding == "valid" else layer.padding
-    found = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # type: ignore[arg-type]
+    found = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     return found.transpose(1, 2)
 
 
