@@ -113,3 +113,17 @@ def test_the_module_is_left_as_it_was():
     with pytest.raises(RuntimeError):
         with_it.forward([noise(3, 4, 5)], [False])
     assert not layer._forward_pre_hooks
+
+
+def test_what_was_read_is_part_of_a_record_that_is_saved():
+    """The second layer read what the first one made with the weights of its time."""
+    torch.manual_seed(2)
+    module = nn.Sequential(nn.Linear(3, 4, dtype=F64), nn.Tanh(), nn.Linear(4, 2, dtype=F64))
+    cell, x, z = cell_of(module), noise(5, 6, 3), noise(6, 6, 2)
+    record = cell.forward([x], [False])
+    expected = [one.clone() for _, (one,) in cell.pull(record, z, keep=True)[1].read]
+    state = cell.held(record)
+    cell.theta[0].add_(1.0)
+    read = [one for _, (one,) in cell.pull(cell.rebuilt(state), z)[1].read]
+    assert all(torch.equal(a, b) for a, b in zip(read, expected, strict=True))
+    assert not torch.equal(read[1], torch.tanh(module[0](x)))

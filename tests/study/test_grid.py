@@ -9,6 +9,8 @@ import json
 import math
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -392,6 +394,25 @@ class TestWhole:
         found = work(Job(Trains.LEVEL, Settings.model_validate(raw)))
         assert found.failure
         assert found.accuracy is None
+
+    def test_half_a_run_is_no_record(self) -> None:
+        """A polite request to end, in the midst of a run: the study ends, and keeps nothing."""
+        raw = {
+            "level": "trace",
+            "steps": 1_000_000,
+            "model": {"kind": "mlp", "width": 8, "depth": 2},
+            "stream": {"source": "digits", "batch": 4},
+            "engine": {"actors": 1},
+        }
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        timer.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                work(Job(Trains.LEVEL, Settings.model_validate(raw)))
+        finally:
+            timer.cancel()
+            signal.signal(signal.SIGTERM, before)
 
     @pytest.mark.timeout(120)
     def test_in_two_processes(self, tmp_path: Path) -> None:

@@ -48,14 +48,18 @@ class Record:
 
 
 def work(job: Job) -> Record:
-    """The run of a job, on one thread. Raises HamdistError for what is wrong with its settings; a
-    run that leaves the finite range is a record like others."""
+    """The run of a job, on one thread. Raises HamdistError for what is wrong with its settings,
+    KeyboardInterrupt where it was ended before its end (Ctrl-C, SIGTERM): half a run is no record.
+    A run that leaves the finite range is a record like others."""
     with torch_threads(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run keeps them
         try:
-            return _record(job, _run(job))
+            run = _run(job)
         except DivergedError as error:
             return _lost(job, str(error))
+    if run.interrupted:
+        raise KeyboardInterrupt
+    return _record(job, run)
 
 
 def _run(job: Job) -> Run:
