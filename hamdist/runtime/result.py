@@ -61,7 +61,7 @@ class Progress:
     blocks: Sequence[BlockProgress]
     note: str | None = None
     phase: str | None = None
-    replaced: Sequence[Replaced] = ()
+    replaced: Sequence[Replaced] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
