@@ -52,9 +52,13 @@ class Session:
                 if is_alive(actor):
                     found[i] = actor
         if len(found) < len(seats):
-            _end([actor for _, actor in self.idle])
-            self.idle = []
+            self.make_room()
         return [found[i] if i in found else start_actor(seat) for i, seat in enumerate(seats)]
+
+    def make_room(self) -> None:
+        """Ends the idle actors: their processors are wanted."""
+        _end([actor for _, actor in self.idle])
+        self.idle = []
 
     def _fitting(self, seat: Seat) -> int | None:
         return next((k for k, (own, _) in enumerate(self.idle) if own == seat), None)

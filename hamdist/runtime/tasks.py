@@ -20,7 +20,8 @@ def ray_tasks(
 
     Raises what `function` raises, and ClusterError where a task was lost with its process.
     """
-    with ray_session(engine):
+    with ray_session(engine) as session:
+        session.make_room()  # actors that wait for another run hold processors
         import ray
         from ray.exceptions import RayTaskError
 
