@@ -283,56 +283,31 @@ def recovery(
         _recovery(full, epochs, models, paper, (images, texts, glove), out)
 
 
-@study_app.command()
-def levels(
-    settings: StudyArgument,
-    set_: StudySetOption = None,
-    chosen: ChosenOption = False,
-    workers: WorkersOption = None,
-    out: StudyOutOption = None,
-) -> None:
-    """Levels beside centralised backpropagation, each side tuned on a validation part."""
-    with _exit_codes():
-        _grid(settings, None, set_, chosen, workers, out)
+GRIDS = {  # by command: its help
+    "levels": "Levels beside centralised backpropagation, each side tuned on a validation part.",
+    "depth": "The same, against the number of layers (axes.depth).",
+    "smoothness": "The same, against the items that a sample takes to fade into the next "
+    "(axes.smoothness).",
+    "batch": "The same, against the rows of an item (axes.batch), of equally many samples.",
+}
 
 
-@study_app.command()
-def depth(
-    settings: StudyArgument,
-    set_: StudySetOption = None,
-    chosen: ChosenOption = False,
-    workers: WorkersOption = None,
-    out: StudyOutOption = None,
-) -> None:
-    """The same, against the number of layers (axes.depth)."""
-    with _exit_codes():
-        _grid(settings, "depth", set_, chosen, workers, out)
+def _grid_command(axis: str | None) -> Callable[..., None]:
+    def command(
+        settings: StudyArgument,
+        set_: StudySetOption = None,
+        chosen: ChosenOption = False,
+        workers: WorkersOption = None,
+        out: StudyOutOption = None,
+    ) -> None:
+        with _exit_codes():
+            _grid(settings, axis, set_, chosen, workers, out)
+
+    return command
 
 
-@study_app.command()
-def smoothness(
-    settings: StudyArgument,
-    set_: StudySetOption = None,
-    chosen: ChosenOption = False,
-    workers: WorkersOption = None,
-    out: StudyOutOption = None,
-) -> None:
-    """The same, against the items that a sample takes to fade into the next (axes.smoothness)."""
-    with _exit_codes():
-        _grid(settings, "smoothness", set_, chosen, workers, out)
-
-
-@study_app.command()
-def batch(
-    settings: StudyArgument,
-    set_: StudySetOption = None,
-    chosen: ChosenOption = False,
-    workers: WorkersOption = None,
-    out: StudyOutOption = None,
-) -> None:
-    """The same, against the rows of an item (axes.batch), of equally many samples."""
-    with _exit_codes():
-        _grid(settings, "batch", set_, chosen, workers, out)
+for _name, _help in GRIDS.items():
+    study_app.command(_name, help=_help)(_grid_command(None if _name == "levels" else _name))
 
 
 @study_app.command()

@@ -1067,15 +1067,23 @@ def parse_override(text: str) -> dict[str, Any]:
     return dict(parsed)
 
 
+def read_yaml(text: str, origin: str) -> Any:
+    """What YAML `text` holds: plain values, and no more of them than it looks like.
+
+    Raises SettingsError naming `origin`, and the line.
+    """
+    try:
+        return _load(text)
+    except ValueError as error:
+        raise SettingsError(f"{origin}, {error}") from None
+
+
 def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Settings:
     """Settings from YAML `text`, with `overrides` laid over it in order (`lay_over`).
 
     Raises SettingsError naming `origin`, and the line or the field.
     """
-    try:
-        raw = _load(text)
-    except ValueError as error:
-        raise SettingsError(f"{origin}, {error}") from None
+    raw = read_yaml(text, origin)
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise SettingsError(

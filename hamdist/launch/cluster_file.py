@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic import ValidationError as Invalid
 
-from hamdist.config import Positive, describe
+from hamdist.config import Positive, describe, read_yaml
 from hamdist.errors import SettingsError
 
 VARIABLE = "HAMDIST_CLUSTER"
@@ -96,13 +95,10 @@ def find_cluster(given: str | None) -> ClusterSettings:
 def read_cluster(path: Path) -> ClusterSettings:
     """Raises SettingsError naming the file, and the line or the field."""
     try:
-        raw = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--cluster {str(path)!r}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise SettingsError(f"--cluster {str(path)!r}{where}: no valid YAML") from None
+    raw = read_yaml(text, f"--cluster {str(path)!r}")
     if not isinstance(raw, dict):
         raise SettingsError(f"--cluster {str(path)!r}: a mapping of names to values, not {raw!r}")
     if "jobs" not in raw and isinstance(raw.get("address"), str):

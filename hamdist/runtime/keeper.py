@@ -25,7 +25,7 @@ from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.signal import Channel
-from hamdist.runtime.snapshot import Part, Snapshot, encoded, file_of, to_bytes, write_part
+from hamdist.runtime.snapshot import Part, Snapshot, file_of, to_bytes, write_part
 from hamdist.runtime.storage import storage
 
 
@@ -136,7 +136,7 @@ class Keeper:
         samples = 0
         for node in self._nodes:
             packing = Packing()
-            files.append((node.name, encoded(self._state(node), packing), packing.tensors))
+            files.append((node.name, packing.packed(self._state(node)), packing.tensors))
             if node.name == INPUT:
                 samples = int(getattr(node, "samples", 0))
         self._writing = self._pool.submit(self._write, tick, files, samples)

@@ -14,7 +14,7 @@ from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan import Plan, fingerprint
 from hamdist.runtime.snapshot import Snapshot, settings_of
 
-MayChange = ("learning", "dynamics", "stream", "steps")
+MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 
 
 def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]:
@@ -28,7 +28,7 @@ def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]
 def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
     """Settings that are not those of the snapshot's run, though its state can be gone on from."""
     now = settings.model_dump(mode="json")
-    return [name for name in MayChange if snapshot.manifest.settings.get(name) != now[name]]
+    return [name for name in MAY_CHANGE if snapshot.manifest.settings.get(name) != now[name]]
 
 
 def weights_of(snapshot: Snapshot, graph: Graph) -> nn.Module:

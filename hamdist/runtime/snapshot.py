@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hamdist.config import Settings, describe
 from hamdist.dynamics.graph import INPUT
-from hamdist.dynamics.saving import Packing, unpacked
+from hamdist.dynamics.saving import unpacked
 from hamdist.errors import SnapshotError
 from hamdist.runtime.storage import Storage, storage
 
@@ -107,11 +107,6 @@ def read_manifest(data: bytes, name: str) -> Manifest:
     if not whole:
         raise SnapshotError(f"{name}: altered: it does not have its checksum")
     return manifest
-
-
-def encoded(state: Any, packing: Packing) -> Any:
-    """`state` as JSON; its tensors are copied into `packing`."""
-    return packing.packed(state)
 
 
 def to_bytes(data: Any, tensors: list[Tensor]) -> bytes:

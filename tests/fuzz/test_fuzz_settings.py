@@ -15,6 +15,8 @@ from pydantic import BaseModel
 
 from hamdist.config import Settings, parse_override, read_settings, to_yaml
 from hamdist.errors import SettingsError
+from hamdist.launch.cluster_file import read_cluster
+from hamdist.study.grid.settings import load_study
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -32,6 +34,20 @@ FOUND = [
     "a: &a [*a]",
     "steps: 1" + "0" * 400 + "\nlearning: {lr: 1" + "0" * 400 + "}",
 ]
+
+
+def read_study(text, folder):
+    load_study(str(written(text, folder)))
+
+
+def read_cluster_text(text, folder):
+    read_cluster(written(text, folder))
+
+
+def written(text, folder):
+    path = folder / "file.yaml"
+    path.write_text(text)
+    return path
 
 
 def names(model):
@@ -141,3 +157,11 @@ def test_overrides_are_mappings_or_one_error(key, value):
     assert isinstance(over, dict)
     with contextlib.suppress(SettingsError):
         read_settings(GOOD, "here", [over])
+
+
+@pytest.mark.parametrize("read", [read_study, read_cluster_text])
+@pytest.mark.parametrize("text", FOUND)
+def test_other_files_are_read_as_carefully(read, text, tmp_path):
+    """Studies, and files that name a cluster."""
+    with pytest.raises(SettingsError):
+        read(text, tmp_path)

@@ -21,18 +21,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from importlib.resources import files
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hamdist.config import Level, Positive, Speed, describe, merge
+from hamdist.config import Level, Positive, Speed, describe, merge, read_yaml
 from hamdist.errors import SettingsError
+from hamdist.study.shipped import Shipped
 
-SUFFIX = ".yaml"
+STUDIES = Shipped("studies", "study")
 
 
 class Axis(str, Enum):
@@ -164,7 +163,7 @@ def _known_side(name: str, side: SideSettings) -> None:
 
 def studies() -> dict[str, str]:
     """Names of the shipped studies, in order, with what each is for (its first comment)."""
-    return {name: text.partition("\n")[0].lstrip("# ") for name, text in _texts().items()}
+    return STUDIES.descriptions()
 
 
 def load_study(source: str, overrides: Sequence[Mapping[str, Any]] = ()) -> StudySettings:
@@ -172,31 +171,14 @@ def load_study(source: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Stud
 
     Raises SettingsError where there is none, or its content is wrong.
     """
-    shipped = _texts()
-    if source in shipped:
-        return read_study(shipped[source], f"study {source}", overrides)
-    try:
-        text = Path(source).read_text("utf-8")
-    except FileNotFoundError:
-        raise SettingsError(
-            f"no settings file {source!r}, and no study of that name; studies: {', '.join(shipped)}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read a study's settings from {source!r}: {error}") from None
-    return read_study(text, source, overrides)
+    return read_study(*STUDIES.text(source), overrides)
 
 
 def read_study(
     text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()
 ) -> StudySettings:
     """A study from YAML `text`. Raises SettingsError naming `origin` and the line or the field."""
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be read"
-        raise SettingsError(f"{origin}{where}: no valid YAML: {problem}") from None
+    raw = read_yaml(text, origin)
     if not isinstance(raw, dict):
         raise SettingsError(
             f"{origin}: a study's settings are a mapping of names to values, not {raw!r}"
@@ -213,13 +195,3 @@ def study_yaml(study: StudySettings) -> str:
     """The study in full, readable by `read_study`."""
     text: str = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return text
-
-
-def _texts() -> dict[str, str]:
-    """The shipped studies' YAML by name."""
-    folder = files("hamdist") / "studies"
-    return {
-        item.name.removesuffix(SUFFIX): item.read_text("utf-8")
-        for item in sorted(folder.iterdir(), key=lambda item: item.name)
-        if item.name.endswith(SUFFIX)
-    }
