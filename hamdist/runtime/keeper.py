@@ -61,7 +61,7 @@ class _Done:
 class Keeper:
     """The snapshots of the `nodes` of one process. As a `Cut` (loop.py) it takes one at every
     multiple of `every` ticks, and at a tick that is asked for. written: called from the thread
-    that writes, for each that is on the disk."""
+    that writes, for each that is on the disk; without it, `collected` tells of them."""
 
     def __init__(
         self,
@@ -160,12 +160,13 @@ class Keeper:
             self._done.failure = str(error)
             return
         taken = Taken(tick, parts, samples)
-        self._done.taken.append(taken)
-        if self._written is not None:
-            try:
-                self._written(taken)
-            except SnapshotError as error:
-                self._done.failure = str(error)
+        if self._written is None:
+            self._done.taken.append(taken)
+            return
+        try:
+            self._written(taken)
+        except SnapshotError as error:
+            self._done.failure = str(error)
 
     def collected(self) -> tuple[list[Taken], str | None]:
         """What was written since the last call, and what went wrong."""
