@@ -69,14 +69,29 @@ def test_lost_seconds(tmp_path):
 
 
 def test_gauges():
-    """A line: 3 MiB per million ticks."""
+    """A line: 3 MiB per 10^5 ticks, looked at every hundred of a thousand ticks."""
     ticks = list(range(0, 1000, 100))
-    gauge = Gauge("p", ticks, [5 + 3e-6 * k for k in ticks], [7] * 10, [1] * 10)
+    gauge = Gauge("p", ticks, [5 + 3e-5 * k for k in ticks], [7] * 10, [1] * 10, [2] * 10)
     assert gauge.slope(gauge.memory, 1000) == pytest.approx(3)
-    # Of the looks at 300 to 900: the mean of 300, 400, and of 800, 900.
-    assert gauge.ends(gauge.memory, 1000) == pytest.approx((5 + 3e-6 * 350, 5 + 3e-6 * 850))
+    # The looks at 100 and at 500; between 950 and 1000 there is none: the one at 900.
+    points = [gauge.at(gauge.memory, 1000, share) for share in (0.1, 0.5, 1.0)]
+    assert points == pytest.approx([5 + 3e-5 * k for k in (100, 500, 900)])
+    # Of a run of 2000 ticks those at 400 and at 500 stand for a quarter.
+    assert gauge.at(gauge.memory, 2000, 0.25) == pytest.approx(5 + 3e-5 * 450)
     assert gauge.slope(gauge.files, 1000) == 0
-    assert gauge.ends(gauge.sockets, 1000) == (1, 1)
+    assert gauge.at(gauge.threads, 1000, 0.5) == 2
+
+
+@pytest.mark.parametrize("what", ["memory", "files", "sockets", "threads"])
+def test_what_grows_is_seen(what):
+    """From 50 % to 100 % of a run of a hundred ticks, which are looked at one by one."""
+    grows = script("soak")["_grows"]
+    ticks = list(range(101))
+    flat = {name: [10] * 101 for name in ("memory", "files", "sockets", "threads")}
+    assert not grows(Gauge("p", ticks, **flat), 100)
+    early = [0 if k < 45 else 10 for k in ticks]  # before that half
+    assert not grows(Gauge("p", ticks, **{**flat, what: early}), 100)
+    assert grows(Gauge("p", ticks, **{**flat, what: [k / 10 for k in ticks]}), 100)
 
 
 def test_samples_are_counted():

@@ -7,13 +7,16 @@ import signal
 
 import pytest
 import torch
-from runtime.networks import PortableStream, chain
+from runtime.networks import PortableStream, batches, chain
 from runtime.test_engines_equal import assert_equal, settings
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hamdist.cli import app
+from hamdist.config import Late
+from hamdist.runtime.snapshot import latest
 from hamdist.runtime.train import train
+from hamdist.streams import Paced, from_iterable
 
 SMALL = ["--steps", "60", "--set", "engine.kind=inprocess"]
 
@@ -98,3 +101,85 @@ def test_a_signal(tmp_path, monkeypatch, number, level):
     assert part.samples < 60
     assert len(part.snapshots) == 1
     assert_equal(whole, train(chain(), PortableStream(60), kept, resume=tmp_path))
+
+
+class Clock:
+    """Each look takes 2.5 periods of a second."""
+
+    now = 0.0
+
+    def __call__(self):
+        self.now += 2.5
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def paced(late, items=40):
+    clock = Clock()
+    return Paced(PortableStream(items), 1.0, late, clock=clock, sleep=clock.sleep)
+
+
+@pytest.mark.parametrize("blocks", [5, 2])
+def test_what_was_dropped_stays_dropped(tmp_path, blocks):
+    """Every item was given or dropped, once; cut in another way, the run counts its own samples."""
+    kept = {"path": str(tmp_path), "every": 5, "keep": 100}
+    chosen = settings({"kind": "inprocess"}, None, level="trace", snapshots=kept)
+    whole = train(chain(), paced(Late.DROP), chosen)
+    assert whole.samples + whole.stream["dropped"] == 40
+    assert whole.stream["dropped"] > 10
+    first = sorted(p for p in tmp_path.iterdir())[1]
+    then = latest(first, print).manifest
+    assert then.passed > 5
+    other = settings({"kind": "inprocess"}, None, level="trace", partition={"blocks": blocks})
+    with pytest.warns(UserWarning, match="drops samples that come late"):
+        on = train(chain(), paced(Late.DROP), other, resume=first)
+    before = 0 if blocks == 5 else then.samples
+    assert before + on.samples + on.stream["dropped"] == 40
+
+
+def test_late_samples_that_are_kept(tmp_path):
+    alone = {"kind": "inprocess"}
+    whole = train(chain(), PortableStream(40), settings(alone, 40, level="trace"))
+    kept = {"path": str(tmp_path), "every": 9, "keep": 100}
+    chosen = settings(alone, 40, level="trace", snapshots=kept)
+    train(chain(), paced(Late.KEEP), chosen)
+    first = sorted(p for p in tmp_path.iterdir())[1]
+    assert_equal(whole, train(chain(), paced(Late.KEEP), chosen, resume=first))
+
+
+def test_a_stream_that_cannot_go_on(tmp_path):
+    alone = {"kind": "inprocess"}
+    kept = settings(alone, None, level="trace", snapshots={"path": str(tmp_path), "every": 5})
+    train(chain(), from_iterable(iter(batches(20)), classes=3), kept)
+    with pytest.warns(UserWarning, match="does not give the same items again"):
+        train(chain(), from_iterable(iter(batches(20)), classes=3), kept, resume=tmp_path)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_has_begun_with_anothers_weights_goes_on(tmp_path, again):
+    """Its own place in the stream, and in the course of its step size. again: its snapshot lies
+    behind another one from which it went on itself."""
+    alone = {"kind": "inprocess"}
+    decay = {"lr": 0.05, "decay": "linear"}
+
+    def run(blocks, resume, name):
+        kept = {"path": str(tmp_path / name), "every": 4, "keep": 100}
+        chosen = settings(
+            alone, 40, level="trace", learning=decay, partition={"blocks": blocks}, snapshots=kept
+        )
+        return train(chain(), PortableStream(40), chosen, resume=resume)
+
+    def folder(name, number):
+        return sorted(p for p in (tmp_path / name).iterdir() if p.name.startswith("tick"))[number]
+
+    run(5, None, "first")
+    with pytest.warns(UserWarning, match="its weights and its place in the stream"):
+        whole = run(3, folder("first", 2), "second")
+    assert 20 < whole.samples < 40
+    name = "second"
+    if again:
+        run(3, folder(name, 1), "third")
+        name = "third"
+    assert_equal(whole, run(3, folder(name, 1), "last"))

@@ -25,6 +25,8 @@ from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.threads import cores
+from hamdist.streams.replay import Passing, replays
+from hamdist.streams.sample import Stream
 
 # Samples of one sequence from which on it looks as if the ends had been forgotten.
 LONG_SEQUENCE = 100
@@ -52,6 +54,24 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         told += reset_warnings(plan, plan.schedule)
         told += _one_hop(plan)
     return told
+
+
+def of_resumed(stream: Stream) -> list[str]:
+    """What can be told of a stream that a resumed run goes on with."""
+    if replays(stream):
+        return []
+    if isinstance(stream, Passing):
+        return [
+            "the stream drops samples that come late (stream.pace.late 'drop'): the run goes on "
+            "behind the last one that it was given, but which ones are dropped depends on the "
+            "clock, so the result is not that of a run that was never stopped"
+        ]
+    return [
+        "the stream does not give the same items again: the run goes on with those that it gives "
+        "now, from the first one on, so the result is that of a run that was never stopped only if "
+        "these are the items that follow; a list, or a class with samples_from(n), is gone on with "
+        "where it was left"
+    ]
 
 
 def _no_links(settings: Settings) -> list[str]:

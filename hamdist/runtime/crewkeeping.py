@@ -96,6 +96,15 @@ class CrewKeeping:
                     continue
                 if complete is not None:
                     self._crew.complete(complete.tick)
+                    self._asked_for_is_there(complete.tick)
+
+    def _asked_for_is_there(self, tick: int) -> None:
+        """The snapshot of `tick` is complete: what was kept for it is let go, and another may be
+        asked for."""
+        if self._asked is not None and tick >= self._asked[0]:
+            self._asked = None
+        for actor in self._crew.actors:
+            actor.kept_bytes = 0  # (the next look tells how many are left)
 
     def _ask_in_time(self, now: float) -> None:
         front = self._front()
@@ -130,9 +139,7 @@ class CrewKeeping:
         if self._last_by is None:
             self._last_by = now + LAST_SECONDS
             self._ask(now, self._front())
-        taken = self._shelf.latest is not None and self._asked is not None
-        there = taken and self._shelf.latest.tick >= self._asked[0]  # type: ignore[union-attr,index]
-        return there or now > self._last_by
+        return self._asked is None or now > self._last_by
 
 
 def _tick(actor: Actor) -> int | None:

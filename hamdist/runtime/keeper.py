@@ -45,11 +45,13 @@ class Rememberer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The files of one process at one tick. samples: that the stream had given, if it is here."""
+    """The files of one process at one tick. samples: that the stream had given, if it is here, and
+    passed over."""
 
     tick: int
     parts: dict[str, Part]
     samples: int = 0
+    passed: int = 0
 
 
 @dataclass(slots=True)
@@ -61,7 +63,7 @@ class _Done:
 class Keeper:
     """The snapshots of the `nodes` of one process. As a `Cut` (loop.py) it takes one at every
     multiple of `every` ticks, and at a tick that is asked for. written: called from the thread
-    that writes, for each that is on the disk."""
+    that writes, for each that is on the disk; without it, `collected` tells of them."""
 
     def __init__(
         self,
@@ -133,13 +135,14 @@ class Keeper:
             self._writing.result()  # the disk is slower than the interval: learning waits for it
         self._ledger.mark(tick)
         files = []
-        samples = 0
+        samples = passed = 0
         for node in self._nodes:
             packing = Packing()
             files.append((node.name, packing.packed(self._state(node)), packing.tensors))
             if node.name == INPUT:
                 samples = int(getattr(node, "samples", 0))
-        self._writing = self._pool.submit(self._write, tick, files, samples)
+                passed = int(getattr(node, "passed", 0))
+        self._writing = self._pool.submit(self._write, tick, files, samples, passed)
 
     def _state(self, node: Rememberer) -> dict[str, Any]:
         return {
@@ -149,7 +152,7 @@ class Keeper:
         }
 
     def _write(
-        self, tick: int, files: Sequence[tuple[str, Any, list[Tensor]]], samples: int
+        self, tick: int, files: Sequence[tuple[str, Any, list[Tensor]]], samples: int, passed: int
     ) -> None:
         parts = {}
         try:
@@ -159,13 +162,14 @@ class Keeper:
         except SnapshotError as error:
             self._done.failure = str(error)
             return
-        taken = Taken(tick, parts, samples)
-        self._done.taken.append(taken)
-        if self._written is not None:
-            try:
-                self._written(taken)
-            except SnapshotError as error:
-                self._done.failure = str(error)
+        taken = Taken(tick, parts, samples, passed)
+        if self._written is None:
+            self._done.taken.append(taken)
+            return
+        try:
+            self._written(taken)
+        except SnapshotError as error:
+            self._done.failure = str(error)
 
     def collected(self) -> tuple[list[Taken], str | None]:
         """What was written since the last call, and what went wrong."""

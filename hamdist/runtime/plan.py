@@ -79,7 +79,8 @@ class Plan:
     heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
-    taken, if they are. skip: items of the stream that an earlier run has had."""
+    taken, if they are. skip: items of the stream that an earlier run was given; passed: those that
+    were passed over then."""
 
     graph: Graph
     knobs: Locality
@@ -101,6 +102,7 @@ class Plan:
     replan: Replan | None = None
     keeping: Keeping | None = None
     skip: int = 0
+    passed: int = 0
     heads: Heads | None = None
     desks: Mapping[str, Desk] = field(default_factory=dict)
 

@@ -25,6 +25,7 @@ class Shelf:
         self._run = f"{plan.run:016x}"
         self._parts: dict[int, dict[str, Part]] = {}
         self._samples: dict[int, int] = {}
+        self._passed: dict[int, int] = {}
         self._skip = plan.skip
         self.latest: Snapshot | None = plan.keeping.snapshot
         self._kept: list[Snapshot] = []
@@ -41,6 +42,7 @@ class Shelf:
         parts = self._parts.setdefault(taken.tick, {})
         parts.update(taken.parts)
         self._samples[taken.tick] = max(self._samples.get(taken.tick, 0), taken.samples)
+        self._passed[taken.tick] = max(self._passed.get(taken.tick, 0), taken.passed)
         if set(parts) != self._nodes:
             return None
         manifest = Manifest(
@@ -53,9 +55,12 @@ class Shelf:
             delays=self._delays,
             versions=versions(),
             samples=self._samples[taken.tick] + self._skip,
+            passed=self._passed[taken.tick],
+            skip=self._skip,
         )
         self.latest = conclude(self._store, manifest, self._keeping.keep)
         self._kept = [*self._kept, self.latest][-self._keeping.keep :]
         self._parts = {t: p for t, p in self._parts.items() if t > taken.tick}
         self._samples = {t: n for t, n in self._samples.items() if t > taken.tick}
+        self._passed = {t: n for t, n in self._passed.items() if t > taken.tick}
         return self.latest

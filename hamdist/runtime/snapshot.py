@@ -67,7 +67,8 @@ class Part(_Checked):
 class Manifest(_Checked):
     """What a snapshot is made of. parts: by node. settings: of the run, one level's. network: what
     has to be the same for a run to go on (`fingerprint`). delays: ticks by edge. samples: that had
-    entered the network. versions: of what wrote it."""
+    entered the network, `skip` of them in an earlier run whose weights this one has begun with;
+    passed: items that the stream had passed over. versions: of what wrote it."""
 
     format: int = Field(ge=1)
     tick: int
@@ -78,6 +79,8 @@ class Manifest(_Checked):
     delays: dict[str, int]
     versions: dict[str, str]
     samples: int = 0
+    passed: int = 0
+    skip: int = 0
 
     def dumped(self) -> bytes:
         """As a file, with a checksum of its own."""
@@ -95,7 +98,8 @@ def read_manifest(data: bytes, name: str) -> Manifest:
         body = json.loads(data)
         checksum = body.pop("sha256")
         manifest = Manifest.model_validate(body)
-        whole = checksum == _digest(manifest.model_dump(mode="json"))
+        # (a field that was not known when it was written is not under its checksum)
+        whole = checksum == _digest(manifest.model_dump(mode="json", exclude_unset=True))
     except ValidationError as error:
         raise SnapshotError(f"{name}: no manifest of a snapshot: {describe(error)}") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):

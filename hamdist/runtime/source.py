@@ -21,7 +21,7 @@ from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.signal import Signal, ready
 from hamdist.streams.check import Checker
-from hamdist.streams.replay import samples_from
+from hamdist.streams.replay import passed_over, samples_from
 from hamdist.streams.sample import Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
@@ -71,8 +71,13 @@ class SourceNode:
         """What the stream has counted: samples dropped, say."""
         return report_of(self._stream)
 
+    @property
+    def passed(self) -> int:
+        """Items that the stream has passed over."""
+        return passed_over(self._stream)
+
     def start(self) -> None:
-        self._drawn = samples_from(self._stream, self._plan.skip)
+        self._drawn = samples_from(self._stream, self._plan.skip, self._plan.passed)
         if self._ahead:
             self._next = self._draw(0)
 
@@ -84,6 +89,7 @@ class SourceNode:
             "tick": self.tick,
             "samples": self.samples,
             "drawn": self._items,
+            "passed": self.passed,
             "next": None if ahead is None else _told(ahead),
             "tau": self._tau,
             "time": self._check.last,
@@ -92,7 +98,7 @@ class SourceNode:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`, instead of `start`: the stream is drawn again up to there."""
-        names = ("event", "tick", "samples", "drawn", "next", "tau", "time", "smoothness")
+        names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         check_names("stream", state, names)
         self.event, self.tick, self.samples = state["event"], state["tick"], state["samples"]
         self._tau, self._check.last = state["tau"], state["time"]
@@ -102,7 +108,8 @@ class SourceNode:
         if not isinstance(self._plan.schedule, SequenceSchedule):
             self._events = source_events(self._plan.schedule.c, self.event.sample + 1)
         if self.tick is not None:
-            self._drawn = samples_from(self._stream, self._plan.skip + self._items)
+            given = self._plan.skip + self._items
+            self._drawn = samples_from(self._stream, given, state["passed"])
 
     def step(self) -> None:
         stamp = Stamp(self.event.tick, self.event.sample, 0)

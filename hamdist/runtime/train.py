@@ -23,7 +23,7 @@ from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SnapshotError
-from hamdist.runtime.advice import after, before
+from hamdist.runtime.advice import after, before, of_resumed
 from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.compression import in_edge_order
@@ -92,6 +92,7 @@ def train(
                 graph, plan = work.planned()
             else:
                 graph, plan, told = work.resumed(resume)
+                told += of_resumed(stream)
             told += drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
@@ -148,7 +149,7 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
-            return graph, plan, told
+            return graph, replace(plan, skip=snapshot.manifest.skip), told
         if isinstance(self.model, Graph):
             raise SnapshotError(
                 f"{snapshot}: it was taken of another graph ({', '.join(other)} differ)"
@@ -162,7 +163,8 @@ class _Work:
             f"place in the stream ({snapshot.manifest.samples} items) are taken over; states, "
             "costates, traces, signals under way and metrics begin anew"
         )
-        return graph, replace(plan, skip=snapshot.manifest.samples), told
+        then = snapshot.manifest
+        return graph, replace(plan, skip=then.samples, passed=then.passed), told
 
     def in_folder_of_its_own(self, snapshot: Snapshot) -> _Work:
         """A run that begins its ticks anew does not write among those of the snapshot's run."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.images import square_images
+from hamdist.streams.replay import replays
 from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream, report_of
 from hamdist.streams.seeding import generator
 
@@ -66,6 +67,7 @@ class Canvas:
         if not (speed > 0 and math.isfinite(speed)):
             raise SettingsError(f"stream.canvas.speed is {speed}; give pixels an item, above 0")
         self.portable: bool = stream.portable
+        self.replays: bool = replays(stream)
         self._stream = stream
         self._side, self._small = side, small
         self._frames, self._fade, self._speed = frames, fade, speed

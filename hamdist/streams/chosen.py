@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
+from hamdist.streams.replay import passed_over, replays, samples_from
 from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 
 
@@ -22,6 +23,7 @@ class Chosen:
 
     def __init__(self, stream: Stream, readouts: Collection[str]) -> None:
         self.portable: bool = stream.portable
+        self.replays: bool = replays(stream)
         self._stream = stream
         self._readouts = frozenset(readouts)
 
@@ -37,7 +39,18 @@ class Chosen:
         return report_of(self._stream)
 
     def samples(self) -> Iterator[Sample]:
-        for sample in self._stream.samples():
+        return self._chosen(self._stream.samples())
+
+    def passed(self) -> int:
+        """Those of the wrapped stream."""
+        return passed_over(self._stream)
+
+    def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
+        """The wrapped stream's."""
+        return self._chosen(samples_from(self._stream, given, passed))
+
+    def _chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
             if isinstance(sample.y, Mapping):
                 y = {n: one for n, one in sample.y.items() if n in self._readouts}
                 yield replace(sample, y=y)

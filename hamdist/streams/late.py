@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.pace import Paced
+from hamdist.streams.replay import replays
 from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, check_stream, report_of
 
 
@@ -28,6 +29,7 @@ class Delayed:
         _check_delay(delay)
         check_stream("Delayed", stream)
         self.portable: bool = stream.portable
+        self.replays: bool = replays(stream)
         self._stream = stream
         self._delay = delay
         self._tagged = tagged
@@ -107,6 +109,7 @@ class Rejoin:
             )
         check_stream("Rejoin", stream)
         self.portable: bool = stream.portable
+        self.replays: bool = replays(stream)
         self._stream = stream
         self._delay = delay
         self._patience = patience

@@ -32,8 +32,9 @@ class Paced:
     `report`: `dropped`, how many samples were; or `waiting_most`, the most that had arrived and
     waited behind the one given. What waits on its way to the blocks (engine.queue) has been given.
 
-    With `keep` a run that goes on from a snapshot gets every item once, if the wrapped stream
-    replays; with `drop` what it would get depends on the clock.
+    A run that goes on from a snapshot goes on behind the item that was given last, if the wrapped
+    stream replays; the clock starts again with the next one, as if none had arrived meanwhile. With
+    `keep` it gets every item once; with `drop` which ones are given depends on the clock.
 
     clock: seconds, never going back; sleep: waits for so many seconds. Portable where the wrapped
     stream is. Raises SettingsError for a period that is not above 0; StreamError for a sample
@@ -75,11 +76,20 @@ class Paced:
 
     def samples(self) -> Iterator[Sample]:
         """The samples that are given, from the first one on; the clock starts with it."""
-        return self.samples_from(0)
+        return self.samples_behind(0, 0)
 
-    def samples_from(self, n: int) -> Iterator[Sample]:
-        """The same from item n of the wrapped stream on, which is the first to arrive."""
+    def passed(self) -> int:
+        """How many were dropped."""
+        return self._counts.get("dropped", 0)
+
+    def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
+        """Those after so many that were given and dropped; the next one arrives at once."""
         self._counts = self._no_counts()
+        if passed:
+            self._counts["dropped"] = passed
+        return self._samples(given + passed)
+
+    def _samples(self, n: int) -> Iterator[Sample]:
         arrivals = self._arrivals(n)
         arrived: deque[Sample] = deque()
         coming = next(arrivals, None)

@@ -18,18 +18,38 @@ class Seekable(Protocol):
         ...
 
 
+@runtime_checkable
+class Passing(Protocol):
+    """A stream that may pass over items of its source: those that came while nobody asked, say."""
+
+    def passed(self) -> int:
+        """How many, up to the latest item that was given."""
+        ...
+
+    def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
+        """What follows after so many items were given, and so many passed over."""
+        ...
+
+
+def passed_over(stream: Stream) -> int:
+    """Items of its source that a stream has passed over so far."""
+    return stream.passed() if isinstance(stream, Passing) else 0
+
+
 def replays(stream: Stream) -> bool:
     """Whether the stream yields the same items whenever it is asked: portable ones do, unless they
     say otherwise (`replays`), and so does what was made of a list."""
     return bool(getattr(stream, "replays", stream.portable))
 
 
-def samples_from(stream: Stream, n: int) -> Iterator[Sample]:
+def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
     """The samples of a stream from item n on; one that does not yield the same items again goes on
-    with what it has.
+    with what it has. passed: items that it has passed over on the way.
 
     Raises StreamError where the stream ends before.
     """
+    if isinstance(stream, Passing):
+        return stream.samples_behind(n, passed)
     if n == 0 or not replays(stream):
         return iter(stream.samples())
     if isinstance(stream, Seekable):

@@ -16,6 +16,7 @@ from torch import Tensor
 from hamdist.config import Motion
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.images import square_images
+from hamdist.streams.replay import replays
 from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.streams.seeding import generator
 
@@ -61,6 +62,7 @@ class Smooth:
                 f"inputs of {spec.u_dtype} cannot fade: a smooth stream needs floating-point ones"
             )
         self.portable: bool = stream.portable
+        self.replays: bool = replays(stream)
         self._stream = stream
         self._frames = frames
         self._motion = motion
@@ -135,6 +137,7 @@ class Withhold:
         if not 0.0 <= share < 1.0:
             raise SettingsError(f"missing is {share}; the share of missing targets is in [0, 1)")
         self.portable: bool = stream.portable
+        self.replays: bool = replays(stream)
         self._stream = stream
         self._share = share
         self._seed = seed

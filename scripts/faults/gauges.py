@@ -1,4 +1,4 @@
-"""Memory, open files and sockets of a process and all that it started, over a run."""
+"""Memory, open files, sockets and threads of a process and all that it started, over a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import psutil
 
 MIB = 1 << 20
 MOST_OF = 0.8  # of the looks: a process that was there for fewer came or went meanwhile
-SETTLED = 0.3  # of a run: what comes before does not count
+SETTLED = 0.3  # of a run: what comes before does not count for the slope
+NEAR = 0.05  # of a run before a point of it: the looks whose mean stands for that point
 
 
 @dataclass
@@ -23,27 +24,31 @@ class Gauge:
     memory: list[float] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     sockets: list[int] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
 
     def settled(self, values: list[float] | list[int], whole: int) -> list[tuple[int, float]]:
         """The looks of the later part of a run of `whole` ticks."""
         pairs = zip(self.ticks, values, strict=True)
         return [(k, float(v)) for k, v in pairs if k >= SETTLED * whole]
 
-    def ends(self, values: list[float] | list[int], whole: int) -> tuple[float, float]:
-        """Means of the first and the last third of these."""
-        found = [v for _, v in self.settled(values, whole)]
-        third = max(1, len(found) // 3)
-        return sum(found[:third]) / third, sum(found[-third:]) / third
+    def at(self, values: list[float] | list[int], whole: int, share: float) -> float:
+        """Mean of the looks shortly before that share of the run; where there are none, the look
+        that is nearest to it."""
+        pairs = list(zip(self.ticks, values, strict=True))
+        near = [v for k, v in pairs if (share - NEAR) * whole <= k <= share * whole]
+        if not near:
+            near = [min(pairs, key=lambda pair: abs(pair[0] - share * whole))[1]]
+        return sum(near) / len(near)
 
     def slope(self, values: list[float] | list[int], whole: int) -> float:
-        """By least squares, per million ticks."""
+        """Of the later part by least squares, per 10^5 ticks."""
         pairs = self.settled(values, whole)
         n = len(pairs)
         if n < 2:
             return 0.0
         x, y = sum(k for k, _ in pairs) / n, sum(v for _, v in pairs) / n
         square = sum((k - x) ** 2 for k, _ in pairs)
-        return 1e6 * sum((k - x) * (v - y) for k, v in pairs) / square if square else 0.0
+        return 1e5 * sum((k - x) * (v - y) for k, v in pairs) / square if square else 0.0
 
 
 class Gauges:
@@ -86,6 +91,7 @@ class Gauges:
         gauge.memory.append(_anonymous(process) / MIB)
         gauge.files.append(len(files))
         gauge.sockets.append(sum(f.startswith("socket:") for f in files))
+        gauge.threads.append(process.num_threads())
         gauge.ticks.append(self.tick)
 
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
 from hamdist.config import Late
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams import Paced, Sample, Stream, Withhold, from_iterable, report_of
-from hamdist.streams.replay import replays, samples_from
+from hamdist.streams import (
+    Delayed,
+    Paced,
+    Rejoin,
+    Sample,
+    Smooth,
+    Stream,
+    Withhold,
+    from_iterable,
+    report_of,
+)
+from hamdist.streams.chosen import with_targets_of
+from hamdist.streams.replay import passed_over, replays, samples_from
 
 
 class Clock:
@@ -68,15 +79,15 @@ def test_a_quick_network_waits_for_each_sample() -> None:
     assert stream.report() == {"dropped": 0}
 
 
-@pytest.mark.parametrize(("late", "first"), [(Late.KEEP, 3), (Late.DROP, 0)])
-def test_a_run_that_goes_on_gets_the_items_that_follow(late: Late, first: int) -> None:
-    """Where nothing is dropped; the first of them arrives at once, the others in their pace."""
+@pytest.mark.parametrize("late", list(Late))
+def test_a_run_that_goes_on_gets_the_items_that_follow(late: Late) -> None:
+    """The first of them arrives at once, the others in their pace."""
     clock = Clock()
     stream = paced(numbered(6), clock, late)
     assert replays(stream) == (late is Late.KEEP)
     begun = clock.now
     seen = [(clock.now - begun, int(sample.u)) for sample in samples_from(stream, 3)]
-    assert seen == [(float(n - first), n) for n in range(first, 6)]
+    assert seen == [(0.0, 3), (1.0, 4), (2.0, 5)]
 
 
 # busy after each given sample: 2.5 s, 0.25 s, 0, 3 s, 0; samples arrive at 0, 1, 2, ... 8
@@ -96,6 +107,56 @@ def test_drop() -> None:
         (8.0, 8),
     ]
     assert stream.report() == {"dropped": 3}
+
+
+def test_dropped_items_do_not_come_again() -> None:
+    """As in `test_drop`, but another stream goes on after the third, 3, with its own clock: 4 at
+    once; then it is busy until 2.5, when 5 and 6 have arrived; 7 at 3."""
+    clock = Clock()
+    stream = paced(numbered(9), clock, Late.DROP)
+    samples = stream.samples()
+    for busy in (*BUSY[:2], 0.0):
+        next(samples)
+        clock.now += busy
+    assert passed_over(stream) == 1
+    clock = Clock(7000.0)
+    stream = paced(numbered(9), clock, Late.DROP)
+    seen = []
+    for busy, sample in zip((2.5, 0.0, 0.0, 0.0), samples_from(stream, 3, passed=1), strict=True):
+        seen.append((clock.now - 7000.0, int(sample.u)))
+        clock.now += busy
+    assert seen == [(0.0, 4), (2.5, 6), (3.0, 7), (4.0, 8)]
+    assert stream.report() == {"dropped": 2}  # 1 and 5
+
+
+def test_the_wrapped_stream_of_one_that_drops_its_targets() -> None:
+    """What `train` wraps on its own passes the way to go on through."""
+    clock = Clock()
+    inner = from_iterable(
+        [Sample(torch.tensor([[float(n)]]), {"a": torch.tensor([n]), "b": None}) for n in range(9)],
+        classes={"a": 9, "b": 9},
+    )
+    stream = with_targets_of(paced(inner, clock, Late.DROP), ["a"])
+    assert not replays(stream)
+    assert [int(s.u) for s in samples_from(stream, 3, passed=4)] == [7, 8]
+    assert passed_over(stream) == 4
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda stream: Delayed(stream, 2),
+        lambda stream: Rejoin(stream, 2),
+        lambda stream: Smooth(stream, 1),
+        lambda stream: Withhold(stream, 0.5, 1),
+    ],
+)
+def test_a_wrapped_list_goes_on_where_it_was_left(wrap: Callable[[Stream], Stream]) -> None:
+    assert replays(wrap(numbered(9)))
+    whole = [float(s.u) for s in wrap(numbered(9)).samples()]
+    assert [float(s.u) for s in samples_from(wrap(numbered(9)), 3)] == whole[3:]
+    once = from_iterable(iter([(torch.ones(1, 1), torch.tensor([1]))]), classes=2)
+    assert not replays(wrap(once))
 
 
 def test_keep() -> None:

@@ -1,0 +1,155 @@
+"""When a crew is asked for snapshots, what a ledger weighs, and what stays behind of snapshots that
+are done: against hand-made crews and sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from runtime.networks import chain, stream
+
+from hamdist.config import Settings
+from hamdist.dynamics.graph import INPUT
+from hamdist.dynamics.losses import cross_entropy
+from hamdist.dynamics.schedule import Kind, Stamp
+from hamdist.runtime.crewkeeping import PATIENCE_SECONDS, CrewKeeping
+from hamdist.runtime.host import HostStatus, Kept
+from hamdist.runtime.keeper import Taken
+from hamdist.runtime.keptrun import KeptRun
+from hamdist.runtime.ledger import OBJECT_BYTES, Ledger
+from hamdist.runtime.mail import Mailroom
+from hamdist.runtime.nodes import make_node
+from hamdist.runtime.plan import make_keeping, make_plan
+from hamdist.runtime.signal import Channel, Signal
+from hamdist.runtime.snapshot import write_part
+from hamdist.runtime.source import SourceNode
+from hamdist.runtime.storage import storage
+from hamdist.runtime.train import as_graph
+
+
+def plan_of(path, engine="ray", **fields):
+    chosen = {"engine": {"kind": engine}, "snapshots": {"path": str(path), **fields}}
+    settings = Settings.model_validate(chosen)
+    spec = stream(1).spec
+    plan = make_plan(as_graph(chain(), settings, spec, cross_entropy), settings, spec)
+    return replace(plan, keeping=make_keeping(settings))
+
+
+@dataclass
+class OneActor:
+    report = None
+    kept_bytes: int = 0
+    status: HostStatus | None = None
+
+
+@dataclass
+class FakeCrew:
+    """One actor with all blocks, which writes what it is asked for when the test says so."""
+
+    plan: object
+    path: object
+    actors: list = field(default_factory=lambda: [OneActor()])
+    asked: list = field(default_factory=list)
+    completed: list = field(default_factory=list)
+    told: list = field(default_factory=list)
+
+    def at(self, tick):
+        self.actors[0].status = HostStatus({"b": tick}, {}, 0, [], 0, None, None)
+
+    def keep(self, tick):
+        self.asked.append(tick)
+
+    def complete(self, tick):
+        self.completed.append(tick)
+
+    def kept(self):
+        told, self.told = self.told, []
+        return told
+
+    def silent(self, now, seconds):
+        return []
+
+    def writes(self, tick):
+        store = storage(str(self.path))
+        names = (INPUT, *self.plan.graph.blocks)
+        parts = {n: write_part(store, tick, f"{i}.x", b"x") for i, n in enumerate(names)}
+        self.told.append(Kept([Taken(tick, parts)], None, 0))
+
+
+def crew_of(path, **fields):
+    plan = plan_of(path, **fields)
+    crew = FakeCrew(plan, path)
+    return crew, CrewKeeping(plan, crew, plan.keeping)
+
+
+def test_a_snapshot_follows_another_in_its_interval(tmp_path):
+    """Every 2 s, though an unanswered one would be waited for ten times as long."""
+    crew, keeping = crew_of(tmp_path, seconds=2)
+    for second in range(9):
+        crew.at(100 * second)
+        keeping.look(float(second))
+        if second % 2 == 0 and crew.asked:
+            crew.writes(crew.asked[-1])
+    assert len(crew.asked) == 4  # at 2, 4, 6 and 8 s
+    assert crew.completed == crew.asked[:-1]
+
+
+def test_an_unanswered_one_is_waited_for(tmp_path):
+    crew, keeping = crew_of(tmp_path, seconds=2)
+    for second in range(int(PATIENCE_SECONDS) + 2):
+        keeping.look(float(second))
+    assert len(crew.asked) == 1
+    keeping.look(PATIENCE_SECONDS + 2)
+    assert len(crew.asked) == 2
+
+
+def test_a_snapshot_each_time_that_too_many_signals_are_kept(tmp_path):
+    crew, keeping = crew_of(tmp_path, seconds=1000, memory=1)
+    keeping.look(0.0)
+    assert not crew.asked
+    for turn in range(1, 4):
+        crew.actors[0].kept_bytes = 2**20 + 1
+        crew.at(100 * turn)
+        keeping.look(float(turn))
+        assert len(crew.asked) == turn
+        crew.writes(crew.asked[-1])
+        keeping.look(turn + 0.5)  # the actor has not told yet that it has let them go
+        assert len(crew.asked) == turn
+
+
+def test_the_last_one_before_the_end(tmp_path):
+    crew, keeping = crew_of(tmp_path, seconds=1000)
+    keeping.look(0.0)
+    assert not keeping.last(1.0)
+    crew.writes(crew.asked[-1])
+    keeping.look(1.1)
+    assert keeping.last(1.2)
+
+
+def test_a_ledger_weighs_objects_too():
+    channel = Channel(0, Kind.STATE, "a", "b", "a->b", capacity=2)
+    ledger = Ledger({"a"}, replays=True)
+    for n in range(10):
+        ledger.post(channel, Signal(Stamp(n, n, n), torch.zeros(3, dtype=torch.float64)))
+    ledger.post(channel, Signal(Stamp(10, 10, 10), end=True))
+    assert ledger.nbytes == 11 * OBJECT_BYTES + 10 * 24
+    ledger.mark(11)
+    ledger.complete(11)  # the two latest stay
+    assert ledger.nbytes == 2 * OBJECT_BYTES + 24
+
+
+@pytest.mark.parametrize("snapshots", [3, 30])
+def test_nothing_is_left_of_snapshots_that_are_done(snapshots, tmp_path):
+    plan = plan_of(tmp_path, engine="inprocess")
+    inside = {INPUT, *plan.graph.blocks}
+    ledger = Ledger(inside, replays=False)
+    mail = Mailroom(inside, ledger=ledger)
+    nodes = [SourceNode(plan, stream(1), mail)]
+    nodes += [make_node(plan, name, mail) for name in plan.graph.blocks]
+    with KeptRun(plan, nodes, mail, ledger) as run:
+        for tick in range(1, snapshots + 1):
+            run.keeper.ask(tick)
+            run.keeper.reach(tick)
+    assert len(run.snapshots) == 2
+    assert run.keeper.collected() == ([], None)
