@@ -13,8 +13,8 @@ class SnapshotSettings(Section):
 
     recover: lost actors are started again from the latest snapshot (engine 'ray'). memory: MiB of
     signals that an actor keeps for that; with more a snapshot is taken. attempts: failures of one
-    block at one tick that end the run. silence: seconds after which an actor that does not answer
-    counts as lost.
+    block at one tick, or losses of one process that got no further, that end the run. silence:
+    seconds after which an actor that does not answer counts as lost.
     """
 
     path: str | None = None

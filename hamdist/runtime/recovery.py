@@ -24,6 +24,7 @@ import ray
 from ray.exceptions import RayError
 
 from hamdist.errors import BlockError, ClusterError, DivergedError, HamdistError, WireError
+from hamdist.runtime.attempts import Attempts
 from hamdist.runtime.cluster import reachable_hosts
 from hamdist.runtime.crew import START_SECONDS, Actor, Crew
 from hamdist.runtime.host import ANSWER_SECONDS, Opened
@@ -55,7 +56,7 @@ class Recovery:
         self._keeping = keeping
         self._shelf = shelf
         self._epoch = keeping.epoch
-        self._failures: dict[str, tuple[int | None, int]] = {}  # by actor: at which tick, how often
+        self._attempts = Attempts()
         self._fresh: set[str] = set()  # started already in the present recovery
         self.replaced: list[Replaced] = []
 
@@ -66,8 +67,8 @@ class Recovery:
         return isinstance(error, (BlockError, WireError))
 
     def replace(self, losses: Sequence[Loss]) -> None:
-        """Raises the error of a loss that has come too often at one tick, and ClusterError where
-        the cluster cannot take a replacement."""
+        """Raises the error of an actor that was lost too often without getting any further, and
+        ClusterError where the cluster cannot take a replacement."""
         began = time.monotonic()
         for loss in losses:
             self._count(loss)
@@ -101,11 +102,16 @@ class Recovery:
             )
 
     def _count(self, loss: Loss) -> None:
-        before, times = self._failures.get(loss.actor.name, (None, 0))
-        times = times + 1 if times and before == loss.tick else 1
-        self._failures[loss.actor.name] = loss.tick, times
-        if loss.tick is not None and times >= self._keeping.attempts:
-            raise loss.error
+        saved = 0 if self._shelf.latest is None else self._shelf.latest.tick
+        times = self._attempts.lost(loss.actor.name, loss.tick, saved)
+        if times < self._keeping.attempts:
+            return
+        if isinstance(loss.error, ClusterError):
+            raise ClusterError(
+                f"{loss.error} It was lost {times} times without getting any further "
+                "(snapshots.attempts)"
+            ) from loss.error
+        raise loss.error
 
     def _try(self, lost: list[Actor]) -> int | list[Actor]:
         """How many signals were sent again; or the actors that were lost meanwhile."""

@@ -46,6 +46,21 @@ class Once(nn.Module):
         return x
 
 
+class Always(nn.Module):
+    """Kills every process but the driver's in its fifth forward pass. Passes on what it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        if x.device.type != "meta" and os.environ.get("HAMDIST_TEST_DRIVER") != str(os.getpid()):
+            self.calls += 1
+            if self.calls == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
 @pytest.fixture
 def driver(monkeypatch):
     """The driver's process only measures the network: nothing happens there."""
@@ -186,3 +201,17 @@ def test_on_ray_and_on_from_there_anywhere(session, leaves_no_socket, tmp_path):
     for engine in (ALONE, {"kind": "ray", "actors": 4, "transport": "tcp"}):
         on = settings(engine, ITEMS, snapshots={"path": str(tmp_path / "on")}, **given)
         assert_equal(alone, train(net(), PortableStream(ITEMS), on, resume=folder))
+
+
+def test_a_process_that_dies_whenever_it_starts(session, driver, leaves_no_socket, tmp_path):
+    """Nobody knows at which tick, as it dies before it is asked: it was replaced for ever."""
+    odd = net((2, Always()))
+    run = settings(
+        {"kind": "ray", "actors": 3},
+        ITEMS,
+        level="trace",
+        partition=cut(),
+        snapshots={"path": str(tmp_path), "every": 1000, "attempts": 2},
+    )
+    with pytest.raises(ClusterError, match=r"died: .* lost 2 times without getting any further"):
+        train(odd, PortableStream(ITEMS), run)
