@@ -121,6 +121,9 @@ def test_gauges():
     assert gauge.at(gauge.memory, 2000, 0.25) == pytest.approx(5 + 3e-5 * 450)
     assert gauge.slope(gauge.files, 1000) == 0
     assert gauge.at(gauge.threads, 1000, 0.5) == 2
+    gauge.end_at(700)
+    assert gauge.ticks == [0, 100, 200, 300, 400, 500, 600, 700]
+    assert gauge.at(gauge.memory, 1000, 1.0) == pytest.approx(5 + 3e-5 * 700)
 
 
 @pytest.mark.parametrize("what", ["memory", "files", "sockets", "threads"])
