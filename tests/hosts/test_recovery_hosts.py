@@ -1,5 +1,5 @@
-"""Runs across three hosts that lose an actor, a cable for 5 s, a raylet, a driver. Oracle: the in-process
-run, in which nothing happens (scripts/faults)."""
+"""Runs across three hosts that lose an actor, a cable for 5 s, a raylet, a driver. Oracle: the
+in-process run, in which nothing happens (scripts/faults)."""
 
 from __future__ import annotations
 
