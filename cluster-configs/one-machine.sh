@@ -25,5 +25,15 @@ set -a
 RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN_PATH=$folder/token
 set +a
-exec ray start --head --block --port="$port" --disable-usage-stats \
-  --dashboard-host=127.0.0.1 --dashboard-port="$jobs_port" --object-store-memory=104857600
+# Ray's files in a folder of its own, with a short name (its sockets' paths have 107 bytes): in the
+# usual /tmp/ray what it notes there would outlive it, and mislead the next `ray`.
+files=$(mktemp -d /tmp/hdray-XXXXXX)
+trap 'kill "$!" 2>/dev/null || true' INT TERM
+ray start --head --block --port="$port" --disable-usage-stats --temp-dir="$files/r" \
+  --dashboard-host=127.0.0.1 --dashboard-port="$jobs_port" --object-store-memory=104857600 &
+while status=0; do
+  wait "$!" || status=$? # (a signal ends the wait before Ray has ended)
+  kill -0 "$!" 2>/dev/null || break
+done
+rm -rf "$files"
+exit "$status"

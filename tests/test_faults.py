@@ -28,7 +28,7 @@ from faults.events import (
 from faults.gauges import Gauge
 from faults.net import Numbered, network
 from faults.numbered import NEXT, SEEN, WRONG, Counted
-from faults.trial import _wrong, trial
+from faults.trial import Trial, _wrong, trial
 from faults.watch import lost_seconds
 from safetensors.torch import save_file
 
@@ -60,12 +60,53 @@ def test_events_on_hosts():
         assert (event.seconds >= 1) == (event.what == LINK)
 
 
+def beats(folder, *times):
+    (folder / "marks").mkdir()
+    (folder / "marks" / "beats").write_bytes(struct.pack(f"{len(times)}d", *times))
+
+
 def test_lost_seconds(tmp_path):
-    """Results at 0, 1, 2, 7, 8 and 12 s; something happens at 2.5 and at 8.5 s, and at 13 s."""
-    (tmp_path / "marks").mkdir()
-    (tmp_path / "marks" / "beats").write_bytes(struct.pack("6d", 0, 1, 2, 7, 8, 12))
-    found = lost_seconds({3: 2.5, 5: 8.5, 8: 13.0}, tmp_path)
-    assert found == {3: 4.5, 5: 3.5, 8: float("inf")}
+    """Something happens at 2.5 and at 8.5 s, and at 13 s."""
+    beats(tmp_path, 0, 1, 2, 2.6, 7, 8, 8.4, 12)
+    found = lost_seconds({3: 2.5, 5: 8.5, 8: 13.0}, {}, tmp_path)
+    assert found == pytest.approx({3: 4.4, 5: 3.5, 8: float("inf")})
+
+
+def test_a_silence_is_the_next_events(tmp_path):
+    """After a short one of its own, an event is over long before the next one: at 9 s."""
+    beats(tmp_path, 0, 1, 3, 4, 5, 6, 7, 8, 8.9, 20)
+    assert lost_seconds({0: 1.0, 1: 9.0}, {}, tmp_path) == pytest.approx({0: 2.0, 1: 11.0})
+
+
+def test_two_in_one_silence(tmp_path):
+    """The first is still being mended when the second happens, at 4 s."""
+    beats(tmp_path, 0, 1, 9)
+    assert lost_seconds({0: 1.0, 1: 4.0}, {}, tmp_path) == {0: 8.0, 1: 5.0}
+
+
+def test_a_lost_driver_is_blamed_for_its_own_seconds(tmp_path):
+    """At 3 s, the next driver starts at 3.1 s and has its first result at 20 s. An actor was killed
+    at 2 s, which nobody could mend in time; another one at 3.02 s, and one at 21 s."""
+    beats(tmp_path, 0, 1, 2, 3.01, 3.05, 20, 20.5, 21, 24, 24.5)
+    found = lost_seconds({1: 2.0, 2: 3.0, 3: 3.02, 4: 21.0}, {2: 3.1}, tmp_path)
+    assert found == pytest.approx({1: 1.0, 2: 16.95, 3: 0.0, 4: 3.0})
+
+
+def test_a_driver_that_is_lost_while_an_actor_is_replaced(tmp_path):
+    beats(tmp_path, 0, 1, 20, 21)
+    found = lost_seconds({7: 1.0, 2: 3.5}, {2: 3.6}, tmp_path)
+    assert found == pytest.approx({7: 2.5, 2: 16.5})
+
+
+def test_no_result_after_another_driver(tmp_path):
+    beats(tmp_path, 0, 1)
+    assert lost_seconds({2: 0.5}, {2: 3.6}, tmp_path) == {2: float("inf")}
+
+
+def test_seconds_by_kind():
+    events = [Event(0, KILL, 1, 5, 0.1), Event(1, HANG, 1, 9, 0.1), Event(2, KILL, 0, 20, 0.1)]
+    row = Trial("trace", events, {0: 3.0, 2: 2.5}, 2, 0, 7, "")
+    assert script("chaos")["_by_kind"]([row, row]) == {KILL: [3.0, 2.5, 3.0, 2.5]}
 
 
 def test_gauges():
@@ -80,6 +121,9 @@ def test_gauges():
     assert gauge.at(gauge.memory, 2000, 0.25) == pytest.approx(5 + 3e-5 * 450)
     assert gauge.slope(gauge.files, 1000) == 0
     assert gauge.at(gauge.threads, 1000, 0.5) == 2
+    gauge.end_at(700)
+    assert gauge.ticks == [0, 100, 200, 300, 400, 500, 600, 700]
+    assert gauge.at(gauge.memory, 1000, 1.0) == pytest.approx(5 + 3e-5 * 700)
 
 
 @pytest.mark.parametrize("what", ["memory", "files", "sockets", "threads"])

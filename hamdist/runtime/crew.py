@@ -108,6 +108,8 @@ class Crew:
         self._thread: threading.Thread | None = None
         self.local_report: HostReport | None = None
         self.actors: list[Actor] = []
+        self._keeping: list[Any] = []  # the calls of the latest keep() that have not been answered
+        self._too_late = False
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
         self.mourn: Callable[[Actor, HamdistError | None, HamdistError], bool] | None = None
 
@@ -354,10 +356,20 @@ class Crew:
 
     def keep(self, tick: int) -> None:
         """All take a snapshot at `tick`."""
-        for actor in self.running.values():
-            actor.handle.keep.remote(tick)
-        if self._local is not None:
-            self._local.keep(tick)
+        self._keeping = [actor.handle.keep.remote(tick) for actor in self.running.values()]
+        self._too_late = self._local is not None and not self._local.keep(tick)
+
+    def too_late(self) -> bool:
+        """Whether somebody had passed the tick of the latest `keep` when it was told."""
+        done, self._keeping = (
+            ray.wait(self._keeping, num_returns=len(self._keeping), timeout=0)
+            if self._keeping
+            else ([], [])
+        )
+        for call in done:
+            with contextlib.suppress(RayError):  # an actor that died is found by its run call
+                self._too_late = self._too_late or not ray.get(call)
+        return self._too_late
 
     def complete(self, tick: int) -> None:
         """All may forget what lies before that snapshot."""

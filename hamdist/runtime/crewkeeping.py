@@ -34,6 +34,7 @@ class CrewKeeping:
         self._asked: tuple[int, float] | None = None  # the tick of the latest, and when
         self._pace: tuple[float, int] | None = None  # when, and where the first block was
         self._rate = 0.0
+        self._last: int | None = None  # the tick of the one before the end
         self._last_by: float | None = None
         self.warnings: list[str] = []
         crew.mourn = self._mourn
@@ -46,6 +47,11 @@ class CrewKeeping:
     @property
     def replaced(self) -> list[Replaced]:
         return [] if self._recovery is None else self._recovery.replaced
+
+    @property
+    def lost(self) -> list[str]:
+        """What was lost and has not been replaced."""
+        return [str(loss.error) for loss in self._losses]
 
     # -- losses ---------------------------------------------------------------------------------
 
@@ -60,12 +66,16 @@ class CrewKeeping:
     def look(self, now: float) -> None:
         """Replaces what was lost, and asks for snapshots. Raises what cannot be healed."""
         self._collect()
+        if self._asked is not None and self._crew.too_late():
+            self._asked = self._last = None
+            self._due = now  # again, further ahead
         self._give_up_the_silent(now)
         if self._losses and self._recovery is not None:
             losses, self._losses = self._losses, []
             before = len(self._recovery.replaced)
             self._recovery.replace(losses)
-            self._asked = None
+            # (they have not all heard of it, and have their time again)
+            self._asked = self._last = self._last_by = self._pace = None
             self.warnings += [
                 f"{r.actor} (blocks {', '.join(r.blocks)}) was lost at tick {r.tick}, and replaced "
                 f"within {r.seconds:.1f} s from tick {r.since}; no number has changed"
@@ -129,17 +139,32 @@ class CrewKeeping:
         ticks = [k for a in self._crew.actors if a.status for k in a.status.ticks.values()]
         return max(ticks, default=0)
 
-    def _ask(self, now: float, front: int) -> None:
+    def _ask(self, now: float, front: int) -> int:
         tick = front + 1 + int(AHEAD_SECONDS * self._rate) + 2 * len(self._blocks)
         self._asked = (tick, now)
         self._crew.keep(tick)
+        return tick
 
     def last(self, now: float) -> bool:
-        """Before the end: asks for a snapshot. Whether it is there, or will not be."""
-        if self._last_by is None:
-            self._last_by = now + LAST_SECONDS
-            self._ask(now, self._front())
-        return self._asked is None or now > self._last_by
+        """Before the end: asks for a snapshot, and again after a loss. Whether it is there, or will
+        not be, which is then among the warnings."""
+        if self._last is None and not self._losses:
+            self._last = self._ask(now, self._front())
+            self._last_by = self._last_by or now + LAST_SECONDS
+        latest = self._shelf.latest
+        if self._last is None:
+            return False  # what was lost is replaced first
+        if latest is not None and latest.tick >= self._last:
+            return True
+        if self._last_by is None or now <= self._last_by:
+            return False
+        there = (
+            "there is none" if latest is None else f"the latest one is that of tick {latest.tick}"
+        )
+        self.warnings.append(
+            f"no snapshot could be taken before the end within {LAST_SECONDS:.0f} s: {there}"
+        )
+        return True
 
 
 def _tick(actor: Actor) -> int | None:

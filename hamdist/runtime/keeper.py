@@ -107,11 +107,20 @@ class Keeper:
         """A snapshot at `tick`, too: for any thread. Whether that is still to come. then: called
         when it has been taken."""
         with self._lock:
-            if tick <= self.reached:
-                return False
+            before = self._asked, self._then
             self._asked, self._then = tick, then
             self.due = min(self._next, tick)
+            # The loop looks at `due` before each event. So if no node has come to `tick` now, with
+            # `due` set, none will pass it before `reach` is called, which waits for the lock.
+            if tick <= self.reached or tick <= self._now():
+                self._asked, self._then = before
+                self.due = min(self._next, self._asked)
+                return False
             return True
+
+    def _now(self) -> float:
+        """The tick before whose events all nodes stand; infinite when they have ended."""
+        return min((node.tick for node in self._nodes if node.tick is not None), default=inf)
 
     def reach(self, tick: int) -> None:
         """Takes what is due. All nodes stand before `tick`, and nothing happened between what was
@@ -119,6 +128,8 @@ class Keeper:
         while self.due <= tick:
             then = None
             with self._lock:
+                if self.due > tick:
+                    return  # what was asked for came too late
                 due = int(self.due)
                 self.reached = due
                 if self._asked == due:

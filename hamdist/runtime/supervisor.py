@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from hamdist.dynamics.metrics import Window
-from hamdist.errors import DivergedError, HamdistError, StallError
+from hamdist.errors import ClusterError, DivergedError, HamdistError, StallError
 from hamdist.runtime.advice import placement_notes, unmeasured_notes
 from hamdist.runtime.cluster import ray_session
 from hamdist.runtime.compression import CompressionMap
@@ -91,8 +91,9 @@ class _Watch:
         with ending_on_interrupt(stop.set) as interrupted:
             try:
                 self._follow(stop)
-            except KeyboardInterrupt:  # the second Ctrl-C: end at once
-                self._crew.call_off()
+            except KeyboardInterrupt:  # the second Ctrl-C: end at once, whatever state it is in
+                with contextlib.suppress(HamdistError):
+                    self._crew.call_off()
             except DivergedError as error:
                 first = self._first(error)
                 first.outcome = self._outcome(interrupted())
@@ -111,20 +112,41 @@ class _Watch:
 
     def _follow(self, stop: threading.Event) -> None:
         end_by: float | None = None
+        keeping = self._keeping
         while not self._crew.done:
             self._crew.wait(POLL_SECONDS)
-            if stop.is_set() and end_by is None:
-                if self._keeping is not None and not self._keeping.last(time.monotonic()):
-                    continue  # a snapshot first
-                end_by = time.monotonic() + END_SECONDS
+            now = time.monotonic()
+            # (a snapshot first)
+            if stop.is_set() and end_by is None and (keeping is None or keeping.last(now)):
+                end_by = now + END_SECONDS
                 self._crew.stop_stream()
-            if end_by is not None and time.monotonic() > end_by:
+            if end_by is not None and (now > end_by or self._lost_while_ending()):
                 self._crew.call_off()
                 return
             self._look()
+            if keeping is not None and end_by is None and not self._mended(stop):
+                self._crew.call_off()
+                return
+            self._report_progress()
+
+    def _lost_while_ending(self) -> bool:
+        """A new process would begin behind what its neighbours wait for, and so ends nothing."""
+        lost = [] if self._keeping is None else self._keeping.lost
+        self._warnings += [f"{one} while the run was ending" for one in lost]
+        return bool(lost)
+
+    def _mended(self, stop: threading.Event) -> bool:
+        """Takes snapshots and replaces what was lost. False where that fails in a run that is to
+        end anyway; otherwise it raises what cannot be healed."""
+        try:
             if self._keeping is not None:
                 self._keeping.look(time.monotonic())
-            self._report_progress()
+        except ClusterError as error:
+            if not stop.is_set():
+                raise
+            self._warnings.append(f"{error} (while the run was ending)")
+            return False
+        return True
 
     def _look(self) -> None:
         """Asks how far everybody is, and lets the watchdog judge. Raises StallError."""

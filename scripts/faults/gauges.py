@@ -40,6 +40,13 @@ class Gauge:
             near = [min(pairs, key=lambda pair: abs(pair[0] - share * whole))[1]]
         return sum(near) / len(near)
 
+    def end_at(self, last: int) -> None:
+        """Forgets the looks after the first one at the tick `last`: the run was over then."""
+        if last in self.ticks:
+            many = self.ticks.index(last) + 1
+            for looks in (self.ticks, self.memory, self.files, self.sockets, self.threads):
+                del looks[many:]
+
     def slope(self, values: list[float] | list[int], whole: int) -> float:
         """Of the later part by least squares, per 10^5 ticks."""
         pairs = self.settled(values, whole)
@@ -70,7 +77,9 @@ class Gauges:
         self._thread.join()
 
     def all(self, whole: int) -> list[Gauge]:
-        """Of the processes that were there throughout the later part."""
+        """Of the processes that were there throughout the later part, while the run went on."""
+        for gauge in self._found.values():
+            gauge.end_at(self.tick)
         looks = [len(g.settled(g.memory, whole)) for g in self._found.values()]
         most = max(looks, default=0)
         return [

@@ -25,8 +25,9 @@ START_SECONDS, EVENT_SECONDS = 90.0, 45.0  # until a run counts as stuck
 
 @dataclass(frozen=True)
 class Trial:
-    """seconds: lost, by number of the events that happened. replaced: actors; drivers: those that
-    followed one that was lost; replayed: signals. wrong: what differs; empty if nothing does."""
+    """seconds: lost, by number of the events that happened (watch.py). replaced: actors; drivers:
+    those that followed one that was lost; replayed: signals. wrong: what differs; empty if nothing
+    does."""
 
     level: str
     events: list[Event]
@@ -69,9 +70,9 @@ def trial(
         return Trial(
             level,
             list(events),
-            lost_seconds(log.times, folder),
+            lost_seconds(log.times, log.restarts, folder),
             len(replaced),
-            log.drivers,
+            len(log.restarts),
             sum(one["replayed"] for one in replaced),
             wrong,
         )

@@ -22,6 +22,7 @@ from faults.net import BEATS, mark
 
 LOOK_SECONDS = 0.02
 GONE_SECONDS = 15.0
+STILL_SECONDS = 1.0  # between two results: longer than without any harm
 DRIVE = Path(__file__).with_name("drive.py")
 
 
@@ -130,11 +131,11 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class Log:
-    """When the events happened (by number, seconds of time.time()), how often a driver followed
-    one that was lost, and the exit status of the last."""
+    """When the events happened (by number, seconds of time.time()), when another driver was started
+    after those that have lost one, and the exit status of the last."""
 
     times: dict[int, float] = field(default_factory=dict)
-    drivers: int = 0
+    restarts: dict[int, float] = field(default_factory=dict)
     code: int | None = None
 
 
@@ -165,7 +166,7 @@ def watch(
                 told(f"{event.what} at pass {event.passes} of block {event.block}")
                 if event.what == DRIVER:
                     driver.kill()
-                    log.drivers += 1
+                    log.restarts[event.number] = time.time()
                     driver.start()
                 elif event.what == LINK:
                     world.cut(event.host)
@@ -198,16 +199,44 @@ def _lose(world: Any, event: Event) -> None:
     world.start_ray(event.host, wait=False)
 
 
-def lost_seconds(times: Mapping[int, float], folder: Path) -> dict[int, float]:
-    """By event: the longest time without a new result of the last block, from the event to the
-    next one."""
+def lost_seconds(
+    times: Mapping[int, float], restarts: Mapping[int, float], folder: Path
+) -> dict[int, float]:
+    """By event: the longest time without a new result of the last block that it has brought about.
+
+    times: when it happened; restarts: when another driver was started, for the loss of one. A
+    silence that such a start falls into is the lost driver's, from its loss on; whatever happened
+    to a run that had no driver any more has cost nothing more (0). A silence into which the next
+    event falls is that event's, unless it had lasted for STILL_SECONDS: then the earlier one was
+    still being mended. Infinite where no result followed.
+    """
     data = (folder / "marks" / BEATS).read_bytes()
     beats = [b for (b,) in struct.iter_unpack("d", data[: len(data) // 8 * 8])]
+    silences = list(itertools.pairwise(beats))
     ordered = sorted(times.items(), key=lambda item: item[1])
+    down = [(times[number], until, number) for number, until in restarts.items()]
     found = {}
     for i, (number, at) in enumerate(ordered):
-        until = ordered[i + 1][1] if i + 1 < len(ordered) else float("inf")
-        pairs = itertools.pairwise(beats)
-        gaps = [b - max(a, at) for a, b in pairs if b > at and a < until]
-        found[number] = max(gaps, default=float("inf"))
+        if number in restarts:
+            ended = ((a, b) for a, b in silences if b > restarts[number])
+            begin, end = next(ended, (at, float("inf")))
+            found[number] = end - max(begin, at)
+        elif any(lost <= at < until for lost, until, _ in down):
+            found[number] = 0.0
+        else:
+            after, until = ordered[i + 1] if i + 1 < len(ordered) else (None, float("inf"))
+            ends = after in restarts
+            shares = (_share(a, b, at, until, ends=ends) for a, b in silences if b > at)
+            found[number] = max(shares, default=float("inf"))
     return found
+
+
+def _share(begin: float, end: float, at: float, until: float, *, ends: bool) -> float:
+    """Of a silence, what belongs to an event at `at`, which another one follows at `until`. ends:
+    that is the loss of the driver, after which nothing is mended any more."""
+    if begin >= until:
+        return 0.0
+    still = until - max(begin, at) >= STILL_SECONDS
+    if end > until and (ends or not still):
+        end = until
+    return end - max(begin, at)

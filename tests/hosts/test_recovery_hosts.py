@@ -1,11 +1,15 @@
-"""Runs across three hosts that lose an actor, a cable for 5 s, and a raylet. Oracle: the in-process
-run, in which nothing happens (scripts/faults)."""
+"""Runs across three hosts that lose an actor, a cable for 5 s, a raylet, a driver. Oracle: the
+in-process run, in which nothing happens (scripts/faults)."""
 
 from __future__ import annotations
 
+import contextlib
+
+import psutil
 import pytest
-from faults.events import KILL, LINK, RAYLET, Event
+from faults.events import DRIVER, KILL, LINK, RAYLET, Event
 from faults.trial import trial
+from faults.watch import GONE_SECONDS
 from hosts.namespaces import hosts, why_not
 
 from hamdist.launch.quick import HEALTH
@@ -37,3 +41,20 @@ def test_nothing_is_lost(three, level):
     assert sorted(found.seconds) == [0, 1, 2]
     assert found.replaced >= 2
     assert found.replayed > 0
+
+
+def test_a_lost_driver(three):
+    """Another one, on the same cluster, goes on from what the first has left, and its actors on the
+    other hosts, which have lost theirs, are gone."""
+    found = trial("trace", 300, [Event(0, DRIVER, block=4, passes=200, seconds=0.0)], three)
+    assert found.wrong == ""
+    assert found.drivers == 1
+    assert 0 < found.seconds[0] < float("inf")
+    actors = [p for i in range(3) for p in three.processes(i) if "HostActor" in _command(p)]
+    assert not psutil.wait_procs(actors, timeout=GONE_SECONDS)[1]
+
+
+def _command(process):
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""

@@ -4,8 +4,10 @@ has; the shell scripts as they run, with stand-ins for what is not here."""
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,43 @@ def stand_in(folder, name, script):
     path = folder / name
     path.write_text(f"#!/usr/bin/env bash\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_one_machine_leaves_nothing(tmp_path, signals):
+    """Ray's own folder is gone with it, and not before; a signal at this script ends Ray."""
+    stand_in(
+        tmp_path,
+        "ray",
+        f"""
+        for word; do case $word in --temp-dir=*) own=${{word#*=}};; esac; done
+        mkdir -p "$own" && touch "$own/ray_current_cluster" && echo "$own" >{tmp_path}/own
+        trap 'signalled=1' TERM
+        mv {tmp_path}/own {tmp_path}/up
+        until [ "${{signalled:-}}" ]; do sleep 0.05; done
+        until [ -e {tmp_path}/go ]; do sleep 0.05; done
+        [ -e "$own/ray_current_cluster" ] && exit 7""",
+    )
+    env = {
+        **{n: v for n, v in os.environ.items() if not n.startswith("RAY_")},
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FOLDER": str(tmp_path / "folder"),
+    }
+    script = ["bash", str(FOLDER / "one-machine.sh")]
+    patience = threading.Event()
+    with subprocess.Popen(script, env=env) as process:
+        try:
+            while not (tmp_path / "up").exists() and process.poll() is None:
+                patience.wait(0.02)
+            own = Path((tmp_path / "up").read_text().strip())
+            for number in signals:
+                process.send_signal(number)
+            (tmp_path / "go").touch()
+            assert process.wait(20) == 7
+        finally:
+            process.kill()
+    assert not own.parent.exists()
+    assert own.name == "r"
 
 
 @pytest.fixture

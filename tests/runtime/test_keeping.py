@@ -3,6 +3,7 @@ are done: against hand-made crews and sums."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -13,9 +14,10 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.losses import cross_entropy
 from hamdist.dynamics.schedule import Kind, Stamp
-from hamdist.runtime.crewkeeping import PATIENCE_SECONDS, CrewKeeping
+from hamdist.errors import ClusterError
+from hamdist.runtime.crewkeeping import LAST_SECONDS, PATIENCE_SECONDS, CrewKeeping
 from hamdist.runtime.host import HostStatus, Kept
-from hamdist.runtime.keeper import Taken
+from hamdist.runtime.keeper import Keeper, Taken
 from hamdist.runtime.keptrun import KeptRun
 from hamdist.runtime.ledger import OBJECT_BYTES, Ledger
 from hamdist.runtime.mail import Mailroom
@@ -25,6 +27,7 @@ from hamdist.runtime.signal import Channel, Signal
 from hamdist.runtime.snapshot import write_part
 from hamdist.runtime.source import SourceNode
 from hamdist.runtime.storage import storage
+from hamdist.runtime.supervisor import _Watch
 from hamdist.runtime.train import as_graph
 
 
@@ -38,6 +41,7 @@ def plan_of(path, engine="ray", **fields):
 
 @dataclass
 class OneActor:
+    name = "actor 0"
     report = None
     kept_bytes: int = 0
     status: HostStatus | None = None
@@ -53,6 +57,23 @@ class FakeCrew:
     asked: list = field(default_factory=list)
     completed: list = field(default_factory=list)
     told: list = field(default_factory=list)
+    done = lost = stopped = called_off = late = False
+
+    def too_late(self):
+        return self.late
+
+    def loses(self):
+        self.lost = True
+        assert self.mourn(self.actors[0], None, ClusterError("an actor died"))
+
+    def ask(self, now, seconds):
+        pass
+
+    def stop_stream(self):
+        self.stopped = True
+
+    def call_off(self):
+        self.called_off = True
 
     def at(self, tick):
         self.actors[0].status = HostStatus({"b": tick}, {}, 0, [], 0, None, None)
@@ -67,7 +88,7 @@ class FakeCrew:
         told, self.told = self.told, []
         return told
 
-    def silent(self, now, seconds):
+    def silent(self, now, seconds=0.0):
         return []
 
     def writes(self, tick):
@@ -125,6 +146,101 @@ def test_the_last_one_before_the_end(tmp_path):
     crew.writes(crew.asked[-1])
     keeping.look(1.1)
     assert keeping.last(1.2)
+
+
+def test_after_a_loss_the_last_one_is_asked_for_again(tmp_path):
+    """Who was replaced has not heard of it. None comes within ten seconds of the second request."""
+    crew, keeping = crew_of(tmp_path, seconds=1000)
+    keeping._recovery.replace = lambda losses: None
+    keeping.look(0.0)
+    assert not keeping.last(1.0)
+    crew.loses()
+    keeping.look(2.0)
+    assert not keeping.last(2.1)
+    assert len(crew.asked) == 2
+    assert not keeping.last(2.1 + LAST_SECONDS)
+    assert not keeping.warnings
+    assert keeping.last(2.2 + LAST_SECONDS)
+    assert "no snapshot could be taken before the end within 10 s: there is none" in str(
+        keeping.warnings
+    )
+
+
+def test_what_is_lost_is_replaced_before_the_last_one(tmp_path):
+    crew, keeping = crew_of(tmp_path, seconds=1000)
+    crew.loses()
+    assert not keeping.last(1.0)
+    assert not crew.asked
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_an_end_that_meets_with_a_loss(tmp_path, when):
+    """Before the last snapshot, and the cluster cannot take a replacement; behind it, when none
+    is tried: the run is called off, which is no error, and says why."""
+    crew, _ = crew_of(tmp_path, seconds=1000)
+    watch = _Watch(crew.plan, crew, None)
+
+    def refused(losses):
+        if when == "behind":
+            raise AssertionError("tried")
+        raise ClusterError("there is no room for it")
+
+    def answers(seconds):
+        if (when == "before" and not crew.lost) or crew.stopped:
+            crew.loses()
+        elif crew.asked and not crew.completed:
+            crew.writes(crew.asked[-1])
+
+    watch._keeping._recovery.replace = refused
+    crew.wait = answers
+    stop = threading.Event()
+    stop.set()
+    watch._follow(stop)
+    assert crew.called_off
+    assert crew.stopped == (when == "behind")
+    found = watch._warnings
+    words = "an actor died" if when == "behind" else "there is no room for it"
+    assert [words in line and "while the run was ending" in line for line in found] == [True]
+
+
+def test_who_had_passed_the_tick_is_asked_again(tmp_path):
+    """At once, further ahead, and not after the patience for an unanswered request."""
+    crew, keeping = crew_of(tmp_path, seconds=2)
+    keeping.look(0.0)
+    keeping.look(2.0)
+    assert len(crew.asked) == 1
+    crew.late = True
+    crew.at(500)
+    keeping.look(2.2)
+    assert len(crew.asked) == 2
+    assert crew.asked[1] > 500
+    crew.late = False
+    keeping.look(2.4)
+    assert len(crew.asked) == 2
+
+
+class Stands:
+    """A node that has come to a tick."""
+
+    name = "u"
+
+    def __init__(self, tick):
+        self.tick = tick
+
+
+@pytest.mark.parametrize(
+    ("ticks", "tick", "comes"),
+    [((5, 9), 6, True), ((5, 9), 5, False), ((5, 9), 4, False), ((None, 9), 6, False),
+     ((None, 9), 10, True), ((None, None), 10, False)],
+)  # fmt: skip
+def test_no_snapshot_of_a_tick_that_has_begun(tmp_path, ticks, tick, comes):
+    """Its file would hold a later state. What was asked for before is still due."""
+    plan = plan_of(tmp_path, seconds=1000)
+    keeper = Keeper(plan, [Stands(k) for k in ticks], None, None)
+    assert keeper.ask(7 if None not in ticks else 20) == (ticks != (None, None))
+    before = keeper.due
+    assert keeper.ask(tick) == comes
+    assert keeper.due == (tick if comes else before)
 
 
 def test_a_ledger_weighs_objects_too():

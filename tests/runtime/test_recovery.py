@@ -13,6 +13,8 @@ from runtime.test_engines_equal import assert_equal, settings
 from torch import nn
 
 from hamdist.errors import BlockError, ClusterError
+from hamdist.runtime.recovery import Recovery
+from hamdist.runtime.snapshot import latest
 from hamdist.runtime.train import train
 from hamdist.streams import from_iterable
 
@@ -215,3 +217,36 @@ def test_a_process_that_dies_whenever_it_starts(session, driver, leaves_no_socke
     )
     with pytest.raises(ClusterError, match=r"died: .* lost 2 times without getting any further"):
         train(odd, PortableStream(ITEMS), run)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_while_a_lost_stream_is_replaced(
+    session, driver, leaves_no_socket, tmp_path, monkeypatch, times
+):
+    """Once: it is replaced, a snapshot is taken, and the run ends in order; it can be gone on from.
+    Twice: it ends as it is."""
+    replace = Recovery.replace
+
+    def interrupted(recovery, losses):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        replace(recovery, losses)
+
+    monkeypatch.setattr(Recovery, "replace", interrupted)
+    odd = net((0, Once(31, tmp_path / "mark", "kill")))
+    given = {"level": "trace", "partition": cut()}
+    kept = {"path": str(tmp_path / "kept"), "seconds": 100}
+    run = settings({"kind": "ray", "actors": 3}, None, snapshots=kept, **given)
+    result = train(odd, PortableStream(10**6), run)
+    assert result.interrupted
+    if times == 2:
+        assert not result.replaced
+        assert not result.snapshots
+        return
+    assert len(result.replaced) == 1
+    assert len(result.snapshots) == 1
+    items = latest(tmp_path / "kept", print).manifest.samples + 20
+    alone = train(net(), PortableStream(items), settings(ALONE, items, **given))
+    calm = settings(ALONE, items, snapshots=kept, **given)
+    on = train(net(), PortableStream(items), calm, resume=tmp_path / "kept")
+    assert_equal(alone, on)
