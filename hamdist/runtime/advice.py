@@ -25,6 +25,8 @@ from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.threads import cores
+from hamdist.streams.replay import replays
+from hamdist.streams.sample import Stream
 
 # Samples of one sequence from which on it looks as if the ends had been forgotten.
 LONG_SEQUENCE = 100
@@ -185,6 +187,29 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
         *smoothness_warnings(plan, outcome.smoothness),
         *loss_warnings(outcome),
         *sequence_warnings(plan, outcome),
+    ]
+
+
+def short_stream(plan: Plan, outcome: Outcome) -> list[str]:
+    """Says so where the stream had fewer items than were asked for (of a run to its end)."""
+    items = plan.skip + outcome.samples
+    if plan.steps is None or outcome.interrupted or items >= plan.steps:
+        return []
+    return [
+        f"the stream ended after {items} items, before 'steps' {plan.steps}: give one that goes on "
+        "(for several epochs: (item for _ in range(epochs) for item in loader)), or leave steps out"
+    ]
+
+
+def other_items(stream: Stream) -> list[str]:
+    """Says so where a run that goes on may get other items than the one that was stopped."""
+    if replays(stream):
+        return []
+    return [
+        "the run goes on with whatever the stream yields first now: a DataLoader or an iterator is "
+        "not sure to yield the same items again, so what was drawn before is not skipped; a list, "
+        "an ArrayStream or from_iterable(loader) of a loader with a seeded order is drawn again up "
+        "to the snapshot"
     ]
 
 
