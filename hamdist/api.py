@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from pydantic import ValidationError
 from torch import nn
@@ -59,12 +59,10 @@ def train(
     BlockError, StallError, ClusterError from a run, whose processes have ended by then. A run that
     left the finite range (DivergedError) brings what came before as `error.result`.
     """
-    if phi is not None and not callable(phi):
-        raise SettingsError(
-            f"phi is {phi!r}; give a function of the tick, or a number as dynamics={{'phi': ...}}"
-        )
+    _check_arguments(model, settings, phi, on_progress)
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
+    losses = {n: _loss(o) for n, o in loss.items()} if isinstance(loss, Mapping) else _loss(loss)
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
     settled = _settled(settings, fields)
     if isinstance(model, Graph):
@@ -76,7 +74,7 @@ def train(
         model,
         stream,
         settled,
-        loss={n: _loss(one) for n, one in loss.items()} if isinstance(loss, Mapping) else loss,
+        loss=losses,
         policy=policy,
         phi=phi,
         on_progress=on_progress,
@@ -98,13 +96,42 @@ def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
     return made
 
 
-def _loss(loss: LossFunction | str) -> LossFunction:
-    """Raises SettingsError for an unknown name."""
-    if not isinstance(loss, str):
+def _check_arguments(model: object, settings: object, phi: object, on_progress: object) -> None:
+    """Raises SettingsError for what is not of its kind."""
+    if not isinstance(model, (nn.Module, Graph)):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise SettingsError(f"model is {kind}; give an nn.Module, made, or a hamdist.Graph")
+    if settings is not None and not isinstance(settings, Settings):
+        raise SettingsError(
+            f"settings is a {type(settings).__name__}; give hamdist.Settings(...), or its fields "
+            "by name: train(model, stream, level='trace', steps=2000)"
+        )
+    if phi is not None and not callable(phi):
+        raise SettingsError(
+            f"phi is {phi!r}; give a function of the tick, or a number as dynamics={{'phi': ...}}"
+        )
+    if on_progress is not None and not callable(on_progress):
+        raise SettingsError(f"on_progress is {on_progress!r}; give a function of a Progress")
+
+
+@overload
+def _loss(loss: None) -> None: ...
+
+
+@overload
+def _loss(loss: LossFunction | str) -> LossFunction: ...
+
+
+def _loss(loss: LossFunction | str | None) -> LossFunction | None:
+    """Raises SettingsError for an unknown name, and for what is no function."""
+    if loss is None or callable(loss):
         return loss
     known = [name.value for name in Loss]
     if loss not in known:
-        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(known)}")
+        raise SettingsError(
+            f"loss is {loss!r}; give a function (prediction, target) -> scalar, or one of "
+            f"{', '.join(known)}"
+        )
     return make_loss(Loss(loss))
 
 

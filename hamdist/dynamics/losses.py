@@ -93,6 +93,10 @@ def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor,
     leaf = y.detach().requires_grad_()
     with torch.enable_grad():
         value = loss(leaf, target)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"the loss is {given}; return a tensor with one number, the batch's mean")
+    value = value.reshape(())
 
     def slope(phi: float) -> Tensor:
         if not value.requires_grad:

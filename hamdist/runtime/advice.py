@@ -67,10 +67,11 @@ def of_resumed(stream: Stream) -> list[str]:
             "clock, so the result is not that of a run that was never stopped"
         ]
     return [
-        "the stream does not give the same items again: the run goes on with those that it gives "
-        "now, from the first one on, so the result is that of a run that was never stopped only if "
-        "these are the items that follow; a list, or a class with samples_from(n), is gone on with "
-        "where it was left"
+        "the stream does not give the same items again (a DataLoader or an iterator is not sure to): "
+        "the run goes on with those that it gives now, from the first one on, so the result is that "
+        "of a run that was never stopped only if these are the items that follow; a list, "
+        "from_iterable(loader) of a loader with a seeded order, or a class with samples_from(n), is "
+        "gone on with where it was left"
     ]
 
 
@@ -205,6 +206,17 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
         *smoothness_warnings(plan, outcome.smoothness),
         *loss_warnings(outcome),
         *sequence_warnings(plan, outcome),
+    ]
+
+
+def short_stream(plan: Plan, outcome: Outcome) -> list[str]:
+    """Says so where the stream had fewer items than were asked for (of a run to its end)."""
+    items = plan.skip + outcome.samples
+    if plan.steps is None or outcome.interrupted or items >= plan.steps:
+        return []
+    return [
+        f"the stream ended after {items} items, before 'steps' {plan.steps}: give one that goes on "
+        "(for several epochs: (item for _ in range(epochs) for item in loader)), or leave steps out"
     ]
 
 

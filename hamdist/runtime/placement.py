@@ -15,8 +15,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hamdist.config import EngineSettings
 from hamdist.dynamics.balance import balanced
@@ -27,6 +31,9 @@ from hamdist.runtime.demands import apart, demand, wishes
 # `auto` takes a further actor, which costs 170 MiB, where it saves at least this part of T; and a
 # cut that is better by less is as good.
 WORTH = 0.05
+
+Floats: TypeAlias = "NDArray[np.float64]"
+Places: TypeAlias = "NDArray[np.intp]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,53 +64,88 @@ class Costs:
         return max(max(busy), sum(busy) / self.in_flight)
 
 
-def split(costs: Costs, parts: int) -> list[int]:
-    """The first blocks of `parts` actors with the least T.
-
-    For a bound on the busiest actor the least latency follows by dynamic programming over the last
-    cut; it falls as the bound rises, so the best bound is where both terms of T meet.
+class _Ways:
+    """The best cuts of a row of blocks into up to `most` runs: for a bound on the busiest actor the
+    least latency follows by dynamic programming over the last cut, for all numbers of runs at once.
     """
-    n = len(costs.seconds)
-    busy = [[costs.busy(a, b) if a < b else 0.0 for b in range(n + 1)] for a in range(n)]
 
-    def within(bound: float) -> list[int] | None:
-        best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-        for part in range(1, parts + 1):
-            row = {}
-            for end in range(part, n - (parts - part) + 1):
-                ways = [
-                    (so_far + busy[start][end], start)
-                    for start, (so_far, _) in best[-1].items()
-                    if start < end and busy[start][end] <= bound
-                ]
-                if ways:
-                    row[end] = min(ways)
-            best.append(row)
-        if n not in best[-1]:
-            return None
-        starts, end = [], n
-        for part in range(parts, 0, -1):
-            end = best[part][end][1]
+    def __init__(self, costs: Costs, most: int) -> None:
+        self._costs = costs
+        self._most = most
+        self._busy = _busy(costs)
+        finite = np.unique(self._busy)
+        self._bounds = [float(t) for t in finite[np.isfinite(finite)]]
+        self._known: dict[float, list[float]] = {}  # by bound: the least latency, by number of runs
+
+    def _rows(self, bound: float, parts: int) -> Iterator[tuple[Floats, Places]]:
+        """For 1 ... `parts` runs, by end: the least latency, and where the last run starts."""
+        n = len(self._costs.seconds)
+        allowed = np.where(self._busy <= bound, self._busy, math.inf)
+        latency = np.full(n + 1, math.inf)
+        latency[0] = 0.0
+        for _ in range(parts):
+            ways = latency[:n, None] + allowed
+            starts = ways.argmin(0)
+            latency = ways[starts, np.arange(n + 1)]
+            yield latency, starts
+
+    def _latency(self, parts: int, bound: float) -> float:
+        if bound not in self._known:
+            rows = self._rows(bound, self._most)
+            self._known[bound] = [float(latency[-1]) for latency, _ in rows]
+        return self._known[bound][parts - 1]
+
+    def _starts(self, parts: int, bound: float) -> list[int]:
+        starts, end = [], len(self._costs.seconds)
+        for _, start in reversed(list(self._rows(bound, parts))):
+            end = int(start[end])
             starts.append(end)
         return starts[::-1]
 
-    times = {busy[a][b] for a in range(n) for b in range(a + 1, n + 1)}
-    bounds = sorted(time for time in times if math.isfinite(time))
+    def best(self, parts: int) -> list[int]:
+        """The first blocks of `parts` actors with the least T. The least latency falls as the bound
+        rises, so the best bound is where both terms of T meet."""
+        bounds, in_flight = self._bounds, self._costs.in_flight
+        # The first bound at which the busiest actor, and no more the latency, decides: T is least
+        # there or one bound before, where a less busy actor may come with the same latency.
+        meet = bisect_left(
+            bounds, True, key=lambda bound: self._latency(parts, bound) / in_flight <= bound
+        )
+        near = bounds[max(0, meet - 1) : meet + 1]
+        least = self._latency(parts, near[0])
+        near[0] = bounds[
+            bisect_left(bounds, True, key=lambda bound: self._latency(parts, bound) <= least)
+        ]
+        found = [self._starts(parts, b) for b in near if math.isfinite(self._latency(parts, b))]
+        return min(found, key=self._costs.of)
 
-    def latency(bound: float) -> float:
-        starts = within(bound)
-        if starts is None:
-            return math.inf
-        return sum(busy[a][b] for a, b in zip(starts, [*starts[1:], n], strict=True))
 
-    # The first bound at which the busiest actor, and no more the latency, decides: T is least there
-    # or one bound before, where a less busy actor may come with the same latency.
-    meet = bisect_left(bounds, True, key=lambda bound: latency(bound) / costs.in_flight <= bound)
-    near = bounds[max(0, meet - 1) : meet + 1]
-    least = latency(near[0])
-    near[0] = bounds[bisect_left(bounds, True, key=lambda bound: latency(bound) <= least)]
-    found = [starts for bound in near for starts in [within(bound)] if starts is not None]
-    return min(found, key=costs.of)
+def _busy(costs: Costs) -> Floats:
+    """`Costs.busy` of all runs, by first block and end; infinite for empty ones."""
+    n = len(costs.seconds)
+    inside: list[list[tuple[int, float]]] = [[] for _ in range(n)]  # by block: exchanges with whom
+    for i, j, seconds in costs.crossings:
+        inside[i].append((j, seconds))
+        inside[j].append((i, seconds))
+    foes: list[list[int]] = [[] for _ in range(n)]
+    for i, j in costs.apart:
+        foes[max(i, j)].append(min(i, j))
+    busy = np.full((n, n + 1), math.inf)
+    for first in range(n):
+        spent = 0.0
+        for block in range(first, n):
+            if any(other >= first for other in foes[block]):
+                break  # so do all longer ones hold both
+            spent += costs.seconds[block]
+            for other, seconds in inside[block]:
+                spent += -seconds if first <= other < block else seconds
+            busy[first, block + 1] = spent
+    return busy
+
+
+def split(costs: Costs, parts: int) -> list[int]:
+    """The first blocks of `parts` actors with the least T."""
+    return _Ways(costs, parts).best(parts)
 
 
 def choose(costs: Costs, most: int) -> list[int]:
@@ -111,10 +153,15 @@ def choose(costs: Costs, most: int) -> list[int]:
     it."""
     best = [0]
     blocks = len(costs.seconds)
-    for parts in range(max(2, len(_segments(blocks, costs.apart))), min(most, blocks) + 1):
-        starts = split(costs, parts)
-        if costs.of(starts) < (1 - WORTH) * costs.of(best):
-            best = starts
+    most = min(most, blocks)
+    ways = _Ways(costs, most)
+    least = (1 - WORTH) * costs.of(best)
+    for parts in range(max(2, len(_segments(blocks, costs.apart))), most + 1):
+        if sum(costs.seconds) / parts >= least:
+            continue  # even if their work could be shared out evenly
+        starts = ways.best(parts)
+        if costs.of(starts) < least:
+            best, least = starts, (1 - WORTH) * costs.of(starts)
     return best
 
 

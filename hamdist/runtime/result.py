@@ -14,7 +14,7 @@ from hamdist.dynamics.metrics import Window
 from hamdist.dynamics.precision import Rounding
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class BlockState:
     """Everything that a block owns at the end of a run (detached copies).
 
@@ -36,6 +36,10 @@ class BlockState:
     stored: int = 0
     rounding: Rounding | None = None
     average: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.theta.items())
+        return f"BlockState(theta: {shapes or 'none'}; {self.updates} updates)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +82,10 @@ class Replaced:
     replayed: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class RunResult:
-    """A finished (or interrupted) run.
+    """A finished (or interrupted) run. Shown as one short text (a notebook shows what its last line
+    gives): what was learned, and what there is to warn of.
 
     model: a plain module with the learned weights, or their averages where `learning.average` asks
     for them; plain: then the same with the weights as they were in the end.
@@ -133,3 +138,17 @@ class RunResult:
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)
     rounding: dict[str, Rounding] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        told = [f"{self.samples:,} samples in {self.seconds:.3g} s"]
+        told += ["interrupted"] if self.interrupted else []
+        for readout, windows in self.windows.items():
+            if windows:
+                told.append(f"{readout}: {_last(windows[-1])}")
+        told += [f"warning: {text}" for text in self.warnings]
+        return f"RunResult({'; '.join(told)})"
+
+
+def _last(window: Window) -> str:
+    right = "" if window.accuracy is None else f", {100 * window.accuracy:.1f} % right"
+    return f"loss {window.mean_loss:.4g}{right} over items {window.first} to {window.last}"

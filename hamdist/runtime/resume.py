@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hamdist.config import Settings
-from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.graph import OUTPUT_KEY, BlockSpec, Graph
 from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan import Plan, fingerprint
 from hamdist.runtime.snapshot import Snapshot, settings_of
@@ -31,28 +31,49 @@ def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
     return [name for name in MAY_CHANGE if snapshot.manifest.settings.get(name) != now[name]]
 
 
-def weights_of(snapshot: Snapshot, graph: Graph) -> nn.Module:
-    """The whole module with the weights of a snapshot, which was taken of `graph`.
+def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> nn.Module:
+    """The whole module with the weights of a snapshot, which was taken of `graph`. averaged: with
+    their moving averages, in the blocks that have one.
 
     Raises SnapshotError where they do not fit.
     """
-    states = {name: _weights(snapshot.state(name), name) for name in graph.blocks}
+    states = {
+        name: _weights(snapshot.state(name), block, averaged=averaged)
+        for name, block in graph.blocks.items()
+    }
     try:
         return graph.merge(states, None)
     except (GraphError, RuntimeError, KeyError) as error:
         raise SnapshotError(f"{snapshot}: its weights do not fit the model: {error}") from None
 
 
-def _weights(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+def _weights(state: Mapping[str, Any], spec: BlockSpec, *, averaged: bool) -> dict[str, Tensor]:
     try:
         block = state["node"]["block"]
         found = _of_cell(block["cell"])
-        if block.get("output") is not None:
+        if averaged:
+            found |= _averages(block["weights"], spec.module)
+        if block.get("output") is not None and spec.output is not None:
             own = _of_cell(block["output"])
+            if averaged:
+                own |= _averages(block["output_weights"], spec.output)
             found |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
-    except (KeyError, TypeError) as error:
-        raise SnapshotError(f"block {name!r} has no weights in the snapshot ({error})") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise SnapshotError(
+            f"block {spec.name!r} has no weights in the snapshot ({error})"
+        ) from None
     return found
+
+
+def _averages(weights: Mapping[str, Any], module: nn.Module) -> dict[str, Tensor]:
+    """The averages of a cell's weights, by the parameter's name, where there are any."""
+    average = weights["average"]
+    if average is None:
+        return {}
+    trained = [(name, p.dtype) for name, p in module.named_parameters() if p.requires_grad]
+    return {
+        name: value.to(dtype) for (name, dtype), value in zip(trained, average["_sum"], strict=True)
+    }
 
 
 def _of_cell(cell: Mapping[str, Any]) -> dict[str, Tensor]:

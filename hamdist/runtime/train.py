@@ -23,7 +23,7 @@ from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SnapshotError
-from hamdist.runtime.advice import after, before, of_resumed
+from hamdist.runtime.advice import after, before, of_resumed, short_stream
 from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.compression import in_edge_order
@@ -109,6 +109,7 @@ def train(
                 failure.result = _result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
         outcome.warnings[:0] = told
+        outcome.warnings += short_stream(plan, outcome)
         return _result(graph, plan, outcome, startup, settings, why)
 
 
@@ -196,11 +197,13 @@ def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> P
 def snapshot_model(
     snapshot: Snapshot, model: nn.Module | Graph, spec: SampleSpec, settings: Settings
 ) -> nn.Module:
-    """The plain module with the weights of a snapshot of a run of `settings` on `model`.
+    """The plain module with the weights of a snapshot of a run of `settings` on `model`, or with
+    their averages where `learning.average` asks for them: as `RunResult.model`.
 
     Raises SnapshotError where they do not fit.
     """
-    return weights_of(snapshot, _Work(model, spec, settings, None, None, None).graph())
+    graph = _Work(model, spec, settings, None, None, None).graph()
+    return weights_of(snapshot, graph, averaged=True)
 
 
 def _cut(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -246,8 +247,10 @@ def _check_sizes(classes: Sizes, outputs: Sizes) -> None:
     for name, sizes in (("classes", classes), ("outputs", outputs)):
         by_readout = sizes if isinstance(sizes, Mapping) else {None: sizes}
         for readout, size in by_readout.items():
+            where = name if readout is None else f"{name}[{readout!r}]"
+            if size is not None and (isinstance(size, bool) or not isinstance(size, Integral)):
+                raise SettingsError(f"{where} is {size!r}; give a whole number")
             if size is not None and size < 1:
-                where = name if readout is None else f"{name}[{readout!r}]"
                 raise SettingsError(f"{where} is {size}; at least 1 is needed")
     if isinstance(classes, Mapping) and isinstance(outputs, Mapping):
         for readout in sorted(classes.keys() & outputs.keys()):

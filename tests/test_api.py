@@ -1,0 +1,133 @@
+"""`hamdist.train` as users call it: in a script, in a notebook, with what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import hamdist
+from hamdist.config import Settings
+from hamdist.errors import BlockError, SettingsError
+from hamdist.runtime.resume import weights_of
+from hamdist.runtime.snapshot import complete, latest
+from hamdist.runtime.storage import storage
+from hamdist.runtime.train import as_graph, snapshot_model
+from hamdist.streams import from_iterable
+
+ROWS, ITEMS = 4, 12
+
+
+def model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def items():
+    draw = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(ROWS, 3, generator=draw), torch.randint(2, (ROWS,), generator=draw))
+        for _ in range(ITEMS)
+    ]
+
+
+def loader():
+    u, y = (torch.cat(part) for part in zip(*items(), strict=True))
+    return DataLoader(TensorDataset(u, y), batch_size=ROWS)
+
+
+def learned(stream=None, net=None, **fields):
+    given = {"level": "backprop", "classes": 2, **fields}
+    return hamdist.train(net or model(), items() if stream is None else stream, **given)
+
+
+def no_mean(prediction, target):
+    return nn.functional.cross_entropy(prediction, target, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"net": nn.Linear}, "model is the class Linear; give an nn.Module, made"),
+        ({"net": "resnet"}, "model is str; give an nn.Module"),
+        ({"settings": {"level": "trace"}}, r"settings is a dict; give hamdist.Settings\(...\), or"),
+        ({"classes": "2"}, "classes is '2'; give a whole number"),
+        ({"classes": 2.5}, "classes is 2.5; give a whole number"),
+        ({"classes": {"a": True}}, r"classes\['a'\] is True; give a whole number"),
+        ({"loss": 3}, r"loss is 3; give a function \(prediction, target\) -> scalar, or one of"),
+        ({"loss": {"out": "hinge"}}, "loss is 'hinge'; give a function"),
+        ({"on_progress": 3}, "on_progress is 3; give a function"),
+    ],
+)
+def test_what_is_of_another_kind(given, told):
+    """Each was a traceback from somewhere inside."""
+    with pytest.raises(SettingsError, match=told):
+        learned(**given)
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"), [(no_mean, r"the loss is shape \(4,\); return"), (lambda p, y: 1.0, "is 1.0")]
+)
+def test_a_loss_that_is_no_number(loss, told):
+    """One number for each row went unnoticed until the metrics were added up."""
+    with pytest.raises(BlockError, match=told):
+        learned(loss=loss)
+
+
+def test_a_loss_in_a_list_of_one():
+    """(1,) is one number, too."""
+    plain = learned(loss=nn.functional.cross_entropy)
+    listed = learned(loss=lambda p, y: nn.functional.cross_entropy(p, y)[None])
+    assert torch.equal(plain.model[0].weight, listed.model[0].weight)
+    assert plain.windows == listed.windows
+
+
+def test_shown_in_a_notebook():
+    """Without the numbers of all tensors: they took screens."""
+    result = learned()
+    (window,) = next(iter(result.windows.values()))
+    assert f"{100 * window.correct / window.rows:.1f} % right over items 0 to 11" in repr(result)
+    assert len(repr(result)) < 200
+    assert "0.weight (5, 3), 0.bias (5,); 12 updates" in repr(result.blocks["block0"])
+
+
+def test_a_stream_that_is_shorter_than_the_run():
+    (told,) = learned(loader(), steps=30).warnings
+    assert "the stream ended after 12 items, before 'steps' 30" in told
+    assert not learned(loader(), steps=12).warnings
+    assert not learned(item for _ in range(3) for item in loader()).warnings
+
+
+@pytest.mark.parametrize("made", [loader, lambda: iter(items())])
+def test_going_on_with_a_stream_that_cannot_be_drawn_again(made, tmp_path):
+    """It went on with the first items once more, and said nothing."""
+    kept = {"path": str(tmp_path), "every": 10}
+    whole = learned(made(), snapshots=kept)
+    with pytest.warns(UserWarning, match="does not give the same items again"):
+        learned(made(), resume=tmp_path)
+    on = learned(from_iterable(loader(), classes=2), resume=tmp_path)  # as the warning says
+    assert torch.equal(on.model[0].weight, whole.model[0].weight)
+    assert not on.warnings
+
+
+def test_the_weights_of_a_snapshot_are_averaged_as_those_of_the_result(tmp_path):
+    """Oracle: a_k = a_{k-1} + (1 - r)/(1 - r^k) (theta_k - a_{k-1}), over a snapshot an update."""
+    r = 0.8
+    fields = {"learning": {"lr": 0.5, "average": r}, "level": "backprop"}
+    kept = {"path": str(tmp_path), "every": 3, "keep": 99}  # c = 2 D + 1 = 3 ticks a sample
+    learned(snapshots=kept, **fields)
+    spec = from_iterable(items(), classes=2).spec
+    average, k = torch.zeros(5, 3), 0
+    for folder in sorted(complete(storage(tmp_path))):
+        snapshot = latest(tmp_path / folder, pytest.fail)
+        settings = Settings.model_validate(snapshot.manifest.settings)
+        graph = as_graph(model(), settings, spec, nn.functional.cross_entropy)
+        theta = weights_of(snapshot, graph)[0].weight.detach()
+        k += 1
+        average += (1 - r) / (1 - r**k) * (theta - average)
+        exported = snapshot_model(snapshot, model(), spec, settings)[0].weight
+        torch.testing.assert_close(exported.detach(), average)
+        assert k == 1 or not torch.equal(exported, theta)
+    assert k > 5
