@@ -188,6 +188,17 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
     ]
 
 
+def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
+    """Says so where a stream ended before the run had the items that it was asked for."""
+    items = plan.skip + outcome.samples
+    if plan.steps is None or outcome.interrupted or items >= plan.steps:
+        return []
+    return [
+        f"the stream ended after {items:,} of {plan.steps:,} items (steps): go through it more "
+        "often (epochs=, of hamdist.streams.from_loader or from_iterable), or ask for fewer steps"
+    ]
+
+
 def reset_warnings(plan: Plan, schedule: HoldSchedule) -> list[str]:
     """Says so where something is cleared before it has had its effect."""
     told = []

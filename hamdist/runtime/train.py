@@ -23,7 +23,7 @@ from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SnapshotError
-from hamdist.runtime.advice import after, before
+from hamdist.runtime.advice import after, before, end_of_stream
 from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.compression import in_edge_order
@@ -107,7 +107,7 @@ def train(
                 error.outcome.warnings.insert(0, str(failure))
                 failure.result = _result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
-        outcome.warnings[:0] = told
+        outcome.warnings[:0] = [*told, *end_of_stream(plan, outcome)]
         return _result(graph, plan, outcome, startup, settings, why)
 
 
