@@ -34,8 +34,8 @@ from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_keeping, make_plan
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import Progress, RunResult
-from hamdist.runtime.resume import changed, differences, earlier, weights_of, with_weights
-from hamdist.runtime.snapshot import Snapshot, check_empty, latest
+from hamdist.runtime.resume import changed, differences, earlier, ended, weights_of, with_weights
+from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
 from hamdist.streams.chosen import with_targets_of
@@ -131,7 +131,7 @@ class _Work:
         plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
         keeping = make_keeping(self.settings, snapshot)
         if keeping is not None and snapshot is None:
-            check_empty(keeping.path)
+            check_usable(keeping.path)
         plan = replace(plan, keeping=keeping)
         if self.settings.partition.delays == "auto":
             plan = replannable(plan, graph, self.settings, self.phi)
@@ -144,6 +144,8 @@ class _Work:
         own = self._kept_at(snapshot)
         graph, plan = own.planned(snapshot)
         other = differences(snapshot, plan, own.settings)
+        if not other and ended(snapshot, own.settings):
+            other = ["its steps were over, and steps"]
         if not other:
             names = changed(snapshot, own.settings)
             if names:
@@ -151,7 +153,7 @@ class _Work:
             return graph, plan, told
         if isinstance(self.model, Graph):
             raise SnapshotError(
-                f"{snapshot}: it was taken of another graph ({', '.join(other)} differ)"
+                f"{snapshot}: it was taken of another graph or run ({', '.join(other)} differ)"
             )
         before = replace(own, settings=earlier(snapshot), policy=None)
         learned = weights_of(snapshot, before.graph())
