@@ -14,7 +14,8 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import hamdist
-from hamdist.cli import _results_of, app
+from hamdist.cli import app
+from hamdist.cli.prepare import results_of
 from hamdist.config import Settings
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import BlockError, ClusterError, GraphError, StreamError
@@ -222,7 +223,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     ("name", "folder"), [("digits", "digits"), ("../../etc", "etc"), ("..", "run"), ("a b", "a-b")]
 )
 def test_a_comparison_is_written_below_results(name: str, folder: str) -> None:
-    assert _results_of(name) == Path("results") / folder
+    assert results_of(name) == Path("results") / folder
 
 
 @pytest.mark.parametrize("name", ["run", "compare"])
@@ -250,7 +251,7 @@ def test_a_failed_block_shows_the_traceback_of_the_users_module(
     assert result.stderr.rstrip().endswith(
         "Error: block 'block1' failed at tick 7: ValueError: odd"
     )
-    assert "cli.py" not in result.output
+    assert "hamdist/cli" not in result.output
 
 
 def test_interrupted_run_keeps_its_metrics(train: FakeTrain, tiny: str, tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ def test_settings_cannot_name_code(tmp_path: Path) -> None:
 def test_plain_lines_now_and_then(
     train: FakeTrain, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hamdist.cli_common.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("hamdist.cli.display.PLAIN_SECONDS", 0.0)
     result = command("run", tiny)
     assert "tiny, trace: item 3/6, tick 3, 12 rows/s, 0:01 left" in flat(result.stderr)
     assert len(train.asked) == 1

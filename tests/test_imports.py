@@ -24,12 +24,7 @@ ALLOWED = {
     "api": {"errors", "config", "dynamics", "streams", "runtime"},
     "study": {"errors", "config", "dynamics", "streams", "runtime", "models", "loading"},
     "launch": {"errors", "config", "dynamics", "streams", "runtime", "models", "study", "loading"},
-    "cli_common": {"errors", "config", "runtime", "study"},
-    "cli_cluster": {"errors", "config", "models", "study", "launch", "cli_common"},
-    "cli": {
-        *("errors", "config", "dynamics", "streams", "runtime", "models", "study"),
-        *("cli_common", "cli_cluster"),
-    },
+    "cli": {"errors", "config", "runtime", "models", "study", "launch"},
     "__main__": {"cli"},
     "__init__": {"errors", "config", "dynamics", "streams", "runtime", "api"},
 }

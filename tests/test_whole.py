@@ -38,7 +38,7 @@ def command(folder):
     def start(*arguments):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         process = subprocess.Popen(
-            [sys.executable, "-m", "hamdist.cli", *arguments],
+            [sys.executable, "-m", "hamdist", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

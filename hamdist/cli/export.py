@@ -1,0 +1,32 @@
+"""`hamdist export`: the weights of a snapshot as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from hamdist.cli.console import complain, console
+from hamdist.cli.exits import exit_codes
+from hamdist.cli.options import ModelOption
+
+
+def export(
+    snapshots: Annotated[
+        str, typer.Argument(metavar="DIR|URL", help="Snapshots of a run, or one.")
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The safetensors file to write.")],
+    model: ModelOption = None,
+) -> None:
+    """Write the weights at the latest snapshot of a run as a plain state_dict."""
+    with exit_codes():
+        from hamdist.models import load_factory
+        from hamdist.study.export import exported
+        from hamdist.study.save import save_weights
+
+        factory = None if model is None else load_factory(model)
+        state, name = exported(snapshots, factory, complain)
+        save_weights(file, state)
+        console().print(Text(f"{name} written to {file}"))

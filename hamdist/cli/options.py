@@ -1,0 +1,81 @@
+"""Options that several commands have, and the settings that follow from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hamdist.config import EngineKind, Level, Settings, parse_override
+
+SettingsArgument = Annotated[
+    str, typer.Argument(metavar="SETTINGS", help="A YAML file, or a recipe (`hamdist recipes`).")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. stream.batch=8."),
+]
+EngineOption = Annotated[
+    EngineKind | None, typer.Option("--engine", help="One process, or Ray actors.")
+]
+LevelOption = Annotated[Level | None, typer.Option("--level", help="Level of locality.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Items of the stream.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="FILE.py:FUNCTION",
+        help="Makes the model (or PACKAGE.MODULE:FUNCTION).",
+    ),
+]
+StabiliseOption = Annotated[
+    bool | None,
+    typer.Option("--stabilise", help="Normed inputs and scaled residuals for the model's layers."),
+]
+StreamOption = Annotated[
+    str | None,
+    typer.Option(
+        "--stream",
+        metavar="FILE.py:FUNCTION",
+        help="Makes the stream; or the stream and what is held out.",
+    ),
+]
+
+
+def changes(
+    *,
+    level: Level | None = None,
+    engine: EngineKind | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
+    stabilise: bool | None = None,
+) -> dict[str, Any]:
+    """What these options change in the settings: those that were not given, nothing."""
+    return given(
+        {
+            "level": None if level is None else level.value,
+            "engine": None if engine is None else {"kind": engine.value},
+            "seed": seed,
+            "steps": steps,
+            "model": None if stabilise is None else {"stabilise": stabilise},
+        }
+    )
+
+
+def load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settings:
+    """The recipe or file `source`, with what `--set` and then `options` say laid over it.
+
+    Raises SettingsError where there is none, or something in it is wrong.
+    """
+    from hamdist.study.recipes import load_settings
+
+    overrides = [parse_override(text) for text in set_ or []]
+    return load_settings(source, [*overrides, options])
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Of these options by name, those that were given."""
+    return {key: value for key, value in options.items() if value is not None}

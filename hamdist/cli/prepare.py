@@ -1,0 +1,47 @@
+"""What a command makes and checks before anything is computed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hamdist.models import ModelFactory
+    from hamdist.study.runs import DataFactory
+
+
+def prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:
+    """What can be wrong before anything is computed: the folder and the model's function. Raises
+    SettingsError where nothing can be written to `out`, or no function has that name."""
+    if out is not None:
+        from hamdist.study.results import prepare_folder
+
+        prepare_folder(out)
+    if model_name is None:
+        return None
+    from hamdist.models import load_factory
+
+    return load_factory(model_name)
+
+
+def own_stream(name: str | None) -> DataFactory | None:
+    """What `--stream` names makes. Raises SettingsError where there is no such function."""
+    if name is None:
+        return None
+    from hamdist.study.own_data import load_stream
+
+    return load_stream(name)
+
+
+def results_of(name: str) -> Path:
+    """Where a comparison or a study is written when nobody says where: no name leads out of
+    `results`."""
+    return Path("results") / (re.sub(r"[^\w-]+", "-", name).strip("-") or "run")
+
+
+def command_line() -> str:
+    """The command as it was typed, for the files that say what made them."""
+    return shlex.join(["hamdist", *sys.argv[1:]])

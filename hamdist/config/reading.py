@@ -1,0 +1,60 @@
+"""Settings from YAML and from `--set`, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from hamdist.config.laying import lay_over
+from hamdist.config.plain import MAX_NESTING, plain_values, read_yaml
+from hamdist.config.settings import Settings
+from hamdist.config.wording import describe, shown
+from hamdist.errors import SettingsError
+
+
+def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Settings:
+    """Settings from YAML `text`, with `overrides` laid over it in order (`lay_over`).
+
+    Raises SettingsError naming `origin`, and the line or the field.
+    """
+    raw = read_yaml(text, origin)
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise SettingsError(
+            f"{origin}: settings are a mapping of names to values, not {shown(raw)}"
+        )
+    for override in overrides:
+        raw = lay_over(raw, override)
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(f"{origin}: {describe(error)}") from None
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`stream.batch=8` as {'stream': {'batch': 8}}; the value is read as YAML.
+
+    Raises SettingsError where there is no '=' or the value is no YAML.
+    """
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise SettingsError(f"--set {text!r}: write it as key=value, for example stream.batch=8")
+    try:
+        parsed: Any = plain_values(value)
+    except ValueError as error:
+        raise SettingsError(f"--set {text!r}: the value is no YAML: {error}") from None
+    parts = key.split(".")
+    if len(parts) > MAX_NESTING:
+        raise SettingsError(f"--set {text!r}: a key of {len(parts)} parts")
+    for part in reversed(parts):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def to_yaml(settings: Settings) -> str:
+    """The settings in full, readable by `read_settings`."""
+    text: str = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    return text

@@ -1,0 +1,94 @@
+"""The settings of a run in one: its sections, and what `levels` lays over them."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+from pydantic import Field, ValidationError, model_validator
+
+from hamdist.config.dynamics import DynamicsSettings
+from hamdist.config.engine import EngineSettings
+from hamdist.config.laying import merge
+from hamdist.config.learning import LearningSettings
+from hamdist.config.levels import LevelOverrides
+from hamdist.config.locality import Level, LocalityOverrides
+from hamdist.config.metrics import MetricsSettings
+from hamdist.config.model import ModelSettings
+from hamdist.config.partition import PartitionSettings
+from hamdist.config.section import Positive, Section
+from hamdist.config.snapshots import SnapshotSettings
+from hamdist.config.stream import StreamSettings
+from hamdist.config.wording import describe
+
+
+class DType(str, Enum):
+    """The type of weights, states and messages where no block has one of its own."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+
+class Loss(str, Enum):
+    """Cross-entropy of class targets, or 1/2 the squared error; both are means over the batch."""
+
+    CROSS_ENTROPY = "cross-entropy"
+    MSE = "mse"
+
+
+class CompareSettings(Section):
+    """What `hamdist compare` runs beside centralised backpropagation, and how many seeds."""
+
+    levels: tuple[Level, ...] = (Level.BACKPROP, Level.TRACE, Level.LOCAL)
+    seeds: Positive = 1
+
+
+class Settings(Section):
+    """One run, or one comparison. loss: of the model's output; of one that returns several, for
+    all, or by output (those without one are not learned). `levels` holds what applies to a level
+    only."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype: DType = DType.FLOAT32
+    steps: Positive | None = None
+    level: Level = Level.TRACE
+    loss: Loss | Annotated[dict[str, Loss], Field(min_length=1)] = Loss.CROSS_ENTROPY
+    model: ModelSettings = ModelSettings()
+    stream: StreamSettings = StreamSettings()
+    partition: PartitionSettings = PartitionSettings()
+    locality: LocalityOverrides = LocalityOverrides()
+    dynamics: DynamicsSettings = DynamicsSettings()
+    learning: LearningSettings = LearningSettings()
+    engine: EngineSettings = EngineSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
+    compare: CompareSettings = CompareSettings()
+    levels: dict[Level, LevelOverrides] = {}
+
+    @model_validator(mode="after")
+    def _levels_are_settings(self) -> Settings:
+        for level in self.levels:
+            _merged(self, level)
+        return self
+
+    def for_level(self, level: Level) -> Settings:
+        """These settings at `level`, with what `levels` says about it merged in."""
+        return _merged(self, level)
+
+
+def _merged(settings: Settings, level: Level) -> Settings:
+    if level is Level.AUTO:  # which level's overrides hold shows later
+        others = {one: own for one, own in settings.levels.items() if one is not Level.AUTO}
+        made = _laid(settings, level)
+        return made.model_copy(update={"levels": others}) if others else made
+    return _laid(settings, level)
+
+
+def _laid(settings: Settings, level: Level) -> Settings:
+    raw = settings.model_dump(mode="json", exclude={"levels"}, exclude_unset=True)
+    overrides = settings.levels.get(level, LevelOverrides()).model_dump(exclude_unset=True)
+    try:
+        return Settings.model_validate(merge(raw, {**overrides, "level": level.value}))
+    except ValidationError as error:
+        raise ValueError(f"in 'levels.{level.value}': {describe(error)}") from None

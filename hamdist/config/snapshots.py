@@ -1,0 +1,27 @@
+"""The section `snapshots`: what is kept of a run, and what is done when a part of it is lost."""
+
+from __future__ import annotations
+
+from hamdist.config.section import Above0, Positive, Section
+
+
+class SnapshotSettings(Section):
+    """Snapshots of a run, and what is done when a part of it is lost. path: a folder (of all
+    hosts), or a URL that fsspec knows (s3://...); without one no snapshots are taken. every: ticks
+    from one to the next; seconds: the same in time; without either every 30 seconds. keep: how many
+    stay.
+
+    recover: lost actors are started again from the latest snapshot (engine 'ray'). memory: MiB of
+    signals that an actor keeps for that; with more a snapshot is taken. attempts: failures of one
+    block at one tick that end the run. silence: seconds after which an actor that does not answer
+    counts as lost.
+    """
+
+    path: str | None = None
+    every: Positive | None = None
+    seconds: Above0 | None = None
+    keep: Positive = 2
+    recover: bool = True
+    memory: Positive = 256
+    attempts: Positive = 3
+    silence: Above0 = 10.0
