@@ -89,7 +89,7 @@ def launch(
         name = submit_run(jobs, own, model, begin)
         console().print(Text(name))
         if not detach:
-            complain("Ctrl-C leaves it running. Again: hamdist attach; to end it: hamdist stop")
+            complain(f"Ctrl-C leaves it running; to end it: hamdist stop {name}")
             follow_run(jobs, name, results)
 
 

@@ -20,7 +20,14 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from hamdist.config import Settings
-from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError, SnapshotError
+from hamdist.errors import (
+    BlockError,
+    GraphError,
+    HamdistError,
+    LevelError,
+    SettingsError,
+    SnapshotError,
+)
 from hamdist.launch.events import (
     Ended,
     Kept,
@@ -44,7 +51,7 @@ def main() -> int:
     lost = sys.argv[1] if len(sys.argv) > 1 else None
     try:
         ended = _run(Path.cwd(), lost)
-    except (SettingsError, LevelError) as error:
+    except (SettingsError, LevelError, GraphError) as error:
         ended = Ended(code=WRONG_SETTINGS, error=str(error))
     except BlockError as error:
         ended = Ended(code=FAILED, error=str(error), details=error.details)
