@@ -146,6 +146,15 @@ def test_what_cannot_be_scored():
         evaluate_items(model, [], mse, None)
 
 
+@pytest.mark.parametrize("names", [("x", "left"), ("0", "1")])
+def test_inputs_that_the_model_does_not_take(names):
+    u = {name: torch.zeros(5, 4) for name in names}
+    data = from_iterable([(u, torch.zeros(5, 3))] * 2)
+    message = r"Linear\.forward\(input.*\) -> .*does not take them \(.*argument.*\): give u as"
+    with pytest.raises(GraphError, match=message):
+        train(nn.Linear(4, 3), data, settings(loss="mse"))
+
+
 def test_outputs_that_are_not_there():
     own = settings(loss={"kind": "mse", "size": "mse"})
     known = "loss name the output 'size'; the model's outputs are 'kind', 'angle'"
