@@ -8,9 +8,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
-from pydantic import ValidationError
-
-from hamdist.config.section import Section
+from pydantic import BaseModel, ValidationError
 
 _TYPE = re.compile(
     r"(constrained-\w+|str-enum\[\w+\]|literal\[.*\]|dict\[.*\]|float|int|str|[A-Z]\w*Settings)$"
@@ -50,7 +48,7 @@ def _known_instead(root: str, path: Sequence[str]) -> str:
     """What may stand in the place of the last name of `path`. root: the name of the section that
     was read."""
     *parents, wrong = path
-    sections = [one for one in _below(Section) if one.__name__ == root]
+    sections = [one for one in _below(BaseModel) if one.__name__ == root]
     for name in parents:  # a name that no section has is a key of a mapping, or pydantic's own
         inside = [one.model_fields[name] for one in sections if name in one.model_fields]
         sections = [s for f in inside for s in _named_in(f.annotation)] if inside else sections
@@ -67,15 +65,15 @@ def _known_instead(root: str, path: Sequence[str]) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
-def _below(section: type[Section]) -> Iterator[type[Section]]:
+def _below(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
     for one in section.__subclasses__():
         yield one
         yield from _below(one)
 
 
-def _named_in(annotation: object) -> Iterator[type[Section]]:
+def _named_in(annotation: object) -> Iterator[type[BaseModel]]:
     """The sections that a field of this type may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
         yield from _named_in(part)

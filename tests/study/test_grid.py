@@ -124,6 +124,7 @@ class TestSettings:
             ({"sides": {"fast": side(None, 1, 2, 3)}}, "'sides.fast': the name is no level"),
             ({"axes": {"depth": [2, 2]}}, "'depth' has a value twice"),
             ({"axes": {"width": [2]}}, "axes.width: no such setting"),
+            ({"seds": 2}, r"seds: no such setting; did you mean 'seeds'\?"),
             ({"samples": 0}, "samples: Input should be greater than or equal to 1"),
             ({"address": "here:1"}, "'address' belongs to 'parallel: ray'"),
             ({"sides": {"trace": side("tarce")}}, "sides.trace.level"),
