@@ -565,3 +565,19 @@ class TestCommand:
         done = self.call("speed", "--chosen")
         assert done.exit_code == 2
         assert "belong to a grid" in done.output
+
+
+def test_a_side_has_one_colour_and_its_curves_other_dashes() -> None:
+    from hamdist.study.grid.plots import _styles
+
+    study = tiny(axes={"depth": [2, 3]})
+    curves = {f"{cell.name}, {cell.point}": cell for cell in cells(study)}
+    styles = _styles(curves)
+    by_side: dict[str, list[str]] = {}
+    for label, cell in curves.items():
+        by_side.setdefault(cell.name, []).append(label)
+    colours = [{styles[label][0] for label in labels} for labels in by_side.values()]
+    assert all(len(own) == 1 for own in colours)
+    assert len({own.pop() for own in colours}) == len(by_side) > 1
+    for labels in by_side.values():
+        assert len({str(styles[label][1]) for label in labels}) == len(labels) == 2
