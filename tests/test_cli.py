@@ -174,7 +174,13 @@ SETTINGS_ERRORS = [
     (["run", "nowhere.yaml"], "no settings file 'nowhere.yaml'.*recipes: digits, fashion-mnist"),
     (["run", "TINY", "--set", "steps"], "write it as key=value"),
     (["run", "TINY", "--set", "steps=-1"], r"steps: .*greater than or equal to 1.*-1"),
-    (["run", "TINY", "--set", "stream.bach=8"], r"stream\.bach: no such setting"),
+    (["run", "TINY", "--set", "stream.bach=8"], r"stream\.bach: .*; did you mean 'batch'\?"),
+    (["run", "TINY", "--set", "lr=8"], r"lr: no such setting; did you mean 'learning.lr'\?"),
+    (["run", "TINY", "--set", "metrics.xyz=8"], r"metrics.xyz: .*; known: window, limit, record"),
+    (
+        ["run", "TINY", "--set", "learning.blocks={a: {lrr: 1}}"],
+        r"learning.blocks.a.lrr: .*; did you mean 'lr'\?",
+    ),
     (["run", "TINY", "--set", "level=lokal"], "level: .*'local', 'group'.*'lokal'"),
     (["compare", "TINY", "--levels", "trace,lokal"], "lokal is no level; levels: local, group"),
     (["compare", "TINY", "--levels", ","], "nothing is no level"),
@@ -197,6 +203,14 @@ def test_wrong_settings_end_with_2_before_any_run(
     assert result.stderr.startswith("Error: ")
     assert "Traceback" not in result.output
     assert train.asked == []
+
+
+@pytest.mark.parametrize("name", ["run", "compare"])
+def test_a_partition_that_is_none_ends_with_2(train: FakeTrain, tiny: str, name: str) -> None:
+    train.fault = GraphError("partition.slices.blok0: no such block")
+    result = command(name, tiny)
+    assert result.exit_code == 2
+    assert "Error: partition.slices.blok0: no such block" in flat(result.stderr)
 
 
 @pytest.mark.parametrize("content", ["steps: [1", "- 1\n- 2\n", "\x00"])
@@ -229,7 +243,7 @@ def test_a_comparison_is_written_below_results(name: str, folder: str) -> None:
 @pytest.mark.parametrize("name", ["run", "compare"])
 @pytest.mark.parametrize(
     "fault",
-    [GraphError("no path [to] a readout"), StreamError("item 3 is NaN"), ClusterError("gone")],
+    [StreamError("item 3 [of] the stream is NaN"), ClusterError("gone")],
 )
 def test_a_failed_run_ends_with_1_and_one_message(
     train: FakeTrain, tiny: str, name: str, fault: Exception

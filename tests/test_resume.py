@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hamdist.cli import app
 from hamdist.config import Late
 from hamdist.runtime.snapshot import latest
-from hamdist.runtime.train import train
+from hamdist.runtime.train import snapshot_model, train
 from hamdist.streams import Paced, from_iterable
 
 SMALL = ["--steps", "60", "--set", "engine.kind=inprocess"]
@@ -72,6 +72,8 @@ def test_wrong_input(tmp_path):
         (["--weights", other], "of another model"),
         (["--weights", other, "--resume", tmp_path], "begins with one of them"),
         (["--snapshots", "nowhere://x", "--steps", "4"], "no file system for it"),
+        (["--snapshots", other / "x"], "cannot be read: Not a directory"),
+        (["--snapshots", "/proc/hamdist"], "snapshots.path '/proc/hamdist': "),
     ):
         result = CliRunner().invoke(app, ["run", "digits", *SMALL, *map(str, arguments)])
         assert result.exit_code in (1, 2)
@@ -79,6 +81,26 @@ def test_wrong_input(tmp_path):
     result = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "f")])
     assert result.exit_code == 1
     assert not (tmp_path / "f").exists()
+
+
+def test_more_steps_after_the_end(tmp_path):
+    """The last snapshot lies behind the end of the stream: a run of more steps goes on with its
+    weights, at its place in the stream. Oracle: a new run with those weights and that stream."""
+    kept = {"path": str(tmp_path), "every": 30, "keep": 1}
+
+    def own(steps, **fields):
+        return settings({"kind": "inprocess"}, steps, level="trace", **fields)
+
+    train(chain(), PortableStream(30), own(30, snapshots=kept))
+    with pytest.warns(UserWarning, match=r"its steps were over, and steps differ.*\(30 items\)"):
+        on = train(chain(), PortableStream(50), own(50), resume=tmp_path)
+    assert on.samples == 20
+    stream = PortableStream(50)
+    then = latest(tmp_path, pytest.fail)
+    assert then.tick == 30
+    begin = snapshot_model(then, chain(), stream.spec, own(30))
+    rest = from_iterable(list(stream.samples())[30:], classes=stream.spec.classes)
+    assert_equal(train(begin, rest, own(20)), on)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import typer
 
 from hamdist.cli.console import complain
-from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError
+from hamdist.errors import BlockError, GraphError, HamdistError, LevelError, SettingsError
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -18,7 +18,7 @@ def exit_codes() -> Iterator[None]:
     """Turns what hamdist raises on purpose, and Ctrl-C, into one message and an exit code."""
     try:
         yield
-    except (SettingsError, LevelError) as error:
+    except (SettingsError, LevelError, GraphError) as error:
         complain(f"Error: {error}")
         raise typer.Exit(WRONG_USAGE) from None
     except BlockError as error:

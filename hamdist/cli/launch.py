@@ -21,9 +21,11 @@ from hamdist.cli.options import (
     SetOption,
     SettingsArgument,
     StepsOption,
+    StreamOption,
     changes,
     load,
 )
+from hamdist.cli.prepare import own_stream, prepare
 from hamdist.errors import ClusterError, SettingsError
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def launch(
     steps: StepsOption = None,
     set_: SetOption = None,
     model: ModelOption = None,
+    stream: StreamOption = None,
     out: OutOption = None,
     resume: Annotated[
         str | None,
@@ -69,11 +72,7 @@ def launch(
         own = on_ray(loaded.for_level(loaded.level))
         kept = kept_at(own, where, "") is not None
         results = results_in(None if dry_run else out)
-        factory = None
-        if model is not None:
-            from hamdist.models import load_factory
-
-            factory = load_factory(model)
+        factory, data = prepare(None, model), own_stream(stream)
 
         from hamdist.launch.jobs import Jobs
 
@@ -81,15 +80,16 @@ def launch(
         if dry_run:
             from hamdist.launch.dry import dry_run as work_out
 
-            _print_plan(work_out(own, model, factory, where, jobs.hosts()))
+            named = {"--model": model, "--stream": stream}
+            _print_plan(work_out(own, named, factory, data, where, jobs.hosts()))
             return
 
         if not kept:
             complain(f"Warning: {NOTHING_KEPT}")
-        name = submit_run(jobs, own, model, begin)
+        name = submit_run(jobs, own, model, begin, stream)
         console().print(Text(name))
         if not detach:
-            complain("Ctrl-C leaves it running. Again: hamdist attach; to end it: hamdist stop")
+            complain(f"Ctrl-C leaves it running; to end it: hamdist stop {name}")
             follow_run(jobs, name, results)
 
 

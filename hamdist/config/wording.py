@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 _TYPE = re.compile(
     r"(constrained-\w+|str-enum\[\w+\]|literal\[.*\]|dict\[.*\]|float|int|str|[A-Z]\w*Settings)$"
@@ -30,7 +32,8 @@ def describe(error: ValidationError) -> str:
         path = [str(part) for part in item["loc"]]
         where = ".".join(part for part in path if not _TYPE.match(part)) or "settings"
         if item["type"] == "extra_forbidden":
-            found.setdefault((where, ""), []).append("no such setting")
+            text = f"no such setting{_known_instead(error.title, path)}"
+            found.setdefault((where, ""), []).append(text)
             continue
         value = item["input"]
         given = "" if isinstance(value, Mapping) else f" (received {shown(value)})"
@@ -39,3 +42,38 @@ def describe(error: ValidationError) -> str:
         f"{where}: {', or: '.join(dict.fromkeys(reasons))}{given}"
         for (where, given), reasons in found.items()
     )
+
+
+def _known_instead(root: str, path: Sequence[str]) -> str:
+    """What may stand in the place of the last name of `path`. root: the name of the section that
+    was read."""
+    *parents, wrong = path
+    sections = [one for one in _below(BaseModel) if one.__name__ == root]
+    for name in parents:  # a name that no section has is a key of a mapping, or pydantic's own
+        inside = [one.model_fields[name] for one in sections if name in one.model_fields]
+        sections = [s for f in inside for s in _named_in(f.annotation)] if inside else sections
+    fields = {name: field for one in sections for name, field in one.model_fields.items()}
+    deeper = [
+        f"{name}.{wrong}"
+        for name, field in fields.items()
+        if any(wrong in one.model_fields for one in _named_in(field.annotation))
+    ]
+    names = list(fields)
+    close = difflib.get_close_matches(wrong, names, n=1) or deeper[:1]
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def _below(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for one in section.__subclasses__():
+        yield one
+        yield from _below(one)
+
+
+def _named_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """The sections that a field of this type may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _named_in(part)

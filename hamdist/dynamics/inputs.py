@@ -6,10 +6,13 @@ arguments.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+
+from hamdist.errors import GraphError
 
 INPUT = "u"
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
@@ -41,3 +44,22 @@ def called_by_parent(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     if INPUT in inputs:
         return model(inputs[INPUT])
     return called(model, {name.removeprefix(INPUT + "."): u for name, u in inputs.items()})
+
+
+def check_taken(model: nn.Module, u: Inputs) -> None:
+    """Raises GraphError where several inputs are not what `model.forward` takes."""
+    if isinstance(u, Tensor):
+        return
+    numbered = all(name.isdigit() for name in u)
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # some callables written in C have none
+        return
+    try:
+        signature.bind(*u.values()) if numbered else signature.bind(**u)
+    except TypeError as error:
+        given = f"{len(u)} inputs by position" if numbered else f"the inputs {', '.join(u)}"
+        raise GraphError(
+            f"the stream gives {given}, but {type(model).__name__}.forward{signature} does not "
+            f"take them ({error}): give u as a dict by its arguments, or as a tuple in their order"
+        ) from None

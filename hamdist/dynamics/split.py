@@ -30,7 +30,7 @@ from hamdist.dynamics.balance import balanced
 from hamdist.dynamics.cuts import Cuts, Policy, stays, stays_whole
 from hamdist.dynamics.flow import Flow, Value
 from hamdist.dynamics.graph import INPUT, BlockSpec, Graph, combined
-from hamdist.dynamics.inputs import Inputs, by_parent, called_by_parent
+from hamdist.dynamics.inputs import Inputs, by_parent, called_by_parent, check_taken
 from hamdist.dynamics.losses import Losses, LossFunction, mse
 from hamdist.dynamics.outputs import losses_of, named
 from hamdist.dynamics.piece import Ref
@@ -207,6 +207,7 @@ def split_module(
     where blocks, cuts or a policy ask for more than that, for cuts that cannot be, and for outputs
     that the model does not have.
     """
+    check_taken(model, example)
     inputs = by_parent(example)
     asked = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
     try:

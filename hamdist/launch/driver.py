@@ -20,7 +20,14 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from hamdist.config import Settings
-from hamdist.errors import BlockError, HamdistError, LevelError, SettingsError, SnapshotError
+from hamdist.errors import (
+    BlockError,
+    GraphError,
+    HamdistError,
+    LevelError,
+    SettingsError,
+    SnapshotError,
+)
 from hamdist.launch.events import (
     Ended,
     Kept,
@@ -44,7 +51,7 @@ def main() -> int:
     lost = sys.argv[1] if len(sys.argv) > 1 else None
     try:
         ended = _run(Path.cwd(), lost)
-    except (SettingsError, LevelError) as error:
+    except (SettingsError, LevelError, GraphError) as error:
         ended = Ended(code=WRONG_SETTINGS, error=str(error))
     except BlockError as error:
         ended = Ended(code=FAILED, error=str(error), details=error.details)
@@ -70,8 +77,14 @@ def _run(folder: Path, lost: str | None) -> Ended:
         from hamdist.models import load_factory
 
         factory = load_factory(order.model)
+    data = None
+    if order.stream is not None:
+        from hamdist.study.own_data import load_stream
+
+        data = load_stream(order.stream)
     resume = order.resume if lost is None else _found_again(order, lost)
-    tell(Started(title=f"{settings.name}, {settings.level.value}", batch=settings.stream.batch))
+    batch = settings.stream.batch if data is None else None
+    tell(Started(title=f"{settings.name}, {settings.level.value}", batch=batch))
 
     from hamdist.study.runs import run_level
     from hamdist.study.save import save_run
@@ -82,6 +95,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
         run, model = run_level(
             settings,
             factory=factory,
+            data=data,
             on_progress=_Teller(),
             resume=None if resume is None else Path(resume),
         )

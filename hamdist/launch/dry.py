@@ -17,7 +17,7 @@ from hamdist.runtime.placement import by_parameters, place
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.train import plan_of
 from hamdist.streams import make_stream
-from hamdist.study.runs import build, torch_dtype
+from hamdist.study.runs import DataFactory, build, torch_dtype
 
 MIB = 2**20
 
@@ -54,17 +54,22 @@ class DryRun:
 
 def dry_run(
     settings: Settings,
-    model: str | None,
+    named: Mapping[str, str | None],
     factory: ModelFactory | None,
+    data: DataFactory | None,
     cluster: ClusterSettings,
     hosts: Sequence[HostInfo],
 ) -> DryRun:
-    """settings: those of one level, on Ray. factory: what `model` names.
+    """settings: those of one level, on Ray. named: by option ('--model', '--stream') the function
+    that it named, if it was given; factory, data: what these make.
 
     Raises SettingsError, GraphError, LevelError for settings that no cluster could run.
     """
     dtype = torch_dtype(settings.dtype)
-    stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+    if data is None:
+        stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+    else:
+        stream = data(settings.seed).train
     plan = plan_of(build(settings, stream.spec, factory, dtype), settings, stream.spec)
     cpus = int(sum(host.cpus for host in hosts))
     groups = place(plan.graph, plan.engine, max(1, cpus))
@@ -80,7 +85,7 @@ def dry_run(
         (group, seat, sum(2 * (work[name] - 1) * item for name in group) / MIB)
         for group, seat in zip(groups, found, strict=True)
     ]
-    return DryRun(hosts, actors, missing, _notes(settings, model, cluster, plan, groups, hosts))
+    return DryRun(hosts, actors, missing, _notes(settings, named, cluster, plan, groups, hosts))
 
 
 def _seats(plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo]) -> list[Seat]:
@@ -95,7 +100,7 @@ def _seats(plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo
 
 def _notes(
     settings: Settings,
-    model: str | None,
+    named: Mapping[str, str | None],
     cluster: ClusterSettings,
     plan: Plan,
     groups: Sequence[Sequence[str]],
@@ -117,14 +122,15 @@ def _notes(
         told.append("no storage in the cluster file: results come back here, and nowhere else")
     if kept_at(settings, cluster, "") is None:
         told.append(NOTHING_KEPT)
-    if settings.stream.path is not None:
+    if settings.stream.path is not None and named.get("--stream") is None:
         told.append(f"stream.path {str(settings.stream.path)!r} must be there on the head")
-    if model is not None:
-        code = own_code(model)
-        told.append(
-            f"--model: {'installed, so it must be on all hosts' if code is None else code}"
-            + ("" if code is None else " travels along")
-        )
+    for option, name in named.items():
+        if name is not None:
+            code = own_code(name)
+            told.append(
+                f"{option}: {'installed, so it must be on all hosts' if code is None else code}"
+                + ("" if code is None else " travels along")
+            )
     return told
 
 

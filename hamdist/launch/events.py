@@ -41,11 +41,11 @@ class _Event(BaseModel):
 
 
 class Started(_Event):
-    """The driver is up. batch: rows of an item."""
+    """The driver is up. batch: rows of an item; None where they are not known yet."""
 
     event: Literal["started"] = "started"
     title: str
-    batch: int
+    batch: int | None
 
 
 class Lost(_Event):

@@ -27,8 +27,8 @@ MOST_BYTES = 100 * 2**20
 
 
 class Order(BaseModel):
-    """What a job is to do. model: 'package.module:function', code that travelled along or is
-    installed there. storage: a folder that all hosts see, where the results stay. most: bytes of
+    """What a job is to do. model, stream: 'package.module:function', code that travelled along or
+    is installed there. storage: a folder that all hosts see, where the results stay. most: bytes of
     the largest file that travels back. snapshots: where the run keeps them; resume: those that it
     begins with."""
 
@@ -38,6 +38,7 @@ class Order(BaseModel):
     model: str | None
     storage: str | None
     most: int
+    stream: str | None = None
     snapshots: str | None = None
     resume: str | None = None
 
@@ -70,14 +71,16 @@ def on_ray(settings: Settings) -> Settings:
 
 @contextmanager
 def packed(settings: Settings, order: Order) -> Iterator[Path]:
-    """A folder with all of it, while inside. The module of `order.model` has been imported."""
+    """A folder with all of it, while inside. The modules of `order` have been imported."""
     with TemporaryDirectory(prefix="hd-parcel-") as name:
         folder = Path(name)
         (folder / SETTINGS).write_text(to_yaml(settings))
         (folder / ORDER).write_text(order.model_dump_json())
-        code = None if order.model is None else own_code(order.model)
-        if code is not None:
-            _copy(code, folder)
+        named = {"--model": order.model, "--stream": order.stream}
+        code = {own_code(name): option for option, name in named.items() if name is not None}
+        for path, option in code.items():
+            if path is not None:
+                _copy(path, folder, option)
         yield folder
 
 
@@ -93,16 +96,16 @@ def read_order(folder: Path) -> Order:
         raise SettingsError(f"{ORDER}: {describe(error)}") from None
 
 
-def named_there(model: str) -> str:
-    """What `--model` names, as the job finds it: a file lies in the parcel itself."""
-    where, _, function = model.rpartition(":")
-    return f"{Path(where).stem}:{function}" if where.endswith(".py") else model
+def named_there(name: str) -> str:
+    """What `--model` or `--stream` names, as the job finds it: a file lies in the parcel itself."""
+    where, _, function = name.rpartition(":")
+    return f"{Path(where).stem}:{function}" if where.endswith(".py") else name
 
 
-def own_code(model: str) -> Path | None:
-    """The file, or the folder of the whole package, of the module that `--model` has named.
-    None where it is installed among Python's packages, which do not travel."""
-    top = named_there(model).partition(":")[0].partition(".")[0]
+def own_code(name: str) -> Path | None:
+    """The file, or the folder of the whole package, of the module that `--model` or `--stream` has
+    named. None where it is installed among Python's packages, which do not travel."""
+    top = named_there(name).partition(":")[0].partition(".")[0]
     module = sys.modules[top]
     found = getattr(module, "__file__", None)
     if found is None:  # a package without __init__.py
@@ -117,13 +120,14 @@ def own_code(model: str) -> Path | None:
     return None if any(path.is_relative_to(place) for place in installed) else path
 
 
-def _copy(code: Path, folder: Path) -> None:
+def _copy(code: Path, folder: Path, option: str) -> None:
+    """option: that named it."""
     if code.name in (SETTINGS, ORDER):
-        raise SettingsError(f"--model: {str(code)!r}: give the module another name")
+        raise SettingsError(f"{option}: {str(code)!r}: give the module another name")
     size = sum(f.stat().st_size for f in code.rglob("*") if f.is_file()) if code.is_dir() else 0
     if size > MOST_BYTES:
         raise SettingsError(
-            f"--model: the package {str(code)!r} has {size / 2**20:.0f} MiB, and at most "
+            f"{option}: the package {str(code)!r} has {size / 2**20:.0f} MiB, and at most "
             f"{MOST_BYTES / 2**20:.0f} travel; install it on the cluster, or move its data away"
         )
     if code.is_dir():

@@ -19,12 +19,22 @@ NOTHING_KEPT = (
 )
 
 
-def submit_run(jobs: Jobs, settings: Settings, model: str | None, resume: str | None = None) -> str:
-    """Starts a run of `settings` (those of one level, `on_ray`). resume: see `resumed_from`.
-    Returns its id."""
+def submit_run(
+    jobs: Jobs,
+    settings: Settings,
+    model: str | None,
+    resume: str | None = None,
+    stream: str | None = None,
+) -> str:
+    """Starts a run of `settings` (those of one level, `on_ray`). model, stream: what `--model` and
+    `--stream` named, imported already. resume: see `resumed_from`. Returns its id."""
     name = make_id(f"{settings.name}-{settings.level.value}")
     order = _order(jobs, name, model).model_copy(
-        update={"snapshots": kept_at(settings, jobs.cluster, name), "resume": resume}
+        update={
+            "snapshots": kept_at(settings, jobs.cluster, name),
+            "resume": resume,
+            "stream": None if stream is None else named_there(stream),
+        }
     )
     known = {
         "kind": "run",

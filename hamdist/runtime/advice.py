@@ -209,14 +209,14 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
     ]
 
 
-def short_stream(plan: Plan, outcome: Outcome) -> list[str]:
-    """Says so where the stream had fewer items than were asked for (of a run to its end)."""
+def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
+    """Says so where a stream ended before the run had the items that it was asked for."""
     items = plan.skip + outcome.samples
     if plan.steps is None or outcome.interrupted or items >= plan.steps:
         return []
     return [
-        f"the stream ended after {items} items, before 'steps' {plan.steps}: give one that goes on "
-        "(for several epochs: (item for _ in range(epochs) for item in loader)), or leave steps out"
+        f"the stream ended after {items:,} of {plan.steps:,} items (steps): go through it more "
+        "often (epochs=, of hamdist.streams.from_loader or from_iterable), or ask for fewer steps"
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hamdist.config import Settings
-from hamdist.dynamics.graph import OUTPUT_KEY, BlockSpec, Graph
+from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan import Plan, fingerprint
 from hamdist.runtime.snapshot import Snapshot, settings_of
@@ -29,6 +29,14 @@ def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
     """Settings that are not those of the snapshot's run, though its state can be gone on from."""
     now = settings.model_dump(mode="json")
     return [name for name in MAY_CHANGE if snapshot.manifest.settings.get(name) != now[name]]
+
+
+def ended(snapshot: Snapshot, settings: Settings) -> bool:
+    """Whether the snapshot was taken when the stream had given all its items, of a run that was
+    asked for fewer of them than `settings` are."""
+    before = snapshot.manifest.settings.get("steps")
+    more = before is not None and (settings.steps is None or settings.steps > before)
+    return more and snapshot.state(INPUT)["node"]["tick"] is None
 
 
 def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> nn.Module:

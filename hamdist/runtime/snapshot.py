@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -224,7 +225,8 @@ def latest(where: str | Path, told: Callable[[str], None]) -> Snapshot:
     if damaged:
         raise SnapshotError(f"{where}: no snapshot is as it was written: {damaged[0]}")
     raise SnapshotError(
-        f"{where}: no snapshots there; give the folder that `snapshots.path` (or --snapshots) named"
+        f"{where}: no snapshots there; give the folder that `snapshots.path` (or --snapshots) "
+        "named (a run that ends before `snapshots.seconds` or `snapshots.every` takes none)"
     )
 
 
@@ -236,9 +238,9 @@ def _whole(store: Storage, folder: str) -> Snapshot:
     return snapshot
 
 
-def check_empty(where: str) -> None:
-    """Raises SnapshotError where snapshots of another run lie: a later one of those would be taken
-    for this run's."""
+def check_usable(where: str) -> None:
+    """Raises SnapshotError where nothing can be written, and where snapshots of another run lie: a
+    later one of those would be taken for this run's."""
     store = storage(where)
     for folder in complete(store):
         if _finished(store, folder):
@@ -246,6 +248,17 @@ def check_empty(where: str) -> None:
                 f"snapshots.path {where!r}: another run's snapshots lie there ({folder}); go on "
                 "from them (--resume), remove them, or give another folder"
             )
+    check_writable(store)
+
+
+def check_writable(store: Storage) -> None:
+    """Raises SnapshotError naming the place: found before a run, not when the first is due."""
+    trial = f"trial-{secrets.token_hex(4)}"
+    try:
+        store.write(f"{trial}/empty", b"")
+        store.remove(trial)
+    except SnapshotError as error:
+        raise SnapshotError(f"snapshots.path {store.where!r}: {error}") from None
 
 
 def write_part(store: Storage, tick: int, file: str, data: bytes) -> Part:

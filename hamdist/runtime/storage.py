@@ -7,6 +7,7 @@ renaming it; object stores do so by themselves.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +61,8 @@ class _Folder:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             raise SnapshotError(f"{path}: cannot be written: {error.strerror or error}") from None
 
     def read(self, name: str) -> bytes:

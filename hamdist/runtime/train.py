@@ -23,7 +23,7 @@ from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SnapshotError
-from hamdist.runtime.advice import after, before, of_resumed, short_stream
+from hamdist.runtime.advice import after, before, end_of_stream, of_resumed
 from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.compression import in_edge_order
@@ -34,8 +34,8 @@ from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_keeping, make_plan
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import Progress, RunResult
-from hamdist.runtime.resume import changed, differences, earlier, weights_of, with_weights
-from hamdist.runtime.snapshot import Snapshot, check_empty, latest
+from hamdist.runtime.resume import changed, differences, earlier, ended, weights_of, with_weights
+from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
 from hamdist.streams.chosen import with_targets_of
@@ -108,8 +108,7 @@ def train(
                 error.outcome.warnings.insert(0, str(failure))
                 failure.result = _result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
-        outcome.warnings[:0] = told
-        outcome.warnings += short_stream(plan, outcome)
+        outcome.warnings[:0] = [*told, *end_of_stream(plan, outcome)]
         return _result(graph, plan, outcome, startup, settings, why)
 
 
@@ -133,7 +132,7 @@ class _Work:
         plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
         keeping = make_keeping(self.settings, snapshot)
         if keeping is not None and snapshot is None:
-            check_empty(keeping.path)
+            check_usable(keeping.path)
         plan = replace(plan, keeping=keeping)
         if self.settings.partition.delays == "auto":
             plan = replannable(plan, graph, self.settings, self.phi)
@@ -146,6 +145,8 @@ class _Work:
         own = self._kept_at(snapshot)
         graph, plan = own.planned(snapshot)
         other = differences(snapshot, plan, own.settings)
+        if not other and ended(snapshot, own.settings):
+            other = ["its steps were over, and steps"]
         if not other:
             names = changed(snapshot, own.settings)
             if names:
@@ -153,7 +154,7 @@ class _Work:
             return graph, replace(plan, skip=snapshot.manifest.skip), told
         if isinstance(self.model, Graph):
             raise SnapshotError(
-                f"{snapshot}: it was taken of another graph ({', '.join(other)} differ)"
+                f"{snapshot}: it was taken of another graph or run ({', '.join(other)} differ)"
             )
         before = replace(own, settings=earlier(snapshot), policy=None)
         learned = weights_of(snapshot, before.graph())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ _FORMS = (
     "'late'"
 )
 _KEYS = ("u", "y", "end", "time", "late")
+_AGAIN = "an iterable that can be read again (a list, a DataLoader, a class with __iter__)"
 
 # A number for every readout, or by the name of the readout.
 Sizes: TypeAlias = int | Mapping[str, int] | None
@@ -36,11 +37,13 @@ def from_loader(
     *,
     classes: Sizes = None,
     outputs: Sizes = None,
+    epochs: int | None = 1,
 ) -> IterableStream:
     """A stream of what a torch DataLoader, or an IterableDataset of batches, yields.
 
     Each item is a Sample, (u, y), u alone, or a dict (see `from_iterable`); u: (B, ...), y: (B,)
-    classes or (B, O) values. The order and the seed are the loader's own. A loader without
+    classes or (B, O) values. The order and the seed are the loader's own. epochs: how often the
+    loader is gone through (None: until the run has its steps). A loader without
     drop_last=True may end with a shorter batch, which not every level takes. The first item is
     fetched at once and yielded later; tensors are copied, except where a DataLoader has collated
     them into fresh batches already.
@@ -53,11 +56,15 @@ def from_loader(
             "map-style Dataset), an IterableDataset, or use from_iterable"
         )
     copied = not isinstance(loader, DataLoader) or loader.batch_size is None
-    return IterableStream(loader, classes=classes, outputs=outputs, copied=copied)
+    return IterableStream(loader, classes=classes, outputs=outputs, copied=copied, epochs=epochs)
 
 
 def from_iterable(
-    iterable: Iterable[Any], *, classes: Sizes = None, outputs: Sizes = None
+    iterable: Iterable[Any],
+    *,
+    classes: Sizes = None,
+    outputs: Sizes = None,
+    epochs: int | None = 1,
 ) -> IterableStream:
     """A stream of what any Python iterable yields, finite or not.
 
@@ -70,6 +77,7 @@ def from_iterable(
     tuple by position.
     classes: number of classes; must be given for integer targets.
     outputs: O, for real-valued targets of which the first one is missing.
+    epochs: how often the iterable is gone through (None: until the run has its steps).
 
     Where readouts have targets of their own, y is a dict of them by the readout's name, as are
     classes and outputs: {'digit': (B,), 'angle': (B, 1)} with classes={'digit': 10}. The names are
@@ -81,10 +89,11 @@ def from_iterable(
     __iter__) again and again. Errors of the source itself pass through.
 
     Raises StreamError for a source that yields nothing or something else (naming the item), for a
-    first item that leaves the kind of target open, and for a second `samples()` of an iterator;
-    SettingsError for `classes` together with `outputs`, or either below 1.
+    first item that leaves the kind of target open, for a second `samples()` of an iterator, and for
+    an iterator with other `epochs` than 1; SettingsError for `classes` together with `outputs`, or
+    a number below 1.
     """
-    return IterableStream(iterable, classes=classes, outputs=outputs, copied=True)
+    return IterableStream(iterable, classes=classes, outputs=outputs, copied=True, epochs=epochs)
 
 
 class IterableStream:
@@ -99,11 +108,18 @@ class IterableStream:
         classes: Sizes,
         outputs: Sizes,
         copied: bool,
+        epochs: int | None = 1,
     ) -> None:
         _check_sizes(classes, outputs)
         if not isinstance(source, Iterable):
             raise StreamError(f"a {type(source).__name__} cannot be iterated: give an iterable")
+        if epochs is not None and epochs < 1:
+            raise SettingsError(f"epochs is {epochs}; at least 1 is needed, or None for no end")
+        kind = type(source).__name__
+        if epochs != 1:
+            source = _Epochs(source, epochs)
         self._source = source
+        self._kind = kind
         self._classes = classes
         self._copied = copied
         # The iterator that is peeked into is the one that the first `samples()` goes on with: a
@@ -115,7 +131,7 @@ class IterableStream:
         nothing = object()
         first = next(items, nothing)
         if first is nothing:
-            raise StreamError(f"the source ({type(source).__name__}) yields no item")
+            raise StreamError(f"the source ({kind}) yields no item")
         self._spec = _learn(self._sample(0, first), classes, outputs)
         self._peeked: Iterator[Any] | None = chain([first], items)
 
@@ -135,9 +151,8 @@ class IterableStream:
             items = iter(self._source)
         else:
             raise StreamError(
-                f"this stream was made from an iterator ({type(self._source).__name__}), which "
-                "can be read once and has been: make a new stream, or give an iterable that can "
-                "be read again (a list, a DataLoader, a class with __iter__)"
+                f"this stream was made from an iterator ({self._kind}), which can be read once and "
+                f"has been: make a new stream, or give {_AGAIN}"
             )
         return (self._sample(n, item) for n, item in enumerate(items))
 
@@ -217,6 +232,28 @@ class IterableStream:
                 f"item {n}: {field} is a numpy array of {value.dtype}, which torch has no dtype "
                 "for: convert it with astype"
             ) from error
+
+
+class _Epochs:
+    """`source` again and again; epochs: how often, None for no end."""
+
+    def __init__(self, source: Iterable[Any], epochs: int | None) -> None:
+        if isinstance(source, Iterator):
+            raise StreamError(
+                f"epochs={epochs}: an iterator ({type(source).__name__}) can be read once: give "
+                f"{_AGAIN}"
+            )
+        self._source = source
+        self._epochs = epochs
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in count() if self._epochs is None else range(self._epochs):
+            empty = True
+            for item in self._source:
+                empty = False
+                yield item
+            if empty:
+                return  # what is empty now would be so without end
 
 
 def _fields(n: int, item: Any) -> tuple[Any, Any, Any, Any, Any]:
@@ -313,7 +350,9 @@ def _target_spec(
         if integers and classes is None:
             raise StreamError(
                 f"item 0: {field} has dtype {y.dtype}, so targets are classes: say how many with "
-                "classes=, or convert real-valued targets to a floating-point dtype"
+                "classes= (of hamdist.train, or of hamdist.streams.from_loader and from_iterable, "
+                "around a DataLoader or iterable), or convert real-valued targets to a "
+                "floating-point dtype"
             )
         if not integers and classes is not None:
             raise StreamError(

@@ -17,7 +17,7 @@ from hamdist.dynamics.inputs import Inputs, called
 from hamdist.dynamics.losses import Losses, LossFunction
 from hamdist.dynamics.metrics import count_correct
 from hamdist.dynamics.outputs import ONLY, losses_of, main_output, tensors
-from hamdist.errors import StreamError
+from hamdist.errors import HamdistError, StreamError
 from hamdist.streams.sample import Sample, Stream
 
 CHUNK = 1024
@@ -51,20 +51,23 @@ def evaluate_items(
     outputs for which they have targets, where these are given by name.
 
     The model is set to evaluation meanwhile. Raises StreamError where an output has no target at
-    all, GraphError for outputs that the model does not have.
+    all, and for an item that the model or the loss does not take; GraphError for outputs that the
+    model does not have.
     """
     tallies: dict[str, _Tally] | None = None
     with _evaluating(model):
-        for sample in items:
+        for n, sample in enumerate(items):
             u = sample.u if sample.inputs is None else sample.inputs
-            found = tensors(called(model, u))
+            with _naming(n):
+                found = tensors(called(model, u))
             if tallies is None:
                 losses = losses_of(list(found), loss, targets)
                 tallies = {name: _Tally(one) for name, one in losses.items()}
             for name, tally in tallies.items():
                 target = sample.target(name)
                 if target is not None:
-                    tally.add(found[name], target)
+                    with _naming(n):
+                        tally.add(found[name], target)
     if tallies is None:
         raise StreamError("nothing is held out: the part to evaluate on has no item")
     for name, tally in tallies.items():
@@ -141,6 +144,17 @@ class _Tally:
     def scores(self) -> Scores:
         accuracy = self._correct / self._counted if self._counted else None
         return Scores(self._total / self.rows, accuracy)
+
+
+@contextmanager
+def _naming(n: int) -> Iterator[None]:
+    """Inside, what the model or the loss raises is a StreamError of held-out item n."""
+    try:
+        yield
+    except HamdistError:
+        raise
+    except Exception as error:  # a user's forward or loss may raise anything
+        raise StreamError(f"held-out item {n}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

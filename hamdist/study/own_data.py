@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hamdist.errors import SettingsError
+from hamdist.dynamics.inputs import called as called_with
+from hamdist.errors import SettingsError, StreamError
 from hamdist.loading import called, check_call, load_function, title
+from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.sample import SampleSpec
 
@@ -32,8 +37,9 @@ def load_stream(name: str) -> Callable[[int], OwnData]:
 
     The function is called anew for every run, with `seed=` where it takes one, while torch's global
     generator is seeded with it. It returns a stream, or a stream and what is held out; each is a
-    `hamdist.streams.Stream`, a DataLoader, or an iterable of (u, y). What is held out has to end.
-    Raises SettingsError for every way in which it can be wrong, StreamError for what it returns.
+    `hamdist.streams.Stream`, a DataLoader, or an iterable of (u, y); what is held out may be one
+    pair (u, y) of tensors, and has to end. Raises SettingsError for every way in which it can be
+    wrong, StreamError for what it returns.
     """
     function = load_function(STREAM_OPTION, name)
     takes_seed = _takes_seed(function)
@@ -44,10 +50,13 @@ def load_stream(name: str) -> Callable[[int], OwnData]:
             torch.manual_seed(seed)
             made = called(STREAM_OPTION, function, **({"seed": seed} if takes_seed else {}))
             parts = list(made) if isinstance(made, tuple) and len(made) == 2 else [made]
-            train = _as_stream(parts[0], None, title(function))
+            name = title(function)
+            train = _as_stream(parts[0], None, name, "what to learn from")
             classes = _classes(train.spec)
-            held_out = [_as_stream(part, classes, title(function)) for part in parts[1:]]
-            return OwnData(train, *held_out)
+            held_out = [[part] if _pair(part) else part for part in parts[1:]]
+            return OwnData(
+                train, *(_as_stream(part, classes, name, "what is held out") for part in held_out)
+            )
 
     return make
 
@@ -66,15 +75,58 @@ def _classes(spec: SampleSpec) -> Classes:
     return {n: one.classes for n, one in spec.targets.items() if one.classes is not None} or None
 
 
-def _as_stream(made: object, classes: Classes, name: str) -> Stream:
+def _pair(made: object) -> bool:
+    """Whether `made` is (u, y), two tensors, and not a collection of such pairs."""
+    arrays = (torch.Tensor, np.ndarray)
+    return isinstance(made, (tuple, list)) and [isinstance(x, arrays) for x in made] == [True] * 2
+
+
+def _as_stream(made: object, classes: Classes, name: str, part: str) -> Stream:
+    """part: what of the function's result it is, for errors."""
     if isinstance(made, Stream):
         return made
-    if isinstance(made, (DataLoader, IterableDataset)):
-        return from_loader(made, classes=classes)
-    if isinstance(made, Iterable) and not isinstance(made, (str, Mapping, torch.Tensor)):
-        return from_iterable(made, classes=classes)
+    try:
+        if isinstance(made, (DataLoader, IterableDataset)):
+            return from_loader(made, classes=classes)
+        plain = isinstance(made, Iterable) and not isinstance(made, (str, Mapping, torch.Tensor))
+        if plain and not _pair(made):
+            return from_iterable(made, classes=classes)  # type: ignore[arg-type]  # (plain)
+    except StreamError as error:
+        raise StreamError(f"{STREAM_OPTION}: {name}(), {part}: {error}") from error
     raise SettingsError(
-        f"{STREAM_OPTION}: {name}() returned {type(made).__name__}; return a stream (see "
+        f"{STREAM_OPTION}: {name}() returned {_kind(made)}; return a stream (see "
         "hamdist.streams), a DataLoader or an iterable of (u, y), or a pair of these, the second "
         "of which is held out"
     )
+
+
+def _kind(made: object) -> str:
+    return "one pair of tensors" if _pair(made) else type(made).__name__
+
+
+def check_held_out(model: nn.Module, data: OwnData) -> None:
+    """Raises SettingsError where what is held out is of other shapes or types than what is learned
+    from, and the model does not take it: it is looked at only when the run is over."""
+    if data.held_out is None or _rows(data.held_out.spec) == _rows(data.train.spec):
+        return
+    spec = data.held_out.spec
+    one = example_input(spec) if spec.inputs is None else example_inputs(spec)
+    try:
+        with torch.no_grad():
+            called_with(copy.deepcopy(model).eval(), one)
+    except Exception as error:  # a user's forward may raise anything
+        raise SettingsError(
+            f"{STREAM_OPTION}: the model does not take what is held out, {_shown(spec)}, which is "
+            f"not like what it learns from, {_shown(data.train.spec)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _shown(spec: SampleSpec) -> str:
+    parts = (f"{name} {tuple(shape)} {dtype}" for name, (shape, dtype) in spec.parents.items())
+    return ", ".join(parts)
+
+
+def _rows(spec: SampleSpec) -> dict[str, object]:
+    """Shapes without the batch, and types, of the inputs."""
+    return {name: (shape[1:], dtype) for name, (shape, dtype) in spec.parents.items()}

@@ -23,7 +23,7 @@ from hamdist.dynamics.outputs import main_output
 from hamdist.dynamics.precision import Rounding
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.stabilise import stabilised
-from hamdist.errors import Choice, DivergedError, SettingsError
+from hamdist.errors import Choice, DivergedError, SettingsError, StreamError
 from hamdist.models import (
     CELLS,
     ModelFactory,
@@ -42,7 +42,7 @@ from hamdist.study.baseline import CENTRALISED, FROZEN, baseline_warnings, train
 from hamdist.study.compression import Compression
 from hamdist.study.drift import Recovery, recoveries
 from hamdist.study.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
-from hamdist.study.own_data import OwnData
+from hamdist.study.own_data import OwnData, check_held_out
 from hamdist.study.tracking import Tracking, advice, tracking
 from hamdist.study.warm import warmed
 
@@ -198,6 +198,8 @@ def _run(
         model = build(settings, stream.spec, factory, dtype)
         if begin is not None and begin.weights is not None:
             model = warmed(model, begin.weights)
+        if own is not None and isinstance(model, nn.Module):
+            check_held_out(model, own)
     prepared = sum(startup.seconds.values())
     told = advice(settings)
     if engine == PYTORCH:
@@ -215,10 +217,14 @@ def _run(
         result, failure = error.result, str(error)
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
-    scores = _score(result.model, result, settings, dtype, own) if whole else None
-    plain = None
-    if whole and result.plain is not None:
-        plain = _score(result.plain, result, settings, dtype, own)
+    scores = plain = None
+    try:
+        scores = _score(result.model, result, settings, dtype, own) if whole else None
+        if whole and result.plain is not None:
+            plain = _score(result.plain, result, settings, dtype, own)
+    except StreamError as error:  # of a user's own data; what was learned is not lost with it
+        told.append(f"no held-out score: {error}")
+        warnings.warn(told[-1], stacklevel=3)
     windows = _main_windows(result, scores)
     entered = [window.last + 1 for window in windows]
     run = Run(

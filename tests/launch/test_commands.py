@@ -28,6 +28,11 @@ import torch
 def make():
     layers = torch.nn.Linear(64, 8), torch.nn.Tanh(), torch.nn.Linear(8, 10)
     return torch.nn.Sequential(*layers)
+
+def data(seed):
+    import hamdist
+    own = hamdist.streams.digits(batch=32, seed=seed + 1, dtype=torch.float32)
+    return own.train, (own.x, own.y)
 """
 PORT, JOBS_PORT = 26379, 28265
 
@@ -153,7 +158,7 @@ def done(process):
 def test_the_whole_way(machine, tmp_path):
     """One start of Ray for all of it: each command talks to what the others have left."""
     (tmp_path / "own_model.py").write_text(MODEL)
-    wanted = ["digits", *RUN, "--model", "own_model:make"]
+    wanted = ["digits", *RUN, "--model", "own_model:make", "--stream", "own_model.py:data"]
     code, out, _ = done(hamdist(machine, "launch", *wanted, "--dry-run", cwd=tmp_path))
     assert code == 0
     assert "own_model.py travels along" in out

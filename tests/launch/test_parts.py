@@ -46,6 +46,7 @@ from hamdist.models import load_factory
 from hamdist.runtime.hosts import HostInfo
 from hamdist.runtime.links import Probe
 from hamdist.runtime.result import BlockProgress, Progress
+from hamdist.study.own_data import load_stream
 from hamdist.study.recipes import load_settings
 
 # -- the cluster file ------------------------------------------------------------------------------
@@ -410,6 +411,42 @@ def test_a_parcel_holds_the_settings_and_the_users_code(tmp_path, monkeypatch):
     assert not folder.exists()
 
 
+def test_a_parcel_holds_the_code_of_the_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    text = "import torch\ndef net(): return torch.nn.Linear(2, 2)\ndef data(): return [(1, 2)]\n"
+    for module in ("shipped_both", "shipped_other"):
+        (tmp_path / f"{module}.py").write_text(text)
+    settings = load_settings("digits")
+    for stream, files in (
+        ("shipped_both", {"shipped_both.py"}),  # one file for both travels once
+        ("shipped_other", {"shipped_both.py", "shipped_other.py"}),
+    ):
+        load_factory(f"{tmp_path}/shipped_both.py:net")
+        load_stream(f"{tmp_path}/{stream}.py:data")
+        named = {"model": "shipped_both:net", "stream": f"{stream}:data"}
+        with packed(settings, ORDER.model_copy(update=named)) as folder:
+            assert {p.name for p in folder.iterdir()} == {"settings.yaml", "order.json", *files}
+            assert read_order(folder).stream == f"{stream}:data"
+
+
+def test_a_dry_run_with_a_stream_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "shipped_data.py").write_text(
+        "import torch\nfrom hamdist.streams import from_iterable\n"
+        "def data():\n"
+        "    return from_iterable([(torch.zeros(8, 20), torch.zeros(8).long())], classes=3)\n"
+    )
+    name = f"{tmp_path}/shipped_data.py:data"
+    settings = load_settings("digits", [{"engine": {"actors": 1}}])
+    own = on_ray(settings.for_level(settings.level))
+    data = load_stream(name)
+    found = dry_run(own, {"--stream": name}, None, data, ClusterSettings(), [host(1)])
+    # theta and omega, float32: 20 inputs and 3 outputs, where digits has 64 and 10
+    weights = (20 * 64 + 64) + 2 * (64 * 64 + 64) + (64 * 3 + 3)
+    assert [round(size * 2**20) for *_, size in found.actors] == [2 * 4 * weights]
+    assert f"--stream: {tmp_path}/shipped_data.py travels along" in found.notes
+
+
 def test_a_file_travels_by_its_name_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     file = tmp_path / "nets/shipped_net.py"
@@ -454,7 +491,7 @@ def host(number, cpus=2.0, **resources):
 def work_out(hosts, **engine):
     settings = load_settings("digits", [{"engine": engine}])
     own = on_ray(settings.for_level(settings.level))
-    return dry_run(own, None, None, ClusterSettings(), hosts)
+    return dry_run(own, {}, None, None, ClusterSettings(), hosts)
 
 
 def test_a_dry_run_says_who_goes_where():

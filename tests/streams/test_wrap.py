@@ -109,6 +109,42 @@ class TestAskedAgain:
         with pytest.raises(StreamError, match="generator"):
             stream.samples()
 
+    def test_epochs(self) -> None:
+        def first(n: int, epochs: int | None, source: Any) -> list[float]:
+            stream = from_iterable(source, classes=3, epochs=epochs)
+            samples = stream.samples()
+            return [sample.u[0, 0].item() for sample, _ in zip(samples, range(n), strict=False)]
+
+        items = [(U + n, Y) for n in range(3)]
+        assert first(9, 1, items) == [0, 1, 2]
+        assert first(9, 2, items) == [0, 1, 2, 0, 1, 2]
+        assert first(8, None, items) == [0, 1, 2, 0, 1, 2, 0, 1]
+        stream = from_iterable(items, classes=3, epochs=2)
+        assert [len(list(stream.samples())) for _ in range(2)] == [6, 6]
+
+    def test_epochs_of_a_loader_have_its_orders(self) -> None:
+        def order(loader: DataLoader[Any], passes: int) -> list[float]:
+            return [float(u[0, 0]) for _ in range(passes) for u, _ in loader]
+
+        def loader() -> DataLoader[Any]:
+            data = TensorDataset(torch.arange(12.0).reshape(6, 2), torch.arange(6) % 3)
+            shuffled = torch.Generator().manual_seed(3)
+            return DataLoader(data, batch_size=2, shuffle=True, generator=shuffled)
+
+        drawn = [float(s.u[0, 0]) for s in from_loader(loader(), classes=3, epochs=3).samples()]
+        assert drawn == order(loader(), 3)
+
+    @pytest.mark.parametrize("epochs", [2, None])
+    def test_epochs_of_an_iterator(self, epochs: int | None) -> None:
+        with pytest.raises(StreamError, match=r"an iterator \(list_iterator\) can be read once"):
+            from_iterable(iter([(U, Y)]), classes=3, epochs=epochs)
+
+    def test_epochs_that_are_none(self) -> None:
+        with pytest.raises(SettingsError, match="epochs is 0; at least 1"):
+            from_iterable([(U, Y)], classes=3, epochs=0)
+        with pytest.raises(StreamError, match=r"\(list\) yields no item"):
+            from_iterable([], classes=3, epochs=None)
+
     def test_an_iterable_again_and_again(self) -> None:
         stream = from_iterable([(U + n, Y) for n in range(3)], classes=3)
         for _ in range(3):

@@ -124,6 +124,7 @@ class TestSettings:
             ({"sides": {"fast": side(None, 1, 2, 3)}}, "'sides.fast': the name is no level"),
             ({"axes": {"depth": [2, 2]}}, "'depth' has a value twice"),
             ({"axes": {"width": [2]}}, "axes.width: no such setting"),
+            ({"seds": 2}, r"seds: no such setting; did you mean 'seeds'\?"),
             ({"samples": 0}, "samples: Input should be greater than or equal to 1"),
             ({"address": "here:1"}, "'address' belongs to 'parallel: ray'"),
             ({"sides": {"trace": side("tarce")}}, "sides.trace.level"),
@@ -564,3 +565,19 @@ class TestCommand:
         done = self.call("speed", "--chosen")
         assert done.exit_code == 2
         assert "belong to a grid" in done.output
+
+
+def test_a_side_has_one_colour_and_its_curves_other_dashes() -> None:
+    from hamdist.study.grid.plots import _styles
+
+    study = tiny(axes={"depth": [2, 3]})
+    curves = {f"{cell.name}, {cell.point}": cell for cell in cells(study)}
+    styles = _styles(curves)
+    by_side: dict[str, list[str]] = {}
+    for label, cell in curves.items():
+        by_side.setdefault(cell.name, []).append(label)
+    colours = [{styles[label][0] for label in labels} for labels in by_side.values()]
+    assert all(len(own) == 1 for own in colours)
+    assert len({own.pop() for own in colours}) == len(by_side) > 1
+    for labels in by_side.values():
+        assert len({str(styles[label][1]) for label in labels}) == len(labels) == 2

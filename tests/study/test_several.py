@@ -27,6 +27,7 @@ from hamdist.study.compare import compare, plan
 from hamdist.study.evaluate import evaluate, evaluate_items
 from hamdist.study.own_data import load_stream
 from hamdist.study.results import run_summary
+from hamdist.study.runs import run_level
 from hamdist.study.table import comparison_table, run_facts
 
 STEPS, LR = 12, 0.1
@@ -145,6 +146,15 @@ def test_what_cannot_be_scored():
         evaluate_items(model, [], mse, None)
 
 
+@pytest.mark.parametrize("names", [("x", "left"), ("0", "1")])
+def test_inputs_that_the_model_does_not_take(names):
+    u = {name: torch.zeros(5, 4) for name in names}
+    data = from_iterable([(u, torch.zeros(5, 3))] * 2)
+    message = r"Linear\.forward\(input.*\) -> .*does not take them \(.*argument.*\): give u as"
+    with pytest.raises(GraphError, match=message):
+        train(nn.Linear(4, 3), data, settings(loss="mse"))
+
+
 def test_outputs_that_are_not_there():
     own = settings(loss={"kind": "mse", "size": "mse"})
     known = "loss name the output 'size'; the model's outputs are 'kind', 'angle'"
@@ -191,6 +201,19 @@ def loader():
     from torch.utils.data import DataLoader, TensorDataset
     load = DataLoader(TensorDataset(*rows), batch_size=4, shuffle=True)
     return from_iterable(load, classes=3)
+
+def rows(width, targets):
+    return torch.zeros(5, width), torch.tensor([targets] * 5)
+
+def held(width=4, targets=0):
+    return from_iterable([rows(4, 0)] * 3, classes=3, epochs=2), rows(width, targets)
+
+def wide(): return held(width=5)
+def strange(): return held(targets=7)
+def classes(): return [rows(4, 0)]
+def tensors(): return rows(4, 0)[0], rows(4, 0)[1]
+def pair(): return rows(4, 0), rows(4, 0)
+def net(): return torch.nn.Linear(4, 3)
 
 def number(): return 3
 def takes(batch): return []
@@ -269,6 +292,8 @@ def test_a_loader_is_seeded():
     ("name", "message"),
     [
         ("number", r"--stream: number\(\) returned int; return a stream"),
+        ("tensors", r"--stream: tensors\(\) returned Tensor; return a stream"),
+        ("pair", r"--stream: pair\(\) returned one pair of tensors; return a stream"),
         ("takes", "--stream 'user_two:takes': it is called without arguments, but missing .*batch"),
         ("broken", r"--stream: broken\(\) failed: OSError: no such data \(.*user_two.py, line"),
         ("nothing", "--stream 'user_two:nothing': module 'user_two' has no 'nothing'"),
@@ -277,3 +302,51 @@ def test_a_loader_is_seeded():
 def test_a_stream_that_cannot_be_had(name, message):
     with pytest.raises(SettingsError, match=message):
         load_stream(f"user_two:{name}")(0)
+
+
+@pytest.mark.usefixtures("folder")
+def test_class_targets_without_classes():
+    with pytest.raises(
+        StreamError, match=r"--stream: classes\(\), what to learn .*: item 0: .*from_"
+    ):
+        load_stream("user_two:classes")(0)
+
+
+def one_net(name, **fields):
+    own = Settings.model_validate({"steps": 6, "learning": {"lr": 0.1}, **fields})
+    from hamdist.models import load_factory
+
+    return run_level(
+        own, factory=load_factory("user_two:net"), data=load_stream(f"user_two:{name}")
+    )
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_held_out_may_be_a_pair_of_tensors():
+    run, model = one_net("held")
+    x = torch.zeros(5, 4)
+    expected = cross_entropy(model(x), torch.zeros(5, dtype=torch.int64)).detach()
+    assert run.held_out.loss == pytest.approx(float(expected))
+    assert (run.samples, run.warnings) == (6, ())
+
+
+@pytest.mark.usefixtures("folder")
+def test_held_out_rows_that_the_model_does_not_take_are_found_before_the_run():
+    with pytest.raises(SettingsError, match=r"--stream: .*held out, u \(5, 5\).* u \(5, 4\) torch"):
+        one_net("wide")
+
+
+@pytest.mark.usefixtures("folder")
+def test_held_out_labels_that_are_none_do_not_cost_the_run():
+    with pytest.warns(UserWarning, match="no held-out score: held-out item 0: IndexError"):
+        run, model = one_net("strange")
+    assert run.held_out is None
+    assert isinstance(model, nn.Linear)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_stream_that_ends_before_the_steps_says_so():
+    for level in ("trace", "local", "backprop"):
+        run, _ = one_net("held", steps=7, level=level)
+        assert any("ended after 6 of 7 items (steps): go" in text for text in run.warnings)
+    assert not one_net("held", steps=None)[0].warnings

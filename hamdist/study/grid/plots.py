@@ -44,22 +44,31 @@ def study_plots(study: StudySettings, outcomes: Sequence[Outcome]) -> dict[str, 
 def _names(study: StudySettings, axis: Axis | None, line: Line | Cell) -> str:
     """A curve's label: the side, and its place on the axes that the plot does not go along."""
     others = [a for a in varied(study) if a is not axis]
-    side = line.side if isinstance(line, Line) else line.name
     at = dict(line.point)
-    return ", ".join([side, *(f"{WORDS[a]} {at[a]}" for a in others)])
+    return ", ".join([_side(line), *(f"{WORDS[a]} {at[a]}" for a in others)])
 
 
-def _styles(curves: Mapping[str, Trains]) -> dict[str, tuple[str, Dashes, float]]:
-    """Colour, dashes and width by label: baselines are broad and grey, the others told apart."""
-    baselines = [name for name, trains in curves.items() if trains is Trains.CENTRALISED]
-    others = [name for name in curves if name not in baselines]
+def _side(line: Line | Cell) -> str:
+    return line.side if isinstance(line, Line) else line.name
+
+
+def _styles(curves: Mapping[str, Line | Cell]) -> dict[str, tuple[str, Dashes, float]]:
+    """Colour, dashes and width by label: baselines are broad and grey; of the others each side has
+    a colour, and its curves differ in their dashes."""
+    baselines = [name for name, one in curves.items() if one.trains is Trains.CENTRALISED]
+    sides: dict[str, list[str]] = {}
+    for name, one in curves.items():
+        if name not in baselines:
+            sides.setdefault(_side(one), []).append(name)
     solid: tuple[Dashes, ...] = ("-", *DASHES)
     styles: dict[str, tuple[str, Dashes, float]] = {
         name: (BASELINE_COLOUR, solid[i % len(solid)], BASELINE_WIDTH)
         for i, name in enumerate(baselines)
     }
-    for i, name in enumerate(others):
-        styles[name] = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], CURVE_WIDTH
+    for i, own in enumerate(sides.values()):
+        for k, name in enumerate(own):
+            dashes = DASHES[(i + k) % len(DASHES)]
+            styles[name] = COLOURS[i % len(COLOURS)], dashes, CURVE_WIDTH
     return styles
 
 
@@ -68,7 +77,7 @@ def _along(study: StudySettings, axis: Axis, lines: Sequence[Line], real_valued:
     curves: dict[str, list[Line]] = {}
     for line in lines:
         curves.setdefault(_names(study, axis, line), []).append(line)
-    styles = _styles({name: own[0].trains for name, own in curves.items()})
+    styles = _styles({name: own[0] for name, own in curves.items()})
     values = list(study.axes.of(axis))
     numbers = [v for v in values if isinstance(v, int)]
     places = values if len(numbers) == len(values) else list(range(len(values)))
@@ -115,7 +124,7 @@ def _against_seconds(study: StudySettings, outcomes: Sequence[Outcome], real_val
     """The first seed's prequential windows."""
     figure, axes = new_figure()
     labels = [_names(study, None, o.cell) for o in outcomes]
-    styles = _styles({n: o.cell.trains for n, o in zip(labels, outcomes, strict=True)})
+    styles = _styles({n: o.cell for n, o in zip(labels, outcomes, strict=True)})
     for label, outcome in zip(labels, outcomes, strict=True):
         curve = outcome.records[0].curve
         column, factor = (3, 1.0) if real_valued else (2, 100.0)
