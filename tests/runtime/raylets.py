@@ -9,7 +9,8 @@ from ray.cluster_utils import Cluster
 from runtime.networks import PortableStream, chain
 from runtime.test_engines_equal import assert_equal
 
-from hamdist.config import Settings
+from hamdist.config import EngineSettings, Settings
+from hamdist.runtime.cluster import ray_session
 from hamdist.runtime.train import train
 
 ITEMS = 40
@@ -34,12 +35,13 @@ def main():
             "kind": "ray", "address": cluster.address, "placement": PLACEMENT, "blocks": HOSTS,
             "link_delay": 0.025,
         }  # fmt: skip
-        spread = run(engine, {"delays": "auto"})
+        with ray_session(EngineSettings.model_validate(engine)):  # one set of actors for both runs
+            spread = run(engine, {"delays": "auto"})
+            with_them = run(engine, {"delays": spread.delays})
         crossing = {edge: d for edge, d in spread.delays.items() if d > 1}
         assert set(crossing) == {"block0->block1", "block2->block3"}, crossing
         assert "links" in spread.startup
         assert_equal(run({"kind": "inprocess"}, {"delays": spread.delays}), spread)
-        with_them = run(engine, {"delays": spread.delays})
         assert_equal(spread, with_them)
     finally:
         import ray

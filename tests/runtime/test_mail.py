@@ -5,6 +5,7 @@ together leaves before anybody can miss it."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 
 import pytest
@@ -204,29 +205,34 @@ HELD = {"level": "local", "locality": {"speed": 2}}
 LATE = {"level": "local", "locality": {"order": "sequential"}}
 PULSE = {"level": "trace"}
 FASTER = {"level": "trace", "locality": {"speed": 2}}
+CASES = {
+    "skips, held": (skip_graph, "adw|by|c", HELD),
+    "skips, late": (skip_graph, "adw|by|c", LATE),
+    "skips, pulse": (skip_graph, "aw|bd|cy", PULSE),
+    "skips, faster": (skip_graph, "aw|bd|cy", FASTER),
+    "cycle, held": (cycle_graph, "ac|b|d", HELD),
+    "cycle, late": (cycle_graph, "ad|b|c", LATE),
+}
+ITEMS = 13  # several bundles of the largest size, and one that is not full
+
+
+@functools.cache
+def in_one_process(case):
+    build, _, fields = CASES[case]
+    wanted = Settings.model_validate({"steps": ITEMS, **fields})
+    return train(deep(build(), 3), stream(ITEMS), wanted).blocks
 
 
 @pytest.mark.parametrize("bundle", ["off", "auto", 2, 99])
 @pytest.mark.parametrize("way", ["shm", "ipc"])
-@pytest.mark.parametrize(
-    ("build", "placement", "fields"),
-    [
-        (skip_graph, "adw|by|c", HELD),
-        (skip_graph, "adw|by|c", LATE),
-        (skip_graph, "aw|bd|cy", PULSE),
-        (skip_graph, "aw|bd|cy", FASTER),
-        (cycle_graph, "ac|b|d", HELD),
-        (cycle_graph, "ad|b|c", LATE),
-    ],
-)
-def test_bundles_change_no_number_and_hang_nobody(
-    leaves_no_socket, build, placement, fields, way, bundle
-):
+@pytest.mark.parametrize("case", CASES)
+def test_bundles_change_no_number_and_hang_nobody(leaves_no_socket, case, way, bundle):
     """With the shortest queue, blocks that wait for each other in a circle of processes, and nodes
     that end while others of their process go on."""
-    source = stream(23)
+    build, placement, fields = CASES[case]
+    source = stream(ITEMS)
     engine = {"queue": 1, "bundle": bundle}
-    settings = Settings.model_validate({"steps": 23, "engine": engine, **fields})
+    settings = Settings.model_validate({"steps": ITEMS, "engine": engine, **fields})
     plan = make_plan(deep(build(), 3), settings, source.spec)
     edges = [(e, k) for e in plan.graph.edges for k in (Kind.STATE, Kind.MESSAGE)]
     most = max(plan.schedule.bundle(e, k).size for e, k in edges)
@@ -261,10 +267,10 @@ def test_bundles_change_no_number_and_hang_nobody(
         host.close()
     assert hung == []
     assert [report.error for report in reports] == [None] * len(hosts)
-    alone = train(deep(build(), 3), stream(23), Settings.model_validate({"steps": 23, **fields}))
+    alone = in_one_process(case)
     spread = {name: state for report in reports for name, state in report.blocks.items()}
-    assert spread.keys() == alone.blocks.keys()
-    for name, state in alone.blocks.items():
+    assert spread.keys() == alone.keys()
+    for name, state in alone.items():
         assert spread[name].updates == state.updates
         for key, value in state.theta.items():
             assert torch.equal(spread[name].theta[key], value), (name, key)
