@@ -67,10 +67,10 @@ def of_resumed(stream: Stream) -> list[str]:
             "clock, so the result is not that of a run that was never stopped"
         ]
     return [
-        "the stream does not give the same items again (a DataLoader or an iterator is not sure to): "
-        "the run goes on with those that it gives now, from the first one on, so the result is that "
-        "of a run that was never stopped only if these are the items that follow; a list, "
-        "from_iterable(loader) of a loader with a seeded order, or a class with samples_from(n), is "
+        "the stream does not give the same items again (a DataLoader or an iterator is not sure "
+        "to): the run goes on with those that it gives now, from the first one on, so the result is "
+        "that of a run that was never stopped only if these are the items that follow; a list, "
+        "from_iterable(loader) of a loader with a seeded order, or a class with samples_from(n) is "
         "gone on with where it was left"
     ]
 

@@ -35,7 +35,9 @@ from hamdist.config import (
 )
 from hamdist.dynamics.graph import Graph
 from hamdist.errors import Choice
-from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
+from hamdist.streams.derived import Derived
+from hamdist.streams.replay import samples_from
+from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.smoothness import MOST_ITEMS, Smoothness
 
 ROUND_TRIPS = 2.5
@@ -166,21 +168,19 @@ def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
     return again, smoothness.frames, ends
 
 
-class _Again:
-    """A stream that may be asked only once, from its first item on."""
-
-    portable = False
+class _Again(Derived):
+    """A stream of which the first items have been taken: the first to ask gets them back. Later
+    ones get what the stream gives again; of one that gives nothing again, what is left."""
 
     def __init__(self, stream: Stream, first: list[Sample], rest: Iterator[Sample]) -> None:
-        self._stream = stream
-        self._samples = itertools.chain(first, rest)
-
-    @property
-    def spec(self) -> SampleSpec:
-        return self._stream.spec
+        super().__init__(stream)
+        self._begun = itertools.chain(first, rest)
+        self._asked = False
 
     def samples(self) -> Iterator[Sample]:
-        return self._samples
+        asked, self._asked = self._asked, True
+        return iter(self._stream.samples()) if asked and self.replays else self._begun
 
-    def report(self) -> dict[str, int]:
-        return report_of(self._stream)
+    def samples_from(self, n: int) -> Iterator[Sample]:
+        """As `samples()`, without its first n items; for a stream that replays."""
+        return samples_from(self._stream, n)

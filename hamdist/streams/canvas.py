@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
+from hamdist.streams.derived import Derived
 from hamdist.streams.images import square_images
-from hamdist.streams.replay import replays
-from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream, report_of
+from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream
 from hamdist.streams.seeding import generator
 
 _WHO = "stream.canvas", "leave it out"
 
 
-class Canvas:
+class Canvas(Derived):
     """A stream of square images as one of clips: each image moves over a canvas for S items.
 
     Row b of clip n begins at a place and with a direction drawn from (seed, n) and goes on straight
@@ -66,9 +66,7 @@ class Canvas:
             )
         if not (speed > 0 and math.isfinite(speed)):
             raise SettingsError(f"stream.canvas.speed is {speed}; give pixels an item, above 0")
-        self.portable: bool = stream.portable
-        self.replays: bool = replays(stream)
-        self._stream = stream
+        super().__init__(stream)
         self._side, self._small = side, small
         self._frames, self._fade, self._speed = frames, fade, speed
         self._background = background
@@ -79,10 +77,6 @@ class Canvas:
         """That of the wrapped stream, with canvases for images; flat where its images are."""
         inner = self._stream.spec
         return replace(inner, u_shape=canvas_shape(inner.u_shape, self._side))
-
-    def report(self) -> dict[str, int]:
-        """The counts of the wrapped stream."""
-        return report_of(self._stream)
 
     def samples(self) -> Iterator[Sample]:
         """The items from item 0 on."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from hamdist.streams.replay import passed_over, replays, samples_from
-from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
+from hamdist.streams.derived import Derived
+from hamdist.streams.replay import passed_over, samples_from
+from hamdist.streams.sample import Sample, SampleSpec, Stream
 
 
 def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
@@ -18,27 +19,23 @@ def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
     return Chosen(stream, readouts)
 
 
-class Chosen:
-    """Portable where the wrapped stream is."""
+class Chosen(Derived):
+    """A stream in which the targets of other readouts than these are left out."""
 
     def __init__(self, stream: Stream, readouts: Collection[str]) -> None:
-        self.portable: bool = stream.portable
-        self.replays: bool = replays(stream)
-        self._stream = stream
+        super().__init__(stream)
         self._readouts = frozenset(readouts)
 
     @property
     def spec(self) -> SampleSpec:
+        """That of the wrapped stream, without what those readouts are compared with."""
         own = self._stream.spec
         kept = {n: one for n, one in (own.targets or {}).items() if n in self._readouts}
         some = SampleSpec.several(own.u_shape, own.u_dtype, kept)
         return replace(some, tokens=own.tokens, inputs=own.inputs)
 
-    def report(self) -> dict[str, int]:
-        """The counts of the wrapped stream."""
-        return report_of(self._stream)
-
     def samples(self) -> Iterator[Sample]:
+        """The items from item 0 on."""
         return self._chosen(self._stream.samples())
 
     def passed(self) -> int:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from hamdist.errors import SettingsError, StreamError
+from hamdist.streams.derived import Derived
 from hamdist.streams.pace import Paced
-from hamdist.streams.replay import replays
-from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, check_stream, report_of
+from hamdist.streams.sample import Sample, Stream, Target, check_stream, report_of
 
 
-class Delayed:
+class Delayed(Derived):
     """A stream whose targets come `delay` items after their inputs.
 
     Item n has the input of sample n and the target of sample n - delay, tagged with that number
@@ -28,21 +28,10 @@ class Delayed:
     def __init__(self, stream: Stream, delay: int, *, tagged: bool = True) -> None:
         _check_delay(delay)
         check_stream("Delayed", stream)
-        self.portable: bool = stream.portable
-        self.replays: bool = replays(stream)
-        self._stream = stream
+        super().__init__(stream)
         self._delay = delay
         self._tagged = tagged
         self._names = tuple(stream.spec.targets or ())
-
-    @property
-    def spec(self) -> SampleSpec:
-        """That of the wrapped stream."""
-        return self._stream.spec
-
-    def report(self) -> dict[str, int]:
-        """The counts of the wrapped stream."""
-        return report_of(self._stream)
 
     def samples(self) -> Iterator[Sample]:
         """The items from item 0 on."""
@@ -71,7 +60,7 @@ class _Waiting:
     settled: bool
 
 
-class Rejoin:
+class Rejoin(Derived):
     """A stream in which each sample meets the target that came later.
 
     With `delay` = j, item n of the wrapped stream has in `y` the target of sample n - j. Without,
@@ -108,18 +97,11 @@ class Rejoin:
                 "longer fit: rejoin first, then pace, as in Paced(Rejoin(stream), ...)"
             )
         check_stream("Rejoin", stream)
-        self.portable: bool = stream.portable
-        self.replays: bool = replays(stream)
-        self._stream = stream
+        super().__init__(stream)
         self._delay = delay
         self._patience = patience
         self._names = frozenset(stream.spec.targets or ())
         self._counts = _no_counts()
-
-    @property
-    def spec(self) -> SampleSpec:
-        """That of the wrapped stream."""
-        return self._stream.spec
 
     def report(self) -> dict[str, int]:
         """The counts, and those of the wrapped stream."""

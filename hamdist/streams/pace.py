@@ -10,13 +10,14 @@ from dataclasses import replace
 
 from hamdist.config import Late
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.replay import replays, samples_from
-from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream, report_of
+from hamdist.streams.derived import Derived
+from hamdist.streams.replay import samples_from
+from hamdist.streams.sample import Sample, Stream, check_stream, report_of
 
 LOOK_AT = 1000  # items taken in at once, from which on a source is watched for being too slow
 
 
-class Paced:
+class Paced(Derived):
     """A stream whose samples arrive at their times, on a clock that runs while the network works.
 
     Sample n arrives n * `period` seconds after the first one; with `period=None` at its own time
@@ -56,19 +57,13 @@ class Paced:
                 f"period is {period}; samples arrive every so many seconds, above 0"
             )
         check_stream("Paced", stream)
-        self.portable: bool = stream.portable
-        self.replays = late is Late.KEEP and replays(stream)
-        self._stream = stream
+        super().__init__(stream)
+        self.replays = self.replays and late is Late.KEEP
         self._period = period
         self._late = late
         self._clock = clock
         self._sleep = sleep
         self._counts = self._no_counts()
-
-    @property
-    def spec(self) -> SampleSpec:
-        """That of the wrapped stream."""
-        return self._stream.spec
 
     def report(self) -> dict[str, int]:
         """The counts, and those of the wrapped stream."""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hamdist.config import Motion
 from hamdist.errors import SettingsError, StreamError
+from hamdist.streams.derived import Derived
 from hamdist.streams.images import square_images
-from hamdist.streams.replay import replays
-from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
+from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.seeding import generator
 
 SHIFT_REACH = 0.125  # largest displacement along an axis, as a share of half an image's side
@@ -25,7 +25,7 @@ ROTATE_REACH = math.radians(15.0)  # largest angle, either way
 MOTION_PERIOD = 8  # samples from one turning point of the motion to the same one again
 
 
-class Smooth:
+class Smooth(Derived):
     """A stream in which each sample takes `frames` items, to fade into the next one.
 
     Item m = n S + j, 0 <= j < S:
@@ -61,22 +61,11 @@ class Smooth:
             raise StreamError(
                 f"inputs of {spec.u_dtype} cannot fade: a smooth stream needs floating-point ones"
             )
-        self.portable: bool = stream.portable
-        self.replays: bool = replays(stream)
-        self._stream = stream
+        super().__init__(stream)
         self._frames = frames
         self._motion = motion
         if motion is not Motion.FADE:
             _as_images(spec.u_shape, motion)
-
-    @property
-    def spec(self) -> SampleSpec:
-        """That of the wrapped stream."""
-        return self._stream.spec
-
-    def report(self) -> dict[str, int]:
-        """The counts of the wrapped stream."""
-        return report_of(self._stream)
 
     def samples(self) -> Iterator[Sample]:
         """The items from item 0 on; u has the shape of the wrapped stream's."""
@@ -124,7 +113,7 @@ class Smooth:
         return moved.reshape(u.shape)
 
 
-class Withhold:
+class Withhold(Derived):
     """A stream without the targets of a random share of its items.
 
     Whether item n keeps its target depends on (seed, n) and `share` alone, not on the stream.
@@ -136,20 +125,9 @@ class Withhold:
     def __init__(self, stream: Stream, share: float, seed: int) -> None:
         if not 0.0 <= share < 1.0:
             raise SettingsError(f"missing is {share}; the share of missing targets is in [0, 1)")
-        self.portable: bool = stream.portable
-        self.replays: bool = replays(stream)
-        self._stream = stream
+        super().__init__(stream)
         self._share = share
         self._seed = seed
-
-    @property
-    def spec(self) -> SampleSpec:
-        """That of the wrapped stream."""
-        return self._stream.spec
-
-    def report(self) -> dict[str, int]:
-        """The counts of the wrapped stream."""
-        return report_of(self._stream)
 
     def samples(self) -> Iterator[Sample]:
         """The items from item 0 on, y None where it is withheld or was missing before."""

@@ -16,6 +16,7 @@ from hamdist.errors import Choice, LevelError
 from hamdist.runtime.auto import Seen, chosen, looked_at
 from hamdist.runtime.train import train
 from hamdist.streams import from_iterable
+from hamdist.streams.replay import replays, samples_from
 
 pytestmark = pytest.mark.filterwarnings("ignore::hamdist.errors.Choice")
 
@@ -145,6 +146,16 @@ def test_looking_takes_nothing_away():
     assert [float(s.u[0, 0]) for s in again.samples()] == list(range(100))
     assert again.spec == once.spec
     assert not ends
+    assert not replays(again)
+
+
+def test_what_replays_still_does():
+    items = [(torch.full((2, 3), float(n)), torch.zeros(2, 3)) for n in range(100)]
+    again, _, _ = looked_at(from_iterable(items, outputs=3))
+    assert replays(again)
+    for begin in (0, 40, 0, 99):
+        numbers = [float(s.u[0, 0]) for s in samples_from(again, begin)]
+        assert numbers == list(range(begin, 100))
 
 
 def test_auto_is_no_level_of_its_own():

@@ -8,7 +8,16 @@ import shutil
 import pytest
 import torch
 from dynamics.test_any_network import NETWORKS, made
-from runtime.networks import BATCH, FEATURES, PortableStream, batches, chain, cycle_graph, seeded
+from runtime.networks import (
+    BATCH,
+    FEATURES,
+    PortableStream,
+    batches,
+    chain,
+    cycle_graph,
+    seeded,
+    stream,
+)
 from runtime.networks import skip_graph as skips
 from runtime.test_engines_equal import CYCLIC, LEVELS, assert_equal, learned, settings
 from runtime.test_recipe_engines import RECIPES
@@ -19,7 +28,7 @@ from torch import nn
 import hamdist
 from hamdist.errors import SnapshotError
 from hamdist.runtime.train import train
-from hamdist.streams import from_iterable
+from hamdist.streams import Withhold, from_iterable
 
 ITEMS = 24
 ALONE = {"kind": "inprocess"}
@@ -210,6 +219,21 @@ def test_batch_one_by_the_c_code(tmp_path):
     def run(engine, resume, **fields):
         chosen = settings(engine, ITEMS, level="trace", partition={"blocks": 2}, **fields)
         return train(build(), from_iterable(rows, classes=3), chosen, resume=resume)
+
+    goes_on(run, tmp_path, 5)
+
+
+@pytest.mark.filterwarnings("ignore::hamdist.errors.Choice")
+@pytest.mark.parametrize("level", ["auto", "trace"])
+@pytest.mark.parametrize(
+    "derived", [lambda s: s, lambda s: Withhold(s, 0.3, 1)], ids=["itself", "with targets withheld"]
+)
+def test_a_list_is_read_again(level, derived, tmp_path):
+    """Also where its first items have been looked at."""
+
+    def run(engine, resume, **fields):
+        chosen = settings(engine, ITEMS, level=level, **fields)
+        return train(chain(), derived(stream(ITEMS)), chosen, resume=resume)
 
     goes_on(run, tmp_path, 5)
 
