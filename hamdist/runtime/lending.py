@@ -249,5 +249,5 @@ def _part(ring: Tensor, slot: int, slot_bytes: int, nbytes: int) -> Tensor:
 
 def _digest(ring: Tensor) -> bytes:
     """Of what lies at the ends of a ring."""
-    ends = torch.cat([ring[:_NOISE], ring[-_NOISE:]]).cpu()
+    ends = torch.cat([ring[:_NOISE].cpu(), ring[-_NOISE:].cpu()])
     return hashlib.sha256(bytes(ends.numpy())).digest()
