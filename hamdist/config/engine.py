@@ -90,6 +90,17 @@ class TransportKind(str, Enum):
     TCP = "tcp"
 
 
+class DeviceSignals(str, Enum):
+    """How signals cross between CUDA blocks of two actors on one host. auto: they stay in GPU
+    memory (CUDA IPC) where that works, which is tried before the start, else they go through host
+    memory, and a warning says why. host: through host memory. ipc: as auto, but where it does not
+    work the run is refused."""
+
+    AUTO = "auto"
+    HOST = "host"
+    IPC = "ipc"
+
+
 class Encryption(str, Enum):
     """Whether signals that go by tcp are encrypted, and both ends ask for a key of this run. auto:
     they are. on: they are, and a cluster whose Ray asks for no token, and so hands the keys to
@@ -138,6 +149,7 @@ class EngineSettings(Section):
     each process. step: how blocks compute (closed forms equal autograd to round-off). pin: each
     process to processors of its own. address: of a Ray cluster (none: a local Ray is started).
     encryption: of signals that go by tcp, with keys made for the run (off warns).
+    device_signals: between CUDA blocks of two actors on one host.
     queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
     bundle: the most signals that an edge sends as one message where its delay allows several; auto:
     half as many as it allows, so that the other half of the delay hides the link. A sample then
@@ -162,6 +174,7 @@ class EngineSettings(Section):
     address: str | None = None
     transport: TransportKind = TransportKind.AUTO
     encryption: Annotated[Encryption, BeforeValidator(as_written)] = Encryption.AUTO
+    device_signals: DeviceSignals = DeviceSignals.AUTO
     queue: Positive = 4
     bundle: Annotated[Positive | Literal["auto", "off"], BeforeValidator(as_written)] = "auto"
     device: Device = "cpu"
@@ -172,3 +185,19 @@ class EngineSettings(Section):
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
     link_delay: Rate = 0.0
+
+    @model_validator(mode="after")
+    def _a_way_for_gpus(self) -> EngineSettings:
+        if self.device_signals is not DeviceSignals.IPC:
+            return self
+        if self.transport in (TransportKind.IPC, TransportKind.TCP):
+            raise ValueError(
+                f"'device_signals' is 'ipc' with transport {self.transport.value!r}, which goes "
+                "through host memory: use transport 'auto' or 'shm'"
+            )
+        if self.link_delay:
+            raise ValueError(
+                f"'device_signals' is 'ipc' with link_delay {self.link_delay:g}, which makes "
+                "signals late on their way through host memory: leave one of them out"
+            )
+        return self

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamdist.runtime.host import Host, HostReport, HostStatus, Opened
 from hamdist.runtime.hosts import Seat
+from hamdist.runtime.lending import Refusal
 from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.plan import Plan
 from hamdist.streams.sample import Stream
@@ -97,6 +98,12 @@ class HostActor:
 
     def connect(self, ends: Opened) -> int:
         return self._prepared().connect(ends)
+
+    def answer_offers(self) -> None:
+        self._prepared().answer_offers()
+
+    def hear_answers(self) -> tuple[int, list[Refusal]]:
+        return self._prepared().hear_answers()
 
     def bind_anew(self, ways: Mapping[int, str]) -> Opened:
         return self._prepared().bind_anew(ways)

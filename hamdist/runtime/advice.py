@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from hamdist.config import (
+    DeviceSignals,
     Encryption,
     EngineKind,
     EngineSettings,
@@ -21,6 +24,7 @@ from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.dynamics.watching import Watch
 from hamdist.runtime.compression import compression_warnings
 from hamdist.runtime.demands import idle_wishes, wishes
+from hamdist.runtime.lending import Refusal
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
@@ -68,8 +72,8 @@ def of_resumed(stream: Stream) -> list[str]:
         ]
     return [
         "the stream does not give the same items again (a DataLoader or an iterator is not sure "
-        "to): the run goes on with those that it gives now, from the first one on, so the result is "
-        "that of a run that was never stopped only if these are the items that follow; a list, "
+        "to): the run goes on with those that it gives now, from the first one on, so the result "
+        "is that of a run that was never stopped only if these are the items that follow; a list, "
         "from_iterable(loader) of a loader with a seeded order, or a class with samples_from(n) is "
         "gone on with where it was left"
     ]
@@ -88,6 +92,11 @@ def _no_links(settings: Settings) -> list[str]:
             f"engine.link_delay {settings.engine.link_delay:g} has no effect in one process: it "
             "makes messages between actors late"
         )
+    if settings.engine.device_signals is not DeviceSignals.AUTO:
+        told.append(
+            f"engine.device_signals {settings.engine.device_signals.value!r} has no effect in one "
+            "process, whose signals stay where they are"
+        )
     return told
 
 
@@ -102,6 +111,27 @@ def open_wires(engine: EngineSettings) -> list[str]:
         "engine.encryption 'off': whoever reaches the ports of this run can read its signals and "
         "send others; leave it at 'auto' unless you trust everybody in the network"
     ]
+
+
+def lending_notes(engine: EngineSettings, lent: int, refusals: Sequence[Refusal]) -> list[str]:
+    """Says so where signals between GPUs of one host go through host memory, once for every reason.
+    lent: channels for which that was looked into before the start."""
+    if engine.device_signals is DeviceSignals.IPC and not lent:
+        return [
+            "engine.device_signals 'ipc' has no effect: no two actors of one host have CUDA blocks "
+            "that exchange signals by shared memory"
+        ]
+    channels: dict[str, list[str]] = {}
+    for channel, reason in refusals:
+        channels.setdefault(reason, []).append(channel)
+    told = []
+    for reason, those in channels.items():
+        more = "" if len(those) == 1 else f", and {len(those) - 1} more like it,"
+        told.append(
+            f"signals between GPUs: {those[0]}{more} went through host memory: {reason}; "
+            "engine.device_signals 'host' does so without a word"
+        )
+    return told
 
 
 def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:

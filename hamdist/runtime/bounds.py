@@ -21,6 +21,17 @@ def message_bytes(plan: Plan, channel: Channel) -> int:
     return channel.bundle * (MAX_HEADER + TIMES * _signal_bytes(plan, channel)) + REST
 
 
+def slot_bytes(plan: Plan, channel: Channel) -> int:
+    """Bytes of a signal between two blocks as the plan knows it: a message in the wider type of its
+    blocks, with the state that it brings along (memory 'reversible')."""
+    shape, dtype = plan.shapes[channel.sender]
+    if channel.kind is Kind.STATE:
+        return math.prod(shape) * dtype.itemsize
+    shape, own = plan.shapes[channel.receiver]
+    brings = 2 if channel.receiver in plan.reversible else 1
+    return math.prod(shape) * max(own.itemsize, dtype.itemsize) * brings
+
+
 def _signal_bytes(plan: Plan, channel: Channel) -> int:
     if channel.kind is Kind.CLOCK:
         return 0

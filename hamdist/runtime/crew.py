@@ -13,7 +13,7 @@ import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from hamdist.config import Encryption, Spread, TransportKind
+from hamdist.config import DeviceSignals, Encryption, Spread, TransportKind
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, HamdistError, StreamError
@@ -28,7 +28,7 @@ from hamdist.runtime.measure import source_host
 from hamdist.runtime.outcome import deaf_to_interrupts
 from hamdist.runtime.placement import Costs, by_parameters, place
 from hamdist.runtime.plan import Plan
-from hamdist.runtime.shared import MAX_CAPACITY
+from hamdist.runtime.shared import GPU_SCHEME, MAX_CAPACITY
 from hamdist.runtime.signal import Channel
 from hamdist.runtime.startup import Startup
 from hamdist.runtime.threads import cores
@@ -110,6 +110,7 @@ class Crew:
         self.actors: list[Actor] = []
         self._keeping: list[Any] = []  # the calls of the latest keep() that have not been answered
         self._too_late = False
+        self.lent = 0  # channels between GPUs of one host, at the start
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
         self.mourn: Callable[[Actor, HamdistError | None, HamdistError], bool] | None = None
 
@@ -183,7 +184,23 @@ class Crew:
             if not self._portable:
                 self._local = Host(plan.only([]), [], self._stream, self._keys)
                 self._local.connect(ends)
+            if any(end.address.startswith(GPU_SCHEME) for end in ends.values()):
+                self._lend()
         return plan
+
+    def _lend(self) -> None:
+        """Lets all find out whether signals can stay on GPUs. Raises ClusterError where they have
+        to."""
+        self._all("answer_offers", lambda _: ())
+        told = self._all("hear_answers", lambda _: ())
+        self.lent = sum(offered for offered, _ in told)
+        refusals = [refusal for _, those in told for refusal in those]
+        if refusals and self._plan.engine.device_signals is DeviceSignals.IPC:
+            channel, reason = refusals[0]
+            raise ClusterError(
+                f"engine.device_signals 'ipc': {channel}: {reason}; use 'auto', which goes through "
+                "host memory where it has to"
+            )
 
     @property
     def plan(self) -> Plan:

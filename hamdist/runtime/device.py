@@ -2,7 +2,8 @@
 
 A signal has the type of the block that made it. Whoever reads it casts it to the type of its own:
 here, and nowhere else, so that all engines cast alike. On its way a signal stays on its device as
-long as it stays in its process; across processes it goes through (pinned) host memory.
+long as it stays in its process; between GPUs of two processes of one host it may, too (lending.py);
+else it goes through (pinned) host memory.
 """
 
 from __future__ import annotations

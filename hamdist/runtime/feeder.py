@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from hamdist.errors import HamdistError
+from hamdist.errors import HamdistError, WireError
 from hamdist.runtime.ledger import Log
 from hamdist.runtime.line import TURN_MS, Line, Sender
 from hamdist.runtime.loop import Aborted
@@ -56,9 +56,14 @@ class Feeder:
         except Aborted:
             return
         except HamdistError as error:
-            with self._news:
-                self._failure = error
-                self._news.notify_all()
+            self._fail(error)
+        except RuntimeError as error:  # of a GPU that a kept signal lies on
+            self._fail(WireError(f"{self._channel}: {type(error).__name__}: {error}"))
+
+    def _fail(self, error: HamdistError) -> None:
+        with self._news:
+            self._failure = error
+            self._news.notify_all()
 
     def send(self, signals: Sequence[Signal]) -> None:
         first = self._log.posted - len(signals) + 1

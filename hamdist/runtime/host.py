@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from hamdist.config import Pin
+from hamdist.config import DeviceSignals, Pin
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.schedule import Kind
 from hamdist.errors import HamdistError
-from hamdist.runtime.bounds import message_bytes
+from hamdist.runtime.bounds import message_bytes, slot_bytes
 from hamdist.runtime.compression import CompressionMap
+from hamdist.runtime.device import Border
 from hamdist.runtime.keeper import Keeper, Taken
 from hamdist.runtime.ledger import Ledger
+from hamdist.runtime.lending import Lender, Memory, Refusal
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import own_bytes, peak_bytes, reset_peak
@@ -30,10 +33,11 @@ from hamdist.runtime.nodes import make_node, ticks_of, time_use
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.requests import Requests
 from hamdist.runtime.result import BlockState
+from hamdist.runtime.shared import GPU_SCHEME, MAX_CAPACITY, takes
 from hamdist.runtime.signal import Channel
 from hamdist.runtime.source import SourceNode
 from hamdist.runtime.threads import pinned, seat
-from hamdist.runtime.transport import Wires
+from hamdist.runtime.transport import IPC, Wires
 from hamdist.streams.sample import Stream
 
 if TYPE_CHECKING:
@@ -44,7 +48,8 @@ ANSWER_SECONDS = 60.0  # a block's step may take long
 
 @dataclass(slots=True)
 class HostReport:
-    """What a process leaves. error: what ended it; aborted: it was called off."""
+    """What a process leaves. refusals: where signals between GPUs went through host memory. error:
+    what ended it; aborted: it was called off."""
 
     blocks: dict[str, BlockState] = field(default_factory=dict)
     windows: dict[str, list[Window]] = field(default_factory=dict)
@@ -60,6 +65,7 @@ class HostReport:
     records: dict[str, Records] = field(default_factory=dict)
     time_use: dict[str, float] = field(default_factory=dict)
     kept: Kept | None = None
+    refusals: list[Refusal] = field(default_factory=list)
     error: HamdistError | None = None
     aborted: bool = False
 
@@ -132,6 +138,7 @@ class Host:
         self._nodes = [make_node(plan, name, self._mail) for name in blocks]
         self._source = None if stream is None else SourceNode(plan, stream, self._mail)
         self._channels = {c.number: c for c in plan.channels.all()}
+        self._lenders: dict[int, Lender] = {}
         self._keeper: Keeper | None = None
         if keeping is not None and self._ledger is not None:
             self._keeper = Keeper(plan, self._all_nodes(), self._mail, self._ledger)
@@ -147,7 +154,9 @@ class Host:
         opened: Opened = {}
         for i, way in ways.items():
             channel = self._channels[i]
-            address = self._transport.bind(channel, way, message_bytes(self._plan, channel))
+            limit = message_bytes(self._plan, channel)
+            memory = self._memory(channel, channel.receiver)
+            address = self._transport.bind(channel, way, limit, memory)
             opened[i] = End(address, self._mail.taken(channel) + 1)
         return opened
 
@@ -162,14 +171,57 @@ class Host:
             log = None if self._ledger is None else self._ledger.log(channel)
             behind = 0 if log is None else log.posted + 1 - end.next
             limit = message_bytes(self._plan, channel)
+            lender = self._lender(channel, end.address)
             if log is None or behind <= 0:
-                self._transport.connect(channel, end.address, limit)
+                self._transport.connect(channel, end.address, limit, lender=lender)
             else:
-                self._transport.connect(channel, end.address, limit, log, end.next)
+                self._transport.connect(channel, end.address, limit, log, end.next, lender)
                 again += behind
             if log is not None:
                 self._mail.resume_at(channel, end.next)
         return again
+
+    def _memory(self, channel: Channel, block: str) -> Memory | None:
+        """Of the GPU that `block` of this process computes on, where its signals may stay there."""
+        engine = self._plan.engine
+        meant = engine.device_signals is not DeviceSignals.HOST and not engine.link_delay
+        if not meant or channel.kind not in (Kind.STATE, Kind.MESSAGE) or channel.sender == INPUT:
+            return None
+        return self._plan.memory_of(Border(self._plan.desks.get(block)).device)
+
+    def _lender(self, channel: Channel, address: str) -> Lender | None:
+        self._lenders.pop(channel.number, None)
+        memory = self._memory(channel, channel.sender)
+        asked = address.startswith(GPU_SCHEME)
+        desk = self._plan.desks.get(channel.receiver)
+        to_gpu = desk is not None and desk.device.startswith("cuda")
+        too_long = to_gpu and address.startswith(IPC) and not takes(channel)
+        if memory is None or not (asked or too_long):
+            return None
+        lender = Lender(memory, channel, self._plan.run, slot_bytes(self._plan, channel))
+        if too_long:
+            lender.refusal = (
+                f"its queue has room for {channel.capacity} signals, more than the {MAX_CAPACITY} "
+                "of shared memory"
+            )
+        self._lenders[channel.number] = lender
+        return lender
+
+    def answer_offers(self) -> None:
+        """Looks whether memory of GPUs that was offered can be reached, before the first tick."""
+        self._transport.answer_offers()
+
+    def hear_answers(self) -> tuple[int, list[Refusal]]:
+        """How many channels this process has offered memory for, and where that came to nothing."""
+        self._transport.hear_answers()
+        return len(self._lenders), self._refusals()
+
+    def _refusals(self) -> list[Refusal]:
+        return [
+            Refusal(str(self._channels[number]), lender.refusal)
+            for number, lender in self._lenders.items()
+            if lender.refusal is not None
+        ]
 
     # While the nodes run, their thread does these (in its own time).
 
@@ -240,6 +292,7 @@ class Host:
             report.stream = self._source.counts
         report.payload_bytes = dict(self._mail.payload_bytes)
         report.compression = self._mail.compression
+        report.refusals = self._refusals()
         return report
 
     def _seat(self, index: int, actors: int) -> set[int] | None:

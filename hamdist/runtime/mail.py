@@ -22,7 +22,6 @@ from hamdist.dynamics.saving import check_names
 from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.compression import DIRECTIONS, CompressionMap
-from hamdist.runtime.device import to_host
 from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.signal import Channel, Signal, ready
 
@@ -123,8 +122,6 @@ class Mailroom:
         return replace(signal, payload=ready(encoder(signal.payload)))
 
     def _send(self, channel: Channel, signal: Signal) -> None:
-        if signal.payload is not None and not signal.payload.is_cpu:
-            signal = replace(signal, payload=to_host(signal.payload))
         if signal.stamp.tick > self._due:
             self.flush(signal.stamp.tick)
         if channel.bundle == 1:

@@ -35,7 +35,9 @@ from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import GraphError, LevelError, SettingsError
 from hamdist.runtime.compression import compressed
+from hamdist.runtime.cuda import cuda_memory
 from hamdist.runtime.device import Desk
+from hamdist.runtime.lending import MemoryOf
 from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
 from hamdist.runtime.taught import Heads, plan_heads
@@ -80,7 +82,8 @@ class Plan:
     replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
     taken, if they are. skip: items of the stream that an earlier run was given; passed: those that
-    were passed over then."""
+    were passed over then. memory_of: what a process can lend of a device (a test puts other memory
+    in its place)."""
 
     graph: Graph
     knobs: Locality
@@ -105,6 +108,7 @@ class Plan:
     passed: int = 0
     heads: Heads | None = None
     desks: Mapping[str, Desk] = field(default_factory=dict)
+    memory_of: MemoryOf = cuda_memory
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""

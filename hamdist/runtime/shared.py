@@ -29,6 +29,7 @@ of g = max(1, slack // 2), so that not every signal costs a packet back. Nobody 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -45,10 +46,12 @@ from torch import Tensor
 
 from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import ClusterError, WireError
+from hamdist.runtime.lending import ANSWER_BYTES, OFFER, Borrower, Lender, Memory
 from hamdist.runtime.line import TURN_MS, Line, socket_file
-from hamdist.runtime.signal import ALIGNMENT, MAX_HEADER, Channel, Form, Packer, Signal
+from hamdist.runtime.signal import ALIGNMENT, MAX_HEADER, Channel, Form, Packer, Signal, on_host
 
 SCHEME = "shm://"
+GPU_SCHEME = "gpu://"  # the same, to a receiver that can be lent memory of a GPU
 # Bytes up to which a payload travels in the packet. Measured (2 cores, both neighbours' signals,
 # medians of a tick, packet / slot): 47 / 56 us at 4 KiB, 42 / 46 at 8, 58 / 56 at 16, 61 / 64 at
 # 32. Up to 8 KiB the packet wins, then it is equal, and short packets need less of the buffer.
@@ -122,11 +125,15 @@ class _Ring:
 
 
 class SharedSender:
-    """connects to `address`, which a SharedReceiver has told."""
+    """connects to `address`, which a SharedReceiver has told. lender: what it may offer memory of a
+    GPU with (lending.py)."""
 
-    def __init__(self, line: Line, channel: Channel, address: str) -> None:
+    def __init__(
+        self, line: Line, channel: Channel, address: str, lender: Lender | None = None
+    ) -> None:
         self._line = line
         self._channel = channel
+        self._lender = lender
         self._packer = Packer(line.run, channel)
         self._room = channel.capacity
         self._under_way: deque[int | None] = deque()  # the slots of signals not yet given back
@@ -136,12 +143,21 @@ class SharedSender:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
             _prepare(self._socket)
-            self._socket.connect(address.removeprefix(SCHEME))
+            self._socket.connect(address.removeprefix(SCHEME).removeprefix(GPU_SCHEME))
             given = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         except OSError as error:
             self._socket.close()
             raise ClusterError(f"{channel}: {address} cannot be reached: {error}") from None
         self._inline = inline_limit(channel.capacity, given)
+        offer = None if lender is None else lender.offer()
+        if offer is not None:
+            with contextlib.suppress(OSError):  # who is lost is found by the first signal
+                self._socket.send(offer, socket.MSG_DONTWAIT)
+
+    def look(self) -> None:
+        """Takes an answer to its offer, if it has come."""
+        if self._lender is not None and self._lender.waiting:
+            self._look_for_credit()
 
     def send(self, signals: Sequence[Signal]) -> None:
         if len(signals) > self._channel.capacity:
@@ -149,6 +165,9 @@ class SharedSender:
         stamp = signals[0].stamp
         while self._room < len(signals):
             self._take_credit(stamp)
+        self.look()
+        lender = self._lender
+        signals = on_host(signals, None if lender is None else lender.takes)
         parts: list[object] = []
         size = 0
         for signal in signals:
@@ -158,6 +177,11 @@ class SharedSender:
             slot = None
             if payload is None or form is None:
                 added: tuple[object, ...] = (self._packer.header(signal, None),)
+                needed = MAX_HEADER
+            elif lender is not None and lender.takes(payload):
+                self._look_for_credit()
+                slot = self._channel.capacity + lender.put(payload)
+                added = (self._packer.header(signal, form, slot),)
                 needed = MAX_HEADER
             elif form.nbytes <= self._inline:
                 added = self._packer.header(signal, form), form.bytes_of(payload), form.fill
@@ -188,6 +212,8 @@ class SharedSender:
     def _deliver(self, parts: list[object], stamp: Stamp) -> None:
         """Sends what is packed, if anything is."""
         if parts:
+            if self._lender is not None:
+                self._lender.settle()
             self._packet(b"".join(parts), stamp)  # type: ignore[arg-type]
             parts.clear()
 
@@ -215,7 +241,7 @@ class SharedSender:
         began = perf_counter()
         while True:
             try:
-                data = self._socket.recv(_CREDIT.size + 1)
+                data = self._socket.recv(ANSWER_BYTES)
             except BlockingIOError:
                 line.turn(self._channel, stamp, sending=True)
             except ConnectionResetError:
@@ -232,21 +258,27 @@ class SharedSender:
         """Takes room that was given back already: the slot that was freed last is still in the
         processor's cache, and a ring of which few slots are used takes little memory."""
         try:
-            data = self._socket.recv(_CREDIT.size + 1, socket.MSG_DONTWAIT)
+            data = self._socket.recv(ANSWER_BYTES, socket.MSG_DONTWAIT)
         except (BlockingIOError, ConnectionResetError):
             return  # (a lost receiver is found by the packet that follows)
         if data:
             self._credit(data)
 
     def _credit(self, data: bytes) -> None:
+        lender = self._lender
+        if lender is not None and len(data) > _CREDIT.size:
+            lender.answered(data)
+            return
         taken = _CREDIT.unpack(data)[0] if len(data) == _CREDIT.size else 0
         if not 0 < taken <= len(self._under_way):
             raise WireError(f"{self._channel}: {data!r} is no number of signals that were taken")
         self._room += taken
         for _ in range(taken):
             slot = self._under_way.popleft()
-            if slot is not None:
+            if slot is not None and slot < self._channel.capacity:
                 self._free.append(slot)
+            elif slot is not None and lender is not None:
+                lender.free(slot - self._channel.capacity)
 
     def _open_ring(self, nbytes: int, stamp: Stamp) -> _Ring:
         """A ring for payloads of `nbytes`. The receiver reads what came before from its old one:
@@ -264,8 +296,9 @@ class SharedSender:
                 self._ring.close()
             self._ring = ring
             self._free = list(reversed(range(slots)))
-            self._under_way = deque([None] * len(self._under_way))
             channel = self._channel
+            lent = (s if s is not None and s >= channel.capacity else None for s in self._under_way)
+            self._under_way = deque(lent)
             head = (_RING_MAGIC, _RING_FORMAT, 0, channel.number, self._line.run, slots, slot_bytes)
             self._packet(_RING.pack(*head), stamp)
             self._packet(_RING_MAGIC, stamp, fd)
@@ -280,12 +313,15 @@ class SharedSender:
         self._socket.close()
         if self._ring is not None:
             self._ring.close()
+        if self._lender is not None:
+            self._lender.close()
 
 
 class SharedReceiver:
-    """Listens at a file of the run's folder, for one sender."""
+    """Listens at a file of the run's folder, for one sender. memory: of the GPU that its block
+    computes on, if other processes may lend it theirs."""
 
-    def __init__(self, line: Line, channel: Channel) -> None:
+    def __init__(self, line: Line, channel: Channel, memory: Memory | None = None) -> None:
         self._line = line
         self._channel = channel
         self._packer = Packer(line.run, channel)
@@ -294,9 +330,12 @@ class SharedReceiver:
         self._came: deque[Signal] = deque()
         self._taken = 0
         self._ring: _Ring | None = None
+        self._borrower = None if memory is None else Borrower(memory, channel, line.run)
+        self._sender = 0  # its process
+        self._lost = False  # with signals that cannot be trusted: nothing behind them counts
         self._socket: socket.socket | None = None
         self._file: Path = socket_file(line.run, channel)
-        self.address = f"{SCHEME}{self._file}"
+        self.address = f"{SCHEME if memory is None else GPU_SCHEME}{self._file}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._listener.bind(str(self._file))
@@ -319,15 +358,45 @@ class SharedReceiver:
         """Sleeps until the next message."""
         line = self._line
         while not self._came:
+            if self._lost:
+                line.lost(self._channel, stamp, sending=False)
             data = self._packet(stamp)
             if data[:2] == _RING_MAGIC:
                 self._take_ring(data, stamp)
                 continue
+            borrower = self._borrower
+            if borrower is not None and data[:2] == OFFER:
+                self._answer(borrower, data)
+                continue
             began = perf_counter()
             if len(data) > self._most:
                 raise WireError(f"{self._channel}: a packet of more than {self._most} bytes")
-            self._came.extend(self._packer.unpack(data, self._take))
+            signals = self._packer.unpack(data, self._take)
+            if borrower is not None and not borrower.settled():
+                self._lost = True
+                continue
+            self._came.extend(signals)
             line.packed += perf_counter() - began
+
+    def answer(self) -> None:
+        """Answers an offer that was sent before this call, if one was, and nothing else."""
+        if self._borrower is None:
+            return
+        try:
+            connection = self._socket or self._accept()
+            data = connection.recv(self._most + 1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+            if data[:2] == OFFER:
+                self._answer(self._borrower, connection.recv(self._most + 1))
+        except (BlockingIOError, ConnectionResetError):
+            return  # nobody has connected, or offered anything; who is lost is found by `receive`
+
+    def _answer(self, borrower: Borrower, offer: bytes) -> None:
+        answer = borrower.answer(offer, self._sender)
+        try:
+            if self._socket is not None:
+                self._socket.send(answer, socket.MSG_DONTWAIT)
+        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+            pass  # a sender that hears nothing uses host memory
 
     def _packet(self, stamp: Stamp) -> bytes:
         line = self._line
@@ -352,7 +421,8 @@ class SharedReceiver:
         connection, _ = self._listener.accept()
         _prepare(connection)
         peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        if _PEER.unpack(peer)[1] != os.getuid():
+        self._sender, user, _ = _PEER.unpack(peer)
+        if user != os.getuid():
             connection.close()
             raise WireError(f"{self._channel}: a process of another user has connected")
         self._socket = connection
@@ -421,6 +491,8 @@ class SharedReceiver:
 
     def _take(self, form: Form, slot: int) -> Tensor:
         """Copies the payload out of its slot: whoever keeps the tensor pins no slot."""
+        if self._borrower is not None and slot >= self._channel.capacity:
+            return self._borrower.take(form, slot - self._channel.capacity)
         ring = self._ring
         if ring is None or slot >= ring.slots or form.nbytes > ring.slot_bytes:
             raise WireError(f"{self._channel}: no slot {slot} that holds {form.nbytes} bytes")
@@ -434,6 +506,8 @@ class SharedReceiver:
             self._socket.close()
         if self._ring is not None:
             self._ring.close()
+        if self._borrower is not None:
+            self._borrower.close()
         self._file.unlink(missing_ok=True)
 
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
 from typing import Any, Literal, NamedTuple
@@ -31,6 +31,7 @@ from hamdist.dynamics.graph import INPUT, Graph
 from hamdist.dynamics.saving import known
 from hamdist.dynamics.schedule import ALONE, Bundle, Kind, Schedule, Stamp
 from hamdist.errors import WireError
+from hamdist.runtime.device import to_host
 
 ALIGNMENT = 64
 FORMAT = 2
@@ -213,6 +214,24 @@ def ready(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def on_host(
+    signals: Sequence[Signal], stays: Callable[[Tensor], bool] | None = None
+) -> Sequence[Signal]:
+    """`signals` as a socket can send them: payloads in host memory, but for those that `stays`
+    accepts. Whoever has what this gives holds the copies that it made."""
+    if all(s.payload is None or s.payload.is_cpu for s in signals):
+        return signals
+    return [s if stays is not None and _stays(s, stays) else _on_host(s) for s in signals]
+
+
+def _stays(signal: Signal, stays: Callable[[Tensor], bool]) -> bool:
+    return signal.payload is not None and stays(signal.payload)
+
+
+def _on_host(signal: Signal) -> Signal:
+    return signal if signal.payload is None else replace(signal, payload=to_host(signal.payload))
+
+
 @lru_cache(maxsize=256)
 def _strides(shape: torch.Size) -> tuple[int, ...]:
     """Of a contiguous tensor as torch makes it."""
@@ -271,7 +290,7 @@ class Packer:
         key = (payload.dtype, payload.shape)
         form = self._forms.get(key)
         if form is None:
-            if payload.dtype not in _CODES or payload.dim() > MAX_DIMS or not payload.is_cpu:
+            if payload.dtype not in _CODES or payload.dim() > MAX_DIMS or payload.is_meta:
                 raise WireError(
                     f"{self._channel}: type {payload.dtype} with {payload.dim()} dimensions on "
                     f"{payload.device} cannot be sent"

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, StallError
-from hamdist.runtime.advice import placement_notes, unmeasured_notes
+from hamdist.runtime.advice import lending_notes, placement_notes, unmeasured_notes
 from hamdist.runtime.cluster import ray_session
 from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.crew import END_SECONDS, Crew
@@ -62,6 +62,8 @@ class RayEngine:
             notes += crew.crowded() if plan.engine.address is not None else []
             notes += token_notes(plan.engine)
             outcome = _Watch(plan, crew, on_progress).to_the_end()
+            refusals = [refusal for report in crew.reports() for refusal in report.refusals]
+            notes += lending_notes(plan.engine, crew.lent, refusals)
             outcome.startup = startup.seconds
             if auto:
                 outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}

@@ -1,6 +1,7 @@
 """Signals between processes: each channel goes its own way, which its receiver's address names.
 
 shm://FILE         shared memory, between processes of one host (shared.py)
+gpu://FILE         the same; signals that lie on a GPU stay there, if both ends agree (lending.py)
 ipc://FILE         ZeroMQ, between processes of one host (zeromq.py)
 tcp://HOST:PORT    ZeroMQ, between hosts; with the receiver's public key behind it (curve.py)
 """
@@ -17,6 +18,7 @@ from hamdist.runtime import shared
 from hamdist.runtime.feeder import Feeder
 from hamdist.runtime.late import LateReceiver
 from hamdist.runtime.ledger import Log
+from hamdist.runtime.lending import Lender, Memory
 from hamdist.runtime.line import Line, Receiver, Sender, Waiting, socket_folder
 from hamdist.runtime.requests import Interrupted, Requests
 from hamdist.runtime.signal import Channel, Signal
@@ -73,9 +75,12 @@ class Wires:
         calls of the operating system, and packing."""
         return {"waiting": self._line.waited, "packing": self._line.packed}
 
-    def bind(self, channel: Channel, way: str, limit: int = -1) -> str:
+    def bind(
+        self, channel: Channel, way: str, limit: int = -1, memory: Memory | None = None
+    ) -> str:
         """Opens the receiving end: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the
-        sender's public key. limit: bytes of a frame by tcp, at most (-1: any). Returns its address.
+        sender's public key. limit: bytes of a frame by tcp, at most (-1: any). memory: of the
+        receiving block's GPU, if signals may stay on one. Returns its address.
         """
         if self._link_delay:
             receiver: Receiver = LateReceiver(
@@ -85,16 +90,18 @@ class Wires:
                 lambda own: self._open(own, channel, way, limit),
             )
         else:
-            receiver = self._open(self._line, channel, way, limit)
+            receiver = self._open(self._line, channel, way, limit, memory)
         old = self._in.pop(channel.number, None)
         if old is not None:
             old.close()
         self._in[channel.number] = receiver
         return receiver.address
 
-    def _open(self, line: Line, channel: Channel, way: str, limit: int) -> Receiver:
+    def _open(
+        self, line: Line, channel: Channel, way: str, limit: int, memory: Memory | None = None
+    ) -> Receiver:
         if way == SHM:
-            return shared.SharedReceiver(line, channel)
+            return shared.SharedReceiver(line, channel, memory)
         from hamdist.runtime.curve import split_key
         from hamdist.runtime.zeromq import ZmqReceiver
 
@@ -130,22 +137,40 @@ class Wires:
         limit: int = -1,
         log: Log | None = None,
         first: int = 1,
+        lender: Lender | None = None,
     ) -> None:
         """Opens the sending end. limit: as at the other end. log: what a receiver that begins again
-        is sent before all else, from signal `first` on."""
+        is sent before all else, from signal `first` on. lender: of GPU memory, for an address that
+        asks for it."""
         old = self._out.pop(channel.number, None)
         if old is not None:
             old.close()
         if log is None:
-            self._out[channel.number] = self._reach(self._line, channel, address, limit)
+            self._out[channel.number] = self._reach(self._line, channel, address, limit, lender)
             return
-        self._out[channel.number] = Feeder(
-            self._line, channel, log, first, lambda own: self._reach(own, channel, address, limit)
-        )
 
-    def _reach(self, line: Line, channel: Channel, address: str, limit: int) -> Sender:
-        if address.startswith(shared.SCHEME):
-            return shared.SharedSender(line, channel, address)
+        def make(own: Line) -> Sender:
+            return self._reach(own, channel, address, limit, lender)
+
+        self._out[channel.number] = Feeder(self._line, channel, log, first, make)
+
+    def answer_offers(self) -> None:
+        """Answers the offers of memory that have come. Before any signal is received."""
+        for end in self._in.values():
+            if isinstance(end, shared.SharedReceiver):
+                end.answer()
+
+    def hear_answers(self) -> None:
+        """Takes the answers to this process's own offers. Before any signal is sent."""
+        for end in self._out.values():
+            if isinstance(end, shared.SharedSender):
+                end.look()
+
+    def _reach(
+        self, line: Line, channel: Channel, address: str, limit: int, lender: Lender | None
+    ) -> Sender:
+        if address.startswith((shared.SCHEME, shared.GPU_SCHEME)):
+            return shared.SharedSender(line, channel, address, lender)
         from hamdist.runtime.zeromq import ZmqSender
 
         own = limit if address.startswith(TCP) else -1

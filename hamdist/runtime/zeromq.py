@@ -21,7 +21,7 @@ from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.curve import Door, Keys, authenticate, split_key
 from hamdist.runtime.line import TURN_MS, Line, socket_file
-from hamdist.runtime.signal import Channel, Form, Packer, Signal
+from hamdist.runtime.signal import Channel, Form, Packer, Signal, on_host
 
 # Bytes from which a payload is a frame of its own, which ZeroMQ sends from the tensor's memory, and
 # for which it needs a second frame and word from its own thread that it is done. Measured (2 cores,
@@ -66,6 +66,7 @@ class ZmqSender:
     def send(self, signals: Sequence[Signal]) -> None:
         line = self._line
         began = perf_counter()
+        signals = on_host(signals)
         frames = self._pack(signals)
         packed = perf_counter()
         line.packed += packed - began
