@@ -23,8 +23,8 @@ class Row:
     """One line of the comparison: a level, or the baseline ('centralised').
 
     seeds: how many runs it summarises. Accuracies are shares in [0, 1], None for real-valued
-    targets. gap_to_backprop: centralised held-out accuracy minus the level's. loss_gap: the level's
-    held-out loss minus the centralised one. wall_seconds: first to last tick, startup_seconds what
+    targets. gap_to_backprop: the level's held-out accuracy minus the centralised one; loss_gap: the
+    same of the losses. wall_seconds: first to last tick, startup_seconds what
     came before. samples_per_second counts rows: items times batch. peak_memory_bytes: of the
     largest process; all processes in peak_memory_by_process; each the largest over the seeds.
     bytes_per_edge: payload bytes per edge and item, both directions, mean over the edges between
@@ -71,7 +71,7 @@ def aggregate(runs: Iterable[Run]) -> list[Row]:
 def _row(group: Sequence[Run], baseline: Sequence[Run]) -> Row:
     accuracies = _present(_accuracy(run) for run in group)
     losses = _present(_loss(run) for run in group)
-    gaps = _paired(baseline, group, _accuracy)
+    gaps = _paired(group, baseline, _accuracy)
     loss_gaps = _paired(group, baseline, _loss)
     memory = _peak_memory(group)
     totals = [merge_windows(run.windows) for run in group if run.windows]

@@ -165,7 +165,8 @@ def _gaps(groups: dict[str, list[Run]], real_valued: bool) -> bytes:
     axes.set_xlim(-0.6, max(len(levels), 1) - 0.4)
     axes.margins(y=0.2)
     axes.set_ylabel("held-out loss above centralised" if real_valued else "points of accuracy")
-    title = "Gap to centralised backpropagation (above 0: worse than it)"
+    worse = "above" if real_valued else "below"
+    title = f"Gap to centralised backpropagation ({worse} 0: worse than it)"
     axes.set_title(title, loc="left")
     return png_of(figure)
 
@@ -180,7 +181,7 @@ def _paired_gaps(baseline: Sequence[Run], group: Sequence[Run], real_valued: boo
         if real_valued:
             gaps.append(own.loss - other.loss)
         elif own.accuracy is not None and other.accuracy is not None:
-            gaps.append(100 * (other.accuracy - own.accuracy))
+            gaps.append(100 * (own.accuracy - other.accuracy))
     return [gap for gap in gaps if math.isfinite(gap)]
 
 

@@ -72,7 +72,7 @@ def _accuracy_columns() -> dict[str, Callable[[Row], str]]:
         "seeds": lambda row: str(row.seeds),
         "held-out, %": lambda row: percent(row.held_out_accuracy, row.held_out_spread),
         "prequential, %": lambda row: percent(row.prequential_accuracy),
-        "gap, points": lambda row: percent(row.gap_to_backprop, row.gap_spread, digits=2),
+        "gap, points": lambda row: points(row.gap_to_backprop, row.gap_spread),
     }
 
 
@@ -199,6 +199,12 @@ def finished_line(run: Run) -> str:
 def percent(value: float | None, spread: float | None = None, *, digits: int = 1) -> str:
     """A share as percent, `–` where there is none: 0.8774, 0.0012 as '87.7 ± 0.1'."""
     return _with_spread(value, spread, lambda v: f"{100 * v:.{digits}f}")
+
+
+def points(gap: float | None, spread: float | None = None) -> str:
+    """A difference of shares in points, with its sign: 0.0012 as '+0.12'."""
+    shown = percent(gap, spread, digits=2)
+    return f"+{shown}" if gap is not None and gap >= 5e-5 else shown
 
 
 def number(value: float | None, spread: float | None = None) -> str:

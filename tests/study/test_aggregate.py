@@ -49,8 +49,8 @@ def test_rows_by_hand() -> None:
     # 30 + 36 of 80 rows
     assert trace.prequential_accuracy == pytest.approx(66 / 80)
     assert trace.prequential_loss == pytest.approx(7 / 20)
-    # gaps 0.02 and 0.00
-    assert trace.gap_to_backprop == pytest.approx(0.01)
+    # gaps -0.02 and 0.00
+    assert trace.gap_to_backprop == pytest.approx(-0.01)
     assert trace.gap_spread == pytest.approx(math.sqrt(2) * 0.01)
     assert (central.gap_to_backprop, central.gap_spread) == (0.0, 0.0)
     assert trace.held_out_loss == pytest.approx(0.6)
@@ -92,7 +92,7 @@ def test_gap_is_paired_by_seed_and_leaves_interrupted_runs_out() -> None:
     ]
     central, trace = aggregate(runs)
     assert (central.seeds, trace.seeds) == (2, 1)
-    assert trace.gap_to_backprop == pytest.approx(0.1)
+    assert trace.gap_to_backprop == pytest.approx(-0.1)
     assert trace.gap_spread is None
     assert trace.held_out_spread is None
 
@@ -140,7 +140,7 @@ def test_table_by_hand() -> None:
         "seeds": "2",
         "held-out, %": "91.0 ± 4.2",
         "prequential, %": "82.5",
-        "gap, points": "1.00 ± 1.41",
+        "gap, points": "-1.00 ± 1.41",
         "wall, s": "5.0",
         "rows/s": "25",
         "KiB per edge, item": "0.0",

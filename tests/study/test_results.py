@@ -43,7 +43,7 @@ def test_summary_is_strict_json_with_the_promised_keys() -> None:
     summary = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [row["level"] for row in summary["rows"]] == ["centralised", "trace", "local"]
     assert all(row.keys() >= ASKED for row in summary["rows"])
-    assert summary["rows"][1]["gap_to_backprop"] == pytest.approx(0.1)
+    assert summary["rows"][1]["gap_to_backprop"] == pytest.approx(-0.1)
     assert summary["rows"][2]["held_out_loss"] is None
     assert summary["interrupted"] is False
 

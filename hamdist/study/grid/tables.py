@@ -8,7 +8,7 @@ from typing import Any
 from hamdist.study.grid.cells import Point
 from hamdist.study.grid.settings import Axis, StudySettings, Trains
 from hamdist.study.grid.summary import Line
-from hamdist.study.table import MISSING, Table, number, percent
+from hamdist.study.table import MISSING, Table, number, percent, points
 
 WORDS = {
     Axis.DEPTH: "L",
@@ -107,8 +107,7 @@ def gap(line: Line, real_valued: bool) -> str:
         return MISSING
     if real_valued:
         return number(line.gap, line.gap_spread)
-    shown = percent(line.gap, line.gap_spread, digits=2)
-    return f"+{shown}" if line.gap is not None and line.gap >= 5e-5 else shown
+    return points(line.gap, line.gap_spread)
 
 
 def chosen(values: dict[str, Any]) -> str:
