@@ -127,11 +127,13 @@ def _loss(loss: LossFunction | str | None) -> LossFunction | None:
     if loss is None or callable(loss):
         return loss
     known = [name.value for name in Loss]
-    if loss not in known:
+    if not isinstance(loss, str):
         raise SettingsError(
             f"loss is {loss!r}; give a function (prediction, target) -> scalar, or one of "
             f"{', '.join(known)}"
         )
+    if loss not in known:
+        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(known)}")
     return make_loss(Loss(loss))
 
 

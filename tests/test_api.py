@@ -57,7 +57,7 @@ def no_mean(prediction, target):
         ({"classes": 2.5}, "classes is 2.5; give a whole number"),
         ({"classes": {"a": True}}, r"classes\['a'\] is True; give a whole number"),
         ({"loss": 3}, r"loss is 3; give a function \(prediction, target\) -> scalar, or one of"),
-        ({"loss": {"out": "hinge"}}, "loss is 'hinge'; give a function"),
+        ({"loss": {"out": 3}}, "loss is 3; give a function"),
         ({"on_progress": 3}, "on_progress is 3; give a function"),
     ],
 )
