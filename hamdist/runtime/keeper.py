@@ -170,21 +170,21 @@ class Keeper:
             for name, data, tensors in files:
                 file = file_of(name, self._blocks, self._run, self._keeping.epoch)
                 parts[name] = write_part(self._store, tick, file, to_bytes(data, tensors))
+            taken = Taken(tick, parts, samples, passed)
+            if self._written is not None:
+                self._written(taken)
+                return
         except SnapshotError as error:
-            self._done.failure = str(error)
+            with self._lock:
+                self._done.failure = str(error)
             return
-        taken = Taken(tick, parts, samples, passed)
-        if self._written is None:
+        with self._lock:
             self._done.taken.append(taken)
-            return
-        try:
-            self._written(taken)
-        except SnapshotError as error:
-            self._done.failure = str(error)
 
     def collected(self) -> tuple[list[Taken], str | None]:
         """What was written since the last call, and what went wrong."""
-        done, self._done = self._done, _Done()
+        with self._lock:
+            done, self._done = self._done, _Done()
         return done.taken, done.failure
 
     def close(self) -> None:
