@@ -4,8 +4,9 @@ These lines were written without a GPU at hand. What lends memory by them (lendi
 with memory of the processor in their place, and trusts no memory in which it has not found what was
 written there; the tests that need a GPU are in tests/runtime/test_lending.py.
 
-torch's own way is used: it keeps what was lent until the last reader has let go of it, and maps an
-allocation once a process, whatever lies in it. Its handle is plain data, and travels as such.
+torch's own way is used: it keeps what was lent until the reader has let go of it (where the reader
+was killed, until this process ends), and maps an allocation once a process, whatever lies in it.
+Its handle is plain data, and travels as such.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ class Refusal(NamedTuple):
 
 
 class Lender:
-    """The sender's slots on `channel`. refusal: why they are not used; None as long as they are, or
-    nobody knows."""
+    """The sender's slots on `channel`. refusal: why they are not used, or not for all; None as long
+    as they are, or nobody knows."""
 
     def __init__(self, memory: Memory, channel: Channel, run: int, slot_bytes: int) -> None:
         self.refusal: str | None = None
@@ -134,8 +134,15 @@ class Lender:
         self.used = True
 
     def takes(self, payload: Tensor) -> bool:
-        fits = self.used and 0 < payload.nbytes <= self._slot_bytes
-        return fits and self._memory.holds(payload)
+        if not self.used or not payload.nbytes or not self._memory.holds(payload):
+            return False
+        if payload.nbytes > self._slot_bytes:
+            self.refusal = (
+                f"{payload.nbytes:,} bytes do not fit into slots of {self._slot_bytes:,}, which "
+                "the stream's first batch has set"
+            )
+            return False
+        return True
 
     def put(self, payload: Tensor) -> int:
         """Copies `payload`, which is contiguous, into a free slot; its number."""

@@ -216,6 +216,9 @@ def test_what_does_not_fit_goes_through_host_memory(tmp_path, leaves_no_socket, 
             pair.check(*made)
             n += 5
         assert pair.put == 7 * 3 + fit * 2  # the small ones, and so many of the others' sizes
+        refusal = pair.lender.refusal
+        assert (refusal is None) == (holding < SLOT)
+        assert refusal is None or "80,000 bytes do not fit into slots of 4,096" in refusal
         for i in range(n, n + 30):
             pair.pass_on(signal(i))
         under_way = [s - CHANNEL.capacity for s in pair.sender._under_way if s is not None]
@@ -531,7 +534,7 @@ def test_signals_leave_a_gpu_or_stay():
 HALVES = [["block0", "block1"], ["block2", "block3", "block4"]]
 
 
-def on_gpus(share, ways, tmp_path=None, odd=None, **engine):
+def on_gpus(share, ways, **engine):
     """Two actors, equal to one process on a GPU to the bit."""
     blocks = {"block[01]": {"device": "cuda", "gpus": share}}
     blocks["block[2-4]"] = {"device": "cuda", "gpus": share}
