@@ -8,7 +8,7 @@ import os
 import signal
 
 import pytest
-from runtime.networks import FEATURES, Broken, PortableStream, batches, seeded
+from runtime.networks import FEATURES, Broken, EndlessStream, PortableStream, batches, seeded
 from runtime.test_engines_equal import assert_equal, settings
 from torch import nn
 
@@ -237,16 +237,17 @@ def test_ctrl_c_while_a_lost_stream_is_replaced(
     given = {"level": "trace", "partition": cut()}
     kept = {"path": str(tmp_path / "kept"), "seconds": 100}
     run = settings({"kind": "ray", "actors": 3}, None, snapshots=kept, **given)
-    result = train(odd, PortableStream(10**6), run)
+    result = train(odd, EndlessStream(), run)
     assert result.interrupted
     if times == 2:
         assert not result.replaced
         assert not result.snapshots
         return
     assert len(result.replaced) == 1
-    assert len(result.snapshots) == 1
+    assert len(result.snapshots) == 1, result.warnings
     items = latest(tmp_path / "kept", print).manifest.samples + 20
-    alone = train(net(), PortableStream(items), settings(ALONE, items, **given))
-    calm = settings(ALONE, items, snapshots=kept, **given)
-    on = train(net(), PortableStream(items), calm, resume=tmp_path / "kept")
+    calm = net((0, Once(None, tmp_path / "mark", "kill")))
+    alone = train(calm, EndlessStream(), settings(ALONE, items, **given))
+    run = settings(ALONE, items, snapshots=kept, **given)
+    on = train(calm, EndlessStream(), run, resume=tmp_path / "kept")
     assert_equal(alone, on)
