@@ -20,6 +20,8 @@ from hamdist.errors import SettingsError
 if TYPE_CHECKING:
     from hamdist.study.speed.study import SpeedRow
 
+SEEDS = 2
+
 
 def speed(
     settings: Annotated[
@@ -42,7 +44,10 @@ def speed(
     streams: Annotated[
         str | None, typer.Option("--streams", metavar="A,B", help="static, smooth, random.")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds.")] = 2,
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", min=1, help="How many seeds.", show_default="2"),
+    ] = None,
     depth: Annotated[
         int | None,
         typer.Option("--depth", min=1, help="Layers of the tanh network.", show_default="3"),
@@ -68,7 +73,8 @@ def speed(
     with exit_codes():
         asked = given({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
         if settings is not None:
-            of_gradients = {**asked, **given({"depth": depth, "width": width, "model": model})}
+            others = {"depth": depth, "width": width, "model": model, "seeds": seeds}
+            of_gradients = {**asked, **given({**others, "input-shape": input_shape})}
             if of_gradients:
                 raise SettingsError(
                     f"--{next(iter(of_gradients))} belongs to the study of gradients, without "
@@ -81,7 +87,7 @@ def speed(
                 "--set, --chosen and --workers belong to a grid: name its SETTINGS, too"
             )
         out = Path("results/speed") if out is None else out
-        _speed(asked, seeds, (depth, width), model, input_shape, out)
+        _speed(asked, seeds or SEEDS, (depth, width), model, input_shape, out)
 
 
 def _speed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,11 +14,14 @@ from rich.text import Text
 
 from hamdist.cli.console import console
 from hamdist.cli.exits import FAILED, exit_codes
+from hamdist.cli.options import given
 from hamdist.errors import SettingsError
 
 if TYPE_CHECKING:
     from hamdist.study.verify.check import Check
     from hamdist.study.verify.runner import Row, Topic
+
+ROWS = 4  # of the input of a model of one's own
 
 
 def verify(
@@ -48,19 +51,34 @@ def verify(
     classes: Annotated[
         int | None, typer.Option("--classes", min=2, help="Of --model: targets are classes.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Of --model: rows.")] = 4,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Of --model: rows.", show_default="4")
+    ] = None,
     blocks: Annotated[
         int | None, typer.Option("--blocks", min=1, help="Of --model: into how many blocks.")
     ] = None,
 ) -> None:
     """Prove it: every statement of the papers against an oracle of its own."""
     with exit_codes():
+        of_model = {"input-shape": input_shape, "classes": classes, "batch": batch}
+        _check_options(model, {**of_model, "blocks": blocks}, {"golden": golden, "only": only})
         _prepare_file(json_)
         if model is None:
             chosen = _topics(only or [], golden)
         else:
-            chosen = [_own_model(model, input_shape, classes, batch, blocks)]
+            chosen = [_own_model(model, input_shape, classes, batch or ROWS, blocks)]
         _verify(chosen, full, json_)
+
+
+def _check_options(model: str | None, of_model: dict[str, Any], of_topics: dict[str, Any]) -> None:
+    """Raises SettingsError for an option that would change nothing."""
+    if model is None and given(of_model):
+        raise SettingsError(f"--{next(iter(given(of_model)))} belongs to --model: give both")
+    if model is not None and given(of_topics):
+        raise SettingsError(
+            f"--{next(iter(given(of_topics)))} chooses among the checks of hamdist, but --model "
+            f"{model!r} is verified alone: give one of them"
+        )
 
 
 def _topics(only: list[str], golden: Path | None) -> list[Topic]:

@@ -54,7 +54,7 @@ from hamdist.config.metrics import MetricsSettings, Record
 from hamdist.config.model import ModelKind, ModelSettings
 from hamdist.config.partition import CutBalance, PartitionSettings
 from hamdist.config.plain import read_yaml
-from hamdist.config.reading import parse_override, read_settings, to_yaml
+from hamdist.config.reading import checked, mapping, parse_override, read_settings, to_yaml
 from hamdist.config.section import Above0, Positive, Rate, Section
 from hamdist.config.settings import CompareSettings, DType, Loss, Settings
 from hamdist.config.snapshots import SnapshotSettings
@@ -149,8 +149,10 @@ __all__ = [
     "TransportKind",
     "Update",
     "View",
+    "checked",
     "describe",
     "lay_over",
+    "mapping",
     "merge",
     "parse_override",
     "read_settings",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hamdist.config.laying import lay_over
 from hamdist.config.plain import MAX_NESTING, plain_values, read_yaml
 from hamdist.config.settings import Settings
 from hamdist.config.wording import describe, shown
 from hamdist.errors import SettingsError
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Settings:
@@ -21,15 +23,23 @@ def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]]
     Raises SettingsError naming `origin`, and the line or the field.
     """
     raw = read_yaml(text, origin)
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        raise SettingsError(
-            f"{origin}: settings are a mapping of names to values, not {shown(raw)}"
-        )
+    raw = {} if raw is None else mapping(raw, origin)
     for override in overrides:
         raw = lay_over(raw, override)
+    return checked(Settings, raw, origin)
+
+
+def mapping(raw: object, origin: str, what: str = "settings") -> dict[str, Any]:
+    """What was read, where it is a mapping. Raises SettingsError naming `origin` where not."""
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{origin}: {what} are a mapping of names to values, not {shown(raw)}")
+    return raw
+
+
+def checked(kind: type[Kind], raw: Mapping[str, Any], origin: str) -> Kind:
+    """`raw` as settings of `kind`. Raises SettingsError naming `origin`, and each wrong field."""
     try:
-        return Settings.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         raise SettingsError(f"{origin}: {describe(error)}") from None
 

@@ -1,79 +1,51 @@
-"""The graph of blocks: what it is, and every check that needs no run.
+"""The graph of blocks: its structure, its shapes, and the way back to a plain module.
 
-An edge parent -> child carries the parent's state h forward and the child's message m backward.
-The stream's input is the parent named `u`; nothing travels back to it.
 B: batch.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import TypeAlias, TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.inputs import INPUT as INPUT
-from hamdist.dynamics.inputs import Inputs, by_parent, is_input
-from hamdist.dynamics.losses import LossFunction
+from hamdist.dynamics import graph_checks
+from hamdist.dynamics.inputs import INPUT, Inputs, by_parent, is_input
+from hamdist.dynamics.shapes import check_initial, declared_dtype, shape_of
+from hamdist.dynamics.spec import (
+    OUTPUT_KEY,
+    BlockSpec,
+    Combine,
+    Edge,
+    Join,
+    Joining,
+    ShapeMap,
+    combined,
+    named,
+    reach,
+)
 from hamdist.errors import GraphError
 
-OUTPUT_KEY = "output:"
-# Modules that are run on zeros in a dry run, up to this many numbers in weights and input: a few
-# milliseconds of arithmetic.
-PLAIN_MODULES = ("torch.nn.", "hamdist.")
-SMALL_WEIGHTS = 2**22
-SMALL_INPUT = 2**16
-
-T = TypeVar("T")
-
-ShapeMap: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-class Combine(str, Enum):
-    """How a module takes several parents: joined on the last axis, summed, or one argument each."""
-
-    CONCAT = "concat"
-    SUM = "sum"
-    ARGUMENTS = "arguments"
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """`parents` neighbouring parents as one input: joined on `axis`, or summed (axis None)."""
-
-    parents: int = 1
-    axis: int | None = None
-
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        if len(tensors) == 1:
-            return tensors[0]
-        if self.axis is None:
-            return combined(Combine.SUM, tensors)[0]
-        return torch.cat(list(tensors), dim=self.axis)
-
-
-@dataclass(frozen=True, slots=True)
-class Joining:
-    """How a module takes parents of which some are slices of one (slices.py): the slices are joined
-    first, then what comes out is taken as `then` says."""
-
-    joins: tuple[Join, ...]
-    then: Combine = Combine.CONCAT
-
-    def groups(self, inputs: Sequence[T]) -> list[Sequence[T]]:
-        """What is given by parent, by join."""
-        ends = list(accumulate(join.parents for join in self.joins))
-        return [inputs[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-
-    def joined(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [j.of(group) for j, group in zip(self.joins, self.groups(inputs), strict=True)]
+__all__ = [
+    "INPUT",
+    "OUTPUT_KEY",
+    "BlockSpec",
+    "Combine",
+    "Edge",
+    "Graph",
+    "Join",
+    "Joining",
+    "MergedGraph",
+    "Part",
+    "ShapeMap",
+    "Sliced",
+    "combined",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,70 +86,6 @@ class Sliced:
         return whole
 
 
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """parent -> child. delay: ticks a signal needs, in either direction."""
-
-    index: int
-    parent: str
-    child: str
-    delay: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.parent}->{self.child}"
-
-    @property
-    def from_input(self) -> bool:
-        return is_input(self.parent)
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """One block: f(h_parents; theta) and where its inputs come from.
-
-    parents: names in the order in which the module takes them; `u` is the stream's input. The
-    block itself, or one listed behind it, is read in a sequence as it was at the token before.
-    delays: ticks of the edge from a parent, where it is not 1.
-    loss: makes the block a readout. Without `state` a readout is an output net (HL Eq. 4): it
-    predicts from its parents' states and has none of its own; with `state` it is a state block and
-    predicts output(h), or h itself where `output` is None.
-    shape: of h without the batch; needed for one block of every cycle, where it cannot be derived.
-    initial: h_0 without the batch, where it is not zero (presentation 'hold').
-    slices: over how many blocks its neurons are spread (slices.py).
-    """
-
-    name: str
-    module: nn.Module
-    parents: tuple[str, ...]
-    combine: Combine | Joining = Combine.CONCAT
-    delays: Mapping[str, int] = field(default_factory=dict)
-    loss: LossFunction | None = None
-    state: bool = False
-    output: nn.Module | None = None
-    shape: tuple[int, ...] | None = None
-    initial: Tensor | None = None
-    slices: int = 1
-
-    @property
-    def has_state(self) -> bool:
-        return self.loss is None or self.state
-
-
-def combined(combine: Combine | Joining, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The arguments of the module: the inputs joined, summed in their order, or as they are."""
-    if isinstance(combine, Joining):
-        return combined(combine.then, combine.joined(inputs))
-    if len(inputs) < 2 or combine is Combine.ARGUMENTS:
-        return list(inputs)
-    if combine is Combine.CONCAT:
-        return [torch.cat(list(inputs), dim=-1)]
-    total = inputs[0]
-    for tensor in inputs[1:]:
-        total = total + tensor
-    return [total]
-
-
 class Graph:
     """A checked directed graph of blocks, in the order given; edges in the order of the parents.
 
@@ -208,119 +116,16 @@ class Graph:
             for parent in block.parents:
                 delay = block.delays.get(parent, 1)
                 self.edges.append(Edge(len(self.edges), parent, block.name, delay))
-        self._check_names()
-        self._check_delays()
-        self._check_readouts()
-        self._check_parameters()
+        graph_checks.check_names(self.blocks)
+        graph_checks.check_delays(self.blocks, self.edges)
+        graph_checks.check_readouts(self.blocks, self.edges)
+        graph_checks.check_parameters(self.blocks)
         self.into = {b: [e for e in self.edges if e.child == b] for b in self.blocks}
         self.out_of = {b: [e for e in self.edges if e.parent == b] for b in self.blocks}
         self.out_of[INPUT] = [e for e in self.edges if e.from_input]
         self.notes: list[str] = []
         self.depths = self._depths()
         self._original = original
-
-    # -- checks -----------------------------------------------------------------------------
-
-    def _check_names(self) -> None:
-        if not self.blocks:
-            raise GraphError("the graph has no blocks; give it at least a readout")
-        for block in self.blocks.values():
-            if not block.name or block.name == INPUT or "->" in block.name or "." in block.name:
-                raise GraphError(
-                    f"block {block.name!r}: a name is not empty, not {INPUT!r} (the stream's "
-                    "input) and holds neither '->' nor '.'"
-                )
-            if hasattr(nn.ModuleDict(), block.name):
-                raise GraphError(
-                    f"block {block.name!r}: torch keeps this name for itself; choose another"
-                )
-            if not block.parents:
-                raise GraphError(
-                    f"block {block.name!r} has no parents; name the blocks it reads, or {INPUT!r}"
-                )
-            for parent in (*block.parents, *block.delays):
-                if not is_input(parent) and parent not in self.blocks:
-                    known = ", ".join((INPUT, *self.blocks))
-                    raise GraphError(
-                        f"block {block.name!r} has the unknown parent {parent!r}; known: {known}"
-                    )
-            for parent in block.delays:
-                if parent not in block.parents:
-                    raise GraphError(
-                        f"block {block.name!r} has a delay for {parent!r}, which is not its parent"
-                    )
-            for parent in block.parents:
-                if block.parents.count(parent) > 1:
-                    raise GraphError(
-                        f"block {block.name!r} names its parent {parent!r} twice; one edge joins "
-                        "two blocks, so repeat the input inside the module"
-                    )
-
-    def _check_delays(self) -> None:
-        for edge in self.edges:
-            if isinstance(edge.delay, bool) or not isinstance(edge.delay, int):
-                raise GraphError(f"edge {edge.name}: delay {edge.delay!r} is no whole number")
-            if edge.delay < 1:
-                cycle = self._zero_delay_cycle()
-                found = f"; it lies on the zero-delay cycle {' -> '.join(cycle)}" if cycle else ""
-                raise GraphError(
-                    f"edge {edge.name} has delay {edge.delay}{found}: a signal needs at least one "
-                    "tick; for an instantaneous connection put both into one block"
-                )
-
-    def _zero_delay_cycle(self) -> list[str]:
-        zero = {
-            b: [e.child for e in self.edges if e.parent == b and e.delay < 1] for b in self.blocks
-        }
-
-        def walk(path: list[str]) -> list[str]:
-            for child in zero[path[-1]]:
-                if child in path:
-                    return [*path[path.index(child) :], child]
-                found = walk([*path, child])
-                if found:
-                    return found
-            return []
-
-        return next((c for c in (walk([b]) for b in self.blocks) if c), [])
-
-    def _check_readouts(self) -> None:
-        if not self.readouts:
-            raise GraphError(
-                "no block has a loss, so nothing is learned; give the last block a loss"
-            )
-        for edge in self.edges:
-            parent = self.blocks.get(edge.parent)
-            if parent is not None and not parent.has_state:
-                raise GraphError(
-                    f"block {edge.child!r} reads {edge.parent!r}, an output net, which has no "
-                    "state; read its parents instead, or give it a state (state=True)"
-                )
-        for block in self.blocks.values():
-            if block.output is not None and not (block.loss is not None and block.state):
-                raise GraphError(
-                    f"block {block.name!r} has an output module but is no readout with a state"
-                )
-        reached = _reach(self.readouts, ((e.child, e.parent) for e in self.edges))
-        lost = [b for b in self.blocks if b not in reached]
-        if lost:
-            raise GraphError(
-                f"no path leads from {_names(lost)} to a readout, so no message ever comes back; "
-                "connect or remove them"
-            )
-
-    def _check_parameters(self) -> None:
-        owner: dict[int, tuple[str, str]] = {}
-        for name, module in ((b.name, m) for b in self.blocks.values() for m in _modules(b)):
-            for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-                other = owner.setdefault(id(tensor), (name, key))
-                if other[0] != name:
-                    what = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-                    raise GraphError(
-                        f"blocks {other[0]!r} and {name!r} share a {what} ({other[1]!r} and "
-                        f"{key!r}); a weight belongs to one block, so keep both in one block or "
-                        "give each its own"
-                    )
 
     # -- structure --------------------------------------------------------------------------
 
@@ -373,14 +178,14 @@ class Graph:
 
     def unreached(self) -> list[str]:
         """Blocks to which no path leads from the input."""
-        reached = _reach(self._inputs, ((e.parent, e.child) for e in self.edges))
+        reached = reach(self._inputs, ((e.parent, e.child) for e in self.edges))
         return [b for b in self.blocks if b not in reached]
 
     @cached_property
     def adrift(self) -> set[str]:
         """Blocks that no chain of edges, in either direction, joins with the input."""
         ways = [(e.parent, e.child) for e in self.edges]
-        return self.blocks.keys() - _reach(self._inputs, [*ways, *((b, a) for a, b in ways)])
+        return self.blocks.keys() - reach(self._inputs, [*ways, *((b, a) for a, b in ways)])
 
     @property
     def _inputs(self) -> list[str]:
@@ -411,7 +216,7 @@ class Graph:
         self, u_shape: Sequence[int], u_dtype: torch.dtype, several: ShapeMap | None = None
     ) -> ShapeMap:
         """Shape and type of every block's h (of an output net: its prediction), by a dry run on a
-        copy of its module (`_probes`). u_shape: with the batch in front. several: those of the
+        copy of its module (shapes.py). u_shape: with the batch in front. several: those of the
         inputs by parent (`u.NAME`), where there is more than one.
 
         Raises GraphError naming the block whose module does not take its parents' shapes, or the
@@ -429,87 +234,27 @@ class Graph:
         for name in cyclic:
             shape = self.blocks[name].shape
             if shape is not None:
-                known[name] = ((batch, *shape), _dtype(self.blocks[name].module, u_dtype))
+                known[name] = ((batch, *shape), declared_dtype(self.blocks[name].module, u_dtype))
         waiting = list(self.blocks)
         found: ShapeMap = {}
         while waiting:
             ready = [n for n in waiting if all(p in known for p in self.blocks[n].parents)]
             if not ready:
                 raise GraphError(
-                    f"the shapes of {_names(waiting)} depend on each other; give one block of "
+                    f"the shapes of {named(waiting)} depend on each other; give one block of "
                     "each cycle its shape (shape=..., without the batch)"
                 )
             for name in ready:
-                found[name] = self._dry_run(name, known)
+                found[name] = shape_of(self.blocks[name], known)
                 declared = known.setdefault(name, found[name])
                 if declared[0] != found[name][0]:
                     raise GraphError(
                         f"block {name!r} gives h of shape {found[name][0]}, but shape="
                         f"{self.blocks[name].shape} was declared (batch {batch} in front)"
                     )
-                self._check_initial(name, declared[0])
+                check_initial(self.blocks[name], declared[0])
                 waiting.remove(name)
         return found
-
-    def _check_initial(self, name: str, shape: tuple[int, ...]) -> None:
-        block = self.blocks[name]
-        if block.initial is None:
-            return
-        if not block.has_state:
-            raise GraphError(f"block {name!r} is an output net, which has no initial state")
-        if tuple(block.initial.shape) != shape[1:]:
-            raise GraphError(
-                f"block {name!r} has an initial state of shape {tuple(block.initial.shape)}, but "
-                f"its h has {shape[1:]} (without the batch)"
-            )
-
-    def _dry_run(self, name: str, known: ShapeMap) -> tuple[tuple[int, ...], torch.dtype]:
-        block = self.blocks[name]
-        shapes = [known[p] for p in block.parents]
-        given = ", ".join(
-            f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True)
-        )
-        h = self._run_on(name, block.module, block.combine, shapes, given)
-        if not isinstance(h, Tensor):
-            raise GraphError(
-                f"block {name!r} returned {type(h).__name__}, not a tensor; return the one tensor "
-                "that its children read"
-            )
-        if h.dim() == 0 or h.shape[0] != shapes[0][0][0]:
-            raise GraphError(
-                f"block {name!r} turns {given} into {tuple(h.shape)}: the batch must stay in front"
-            )
-        if block.output is not None:
-            state = [(tuple(h.shape), h.dtype)]
-            self._run_on(name, block.output, block.combine, state, f"its own h {tuple(h.shape)}")
-        return tuple(h.shape), h.dtype
-
-    def _run_on(
-        self,
-        name: str,
-        module: nn.Module,
-        combine: Combine | Joining,
-        shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
-        given: str,
-    ) -> object:
-        """`module` on tensors of `shapes`, on the first device that takes them."""
-        for device in _probes(module, shapes):
-            probe = copy.deepcopy(module).to(device)
-            inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
-            try:
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    return probe(*combined(combine, inputs))
-            except NotImplementedError:
-                continue
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                if device == "meta" and "meta" in str(error).lower():
-                    continue
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-                raise GraphError(
-                    f"block {name!r} ({type(module).__name__}) does not take its input {given}: "
-                    f"{reason}"
-                ) from error
-        raise GraphError(f"block {name!r} cannot be run on its input {given}")
 
     # -- copies and the way back --------------------------------------------------------------
 
@@ -598,7 +343,7 @@ class MergedGraph(nn.Module):
         u = next(iter(h.values()))
         for name, shape in self.shapes.items():
             if not self.acyclic and shape is not None:
-                dtype = _dtype(self._whole(name).module, u.dtype)
+                dtype = declared_dtype(self._whole(name).module, u.dtype)
                 h[name] = torch.zeros(u.shape[0], *shape, dtype=dtype, device=u.device)
                 initial = self.initial[name]
                 if initial is not None:
@@ -617,21 +362,6 @@ class MergedGraph(nn.Module):
         return outputs[self.readouts[0]] if len(self.readouts) == 1 else outputs
 
 
-def _reach(starts: Iterable[str], ways: Iterable[tuple[str, str]]) -> set[str]:
-    """All that can be reached from `starts` along `ways`, given as (from, to)."""
-    onward: dict[str, list[str]] = {}
-    for a, b in ways:
-        onward.setdefault(a, []).append(b)
-    reached: set[str] = set()
-    waiting = list(starts)
-    while waiting:
-        name = waiting.pop()
-        if name not in reached:
-            reached.add(name)
-            waiting += onward.get(name, [])
-    return reached
-
-
 class _Whole(nn.Module):
     """A block's module and its output module under one name."""
 
@@ -643,41 +373,3 @@ class _Whole(nn.Module):
 
 def _whole(block: BlockSpec) -> nn.Module:
     return _Whole(block.module, block.output)
-
-
-def _dtype(module: nn.Module, u_dtype: torch.dtype) -> torch.dtype:
-    """The type of a state that is declared by its shape: of the weights, or of the input."""
-    parameter = next(module.parameters(), None)
-    if parameter is not None:
-        return parameter.dtype
-    return u_dtype if u_dtype.is_floating_point else torch.get_default_dtype()
-
-
-def _modules(block: BlockSpec) -> list[nn.Module]:
-    return [block.module] if block.output is None else [block.module, block.output]
-
-
-def _probes(
-    module: nn.Module, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]
-) -> tuple[str, ...]:
-    """Where a dry run of `module` is tried: on meta tensors, and on zeros where it reads values.
-
-    On zeros alone where types differ, which meta tensors let pass; and where it is cheaper: the
-    first use of meta tensors imports about a second of torch, the arithmetic of a small module of
-    torch's own (which does nothing but arithmetic) takes less than a millisecond.
-    """
-    types = {t for _, t in shapes if t.is_floating_point}
-    types |= {p.dtype for p in module.parameters() if p.is_floating_point()}
-    if len(types) > 1:
-        return ("cpu",)
-    weights = sum(p.numel() for p in module.parameters())
-    inputs = sum(math.prod(shape) for shape, _ in shapes)
-    plain = all(type(m).__module__.startswith(PLAIN_MODULES) for m in module.modules())
-    if plain and weights <= SMALL_WEIGHTS and inputs <= SMALL_INPUT:
-        return ("cpu",)
-    return ("meta", "cpu")
-
-
-def _names(blocks: Sequence[str]) -> str:
-    noun = "block" if len(blocks) == 1 else "blocks"
-    return f"{noun} {', '.join(repr(b) for b in blocks)}"

@@ -5,7 +5,7 @@ B: batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.energy import Energy
 from hamdist.dynamics.gradient import Gradient
-from hamdist.dynamics.saving import Remembers, known, taken
+from hamdist.dynamics.records import KeepsRecords
+from hamdist.dynamics.saving import Remembers, known
 from hamdist.dynamics.stillness import Retrospect
 from hamdist.dynamics.weights import Weights
 
@@ -53,7 +54,7 @@ def _kept(h: Tensor) -> Tensor:
     return h
 
 
-class HoldBlock(Remembers):
+class HoldBlock(KeepsRecords):
     """A state block that integrates Hamilton's equations tick by tick (HL Algorithm 1).
 
         h_{k+1} = h_k + tau m_k c ( -h_k + f(h_parents,k; theta_k) )
@@ -121,15 +122,13 @@ class HoldBlock(Remembers):
         "_retrospect",
     )
 
-    def snapshot(self) -> dict[str, Any]:
-        record = None if self._record is None else self.cell.held(self._record)
-        return {**super().snapshot(), "record": record}
+    RECORDS = "record"
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        record, own = taken(state, "record")
-        super().restore(own)
-        self._record = None if record is None else self.cell.rebuilt(record)
-        self.cell.restore(own["cell"])  # once more: see `rebuilt`
+    def held(self) -> Any:
+        return None if self._record is None else self.cell.held(self._record)
+
+    def rebuild(self, records: Any) -> None:
+        self._record = None if records is None else self.cell.rebuilt(records)
 
     def complete(self, messages: Sequence[Tensor | None]) -> None:
         """Finishes the tick before: z, and in the sequential order the weights."""

@@ -7,7 +7,7 @@ B: batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,13 @@ from hamdist.dynamics.block import (
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
 from hamdist.dynamics.heads import Taught
+from hamdist.dynamics.records import KeepsRecords
 from hamdist.dynamics.reversible import Rewinder, pieces_of
-from hamdist.dynamics.saving import Remembers, taken
+from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.weights import Weights
 
 
-class PulseBlock(Remembers):
+class PulseBlock(KeepsRecords):
     """A state block that a pulse passes: forward of sample n, later backward of n.
 
         h = f(h_parents; theta)
@@ -72,15 +73,11 @@ class PulseBlock(Remembers):
 
     STATE = ("cell", "weights", "taught", "h", "z")
 
-    def snapshot(self) -> dict[str, Any]:
-        trace = {sample: self.cell.held(record) for sample, record in self.trace.items()}
-        return {**super().snapshot(), "trace": trace}
+    def held(self) -> Any:
+        return {sample: self.cell.held(record) for sample, record in self.trace.items()}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        trace, own = taken(state, "trace")
-        super().restore(own)
-        self.trace = {sample: self.cell.rebuilt(record) for sample, record in trace.items()}
-        self.cell.restore(own["cell"])  # once more: see `rebuilt`
+    def rebuild(self, records: Any) -> None:
+        self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         if self._predicts is None:

@@ -18,7 +18,7 @@ B: batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -28,7 +28,8 @@ from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
 from hamdist.dynamics.gradient import Gradient
 from hamdist.dynamics.losses import Slope
-from hamdist.dynamics.saving import Remembers, taken
+from hamdist.dynamics.records import KeepsRecords
+from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.weights import Weights
 
 
@@ -68,7 +69,7 @@ class WayBack(Remembers):
             self.weights.rest()
 
 
-class SequenceBlock(Remembers):
+class SequenceBlock(KeepsRecords):
     """A state block: h_{m+1} = f(h_parents; theta) forward, and in reverse
 
         M_v = c (df/dh_v)^T z_{j+1},        g_j = c (df/dtheta)^T z_{j+1}
@@ -101,16 +102,12 @@ class SequenceBlock(Remembers):
 
     STATE = ("cell", "weights", "_way_back", "h", "z", "stored")
 
-    def snapshot(self) -> dict[str, Any]:
-        trace = [self.cell.held(record) for record in self._trace]
-        return {**super().snapshot(), "trace": trace}
+    def held(self) -> Any:
+        return [self.cell.held(record) for record in self._trace]
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        trace, own = taken(state, "trace")
-        super().restore(own)
+    def rebuild(self, records: Any) -> None:
         self._trace.clear()
-        self._trace.extend(self.cell.rebuilt(record) for record in trace)
-        self.cell.restore(own["cell"])  # once more: see `rebuilt`
+        self._trace.extend(self.cell.rebuilt(record) for record in records)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         record = self.cell.forward(inputs, self._wanted)
@@ -159,7 +156,7 @@ class _Read(NamedTuple):
     random: dict[str, Any] | None
 
 
-class SequenceReadout(Remembers):
+class SequenceReadout(KeepsRecords):
     """An output net: predicts and compares on the way forward, learns on the way back.
 
         y_m = f^y(h_parents; theta),    M_v = phi dL_m/dh_v,    g_j = phi dL_m/dtheta
@@ -186,22 +183,19 @@ class SequenceReadout(Remembers):
 
     STATE = ("cell", "weights", "_way_back", "stored", "_loss", "_taken")
 
-    def snapshot(self) -> dict[str, Any]:
-        trace = [(self.cell.held(r.record), r.target, r.random) for r in self._trace]
-        return {**super().snapshot(), "trace": trace}
+    def held(self) -> Any:
+        return [(self.cell.held(r.record), r.target, r.random) for r in self._trace]
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        trace, own = taken(state, "trace")
-        super().restore(own)
+    def rebuild(self, records: Any) -> None:
+        now = self._loss.random
         self._trace.clear()
-        for record, target, random in trace:
+        for record, target, random in records:
             slope = None
-            if target is not None:
+            if target is not None:  # the slope is made anew, with the numbers drawn then
                 self._loss.random = random
                 slope = self._loss.value(record["output"], target)[1]
             self._trace.append(_Read(self.cell.rebuilt(record), slope, target, random))
-        self.cell.restore(own["cell"])  # once more: see `rebuilt`
-        self._loss.restore(own["_loss"])
+        self._loss.random = now
 
     def forward(
         self, sample: int, inputs: Sequence[Tensor], target: Tensor | None

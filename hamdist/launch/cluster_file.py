@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
-from pydantic import ValidationError as Invalid
+from pydantic import AfterValidator, Field, StringConstraints
 
-from hamdist.config import Positive, describe, read_yaml
+from hamdist.config import Positive, Section, checked, mapping, read_yaml
 from hamdist.errors import SettingsError
 
 VARIABLE = "HAMDIST_CLUSTER"
@@ -59,10 +58,8 @@ def _folder(value: str) -> str:
     return value
 
 
-class ClusterSettings(BaseModel):
+class ClusterSettings(Section):
     """One cluster; see the top of this file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     jobs: Annotated[str, AfterValidator(_url)] = f"http://127.0.0.1:{JOBS_PORT}"
     address: Annotated[str, AfterValidator(_endpoint)] | None = None
@@ -89,7 +86,7 @@ def find_cluster(given: str | None) -> ClusterSettings:
         source = str(own)
     if source.endswith((".yaml", ".yml")) or Path(source).is_file():
         return read_cluster(Path(source))
-    return _checked({"jobs": source}, f"--cluster {source!r}")
+    return _with_token({"jobs": source}, f"--cluster {source!r}")
 
 
 def read_cluster(path: Path) -> ClusterSettings:
@@ -98,19 +95,15 @@ def read_cluster(path: Path) -> ClusterSettings:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--cluster {str(path)!r}: cannot be read: {error}") from None
-    raw = read_yaml(text, f"--cluster {str(path)!r}")
-    if not isinstance(raw, dict):
-        raise SettingsError(f"--cluster {str(path)!r}: a mapping of names to values, not {raw!r}")
+    origin = f"--cluster {str(path)!r}"
+    raw = mapping(read_yaml(text, origin), origin)
     if "jobs" not in raw and isinstance(raw.get("address"), str):
         raw["jobs"] = f"http://{raw['address'].rpartition(':')[0]}:{JOBS_PORT}"
-    return _checked(raw, f"--cluster {str(path)!r}")
+    return _with_token(raw, origin)
 
 
-def _checked(raw: dict[str, Any], origin: str) -> ClusterSettings:
-    try:
-        cluster = ClusterSettings.model_validate(raw)
-    except Invalid as error:
-        raise SettingsError(f"{origin}: {describe(error)}") from None
+def _with_token(raw: dict[str, Any], origin: str) -> ClusterSettings:
+    cluster = checked(ClusterSettings, raw, origin)
     if cluster.token is not None:
         _check_token(Path(cluster.token).expanduser(), origin)
     return cluster

@@ -559,9 +559,10 @@ class TestCommand:
 
     def test_options_of_the_study_of_gradients(self, tmp_path: Path) -> None:
         own = self.file(tmp_path, axes={"speed": [1, 2]})
-        done = self.call("speed", own, "--depth", "3")
-        assert done.exit_code == 2
-        assert "--depth belongs to the study of gradients" in done.output
+        for option, value in (("--depth", "3"), ("--seeds", "2"), ("--input-shape", "3")):
+            done = self.call("speed", own, option, value)
+            assert done.exit_code == 2
+            assert f"{option} belongs to the study of gradients" in done.output
         done = self.call("speed", "--chosen")
         assert done.exit_code == 2
         assert "belong to a grid" in done.output

@@ -44,6 +44,21 @@ def command(*arguments):
     return CliRunner().invoke(app, ["verify", *arguments])
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("--input-shape", "3"), "--input-shape belongs to --model"),
+        (("--batch", "4"), "--batch belongs to --model"),
+        (("--model", "torch.nn:Identity", "--only", "order"), "--only chooses among"),
+        (("--model", "torch.nn:Identity", "--golden", "here"), "--golden chooses among"),
+    ],
+)
+def test_no_option_is_passed_over(words, option):
+    result = command(*words)
+    assert result.exit_code == 2
+    assert option in flat(result.stderr)
+
+
 def flat(text):
     return " ".join(text.split())
 

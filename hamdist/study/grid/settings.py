@@ -25,10 +25,9 @@ from itertools import product
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from hamdist.config import Level, Positive, Speed, describe, merge, read_yaml
-from hamdist.errors import SettingsError
+from hamdist.config import Level, Positive, Section, Speed, checked, mapping, merge, read_yaml
 from hamdist.study.shipped import Shipped
 
 STUDIES = Shipped("studies", "study")
@@ -53,14 +52,10 @@ class Trains(str, Enum):
     FROZEN = "frozen"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 
 
-class AxesSettings(_Section):
+class AxesSettings(Section):
     """The values of each axis; an axis without values is as `run` says."""
 
     depth: tuple[Positive, ...] = ()
@@ -80,7 +75,7 @@ class AxesSettings(_Section):
         return tuple(getattr(self, axis.value))
 
 
-class SideSettings(_Section):
+class SideSettings(Section):
     """One side. level: a level, `centralised` or `frozen` (not given: the side's own name). set:
     what it has otherwise than `run`. tune: by setting (`learning.lr`), the values to choose from;
     of several settings every combination is a candidate. best: the chosen values of an earlier
@@ -97,7 +92,7 @@ class SideSettings(_Section):
         return [dict(zip(self.tune, c, strict=True)) for c in product(*self.tune.values())]
 
 
-class TuneSettings(_Section):
+class TuneSettings(Section):
     """seeds: runs of each candidate, with seeds that no final run has. samples: rows that they
     learn from, where it is to be less than the study's."""
 
@@ -105,7 +100,7 @@ class TuneSettings(_Section):
     samples: Positive | None = None
 
 
-class StudySettings(_Section):
+class StudySettings(Section):
     """A study. samples: rows that each run learns from. parallel: in processes of this machine, or
     as tasks of Ray (at `address`, a cluster's; else a local Ray). workers: runs at a time (of
     processes; not given: one for each core)."""
@@ -178,17 +173,10 @@ def read_study(
     text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()
 ) -> StudySettings:
     """A study from YAML `text`. Raises SettingsError naming `origin` and the line or the field."""
-    raw = read_yaml(text, origin)
-    if not isinstance(raw, dict):
-        raise SettingsError(
-            f"{origin}: a study's settings are a mapping of names to values, not {raw!r}"
-        )
+    raw = mapping(read_yaml(text, origin), origin, "a study's settings")
     for override in overrides:
         raw = merge(raw, override)
-    try:
-        return StudySettings.model_validate(raw)
-    except ValidationError as error:
-        raise SettingsError(f"{origin}: {describe(error)}") from None
+    return checked(StudySettings, raw, origin)
 
 
 def study_yaml(study: StudySettings) -> str:
