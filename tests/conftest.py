@@ -27,6 +27,7 @@ from hamdist.config import EngineSettings
 from hamdist.runtime.cluster import ray_session
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if not config.pluginmanager.hasplugin("xdist"):
         return
