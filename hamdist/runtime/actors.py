@@ -160,12 +160,14 @@ def is_alive(actor: Any) -> bool:
 
 
 def start_actor(seat: Seat) -> Any:
-    """A new actor in Ray, restarted by nobody: what it knows is lost with it."""
+    """A new actor in Ray, restarted by nobody: what it knows is lost with it. Ray keeps no events
+    of its calls: with them its head grew by 100 MiB in an hour of being asked how far it is."""
     options = {
         **_reserved(seat),
         "num_gpus": seat.gpus,
         "max_concurrency": THREADS_OF_AN_ACTOR,
         "max_restarts": 0,
+        "enable_task_events": False,
     }
     return ray.remote(HostActor).options(**options).remote(sys.path)
 
