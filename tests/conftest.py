@@ -1,8 +1,5 @@
-"""What every test shares: one thread (results depend on the number), and one Ray for all.
-
-With several processes (`pytest -n 2 --dist loadgroup`) the tests that need Ray stay together in one
-of them, so that one Ray is started, and those of a file share what their file makes.
-"""
+"""What every test shares: one thread (results depend on the number), and one Ray for all (with
+`pytest -n`: for all of a process)."""
 
 from __future__ import annotations
 
@@ -25,15 +22,6 @@ import torch
 
 from hamdist.config import EngineSettings
 from hamdist.runtime.cluster import ray_session
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        on_ray = item.get_closest_marker("ray") or "session" in item.fixturenames
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.stem))
 
 
 @pytest.fixture(autouse=True, scope="session")
