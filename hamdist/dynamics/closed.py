@@ -1,43 +1,22 @@
 """A cell whose step has a closed form: a short program of kernels instead of autograd.
 
-`closed_cell` reads a module, torch's own or a user's, and answers None where a part of it has no
-kernel, or where what it does cannot be known from one look: then `Cell` does it with autograd. A
-user's `forward` is traced twice with torch.fx; it is taken only where both traces are the same and
-left nothing behind in the module.
+Which modules have one, program.py says; all others are left to `Cell`, which does it with autograd.
 """
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch import Tensor, nn
 
 from hamdist.dynamics.cell import Cell
-from hamdist.dynamics.chain import Chain
 from hamdist.dynamics.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.graph import Combine, combined
-from hamdist.dynamics.kernels import (
-    Add,
-    Conv2d,
-    Embedding,
-    FromInput,
-    FromResult,
-    Kept,
-    Kernel,
-    LayerNorm,
-    Linear,
-    Reshape,
-    Scale,
-    aten,
-)
-from hamdist.dynamics.piece import Piece
-from hamdist.dynamics.rows import Rows
+from hamdist.dynamics.kernels import Kept
+from hamdist.dynamics.program import Step, read_program
 from hamdist.dynamics.saving import Slot, nested_slots
 
 
@@ -49,16 +28,6 @@ class Steps:
     inputs: list[Tensor]
     wanted: tuple[bool, ...]
     output: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One kernel; reads: places of its inputs among the cell's arguments and the steps' outputs.
-    lasting: its output leaves the cell, so that its memory is not used again."""
-
-    kernel: Kernel
-    reads: tuple[int, ...]
-    lasting: bool
 
 
 class ClosedCell(Cell):
@@ -144,7 +113,7 @@ class ClosedCell(Cell):
             if not wanted[0]:
                 return [None]
             return [torch.zeros_like(record.inputs[0]) if m is None else m]
-        many = len(combined_places(self._combine, len(record.inputs)))
+        many = len(_combined_places(self._combine, len(record.inputs)))
         about: list[Tensor | None] = [None] * (many + len(self._steps))
         about[-1] = cotangent
         for i in range(len(self._steps) - 1, -1, -1):
@@ -165,7 +134,7 @@ class ClosedCell(Cell):
         key = (*wanted, weights)
         known = self._needs.get(key)
         if known is None:
-            places = combined_places(self._combine, len(wanted))
+            places = _combined_places(self._combine, len(wanted))
             asks = [any(wanted[p] for p in place) for place in places]
             known = []
             for step in self._steps:
@@ -195,7 +164,7 @@ class ClosedCell(Cell):
         ]
 
 
-def combined_places(combine: Combine, parents: int) -> list[tuple[int, ...]]:
+def _combined_places(combine: Combine, parents: int) -> list[tuple[int, ...]]:
     """By argument of the module: the parents that it is made of."""
     if parents < 2 or combine is Combine.ARGUMENTS:
         return [(p,) for p in range(parents)]
@@ -207,353 +176,5 @@ def closed_cell(
 ) -> ClosedCell | None:
     """The closed-form cell of `module`, which has `parents` inputs; None where it has none.
     native: its linear layers go to the C code where one row comes (rows.py)."""
-    arguments = len(combined_places(combine, parents))
-    try:
-        program = _Program(module, arguments, native=native).read()
-    except _Unknown:
-        return None
-    return ClosedCell(module, combine, seed, program)
-
-
-class _Unknown(Exception):
-    """A part has no closed form."""
-
-
-class _Program:
-    """Reads a module into steps."""
-
-    def __init__(self, module: nn.Module, arguments: int, *, native: bool) -> None:
-        self._module = module
-        self._arguments = arguments
-        self._native = native
-        self._trained = {
-            id(p): i for i, p in enumerate(p for p in module.parameters() if p.requires_grad)
-        }
-        self._used: set[int] = set()
-        self._made: list[tuple[Kernel, tuple[int, ...]]] = []
-        self._owns: set[int] = set()  # places whose memory an activation may work in
-
-    def read(self) -> list[Step]:
-        """The steps. Raises _Unknown."""
-        for part in self._module.modules():
-            _plain(part)
-        for parameter in self._module.parameters():
-            if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-                raise _Unknown
-        if _is_chain(self._module):
-            if self._arguments != 1:
-                raise _Unknown
-            last = self._chain(self._module, 0, alone=True)
-        else:
-            last = self._traced()
-        if last != self._arguments + len(self._made) - 1 or not self._made:
-            raise _Unknown  # the output is not the last value: nothing to gain
-        if len(self._used) < len(self._trained):
-            raise _Unknown  # weights outside the program
-        if self._native:
-            self._join()
-        return self._steps(self._arguments + len(self._made) - 1)
-
-    def _join(self) -> None:
-        """Makes one kernel of linear layers that follow each other."""
-        readers = Counter(place for _, reads in self._made for place in reads)
-        runs: list[tuple[list[Kernel], tuple[int, ...]]] = []
-        now_at = {place: place for place in range(self._arguments)}  # of a value, by its place
-        for i, (kernel, reads) in enumerate(self._made):
-            before = runs[-1][0] if runs else []
-            goes_on = (
-                isinstance(kernel, Linear)
-                and bool(before)
-                and isinstance(before[0], Linear)
-                and reads == (self._arguments + i - 1,)
-                and readers[reads[0]] == 1
-                and len(before) < Rows.MOST
-            )
-            if goes_on:
-                before.append(kernel)
-            else:
-                runs.append(([kernel], tuple(now_at[place] for place in reads)))
-            now_at[self._arguments + i] = self._arguments + len(runs) - 1
-        self._made = []
-        for kernels, reads in runs:
-            layers = [kernel for kernel in kernels if isinstance(kernel, Linear)]
-            joined = Chain(layers) if layers else None
-            self._made.append((kernels[0] if joined is None else joined, reads))
-
-    def _steps(self, last: int) -> list[Step]:
-        """With the mark of what leaves the cell: the output and the messages, and what shares their
-        memory."""
-        told = set(range(self._arguments))
-        for i, (kernel, reads) in enumerate(self._made):
-            if isinstance(kernel, (Reshape, Add)) and told.intersection(reads):
-                told.add(self._arguments + i)
-            elif isinstance(kernel, (Linear, Chain)):
-                kernel.lends = reads[0] not in told
-        leaving = {last}
-        for i in range(len(self._made) - 1, -1, -1):
-            kernel, reads = self._made[i]
-            if self._arguments + i in leaving and (kernel.in_place or isinstance(kernel, Reshape)):
-                leaving.update(reads)
-        steps = []
-        for i, (kernel, reads) in enumerate(self._made):
-            leaves = self._arguments + i in leaving
-            if isinstance(kernel, Chain):  # the rest of it stays
-                kernel.lasting = leaves
-            steps.append(Step(kernel, reads, leaves and not isinstance(kernel, Chain)))
-        return steps
-
-    def _add(self, kernel: Kernel, *reads: int) -> int:
-        for w in kernel.weights:
-            if w is not None:
-                if w in self._used:
-                    raise _Unknown  # a weight that is used twice
-                self._used.add(w)
-        self._made.append((kernel, reads))
-        place = self._arguments + len(self._made) - 1
-        if kernel.owns:
-            self._owns.add(place)
-        return place
-
-    # -- a chain of layers ---------------------------------------------------------------------
-
-    def _chain(self, module: nn.Module, place: int, *, alone: bool) -> int:
-        if type(module) is nn.Sequential:
-            for child in module:
-                place = self._chain(child, place, alone=alone)
-            return place
-        return self._layer(module, place, alone=alone)
-
-    def _layer(self, m: Any, place: int, *, alone: bool) -> int:
-        """alone: nobody else reads the value at `place`."""
-
-        def own(*names: str) -> tuple[int | None, ...]:
-            return tuple(self._index(m, name) for name in names)
-
-        kind = type(m)
-        if kind is nn.Linear:
-            return self._add(Linear(m, own("weight", "bias")), place)
-        if kind is nn.LayerNorm:
-            return self._add(LayerNorm(m, own("weight", "bias")), place)
-        if kind is nn.Conv2d:
-            if m.padding_mode != "zeros" or isinstance(m.padding, str):
-                raise _Unknown
-            return self._add(Conv2d(m, own("weight", "bias")), place)
-        if kind is nn.Embedding:
-            if m.max_norm is not None or m.scale_grad_by_freq or m.sparse:
-                raise _Unknown
-            return self._add(Embedding(m, own("weight")), place)
-        if kind is nn.Identity or (kind is nn.Dropout and m.p == 0):
-            if not alone:
-                raise _Unknown  # one value under two names
-            return place
-        if kind is nn.Flatten:
-            return self._add(Reshape(lambda x: x.flatten(m.start_dim, m.end_dim)), place)
-        if kind is nn.Unflatten and isinstance(m.unflattened_size, tuple):
-            return self._add(
-                Reshape(lambda x: torch.unflatten(x, m.dim, m.unflattened_size)), place
-            )
-        if not alone and getattr(m, "inplace", False):
-            raise _Unknown  # it would change what others read
-        return self._activation(m, place, alone=alone)
-
-    def _index(self, module: nn.Module, name: str) -> int | None:
-        parameter = getattr(module, name)
-        return None if parameter is None else self._trained.get(id(parameter))
-
-    def _activation(self, m: nn.Module, place: int, *, alone: bool) -> int:
-        kind = type(m)
-        from_result = _FROM_RESULT.get(kind)
-        if from_result is not None:
-            run, in_place, back = from_result
-            works = alone and place in self._owns
-            maker = self._made[place - self._arguments][0] if works else None
-            if kind is nn.ReLU and isinstance(maker, Linear):
-                maker.relu = True
-                self._owns.discard(place)
-                return place
-            kernel = FromResult(run, in_place, back, in_place=works)
-            return self._add(kernel, place)
-        if kind in _FROM_INPUT:
-            run, back = _FROM_INPUT[kind](m)
-            return self._add(FromInput(run, back), place)
-        raise _Unknown
-
-    # -- a forward of the module's own ---------------------------------------------------------
-
-    def _traced(self) -> int:
-        graph = _trace(self._module)
-        parts = dict(self._module.named_modules())
-        places: dict[fx.Node, int] = {}
-        last = -1
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                if node.args or str(node.target).startswith("*") or self._made:
-                    raise _Unknown
-                places[node] = len(places)
-            elif node.op == "output":
-                (result,) = node.args
-                if not isinstance(result, fx.Node):
-                    raise _Unknown
-                last = places[result]
-            elif node.op in ("call_module", "call_function", "call_method"):
-                places[node] = self._node(node, parts, places)
-            else:
-                raise _Unknown
-        if sum(n.op == "placeholder" for n in graph.nodes) != self._arguments:
-            raise _Unknown
-        return last
-
-    def _node(self, node: fx.Node, parts: dict[str, nn.Module], places: dict[fx.Node, int]) -> int:
-        read = [a for a in node.args if isinstance(a, fx.Node)]
-        at = [places[a] for a in read]
-        alone = all(len(a.users) == 1 for a in read)
-        if node.op == "call_module":
-            if len(node.args) != 1 or node.kwargs or len(read) != 1:
-                raise _Unknown
-            return self._layer(parts[str(node.target)], at[0], alone=alone)
-        if node.kwargs:
-            raise _Unknown
-        if node.target in (operator.add, torch.add, operator.iadd) and len(at) == 2:
-            if node.target is operator.iadd:
-                raise _Unknown
-            return self._add(Add(), *at)
-        if node.target in (operator.sub, torch.sub) and len(at) == 2:
-            return self._add(Add(-1.0), *at)
-        numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
-        if len(node.args) == 2 and len(at) == 1 and len(numbers) == 1:
-            if node.target in (operator.mul, torch.mul):
-                return self._add(Scale(float(numbers[0])), at[0])
-            if node.target is operator.truediv and node.args[0] is read[0]:
-                return self._add(Scale(1.0 / float(numbers[0])), at[0])
-        if len(node.args) == 1 and len(at) == 1 and node.target in _FUNCTIONS:
-            return self._activation(_FUNCTIONS[node.target](), at[0], alone=alone)
-        flat = node.target in (torch.flatten, "flatten") and len(at) == 1
-        if flat and all(isinstance(a, int) for a in node.args[1:]):
-            dims = [int(a) for a in node.args[1:]]  # type: ignore[arg-type]
-            return self._add(Reshape(lambda x: x.flatten(*dims)), at[0])
-        raise _Unknown
-
-
-def _is_chain(module: nn.Module) -> bool:
-    """Whether it is one of torch's own layers, or a Sequential of such chains."""
-    if type(module) is nn.Sequential:
-        return all(_is_chain(child) for child in module)
-    return type(module).__module__.startswith("torch.nn.modules.")
-
-
-def _plain(module: nn.Module) -> None:
-    """Raises _Unknown where more happens at a call than the module's own forward."""
-    hooks = (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    )
-    if any(getattr(module, hook) for hook in hooks) or "forward" in vars(module):
-        raise _Unknown
-
-
-def _trace(module: nn.Module) -> fx.Graph:
-    """What forward does. Raises _Unknown where that changes from call to call, or leaves traces."""
-    if isinstance(module, Piece):  # known already
-        known = module.fx_graph()
-        if known is None:
-            raise _Unknown
-        return known
-    before = [dict(vars(part)) for part in module.modules()]
-    try:
-        first, second = (fx.Tracer().trace(module) for _ in range(2))
-    except Exception as error:  # a user's forward may raise anything on fx's stand-ins
-        raise _Unknown from error
-    finally:
-        after = [dict(vars(part)) for part in module.modules()]
-        changed = len(before) != len(after) or any(
-            a.keys() != b.keys() or any(a[k] is not b[k] for k in a)
-            for a, b in zip(before, after, strict=False)
-        )
-        if changed:
-            for part, own in zip(module.modules(), before, strict=False):
-                vars(part).clear()
-                vars(part).update(own)
-    if changed or str(first) != str(second):
-        raise _Unknown
-    return first
-
-
-Run = Callable[[Tensor], Tensor]
-Back = Callable[[Tensor, Tensor], Tensor]
-
-_FROM_RESULT: dict[type, tuple[Run, Run, Back]] = {
-    nn.ReLU: (torch.relu, torch.relu_, lambda z, y: aten.threshold_backward(z, y, 0)),
-    nn.Tanh: (torch.tanh, torch.tanh_, lambda z, y: aten.tanh_backward(z, y)),
-    nn.Sigmoid: (torch.sigmoid, torch.sigmoid_, lambda z, y: aten.sigmoid_backward(z, y)),
-}
-
-
-def _gelu(m: Any) -> tuple[Run, Back]:
-    how = m.approximate
-    return (
-        lambda x: functional.gelu(x, approximate=how),
-        lambda z, x: aten.gelu_backward(z, x, approximate=how),
-    )
-
-
-def _silu(m: Any) -> tuple[Run, Back]:  # noqa: ARG001
-    return functional.silu, lambda z, x: aten.silu_backward(z, x)
-
-
-def _leaky_relu(m: Any) -> tuple[Run, Back]:
-    slope = m.negative_slope
-    return (
-        lambda x: functional.leaky_relu(x, slope),
-        lambda z, x: aten.leaky_relu_backward(z, x, slope, False),
-    )
-
-
-def _softplus(m: Any) -> tuple[Run, Back]:
-    b, limit = m.beta, m.threshold
-    return (
-        lambda x: functional.softplus(x, b, limit),
-        lambda z, x: aten.softplus_backward(z, x, b, limit),
-    )
-
-
-def _elu(m: Any) -> tuple[Run, Back]:
-    alpha = m.alpha
-    return (
-        lambda x: functional.elu(x, alpha),
-        lambda z, x: aten.elu_backward(z, alpha, 1.0, 1.0, False, x),
-    )
-
-
-def _hardtanh(m: Any) -> tuple[Run, Back]:
-    low, high = m.min_val, m.max_val
-    return (
-        lambda x: functional.hardtanh(x, low, high),
-        lambda z, x: aten.hardtanh_backward(z, x, low, high),
-    )
-
-
-_FROM_INPUT: dict[type, Callable[[Any], tuple[Run, Back]]] = {
-    nn.GELU: _gelu,
-    nn.SiLU: _silu,
-    nn.LeakyReLU: _leaky_relu,
-    nn.Softplus: _softplus,
-    nn.ELU: _elu,
-    nn.Hardtanh: _hardtanh,
-    nn.ReLU6: _hardtanh,
-}
-
-_FUNCTIONS: dict[object, Callable[[], nn.Module]] = {
-    torch.relu: nn.ReLU,
-    functional.relu: nn.ReLU,
-    "relu": nn.ReLU,
-    torch.tanh: nn.Tanh,
-    functional.tanh: nn.Tanh,
-    "tanh": nn.Tanh,
-    torch.sigmoid: nn.Sigmoid,
-    functional.sigmoid: nn.Sigmoid,
-    "sigmoid": nn.Sigmoid,
-    functional.gelu: nn.GELU,
-    functional.silu: nn.SiLU,
-}
+    program = read_program(module, len(_combined_places(combine, parents)), native=native)
+    return None if program is None else ClosedCell(module, combine, seed, program)

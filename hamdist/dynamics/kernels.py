@@ -341,7 +341,7 @@ class Conv2d:
         self._w = module.weight.data
         self._b = None if module.bias is None else module.bias.data
         padding = module.padding
-        # module.padding is a string only for 'same' and 'valid' (refused by closed.py)
+        # module.padding is a string only for 'same' and 'valid' (refused by program.py)
         self._how = (list(module.stride), [int(p) for p in padding], list(module.dilation))
         self._groups = module.groups
 
