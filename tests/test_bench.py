@@ -500,7 +500,7 @@ class TestLearning:
         read = json.loads(out.read_text())
         assert len(read["rows"]) == 13
         reached = [row["reached"] for row in read["rows"]]
-        assert reached.count(True) == (9 if how == "--quick" else 13)
+        assert reached.count(True) == (7 if how == "--quick" else 13)
         assert set(read["rows"][0]) >= {"name", "ratio", "target", "reached"}
         assert read["rows"][0]["ratio"] == pytest.approx(-0.1)
         assert "| what | found | target |" in capsys.readouterr().out

@@ -35,7 +35,9 @@ class Wanted:
 WANTED = (
     Wanted("Fashion-MNIST, L = 5, batch 32, trace", "fashion-5", "trace", -0.2, 87.4),
     Wanted("same, L = 20", "fashion-20", "trace, whitened", -0.5, 87.5),
-    Wanted("batch 1, L = 5, trace, averaged weights", "fashion-1", "trace", -0.2, 86.4),
+    Wanted(
+        "batch 1, L = 5, trace, averaged weights", "fashion-1", "trace", -0.2, 86.4, quick=False
+    ),
     Wanted("fading, S = 20, local", "fading-20", "local", -0.3),
     Wanted(
         "fading, S = 10, memory-less without label channel",
