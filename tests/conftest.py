@@ -31,8 +31,8 @@ def _one_thread():
 
 @pytest.fixture(autouse=True, scope="module")
 def _only_new_objects_are_collected():
-    """Every run begins with a collection: it passes over what was imported or made before, as in
-    an actor (of the whole suite's modules it would take a quarter of a second, thousands of times).
+    """A `Host` begins its run with a collection: it passes over what was imported or made before,
+    as in an actor. (Of all that a whole suite imports it would take a tenth of a second and more.)
     """
     gc.collect()
     gc.freeze()
