@@ -92,6 +92,13 @@ def test_a_lost_driver_is_blamed_for_its_own_seconds(tmp_path):
     assert found == pytest.approx({1: 1.0, 2: 16.95, 3: 0.0, 4: 3.0})
 
 
+def test_what_a_lost_driver_has_started_goes_on_for_a_while(tmp_path):
+    """Up to 3.9 s, though the next driver is started at 3.1 s; at 3.5 s an actor is killed."""
+    beats(tmp_path, 2, 2.9, 3.05, 3.2, 3.5, 3.9, 18, 18.2, 18.4)
+    found = lost_seconds({1: 3.0, 2: 3.5}, {1: 3.1}, tmp_path)
+    assert found == pytest.approx({1: 14.1, 2: 0.0})
+
+
 def test_a_driver_that_is_lost_while_an_actor_is_replaced(tmp_path):
     beats(tmp_path, 0, 1, 20, 21)
     found = lost_seconds({7: 1.0, 2: 3.5}, {2: 3.6}, tmp_path)

@@ -204,24 +204,31 @@ def lost_seconds(
 ) -> dict[int, float]:
     """By event: the longest time without a new result of the last block that it has brought about.
 
-    times: when it happened; restarts: when another driver was started, for the loss of one. A
-    silence that such a start falls into is the lost driver's, from its loss on; whatever happened
-    to a run that had no driver any more has cost nothing more (0). A silence into which the next
-    event falls is that event's, unless it had lasted for STILL_SECONDS: then the earlier one was
-    still being mended. Infinite where no result followed.
+    times: when it happened; restarts: when another driver was started, for the loss of one. What
+    the lost one had started goes on for a while; the first silence of more than STILL_SECONDS that
+    ends after the start is the lost driver's, from its loss on, and whatever happened from that
+    loss to the end of the silence has cost nothing more (0). A silence into which the next event
+    falls is that event's, unless it had lasted for STILL_SECONDS: then the earlier one was still
+    being mended. Infinite where no result followed.
     """
     data = (folder / "marks" / BEATS).read_bytes()
     beats = [b for (b,) in struct.iter_unpack("d", data[: len(data) // 8 * 8])]
     silences = list(itertools.pairwise(beats))
     ordered = sorted(times.items(), key=lambda item: item[1])
-    down = [(times[number], until, number) for number, until in restarts.items()]
+    gaps = {
+        number: next(
+            ((a, b) for a, b in silences if b > start and b - a > STILL_SECONDS),
+            (times[number], float("inf")),
+        )
+        for number, start in restarts.items()
+    }
+    down = [(times[number], end) for number, (_, end) in gaps.items()]
     found = {}
     for i, (number, at) in enumerate(ordered):
         if number in restarts:
-            ended = ((a, b) for a, b in silences if b > restarts[number])
-            begin, end = next(ended, (at, float("inf")))
+            begin, end = gaps[number]
             found[number] = end - max(begin, at)
-        elif any(lost <= at < until for lost, until, _ in down):
+        elif any(lost <= at < end for lost, end in down):
             found[number] = 0.0
         else:
             after, until = ordered[i + 1] if i + 1 < len(ordered) else (None, float("inf"))
