@@ -443,11 +443,13 @@ class TestLearning:
         assert "| -0.19 | ≥ -0.2 | reached |" in text
         assert "| 87.51 % | ≥ 87.4 % | reached |" in text
         assert "| -0.35 | ≥ -0.3 | **missed** |" in text
+        assert "| – | ≥ -0.5 | not run |" in text
 
     def test_a_failed_seed_is_a_missed_target(self):
         failed = self.line("local", None, None, notes=("seed 2: it blew up",))
         row = next(r for r in learning.rows({"fading-20": [failed]}) if "S = 20" in r.name)
         assert (row.ratio, row.reached, row.profile) == (None, False, "seed 2: it blew up")
+        assert "**missed**" in learning.targets([row])
 
     def test_the_targets_are_those_of_shipped_studies(self):
         for wanted in learning.WANTED:
@@ -458,6 +460,7 @@ class TestLearning:
         assert {*learning.quick("fading-10", load_study("fading-10")).sides} == {
             "centralised",
             "local, retrospective",
+            "heads",
             "frozen",
         }
         assert set(learning.STUDIES) == {wanted.study for wanted in learning.WANTED}
@@ -500,7 +503,7 @@ class TestLearning:
         read = json.loads(out.read_text())
         assert len(read["rows"]) == 13
         reached = [row["reached"] for row in read["rows"]]
-        assert reached.count(True) == (7 if how == "--quick" else 13)
+        assert reached.count(True) == (11 if how == "--quick" else 13)
         assert set(read["rows"][0]) >= {"name", "ratio", "target", "reached"}
         assert read["rows"][0]["ratio"] == pytest.approx(-0.1)
         assert "| what | found | target |" in capsys.readouterr().out
