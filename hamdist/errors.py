@@ -102,3 +102,12 @@ class SnapshotError(HamdistError):
 
 class ClusterError(HamdistError):
     """Ray, an actor or a host failed, or cannot take the run."""
+
+
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # exit codes of a command, and of a launched run
+
+
+def exit_code(error: HamdistError) -> int:
+    """What a command, or a launched run, ends with where `error` has ended it."""
+    wrong = isinstance(error, (SettingsError, LevelError, GraphError))
+    return WRONG_USAGE if wrong else FAILED

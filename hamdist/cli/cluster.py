@@ -9,7 +9,8 @@ import typer
 from rich.text import Text
 
 from hamdist.cli.console import complain, console, print_rows
-from hamdist.cli.exits import FAILED, exit_codes
+from hamdist.cli.exits import exit_codes
+from hamdist.errors import FAILED
 
 if TYPE_CHECKING:
     from hamdist.launch.jobs import Jobs

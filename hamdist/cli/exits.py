@@ -8,9 +8,7 @@ from contextlib import contextmanager
 import typer
 
 from hamdist.cli.console import complain
-from hamdist.errors import BlockError, GraphError, HamdistError, LevelError, SettingsError
-
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+from hamdist.errors import INTERRUPTED, BlockError, HamdistError, exit_code
 
 
 @contextmanager
@@ -18,17 +16,11 @@ def exit_codes() -> Iterator[None]:
     """Turns what hamdist raises on purpose, and Ctrl-C, into one message and an exit code."""
     try:
         yield
-    except (SettingsError, LevelError, GraphError) as error:
-        complain(f"Error: {error}")
-        raise typer.Exit(WRONG_USAGE) from None
-    except BlockError as error:
-        if error.details:
+    except HamdistError as error:
+        if isinstance(error, BlockError) and error.details:
             complain(error.details.rstrip())
         complain(f"Error: {error}")
-        raise typer.Exit(FAILED) from None
-    except HamdistError as error:
-        complain(f"Error: {error}")
-        raise typer.Exit(FAILED) from None
+        raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt:
         complain("Interrupted.")
         raise typer.Exit(INTERRUPTED) from None

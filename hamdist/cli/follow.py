@@ -10,8 +10,7 @@ from rich.text import Text
 
 from hamdist.cli.console import complain, console, print_facts
 from hamdist.cli.display import Display
-from hamdist.cli.exits import INTERRUPTED
-from hamdist.errors import ClusterError
+from hamdist.errors import INTERRUPTED, ClusterError
 
 if TYPE_CHECKING:
     from hamdist.launch.events import Ended, Reached

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hamdist.cli.cluster import ClusterOption, jobs_of
 from hamdist.cli.console import complain, console, print_rows
-from hamdist.cli.exits import FAILED, exit_codes
+from hamdist.cli.exits import exit_codes
 from hamdist.cli.follow import follow_run, results_in
 from hamdist.cli.options import (
     LevelOption,
@@ -26,7 +26,7 @@ from hamdist.cli.options import (
     load,
 )
 from hamdist.cli.prepare import own_stream, prepare
-from hamdist.errors import ClusterError, SettingsError
+from hamdist.errors import FAILED, ClusterError, SettingsError
 
 if TYPE_CHECKING:
     from hamdist.launch.dry import DryRun

@@ -9,10 +9,10 @@ import typer
 from rich.text import Text
 
 from hamdist.cli.console import complain, console, print_table
-from hamdist.cli.exits import FAILED, exit_codes
+from hamdist.cli.exits import exit_codes
 from hamdist.cli.options import OutOption
 from hamdist.cli.prepare import command_line, prepare
-from hamdist.errors import SettingsError
+from hamdist.errors import FAILED, SettingsError
 
 
 def recovery(

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hamdist.cli.console import complain, console, print_facts
 from hamdist.cli.display import Display, warning_at_once
-from hamdist.cli.exits import FAILED, INTERRUPTED, exit_codes
+from hamdist.cli.exits import exit_codes
 from hamdist.cli.options import (
     EngineOption,
     LevelOption,
@@ -28,7 +28,7 @@ from hamdist.cli.options import (
 )
 from hamdist.cli.prepare import own_stream, prepare
 from hamdist.config import Settings
-from hamdist.errors import SettingsError
+from hamdist.errors import FAILED, INTERRUPTED, SettingsError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,10 +126,9 @@ def _save_run(out: Path, result: Run, model: nn.Module, settings: Settings) -> N
 
 def _print_run(result: Run, settings: Settings, said: list[str]) -> None:
     """said: warnings that have been shown already."""
-    from hamdist.study.table import run_facts
+    from hamdist.study.table import run_facts, run_title
 
-    title = f"{settings.name}: {result.level} on {result.engine}, seed {result.seed}"
-    print_facts(title, run_facts(result))
+    print_facts(run_title(result, settings.name), run_facts(result))
     for warning in dict.fromkeys(result.warnings):
         if warning != result.failure and warning not in said:
             complain(f"Warning: {warning}")

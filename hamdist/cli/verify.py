@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.cli.console import console
-from hamdist.cli.exits import FAILED, exit_codes
+from hamdist.cli.exits import exit_codes
 from hamdist.cli.options import given
-from hamdist.errors import SettingsError
+from hamdist.errors import FAILED, SettingsError
 
 if TYPE_CHECKING:
     from hamdist.study.verify.check import Check

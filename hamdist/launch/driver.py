@@ -21,12 +21,13 @@ from tempfile import mkdtemp
 
 from hamdist.config import Settings
 from hamdist.errors import (
+    FAILED,
+    INTERRUPTED,
     BlockError,
-    GraphError,
     HamdistError,
-    LevelError,
     SettingsError,
     SnapshotError,
+    exit_code,
 )
 from hamdist.launch.events import (
     Ended,
@@ -40,7 +41,7 @@ from hamdist.launch.events import (
     moved,
     tell,
 )
-from hamdist.launch.parcel import FAILED, INTERRUPTED, SETTINGS, WRONG_SETTINGS, Order, read_order
+from hamdist.launch.parcel import SETTINGS, Order, read_order
 from hamdist.runtime.result import Progress
 from hamdist.study.recipes import load_settings
 
@@ -51,12 +52,9 @@ def main() -> int:
     lost = sys.argv[1] if len(sys.argv) > 1 else None
     try:
         ended = _run(Path.cwd(), lost)
-    except (SettingsError, LevelError, GraphError) as error:
-        ended = Ended(code=WRONG_SETTINGS, error=str(error))
-    except BlockError as error:
-        ended = Ended(code=FAILED, error=str(error), details=error.details)
     except HamdistError as error:
-        ended = Ended(code=FAILED, error=str(error))
+        details = error.details if isinstance(error, BlockError) else ""
+        ended = Ended(code=exit_code(error), error=str(error), details=details)
     except KeyboardInterrupt:
         ended = Ended(code=INTERRUPTED, interrupted=True, error="stopped before its first tick")
     tell(ended)
@@ -88,7 +86,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
 
     from hamdist.study.runs import run_level
     from hamdist.study.save import save_run
-    from hamdist.study.table import run_facts
+    from hamdist.study.table import run_facts, run_title
 
     with warnings.catch_warnings():
         warnings.showwarning = _warn
@@ -100,8 +98,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
             resume=None if resume is None else Path(resume),
         )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
-    title = f"{settings.name}: {run.level} on {run.engine}, seed {run.seed}"
-    tell(Reached(title=title, facts=run_facts(run)))
+    tell(Reached(title=run_title(run, settings.name), facts=run_facts(run)))
     for warning in dict.fromkeys(run.warnings):
         if warning != run.failure:
             tell(Said(warning=warning))

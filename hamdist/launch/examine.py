@@ -18,10 +18,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hamdist.errors import HamdistError
+from hamdist.errors import FAILED, HamdistError
 from hamdist.launch.events import Ended, Report, Said, Started, tell
 from hamdist.launch.facts import HostFacts, host_facts
-from hamdist.launch.parcel import FAILED, read_order
+from hamdist.launch.parcel import read_order
 from hamdist.launch.report import Findings, LinkFacts
 from hamdist.runtime.cluster import hosts
 from hamdist.runtime.curve import new_keys

@@ -21,14 +21,14 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from hamdist.errors import SettingsError
-from hamdist.launch.parcel import FAILED, INTERRUPTED, WRONG_SETTINGS, read_order
+from hamdist.errors import FAILED, INTERRUPTED, WRONG_USAGE, SettingsError
+from hamdist.launch.parcel import read_order
 
 DRIVER = (sys.executable, "-m", "hamdist.launch.driver")
 MOST_LOST = 3
 # A driver that has lived so long was well: what ends it is bad luck, not a defect.
 WELL_SECONDS = 600.0
-TOLD = (0, FAILED, WRONG_SETTINGS, INTERRUPTED)
+TOLD = (0, FAILED, WRONG_USAGE, INTERRUPTED)
 
 
 class Guardian:

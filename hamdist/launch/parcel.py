@@ -22,7 +22,6 @@ from hamdist.errors import SettingsError
 SETTINGS = "settings.yaml"
 ORDER = "order.json"
 SNAPSHOTS = "snapshots"
-FAILED, WRONG_SETTINGS, INTERRUPTED = 1, 2, 130  # exit codes of a run
 MOST_BYTES = 100 * 2**20
 
 

@@ -97,6 +97,11 @@ def _cost_columns() -> dict[str, Callable[[Row], str]]:
     }
 
 
+def run_title(run: Run, name: str) -> str:
+    """What stands above a run's facts. name: of its settings."""
+    return f"{name}: {run.level} on {run.engine}, seed {run.seed}"
+
+
 def run_facts(run: Run) -> dict[str, str]:
     """What a single run reached, name by name."""
     facts = {
