@@ -7,7 +7,7 @@ from hamdist.dynamics.graph import INPUT
 from hamdist.errors import SnapshotError
 from hamdist.runtime.keeper import Taken
 from hamdist.runtime.plan import Plan, fingerprint
-from hamdist.runtime.snapshot import FORMAT, Manifest, Part, Snapshot, conclude, versions
+from hamdist.runtime.snapshot import FORMAT, Manifest, Snapshot, conclude, versions
 from hamdist.runtime.storage import storage
 
 
@@ -23,9 +23,7 @@ class Shelf:
         self._network = fingerprint(plan, Settings.model_validate(plan.keeping.settings))
         self._delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
         self._run = f"{plan.run:016x}"
-        self._parts: dict[int, dict[str, Part]] = {}
-        self._samples: dict[int, int] = {}
-        self._passed: dict[int, int] = {}
+        self._taken: dict[int, list[Taken]] = {}  # by tick, of snapshots that are not complete
         self._skip = plan.skip
         self.latest: Snapshot | None = plan.keeping.snapshot
         self._kept: list[Snapshot] = []
@@ -39,10 +37,9 @@ class Shelf:
         """Notes the files of one process; the snapshot, if it is complete with them."""
         if self.latest is not None and taken.tick <= self.latest.tick:
             return None
-        parts = self._parts.setdefault(taken.tick, {})
-        parts.update(taken.parts)
-        self._samples[taken.tick] = max(self._samples.get(taken.tick, 0), taken.samples)
-        self._passed[taken.tick] = max(self._passed.get(taken.tick, 0), taken.passed)
+        those = self._taken.setdefault(taken.tick, [])
+        those.append(taken)
+        parts = {name: part for one in those for name, part in one.parts.items()}
         if set(parts) != self._nodes:
             return None
         manifest = Manifest(
@@ -54,13 +51,11 @@ class Shelf:
             network=self._network,
             delays=self._delays,
             versions=versions(),
-            samples=self._samples[taken.tick] + self._skip,
-            passed=self._passed[taken.tick],
+            samples=max(one.samples for one in those) + self._skip,
+            passed=max(one.passed for one in those),
             skip=self._skip,
         )
         self.latest = conclude(self._store, manifest, self._keeping.keep)
         self._kept = [*self._kept, self.latest][-self._keeping.keep :]
-        self._parts = {t: p for t, p in self._parts.items() if t > taken.tick}
-        self._samples = {t: n for t, n in self._samples.items() if t > taken.tick}
-        self._passed = {t: n for t, n in self._passed.items() if t > taken.tick}
+        self._taken = {tick: one for tick, one in self._taken.items() if tick > taken.tick}
         return self.latest

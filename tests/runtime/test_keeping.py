@@ -23,6 +23,7 @@ from hamdist.runtime.ledger import OBJECT_BYTES, Ledger
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.nodes import make_node
 from hamdist.runtime.plan import make_keeping, make_plan
+from hamdist.runtime.shelf import Shelf
 from hamdist.runtime.signal import Channel, Signal
 from hamdist.runtime.snapshot import write_part
 from hamdist.runtime.source import SourceNode
@@ -269,3 +270,26 @@ def test_nothing_is_left_of_snapshots_that_are_done(snapshots, tmp_path):
             run.keeper.reach(tick)
     assert len(run.snapshots) == 2
     assert run.keeper.collected() == ([], None)
+
+
+def test_two_snapshots_under_way(tmp_path):
+    """One process is a snapshot ahead of the other: both snapshots are had, with the samples of
+    whoever draws them, and nothing of them is kept behind."""
+    plan = plan_of(tmp_path)
+    shelf = Shelf(plan)
+    store = storage(plan.keeping.path)
+    blocks = list(plan.graph.blocks)
+
+    def put(tick, names, samples=0):
+        parts = {name: write_part(store, tick, f"{i}.x", b"1") for i, name in enumerate(names)}
+        return shelf.put(Taken(tick, parts, samples, samples // 2))
+
+    first, others = [INPUT, *blocks[:2]], blocks[2:]
+    assert put(10, first, 8) is None
+    assert put(20, first, 18) is None
+    for tick, samples in ((10, 8), (20, 18)):
+        manifest = put(tick, others).manifest
+        assert (manifest.tick, manifest.samples, manifest.passed) == (tick, samples, samples // 2)
+        assert set(manifest.parts) == {INPUT, *blocks}
+    assert put(10, others) is None  # what comes late is let go
+    assert not shelf._taken
