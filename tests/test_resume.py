@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.config import Late
+from hamdist.runtime.advice import of_resumed
 from hamdist.runtime.snapshot import latest
 from hamdist.runtime.train import snapshot_model, train
 from hamdist.streams import Paced, from_iterable
+from hamdist.streams.chosen import Chosen
 
 SMALL = ["--steps", "60", "--set", "engine.kind=inprocess"]
 
@@ -177,6 +179,23 @@ def test_a_stream_that_cannot_go_on(tmp_path):
     train(chain(), from_iterable(iter(batches(20)), classes=3), kept)
     with pytest.warns(UserWarning, match="does not give the same items again"):
         train(chain(), from_iterable(iter(batches(20)), classes=3), kept, resume=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "late", "told"),
+    [
+        (PortableStream(9), Late.KEEP, None),
+        (PortableStream(9), Late.DROP, "drops samples that come late"),
+        (from_iterable(iter(batches(9)), classes=3), Late.KEEP, "does not give the same items"),
+        (from_iterable(iter(batches(9)), classes=3), Late.DROP, "does not give the same items"),
+    ],
+)
+def test_what_is_told_of_a_stream_is_that_of_its_source(source, late, told):
+    """It was told of every paced stream that it drops samples; also with targets left out."""
+    stream = Paced(source, 1.0, late)
+    for one in (stream, Chosen(stream, ["out"])):
+        (text,) = of_resumed(one) or ("",)
+        assert text == "" if told is None else told in text
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -29,7 +29,7 @@ from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.threads import cores
-from hamdist.streams.replay import Passing, replays
+from hamdist.streams.replay import drops, replays
 from hamdist.streams.sample import Stream
 
 # Samples of one sequence from which on it looks as if the ends had been forgotten.
@@ -64,7 +64,7 @@ def of_resumed(stream: Stream) -> list[str]:
     """What can be told of a stream that a resumed run goes on with."""
     if replays(stream):
         return []
-    if isinstance(stream, Passing):
+    if drops(stream):
         return [
             "the stream drops samples that come late (stream.pace.late 'drop'): the run goes on "
             "behind the last one that it was given, but which ones are dropped depends on the "

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from hamdist.streams.derived import Derived
-from hamdist.streams.replay import passed_over, samples_from
+from hamdist.streams.replay import drops, passed_over, samples_from
 from hamdist.streams.sample import Sample, SampleSpec, Stream
 
 
@@ -24,6 +24,7 @@ class Chosen(Derived):
 
     def __init__(self, stream: Stream, readouts: Collection[str]) -> None:
         super().__init__(stream)
+        self.drops = drops(stream)
         self._readouts = frozenset(readouts)
 
     @property

@@ -58,6 +58,7 @@ class Paced(Derived):
             )
         check_stream("Paced", stream)
         super().__init__(stream)
+        self.drops = self.replays and late is Late.DROP
         self.replays = self.replays and late is Late.KEEP
         self._period = period
         self._late = late

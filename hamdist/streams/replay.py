@@ -42,6 +42,12 @@ def replays(stream: Stream) -> bool:
     return bool(getattr(stream, "replays", stream.portable))
 
 
+def drops(stream: Stream) -> bool:
+    """Whether the stream can be gone on with behind the item that was given last, though which ones
+    it gives depends on the clock."""
+    return bool(getattr(stream, "drops", False))
+
+
 def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
     """The samples of a stream from item n on; one that does not yield the same items again goes on
     with what it has. passed: items that it has passed over on the way.
@@ -55,10 +61,10 @@ def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
     if isinstance(stream, Seekable):
         return stream.samples_from(n)
     drawn = iter(stream.samples())
-    for passed in range(n):
+    for items in range(n):
         if next(drawn, None) is None:
             raise StreamError(
-                f"the stream has {passed} items, but the snapshot was taken {n} items behind its "
+                f"the stream has {items} items, but the snapshot was taken {n} items behind its "
                 "start: give the stream that the run had"
             )
     return drawn
