@@ -78,6 +78,7 @@ class Plan:
     nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
     own, of every block. rate: the course of the step size. follows_lr: beta comes from the
     learning rate.
+    silent: the blocks that get no messages, for nothing learns there or before them.
     heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
@@ -101,6 +102,7 @@ class Plan:
     default_dtype: torch.dtype
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
     native: bool = False
     replan: Replan | None = None
     keeping: Keeping | None = None
@@ -157,11 +159,14 @@ def make_plan(
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
     _check_predictions(graph, shapes, spec)
     graph, shapes, desks = with_desks(graph, shapes, spec.parents, settings.engine, knobs)
+    # (The end of a stream goes against the edges where there are cycles; energies need z.)
+    whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
+    silent = frozenset[str]() if whole else graph.silent()
     schedule: Schedule
     if knobs.sequence:
         schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
     else:
-        schedule = make_schedule(graph, knobs)
+        schedule = make_schedule(graph, knobs, silent)
     _check_resets(graph, schedule, dynamics, knobs)
     _check_output_nets(graph, dynamics)
     rewinds = knobs.memory is Memory.REVERSIBLE
@@ -181,7 +186,7 @@ def make_plan(
     rate = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = knobs.hold and dynamics.clocked
-    reversible = reversible_blocks(graph, shapes) if rewinds else frozenset()
+    reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()
     channels = make_channels(
         graph,
         schedule,
@@ -190,6 +195,7 @@ def make_plan(
         bundle=settings.engine.bundle,
         labels=heads is not None,
         messages=knobs.credit is Credit.MESSAGES,
+        silent=silent,
     )
     signals = {**shapes, **spec.parents}
     return Plan(
@@ -210,6 +216,7 @@ def make_plan(
         follows_lr=settings.dynamics.beta is None,
         desks=desks,
         reversible=reversible,
+        silent=silent,
         heads=heads,
         native=_native(settings.engine),
     )
