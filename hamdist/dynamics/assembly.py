@@ -172,7 +172,8 @@ class _Builder:
         elif isinstance(place, Weight):
             self.weights[place.name] = _tensor(self.model, place.name)
         elif isinstance(place, Const):
-            self.constants[place.index] = self.flow.trace.constants[place.index]
+            constant = self.flow.trace.constants[place.index]
+            self.constants.setdefault(place.index, constant.clone())  # each block has its own
         return place
 
     def _ref(self, ref: Ref) -> Template:
