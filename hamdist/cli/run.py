@@ -13,6 +13,7 @@ from hamdist.cli.console import complain, console, print_facts
 from hamdist.cli.display import Display, warning_at_once
 from hamdist.cli.exits import exit_codes
 from hamdist.cli.options import (
+    DEFAULT_SETTINGS,
     EngineOption,
     LevelOption,
     ModelOption,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 def run(
     context: typer.Context,
-    settings: SettingsArgument,
+    settings: SettingsArgument = DEFAULT_SETTINGS,
     level: LevelOption = None,
     engine: EngineOption = None,
     seed: SeedOption = None,

@@ -142,7 +142,8 @@ class Plan:
             b if b.name in mine else dataclasses.replace(b, module=nn.Identity(), output=None)
             for b in self.graph.blocks.values()
         ]
-        return dataclasses.replace(self, graph=Graph(specs), replan=None)
+        spec = dataclasses.replace(self.spec, example=None)
+        return dataclasses.replace(self, graph=Graph(specs), spec=spec, replan=None)
 
 
 def make_plan(

@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.batch_names import TUPLES, Names, default_names, named_parts
 from hamdist.streams.epochs import AGAIN, Epochs, epoch_setters
-from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec
+from hamdist.streams.sample import (
+    InputSpec,
+    Sample,
+    SampleSpec,
+    Target,
+    TargetSpec,
+    with_example,
+)
 
 _FORMS = (
     "a Sample, (u, y), (u, None), u alone, or a dict of 'u' and, if known, 'y', 'end', 'time', "
@@ -334,7 +341,7 @@ def _learn(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
     for one in (first.inputs or {"": u}).values():
         if one.dim() == 0:
             raise StreamError("item 0: u has no dimension: items are batches, (B, ...)")
-    made = _learn_targets(first, classes, outputs)
+    made = with_example(_learn_targets(first, classes, outputs), first)
     if first.inputs is None:
         return made
     return replace(
