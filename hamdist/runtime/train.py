@@ -82,7 +82,7 @@ def train(
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            losses = make_losses(settings.loss) if loss is None else loss
+            losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
             if isinstance(losses, Mapping):
                 stream = with_targets_of(stream, losses)
             why: list[str] = []
@@ -137,8 +137,9 @@ class _Work:
     phi: Course | None
 
     def graph(self) -> Graph:
-        loss = make_losses(self.settings.loss) if self.loss is None else self.loss
-        return _cut(self.model, self.spec, loss, self.policy, self.settings)
+        own = self.settings
+        loss = make_losses(own.loss, own.ignore_index) if self.loss is None else self.loss
+        return _cut(self.model, self.spec, loss, self.policy, own)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         graph = self.graph()
