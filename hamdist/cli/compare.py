@@ -87,7 +87,7 @@ def _compare(
     settings: Settings, model_name: str | None, stream_name: str | None, out: Path
 ) -> None:
     factory = prepare(out, model_name)
-    data = own_stream(stream_name)
+    data = own_stream(stream_name, settings)
 
     from hamdist.study.compare import compare as runs_of
     from hamdist.study.compare import plan

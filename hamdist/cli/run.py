@@ -89,7 +89,7 @@ def _run(
     with Display() as display, warning_at_once(display.say) as said:
         display.note(f"{title}: starting (imports)")
         factory = prepare(out, model_name)
-        data = own_stream(stream_name)
+        data = own_stream(stream_name, own)
 
         from hamdist.study.runs import run_level
 
