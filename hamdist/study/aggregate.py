@@ -139,7 +139,7 @@ def _bytes_per_edge(run: Run) -> float:
         for edge, size in run.bytes_per_edge.items()
         if not edge.startswith((f"{INPUT}->", f"{INPUT}.", f"{INPUT}=>"))
     ]
-    return statistics.fmean(between) / run.samples if between and run.samples else 0.0
+    return statistics.fmean(between) / run.items if between and run.items else 0.0
 
 
 def _peak_memory(group: Sequence[Run]) -> dict[str, int]:
@@ -156,7 +156,7 @@ def _seconds(value: float) -> str:
 
 def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
     """The runs' warnings, each once, and what a reader of the numbers must know."""
-    notes = list(dict.fromkeys(text for run in group for text in run.warnings))
+    notes = list(dict.fromkeys(text for run in group for text in [*run.why, *run.warnings]))
     notes += compression_notes([run.compression for run in group])
     notes += outputs_notes(group)
     lost = [(run.seed, _loss(run)) for run in group]

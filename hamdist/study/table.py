@@ -106,6 +106,8 @@ def run_facts(run: Run) -> dict[str, str]:
     """What a single run reached, name by name."""
     facts = {
         "items": f"{run.samples:,} of {run.batch} rows, {run.ticks:,} ticks",
+        "gone on from": f"item {run.resumed:,}" if run.resumed else "",
+        "chosen": "; ".join(run.why),
         "time": f"{run.seconds:.1f} s",
         "start-up": startup_line(run.startup_seconds, run.startup),
         "speed": f"{run.rows_per_second:,.0f} rows/s",
@@ -117,7 +119,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "tokens stored at once": ", ".join(f"{name} {n}" for name, n in run.stored.items()),
         "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
     }
-    if run.samples:
+    if run.items:
         facts["KiB per edge and item"] = _edges(run)
     if run.replaced:
         seconds = max(r.seconds for r in run.replaced)
@@ -145,7 +147,7 @@ def _counts(counts: Mapping[str, int]) -> Iterator[str]:
 
 def _edges(run: Run) -> str:
     """KiB per item that crossed each edge; of many edges their sum, and the busiest one."""
-    sizes = {edge: size / run.samples / KIB for edge, size in run.bytes_per_edge.items()}
+    sizes = {edge: size / run.items / KIB for edge, size in run.bytes_per_edge.items()}
     if len(sizes) <= EDGES_SHOWN:
         return ", ".join(f"{edge} {size:.1f}" for edge, size in sizes.items())
     busiest = max(sizes, key=sizes.__getitem__)
