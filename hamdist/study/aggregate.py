@@ -139,7 +139,7 @@ def _bytes_per_edge(run: Run) -> float:
         for edge, size in run.bytes_per_edge.items()
         if not edge.startswith((f"{INPUT}->", f"{INPUT}.", f"{INPUT}=>"))
     ]
-    return statistics.fmean(between) / run.items if between and run.items else 0.0
+    return statistics.fmean(between) / run.samples if between and run.samples else 0.0
 
 
 def _peak_memory(group: Sequence[Run]) -> dict[str, int]:

@@ -119,7 +119,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "tokens stored at once": ", ".join(f"{name} {n}" for name, n in run.stored.items()),
         "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
     }
-    if run.items:
+    if run.samples:
         facts["KiB per edge and item"] = _edges(run)
     if run.replaced:
         seconds = max(r.seconds for r in run.replaced)
@@ -147,7 +147,7 @@ def _counts(counts: Mapping[str, int]) -> Iterator[str]:
 
 def _edges(run: Run) -> str:
     """KiB per item that crossed each edge; of many edges their sum, and the busiest one."""
-    sizes = {edge: size / run.items / KIB for edge, size in run.bytes_per_edge.items()}
+    sizes = {edge: size / run.samples / KIB for edge, size in run.bytes_per_edge.items()}
     if len(sizes) <= EDGES_SHOWN:
         return ", ".join(f"{edge} {size:.1f}" for edge, size in sizes.items())
     busiest = max(sizes, key=sizes.__getitem__)
