@@ -95,8 +95,8 @@ class RunFacts:
     """What is known of a run, from the engine to the files: every layer adds its own fields.
 
     samples: items that entered, resumed: those of them that had entered before the snapshot that
-    the run went on from. seconds: wall time from the first to the last tick, without what came
-    before that snapshot; startup_seconds: what came before, startup: the same by phase (startup.py).
+    the run went on from. seconds: wall time from the first to the last tick, without that of those
+    items; startup_seconds: what came before, startup: the same by phase (startup.py).
     bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
     compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones, bytes
     sent and saved, and how far the decoded signals were from the exact ones.
