@@ -15,6 +15,7 @@ from hamdist.cli.console import LABELS, complain, console
 from hamdist.cli.display import Display
 from hamdist.cli.exits import exit_codes
 from hamdist.cli.options import (
+    DEFAULT_SETTINGS,
     EngineOption,
     ModelOption,
     SeedOption,
@@ -44,7 +45,7 @@ QUALITY = 6
 
 
 def compare(
-    settings: SettingsArgument,
+    settings: SettingsArgument = DEFAULT_SETTINGS,
     levels: Annotated[
         str | None, typer.Option("--levels", metavar="A,B", help="Levels to compare.")
     ] = None,
@@ -86,7 +87,7 @@ def _compare(
     settings: Settings, model_name: str | None, stream_name: str | None, out: Path
 ) -> None:
     factory = prepare(out, model_name)
-    data = own_stream(stream_name)
+    data = own_stream(stream_name, settings)
 
     from hamdist.study.compare import compare as runs_of
     from hamdist.study.compare import plan

@@ -13,6 +13,7 @@ from hamdist.cli.console import complain, console, print_facts
 from hamdist.cli.display import Display, warning_at_once
 from hamdist.cli.exits import exit_codes
 from hamdist.cli.options import (
+    DEFAULT_SETTINGS,
     EngineOption,
     LevelOption,
     ModelOption,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 def run(
     context: typer.Context,
-    settings: SettingsArgument,
+    settings: SettingsArgument = DEFAULT_SETTINGS,
     level: LevelOption = None,
     engine: EngineOption = None,
     seed: SeedOption = None,
@@ -86,7 +87,7 @@ def _run(
     with Display() as display, warning_at_once(display.say) as said:
         display.note(f"{title}: starting (imports)")
         factory = prepare(out, model_name)
-        data = own_stream(stream_name)
+        data = own_stream(stream_name, own)
 
         from hamdist.study.runs import run_level
         from hamdist.study.save import save_run

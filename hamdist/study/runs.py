@@ -297,7 +297,7 @@ def _only_loss(settings: Settings) -> LossFunction:
             f"loss: names the outputs {', '.join(map(repr, settings.loss))}, but a "
             f"{settings.model.kind.value} has one; give one loss"
         )
-    return make_loss(settings.loss)
+    return make_loss(settings.loss, settings.ignore_index)
 
 
 def _stream(settings: Settings, dtype: torch.dtype) -> Stream:
@@ -315,17 +315,19 @@ def _score(
     items = result.samples + result.stream.get("dropped", 0)
     if isinstance(model, MergedSequence):
         return _score_sequences(model, settings, own)
-    losses = make_losses(settings.loss)
+    losses = make_losses(settings.loss, settings.ignore_index)
     if own is not None:
-        return _score_own(model, own, losses)
+        return _score_own(model, own, losses, settings.ignore_index)
     part = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=items)
-    return None if part is None else evaluate(model, *part, losses)
+    ignored = settings.ignore_index
+    return None if part is None else evaluate(model, *part, losses, ignore_index=ignored)
 
 
-def _score_own(model: nn.Module, own: OwnData, losses: Losses) -> Scores | None:
+def _score_own(model: nn.Module, own: OwnData, losses: Losses, ignore_index: int) -> Scores | None:
     if own.held_out is None:
         return None
-    return evaluate_items(model, own.held_out.samples(), losses, own.train.spec.targets)
+    items, targets = own.held_out.samples(), own.train.spec.targets
+    return evaluate_items(model, items, losses, targets, ignore_index=ignore_index)
 
 
 def _score_sequences(
@@ -335,7 +337,9 @@ def _score_sequences(
     if data is not None:
         if data.held_out is None:
             return None
-        return evaluate_sequences(model, data.held_out, _only_loss(settings))
+        return evaluate_sequences(
+            model, data.held_out, _only_loss(settings), ignore_index=settings.ignore_index
+        )
     own = settings.stream
     if own.source is not Source.SEQUENCES or own.sequences.view is not View.TOKENS:
         return None
