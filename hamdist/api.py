@@ -34,12 +34,8 @@ def train(
     loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
     phi: Course | None = None,
     classes: int | Mapping[str, int] | None = None,
-<<<<<<< HEAD
-    on_progress: Callable[[Progress], object] | None = None,
-=======
     names: Names | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
->>>>>>> main
+    on_progress: Callable[[Progress], object] | None = None,
     resume: str | Path | None = None,
     **fields: Any,
 ) -> RunResult:

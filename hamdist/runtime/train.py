@@ -266,47 +266,31 @@ def _result(
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
     averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
     averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
+    facts = {
+        **outcome.shared(),
+        "startup": startup.seconds,
+        "startup_seconds": sum(startup.seconds.values()),
+        "compression": in_edge_order(outcome.compression, graph),
+        "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
+        "staleness": plan.schedule.staleness,
+        "resumed": plan.resumed,
+        "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "stored": {
+            name: outcome.blocks[name].stored
+            for name in graph.blocks
+            if plan.knobs.sequence and name in outcome.blocks
+        },
+        "chosen": settings if why else None,
+        "why": why,
+        "warnings": [*outcome.warnings, *after(plan, outcome)],
+    }
     return RunResult(
         model=graph.merge(averaged, _whole(graph, plan)),
         plain=graph.merge(weights, _whole(graph, plan)) if averages else None,
         blocks=outcome.blocks,
         windows=outcome.windows,
-        samples=outcome.samples,
-        ticks=outcome.ticks,
-        seconds=outcome.seconds,
-        startup_seconds=sum(startup.seconds.values()),
-        startup=startup.seconds,
-        placement=outcome.placement,
-        time_use=outcome.time_use,
-        bytes_per_edge=outcome.payload_bytes,
-        compression=in_edge_order(outcome.compression, graph),
-        rounding={
-            name: block.rounding
-            for name, block in outcome.blocks.items()
-            if block.rounding is not None
-        },
-        peak_memory=outcome.peak_memory,
-        own_memory=outcome.own_memory,
-        staleness=plan.schedule.staleness,
-        delays={e.name: e.delay for e in plan.graph.edges if not e.from_input},
-        smoothness=outcome.smoothness,
-        stream=outcome.stream,
-        stored={
-            name: outcome.blocks[name].stored
-            for name in graph.blocks
-            if plan.knobs.sequence and name in outcome.blocks
-        },
         records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
-        chosen=settings if why else None,
-        why=why,
-        interrupted=outcome.interrupted,
-        stopped=outcome.stopped,
-        snapshots=outcome.snapshots,
-        replaced=outcome.replaced,
-        warnings=[
-            *outcome.warnings,
-            *after(plan, outcome),
-        ],
+        **facts,
     )
 
 
