@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,6 +26,7 @@ from hamdist.config import EngineSettings, describe
 from hamdist.errors import ClusterError, HamdistError, SettingsError
 from hamdist.runtime.hosts import HostInfo, Seat, described
 from hamdist.runtime.interrupts import deaf_to_interrupts, handlers_of_ours
+from hamdist.runtime.leftovers import RAY_PREFIX, claim, release, sweep
 from hamdist.runtime.threads import cores
 from hamdist.runtime.token import REMEDY, check_joined, check_token, is_refusal, own_token, refused
 
@@ -302,7 +304,9 @@ def _knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
 def _local(cpus: int) -> Iterator[set[psutil.Process]]:
     import ray
 
-    folder = tempfile.mkdtemp(prefix="hdray-", dir=short_folder())
+    sweep()
+    folder = tempfile.mkdtemp(prefix=RAY_PREFIX, dir=short_folder())
+    claim(Path(folder))
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
@@ -325,6 +329,7 @@ def _local(cpus: int) -> Iterator[set[psutil.Process]]:
             ray.shutdown()
             _outlast(mine, GONE_SECONDS if up else 0)
             shutil.rmtree(folder, ignore_errors=True)
+            release(Path(folder))
 
 
 @contextmanager
