@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -12,6 +12,7 @@ from types import FrameType
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
 from hamdist.runtime.compression import CompressionMap
+from hamdist.runtime.digests import DigestMap
 from hamdist.runtime.result import BlockState, Replaced
 
 
@@ -19,8 +20,8 @@ from hamdist.runtime.result import BlockState, Replaced
 class Outcome:
     """blocks: final states by name (without those that were lost, after an interruption).
     startup: seconds by phase, as far as the engine knows them. placement: the blocks of each
-    process. own_memory, time_use, compression: see RunResult. delays: those that were chosen, where
-    that was asked for. snapshots: the complete ones that are left."""
+    process. own_memory, time_use, compression, digests: see RunResult. delays: those that were
+    chosen, where that was asked for. snapshots: the complete ones that are left."""
 
     blocks: dict[str, BlockState]
     windows: dict[str, list[Window]]
@@ -37,6 +38,7 @@ class Outcome:
     records: dict[str, Records] = field(default_factory=dict)
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     compression: CompressionMap = field(default_factory=dict)
+    digests: Mapping[str, DigestMap] = field(default_factory=dict)
     delays: dict[str, int] = field(default_factory=dict)
     snapshots: list[str] = field(default_factory=list)
     replaced: list[Replaced] = field(default_factory=list)

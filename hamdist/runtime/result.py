@@ -12,6 +12,7 @@ from hamdist.dynamics.compress import Compressed
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
 from hamdist.dynamics.precision import Rounding
+from hamdist.runtime.digests import DigestMap
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -108,6 +109,8 @@ class RunResult:
     placement: the blocks of each process; given as `engine.placement` it is used again.
     time_use: by process, seconds of the whole run ('total'), in the steps of its blocks ('step'),
     and over sockets in packing ('packing') and blocked ('waiting').
+    digests: with `engine.digests`, of the signals that were 'sent' and 'taken' by channel ('state
+    u->block0'), and of the 'weights' by block (digests.py); `hamdist diff` compares those of two.
     """
 
     model: nn.Module
@@ -138,6 +141,7 @@ class RunResult:
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)
     rounding: dict[str, Rounding] = field(default_factory=dict)
+    digests: Mapping[str, DigestMap] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         told = [f"{self.samples:,} samples in {self.seconds:.3g} s"]

@@ -151,7 +151,14 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
-            return graph, replace(plan, skip=snapshot.manifest.skip), told
+            plan = replace(plan, skip=snapshot.manifest.skip)
+            if plan.engine.digests and not snapshot.digests:
+                told.append(
+                    f"engine.digests: {snapshot} was taken without them, so this run has none: "
+                    "they would begin in its midst"
+                )
+                plan = replace(plan, engine=plan.engine.model_copy(update={"digests": False}))
+            return graph, plan, told
         if isinstance(self.model, Graph):
             raise SnapshotError(
                 f"{snapshot}: it was taken of another graph or run ({', '.join(other)} differ)"
@@ -258,6 +265,7 @@ def _result(
         time_use=outcome.time_use,
         bytes_per_edge=outcome.payload_bytes,
         compression=in_edge_order(outcome.compression, graph),
+        digests=outcome.digests,
         rounding={
             name: block.rounding
             for name, block in outcome.blocks.items()

@@ -32,6 +32,7 @@ from hamdist.models import (
     make_recurrent,
     make_tracker,
 )
+from hamdist.runtime.digests import DigestMap
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.result import Progress, Replaced, RunResult
 from hamdist.runtime.startup import Startup, phases_to
@@ -107,6 +108,7 @@ class Run:
     plain: nn.Module | None = None
     chosen: Settings | None = None
     why: Sequence[str] = field(default_factory=tuple)
+    digests: Mapping[str, DigestMap] = field(default_factory=dict)
 
     @property
     def rows_per_second(self) -> float:
@@ -248,6 +250,7 @@ def _run(
         why=tuple(result.why),
         bytes_per_edge=result.bytes_per_edge,
         compression=result.compression,
+        digests=result.digests,
         rounding=result.rounding,
         prequential=_by_output(result) if len(result.windows) > 1 else {},
         peak_memory=result.peak_memory,
