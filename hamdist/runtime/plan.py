@@ -126,6 +126,14 @@ class Plan:
         return self.rate(sample + self.skip)
 
     @property
+    def resumed(self) -> int:
+        """Samples of this run that had entered before the snapshot that it goes on from."""
+        if self.keeping is None or self.keeping.snapshot is None:
+            return 0
+        manifest = self.keeping.snapshot.manifest
+        return manifest.samples - manifest.skip
+
+    @property
     def taught_by(self) -> str:
         """The readout whose labels travel with the signal."""
         return "" if self.heads is None else self.heads.readout
