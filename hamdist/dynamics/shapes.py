@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.inputs import is_input
 from hamdist.dynamics.spec import BlockSpec, Combine, Joining, ShapeMap, combined
 from hamdist.errors import GraphError
 
@@ -29,7 +30,8 @@ def shape_of(block: BlockSpec, known: ShapeMap) -> tuple[tuple[int, ...], torch.
     name = block.name
     shapes = [known[p] for p in block.parents]
     given = ", ".join(f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True))
-    h = _run_on(name, block.module, block.combine, shapes, given)
+    leaves = [not is_input(p) for p in block.parents]
+    h = _run_on(name, block.module, block.combine, shapes, given, leaves)
     if not isinstance(h, Tensor):
         raise GraphError(
             f"block {name!r} returned {type(h).__name__}, not a tensor; return the one tensor "
@@ -41,7 +43,7 @@ def shape_of(block: BlockSpec, known: ShapeMap) -> tuple[tuple[int, ...], torch.
         )
     if block.output is not None:
         state = [(tuple(h.shape), h.dtype)]
-        _run_on(name, block.output, block.combine, state, f"its own h {tuple(h.shape)}")
+        _run_on(name, block.output, block.combine, state, f"its own h {tuple(h.shape)}", [True])
     return tuple(h.shape), h.dtype
 
 
@@ -73,14 +75,20 @@ def _run_on(
     combine: Combine | Joining,
     shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
     given: str,
+    leaves: Sequence[bool],
 ) -> object:
-    """`module` on tensors of `shapes`, on the first device that takes them."""
+    """`module` on tensors of `shapes`, on the first device that takes them. leaves: those that it
+    is differentiated by in a run."""
     for device in _probes(module, shapes):
         probe = copy.deepcopy(module).to(device)
-        inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
+        inputs = [
+            torch.zeros(s, dtype=t, device=device, requires_grad=leaf and t.is_floating_point)
+            for (s, t), leaf in zip(shapes, leaves, strict=True)
+        ]
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                return probe(*combined(combine, inputs))
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+                made = probe(*combined(combine, [x.clone() for x in inputs]))
+            return made.detach() if isinstance(made, Tensor) else made
         except NotImplementedError:
             continue
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
