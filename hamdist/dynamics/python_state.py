@@ -7,7 +7,6 @@ and numpy's random numbers. Both are read before and after calls: what differs i
 
 from __future__ import annotations
 
-import io
 import math
 import random
 import sys
@@ -89,7 +88,7 @@ class Values:
         if isinstance(value, partial):
             return self._mark((value.func, value.args, value.keywords))
         if isinstance(value, Iterator):  # it moves on whenever it is read
-            return id(value) if isinstance(value, io.IOBase) else object()
+            return id(value) if hasattr(value, "fileno") else object()
         if isinstance(value, SimpleNamespace) or _has_state(value):
             return self._mark(vars(value))
         return id(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -77,21 +78,27 @@ def _run_on(
     given: str,
     leaves: Sequence[bool],
 ) -> object:
-    """`module` on tensors of `shapes`, on the first device that takes them. leaves: those that it
-    is differentiated by in a run."""
-    for device in _probes(module, shapes):
+    """`module` on tensors of `shapes`, on the first device that takes them; with autograd where it
+    asks for that (a hook). leaves: those that it is differentiated by in a run."""
+    for device, grad in product(_probes(module, shapes), (False, True)):
         probe = copy.deepcopy(module).to(device)
         inputs = [
-            torch.zeros(s, dtype=t, device=device, requires_grad=leaf and t.is_floating_point)
+            torch.zeros(
+                s, dtype=t, device=device, requires_grad=grad and leaf and t.is_floating_point
+            )
             for (s, t), leaf in zip(shapes, leaves, strict=True)
         ]
         try:
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
                 made = probe(*combined(combine, [x.clone() for x in inputs]))
             return made.detach() if isinstance(made, Tensor) else made
         except NotImplementedError:
             continue
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if not grad:
+                continue
+            if isinstance(error, AttributeError):
+                raise
             if device == "meta" and "meta" in str(error).lower():
                 continue
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -1,11 +1,12 @@
-"""Oracle: torch.optim.SGD on the uncut model, float64. What a forward does besides arithmetic (Python
-state, hooks, autograd.Functions) is honoured at level `backprop`, or refused by name."""
+"""Oracle: torch.optim.SGD on the uncut model, float64. What a forward does besides arithmetic
+(Python state, hooks, autograd.Functions) is honoured at level `backprop`, or refused by name."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import random
+import re
 import time
 from types import MethodType, SimpleNamespace
 
@@ -61,20 +62,21 @@ def sgd(model, data):
     return model
 
 
-def apart(make, **fields):
+def apart(make, slices=1):
     """How far level `backprop` ends from SGD. make: of the same model, whenever it is called."""
     torch.manual_seed(3)
     model = make()
     torch.manual_seed(3)
     oracle = make()
     partition = {} if isinstance(model, nn.Sequential) else {"blocks": 2}
+    if slices > 1:
+        partition["slices"] = {"*": slices}
     result = hamdist.train(
         model,
         from_iterable(items()),
         settings("backprop", learning={"lr": LR}),
         loss=mse,
         partition=partition,
-        **fields,
     )
     expected = sgd(oracle, items())
     torch.manual_seed(3)
@@ -316,7 +318,7 @@ def test_python_state_outside_the_module_is_refused(tick, build):
 
 def test_a_constant_is_no_state():
     class Constant(nn.Module):
-        TABLE = {"slope": 0.5}
+        TABLE = {"slope": 0.5}  # noqa: RUF012
 
         def __init__(self):
             super().__init__()
@@ -663,6 +665,26 @@ def test_a_hook_that_is_a_method_goes_to_the_copy():
     with pytest.raises(GraphError, match=r"a Linear holds '.*' of block"):
         apart(Own)
     assert apart(lambda: nn.Sequential(Own()))[0] <= ROUND_OFF
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: chain(Calls(Straight)),
+        lambda: chain(InList()),
+        lambda: Net(Calls(Straight)),
+        with_hook("register_full_backward_hook", chain),
+        with_hook("register_full_backward_hook", Net),
+        with_hook("register_forward_hook!", lambda mid: nn.Sequential(chain(mid))),
+    ],
+)
+def test_slices_honour_it_or_refuse(build):
+    try:
+        distance, _ = apart(build, slices=2)
+    except GraphError as error:
+        assert re.search("autograd.Function|Python state|hook", str(error))  # noqa: PT017
+    else:
+        assert distance <= ROUND_OFF
 
 
 # -- parametrizations ------------------------------------------------------------------------------
