@@ -85,7 +85,7 @@ def _run_on(
     """`module` on tensors of `shapes`, on the first device that takes them; with autograd where it
     asks for that (a hook). leaves: those that it is differentiated by in a run. real: of these
     shapes, where they are known."""
-    for device, grad in product(_probes(module, shapes), (False, True)):
+    for grad, device in product((False, True), _probes(module, shapes)):
         probe = copy.deepcopy(module).to(device)
         inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
         for i, u in enumerate(real if device == "cpu" else ()):
