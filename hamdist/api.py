@@ -35,7 +35,7 @@ def train(
     phi: Course | None = None,
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
     resume: str | Path | None = None,
     **fields: Any,
 ) -> RunResult:
@@ -56,6 +56,9 @@ def train(
     that begin one.
     loss: (prediction, target) -> scalar mean over the batch, or the name of one (`Loss`), instead
     of `settings.loss`; or a dict of these by output, whose other outputs are not learned.
+    on_progress: called with a `Progress` about four times a second, and at every phase of the
+    start. By returning or raising `hamdist.Stop` it ends the run (`result.stopped`); what else it
+    raises ends the run, too, and has what was learned so far as its `result`.
     resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run goes
     on from it.
     phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a number.
