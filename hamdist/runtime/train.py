@@ -17,9 +17,11 @@ from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.hooks import check_hooks
 from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import make_locality
 from hamdist.dynamics.losses import Losses, make_losses
+from hamdist.dynamics.python_state import check_apart, unchanged
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
@@ -150,8 +152,11 @@ class _Work:
         return _cut(self.model, self.spec, loss, self.policy, own)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
-        graph = self.graph()
-        plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+        with unchanged(_modules(self.model)):
+            graph = self.graph()
+            blocks = graph.unsliced.blocks
+            check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
+            plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
         keeping = make_keeping(self.settings, snapshot)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path)
@@ -210,6 +215,12 @@ class _Work:
             partition = settings.partition.model_copy(update=given)
             settings = settings.model_copy(update={"partition": partition})
         return replace(self, settings=settings)
+
+
+def _modules(model: nn.Module | Graph) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    return [m for b in model.blocks.values() for m in (b.module, b.output) if m is not None]
 
 
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
@@ -323,6 +334,7 @@ def as_graph(
 
     Raises GraphError for a model that cannot be cut in that way.
     """
+    check_hooks(_modules(model))
     if isinstance(model, Graph):
         return model.copy()
     check_made(model)
