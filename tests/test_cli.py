@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fashion_files import write_fashion
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -20,6 +21,7 @@ from hamdist.config import Settings
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import BlockError, ClusterError, GraphError, StreamError
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
+from hamdist.streams import datasets
 from hamdist.streams.sample import Stream
 from hamdist.study import live, runs
 
@@ -110,6 +112,47 @@ def test_recipes() -> None:
     result = command("recipes")
     assert result.exit_code == 0
     assert all(name in result.stdout for name in ("digits", "fashion-mnist", "smooth-digits"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_recipes_say_which_files_they_need(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path,))
+    monkeypatch.setenv("COLUMNS", "250")
+    if there:
+        write_fashion(tmp_path)
+    printed = command("recipes").stdout
+    needed = "Fashion-MNIST (in " if there else "sudo apt-get install dataset-fashion-mnist"
+    lines = [line.split()[0] for line in printed.splitlines() if needed in line]
+    assert lines == ["fashion-mnist", "resnet", "vit"]
+
+
+def test_a_recipe_whose_files_are_missing_says_so_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path / "none",))
+    monkeypatch.setattr("hamdist.study.runs.train", None)  # whatever would be called fails
+    monkeypatch.setattr("hamdist.study.runs.make_model", None)
+    for what in ("run", "compare"):
+        result = command(what, "resnet", "--out", str(tmp_path / what))
+        assert result.exit_code == 1
+        assert "sudo apt-get install dataset-fashion-mnist" in flat(result.stderr)
+        assert not (tmp_path / what).exists() or not any((tmp_path / what).iterdir())
+
+
+@pytest.mark.parametrize("what", ["run", "compare"])
+def test_without_arguments_the_recipe_digits(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load(source: str, *_: object) -> None:
+        raise Loaded(source)
+
+    monkeypatch.setattr(f"hamdist.cli.{what}.load", load)
+    result = command(what)
+    assert isinstance(result.exception, Loaded)
+    assert result.exception.args == ("digits",)
 
 
 @pytest.mark.usefixtures("train")
@@ -227,7 +270,7 @@ def test_a_settings_file_that_is_none(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run"], ["run", "x", "--level", "lokal"], ["run", "x", "--steps", "0"], ["rum"]],
+    [["run", "x", "--level", "lokal"], ["run", "x", "--steps", "0"], ["rum"]],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     assert command(*arguments).exit_code == 2

@@ -11,11 +11,12 @@ from itertools import islice
 import pytest
 import torch
 from dynamics.helpers import F64, relative, settings, sgd
+from fashion_files import write_fashion
 from runtime.test_engines_equal import assert_equal
 from torch import nn
 from torch.nn import functional
 
-from hamdist.config import ModelKind, ModelSettings, StreamSettings, parse_override
+from hamdist.config import ModelKind, ModelSettings, Source, StreamSettings, parse_override
 from hamdist.dynamics.losses import cross_entropy
 from hamdist.errors import SettingsError
 from hamdist.models import make_model
@@ -265,11 +266,14 @@ def test_engines_are_equal_with_slices_under_trace(session, kind):
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "gpt", "lstm"])
-def test_recipes_are_sliced_as_their_comments_say(name):
+def test_recipes_are_sliced_as_their_comments_say(name, tmp_path):
     text = (files("hamdist") / "recipes" / f"{name}.yaml").read_text("utf-8")
     (given,) = re.findall(r"^# .*--set (partition\.slices\.block\d=2)$", text, re.MULTILINE)
     few = {"stream": {"batch": 1}, "steps": 1, "engine": {"kind": "inprocess"}}
     own = load_settings(name, [few, parse_override(given)])
+    if own.stream.source is Source.FASHION_MNIST:
+        write_fashion(tmp_path)
+        own = load_settings(name, [few, parse_override(given), {"stream": {"path": tmp_path}}])
     stream = make_stream(own.stream, seed=0, dtype=torch.float32)
     model = make_model(own.model, stream.spec, seed=0, dtype=torch.float32)
     result = train(model, stream, own)

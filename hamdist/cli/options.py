@@ -12,6 +12,8 @@ from hamdist.config import EngineKind, Level, Settings, parse_override
 SettingsArgument = Annotated[
     str, typer.Argument(metavar="SETTINGS", help="A YAML file, or a recipe (`hamdist recipes`).")
 ]
+# The recipe of a command without arguments: it learns from what scikit-learn ships.
+DEFAULT_SETTINGS = "digits"
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. stream.batch=8."),

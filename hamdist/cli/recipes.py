@@ -9,10 +9,11 @@ from hamdist.cli.console import console
 
 
 def recipes() -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes, and which of them need files that hamdist does not bring."""
+    from hamdist.study.recipes import needed_files
     from hamdist.study.recipes import recipes as shipped
 
-    table = Table("recipe", "what it is", box=None, pad_edge=False)
+    table = Table("recipe", "what it is", "needs", box=None, pad_edge=False)
     for name, description in shipped().items():
-        table.add_row(name, Text(description))
+        table.add_row(name, Text(description), Text(needed_files(name)))
     console().print(table)

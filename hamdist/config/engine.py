@@ -162,6 +162,7 @@ class EngineSettings(Section):
     digests: a running hash of every edge's signals and of the weights, by which `hamdist diff`
     tells where two runs part (bytes hashed at about 0.7 GB/s by both ends of an edge).
     stall_warning, stall_limit: seconds without progress until the watchdog speaks, and gives up.
+    idle_seconds: how long a local Ray and its actors wait for the next run of the same process.
     link_delay: for tests and studies: seconds by which every message between two actors comes later
     than it does.
     """
@@ -187,6 +188,7 @@ class EngineSettings(Section):
     digests: bool = False
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
+    idle_seconds: Annotated[float, Field(ge=0)] = 60.0
     link_delay: Rate = 0.0
 
     @model_validator(mode="after")

@@ -21,6 +21,8 @@ from hamdist.config.snapshots import SnapshotSettings
 from hamdist.config.stream import StreamSettings
 from hamdist.config.wording import describe
 
+IGNORE_INDEX = -100  # PyTorch's: a target of this class has no loss
+
 
 class DType(str, Enum):
     """The type of weights, states and messages where no block has one of its own."""
@@ -29,11 +31,16 @@ class DType(str, Enum):
     FLOAT64 = "float64"
 
 
+MODEL_LOSS = "loss"  # what models call the loss that they return
+
+
 class Loss(str, Enum):
-    """Cross-entropy of class targets, or 1/2 the squared error; both are means over the batch."""
+    """Cross-entropy of class targets, or 1/2 the squared error; both are means over the batch; or
+    the loss that the model itself returns (of one output that is called `loss`, or as is named)."""
 
     CROSS_ENTROPY = "cross-entropy"
     MSE = "mse"
+    MODEL = "model"
 
 
 class CompareSettings(Section):
@@ -45,8 +52,9 @@ class CompareSettings(Section):
 
 class Settings(Section):
     """One run, or one comparison. loss: of the model's output; of one that returns several, for
-    all, or by output (those without one are not learned). `levels` holds what applies to a level
-    only."""
+    all, or by output (those without one are not learned). ignore_index: class targets of this
+    number are left out of the loss and the scores (padding, say). `levels` holds what applies to a
+    level only."""
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
@@ -54,6 +62,7 @@ class Settings(Section):
     steps: Positive | None = None
     level: Level = Level.TRACE
     loss: Loss | Annotated[dict[str, Loss], Field(min_length=1)] = Loss.CROSS_ENTROPY
+    ignore_index: int = IGNORE_INDEX
     model: ModelSettings = ModelSettings()
     stream: StreamSettings = StreamSettings()
     partition: PartitionSettings = PartitionSettings()
@@ -65,6 +74,13 @@ class Settings(Section):
     snapshots: SnapshotSettings = SnapshotSettings()
     compare: CompareSettings = CompareSettings()
     levels: dict[Level, LevelOverrides] = {}
+
+    @property
+    def model_loss(self) -> str | None:
+        """The name of the output that is the model's own loss, where that is learned."""
+        if not isinstance(self.loss, dict):
+            return MODEL_LOSS if self.loss is Loss.MODEL else None
+        return next((name for name, one in self.loss.items() if one is Loss.MODEL), None)
 
     @model_validator(mode="after")
     def _levels_are_settings(self) -> Settings:

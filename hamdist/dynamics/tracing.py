@@ -12,12 +12,14 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from posixpath import commonpath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.piece import (
+    LARGE,
     PLACES,
     Const,
     Form,
@@ -27,6 +29,7 @@ from hamdist.dynamics.piece import (
     Template,
     replaced,
 )
+from hamdist.dynamics.python_state import Values, inside, is_foreign, mutable_in, names_in
 from hamdist.dynamics.recording import OWN, Op, Recording, Taken, Unfollowed, record, watch
 
 BATCHES = (2, 3, 5)
@@ -79,9 +82,11 @@ def _traced(
     names = set(whole)
     record(probe, _rows(inputs, batches[0], 0), call, names)  # what it makes at its first call only
     before = _attributes(probe)
-    runs = [
-        record(probe, _rows(inputs, batch, run), call, names) for run, batch in enumerate(batches)
-    ]
+    runs = []
+    for run, batch in enumerate(batches):
+        state = _state(probe, names)
+        runs.append(record(probe, _rows(inputs, batch, run), call, names))
+        _check_state(probe, state, _state(probe, names))
     _check_kept(probe, before, names)
     return _joined(runs, batches, whole)
 
@@ -125,6 +130,40 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_same, a, b))
     plain = (bool, int, float, str, type(None))
     return a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
+
+
+def _state(model: nn.Module, whole: set[str]) -> dict[str, Values]:
+    """The Python state of a user's modules, without those that stay whole."""
+    found = {}
+    for name, part in model.named_modules():
+        inner = any(name == w or name.startswith(f"{w}.") for w in whole)
+        if is_foreign(type(part)) and not inner:
+            found[name] = inside(part)
+            for key, value in vars(type(part)).items():  # the class that `watch` has made
+                if not key.startswith("__"):
+                    found[name].add(key, value)
+    return found
+
+
+def _check_state(
+    model: nn.Module, before: Mapping[str, Values], after: Mapping[str, Values]
+) -> None:
+    """Raises Unfollowed for Python state that a run has changed, in the name of the module that has
+    it, or of one around all that use it."""
+    for name, values in after.items():
+        changed = before[name].differing(values)
+        if not changed:
+            continue
+        attributes = vars(model.get_submodule(name))
+        mutable = mutable_in(attributes[n] for n in changed if n in attributes)
+        users = [name]
+        for other, own in after.items():
+            reads = names_in(model.get_submodule(other)) & {*changed} - own.marks.keys()
+            if other != name and (mutable & own.ids.keys() or reads):
+                users.append(other)
+        around = commonpath([user.replace(".", "/") for user in users]).replace("/", ".")
+        reason = f"its forward changes {changed[0]!r}, which is Python state"
+        raise Unfollowed(reason, around, "")
 
 
 def _check_kept(model: nn.Module, before: dict[str, dict[str, Any]], whole: set[str]) -> None:
@@ -192,13 +231,15 @@ class _Join:
         )
         if any(t.out.keys() != one.out.keys() for t in taken):
             raise _Apart("it returns more or fewer tensors")
-        forms = {path: self._form([t.out[path] for t in taken]) for path in one.out}
+        fills = any(name in str(step.target) for name in ("masked_fill", "where"))
+        mask = fills and not all(map(_ordinary, step.args))
+        forms = {path: self._form([t.out[path] for t in taken], mask) for path in one.out}
         return Op(
             step, one.where, one.line, one.modules, forms, any(t.random for t in taken),
             one.varies, one.reads, one.writes, one.memory,
         )  # fmt: skip
 
-    def _form(self, tensors: Sequence[Tensor]) -> Form:
+    def _form(self, tensors: Sequence[Tensor], mask: bool) -> Form:
         one = tensors[0]
         if any(t.dtype != one.dtype or t.dim() != one.dim() for t in tensors):
             raise _Apart("a tensor has another type, or more dimensions")
@@ -208,7 +249,7 @@ class _Join:
             )
         except _Apart:
             return Form(None, one.dtype)
-        return Form(dims, one.dtype)
+        return Form(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
 
     def _size(self, values: Sequence[int]) -> Size:
         """per B + more, by two runs; the third has to agree."""
@@ -254,6 +295,13 @@ class _Join:
             t.shape != one.shape or t.dtype != one.dtype or not torch.equal(t, one) for t in tensors
         ):
             raise _Apart("it uses another tensor that no step of torch's has made")
+
+
+def _ordinary(value: Any) -> bool:
+    """Whether it holds no number as large as only masks have."""
+    if isinstance(value, Tensor):
+        return not (value.is_floating_point() and bool(value.detach().abs().gt(LARGE).any()))
+    return not (isinstance(value, float) and abs(value) > LARGE)
 
 
 def _folded(made: Trace, run: Recording) -> Trace:

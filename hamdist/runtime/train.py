@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,35 +17,39 @@ from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.hooks import check_hooks
+from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import make_locality
 from hamdist.dynamics.losses import Losses, make_losses
+from hamdist.dynamics.python_state import check_apart, unchanged
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SnapshotError
 from hamdist.runtime.advice import after, before, end_of_stream, of_resumed
 from hamdist.runtime.auto import resolved
-from hamdist.runtime.cluster import prepare_environment
+from hamdist.runtime.cluster import ray_environment
 from hamdist.runtime.compression import in_edge_order
 from hamdist.runtime.divergence import explained
 from hamdist.runtime.inprocess import InProcessEngine
+from hamdist.runtime.interrupts import OnProgress, terminated_as_interrupted
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_keeping, make_plan
 from hamdist.runtime.replan import replannable
-from hamdist.runtime.result import Progress, RunResult
+from hamdist.runtime.result import RunResult
 from hamdist.runtime.resume import changed, differences, earlier, ended, weights_of, with_weights
 from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
 from hamdist.streams.chosen import with_targets_of
-from hamdist.streams.sample import SampleSpec, Stream
+from hamdist.streams.sample import SampleSpec, Stream, with_example
+
+OWN = "hamdist."  # streams of this package, which know what they give
 
 
 class Engine(Protocol):
-    def run(
-        self, plan: Plan, stream: Stream, on_progress: Callable[[Progress], None] | None = None
-    ) -> Outcome: ...
+    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome: ...
 
 
 def train(
@@ -56,7 +60,7 @@ def train(
     loss: Losses | None = None,
     policy: Policy | None = None,
     phi: Course | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: OnProgress | None = None,
     resume: str | Path | None = None,
 ) -> RunResult:
     """Learns `model` on `stream` as `settings` say (those of one level: `Settings.for_level`).
@@ -66,8 +70,10 @@ def train(
     `settings.loss`, or one for each output of a model that has several. policy: where blocks begin,
     instead of `settings.partition`. phi: the scale of the loss by tick (by sample, in levels of
     presentation 'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times
-    a second, and for every phase of the start (`Progress.phase`), in the calling thread. The first
-    Ctrl-C ends the stream; the result then says `interrupted`. resume: a folder of snapshots, or
+    a second, and for every phase of the start (`Progress.phase`), in the calling thread; it may end
+    the run (`Stop`: the result then says `stopped`), and what else it raises does so, too, with
+    what was learned so far as its `result`. The first Ctrl-C or SIGTERM ends the stream; the result
+    then says `interrupted`. resume: a folder of snapshots, or
     one of them: the run goes on from it as if it had never stopped; a network that is cut in
     another way, or another level, takes over the weights and the place in the stream.
 
@@ -76,24 +82,29 @@ def train(
     SnapshotError for a snapshot that cannot be gone on from, before anything starts. A
     DivergedError brings what came before as its `result`.
     """
-    with torch.inference_mode(False):  # whatever the caller's mode: this is learning
+    with (
+        terminated_as_interrupted(),
+        torch.inference_mode(False),
+    ):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            losses = make_losses(settings.loss) if loss is None else loss
+            losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
             if isinstance(losses, Mapping):
                 stream = with_targets_of(stream, losses)
             why: list[str] = []
+            spec = _spec_with_example(stream)
             if settings.level is Level.AUTO:
-                cut = partial(_cut, model, stream.spec, losses, policy)
+                cut = partial(_cut, model, spec, losses, policy)
                 settings, stream, why = resolved(settings, stream, cut)
-            work = _Work(model, stream.spec, settings, losses, policy, phi)
+                spec = replace(stream.spec, example=spec.example)
+            work = _Work(model, spec, settings, losses, policy, phi)
             told: list[str] = []
             if resume is None:
                 graph, plan = work.planned()
             else:
                 graph, plan, told = work.resumed(resume)
                 told += of_resumed(stream)
-            told += drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
+            told += drift_warnings(plan.graph, plan.reversible, example_input(spec))
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
             warnings.warn(text, stacklevel=3)
@@ -109,7 +120,19 @@ def train(
                 failure.result = _result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
         outcome.warnings[:0] = [*told, *end_of_stream(plan, outcome)]
-        return _result(graph, plan, outcome, startup, settings, why)
+        result = _result(graph, plan, outcome, startup, settings, why)
+        if outcome.error is not None:
+            outcome.error.result = result  # type: ignore[attr-defined]
+            raise outcome.error
+        return result
+
+
+def _spec_with_example(stream: Stream) -> SampleSpec:
+    """The stream's spec, with the first item's inputs where a user's stream can be asked twice."""
+    spec, first = stream.spec, None
+    if spec.example is None and stream.portable and not type(stream).__module__.startswith(OWN):
+        first = next(iter(stream.samples()), None)
+    return spec if first is None else with_example(spec, first)
 
 
 @dataclass(frozen=True)
@@ -124,12 +147,16 @@ class _Work:
     phi: Course | None
 
     def graph(self) -> Graph:
-        loss = make_losses(self.settings.loss) if self.loss is None else self.loss
-        return _cut(self.model, self.spec, loss, self.policy, self.settings)
+        own = self.settings
+        loss = make_losses(own.loss, own.ignore_index) if self.loss is None else self.loss
+        return _cut(self.model, self.spec, loss, self.policy, own)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
-        graph = self.graph()
-        plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+        with unchanged(_modules(self.model)):
+            graph = self.graph()
+            blocks = graph.unsliced.blocks
+            check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
+            plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
         keeping = make_keeping(self.settings, snapshot)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path)
@@ -197,6 +224,12 @@ class _Work:
         return replace(self, settings=settings)
 
 
+def _modules(model: nn.Module | Graph) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    return [m for b in model.blocks.values() for m in (b.module, b.output) if m is not None]
+
+
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
     """The plan with which `train` would begin. Raises what `train` raises before that."""
     return _Work(model, spec, settings, None, None, None).planned()[1]
@@ -251,47 +284,31 @@ def _result(
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
     averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
     averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
+    facts = {
+        **outcome.shared(),
+        "startup": startup.seconds,
+        "startup_seconds": sum(startup.seconds.values()),
+        "compression": in_edge_order(outcome.compression, graph),
+        "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
+        "staleness": plan.schedule.staleness,
+        "resumed": plan.resumed,
+        "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "stored": {
+            name: outcome.blocks[name].stored
+            for name in graph.blocks
+            if plan.knobs.sequence and name in outcome.blocks
+        },
+        "chosen": settings if why else None,
+        "why": why,
+        "warnings": [*outcome.warnings, *after(plan, outcome)],
+    }
     return RunResult(
         model=graph.merge(averaged, _whole(graph, plan)),
         plain=graph.merge(weights, _whole(graph, plan)) if averages else None,
         blocks=outcome.blocks,
         windows=outcome.windows,
-        samples=outcome.samples,
-        ticks=outcome.ticks,
-        seconds=outcome.seconds,
-        startup_seconds=sum(startup.seconds.values()),
-        startup=startup.seconds,
-        placement=outcome.placement,
-        time_use=outcome.time_use,
-        bytes_per_edge=outcome.payload_bytes,
-        compression=in_edge_order(outcome.compression, graph),
-        digests=outcome.digests,
-        rounding={
-            name: block.rounding
-            for name, block in outcome.blocks.items()
-            if block.rounding is not None
-        },
-        peak_memory=outcome.peak_memory,
-        own_memory=outcome.own_memory,
-        staleness=plan.schedule.staleness,
-        delays={e.name: e.delay for e in plan.graph.edges if not e.from_input},
-        smoothness=outcome.smoothness,
-        stream=outcome.stream,
-        stored={
-            name: outcome.blocks[name].stored
-            for name in graph.blocks
-            if plan.knobs.sequence and name in outcome.blocks
-        },
         records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
-        chosen=settings if why else None,
-        why=why,
-        interrupted=outcome.interrupted,
-        snapshots=outcome.snapshots,
-        replaced=outcome.replaced,
-        warnings=[
-            *outcome.warnings,
-            *after(plan, outcome),
-        ],
+        **facts,
     )
 
 
@@ -307,8 +324,8 @@ def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
 def make_engine(settings: Settings) -> Engine:
     if settings.engine.kind is EngineKind.INPROCESS:
         return InProcessEngine()
-    prepare_environment(settings.engine)
-    from hamdist.runtime.supervisor import RayEngine  # Ray takes seconds to import
+    with ray_environment(settings.engine):
+        from hamdist.runtime.supervisor import RayEngine  # Ray takes seconds to import
 
     return RayEngine()
 
@@ -324,14 +341,16 @@ def as_graph(
 
     Raises GraphError for a model that cannot be cut in that way.
     """
+    check_hooks(_modules(model))
     if isinstance(model, Graph):
         return model.copy()
     check_made(model)
     knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE
+    example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     if policy is None and callable(loss) and is_chain(own, settings.partition):
-        return split_sequential(
+        graph = split_sequential(
             own,
             loss,
             settings.partition,
@@ -339,13 +358,16 @@ def as_graph(
             example=example_input(spec),
             state_readout=state,
         )
-    return split_module(
-        own,
-        loss,
-        settings.partition,
-        knobs.grouping,
-        example=example_input(spec) if spec.inputs is None else example_inputs(spec),
-        targets=spec.targets,
-        policy=policy,
-        state_readout=state,
-    )
+    else:
+        graph = split_module(
+            own,
+            loss,
+            settings.partition,
+            knobs.grouping,
+            example=example,
+            targets=spec.targets,
+            policy=policy,
+            state_readout=state,
+        )
+    graph.example = by_parent(example)
+    return graph

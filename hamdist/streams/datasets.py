@@ -34,8 +34,11 @@ _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "held-out": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+FASHION_INSTALL = "sudo apt-get install dataset-fashion-mnist"
 _HOW = (
-    "install the Debian package dataset-fashion-mnist, or set stream.path to a folder that holds "
+    f"get it by '{FASHION_INSTALL}' (Debian, Ubuntu), or anywhere by 'git clone --depth 1 "
+    "https://github.com/zalandoresearch/fashion-mnist' and '--set "
+    "stream.path=fashion-mnist/data/fashion'; stream.path may be any folder that holds "
     + ", ".join(name for names in _FILES.values() for name in names)
     + " (with or without .gz)"
 )
@@ -110,7 +113,7 @@ def fashion_mnist(
     Raises StreamError where files are missing (and says how to get them) or no IDX files of such
     images and labels (and names the file), SettingsError for `batch` below 1.
     """
-    folder = _folder(path)
+    folder = find_fashion_mnist(path)
     images, labels = _part(folder, "train")
     if validation:
         images, labels, x, y = without_test(images, labels)
@@ -188,8 +191,15 @@ def _standardise(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.flatten(1).to(dtype).div_(255).sub_(FASHION_MEAN).div_(FASHION_STD)
 
 
-def _folder(path: Path | str | None) -> Path:
-    """The first folder that holds all four files."""
+def find_fashion_mnist(path: Path | str | None = None) -> Path:
+    """Return the folder that `fashion_mnist` reads: the first one that holds all four files.
+
+    Args:
+        path: the folder to look in; None: those of `fashion_mnist_folders`.
+
+    Raises:
+        StreamError: files are missing; the message says which, and how to get them.
+    """
     folders = fashion_mnist_folders() if path is None else (Path(path).expanduser(),)
     names = [name for part in _FILES.values() for name in part]
     missing = []

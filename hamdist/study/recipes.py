@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hamdist.config import Settings, read_settings
+from hamdist.config import Settings, Source, read_settings
+from hamdist.errors import StreamError
+from hamdist.streams.datasets import FASHION_INSTALL, find_fashion_mnist
 from hamdist.study.shipped import Shipped
 
 RECIPES = Shipped("recipes", "recipe")
@@ -22,3 +24,21 @@ def load_settings(source: str, overrides: Sequence[Mapping[str, Any]] = ()) -> S
     Raises SettingsError where there is no such file or recipe, or its content is wrong.
     """
     return read_settings(*RECIPES.text(source), overrides)
+
+
+def needed_files(recipe: str) -> str:
+    """Return what `recipe` reads from disk: where it lies or, where it is missing, how to get it.
+
+    Args:
+        recipe: the name of a shipped recipe.
+
+    Returns:
+        A line for a person; empty where the recipe needs no files.
+    """
+    stream = load_settings(recipe).stream
+    if stream.source is not Source.FASHION_MNIST:
+        return ""
+    try:
+        return f"Fashion-MNIST (in {find_fashion_mnist(stream.path)})"
+    except StreamError:
+        return f"Fashion-MNIST: {FASHION_INSTALL}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import struct
 import subprocess
 import sys
 from itertools import islice
@@ -12,34 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fashion_files import idx, write_fashion
 from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams import DataSet, datasets, digits, fashion_mnist
 from hamdist.streams.datasets import fashion_mnist_folders, read_idx
-
-NAMES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "t10k": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
-
-
-def idx(values: np.ndarray) -> bytes:
-    header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-    return header + values.astype(np.uint8).tobytes()
-
-
-def write_fashion(folder: Path, *, train: int = 12, held: int = 7, zipped: bool = False) -> None:
-    """Images whose pixels are all their own number; the label is that number modulo 10."""
-    for part, many in (("train", train), ("t10k", held)):
-        numbers = np.arange(many, dtype=np.uint8)
-        images = np.broadcast_to(numbers[:, None, None], (many, 28, 28))
-        for name, values in zip(NAMES[part], (images, numbers % 10), strict=True):
-            raw = idx(values)
-            if zipped:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
-            else:
-                (folder / name).write_bytes(raw)
 
 
 def epoch(data: DataSet, items: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +113,7 @@ class TestFashionMnist:
 
     def test_nowhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path / "a", tmp_path))
-        message = r"a \(all four files missing\); .*dataset-fashion-mnist, or set stream.path"
+        message = r"a \(all four files missing\); .*dataset-fashion-mnist.*git clone .*stream.path"
         with pytest.raises(StreamError, match=message):
             fashion_mnist(1, 0, torch.float32)
 

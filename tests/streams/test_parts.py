@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from fashion_files import write_fashion
 
 from hamdist.config import Source, StreamSettings
 from hamdist.errors import SettingsError
@@ -32,18 +32,6 @@ def held(own: StreamSettings, seed: int = 3) -> list[tuple[float, ...]]:
     return [tuple(row.flatten().tolist()) for row in part[0]]
 
 
-def write_images(folder: Path, **parts: int) -> None:
-    """IDX files of images whose pixels are all their own number."""
-    names = {"train": "train", "test": "t10k"}
-    for part, many in parts.items():
-        numbers = bytes(range(many))
-        images = b"".join(bytes([n]) * 28 * 28 for n in numbers)
-        head = b"\0\0\x08\x03" + struct.pack(">3I", many, 28, 28)
-        (folder / f"{names[part]}-images-idx3-ubyte").write_bytes(head + images)
-        labels = b"\0\0\x08\x01" + struct.pack(">I", many) + bytes(n % 10 for n in numbers)
-        (folder / f"{names[part]}-labels-idx1-ubyte").write_bytes(labels)
-
-
 def test_every_sixth_row_from_the_third_on() -> None:
     chosen = validation_rows(15).nonzero().squeeze(1).tolist()
     assert chosen == [2, 8, 14]
@@ -54,7 +42,7 @@ def test_every_sixth_row_from_the_third_on() -> None:
 def test_the_parts_make_up_the_training_part(source: str, tmp_path: Path) -> None:
     more: dict[str, object] = {}
     if source == "fashion-mnist":
-        write_images(tmp_path, train=25, test=7)
+        write_fashion(tmp_path, train=25, held=7)
         more = {"path": tmp_path}
     whole, test = (settings(source, part, **more) for part in ("test", "test"))
     many = 25 if more else 1438
