@@ -168,9 +168,10 @@ def test_a_block_that_does_not_come_back_is_a_reason(monkeypatch):
     layers = [nn.Linear(FEATURES, 8), nn.Dropout(0.5), Waiting(), nn.Linear(8, CLASSES)]
     plan = plan_of(nn.Sequential(*layers))
     state, threads = torch.get_rng_state(), set(threading.enumerate())
+    children = set(psutil.Process().children())
     with pytest.raises(Unmeasured, match="more than 0.2 s"):
         measure(plan)
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= children
     Waiting.go_on.set()
     for thread in set(threading.enumerate()) - threads:  # nothing of it goes on beside the run
         thread.join(10)
