@@ -27,6 +27,7 @@ from hamdist.config import (
 from hamdist.dynamics import rows
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
 from hamdist.dynamics.graph import Graph, ShapeMap
+from hamdist.dynamics.graph_checks import check_parameters
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import class_axis, cross_entropy, mse
 from hamdist.dynamics.rates import StepCourse, step_course
@@ -142,7 +143,8 @@ class Plan:
             b if b.name in mine else dataclasses.replace(b, module=nn.Identity(), output=None)
             for b in self.graph.blocks.values()
         ]
-        return dataclasses.replace(self, graph=Graph(specs), replan=None)
+        graph = Graph(specs, shared=self.graph.shared)
+        return dataclasses.replace(self, graph=graph, replan=None)
 
 
 def make_plan(
@@ -153,6 +155,7 @@ def make_plan(
     phi: a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`).
     Raises GraphError and LevelError for whatever cannot run.
     """
+    check_parameters(graph.blocks, "copies that `Graph.apart` did not make", frozen=True)
     knobs = make_locality(settings.level, settings.locality)
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())

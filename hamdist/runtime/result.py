@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -82,6 +83,15 @@ class Replaced:
     replayed: int
 
 
+class WeightLag(NamedTuple):
+    """What the weights that a block reads of another one lack: the steps by so many of the samples
+    before the one that passes, and the ticks in which these came. 0: none, as in one block that
+    keeps one sample in the network at a time."""
+
+    samples: int
+    ticks: int
+
+
 @dataclass(slots=True, repr=False)
 class RunResult:
     """A finished (or interrupted) run. Shown as one short text (a notebook shows what its last line
@@ -100,6 +110,8 @@ class RunResult:
     staleness: the most samples that lie between the activations a block's message was made with
     and the weights or activations that it meets.
     delays: ticks by edge between blocks; given as `partition.delays` they are used again.
+    weight_lags: by 'owner<->user', of weights that two blocks use, how old those are that the user
+    reads.
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
     records: the energies per tick by block, where `metrics.record` asked for them.
@@ -122,6 +134,7 @@ class RunResult:
     staleness: int
     smoothness: float | None = None
     delays: dict[str, int] = field(default_factory=dict)
+    weight_lags: dict[str, WeightLag] = field(default_factory=dict)
     stream: dict[str, int] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
     own_memory: dict[str, int] = field(default_factory=dict)
