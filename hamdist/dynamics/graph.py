@@ -241,7 +241,8 @@ class Graph:
         """Blocks that no message is of use to: their weights are frozen (`requires_grad` is False),
         and those of all blocks on a way to them. None where all of these have no weights at all:
         whoever watches their costates gets them."""
-        trained = [name for name, weights in self.parameters().items() if weights]
+        own = {name for name, weights in self.parameters().items() if weights}
+        trained = own | {tie.user for tie in self.ties}
         unmoved = self.blocks.keys() - reach(trained, ((e.parent, e.child) for e in self.edges))
         frozen = any(next(self.blocks[b].module.parameters(), None) is not None for b in unmoved)
         return frozenset(unmoved) if frozen else frozenset()
