@@ -97,7 +97,7 @@ class Graph:
     original: the module that was cut into these blocks, if one was; its `state_dict` keys are those
     of the blocks' modules. sliced: what the graph was before its slices (slices.py). shared: the
     weights that were one before `apart` gave each of their blocks its own. notes: what to tell
-    about the way it was cut.
+    about the way it was cut. example: inputs by parent, for dry runs that look at values.
 
     Raises GraphError, naming the blocks: a name twice, an unknown or doubled parent, a delay below
     one tick, a block without parents, no readout, no path to a readout, a child of an output net,
@@ -132,6 +132,7 @@ class Graph:
         self.out_of = {b: [e for e in self.edges if e.parent == b] for b in self.blocks}
         self.out_of[INPUT] = [e for e in self.edges if e.from_input]
         self.notes: list[str] = []
+        self.example: Mapping[str, Tensor] = {}
         self.depths = self._depths()
         self._original = original
 
@@ -290,7 +291,7 @@ class Graph:
                     "each cycle its shape (shape=..., without the batch)"
                 )
             for name in ready:
-                found[name] = shape_of(self.blocks[name], known)
+                found[name] = shape_of(self.blocks[name], known, self.example)
                 declared = known.setdefault(name, found[name])
                 if declared[0] != found[name][0]:
                     raise GraphError(
@@ -320,7 +321,7 @@ class Graph:
         where that changes."""
         shared = self.shared if shared is None else shared
         made = Graph(blocks, original=self._original, sliced=self.sliced, shared=shared)
-        made.notes = list(self.notes)
+        made.notes, made.example = list(self.notes), self.example
         return made
 
     @property

@@ -170,7 +170,7 @@ class HeadBlock(Remembers):
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
         self._record = self.cell.forward(inputs, self._wanted)
         self.h = plain(self._record.output)
-        self._guard("h", self.h)
+        self._guard("h", self.h, inputs)
         return self.h
 
     def learn(self, sample: int, label: Tensor | None) -> None:

@@ -253,18 +253,25 @@ def example_sample(spec: SampleSpec) -> Sample:
 
 
 def example_input(spec: SampleSpec) -> Tensor:
-    """An input (of several: the first) of the shape and type of `spec`."""
-    return _example(spec.u_shape, spec.u_dtype)
+    """An input (of several: the first) of the shape and type of `spec`: a real one, if it knows
+    one."""
+    return _example(spec, next(iter(spec.parents)), spec.u_shape, spec.u_dtype)
 
 
 def example_inputs(spec: SampleSpec) -> dict[str, Tensor]:
     """Several inputs, by name."""
-    return {name: _example(one.shape, one.dtype) for name, one in (spec.inputs or {}).items()}
+    return {
+        name: _example(spec, f"{INPUT}.{name}", one.shape, one.dtype)
+        for name, one in (spec.inputs or {}).items()
+    }
 
 
-def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _example(spec: SampleSpec, parent: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    real = (spec.example or {}).get(parent)
+    if real is not None and (real.shape, real.dtype) == (shape, dtype):
+        return real.clone()
     if not dtype.is_floating_point:
-        return torch.zeros(shape, dtype=dtype)
+        return (torch.arange(math.prod(shape)) % (spec.tokens or 1)).reshape(shape).to(dtype)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, dtype=dtype, generator=generator)
 

@@ -92,7 +92,7 @@ class _Parts:
         self.name = name
         self.spec = plan.graph.blocks[name]
         self.dynamics = plan.dynamics.of(name)
-        self.guard = bounded(self.dynamics.limit)
+        self.guard = bounded(self.dynamics.limit, [e.from_input for e in plan.graph.into[name]])
         self.border = Border(plan.desks.get(name))
         for module in (self.spec.module, self.spec.output):
             if module is not None and self.border.device.type != "cpu":

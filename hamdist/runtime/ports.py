@@ -149,9 +149,10 @@ def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event)
     return events
 
 
-def make_metrics(settings: MetricsSettings) -> Prequential:
+def make_metrics(plan: Plan) -> Prequential:
     """What collects a readout's losses."""
-    return Prequential(settings.window, settings.limit)
+    kept = plan.metrics
+    return Prequential(kept.window, kept.limit, ignore_index=plan.ignore_index)
 
 
 def make_recorder(settings: MetricsSettings) -> Recorder | None:

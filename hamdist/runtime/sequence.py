@@ -35,7 +35,7 @@ class SequenceNode(Remembers):
             raise TypeError("a SequenceNode needs a SequenceSchedule")
         self.name = spec.name
         self.block = block
-        self.metrics = make_metrics(plan.metrics) if spec.loss is not None else None
+        self.metrics = make_metrics(plan) if spec.loss is not None else None
         self._schedule = plan.schedule
         self.seconds = 0.0
         self._ports = Ports(plan, spec.name, mail)
