@@ -30,6 +30,7 @@ from hamdist.dynamics.balance import balanced
 from hamdist.dynamics.cuts import Cuts, Policy, stays, stays_whole
 from hamdist.dynamics.flow import Flow, Value
 from hamdist.dynamics.graph import INPUT, BlockSpec, Graph, combined
+from hamdist.dynamics.hooks import is_usual
 from hamdist.dynamics.inputs import Inputs, by_parent, called_by_parent, check_taken
 from hamdist.dynamics.losses import Losses, LossFunction, mse
 from hamdist.dynamics.outputs import losses_of, named
@@ -58,6 +59,8 @@ def check_made(model: nn.Module) -> None:
 def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Sequential]:
     """Whether it is an nn.Sequential that can be cut between its children as asked."""
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+        return False
+    if not is_usual(model):
         return False
     names = [name for name, child in model._modules.items() if child is not None]
     deeper = any(cut not in names and "." in cut for cut in partition.cuts or ())

@@ -119,6 +119,7 @@ class RunFacts:
     reads.
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
+    interrupted: Ctrl-C or SIGTERM ended the run; stopped: its `on_progress` did.
     snapshots: the complete ones that are left, the latest last. replaced: actors that were lost.
     chosen: the settings that ran, of level 'auto', and why they are these.
     placement: the blocks of each process; given as `engine.placement` it is used again.
@@ -149,6 +150,7 @@ class RunFacts:
     chosen: Settings | None = None
     why: list[str] = field(default_factory=list)
     interrupted: bool = False
+    stopped: bool = False
     warnings: list[str] = field(default_factory=list)
     startup: dict[str, float] = field(default_factory=dict)
     placement: list[list[str]] = field(default_factory=list)
@@ -200,6 +202,7 @@ class RunResult(RunFacts):
     def __repr__(self) -> str:
         told = [f"{self.samples:,} samples in {self.seconds:.3g} s"]
         told += ["interrupted"] if self.interrupted else []
+        told += ["stopped by on_progress"] if self.stopped else []
         for readout, windows in self.windows.items():
             if windows:
                 told.append(f"{readout}: {_last(windows[-1])}")
