@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
@@ -87,6 +87,15 @@ class Replaced:
     replayed: int
 
 
+class WeightLag(NamedTuple):
+    """What the weights that a block reads of another one lack: the steps by so many of the samples
+    before the one that passes, and the ticks in which these came. 0: none, as in one block that
+    keeps one sample in the network at a time."""
+
+    samples: int
+    ticks: int
+
+
 Facts = TypeVar("Facts", bound="RunFacts")
 APART = {"apart": True}  # metadata of a field that JSON does not hold
 
@@ -107,6 +116,8 @@ class RunFacts:
     staleness: the most samples that lie between the activations a block's message was made with
     and the weights or activations that it meets.
     delays: ticks by edge between blocks; given as `partition.delays` they are used again.
+    weight_lags: by 'owner<->user', of weights that two blocks use, how old those are that the user
+    reads.
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
     interrupted: Ctrl-C or SIGTERM ended the run; stopped: its `on_progress` did.
@@ -133,6 +144,7 @@ class RunFacts:
     resumed: int = 0
     smoothness: float | None = None
     delays: dict[str, int] = field(default_factory=dict)
+    weight_lags: dict[str, WeightLag] = field(default_factory=dict)
     stream: dict[str, int] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
     own_memory: dict[str, int] = field(default_factory=dict)

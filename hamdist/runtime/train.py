@@ -17,9 +17,10 @@ from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.graph_checks import check_parameters
 from hamdist.dynamics.hooks import check_hooks
 from hamdist.dynamics.inputs import by_parent
-from hamdist.dynamics.locality import make_locality
+from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.python_state import check_apart, unchanged
 from hamdist.dynamics.recurrent import MergedSequence
@@ -42,6 +43,7 @@ from hamdist.runtime.resume import changed, differences, earlier, ended, weights
 from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
+from hamdist.runtime.ties import against_ties, weight_lags
 from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 
@@ -293,6 +295,7 @@ def _result(
         "staleness": plan.schedule.staleness,
         "resumed": plan.resumed,
         "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "weight_lags": weight_lags(plan),
         "stored": {
             name: outcome.blocks[name].stored
             for name in graph.blocks
@@ -342,10 +345,26 @@ def as_graph(
     Raises GraphError for a model that cannot be cut in that way.
     """
     check_hooks(_modules(model))
+    knobs = make_locality(settings.level, settings.locality)
+    together = against_ties(settings.level.value, knobs, settings.learning)
+    graph = _graph(model, settings, knobs, together, spec, loss, policy)
+    check_parameters(graph.blocks, together)
+    return graph.apart()
+
+
+def _graph(
+    model: nn.Module | Graph,
+    settings: Settings,
+    knobs: Locality,
+    together: str | None,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None,
+) -> Graph:
+    """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
         return model.copy()
     check_made(model)
-    knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
@@ -368,6 +387,7 @@ def as_graph(
             targets=spec.targets,
             policy=policy,
             state_readout=state,
+            together=together,
         )
     graph.example = by_parent(example)
     return graph
