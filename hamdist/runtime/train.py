@@ -17,9 +17,12 @@ from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.graph_checks import check_parameters
+from hamdist.dynamics.hooks import check_hooks
 from hamdist.dynamics.inputs import by_parent
-from hamdist.dynamics.locality import make_locality
+from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import Losses, make_losses
+from hamdist.dynamics.python_state import check_apart, unchanged
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
@@ -40,6 +43,7 @@ from hamdist.runtime.resume import changed, differences, earlier, ended, weights
 from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
+from hamdist.runtime.ties import against_ties, weight_lags
 from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 
@@ -150,8 +154,11 @@ class _Work:
         return _cut(self.model, self.spec, loss, self.policy, own)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
-        graph = self.graph()
-        plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+        with unchanged(_modules(self.model)):
+            graph = self.graph()
+            blocks = graph.unsliced.blocks
+            check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
+            plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
         keeping = make_keeping(self.settings, snapshot)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path)
@@ -173,7 +180,14 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
-            return graph, replace(plan, skip=snapshot.manifest.skip), told
+            plan = replace(plan, skip=snapshot.manifest.skip)
+            if plan.engine.digests and not snapshot.digests:
+                told.append(
+                    f"engine.digests: {snapshot} was taken without them, so this run has none: "
+                    "they would begin in its midst"
+                )
+                plan = replace(plan, engine=plan.engine.model_copy(update={"digests": False}))
+            return graph, plan, told
         if isinstance(self.model, Graph):
             raise SnapshotError(
                 f"{snapshot}: it was taken of another graph or run ({', '.join(other)} differ)"
@@ -210,6 +224,12 @@ class _Work:
             partition = settings.partition.model_copy(update=given)
             settings = settings.model_copy(update={"partition": partition})
         return replace(self, settings=settings)
+
+
+def _modules(model: nn.Module | Graph) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    return [m for b in model.blocks.values() for m in (b.module, b.output) if m is not None]
 
 
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
@@ -275,6 +295,7 @@ def _result(
         "staleness": plan.schedule.staleness,
         "resumed": plan.resumed,
         "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "weight_lags": weight_lags(plan),
         "stored": {
             name: outcome.blocks[name].stored
             for name in graph.blocks
@@ -323,10 +344,27 @@ def as_graph(
 
     Raises GraphError for a model that cannot be cut in that way.
     """
+    check_hooks(_modules(model))
+    knobs = make_locality(settings.level, settings.locality)
+    together = against_ties(settings.level.value, knobs, settings.learning)
+    graph = _graph(model, settings, knobs, together, spec, loss, policy)
+    check_parameters(graph.blocks, together)
+    return graph.apart()
+
+
+def _graph(
+    model: nn.Module | Graph,
+    settings: Settings,
+    knobs: Locality,
+    together: str | None,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None,
+) -> Graph:
+    """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
         return model.copy()
     check_made(model)
-    knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
@@ -349,6 +387,7 @@ def as_graph(
             targets=spec.targets,
             policy=policy,
             state_readout=state,
+            together=together,
         )
     graph.example = by_parent(example)
     return graph
