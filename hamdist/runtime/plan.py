@@ -34,12 +34,14 @@ from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import GraphError, LevelError, SettingsError
+from hamdist.runtime.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.compression import compressed
 from hamdist.runtime.cuda import cuda_memory
 from hamdist.runtime.device import Desk
 from hamdist.runtime.lending import MemoryOf
 from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
+from hamdist.runtime.switches import Switches, read_switches
 from hamdist.runtime.taught import Heads, plan_heads
 from hamdist.streams.sample import SampleSpec
 
@@ -74,10 +76,10 @@ class Keeping:
 class Plan:
     """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
     front. steps: samples after which the stream ends, or None. run: a number that marks the
-    signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
-    nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
-    own, of every block. rate: the course of the step size. follows_lr: beta comes from the
-    learning rate.
+    signals of this run. switches: torch's, of the driver; arithmetic: its fingerprint.
+    reversible: the blocks that keep nothing of a sample (memory 'reversible'). desks: where blocks
+    have types or devices of their own, of every block. rate: the course of the step size.
+    follows_lr: beta comes from the learning rate.
     heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
@@ -98,7 +100,8 @@ class Plan:
     steps: int | None
     rate: StepCourse
     metrics: MetricsSettings
-    default_dtype: torch.dtype
+    switches: Switches
+    arithmetic: Arithmetic
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
     native: bool = False
@@ -192,6 +195,7 @@ def make_plan(
         messages=knobs.credit is Credit.MESSAGES,
     )
     signals = {**shapes, **spec.parents}
+    native = _native(settings.engine)
     return Plan(
         graph=graph,
         knobs=knobs,
@@ -206,12 +210,13 @@ def make_plan(
         steps=settings.steps,
         rate=rate,
         metrics=settings.metrics,
-        default_dtype=torch.get_default_dtype(),
+        switches=read_switches(),
+        arithmetic=arithmetic(settings.engine.threads, native=native),
         follows_lr=settings.dynamics.beta is None,
         desks=desks,
         reversible=reversible,
         heads=heads,
-        native=_native(settings.engine),
+        native=native,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hamdist.config import EngineKind, Level, Readout, Settings
+from hamdist.config import Bits, EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
@@ -22,8 +22,9 @@ from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
-from hamdist.errors import DivergedError, SnapshotError
+from hamdist.errors import DivergedError, SettingsError, SnapshotError
 from hamdist.runtime.advice import after, before, end_of_stream, of_resumed
+from hamdist.runtime.arithmetic import check_portable
 from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import prepare_environment
 from hamdist.runtime.compression import in_edge_order
@@ -32,9 +33,18 @@ from hamdist.runtime.inprocess import InProcessEngine
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_keeping, make_plan
+from hamdist.runtime.portable import is_pinned
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import Progress, RunResult
-from hamdist.runtime.resume import changed, differences, earlier, ended, weights_of, with_weights
+from hamdist.runtime.resume import (
+    changed,
+    differences,
+    earlier,
+    ended,
+    other_bits_than,
+    weights_of,
+    with_weights,
+)
 from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
@@ -76,6 +86,12 @@ def train(
     SnapshotError for a snapshot that cannot be gone on from, before anything starts. A
     DivergedError brings what came before as its `result`.
     """
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise SettingsError(
+            "train() was called inside torch.autocast, which would go on with the weights as they "
+            "were when it first cast them: call it outside, with engine.blocks {'*': {autocast: "
+            "bf16}}"
+        )
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
@@ -97,6 +113,9 @@ def train(
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
             warnings.warn(text, stacklevel=3)
+        alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
+        if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
+            check_portable(plan.arithmetic, plan.switches, native=plan.native)
         try:
             outcome = make_engine(settings).run(plan, stream, on_progress)
             if plan.replan is not None and outcome.delays:
@@ -151,6 +170,7 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
+            told += other_bits_than(snapshot, plan)
             return graph, replace(plan, skip=snapshot.manifest.skip), told
         if isinstance(self.model, Graph):
             raise SnapshotError(
