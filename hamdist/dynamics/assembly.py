@@ -156,6 +156,8 @@ class _Builder:
         found = self._made.get(i)
         if found is not None:
             return found
+        for before in sorted(self.flow.needs[i] & self.flow.free):  # what writes to what it reads
+            self._emit(before)
         step = self.flow.ops[i].step
         args = replaced(step.args, self._place)
         kwargs = replaced(step.kwargs, self._place)
@@ -170,9 +172,12 @@ class _Builder:
         if isinstance(place, Arg):
             self._inputs.add(place.name)
         elif isinstance(place, Weight):
-            self.weights[place.name] = _tensor(self.model, place.name)
+            if place.name not in self.weights:
+                own = _tensor(self.model, place.name)
+                self.weights[place.name] = own.clone() if self.flow.steady(place.name) else own
         elif isinstance(place, Const):
-            self.constants[place.index] = self.flow.trace.constants[place.index]
+            constant = self.flow.trace.constants[place.index]
+            self.constants.setdefault(place.index, constant.clone())  # each block has its own
         return place
 
     def _ref(self, ref: Ref) -> Template:

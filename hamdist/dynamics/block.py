@@ -13,9 +13,10 @@ B: batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,39 +26,79 @@ from hamdist.dynamics.cell import Cell, Record, SeededLoss
 from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.gradient import AtOnce, Gradient
 from hamdist.dynamics.losses import LossFunction, Slope, loss_and_slope
+from hamdist.dynamics.piece import LARGE
 from hamdist.dynamics.saving import Remembers, check_names
 
 Scale = Callable[[int], float]
 
-# Called with 'h', 'z' or 'loss' and its value before the value is used; raises where it has left
-# the finite range.
-Guard = Callable[[str, Tensor], None]
+
+class Guard(Protocol):
+    """Called with 'h', 'z' or 'loss' and its value before the value is used; raises where it has
+    left the finite range. data: what it was made of, for an error to speak of: the parents' h,
+    and of a loss the target behind them."""
+
+    def __call__(self, quantity: str, value: Tensor, data: Sequence[Tensor] = ()) -> None: ...
 
 
 class OutOfRange(ArithmeticError):
-    """`quantity` ('h', 'z', 'omega' or 'loss') has left the finite range; norm: its own."""
+    """`quantity` ('h', 'z', 'omega' or 'loss') has left the finite range; norm: its own; cause:
+    what it comes from, where that is known."""
 
-    def __init__(self, quantity: str, norm: float) -> None:
+    def __init__(self, quantity: str, norm: float, cause: str = "") -> None:
         super().__init__(f"the norm of {quantity} is {norm:g}")
         self.quantity = quantity
         self.norm = norm
+        self.cause = cause
 
 
-def unguarded(quantity: str, value: Tensor) -> None:
+def unguarded(quantity: str, value: Tensor, data: Sequence[Tensor] = ()) -> None:
     """A guard that lets everything pass."""
 
 
-def bounded(limit: float) -> Guard:
-    """A guard that raises OutOfRange for a norm above `limit`, or for NaN."""
+def bounded(limit: float, from_stream: Sequence[bool] = ()) -> Guard:
+    """A guard that raises OutOfRange for a norm above `limit`, or for NaN. from_stream: the parents
+    that are inputs of the network."""
 
-    def guard(quantity: str, value: Tensor) -> None:
+    def guard(quantity: str, value: Tensor, data: Sequence[Tensor] = ()) -> None:
         if value.is_floating_point():
             fast = rows.norm(value)
             norm = float(torch.linalg.vector_norm(value)) if fast is None else fast
             if not norm <= limit:
-                raise OutOfRange(quantity, norm)
+                parents = len(data) - (quantity == "loss")
+                given = compress(data, [*from_stream[:parents], True])
+                raise OutOfRange(quantity, norm, _cause(value, given))
 
     return guard
+
+
+def _cause(value: Tensor, data: Iterable[Tensor]) -> str:
+    """What a value that left the finite range comes from, where it is not the steps."""
+    for given in data:
+        largest = float(given.abs().max()) if given.is_floating_point() and given.numel() else 0.0
+        if largest > LARGE:
+            return (
+                f"the stream's item holds values up to {largest:.3g}: scale it, or leave such "
+                "items out"
+            )
+    if is_masked(value):
+        return (
+            f"it holds {float(value.min()):.3g} as a mask does, beside ordinary values, and a mask "
+            "cannot travel between blocks: cut before the line that applies it or behind the "
+            "softmax that reads it (partition), or apply the mask where it is read"
+        )
+    return ""
+
+
+def is_masked(value: Tensor) -> bool:
+    """Whether all numbers are ordinary but those that are one and the same large negative one, as
+    a mask's are: -inf, the smallest of a type, or a round number."""
+    large = value[~(value.abs() <= LARGE)]
+    if not large.numel() or not bool((large == large[0]).all()):
+        return False
+    one = float(large[0])
+    smallest = [torch.finfo(t).min for t in (torch.float64, torch.float32, torch.bfloat16)]
+    known = [-math.inf, *smallest, *(s / 2 for s in smallest)]
+    return one < 0 and (one in known or float(f"{one:.0e}") == one)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,24 +179,33 @@ class LossTaker(Remembers):
 
         moves: the weights move in this tick; the first phi lasts until they have. at_once: as in
         `Cell.pull`."""
-        about, reading = self.look(plain(record.output), target, k, moves=moves)
+        prediction, inputs = plain(record.output), record.inputs
+        about, reading = self.look(prediction, target, k, moves=moves, inputs=inputs)
         to_parents, g = cell.pull(record, about, at_once=at_once)
         return to_parents, g, reading
 
     def look(
-        self, prediction: Tensor, target: Tensor, k: int, *, moves: bool = True
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        k: int,
+        *,
+        moves: bool = True,
+        inputs: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Reading]:
-        """phi_k dL/dprediction, and what was read."""
-        value, slope = self.value(prediction, target)
+        """phi_k dL/dprediction, and what was read. inputs: of the cell that predicts."""
+        value, slope = self.value(prediction, target, inputs)
         phi = self.phi(k)
         if moves:
             self.past_first()
         return slope(phi), Reading(prediction, target, value, phi)
 
-    def value(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
+    def value(
+        self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Slope]:
         """L, and phi dL/dprediction as a function of phi."""
         value, slope = loss_and_slope(self._loss, prediction, target, native=self._native)
-        self._guard("loss", value)
+        self._guard("loss", value, [*inputs, target])
         return value, slope
 
     def phi(self, k: int) -> float:

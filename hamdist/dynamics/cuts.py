@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TypeAlias
 
 from torch import nn
@@ -66,6 +66,11 @@ class Cuts:
                 begins.setdefault(name, place)
                 for outer in _outer(name):  # a ModuleList is never called
                     begins.setdefault(outer, place)
+        for i in sorted(self._flow.free):  # in no block: with what comes next
+            following = (k for k, j in enumerate(self._flow.order) if j > i)
+            for place in islice(following, 1):
+                for name in self._flow.names(i):
+                    begins.setdefault(name, place)
         return begins
 
     # -- by name --------------------------------------------------------------------------------

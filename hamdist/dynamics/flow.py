@@ -2,8 +2,9 @@
 
 A block begins at a place in the order of the steps. The order is the model's own, except that
 
-- what depends neither on weights nor on chance, and is no real-valued batch (token numbers, masks,
-  positions), is in no block: each one that needs it makes it from the input;
+- what depends neither on weights nor on chance (token numbers, padding masks, positions, buffers
+  that are only read) is in no block: each one that needs it makes it from the input and from
+  buffers of its own. So a mask of -inf is no part of a state;
 - what has no batch (a table of positions) stands right before its first use;
 - with several outputs the steps of one output alone stand behind those that outputs share.
 
@@ -38,27 +39,26 @@ class Glue:
 
 class Flow:
     """order: the ops that belong to a block, in order. segments: where the ops that outputs share
-    begin, and those of each output alone. glues: what must stay together."""
+    begin, and those of each output alone. needs: by op, those that come first. glues: what must
+    stay together."""
 
     def __init__(self, trace: Trace, model: nn.Module, outputs: Sequence[Value]) -> None:
         self.trace = trace
         self.ops = trace.ops
         self.outputs = list(outputs)
         self._tensors = dict(_tensors(model))
-        self._needs = [self._need(op) for op in self.ops]
+        self._steady = self._only_read()
+        self.needs = [_needs(op) for op in self.ops]
         self.live = self._living()
         self.weights = [self._weights(op) for op in self.ops]
         self.pure = self._pure()
         self._written = {m for i in self.live for m in self.ops[i].writes}
-        self.free = {i for i in self.pure if self._light(i)} - {i for i, _ in outputs}
+        self.free = self.pure - {i for i, _ in outputs}
         self.order, self.segments = self._ordered()
         self.place = {i: k for k, i in enumerate(self.order)}
         self.glues = [*self._by_weights(), *self._by_memory(), *self._by_values()]
 
     # -- ops --------------------------------------------------------------------------------------
-
-    def _need(self, op: Op[Form]) -> set[int]:
-        return {r.step for r in references(op)} | op.reads
 
     def _living(self) -> set[int]:
         """What an output needs, and what moves a buffer."""
@@ -72,40 +72,57 @@ class Flow:
                 i = waiting.pop()
                 if i not in live:
                     live.add(i)
-                    waiting += self._needs[i]
+                    waiting += self.needs[i]
             # what writes to the memory of something that lives
             held = {m for i in live for m in self.ops[i].memory}
             waiting = [i for i, op in enumerate(self.ops) if i not in live and op.writes & held]
             if not waiting:
                 return live
 
+    def _of_module(self, op: Op[Form]) -> dict[int, str]:
+        """The weights and buffers of the module that an op calls, by identity, with their names."""
+        if op.step.kind != MODULE:
+            return {}
+        prefix = f"{op.step.target}."
+        return {id(t): n for n, t in self._tensors.items() if n.startswith(prefix)}
+
+    def _written_weights(self, op: Op[Form]) -> list[Weight]:
+        origins = [self.trace.origin.get(m) for m in op.writes]
+        return [w for w in origins if isinstance(w, Weight)]
+
+    def _only_read(self) -> set[int]:
+        """Buffers that nothing writes to, and no module has that is one step: constants."""
+        moved = {key for op in self.ops for key in self._of_module(op)}
+        moved |= {id(self._tensors[w.name]) for op in self.ops for w in self._written_weights(op)}
+        buffers = {id(t) for t in self._tensors.values() if not isinstance(t, nn.Parameter)}
+        return buffers - moved
+
     def _weights(self, op: Op[Form]) -> dict[int, str]:
-        """The weights and buffers that an op uses, by identity, with their names."""
-        found: dict[int, str] = {}
-        if op.step.kind == MODULE:
-            prefix = f"{op.step.target}."
-            own = {n: t for n, t in self._tensors.items() if n.startswith(prefix)}
-            found.update({id(t): n for n, t in own.items()})
+        """The weights, and the buffers that move, that an op uses, by identity, with names."""
+        found = self._of_module(op)
         named = [p for p in places((op.step.args, op.step.kwargs)) if isinstance(p, Weight)]
-        written = [self.trace.origin.get(m) for m in op.writes]
-        for weight in (*named, *(w for w in written if isinstance(w, Weight))):
+        for weight in (*named, *self._written_weights(op)):
             found.setdefault(id(self._tensors[weight.name]), weight.name)
-        return found
+        return {key: name for key, name in found.items() if key not in self._steady}
 
     def _pure(self) -> set[int]:
-        """Ops that any block can do again, with the same result."""
-        pure: set[int] = set()
-        written = {m for op in self.ops for m in op.writes}
-        for i in sorted(self.live):
-            op = self.ops[i]
-            own = self.weights[i] or op.random or op.writes or op.memory & written
-            if not own and all(n in pure for n in self._needs[i]):
-                pure.add(i)
-        return pure
-
-    def _light(self, i: int) -> bool:
-        forms = self.ops[i].out.values()
-        return all(f.free or not f.dtype.is_floating_point for f in forms)
+        """Ops that any block can do again, with the same result: they read inputs and constants,
+        and write to nothing but what such ops have made."""
+        pure = {i for i in self.live if not self.weights[i] and not self.ops[i].random}
+        while True:
+            others = {m for i in self.live - pure for m in self.ops[i].writes}
+            foreign = {
+                m for i in pure for m in self.ops[i].writes
+                if not isinstance(self.trace.origin.get(m), int)
+            }  # fmt: skip
+            again = {
+                i for i in pure
+                if self.needs[i] <= pure
+                and not (self.ops[i].memory | self.ops[i].writes) & (others | foreign)
+            }  # fmt: skip
+            if again == pure:
+                return pure
+            pure = again
 
     def _late(self, i: int) -> bool:
         """Whether an op moves to its first user: it has no batch."""
@@ -121,7 +138,7 @@ class Flow:
             i = waiting.pop()
             if i not in asked and i not in self.free:
                 asked.add(i)
-                waiting += self._needs[i]
+                waiting += self.needs[i]
         return asked
 
     def _ordered(self) -> tuple[list[int], list[int]]:
@@ -134,7 +151,7 @@ class Flow:
             if i in done or i in self.free:
                 return
             done.add(i)
-            for n in sorted(self._needs[i]):
+            for n in sorted(self.needs[i]):
                 put(n)
             order.append(i)
 
@@ -156,11 +173,11 @@ class Flow:
         for output, (end, _) in enumerate(self.outputs):
             reach[end].add(output)
         for i in sorted(self.live, reverse=True):
-            for n in self._needs[i]:
+            for n in self.needs[i]:
                 reach[n] |= reach[i]
         for i in sorted(self.live):  # what only moves a buffer goes where its operands are
             if not reach[i]:
-                reach[i] = set.union(set(), *(reach[n] for n in self._needs[i]))
+                reach[i] = set.union(set(), *(reach[n] for n in self.needs[i]))
         return {i: next(iter(r)) + 1 if len(r) == 1 else 0 for i, r in reach.items()}
 
     # -- what must stay together ------------------------------------------------------------------
@@ -214,16 +231,24 @@ class Flow:
         for value, last in self.last_use().items():
             form = self.form(value)
             if not form.sendable:
-                what = "values of type " if form.dims is not None else "a changing number of "
                 kind = str(form.dtype).removeprefix("torch.")
+                what = f"values of type {kind}"
+                if form.dims is None:
+                    what = f"a changing number of {kind}"
+                if form.masked:
+                    what = "values with the -inf of a mask"
                 yield Glue(
                     self.place[value[0]], last,
-                    f"{what}{kind} go from {self.title(value[0])} to "
+                    f"{what} go from {self.title(value[0])} to "
                     f"{self.title(self.order[last])}, and only real-valued batches travel",
                     "cut before the one or behind the other",
                 )  # fmt: skip
 
     # -- what crosses -----------------------------------------------------------------------------
+
+    def steady(self, name: str) -> bool:
+        """Whether it is a buffer that is only read, of which every block has its own."""
+        return id(self._tensors[name]) in self._steady
 
     def form(self, value: Value) -> Form:
         return self.ops[value[0]].out[value[1]]
@@ -271,6 +296,10 @@ class Flow:
         op = self.ops[i]
         own = (str(op.step.target),) if op.step.kind == MODULE else ()
         return tuple(n for n in (*op.modules, *own) if n)
+
+
+def _needs(op: Op[Form]) -> set[int]:
+    return {r.step for r in references(op)} | op.reads
 
 
 def references(op: Op[Form]) -> list[Ref]:

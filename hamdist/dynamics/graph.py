@@ -91,7 +91,7 @@ class Graph:
 
     original: the module that was cut into these blocks, if one was; its `state_dict` keys are those
     of the blocks' modules. sliced: what the graph was before its slices (slices.py). notes: what to
-    tell about the way it was cut.
+    tell about the way it was cut. example: inputs by parent, for dry runs that look at values.
 
     Raises GraphError, naming the blocks: a name twice, an unknown or doubled parent, a delay below
     one tick, a block without parents, no readout, no path to a readout, a child of an output net,
@@ -124,6 +124,7 @@ class Graph:
         self.out_of = {b: [e for e in self.edges if e.parent == b] for b in self.blocks}
         self.out_of[INPUT] = [e for e in self.edges if e.from_input]
         self.notes: list[str] = []
+        self.example: Mapping[str, Tensor] = {}
         self.depths = self._depths()
         self._original = original
 
@@ -202,6 +203,15 @@ class Graph:
             names[block.name] = own
         return names
 
+    def silent(self) -> frozenset[str]:
+        """Blocks that no message is of use to: their weights are frozen (`requires_grad` is False),
+        and those of all blocks on a way to them. None where all of these have no weights at all:
+        whoever watches their costates gets them."""
+        trained = [name for name, weights in self.parameters().items() if weights]
+        unmoved = self.blocks.keys() - reach(trained, ((e.parent, e.child) for e in self.edges))
+        frozen = any(next(self.blocks[b].module.parameters(), None) is not None for b in unmoved)
+        return frozenset(unmoved) if frozen else frozenset()
+
     def recurrent(self, edge: Edge) -> bool:
         """Whether `edge` leads from a block to itself or to one listed before it: in a sequence it
         carries the state of the token before."""
@@ -245,7 +255,7 @@ class Graph:
                     "each cycle its shape (shape=..., without the batch)"
                 )
             for name in ready:
-                found[name] = shape_of(self.blocks[name], known)
+                found[name] = shape_of(self.blocks[name], known, self.example)
                 declared = known.setdefault(name, found[name])
                 if declared[0] != found[name][0]:
                     raise GraphError(
@@ -270,7 +280,7 @@ class Graph:
     def over(self, blocks: Iterable[BlockSpec]) -> Graph:
         """The same graph over `blocks`, which are its own in another form."""
         made = Graph(blocks, original=self._original, sliced=self.sliced)
-        made.notes = list(self.notes)
+        made.notes, made.example = list(self.notes), self.example
         return made
 
     @property

@@ -186,7 +186,7 @@ class HoldBlock(KeepsRecords):
             step = d.c * tick.tau
             before = self.h
             self.h = f if step == 1 else self.h + step * (f - self.h)
-            self._guard("h", self.h)
+            self._guard("h", self.h, inputs)
             ahead = self.h + self._lead * (self.h - before) if self._lead else None
         if ahead is None:
             self.h = send(self.h)

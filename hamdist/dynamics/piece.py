@@ -296,13 +296,17 @@ def _place(root: nn.Module, name: str, thing: nn.Module | Tensor, persistent: bo
         holder.register_buffer(last, thing, persistent=persistent)
 
 
+LARGE = 1e8  # no state of a network that learns has such numbers; masks have (-1e9, -inf)
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """What a value looks like, for any batch. dims: per dimension; None where they depend on the
-    values themselves."""
+    values themselves. masked: it holds the -inf of a mask, or a number as large."""
 
     dims: tuple[Size, ...] | None
     dtype: torch.dtype
+    masked: bool = False
 
     @property
     def batch_first(self) -> bool:
@@ -318,7 +322,7 @@ class Form:
     @property
     def sendable(self) -> bool:
         """Whether it can be one or more columns of a signal (B, ...)."""
-        if self.dims is None or not self.dtype.is_floating_point:
+        if self.dims is None or not self.dtype.is_floating_point or self.masked:
             return False
         moving = [d for d in self.dims if d.per]
         return len(moving) <= 1 and all(d.per > 0 and not d.more for d in moving)

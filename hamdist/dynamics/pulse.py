@@ -87,7 +87,7 @@ class PulseBlock(KeepsRecords):
             record = self.cell.forward_at(at, inputs, self._wanted)
         self.trace[sample] = record
         self.h = plain(record.output)
-        self._guard("h", self.h)
+        self._guard("h", self.h, inputs)
         return self.h
 
     def learn(self, sample: int, label: Tensor | None) -> None:

@@ -114,7 +114,7 @@ class SequenceBlock(KeepsRecords):
         self._trace.append(record)
         self.stored = max(self.stored, len(self._trace))
         self.h = record.output.detach()
-        self._guard("h", self.h)
+        self._guard("h", self.h, inputs)
         return self.h
 
     def begin(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ SMALL_WEIGHTS = 2**22
 SMALL_INPUT = 2**16
 
 
-def shape_of(block: BlockSpec, known: ShapeMap) -> tuple[tuple[int, ...], torch.dtype]:
+def shape_of(
+    block: BlockSpec, known: ShapeMap, example: Mapping[str, Tensor]
+) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and type of a block's h (of an output net: its prediction), by a dry run on a copy of
-    its module (`_probes`). known: those of its parents, batch in front.
+    its module (`_probes`). known: those of its parents, batch in front; example: inputs.
 
     Raises GraphError where the module does not take them, or gives no tensor with the batch in
     front.
@@ -29,7 +31,8 @@ def shape_of(block: BlockSpec, known: ShapeMap) -> tuple[tuple[int, ...], torch.
     name = block.name
     shapes = [known[p] for p in block.parents]
     given = ", ".join(f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True))
-    h = _run_on(name, block.module, block.combine, shapes, given)
+    real = [example.get(p) for p in block.parents]
+    h = _run_on(name, block.module, block.combine, shapes, given, real)
     if not isinstance(h, Tensor):
         raise GraphError(
             f"block {name!r} returned {type(h).__name__}, not a tensor; return the one tensor "
@@ -73,18 +76,23 @@ def _run_on(
     combine: Combine | Joining,
     shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
     given: str,
+    real: Sequence[Tensor | None] = (),
 ) -> object:
-    """`module` on tensors of `shapes`, on the first device that takes them."""
+    """`module` on tensors of `shapes`, on the first device that takes them. real: of these shapes,
+    where they are known."""
     for device in _probes(module, shapes):
         probe = copy.deepcopy(module).to(device)
         inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
+        for i, u in enumerate(real if device == "cpu" else ()):
+            if u is not None and (u.shape, u.dtype) == (inputs[i].shape, inputs[i].dtype):
+                inputs[i] = u.clone()
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 return probe(*combined(combine, inputs))
         except NotImplementedError:
             continue
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            if device == "meta" and "meta" in str(error).lower():
+            if device == "meta":  # which has no values
                 continue
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise GraphError(

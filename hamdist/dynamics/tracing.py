@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.piece import (
+    LARGE,
     PLACES,
     Const,
     Form,
@@ -192,13 +193,15 @@ class _Join:
         )
         if any(t.out.keys() != one.out.keys() for t in taken):
             raise _Apart("it returns more or fewer tensors")
-        forms = {path: self._form([t.out[path] for t in taken]) for path in one.out}
+        fills = any(name in str(step.target) for name in ("masked_fill", "where"))
+        mask = fills and not all(map(_ordinary, step.args))
+        forms = {path: self._form([t.out[path] for t in taken], mask) for path in one.out}
         return Op(
             step, one.where, one.line, one.modules, forms, any(t.random for t in taken),
             one.varies, one.reads, one.writes, one.memory,
         )  # fmt: skip
 
-    def _form(self, tensors: Sequence[Tensor]) -> Form:
+    def _form(self, tensors: Sequence[Tensor], mask: bool) -> Form:
         one = tensors[0]
         if any(t.dtype != one.dtype or t.dim() != one.dim() for t in tensors):
             raise _Apart("a tensor has another type, or more dimensions")
@@ -208,7 +211,7 @@ class _Join:
             )
         except _Apart:
             return Form(None, one.dtype)
-        return Form(dims, one.dtype)
+        return Form(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
 
     def _size(self, values: Sequence[int]) -> Size:
         """per B + more, by two runs; the third has to agree."""
@@ -254,6 +257,13 @@ class _Join:
             t.shape != one.shape or t.dtype != one.dtype or not torch.equal(t, one) for t in tensors
         ):
             raise _Apart("it uses another tensor that no step of torch's has made")
+
+
+def _ordinary(value: Any) -> bool:
+    """Whether it holds no number as large as only masks have."""
+    if isinstance(value, Tensor):
+        return not (value.is_floating_point() and bool(value.detach().abs().gt(LARGE).any()))
+    return not (isinstance(value, float) and abs(value) > LARGE)
 
 
 def _folded(made: Trace, run: Recording) -> Trace:

@@ -11,7 +11,7 @@ from hamdist.runtime.plan import Plan
 
 def explained(error: DivergedError, plan: Plan) -> DivergedError:
     """The same error with its likely cause."""
-    cause = _cause(error, plan)
+    cause = error.cause or _cause(error, plan)
     made = DivergedError(error.block, error.tick, error.quantity, error.norm, cause)
     made.outcome = error.outcome
     return made
@@ -29,8 +29,8 @@ def _cause(error: DivergedError, plan: Plan) -> str:
             "a derivative does not exist where the block's module stands now, as that of a root or "
             "a norm at 0; keep its argument away from there (an epsilon)"
         )
-    if not d.beta and not d.betas:
-        return "the weights do not move, so look at the input's scale and the initial weights"
+    if error.tick <= plan.graph.depths[error.block] or not (d.beta or d.betas):
+        return "the weights have not moved, so look at the input's scale and the initial weights"
     if plan.knobs.hold and error.block in plan.graph.cycle():
         too_little = dissipation_warnings(plan.graph, plan.dynamics)
         if too_little:

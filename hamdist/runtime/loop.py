@@ -63,7 +63,8 @@ def _guarded(node: Node, act: Callable[[], None]) -> None:
     except (HamdistError, Aborted):
         raise
     except OutOfRange as error:
-        raise DivergedError(node.name, node.tick or 0, error.quantity, error.norm) from None
+        tick, found = node.tick or 0, (error.quantity, error.norm, error.cause)
+        raise DivergedError(node.name, tick, *found) from None
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         message = f"{type(error).__name__}: {first}" if first else type(error).__name__

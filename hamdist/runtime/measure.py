@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hamdist.config import Balance
 from hamdist.dynamics.graph import INPUT
-from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.dynamics.schedule import HoldSchedule, PulseSchedule
 from hamdist.errors import HamdistError
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
@@ -81,12 +81,13 @@ def unmeasured_costs(plan: Plan) -> Costs | None:
 
 def in_flight(plan: Plan) -> float:
     """Samples that the schedule has in the network at once, on their way there or back: a pulse
-    takes 2D + 1 ticks, a token of a sequence D + 1 in either direction, and one enters every c
-    ticks. In presentation `hold` all blocks step in every tick."""
-    schedule, depth = plan.schedule, plan.graph.depth
+    takes 2D + 1 ticks (less where the first blocks are frozen), a token of a sequence D + 1 in
+    either direction, and one enters every c ticks. In presentation `hold` all blocks step in every
+    tick."""
+    schedule = plan.schedule
     if isinstance(schedule, HoldSchedule):
         return math.inf
-    ticks = depth + 1 if plan.knobs.sequence else 2 * depth + 1
+    ticks = schedule.trip if isinstance(schedule, PulseSchedule) else plan.graph.depth + 1
     return max(1.0, ticks / schedule.c)
 
 
@@ -249,18 +250,25 @@ def example_sample(spec: SampleSpec) -> Sample:
 
 
 def example_input(spec: SampleSpec) -> Tensor:
-    """An input (of several: the first) of the shape and type of `spec`."""
-    return _example(spec.u_shape, spec.u_dtype)
+    """An input (of several: the first) of the shape and type of `spec`: a real one, if it knows
+    one."""
+    return _example(spec, next(iter(spec.parents)), spec.u_shape, spec.u_dtype)
 
 
 def example_inputs(spec: SampleSpec) -> dict[str, Tensor]:
     """Several inputs, by name."""
-    return {name: _example(one.shape, one.dtype) for name, one in (spec.inputs or {}).items()}
+    return {
+        name: _example(spec, f"{INPUT}.{name}", one.shape, one.dtype)
+        for name, one in (spec.inputs or {}).items()
+    }
 
 
-def _example(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _example(spec: SampleSpec, parent: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    real = (spec.example or {}).get(parent)
+    if real is not None and (real.shape, real.dtype) == (shape, dtype):
+        return real.clone()
     if not dtype.is_floating_point:
-        return torch.zeros(shape, dtype=dtype)
+        return (torch.arange(math.prod(shape)) % (spec.tokens or 1)).reshape(shape).to(dtype)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, dtype=dtype, generator=generator)
 

@@ -17,6 +17,7 @@ from hamdist.config import Bits, EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import make_locality
 from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.recurrent import MergedSequence
@@ -49,7 +50,9 @@ from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
 from hamdist.streams.chosen import with_targets_of
-from hamdist.streams.sample import SampleSpec, Stream
+from hamdist.streams.sample import SampleSpec, Stream, with_example
+
+OWN = "hamdist."  # streams of this package, which know what they give
 
 
 class Engine(Protocol):
@@ -95,21 +98,23 @@ def train(
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            losses = make_losses(settings.loss) if loss is None else loss
+            losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
             if isinstance(losses, Mapping):
                 stream = with_targets_of(stream, losses)
             why: list[str] = []
+            spec = _spec_with_example(stream)
             if settings.level is Level.AUTO:
-                cut = partial(_cut, model, stream.spec, losses, policy)
+                cut = partial(_cut, model, spec, losses, policy)
                 settings, stream, why = resolved(settings, stream, cut)
-            work = _Work(model, stream.spec, settings, losses, policy, phi)
+                spec = replace(stream.spec, example=spec.example)
+            work = _Work(model, spec, settings, losses, policy, phi)
             told: list[str] = []
             if resume is None:
                 graph, plan = work.planned()
             else:
                 graph, plan, told = work.resumed(resume)
                 told += of_resumed(stream)
-            told += drift_warnings(plan.graph, plan.reversible, example_input(stream.spec))
+            told += drift_warnings(plan.graph, plan.reversible, example_input(spec))
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
             warnings.warn(text, stacklevel=3)
@@ -131,6 +136,14 @@ def train(
         return _result(graph, plan, outcome, startup, settings, why)
 
 
+def _spec_with_example(stream: Stream) -> SampleSpec:
+    """The stream's spec, with the first item's inputs where a user's stream can be asked twice."""
+    spec, first = stream.spec, None
+    if spec.example is None and stream.portable and not type(stream).__module__.startswith(OWN):
+        first = next(iter(stream.samples()), None)
+    return spec if first is None else with_example(spec, first)
+
+
 @dataclass(frozen=True)
 class _Work:
     """What `train` was given."""
@@ -143,8 +156,9 @@ class _Work:
     phi: Course | None
 
     def graph(self) -> Graph:
-        loss = make_losses(self.settings.loss) if self.loss is None else self.loss
-        return _cut(self.model, self.spec, loss, self.policy, self.settings)
+        own = self.settings
+        loss = make_losses(own.loss, own.ignore_index) if self.loss is None else self.loss
+        return _cut(self.model, self.spec, loss, self.policy, own)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         graph = self.graph()
@@ -264,46 +278,31 @@ def _result(
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
     averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
     averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
+    facts = {
+        **outcome.shared(),
+        "startup": startup.seconds,
+        "startup_seconds": sum(startup.seconds.values()),
+        "compression": in_edge_order(outcome.compression, graph),
+        "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
+        "staleness": plan.schedule.staleness,
+        "resumed": plan.resumed,
+        "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "stored": {
+            name: outcome.blocks[name].stored
+            for name in graph.blocks
+            if plan.knobs.sequence and name in outcome.blocks
+        },
+        "chosen": settings if why else None,
+        "why": why,
+        "warnings": [*outcome.warnings, *after(plan, outcome)],
+    }
     return RunResult(
         model=graph.merge(averaged, _whole(graph, plan)),
         plain=graph.merge(weights, _whole(graph, plan)) if averages else None,
         blocks=outcome.blocks,
         windows=outcome.windows,
-        samples=outcome.samples,
-        ticks=outcome.ticks,
-        seconds=outcome.seconds,
-        startup_seconds=sum(startup.seconds.values()),
-        startup=startup.seconds,
-        placement=outcome.placement,
-        time_use=outcome.time_use,
-        bytes_per_edge=outcome.payload_bytes,
-        compression=in_edge_order(outcome.compression, graph),
-        rounding={
-            name: block.rounding
-            for name, block in outcome.blocks.items()
-            if block.rounding is not None
-        },
-        peak_memory=outcome.peak_memory,
-        own_memory=outcome.own_memory,
-        staleness=plan.schedule.staleness,
-        delays={e.name: e.delay for e in plan.graph.edges if not e.from_input},
-        smoothness=outcome.smoothness,
-        stream=outcome.stream,
-        stored={
-            name: outcome.blocks[name].stored
-            for name in graph.blocks
-            if plan.knobs.sequence and name in outcome.blocks
-        },
         records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
-        chosen=settings if why else None,
-        why=why,
-        interrupted=outcome.interrupted,
-        snapshots=outcome.snapshots,
-        replaced=outcome.replaced,
-        warnings=[
-            *outcome.warnings,
-            *after(plan, outcome),
-        ],
+        **facts,
     )
 
 
@@ -342,8 +341,9 @@ def as_graph(
     knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE
+    example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     if policy is None and callable(loss) and is_chain(own, settings.partition):
-        return split_sequential(
+        graph = split_sequential(
             own,
             loss,
             settings.partition,
@@ -351,13 +351,16 @@ def as_graph(
             example=example_input(spec),
             state_readout=state,
         )
-    return split_module(
-        own,
-        loss,
-        settings.partition,
-        knobs.grouping,
-        example=example_input(spec) if spec.inputs is None else example_inputs(spec),
-        targets=spec.targets,
-        policy=policy,
-        state_readout=state,
-    )
+    else:
+        graph = split_module(
+            own,
+            loss,
+            settings.partition,
+            knobs.grouping,
+            example=example,
+            targets=spec.targets,
+            policy=policy,
+            state_readout=state,
+        )
+    graph.example = by_parent(example)
+    return graph

@@ -10,7 +10,7 @@ B: batch, O: outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -74,7 +74,8 @@ class SampleSpec:
     targets: by readout, where every readout has its own; then y_shape, y_dtype and classes are
     those of the first one (`several` makes such a spec). tokens: number of different tokens, where
     u holds their numbers (int64, 0 ... tokens - 1). inputs: by name, where there are several; then
-    u_shape and u_dtype are those of the first one.
+    u_shape and u_dtype are those of the first one. example: the inputs of a real item, by the names
+    that blocks have for them, where one is at hand.
     """
 
     u_shape: tuple[int, ...]
@@ -85,6 +86,7 @@ class SampleSpec:
     targets: Mapping[str, TargetSpec] | None = None
     tokens: int | None = None
     inputs: Mapping[str, InputSpec] | None = None
+    example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def several(
@@ -110,6 +112,12 @@ class SampleSpec:
         if self.targets is not None:
             return self.targets.get(readout)
         return TargetSpec(self.y_shape, self.y_dtype, self.classes)
+
+
+def with_example(spec: SampleSpec, first: Sample) -> SampleSpec:
+    """`spec` with the inputs of a real item, which models are tried on."""
+    several = {f"u.{name}": u for name, u in (first.inputs or {}).items()}
+    return replace(spec, example=several or {"u": first.u})
 
 
 @runtime_checkable
