@@ -172,6 +172,11 @@ class Snapshot:
     def tick(self) -> int:
         return self.manifest.tick
 
+    @property
+    def digests(self) -> bool:
+        """Whether the run kept digests (digests.py), which go on from it."""
+        return "digests" in self.state(INPUT)
+
     def __str__(self) -> str:
         return f"{self.where}/{self.folder}"
 

@@ -200,7 +200,14 @@ class _Work:
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
             told += other_bits_than(snapshot, plan)
-            return graph, replace(plan, skip=snapshot.manifest.skip), told
+            plan = replace(plan, skip=snapshot.manifest.skip)
+            if plan.engine.digests and not snapshot.digests:
+                told.append(
+                    f"engine.digests: {snapshot} was taken without them, so this run has none: "
+                    "they would begin in its midst"
+                )
+                plan = replace(plan, engine=plan.engine.model_copy(update={"digests": False}))
+            return graph, plan, told
         if isinstance(self.model, Graph):
             raise SnapshotError(
                 f"{snapshot}: it was taken of another graph or run ({', '.join(other)} differ)"
