@@ -57,6 +57,7 @@ class RayEngine:
             crew = stack.enter_context(Crew(plan, stream, session))
             auto = plan.replan is not None
             plan = crew.wire(startup, costs, measured)
+            notes += crew.notes
             notes += placement_notes(plan, crew.placement, costs)
             notes += crew.crowded() if plan.engine.address is not None else []
             notes += token_notes(plan.engine)
