@@ -155,7 +155,7 @@ class _Remote:
 
         self.where = url
         self._fs: Any
-        with self._named("", "cannot be opened (is its package installed?)"):
+        with self._named("", "no file system for it is installed, or it cannot be opened"):
             self._fs, self._root = fsspec.core.url_to_fs(url)
 
     @contextmanager
