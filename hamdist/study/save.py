@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hamdist.config import Settings, to_yaml
 from hamdist.study.aggregate import aggregate
+from hamdist.study.folder import write_file
 from hamdist.study.plots import comparison_plots
 from hamdist.study.report import Report, render
 from hamdist.study.results import (
@@ -18,7 +19,6 @@ from hamdist.study.results import (
     rows_csv,
     run_lines,
     summary_json,
-    write_file,
 )
 from hamdist.study.runs import Run
 from hamdist.study.table import comparison_table
@@ -70,9 +70,16 @@ def as_it_was(settings: Settings, run: Run) -> Settings:
 
 
 def save_comparison(
-    folder: Path, runs: Sequence[Run], settings: Settings, *, command: str, interrupted: bool
+    folder: Path,
+    runs: Sequence[Run],
+    settings: Settings,
+    *,
+    command: str,
+    interrupted: bool,
+    drawn: bool = True,
 ) -> None:
-    """runs.jsonl, results.csv, summary.json, settings.yaml, the plots and report.html.
+    """Write runs.jsonl, results.csv, summary.json, settings.yaml, the plots (`drawn`) and
+    report.html.
 
     Raises SettingsError where a file cannot be written.
     """
@@ -81,7 +88,7 @@ def save_comparison(
     write_file(folder / "results.csv", rows_csv(rows))
     write_file(folder / "settings.yaml", to_yaml(settings))
     write_file(folder / "summary.json", comparison_summary(rows, interrupted=interrupted))
-    plots = comparison_plots(runs) if rows else {}
+    plots = comparison_plots(runs) if rows and drawn else {}
     for name, png in plots.items():
         write_file(folder / name, png)
     report = Report(
