@@ -160,6 +160,7 @@ class EngineSettings(Section):
     a shell, names first; `u->*` from the stream). It is part of what a run means: what a receiver
     sees is the decoded signal, in one process too. feedback: which int8 signals carry errors on.
     stall_warning, stall_limit: seconds without progress until the watchdog speaks, and gives up.
+    idle_seconds: how long a local Ray and its actors wait for the next run of the same process.
     link_delay: for tests and studies: seconds by which every message between two actors comes later
     than it does.
     """
@@ -184,6 +185,7 @@ class EngineSettings(Section):
     feedback: Annotated[Feedback, BeforeValidator(as_written)] = Feedback.MESSAGES
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
+    idle_seconds: Annotated[float, Field(ge=0)] = 60.0
     link_delay: Rate = 0.0
 
     @model_validator(mode="after")

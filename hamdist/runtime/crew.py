@@ -22,10 +22,10 @@ from hamdist.runtime.cluster import Session, host_seconds, hosts
 from hamdist.runtime.demands import demand, wishes
 from hamdist.runtime.host import Host, HostReport, HostStatus, Kept, Opened
 from hamdist.runtime.hosts import Seat, seats
+from hamdist.runtime.interrupts import deaf_to_interrupts
 from hamdist.runtime.line import socket_folder
 from hamdist.runtime.links import Link, Probe, least_delays, pairs
 from hamdist.runtime.measure import source_host
-from hamdist.runtime.outcome import deaf_to_interrupts
 from hamdist.runtime.placement import Costs, by_parameters, place
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.shared import GPU_SCHEME, MAX_CAPACITY

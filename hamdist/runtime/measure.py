@@ -113,6 +113,9 @@ def _crossings(plan: Plan, source: str | None) -> Iterator[tuple[int, int, float
         once = SIGNAL_SECONDS + number / BYTES_PER_SECOND
         a, b = sorted((order.index(parent), order.index(edge.child)))
         yield a, b, once if edge.from_input else 2 * ticks * once
+    for tie in plan.graph.ties:
+        a, b = sorted((order.index(tie.owner), order.index(tie.user)))
+        yield a, b, 2 * (SIGNAL_SECONDS + _bytes((tie.numel,), torch.float32) / BYTES_PER_SECOND)
     for readout in plan.graph.readouts if source is not None else ():
         target = plan.spec.target(readout)
         if target is not None and readout != source:

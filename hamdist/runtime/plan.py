@@ -28,6 +28,7 @@ from hamdist.config import (
 from hamdist.dynamics import rows
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
 from hamdist.dynamics.graph import Graph, ShapeMap
+from hamdist.dynamics.graph_checks import check_parameters
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import CrossEntropy, class_axis, mse
 from hamdist.dynamics.rates import StepCourse, step_course
@@ -152,8 +153,9 @@ class Plan:
             b if b.name in mine else dataclasses.replace(b, module=nn.Identity(), output=None)
             for b in self.graph.blocks.values()
         ]
+        graph = Graph(specs, shared=self.graph.shared)
         spec = dataclasses.replace(self.spec, example=None)
-        return dataclasses.replace(self, graph=Graph(specs), spec=spec, replan=None)
+        return dataclasses.replace(self, graph=graph, spec=spec, replan=None)
 
 
 def make_plan(
@@ -164,6 +166,7 @@ def make_plan(
     phi: a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`).
     Raises GraphError and LevelError for whatever cannot run.
     """
+    check_parameters(graph.blocks, "a plan", frozen=True)
     knobs = make_locality(settings.level, settings.locality)
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())

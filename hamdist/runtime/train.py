@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,28 +17,33 @@ from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.graph_checks import check_parameters
+from hamdist.dynamics.hooks import check_hooks
 from hamdist.dynamics.inputs import by_parent
-from hamdist.dynamics.locality import make_locality
+from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import Losses, make_losses
+from hamdist.dynamics.python_state import check_apart, unchanged
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SnapshotError
 from hamdist.runtime.advice import after, before, end_of_stream, of_resumed
 from hamdist.runtime.auto import resolved
-from hamdist.runtime.cluster import prepare_environment
+from hamdist.runtime.cluster import ray_environment
 from hamdist.runtime.compression import in_edge_order
 from hamdist.runtime.divergence import explained
 from hamdist.runtime.inprocess import InProcessEngine
+from hamdist.runtime.interrupts import OnProgress, terminated_as_interrupted
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_keeping, make_plan
 from hamdist.runtime.replan import replannable
-from hamdist.runtime.result import Progress, RunResult
+from hamdist.runtime.result import RunResult
 from hamdist.runtime.resume import changed, differences, earlier, ended, weights_of, with_weights
 from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
+from hamdist.runtime.ties import against_ties, weight_lags
 from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 
@@ -46,9 +51,7 @@ OWN = "hamdist."  # streams of this package, which know what they give
 
 
 class Engine(Protocol):
-    def run(
-        self, plan: Plan, stream: Stream, on_progress: Callable[[Progress], None] | None = None
-    ) -> Outcome: ...
+    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome: ...
 
 
 def train(
@@ -59,7 +62,7 @@ def train(
     loss: Losses | None = None,
     policy: Policy | None = None,
     phi: Course | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: OnProgress | None = None,
     resume: str | Path | None = None,
 ) -> RunResult:
     """Learns `model` on `stream` as `settings` say (those of one level: `Settings.for_level`).
@@ -69,8 +72,10 @@ def train(
     `settings.loss`, or one for each output of a model that has several. policy: where blocks begin,
     instead of `settings.partition`. phi: the scale of the loss by tick (by sample, in levels of
     presentation 'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times
-    a second, and for every phase of the start (`Progress.phase`), in the calling thread. The first
-    Ctrl-C ends the stream; the result then says `interrupted`. resume: a folder of snapshots, or
+    a second, and for every phase of the start (`Progress.phase`), in the calling thread; it may end
+    the run (`Stop`: the result then says `stopped`), and what else it raises does so, too, with
+    what was learned so far as its `result`. The first Ctrl-C or SIGTERM ends the stream; the result
+    then says `interrupted`. resume: a folder of snapshots, or
     one of them: the run goes on from it as if it had never stopped; a network that is cut in
     another way, or another level, takes over the weights and the place in the stream.
 
@@ -79,7 +84,10 @@ def train(
     SnapshotError for a snapshot that cannot be gone on from, before anything starts. A
     DivergedError brings what came before as its `result`.
     """
-    with torch.inference_mode(False):  # whatever the caller's mode: this is learning
+    with (
+        terminated_as_interrupted(),
+        torch.inference_mode(False),
+    ):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
             losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
@@ -114,7 +122,11 @@ def train(
                 failure.result = _result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
         outcome.warnings[:0] = [*told, *end_of_stream(plan, outcome)]
-        return _result(graph, plan, outcome, startup, settings, why)
+        result = _result(graph, plan, outcome, startup, settings, why)
+        if outcome.error is not None:
+            outcome.error.result = result  # type: ignore[attr-defined]
+            raise outcome.error
+        return result
 
 
 def _spec_with_example(stream: Stream) -> SampleSpec:
@@ -142,8 +154,11 @@ class _Work:
         return _cut(self.model, self.spec, loss, self.policy, own)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
-        graph = self.graph()
-        plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+        with unchanged(_modules(self.model)):
+            graph = self.graph()
+            blocks = graph.unsliced.blocks
+            check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
+            plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
         keeping = make_keeping(self.settings, snapshot)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path)
@@ -202,6 +217,12 @@ class _Work:
             partition = settings.partition.model_copy(update=given)
             settings = settings.model_copy(update={"partition": partition})
         return replace(self, settings=settings)
+
+
+def _modules(model: nn.Module | Graph) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    return [m for b in model.blocks.values() for m in (b.module, b.output) if m is not None]
 
 
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
@@ -267,6 +288,7 @@ def _result(
         "staleness": plan.schedule.staleness,
         "resumed": plan.resumed,
         "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "weight_lags": weight_lags(plan),
         "stored": {
             name: outcome.blocks[name].stored
             for name in graph.blocks
@@ -298,8 +320,8 @@ def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
 def make_engine(settings: Settings) -> Engine:
     if settings.engine.kind is EngineKind.INPROCESS:
         return InProcessEngine()
-    prepare_environment(settings.engine)
-    from hamdist.runtime.supervisor import RayEngine  # Ray takes seconds to import
+    with ray_environment(settings.engine):
+        from hamdist.runtime.supervisor import RayEngine  # Ray takes seconds to import
 
     return RayEngine()
 
@@ -315,10 +337,27 @@ def as_graph(
 
     Raises GraphError for a model that cannot be cut in that way.
     """
+    check_hooks(_modules(model))
+    knobs = make_locality(settings.level, settings.locality)
+    together = against_ties(settings.level.value, knobs, settings.learning)
+    graph = _graph(model, settings, knobs, together, spec, loss, policy)
+    check_parameters(graph.blocks, together)
+    return graph.apart()
+
+
+def _graph(
+    model: nn.Module | Graph,
+    settings: Settings,
+    knobs: Locality,
+    together: str | None,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None,
+) -> Graph:
+    """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
         return model.copy()
     check_made(model)
-    knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
@@ -341,6 +380,7 @@ def as_graph(
             targets=spec.targets,
             policy=policy,
             state_readout=state,
+            together=together,
         )
     graph.example = by_parent(example)
     return graph
