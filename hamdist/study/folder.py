@@ -33,7 +33,7 @@ FILES = (  # what --overwrite may remove: whatever a run or a comparison writes
     *(EVENTS, "metrics.jsonl", "runs.jsonl", "settings.yaml", "summary.json", "results.csv"),
     *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
     *("accuracy-samples.png", "accuracy-seconds.png", "energies.png", "weights.png"),
-    *("tracking.png", f"{RUNS}/*.json"),
+    *("tracking.png", "digests*.json", f"{RUNS}/*.json"),
 )
 
 
