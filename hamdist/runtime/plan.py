@@ -29,6 +29,7 @@ from hamdist.config import (
 from hamdist.dynamics import rows
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
 from hamdist.dynamics.graph import Graph, ShapeMap
+from hamdist.dynamics.graph_checks import check_parameters
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import CrossEntropy, class_axis, mse
 from hamdist.dynamics.rates import StepCourse, step_course
@@ -36,12 +37,14 @@ from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import GraphError, LevelError, SettingsError
+from hamdist.runtime.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.compression import compressed
 from hamdist.runtime.cuda import cuda_memory
 from hamdist.runtime.device import Desk
 from hamdist.runtime.lending import MemoryOf
 from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
+from hamdist.runtime.switches import Switches, read_switches
 from hamdist.runtime.taught import Heads, plan_heads
 from hamdist.streams.sample import SampleSpec, TargetSpec
 
@@ -78,10 +81,11 @@ class Keeping:
 class Plan:
     """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
     front. steps: samples after which the stream ends, or None. run: a number that marks the
-    signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
-    nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
-    own, of every block. rate: the course of the step size. follows_lr: beta comes from the
-    learning rate.
+    signals of this run. switches: torch's, of the driver; arithmetic: its fingerprint.
+    reversible: the blocks that keep nothing of a sample (memory 'reversible'). desks: where blocks
+    have types or devices of their own, of every block. rate: the course of the step size.
+    follows_lr: beta comes from the learning rate.
+    silent: the blocks that get no messages, for nothing learns there or before them.
     heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
@@ -102,9 +106,11 @@ class Plan:
     steps: int | None
     rate: StepCourse
     metrics: MetricsSettings
-    default_dtype: torch.dtype
+    switches: Switches
+    arithmetic: Arithmetic
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
     native: bool = False
     replan: Replan | None = None
     keeping: Keeping | None = None
@@ -125,6 +131,14 @@ class Plan:
     def course(self, sample: int) -> float:
         """The same without what makes up for a delay."""
         return self.rate(sample + self.skip)
+
+    @property
+    def resumed(self) -> int:
+        """Samples of this run that had entered before the snapshot that it goes on from."""
+        if self.keeping is None or self.keeping.snapshot is None:
+            return 0
+        manifest = self.keeping.snapshot.manifest
+        return manifest.samples - manifest.skip
 
     @property
     def taught_by(self) -> str:
@@ -154,8 +168,9 @@ class Plan:
             b if b.name in mine else dataclasses.replace(b, module=nn.Identity(), output=None)
             for b in self.graph.blocks.values()
         ]
+        graph = Graph(specs, shared=self.graph.shared)
         spec = dataclasses.replace(self.spec, example=None)
-        return dataclasses.replace(self, graph=Graph(specs), spec=spec, replan=None)
+        return dataclasses.replace(self, graph=graph, spec=spec, replan=None)
 
 
 def make_plan(
@@ -166,6 +181,7 @@ def make_plan(
     phi: a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`).
     Raises GraphError and LevelError for whatever cannot run.
     """
+    check_parameters(graph.blocks, "a plan", frozen=True)
     knobs = make_locality(settings.level, settings.locality)
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())
@@ -173,11 +189,14 @@ def make_plan(
     spec = _with_classes(spec, graph, shapes)
     _check_predictions(graph, shapes, spec, settings.ignore_index)
     graph, shapes, desks = with_desks(graph, shapes, spec.parents, settings.engine, knobs)
+    # (The end of a stream goes against the edges where there are cycles; energies need z.)
+    whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
+    silent = frozenset[str]() if whole else graph.silent()
     schedule: Schedule
     if knobs.sequence:
         schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
     else:
-        schedule = make_schedule(graph, knobs)
+        schedule = make_schedule(graph, knobs, silent)
     _check_resets(graph, schedule, dynamics, knobs)
     _check_output_nets(graph, dynamics)
     rewinds = knobs.memory is Memory.REVERSIBLE
@@ -197,7 +216,7 @@ def make_plan(
     rate = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = knobs.hold and dynamics.clocked
-    reversible = reversible_blocks(graph, shapes) if rewinds else frozenset()
+    reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()
     channels = make_channels(
         graph,
         schedule,
@@ -206,8 +225,10 @@ def make_plan(
         bundle=settings.engine.bundle,
         labels=heads is not None,
         messages=knobs.credit is Credit.MESSAGES,
+        silent=silent,
     )
     signals = {**shapes, **spec.parents}
+    native = _native(settings.engine)
     return Plan(
         graph=graph,
         knobs=knobs,
@@ -222,12 +243,14 @@ def make_plan(
         steps=settings.steps,
         rate=rate,
         metrics=settings.metrics,
-        default_dtype=torch.get_default_dtype(),
+        switches=read_switches(),
+        arithmetic=arithmetic(settings.engine.threads, native=native),
         follows_lr=settings.dynamics.beta is None,
         desks=desks,
         reversible=reversible,
+        silent=silent,
         heads=heads,
-        native=_native(settings.engine),
+        native=native,
         ignore_index=settings.ignore_index,
     )
 

@@ -16,6 +16,7 @@ from hamdist.dynamics.joined import JoinedCell
 from hamdist.dynamics.metrics import Prequential
 from hamdist.dynamics.precision import AutocastCell, Rounding
 from hamdist.dynamics.schedule import Event, HoldSchedule, PulseSchedule, Stamp, emitted
+from hamdist.dynamics.tied_cell import TiedCell
 from hamdist.dynamics.weights import Weights
 from hamdist.errors import SnapshotError
 from hamdist.runtime.device import Border, kept
@@ -51,10 +52,11 @@ class Ports:
         return signal
 
     def message(self, edge: Edge, event: Event) -> Signal | None:
-        stamp = self._schedule.message(edge, event)
-        if stamp is None:
+        channel = self._channels.messages.get(edge.index)
+        stamp = None if channel is None else self._schedule.message(edge, event)
+        if channel is None or stamp is None:
             return None
-        signal = self._take(self._channels.messages[edge.index], stamp, event)
+        signal = self._take(channel, stamp, event)
         if signal.payload is not None:
             signal.payload = self.border.message(signal.payload)
         return signal
@@ -186,6 +188,8 @@ def block_state(
         parameters = dict(cell.module.named_parameters())
         state = {**dict(cell.module.named_buffers()), **cell.module.state_dict()}
         for name, value in state.items():
+            if name in cell.borrowed:
+                continue
             own = kept(value) if isinstance(value, Tensor) else copy.deepcopy(value)
             (theta if name in parameters else buffers)[prefix + name] = own
     first = parts[0][2]
@@ -203,5 +207,7 @@ def block_state(
 
 
 def _rounding(cell: Cell) -> Rounding | None:
-    inner = cell.inner if isinstance(cell, JoinedCell) else cell
+    inner = cell
+    while isinstance(inner, (JoinedCell, TiedCell)):
+        inner = inner.inner
     return inner.rounding if isinstance(inner, AutocastCell) else None
