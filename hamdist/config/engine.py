@@ -205,6 +205,15 @@ class EngineSettings(Section):
     link_delay: Rate = 0.0
 
     @model_validator(mode="after")
+    def _one_process(self) -> EngineSettings:
+        if self.kind is EngineKind.INPROCESS and self.actors not in (1, "auto"):
+            raise ValueError(
+                f"'actors' is {self.actors} with kind 'inprocess', which is one process: leave it "
+                "out, or use kind 'ray' (--engine ray)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_way_for_gpus(self) -> EngineSettings:
         if self.device_signals is not DeviceSignals.IPC:
             return self

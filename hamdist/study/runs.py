@@ -5,12 +5,14 @@ Everything that a comparison needs of a run is in a `Run`; the trained model com
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -45,6 +47,7 @@ from hamdist.study.tracking import Tracking, advice, tracking
 from hamdist.study.warm import warmed
 
 PYTORCH = "pytorch"
+LAYER_BYTES = 20_000  # of the Python objects of one layer
 TIMELINE_LIMIT = 4096
 
 OnProgress = Callable[[Progress], None]
@@ -172,9 +175,12 @@ def _run(
     startup = Startup(phases_to(on_progress, settings.steps))
     startup.add(before)
     with startup.phase("data"):
+        check_size(settings, own_model=factory is not None, own_data=data is not None)
         own = None if data is None else data(settings.seed)
         stream = _stream(settings, dtype) if own is None else own.train
         model = build(settings, stream.spec, factory, dtype)
+        if isinstance(model, nn.Module):
+            check_model(model)
         if begin is not None and begin.weights is not None:
             model = warmed(model, begin.weights)
         if own is not None and isinstance(model, nn.Module):
@@ -268,6 +274,42 @@ def build(
     for text in told:
         warnings.warn(Choice(text), stacklevel=5)
     return made
+
+
+def check_size(settings: Settings, *, own_model: bool = False, own_data: bool = False) -> None:
+    """Raises SettingsError where the least that a run takes is more memory than this host has.
+
+    own_model, own_data: width and depth, or the batch, are not those of the settings.
+    """
+    width, depth = (1, 0) if own_model else (settings.model.width, settings.model.depth)
+    batch = 0 if own_data else settings.stream.batch
+    number = torch_dtype(settings.dtype).itemsize
+    layer = 2 * number * width**2 + LAYER_BYTES  # weights, their costates, and the objects
+    needed, there = depth * layer + batch * number * width, psutil.virtual_memory().total
+    if needed > there:
+        raise SettingsError(
+            f"model.width {width:,}, model.depth {depth:,}, stream.batch {batch:,}: weights and "
+            f"one state take at least {needed / 2**30:,.0f} GiB, and this host has "
+            f"{there / 2**30:,.0f} GiB: use smaller ones"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises SettingsError for a model that cannot be copied into blocks, or has no weights."""
+    if next(model.parameters(), None) is None:
+        raise SettingsError("the model has no weights: there is nothing to learn")
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in ("_parameters", "_buffers", "_modules"):
+                continue
+            try:
+                copy.deepcopy(value)
+            except TypeError as error:
+                raise SettingsError(
+                    f"the model's {'.'.join(filter(None, (name, attribute)))} is a "
+                    f"{type(value).__name__}, which cannot be copied ({error}), but each block "
+                    "gets a copy of its modules: make it where it is used, or outside of the model"
+                ) from None
 
 
 def _plain_build(
