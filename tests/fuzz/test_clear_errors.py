@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -59,6 +60,7 @@ def without(): return nn.Sequential(nn.Flatten())
 )
 def test_one_error_that_names_it(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "models_here", raising=False)
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "models_here.py").write_text(MODELS)
     result = CliRunner().invoke(app, ["run", "tiny.yaml", *arguments])
