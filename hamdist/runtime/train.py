@@ -17,7 +17,7 @@ from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
-from hamdist.dynamics.graph_checks import check_parameters
+from hamdist.dynamics.graph_checks import check_parameters, check_shared_modules
 from hamdist.dynamics.hooks import check_hooks
 from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import Locality, make_locality
@@ -356,6 +356,7 @@ def _graph(
 ) -> Graph:
     """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
+        check_shared_modules(model.blocks)
         return model.copy()
     check_made(model)
     own = copy.deepcopy(model)

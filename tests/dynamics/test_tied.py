@@ -490,6 +490,40 @@ def test_where_one_block_has_a_weight(why):
         run("chain", level, steps=2, **copy.deepcopy(fields))
 
 
+class Count(nn.Module):
+    """Another activation from its sixteenth call on, wherever that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.calls = [0]
+
+    def forward(self, x):
+        self.calls[0] += 1
+        return torch.relu(self.layer(x)) if self.calls[0] <= 15 else torch.tanh(self.layer(x))
+
+
+@pytest.mark.parametrize("cut", [["1"], ["4"], None])
+def test_a_shared_module_that_keeps_something_is_not_copied(cut):
+    def build():
+        count = Count()
+        return nn.Sequential(count, nn.Linear(6, 6), nn.Tanh(), count, nn.Linear(6, 3))
+
+    items = [rows(n) for n in range(STEPS)]
+    given = {} if cut is None else {"partition": {"cuts": cut}}
+    source = from_iterable(items, classes=3)
+    chosen = settings("backprop", learning={"lr": LR})
+    if cut != ["1"]:
+        result = hamdist.train(made(build), source, chosen, **given)
+        expected = centrally(made(build), items, lambda p: torch.optim.SGD(p, LR))
+        assert differs(result.model, expected) <= ROUND_OFF
+        return
+    with pytest.raises(GraphError, match="the weight '0.layer.weight' .* with '0', which stays"):
+        hamdist.train(made(build), source, chosen, **given)
+    with pytest.raises(GraphError, match="'a' and 'c' share a Count, which may keep Python state"):
+        hamdist.train(by_hand(Count()), source, chosen)
+
+
 def test_a_shared_buffer():
     norm = nn.BatchNorm1d(6)
     model = nn.Sequential(nn.Linear(6, 6), norm, nn.Linear(6, 6), norm, nn.Linear(6, 3)).double()
