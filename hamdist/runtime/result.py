@@ -14,6 +14,7 @@ from hamdist.dynamics.compress import Compressed
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
 from hamdist.dynamics.precision import Rounding
+from hamdist.runtime.digests import DigestMap
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -125,6 +126,8 @@ class RunFacts:
     placement: the blocks of each process; given as `engine.placement` it is used again.
     time_use: by process, seconds of the whole run ('total'), in the steps of its blocks ('step'),
     and over sockets in packing ('packing') and blocked ('waiting').
+    digests: with `engine.digests`, of the signals that were 'sent' and 'taken' by channel ('state
+    u->block0'), and of the 'weights' by block (digests.py); `hamdist diff` compares those of two.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
@@ -157,6 +160,7 @@ class RunFacts:
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)
     rounding: dict[str, Rounding] = field(default_factory=dict)
+    digests: dict[str, DigestMap] = field(default_factory=dict, metadata=APART)
 
     @property
     def items(self) -> int:
