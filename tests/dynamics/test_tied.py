@@ -21,7 +21,7 @@ from hamdist.dynamics.schedule import Kind, Phase, PulseSchedule, Stamp
 from hamdist.dynamics.spec import SharedWeight
 from hamdist.errors import GraphError
 from hamdist.runtime.plan import make_plan
-from hamdist.runtime.result import WeightLag
+from hamdist.runtime.result import RunFacts, WeightLag
 from hamdist.runtime.train import as_graph
 from hamdist.streams import Sample, from_iterable
 from hamdist.streams.sample import SampleSpec
@@ -388,6 +388,9 @@ def test_the_lag_is_told():
     ]
     found = [result.weight_lags["block0<->block3"] for result in lags]
     assert found == [WeightLag(3, 3), WeightLag(1, 2), WeightLag(0, 0)]
+    facts = RunFacts(**lags[1].shared())
+    assert facts.as_json()["weight_lags"] == {"block0<->block3": {"samples": 1, "ticks": 2}}
+    assert RunFacts.from_json(facts.as_json()).weight_lags == lags[1].weight_lags
 
 
 # -- graphs by hand, frozen weights, compression -------------------------------------------------
