@@ -35,6 +35,7 @@ from hamdist.errors import HamdistError, SettingsError
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
 
+    from hamdist.models import ModelFactory
     from hamdist.study.compare import Planned
     from hamdist.study.runs import OnProgress, Run
     from hamdist.study.table import Table as StudyTable
@@ -57,6 +58,15 @@ def compare(
     model: ModelOption = None,
     stream: StreamOption = None,
     stabilise: StabiliseOption = None,
+    baseline_model: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline-model",
+            metavar="FILE.py:FUNCTION",
+            help="Makes the module of centralised training, where it is another one; it begins "
+            "with the model's weights where names and shapes fit.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the result's files.", show_default="results/NAME"),
@@ -67,7 +77,8 @@ def compare(
         asked = {"levels": None if levels is None else _split_levels(levels), "seeds": seeds}
         options = changes(engine=engine, seed=seed, steps=steps, stabilise=stabilise)
         loaded = load(settings, set_, {**options, **given({"compare": given(asked) or None})})
-        _compare(loaded, model, stream, results_of(loaded.name) if out is None else out)
+        plain = prepare(None, baseline_model)
+        _compare(loaded, model, stream, plain, results_of(loaded.name) if out is None else out)
 
 
 def _split_levels(text: str) -> list[str]:
@@ -84,7 +95,11 @@ def _split_levels(text: str) -> list[str]:
 
 
 def _compare(
-    settings: Settings, model_name: str | None, stream_name: str | None, out: Path
+    settings: Settings,
+    model_name: str | None,
+    stream_name: str | None,
+    plain: ModelFactory | None,
+    out: Path,
 ) -> None:
     factory = prepare(out, model_name)
     data = own_stream(stream_name, settings)
@@ -98,7 +113,9 @@ def _compare(
     try:
         with Display() as display:
             watch = _titles(display, planned, settings.stream.batch if data is None else None)
-            runs = runs_of(settings, planned, factory=factory, data=data, on_progress=watch)
+            runs = runs_of(
+                settings, planned, factory=factory, data=data, plain=plain, on_progress=watch
+            )
             for result in runs:
                 finished.append(result)
                 display.say(finished_line(result))

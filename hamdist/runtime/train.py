@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from hamdist.dynamics.python_state import check_apart, unchanged
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
-from hamdist.errors import DivergedError, SnapshotError
+from hamdist.errors import DivergedError, SettingsError, SnapshotError
 from hamdist.runtime.advice import after, before, end_of_stream, of_resumed
 from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import ray_environment
@@ -42,6 +42,7 @@ from hamdist.runtime.resume import changed, differences, earlier, ended, weights
 from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
+from hamdist.streams.cast import in_dtype
 from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 
@@ -88,6 +89,7 @@ def train(
     ):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
+            model, stream = in_dtype_of(settings, model, stream)
             losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
             if isinstance(losses, Mapping):
                 stream = with_targets_of(stream, losses)
@@ -215,6 +217,26 @@ class _Work:
             partition = settings.partition.model_copy(update=given)
             settings = settings.model_copy(update={"partition": partition})
         return replace(self, settings=settings)
+
+
+def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
+    """Return model and stream in `settings.dtype`, where it was set; copies, where they were not.
+
+    Raises:
+        SettingsError: The model is a Graph of another type, which brings its own.
+    """
+    if "dtype" not in settings.model_fields_set:
+        return model, stream
+    dtype = getattr(torch, settings.dtype.value)
+    tensors = [t for m in _modules(model) for t in (*m.parameters(), *m.buffers())]
+    if any(t.is_floating_point() and t.dtype != dtype for t in tensors):
+        if isinstance(model, Graph):
+            raise SettingsError(
+                f"dtype {settings.dtype.value!r}: the Graph has weights of another type; make its "
+                "modules in that type, or leave dtype out"
+            )
+        model = copy.deepcopy(model).to(dtype)
+    return model, in_dtype(stream, dtype)
 
 
 def _modules(model: nn.Module | Graph) -> list[nn.Module]:
