@@ -9,8 +9,9 @@ A block begins at a place in the order of the steps. The order is the model's ow
 - with several outputs the steps of one output alone stand behind those that outputs share.
 
 Between two blocks goes what later blocks read: real values that can be columns of a signal.
-No block begins where a weight has users on both sides, where memory is written to behind the place
-and was made before it, or where something else would have to cross.
+No block begins where a buffer has users on both sides (or a weight, at levels that cannot tie
+copies of it), where memory is written to behind the place and was made before it, or where
+something else would have to cross.
 """
 
 from __future__ import annotations
@@ -40,9 +41,16 @@ class Glue:
 class Flow:
     """order: the ops that belong to a block, in order. segments: where the ops that outputs share
     begin, and those of each output alone. needs: by op, those that come first. glues: what must
-    stay together."""
+    stay together. together: what keeps the users of a weight in one block (None: nothing does)."""
 
-    def __init__(self, trace: Trace, model: nn.Module, outputs: Sequence[Value]) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        model: nn.Module,
+        outputs: Sequence[Value],
+        together: str | None = None,
+    ) -> None:
+        self._together = together
         self.trace = trace
         self.ops = trace.ops
         self.outputs = list(outputs)
@@ -189,15 +197,17 @@ class Flow:
                 users.setdefault(key, []).append((i, name))
         for found in users.values():
             at = [self.place[i] for i, _ in found]
-            if max(at) > min(at):
+            tensor = self._tensors[found[0][1]]
+            alone = self._together is not None and tensor.requires_grad
+            if max(at) > min(at) and (alone or not isinstance(tensor, nn.Parameter)):
                 first = min(found, key=lambda f: self.place[f[0]])
                 last = max(found, key=lambda f: self.place[f[0]])
                 names = dict.fromkeys(name for _, name in (first, last))
                 yield Glue(
                     min(at), max(at),
                     f"the weight {' = '.join(map(repr, names))} is used in "
-                    f"{self.title(first[0])} and in {self.title(last[0])}, and a weight belongs to "
-                    "one block",
+                    f"{self.title(first[0])} and in {self.title(last[0])}, and "
+                    f"{f'with {self._together} ' if alone else ''}a weight belongs to one block",
                     "give each user a weight of its own (untie them), or cut elsewhere",
                 )  # fmt: skip
 

@@ -86,13 +86,6 @@ def split_sequential(
     children = [(name, m) for name, m in model._modules.items() if m is not None]
     if not children:
         raise GraphError("the model is an empty nn.Sequential; give it at least one module")
-    for i, (name, module) in enumerate(children):
-        stateful = [*module.parameters(), *module.buffers()]
-        if stateful and any(module is other for _, other in children[:i]):
-            raise GraphError(
-                f"module {name!r} stands in the nn.Sequential twice, so its weights would belong "
-                "to two blocks; give each place its own module"
-            )
     starts = _starts(children, model, partition, grouping, example)
     blocks: list[BlockSpec] = []
     for i, (first, last) in enumerate(zip(starts, [*starts[1:], len(children)], strict=True)):
@@ -198,13 +191,15 @@ def split_module(
     targets: Collection[str] | None = None,
     policy: Policy | None = None,
     state_readout: bool = False,
+    together: str | None = None,
 ) -> Graph:
     """The blocks that `policy`, `partition` or else `grouping` ask for.
 
     loss: of every output, or by output; targets: the outputs for which the stream has targets, if
     it names them. An output of a model that returns several is named by its key in a dict, or
     `out0`, `out1`, ... in a tuple, and so is the block that predicts it.
-    example: inputs of the right shapes and types.
+    example: inputs of the right shapes and types. together: what keeps the users of a weight in one
+    block, if anything does.
 
     A model that cannot be followed is one block, which `Graph.notes` explains. Raises GraphError
     where blocks, cuts or a policy ask for more than that, for cuts that cannot be, and for outputs
@@ -224,7 +219,7 @@ def split_module(
             ) from None
         return _whole(model, loss, inputs, state_readout, told)
     names, values, losses = _outputs(followed, loss, targets)
-    flow = Flow(followed, model, values)
+    flow = Flow(followed, model, values, together)
     cuts = Cuts(flow, model)
 
     def graph(

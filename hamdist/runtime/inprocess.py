@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 from hamdist.dynamics.graph import INPUT
 from hamdist.errors import DivergedError
+from hamdist.runtime.digests import Digests
 from hamdist.runtime.interrupts import Ending, OnProgress
 from hamdist.runtime.keptrun import KeptRun
 from hamdist.runtime.ledger import Ledger
@@ -31,7 +32,8 @@ class InProcessEngine:
         created = time.perf_counter()
         inside = {INPUT, *plan.graph.blocks}
         ledger = None if plan.keeping is None else Ledger(inside, replays=False)
-        mail = Mailroom(inside, ledger=ledger)
+        digests = Digests() if plan.engine.digests else None
+        mail = Mailroom(inside, ledger=ledger, digests=digests)
         source = SourceNode(plan, stream, mail)
         nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
         measured = [n for n in nodes if n.metrics is not None]
@@ -73,7 +75,13 @@ class InProcessEngine:
         ):
             try:
                 cut = None if keeping is None else keeping.keeper
-                run_loop([source, *nodes], between, cut, started=keeping is not None and keeping.on)
+                run_loop(
+                    [source, *nodes],
+                    between,
+                    cut,
+                    started=keeping is not None and keeping.on,
+                    after_step=None if digests is None else digests.after_step,
+                )
             except DivergedError as error:
                 diverged = error
             except KeyboardInterrupt:  # the second Ctrl-C: end at once, in whatever state it is
@@ -85,8 +93,10 @@ class InProcessEngine:
             ending.report(progress())
         seconds = time.perf_counter() - started
         peak, own = peak_bytes(), own_bytes()  # before the states are copied
+        blocks = {n.name: n.state() for n in nodes}
         outcome = Outcome(
-            blocks={n.name: n.state() for n in nodes},
+            blocks=blocks,
+            digests={} if digests is None else digests.result(blocks),
             windows={n.name: n.metrics.windows for n in measured if n.metrics is not None},
             samples=source.samples,
             ticks=ticks_of(nodes),

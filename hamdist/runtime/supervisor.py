@@ -17,6 +17,7 @@ from hamdist.runtime.cluster import ray_session
 from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.crew import END_SECONDS, Crew
 from hamdist.runtime.crewkeeping import CrewKeeping
+from hamdist.runtime.digests import joined
 from hamdist.runtime.interrupts import Ending, OnProgress
 from hamdist.runtime.measure import Unmeasured, measured_costs, unmeasured_costs, wants_costs
 from hamdist.runtime.memory import peak_bytes, reset_peak
@@ -56,6 +57,7 @@ class RayEngine:
             crew = stack.enter_context(Crew(plan, stream, session))
             auto = plan.replan is not None
             plan = crew.wire(startup, costs, measured)
+            notes += crew.notes
             notes += placement_notes(plan, crew.placement, costs)
             notes += crew.crowded() if plan.engine.address is not None else []
             notes += token_notes(plan.engine)
@@ -237,6 +239,7 @@ class _Watch:
             stream=next((r.stream for r in reports if r.stream), {}),
             placement=self._crew.placement,
             time_use={a.name: a.report.time_use for a in actors if a.report is not None},
+            digests=joined(report.digests for report in reports),
             records={name: rs for r in reports for name, rs in r.records.items()},
             snapshots=[] if self._keeping is None else self._keeping.snapshots,
             replaced=[] if self._keeping is None else self._keeping.replaced,

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hamdist.config import EngineKind, Level, Readout, Settings
+from hamdist.config import Bits, EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.graph_checks import check_parameters
 from hamdist.dynamics.hooks import check_hooks
 from hamdist.dynamics.inputs import by_parent
-from hamdist.dynamics.locality import make_locality
+from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.python_state import check_apart, unchanged
 from hamdist.dynamics.recurrent import MergedSequence
@@ -27,6 +28,7 @@ from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
 from hamdist.errors import DivergedError, SettingsError, SnapshotError
 from hamdist.runtime.advice import after, before, end_of_stream, of_resumed
+from hamdist.runtime.arithmetic import check_portable
 from hamdist.runtime.auto import resolved
 from hamdist.runtime.cluster import ray_environment
 from hamdist.runtime.compression import in_edge_order
@@ -36,12 +38,22 @@ from hamdist.runtime.interrupts import OnProgress, terminated_as_interrupted
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_keeping, make_plan
+from hamdist.runtime.portable import is_pinned
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import RunResult
-from hamdist.runtime.resume import changed, differences, earlier, ended, weights_of, with_weights
+from hamdist.runtime.resume import (
+    changed,
+    differences,
+    earlier,
+    ended,
+    other_bits_than,
+    weights_of,
+    with_weights,
+)
 from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
+from hamdist.runtime.ties import against_ties, weight_lags
 from hamdist.streams.cast import in_dtype
 from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
@@ -83,6 +95,12 @@ def train(
     SnapshotError for a snapshot that cannot be gone on from, before anything starts. A
     DivergedError brings what came before as its `result`.
     """
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise SettingsError(
+            "train() was called inside torch.autocast, which would go on with the weights as they "
+            "were when it first cast them: call it outside, with engine.blocks {'*': {autocast: "
+            "bf16}}"
+        )
     with (
         terminated_as_interrupted(),
         torch.inference_mode(False),
@@ -110,6 +128,9 @@ def train(
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
             warnings.warn(text, stacklevel=3)
+        alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
+        if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
+            check_portable(plan.arithmetic, plan.switches, native=plan.native)
         try:
             outcome = make_engine(settings).run(plan, stream, on_progress)
             if plan.replan is not None and outcome.delays:
@@ -180,7 +201,15 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
-            return graph, replace(plan, skip=snapshot.manifest.skip), told
+            told += other_bits_than(snapshot, plan)
+            plan = replace(plan, skip=snapshot.manifest.skip)
+            if plan.engine.digests and not snapshot.digests:
+                told.append(
+                    f"engine.digests: {snapshot} was taken without them, so this run has none: "
+                    "they would begin in its midst"
+                )
+                plan = replace(plan, engine=plan.engine.model_copy(update={"digests": False}))
+            return graph, plan, told
         if isinstance(self.model, Graph):
             raise SnapshotError(
                 f"{snapshot}: it was taken of another graph or run ({', '.join(other)} differ)"
@@ -308,6 +337,7 @@ def _result(
         "staleness": plan.schedule.staleness,
         "resumed": plan.resumed,
         "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "weight_lags": weight_lags(plan),
         "stored": {
             name: outcome.blocks[name].stored
             for name in graph.blocks
@@ -357,10 +387,26 @@ def as_graph(
     Raises GraphError for a model that cannot be cut in that way.
     """
     check_hooks(_modules(model))
+    knobs = make_locality(settings.level, settings.locality)
+    together = against_ties(settings.level.value, knobs, settings.learning)
+    graph = _graph(model, settings, knobs, together, spec, loss, policy)
+    check_parameters(graph.blocks, together)
+    return graph.apart()
+
+
+def _graph(
+    model: nn.Module | Graph,
+    settings: Settings,
+    knobs: Locality,
+    together: str | None,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None,
+) -> Graph:
+    """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
         return model.copy()
     check_made(model)
-    knobs = make_locality(settings.level, settings.locality)
     own = copy.deepcopy(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
@@ -383,6 +429,7 @@ def as_graph(
             targets=spec.targets,
             policy=policy,
             state_readout=state,
+            together=together,
         )
     graph.example = by_parent(example)
     return graph
