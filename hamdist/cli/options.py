@@ -25,6 +25,9 @@ LevelOption = Annotated[Level | None, typer.Option("--level", help="Level of loc
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Items of the stream.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Write into the folder, though it is not empty.")
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -68,14 +71,18 @@ def changes(
 
 
 def load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settings:
-    """The recipe or file `source`, with what `--set` and then `options` say laid over it.
+    """The recipe or file `source`, with what `--set` and then `options` say laid over it. Where it
+    asks for portable bits, this process will compute them.
 
     Raises SettingsError where there is none, or something in it is wrong.
     """
+    from hamdist.runtime.portable import pin
     from hamdist.study.recipes import load_settings
 
     overrides = [parse_override(text) for text in set_ or []]
-    return load_settings(source, [*overrides, options])
+    settings = load_settings(source, [*overrides, options])
+    pin(settings.engine)
+    return settings
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

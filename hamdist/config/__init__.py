@@ -9,6 +9,7 @@ from hamdist.config.course import CourseSettings
 from hamdist.config.dynamics import BlockDynamicsSettings, DynamicsSettings, Reset, ResetSettings
 from hamdist.config.engine import (
     Balance,
+    Bits,
     BlockDType,
     BlockEngineSettings,
     Compress,
@@ -91,6 +92,7 @@ __all__ = [
     "AdaptiveSettings",
     "AverageSettings",
     "Balance",
+    "Bits",
     "BlockDType",
     "BlockDynamicsSettings",
     "BlockEngineSettings",

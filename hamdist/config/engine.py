@@ -25,6 +25,17 @@ class Balance(str, Enum):
     TIME = "time"
 
 
+class Bits(str, Enum):
+    """What is done where processes of a run, or the run that a snapshot was taken of, compute other
+    bits (runtime/arithmetic.py). warn: it is said before the first tick. exact: the run is refused.
+    portable: every process is started so that hosts of different kinds agree (runtime/portable.py),
+    at the price of slower products; where they do not even so, the run is refused."""
+
+    WARN = "warn"
+    EXACT = "exact"
+    PORTABLE = "portable"
+
+
 class Pin(str, Enum):
     """Whether the thread of an actor that steps its blocks stays on one processor."""
 
@@ -146,8 +157,9 @@ class BlockEngineSettings(Section):
 class EngineSettings(Section):
     """actors: how many processes, or auto: as many as pay. placement: the blocks of each actor, by
     name. balance: what is shared out evenly between actors where nothing else is said. threads: of
-    each process. step: how blocks compute (closed forms equal autograd to round-off). pin: each
-    process to processors of its own. address: of a Ray cluster (none: a local Ray is started).
+    each process. step: how blocks compute (closed forms equal autograd to round-off). bits: where
+    processes compute other ones. pin: each process to processors of its own. address: of a Ray
+    cluster (none: a local Ray is started).
     encryption: of signals that go by tcp, with keys made for the run (off warns).
     device_signals: between CUDA blocks of two actors on one host.
     queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
@@ -173,6 +185,7 @@ class EngineSettings(Section):
     balance: Balance = Balance.TIME
     threads: Positive = 1
     step: Step = Step.AUTO
+    bits: Bits = Bits.WARN
     pin: Annotated[Pin, BeforeValidator(as_written)] = Pin.AUTO
     address: str | None = None
     transport: TransportKind = TransportKind.AUTO

@@ -18,11 +18,14 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hamdist.runtime.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.host import Host, HostReport, HostStatus, Opened
 from hamdist.runtime.hosts import Seat
+from hamdist.runtime.leftovers import sweep
 from hamdist.runtime.lending import Refusal
 from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.switches import Switches, set_switches
 from hamdist.streams.sample import Stream
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class HostActor:
         # What the imports have made stays: without it the collection with which every run begins
         # takes milliseconds instead of a tenth of a second and more.
         gc.freeze()
+        sweep()
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:
@@ -84,6 +88,17 @@ class HostActor:
             raise RuntimeError("probe() comes first")
         return self._probe
 
+    def compute_as(
+        self, switches: Switches, threads: int, native: bool
+    ) -> tuple[Arithmetic, list[str]]:
+        """Sets torch's switches to the driver's, before any block is there.
+
+        Returns:
+            The fingerprint of this process then, and the switches that could not be set.
+        """
+        refused = set_switches(switches)
+        return arithmetic(threads, native=native), refused
+
     def prepare(
         self,
         plan: Plan,
@@ -92,7 +107,6 @@ class HostActor:
         binds: Mapping[int, str],
     ) -> Opened:
         """Builds the blocks and opens the receiving ends; returns where they are."""
-        torch.set_default_dtype(plan.default_dtype)
         self._host = Host(plan, blocks, stream, self._keys)
         return self._host.bind(binds)
 
@@ -182,6 +196,8 @@ def start_actor(seat: Seat) -> Any:
         "max_restarts": 0,
         "enable_task_events": False,
     }
+    if seat.environment:
+        options["runtime_env"] = {"env_vars": dict(seat.environment)}
     return ray.remote(HostActor).options(**options).remote(sys.path)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +16,12 @@ import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from hamdist.config import DeviceSignals, Encryption, Spread, TransportKind
+from hamdist.config import Bits, DeviceSignals, Encryption, Spread, TransportKind
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, HamdistError, StreamError
 from hamdist.runtime.advice import thread_warnings
+from hamdist.runtime.arithmetic import Arithmetic
 from hamdist.runtime.cluster import Session, host_seconds, hosts
 from hamdist.runtime.demands import demand, wishes
 from hamdist.runtime.host import Host, HostReport, HostStatus, Kept, Opened
@@ -28,9 +32,11 @@ from hamdist.runtime.links import Link, Probe, least_delays, pairs
 from hamdist.runtime.measure import source_host
 from hamdist.runtime.placement import Costs, by_parameters, place
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.portable import other_bits, portable_environment
 from hamdist.runtime.shared import GPU_SCHEME, MAX_CAPACITY
 from hamdist.runtime.signal import Channel
 from hamdist.runtime.startup import Startup
+from hamdist.runtime.switches import Switches
 from hamdist.runtime.threads import cores
 from hamdist.runtime.transport import IPC, SHM, TCP, local_way
 from hamdist.streams.replay import replays
@@ -43,7 +49,10 @@ START_SECONDS = 120.0
 ANSWER_SECONDS = 5.0
 OBEY_SECONDS = 2.0
 END_SECONDS = 10.0
+GATHER_SECONDS = 15.0  # until actors that came up make room for a run that lacks fewer
 LOOPBACK = "127.0.0.1"
+
+_random = random.SystemRandom()  # (the user's generators stay as they are)
 
 
 @dataclass(slots=True, eq=False)
@@ -111,6 +120,8 @@ class Crew:
         self._keeping: list[Any] = []  # the calls of the latest keep() that have not been answered
         self._too_late = False
         self._called_off = False
+        self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
+        self.notes: list[str] = []  # what there is to say of the actors before the first tick
         self.lent = 0  # channels between GPUs of one host, at the start
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
         self.mourn: Callable[[Actor, HamdistError | None, HamdistError], bool] | None = None
@@ -156,7 +167,7 @@ class Crew:
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
         with startup.phase("actors"):
             own = self._seats(groups, costs)
-            handles = self.session.actors(own)
+            handles = self._all_or_none(own)
             self.actors = [
                 Actor(f"actor {i}", blocks, handle, seat)
                 for i, (blocks, handle, seat) in enumerate(zip(groups, handles, own, strict=True))
@@ -164,6 +175,8 @@ class Crew:
             for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
                 actor.node, actor.address, actor.pid = where
             self._make_keys()
+            answers = self._all("compute_as", lambda _: self.way_to_compute())
+            self.notes += self.unlike(dict(zip(self.actors, answers, strict=True)))
         if plan.replan is not None and measured is not None:
             with startup.phase("links"):
                 links = self._links()
@@ -188,6 +201,31 @@ class Crew:
             if any(end.address.startswith(GPU_SCHEME) for end in ends.values()):
                 self._lend()
         return plan
+
+    def _all_or_none(self, seats: Sequence[Seat]) -> list[Any]:
+        """Start an actor for each seat, and hold none while others are missing.
+
+        Two runs that start at once on a cluster with room for one of them could otherwise take half
+        of it each and wait for each other. (Ray's placement groups reserve at once, too, but bind a
+        replacement to what they reserved, and hosts by address, which raylets may share.)
+
+        Returns:
+            The actors' handles. Those of a cluster that is full are still pending.
+        """
+        patience = GATHER_SECONDS
+        give_up = time.monotonic() + START_SECONDS
+        while True:
+            handles = self.session.actors(seats)
+            if self._plan.engine.address is None:
+                return handles
+            calls = [handle.where.remote() for handle in handles]
+            _, late = ray.wait(calls, num_returns=len(calls), timeout=patience)
+            if not late or len(late) == len(calls) or time.monotonic() > give_up:
+                return handles
+            for handle in handles:
+                ray.kill(handle)
+            time.sleep(_random.uniform(0, patience))
+            patience *= 2
 
     def _lend(self) -> None:
         """Lets all find out whether signals can stay on GPUs. Raises ClusterError where they have
@@ -247,7 +285,42 @@ class Crew:
         busy = [sum(work[names.index(name)] for name in group) for group in groups]
         spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
         speeds = host_seconds(known) if spread is Spread.PROFILE else None
-        return seats([demand(g, asked, plan.engine) for g in groups], known, spread, busy, speeds)
+        demands = [demand(group, asked, plan.engine) for group in groups]
+        found = seats(demands, known, spread, busy, speeds)
+        if plan.engine.bits is not Bits.PORTABLE:
+            return found
+        return [seat.pinned(portable_environment()) for seat in found]
+
+    def way_to_compute(self) -> tuple[Switches, int, bool]:
+        """What `HostActor.compute_as` is told before an actor gets blocks."""
+        return self._plan.switches, self._plan.engine.threads, self._plan.native
+
+    def unlike(self, answers: Mapping[Actor, tuple[Arithmetic, list[str]]]) -> list[str]:
+        """Looks whether actors compute the same bits as this process.
+
+        Args:
+            answers: of `HostActor.compute_as`, by actor.
+
+        Returns:
+            What is to be said of those that do not; it has been warned of.
+
+        Raises:
+            ClusterError: `engine.bits` asks for equal bits.
+        """
+        here = self._plan.arithmetic
+        actors: dict[str, list[str]] = {}
+        for actor, (there, refused) in answers.items():
+            if there not in self.arithmetic:
+                self.arithmetic.append(there)
+            reasons = [*there.unlike(here), *refused]
+            if reasons:
+                text = f"on {there}, not as this process on {here}: {', '.join(reasons)}"
+                actors.setdefault(text, []).append(f"{actor.name} ({actor.address})")
+        told = [f"{', '.join(names)} would compute {text}" for text, names in actors.items()]
+        notes = [other_bits(text, self._plan.engine.bits, ClusterError) for text in told]
+        for note in notes:
+            warnings.warn(note, stacklevel=2)  # (before they compute)
+        return notes
 
     def _links(self) -> dict[tuple[int, int], Link]:
         """By pair of actors that exchange signals; between two hosts, or inside of one, one pair

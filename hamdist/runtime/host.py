@@ -37,6 +37,7 @@ from hamdist.runtime.result import BlockState
 from hamdist.runtime.shared import GPU_SCHEME, MAX_CAPACITY, takes
 from hamdist.runtime.signal import Channel
 from hamdist.runtime.source import SourceNode
+from hamdist.runtime.switches import set_switches
 from hamdist.runtime.threads import pinned, seat
 from hamdist.runtime.transport import IPC, Wires
 from hamdist.streams.sample import Stream
@@ -257,6 +258,7 @@ class Host:
     def run(self, index: int = 0, actors: int = 0) -> HostReport:
         """Steps the nodes to the end. Errors are reported, not raised. index: of this process among
         the `actors` of its host, each of which gets a processor of its own (0: none does)."""
+        set_switches(self._plan.switches)
         torch.set_num_threads(self._plan.engine.threads)
         reset_peak(collect=True)
         report = HostReport()

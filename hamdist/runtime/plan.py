@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,12 +37,14 @@ from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import GraphError, LevelError, SettingsError
+from hamdist.runtime.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.compression import compressed
 from hamdist.runtime.cuda import cuda_memory
 from hamdist.runtime.device import Desk
 from hamdist.runtime.lending import MemoryOf
 from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
+from hamdist.runtime.switches import Switches, read_switches
 from hamdist.runtime.taught import Heads, plan_heads
 from hamdist.streams.sample import SampleSpec, TargetSpec
 
@@ -57,7 +60,8 @@ SNAPSHOT_SECONDS = 30.0
 class Keeping:
     """Snapshots of a run. path: where; every: ticks, seconds: of time between two; keep: how many
     stay. settings: of the run, for the manifest. snapshot: what the run goes on from. epoch: of the
-    processes that write, which rises whenever one is replaced."""
+    processes that write, which rises whenever one is replaced. last: one is taken before the end,
+    with which a run of more steps can go on."""
 
     path: str
     every: int | None
@@ -70,16 +74,17 @@ class Keeping:
     silence: float = 10.0
     snapshot: Snapshot | None = None
     epoch: int = 1
+    last: bool = True
 
 
 @dataclass(frozen=True)
 class Plan:
     """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
     front. steps: samples after which the stream ends, or None. run: a number that marks the
-    signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
-    nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
-    own, of every block. rate: the course of the step size. follows_lr: beta comes from the
-    learning rate.
+    signals of this run. switches: torch's, of the driver; arithmetic: its fingerprint.
+    reversible: the blocks that keep nothing of a sample (memory 'reversible'). desks: where blocks
+    have types or devices of their own, of every block. rate: the course of the step size.
+    follows_lr: beta comes from the learning rate.
     silent: the blocks that get no messages, for nothing learns there or before them.
     heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
@@ -101,7 +106,8 @@ class Plan:
     steps: int | None
     rate: StepCourse
     metrics: MetricsSettings
-    default_dtype: torch.dtype
+    switches: Switches
+    arithmetic: Arithmetic
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
@@ -138,6 +144,15 @@ class Plan:
     def taught_by(self) -> str:
         """The readout whose labels travel with the signal."""
         return "" if self.heads is None else self.heads.readout
+
+    @property
+    def last_tick(self) -> float:
+        """The tick before which the last of `steps` samples has left the stream: a snapshot at that
+        tick is one of a run of more steps, too, and a later one is not. Infinite where nobody knows
+        it (in sequences, and where a sample is drawn ahead for its time)."""
+        if self.steps is None or self.knobs.sequence or self.dynamics.tau is None:
+            return math.inf
+        return (self.steps - self.skip) * self.schedule.c - 1
 
     def start(self, block: str) -> Tensor:
         """h_0 of a block, the batch in front."""
@@ -213,6 +228,7 @@ def make_plan(
         silent=silent,
     )
     signals = {**shapes, **spec.parents}
+    native = _native(settings.engine)
     return Plan(
         graph=graph,
         knobs=knobs,
@@ -227,19 +243,22 @@ def make_plan(
         steps=settings.steps,
         rate=rate,
         metrics=settings.metrics,
-        default_dtype=torch.get_default_dtype(),
+        switches=read_switches(),
+        arithmetic=arithmetic(settings.engine.threads, native=native),
         follows_lr=settings.dynamics.beta is None,
         desks=desks,
         reversible=reversible,
         silent=silent,
         heads=heads,
-        native=_native(settings.engine),
+        native=native,
         ignore_index=settings.ignore_index,
     )
 
 
-def make_keeping(settings: Settings, snapshot: Snapshot | None = None) -> Keeping | None:
-    """How the run keeps its state, as `settings.snapshots` say."""
+def make_keeping(
+    settings: Settings, snapshot: Snapshot | None = None, *, last: bool = True
+) -> Keeping | None:
+    """How the run keeps its state, as `settings.snapshots` say. last: see `Keeping`."""
     given = settings.snapshots
     if given.path is None:
         return None
@@ -255,6 +274,7 @@ def make_keeping(settings: Settings, snapshot: Snapshot | None = None) -> Keepin
         attempts=given.attempts,
         silence=given.silence,
         snapshot=snapshot,
+        last=last,
     )
 
 

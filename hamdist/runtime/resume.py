@@ -12,7 +12,9 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan import Plan, fingerprint
+from hamdist.runtime.portable import other_bits
 from hamdist.runtime.snapshot import Snapshot, settings_of
+from hamdist.runtime.switches import other_switches
 
 MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 
@@ -29,6 +31,23 @@ def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
     """Settings that are not those of the snapshot's run, though its state can be gone on from."""
     now = settings.model_dump(mode="json")
     return [name for name in MAY_CHANGE if snapshot.manifest.settings.get(name) != now[name]]
+
+
+def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
+    """What is to be said where this process does not compute as the snapshot's run did.
+
+    Raises:
+        SnapshotError: `engine.bits` asks for equal bits.
+    """
+    then, here = snapshot.manifest, plan.arithmetic
+    reasons = other_switches(then.switches, plan.switches)
+    unlike = [(there, here.unlike(there)) for there in then.arithmetic]
+    if unlike and all(names for _, names in unlike):
+        kinds = [f"on {there} ({', '.join(names)})" for there, names in unlike]
+        reasons += [f"this process is on {here}, that of the snapshot was {', or '.join(kinds)}"]
+    if not reasons:
+        return []
+    return [other_bits(f"{snapshot}: {', '.join(reasons)}", plan.engine.bits, SnapshotError)]
 
 
 def ended(snapshot: Snapshot, settings: Settings) -> bool:
