@@ -176,7 +176,9 @@ class Cuts:
 
         Raises GraphError for more blocks than there are places.
         """
-        wanted = blocks + max(0, heads - 1)
+        bounds = [*self._flow.segments, len(self._flow.order)]
+        workless = sum(a == b for a, b in pairwise(bounds[1:]))  # outputs that shared work makes
+        wanted = blocks + max(0, heads - max(1, workless))
         least = len(self.forced) + 1
         if wanted < least:
             raise GraphError(

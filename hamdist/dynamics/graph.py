@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics import graph_checks
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import INPUT, Inputs, by_parent, is_input
 from hamdist.dynamics.shapes import check_initial, declared_dtype, shape_of
 from hamdist.dynamics.spec import (
@@ -30,6 +31,8 @@ from hamdist.dynamics.spec import (
     reach,
 )
 from hamdist.errors import GraphError
+
+EXTRA = "_extra_state"  # what a module says of itself in its state_dict
 
 __all__ = [
     "INPUT",
@@ -126,7 +129,7 @@ class Graph:
         self.notes: list[str] = []
         self.example: Mapping[str, Tensor] = {}
         self.depths = self._depths()
-        self._original = original
+        self.original = original
 
     # -- structure --------------------------------------------------------------------------
 
@@ -264,13 +267,13 @@ class Graph:
         blocks = [
             BlockSpec(**{**vars(b), "module": m, "output": o})
             for b in self.blocks.values()
-            for m, o in [copy.deepcopy((b.module, b.output))]
+            for m, o in [copied((b.module, b.output))]
         ]
         return self.over(blocks)
 
     def over(self, blocks: Iterable[BlockSpec]) -> Graph:
         """The same graph over `blocks`, which are its own in another form."""
-        made = Graph(blocks, original=self._original, sliced=self.sliced)
+        made = Graph(blocks, original=self.original, sliced=self.sliced)
         made.notes, made.example = list(self.notes), self.example
         return made
 
@@ -292,21 +295,24 @@ class Graph:
         if self.sliced is not None:
             return self.sliced.graph.merge(self.sliced.gather(weights), whole)
         state: dict[str, Tensor] = {}
-        if self._original is not None:
-            merged = copy.deepcopy(self._original)
+        if self.original is not None:
+            merged = copied(self.original)
             state.update(merged.state_dict())  # of parts that no block uses
         else:
             merged = MergedGraph(self) if whole is None else whole
         for name, tensors in weights.items():
             for key, tensor in tensors.items():
                 part = "output" if key.startswith(OUTPUT_KEY) else "module"
-                prefix = f"blocks.{name}.{part}." if self._original is None else ""
+                prefix = f"blocks.{name}.{part}." if self.original is None else ""
                 state[prefix + key.removeprefix(OUTPUT_KEY)] = tensor
+        for key, tensor in state.items():
+            path, _, last = key.rpartition(".")
+            buffers = merged.get_submodule(path)._buffers if not key.endswith(EXTRA) else {}
+            if last in buffers:  # of another shape, where forward has assigned it
+                old = buffers[last]
+                buffers[last] = tensor.clone() if old is None else tensor.to(old.dtype, copy=True)
         persistent = merged.state_dict().keys()
         merged.load_state_dict({k: v for k, v in state.items() if k in persistent}, strict=True)
-        for key, buffer in merged.named_buffers():
-            if key not in persistent and key in state:
-                buffer.copy_(state[key])
         return merged
 
 
@@ -326,9 +332,7 @@ class MergedGraph(nn.Module):
         self.combines = {b.name: b.combine for b in graph.blocks.values()}
         self.shapes = {b.name: b.shape for b in graph.blocks.values()}
         self.initial = {b.name: b.initial for b in graph.blocks.values()}
-        self.blocks = nn.ModuleDict(
-            {b.name: copy.deepcopy(_whole(b)) for b in graph.blocks.values()}
-        )
+        self.blocks = nn.ModuleDict({b.name: copied(_whole(b)) for b in graph.blocks.values()})
 
     def _whole(self, name: str) -> _Whole:
         return cast(_Whole, self.blocks[name])

@@ -43,6 +43,7 @@ from hamdist.dynamics.piece import (
     Weight,
     places,
 )
+from hamdist.dynamics.structure import filled, parts_of
 
 # Torch's modules that only call others: they are gone through.
 CONTAINERS = (
@@ -232,7 +233,7 @@ class _Recorder(TorchFunctionMode):
         if self._inside:
             return run(*args, **kwargs)
         name = self._names[id(part)]
-        if name and self._is_one_step(part, name):
+        if self._is_one_step(part, name):
             step = Step(MODULE, name, args, kwargs)
             return self._take(step, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
         self._stack.append(name)
@@ -246,8 +247,8 @@ class _Recorder(TorchFunctionMode):
             self._stack.pop()
 
     def _is_one_step(self, part: nn.Module, name: str) -> bool:
-        if name in self._whole:
-            return True
+        if name in self._whole or not name:
+            return name in self._whole
         kind = type(part).__mro__[2]  # behind the two of `watch`
         return kind.__module__.startswith(OWN) and kind not in CONTAINERS
 
@@ -373,11 +374,9 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._tensor(value)
         kind = type(value)
-        if isinstance(value, (tuple, list)):
-            inner = [self._template(v) for v in value]
-            return inner if isinstance(value, list) else tuple(inner)
-        if isinstance(value, dict):
-            return {k: self._template(v) for k, v in value.items()}
+        parts = parts_of(value)
+        if parts is not None:
+            return filled(value, [self._template(part) for _, part in parts])
         if kind is slice:
             return slice(*(self._template(v) for v in (value.start, value.stop, value.step)))
         if kind is torch.device and value.type == "cpu":
@@ -460,24 +459,19 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
-    elif isinstance(value, (tuple, list)):
-        for i, inner in enumerate(value):
-            yield from _walk(inner, (*path, i))
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _walk(inner, (*path, key))
     elif type(value) is slice:
         for inner in (value.start, value.stop, value.step):
             yield from _walk(inner, path)
+    else:
+        for key, inner in parts_of(value) or ():
+            yield from _walk(inner, (*path, key))
 
 
 def _others(value: Any) -> Iterator[Any]:
     """Things in a result that are neither tensors nor plain values."""
-    if isinstance(value, (tuple, list)):
-        for inner in value:
-            yield from _others(inner)
-    elif isinstance(value, dict):
-        for inner in value.values():
+    parts = parts_of(value)
+    if parts is not None:
+        for _, inner in parts:
             yield from _others(inner)
     elif not isinstance(value, Tensor) and not _is_plain(value):
         yield value

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.spec import BlockSpec, Combine, Joining, ShapeMap, combined
 from hamdist.errors import GraphError
 
@@ -81,7 +81,7 @@ def _run_on(
     """`module` on tensors of `shapes`, on the first device that takes them. real: of these shapes,
     where they are known."""
     for device in _probes(module, shapes):
-        probe = copy.deepcopy(module).to(device)
+        probe = copied(module).to(device)
         inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
         for i, u in enumerate(real if device == "cpu" else ()):
             if u is not None and (u.shape, u.dtype) == (inputs[i].shape, inputs[i].dtype):

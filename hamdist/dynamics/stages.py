@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.layout import (
     Layouts,
     Number,
@@ -55,7 +56,7 @@ class Stages:
         self.spec = block
         self.m = block.slices
         self._refuse_what_has_no_slices()
-        self._inner = readable(copy.deepcopy(block.module))
+        self._inner = readable(copied(block.module))
         self.root = nn.Module()
         self.root.add_module("m", self._inner)
         self.traced, self.result = self._trace()

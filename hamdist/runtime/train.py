@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch import nn
 from hamdist.config import EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
+from hamdist.dynamics.copies import copied, unwrapped
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import make_locality
@@ -331,9 +331,10 @@ def as_graph(
     """
     if isinstance(model, Graph):
         return model.copy()
+    model, notes = unwrapped(model)
     check_made(model)
     knobs = make_locality(settings.level, settings.locality)
-    own = copy.deepcopy(model)
+    own = copied(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     if policy is None and callable(loss) and is_chain(own, settings.partition):
@@ -356,5 +357,7 @@ def as_graph(
             policy=policy,
             state_readout=state,
         )
+    graph.original = model  # what its forward has left behind stays with the blocks
     graph.example = by_parent(example)
+    graph.notes[:0] = notes
     return graph
