@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hamdist.config import Loss, Settings, describe, lay_over
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import Graph
+from hamdist.dynamics.inputs import arguments_of
 from hamdist.dynamics.losses import LossFunction, make_loss
 from hamdist.dynamics.stabilise import stabilised
 from hamdist.errors import Choice, SettingsError
@@ -21,6 +22,7 @@ from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.result import Progress, RunResult
 from hamdist.runtime.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
+from hamdist.streams.batch_names import Names
 from hamdist.streams.sample import SampleSpec
 
 
@@ -32,6 +34,7 @@ def train(
     loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
     phi: Course | None = None,
     classes: int | Mapping[str, int] | None = None,
+    names: Names | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     resume: str | Path | None = None,
     **fields: Any,
@@ -43,9 +46,11 @@ def train(
     model: any `nn.Module`, which is cut into blocks as the level or `partition` say; a `Graph`
     brings its own blocks. It stays as it is: a copy is trained.
     stream: a `hamdist.streams.Stream`, a DataLoader, or any iterable of (u, y), with the batch in
-    front of u and y; `classes` is needed for class targets of those that do not know it. A model
-    with several inputs takes u as a dict by argument, or a tuple; one with several outputs takes y
-    as a dict by output (the keys of the dict that it returns, or `out0`, `out1`, ...).
+    front of u and y, or of dicts. classes: how many, of class targets of a DataLoader or iterable;
+    not given: as many as the model predicts. names: what the keys of its batches mean (see
+    `streams.from_iterable`), instead of `settings.stream.names`. A model with several inputs takes
+    u as a dict by argument, or a tuple; one with several outputs takes y as a dict by output (the
+    keys of the dict that it returns, or `out0`, `out1`, ...).
     settings, fields: a `Settings`, and fields of it by name, which go first. `partition` may be a
     function, too: from the places where a block can begin (`CutPlace`) to the names of the modules
     that begin one.
@@ -62,12 +67,18 @@ def train(
     _check_arguments(model, settings, phi, on_progress)
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
-    losses = {n: _loss(o) for n, o in loss.items()} if isinstance(loss, Mapping) else _loss(loss)
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
     settled = _settled(settings, fields)
+    ignored = settled.ignore_index
+    losses = (
+        {name: _loss(one, ignored) for name, one in loss.items()}
+        if isinstance(loss, Mapping)
+        else _loss(loss, ignored)
+    )
     if isinstance(model, Graph):
         _check_graph(settled, fields, loss, policy)
-    stream = _as_stream(stream, classes)
+    named = settled.stream.names if names is None else names
+    stream = _as_stream(stream, classes, named, arguments_of(model))
     if settled.model.stabilise:
         model = _stabilised(model, stream.spec)
     return train_settings(
@@ -115,14 +126,14 @@ def _check_arguments(model: object, settings: object, phi: object, on_progress: 
 
 
 @overload
-def _loss(loss: None) -> None: ...
+def _loss(loss: None, ignore_index: int) -> None: ...
 
 
 @overload
-def _loss(loss: LossFunction | str) -> LossFunction: ...
+def _loss(loss: LossFunction | str, ignore_index: int) -> LossFunction: ...
 
 
-def _loss(loss: LossFunction | str | None) -> LossFunction | None:
+def _loss(loss: LossFunction | str | None, ignore_index: int) -> LossFunction | None:
     """Raises SettingsError for an unknown name, and for what is no function."""
     if loss is None or callable(loss):
         return loss
@@ -134,7 +145,7 @@ def _loss(loss: LossFunction | str | None) -> LossFunction | None:
         )
     if loss not in known:
         raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(known)}")
-    return make_loss(Loss(loss))
+    return make_loss(Loss(loss), ignore_index)
 
 
 def _check_graph(
@@ -164,9 +175,19 @@ def _settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     return made.for_level(made.level)
 
 
-def _as_stream(stream: Stream | Iterable[Any], classes: int | Mapping[str, int] | None) -> Stream:
+def _as_stream(
+    stream: Stream | Iterable[Any],
+    classes: int | Mapping[str, int] | None,
+    names: Names | None,
+    arguments: Sequence[str] | None,
+) -> Stream:
     if isinstance(stream, Stream):
+        if names is not None:
+            raise SettingsError(
+                f"names has no effect on a {type(stream).__name__}, whose items are made: say it "
+                "to hamdist.streams.from_loader or from_iterable"
+            )
         return stream
     if isinstance(stream, (DataLoader, IterableDataset)):
-        return from_loader(stream, classes=classes)
-    return from_iterable(stream, classes=classes)
+        return from_loader(stream, classes=classes, names=names, arguments=arguments)
+    return from_iterable(stream, classes=classes, names=names, arguments=arguments)

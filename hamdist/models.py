@@ -242,6 +242,12 @@ def _outputs(settings: ModelSettings, spec: SampleSpec) -> int:
         )
     if spec.classes is not None:
         return spec.classes
+    if not spec.y_dtype.is_floating_point:
+        raise SettingsError(
+            f"model.kind: {kind} has an output for every class, and the stream's targets "
+            f"({spec.y_dtype}) do not say how many there are: give the stream classes=, or a model "
+            "of your own (--model file.py:function)"
+        )
     if len(spec.y_shape) != 2:
         raise SettingsError(
             f"model.kind: {kind} predicts values of shape (B, O), the stream's targets have shape "

@@ -7,58 +7,19 @@ torch and all that needs it are imported when a command runs, so that `hamdist -
 
 from __future__ import annotations
 
-import time
+from typing import TYPE_CHECKING, Any
 
-import psutil
-import typer
+from hamdist.cli.process import main
 
-from hamdist.cli import (
-    cluster,
-    compare,
-    export,
-    grid,
-    launch,
-    recipes,
-    recovery,
-    run,
-    speed,
-    verify,
-)
+if TYPE_CHECKING:
+    from hamdist.cli.commands import app
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    name="hamdist",
-    help="Networks of blocks that exchange only neighbour signals, from fully local to exactly "
-    "backpropagation.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for _command in (
-    *(launch.launch, launch.attach, launch.stop, launch.runs, cluster.doctor),
-    *(run.run, export.export, compare.compare, verify.verify, recipes.recipes),
-):
-    app.command()(_command)
 
-_study = typer.Typer(
-    name="study", help="Measure what the papers state, and print the table.", no_args_is_help=True
-)
-_study.command()(recovery.recovery)
-for _name, _help in grid.GRIDS.items():
-    _study.command(_name, help=_help)(grid.grid_command(_name))
-_study.command()(speed.speed)
-app.add_typer(_study)
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module 'hamdist.cli' has no attribute {name!r}")
+    from hamdist.cli.commands import app
 
-_cluster = typer.Typer(
-    name="cluster", help="A Ray cluster of this machine alone.", no_args_is_help=True
-)
-_cluster.command("start")(cluster.cluster_start)
-_cluster.command("stop")(cluster.cluster_stop)
-app.add_typer(_cluster)
-
-
-def main() -> None:
-    """Entry point of the command. A run's start-up counts from the start of this process, which is
-    passed on as the context's object."""
-    app(obj=time.perf_counter() - (time.time() - psutil.Process().create_time()))
+    return app

@@ -87,7 +87,7 @@ def _compare(
     settings: Settings, model_name: str | None, stream_name: str | None, out: Path
 ) -> None:
     factory = prepare(out, model_name)
-    data = own_stream(stream_name)
+    data = own_stream(stream_name, settings)
 
     from hamdist.study.compare import compare as runs_of
     from hamdist.study.compare import plan
@@ -125,24 +125,25 @@ def _titles(
 
 
 def _conclude(finished: list[Run], settings: Settings, out: Path, *, interrupted: bool) -> None:
-    """Print the table of the runs that finished, and write them to `out`."""
+    """Write the runs that finished to `out`, and print their table."""
     from hamdist.study.aggregate import aggregate
+    from hamdist.study.save import save_comparison
     from hamdist.study.table import comparison_table
 
     rows = aggregate(finished)
-    if rows:
-        _print_comparison(comparison_table(rows), settings.name)
-    if interrupted:
-        complain(
-            "Ended early: only the runs that finished are kept." if rows else "No run finished."
-        )
-    if not finished:
-        return
-
-    from hamdist.study.save import save_comparison
-
-    save_comparison(out, finished, settings, command=command_line(), interrupted=interrupted)
-    console().print(Text(f"Report: {out / 'report.html'}"))
+    try:
+        if finished:
+            command = command_line()
+            save_comparison(out, finished, settings, command=command, interrupted=interrupted)
+    finally:
+        if rows:
+            _print_comparison(comparison_table(rows), settings.name)
+        if interrupted:
+            complain(
+                "Ended early: only the runs that finished are kept." if rows else "No run finished."
+            )
+    if finished:
+        console().print(Text(f"Report: {out / 'report.html'}"))
 
 
 def _print_comparison(cells: StudyTable, title: str) -> None:

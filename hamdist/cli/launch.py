@@ -72,7 +72,7 @@ def launch(
         own = on_ray(loaded.for_level(loaded.level))
         kept = kept_at(own, where, "") is not None
         results = results_in(None if dry_run else out)
-        factory, data = prepare(None, model), own_stream(stream)
+        factory, data = prepare(None, model), own_stream(stream, own)
 
         from hamdist.launch.jobs import Jobs
 

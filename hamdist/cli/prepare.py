@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hamdist.config import Settings
     from hamdist.models import ModelFactory
     from hamdist.study.runs import DataFactory
 
@@ -27,13 +28,13 @@ def prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:
     return load_factory(model_name)
 
 
-def own_stream(name: str | None) -> DataFactory | None:
+def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
     """What `--stream` names makes. Raises SettingsError where there is no such function."""
     if name is None:
         return None
     from hamdist.study.own_data import load_stream
 
-    return load_stream(name)
+    return load_stream(name, settings.stream.names)
 
 
 def results_of(name: str) -> Path:

@@ -75,9 +75,10 @@ def _recovery(
             finished.append(row)
             complain(f"[{len(finished)}/{len(wanted)}] {recovery_line(row)}")
     finished = in_order(finished)
-    print_table(recovery_table(finished), "Gradient descent recovered")
     if out is not None:
         save_recovery(out, finished, command_line())
+    print_table(recovery_table(finished), "Gradient descent recovered")
+    if out is not None:
         console().print(Text(f"Written to {out}"))
     if not all(row.passed for row in finished):
         raise typer.Exit(FAILED)

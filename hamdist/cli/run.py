@@ -32,8 +32,6 @@ from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from hamdist.study.runs import Run
 
 
@@ -89,9 +87,10 @@ def _run(
     with Display() as display, warning_at_once(display.say) as said:
         display.note(f"{title}: starting (imports)")
         factory = prepare(out, model_name)
-        data = own_stream(stream_name)
+        data = own_stream(stream_name, own)
 
         from hamdist.study.runs import run_level
+        from hamdist.study.save import save_run
 
         imports = {} if began is None else {"imports": time.perf_counter() - began}
         show = display.watch(title, own.stream.batch if data is None else None)
@@ -104,9 +103,11 @@ def _run(
             resume=resume,
             weights=weights,
         )
-    _print_run(result, own, said)
-    if out is not None:
-        _save_run(out, result, model, own)
+    try:
+        if out is not None:
+            save_run(out, result, model, own)
+    finally:
+        _print_run(result, own, said, out)
     if result.failure is not None:
         complain(f"Error: {result.failure}")
         complain(f"Stopped after {result.samples} items; the metrics so far are above.")
@@ -118,14 +119,7 @@ def _run(
         raise typer.Exit(INTERRUPTED)
 
 
-def _save_run(out: Path, result: Run, model: nn.Module, settings: Settings) -> None:
-    from hamdist.study.save import save_run
-
-    save_run(out, result, model, settings)
-    console().print(Text(f"Written to {out}"))
-
-
-def _print_run(result: Run, settings: Settings, said: list[str]) -> None:
+def _print_run(result: Run, settings: Settings, said: list[str], out: Path | None) -> None:
     """said: warnings that have been shown already."""
     from hamdist.study.table import run_facts, run_title
 
@@ -133,3 +127,5 @@ def _print_run(result: Run, settings: Settings, said: list[str]) -> None:
     for warning in dict.fromkeys(result.warnings):
         if warning != result.failure and warning not in said:
             complain(f"Warning: {warning}")
+    if out is not None:
+        console().print(Text(f"Written to {out}"))

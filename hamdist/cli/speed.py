@@ -126,7 +126,7 @@ def _speed(
             )
 
     result = run_study(study, subject, command_line(), show)
+    save_speed(out, result)
     for title, table in speed_tables(result).items():
         print_table(table, title)
-    save_speed(out, result)
     console().print(Text(f"Written to {out}"))

@@ -139,9 +139,9 @@ def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
     finally:
         failed = sum(not row.passed for row in rows)
         seconds = time.monotonic() - begin
-        out.print(f"\n{len(rows) - failed} passed, {failed} failed, {seconds:.0f} s")
         if json_ is not None:
-            json_.write_text(to_json(rows) + "\n")
+            json_.write_text(to_json(rows) + "\n", "utf-8")
+        out.print(f"\n{len(rows) - failed} passed, {failed} failed, {seconds:.0f} s")
     if failed or not rows:
         raise typer.Exit(FAILED)
 

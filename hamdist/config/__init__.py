@@ -56,7 +56,7 @@ from hamdist.config.partition import CutBalance, PartitionSettings
 from hamdist.config.plain import read_yaml
 from hamdist.config.reading import checked, mapping, parse_override, read_settings, to_yaml
 from hamdist.config.section import Above0, Positive, Rate, Section
-from hamdist.config.settings import CompareSettings, DType, Loss, Settings
+from hamdist.config.settings import IGNORE_INDEX, CompareSettings, DType, Loss, Settings
 from hamdist.config.snapshots import SnapshotSettings
 from hamdist.config.stream import (
     CanvasSettings,
@@ -78,6 +78,7 @@ from hamdist.config.stream import (
 from hamdist.config.wording import describe
 
 __all__ = [
+    "IGNORE_INDEX",
     "Above0",
     "AdaptiveSettings",
     "AverageSettings",

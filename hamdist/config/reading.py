@@ -64,7 +64,9 @@ def parse_override(text: str) -> dict[str, Any]:
     return dict(parsed)
 
 
-def to_yaml(settings: Settings) -> str:
-    """The settings in full, readable by `read_settings`."""
-    text: str = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+def to_yaml(settings: Settings, *, only_set: bool = False) -> str:
+    """The settings in full, readable by `read_settings`; only_set: without those that have their
+    default, which level 'auto' may choose."""
+    values = settings.model_dump(mode="json", exclude_unset=only_set)
+    text: str = yaml.safe_dump(values, sort_keys=False)
     return text

@@ -21,6 +21,8 @@ from hamdist.config.snapshots import SnapshotSettings
 from hamdist.config.stream import StreamSettings
 from hamdist.config.wording import describe
 
+IGNORE_INDEX = -100  # PyTorch's: a target of this class has no loss
+
 
 class DType(str, Enum):
     """The type of weights, states and messages where no block has one of its own."""
@@ -45,8 +47,9 @@ class CompareSettings(Section):
 
 class Settings(Section):
     """One run, or one comparison. loss: of the model's output; of one that returns several, for
-    all, or by output (those without one are not learned). `levels` holds what applies to a level
-    only."""
+    all, or by output (those without one are not learned). ignore_index: class targets of this
+    number are left out of the loss and the scores (padding, say). `levels` holds what applies to a
+    level only."""
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
@@ -54,6 +57,7 @@ class Settings(Section):
     steps: Positive | None = None
     level: Level = Level.TRACE
     loss: Loss | Annotated[dict[str, Loss], Field(min_length=1)] = Loss.CROSS_ENTROPY
+    ignore_index: int = IGNORE_INDEX
     model: ModelSettings = ModelSettings()
     stream: StreamSettings = StreamSettings()
     partition: PartitionSettings = PartitionSettings()

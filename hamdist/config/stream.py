@@ -153,8 +153,9 @@ class StreamSettings(Section):
 
     late_targets: items by which the targets come later than their inputs. target_delay: rejoins
     each target with the sample that came so many items before it; None: by the targets' tags.
-    patience: samples that may wait for a target. pace: in real time. canvas: images move over a
-    larger canvas. evaluate: what a run is scored on.
+    patience: samples that may wait for a target. names: what the keys of a user's batches mean, by
+    key: u, y, an argument of the model, y.OUTPUT (streams/batch_names.py). pace: in real time.
+    canvas: images move over a larger canvas. evaluate: what a run is scored on.
     """
 
     source: Source = Source.DIGITS
@@ -171,6 +172,7 @@ class StreamSettings(Section):
     late_targets: Annotated[int, Field(ge=0)] = 0
     target_delay: Positive | None = None
     patience: Positive = 64
+    names: dict[str, str] | None = None
     pace: PaceSettings | None = None
 
     @model_validator(mode="before")

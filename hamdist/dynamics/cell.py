@@ -22,8 +22,13 @@ from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
 
 from hamdist.dynamics.gradient import AtOnce, Gradient
+<<<<<<< HEAD
 from hamdist.dynamics.graph import EXTRA, Combine, combined
 from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
+=======
+from hamdist.dynamics.graph import Combine, combined
+from hamdist.dynamics.losses import CrossEntropy, LossFunction, mse
+>>>>>>> main
 from hamdist.dynamics.piece import Piece
 from hamdist.dynamics.saving import (
     Remembers,
@@ -79,7 +84,7 @@ class OwnGenerator(Remembers):
 
 def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:
     """A user's loss may draw random numbers: here it draws the same ones in every engine."""
-    if loss in (mse, cross_entropy):
+    if loss is mse or isinstance(loss, CrossEntropy):
         return loss
     return SeededLoss(loss, OwnGenerator(seed, device))
 

@@ -206,6 +206,15 @@ class Graph:
             names[block.name] = own
         return names
 
+    def silent(self) -> frozenset[str]:
+        """Blocks that no message is of use to: their weights are frozen (`requires_grad` is False),
+        and those of all blocks on a way to them. None where all of these have no weights at all:
+        whoever watches their costates gets them."""
+        trained = [name for name, weights in self.parameters().items() if weights]
+        unmoved = self.blocks.keys() - reach(trained, ((e.parent, e.child) for e in self.edges))
+        frozen = any(next(self.blocks[b].module.parameters(), None) is not None for b in unmoved)
+        return frozenset(unmoved) if frozen else frozenset()
+
     def recurrent(self, edge: Edge) -> bool:
         """Whether `edge` leads from a block to itself or to one listed before it: in a sequence it
         carries the state of the token before."""

@@ -181,3 +181,16 @@ class HeadBlock(Remembers):
             return
         self.z = self.taught.learn(sample, record, label, keep=False)
         self._guard("z", self.z)
+
+
+class FrozenBlock(HeadBlock):
+    """A block where nothing learns, nor before it: it passes samples on and keeps nothing."""
+
+    def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
+        """h of `sample`, from its parents' states."""
+        h = super().forward(sample, inputs)
+        self._record = None
+        return h
+
+    def learn(self, sample: int, label: Tensor | None) -> None:
+        """Nothing, whatever the label."""

@@ -39,6 +39,18 @@ def called(model: nn.Module, u: Inputs) -> Any:
     return model(**u)
 
 
+def arguments_of(model: object) -> list[str] | None:
+    """Names the arguments of `model.forward`; None where they are open (`**kwargs`, a Graph)."""
+    if not isinstance(model, nn.Module):
+        return None
+    try:
+        known = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have none
+        return None
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return None if any(one.kind in variable for one in known) else [one.name for one in known]
+
+
 def called_by_parent(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     """The same, with the names of parents."""
     if INPUT in inputs:
@@ -61,5 +73,6 @@ def check_taken(model: nn.Module, u: Inputs) -> None:
         given = f"{len(u)} inputs by position" if numbered else f"the inputs {', '.join(u)}"
         raise GraphError(
             f"the stream gives {given}, but {type(model).__name__}.forward{signature} does not "
-            f"take them ({error}): give u as a dict by its arguments, or as a tuple in their order"
+            f"take them ({error}): give u as a dict by its arguments, or as a tuple in their "
+            "order, or say with names= what the keys of a batch mean"
         ) from None

@@ -6,13 +6,14 @@ B: batch, O: outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hamdist.config import Loss
+from hamdist.config import IGNORE_INDEX, Loss
 from hamdist.dynamics import rows
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -23,7 +24,6 @@ Losses: TypeAlias = LossFunction | Mapping[str, LossFunction]
 Slope: TypeAlias = Callable[[float], Tensor]
 
 aten = torch.ops.aten
-IGNORED = -100  # PyTorch's: a row of this class has no loss
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -31,15 +31,28 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (prediction - target).square().sum() / prediction.shape[0]
 
 
-def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over the batch, and over what else has a class, of softmax cross-entropy.
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """Computes softmax cross-entropy: the mean over the batch, and over what else has a class.
 
-    prediction: (B, classes) with target (B,); (B, classes, ...) with (B, ...), as torch has it; or
-    (B, ..., classes) with (B, ...), as language models have it. Raises ValueError where both fit.
+    ignore_index: targets of this class are left out of the mean.
     """
-    if prediction.dim() > 2 and class_axis(prediction.shape, target.shape) != 1:
-        prediction = prediction.movedim(-1, 1)
-    return functional.cross_entropy(prediction, target)
+
+    ignore_index: int = IGNORE_INDEX
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Computes the loss, a scalar; NaN, as torch has it, where no target counts.
+
+        prediction: (B, classes) with target (B,); (B, classes, ...) with (B, ...), as torch has it;
+        or (B, ..., classes) with (B, ...), as language models have it. Raises ValueError where both
+        fit.
+        """
+        if prediction.dim() > 2 and class_axis(prediction.shape, target.shape) != 1:
+            prediction = prediction.movedim(-1, 1)
+        return functional.cross_entropy(prediction, target, ignore_index=self.ignore_index)
+
+
+cross_entropy = CrossEntropy()
 
 
 def class_axis(prediction: Sequence[int], target: Sequence[int]) -> int:
@@ -71,17 +84,18 @@ def loss_and_slope(
         apart = y - target
         value = 0.5 * apart.square().sum() / y.shape[0]
         return value, lambda phi: apart * (phi / y.shape[0])
-    if loss is cross_entropy and y.dim() == 2 and target.dtype == torch.int64:
-        found = rows.cross_entropy(y, target, IGNORED) if native else None
+    if isinstance(loss, CrossEntropy) and y.dim() == 2 and target.dtype == torch.int64:
+        ignored = loss.ignore_index
+        found = rows.cross_entropy(y, target, ignored) if native and ignored < 0 else None
         if found is not None:
             value, d = found
             return value, lambda phi: d if phi == 1 else d * phi
         logs = torch.log_softmax(y, 1)
-        value, counted = aten.nll_loss_forward(logs, target, None, 1, IGNORED)
+        value, counted = aten.nll_loss_forward(logs, target, None, 1, ignored)
 
         def slope(phi: float) -> Tensor:
             given = torch.full_like(value, phi)
-            back = aten.nll_loss_backward(given, logs, target, None, 1, IGNORED, counted)
+            back = aten.nll_loss_backward(given, logs, target, None, 1, ignored, counted)
             made: Tensor = aten._log_softmax_backward_data(back, logs, 1, y.dtype)
             return made
 
@@ -107,12 +121,12 @@ def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor,
     return value.detach(), slope
 
 
-def make_loss(name: Loss) -> LossFunction:
-    return {Loss.MSE: mse, Loss.CROSS_ENTROPY: cross_entropy}[name]
+def make_loss(name: Loss, ignore_index: int = IGNORE_INDEX) -> LossFunction:
+    return mse if name is Loss.MSE else CrossEntropy(ignore_index)
 
 
-def make_losses(names: Loss | Mapping[str, Loss]) -> Losses:
-    """What `settings.loss` says."""
+def make_losses(names: Loss | Mapping[str, Loss], ignore_index: int = IGNORE_INDEX) -> Losses:
+    """What `settings.loss` and `settings.ignore_index` say."""
     if isinstance(names, Loss):
-        return make_loss(names)
-    return {output: make_loss(name) for output, name in names.items()}
+        return make_loss(names, ignore_index)
+    return {output: make_loss(name, ignore_index) for output, name in names.items()}

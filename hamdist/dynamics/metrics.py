@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.losses import class_axis
 from hamdist.dynamics.saving import Remembers, known
 
@@ -64,10 +65,26 @@ def guessed(prediction: Tensor, target: Tensor) -> Tensor | None:
     return prediction.argmax(axis)
 
 
-def count_correct(prediction: Tensor, target: Tensor) -> tuple[int, int]:
-    """Rows predicted right and rows in all; (0, 0) unless the target holds class indices."""
+def counts(target: Tensor, ignore_index: int = IGNORE_INDEX) -> int:
+    """Counts what a loss is the mean of: of class targets (B, ...) those that are not ignored, of
+    real-valued ones the rows."""
+    if target.is_floating_point():
+        return len(target)
+    return int((target != ignore_index).sum())
+
+
+def count_correct(
+    prediction: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX
+) -> tuple[int, int]:
+    """Counts rows predicted right and rows in all, of those that are not ignored; (0, 0) unless the
+    target holds class indices."""
     guess = guessed(prediction, target)
-    return (0, 0) if guess is None else (int((guess == target).sum()), target.numel())
+    return (0, 0) if guess is None else _right(guess, target, ignore_index)
+
+
+def _right(guess: Tensor, target: Tensor, ignore_index: int) -> tuple[int, int]:
+    known = target != ignore_index
+    return int(((guess == target) & known).sum()), int(known.sum())
 
 
 @known
@@ -86,16 +103,17 @@ class Prequential(Remembers):
     """Collects a readout's losses into windows of `every` items.
 
     With `limit` windows kept, neighbours are joined and `every` doubles: an endless stream is
-    recorded in constant memory.
+    recorded in constant memory. ignore_index: class targets of this number are no rows.
     """
 
-    def __init__(self, every: int, limit: int = 2048) -> None:
+    def __init__(self, every: int, limit: int = 2048, *, ignore_index: int = IGNORE_INDEX) -> None:
         self.every = every
         self.limit = limit
         self.windows: list[Window] = []
         self._open: list[Window] = []  # at most one
         self._looks: list[_Look] = []  # behind it; counted together, which is cheaper
         self._items = 0  # of both
+        self._ignore_index = ignore_index
 
     STATE = ("every", "windows", "_open", "_looks", "_items")
 
@@ -119,7 +137,7 @@ class Prequential(Remembers):
         """The items that were looked at join the open window."""
         looks, self._looks = self._looks, []
         if looks:
-            self._open = [merge_windows([*self._open, _window(looks)])]
+            self._open = [merge_windows([*self._open, _window(looks, self._ignore_index)])]
 
     def flush(self) -> None:
         """Close the open window, however short."""
@@ -135,12 +153,12 @@ class Prequential(Remembers):
             self.every *= 2
 
 
-def _window(looks: Sequence[_Look]) -> Window:
+def _window(looks: Sequence[_Look], ignore_index: int) -> Window:
     losses: list[float] = torch.stack([look.loss for look in looks]).tolist()
     correct = rows = 0
     for guess, target in _guesses(looks):
-        correct += int((guess == target).sum())
-        rows += len(target)
+        right, known = _right(guess, target, ignore_index)
+        correct, rows = correct + right, rows + known
     return Window(looks[0].item, looks[-1].item, len(looks), sum(losses), correct, rows)
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hamdist.dynamics.libraries import masks_stay
 from hamdist.dynamics.piece import (
     FUNCTION,
     METHOD,
@@ -139,7 +140,7 @@ def record(
         if isinstance(part, _Watched):
             object.__setattr__(part, "_hamdist_recorder", recorder)
     try:
-        with recorder:
+        with masks_stay(), recorder:
             output = call(model, inputs)
     except Unfollowed:
         raise
@@ -404,12 +405,15 @@ class _Recorder(TorchFunctionMode):
         return place
 
     def finished(self, output: Any) -> Recording:
-        for odd in _others(output):
+        """What was recorded. Of the output what can be learned: a cache, or what else is neither a
+        tensor nor a plain value, is left out where there are tensors beside it."""
+        learnable = _without_others(output)
+        for odd in _others(output) if not any(True for _ in _walk(learnable)) else ():
             raise Unfollowed(
                 f"the model returns a {type(odd).__name__}; return tensors, or a tuple or dict of "
                 "them", "", "",
             )  # fmt: skip
-        return Recording(self._taken, self._template(output), self._constants, self._origin)
+        return Recording(self._taken, self._template(learnable), self._constants, self._origin)
 
 
 def _as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Step:
@@ -475,6 +479,15 @@ def _others(value: Any) -> Iterator[Any]:
             yield from _others(inner)
     elif not isinstance(value, Tensor) and not _is_plain(value):
         yield value
+
+
+def _without_others(value: Any) -> Any:
+    """A result with None in place of what `_others` yields."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_without_others(inner) for inner in value)
+    if isinstance(value, dict):
+        return {key: _without_others(inner) for key, inner in value.items()}
+    return value if isinstance(value, Tensor) or _is_plain(value) else None
 
 
 def _stateful(part: nn.Module) -> bool:

@@ -144,8 +144,8 @@ def emitted(sample: int, c: int) -> Stamp:
     return Stamp(sample * c - 1, sample, 0)
 
 
-def make_schedule(graph: Graph, knobs: Locality) -> Schedule:
-    """The schedule of `knobs` on `graph`.
+def make_schedule(graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> Schedule:
+    """The schedule of `knobs` on `graph`. silent: blocks that get no messages (`Graph.silent`).
 
     Raises LevelError where the graph does not allow it: a pulse through a cycle, or past a block
     that the input does not reach; a speed that is measured in depths on a graph with cycles.
@@ -169,7 +169,7 @@ def make_schedule(graph: Graph, knobs: Locality) -> Schedule:
                 f"presentation 'pulse': the readout {with_state[0]!r} has a state; a pulse needs "
                 "an output net (state=False)"
             )
-        return PulseSchedule(graph, knobs)
+        return PulseSchedule(graph, knobs, silent)
     if cycle and not isinstance(knobs.speed, int):
         raise LevelError(
             f"speed {knobs.speed!r} counts the depth of the graph, but {', '.join(cycle)} lie on "
@@ -184,22 +184,32 @@ class PulseSchedule:
     forward of sample n at depth l: tick n c + l. backward: n c + 2D - l; an output net takes the
     loss in the tick of its forward. Signals that arrive early wait at the receiver, so those of
     one sample meet, over skips as well. With credit 'heads' nothing comes back: a block learns from
-    sample n in the tick of its forward.
+    sample n in the tick of its forward. Nor does anything come back to `silent` blocks (whose
+    weights are frozen, as are those of all blocks before them): with d the least depth of the
+    others, the speed `inf` is then 2 (D - d) + 1 ticks a sample.
     """
 
-    def __init__(self, graph: Graph, knobs: Locality) -> None:
+    def __init__(self, graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> None:
         self._depths = graph.depths
         self._readouts = set(graph.readouts)
         self._D = graph.depth
+        self._silent = silent
         self.one_way = knobs.credit is Credit.HEADS
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
 
     def _ticks(self, speed: str) -> int:
-        return self._D + 1 if speed == "depth" else 2 * self._D + 1
+        if speed == "depth":
+            return self._D + 1
+        return 2 * self._D + 1 if self.one_way else 1 + max(map(self.lag, self._depths))
+
+    @property
+    def trip(self) -> int:
+        """Ticks that a sample is in the network, there and back."""
+        return max(self._backward_tick(b, 0) for b in self._depths) + 1
 
     def lag(self, block: str) -> int:
-        """d_l = 2 (D - l): ticks from a block's forward to its backward."""
-        if self.one_way or block in self._readouts:
+        """d_l = 2 (D - l): ticks from a block's forward to its backward, where it has one."""
+        if self.one_way or block in self._readouts or block in self._silent:
             return 0
         return 2 * (self._D - self._depths[block])
 
@@ -214,7 +224,7 @@ class PulseSchedule:
         if block in self._readouts:
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.READ, n)
-        if self.one_way:
+        if self.one_way or block in self._silent:
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.FORWARD, n)
         behind = max(0, -((self._backward_tick(block, 0) - since) // self.c))
@@ -230,6 +240,8 @@ class PulseSchedule:
             return None
         if edge.from_input:
             return emitted(event.sample, self.c)
+        if edge.parent in self._silent:
+            return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, 0)
         # Updates m with m c + 2D - l < n c + l have come before the forward of n.
         version = max(0, event.sample - self.lag(edge.parent) // self.c)
         return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
@@ -265,8 +277,8 @@ class PulseSchedule:
 
     def stored(self, block: str) -> int:
         """Samples whose activations a block keeps at a time: floor(d_l / c) + 1; with credit
-        'heads' none beyond the tick in which they pass."""
-        return 0 if self.one_way else self.lag(block) // self.c + 1
+        'heads', and where no messages come, none beyond the tick in which they pass."""
+        return 0 if self.one_way or block in self._silent else self.lag(block) // self.c + 1
 
 
 class HoldSchedule:

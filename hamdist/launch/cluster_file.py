@@ -92,7 +92,7 @@ def find_cluster(given: str | None) -> ClusterSettings:
 def read_cluster(path: Path) -> ClusterSettings:
     """Raises SettingsError naming the file, and the line or the field."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--cluster {str(path)!r}: cannot be read: {error}") from None
     origin = f"--cluster {str(path)!r}"

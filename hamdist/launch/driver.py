@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -79,7 +78,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
     if order.stream is not None:
         from hamdist.study.own_data import load_stream
 
-        data = load_stream(order.stream)
+        data = load_stream(order.stream, settings.stream.names)
     resume = order.resume if lost is None else _found_again(order, lost)
     batch = settings.stream.batch if data is None else None
     tell(Started(title=f"{settings.name}, {settings.level.value}", batch=batch))
@@ -98,14 +97,14 @@ def _run(folder: Path, lost: str | None) -> Ended:
             resume=None if resume is None else Path(resume),
         )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
-    tell(Reached(title=run_title(run, settings.name), facts=run_facts(run)))
-    for warning in dict.fromkeys(run.warnings):
-        if warning != run.failure:
-            tell(Said(warning=warning))
     if run.chosen is not None:
-        run = replace(run, chosen=_as_given(run.chosen, given))
+        run.chosen = _as_given(run.chosen, given)
     with _Results(order) as results:
         save_run(results, run, model, _as_given(settings, given))
+        tell(Reached(title=run_title(run, settings.name), facts=run_facts(run)))
+        for warning in dict.fromkeys(run.warnings):
+            if warning != run.failure:
+                tell(Said(warning=warning))
         _hand_over(results, order)
     code = FAILED if run.failure is not None else INTERRUPTED if run.interrupted else 0
     if code == 0 and order.own_snapshots:

@@ -73,8 +73,8 @@ def packed(settings: Settings, order: Order) -> Iterator[Path]:
     """A folder with all of it, while inside. The modules of `order` have been imported."""
     with TemporaryDirectory(prefix="hd-parcel-") as name:
         folder = Path(name)
-        (folder / SETTINGS).write_text(to_yaml(settings))
-        (folder / ORDER).write_text(order.model_dump_json())
+        (folder / SETTINGS).write_text(to_yaml(settings, only_set=True), "utf-8")
+        (folder / ORDER).write_text(order.model_dump_json(), "utf-8")
         named = {"--model": order.model, "--stream": order.stream}
         code = {own_code(name): option for option, name in named.items() if name is not None}
         for path, option in code.items():

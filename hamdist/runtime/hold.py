@@ -45,7 +45,7 @@ class HoldNode(Remembers):
         self.name = spec.name
         self.late = plan.schedule.late(spec.name)
         self.block = block
-        self.metrics = make_metrics(plan.metrics) if spec.loss is not None else None
+        self.metrics = make_metrics(plan) if spec.loss is not None else None
         self.seconds = 0.0
         tolerance = plan.knobs.gate
         wait = plan.schedule.wait(spec.name)

@@ -51,6 +51,7 @@ class InProcessEngine:
                 seconds=time.perf_counter() - started,
                 samples=source.samples,
                 steps=plan.steps,
+                resumed=plan.resumed,
                 windows=[w for n in measured[:1] if n.metrics for w in n.metrics.windows],
                 blocks=[
                     BlockProgress(n.name, n.event.tick, n.block.weights.updates) for n in nodes
@@ -91,7 +92,7 @@ class InProcessEngine:
             seconds=seconds,
             time_use={"driver": time_use(nodes, seconds, {})},
             startup={"blocks": started - created},
-            payload_bytes=dict(mail.payload_bytes),
+            bytes_per_edge=dict(mail.payload_bytes),
             compression=mail.compression,
             peak_memory={"driver": peak},
             own_memory={"driver": own},

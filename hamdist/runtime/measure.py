@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hamdist.config import Balance
 from hamdist.dynamics.graph import INPUT
-from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.dynamics.schedule import HoldSchedule, PulseSchedule
 from hamdist.errors import HamdistError
 from hamdist.runtime.loop import Aborted, run_loop
 from hamdist.runtime.mail import Mailroom
@@ -81,12 +81,13 @@ def unmeasured_costs(plan: Plan) -> Costs | None:
 
 def in_flight(plan: Plan) -> float:
     """Samples that the schedule has in the network at once, on their way there or back: a pulse
-    takes 2D + 1 ticks, a token of a sequence D + 1 in either direction, and one enters every c
-    ticks. In presentation `hold` all blocks step in every tick."""
-    schedule, depth = plan.schedule, plan.graph.depth
+    takes 2D + 1 ticks (less where the first blocks are frozen), a token of a sequence D + 1 in
+    either direction, and one enters every c ticks. In presentation `hold` all blocks step in every
+    tick."""
+    schedule = plan.schedule
     if isinstance(schedule, HoldSchedule):
         return math.inf
-    ticks = depth + 1 if plan.knobs.sequence else 2 * depth + 1
+    ticks = schedule.trip if isinstance(schedule, PulseSchedule) else plan.graph.depth + 1
     return max(1.0, ticks / schedule.c)
 
 

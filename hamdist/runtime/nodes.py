@@ -29,7 +29,7 @@ from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
 from hamdist.dynamics.closed import closed_cell
 from hamdist.dynamics.constants import constant_tau
 from hamdist.dynamics.graph import OUTPUT_KEY, Combine, Joining
-from hamdist.dynamics.heads import Head, HeadBlock, Taught
+from hamdist.dynamics.heads import FrozenBlock, Head, HeadBlock, Taught
 from hamdist.dynamics.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.joined import JoinedCell
 from hamdist.dynamics.precision import AutocastCell
@@ -98,8 +98,7 @@ class _Parts:
                 module.to(self.border.device)
         self.cell = self.make_cell(self.spec.module, name)
         self.weights = self.make_weights(self.cell)
-        back = plan.knobs.credit is Credit.MESSAGES
-        self.wanted = [back and not e.from_input for e in plan.graph.into[name]]
+        self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         self.loss: LossTaker | None = None
         if self.spec.loss is not None:
             loss = seeded_loss(
@@ -183,6 +182,9 @@ class _Parts:
 
 def _pulse_node(plan: Plan, p: _Parts, mail: Mailroom) -> PulseNode:
     hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
+    if p.name in plan.silent and p.loss is None:
+        frozen = FrozenBlock(p.cell, p.weights, None, len(p.wanted), p.guard)
+        return PulseNode(plan, p.spec, mail, frozen)
     if p.loss is not None:
         read = PulseReadout(p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.loss, hands_back)
         return PulseNode(plan, p.spec, mail, read)
@@ -204,9 +206,9 @@ def _pulse_node(plan: Plan, p: _Parts, mail: Mailroom) -> PulseNode:
 
 def _sequence_node(plan: Plan, p: _Parts, mail: Mailroom) -> SequenceNode:
     way_back = WayBack(p.weights, p.dynamics, p.scale)
-    truncation = plan.knobs.truncation
+    truncation = 0 if p.name in plan.silent else plan.knobs.truncation
     if p.loss is not None:
-        read = SequenceReadout(p.cell, way_back, p.wanted, p.loss, truncation)
+        read = SequenceReadout(p.cell, way_back, p.wanted, p.loss, plan.knobs.truncation)
         return SequenceNode(plan, p.spec, mail, read)
     shape, dtype = plan.shapes[p.name]
     h = p.border.own(torch.zeros(shape, dtype=dtype))

@@ -11,37 +11,18 @@ from types import FrameType
 
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
-from hamdist.runtime.compression import CompressionMap
-from hamdist.runtime.result import BlockState, Replaced
+from hamdist.runtime.result import BlockState, RunFacts
 
 
-@dataclass(slots=True)
-class Outcome:
+@dataclass(slots=True, kw_only=True)
+class Outcome(RunFacts):
     """blocks: final states by name (without those that were lost, after an interruption).
-    startup: seconds by phase, as far as the engine knows them. placement: the blocks of each
-    process. own_memory, time_use, compression: see RunResult. delays: those that were chosen, where
-    that was asked for. snapshots: the complete ones that are left."""
+    startup: seconds by phase, as far as the engine knows them. delays: those that were chosen,
+    where that was asked for. The rest is as in RunResult."""
 
     blocks: dict[str, BlockState]
     windows: dict[str, list[Window]]
-    samples: int
-    ticks: int
-    seconds: float
-    startup: dict[str, float]
-    payload_bytes: dict[str, int]
-    peak_memory: dict[str, int]
-    own_memory: dict[str, int]
-    smoothness: float | None
-    placement: list[list[str]]
-    stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
-    time_use: dict[str, dict[str, float]] = field(default_factory=dict)
-    compression: CompressionMap = field(default_factory=dict)
-    delays: dict[str, int] = field(default_factory=dict)
-    snapshots: list[str] = field(default_factory=list)
-    replaced: list[Replaced] = field(default_factory=list)
-    interrupted: bool = False
-    warnings: list[str] = field(default_factory=list)
 
 
 Handler = Callable[[int, FrameType | None], object]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import (
+    IGNORE_INDEX,
     Compensation,
     Credit,
     EngineKind,
@@ -28,7 +29,7 @@ from hamdist.dynamics import rows
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
 from hamdist.dynamics.graph import Graph, ShapeMap
 from hamdist.dynamics.locality import Locality, make_locality
-from hamdist.dynamics.losses import class_axis, cross_entropy, mse
+from hamdist.dynamics.losses import CrossEntropy, class_axis, mse
 from hamdist.dynamics.rates import StepCourse, step_course
 from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
@@ -41,7 +42,7 @@ from hamdist.runtime.lending import MemoryOf
 from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
 from hamdist.runtime.taught import Heads, plan_heads
-from hamdist.streams.sample import SampleSpec
+from hamdist.streams.sample import SampleSpec, TargetSpec
 
 if TYPE_CHECKING:
     from hamdist.runtime.snapshot import Snapshot
@@ -78,12 +79,13 @@ class Plan:
     nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
     own, of every block. rate: the course of the step size. follows_lr: beta comes from the
     learning rate.
+    silent: the blocks that get no messages, for nothing learns there or before them.
     heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
     taken, if they are. skip: items of the stream that an earlier run was given; passed: those that
     were passed over then. memory_of: what a process can lend of a device (a test puts other memory
-    in its place)."""
+    in its place). ignore_index: targets of this class have no loss."""
 
     graph: Graph
     knobs: Locality
@@ -101,6 +103,7 @@ class Plan:
     default_dtype: torch.dtype
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
     native: bool = False
     replan: Replan | None = None
     keeping: Keeping | None = None
@@ -109,6 +112,7 @@ class Plan:
     heads: Heads | None = None
     desks: Mapping[str, Desk] = field(default_factory=dict)
     memory_of: MemoryOf = cuda_memory
+    ignore_index: int = IGNORE_INDEX
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""
@@ -120,6 +124,14 @@ class Plan:
     def course(self, sample: int) -> float:
         """The same without what makes up for a delay."""
         return self.rate(sample + self.skip)
+
+    @property
+    def resumed(self) -> int:
+        """Samples of this run that had entered before the snapshot that it goes on from."""
+        if self.keeping is None or self.keeping.snapshot is None:
+            return 0
+        manifest = self.keeping.snapshot.manifest
+        return manifest.samples - manifest.skip
 
     @property
     def taught_by(self) -> str:
@@ -156,13 +168,17 @@ def make_plan(
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
-    _check_predictions(graph, shapes, spec)
+    spec = _with_classes(spec, graph, shapes)
+    _check_predictions(graph, shapes, spec, settings.ignore_index)
     graph, shapes, desks = with_desks(graph, shapes, spec.parents, settings.engine, knobs)
+    # (The end of a stream goes against the edges where there are cycles; energies need z.)
+    whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
+    silent = frozenset[str]() if whole else graph.silent()
     schedule: Schedule
     if knobs.sequence:
         schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
     else:
-        schedule = make_schedule(graph, knobs)
+        schedule = make_schedule(graph, knobs, silent)
     _check_resets(graph, schedule, dynamics, knobs)
     _check_output_nets(graph, dynamics)
     rewinds = knobs.memory is Memory.REVERSIBLE
@@ -182,7 +198,7 @@ def make_plan(
     rate = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = knobs.hold and dynamics.clocked
-    reversible = reversible_blocks(graph, shapes) if rewinds else frozenset()
+    reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()
     channels = make_channels(
         graph,
         schedule,
@@ -191,6 +207,7 @@ def make_plan(
         bundle=settings.engine.bundle,
         labels=heads is not None,
         messages=knobs.credit is Credit.MESSAGES,
+        silent=silent,
     )
     signals = {**shapes, **spec.parents}
     return Plan(
@@ -211,8 +228,10 @@ def make_plan(
         follows_lr=settings.dynamics.beta is None,
         desks=desks,
         reversible=reversible,
+        silent=silent,
         heads=heads,
         native=_native(settings.engine),
+        ignore_index=settings.ignore_index,
     )
 
 
@@ -309,7 +328,34 @@ def _check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: L
         )
 
 
-def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec) -> None:
+def _with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec:
+    """Sets the number of classes that the stream does not know: what cross-entropy predicts."""
+
+    def known(target: TargetSpec | None, readouts: Iterable[str]) -> int | None:
+        if target is None or target.classes is not None or target.dtype.is_floating_point:
+            return None if target is None else target.classes
+        predicted = [
+            shapes[name][0]
+            for name in readouts
+            if isinstance(graph.blocks[name].loss, CrossEntropy)
+            and len(shapes[name][0]) == len(target.shape) + 1
+        ]
+        try:
+            return min((one[class_axis(one, target.shape)] for one in predicted), default=None)
+        except ValueError:  # (`_check_predictions` says it)
+            return None
+
+    if spec.targets is None:
+        return dataclasses.replace(spec, classes=known(spec.target(""), graph.readouts))
+    targets = {
+        name: dataclasses.replace(one, classes=known(one, {name} & set(graph.readouts)))
+        for name, one in spec.targets.items()
+    }
+    first = next(iter(targets.values()))
+    return dataclasses.replace(spec, targets=targets, classes=first.classes)
+
+
+def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_index: int) -> None:
     """Raises GraphError where a readout's prediction cannot be compared with the targets."""
     unknown = sorted(set(spec.targets or ()) - set(graph.readouts))
     if unknown:
@@ -326,15 +372,25 @@ def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec) -> None
                 f"readout {name!r} has no targets in the stream, which has some for "
                 f"{', '.join(map(repr, spec.targets or ()))}; give it targets, or take its loss off"
             )
+        if isinstance(block.loss, CrossEntropy) and block.loss.ignore_index != ignore_index:
+            raise GraphError(
+                f"readout {name!r} leaves out targets of {block.loss.ignore_index}, ignore_index "
+                f"is {ignore_index}: give its BlockSpec loss=CrossEntropy({ignore_index})"
+            )
         if block.output is not None:  # its own shape was not derived
             continue
+        if block.loss is mse and not target.dtype.is_floating_point:
+            raise GraphError(
+                f"readout {name!r} has the loss mse, but the targets have dtype {target.dtype}: "
+                "convert real-valued ones to a floating-point dtype, or choose cross-entropy"
+            )
         if block.loss is mse and shape != target.shape:
             raise GraphError(
                 f"readout {name!r} predicts {shape}, but the targets are {target.shape}; give it "
                 "as many outputs, or choose another loss"
             )
         classes = target.classes
-        if block.loss is cross_entropy and classes is not None:
+        if isinstance(block.loss, CrossEntropy) and classes is not None:
             try:
                 axis = class_axis(shape, target.shape)
             except ValueError as error:
@@ -350,7 +406,7 @@ def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec) -> None
                     f"readout {name!r} predicts {shape}, that is classes of {rows}, but the "
                     f"targets are {target.shape}; predict one row of classes for every target"
                 )
-        elif block.loss is cross_entropy and shape != target.shape:
+        elif isinstance(block.loss, CrossEntropy) and shape != target.shape:
             raise GraphError(
                 f"readout {name!r} has the loss cross-entropy, but the stream's targets "
                 f"{target.shape} are no classes; say how many classes there are, or use mse"

@@ -51,10 +51,11 @@ class Ports:
         return signal
 
     def message(self, edge: Edge, event: Event) -> Signal | None:
-        stamp = self._schedule.message(edge, event)
-        if stamp is None:
+        channel = self._channels.messages.get(edge.index)
+        stamp = None if channel is None else self._schedule.message(edge, event)
+        if channel is None or stamp is None:
             return None
-        signal = self._take(self._channels.messages[edge.index], stamp, event)
+        signal = self._take(channel, stamp, event)
         if signal.payload is not None:
             signal.payload = self.border.message(signal.payload)
         return signal
@@ -147,9 +148,10 @@ def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event)
     return events
 
 
-def make_metrics(settings: MetricsSettings) -> Prequential:
+def make_metrics(plan: Plan) -> Prequential:
     """What collects a readout's losses."""
-    return Prequential(settings.window, settings.limit)
+    kept = plan.metrics
+    return Prequential(kept.window, kept.limit, ignore_index=plan.ignore_index)
 
 
 def make_recorder(settings: MetricsSettings) -> Recorder | None:

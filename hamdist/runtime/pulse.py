@@ -36,7 +36,7 @@ class PulseNode(Remembers):
         self.name = spec.name
         self.late = False
         self.block = block
-        self.metrics = make_metrics(plan.metrics) if isinstance(block, PulseReadout) else None
+        self.metrics = make_metrics(plan) if isinstance(block, PulseReadout) else None
         self.seconds = 0.0
         self._ports = Ports(plan, spec.name, mail)
         self._schedule = plan.schedule

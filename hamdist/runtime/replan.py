@@ -25,6 +25,6 @@ def replannable(plan: Plan, graph: Graph, settings: Settings, phi: Course | None
 
     def replan(delays: Mapping[str, int]) -> Plan:
         made = make_plan(delayed(graph, delays), own, plan.spec, phi=phi)
-        return dataclasses.replace(made, run=plan.run)
+        return dataclasses.replace(made, run=plan.run, keeping=plan.keeping)
 
     return dataclasses.replace(plan, replan=replan)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from hamdist.config import Settings
@@ -54,8 +56,9 @@ class BlockProgress:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One look at a running engine. `samples` counts items that entered the network. phase: what a
-    run is busy with that has not started yet (startup.py); None from its first tick on. replaced:
+    """One look at a running engine. `samples` counts items that entered the network, `resumed`
+    those of them that had entered before the snapshot that the run goes on from. phase: what a run
+    is busy with that has not started yet (startup.py); None from its first tick on. replaced:
     actors that were lost so far."""
 
     seconds: float
@@ -66,6 +69,7 @@ class Progress:
     note: str | None = None
     phase: str | None = None
     replaced: Sequence[Replaced] = field(default_factory=list)
+    resumed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +86,17 @@ class Replaced:
     replayed: int
 
 
-@dataclass(slots=True, repr=False)
-class RunResult:
-    """A finished (or interrupted) run. Shown as one short text (a notebook shows what its last line
-    gives): what was learned, and what there is to warn of.
+Facts = TypeVar("Facts", bound="RunFacts")
+APART = {"apart": True}  # metadata of a field that JSON does not hold
 
-    model: a plain module with the learned weights, or their averages where `learning.average` asks
-    for them; plain: then the same with the weights as they were in the end.
-    windows: prequential metrics in order, per readout. seconds: wall time from the first to the
-    last tick; startup_seconds: what came before, startup: the same by phase (startup.py).
+
+@dataclass(slots=True, kw_only=True)
+class RunFacts:
+    """What is known of a run, from the engine to the files: every layer adds its own fields.
+
+    samples: items that entered, resumed: those of them that had entered before the snapshot that
+    the run went on from. seconds: wall time from the first to the last tick, without that of those
+    items; startup_seconds: what came before, startup: the same by phase (startup.py).
     bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
     compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones, bytes
     sent and saved, and how far the decoded signals were from the exact ones.
@@ -102,7 +108,6 @@ class RunResult:
     delays: ticks by edge between blocks; given as `partition.delays` they are used again.
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
-    records: the energies per tick by block, where `metrics.record` asked for them.
     snapshots: the complete ones that are left, the latest last. replaced: actors that were lost.
     chosen: the settings that ran, of level 'auto', and why they are these.
     placement: the blocks of each process; given as `engine.placement` it is used again.
@@ -110,25 +115,25 @@ class RunResult:
     and over sockets in packing ('packing') and blocked ('waiting').
     """
 
-    model: nn.Module
-    blocks: dict[str, BlockState]
-    windows: dict[str, list[Window]]
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        arbitrary_types_allowed=True, ser_json_inf_nan="constants"
+    )
+
     samples: int
     ticks: int
     seconds: float
-    startup_seconds: float
     bytes_per_edge: dict[str, int]
     peak_memory: dict[str, int]
-    staleness: int
+    startup_seconds: float = 0.0
+    staleness: int = 0
+    resumed: int = 0
     smoothness: float | None = None
     delays: dict[str, int] = field(default_factory=dict)
     stream: dict[str, int] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
     own_memory: dict[str, int] = field(default_factory=dict)
-    records: dict[str, Records] = field(default_factory=dict)
     snapshots: list[str] = field(default_factory=list)
     replaced: list[Replaced] = field(default_factory=list)
-    plain: nn.Module | None = None
     chosen: Settings | None = None
     why: list[str] = field(default_factory=list)
     interrupted: bool = False
@@ -138,6 +143,47 @@ class RunResult:
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)
     rounding: dict[str, Rounding] = field(default_factory=dict)
+
+    @property
+    def items(self) -> int:
+        """Items that entered since then, in `seconds`."""
+        return self.samples - self.resumed
+
+    def shared(self) -> dict[str, Any]:
+        """The fields that every layer has, by name."""
+        return {one.name: getattr(self, one.name) for one in fields(RunFacts)}
+
+    def as_json(self) -> dict[str, Any]:
+        """The facts as plain values, without tensors and modules. What is not finite stays so."""
+        apart = {one.name for one in fields(self) if one.metadata == APART}
+        values: dict[str, Any] = TypeAdapter(type(self)).dump_python(
+            self, mode="json", exclude=apart, warnings=False
+        )
+        return values
+
+    @classmethod
+    def from_json(cls: type[Facts], values: object) -> Facts:
+        """What `as_json` has made plain values of. Raises ValueError for what is none."""
+        return TypeAdapter(cls).validate_python(values)
+
+
+@dataclass(slots=True, kw_only=True, repr=False)
+class RunResult(RunFacts):
+    """A finished (or interrupted) run. Shown as one short text (a notebook shows what its last line
+    gives): what was learned, and what there is to warn of.
+
+    model: a plain module with the learned weights, or their averages where `learning.average` asks
+    for them; plain: then the same with the weights as they were in the end.
+    windows: prequential metrics in order, per readout.
+    records: the energies per tick by block, where `metrics.record` asked for them.
+    The rest is as in RunFacts.
+    """
+
+    model: nn.Module
+    blocks: dict[str, BlockState]
+    windows: dict[str, list[Window]]
+    records: dict[str, Records] = field(default_factory=dict)
+    plain: nn.Module | None = None
 
     def __repr__(self) -> str:
         told = [f"{self.samples:,} samples in {self.seconds:.3g} s"]

@@ -35,7 +35,7 @@ class SequenceNode(Remembers):
             raise TypeError("a SequenceNode needs a SequenceSchedule")
         self.name = spec.name
         self.block = block
-        self.metrics = make_metrics(plan.metrics) if spec.loss is not None else None
+        self.metrics = make_metrics(plan) if spec.loss is not None else None
         self._schedule = plan.schedule
         self.seconds = 0.0
         self._ports = Ports(plan, spec.name, mail)
@@ -46,6 +46,7 @@ class SequenceNode(Remembers):
             i: self._ports.border.state(i, torch.zeros(shape, dtype=dtype))
             for i, (shape, dtype) in shapes.items()
         }
+        self._silent = spec.name in plan.silent and spec.loss is None
         self._over = False
         self.event = plan.schedule.forward(spec.name, plan.schedule.opening(), 0)
         self.tick: int | None = self.event.tick
@@ -115,7 +116,10 @@ class SequenceNode(Remembers):
         begin = perf_counter()
         if self._schedule.begins(event):
             self.block.begin()
-        if isinstance(self.block, SequenceBlock):
+        to_parents: list[Tensor | None] = [None] * len(self._ports.into)
+        if self._silent:
+            pass  # it keeps no tokens, and nobody waits for what it would say
+        elif isinstance(self.block, SequenceBlock):
             to_parents = self.block.backward(messages)
         else:
             to_parents = self.block.backward(event.sample)

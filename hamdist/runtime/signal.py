@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
@@ -118,13 +118,14 @@ def make_channels(
     bundle: int | Literal["auto", "off"] = "auto",
     labels: bool = False,
     messages: bool = True,
+    silent: Collection[str] = (),
 ) -> Channels:
     """The channels, with room for what the schedule keeps in flight and `queue` signals more.
 
     clocked: the stream tells every block the step of integration, and the end of a sequence.
     bundle: the most signals in one message; auto: half as many as the schedule allows, so that the
     other half of an edge's delay is left to hide the link. labels: travel with the signal to all
-    blocks that are no readouts; messages: come back.
+    blocks that are no readouts; messages: come back, but to `silent` blocks.
     """
     made = Channels({}, {}, {}, {}, {})
     numbers = count()
@@ -155,7 +156,7 @@ def make_channels(
             schedule.in_flight(edge, Kind.STATE),
             schedule.bundle(edge, Kind.STATE),
         )
-        if messages and not edge.from_input:
+        if messages and not edge.from_input and edge.parent not in silent:
             made.messages[edge.index] = channel(
                 Kind.MESSAGE,
                 edge.child,

@@ -54,7 +54,12 @@ class SourceNode:
         self._next: Sample | None = None
         self._tau = math.nan
         stamped = plan.dynamics.tau is None
-        self._check = Checker(plan.spec, equal_batches=not plan.knobs.pulse, stamped=stamped)
+        self._check = Checker(
+            plan.spec,
+            equal_batches=not plan.knobs.pulse,
+            stamped=stamped,
+            ignore_index=plan.ignore_index,
+        )
         self.smoothness = Smoothness()
         self.samples = 0
         self.stop = Flag()

@@ -81,6 +81,8 @@ class _Watch:
         self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
         self._warnings: list[str] = []
         self._note: str | None = None
+        self._samples = plan.resumed
+        self._windows: list[Window] = []
         self._keeping = None if plan.keeping is None else CrewKeeping(plan, crew, plan.keeping)
         self.started = time.perf_counter()
 
@@ -186,12 +188,18 @@ class _Watch:
                         waiting=wait.what if wait is not None and wait.waiter == block else None,
                     )
                 )
+        # An actor that is replaced begins behind where it was: what was reached stays reached.
+        self._samples = max(self._samples, self._crew.samples())
+        windows = next((a.windows for a in self._crew.actors if a.every is not None), [])
+        if windows and (not self._windows or windows[-1].last >= self._windows[-1].last):
+            self._windows = windows
         self._on_progress(
             Progress(
                 seconds=time.perf_counter() - self.started,
-                samples=self._crew.samples(),
+                samples=self._samples,
                 steps=self._plan.steps,
-                windows=next((a.windows for a in self._crew.actors if a.every is not None), []),
+                resumed=self._plan.resumed,
+                windows=self._windows,
                 blocks=blocks,
                 note=self._note,
                 replaced=() if self._keeping is None else tuple(self._keeping.replaced),
@@ -222,7 +230,7 @@ class _Watch:
             ticks=max((r.ticks for r in reports), default=0),
             seconds=max((r.seconds for r in reports), default=time.perf_counter() - self.started),
             startup={},
-            payload_bytes=sent,
+            bytes_per_edge=sent,
             compression=compression,
             peak_memory={"driver": peak_bytes(), **memory},
             own_memory={a.name: a.report.own_memory for a in actors if a.report is not None},

@@ -82,7 +82,7 @@ def train(
     with torch.inference_mode(False):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
-            losses = make_losses(settings.loss) if loss is None else loss
+            losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
             if isinstance(losses, Mapping):
                 stream = with_targets_of(stream, losses)
             why: list[str] = []
@@ -137,8 +137,9 @@ class _Work:
     phi: Course | None
 
     def graph(self) -> Graph:
-        loss = make_losses(self.settings.loss) if self.loss is None else self.loss
-        return _cut(self.model, self.spec, loss, self.policy, self.settings)
+        own = self.settings
+        loss = make_losses(own.loss, own.ignore_index) if self.loss is None else self.loss
+        return _cut(self.model, self.spec, loss, self.policy, own)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         graph = self.graph()
@@ -257,46 +258,31 @@ def _result(
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
     averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
     averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
+    facts = {
+        **outcome.shared(),
+        "startup": startup.seconds,
+        "startup_seconds": sum(startup.seconds.values()),
+        "compression": in_edge_order(outcome.compression, graph),
+        "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
+        "staleness": plan.schedule.staleness,
+        "resumed": plan.resumed,
+        "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "stored": {
+            name: outcome.blocks[name].stored
+            for name in graph.blocks
+            if plan.knobs.sequence and name in outcome.blocks
+        },
+        "chosen": settings if why else None,
+        "why": why,
+        "warnings": [*outcome.warnings, *after(plan, outcome)],
+    }
     return RunResult(
         model=graph.merge(averaged, _whole(graph, plan)),
         plain=graph.merge(weights, _whole(graph, plan)) if averages else None,
         blocks=outcome.blocks,
         windows=outcome.windows,
-        samples=outcome.samples,
-        ticks=outcome.ticks,
-        seconds=outcome.seconds,
-        startup_seconds=sum(startup.seconds.values()),
-        startup=startup.seconds,
-        placement=outcome.placement,
-        time_use=outcome.time_use,
-        bytes_per_edge=outcome.payload_bytes,
-        compression=in_edge_order(outcome.compression, graph),
-        rounding={
-            name: block.rounding
-            for name, block in outcome.blocks.items()
-            if block.rounding is not None
-        },
-        peak_memory=outcome.peak_memory,
-        own_memory=outcome.own_memory,
-        staleness=plan.schedule.staleness,
-        delays={e.name: e.delay for e in plan.graph.edges if not e.from_input},
-        smoothness=outcome.smoothness,
-        stream=outcome.stream,
-        stored={
-            name: outcome.blocks[name].stored
-            for name in graph.blocks
-            if plan.knobs.sequence and name in outcome.blocks
-        },
         records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
-        chosen=settings if why else None,
-        why=why,
-        interrupted=outcome.interrupted,
-        snapshots=outcome.snapshots,
-        replaced=outcome.replaced,
-        warnings=[
-            *outcome.warnings,
-            *after(plan, outcome),
-        ],
+        **facts,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hamdist.config import IGNORE_INDEX
 from hamdist.errors import StreamError
 from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec
 
@@ -23,11 +24,20 @@ class Checker:
 
     equal_batches: all items must have the batch of `spec` (levels that hold samples mix
     neighbouring ones); otherwise batches may differ, the other dimensions may not. stamped: time
-    stamps are used, so every item needs one, later than the one before.
+    stamps are used, so every item needs one, later than the one before. ignore_index: class
+    targets of this number are no target; an item of them alone has none.
     """
 
-    def __init__(self, spec: SampleSpec, *, equal_batches: bool, stamped: bool = False) -> None:
+    def __init__(
+        self,
+        spec: SampleSpec,
+        *,
+        equal_batches: bool,
+        stamped: bool = False,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
         self._spec = spec
+        self._ignore_index = ignore_index
         self._equal_batches = equal_batches
         self._stamped = stamped
         self._last = -math.inf
@@ -135,7 +145,7 @@ class Checker:
                     f"item {n}: y is one target, but this stream's targets are given by readout: "
                     f"give a dict of {', '.join(map(repr, known))}"
                 )
-            return _target(n, "y", y, self._one, batch)
+            return self._target(n, "y", y, self._one, batch)
         if known is None:
             raise StreamError(
                 f"item {n}: y is a dict ({', '.join(map(repr, y))}), but this stream has one "
@@ -148,36 +158,47 @@ class Checker:
                 f"{', '.join(map(repr, known))}: every name is known from the first item on"
             )
         checked = {
-            name: None if one is None else _target(n, f"y[{name!r}]", one, known[name], batch)
+            name: None if one is None else self._target(n, f"y[{name!r}]", one, known[name], batch)
             for name, one in y.items()
         }
         return y if all(checked[name] is y[name] for name in y) else checked
 
-
-def _target(n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tensor:
-    _check_dtype(n, field, y, spec.dtype)
-    if y.dim() == 0 or y.shape[1:] != spec.shape[1:]:
-        raise StreamError(
-            f"item {n}: {field} has shape {tuple(y.shape)}, expected {_rows(spec.shape)}: "
-            "targets are (B,) classes or (B, O) values; reshape it"
-        )
-    if y.shape[0] != batch:
-        raise StreamError(
-            f"item {n}: {field} has batch {y.shape[0]}, but u has batch {batch}: "
-            "give one target per input, or None for the whole item"
-        )
-    _check_finite(n, field, y)
-    if spec.classes is not None:
-        low, high = _ends(y)
-        if low < 0 or high >= spec.classes:
-            where = tuple(((y < 0) | (y >= spec.classes)).nonzero()[0].tolist())
+    def _target(self, n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tensor | None:
+        """One target; None where all of its classes are ignored."""
+        _check_dtype(n, field, y, spec.dtype)
+        if y.dim() == 0 or y.shape[1:] != spec.shape[1:]:
+            raise StreamError(
+                f"item {n}: {field} has shape {tuple(y.shape)}, expected {_rows(spec.shape)}: "
+                "targets are (B,) classes or (B, O) values; reshape it"
+            )
+        if y.shape[0] != batch:
+            raise StreamError(
+                f"item {n}: {field} has batch {y.shape[0]}, but u has batch {batch}: "
+                "give one target per input, or None for the whole item"
+            )
+        _check_finite(n, field, y)
+        if spec.classes is None:
+            return _own(y)
+        possible = 0 <= self._ignore_index < spec.classes
+        if not possible and _within(y, spec.classes):
+            return _own(y)
+        ignored = y == self._ignore_index
+        strange = ((y < 0) | (y >= spec.classes)) & ~ignored
+        if strange.any():
+            where = tuple(strange.nonzero()[0].tolist())
             row = ", ".join(map(str, where))
             raise StreamError(
                 f"item {n}: {field}[{row}] is {y[where].item()}, but with {spec.classes} classes "
                 f"targets are 0 to {spec.classes - 1}: correct the labels, or the number of "
-                "classes"
+                "classes, or say with ignore_index which number is no class"
             )
-    return _own(y)
+        return None if ignored.all() else _own(y)
+
+
+def _within(y: Tensor, classes: int) -> bool:
+    """Whether all of y's values are classes."""
+    low, high = _ends(y)
+    return low >= 0 and high < classes
 
 
 def _ends(y: Tensor) -> tuple[float, float]:

@@ -91,7 +91,12 @@ def _background(data: DataSet) -> float:
 
 
 def _check_part(settings: StreamSettings) -> None:
-    """Raises SettingsError where there is no validation part."""
+    """Raises SettingsError where there is no validation part, or no key that has a name."""
+    if settings.names is not None:
+        raise SettingsError(
+            f"stream.names: source {settings.source.value!r} has no keys; names are for batches of "
+            "your own (--stream): leave it out"
+        )
     tokens = settings.source is Source.SEQUENCES and settings.sequences.view is View.TOKENS
     none = tokens or settings.source in (Source.SIGNAL, Source.CHARACTERS)
     if settings.evaluate is Part.VALIDATION and none:

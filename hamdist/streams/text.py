@@ -122,7 +122,7 @@ def load_glove(
     found: dict[int, list[float]] = {}
     size = 0
     try:
-        with place.open(encoding="utf-8") as lines:
+        with place.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 fields = line.rstrip("\n ").split(" ")
                 size = size or len(fields) - 1

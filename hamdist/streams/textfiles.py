@@ -146,6 +146,6 @@ def _chosen(entries: _ByClass, count: int | None, seed: int) -> list[tuple[Seque
 def read_text(path: Path) -> str:
     """Raises StreamError."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
     except (OSError, UnicodeDecodeError) as error:
         raise StreamError(f"{path}: cannot be read as UTF-8 text: {error}") from error

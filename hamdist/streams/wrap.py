@@ -7,9 +7,9 @@ by a DataLoader, or by x[None].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, count
+from itertools import chain
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hamdist.errors import SettingsError, StreamError
+from hamdist.streams.batch_names import TUPLES, Names, default_names, named_parts
+from hamdist.streams.epochs import AGAIN, Epochs, epoch_setters
 from hamdist.streams.sample import (
     InputSpec,
     Sample,
@@ -30,10 +32,10 @@ from hamdist.streams.sample import (
 
 _FORMS = (
     "a Sample, (u, y), (u, None), u alone, or a dict of 'u' and, if known, 'y', 'end', 'time', "
-    "'late'"
+    "'late'; of other dicts and tuples names= says what is what"
 )
 _KEYS = ("u", "y", "end", "time", "late")
-_AGAIN = "an iterable that can be read again (a list, a DataLoader, a class with __iter__)"
+
 
 # A number for every readout, or by the name of the readout.
 Sizes: TypeAlias = int | Mapping[str, int] | None
@@ -45,11 +47,15 @@ def from_loader(
     classes: Sizes = None,
     outputs: Sizes = None,
     epochs: int | None = 1,
+    names: Names | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> IterableStream:
     """A stream of what a torch DataLoader, or an IterableDataset of batches, yields.
 
-    Each item is a Sample, (u, y), u alone, or a dict (see `from_iterable`); u: (B, ...), y: (B,)
-    classes or (B, O) values. The order and the seed are the loader's own. epochs: how often the
+    Each item is a Sample, (u, y), u alone, or a dict (see `from_iterable`, also for names); u:
+    (B, ...), y: (B,) classes or (B, O) values. The order and the seed are the loader's own; where
+    it, its sampler, batch sampler or data set has `set_epoch`, that is called with 0, 1, ... before
+    each epoch. epochs: how often the
     loader is gone through (None: until the run has its steps). A loader without
     drop_last=True may end with a shorter batch, which not every level takes. The first item is
     fetched at once and yielded later; tensors are copied, except where a DataLoader has collated
@@ -63,7 +69,15 @@ def from_loader(
             "map-style Dataset), an IterableDataset, or use from_iterable"
         )
     copied = not isinstance(loader, DataLoader) or loader.batch_size is None
-    return IterableStream(loader, classes=classes, outputs=outputs, copied=copied, epochs=epochs)
+    return IterableStream(
+        loader,
+        classes=classes,
+        outputs=outputs,
+        copied=copied,
+        epochs=epochs,
+        names=names,
+        arguments=arguments,
+    )
 
 
 def from_iterable(
@@ -72,6 +86,8 @@ def from_iterable(
     classes: Sizes = None,
     outputs: Sizes = None,
     epochs: int | None = 1,
+    names: Names | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> IterableStream:
     """A stream of what any Python iterable yields, finite or not.
 
@@ -82,7 +98,13 @@ def from_iterable(
     dimension is never added.
     For a model that takes several inputs, u is a dict of them by the names of its arguments, or a
     tuple by position.
-    classes: number of classes; must be given for integer targets.
+    Other dicts (and what behaves as one, such as transformers' BatchEncoding) are batches by key:
+    'label', 'labels', 'target', 'targets' or 'y' is the target, a single other key the input,
+    several others the arguments of the model that they are called after. names says it otherwise,
+    by key, or by place in a tuple: 'u' (the only input), 'y' (the target), the name of an argument
+    of the model, or 'y.NAME' (the target of its output NAME); other keys are then left out.
+    arguments: those of the model, if they are known.
+    classes: number of classes, of integer targets; not given: as many as the model predicts.
     outputs: O, for real-valued targets of which the first one is missing.
     epochs: how often the iterable is gone through (None: until the run has its steps).
 
@@ -100,7 +122,15 @@ def from_iterable(
     an iterator with other `epochs` than 1; SettingsError for `classes` together with `outputs`, or
     a number below 1.
     """
-    return IterableStream(iterable, classes=classes, outputs=outputs, copied=True, epochs=epochs)
+    return IterableStream(
+        iterable,
+        classes=classes,
+        outputs=outputs,
+        copied=True,
+        epochs=epochs,
+        names=names,
+        arguments=arguments,
+    )
 
 
 class IterableStream:
@@ -116,6 +146,8 @@ class IterableStream:
         outputs: Sizes,
         copied: bool,
         epochs: int | None = 1,
+        names: Names | None = None,
+        arguments: Sequence[str] | None = None,
     ) -> None:
         _check_sizes(classes, outputs)
         if not isinstance(source, Iterable):
@@ -123,18 +155,22 @@ class IterableStream:
         if epochs is not None and epochs < 1:
             raise SettingsError(f"epochs is {epochs}; at least 1 is needed, or None for no end")
         kind = type(source).__name__
-        if epochs != 1:
-            source = _Epochs(source, epochs)
+        seeded = bool(epoch_setters(source))
+        if epochs != 1 or not isinstance(source, Iterator):
+            source = Epochs(source, epochs)
         self._source = source
         self._kind = kind
         self._classes = classes
         self._copied = copied
+        self._names = None if names is None else {str(key): name for key, name in names.items()}
+        self._arguments = arguments
         # The iterator that is peeked into is the one that the first `samples()` goes on with: a
         # loader that shuffles by a global generator draws from it once, as without hamdist.
         items = iter(source)
         self._again = items is not source
-        # A loader may shuffle, and its workers draw numbers: it is not sure to give the same again.
-        self.replays = self._again and copied
+        # A loader may shuffle, and its workers draw numbers: it is not sure to give the same again,
+        # unless its order follows from the epoch.
+        self.replays = self._again and (copied or seeded)
         nothing = object()
         first = next(items, nothing)
         if first is nothing:
@@ -159,12 +195,12 @@ class IterableStream:
         else:
             raise StreamError(
                 f"this stream was made from an iterator ({self._kind}), which can be read once and "
-                f"has been: make a new stream, or give {_AGAIN}"
+                f"has been: make a new stream, or give {AGAIN}"
             )
         return (self._sample(n, item) for n, item in enumerate(items))
 
     def _sample(self, n: int, item: Any) -> Sample:
-        u, y, end, time, late = _fields(n, item)
+        u, y, end, time, late = self._fields(n, item)
         inputs = self._inputs(n, u)
         if not isinstance(end, (bool, np.bool_)):
             raise StreamError(f"item {n}: end is {end!r}; give True or False")
@@ -179,6 +215,37 @@ class IterableStream:
             self._late(n, late),
             inputs,
         )
+
+    def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """(u, y, end, time, late) of an item in any of the forms that are taken."""
+        if isinstance(item, Sample):
+            u = item.u if item.inputs is None else item.inputs
+            return u, item.y, item.end, item.time, item.late
+        if isinstance(item, (tuple, list)) and self._names is not None:
+            item = {str(place): value for place, value in enumerate(item)}
+        if isinstance(item, Mapping) and (self._names is not None or "u" not in item):
+            names = self._names or default_names(n, item, self._arguments)
+            return (*named_parts(n, item, names), False, None, None)
+        if isinstance(item, Mapping):
+            strange = [str(key) for key in item if key not in _KEYS]
+            if strange:
+                raise StreamError(
+                    f"item {n} is a dict with the unknown {', '.join(strange)}; an item is {_FORMS}"
+                )
+            return (
+                item["u"],
+                item.get("y"),
+                item.get("end", False),
+                item.get("time"),
+                item.get("late"),
+            )
+        if isinstance(item, (Tensor, np.ndarray)):
+            return item, None, False, None, None
+        if isinstance(item, (tuple, list)) and len(item) in (1, 2):
+            return item[0], item[1] if len(item) == 2 else None, False, None, None
+        length = f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
+        hint = TUPLES if length and len(item) > 2 else ""
+        raise StreamError(f"item {n} is a {type(item).__name__}{length}; an item is {_FORMS}{hint}")
 
     def _inputs(self, n: int, u: Any) -> dict[str, Tensor] | None:
         """Several inputs by name, those of a tuple or list by number; None for one."""
@@ -209,19 +276,17 @@ class IterableStream:
         if y is None:
             return None
         if not isinstance(y, Mapping):
-            return self._values(n, field, y, _size_of(self._classes, None))
+            return self._values(n, field, y)
         return {
-            str(name): None
-            if one is None
-            else self._values(n, f"{field}[{name!r}]", one, _size_of(self._classes, str(name)))
+            str(name): None if one is None else self._values(n, f"{field}[{name!r}]", one)
             for name, one in y.items()
         }
 
-    def _values(self, n: int, field: str, value: Any, classes: int | None) -> Tensor:
+    def _values(self, n: int, field: str, value: Any) -> Tensor:
         """Classes as int64, whatever integers the source counts in; the rest as it is."""
         y = self._tensor(n, field, value)
         integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-        return y.to(torch.int64) if classes is not None and integers else y
+        return y.to(torch.int64) if integers else y
 
     def _tensor(self, n: int, field: str, value: Any) -> Tensor:
         if isinstance(value, Tensor):
@@ -239,47 +304,6 @@ class IterableStream:
                 f"item {n}: {field} is a numpy array of {value.dtype}, which torch has no dtype "
                 "for: convert it with astype"
             ) from error
-
-
-class _Epochs:
-    """`source` again and again; epochs: how often, None for no end."""
-
-    def __init__(self, source: Iterable[Any], epochs: int | None) -> None:
-        if isinstance(source, Iterator):
-            raise StreamError(
-                f"epochs={epochs}: an iterator ({type(source).__name__}) can be read once: give "
-                f"{_AGAIN}"
-            )
-        self._source = source
-        self._epochs = epochs
-
-    def __iter__(self) -> Iterator[Any]:
-        for _ in count() if self._epochs is None else range(self._epochs):
-            empty = True
-            for item in self._source:
-                empty = False
-                yield item
-            if empty:
-                return  # what is empty now would be so without end
-
-
-def _fields(n: int, item: Any) -> tuple[Any, Any, Any, Any, Any]:
-    """(u, y, end, time, late) of an item in any of the forms that are taken."""
-    if isinstance(item, Sample):
-        u = item.u if item.inputs is None else item.inputs
-        return u, item.y, item.end, item.time, item.late
-    if isinstance(item, Mapping):
-        strange = [str(key) for key in item if key not in _KEYS]
-        if strange or "u" not in item:
-            what = f"the unknown {', '.join(strange)}" if strange else "no 'u'"
-            raise StreamError(f"item {n} is a dict with {what}; an item is {_FORMS}")
-        return item["u"], item.get("y"), item.get("end", False), item.get("time"), item.get("late")
-    if isinstance(item, (Tensor, np.ndarray)):
-        return item, None, False, None, None
-    if isinstance(item, (tuple, list)) and len(item) in (1, 2):
-        return item[0], item[1] if len(item) == 2 else None, False, None, None
-    length = f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
-    raise StreamError(f"item {n} is a {type(item).__name__}{length}; an item is {_FORMS}")
 
 
 def _check_sizes(classes: Sizes, outputs: Sizes) -> None:
@@ -354,12 +378,10 @@ def _target_spec(
 ) -> TargetSpec:
     if y is not None:
         integers = not y.dtype.is_floating_point
-        if integers and classes is None:
+        if y.dtype == torch.bool and classes is None:
             raise StreamError(
-                f"item 0: {field} has dtype {y.dtype}, so targets are classes: say how many with "
-                "classes= (of hamdist.train, or of hamdist.streams.from_loader and from_iterable, "
-                "around a DataLoader or iterable), or convert real-valued targets to a "
-                "floating-point dtype"
+                f"item 0: {field} has dtype {y.dtype}: convert targets that are classes with "
+                "y.long(), real-valued ones to a floating-point dtype"
             )
         if not integers and classes is not None:
             raise StreamError(

@@ -156,7 +156,7 @@ def _seconds(value: float) -> str:
 
 def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
     """The runs' warnings, each once, and what a reader of the numbers must know."""
-    notes = list(dict.fromkeys(text for run in group for text in run.warnings))
+    notes = list(dict.fromkeys(text for run in group for text in [*run.why, *run.warnings]))
     notes += compression_notes([run.compression for run in group])
     notes += outputs_notes(group)
     lost = [(run.seed, _loss(run)) for run in group]

@@ -24,7 +24,7 @@ from hamdist.dynamics.averaging import Average
 from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import called
 from hamdist.dynamics.losses import Losses, LossFunction, make_losses
-from hamdist.dynamics.metrics import Prequential, Window
+from hamdist.dynamics.metrics import Prequential, Window, counts
 from hamdist.dynamics.outputs import ONLY, losses_of, tensors
 from hamdist.dynamics.rates import step_course
 from hamdist.errors import BlockError, GraphError, SettingsError
@@ -66,7 +66,7 @@ def train_centralised(
     """
     entered = time.perf_counter()
     reset_peak()
-    losses = make_losses(settings.loss) if loss is None else loss
+    losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
     own = copied(model)
     if frozen:
         _freeze(own)
@@ -113,6 +113,7 @@ class _Trainer:
         self.targets = targets
         self._losses: dict[str, LossFunction] | None = None
         self._kept = settings.metrics
+        self._ignore_index = settings.ignore_index
         self.step_size = _step_size(learning, settings.steps)
         self.optimiser = _optimiser(model, learning)
         self.metrics: dict[str, Prequential] = {}
@@ -142,7 +143,7 @@ class _Trainer:
         found = []
         for name, loss in losses.items():
             y = sample.target(name)
-            if y is not None:
+            if y is not None and counts(y, self._ignore_index):
                 found.append(loss(predictions[name], y))
                 own = predictions[name].detach()
                 self.metrics[name].record(self.items, own, y, found[-1].detach())
@@ -177,7 +178,10 @@ class _Trainer:
             )
         losses = losses_of(list(predictions), self.loss, self.targets)
         kept = self._kept
-        self.metrics = {name: Prequential(kept.window, kept.limit) for name in losses}
+        self.metrics = {
+            name: Prequential(kept.window, kept.limit, ignore_index=self._ignore_index)
+            for name in losses
+        }
         return losses
 
     def windows(self) -> list[Window]:

@@ -13,9 +13,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.inputs import Inputs, called
 from hamdist.dynamics.losses import Losses, LossFunction
-from hamdist.dynamics.metrics import count_correct
+from hamdist.dynamics.metrics import count_correct, counts
 from hamdist.dynamics.outputs import ONLY, losses_of, main_output, tensors
 from hamdist.errors import HamdistError, StreamError
 from hamdist.streams.sample import Sample, Stream
@@ -35,17 +36,26 @@ class Scores:
     main: str = ONLY
 
 
-def evaluate(model: nn.Module, x: Inputs, y: Targets, loss: Losses) -> Scores:
+def evaluate(
+    model: nn.Module, x: Inputs, y: Targets, loss: Losses, *, ignore_index: int = IGNORE_INDEX
+) -> Scores:
     """Scores of `model` on x (N, ...) with targets y, (N,) classes or (N, O) values; of several
     inputs and outputs by name.
 
-    `loss` is a mean over the batch. The model is set to evaluation meanwhile.
+    `loss` is a mean over the batch. ignore_index: targets of this class do not count. The model is
+    set to evaluation meanwhile.
     """
-    return evaluate_items(model, _chunks(x, y), loss, y if isinstance(y, Mapping) else None)
+    targets = y if isinstance(y, Mapping) else None
+    return evaluate_items(model, _chunks(x, y), loss, targets, ignore_index=ignore_index)
 
 
 def evaluate_items(
-    model: nn.Module, items: Iterable[Sample], loss: Losses, targets: Collection[str] | None
+    model: nn.Module,
+    items: Iterable[Sample],
+    loss: Losses,
+    targets: Collection[str] | None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Scores:
     """Scores of `model` over the rows of all items that have a target. targets: the names of the
     outputs for which they have targets, where these are given by name.
@@ -62,7 +72,7 @@ def evaluate_items(
                 found = tensors(called(model, u))
             if tallies is None:
                 losses = losses_of(list(found), loss, targets)
-                tallies = {name: _Tally(one) for name, one in losses.items()}
+                tallies = {name: _Tally(one, ignore_index) for name, one in losses.items()}
             for name, tally in tallies.items():
                 target = sample.target(name)
                 if target is not None:
@@ -95,13 +105,15 @@ def _chunks(x: Inputs, y: Targets) -> Iterator[Sample]:
         yield Sample(u, target, inputs=part if isinstance(x, Mapping) else None)
 
 
-def evaluate_sequences(model: nn.Module, stream: Stream, loss: LossFunction) -> Scores:
+def evaluate_sequences(
+    model: nn.Module, stream: Stream, loss: LossFunction, *, ignore_index: int = IGNORE_INDEX
+) -> Scores:
     """Scores of a model for sequences, (T, B, ...) -> (T, B, O), on those of a stream that ends:
     over all rows of all tokens that have a target.
 
     Raises StreamError where none has one.
     """
-    tally = _Tally(loss)
+    tally = _Tally(loss, ignore_index)
     with _evaluating(model):
         for sequence in _sequences(stream):
             predictions = model(torch.stack([sample.u for sample in sequence]))
@@ -126,19 +138,23 @@ def _sequences(stream: Stream) -> Iterator[list[Sample]]:
 
 
 class _Tally:
-    """Sums over rows. loss: a mean over the batch."""
+    """Sums over rows. loss: a mean over what counts."""
 
-    def __init__(self, loss: LossFunction) -> None:
+    def __init__(self, loss: LossFunction, ignore_index: int) -> None:
         self._loss = loss
+        self._ignore_index = ignore_index
         self.rows = 0
         self._total = 0.0
         self._correct = 0
         self._counted = 0
 
     def add(self, prediction: Tensor, target: Tensor) -> None:
-        self._total += float(self._loss(prediction, target)) * len(target)
-        self.rows += len(target)
-        right, counted = count_correct(prediction, target)
+        rows = counts(target, self._ignore_index)
+        if not rows:
+            return
+        self._total += float(self._loss(prediction, target)) * rows
+        self.rows += rows
+        right, counted = count_correct(prediction, target, self._ignore_index)
         self._correct, self._counted = self._correct + right, self._counted + counted
 
     def scores(self) -> Scores:

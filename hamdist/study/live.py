@@ -40,7 +40,7 @@ class RunView:
             self._phase = f" ({TITLES.get(progress.phase, progress.phase)})"
             return
         self._last = progress
-        self._recent.append((progress.seconds, progress.samples))
+        self._recent.append((progress.seconds, progress.samples - progress.resumed))
         while len(self._recent) > 2 and self._recent[1][0] < progress.seconds - RATE_SECONDS:
             self._recent.popleft()
 

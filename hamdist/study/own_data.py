@@ -17,6 +17,7 @@ from hamdist.errors import SettingsError, StreamError
 from hamdist.loading import called, check_call, load_function, title
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.streams import Stream, from_iterable, from_loader
+from hamdist.streams.batch_names import Names
 from hamdist.streams.sample import SampleSpec
 
 STREAM_OPTION = "--stream"
@@ -32,14 +33,15 @@ class OwnData:
     held_out: Stream | None = None
 
 
-def load_stream(name: str) -> Callable[[int], OwnData]:
+def load_stream(name: str, names: Names | None = None) -> Callable[[int], OwnData]:
     """Makes the stream of a seed by the function `package.module:function` or `file.py:function`.
 
     The function is called anew for every run, with `seed=` where it takes one, while torch's global
     generator is seeded with it. It returns a stream, or a stream and what is held out; each is a
     `hamdist.streams.Stream`, a DataLoader, or an iterable of (u, y); what is held out may be one
-    pair (u, y) of tensors, and has to end. Raises SettingsError for every way in which it can be
-    wrong, StreamError for what it returns.
+    pair (u, y) of tensors, and has to end. names: what the keys of batches mean.
+
+    Raises SettingsError for every way in which it can be wrong, StreamError for what it returns.
     """
     function = load_function(STREAM_OPTION, name)
     takes_seed = _takes_seed(function)
@@ -51,11 +53,12 @@ def load_stream(name: str) -> Callable[[int], OwnData]:
             made = called(STREAM_OPTION, function, **({"seed": seed} if takes_seed else {}))
             parts = list(made) if isinstance(made, tuple) and len(made) == 2 else [made]
             name = title(function)
-            train = _as_stream(parts[0], None, name, "what to learn from")
+            train = _as_stream(parts[0], None, names, name, "what to learn from")
             classes = _classes(train.spec)
-            held_out = [[part] if _pair(part) else part for part in parts[1:]]
+            held_out = [[part] if _single(part) else part for part in parts[1:]]
             return OwnData(
-                train, *(_as_stream(part, classes, name, "what is held out") for part in held_out)
+                train,
+                *(_as_stream(part, classes, names, name, "what is held out") for part in held_out),
             )
 
     return make
@@ -81,16 +84,21 @@ def _pair(made: object) -> bool:
     return isinstance(made, (tuple, list)) and [isinstance(x, arrays) for x in made] == [True] * 2
 
 
-def _as_stream(made: object, classes: Classes, name: str, part: str) -> Stream:
+def _single(made: object) -> bool:
+    """Whether `made` is one batch."""
+    return _pair(made) or isinstance(made, Mapping)
+
+
+def _as_stream(made: object, classes: Classes, names: Names | None, name: str, part: str) -> Stream:
     """part: what of the function's result it is, for errors."""
     if isinstance(made, Stream):
         return made
     try:
         if isinstance(made, (DataLoader, IterableDataset)):
-            return from_loader(made, classes=classes)
+            return from_loader(made, classes=classes, names=names)
         plain = isinstance(made, Iterable) and not isinstance(made, (str, Mapping, torch.Tensor))
         if plain and not _pair(made):
-            return from_iterable(made, classes=classes)  # type: ignore[arg-type]  # (plain)
+            return from_iterable(made, classes=classes, names=names)  # type: ignore[arg-type]  # (plain)
     except StreamError as error:
         raise StreamError(f"{STREAM_OPTION}: {name}(), {part}: {error}") from error
     raise SettingsError(

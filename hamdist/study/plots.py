@@ -6,8 +6,10 @@ dashes, and every bar of numbers its own place. Nothing touches matplotlib's glo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -187,6 +189,7 @@ def _paired_gaps(baseline: Sequence[Run], group: Sequence[Run], real_valued: boo
 
 def new_figure() -> tuple[Figure, Axes]:
     """A figure with one pair of axes, in the style of all."""
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
@@ -195,6 +198,17 @@ def new_figure() -> tuple[Figure, Axes]:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def import_matplotlib() -> None:
+    """Import it, whatever MPLBACKEND says: a notebook's backend need not be installed here."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
 
 
 def legend(figure: Figure, axes: Axes, columns: int = 5) -> None:

@@ -63,9 +63,9 @@ def _records(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def run_summary(run: Run) -> dict[str, Any]:
-    """A run without its windows, records and weights."""
-    record = dataclasses.asdict(dataclasses.replace(run, windows=(), records={}, plain=None))
-    for apart in ("windows", "window_seconds", "records", "plain"):
+    """A run without its windows."""
+    record = run.as_json()
+    for apart in ("windows", "window_seconds"):
         del record[apart]
     record["held_out"] = None if run.held_out is None else _scores(run.held_out)
     record["samples_per_second"] = run.rows_per_second

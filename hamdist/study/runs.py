@@ -20,7 +20,6 @@ from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import Losses, LossFunction, make_loss, make_losses
 from hamdist.dynamics.metrics import Window, merge_windows
 from hamdist.dynamics.outputs import main_output
-from hamdist.dynamics.precision import Rounding
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.stabilise import stabilised
 from hamdist.errors import Choice, DivergedError, SettingsError, StreamError
@@ -33,13 +32,12 @@ from hamdist.models import (
     make_tracker,
 )
 from hamdist.runtime.measure import example_input, example_inputs
-from hamdist.runtime.result import Progress, Replaced, RunResult
+from hamdist.runtime.result import APART, Progress, RunFacts, RunResult
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
-from hamdist.study.compression import Compression
 from hamdist.study.drift import Recovery, recoveries
 from hamdist.study.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
 from hamdist.study.own_data import OwnData, check_held_out
@@ -53,65 +51,44 @@ OnProgress = Callable[[Progress], None]
 DataFactory = Callable[[int], OwnData]
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+@dataclass(slots=True, kw_only=True)
+class Run(RunFacts):
     """A run's numbers.
 
-    level: a level's name, 'centralised' or 'frozen'; chosen: the settings that ran where it is
-    'auto', why: its reasons. engine: an engine's name, or 'pytorch'.
-    samples: items that entered; batch: rows of an item.
+    level: a level's name, 'centralised' or 'frozen'. engine: an engine's name, or 'pytorch'.
+    batch: rows of an item. startup_seconds, startup: with what came before the engine.
     windows: prequential, of the (last) readout; of a model of several outputs, of the one that
     `held_out` names as the main one. prequential: of such a model, all windows in one by output.
-    window_seconds: when each window's last item had entered, counted as `seconds` is.
+    window_seconds: when each window's last item had entered, counted as `seconds` is (0 for those
+    before `resumed`).
     held_out: None after an interruption or a failure, and for streams without held-out part; of
     averaged weights (`learning.average`), where there are some; held_out_plain: then of the weights
     as they were in the end, which plain has.
     failure: how the run left the finite range, if it did; its model has the weights from before.
     tracking: how well a real-valued target was followed, where its course was recorded.
     drifts: what the prequential accuracy did after each labelled drift of the stream.
-    The rest is as in RunResult.
+    The rest is as in RunFacts.
     """
 
     level: str
     engine: str
     seed: int
-    samples: int
     batch: int
-    ticks: int
-    seconds: float
-    startup_seconds: float
     windows: Sequence[Window]
     window_seconds: Sequence[float]
     held_out: Scores | None
-    bytes_per_edge: Mapping[str, int]
-    peak_memory: Mapping[str, int]
-    staleness: int
-    smoothness: float | None = None
-    stream: Mapping[str, int] = field(default_factory=dict)
-    stored: Mapping[str, int] = field(default_factory=dict)
-    interrupted: bool = False
     failure: str | None = None
-    warnings: Sequence[str] = field(default_factory=tuple)
     tracking: Tracking | None = None
-    records: Mapping[str, Records] = field(default_factory=dict)
-    startup: Mapping[str, float] = field(default_factory=dict)
-    placement: Sequence[Sequence[str]] = field(default_factory=tuple)
-    delays: Mapping[str, int] = field(default_factory=dict)
-    compression: Compression = field(default_factory=dict)
-    rounding: Mapping[str, Rounding] = field(default_factory=dict)
-    snapshots: Sequence[str] = field(default_factory=tuple)
-    replaced: Sequence[Replaced] = field(default_factory=tuple)
-    prequential: Mapping[str, Window] = field(default_factory=dict)
+    prequential: dict[str, Window] = field(default_factory=dict)
     drifts: Sequence[Recovery] = field(default_factory=tuple)
     held_out_plain: Scores | None = None
-    plain: nn.Module | None = None
-    chosen: Settings | None = None
-    why: Sequence[str] = field(default_factory=tuple)
+    records: dict[str, Records] = field(default_factory=dict, metadata=APART)
+    plain: nn.Module | None = field(default=None, metadata=APART)
 
     @property
     def rows_per_second(self) -> float:
         """Rows (items times batch) per second."""
-        return self.samples * self.batch / self.seconds if self.seconds > 0 else 0.0
+        return self.items * self.batch / self.seconds if self.seconds > 0 else 0.0
 
 
 class Timeline:
@@ -129,9 +106,11 @@ class Timeline:
         if self._then is not None:
             self._then(progress)
 
-    def at(self, items: Sequence[int], end: tuple[int, float]) -> list[float]:
-        """Seconds at which each number of `items` had entered. end: items and seconds in all."""
-        points = sorted({point for point in self._points if point[0] < end[0]} | {end})
+    def at(self, items: Sequence[int], end: tuple[int, float], resumed: int = 0) -> list[float]:
+        """Seconds at which each number of `items` had entered: 0 up to `resumed`. end: items and
+        seconds in all."""
+        between = {point for point in self._points if resumed < point[0] < end[0]}
+        points = sorted(between | {(min(resumed, end[0]), 0.0), end})
         samples, seconds = zip(*points, strict=True)
         return [float(s) for s in np.interp(items, samples, seconds)]
 
@@ -227,42 +206,28 @@ def _run(
         warnings.warn(told[-1], stacklevel=3)
     windows = _main_windows(result, scores)
     entered = [window.last + 1 for window in windows]
+    facts = {
+        **result.shared(),
+        "startup": startup.seconds,
+        "startup_seconds": prepared + result.startup_seconds,
+        "warnings": [*told, *result.warnings],
+    }
     run = Run(
         level=level,
         engine=engine,
         seed=settings.seed,
-        samples=result.samples,
         batch=stream.spec.batch,
-        ticks=result.ticks,
-        seconds=result.seconds,
-        startup_seconds=prepared + result.startup_seconds,
-        startup=startup.seconds,
-        placement=result.placement,
-        delays=result.delays,
         windows=windows,
-        window_seconds=timeline.at(entered, (result.samples, result.seconds)),
+        window_seconds=timeline.at(entered, (result.samples, result.seconds), result.resumed),
         held_out=scores,
         held_out_plain=plain,
         plain=result.plain,
-        chosen=result.chosen,
-        why=tuple(result.why),
-        bytes_per_edge=result.bytes_per_edge,
-        compression=result.compression,
-        rounding=result.rounding,
         prequential=_by_output(result) if len(result.windows) > 1 else {},
-        peak_memory=result.peak_memory,
-        staleness=result.staleness,
-        smoothness=result.smoothness,
-        stream=result.stream,
-        stored=result.stored,
-        interrupted=result.interrupted,
         failure=failure,
-        warnings=(*told, *result.warnings),
         tracking=tracking(result.records, settings),
         records=result.records,
-        snapshots=result.snapshots,
-        replaced=result.replaced,
         drifts=recoveries(windows, drifts(settings.stream, result.samples)),
+        **facts,
     )
     return run, result.model
 
@@ -332,7 +297,7 @@ def _only_loss(settings: Settings) -> LossFunction:
             f"loss: names the outputs {', '.join(map(repr, settings.loss))}, but a "
             f"{settings.model.kind.value} has one; give one loss"
         )
-    return make_loss(settings.loss)
+    return make_loss(settings.loss, settings.ignore_index)
 
 
 def _stream(settings: Settings, dtype: torch.dtype) -> Stream:
@@ -350,17 +315,19 @@ def _score(
     items = result.samples + result.stream.get("dropped", 0)
     if isinstance(model, MergedSequence):
         return _score_sequences(model, settings, own)
-    losses = make_losses(settings.loss)
+    losses = make_losses(settings.loss, settings.ignore_index)
     if own is not None:
-        return _score_own(model, own, losses)
+        return _score_own(model, own, losses, settings.ignore_index)
     part = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=items)
-    return None if part is None else evaluate(model, *part, losses)
+    ignored = settings.ignore_index
+    return None if part is None else evaluate(model, *part, losses, ignore_index=ignored)
 
 
-def _score_own(model: nn.Module, own: OwnData, losses: Losses) -> Scores | None:
+def _score_own(model: nn.Module, own: OwnData, losses: Losses, ignore_index: int) -> Scores | None:
     if own.held_out is None:
         return None
-    return evaluate_items(model, own.held_out.samples(), losses, own.train.spec.targets)
+    items, targets = own.held_out.samples(), own.train.spec.targets
+    return evaluate_items(model, items, losses, targets, ignore_index=ignore_index)
 
 
 def _score_sequences(
@@ -370,7 +337,9 @@ def _score_sequences(
     if data is not None:
         if data.held_out is None:
             return None
-        return evaluate_sequences(model, data.held_out, _only_loss(settings))
+        return evaluate_sequences(
+            model, data.held_out, _only_loss(settings), ignore_index=settings.ignore_index
+        )
     own = settings.stream
     if own.source is not Source.SEQUENCES or own.sequences.view is not View.TOKENS:
         return None

@@ -27,23 +27,23 @@ from hamdist.study.tracking_plots import record_plots
 
 
 def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
-    """metrics.jsonl, summary.json, settings.yaml and model.safetensors (the `state_dict`); of
-    averaged weights also plain.safetensors, the weights as they were in the end; of a run with
-    `partition.delays: auto` the settings have the delays that were chosen; of one with
-    `metrics.record` also records.npz and its plots.
+    """Write model.safetensors (the `state_dict`), settings.yaml, metrics.jsonl and summary.json, in
+    this order: a disk that gets full has the weights. Of averaged weights also plain.safetensors,
+    the weights as they were in the end; of a run with `partition.delays: auto` the settings have
+    the delays that were chosen; of one with `metrics.record` also records.npz and its plots.
 
     Raises SettingsError where a file cannot be written.
     """
-    write_file(folder / "metrics.jsonl", run_lines([run]))
-    write_file(folder / "settings.yaml", to_yaml(as_it_was(settings, run)))
     save_weights(folder / "model.safetensors", _weights(model))
     if run.plain is not None:
         save_weights(folder / "plain.safetensors", _weights(run.plain))
+    write_file(folder / "settings.yaml", to_yaml(as_it_was(settings, run)))
+    write_file(folder / "metrics.jsonl", run_lines([run]))
+    write_file(folder / "summary.json", summary_json(run))
     if run.records:
         write_file(folder / "records.npz", records_npz(run.records, settings))
         for name, png in record_plots(run.records, settings).items():
             write_file(folder / name, png)
-    write_file(folder / "summary.json", summary_json(run))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -80,6 +80,7 @@ def save_comparison(
     write_file(folder / "runs.jsonl", run_lines(runs))
     write_file(folder / "results.csv", rows_csv(rows))
     write_file(folder / "settings.yaml", to_yaml(settings))
+    write_file(folder / "summary.json", comparison_summary(rows, interrupted=interrupted))
     plots = comparison_plots(runs) if rows else {}
     for name, png in plots.items():
         write_file(folder / name, png)
@@ -92,4 +93,3 @@ def save_comparison(
         interrupted=interrupted,
     )
     write_file(folder / "report.html", render(report))
-    write_file(folder / "summary.json", comparison_summary(rows, interrupted=interrupted))

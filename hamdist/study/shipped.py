@@ -38,7 +38,7 @@ class Shipped(NamedTuple):
         if source in shipped:
             return shipped[source], f"{self.one} {source}"
         try:
-            return Path(source).read_text("utf-8"), source
+            return Path(source).read_text("utf-8-sig"), source
         except FileNotFoundError:
             raise SettingsError(
                 f"no settings file {source!r}, and no {self.one} of that name; "

@@ -106,6 +106,8 @@ def run_facts(run: Run) -> dict[str, str]:
     """What a single run reached, name by name."""
     facts = {
         "items": f"{run.samples:,} of {run.batch} rows, {run.ticks:,} ticks",
+        "gone on from": f"item {run.resumed:,}" if run.resumed else "",
+        "chosen": "; ".join(run.why),
         "time": f"{run.seconds:.1f} s",
         "start-up": startup_line(run.startup_seconds, run.startup),
         "speed": f"{run.rows_per_second:,.0f} rows/s",

@@ -16,7 +16,7 @@ import torch
 
 from hamdist.config import Loss, Settings
 from hamdist.dynamics.energy import Records, hamiltonian, lagrangian, robust_hamiltonian
-from hamdist.study.plots import BASELINE_COLOUR, COLOURS, DASHES, DPI, SIZE
+from hamdist.study.plots import BASELINE_COLOUR, COLOURS, DASHES, DPI, SIZE, import_matplotlib
 from hamdist.study.tracking import PARTS, Array, last_signals, rms, seconds
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ def _time(ticks: Array, settings: Settings) -> tuple[Array, str]:
 
 
 def _figure(height: float = 1.0) -> Figure:
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(SIZE[0], height * SIZE[1]), dpi=DPI, layout="constrained")

@@ -127,7 +127,7 @@ def test_empty_batch() -> None:
         (CLASSES, torch.tensor(1), r"y has shape \(\)"),
         (CLASSES, GOOD_Y[:3], "y has batch 3, but u has batch 4"),
         (CLASSES, torch.tensor([0, 1, 5, 2]), r"y\[2\] is 5, but with 5 classes .* 0 to 4"),
-        (CLASSES, torch.tensor([0, -100, 1, 2]), r"y\[1\] is -100, but with 5 classes"),
+        (CLASSES, torch.tensor([0, -99, 1, 2]), r"y\[1\] is -99, but with 5 .*ignore_index"),
         (VALUES, torch.zeros(4, 3), r"y has shape \(4, 3\), expected \(B, 2\)"),
         (VALUES, torch.zeros(4), r"y has shape \(4,\), expected \(B, 2\)"),
         (VALUES, torch.zeros(5, 2), "y has batch 5, but u has batch 4"),

@@ -233,10 +233,10 @@ class TestErrors:
         ("item", "message"),
         [
             (3, "is a int; an item is a Sample"),
-            ((U, Y, Y), "is a tuple of length 3; an item is"),
+            ((U, Y, Y), "is a tuple of length 3; an item is.*names={0: .*weights of samples"),
             ((), "is a tuple of length 0"),
             ({"x": U, "u": U}, "is a dict with the unknown x; an item is"),
-            ({"y": Y}, "is a dict with no 'u'"),
+            ({"y": Y}, "is a dict of 'y'; which of them are inputs is open: say it with names="),
             (([1.0], Y), ": u is a list; give a torch tensor or a numpy array"),
             ((None, Y), ": u is a NoneType"),
             ((U, [0, 1, 2]), ": y is a list"),
@@ -256,7 +256,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("item", "classes", "message"),
         [
-            ((U, Y), None, "y has dtype torch.int64, so targets are classes: say how many"),
+            ((U, Y > 1), None, "y has dtype torch.bool: convert targets that are classes with"),
             ((U, Y.float()), 3, "y has dtype torch.float32, but classes=3"),
             (U, None, "item 0 has no target.* give classes=.* outputs="),
             (torch.tensor(1.0), 3, r"u has no dimension: items are batches"),

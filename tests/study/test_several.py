@@ -327,7 +327,7 @@ def test_what_is_held_out_may_be_a_pair_of_tensors():
     x = torch.zeros(5, 4)
     expected = cross_entropy(model(x), torch.zeros(5, dtype=torch.int64)).detach()
     assert run.held_out.loss == pytest.approx(float(expected))
-    assert (run.samples, run.warnings) == (6, ())
+    assert (run.samples, run.warnings) == (6, [])
 
 
 @pytest.mark.usefixtures("folder")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hamdist.study.plots import COLOURS
+from hamdist.study.plots import COLOURS, import_matplotlib
 from hamdist.study.speed.counts import Decay
 from hamdist.study.speed.streams import StreamKind
 
@@ -58,6 +58,7 @@ def speed_plots(
     title: str,
 ) -> dict[str, bytes]:
     """The picture as 'png' and 'svg'. lines: the fits of error and of 1 - cos."""
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     panels = 3 if decays else 2

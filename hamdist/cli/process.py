@@ -1,0 +1,94 @@
+"""The process of the command: its standard streams, and Ctrl-C, from the first moment on.
+
+All else is imported inside.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import TextIO
+
+from hamdist.errors import INTERRUPTED
+
+PLAIN = {"•": "*", "·": "-", "–": "-", "→": "->", "±": "+-", "×": "x", "≤": "<=", "≥": ">="}
+PLAIN |= {"τ": "tau", "η": "eta", "ω": "omega", "θ": "theta", "φ": "phi", "β": "beta"}
+
+
+class SteadyFile(io.FileIO):
+    """A standard stream that is full or closed takes what is written and loses it: the files of a
+    run do not depend on who reads along."""
+
+    def write(self, data: object, /) -> int:
+        """Write `data` (bytes-like), and return its length whatever becomes of it."""
+        whole = memoryview(data)  # type: ignore[arg-type]
+        try:
+            return super().write(whole) or 0
+        except OSError:
+            return whole.nbytes
+
+
+def replaced(error: UnicodeError) -> tuple[str, int]:
+    """Return ASCII for the character that the terminal or log file cannot show (codecs' protocol).
+
+    Raises the error where it is not one of writing.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return PLAIN.get(error.object[error.start], "?"), error.start + 1
+
+
+def steady_streams() -> None:
+    """Make standard output and error take any text, also where they are closed or full."""
+    codecs.register_error("hamdist", replaced)
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file that is opened would get its number
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    sys.stdout, sys.stderr = _steady(sys.stdout, 1), _steady(sys.stderr, 2)
+
+
+def _steady(stream: TextIO | None, number: int) -> TextIO:
+    if stream is not None:
+        stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(SteadyFile(number, "w", closefd=False)),
+        encoding=getattr(stream, "encoding", None),
+        errors="hamdist",
+        line_buffering=number == 2 or os.isatty(number),
+        write_through=getattr(stream, "write_through", False),
+    )
+
+
+def main() -> None:
+    """Run the command in this process. Ctrl-C ends it with exit code 130, while it imports, too."""
+    seen = False
+
+    def interrupted(_number: int, _frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+    try:
+        steady_streams()
+
+        import psutil
+
+        from hamdist.cli.commands import app
+
+        # A run's start-up counts from the start of this process, which its context passes on.
+        app(obj=time.perf_counter() - (time.time() - psutil.Process().create_time()))
+    except BaseException as error:
+        # An import that is interrupted may end in another error, as that of numpy in torch.
+        if not seen or isinstance(error, SystemExit):
+            raise
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(INTERRUPTED)

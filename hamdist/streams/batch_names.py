@@ -1,0 +1,85 @@
+"""Batches by key, or by place: which of their values are inputs, and which are targets.
+
+A key has a name: `u`, the only input; an argument of the model (`u.NAME` where that is called u or
+y); `y`, the target; `y.NAME`, the target of the output NAME. What has no name is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from hamdist.errors import StreamError
+
+# By key of a batch, or place in a tuple.
+Names: TypeAlias = Mapping[str, str] | Mapping[int, str]
+
+TARGETS = ("label", "labels", "target", "targets", "y")  # keys that need no name
+TUPLES = (
+    '; names={0: "u", 1: "y"} leaves the others out, names={0: "x", 1: "y", 2: "task"} hands the '
+    "third one to the model as its argument 'task'; weights of samples have no place in the loss: "
+    "draw rows as often as they weigh (torch's WeightedRandomSampler)"
+)
+
+
+def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tuple[Any, Any]:
+    """Picks u and y of item n by the names of its keys.
+
+    Returns: the only input or a dict of them by argument, and the target, or a dict of them by
+    output, or None.
+    Raises StreamError for a key that is not there, and names that do not go together.
+    """
+    missing = [key for key in names if key not in item]
+    if missing:
+        raise StreamError(
+            f"item {n} has no {missing[0]!r}, which names= speaks of; it has "
+            f"{', '.join(map(repr, item))}"
+        )
+    targets = {name: item[key] for key, name in names.items() if _is_target(name)}
+    inputs = {
+        name if name == "u" else name.removeprefix("u."): item[key]
+        for key, name in names.items()
+        if name not in targets
+    }
+    alone = not ("u" in inputs and len(inputs) > 1) and not ("y" in targets and len(targets) > 1)
+    if not inputs or not alone or len(inputs) + len(targets) < len(names):
+        raise StreamError(
+            f"names is {dict(names)}: name one input 'u', or every input as an argument of the "
+            "model, and one target 'y', or the target of every output 'y.NAME'"
+        )
+    u = inputs.get("u", inputs)
+    if not targets or "y" in targets:
+        return u, targets.get("y")
+    return u, {name.removeprefix("y."): y for name, y in targets.items()}
+
+
+def default_names(
+    n: int, item: Mapping[Any, Any], arguments: Sequence[str] | None
+) -> dict[str, str]:
+    """Names the keys of item n: a target by its usual key, one other key as the input, several as
+    arguments. arguments: those of the model, if they are known.
+
+    Raises StreamError, with the mapping to write, where a key may mean something else.
+    """
+    targets = [key for key in item if key in TARGETS]
+    others = [key for key in item if key not in targets]
+    arrays = all(isinstance(item[key], (Tensor, np.ndarray)) for key in others)
+    known = arguments is None or all(key in arguments for key in others)
+    if arrays and others and len(targets) <= 1 and (known or len(others) == 1):
+        alone = len(others) == 1 and (arguments is None or others[0] not in arguments[1:])
+        return dict.fromkeys(targets, "y") | {key: "u" if alone else key for key in others}
+    guess = {str(key): "y" if key in targets[:1] else str(key) for key in item}
+    takes = "" if arguments is None else f" ({', '.join(arguments)})"
+    raise StreamError(
+        f"item {n} is a dict of {', '.join(map(repr, item)) or 'nothing'}; which of them are "
+        f"inputs is open: say it with names={guess} (in settings: stream.names), naming the only "
+        f"input 'u', or each as an argument of the model{takes}, and the target 'y'; what is not "
+        "named is left out"
+    )
+
+
+def _is_target(name: str) -> bool:
+    return name == "y" or name.startswith("y.")

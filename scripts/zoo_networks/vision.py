@@ -1,0 +1,142 @@
+"""Networks for images: transformers, timm, torchvision, segmentation-models-pytorch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+
+from zoo_networks.entry import CLASSES, Network, images, maps, vision_library
+from zoo_networks.language import hugging
+
+SIDE = 32
+PATCHES = {
+    "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "intermediate_size": 24, "num_labels": CLASSES,
+}  # fmt: skip
+
+
+def _h(name: str, config: dict[str, Any], side: int = 16, **more: Any) -> Network:
+    return Network(name, "transformers", hugging(name, config, **more), images(side, "logits"))
+
+
+TRANSFORMERS = (
+    _h("ViTForImageClassification", PATCHES),
+    _h("DeiTForImageClassification", PATCHES),
+    _h("BeitForImageClassification", {**PATCHES, "use_relative_position_bias": True}),
+    _h("Dinov2ForImageClassification", PATCHES),
+    _h("SwinForImageClassification", {"image_size": 32, "patch_size": 4, "embed_dim": 8,
+       "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, "num_labels": CLASSES}, 32),
+    _h("ConvNextForImageClassification", {"hidden_sizes": [8, 12], "depths": [1, 2],
+       "num_stages": 2, "num_labels": CLASSES}, 32),
+    _h("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 12],
+       "depths": [1, 1], "layer_type": "basic", "num_labels": CLASSES}, 32),
+    Network("SegformerForSemanticSegmentation", "transformers",
+        hugging("SegformerForSemanticSegmentation", {"hidden_sizes": [8, 12], "depths": [1, 1],
+        "num_encoder_blocks": 2, "num_attention_heads": [1, 2], "sr_ratios": [2, 1],
+        "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2],
+        "decoder_hidden_size": 8, "num_labels": CLASSES}), maps(32, "logits", 4)),
+)  # fmt: skip
+
+
+def _m(name: str, side: int = SIDE, **settings: Any) -> Network:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, num_classes=CLASSES, **settings)
+
+    return Network(name, "timm", build, images(side))
+
+
+VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+TIMM = (
+    _m("vit_tiny_patch16_224", 16, **VIT),
+    _m("deit3_small_patch16_224", 16, **VIT),
+    _m("beit_base_patch16_224", 16, **VIT),
+    _m("eva02_tiny_patch14_224", 16, **VIT),
+    _m("mixer_s32_224", 16, img_size=16, patch_size=8, embed_dim=16, num_blocks=3),
+    _m("swin_tiny_patch4_window7_224", 32, img_size=32, window_size=4, embed_dim=8, depths=(2, 2),
+       num_heads=(2, 2)),
+    _m("resnet18"),
+    _m("resnet26d"),
+    _m("efficientnet_lite0"),
+    _m("mobilenetv3_small_050"),
+    _m("convnext_atto", dims=(8, 12, 16, 20), depths=(1, 1, 2, 1)),
+    _m("regnetx_002"),
+    _m("densenet121", 32, growth_rate=4, block_config=(2, 2, 2, 2)),
+    _m("poolformer_s12", 32, embed_dims=(8, 12, 16, 20), layers=(1, 1, 1, 1)),
+    _m("xcit_nano_12_p16_224", 32, embed_dim=16, depth=2, num_heads=2),
+    _m("ghostnet_050"),
+)  # fmt: skip
+
+
+def _v(name: str, side: int = SIDE, key: str | None = None, **settings: Any) -> Network:
+    def build() -> nn.Module:
+        make = getattr(vision_library().models, name)
+        return make(num_classes=CLASSES, **settings)
+
+    return Network(name, "torchvision", build, images(side, key))
+
+
+def _vit() -> nn.Module:
+    return vision_library().models.VisionTransformer(16, 8, 3, 2, 16, 24, num_classes=CLASSES)
+
+
+def _swin() -> nn.Module:
+    return vision_library().models.SwinTransformer(
+        [4, 4], 8, [2, 2], [2, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=CLASSES
+    )
+
+
+def _convnext() -> nn.Module:
+    made = importlib.import_module("torchvision.models.convnext")
+    settings = [made.CNBlockConfig(8, 12, 2), made.CNBlockConfig(12, None, 2)]
+    return made.ConvNeXt(settings, 0.0, num_classes=CLASSES)
+
+
+def _segmenting(name: str) -> Network:
+    def build() -> nn.Module:
+        make = getattr(vision_library().models.segmentation, name)
+        return make(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
+
+    return Network(name, "torchvision", build, maps(SIDE, "out"))
+
+
+TORCHVISION = (
+    _v("resnet18"),
+    _v("resnet50"),
+    _v("mobilenet_v2"),
+    _v("mobilenet_v3_small"),
+    _v("efficientnet_b0"),
+    _v("densenet121", growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8),
+    _v("squeezenet1_1"),
+    _v("shufflenet_v2_x0_5"),
+    _v("mnasnet0_5"),
+    _v("regnet_y_400mf"),
+    _v("googlenet", 64, "logits", init_weights=False),
+    Network("vit", "torchvision", _vit, images(16)),
+    Network("swin", "torchvision", _swin, images(32)),
+    Network("convnext", "torchvision", _convnext, images(32)),
+    _segmenting("lraspp_mobilenet_v3_large"),
+    _segmenting("deeplabv3_mobilenet_v3_large"),
+)
+
+
+def _s(name: str, **settings: Any) -> Network:
+    def build() -> nn.Module:
+        make = getattr(importlib.import_module("segmentation_models_pytorch"), name)
+        return make("resnet18", encoder_weights=None, classes=CLASSES, **settings)
+
+    return Network(name, "segmentation_models_pytorch", build, maps(SIDE))
+
+
+SEGMENTATION = (
+    _s("Unet", decoder_channels=(16, 12, 8, 8, 4)),
+    _s("FPN", decoder_pyramid_channels=8, decoder_segmentation_channels=8, decoder_dropout=0.0),
+    _s("Linknet"),
+    _s("PSPNet", psp_out_channels=8, psp_dropout=0.0),
+    _s("DeepLabV3Plus", decoder_channels=8),
+)
+
+VISION = (*TRANSFORMERS, *TIMM, *TORCHVISION, *SEGMENTATION)
