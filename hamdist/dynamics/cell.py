@@ -22,13 +22,8 @@ from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
 
 from hamdist.dynamics.gradient import AtOnce, Gradient
-<<<<<<< HEAD
 from hamdist.dynamics.graph import EXTRA, Combine, combined
-from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
-=======
-from hamdist.dynamics.graph import Combine, combined
 from hamdist.dynamics.losses import CrossEntropy, LossFunction, mse
->>>>>>> main
 from hamdist.dynamics.piece import Piece
 from hamdist.dynamics.saving import (
     Remembers,
@@ -234,7 +229,10 @@ class Cell(Remembers):
             found = torch.autograd.grad(
                 output, wrt, cotangent, allow_unused=True, retain_graph=keep
             )
-        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(found, wrt, strict=True)]
+        grads = [
+            torch.zeros_like(w) if g is None else g.to_dense() if g.is_sparse else g
+            for g, w in zip(found, wrt, strict=True)
+        ]
         to_inputs = iter(grads[:wanted])
         per_parent = [
             None if leaf is None or not inputs else next(to_inputs) for leaf in record.leaves

@@ -32,7 +32,12 @@ def copied(thing: T) -> T:
         for buffer in part._buffers.values():
             if buffer is not None and overlaps(buffer):
                 memo[id(buffer)] = buffer.clone(memory_format=torch.contiguous_format)
-    return copy.deepcopy(thing, memo)
+    made = copy.deepcopy(thing, memo)
+    for module in made if isinstance(made, tuple) else (made,):
+        for p in module.parameters() if isinstance(module, nn.Module) else ():
+            if not p.is_leaf:  # of a scripted module, which torch copies with a history
+                p.detach_().requires_grad_()
+    return made
 
 
 def _kept(value: Any) -> Iterator[Tensor]:

@@ -314,12 +314,13 @@ class Graph:
                 part = "output" if key.startswith(OUTPUT_KEY) else "module"
                 prefix = f"blocks.{name}.{part}." if self.original is None else ""
                 state[prefix + key.removeprefix(OUTPUT_KEY)] = tensor
-        for key, tensor in state.items():
-            path, _, last = key.rpartition(".")
-            buffers = merged.get_submodule(path)._buffers if not key.endswith(EXTRA) else {}
-            if last in buffers:  # of another shape, where forward has assigned it
-                old = buffers[last]
-                buffers[last] = tensor.clone() if old is None else tensor.to(old.dtype, copy=True)
+        for path, part in merged.named_modules():
+            names = () if isinstance(part, torch.jit.ScriptModule) else tuple(part._buffers)
+            for name in names:  # of another shape, where forward has assigned it
+                value, old = state.get(f"{path}.{name}" if path else name), part._buffers[name]
+                if value is not None:
+                    like = value if old is None else old
+                    part._buffers[name] = value.to(like.dtype, copy=True)
         persistent = merged.state_dict().keys()
         merged.load_state_dict({k: v for k, v in state.items() if k in persistent}, strict=True)
         return merged

@@ -10,7 +10,6 @@ B: batch.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -19,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from hamdist.dynamics.structure import Built, Field, filled, has_built, part_of, parts_of
+from hamdist.dynamics.structure import Built, filled, getter, has_built, part_of, parts_of
 
 Path: TypeAlias = tuple[Any, ...]  # keys and indices that lead to a tensor in what a step returned
 
@@ -259,8 +258,7 @@ class Piece(nn.Module):
                 raise _NotOnTensors
             found = made[place.step]
             for key in place.path:
-                step = getattr if isinstance(key, Field) else operator.getitem
-                found = graph.call_function(step, (found, key))
+                found = graph.call_function(getter(key), (found, key))
             return found
 
         create: dict[str, Callable[..., fx.Node]] = {

@@ -111,6 +111,8 @@ def _probes(
     first use of meta tensors imports about a second of torch, the arithmetic of a small module of
     torch's own (which does nothing but arithmetic) takes less than a millisecond.
     """
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        return ("cpu",)
     types = {t for _, t in shapes if t.is_floating_point}
     types |= {p.dtype for p in module.parameters() if p.is_floating_point()}
     if len(types) > 1:

@@ -45,9 +45,16 @@ REPEATS = 5
 __all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential"]
 
 
-def check_made(model: nn.Module) -> None:
-    """Raises GraphError where a lazy module does not know its weights yet, and for a tensor that
-    has no memory of its own for each of its numbers."""
+def check_made(model: nn.Module, *, sent: bool = False) -> None:
+    """Raises GraphError where a lazy module does not know its weights yet, for a tensor that has no
+    memory of its own for each of its numbers, and, where modules are sent to other processes, for
+    a scripted one."""
+    for name, part in model.named_modules():
+        if sent and isinstance(part, torch.jit.ScriptModule):
+            raise GraphError(
+                f"{name or 'the model'} is compiled (torch.jit), which cannot be sent to an actor: "
+                "give the Python module that it was made of, or set engine.kind to 'inprocess'"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise GraphError(

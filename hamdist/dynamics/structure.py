@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +66,23 @@ def filled(value: Any, parts: Sequence[Any]) -> Any:
     return Built(type(value), by_key)
 
 
+def getter(key: Any) -> Callable[[Any, Any], Any]:
+    """The function that takes the part of this key out of a value."""
+    return getattr if isinstance(key, Field) else operator.getitem
+
+
 def part_of(value: Any, key: Any) -> Any:
     """One part, by its key."""
-    return getattr(value, key) if isinstance(key, Field) else value[key]
+    return getter(key)(value, key)
+
+
+def objects(value: Any) -> Any:
+    """A template without places, with the namedtuples and dataclasses that it stands for."""
+    parts = parts_of(value)
+    if parts is None:
+        return value
+    made = filled(value, [objects(part) for _, part in parts])
+    return made.value() if isinstance(made, Built) else made
 
 
 def has_built(template: Any) -> bool:

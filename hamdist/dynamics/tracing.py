@@ -57,8 +57,7 @@ def trace(
     Raises Unfollowed where it does something in its own forward that cannot be followed.
     """
     probe = copied(model)
-    watch(probe)
-    whole: dict[str, Unfollowed] = {}
+    whole = watch(probe)
     while True:
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
@@ -94,7 +93,7 @@ def traced_whole(
 
 
 def _of_one_run(op: Taken, batch: int) -> Op[Form]:
-    """An op of which nothing is known but this run: what has as many rows as the inputs has theirs."""
+    """An op of which only this run is known: what has as many rows as the input has them, too."""
     forms = {}
     for path, t in op.out.items():
         dims = [Size(0, size) for size in t.shape]

@@ -318,7 +318,7 @@ def as_graph(
     if isinstance(model, Graph):
         return model.copy()
     model, notes = unwrapped(model)
-    check_made(model)
+    check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
     knobs = make_locality(settings.level, settings.locality)
     own = copied(model)
     state = knobs.readout is Readout.STATE
