@@ -27,7 +27,8 @@ if TYPE_CHECKING:
         ToPair,
     )
     from hamdist.dynamics.stabilise import Normed, PreNorm, stabilised
-    from hamdist.errors import HamdistError
+    from hamdist.errors import HamdistError, Stop
+    from hamdist.runtime.cluster import session
     from hamdist.runtime.result import RunResult
 
 __all__ = [
@@ -49,7 +50,9 @@ __all__ = [
     "SecondHalf",
     "Settings",
     "Squeeze",
+    "Stop",
     "ToPair",
+    "session",
     "stabilised",
     "streams",
     "train",
@@ -75,7 +78,9 @@ _HOMES = {
     "SecondHalf": "hamdist.dynamics.reversible",
     "Settings": "hamdist.config",
     "Squeeze": "hamdist.dynamics.reversible",
+    "Stop": "hamdist.errors",
     "ToPair": "hamdist.dynamics.reversible",
+    "session": "hamdist.runtime.cluster",
     "stabilised": "hamdist.dynamics.stabilise",
     "train": "hamdist.api",
 }

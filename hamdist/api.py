@@ -15,7 +15,7 @@ from hamdist.config import Loss, Settings, describe, lay_over
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.inputs import arguments_of
-from hamdist.dynamics.losses import LossFunction, make_loss
+from hamdist.dynamics.losses import LossFunction, make_loss, model_loss
 from hamdist.dynamics.stabilise import stabilised
 from hamdist.errors import Choice, SettingsError
 from hamdist.runtime.measure import example_input, example_inputs
@@ -35,7 +35,7 @@ def train(
     phi: Course | None = None,
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
     resume: str | Path | None = None,
     **fields: Any,
 ) -> RunResult:
@@ -55,7 +55,11 @@ def train(
     function, too: from the places where a block can begin (`CutPlace`) to the names of the modules
     that begin one.
     loss: (prediction, target) -> scalar mean over the batch, or the name of one (`Loss`), instead
-    of `settings.loss`; or a dict of these by output, whose other outputs are not learned.
+    of `settings.loss`; or a dict of these by output, whose other outputs are not learned. 'model'
+    learns the output `loss` of a model that computes it from targets among its inputs.
+    on_progress: called with a `Progress` about four times a second, and at every phase of the
+    start. By returning or raising `hamdist.Stop` it ends the run (`result.stopped`); what else it
+    raises ends the run, too, and has what was learned so far as its `result`.
     resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run goes
     on from it.
     phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a number.
@@ -78,7 +82,8 @@ def train(
     if isinstance(model, Graph):
         _check_graph(settled, fields, loss, policy)
     named = settled.stream.names if names is None else names
-    stream = _as_stream(stream, classes, named, arguments_of(model))
+    own = settled.model_loss if loss is None else _model_loss(losses)
+    stream = _as_stream(stream, classes, named, arguments_of(model), own)
     if settled.model.stabilise:
         model = _stabilised(model, stream.spec)
     return train_settings(
@@ -91,6 +96,12 @@ def train(
         on_progress=on_progress,
         resume=resume,
     )
+
+
+def _model_loss(losses: object) -> str | None:
+    """The output whose loss the model computes itself, of losses by output."""
+    by_output = losses if isinstance(losses, Mapping) else {}
+    return next((name for name, one in by_output.items() if one is model_loss), None)
 
 
 def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
@@ -180,6 +191,7 @@ def _as_stream(
     classes: int | Mapping[str, int] | None,
     names: Names | None,
     arguments: Sequence[str] | None,
+    model_loss: str | None,
 ) -> Stream:
     if isinstance(stream, Stream):
         if names is not None:
@@ -188,6 +200,7 @@ def _as_stream(
                 "to hamdist.streams.from_loader or from_iterable"
             )
         return stream
+    reading: dict[str, Any] = {"names": names, "arguments": arguments, "model_loss": model_loss}
     if isinstance(stream, (DataLoader, IterableDataset)):
-        return from_loader(stream, classes=classes, names=names, arguments=arguments)
-    return from_iterable(stream, classes=classes, names=names, arguments=arguments)
+        return from_loader(stream, classes=classes, **reading)
+    return from_iterable(stream, classes=classes, **reading)

@@ -14,7 +14,8 @@
     └── ClusterError       Ray, an actor or a host failed or cannot take the run
 
 A message says what was wrong (the field or file, and the value) and what to do about it.
-`Choice` is no error: a warning that tells what hamdist has chosen, where it was asked to.
+`Choice` and `Stop` are no errors: a warning that tells what hamdist has chosen, where it was asked
+to; and how `on_progress` ends a run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class HamdistError(Exception):
 
 class Choice(UserWarning):
     """What hamdist has chosen where it was asked to (level 'auto'), and why."""
+
+
+class Stop(Exception):
+    """End the run now, and keep what it has learned: what `on_progress` returns, or raises."""
 
 
 class SettingsError(HamdistError):

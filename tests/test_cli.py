@@ -270,7 +270,7 @@ def test_a_settings_file_that_is_none(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run"], ["run", "x", "--level", "lokal"], ["run", "x", "--steps", "0"], ["rum"]],
+    [["run", "x", "--level", "lokal"], ["run", "x", "--steps", "0"], ["rum"]],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     assert command(*arguments).exit_code == 2

@@ -1,5 +1,5 @@
-"""scripts/chaos and scripts/soak: their choices and figures against numbers made by hand, and each
-of them once, tiny."""
+"""scripts/chaos, scripts/soak and scripts/stress: their choices and figures against numbers made by
+hand, and each of them once, tiny."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from faults.numbered import NEXT, SEEN, WRONG, Counted
 from faults.trial import Trial, _wrong, trial
 from faults.watch import lost_seconds
 from safetensors.torch import save_file
+
+from hamdist.runtime.mail import Mailroom
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -197,6 +199,7 @@ def test_kills_are_shared_by_the_levels():
         ("chaos", ["--levels", "trace,nonsense"], "nonsense unknown; known: local, trace"),
         ("chaos", ["--kills", "0"], "at least 1"),
         ("soak", ["--engines", "x"], "x unknown; known: inprocess, ray"),
+        ("stress", ["--runs", "0"], "at least 1"),
     ],
 )
 def test_wrong_arguments(name, arguments, words, monkeypatch, capsys):
@@ -226,3 +229,44 @@ def test_a_kill():
     assert found.replaced == 1
     assert list(found.seconds) == [0]
     assert found.seconds[0] < float("inf")
+
+
+def test_stress_follows_from_the_seed():
+    case_of = script("stress")["case_of"]
+    cases = [case_of(3, n) for n in range(300)]
+    assert cases == [case_of(3, n) for n in range(300)]
+    assert cases != [case_of(4, n) for n in range(300)]
+    assert {case["net"] for case in cases} == {"conv1d", "attention", "lstm", "mlp", "conv2d"}
+    levels = {case["fields"]["level"] for case in cases}
+    assert levels == {"trace", "local", "heads", "backprop"}
+    assert {case["engine"]["transport"] for case in cases} == {"auto", "shm", "ipc", "tcp"}
+    assert min(case["items"] for case in cases) == 1
+    assert 150 < max(case["items"] for case in cases) <= 200
+    assert 0 < sum(case["killed"] for case in cases) < 40
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(110)
+def test_stress_names_the_first_signal_that_differs(session, monkeypatch, capsys, tmp_path):
+    """Of two runs, in the second of which the in-process engine's network gets another second
+    item. (Its streams are drawn by actors: what is patched here is this process's alone.)"""
+    file = tmp_path / "stress.json"
+    before, runs = Mailroom.post, []
+
+    def post(self, channel, signal):
+        if channel.key.startswith("state u"):
+            runs.extend([signal] if signal.stamp.sample == 0 else [])
+            if len(runs) == 2 and signal.stamp.sample == 1:
+                signal.payload = signal.payload + 1.0
+        before(self, channel, signal)
+
+    monkeypatch.setattr(Mailroom, "post", post)
+    arguments = ["--runs", "2", "--load", "0", "--seed", "2", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["stress", *arguments])
+    assert script("stress")["main"]() == 1
+    found = json.loads(file.read_text())
+    assert (found["runs"], found["different"]) == (2, 1)
+    first = found["first"]
+    assert (first["run"], first["kind"], first["direction"]) == (1, "sent", "state")
+    assert first["edge"].startswith("u->")
+    assert first["equal"] == -1 < first["tick"]

@@ -7,6 +7,7 @@ import typer
 from hamdist.cli import (
     cluster,
     compare,
+    diff,
     export,
     grid,
     launch,
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 for _command in (
     *(launch.launch, launch.attach, launch.stop, launch.runs, cluster.doctor),
-    *(run.run, export.export, compare.compare, verify.verify, recipes.recipes),
+    *(run.run, export.export, compare.compare, diff.diff, verify.verify, recipes.recipes),
 ):
     app.command()(_command)
 

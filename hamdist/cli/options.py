@@ -68,14 +68,18 @@ def changes(
 
 
 def load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settings:
-    """The recipe or file `source`, with what `--set` and then `options` say laid over it.
+    """The recipe or file `source`, with what `--set` and then `options` say laid over it. Where it
+    asks for portable bits, this process will compute them.
 
     Raises SettingsError where there is none, or something in it is wrong.
     """
+    from hamdist.runtime.portable import pin
     from hamdist.study.recipes import load_settings
 
     overrides = [parse_override(text) for text in set_ or []]
-    return load_settings(source, [*overrides, options])
+    settings = load_settings(source, [*overrides, options])
+    pin(settings.engine)
+    return settings
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
         return None
     from hamdist.study.own_data import load_stream
 
-    return load_stream(name, settings.stream.names)
+    return load_stream(name, settings.stream.names, settings.model_loss)
 
 
 def results_of(name: str) -> Path:

@@ -9,6 +9,7 @@ from hamdist.config.course import CourseSettings
 from hamdist.config.dynamics import BlockDynamicsSettings, DynamicsSettings, Reset, ResetSettings
 from hamdist.config.engine import (
     Balance,
+    Bits,
     BlockDType,
     BlockEngineSettings,
     Compress,
@@ -56,7 +57,14 @@ from hamdist.config.partition import CutBalance, PartitionSettings
 from hamdist.config.plain import read_yaml
 from hamdist.config.reading import checked, mapping, parse_override, read_settings, to_yaml
 from hamdist.config.section import Above0, Positive, Rate, Section
-from hamdist.config.settings import IGNORE_INDEX, CompareSettings, DType, Loss, Settings
+from hamdist.config.settings import (
+    IGNORE_INDEX,
+    MODEL_LOSS,
+    CompareSettings,
+    DType,
+    Loss,
+    Settings,
+)
 from hamdist.config.snapshots import SnapshotSettings
 from hamdist.config.stream import (
     CanvasSettings,
@@ -79,10 +87,12 @@ from hamdist.config.wording import describe
 
 __all__ = [
     "IGNORE_INDEX",
+    "MODEL_LOSS",
     "Above0",
     "AdaptiveSettings",
     "AverageSettings",
     "Balance",
+    "Bits",
     "BlockDType",
     "BlockDynamicsSettings",
     "BlockEngineSettings",

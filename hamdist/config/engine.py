@@ -25,6 +25,17 @@ class Balance(str, Enum):
     TIME = "time"
 
 
+class Bits(str, Enum):
+    """What is done where processes of a run, or the run that a snapshot was taken of, compute other
+    bits (runtime/arithmetic.py). warn: it is said before the first tick. exact: the run is refused.
+    portable: every process is started so that hosts of different kinds agree (runtime/portable.py),
+    at the price of slower products; where they do not even so, the run is refused."""
+
+    WARN = "warn"
+    EXACT = "exact"
+    PORTABLE = "portable"
+
+
 class Pin(str, Enum):
     """Whether the thread of an actor that steps its blocks stays on one processor."""
 
@@ -146,8 +157,9 @@ class BlockEngineSettings(Section):
 class EngineSettings(Section):
     """actors: how many processes, or auto: as many as pay. placement: the blocks of each actor, by
     name. balance: what is shared out evenly between actors where nothing else is said. threads: of
-    each process. step: how blocks compute (closed forms equal autograd to round-off). pin: each
-    process to processors of its own. address: of a Ray cluster (none: a local Ray is started).
+    each process. step: how blocks compute (closed forms equal autograd to round-off). bits: where
+    processes compute other ones. pin: each process to processors of its own. address: of a Ray
+    cluster (none: a local Ray is started).
     encryption: of signals that go by tcp, with keys made for the run (off warns).
     device_signals: between CUDA blocks of two actors on one host.
     queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
@@ -159,7 +171,10 @@ class EngineSettings(Section):
     compress: how signals travel, one word for all edges between blocks, or by edge (patterns as in
     a shell, names first; `u->*` from the stream). It is part of what a run means: what a receiver
     sees is the decoded signal, in one process too. feedback: which int8 signals carry errors on.
+    digests: a running hash of every edge's signals and of the weights, by which `hamdist diff`
+    tells where two runs part (bytes hashed at about 0.7 GB/s by both ends of an edge).
     stall_warning, stall_limit: seconds without progress until the watchdog speaks, and gives up.
+    idle_seconds: how long a local Ray and its actors wait for the next run of the same process.
     link_delay: for tests and studies: seconds by which every message between two actors comes later
     than it does.
     """
@@ -170,6 +185,7 @@ class EngineSettings(Section):
     balance: Balance = Balance.TIME
     threads: Positive = 1
     step: Step = Step.AUTO
+    bits: Bits = Bits.WARN
     pin: Annotated[Pin, BeforeValidator(as_written)] = Pin.AUTO
     address: str | None = None
     transport: TransportKind = TransportKind.AUTO
@@ -182,8 +198,10 @@ class EngineSettings(Section):
     spread: Spread = Spread.AUTO
     compress: Compress | dict[str, Compress] = Compress.NONE
     feedback: Annotated[Feedback, BeforeValidator(as_written)] = Feedback.MESSAGES
+    digests: bool = False
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
+    idle_seconds: Annotated[float, Field(ge=0)] = 60.0
     link_delay: Rate = 0.0
 
     @model_validator(mode="after")

@@ -31,11 +31,16 @@ class DType(str, Enum):
     FLOAT64 = "float64"
 
 
+MODEL_LOSS = "loss"  # what models call the loss that they return
+
+
 class Loss(str, Enum):
-    """Cross-entropy of class targets, or 1/2 the squared error; both are means over the batch."""
+    """Cross-entropy of class targets, or 1/2 the squared error; both are means over the batch; or
+    the loss that the model itself returns (of one output that is called `loss`, or as is named)."""
 
     CROSS_ENTROPY = "cross-entropy"
     MSE = "mse"
+    MODEL = "model"
 
 
 class CompareSettings(Section):
@@ -69,6 +74,13 @@ class Settings(Section):
     snapshots: SnapshotSettings = SnapshotSettings()
     compare: CompareSettings = CompareSettings()
     levels: dict[Level, LevelOverrides] = {}
+
+    @property
+    def model_loss(self) -> str | None:
+        """The name of the output that is the model's own loss, where that is learned."""
+        if not isinstance(self.loss, dict):
+            return MODEL_LOSS if self.loss is Loss.MODEL else None
+        return next((name for name, one in self.loss.items() if one is Loss.MODEL), None)
 
     @model_validator(mode="after")
     def _levels_are_settings(self) -> Settings:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
 from hamdist.config.section import Above0, Positive, Section
+
+
+def _as_text(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
 
 
 class SnapshotSettings(Section):
@@ -17,7 +26,7 @@ class SnapshotSettings(Section):
     seconds after which an actor that does not answer counts as lost.
     """
 
-    path: str | None = None
+    path: Annotated[str | None, BeforeValidator(_as_text)] = None
     every: Positive | None = None
     seconds: Above0 | None = None
     keep: Positive = 2

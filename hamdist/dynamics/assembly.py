@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.flow import Flow, Value, references
 from hamdist.dynamics.graph import BlockSpec, Combine, Graph
-from hamdist.dynamics.losses import LossFunction
+from hamdist.dynamics.losses import LossFunction, model_loss
 from hamdist.dynamics.piece import (
     FUNCTION,
     METHOD,
@@ -30,6 +30,7 @@ from hamdist.dynamics.piece import (
     replaced,
     unpacked,
 )
+from hamdist.errors import GraphError
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def assembled(
                 leaving[home[value[0]]].append(value)
     blocks = []
     for run in runs:
-        made = _Builder(flow, model, run, home, leaving)
+        made = _Builder(flow, model, run, home, leaving, losses)
         parents = made.build(inputs)
         between = [p for p in parents if p in leaving]
         predicts = run.output is not None and readouts[run.output] == run.name
@@ -104,6 +105,7 @@ class _Builder:
     run: Run
     home: Mapping[int, str]
     leaving: Mapping[str, Sequence[Value]]
+    losses: Sequence[LossFunction]
     program: list[Step] = field(default_factory=list)
     output: Template = None
     parts: dict[str, nn.Module] = field(default_factory=dict)
@@ -119,7 +121,7 @@ class _Builder:
             self._emit(i)
         out = self.leaving[self.run.name]
         if self.run.output is not None:
-            self.output = self._ref(Ref(*self.flow.outputs[self.run.output]))
+            self._predict(self.run.output)
         elif len(out) == 1 and self.flow.form(out[0]).batch_first:
             self.output = self._ref(Ref(*out[0]))
         else:
@@ -130,6 +132,21 @@ class _Builder:
         blocks = [name for name in self.leaving if name in self._inputs]
         own = [name for name in inputs if name in self._inputs]
         return [*blocks, *own] or list(inputs[:1])
+
+    def _predict(self, output: int) -> None:
+        """What a readout returns; a model's own loss once for each row, as all that is read is."""
+        value = self.flow.outputs[output]
+        self.output = self._ref(Ref(*value))
+        if self.losses[output] is not model_loss:
+            return
+        form = self.flow.form(value)
+        if form.dims != ():
+            raise GraphError(
+                "loss 'model' learns one number that the model computes itself, and the output is "
+                "more than that: give the stream's targets a loss, such as 'cross-entropy'"
+            )
+        self._add(Step(FUNCTION, packed, (Size(1), [self.output], [form])))
+        self.output = Ref(len(self.program) - 1)
 
     def piece(self, parents: Sequence[str]) -> Piece:
         ops = [self.flow.ops[i] for i in self._made]

@@ -11,7 +11,7 @@ transformed one of its own time. With `stash` every forward pass keeps the weigh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,8 +117,10 @@ class Cell(Remembers):
 
     seed: of the cell's own random generator (dropout draws the same masks in every engine).
     device: where the module is, and where it draws. watched: gradients come with what their layers
-    have read (watching.py).
+    have read (watching.py). borrowed: names of weights that another block owns (ties.py).
     """
+
+    borrowed: Collection[str] = ()
 
     def __init__(
         self,
@@ -241,6 +243,10 @@ class Cell(Remembers):
         if self._watch is not None and weights:
             g = self._watch.watched(g, record.read)
         return per_parent, g
+
+    def unmessaged(self) -> list[Gradient] | None:
+        """The gradients of a sample of which no message came; None: nothing moves."""
+        return None
 
     # -- state ----------------------------------------------------------------------------------
 

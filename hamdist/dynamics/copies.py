@@ -16,14 +16,14 @@ T = TypeVar("T")
 _SHELLS = ("DataParallel", "DistributedDataParallel", "OptimizedModule", "FullyShardedDataParallel")
 
 
-def copied(thing: T) -> T:
-    """A deep copy of a module, or of a tuple of them.
+def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
+    """A deep copy of a module, or of a tuple of them. memo: as of `copy.deepcopy`.
 
     What a module keeps of an earlier call (an activation as an attribute, the product of an old
     `weight_norm`) comes without its history; buffers whose numbers share memory (`expand`) get
     memory for each of them.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     modules = thing if isinstance(thing, tuple) else (thing,)
     for part in (p for m in modules if isinstance(m, nn.Module) for p in m.modules()):
         for tensor in _kept(vars(part)):

@@ -9,8 +9,9 @@ A block begins at a place in the order of the steps. The order is the model's ow
 - with several outputs the steps of one output alone stand behind those that outputs share.
 
 Between two blocks goes what later blocks read: real values that can be columns of a signal.
-No block begins where a weight has users on both sides, where memory is written to behind the place
-and was made before it, or where something else would have to cross.
+No block begins where a buffer has users on both sides (or a weight, at levels that cannot tie
+copies of it), where memory is written to behind the place and was made before it, or where
+something else would have to cross.
 """
 
 from __future__ import annotations
@@ -40,9 +41,16 @@ class Glue:
 class Flow:
     """order: the ops that belong to a block, in order. segments: where the ops that outputs share
     begin, and those of each output alone. needs: by op, those that come first. glues: what must
-    stay together."""
+    stay together. together: what keeps the users of a weight in one block (None: nothing does)."""
 
-    def __init__(self, trace: Trace, model: nn.Module, outputs: Sequence[Value]) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        model: nn.Module,
+        outputs: Sequence[Value],
+        together: str | None = None,
+    ) -> None:
+        self._together = together
         self.trace = trace
         self.ops = trace.ops
         self.outputs = list(outputs)
@@ -178,11 +186,11 @@ class Flow:
         for i in sorted(self.live):  # what only moves a buffer goes where its operands are
             if not reach[i]:
                 reach[i] = set.union(set(), *(reach[n] for n in self.needs[i]))
-        return self._together(
+        return self._with_their_weights(
             {i: next(iter(r)) + 1 if len(r) == 1 else 0 for i, r in reach.items()}
         )
 
-    def _together(self, alone: dict[int, int]) -> dict[int, int]:
+    def _with_their_weights(self, alone: dict[int, int]) -> dict[int, int]:
         """What uses a weight for several outputs stands among what they share, with all it needs: a
         module that is called once for each of them is in one block."""
         users: dict[int, set[int]] = {}
@@ -208,7 +216,9 @@ class Flow:
                 users.setdefault(key, []).append((i, name))
         for found in users.values():
             at = [self.place[i] for i, _ in found]
-            if max(at) > min(at):
+            tensor = self._tensors[found[0][1]]
+            alone = self._together is not None and tensor.requires_grad
+            if max(at) > min(at) and (alone or not isinstance(tensor, nn.Parameter)):
                 first = min(found, key=lambda f: self.place[f[0]])
                 last = max(found, key=lambda f: self.place[f[0]])
                 names = dict.fromkeys(name for _, name in (first, last))
@@ -221,8 +231,8 @@ class Flow:
                 yield Glue(
                     min(at), max(at),
                     f"the weight {' = '.join(map(repr, names))} is used in "
-                    f"{self.title(first[0])} and in {self.title(last[0])}, and a weight belongs to "
-                    "one block",
+                    f"{self.title(first[0])} and in {self.title(last[0])}, and "
+                    f"{f'with {self._together} ' if alone else ''}a weight belongs to one block",
                     f"{remedy}, or cut elsewhere",
                 )  # fmt: skip
 

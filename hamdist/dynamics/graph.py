@@ -26,10 +26,13 @@ from hamdist.dynamics.spec import (
     Join,
     Joining,
     ShapeMap,
+    SharedWeight,
+    Tie,
     combined,
     named,
     reach,
 )
+from hamdist.dynamics.ties import names_of, shared_weights, ties_of
 from hamdist.errors import GraphError
 
 EXTRA = "_extra_state"  # what a module says of itself in its state_dict
@@ -46,7 +49,9 @@ __all__ = [
     "MergedGraph",
     "Part",
     "ShapeMap",
+    "SharedWeight",
     "Sliced",
+    "Tie",
     "combined",
 ]
 
@@ -93,12 +98,13 @@ class Graph:
     """A checked directed graph of blocks, in the order given; edges in the order of the parents.
 
     original: the module that was cut into these blocks, if one was; its `state_dict` keys are those
-    of the blocks' modules. sliced: what the graph was before its slices (slices.py). notes: what to
-    tell about the way it was cut. example: inputs by parent, for dry runs that look at values.
+    of the blocks' modules. sliced: what the graph was before its slices (slices.py). shared: the
+    weights that were one before `apart` gave each of their blocks its own. notes: what to tell
+    about the way it was cut. example: inputs by parent, for dry runs that look at values.
 
     Raises GraphError, naming the blocks: a name twice, an unknown or doubled parent, a delay below
     one tick, a block without parents, no readout, no path to a readout, a child of an output net,
-    parameters shared by blocks.
+    buffers shared by blocks.
     """
 
     def __init__(
@@ -107,8 +113,10 @@ class Graph:
         *,
         original: nn.Module | None = None,
         sliced: Sliced | None = None,
+        shared: Sequence[SharedWeight] = (),
     ) -> None:
         self.sliced = sliced
+        self.shared = tuple(shared)
         self.blocks: dict[str, BlockSpec] = {}
         for block in blocks:
             if block.name in self.blocks:
@@ -203,14 +211,42 @@ class Graph:
             if block.output is not None:
                 outer = block.output.named_parameters()
                 own += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
-            names[block.name] = own
+            borrowed = self.borrowed(block.name)
+            names[block.name] = [name for name in own if name not in borrowed]
         return names
+
+    def borrowed(self, block: str) -> set[str]:
+        """The names of the weights of `block` that belong to another one."""
+        return {key for tie in self.ties if tie.user == block for key in tie.theirs}
+
+    @cached_property
+    def ties(self) -> tuple[Tie, ...]:
+        """Who owns the shared weights, and who borrows them (in presentation 'pulse')."""
+        if not self.shared:
+            return ()
+        back = {b: 2 * self.depth - depth for b, depth in self.depths.items()}
+        return ties_of(self.shared, {**back, **{r: self.depths[r] for r in self.readouts}})
+
+    def apart(self) -> Graph:
+        """This graph with weights of its own for every block, and a note of which were shared;
+        itself where none were."""
+        seen: set[int] = set()
+        blocks = []
+        for block in self.blocks.values():
+            own = {id(p) for p in block.module.parameters()}
+            copied = copy.deepcopy(block.module) if own & seen else block.module
+            blocks.append(BlockSpec(**{**vars(block), "module": copied}))
+            seen |= own
+        found = shared_weights(self.blocks.values())
+        changed = any(b.module is not self.blocks[b.name].module for b in blocks)
+        return self.over(blocks, found) if changed else self
 
     def silent(self) -> frozenset[str]:
         """Blocks that no message is of use to: their weights are frozen (`requires_grad` is False),
         and those of all blocks on a way to them. None where all of these have no weights at all:
         whoever watches their costates gets them."""
-        trained = [name for name, weights in self.parameters().items() if weights]
+        own = {name for name, weights in self.parameters().items() if weights}
+        trained = own | {tie.user for tie in self.ties}
         unmoved = self.blocks.keys() - reach(trained, ((e.parent, e.child) for e in self.edges))
         frozen = any(next(self.blocks[b].module.parameters(), None) is not None for b in unmoved)
         return frozenset(unmoved) if frozen else frozenset()
@@ -272,17 +308,22 @@ class Graph:
     # -- copies and the way back --------------------------------------------------------------
 
     def copy(self) -> Graph:
-        """The same graph over copies of the modules."""
+        """The same graph over copies of the modules; what blocks share, the copies share."""
+        memo: dict[int, object] = {}
         blocks = [
             BlockSpec(**{**vars(b), "module": m, "output": o})
             for b in self.blocks.values()
-            for m, o in [copied((b.module, b.output))]
+            for m, o in [copied((b.module, b.output), memo)]
         ]
         return self.over(blocks)
 
-    def over(self, blocks: Iterable[BlockSpec]) -> Graph:
-        """The same graph over `blocks`, which are its own in another form."""
-        made = Graph(blocks, original=self.original, sliced=self.sliced)
+    def over(
+        self, blocks: Iterable[BlockSpec], shared: Sequence[SharedWeight] | None = None
+    ) -> Graph:
+        """The same graph over `blocks`, which are its own in another form. shared: as for a graph,
+        where that changes."""
+        shared = self.shared if shared is None else shared
+        made = Graph(blocks, original=self.original, sliced=self.sliced, shared=shared)
         made.notes, made.example = list(self.notes), self.example
         return made
 
@@ -309,11 +350,15 @@ class Graph:
             state.update(merged.state_dict())  # of parts that no block uses
         else:
             merged = MergedGraph(self) if whole is None else whole
+        learned: dict[str, Tensor] = {}
+        copies = {
+            (t.user, k) for t in self.ties for o, k in t.keys if o in weights.get(t.owner, ())
+        }
         for name, tensors in weights.items():
             for key, tensor in tensors.items():
-                part = "output" if key.startswith(OUTPUT_KEY) else "module"
-                prefix = f"blocks.{name}.{part}." if self.original is None else ""
-                state[prefix + key.removeprefix(OUTPUT_KEY)] = tensor
+                if (name, key) not in copies:
+                    learned[self._merged_name(name, key)] = tensor
+        state |= {**learned, **_by_all_names(merged, learned)}
         for path, part in merged.named_modules():
             names = () if isinstance(part, torch.jit.ScriptModule) else tuple(part._buffers)
             for name in names:  # of another shape, where forward has assigned it
@@ -324,6 +369,25 @@ class Graph:
         persistent = merged.state_dict().keys()
         merged.load_state_dict({k: v for k, v in state.items() if k in persistent}, strict=True)
         return merged
+
+    def _merged_name(self, block: str, key: str) -> str:
+        """The name in the merged module of `key` of a block."""
+        if self.original is not None:
+            return key
+        part = "output" if key.startswith(OUTPUT_KEY) else "module"
+        return f"blocks.{block}.{part}.{key.removeprefix(OUTPUT_KEY)}"
+
+
+def _by_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, each under all names that its weight has in `module`."""
+    names: dict[int, list[str]] = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    found = {}
+    for same in names.values():
+        known = [name for name in same if name in tensors]
+        found.update({name: tensors[known[0]] for name in same if known})
+    return found
 
 
 class MergedGraph(nn.Module):
@@ -343,6 +407,14 @@ class MergedGraph(nn.Module):
         self.shapes = {b.name: b.shape for b in graph.blocks.values()}
         self.initial = {b.name: b.initial for b in graph.blocks.values()}
         self.blocks = nn.ModuleDict({b.name: copied(_whole(b)) for b in graph.blocks.values()})
+        for weight in graph.shared:
+            (first, key), *others = weight.uses
+            one = self._whole(first).module.get_parameter(key)
+            for name, other in others:
+                module = self._whole(name).module
+                for known in names_of(module, [other]):
+                    path, _, last = known.rpartition(".")
+                    setattr(module.get_submodule(path), last, one)
 
     def _whole(self, name: str) -> _Whole:
         return cast(_Whole, self.blocks[name])

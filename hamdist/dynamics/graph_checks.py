@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -103,20 +103,30 @@ def check_readouts(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> No
         )
 
 
-def check_parameters(blocks: Mapping[str, BlockSpec]) -> None:
-    """Every weight and buffer belongs to one block."""
-    owner: dict[int, tuple[str, str]] = {}
-    for name, module in ((b.name, m) for b in blocks.values() for m in _modules(b)):
+def check_parameters(
+    blocks: Mapping[str, BlockSpec], why: str | None = None, *, frozen: bool = False
+) -> None:
+    """Every buffer, and every weight of an output module, belongs to one block. why: what makes
+    that so for all weights that learn, and with `frozen` for the others, too."""
+    owner: dict[int, tuple[str, str, bool]] = {}
+    for name, module, output in _modules(blocks.values()):
         for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-            other = owner.setdefault(id(tensor), (name, key))
-            if other[0] != name:
-                what = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            other = owner.setdefault(id(tensor), (name, key, output))
+            weight = isinstance(tensor, nn.Parameter)
+            alone = why is not None and (frozen or tensor.requires_grad)
+            if other[0] != name and (not weight or alone or output or other[2]):
+                what = "parameter" if weight else "buffer"
+                here = "" if why is None or not weight else f"with {why} "
                 raise GraphError(
                     f"blocks {other[0]!r} and {name!r} share a {what} ({other[1]!r} and "
-                    f"{key!r}); a weight belongs to one block, so keep both in one block or "
+                    f"{key!r}); {here}a weight belongs to one block, so keep both in one block or "
                     "give each its own"
                 )
 
 
-def _modules(block: BlockSpec) -> list[nn.Module]:
-    return [block.module] if block.output is None else [block.module, block.output]
+def _modules(blocks: Iterable[BlockSpec]) -> Iterator[tuple[str, nn.Module, bool]]:
+    """By block: its modules, and whether it is the output module."""
+    for block in blocks:
+        yield block.name, block.module, False
+        if block.output is not None:
+            yield block.name, block.output, True

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hamdist.dynamics.cell import random_parts
+from hamdist.dynamics.hooks import is_usual
 from hamdist.dynamics.shards import (
     CONVOLUTIONS,
     NORMS,
@@ -263,9 +264,8 @@ class Layouts:
 
     def _module(self, node: fx.Node, module: nn.Module) -> Step | None:
         kind = type(module)
-        hooked = module._forward_hooks or module._forward_pre_hooks
         x = node.args[0] if node.args else None
-        if hooked or not isinstance(x, fx.Node):
+        if not is_usual(module) or not isinstance(x, fx.Node):
             return None
         if kind is nn.Linear or kind in CONVOLUTIONS:
             return self._neurons(node, x, module)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hamdist.config import IGNORE_INDEX, Loss
+from hamdist.config import IGNORE_INDEX, MODEL_LOSS, Loss
 from hamdist.dynamics import rows
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -121,12 +121,23 @@ def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor,
     return value.detach(), slope
 
 
+def model_loss(prediction: Tensor, _target: Tensor) -> Tensor:
+    """Return the loss that a model has computed itself, from targets among its inputs.
+
+    prediction: that number, alone or once for each row of the batch, (B, 1).
+    """
+    return prediction.reshape(-1)[0]
+
+
 def make_loss(name: Loss, ignore_index: int = IGNORE_INDEX) -> LossFunction:
-    return mse if name is Loss.MSE else CrossEntropy(ignore_index)
+    named = {Loss.MSE: mse, Loss.MODEL: model_loss}
+    return named.get(name) or CrossEntropy(ignore_index)
 
 
 def make_losses(names: Loss | Mapping[str, Loss], ignore_index: int = IGNORE_INDEX) -> Losses:
     """What `settings.loss` and `settings.ignore_index` say."""
+    if names is Loss.MODEL:
+        return {MODEL_LOSS: model_loss}
     if isinstance(names, Loss):
         return make_loss(names, ignore_index)
     return {output: make_loss(name, ignore_index) for output, name in names.items()}

@@ -1,8 +1,7 @@
 """Reads a module, torch's own or a user's, as a program of kernels.
 
-None where a part of it has no kernel, or where what it does cannot be known from one look. A user's
-`forward` is traced twice with torch.fx; it is taken only where both traces are the same and left
-nothing behind in the module.
+None where a part of it has no kernel, has hooks, or where its `forward` is not proved to do the
+same at every call (purity.py); what is proved, torch.fx writes down.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import fx, nn
 
 from hamdist.dynamics.activations import FROM_INPUT, FROM_RESULT, FUNCTIONS
 from hamdist.dynamics.chain import Chain
+from hamdist.dynamics.hooks import is_usual
 from hamdist.dynamics.kernels import (
     Add,
     Conv2d,
@@ -30,6 +30,7 @@ from hamdist.dynamics.kernels import (
     Scale,
 )
 from hamdist.dynamics.piece import Piece
+from hamdist.dynamics.purity import is_pure
 from hamdist.dynamics.rows import Rows
 
 
@@ -73,8 +74,8 @@ class _Program:
 
     def read(self) -> list[Step]:
         """The steps. Raises _Unknown."""
-        for part in self._module.modules():
-            _plain(part)
+        if not all(map(is_usual, self._module.modules())):
+            raise _Unknown
         for parameter in self._module.parameters():
             if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
                 raise _Unknown
@@ -249,7 +250,7 @@ class _Program:
             if len(node.args) != 1 or node.kwargs or len(read) != 1:
                 raise _Unknown
             return self._layer(parts[str(node.target)], at[0], alone=alone)
-        if node.kwargs:
+        if node.kwargs not in ({}, {"inplace": False}):
             raise _Unknown
         if node.target in (operator.add, torch.add, operator.iadd) and len(at) == 2:
             if node.target is operator.iadd:
@@ -279,40 +280,16 @@ def _is_chain(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
-def _plain(module: nn.Module) -> None:
-    """Raises _Unknown where more happens at a call than the module's own forward."""
-    hooks = (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    )
-    if any(getattr(module, hook) for hook in hooks) or "forward" in vars(module):
-        raise _Unknown
-
-
 def _trace(module: nn.Module) -> fx.Graph:
-    """What forward does. Raises _Unknown where that changes from call to call, or leaves traces."""
-    if isinstance(module, Piece):  # known already
+    """What forward does. Raises _Unknown where that is not known for every call."""
+    if isinstance(module, Piece):  # written down already, whole where it depends on Python state
         known = module.fx_graph()
         if known is None:
             raise _Unknown
         return known
-    before = [dict(vars(part)) for part in module.modules()]
+    if not is_pure(module):
+        raise _Unknown
     try:
-        first, second = (fx.Tracer().trace(module) for _ in range(2))
+        return fx.Tracer().trace(module)
     except Exception as error:  # a user's forward may raise anything on fx's stand-ins
         raise _Unknown from error
-    finally:
-        after = [dict(vars(part)) for part in module.modules()]
-        changed = len(before) != len(after) or any(
-            a.keys() != b.keys() or any(a[k] is not b[k] for k in a)
-            for a, b in zip(before, after, strict=False)
-        )
-        if changed:
-            for part, own in zip(module.modules(), before, strict=False):
-                vars(part).clear()
-                vars(part).update(own)
-    if changed or str(first) != str(second):
-        raise _Unknown
-    return first

@@ -100,7 +100,7 @@ class PulseBlock(KeepsRecords):
         record = self.trace.pop(sample)
         message = total(messages)
         if message is None:
-            self.weights.rest()
+            _rest(self.cell, self.weights, self._scale(sample), self._tau)
             return [None] * len(self._wanted)
         self.z = scaled(message, self._tau)
         self._guard("z", self.z)
@@ -175,6 +175,15 @@ class ReversibleBlock(Remembers):
         return [with_state(to_parent, x) if self._hands_back else to_parent]
 
 
+def _rest(cell: Cell, weights: Weights, scale: float, tau: float) -> None:
+    """An update of a block that hears nothing of a sample: by what others say of its weights."""
+    g = cell.unmessaged()
+    if g is None:
+        weights.rest()
+    else:
+        weights.move(g, scale, tau)
+
+
 def with_state(message: Tensor, h: Tensor) -> Tensor:
     """What a reversible parent gets: the message about its state h, and h. Both like h."""
     return torch.stack([message, h])
@@ -212,7 +221,7 @@ class PulseReadout(Remembers):
         """The messages to the parents, and what was read (None without a target)."""
         record = self.cell.forward(inputs, self._wanted)
         if target is None:
-            self.weights.rest()
+            _rest(self.cell, self.weights, self._scale(sample), self._tau)
             return [None] * len(self._wanted), None
         scale = self._scale(sample)
         at_once = self.weights.at_once(scale, self._tau)

@@ -28,8 +28,10 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
+from hamdist.dynamics.hooks import hook_of
 from hamdist.dynamics.libraries import masks_stay
 from hamdist.dynamics.piece import (
     FUNCTION,
@@ -65,7 +67,7 @@ ABOUT = frozenset({
     "is_inference", "is_pinned", "is_shared", "is_same_size", "is_set_to", "is_tensor",
     "element_size", "get_device", "data_ptr", "type", "__len__", "__hash__", "__format__",
     "__repr__", "has_names", "result_type", "is_storage", "is_distributed", "is_coalesced",
-    "untyped_storage", "storage", "retain_grad", "register_hook",
+    "untyped_storage", "storage", "retain_grad",
 })
 # fmt: on
 _OPERATORS = {
@@ -222,7 +224,7 @@ class _Recorder(TorchFunctionMode):
         self.inner_at_failure: str | None = None
         self._taken: list[Taken] = []
         self._known: dict[int, tuple[Tensor, Template]] = {}
-        self._graded: dict[int, bool] = {}  # whether autograd knew it when it was made
+        self._graded: dict[int, object] = {}  # `_backward_of` it when it was made
         self._constants: list[Tensor] = []
         self._origin: dict[int, object] = {}
         self._writers: dict[int, set[int]] = {}
@@ -245,12 +247,14 @@ class _Recorder(TorchFunctionMode):
             return self._attribute(func.__self__.__name__, args[0])
         if name.startswith(_SETTERS):
             return func(*args, **kwargs)
-        if name in ("__set__", "backward", "set_", "set_data"):
+        if name in ("__set__", "backward", "set_", "set_data") or name.startswith("register_"):
             raise self._fails(f"it calls {name} on a tensor")
         step = _as_step(func, name, args, kwargs)
         return self._take(step, args, kwargs, lambda: func(*args, **kwargs), name)
 
     def _attribute(self, name: str, tensor: Tensor) -> Any:
+        if name == "grad_fn":
+            raise self._fails("it reads grad_fn of a tensor, whose hooks are not followed")
         value = getattr(tensor, name)
         if not isinstance(value, Tensor):
             return value
@@ -266,9 +270,15 @@ class _Recorder(TorchFunctionMode):
         if self._is_one_step(part, name):
             step = Step(MODULE, name, args, kwargs)
             return self._take(step, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
+        self._check_backward((args, kwargs))
         self._stack.append(name)
+        hook = hook_of(part)
+        if hook is not None:
+            raise self._fails(f"it has a {hook}")
         try:
-            return run(*args, **kwargs)
+            out = run(*args, **kwargs)
+            self._check_backward(out)
+            return out
         except Exception:
             if self.inner_at_failure is None:
                 self.inner_at_failure = name
@@ -292,6 +302,15 @@ class _Recorder(TorchFunctionMode):
         if self.failure is None:
             self.failure = Unfollowed(reason, self._innermost, _line_here())
         return self.failure
+
+    def _check_backward(self, value: Any) -> None:
+        """Fails where an autograd.Function has made a tensor since the last step."""
+        with self._a_step():
+            for tensor in _tensors(value):
+                if id(tensor) in self._known and _backward_of(tensor) != self._graded[id(tensor)]:
+                    raise self._fails(
+                        "it uses an autograd.Function, whose backward is not followed"
+                    )
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -375,7 +394,7 @@ class _Recorder(TorchFunctionMode):
             taken.writes.add(memory)
             taken.reads |= self._readers.get(memory, set()) - {k}
             self._writers.setdefault(memory, set()).add(k)
-            self._graded[id(tensor)] = tensor.requires_grad
+            self._graded[id(tensor)] = _backward_of(tensor)
             if taken.varies:
                 self._varying.add(memory)
         for path, tensor in made:
@@ -383,11 +402,11 @@ class _Recorder(TorchFunctionMode):
             taken.memory.add(memory)
             self._origin.setdefault(memory, k)
             self._known[id(tensor)] = (tensor, Ref(k, path))
-            self._graded[id(tensor)] = tensor.requires_grad
+            self._graded[id(tensor)] = _backward_of(tensor)
 
     def _learn(self, tensor: Tensor, template: Weight | Arg) -> None:
         self._known[id(tensor)] = (tensor, template)
-        self._graded[id(tensor)] = tensor.requires_grad
+        self._graded[id(tensor)] = _backward_of(tensor)
         self._origin.setdefault(_memory(tensor), template)
 
     def _varies(self, template: Step) -> bool:
@@ -420,8 +439,7 @@ class _Recorder(TorchFunctionMode):
     def _tensor(self, tensor: Tensor) -> Template:
         found = self._known.get(id(tensor))
         if found is not None:
-            if tensor.requires_grad and not self._graded[id(tensor)] and not tensor.is_leaf:
-                raise self._fails("it uses an autograd.Function, whose backward is not followed")
+            self._check_backward(tensor)
             return found[1]
         if tensor.requires_grad:
             what = "a weight that is not registered" if tensor.is_leaf else "an operation unseen"
@@ -431,7 +449,7 @@ class _Recorder(TorchFunctionMode):
         place = Const(len(self._constants))
         self._constants.append(tensor)
         self._known[id(tensor)] = (tensor, place)
-        self._graded[id(tensor)] = False
+        self._graded[id(tensor)] = _backward_of(tensor)
         self._origin.setdefault(_memory(tensor), ("const", place.index))
         return place
 
@@ -480,6 +498,14 @@ def _is_plain(value: Any) -> bool:
     torch_own = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo)
     functions = (FunctionType, BuiltinFunctionType)
     return isinstance(value, (*plain, *torch_own, *functions))
+
+
+def _backward_of(tensor: Tensor) -> object:
+    """What differs once an autograd.Function has returned the tensor as its own."""
+    node = tensor.grad_fn
+    if isinstance(node, BackwardCFunction):
+        return node
+    return tensor.requires_grad and node is not None
 
 
 def _memory(tensor: Tensor) -> int:

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.hooks import is_usual
 from hamdist.errors import SettingsError
 
 
@@ -221,6 +222,8 @@ class MeanHalf(nn.Module):
 def pieces_of(module: nn.Module) -> list[Piece]:
     """The invertible pieces that `module` consists of, in order; none where it has other parts,
     so that its input cannot be recomputed from its output."""
+    if not is_usual(module):
+        return []
     if isinstance(module, Piece):
         return [module]
     if type(module) is Midpoint:

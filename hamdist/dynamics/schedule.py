@@ -22,7 +22,7 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from hamdist.config import Credit, Moves, Order, TargetOf, Update
-from hamdist.dynamics.graph import Edge, Graph
+from hamdist.dynamics.graph import Edge, Graph, Tie
 from hamdist.dynamics.locality import Locality
 from hamdist.dynamics.saving import known
 from hamdist.errors import LevelError
@@ -46,6 +46,8 @@ class Kind(IntEnum):
     MESSAGE = 1
     TARGET = 2
     CLOCK = 3
+    GRADIENT = 4
+    WEIGHT = 5
 
 
 @known
@@ -253,6 +255,31 @@ class PulseSchedule:
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
         return emitted(event.sample, self.c)
+
+    def gradient(self, tie: Tie, event: Event) -> Stamp:
+        """What the user sends the owner, for the owner's backward pass. Where both have it in the
+        same tick, the owner comes last."""
+        sent = self._backward_tick(tie.user, event.sample)
+        return Stamp(sent, event.sample, event.sample)
+
+    def weight(self, tie: Tie, event: Event) -> Stamp | None:
+        """The owner's weights that the user takes before its forward pass: the latest that were
+        sent in an earlier tick."""
+        m = event.sample - self.weight_lag(tie)
+        return None if m < 0 else Stamp(self._backward_tick(tie.owner, m), m, m + 1)
+
+    def weight_lag(self, tie: Tie) -> int:
+        """n - m: sample n passes the user with weights that have moved by samples 0 ... m."""
+        early = self._backward_tick(tie.owner, 0) + 1 - self._depths[tie.user]
+        return -(-early // self.c)
+
+    def tie_in_flight(self, tie: Tie, kind: Kind) -> int:
+        """The most gradients or weights that wait. When a stream ends, an owner of depth a sends
+        until it hears of that, c + a - l ticks after the last forward pass of a user of depth l."""
+        if kind is Kind.GRADIENT:
+            first = self._backward_tick(tie.owner, 0) - self._backward_tick(tie.user, 0)
+            return first // self.c + 1
+        return 2 + max(0, -(-(self._depths[tie.owner] - self._depths[tie.user]) // self.c))
 
     def delay(self, block: str) -> int:
         return self.lag(block) // self.c

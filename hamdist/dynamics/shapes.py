@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.copies import copied
+from hamdist.dynamics.inputs import is_input
 from hamdist.dynamics.spec import BlockSpec, Combine, Joining, ShapeMap, combined
 from hamdist.errors import GraphError
 
@@ -32,7 +34,8 @@ def shape_of(
     shapes = [known[p] for p in block.parents]
     given = ", ".join(f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True))
     real = [example.get(p) for p in block.parents]
-    h = _run_on(name, block.module, block.combine, shapes, given, real)
+    leaves = [not is_input(p) for p in block.parents]
+    h = _run_on(name, block.module, block.combine, shapes, given, leaves, real)
     if not isinstance(h, Tensor):
         raise GraphError(
             f"block {name!r} returned {type(h).__name__}, not a tensor; return the one tensor "
@@ -44,7 +47,7 @@ def shape_of(
         )
     if block.output is not None:
         state = [(tuple(h.shape), h.dtype)]
-        _run_on(name, block.output, block.combine, state, f"its own h {tuple(h.shape)}")
+        _run_on(name, block.output, block.combine, state, f"its own h {tuple(h.shape)}", [True])
     return tuple(h.shape), h.dtype
 
 
@@ -76,24 +79,31 @@ def _run_on(
     combine: Combine | Joining,
     shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
     given: str,
+    leaves: Sequence[bool],
     real: Sequence[Tensor | None] = (),
 ) -> object:
-    """`module` on tensors of `shapes`, on the first device that takes them. real: of these shapes,
-    where they are known."""
-    for device in _probes(module, shapes):
+    """`module` on tensors of `shapes`, on the first device that takes them; with autograd where it
+    asks for that (a hook). leaves: those that it is differentiated by in a run. real: of these
+    shapes, where they are known."""
+    for grad, device in product((False, True), _probes(module, shapes)):
         probe = copied(module).to(device)
         inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
         for i, u in enumerate(real if device == "cpu" else ()):
             if u is not None and (u.shape, u.dtype) == (inputs[i].shape, inputs[i].dtype):
                 inputs[i] = u.clone()
+        for x, leaf in zip(inputs, leaves, strict=True):
+            x.requires_grad_(grad and leaf and x.is_floating_point())
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                return probe(*combined(combine, inputs))
+            with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
+                made = probe(*combined(combine, [x.clone() for x in inputs]))
+            return made.detach() if isinstance(made, Tensor) else made
         except NotImplementedError:
             continue
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            if device == "meta":  # which has no values
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if not grad or device == "meta":  # which has no values
                 continue
+            if isinstance(error, AttributeError):
+                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise GraphError(
                 f"block {name!r} ({type(module).__name__}) does not take its input {given}: "

@@ -59,6 +59,13 @@ def sliced(
     wanted = [b for b in graph.blocks.values() if b.slices > 1]
     if not wanted:
         return graph
+    shared = {use[0] for weight in graph.shared for use in weight.uses}
+    for block in wanted:
+        if block.name in shared:
+            raise GraphError(
+                f"block {block.name!r}: slices is {block.slices}, but it has a weight that another "
+                "block uses, too; keep both users in one block, or slice others"
+            )
     inputs = {INPUT: (tuple(u_shape), u_dtype), **(inputs or {})}
     shapes = {**graph.shapes(u_shape, u_dtype, inputs), **inputs}
     cuts = {b.name: _Cut(b, shapes) for b in wanted}
@@ -73,7 +80,8 @@ def sliced(
         made = [_reading(block, outs)] if cut is None else list(cut.blocks(outs, parts))
         blocks += made
         origin |= dict.fromkeys((b.name for b in made), block.name)
-    return Graph(blocks, sliced=Sliced(graph, tuple(parts), origin))
+    origins = Sliced(graph, tuple(parts), origin)
+    return Graph(blocks, sliced=origins, shared=graph.shared)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,42 @@ class Edge:
         return is_input(self.parent)
 
 
+@dataclass(frozen=True, slots=True)
+class SharedWeight:
+    """One weight that several blocks use. uses: (block, name of the weight there), in the graph's
+    order; numel: its numbers."""
+
+    uses: tuple[tuple[str, str], ...]
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """`user` has copies of weights of `owner`: gradients go there, weights come back. keys: (the
+    owner's name, the user's) of each; numel: numbers of all."""
+
+    index: int
+    owner: str
+    user: str
+    keys: tuple[tuple[str, str], ...]
+    numel: int
+
+    @property
+    def name(self) -> str:
+        """As an edge's, in figures and errors."""
+        return f"{self.owner}<->{self.user}"
+
+    @property
+    def owners(self) -> list[str]:
+        """The names in the owner's module."""
+        return [key for key, _ in self.keys]
+
+    @property
+    def theirs(self) -> list[str]:
+        """The names in the user's module."""
+        return [key for _, key in self.keys]
+
+
 @dataclass(frozen=True)
 class BlockSpec:
     """One block: f(h_parents; theta) and where its inputs come from.

@@ -30,6 +30,7 @@ from hamdist.dynamics.copies import copied, overlaps
 from hamdist.dynamics.cuts import Cuts, Policy, stays, stays_whole
 from hamdist.dynamics.flow import Flow, Value
 from hamdist.dynamics.graph import INPUT, BlockSpec, Graph, combined
+from hamdist.dynamics.hooks import is_usual
 from hamdist.dynamics.inputs import Inputs, by_parent, called_by_parent, check_taken
 from hamdist.dynamics.losses import Losses, LossFunction, mse
 from hamdist.dynamics.outputs import losses_of, named
@@ -77,6 +78,8 @@ def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Seq
     """Whether it is an nn.Sequential that can be cut between its children as asked."""
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         return False
+    if not is_usual(model):
+        return False
     names = [name for name, child in model._modules.items() if child is not None]
     deeper = any(cut not in names and "." in cut for cut in partition.cuts or ())
     many = partition.blocks is not None and partition.blocks > len(names)
@@ -101,13 +104,6 @@ def split_sequential(
     children = [(name, m) for name, m in model._modules.items() if m is not None]
     if not children:
         raise GraphError("the model is an empty nn.Sequential; give it at least one module")
-    for i, (name, module) in enumerate(children):
-        stateful = [*module.parameters(), *module.buffers()]
-        if stateful and any(module is other for _, other in children[:i]):
-            raise GraphError(
-                f"module {name!r} stands in the nn.Sequential twice, so its weights would belong "
-                "to two blocks; give each place its own module"
-            )
     starts = _starts(children, model, partition, grouping, example)
     blocks: list[BlockSpec] = []
     for i, (first, last) in enumerate(zip(starts, [*starts[1:], len(children)], strict=True)):
@@ -213,13 +209,15 @@ def split_module(
     targets: Collection[str] | None = None,
     policy: Policy | None = None,
     state_readout: bool = False,
+    together: str | None = None,
 ) -> Graph:
     """The blocks that `policy`, `partition` or else `grouping` ask for.
 
     loss: of every output, or by output; targets: the outputs for which the stream has targets, if
     it names them. An output of a model that returns several is named by its key in a dict, or
     `out0`, `out1`, ... in a tuple, and so is the block that predicts it.
-    example: inputs of the right shapes and types.
+    example: inputs of the right shapes and types. together: what keeps the users of a weight in one
+    block, if anything does.
 
     A model that cannot be followed is one block, which `Graph.notes` explains. Raises GraphError
     where blocks, cuts or a policy ask for more than that, for cuts that cannot be, and for outputs
@@ -244,7 +242,7 @@ def split_module(
             raise GraphError(f"the model cannot be run: {told}") from None
         followed = one
     names, values, losses = _outputs(followed, loss, targets)
-    flow = Flow(followed, model, values)
+    flow = Flow(followed, model, values, together)
     cuts = Cuts(flow, model)
 
     def graph(

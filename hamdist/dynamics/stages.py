@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hamdist.dynamics.copies import copied
+from hamdist.dynamics.cuts import stays_whole
+from hamdist.dynamics.hooks import hook_of
 from hamdist.dynamics.layout import (
     Layouts,
     Number,
@@ -25,9 +27,13 @@ from hamdist.dynamics.layout import (
     Whole,
     dry_run,
 )
+from hamdist.dynamics.piece import Piece
+from hamdist.dynamics.python_state import is_foreign
 from hamdist.dynamics.reading import read, readable
+from hamdist.dynamics.recording import Unfollowed
 from hamdist.dynamics.shards import Share
-from hamdist.dynamics.spec import BlockSpec, Combine, Joining, ShapeMap
+from hamdist.dynamics.spec import BlockSpec, Combine, Joining, ShapeMap, combined
+from hamdist.dynamics.tracing import trace
 from hamdist.errors import GraphError
 
 
@@ -56,6 +62,7 @@ class Stages:
         self.spec = block
         self.m = block.slices
         self._refuse_what_has_no_slices()
+        self._refuse_what_would_be_lost(shapes)
         self._inner = readable(copied(block.module))
         self.root = nn.Module()
         self.root.add_module("m", self._inner)
@@ -84,6 +91,27 @@ class Stages:
         ):
             if given:
                 raise GraphError(f"block {b.name!r} with {what} cannot be sliced; set its slices=1")
+
+    def _refuse_what_would_be_lost(self, shapes: ShapeMap) -> None:
+        """Hooks, autograd.Functions and Python state, which torch.fx does not see."""
+        spec, module = self.spec, self.spec.module
+        parts = list(module.modules())
+        lost = [f"a {type(m).__name__} has a {hook}" for m in parts if (hook := hook_of(m))]
+        # (what stays whole in a piece does so in a slice, too)
+        if not isinstance(module, Piece) and any(is_foreign(type(m)) for m in parts):
+            inputs = {p: _zeros(shapes[p], 0) for p in spec.parents}
+            try:
+                whole = trace(
+                    module, inputs, lambda m, h: m(*combined(spec.combine, list(h.values())))
+                ).whole
+            except Unfollowed as why:
+                whole = {why.module: why}
+            lost += [stays_whole(name, module, why) for name, why in whole.items()]
+        if lost:
+            raise GraphError(
+                f"block {spec.name!r} cannot be sliced: {lost[0]}; leave its slices out, or cut "
+                "the model so that the layers to slice are a block of their own"
+            )
 
     @property
     def last(self) -> Stage:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from posixpath import commonpath
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from hamdist.dynamics.piece import (
     Template,
     replaced,
 )
+from hamdist.dynamics.python_state import Values, inside, is_foreign, mutable_in, names_in
 from hamdist.dynamics.recording import OWN, Op, Recording, Taken, Unfollowed, record, watch
 from hamdist.dynamics.structure import filled, parts_of
 
@@ -116,9 +118,11 @@ def _traced(
     names = set(whole)
     record(probe, _rows(inputs, batches[0], 0), call, names)  # what it makes at its first call only
     before = _attributes(probe)
-    runs = [
-        record(probe, _rows(inputs, batch, run), call, names) for run, batch in enumerate(batches)
-    ]
+    runs = []
+    for run, batch in enumerate(batches):
+        state = _state(probe, names)
+        runs.append(record(probe, _rows(inputs, batch, run), call, names))
+        _check_state(probe, state, _state(probe, names))
     _check_kept(probe, before, names)
     return _joined(runs, batches, whole)
 
@@ -172,6 +176,40 @@ def _assigned(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     return len(a) != len(b) or any(
         x is not y for x, y in zip(a, b, strict=True) if isinstance(x, Tensor) or x is None
     )
+
+
+def _state(model: nn.Module, whole: set[str]) -> dict[str, Values]:
+    """The Python state of a user's modules, without those that stay whole."""
+    found = {}
+    for name, part in model.named_modules():
+        inner = any(name == w or name.startswith(f"{w}.") for w in whole)
+        if is_foreign(type(part)) and not inner:
+            found[name] = inside(part)
+            for key, value in vars(type(part)).items():  # the class that `watch` has made
+                if not key.startswith("__"):
+                    found[name].add(key, value)
+    return found
+
+
+def _check_state(
+    model: nn.Module, before: Mapping[str, Values], after: Mapping[str, Values]
+) -> None:
+    """Raises Unfollowed for Python state that a run has changed, in the name of the module that has
+    it, or of one around all that use it."""
+    for name, values in after.items():
+        changed = before[name].differing(values)
+        if not changed:
+            continue
+        attributes = vars(model.get_submodule(name))
+        mutable = mutable_in(attributes[n] for n in changed if n in attributes)
+        users = [name]
+        for other, own in after.items():
+            reads = names_in(model.get_submodule(other)) & {*changed} - own.marks.keys()
+            if other != name and (mutable & own.ids.keys() or reads):
+                users.append(other)
+        around = commonpath([user.replace(".", "/") for user in users]).replace("/", ".")
+        reason = f"its forward changes {changed[0]!r}, which is Python state"
+        raise Unfollowed(reason, around, "")
 
 
 def _check_kept(model: nn.Module, before: dict[str, dict[str, Any]], whole: set[str]) -> None:

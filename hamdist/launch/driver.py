@@ -78,7 +78,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
     if order.stream is not None:
         from hamdist.study.own_data import load_stream
 
-        data = load_stream(order.stream, settings.stream.names)
+        data = load_stream(order.stream, settings.stream.names, settings.model_loss)
     resume = order.resume if lost is None else _found_again(order, lost)
     batch = settings.stream.batch if data is None else None
     tell(Started(title=f"{settings.name}, {settings.level.value}", batch=batch))

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from hamdist.dynamics import rows
+from hamdist.runtime.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.threads import cores
 
 SHARED = Path("/dev/shm")
@@ -44,6 +45,7 @@ class HostFacts(BaseModel):
     shared: int | None
     files: int
     native: bool
+    arithmetic: Arithmetic
     gpus: list[str]
     token: bool
     storage: str | None = None
@@ -63,6 +65,7 @@ def host_facts(storage: str | None = None, mark: str | None = None) -> HostFacts
         shared=shutil.disk_usage(SHARED).free if SHARED.is_dir() else None,
         files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         native=rows.built(),
+        arithmetic=arithmetic(1, native=rows.built()),
         gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         token=os.environ.get("RAY_AUTH_MODE") == "token",
         storage=None if storage is None else storage_fault(Path(storage), mark),

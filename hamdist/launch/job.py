@@ -22,7 +22,9 @@ from pathlib import Path
 from types import FrameType
 
 from hamdist.errors import FAILED, INTERRUPTED, WRONG_USAGE, SettingsError
-from hamdist.launch.parcel import read_order
+from hamdist.launch.parcel import SETTINGS, read_order
+from hamdist.runtime.portable import pin
+from hamdist.study.recipes import load_settings
 
 DRIVER = (sys.executable, "-m", "hamdist.launch.driver")
 MOST_LOST = 3
@@ -110,6 +112,7 @@ def _failed(error: str) -> int:
 def main() -> int:
     try:
         order = read_order(Path.cwd())
+        pin(load_settings(str(Path.cwd() / SETTINGS)).engine)  # for the driver, its child
     except SettingsError as error:
         return _failed(str(error))
     return Guardian(DRIVER, order.snapshots is not None).run()

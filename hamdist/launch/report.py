@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from hamdist.launch.facts import HostFacts
+from hamdist.runtime.arithmetic import Arithmetic
 
 MIB, GIB = 2**20, 2**30
 LEAST_FREE = GIB  # an actor that imports torch takes 170 to 300 MiB
@@ -49,7 +50,8 @@ class Findings(BaseModel):
 
     def tables(self) -> dict[str, list[list[str]]]:
         """By title; the first row has the columns' names."""
-        head = ["host", "platform", "hamdist", "torch", "ray", "python", "CPUs", "threads"]
+        head = ["host", "platform", "vectors", "hamdist", "torch", "ray", "python"]
+        head += ["CPUs", "threads"]
         head += ["free GiB", "/dev/shm MiB", "C code", "GPUs", "clock, ms"]
         hosts = [head]
         for i, host in enumerate(self.hosts):
@@ -62,6 +64,7 @@ class Findings(BaseModel):
                 [
                     self.name(i),
                     host.platform,
+                    host.arithmetic.capability,
                     *(own[p] for p in ("hamdist", "torch", "ray", "python")),
                     cpus,
                     str(host.threads),
@@ -96,6 +99,7 @@ def judged(found: Findings, here: Mapping[str, str] | None = None) -> list[Check
     """here: the versions of the terminal's own host, where that is none of the hosts."""
     checks = [Check("FAIL", f"{name}: {why}") for name, why in found.unreached.items()]
     checks += _versions(found, here)
+    checks += _arithmetic(found)
     for i, host in enumerate(found.hosts):
         checks += _host(found.name(i), host)
     checks += _clocks(found)
@@ -119,16 +123,25 @@ def _versions(found: Findings, here: Mapping[str, str] | None) -> list[Check]:
         own = found.hosts[0].versions
         text = ", ".join(f"{package} {own[package]}" for package in SAME)
         checks.append(Check("ok", f"versions: {text}"))
-    platforms = {host.platform for host in found.hosts}
-    if len(platforms) > 1:
-        text = ", ".join(sorted(platforms))
-        checks.append(
-            Check(
-                "warning",
-                f"platforms differ ({text}): round-off may, too, from a run in one process",
-            )
-        )
     return checks
+
+
+def _arithmetic(found: Findings) -> list[Check]:
+    """Which hosts compute the same bits, without C code where one has none: `_host` tells."""
+    kinds: list[tuple[Arithmetic, list[str]]] = []
+    for i, host in enumerate(found.hosts):
+        own = host.arithmetic
+        alike = next((names for kind, names in kinds if not own.unlike(kind)), None)
+        if alike is None:
+            kinds.append((own, [found.name(i)]))
+        else:
+            alike.append(found.name(i))
+    if len(kinds) < 2:
+        return [Check("ok", f"equal bits: {kind}") for kind, _ in kinds]
+    (first, firsts), others = kinds[0], kinds[1:]
+    told = [f"{', '.join(n)} on {k} ({', '.join(k.unlike(first))})" for k, n in others]
+    text = f"other bits than {', '.join(firsts)} on {first}: {'; '.join(told)}"
+    return [Check("warning", f"{text}: engine.bits 'portable' makes x86 processors agree")]
 
 
 def _host(name: str, host: HostFacts) -> list[Check]:

@@ -18,11 +18,13 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hamdist.runtime.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.host import Host, HostReport, HostStatus, Opened
 from hamdist.runtime.hosts import Seat
 from hamdist.runtime.lending import Refusal
 from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.switches import Switches, set_switches
 from hamdist.streams.sample import Stream
 
 if TYPE_CHECKING:
@@ -84,6 +86,17 @@ class HostActor:
             raise RuntimeError("probe() comes first")
         return self._probe
 
+    def compute_as(
+        self, switches: Switches, threads: int, native: bool
+    ) -> tuple[Arithmetic, list[str]]:
+        """Sets torch's switches to the driver's, before any block is there.
+
+        Returns:
+            The fingerprint of this process then, and the switches that could not be set.
+        """
+        refused = set_switches(switches)
+        return arithmetic(threads, native=native), refused
+
     def prepare(
         self,
         plan: Plan,
@@ -92,7 +105,6 @@ class HostActor:
         binds: Mapping[int, str],
     ) -> Opened:
         """Builds the blocks and opens the receiving ends; returns where they are."""
-        torch.set_default_dtype(plan.default_dtype)
         self._host = Host(plan, blocks, stream, self._keys)
         return self._host.bind(binds)
 
@@ -169,6 +181,8 @@ def start_actor(seat: Seat) -> Any:
         "max_restarts": 0,
         "enable_task_events": False,
     }
+    if seat.environment:
+        options["runtime_env"] = {"env_vars": dict(seat.environment)}
     return ray.remote(HostActor).options(**options).remote(sys.path)
 
 

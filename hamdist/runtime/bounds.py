@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.schedule import Kind
 from hamdist.runtime.plan import Plan
@@ -35,6 +37,9 @@ def slot_bytes(plan: Plan, channel: Channel) -> int:
 def _signal_bytes(plan: Plan, channel: Channel) -> int:
     if channel.kind is Kind.CLOCK:
         return 0
+    if channel.kind in (Kind.GRADIENT, Kind.WEIGHT):
+        most = max(tie.numel for tie in plan.graph.ties if tie.name == channel.edge)
+        return most * torch.float64.itemsize
     if channel.kind is Kind.TARGET:
         target = plan.spec.target(channel.receiver)
         return 0 if target is None else math.prod(target.shape) * target.dtype.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -12,15 +13,18 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
+from pydantic import ValidationError
 
-from hamdist.config import EngineSettings
-from hamdist.errors import ClusterError
+from hamdist.config import EngineSettings, describe
+from hamdist.errors import ClusterError, HamdistError, SettingsError
 from hamdist.runtime.hosts import HostInfo, Seat, described
-from hamdist.runtime.outcome import deaf_to_interrupts
+from hamdist.runtime.interrupts import deaf_to_interrupts, handlers_of_ours
 from hamdist.runtime.threads import cores
 from hamdist.runtime.token import REMEDY, check_joined, check_token, is_refusal, own_token, refused
 
@@ -31,6 +35,12 @@ ANSWER_SECONDS = 1.0  # for a raylet's port
 KNOCKS = 32  # at a time
 PROFILE_SECONDS = 60.0
 TRIES = 5
+CLOSING_SECONDS = 3 * GONE_SECONDS
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 
 class Session:
@@ -64,46 +74,171 @@ class Session:
         return next((k for k, (own, _) in enumerate(self.idle) if own == seat), None)
 
 
+@dataclass(slots=True)
+class _Standing:
+    """A session that is open, and what closes it.
+
+    cpus: how many Ray was told of. processes: of a local Ray that was started here, else empty.
+    """
+
+    session: Session
+    closing: ExitStack
+    cpus: int
+    processes: set[psutil.Process]
+
+    def takes(self, engine: EngineSettings) -> bool:
+        """Whether a run of these settings can go on in it: Ray is up, and has room for it."""
+        import ray
+
+        running = all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in self.processes)
+        return (
+            engine.address is None
+            and self.cpus >= _wanted(engine)
+            and ray.is_initialized()
+            and running
+        )
+
+
 _current: Session | None = None
 _owner: int | None = None
 _one_at_a_time = threading.Lock()
+_standing: _Standing | None = None  # a local Ray that waits for the next run of this process
+_idle_over: threading.Timer | None = None
+_closing = threading.Event()  # the timer is about to close `_standing`
 
 
 @contextmanager
-def ray_session(engine: EngineSettings) -> Iterator[Session]:
-    """Ray is up inside; a session inside a session is the outer one.
+def session(**engine: Any) -> Iterator[None]:
+    """Keep Ray and its idle actors up for the runs inside, which start at once from the second on.
+
+        with hamdist.session(actors=4):
+            for lr in (0.1, 0.3):
+                hamdist.train(model, stream, learning={"lr": lr}, engine={"kind": "ray"})
+
+    Without it a local Ray stays up for `engine.idle_seconds` after a run, while a joined cluster
+    is left with every run.
+
+    Args:
+        engine: fields of the settings' section `engine`, for example `address` of a Ray cluster, or
+            `actors`, for which a local Ray is made large enough.
+
+    Raises:
+        SettingsError: a field is unknown or its value is wrong.
+        ClusterError: no cluster answers at `address`, or Ray does not start.
+    """
+    try:
+        settings = EngineSettings.model_validate({"kind": "ray", **engine})
+    except ValidationError as error:
+        raise SettingsError(describe(error)) from None
+    with ray_session(settings, stays=False):
+        yield
+
+
+@contextmanager
+def ray_session(engine: EngineSettings, *, stays: bool = True) -> Iterator[Session]:
+    """Keep Ray up inside; a session inside a session is the outer one.
 
     A Ray that was up before is used and stays up. At `engine.address` a cluster is joined; without
-    one a local Ray is started, which ends with all its processes and files.
-    Raises ClusterError if no cluster answers at `engine.address`.
+    one a local Ray is started.
+
+    Args:
+        stays: a local Ray then waits `engine.idle_seconds` for the next session of this process.
+
+    Raises:
+        ClusterError: no cluster answers at `engine.address`, or another thread has a session.
     """
-    global _current, _owner
     if _current is not None and _owner == threading.get_ident():
         yield _current
         return
-    if not _one_at_a_time.acquire(blocking=False):
+    patience = CLOSING_SECONDS if _closing.is_set() else 0
+    if not _one_at_a_time.acquire(timeout=patience):
         raise ClusterError(
             "another thread of this process has a run on Ray; wait for it, or start a process"
         )
     try:
-        with _outermost(engine) as session:
-            yield session
+        with _outermost(engine, stays) as opened:
+            yield opened
     finally:
         _one_at_a_time.release()
 
 
 @contextmanager
-def _outermost(engine: EngineSettings) -> Iterator[Session]:
-    global _current, _owner
-    prepare_environment(engine)
-    with _ray(engine):
-        _current, _owner = Session(), threading.get_ident()
+def _outermost(engine: EngineSettings, stays: bool) -> Iterator[Session]:
+    global _current, _owner, _standing
+    standing = _opened(engine)
+    _current, _owner = standing.session, threading.get_ident()
+    healthy = False
+    try:
+        yield _current
+        healthy = True
+    except ClusterError:
+        raise  # (Ray may be what has failed: the next run starts another one)
+    except HamdistError:
+        healthy = True
+        raise
+    finally:
+        _current = None
+        if stays and healthy and standing.processes and engine.idle_seconds:
+            _standing = standing
+            _close_after(engine.idle_seconds)
+        else:
+            standing.closing.close()
+
+
+def _opened(engine: EngineSettings) -> _Standing:
+    """The session that waits, where it takes this run, or else a new one in its place."""
+    global _standing, _idle_over
+    if _idle_over is not None:
+        _idle_over.cancel()
+        _idle_over = None
+    waiting, _standing = _standing, None
+    if waiting is not None:
+        if waiting.takes(engine):
+            return waiting
+        waiting.closing.close()
+    opened = Session()
+    with ExitStack() as stack, ray_environment(engine):
+        processes, cpus = stack.enter_context(_ray(engine))
+        stack.callback(_end_idle, opened)
+        return _Standing(opened, stack.pop_all(), cpus, processes)
+
+
+def _close_after(seconds: float) -> None:
+    """Close the waiting session when nobody has used it for so long, or when the process ends."""
+    global _idle_over
+    owner = os.getpid()
+
+    def close() -> None:
+        if os.getpid() == owner:  # (a forked child runs its parent's exit handlers)
+            close_idle_session()
+
+    atexit.unregister(close_idle_session)
+    atexit.register(close_idle_session)
+    _idle_over = threading.Timer(seconds, close)
+    _idle_over.daemon = True
+    _idle_over.start()
+
+
+def close_idle_session() -> None:
+    """End the local Ray that waits for the next run of this process, if there is one."""
+    global _standing
+    _closing.set()
+    try:
+        if not _one_at_a_time.acquire(blocking=False):
+            return  # a run has begun and uses it
         try:
-            yield _current
+            waiting, _standing = _standing, None
+            if waiting is not None:
+                waiting.closing.close()
         finally:
-            idle, _current = _current.idle, None
-            with deaf_to_interrupts():
-                _end([actor for _, actor in idle])
+            _one_at_a_time.release()
+    finally:
+        _closing.clear()
+
+
+def _end_idle(opened: Session) -> None:
+    with deaf_to_interrupts():
+        opened.make_room()
 
 
 def _end(actors: list[Any]) -> None:
@@ -115,17 +250,19 @@ def _end(actors: list[Any]) -> None:
 
 
 @contextmanager
-def _ray(engine: EngineSettings) -> Iterator[None]:
+def _ray(engine: EngineSettings) -> Iterator[tuple[set[psutil.Process], int]]:
+    """Ray is up inside. Yields the processes of one that was started here, and its CPUs."""
     import ray
 
     if ray.is_initialized():
-        yield
+        yield set(), 0
     elif engine.address is not None:
         with _joined(engine, engine.address):
-            yield
+            yield set(), 0
     else:
-        with _local(max(cores(), _wanted(engine))):
-            yield
+        cpus = max(cores(), _wanted(engine))
+        with _local(cpus) as processes:
+            yield processes, cpus
 
 
 @contextmanager
@@ -134,11 +271,10 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
     from ray.exceptions import RayError
 
     check_token(address)
-    # (Ray tries so often; a head that answers and refuses the token will go on to)
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(TRIES))
     try:
         _knock(address)
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        with handlers_of_ours():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         if is_refusal(error):
             raise refused(address) from None
@@ -163,14 +299,14 @@ def _knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
 
 
 @contextmanager
-def _local(cpus: int) -> Iterator[None]:
+def _local(cpus: int) -> Iterator[set[psutil.Process]]:
     import ray
 
     folder = tempfile.mkdtemp(prefix="hdray-", dir=short_folder())
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
-        with own_token(folder):
+        with own_token(folder), handlers_of_ours(), _in_a_session_of_its_own():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -181,14 +317,34 @@ def _local(cpus: int) -> Iterator[None]:
                 # Ray opens its folder to all users: one that only the owner can enter lies around.
                 _temp_dir=os.path.join(folder, "r"),
             )
-            up = True
-            yield
+        up = True
+        yield _of_session(folder, before)
     finally:
         with deaf_to_interrupts():
             mine = _of_session(folder, before)
             ray.shutdown()
             _outlast(mine, GONE_SECONDS if up else 0)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _in_a_session_of_its_own() -> Iterator[None]:
+    """Start Ray's processes in a session (in the sense of POSIX) of their own inside.
+
+    A signal to the group of this process, as batch systems send it, then reaches this process
+    alone, which ends the run in order. (Ray has no setting for it; Popen has.)
+    """
+    from ray._private import services
+
+    popen = getattr(services, "ConsolePopen", None)
+    if popen is None or os.name != "posix":
+        yield
+        return
+    services.ConsolePopen = partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen  # type: ignore[misc]
 
 
 def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:
@@ -268,15 +424,34 @@ def _wanted(engine: EngineSettings) -> int:
     return engine.actors if isinstance(engine.actors, int) else 1
 
 
-def prepare_environment(engine: EngineSettings) -> None:
-    """What Ray reads from the environment when it is imported, where the user has not set it."""
-    if "ray" in sys.modules:
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if engine.address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+_environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it has imported it
+
+
+@contextmanager
+def ray_environment(engine: EngineSettings) -> Iterator[None]:
+    """Set what Ray reads from the environment while it is imported or started, inside only.
+
+    What the user has set stays, and so does everything where the user has imported Ray before:
+    Ray has read it by then.
+    """
+    global _environment
+    if _environment is None:
+        _environment = {} if "ray" in sys.modules else dict(RAY_SETTINGS)
+    wanted = dict(_environment)
+    if wanted and engine.address is None:
+        wanted["RAY_AUTH_MODE"] = "token"
+    if engine.address is not None:
+        # (Ray tries so often; a head that answers and refuses the token will go on to)
+        wanted["RAY_gcs_server_port_wait_time_s"] = str(TRIES)
+    before = dict(os.environ)
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:  # (Ray sets some itself, PYTHONBREAKPOINT among them)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def short_folder() -> str | None:

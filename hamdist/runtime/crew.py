@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +14,27 @@ import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from hamdist.config import DeviceSignals, Encryption, Spread, TransportKind
+from hamdist.config import Bits, DeviceSignals, Encryption, Spread, TransportKind
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, HamdistError, StreamError
 from hamdist.runtime.advice import thread_warnings
+from hamdist.runtime.arithmetic import Arithmetic
 from hamdist.runtime.cluster import Session, host_seconds, hosts
 from hamdist.runtime.demands import demand, wishes
 from hamdist.runtime.host import Host, HostReport, HostStatus, Kept, Opened
 from hamdist.runtime.hosts import Seat, seats
+from hamdist.runtime.interrupts import deaf_to_interrupts
 from hamdist.runtime.line import socket_folder
 from hamdist.runtime.links import Link, Probe, least_delays, pairs
 from hamdist.runtime.measure import source_host
-from hamdist.runtime.outcome import deaf_to_interrupts
 from hamdist.runtime.placement import Costs, by_parameters, place
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.portable import other_bits, portable_environment
 from hamdist.runtime.shared import GPU_SCHEME, MAX_CAPACITY
 from hamdist.runtime.signal import Channel
 from hamdist.runtime.startup import Startup
+from hamdist.runtime.switches import Switches
 from hamdist.runtime.threads import cores
 from hamdist.runtime.transport import IPC, SHM, TCP, local_way
 from hamdist.streams.replay import replays
@@ -110,6 +114,8 @@ class Crew:
         self.actors: list[Actor] = []
         self._keeping: list[Any] = []  # the calls of the latest keep() that have not been answered
         self._too_late = False
+        self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
+        self.notes: list[str] = []  # what there is to say of the actors before the first tick
         self.lent = 0  # channels between GPUs of one host, at the start
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
         self.mourn: Callable[[Actor, HamdistError | None, HamdistError], bool] | None = None
@@ -163,6 +169,8 @@ class Crew:
             for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
                 actor.node, actor.address, actor.pid = where
             self._make_keys()
+            answers = self._all("compute_as", lambda _: self.way_to_compute())
+            self.notes += self.unlike(dict(zip(self.actors, answers, strict=True)))
         if plan.replan is not None and measured is not None:
             with startup.phase("links"):
                 links = self._links()
@@ -246,7 +254,42 @@ class Crew:
         busy = [sum(work[names.index(name)] for name in group) for group in groups]
         spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
         speeds = host_seconds(known) if spread is Spread.PROFILE else None
-        return seats([demand(g, asked, plan.engine) for g in groups], known, spread, busy, speeds)
+        demands = [demand(group, asked, plan.engine) for group in groups]
+        found = seats(demands, known, spread, busy, speeds)
+        if plan.engine.bits is not Bits.PORTABLE:
+            return found
+        return [seat.pinned(portable_environment()) for seat in found]
+
+    def way_to_compute(self) -> tuple[Switches, int, bool]:
+        """What `HostActor.compute_as` is told before an actor gets blocks."""
+        return self._plan.switches, self._plan.engine.threads, self._plan.native
+
+    def unlike(self, answers: Mapping[Actor, tuple[Arithmetic, list[str]]]) -> list[str]:
+        """Looks whether actors compute the same bits as this process.
+
+        Args:
+            answers: of `HostActor.compute_as`, by actor.
+
+        Returns:
+            What is to be said of those that do not; it has been warned of.
+
+        Raises:
+            ClusterError: `engine.bits` asks for equal bits.
+        """
+        here = self._plan.arithmetic
+        actors: dict[str, list[str]] = {}
+        for actor, (there, refused) in answers.items():
+            if there not in self.arithmetic:
+                self.arithmetic.append(there)
+            reasons = [*there.unlike(here), *refused]
+            if reasons:
+                text = f"on {there}, not as this process on {here}: {', '.join(reasons)}"
+                actors.setdefault(text, []).append(f"{actor.name} ({actor.address})")
+        told = [f"{', '.join(names)} would compute {text}" for text, names in actors.items()]
+        notes = [other_bits(text, self._plan.engine.bits, ClusterError) for text in told]
+        for note in notes:
+            warnings.warn(note, stacklevel=2)  # (before they compute)
+        return notes
 
     def _links(self) -> dict[tuple[int, int], Link]:
         """By pair of actors that exchange signals; between two hosts, or inside of one, one pair

@@ -26,7 +26,7 @@ class CrewKeeping:
         self._crew = crew
         self._keeping = keeping
         self._blocks = plan.graph.blocks
-        self._shelf = Shelf(plan)
+        self._shelf = Shelf(plan, crew.arithmetic)
         self._recovery = Recovery(crew, keeping, self._shelf) if keeping.recover else None
         self._losses: list[Loss] = []
         self._seconds = keeping.seconds or inf
@@ -76,9 +76,12 @@ class CrewKeeping:
             self._recovery.replace(losses)
             # (they have not all heard of it, and have their time again)
             self._asked = self._last = self._last_by = self._pace = None
+            unlike, self._recovery.unlike = self._recovery.unlike, []
+            same = "" if unlike else "; no number has changed"
+            self.warnings += unlike
             self.warnings += [
                 f"{r.actor} (blocks {', '.join(r.blocks)}) was lost at tick {r.tick}, and replaced "
-                f"within {r.seconds:.1f} s from tick {r.since}; no number has changed"
+                f"within {r.seconds:.1f} s from tick {r.since}{same}"
                 for r in self._recovery.replaced[before:]
             ]
         self._ask_in_time(now)

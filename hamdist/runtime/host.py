@@ -23,6 +23,7 @@ from hamdist.errors import HamdistError
 from hamdist.runtime.bounds import message_bytes, slot_bytes
 from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.device import Border
+from hamdist.runtime.digests import DigestMap, Digests
 from hamdist.runtime.keeper import Keeper, Taken
 from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.lending import Lender, Memory, Refusal
@@ -36,6 +37,7 @@ from hamdist.runtime.result import BlockState
 from hamdist.runtime.shared import GPU_SCHEME, MAX_CAPACITY, takes
 from hamdist.runtime.signal import Channel
 from hamdist.runtime.source import SourceNode
+from hamdist.runtime.switches import set_switches
 from hamdist.runtime.threads import pinned, seat
 from hamdist.runtime.transport import IPC, Wires
 from hamdist.streams.sample import Stream
@@ -64,6 +66,7 @@ class HostReport:
     stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
     time_use: dict[str, float] = field(default_factory=dict)
+    digests: Mapping[str, DigestMap] = field(default_factory=dict)
     kept: Kept | None = None
     refusals: list[Refusal] = field(default_factory=list)
     error: HamdistError | None = None
@@ -133,7 +136,8 @@ class Host:
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
         keeping = plan.keeping
         self._ledger = None if keeping is None else Ledger(inside, replays=keeping.recover)
-        self._mail = Mailroom(inside, self._transport, self._ledger)
+        self._digests = Digests() if plan.engine.digests else None
+        self._mail = Mailroom(inside, self._transport, self._ledger, self._digests)
         self._inside = inside
         self._nodes = [make_node(plan, name, self._mail) for name in blocks]
         self._source = None if stream is None else SourceNode(plan, stream, self._mail)
@@ -253,6 +257,7 @@ class Host:
     def run(self, index: int = 0, actors: int = 0) -> HostReport:
         """Steps the nodes to the end. Errors are reported, not raised. index: of this process among
         the `actors` of its host, each of which gets a processor of its own (0: none does)."""
+        set_switches(self._plan.switches)
         torch.set_num_threads(self._plan.engine.threads)
         reset_peak(collect=True)
         report = HostReport()
@@ -263,7 +268,13 @@ class Host:
         self._requests.begin()
         try:
             with pinned(self._seat(index, actors)):
-                run_loop(nodes, self._look_up, self._keeper, started=goes_on)
+                run_loop(
+                    nodes,
+                    self._look_up,
+                    self._keeper,
+                    started=goes_on,
+                    after_step=None if self._digests is None else self._digests.after_step,
+                )
                 self._mail.flush()
         except Aborted:
             report.aborted = True
@@ -290,6 +301,8 @@ class Host:
             report.samples = self._source.samples
             report.smoothness = self._source.smoothness.frames
             report.stream = self._source.counts
+        if self._digests is not None:
+            report.digests = self._digests.result(report.blocks)
         report.payload_bytes = dict(self._mail.payload_bytes)
         report.compression = self._mail.compression
         report.refusals = self._refusals()

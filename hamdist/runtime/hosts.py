@@ -66,13 +66,19 @@ def described(
 
 @dataclass(frozen=True)
 class Seat:
-    """What one actor is started with. node: Ray's id of its host, None where Ray decides. Equal
-    seats can take over each other's processes."""
+    """What one actor is started with. node: Ray's id of its host, None where Ray decides.
+    environment: variables of its process, beside those of its host. Equal seats can take over each
+    other's processes."""
 
     cpus: float = 1.0
     gpus: float = 0.0
     resources: tuple[tuple[str, float], ...] = ()
     node: str | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def pinned(self, environment: Mapping[str, str]) -> Seat:
+        """The same with these variables, whatever the host's are."""
+        return replace(self, environment=tuple({**dict(self.environment), **environment}.items()))
 
     def on(self, node: str | None) -> Seat:
         """The same on another host; None: on any."""

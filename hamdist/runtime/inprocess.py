@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 
 from hamdist.dynamics.graph import INPUT
 from hamdist.errors import DivergedError
+from hamdist.runtime.digests import Digests
+from hamdist.runtime.interrupts import Ending, OnProgress
 from hamdist.runtime.keptrun import KeptRun
 from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.nodes import make_node, ticks_of, time_use
-from hamdist.runtime.outcome import Outcome, ending_on_interrupt
+from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockProgress, Progress
 from hamdist.runtime.source import SourceNode
@@ -27,13 +28,12 @@ PROGRESS_SECONDS = 0.25
 class InProcessEngine:
     """Steps all blocks of a graph in the calling thread. Deterministic."""
 
-    def run(
-        self, plan: Plan, stream: Stream, on_progress: Callable[[Progress], None] | None = None
-    ) -> Outcome:
+    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
         created = time.perf_counter()
         inside = {INPUT, *plan.graph.blocks}
         ledger = None if plan.keeping is None else Ledger(inside, replays=False)
-        mail = Mailroom(inside, ledger=ledger)
+        digests = Digests() if plan.engine.digests else None
+        mail = Mailroom(inside, ledger=ledger, digests=digests)
         source = SourceNode(plan, stream, mail)
         nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
         measured = [n for n in nodes if n.metrics is not None]
@@ -62,30 +62,41 @@ class InProcessEngine:
             nonlocal due
             if keeping is not None:
                 keeping.look()
-            if on_progress is not None and time.perf_counter() >= due:
+            if ending.reports and time.perf_counter() >= due:
                 due = time.perf_counter() + PROGRESS_SECONDS
-                on_progress(progress())
+                ending.report(progress())
 
         stop = source.stop.set if keeping is None else keeping.stopping(source.stop.set)
+        ending = Ending(stop, on_progress)
         with (
             torch_threads(plan.engine.threads),
-            ending_on_interrupt(stop) as interrupted,
+            ending,
             keeping or nullcontext(),
         ):
             try:
                 cut = None if keeping is None else keeping.keeper
-                run_loop([source, *nodes], between, cut, started=keeping is not None and keeping.on)
+                run_loop(
+                    [source, *nodes],
+                    between,
+                    cut,
+                    started=keeping is not None and keeping.on,
+                    after_step=None if digests is None else digests.after_step,
+                )
             except DivergedError as error:
                 diverged = error
+            except KeyboardInterrupt:  # the second Ctrl-C: end at once, in whatever state it is
+                ending.interrupted = True
             for node in measured:
                 if node.metrics is not None:
                     node.metrics.flush()
-        if on_progress is not None:
-            on_progress(progress())
+        if ending.reports:
+            ending.report(progress())
         seconds = time.perf_counter() - started
         peak, own = peak_bytes(), own_bytes()  # before the states are copied
+        blocks = {n.name: n.state() for n in nodes}
         outcome = Outcome(
-            blocks={n.name: n.state() for n in nodes},
+            blocks=blocks,
+            digests={} if digests is None else digests.result(blocks),
             windows={n.name: n.metrics.windows for n in measured if n.metrics is not None},
             samples=source.samples,
             ticks=ticks_of(nodes),
@@ -100,10 +111,10 @@ class InProcessEngine:
             placement=[list(plan.graph.blocks)],
             stream=source.counts,
             records={n.name: r for n in nodes for r in [n.records()] if r is not None},
-            interrupted=interrupted(),
             snapshots=[] if keeping is None else keeping.snapshots,
             warnings=[] if keeping is None else keeping.warnings,
         )
+        ending.note(outcome)
         if diverged is not None:
             diverged.outcome = outcome
             raise diverged

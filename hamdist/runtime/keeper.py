@@ -156,10 +156,12 @@ class Keeper:
         self._writing = self._pool.submit(self._write, tick, files, samples, passed)
 
     def _state(self, node: Rememberer) -> dict[str, Any]:
+        out, into, digests = self._out[node.name], self._in[node.name], self._mail.digests
         return {
             "node": node.snapshot(),
-            "out": {c.key: self._mail.snapshot(c) for c in self._out[node.name]},
-            "in": {c.key: self._mail.taken(c) for c in self._in[node.name]},
+            "out": {c.key: self._mail.snapshot(c) for c in out},
+            "in": {c.key: self._mail.taken(c) for c in into},
+            **({} if digests is None else {"digests": digests.snapshot(node.name, out, into)}),
         }
 
     def _write(
@@ -197,7 +199,10 @@ class Keeper:
         """Every node goes on from its file. Raises SnapshotError naming one that does not fit."""
         states: dict[str, dict[str, Any]] = {}
         for node in self._nodes:
-            state = snapshot.state(node.name, node.device)
+            state = dict(snapshot.state(node.name, node.device))
+            digests = state.pop("digests", None)
+            if self._mail.digests is not None:
+                self._mail.digests.restore(digests)
             check_names(f"node {node.name!r}", state, ("node", "out", "in"))
             states[node.name] = state
         for node in self._nodes:

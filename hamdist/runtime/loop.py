@@ -32,9 +32,11 @@ def run_loop(
     cut: Cut | None = None,
     *,
     started: bool = False,
+    after_step: Callable[[Node, int], None] | None = None,
 ) -> None:
     """Steps `nodes` in the order of their ticks until all have finished; at one tick in the order
-    given, late ones last. between: called after every event. started: they go on.
+    given, late ones last. between: called after every event, after_step before that with the node
+    and the tick of the event. started: they go on.
 
     Raises DivergedError where a state, a costate or a loss leaves the finite range, and BlockError
     naming the block, with the traceback, for whatever else a block raises.
@@ -49,6 +51,8 @@ def run_loop(
             cut.reach(tick)
         node = nodes[i]
         _guarded(node, node.step)
+        if after_step is not None:
+            after_step(node, tick)
         if node.tick is None:
             heapq.heappop(heap)
         else:

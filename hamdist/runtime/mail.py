@@ -22,6 +22,7 @@ from hamdist.dynamics.saving import check_names
 from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.compression import DIRECTIONS, CompressionMap
+from hamdist.runtime.digests import Digests
 from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.signal import Channel, Signal, ready
 
@@ -37,11 +38,16 @@ class Transport(Protocol):
 
 class Mailroom:
     """The channels of one process. `inside`: nodes of this process. ledger: counts what crosses,
-    where snapshots are taken."""
+    where snapshots are taken. digests: of what is posted and taken, where they were asked for."""
 
     def __init__(
-        self, inside: set[str], transport: Transport | None = None, ledger: Ledger | None = None
+        self,
+        inside: set[str],
+        transport: Transport | None = None,
+        ledger: Ledger | None = None,
+        digests: Digests | None = None,
     ) -> None:
+        self.digests = digests
         self._inside = inside
         self._ledger = ledger
         self._resume: dict[int, int] = {}  # by channel: the first signal that has to be sent
@@ -74,6 +80,8 @@ class Mailroom:
         """The payload belongs to the receiver from now on: nobody writes to it again."""
         if channel.codec is not None:
             signal = self._encoded(channel, signal)
+        if self.digests is not None:
+            self.digests.post(channel, signal)
         if signal.payload is not None:
             if channel.number not in self._sent:
                 self._sent[channel.number] = 0
@@ -106,6 +114,8 @@ class Mailroom:
             )
         if self._ledger is not None:
             self._ledger.take(channel)
+        if self.digests is not None:
+            self.digests.take(channel, signal)
         codec = channel.codec
         if codec is not None and signal.payload is not None:
             return replace(signal, payload=ready(codec.decode(signal.payload)))

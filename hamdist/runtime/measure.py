@@ -1,19 +1,27 @@
-"""What a block's step costs: a few steps of a copy of the whole network, in the driver.
+"""What a block's step costs: a few steps of the whole network, in a child of the driver's process.
 
-The run itself notices nothing: the blocks are copies, the samples are made up, random numbers come
-from elsewhere. The measurement runs in a thread of its own, so that a module that never comes back
-costs no more than the limit.
+The run itself notices nothing: weights, random numbers, thread counts and whatever a module touches
+are the child's own, the samples are made up. A child whose time is up is killed: it can go on with
+nothing beside the run, as a thread could, and a module that never comes back costs no more than the
+limit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
+import os
+import signal
 import statistics
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +30,8 @@ from hamdist.config import Balance
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.schedule import HoldSchedule, PulseSchedule
 from hamdist.errors import HamdistError
-from hamdist.runtime.loop import Aborted, run_loop
+from hamdist.runtime.interrupts import deaf_to_interrupts
+from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.nodes import Node, make_node
 from hamdist.runtime.placement import Costs, by_parameters
@@ -113,6 +122,9 @@ def _crossings(plan: Plan, source: str | None) -> Iterator[tuple[int, int, float
         once = SIGNAL_SECONDS + number / BYTES_PER_SECOND
         a, b = sorted((order.index(parent), order.index(edge.child)))
         yield a, b, once if edge.from_input else 2 * ticks * once
+    for tie in plan.graph.ties:
+        a, b = sorted((order.index(tie.owner), order.index(tie.user)))
+        yield a, b, 2 * (SIGNAL_SECONDS + _bytes((tie.numel,), torch.float32) / BYTES_PER_SECOND)
     for readout in plan.graph.readouts if source is not None else ():
         target = plan.spec.target(readout)
         if target is not None and readout != source:
@@ -130,48 +142,79 @@ def measure(plan: Plan, clock: Callable[[], float] | None = None) -> dict[str, f
 
     Raises Unmeasured where a block fails, or takes too long.
     """
-    trial = _Trial(plan, clock)
-    thread = threading.Thread(target=trial.run, name="hamdist-measure", daemon=True)
-    with torch.random.fork_rng(devices=[]):
-        thread.start()
+    answer = _in_child(_Trial(plan, clock).answer, GIVE_UP_SECONDS)
+    if isinstance(answer, str):
+        raise Unmeasured(answer)
+    return answer
+
+
+_Answer: TypeAlias = dict[str, float] | str  # the seconds, or why there are none
+
+
+def _in_child(work: Callable[[], _Answer], seconds: float) -> _Answer:
+    """What `work` returns in a child of this process, which has ended when this returns."""
+    if not hasattr(os, "fork"):
+        return "this platform cannot copy a process"
+    reader, writer = Pipe(duplex=False)
+    children: list[int] = []
+
+    def fork() -> None:
+        with contextlib.suppress(OSError):
+            child = os.fork()
+            if child:
+                children.append(child)
+                return
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(math.ceil(seconds) + 1)  # should its parent be lost meanwhile
+                writer.send_bytes(json.dumps(work()).encode())
+            finally:
+                os._exit(0)
+
+    with reader:
+        with writer, warnings.catch_warnings(), deaf_to_interrupts():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
+            # Out of a new thread: the child's first one then has no pool of OpenMP threads yet,
+            # which it would wait for, as they were not copied.
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join()
         try:
-            thread.join(GIVE_UP_SECONDS)
+            if not reader.poll(seconds):
+                return f"the first samples took more than {seconds:g} s"
+            answer: _Answer = json.loads(reader.recv_bytes())
+            return answer
+        except (EOFError, OSError):
+            return "its process ended before it had an answer, or could not be started"
         finally:
-            trial.over.set()
-    if thread.is_alive():
-        raise Unmeasured(f"the first samples took more than {GIVE_UP_SECONDS:g} s")
-    if trial.failure is not None:
-        raise Unmeasured(trial.failure)
-    return trial.seconds
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):  # somebody else waits for all
+                    os.waitpid(child, 0)
 
 
 class _Trial:
-    """A copy of the network, stepped with a clock in hand. over: makes it end at its next step."""
+    """The network, stepped with a clock in hand."""
 
     def __init__(self, plan: Plan, clock: Callable[[], float] | None) -> None:
         # Here, as this process may see no GPU. (What a block takes there is not known before.)
         desks = {name: desk.at("cpu") for name, desk in plan.desks.items()}
-        self._plan = dataclasses.replace(plan, graph=plan.graph.copy(), steps=None, desks=desks)
+        self._plan = dataclasses.replace(plan, steps=None, desks=desks)
         trip = 1 if plan.knobs.sequence else 2 * plan.graph.depth // plan.schedule.c + 1
         self._full = SEQUENCE if plan.knobs.sequence else trip  # samples until all blocks work
         self._samples = self._full + MOST
         # The time of this thread alone, where all work is done in it: others may be busy.
         self._clock = clock or (time.perf_counter if plan.engine.threads > 1 else time.thread_time)
-        self.over = threading.Event()
-        self.seconds: dict[str, float] = {}
-        self.failure: str | None = "the measurement broke off"
 
-    def run(self) -> None:
+    def answer(self) -> _Answer:
+        """Seconds by node, or the reason why there are none."""
         try:
             with torch_threads(self._plan.engine.threads):
-                self._run()
-            self.failure = None
-        except Aborted:
-            self.failure = "called off"
+                return self._seconds()
         except HamdistError as error:
-            self.failure = str(error).splitlines()[0]
+            return str(error).splitlines()[0]
 
-    def _run(self) -> None:
+    def _seconds(self) -> dict[str, float]:
         plan = self._plan
         mail = Mailroom({INPUT, *plan.graph.blocks})
         source = SourceNode(plan, _Examples(plan.spec, self._samples), mail)
@@ -180,22 +223,22 @@ class _Trial:
         begin = time.perf_counter()
 
         def between() -> None:
-            if self.over.is_set():
-                raise Aborted
             late = time.perf_counter() - begin > ENOUGH_SECONDS
             if late and source.samples >= self._full + FEWEST:
                 source.stop.set()
 
         run_loop(timed, between)
+        seconds: dict[str, float] = {}
         c, steady = plan.schedule.c, range(self._full, source.samples)
         for node in timed:
             if plan.knobs.sequence:
-                self.seconds[node.name] = sum(s for _, s in node.spent) / source.samples
+                seconds[node.name] = sum(s for _, s in node.spent) / source.samples
                 continue
             periods: dict[int, float] = defaultdict(float)
             for tick, spent in node.spent:
                 periods[tick // c] += spent
-            self.seconds[node.name] = statistics.median(periods[i] for i in steady)
+            seconds[node.name] = statistics.median(periods[i] for i in steady)
+        return seconds
 
 
 class _Timed:

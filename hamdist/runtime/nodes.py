@@ -37,6 +37,7 @@ from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout, WayBack
 from hamdist.dynamics.stillness import Retrospect
+from hamdist.dynamics.tied_cell import TiedCell
 from hamdist.dynamics.weights import Weights
 from hamdist.errors import ClusterError
 from hamdist.runtime.device import Border
@@ -97,6 +98,10 @@ class _Parts:
             if module is not None and self.border.device.type != "cpu":
                 module.to(self.border.device)
         self.cell = self.make_cell(self.spec.module, name)
+        ties = [tie for tie in plan.graph.ties if name in (tie.owner, tie.user)]
+        if ties:
+            borrowed = [key for tie in ties if tie.user == name for key in tie.theirs]
+            self.cell = TiedCell(self.cell, borrowed)
         self.weights = self.make_weights(self.cell)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         self.loss: LossTaker | None = None

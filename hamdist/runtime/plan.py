@@ -28,6 +28,7 @@ from hamdist.config import (
 from hamdist.dynamics import rows
 from hamdist.dynamics.constants import Course, Dynamics, check_names, make_dynamics
 from hamdist.dynamics.graph import Graph, ShapeMap
+from hamdist.dynamics.graph_checks import check_parameters
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import CrossEntropy, class_axis, mse
 from hamdist.dynamics.rates import StepCourse, step_course
@@ -35,12 +36,14 @@ from hamdist.dynamics.rewind import reversible_blocks
 from hamdist.dynamics.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.sequence_schedule import SequenceSchedule
 from hamdist.errors import GraphError, LevelError, SettingsError
+from hamdist.runtime.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.compression import compressed
 from hamdist.runtime.cuda import cuda_memory
 from hamdist.runtime.device import Desk
 from hamdist.runtime.lending import MemoryOf
 from hamdist.runtime.precision import taken, with_desks
 from hamdist.runtime.signal import Channels, make_channels
+from hamdist.runtime.switches import Switches, read_switches
 from hamdist.runtime.taught import Heads, plan_heads
 from hamdist.streams.sample import SampleSpec, TargetSpec
 
@@ -75,10 +78,10 @@ class Keeping:
 class Plan:
     """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
     front. steps: samples after which the stream ends, or None. run: a number that marks the
-    signals of this run. default_dtype: torch's, of the driver. reversible: the blocks that keep
-    nothing of a sample (memory 'reversible'). desks: where blocks have types or devices of their
-    own, of every block. rate: the course of the step size. follows_lr: beta comes from the
-    learning rate.
+    signals of this run. switches: torch's, of the driver; arithmetic: its fingerprint.
+    reversible: the blocks that keep nothing of a sample (memory 'reversible'). desks: where blocks
+    have types or devices of their own, of every block. rate: the course of the step size.
+    follows_lr: beta comes from the learning rate.
     silent: the blocks that get no messages, for nothing learns there or before them.
     heads: the blocks' own readouts, where labels travel with the signal.
     replan: where delays follow from the links, makes the plan with ticks by edge.
@@ -100,7 +103,8 @@ class Plan:
     steps: int | None
     rate: StepCourse
     metrics: MetricsSettings
-    default_dtype: torch.dtype
+    switches: Switches
+    arithmetic: Arithmetic
     follows_lr: bool
     reversible: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
@@ -152,8 +156,9 @@ class Plan:
             b if b.name in mine else dataclasses.replace(b, module=nn.Identity(), output=None)
             for b in self.graph.blocks.values()
         ]
+        graph = Graph(specs, shared=self.graph.shared)
         spec = dataclasses.replace(self.spec, example=None)
-        return dataclasses.replace(self, graph=Graph(specs), spec=spec, replan=None)
+        return dataclasses.replace(self, graph=graph, spec=spec, replan=None)
 
 
 def make_plan(
@@ -164,6 +169,7 @@ def make_plan(
     phi: a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`).
     Raises GraphError and LevelError for whatever cannot run.
     """
+    check_parameters(graph.blocks, "a plan", frozen=True)
     knobs = make_locality(settings.level, settings.locality)
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())
@@ -210,6 +216,7 @@ def make_plan(
         silent=silent,
     )
     signals = {**shapes, **spec.parents}
+    native = _native(settings.engine)
     return Plan(
         graph=graph,
         knobs=knobs,
@@ -224,13 +231,14 @@ def make_plan(
         steps=settings.steps,
         rate=rate,
         metrics=settings.metrics,
-        default_dtype=torch.get_default_dtype(),
+        switches=read_switches(),
+        arithmetic=arithmetic(settings.engine.threads, native=native),
         follows_lr=settings.dynamics.beta is None,
         desks=desks,
         reversible=reversible,
         silent=silent,
         heads=heads,
-        native=_native(settings.engine),
+        native=native,
         ignore_index=settings.ignore_index,
     )
 

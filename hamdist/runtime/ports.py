@@ -16,6 +16,7 @@ from hamdist.dynamics.joined import JoinedCell
 from hamdist.dynamics.metrics import Prequential
 from hamdist.dynamics.precision import AutocastCell, Rounding
 from hamdist.dynamics.schedule import Event, HoldSchedule, PulseSchedule, Stamp, emitted
+from hamdist.dynamics.tied_cell import TiedCell
 from hamdist.dynamics.weights import Weights
 from hamdist.errors import SnapshotError
 from hamdist.runtime.device import Border, kept
@@ -187,6 +188,8 @@ def block_state(
         parameters = dict(cell.module.named_parameters())
         state = {**dict(cell.module.named_buffers()), **cell.module.state_dict()}
         for name, value in state.items():
+            if name in cell.borrowed:
+                continue
             own = kept(value) if isinstance(value, Tensor) else copy.deepcopy(value)
             (theta if name in parameters else buffers)[prefix + name] = own
     first = parts[0][2]
@@ -204,5 +207,7 @@ def block_state(
 
 
 def _rounding(cell: Cell) -> Rounding | None:
-    inner = cell.inner if isinstance(cell, JoinedCell) else cell
+    inner = cell
+    while isinstance(inner, (JoinedCell, TiedCell)):
+        inner = inner.inner
     return inner.rounding if isinstance(inner, AutocastCell) else None

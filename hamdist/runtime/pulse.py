@@ -14,11 +14,13 @@ from hamdist.dynamics.heads import HeadBlock
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.schedule import Event, Phase, PulseSchedule, Stamp
+from hamdist.dynamics.tied_cell import TiedCell
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.ports import Ports, block_state, events_from, make_metrics, record
 from hamdist.runtime.result import BlockState
 from hamdist.runtime.signal import ready
+from hamdist.runtime.ties import TiePorts
 
 
 class PulseNode(Remembers):
@@ -39,6 +41,8 @@ class PulseNode(Remembers):
         self.metrics = make_metrics(plan) if isinstance(block, PulseReadout) else None
         self.seconds = 0.0
         self._ports = Ports(plan, spec.name, mail)
+        cell = block.cell
+        self._ties = TiePorts(plan, spec.name, mail, cell) if isinstance(cell, TiedCell) else None
         self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)
         self._end: int | None = None
@@ -94,6 +98,8 @@ class PulseNode(Remembers):
             self._ports.to_children(stamp, None, end=True)
             self._ports.labels_to_children(stamp, None, end=True)
         elif not isinstance(self.block, PulseReadout):
+            if self._ties is not None:
+                self._ties.before_forward(event)
             begin = perf_counter()
             h = self.block.forward(event.sample, inputs)
             self.seconds += perf_counter() - begin
@@ -114,10 +120,14 @@ class PulseNode(Remembers):
             return
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
         messages = [self._message(edge, event) for edge in self._ports.out_of]
+        if self._ties is not None:
+            self._ties.before_backward(event)
         begin = perf_counter()
         to_parents = self.block.backward(event.sample, messages)
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, to_parents)
+        if self._ties is not None:
+            self._ties.after_backward(stamp, self.block.weights.updates, self._end)
 
     def _message(self, edge: Edge, event: Event) -> Tensor | None:
         signal = self._ports.message(edge, event)
@@ -132,10 +142,15 @@ class PulseNode(Remembers):
             return
         target = self._ports.target(event)
         given = None if target is None else target.payload
+        if self._ties is not None:
+            self._ties.before_forward(event)
+            self._ties.before_backward(event)
         begin = perf_counter()
         messages, reading = self.block.read(event.sample, inputs, given)
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, messages)
+        if self._ties is not None:
+            self._ties.after_backward(stamp, self.block.weights.updates, self._end)
         record(self.metrics, event.sample, reading)
 
     def records(self) -> None:

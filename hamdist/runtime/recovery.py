@@ -59,6 +59,7 @@ class Recovery:
         self._attempts = Attempts()
         self._fresh: set[str] = set()  # started already in the present recovery
         self.replaced: list[Replaced] = []
+        self.unlike: list[str] = []  # what there is to say of replacements on other processors
 
     def heals(self, error: HamdistError) -> bool:
         """Whether another try may end in another way: not where numbers or data are wrong."""
@@ -187,6 +188,8 @@ class Recovery:
                 if actor.key is not None:
                     crew.withdraw(actor.key)
                     actor.key = ray.get(handle.new_key.remote(), timeout=ANSWER_SECONDS)
+                asked = handle.compute_as.remote(*crew.way_to_compute())
+                self.unlike += crew.unlike({actor: ray.get(asked, timeout=ANSWER_SECONDS)})
             except (RayError, TimeoutError):  # its host has gone, as Ray has just noticed
                 gone.append(actor)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from hamdist.dynamics.compress import Compressed
 from hamdist.dynamics.energy import Records
 from hamdist.dynamics.metrics import Window
 from hamdist.dynamics.precision import Rounding
+from hamdist.runtime.digests import DigestMap
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -86,6 +87,15 @@ class Replaced:
     replayed: int
 
 
+class WeightLag(NamedTuple):
+    """What the weights that a block reads of another one lack: the steps by so many of the samples
+    before the one that passes, and the ticks in which these came. 0: none, as in one block that
+    keeps one sample in the network at a time."""
+
+    samples: int
+    ticks: int
+
+
 Facts = TypeVar("Facts", bound="RunFacts")
 APART = {"apart": True}  # metadata of a field that JSON does not hold
 
@@ -106,13 +116,18 @@ class RunFacts:
     staleness: the most samples that lie between the activations a block's message was made with
     and the weights or activations that it meets.
     delays: ticks by edge between blocks; given as `partition.delays` they are used again.
+    weight_lags: by 'owner<->user', of weights that two blocks use, how old those are that the user
+    reads.
     stream: what the stream counted (samples dropped, say), where it counts.
     stored: the most tokens whose activations a block kept at once, at level 'bptt'.
+    interrupted: Ctrl-C or SIGTERM ended the run; stopped: its `on_progress` did.
     snapshots: the complete ones that are left, the latest last. replaced: actors that were lost.
     chosen: the settings that ran, of level 'auto', and why they are these.
     placement: the blocks of each process; given as `engine.placement` it is used again.
     time_use: by process, seconds of the whole run ('total'), in the steps of its blocks ('step'),
     and over sockets in packing ('packing') and blocked ('waiting').
+    digests: with `engine.digests`, of the signals that were 'sent' and 'taken' by channel ('state
+    u->block0'), and of the 'weights' by block (digests.py); `hamdist diff` compares those of two.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
@@ -129,6 +144,7 @@ class RunFacts:
     resumed: int = 0
     smoothness: float | None = None
     delays: dict[str, int] = field(default_factory=dict)
+    weight_lags: dict[str, WeightLag] = field(default_factory=dict)
     stream: dict[str, int] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
     own_memory: dict[str, int] = field(default_factory=dict)
@@ -137,12 +153,14 @@ class RunFacts:
     chosen: Settings | None = None
     why: list[str] = field(default_factory=list)
     interrupted: bool = False
+    stopped: bool = False
     warnings: list[str] = field(default_factory=list)
     startup: dict[str, float] = field(default_factory=dict)
     placement: list[list[str]] = field(default_factory=list)
     time_use: dict[str, dict[str, float]] = field(default_factory=dict)
     compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)
     rounding: dict[str, Rounding] = field(default_factory=dict)
+    digests: dict[str, DigestMap] = field(default_factory=dict, metadata=APART)
 
     @property
     def items(self) -> int:
@@ -188,6 +206,7 @@ class RunResult(RunFacts):
     def __repr__(self) -> str:
         told = [f"{self.samples:,} samples in {self.seconds:.3g} s"]
         told += ["interrupted"] if self.interrupted else []
+        told += ["stopped by on_progress"] if self.stopped else []
         for readout, windows in self.windows.items():
             if windows:
                 told.append(f"{readout}: {_last(windows[-1])}")

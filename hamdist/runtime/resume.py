@@ -12,7 +12,9 @@ from hamdist.dynamics.copies import copied
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan import Plan, fingerprint
+from hamdist.runtime.portable import other_bits
 from hamdist.runtime.snapshot import Snapshot, settings_of
+from hamdist.runtime.switches import other_switches
 
 MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 
@@ -31,6 +33,23 @@ def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
     return [name for name in MAY_CHANGE if snapshot.manifest.settings.get(name) != now[name]]
 
 
+def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
+    """What is to be said where this process does not compute as the snapshot's run did.
+
+    Raises:
+        SnapshotError: `engine.bits` asks for equal bits.
+    """
+    then, here = snapshot.manifest, plan.arithmetic
+    reasons = other_switches(then.switches, plan.switches)
+    unlike = [(there, here.unlike(there)) for there in then.arithmetic]
+    if unlike and all(names for _, names in unlike):
+        kinds = [f"on {there} ({', '.join(names)})" for there, names in unlike]
+        reasons += [f"this process is on {here}, that of the snapshot was {', or '.join(kinds)}"]
+    if not reasons:
+        return []
+    return [other_bits(f"{snapshot}: {', '.join(reasons)}", plan.engine.bits, SnapshotError)]
+
+
 def ended(snapshot: Snapshot, settings: Settings) -> bool:
     """Whether the snapshot was taken when the stream had given all its items, of a run that was
     asked for fewer of them than `settings` are."""
@@ -46,7 +65,7 @@ def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> n
     Raises SnapshotError where they do not fit.
     """
     states = {
-        name: _weights(snapshot.state(name), block, averaged=averaged)
+        name: _weights(snapshot.state(name), block, graph.borrowed(name), averaged=averaged)
         for name, block in graph.blocks.items()
     }
     try:
@@ -55,16 +74,19 @@ def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> n
         raise SnapshotError(f"{snapshot}: its weights do not fit the model: {error}") from None
 
 
-def _weights(state: Mapping[str, Any], spec: BlockSpec, *, averaged: bool) -> dict[str, Tensor]:
+def _weights(
+    state: Mapping[str, Any], spec: BlockSpec, borrowed: set[str], *, averaged: bool
+) -> dict[str, Tensor]:
+    """borrowed: weights that belong to another block."""
     try:
         block = state["node"]["block"]
-        found = _of_cell(block["cell"])
+        found = {k: t for k, t in _of_cell(block["cell"]).items() if k not in borrowed}
         if averaged:
-            found |= _averages(block["weights"], spec.module)
+            found |= _averages(block["weights"], spec.module, borrowed)
         if block.get("output") is not None and spec.output is not None:
             own = _of_cell(block["output"])
             if averaged:
-                own |= _averages(block["output_weights"], spec.output)
+                own |= _averages(block["output_weights"], spec.output, set())
             found |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise SnapshotError(
@@ -73,12 +95,15 @@ def _weights(state: Mapping[str, Any], spec: BlockSpec, *, averaged: bool) -> di
     return found
 
 
-def _averages(weights: Mapping[str, Any], module: nn.Module) -> dict[str, Tensor]:
+def _averages(
+    weights: Mapping[str, Any], module: nn.Module, borrowed: set[str]
+) -> dict[str, Tensor]:
     """The averages of a cell's weights, by the parameter's name, where there are any."""
     average = weights["average"]
     if average is None:
         return {}
-    trained = [(name, p.dtype) for name, p in module.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in module.named_parameters() if n not in borrowed]
+    trained = [(name, p.dtype) for name, p in named if p.requires_grad]
     return {
         name: value.to(dtype) for (name, dtype), value in zip(trained, average["_sum"], strict=True)
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hamdist.config import Settings
 from hamdist.dynamics.graph import INPUT
 from hamdist.errors import SnapshotError
+from hamdist.runtime.arithmetic import Arithmetic
 from hamdist.runtime.keeper import Taken
 from hamdist.runtime.plan import Plan, fingerprint
 from hamdist.runtime.snapshot import FORMAT, Manifest, Snapshot, conclude, versions
@@ -12,9 +15,10 @@ from hamdist.runtime.storage import storage
 
 
 class Shelf:
-    """latest: the latest complete snapshot, with which the run began or that it has taken."""
+    """latest: the latest complete snapshot, with which the run began or that it has taken.
+    arithmetic: of all kinds of processes that the run has had so far; without any, of this one."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, arithmetic: Sequence[Arithmetic] = ()) -> None:
         if plan.keeping is None:
             raise SnapshotError("the run takes no snapshots")
         self._keeping = plan.keeping
@@ -25,6 +29,8 @@ class Shelf:
         self._run = f"{plan.run:016x}"
         self._taken: dict[int, list[Taken]] = {}  # by tick, of snapshots that are not complete
         self._skip = plan.skip
+        self._arithmetic = arithmetic or [plan.arithmetic]
+        self._switches = plan.switches
         self.latest: Snapshot | None = plan.keeping.snapshot
         self._kept: list[Snapshot] = []
 
@@ -51,6 +57,8 @@ class Shelf:
             network=self._network,
             delays=self._delays,
             versions=versions(),
+            arithmetic=list(self._arithmetic),
+            switches=dict(self._switches),
             samples=max(one.samples for one in those) + self._skip,
             passed=max(one.passed for one in those),
             skip=self._skip,

@@ -29,7 +29,7 @@ from torch import Tensor
 from hamdist.dynamics.compress import Codec
 from hamdist.dynamics.graph import INPUT, Graph
 from hamdist.dynamics.saving import known
-from hamdist.dynamics.schedule import ALONE, Bundle, Kind, Schedule, Stamp
+from hamdist.dynamics.schedule import ALONE, Bundle, Kind, PulseSchedule, Schedule, Stamp
 from hamdist.errors import WireError
 from hamdist.runtime.device import to_host
 
@@ -95,18 +95,20 @@ class Channel(NamedTuple):
 class Channels(NamedTuple):
     """All channels of a graph: by edge index, the targets' by readout, and the clock's by block.
     labels: where labels travel with the signal, by the block that takes them; each passes them on
-    along the first of its edges that leads to a child."""
+    along the first of its edges that leads to a child. gradients, weights: by tie (ties.py)."""
 
     states: dict[int, Channel]
     messages: dict[int, Channel]
     targets: dict[str, Channel]
     clocks: dict[str, Channel]
     labels: dict[str, Channel]
+    gradients: dict[int, Channel]
+    weights: dict[int, Channel]
 
     def all(self) -> list[Channel]:
         edges = [*self.states.values(), *self.messages.values()]
         aside = [*self.targets.values(), *self.clocks.values(), *self.labels.values()]
-        return [*edges, *aside]
+        return [*edges, *aside, *self.gradients.values(), *self.weights.values()]
 
 
 def make_channels(
@@ -127,7 +129,7 @@ def make_channels(
     other half of an edge's delay is left to hide the link. labels: travel with the signal to all
     blocks that are no readouts; messages: come back, but to `silent` blocks.
     """
-    made = Channels({}, {}, {}, {}, {})
+    made = Channels({}, {}, {}, {}, {}, {}, {})
     numbers = count()
 
     def channel(
@@ -184,6 +186,15 @@ def make_channels(
     for block in graph.blocks if clocked else ():
         waiting = 1 // schedule.c + 1
         made.clocks[block] = channel(Kind.CLOCK, INPUT, block, f"{INPUT}~>{block}", waiting, ALONE)
+    if isinstance(schedule, PulseSchedule):
+        for tie in graph.ties:
+            there, back = (schedule.tie_in_flight(tie, k) for k in (Kind.GRADIENT, Kind.WEIGHT))
+            made.gradients[tie.index] = channel(
+                Kind.GRADIENT, tie.user, tie.owner, tie.name, there, ALONE
+            )
+            made.weights[tie.index] = channel(
+                Kind.WEIGHT, tie.owner, tie.user, tie.name, back, ALONE
+            )
     return made
 
 

@@ -32,6 +32,7 @@ from hamdist.config import Settings, describe
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.saving import unpacked
 from hamdist.errors import SnapshotError
+from hamdist.runtime.arithmetic import Arithmetic
 from hamdist.runtime.storage import Storage, storage
 
 FORMAT = 1
@@ -69,7 +70,9 @@ class Manifest(_Checked):
     """What a snapshot is made of. parts: by node. settings: of the run, one level's. network: what
     has to be the same for a run to go on (`fingerprint`). delays: ticks by edge. samples: that had
     entered the network, `skip` of them in an earlier run whose weights this one has begun with;
-    passed: items that the stream had passed over. versions: of what wrote it."""
+    passed: items that the stream had passed over. versions: of what wrote it.
+    arithmetic: of the kinds of processes that computed it, switches: torch's then (none: written
+    before they were noted)."""
 
     format: int = Field(ge=1)
     tick: int
@@ -82,6 +85,8 @@ class Manifest(_Checked):
     samples: int = 0
     passed: int = 0
     skip: int = 0
+    arithmetic: list[Arithmetic] = []
+    switches: dict[str, bool | int | str] = {}
 
     def dumped(self) -> bytes:
         """As a file, with a checksum of its own."""
@@ -166,6 +171,11 @@ class Snapshot:
     @property
     def tick(self) -> int:
         return self.manifest.tick
+
+    @property
+    def digests(self) -> bool:
+        """Whether the run kept digests (digests.py), which go on from it."""
+        return "digests" in self.state(INPUT)
 
     def __str__(self) -> str:
         return f"{self.where}/{self.folder}"

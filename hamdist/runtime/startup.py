@@ -54,12 +54,16 @@ class Startup:
 
 
 def phases_to(
-    on_progress: Callable[[Progress], None] | None, steps: int | None
+    on_progress: Callable[[Progress], object] | None, steps: int | None
 ) -> Callable[[str], None] | None:
     """What tells `on_progress` of every phase."""
     if on_progress is None:
         return None
-    return lambda name: on_progress(Progress(0.0, 0, steps, [], [], phase=name))
+
+    def begin(name: str) -> None:
+        on_progress(Progress(0.0, 0, steps, [], [], phase=name))
+
+    return begin
 
 
 def startup_line(total_seconds: float, seconds: Mapping[str, float]) -> str:

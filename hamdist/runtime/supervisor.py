@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 
 from hamdist.dynamics.metrics import Window
@@ -18,9 +17,11 @@ from hamdist.runtime.cluster import ray_session
 from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.crew import END_SECONDS, Crew
 from hamdist.runtime.crewkeeping import CrewKeeping
+from hamdist.runtime.digests import joined
+from hamdist.runtime.interrupts import Ending, OnProgress
 from hamdist.runtime.measure import Unmeasured, measured_costs, unmeasured_costs, wants_costs
 from hamdist.runtime.memory import peak_bytes, reset_peak
-from hamdist.runtime.outcome import Outcome, ending_on_interrupt
+from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, place
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.result import BlockProgress, Progress
@@ -31,8 +32,6 @@ from hamdist.runtime.watchdog import Watchdog, explain
 from hamdist.streams.sample import Stream
 
 POLL_SECONDS = 0.25
-
-OnProgress = Callable[[Progress], None]
 
 
 class RayEngine:
@@ -58,6 +57,7 @@ class RayEngine:
             crew = stack.enter_context(Crew(plan, stream, session))
             auto = plan.replan is not None
             plan = crew.wire(startup, costs, measured)
+            notes += crew.notes
             notes += placement_notes(plan, crew.placement, costs)
             notes += crew.crowded() if plan.engine.address is not None else []
             notes += token_notes(plan.engine)
@@ -77,7 +77,8 @@ class _Watch:
     def __init__(self, plan: Plan, crew: Crew, on_progress: OnProgress | None) -> None:
         self._plan = plan
         self._crew = crew
-        self._on_progress = on_progress
+        self._stop = threading.Event()
+        self._ending = Ending(self._stop.set, on_progress)
         self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
         self._warnings: list[str] = []
         self._note: str | None = None
@@ -91,19 +92,19 @@ class _Watch:
         which is raised."""
         reset_peak()
         self._crew.start()
-        stop = threading.Event()
-        with ending_on_interrupt(stop.set) as interrupted:
+        with self._ending:
             try:
-                self._follow(stop)
+                self._follow(self._stop)
             except KeyboardInterrupt:  # the second Ctrl-C: end at once, whatever state it is in
+                self._ending.interrupted = True
                 with contextlib.suppress(HamdistError):
                     self._crew.call_off()
             except DivergedError as error:
                 first = self._first(error)
-                first.outcome = self._outcome(interrupted())
+                first.outcome = self._outcome()
                 raise first from None
         self._report_progress()
-        return self._outcome(interrupted())
+        return self._outcome()
 
     def _first(self, error: DivergedError) -> DivergedError:
         """Calls the run off. The failure that came first, where several blocks have diverged: by
@@ -173,7 +174,7 @@ class _Watch:
             self._note = None
 
     def _report_progress(self) -> None:
-        if self._on_progress is None:
+        if not self._ending.reports:
             return
         blocks = []
         for actor in self._crew.actors:
@@ -193,7 +194,7 @@ class _Watch:
         windows = next((a.windows for a in self._crew.actors if a.every is not None), [])
         if windows and (not self._windows or windows[-1].last >= self._windows[-1].last):
             self._windows = windows
-        self._on_progress(
+        self._ending.report(
             Progress(
                 seconds=time.perf_counter() - self.started,
                 samples=self._samples,
@@ -206,7 +207,7 @@ class _Watch:
             )
         )
 
-    def _outcome(self, interrupted: bool) -> Outcome:
+    def _outcome(self) -> Outcome:
         actors = self._crew.actors
         reports = self._crew.reports()
         sent: dict[str, int] = {}
@@ -223,7 +224,7 @@ class _Watch:
             elif actor.every is not None:
                 windows |= dict.fromkeys(self._plan.graph.readouts[:1], actor.windows)
         memory = {a.name: a.report.peak_memory for a in actors if a.report is not None}
-        return Outcome(
+        outcome = Outcome(
             blocks={name: state for r in reports for name, state in r.blocks.items()},
             windows=windows,
             samples=max([self._crew.samples(), *(r.samples for r in reports)]),
@@ -238,9 +239,10 @@ class _Watch:
             stream=next((r.stream for r in reports if r.stream), {}),
             placement=self._crew.placement,
             time_use={a.name: a.report.time_use for a in actors if a.report is not None},
+            digests=joined(report.digests for report in reports),
             records={name: rs for r in reports for name, rs in r.records.items()},
-            interrupted=interrupted,
             snapshots=[] if self._keeping is None else self._keeping.snapshots,
             replaced=[] if self._keeping is None else self._keeping.replaced,
             warnings=self._warnings + ([] if self._keeping is None else self._keeping.warnings),
         )
+        return self._ending.note(outcome)

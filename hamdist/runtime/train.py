@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,33 +12,48 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hamdist.config import EngineKind, Level, Readout, Settings
+from hamdist.config import Bits, EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.copies import copied, unwrapped
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.graph_checks import check_parameters
+from hamdist.dynamics.hooks import check_hooks
 from hamdist.dynamics.inputs import by_parent
-from hamdist.dynamics.locality import make_locality
+from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import Losses, make_losses
+from hamdist.dynamics.python_state import check_apart, unchanged
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
-from hamdist.errors import DivergedError, SnapshotError
+from hamdist.errors import DivergedError, SettingsError, SnapshotError
 from hamdist.runtime.advice import after, before, end_of_stream, of_resumed
+from hamdist.runtime.arithmetic import check_portable
 from hamdist.runtime.auto import resolved
-from hamdist.runtime.cluster import prepare_environment
+from hamdist.runtime.cluster import ray_environment
 from hamdist.runtime.compression import in_edge_order
 from hamdist.runtime.divergence import explained
 from hamdist.runtime.inprocess import InProcessEngine
+from hamdist.runtime.interrupts import OnProgress, terminated_as_interrupted
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, make_keeping, make_plan
+from hamdist.runtime.portable import is_pinned
 from hamdist.runtime.replan import replannable
-from hamdist.runtime.result import Progress, RunResult
-from hamdist.runtime.resume import changed, differences, earlier, ended, weights_of, with_weights
+from hamdist.runtime.result import RunResult
+from hamdist.runtime.resume import (
+    changed,
+    differences,
+    earlier,
+    ended,
+    other_bits_than,
+    weights_of,
+    with_weights,
+)
 from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
+from hamdist.runtime.ties import against_ties, weight_lags
 from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 
@@ -46,9 +61,7 @@ OWN = "hamdist."  # streams of this package, which know what they give
 
 
 class Engine(Protocol):
-    def run(
-        self, plan: Plan, stream: Stream, on_progress: Callable[[Progress], None] | None = None
-    ) -> Outcome: ...
+    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome: ...
 
 
 def train(
@@ -59,7 +72,7 @@ def train(
     loss: Losses | None = None,
     policy: Policy | None = None,
     phi: Course | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: OnProgress | None = None,
     resume: str | Path | None = None,
 ) -> RunResult:
     """Learns `model` on `stream` as `settings` say (those of one level: `Settings.for_level`).
@@ -69,8 +82,10 @@ def train(
     `settings.loss`, or one for each output of a model that has several. policy: where blocks begin,
     instead of `settings.partition`. phi: the scale of the loss by tick (by sample, in levels of
     presentation 'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times
-    a second, and for every phase of the start (`Progress.phase`), in the calling thread. The first
-    Ctrl-C ends the stream; the result then says `interrupted`. resume: a folder of snapshots, or
+    a second, and for every phase of the start (`Progress.phase`), in the calling thread; it may end
+    the run (`Stop`: the result then says `stopped`), and what else it raises does so, too, with
+    what was learned so far as its `result`. The first Ctrl-C or SIGTERM ends the stream; the result
+    then says `interrupted`. resume: a folder of snapshots, or
     one of them: the run goes on from it as if it had never stopped; a network that is cut in
     another way, or another level, takes over the weights and the place in the stream.
 
@@ -79,7 +94,16 @@ def train(
     SnapshotError for a snapshot that cannot be gone on from, before anything starts. A
     DivergedError brings what came before as its `result`.
     """
-    with torch.inference_mode(False):  # whatever the caller's mode: this is learning
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise SettingsError(
+            "train() was called inside torch.autocast, which would go on with the weights as they "
+            "were when it first cast them: call it outside, with engine.blocks {'*': {autocast: "
+            "bf16}}"
+        )
+    with (
+        terminated_as_interrupted(),
+        torch.inference_mode(False),
+    ):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
             losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
@@ -102,6 +126,9 @@ def train(
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
             warnings.warn(text, stacklevel=3)
+        alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
+        if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
+            check_portable(plan.arithmetic, plan.switches, native=plan.native)
         try:
             outcome = make_engine(settings).run(plan, stream, on_progress)
             if plan.replan is not None and outcome.delays:
@@ -114,7 +141,11 @@ def train(
                 failure.result = _result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
         outcome.warnings[:0] = [*told, *end_of_stream(plan, outcome)]
-        return _result(graph, plan, outcome, startup, settings, why)
+        result = _result(graph, plan, outcome, startup, settings, why)
+        if outcome.error is not None:
+            outcome.error.result = result  # type: ignore[attr-defined]
+            raise outcome.error
+        return result
 
 
 def _spec_with_example(stream: Stream) -> SampleSpec:
@@ -142,8 +173,11 @@ class _Work:
         return _cut(self.model, self.spec, loss, self.policy, own)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
-        graph = self.graph()
-        plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+        with unchanged(_modules(self.model)):
+            graph = self.graph()
+            blocks = graph.unsliced.blocks
+            check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
+            plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
         keeping = make_keeping(self.settings, snapshot)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path)
@@ -165,7 +199,15 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
-            return graph, replace(plan, skip=snapshot.manifest.skip), told
+            told += other_bits_than(snapshot, plan)
+            plan = replace(plan, skip=snapshot.manifest.skip)
+            if plan.engine.digests and not snapshot.digests:
+                told.append(
+                    f"engine.digests: {snapshot} was taken without them, so this run has none: "
+                    "they would begin in its midst"
+                )
+                plan = replace(plan, engine=plan.engine.model_copy(update={"digests": False}))
+            return graph, plan, told
         if isinstance(self.model, Graph):
             raise SnapshotError(
                 f"{snapshot}: it was taken of another graph or run ({', '.join(other)} differ)"
@@ -202,6 +244,12 @@ class _Work:
             partition = settings.partition.model_copy(update=given)
             settings = settings.model_copy(update={"partition": partition})
         return replace(self, settings=settings)
+
+
+def _modules(model: nn.Module | Graph) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    return [m for b in model.blocks.values() for m in (b.module, b.output) if m is not None]
 
 
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
@@ -267,6 +315,7 @@ def _result(
         "staleness": plan.schedule.staleness,
         "resumed": plan.resumed,
         "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "weight_lags": weight_lags(plan),
         "stored": {
             name: outcome.blocks[name].stored
             for name in graph.blocks
@@ -298,8 +347,8 @@ def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
 def make_engine(settings: Settings) -> Engine:
     if settings.engine.kind is EngineKind.INPROCESS:
         return InProcessEngine()
-    prepare_environment(settings.engine)
-    from hamdist.runtime.supervisor import RayEngine  # Ray takes seconds to import
+    with ray_environment(settings.engine):
+        from hamdist.runtime.supervisor import RayEngine  # Ray takes seconds to import
 
     return RayEngine()
 
@@ -315,11 +364,28 @@ def as_graph(
 
     Raises GraphError for a model that cannot be cut in that way.
     """
+    check_hooks(_modules(model))
+    knobs = make_locality(settings.level, settings.locality)
+    together = against_ties(settings.level.value, knobs, settings.learning)
+    graph = _graph(model, settings, knobs, together, spec, loss, policy)
+    check_parameters(graph.blocks, together)
+    return graph.apart()
+
+
+def _graph(
+    model: nn.Module | Graph,
+    settings: Settings,
+    knobs: Locality,
+    together: str | None,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None,
+) -> Graph:
+    """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
         return model.copy()
     model, notes = unwrapped(model)
     check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
-    knobs = make_locality(settings.level, settings.locality)
     own = copied(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
@@ -342,6 +408,7 @@ def as_graph(
             targets=spec.targets,
             policy=policy,
             state_readout=state,
+            together=together,
         )
     graph.original = model  # what its forward has left behind stays with the blocks
     graph.example = by_parent(example)

@@ -49,6 +49,7 @@ def from_loader(
     epochs: int | None = 1,
     names: Names | None = None,
     arguments: Sequence[str] | None = None,
+    model_loss: str | None = None,
 ) -> IterableStream:
     """A stream of what a torch DataLoader, or an IterableDataset of batches, yields.
 
@@ -77,6 +78,7 @@ def from_loader(
         epochs=epochs,
         names=names,
         arguments=arguments,
+        model_loss=model_loss,
     )
 
 
@@ -88,6 +90,7 @@ def from_iterable(
     epochs: int | None = 1,
     names: Names | None = None,
     arguments: Sequence[str] | None = None,
+    model_loss: str | None = None,
 ) -> IterableStream:
     """A stream of what any Python iterable yields, finite or not.
 
@@ -104,6 +107,8 @@ def from_iterable(
     by key, or by place in a tuple: 'u' (the only input), 'y' (the target), the name of an argument
     of the model, or 'y.NAME' (the target of its output NAME); other keys are then left out.
     arguments: those of the model, if they are known.
+    model_loss: the model's output that is its own loss (loss `model`): all keys are then arguments,
+    those of targets, too, and a number of no meaning stands for the target of that output.
     classes: number of classes, of integer targets; not given: as many as the model predicts.
     outputs: O, for real-valued targets of which the first one is missing.
     epochs: how often the iterable is gone through (None: until the run has its steps).
@@ -130,6 +135,7 @@ def from_iterable(
         epochs=epochs,
         names=names,
         arguments=arguments,
+        model_loss=model_loss,
     )
 
 
@@ -148,6 +154,7 @@ class IterableStream:
         epochs: int | None = 1,
         names: Names | None = None,
         arguments: Sequence[str] | None = None,
+        model_loss: str | None = None,
     ) -> None:
         _check_sizes(classes, outputs)
         if not isinstance(source, Iterable):
@@ -164,6 +171,7 @@ class IterableStream:
         self._copied = copied
         self._names = None if names is None else {str(key): name for key, name in names.items()}
         self._arguments = arguments
+        self._model_loss = model_loss
         # The iterator that is peeked into is the one that the first `samples()` goes on with: a
         # loader that shuffles by a global generator draws from it once, as without hamdist.
         items = iter(source)
@@ -207,8 +215,16 @@ class IterableStream:
         number = isinstance(time, (int, float, np.number)) and not isinstance(time, bool)
         if time is not None and not number:
             raise StreamError(f"item {n}: time is {time!r}; give a number of seconds, or None")
+        first = self._tensor(n, "u", u) if inputs is None else next(iter(inputs.values()))
+        if self._model_loss is not None:
+            if y is not None:
+                raise StreamError(
+                    f"item {n} has a target, and loss 'model' has none: name it as an argument of "
+                    "the model, or give the output a loss"
+                )
+            y = {self._model_loss: torch.zeros(len(first), 1)}
         return Sample(
-            self._tensor(n, "u", u) if inputs is None else next(iter(inputs.values())),
+            first,
             self._target(n, "y", y),
             bool(end),
             None if time is None else float(time),
@@ -224,7 +240,7 @@ class IterableStream:
         if isinstance(item, (tuple, list)) and self._names is not None:
             item = {str(place): value for place, value in enumerate(item)}
         if isinstance(item, Mapping) and (self._names is not None or "u" not in item):
-            names = self._names or default_names(n, item, self._arguments)
+            names = self._names or self._default_names(n, item)
             return (*named_parts(n, item, names), False, None, None)
         if isinstance(item, Mapping):
             strange = [str(key) for key in item if key not in _KEYS]
@@ -246,6 +262,11 @@ class IterableStream:
         length = f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
         hint = TUPLES if length and len(item) > 2 else ""
         raise StreamError(f"item {n} is a {type(item).__name__}{length}; an item is {_FORMS}{hint}")
+
+    def _default_names(self, n: int, item: Mapping[Any, Any]) -> Mapping[str, str]:
+        if self._model_loss is None:
+            return default_names(n, item, self._arguments)
+        return {str(key): str(key) for key in item}
 
     def _inputs(self, n: int, u: Any) -> dict[str, Tensor] | None:
         """Several inputs by name, those of a tuple or list by number; None for one."""

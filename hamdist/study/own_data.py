@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,13 +34,16 @@ class OwnData:
     held_out: Stream | None = None
 
 
-def load_stream(name: str, names: Names | None = None) -> Callable[[int], OwnData]:
+def load_stream(
+    name: str, names: Names | None = None, model_loss: str | None = None
+) -> Callable[[int], OwnData]:
     """Makes the stream of a seed by the function `package.module:function` or `file.py:function`.
 
     The function is called anew for every run, with `seed=` where it takes one, while torch's global
     generator is seeded with it. It returns a stream, or a stream and what is held out; each is a
     `hamdist.streams.Stream`, a DataLoader, or an iterable of (u, y); what is held out may be one
-    pair (u, y) of tensors, and has to end. names: what the keys of batches mean.
+    pair (u, y) of tensors, and has to end. names: what the keys of batches mean;
+    model_loss: the output that is the model's own loss (see `from_iterable`).
 
     Raises SettingsError for every way in which it can be wrong, StreamError for what it returns.
     """
@@ -47,18 +51,20 @@ def load_stream(name: str, names: Names | None = None) -> Callable[[int], OwnDat
     takes_seed = _takes_seed(function)
     check_call(STREAM_OPTION, name, function, *(["seed"] if takes_seed else []))
 
+    read = {"names": names, "model_loss": model_loss}
+
     def make(seed: int) -> OwnData:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = called(STREAM_OPTION, function, **({"seed": seed} if takes_seed else {}))
             parts = list(made) if isinstance(made, tuple) and len(made) == 2 else [made]
             name = title(function)
-            train = _as_stream(parts[0], None, names, name, "what to learn from")
+            train = _as_stream(parts[0], None, read, name, "what to learn from")
             classes = _classes(train.spec)
             held_out = [[part] if _single(part) else part for part in parts[1:]]
             return OwnData(
                 train,
-                *(_as_stream(part, classes, names, name, "what is held out") for part in held_out),
+                *(_as_stream(part, classes, read, name, "what is held out") for part in held_out),
             )
 
     return make
@@ -89,16 +95,19 @@ def _single(made: object) -> bool:
     return _pair(made) or isinstance(made, Mapping)
 
 
-def _as_stream(made: object, classes: Classes, names: Names | None, name: str, part: str) -> Stream:
-    """part: what of the function's result it is, for errors."""
+def _as_stream(
+    made: object, classes: Classes, read: dict[str, Any], name: str, part: str
+) -> Stream:
+    """read: how `from_iterable` reads batches. part: what of the function's result it is, for
+    errors."""
     if isinstance(made, Stream):
         return made
     try:
         if isinstance(made, (DataLoader, IterableDataset)):
-            return from_loader(made, classes=classes, names=names)
+            return from_loader(made, classes=classes, **read)
         plain = isinstance(made, Iterable) and not isinstance(made, (str, Mapping, torch.Tensor))
         if plain and not _pair(made):
-            return from_iterable(made, classes=classes, names=names)  # type: ignore[arg-type]  # (plain)
+            return from_iterable(made, classes=classes, **read)  # type: ignore[arg-type]  # (plain)
     except StreamError as error:
         raise StreamError(f"{STREAM_OPTION}: {name}(), {part}: {error}") from error
     raise SettingsError(

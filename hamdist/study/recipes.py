@@ -7,7 +7,6 @@ from typing import Any
 
 from hamdist.config import Settings, Source, read_settings
 from hamdist.errors import StreamError
-from hamdist.streams.datasets import FASHION_INSTALL, find_fashion_mnist
 from hamdist.study.shipped import Shipped
 
 RECIPES = Shipped("recipes", "recipe")
@@ -35,6 +34,9 @@ def needed_files(recipe: str) -> str:
     Returns:
         A line for a person; empty where the recipe needs no files.
     """
+    # (torch, which settings must not wait for, nor find imported: runtime/portable.py)
+    from hamdist.streams.datasets import FASHION_INSTALL, find_fashion_mnist
+
     stream = load_settings(recipe).stream
     if stream.source is not Source.FASHION_MNIST:
         return ""

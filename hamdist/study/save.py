@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hamdist.config import Settings, to_yaml
 from hamdist.study.aggregate import aggregate
+from hamdist.study.diff import digests_json
 from hamdist.study.plots import comparison_plots
 from hamdist.study.report import Report, render
 from hamdist.study.results import (
@@ -30,7 +31,8 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
     """Write model.safetensors (the `state_dict`), settings.yaml, metrics.jsonl and summary.json, in
     this order: a disk that gets full has the weights. Of averaged weights also plain.safetensors,
     the weights as they were in the end; of a run with `partition.delays: auto` the settings have
-    the delays that were chosen; of one with `metrics.record` also records.npz and its plots.
+    the delays that were chosen; of one with `metrics.record` also records.npz and its plots;
+    with `engine.digests` digests.json (diff.py).
 
     Raises SettingsError where a file cannot be written.
     """
@@ -44,6 +46,8 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
         write_file(folder / "records.npz", records_npz(run.records, settings))
         for name, png in record_plots(run.records, settings).items():
             write_file(folder / name, png)
+    if run.digests:
+        write_file(folder / "digests.json", digests_json(run.digests))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -72,7 +76,8 @@ def as_it_was(settings: Settings, run: Run) -> Settings:
 def save_comparison(
     folder: Path, runs: Sequence[Run], settings: Settings, *, command: str, interrupted: bool
 ) -> None:
-    """runs.jsonl, results.csv, summary.json, settings.yaml, the plots and report.html.
+    """runs.jsonl, results.csv, summary.json, settings.yaml, the plots and report.html; with
+    `engine.digests` also digests-LEVEL-SEED.json of every run of hamdist's.
 
     Raises SettingsError where a file cannot be written.
     """
@@ -81,6 +86,10 @@ def save_comparison(
     write_file(folder / "results.csv", rows_csv(rows))
     write_file(folder / "settings.yaml", to_yaml(settings))
     write_file(folder / "summary.json", comparison_summary(rows, interrupted=interrupted))
+    for run in runs:
+        if run.digests:
+            name = f"digests-{run.level}-{run.seed}.json"
+            write_file(folder / name, digests_json(run.digests))
     plots = comparison_plots(runs) if rows else {}
     for name, png in plots.items():
         write_file(folder / name, png)

@@ -44,7 +44,8 @@ class Faulty(nn.Module):
             return x
         with torch.no_grad():
             self.passes += 1
-        if self.folder is not None and os.environ.get(DRIVER) != str(os.getpid()):
+        here = (str(os.getpid()), str(os.getppid()))  # the driver has the network measured first
+        if self.folder is not None and os.environ.get(DRIVER) not in here:
             passes = int(self.passes)
             if self.beats:
                 self._beat(passes)

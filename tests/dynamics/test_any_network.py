@@ -203,31 +203,6 @@ def test_a_wrong_cut_name(cut, said):
     assert said in refused(ResNet(), partition={"cuts": ["layer2", cut]})
 
 
-def test_tied_weights_stay_together():
-    config = Config(tie_word_embeddings=True)
-    text_of = {"item": text, "classes": 11}
-    said = refused(GPT(config), **text_of, partition={"cuts": ["transformer.h.1"]})
-    assert said == (
-        "no block can begin at 'transformer.h.1': the weight 'transformer.wte.weight' = "
-        "'lm_head.weight' is used in 'transformer.wte' and in 'lm_head', and a weight belongs to "
-        "one block; give each user a weight of its own (untie them), or cut elsewhere"
-    )
-    said = refused(GPT(config), **text_of, partition={"blocks": 3})
-    assert "cannot cut the model into 3 blocks; use at most 1 (the weight 'transformer.wte" in said
-
-    model, items = made(lambda: GPT(config)), [text(n) for n in range(STEPS)]
-    result = hamdist.train(
-        model,
-        from_iterable(items, classes=11),
-        settings("backprop", learning={"lr": LR}),
-    )
-    expected = sgd(model, items)
-    assert list(result.blocks) == ["block0"]
-    assert result.model.lm_head.weight is result.model.transformer.wte.weight
-    after = result.model.state_dict()
-    assert relative(after.values(), expected.state_dict().values()) <= ROUND_OFF
-
-
 class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

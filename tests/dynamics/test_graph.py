@@ -24,6 +24,7 @@ def readout(name, *parents, **rest):
 
 
 TWIN = nn.Linear(2, 2)
+NORM = nn.BatchNorm1d(2)
 WRONG = {
     "empty": ([], r"the graph has no blocks"),
     "twice": ([spec("a", "u"), readout("a", "a")], r"two blocks are named 'a'"),
@@ -94,9 +95,9 @@ WRONG = {
         [readout("a", "u", output=nn.Identity())],
         r"block 'a' has an output module but is no readout with a state",
     ),
-    "shared parameter": (
-        [spec("a", "u", module=TWIN), readout("b", "a", module=nn.Sequential(TWIN))],
-        r"blocks 'a' and 'b' share a parameter \('weight' and '0.weight'\)",
+    "shared buffer": (
+        [spec("a", "u", module=NORM), readout("b", "a", module=nn.Sequential(NORM))],
+        r"blocks 'a' and 'b' share a buffer \('running_mean' and '0.running_mean'\)",
     ),
     "parameter shared with an output module": (
         [spec("a", "u", module=TWIN), readout("b", "a", state=True, output=TWIN)],

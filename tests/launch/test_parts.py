@@ -563,7 +563,11 @@ def test_hosts_that_are_well():
         (findings({"native": False}), "warning", "C code was not built"),
         (findings({"token": False}), "warning", "asks for no token"),
         (findings({"storage": "missing"}), "FAIL", "storage: missing"),
-        (findings({}, {"platform": "Linux y"}), "warning", "platforms differ"),
+        (
+            findings({}, {"arithmetic": GOOD.arithmetic.model_copy(update={"machine": "arm"})}),
+            "warning",
+            "other bits than h on",
+        ),
         (
             findings({}, {}, links=[LinkFacts(first=0, second=1, error="nothing")]),
             "FAIL",

@@ -20,6 +20,7 @@ from runtime.networks import (
 from hamdist.config import Settings
 from hamdist.runtime.train import train
 from hamdist.streams import Sample, from_iterable
+from hamdist.study.diff import partings
 
 TICKS = 200
 LEVELS = {
@@ -73,6 +74,7 @@ NO_STATE_READOUT = {"local, sequential"}
 
 
 def settings(engine, items, **fields):
+    engine = {"digests": True, **engine}
     return Settings.model_validate({"steps": items, "seed": 5, "engine": engine, **fields})
 
 
@@ -84,6 +86,8 @@ def both(model, source, engine, items, **fields):
 
 
 def assert_equal(alone, spread):
+    if alone.digests and spread.digests:  # (they say where)
+        assert partings(alone.digests, spread.digests) == []
     assert alone.blocks.keys() == spread.blocks.keys()
     for name, a in alone.blocks.items():
         b = spread.blocks[name]

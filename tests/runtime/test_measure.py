@@ -4,9 +4,12 @@ hand from the schedules of semantics.md. The run that follows must notice nothin
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 import threading
 
+import psutil
 import pytest
 import torch
 from dynamics.sequences import tangle
@@ -140,13 +143,17 @@ class Failing(nn.Module):
 
 
 class Waiting(nn.Module):
-    """Comes back when it is told to."""
+    """Comes back when it is told to, and then touches what all of its process have in common."""
 
     go_on = threading.Event()
+    came_back = threading.Event()
 
     def forward(self, x):
         if x.device.type != "meta":
             self.go_on.wait()
+            torch.manual_seed(1)
+            torch.set_num_threads(3)
+            self.came_back.set()
         return x
 
 
@@ -160,17 +167,41 @@ def test_a_block_that_does_not_come_back_is_a_reason(monkeypatch):
     monkeypatch.setattr(module, "GIVE_UP_SECONDS", 0.2)
     layers = [nn.Linear(FEATURES, 8), nn.Dropout(0.5), Waiting(), nn.Linear(8, CLASSES)]
     plan = plan_of(nn.Sequential(*layers))
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), set(threading.enumerate())
+    children = set(psutil.Process().children())
+    with pytest.raises(Unmeasured, match="more than 0.2 s"):
+        measure(plan)
+    assert set(psutil.Process().children()) <= children
+    Waiting.go_on.set()
+    for thread in set(threading.enumerate()) - threads:  # nothing of it goes on beside the run
+        thread.join(10)
+    assert not Waiting.came_back.is_set()
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_beside_threads_that_are_not_copied(threads):
+    """OpenMP's of this process, of which a copy has none."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        with pytest.raises(Unmeasured, match="more than 0.2 s"):
-            measure(plan)
-        assert torch.equal(state, torch.get_rng_state())  # though the block is in its dropout
+        torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+        assert all_measured(plan_of(chain(width=256), engine={"threads": threads}))
     finally:
-        Waiting.go_on.set()
-        for thread in threading.enumerate():
-            if thread.name == "hamdist-measure":
-                thread.join(10)
-                assert not thread.is_alive()
+        torch.set_num_threads(before)
+
+
+class Lost(nn.Module):
+    def forward(self, x):
+        if x.device.type != "meta":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def test_a_block_that_ends_its_process_is_a_reason():
+    with pytest.raises(Unmeasured, match="ended before it had an answer"):
+        measure(plan_of(nn.Sequential(nn.Linear(FEATURES, 8), Lost(), nn.Linear(8, CLASSES))))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def settings(engine=None, *, truncation=None, **fields):
         {
             "level": "bptt",
             "dtype": "float64",
-            "engine": engine or {},
+            "engine": {"digests": True, **(engine or {})},
             "locality": {"truncation": truncation},
             "learning": {"lr": 0.05, "momentum": 0.5, "dampening": 0.2},
             **fields,

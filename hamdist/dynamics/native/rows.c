@@ -8,7 +8,8 @@
    adds zeros to m and to itself, so it is left out; behind a relu that is about half of them.
 
    The order of every sum is fixed by this code: it depends neither on where memory lies nor on how
-   wide the machine's vectors are. Pointers come as integers (Tensor.data_ptr()); shapes and types
+   wide the machine's vectors are, and nothing is fused (-ffp-contract=off, scripts/build_native.py),
+   so that all clones, and processors of all kinds, have the same bits. Pointers come as integers (Tensor.data_ptr()); shapes and types
    are the caller's business (rows.py).
 
    A chain steps several layers in one call, each of which reads the one before.

@@ -12,7 +12,7 @@ from hamdist.config import LearningSettings, Settings
 from hamdist.dynamics.graph import Graph
 from hamdist.runtime.train import train
 from hamdist.study.verify.check import Check
-from hamdist.study.verify.networks import F64, Draws, Skips, chain, seeded, skip_graph
+from hamdist.study.verify.networks import F64, Draws, Skips, chain, seeded, skip_graph, tied
 
 BOUND = 1e-12
 ORACLE = "autograd on the whole network and torch.optim.SGD"
@@ -33,6 +33,9 @@ def checks(full: bool) -> Iterator[Check]:
     for name, learning, tau in (("plain", PLAIN, 1.0), ("momentum, tau = 0.25", MOMENTUM, 0.25)):
         what = f"two skips, two readouts, {name}"
         yield _check(what, lambda: seeded(Skips), items, learning, tau, {})
+        what = f"tied weights, a layer in two blocks, {name}"
+        yield _check(what, tied, items, learning, tau, {})
+    yield _check("three frozen blocks of five", lambda: tied(2), items, MOMENTUM, 1.0, {})
 
 
 def _check(

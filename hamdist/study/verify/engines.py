@@ -30,6 +30,7 @@ from hamdist.study.verify.networks import (
     cycle_graph,
     seeded,
     skip_graph,
+    tied,
 )
 from hamdist.study.verify.reversible import couplings
 from hamdist.study.verify.tick_golden import begins_at_rest, energies_through, read_ticks
@@ -80,6 +81,8 @@ RUNS: tuple[tuple[str, Model, Mapping[str, Any]], ...] = (
     ("delay-free, a chain", chain, {"level": "delay-free"}),
     ("trace, a chain", chain, {"level": "trace"}),
     ("trace, skips", _skips, {"level": "trace"}),
+    ("trace, tied weights, a layer in two blocks", tied, {"level": "trace"}),
+    ("trace, three frozen blocks of five", lambda: tied(2), {"level": "trace"}),
     ("backprop, a chain", chain, {"level": "backprop"}),
     ("backprop, skips", _skips, {"level": "backprop"}),
     ("reversible, couplings", lambda: seeded(partial(couplings, 4)), {"level": "reversible"}),

@@ -43,6 +43,19 @@ def chain(width: int = 8, depth: int = 5) -> nn.Sequential:
     return seeded(build)
 
 
+def tied(frozen: int = 0) -> nn.Sequential:
+    """A chain of 5 whose fourth layer is its second one. frozen: so many layers do not learn."""
+
+    def build() -> nn.Sequential:
+        twice = dense(8, 8)
+        layers = [dense(FEATURES, 8), twice, dense(8, 8), twice]
+        for layer in layers[:frozen]:
+            layer.requires_grad_(False)
+        return nn.Sequential(*layers, nn.Linear(8, CLASSES, dtype=F64))
+
+    return seeded(build)
+
+
 class Skips(nn.Module):
     """The network of `skip_graph` as one plain module, written down once more.
 

@@ -1,0 +1,185 @@
+"""Documented contract: a run that is called off keeps what it has learned, on both engines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from runtime.networks import EndlessStream, chain
+
+from hamdist import Stop
+from hamdist.config import Settings
+from hamdist.runtime.interrupts import handlers_of_ours
+from hamdist.runtime.snapshot import latest
+from hamdist.runtime.train import train
+
+pytestmark = pytest.mark.timeout(90)
+ENGINES = [
+    {"kind": "inprocess"},
+    pytest.param({"kind": "ray", "actors": 2}, marks=pytest.mark.ray),
+]
+
+
+class Enough(Exception):
+    pass
+
+
+def returned(progress):
+    return Stop if progress.samples > 3 else None
+
+
+def returned_an_instance(progress):
+    return Stop("enough") if progress.samples > 3 else None
+
+
+def raised(progress):
+    if progress.samples > 3:
+        raise Stop
+
+
+def interrupted(progress):
+    if progress.samples > 3:
+        raise KeyboardInterrupt
+
+
+def signalled(number):
+    def look(progress):
+        if progress.samples > 3:
+            os.kill(os.getpid(), number)
+
+    return look
+
+
+def failed(progress):
+    if progress.samples > 3:
+        raise Enough("no more")
+
+
+def settings(engine, folder):
+    fields = {"level": "trace", "engine": engine, "snapshots": {"path": folder, "seconds": 1000}}
+    return Settings.model_validate(fields)
+
+
+def run(engine, folder, look):
+    return train(chain(), EndlessStream(), settings(engine, folder), on_progress=look)
+
+
+def check(result, folder):
+    """The weights are those of the in-process engine after as many samples; a snapshot is there."""
+    again = train(
+        chain(),
+        EndlessStream(),
+        Settings.model_validate({"level": "trace", "steps": result.samples}),
+    )
+    for one, other in zip(result.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert latest(folder, lambda _: None).manifest.samples <= result.samples
+    assert result.snapshots
+
+
+@pytest.mark.usefixtures("session")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("look", "word"),
+    [
+        (returned, "stopped"),
+        (returned_an_instance, "stopped"),
+        (raised, "stopped"),
+        (interrupted, "interrupted"),
+        (signalled(signal.SIGINT), "interrupted"),
+        (signalled(signal.SIGTERM), "interrupted"),
+    ],
+)
+def test_a_run_that_is_called_off_has_a_result(engine, look, word, tmp_path):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    once = []
+
+    def first(progress):  # (a second signal would not wait for what is under way)
+        if progress.samples > 3 and not once:
+            once.append(progress)
+            return look(progress)
+        return None
+
+    result = run(engine, tmp_path, first)
+    assert {w for w in ("stopped", "interrupted") if getattr(result, w)} == {word}
+    check(result, tmp_path)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.usefixtures("session")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_error_of_on_progress_carries_the_result(engine, tmp_path):
+    with pytest.raises(Enough, match="no more") as caught:
+        run(engine, tmp_path, failed)
+    assert not caught.value.result.interrupted
+    check(caught.value.result, tmp_path)
+
+
+def test_a_second_interrupt_in_one_process_keeps_the_weights():
+    class Twice(EndlessStream):
+        """Interrupts twice at its tenth sample."""
+
+        def samples(self):
+            for n, sample in enumerate(super().samples()):
+                yield sample
+                if n == 10:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    result = train(chain(), Twice(), Settings.model_validate({"level": "trace"}))
+    assert result.interrupted
+    assert 0 < result.samples < 20
+
+
+def test_sigterm_before_the_first_tick_is_an_interrupt():
+    def look(progress):
+        if progress.phase == "plan":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            chain(), EndlessStream(), Settings.model_validate({"level": "trace"}), on_progress=look
+        )
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def _change_handlers():
+    """As Ray does while it starts."""
+    with handlers_of_ours():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(15)
+
+
+def test_handlers_are_set_again_whoever_changes_them():
+    def mine(_number, _frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _change_handlers()
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    results = []
+
+    def work():
+        results.append(
+            train(
+                chain(),
+                EndlessStream(),
+                Settings.model_validate({"level": "trace"}),
+                on_progress=returned,
+            )
+        )
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert results[0].stopped

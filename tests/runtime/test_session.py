@@ -1,0 +1,83 @@
+"""Documented contract: a local Ray waits for the next run of its process, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+import hamdist
+from hamdist.config import EngineSettings
+from hamdist.errors import SettingsError
+from hamdist.runtime import cluster
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.mark.ray
+def test_a_local_ray_waits_for_the_next_run(tmp_path):
+    folder = Path("/tmp") / f"h-{os.getpid()}-s"  # Ray's sockets need a short path
+    folder.mkdir()
+    command = [sys.executable, str(Path(__file__).parent / "idle.py")]
+    try:
+        ended = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=170,
+            env={**os.environ, "TMPDIR": str(folder)},
+            check=False,
+        )
+        left = [p.name for p in folder.glob("hd*")]
+    finally:
+        subprocess.run(["rm", "-rf", folder], check=True, timeout=20)
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout.splitlines()[-1])
+    for one, two in (report["inside"], report["runs"]):
+        assert one["samples"] == two["samples"] == 5
+        assert len(one["raylet"]) == 1
+        assert one["raylet"] == two["raylet"]
+        assert one["workers"] == two["workers"]
+        assert len(one["workers"]) == 2
+        assert one["own_session"]
+    assert report["after"]
+    assert report["timed_out"]
+    assert report["inside"][0]["raylet"] != report["runs"][0]["raylet"]
+    assert report["environment"]
+    assert report["handler"]
+    assert left == []
+    assert "SIGTERM" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "takes"),
+    [
+        ({"actors": 2}, True),
+        ({"actors": 4}, False),
+        ({"placement": [["a"], ["b"], ["c"]]}, False),
+        ({"address": "10.0.0.1:6379"}, False),
+    ],
+)
+def test_which_runs_a_waiting_ray_takes(session, fields, takes):
+    waiting = cluster._Standing(session, ExitStack(), 2, {psutil.Process()})
+    assert waiting.takes(EngineSettings.model_validate({"kind": "ray", **fields})) is takes
+
+
+def test_a_ray_that_died_takes_no_run(session):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as ended:
+        waiting = cluster._Standing(session, ExitStack(), 2, {psutil.Process(ended.pid)})
+        assert waiting.takes(EngineSettings(actors=2))
+        ended.kill()
+        ended.wait(10)
+        assert not waiting.takes(EngineSettings(actors=2))
+
+
+def test_a_session_names_a_wrong_field():
+    with pytest.raises(SettingsError, match=r"actorz"), hamdist.session(actorz=2):
+        pass
