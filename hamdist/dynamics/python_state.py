@@ -163,7 +163,8 @@ class Outside(Values):
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
         parts = [part for module in modules for part in module.modules()]
-        self._own = {id(t) for part in parts for t in (part, *part._parameters.values())}
+        own = (t for part in parts for t in (part, *part._parameters.values()))
+        self._own = {id(t) for t in own if t is not None}
         self._read: set[int] = set()
         self._names = {"forward", "backward", "setup_context"}
         self._classes: list[type] = []

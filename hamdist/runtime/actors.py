@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hamdist.runtime.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.host import Host, HostReport, HostStatus, Opened
 from hamdist.runtime.hosts import Seat
+from hamdist.runtime.leftovers import sweep
 from hamdist.runtime.lending import Refusal
 from hamdist.runtime.links import Link, Probe
 from hamdist.runtime.plan import Plan
@@ -47,6 +48,7 @@ class HostActor:
         # What the imports have made stays: without it the collection with which every run begins
         # takes milliseconds instead of a tenth of a second and more.
         gc.freeze()
+        sweep()
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:

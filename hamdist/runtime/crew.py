@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +49,10 @@ START_SECONDS = 120.0
 ANSWER_SECONDS = 5.0
 OBEY_SECONDS = 2.0
 END_SECONDS = 10.0
+GATHER_SECONDS = 15.0  # until actors that came up make room for a run that lacks fewer
 LOOPBACK = "127.0.0.1"
+
+_random = random.SystemRandom()  # (the user's generators stay as they are)
 
 
 @dataclass(slots=True, eq=False)
@@ -161,7 +166,7 @@ class Crew:
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
         with startup.phase("actors"):
             own = self._seats(groups, costs)
-            handles = self.session.actors(own)
+            handles = self._all_or_none(own)
             self.actors = [
                 Actor(f"actor {i}", blocks, handle, seat)
                 for i, (blocks, handle, seat) in enumerate(zip(groups, handles, own, strict=True))
@@ -195,6 +200,31 @@ class Crew:
             if any(end.address.startswith(GPU_SCHEME) for end in ends.values()):
                 self._lend()
         return plan
+
+    def _all_or_none(self, seats: Sequence[Seat]) -> list[Any]:
+        """Start an actor for each seat, and hold none while others are missing.
+
+        Two runs that start at once on a cluster with room for one of them could otherwise take half
+        of it each and wait for each other. (Ray's placement groups reserve at once, too, but bind a
+        replacement to what they reserved, and hosts by address, which raylets may share.)
+
+        Returns:
+            The actors' handles. Those of a cluster that is full are still pending.
+        """
+        patience = GATHER_SECONDS
+        give_up = time.monotonic() + START_SECONDS
+        while True:
+            handles = self.session.actors(seats)
+            if self._plan.engine.address is None:
+                return handles
+            calls = [handle.where.remote() for handle in handles]
+            _, late = ray.wait(calls, num_returns=len(calls), timeout=patience)
+            if not late or len(late) == len(calls) or time.monotonic() > give_up:
+                return handles
+            for handle in handles:
+                ray.kill(handle)
+            time.sleep(_random.uniform(0, patience))
+            patience *= 2
 
     def _lend(self) -> None:
         """Lets all find out whether signals can stay on GPUs. Raises ClusterError where they have

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hamdist.config import Bits, EngineKind, Level, Readout, Settings
+from hamdist.config import Bits, Decay, EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.copies import copied, unwrapped
@@ -23,6 +23,7 @@ from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.python_state import check_apart, unchanged
+from hamdist.dynamics.rates import step_course
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
@@ -158,7 +159,7 @@ def _spec_with_example(stream: Stream) -> SampleSpec:
 
 @dataclass(frozen=True)
 class _Work:
-    """What `train` was given."""
+    """What `train` was given. keeps: where snapshots lie was said, or there are none."""
 
     model: nn.Module | Graph
     spec: SampleSpec
@@ -166,6 +167,7 @@ class _Work:
     loss: Losses | None
     policy: Policy | None
     phi: Course | None
+    keeps: bool = True
 
     def graph(self) -> Graph:
         own = self.settings
@@ -178,7 +180,7 @@ class _Work:
             blocks = graph.unsliced.blocks
             check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
             plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
-        keeping = make_keeping(self.settings, snapshot)
+        keeping = make_keeping(self.settings, snapshot, last=self.keeps)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path)
         plan = replace(plan, keeping=keeping)
@@ -199,6 +201,7 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
+            told += _bent(snapshot, own.settings)
             told += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)
             if plan.engine.digests and not snapshot.digests:
@@ -235,15 +238,30 @@ class _Work:
     def _kept_at(self, snapshot: Snapshot) -> _Work:
         """New snapshots lie beside the one that the run goes on from, unless settings say so; and
         delays that were measured are used again."""
-        settings = self.settings
+        settings, keeps = self.settings, True
         if settings.snapshots.path is None:
             kept = settings.snapshots.model_copy(update={"path": snapshot.where})
             settings = settings.model_copy(update={"snapshots": kept})
+            keeps = False
         if settings.partition.delays == "auto":
             given = {"delays": snapshot.manifest.delays}
             partition = settings.partition.model_copy(update=given)
             settings = settings.model_copy(update={"partition": partition})
-        return replace(self, settings=settings)
+        return replace(self, settings=settings, keeps=keeps)
+
+
+def _bent(snapshot: Snapshot, settings: Settings) -> list[str]:
+    """Tells of a step size that falls over other steps than before."""
+    before, n = snapshot.manifest.settings.get("steps"), snapshot.manifest.samples
+    decay = settings.learning.decay
+    if decay is Decay.NONE or before in (None, settings.steps):
+        return []
+    old, new = (step_course(settings.learning, steps)(n) for steps in (before, settings.steps))
+    return [
+        f"learning.decay {decay.value!r} now falls over {settings.steps} samples, before over "
+        f"{before}: at sample {n} the step size goes from {old:.3g} to {new:.3g} of learning.lr; "
+        "for the course of one long run give the first run its steps, and end it by Ctrl-C"
+    ]
 
 
 def _modules(model: nn.Module | Graph) -> list[nn.Module]:

@@ -205,9 +205,11 @@ def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Opti
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     adaptive = learning.adaptive
     if adaptive is None:
-        return torch.optim.SGD(weights, learning.lr, learning.momentum, learning.dampening)
+        own = (learning.lr, learning.momentum, learning.dampening, learning.weight_decay)
+        return torch.optim.SGD(weights, *own)
     betas = learning.momentum, adaptive.memory
-    return torch.optim.Adam(weights, learning.lr, betas, adaptive.epsilon)
+    decay = learning.weight_decay
+    return torch.optim.AdamW(weights, learning.lr, betas, adaptive.epsilon, decay)
 
 
 def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:

@@ -39,6 +39,7 @@ SMALL = {
     "eos_token_id": 2,
 }
 KEY_VALUE = {**SMALL, "num_key_value_heads": 1, "head_dim": 8}
+IMPLEMENTATIONS = {"attn_implementation", "experts_implementation"}
 UNTIED = {"tie_word_embeddings": False}
 
 
@@ -47,10 +48,9 @@ def hugging(name: str, config: dict[str, Any], **more: Any) -> Callable[[], nn.M
 
     def build() -> nn.Module:
         made = getattr(importlib.import_module("transformers"), name)
-        attention = more.pop("attn_implementation", None)
         settings = made.config_class(**{**config, **more})
-        if attention is not None:
-            settings._attn_implementation = attention
+        for key in IMPLEMENTATIONS & more.keys():
+            setattr(settings, f"_{key}", more[key])
         return made(settings)
 
     return build
@@ -129,7 +129,8 @@ TRANSFORMERS = (
     _t("Qwen3ForCausalLM", next_words, KEY_VALUE, **UNTIED),
     _t("Gemma2ForCausalLM", next_words, KEY_VALUE, **UNTIED),
     _t("PhiForCausalLM", next_words, {**SMALL, "num_key_value_heads": 2}, **UNTIED),
-    _t("MixtralForCausalLM", next_words, {**KEY_VALUE, "num_local_experts": 2}, **UNTIED),
+    _t("MixtralForCausalLM", next_words, {**KEY_VALUE, "num_local_experts": 2}, **UNTIED,
+       experts_implementation="eager"),
     _t("MambaForCausalLM", next_words, {**SMALL, "state_size": 4}, **UNTIED),
     _t("BertForSequenceClassification", classed_texts),
     _t("BertForTokenClassification", tagged_texts),

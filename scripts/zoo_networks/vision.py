@@ -10,7 +10,8 @@ from torch import nn
 from zoo_networks.entry import CLASSES, Network, images, maps, vision_library
 from zoo_networks.language import hugging
 
-SIDE = 32
+SIDE = 64
+SMALL_STEP = 1e-3  # of nets with batch norms over few numbers: larger steps multiply round-off
 PATCHES = {
     "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 3,
     "num_attention_heads": 2, "intermediate_size": 24, "num_labels": CLASSES,
@@ -46,7 +47,12 @@ def _m(name: str, side: int = SIDE, **settings: Any) -> Network:
 
         return timm.create_model(name, num_classes=CLASSES, **settings)
 
-    return Network(name, "timm", build, images(side))
+    return Network(name, "timm", build, images(side), SMALL_STEP)
+
+
+def _timm_class(module: str, name: str, **settings: Any) -> nn.Module:
+    made = getattr(importlib.import_module(f"timm.models.{module}"), name)
+    return made(num_classes=CLASSES, **settings)
 
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -55,7 +61,8 @@ TIMM = (
     _m("deit3_small_patch16_224", 16, **VIT),
     _m("beit_base_patch16_224", 16, **VIT),
     _m("eva02_tiny_patch14_224", 16, **VIT),
-    _m("mixer_s32_224", 16, img_size=16, patch_size=8, embed_dim=16, num_blocks=3),
+    Network("mixer", "timm", lambda: _timm_class("mlp_mixer", "MlpMixer", img_size=16, patch_size=8,
+        embed_dim=16, num_blocks=3), images(16)),
     _m("swin_tiny_patch4_window7_224", 32, img_size=32, window_size=4, embed_dim=8, depths=(2, 2),
        num_heads=(2, 2)),
     _m("resnet18"),
@@ -65,7 +72,8 @@ TIMM = (
     _m("convnext_atto", dims=(8, 12, 16, 20), depths=(1, 1, 2, 1)),
     _m("regnetx_002"),
     _m("densenet121", 32, growth_rate=4, block_config=(2, 2, 2, 2)),
-    _m("poolformer_s12", 32, embed_dims=(8, 12, 16, 20), layers=(1, 1, 1, 1)),
+    Network("poolformer", "timm", lambda: _timm_class("metaformer", "MetaFormer",
+        depths=(1, 1, 1, 1), dims=(8, 12, 16, 20)), images(32)),
     _m("xcit_nano_12_p16_224", 32, embed_dim=16, depth=2, num_heads=2),
     _m("ghostnet_050"),
 )  # fmt: skip
@@ -76,7 +84,7 @@ def _v(name: str, side: int = SIDE, key: str | None = None, **settings: Any) -> 
         make = getattr(vision_library().models, name)
         return make(num_classes=CLASSES, **settings)
 
-    return Network(name, "torchvision", build, images(side, key))
+    return Network(name, "torchvision", build, images(side, key), SMALL_STEP)
 
 
 def _vit() -> nn.Module:
@@ -89,18 +97,22 @@ def _swin() -> nn.Module:
     )
 
 
+def _densenet() -> nn.Module:
+    return vision_library().models.DenseNet(4, (2, 2, 2, 2), 8, num_classes=CLASSES)
+
+
 def _convnext() -> nn.Module:
     made = importlib.import_module("torchvision.models.convnext")
     settings = [made.CNBlockConfig(8, 12, 2), made.CNBlockConfig(12, None, 2)]
     return made.ConvNeXt(settings, 0.0, num_classes=CLASSES)
 
 
-def _segmenting(name: str) -> Network:
+def _segmenting(name: str, **settings: Any) -> Network:
     def build() -> nn.Module:
         make = getattr(vision_library().models.segmentation, name)
-        return make(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
+        return make(weights=None, weights_backbone=None, num_classes=CLASSES, **settings)
 
-    return Network(name, "torchvision", build, maps(SIDE, "out"))
+    return Network(name, "torchvision", build, maps(SIDE, "out"), SMALL_STEP)
 
 
 TORCHVISION = (
@@ -109,7 +121,7 @@ TORCHVISION = (
     _v("mobilenet_v2"),
     _v("mobilenet_v3_small"),
     _v("efficientnet_b0"),
-    _v("densenet121", growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8),
+    Network("densenet", "torchvision", _densenet, images(SIDE), SMALL_STEP),
     _v("squeezenet1_1"),
     _v("shufflenet_v2_x0_5"),
     _v("mnasnet0_5"),
@@ -119,7 +131,7 @@ TORCHVISION = (
     Network("swin", "torchvision", _swin, images(32)),
     Network("convnext", "torchvision", _convnext, images(32)),
     _segmenting("lraspp_mobilenet_v3_large"),
-    _segmenting("deeplabv3_mobilenet_v3_large"),
+    _segmenting("deeplabv3_mobilenet_v3_large", aux_loss=True),
 )
 
 
@@ -128,12 +140,12 @@ def _s(name: str, **settings: Any) -> Network:
         make = getattr(importlib.import_module("segmentation_models_pytorch"), name)
         return make("resnet18", encoder_weights=None, classes=CLASSES, **settings)
 
-    return Network(name, "segmentation_models_pytorch", build, maps(SIDE))
+    return Network(name, "segmentation_models_pytorch", build, maps(SIDE), SMALL_STEP)
 
 
 SEGMENTATION = (
     _s("Unet", decoder_channels=(16, 12, 8, 8, 4)),
-    _s("FPN", decoder_pyramid_channels=8, decoder_segmentation_channels=8, decoder_dropout=0.0),
+    _s("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32, decoder_dropout=0.0),
     _s("Linknet"),
     _s("PSPNet", psp_out_channels=8, psp_dropout=0.0),
     _s("DeepLabV3Plus", decoder_channels=8),

@@ -110,3 +110,28 @@ def test_a_model_of_caches_alone_is_refused():
     stream = hamdist.streams.from_iterable(items, classes=2)
     with pytest.raises(hamdist.HamdistError, match="returns a Cache"):
         hamdist.train(Nothing(3, 2), stream, level="backprop", partition={"blocks": 2})
+
+
+def test_a_closure_variable_that_is_none_is_no_missing_bias():
+    def decorated(forward):
+        message = None  # as the decorators of libraries have it
+
+        def wrapped(self, u):
+            return forward(self, u) if message is None else None
+
+        return wrapped
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4, bias=False), nn.Linear(4, 2)
+
+        @decorated
+        def forward(self, u):
+            return self.b(torch.tanh(self.a(u)))
+
+    stream = hamdist.streams.from_iterable(
+        [(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))], classes=2
+    )
+    result = hamdist.train(Net(), stream, level="backprop", partition={"blocks": 2})
+    assert len(result.blocks) == 2
