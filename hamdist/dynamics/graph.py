@@ -144,7 +144,7 @@ class Graph:
     @property
     def was_cut(self) -> bool:
         """Whether a module was cut into these blocks (and none built by hand)."""
-        return self._original is not None
+        return self.original is not None
 
     @property
     def readouts(self) -> list[str]:

@@ -282,7 +282,7 @@ def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) ->
                 f"dtype {settings.dtype.value!r}: the Graph has weights of another type; make its "
                 "modules in that type, or leave dtype out"
             )
-        model = copy.deepcopy(model).to(dtype)
+        model = copied(model).to(dtype)
     return model, in_dtype(stream, dtype)
 
 
