@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -10,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import is_input
 from hamdist.dynamics.python_state import changed_in, inside, is_foreign
 from hamdist.dynamics.spec import BlockSpec, Combine, Joining, ShapeMap, combined
@@ -89,7 +89,7 @@ def _run_on(
     asks for that (a hook). leaves: those that it is differentiated by in a run. real: of these
     shapes, where they are known."""
     for grad, device in product((False, True), _probes(module, shapes)):
-        probe = copy.deepcopy(module).to(device)
+        probe = copied(module).to(device)
         inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
         for i, u in enumerate(real if device == "cpu" else ()):
             if u is not None and (u.shape, u.dtype) == (inputs[i].shape, inputs[i].dtype):
@@ -127,6 +127,8 @@ def _probes(
     first use of meta tensors imports about a second of torch, the arithmetic of a small module of
     torch's own (which does nothing but arithmetic) takes less than a millisecond.
     """
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        return ("cpu",)
     types = {t for _, t in shapes if t.is_floating_point}
     types |= {p.dtype for p in module.parameters() if p.is_floating_point()}
     if len(types) > 1:
