@@ -11,7 +11,6 @@ memory has to beat before it can be said to learn anything in its hidden blocks.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 import traceback
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from hamdist.config import FirstStep, LearningSettings, Settings
 from hamdist.dynamics.averaging import Average
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import called
 from hamdist.dynamics.losses import Losses, LossFunction, make_losses
 from hamdist.dynamics.metrics import Prequential, Window, counts
@@ -32,6 +32,7 @@ from hamdist.runtime.measure import example_sample
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.threads import torch_threads
+from hamdist.runtime.train import in_dtype_of
 from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.study.threads import fair_threads, faster_of
 
@@ -67,7 +68,8 @@ def train_centralised(
     entered = time.perf_counter()
     reset_peak()
     losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
-    own = copy.deepcopy(model)
+    model, stream = in_dtype_of(settings, model, stream)
+    own = copied(model)
     if frozen:
         _freeze(own)
     trainer = _Trainer(own, settings, losses, stream.spec.targets)
@@ -162,7 +164,7 @@ class _Trainer:
         """The model with the average of its weights, if there is one."""
         if self.average is None:
             return None
-        made = copy.deepcopy(self.model)
+        made = copied(self.model)
         moving = [p for p in made.parameters() if p.requires_grad]
         for p, value in zip(moving, self.average.values, strict=True):
             p.data.copy_(value)
@@ -256,7 +258,7 @@ def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
 
 def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
     """1, or as many as the compared run has: whichever trains a copy of the model faster."""
-    probe = _Trainer(copy.deepcopy(trainer.model), settings, trainer.loss, trainer.targets)
+    probe = _Trainer(copied(trainer.model), settings, trainer.loss, trainer.targets)
     sample = example_sample(spec)
 
     def step() -> None:

@@ -405,12 +405,13 @@ def by_hand(shared):
         def forward(self, a, b):
             return self.layer(a) + b
 
+    shared = shared.double()
     return Graph(
         [
             BlockSpec("a", nn.Sequential(shared, nn.Tanh()), ("u",)),
-            BlockSpec("b", nn.Sequential(nn.Linear(6, 6), nn.Tanh()), ("a",)),
+            BlockSpec("b", nn.Sequential(nn.Linear(6, 6, dtype=F64), nn.Tanh()), ("a",)),
             BlockSpec("c", Argued(shared), ("b", "a"), combine=Combine.ARGUMENTS),
-            BlockSpec("y", nn.Linear(6, 3), ("c",), loss=cross_entropy),
+            BlockSpec("y", nn.Linear(6, 3, dtype=F64), ("c",), loss=cross_entropy),
         ]
     )
 
@@ -419,8 +420,6 @@ def test_a_graph_of_blocks_that_share_a_module():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         graph = by_hand(nn.Linear(6, 6))
-    for block in graph.blocks.values():
-        block.module.double()
     items = [rows(n) for n in range(STEPS)]
     chosen = settings("backprop", learning={"lr": LR})
     result = hamdist.train(graph, from_iterable(items, classes=3), chosen)
