@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 from dynamics.architectures import GPT, Config
-from dynamics.helpers import bare, bare_chain, knobs, relative, settings, until
+from dynamics.helpers import F64, bare, bare_chain, knobs, relative, settings, until
 from dynamics.test_any_network import STEPS, made, normal, text, whole
 from torch import nn
 from torch.nn import functional
