@@ -139,6 +139,11 @@ class Graph:
     # -- structure --------------------------------------------------------------------------
 
     @property
+    def was_cut(self) -> bool:
+        """Whether a module was cut into these blocks (and none built by hand)."""
+        return self._original is not None
+
+    @property
     def readouts(self) -> list[str]:
         return [b.name for b in self.blocks.values() if b.loss is not None]
 

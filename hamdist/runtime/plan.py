@@ -431,6 +431,14 @@ def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_
                     f"readout {name!r} predicts {shape}, but the stream has {classes} classes; "
                     f"give it {classes} outputs"
                 )
+            shared = spec.targets is None and graph.unsliced.was_cut
+            if shared and len(graph.readouts) > 1 and shape[axis] != classes:
+                raise GraphError(
+                    f"output {name!r} of the model is {shape}, but the one target of the stream "
+                    f"has {classes} classes: outputs that are not learned are left out by naming "
+                    "the losses of the others, loss={'NAME': 'cross-entropy'}; outputs: "
+                    f"{', '.join(map(repr, graph.readouts))}"
+                )
             rows = (*shape[:axis], *shape[axis + 1 :])
             if rows != target.shape:
                 raise GraphError(

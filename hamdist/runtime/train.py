@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -55,6 +55,7 @@ from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
 from hamdist.runtime.ties import against_ties, weight_lags
+from hamdist.streams.cast import in_dtype
 from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 
@@ -107,6 +108,7 @@ def train(
     ):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
+            model, stream = in_dtype_of(settings, model, stream)
             losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
             if isinstance(losses, Mapping):
                 stream = with_targets_of(stream, losses)
@@ -262,6 +264,26 @@ def _bent(snapshot: Snapshot, settings: Settings) -> list[str]:
         f"{before}: at sample {n} the step size goes from {old:.3g} to {new:.3g} of learning.lr; "
         "for the course of one long run give the first run its steps, and end it by Ctrl-C"
     ]
+
+
+def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
+    """Return model and stream in `settings.dtype`, where it was set; copies, where they were not.
+
+    Raises:
+        SettingsError: The model is a Graph of another type, which brings its own.
+    """
+    if "dtype" not in settings.model_fields_set:
+        return model, stream
+    dtype = getattr(torch, settings.dtype.value)
+    tensors = [t for m in _modules(model) for t in (*m.parameters(), *m.buffers())]
+    if any(t.is_floating_point() and t.dtype != dtype for t in tensors):
+        if isinstance(model, Graph):
+            raise SettingsError(
+                f"dtype {settings.dtype.value!r}: the Graph has weights of another type; make its "
+                "modules in that type, or leave dtype out"
+            )
+        model = copy.deepcopy(model).to(dtype)
+    return model, in_dtype(stream, dtype)
 
 
 def _modules(model: nn.Module | Graph) -> list[nn.Module]:

@@ -32,6 +32,7 @@ from hamdist.runtime.measure import example_sample
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.threads import torch_threads
+from hamdist.runtime.train import in_dtype_of
 from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.study.threads import fair_threads, faster_of
 
@@ -67,6 +68,7 @@ def train_centralised(
     entered = time.perf_counter()
     reset_peak()
     losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
+    model, stream = in_dtype_of(settings, model, stream)
     own = copy.deepcopy(model)
     if frozen:
         _freeze(own)

@@ -19,6 +19,7 @@ from hamdist.loading import called, check_call, load_function, title
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
+from hamdist.streams.cast import in_dtype
 from hamdist.streams.sample import SampleSpec
 
 STREAM_OPTION = "--stream"
@@ -32,6 +33,11 @@ class OwnData:
 
     train: Stream
     held_out: Stream | None = None
+
+    def in_dtype(self, dtype: torch.dtype) -> OwnData:
+        """Return it with its real numbers in `dtype`, which the model of a run has."""
+        held_out = None if self.held_out is None else in_dtype(self.held_out, dtype)
+        return OwnData(in_dtype(self.train, dtype), held_out)
 
 
 def load_stream(
