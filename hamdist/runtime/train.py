@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from torch import nn
 from hamdist.config import Bits, Decay, EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
+from hamdist.dynamics.copies import copied, unwrapped
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.graph_checks import check_parameters
 from hamdist.dynamics.hooks import check_hooks
@@ -182,6 +182,12 @@ class _Work:
             blocks = graph.unsliced.blocks
             check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
             plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+        if graph.state:
+            graph.notes.append(
+                f"the model's forward changes {', '.join(sorted(graph.state))}: Python state, "
+                "which neither snapshots nor result.model hold; a buffer, or get_extra_state and "
+                "set_extra_state, would be kept"
+            )
         keeping = make_keeping(self.settings, snapshot, last=self.keeps)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path)
@@ -282,7 +288,7 @@ def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) ->
                 f"dtype {settings.dtype.value!r}: the Graph has weights of another type; make its "
                 "modules in that type, or leave dtype out"
             )
-        model = copy.deepcopy(model).to(dtype)
+        model = copied(model).to(dtype)
     return model, in_dtype(stream, dtype)
 
 
@@ -424,8 +430,9 @@ def _graph(
     """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
         return model.copy()
-    check_made(model)
-    own = copy.deepcopy(model)
+    model, notes = unwrapped(model)
+    check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
+    own = copied(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     if policy is None and callable(loss) and is_chain(own, settings.partition):
@@ -449,5 +456,7 @@ def _graph(
             state_readout=state,
             together=together,
         )
+    graph.original = model  # what its forward has left behind stays with the blocks
     graph.example = by_parent(example)
+    graph.notes[:0] = notes
     return graph

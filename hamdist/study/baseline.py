@@ -11,7 +11,6 @@ memory has to beat before it can be said to learn anything in its hidden blocks.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 import traceback
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from hamdist.config import FirstStep, LearningSettings, Settings
 from hamdist.dynamics.averaging import Average
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import called
 from hamdist.dynamics.losses import Losses, LossFunction, make_losses
 from hamdist.dynamics.metrics import Prequential, Window, counts
@@ -69,7 +69,7 @@ def train_centralised(
     reset_peak()
     losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
     model, stream = in_dtype_of(settings, model, stream)
-    own = copy.deepcopy(model)
+    own = copied(model)
     if frozen:
         _freeze(own)
     trainer = _Trainer(own, settings, losses, stream.spec.targets, stream.spec.late)
@@ -185,7 +185,7 @@ class _Trainer:
         """The model with the average of its weights, if there is one."""
         if self.average is None:
             return None
-        made = copy.deepcopy(self.model)
+        made = copied(self.model)
         moving = [p for p in made.parameters() if p.requires_grad]
         for p, value in zip(moving, self.average.values, strict=True):
             p.data.copy_(value)
@@ -280,7 +280,7 @@ def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
 
 def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
     """1, or as many as the compared run has: whichever trains a copy of the model faster."""
-    probe = _Trainer(copy.deepcopy(trainer.model), settings, trainer.loss, trainer.targets)
+    probe = _Trainer(copied(trainer.model), settings, trainer.loss, trainer.targets)
     sample = example_sample(spec)
 
     def step() -> None:
