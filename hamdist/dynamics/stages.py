@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.cuts import stays_whole
 from hamdist.dynamics.hooks import hook_of
 from hamdist.dynamics.layout import (
@@ -62,7 +63,7 @@ class Stages:
         self.m = block.slices
         self._refuse_what_has_no_slices()
         self._refuse_what_would_be_lost(shapes)
-        self._inner = readable(copy.deepcopy(block.module))
+        self._inner = readable(copied(block.module))
         self.root = nn.Module()
         self.root.add_module("m", self._inner)
         self.traced, self.result = self._trace()

@@ -72,7 +72,9 @@ def start(folder: Path, *, port: int, jobs_port: int, cpus: int | None) -> Path:
     for number, option in ((port, "--port"), (jobs_port, "--jobs-port")):
         _check_free(number, option)
     token = _prepare(folder)
-    ray_folder = tempfile.mkdtemp(prefix="hdray-", dir=short_folder())
+    ray_folder = tempfile.mkdtemp(
+        prefix="hdhead-", dir=short_folder()
+    )  # (it outlives this process)
     command = _command(ray_folder, port, jobs_port, cpus)
     with (folder / LOG).open("w") as log:
         process = subprocess.Popen(

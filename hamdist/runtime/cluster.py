@@ -11,11 +11,13 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,13 +27,15 @@ from hamdist.config import EngineSettings, describe
 from hamdist.errors import ClusterError, HamdistError, SettingsError
 from hamdist.runtime.hosts import HostInfo, Seat, described
 from hamdist.runtime.interrupts import deaf_to_interrupts, handlers_of_ours
+from hamdist.runtime.leftovers import RAY_PREFIX, claim, release, sweep
 from hamdist.runtime.threads import cores
 from hamdist.runtime.token import REMEDY, check_joined, check_token, is_refusal, own_token, refused
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
 KNOCK_SECONDS = 5.0
-ANSWER_SECONDS = 1.0  # for a raylet's port
+ANSWER_SECONDS = 1.0  # for a port of Ray's
+HEAD_SECONDS = 10.0  # without an answer, of the 60 after which Ray ends its drivers
 KNOCKS = 32  # at a time
 PROFILE_SECONDS = 60.0
 TRIES = 5
@@ -61,6 +65,8 @@ class Session:
                 _, actor = self.idle.pop(k)
                 if is_alive(actor):
                     found[i] = actor
+                else:  # its processor is wanted at once
+                    _end([actor])
         if len(found) < len(seats):
             self.make_room()
         return [found[i] if i in found else start_actor(seat) for i, seat in enumerate(seats)]
@@ -298,11 +304,45 @@ def _knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
         socket.create_connection((host, int(port)), seconds).close()
 
 
+def answers(address: str) -> bool:
+    """Return whether somebody listens at host:port."""
+    try:
+        _knock(address, ANSWER_SECONDS)
+    except OSError:
+        return False
+    return True
+
+
+class HeadWatch:
+    """Finds out that the head of a joined cluster is gone, before Ray ends this process for it."""
+
+    def __init__(self) -> None:
+        self._asked = self._answered = time.monotonic()
+
+    def lost(self, address: str, now: float) -> bool:
+        """Ask now and then whether anybody listens at the head's address.
+
+        Args:
+            address: host:port of the head.
+            now: as of `time.monotonic`.
+
+        Returns:
+            Whether nobody has for HEAD_SECONDS.
+        """
+        if now - self._asked >= HEAD_SECONDS / 5:
+            self._asked = now
+            if answers(address):
+                self._answered = now
+        return now - self._answered >= HEAD_SECONDS
+
+
 @contextmanager
 def _local(cpus: int) -> Iterator[set[psutil.Process]]:
     import ray
 
-    folder = tempfile.mkdtemp(prefix="hdray-", dir=short_folder())
+    sweep()
+    folder = tempfile.mkdtemp(prefix=RAY_PREFIX, dir=short_folder())
+    claim(Path(folder))
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
@@ -325,6 +365,7 @@ def _local(cpus: int) -> Iterator[set[psutil.Process]]:
             ray.shutdown()
             _outlast(mine, GONE_SECONDS if up else 0)
             shutil.rmtree(folder, ignore_errors=True)
+            release(Path(folder))
 
 
 @contextmanager
@@ -381,16 +422,12 @@ def reachable_hosts() -> list[HostInfo]:
         if node["Alive"]
     }
 
-    def answers(host: HostInfo) -> bool:
-        try:
-            _knock(raylets[host.id], ANSWER_SECONDS)
-        except (OSError, KeyError):
-            return False
-        return True
+    def reached(host: HostInfo) -> bool:
+        return host.id in raylets and answers(raylets[host.id])
 
     known = hosts()
     with ThreadPoolExecutor(KNOCKS) as pool:
-        return [host for host, up in zip(known, pool.map(answers, known), strict=True) if up]
+        return [host for host, up in zip(known, pool.map(reached, known), strict=True) if up]
 
 
 def _host(node: dict[str, Any]) -> HostInfo:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +49,10 @@ START_SECONDS = 120.0
 ANSWER_SECONDS = 5.0
 OBEY_SECONDS = 2.0
 END_SECONDS = 10.0
+GATHER_SECONDS = 15.0  # until actors that came up make room for a run that lacks fewer
 LOOPBACK = "127.0.0.1"
+
+_random = random.SystemRandom()  # (the user's generators stay as they are)
 
 
 @dataclass(slots=True, eq=False)
@@ -114,6 +119,7 @@ class Crew:
         self.actors: list[Actor] = []
         self._keeping: list[Any] = []  # the calls of the latest keep() that have not been answered
         self._too_late = False
+        self._called_off = False
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
         self.notes: list[str] = []  # what there is to say of the actors before the first tick
         self.lent = 0  # channels between GPUs of one host, at the start
@@ -161,7 +167,7 @@ class Crew:
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
         with startup.phase("actors"):
             own = self._seats(groups, costs)
-            handles = self.session.actors(own)
+            handles = self._all_or_none(own)
             self.actors = [
                 Actor(f"actor {i}", blocks, handle, seat)
                 for i, (blocks, handle, seat) in enumerate(zip(groups, handles, own, strict=True))
@@ -195,6 +201,31 @@ class Crew:
             if any(end.address.startswith(GPU_SCHEME) for end in ends.values()):
                 self._lend()
         return plan
+
+    def _all_or_none(self, seats: Sequence[Seat]) -> list[Any]:
+        """Start an actor for each seat, and hold none while others are missing.
+
+        Two runs that start at once on a cluster with room for one of them could otherwise take half
+        of it each and wait for each other. (Ray's placement groups reserve at once, too, but bind a
+        replacement to what they reserved, and hosts by address, which raylets may share.)
+
+        Returns:
+            The actors' handles. Those of a cluster that is full are still pending.
+        """
+        patience = GATHER_SECONDS
+        give_up = time.monotonic() + START_SECONDS
+        while True:
+            handles = self.session.actors(seats)
+            if self._plan.engine.address is None:
+                return handles
+            calls = [handle.where.remote() for handle in handles]
+            _, late = ray.wait(calls, num_returns=len(calls), timeout=patience)
+            if not late or len(late) == len(calls) or time.monotonic() > give_up:
+                return handles
+            for handle in handles:
+                ray.kill(handle)
+            time.sleep(_random.uniform(0, patience))
+            patience *= 2
 
     def _lend(self) -> None:
         """Lets all find out whether signals can stay on GPUs. Raises ClusterError where they have
@@ -412,11 +443,13 @@ class Crew:
     def withdraw(self, key: str) -> None:
         """Nobody lets the holder of this key in any more."""
         for actor in self.actors:
-            actor.handle.withdraw.remote(key)
+            actor.handle.withdraw.remote(self._plan.run, key)
 
     def keep(self, tick: int) -> None:
         """All take a snapshot at `tick`."""
-        self._keeping = [actor.handle.keep.remote(tick) for actor in self.running.values()]
+        self._keeping = [
+            actor.handle.keep.remote(self._plan.run, tick) for actor in self.running.values()
+        ]
         self._too_late = self._local is not None and not self._local.keep(tick)
 
     def too_late(self) -> bool:
@@ -434,7 +467,7 @@ class Crew:
     def complete(self, tick: int) -> None:
         """All may forget what lies before that snapshot."""
         for actor in self.actors:
-            actor.handle.complete.remote(tick)
+            actor.handle.complete.remote(self._plan.run, tick)
         if self._local is not None:
             self._local.complete(tick)
 
@@ -509,6 +542,10 @@ class Crew:
                 return
             raise lost from error
         report = actor.report
+        if report is not None and report.aborted and not self._called_off:
+            report.error = ClusterError(
+                f"{actor} ended before its time: it was called off by nobody"
+            )
         if report is None or report.error is None:
             if report is not None and report.kept is not None:
                 actor.told.append(report.kept)
@@ -554,12 +591,13 @@ class Crew:
         if self._local is not None:
             self._local.stop_stream()
         else:
-            self.actors[self._source_actor()].handle.stop_stream.remote()
+            self.actors[self._source_actor()].handle.stop_stream.remote(self._plan.run)
 
     def call_off(self) -> None:
         """Ends the runs as they are now; those that do not answer leave no report."""
+        self._called_off = True
         for actor in self.running.values():
-            actor.handle.abort.remote()
+            actor.handle.abort.remote(self._plan.run)
         if self._local is not None:
             self._local.abort()
         self.wait(ANSWER_SECONDS, everybody=True)
@@ -576,7 +614,7 @@ class Crew:
     def _end_actors(self) -> None:
         """Lets the actors that obey take another run, and kills the others."""
         for actor in self.running.values():
-            actor.handle.abort.remote()
+            actor.handle.abort.remote(self._plan.run)
         runs = [a.running for a in self.actors if a.running is not None]
         ended = ray.wait(runs, num_returns=len(runs), timeout=OBEY_SECONDS)[0] if runs else []
         closed = {a.handle.close.remote(): a for a in self.actors if a.running in ended}

@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 
 from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import ClusterError
+from hamdist.runtime.leftovers import SOCKETS_PREFIX, claim
 from hamdist.runtime.loop import Aborted
 from hamdist.runtime.requests import Interrupted, Requests
 from hamdist.runtime.signal import Channel, Signal
@@ -93,7 +94,7 @@ class Receiver(Protocol):
 
 def socket_folder(run: int) -> Path:
     """The private folder of this run's sockets on this host."""
-    folder = Path(tempfile.gettempdir()) / f"hd-{run:016x}"
+    folder = Path(tempfile.gettempdir()) / f"{SOCKETS_PREFIX}{run:016x}"
     if len(str(folder)) + 12 > MAX_PATH:
         folder = Path("/tmp") / folder.name
     return folder
@@ -112,4 +113,5 @@ def private_folder(run: int) -> Path:
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
         raise ClusterError(f"{folder} belongs to somebody else; remove it and start again")
+    claim(folder)
     return folder

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from hamdist.config import Settings
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan import Plan, fingerprint
@@ -117,7 +117,7 @@ def _of_cell(cell: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def with_weights(model: nn.Module, learned: nn.Module) -> nn.Module:
     """A copy of `model` with the weights of `learned`. Raises SnapshotError where they differ."""
-    own = copy.deepcopy(model)
+    own = copied(model)
     try:
         own.load_state_dict(learned.state_dict())
     except RuntimeError as error:

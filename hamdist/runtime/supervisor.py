@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, StallError
 from hamdist.runtime.advice import lending_notes, placement_notes, unmeasured_notes
-from hamdist.runtime.cluster import ray_session
+from hamdist.runtime.cluster import HEAD_SECONDS, HeadWatch, answers, ray_session
 from hamdist.runtime.compression import CompressionMap
 from hamdist.runtime.crew import END_SECONDS, Crew
 from hamdist.runtime.crewkeeping import CrewKeeping
@@ -84,6 +84,7 @@ class _Watch:
         self._note: str | None = None
         self._samples = plan.resumed
         self._windows: list[Window] = []
+        self._head = HeadWatch()
         self._keeping = None if plan.keeping is None else CrewKeeping(plan, crew, plan.keeping)
         self.started = time.perf_counter()
 
@@ -129,10 +130,38 @@ class _Watch:
                 self._crew.call_off()
                 return
             self._look()
+            if end_by is None and self._head_is_lost(now):
+                stop.set()  # the actors are there: what they have learned is fetched
+                continue
+            if keeping is not None and keeping.lost and not self._head_answers():
+                continue  # nothing can be replaced before it does
             if keeping is not None and end_by is None and not self._mended(stop):
                 self._crew.call_off()
                 return
             self._report_progress()
+
+    def _head_answers(self) -> bool:
+        address = self._plan.engine.address
+        return address is None or answers(address)
+
+    def _head_is_lost(self, now: float) -> bool:
+        """Whether the head of a joined cluster is gone for good: nothing can be replaced then, and
+        Ray would end this process after a minute. The run ends with an error that says so."""
+        address = self._plan.engine.address
+        if address is None or self._ending.error is not None:
+            return False
+        if self._head.lost(address, now):
+            kept = self._plan.keeping
+            self._ending.error = ClusterError(
+                f"the head of the Ray cluster at {address} has not answered for "
+                f"{HEAD_SECONDS:.0f} s; start it again, and go on "
+                + (
+                    "from the beginning: no snapshots were taken (snapshots.path)"
+                    if kept is None
+                    else f"from the latest snapshot: --resume {kept.path}"
+                )
+            )
+        return self._ending.error is not None
 
     def _lost_while_ending(self) -> bool:
         """A new process would begin behind what its neighbours wait for, and so ends nothing."""

@@ -18,6 +18,7 @@ from hamdist.runtime import shared
 from hamdist.runtime.feeder import Feeder
 from hamdist.runtime.late import LateReceiver
 from hamdist.runtime.ledger import Log
+from hamdist.runtime.leftovers import release
 from hamdist.runtime.lending import Lender, Memory
 from hamdist.runtime.line import Line, Receiver, Sender, Waiting, socket_folder
 from hamdist.runtime.requests import Interrupted, Requests
@@ -220,5 +221,7 @@ class Wires:
         if self._zmq is not None:
             self._zmq.destroy(linger=0)
             self._zmq = None
+        folder = socket_folder(self._line.run)
+        release(folder)
         with contextlib.suppress(OSError):  # others' sockets are there, or they were faster
-            socket_folder(self._line.run).rmdir()
+            folder.rmdir()
