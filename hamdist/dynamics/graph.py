@@ -135,6 +135,7 @@ class Graph:
         self.out_of = {b: [e for e in self.edges if e.parent == b] for b in self.blocks}
         self.out_of[INPUT] = [e for e in self.edges if e.from_input]
         self.notes: list[str] = []
+        self.state: set[str] = set()  # Python state that forwards change, once shapes are known
         self.example: Mapping[str, Tensor] = {}
         self.depths = self._depths()
         self.original = original
@@ -299,7 +300,7 @@ class Graph:
                     "each cycle its shape (shape=..., without the batch)"
                 )
             for name in ready:
-                found[name] = shape_of(self.blocks[name], known, self.example)
+                found[name] = shape_of(self.blocks[name], known, self.example, self.state)
                 declared = known.setdefault(name, found[name])
                 if declared[0] != found[name][0]:
                     raise GraphError(

@@ -182,6 +182,12 @@ class _Work:
             blocks = graph.unsliced.blocks
             check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
             plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+        if graph.state:
+            graph.notes.append(
+                f"the model's forward changes {', '.join(sorted(graph.state))}: Python state, "
+                "which neither snapshots nor result.model hold; a buffer, or get_extra_state and "
+                "set_extra_state, would be kept"
+            )
         keeping = make_keeping(self.settings, snapshot, last=self.keeps)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path)
