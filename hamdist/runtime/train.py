@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hamdist.config import Bits, Decay, EngineKind, Level, Readout, Settings
+from hamdist.config import Bits, EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.copies import copied, unwrapped
@@ -23,7 +23,6 @@ from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.python_state import check_apart, unchanged
-from hamdist.dynamics.rates import step_course
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
@@ -43,6 +42,7 @@ from hamdist.runtime.portable import is_pinned
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import RunResult
 from hamdist.runtime.resume import (
+    bent_course,
     changed,
     differences,
     earlier,
@@ -209,7 +209,7 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
-            told += _bent(snapshot, own.settings)
+            told += bent_course(snapshot, own.settings)
             told += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)
             if plan.engine.digests and not snapshot.digests:
@@ -256,20 +256,6 @@ class _Work:
             partition = settings.partition.model_copy(update=given)
             settings = settings.model_copy(update={"partition": partition})
         return replace(self, settings=settings, keeps=keeps)
-
-
-def _bent(snapshot: Snapshot, settings: Settings) -> list[str]:
-    """Tells of a step size that falls over other steps than before."""
-    before, n = snapshot.manifest.settings.get("steps"), snapshot.manifest.samples
-    decay = settings.learning.decay
-    if decay is Decay.NONE or before in (None, settings.steps):
-        return []
-    old, new = (step_course(settings.learning, steps)(n) for steps in (before, settings.steps))
-    return [
-        f"learning.decay {decay.value!r} now falls over {settings.steps} samples, before over "
-        f"{before}: at sample {n} the step size goes from {old:.3g} to {new:.3g} of learning.lr; "
-        "for the course of one long run give the first run its steps, and end it by Ctrl-C"
-    ]
 
 
 def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
@@ -358,7 +344,7 @@ def _result(
         "startup_seconds": sum(startup.seconds.values()),
         "compression": in_edge_order(outcome.compression, graph),
         "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
-        "staleness": plan.schedule.staleness,
+        "staleness": -(-plan.schedule.staleness // plan.spec.passes),
         "resumed": plan.resumed,
         "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
         "weight_lags": weight_lags(plan),
