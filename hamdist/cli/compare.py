@@ -60,6 +60,15 @@ def compare(
     model: ModelOption = None,
     stream: StreamOption = None,
     stabilise: StabiliseOption = None,
+    baseline_model: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline-model",
+            metavar="FILE.py:FUNCTION",
+            help="Makes the module of centralised training, where it is another one; it begins "
+            "with the model's weights where names and shapes fit.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -75,7 +84,8 @@ def compare(
         asked = {"levels": None if levels is None else _split_levels(levels), "seeds": seeds}
         options = changes(engine=engine, seed=seed, steps=steps, stabilise=stabilise)
         loaded = load(settings, set_, {**options, **given({"compare": given(asked) or None})})
-        _compare(loaded, model, stream, results_of(loaded.name) if out is None else out, overwrite)
+        folder = results_of(loaded.name) if out is None else out
+        _compare(loaded, model, stream, baseline_model, folder, overwrite)
 
 
 def _split_levels(text: str) -> list[str]:
@@ -95,12 +105,14 @@ def _compare(
     settings: Settings,
     model_name: str | None,
     stream_name: str | None,
+    baseline: str | None,
     out: Path,
     overwrite: bool,
 ) -> None:
     factory = prepare(None, model_name)
     data = own_stream(stream_name, settings)
-    code = code_of(model_name, stream_name)
+    plain = prepare(None, baseline)
+    code = code_of(model_name, stream_name, baseline)
 
     from hamdist.study.compare import compare as runs_of
     from hamdist.study.compare import plan, run_key
@@ -126,6 +138,7 @@ def _compare(
                 planned,
                 factory=factory,
                 data=data,
+                plain=plain,
                 on_progress=watch,
                 store=store,
                 made_of=code,

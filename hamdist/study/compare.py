@@ -54,6 +54,7 @@ def compare(
     *,
     factory: ModelFactory | None = None,
     data: DataFactory | None = None,
+    plain: ModelFactory | None = None,
     on_progress: Callable[[Planned], OnProgress] | None = None,
     store: Store[Run] | None = None,
     made_of: str = "",
@@ -64,6 +65,7 @@ def compare(
     on beside the settings, as text (the user's code).
 
     Each level has its own settings (`Settings.for_level`); the baseline has those of `backprop`.
+    plain: makes the module of the baseline, where that is another one than the levels'.
     The runs on Ray share one session and its actors. An interrupted run is the last one. Raises
     HamdistError as the runs do.
     """
@@ -80,8 +82,12 @@ def compare(
                 continue
             if item.level is not None and own.engine.kind is EngineKind.RAY:
                 stack.enter_context(ray_session(own.engine))
-            start = run_centralised if item.level is None else run_level
-            run, _ = start(own, factory=factory, data=data, on_progress=callback)
+            if item.level is None:
+                run, _ = run_centralised(
+                    own, factory=factory, data=data, plain=plain, on_progress=callback
+                )
+            else:
+                run, _ = run_level(own, factory=factory, data=data, on_progress=callback)
             if store is not None and not run.interrupted:
                 store.keep(key, json.dumps({"key": key, **run.as_json()}))
             yield run

@@ -5,14 +5,12 @@ Everything that a comparison needs of a run is in a `Run`; the trained model com
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
@@ -22,6 +20,7 @@ from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import Losses, LossFunction, make_loss, make_losses
 from hamdist.dynamics.metrics import Window, merge_windows
 from hamdist.dynamics.outputs import main_output
+from hamdist.dynamics.python_state import functions_of
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.stabilise import stabilised
 from hamdist.errors import Choice, DivergedError, SettingsError, StreamError
@@ -42,12 +41,12 @@ from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.drift import Recovery, recoveries
 from hamdist.study.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
+from hamdist.study.limits import check_model, check_size
 from hamdist.study.own_data import OwnData, check_held_out
 from hamdist.study.tracking import Tracking, advice, tracking
-from hamdist.study.warm import warmed
+from hamdist.study.warm import beside, warmed
 
 PYTORCH = "pytorch"
-LAYER_BYTES = 20_000  # of the Python objects of one layer
 TIMELINE_LIMIT = 4096
 
 OnProgress = Callable[[Progress], None]
@@ -146,6 +145,7 @@ class _Begin:
 
     resume: str | Path | None = None
     weights: Path | None = None
+    plain: ModelFactory | None = None
 
 
 def run_centralised(
@@ -153,12 +153,16 @@ def run_centralised(
     *,
     factory: ModelFactory | None = None,
     data: DataFactory | None = None,
+    plain: ModelFactory | None = None,
     frozen: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[Run, nn.Module]:
-    """The same with centralised training (baseline.py), with `frozen` of the last layer alone."""
+    """The same with centralised training (baseline.py), with `frozen` of the last layer alone.
+
+    plain: makes the module that is trained instead, from the model's weights (`beside`).
+    """
     level = FROZEN if frozen else CENTRALISED
-    return _run(settings, level, PYTORCH, factory, data, on_progress, {})
+    return _run(settings, level, PYTORCH, factory, data, on_progress, {}, _Begin(plain=plain))
 
 
 def _run(
@@ -176,17 +180,28 @@ def _run(
     startup.add(before)
     with startup.phase("data"):
         check_size(settings, own_model=factory is not None, own_data=data is not None)
-        own = None if data is None else data(settings.seed)
+        own = None if data is None else data(settings.seed).in_dtype(dtype)
         stream = _stream(settings, dtype) if own is None else own.train
         model = build(settings, stream.spec, factory, dtype)
         if isinstance(model, nn.Module):
             check_model(model)
         if begin is not None and begin.weights is not None:
             model = warmed(model, begin.weights)
+        told = advice(settings)
+        rules = [] if isinstance(model, Graph) else functions_of(model)
+        if begin is not None and begin.plain is not None:
+            plain_model = make_from_factory(begin.plain, seed=settings.seed, dtype=dtype)
+            told.append(beside(plain_model, model))
+            model = plain_model
+        elif engine == PYTORCH and rules:
+            told.append(
+                f"the model has a rule of its own ({', '.join(rules)}, an autograd.Function), "
+                "which centralised training follows too: the gap to it says nothing of that rule; "
+                "compare with a module without it, --baseline-model FILE.py:FUNCTION"
+            )
         if own is not None and isinstance(model, nn.Module):
             check_held_out(model, own)
     prepared = sum(startup.seconds.values())
-    told = advice(settings)
     if engine == PYTORCH:
         told += baseline_warnings(settings)
     for text in told:
@@ -274,42 +289,6 @@ def build(
     for text in told:
         warnings.warn(Choice(text), stacklevel=5)
     return made
-
-
-def check_size(settings: Settings, *, own_model: bool = False, own_data: bool = False) -> None:
-    """Raises SettingsError where the least that a run takes is more memory than this host has.
-
-    own_model, own_data: width and depth, or the batch, are not those of the settings.
-    """
-    width, depth = (1, 0) if own_model else (settings.model.width, settings.model.depth)
-    batch = 0 if own_data else settings.stream.batch
-    number = torch_dtype(settings.dtype).itemsize
-    layer = 2 * number * width**2 + LAYER_BYTES  # weights, their costates, and the objects
-    needed, there = depth * layer + batch * number * width, psutil.virtual_memory().total
-    if needed > there:
-        raise SettingsError(
-            f"model.width {width:,}, model.depth {depth:,}, stream.batch {batch:,}: weights and "
-            f"one state take at least {needed / 2**30:,.0f} GiB, and this host has "
-            f"{there / 2**30:,.0f} GiB: use smaller ones"
-        )
-
-
-def check_model(model: nn.Module) -> None:
-    """Raises SettingsError for a model that cannot be copied into blocks, or has no weights."""
-    if next(model.parameters(), None) is None:
-        raise SettingsError("the model has no weights: there is nothing to learn")
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers", "_modules"):
-                continue
-            try:
-                copy.deepcopy(value)
-            except TypeError as error:
-                raise SettingsError(
-                    f"the model's {'.'.join(filter(None, (name, attribute)))} is a "
-                    f"{type(value).__name__}, which cannot be copied ({error}), but each block "
-                    "gets a copy of its modules: make it where it is used, or outside of the model"
-                ) from None
 
 
 def _plain_build(

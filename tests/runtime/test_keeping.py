@@ -59,6 +59,7 @@ class FakeCrew:
     completed: list = field(default_factory=list)
     told: list = field(default_factory=list)
     done = lost = stopped = called_off = late = False
+    arithmetic = ()
 
     def too_late(self):
         return self.late
