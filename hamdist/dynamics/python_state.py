@@ -111,6 +111,13 @@ def inside(part: nn.Module) -> Values:
     return values
 
 
+def changed_in(part: nn.Module, before: Values) -> list[str]:
+    """Name the attributes that calls have changed, unless the class saves them by itself."""
+    if type(part).get_extra_state is not nn.Module.get_extra_state:
+        return []
+    return [f"{name!r} of a {type(part).__name__}" for name in before.differing(inside(part))]
+
+
 def check_apart(blocks: Mapping[str, Sequence[nn.Module]]) -> None:
     """Check that no block's Python code holds a module or weight of another block.
 

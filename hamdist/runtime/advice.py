@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -52,6 +53,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     if plan.engine.address is None:
         told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
+    told += _late(plan, settings)
     told += _losses(plan)
     told += _alone(plan)
     told += _as_they_are(plan)
@@ -60,6 +62,26 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         told += reset_warnings(plan, plan.schedule)
         told += _one_hop(plan)
     return told
+
+
+def _late(plan: Plan, settings: Settings) -> list[str]:
+    """What labels cost that come late."""
+    late, given = plan.spec.late, settings.stream
+    if late:
+        kept = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
+                   for r in plan.graph.readouts)  # fmt: skip
+        return [
+            f"labels come {late} items late: a sample is scored by its prediction from when it "
+            f"came, and shown again with its label {late} items later, to learn from; {late} "
+            f"predictions wait at the readout ({late * kept / 1024:.1f} KiB), as many inputs at "
+            "the stream, and every item passes the network twice"
+        ]
+    if given.late_targets and not given.again:
+        return [
+            "samples wait for their labels before they are predicted (stream.relearn: wait, or a "
+            "pace): prequential scores are as if labels came at once"
+        ]
+    return []
 
 
 def _losses(plan: Plan) -> list[str]:

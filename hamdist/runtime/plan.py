@@ -130,7 +130,7 @@ class Plan:
 
     def course(self, sample: int) -> float:
         """The same without what makes up for a delay."""
-        return self.rate(sample + self.skip)
+        return self.rate(sample // self.spec.passes + self.skip)
 
     @property
     def resumed(self) -> int:
@@ -152,7 +152,7 @@ class Plan:
         it (in sequences, and where a sample is drawn ahead for its time)."""
         if self.steps is None or self.knobs.sequence or self.dynamics.tau is None:
             return math.inf
-        return (self.steps - self.skip) * self.schedule.c - 1
+        return (self.steps - self.skip) * self.spec.passes * self.schedule.c - 1
 
     def start(self, block: str) -> Tensor:
         """h_0 of a block, the batch in front."""
@@ -212,6 +212,14 @@ def make_plan(
             f"metrics.record {settings.metrics.record.value!r} with presentation "
             f"{knobs.presentation.value!r}: the energies are sums over the blocks at one time, but "
             "there the blocks work on different samples; use a level of presentation 'hold'"
+        )
+    if spec.late and not knobs.pulse:
+        raise LevelError(
+            f"labels that come {spec.late} items late with presentation "
+            f"{knobs.presentation.value!r}, whose states go from one item to the next: a sample "
+            "cannot be shown again in between; use a level of presentation 'pulse' (trace, "
+            "backprop, heads, reversible), or have samples wait for their labels (stream.relearn: "
+            "wait, or hamdist.streams.Rejoin), whose scores know no delay"
         )
     rate = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)

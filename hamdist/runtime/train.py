@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hamdist.config import Bits, Decay, EngineKind, Level, Readout, Settings
+from hamdist.config import Bits, EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
+from hamdist.dynamics.copies import copied, unwrapped
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.graph_checks import check_parameters
 from hamdist.dynamics.hooks import check_hooks
@@ -23,7 +23,6 @@ from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import Locality, make_locality
 from hamdist.dynamics.losses import Losses, make_losses
 from hamdist.dynamics.python_state import check_apart, unchanged
-from hamdist.dynamics.rates import step_course
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
@@ -43,6 +42,7 @@ from hamdist.runtime.portable import is_pinned
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import RunResult
 from hamdist.runtime.resume import (
+    bent_course,
     changed,
     differences,
     earlier,
@@ -182,6 +182,12 @@ class _Work:
             blocks = graph.unsliced.blocks
             check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
             plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+        if graph.state:
+            graph.notes.append(
+                f"the model's forward changes {', '.join(sorted(graph.state))}: Python state, "
+                "which neither snapshots nor result.model hold; a buffer, or get_extra_state and "
+                "set_extra_state, would be kept"
+            )
         keeping = make_keeping(self.settings, snapshot, last=self.keeps)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path)
@@ -203,7 +209,7 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
-            told += _bent(snapshot, own.settings)
+            told += bent_course(snapshot, own.settings)
             told += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)
             if plan.engine.digests and not snapshot.digests:
@@ -252,20 +258,6 @@ class _Work:
         return replace(self, settings=settings, keeps=keeps)
 
 
-def _bent(snapshot: Snapshot, settings: Settings) -> list[str]:
-    """Tells of a step size that falls over other steps than before."""
-    before, n = snapshot.manifest.settings.get("steps"), snapshot.manifest.samples
-    decay = settings.learning.decay
-    if decay is Decay.NONE or before in (None, settings.steps):
-        return []
-    old, new = (step_course(settings.learning, steps)(n) for steps in (before, settings.steps))
-    return [
-        f"learning.decay {decay.value!r} now falls over {settings.steps} samples, before over "
-        f"{before}: at sample {n} the step size goes from {old:.3g} to {new:.3g} of learning.lr; "
-        "for the course of one long run give the first run its steps, and end it by Ctrl-C"
-    ]
-
-
 def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
     """Return model and stream in `settings.dtype`, where it was set; copies, where they were not.
 
@@ -282,7 +274,7 @@ def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) ->
                 f"dtype {settings.dtype.value!r}: the Graph has weights of another type; make its "
                 "modules in that type, or leave dtype out"
             )
-        model = copy.deepcopy(model).to(dtype)
+        model = copied(model).to(dtype)
     return model, in_dtype(stream, dtype)
 
 
@@ -352,7 +344,7 @@ def _result(
         "startup_seconds": sum(startup.seconds.values()),
         "compression": in_edge_order(outcome.compression, graph),
         "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
-        "staleness": plan.schedule.staleness,
+        "staleness": -(-plan.schedule.staleness // plan.spec.passes),
         "resumed": plan.resumed,
         "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
         "weight_lags": weight_lags(plan),
@@ -424,8 +416,9 @@ def _graph(
     """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
         return model.copy()
-    check_made(model)
-    own = copy.deepcopy(model)
+    model, notes = unwrapped(model)
+    check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
+    own = copied(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     if policy is None and callable(loss) and is_chain(own, settings.partition):
@@ -449,5 +442,7 @@ def _graph(
             state_readout=state,
             together=together,
         )
+    graph.original = model  # what its forward has left behind stays with the blocks
     graph.example = by_parent(example)
+    graph.notes[:0] = notes
     return graph

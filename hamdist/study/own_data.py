@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import called as called_with
 from hamdist.errors import SettingsError, StreamError
 from hamdist.loading import called, check_call, load_function, title
@@ -136,7 +136,7 @@ def check_held_out(model: nn.Module, data: OwnData) -> None:
     one = example_input(spec) if spec.inputs is None else example_inputs(spec)
     try:
         with torch.no_grad():
-            called_with(copy.deepcopy(model).eval(), one)
+            called_with(copied(model).eval(), one)
     except Exception as error:  # a user's forward may raise anything
         raise SettingsError(
             f"{STREAM_OPTION}: the model does not take what is held out, {_shown(spec)}, which is "
