@@ -1,4 +1,4 @@
-"""What is refused before a run builds anything: sizes that no memory holds, models that cannot run."""
+"""What is refused before a run builds anything: sizes beyond memory, models that cannot run."""
 
 from __future__ import annotations
 
