@@ -182,7 +182,8 @@ def test_options_reach_the_run(train: FakeTrain, tiny: str, tmp_path: Path) -> N
     assert asked.stream.smooth is not None
     assert asked.stream.smooth.frames == 3
     names = {item.name for item in out.iterdir()}
-    assert names == {"metrics.jsonl", "summary.json", "settings.yaml", "model.safetensors"}
+    own = {"metrics.jsonl", "summary.json", "settings.yaml", "model.safetensors"}
+    assert names == {*own, "events.jsonl"}
     again = command("run", str(out / "settings.yaml"))
     assert again.exit_code == 0, again.output
     assert train.asked[1].model_dump() == asked.model_dump()
@@ -340,7 +341,10 @@ def test_ended_comparison_keeps_the_runs_that_finished(
 def test_interrupted_before_anything_ran(train: FakeTrain, tiny: str, tmp_path: Path) -> None:
     train.fault = KeyboardInterrupt()
     assert command("run", tiny, "--out", str(tmp_path / "out")).exit_code == 130
-    assert list((tmp_path / "out").iterdir()) == []
+    lines = (tmp_path / "out" / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [e["event"] for e in events if e["event"] != "phase"] == ["started", "progress", "ended"]
+    assert events[-1]["error"] == "KeyboardInterrupt"
 
 
 def test_a_model_of_ones_own(

@@ -16,7 +16,7 @@ from hamdist.cli import app
 from hamdist.config import Late
 from hamdist.runtime.advice import of_resumed
 from hamdist.runtime.snapshot import latest
-from hamdist.runtime.train import snapshot_model, train
+from hamdist.runtime.train import train
 from hamdist.streams import Paced, from_iterable
 from hamdist.streams.chosen import Chosen
 
@@ -85,24 +85,47 @@ def test_wrong_input(tmp_path):
     assert not (tmp_path / "f").exists()
 
 
-def test_more_steps_after_the_end(tmp_path):
-    """The last snapshot lies behind the end of the stream: a run of more steps goes on with its
-    weights, at its place in the stream. Oracle: a new run with those weights and that stream."""
-    kept = {"path": str(tmp_path), "every": 30, "keep": 1}
+LONGER = {
+    "momentum": {"lr": 0.1, "momentum": 0.9, "dampening": 0.2},
+    "adam": {"lr": 0.02, "momentum": 0.8, "adaptive": {}, "weight_decay": 0.01, "average": 0.9},
+}
 
-    def own(steps, **fields):
-        return settings({"kind": "inprocess"}, steps, level="trace", **fields)
 
-    train(chain(), PortableStream(30), own(30, snapshots=kept))
-    with pytest.warns(UserWarning, match=r"its steps were over, and steps differ.*\(30 items\)"):
-        on = train(chain(), PortableStream(50), own(50), resume=tmp_path)
-    assert on.samples == 20
-    stream = PortableStream(50)
-    then = latest(tmp_path, pytest.fail)
-    assert then.tick == 30
-    begin = snapshot_model(then, chain(), stream.spec, own(30))
-    rest = from_iterable(list(stream.samples())[30:], classes=stream.spec.classes)
-    assert_equal(train(begin, rest, own(20)), on)
+@pytest.mark.parametrize("every", [{"every": 7}, {"seconds": 1e6}])
+@pytest.mark.parametrize("level", ["trace", "backprop", "local", "heads"])
+@pytest.mark.parametrize("recipe", LONGER)
+def test_more_steps_are_one_long_run(tmp_path, level, recipe, every):
+    """Oracle: the long run, to the bit: with momentum, moments, and what was under way."""
+    fields = {"level": level, "learning": LONGER[recipe]}
+    alone = {"kind": "inprocess"}
+    kept = {"path": str(tmp_path), "keep": 1, **every}
+    whole = train(chain(), PortableStream(50), settings(alone, 50, **fields))
+    train(chain(), PortableStream(50), settings(alone, 30, **fields, snapshots=kept))
+    with pytest.warns(UserWarning, match="other settings than before: steps"):
+        on = train(chain(), PortableStream(50), settings(alone, 50, **fields), resume=tmp_path)
+    assert_equal(whole, on)
+    assert on.samples == whole.samples == 50
+    assert on.windows == whole.windows
+
+
+@pytest.mark.ray
+def test_more_steps_on_ray(session, leaves_no_socket, tmp_path):
+    fields = {"level": "trace", "learning": LONGER["adam"]}
+    spread = {"kind": "ray", "actors": 2}
+    kept = {"path": str(tmp_path), "keep": 1, "every": 7}
+    whole = train(chain(), PortableStream(50), settings({"kind": "inprocess"}, 50, **fields))
+    train(chain(), PortableStream(50), settings(spread, 30, **fields, snapshots=kept))
+    on = train(chain(), PortableStream(50), settings(spread, 50, **fields), resume=tmp_path)
+    assert_equal(whole, on)
+
+
+def test_more_steps_bend_a_course_that_falls_over_them(tmp_path):
+    fields = {"level": "trace", "learning": {"lr": 0.1, "decay": "linear"}}
+    kept = {"path": str(tmp_path), "every": 7}
+    alone = {"kind": "inprocess"}
+    train(chain(), PortableStream(50), settings(alone, 30, **fields, snapshots=kept))
+    with pytest.warns(UserWarning, match=r"now falls over 60 .*at sample 30 .* from 0 to 0.5 of"):
+        train(chain(), PortableStream(60), settings(alone, 60, **fields), resume=tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

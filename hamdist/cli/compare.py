@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ from hamdist.cli.options import (
     DEFAULT_SETTINGS,
     EngineOption,
     ModelOption,
+    OverwriteOption,
     SeedOption,
     SetOption,
     SettingsArgument,
@@ -28,14 +30,15 @@ from hamdist.cli.options import (
     given,
     load,
 )
-from hamdist.cli.prepare import command_line, own_stream, prepare, results_of
-from hamdist.config import Level, Settings
+from hamdist.cli.prepare import code_of, command_line, own_stream, prepare, results_of
+from hamdist.config import Level, Settings, did_you_mean
 from hamdist.errors import HamdistError, SettingsError
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
 
     from hamdist.study.compare import Planned
+    from hamdist.study.folder import ResultFolder
     from hamdist.study.runs import OnProgress, Run
     from hamdist.study.table import Table as StudyTable
 
@@ -57,17 +60,32 @@ def compare(
     model: ModelOption = None,
     stream: StreamOption = None,
     stabilise: StabiliseOption = None,
+    baseline_model: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline-model",
+            metavar="FILE.py:FUNCTION",
+            help="Makes the module of centralised training, where it is another one; it begins "
+            "with the model's weights where names and shapes fit.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the result's files.", show_default="results/NAME"),
+        typer.Option(
+            "--out",
+            help="Folder for the result's files; a comparison that was ended goes on there.",
+            show_default="results/NAME",
+        ),
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Compare levels with centralised backpropagation on the same stream."""
     with exit_codes():
         asked = {"levels": None if levels is None else _split_levels(levels), "seeds": seeds}
         options = changes(engine=engine, seed=seed, steps=steps, stabilise=stabilise)
         loaded = load(settings, set_, {**options, **given({"compare": given(asked) or None})})
-        _compare(loaded, model, stream, results_of(loaded.name) if out is None else out)
+        folder = results_of(loaded.name) if out is None else out
+        _compare(loaded, model, stream, baseline_model, folder, overwrite)
 
 
 def _split_levels(text: str) -> list[str]:
@@ -78,69 +96,105 @@ def _split_levels(text: str) -> list[str]:
     if wrong or not names:
         raise SettingsError(
             f"--levels {text!r}: {', '.join(wrong) or 'nothing'} is no level; "
-            f"levels: {', '.join(known)}"
+            f"levels: {', '.join(known)}{did_you_mean(wrong[0], known) if wrong else ''}"
         )
     return names
 
 
 def _compare(
-    settings: Settings, model_name: str | None, stream_name: str | None, out: Path
+    settings: Settings,
+    model_name: str | None,
+    stream_name: str | None,
+    baseline: str | None,
+    out: Path,
+    overwrite: bool,
 ) -> None:
-    factory = prepare(out, model_name)
+    factory = prepare(None, model_name)
     data = own_stream(stream_name, settings)
+    plain = prepare(None, baseline)
+    code = code_of(model_name, stream_name, baseline)
 
     from hamdist.study.compare import compare as runs_of
-    from hamdist.study.compare import plan
+    from hamdist.study.compare import plan, run_key
+    from hamdist.study.folder import RUNS, ResultFolder
+    from hamdist.study.grid.store import Store
+    from hamdist.study.runs import Run
+    from hamdist.study.save import save_comparison
     from hamdist.study.table import finished_line
 
     planned = plan(settings)
     finished: list[Run] = []
-    try:
-        with Display() as display:
-            watch = _titles(display, planned, settings.stream.batch if data is None else None)
-            runs = runs_of(settings, planned, factory=factory, data=data, on_progress=watch)
-            for result in runs:
+    key = run_key(settings, code)
+    with (
+        Display() as display,
+        ResultFolder(out, overwrite=overwrite, key=key, grows="runs.jsonl", say=display.say) as own,
+    ):
+        store = Store(own.path / RUNS, Run.from_json)
+        watch = _titles(display, own, planned, settings.stream.batch if data is None else None)
+        save = partial(save_comparison, own.path, finished, settings, command=command_line())
+        try:
+            for result in runs_of(
+                settings,
+                planned,
+                factory=factory,
+                data=data,
+                plain=plain,
+                on_progress=watch,
+                store=store,
+                made_of=code,
+            ):
                 finished.append(result)
                 display.say(finished_line(result))
-    except (HamdistError, KeyboardInterrupt):
-        _conclude(finished, settings, out, interrupted=True)
-        raise
-    interrupted = finished[-1].interrupted
-    _conclude(finished, settings, out, interrupted=interrupted)
+                own.tell("finished", level=result.level, seed=result.seed)
+                save(interrupted=True, drawn=False)
+        except (HamdistError, KeyboardInterrupt):
+            display.close()
+            _conclude(finished, settings, own.path, partial(save, interrupted=True))
+            raise
+        display.close()
+        interrupted = finished[-1].interrupted
+        _conclude(finished, settings, own.path, partial(save, interrupted=interrupted), interrupted)
     if interrupted:
         raise KeyboardInterrupt
 
 
 def _titles(
-    display: Display, planned: list[Planned], batch: int | None
+    display: Display, folder: ResultFolder, planned: list[Planned], batch: int | None
 ) -> Callable[[Planned], OnProgress]:
     """For each planned run, what shows its progress."""
     numbers = {item: number for number, item in enumerate(planned, start=1)}
 
     def watch(item: Planned) -> OnProgress:
         title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
-        return display.watch(title, batch)
+        return folder.watch(item.name, item.seed, display.watch(title, batch))
 
     return watch
 
 
-def _conclude(finished: list[Run], settings: Settings, out: Path, *, interrupted: bool) -> None:
+def _conclude(
+    finished: list[Run],
+    settings: Settings,
+    out: Path,
+    save: Callable[[], None],
+    interrupted: bool = True,
+) -> None:
     """Write the runs that finished to `out`, and print their table."""
     from hamdist.study.aggregate import aggregate
-    from hamdist.study.save import save_comparison
     from hamdist.study.table import comparison_table
 
     rows = aggregate(finished)
     try:
         if finished:
-            command = command_line()
-            save_comparison(out, finished, settings, command=command, interrupted=interrupted)
+            save()
     finally:
         if rows:
             _print_comparison(comparison_table(rows), settings.name)
         if interrupted:
             complain(
-                "Ended early: only the runs that finished are kept." if rows else "No run finished."
+                f"Ended early: only the runs that finished are kept, in {out}; the same command "
+                "goes on from there."
+                if rows
+                else "No run finished."
             )
     if finished:
         console().print(Text(f"Report: {out / 'report.html'}"))

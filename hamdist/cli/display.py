@@ -42,6 +42,10 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Show nothing more in place: what is printed from now on stays."""
         if self._live is not None:
             self._live.stop()
 

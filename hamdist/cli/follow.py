@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from hamdist.study.runs import OnProgress
 
 
-def results_in(out: Path | None) -> Results:
+def results_in(out: Path | None, overwrite: bool) -> Results:
     """Where a run's files go. Raises SettingsError where nothing can be written to `out`."""
     from hamdist.launch.follow import Results
+    from hamdist.study.folder import free_folder
 
-    return Results(out)
+    return Results(None if out is None else free_folder(out, overwrite=overwrite, say=complain))
 
 
 def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False) -> None:

@@ -17,6 +17,7 @@ from hamdist.cli.options import (
     LevelOption,
     ModelOption,
     OutOption,
+    OverwriteOption,
     SeedOption,
     SetOption,
     SettingsArgument,
@@ -45,6 +46,7 @@ def launch(
     model: ModelOption = None,
     stream: StreamOption = None,
     out: OutOption = None,
+    overwrite: OverwriteOption = False,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +73,7 @@ def launch(
         loaded = load(settings, set_, changes(level=level, seed=seed, steps=steps))
         own = on_ray(loaded.for_level(loaded.level))
         kept = kept_at(own, where, "") is not None
-        results = results_in(None if dry_run else out)
+        results = results_in(None if dry_run else out, overwrite)
         factory, data = prepare(None, model), own_stream(stream, own)
 
         from hamdist.launch.jobs import Jobs
@@ -100,20 +102,26 @@ def attach(
     ] = None,
     cluster: ClusterOption = None,
     out: OutOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Follow a launched run, and fetch its results."""
     with exit_codes():
         jobs = jobs_of(cluster)
-        results = results_in(out)
+        results = results_in(out, overwrite)
         name = _latest(jobs) if id_ is None else jobs.find(id_).id
         follow_run(jobs, name, results)
 
 
-def stop(id_: IdArgument, cluster: ClusterOption = None, out: OutOption = None) -> None:
+def stop(
+    id_: IdArgument,
+    cluster: ClusterOption = None,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
     """End a launched run, behind a last snapshot; what it has reached is its result."""
     with exit_codes():
         jobs = jobs_of(cluster)
-        results = results_in(out)
+        results = results_in(out, overwrite)
         name = jobs.find(id_).id
         if jobs.stop(name):
             complain(f"Asked it to end; it has {jobs.cluster.stop_seconds} s for that")

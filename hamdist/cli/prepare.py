@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hamdist.study.folder import prepare_folder
 
 if TYPE_CHECKING:
     from hamdist.config import Settings
@@ -18,14 +21,24 @@ def prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:
     """What can be wrong before anything is computed: the folder and the model's function. Raises
     SettingsError where nothing can be written to `out`, or no function has that name."""
     if out is not None:
-        from hamdist.study.results import prepare_folder
-
         prepare_folder(out)
     if model_name is None:
         return None
     from hamdist.models import load_factory
 
     return load_factory(model_name)
+
+
+def code_of(*names: str | None) -> str:
+    """Return digests of the files that `--model` and `--stream` have named, which are imported."""
+    found = []
+    for name in names:
+        where = "" if name is None else name.rpartition(":")[0]
+        module = sys.modules.get(Path(where).stem if where.endswith(".py") else where)
+        file = getattr(module, "__file__", None)
+        digest = "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        found.append(f"{name} {digest}")
+    return "; ".join(found)
 
 
 def own_stream(name: str | None, settings: Settings) -> DataFactory | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ from hamdist.cli.options import (
     EngineOption,
     LevelOption,
     ModelOption,
-    OutOption,
+    OverwriteOption,
     SeedOption,
     SetOption,
     SettingsArgument,
@@ -27,9 +28,10 @@ from hamdist.cli.options import (
     changes,
     load,
 )
-from hamdist.cli.prepare import own_stream, prepare
+from hamdist.cli.prepare import own_stream, prepare, results_of
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
+from hamdist.study.folder import ResultFolder
 
 if TYPE_CHECKING:
     from hamdist.study.runs import Run
@@ -46,7 +48,13 @@ def run(
     model: ModelOption = None,
     stream: StreamOption = None,
     stabilise: StabiliseOption = None,
-    out: OutOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder for the result's files.", show_default="results/NAME-TIME"
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
     snapshots: Annotated[
         str | None,
         typer.Option("--snapshots", metavar="DIR|URL", help="Where to keep snapshots."),
@@ -66,48 +74,55 @@ def run(
         if snapshots is not None:
             options["snapshots"] = {"path": snapshots}
         loaded = load(settings, set_, options)
-        _run(loaded, model, stream, out, resume, weights, began=context.obj)
+        where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        begin = (resume, weights)
+        _run(loaded, model, stream, where, overwrite, begin, began=context.obj)
 
 
 def _run(
     settings: Settings,
     model_name: str | None,
     stream_name: str | None,
-    out: Path | None,
-    resume: str | None,
-    weights: Path | None,
+    out: Path,
+    overwrite: bool,
+    begin: tuple[str | None, Path | None],
     *,
     began: float | None,
 ) -> None:
-    """began: when the process did (`time.perf_counter`), where it did so for this run alone."""
+    """out: the folder, or the first of those numbered behind it that is free. begin: snapshots, or
+    weights. began: when the process did (`time.perf_counter`), where it did so for this run
+    alone."""
+    resume, weights = begin
     if resume is not None and weights is not None:
         raise SettingsError("--resume and --weights: a run begins with one of them")
     own = settings.for_level(settings.level)
     title = f"{own.name}, {own.level.value}"
-    with Display() as display, warning_at_once(display.say) as said:
+    with Display() as display, warning_at_once(display.say) as said, ExitStack() as stack:
         display.note(f"{title}: starting (imports)")
-        factory = prepare(out, model_name)
+        factory = prepare(None, model_name)
         data = own_stream(stream_name, own)
+        folder = stack.enter_context(ResultFolder(out, overwrite=overwrite, say=display.say))
 
         from hamdist.study.runs import run_level
         from hamdist.study.save import save_run
 
+        display.say(f"Results go to {folder.path}")
         imports = {} if began is None else {"imports": time.perf_counter() - began}
         show = display.watch(title, own.stream.batch if data is None else None)
         result, model = run_level(
             own,
             factory=factory,
             data=data,
-            on_progress=show,
+            on_progress=folder.watch(own.level.value, own.seed, show),
             before=imports,
             resume=resume,
             weights=weights,
         )
-    try:
-        if out is not None:
-            save_run(out, result, model, own)
-    finally:
-        _print_run(result, own, said, out)
+        try:
+            save_run(folder.path, result, model, own)
+        finally:
+            display.close()
+            _print_run(result, own, said, folder.path)
     if result.failure is not None:
         complain(f"Error: {result.failure}")
         complain(f"Stopped after {result.samples} items; the metrics so far are above.")
@@ -119,7 +134,7 @@ def _run(
         raise typer.Exit(INTERRUPTED)
 
 
-def _print_run(result: Run, settings: Settings, said: list[str], out: Path | None) -> None:
+def _print_run(result: Run, settings: Settings, said: list[str], out: Path) -> None:
     """said: warnings that have been shown already."""
     from hamdist.study.table import run_facts, run_title
 
@@ -127,5 +142,4 @@ def _print_run(result: Run, settings: Settings, said: list[str], out: Path | Non
     for warning in dict.fromkeys(result.warnings):
         if warning != result.failure and warning not in said:
             complain(f"Warning: {warning}")
-    if out is not None:
-        console().print(Text(f"Written to {out}"))
+    console().print(Text(f"Written to {out}"))

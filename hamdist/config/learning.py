@@ -109,7 +109,8 @@ class BlockLearningSettings(Section):
 class LearningSettings(Section):
     """The step size and its course, in the words of gradient descent (HL Appendix E). decay: over
     the run, to the share `floor` of lr; warmup: samples over which it first rises; course: a factor
-    of lr by sample (of beta, where that is given), besides (rates.py). adaptive:
+    of lr by sample (of beta, where that is given), besides (rates.py). weight_decay: as
+    torch.optim.SGD has it, r_w = weight_decay / tau; with adaptive as AdamW has it. adaptive:
     not given: one beta for all of a block's weights. average: of each block's weights, for
     evaluation and export; clip: the most that the norm of a block's gradient may be; heads: the
     blocks' own readouts; inputs: steps that do not depend on the mean, or on the correlation, of a
@@ -123,6 +124,7 @@ class LearningSettings(Section):
     decay: Decay = Decay.NONE
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Rate = 0.0
     course: CourseSettings | None = None
     adaptive: AdaptiveSettings | None = None
     average: Averaging = "off"

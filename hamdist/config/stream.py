@@ -65,6 +65,14 @@ class Late(str, Enum):
     KEEP = "keep"
 
 
+class Relearn(str, Enum):
+    """What becomes of a sample whose target comes late: it is predicted when it comes, scored by
+    that prediction, and shown again with its target; or it waits for its target outside."""
+
+    AGAIN = "again"
+    WAIT = "wait"
+
+
 class Motion(str, Enum):
     """What a smooth stream does between two samples."""
 
@@ -151,7 +159,8 @@ class StreamSettings(Section):
     path: the folder of the IDX files; of texts a folder or a file; of characters a file. missing:
     share of items whose target is withheld.
 
-    late_targets: items by which the targets come later than their inputs. target_delay: rejoins
+    late_targets: items by which the targets come later than their inputs. relearn: what becomes of
+    such samples (not given: again; with a pace, wait). target_delay: rejoins
     each target with the sample that came so many items before it; None: by the targets' tags.
     patience: samples that may wait for a target. names: what the keys of a user's batches mean, by
     key: u, y, an argument of the model, y.OUTPUT (streams/batch_names.py). pace: in real time.
@@ -171,6 +180,7 @@ class StreamSettings(Section):
     missing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     late_targets: Annotated[int, Field(ge=0)] = 0
     target_delay: Positive | None = None
+    relearn: Relearn | None = None
     patience: Positive = 64
     names: dict[str, str] | None = None
     pace: PaceSettings | None = None
@@ -196,6 +206,11 @@ class StreamSettings(Section):
                 "'canvas' and 'smooth': each has frames of its own; leave one of them out"
             )
         late, delay = self.late_targets, self.target_delay
+        if self.relearn is Relearn.AGAIN and self.pace is not None:
+            raise ValueError(
+                "'relearn' is 'again' with 'pace', whose samples come at times of their own: use "
+                "'wait', whose scores know no delay"
+            )
         if late and delay is not None and delay != late:
             raise ValueError(
                 f"'late_targets' is {late} and 'target_delay' is {delay}: each target would meet "
@@ -207,6 +222,12 @@ class StreamSettings(Section):
                 f"{self.patience}: no sample would wait for its target; raise 'patience'"
             )
         return self
+
+    @property
+    def again(self) -> bool:
+        """Whether samples whose targets come late are shown again."""
+        late = self.late_targets > 0 or self.target_delay is not None
+        return late and self.pace is None and self.relearn is not Relearn.WAIT
 
 
 _IMAGES = (Source.DIGITS, Source.FASHION_MNIST)

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
 
 from hamdist.dynamics.gradient import AtOnce, Gradient
-from hamdist.dynamics.graph import Combine, combined
+from hamdist.dynamics.graph import EXTRA, Combine, combined
 from hamdist.dynamics.losses import CrossEntropy, LossFunction, mse
 from hamdist.dynamics.piece import Piece
 from hamdist.dynamics.saving import (
@@ -58,6 +58,10 @@ class OwnGenerator(Remembers):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         check_names(type(self).__name__, state, ("cpu", "gpu"))
+        try:
+            torch.Generator().set_state(state["cpu"])
+        except (RuntimeError, TypeError) as error:
+            raise SnapshotError(f"the state of a random generator is none: {error}") from None
         self._own = state["cpu"]
         if self._gpu is not None and state["gpu"] is not None:
             self._own_gpu = state["gpu"]
@@ -231,7 +235,10 @@ class Cell(Remembers):
             found = torch.autograd.grad(
                 output, wrt, cotangent, allow_unused=True, retain_graph=keep
             )
-        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(found, wrt, strict=True)]
+        grads = [
+            torch.zeros_like(w) if g is None else g.to_dense() if g.is_sparse else g
+            for g, w in zip(found, wrt, strict=True)
+        ]
         to_inputs = iter(grads[:wanted])
         per_parent = [
             None if leaf is None or not inputs else next(to_inputs) for leaf in record.leaves
@@ -254,7 +261,7 @@ class Cell(Remembers):
         return {
             "parameters": dict(self.module.named_parameters()),
             "buffers": dict(self.module.named_buffers()),
-            "extra": {k: v for k, v in state.items() if k.endswith(_EXTRA)},
+            "extra": {k: v for k, v in state.items() if k.endswith(EXTRA)},
             "random": self._random.snapshot() if isinstance(self._random, OwnGenerator) else None,
         }
 
@@ -264,7 +271,7 @@ class Cell(Remembers):
         _write(dict(self.module.named_parameters()), state["parameters"])
         _write(dict(self.module.named_buffers()), state["buffers"])
         for key, extra in state["extra"].items():
-            self.module.get_submodule(key[: -len(_EXTRA)].rstrip(".")).set_extra_state(extra)
+            self.module.get_submodule(key[: -len(EXTRA)].rstrip(".")).set_extra_state(extra)
         if isinstance(self._random, OwnGenerator) and state["random"] is not None:
             self._random.restore(state["random"])
 
@@ -295,9 +302,6 @@ class Cell(Remembers):
         yield from nested_slots(record.read, "read")
 
 
-_EXTRA = "_extra_state"
-
-
 def _write(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Raises SnapshotError where names or shapes differ."""
     check_names("module", saved, own)
@@ -320,7 +324,9 @@ def _foreign(module: nn.Module) -> bool:
     """Whether a part is not torch's own, so that we cannot know what it does to its input. (What a
     piece does itself is known.)"""
     return any(
-        not type(m).__module__.startswith("torch.nn.modules.") and not isinstance(m, Piece)
+        m.is_whole
+        if isinstance(m, Piece)
+        else not type(m).__module__.startswith("torch.nn.modules.")
         for m in module.modules()
     )
 

@@ -60,7 +60,8 @@ class Dynamics:
     presentation is not 'hold' by sample; first_phi: for the first loss that a readout takes (in a
     sequence: for all losses of the first one), if not None.
     beta: of the weights; betas: of those whose name is given, or fits a pattern: the first one.
-    weight_cost: r_w. momentum: the share of omega that a sequence takes over from the one before it
+    weight_cost: r_w; first_cost: of the first update, if not None. decay: of the weights, beside
+    adaptive steps. momentum: the share of omega that a sequence takes over from the one before it
     (presentation 'sequence'). adaptive: beta by weight, as Adam has it. reset, limit: see
     DynamicsSettings. average: of the weights; clip: the most that |tau g| may be; ahead: momentum
     looks ahead (weights.py); inputs: what steps do about theirs (whitening.py). blocks, learning:
@@ -77,6 +78,8 @@ class Dynamics:
     first_phi: float | None = None
     betas: tuple[tuple[str, float], ...] = ()
     weight_cost: float = 0.0
+    first_cost: float | None = None
+    decay: float = 0.0
     momentum: float = 0.0
     adaptive: AdaptiveSettings | None = None
     reset: ResetSettings = field(default_factory=lambda: ResetSettings(h=Reset.NEVER))
@@ -178,6 +181,15 @@ def make_dynamics(
         largest, tau = d.tau, Constant(d.tau)
     course, first_phi = _phi(d, learning, largest) if phi is None else (phi, None)
     forgets = (1 - learning.momentum) / largest
+    dampens = learning.momentum or learning.first_step is FirstStep.DAMPENED
+    cost = learning.weight_decay * (1 - learning.dampening if dampens else 1) / largest
+    if learning.adaptive is not None:
+        cost = 0.0
+    if learning.weight_decay and d.weight_cost:
+        raise LevelError(
+            "learning.weight_decay and dynamics.weight_cost are the same term of the Hamiltonian: "
+            "give one of them"
+        )
     made = Dynamics(
         tau=tau,
         c=_first(d.c, 1 / largest),
@@ -187,7 +199,9 @@ def make_dynamics(
         phi=course,
         sign=d.sign,
         first_phi=first_phi,
-        weight_cost=d.weight_cost,
+        weight_cost=d.weight_cost or cost,
+        first_cost=None if first_phi is None else learning.weight_decay / largest,
+        decay=0.0 if learning.adaptive is None else learning.weight_decay,
         momentum=learning.momentum if knobs.sequence else 0.0,
         adaptive=learning.adaptive,
         reset=_reset(d.reset, knobs),

@@ -176,7 +176,9 @@ class Cuts:
 
         Raises GraphError for more blocks than there are places.
         """
-        wanted = blocks + max(0, heads - 1)
+        bounds = [*self._flow.segments, len(self._flow.order)]
+        workless = sum(a == b for a, b in pairwise(bounds[1:]))  # outputs that shared work makes
+        wanted = blocks + max(0, heads - max(1, workless))
         least = len(self.forced) + 1
         if wanted < least:
             raise GraphError(
@@ -186,7 +188,7 @@ class Cuts:
         units = self.units()
         pieces = units if wanted <= len(units) else sorted({*self.legal, *self.forced})
         if wanted > len(pieces):
-            raise GraphError(self._too_many(blocks, len(pieces) - max(0, heads - 1)))
+            raise GraphError(self._too_many(blocks, len(pieces) - wanted + blocks))
         ends = [*pieces[1:], len(self._flow.order)]
         if balance is CutBalance.TIME:
             costs = seconds(pieces)
@@ -259,9 +261,9 @@ def _largest(costs: Sequence[float], parts: int) -> float:
 
 def stays_whole(name: str, model: nn.Module, why: Unfollowed) -> str:
     """Says which module cannot be cut, and the line that prevents it."""
-    what = f"{name!r} (a {type(model.get_submodule(name)).__name__})"
-    if not name:
-        what = f"the model (a {type(model).__name__})"
+    what = f"the model (a {type(model).__name__})"
+    if name:
+        what = f"{name!r} (a {type(model.get_submodule(name)).__name__})"
     at = f", at {why.line}" if why.line else ""
     return f"{what} stays whole, because {why.reason}{at}"
 
@@ -270,7 +272,8 @@ def stays(whole: Mapping[str, Unfollowed], model: nn.Module) -> list[str]:
     """What to tell about modules with several layers that could not be followed."""
     told = []
     for name, why in whole.items():
-        own = [m for m in model.get_submodule(name).modules() if m._parameters]
+        part = model.get_submodule(name) if name else model
+        own = [m for m in part.modules() if len(m._parameters)]
         if len(own) > 1:
             told.append(stays_whole(name, model, why))
     return told

@@ -91,7 +91,7 @@ class Flow:
         """The weights and buffers of the module that an op calls, by identity, with their names."""
         if op.step.kind != MODULE:
             return {}
-        prefix = f"{op.step.target}."
+        prefix = f"{op.step.target}." if op.step.target else ""
         return {id(t): n for n, t in self._tensors.items() if n.startswith(prefix)}
 
     def _written_weights(self, op: Op[Form]) -> list[Weight]:
@@ -186,7 +186,26 @@ class Flow:
         for i in sorted(self.live):  # what only moves a buffer goes where its operands are
             if not reach[i]:
                 reach[i] = set.union(set(), *(reach[n] for n in self.needs[i]))
-        return {i: next(iter(r)) + 1 if len(r) == 1 else 0 for i, r in reach.items()}
+        return self._with_their_weights(
+            {i: next(iter(r)) + 1 if len(r) == 1 else 0 for i, r in reach.items()}
+        )
+
+    def _with_their_weights(self, alone: dict[int, int]) -> dict[int, int]:
+        """What uses a weight for several outputs stands among what they share, with all it needs: a
+        module that is called once for each of them is in one block."""
+        users: dict[int, set[int]] = {}
+        for i in self.live:
+            for key in self.weights[i]:
+                users.setdefault(key, set()).add(i)
+        while True:
+            several = [own for own in users.values() if len({alone[i] for i in own}) > 1]
+            shared = {i for i in set.union(set(), *several) if alone[i]}
+            while shared:
+                i = shared.pop()
+                alone[i] = 0
+                shared |= {n for n in self.needs[i] if alone[n]}
+            if not several:
+                return alone
 
     # -- what must stay together ------------------------------------------------------------------
 
@@ -198,18 +217,31 @@ class Flow:
         for found in users.values():
             at = [self.place[i] for i, _ in found]
             tensor = self._tensors[found[0][1]]
-            alone = self._together is not None and tensor.requires_grad
+            whole = self._whole_user(i for i, _ in found)
+            together = self._together if whole is None else f"{whole!r}, which stays whole,"
+            alone = together is not None and (tensor.requires_grad or whole is not None)
             if max(at) > min(at) and (alone or not isinstance(tensor, nn.Parameter)):
                 first = min(found, key=lambda f: self.place[f[0]])
                 last = max(found, key=lambda f: self.place[f[0]])
                 names = dict.fromkeys(name for _, name in (first, last))
+                remedy = "give each user a weight of its own (untie them)"
+                if len(names) == 1:
+                    remedy = (
+                        "call the module once, on both inputs joined (torch.cat), and split what "
+                        "it returns"
+                    )
                 yield Glue(
                     min(at), max(at),
                     f"the weight {' = '.join(map(repr, names))} is used in "
                     f"{self.title(first[0])} and in {self.title(last[0])}, and "
-                    f"{f'with {self._together} ' if alone else ''}a weight belongs to one block",
-                    "give each user a weight of its own (untie them), or cut elsewhere",
+                    f"{f'with {together} ' if alone else ''}a weight belongs to one block",
+                    f"{remedy}, or cut elsewhere",
                 )  # fmt: skip
+
+    def _whole_user(self, ops: Iterable[int]) -> str | None:
+        """The first of the ops' modules that could not be followed: copies of it may differ."""
+        names = [name for i in ops for name in self.names(i)]
+        return next((name for name in names if name in self.trace.whole), None)
 
     def _by_memory(self) -> Iterator[Glue]:
         """Around what is written to: unless the writer is the only one behind the cut that has it,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics import graph_checks
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import INPUT, Inputs, by_parent, is_input
 from hamdist.dynamics.shapes import check_initial, declared_dtype, shape_of
 from hamdist.dynamics.spec import (
@@ -33,6 +34,8 @@ from hamdist.dynamics.spec import (
 )
 from hamdist.dynamics.ties import names_of, shared_weights, ties_of
 from hamdist.errors import GraphError
+
+EXTRA = "_extra_state"  # what a module says of itself in its state_dict
 
 __all__ = [
     "INPUT",
@@ -132,11 +135,17 @@ class Graph:
         self.out_of = {b: [e for e in self.edges if e.parent == b] for b in self.blocks}
         self.out_of[INPUT] = [e for e in self.edges if e.from_input]
         self.notes: list[str] = []
+        self.state: set[str] = set()  # Python state that forwards change, once shapes are known
         self.example: Mapping[str, Tensor] = {}
         self.depths = self._depths()
-        self._original = original
+        self.original = original
 
     # -- structure --------------------------------------------------------------------------
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether a module was cut into these blocks (and none built by hand)."""
+        return self.original is not None
 
     @property
     def readouts(self) -> list[str]:
@@ -291,7 +300,7 @@ class Graph:
                     "each cycle its shape (shape=..., without the batch)"
                 )
             for name in ready:
-                found[name] = shape_of(self.blocks[name], known, self.example)
+                found[name] = shape_of(self.blocks[name], known, self.example, self.state)
                 declared = known.setdefault(name, found[name])
                 if declared[0] != found[name][0]:
                     raise GraphError(
@@ -310,7 +319,7 @@ class Graph:
         blocks = [
             BlockSpec(**{**vars(b), "module": m, "output": o})
             for b in self.blocks.values()
-            for m, o in [copy.deepcopy((b.module, b.output), memo)]
+            for m, o in [copied((b.module, b.output), memo)]
         ]
         return self.over(blocks)
 
@@ -320,7 +329,7 @@ class Graph:
         """The same graph over `blocks`, which are its own in another form. shared: as for a graph,
         where that changes."""
         shared = self.shared if shared is None else shared
-        made = Graph(blocks, original=self._original, sliced=self.sliced, shared=shared)
+        made = Graph(blocks, original=self.original, sliced=self.sliced, shared=shared)
         made.notes, made.example = list(self.notes), self.example
         return made
 
@@ -342,8 +351,8 @@ class Graph:
         if self.sliced is not None:
             return self.sliced.graph.merge(self.sliced.gather(weights), whole)
         state: dict[str, Tensor] = {}
-        if self._original is not None:
-            merged = copy.deepcopy(self._original)
+        if self.original is not None:
+            merged = copied(self.original)
             state.update(merged.state_dict())  # of parts that no block uses
         else:
             merged = MergedGraph(self) if whole is None else whole
@@ -356,16 +365,20 @@ class Graph:
                 if (name, key) not in copies:
                     learned[self._merged_name(name, key)] = tensor
         state |= {**learned, **_by_all_names(merged, learned)}
+        for path, part in merged.named_modules():
+            names = () if isinstance(part, torch.jit.ScriptModule) else tuple(part._buffers)
+            for name in names:  # of another shape, where forward has assigned it
+                value, old = state.get(f"{path}.{name}" if path else name), part._buffers[name]
+                if value is not None:
+                    like = value if old is None else old
+                    part._buffers[name] = value.to(like.dtype, copy=True)
         persistent = merged.state_dict().keys()
         merged.load_state_dict({k: v for k, v in state.items() if k in persistent}, strict=True)
-        for key, buffer in merged.named_buffers():
-            if key not in persistent and key in state:
-                buffer.copy_(state[key])
         return merged
 
     def _merged_name(self, block: str, key: str) -> str:
         """The name in the merged module of `key` of a block."""
-        if self._original is not None:
+        if self.original is not None:
             return key
         part = "output" if key.startswith(OUTPUT_KEY) else "module"
         return f"blocks.{block}.{part}.{key.removeprefix(OUTPUT_KEY)}"
@@ -399,9 +412,7 @@ class MergedGraph(nn.Module):
         self.combines = {b.name: b.combine for b in graph.blocks.values()}
         self.shapes = {b.name: b.shape for b in graph.blocks.values()}
         self.initial = {b.name: b.initial for b in graph.blocks.values()}
-        self.blocks = nn.ModuleDict(
-            {b.name: copy.deepcopy(_whole(b)) for b in graph.blocks.values()}
-        )
+        self.blocks = nn.ModuleDict({b.name: copied(_whole(b)) for b in graph.blocks.values()})
         for weight in graph.shared:
             (first, key), *others = weight.uses
             one = self._whole(first).module.get_parameter(key)

@@ -47,12 +47,24 @@ class CrossEntropy:
         or (B, ..., classes) with (B, ...), as language models have it. Raises ValueError where both
         fit.
         """
+        if target.is_floating_point() and not _are_probabilities(target):
+            raise ValueError(
+                f"cross-entropy of real-valued targets takes probabilities over axis 1, and these "
+                f"lie between {target.min():.3g} and {target.max():.3g}, their sums between "
+                f"{target.sum(1).min():.3g} and {target.sum(1).max():.3g}: use the loss 'mse' for "
+                "real numbers (loss='mse', --set loss=mse), or normalise them"
+            )
         if prediction.dim() > 2 and class_axis(prediction.shape, target.shape) != 1:
             prediction = prediction.movedim(-1, 1)
         return functional.cross_entropy(prediction, target, ignore_index=self.ignore_index)
 
 
 cross_entropy = CrossEntropy()
+
+
+def _are_probabilities(target: Tensor) -> bool:
+    """Whether the sums over axis 1 are 1, up to round-off of half precision."""
+    return bool((target >= 0).all()) and bool(((target.sum(1) - 1).abs() < 1e-2).all())
 
 
 def class_axis(prediction: Sequence[int], target: Sequence[int]) -> int:

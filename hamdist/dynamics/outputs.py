@@ -1,6 +1,7 @@
 """What a model returns, by name, and which loss each part has.
 
-An output is named by its key in a dict, or `out0`, `out1`, ... in a tuple; the only one is `ONLY`.
+An output is named by its key in a dict, its field in a namedtuple or dataclass, or `out0`,
+`out1`, ... in a tuple; the only one is `ONLY`.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ from typing import Any
 from torch import Tensor
 
 from hamdist.dynamics.losses import Losses, LossFunction
+from hamdist.dynamics.structure import parts_of
 from hamdist.errors import GraphError
 
 ONLY = ""
 
 
 def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
-    """The parts of nested tuples, lists and dicts, by name."""
-    if isinstance(output, (tuple, list)):
-        pairs = [(f"{name}_{i}" if name else f"out{i}", v) for i, v in enumerate(output)]
-    elif isinstance(output, dict):
-        pairs = [(f"{name}_{k}" if name else str(k), v) for k, v in output.items()]
-    else:
+    """The parts of nested tuples, lists, dicts, namedtuples and dataclasses, by name."""
+    parts = parts_of(output)
+    if parts is None:
         return [(name, output)]
-    return [found for key, value in pairs for found in named(value, key)]
+    first = f"{name}_" if name else ""
+    return [
+        found
+        for key, value in parts
+        for found in named(
+            value, first + (str(key) if name or type(key) is not int else f"out{key}")
+        )
+    ]
 
 
 def tensors(output: Any) -> dict[str, Tensor]:

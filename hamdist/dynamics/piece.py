@@ -10,7 +10,6 @@ B: batch.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -18,6 +17,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+
+from hamdist.dynamics.structure import Built, filled, getter, has_built, part_of, parts_of
 
 Path: TypeAlias = tuple[Any, ...]  # keys and indices that lead to a tensor in what a step returned
 
@@ -84,10 +85,9 @@ def replaced(template: Template, value: Callable[[Any], Any]) -> Any:
     if isinstance(template, PLACES):
         return value(template)
     kind = type(template)
-    if kind is tuple or kind is list:
-        return kind(replaced(t, value) for t in template)
-    if kind is dict:
-        return {k: replaced(t, value) for k, t in template.items()}
+    parts = parts_of(template)
+    if parts is not None:
+        return filled(template, [replaced(part, value) for _, part in parts])
     if kind is slice:
         return slice(*(replaced(t, value) for t in (template.start, template.stop, template.step)))
     return template
@@ -145,10 +145,12 @@ class Piece(nn.Module):
         self._hamdist_inputs = tuple(inputs)
         self._hamdist_program = tuple(program)
         self._hamdist_output = output
-        for name in sorted({**parts, **weights}, key=lambda n: n.count(".")):
+        self._hamdist_parts = dict(parts)
+        if self.is_whole:
+            _adopt(self, parts[""])
+        for name in sorted({**parts, **weights} if not self.is_whole else (), key=_depth):
             thing = parts.get(name)
             _place(self, name, weights[name] if thing is None else thing, name in persistent)
-        self._hamdist_parts = dict(parts)
         for index, tensor in constants.items():
             self.register_buffer(f"hamdist_constant_{index}", tensor, persistent=False)
 
@@ -165,12 +167,22 @@ class Piece(nn.Module):
         return self._hamdist_output
 
     @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The modules that its steps call, by name."""
+        return self._hamdist_parts
+
+    @property
     def draws(self) -> bool:
         return self._hamdist_draws
 
     @property
     def writes(self) -> bool:
         return self._hamdist_writes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it calls the whole model, whose weights and modules it has under their names."""
+        return "" in self._hamdist_parts
 
     def forward(self, *inputs: Tensor) -> Any:
         ready = self._hamdist_ready
@@ -215,7 +227,9 @@ class Piece(nn.Module):
         if kind is slice:
             ends = [self._getter(t) for t in (template.start, template.stop, template.step)]
             return lambda i, v: slice(*[get(i, v) for get in ends])
-        parts = [self._getter(t) for t in template]
+        parts = [self._getter(t) for _, t in parts_of(template) or ()]
+        if kind is Built:
+            return lambda i, v: filled(template, [get(i, v) for get in parts]).value()
         return lambda i, v: kind([get(i, v) for get in parts])
 
     def _place_getter(self, place: Place) -> Get:
@@ -223,7 +237,7 @@ class Piece(nn.Module):
             at, path = place.step, place.path
             if not path:
                 return lambda _, values: values[at]
-            return lambda _, values: reduce(operator.getitem, path, values[at])
+            return lambda _, values: reduce(part_of, path, values[at])
         if isinstance(place, Arg):
             number = self._hamdist_inputs.index(place.name)
             return lambda inputs, _: inputs[number]
@@ -249,7 +263,7 @@ class Piece(nn.Module):
                 raise _NotOnTensors
             found = made[place.step]
             for key in place.path:
-                found = graph.call_function(operator.getitem, (found, key))
+                found = graph.call_function(getter(key), (found, key))
             return found
 
         create: dict[str, Callable[..., fx.Node]] = {
@@ -259,7 +273,7 @@ class Piece(nn.Module):
         }
         try:
             for step in self._hamdist_program:
-                if not step.grad:
+                if not step.grad or self.is_whole or has_built((step.args, step.kwargs)):
                     return None
                 args, kwargs = replaced(step.args, node), replaced(step.kwargs, node)
                 made.append(create[step.kind](step.target, args, kwargs))
@@ -274,6 +288,17 @@ class Piece(nn.Module):
 
 class _NotOnTensors(Exception):
     """A step takes more than tensors and fixed values."""
+
+
+def _depth(name: str) -> int:
+    return name.count(".")
+
+
+def _adopt(piece: nn.Module, model: nn.Module) -> None:
+    """Gives `piece` the weights, buffers and modules of `model`, which is no part of it: they have
+    the names that they have there."""
+    for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        piece.__dict__[registry] = model.__dict__[registry]
 
 
 def _place(root: nn.Module, name: str, thing: nn.Module | Tensor, persistent: bool) -> None:

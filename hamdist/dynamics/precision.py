@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.cell import Cell, OwnGenerator
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.graph import Combine
 from hamdist.dynamics.saving import check_names
 
@@ -87,7 +88,7 @@ class AutocastCell(Cell):
     def _without(self, arguments: Sequence[Tensor]) -> object:
         """The same pass by a copy: with the same random numbers, and leaving no trace."""
         own = copy.deepcopy(self._random) if isinstance(self._random, OwnGenerator) else None
-        module = copy.deepcopy(self.module)
+        module = copied(self.module)
         given = [argument.detach().clone() for argument in arguments]
         if own is None:
             return module(*given)

@@ -8,6 +8,7 @@ B: batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -212,6 +213,7 @@ class PulseReadout(Remembers):
         self._scale = scale
         self._loss = loss
         self._hands_back = list(hands_back) or [False] * len(self._wanted)
+        self.prediction: Tensor | None = None  # the latest
 
     STATE = ("cell", "weights", "_loss")
 
@@ -220,6 +222,7 @@ class PulseReadout(Remembers):
     ) -> tuple[list[Tensor | None], Reading | None]:
         """The messages to the parents, and what was read (None without a target)."""
         record = self.cell.forward(inputs, self._wanted)
+        self.prediction = plain(record.output)
         if target is None:
             _rest(self.cell, self.weights, self._scale(sample), self._tau)
             return [None] * len(self._wanted), None
@@ -232,3 +235,8 @@ class PulseReadout(Remembers):
             for message, h, back in zip(to_parents, inputs, self._hands_back, strict=True)
         ]
         return messages, reading
+
+    def scored(self, prediction: Tensor, reading: Reading) -> Reading:
+        """An earlier prediction compared with the target that was read."""
+        value, _ = self._loss.value(prediction, reading.target)
+        return replace(reading, prediction=prediction, loss=value)

@@ -7,6 +7,7 @@ and numpy's random numbers. Both are read before and after calls: what differs i
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import sys
@@ -25,6 +26,7 @@ from types import (
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.hooks import hooks_of
@@ -109,6 +111,13 @@ def inside(part: nn.Module) -> Values:
     return values
 
 
+def changed_in(part: nn.Module, before: Values) -> list[str]:
+    """Name the attributes that calls have changed, unless the class saves them by itself."""
+    if type(part).get_extra_state is not nn.Module.get_extra_state:
+        return []
+    return [f"{name!r} of a {type(part).__name__}" for name in before.differing(inside(part))]
+
+
 def check_apart(blocks: Mapping[str, Sequence[nn.Module]]) -> None:
     """Check that no block's Python code holds a module or weight of another block.
 
@@ -139,10 +148,27 @@ def check_apart(blocks: Mapping[str, Sequence[nn.Module]]) -> None:
 def mutable_in(values: Iterable[Any]) -> set[int]:
     """Identify what can change in `values`, at any depth."""
     found = Values()
-    for value in values:
-        found.add("", value)
+    for i, value in enumerate(values):
+        found.add(str(i), value)
     fixed = (tuple, frozenset, FunctionType, type, nn.Module)
     return {key for key, value in found.ids.items() if not isinstance(value, fixed)}
+
+
+def functions_of(model: nn.Module) -> list[str]:
+    """Name the user's autograd.Functions that the forwards and hooks of `model` refer to."""
+    classes = Outside([model]).classes
+    return [c.__name__ for c in classes if issubclass(c, torch.autograd.Function)]
+
+
+def modules_of(function: Any) -> list[nn.Module]:
+    """List the modules that a loss is, is a method of, or refers to."""
+    held = Values()
+    held.add("", function)
+    for one in _functions(function):
+        read = {n: one.__globals__.get(n) for n in _names(one.__code__)}
+        cells = inspect.getclosurevars(one).nonlocals
+        held.add("names", (read, dict(cells), one.__defaults__))
+    return [value for value in held.ids.values() if isinstance(value, nn.Module)]
 
 
 def names_in(part: nn.Module) -> set[str]:
@@ -158,6 +184,7 @@ class Outside(Values):
 
     Attributes:
         captured: Names of what holds one of the modules or weights itself.
+        classes: The users' classes that they refer to.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -167,7 +194,7 @@ class Outside(Values):
         self._own = {id(t) for t in own if t is not None}
         self._read: set[int] = set()
         self._names = {"forward", "backward", "setup_context"}
-        self._classes: list[type] = []
+        self.classes: list[type] = []
         self.captured: list[str] = []
         for part in parts:
             for value in (type(part), *hooks_of(part), *vars(part).values()):
@@ -183,18 +210,20 @@ class Outside(Values):
                 self.add(f"{base.__name__}.{name}", value)
 
     def _members(self) -> Iterator[tuple[str, type, Any]]:
-        for base in self._classes:
+        for base in self.classes:
             for name, value in vars(base).items():
                 if name != "__init__" or not issubclass(base, nn.Module):
                     yield name, base, value
 
     def _code_of(self, value: Any) -> None:
         """Reads what the code behind a value refers to."""
+        if isinstance(value, MethodType) and isinstance(value.__self__, type):  # Function.apply
+            value = value.__self__
         kind = value if isinstance(value, type) else type(value) if _has_state(value) else object
         for base in kind.__mro__:
             if is_foreign(base) and id(base) not in self._read:
                 self._read.add(id(base))
-                self._classes.append(base)
+                self.classes.append(base)
         for function in _functions(value):
             if id(function) not in self._read:
                 self._read.add(id(function))

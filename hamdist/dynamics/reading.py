@@ -28,6 +28,7 @@ from hamdist.dynamics.piece import (
     replaced,
 )
 from hamdist.dynamics.shards import EncoderLayer
+from hamdist.dynamics.structure import getter, objects
 
 PLAIN = (int, float, bool, str, complex, type(None), type(Ellipsis), torch.dtype, torch.device)
 
@@ -47,7 +48,7 @@ class Called(nn.Module):
 
     def forward(self, *tensors: Any) -> Any:
         given = iter(tensors)
-        args, kwargs = replaced((self.step.args, self.step.kwargs), lambda _: next(given))
+        args, kwargs = objects(replaced((self.step.args, self.step.kwargs), lambda _: next(given)))
         with torch.set_grad_enabled(self.step.grad and torch.is_grad_enabled()):
             if self.step.kind == METHOD:
                 return getattr(args[0], self.step.target)(*args[1:], **kwargs)
@@ -101,6 +102,8 @@ class _Program:
         self._made: list[Any] = []
 
     def read(self) -> Any:
+        if self._piece.is_whole:
+            raise ValueError("the model stays whole")
         for step in self._piece.program:
             self._made.append(self._step(step))
         return replaced(self._piece.output, self._node)
@@ -137,7 +140,7 @@ class _Program:
         if isinstance(place, Ref):
             found = self._made[place.step]
             for key in place.path:
-                found = graph.call_function(operator.getitem, (found, key))
+                found = graph.call_function(getter(key), (found, key))
             return found
         if isinstance(place, Weight):
             return graph.get_attr(f"{self._path}.{place.name}")

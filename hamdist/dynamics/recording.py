@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -46,6 +47,7 @@ from hamdist.dynamics.piece import (
     Weight,
     places,
 )
+from hamdist.dynamics.structure import filled, parts_of
 
 # Torch's modules that only call others: they are gone through.
 CONTAINERS = (
@@ -138,7 +140,7 @@ def record(
     """
     recorder = _Recorder(model, inputs, whole)
     for part in model.modules():
-        if isinstance(part, _Watched):
+        if type(part).__mro__[1].__name__ == "_Watched":
             object.__setattr__(part, "_hamdist_recorder", recorder)
     try:
         with masks_stay(), recorder:
@@ -159,28 +161,56 @@ def record(
     return recorder.finished(output)
 
 
-class _Watched:
-    """Mixed into the classes of a copy's modules: a recorder sees their calls."""
+def _watched(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class as `kind`, of whose calls a recorder is told. (Of `kind` alone, so that an object of
+    it can become one, whatever other classes it has.)"""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         recorder = vars(self).get("_hamdist_recorder")
-        run = super().__call__  # type: ignore[misc]
+        run = partial(kind.__call__, self)
         if recorder is None:
             return run(*args, **kwargs)
         return recorder.module(self, run, args, kwargs)
 
+    seen = type("_Watched", (kind,), {"__module__": __name__, "__call__": call})
+    return type(kind.__name__, (seen,), {"__module__": kind.__module__})
 
-def watch(model: nn.Module) -> None:
-    """Prepares a model, a copy that nobody else uses, for `record`.
 
-    Raises Unfollowed for a module that is no Python class (a scripted one).
+class _Shell(nn.Module):
+    """Stands around a scripted module, whose class cannot be another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def watch(model: nn.Module) -> dict[str, Unfollowed]:
+    """Prepares a model, a copy that nobody else uses, for `record`; the modules that have to stay
+    whole, because they are no Python classes (scripted ones).
+
+    Raises Unfollowed where the model itself is one.
     """
-    for name, part in model.named_modules():
+    compiled = "it is compiled (torch.jit)"
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Unfollowed(compiled, "", "")
+    scripted: dict[str, Unfollowed] = {}
+    for name, part in list(model.named_modules()):
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
+        for child, inner in part._modules.items():
+            if isinstance(inner, torch.jit.ScriptModule):
+                part._modules[child] = _Shell(inner)
+                path = f"{name}.{child}" if name else child
+                scripted[path] = Unfollowed(compiled, path, "")
+    for part in model.modules():
         kind = type(part)
         if isinstance(part, torch.jit.ScriptModule):
-            raise Unfollowed(f"{name or kind.__name__!r} is compiled (torch.jit)", "", "")
-        made = type(kind.__name__, (_Watched, kind), {"__module__": kind.__module__})
-        part.__class__ = made
+            continue
+        part.__class__ = _watched(kind)
+    return scripted
 
 
 class _Recorder(TorchFunctionMode):
@@ -237,7 +267,7 @@ class _Recorder(TorchFunctionMode):
         if self._inside:
             return run(*args, **kwargs)
         name = self._names[id(part)]
-        if name and self._is_one_step(part, name):
+        if self._is_one_step(part, name):
             step = Step(MODULE, name, args, kwargs)
             return self._take(step, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
         self._check_backward((args, kwargs))
@@ -257,8 +287,8 @@ class _Recorder(TorchFunctionMode):
             self._stack.pop()
 
     def _is_one_step(self, part: nn.Module, name: str) -> bool:
-        if name in self._whole:
-            return True
+        if name in self._whole or not name:
+            return name in self._whole
         kind = type(part).__mro__[2]  # behind the two of `watch`
         return kind.__module__.startswith(OWN) and kind not in CONTAINERS
 
@@ -393,11 +423,9 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._tensor(value)
         kind = type(value)
-        if isinstance(value, (tuple, list)):
-            inner = [self._template(v) for v in value]
-            return inner if isinstance(value, list) else tuple(inner)
-        if isinstance(value, dict):
-            return {k: self._template(v) for k, v in value.items()}
+        parts = parts_of(value)
+        if parts is not None:
+            return filled(value, [self._template(part) for _, part in parts])
         if kind is slice:
             return slice(*(self._template(v) for v in (value.start, value.stop, value.step)))
         if kind is torch.device and value.type == "cpu":
@@ -416,6 +444,8 @@ class _Recorder(TorchFunctionMode):
         if tensor.requires_grad:
             what = "a weight that is not registered" if tensor.is_leaf else "an operation unseen"
             raise self._fails(f"it uses {what} (autograd.Function, compiled or foreign code)")
+        if tensor.layout != torch.strided:
+            raise self._fails("it uses a sparse tensor that it keeps beside its weights")
         place = Const(len(self._constants))
         self._constants.append(tensor)
         self._known[id(tensor)] = (tensor, place)
@@ -479,6 +509,8 @@ def _backward_of(tensor: Tensor) -> object:
 
 
 def _memory(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided:
+        return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
@@ -490,24 +522,19 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
-    elif isinstance(value, (tuple, list)):
-        for i, inner in enumerate(value):
-            yield from _walk(inner, (*path, i))
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _walk(inner, (*path, key))
     elif type(value) is slice:
         for inner in (value.start, value.stop, value.step):
             yield from _walk(inner, path)
+    else:
+        for key, inner in parts_of(value) or ():
+            yield from _walk(inner, (*path, key))
 
 
 def _others(value: Any) -> Iterator[Any]:
     """Things in a result that are neither tensors nor plain values."""
-    if isinstance(value, (tuple, list)):
-        for inner in value:
-            yield from _others(inner)
-    elif isinstance(value, dict):
-        for inner in value.values():
+    parts = parts_of(value)
+    if parts is not None:
+        for _, inner in parts:
             yield from _others(inner)
     elif not isinstance(value, Tensor) and not _is_plain(value):
         yield value
@@ -515,10 +542,9 @@ def _others(value: Any) -> Iterator[Any]:
 
 def _without_others(value: Any) -> Any:
     """A result with None in place of what `_others` yields."""
-    if isinstance(value, (tuple, list)):
-        return tuple(_without_others(inner) for inner in value)
-    if isinstance(value, dict):
-        return {key: _without_others(inner) for key, inner in value.items()}
+    parts = parts_of(value)
+    if parts is not None:
+        return filled(value, [_without_others(part) for _, part in parts])
     return value if isinstance(value, Tensor) or _is_plain(value) else None
 
 

@@ -7,7 +7,6 @@ their activations; they stand at the ends: they read the input, or are readouts.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hamdist.dynamics.cell import random_parts
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.graph import BlockSpec, Graph, ShapeMap, combined
 from hamdist.dynamics.inputs import INPUT, is_input
 from hamdist.dynamics.reversible import pieces_of, undone
@@ -171,7 +171,7 @@ def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[Rec
                 x = _evaluated(graph.blocks[name], x)
         for name in reversed(chain):
             with torch.random.fork_rng(devices=[]):
-                x = undone(pieces_of(copy.deepcopy(graph.blocks[name].module)), x)
+                x = undone(pieces_of(copied(graph.blocks[name].module)), x)
         size = torch.linalg.vector_norm(start.double())
         apart = torch.linalg.vector_norm((x - start).double())
         error = float(apart / size) if size else float(apart)
@@ -186,13 +186,13 @@ def _before(graph: Graph, block: BlockSpec, u: Tensor) -> Tensor:
         return u
     parent = graph.blocks[name]
     with torch.random.fork_rng(devices=[]):
-        module = copy.deepcopy(parent.module)
+        module = copied(parent.module)
         h: Tensor = module(*combined(parent.combine, [u.clone() for _ in parent.parents]))
     return h
 
 
 def _evaluated(block: BlockSpec, x: Tensor) -> Tensor:
-    module = copy.deepcopy(block.module)
+    module = copied(block.module)
     h: Tensor = module(x)
     before = dict(block.module.named_buffers())
     for name, buffer in module.named_buffers():

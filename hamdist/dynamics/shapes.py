@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -10,7 +9,9 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import is_input
+from hamdist.dynamics.python_state import changed_in, inside, is_foreign
 from hamdist.dynamics.spec import BlockSpec, Combine, Joining, ShapeMap, combined
 from hamdist.errors import GraphError
 
@@ -22,10 +23,11 @@ SMALL_INPUT = 2**16
 
 
 def shape_of(
-    block: BlockSpec, known: ShapeMap, example: Mapping[str, Tensor]
+    block: BlockSpec, known: ShapeMap, example: Mapping[str, Tensor], kept: set[str]
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and type of a block's h (of an output net: its prediction), by a dry run on a copy of
-    its module (`_probes`). known: those of its parents, batch in front; example: inputs.
+    its module (`_probes`). known: those of its parents, batch in front; example: inputs; kept: to
+    which the names of Python state are added that the module's forward changes.
 
     Raises GraphError where the module does not take them, or gives no tensor with the batch in
     front.
@@ -35,7 +37,7 @@ def shape_of(
     given = ", ".join(f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True))
     real = [example.get(p) for p in block.parents]
     leaves = [not is_input(p) for p in block.parents]
-    h = _run_on(name, block.module, block.combine, shapes, given, leaves, real)
+    h = _run_on(name, block.module, block.combine, shapes, given, leaves, real, kept)
     if not isinstance(h, Tensor):
         raise GraphError(
             f"block {name!r} returned {type(h).__name__}, not a tensor; return the one tensor "
@@ -81,21 +83,25 @@ def _run_on(
     given: str,
     leaves: Sequence[bool],
     real: Sequence[Tensor | None] = (),
+    kept: set[str] | None = None,
 ) -> object:
     """`module` on tensors of `shapes`, on the first device that takes them; with autograd where it
     asks for that (a hook). leaves: those that it is differentiated by in a run. real: of these
     shapes, where they are known."""
     for grad, device in product((False, True), _probes(module, shapes)):
-        probe = copy.deepcopy(module).to(device)
+        probe = copied(module).to(device)
         inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
         for i, u in enumerate(real if device == "cpu" else ()):
             if u is not None and (u.shape, u.dtype) == (inputs[i].shape, inputs[i].dtype):
                 inputs[i] = u.clone()
         for x, leaf in zip(inputs, leaves, strict=True):
             x.requires_grad_(grad and leaf and x.is_floating_point())
+        before = [(m, inside(m)) for m in probe.modules() if is_foreign(type(m))]
         try:
             with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
                 made = probe(*combined(combine, [x.clone() for x in inputs]))
+            if kept is not None:
+                kept.update(n for part, was in before for n in changed_in(part, was))
             return made.detach() if isinstance(made, Tensor) else made
         except NotImplementedError:
             continue
@@ -121,6 +127,8 @@ def _probes(
     first use of meta tensors imports about a second of torch, the arithmetic of a small module of
     torch's own (which does nothing but arithmetic) takes less than a millisecond.
     """
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        return ("cpu",)
     types = {t for _, t in shapes if t.is_floating_point}
     types |= {p.dtype for p in module.parameters() if p.is_floating_point()}
     if len(types) > 1:

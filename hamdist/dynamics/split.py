@@ -14,7 +14,6 @@ The keys of the blocks' modules are the original ones.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -27,6 +26,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.assembly import Run, assembled
 from hamdist.dynamics.balance import balanced
+from hamdist.dynamics.copies import copied, overlaps
 from hamdist.dynamics.cuts import Cuts, Policy, stays, stays_whole
 from hamdist.dynamics.flow import Flow, Value
 from hamdist.dynamics.graph import INPUT, BlockSpec, Graph, combined
@@ -35,9 +35,10 @@ from hamdist.dynamics.inputs import Inputs, by_parent, called_by_parent, check_t
 from hamdist.dynamics.losses import Losses, LossFunction, mse
 from hamdist.dynamics.outputs import losses_of, named
 from hamdist.dynamics.piece import Ref
+from hamdist.dynamics.python_state import is_foreign
 from hamdist.dynamics.recording import Unfollowed
 from hamdist.dynamics.reversible import pieces_of
-from hamdist.dynamics.tracing import Trace, trace
+from hamdist.dynamics.tracing import Trace, trace, traced_whole
 from hamdist.errors import GraphError
 
 REPEATS = 5
@@ -46,13 +47,31 @@ REPEATS = 5
 __all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential"]
 
 
-def check_made(model: nn.Module) -> None:
-    """Raises GraphError where a lazy module does not know its weights yet."""
+def check_made(model: nn.Module, *, sent: bool = False) -> None:
+    """Raises GraphError where a lazy module does not know its weights yet, for a tensor that has no
+    memory of its own for each of its numbers, and, where modules are sent to other processes, for
+    a scripted one."""
+    for name, part in model.named_modules():
+        if sent and isinstance(part, torch.jit.ScriptModule):
+            raise GraphError(
+                f"{name or 'the model'} is compiled (torch.jit), which cannot be sent to an actor: "
+                "give the Python module that it was made of, or set engine.kind to 'inprocess'"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             raise GraphError(
                 f"{name!r} has no shape yet (a lazy module): call the model once on an example, "
                 "which makes its weights, before you train it"
+            )
+        if tensor.layout != torch.strided:
+            raise GraphError(
+                f"{name!r} is a sparse tensor, which cannot be sent or saved: register it dense "
+                "(.to_dense()), or its indices and values as two buffers"
+            )
+        if isinstance(tensor, nn.Parameter) and overlaps(tensor):
+            raise GraphError(
+                f"{name!r} is a weight whose numbers share memory (expand), which no optimiser can "
+                "move: make it of .clone(), or expand it in forward"
             )
 
 
@@ -66,6 +85,9 @@ def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Seq
     deeper = any(cut not in names and "." in cut for cut in partition.cuts or ())
     many = partition.blocks is not None and partition.blocks > len(names)
     nested = any(len(list(child.children())) for child in model.children())
+    twice = {id(m) for m in model._modules.values()}  # its own code may keep something: look at it
+    if len(twice) < len(model._modules) and any(is_foreign(type(m)) for m in model.modules()):
+        return False
     return not (deeper or (many and nested) or partition.balance is CutBalance.ACTIVATIONS)
 
 
@@ -155,7 +177,7 @@ def _units(children: Sequence[tuple[str, nn.Module]]) -> list[int]:
 
 def _seconds(model: nn.Sequential, example: Tensor) -> list[float]:
     """Median seconds of forward and backward of each child on `example`."""
-    probe = copy.deepcopy(model)
+    probe = copied(model)
     seconds = []
     x = example
     with torch.random.fork_rng(devices=[]):
@@ -217,7 +239,12 @@ def split_module(
                 f"the model cannot be cut into blocks: {told}; change that line, put it into a "
                 "submodule (which then stays whole alone), or leave the partition out"
             ) from None
-        return _whole(model, loss, inputs, state_readout, told)
+        one = _one_step(model, inputs, why)
+        if callable(loss) and len(inputs) == 1 and (one is None or one.output == Ref(0)):
+            return _whole(model, loss, inputs, state_readout, why if one is None else one.whole[""])
+        if one is None:
+            raise GraphError(f"the model cannot be run: {told}") from None
+        followed = one
     names, values, losses = _outputs(followed, loss, targets)
     flow = Flow(followed, model, values, together)
     cuts = Cuts(flow, model)
@@ -248,26 +275,24 @@ def split_module(
 
 def _whole(
     model: nn.Module,
-    loss: Losses,
+    loss: LossFunction,
     inputs: Mapping[str, Tensor],
     state_readout: bool,
-    why: str,
+    why: Unfollowed,
 ) -> Graph:
-    if isinstance(loss, Mapping):
-        raise GraphError(
-            f"a loss by output needs to know where each output comes from, but {why}; change that "
-            "line, or give one loss"
-        )
-    if len(inputs) > 1:
-        raise GraphError(
-            f"several inputs are handed to the blocks that use them, but {why}; change that line, "
-            "or give the model one input"
-        )
+    """One block of a model that takes one tensor and returns one."""
     block = BlockSpec("block0", model, tuple(inputs), loss=loss, state=state_readout)
     made = Graph([block], original=model)
-    if sum(bool(m._parameters) for m in model.modules()) > 1:
-        made.notes.append(why)
+    made.notes += stays({"": why}, model)
     return made
+
+
+def _one_step(model: nn.Module, inputs: Mapping[str, Tensor], why: Unfollowed) -> Trace | None:
+    """The model as one step; None where it does not even run so."""
+    try:
+        return traced_whole(model, inputs, called_by_parent, why)
+    except Unfollowed:
+        return None
 
 
 def _outputs(

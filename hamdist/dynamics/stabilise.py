@@ -11,7 +11,6 @@ growing. `stabilised` does it to a model whose owner asks for it; nothing else d
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import Inputs, by_parent, called_by_parent
 from hamdist.errors import GraphError
 
@@ -84,7 +84,7 @@ def stabilised(model: nn.Module, example: Inputs) -> tuple[nn.Module, list[str]]
 
     Raises GraphError where there is nothing to stabilise.
     """
-    made = copy.deepcopy(model)
+    made = copied(model)
     units, kept = _units(made)
     order = _watched(made, units, example)
     many = len(order) + kept

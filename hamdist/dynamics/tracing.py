@@ -8,7 +8,6 @@ B: batch.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.piece import (
     LARGE,
     PLACES,
@@ -31,6 +31,7 @@ from hamdist.dynamics.piece import (
 )
 from hamdist.dynamics.python_state import Values, inside, is_foreign, mutable_in, names_in
 from hamdist.dynamics.recording import OWN, Op, Recording, Taken, Unfollowed, record, watch
+from hamdist.dynamics.structure import filled, parts_of
 
 BATCHES = (2, 3, 5)
 MOST_BATCH = 8  # of the stream's own batch, which the first run has up to here
@@ -57,9 +58,8 @@ def trace(
 
     Raises Unfollowed where it does something in its own forward that cannot be followed.
     """
-    probe = copy.deepcopy(model)
-    watch(probe)
-    whole: dict[str, Unfollowed] = {}
+    probe = copied(model)
+    whole = watch(probe)
     while True:
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
@@ -70,6 +70,42 @@ def trace(
             if not why.module or why.module in whole:
                 raise
             whole[why.module] = why
+
+
+def traced_whole(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
+    why: Unfollowed,
+) -> Trace:
+    """The whole model as one step, which has run on `inputs` as they are: its rows may be no batch.
+
+    Raises Unfollowed where it does not take them, or returns more than tensors.
+    """
+    probe = copied(model)
+    watch(probe)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        run = record(probe, {name: u.clone() for name, u in inputs.items()}, call, {""})
+    batch = next(iter(inputs.values())).shape[0]
+    ops = [_of_one_run(op, batch) for op in run.taken]
+    if why.reason.startswith("it raised"):  # and now it did not
+        reason = f"with other rows {why.reason}, so its rows are no batch"
+        why = Unfollowed(reason, "", why.line)
+    return Trace(ops, run.output, run.constants, run.origin, {"": why})
+
+
+def _of_one_run(op: Taken, batch: int) -> Op[Form]:
+    """An op of which only this run is known: what has as many rows as the input has them, too."""
+    forms = {}
+    for path, t in op.out.items():
+        dims = [Size(0, size) for size in t.shape]
+        if t.dim() and t.shape[0] == batch:
+            dims[0] = Size(1)
+        forms[path] = Form(tuple(dims), t.dtype)
+    return Op(
+        op.step, op.where, op.line, op.modules, forms, op.random, op.varies, op.reads, op.writes,
+        op.memory,
+    )  # fmt: skip
 
 
 def _traced(
@@ -126,10 +162,20 @@ def _flat(value: Any) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Whether nothing has changed but tensors, which a later run cannot read without being seen."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return True
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     plain = (bool, int, float, str, type(None))
     return a is b or (isinstance(a, plain) and type(a) is type(b) and a == b)
+
+
+def _assigned(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether there are other tensors under the names of weights or buffers."""
+    return len(a) != len(b) or any(
+        x is not y for x, y in zip(a, b, strict=True) if isinstance(x, Tensor) or x is None
+    )
 
 
 def _state(model: nn.Module, whole: set[str]) -> dict[str, Values]:
@@ -176,6 +222,7 @@ def _check_kept(model: nn.Module, before: dict[str, dict[str, Any]], whole: set[
         old, new = before.get(name, {}), after[name]
         changed = [k for k in {**old, **new} if k not in old or k not in new]
         changed += [k for k in new if k in old and not _same(old[k], new[k])]
+        changed += [k for k in ("_buffers", "_parameters") if _assigned(old.get(k, ()), new[k])]
         if changed:
             kept = "buffers" if changed[0] == "_buffers" else changed[0]
             raise Unfollowed(f"its forward changes {kept!r} of the module", name, "")
@@ -271,14 +318,12 @@ class _Join:
         if kind is Const:
             self._check_constant(one.index, [v.index for v in values])
             return one
-        if kind is tuple or kind is list:
-            if any(len(v) != len(one) for v in values):
+        parts = [parts_of(v) or [] for v in values]
+        if parts_of(one) is not None:
+            if any([k for k, _ in own] != [k for k, _ in parts[0]] for own in parts):
                 raise _Apart("it calls with more or fewer values")
-            return kind(self.template(inner) for inner in zip(*values, strict=True))
-        if kind is dict:
-            if any(v.keys() != one.keys() for v in values):
-                raise _Apart("it calls with other keywords")
-            return {k: self.template([v[k] for v in values]) for k in one}
+            inner = zip(*([part for _, part in own] for own in parts), strict=True)
+            return filled(one, [self.template(own) for own in inner])
         if kind is slice:
             parts = [[v.start for v in values], [v.stop for v in values], [v.step for v in values]]
             return slice(*(self.template(p) for p in parts))

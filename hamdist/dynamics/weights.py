@@ -73,6 +73,8 @@ class Weights(Remembers):
         self._sign = dynamics.sign
         self._eta = dynamics.eta_omega
         self._cost = dynamics.weight_cost
+        self._first_cost = dynamics.first_cost if dynamics.weight_cost else None
+        self._decay = dynamics.decay
         self._limit = dynamics.limit
         self._largest = min([self._limit, *(torch.finfo(t.dtype).max for t in self.theta)])
         self._bound = 0.0  # of |omega|
@@ -89,7 +91,7 @@ class Weights(Remembers):
 
     STATE = (
         *("updates", "_omega", "_factors", "_bound", "_squares", "_fading", "_steps"),
-        *("average", "_inputs"),
+        *("average", "_inputs", "_first_cost"),
     )
 
     def snapshot(self) -> dict[str, Any]:
@@ -180,8 +182,7 @@ class Weights(Remembers):
         if g is not None and not in_tensors and not self._cost:
             self._move_fused(g, scale, tau, self._gain(g, tau))
             return
-        given = self._with_cost(None if g is None else all_dense(g))
-        gain = self._gain(given, tau)
+        given, gain = self._with_cost(None if g is None else all_dense(g), tau)
         later = self._moved(given, tau, gain)
         if self._ahead:
             self._move_ahead(given, later, scale, tau, gain)
@@ -225,8 +226,7 @@ class Weights(Remembers):
 
         which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega."""
         before = self.omega
-        given = self._with_cost(g)
-        gain = self._gain(given, tau)
+        given, gain = self._with_cost(g, tau)
         later = self._moved(given, tau, gain)
         squares = self._squares or [torch.zeros_like(t) for t in self.theta]
         torch._foreach_mul_(squares, adaptive.memory)
@@ -243,6 +243,8 @@ class Weights(Remembers):
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, adaptive.epsilon)
         for theta, o, root, beta in zip(self.theta, omega, roots, self._rates, strict=True):
+            if self._decay:  # decoupled: AdamW (Loshchilov and Hutter 2019, Algorithm 2)
+                theta.mul_(1 - tau * scale * beta * self._decay)
             theta.addcdiv_(o, root, value=-step * beta)
         self.omega = later
 
@@ -296,7 +298,7 @@ class Weights(Remembers):
         if not self.theta:
             return
         if self._cost:
-            costs = torch._foreach_mul(self.theta, self._cost)
+            costs = torch._foreach_mul(self.theta, self._cost_now())
             self.omega = list(torch._foreach_add(self.omega, costs, alpha=-self._sign * tau))
         self._move_theta(tau * scale)
         if self.average is not None:
@@ -324,12 +326,20 @@ class Weights(Remembers):
         squares = sum(float(t.square().sum()) for t in self.theta)
         return kinetic, 0.5 * self._cost * squares, squares**0.5
 
-    def _with_cost(self, g: list[Tensor] | None) -> list[Tensor] | None:
+    def _with_cost(self, g: list[Tensor] | None, tau: float) -> tuple[list[Tensor] | None, float]:
+        """g + r_w theta, and what that comes to omega with; only g is clipped."""
+        gain = self._gain(g, tau)
         if not self._cost:
-            return g
+            return g, gain
+        cost = self._cost_now() * (-self._sign * tau / gain)
         if g is None:
-            return list(torch._foreach_mul(self.theta, self._cost))
-        return list(torch._foreach_add(g, self.theta, alpha=self._cost))
+            return list(torch._foreach_mul(self.theta, cost)), gain
+        return list(torch._foreach_add(g, self.theta, alpha=cost)), gain
+
+    def _cost_now(self) -> float:
+        """r_w of this update."""
+        first, self._first_cost = self._first_cost, None
+        return self._cost if first is None else first
 
     def _moved(self, g: list[Tensor] | None, tau: float, gain: float) -> list[Tensor]:
         """omega_{k+1}, in fresh tensors, or in those of g, which comes with `gain`. Raises

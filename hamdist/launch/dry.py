@@ -69,7 +69,7 @@ def dry_run(
     if data is None:
         stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
     else:
-        stream = data(settings.seed).train
+        stream = data(settings.seed).in_dtype(dtype).train
     plan = plan_of(build(settings, stream.spec, factory, dtype), settings, stream.spec)
     cpus = int(sum(host.cpus for host in hosts))
     groups = place(plan.graph, plan.engine, max(1, cpus))

@@ -125,19 +125,22 @@ class HostActor:
     def connect_anew(self, ends: Opened) -> int:
         return self._prepared().connect_anew(ends)
 
-    def keep(self, tick: int) -> bool:
-        return self._prepared().keep(tick)
+    def keep(self, run: int, tick: int) -> bool:
+        host = self._of(run)
+        return host is None or host.keep(tick)
 
-    def complete(self, tick: int) -> None:
-        if self._host is not None:  # (a run that has ended needs no signal again)
-            self._host.complete(tick)
+    def complete(self, run: int, tick: int) -> None:
+        host = self._of(run)
+        if host is not None:  # (a run that has ended needs no signal again)
+            host.complete(tick)
 
     def allow(self, key: str) -> None:
         self._prepared().allow(key)
 
-    def withdraw(self, key: str) -> None:
-        if self._host is not None:
-            self._host.withdraw(key)
+    def withdraw(self, run: int, key: str) -> None:
+        host = self._of(run)
+        if host is not None:
+            host.withdraw(key)
 
     def run(self, index: int, actors: int) -> HostReport:
         """index: of this actor among the `actors` of its host."""
@@ -146,17 +149,27 @@ class HostActor:
     def status(self, seen: int, every: int | None) -> HostStatus:
         return self._prepared().status(seen, every)
 
-    def stop_stream(self) -> None:
-        self._prepared().stop_stream()
+    def stop_stream(self, run: int) -> None:
+        host = self._of(run)
+        if host is not None:
+            host.stop_stream()
 
-    def abort(self) -> None:
-        self._prepared().abort()
+    def abort(self, run: int) -> None:
+        host = self._of(run)
+        if host is not None:
+            host.abort()
 
     def close(self) -> None:
         """Ends the run, as far as it has come; the actor can take another."""
         if self._host is not None:
             self._host.close()
             self._host = None
+
+    def _of(self, run: int) -> Host | None:
+        """The host of a run; None where the actor has gone on to another. The driver does not wait
+        for all its calls: on a busy machine one may come when the next run has begun."""
+        host = self._host
+        return host if host is not None and host.number == run else None
 
     def _prepared(self) -> Host:
         if self._host is None:

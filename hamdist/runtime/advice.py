@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -20,6 +21,7 @@ from hamdist.config import (
     TransportKind,
 )
 from hamdist.dynamics.cycles import dissipation_warnings
+from hamdist.dynamics.python_state import modules_of
 from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.dynamics.watching import Watch
 from hamdist.runtime.compression import compression_warnings
@@ -51,12 +53,61 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     if plan.engine.address is None:
         told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
+    told += _late(plan, settings)
+    told += _losses(plan)
     told += _alone(plan)
     told += _as_they_are(plan)
     if isinstance(plan.schedule, HoldSchedule):
         told += dissipation_warnings(plan.graph, plan.dynamics)
         told += reset_warnings(plan, plan.schedule)
         told += _one_hop(plan)
+    return told
+
+
+def _late(plan: Plan, settings: Settings) -> list[str]:
+    """What labels cost that come late."""
+    late, given = plan.spec.late, settings.stream
+    if late:
+        kept = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
+                   for r in plan.graph.readouts)  # fmt: skip
+        return [
+            f"labels come {late} items late: a sample is scored by its prediction from when it "
+            f"came, and shown again with its label {late} items later, to learn from; {late} "
+            f"predictions wait at the readout ({late * kept / 1024:.1f} KiB), as many inputs at "
+            "the stream, and every item passes the network twice"
+        ]
+    if given.late_targets and not given.again:
+        return [
+            "samples wait for their labels before they are predicted (stream.relearn: wait, or a "
+            "pace): prequential scores are as if labels came at once"
+        ]
+    return []
+
+
+def _losses(plan: Plan) -> list[str]:
+    """Says which outputs are learned where nobody has said it, and which weights are not."""
+    told = []
+    readouts = plan.graph.unsliced.readouts
+    if len(readouts) > 1 and plan.spec.targets is None and plan.graph.unsliced.was_cut:
+        told.append(
+            f"the model returns {len(readouts)} outputs and the stream has one target, with which "
+            f"{', '.join(map(repr, readouts))} are all learned; leave one out by naming the losses "
+            f"of the others, loss={{{readouts[0]!r}: 'cross-entropy'}}"
+        )
+    for name in readouts:
+        loss = plan.graph.blocks[name].loss
+        weights = [
+            f"{key} of a {type(module).__name__}"
+            for module in modules_of(loss)
+            for key, weight in module.named_parameters()
+            if weight.requires_grad
+        ]
+        if weights:
+            told.append(
+                f"the loss of {name!r} has weights of its own, which are not learned: "
+                f"{', '.join(weights)}; make them weights of the model, or freeze them with "
+                "requires_grad_(False)"
+            )
     return told
 
 

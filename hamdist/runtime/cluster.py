@@ -65,6 +65,8 @@ class Session:
                 _, actor = self.idle.pop(k)
                 if is_alive(actor):
                     found[i] = actor
+                else:  # its processor is wanted at once
+                    _end([actor])
         if len(found) < len(seats):
             self.make_room()
         return [found[i] if i in found else start_actor(seat) for i, seat in enumerate(seats)]

@@ -120,6 +120,7 @@ class Crew:
         self.actors: list[Actor] = []
         self._keeping: list[Any] = []  # the calls of the latest keep() that have not been answered
         self._too_late = False
+        self._called_off = False
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
         self.notes: list[str] = []  # what there is to say of the actors before the first tick
         self.local_forgot = False  # as Actor.forgot, of a stream in this process
@@ -444,11 +445,13 @@ class Crew:
     def withdraw(self, key: str) -> None:
         """Nobody lets the holder of this key in any more."""
         for actor in self.actors:
-            actor.handle.withdraw.remote(key)
+            actor.handle.withdraw.remote(self._plan.run, key)
 
     def keep(self, tick: int) -> None:
         """All take a snapshot at `tick`."""
-        self._keeping = [actor.handle.keep.remote(tick) for actor in self.running.values()]
+        self._keeping = [
+            actor.handle.keep.remote(self._plan.run, tick) for actor in self.running.values()
+        ]
         self._too_late = self._local is not None and not self._local.keep(tick)
 
     def too_late(self) -> bool:
@@ -466,7 +469,7 @@ class Crew:
     def complete(self, tick: int) -> None:
         """All may forget what lies before that snapshot."""
         for actor in self.actors:
-            actor.handle.complete.remote(tick)
+            actor.handle.complete.remote(self._plan.run, tick)
         if self._local is not None:
             self._local.complete(tick)
 
@@ -542,6 +545,10 @@ class Crew:
                 return
             raise lost from error
         report = actor.report
+        if report is not None and report.aborted and not self._called_off:
+            report.error = ClusterError(
+                f"{actor} ended before its time: it was called off by nobody"
+            )
         if report is None or report.error is None:
             if report is not None and report.kept is not None:
                 actor.told.append(report.kept)
@@ -587,12 +594,13 @@ class Crew:
         if self._local is not None:
             self._local.stop_stream()
         else:
-            self.actors[self._source_actor()].handle.stop_stream.remote()
+            self.actors[self._source_actor()].handle.stop_stream.remote(self._plan.run)
 
     def call_off(self) -> None:
         """Ends the runs as they are now; those that do not answer leave no report."""
+        self._called_off = True
         for actor in self.running.values():
-            actor.handle.abort.remote()
+            actor.handle.abort.remote(self._plan.run)
         if self._local is not None:
             self._local.abort()
         self.wait(ANSWER_SECONDS, everybody=True)
@@ -609,7 +617,7 @@ class Crew:
     def _end_actors(self) -> None:
         """Lets the actors that obey take another run, and kills the others."""
         for actor in self.running.values():
-            actor.handle.abort.remote()
+            actor.handle.abort.remote(self._plan.run)
         runs = [a.running for a in self.actors if a.running is not None]
         ended = ray.wait(runs, num_returns=len(runs), timeout=OBEY_SECONDS)[0] if runs else []
         closed = {a.handle.close.remote(): a for a in self.actors if a.running in ended}

@@ -31,6 +31,7 @@ class CrewKeeping:
         self._recovery = Recovery(crew, keeping, self._shelf) if keeping.recover else None
         self._losses: list[Loss] = []
         self._seconds = keeping.seconds or inf
+        self._end = plan.last_tick
         self._due: float | None = None
         self._asked: tuple[int, float] | None = None  # the tick of the latest, and when
         self._pace: tuple[float, int] | None = None  # when, and where the first block was
@@ -160,7 +161,7 @@ class CrewKeeping:
         if self._due is None:
             self._due = now + self._seconds
         full = self._recovery is not None and self._full()
-        if now < self._due and not full:
+        if (now < self._due and not full) or front >= self._end:
             return
         if self._asked is not None and now - self._asked[1] < PATIENCE_SECONDS:
             return
@@ -177,7 +178,8 @@ class CrewKeeping:
         return max(ticks, default=0)
 
     def _ask(self, now: float, front: int) -> int:
-        tick = front + 1 + int(AHEAD_SECONDS * self._rate) + 2 * len(self._blocks)
+        ahead = front + 1 + int(AHEAD_SECONDS * self._rate) + 2 * len(self._blocks)
+        tick = int(min(ahead, self._end))
         if self._tries_failed:
             self._tries_failed = False
             self._shelf.forget_tries(tick)

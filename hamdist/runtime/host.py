@@ -131,6 +131,7 @@ class Host:
         keys: Keys | None = None,
     ) -> None:
         self._plan = plan
+        self.number = plan.run
         self._abort = threading.Event()
         self._requests = Requests()
         delay = plan.engine.link_delay

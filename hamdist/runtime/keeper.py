@@ -70,8 +70,9 @@ class _Done:
 
 class Keeper:
     """The snapshots of the `nodes` of one process. As a `Cut` (loop.py) it takes one at every
-    multiple of `every` ticks, and at a tick that is asked for. written: called from the thread
-    that writes, for each that is on the disk; without it, `collected` tells of them."""
+    multiple of `every` ticks, at a tick that is asked for, and the last one before the stream has
+    come to the end of its steps, so that it can go on with more of them. written: called from the
+    thread that writes, for each that is on the disk; without it, `collected` tells of them."""
 
     def __init__(
         self,
@@ -106,7 +107,8 @@ class Keeper:
         self._written = written
         self._done = _Done()
         self.reached = 0  # the tick of the latest cut
-        self._next: float = inf if self._every is None else self._every
+        self._end = plan.last_tick
+        self._next = self._following(0)
         self.due: float = self._next
 
     # -- taking ---------------------------------------------------------------------------------
@@ -120,11 +122,18 @@ class Keeper:
             self.due = min(self._next, tick)
             # The loop looks at `due` before each event. So if no node has come to `tick` now, with
             # `due` set, none will pass it before `reach` is called, which waits for the lock.
-            if tick <= self.reached or tick <= self._now():
+            if tick <= self.reached or tick <= self._now() or tick > self._end:
                 self._asked, self._then = before
                 self.due = min(self._next, self._asked)
                 return False
             return True
+
+    def _following(self, tick: int) -> float:
+        """The tick behind `tick` at which a snapshot is taken without being asked for."""
+        then = inf if self._every is None else (tick // self._every + 1) * self._every
+        if then > self._end:
+            return self._end if self._keeping.last and tick < self._end else inf
+        return then
 
     def _now(self) -> float:
         """The tick before whose events all nodes stand; infinite when they have ended."""
@@ -142,8 +151,8 @@ class Keeper:
                 self.reached = due
                 if self._asked == due:
                     self._asked, then, self._then = inf, self._then, None
-                if self._next == due and self._every is not None:
-                    self._next += self._every
+                if self._next == due:
+                    self._next = self._following(due)
                 self.due = min(self._next, self._asked)
             self._take(due)
             if then is not None:
@@ -249,7 +258,6 @@ class Keeper:
         tick = snapshot.tick
         with self._lock:
             self.reached = tick
-            if self._every is not None:
-                self._next = (tick // self._every + 1) * self._every
+            self._next = self._following(tick)
             self.due = min(self._next, self._asked)
         self._ledger.mark(tick)

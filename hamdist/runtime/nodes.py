@@ -179,9 +179,8 @@ class _Parts:
         )
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
-            weights = Weights(
-                self.cell.theta, replace(self.dynamics, average=None), order, self.cell.names
-            )
+            beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
+            weights = Weights(self.cell.theta, beside, order, self.cell.names)
         return Taught(head, self.cell, weights, self.dynamics, plan.course)
 
 

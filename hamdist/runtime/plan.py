@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -60,7 +61,8 @@ class Keeping:
     """Snapshots of a run. path: where; every: ticks, seconds: of time between two; keep: how many
     stay. settings: of the run, for the manifest. snapshot: what the run goes on from. ends_full:
     the run ends where more than `memory` bytes would be kept. epoch: of the processes that write,
-    which rises whenever one is replaced."""
+    which rises whenever one is replaced. last: one is taken before the end, with which a run of
+    more steps can go on."""
 
     path: str
     every: int | None
@@ -74,6 +76,7 @@ class Keeping:
     silence: float = 10.0
     snapshot: Snapshot | None = None
     epoch: int = 1
+    last: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Plan:
 
     def course(self, sample: int) -> float:
         """The same without what makes up for a delay."""
-        return self.rate(sample + self.skip)
+        return self.rate(sample // self.spec.passes + self.skip)
 
     @property
     def resumed(self) -> int:
@@ -143,6 +146,15 @@ class Plan:
     def taught_by(self) -> str:
         """The readout whose labels travel with the signal."""
         return "" if self.heads is None else self.heads.readout
+
+    @property
+    def last_tick(self) -> float:
+        """The tick before which the last of `steps` samples has left the stream: a snapshot at that
+        tick is one of a run of more steps, too, and a later one is not. Infinite where nobody knows
+        it (in sequences, and where a sample is drawn ahead for its time)."""
+        if self.steps is None or self.knobs.sequence or self.dynamics.tau is None:
+            return math.inf
+        return (self.steps - self.skip) * self.spec.passes * self.schedule.c - 1
 
     def start(self, block: str) -> Tensor:
         """h_0 of a block, the batch in front."""
@@ -203,6 +215,14 @@ def make_plan(
             f"{knobs.presentation.value!r}: the energies are sums over the blocks at one time, but "
             "there the blocks work on different samples; use a level of presentation 'hold'"
         )
+    if spec.late and not knobs.pulse:
+        raise LevelError(
+            f"labels that come {spec.late} items late with presentation "
+            f"{knobs.presentation.value!r}, whose states go from one item to the next: a sample "
+            "cannot be shown again in between; use a level of presentation 'pulse' (trace, "
+            "backprop, heads, reversible), or have samples wait for their labels (stream.relearn: "
+            "wait, or hamdist.streams.Rejoin), whose scores know no delay"
+        )
     rate = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
     clocked = knobs.hold and dynamics.clocked
@@ -245,8 +265,10 @@ def make_plan(
     )
 
 
-def make_keeping(settings: Settings, snapshot: Snapshot | None = None) -> Keeping | None:
-    """How the run keeps its state, as `settings.snapshots` say."""
+def make_keeping(
+    settings: Settings, snapshot: Snapshot | None = None, *, last: bool = True
+) -> Keeping | None:
+    """How the run keeps its state, as `settings.snapshots` say. last: see `Keeping`."""
     given = settings.snapshots
     if given.path is None:
         return None
@@ -263,6 +285,7 @@ def make_keeping(settings: Settings, snapshot: Snapshot | None = None) -> Keepin
         attempts=given.attempts,
         silence=given.silence,
         snapshot=snapshot,
+        last=last,
     )
 
 
@@ -423,6 +446,14 @@ def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_
                 raise GraphError(
                     f"readout {name!r} predicts {shape}, but the stream has {classes} classes; "
                     f"give it {classes} outputs"
+                )
+            shared = spec.targets is None and graph.unsliced.was_cut
+            if shared and len(graph.readouts) > 1 and shape[axis] != classes:
+                raise GraphError(
+                    f"output {name!r} of the model is {shape}, but the one target of the stream "
+                    f"has {classes} classes: outputs that are not learned are left out by naming "
+                    "the losses of the others, loss={'NAME': 'cross-entropy'}; outputs: "
+                    f"{', '.join(map(repr, graph.readouts))}"
                 )
             rows = (*shape[:axis], *shape[axis + 1 :])
             if rows != target.shape:

@@ -7,13 +7,13 @@ the border of the block that reads (device.py), and is the same in every engine.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from hamdist.config import BlockDType, BlockEngineSettings, EngineSettings, Memory
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.graph import BlockSpec, Graph, ShapeMap, combined
 from hamdist.dynamics.locality import Locality
 from hamdist.errors import GraphError, LevelError
@@ -112,4 +112,4 @@ def _tried(block: BlockSpec, before: ShapeMap, dtype: torch.dtype) -> torch.dtyp
 @torch.no_grad()
 def _run(module: nn.Module, inputs: list[Tensor]) -> object:
     with torch.random.fork_rng(devices=[]):
-        return copy.deepcopy(module)(*inputs)
+        return copied(module)(*inputs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamdist.dynamics.block import Reading
 from hamdist.dynamics.graph import BlockSpec, Edge
 from hamdist.dynamics.heads import HeadBlock
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
@@ -45,11 +46,13 @@ class PulseNode(Remembers):
         self._ties = TiePorts(plan, spec.name, mail, cell) if isinstance(cell, TiedCell) else None
         self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)
+        self._late = plan.spec.late
+        self._asked: list[Tensor] = []  # predictions that wait for their labels
         self._end: int | None = None
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
 
-    STATE = ("block", "metrics", "seconds", "_end", "event", "tick")
+    STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "_asked")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
@@ -151,7 +154,25 @@ class PulseNode(Remembers):
         self._ports.to_parents(stamp, messages)
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)
-        record(self.metrics, event.sample, reading)
+        sample = event.sample
+        if self._late:
+            sample, reading = self._of_earlier(self.block, sample, reading)
+        record(self.metrics, sample, reading)
+
+    def _of_earlier(
+        self, block: PulseReadout, n: int, reading: Reading | None
+    ) -> tuple[int, Reading | None]:
+        """Where labels come late (streams/late.py): keeps the prediction of a sample that came, in
+        passes of odd number; scores it when its label has come, in the even ones."""
+        item, asks = divmod(n, 2)
+        if asks:
+            if block.prediction is not None:
+                self._asked.append(block.prediction)
+            return item, None
+        earlier = self._asked.pop(0) if item >= self._late else None
+        if earlier is None or reading is None:
+            return item, None
+        return item - self._late, block.scored(earlier, reading)
 
     def records(self) -> None:
         """A pulse has no energies at one time (refused by plan.py)."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from hamdist.config import Settings
+from hamdist.config import Decay, Settings
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
+from hamdist.dynamics.rates import step_course
 from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan import Plan, fingerprint
 from hamdist.runtime.portable import other_bits
@@ -56,6 +57,20 @@ def ended(snapshot: Snapshot, settings: Settings) -> bool:
     before = snapshot.manifest.settings.get("steps")
     more = before is not None and (settings.steps is None or settings.steps > before)
     return more and snapshot.state(INPUT)["node"]["tick"] is None
+
+
+def bent_course(snapshot: Snapshot, settings: Settings) -> list[str]:
+    """Tells of a step size that falls over other steps than before."""
+    before, n = snapshot.manifest.settings.get("steps"), snapshot.manifest.samples
+    decay = settings.learning.decay
+    if decay is Decay.NONE or before in (None, settings.steps):
+        return []
+    old, new = (step_course(settings.learning, steps)(n) for steps in (before, settings.steps))
+    return [
+        f"learning.decay {decay.value!r} now falls over {settings.steps} samples, before over "
+        f"{before}: at sample {n} the step size goes from {old:.3g} to {new:.3g} of learning.lr; "
+        "for the course of one long run give the first run its steps, and end it by Ctrl-C"
+    ]
 
 
 def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> nn.Module:
@@ -117,7 +132,7 @@ def _of_cell(cell: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def with_weights(model: nn.Module, learned: nn.Module) -> nn.Module:
     """A copy of `model` with the weights of `learned`. Raises SnapshotError where they differ."""
-    own = copy.deepcopy(model)
+    own = copied(model)
     try:
         own.load_state_dict(learned.state_dict())
     except RuntimeError as error:

@@ -61,7 +61,8 @@ class SourceNode:
             ignore_index=plan.ignore_index,
         )
         self.smoothness = Smoothness()
-        self.samples = 0
+        self._passes = plan.spec.passes
+        self._sent = 0
         self.stop = Flag()
         self.tick: int | None = self.event.tick
         self._drawn: Iterator[Sample] | None = None
@@ -77,12 +78,17 @@ class SourceNode:
         return report_of(self._stream)
 
     @property
+    def samples(self) -> int:
+        """Samples that were sent; each counts once, though it may pass twice."""
+        return self._sent // self._passes
+
+    @property
     def passed(self) -> int:
         """Items that the stream has passed over."""
         return passed_over(self._stream)
 
     def start(self) -> None:
-        self._drawn = samples_from(self._stream, self._plan.skip, self._plan.passed)
+        self._drawn = samples_from(self._stream, self._plan.skip * self._passes, self._plan.passed)
         if self._ahead:
             self._next = self._draw(0)
 
@@ -92,7 +98,7 @@ class SourceNode:
         return {
             "event": self.event,
             "tick": self.tick,
-            "samples": self.samples,
+            "samples": self._sent,
             "drawn": self._items,
             "passed": self.passed,
             "next": None if ahead is None else _told(ahead),
@@ -105,7 +111,7 @@ class SourceNode:
         """Goes on from `state`, instead of `start`: the stream is drawn again up to there."""
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         check_names("stream", state, names)
-        self.event, self.tick, self.samples = state["event"], state["tick"], state["samples"]
+        self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
         self._tau, self._check.last = state["tau"], state["time"]
         self.smoothness.restore(state["smoothness"])
         self._items = state["drawn"]
@@ -113,7 +119,7 @@ class SourceNode:
         if not isinstance(self._plan.schedule, SequenceSchedule):
             self._events = source_events(self._plan.schedule.c, self.event.sample + 1)
         if self.tick is not None:
-            given = self._plan.skip + self._items
+            given = self._plan.skip * self._passes + self._items
             self._drawn = samples_from(self._stream, given, state["passed"])
 
     def step(self) -> None:
@@ -147,7 +153,7 @@ class SourceNode:
             tau = self._time(sample)
             for channel in self._clocks:
                 self._mail.post(channel, Signal(stamp, tau, sequence_end=end))
-        self.samples += 1
+        self._sent += 1
         self.event = self._following(last=end)
         self.tick = self.event.tick
 
@@ -190,7 +196,8 @@ class SourceNode:
     def _draw(self, n: int) -> Sample | None:
         """Sample n, checked; None at the end of the stream, or when the run is stopped."""
         steps = self._plan.steps
-        n += self._plan.skip
+        pass_ = n % self._passes
+        n = n // self._passes + self._plan.skip
         if self._drawn is None or self.stop.is_set() or (steps is not None and n >= steps):
             return None
         try:
@@ -205,7 +212,8 @@ class SourceNode:
             return None
         self._items += 1
         sample = self._check.check(n, sample)
-        self.smoothness.observe(sample.u)
+        if pass_ == self._passes - 1:  # (not of what is shown again)
+            self.smoothness.observe(sample.u)
         return sample
 
 

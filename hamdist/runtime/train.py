@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,8 +15,9 @@ from torch import nn
 from hamdist.config import Bits, EngineKind, Level, Readout, Settings
 from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
+from hamdist.dynamics.copies import copied, unwrapped
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
-from hamdist.dynamics.graph_checks import check_parameters
+from hamdist.dynamics.graph_checks import check_parameters, check_shared_modules
 from hamdist.dynamics.hooks import check_hooks
 from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import Locality, make_locality
@@ -42,6 +42,7 @@ from hamdist.runtime.portable import is_pinned
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import RunResult
 from hamdist.runtime.resume import (
+    bent_course,
     changed,
     differences,
     earlier,
@@ -54,6 +55,7 @@ from hamdist.runtime.snapshot import Snapshot, check_usable, latest
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.storage import storage
 from hamdist.runtime.ties import against_ties, weight_lags
+from hamdist.streams.cast import in_dtype
 from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 
@@ -106,6 +108,7 @@ def train(
     ):  # whatever the caller's mode: this is learning
         startup = Startup(phases_to(on_progress, settings.steps))
         with startup.phase("plan"):
+            model, stream = in_dtype_of(settings, model, stream)
             losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
             if isinstance(losses, Mapping):
                 stream = with_targets_of(stream, losses)
@@ -158,7 +161,7 @@ def _spec_with_example(stream: Stream) -> SampleSpec:
 
 @dataclass(frozen=True)
 class _Work:
-    """What `train` was given."""
+    """What `train` was given. keeps: where snapshots lie was said, or there are none."""
 
     model: nn.Module | Graph
     spec: SampleSpec
@@ -166,6 +169,7 @@ class _Work:
     loss: Losses | None
     policy: Policy | None
     phi: Course | None
+    keeps: bool = True
 
     def graph(self) -> Graph:
         own = self.settings
@@ -178,7 +182,13 @@ class _Work:
             blocks = graph.unsliced.blocks
             check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
             plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
-        keeping = make_keeping(self.settings, snapshot)
+        if graph.state:
+            graph.notes.append(
+                f"the model's forward changes {', '.join(sorted(graph.state))}: Python state, "
+                "which neither snapshots nor result.model hold; a buffer, or get_extra_state and "
+                "set_extra_state, would be kept"
+            )
+        keeping = make_keeping(self.settings, snapshot, last=self.keeps)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path, least_bytes(graph, self.settings))
         plan = replace(plan, keeping=keeping)
@@ -199,6 +209,7 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
+            told += bent_course(snapshot, own.settings)
             told += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)
             if plan.engine.digests and not snapshot.digests:
@@ -235,15 +246,36 @@ class _Work:
     def _kept_at(self, snapshot: Snapshot) -> _Work:
         """New snapshots lie beside the one that the run goes on from, unless settings say so; and
         delays that were measured are used again."""
-        settings = self.settings
+        settings, keeps = self.settings, True
         if settings.snapshots.path is None:
             kept = settings.snapshots.model_copy(update={"path": snapshot.where})
             settings = settings.model_copy(update={"snapshots": kept})
+            keeps = False
         if settings.partition.delays == "auto":
             given = {"delays": snapshot.manifest.delays}
             partition = settings.partition.model_copy(update=given)
             settings = settings.model_copy(update={"partition": partition})
-        return replace(self, settings=settings)
+        return replace(self, settings=settings, keeps=keeps)
+
+
+def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
+    """Return model and stream in `settings.dtype`, where it was set; copies, where they were not.
+
+    Raises:
+        SettingsError: The model is a Graph of another type, which brings its own.
+    """
+    if "dtype" not in settings.model_fields_set:
+        return model, stream
+    dtype = getattr(torch, settings.dtype.value)
+    tensors = [t for m in _modules(model) for t in (*m.parameters(), *m.buffers())]
+    if any(t.is_floating_point() and t.dtype != dtype for t in tensors):
+        if isinstance(model, Graph):
+            raise SettingsError(
+                f"dtype {settings.dtype.value!r}: the Graph has weights of another type; make its "
+                "modules in that type, or leave dtype out"
+            )
+        model = copied(model).to(dtype)
+    return model, in_dtype(stream, dtype)
 
 
 def _modules(model: nn.Module | Graph) -> list[nn.Module]:
@@ -312,7 +344,7 @@ def _result(
         "startup_seconds": sum(startup.seconds.values()),
         "compression": in_edge_order(outcome.compression, graph),
         "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
-        "staleness": plan.schedule.staleness,
+        "staleness": -(-plan.schedule.staleness // plan.spec.passes),
         "resumed": plan.resumed,
         "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
         "weight_lags": weight_lags(plan),
@@ -383,9 +415,11 @@ def _graph(
 ) -> Graph:
     """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
+        check_shared_modules(model.blocks)
         return model.copy()
-    check_made(model)
-    own = copy.deepcopy(model)
+    model, notes = unwrapped(model)
+    check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
+    own = copied(model)
     state = knobs.readout is Readout.STATE
     example = example_input(spec) if spec.inputs is None else example_inputs(spec)
     if policy is None and callable(loss) and is_chain(own, settings.partition):
@@ -409,5 +443,7 @@ def _graph(
             state_readout=state,
             together=together,
         )
+    graph.original = model  # what its forward has left behind stays with the blocks
     graph.example = by_parent(example)
+    graph.notes[:0] = notes
     return graph

@@ -1,7 +1,8 @@
 """Streams: sources of samples, their order and seeds, data sets, drift, texts, signals.
 
 `make_stream` turns settings into a stream; `from_loader` and `from_iterable` wrap your own;
-`ArrayStream` takes tensors. `Rejoin` brings late targets to their samples, `Paced` has samples
+`ArrayStream` takes tensors. `LateLabels` learns from late targets,
+`Rejoin` has samples wait for them, `Paced` has samples
 arrive in real time. What a stream is: the protocol `Stream` in `sample.py`.
 """
 
@@ -12,7 +13,7 @@ from hamdist.streams.check import Checker
 from hamdist.streams.datasets import DataSet, digits, fashion_mnist
 from hamdist.streams.drift import DriftStream
 from hamdist.streams.factory import drifts, held_out, held_out_tokens, make_stream
-from hamdist.streams.late import Delayed, Rejoin
+from hamdist.streams.late import Delayed, LateLabels, Rejoin
 from hamdist.streams.mnist1d import mnist1d
 from hamdist.streams.pace import Paced
 from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Stream, TargetSpec, report_of
@@ -33,6 +34,7 @@ __all__ = [
     "DriftStream",
     "InputSpec",
     "IterableStream",
+    "LateLabels",
     "Paced",
     "Rejoin",
     "Sample",

@@ -90,7 +90,8 @@ class Checker:
         inputs = {
             name: self._input(n, f"u[{name!r}]", given[name], one) for name, one in known.items()
         }
-        batches = {name: u.shape[0] for name, u in inputs.items()}
+        batch = self._spec.batch  # of the first item: what had other rows there is no batch
+        batches = {n: u.shape[0] for n, u in inputs.items() if known[n].shape[0] == batch}
         if len(set(batches.values())) > 1:
             rows = ", ".join(f"{name!r} {batch}" for name, batch in batches.items())
             raise StreamError(

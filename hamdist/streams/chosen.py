@@ -33,7 +33,9 @@ class Chosen(Derived):
         own = self._stream.spec
         kept = {n: one for n, one in (own.targets or {}).items() if n in self._readouts}
         some = SampleSpec.several(own.u_shape, own.u_dtype, kept)
-        return replace(some, tokens=own.tokens, inputs=own.inputs, example=own.example)
+        return replace(
+            some, late=own.late, tokens=own.tokens, inputs=own.inputs, example=own.example
+        )
 
     def samples(self) -> Iterator[Sample]:
         """The items from item 0 on."""

@@ -24,7 +24,7 @@ from hamdist.streams.canvas import Canvas, still
 from hamdist.streams.characters import CharacterStream, character_parts, held_out_windows
 from hamdist.streams.datasets import DataSet, digits, fashion_mnist
 from hamdist.streams.drift import DriftStream
-from hamdist.streams.late import Delayed, Rejoin
+from hamdist.streams.late import Delayed, LateLabels, Rejoin
 from hamdist.streams.mnist1d import mnist1d
 from hamdist.streams.pace import Paced
 from hamdist.streams.parts import validation_items
@@ -37,8 +37,8 @@ from hamdist.streams.textfiles import CLASSES, Texts
 
 
 def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> Stream:
-    """The stream that the settings name: its source, made smooth, with targets withheld, or late
-    and rejoined with their samples, and in real time, in this order.
+    """The stream that the settings name: its source, made smooth, with targets withheld, or
+    late and learned from when they come, or waited for, and in real time, in this order.
 
     Endless and portable; u of `dtype` (tokens int64). Raises what the parts raise: StreamError for
     data sets that are not there and for a motion of inputs that are no square images; and
@@ -51,8 +51,10 @@ def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> S
     if settings.missing > 0:
         stream = Withhold(stream, settings.missing, seed)
     if settings.late_targets > 0:
-        tagged = settings.target_delay is None
+        tagged = settings.target_delay is None and not settings.again
         stream = Delayed(stream, settings.late_targets, tagged=tagged)
+    if settings.again:
+        return LateLabels(stream, settings.target_delay or settings.late_targets)
     if settings.late_targets > 0 or settings.target_delay is not None:
         stream = Rejoin(stream, settings.target_delay, patience=settings.patience)
     return stream if settings.pace is None else _paced(stream, settings.pace)

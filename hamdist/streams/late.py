@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.derived import Derived
 from hamdist.streams.pace import Paced
-from hamdist.streams.sample import Sample, Stream, Target, check_stream, report_of
+from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, check_stream, report_of
 
 
 class Delayed(Derived):
@@ -51,6 +51,41 @@ class Delayed(Derived):
         return {name: y.get(name) for name in self._names} if isinstance(y, Mapping) else y
 
 
+class LateLabels(Derived):
+    """A stream whose samples are predicted when they come, and learned when their labels come.
+
+    Item n of the wrapped stream has in `y` the target of sample n - delay. Every item gives two
+    samples: first sample n - delay again, with its target, to learn from (of the first `delay`
+    items their own input, without one), then sample n without a target, to be predicted. So n is
+    predicted when the targets of 0 ... n - delay are learned: progressive validation with delay
+    (Grzenda et al. 2020; river's `progressive_val_score(delay=...)`). The readout keeps `delay`
+    predictions and scores each against its target (runtime/pulse.py), the stream as many inputs.
+    A finite stream ends before its last `delay` targets come.
+
+    Portable where the wrapped stream is. Raises SettingsError for a delay below 1 and a paced
+    stream.
+    """
+
+    def __init__(self, stream: Stream, delay: int) -> None:
+        _check_delay(delay)
+        _check_unpaced("LateLabels", stream)
+        super().__init__(stream)
+        self._delay = delay
+
+    @property
+    def spec(self) -> SampleSpec:
+        """That of the wrapped stream, with the delay."""
+        return replace(self._stream.spec, late=self._delay)
+
+    def samples(self) -> Iterator[Sample]:
+        """The passes from sample 0 on, two for each item."""
+        waiting: deque[Sample] = deque()
+        for n, item in enumerate(self._stream.samples()):
+            waiting.append(replace(item, y=None))
+            yield replace(waiting.popleft(), y=item.y) if n >= self._delay else waiting[-1]
+            yield replace(item, y=None)
+
+
 @dataclass(slots=True)
 class _Waiting:
     """A sample, and what is known of its target. settled: nothing more will come."""
@@ -61,7 +96,10 @@ class _Waiting:
 
 
 class Rejoin(Derived):
-    """A stream in which each sample meets the target that came later.
+    """A stream in which each sample waits for the target that comes later.
+
+    It is predicted and learned only then, so prequential scores are those of a stream without
+    delay; `LateLabels` predicts it when it comes.
 
     With `delay` = j, item n of the wrapped stream has in `y` the target of sample n - j. Without,
     targets are tagged: `Sample.late` of any later item holds them by the number of their sample, in
@@ -91,12 +129,7 @@ class Rejoin(Derived):
             raise SettingsError(
                 f"patience is {patience}; at least {max(1, delay or 1)} samples have to wait"
             )
-        if isinstance(stream, Paced):
-            raise SettingsError(
-                "Rejoin got a Paced stream, whose samples may have been dropped, so that tags no "
-                "longer fit: rejoin first, then pace, as in Paced(Rejoin(stream), ...)"
-            )
-        check_stream("Rejoin", stream)
+        _check_unpaced("Rejoin", stream)
         super().__init__(stream)
         self._delay = delay
         self._patience = patience
@@ -169,6 +202,15 @@ class Rejoin(Derived):
 
 def _no_counts() -> dict[str, int]:
     return {"let_go": 0, "too_late": 0, "awaiting_most": 0}
+
+
+def _check_unpaced(wrapper: str, stream: Stream) -> None:
+    if isinstance(stream, Paced):
+        raise SettingsError(
+            f"{wrapper} got a Paced stream, whose samples may have been dropped, so that targets "
+            "no longer fit: rejoin first, then pace, as in Paced(Rejoin(stream), ...)"
+        )
+    check_stream(wrapper, stream)
 
 
 def _check_delay(delay: int) -> None:

@@ -75,7 +75,8 @@ class SampleSpec:
     those of the first one (`several` makes such a spec). tokens: number of different tokens, where
     u holds their numbers (int64, 0 ... tokens - 1). inputs: by name, where there are several; then
     u_shape and u_dtype are those of the first one. example: the inputs of a real item, by the names
-    that blocks have for them, where one is at hand.
+    that blocks have for them, where one is at hand. late: items by which labels come late, where
+    each sample passes twice (late.py); 0: once, with its label.
     """
 
     u_shape: tuple[int, ...]
@@ -87,6 +88,12 @@ class SampleSpec:
     tokens: int | None = None
     inputs: Mapping[str, InputSpec] | None = None
     example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    late: int = 0
+
+    @property
+    def passes(self) -> int:
+        """How often each sample passes the network."""
+        return 2 if self.late else 1
 
     @classmethod
     def several(

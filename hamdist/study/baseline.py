@@ -11,7 +11,6 @@ memory has to beat before it can be said to learn anything in its hidden blocks.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 import traceback
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from hamdist.config import FirstStep, LearningSettings, Settings
 from hamdist.dynamics.averaging import Average
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import called
 from hamdist.dynamics.losses import Losses, LossFunction, make_losses
 from hamdist.dynamics.metrics import Prequential, Window, counts
@@ -32,6 +32,7 @@ from hamdist.runtime.measure import example_sample
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.threads import torch_threads
+from hamdist.runtime.train import in_dtype_of
 from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 from hamdist.study.threads import fair_threads, faster_of
 
@@ -67,10 +68,11 @@ def train_centralised(
     entered = time.perf_counter()
     reset_peak()
     losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
-    own = copy.deepcopy(model)
+    model, stream = in_dtype_of(settings, model, stream)
+    own = copied(model)
     if frozen:
         _freeze(own)
-    trainer = _Trainer(own, settings, losses, stream.spec.targets)
+    trainer = _Trainer(own, settings, losses, stream.spec.targets, stream.spec.late)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
@@ -106,8 +108,12 @@ class _Trainer:
         settings: Settings,
         loss: Losses,
         targets: Collection[str] | None,
+        late: int = 0,
     ) -> None:
         learning = settings.learning
+        self._late = late
+        self._asked: list[dict[str, Tensor]] = []  # predictions that wait for their labels
+        self._passes = 0
         self.model = model
         self.loss = loss
         self.targets = targets
@@ -124,19 +130,33 @@ class _Trainer:
         self.updates = 0
 
     def show(self, sample: Sample) -> None:
-        """Test on the item, then train on it; an item without target only counts."""
+        """Test on the item, then train on it; an item without target only counts. Where labels come
+        late, an item passes twice (streams/late.py)."""
+        asks = bool(self._late) and self._passes % 2 == 1
+        self._passes += 1
         names = [ONLY] if self.targets is None else self.targets
-        if any(sample.target(name) is not None for name in names):
+        due = bool(self._late) and not asks and self.items >= self._late
+        earlier = self._asked.pop(0) if due else None
+        if asks or any(sample.target(name) is not None for name in names):
             try:
-                self._learn(sample)
+                if asks:
+                    self._ask(sample)
+                else:
+                    self._learn(sample, earlier)
             except GraphError:
                 raise
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise BlockError(CENTRALISED, self.items, text, traceback.format_exc()) from error
-        self.items += 1
+        self.items += asks or not self._late
 
-    def _learn(self, sample: Sample) -> None:
+    def _ask(self, sample: Sample) -> None:
+        """Predicts what is scored when the label has come."""
+        with torch.no_grad():
+            u = sample.u if sample.inputs is None else sample.inputs
+            self._asked.append(tensors(called(self.model, u)))
+
+    def _learn(self, sample: Sample, earlier: dict[str, Tensor] | None) -> None:
         u = sample.u if sample.inputs is None else sample.inputs
         predictions = tensors(called(self.model, u))
         losses = self._losses = self._losses or self._chosen(predictions)
@@ -145,8 +165,11 @@ class _Trainer:
             y = sample.target(name)
             if y is not None and counts(y, self._ignore_index):
                 found.append(loss(predictions[name], y))
-                own = predictions[name].detach()
-                self.metrics[name].record(self.items, own, y, found[-1].detach())
+                own, value = predictions[name].detach(), found[-1].detach()
+                if earlier is not None:
+                    own = earlier[name]
+                    value = loss(own, y)
+                self.metrics[name].record(self.items - self._late, own, y, value)
         if not found:
             return
         self.optimiser.zero_grad()
@@ -162,7 +185,7 @@ class _Trainer:
         """The model with the average of its weights, if there is one."""
         if self.average is None:
             return None
-        made = copy.deepcopy(self.model)
+        made = copied(self.model)
         moving = [p for p in made.parameters() if p.requires_grad]
         for p, value in zip(moving, self.average.values, strict=True):
             p.data.copy_(value)
@@ -205,9 +228,11 @@ def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Opti
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     adaptive = learning.adaptive
     if adaptive is None:
-        return torch.optim.SGD(weights, learning.lr, learning.momentum, learning.dampening)
+        own = (learning.lr, learning.momentum, learning.dampening, learning.weight_decay)
+        return torch.optim.SGD(weights, *own)
     betas = learning.momentum, adaptive.memory
-    return torch.optim.Adam(weights, learning.lr, betas, adaptive.epsilon)
+    decay = learning.weight_decay
+    return torch.optim.AdamW(weights, learning.lr, betas, adaptive.epsilon, decay)
 
 
 def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:
@@ -226,8 +251,9 @@ def _train(
     """Show every item; True where Ctrl-C came first."""
     reported = begun
     interrupted = False
+    passes = None if settings.steps is None else settings.steps * stream.spec.passes
     try:
-        for sample in itertools.islice(stream.samples(), settings.steps):
+        for sample in itertools.islice(stream.samples(), passes):
             trainer.show(sample)
             now = time.perf_counter()
             if on_progress is not None and now - reported >= PROGRESS_SECONDS:
@@ -254,7 +280,7 @@ def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
 
 def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
     """1, or as many as the compared run has: whichever trains a copy of the model faster."""
-    probe = _Trainer(copy.deepcopy(trainer.model), settings, trainer.loss, trainer.targets)
+    probe = _Trainer(copied(trainer.model), settings, trainer.loss, trainer.targets)
     sample = example_sample(spec)
 
     def step() -> None:

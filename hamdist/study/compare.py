@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,7 +13,10 @@ from hamdist.errors import SettingsError
 from hamdist.models import ModelFactory
 from hamdist.runtime.cluster import ray_session
 from hamdist.study.baseline import CENTRALISED
+from hamdist.study.grid.store import Store
 from hamdist.study.runs import DataFactory, OnProgress, Run, run_centralised, run_level
+
+KEY_LENGTH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +54,18 @@ def compare(
     *,
     factory: ModelFactory | None = None,
     data: DataFactory | None = None,
+    plain: ModelFactory | None = None,
     on_progress: Callable[[Planned], OnProgress] | None = None,
+    store: Store[Run] | None = None,
+    made_of: str = "",
 ) -> Iterator[Run]:
     """Make the runs one after the other and yield each as it ends.
 
+    store: keeps those that finished; what is there is not made again. made_of: what the runs depend
+    on beside the settings, as text (the user's code).
+
     Each level has its own settings (`Settings.for_level`); the baseline has those of `backprop`.
+    plain: makes the module of the baseline, where that is another one than the levels'.
     The runs on Ray share one session and its actors. An interrupted run is the last one. Raises
     HamdistError as the runs do.
     """
@@ -63,13 +75,30 @@ def compare(
             level = Level.BACKPROP if item.level is None else item.level
             own = settings.for_level(level).model_copy(update={"seed": item.seed})
             own = _kept_apart(own)
+            key = run_key(own, item.name, made_of)
+            kept = None if store is None else store.find(key)
+            if kept is not None:
+                yield kept
+                continue
             if item.level is not None and own.engine.kind is EngineKind.RAY:
                 stack.enter_context(ray_session(own.engine))
-            start = run_centralised if item.level is None else run_level
-            run, _ = start(own, factory=factory, data=data, on_progress=callback)
+            if item.level is None:
+                run, _ = run_centralised(
+                    own, factory=factory, data=data, plain=plain, on_progress=callback
+                )
+            else:
+                run, _ = run_level(own, factory=factory, data=data, on_progress=callback)
+            if store is not None and not run.interrupted:
+                store.keep(key, json.dumps({"key": key, **run.as_json()}))
             yield run
             if run.interrupted:
                 return
+
+
+def run_key(settings: Settings, *made_of: object) -> str:
+    """Return a hash of all that a run depends on: its settings, and `made_of`."""
+    text = json.dumps([settings.model_dump(mode="json"), *made_of], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
 def _kept_apart(settings: Settings) -> Settings:

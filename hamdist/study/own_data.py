@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import called as called_with
 from hamdist.errors import SettingsError, StreamError
 from hamdist.loading import called, check_call, load_function, title
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
+from hamdist.streams.cast import in_dtype
 from hamdist.streams.sample import SampleSpec
 
 STREAM_OPTION = "--stream"
@@ -32,6 +33,11 @@ class OwnData:
 
     train: Stream
     held_out: Stream | None = None
+
+    def in_dtype(self, dtype: torch.dtype) -> OwnData:
+        """Return it with its real numbers in `dtype`, which the model of a run has."""
+        held_out = None if self.held_out is None else in_dtype(self.held_out, dtype)
+        return OwnData(in_dtype(self.train, dtype), held_out)
 
 
 def load_stream(
@@ -130,7 +136,7 @@ def check_held_out(model: nn.Module, data: OwnData) -> None:
     one = example_input(spec) if spec.inputs is None else example_inputs(spec)
     try:
         with torch.no_grad():
-            called_with(copy.deepcopy(model).eval(), one)
+            called_with(copied(model).eval(), one)
     except Exception as error:  # a user's forward may raise anything
         raise SettingsError(
             f"{STREAM_OPTION}: the model does not take what is held out, {_shown(spec)}, which is "

@@ -7,40 +7,12 @@ import dataclasses
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from hamdist.errors import SettingsError
 from hamdist.study.aggregate import Row
 from hamdist.study.evaluate import Scores
 from hamdist.study.runs import Run
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make `folder` and try to write there; SettingsError where that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise SettingsError(
-            f"--out {str(folder)!r}: cannot write there: {error.strerror or error}"
-        ) from None
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` in one step. Raises SettingsError where that fails."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise SettingsError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 
 def run_lines(runs: Iterable[Run]) -> str:

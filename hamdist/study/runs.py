@@ -20,6 +20,7 @@ from hamdist.dynamics.graph import Graph
 from hamdist.dynamics.losses import Losses, LossFunction, make_loss, make_losses
 from hamdist.dynamics.metrics import Window, merge_windows
 from hamdist.dynamics.outputs import main_output
+from hamdist.dynamics.python_state import functions_of
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.stabilise import stabilised
 from hamdist.errors import Choice, DivergedError, SettingsError, StreamError
@@ -40,9 +41,10 @@ from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.drift import Recovery, recoveries
 from hamdist.study.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
+from hamdist.study.limits import check_model, check_size
 from hamdist.study.own_data import OwnData, check_held_out
 from hamdist.study.tracking import Tracking, advice, tracking
-from hamdist.study.warm import warmed
+from hamdist.study.warm import beside, warmed
 
 PYTORCH = "pytorch"
 TIMELINE_LIMIT = 4096
@@ -143,6 +145,7 @@ class _Begin:
 
     resume: str | Path | None = None
     weights: Path | None = None
+    plain: ModelFactory | None = None
 
 
 def run_centralised(
@@ -150,12 +153,16 @@ def run_centralised(
     *,
     factory: ModelFactory | None = None,
     data: DataFactory | None = None,
+    plain: ModelFactory | None = None,
     frozen: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[Run, nn.Module]:
-    """The same with centralised training (baseline.py), with `frozen` of the last layer alone."""
+    """The same with centralised training (baseline.py), with `frozen` of the last layer alone.
+
+    plain: makes the module that is trained instead, from the model's weights (`beside`).
+    """
     level = FROZEN if frozen else CENTRALISED
-    return _run(settings, level, PYTORCH, factory, data, on_progress, {})
+    return _run(settings, level, PYTORCH, factory, data, on_progress, {}, _Begin(plain=plain))
 
 
 def _run(
@@ -172,15 +179,29 @@ def _run(
     startup = Startup(phases_to(on_progress, settings.steps))
     startup.add(before)
     with startup.phase("data"):
-        own = None if data is None else data(settings.seed)
+        check_size(settings, own_model=factory is not None, own_data=data is not None)
+        own = None if data is None else data(settings.seed).in_dtype(dtype)
         stream = _stream(settings, dtype) if own is None else own.train
         model = build(settings, stream.spec, factory, dtype)
+        if isinstance(model, nn.Module):
+            check_model(model)
         if begin is not None and begin.weights is not None:
             model = warmed(model, begin.weights)
+        told = advice(settings)
+        rules = [] if isinstance(model, Graph) else functions_of(model)
+        if begin is not None and begin.plain is not None:
+            plain_model = make_from_factory(begin.plain, seed=settings.seed, dtype=dtype)
+            told.append(beside(plain_model, model))
+            model = plain_model
+        elif engine == PYTORCH and rules:
+            told.append(
+                f"the model has a rule of its own ({', '.join(rules)}, an autograd.Function), "
+                "which centralised training follows too: the gap to it says nothing of that rule; "
+                "compare with a module without it, --baseline-model FILE.py:FUNCTION"
+            )
         if own is not None and isinstance(model, nn.Module):
             check_held_out(model, own)
     prepared = sum(startup.seconds.values())
-    told = advice(settings)
     if engine == PYTORCH:
         told += baseline_warnings(settings)
     for text in told:

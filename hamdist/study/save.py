@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hamdist.config import Settings, to_yaml
 from hamdist.study.aggregate import aggregate
 from hamdist.study.diff import digests_json
+from hamdist.study.folder import write_file
 from hamdist.study.plots import comparison_plots
 from hamdist.study.report import Report, render
 from hamdist.study.results import (
@@ -19,7 +20,6 @@ from hamdist.study.results import (
     rows_csv,
     run_lines,
     summary_json,
-    write_file,
 )
 from hamdist.study.runs import Run
 from hamdist.study.table import comparison_table
@@ -74,10 +74,16 @@ def as_it_was(settings: Settings, run: Run) -> Settings:
 
 
 def save_comparison(
-    folder: Path, runs: Sequence[Run], settings: Settings, *, command: str, interrupted: bool
+    folder: Path,
+    runs: Sequence[Run],
+    settings: Settings,
+    *,
+    command: str,
+    interrupted: bool,
+    drawn: bool = True,
 ) -> None:
-    """runs.jsonl, results.csv, summary.json, settings.yaml, the plots and report.html; with
-    `engine.digests` also digests-LEVEL-SEED.json of every run of hamdist's.
+    """Write runs.jsonl, results.csv, summary.json, settings.yaml, the plots (`drawn`) and
+    report.html; with `engine.digests` also digests-LEVEL-SEED.json of every run of hamdist's.
 
     Raises SettingsError where a file cannot be written.
     """
@@ -90,7 +96,7 @@ def save_comparison(
         if run.digests:
             name = f"digests-{run.level}-{run.seed}.json"
             write_file(folder / name, digests_json(run.digests))
-    plots = comparison_plots(runs) if rows else {}
+    plots = comparison_plots(runs) if rows and drawn else {}
     for name, png in plots.items():
         write_file(folder / name, png)
     report = Report(

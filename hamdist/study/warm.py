@@ -1,4 +1,4 @@
-"""Weights from files."""
+"""Weights from files, and from another model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,24 @@ from torch import nn
 
 from hamdist.dynamics.graph import Graph
 from hamdist.errors import SettingsError
+
+
+def beside(plain: nn.Module, model: nn.Module | Graph) -> str:
+    """Give `plain` the weights and buffers of `model` whose names and shapes it has.
+
+    Returns:
+        What to say about that.
+    """
+    own = plain.state_dict()
+    given = {} if isinstance(model, Graph) else model.state_dict()
+    fitting = {k: t for k, t in given.items() if k in own and own[k].shape == t.shape}
+    plain.load_state_dict(fitting, strict=False)
+    rest = [key for key in own if key not in fitting]
+    return (
+        f"centralised training is that of another module, a {type(plain).__name__} "
+        f"(--baseline-model), with {len(fitting)} of its {len(own)} tensors taken from the model"
+        + (f"; its own are {', '.join(rest)}" if rest else "")
+    )
 
 
 def warmed(model: nn.Module | Graph, file: Path) -> nn.Module:

@@ -25,6 +25,7 @@ from torch import nn
 
 from hamdist.config import EngineSettings, Settings
 from hamdist.errors import BlockError, ClusterError, SettingsError, StallError, StreamError
+from hamdist.runtime.crew import Crew
 from hamdist.runtime.train import train
 from hamdist.streams import from_iterable
 
@@ -257,3 +258,30 @@ def test_an_idle_actor_that_died_is_replaced(session, leaves_no_socket):
     psutil.wait_procs([p for p in map(_process, idle) if p], timeout=10)
     again = train(chain(), PortableStream(20), Settings(level="trace", engine=RAY, steps=20))
     assert first.windows == again.windows
+
+
+def test_a_call_that_comes_late_is_not_the_next_runs(leaves_nothing, monkeypatch):
+    """Calls that nobody waits for are made when the actors have another run already."""
+    before = Crew.start
+
+    def start(self):
+        before(self)
+        for actor in self.actors:
+            actor.handle.abort.remote(self.plan.run - 1)
+            actor.handle.stop_stream.remote(self.plan.run - 1)
+
+    monkeypatch.setattr(Crew, "start", start)
+    assert train(chain(), PortableStream(200), settings()).samples == 200
+
+
+def test_what_nobody_has_called_off_has_not_ended_well(leaves_nothing, monkeypatch):
+    before = Crew.start
+
+    def start(self):
+        before(self)
+        for actor in self.actors:
+            actor.handle.abort.remote(self.plan.run)
+
+    monkeypatch.setattr(Crew, "start", start)
+    with pytest.raises(ClusterError, match="ended before its time: it was called off by nobody"):
+        train(chain(), EndlessStream(), settings(actors=3))

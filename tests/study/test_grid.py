@@ -329,21 +329,21 @@ class TestResume:
 
     def test_files_that_are_no_records(self, tmp_path: Path) -> None:
         job = Job(Trains.LEVEL, Settings(steps=3))
-        store = Store(tmp_path)
-        assert store.find(job) is None
-        store.keep(record(job, 0.5))
-        found = store.find(job)
+        store = Store(tmp_path, lambda values: Record(**values))
+        assert store.find(job.key) is None
+        store.keep(job.key, json.dumps(dataclasses.asdict(record(job, 0.5))))
+        found = store.find(job.key)
         assert found is not None
         assert found.accuracy == 0.5
         path = tmp_path / f"{job.key}.json"
         for text, words in (("{", "cannot be read"), ("{}", "cannot be read"), ("3", "cannot be")):
             path.write_text(text)
             with pytest.raises(SettingsError, match=words):
-                store.find(job)
+                store.find(job.key)
         other = record(job, 0.5, key="other")
         path.write_text(json.dumps(dataclasses.asdict(other)))
         with pytest.raises(SettingsError, match="holds the record of run other"):
-            store.find(job)
+            store.find(job.key)
 
 
 def killed(job: Job) -> Record:

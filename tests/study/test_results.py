@@ -19,7 +19,7 @@ from torch import nn
 from hamdist.config import Settings, read_settings
 from hamdist.dynamics.metrics import Window
 from hamdist.errors import SettingsError
-from hamdist.study import plots, results
+from hamdist.study import folder, plots, results
 from hamdist.study.aggregate import aggregate
 from hamdist.study.plots import comparison_plots, joined
 from hamdist.study.report import Report, render
@@ -84,8 +84,8 @@ def test_csv_has_one_line_per_row() -> None:
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "summary.json"
-    results.write_file(path, "old")
-    results.write_file(path, "new")
+    folder.write_file(path, "old")
+    folder.write_file(path, "new")
     assert path.read_text() == "new"
 
     def full(_: Path, __: Path) -> Path:
@@ -93,18 +93,18 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(SettingsError, match=r"summary\.json.*No space left"):
-        results.write_file(path, "broken")
+        folder.write_file(path, "broken")
     assert path.read_text() == "new"
     assert [item.name for item in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_folder_is_made_and_tried(tmp_path: Path) -> None:
-    results.prepare_folder(tmp_path / "a" / "b")
+    folder.prepare_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()
     for wrong in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/nowhere")):
         with pytest.raises(SettingsError, match=r"--out .*cannot write there"):
-            results.prepare_folder(wrong)
+            folder.prepare_folder(wrong)
 
 
 def test_comparison_folder(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hamdist.study.folder import write_file
 from hamdist.study.grid.plots import study_plots
 from hamdist.study.grid.run import Outcome
 from hamdist.study.grid.settings import Axis, StudySettings, study_yaml
 from hamdist.study.grid.summary import Line, summary
 from hamdist.study.grid.tables import study_tables
 from hamdist.study.report import facts, html_figure, html_notes, html_table, page
-from hamdist.study.results import to_json, write_file
+from hamdist.study.results import to_json
 from hamdist.study.table import Table, markdown
 
 

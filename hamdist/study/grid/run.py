@@ -7,6 +7,7 @@ seed. Runs that are on disk already are not made again.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +20,13 @@ from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.tasks import ray_tasks
 from hamdist.runtime.threads import cores
+from hamdist.study.folder import RUNS
 from hamdist.study.grid.cells import Candidate, Cell, Job, cells, final_jobs, tuning_jobs
 from hamdist.study.grid.settings import StudySettings
 from hamdist.study.grid.store import Store
 from hamdist.study.grid.work import Record, work
 from hamdist.study.processes import Processes
-
-RUNS = "runs"
+from hamdist.study.results import to_json
 
 # (runs done, runs in this phase, the run's record)
 OnRecord = Callable[[str, int, int, Record], None]
@@ -78,7 +79,8 @@ def run_study(
     Raises SettingsError before anything runs, HamdistError where a run cannot be made.
     """
     all_cells = check(study, chosen=chosen)
-    with _Runs(study, Store(folder / RUNS), on_record) as runs:
+    store = Store(folder / RUNS, lambda values: Record(**values))
+    with _Runs(study, store, on_record) as runs:
         if chosen:
             choices = [Choice(_best(study, cell), None) for cell in all_cells]
         else:
@@ -150,7 +152,9 @@ def _at_edge(cell: Cell, chosen: Candidate) -> tuple[str, ...]:
 class _Runs:
     """Makes runs, in parallel, and keeps them. As a context: its processes end at the end."""
 
-    def __init__(self, study: StudySettings, store: Store, on_record: OnRecord | None) -> None:
+    def __init__(
+        self, study: StudySettings, store: Store[Record], on_record: OnRecord | None
+    ) -> None:
         self._study = study
         self._store = store
         self._on_record = on_record
@@ -166,11 +170,11 @@ class _Runs:
     def make(self, phase: str, jobs: Sequence[Job]) -> dict[str, Record]:
         """The records of `jobs` by key; of those only that are not kept yet a run is made."""
         wanted = {job.key: job for job in jobs}
-        kept = {key: self._store.find(job) for key, job in wanted.items()}
+        kept = {key: self._store.find(key) for key in wanted}
         found = {key: record for key, record in kept.items() if record is not None}
         missing = [job for key, job in wanted.items() if key not in found]
         for record in self._made(missing):
-            self._store.keep(record)
+            self._store.keep(record.key, to_json(dataclasses.asdict(record)))
             found[record.key] = record
             if self._on_record is not None:
                 self._on_record(phase, len(found), len(wanted), record)

@@ -1,33 +1,36 @@
-"""The records of a study on disk: one JSON file a run, named by the run's key.
+"""The finished runs of a study or a comparison on disk: one JSON file a run, named by its key.
 
-Each is written whole or not at all, so a study that was ended at any moment goes on where it was.
+Each is written whole or not at all, so what was ended at any moment goes on where it was.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from hamdist.errors import SettingsError
-from hamdist.study.grid.cells import Job
-from hamdist.study.grid.work import Record
-from hamdist.study.results import prepare_folder, to_json, write_file
+from hamdist.study.folder import prepare_folder, write_file
+
+Kind = TypeVar("Kind")
 
 
-class Store:
-    """Records in `folder`, which is made. Raises SettingsError where it cannot be written."""
+class Store(Generic[Kind]):
+    """Records in `folder`, which is made. read: makes one of plain values, or raises ValueError or
+    TypeError. Raises SettingsError where it cannot be written."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, read: Callable[[dict[str, Any]], Kind]) -> None:
         prepare_folder(folder)
         self._folder = folder
+        self._read = read
 
-    def find(self, job: Job) -> Record | None:
-        """The record of a job that has run. Raises SettingsError for a file that is none."""
-        path = self._folder / f"{job.key}.json"
+    def find(self, key: str) -> Kind | None:
+        """The record of a run that was made. Raises SettingsError for a file that is none."""
+        path = self._folder / f"{key}.json"
         try:
-            raw = json.loads(path.read_text("utf-8"))
-            record = Record(**raw)
+            values = json.loads(path.read_text("utf-8"))
+            record = self._read(values)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -35,11 +38,10 @@ class Store:
                 f"{path}: cannot be read as the record of a run ({error}); delete it, and the run "
                 "is made again"
             ) from None
-        if record.key != job.key:
-            raise SettingsError(f"{path}: holds the record of run {record.key}; delete it")
+        if values.get("key") != key:
+            raise SettingsError(f"{path}: holds the record of run {values.get('key')}; delete it")
         return record
 
-    def keep(self, record: Record) -> None:
-        """Raises SettingsError where it cannot be written."""
-        text = to_json(dataclasses.asdict(record)) + "\n"
-        write_file(self._folder / f"{record.key}.json", text)
+    def keep(self, key: str, text: str) -> None:
+        """Write the JSON `text` of a record. Raises SettingsError where it cannot be written."""
+        write_file(self._folder / f"{key}.json", text + "\n")

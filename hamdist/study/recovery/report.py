@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hamdist.study.folder import write_file
 from hamdist.study.recovery.cells import BOUND, SCENARIOS, Placement, Row
 from hamdist.study.recovery.models import MODELS
-from hamdist.study.results import write_file
 from hamdist.study.table import Table, markdown
 
 NAMES = {

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from hamdist.study.folder import write_file
 from hamdist.study.report import versions
-from hamdist.study.results import write_file
 from hamdist.study.speed.counts import CountRow
 from hamdist.study.speed.plot import Curve, Line, speed_plots
 from hamdist.study.speed.streams import PERIOD, SWITCHED_ON, StreamKind

@@ -12,7 +12,20 @@ from hamdist.config import LearningSettings, Settings
 from hamdist.dynamics.graph import Graph
 from hamdist.runtime.train import train
 from hamdist.study.verify.check import Check
-from hamdist.study.verify.networks import F64, Draws, Skips, chain, seeded, skip_graph, tied
+from hamdist.study.verify.networks import (
+    F64,
+    Draws,
+    Masked,
+    Reversing,
+    Skips,
+    Switching,
+    chain,
+    hooked,
+    seeded,
+    skip_graph,
+    tied,
+    with_activation,
+)
 
 BOUND = 1e-12
 ORACLE = "autograd on the whole network and torch.optim.SGD"
@@ -36,6 +49,13 @@ def checks(full: bool) -> Iterator[Check]:
         what = f"tied weights, a layer in two blocks, {name}"
         yield _check(what, tied, items, learning, tau, {})
     yield _check("three frozen blocks of five", lambda: tied(2), items, MOMENTUM, 1.0, {})
+    for what, build in (
+        ("hooks on a layer", hooked),
+        ("an autograd.Function", lambda: with_activation(Reversing())),
+        ("Python state", lambda: with_activation(Switching())),
+        ("masks of -inf, used in two blocks", lambda: seeded(Masked)),
+    ):
+        yield _check(what, build, items, PLAIN, 1.0, {})
 
 
 def _check(

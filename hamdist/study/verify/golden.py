@@ -8,6 +8,8 @@ The format is that of shared/golden/README.md. A file is known by what it holds,
     sgd       X, Y, order, lr, ...              torch.optim.SGD                     gradient_descent
     leapfrog  W, b, h0, N, kind, ...            the midpoint rule                   reversible
 
+An entry `rtol` is the tolerance of all checks of its file, instead of the usual one.
+
 This module finds and reads the files and measures distances; those named on the right run them.
 """
 
@@ -17,13 +19,14 @@ import importlib
 import zipfile
 import zlib
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from hamdist.errors import SettingsError
 from hamdist.study.verify.check import FAULTS, Check, Found, failure, reason
@@ -35,6 +38,14 @@ Data: TypeAlias = Mapping[str, Array]
 RTOL, FLOOR = 1e-9, 1e-2
 ORACLE = "golden file"
 ORDERS = ("simultaneous", "omega_first", "sequential")
+
+# By the names that files have for them.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    **dict.fromkeys(("linear", "identity", "none"), nn.Identity),
+    **dict.fromkeys(("sigmoid", "logistic"), nn.Sigmoid),
+    **dict.fromkeys(("relu", "rectifier"), nn.ReLU),
+}
 
 # Entries that mark a kind, and the module whose function golden(data, name) checks it.
 KINDS = {
@@ -85,6 +96,11 @@ def file_checks(path: Path) -> list[Check]:
         made: list[Check] = importlib.import_module(f"hamdist.study.verify.{module}").golden(
             data, path.name
         )
+        if "rtol" in data:
+            rtol = number(data, "rtol")
+            if not 0 < rtol < 1:
+                raise SettingsError(f"entry 'rtol' is {rtol:g}; give a number between 0 and 1")
+            made = [replace(check, bound=rtol) for check in made]
     except FAULTS as error:
         return [failure(f"{path.name}: not understood: {reason(error)}", error)]
     return made

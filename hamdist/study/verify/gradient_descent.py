@@ -25,8 +25,17 @@ from hamdist.study.recovery.cells import BOUND, Job, Placement, Scenario, settin
 from hamdist.study.recovery.report import NAMES
 from hamdist.study.recovery.rows import Rows, jobs
 from hamdist.study.verify.check import Check, Found
-from hamdist.study.verify.golden import ORACLE, RTOL, Array, Data, entry, number, tensor, worst
-from hamdist.study.verify.tick_golden import ACTIVATIONS
+from hamdist.study.verify.golden import (
+    ACTIVATIONS,
+    ORACLE,
+    RTOL,
+    Array,
+    Data,
+    entry,
+    number,
+    tensor,
+    worst,
+)
 from hamdist.study.verify.watch import Watched
 
 SMALL_STEPS = 25

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,81 @@ def tied(frozen: int = 0) -> nn.Sequential:
         return nn.Sequential(*layers, nn.Linear(8, CLASSES, dtype=F64))
 
     return seeded(build)
+
+
+class Masked(nn.Module):
+    """Attends over the features; a padding mask of -inf, made once, is used in both layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, 4, dtype=F64)
+        self.layers = nn.ModuleList(
+            nn.MultiheadAttention(4, 2, batch_first=True, dtype=F64) for _ in range(2)
+        )
+        self.head = nn.Linear(4, CLASSES, dtype=F64)
+
+    def forward(self, u: Tensor) -> Tensor:
+        mask = torch.zeros_like(u).masked_fill_(u > 0.5, -math.inf)
+        mask[:, 0] = 0  # of every row something is read
+        h = self.embed(u[:, :, None])
+        for layer in self.layers:
+            h = h + layer(h, h, h, key_padding_mask=mask, need_weights=False)[0]
+        prediction: Tensor = self.head(h.mean(1))
+        return prediction
+
+
+class Switching(nn.Module):
+    """tanh, and from its tenth call on a sine: Python state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls[0] += 1
+        return torch.tanh(x) if self.calls[0] < 10 else torch.sin(x)
+
+
+class Reversed(torch.autograd.Function):
+    """x, with half its gradient reversed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        return -0.5 * grads[0]
+
+
+class Reversing(nn.Module):
+    """tanh behind an autograd.Function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        reversed_: Tensor = Reversed.apply(x)  # type: ignore[no-untyped-call]  # torch's
+        return torch.tanh(reversed_)
+
+
+def with_activation(activation: nn.Module) -> nn.Sequential:
+    """The chain of 5 with another activation behind its second layer."""
+    made = chain()
+    made[3] = activation
+    return made
+
+
+def _halved(grads: Any) -> Any:
+    return tuple(None if g is None else 0.5 * g for g in grads)
+
+
+def hooked() -> nn.Sequential:
+    """The chain of 5 with hooks on its second layer, which change values and gradients."""
+    made = chain()
+    layer = made[2]
+    layer.register_forward_pre_hook(lambda _, args: (0.7 * args[0],))
+    layer.register_forward_hook(lambda _, __, y: 1.1 * y)
+    layer.register_full_backward_hook(lambda _, grads, __: _halved(grads))
+    layer.register_full_backward_pre_hook(lambda _, grads: _halved(grads))
+    return made
 
 
 class Skips(nn.Module):

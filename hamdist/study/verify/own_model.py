@@ -6,7 +6,6 @@ B: batch.
 
 from __future__ import annotations
 
-import copy
 import math
 from bisect import bisect_left
 from collections.abc import Generator, Iterator
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hamdist.config import Settings, TargetOf
+from hamdist.dynamics.copies import copied
 from hamdist.dynamics.losses import LossFunction, cross_entropy, mse
 from hamdist.errors import SettingsError
 from hamdist.models import ModelFactory, make_from_factory
@@ -118,7 +118,7 @@ class Items:
         self._tokens = vocabulary(model)
         self._classes = own.classes
         with torch.no_grad():
-            prediction = copy.deepcopy(model)(self._u(torch.Generator().manual_seed(SEED)))
+            prediction = copied(model)(self._u(torch.Generator().manual_seed(SEED)))
         if not isinstance(prediction, Tensor):
             raise SettingsError(
                 f"--model: it returns {type(prediction).__name__}, not a tensor; verify a module "

@@ -31,6 +31,7 @@ from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.wrap import from_iterable
 from hamdist.study.verify.check import Check, Found
 from hamdist.study.verify.golden import (
+    ACTIVATIONS,
     ORACLE,
     ORDERS,
     RTOL,
@@ -46,7 +47,6 @@ from hamdist.study.verify.watch import Kept, Watched
 
 READOUT = "y"
 WEIGHTS = {"W": "weight", "b": "bias"}
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "linear": nn.Identity}
 
 
 @dataclass(frozen=True)
