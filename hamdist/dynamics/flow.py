@@ -217,7 +217,9 @@ class Flow:
         for found in users.values():
             at = [self.place[i] for i, _ in found]
             tensor = self._tensors[found[0][1]]
-            alone = self._together is not None and tensor.requires_grad
+            whole = self._whole_user(i for i, _ in found)
+            together = self._together if whole is None else f"{whole!r}, which stays whole,"
+            alone = together is not None and (tensor.requires_grad or whole is not None)
             if max(at) > min(at) and (alone or not isinstance(tensor, nn.Parameter)):
                 first = min(found, key=lambda f: self.place[f[0]])
                 last = max(found, key=lambda f: self.place[f[0]])
@@ -232,9 +234,14 @@ class Flow:
                     min(at), max(at),
                     f"the weight {' = '.join(map(repr, names))} is used in "
                     f"{self.title(first[0])} and in {self.title(last[0])}, and "
-                    f"{f'with {self._together} ' if alone else ''}a weight belongs to one block",
+                    f"{f'with {together} ' if alone else ''}a weight belongs to one block",
                     f"{remedy}, or cut elsewhere",
                 )  # fmt: skip
+
+    def _whole_user(self, ops: Iterable[int]) -> str | None:
+        """The first of the ops' modules that could not be followed: copies of it may differ."""
+        names = [name for i in ops for name in self.names(i)]
+        return next((name for name in names if name in self.trace.whole), None)
 
     def _by_memory(self) -> Iterator[Glue]:
         """Around what is written to: unless the writer is the only one behind the cut that has it,

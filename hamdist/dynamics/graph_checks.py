@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from hamdist.dynamics.inputs import INPUT, is_input
+from hamdist.dynamics.python_state import is_foreign, mutable_in
 from hamdist.dynamics.spec import BlockSpec, Edge, named, reach
 from hamdist.errors import GraphError
 
@@ -121,6 +122,22 @@ def check_parameters(
                     f"blocks {other[0]!r} and {name!r} share a {what} ({other[1]!r} and "
                     f"{key!r}); {here}a weight belongs to one block, so keep both in one block or "
                     "give each its own"
+                )
+
+
+def check_shared_modules(blocks: Mapping[str, BlockSpec]) -> None:
+    """Modules with code of the user's that keeps something belong to one block."""
+    owner: dict[int, str] = {}
+    for name, module, _ in _modules(blocks.values()):
+        for part in module.modules():
+            other = owner.setdefault(id(part), name)
+            held = [v for k, v in vars(part).items() if not k.startswith("_")]
+            held = [v for v in held if not isinstance(v, (Tensor, nn.Module))]
+            if other != name and is_foreign(type(part)) and mutable_in(held):
+                raise GraphError(
+                    f"blocks {other!r} and {name!r} share a {type(part).__name__}, which may keep "
+                    "Python state from call to call, so copies of it may differ; keep both in one "
+                    "block"
                 )
 
 

@@ -193,6 +193,11 @@ class Piece(nn.Module):
         return self._hamdist_output
 
     @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The modules that its steps call, by name."""
+        return self._hamdist_parts
+
+    @property
     def draws(self) -> bool:
         return self._hamdist_draws
 

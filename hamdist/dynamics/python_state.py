@@ -148,8 +148,8 @@ def check_apart(blocks: Mapping[str, Sequence[nn.Module]]) -> None:
 def mutable_in(values: Iterable[Any]) -> set[int]:
     """Identify what can change in `values`, at any depth."""
     found = Values()
-    for value in values:
-        found.add("", value)
+    for i, value in enumerate(values):
+        found.add(str(i), value)
     fixed = (tuple, frozenset, FunctionType, type, nn.Module)
     return {key for key, value in found.ids.items() if not isinstance(value, fixed)}
 

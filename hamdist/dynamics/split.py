@@ -35,6 +35,7 @@ from hamdist.dynamics.inputs import Inputs, by_parent, called_by_parent, check_t
 from hamdist.dynamics.losses import Losses, LossFunction, mse
 from hamdist.dynamics.outputs import losses_of, named
 from hamdist.dynamics.piece import Ref
+from hamdist.dynamics.python_state import is_foreign
 from hamdist.dynamics.recording import Unfollowed
 from hamdist.dynamics.reversible import pieces_of
 from hamdist.dynamics.tracing import Trace, trace, traced_whole
@@ -84,6 +85,9 @@ def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Seq
     deeper = any(cut not in names and "." in cut for cut in partition.cuts or ())
     many = partition.blocks is not None and partition.blocks > len(names)
     nested = any(len(list(child.children())) for child in model.children())
+    twice = {id(m) for m in model._modules.values()}  # its own code may keep something: look at it
+    if len(twice) < len(model._modules) and any(is_foreign(type(m)) for m in model.modules()):
+        return False
     return not (deeper or (many and nested) or partition.balance is CutBalance.ACTIVATIONS)
 
 

@@ -107,11 +107,39 @@ class Stages:
             except Unfollowed as why:
                 whole = {why.module: why}
             lost += [stays_whole(name, module, why) for name, why in whole.items()]
+        lost += self._moved_buffers([_zeros(shapes[p], 0) for p in spec.parents])
         if lost:
             raise GraphError(
                 f"block {spec.name!r} cannot be sliced: {lost[0]}; leave its slices out, or cut "
                 "the model so that the layers to slice are a block of their own"
             )
+
+    def _moved_buffers(self, inputs: list[Tensor]) -> list[str]:
+        """The buffers that a forward writes to or assigns, but for those of its steps: torch's own
+        modules, and what stays whole in a piece."""
+        probe = copied(self.spec.module)
+        steps = probe.parts.values() if isinstance(probe, Piece) else ()
+        whole = {id(m) for step in steps for m in step.modules()}
+        own = [
+            (name, part)
+            for name, part in probe.named_modules()
+            if id(part) not in whole and (is_foreign(type(part)) or type(part) is nn.Module)
+        ]
+        before = [dict(part._buffers) for _, part in own]
+        versions = [[None if b is None else b._version for b in known.values()] for known in before]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                probe(*combined(self.spec.combine, inputs))
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            return []  # the dry run says why
+        moved = []
+        for (name, part), known, then in zip(own, before, versions, strict=True):
+            for (key, buffer), version in zip(known.items(), then, strict=True):
+                now = part._buffers[key]
+                if now is not buffer or (now is not None and now._version != version):
+                    path = f"{name}.{key}" if name else key
+                    moved.append(f"its forward moves the buffer {path!r}, which every slice reads")
+        return moved
 
     @property
     def last(self) -> Stage:

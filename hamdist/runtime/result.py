@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
@@ -87,7 +87,8 @@ class Replaced:
     replayed: int
 
 
-class WeightLag(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class WeightLag:
     """What the weights that a block reads of another one lack: the steps by so many of the samples
     before the one that passes, and the ticks in which these came. 0: none, as in one block that
     keeps one sample in the network at a time."""

@@ -17,7 +17,7 @@ from hamdist.dynamics.arrange import arranged
 from hamdist.dynamics.constants import Course
 from hamdist.dynamics.copies import copied, unwrapped
 from hamdist.dynamics.graph import OUTPUT_KEY, Graph
-from hamdist.dynamics.graph_checks import check_parameters
+from hamdist.dynamics.graph_checks import check_parameters, check_shared_modules
 from hamdist.dynamics.hooks import check_hooks
 from hamdist.dynamics.inputs import by_parent
 from hamdist.dynamics.locality import Locality, make_locality
@@ -415,6 +415,7 @@ def _graph(
 ) -> Graph:
     """`as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
+        check_shared_modules(model.blocks)
         return model.copy()
     model, notes = unwrapped(model)
     check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)

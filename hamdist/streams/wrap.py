@@ -7,6 +7,7 @@ by a DataLoader, or by x[None].
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -33,6 +34,11 @@ from hamdist.streams.sample import (
 _FORMS = (
     "a Sample, (u, y), (u, None), u alone, or a dict of 'u' and, if known, 'y', 'end', 'time', "
     "'late'; of other dicts and tuples names= says what is what"
+)
+TAKEN = (
+    "the model takes {key!r} as an argument, and here they are compared with its output as they "
+    "are: what it would do with them itself (a language model shifts them by one) is left out. "
+    "loss='model' learns the loss that it computes; names={names} says that this is meant"
 )
 _KEYS = ("u", "y", "end", "time", "late")
 
@@ -273,9 +279,13 @@ class IterableStream:
         raise StreamError(f"item {n} is a {type(item).__name__}{length}; an item is {_FORMS}{hint}")
 
     def _default_names(self, n: int, item: Mapping[Any, Any]) -> Mapping[str, str]:
-        if self._model_loss is None:
-            return default_names(n, item, self._arguments)
-        return {str(key): str(key) for key in item}
+        if self._model_loss is not None:
+            return {str(key): str(key) for key in item}
+        names = default_names(n, item, self._arguments)
+        for key in names if n == 0 else ():
+            if names[key] == "y" and key in (self._arguments or ()):
+                warnings.warn(TAKEN.format(key=key, names=names), stacklevel=2)
+        return names
 
     def _inputs(self, n: int, u: Any) -> dict[str, Tensor] | None:
         """Several inputs by name, those of a tuple or list by number; None for one."""

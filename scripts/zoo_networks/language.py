@@ -147,8 +147,7 @@ TRANSFORMERS = (
     _t("FNetForSequenceClassification", lambda n: (
         {"input_ids": texts(n)["input_ids"]}, {"logits": classes(n)}), {**SMALL,
         "tpu_short_seq_length": TOKENS}),
-    _t("T5ForConditionalGeneration", translated, T5, **UNTIED),
-    _t("T5ForConditionalGeneration", translated, T5, "T5ForConditionalGeneration, tied"),
+    _t("T5ForConditionalGeneration", translated, T5),
     _t("BartForConditionalGeneration", translated, BART, "BartForConditionalGeneration, tied"),
     _t("WhisperForConditionalGeneration", _spectra, {**BART, "num_mel_bins": 8,
        "max_source_positions": 16, "max_target_positions": 24},

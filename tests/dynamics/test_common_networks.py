@@ -732,3 +732,63 @@ def test_layers_left_out_by_chance(rate):
     assert not all(
         torch.equal(p, q) for p, q in zip(a.parameters(), model.parameters(), strict=True)
     )
+
+
+# -- slices ----------------------------------------------------------------------------------------
+
+
+class Buffered(nn.Module):
+    """Buffers of all kinds that nothing moves, and those of a batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        for i, (name, persistent) in enumerate((("gain", True), ("shift", False))):
+            self.register_buffer(name, torch.linspace(0.5, 1 + i, 8), persistent=persistent)
+            self.register_buffer(f"unread_{name}", torch.ones(3 + i), persistent=persistent)
+
+    def forward(self, x):
+        return torch.tanh(self.norm(self.layer(x)) * self.gain + self.shift)
+
+
+def _sliced(chain):
+    return {"cuts": ["1", "2"] if chain else ["b", "c"], "slices": {"block1": 2}}
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_slices_keep_every_buffer(chain):
+    def build():
+        if chain:
+            return nn.Sequential(nn.Linear(6, 8), Buffered(), nn.Linear(8, CLASSES))
+        net = Net()
+        net.b = Buffered()
+        return net
+
+    model, items = made(build), [rows(n) for n in range(STEPS)]
+    sliced = trained(model, items, partition=_sliced(chain))
+    assert "block1_1" in sliced.blocks
+    after = {**dict(sliced.model.named_buffers()), **dict(sliced.model.named_parameters())}
+    expected = sgd(model, items)
+    for name, tensor in (*expected.named_buffers(), *expected.named_parameters()):
+        torch.testing.assert_close(after.pop(name), tensor, rtol=0, atol=ROUND_OFF)
+    assert not after
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_slices_refuse_a_buffer_that_a_forward_moves(chain):
+    """Every slice would have its own."""
+
+    class Counts(Buffered):
+        def forward(self, x):
+            self.gain += 1
+            return super().forward(x)
+
+    def build():
+        if chain:
+            return nn.Sequential(nn.Linear(6, 8), Counts(), nn.Linear(8, CLASSES))
+        net = Net()
+        net.b = Counts()
+        return net
+
+    with pytest.raises(GraphError, match="cannot be sliced: its forward moves the buffer '.*gain'"):
+        trained(made(build), [rows(0)], partition=_sliced(chain))

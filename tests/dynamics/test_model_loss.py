@@ -4,6 +4,7 @@ Oracle: torch.optim.SGD on that loss, float64."""
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_the_loss_told_is_the_model_s():
     first = next(iter(loader()))
     result = trained([first])
     (window,) = result.windows["loss"]
-    assert window.loss == pytest.approx(float(model()(**first)["loss"]), rel=1e-12)
+    assert window.loss == pytest.approx(model()(**first)["loss"].item(), rel=1e-12)
 
 
 @pytest.mark.ray
@@ -121,3 +122,13 @@ def test_a_target_beside_it_is_refused():
     batches = [(copy.copy(b), b["labels"]) for b in loader()]
     with pytest.raises(StreamError, match="has a target"):
         trained(batches)
+
+
+def test_labels_that_the_model_takes_itself_are_warned_of():
+    batch = next(iter(loader()))
+    with pytest.warns(UserWarning, match="loss='model' learns the loss that it computes"):
+        trained([batch], loss={"logits": "cross-entropy"})
+    names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "labels": "y.logits"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained([batch], loss=None, names=names)

@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 from dynamics.architectures import GPT, Config
-from dynamics.helpers import bare, bare_chain, knobs, relative, settings, until
+from dynamics.helpers import F64, bare, bare_chain, knobs, relative, settings, until
 from dynamics.test_any_network import STEPS, made, normal, text, whole
 from torch import nn
 from torch.nn import functional
@@ -21,7 +21,7 @@ from hamdist.dynamics.schedule import Kind, Phase, PulseSchedule, Stamp
 from hamdist.dynamics.spec import SharedWeight
 from hamdist.errors import GraphError
 from hamdist.runtime.plan import make_plan
-from hamdist.runtime.result import WeightLag
+from hamdist.runtime.result import RunFacts, WeightLag
 from hamdist.runtime.train import as_graph
 from hamdist.streams import Sample, from_iterable
 from hamdist.streams.sample import SampleSpec
@@ -388,6 +388,9 @@ def test_the_lag_is_told():
     ]
     found = [result.weight_lags["block0<->block3"] for result in lags]
     assert found == [WeightLag(3, 3), WeightLag(1, 2), WeightLag(0, 0)]
+    facts = RunFacts(**lags[1].shared())
+    assert facts.as_json()["weight_lags"] == {"block0<->block3": {"samples": 1, "ticks": 2}}
+    assert RunFacts.from_json(facts.as_json()).weight_lags == lags[1].weight_lags
 
 
 # -- graphs by hand, frozen weights, compression -------------------------------------------------
@@ -402,12 +405,13 @@ def by_hand(shared):
         def forward(self, a, b):
             return self.layer(a) + b
 
+    shared = shared.double()
     return Graph(
         [
             BlockSpec("a", nn.Sequential(shared, nn.Tanh()), ("u",)),
-            BlockSpec("b", nn.Sequential(nn.Linear(6, 6), nn.Tanh()), ("a",)),
+            BlockSpec("b", nn.Sequential(nn.Linear(6, 6, dtype=F64), nn.Tanh()), ("a",)),
             BlockSpec("c", Argued(shared), ("b", "a"), combine=Combine.ARGUMENTS),
-            BlockSpec("y", nn.Linear(6, 3), ("c",), loss=cross_entropy),
+            BlockSpec("y", nn.Linear(6, 3, dtype=F64), ("c",), loss=cross_entropy),
         ]
     )
 
@@ -416,8 +420,6 @@ def test_a_graph_of_blocks_that_share_a_module():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         graph = by_hand(nn.Linear(6, 6))
-    for block in graph.blocks.values():
-        block.module.double()
     items = [rows(n) for n in range(STEPS)]
     chosen = settings("backprop", learning={"lr": LR})
     result = hamdist.train(graph, from_iterable(items, classes=3), chosen)
@@ -488,6 +490,40 @@ def test_where_one_block_has_a_weight(why):
     assert list(run("gpt", level, steps=2, **copy.deepcopy(fields)).blocks) == ["block0"]
     with pytest.raises(GraphError, match=f"share a parameter .*; with {why} a weight belongs to"):
         run("chain", level, steps=2, **copy.deepcopy(fields))
+
+
+class Count(nn.Module):
+    """Another activation from its sixteenth call on, wherever that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.calls = [0]
+
+    def forward(self, x):
+        self.calls[0] += 1
+        return torch.relu(self.layer(x)) if self.calls[0] <= 15 else torch.tanh(self.layer(x))
+
+
+@pytest.mark.parametrize("cut", [["1"], ["4"], None])
+def test_a_shared_module_that_keeps_something_is_not_copied(cut):
+    def build():
+        count = Count()
+        return nn.Sequential(count, nn.Linear(6, 6), nn.Tanh(), count, nn.Linear(6, 3))
+
+    items = [rows(n) for n in range(STEPS)]
+    given = {} if cut is None else {"partition": {"cuts": cut}}
+    source = from_iterable(items, classes=3)
+    chosen = settings("backprop", learning={"lr": LR})
+    if cut != ["1"]:
+        result = hamdist.train(made(build), source, chosen, **given)
+        expected = centrally(made(build), items, lambda p: torch.optim.SGD(p, LR))
+        assert differs(result.model, expected) <= ROUND_OFF
+        return
+    with pytest.raises(GraphError, match="the weight '0.layer.weight' .* with '0', which stays"):
+        hamdist.train(made(build), source, chosen, **given)
+    with pytest.raises(GraphError, match="'a' and 'c' share a Count, which may keep Python state"):
+        hamdist.train(by_hand(Count()), source, chosen)
 
 
 def test_a_shared_buffer():

@@ -15,6 +15,7 @@ from hamdist.study.verify.check import Check
 from hamdist.study.verify.networks import (
     F64,
     Draws,
+    Masked,
     Reversing,
     Skips,
     Switching,
@@ -52,6 +53,7 @@ def checks(full: bool) -> Iterator[Check]:
         ("hooks on a layer", hooked),
         ("an autograd.Function", lambda: with_activation(Reversing())),
         ("Python state", lambda: with_activation(Switching())),
+        ("masks of -inf, used in two blocks", lambda: seeded(Masked)),
     ):
         yield _check(what, build, items, PLAIN, 1.0, {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
@@ -54,6 +55,27 @@ def tied(frozen: int = 0) -> nn.Sequential:
         return nn.Sequential(*layers, nn.Linear(8, CLASSES, dtype=F64))
 
     return seeded(build)
+
+
+class Masked(nn.Module):
+    """Attends over the features; a padding mask of -inf, made once, is used in both layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, 4, dtype=F64)
+        self.layers = nn.ModuleList(
+            nn.MultiheadAttention(4, 2, batch_first=True, dtype=F64) for _ in range(2)
+        )
+        self.head = nn.Linear(4, CLASSES, dtype=F64)
+
+    def forward(self, u: Tensor) -> Tensor:
+        mask = torch.zeros_like(u).masked_fill_(u > 0.5, -math.inf)
+        mask[:, 0] = 0  # of every row something is read
+        h = self.embed(u[:, :, None])
+        for layer in self.layers:
+            h = h + layer(h, h, h, key_padding_mask=mask, need_weights=False)[0]
+        prediction: Tensor = self.head(h.mean(1))
+        return prediction
 
 
 class Switching(nn.Module):
