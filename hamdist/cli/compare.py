@@ -31,7 +31,7 @@ from hamdist.cli.options import (
     load,
 )
 from hamdist.cli.prepare import code_of, command_line, own_stream, prepare, results_of
-from hamdist.config import Level, Settings
+from hamdist.config import Level, Settings, did_you_mean
 from hamdist.errors import HamdistError, SettingsError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _split_levels(text: str) -> list[str]:
     if wrong or not names:
         raise SettingsError(
             f"--levels {text!r}: {', '.join(wrong) or 'nothing'} is no level; "
-            f"levels: {', '.join(known)}"
+            f"levels: {', '.join(known)}{did_you_mean(wrong[0], known) if wrong else ''}"
         )
     return names
 

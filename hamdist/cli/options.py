@@ -21,7 +21,14 @@ SetOption = Annotated[
 EngineOption = Annotated[
     EngineKind | None, typer.Option("--engine", help="One process, or Ray actors.")
 ]
-LevelOption = Annotated[Level | None, typer.Option("--level", help="Level of locality.")]
+LevelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--level",
+        metavar="LEVEL",
+        help=f"Locality: {', '.join(one.value for one in Level)}.",
+    ),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Items of the stream.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
@@ -52,7 +59,7 @@ StreamOption = Annotated[
 
 def changes(
     *,
-    level: Level | None = None,
+    level: str | None = None,
     engine: EngineKind | None = None,
     seed: int | None = None,
     steps: int | None = None,
@@ -61,7 +68,7 @@ def changes(
     """What these options change in the settings: those that were not given, nothing."""
     return given(
         {
-            "level": None if level is None else level.value,
+            "level": level,
             "engine": None if engine is None else {"kind": engine.value},
             "seed": seed,
             "steps": steps,

@@ -83,7 +83,7 @@ from hamdist.config.stream import (
     StreamSettings,
     View,
 )
-from hamdist.config.wording import describe
+from hamdist.config.wording import describe, did_you_mean
 
 __all__ = [
     "IGNORE_INDEX",
@@ -162,6 +162,7 @@ __all__ = [
     "View",
     "checked",
     "describe",
+    "did_you_mean",
     "lay_over",
     "mapping",
     "merge",

@@ -172,7 +172,7 @@ class EngineSettings(Section):
     a shell, names first; `u->*` from the stream). It is part of what a run means: what a receiver
     sees is the decoded signal, in one process too. feedback: which int8 signals carry errors on.
     digests: a running hash of every edge's signals and of the weights, by which `hamdist diff`
-    tells where two runs part (bytes hashed at about 0.7 GB/s by both ends of an edge).
+    tells where two runs part.
     stall_warning, stall_limit: seconds without progress until the watchdog speaks, and gives up.
     idle_seconds: how long a local Ray and its actors wait for the next run of the same process.
     link_delay: for tests and studies: seconds by which every message between two actors comes later
@@ -203,6 +203,15 @@ class EngineSettings(Section):
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
     idle_seconds: Annotated[float, Field(ge=0)] = 60.0
     link_delay: Rate = 0.0
+
+    @model_validator(mode="after")
+    def _one_process(self) -> EngineSettings:
+        if self.kind is EngineKind.INPROCESS and self.actors not in (1, "auto"):
+            raise ValueError(
+                f"'actors' is {self.actors} with kind 'inprocess', which is one process: leave it "
+                "out, or use kind 'ray' (--engine ray)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_way_for_gpus(self) -> EngineSettings:

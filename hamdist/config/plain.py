@@ -13,12 +13,35 @@ MAX_NESTING = 50
 MAX_VALUES = 10_000
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Values as they look: 1:30 is no 90, and no name is given twice."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        of_time = kind is yaml.ScalarNode and tag.endswith((":int", ":float")) and ":" in value
+        return "tag:yaml.org,2002:str" if of_time else tag
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"line {line}: {key.value!r} is given twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def plain_values(text: str) -> Any:
     """What YAML `text` holds. Raises ValueError saying why it does not hold settings: besides what
     is no YAML, tags (which name types), and text that is small and becomes large by its aliases."""
     try:
         _look_through(text)
-        return yaml.safe_load(text)
+        loader = _PlainLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""

@@ -23,7 +23,9 @@ def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]]
     Raises SettingsError naming `origin`, and the line or the field.
     """
     raw = read_yaml(text, origin)
-    raw = {} if raw is None else mapping(raw, origin)
+    if raw is None:
+        raise SettingsError(f"{origin}: is empty; `hamdist recipes` lists settings to begin with")
+    raw = mapping(raw, origin)
     for override in overrides:
         raw = lay_over(raw, override)
     return checked(Settings, raw, origin)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -12,10 +13,29 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_nul(cls, raw: Any) -> Any:
+        for name, value in raw.items() if isinstance(raw, Mapping) else ():
+            if isinstance(value, str) and "\0" in value:
+                raise ValueError(f"{name!r} has a NUL character ({value[:99]!r}): leave it out")
+        return raw
 
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+LARGEST = 10**18  # of a whole number: sums and products with small ones still fit 64 bits
+
+
+def _no_truth(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("give a number, not true or false")
+    return value
+
+
+Number = BeforeValidator(_no_truth)
+Positive = Annotated[int, Number, Field(ge=1, le=LARGEST)]
+Seed = Annotated[int, Number, Field(ge=0, le=LARGEST)]
+Rate = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
+Above0 = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 
 
 def as_written(value: object) -> object:

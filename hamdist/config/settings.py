@@ -16,7 +16,7 @@ from hamdist.config.locality import Level, LocalityOverrides
 from hamdist.config.metrics import MetricsSettings
 from hamdist.config.model import ModelSettings
 from hamdist.config.partition import PartitionSettings
-from hamdist.config.section import Positive, Section
+from hamdist.config.section import Positive, Section, Seed
 from hamdist.config.snapshots import SnapshotSettings
 from hamdist.config.stream import StreamSettings
 from hamdist.config.wording import describe
@@ -57,7 +57,7 @@ class Settings(Section):
     level only."""
 
     name: str = "run"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     dtype: DType = DType.FLOAT32
     steps: Positive | None = None
     level: Level = Level.TRACE

@@ -37,11 +37,20 @@ def describe(error: ValidationError) -> str:
             continue
         value = item["input"]
         given = "" if isinstance(value, Mapping) else f" (received {shown(value)})"
-        found.setdefault((where, given), []).append(item["msg"].removeprefix("Value error, "))
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "enum" and isinstance(value, str):
+            text += did_you_mean(value, re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+        found.setdefault((where, given), []).append(text)
     return "\n".join(
         f"{where}: {', or: '.join(dict.fromkeys(reasons))}{given}"
         for (where, given), reasons in found.items()
     )
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return what an error adds about a name that is none: the nearest of `known`, if any."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _known_instead(root: str, path: Sequence[str]) -> str:

@@ -58,6 +58,10 @@ class OwnGenerator(Remembers):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         check_names(type(self).__name__, state, ("cpu", "gpu"))
+        try:
+            torch.Generator().set_state(state["cpu"])
+        except (RuntimeError, TypeError) as error:
+            raise SnapshotError(f"the state of a random generator is none: {error}") from None
         self._own = state["cpu"]
         if self._gpu is not None and state["gpu"] is not None:
             self._own_gpu = state["gpu"]

@@ -47,7 +47,10 @@ class Results:
             return
         self._file, self._hash, self._got = event, hashlib.sha256(), 0
         if self.out is not None:
-            self._part = self._path(event).open("wb")
+            try:
+                self._part = self._path(event).open("wb")
+            except OSError as error:
+                raise self._unwritable(error) from None
         self._finish()
 
     def _take_part(self, event: Part) -> None:
@@ -63,7 +66,7 @@ class Results:
             if self._part is not None:
                 self._part.write(data)
         except OSError as error:
-            raise ClusterError(f"--out {str(self.out)!r}: {error.strerror or error}") from None
+            raise self._unwritable(error) from None
         if not data or self._got > self._file.size:
             self.close()
         self._finish()
@@ -84,9 +87,19 @@ class Results:
                 "attach)"
             )
         if self.out is not None:
-            self._path(file).replace(self.out / file.name)
+            try:
+                self._path(file).replace(self.out / file.name)
+            except OSError as error:
+                raise self._unwritable(error, file.name) from None
             if file.name not in self.written:
                 self.written.append(file.name)
+
+    def _unwritable(self, error: OSError, name: str = "") -> ClusterError:
+        where = str(self.out) if self.out is None or not name else str(self.out / name)
+        return ClusterError(
+            f"--out {where!r}: cannot be written: {error.strerror or error}; the results stay with "
+            "the run: hamdist attach fetches them again"
+        )
 
     def close(self) -> None:
         """Raises ClusterError where a file has not arrived whole; what there is of it goes."""

@@ -4,9 +4,8 @@ A signal is hashed twice, by its sender when it is posted and by its receiver wh
 time on top of the digest of all signals before it on that channel. Two runs of the same settings
 have equal digests up to the signal at which they part; where what was taken is not what was sent,
 the transport, or somebody who wrote to a payload, has changed it. Hashed is the signal as it
-travels (of compressed ones the code): its stamp, its flags, type, shape and bytes.
-
-Cost: BLAKE2b runs at 0.7 to 1 GB/s, and a signal takes about 4 us beside its bytes, at either end.
+travels (of compressed ones the code): its stamp, its flags, type, shape, and the CRC-32 of its
+bytes, which is five times as fast as a cryptographic hash of them.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, TypeAlias
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -150,7 +150,8 @@ def _on_top(last: str, signal: Signal) -> str:
 def _update(digest: blake2b, tensor: Tensor) -> None:
     own = to_host(tensor.detach())
     if own.nbytes:
-        digest.update(_bytes(own.nbytes).from_address(own.data_ptr()))
+        data = _bytes(own.nbytes).from_address(own.data_ptr())
+        digest.update(crc32(data).to_bytes(4, "little"))
 
 
 @lru_cache(maxsize=256)

@@ -33,6 +33,8 @@ class Storage(Protocol):
 def storage(where: str | Path) -> Storage:
     """Raises SnapshotError for a URL that no installed file system knows."""
     text = str(where)
+    if "\0" in text:
+        raise SnapshotError(f"{text!r}: a path has no NUL character")
     if "://" not in text:
         return _Folder(Path(text).expanduser().absolute())
     if text.startswith("file://"):

@@ -170,7 +170,7 @@ class ResultFolder:
     def _line(self, file: IO[str], values: Mapping[str, Any]) -> None:
         """What cannot be written is said once, and the run goes on without."""
         try:
-            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            file.write(json.dumps(values) + "\n")
             file.flush()
         except OSError as error:
             self._events = None

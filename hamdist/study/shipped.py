@@ -44,5 +44,5 @@ class Shipped(NamedTuple):
                 f"no settings file {source!r}, and no {self.one} of that name; "
                 f"{self.folder}: {', '.join(shipped)}"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # (a NUL or a surrogate in the path, no UTF-8)
             raise SettingsError(f"cannot read settings from {source!r}: {error}") from None

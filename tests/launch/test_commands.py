@@ -34,6 +34,7 @@ def data(seed):
     own = hamdist.streams.digits(batch=32, seed=seed + 1, dtype=torch.float32)
     return own.train, (own.x, own.y)
 """
+ALONE = ["--engine", "inprocess", "--set", "engine.actors=auto"]
 PORT, JOBS_PORT = 26379, 28265
 
 needs_extras = pytest.mark.skipif(
@@ -163,7 +164,7 @@ def test_the_whole_way(machine, tmp_path):
     assert code == 0
     assert "own_model.py travels along" in out
 
-    alone = hamdist(None, "run", *wanted, "--engine", "inprocess", "--out", "alone", cwd=tmp_path)
+    alone = hamdist(None, "run", *wanted, *ALONE, "--out", "alone", cwd=tmp_path)
     code, out, err = done(hamdist(machine, "launch", *wanted, "--out", "far", cwd=tmp_path))
     assert done(alone)[0] == 0
     assert code == 0, err
@@ -196,7 +197,7 @@ def test_the_whole_way(machine, tmp_path):
     assert 0 < summary["samples"] < 1000000
     # the same samples alone: the same weights
     steps = str(summary["samples"])
-    wanted = [*endless, "--engine", "inprocess", "--steps", steps, "--out", "short"]
+    wanted = [*endless, *ALONE, "--steps", steps, "--out", "short"]
     short = hamdist(None, "run", *wanted, cwd=tmp_path)
     code, out, err = done(hamdist(machine, "doctor"))
     assert code == 0, err
@@ -230,7 +231,7 @@ LOSSES = ["digits", "--steps", "700", "--set", "engine.actors=2", "--set", "metr
 @pytest.mark.hosts
 @pytest.mark.timeout(400)
 def test_a_lost_driver_and_a_stop_change_no_number(machine, tmp_path):
-    alone = hamdist(None, "run", *LOSSES, "--engine", "inprocess", "--out", "alone", cwd=tmp_path)
+    alone = hamdist(None, "run", *LOSSES, *ALONE, "--out", "alone", cwd=tmp_path)
     often = [*PACE, "stream.pace.period=0.01", "--set", "snapshots.every=100"]
     run = hamdist(machine, "launch", *LOSSES, *often, "--out", "lost", cwd=tmp_path)
     name = run.stdout.readline().strip()

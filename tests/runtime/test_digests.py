@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import struct
+import zlib
 
 import pytest
 import torch
@@ -33,12 +34,17 @@ def run(engine=None, model=chain, items=ITEMS, **fields):
     return train(model(), PortableStream(items), chosen)
 
 
+def checksum(tensor):
+    data = tensor.numpy().tobytes()
+    return zlib.crc32(data).to_bytes(4, "little") if data else b""
+
+
 def by_hand(signals):
     last = ""
     for (tick, sample, version), payload, end in signals:
         data = last.encode() + struct.pack("<qqqBB", tick, sample, version, end, False)
         if payload is not None:
-            data += f"{payload.dtype} {tuple(payload.shape)}".encode() + payload.numpy().tobytes()
+            data += f"{payload.dtype} {tuple(payload.shape)}".encode() + checksum(payload)
         last = hashlib.blake2b(data, digest_size=8).hexdigest()
         yield last
 
@@ -79,7 +85,7 @@ def test_a_runs_own_digests():
         digest = hashlib.blake2b(digest_size=8)
         for key, tensor in sorted(state.theta.items()):
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.numpy().tobytes())
+            digest.update(checksum(tensor))
         assert (track.count, track.last) == (state.updates, digest.hexdigest())
         assert len(track.marks) == 6  # after 1, 2, 4, 8, 16, 32 updates
     assert not run({"digests": False}).digests

@@ -71,7 +71,7 @@ def test_only_the_calling_thread_is_pinned_and_not_for_ever():
 @pytest.mark.parametrize(
     ("engine", "processes"),
     [
-        ({"kind": "inprocess", "actors": 7}, 1),
+        ({"kind": "inprocess"}, 1),
         ({"kind": "ray", "actors": 3}, 3),
         ({"kind": "ray", "actors": "auto"}, 1),
         ({"kind": "ray", "placement": [["a"], ["b"]]}, 2),
