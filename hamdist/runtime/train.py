@@ -442,6 +442,7 @@ def _graph(
             policy=policy,
             state_readout=state,
             together=together,
+            ragged=spec.ragged and knobs.pulse,
         )
     graph.original = model  # what its forward has left behind stays with the blocks
     graph.example = by_parent(example)
