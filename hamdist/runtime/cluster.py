@@ -370,18 +370,18 @@ def _local(cpus: int) -> Iterator[set[psutil.Process]]:
 
 @contextmanager
 def _start_named() -> Iterator[None]:
-    """Turn what Ray raises where it does not come up, which has no common root, into a ClusterError.
+    """Turn what Ray raises where it does not come up into a ClusterError.
 
     Raises:
         ClusterError: Ray did not start.
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # (of no common root)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ClusterError(
-            f"a local Ray did not start: {first} (is this machine overloaded, or short of memory or "
-            "of room in the folder for temporary files?); start again, or use --engine inprocess"
+            f"a local Ray did not start: {first} (is this machine overloaded, or short of memory, "
+            "or of room for temporary files?); start again, or use --engine inprocess"
         ) from error
 
 
