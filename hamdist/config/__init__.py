@@ -5,7 +5,6 @@ engine or a transport is an enum. Shapes and the graph are checked later, by `dy
 checked without them is checked here.
 """
 
-from hamdist.config.course import CourseSettings
 from hamdist.config.dynamics import BlockDynamicsSettings, DynamicsSettings, Reset, ResetSettings
 from hamdist.config.engine import (
     Balance,
@@ -23,7 +22,7 @@ from hamdist.config.engine import (
     Step,
     TransportKind,
 )
-from hamdist.config.laying import lay_over, merge
+from hamdist.config.laying import LevelOverrides, lay_over, merge
 from hamdist.config.learning import (
     AdaptiveSettings,
     AverageSettings,
@@ -35,7 +34,6 @@ from hamdist.config.learning import (
     InputsSettings,
     LearningSettings,
 )
-from hamdist.config.levels import LevelOverrides
 from hamdist.config.locality import (
     Compensation,
     Credit,
@@ -56,7 +54,7 @@ from hamdist.config.model import ModelKind, ModelSettings
 from hamdist.config.partition import CutBalance, PartitionSettings
 from hamdist.config.plain import read_yaml
 from hamdist.config.reading import checked, mapping, parse_override, read_settings, to_yaml
-from hamdist.config.section import Above0, Positive, Rate, Section
+from hamdist.config.section import Above0, CourseSettings, Positive, Rate, Section
 from hamdist.config.settings import (
     IGNORE_INDEX,
     MODEL_LOSS,

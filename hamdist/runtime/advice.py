@@ -27,9 +27,9 @@ from hamdist.dynamics.watching import Watch
 from hamdist.runtime.compression import compression_warnings
 from hamdist.runtime.demands import idle_wishes, wishes
 from hamdist.runtime.lending import Refusal
-from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.result import Outcome
 from hamdist.runtime.threads import cores
 from hamdist.streams.replay import drops, replays
 from hamdist.streams.sample import Stream

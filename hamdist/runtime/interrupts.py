@@ -12,8 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
 
 from hamdist.errors import Stop
-from hamdist.runtime.outcome import Outcome
-from hamdist.runtime.result import Progress
+from hamdist.runtime.result import Outcome, Progress
 
 Handler = Callable[[int, FrameType | None], object]
 OnProgress = Callable[[Progress], object]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.derived import Derived
+from hamdist.streams.chosen import Derived
 from hamdist.streams.images import square_images
 from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream
 from hamdist.streams.seeding import generator

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hamdist.config import Motion
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.derived import Derived
+from hamdist.streams.chosen import Derived
 from hamdist.streams.images import square_images
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.seeding import generator

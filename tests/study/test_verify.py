@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.errors import GraphError, SettingsError
-from hamdist.runtime.outcome import ending_on_interrupt
+from hamdist.runtime.result import ending_on_interrupt
 from hamdist.study.verify import golden, runner
 from hamdist.study.verify.check import Check, Found
 from hamdist.study.verify.hamilton import CHAIN, make_case, replay
