@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from hamdist.dynamics.gradient import AtOnce, Gradient
 from hamdist.dynamics.losses import LossFunction, Slope, loss_and_slope
 from hamdist.dynamics.piece import LARGE
 from hamdist.dynamics.saving import Remembers, check_names
-
-if TYPE_CHECKING:
-    from hamdist.dynamics.weights import Weights
 
 Scale = Callable[[int], float]
 
@@ -130,36 +127,6 @@ def plain(output: Tensor) -> Tensor:
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
-
-
-@dataclass(slots=True)
-class BlockParts:
-    """What all kinds of blocks are made of.
-
-    Attributes:
-        wanted: By parent, whether it gets messages.
-        scale: Of beta, by sample.
-    """
-
-    cell: Cell
-    weights: Weights
-    wanted: Sequence[bool]
-    dynamics: Dynamics
-    scale: Scale
-    guard: Guard
-
-
-class Block(Remembers):
-    """A block or an output net: its cell, its weights, and what decides their steps."""
-
-    def __init__(self, parts: BlockParts) -> None:
-        self.cell = parts.cell
-        self.weights = parts.weights
-        self._wanted = list(parts.wanted)
-        self._dynamics = parts.dynamics
-        self._c = parts.dynamics.c
-        self._scale = parts.scale
-        self._guard = parts.guard
 
 
 class LossTaker(Remembers):

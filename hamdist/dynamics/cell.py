@@ -11,11 +11,10 @@ transformed one of its own time. With `stash` every forward pass keeps the weigh
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,6 @@ from hamdist.dynamics.saving import (
     graph_slots,
     held,
     nested_slots,
-    taken,
 )
 from hamdist.dynamics.watching import Watch
 from hamdist.errors import GraphError, SnapshotError
@@ -302,35 +300,6 @@ class Cell(Remembers):
     def _slots(self, record: Any) -> Iterator[Slot]:
         yield from graph_slots(record.output)
         yield from nested_slots(record.read, "read")
-
-
-class KeepsRecords(Remembers, ABC):
-    """A block that keeps records of its cell, which are saved beside its STATE (of which `cell` is
-    one) under the name RECORDS."""
-
-    RECORDS: ClassVar[str] = "trace"
-
-    cell: Cell
-
-    @abstractmethod
-    def held(self) -> Any:
-        """The records as plain data (`Cell.held`)."""
-
-    @abstractmethod
-    def rebuild(self, records: Any) -> None:
-        """Takes what `held` has given (`Cell.rebuilt`); all else is restored already."""
-
-    def snapshot(self) -> dict[str, Any]:
-        """The state, in tensors that may go on changing: `packed` copies them."""
-        return {**super().snapshot(), self.RECORDS: self.held()}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`. Raises SnapshotError where it is another class's."""
-        records, own = taken(state, self.RECORDS)
-        super().restore(own)
-        self.rebuild(records)
-        # Once more: rebuilding runs the module, which moves its buffers and random numbers.
-        self.cell.restore(own["cell"])
 
 
 def _write(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -22,9 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.block import Block, BlockParts, LossTaker, Scale, plain, scaled
+from hamdist.dynamics.block import LossTaker, Scale, plain, scaled
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
+from hamdist.dynamics.records import Block, BlockParts
 from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.weights import Weights
 from hamdist.errors import LevelError

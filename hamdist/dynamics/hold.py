@@ -12,18 +12,11 @@ import torch
 from torch import Tensor
 
 from hamdist.config import Order
-from hamdist.dynamics.block import (
-    Block,
-    BlockParts,
-    LossTaker,
-    Reading,
-    plain,
-    scaled,
-    total,
-)
-from hamdist.dynamics.cell import Cell, KeepsRecords, Record
+from hamdist.dynamics.block import LossTaker, Reading, plain, scaled, total
+from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.energy import Energy
 from hamdist.dynamics.gradient import Gradient
+from hamdist.dynamics.records import Block, BlockParts, KeepsRecords
 from hamdist.dynamics.saving import known
 from hamdist.dynamics.stillness import Retrospect
 from hamdist.dynamics.weights import Weights
@@ -51,7 +44,7 @@ def _kept(h: Tensor) -> Tensor:
     return h
 
 
-class HoldBlock(KeepsRecords, Block):
+class HoldBlock(KeepsRecords):
     """A state block that integrates Hamilton's equations tick by tick (HL Algorithm 1).
 
         h_{k+1} = h_k + tau m_k c ( -h_k + f(h_parents,k; theta_k) )

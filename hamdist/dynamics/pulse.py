@@ -14,23 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.block import (
-    Block,
-    BlockParts,
-    LossTaker,
-    Reading,
-    plain,
-    scaled,
-    total,
-)
-from hamdist.dynamics.cell import Cell, KeepsRecords, Record
+from hamdist.dynamics.block import LossTaker, Reading, plain, scaled, total
+from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import constant_tau
 from hamdist.dynamics.heads import Taught
+from hamdist.dynamics.records import Block, BlockParts, KeepsRecords
 from hamdist.dynamics.reversible import Rewinder, pieces_of
 from hamdist.dynamics.weights import Weights
 
 
-class PulseBlock(KeepsRecords, Block):
+class PulseBlock(KeepsRecords):
     """A state block that a pulse passes: forward of sample n, later backward of n.
 
         h = f(h_parents; theta)

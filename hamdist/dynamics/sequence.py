@@ -23,18 +23,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hamdist.dynamics.block import (
-    Block,
-    BlockParts,
-    LossTaker,
-    Reading,
-    scaled,
-    total,
-)
-from hamdist.dynamics.cell import KeepsRecords, Record
+from hamdist.dynamics.block import LossTaker, Reading, scaled, total
+from hamdist.dynamics.cell import Record
 from hamdist.dynamics.constants import constant_tau
 from hamdist.dynamics.gradient import Gradient
 from hamdist.dynamics.losses import Slope
+from hamdist.dynamics.records import BlockParts, KeepsRecords
 from hamdist.dynamics.saving import Remembers
 
 
@@ -74,7 +68,7 @@ class WayBack(Remembers):
             self.weights.rest()
 
 
-class SequenceBlock(KeepsRecords, Block):
+class SequenceBlock(KeepsRecords):
     """A state block: h_{m+1} = f(h_parents; theta) forward, and in reverse
 
         M_v = c (df/dh_v)^T z_{j+1},        g_j = c (df/dtheta)^T z_{j+1}
@@ -148,7 +142,7 @@ class _Read(NamedTuple):
     random: dict[str, Any] | None
 
 
-class SequenceReadout(KeepsRecords, Block):
+class SequenceReadout(KeepsRecords):
     """An output net: predicts and compares on the way forward, learns on the way back.
 
         y_m = f^y(h_parents; theta),    M_v = phi dL_m/dh_v,    g_j = phi dL_m/dtheta

@@ -25,7 +25,7 @@ from torch import nn
 
 from hamdist.config import Compensation, Credit, Memory, Step
 from hamdist.dynamics import rows
-from hamdist.dynamics.block import BlockParts, LossTaker, bounded
+from hamdist.dynamics.block import LossTaker, bounded
 from hamdist.dynamics.cell import Cell, block_seed, seeded_loss
 from hamdist.dynamics.closed import closed_cell
 from hamdist.dynamics.constants import constant_tau
@@ -36,6 +36,7 @@ from hamdist.dynamics.joined import JoinedCell
 from hamdist.dynamics.losses import LossFunction
 from hamdist.dynamics.precision import AutocastCell
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.records import BlockParts
 from hamdist.dynamics.schedule import HoldSchedule
 from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.stillness import Retrospect
