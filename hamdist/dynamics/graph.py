@@ -374,8 +374,11 @@ class Graph:
                 if value is not None:
                     like = value if old is None else old
                     part._buffers[name] = value.to(like.dtype, copy=True)
-        persistent = merged.state_dict().keys()
-        merged.load_state_dict({k: v for k, v in state.items() if k in persistent}, strict=True)
+        kept = merged.state_dict()  # has the versions of modules' formats, which some ask for
+        found = {k: v for k, v in state.items() if k in kept}
+        kept.clear()
+        kept.update(found)
+        merged.load_state_dict(kept, strict=True)
         return merged
 
     def _merged_name(self, block: str, key: str) -> str:
