@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import EngineKind, EngineSettings, FirstStep, LearningSettings, Settings
+from hamdist.config import EngineSettings, FirstStep, LearningSettings, Settings
 from hamdist.dynamics.averaging import Average
 from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import called
@@ -317,15 +317,7 @@ CLEARLY = 1.1
 
 def fair_threads(engine: EngineSettings) -> int:
     """Threads that all processes of a run with `engine` use together, at most the cores."""
-    return min(_processes(engine) * engine.threads, cores())
-
-
-def _processes(engine: EngineSettings) -> int:
-    if engine.kind is EngineKind.INPROCESS:
-        return 1
-    if engine.placement is not None:
-        return len(engine.placement)
-    return cores() if engine.actors == "auto" else engine.actors
+    return min(engine.processes(cores()) * engine.threads, cores())
 
 
 def faster_of(candidates: set[int], step: Callable[[], None]) -> int:
