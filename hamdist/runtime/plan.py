@@ -63,7 +63,7 @@ class Keeping:
     stay. settings: of the run, for the manifest. snapshot: what the run goes on from. ends_full:
     the run ends where more than `memory` bytes would be kept. epoch: of the processes that write,
     which rises whenever one is replaced. last: one is taken before the end, with which a run of
-    more steps can go on."""
+    more steps can go on. stream: what the stream is known by (resume.py)."""
 
     path: str
     every: int | None
@@ -76,6 +76,7 @@ class Keeping:
     attempts: int = 3
     silence: float = 10.0
     snapshot: Snapshot | None = None
+    stream: Mapping[str, Any] = field(default_factory=dict)
     epoch: int = 1
     last: bool = True
 

@@ -132,7 +132,7 @@ TORCHVISION = (
     Network("densenet", "torchvision", _densenet, images(SIDE), SMALL_STEP),
     _v("squeezenet1_1"),
     _v("shufflenet_v2_x0_5"),
-    _v("mnasnet0_5"),
+    _v("mnasnet0_5", lr=SMALLEST_STEP),
     _v("regnet_y_400mf"),
     _v("googlenet", 64, "logits", init_weights=False),
     Network("vit", "torchvision", _vit, images(16)),
