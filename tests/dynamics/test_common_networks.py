@@ -638,7 +638,7 @@ def test_quantisation_aware_modules():
     net.qconfig = get_default_qat_qconfig("fbgemm")
     net = prepare_qat(net)
     items = [(u.float(), y) for u, y in map(rows, range(STEPS))]
-    after = trained(net, items, 3).model.state_dict()
+    after = trained(net, items, 3, dtype="float32").model.state_dict()
     for name, tensor in sgd(net, items).state_dict().items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-6)
 
