@@ -718,7 +718,7 @@ def test_parametrizations_are_honoured(change, build):
     assert distance <= ROUND_OFF
 
 
-# -- weights and types that a forward changes --------------------------------------------------------
+# -- weights and types that a forward changes -------------------------------------------------
 
 
 def clamped(net):
