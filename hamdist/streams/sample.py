@@ -9,6 +9,7 @@ B: batch, O: outputs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -76,7 +77,8 @@ class SampleSpec:
     u holds their numbers (int64, 0 ... tokens - 1). inputs: by name, where there are several; then
     u_shape and u_dtype are those of the first one. example: the inputs of a real item, by the names
     that blocks have for them, where one is at hand. late: items by which labels come late, where
-    each sample passes twice (late.py); 0: once, with its label.
+    each sample passes twice (late.py); 0: once, with its label. ragged: items may have lengths of
+    their own, behind the batch.
     """
 
     u_shape: tuple[int, ...]
@@ -89,6 +91,7 @@ class SampleSpec:
     inputs: Mapping[str, InputSpec] | None = None
     example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     late: int = 0
+    ragged: bool = False
 
     @property
     def passes(self) -> int:
@@ -165,3 +168,15 @@ def check_stream(wrapper: str, stream: object) -> None:
             f"{wrapper} wraps a stream, not a {type(stream).__name__}; make one with "
             "hamdist.streams.from_iterable(...) or from_loader(...), which say what items look like"
         )
+
+
+def generator(purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator that depends on all of (purpose, numbers) and on nothing else.
+
+    The parts are hashed, so neighbouring seeds and neighbouring epochs share no sequence, and
+    (seed 0, epoch 1) is not (seed 1, epoch 0).
+    """
+    text = "/".join([purpose, *map(str, numbers)])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    # the CPU generator is a Mersenne Twister that takes 32 bits of seed
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
