@@ -102,7 +102,12 @@ class StallError(HamdistError):
 
 
 class SnapshotError(HamdistError):
-    """A snapshot cannot be written, read, or gone on from; the message names its file."""
+    """A snapshot cannot be written, read, or gone on from; the message names its file.
+
+    full: it could not be written for want of room.
+    """
+
+    full: bool = False
 
 
 class ClusterError(HamdistError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
@@ -21,7 +21,9 @@ class SnapshotSettings(Section):
     stay.
 
     recover: lost actors are started again from the latest snapshot (engine 'ray'). memory: MiB of
-    signals that an actor keeps for that; with more a snapshot is taken. attempts: failures of one
+    signals that an actor keeps for that at most; with half of it a snapshot is taken. full: what
+    is done where none can be written meanwhile: 'forget' lets the signals go, so that nothing can
+    be replaced until one is; 'end' ends the run. attempts: failures of one
     block at one tick, or losses of one process that got no further, that end the run. silence:
     seconds after which an actor that does not answer counts as lost.
     """
@@ -32,5 +34,6 @@ class SnapshotSettings(Section):
     keep: Positive = 2
     recover: bool = True
     memory: Positive = 256
+    full: Literal["forget", "end"] = "forget"
     attempts: Positive = 3
     silence: Above0 = 10.0

@@ -23,7 +23,7 @@ LIMIT = 1 << 17
 LIMIT_BYTES = 1 << 28
 
 
-@known
+@known("Energy")
 @dataclass(slots=True)
 class Energy:
     """One block in one tick. loss: phi L. work: z . dh/dt. kinetic: 1/2 sum beta |omega|^2.
@@ -56,7 +56,7 @@ class Records:
     target: Tensor | None = None
 
 
-@known
+@known("_Entry")
 @dataclass(slots=True)
 class _Entry:
     tick: int

@@ -54,7 +54,7 @@ class Gradients(list["Gradient | None"]):
             make(self)
 
 
-@known
+@known("Outer")
 @dataclass(slots=True)
 class Outer:
     """g = z^T x, of a matrix (O, I). z: (R, O), x: (R, I). moved: the weight has moved by it."""
@@ -74,7 +74,7 @@ class Outer:
             tensor.addmm_(self.z.t(), self.x, beta=beta, alpha=alpha)
 
 
-@known
+@known("Column")
 @dataclass(slots=True)
 class Column:
     """g = sum of the rows of z, of a bias (O,). z: (R, O). moved: as in `Outer`."""
@@ -94,7 +94,7 @@ class Column:
             tensor.addmv_(self.z.t(), self.z.new_ones(rows), beta=beta, alpha=alpha)
 
 
-@known
+@known("Rows")
 @dataclass(slots=True)
 class Rows:
     """g_i = sum of the rows z_r with index_r = i, of a table (N, O). index: (R,), z: (R, O)."""

@@ -32,7 +32,7 @@ from hamdist.dynamics.stillness import Retrospect
 from hamdist.dynamics.weights import Weights
 
 
-@known
+@known("Tick")
 class Tick(NamedTuple):
     """The knobs of one tick of a held block.
 

@@ -17,7 +17,7 @@ AT_ONCE = 64  # items that are counted together
 SMALL = 4096  # numbers of a prediction, up to which it is kept until then
 
 
-@known
+@known("Window")
 @dataclass(frozen=True, slots=True)
 class Window:
     """Sums over the items first..last of the stream that had a target (a batch is one item).
@@ -87,7 +87,7 @@ def _right(guess: Tensor, target: Tensor, ignore_index: int) -> tuple[int, int]:
     return int(((guess == target) & known).sum()), int(known.sum())
 
 
-@known
+@known("_Look")
 class _Look(NamedTuple):
     """One item, not yet counted. prediction: of class targets; guess: the classes, where they were
     looked for at once."""

@@ -28,19 +28,32 @@ from hamdist.errors import SnapshotError
 
 _Class = TypeVar("_Class", bound=type)
 _known: dict[str, type] = {}
+_tags: dict[type, str] = {}
 
 
-def known(cls: _Class) -> _Class:
-    """Marks a data class, a named tuple or an enum as one that state may hold."""
-    _known[cls.__name__] = cls
-    return cls
+def known(tag: str) -> Callable[[_Class], _Class]:
+    """Mark a data class, a named tuple or an enum as one that state may hold.
+
+    New fields need a default, and stand last: files of earlier formats lack them.
+
+    Args:
+        tag: what it is called in files; it stays when the class gets another name.
+    """
+
+    def mark(cls: _Class) -> _Class:
+        _known[tag], _tags[cls] = cls, tag
+        return cls
+
+    return mark
 
 
 class Remembers:
     """An object whose state is the values of the attributes that STATE names; of those that
-    remember themselves, theirs."""
+    remember themselves, theirs. ADDED: names in STATE that files of earlier formats lack, with the
+    values that they then get."""
 
     STATE: ClassVar[tuple[str, ...]] = ()
+    ADDED: ClassVar[Mapping[str, Any]] = {}
 
     def snapshot(self) -> dict[str, Any]:
         """The state, in tensors that may go on changing: `packed` copies them."""
@@ -52,6 +65,7 @@ class Remembers:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`. Raises SnapshotError where it is another class's."""
+        state = {**{n: v for n, v in self.ADDED.items() if n not in state}, **state}
         check_names(type(self).__name__, state, self.STATE)
         for name in self.STATE:
             value = getattr(self, name)
@@ -149,10 +163,12 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _name(value: object) -> str:
-    name = type(value).__name__
-    if _known.get(name) is not type(value):
-        raise SnapshotError(f"a {name} cannot be saved: it is not one of {sorted(_known)}")
-    return name
+    tag = _tags.get(type(value))
+    if tag is None:
+        raise SnapshotError(
+            f"a {type(value).__name__} cannot be saved: it is not one of {sorted(_known)}"
+        )
+    return tag
 
 
 def unpacked(data: Any, tensors: Sequence[Tensor], gpu: torch.device | None = None) -> Any:

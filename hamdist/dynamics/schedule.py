@@ -28,7 +28,7 @@ from hamdist.dynamics.saving import known
 from hamdist.errors import LevelError
 
 
-@known
+@known("Phase")
 class Phase(Enum):
     """What an event is."""
 
@@ -50,7 +50,7 @@ class Kind(IntEnum):
     WEIGHT = 5
 
 
-@known
+@known("Span")
 class Span(NamedTuple):
     """One sequence on its way (sequence_schedule.py). start: tick in which its first token, sample
     `first`, meets depth 0. before: the same for the token before it. length: None as long as it is
@@ -63,7 +63,7 @@ class Span(NamedTuple):
     length: int | None = None
 
 
-@known
+@known("Event")
 class Event(NamedTuple):
     """span: the sequence that the sample belongs to, in presentation 'sequence'."""
 
@@ -73,7 +73,7 @@ class Event(NamedTuple):
     span: Span | None = None
 
 
-@known
+@known("Stamp")
 class Stamp(NamedTuple):
     """What identifies a signal on its edge: the sender's tick, the sample that the signal is about
     (pulse) or that was shown at that tick (hold), and the number of updates that the sender's

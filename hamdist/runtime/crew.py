@@ -77,6 +77,7 @@ class Actor:
 
     told: list[Kept] = field(default_factory=list)
     kept_bytes: int = 0
+    forgot: bool = False  # it has let signals go that a successor of a neighbour would need
 
     def renew(self, seat: Seat, handle: Any, place: tuple[str, str, int]) -> None:
         """Another process takes the actor's part."""
@@ -90,7 +91,7 @@ class Actor:
         self.status = status
         if status.kept is not None:
             self.told.append(status.kept)
-            self.kept_bytes = status.kept.nbytes
+            self.kept_bytes, self.forgot = status.kept.nbytes, status.kept.forgot
         self.windows = [*self.windows[: status.first], *status.windows]
         self.every = status.every
 
@@ -122,6 +123,7 @@ class Crew:
         self._called_off = False
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
         self.notes: list[str] = []  # what there is to say of the actors before the first tick
+        self.local_forgot = False  # as Actor.forgot, of a stream in this process
         self.lent = 0  # channels between GPUs of one host, at the start
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
         self.mourn: Callable[[Actor, HamdistError | None, HamdistError], bool] | None = None
@@ -479,6 +481,7 @@ class Crew:
         if self._local is not None:
             status = self._local.status(0, None)
             found += [] if status.kept is None else [status.kept]
+            self.local_forgot = status.kept is not None and status.kept.forgot
         return found
 
     def start(self) -> None:

@@ -5,6 +5,7 @@ Everything here runs in the driver, between two looks at the actors.
 
 from __future__ import annotations
 
+import warnings
 from math import inf
 
 from hamdist.errors import BlockError, ClusterError, HamdistError, SnapshotError
@@ -12,7 +13,7 @@ from hamdist.runtime.crew import Actor, Crew
 from hamdist.runtime.plan import Keeping, Plan
 from hamdist.runtime.recovery import Loss, Recovery
 from hamdist.runtime.result import Replaced
-from hamdist.runtime.shelf import Shelf
+from hamdist.runtime.shelf import Failures, Shelf
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
 PATIENCE_SECONDS = 20.0  # for all files of one
@@ -37,8 +38,15 @@ class CrewKeeping:
         self._rate = 0.0
         self._last: int | None = None  # the tick of the one before the end
         self._last_by: float | None = None
-        self.warnings: list[str] = []
+        self._failures = Failures()
+        self._tries_failed = False
+        self._forgotten = False  # some actor has let signals go that a successor would need
+        self._warnings: list[str] = []
         crew.mourn = self._mourn
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self._warnings, *self._failures.texts()]
 
     @property
     def snapshots(self) -> list[str]:
@@ -58,7 +66,7 @@ class CrewKeeping:
 
     def _mourn(self, actor: Actor, error: HamdistError | None, loss: HamdistError) -> bool:
         recovery = self._recovery
-        if recovery is None or (error is not None and not recovery.heals(error)):
+        if recovery is None or self._forgotten or (error is not None and not recovery.heals(error)):
             return False
         tick = error.tick if isinstance(error, BlockError) else _tick(actor)
         self._losses.append(Loss(actor, tick, loss))
@@ -67,6 +75,7 @@ class CrewKeeping:
     def look(self, now: float) -> None:
         """Replaces what was lost, and asks for snapshots. Raises what cannot be healed."""
         self._collect()
+        self._look_for_forgotten()
         if self._asked is not None and self._crew.too_late():
             self._asked = self._last = None
             self._due = now  # again, further ahead
@@ -79,13 +88,35 @@ class CrewKeeping:
             self._asked = self._last = self._last_by = self._pace = None
             unlike, self._recovery.unlike = self._recovery.unlike, []
             same = "" if unlike else "; no number has changed"
-            self.warnings += unlike
-            self.warnings += [
+            self._warnings += unlike
+            self._warnings += [
                 f"{r.actor} (blocks {', '.join(r.blocks)}) was lost at tick {r.tick}, and replaced "
                 f"within {r.seconds:.1f} s from tick {r.since}{same}"
                 for r in self._recovery.replaced[before:]
             ]
         self._ask_in_time(now)
+
+    def _look_for_forgotten(self) -> None:
+        """Says so where an actor keeps no signals any more, or ends the run: as the setting says.
+
+        Raises:
+            SnapshotError: `snapshots.full` is 'end'.
+        """
+        those = [actor.name for actor in self._crew.actors if actor.forgot]
+        those += ["the driver, where the stream is drawn,"] if self._crew.local_forgot else []
+        before, self._forgotten = self._forgotten, bool(those)
+        if before or not those:
+            return
+        reason = next(iter(self._failures.texts()), "no snapshot was complete in time")
+        text = (
+            f"{those[0]} would keep more than snapshots.memory ({self._keeping.memory >> 20} "
+            f"MiB) of signals: {reason}"
+        )
+        if self._keeping.ends_full:
+            raise SnapshotError(f"{text} (snapshots.full 'end')")
+        text += "; until a snapshot is written nothing that is lost can be replaced"
+        warnings.warn(text, stacklevel=2)
+        self._warnings.append(text)
 
     def _give_up_the_silent(self, now: float) -> None:
         if self._recovery is None:
@@ -101,12 +132,14 @@ class CrewKeeping:
     def _collect(self) -> None:
         for kept in self._crew.kept():
             if kept.failure is not None:
-                self.warnings.append(f"a snapshot was not written: {kept.failure}")
+                self._failures.add(kept.failure)
+                self._tries_failed = True
             for taken in kept.taken:
                 try:
                     complete = self._shelf.put(taken)
                 except SnapshotError as error:
-                    self.warnings.append(f"a snapshot was not written: {error}")
+                    self._failures.add(str(error))
+                    self._tries_failed = True
                     continue
                 if complete is not None:
                     self._crew.complete(complete.tick)
@@ -136,8 +169,9 @@ class CrewKeeping:
         self._ask(now, front)
 
     def _full(self) -> bool:
-        """Whether somebody keeps too many signals."""
-        return any(actor.kept_bytes > self._keeping.memory for actor in self._crew.actors)
+        """Whether somebody keeps so many signals that a snapshot is due: half of what may be kept,
+        for it takes a while."""
+        return any(2 * actor.kept_bytes > self._keeping.memory for actor in self._crew.actors)
 
     def _front(self) -> int:
         ticks = [k for a in self._crew.actors if a.status for k in a.status.ticks.values()]
@@ -146,6 +180,9 @@ class CrewKeeping:
     def _ask(self, now: float, front: int) -> int:
         ahead = front + 1 + int(AHEAD_SECONDS * self._rate) + 2 * len(self._blocks)
         tick = int(min(ahead, self._end))
+        if self._tries_failed:
+            self._tries_failed = False
+            self._shelf.forget_tries(tick)
         self._asked = (tick, now)
         self._crew.keep(tick)
         return tick
@@ -166,7 +203,7 @@ class CrewKeeping:
         there = (
             "there is none" if latest is None else f"the latest one is that of tick {latest.tick}"
         )
-        self.warnings.append(
+        self._warnings.append(
             f"no snapshot could be taken before the end within {LAST_SECONDS:.0f} s: {there}"
         )
         return True

@@ -31,7 +31,7 @@ DIGEST_BYTES = 8
 _HEAD = struct.Struct("<qqqBB")
 
 
-@known
+@known("DigestTrack")
 @dataclass(slots=True)
 class DigestTrack:
     """The digests of one way of signals, or of one block's weights, as hexadecimal text.

@@ -85,11 +85,13 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What was written since the last look, what went wrong, and the bytes of kept signals."""
+    """What was written since the last look, what went wrong, and the bytes of kept signals.
+    forgot: they took too many, so that nobody can begin again from the latest snapshot."""
 
     taken: list[Taken]
     failure: str | None
     nbytes: int
+    forgot: bool = False
 
 
 class End(NamedTuple):
@@ -136,7 +138,9 @@ class Host:
         self._transport = Wires(plan.run, self._abort, delay, keys, self._requests)
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
         keeping = plan.keeping
-        self._ledger = None if keeping is None else Ledger(inside, replays=keeping.recover)
+        self._ledger: Ledger | None = None
+        if keeping is not None:
+            self._ledger = Ledger(inside, replays=keeping.recover, limit=keeping.memory)
         self._digests = Digests() if plan.engine.digests else None
         self._mail = Mailroom(inside, self._transport, self._ledger, self._digests)
         self._inside = inside
@@ -340,7 +344,7 @@ class Host:
         if self._keeper is None or self._ledger is None:
             return None
         taken, failure = self._keeper.collected()
-        return Kept(taken, failure, self._ledger.nbytes)
+        return Kept(taken, failure, self._ledger.nbytes, self._ledger.forgot)
 
     def _wait(self) -> Wait | None:
         waiting = self._transport.waiting

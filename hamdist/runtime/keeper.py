@@ -25,7 +25,15 @@ from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
 from hamdist.runtime.signal import Channel
-from hamdist.runtime.snapshot import Part, Snapshot, file_of, to_bytes, write_part
+from hamdist.runtime.snapshot import (
+    Part,
+    Snapshot,
+    file_of,
+    folder_of,
+    make_room,
+    to_bytes,
+    write_part,
+)
 from hamdist.runtime.storage import storage
 
 
@@ -176,16 +184,24 @@ class Keeper:
     def _write(
         self, tick: int, files: Sequence[tuple[str, Any, list[Tensor]]], samples: int, passed: int
     ) -> None:
-        parts = {}
+        parts: dict[str, Part] = {}
         try:
             for name, data, tensors in files:
                 file = file_of(name, self._blocks, self._run, self._keeping.epoch)
-                parts[name] = write_part(self._store, tick, file, to_bytes(data, tensors))
+                written = to_bytes(data, tensors)
+                try:
+                    parts[name] = write_part(self._store, tick, file, written)
+                except SnapshotError as error:
+                    if not (error.full and make_room(self._store)):
+                        raise
+                    parts[name] = write_part(self._store, tick, file, written)
             taken = Taken(tick, parts, samples, passed)
             if self._written is not None:
                 self._written(taken)
                 return
         except SnapshotError as error:
+            for part in parts.values():
+                self._store.delete(f"{folder_of(tick)}/{part.file}")
             with self._lock:
                 self._done.failure = str(error)
             return
@@ -197,6 +213,14 @@ class Keeper:
         with self._lock:
             done, self._done = self._done, _Done()
         return done.taken, done.failure
+
+    def failure(self) -> str | None:
+        """What went wrong since the last call."""
+        if self._done.failure is None:  # (asked between any two events)
+            return None
+        with self._lock:
+            failure, self._done.failure = self._done.failure, None
+        return failure
 
     def close(self) -> None:
         """Waits for the files that are being written."""

@@ -11,7 +11,7 @@ from hamdist.runtime.keeper import Keeper, Rememberer, Taken
 from hamdist.runtime.ledger import Ledger
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.plan import Plan
-from hamdist.runtime.shelf import Shelf
+from hamdist.runtime.shelf import Failures, Shelf
 
 
 class KeptRun:
@@ -25,6 +25,7 @@ class KeptRun:
         self._nodes = nodes
         self._keeping = plan.keeping
         self._shelf = Shelf(plan)
+        self._failures = Failures()
         self.keeper = Keeper(plan, nodes, mail, ledger, self._written)
         self.on = plan.keeping.snapshot is not None
         self._seconds = plan.keeping.seconds or inf
@@ -37,9 +38,16 @@ class KeptRun:
 
     def look(self) -> None:
         """Between two events: asks for a snapshot when it is time."""
+        self._look_for_failures()
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + self._seconds
             self.keeper.ask(self._soon())
+
+    def _look_for_failures(self) -> None:
+        failure = self.keeper.failure()
+        if failure is not None:
+            self._failures.add(failure)
+            self._shelf.forget_tries(self.keeper.reached)
 
     def _soon(self) -> int:
         """The next tick that nobody has begun."""
@@ -63,8 +71,8 @@ class KeptRun:
 
     @property
     def warnings(self) -> list[str]:
-        _, failure = self.keeper.collected()
-        return [] if failure is None else [f"a snapshot was not written: {failure}"]
+        self._look_for_failures()
+        return self._failures.texts()
 
     def __enter__(self) -> KeptRun:
         return self

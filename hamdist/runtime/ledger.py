@@ -15,6 +15,7 @@ its successor makes it again out of the snapshot, which is in files.
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import inf
 
 from hamdist.errors import SnapshotError
 from hamdist.runtime.signal import Channel, Signal
@@ -23,6 +24,7 @@ from hamdist.runtime.signal import Channel, Signal
 # around them (measured: 77 without a payload, 694 with one of 8 numbers). For signals of a few
 # numbers that is ten times more than those.
 OBJECT_BYTES = 700
+WEIGHED = 16  # signals of a channel between two looks at what all of them take
 
 
 class Log:
@@ -83,11 +85,16 @@ def _nbytes(signal: Signal) -> int:
 
 
 class Ledger:
-    """inside: the nodes of this process. replays: signals are kept since the latest snapshot."""
+    """inside: the nodes of this process. replays: signals are kept since the latest snapshot.
+    limit: bytes that they may take; with more they are let go, and nobody can begin again from the
+    latest snapshot (`forgot`) until one is complete that was taken after that."""
 
-    def __init__(self, inside: Collection[str], *, replays: bool) -> None:
+    def __init__(self, inside: Collection[str], *, replays: bool, limit: float = inf) -> None:
         self._inside = inside
         self._replays = replays
+        self._keeps = replays
+        self._limit = limit
+        self.forgot = False
         self.posted: dict[int, int] = {}
         self.taken: dict[int, int] = {}
         self.logs: dict[int, Log] = {}
@@ -101,8 +108,10 @@ class Ledger:
         if channel.receiver not in self._inside:
             log = self.log(channel)
             log.add(signal)
-            if not self._replays and count % (4 * channel.capacity) == 0:
+            if not self._keeps and count % (4 * channel.capacity) == 0:
                 log.let_go(count - channel.capacity + 1)
+            if self._keeps and count % WEIGHED == 0 and self.nbytes > self._limit:
+                self._forget()
         return count
 
     def take(self, channel: Channel) -> None:
@@ -117,12 +126,21 @@ class Ledger:
     def mark(self, tick: int) -> None:
         """A snapshot is taken at `tick`, now."""
         self._marks[tick] = dict(self.posted)
+        self._keeps = self._replays
+
+    def _forget(self) -> None:
+        """Keeps what is under way alone."""
+        self.forgot, self._keeps = True, False
+        self._marks.clear()
+        for log in self.logs.values():
+            log.let_go(log.posted - log.capacity + 1)
 
     def complete(self, tick: int) -> None:
         """The snapshot of that tick is complete: nobody will begin before it again."""
         posted = self._marks.get(tick)
         self._marks = {t: m for t, m in self._marks.items() if t > tick}
         if posted is not None:
+            self.forgot = False
             for number, log in self.logs.items():
                 log.let_go(posted.get(number, 0) - log.capacity + 1)
 

@@ -59,9 +59,10 @@ SNAPSHOT_SECONDS = 30.0
 @dataclass(frozen=True)
 class Keeping:
     """Snapshots of a run. path: where; every: ticks, seconds: of time between two; keep: how many
-    stay. settings: of the run, for the manifest. snapshot: what the run goes on from. epoch: of the
-    processes that write, which rises whenever one is replaced. last: one is taken before the end,
-    with which a run of more steps can go on."""
+    stay. settings: of the run, for the manifest. snapshot: what the run goes on from. ends_full:
+    the run ends where more than `memory` bytes would be kept. epoch: of the processes that write,
+    which rises whenever one is replaced. last: one is taken before the end, with which a run of
+    more steps can go on."""
 
     path: str
     every: int | None
@@ -70,6 +71,7 @@ class Keeping:
     settings: Mapping[str, Any]
     recover: bool = False
     memory: int = 2**28
+    ends_full: bool = False
     attempts: int = 3
     silence: float = 10.0
     snapshot: Snapshot | None = None
@@ -279,11 +281,25 @@ def make_keeping(
         settings=settings.model_dump(mode="json"),
         recover=given.recover and settings.engine.kind is EngineKind.RAY,
         memory=given.memory * 2**20,
+        ends_full=given.full == "end",
         attempts=given.attempts,
         silence=given.silence,
         snapshot=snapshot,
         last=last,
     )
+
+
+PAGE = 4096
+
+
+def least_bytes(graph: Graph, settings: Settings) -> int:
+    """Return what a snapshot of `graph` takes at least: weights, their costates, and averages, and
+    a page of the disk for each file."""
+    learning = settings.learning
+    copies = 2 + (learning.adaptive is not None) + (learning.average != "off")
+    modules = [m for b in graph.blocks.values() for m in (b.module, b.output) if m is not None]
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return copies * sum(t.numel() * t.element_size() for t in tensors) + PAGE * (len(modules) + 2)
 
 
 _ALIKE = ("level", "locality", "loss", "dtype", "seed", "metrics")

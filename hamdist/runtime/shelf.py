@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 from hamdist.config import Settings
 from hamdist.dynamics.graph import INPUT
@@ -10,7 +12,14 @@ from hamdist.errors import SnapshotError
 from hamdist.runtime.arithmetic import Arithmetic
 from hamdist.runtime.keeper import Taken
 from hamdist.runtime.plan import Plan, fingerprint
-from hamdist.runtime.snapshot import FORMAT, Manifest, Snapshot, conclude, versions
+from hamdist.runtime.snapshot import (
+    FORMAT,
+    Manifest,
+    Snapshot,
+    conclude,
+    remove_unfinished,
+    versions,
+)
 from hamdist.runtime.storage import storage
 
 
@@ -37,7 +46,16 @@ class Shelf:
     @property
     def snapshots(self) -> list[str]:
         """Those that were taken and are left, the latest last."""
+        with suppress(SnapshotError):  # (where they cannot be listed they may be there)
+            there = set(self._store.folders())
+            self._kept = [snapshot for snapshot in self._kept if snapshot.folder in there]
         return [str(snapshot) for snapshot in self._kept]
+
+    def forget_tries(self, before: int) -> None:
+        """Remove what snapshots of ticks before `before` have left that nobody has finished."""
+        self._taken = {tick: one for tick, one in self._taken.items() if tick >= before}
+        with suppress(SnapshotError):
+            remove_unfinished(self._store, before)
 
     def put(self, taken: Taken) -> Snapshot | None:
         """Notes the files of one process; the snapshot, if it is complete with them."""
@@ -67,3 +85,27 @@ class Shelf:
         self._kept = [*self._kept, self.latest][-self._keeping.keep :]
         self._taken = {tick: one for tick, one in self._taken.items() if tick > taken.tick}
         return self.latest
+
+
+class Failures:
+    """Snapshots that were not written: said when the first one fails, and counted."""
+
+    def __init__(self) -> None:
+        self._first = self._latest = ""
+        self._count = 0
+
+    def add(self, reason: str) -> None:
+        """Count a failure, and warn of the first one at once."""
+        self._count += 1
+        self._latest = reason
+        if self._count == 1:
+            self._first = reason
+            warnings.warn(self.texts()[0], stacklevel=2)
+
+    def texts(self) -> list[str]:
+        """Return what is to be said of them in the end: one text, or none."""
+        if not self._count:
+            return []
+        text = f"a snapshot was not written: {self._first}"
+        more = f" ({self._count} were not, the last of them: {self._latest})"
+        return [text if self._count == 1 else text + more]

@@ -198,7 +198,7 @@ def make_channels(
     return made
 
 
-@known
+@known("Signal")
 @dataclass(slots=True)
 class Signal:
     """What crosses a channel. payload: None for a message of zeros, or a missing target.

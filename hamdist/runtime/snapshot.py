@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from hamdist.runtime.storage import Storage, storage
 FORMAT = 1
 MANIFEST = "manifest.json"
 _PREFIX = "tick-"
+_FOLDER = re.compile(_PREFIX + r"\d{12}")
 _HEAD = struct.Struct("<Q")
 _STATE = "hamdist"
 _DTYPES = {  # safetensors' names of what `packed` meets
@@ -212,7 +215,7 @@ def folder_of(tick: int) -> str:
 
 def complete(store: Storage) -> Iterator[str]:
     """The folders of snapshots, the latest first."""
-    return reversed([name for name in store.folders() if name.startswith(_PREFIX)])
+    return reversed([name for name in store.folders() if _FOLDER.fullmatch(name)])
 
 
 def latest(where: str | Path, told: Callable[[str], None]) -> Snapshot:
@@ -223,7 +226,7 @@ def latest(where: str | Path, told: Callable[[str], None]) -> Snapshot:
     """
     store = storage(where)
     parent, _, own = store.where.rpartition("/")
-    if own.startswith(_PREFIX):
+    if _FOLDER.fullmatch(own):
         return _whole(storage(parent), own)
     damaged = []
     for folder in complete(store):
@@ -248,9 +251,17 @@ def _whole(store: Storage, folder: str) -> Snapshot:
     return snapshot
 
 
-def check_usable(where: str) -> None:
-    """Raises SnapshotError where nothing can be written, and where snapshots of another run lie: a
-    later one of those would be taken for this run's."""
+def check_usable(where: str, nbytes: int) -> None:
+    """Check that snapshots can be taken at `where`, before a run starts.
+
+    Args:
+        where: a folder or a URL.
+        nbytes: what a snapshot takes at least.
+
+    Raises:
+        SnapshotError: so much cannot be written there, or snapshots of another run lie there: a
+            later one of those would be taken for this run's.
+    """
     store = storage(where)
     for folder in complete(store):
         if _finished(store, folder):
@@ -258,17 +269,44 @@ def check_usable(where: str) -> None:
                 f"snapshots.path {where!r}: another run's snapshots lie there ({folder}); go on "
                 "from them (--resume), remove them, or give another folder"
             )
-    check_writable(store)
+    check_writable(store, nbytes)
 
 
-def check_writable(store: Storage) -> None:
-    """Raises SnapshotError naming the place: found before a run, not when the first is due."""
+def check_writable(store: Storage, nbytes: int = 0) -> None:
+    """Write as much as a snapshot takes, and remove it again.
+
+    Raises:
+        SnapshotError: that failed; found before a run, not when the first snapshot is due.
+    """
     trial = f"trial-{secrets.token_hex(4)}"
     try:
-        store.write(f"{trial}/empty", b"")
-        store.remove(trial)
+        store.reserve(f"{trial}/empty", nbytes)
     except SnapshotError as error:
-        raise SnapshotError(f"snapshots.path {store.where!r}: {error}") from None
+        least = f" (a snapshot takes {nbytes / 2**20:.1f} MiB and more)" if error.full else ""
+        raise SnapshotError(f"snapshots.path {store.where!r}: {error}{least}") from None
+    finally:
+        with suppress(SnapshotError):
+            store.remove(trial)
+
+
+def make_room(store: Storage) -> bool:
+    """Remove the oldest complete snapshot, but never the last one.
+
+    Returns:
+        Whether there was one to remove.
+    """
+    finished = [name for name in complete(store) if _finished(store, name)]
+    for name in finished[:0:-1]:
+        store.remove(name)
+        return True
+    return False
+
+
+def remove_unfinished(store: Storage, before: int) -> None:
+    """Remove what unfinished snapshots of ticks before `before` have left."""
+    for name in complete(store):
+        if name < folder_of(before) and not _finished(store, name):
+            store.remove(name)
 
 
 def write_part(store: Storage, tick: int, file: str, data: bytes) -> Part:
@@ -281,7 +319,13 @@ def conclude(store: Storage, manifest: Manifest, keep: int) -> Snapshot:
     """Writes the manifest, and removes all but the `keep` latest snapshots, and what earlier ones
     have come to that nobody finished."""
     folder = folder_of(manifest.tick)
-    store.write(f"{folder}/{MANIFEST}", manifest.dumped())
+    try:
+        store.write(f"{folder}/{MANIFEST}", manifest.dumped())
+    except SnapshotError as error:
+        if not (error.full and make_room(store)):
+            store.remove(folder)
+            raise
+        store.write(f"{folder}/{MANIFEST}", manifest.dumped())
     kept = 0
     for name in complete(store):
         if name > folder:

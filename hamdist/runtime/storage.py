@@ -6,12 +6,21 @@ renaming it; object stores do so by themselves.
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import suppress
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from hamdist.errors import SnapshotError
+
+CHUNK = 2**20
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# What hamdist writes, and so what it may remove: snapshots, and a try before the start.
+_OURS = re.compile(r"tick-\d{12}|trial-[0-9a-f]{8}")
+_OUR_FILES = re.compile(r"manifest\.json|empty|[\w.-]+\.safetensors|\..*\.part")
 
 
 class Storage(Protocol):
@@ -27,7 +36,21 @@ class Storage(Protocol):
         """The names of the folders in it; none where it does not exist yet."""
 
     def remove(self, folder: str) -> None:
-        """Removes a folder of files."""
+        """Remove what hamdist has written into a folder, and the folder if nothing else is left.
+
+        Args:
+            folder: of a name that hamdist gives; others, and links, are left alone.
+        """
+
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+    def reserve(self, name: str, nbytes: int) -> None:
+        """Write a file of that size, where the place can be full.
+
+        Raises:
+            SnapshotError: there is no room for it, or nothing can be written.
+        """
 
 
 def storage(where: str | Path) -> Storage:
@@ -65,7 +88,26 @@ class _Folder:
         except OSError as error:
             with suppress(OSError):
                 part.unlink()
-            raise SnapshotError(f"{path}: cannot be written: {error.strerror or error}") from None
+            raise _unwritten(path, error) from None
+
+    def reserve(self, name: str, nbytes: int) -> None:
+        path = self._path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                for _ in range(nbytes // CHUNK):
+                    file.write(bytes(CHUNK))
+                file.write(bytes(nbytes % CHUNK))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritten(path, error) from None
+
+    def delete(self, name: str) -> None:
+        with suppress(OSError):
+            (self._path / name).unlink()
+        with suppress(OSError):
+            (self._path / name).parent.rmdir()
 
     def read(self, name: str) -> bytes:
         try:
@@ -77,7 +119,7 @@ class _Folder:
 
     def folders(self) -> list[str]:
         try:
-            return sorted(p.name for p in self._path.iterdir() if p.is_dir())
+            return sorted(p.name for p in self._path.iterdir() if p.is_dir() and not p.is_symlink())
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -87,58 +129,84 @@ class _Folder:
 
     def remove(self, folder: str) -> None:
         path = self._path / folder
+        if not _OURS.fullmatch(folder) or path.is_symlink():
+            return
         try:
             for file in sorted(path.iterdir(), key=lambda f: f.name != "manifest.json"):
-                file.unlink(missing_ok=True)  # the manifest first: no half snapshot has one
-            path.rmdir()
+                if _OUR_FILES.fullmatch(file.name):
+                    file.unlink(missing_ok=True)  # the manifest first: no half snapshot has one
+            with suppress(OSError):  # somebody else's file is in it
+                path.rmdir()
         except FileNotFoundError:
             return
         except OSError as error:
             raise SnapshotError(f"{path}: cannot be removed: {error.strerror or error}") from None
 
 
+def _unwritten(path: Path, error: OSError) -> SnapshotError:
+    failure = SnapshotError(f"{path}: cannot be written: {error.strerror or error}")
+    failure.full = error.errno in FULL
+    return failure
+
+
 class _Remote:
+    """A folder of an object store. Its package raises errors of its own, in a tree of its own."""
+
     def __init__(self, url: str) -> None:
         import fsspec  # type: ignore[import-untyped]  # (file systems for clouds are packages)
 
         self.where = url
-        try:
-            self._fs: Any
+        self._fs: Any
+        with self._named("", "no file system for it is installed, or it cannot be opened"):
             self._fs, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise SnapshotError(f"{url}: no file system for it is installed: {error}") from None
+
+    @contextmanager
+    def _named(self, name: str, what: str) -> Iterator[None]:
+        """Turn whatever the store raises into a SnapshotError that names the file."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (no common root: botocore, gcsfs, azure, ...)
+            place = f"{self.where}/{name}" if name else self.where
+            said = str(error) or type(error).__name__
+            raise SnapshotError(f"{place}: {what}: {said}") from None
 
     def write(self, name: str, data: bytes) -> None:
         path = f"{self._root}/{name}"
-        try:
+        with self._named(name, "cannot be written"):
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(path, data)
-        except OSError as error:
-            raise SnapshotError(f"{self.where}/{name}: cannot be written: {error}") from None
+
+    def reserve(self, name: str, nbytes: int) -> None:  # noqa: ARG002 (no store is full)
+        self.write(name, b"")
 
     def read(self, name: str) -> bytes:
-        try:
+        with self._named(name, "cannot be read"):
             return bytes(self._fs.cat_file(f"{self._root}/{name}"))
-        except OSError as error:
-            raise SnapshotError(f"{self.where}/{name}: cannot be read: {error}") from None
 
     def folders(self) -> list[str]:
-        try:
-            found = self._fs.ls(self._root, detail=True)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise SnapshotError(f"{self.where}: cannot be read: {error}") from None
+        with self._named("", "cannot be read"):
+            try:
+                found = self._fs.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
         names = (str(f["name"]) for f in found if f["type"] == "directory")
         return sorted(name.rstrip("/").rpartition("/")[2] for name in names)
 
     def remove(self, folder: str) -> None:
         path = f"{self._root}/{folder}"
-        try:
-            if self._fs.exists(f"{path}/manifest.json"):
-                self._fs.rm_file(f"{path}/manifest.json")
-            self._fs.rm(path, recursive=True)
-        except FileNotFoundError:
+        if not _OURS.fullmatch(folder):
             return
-        except OSError as error:
-            raise SnapshotError(f"{self.where}/{folder}: cannot be removed: {error}") from None
+        with self._named(folder, "cannot be removed"):
+            try:
+                files = [str(f["name"]) for f in self._fs.ls(path, detail=True)]
+            except FileNotFoundError:
+                return
+            for file in sorted(files, key=lambda name: not name.endswith("/manifest.json")):
+                if _OUR_FILES.fullmatch(file.rpartition("/")[2]):
+                    self._fs.rm_file(file)
+            with suppress(OSError):  # (most stores have no folders; one with other files stays)
+                self._fs.rmdir(path)
+
+    def delete(self, name: str) -> None:
+        with suppress(SnapshotError), self._named(name, "cannot be removed"):
+            self._fs.rm_file(f"{self._root}/{name}")

@@ -37,7 +37,7 @@ from hamdist.runtime.inprocess import InProcessEngine
 from hamdist.runtime.interrupts import OnProgress, terminated_as_interrupted
 from hamdist.runtime.measure import example_input, example_inputs
 from hamdist.runtime.outcome import Outcome
-from hamdist.runtime.plan import Plan, make_keeping, make_plan
+from hamdist.runtime.plan import Plan, least_bytes, make_keeping, make_plan
 from hamdist.runtime.portable import is_pinned
 from hamdist.runtime.replan import replannable
 from hamdist.runtime.result import RunResult
@@ -190,7 +190,7 @@ class _Work:
             )
         keeping = make_keeping(self.settings, snapshot, last=self.keeps)
         if keeping is not None and snapshot is None:
-            check_usable(keeping.path)
+            check_usable(keeping.path, least_bytes(graph, self.settings))
         plan = replace(plan, keeping=keeping)
         if self.settings.partition.delays == "auto":
             plan = replannable(plan, graph, self.settings, self.phi)

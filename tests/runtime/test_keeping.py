@@ -14,7 +14,7 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph import INPUT
 from hamdist.dynamics.losses import cross_entropy
 from hamdist.dynamics.schedule import Kind, Stamp
-from hamdist.errors import ClusterError
+from hamdist.errors import ClusterError, SnapshotError
 from hamdist.runtime.crewkeeping import LAST_SECONDS, PATIENCE_SECONDS, CrewKeeping
 from hamdist.runtime.host import HostStatus, Kept
 from hamdist.runtime.keeper import Keeper, Taken
@@ -45,6 +45,7 @@ class OneActor:
     name = "actor 0"
     report = None
     kept_bytes: int = 0
+    forgot: bool = False
     status: HostStatus | None = None
 
 
@@ -58,7 +59,7 @@ class FakeCrew:
     asked: list = field(default_factory=list)
     completed: list = field(default_factory=list)
     told: list = field(default_factory=list)
-    done = lost = stopped = called_off = late = False
+    done = lost = stopped = called_off = late = local_forgot = False
     arithmetic = ()
 
     def too_late(self):
@@ -132,13 +133,79 @@ def test_a_snapshot_each_time_that_too_many_signals_are_kept(tmp_path):
     keeping.look(0.0)
     assert not crew.asked
     for turn in range(1, 4):
-        crew.actors[0].kept_bytes = 2**20 + 1
+        crew.actors[0].kept_bytes = 2**19 + 1  # more than half of what it may keep
         crew.at(100 * turn)
         keeping.look(float(turn))
         assert len(crew.asked) == turn
         crew.writes(crew.asked[-1])
         keeping.look(turn + 0.5)  # the actor has not told yet that it has let them go
         assert len(crew.asked) == turn
+
+
+@pytest.mark.parametrize("who", ["actor", "driver"])
+def test_who_keeps_no_signals_cannot_be_replaced(tmp_path, who):
+    crew, keeping = crew_of(tmp_path, memory=3)
+    crew.told.append(Kept([], "the disk is full", 0))
+    with pytest.warns(UserWarning, match="a snapshot was not written: the disk is full"):
+        keeping.look(0.0)
+    crew.actors[0].forgot, crew.local_forgot = who == "actor", who == "driver"
+    said = rf"{who}.* would keep more than snapshots.memory \(3 MiB\).*the disk is full; until"
+    with pytest.warns(UserWarning, match=said):
+        keeping.look(1.0)
+    keeping.look(2.0)  # (said once)
+    assert not crew.mourn(crew.actors[0], None, ClusterError("an actor died"))
+    assert len(keeping.warnings) == 2
+    crew.actors[0].forgot = crew.local_forgot = False
+    keeping.look(3.0)
+    assert crew.mourn(crew.actors[0], None, ClusterError("an actor died"))
+
+
+def test_a_run_that_is_to_end_when_it_would_keep_too_much(tmp_path):
+    crew, keeping = crew_of(tmp_path, memory=3, full="end")
+    crew.actors[0].forgot = True
+    with pytest.raises(SnapshotError, match=r"actor 0 would keep more than .*full 'end'"):
+        keeping.look(0.0)
+
+
+@pytest.mark.filterwarnings("ignore:a snapshot was not written")
+def test_failures_are_counted_and_leave_no_files(tmp_path):
+    crew, keeping = crew_of(tmp_path, seconds=2)
+    left = tmp_path / "tick-000000000001"
+    left.mkdir()
+    (left / "block-0.1.1.safetensors").write_bytes(b"x")
+    for second in range(3):
+        crew.told.append(Kept([], f"reason {second}", 0))
+        keeping.look(float(second))
+    (text,) = keeping.warnings
+    assert text.endswith("not written: reason 0 (3 were not, the last of them: reason 2)")
+    assert crew.asked
+    assert not left.exists()
+
+
+def test_a_ledger_keeps_no_more_than_it_may(tmp_path):
+    channel = Channel(7, "a->b", "a", "b", Kind.STATE, capacity=3)
+    limit = 100 * (OBJECT_BYTES + 8)
+    ledger = Ledger({"a"}, replays=True, limit=limit)
+
+    def post(many):
+        most = 0
+        for n in range(many):
+            ledger.post(channel, Signal(Stamp(n, n, 0), torch.zeros(2)))
+            most = max(most, ledger.nbytes)
+        return most
+
+    ledger.mark(5)
+    assert post(90) < limit
+    assert not ledger.forgot
+    assert post(1000) <= 1.2 * limit
+    assert ledger.forgot
+    ledger.complete(5)  # taken before the signals were let go: of no use
+    assert ledger.forgot
+    ledger.mark(900)
+    post(90)
+    assert ledger.nbytes >= 90 * (OBJECT_BYTES + 8)  # kept again, from that snapshot on
+    ledger.complete(900)
+    assert not ledger.forgot
 
 
 def test_the_last_one_before_the_end(tmp_path):
