@@ -41,7 +41,7 @@ def _only_new_objects_are_collected():
 @pytest.fixture(scope="session")
 def session():
     """A local Ray with room for four actors, for the whole test session."""
-    with ray_session(EngineSettings(actors=4)) as opened:
+    with ray_session(EngineSettings(kind="ray", actors=4)) as opened:
         yield opened
 
 

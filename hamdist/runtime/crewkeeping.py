@@ -14,6 +14,7 @@ from hamdist.runtime.plan import Keeping, Plan
 from hamdist.runtime.recovery import Loss, Recovery
 from hamdist.runtime.result import Replaced
 from hamdist.runtime.shelf import Failures, Shelf
+from hamdist.runtime.snapshot import Snapshot
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
 PATIENCE_SECONDS = 20.0  # for all files of one
@@ -54,6 +55,11 @@ class CrewKeeping:
         return self._shelf.snapshots
 
     @property
+    def latest(self) -> Snapshot | None:
+        """The latest complete one."""
+        return self._shelf.latest
+
+    @property
     def replaced(self) -> list[Replaced]:
         return [] if self._recovery is None else self._recovery.replaced
 
@@ -68,7 +74,7 @@ class CrewKeeping:
         recovery = self._recovery
         if recovery is None or self._forgotten or (error is not None and not recovery.heals(error)):
             return False
-        tick = error.tick if isinstance(error, BlockError) else _tick(actor)
+        tick = error.tick if isinstance(error, BlockError) else actor.tick
         self._losses.append(Loss(actor, tick, loss))
         return True
 
@@ -87,12 +93,15 @@ class CrewKeeping:
             # (they have not all heard of it, and have their time again)
             self._asked = self._last = self._last_by = self._pace = None
             unlike, self._recovery.unlike = self._recovery.unlike, []
+            faults, self._recovery.faults = self._recovery.faults, []
+            self._warnings += faults
             same = "" if unlike else "; no number has changed"
             self._warnings += unlike
             self._warnings += [
                 f"{r.actor} (blocks {', '.join(r.blocks)}) was lost at tick {r.tick}, and replaced "
                 f"within {r.seconds:.1f} s from tick {r.since}{same}"
                 for r in self._recovery.replaced[before:]
+                if r.lost
             ]
         self._ask_in_time(now)
 
@@ -125,7 +134,7 @@ class CrewKeeping:
         for actor in self._crew.silent(now, self._keeping.silence):
             if actor.report is None and id(actor) not in known:
                 error = ClusterError(f"{actor} has not answered for {self._keeping.silence:g} s")
-                self._losses.append(Loss(actor, _tick(actor), error))
+                self._losses.append(Loss(actor, actor.tick, error))
 
     # -- snapshots ------------------------------------------------------------------------------
 
@@ -207,7 +216,3 @@ class CrewKeeping:
             f"no snapshot could be taken before the end within {LAST_SECONDS:.0f} s: {there}"
         )
         return True
-
-
-def _tick(actor: Actor) -> int | None:
-    return min(actor.status.ticks.values(), default=None) if actor.status is not None else None
