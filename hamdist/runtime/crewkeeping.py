@@ -14,7 +14,6 @@ from hamdist.runtime.plan import Keeping, Plan
 from hamdist.runtime.recovery import Loss, Recovery
 from hamdist.runtime.result import Replaced
 from hamdist.runtime.shelf import Failures, Shelf
-from hamdist.runtime.snapshot import Snapshot
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
 PATIENCE_SECONDS = 20.0  # for all files of one
@@ -55,9 +54,12 @@ class CrewKeeping:
         return self._shelf.snapshots
 
     @property
-    def latest(self) -> Snapshot | None:
-        """The latest complete one."""
-        return self._shelf.latest
+    def way_on(self) -> str:
+        """What a run that stands still can be gone on from."""
+        latest = self._shelf.latest
+        if latest is None:
+            return "; no snapshot was complete yet: the run has to begin again"
+        return f"; the run can go on from its latest snapshot: --resume {latest.where}"
 
     @property
     def replaced(self) -> list[Replaced]:
@@ -93,14 +95,14 @@ class CrewKeeping:
             # (they have not all heard of it, and have their time again)
             self._asked = self._last = self._last_by = self._pace = None
             unlike, self._recovery.unlike = self._recovery.unlike, []
-            faults, self._recovery.faults = self._recovery.faults, []
-            self._warnings += faults
             same = "" if unlike else "; no number has changed"
             self._warnings += unlike
+            new = self._recovery.replaced[before:]
+            self._warnings += dict.fromkeys(r.fault for r in new if r.fault)
             self._warnings += [
                 f"{r.actor} (blocks {', '.join(r.blocks)}) was lost at tick {r.tick}, and replaced "
                 f"within {r.seconds:.1f} s from tick {r.since}{same}"
-                for r in self._recovery.replaced[before:]
+                for r in new
                 if r.lost
             ]
         self._ask_in_time(now)

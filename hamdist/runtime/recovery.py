@@ -71,7 +71,6 @@ class Recovery:
         self._fault = ""  # of a snapshot, for which all go back in the present recovery
         self._present: set[str] = set()  # actors that were there, and only go back with the others
         self.replaced: list[Replaced] = []
-        self.faults: list[str] = []  # what there is to say of damaged snapshots
         self.unlike: list[str] = []  # what there is to say of replacements on other processors
 
     def heals(self, error: HamdistError) -> bool:
@@ -151,23 +150,19 @@ class Recovery:
         )
         if not faults:
             if unread is not None:
-                raise SnapshotError(
-                    f"an actor on another host, or of another version, cannot go on from what is "
-                    f"whole here: {unread}; let all hosts see snapshots.path"
-                )
+                raise unread
             return
         there = self._shelf.latest
         place = "the beginning" if there is None else str(there)
-        self._fault = "; ".join(faults)
+        fault = "; ".join(faults)
         if not crew.goes_back:
             way = "start again" if there is None else f"go on from there (--resume {there.where})"
             raise SnapshotError(
-                f"{self._fault}; the run cannot go back to {place} by itself, for its stream "
+                f"{fault}; the run cannot go back to {place} by itself, for its stream "
                 f"cannot be drawn a second time: {way}"
             )
-        text = f"{self._fault}; all actors go back to {place}"
-        warnings.warn(text, stacklevel=2)
-        self.faults.append(text)
+        self._fault = f"{fault}; all actors go back to {place}"
+        warnings.warn(self._fault, stacklevel=2)
         present = [actor for actor in crew.actors if actor.name not in lost]
         self._present |= {actor.name for actor in present}
         lost |= {actor.name: actor for actor in present}

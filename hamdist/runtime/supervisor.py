@@ -196,20 +196,11 @@ class _Watch:
             silent = [str(actor) for actor in self._crew.silent(now)]
             text = explain(waits, ticks, silent, still)
             if over:
-                raise StallError(text + self._way_on())
+                raise StallError(text + ("" if self._keeping is None else self._keeping.way_on))
             self._warnings.append(text)
             self._note = text
         elif still == 0:
             self._note = None
-
-    def _way_on(self) -> str:
-        """What a run that stands still can be gone on from."""
-        if self._keeping is None:
-            return ""
-        latest = self._keeping.latest
-        if latest is None:
-            return "; no snapshot was complete yet, so the run has to begin again"
-        return f"; the run can go on from its latest snapshot: --resume {latest.where}"
 
     def _report_progress(self) -> None:
         if not self._ending.reports:
