@@ -216,7 +216,7 @@ class StreamSettings(Section):
                 f"'late_targets' is {late} and 'target_delay' is {delay}: each target would meet "
                 "another sample than its own; give one of them, or both alike"
             )
-        if max(late, delay or 0) > self.patience:
+        if max(late, delay or 0) > self.patience and not self.again:
             raise ValueError(
                 f"targets come {max(late, delay or 0)} items late, but 'patience' is "
                 f"{self.patience}: no sample would wait for its target; raise 'patience'"

@@ -20,6 +20,7 @@ from hamdist.dynamics.piece import (
     MODULE,
     Arg,
     Const,
+    Form,
     Piece,
     Ref,
     Size,
@@ -188,6 +189,8 @@ class _Builder:
             return self._ref(place)
         if isinstance(place, Arg):
             self._inputs.add(place.name)
+        elif isinstance(place, Size):
+            self._inputs.update(one.name for one, _, _ in place.lengths)
         elif isinstance(place, Weight):
             if place.name not in self.weights:
                 own = _tensor(self.model, place.name)
@@ -225,12 +228,19 @@ class _Builder:
         if len(out) == 1 and forms[0].batch_first:
             return Arg(sender)
         at = list(out).index(value)
-        first = sum(f.columns for f in forms[:at])
+        before, dims = replaced(
+            ([(f.free, _dims(f)) for f in forms[:at]], _dims(forms[at])), self._place
+        )
         own = forms[at].dtype if len({f.dtype for f in forms}) > 1 else None
-        return Ref(self._add(Step(FUNCTION, unpacked, (Arg(sender), first, forms[at], own))))
+        return Ref(self._add(Step(FUNCTION, unpacked, (Arg(sender), before, dims, forms[at], own))))
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     found: Tensor = getattr(model.get_submodule(path), last)
     return found
+
+
+def _dims(form: Form) -> tuple[int | Size, ...]:
+    """The dimensions, with numbers for those that never change."""
+    return tuple(d if d.batched or d.lengths else d.more for d in form.dims or ())

@@ -135,6 +135,7 @@ class Graph:
         self.out_of = {b: [e for e in self.edges if e.parent == b] for b in self.blocks}
         self.out_of[INPUT] = [e for e in self.edges if e.from_input]
         self.notes: list[str] = []
+        self.one_length: str | None = None
         self.state: set[str] = set()  # Python state that forwards change, once shapes are known
         self.example: Mapping[str, Tensor] = {}
         self.depths = self._depths()
@@ -331,6 +332,7 @@ class Graph:
         shared = self.shared if shared is None else shared
         made = Graph(blocks, original=self.original, sliced=self.sliced, shared=shared)
         made.notes, made.example = list(self.notes), self.example
+        made.one_length = self.one_length
         return made
 
     @property
@@ -372,8 +374,11 @@ class Graph:
                 if value is not None:
                     like = value if old is None else old
                     part._buffers[name] = value.to(like.dtype, copy=True)
-        persistent = merged.state_dict().keys()
-        merged.load_state_dict({k: v for k, v in state.items() if k in persistent}, strict=True)
+        kept = merged.state_dict()  # has the versions of modules' formats, which some ask for
+        found = {k: v for k, v in state.items() if k in kept}
+        kept.clear()
+        kept.update(found)
+        merged.load_state_dict(kept, strict=True)
         return merged
 
     def _merged_name(self, block: str, key: str) -> str:

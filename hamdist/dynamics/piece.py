@@ -53,14 +53,40 @@ class Const:
 
 
 @dataclass(frozen=True, slots=True)
+class Length:
+    """A dimension of an input, which may differ from item to item; base: that of the example."""
+
+    name: str
+    axis: int
+    base: int
+
+
+@dataclass(frozen=True, slots=True)
 class Size:
-    """per * B + more."""
+    """per * B + more, plus (a + b * B) times a length, for each (length, a, b)."""
 
     per: int
     more: int = 0
+    lengths: tuple[tuple[Length, int, int], ...] = ()
 
-    def of(self, batch: int) -> int:
-        return self.per * batch + self.more
+    def of(self, batch: int, length: Callable[[Length], int]) -> int:
+        """The number, for a batch and the lengths of an item."""
+        found = self.per * batch + self.more
+        for one, a, b in self.lengths:
+            found += (a + b * batch) * length(one)
+        return found
+
+    @property
+    def batched(self) -> bool:
+        """Whether it depends on the batch."""
+        return self.per != 0 or any(b for _, _, b in self.lengths)
+
+    @property
+    def by_row(self) -> int:
+        """The number per row of the example, or the number where there is no batch in it."""
+        if self.batched:
+            return self.per + sum(b * one.base for one, _, b in self.lengths)
+        return self.of(0, lambda one: one.base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +268,14 @@ class Piece(nn.Module):
             number = self._hamdist_inputs.index(place.name)
             return lambda inputs, _: inputs[number]
         if isinstance(place, Size):
-            return lambda inputs, _: place.of(inputs[0].shape[0])
+            where = self._hamdist_inputs.index
+
+            def size(inputs: Sequence[Tensor], _: list[Any]) -> int:
+                return place.of(
+                    inputs[0].shape[0], lambda one: inputs[where(one.name)].shape[one.axis]
+                )
+
+            return size
         if isinstance(place, Device):
             return lambda inputs, _: inputs[0].device
         name = place.name if isinstance(place, Weight) else f"hamdist_constant_{place.index}"
@@ -349,17 +382,18 @@ class Form:
         """Whether it can be one or more columns of a signal (B, ...)."""
         if self.dims is None or not self.dtype.is_floating_point or self.masked:
             return False
-        moving = [d for d in self.dims if d.per]
-        return len(moving) <= 1 and all(d.per > 0 and not d.more for d in moving)
+        moving = [d for d in self.dims if d.batched]
+        whole = all(not d.more and not any(a for _, a, _ in d.lengths) for d in moving)
+        return len(moving) <= 1 and whole and all(d.by_row > 0 for d in moving)
 
     @property
     def columns(self) -> int:
         """Numbers per row of the signal that carries it."""
-        return math.prod(d.per or d.more for d in self.dims or ())
+        return math.prod(d.by_row for d in self.dims or ())
 
 
 def _fixed(dims: Sequence[Size]) -> bool:
-    return not any(d.per for d in dims)
+    return not any(d.batched for d in dims)
 
 
 def packed(batch: int, values: Sequence[Tensor], forms: Sequence[Form]) -> Tensor:
@@ -379,12 +413,21 @@ def packed(batch: int, values: Sequence[Tensor], forms: Sequence[Form]) -> Tenso
     return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 
-def unpacked(h: Tensor, first: int, form: Form, dtype: torch.dtype | None) -> Tensor:
-    """One value, from column `first` of the signal on. dtype: of a value that went with others of
-    other types; None: that of the signal, which may be the reader's (runtime/precision.py)."""
+def unpacked(
+    h: Tensor,
+    before: Sequence[tuple[bool, Sequence[int]]],
+    dims: Sequence[int],
+    form: Form,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """One value, of shape `dims`, from a signal. before: of the values in front of it whether they
+    are without batch, and their shapes. dtype: of a value that went with others of other types;
+    None: that of the signal, which may be the reader's (runtime/precision.py)."""
     batch, dtype = h.shape[0], dtype or h.dtype
-    columns = h if form.columns == h.shape[1] else h[:, first : first + form.columns]
-    dims = [d.of(batch) for d in form.dims or ()]
+    first = sum(_columns(free, shape, batch) for free, shape in before)
+    many = _columns(form.free, dims, batch)
+    columns = h if many == h.shape[1] else h[:, first : first + many]
+    dims = list(dims)
     if form.free:
         return columns[0].reshape(dims).to(dtype)
     if not _plain(form):
@@ -394,9 +437,13 @@ def unpacked(h: Tensor, first: int, form: Form, dtype: torch.dtype | None) -> Te
     return columns.reshape([batch, *rest]).movedim(0, front).to(dtype)
 
 
+def _columns(free: bool, shape: Sequence[int], batch: int) -> int:
+    return math.prod(shape) // (1 if free else batch)
+
+
 def _moving(form: Form) -> int:
     """The dimension that the batch stands in."""
-    return next(i for i, d in enumerate(form.dims or ()) if d.per)
+    return next(i for i, d in enumerate(form.dims or ()) if d.batched)
 
 
 def _plain(form: Form) -> bool:

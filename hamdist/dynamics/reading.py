@@ -149,9 +149,13 @@ class _Program:
         first = next(iter(self._inputs.values()))
         if not isinstance(place, Size):
             return graph.call_function(getattr, (first, "device"))
-        size: Any = graph.call_method("size", (first, 0))
-        if place.per != 1:
-            size = graph.call_function(operator.mul, (size, place.per))
+        batch: Any = graph.call_method("size", (first, 0))
+        size = batch if place.per == 1 else graph.call_function(operator.mul, (batch, place.per))
+        for one, a, b in place.lengths:
+            length = graph.call_method("size", (self._inputs[one.name], one.axis))
+            for part in (a, graph.call_function(operator.mul, (batch, b))) if b else (a,):
+                term = graph.call_function(operator.mul, (length, part))
+                size = graph.call_function(operator.add, (size, term))
         return graph.call_function(operator.add, (size, place.more)) if place.more else size
 
 

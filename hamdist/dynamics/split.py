@@ -214,6 +214,7 @@ def split_module(
     policy: Policy | None = None,
     state_readout: bool = False,
     together: str | None = None,
+    ragged: bool = False,
 ) -> Graph:
     """The blocks that `policy`, `partition` or else `grouping` ask for.
 
@@ -223,6 +224,7 @@ def split_module(
     example: inputs of the right shapes and types. together: what keeps the users of a weight in one
     block, if anything does.
 
+    ragged: items may have lengths of their own.
     A model that cannot be followed is one block, which `Graph.notes` explains. Raises GraphError
     where blocks, cuts or a policy ask for more than that, for cuts that cannot be, and for outputs
     that the model does not have.
@@ -231,7 +233,7 @@ def split_module(
     inputs = by_parent(example)
     asked = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
     try:
-        followed = trace(model, inputs, called_by_parent)
+        followed = trace(model, inputs, called_by_parent, ragged=ragged)
     except Unfollowed as why:
         told = stays_whole(why.module, model, why)
         if asked:
@@ -270,6 +272,7 @@ def split_module(
         starts = cuts.grouped(grouping)
     made = graph(cuts.runs(starts, names), losses, delay=partition.delay, state=state_readout)
     made.notes += stays(followed.whole, model)
+    made.one_length = followed.one_length
     return made
 
 

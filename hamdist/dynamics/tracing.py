@@ -1,7 +1,8 @@
 """A model as a list of steps for any batch.
 
-It runs three times, each time with another batch (recording.py). The runs have to take the same
-steps; a whole number that differs is the batch times something, plus something. A submodule that
+It runs three times, each time with another batch (recording.py), and where items may have lengths
+of their own, with other lengths, too. The runs have to take the same steps; a whole number that
+differs is the batch times something, plus something (piece.py, `Size`). A submodule that
 cannot be followed, or does other things at another batch, stays whole, as one step.
 B: batch.
 """
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import commonpath
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,12 @@ from hamdist.dynamics.piece import (
     PLACES,
     Const,
     Form,
+    Length,
     Ref,
     Size,
     Step,
     Template,
+    places,
     replaced,
 )
 from hamdist.dynamics.python_state import Values, inside, is_foreign, mutable_in, names_in
@@ -34,38 +37,68 @@ from hamdist.dynamics.recording import OWN, Op, Recording, Taken, Unfollowed, re
 from hamdist.dynamics.structure import filled, parts_of
 
 BATCHES = (2, 3, 5)
+NOTHING: Mapping[Length, int] = {}
+Point: TypeAlias = tuple[int, Mapping[Length, int]]  # a batch, and lengths that differ
 MOST_BATCH = 8  # of the stream's own batch, which the first run has up to here
 
 
 @dataclass(slots=True)
 class Trace:
     """ops: in the model's own order. output: a template. constants: by index. origin: of memory (as
-    in `Recording`). whole: the modules that could not be followed, and why."""
+    in `Recording`). whole: the modules that could not be followed, and why. one_length: why all
+    items have the lengths of the example, if that was open."""
 
     ops: list[Op[Form]]
     output: Template
     constants: list[Tensor]
     origin: dict[int, object]
     whole: dict[str, Unfollowed]
+    one_length: str | None = None
 
 
 def trace(
     model: nn.Module,
     inputs: Mapping[str, Tensor],
     call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
+    *,
+    ragged: bool = False,
 ) -> Trace:
     """What `model` does with `inputs` (examples, (B, ...), by name). The model stays as it is.
 
+    ragged: items may have lengths of their own, which is tried; where the model does not take them,
+    or cannot be followed then, `Trace.one_length` says why.
     Raises Unfollowed where it does something in its own forward that cannot be followed.
     """
     probe = copied(model)
     whole = watch(probe)
+    why = None
+    if ragged:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                lengths = _lengths(probe, inputs, call)
+            if lengths:
+                return _followed(probe, inputs, call, dict(whole), lengths)
+            why = "no dimension behind the batch may have another size"
+        except Unfollowed as failure:
+            why = f"{failure.reason} {failure.line}".strip()
+    made = _followed(probe, inputs, call, whole, ())
+    made.one_length = why
+    return made
+
+
+def _followed(
+    probe: nn.Module,
+    inputs: Mapping[str, Tensor],
+    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
+    whole: dict[str, Unfollowed],
+    lengths: Sequence[Length],
+) -> Trace:
     while True:
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
                 # (what follows from that is said as `Unfollowed`, with the user's own line)
                 warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
-                return _traced(probe, inputs, call, whole)
+                return _traced(probe, inputs, call, whole, lengths)
         except Unfollowed as why:
             if not why.module or why.module in whole:
                 raise
@@ -113,18 +146,56 @@ def _traced(
     inputs: Mapping[str, Tensor],
     call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
     whole: dict[str, Unfollowed],
+    lengths: Sequence[Length],
 ) -> Trace:
     batches = _batches(inputs)
     names = set(whole)
     record(probe, _rows(inputs, batches[0], 0), call, names)  # what it makes at its first call only
     before = _attributes(probe)
     runs = []
-    for run, batch in enumerate(batches):
+    points = _points(batches, lengths)
+    for run, (batch, sizes) in enumerate(points):
         state = _state(probe, names)
-        runs.append(record(probe, _rows(inputs, batch, run), call, names))
+        runs.append(record(probe, _rows(inputs, batch, run, sizes), call, names))
         _check_state(probe, state, _state(probe, names))
     _check_kept(probe, before, names)
-    return _joined(runs, batches, whole)
+    return _joined(runs, points, whole)
+
+
+def _points(batches: Sequence[int], lengths: Sequence[Length]) -> list[Point]:
+    """The runs that tell how numbers depend on the batch and on each length, and one more."""
+    own, second, third = batches
+    points: list[Point] = [(batch, {}) for batch in batches]
+    for one in lengths:
+        points += [(own, {one: _other(one, 1)}), (second, {one: _other(one, 2)})]
+    return [*points, (third, {one: _other(one, 1) for one in lengths})] if lengths else points
+
+
+def _other(length: Length, by: int) -> int:
+    """Another length: a shorter one, where that leaves two."""
+    return length.base - by if length.base - by > 1 else length.base + by
+
+
+def _lengths(
+    probe: nn.Module,
+    inputs: Mapping[str, Tensor],
+    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
+) -> list[Length]:
+    """The dimensions of the inputs that may be shorter: each is tried. Inputs of one size along an
+    axis change together."""
+    found: dict[tuple[int, int], Length] = {}
+    for name, u in inputs.items():
+        for axis in range(1, u.dim()):
+            found.setdefault((axis, u.shape[axis]), Length(name, axis, u.shape[axis]))
+    taken = []
+    for one in found.values():
+        try:
+            rows = _rows(inputs, next(iter(inputs.values())).shape[0], 0, {one: _other(one, 1)})
+            record(probe, rows, call, {""})
+        except Unfollowed:
+            continue
+        taken.append(one)
+    return taken
 
 
 def _batches(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -132,11 +203,16 @@ def _batches(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
     return (own, *(b for b in BATCHES if b != own))[:3]
 
 
-def _rows(inputs: Mapping[str, Tensor], batch: int, run: int) -> dict[str, Tensor]:
-    """Inputs with another batch, and other values in every run."""
+def _rows(
+    inputs: Mapping[str, Tensor], batch: int, run: int, sizes: Mapping[Length, int] = NOTHING
+) -> dict[str, Tensor]:
+    """Inputs with another batch, other lengths, and other values in every run."""
     made = {}
     for name, u in inputs.items():
         rows = u[torch.arange(batch) % u.shape[0]]
+        for one, size in sizes.items():
+            if one.axis < u.dim() and u.shape[one.axis] == one.base:
+                rows = rows.index_select(one.axis, torch.arange(size) % one.base)
         if rows.is_floating_point():
             rows = (rows * (1 + run / 8)).requires_grad_().clone()
         made[name] = rows
@@ -236,10 +312,10 @@ class _Apart(Exception):
 
 
 def _joined(
-    runs: Sequence[Recording], batches: Sequence[int], whole: dict[str, Unfollowed]
+    runs: Sequence[Recording], points: Sequence[Point], whole: dict[str, Unfollowed]
 ) -> Trace:
     first = runs[0]
-    join = _Join(runs, batches)
+    join = _Join(runs, points)
     ops = []
     for taken in zip(*(r.taken for r in runs), strict=False):
         try:
@@ -259,9 +335,16 @@ def _joined(
 
 
 class _Join:
-    def __init__(self, runs: Sequence[Recording], batches: Sequence[int]) -> None:
+    def __init__(self, runs: Sequence[Recording], points: Sequence[Point]) -> None:
         self._runs = runs
-        self._batches = batches
+        self._points = points
+        self._lengths = list(points[-1][1])
+        rows = []
+        for batch, sizes in points:
+            own = [sizes.get(one, one.base) for one in self._lengths]
+            rows.append([1, batch, *own, *(batch * length for length in own)])
+        self._basis = torch.tensor(rows, dtype=torch.float64)
+        self._solves = torch.linalg.pinv(self._basis)
 
     def op(self, taken: Sequence[Taken]) -> Op[Form]:
         one = taken[0]
@@ -299,13 +382,17 @@ class _Join:
         return Form(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
 
     def _size(self, values: Sequence[int]) -> Size:
-        """per B + more, by two runs; the third has to agree."""
-        (a, b, c), (m, n, o) = values, self._batches
-        per = (b - a) // (n - m)
-        size = Size(per, a - per * m)
-        if size.of(n) != b or size.of(o) != c:
-            raise _Apart(f"a number is {a}, {b}, {c} where the batch is {m}, {n}, {o}")
-        return size
+        """The number by batch and lengths, with which all runs have to agree."""
+        many = len(self._lengths)
+        given = torch.tensor(values, dtype=torch.float64)
+        found = (self._solves @ given).round()
+        if not torch.equal(self._basis @ found, given):
+            numbers = ", ".join(map(str, values))
+            batches = ", ".join(str(batch) for batch, _ in self._points)
+            raise _Apart(f"a number is {numbers} where the batch is {batches}")
+        more, per, *rest = map(int, found.tolist())
+        parts = zip(self._lengths, rest[:many], rest[many:], strict=True)
+        return Size(per, more, tuple((one, a, b) for one, a, b in parts if a or b))
 
     def template(self, values: Sequence[Any]) -> Template:
         one = values[0]
@@ -314,7 +401,7 @@ class _Join:
             raise _Apart("it calls with values of other types")
         if kind is int:
             size = self._size(values)
-            return size if size.per else one
+            return size if size.batched or size.lengths else one
         if kind is Const:
             self._check_constant(one.index, [v.index for v in values])
             return one
@@ -353,9 +440,18 @@ def _folded(made: Trace, run: Recording) -> Trace:
     """With constants in place of what is the same for every sample."""
     written = {m for op in made.ops for m in op.writes}
     kept: dict[Ref, Const] = {}
+    moving: set[int] = set()  # what depends on batch or lengths
     for k, op in enumerate(made.ops):
         steady = not (op.varies or op.writes or op.memory & written)
-        if steady and op.out and all(f.free for f in op.out.values()):
+        fixed = all(f.free and not any(d.lengths for d in f.dims or ()) for f in op.out.values())
+        for place in places((op.step.args, op.step.kwargs)):
+            if isinstance(place, Size) and place.lengths:
+                fixed = False
+            if isinstance(place, Ref) and place not in kept and place.step in moving:
+                fixed = False
+        if not fixed:
+            moving.add(k)
+        if steady and op.out and fixed:
             for path, tensor in run.taken[k].out.items():
                 kept[Ref(k, path)] = Const(len(made.constants))
                 made.constants.append(tensor.detach().clone())

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ class Weights(Remembers):
         *("updates", "_omega", "_factors", "_bound", "_squares", "_fading", "_steps"),
         *("average", "_inputs", "_first_cost"),
     )
+    ADDED: ClassVar[Mapping[str, Any]] = {"_first_cost": None}
 
     def snapshot(self) -> dict[str, Any]:
         """All but theta, which is the cell's. omega stays in factors where it is: the order

@@ -94,7 +94,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
             factory=factory,
             data=data,
             on_progress=_Teller(),
-            resume=None if resume is None else Path(resume),
+            resume=resume,
         )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended; what is left is to hand it over
     if run.chosen is not None:

@@ -14,13 +14,17 @@ from hamdist.runtime.signal import MAX_HEADER, Channel
 # Batches may be larger than the first one was; a message may be wider than the state that it
 # answers (float64 for float32), and bring that state along (memory 'reversible').
 TIMES = 16
+RAGGED = 2**28
 REST = 4096  # what else a packet may hold; encryption adds 33 bytes
 
 
 def message_bytes(plan: Plan, channel: Channel) -> int:
     """The most bytes of one message on `channel`: B signals in a bundle, each a header and TIMES
-    the bytes that the plan knows of."""
-    return channel.bundle * (MAX_HEADER + TIMES * _signal_bytes(plan, channel)) + REST
+    the bytes that the plan knows of; or RAGGED, where items have lengths of their own."""
+    one = TIMES * _signal_bytes(plan, channel)
+    if plan.one_length is None:
+        one = max(one, RAGGED)
+    return channel.bundle * (MAX_HEADER + one) + REST
 
 
 def slot_bytes(plan: Plan, channel: Channel) -> int:

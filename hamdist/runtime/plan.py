@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hamdist.config import (
     IGNORE_INDEX,
     Compensation,
+    Compress,
     Credit,
     EngineKind,
     EngineSettings,
@@ -62,7 +63,7 @@ class Keeping:
     stay. settings: of the run, for the manifest. snapshot: what the run goes on from. ends_full:
     the run ends where more than `memory` bytes would be kept. epoch: of the processes that write,
     which rises whenever one is replaced. last: one is taken before the end, with which a run of
-    more steps can go on."""
+    more steps can go on. stream: what the stream is known by (resume.py)."""
 
     path: str
     every: int | None
@@ -75,6 +76,7 @@ class Keeping:
     attempts: int = 3
     silence: float = 10.0
     snapshot: Snapshot | None = None
+    stream: Mapping[str, Any] = field(default_factory=dict)
     epoch: int = 1
     last: bool = True
 
@@ -93,7 +95,8 @@ class Plan:
     native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
     taken, if they are. skip: items of the stream that an earlier run was given; passed: those that
     were passed over then. memory_of: what a process can lend of a device (a test puts other memory
-    in its place). ignore_index: targets of this class have no loss."""
+    in its place). ignore_index: targets of this class have no loss.
+    one_length: why all items have the lengths of the first one; None: each may have its own."""
 
     graph: Graph
     knobs: Locality
@@ -122,6 +125,7 @@ class Plan:
     desks: Mapping[str, Desk] = field(default_factory=dict)
     memory_of: MemoryOf = cuda_memory
     ignore_index: int = IGNORE_INDEX
+    one_length: str | None = None
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""
@@ -262,7 +266,31 @@ def make_plan(
         heads=heads,
         native=native,
         ignore_index=settings.ignore_index,
+        one_length=_one_length(graph, spec, knobs, settings),
     )
+
+
+def _one_length(graph: Graph, spec: SampleSpec, knobs: Locality, settings: Settings) -> str | None:
+    """Why all items have the lengths of the first one; None where each may have its own."""
+    if not spec.ragged:
+        return (
+            "where items have lengths of their own, say ragged=True to hamdist.streams.from_loader "
+            "or from_iterable"
+        )
+    if not knobs.pulse:
+        return (
+            f"presentation {knobs.presentation.value!r} carries states from one item to the next; "
+            "pad all of them to one length, or use a level of presentation 'pulse'"
+        )
+    for name, asked in (
+        ("partition.slices", bool(settings.partition.slices)),
+        ("engine.compress", settings.engine.compress is not Compress.NONE),
+    ):
+        if asked:
+            return f"{name} is laid out for one length; pad all items to it, or leave {name} out"
+    if graph.one_length is None:
+        return None
+    return f"the model was followed with one length ({graph.one_length}); pad all items to it"
 
 
 def make_keeping(

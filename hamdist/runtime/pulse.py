@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,9 +53,11 @@ class PulseNode(Remembers):
         self.tick: int | None = self.event.tick
 
     STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "_asked")
+    ADDED: ClassVar[Mapping[str, Any]] = {"_asked": ()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
+        self._asked = list(self._asked)
         self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:

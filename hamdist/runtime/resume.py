@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sized
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hamdist.config import Decay, Settings
 from hamdist.dynamics.copies import copied
 from hamdist.dynamics.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.rates import step_course
+from hamdist.dynamics.saving import Packing
 from hamdist.errors import GraphError, SnapshotError
 from hamdist.runtime.plan import Plan, fingerprint
 from hamdist.runtime.portable import other_bits
-from hamdist.runtime.snapshot import Snapshot, settings_of
+from hamdist.runtime.snapshot import STATE_FORMATS, Snapshot, settings_of
 from hamdist.runtime.switches import other_switches
+from hamdist.streams.sample import Stream
 
 MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 
@@ -25,6 +30,8 @@ def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]
     network at the same level."""
     now = fingerprint(plan, settings)
     before = snapshot.manifest.network
+    if snapshot.manifest.format not in STATE_FORMATS:
+        return ["the format of states"]
     return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
 
 
@@ -49,6 +56,49 @@ def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
     if not reasons:
         return []
     return [other_bits(f"{snapshot}: {', '.join(reasons)}", plan.engine.bits, SnapshotError)]
+
+
+def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, str]:
+    """Return what a stream is known by: its class, its shape, its length and its first item.
+
+    Args:
+        stream: of the run.
+        example: the inputs of the first item by name, where they are known (train.py).
+    """
+    spec = stream.spec
+    known = {
+        "class": f"{type(stream).__module__}.{type(stream).__qualname__}",
+        "inputs": f"{spec.u_dtype} {tuple(spec.u_shape)}",
+    }
+    if isinstance(stream, Sized):
+        known["length"] = str(len(stream))
+    if example is not None:
+        data, packing = hashlib.sha256(), Packing()
+        text = json.dumps(packing.packed({n: u.contiguous() for n, u in example.items()}))
+        data.update(text.encode())
+        for tensor in packing.tensors:
+            data.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        known["first item"] = data.hexdigest()[:16]
+    return known
+
+
+def other_stream(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
+    """Return what is to be said where the stream is not the one that the snapshot's run had."""
+    before = snapshot.manifest.stream
+    names = [name for name in before if name in now and before[name] != now[name]]
+    if not names:
+        return []
+    each = "; ".join(f"{name}: {before[name]}, now {now[name]}" for name in names)
+    return [
+        f"the stream is not that of {snapshot} ({each}): its place in it is that of another one"
+    ]
+
+
+def origin(snapshot: Snapshot) -> str:
+    """Return which run goes on, and since when, as a line."""
+    then = snapshot.manifest
+    when = f", written at {then.time}" if then.time else ""
+    return f"going on from {snapshot}: run {then.run}, {then.samples} items{when}"
 
 
 def ended(snapshot: Snapshot, settings: Settings) -> bool:
@@ -138,6 +188,29 @@ def with_weights(model: nn.Module, learned: nn.Module) -> nn.Module:
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise SnapshotError(f"the snapshot's weights are those of another model: {first}") from None
+    return own
+
+
+def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
+    """Return a copy of a hand-built graph with the weights of a snapshot of the same blocks.
+
+    Raises:
+        SnapshotError: the blocks or their weights are others.
+    """
+    own = graph.copy()
+    try:
+        for name, block in own.blocks.items():
+            state = _weights(snapshot.state(name), block, own.borrowed(name), averaged=False)
+            of_output = {k: t for k, t in state.items() if k.startswith(OUTPUT_KEY)}
+            rest = {k: t for k, t in state.items() if k not in of_output}
+            strict = not own.borrowed(name)
+            block.module.load_state_dict(rest, strict=strict)
+            if block.output is not None:
+                cut = {k.removeprefix(OUTPUT_KEY): t for k, t in of_output.items()}
+                block.output.load_state_dict(cut)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise SnapshotError(f"{snapshot}: it was taken of another graph: {first}") from None
     return own
 
 

@@ -10,6 +10,7 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph import INPUT
 from hamdist.errors import SnapshotError
 from hamdist.runtime.arithmetic import Arithmetic
+from hamdist.runtime.claims import now
 from hamdist.runtime.keeper import Taken
 from hamdist.runtime.plan import Plan, fingerprint
 from hamdist.runtime.snapshot import (
@@ -113,6 +114,8 @@ class Shelf:
             samples=max(one.samples for one in those) + self._skip,
             passed=max(one.passed for one in those),
             skip=self._skip,
+            time=now(),
+            stream=dict(self._keeping.stream),
         )
         self._damaged.discard(folder_of(taken.tick))
         self.latest = conclude(self._store, manifest, self._keeping.keep, self._damaged)

@@ -38,6 +38,9 @@ from hamdist.runtime.arithmetic import Arithmetic
 from hamdist.runtime.storage import Storage, storage
 
 FORMAT = 1
+# Formats whose states can be gone on from. Of others the weights and the place in the stream are
+# taken over. A state that gets another layout without defaults (saving.py) ends a format.
+STATE_FORMATS = (1,)
 MANIFEST = "manifest.json"
 _PREFIX = "tick-"
 _FOLDER = re.compile(_PREFIX + r"\d{12}")
@@ -74,6 +77,7 @@ class Manifest(_Checked):
     has to be the same for a run to go on (`fingerprint`). delays: ticks by edge. samples: that had
     entered the network, `skip` of them in an earlier run whose weights this one has begun with;
     passed: items that the stream had passed over. versions: of what wrote it.
+    time: when it was complete. stream: what the stream is known by (resume.py).
     arithmetic: of the kinds of processes that computed it, switches: torch's then (none: written
     before they were noted)."""
 
@@ -90,6 +94,8 @@ class Manifest(_Checked):
     skip: int = 0
     arithmetic: list[Arithmetic] = []
     switches: dict[str, bool | int | str] = {}
+    time: str = ""
+    stream: dict[str, str] = {}
 
     def dumped(self) -> bytes:
         """As a file, with a checksum of its own."""
@@ -113,9 +119,10 @@ def read_manifest(data: bytes, name: str) -> Manifest:
         raise SnapshotError(f"{name}: no manifest of a snapshot: {describe(error)}") from None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise SnapshotError(f"{name}: no manifest of a snapshot, or cut off") from None
-    if manifest.format != FORMAT:
+    if manifest.format > FORMAT:
         raise SnapshotError(
-            f"{name}: written in format {manifest.format}, this is hamdist for format {FORMAT}"
+            f"{name}: written in format {manifest.format}, this is hamdist for format {FORMAT} and "
+            "those before it: install a later hamdist"
         )
     if not whole:
         raise SnapshotError(f"{name}: altered: it does not have its checksum")

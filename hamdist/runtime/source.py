@@ -59,6 +59,7 @@ class SourceNode:
             equal_batches=not plan.knobs.pulse,
             stamped=stamped,
             ignore_index=plan.ignore_index,
+            one_length=plan.one_length,
         )
         self.smoothness = Smoothness()
         self._passes = plan.spec.passes

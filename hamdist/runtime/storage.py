@@ -45,6 +45,9 @@ class Storage(Protocol):
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that is not there yet. Returns whether it was not."""
+
     def reserve(self, name: str, nbytes: int) -> None:
         """Write a file of that size, where the place can be full.
 
@@ -103,11 +106,24 @@ class _Folder:
         except OSError as error:
             raise _unwritten(path, error) from None
 
+    def create(self, name: str, data: bytes) -> bool:
+        path = self._path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise _unwritten(path, error) from None
+        return True
+
     def delete(self, name: str) -> None:
         with suppress(OSError):
             (self._path / name).unlink()
-        with suppress(OSError):
-            (self._path / name).parent.rmdir()
+        if "/" in name:
+            with suppress(OSError):  # others' files are in it
+                (self._path / name).parent.rmdir()
 
     def read(self, name: str) -> bytes:
         try:
@@ -178,6 +194,13 @@ class _Remote:
 
     def reserve(self, name: str, nbytes: int) -> None:  # noqa: ARG002 (no store is full)
         self.write(name, b"")
+
+    def create(self, name: str, data: bytes) -> bool:
+        with self._named(name, "cannot be written"):
+            if self._fs.exists(f"{self._root}/{name}"):  # (no store of fsspec creates exclusively)
+                return False
+        self.write(name, data)
+        return True
 
     def read(self, name: str) -> bytes:
         with self._named(name, "cannot be read"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +26,11 @@ from hamdist.dynamics.python_state import check_apart, unchanged
 from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.rewind import drift_warnings
 from hamdist.dynamics.split import Policy, check_made, is_chain, split_module, split_sequential
-from hamdist.errors import DivergedError, SettingsError, SnapshotError
+from hamdist.errors import Choice, DivergedError, SettingsError
 from hamdist.runtime.advice import after, before, end_of_stream, of_resumed
 from hamdist.runtime.arithmetic import check_portable
 from hamdist.runtime.auto import resolved
+from hamdist.runtime.claims import claimed
 from hamdist.runtime.cluster import ray_environment
 from hamdist.runtime.compression import in_edge_order
 from hamdist.runtime.divergence import explained
@@ -47,7 +48,11 @@ from hamdist.runtime.resume import (
     differences,
     earlier,
     ended,
+    graph_with_weights,
+    identity,
+    origin,
     other_bits_than,
+    other_stream,
     weights_of,
     with_weights,
 )
@@ -118,7 +123,8 @@ def train(
                 cut = partial(_cut, model, spec, losses, policy)
                 settings, stream, why = resolved(settings, stream, cut)
                 spec = replace(stream.spec, example=spec.example)
-            work = _Work(model, spec, settings, losses, policy, phi)
+            known_by = identity(stream, spec.example)
+            work = _Work(model, spec, settings, losses, policy, phi, known_by)
             told: list[str] = []
             if resume is None:
                 graph, plan = work.planned()
@@ -132,8 +138,10 @@ def train(
         alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
         if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
             check_portable(plan.arithmetic, plan.switches, native=plan.native)
+        kept_at = None if plan.keeping is None else plan.keeping.path
         try:
-            outcome = make_engine(settings).run(plan, stream, on_progress)
+            with claimed(kept_at, plan.run):
+                outcome = make_engine(settings).run(plan, stream, on_progress)
             if plan.replan is not None and outcome.delays:
                 plan = plan.replan(outcome.delays)
         except DivergedError as error:
@@ -161,7 +169,8 @@ def _spec_with_example(stream: Stream) -> SampleSpec:
 
 @dataclass(frozen=True)
 class _Work:
-    """What `train` was given. keeps: where snapshots lie was said, or there are none."""
+    """What `train` was given. known_by: the stream's identity (resume.py). keeps: where snapshots
+    lie was said, or there are none."""
 
     model: nn.Module | Graph
     spec: SampleSpec
@@ -169,6 +178,7 @@ class _Work:
     loss: Losses | None
     policy: Policy | None
     phi: Course | None
+    known_by: Mapping[str, str] = field(default_factory=dict)
     keeps: bool = True
 
     def graph(self) -> Graph:
@@ -191,6 +201,8 @@ class _Work:
         keeping = make_keeping(self.settings, snapshot, last=self.keeps)
         if keeping is not None and snapshot is None:
             check_usable(keeping.path, least_bytes(graph, self.settings))
+        if keeping is not None:
+            keeping = replace(keeping, stream=self.known_by)
         plan = replace(plan, keeping=keeping)
         if self.settings.partition.delays == "auto":
             plan = replannable(plan, graph, self.settings, self.phi)
@@ -200,6 +212,8 @@ class _Work:
         """Goes on from the latest snapshot at `where`; with what there is to say about it."""
         told: list[str] = []
         snapshot = latest(where, told.append)
+        warnings.warn(Choice(origin(snapshot)), stacklevel=4)
+        told += other_stream(snapshot, self.known_by)
         own = self._kept_at(snapshot)
         graph, plan = own.planned(snapshot)
         other = differences(snapshot, plan, own.settings)
@@ -219,13 +233,13 @@ class _Work:
                 )
                 plan = replace(plan, engine=plan.engine.model_copy(update={"digests": False}))
             return graph, plan, told
+        model: nn.Module | Graph
         if isinstance(self.model, Graph):
-            raise SnapshotError(
-                f"{snapshot}: it was taken of another graph or run ({', '.join(other)} differ)"
-            )
-        before = replace(own, settings=earlier(snapshot), policy=None)
-        learned = weights_of(snapshot, before.graph())
-        own = replace(own, model=with_weights(self.model, learned))
+            model = graph_with_weights(self.model, snapshot)
+        else:
+            before = replace(own, settings=earlier(snapshot), policy=None)
+            model = with_weights(self.model, weights_of(snapshot, before.graph()))
+        own = replace(own, model=model)
         graph, plan = own.in_folder_of_its_own(snapshot).planned()
         told.append(
             f"{snapshot} was taken of another run ({', '.join(other)} differ): its weights and its "
@@ -442,6 +456,7 @@ def _graph(
             policy=policy,
             state_readout=state,
             together=together,
+            ragged=spec.ragged and knobs.pulse,
         )
     graph.original = model  # what its forward has left behind stays with the blocks
     graph.example = by_parent(example)

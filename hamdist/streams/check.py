@@ -25,7 +25,8 @@ class Checker:
     equal_batches: all items must have the batch of `spec` (levels that hold samples mix
     neighbouring ones); otherwise batches may differ, the other dimensions may not. stamped: time
     stamps are used, so every item needs one, later than the one before. ignore_index: class
-    targets of this number are no target; an item of them alone has none.
+    targets of this number are no target; an item of them alone has none. one_length: what to say to
+    items of another length than the first one; None: each may have its own.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Checker:
         equal_batches: bool,
         stamped: bool = False,
         ignore_index: int = IGNORE_INDEX,
+        one_length: str | None = "",
     ) -> None:
         self._spec = spec
+        self._one_length = one_length
         self._ignore_index = ignore_index
         self._equal_batches = equal_batches
         self._stamped = stamped
@@ -117,11 +120,11 @@ class Checker:
 
     def _input(self, n: int, field: str, u: Tensor, spec: InputSpec) -> Tensor:
         _check_dtype(n, field, u, spec.dtype)
-        if u.dim() == 0 or u.shape[1:] != spec.shape[1:]:
+        if not self._fits(u, spec):
             raise StreamError(
                 f"item {n}: {field} has shape {tuple(u.shape)}, earlier ones had "
                 f"{_rows(spec.shape)}: every item is a batch, (B, ...), whose rows have one shape; "
-                "reshape it, or add the batch dimension"
+                f"reshape it, or add the batch dimension{self._why()}"
             )
         if self._equal_batches and u.shape[0] != spec.shape[0]:
             raise StreamError(
@@ -164,13 +167,21 @@ class Checker:
         }
         return y if all(checked[name] is y[name] for name in y) else checked
 
+    def _fits(self, value: Tensor, spec: InputSpec | TargetSpec) -> bool:
+        if value.dim() == 0 or value.dim() != len(spec.shape):
+            return False
+        return self._one_length is None or value.shape[1:] == spec.shape[1:]
+
+    def _why(self) -> str:
+        return f"; {self._one_length}" if self._one_length else ""
+
     def _target(self, n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tensor | None:
         """One target; None where all of its classes are ignored."""
         _check_dtype(n, field, y, spec.dtype)
-        if y.dim() == 0 or y.shape[1:] != spec.shape[1:]:
+        if not self._fits(y, spec):
             raise StreamError(
                 f"item {n}: {field} has shape {tuple(y.shape)}, expected {_rows(spec.shape)}: "
-                "targets are (B,) classes or (B, O) values; reshape it"
+                f"targets are (B,) classes or (B, O) values; reshape it{self._why()}"
             )
         if y.shape[0] != batch:
             raise StreamError(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+from torch.utils.data import default_collate, default_convert
+
 from hamdist.errors import StreamError
+from hamdist.streams.sample import Sample
 
 AGAIN = "an iterable that can be read again (a list, a DataLoader, a class with __iter__)"
 
@@ -42,3 +47,27 @@ def epoch_setters(source: Any) -> list[Callable[[int], object]]:
     parts = {id(part): part for part in (source, getattr(source, "dataset", None), *samplers)}
     setters = [getattr(part, "set_epoch", None) for part in parts.values()]
     return [setter for setter in setters if callable(setter)]
+
+
+def is_ragged(source: Any) -> bool:
+    """Whether the items of a source may have lengths of their own: those of a list are looked at, a
+    loader that collates in its own way may pad each batch to its longest row."""
+    if isinstance(source, (list, tuple)):
+        shapes = iter(source)
+        first = _shapes(next(shapes, None))
+        return any(_shapes(item) != first for item in shapes)
+    own = getattr(source, "collate_fn", default_collate)
+    return own not in (default_collate, default_convert)
+
+
+def _shapes(item: Any) -> list[tuple[int, ...]]:
+    """The shapes behind the batch of the tensors in an item, but for missing ones."""
+    if isinstance(item, (Tensor, np.ndarray)):
+        return [tuple(item.shape[1:])]
+    if isinstance(item, Sample):
+        item = (item.u if item.inputs is None else item.inputs,)
+    if isinstance(item, Mapping):
+        item = list(item.values())
+    if isinstance(item, (tuple, list)):
+        return [shape for part in item[:1] for shape in _shapes(part)]
+    return []

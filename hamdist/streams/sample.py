@@ -76,7 +76,8 @@ class SampleSpec:
     u holds their numbers (int64, 0 ... tokens - 1). inputs: by name, where there are several; then
     u_shape and u_dtype are those of the first one. example: the inputs of a real item, by the names
     that blocks have for them, where one is at hand. late: items by which labels come late, where
-    each sample passes twice (late.py); 0: once, with its label.
+    each sample passes twice (late.py); 0: once, with its label. ragged: items may have lengths of
+    their own, behind the batch.
     """
 
     u_shape: tuple[int, ...]
@@ -89,6 +90,7 @@ class SampleSpec:
     inputs: Mapping[str, InputSpec] | None = None
     example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     late: int = 0
+    ragged: bool = False
 
     @property
     def passes(self) -> int:

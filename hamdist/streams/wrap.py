@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.batch_names import TUPLES, Names, default_names, named_parts
-from hamdist.streams.epochs import AGAIN, Epochs, epoch_setters
+from hamdist.streams.epochs import AGAIN, Epochs, epoch_setters, is_ragged
 from hamdist.streams.sample import (
     InputSpec,
     Sample,
@@ -56,6 +56,7 @@ def from_loader(
     names: Names | None = None,
     arguments: Sequence[str] | None = None,
     model_loss: str | None = None,
+    ragged: bool | None = None,
 ) -> IterableStream:
     """A stream of what a torch DataLoader, or an IterableDataset of batches, yields.
 
@@ -85,6 +86,7 @@ def from_loader(
         names=names,
         arguments=arguments,
         model_loss=model_loss,
+        ragged=ragged,
     )
 
 
@@ -97,6 +99,7 @@ def from_iterable(
     names: Names | None = None,
     arguments: Sequence[str] | None = None,
     model_loss: str | None = None,
+    ragged: bool | None = None,
 ) -> IterableStream:
     """A stream of what any Python iterable yields, finite or not.
 
@@ -112,7 +115,9 @@ def from_iterable(
     several others the arguments of the model that they are called after. names says it otherwise,
     by key, or by place in a tuple: 'u' (the only input), 'y' (the target), the name of an argument
     of the model, or 'y.NAME' (the target of its output NAME); other keys are then left out.
-    arguments: those of the model, if they are known.
+    arguments: those of the model, if they are known. ragged: items may have lengths of their own
+    behind the batch (padded each to its own longest); not given: looked for in a list, and taken
+    to be so of a DataLoader with a `collate_fn` of its own.
     model_loss: the model's output that is its own loss (loss `model`): all keys are then arguments,
     those of targets, too, and a number of no meaning stands for the target of that output.
     classes: number of classes, of integer targets; not given: as many as the model predicts.
@@ -142,6 +147,7 @@ def from_iterable(
         names=names,
         arguments=arguments,
         model_loss=model_loss,
+        ragged=ragged,
     )
 
 
@@ -160,6 +166,7 @@ class IterableStream:
         epochs: int | None = 1,
         names: Names | None = None,
         arguments: Sequence[str] | None = None,
+        ragged: bool | None = None,
         model_loss: str | None = None,
     ) -> None:
         _check_sizes(classes, outputs)
@@ -167,7 +174,7 @@ class IterableStream:
             raise StreamError(f"a {type(source).__name__} cannot be iterated: give an iterable")
         if epochs is not None and epochs < 1:
             raise SettingsError(f"epochs is {epochs}; at least 1 is needed, or None for no end")
-        kind = type(source).__name__
+        kind, given = type(source).__name__, source
         seeded = bool(epoch_setters(source))
         if epochs != 1 or not isinstance(source, Iterator):
             source = Epochs(source, epochs)
@@ -189,7 +196,9 @@ class IterableStream:
         first = next(items, nothing)
         if first is nothing:
             raise StreamError(f"the source ({kind}) yields no item")
-        self._spec = _learn(self._sample(0, first), classes, outputs)
+        ragged = is_ragged(given) if ragged is None else ragged
+        learned = _learn(self._sample(0, first), classes, outputs)
+        self._spec = replace(learned, ragged=ragged)
         self._peeked: Iterator[Any] | None = chain([first], items)
 
     @property

@@ -45,7 +45,10 @@ def warmed(model: nn.Module | Graph, file: Path) -> nn.Module:
     except (SafetensorError, ValueError, KeyError) as error:
         raise SettingsError(f"--weights '{file}': no safetensors file: {error}") from None
     try:
-        model.load_state_dict(state)
+        kept = model.state_dict()  # has the versions of modules' formats, which some ask for
+        kept.clear()
+        kept.update(state)
+        model.load_state_dict(kept)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise SettingsError(f"--weights '{file}': of another model: {first}") from None

@@ -40,7 +40,9 @@ class Network:
             for key, value in list(vars(part).items()):
                 if "drop" in key and isinstance(value, float):
                     setattr(part, key, 0.0)
-            if isinstance(part, nn.modules.dropout._DropoutNd):
+            if isinstance(part, nn.modules.dropout._DropoutNd) or "StochasticDepth" in str(
+                type(part)
+            ):
                 part.p = 0.0
         return model.train()
 

@@ -11,6 +11,7 @@ from zoo_networks.entry import CLASSES, Network, images, maps, vision_library
 from zoo_networks.language import hugging
 
 SIDE = 64
+SMALLEST_STEP = 1e-7
 SMALL_STEP = 1e-3  # of nets with batch norms over few numbers: larger steps multiply round-off
 PATCHES = {
     "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 3,
@@ -41,13 +42,13 @@ TRANSFORMERS = (
 )  # fmt: skip
 
 
-def _m(name: str, side: int = SIDE, **settings: Any) -> Network:
+def _m(name: str, side: int = SIDE, lr: float = SMALL_STEP, **settings: Any) -> Network:
     def build() -> nn.Module:
         import timm
 
         return timm.create_model(name, num_classes=CLASSES, **settings)
 
-    return Network(name, "timm", build, images(side), SMALL_STEP)
+    return Network(name, "timm", build, images(side), lr)
 
 
 def _timm_class(module: str, name: str, **settings: Any) -> nn.Module:
@@ -67,7 +68,7 @@ TIMM = (
        num_heads=(2, 2)),
     _m("resnet18"),
     _m("resnet26d"),
-    _m("efficientnet_lite0"),
+    _m("efficientnet_lite0", lr=SMALLEST_STEP),
     _m("mobilenetv3_small_050"),
     _m("convnext_atto", dims=(8, 12, 16, 20), depths=(1, 1, 2, 1)),
     _m("regnetx_002"),
@@ -79,12 +80,14 @@ TIMM = (
 )  # fmt: skip
 
 
-def _v(name: str, side: int = SIDE, key: str | None = None, **settings: Any) -> Network:
+def _v(
+    name: str, side: int = SIDE, key: str | None = None, lr: float = SMALL_STEP, **settings: Any
+) -> Network:
     def build() -> nn.Module:
         make = getattr(vision_library().models, name)
         return make(num_classes=CLASSES, **settings)
 
-    return Network(name, "torchvision", build, images(side, key), SMALL_STEP)
+    return Network(name, "torchvision", build, images(side, key), lr)
 
 
 def _vit() -> nn.Module:
@@ -95,6 +98,11 @@ def _swin() -> nn.Module:
     return vision_library().models.SwinTransformer(
         [4, 4], 8, [2, 2], [2, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=CLASSES
     )
+
+
+def _bottlenecks() -> nn.Module:
+    resnet = importlib.import_module("torchvision.models.resnet")
+    return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, width_per_group=8)
 
 
 def _densenet() -> nn.Module:
@@ -117,14 +125,14 @@ def _segmenting(name: str, **settings: Any) -> Network:
 
 TORCHVISION = (
     _v("resnet18"),
-    _v("resnet50"),
+    Network("resnet, bottlenecks", "torchvision", _bottlenecks, images(SIDE), SMALL_STEP),
     _v("mobilenet_v2"),
     _v("mobilenet_v3_small"),
-    _v("efficientnet_b0"),
+    _v("efficientnet_b0", lr=SMALLEST_STEP),
     Network("densenet", "torchvision", _densenet, images(SIDE), SMALL_STEP),
     _v("squeezenet1_1"),
     _v("shufflenet_v2_x0_5"),
-    _v("mnasnet0_5"),
+    _v("mnasnet0_5", lr=SMALLEST_STEP),
     _v("regnet_y_400mf"),
     _v("googlenet", 64, "logits", init_weights=False),
     Network("vit", "torchvision", _vit, images(16)),

@@ -135,3 +135,20 @@ def test_a_closure_variable_that_is_none_is_no_missing_bias():
     )
     result = hamdist.train(Net(), stream, level="backprop", partition={"blocks": 2})
     assert len(result.blocks) == 2
+
+
+def test_modules_that_ask_for_the_version_of_their_format_get_it():
+    class Versioned(nn.Sequential):
+        _version = 2
+
+        def _load_from_state_dict(self, state, prefix, local_metadata, *rest):
+            if local_metadata.get("version") != 2:  # as torchvision's MNASNet
+                raise ValueError("no version")
+            super()._load_from_state_dict(state, prefix, local_metadata, *rest)
+
+    model = Versioned(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    stream = hamdist.streams.from_iterable(
+        [(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))], classes=2
+    )
+    result = hamdist.train(model, stream, level="backprop", partition={"blocks": 2})
+    assert not torch.equal(result.model[0].weight, model[0].weight)

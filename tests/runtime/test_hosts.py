@@ -179,7 +179,7 @@ def test_what_the_cluster_does_not_have(demands, hosts, words):
 
 
 def engine(blocks, **fields):
-    return EngineSettings.model_validate({"blocks": blocks, **fields})
+    return EngineSettings.model_validate({"kind": "ray", "blocks": blocks, **fields})
 
 
 def test_what_an_actor_asks_for_is_what_its_blocks_do():

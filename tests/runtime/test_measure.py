@@ -246,10 +246,10 @@ def test_what_crosses_where_samples_are_held():
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
-        ({"engine": {"actors": 2}}, True),
-        ({"engine": {"actors": 1}}, False),
-        ({"engine": {"actors": 5}}, False),  # one each
-        ({"engine": {"actors": 2, "balance": "parameters"}}, False),
+        ({"engine": {"kind": "ray", "actors": 2}}, True),
+        ({"engine": {"kind": "ray", "actors": 1}}, False),
+        ({"engine": {"kind": "ray", "actors": 5}}, False),  # one each
+        ({"engine": {"kind": "ray", "actors": 2, "balance": "parameters"}}, False),
         ({"engine": {"placement": [["block0", "block1", "block2", "block3", "block4"]]}}, False),
         ({"engine": {"address": "host:1"}}, True),
         ({"engine": {"address": "host:1"}, "level": "backprop"}, False),

@@ -132,7 +132,7 @@ def test_as_many_as_asked_for(costs, parts, starts):
     ],
 )
 def test_by_costs(actors, threads, cpus, expected):
-    engine = EngineSettings(actors=actors, threads=threads)
+    engine = EngineSettings(kind="ray", actors=actors, threads=threads)
     assert place(graph(2, 2, 2, 2), engine, cpus, chain(9, 4, 2, 2)) == expected
 
 
@@ -146,7 +146,10 @@ def test_by_costs(actors, threads, cpus, expected):
     ],
 )
 def test_a_little_noise_moves_no_block(seconds, expected):
-    assert place(graph(2, 2, 2, 2), EngineSettings(actors=2), 2, chain(*seconds)) == expected
+    assert (
+        place(graph(2, 2, 2, 2), EngineSettings(kind="ray", actors=2), 2, chain(*seconds))
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,11 +162,11 @@ def test_a_little_noise_moves_no_block(seconds, expected):
     ],
 )
 def test_neighbours_with_equal_weight(actors, cpus, expected):
-    assert place(graph(30, 10, 10, 10), EngineSettings(actors=actors), cpus) == expected
+    assert place(graph(30, 10, 10, 10), EngineSettings(kind="ray", actors=actors), cpus) == expected
 
 
 def test_explicit_placement_keeps_the_graphs_order():
-    engine = EngineSettings(placement=(("b2", "b0"), ("b1",)))
+    engine = EngineSettings(kind="ray", placement=(("b2", "b0"), ("b1",)))
     assert place(graph(2, 2, 2), engine, 1, chain(1, 1, 1)) == [["b0", "b2"], ["b1"]]
 
 
@@ -178,12 +181,12 @@ def test_explicit_placement_keeps_the_graphs_order():
 )
 def test_errors(placement, words):
     with pytest.raises(SettingsError, match=words):
-        place(graph(2, 2), EngineSettings(placement=placement), 4)
+        place(graph(2, 2), EngineSettings(kind="ray", placement=placement), 4)
 
 
 def test_more_actors_than_blocks():
     with pytest.raises(SettingsError, match="5 actors for 2 blocks"):
-        place(graph(2, 2), EngineSettings(actors=5), 8)
+        place(graph(2, 2), EngineSettings(kind="ray", actors=5), 8)
 
 
 def test_many_hosts():

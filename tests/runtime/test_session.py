@@ -72,10 +72,10 @@ def test_which_runs_a_waiting_ray_takes(session, fields, takes):
 def test_a_ray_that_died_takes_no_run(session):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as ended:
         waiting = cluster._Standing(session, ExitStack(), 2, {psutil.Process(ended.pid)})
-        assert waiting.takes(EngineSettings(actors=2))
+        assert waiting.takes(EngineSettings(kind="ray", actors=2))
         ended.kill()
         ended.wait(10)
-        assert not waiting.takes(EngineSettings(actors=2))
+        assert not waiting.takes(EngineSettings(kind="ray", actors=2))
 
 
 def test_a_session_names_a_wrong_field():

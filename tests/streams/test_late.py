@@ -244,7 +244,7 @@ class TestSettings:
     )
     def test_late_targets_are_rejoined(self, fields: Mapping[str, int]) -> None:
         plain = self.stream(missing=0.3)
-        stream = self.stream(missing=0.3, **fields)
+        stream = self.stream(missing=0.3, relearn="wait", **fields)
         assert stream.portable
         for a, b in islice(zip(plain.samples(), stream.samples(), strict=True), 50):
             assert torch.equal(a.u, b.u)
@@ -252,7 +252,7 @@ class TestSettings:
         assert report_of(stream) == {"let_go": 0, "too_late": 0, "awaiting_most": 4}
 
     def test_a_source_whose_targets_are_late_by_themselves(self) -> None:
-        plain, stream = self.stream(), self.stream(target_delay=2)
+        plain, stream = self.stream(), self.stream(target_delay=2, relearn="wait")
         inputs = islice(plain.samples(), 10)
         targets = islice(plain.samples(), 2, 12)
         for a, b, c in zip(inputs, targets, stream.samples(), strict=False):
@@ -271,8 +271,8 @@ class TestSettings:
         ("fields", "words"),
         [
             ({"late_targets": 3, "target_delay": 2}, "would meet another sample"),
-            ({"late_targets": 3, "patience": 2}, "raise 'patience'"),
-            ({"target_delay": 65}, "raise 'patience'"),
+            ({"late_targets": 3, "patience": 2, "relearn": "wait"}, "raise 'patience'"),
+            ({"target_delay": 65, "relearn": "wait"}, "raise 'patience'"),
         ],
     )
     def test_what_does_not_fit(self, fields: Mapping[str, int], words: str) -> None:

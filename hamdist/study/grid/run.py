@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from hamdist.config import EngineSettings
+from hamdist.config import EngineKind, EngineSettings
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.tasks import ray_tasks
 from hamdist.runtime.threads import cores
@@ -185,7 +185,9 @@ class _Runs:
             return
         if self._study.parallel == "ray":
             engine = EngineSettings(
-                address=self._study.address, actors=self._study.workers or "auto"
+                kind=EngineKind.RAY,
+                address=self._study.address,
+                actors=self._study.workers or "auto",
             )
             yield from ray_tasks(engine, work, jobs)
             return

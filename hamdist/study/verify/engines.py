@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import EngineSettings, Settings
+from hamdist.config import EngineKind, EngineSettings, Settings
 from hamdist.dynamics.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.losses import cross_entropy
 from hamdist.dynamics.recurrent import Reads, RecurrentCell
@@ -94,7 +94,7 @@ RUNS: tuple[tuple[str, Model, Mapping[str, Any]], ...] = (
 def checks(full: bool, paths: Sequence[Path] = ()) -> Generator[Check, None, None]:
     """paths: golden files, of which a few that begin at rest are run on Ray."""
     items = 400 if full else 40
-    with ray_session(EngineSettings(actors=ACTORS)):
+    with ray_session(EngineSettings(kind=EngineKind.RAY, actors=ACTORS)):
         for name, model, fields in RUNS:
             yield Check(
                 f"{name}: {items} samples on {ACTORS} Ray actors",
