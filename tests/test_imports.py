@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,21 @@ def test_import_direction():
                 other = name.split(".")[1]
                 assert other == mine or other in ALLOWED[mine], f"{path} imports {name}"
             assert name != "hamdist" or mine == "__init__", f"{path} imports the package root"
+
+
+def test_public_names_are_told_to_type_checkers_too():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {
+        alias.name: "hamdist.streams" if node.module == "hamdist" else node.module
+        for node in block.body
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    assert sorted(told) == hamdist.__all__
+    for name, home in told.items():
+        found = importlib.import_module(home)
+        assert getattr(hamdist, name) is (found if name == "streams" else getattr(found, name))
 
 
 def test_no_import_cycle():

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, print_rows
-from hamdist.cli.exits import exit_codes
+from hamdist.cli.console import complain, console, exit_codes, print_rows
 from hamdist.errors import FAILED
 
 if TYPE_CHECKING:

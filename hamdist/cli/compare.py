@@ -12,9 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.cli.console import LABELS, complain, console
+from hamdist.cli.console import LABELS, complain, console, exit_codes
 from hamdist.cli.display import Display
-from hamdist.cli.exits import exit_codes
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
     EngineOption,

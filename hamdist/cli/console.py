@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from hamdist.errors import INTERRUPTED, BlockError, HamdistError, exit_code
 
 if TYPE_CHECKING:
     from hamdist.study.table import Table as StudyTable
@@ -60,3 +64,18 @@ def print_table(cells: StudyTable, title: str) -> None:
     out.print(table)
     for note in cells.notes:
         out.print(Text(f"• {note}"), soft_wrap=True)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turns what hamdist raises on purpose, and Ctrl-C, into one message and an exit code."""
+    try:
+        yield
+    except HamdistError as error:
+        if isinstance(error, BlockError) and error.details:
+            complain(error.details.rstrip())
+        complain(f"Error: {error}")
+        raise typer.Exit(exit_code(error)) from None
+    except KeyboardInterrupt:
+        complain("Interrupted.")
+        raise typer.Exit(INTERRUPTED) from None

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import console
-from hamdist.cli.exits import exit_codes
+from hamdist.cli.console import console, exit_codes
 from hamdist.errors import FAILED
 
 SHOWN = 5

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, print_table
-from hamdist.cli.exits import exit_codes
+from hamdist.cli.console import complain, console, exit_codes, print_table
 from hamdist.cli.options import given
 from hamdist.cli.prepare import command_line, prepare, results_of
 from hamdist.config import parse_override

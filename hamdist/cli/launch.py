@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.cli.cluster import ClusterOption, jobs_of
-from hamdist.cli.console import complain, console, print_rows
-from hamdist.cli.exits import exit_codes
+from hamdist.cli.console import complain, console, exit_codes, print_rows
 from hamdist.cli.follow import follow_run, results_in
 from hamdist.cli.options import (
     LevelOption,

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, print_table
-from hamdist.cli.exits import exit_codes
+from hamdist.cli.console import complain, console, exit_codes, print_table
 from hamdist.cli.options import OutOption
 from hamdist.cli.prepare import command_line, prepare
 from hamdist.errors import FAILED, SettingsError

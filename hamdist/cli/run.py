@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, print_facts
+from hamdist.cli.console import complain, console, exit_codes, print_facts
 from hamdist.cli.display import Display, warning_at_once
-from hamdist.cli.exits import exit_codes
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
     EngineOption,

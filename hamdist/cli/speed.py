@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, print_table
+from hamdist.cli.console import complain, console, exit_codes, print_table
 from hamdist.cli.display import PLAIN_SECONDS
-from hamdist.cli.exits import exit_codes
 from hamdist.cli.grid import ChosenOption, StudySetOption, WorkersOption, run_grid
 from hamdist.cli.options import ModelOption, given
 from hamdist.cli.prepare import command_line, prepare

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.cli.console import console
-from hamdist.cli.exits import exit_codes
+from hamdist.cli.console import console, exit_codes
 from hamdist.cli.options import given
 from hamdist.errors import FAILED, SettingsError
 

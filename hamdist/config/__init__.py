@@ -5,169 +5,87 @@ engine or a transport is an enum. Shapes and the graph are checked later, by `dy
 checked without them is checked here.
 """
 
-from hamdist.config.course import CourseSettings
-from hamdist.config.dynamics import BlockDynamicsSettings, DynamicsSettings, Reset, ResetSettings
-from hamdist.config.engine import (
-    Balance,
-    Bits,
-    BlockDType,
-    BlockEngineSettings,
-    Compress,
-    DeviceSignals,
-    Encryption,
-    EngineKind,
-    EngineSettings,
-    Feedback,
-    Pin,
-    Spread,
-    Step,
-    TransportKind,
-)
-from hamdist.config.laying import lay_over, merge
-from hamdist.config.learning import (
-    AdaptiveSettings,
-    AverageSettings,
-    BlockLearningSettings,
-    Decay,
-    FirstStep,
-    HeadsSettings,
-    InputRule,
-    InputsSettings,
-    LearningSettings,
-)
-from hamdist.config.levels import LevelOverrides
-from hamdist.config.locality import (
-    Compensation,
-    Credit,
-    Grouping,
-    Level,
-    LocalityOverrides,
-    Memory,
-    Moves,
-    Order,
-    Presentation,
-    Readout,
-    Speed,
-    TargetOf,
-    Update,
-)
-from hamdist.config.metrics import MetricsSettings, Record
-from hamdist.config.model import ModelKind, ModelSettings
-from hamdist.config.partition import CutBalance, PartitionSettings
-from hamdist.config.plain import read_yaml
-from hamdist.config.reading import checked, mapping, parse_override, read_settings, to_yaml
-from hamdist.config.section import Above0, Positive, Rate, Section
-from hamdist.config.settings import (
-    IGNORE_INDEX,
-    MODEL_LOSS,
-    CompareSettings,
-    DType,
-    Loss,
-    Settings,
-)
-from hamdist.config.snapshots import SnapshotSettings
-from hamdist.config.stream import (
-    CanvasSettings,
-    CharacterSettings,
-    DriftSettings,
-    Known,
-    Late,
-    Motion,
-    PaceSettings,
-    Part,
-    SequenceSettings,
-    SignalKind,
-    SignalSettings,
-    SmoothSettings,
-    Source,
-    StreamSettings,
-    View,
-)
-from hamdist.config.wording import describe, did_you_mean
-
-__all__ = [
-    "IGNORE_INDEX",
-    "MODEL_LOSS",
-    "Above0",
-    "AdaptiveSettings",
-    "AverageSettings",
-    "Balance",
-    "Bits",
-    "BlockDType",
-    "BlockDynamicsSettings",
-    "BlockEngineSettings",
-    "BlockLearningSettings",
-    "CanvasSettings",
-    "CharacterSettings",
-    "CompareSettings",
-    "Compensation",
-    "Compress",
-    "CourseSettings",
-    "Credit",
-    "CutBalance",
-    "DType",
-    "Decay",
-    "DeviceSignals",
-    "DriftSettings",
-    "DynamicsSettings",
-    "Encryption",
-    "EngineKind",
-    "EngineSettings",
-    "Feedback",
-    "FirstStep",
-    "Grouping",
-    "HeadsSettings",
-    "InputRule",
-    "InputsSettings",
-    "Known",
-    "Late",
-    "LearningSettings",
-    "Level",
-    "LevelOverrides",
-    "LocalityOverrides",
-    "Loss",
-    "Memory",
-    "MetricsSettings",
-    "ModelKind",
-    "ModelSettings",
-    "Motion",
-    "Moves",
-    "Order",
-    "PaceSettings",
-    "Part",
-    "PartitionSettings",
-    "Pin",
-    "Positive",
-    "Presentation",
-    "Rate",
-    "Readout",
-    "Record",
-    "Reset",
-    "ResetSettings",
-    "Section",
-    "SequenceSettings",
-    "Settings",
-    "SignalKind",
-    "SignalSettings",
-    "SmoothSettings",
-    "SnapshotSettings",
-    "Source",
-    "Speed",
-    "Spread",
-    "Step",
-    "StreamSettings",
-    "TargetOf",
-    "TransportKind",
-    "Update",
-    "View",
-    "checked",
-    "describe",
-    "did_you_mean",
-    "lay_over",
-    "mapping",
-    "merge",
-    "parse_override",
-    "read_settings",
-    "read_yaml",
-    "to_yaml",
-]
+from hamdist.config.dynamics import BlockDynamicsSettings as BlockDynamicsSettings
+from hamdist.config.dynamics import DynamicsSettings as DynamicsSettings
+from hamdist.config.dynamics import Reset as Reset
+from hamdist.config.dynamics import ResetSettings as ResetSettings
+from hamdist.config.engine import Balance as Balance
+from hamdist.config.engine import Bits as Bits
+from hamdist.config.engine import BlockDType as BlockDType
+from hamdist.config.engine import BlockEngineSettings as BlockEngineSettings
+from hamdist.config.engine import Compress as Compress
+from hamdist.config.engine import DeviceSignals as DeviceSignals
+from hamdist.config.engine import Encryption as Encryption
+from hamdist.config.engine import EngineKind as EngineKind
+from hamdist.config.engine import EngineSettings as EngineSettings
+from hamdist.config.engine import Feedback as Feedback
+from hamdist.config.engine import Pin as Pin
+from hamdist.config.engine import Spread as Spread
+from hamdist.config.engine import Step as Step
+from hamdist.config.engine import TransportKind as TransportKind
+from hamdist.config.laying import LevelOverrides as LevelOverrides
+from hamdist.config.laying import lay_over as lay_over
+from hamdist.config.laying import merge as merge
+from hamdist.config.learning import AdaptiveSettings as AdaptiveSettings
+from hamdist.config.learning import AverageSettings as AverageSettings
+from hamdist.config.learning import BlockLearningSettings as BlockLearningSettings
+from hamdist.config.learning import Decay as Decay
+from hamdist.config.learning import FirstStep as FirstStep
+from hamdist.config.learning import HeadsSettings as HeadsSettings
+from hamdist.config.learning import InputRule as InputRule
+from hamdist.config.learning import InputsSettings as InputsSettings
+from hamdist.config.learning import LearningSettings as LearningSettings
+from hamdist.config.locality import Compensation as Compensation
+from hamdist.config.locality import Credit as Credit
+from hamdist.config.locality import Grouping as Grouping
+from hamdist.config.locality import Level as Level
+from hamdist.config.locality import LocalityOverrides as LocalityOverrides
+from hamdist.config.locality import Memory as Memory
+from hamdist.config.locality import Moves as Moves
+from hamdist.config.locality import Order as Order
+from hamdist.config.locality import Presentation as Presentation
+from hamdist.config.locality import Readout as Readout
+from hamdist.config.locality import Speed as Speed
+from hamdist.config.locality import TargetOf as TargetOf
+from hamdist.config.locality import Update as Update
+from hamdist.config.metrics import MetricsSettings as MetricsSettings
+from hamdist.config.metrics import Record as Record
+from hamdist.config.model import ModelKind as ModelKind
+from hamdist.config.model import ModelSettings as ModelSettings
+from hamdist.config.partition import CutBalance as CutBalance
+from hamdist.config.partition import PartitionSettings as PartitionSettings
+from hamdist.config.plain import read_yaml as read_yaml
+from hamdist.config.reading import checked as checked
+from hamdist.config.reading import mapping as mapping
+from hamdist.config.reading import parse_override as parse_override
+from hamdist.config.reading import read_settings as read_settings
+from hamdist.config.reading import to_yaml as to_yaml
+from hamdist.config.section import Above0 as Above0
+from hamdist.config.section import CourseSettings as CourseSettings
+from hamdist.config.section import Positive as Positive
+from hamdist.config.section import Rate as Rate
+from hamdist.config.section import Section as Section
+from hamdist.config.settings import IGNORE_INDEX as IGNORE_INDEX
+from hamdist.config.settings import MODEL_LOSS as MODEL_LOSS
+from hamdist.config.settings import CompareSettings as CompareSettings
+from hamdist.config.settings import DType as DType
+from hamdist.config.settings import Loss as Loss
+from hamdist.config.settings import Settings as Settings
+from hamdist.config.snapshots import SnapshotSettings as SnapshotSettings
+from hamdist.config.stream import CanvasSettings as CanvasSettings
+from hamdist.config.stream import CharacterSettings as CharacterSettings
+from hamdist.config.stream import DriftSettings as DriftSettings
+from hamdist.config.stream import Known as Known
+from hamdist.config.stream import Late as Late
+from hamdist.config.stream import Motion as Motion
+from hamdist.config.stream import PaceSettings as PaceSettings
+from hamdist.config.stream import Part as Part
+from hamdist.config.stream import SequenceSettings as SequenceSettings
+from hamdist.config.stream import SignalKind as SignalKind
+from hamdist.config.stream import SignalSettings as SignalSettings
+from hamdist.config.stream import SmoothSettings as SmoothSettings
+from hamdist.config.stream import Source as Source
+from hamdist.config.stream import StreamSettings as StreamSettings
+from hamdist.config.stream import View as View
+from hamdist.config.wording import describe as describe
+from hamdist.config.wording import did_you_mean as did_you_mean

@@ -5,8 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Literal
 
-from hamdist.config.course import CourseSettings
-from hamdist.config.section import Above0, Rate, Section
+from hamdist.config.section import Above0, CourseSettings, Rate, Section
 
 
 class Reset(str, Enum):

@@ -204,6 +204,14 @@ class EngineSettings(Section):
     idle_seconds: Annotated[float, Field(ge=0)] = 60.0
     link_delay: Rate = 0.0
 
+    def processes(self, auto: int = 1) -> int:
+        """How many processes a run on this host asks for; `auto` where it leaves that open."""
+        if self.kind is EngineKind.INPROCESS:
+            return 1
+        if self.placement is not None:
+            return len(self.placement)
+        return auto if self.actors == "auto" else self.actors
+
     @model_validator(mode="after")
     def _one_process(self) -> EngineSettings:
         if self.kind is EngineKind.INPROCESS and self.actors not in (1, "auto"):

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hamdist.config.levels import LevelOverrides
+from hamdist.config.section import Section
+
+
+class LevelOverrides(Section):
+    """What a level changes in the rest of the settings."""
+
+    partition: dict[str, Any] = {}
+    locality: dict[str, Any] = {}
+    dynamics: dict[str, Any] = {}
+    learning: dict[str, Any] = {}
+
 
 _SECTIONS = frozenset(LevelOverrides.model_fields)
 

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hamdist.config.course import CourseSettings
-from hamdist.config.section import Above0, Positive, Rate, Section, as_written
+from hamdist.config.section import Above0, CourseSettings, Positive, Rate, Section, as_written
 
 
 class FirstStep(str, Enum):

@@ -14,7 +14,32 @@ MAX_VALUES = 10_000
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Values as they look: 1:30 is no 90, and no name is given twice."""
+    """Values as they look: 1:30 is no 90, no name is given twice, no tag names a type, and an alias
+    counts as many values as it repeats."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._sizes: dict[str, int] = {}  # by anchor
+        self._values = self._nesting = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line, anchor, before = event.start_mark.line + 1, event.anchor, self._values
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"line {line}: the tag {event.tag!r}: settings are plain values")
+        if isinstance(event, yaml.AliasEvent) and anchor not in self._sizes:
+            raise ValueError(f"line {line}: *{anchor} stands before the end of &{anchor}")
+        self._values += self._sizes[anchor] if isinstance(event, yaml.AliasEvent) else 1
+        self._nesting += 1
+        if self._values > MAX_VALUES or self._nesting > MAX_NESTING + 1:  # (the innermost: a value)
+            raise ValueError(
+                f"line {line}: more than {MAX_VALUES:,} values, or {MAX_NESTING} inside each other"
+            )
+        node = super().compose_node(parent, index)
+        self._nesting -= 1
+        if anchor is not None:
+            self._sizes[anchor] = self._values - before
+        return node
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
@@ -36,7 +61,6 @@ def plain_values(text: str) -> Any:
     """What YAML `text` holds. Raises ValueError saying why it does not hold settings: besides what
     is no YAML, tags (which name types), and text that is small and becomes large by its aliases."""
     try:
-        _look_through(text)
         loader = _PlainLoader(text)
         try:
             return loader.get_single_data()
@@ -47,39 +71,6 @@ def plain_values(text: str) -> Any:
         where = f"line {mark.line + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or "cannot be read"
         raise ValueError(f"{where}no valid YAML: {problem}") from None
-
-
-def _look_through(text: str) -> None:
-    """Raises ValueError for what `plain_values` refuses. Counts values as often as aliases repeat
-    them."""
-    sizes: dict[str, int] = {}  # by anchor
-    open_: list[tuple[str | None, int]] = []  # the collections around: anchor, values before it
-    values = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1 if event.start_mark is not None else 0
-        tag = getattr(event, "tag", None)
-        if tag is not None:
-            raise ValueError(f"line {line}: the tag {tag!r}: settings are plain values")
-        before, anchor = values, getattr(event, "anchor", None)
-        if isinstance(event, yaml.AliasEvent):
-            if anchor not in sizes:
-                raise ValueError(f"line {line}: *{anchor} stands before the end of &{anchor}")
-            values += sizes[anchor]
-        elif isinstance(event, yaml.ScalarEvent):
-            values += 1
-            if anchor is not None:
-                sizes[anchor] = 1
-        elif isinstance(event, yaml.CollectionStartEvent):
-            values += 1
-            open_.append((anchor, before))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_.pop()
-            if anchor is not None:
-                sizes[anchor] = values - before
-        if values > MAX_VALUES or len(open_) > MAX_NESTING:
-            raise ValueError(
-                f"line {line}: more than {MAX_VALUES:,} values, or {MAX_NESTING} inside each other"
-            )
 
 
 def read_yaml(text: str, origin: str) -> Any:

@@ -41,3 +41,14 @@ Above0 = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
 def as_written(value: object) -> object:
     """`off` and `on` as they were written: YAML reads them as false and true."""
     return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
+class CourseSettings(Section):
+    """A number that changes with time: `values` one after the other, the last one from then on, or
+    with `cycle` all of them again and again. every: ticks (or samples) that each value stands for;
+    smooth: it goes on a straight line from one to the next instead."""
+
+    values: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    cycle: bool = False
+    every: Positive = 1
+    smooth: bool = False

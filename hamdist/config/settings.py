@@ -9,9 +9,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from hamdist.config.dynamics import DynamicsSettings
 from hamdist.config.engine import EngineSettings
-from hamdist.config.laying import merge
+from hamdist.config.laying import LevelOverrides, merge
 from hamdist.config.learning import LearningSettings
-from hamdist.config.levels import LevelOverrides
 from hamdist.config.locality import Level, LocalityOverrides
 from hamdist.config.metrics import MetricsSettings
 from hamdist.config.model import ModelSettings

@@ -16,7 +16,6 @@ from torch import nn
 
 from hamdist.config import CutBalance, Grouping
 from hamdist.dynamics.assembly import Run
-from hamdist.dynamics.balance import balanced
 from hamdist.dynamics.flow import Flow
 from hamdist.dynamics.piece import MODULE
 from hamdist.dynamics.recording import Unfollowed
@@ -277,3 +276,25 @@ def stays(whole: Mapping[str, Unfollowed], model: nn.Module) -> list[str]:
         if len(own) > 1:
             told.append(stays_whole(name, model, why))
     return told
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[int]:
+    """First indices of `parts` runs of neighbours whose largest sum of `costs` is the least
+    possible (the earliest cuts among equals); every run has at least one element."""
+    n = len(costs)
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    best = {(0, 0): (0.0, 0)}
+    for part in range(1, parts + 1):
+        for end in range(part, n - (parts - part) + 1):
+            best[part, end] = min(
+                (max(best[part - 1, start][0], sums[end] - sums[start]), start)
+                for start in range(part - 1, end)
+                if (part - 1, start) in best
+            )
+    starts, end = [], n
+    for part in range(parts, 0, -1):
+        end = best[part, end][1]
+        starts.append(end)
+    return starts[::-1]

@@ -22,9 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.block import Guard, LossTaker, Scale, plain, scaled, unguarded
+from hamdist.dynamics.block import LossTaker, Scale, plain, scaled
 from hamdist.dynamics.cell import Cell, Record
 from hamdist.dynamics.constants import Dynamics, constant_tau
+from hamdist.dynamics.records import Block, BlockParts
 from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.weights import Weights
 from hamdist.errors import LevelError
@@ -142,28 +143,19 @@ class Taught(Remembers):
         return z
 
 
-class HeadBlock(Remembers):
+class HeadBlock(Block):
     """A block of level `heads`: forward, then its own step. taught: None where it has no weights.
 
     h, z: of the latest sample; z = tau s.
     """
 
-    def __init__(
-        self,
-        cell: Cell,
-        weights: Weights,
-        taught: Taught | None,
-        parents: int,
-        guard: Guard = unguarded,
-    ) -> None:
-        self.cell = cell
-        self.weights = weights
+    def __init__(self, parts: BlockParts, taught: Taught | None) -> None:
+        super().__init__(parts)
         self.h: Tensor | None = None
         self.z: Tensor | None = None
         self.taught = taught
-        self._wanted = [False] * parents
+        self._wanted = [False] * len(parts.wanted)
         self._record: Record | None = None
-        self._guard = guard
 
     STATE = ("cell", "weights", "taught", "h", "z")
 

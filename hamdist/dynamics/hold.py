@@ -12,22 +12,12 @@ import torch
 from torch import Tensor
 
 from hamdist.config import Order
-from hamdist.dynamics.block import (
-    Guard,
-    LossTaker,
-    Reading,
-    Scale,
-    plain,
-    scaled,
-    total,
-    unguarded,
-)
+from hamdist.dynamics.block import LossTaker, Reading, plain, scaled, total
 from hamdist.dynamics.cell import Cell, Record
-from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.energy import Energy
 from hamdist.dynamics.gradient import Gradient
-from hamdist.dynamics.records import KeepsRecords
-from hamdist.dynamics.saving import Remembers, known
+from hamdist.dynamics.records import Block, BlockParts, KeepsRecords
+from hamdist.dynamics.saving import known
 from hamdist.dynamics.stillness import Retrospect
 from hamdist.dynamics.weights import Weights
 
@@ -74,36 +64,25 @@ class HoldBlock(KeepsRecords):
 
     def __init__(
         self,
-        cell: Cell,
-        weights: Weights,
-        wanted: Sequence[bool],
-        dynamics: Dynamics,
+        parts: BlockParts,
         order: Order,
-        scale: Scale,
         h: Tensor,
-        z: Tensor | None = None,
         loss: LossTaker | None = None,
         output: Cell | None = None,
         output_weights: Weights | None = None,
-        guard: Guard = unguarded,
         lead: float = 0.0,
         retrospect: Retrospect | None = None,
     ) -> None:
-        self.cell = cell
-        self.weights = weights
+        super().__init__(parts)
         self.h = h
         self._lead = lead
         self._retrospect = retrospect
-        self.z = torch.zeros_like(h) if z is None else z
+        self.z = torch.zeros_like(h)
         self.output = output
         self.output_weights = output_weights
         self.energy: Energy | None = None
-        self._wanted = list(wanted)
-        self._dynamics = dynamics
         self._sequential = order is Order.SEQUENTIAL
-        self._scale = scale
         self._loss = loss
-        self._guard = guard
         self._start = h
         self._own: Tensor | None = None
         self._last: Tick | None = None  # the tick before; None before the first
@@ -239,7 +218,7 @@ class HoldBlock(KeepsRecords):
         return reading
 
 
-class HoldReadout(Remembers):
+class HoldReadout(Block):
     """An output net of a held sample (HL Eq. 4): predicts from its parents' h_k, in the sequential
     order from h_{k+1}, and takes the loss in the same tick.
 
@@ -248,19 +227,9 @@ class HoldReadout(Remembers):
     energy: of the latest tick that measured it.
     """
 
-    def __init__(
-        self,
-        cell: Cell,
-        weights: Weights,
-        wanted: Sequence[bool],
-        scale: Scale,
-        loss: LossTaker,
-    ) -> None:
-        self.cell = cell
-        self.weights = weights
+    def __init__(self, parts: BlockParts, loss: LossTaker) -> None:
+        super().__init__(parts)
         self.energy: Energy | None = None
-        self._wanted = list(wanted)
-        self._scale = scale
         self._loss = loss
 
     STATE = ("cell", "weights", "_loss")

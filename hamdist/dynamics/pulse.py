@@ -14,22 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.block import (
-    Guard,
-    LossTaker,
-    Reading,
-    Scale,
-    plain,
-    scaled,
-    total,
-    unguarded,
-)
+from hamdist.dynamics.block import LossTaker, Reading, plain, scaled, total
 from hamdist.dynamics.cell import Cell, Record
-from hamdist.dynamics.constants import Dynamics, constant_tau
+from hamdist.dynamics.constants import constant_tau
 from hamdist.dynamics.heads import Taught
-from hamdist.dynamics.records import KeepsRecords
+from hamdist.dynamics.records import Block, BlockParts, KeepsRecords
 from hamdist.dynamics.reversible import Rewinder, pieces_of
-from hamdist.dynamics.saving import Remembers
 from hamdist.dynamics.weights import Weights
 
 
@@ -49,28 +39,15 @@ class PulseBlock(KeepsRecords):
     """
 
     def __init__(
-        self,
-        cell: Cell,
-        weights: Weights,
-        wanted: Sequence[bool],
-        dynamics: Dynamics,
-        scale: Scale,
-        guard: Guard = unguarded,
-        taught: Taught | None = None,
-        predicts: int | None = None,
+        self, parts: BlockParts, taught: Taught | None = None, predicts: int | None = None
     ) -> None:
-        self.cell = cell
-        self.weights = weights
+        super().__init__(parts)
         self.taught = taught
         self._predicts = predicts
         self.h: Tensor | None = None
         self.z: Tensor | None = None
         self.trace: dict[int, Record] = {}
-        self._wanted = list(wanted)
-        self._tau = constant_tau(dynamics)
-        self._c = dynamics.c
-        self._scale = scale
-        self._guard = guard
+        self._tau = constant_tau(parts.dynamics)
 
     STATE = ("cell", "weights", "taught", "h", "z")
 
@@ -112,7 +89,7 @@ class PulseBlock(KeepsRecords):
         return to_parents
 
 
-class ReversibleBlock(Remembers):
+class ReversibleBlock(Block):
     """A state block that keeps nothing of a sample: neither its activations nor h and z.
 
     Forward as `PulseBlock`. Backward its one child hands it (M, h); from the last invertible piece
@@ -124,29 +101,14 @@ class ReversibleBlock(Remembers):
     four states, whatever the number of pieces. hands_back: the parent is reversible, too.
     """
 
-    def __init__(
-        self,
-        cell: Cell,
-        weights: Weights,
-        wanted: Sequence[bool],
-        dynamics: Dynamics,
-        scale: Scale,
-        guard: Guard = unguarded,
-        *,
-        hands_back: bool,
-    ) -> None:
-        self.cell = cell
-        self.weights = weights
+    def __init__(self, parts: BlockParts, *, hands_back: bool) -> None:
+        super().__init__(parts)
         self.h: Tensor | None = None
         self.z: Tensor | None = None
-        (self._wanted,) = wanted
         self._hands_back = hands_back
-        self._tau = constant_tau(dynamics)
-        self._c = dynamics.c
-        self._scale = scale
-        self._guard = guard
-        trained = [p for p in cell.module.parameters() if p.requires_grad]
-        self._rewinder = Rewinder(pieces_of(cell.module), trained)
+        self._tau = constant_tau(parts.dynamics)
+        trained = [p for p in self.cell.module.parameters() if p.requires_grad]
+        self._rewinder = Rewinder(pieces_of(self.cell.module), trained)
 
     STATE = ("cell", "weights")
 
@@ -171,7 +133,7 @@ class ReversibleBlock(Remembers):
         x, to_parent, g = self._rewinder.back(held)
         self._guard("h", x)
         self.weights.move(g, self._scale(sample), self._tau)
-        if not self._wanted:
+        if self._wanted == [False]:
             return [None]
         return [with_state(to_parent, x) if self._hands_back else to_parent]
 
@@ -190,27 +152,15 @@ def with_state(message: Tensor, h: Tensor) -> Tensor:
     return torch.stack([message, h])
 
 
-class PulseReadout(Remembers):
+class PulseReadout(Block):
     """An output net that a pulse reaches: y = f^y(h_parents; theta), M_v = phi dL/dh_v.
 
     hands_back: by parent, whether it is reversible and gets its state back.
     """
 
-    def __init__(
-        self,
-        cell: Cell,
-        weights: Weights,
-        wanted: Sequence[bool],
-        dynamics: Dynamics,
-        scale: Scale,
-        loss: LossTaker,
-        hands_back: Sequence[bool] = (),
-    ) -> None:
-        self.cell = cell
-        self.weights = weights
-        self._wanted = list(wanted)
-        self._tau = constant_tau(dynamics)
-        self._scale = scale
+    def __init__(self, parts: BlockParts, loss: LossTaker, hands_back: Sequence[bool] = ()) -> None:
+        super().__init__(parts)
+        self._tau = constant_tau(parts.dynamics)
         self._loss = loss
         self._hands_back = list(hands_back) or [False] * len(self._wanted)
         self.prediction: Tensor | None = None  # the latest

@@ -1,22 +1,54 @@
-"""Saving a block together with what its forward passes have left behind."""
+"""What blocks are made of, and how one is saved with what its forward passes have left behind."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from hamdist.dynamics.block import Guard, Scale
 from hamdist.dynamics.cell import Cell
+from hamdist.dynamics.constants import Dynamics
 from hamdist.dynamics.saving import Remembers, taken
+from hamdist.dynamics.weights import Weights
 
 
-class KeepsRecords(Remembers, ABC):
+@dataclass(slots=True)
+class BlockParts:
+    """What all kinds of blocks are made of.
+
+    Attributes:
+        wanted: By parent, whether it gets messages.
+        scale: Of beta, by sample.
+    """
+
+    cell: Cell
+    weights: Weights
+    wanted: Sequence[bool]
+    dynamics: Dynamics
+    scale: Scale
+    guard: Guard
+
+
+class Block(Remembers):
+    """A block or an output net: its cell, its weights, and what decides their steps."""
+
+    def __init__(self, parts: BlockParts) -> None:
+        self.cell = parts.cell
+        self.weights = parts.weights
+        self._wanted = list(parts.wanted)
+        self._dynamics = parts.dynamics
+        self._c = parts.dynamics.c
+        self._scale = parts.scale
+        self._guard = parts.guard
+
+
+class KeepsRecords(Block, ABC):
     """A block that keeps records of its cell, which are saved beside its STATE (of which `cell` is
     one) under the name RECORDS."""
 
     RECORDS: ClassVar[str] = "trace"
-
-    cell: Cell
 
     @abstractmethod
     def held(self) -> Any:

@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hamdist.dynamics.block import Guard, LossTaker, Reading, Scale, scaled, total, unguarded
-from hamdist.dynamics.cell import Cell, Record
-from hamdist.dynamics.constants import Dynamics, constant_tau
+from hamdist.dynamics.block import LossTaker, Reading, scaled, total
+from hamdist.dynamics.cell import Record
+from hamdist.dynamics.constants import constant_tau
 from hamdist.dynamics.gradient import Gradient
 from hamdist.dynamics.losses import Slope
-from hamdist.dynamics.records import KeepsRecords
+from hamdist.dynamics.records import BlockParts, KeepsRecords
 from hamdist.dynamics.saving import Remembers
-from hamdist.dynamics.weights import Weights
 
 
 class WayBack(Remembers):
@@ -39,12 +38,12 @@ class WayBack(Remembers):
     Where no message came along the whole way, theta and omega stay as they were.
     """
 
-    def __init__(self, weights: Weights, dynamics: Dynamics, scale: Scale) -> None:
-        self.weights = weights
-        self._momentum = dynamics.momentum
-        self._tau = constant_tau(dynamics)
-        self._scale = scale
-        self._before = weights.omega
+    def __init__(self, parts: BlockParts) -> None:
+        self.weights = parts.weights
+        self._momentum = parts.dynamics.momentum
+        self._tau = constant_tau(parts.dynamics)
+        self._scale = parts.scale
+        self._before = parts.weights.omega
         self._came = False
 
     STATE = ("_before", "_came")
@@ -77,28 +76,15 @@ class SequenceBlock(KeepsRecords):
     h: of the latest token; before the first one what states begin with.
     """
 
-    def __init__(
-        self,
-        cell: Cell,
-        way_back: WayBack,
-        wanted: Sequence[bool],
-        dynamics: Dynamics,
-        h: Tensor,
-        truncation: int | None = None,
-        guard: Guard = unguarded,
-    ) -> None:
-        self.cell = cell
-        self.weights = way_back.weights
+    def __init__(self, parts: BlockParts, h: Tensor, truncation: int | None = None) -> None:
+        super().__init__(parts)
         self.h = h
         self.z: Tensor | None = None
         self.stored = 0
-        self._way_back = way_back
+        self._way_back = WayBack(parts)
         self._trace: deque[Record] = deque(maxlen=truncation)
-        self._wanted = list(wanted)
-        self._tau = constant_tau(dynamics)
-        self._c = dynamics.c
-        self._keeps = -self._tau * dynamics.eta_z
-        self._guard = guard
+        self._tau = constant_tau(parts.dynamics)
+        self._keeps = -self._tau * parts.dynamics.eta_z
 
     STATE = ("cell", "weights", "_way_back", "h", "z", "stored")
 
@@ -164,20 +150,11 @@ class SequenceReadout(KeepsRecords):
     L_m is computed once, on the way forward.
     """
 
-    def __init__(
-        self,
-        cell: Cell,
-        way_back: WayBack,
-        wanted: Sequence[bool],
-        loss: LossTaker,
-        truncation: int | None = None,
-    ) -> None:
-        self.cell = cell
-        self.weights = way_back.weights
+    def __init__(self, parts: BlockParts, loss: LossTaker, truncation: int | None = None) -> None:
+        super().__init__(parts)
         self.stored = 0
-        self._way_back = way_back
+        self._way_back = WayBack(parts)
         self._trace: deque[_Read] = deque(maxlen=truncation)
-        self._wanted = list(wanted)
         self._loss = loss
         self._taken = False
 

@@ -25,9 +25,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.assembly import Run, assembled
-from hamdist.dynamics.balance import balanced
 from hamdist.dynamics.copies import copied, overlaps
-from hamdist.dynamics.cuts import Cuts, Policy, stays, stays_whole
+from hamdist.dynamics.cuts import Cuts, Policy, balanced, stays, stays_whole
 from hamdist.dynamics.flow import Flow, Value
 from hamdist.dynamics.graph import INPUT, BlockSpec, Graph, combined
 from hamdist.dynamics.hooks import is_usual

@@ -38,6 +38,7 @@ from hamdist.dynamics.structure import filled, parts_of
 
 BATCHES = (2, 3, 5)
 NOTHING: Mapping[Length, int] = {}
+Call: TypeAlias = Callable[[nn.Module, Mapping[str, Tensor]], Any]  # runs a model on inputs
 Point: TypeAlias = tuple[int, Mapping[Length, int]]  # a batch, and lengths that differ
 MOST_BATCH = 8  # of the stream's own batch, which the first run has up to here
 
@@ -57,11 +58,7 @@ class Trace:
 
 
 def trace(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
-    *,
-    ragged: bool = False,
+    model: nn.Module, inputs: Mapping[str, Tensor], call: Call, *, ragged: bool = False
 ) -> Trace:
     """What `model` does with `inputs` (examples, (B, ...), by name). The model stays as it is.
 
@@ -89,7 +86,7 @@ def trace(
 def _followed(
     probe: nn.Module,
     inputs: Mapping[str, Tensor],
-    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
+    call: Call,
     whole: dict[str, Unfollowed],
     lengths: Sequence[Length],
 ) -> Trace:
@@ -106,10 +103,7 @@ def _followed(
 
 
 def traced_whole(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
-    why: Unfollowed,
+    model: nn.Module, inputs: Mapping[str, Tensor], call: Call, why: Unfollowed
 ) -> Trace:
     """The whole model as one step, which has run on `inputs` as they are: its rows may be no batch.
 
@@ -144,7 +138,7 @@ def _of_one_run(op: Taken, batch: int) -> Op[Form]:
 def _traced(
     probe: nn.Module,
     inputs: Mapping[str, Tensor],
-    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
+    call: Call,
     whole: dict[str, Unfollowed],
     lengths: Sequence[Length],
 ) -> Trace:
@@ -176,11 +170,7 @@ def _other(length: Length, by: int) -> int:
     return length.base - by if length.base - by > 1 else length.base + by
 
 
-def _lengths(
-    probe: nn.Module,
-    inputs: Mapping[str, Tensor],
-    call: Callable[[nn.Module, Mapping[str, Tensor]], Any],
-) -> list[Length]:
+def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list[Length]:
     """The dimensions of the inputs that may be shorter: each is tried. Inputs of one size along an
     axis change together."""
     found: dict[tuple[int, int], Length] = {}

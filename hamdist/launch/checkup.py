@@ -8,10 +8,10 @@ from pydantic import ValidationError
 
 from hamdist.errors import ClusterError
 from hamdist.launch.events import Ended, Report, Said
-from hamdist.launch.extras import missing_extras
 from hamdist.launch.facts import host_facts
 from hamdist.launch.follow import Results, follow
 from hamdist.launch.jobs import Jobs
+from hamdist.launch.quick import missing_extras
 from hamdist.launch.report import Check, Findings, judged
 from hamdist.launch.submit import submit_checkup
 

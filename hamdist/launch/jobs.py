@@ -18,8 +18,7 @@ from urllib.parse import urlsplit
 
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch.cluster_file import JOBS_PORT, ClusterSettings
-from hamdist.launch.extras import need_extras
-from hamdist.launch.quick import TOKEN_MODE, TOKEN_PATH
+from hamdist.launch.quick import TOKEN_MODE, TOKEN_PATH, need_extras
 from hamdist.runtime.hosts import HostInfo, described
 
 KNOCK_SECONDS = 5.0

@@ -28,8 +28,7 @@ import yaml
 
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch.cluster_file import FILE
-from hamdist.launch.extras import need_extras
-from hamdist.launch.quick import HEALTH, MANNERS, TOKEN_MODE, TOKEN_PATH
+from hamdist.launch.quick import HEALTH, MANNERS, TOKEN_MODE, TOKEN_PATH, need_extras
 from hamdist.runtime.cluster import OBJECT_STORE_BYTES, short_folder
 
 HEAD = "head.json"

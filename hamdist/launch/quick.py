@@ -10,6 +10,10 @@ link that is cut for 5 s costs no host, and hosts under heavy load are not given
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+from hamdist.errors import ClusterError
+
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -29,3 +33,21 @@ MANNERS = {
 }
 TOKEN_MODE = "RAY_AUTH_MODE"
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
+
+
+NEEDED = ("aiohttp", "requests", "opencensus", "prometheus_client")
+
+
+def missing_extras() -> list[str]:
+    """The packages of `ray[default]` that are not installed here."""
+    return [name for name in NEEDED if find_spec(name) is None]
+
+
+def need_extras() -> None:
+    """Raises ClusterError where Ray's Jobs API cannot be used."""
+    missing = missing_extras()
+    if missing:
+        raise ClusterError(
+            f"Ray's Jobs API needs packages that are not installed here ({', '.join(missing)}): "
+            "pip install 'hamdist[cluster]' (or 'ray[default]')"
+        )

@@ -27,9 +27,9 @@ from hamdist.dynamics.watching import Watch
 from hamdist.runtime.compression import compression_warnings
 from hamdist.runtime.demands import idle_wishes, wishes
 from hamdist.runtime.lending import Refusal
-from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, split
 from hamdist.runtime.plan import Plan
+from hamdist.runtime.result import Outcome
 from hamdist.runtime.threads import cores
 from hamdist.streams.replay import drops, replays
 from hamdist.streams.sample import Stream
@@ -51,7 +51,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     else:
         told += open_wires(plan.engine)
     if plan.engine.address is None:
-        told += thread_warnings(local_processes(plan.engine), plan.engine.threads, cores())
+        told += thread_warnings(plan.engine.processes(), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
     told += _late(plan, settings)
     told += _losses(plan)
@@ -233,15 +233,6 @@ def _alone(plan: Plan) -> list[str]:
         f"engine.blocks: {', '.join(idle)} {verb} nothing in one process; use engine.kind 'ray', "
         "or leave them out"
     ]
-
-
-def local_processes(engine: EngineSettings) -> int:
-    """How many processes a run on this host asks for; 1 where it leaves their number open."""
-    if engine.kind is EngineKind.INPROCESS:
-        return 1
-    if engine.placement is not None:
-        return len(engine.placement)
-    return 1 if engine.actors == "auto" else engine.actors
 
 
 def thread_warnings(processes: int, threads: int, processors: int, host: str = "") -> list[str]:

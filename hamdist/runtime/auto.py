@@ -35,7 +35,7 @@ from hamdist.config import (
 )
 from hamdist.dynamics.graph import Graph
 from hamdist.errors import Choice
-from hamdist.streams.derived import Derived
+from hamdist.streams.chosen import Derived
 from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.smoothness import MOST_ITEMS, Smoothness

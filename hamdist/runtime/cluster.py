@@ -99,7 +99,7 @@ class _Standing:
         running = all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in self.processes)
         return (
             engine.address is None
-            and self.cpus >= _wanted(engine)
+            and self.cpus >= engine.processes()
             and ray.is_initialized()
             and running
         )
@@ -266,7 +266,7 @@ def _ray(engine: EngineSettings) -> Iterator[tuple[set[psutil.Process], int]]:
         with _joined(engine, engine.address):
             yield set(), 0
     else:
-        cpus = max(cores(), _wanted(engine))
+        cpus = max(cores(), engine.processes())
         with _local(cpus) as processes:
             yield processes, cpus
 
@@ -453,12 +453,6 @@ def host_seconds(known: Sequence[HostInfo]) -> dict[str, float]:
             f"{PROFILE_SECONDS:.0f} s ({type(error).__name__}); is a processor free on each? use "
             "'packed' or 'spread'"
         ) from error
-
-
-def _wanted(engine: EngineSettings) -> int:
-    if engine.placement is not None:
-        return len(engine.placement)
-    return engine.actors if isinstance(engine.actors, int) else 1
 
 
 _environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it has imported it

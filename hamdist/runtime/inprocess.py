@@ -15,9 +15,8 @@ from hamdist.runtime.loop import run_loop
 from hamdist.runtime.mail import Mailroom
 from hamdist.runtime.memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.nodes import make_node, ticks_of, time_use
-from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan
-from hamdist.runtime.result import BlockProgress, Progress
+from hamdist.runtime.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.source import SourceNode
 from hamdist.runtime.threads import torch_threads
 from hamdist.streams.sample import Stream

@@ -9,11 +9,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 from hamdist.errors import Stop
-from hamdist.runtime.outcome import Outcome
-from hamdist.runtime.result import Progress
+from hamdist.runtime.result import Outcome, Progress
 
 Handler = Callable[[int, FrameType | None], object]
 OnProgress = Callable[[Progress], object]
@@ -141,10 +140,5 @@ class Ending:
         self._signals.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._signals.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._signals.__exit__(None, None, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from math import inf
-from types import TracebackType
 
 from hamdist.runtime.keeper import Keeper, Rememberer, Taken
 from hamdist.runtime.ledger import Ledger
@@ -77,10 +76,5 @@ class KeptRun:
     def __enter__(self) -> KeptRun:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.keeper.close()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -32,10 +33,12 @@ from hamdist.dynamics.graph import OUTPUT_KEY, Combine, Joining
 from hamdist.dynamics.heads import FrozenBlock, Head, HeadBlock, Taught
 from hamdist.dynamics.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.joined import JoinedCell
+from hamdist.dynamics.losses import LossFunction
 from hamdist.dynamics.precision import AutocastCell
 from hamdist.dynamics.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.records import BlockParts
 from hamdist.dynamics.schedule import HoldSchedule
-from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout, WayBack
+from hamdist.dynamics.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.stillness import Retrospect
 from hamdist.dynamics.tied_cell import TiedCell
 from hamdist.dynamics.weights import Weights
@@ -84,14 +87,15 @@ def make_node(plan: Plan, name: str, mail: Mailroom) -> PulseNode | HoldNode | S
     return _hold_node(plan, parts, mail)
 
 
-class _Parts:
-    """What blocks of all presentations are made of."""
+class _Parts(BlockParts):
+    """Those of block `name`, with its loss."""
 
     def __init__(self, plan: Plan, name: str) -> None:
         self._plan = plan
         self.name = name
         self.spec = plan.graph.blocks[name]
         self.dynamics = plan.dynamics.of(name)
+        self.scale = partial(plan.scale, name)
         self.guard = bounded(self.dynamics.limit, [e.from_input for e in plan.graph.into[name]])
         self.border = Border(plan.desks.get(name))
         for module in (self.spec.module, self.spec.output):
@@ -104,12 +108,13 @@ class _Parts:
             self.cell = TiedCell(self.cell, borrowed)
         self.weights = self.make_weights(self.cell)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
-        self.loss: LossTaker | None = None
-        if self.spec.loss is not None:
-            loss = seeded_loss(
-                self.spec.loss, block_seed(plan.seed, f"{name}/loss"), self.border.device
-            )
-            self.loss = LossTaker(loss, self.dynamics, self.guard, native=plan.native)
+        loss = self.spec.loss
+        self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
+
+    def make_loss(self, loss: LossFunction, seed_name: str) -> LossTaker:
+        """Makes what takes a loss, which draws by the seed of that name."""
+        own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
+        return LossTaker(own, self.dynamics, self.guard, native=self._plan.native)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> Cell:
         combine, parents = self.spec.combine, len(self.spec.parents)
@@ -145,9 +150,6 @@ class _Parts:
         names = [prefix + name for name in cell.names]
         return Weights(cell.theta, self.dynamics, self._plan.knobs.order, names)
 
-    def scale(self, sample: int) -> float:
-        return self._plan.scale(self.name, sample)
-
     def make_taught(self) -> Taught | None:
         """What the block's own readout does to it, if it has one."""
         plan = self._plan
@@ -161,22 +163,10 @@ class _Parts:
         given = plan.graph.blocks[heads.readout].loss
         if given is None:  # (a readout has one)
             raise TypeError(f"{heads.readout!r} has no loss")
-        loss_seed = block_seed(plan.seed, f"{seed_name}/loss")
-        taker = LossTaker(
-            seeded_loss(given, loss_seed, self.border.device),
-            self.dynamics,
-            self.guard,
-            native=plan.native,
-        )
-        order = plan.knobs.order
-        head = Head(
-            cell,
-            Weights(cell.theta, own, order),
-            taker,
-            heads.weights[self.name],
-            plan.course,
-            constant_tau(own),
-        )
+        taker = self.make_loss(given, f"{seed_name}/loss")
+        order, weight = plan.knobs.order, heads.weights[self.name]
+        own_weights = Weights(cell.theta, own, order)
+        head = Head(cell, own_weights, taker, weight, plan.course, constant_tau(own))
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
@@ -187,43 +177,33 @@ class _Parts:
 def _pulse_node(plan: Plan, p: _Parts, mail: Mailroom) -> PulseNode:
     hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
     if p.name in plan.silent and p.loss is None:
-        frozen = FrozenBlock(p.cell, p.weights, None, len(p.wanted), p.guard)
-        return PulseNode(plan, p.spec, mail, frozen)
+        return PulseNode(plan, p.spec, mail, FrozenBlock(p, None))
     if p.loss is not None:
-        read = PulseReadout(p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.loss, hands_back)
-        return PulseNode(plan, p.spec, mail, read)
+        return PulseNode(plan, p.spec, mail, PulseReadout(p, p.loss, hands_back))
     if p.name in plan.reversible:
-        rewound = ReversibleBlock(
-            p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.guard, hands_back=any(hands_back)
-        )
-        return PulseNode(plan, p.spec, mail, rewound)
+        return PulseNode(plan, p.spec, mail, ReversibleBlock(p, hands_back=any(hands_back)))
     taught = p.make_taught()
     if plan.knobs.credit is Credit.HEADS:
-        alone = HeadBlock(p.cell, p.weights, taught, len(p.wanted), p.guard)
-        return PulseNode(plan, p.spec, mail, alone)
+        return PulseNode(plan, p.spec, mail, HeadBlock(p, taught))
     predicts = None
     if Compensation.WEIGHT_PREDICTION in plan.knobs.compensation:
         predicts = plan.schedule.delay(p.name)
-    block = PulseBlock(p.cell, p.weights, p.wanted, p.dynamics, p.scale, p.guard, taught, predicts)
-    return PulseNode(plan, p.spec, mail, block)
+    return PulseNode(plan, p.spec, mail, PulseBlock(p, taught, predicts))
 
 
 def _sequence_node(plan: Plan, p: _Parts, mail: Mailroom) -> SequenceNode:
-    way_back = WayBack(p.weights, p.dynamics, p.scale)
     truncation = 0 if p.name in plan.silent else plan.knobs.truncation
     if p.loss is not None:
-        read = SequenceReadout(p.cell, way_back, p.wanted, p.loss, plan.knobs.truncation)
+        read = SequenceReadout(p, p.loss, plan.knobs.truncation)
         return SequenceNode(plan, p.spec, mail, read)
     shape, dtype = plan.shapes[p.name]
     h = p.border.own(torch.zeros(shape, dtype=dtype))
-    block = SequenceBlock(p.cell, way_back, p.wanted, p.dynamics, h, truncation, p.guard)
-    return SequenceNode(plan, p.spec, mail, block)
+    return SequenceNode(plan, p.spec, mail, SequenceBlock(p, h, truncation))
 
 
 def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
     if p.loss is not None and not p.spec.state:
-        output_net = HoldReadout(p.cell, p.weights, p.wanted, p.scale, p.loss)
-        return HoldNode(plan, p.spec, mail, output_net)
+        return HoldNode(plan, p.spec, mail, HoldReadout(p, p.loss))
     output = output_weights = None
     if p.spec.output is not None:
         output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
@@ -234,17 +214,12 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
         wait = plan.schedule.wait(p.name)
         retrospect = Retrospect(wait, knobs.blend) if wait else None
     block = HoldBlock(
-        p.cell,
-        p.weights,
-        p.wanted,
-        p.dynamics,
-        plan.knobs.order,
-        p.scale,
+        p,
+        knobs.order,
         p.border.own(plan.start(p.name)),
         loss=p.loss,
         output=output,
         output_weights=output_weights,
-        guard=p.guard,
         lead=knobs.lead if Compensation.PROSPECTIVE in knobs.compensation else 0.0,
         retrospect=retrospect,
     )

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hamdist.config import EngineSettings
-from hamdist.dynamics.balance import balanced
+from hamdist.dynamics.cuts import balanced
 from hamdist.dynamics.graph import Graph
 from hamdist.errors import SettingsError
 from hamdist.runtime.demands import apart, demand, wishes

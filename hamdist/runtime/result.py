@@ -222,3 +222,16 @@ class RunResult(RunFacts):
 def _last(window: Window) -> str:
     right = "" if window.accuracy is None else f", {100 * window.accuracy:.1f} % right"
     return f"loss {window.mean_loss:.4g}{right} over items {window.first} to {window.last}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome(RunFacts):
+    """blocks: final states by name (without those that were lost, after an interruption).
+    startup: seconds by phase, as far as the engine knows them. delays: those that were chosen,
+    where that was asked for. error: what `on_progress` has raised, which ended the run. The rest is
+    as in RunResult."""
+
+    blocks: dict[str, BlockState]
+    windows: dict[str, list[Window]]
+    records: dict[str, Records] = field(default_factory=dict)
+    error: Exception | None = None

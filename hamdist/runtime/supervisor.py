@@ -21,10 +21,9 @@ from hamdist.runtime.digests import joined
 from hamdist.runtime.interrupts import Ending, OnProgress
 from hamdist.runtime.measure import Unmeasured, measured_costs, unmeasured_costs, wants_costs
 from hamdist.runtime.memory import peak_bytes, reset_peak
-from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.placement import Costs, place
 from hamdist.runtime.plan import Plan
-from hamdist.runtime.result import BlockProgress, Progress
+from hamdist.runtime.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.startup import Startup, phases_to
 from hamdist.runtime.threads import cores
 from hamdist.runtime.token import token_notes

@@ -37,11 +37,10 @@ from hamdist.runtime.divergence import explained
 from hamdist.runtime.inprocess import InProcessEngine
 from hamdist.runtime.interrupts import OnProgress, terminated_as_interrupted
 from hamdist.runtime.measure import example_input, example_inputs
-from hamdist.runtime.outcome import Outcome
 from hamdist.runtime.plan import Plan, least_bytes, make_keeping, make_plan
 from hamdist.runtime.portable import is_pinned
 from hamdist.runtime.replan import replannable
-from hamdist.runtime.result import RunResult
+from hamdist.runtime.result import Outcome, RunResult
 from hamdist.runtime.resume import (
     bent_course,
     changed,

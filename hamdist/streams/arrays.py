@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.sample import Sample, SampleSpec
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import Sample, SampleSpec, generator
 
 
 class ArrayStream:

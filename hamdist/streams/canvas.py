@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.derived import Derived
-from hamdist.streams.images import square_images
-from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream
-from hamdist.streams.seeding import generator
+from hamdist.streams.chosen import Derived
+from hamdist.streams.sample import Sample, SampleSpec, Stream, check_stream, generator
 
 _WHO = "stream.canvas", "leave it out"
 
@@ -149,3 +147,24 @@ def still(x: Tensor, side: int, background: float) -> Tensor:
 def canvas_shape(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
     """The shape of a batch of canvases for that of a batch of images."""
     return (shape[0], side * side) if len(shape) == 2 else (*shape[:-2], side, side)
+
+
+def square_images(
+    shape: tuple[int, ...], needed_by: str, instead: str
+) -> tuple[int, int, int, int]:
+    """(B, C, H, H) for the shape of a batch of square images, flat ones included.
+
+    Raises StreamError for other shapes, in which `needed_by` is what needs them and `instead` what
+    to do without them.
+    """
+    match shape:
+        case (batch, flat) if math.isqrt(flat) ** 2 == flat:
+            return batch, 1, math.isqrt(flat), math.isqrt(flat)
+        case (batch, height, width) if height == width:
+            return batch, 1, height, width
+        case (batch, channels, height, width) if height == width:
+            return batch, channels, height, width
+    raise StreamError(
+        f"{needed_by} needs square images, (B, H, H), (B, C, H, H) or (B, H*H), "
+        f"but inputs have shape {shape}: {instead}"
+    )

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.sample import Sample, SampleSpec
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import Sample, SampleSpec, generator
 from hamdist.streams.textfiles import read_text
 
 # Characters and their numbers; 0 is any other one. They do not depend on the text.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from hamdist.streams.derived import Derived
-from hamdist.streams.replay import drops, passed_over, samples_from
-from hamdist.streams.sample import Sample, SampleSpec, Stream
+from hamdist.streams.replay import drops, passed_over, replays, samples_from
+from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 
 
 def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
@@ -17,6 +17,29 @@ def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
     if known is None or known.keys() <= set(readouts) or not set(readouts) <= known.keys():
         return stream
     return Chosen(stream, readouts)
+
+
+class Derived(ABC):
+    """A stream made of another one: portable where that is, and it yields the same items again
+    where that does."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.portable: bool = stream.portable
+        self.replays = replays(stream)
+        self._stream = stream
+
+    @property
+    def spec(self) -> SampleSpec:
+        """That of the wrapped stream."""
+        return self._stream.spec
+
+    def report(self) -> dict[str, int]:
+        """The counts of the wrapped stream."""
+        return report_of(self._stream)
+
+    @abstractmethod
+    def samples(self) -> Iterator[Sample]:
+        """The items from item 0 on."""
 
 
 class Chosen(Derived):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from hamdist.errors import SettingsError
-from hamdist.streams.sample import Sample, SampleSpec
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import Sample, SampleSpec, generator
 
 HELD_OUT_ROWS = 1024
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hamdist.errors import SettingsError
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import generator
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.derived import Derived
+from hamdist.streams.chosen import Derived
 from hamdist.streams.pace import Paced
 from hamdist.streams.sample import Sample, SampleSpec, Stream, Target, check_stream, report_of
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from hamdist.config import Late
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.derived import Derived
+from hamdist.streams.chosen import Derived
 from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream, check_stream, report_of
 

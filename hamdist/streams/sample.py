@@ -9,6 +9,7 @@ B: batch, O: outputs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -167,3 +168,15 @@ def check_stream(wrapper: str, stream: object) -> None:
             f"{wrapper} wraps a stream, not a {type(stream).__name__}; make one with "
             "hamdist.streams.from_iterable(...) or from_loader(...), which say what items look like"
         )
+
+
+def generator(purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator that depends on all of (purpose, numbers) and on nothing else.
+
+    The parts are hashed, so neighbouring seeds and neighbouring epochs share no sequence, and
+    (seed 0, epoch 1) is not (seed 1, epoch 0).
+    """
+    text = "/".join([purpose, *map(str, numbers)])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    # the CPU generator is a Mersenne Twister that takes 32 bits of seed
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

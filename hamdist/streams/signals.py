@@ -14,8 +14,7 @@ from torch import Tensor
 
 from hamdist.config import SignalKind
 from hamdist.errors import SettingsError
-from hamdist.streams.sample import Sample, SampleSpec
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import Sample, SampleSpec, generator
 
 # (amplitude, offset) of a kind, where none are given: those of the golden files tracking_*
 DEFAULTS = {

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from hamdist.config import Motion
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.derived import Derived
-from hamdist.streams.images import square_images
-from hamdist.streams.sample import Sample, Stream
-from hamdist.streams.seeding import generator
+from hamdist.streams.canvas import square_images
+from hamdist.streams.chosen import Derived
+from hamdist.streams.sample import Sample, Stream, generator
 
 SHIFT_REACH = 0.125  # largest displacement along an axis, as a share of half an image's side
 ROTATE_REACH = math.radians(15.0)  # largest angle, either way

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import generator
 
 MOST_ITEMS = 64
 FEWEST_ITEMS = 16

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams.grammar import grammar_words, sentences
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import generator
 from hamdist.streams.textfiles import Texts, read_texts, tokenise
 
 PAD, UNKNOWN = "<pad>", "<unk>"

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import generator
 
 CLASSES = ("neg", "pos")  # class 0, class 1
 HELD_OUT_SHARE = 5  # one text in five, where there is no test part

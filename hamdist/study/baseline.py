@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import FirstStep, LearningSettings, Settings
+from hamdist.config import EngineSettings, FirstStep, LearningSettings, Settings
 from hamdist.dynamics.averaging import Average
 from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import called
@@ -31,10 +31,9 @@ from hamdist.errors import BlockError, GraphError, SettingsError
 from hamdist.runtime.measure import example_sample
 from hamdist.runtime.memory import peak_bytes, reset_peak
 from hamdist.runtime.result import BlockProgress, Progress, RunResult
-from hamdist.runtime.threads import torch_threads
+from hamdist.runtime.threads import cores, torch_threads
 from hamdist.runtime.train import in_dtype_of
 from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
-from hamdist.study.threads import fair_threads, faster_of
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"
@@ -309,3 +308,36 @@ def baseline_warnings(settings: Settings) -> list[str]:
         f"centralised training follows 'learning' alone, not {', '.join(given)}: the gap to it is "
         "not that of locality"
     ]
+
+
+WARM_UP = 3
+REPEATS = 15
+CLEARLY = 1.1
+
+
+def fair_threads(engine: EngineSettings) -> int:
+    """Threads that all processes of a run with `engine` use together, at most the cores."""
+    return min(engine.processes(cores()) * engine.threads, cores())
+
+
+def faster_of(candidates: set[int], step: Callable[[], None]) -> int:
+    """The number of threads among `candidates` with which `step` is fastest (median of a few).
+
+    More threads than the fewest must win clearly: on a busy machine each one waits for the last.
+    """
+    fewest, *more = sorted(candidates)
+    if not more:
+        return fewest
+    seconds = {threads: _seconds(threads, step) for threads in (fewest, *more)}
+    best = min(more, key=seconds.__getitem__)
+    return best if seconds[best] * CLEARLY < seconds[fewest] else fewest
+
+
+def _seconds(threads: int, step: Callable[[], None]) -> float:
+    times = []
+    with torch_threads(threads):
+        for _ in range(WARM_UP + REPEATS):
+            begin = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - begin)
+    return sorted(times[WARM_UP:])[REPEATS // 2]

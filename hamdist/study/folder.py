@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from hamdist.errors import SettingsError
@@ -145,12 +144,7 @@ class ResultFolder:
     def __enter__(self) -> ResultFolder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         """A run that failed before its first item leaves nothing."""
         self.tell("ended", error=None if error is None else str(error) or type(error).__name__)
         if self._events is not None:

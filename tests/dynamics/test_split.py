@@ -12,7 +12,7 @@ from dynamics.helpers import F64, linear, noise
 from torch import nn
 
 from hamdist.config import Grouping, PartitionSettings, Settings
-from hamdist.dynamics.balance import balanced
+from hamdist.dynamics.cuts import balanced
 from hamdist.dynamics.losses import mse
 from hamdist.dynamics.split import split_sequential
 from hamdist.errors import GraphError

@@ -14,7 +14,7 @@ from torch import nn
 
 from hamdist.config import EngineSettings, Pin, Settings, read_settings
 from hamdist.runtime import threads
-from hamdist.runtime.advice import local_processes, thread_warnings
+from hamdist.runtime.advice import thread_warnings
 from hamdist.runtime.threads import pinned, seat
 from hamdist.runtime.train import train
 
@@ -78,7 +78,7 @@ def test_only_the_calling_thread_is_pinned_and_not_for_ever():
     ],
 )
 def test_how_many_processes_are_asked_for(engine, processes):
-    assert local_processes(EngineSettings.model_validate(engine)) == processes
+    assert EngineSettings.model_validate(engine).processes() == processes
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hamdist.errors import BlockError, LevelError, SettingsError, StreamError
 from hamdist.runtime.result import Progress
 from hamdist.runtime.train import train
 from hamdist.streams.sample import Sample, SampleSpec
-from hamdist.study import baseline, threads
+from hamdist.study import baseline
 from hamdist.study.baseline import CENTRALISED, train_centralised
 
 STEPS, B, F, C = 40, 6, 5, 3  # items, batch, features, classes
@@ -186,9 +186,9 @@ def test_progress_ends_with_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> No
 def test_fair_threads(
     engine: dict[str, object], cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threads, "cores", lambda: cores)
+    monkeypatch.setattr(baseline, "cores", lambda: cores)
     asked = Settings.model_validate({"engine": engine}).engine
-    assert threads.fair_threads(asked) == expected
+    assert baseline.fair_threads(asked) == expected
 
 
 def test_the_faster_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +199,11 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(cost[torch.get_num_threads()]):
             next(clock)
 
-    monkeypatch.setattr(threads.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(baseline.time, "perf_counter", lambda: float(next(clock)))
     before = torch.get_num_threads()
-    assert threads.faster_of({1, 2}, step) == 1
+    assert baseline.faster_of({1, 2}, step) == 1
     cost[1] = 5
-    assert threads.faster_of({1, 2}, step) == 2
+    assert baseline.faster_of({1, 2}, step) == 2
     assert torch.get_num_threads() == before
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.errors import GraphError, SettingsError
-from hamdist.runtime.outcome import ending_on_interrupt
+from hamdist.runtime.interrupts import Ending
 from hamdist.study.verify import golden, runner
 from hamdist.study.verify.check import Check, Found
 from hamdist.study.verify.hamilton import CHAIN, make_case, replay
@@ -136,9 +136,9 @@ def test_what_a_topic_opened_is_closed_when_the_run_ends_early():
 
 def test_ctrl_c_ends_the_run_also_when_a_run_inside_a_check_takes_it_for_itself():
     def measure():
-        with ending_on_interrupt(lambda: None) as interrupted:
+        with Ending(lambda: None, None) as ending:
             os.kill(os.getpid(), signal.SIGINT)
-            assert interrupted()
+            assert ending.interrupted
         return 0.0
 
     before = signal.getsignal(signal.SIGINT)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hamdist.config import Order
 from hamdist.dynamics.hold import HoldBlock
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import generator
 from hamdist.study.speed.gradients import Network, not_through, ticks_to_settle
 from hamdist.study.speed.streams import F64, StreamKind, timed_stream
 from hamdist.study.speed.watch import Block, flat, frozen, omegas, watch

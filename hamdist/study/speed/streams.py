@@ -20,7 +20,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import generator
 
 F64 = torch.float64
 PERIOD = 0.04  # seconds that a random sample is held

@@ -16,8 +16,7 @@ from hamdist.errors import SettingsError
 from hamdist.models import ModelFactory, make_from_factory
 from hamdist.runtime.threads import torch_threads
 from hamdist.runtime.train import as_graph
-from hamdist.streams.sample import SampleSpec
-from hamdist.streams.seeding import generator
+from hamdist.streams.sample import SampleSpec, generator
 from hamdist.study.speed.counts import CountRow, Decay, is_chain, tick_counts
 from hamdist.study.speed.gradients import (
     Network,
