@@ -80,7 +80,7 @@ def warning_at_once(say: Callable[[str], None]) -> Iterator[list[str]]:
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         said.append(str(message))
-        say(f"{'Chosen' if isinstance(message, Choice) else 'Warning'}: {message}")
+        say(f"{'Note' if isinstance(message, Choice) else 'Warning'}: {message}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

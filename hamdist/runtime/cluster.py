@@ -346,7 +346,7 @@ def _local(cpus: int) -> Iterator[set[psutil.Process]]:
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
-        with own_token(folder), handlers_of_ours(), _in_a_session_of_its_own():
+        with own_token(folder), handlers_of_ours(), _in_a_session_of_its_own(), _start_named():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -366,6 +366,23 @@ def _local(cpus: int) -> Iterator[set[psutil.Process]]:
             _outlast(mine, GONE_SECONDS if up else 0)
             shutil.rmtree(folder, ignore_errors=True)
             release(Path(folder))
+
+
+@contextmanager
+def _start_named() -> Iterator[None]:
+    """Turn what Ray raises where it does not come up into a ClusterError.
+
+    Raises:
+        ClusterError: Ray did not start.
+    """
+    try:
+        yield
+    except Exception as error:  # (of no common root)
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ClusterError(
+            f"a local Ray did not start: {first} (is this machine overloaded, or short of memory, "
+            "or of room for temporary files?); start again, or use --engine inprocess"
+        ) from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 
 import hamdist
 from hamdist.config import EngineSettings
-from hamdist.errors import SettingsError
+from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime import cluster
 
 pytestmark = pytest.mark.timeout(180)
@@ -76,6 +76,21 @@ def test_a_ray_that_died_takes_no_run(session):
         ended.kill()
         ended.wait(10)
         assert not waiting.takes(EngineSettings(kind="ray", actors=2))
+
+
+def test_a_ray_that_does_not_come_up_is_one_clear_error(monkeypatch, tmp_path):
+    import ray
+
+    def late(**_):
+        raise Exception("The current node timed out during startup.\nMore of it.")
+
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # (another test's Ray may be up)
+    monkeypatch.setattr(cluster, "short_folder", lambda: str(tmp_path))
+    said = r"did not start: The current node timed out during startup. \(is this.*inprocess$"
+    with pytest.raises(ClusterError, match=said), cluster._local(1):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_session_names_a_wrong_field():
