@@ -57,6 +57,7 @@ CELLS: dict[ModelKind, type[nn.RNNCell | nn.GRUCell | nn.LSTMCell]] = {
 
 ModelFactory: TypeAlias = Callable[[], object]
 MODEL_OPTION = "--model"
+BASELINE_OPTION = "--baseline-model"
 
 
 class InputBlock(nn.Module):
@@ -326,20 +327,22 @@ def make_tracker(
     )
 
 
-def load_factory(name: str) -> ModelFactory:
+def load_factory(name: str, option: str = MODEL_OPTION) -> ModelFactory:
     """The function `package.module:function` or `file.py:function` (an `nn.Module` class will do),
     not called yet.
 
     Its module is imported, so its code runs: `name` may come from a command line or a program,
-    never from a settings file. The current directory is searched too. Raises SettingsError for
-    every way in which it can be wrong.
+    never from a settings file. The current directory is searched too. option: what the user wrote
+    before it. Raises SettingsError for every way in which it can be wrong.
     """
-    factory = load_function(MODEL_OPTION, name)
-    check_call(MODEL_OPTION, name, factory)
+    factory = load_function(option, name)
+    check_call(option, name, factory)
     return factory
 
 
-def make_from_factory(factory: ModelFactory, *, seed: int, dtype: torch.dtype) -> nn.Module:
+def make_from_factory(
+    factory: ModelFactory, *, seed: int, dtype: torch.dtype, option: str = MODEL_OPTION
+) -> nn.Module:
     """The module that `factory` returns, its floating-point tensors in `dtype`.
 
     torch's global generator is seeded with `seed` while the function runs and put back afterwards.
@@ -347,10 +350,9 @@ def make_from_factory(factory: ModelFactory, *, seed: int, dtype: torch.dtype) -
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = called(MODEL_OPTION, factory)
+        model = called(option, factory)
     if not isinstance(model, nn.Module):
         raise SettingsError(
-            f"{MODEL_OPTION}: {title(factory)}() returned {type(model).__name__}, not a "
-            "torch.nn.Module"
+            f"{option}: {title(factory)}() returned {type(model).__name__}, not a torch.nn.Module"
         )
     return model.to(dtype)

@@ -221,3 +221,14 @@ def test_classes_are_what_the_model_predicts():
     with pytest.raises(GraphError, match=r"loss mse, but the targets have dtype torch.int64"):
         learned([(torch.randn(2, 3).double(), torch.ones(2, 1).long())],
                 net=nn.Linear(3, 1).double(), loss="mse")  # fmt: skip
+
+
+def test_targets_of_true_and_false_are_refused():
+    data = [(u, y > 1) for u, y in items(-100)]
+    with pytest.raises(StreamError, match=r"dtype torch.bool: convert .* y.long\(\)"):
+        learned(data, classes=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dtype_of_torchs_own_is_the_type_of_all_weights(dtype):
+    assert all(p.dtype == dtype for p in learned(items(-100), dtype=dtype).model.parameters())

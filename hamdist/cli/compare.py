@@ -110,7 +110,7 @@ def _compare(
 ) -> None:
     factory = prepare(None, model_name)
     data = own_stream(stream_name, settings)
-    plain = prepare(None, baseline)
+    plain = prepare(None, baseline, "--baseline-model")
     code = code_of(model_name, stream_name, baseline)
 
     from hamdist.study.compare import compare as runs_of

@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from hamdist.study.runs import DataFactory
 
 
-def prepare(out: Path | None, model_name: str | None) -> ModelFactory | None:
-    """What can be wrong before anything is computed: the folder and the model's function. Raises
-    SettingsError where nothing can be written to `out`, or no function has that name."""
+def prepare(
+    out: Path | None, model_name: str | None, option: str = "--model"
+) -> ModelFactory | None:
+    """What can be wrong before anything is computed: the folder and the model's function. option:
+    of the command, which named it. Raises SettingsError where nothing can be written to `out`, or
+    no function has that name."""
     if out is not None:
         prepare_folder(out)
     if model_name is None:
         return None
     from hamdist.models import load_factory
 
-    return load_factory(model_name)
+    return load_factory(model_name, option)
 
 
 def code_of(*names: str | None) -> str:

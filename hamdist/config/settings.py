@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Annotated
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hamdist.config.dynamics import DynamicsSettings
 from hamdist.config.engine import EngineSettings
@@ -80,6 +80,12 @@ class Settings(Section):
         if not isinstance(self.loss, dict):
             return MODEL_LOSS if self.loss is Loss.MODEL else None
         return next((name for name, one in self.loss.items() if one is Loss.MODEL), None)
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        """Takes a torch.dtype, too."""
+        return str(value).rpartition(".")[2] if type(value).__name__ == "dtype" else value
 
     @model_validator(mode="after")
     def _levels_are_settings(self) -> Settings:

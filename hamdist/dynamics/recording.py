@@ -230,7 +230,8 @@ class _Recorder(TorchFunctionMode):
         self._writers: dict[int, set[int]] = {}
         self._readers: dict[int, set[int]] = {}
         self._varying: set[int] = set()  # memory that was written to from what varies
-        self._autocast = torch.is_autocast_enabled()
+        self._autocast = _autocast()
+        self._learned = {name for name, _ in model.named_parameters()}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._learn(tensor, Weight(name))
         for name, tensor in inputs.items():
@@ -341,7 +342,7 @@ class _Recorder(TorchFunctionMode):
                 self._template(step.kwargs),
                 torch.is_grad_enabled(),
             )
-            if torch.is_autocast_enabled() != self._autocast:
+            if _autocast() != self._autocast:
                 raise self._fails("it switches autocast on or off")
             versions = [t._version for t in given]
             chance = torch.get_rng_state()
@@ -391,6 +392,8 @@ class _Recorder(TorchFunctionMode):
             origin = self._origin.get(memory)
             if isinstance(origin, tuple) and origin[0] == "const":
                 raise self._fails("it writes to a tensor that outlives the call")
+            if isinstance(origin, Weight) and origin.name in self._learned:
+                raise self._fails(f"it changes its weight {origin.name!r}")
             taken.writes.add(memory)
             taken.reads |= self._readers.get(memory, set()) - {k}
             self._writers.setdefault(memory, set()).add(k)
@@ -498,6 +501,12 @@ def _is_plain(value: Any) -> bool:
     torch_own = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo)
     functions = (FunctionType, BuiltinFunctionType)
     return isinstance(value, (*plain, *torch_own, *functions))
+
+
+def _autocast() -> list[object]:
+    """Which types autocast takes now, if any; torch's question without a device is CUDA's alone."""
+    on = torch.is_autocast_enabled
+    return [torch.get_autocast_dtype(d) if on(d) else None for d in ("cpu", "cuda")]
 
 
 def _backward_of(tensor: Tensor) -> object:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from hamdist.dynamics.copies import copied
 from hamdist.dynamics.inputs import is_input
@@ -97,9 +97,11 @@ def _run_on(
         for x, leaf in zip(inputs, leaves, strict=True):
             x.requires_grad_(grad and leaf and x.is_floating_point())
         before = [(m, inside(m)) for m in probe.modules() if is_foreign(type(m))]
+        weights = {n: (p, p.untyped_storage()) for n, p in probe.named_parameters()}
         try:
             with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
                 made = probe(*combined(combine, [x.clone() for x in inputs]))
+            _check_same(name, probe, weights)
             if kept is not None:
                 kept.update(n for part, was in before for n in changed_in(part, was))
             return made.detach() if isinstance(made, Tensor) else made
@@ -116,6 +118,21 @@ def _run_on(
                 f"{reason}"
             ) from error
     raise GraphError(f"block {name!r} cannot be run on its input {given}")
+
+
+def _check_same(
+    block: str, module: nn.Module, before: Mapping[str, tuple[nn.Parameter, UntypedStorage]]
+) -> None:
+    """Check that a call has left each weight the tensor, and in the memory, that it was."""
+    after = dict(module.named_parameters())
+    for name, (weight, memory) in before.items():
+        same = after.get(name) is weight and weight.untyped_storage()._cdata == memory._cdata
+        if not same:
+            raise GraphError(
+                f"block {block!r}: the forward of a {type(module).__name__} puts another tensor in "
+                f"place of its weight {name!r} (by assigning it, or its .data), which would not be "
+                "what learns; write into it: with torch.no_grad(): weight.copy_(...)"
+            )
 
 
 def _probes(

@@ -83,9 +83,18 @@ class Actor:
         """Another process takes the actor's part."""
         self.seat, self.handle = seat, handle
         self.node, self.address, self.pid = place
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """What is known of its run is not so any more."""
         self.running = self.report = self.status = self.asked = None
         self.windows = []
         self.every = None
+
+    @property
+    def tick(self) -> int | None:
+        """Where its hindmost block was, as far as it is known."""
+        return None if self.status is None else min(self.status.ticks.values(), default=None)
 
     def note(self, status: HostStatus) -> None:
         self.status = status
@@ -439,8 +448,32 @@ class Crew:
             actor.running = actor.handle.run.remote(together.index(actor), len(together))
 
     def connect_local(self, ends: Opened) -> int:
-        """The stream in this process sends to new ends."""
-        return 0 if self._local is None else self._local.connect_anew(ends)
+        """The stream in this process sends to new ends (and runs, where it begins again)."""
+        again = 0 if self._local is None else self._local.connect_anew(ends)
+        self._start_local()
+        return again
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether the stream can be drawn a second time."""
+        return self._local is None or replays(self._stream)
+
+    def renew_local(self, plan: Plan) -> None:
+        """Make a stream in this process begin again, from the plan's snapshot.
+
+        Raises:
+            StreamError: it is in the midst of an item that does not come.
+        """
+        if self._local is None:
+            return
+        self._end_local()
+        if self._thread is not None and self._thread.is_alive():
+            raise StreamError(
+                f"the stream has not yielded the next sample for {END_SECONDS:.0f} s, so it cannot "
+                "be drawn again from an earlier one; go on from the latest snapshot (--resume)"
+            )
+        self._thread = self.local_report = None
+        self._local = Host(plan.only([]), [], self._stream, self._keys)
 
     def withdraw(self, key: str) -> None:
         """Nobody lets the holder of this key in any more."""
@@ -487,7 +520,10 @@ class Crew:
     def start(self) -> None:
         """Everybody runs."""
         self.start_again(self.actors)
-        if self._local is not None:
+        self._start_local()
+
+    def _start_local(self) -> None:
+        if self._local is not None and self._thread is None:
             self._thread = threading.Thread(target=self._run_local, daemon=True)
             self._thread.start()
 

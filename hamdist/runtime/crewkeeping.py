@@ -54,6 +54,14 @@ class CrewKeeping:
         return self._shelf.snapshots
 
     @property
+    def way_on(self) -> str:
+        """What a run that stands still can be gone on from."""
+        latest = self._shelf.latest
+        if latest is None:
+            return "; no snapshot was complete yet: the run has to begin again"
+        return f"; the run can go on from its latest snapshot: --resume {latest.where}"
+
+    @property
     def replaced(self) -> list[Replaced]:
         return [] if self._recovery is None else self._recovery.replaced
 
@@ -68,7 +76,7 @@ class CrewKeeping:
         recovery = self._recovery
         if recovery is None or self._forgotten or (error is not None and not recovery.heals(error)):
             return False
-        tick = error.tick if isinstance(error, BlockError) else _tick(actor)
+        tick = error.tick if isinstance(error, BlockError) else actor.tick
         self._losses.append(Loss(actor, tick, loss))
         return True
 
@@ -89,10 +97,13 @@ class CrewKeeping:
             unlike, self._recovery.unlike = self._recovery.unlike, []
             same = "" if unlike else "; no number has changed"
             self._warnings += unlike
+            new = self._recovery.replaced[before:]
+            self._warnings += dict.fromkeys(r.fault for r in new if r.fault)
             self._warnings += [
                 f"{r.actor} (blocks {', '.join(r.blocks)}) was lost at tick {r.tick}, and replaced "
                 f"within {r.seconds:.1f} s from tick {r.since}{same}"
-                for r in self._recovery.replaced[before:]
+                for r in new
+                if r.lost
             ]
         self._ask_in_time(now)
 
@@ -125,7 +136,7 @@ class CrewKeeping:
         for actor in self._crew.silent(now, self._keeping.silence):
             if actor.report is None and id(actor) not in known:
                 error = ClusterError(f"{actor} has not answered for {self._keeping.silence:g} s")
-                self._losses.append(Loss(actor, _tick(actor), error))
+                self._losses.append(Loss(actor, actor.tick, error))
 
     # -- snapshots ------------------------------------------------------------------------------
 
@@ -207,7 +218,3 @@ class CrewKeeping:
             f"no snapshot could be taken before the end within {LAST_SECONDS:.0f} s: {there}"
         )
         return True
-
-
-def _tick(actor: Actor) -> int | None:
-    return min(actor.status.ticks.values(), default=None) if actor.status is not None else None

@@ -6,8 +6,10 @@
     all others  notice nothing
 
 Nobody rolls back, so nobody's numbers can change: what a replaced block computes again is a
-function of its state and of the signals that it is given again. An old process that is not dead
-(a host that was cut off) has no open end any more: nobody reads what it sends.
+function of its state and of the signals that it is given again. Only where the files are damaged
+that a lost one needs do all begin again from the snapshot before (or from the start). An old
+process that is not dead (a host that was cut off) has no open end any more: nobody reads what it
+sends.
 """
 
 from __future__ import annotations
@@ -15,18 +17,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
-from hamdist.errors import BlockError, ClusterError, DivergedError, HamdistError, WireError
+from hamdist.errors import (
+    BlockError,
+    ClusterError,
+    DivergedError,
+    HamdistError,
+    SnapshotError,
+    WireError,
+)
 from hamdist.runtime.attempts import Attempts
 from hamdist.runtime.cluster import reachable_hosts
-from hamdist.runtime.crew import START_SECONDS, Actor, Crew
+from hamdist.runtime.crew import END_SECONDS, START_SECONDS, Actor, Crew
 from hamdist.runtime.host import ANSWER_SECONDS, Opened
 from hamdist.runtime.hosts import reseated
 from hamdist.runtime.plan import Keeping
@@ -58,6 +68,8 @@ class Recovery:
         self._epoch = keeping.epoch
         self._attempts = Attempts()
         self._fresh: set[str] = set()  # started already in the present recovery
+        self._fault = ""  # of a snapshot, for which all go back in the present recovery
+        self._present: set[str] = set()  # actors that were there, and only go back with the others
         self.replaced: list[Replaced] = []
         self.unlike: list[str] = []  # what there is to say of replacements on other processors
 
@@ -68,28 +80,17 @@ class Recovery:
         return isinstance(error, (BlockError, WireError))
 
     def replace(self, losses: Sequence[Loss]) -> None:
-        """Raises the error of an actor that was lost too often without getting any further, and
-        ClusterError where the cluster cannot take a replacement."""
+        """Raises the error of an actor that was lost too often without getting any further,
+        ClusterError where the cluster cannot take a replacement, and SnapshotError where a snapshot
+        is damaged and there is nothing to go back to."""
         began = time.monotonic()
         for loss in losses:
             self._count(loss)
         lost = {loss.actor.name: loss.actor for loss in losses}
-        self._fresh.clear()
-        for attempt in range(MOST_TRIES):
-            again = self._try(list(lost.values()))
-            if isinstance(again, int):
-                break
-            lost |= {actor.name: actor for actor in again}
-            self._fresh -= {actor.name for actor in again}
-            time.sleep(PAUSE_SECONDS)
-            if attempt == MOST_TRIES - 1:
-                raise ClusterError(
-                    f"{', '.join(map(str, lost.values()))} could not be replaced in {MOST_TRIES} "
-                    "tries; is the cluster still there (ray status)? The run can go on from its "
-                    "latest snapshot (--resume)"
-                ) from losses[0].error
+        ticks = {actor.name: actor.tick for actor in self._crew.actors}
+        ticks |= {loss.actor.name: loss.tick for loss in losses}
+        again = self._try_often(lost, losses[0].error)
         seconds = time.monotonic() - began
-        ticks = {loss.actor.name: loss.tick for loss in losses}
         for i, actor in enumerate(lost.values()):
             self.replaced.append(
                 Replaced(
@@ -98,9 +99,85 @@ class Recovery:
                     tick=ticks.get(actor.name),
                     since=0 if self._shelf.latest is None else self._shelf.latest.tick,
                     seconds=seconds,
-                    replayed=again if i == 0 and isinstance(again, int) else 0,
+                    replayed=again if i == 0 else 0,
+                    fault=self._fault,
+                    lost=actor.name not in self._present,
                 )
             )
+
+    def _try_often(self, lost: dict[str, Actor], error: HamdistError) -> int:
+        """How many signals were sent again. `lost` gets those that are lost meanwhile, too."""
+        self._fresh.clear()
+        self._present.clear()
+        self._fault = ""
+        unread: SnapshotError | None = None
+        for _ in range(MOST_TRIES):
+            self._go_back(lost, unread)
+            unread = None
+            try:
+                again = self._try(list(lost.values()))
+            except SnapshotError as caught:
+                unread = caught
+                continue
+            if isinstance(again, int):
+                return again
+            lost |= {actor.name: actor for actor in again}
+            self._fresh -= {actor.name for actor in again}
+            self._present -= {actor.name for actor in again}
+            time.sleep(PAUSE_SECONDS)
+        raise unread or ClusterError(
+            f"{', '.join(map(str, lost.values()))} could not be replaced in {MOST_TRIES} "
+            "tries; is the cluster still there (ray status)? The run can go on from its "
+            "latest snapshot (--resume)"
+        ) from error
+
+    def _go_back(self, lost: dict[str, Actor], unread: SnapshotError | None) -> None:
+        """Take all actors back to an earlier snapshot where the files are damaged that lost ones
+        need: nobody has what lies between the two any more.
+
+        Args:
+            lost: gets all actors then.
+            unread: what an actor has said of its files.
+
+        Raises:
+            SnapshotError: there is nothing to go back to, or the files are as they were written
+                and yet an actor cannot read them.
+        """
+        crew = self._crew
+        inside = zip(crew.actors, crew.inside(), strict=True)
+        faults = self._shelf.go_back(
+            {node for actor, nodes in inside if actor.name in lost for node in nodes}
+        )
+        if not faults:
+            if unread is not None:
+                raise unread
+            return
+        there = self._shelf.latest
+        place = "the beginning" if there is None else str(there)
+        fault = "; ".join(faults)
+        if not crew.goes_back:
+            way = "start again" if there is None else f"go on from there (--resume {there.where})"
+            raise SnapshotError(
+                f"{fault}; the run cannot go back to {place} by itself, for its stream "
+                f"cannot be drawn a second time: {way}"
+            )
+        self._fault = f"{fault}; all actors go back to {place}"
+        warnings.warn(self._fault, stacklevel=2)
+        present = [actor for actor in crew.actors if actor.name not in lost]
+        self._present |= {actor.name for actor in present}
+        lost |= {actor.name: actor for actor in present}
+        self._call_off(present)
+
+    def _call_off(self, actors: Sequence[Actor]) -> None:
+        """End the runs of actors that are well, whose processes begin again (others are killed)."""
+        for actor in actors:
+            actor.handle.abort.remote(self._crew.plan.run)
+        runs = [actor.running for actor in actors]
+        ended = ray.wait(runs, num_returns=len(runs), timeout=END_SECONDS)[0] if runs else []
+        for actor in actors:
+            if actor.running in ended:
+                actor.begin_again()
+                self._fresh.add(actor.name)
 
     def _count(self, loss: Loss) -> None:
         saved = 0 if self._shelf.latest is None else self._shelf.latest.tick
@@ -120,6 +197,7 @@ class Recovery:
         self._epoch += 1
         fresh = [actor for actor in lost if actor.name in self._fresh]
         _, dead = _all({actor.handle.close.remote(): actor for actor in fresh})
+        self._present -= {actor.name for actor in dead}
         gone = self._start([actor for actor in lost if actor not in fresh or actor in dead])
         if gone:
             return gone
@@ -130,6 +208,8 @@ class Recovery:
         plan = dataclasses.replace(crew.plan, keeping=keeping)
         ends: Opened = {}
         calls: dict[Any, Actor] = {}
+        if self._fault:
+            crew.renew_local(plan)
         for i in numbers:
             actor = crew.actors[i]
             given = (plan.only(actor.blocks), actor.blocks, crew.stream_of(i))
@@ -209,13 +289,17 @@ def _kill(actor: Actor, here: str) -> None:
 
 
 def _all(calls: dict[Any, Actor]) -> tuple[list[Any], list[Actor]]:
-    """What the calls give, and the actors that have died instead of an answer."""
+    """What the calls give, and the actors that have died instead of an answer. Raises the
+    SnapshotError of one that could not read its files."""
     waiting = list(calls)
     done, late = ray.wait(waiting, num_returns=len(waiting), timeout=ANSWER_SECONDS)
     found, gone = [], [calls[call] for call in late]
     for call in done:
         try:
             found.append(ray.get(call))
-        except (RayError, TimeoutError):
+        except (RayError, TimeoutError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else None
+            if isinstance(cause, SnapshotError):
+                raise SnapshotError(f"{calls[call]}: {cause}") from None
             gone.append(calls[call])
     return found, gone

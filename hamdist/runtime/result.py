@@ -77,7 +77,9 @@ class Progress:
 class Replaced:
     """An actor that was lost and replaced. tick: of its blocks, as far as it was known. since: the
     tick of the snapshot that it went on from. seconds: until it ran again. replayed: signals that
-    its neighbours had to send again (of actors that were lost together: with the first)."""
+    its neighbours had to send again (of actors that were lost together: with the first). fault:
+    of a later snapshot, for which all went back to this one (empty: none). lost: False for those
+    that were there, and only went back with the others."""
 
     actor: str
     blocks: list[str]
@@ -85,6 +87,8 @@ class Replaced:
     since: int
     seconds: float
     replayed: int
+    fault: str = ""
+    lost: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from hamdist.config import Settings
@@ -18,6 +18,7 @@ from hamdist.runtime.snapshot import (
     Manifest,
     Snapshot,
     conclude,
+    folder_of,
     remove_unfinished,
     versions,
 )
@@ -43,6 +44,8 @@ class Shelf:
         self._switches = plan.switches
         self.latest: Snapshot | None = plan.keeping.snapshot
         self._kept: list[Snapshot] = []
+        self._resumed = self.latest  # what the run began with
+        self._damaged: set[str] = set()  # folders of snapshots that the run went back behind
 
     @property
     def snapshots(self) -> list[str]:
@@ -57,6 +60,36 @@ class Shelf:
         self._taken = {tick: one for tick, one in self._taken.items() if tick >= before}
         with suppress(SnapshotError):
             remove_unfinished(self._store, before)
+
+    def go_back(self, nodes: Collection[str]) -> list[str]:
+        """Go back to the latest snapshot that is as it was written, or to the beginning.
+
+        Args:
+            nodes: whose files are needed of the latest one; of those before it all are.
+
+        Returns:
+            What is wrong with each that was given up, naming the file; none: the latest is whole.
+
+        Raises:
+            SnapshotError: not even the one that the run began with is as it was written.
+        """
+        faults: list[str] = []
+        while self.latest is not None:
+            try:
+                self.latest.check(None if faults else nodes)
+                break
+            except SnapshotError as error:
+                faults.append(str(error))
+            if self.latest is self._resumed:
+                raise SnapshotError(
+                    f"{'; '.join(faults)}; the run began with that one and has no other: go on "
+                    f"from one before it, if there is one (--resume {self.latest.where})"
+                )
+            self._damaged.add(self.latest.folder)  # (it may be whole again: nothing is removed now)
+            self._taken.clear()
+            self._kept = [one for one in self._kept if one.tick < self.latest.tick]
+            self.latest = self._kept[-1] if self._kept else self._resumed
+        return faults
 
     def put(self, taken: Taken) -> Snapshot | None:
         """Notes the files of one process; the snapshot, if it is complete with them."""
@@ -84,7 +117,8 @@ class Shelf:
             time=now(),
             stream=dict(self._keeping.stream),
         )
-        self.latest = conclude(self._store, manifest, self._keeping.keep)
+        self._damaged.discard(folder_of(taken.tick))
+        self.latest = conclude(self._store, manifest, self._keeping.keep, self._damaged)
         self._kept = [*self._kept, self.latest][-self._keeping.keep :]
         self._taken = {tick: one for tick, one in self._taken.items() if tick > taken.tick}
         return self.latest

@@ -18,7 +18,7 @@ import json
 import re
 import secrets
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,11 +199,12 @@ class Snapshot:
         name = f"{self.where}/{self.folder}/{part.file}"
         return from_bytes(self._bytes(part, name), name, gpu)
 
-    def check(self) -> None:
-        """Compares all files with their checksums. Raises SnapshotError naming the first that
-        differs."""
-        for part in self.manifest.parts.values():
-            self._bytes(part, f"{self.where}/{self.folder}/{part.file}")
+    def check(self, nodes: Collection[str] | None = None) -> None:
+        """Compares the files (of `nodes` alone) with their checksums. Raises SnapshotError naming
+        the first that differs."""
+        for node, part in self.manifest.parts.items():
+            if nodes is None or node in nodes:
+                self._bytes(part, f"{self.where}/{self.folder}/{part.file}")
 
     def _bytes(self, part: Part, name: str) -> bytes:
         if "/" in part.file or part.file.startswith("."):
@@ -322,9 +323,11 @@ def write_part(store: Storage, tick: int, file: str, data: bytes) -> Part:
     return Part(file=file, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def conclude(store: Storage, manifest: Manifest, keep: int) -> Snapshot:
+def conclude(
+    store: Storage, manifest: Manifest, keep: int, damaged: Collection[str] = ()
+) -> Snapshot:
     """Writes the manifest, and removes all but the `keep` latest snapshots, and what earlier ones
-    have come to that nobody finished."""
+    have come to that nobody finished, or that are `damaged` (folders)."""
     folder = folder_of(manifest.tick)
     try:
         store.write(f"{folder}/{MANIFEST}", manifest.dumped())
@@ -337,7 +340,7 @@ def conclude(store: Storage, manifest: Manifest, keep: int) -> Snapshot:
     for name in complete(store):
         if name > folder:
             continue  # one that is being written
-        if kept < keep and _finished(store, name):
+        if kept < keep and name not in damaged and _finished(store, name):
             kept += 1
         else:
             store.remove(name)

@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack
 
 from hamdist.dynamics.metrics import Window
-from hamdist.errors import ClusterError, DivergedError, HamdistError, StallError
+from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
 from hamdist.runtime.advice import lending_notes, placement_notes, unmeasured_notes
 from hamdist.runtime.cluster import HEAD_SECONDS, HeadWatch, answers, ray_session
 from hamdist.runtime.compression import CompressionMap
@@ -174,7 +174,7 @@ class _Watch:
         try:
             if self._keeping is not None:
                 self._keeping.look(time.monotonic())
-        except ClusterError as error:
+        except (ClusterError, SnapshotError) as error:
             if not stop.is_set():
                 raise
             self._warnings.append(f"{error} (while the run was ending)")
@@ -195,7 +195,7 @@ class _Watch:
             silent = [str(actor) for actor in self._crew.silent(now)]
             text = explain(waits, ticks, silent, still)
             if over:
-                raise StallError(text)
+                raise StallError(text + ("" if self._keeping is None else self._keeping.way_on))
             self._warnings.append(text)
             self._note = text
         elif still == 0:

@@ -418,7 +418,7 @@ def _target_spec(
 ) -> TargetSpec:
     if y is not None:
         integers = not y.dtype.is_floating_point
-        if y.dtype == torch.bool and classes is None:
+        if y.dtype == torch.bool:
             raise StreamError(
                 f"item 0: {field} has dtype {y.dtype}: convert targets that are classes with "
                 "y.long(), real-valued ones to a floating-point dtype"

@@ -25,6 +25,7 @@ from hamdist.dynamics.recurrent import MergedSequence
 from hamdist.dynamics.stabilise import stabilised
 from hamdist.errors import Choice, DivergedError, SettingsError, StreamError
 from hamdist.models import (
+    BASELINE_OPTION,
     CELLS,
     ModelFactory,
     make_from_factory,
@@ -190,7 +191,9 @@ def _run(
         told = advice(settings)
         rules = [] if isinstance(model, Graph) else functions_of(model)
         if begin is not None and begin.plain is not None:
-            plain_model = make_from_factory(begin.plain, seed=settings.seed, dtype=dtype)
+            plain_model = make_from_factory(
+                begin.plain, seed=settings.seed, dtype=dtype, option=BASELINE_OPTION
+            )
             told.append(beside(plain_model, model))
             model = plain_model
         elif engine == PYTORCH and rules:

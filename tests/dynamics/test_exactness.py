@@ -82,7 +82,7 @@ def apart(make, slices=1):
     torch.manual_seed(3)
     plain = sgd(Net(), items())  # (what the model would be without what is tried)
     u, _ = items()[0]
-    different = relative([plain(u)], [expected(u)]) > 1e-4
+    different = relative([plain(u)], [copy.deepcopy(expected)(u)]) > 1e-4
     assert different, "the case does not differ from a plain net"
     return relative(result.model.state_dict().values(), expected.state_dict().values()), result
 
@@ -716,3 +716,86 @@ def test_parametrizations_are_honoured(change, build):
     assert [n for n, _ in model.named_parameters() if "parametrizations" in n]
     distance, _ = apart(make)
     assert distance <= ROUND_OFF
+
+
+# -- weights and types that a forward changes -------------------------------------------------
+
+
+def clamped(net):
+    with torch.no_grad():
+        net.b.weight.clamp_(-0.3, 0.3)
+
+
+def clamped_data(net):
+    net.b.weight.data.clamp_(-0.3, 0.3)
+
+
+def written(net):
+    net.b.weight.data[0] = 0.1
+
+
+def assigned_data(net):
+    net.b.weight.data = net.b.weight.data.clamp(-0.3, 0.3)
+
+
+def assigned(net):
+    net.b.weight = nn.Parameter(net.b.weight.detach().clamp(-0.3, 0.3))
+
+
+class Renewing(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.b = nn.Linear(5, 5, dtype=F64)
+        self.change = change
+
+    def forward(self, x):
+        self.change(self)
+        return self.b(x)
+
+
+def renewing(change):
+    return lambda: Net(Renewing(change))
+
+
+@pytest.mark.parametrize("change", [clamped, clamped_data, written])
+def test_a_weight_that_a_forward_writes_to_keeps_its_module_whole(change):
+    gap, result = apart(renewing(change))
+    assert gap < ROUND_OFF
+    assert len(result.blocks) == 2
+
+
+@pytest.mark.parametrize("change", [assigned_data, assigned])
+def test_a_weight_that_a_forward_replaces_is_refused(change):
+    with pytest.raises(GraphError, match=r"another tensor in place of its weight '.*b.weight'"):
+        apart(renewing(change))
+
+
+class Casting(nn.Module):
+    """Computes in bfloat16 inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.linear(x).float()
+
+
+def test_autocast_inside_a_forward_is_honoured():
+    torch.manual_seed(3)
+    casting = Net(Casting()).float()
+    plain = copy.deepcopy(casting)
+    plain.mid = plain.mid.linear
+    data = [(u.float(), y.float()) for u, y in items()]
+    model = hamdist.train(
+        copy.deepcopy(casting),
+        from_iterable(data),
+        level="backprop",
+        engine={"kind": "inprocess"},
+        learning={"lr": LR},
+        loss=mse,
+    ).model
+    expected = [*sgd(casting, data).parameters()]
+    assert relative([*model.parameters()], expected) < 1e-6
+    assert relative([*sgd(plain, data).parameters()], expected) > 1e-5

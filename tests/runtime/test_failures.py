@@ -40,13 +40,14 @@ def with_module(module):
     )
 
 
-def settings(**engine):
+def settings(snapshots=None, **engine):
     return Settings.model_validate(
         {
             "level": "trace",
             "steps": 200,
             "partition": {"cuts": ["1", "3", "4"]},
             "engine": {"kind": "ray", "actors": 3, **engine},
+            **({} if snapshots is None else {"snapshots": snapshots}),
         }
     )
 
@@ -133,7 +134,7 @@ def test_a_killed_actor_is_named(session, leaves_nothing):
     assert seen
 
 
-def test_the_watchdog_names_the_edge_that_blocks(leaves_nothing):
+def test_the_watchdog_names_the_edge_that_blocks(leaves_nothing, tmp_path):
     with pytest.raises(StallError) as caught:
         train(
             with_module(Stuck(20)),
@@ -142,9 +143,11 @@ def test_the_watchdog_names_the_edge_that_blocks(leaves_nothing):
                 placement=[["block0"], ["block1"], ["block2", "block3"]],
                 stall_warning=0.5,
                 stall_limit=1.5,
+                snapshots={"path": str(tmp_path / "kept"), "every": 5},
             ),
         )
     text = str(caught.value)
+    assert text.endswith(f"go on from its latest snapshot: --resume {tmp_path / 'kept'}")
     assert "no block has moved" in text
     assert "'block2' has waited" in text
     assert "state on edge block1->block2" in text

@@ -47,6 +47,7 @@ class OneActor:
     kept_bytes: int = 0
     forgot: bool = False
     status: HostStatus | None = None
+    tick = None
 
 
 @dataclass

@@ -156,6 +156,9 @@ class Rule(nn.Module):
     def forward(self, x):
         return Zero.apply(x)
 
+def fails():
+    raise ValueError("no weights")
+
 def layers(*between):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), *between, nn.Linear(16, 10))
 
@@ -200,6 +203,19 @@ def test_compare_with_a_plain_module(tmp_path, monkeypatch):
         assert "a rule of its own" not in written
     output, _, _ = compared(tmp_path, monkeypatch, "--baseline-model", "nets.py:wider")
     assert "with 2 of its 4 tensors taken from the model; its own are 3.weight, 3.bias" in output
+
+
+@pytest.mark.parametrize(("name", "said"), [("fails", "no weights"), ("gone", "has no 'gone'")])
+def test_errors_of_the_baselines_module_name_its_option(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    file = f"nets_{tmp_path.name}.py"
+    (tmp_path / file).write_text(OWN)
+    arguments = ["compare", "digits", "--levels", "backprop", "--steps", "2", "--out", "out"]
+    arguments += ["--engine", "inprocess", "--baseline-model", f"{file}:{name}"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert "--baseline-model" in done.output
+    assert said in done.output
 
 
 # -- golden files ----------------------------------------------------------------------------------
