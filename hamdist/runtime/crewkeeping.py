@@ -27,6 +27,7 @@ class CrewKeeping:
         self._crew = crew
         self._keeping = keeping
         self._blocks = plan.graph.blocks
+        self._python_state = sorted(plan.graph.state)
         self._shelf = Shelf(plan, crew.arithmetic)
         self._recovery = Recovery(crew, keeping, self._shelf) if keeping.recover else None
         self._losses: list[Loss] = []
@@ -96,6 +97,11 @@ class CrewKeeping:
             self._asked = self._last = self._last_by = self._pace = None
             unlike, self._recovery.unlike = self._recovery.unlike, []
             same = "" if unlike else "; no number has changed"
+            if self._python_state:
+                same = (
+                    f"; Python state of a forward ({', '.join(self._python_state)}) began anew: "
+                    "the numbers are not those of an undisturbed run"
+                )
             self._warnings += unlike
             new = self._recovery.replaced[before:]
             self._warnings += dict.fromkeys(r.fault for r in new if r.fault)

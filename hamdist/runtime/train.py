@@ -222,6 +222,12 @@ class _Work:
             names = changed(snapshot, own.settings)
             if names:
                 told.append(f"the run goes on with other settings than before: {', '.join(names)}")
+            if graph.state:
+                told.append(
+                    f"Python state of the model's forward ({', '.join(sorted(graph.state))}) is in "
+                    "no snapshot and begins anew: the numbers are not those of a run that was "
+                    "never stopped"
+                )
             told += bent_course(snapshot, own.settings)
             told += other_bits_than(snapshot, plan)
             plan = replace(plan, skip=snapshot.manifest.skip)

@@ -141,3 +141,28 @@ def test_a_graph_takes_over_the_weights_of_another_level(tmp_path):
     assert all(torch.allclose(t, learned[k], atol=0.5) for k, t in on.model.state_dict().items())
     fresh = graph.merge({n: b.module.state_dict() for n, b in graph.blocks.items()}, None)
     assert any(not torch.equal(t, fresh.state_dict()[k]) for k, t in on.model.state_dict().items())
+
+
+class Counting(nn.Module):
+    """Changes with the number of its calls, which no snapshot holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = [0]
+
+    def forward(self, x):
+        self.calls[0] += 1
+        return torch.relu(x) if self.calls[0] <= 9 else torch.tanh(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_python_state_that_begins_anew_is_said(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), Counting(), nn.Linear(4, 3)).double()
+
+    first = run(tmp_path / "a", stream=Portable(0), model=model)
+    on = run(tmp_path / "b", resume=tmp_path / "a", stream=Portable(0), model=model)
+    words = "is in no snapshot and begins anew"
+    assert not any(words in text for text in first.warnings)
+    assert any(words in text for text in on.warnings)
