@@ -152,7 +152,7 @@ class Counting(nn.Module):
 
     def forward(self, x):
         self.calls[0] += 1
-        return torch.relu(x) if self.calls[0] <= 9 else torch.tanh(x)
+        return torch.tanh(x) * (1 + 0.01 * self.calls[0])
 
 
 @pytest.mark.filterwarnings("ignore")
