@@ -6,5 +6,6 @@ import sys
 from pathlib import Path
 
 project = Path(__file__).parent.parent / "pyproject.toml"
-bounds = re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\w.]+)"', project.read_text())
+_, dependencies = project.read_text().split("dependencies = [", 1)  # what builds it comes before
+bounds = re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\w.]+)"', dependencies)
 sys.stdout.writelines(f"{name}=={bound}\n" for name, bound in bounds if name != "torch")

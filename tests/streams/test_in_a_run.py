@@ -136,9 +136,9 @@ class TestTargetsByReadout:
             train(
                 double(two_readouts()),
                 TwoTargets(),
-                settings(level=level, engine={"kind": kind, "actors": 2}),
+                settings(level=level, engine=engine),
             )
-            for kind in ("inprocess", "ray")
+            for engine in ({"kind": "inprocess"}, {"kind": "ray", "actors": 2})
         )
         assert_equal(alone, spread)
 
@@ -226,8 +226,8 @@ class TestPace:
     @pytest.mark.parametrize("late", list(Late))
     def test_counts_come_back_from_another_process(self, session: object, late: Late) -> None:
         alone, spread = (
-            train(chain(), self.stream(late), settings(engine={"kind": kind, "actors": 2}))
-            for kind in ("inprocess", "ray")
+            train(chain(), self.stream(late), settings(engine=engine))
+            for engine in ({"kind": "inprocess"}, {"kind": "ray", "actors": 2})
         )
         assert_equal(alone, spread)
         assert alone.stream == spread.stream
