@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 from typer.testing import CliRunner
@@ -145,6 +146,19 @@ def test_what_happens_is_on_disk_at_once(folder):
         note(Progress(3.0, 20, 40, windows, [], replaced=[lost]))
         assert [e["event"] for e in lines("events.jsonl")][3:] == ["replaced"]
         assert [one["last"] for one in lines("metrics.jsonl")] == [9, 19]
+
+
+def test_a_warning_is_an_event_and_shown_as_before(folder):
+    shown = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = mine = lambda message, *_, **__: shown.append(str(message))
+        with ResultFolder(folder / "o", overwrite=False, say=print) as own:
+            warnings.warn("mind the disk", stacklevel=1)
+            last = json.loads((own.path / "events.jsonl").read_text().splitlines()[-1])
+            assert (last["event"], last["text"]) == ("warning", "mind the disk")
+        assert warnings.showwarning is mine
+    assert shown == ["mind the disk"]
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -17,6 +17,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -146,10 +147,17 @@ class ResultFolder:
         return True
 
     def __enter__(self) -> ResultFolder:
+        self._show, warnings.showwarning = warnings.showwarning, self._warned
         return self
+
+    def _warned(self, message: Warning | str, *where: Any, **more: Any) -> None:
+        """What Python is warned of is an event, and shown as before."""
+        self.tell("warning", text=str(message))
+        self._show(message, *where, **more)
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         """A run that failed before its first item leaves nothing."""
+        warnings.showwarning = self._show
         self.tell("ended", error=None if error is None else str(error) or type(error).__name__)
         if self._events is not None:
             self._events.close()
