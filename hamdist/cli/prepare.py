@@ -60,5 +60,7 @@ def results_of(name: str) -> Path:
 
 
 def command_line() -> str:
-    """The command as it was typed, for the files that say what made them."""
-    return shlex.join(["hamdist", *sys.argv[1:]])
+    """The command as it was typed, for the files that say what made them; of a path that is no
+    UTF-8 the bytes as \\udcXX."""
+    typed = shlex.join(["hamdist", *sys.argv[1:]])
+    return typed.encode("utf-8", "backslashreplace").decode()

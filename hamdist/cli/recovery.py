@@ -9,9 +9,10 @@ import typer
 from rich.text import Text
 
 from hamdist.cli.console import complain, console, exit_codes, print_table
-from hamdist.cli.options import OutOption
-from hamdist.cli.prepare import command_line, prepare
+from hamdist.cli.options import OutOption, OverwriteOption
+from hamdist.cli.prepare import command_line
 from hamdist.errors import FAILED, SettingsError
+from hamdist.study.folder import free_folder
 
 
 def recovery(
@@ -38,10 +39,11 @@ def recovery(
         Path | None, typer.Option("--glove", help="Word vectors of 50 numbers to begin with.")
     ] = None,
     out: OutOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Gradient descent recovered: six networks against torch.optim.SGD, in float64."""
     with exit_codes():
-        _recovery(full, epochs, models, paper, (images, texts, glove), out)
+        _recovery(full, epochs, models, paper, (images, texts, glove), out, overwrite)
 
 
 def _recovery(
@@ -51,11 +53,10 @@ def _recovery(
     paper: bool,
     paths: tuple[Path | None, Path | None, Path | None],
     out: Path | None,
+    overwrite: bool,
 ) -> None:
     if full and epochs is not None:
         raise SettingsError(f"--epochs {epochs} with --full, which has its own: give one of them")
-    prepare(out, None)
-
     from hamdist.config import FirstStep
     from hamdist.study.recovery.data import Paths
     from hamdist.study.recovery.models import MODELS
@@ -68,6 +69,8 @@ def _recovery(
         first_step=FirstStep.DAMPENED if paper else FirstStep.UNDAMPENED,
         paths=Paths(*paths),
     )
+    if out is not None:
+        out = free_folder(out, overwrite=overwrite, say=complain)
     finished = []
     with Rows(wanted) as rows:
         for row in rows.finished():

@@ -12,9 +12,10 @@ from rich.text import Text
 from hamdist.cli.console import complain, console, exit_codes, print_table
 from hamdist.cli.display import PLAIN_SECONDS
 from hamdist.cli.grid import ChosenOption, StudySetOption, WorkersOption, run_grid
-from hamdist.cli.options import ModelOption, given
+from hamdist.cli.options import ModelOption, OverwriteOption, given
 from hamdist.cli.prepare import command_line, prepare
 from hamdist.errors import SettingsError
+from hamdist.study.folder import free_folder
 
 if TYPE_CHECKING:
     from hamdist.study.speed.study import SpeedRow
@@ -66,6 +67,7 @@ def speed(
         Path | None,
         typer.Option("--out", help="Folder for the result's files.", show_default="results/speed"),
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """From local to backpropagation: local gradients against backpropagation's, by speed c; with
     SETTINGS the accuracy that is learned, against c."""
@@ -73,6 +75,7 @@ def speed(
         asked = given({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
         if settings is not None:
             others = {"depth": depth, "width": width, "model": model, "seeds": seeds}
+            others["overwrite"] = overwrite or None
             of_gradients = {**asked, **given({**others, "input-shape": input_shape})}
             if of_gradients:
                 raise SettingsError(
@@ -86,7 +89,7 @@ def speed(
                 "--set, --chosen and --workers belong to a grid: name its SETTINGS, too"
             )
         out = Path("results/speed") if out is None else out
-        _speed(asked, seeds or SEEDS, (depth, width), model, input_shape, out)
+        _speed(asked, seeds or SEEDS, (depth, width), model, input_shape, out, overwrite)
 
 
 def _speed(
@@ -96,8 +99,9 @@ def _speed(
     model: str | None,
     input_shape: str | None,
     out: Path,
+    overwrite: bool,
 ) -> None:
-    factory = prepare(out, model)
+    factory = prepare(None, model)
 
     from hamdist.study.speed.report import save_speed, speed_tables
     from hamdist.study.speed.study import own_network, parse_study, run_study, tanh_network
@@ -113,6 +117,7 @@ def _speed(
         subject = own_network(factory, model, parse_shape(input_shape))
     elif input_shape is not None:
         raise SettingsError("--input-shape belongs to --model; the tanh network has its own")
+    out = free_folder(out, overwrite=overwrite, say=complain)
     printed = time.monotonic()
 
     def show(done: int, total: int, row: SpeedRow) -> None:

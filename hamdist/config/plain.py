@@ -27,6 +27,9 @@ class _PlainLoader(yaml.SafeLoader):
         line, anchor, before = event.start_mark.line + 1, event.anchor, self._values
         if getattr(event, "tag", None) is not None:
             raise ValueError(f"line {line}: the tag {event.tag!r}: settings are plain values")
+        value = getattr(event, "value", "")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"line {line}: {value!r} has a lone surrogate, which is no character")
         if isinstance(event, yaml.AliasEvent) and anchor not in self._sizes:
             raise ValueError(f"line {line}: *{anchor} stands before the end of &{anchor}")
         self._values += self._sizes[anchor] if isinstance(event, yaml.AliasEvent) else 1

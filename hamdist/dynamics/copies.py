@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.structure import parts_of
-from hamdist.errors import GraphError
+from hamdist.errors import GraphError, SettingsError
 
 T = TypeVar("T")
 _SHELLS = ("DataParallel", "DistributedDataParallel", "OptimizedModule", "FullyShardedDataParallel")
@@ -32,12 +32,33 @@ def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
         for buffer in part._buffers.values():
             if buffer is not None and overlaps(buffer):
                 memo[id(buffer)] = buffer.clone(memory_format=torch.contiguous_format)
-    made = copy.deepcopy(thing, memo)
+    try:
+        made = copy.deepcopy(thing, memo)
+    except TypeError as error:
+        raise SettingsError(_uncopied(modules, memo, error)) from None
     for module in made if isinstance(made, tuple) else (made,):
         for p in module.parameters() if isinstance(module, nn.Module) else ():
             if not p.is_leaf:  # of a scripted module, which torch copies with a history
                 p.detach_().requires_grad_()
     return made
+
+
+def _uncopied(modules: tuple[Any, ...], memo: dict[int, Any], error: TypeError) -> str:
+    """Return what an error says: which attribute of a module cannot be copied, and its type."""
+    where, kind = "", "module"
+    whole = [m for m in modules if isinstance(m, nn.Module)]
+    for name, module in (pair for m in whole for pair in m.named_modules()):
+        for attribute, value in vars(module).items():
+            if attribute not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except TypeError as reason:
+                    where, kind = f"{name}.{attribute}".strip("."), type(value).__name__
+                    error = reason
+    return (
+        f"the model's {where} is a {kind}, which cannot be copied ({error}), but each block gets a "
+        "copy of its modules: make it where it is used, or outside of the model"
+    )
 
 
 def _kept(value: Any) -> Iterator[Tensor]:

@@ -100,12 +100,12 @@ def _run(folder: Path, lost: str | None) -> Ended:
     if run.chosen is not None:
         run.chosen = _as_given(run.chosen, given)
     with _Results(order) as results:
-        save_run(results, run, model, _as_given(settings, given))
+        save_run(results.path, run, model, _as_given(settings, given))
         tell(Reached(title=run_title(run, settings.name), facts=run_facts(run)))
         for warning in dict.fromkeys(run.warnings):
             if warning != run.failure:
                 tell(Said(warning=warning))
-        _hand_over(results, order)
+        results.handed_over = _hand_over(results.path, order)
     code = FAILED if run.failure is not None else INTERRUPTED if run.interrupted else 0
     if code == 0 and order.own_snapshots:
         shutil.rmtree(str(order.snapshots), ignore_errors=True)  # nobody goes on from them
@@ -128,7 +128,7 @@ def _found_again(order: Order, lost: str) -> str | None:
         if where is None:
             continue
         try:
-            tick = latest(where, lambda text: tell(Said(warning=text))).tick
+            tick = latest(where, _warn).tick
         except SnapshotError:
             if where == order.snapshots:  # lost before the first one was whole
                 for folder in list(complete(storage(where))):
@@ -152,34 +152,35 @@ class _Results:
 
     def __init__(self, order: Order) -> None:
         self._order = order
-        self._folder = Path()
+        self.path = Path()
+        self.handed_over = False
 
-    def __enter__(self) -> Path:
+    def __enter__(self) -> _Results:
         if self._order.storage is None:
-            self._folder = Path(mkdtemp(prefix=f"hamdist-{self._order.id}-"))
-            return self._folder
-        self._folder = Path(self._order.storage) / self._order.id
+            self.path = Path(mkdtemp(prefix=f"hamdist-{self._order.id}-"))
+            return self
+        self.path = Path(self._order.storage) / self._order.id
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(
-                f"storage: {str(self._folder)!r} cannot be written on {socket.gethostname()}: "
+                f"storage: {str(self.path)!r} cannot be written on {socket.gethostname()}: "
                 f"{error.strerror or error}"
             ) from None
-        return self._folder
+        return self
 
     def __exit__(self, *_: object) -> None:
-        largest = max((f.stat().st_size for f in _files(self._folder)), default=0)
-        if self._order.storage is not None or largest > self._order.most:
-            tell(Kept(host=socket.gethostname(), folder=str(self._folder)))
+        largest = max((f.stat().st_size for f in _files(self.path)), default=0)
+        if self._order.storage or largest > self._order.most or not self.handed_over:
+            tell(Kept(host=socket.gethostname(), folder=str(self.path)))
         else:
-            shutil.rmtree(self._folder)
+            shutil.rmtree(self.path)
 
 
-def _hand_over(folder: Path, order: Order) -> None:
-    for path in _files(folder):
-        for event in file_events(path, order.most):
-            tell(event)
+def _hand_over(folder: Path, order: Order) -> bool:
+    """Return whether all of it could be written into the log."""
+    events = (event for path in _files(folder) for event in file_events(path, order.most))
+    return all(tell(event) for event in events)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ of max(1, t / 2000) seconds at time t, T seconds give at most 2000 (1 + ln(T / 2
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -129,12 +130,24 @@ def to_line(event: Event) -> str:
     return PREFIX + json.dumps(event.model_dump())
 
 
-def tell(event: Event) -> None:
-    """Into this process's log: one write, so that no other thread's output comes between."""
-    data = (to_line(event) + "\n").encode("ascii")
-    sys.stdout.flush()
-    while data:
-        data = data[os.write(1, data) :]
+_cut = False  # whether the last line was not written to its end
+
+
+def tell(event: Event) -> bool:
+    """Write `event` into this process's log: one write, so that no other thread's output comes
+    between.
+
+    Returns:
+        Whether it was written: a log whose disk is full ends no run.
+    """
+    global _cut
+    data = ("\n" * _cut + to_line(event) + "\n").encode("ascii")
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        while data:
+            data = data[os.write(1, data) :]
+    _cut = bool(data)
+    return not _cut
 
 
 def from_line(line: str) -> tuple[str, Event | None]:

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -99,7 +100,8 @@ class Guardian:
 
 def _new_line() -> None:
     """What a lost driver wrote last may be half a line."""
-    os.write(1, b"\n")
+    with suppress(OSError):  # the log's disk is full
+        os.write(1, b"\n")
 
 
 def _failed(error: str) -> int:

@@ -281,8 +281,11 @@ def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) ->
     """Return model and stream in `settings.dtype`, where it was set; copies, where they were not.
 
     Raises:
-        SettingsError: The model is a Graph of another type, which brings its own.
+        SettingsError: The model is a Graph of another type, which brings its own, or a module
+            without weights.
     """
+    if isinstance(model, nn.Module) and next(model.parameters(), None) is None:
+        raise SettingsError("the model has no weights: there is nothing to learn")
     if "dtype" not in settings.model_fields_set:
         return model, stream
     dtype = getattr(torch, settings.dtype.value)

@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 
 EVENTS, RUNS = "events.jsonl", "runs"
 PROGRESS_SECONDS = 5.0  # between two lines of progress
-FILES = (  # what --overwrite may remove: whatever a run or a comparison writes
+_STUDIES = (
+    *("speed.csv", "speed.json", "speed.md", "speed.png", "speed.svg"),
+    *("recovery.csv", "recovery.json", "recovery.md"),
+)
+FILES = (  # what --overwrite may remove: whatever these commands write
     *(EVENTS, "metrics.jsonl", "runs.jsonl", "settings.yaml", "summary.json", "results.csv"),
     *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
     *("accuracy-samples.png", "accuracy-seconds.png", "energies.png", "weights.png"),
-    *("tracking.png", "digests*.json", f"{RUNS}/*.json"),
+    *("tracking.png", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
 )
 
 

@@ -1,17 +1,16 @@
-"""What is refused before a run builds anything: sizes beyond memory, models that cannot run."""
+"""What is refused before a run builds anything: sizes beyond memory; and what is said of time."""
 
 from __future__ import annotations
 
-import copy
-
 import psutil
 import torch
-from torch import nn
 
 from hamdist.config import Settings
 from hamdist.errors import SettingsError
 
 LAYER_BYTES = 20_000  # of the Python objects of one layer
+RATE = 1e10  # operations in a second, of one core in float32: an order of magnitude
+MOST_YEARS = 10
 
 
 def check_size(settings: Settings, *, own_model: bool = False, own_data: bool = False) -> None:
@@ -32,19 +31,18 @@ def check_size(settings: Settings, *, own_model: bool = False, own_data: bool = 
         )
 
 
-def check_model(model: nn.Module) -> None:
-    """Raises SettingsError for a model that cannot be copied into blocks, or has no weights."""
-    if next(model.parameters(), None) is None:
-        raise SettingsError("the model has no weights: there is nothing to learn")
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers", "_modules"):
-                continue
-            try:
-                copy.deepcopy(value)
-            except TypeError as error:
-                raise SettingsError(
-                    f"the model's {'.'.join(filter(None, (name, attribute)))} is a "
-                    f"{type(value).__name__}, which cannot be copied ({error}), but each block "
-                    "gets a copy of its modules: make it where it is used, or outside of the model"
-                ) from None
+def check_time(settings: Settings) -> list[str]:
+    """Return a warning where the arithmetic of the settings' model takes longer than anybody waits:
+    of an item and a weight six operations (a product and a sum, forward, back and of the gradient).
+
+    It is no error: a stream may end before, and Ctrl-C keeps what was learned.
+    """
+    width, depth, batch = settings.model.width, settings.model.depth, settings.stream.batch
+    years = 6 * depth * width**2 * batch * (settings.steps or 0) / RATE / (365 * 24 * 3600)
+    if years <= MOST_YEARS:
+        return []
+    return [
+        f"steps {settings.steps:,}: with model.width {width:,}, model.depth {depth:,} and "
+        f"stream.batch {batch:,} that is about {years:,.0f} years of arithmetic on a core; use "
+        "smaller ones, or end it with Ctrl-C"
+    ]

@@ -42,7 +42,7 @@ from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.drift import Recovery, recoveries
 from hamdist.study.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
-from hamdist.study.limits import check_model, check_size
+from hamdist.study.limits import check_size, check_time
 from hamdist.study.own_data import OwnData, check_held_out
 from hamdist.study.tracking import Tracking, advice, tracking
 from hamdist.study.warm import beside, warmed
@@ -181,14 +181,13 @@ def _run(
     startup.add(before)
     with startup.phase("data"):
         check_size(settings, own_model=factory is not None, own_data=data is not None)
+        told = [] if factory is not None or data is not None else check_time(settings)
         own = None if data is None else data(settings.seed).in_dtype(dtype)
         stream = _stream(settings, dtype) if own is None else own.train
         model = build(settings, stream.spec, factory, dtype)
-        if isinstance(model, nn.Module):
-            check_model(model)
         if begin is not None and begin.weights is not None:
             model = warmed(model, begin.weights)
-        told = advice(settings)
+        told += advice(settings)
         rules = [] if isinstance(model, Graph) else functions_of(model)
         if begin is not None and begin.plain is not None:
             plain_model = make_from_factory(

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
+import hamdist
 from hamdist.cli import app
-from hamdist.config import read_settings
+from hamdist.config import Settings, read_settings
 from hamdist.dynamics.cell import OwnGenerator
 from hamdist.errors import ClusterError, SettingsError, SnapshotError
-from hamdist.launch.events import File
+from hamdist.launch.driver import _hand_over, _Results
+from hamdist.launch.events import File, Kept, Said, from_line, tell
 from hamdist.launch.follow import Results
+from hamdist.runtime.snapshot import Manifest, Part, read_manifest, settings_of
+from hamdist.study.limits import check_time
 
 TINY = """
 level: trace
@@ -102,8 +112,92 @@ def test_a_folder_where_a_file_of_the_result_goes(tmp_path):
         Results(tmp_path).take(File(name="summary.json", size=0, sha256=empty))
 
 
-def test_random_bytes_are_no_generator():
-    import torch
+@pytest.mark.parametrize("name", ["lock", "generator", "without"])
+def test_a_model_of_train(name):
+    defined = {}
+    exec(MODELS, defined)
+    items = [(torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64))] * 2
+    with pytest.raises(SettingsError, match=r"1.guard is a (lock|generator)|model has no weights"):
+        hamdist.train(defined[name](), items, level="trace", engine={"kind": "inprocess"})
 
+
+def test_an_activation_that_a_model_keeps_is_no_reason():
+    """It cannot be copied by itself, as it has a history."""
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 10))
+    model.last = model(torch.zeros(2, 64))
+    items = [(torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64))] * 2
+    assert hamdist.train(model, items, level="trace", engine={"kind": "inprocess"}).samples == 2
+
+
+def test_a_run_of_thousands_of_years():
+    """6 operations x 1000 layers x 1000^2 weights x batch 100 are 60 s of an item at 1e10 / s."""
+    sizes = {"model": {"depth": 1000, "width": 1000}, "stream": {"batch": 100}}
+    year = 365 * 24 * 3600 // 60
+    assert check_time(Settings(**sizes, steps=9 * year)) == []
+    (warning,) = check_time(Settings(**sizes, steps=7000 * year))
+    assert "about 7,000 years" in warning
+    assert check_time(Settings(**sizes)) == []
+
+
+MANIFEST = Manifest(
+    format=1,
+    tick=8,
+    run="a",
+    parts={"block0": Part(file="block-0.1.safetensors", nbytes=3, sha256="00")},
+    settings={"a": "b"},
+    network={},
+    delays={},
+    versions={},
+)
+
+
+@pytest.mark.parametrize("character", ["\ud800", "\0"])
+@pytest.mark.parametrize("changed", ["file", "settings"])
+def test_a_manifest_with_characters_of_no_text(character, changed):
+    """Its checksum is right, so that nothing else is wrong with it."""
+    part = MANIFEST.parts["block0"]
+    values = {
+        "file": {"parts": {"block0": part.model_copy(update={"file": f"a{character}"})}},
+        "settings": {"settings": {"snapshots": {"path": f"a{character}b"}}},
+    }
+    body = json.loads(MANIFEST.model_copy(update=values[changed]).dumped())
+    with pytest.raises(SnapshotError, match="here") as raised:
+        settings_of(read_manifest(json.dumps(body).encode(), "here"), "here")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_full_disk_of_the_log_ends_no_run(monkeypatch, capfd):
+    write, full = os.write, [True]
+
+    def half(descriptor, data):
+        if full and descriptor == 1:
+            if len(data) <= 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(descriptor, data[: len(data) - 20])
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", half)
+    assert not tell(Said(warning="lost"))
+    full.clear()
+    assert tell(Said(warning="written"))
+    read = [from_line(line)[1] for line in capfd.readouterr().out.splitlines()]
+    assert read == [None, Said(warning="written")]
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_results_that_the_log_did_not_take_stay(written, tmp_path, monkeypatch):
+    order = SimpleNamespace(id="x", storage=None, most=100)
+    said = []
+    monkeypatch.setattr("hamdist.launch.driver.mkdtemp", lambda **_: str(tmp_path / "results"))
+    monkeypatch.setattr("hamdist.launch.driver.tell", lambda event: said.append(event) or written)
+    (tmp_path / "results").mkdir()
+    with _Results(order) as results:
+        (results.path / "summary.json").write_text("{}")
+        results.handed_over = _hand_over(results.path, order)
+    assert (tmp_path / "results" / "summary.json").exists() is not written
+    assert isinstance(said[-1], Kept) is not written
+
+
+def test_random_bytes_are_no_generator():
     with pytest.raises(SnapshotError, match="random generator"):
         OwnGenerator(0).restore({"cpu": torch.zeros(5, dtype=torch.uint8), "gpu": None})

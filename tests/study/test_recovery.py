@@ -411,11 +411,14 @@ def command(*arguments):
 
 
 def test_the_command(one_process, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recovery.md").write_text("before")  # of an earlier study
     result = command("--models", "linear", "--epochs", "1", "--out", str(tmp_path / "out"))
     assert result.exit_code == 0, result.stderr
     assert "12 of 12 cells equal SGD to 1e-10" in result.stdout
     assert "[4/4] Linear, Mom-b: equal (150 steps" in result.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+    assert (tmp_path / "out" / "recovery.md").read_text() == "before"
+    assert sorted(p.name for p in (tmp_path / "out-2").iterdir()) == [
         "recovery.csv",
         "recovery.json",
         "recovery.md",

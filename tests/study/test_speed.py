@@ -641,6 +641,27 @@ def test_command(tmp_path, monkeypatch):
     assert "[6/6] seed 0, random, c tau 1, c 100" in result.stderr
 
 
+def test_an_existing_folder_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_streams, "LOOKS", 2)
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("speed.md", "mine.txt"):
+        (out / name).write_text("before")
+    few = ("--speeds", "100", "--steps-ratio", "1", "--streams", "smooth", "--seeds", "1")
+    few += ("--depth", "2", "--width", "4", "--out", str(out))
+    result = hamdist(*few)
+    assert result.exit_code == 0, result.output
+    assert (out / "speed.md").read_text() == "before"
+    assert "tanh network" in (tmp_path / "out-2" / "speed.md").read_text()
+    assert "out-2" in result.stderr
+    assert hamdist(*few, "--overwrite").exit_code == 0
+    assert "tanh network" in (out / "speed.md").read_text()
+    assert (out / "mine.txt").read_text() == "before"
+    assert not (tmp_path / "out-3").exists()
+    grid = hamdist("speed", "--overwrite")
+    assert (grid.exit_code, "--overwrite belongs to" in grid.stderr) == (2, True)
+
+
 def test_command_with_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_streams, "LOOKS", 2)
     monkeypatch.chdir(tmp_path)
