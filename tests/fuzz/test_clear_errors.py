@@ -144,7 +144,7 @@ MANIFEST = Manifest(
     tick=8,
     run="a",
     parts={"block0": Part(file="block-0.1.safetensors", nbytes=3, sha256="00")},
-    settings={"a": "b"},
+    settings={},
     network={},
     delays={},
     versions={},
