@@ -249,7 +249,7 @@ def test_a_golden_network_of_another_kind(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("spec", '[[30, "relu"], [3, "linear"]]', "'relu'"),
+        ("spec", '[[30, "gelu"], [3, "linear"]]', "'gelu'"),
         ("spec", "[]", "no layer"),
         ("torch_loss", np.zeros(3), "'torch_loss' has shape"),
         ("th0.0.W", np.zeros((2, 2)), "'th0.0.W' has shape"),

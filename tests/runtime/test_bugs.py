@@ -147,10 +147,10 @@ def test_a_loss_that_draws_draws_the_same_in_both_engines(session, level):
         train(
             chain(),
             PortableStream(30),
-            Settings.model_validate({**fields, "engine": {"kind": kind, "actors": 2}}),
+            Settings.model_validate({**fields, "engine": engine}),
             loss=noisy_loss,
         )
-        for kind in ("inprocess", "ray")
+        for engine in ({"kind": "inprocess"}, {"kind": "ray", "actors": 2})
     ]
     assert_equal(*results)
 
@@ -182,7 +182,8 @@ def test_one_activation_in_two_places_is_no_shared_weight():
 
 
 @pytest.mark.parametrize(
-    ("outputs", "loss", "words"), [(2, None, "3 classes"), (5, mse, "predicts")]
+    ("outputs", "loss", "words"),
+    [(2, None, "3 classes"), (5, mse, "targets have dtype")],
 )
 def test_a_prediction_of_the_wrong_shape_is_found_before_the_run(outputs, loss, words):
     with pytest.raises(GraphError, match=words):

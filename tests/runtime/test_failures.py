@@ -46,7 +46,7 @@ def settings(snapshots=None, **engine):
             "level": "trace",
             "steps": 200,
             "partition": {"cuts": ["1", "3", "4"]},
-            "engine": {"kind": "ray", "actors": 3, **engine},
+            "engine": {"kind": "ray", **({} if "kind" in engine else {"actors": 3}), **engine},
             **({} if snapshots is None else {"snapshots": snapshots}),
         }
     )
@@ -92,7 +92,7 @@ def test_a_bad_sample_is_named(leaves_nothing, kind):
     made = batches(50)
     made[17][0][2, 3] = float("nan")
     with pytest.raises(StreamError, match="item 17.*nan"):
-        train(chain(), from_iterable(made, classes=CLASSES), settings(kind=kind, actors=2))
+        train(chain(), from_iterable(made, classes=CLASSES), settings(kind=kind))
 
 
 def test_a_failing_iterator_is_named(leaves_nothing):
@@ -234,12 +234,12 @@ def test_an_interrupted_run_keeps_what_it_has(leaves_nothing):
             sent.append(progress.samples)
             signal.raise_signal(signal.SIGINT)
 
-    for kind in ("inprocess", "ray"):
+    for engine in ({"kind": "inprocess"}, {"kind": "ray", "actors": 2}):
         sent: list[int] = []
         result = train(
             chain(),
             EndlessStream(),
-            Settings.model_validate({"level": "trace", "engine": {"kind": kind, "actors": 2}}),
+            Settings.model_validate({"level": "trace", "engine": engine}),
             on_progress=interrupt,
         )
         assert result.interrupted
