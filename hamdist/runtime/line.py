@@ -14,7 +14,7 @@ from typing import NoReturn, Protocol
 
 from hamdist.dynamics.schedule import Stamp
 from hamdist.errors import ClusterError
-from hamdist.runtime.leftovers import SOCKETS_PREFIX, claim
+from hamdist.runtime.leftovers import SOCKETS_PREFIX
 from hamdist.runtime.loop import Aborted
 from hamdist.runtime.requests import Interrupted, Requests
 from hamdist.runtime.signal import Channel, Signal
@@ -113,5 +113,4 @@ def private_folder(run: int) -> Path:
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
         raise ClusterError(f"{folder} belongs to somebody else; remove it and start again")
-    claim(folder)
     return folder

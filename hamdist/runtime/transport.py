@@ -18,7 +18,7 @@ from hamdist.runtime import shared
 from hamdist.runtime.feeder import Feeder
 from hamdist.runtime.late import LateReceiver
 from hamdist.runtime.ledger import Log
-from hamdist.runtime.leftovers import release
+from hamdist.runtime.leftovers import claim, release
 from hamdist.runtime.lending import Lender, Memory
 from hamdist.runtime.line import Line, Receiver, Sender, Waiting, socket_folder
 from hamdist.runtime.requests import Interrupted, Requests
@@ -96,6 +96,8 @@ class Wires:
         if old is not None:
             old.close()
         self._in[channel.number] = receiver
+        if not way.startswith(TCP):
+            claim(socket_folder(self._line.run))  # until `close`
         return receiver.address
 
     def _open(

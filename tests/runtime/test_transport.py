@@ -3,6 +3,7 @@ calls can be called off, files go away."""
 
 from __future__ import annotations
 
+import os
 import stat
 import threading
 
@@ -12,6 +13,7 @@ import zmq
 
 from hamdist.dynamics.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
+from hamdist.runtime.leftovers import sweep
 from hamdist.runtime.line import socket_folder
 from hamdist.runtime.loop import Aborted
 from hamdist.runtime.signal import Channel, Packer, Signal
@@ -182,6 +184,8 @@ def test_the_socket_folder_is_private_and_goes_away(leaves_no_socket, way):
     folder = socket_folder(RUN)
     assert address.startswith(f"{way}://{folder}/3.")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    os.utime(folder, (0, 0))
+    assert folder not in sweep()  # (it is claimed until it is closed, however old it is)
     wires.close()
     assert not folder.exists()
 
