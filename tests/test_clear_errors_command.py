@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from bad_input import MODELS, TINY
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -28,26 +29,6 @@ import sys
 sys.argv[1:] = [a.replace("<NUL>", "\\0").replace("<LONE>", "\\ud800") for a in sys.argv[1:]]
 from hamdist.cli import main
 main()
-"""
-TINY = """
-level: trace
-steps: 6
-model: {kind: residual-mlp, width: 8, depth: 2}
-stream: {source: digits, batch: 4}
-engine: {kind: inprocess}
-"""
-MODELS = """
-import threading
-from torch import nn
-
-def made(value):
-    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 10))
-    model[1].guard = value
-    return model
-
-def lock(): return made(threading.Lock())
-def generator(): return made(x for x in "abc")
-def without(): return nn.Sequential(nn.Flatten())
 """
 FILES = {
     "tiny.yaml": TINY,

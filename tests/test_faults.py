@@ -4,6 +4,7 @@ hand, and each of them once, tiny."""
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import struct
 import sys
@@ -28,6 +29,7 @@ from faults.events import (
 from faults.gauges import Gauge
 from faults.net import Numbered, network
 from faults.numbered import NEXT, SEEN, WRONG, Counted
+from faults.scenarios import SCENARIOS
 from faults.trial import Trial, _wrong, trial
 from faults.watch import lost_seconds
 from safetensors.torch import save_file
@@ -270,3 +272,16 @@ def test_stress_names_the_first_signal_that_differs(session, monkeypatch, capsys
     assert (first["run"], first["kind"], first["direction"]) == (1, "sent", "state")
     assert first["edge"].startswith("u->")
     assert first["equal"] == -1 < first["tick"]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_scenario_names_tests_that_there_are(name):
+    tests = Path(__file__).parent
+    _, named = SCENARIOS[name]
+    files = [tests / word for word in named.split() if "/" in word]
+    assert all(file.is_file() for file in files)
+    functions = " ".join(
+        re.findall(r"^def (test_\w+)", "".join(f.read_text() for f in files), re.M)
+    )
+    chosen = named.partition(" -k ")[2].strip("'").split(" or ")
+    assert all(word in functions for word in chosen)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bad_input import MODELS, TINY
 from torch import nn
 from typer.testing import CliRunner
 
@@ -24,27 +25,6 @@ from hamdist.launch.events import File, Kept, Said, from_line, tell
 from hamdist.launch.follow import Results
 from hamdist.runtime.snapshot import Manifest, Part, read_manifest, settings_of
 from hamdist.study.limits import check_time
-
-TINY = """
-level: trace
-steps: 6
-model: {kind: residual-mlp, width: 8, depth: 2}
-stream: {source: digits, batch: 4}
-engine: {kind: inprocess}
-"""
-MODELS = """
-import threading
-from torch import nn
-
-def made(value):
-    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 10))
-    model[1].guard = value
-    return model
-
-def lock(): return made(threading.Lock())
-def generator(): return made(x for x in "abc")
-def without(): return nn.Sequential(nn.Flatten())
-"""
 
 
 @pytest.mark.parametrize(
