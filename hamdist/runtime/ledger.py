@@ -24,7 +24,7 @@ from hamdist.runtime.signal import Channel, Signal
 # around them (measured: 77 without a payload, 694 with one of 8 numbers). For signals of a few
 # numbers that is ten times more than those.
 OBJECT_BYTES = 700
-WEIGHED = 16  # signals of a channel between two looks at what all of them take
+WEIGHED = 16  # signals, by channel on average, between two looks at what all of them take
 
 
 class Log:
@@ -94,6 +94,7 @@ class Ledger:
         self._replays = replays
         self._keeps = replays
         self._limit = limit
+        self._unweighed = 0  # signals since the last look at what all of them take
         self.forgot = False
         self.posted: dict[int, int] = {}
         self.taken: dict[int, int] = {}
@@ -110,8 +111,11 @@ class Ledger:
             log.add(signal)
             if not self._keeps and count % (4 * channel.capacity) == 0:
                 log.let_go(count - channel.capacity + 1)
-            if self._keeps and count % WEIGHED == 0 and self.nbytes > self._limit:
-                self._forget()
+            self._unweighed += 1
+            if self._keeps and self._unweighed >= WEIGHED * len(self.logs):
+                self._unweighed = 0
+                if self.nbytes > self._limit:
+                    self._forget()
         return count
 
     def take(self, channel: Channel) -> None:
