@@ -12,7 +12,7 @@ from hamdist.launch.package import own_code
 from hamdist.launch.submit import NOTHING_KEPT, kept_at
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.placement.assign_blocks import by_parameters, place
-from hamdist.runtime.placement.assign_hosts import HostInfo, Seat, seats
+from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, seats
 from hamdist.runtime.placement.requirements import demand
 from hamdist.runtime.plan.block_settings import wishes
 from hamdist.runtime.plan.plan import Plan
@@ -30,7 +30,7 @@ class DryRun:
     starting. notes: what is good to know."""
 
     hosts: Sequence[HostInfo]
-    actors: Sequence[tuple[Sequence[str], Seat | None, float]]
+    actors: Sequence[tuple[Sequence[str], ActorOptions | None, float]]
     missing: Sequence[str]
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -75,7 +75,7 @@ def dry_run(
     cpus = int(sum(host.cpus for host in hosts))
     groups = place(plan.graph, plan.engine, max(1, cpus))
     missing = [] if hosts else ["the cluster has no host that is alive"]
-    found: Sequence[Seat | None] = [None] * len(groups)
+    found: Sequence[ActorOptions | None] = [None] * len(groups)
     try:
         found = _seats(plan, groups, hosts)
     except ClusterError as error:
@@ -89,7 +89,9 @@ def dry_run(
     return DryRun(hosts, actors, missing, _notes(settings, named, cluster, plan, groups, hosts))
 
 
-def _seats(plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo]) -> list[Seat]:
+def _seats(
+    plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo]
+) -> list[ActorOptions]:
     asked = wishes(plan.graph, plan.engine)
     work = dict(zip(plan.graph.blocks, by_parameters(plan.graph), strict=True))
     busy = [sum(work[name] for name in group) for group in groups]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.schedule.schedule import Phase
-from hamdist.dynamics.vjp.autograd import Record
+from hamdist.dynamics.vjp.autograd import ForwardRecord
 from hamdist.dynamics.vjp.closed import Steps
 from hamdist.errors import DivergedError
 from hamdist.runtime.nodes.hold import HoldNode
@@ -187,19 +187,19 @@ def _output(node):
     return getattr(node.block, "output", None)
 
 
-def _nan_record(record: Record | Steps) -> Record | Steps:
+def _nan_record(record: ForwardRecord | Steps) -> ForwardRecord | Steps:
     if isinstance(record, Steps):
         kept = [[nan(k) if _is_real(k) else k for k in one] for one in record.kept]
         return replace(record, kept=kept, output=nan(record.output))
     leaves = [None if leaf is None else nan(leaf) for leaf in record.leaves]
-    return Record(leaves, [nan(t) for t in record.theta], nan(record.output), record.inputs)
+    return ForwardRecord(leaves, [nan(t) for t in record.theta], nan(record.output), record.inputs)
 
 
 def _is_real(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _held(record: Record | Steps) -> list[Tensor]:
+def _held(record: ForwardRecord | Steps) -> list[Tensor]:
     if isinstance(record, Steps):
         return [record.output, *(k for one in record.kept for k in one if _is_real(k))]
     return [record.output, *record.theta]
@@ -317,7 +317,7 @@ def test_poison_in_what_a_block_reads_is_seen(case, kind):
         elif kind == "own trace":
             # autograd's graph holds what it saved; the record's own output stands for it
             record = node.block.trace[event.sample]
-            node.block.trace[event.sample] = Record(
+            node.block.trace[event.sample] = ForwardRecord(
                 record.leaves, record.theta, record.output * float("nan"), record.inputs
             )
         else:

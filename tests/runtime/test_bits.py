@@ -20,7 +20,7 @@ from runtime.test_engines_equal import assert_equal, settings
 from runtime.test_recovery import Once
 from torch import nn
 
-from hamdist.errors import Choice, ClusterError, SettingsError, SnapshotError
+from hamdist.errors import ChoiceWarning, ClusterError, SettingsError, SnapshotError
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import read_switches, set_switches
 from hamdist.runtime.ray_engine import replacement as recovery
@@ -162,7 +162,7 @@ def said(make):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = make()
-    texts = [str(w.message) for w in caught if not issubclass(w.category, Choice)]
+    texts = [str(w.message) for w in caught if not issubclass(w.category, ChoiceWarning)]
     assert set(texts) <= set(result.warnings)
     return [text for text in texts if "last bits" in text]
 

@@ -24,7 +24,7 @@ from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.train.train import train
 from hamdist.runtime.transport.encryption import Keys, new_keys, split_key
-from hamdist.runtime.transport.transport import Wires
+from hamdist.runtime.transport.transport import Endpoints
 from hamdist.streams import from_iterable
 
 RUN = 78
@@ -41,7 +41,7 @@ def ends():
 
     def make():
         keys = new_keys()
-        opened.append((Wires(RUN, threading.Event(), keys=keys), keys))
+        opened.append((Endpoints(RUN, threading.Event(), keys=keys), keys))
         return opened[-1]
 
     yield make
@@ -224,7 +224,7 @@ def test_a_frame_beyond_the_limit_is_not_taken(ends):
 
 def test_an_end_without_keys_is_told_so(ends):
     _, known = ends()
-    bare = Wires(RUN, threading.Event())
+    bare = Endpoints(RUN, threading.Event())
     with pytest.raises(ClusterError, match="this process has none"):
         bare.bind(CHANNEL, f"tcp://127.0.0.1 {known.public}")
     with pytest.raises(ClusterError, match="asks for a key, and this process has none"):
@@ -273,7 +273,7 @@ def ports_of_actors():
     """Where the actors of this process's Ray listen for signals: (address, port)."""
     found = set()
     for process in psutil.Process().children(recursive=True):
-        if "HostActor" in " ".join(process.cmdline()):
+        if "WorkerActor" in " ".join(process.cmdline()):
             for one in process.net_connections("tcp"):
                 if one.status == psutil.CONN_LISTEN and one.laddr.ip == "127.0.0.1":
                     found.add(one.laddr.port)

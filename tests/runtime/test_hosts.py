@@ -14,8 +14,8 @@ from runtime.test_placement import graph
 from hamdist.config import BlockEngineSettings, EngineSettings, Settings, Spread
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.placement.assign_blocks import Costs, place
-from hamdist.runtime.placement.assign_hosts import HostInfo, Seat, reseated, seats
-from hamdist.runtime.placement.requirements import Demand, demand
+from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, reseated, seats
+from hamdist.runtime.placement.requirements import ActorRequirements, demand
 from hamdist.runtime.plan.block_settings import wishes
 from hamdist.runtime.train.train import train
 
@@ -30,7 +30,7 @@ THREE = [host(1), host(2), host(3)]
 
 def asks(*wanted):
     """Demands from what differs from an actor that asks for nothing."""
-    return [Demand(**{"blocks": (f"b{i}",), **one}) for i, one in enumerate(wanted)]
+    return [ActorRequirements(**{"blocks": (f"b{i}",), **one}) for i, one in enumerate(wanted)]
 
 
 def nodes(spread, demands, hosts, **more):
@@ -58,23 +58,28 @@ def test_actors_that_ask_for_nothing(spread, actors, hosts, expected):
 @pytest.mark.parametrize(
     ("seat", "was", "there", "expected"),
     [
-        (Seat(node="id1"), "id1", THREE, "id1"),
-        (Seat(node=None), "id1", THREE, None),  # Ray decides again
-        (Seat(node="id1"), "id1", THREE[1:], "id3"),  # id2 is full
-        (Seat(node=None), "id1", THREE[1:], "id3"),
-        (Seat(cpus=2.0, node="id1"), "id1", THREE[1:], None),  # no room is left: Ray waits for it
+        (ActorOptions(node="id1"), "id1", THREE, "id1"),
+        (ActorOptions(node=None), "id1", THREE, None),  # Ray decides again
+        (ActorOptions(node="id1"), "id1", THREE[1:], "id3"),  # id2 is full
+        (ActorOptions(node=None), "id1", THREE[1:], "id3"),
         (
-            Seat(resources=(("disk", 1.0),), node="id1"),
+            ActorOptions(cpus=2.0, node="id1"),
+            "id1",
+            THREE[1:],
+            None,
+        ),  # no room is left: Ray waits for it
+        (
+            ActorOptions(resources=(("disk", 1.0),), node="id1"),
             "id1",
             [host(2, 9), host(3, disk=1.0)],
             "id3",
         ),
-        (Seat(node="id1"), "id1", [], None),
+        (ActorOptions(node="id1"), "id1", [], None),
     ],
 )
 def test_a_lost_actor_goes_where_there_is_room(seat, was, there, expected):
     """Hosts of 2 processors, of which two actors have those of id2, and one has one of id3."""
-    taken = [("id2", Seat()), ("id2", Seat()), ("id3", Seat(node="id3"))]
+    taken = [("id2", ActorOptions()), ("id2", ActorOptions()), ("id3", ActorOptions(node="id3"))]
     assert reseated(seat, was, there, taken) == seat.on(expected)
 
 
@@ -88,11 +93,11 @@ def test_what_is_asked_for_is_reserved():
     )
     hosts = [host(1), host(2, 4, 1), host(3, 1, 0, disk=1.0)]
     assert seats(demands, hosts, Spread.PACKED, [1] * 5) == [
-        Seat(2, 0, (), "id1"),
-        Seat(1, 0, (("disk", 0.5),), "id3"),
-        Seat(1, 0.5, (), "id2"),
-        Seat(1, 0.5, (), "id2"),
-        Seat(1, 0, (), "id2"),
+        ActorOptions(2, 0, (), "id1"),
+        ActorOptions(1, 0, (("disk", 0.5),), "id3"),
+        ActorOptions(1, 0.5, (), "id2"),
+        ActorOptions(1, 0.5, (), "id2"),
+        ActorOptions(1, 0, (), "id2"),
     ]
     assert nodes("auto", demands, hosts) == [None, 3, None, None, None]
 
@@ -193,10 +198,10 @@ def test_what_an_actor_asks_for_is_what_its_blocks_do():
     )
     asked = wishes(graph(2, 2, 2, 2), own)
     assert asked["b3"] == BlockEngineSettings()
-    assert demand(["b0", "b1", "b2"], asked, own) == Demand(
+    assert demand(["b0", "b1", "b2"], asked, own) == ActorRequirements(
         "h1", 2, 0.5, {"disk": 1, "net": 2}, ("b0", "b1", "b2")
     )
-    assert demand(["b1"], asked, own) == Demand(None, 1, None, {"disk": 1}, ("b1",))
+    assert demand(["b1"], asked, own) == ActorRequirements(None, 1, None, {"disk": 1}, ("b1",))
     assert demand(["b2"], asked, own).gpus == 0  # some
     assert demand(["b3"], asked, engine({}, device="cuda")).gpus == 0
     assert demand(["b3"], asked, engine({}, device="auto")).gpus is None

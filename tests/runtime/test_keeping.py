@@ -15,18 +15,22 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, SnapshotError
-from hamdist.runtime.engines.worker import HostStatus, Kept
+from hamdist.runtime.engines.worker import SnapshotNews, WorkerStatus
 from hamdist.runtime.nodes.factory import make_node
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_keeping, make_plan
 from hamdist.runtime.ray_engine.engine import _Watch
-from hamdist.runtime.ray_engine.supervision import LAST_SECONDS, PATIENCE_SECONDS, CrewKeeping
-from hamdist.runtime.signals.sent_log import OBJECT_BYTES, Ledger
+from hamdist.runtime.ray_engine.supervision import (
+    LAST_SECONDS,
+    PATIENCE_SECONDS,
+    SnapshotSupervision,
+)
+from hamdist.runtime.signals.sent_log import OBJECT_BYTES, SentLog
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.snapshots.catalogue import Shelf
-from hamdist.runtime.snapshots.inprocess import KeptRun
-from hamdist.runtime.snapshots.writer import Keeper, Taken
+from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
+from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
+from hamdist.runtime.snapshots.writer import SnapshotWriter, WrittenFiles
 from hamdist.runtime.storage.snapshot_files import write_part
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.train import as_graph
@@ -46,7 +50,7 @@ class OneActor:
     report = None
     kept_bytes: int = 0
     forgot: bool = False
-    status: HostStatus | None = None
+    status: WorkerStatus | None = None
     tick = None
 
 
@@ -80,7 +84,7 @@ class FakeCrew:
         self.called_off = True
 
     def at(self, tick):
-        self.actors[0].status = HostStatus({"b": tick}, {}, 0, [], 0, None, None)
+        self.actors[0].status = WorkerStatus({"b": tick}, {}, 0, [], 0, None, None)
 
     def keep(self, tick):
         self.asked.append(tick)
@@ -99,13 +103,13 @@ class FakeCrew:
         store = storage(str(self.path))
         names = (INPUT, *self.plan.graph.blocks)
         parts = {n: write_part(store, tick, f"{i}.x", b"x") for i, n in enumerate(names)}
-        self.told.append(Kept([Taken(tick, parts)], None, 0))
+        self.told.append(SnapshotNews([WrittenFiles(tick, parts)], None, 0))
 
 
 def crew_of(path, **fields):
     plan = plan_of(path, **fields)
     crew = FakeCrew(plan, path)
-    return crew, CrewKeeping(plan, crew, plan.keeping)
+    return crew, SnapshotSupervision(plan, crew, plan.keeping)
 
 
 def test_a_snapshot_follows_another_in_its_interval(tmp_path):
@@ -146,7 +150,7 @@ def test_a_snapshot_each_time_that_too_many_signals_are_kept(tmp_path):
 @pytest.mark.parametrize("who", ["actor", "driver"])
 def test_who_keeps_no_signals_cannot_be_replaced(tmp_path, who):
     crew, keeping = crew_of(tmp_path, memory=3)
-    crew.told.append(Kept([], "the disk is full", 0))
+    crew.told.append(SnapshotNews([], "the disk is full", 0))
     with pytest.warns(UserWarning, match="a snapshot was not written: the disk is full"):
         keeping.look(0.0)
     crew.actors[0].forgot, crew.local_forgot = who == "actor", who == "driver"
@@ -175,7 +179,7 @@ def test_failures_are_counted_and_leave_no_files(tmp_path):
     left.mkdir()
     (left / "block-0.1.1.safetensors").write_bytes(b"x")
     for second in range(3):
-        crew.told.append(Kept([], f"reason {second}", 0))
+        crew.told.append(SnapshotNews([], f"reason {second}", 0))
         keeping.look(float(second))
     (text,) = keeping.warnings
     assert text.endswith("not written: reason 0 (3 were not, the last of them: reason 2)")
@@ -186,7 +190,7 @@ def test_failures_are_counted_and_leave_no_files(tmp_path):
 def test_a_ledger_keeps_no_more_than_it_may(tmp_path):
     channel = Channel(7, "a->b", "a", "b", Kind.STATE, capacity=3)
     limit = 100 * (OBJECT_BYTES + 8)
-    ledger = Ledger({"a"}, replays=True, limit=limit)
+    ledger = SentLog({"a"}, replays=True, limit=limit)
 
     def post(many):
         most = 0
@@ -306,7 +310,7 @@ class Stands:
 def test_no_snapshot_of_a_tick_that_has_begun(tmp_path, ticks, tick, comes):
     """Its file would hold a later state. What was asked for before is still due."""
     plan = plan_of(tmp_path, seconds=1000)
-    keeper = Keeper(plan, [Stands(k) for k in ticks], None, None)
+    keeper = SnapshotWriter(plan, [Stands(k) for k in ticks], None, None)
     assert keeper.ask(7 if None not in ticks else 20) == (ticks != (None, None))
     before = keeper.due
     assert keeper.ask(tick) == comes
@@ -315,7 +319,7 @@ def test_no_snapshot_of_a_tick_that_has_begun(tmp_path, ticks, tick, comes):
 
 def test_a_ledger_weighs_objects_too():
     channel = Channel(0, Kind.STATE, "a", "b", "a->b", capacity=2)
-    ledger = Ledger({"a"}, replays=True)
+    ledger = SentLog({"a"}, replays=True)
     for n in range(10):
         ledger.post(channel, Signal(Stamp(n, n, n), torch.zeros(3, dtype=torch.float64)))
     ledger.post(channel, Signal(Stamp(10, 10, 10), end=True))
@@ -329,11 +333,11 @@ def test_a_ledger_weighs_objects_too():
 def test_nothing_is_left_of_snapshots_that_are_done(snapshots, tmp_path):
     plan = plan_of(tmp_path, engine="inprocess")
     inside = {INPUT, *plan.graph.blocks}
-    ledger = Ledger(inside, replays=False)
-    mail = Mailroom(inside, ledger=ledger)
+    ledger = SentLog(inside, replays=False)
+    mail = Mailbox(inside, ledger=ledger)
     nodes = [SourceNode(plan, stream(1), mail)]
     nodes += [make_node(plan, name, mail) for name in plan.graph.blocks]
-    with KeptRun(plan, nodes, mail, ledger) as run:
+    with InProcessSnapshots(plan, nodes, mail, ledger) as run:
         for tick in range(1, snapshots + 1):
             run.keeper.ask(tick)
             run.keeper.reach(tick)
@@ -345,13 +349,13 @@ def test_two_snapshots_under_way(tmp_path):
     """One process is a snapshot ahead of the other: both snapshots are had, with the samples of
     whoever draws them, and nothing of them is kept behind."""
     plan = plan_of(tmp_path)
-    shelf = Shelf(plan)
+    shelf = SnapshotCatalogue(plan)
     store = storage(plan.keeping.path)
     blocks = list(plan.graph.blocks)
 
     def put(tick, names, samples=0):
         parts = {name: write_part(store, tick, f"{i}.x", b"1") for i, name in enumerate(names)}
-        return shelf.put(Taken(tick, parts, samples, samples // 2))
+        return shelf.put(WrittenFiles(tick, parts, samples, samples // 2))
 
     first, others = [INPUT, *blocks[:2]], blocks[2:]
     assert put(10, first, 8) is None

@@ -25,25 +25,25 @@ from hamdist.runtime.advice.advice import lending_notes
 from hamdist.runtime.engines.message_limits import slot_bytes
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.sent_log import Log
+from hamdist.runtime.signals.sent_log import ChannelLog
 from hamdist.runtime.signals.signal import Channel, Packer, Signal, on_host
 from hamdist.runtime.train import train as training
 from hamdist.runtime.train.train import as_graph, train
 from hamdist.runtime.transport import gpu_ring as lending
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.cuda_ipc import CudaMemory, cuda_memory
-from hamdist.runtime.transport.endpoint import Line, socket_folder
+from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
 from hamdist.runtime.transport.gpu_ring import (
     ANSWER,
     OFFER,
-    Borrower,
-    Lender,
+    GpuMemoryError,
+    GpuRingReceiver,
+    GpuRingSender,
     Refusal,
-    Unlent,
     ending,
 )
 from hamdist.runtime.transport.shared_memory import GPU_SCHEME, SharedReceiver, SharedSender
-from hamdist.runtime.transport.transport import Wires
+from hamdist.runtime.transport.transport import Endpoints
 
 RUN = 79
 CHANNEL = Channel(5, Kind.STATE, "a", "b", "a->b", 6, slack=4)
@@ -77,7 +77,7 @@ class Pair:
 
     def __init__(self, folder, channel=CHANNEL, lie="", holding=2**20, agree=True):
         self.aborts = threading.Event(), threading.Event()
-        self.lines = [Line(RUN, abort) for abort in self.aborts]
+        self.lines = [EndpointContext(RUN, abort) for abort in self.aborts]
         self.put = 0
         self.lender = Counting(self, FileMemory(folder, lie, holding), channel)
         self.receiver = SharedReceiver(self.lines[1], channel, FileMemory(folder, lie))
@@ -114,7 +114,7 @@ class Pair:
         return False
 
 
-class Counting(Lender):
+class Counting(GpuRingSender):
     def __init__(self, pair, memory, channel):
         super().__init__(memory, channel, RUN, SLOT)
         self.pair = pair
@@ -275,15 +275,15 @@ def test_a_sender_that_cannot_be_watched_lends_nothing(tmp_path, leaves_no_socke
 def test_an_end_that_is_opened_anew_agrees_while_it_runs(tmp_path, leaves_no_socket):
     """A receiver that begins again gets what is in the log, and then what is new."""
     aborts = threading.Event(), threading.Event()
-    sender, receiver = (Wires(RUN, abort) for abort in aborts)
-    log = Log(CHANNEL.capacity)
+    sender, receiver = (Endpoints(RUN, abort) for abort in aborts)
+    log = ChannelLog(CHANNEL.capacity)
     kept = [signal(n) for n in range(40)]
     for one in kept[:30]:
         log.add(one)
     lenders = []
     try:
         for first in (1, 11):
-            lenders.append(Lender(FileMemory(tmp_path), CHANNEL, RUN, SLOT))
+            lenders.append(GpuRingSender(FileMemory(tmp_path), CHANNEL, RUN, SLOT))
             address = receiver.bind(CHANNEL, "shm", memory=FileMemory(tmp_path))
             sender.connect(CHANNEL, address, -1, log, first, lenders[-1])
             for one in kept[first - 1 : 20]:
@@ -326,7 +326,7 @@ def head(magic=OFFER, form=1, number=5, run=RUN, slots=6, slot_bytes=512):
     ],
 )
 def test_an_offer_of_a_stranger_is_refused(tmp_path, packet, words):
-    borrower = Borrower(FileMemory(tmp_path), CHANNEL, RUN)
+    borrower = GpuRingReceiver(FileMemory(tmp_path), CHANNEL, RUN)
     _, handle = FileMemory(tmp_path).lend(6 * 512)
     with pytest.raises(WireError, match=words):
         borrower.answer(packet + (handle if len(packet) > 2 else b""), os.getpid())
@@ -337,7 +337,7 @@ def test_an_offer_of_a_stranger_is_refused(tmp_path, packet, words):
     [ANSWER + b"?" + bytes(32), b"XX+" + bytes(32), ANSWER + b"+", ANSWER + b"+" + b"x" * 99],
 )
 def test_a_wrong_answer_opens_no_slot(tmp_path, answer):
-    lender = Lender(FileMemory(tmp_path), CHANNEL, RUN, SLOT)
+    lender = GpuRingSender(FileMemory(tmp_path), CHANNEL, RUN, SLOT)
     assert lender.offer() is not None
     try:
         lender.answered(answer)
@@ -385,7 +385,7 @@ def test_a_handle_of_cuda_is_plain_data_and_opens_here(monkeypatch):
     assert torch.equal(reached, torch.arange(64, dtype=torch.uint8))
     assert opened == [(None, *told[1:7], False)]
     for wrong in (b"[1, 2]", b"{", b"\xff"):
-        with pytest.raises(Unlent, match="cannot be reached: "):
+        with pytest.raises(GpuMemoryError, match="cannot be reached: "):
             own.reach(wrong)
 
 

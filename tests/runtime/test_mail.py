@@ -17,10 +17,10 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import SettingsError, StampError
-from hamdist.runtime.engines.worker import Host
+from hamdist.runtime.engines.worker import Worker
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.signal import Channel, Signal
@@ -30,7 +30,7 @@ CHANNEL = Channel(0, Kind.STATE, "a", "b", "a->b", 4)
 
 
 def test_the_named_signal_is_handed_over():
-    mail = Mailroom({"a", "b"})
+    mail = Mailbox({"a", "b"})
     signal = Signal(Stamp(4, 2, 1), torch.ones(2))
     mail.post(CHANNEL, signal)
     assert mail.take(CHANNEL, Stamp(4, 2, 1), 5) is signal
@@ -39,7 +39,7 @@ def test_the_named_signal_is_handed_over():
 
 @pytest.mark.parametrize("sent", [Stamp(3, 2, 1), Stamp(4, 3, 1), Stamp(4, 2, 0)])
 def test_another_stamp_is_a_defect(sent):
-    mail = Mailroom({"a", "b"})
+    mail = Mailbox({"a", "b"})
     mail.post(CHANNEL, Signal(sent))
     with pytest.raises(StampError) as caught:
         mail.take(CHANNEL, Stamp(4, 2, 1), 5)
@@ -52,10 +52,10 @@ def test_another_stamp_is_a_defect(sent):
 
 def test_nothing_there_is_a_defect_too():
     with pytest.raises(StampError, match="nothing was there"):
-        Mailroom({"a", "b"}).take(CHANNEL, Stamp(0, 0, 0), 1)
+        Mailbox({"a", "b"}).take(CHANNEL, Stamp(0, 0, 0), 1)
 
 
-class Meddling(Mailroom):
+class Meddling(Mailbox):
     """Changes one signal on its way: what a defect of an engine would do."""
 
     def __init__(self, inside, kind, at, change):
@@ -115,7 +115,7 @@ class Recorder:
 @pytest.fixture
 def room():
     recorder = Recorder()
-    return Mailroom({"a"}, recorder), recorder.messages
+    return Mailbox({"a"}, recorder), recorder.messages
 
 
 def post(mail, channel, tick, **fields):
@@ -239,8 +239,8 @@ def test_bundles_change_no_number_and_hang_nobody(leaves_no_socket, case, way, b
     assert most > 1
     largest = {"off": 1, "auto": (most + 1) // 2, 2: 2, 99: most}[bundle]
     assert max(c.bundle for c in plan.channels.all()) == largest
-    hosts = [Host(plan.only(list(part)), list(part), None) for part in placement.split("|")]
-    hosts.append(Host(plan.only([]), [], source))
+    hosts = [Worker(plan.only(list(part)), list(part), None) for part in placement.split("|")]
+    hosts.append(Worker(plan.only([]), [], source))
     places = [*({*part} for part in placement.split("|")), {"u"}]
     addresses = {}
     for host, inside in zip(hosts, places, strict=True):

@@ -17,7 +17,7 @@ from hamdist.runtime.process.leftovers import sweep
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Channel, Packer, Signal
 from hamdist.runtime.transport.endpoint import socket_folder
-from hamdist.runtime.transport.transport import Wires
+from hamdist.runtime.transport.transport import Endpoints
 
 RUN = 77
 CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4)
@@ -32,7 +32,7 @@ WAYS = {"shm": "shm", "ipc": "ipc", "tcp": "tcp://127.0.0.1"}
 def pair(request, leaves_no_socket):
     """A sending and a receiving transport, joined by CHANNEL."""
     aborts = threading.Event(), threading.Event()
-    sender, receiver = (Wires(RUN, abort) for abort in aborts)
+    sender, receiver = (Endpoints(RUN, abort) for abort in aborts)
     address = receiver.bind(CHANNEL, WAYS[request.param])
     sender.connect(CHANNEL, address)
     yield sender, receiver, aborts, address
@@ -179,7 +179,7 @@ def test_a_frame_that_is_not_there_is_refused(pair, index):
 
 @pytest.mark.parametrize("way", ["shm", "ipc"])
 def test_the_socket_folder_is_private_and_goes_away(leaves_no_socket, way):
-    wires = Wires(RUN, threading.Event())
+    wires = Endpoints(RUN, threading.Event())
     address = wires.bind(CHANNEL, way)
     folder = socket_folder(RUN)
     assert address.startswith(f"{way}://{folder}/3.")
@@ -194,7 +194,7 @@ def test_the_socket_folder_is_private_and_goes_away(leaves_no_socket, way):
 def test_a_folder_that_others_can_reach_is_refused(leaves_no_socket, way):
     folder = socket_folder(RUN)
     folder.mkdir(mode=0o755)
-    wires = Wires(RUN, threading.Event())
+    wires = Endpoints(RUN, threading.Event())
     try:
         with pytest.raises(ClusterError, match="belongs to somebody else"):
             wires.bind(CHANNEL, way)
@@ -205,7 +205,7 @@ def test_a_folder_that_others_can_reach_is_refused(leaves_no_socket, way):
 
 def test_a_process_without_a_zeromq_channel_has_no_thread_for_it(leaves_no_socket):
     """What ZeroMQ needs is made with its first channel."""
-    wires = Wires(RUN, threading.Event())
+    wires = Endpoints(RUN, threading.Event())
     wires.bind(CHANNEL, "shm")
     assert wires._zmq is None
     wires.bind(CHANNEL._replace(number=4), "ipc")

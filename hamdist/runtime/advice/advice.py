@@ -23,7 +23,7 @@ from hamdist.config import (
 from hamdist.dynamics.blocks.dissipation import dissipation_warnings
 from hamdist.dynamics.schedule.schedule import HoldSchedule
 from hamdist.dynamics.user_modules.python_state import modules_of
-from hamdist.dynamics.vjp.layer_inputs import Watch
+from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.runtime.placement.assign_blocks import Costs, split
 from hamdist.runtime.placement.requirements import idle_wishes
 from hamdist.runtime.plan.block_settings import wishes
@@ -211,7 +211,7 @@ def _as_they_are(plan: Plan) -> list[str]:
             continue
         theta = [p for p in block.module.parameters() if p.requires_grad]
         rewinds = plan.knobs.memory is Memory.REVERSIBLE
-        if rewinds or not Watch(block.module, theta).layers:
+        if rewinds or not LayerInputs(block.module, theta).layers:
             found.append(name)
     if not found:
         return []

@@ -9,16 +9,16 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import DivergedError
 from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.process.interrupts import Ending, OnProgress
+from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.process.threads import torch_threads
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
-from hamdist.runtime.signals.sent_log import Ledger
-from hamdist.runtime.snapshots.inprocess import KeptRun
+from hamdist.runtime.signals.sent_log import SentLog
+from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
 from hamdist.streams.sample import Stream
 
 PROGRESS_SECONDS = 0.25
@@ -30,15 +30,15 @@ class InProcessEngine:
     def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
         created = time.perf_counter()
         inside = {INPUT, *plan.graph.blocks}
-        ledger = None if plan.keeping is None else Ledger(inside, replays=False)
+        ledger = None if plan.keeping is None else SentLog(inside, replays=False)
         digests = Digests() if plan.engine.digests else None
-        mail = Mailroom(inside, ledger=ledger, digests=digests)
+        mail = Mailbox(inside, ledger=ledger, digests=digests)
         source = SourceNode(plan, stream, mail)
         nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
         measured = [n for n in nodes if n.metrics is not None]
-        keeping: KeptRun | None = None
+        keeping: InProcessSnapshots | None = None
         if ledger is not None:
-            keeping = KeptRun(plan, [source, *nodes], mail, ledger)
+            keeping = InProcessSnapshots(plan, [source, *nodes], mail, ledger)
             keeping.restore()
         reset_peak()
         started = time.perf_counter()
@@ -66,7 +66,7 @@ class InProcessEngine:
                 ending.report(progress())
 
         stop = source.stop.set if keeping is None else keeping.stopping(source.stop.set)
-        ending = Ending(stop, on_progress)
+        ending = RunInterrupts(stop, on_progress)
         with (
             torch_threads(plan.engine.threads),
             ending,

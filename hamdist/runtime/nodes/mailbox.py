@@ -23,7 +23,7 @@ from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.signals.codec import Encoder
 from hamdist.runtime.signals.edge_codecs import DIRECTIONS, CompressionMap
-from hamdist.runtime.signals.sent_log import Ledger
+from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Channel, Signal, ready
 
 
@@ -36,7 +36,7 @@ class Transport(Protocol):
     def receive(self, channel: Channel, stamp: Stamp) -> Signal: ...
 
 
-class Mailroom:
+class Mailbox:
     """The channels of one process. `inside`: nodes of this process. ledger: counts what crosses,
     where snapshots are taken. digests: of what is posted and taken, where they were asked for."""
 
@@ -44,7 +44,7 @@ class Mailroom:
         self,
         inside: set[str],
         transport: Transport | None = None,
-        ledger: Ledger | None = None,
+        ledger: SentLog | None = None,
         digests: Digests | None = None,
     ) -> None:
         self.digests = digests

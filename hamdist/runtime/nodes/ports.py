@@ -7,30 +7,30 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from hamdist.config import MetricsSettings, Record
+from hamdist.config import MetricsSettings, RecordedState
 from hamdist.dynamics.blocks.energy import Recorder
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.graph.graph import Edge
 from hamdist.dynamics.objective.prequential import Prequential
 from hamdist.dynamics.schedule.schedule import Event, HoldSchedule, PulseSchedule, Stamp, emitted
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autocast import AutocastCell, Rounding
-from hamdist.dynamics.vjp.autograd import Cell
-from hamdist.dynamics.vjp.joined import JoinedCell
-from hamdist.dynamics.vjp.tied import TiedCell
+from hamdist.dynamics.vjp.autocast import AutocastFunction, Rounding
+from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.joined import JoinedFunction
+from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import SnapshotError
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
-from hamdist.runtime.signals.cast import Border, kept
+from hamdist.runtime.signals.cast import CastBorder, kept
 from hamdist.runtime.signals.signal import Channel, Signal, ready
 
 
 class Ports:
     """The channels of one block, in the graph's edge order, and its stamps."""
 
-    def __init__(self, plan: Plan, name: str, mail: Mailroom) -> None:
-        self.border = Border(plan.desks.get(name))
+    def __init__(self, plan: Plan, name: str, mail: Mailbox) -> None:
+        self.border = CastBorder(plan.desks.get(name))
         self.into = plan.graph.into[name]
         self.out_of = plan.graph.out_of[name]
         self._channels = plan.channels
@@ -159,7 +159,7 @@ def make_recorder(settings: MetricsSettings) -> Recorder | None:
     """What records a block's energies, if that is asked for."""
     if settings.record is None:
         return None
-    trajectory = settings.record is Record.TRAJECTORY
+    trajectory = settings.record is RecordedState.TRAJECTORY
     return Recorder(settings.record_every, trajectory=trajectory)
 
 
@@ -169,7 +169,7 @@ def record(metrics: Prequential, sample: int, reading: Reading | None) -> None:
 
 
 def block_state(
-    parts: Sequence[tuple[str, Cell, Weights | None]],
+    parts: Sequence[tuple[str, LocalFunction, Weights | None]],
     h: Tensor | None,
     z: Tensor | None,
     stored: int = 0,
@@ -206,8 +206,8 @@ def block_state(
     )
 
 
-def _rounding(cell: Cell) -> Rounding | None:
+def _rounding(cell: LocalFunction) -> Rounding | None:
     inner = cell
-    while isinstance(inner, (JoinedCell, TiedCell)):
+    while isinstance(inner, (JoinedFunction, TiedFunction)):
         inner = inner.inner
-    return inner.rounding if isinstance(inner, AutocastCell) else None
+    return inner.rounding if isinstance(inner, AutocastFunction) else None

@@ -13,7 +13,7 @@ from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.schedule.schedule import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.state.remember import Remembers
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import Ports, block_state, make_metrics, record
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
@@ -29,7 +29,7 @@ class SequenceNode(Remembers):
     late = False
 
     def __init__(
-        self, plan: Plan, spec: BlockSpec, mail: Mailroom, block: SequenceBlock | SequenceReadout
+        self, plan: Plan, spec: BlockSpec, mail: Mailbox, block: SequenceBlock | SequenceReadout
     ) -> None:
         if not isinstance(plan.schedule, SequenceSchedule):
             raise TypeError("a SequenceNode needs a SequenceSchedule")

@@ -16,7 +16,7 @@ from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.state.remember import check_names
 from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import StreamError
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CPU
 from hamdist.runtime.signals.signal import Signal, ready
@@ -36,7 +36,7 @@ class SourceNode:
     name = INPUT
     late = False
 
-    def __init__(self, plan: Plan, stream: Stream, mail: Mailroom) -> None:
+    def __init__(self, plan: Plan, stream: Stream, mail: Mailbox) -> None:
         self._plan = plan
         self._stream = stream
         self._mail = mail

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hamdist.config import Compensation, Credit, LearningSettings, Memory
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.schedule import Event, PulseSchedule, Stamp
-from hamdist.dynamics.vjp.tied import TiedCell, flat
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.dynamics.vjp.tied import TiedFunction, flat
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import WeightLag
 from hamdist.runtime.signals.signal import Signal, ready
@@ -37,7 +37,7 @@ def weight_lags(plan: Plan) -> dict[str, WeightLag]:
 class TiePorts:
     """The channels of one block's shared weights, in the order of the graph's ties."""
 
-    def __init__(self, plan: Plan, name: str, mail: Mailroom, cell: TiedCell) -> None:
+    def __init__(self, plan: Plan, name: str, mail: Mailbox, cell: TiedFunction) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
             raise TypeError("shared weights need a PulseSchedule")
         self._schedule = plan.schedule

@@ -34,7 +34,7 @@ from hamdist.runtime.plan.block_settings import wishes
 WORTH = 0.05
 
 Floats: TypeAlias = "NDArray[np.float64]"
-Places: TypeAlias = "NDArray[np.intp]"
+ActorIndices: TypeAlias = "NDArray[np.intp]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class _Ways:
         self._bounds = [float(t) for t in finite[np.isfinite(finite)]]
         self._known: dict[float, list[float]] = {}  # by bound: the least latency, by number of runs
 
-    def _rows(self, bound: float, parts: int) -> Iterator[tuple[Floats, Places]]:
+    def _rows(self, bound: float, parts: int) -> Iterator[tuple[Floats, ActorIndices]]:
         """For 1 ... `parts` runs, by end: the least latency, and where the last run starts."""
         n = len(self._costs.seconds)
         allowed = np.where(self._busy <= bound, self._busy, math.inf)

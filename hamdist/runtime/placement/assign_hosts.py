@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from hamdist.config import Spread
 from hamdist.errors import ClusterError
-from hamdist.runtime.placement.requirements import Demand
+from hamdist.runtime.placement.requirements import ActorRequirements
 
 ALIKE = 0.1  # hosts whose speeds differ by less count as equally fast
 MOST_SHARES = 10_000  # of a GPU: Ray counts in these parts
@@ -65,7 +65,7 @@ def described(
 
 
 @dataclass(frozen=True)
-class Seat:
+class ActorOptions:
     """What one actor is started with. node: Ray's id of its host, None where Ray decides.
     environment: variables of its process, beside those of its host. Equal seats can take over each
     other's processes."""
@@ -76,22 +76,22 @@ class Seat:
     node: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
 
-    def pinned(self, environment: Mapping[str, str]) -> Seat:
+    def pinned(self, environment: Mapping[str, str]) -> ActorOptions:
         """The same with these variables, whatever the host's are."""
         return replace(self, environment=tuple({**dict(self.environment), **environment}.items()))
 
-    def on(self, node: str | None) -> Seat:
+    def on(self, node: str | None) -> ActorOptions:
         """The same on another host; None: on any."""
         return replace(self, node=node)
 
 
 def seats(
-    demands: Sequence[Demand],
+    demands: Sequence[ActorRequirements],
     hosts: Sequence[HostInfo],
     spread: Spread,
     busy: Sequence[float],
     speeds: Mapping[str, float] | None = None,
-) -> list[Seat]:
+) -> list[ActorOptions]:
     """The seat of each actor. hosts: the driver's first. busy: by actor, its work. speeds: by host,
     seconds for the same work ('profile').
 
@@ -124,7 +124,7 @@ def seats(
             found[i] = _taken(demands[i], shares[i], [*room[last:], *room[:last]], room)
             last = room.index(found[i])
     return [
-        Seat(
+        ActorOptions(
             cpus=demand.cpus,
             gpus=gpus,
             resources=tuple(sorted(demand.resources.items())),
@@ -135,8 +135,11 @@ def seats(
 
 
 def reseated(
-    seat: Seat, was: str, hosts: Sequence[HostInfo], taken: Sequence[tuple[str, Seat]]
-) -> Seat:
+    seat: ActorOptions,
+    was: str,
+    hosts: Sequence[HostInfo],
+    taken: Sequence[tuple[str, ActorOptions]],
+) -> ActorOptions:
     """Where an actor goes that was lost: to host `was`, where it was, or else to one that has room
     for it beside the others of the run, the emptiest first. hosts: those that are there. taken: the
     others' hosts and seats."""
@@ -152,8 +155,8 @@ def reseated(
     return seat.on(None if least is None else least.host.id)
 
 
-def _as_demand(seat: Seat) -> Demand:
-    return Demand(cpus=seat.cpus, gpus=seat.gpus, resources=dict(seat.resources))
+def _as_demand(seat: ActorOptions) -> ActorRequirements:
+    return ActorRequirements(cpus=seat.cpus, gpus=seat.gpus, resources=dict(seat.resources))
 
 
 class _Room:
@@ -166,7 +169,7 @@ class _Room:
         self.resources = dict(host.resources)
         self.gpus = [1.0] * int(host.gpus)  # a share never spans two of them
 
-    def has(self, demand: Demand, gpus: float) -> bool:
+    def has(self, demand: ActorRequirements, gpus: float) -> bool:
         enough = all(self.resources.get(n, 0) >= v for n, v in demand.resources.items())
         return enough and self.cpus >= demand.cpus and self._gpus(gpus) is not None
 
@@ -177,7 +180,7 @@ class _Room:
         number = math.ceil(wanted)
         return fit[:number] if len(fit) >= number else None
 
-    def take(self, demand: Demand, gpus: float) -> None:
+    def take(self, demand: ActorRequirements, gpus: float) -> None:
         self.actors += 1
         self.cpus -= demand.cpus
         for name, value in demand.resources.items():
@@ -187,7 +190,7 @@ class _Room:
 
 
 def _taken(
-    demand: Demand, gpus: float, order: Sequence[_Room], everywhere: Sequence[_Room]
+    demand: ActorRequirements, gpus: float, order: Sequence[_Room], everywhere: Sequence[_Room]
 ) -> _Room:
     """The first host in `order` that has room, which is then taken."""
     for room in order:
@@ -203,7 +206,7 @@ def _taken(
     )
 
 
-def _shares(demands: Sequence[Demand], hosts: Sequence[HostInfo]) -> list[float]:
+def _shares(demands: Sequence[ActorRequirements], hosts: Sequence[HostInfo]) -> list[float]:
     """The GPU share of each actor: as asked for; of those that only want to see one, equal parts of
     what the GPUs of the cluster have left, none of them cut across two."""
     asked = [d.gpus for d in demands]
@@ -226,7 +229,7 @@ def _gpus_of(hosts: Sequence[HostInfo]) -> str:
     return f"none of its {total:g} GPU(s)" if total else "no GPU"
 
 
-def _check(demand: Demand, gpus: float, room: Sequence[_Room]) -> None:
+def _check(demand: ActorRequirements, gpus: float, room: Sequence[_Room]) -> None:
     """Raises ClusterError where no single host could take the actor, were it alone."""
     called = [r for r in room if demand.host is None or r.host.is_called(demand.host)]
     if not called:
@@ -256,7 +259,7 @@ def _resources(room: Sequence[_Room]) -> str:
 
 
 def _check_sums(
-    demands: Sequence[Demand], shares: Sequence[float], hosts: Sequence[HostInfo]
+    demands: Sequence[ActorRequirements], shares: Sequence[float], hosts: Sequence[HostInfo]
 ) -> None:
     """Raises ClusterError where all actors together ask for more than there is."""
     cpus, total = sum(d.cpus for d in demands), sum(h.cpus for h in hosts)
@@ -281,12 +284,12 @@ def _check_sums(
             )
 
 
-def _who(demand: Demand) -> str:
+def _who(demand: ActorRequirements) -> str:
     noun = "block" if len(demand.blocks) == 1 else "blocks"
     return f"the actor of {noun} {', '.join(demand.blocks)}"
 
 
-def _asked(demand: Demand, gpus: float) -> str:
+def _asked(demand: ActorRequirements, gpus: float) -> str:
     parts = [f"{demand.cpus:g} CPU(s)"]
     parts += [f"{gpus:g} GPU(s)"] if gpus else []
     parts += [f"{value:g} {name}" for name, value in demand.resources.items()]

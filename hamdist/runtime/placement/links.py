@@ -30,7 +30,7 @@ from hamdist.runtime.placement.assign_blocks import Costs
 from hamdist.runtime.placement.step_costs import in_flight
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.transport.transport import Wires
+from hamdist.runtime.transport.transport import Endpoints
 
 if TYPE_CHECKING:
     from hamdist.runtime.transport.encryption import Keys
@@ -60,7 +60,7 @@ class Probe:
     run."""
 
     def __init__(self, run: int, link_delay: float, keys: Keys | None = None) -> None:
-        self._wires = Wires(run, threading.Event(), link_delay, keys)
+        self._wires = Endpoints(run, threading.Event(), link_delay, keys)
         self._mine: list[int] = []
 
     @staticmethod

@@ -16,7 +16,7 @@ from hamdist.runtime.plan.block_settings import device_of
 
 
 @dataclass(frozen=True)
-class Demand:
+class ActorRequirements:
     """What one actor asks for. gpus: None: no GPU; 0: whatever share is left, of a block on
     'cuda'. blocks: who asks, for errors."""
 
@@ -61,7 +61,7 @@ def apart(wishes: Mapping[str, BlockEngineSettings]) -> tuple[tuple[int, int], .
 
 def demand(
     blocks: Sequence[str], wishes: Mapping[str, BlockEngineSettings], engine: EngineSettings
-) -> Demand:
+) -> ActorRequirements:
     """What the actor of `blocks` asks for. Raises SettingsError where two of them contradict."""
     host: str | None = None
     cpus, gpus = 1.0, None
@@ -81,7 +81,7 @@ def demand(
         resources |= wish.resources
     if gpus is None and any(device_of(wishes[b], engine).startswith("cuda") for b in blocks):
         gpus = 0.0
-    return Demand(host, cpus, gpus, resources, tuple(blocks))
+    return ActorRequirements(host, cpus, gpus, resources, tuple(blocks))
 
 
 def idle_wishes(asked: Iterable[BlockEngineSettings]) -> list[str]:

@@ -32,7 +32,7 @@ from hamdist.dynamics.schedule.schedule import HoldSchedule, PulseSchedule
 from hamdist.errors import HamdistError
 from hamdist.runtime.nodes.factory import Node, make_node
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
 from hamdist.runtime.plan.plan import Plan
@@ -216,7 +216,7 @@ class _Trial:
 
     def _seconds(self) -> dict[str, float]:
         plan = self._plan
-        mail = Mailroom({INPUT, *plan.graph.blocks})
+        mail = Mailbox({INPUT, *plan.graph.blocks})
         source = SourceNode(plan, _Examples(plan.spec, self._samples), mail)
         nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
         timed = [_Timed(node, self._clock) for node in (source, *nodes)]

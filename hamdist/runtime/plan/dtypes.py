@@ -18,7 +18,7 @@ from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError, LevelError
 from hamdist.runtime.plan.block_settings import device_of, wishes
-from hamdist.runtime.signals.cast import Desk
+from hamdist.runtime.signals.cast import CastPlan
 
 DTYPES = {
     BlockDType.FLOAT32: torch.float32,
@@ -29,7 +29,7 @@ DTYPES = {
 
 def with_desks(
     graph: Graph, shapes: ShapeMap, inputs: ShapeMap, engine: EngineSettings, knobs: Locality
-) -> tuple[Graph, ShapeMap, dict[str, Desk]]:
+) -> tuple[Graph, ShapeMap, dict[str, CastPlan]]:
     """The graph with its modules in the types that `engine.blocks` asks for (a copy, where it asks
     for any, or for another device), the shapes with the types that follow, and every block's desk
     (none where all is as it would be).
@@ -63,7 +63,7 @@ def with_desks(
                     module.to(dtype)
             found[name] = shapes[name][0], _tried(block, before, dtype)
         _check_autocast(name, wish, found[name][1])
-        desks[name] = Desk(
+        desks[name] = CastPlan(
             block=name,
             device=devices[name],
             inputs=takes,
@@ -74,7 +74,7 @@ def with_desks(
     return own, found, desks
 
 
-def taken(desks: Mapping[str, Desk]) -> dict[int, torch.dtype]:
+def taken(desks: Mapping[str, CastPlan]) -> dict[int, torch.dtype]:
     """By edge, the type in which its child takes it, which is that of the child's messages."""
     return {edge: dtype for desk in desks.values() for edge, dtype in desk.inputs.items()}
 

@@ -24,7 +24,7 @@ from hamdist.config import (
     MetricsSettings,
     Reset,
     Settings,
-    Step,
+    StepKind,
     TargetOf,
 )
 from hamdist.dynamics.graph.checks import check_parameters
@@ -35,14 +35,14 @@ from hamdist.dynamics.partition.reversible_blocks import reversible_blocks
 from hamdist.dynamics.schedule.levels import Locality, make_locality
 from hamdist.dynamics.schedule.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
-from hamdist.dynamics.updates.constants import Course, Dynamics, check_names, make_dynamics
+from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
 from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
 from hamdist.errors import GraphError, LevelError, SettingsError
 from hamdist.runtime.plan.dtypes import taken, with_desks
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
-from hamdist.runtime.signals.cast import Desk
+from hamdist.runtime.signals.cast import CastPlan
 from hamdist.runtime.signals.edge_codecs import compressed
 from hamdist.runtime.signals.signal import Channels, make_channels
 from hamdist.streams.sample import SampleSpec, TargetSpec
@@ -56,7 +56,7 @@ SNAPSHOT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Keeping:
+class SnapshotPolicy:
     """Snapshots of a run. path: where; every: ticks, seconds: of time between two; keep: how many
     stay. settings: of the run, for the manifest. snapshot: what the run goes on from. ends_full:
     the run ends where more than `memory` bytes would be kept. epoch: of the processes that write,
@@ -116,11 +116,11 @@ class Plan:
     silent: frozenset[str] = frozenset()
     native: bool = False
     replan: Replan | None = None
-    keeping: Keeping | None = None
+    keeping: SnapshotPolicy | None = None
     skip: int = 0
     passed: int = 0
     heads: Heads | None = None
-    desks: Mapping[str, Desk] = field(default_factory=dict)
+    desks: Mapping[str, CastPlan] = field(default_factory=dict)
     memory_of: Callable[[torch.device], Any] | None = None
     ignore_index: int = IGNORE_INDEX
     one_length: str | None = None
@@ -178,7 +178,7 @@ class Plan:
 
 
 def make_plan(
-    graph: Graph, settings: Settings, spec: SampleSpec, *, phi: Course | None = None
+    graph: Graph, settings: Settings, spec: SampleSpec, *, phi: TickSchedule | None = None
 ) -> Plan:
     """The plan of `settings` (already those of one level) for `graph` on a stream of `spec`.
 
@@ -293,13 +293,13 @@ def _one_length(graph: Graph, spec: SampleSpec, knobs: Locality, settings: Setti
 
 def make_keeping(
     settings: Settings, snapshot: Snapshot | None = None, *, last: bool = True
-) -> Keeping | None:
-    """How the run keeps its state, as `settings.snapshots` say. last: see `Keeping`."""
+) -> SnapshotPolicy | None:
+    """How the run keeps its state, as `settings.snapshots` say. last: see `SnapshotPolicy`."""
     given = settings.snapshots
     if given.path is None:
         return None
     timed = given.seconds is not None or given.every is None
-    return Keeping(
+    return SnapshotPolicy(
         path=given.path,
         every=given.every,
         seconds=(given.seconds or SNAPSHOT_SECONDS) if timed else None,
@@ -355,20 +355,20 @@ def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
         **{name: dumped[name] for name in _ALIKE},
         "compress": [engine["compress"], engine["feedback"]],
         "native": plan.native,
-        "closed": plan.engine.step is not Step.AUTOGRAD,
+        "closed": plan.engine.step is not StepKind.AUTOGRAD,
         "computes": kinds,
     }
 
 
 def _native(engine: EngineSettings) -> bool:
     """Raises SettingsError where C code is asked for that is not there."""
-    if engine.step is Step.NATIVE and not rows.built():
+    if engine.step is StepKind.NATIVE and not rows.built():
         raise SettingsError(
             "engine.step 'native': hamdist was installed without its C code; install it again "
             "where a C compiler is at hand, or use 'auto'"
         )
-    return engine.step is Step.NATIVE or (
-        engine.step is Step.AUTO and rows.built() and engine.threads == 1
+    return engine.step is StepKind.NATIVE or (
+        engine.step is StepKind.AUTO and rows.built() and engine.threads == 1
     )
 
 

@@ -21,15 +21,15 @@ from hamdist.runtime.placement.step_costs import (
     wants_costs,
 )
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.process.interrupts import Ending, OnProgress
+from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.auth_token import token_notes
 from hamdist.runtime.ray_engine.session import HEAD_SECONDS, HeadWatch, answers, ray_session
-from hamdist.runtime.ray_engine.supervision import CrewKeeping
+from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
 from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
-from hamdist.runtime.ray_engine.worker_group import END_SECONDS, Crew
+from hamdist.runtime.ray_engine.worker_group import END_SECONDS, WorkerGroup
 from hamdist.runtime.results.digests import joined
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.edge_codecs import CompressionMap
@@ -58,7 +58,7 @@ class RayEngine:
         with ExitStack() as stack:
             with startup.phase("ray"):
                 session = stack.enter_context(ray_session(plan.engine))
-            crew = stack.enter_context(Crew(plan, stream, session))
+            crew = stack.enter_context(WorkerGroup(plan, stream, session))
             auto = plan.replan is not None
             plan = crew.wire(startup, costs, measured)
             notes += crew.notes
@@ -78,18 +78,20 @@ class RayEngine:
 class _Watch:
     """Follows a crew from its start to its end."""
 
-    def __init__(self, plan: Plan, crew: Crew, on_progress: OnProgress | None) -> None:
+    def __init__(self, plan: Plan, crew: WorkerGroup, on_progress: OnProgress | None) -> None:
         self._plan = plan
         self._crew = crew
         self._stop = threading.Event()
-        self._ending = Ending(self._stop.set, on_progress)
+        self._ending = RunInterrupts(self._stop.set, on_progress)
         self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
         self._warnings: list[str] = []
         self._note: str | None = None
         self._samples = plan.resumed
         self._windows: list[Window] = []
         self._head = HeadWatch()
-        self._keeping = None if plan.keeping is None else CrewKeeping(plan, crew, plan.keeping)
+        self._keeping = (
+            None if plan.keeping is None else SnapshotSupervision(plan, crew, plan.keeping)
+        )
         self.started = time.perf_counter()
 
     def to_the_end(self) -> Outcome:

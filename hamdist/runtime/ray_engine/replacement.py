@@ -34,34 +34,41 @@ from hamdist.errors import (
     SnapshotError,
     WireError,
 )
-from hamdist.runtime.engines.worker import ANSWER_SECONDS, Opened
+from hamdist.runtime.engines.worker import ANSWER_SECONDS, ReceivingEnds
 from hamdist.runtime.placement.assign_hosts import reseated
-from hamdist.runtime.plan.plan import Keeping
-from hamdist.runtime.ray_engine.attempts import Attempts
+from hamdist.runtime.plan.plan import SnapshotPolicy
 from hamdist.runtime.ray_engine.session import reachable_hosts
-from hamdist.runtime.ray_engine.worker_group import END_SECONDS, START_SECONDS, Actor, Crew
+from hamdist.runtime.ray_engine.worker_actor import WorkerActor
+from hamdist.runtime.ray_engine.worker_group import (
+    END_SECONDS,
+    START_SECONDS,
+    WorkerGroup,
+    WorkerHandle,
+)
 from hamdist.runtime.results.result import Replaced
-from hamdist.runtime.snapshots.catalogue import Shelf
+from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
 
-ACTOR = "ray::HostActor"  # what Ray calls an actor's process
+ACTOR = f"ray::{WorkerActor.__name__}"  # what Ray calls an actor's process
 PAUSE_SECONDS = 1.0  # before the next try
 MOST_TRIES = 5  # of one recovery: others may be lost meanwhile
 
 
 @dataclass(frozen=True)
-class Loss:
+class ActorLoss:
     """One actor that is to be replaced. tick: of the block that failed, as far as it is known.
     error: what ends the run if it comes again."""
 
-    actor: Actor
+    actor: WorkerHandle
     tick: int | None
     error: HamdistError
 
 
-class Recovery:
+class Replacement:
     """replaced: what was lost so far."""
 
-    def __init__(self, crew: Crew, keeping: Keeping, shelf: Shelf) -> None:
+    def __init__(
+        self, crew: WorkerGroup, keeping: SnapshotPolicy, shelf: SnapshotCatalogue
+    ) -> None:
         self._crew = crew
         self._keeping = keeping
         self._shelf = shelf
@@ -79,7 +86,7 @@ class Recovery:
             return False
         return isinstance(error, (BlockError, WireError))
 
-    def replace(self, losses: Sequence[Loss]) -> None:
+    def replace(self, losses: Sequence[ActorLoss]) -> None:
         """Raises the error of an actor that was lost too often without getting any further,
         ClusterError where the cluster cannot take a replacement, and SnapshotError where a snapshot
         is damaged and there is nothing to go back to."""
@@ -105,7 +112,7 @@ class Recovery:
                 )
             )
 
-    def _try_often(self, lost: dict[str, Actor], error: HamdistError) -> int:
+    def _try_often(self, lost: dict[str, WorkerHandle], error: HamdistError) -> int:
         """How many signals were sent again. `lost` gets those that are lost meanwhile, too."""
         self._fresh.clear()
         self._present.clear()
@@ -131,7 +138,7 @@ class Recovery:
             "latest snapshot (--resume)"
         ) from error
 
-    def _go_back(self, lost: dict[str, Actor], unread: SnapshotError | None) -> None:
+    def _go_back(self, lost: dict[str, WorkerHandle], unread: SnapshotError | None) -> None:
         """Take all actors back to an earlier snapshot where the files are damaged that lost ones
         need: nobody has what lies between the two any more.
 
@@ -168,7 +175,7 @@ class Recovery:
         lost |= {actor.name: actor for actor in present}
         self._call_off(present)
 
-    def _call_off(self, actors: Sequence[Actor]) -> None:
+    def _call_off(self, actors: Sequence[WorkerHandle]) -> None:
         """End the runs of actors that are well, whose processes begin again (others are killed)."""
         for actor in actors:
             actor.handle.abort.remote(self._crew.plan.run)
@@ -179,7 +186,7 @@ class Recovery:
                 actor.begin_again()
                 self._fresh.add(actor.name)
 
-    def _count(self, loss: Loss) -> None:
+    def _count(self, loss: ActorLoss) -> None:
         saved = 0 if self._shelf.latest is None else self._shelf.latest.tick
         times = self._attempts.lost(loss.actor.name, loss.tick, saved)
         if times < self._keeping.attempts:
@@ -191,7 +198,7 @@ class Recovery:
             ) from loss.error
         raise loss.error
 
-    def _try(self, lost: list[Actor]) -> int | list[Actor]:
+    def _try(self, lost: list[WorkerHandle]) -> int | list[WorkerHandle]:
         """How many signals were sent again; or the actors that were lost meanwhile."""
         crew = self._crew
         self._epoch += 1
@@ -206,8 +213,8 @@ class Recovery:
         numbers = [crew.actors.index(actor) for actor in lost]
         keeping = dataclasses.replace(self._keeping, snapshot=self._shelf.latest, epoch=self._epoch)
         plan = dataclasses.replace(crew.plan, keeping=keeping)
-        ends: Opened = {}
-        calls: dict[Any, Actor] = {}
+        ends: ReceivingEnds = {}
+        calls: dict[Any, WorkerHandle] = {}
         if self._fault:
             crew.renew_local(plan)
         for i in numbers:
@@ -232,7 +239,7 @@ class Recovery:
         crew.start_again(lost)
         return int(sum(again)) + crew.connect_local(ends)
 
-    def _start(self, lost: Sequence[Actor]) -> list[Actor]:
+    def _start(self, lost: Sequence[WorkerHandle]) -> list[WorkerHandle]:
         """New processes: where the old ones were, if that host is still there. Those that did not
         come up. Raises ClusterError where there is no room for one."""
         crew = self._crew
@@ -277,7 +284,7 @@ class Recovery:
         return gone
 
 
-def _kill(actor: Actor, here: str) -> None:
+def _kill(actor: WorkerHandle, here: str) -> None:
     """Also one that is hung, which Ray gives 5 s (measured) before it is ended."""
     with contextlib.suppress(RayError):
         ray.kill(actor.handle)
@@ -288,7 +295,7 @@ def _kill(actor: Actor, here: str) -> None:
                 process.kill()
 
 
-def _all(calls: dict[Any, Actor]) -> tuple[list[Any], list[Actor]]:
+def _all(calls: dict[Any, WorkerHandle]) -> tuple[list[Any], list[WorkerHandle]]:
     """What the calls give, and the actors that have died instead of an answer. Raises the
     SnapshotError of one that could not read its files."""
     waiting = list(calls)
@@ -303,3 +310,25 @@ def _all(calls: dict[Any, Actor]) -> tuple[list[Any], list[Actor]]:
                 raise SnapshotError(f"{calls[call]}: {cause}") from None
             gone.append(calls[call])
     return found, gone
+
+
+class Attempts:
+    """Counts how often actors were lost without getting any further.
+
+    The tick in which a block fails is known where it raises. A process that dies (out of memory, a
+    crash in native code) was last heard of up to a second before, or never: its tick differs from
+    one loss to the next although the cause is the same. So losses are counted as long as neither
+    the actor nor a snapshot of the run has come further than before.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, int]] = {}  # by actor: how far it came, losses since
+
+    def lost(self, actor: str, tick: int | None, saved: int) -> int:
+        """How many times in a row `actor` was lost without getting further, this one included.
+        tick: where it was, as far as that is known; saved: the tick of the latest snapshot."""
+        furthest, times = self._known.get(actor, (-1, 0))
+        came = max(saved, -1 if tick is None else tick)
+        times = 1 if came > furthest else times + 1
+        self._known[actor] = max(came, furthest), times
+        return times

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from hamdist.config import EngineSettings, describe
 from hamdist.errors import ClusterError, HamdistError, SettingsError
-from hamdist.runtime.placement.assign_hosts import HostInfo, Seat, described
+from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, described
 from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
 from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, sweep
 from hamdist.runtime.process.threads import cores
@@ -59,9 +59,9 @@ class Session:
     which saves it the seconds in which they would import torch."""
 
     def __init__(self) -> None:
-        self.idle: list[tuple[Seat, Any]] = []
+        self.idle: list[tuple[ActorOptions, Any]] = []
 
-    def actors(self, seats: Sequence[Seat]) -> list[Any]:
+    def actors(self, seats: Sequence[ActorOptions]) -> list[Any]:
         """For each seat an idle actor that is still there, or a new one. Before a new one starts,
         those that this run does not take over make room."""
         from hamdist.runtime.ray_engine.worker_actor import is_alive, start_actor
@@ -83,7 +83,7 @@ class Session:
         _end([actor for _, actor in self.idle])
         self.idle = []
 
-    def _fitting(self, seat: Seat) -> int | None:
+    def _fitting(self, seat: ActorOptions) -> int | None:
         return next((k for k, (own, _) in enumerate(self.idle) if own == seat), None)
 
 

@@ -9,28 +9,28 @@ import warnings
 from math import inf
 
 from hamdist.errors import BlockError, ClusterError, HamdistError, SnapshotError
-from hamdist.runtime.plan.plan import Keeping, Plan
-from hamdist.runtime.ray_engine.replacement import Loss, Recovery
-from hamdist.runtime.ray_engine.worker_group import Actor, Crew
+from hamdist.runtime.plan.plan import Plan, SnapshotPolicy
+from hamdist.runtime.ray_engine.replacement import ActorLoss, Replacement
+from hamdist.runtime.ray_engine.worker_group import WorkerGroup, WorkerHandle
 from hamdist.runtime.results.result import Replaced
-from hamdist.runtime.snapshots.catalogue import Failures, Shelf
+from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
 PATIENCE_SECONDS = 20.0  # for all files of one
 LAST_SECONDS = 10.0  # for the one before the end
 
 
-class CrewKeeping:
+class SnapshotSupervision:
     """warnings: what went wrong on the way."""
 
-    def __init__(self, plan: Plan, crew: Crew, keeping: Keeping) -> None:
+    def __init__(self, plan: Plan, crew: WorkerGroup, keeping: SnapshotPolicy) -> None:
         self._crew = crew
         self._keeping = keeping
         self._blocks = plan.graph.blocks
         self._python_state = sorted(plan.graph.state)
-        self._shelf = Shelf(plan, crew.arithmetic)
-        self._recovery = Recovery(crew, keeping, self._shelf) if keeping.recover else None
-        self._losses: list[Loss] = []
+        self._shelf = SnapshotCatalogue(plan, crew.arithmetic)
+        self._recovery = Replacement(crew, keeping, self._shelf) if keeping.recover else None
+        self._losses: list[ActorLoss] = []
         self._seconds = keeping.seconds or inf
         self._end = plan.last_tick
         self._due: float | None = None
@@ -39,7 +39,7 @@ class CrewKeeping:
         self._rate = 0.0
         self._last: int | None = None  # the tick of the one before the end
         self._last_by: float | None = None
-        self._failures = Failures()
+        self._failures = SnapshotFailures()
         self._tries_failed = False
         self._forgotten = False  # some actor has let signals go that a successor would need
         self._warnings: list[str] = []
@@ -73,12 +73,12 @@ class CrewKeeping:
 
     # -- losses ---------------------------------------------------------------------------------
 
-    def _mourn(self, actor: Actor, error: HamdistError | None, loss: HamdistError) -> bool:
+    def _mourn(self, actor: WorkerHandle, error: HamdistError | None, loss: HamdistError) -> bool:
         recovery = self._recovery
         if recovery is None or self._forgotten or (error is not None and not recovery.heals(error)):
             return False
         tick = error.tick if isinstance(error, BlockError) else actor.tick
-        self._losses.append(Loss(actor, tick, loss))
+        self._losses.append(ActorLoss(actor, tick, loss))
         return True
 
     def look(self, now: float) -> None:
@@ -142,7 +142,7 @@ class CrewKeeping:
         for actor in self._crew.silent(now, self._keeping.silence):
             if actor.report is None and id(actor) not in known:
                 error = ClusterError(f"{actor} has not answered for {self._keeping.silence:g} s")
-                self._losses.append(Loss(actor, actor.tick, error))
+                self._losses.append(ActorLoss(actor, actor.tick, error))
 
     # -- snapshots ------------------------------------------------------------------------------
 

@@ -21,9 +21,15 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError, StreamError
 from hamdist.runtime.advice.advice import thread_warnings
-from hamdist.runtime.engines.worker import Host, HostReport, HostStatus, Kept, Opened
+from hamdist.runtime.engines.worker import (
+    ReceivingEnds,
+    SnapshotNews,
+    Worker,
+    WorkerReport,
+    WorkerStatus,
+)
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters, place
-from hamdist.runtime.placement.assign_hosts import Seat, seats
+from hamdist.runtime.placement.assign_hosts import ActorOptions, seats
 from hamdist.runtime.placement.links import Link, Probe, least_delays, pairs
 from hamdist.runtime.placement.requirements import demand
 from hamdist.runtime.placement.step_costs import source_host
@@ -57,30 +63,30 @@ _random = random.SystemRandom()  # (the user's generators stay as they are)
 
 
 @dataclass(slots=True, eq=False)
-class Actor:
+class WorkerHandle:
     """One actor as the driver knows it."""
 
     name: str
     blocks: list[str]
     handle: Any
-    seat: Seat
+    seat: ActorOptions
     node: str = ""
     address: str = ""
     pid: int = 0
     key: str | None = None  # its public key in this run, where tcp sockets ask for one
     running: Any = None  # the call of run()
-    report: HostReport | None = None
-    status: HostStatus | None = None
+    report: WorkerReport | None = None
+    status: WorkerStatus | None = None
     asked: Any = None  # a status call under way
     asked_at: float = 0.0
     windows: list[Window] = field(default_factory=list)
     every: int | None = None
 
-    told: list[Kept] = field(default_factory=list)
+    told: list[SnapshotNews] = field(default_factory=list)
     kept_bytes: int = 0
     forgot: bool = False  # it has let signals go that a successor of a neighbour would need
 
-    def renew(self, seat: Seat, handle: Any, place: tuple[str, str, int]) -> None:
+    def renew(self, seat: ActorOptions, handle: Any, place: tuple[str, str, int]) -> None:
         """Another process takes the actor's part."""
         self.seat, self.handle = seat, handle
         self.node, self.address, self.pid = place
@@ -97,7 +103,7 @@ class Actor:
         """Where its hindmost block was, as far as it is known."""
         return None if self.status is None else min(self.status.ticks.values(), default=None)
 
-    def note(self, status: HostStatus) -> None:
+    def note(self, status: WorkerStatus) -> None:
         self.status = status
         if status.kept is not None:
             self.told.append(status.kept)
@@ -109,7 +115,7 @@ class Actor:
         return f"{self.name} (blocks {', '.join(self.blocks)}; process {self.pid})"
 
 
-class Crew:
+class WorkerGroup:
     """actors: of one run, on a Ray that is up. As a context it ends them, and their sockets.
 
     A stream that cannot leave the driver's process is drawn in a thread here (`local_report` is
@@ -123,11 +129,11 @@ class Crew:
         # What cannot be drawn again a second time stays here, where its log keeps what it gave.
         keeps = plan.keeping is not None and plan.keeping.recover
         self._portable = stream.portable and (replays(stream) or not keeps)
-        self._local: Host | None = None
+        self._local: Worker | None = None
         self._keys: Keys | None = None  # this process's, where tcp sockets ask for one
         self._thread: threading.Thread | None = None
-        self.local_report: HostReport | None = None
-        self.actors: list[Actor] = []
+        self.local_report: WorkerReport | None = None
+        self.actors: list[WorkerHandle] = []
         self._keeping: list[Any] = []  # the calls of the latest keep() that have not been answered
         self._too_late = False
         self._called_off = False
@@ -136,9 +142,9 @@ class Crew:
         self.local_forgot = False  # as Actor.forgot, of a stream in this process
         self.lent = 0  # channels between GPUs of one host, at the start
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
-        self.mourn: Callable[[Actor, HamdistError | None, HamdistError], bool] | None = None
+        self.mourn: Callable[[WorkerHandle, HamdistError | None, HamdistError], bool] | None = None
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -181,7 +187,7 @@ class Crew:
             own = self._seats(groups, costs)
             handles = self._all_or_none(own)
             self.actors = [
-                Actor(f"actor {i}", blocks, handle, seat)
+                WorkerHandle(f"actor {i}", blocks, handle, seat)
                 for i, (blocks, handle, seat) in enumerate(zip(groups, handles, own, strict=True))
             ]
             for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
@@ -201,20 +207,20 @@ class Crew:
             blocks = self.actors[i].blocks
             return plan.only(blocks), blocks, self.stream_of(i), binds[i]
 
-        ends: Opened = {}
+        ends: ReceivingEnds = {}
         with startup.phase("blocks"):
             for opened in self._all("prepare", arguments):
                 ends |= opened
         with startup.phase("sockets"):
             self._all("connect", lambda _: (ends,))
             if not self._portable:
-                self._local = Host(plan.only([]), [], self._stream, self._keys)
+                self._local = Worker(plan.only([]), [], self._stream, self._keys)
                 self._local.connect(ends)
             if any(end.address.startswith(GPU_SCHEME) for end in ends.values()):
                 self._lend()
         return plan
 
-    def _all_or_none(self, seats: Sequence[Seat]) -> list[Any]:
+    def _all_or_none(self, seats: Sequence[ActorOptions]) -> list[Any]:
         """Start an actor for each seat, and hold none while others are missing.
 
         Two runs that start at once on a cluster with room for one of them could otherwise take half
@@ -287,7 +293,7 @@ class Crew:
         for actor, key in zip(self.actors, self._all("new_key", lambda _: ()), strict=True):
             actor.key = key
 
-    def _seats(self, groups: Sequence[Sequence[str]], costs: Costs | None) -> list[Seat]:
+    def _seats(self, groups: Sequence[Sequence[str]], costs: Costs | None) -> list[ActorOptions]:
         """What each actor asks Ray for. Raises ClusterError for what the cluster does not have."""
         plan = self._plan
         asked = wishes(plan.graph, plan.engine)
@@ -304,14 +310,14 @@ class Crew:
         return [seat.pinned(portable_environment()) for seat in found]
 
     def way_to_compute(self) -> tuple[Switches, int, bool]:
-        """What `HostActor.compute_as` is told before an actor gets blocks."""
+        """What `WorkerActor.compute_as` is told before an actor gets blocks."""
         return self._plan.switches, self._plan.engine.threads, self._plan.native
 
-    def unlike(self, answers: Mapping[Actor, tuple[Arithmetic, list[str]]]) -> list[str]:
+    def unlike(self, answers: Mapping[WorkerHandle, tuple[Arithmetic, list[str]]]) -> list[str]:
         """Looks whether actors compute the same bits as this process.
 
         Args:
-            answers: of `HostActor.compute_as`, by actor.
+            answers: of `WorkerActor.compute_as`, by actor.
 
         Returns:
             What is to be said of those that do not; it has been warned of.
@@ -360,7 +366,7 @@ class Crew:
         self._all("end_probe", lambda _: ())
         return links
 
-    def _measured(self, number: int, first: Actor, second: Actor) -> Link:
+    def _measured(self, number: int, first: WorkerHandle, second: WorkerHandle) -> Link:
         answered = second.handle.answer_probe.remote(number)
         try:
             link, _ = ray.get(
@@ -383,7 +389,7 @@ class Crew:
         return next(i for i, actor in enumerate(self.actors) if host in actor.blocks)
 
     def binds(
-        self, i: int, inside: Sequence[set[str]], only: Sequence[Actor] | None = None
+        self, i: int, inside: Sequence[set[str]], only: Sequence[WorkerHandle] | None = None
     ) -> dict[int, str]:
         """What actor i receives from other processes (`only`: from those), and the way it comes."""
         senders: set[str] | None = None
@@ -397,7 +403,7 @@ class Crew:
             and (senders is None or channel.sender in senders)
         }
 
-    def _way(self, channel: Channel, receiver: Actor, inside: Sequence[set[str]]) -> str:
+    def _way(self, channel: Channel, receiver: WorkerHandle, inside: Sequence[set[str]]) -> str:
         sender = next(
             (a for a, s in zip(self.actors, inside, strict=True) if channel.sender in s), None
         )
@@ -407,7 +413,9 @@ class Crew:
         here = ray.get_runtime_context().get_node_id()
         return self._way_between(channel, here, key, receiver)
 
-    def _way_between(self, channel: Channel, node: str, key: str | None, receiver: Actor) -> str:
+    def _way_between(
+        self, channel: Channel, node: str, key: str | None, receiver: WorkerHandle
+    ) -> str:
         """node: the sender's host; key: its public key, if the receiver is to ask for it."""
         wanted = self._plan.engine.transport
         if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
@@ -442,13 +450,13 @@ class Crew:
         except RayError as error:
             raise ClusterError(f"an actor failed while it started: {last_line(error)}") from error
 
-    def start_again(self, actors: Sequence[Actor]) -> None:
+    def start_again(self, actors: Sequence[WorkerHandle]) -> None:
         """These run (once more)."""
         for actor in actors:
             together = [a for a in self.actors if a.node == actor.node]
             actor.running = actor.handle.run.remote(together.index(actor), len(together))
 
-    def connect_local(self, ends: Opened) -> int:
+    def connect_local(self, ends: ReceivingEnds) -> int:
         """The stream in this process sends to new ends (and runs, where it begins again)."""
         again = 0 if self._local is None else self._local.connect_anew(ends)
         self._start_local()
@@ -474,7 +482,7 @@ class Crew:
                 "be drawn again from an earlier one; go on from the latest snapshot (--resume)"
             )
         self._thread = self.local_report = None
-        self._local = Host(plan.only([]), [], self._stream, self._keys)
+        self._local = Worker(plan.only([]), [], self._stream, self._keys)
 
     def withdraw(self, key: str) -> None:
         """Nobody lets the holder of this key in any more."""
@@ -507,7 +515,7 @@ class Crew:
         if self._local is not None:
             self._local.complete(tick)
 
-    def kept(self) -> list[Kept]:
+    def kept(self) -> list[SnapshotNews]:
         """What all have told of their snapshots since the last call."""
         found = [kept for actor in self.actors for kept in actor.told]
         for actor in self.actors:
@@ -529,7 +537,7 @@ class Crew:
             self._thread.start()
 
     def _run_local(self) -> None:
-        report = HostReport(error=StreamError("the thread of the stream ended before its time"))
+        report = WorkerReport(error=StreamError("the thread of the stream ended before its time"))
         try:
             if self._local is not None:
                 report = self._local.run()
@@ -537,7 +545,7 @@ class Crew:
             self.local_report = report
 
     @property
-    def running(self) -> dict[Any, Actor]:
+    def running(self) -> dict[Any, WorkerHandle]:
         """The run calls that have not been collected, with their actors."""
         return {a.running: a for a in self.actors if a.running is not None and a.report is None}
 
@@ -567,7 +575,7 @@ class Crew:
         if self.local_report is not None and self.local_report.error is not None:
             raise self.local_report.error
 
-    def _collect(self, actor: Actor, call: Any) -> None:
+    def _collect(self, actor: WorkerHandle, call: Any) -> None:
         """The report of an actor that has finished. Raises what ended it."""
         try:
             actor.report = ray.get(call)
@@ -610,7 +618,7 @@ class Crew:
             with contextlib.suppress(RayError):  # an actor that died is found by its run call
                 actor.note(ray.get(call))
 
-    def silent(self, now: float, seconds: float = ANSWER_SECONDS) -> list[Actor]:
+    def silent(self, now: float, seconds: float = ANSWER_SECONDS) -> list[WorkerHandle]:
         """The actors that have not answered for a while."""
         return [a for a in self.actors if a.asked is not None and now - a.asked_at > seconds]
 
@@ -621,7 +629,7 @@ class Crew:
         known = [a.report or a.status for a in self.actors]
         return max((k.samples for k in known if k is not None), default=0)
 
-    def reports(self) -> list[HostReport]:
+    def reports(self) -> list[WorkerReport]:
         """Of the actors that have finished, and of a stream in the driver."""
         reports = [a.report for a in self.actors if a.report is not None]
         return reports if self.local_report is None else [*reports, self.local_report]
@@ -671,7 +679,7 @@ class Crew:
             ray.kill(actor.handle)
         self._outlast(killed)
 
-    def _outlast(self, killed: Sequence[Actor]) -> None:
+    def _outlast(self, killed: Sequence[WorkerHandle]) -> None:
         """Waits until the processes of killed actors on this host are gone."""
         here = ray.get_runtime_context().get_node_id() if killed else ""
         processes = []

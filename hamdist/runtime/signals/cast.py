@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Desk:
+class CastPlan:
     """Where the signals of one block come in. device: 'cpu', 'cuda', 'cuda:N' or 'auto'.
     inputs: the type in which the block takes the states that come along an edge, by the edge's
     index; messages: that of its own h; targets: that of a readout. None, or an edge that is not
@@ -33,7 +33,7 @@ class Desk:
     targets: torch.dtype | None = None
     autocast: bool = False
 
-    def at(self, device: str) -> Desk:
+    def at(self, device: str) -> CastPlan:
         """The same border on another device."""
         return replace(self, device=device)
 
@@ -51,10 +51,10 @@ class Desk:
         return wanted
 
 
-class Border:
-    """A `Desk` in the process of its block. Of a block without one everything goes as it is."""
+class CastBorder:
+    """A `CastPlan` in the process of its block. Of a block without one everything goes as it is."""
 
-    def __init__(self, desk: Desk | None) -> None:
+    def __init__(self, desk: CastPlan | None) -> None:
         self._desk = desk
         self.device = CPU if desk is None else desk.resolved()
         self.autocast = desk is not None and desk.autocast

@@ -11,7 +11,7 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import SnapshotError
 from hamdist.runtime.plan.plan import Plan, fingerprint
 from hamdist.runtime.process.arithmetic import Arithmetic
-from hamdist.runtime.snapshots.writer import Taken
+from hamdist.runtime.snapshots.writer import WrittenFiles
 from hamdist.runtime.storage.claims import now
 from hamdist.runtime.storage.snapshot_files import (
     FORMAT,
@@ -25,7 +25,7 @@ from hamdist.runtime.storage.snapshot_files import (
 from hamdist.runtime.storage.store import storage
 
 
-class Shelf:
+class SnapshotCatalogue:
     """latest: the latest complete snapshot, with which the run began or that it has taken.
     arithmetic: of all kinds of processes that the run has had so far; without any, of this one."""
 
@@ -38,7 +38,9 @@ class Shelf:
         self._network = fingerprint(plan, Settings.model_validate(plan.keeping.settings))
         self._delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
         self._run = f"{plan.run:016x}"
-        self._taken: dict[int, list[Taken]] = {}  # by tick, of snapshots that are not complete
+        self._taken: dict[
+            int, list[WrittenFiles]
+        ] = {}  # by tick, of snapshots that are not complete
         self._skip = plan.skip
         self._arithmetic = arithmetic or [plan.arithmetic]
         self._switches = plan.switches
@@ -91,7 +93,7 @@ class Shelf:
             self.latest = self._kept[-1] if self._kept else self._resumed
         return faults
 
-    def put(self, taken: Taken) -> Snapshot | None:
+    def put(self, taken: WrittenFiles) -> Snapshot | None:
         """Notes the files of one process; the snapshot, if it is complete with them."""
         if self.latest is not None and taken.tick <= self.latest.tick:
             return None
@@ -124,7 +126,7 @@ class Shelf:
         return self.latest
 
 
-class Failures:
+class SnapshotFailures:
     """Snapshots that were not written: said when the first one fails, and counted."""
 
     def __init__(self) -> None:

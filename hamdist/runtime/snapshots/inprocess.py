@@ -6,26 +6,26 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.signals.sent_log import Ledger
-from hamdist.runtime.snapshots.catalogue import Failures, Shelf
-from hamdist.runtime.snapshots.writer import Keeper, Rememberer, Taken
+from hamdist.runtime.signals.sent_log import SentLog
+from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
+from hamdist.runtime.snapshots.writer import SnapshotWriter, Stateful, WrittenFiles
 
 
-class KeptRun:
+class InProcessSnapshots:
     """As a context it waits for the last files in the end. on: the run goes on from a snapshot."""
 
     def __init__(
-        self, plan: Plan, nodes: Sequence[Rememberer], mail: Mailroom, ledger: Ledger
+        self, plan: Plan, nodes: Sequence[Stateful], mail: Mailbox, ledger: SentLog
     ) -> None:
         if plan.keeping is None:
             raise ValueError("the run keeps nothing")
         self._nodes = nodes
         self._keeping = plan.keeping
-        self._shelf = Shelf(plan)
-        self._failures = Failures()
-        self.keeper = Keeper(plan, nodes, mail, ledger, self._written)
+        self._shelf = SnapshotCatalogue(plan)
+        self._failures = SnapshotFailures()
+        self.keeper = SnapshotWriter(plan, nodes, mail, ledger, self._written)
         self.on = plan.keeping.snapshot is not None
         self._seconds = plan.keeping.seconds or inf
         self._due = time.monotonic() + self._seconds
@@ -61,7 +61,7 @@ class KeptRun:
 
         return ask
 
-    def _written(self, taken: Taken) -> None:
+    def _written(self, taken: WrittenFiles) -> None:
         self._shelf.put(taken)
 
     @property
@@ -73,7 +73,7 @@ class KeptRun:
         self._look_for_failures()
         return self._failures.texts()
 
-    def __enter__(self) -> KeptRun:
+    def __enter__(self) -> InProcessSnapshots:
         return self
 
     def __exit__(self, *_: object) -> None:

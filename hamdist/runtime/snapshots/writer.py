@@ -21,13 +21,13 @@ from torch import Tensor
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.state.remember import Packing, check_names
 from hamdist.errors import SnapshotError
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.signals.sent_log import Ledger
+from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.storage.snapshot_files import (
-    Part,
     Snapshot,
+    SnapshotFile,
     file_of,
     folder_of,
     make_room,
@@ -37,7 +37,7 @@ from hamdist.runtime.storage.snapshot_files import (
 from hamdist.runtime.storage.store import storage
 
 
-class Rememberer(Protocol):
+class Stateful(Protocol):
     """A node, or the stream."""
 
     name: str
@@ -52,23 +52,23 @@ class Rememberer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class WrittenFiles:
     """The files of one process at one tick. samples: that the stream had given, if it is here, and
     passed over."""
 
     tick: int
-    parts: dict[str, Part]
+    parts: dict[str, SnapshotFile]
     samples: int = 0
     passed: int = 0
 
 
 @dataclass(slots=True)
 class _Done:
-    taken: list[Taken] = field(default_factory=list)
+    taken: list[WrittenFiles] = field(default_factory=list)
     failure: str | None = None
 
 
-class Keeper:
+class SnapshotWriter:
     """The snapshots of the `nodes` of one process. As a `Cut` (loop.py) it takes one at every
     multiple of `every` ticks, at a tick that is asked for, and the last one before the stream has
     come to the end of its steps, so that it can go on with more of them. written: called from the
@@ -77,10 +77,10 @@ class Keeper:
     def __init__(
         self,
         plan: Plan,
-        nodes: Sequence[Rememberer],
-        mail: Mailroom,
-        ledger: Ledger,
-        written: Callable[[Taken], None] | None = None,
+        nodes: Sequence[Stateful],
+        mail: Mailbox,
+        ledger: SentLog,
+        written: Callable[[WrittenFiles], None] | None = None,
     ) -> None:
         if plan.keeping is None:
             raise ValueError("a plan without snapshots has no keeper")
@@ -172,7 +172,7 @@ class Keeper:
                 passed = int(getattr(node, "passed", 0))
         self._writing = self._pool.submit(self._write, tick, files, samples, passed)
 
-    def _state(self, node: Rememberer) -> dict[str, Any]:
+    def _state(self, node: Stateful) -> dict[str, Any]:
         out, into, digests = self._out[node.name], self._in[node.name], self._mail.digests
         return {
             "node": node.snapshot(),
@@ -184,7 +184,7 @@ class Keeper:
     def _write(
         self, tick: int, files: Sequence[tuple[str, Any, list[Tensor]]], samples: int, passed: int
     ) -> None:
-        parts: dict[str, Part] = {}
+        parts: dict[str, SnapshotFile] = {}
         try:
             for name, data, tensors in files:
                 file = file_of(name, self._blocks, self._run, self._keeping.epoch)
@@ -195,7 +195,7 @@ class Keeper:
                     if not (error.full and make_room(self._store)):
                         raise
                     parts[name] = write_part(self._store, tick, file, written)
-            taken = Taken(tick, parts, samples, passed)
+            taken = WrittenFiles(tick, parts, samples, passed)
             if self._written is not None:
                 self._written(taken)
                 return
@@ -208,7 +208,7 @@ class Keeper:
         with self._lock:
             self._done.taken.append(taken)
 
-    def collected(self) -> tuple[list[Taken], str | None]:
+    def collected(self) -> tuple[list[WrittenFiles], str | None]:
         """What was written since the last call, and what went wrong."""
         with self._lock:
             done, self._done = self._done, _Done()

@@ -28,11 +28,11 @@ from hamdist.dynamics.partition.split import (
     split_sequential,
 )
 from hamdist.dynamics.schedule.levels import Locality, make_locality
-from hamdist.dynamics.updates.constants import Course
+from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.user_modules.copies import copied, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
-from hamdist.errors import Choice, DivergedError, SettingsError
+from hamdist.errors import ChoiceWarning, DivergedError, SettingsError
 from hamdist.runtime.advice.advice import after, before, end_of_stream, of_resumed
 from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
@@ -83,7 +83,7 @@ def train(
     *,
     loss: Losses | None = None,
     policy: Policy | None = None,
-    phi: Course | None = None,
+    phi: TickSchedule | None = None,
     on_progress: OnProgress | None = None,
     resume: str | Path | None = None,
 ) -> RunResult:
@@ -182,7 +182,7 @@ class _Work:
     settings: Settings
     loss: Losses | None
     policy: Policy | None
-    phi: Course | None
+    phi: TickSchedule | None
     known_by: Mapping[str, str] = field(default_factory=dict)
     keeps: bool = True
 
@@ -217,7 +217,7 @@ class _Work:
         """Goes on from the latest snapshot at `where`; with what there is to say about it."""
         told: list[str] = []
         snapshot = latest(where, told.append)
-        warnings.warn(Choice(origin(snapshot)), stacklevel=4)
+        warnings.warn(ChoiceWarning(origin(snapshot)), stacklevel=4)
         told += other_stream(snapshot, self.known_by)
         own = self._kept_at(snapshot)
         graph, plan = own.planned(snapshot)

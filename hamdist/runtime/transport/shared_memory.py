@@ -50,13 +50,19 @@ from hamdist.runtime.signals.signal import (
     ALIGNMENT,
     MAX_HEADER,
     Channel,
-    Form,
     Packer,
     Signal,
+    WireForm,
     on_host,
 )
-from hamdist.runtime.transport.endpoint import TURN_MS, Line, socket_file
-from hamdist.runtime.transport.gpu_ring import ANSWER_BYTES, OFFER, Borrower, Lender, Memory
+from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, socket_file
+from hamdist.runtime.transport.gpu_ring import (
+    ANSWER_BYTES,
+    OFFER,
+    GpuMemory,
+    GpuRingReceiver,
+    GpuRingSender,
+)
 
 SCHEME = "shm://"
 GPU_SCHEME = "gpu://"  # the same, to a receiver that can be lent memory of a GPU
@@ -137,7 +143,11 @@ class SharedSender:
     GPU with (lending.py)."""
 
     def __init__(
-        self, line: Line, channel: Channel, address: str, lender: Lender | None = None
+        self,
+        line: EndpointContext,
+        channel: Channel,
+        address: str,
+        lender: GpuRingSender | None = None,
     ) -> None:
         self._line = line
         self._channel = channel
@@ -314,7 +324,7 @@ class SharedSender:
             os.close(fd)
         return ring
 
-    def move(self, line: Line) -> None:
+    def move(self, line: EndpointContext) -> None:
         self._line = line
 
     def close(self) -> None:
@@ -329,7 +339,9 @@ class SharedReceiver:
     """Listens at a file of the run's folder, for one sender. memory: of the GPU that its block
     computes on, if other processes may lend it theirs."""
 
-    def __init__(self, line: Line, channel: Channel, memory: Memory | None = None) -> None:
+    def __init__(
+        self, line: EndpointContext, channel: Channel, memory: GpuMemory | None = None
+    ) -> None:
         self._line = line
         self._channel = channel
         self._packer = Packer(line.run, channel)
@@ -338,7 +350,7 @@ class SharedReceiver:
         self._came: deque[Signal] = deque()
         self._taken = 0
         self._ring: _Ring | None = None
-        self._borrower = None if memory is None else Borrower(memory, channel, line.run)
+        self._borrower = None if memory is None else GpuRingReceiver(memory, channel, line.run)
         self._sender = 0  # its process
         self._lost = False  # with signals that cannot be trusted: nothing behind them counts
         self._socket: socket.socket | None = None
@@ -398,7 +410,7 @@ class SharedReceiver:
         except (BlockingIOError, ConnectionResetError):
             return  # nobody has connected, or offered anything; who is lost is found by `receive`
 
-    def _answer(self, borrower: Borrower, offer: bytes) -> None:
+    def _answer(self, borrower: GpuRingReceiver, offer: bytes) -> None:
         answer = borrower.answer(offer, self._sender)
         try:
             if self._socket is not None:
@@ -497,7 +509,7 @@ class SharedReceiver:
             raise WireError(f"{self._channel}: a ring without a descriptor")
         return int(fds[0])
 
-    def _take(self, form: Form, slot: int) -> Tensor:
+    def _take(self, form: WireForm, slot: int) -> Tensor:
         """Copies the payload out of its slot: whoever keeps the tensor pins no slot."""
         if self._borrower is not None and slot >= self._channel.capacity:
             return self._borrower.take(form, slot - self._channel.capacity)

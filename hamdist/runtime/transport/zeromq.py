@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hamdist.dynamics.schedule.schedule import Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.signals.signal import Channel, Form, Packer, Signal, on_host
-from hamdist.runtime.transport.encryption import Door, Keys, authenticate, split_key
-from hamdist.runtime.transport.endpoint import TURN_MS, Line, socket_file
+from hamdist.runtime.signals.signal import Channel, Packer, Signal, WireForm, on_host
+from hamdist.runtime.transport.encryption import KeyGate, Keys, authenticate, split_key
+from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, socket_file
 
 # Bytes from which a payload is a frame of its own, which ZeroMQ sends from the tensor's memory, and
 # for which it needs a second frame and word from its own thread that it is done. Measured (2 cores,
@@ -38,7 +38,7 @@ class ZmqSender:
 
     def __init__(
         self,
-        line: Line,
+        line: EndpointContext,
         channel: Channel,
         context: Any,
         address: str,
@@ -108,7 +108,7 @@ class ZmqSender:
             )
         return frames
 
-    def move(self, line: Line) -> None:
+    def move(self, line: EndpointContext) -> None:
         self._line = line
 
     def close(self) -> None:
@@ -121,11 +121,11 @@ class ZmqReceiver:
 
     def __init__(
         self,
-        line: Line,
+        line: EndpointContext,
         channel: Channel,
         context: Any,
         host: str | None,
-        door: Door | None = None,
+        door: KeyGate | None = None,
         limit: int = NO_LIMIT,
     ) -> None:
         self._line = line
@@ -168,10 +168,10 @@ class ZmqReceiver:
         line.packed += perf_counter() - came
         return self._came.popleft()
 
-    def _taker(self, frames: Sequence[Any]) -> Callable[[Form, int], Tensor]:
+    def _taker(self, frames: Sequence[Any]) -> Callable[[WireForm, int], Tensor]:
         """Copies the payload that is frame `index`."""
 
-        def take(form: Form, index: int) -> Tensor:
+        def take(form: WireForm, index: int) -> Tensor:
             found = frames[index].buffer if 0 < index < len(frames) else b""
             if len(found) != form.nbytes:
                 raise WireError(
