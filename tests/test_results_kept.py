@@ -285,11 +285,11 @@ def test_progress_does_not_fall_while_an_actor_is_replaced():
     window = Window(0, 9, 10, 1.0, 1, 10)
     actor = SimpleNamespace(blocks=["a"], status=None, every=1, windows=[window])
     reached = iter([120, 0, 130])
-    crew = SimpleNamespace(actors=[actor], samples=lambda: next(reached))
+    worker_group = SimpleNamespace(actors=[actor], samples=lambda: next(reached))
     limits = SimpleNamespace(stall_warning=1.0, stall_limit=2.0)
-    plan = SimpleNamespace(engine=limits, keeping=None, steps=200, resumed=0)
+    plan = SimpleNamespace(engine=limits, snapshot_policy=None, steps=200, resumed=0)
     seen = []
-    watch = _Watch(plan, crew, seen.append)
+    watch = _Watch(plan, worker_group, seen.append)
     watch._report_progress()
     actor.every, actor.windows = None, []
     watch._report_progress()

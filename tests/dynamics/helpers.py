@@ -180,15 +180,15 @@ class Network:
         self.stream = from_iterable(items)
         self.graph = graph.copy()
         self.plan: Plan = make_plan(self.graph, config, self.stream.spec)
-        self.mail = Mailbox({INPUT, *self.graph.blocks})
-        self.nodes = {name: make_node(self.plan, name, self.mail) for name in self.graph.blocks}
+        self.mailbox = Mailbox({INPUT, *self.graph.blocks})
+        self.nodes = {name: make_node(self.plan, name, self.mailbox) for name in self.graph.blocks}
 
     def run(
         self,
         before: Callable[[Watched, Event], None] | None = None,
         after: Callable[[Watched, Event], None] | None = None,
     ) -> Network:
-        source = SourceNode(self.plan, self.stream, self.mail)
+        source = SourceNode(self.plan, self.stream, self.mailbox)
         run_loop([source, *(Watched(n, before, after) for n in self.nodes.values())])
         return self
 

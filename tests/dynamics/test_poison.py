@@ -157,7 +157,7 @@ class Poison:
                 self._set(other, "_target", nan(other._target))
 
     def _signals(self, net: Network, read) -> None:
-        for number, queue in net.mail._queues.items():
+        for number, queue in net.mailbox._queues.items():
             poisoned = deque(
                 s
                 if s.payload is None or read.get(number) == s.stamp
@@ -227,14 +227,14 @@ def same_bits(one: list[Tensor | None], two: list[Tensor | None]) -> bool:
 def history(net: Network, *, poisoned: bool) -> tuple[list, list]:
     """Per event: block, event, what the block holds then, what it sent; and how much was filled."""
     events, filled, sent = [], [], []
-    post = net.mail.post
+    post = net.mailbox.post
 
     def watch(channel, signal):
         payload = None if signal.payload is None else signal.payload.detach().clone()
         sent.append((channel.number, signal.stamp, signal.end, payload))
         post(channel, signal)
 
-    net.mail.post = watch
+    net.mailbox.post = watch
     poison = None
 
     def before(node, event):
@@ -326,7 +326,7 @@ def test_poison_in_what_a_block_reads_is_seen(case, kind):
                 "message": lambda: channels.messages[net.graph.out_of["b"][0].index],
                 "target": lambda: channels.targets["r"],
             }[kind]().number
-            queue = net.mail._queues[number]
+            queue = net.mailbox._queues[number]
             assert queue[0].stamp == named(net, node, event)[number]
             queue[0] = replace(queue[0], payload=nan(queue[0].payload))
 

@@ -496,7 +496,7 @@ def work_out(hosts, **engine):
 
 def test_a_dry_run_says_who_goes_where():
     found = work_out([host(1), host(2)], actors=2, spread="spread")
-    assert [(list(blocks), seat.node) for blocks, seat, _ in found.actors] == [
+    assert [(list(blocks), actor_options.node) for blocks, actor_options, _ in found.actors] == [
         (["block0", "block1"], "id1"),
         (["block2", "block3"], "id2"),
     ]
@@ -519,7 +519,7 @@ def test_a_dry_run_says_who_goes_where():
 def test_a_dry_run_says_what_is_missing(hosts, engine, words):
     found = work_out(hosts, **engine)
     assert any(re.search(words, line) for line in found.missing)
-    assert all(seat is None for _, seat, _ in found.actors)
+    assert all(actor_options is None for _, actor_options, _ in found.actors)
 
 
 # -- doctor ----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from hamdist.errors import ChoiceWarning, ClusterError, SettingsError, SnapshotE
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import read_switches, set_switches
 from hamdist.runtime.ray_engine import replacement as recovery
-from hamdist.runtime.ray_engine import worker_group as crew
+from hamdist.runtime.ray_engine import worker_group as worker_group
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
@@ -200,15 +200,15 @@ def test_going_on_elsewhere_or_with_other_switches(restored, tmp_path, monkeypat
 
 def of_another_kind(monkeypatch, *numbers):
     """The first actors that are started with these numbers live on another kind of host."""
-    seats = crew.seats
+    options_of_actors = worker_group.options_of_actors
 
     def some_elsewhere(*given):
-        found = seats(*given)
+        found = options_of_actors(*given)
         for i in numbers:
             found[i] = found[i].pinned(dict(OTHER_KIND))
         return found
 
-    monkeypatch.setattr(crew, "seats", some_elsewhere)
+    monkeypatch.setattr(worker_group, "seats", some_elsewhere)
 
 
 @X86

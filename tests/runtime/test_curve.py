@@ -17,7 +17,7 @@ from runtime.test_engines_equal import assert_equal
 from hamdist.config import EngineSettings, Settings
 from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.advice.advice import open_wires
+from hamdist.runtime.advice.advice import open_endpoints
 from hamdist.runtime.engines.message_limits import message_bytes
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.interrupts import Aborted
@@ -45,8 +45,8 @@ def ends():
         return opened[-1]
 
     yield make
-    for wires, _ in opened:
-        wires.close()
+    for endpoints, _ in opened:
+        endpoints.close()
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_bounds_follow_from_the_plan():
     ],
 )
 def test_off_warns_where_something_is_open(engine, told):
-    found = open_wires(EngineSettings.model_validate({"kind": "ray", **engine}))
+    found = open_endpoints(EngineSettings.model_validate({"kind": "ray", **engine}))
     assert bool(found) is told
     assert not told or "engine.encryption 'off'" in found[0]
 

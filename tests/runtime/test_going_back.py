@@ -69,8 +69,8 @@ def damaged(monkeypatch):
         before = getattr(owner, name)
 
         def with_damage(one, those):
-            shelf = one if how == "late" else one._shelf
-            latest = shelf.latest
+            catalogue = one if how == "late" else one._catalogue
+            latest = catalogue.latest
             found = before(one, those) if how == "late" else None
             if not named:
                 named.extend([damage(latest, block, how), latest.tick])

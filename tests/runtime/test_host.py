@@ -135,17 +135,17 @@ def test_traces_hold_what_the_schedule_says():
     source = stream(60)
     settings = Settings.model_validate({"level": "trace"})
     plan = make_plan(as_graph(chain(), settings, source.spec, cross_entropy), settings, source.spec)
-    mail = Mailbox({"u", *plan.graph.blocks})
-    nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
+    mailbox = Mailbox({"u", *plan.graph.blocks})
+    nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
     most = dict.fromkeys(plan.graph.blocks, 0)
 
     def between():
         for node in nodes:
             most[node.name] = max(most[node.name], len(getattr(node.block, "trace", ())))
 
-    run_loop([SourceNode(plan, source, mail), *nodes], between)
+    run_loop([SourceNode(plan, source, mailbox), *nodes], between)
     assert most == {"block0": 9, "block1": 7, "block2": 5, "block3": 3, "block4": 0}
-    assert all(not queue for queue in mail._queues.values() if queue and not queue[0].end)
+    assert all(not queue for queue in mailbox._queues.values() if queue and not queue[0].end)
 
 
 def test_windows_of_an_endless_stream_are_joined():

@@ -79,9 +79,9 @@ class Pair:
         self.aborts = threading.Event(), threading.Event()
         self.lines = [EndpointContext(RUN, abort) for abort in self.aborts]
         self.put = 0
-        self.lender = Counting(self, FileMemory(folder, lie, holding), channel)
+        self.gpu_sender = Counting(self, FileMemory(folder, lie, holding), channel)
         self.receiver = SharedReceiver(self.lines[1], channel, FileMemory(folder, lie))
-        self.sender = SharedSender(self.lines[0], channel, self.receiver.address, self.lender)
+        self.sender = SharedSender(self.lines[0], channel, self.receiver.address, self.gpu_sender)
         if agree:
             self.receiver.answer()
             self.sender.look()
@@ -208,8 +208,8 @@ def test_memory_that_cannot_be_trusted_is_not_used(tmp_path, leaves_no_socket, l
         for n in range(20):
             pair.pass_on(signal(n))
         assert pair.put == 0
-        assert LIES[lie] in pair.lender.refusal
-        assert "\n" not in pair.lender.refusal
+        assert LIES[lie] in pair.gpu_sender.refusal
+        assert "\n" not in pair.gpu_sender.refusal
 
 
 @pytest.mark.parametrize(("holding", "fit"), [(2000, 2), (2**20, 3)])
@@ -225,13 +225,13 @@ def test_what_does_not_fit_goes_through_host_memory(tmp_path, leaves_no_socket, 
             pair.check(*made)
             n += 5
         assert pair.put == 7 * 3 + fit * 2  # the small ones, and so many of the others' sizes
-        refusal = pair.lender.refusal
+        refusal = pair.gpu_sender.refusal
         assert (refusal is None) == (holding < SLOT)
         assert refusal is None or "80,000 bytes do not fit into slots of 4,096" in refusal
         for i in range(n, n + 30):
             pair.pass_on(signal(i))
         under_way = [s - CHANNEL.capacity for s in pair.sender._under_way if s is not None]
-        assert sorted([*pair.lender._free, *under_way]) == list(range(CHANNEL.capacity))
+        assert sorted([*pair.gpu_sender._free, *under_way]) == list(range(CHANNEL.capacity))
 
 
 # -- a sender that is about to end --------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_a_sender_that_cannot_be_watched_lends_nothing(tmp_path, leaves_no_socke
     with Pair(tmp_path) as pair:
         pair.pass_on(signal(0))
         assert pair.put == 0
-        assert f"process {os.getpid()} in /proc" in pair.lender.refusal
+        assert f"process {os.getpid()} in /proc" in pair.gpu_sender.refusal
 
 
 def test_an_end_that_is_opened_anew_agrees_while_it_runs(tmp_path, leaves_no_socket):
@@ -280,12 +280,12 @@ def test_an_end_that_is_opened_anew_agrees_while_it_runs(tmp_path, leaves_no_soc
     kept = [signal(n) for n in range(40)]
     for one in kept[:30]:
         log.add(one)
-    lenders = []
+    gpu_senders = []
     try:
         for first in (1, 11):
-            lenders.append(GpuRingSender(FileMemory(tmp_path), CHANNEL, RUN, SLOT))
+            gpu_senders.append(GpuRingSender(FileMemory(tmp_path), CHANNEL, RUN, SLOT))
             address = receiver.bind(CHANNEL, "shm", memory=FileMemory(tmp_path))
-            sender.connect(CHANNEL, address, -1, log, first, lenders[-1])
+            sender.connect(CHANNEL, address, -1, log, first, gpu_senders[-1])
             for one in kept[first - 1 : 20]:
                 same(receiver.receive(CHANNEL, one.stamp), one)
 
@@ -299,7 +299,7 @@ def test_an_end_that_is_opened_anew_agrees_while_it_runs(tmp_path, leaves_no_soc
         for one in kept[20:]:
             same(receiver.receive(CHANNEL, one.stamp), one)
         thread.join()
-        assert lenders[1].used
+        assert gpu_senders[1].used
     finally:
         for end in (sender, receiver):
             end.close()
@@ -326,10 +326,10 @@ def head(magic=OFFER, form=1, number=5, run=RUN, slots=6, slot_bytes=512):
     ],
 )
 def test_an_offer_of_a_stranger_is_refused(tmp_path, packet, words):
-    borrower = GpuRingReceiver(FileMemory(tmp_path), CHANNEL, RUN)
+    gpu_receiver = GpuRingReceiver(FileMemory(tmp_path), CHANNEL, RUN)
     _, handle = FileMemory(tmp_path).lend(6 * 512)
     with pytest.raises(WireError, match=words):
-        borrower.answer(packet + (handle if len(packet) > 2 else b""), os.getpid())
+        gpu_receiver.answer(packet + (handle if len(packet) > 2 else b""), os.getpid())
 
 
 @pytest.mark.parametrize(
@@ -337,16 +337,16 @@ def test_an_offer_of_a_stranger_is_refused(tmp_path, packet, words):
     [ANSWER + b"?" + bytes(32), b"XX+" + bytes(32), ANSWER + b"+", ANSWER + b"+" + b"x" * 99],
 )
 def test_a_wrong_answer_opens_no_slot(tmp_path, answer):
-    lender = GpuRingSender(FileMemory(tmp_path), CHANNEL, RUN, SLOT)
-    assert lender.offer() is not None
+    gpu_sender = GpuRingSender(FileMemory(tmp_path), CHANNEL, RUN, SLOT)
+    assert gpu_sender.offer() is not None
     try:
-        lender.answered(answer)
+        gpu_sender.answered(answer)
     except WireError:
         assert answer[:3] != ANSWER + b"+"
-    assert not lender.used
-    lender.waiting = False
+    assert not gpu_sender.used
+    gpu_sender.waiting = False
     with pytest.raises(WireError, match="answers no offer"):
-        lender.answered(ANSWER + b"+" + lender._expected)
+        gpu_sender.answered(ANSWER + b"+" + gpu_sender._expected)
 
 
 @pytest.mark.parametrize(("slot", "floats"), [(6, 4), (2**32 - 7, 4), (0, 1025), (0, 2**20)])
@@ -365,7 +365,7 @@ def test_a_slot_that_is_not_there_is_refused(tmp_path, leaves_no_socket, slot, f
 
 def test_a_handle_of_cuda_is_plain_data_and_opens_here(monkeypatch):
     """In place of torch's calls: what one process tells comes to the other, but for the number of
-    the device and the wish to wait for an event, which are its own."""
+    the device and the setting of the block to wait for an event, which are its own."""
     told = (1, b"\x00handle\xff", 64, 512, b"/counter", 3, b"event", True)
     opened = []
 

@@ -45,8 +45,8 @@ def late(leaves_no_socket):
     sender, receiver = Endpoints(RUN, aborts[0]), Endpoints(RUN, aborts[1], LATE)
     sender.connect(CHANNEL, receiver.bind(CHANNEL, "shm"))
     yield sender, receiver, aborts
-    for wires in (sender, receiver):
-        wires.close()
+    for endpoints in (sender, receiver):
+        endpoints.close()
 
 
 def signal(n):

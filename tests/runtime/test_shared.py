@@ -226,10 +226,10 @@ def run_until_waiting(act, line, abort):
 
 
 def test_a_failed_start_leaves_nothing(leaves_no_socket, monkeypatch):
-    wires = Endpoints(RUN, threading.Event())
-    wires.bind(CHANNEL, "shm")
+    endpoints = Endpoints(RUN, threading.Event())
+    endpoints.bind(CHANNEL, "shm")
     before = len(os.listdir("/proc/self/fd"))
-    wires.bind(CHANNEL, "shm")  # anew: the first one is closed
+    endpoints.bind(CHANNEL, "shm")  # anew: the first one is closed
     assert len(os.listdir("/proc/self/fd")) == before
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -237,11 +237,11 @@ def test_a_failed_start_leaves_nothing(leaves_no_socket, monkeypatch):
             lambda run, _: socket_folder(run) / "a/b",
         )
         with pytest.raises(ClusterError, match="no socket at"):
-            wires.bind(CHANNEL, "shm")
+            endpoints.bind(CHANNEL, "shm")
     with pytest.raises(ClusterError, match="cannot be reached"):
-        wires.connect(CHANNEL, f"{SCHEME}{socket_folder(RUN)}/77")
+        endpoints.connect(CHANNEL, f"{SCHEME}{socket_folder(RUN)}/77")
     assert len(os.listdir("/proc/self/fd")) == before
-    wires.close()
+    endpoints.close()
 
 
 def test_long_queues_go_by_zeromq():

@@ -180,9 +180,9 @@ def test_under_a_full_disk_the_memory_of_actors_is_bounded(tmp_path, monkeypatch
     kept = []
     look = SnapshotSupervision._look_for_forgotten
 
-    def watched(keeping):
-        kept.extend(actor.kept_bytes for actor in keeping._crew.actors)
-        look(keeping)
+    def watched(snapshot_policy):
+        kept.extend(actor.kept_bytes for actor in snapshot_policy._worker_group.actors)
+        look(snapshot_policy)
 
     monkeypatch.setattr(SnapshotSupervision, "_look_for_forgotten", watched)
     with small_disk(tmp_path / "disk", "300k") as disk:

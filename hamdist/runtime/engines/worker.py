@@ -28,7 +28,7 @@ from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.process.switches import set_switches
-from hamdist.runtime.process.threads import pinned, seat
+from hamdist.runtime.process.threads import actor_options, pinned
 from hamdist.runtime.results.digests import DigestMap, Digests
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.cast import CastBorder
@@ -139,22 +139,26 @@ class Worker:
         delay = plan.engine.link_delay
         self._transport = Endpoints(plan.run, self._abort, delay, keys, self._requests)
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
-        keeping = plan.keeping
-        self._ledger: SentLog | None = None
-        if keeping is not None:
-            self._ledger = SentLog(inside, replays=keeping.recover, limit=keeping.memory)
+        snapshot_policy = plan.snapshot_policy
+        self._sent_log: SentLog | None = None
+        if snapshot_policy is not None:
+            self._sent_log = SentLog(
+                inside, replays=snapshot_policy.recover, limit=snapshot_policy.memory
+            )
         self._digests = Digests() if plan.engine.digests else None
-        self._mail = Mailbox(inside, self._transport, self._ledger, self._digests)
+        self._mailbox = Mailbox(inside, self._transport, self._sent_log, self._digests)
         self._inside = inside
-        self._nodes = [make_node(plan, name, self._mail) for name in blocks]
-        self._source = None if stream is None else SourceNode(plan, stream, self._mail)
+        self._nodes = [make_node(plan, name, self._mailbox) for name in blocks]
+        self._source = None if stream is None else SourceNode(plan, stream, self._mailbox)
         self._channels = {c.number: c for c in plan.channels.all()}
-        self._lenders: dict[int, GpuRingSender] = {}
-        self._keeper: SnapshotWriter | None = None
-        if keeping is not None and self._ledger is not None:
-            self._keeper = SnapshotWriter(plan, self._all_nodes(), self._mail, self._ledger)
-            if keeping.snapshot is not None:
-                self._keeper.restore(keeping.snapshot)
+        self._gpu_senders: dict[int, GpuRingSender] = {}
+        self._snapshot_writer: SnapshotWriter | None = None
+        if snapshot_policy is not None and self._sent_log is not None:
+            self._snapshot_writer = SnapshotWriter(
+                plan, self._all_nodes(), self._mailbox, self._sent_log
+            )
+            if snapshot_policy.snapshot is not None:
+                self._snapshot_writer.restore(snapshot_policy.snapshot)
 
     def _all_nodes(self) -> list[Any]:
         return [*([self._source] if self._source is not None else []), *self._nodes]
@@ -168,7 +172,7 @@ class Worker:
             limit = message_bytes(self._plan, channel)
             memory = self._memory(channel, channel.receiver)
             address = self._transport.bind(channel, way, limit, memory)
-            opened[i] = ReceivingEnd(address, self._mail.taken(channel) + 1)
+            opened[i] = ReceivingEnd(address, self._mailbox.taken(channel) + 1)
         return opened
 
     def connect(self, ends: ReceivingEnds) -> int:
@@ -179,17 +183,17 @@ class Worker:
             channel = self._channels[i]
             if channel.sender not in self._inside or channel.receiver in self._inside:
                 continue
-            log = None if self._ledger is None else self._ledger.log(channel)
+            log = None if self._sent_log is None else self._sent_log.log(channel)
             behind = 0 if log is None else log.posted + 1 - end.next
             limit = message_bytes(self._plan, channel)
-            lender = self._lender(channel, end.address)
+            gpu_sender = self._gpu_sender(channel, end.address)
             if log is None or behind <= 0:
-                self._transport.connect(channel, end.address, limit, lender=lender)
+                self._transport.connect(channel, end.address, limit, gpu_sender=gpu_sender)
             else:
-                self._transport.connect(channel, end.address, limit, log, end.next, lender)
+                self._transport.connect(channel, end.address, limit, log, end.next, gpu_sender)
                 again += behind
             if log is not None:
-                self._mail.resume_at(channel, end.next)
+                self._mailbox.resume_at(channel, end.next)
         return again
 
     def _memory(self, channel: Channel, block: str) -> GpuMemory | None:
@@ -199,26 +203,26 @@ class Worker:
         if not meant or channel.kind not in (Kind.STATE, Kind.MESSAGE) or channel.sender == INPUT:
             return None
         memory_of = self._plan.memory_of or cuda_memory
-        memory: GpuMemory | None = memory_of(CastBorder(self._plan.desks.get(block)).device)
+        memory: GpuMemory | None = memory_of(CastBorder(self._plan.cast_plans.get(block)).device)
         return memory
 
-    def _lender(self, channel: Channel, address: str) -> GpuRingSender | None:
-        self._lenders.pop(channel.number, None)
+    def _gpu_sender(self, channel: Channel, address: str) -> GpuRingSender | None:
+        self._gpu_senders.pop(channel.number, None)
         memory = self._memory(channel, channel.sender)
         asked = address.startswith(GPU_SCHEME)
-        desk = self._plan.desks.get(channel.receiver)
-        to_gpu = desk is not None and desk.device.startswith("cuda")
+        cast_plan = self._plan.cast_plans.get(channel.receiver)
+        to_gpu = cast_plan is not None and cast_plan.device.startswith("cuda")
         too_long = to_gpu and address.startswith(IPC) and not takes(channel)
         if memory is None or not (asked or too_long):
             return None
-        lender = GpuRingSender(memory, channel, self._plan.run, slot_bytes(self._plan, channel))
+        gpu_sender = GpuRingSender(memory, channel, self._plan.run, slot_bytes(self._plan, channel))
         if too_long:
-            lender.refusal = (
+            gpu_sender.refusal = (
                 f"its queue has room for {channel.capacity} signals, more than the {MAX_CAPACITY} "
                 "of shared memory"
             )
-        self._lenders[channel.number] = lender
-        return lender
+        self._gpu_senders[channel.number] = gpu_sender
+        return gpu_sender
 
     def answer_offers(self) -> None:
         """Looks whether memory of GPUs that was offered can be reached, before the first tick."""
@@ -227,13 +231,13 @@ class Worker:
     def hear_answers(self) -> tuple[int, list[Refusal]]:
         """How many channels this process has offered memory for, and where that came to nothing."""
         self._transport.hear_answers()
-        return len(self._lenders), self._refusals()
+        return len(self._gpu_senders), self._refusals()
 
     def _refusals(self) -> list[Refusal]:
         return [
-            Refusal(str(self._channels[number]), lender.refusal)
-            for number, lender in self._lenders.items()
-            if lender.refusal is not None
+            Refusal(str(self._channels[number]), gpu_sender.refusal)
+            for number, gpu_sender in self._gpu_senders.items()
+            if gpu_sender.refusal is not None
         ]
 
     # While the nodes run, their thread does these (in its own time).
@@ -248,13 +252,13 @@ class Worker:
 
     def complete(self, tick: int) -> None:
         """The snapshot of that tick is complete: signals before it are not needed again."""
-        if self._ledger is not None:
-            ledger = self._ledger
-            self._requests.ask(lambda: ledger.complete(tick), ANSWER_SECONDS)
+        if self._sent_log is not None:
+            sent_log = self._sent_log
+            self._requests.ask(lambda: sent_log.complete(tick), ANSWER_SECONDS)
 
     def keep(self, tick: int) -> bool:
         """A snapshot at `tick`; whether that is still to come."""
-        return self._keeper is not None and self._keeper.ask(tick)
+        return self._snapshot_writer is not None and self._snapshot_writer.ask(tick)
 
     def allow(self, key: str) -> None:
         """Lets the holder of a public key connect to this process's tcp sockets (transport.py)."""
@@ -272,26 +276,26 @@ class Worker:
         report = WorkerReport()
         started = time.perf_counter()
         nodes = self._all_nodes()
-        keeping = self._plan.keeping
-        goes_on = keeping is not None and keeping.snapshot is not None
+        snapshot_policy = self._plan.snapshot_policy
+        goes_on = snapshot_policy is not None and snapshot_policy.snapshot is not None
         self._requests.begin()
         try:
-            with pinned(self._seat(index, actors)):
+            with pinned(self._actor_options(index, actors)):
                 run_loop(
                     nodes,
                     self._look_up,
-                    self._keeper,
+                    self._snapshot_writer,
                     started=goes_on,
                     after_step=None if self._digests is None else self._digests.after_step,
                 )
-                self._mail.flush()
+                self._mailbox.flush()
         except Aborted:
             report.aborted = True
         except HamdistError as error:
             report.error = error
         self._requests.end()
-        if self._keeper is not None:
-            self._keeper.close()
+        if self._snapshot_writer is not None:
+            self._snapshot_writer.close()
             report.kept = self._kept()
         report.ticks = ticks_of(self._nodes)
         report.seconds = time.perf_counter() - started
@@ -312,14 +316,14 @@ class Worker:
             report.stream = self._source.counts
         if self._digests is not None:
             report.digests = self._digests.result(report.blocks)
-        report.payload_bytes = dict(self._mail.payload_bytes)
-        report.compression = self._mail.compression
+        report.payload_bytes = dict(self._mailbox.payload_bytes)
+        report.compression = self._mailbox.compression
         report.refusals = self._refusals()
         return report
 
-    def _seat(self, index: int, actors: int) -> set[int] | None:
+    def _actor_options(self, index: int, actors: int) -> set[int] | None:
         engine = self._plan.engine
-        return None if engine.pin is Pin.OFF else seat(index, actors, engine.threads)
+        return None if engine.pin is Pin.OFF else actor_options(index, actors, engine.threads)
 
     def _look_up(self) -> None:
         if self._abort.is_set():
@@ -345,10 +349,10 @@ class Worker:
         )
 
     def _kept(self) -> SnapshotNews | None:
-        if self._keeper is None or self._ledger is None:
+        if self._snapshot_writer is None or self._sent_log is None:
             return None
-        taken, failure = self._keeper.collected()
-        return SnapshotNews(taken, failure, self._ledger.nbytes, self._ledger.forgot)
+        taken, failure = self._snapshot_writer.collected()
+        return SnapshotNews(taken, failure, self._sent_log.nbytes, self._sent_log.forgot)
 
     def _wait(self) -> BlockedChannel | None:
         waiting = self._transport.waiting

@@ -78,14 +78,14 @@ def time_use(
     return {"total": total, "step": sum(node.seconds for node in nodes), **moving}
 
 
-def make_node(plan: Plan, name: str, mail: Mailbox) -> PulseNode | HoldNode | SequenceNode:
+def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode | SequenceNode:
     """The node of block `name`, with its own random generator."""
     parts = _Parts(plan, name)
     if plan.knobs.sequence:
-        return _sequence_node(plan, parts, mail)
+        return _sequence_node(plan, parts, mailbox)
     if plan.knobs.pulse:
-        return _pulse_node(plan, parts, mail)
-    return _hold_node(plan, parts, mail)
+        return _pulse_node(plan, parts, mailbox)
+    return _hold_node(plan, parts, mailbox)
 
 
 class _Parts(BlockParts):
@@ -98,7 +98,7 @@ class _Parts(BlockParts):
         self.dynamics = plan.dynamics.of(name)
         self.scale = partial(plan.scale, name)
         self.guard = bounded(self.dynamics.limit, [e.from_input for e in plan.graph.into[name]])
-        self.border = CastBorder(plan.desks.get(name))
+        self.border = CastBorder(plan.cast_plans.get(name))
         for module in (self.spec.module, self.spec.output):
             if module is not None and self.border.device.type != "cpu":
                 module.to(self.border.device)
@@ -177,36 +177,36 @@ class _Parts(BlockParts):
         return HeadUpdate(head, self.cell, weights, self.dynamics, plan.course)
 
 
-def _pulse_node(plan: Plan, p: _Parts, mail: Mailbox) -> PulseNode:
+def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
     if p.name in plan.silent and p.loss is None:
-        return PulseNode(plan, p.spec, mail, FrozenBlock(p, None))
+        return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
     if p.loss is not None:
-        return PulseNode(plan, p.spec, mail, PulseReadout(p, p.loss, hands_back))
+        return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back))
     if p.name in plan.reversible:
-        return PulseNode(plan, p.spec, mail, ReversibleBlock(p, hands_back=any(hands_back)))
+        return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
     taught = p.make_taught()
     if plan.knobs.credit is Credit.HEADS:
-        return PulseNode(plan, p.spec, mail, HeadBlock(p, taught))
+        return PulseNode(plan, p.spec, mailbox, HeadBlock(p, taught))
     predicts = None
     if Compensation.WEIGHT_PREDICTION in plan.knobs.compensation:
         predicts = plan.schedule.delay(p.name)
-    return PulseNode(plan, p.spec, mail, PulseBlock(p, taught, predicts))
+    return PulseNode(plan, p.spec, mailbox, PulseBlock(p, taught, predicts))
 
 
-def _sequence_node(plan: Plan, p: _Parts, mail: Mailbox) -> SequenceNode:
+def _sequence_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> SequenceNode:
     truncation = 0 if p.name in plan.silent else plan.knobs.truncation
     if p.loss is not None:
         read = SequenceReadout(p, p.loss, plan.knobs.truncation)
-        return SequenceNode(plan, p.spec, mail, read)
+        return SequenceNode(plan, p.spec, mailbox, read)
     shape, dtype = plan.shapes[p.name]
     h = p.border.own(torch.zeros(shape, dtype=dtype))
-    return SequenceNode(plan, p.spec, mail, SequenceBlock(p, h, truncation))
+    return SequenceNode(plan, p.spec, mailbox, SequenceBlock(p, h, truncation))
 
 
-def _hold_node(plan: Plan, p: _Parts, mail: Mailbox) -> HoldNode:
+def _hold_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> HoldNode:
     if p.loss is not None and not p.spec.state:
-        return HoldNode(plan, p.spec, mail, HoldReadout(p, p.loss))
+        return HoldNode(plan, p.spec, mailbox, HoldReadout(p, p.loss))
     output = output_weights = None
     if p.spec.output is not None:
         output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
@@ -226,4 +226,4 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailbox) -> HoldNode:
         lead=knobs.lead if Compensation.PROSPECTIVE in knobs.compensation else 0.0,
         retrospect=retrospect,
     )
-    return HoldNode(plan, p.spec, mail, block)
+    return HoldNode(plan, p.spec, mailbox, block)

@@ -38,7 +38,7 @@ class HoldNode(Remembers):
     """A block that steps in every tick. seconds: spent in the block's own steps."""
 
     def __init__(
-        self, plan: Plan, spec: BlockSpec, mail: Mailbox, block: HoldBlock | HoldReadout
+        self, plan: Plan, spec: BlockSpec, mailbox: Mailbox, block: HoldBlock | HoldReadout
     ) -> None:
         if not isinstance(plan.schedule, HoldSchedule):
             raise TypeError("a HoldNode needs a HoldSchedule")
@@ -53,7 +53,7 @@ class HoldNode(Remembers):
         self._recorder = make_recorder(plan.metrics)
         self._schedule = plan.schedule
         self._clock = _Clock(plan.dynamics.reset, plan.dynamics.tau)
-        self._ports = Ports(plan, spec.name, mail)
+        self._ports = Ports(plan, spec.name, mailbox)
         self._acyclic = plan.graph.acyclic
         # Without a way from the input it is the targets that tell of the end.
         self._adrift = spec.name in plan.graph.adrift

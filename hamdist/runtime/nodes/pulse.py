@@ -31,7 +31,7 @@ class PulseNode(Remembers):
         self,
         plan: Plan,
         spec: BlockSpec,
-        mail: Mailbox,
+        mailbox: Mailbox,
         block: PulseBlock | ReversibleBlock | HeadBlock | PulseReadout,
     ) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
@@ -41,10 +41,10 @@ class PulseNode(Remembers):
         self.block = block
         self.metrics = make_metrics(plan) if isinstance(block, PulseReadout) else None
         self.seconds = 0.0
-        self._ports = Ports(plan, spec.name, mail)
+        self._ports = Ports(plan, spec.name, mailbox)
         cell = block.cell
         self._ties = (
-            TiePorts(plan, spec.name, mail, cell) if isinstance(cell, TiedFunction) else None
+            TiePorts(plan, spec.name, mailbox, cell) if isinstance(cell, TiedFunction) else None
         )
         self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)

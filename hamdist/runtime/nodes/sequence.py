@@ -29,7 +29,7 @@ class SequenceNode(Remembers):
     late = False
 
     def __init__(
-        self, plan: Plan, spec: BlockSpec, mail: Mailbox, block: SequenceBlock | SequenceReadout
+        self, plan: Plan, spec: BlockSpec, mailbox: Mailbox, block: SequenceBlock | SequenceReadout
     ) -> None:
         if not isinstance(plan.schedule, SequenceSchedule):
             raise TypeError("a SequenceNode needs a SequenceSchedule")
@@ -38,7 +38,7 @@ class SequenceNode(Remembers):
         self.metrics = make_metrics(plan) if spec.loss is not None else None
         self._schedule = plan.schedule
         self.seconds = 0.0
-        self._ports = Ports(plan, spec.name, mail)
+        self._ports = Ports(plan, spec.name, mailbox)
         self._back_into = [e for e in self._ports.into if plan.schedule.recurrent(e)]
         self._back_out = [e for e in self._ports.out_of if plan.schedule.recurrent(e)]
         shapes = {e.index: plan.shapes[e.parent] for e in self._back_into}

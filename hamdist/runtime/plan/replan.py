@@ -25,6 +25,6 @@ def replannable(plan: Plan, graph: Graph, settings: Settings, phi: TickSchedule 
 
     def replan(delays: Mapping[str, int]) -> Plan:
         made = make_plan(delayed(graph, delays), own, plan.spec, phi=phi)
-        return dataclasses.replace(made, run=plan.run, keeping=plan.keeping)
+        return dataclasses.replace(made, run=plan.run, snapshot_policy=plan.snapshot_policy)
 
     return dataclasses.replace(plan, replan=replan)

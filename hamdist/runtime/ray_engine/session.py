@@ -61,30 +61,33 @@ class Session:
     def __init__(self) -> None:
         self.idle: list[tuple[ActorOptions, Any]] = []
 
-    def actors(self, seats: Sequence[ActorOptions]) -> list[Any]:
-        """For each seat an idle actor that is still there, or a new one. Before a new one starts,
-        those that this run does not take over make room."""
+    def actors(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
+        """For each actor options an idle actor that is still there, or a new one. Before a new one
+        starts, those that this run does not take over make room."""
         from hamdist.runtime.ray_engine.worker_actor import is_alive, start_actor
 
         found: dict[int, Any] = {}
-        for i, seat in enumerate(seats):
-            while i not in found and (k := self._fitting(seat)) is not None:
+        for i, actor_options in enumerate(options_of_actors):
+            while i not in found and (k := self._fitting(actor_options)) is not None:
                 _, actor = self.idle.pop(k)
                 if is_alive(actor):
                     found[i] = actor
                 else:  # its processor is wanted at once
                     _end([actor])
-        if len(found) < len(seats):
+        if len(found) < len(options_of_actors):
             self.make_room()
-        return [found[i] if i in found else start_actor(seat) for i, seat in enumerate(seats)]
+        return [
+            found[i] if i in found else start_actor(actor_options)
+            for i, actor_options in enumerate(options_of_actors)
+        ]
 
     def make_room(self) -> None:
         """Ends the idle actors: their processors are wanted."""
         _end([actor for _, actor in self.idle])
         self.idle = []
 
-    def _fitting(self, seat: ActorOptions) -> int | None:
-        return next((k for k, (own, _) in enumerate(self.idle) if own == seat), None)
+    def _fitting(self, actor_options: ActorOptions) -> int | None:
+        return next((k for k, (own, _) in enumerate(self.idle) if own == actor_options), None)
 
 
 @dataclass(slots=True)

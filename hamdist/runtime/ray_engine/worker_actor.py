@@ -186,25 +186,30 @@ def is_alive(actor: Any) -> bool:
     return True
 
 
-def start_actor(seat: ActorOptions) -> Any:
+def start_actor(actor_options: ActorOptions) -> Any:
     """A new actor in Ray, restarted by nobody: what it knows is lost with it. Ray keeps no events
     of its calls: with them its head grew by 100 MiB in an hour of being asked how far it is."""
     options = {
-        **_reserved(seat),
-        "num_gpus": seat.gpus,
+        **_reserved(actor_options),
+        "num_gpus": actor_options.gpus,
         "max_concurrency": THREADS_OF_AN_ACTOR,
         "max_restarts": 0,
         "enable_task_events": False,
     }
-    if seat.environment:
-        options["runtime_env"] = {"env_vars": dict(seat.environment)}
+    if actor_options.environment:
+        options["runtime_env"] = {"env_vars": dict(actor_options.environment)}
     return ray.remote(WorkerActor).options(**options).remote(sys.path)
 
 
-def _reserved(seat: ActorOptions) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_cpus": seat.cpus, "resources": dict(seat.resources)}
-    if seat.node is not None:
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(seat.node, soft=False)
+def _reserved(actor_options: ActorOptions) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "num_cpus": actor_options.cpus,
+        "resources": dict(actor_options.resources),
+    }
+    if actor_options.node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+            actor_options.node, soft=False
+        )
     return options
 
 

@@ -29,11 +29,11 @@ from hamdist.runtime.engines.worker import (
     WorkerStatus,
 )
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters, place
-from hamdist.runtime.placement.assign_hosts import ActorOptions, seats
+from hamdist.runtime.placement.assign_hosts import ActorOptions, options_of_actors
 from hamdist.runtime.placement.links import Link, Probe, least_delays, pairs
-from hamdist.runtime.placement.requirements import demand
+from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import source_host
-from hamdist.runtime.plan.block_settings import wishes
+from hamdist.runtime.plan.block_settings import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.process.interrupts import deaf_to_interrupts
@@ -69,7 +69,7 @@ class WorkerHandle:
     name: str
     blocks: list[str]
     handle: Any
-    seat: ActorOptions
+    actor_options: ActorOptions
     node: str = ""
     address: str = ""
     pid: int = 0
@@ -86,9 +86,9 @@ class WorkerHandle:
     kept_bytes: int = 0
     forgot: bool = False  # it has let signals go that a successor of a neighbour would need
 
-    def renew(self, seat: ActorOptions, handle: Any, place: tuple[str, str, int]) -> None:
+    def renew(self, actor_options: ActorOptions, handle: Any, place: tuple[str, str, int]) -> None:
         """Another process takes the actor's part."""
-        self.seat, self.handle = seat, handle
+        self.actor_options, self.handle = actor_options, handle
         self.node, self.address, self.pid = place
         self.begin_again()
 
@@ -127,14 +127,14 @@ class WorkerGroup:
         self._stream = stream
         self.session = session
         # What cannot be drawn again a second time stays here, where its log keeps what it gave.
-        keeps = plan.keeping is not None and plan.keeping.recover
+        keeps = plan.snapshot_policy is not None and plan.snapshot_policy.recover
         self._portable = stream.portable and (replays(stream) or not keeps)
         self._local: Worker | None = None
         self._keys: Keys | None = None  # this process's, where tcp sockets ask for one
         self._thread: threading.Thread | None = None
         self.local_report: WorkerReport | None = None
         self.actors: list[WorkerHandle] = []
-        self._keeping: list[Any] = []  # the calls of the latest keep() that have not been answered
+        self._policy: list[Any] = []  # the calls of the latest keep() that have not been answered
         self._too_late = False
         self._called_off = False
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
@@ -142,7 +142,9 @@ class WorkerGroup:
         self.local_forgot = False  # as Actor.forgot, of a stream in this process
         self.lent = 0  # channels between GPUs of one host, at the start
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
-        self.mourn: Callable[[WorkerHandle, HamdistError | None, HamdistError], bool] | None = None
+        self.on_lost: Callable[[WorkerHandle, HamdistError | None, HamdistError], bool] | None = (
+            None
+        )
 
     def __enter__(self) -> WorkerGroup:
         return self
@@ -184,11 +186,13 @@ class WorkerGroup:
         cpus = int(ray.cluster_resources().get("CPU", 0))
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
         with startup.phase("actors"):
-            own = self._seats(groups, costs)
+            own = self._options_of_actors(groups, costs)
             handles = self._all_or_none(own)
             self.actors = [
-                WorkerHandle(f"actor {i}", blocks, handle, seat)
-                for i, (blocks, handle, seat) in enumerate(zip(groups, handles, own, strict=True))
+                WorkerHandle(f"actor {i}", blocks, handle, actor_options)
+                for i, (blocks, handle, actor_options) in enumerate(
+                    zip(groups, handles, own, strict=True)
+                )
             ]
             for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
                 actor.node, actor.address, actor.pid = where
@@ -220,8 +224,8 @@ class WorkerGroup:
                 self._lend()
         return plan
 
-    def _all_or_none(self, seats: Sequence[ActorOptions]) -> list[Any]:
-        """Start an actor for each seat, and hold none while others are missing.
+    def _all_or_none(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
+        """Start an actor for each actor options, and hold none while others are missing.
 
         Two runs that start at once on a cluster with room for one of them could otherwise take half
         of it each and wait for each other. (Ray's placement groups reserve at once, too, but bind a
@@ -233,7 +237,7 @@ class WorkerGroup:
         patience = GATHER_SECONDS
         give_up = time.monotonic() + START_SECONDS
         while True:
-            handles = self.session.actors(seats)
+            handles = self.session.actors(options_of_actors)
             if self._plan.engine.address is None:
                 return handles
             calls = [handle.where.remote() for handle in handles]
@@ -279,8 +283,10 @@ class WorkerGroup:
         """Each process gets a key pair for this run, where signals go by tcp (curve.py)."""
         engine = self._plan.engine
         here = ray.get_runtime_context().get_node_id()
-        keeping = self._plan.keeping
-        moves = keeping is not None and keeping.recover and engine.address is not None
+        snapshot_policy = self._plan.snapshot_policy
+        moves = (
+            snapshot_policy is not None and snapshot_policy.recover and engine.address is not None
+        )
         spread = moves or len({here, *(actor.node for actor in self.actors)}) > 1
         by_tcp = engine.transport is TransportKind.TCP or (
             engine.transport is TransportKind.AUTO and spread
@@ -293,21 +299,23 @@ class WorkerGroup:
         for actor, key in zip(self.actors, self._all("new_key", lambda _: ()), strict=True):
             actor.key = key
 
-    def _seats(self, groups: Sequence[Sequence[str]], costs: Costs | None) -> list[ActorOptions]:
+    def _options_of_actors(
+        self, groups: Sequence[Sequence[str]], costs: Costs | None
+    ) -> list[ActorOptions]:
         """What each actor asks Ray for. Raises ClusterError for what the cluster does not have."""
         plan = self._plan
-        asked = wishes(plan.graph, plan.engine)
+        asked = block_settings(plan.graph, plan.engine)
         known = hosts()
         names = list(plan.graph.blocks)
         work = by_parameters(plan.graph) if costs is None else costs.seconds
         busy = [sum(work[names.index(name)] for name in group) for group in groups]
         spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
         speeds = host_seconds(known) if spread is Spread.PROFILE else None
-        demands = [demand(group, asked, plan.engine) for group in groups]
-        found = seats(demands, known, spread, busy, speeds)
+        requests = [requirements(group, asked, plan.engine) for group in groups]
+        found = options_of_actors(requests, known, spread, busy, speeds)
         if plan.engine.bits is not Bits.PORTABLE:
             return found
-        return [seat.pinned(portable_environment()) for seat in found]
+        return [actor_options.pinned(portable_environment()) for actor_options in found]
 
     def way_to_compute(self) -> tuple[Switches, int, bool]:
         """What `WorkerActor.compute_as` is told before an actor gets blocks."""
@@ -491,16 +499,16 @@ class WorkerGroup:
 
     def keep(self, tick: int) -> None:
         """All take a snapshot at `tick`."""
-        self._keeping = [
+        self._policy = [
             actor.handle.keep.remote(self._plan.run, tick) for actor in self.running.values()
         ]
         self._too_late = self._local is not None and not self._local.keep(tick)
 
     def too_late(self) -> bool:
         """Whether somebody had passed the tick of the latest `keep` when it was told."""
-        done, self._keeping = (
-            ray.wait(self._keeping, num_returns=len(self._keeping), timeout=0)
-            if self._keeping
+        done, self._policy = (
+            ray.wait(self._policy, num_returns=len(self._policy), timeout=0)
+            if self._policy
             else ([], [])
         )
         for call in done:
@@ -585,7 +593,7 @@ class WorkerGroup:
             lost = ClusterError(
                 f"{actor} died: {last_line(error)}; was it killed, or out of memory?"
             )
-            if self.mourn is not None and self.mourn(actor, None, lost):
+            if self.on_lost is not None and self.on_lost(actor, None, lost):
                 actor.running = None
                 return
             raise lost from error
@@ -598,7 +606,7 @@ class WorkerGroup:
             if report is not None and report.kept is not None:
                 actor.told.append(report.kept)
             return
-        if self.mourn is not None and self.mourn(actor, report.error, report.error):
+        if self.on_lost is not None and self.on_lost(actor, report.error, report.error):
             actor.report = actor.running = None
             return
         raise report.error
@@ -673,7 +681,7 @@ class WorkerGroup:
             with contextlib.suppress(RayError):  # it died
                 ray.get(call)
                 obedient.append(closed[call])
-        self.session.idle.extend((actor.seat, actor.handle) for actor in obedient)
+        self.session.idle.extend((actor.actor_options, actor.handle) for actor in obedient)
         killed = [actor for actor in self.actors if actor not in obedient]
         for actor in killed:
             ray.kill(actor.handle)

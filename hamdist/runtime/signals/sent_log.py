@@ -7,7 +7,7 @@ signals can say, for any receiver, what is under way.
 
 Where lost processes are to be replaced a sender keeps more: all since the latest snapshot of the
 whole run, for a neighbour may have to begin there again. A posted payload is never written again
-(mail.py), so keeping it is a reference, not a copy. What lies on a GPU is kept there (up to
+(mailbox.py), so keeping it is a reference, not a copy. What lies on a GPU is kept there (up to
 `snapshots.memory`), by its own sender: a sender that dies takes nothing along that others need, for
 its successor makes it again out of the snapshot, which is in files.
 """

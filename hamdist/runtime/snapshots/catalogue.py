@@ -30,12 +30,12 @@ class SnapshotCatalogue:
     arithmetic: of all kinds of processes that the run has had so far; without any, of this one."""
 
     def __init__(self, plan: Plan, arithmetic: Sequence[Arithmetic] = ()) -> None:
-        if plan.keeping is None:
+        if plan.snapshot_policy is None:
             raise SnapshotError("the run takes no snapshots")
-        self._keeping = plan.keeping
-        self._store = storage(plan.keeping.path)
+        self._policy = plan.snapshot_policy
+        self._store = storage(plan.snapshot_policy.path)
         self._nodes = {INPUT, *plan.graph.blocks}
-        self._network = fingerprint(plan, Settings.model_validate(plan.keeping.settings))
+        self._network = fingerprint(plan, Settings.model_validate(plan.snapshot_policy.settings))
         self._delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
         self._run = f"{plan.run:016x}"
         self._taken: dict[
@@ -44,7 +44,7 @@ class SnapshotCatalogue:
         self._skip = plan.skip
         self._arithmetic = arithmetic or [plan.arithmetic]
         self._switches = plan.switches
-        self.latest: Snapshot | None = plan.keeping.snapshot
+        self.latest: Snapshot | None = plan.snapshot_policy.snapshot
         self._kept: list[Snapshot] = []
         self._resumed = self.latest  # what the run began with
         self._damaged: set[str] = set()  # folders of snapshots that the run went back behind
@@ -107,7 +107,7 @@ class SnapshotCatalogue:
             tick=taken.tick,
             run=self._run,
             parts=parts,
-            settings=dict(self._keeping.settings),
+            settings=dict(self._policy.settings),
             network=self._network,
             delays=self._delays,
             versions=versions(),
@@ -117,11 +117,11 @@ class SnapshotCatalogue:
             passed=max(one.passed for one in those),
             skip=self._skip,
             time=now(),
-            stream=dict(self._keeping.stream),
+            stream=dict(self._policy.stream),
         )
         self._damaged.discard(folder_of(taken.tick))
-        self.latest = conclude(self._store, manifest, self._keeping.keep, self._damaged)
-        self._kept = [*self._kept, self.latest][-self._keeping.keep :]
+        self.latest = conclude(self._store, manifest, self._policy.keep, self._damaged)
+        self._kept = [*self._kept, self.latest][-self._policy.keep :]
         self._taken = {tick: one for tick, one in self._taken.items() if tick > taken.tick}
         return self.latest
 

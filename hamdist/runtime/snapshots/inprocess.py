@@ -17,36 +17,36 @@ class InProcessSnapshots:
     """As a context it waits for the last files in the end. on: the run goes on from a snapshot."""
 
     def __init__(
-        self, plan: Plan, nodes: Sequence[Stateful], mail: Mailbox, ledger: SentLog
+        self, plan: Plan, nodes: Sequence[Stateful], mailbox: Mailbox, sent_log: SentLog
     ) -> None:
-        if plan.keeping is None:
+        if plan.snapshot_policy is None:
             raise ValueError("the run keeps nothing")
         self._nodes = nodes
-        self._keeping = plan.keeping
-        self._shelf = SnapshotCatalogue(plan)
+        self._policy = plan.snapshot_policy
+        self._catalogue = SnapshotCatalogue(plan)
         self._failures = SnapshotFailures()
-        self.keeper = SnapshotWriter(plan, nodes, mail, ledger, self._written)
-        self.on = plan.keeping.snapshot is not None
-        self._seconds = plan.keeping.seconds or inf
+        self.snapshot_writer = SnapshotWriter(plan, nodes, mailbox, sent_log, self._written)
+        self.on = plan.snapshot_policy.snapshot is not None
+        self._seconds = plan.snapshot_policy.seconds or inf
         self._due = time.monotonic() + self._seconds
 
     def restore(self) -> None:
         """Goes on from the snapshot that was asked for."""
-        if self._keeping.snapshot is not None:
-            self.keeper.restore(self._keeping.snapshot)
+        if self._policy.snapshot is not None:
+            self.snapshot_writer.restore(self._policy.snapshot)
 
     def look(self) -> None:
         """Between two events: asks for a snapshot when it is time."""
         self._look_for_failures()
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + self._seconds
-            self.keeper.ask(self._soon())
+            self.snapshot_writer.ask(self._soon())
 
     def _look_for_failures(self) -> None:
-        failure = self.keeper.failure()
+        failure = self.snapshot_writer.failure()
         if failure is not None:
             self._failures.add(failure)
-            self._shelf.forget_tries(self.keeper.reached)
+            self._catalogue.forget_tries(self.snapshot_writer.reached)
 
     def _soon(self) -> int:
         """The next tick that nobody has begun."""
@@ -56,17 +56,17 @@ class InProcessSnapshots:
         """`stop`, behind a last snapshot."""
 
         def ask() -> None:
-            if not self.keeper.ask(self._soon(), stop):
+            if not self.snapshot_writer.ask(self._soon(), stop):
                 stop()
 
         return ask
 
     def _written(self, taken: WrittenFiles) -> None:
-        self._shelf.put(taken)
+        self._catalogue.put(taken)
 
     @property
     def snapshots(self) -> list[str]:
-        return self._shelf.snapshots
+        return self._catalogue.snapshots
 
     @property
     def warnings(self) -> list[str]:
@@ -77,4 +77,4 @@ class InProcessSnapshots:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.keeper.close()
+        self.snapshot_writer.close()

@@ -38,7 +38,7 @@ from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
 from hamdist.runtime.nodes.ties import against_ties, weight_lags
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
-from hamdist.runtime.plan.plan import Plan, least_bytes, make_keeping, make_plan
+from hamdist.runtime.plan.plan import Plan, least_bytes, make_plan, make_snapshot_policy
 from hamdist.runtime.plan.replan import replannable
 from hamdist.runtime.process.arithmetic import check_portable
 from hamdist.runtime.process.interrupts import OnProgress, terminated_as_interrupted
@@ -143,7 +143,7 @@ def train(
         alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
         if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
             check_portable(plan.arithmetic, plan.switches, native=plan.native)
-        kept_at = None if plan.keeping is None else plan.keeping.path
+        kept_at = None if plan.snapshot_policy is None else plan.snapshot_policy.path
         try:
             with claimed(kept_at, plan.run):
                 outcome = make_engine(settings).run(plan, stream, on_progress)
@@ -203,12 +203,12 @@ class _Work:
                 "which neither snapshots nor result.model hold; a buffer, or get_extra_state and "
                 "set_extra_state, would be kept"
             )
-        keeping = make_keeping(self.settings, snapshot, last=self.keeps)
-        if keeping is not None and snapshot is None:
-            check_usable(keeping.path, least_bytes(graph, self.settings))
-        if keeping is not None:
-            keeping = replace(keeping, stream=self.known_by)
-        plan = replace(plan, keeping=keeping)
+        snapshot_policy = make_snapshot_policy(self.settings, snapshot, last=self.keeps)
+        if snapshot_policy is not None and snapshot is None:
+            check_usable(snapshot_policy.path, least_bytes(graph, self.settings))
+        if snapshot_policy is not None:
+            snapshot_policy = replace(snapshot_policy, stream=self.known_by)
+        plan = replace(plan, snapshot_policy=snapshot_policy)
         if self.settings.partition.delays == "auto":
             plan = replannable(plan, graph, self.settings, self.phi)
         return graph, plan

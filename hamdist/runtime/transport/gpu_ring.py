@@ -19,7 +19,7 @@ and an end that is opened anew (recovery.py) finds out while it runs.
 3. What a dead process has lent may be gone, or be anything. So a receiver looks, after it has
    copied and before it hands out, whether its sender is about to end; if it is, nothing of that
    message is used. The sender's successor sends it again, out of its own snapshot and log: what is
-   kept for others (ledger.py) are the sender's own tensors, never slots.
+   kept for others (log of sent signals.py) are the sender's own tensors, never slots.
 4. A signal that is larger than a slot, or that lies elsewhere, goes through host memory.
 
 All but `cuda.py` runs, and is tested, without a GPU.

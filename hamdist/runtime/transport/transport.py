@@ -66,7 +66,7 @@ class Endpoints:
         self._line = EndpointContext(run, abort, requests)
         self._requests = requests
         self._keys = keys
-        self._door: KeyGate | None = None
+        self._key_gate: KeyGate | None = None
         self._link_delay = link_delay
         self._in: dict[int, Receiver] = {}
         self._out: dict[int, Sender] = {}
@@ -127,23 +127,23 @@ class Endpoints:
         if key is None:
             return ZmqReceiver(line, channel, self._context(), host, limit=limit)
         self.allow(key)
-        return ZmqReceiver(line, channel, self._context(), host, self._door, limit)
+        return ZmqReceiver(line, channel, self._context(), host, self._key_gate, limit)
 
     def allow(self, key: str) -> None:
         """Lets the holder of a public key send to the receiving ends that ask for keys, from now
         on: before it connects."""
-        if self._door is None:
+        if self._key_gate is None:
             from hamdist.runtime.transport.encryption import KeyGate
 
             if self._keys is None:
                 raise ClusterError("a sender with a key, but this process has none")
-            self._door = KeyGate(self._context(), self._keys)
-        self._door.allow(key)
+            self._key_gate = KeyGate(self._context(), self._keys)
+        self._key_gate.allow(key)
 
     def withdraw(self, key: str) -> None:
         """Takes `allow` back, for connections to come."""
-        if self._door is not None:
-            self._door.withdraw(key)
+        if self._key_gate is not None:
+            self._key_gate.withdraw(key)
 
     def connect(
         self,
@@ -152,20 +152,20 @@ class Endpoints:
         limit: int = -1,
         log: ChannelLog | None = None,
         first: int = 1,
-        lender: GpuRingSender | None = None,
+        gpu_sender: GpuRingSender | None = None,
     ) -> None:
         """Opens the sending end. limit: as at the other end. log: what a receiver that begins again
-        is sent before all else, from signal `first` on. lender: of GPU memory, for an address that
-        asks for it."""
+        is sent before all else, from signal `first` on. gpu_sender: of GPU memory, for an
+        address that asks for it."""
         old = self._out.pop(channel.number, None)
         if old is not None:
             old.close()
         if log is None:
-            self._out[channel.number] = self._reach(self._line, channel, address, limit, lender)
+            self._out[channel.number] = self._reach(self._line, channel, address, limit, gpu_sender)
             return
 
         def make(own: EndpointContext) -> Sender:
-            return self._reach(own, channel, address, limit, lender)
+            return self._reach(own, channel, address, limit, gpu_sender)
 
         self._out[channel.number] = ReplaySender(self._line, channel, log, first, make)
 
@@ -187,10 +187,10 @@ class Endpoints:
         channel: Channel,
         address: str,
         limit: int,
-        lender: GpuRingSender | None,
+        gpu_sender: GpuRingSender | None,
     ) -> Sender:
         if address.startswith((shared.SCHEME, shared.GPU_SCHEME)):
-            return shared.SharedSender(line, channel, address, lender)
+            return shared.SharedSender(line, channel, address, gpu_sender)
         from hamdist.runtime.transport.zeromq import ZmqSender
 
         own = limit if address.startswith(TCP) else -1
@@ -234,9 +234,9 @@ class Endpoints:
         ends: list[Receiver | Sender] = [*self._in.values(), *self._out.values()]
         for end in ends:
             end.close()
-        if self._door is not None:
-            self._door.close()
-            self._door = None
+        if self._key_gate is not None:
+            self._key_gate.close()
+            self._key_gate = None
         if self._zmq is not None:
             self._zmq.destroy(linger=0)
             self._zmq = None

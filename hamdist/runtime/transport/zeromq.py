@@ -116,7 +116,7 @@ class ZmqSender:
 
 
 class ZmqReceiver:
-    """host: of a tcp address; None: an ipc socket. door: lets in who may send (None: anybody).
+    """host: of a tcp address; None: an ipc socket. key_gate: lets in who may send (None: anybody).
     limit: bytes of a frame, at most; who sends a larger one is cut off."""
 
     def __init__(
@@ -125,7 +125,7 @@ class ZmqReceiver:
         channel: Channel,
         context: Any,
         host: str | None,
-        door: KeyGate | None = None,
+        key_gate: KeyGate | None = None,
         limit: int = NO_LIMIT,
     ) -> None:
         self._line = line
@@ -139,11 +139,11 @@ class ZmqReceiver:
         self._socket.setsockopt(zmq.RCVTIMEO, TURN_MS)
         if host is not None:
             self._socket.setsockopt(zmq.MAXMSGSIZE, limit if limit == NO_LIMIT else limit + SEAL)
-            if door is not None:
-                door.guard(self._socket)
+            if key_gate is not None:
+                key_gate.guard(self._socket)
             self._socket.bind(f"tcp://{host}:*")
             bare = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
-            self.address = bare if door is None else f"{bare} {door.public}"
+            self.address = bare if key_gate is None else f"{bare} {key_gate.public}"
             return
         self._file = socket_file(line.run, channel)
         self.address = f"ipc://{self._file}"

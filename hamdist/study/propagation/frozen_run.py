@@ -71,10 +71,10 @@ def watch(
     """
     stream = from_iterable(items, classes=classes)
     plan = make_plan(graph.copy(), settings, stream.spec)
-    mail = Mailbox({INPUT, *plan.graph.blocks})
-    nodes: list[Node] = [SourceNode(plan, stream, mail)]
+    mailbox = Mailbox({INPUT, *plan.graph.blocks})
+    nodes: list[Node] = [SourceNode(plan, stream, mailbox)]
     for name in plan.graph.blocks:
-        node = make_node(plan, name, mail)
+        node = make_node(plan, name, mailbox)
         if not isinstance(node, HoldNode):
             raise LevelError(
                 f"level {settings.level.value!r} shows a sample for a moment; only blocks of "

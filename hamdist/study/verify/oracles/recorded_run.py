@@ -76,16 +76,16 @@ class RecordedNodes:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._mail = Mailbox({INPUT, *plan.graph.blocks})
-        self.watches = [_watch(plan, name, self._mail) for name in plan.graph.blocks]
+        self._mailbox = Mailbox({INPUT, *plan.graph.blocks})
+        self.watches = [_watch(plan, name, self._mailbox) for name in plan.graph.blocks]
 
     def run(self, stream: Stream) -> None:
         """Through the whole stream, as the engine in one process does."""
-        run_loop([SourceNode(self._plan, stream, self._mail), *self.watches])
+        run_loop([SourceNode(self._plan, stream, self._mailbox), *self.watches])
 
 
-def _watch(plan: Plan, name: str, mail: Mailbox) -> NodeRecord:
-    node = make_node(plan, name, mail)
+def _watch(plan: Plan, name: str, mailbox: Mailbox) -> NodeRecord:
+    node = make_node(plan, name, mailbox)
     if not isinstance(node, HoldNode):
         raise TypeError(f"block {name!r} is not one that steps in every tick")
     return NodeRecord(node, sequential=plan.knobs.order is Order.SEQUENTIAL)

@@ -345,10 +345,10 @@ def _golden_run(data: GoldenData, **dynamics: Any) -> dict[str, Array]:
     )
     stream = from_iterable(samples)
     plan = make_plan(graph, settings, stream.spec)
-    mail = Mailbox({INPUT, *graph.blocks})
+    mailbox = Mailbox({INPUT, *graph.blocks})
     watches = []
     for name in graph.blocks:
-        node = make_node(plan, name, mail)
+        node = make_node(plan, name, mailbox)
         if not isinstance(node, SequenceNode):
             raise TypeError(f"block {name!r} goes through no sequences")
         watches.append(_Watch(node))
@@ -356,7 +356,7 @@ def _golden_run(data: GoldenData, **dynamics: Any) -> dict[str, Array]:
     h0 = tensor(entry(data, "h0")).expand(len(u[0]), -1).contiguous()
     if isinstance(cell.node.block, SequenceBlock):
         cell.node.block.h = h0
-    run_loop([SourceNode(plan, stream, mail), *watches])
+    run_loop([SourceNode(plan, stream, mailbox), *watches])
     zero = torch.zeros_like(h0)
     made = {"h": [h0, *cell.h], "z": [zero, *cell.z]}
     for key, name in WEIGHTS.items():
