@@ -208,7 +208,7 @@ def of_another_kind(monkeypatch, *numbers):
             found[i] = found[i].pinned(dict(OTHER_KIND))
         return found
 
-    monkeypatch.setattr(worker_group, "seats", some_elsewhere)
+    monkeypatch.setattr(worker_group, "options_of_actors", some_elsewhere)
 
 
 @X86

@@ -70,7 +70,7 @@ def test_actors_that_ask_for_nothing(spread, actors, hosts, expected):
 
 
 @pytest.mark.parametrize(
-    ("seat", "was", "there", "expected"),
+    ("actor_options", "was", "there", "expected"),
     [
         (ActorOptions(node="id1"), "id1", THREE, "id1"),
         (ActorOptions(node=None), "id1", THREE, None),  # Ray decides again
@@ -161,7 +161,7 @@ def test_hosts_that_are_alike_are_filled_in_order():
 
 
 @pytest.mark.parametrize(
-    ("demands", "hosts", "words"),
+    ("requests", "hosts", "words"),
     [
         (
             [{"host": "h9"}],
@@ -294,7 +294,7 @@ def test_on_ray(session, leaves_no_socket):
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("block_setting", "words"),
     [
         ({"host": "mars"}, "host 'mars' is unknown"),
         ({"resources": {"tpu": 1}}, "no host has the resource 'tpu'; known: none"),

@@ -26,7 +26,7 @@ needs_affinity = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("processors", "actors", "of_a_thread", "seats"),
+    ("processors", "actors", "of_a_thread", "options_of_actors"),
     [
         ({0, 1}, 2, 1, [{0}, {1}]),
         ({4, 5, 6, 7}, 2, 1, [{4}, {6}]),  # far apart
