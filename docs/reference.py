@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from hamdist.config import Settings
 
 EXPERIMENTAL = "Experimental"
+BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
 LARGEST = 10**18  # a limit that only keeps sums inside 64 bits: not shown
 
 SETTINGS = """# Settings
@@ -65,7 +66,7 @@ def _sections(one: Any, defs: Any) -> Iterator[tuple[Any, bool]]:
     for option in one.get("anyOf", [one]):
         if "$ref" in option:
             child = defs[option["$ref"].rpartition("/")[2]]
-            if "properties" in child and child["properties"] and child["title"] != "LevelOverrides":
+            if "properties" in child and child["properties"]:
                 yield child, False
         elif isinstance(option.get("additionalProperties"), dict):
             for child, _ in _sections(option["additionalProperties"], defs):
@@ -99,9 +100,9 @@ def _one_type(one: Any, defs: Any, full: str) -> str:
 
 
 def _range(one: Any) -> str:
-    bounds = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-    given = [f"{sign} {one[key]:g}" for key, sign in bounds if key in one and one[key] != LARGEST]
-    return f" {', '.join(given)}" if given else ""
+    shown = [(key, sign) for key, sign in BOUNDS if one.get(key, LARGEST) != LARGEST]
+    words = ", ".join(f"{sign} {one[key]:g}" for key, sign in shown)
+    return f" {words}" if words else ""
 
 
 def _default(one: Any, value: Any, full: str) -> str:
@@ -157,7 +158,8 @@ def _parameters(function: Any) -> Iterator[str]:
     """Yield a row of the table for each parameter of the function behind a command."""
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
-        info = next((m for m in getattr(hints[name], "__metadata__", ()) if hasattr(m, "help")), None)
+        notes = getattr(hints[name], "__metadata__", ())
+        info = next((note for note in notes if hasattr(note, "help")), None)
         if info is None:  # typer's context
             continue
         names = info.param_decls or ["--" + name.strip("_").replace("_", "-")]

@@ -1,0 +1,1 @@
+"""What a run leaves behind: its result, and the digests by which two runs are compared."""
