@@ -66,7 +66,7 @@ def _sections(one: Any, defs: Any) -> Iterator[tuple[Any, bool]]:
     for option in one.get("anyOf", [one]):
         if "$ref" in option:
             child = defs[option["$ref"].rpartition("/")[2]]
-            if "properties" in child and child["properties"]:
+            if child.get("properties"):
                 yield child, False
         elif isinstance(option.get("additionalProperties"), dict):
             for child, _ in _sections(option["additionalProperties"], defs):
