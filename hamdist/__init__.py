@@ -15,42 +15,42 @@ if TYPE_CHECKING:
     from hamdist.api import train as train
     from hamdist.config import Level as Level
     from hamdist.config import Settings as Settings
-    from hamdist.dynamics.cuts import CutPlace as CutPlace
-    from hamdist.dynamics.graph import BlockSpec as BlockSpec
-    from hamdist.dynamics.graph import Combine as Combine
-    from hamdist.dynamics.graph import Graph as Graph
-    from hamdist.dynamics.recurrent import Reads as Reads
-    from hamdist.dynamics.recurrent import RecurrentCell as RecurrentCell
-    from hamdist.dynamics.reversible import Coupling as Coupling
-    from hamdist.dynamics.reversible import MeanHalf as MeanHalf
-    from hamdist.dynamics.reversible import Midpoint as Midpoint
-    from hamdist.dynamics.reversible import MidpointStart as MidpointStart
-    from hamdist.dynamics.reversible import SecondHalf as SecondHalf
-    from hamdist.dynamics.reversible import Squeeze as Squeeze
-    from hamdist.dynamics.reversible import ToPair as ToPair
-    from hamdist.dynamics.stabilise import Normed as Normed
-    from hamdist.dynamics.stabilise import PreNorm as PreNorm
-    from hamdist.dynamics.stabilise import stabilised as stabilised
+    from hamdist.dynamics.graph.graph import BlockSpec as BlockSpec
+    from hamdist.dynamics.graph.graph import Combine as Combine
+    from hamdist.dynamics.graph.graph import Graph as Graph
+    from hamdist.dynamics.modules.prenorm import Normed as Normed
+    from hamdist.dynamics.modules.prenorm import PreNorm as PreNorm
+    from hamdist.dynamics.modules.prenorm import stabilised as stabilised
+    from hamdist.dynamics.modules.recurrent import Reads as Reads
+    from hamdist.dynamics.modules.recurrent import RecurrentCell as RecurrentCell
+    from hamdist.dynamics.modules.reversible import Coupling as Coupling
+    from hamdist.dynamics.modules.reversible import MeanHalf as MeanHalf
+    from hamdist.dynamics.modules.reversible import Midpoint as Midpoint
+    from hamdist.dynamics.modules.reversible import MidpointStart as MidpointStart
+    from hamdist.dynamics.modules.reversible import SecondHalf as SecondHalf
+    from hamdist.dynamics.modules.reversible import Squeeze as Squeeze
+    from hamdist.dynamics.modules.reversible import ToPair as ToPair
+    from hamdist.dynamics.partition.cuts import CutPlace as CutPlace
     from hamdist.errors import HamdistError as HamdistError
     from hamdist.errors import Stop as Stop
-    from hamdist.runtime.cluster import session as session
-    from hamdist.runtime.result import RunResult as RunResult
+    from hamdist.runtime.ray_engine.session import session as session
+    from hamdist.runtime.results.result import RunResult as RunResult
 
 __version__ = "0.1.0"
 
 _HOMES = {  # the names of `__all__` by module; above, for type checkers, once more
     "hamdist.api": "train",
     "hamdist.config": "Level Settings",
-    "hamdist.dynamics.cuts": "CutPlace",
-    "hamdist.dynamics.graph": "BlockSpec Combine Graph",
-    "hamdist.dynamics.recurrent": "Reads RecurrentCell",
-    "hamdist.dynamics.reversible": (
+    "hamdist.dynamics.partition.cuts": "CutPlace",
+    "hamdist.dynamics.graph.graph": "BlockSpec Combine Graph",
+    "hamdist.dynamics.modules.recurrent": "Reads RecurrentCell",
+    "hamdist.dynamics.modules.reversible": (
         "Coupling MeanHalf Midpoint MidpointStart SecondHalf Squeeze ToPair"
     ),
-    "hamdist.dynamics.stabilise": "Normed PreNorm stabilised",
+    "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
     "hamdist.errors": "HamdistError Stop",
-    "hamdist.runtime.cluster": "session",
-    "hamdist.runtime.result": "RunResult",
+    "hamdist.runtime.ray_engine.session": "session",
+    "hamdist.runtime.results.result": "RunResult",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted([*_HOME, "streams"])

@@ -12,15 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hamdist.config import Loss, Settings, describe, lay_over
-from hamdist.dynamics.constants import Course
-from hamdist.dynamics.graph import Graph
-from hamdist.dynamics.inputs import arguments_of
-from hamdist.dynamics.losses import LossFunction, make_loss, model_loss
-from hamdist.dynamics.stabilise import stabilised
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.graph.inputs import arguments_of
+from hamdist.dynamics.modules.prenorm import stabilised
+from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_loss
+from hamdist.dynamics.updates.constants import Course
 from hamdist.errors import Choice, SettingsError
-from hamdist.runtime.measure import example_input, example_inputs
-from hamdist.runtime.result import Progress, RunResult
-from hamdist.runtime.train import train as train_settings
+from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.train.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
 from hamdist.streams.sample import SampleSpec

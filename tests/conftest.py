@@ -21,7 +21,7 @@ atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 import torch
 
 from hamdist.config import EngineSettings
-from hamdist.runtime.cluster import ray_session
+from hamdist.runtime.ray_engine.session import ray_session
 
 
 @pytest.fixture(autouse=True, scope="session")

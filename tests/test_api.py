@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import hamdist
 from hamdist.config import Settings
 from hamdist.errors import BlockError, SettingsError
-from hamdist.runtime.resume import weights_of
-from hamdist.runtime.snapshot import complete, latest
-from hamdist.runtime.storage import storage
-from hamdist.runtime.train import as_graph, snapshot_model
+from hamdist.runtime.snapshots.resume import weights_of
+from hamdist.runtime.storage.snapshot_files import complete, latest
+from hamdist.runtime.storage.store import storage
+from hamdist.runtime.train.train import as_graph, snapshot_model
 from hamdist.streams import from_iterable
 
 ROWS, ITEMS = 4, 12

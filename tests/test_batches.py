@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import hamdist
 from hamdist.config import Settings
-from hamdist.dynamics.losses import cross_entropy, make_loss
+from hamdist.dynamics.objective.losses import cross_entropy, make_loss
 from hamdist.errors import GraphError, SettingsError, StreamError
 from hamdist.streams import from_iterable
-from hamdist.study.baseline import train_centralised
-from hamdist.study.evaluate import evaluate
+from hamdist.study.run.baseline import train_centralised
+from hamdist.study.run.evaluate import evaluate
 
 B, T, V, ITEMS = 4, 5, 7, 9
 EMPTY = 4  # the item of which no target counts

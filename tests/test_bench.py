@@ -42,13 +42,13 @@ from harness.verdicts import backprop_rows, exchange_row, memory_row, rows
 from harness.works import Cycled, chain, mlp, pace
 from torch.nn.functional import cross_entropy
 
-from hamdist.runtime.cluster import Session
-from hamdist.runtime.hosts import Seat
-from hamdist.study.grid import run as grid_run
-from hamdist.study.grid.run import check
-from hamdist.study.grid.settings import Trains, load_study
-from hamdist.study.grid.summary import Line
-from hamdist.study.grid.work import Record
+from hamdist.runtime.placement.assign_hosts import Seat
+from hamdist.runtime.ray_engine.session import Session
+from hamdist.study.sweep import run as grid_run
+from hamdist.study.sweep.run import check
+from hamdist.study.sweep.settings import Trains, load_study
+from hamdist.study.sweep.summary import Line
+from hamdist.study.sweep.work import Record
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hamdist.config import read_settings
-from hamdist.runtime.snapshot import Manifest
-from hamdist.study.runs import run_level
+from hamdist.runtime.storage.snapshot_files import Manifest
+from hamdist.study.run.run import run_level
 
 pytestmark = pytest.mark.timeout(300)  # (24 processes, each of which imports torch)
 
@@ -158,7 +158,7 @@ def test_a_folder_whose_name_is_no_utf8(tmp_path):
     assert json.loads((tmp_path / os.fsdecode(b"a\xffb") / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("imported", ["psutil", "torch._C", "hamdist.study.runs", None])
+@pytest.mark.parametrize("imported", ["psutil", "torch._C", "hamdist.study.run.run", None])
 def test_ctrl_c_while_it_starts(tmp_path, imported):
     """SIGINT as soon as a module has been imported, or (None) as the first line is shown."""
     (tmp_path / "tiny.yaml").write_text(TINY)

@@ -18,12 +18,13 @@ import hamdist
 from hamdist.cli import app
 from hamdist.cli.prepare import results_of
 from hamdist.config import Settings
-from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import BlockError, ClusterError, GraphError, StreamError
-from hamdist.runtime.result import BlockProgress, Progress, RunResult
-from hamdist.streams import datasets
+from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.streams.sample import Stream
-from hamdist.study import live, runs
+from hamdist.streams.sources import datasets
+from hamdist.study.report import live
+from hamdist.study.run import run as runs
 
 TINY = """
 name: tiny
@@ -132,8 +133,8 @@ def test_a_recipe_whose_files_are_missing_says_so_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path / "none",))
-    monkeypatch.setattr("hamdist.study.runs.train", None)  # whatever would be called fails
-    monkeypatch.setattr("hamdist.study.runs.make_model", None)
+    monkeypatch.setattr("hamdist.study.run.run.train", None)  # whatever would be called fails
+    monkeypatch.setattr("hamdist.study.run.run.make_model", None)
     for what in ("run", "compare"):
         result = command(what, "resnet", "--out", str(tmp_path / what))
         assert result.exit_code == 1

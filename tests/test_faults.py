@@ -34,7 +34,7 @@ from faults.trial import Trial, _wrong, trial
 from faults.watch import lost_seconds
 from safetensors.torch import save_file
 
-from hamdist.runtime.mail import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailroom
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hamdist.cli import app
-from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import BlockError, SettingsError
-from hamdist.runtime.result import Progress, Replaced
-from hamdist.study.folder import ResultFolder, free_folder
+from hamdist.runtime.results.result import Progress, Replaced
+from hamdist.study.shared.result_folder import ResultFolder, free_folder
 
 TINY = """
 name: tiny
@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "fourth.py").write_text(FOURTH)
-    monkeypatch.setattr("hamdist.study.save.comparison_plots", lambda _: {})
+    monkeypatch.setattr("hamdist.study.report.save.comparison_plots", lambda _: {})
     return tmp_path
 
 

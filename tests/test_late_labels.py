@@ -16,7 +16,7 @@ import hamdist
 from hamdist.config import Settings, StreamSettings
 from hamdist.errors import LevelError, SettingsError
 from hamdist.streams import Delayed, LateLabels, Paced, Rejoin, Sample, from_iterable, make_stream
-from hamdist.study.baseline import train_centralised
+from hamdist.study.run.baseline import train_centralised
 
 B, F, C, ITEMS = 3, 5, 4, 40
 MISSING = {4, 17}

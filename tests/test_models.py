@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from hamdist.config import ModelKind, ModelSettings
-from hamdist.dynamics.graph import Graph
-from hamdist.dynamics.losses import cross_entropy
-from hamdist.dynamics.recurrent import MergedSequence
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.graph.merged import MergedSequence
+from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import SettingsError
-from hamdist.models import CELLS, load_factory, make_from_factory, make_model, make_recurrent
-from hamdist.networks import NETWORKS
+from hamdist.models.build import CELLS, load_factory, make_from_factory, make_model, make_recurrent
+from hamdist.models.networks import NETWORKS
 from hamdist.streams.sample import SampleSpec
 
 B, F, C = 4, 12, 3  # batch, features, classes

@@ -17,14 +17,14 @@ from torch import nn
 from torch.nn import functional
 
 from hamdist.config import ModelKind, ModelSettings, Source, StreamSettings, parse_override
-from hamdist.dynamics.losses import cross_entropy
+from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import SettingsError
-from hamdist.models import make_model
-from hamdist.networks import NETWORKS
-from hamdist.runtime.train import train
+from hamdist.models.build import make_model
+from hamdist.models.networks import NETWORKS
+from hamdist.runtime.train.train import train
 from hamdist.streams import make_stream
 from hamdist.streams.sample import SampleSpec
-from hamdist.study.recipes import load_settings
+from hamdist.study.shared.recipes import load_settings
 
 IMAGES = {"source": "digits"}
 CHARACTERS = {"source": "characters", "characters": {"length": 6}}

@@ -27,20 +27,20 @@ from typer.testing import CliRunner
 from hamdist.cli import app
 from hamdist.cli.process import replaced
 from hamdist.config import Level, Settings, read_settings
-from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.objective.prequential import Window
 from hamdist.launch import driver
 from hamdist.launch.events import Ended, Reached
 from hamdist.launch.follow import Results, follow
-from hamdist.launch.parcel import Order, packed
-from hamdist.runtime.result import BlockProgress, Progress
-from hamdist.runtime.snapshot import latest
-from hamdist.runtime.train import train
-from hamdist.study.evaluate import Scores
-from hamdist.study.live import RunView
-from hamdist.study.report import EXPLANATION
-from hamdist.study.results import run_summary
-from hamdist.study.runs import Run
-from hamdist.study.tracking import Tracking
+from hamdist.launch.package import Order, packed
+from hamdist.runtime.results.result import BlockProgress, Progress
+from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.train.train import train
+from hamdist.study.report.files import run_summary
+from hamdist.study.report.html import EXPLANATION
+from hamdist.study.report.live import RunView
+from hamdist.study.run.evaluate import Scores
+from hamdist.study.run.run import Run
+from hamdist.study.run.tracking import Tracking
 
 TINY = """
 name: tiny
@@ -168,7 +168,7 @@ def checked_run(folder, level):
 def test_every_level_is_written_by_every_command(level, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     if level is not Level.AUTO:  # pictures take their time
-        monkeypatch.setattr("hamdist.study.save.comparison_plots", lambda _: {})
+        monkeypatch.setattr("hamdist.study.report.save.comparison_plots", lambda _: {})
     path = settings_of(level, tmp_path)
     done = command("run", path, "--out", "run")
     assert done.exit_code == 0, done.output
@@ -280,7 +280,7 @@ def test_speed_after_a_resume_and_with_it_the_rest_of_the_time():
 def test_progress_does_not_fall_while_an_actor_is_replaced():
     """The source's actor is new and knows of no samples; the readout's has no windows yet."""
     pytest.importorskip("ray")
-    from hamdist.runtime.supervisor import _Watch
+    from hamdist.runtime.ray_engine.engine import _Watch
 
     window = Window(0, 9, 10, 1.0, 1, 10)
     actor = SimpleNamespace(blocks=["a"], status=None, every=1, windows=[window])

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.config import Late
-from hamdist.runtime.advice import of_resumed
-from hamdist.runtime.snapshot import latest
-from hamdist.runtime.train import train
+from hamdist.runtime.advice.advice import of_resumed
+from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.train.train import train
 from hamdist.streams import Paced, from_iterable
-from hamdist.streams.chosen import Chosen
+from hamdist.streams.wrappers.chosen_targets import Chosen
 
 SMALL = ["--steps", "60", "--set", "engine.kind=inprocess"]
 
@@ -132,7 +132,7 @@ def test_more_steps_bend_a_course_that_falls_over_them(tmp_path):
 @pytest.mark.parametrize("level", ["local", "trace"])
 def test_a_signal(tmp_path, monkeypatch, number, level):
     """A snapshot first, then the end of the stream."""
-    monkeypatch.setattr("hamdist.runtime.inprocess.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("hamdist.runtime.engines.inprocess.PROGRESS_SECONDS", 0.0)
     alone = {"kind": "inprocess"}
     whole = train(chain(), PortableStream(60), settings(alone, 60, level=level))
     sent = []

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from hamdist.cli import (
-    cluster,
-    compare,
-    diff,
-    export,
-    grid,
-    launch,
-    recipes,
-    recovery,
-    run,
-    speed,
-    verify,
-)
+from hamdist.cli import compare, diff, export, recipes, run, verify
+from hamdist.cli.cluster import cluster, launch
+from hamdist.cli.study import gradient_descent as recovery
+from hamdist.cli.study import propagation as speed
+from hamdist.cli.study import sweep as grid
 
 __all__ = ["app"]
 

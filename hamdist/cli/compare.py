@@ -36,10 +36,10 @@ from hamdist.errors import HamdistError, SettingsError
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
 
-    from hamdist.study.compare import Planned
-    from hamdist.study.folder import ResultFolder
-    from hamdist.study.runs import OnProgress, Run
-    from hamdist.study.table import Table as StudyTable
+    from hamdist.study.report.table import Table as StudyTable
+    from hamdist.study.run.compare import Planned
+    from hamdist.study.run.run import OnProgress, Run
+    from hamdist.study.shared.result_folder import ResultFolder
 
 # A narrower terminal gets the comparison as two tables: how well (so many columns), at what cost.
 WIDE = 110
@@ -113,13 +113,13 @@ def _compare(
     plain = prepare(None, baseline, "--baseline-model")
     code = code_of(model_name, stream_name, baseline)
 
-    from hamdist.study.compare import compare as runs_of
-    from hamdist.study.compare import plan, run_key
-    from hamdist.study.folder import RUNS, ResultFolder
-    from hamdist.study.grid.store import Store
-    from hamdist.study.runs import Run
-    from hamdist.study.save import save_comparison
-    from hamdist.study.table import finished_line
+    from hamdist.study.report.save import save_comparison
+    from hamdist.study.report.table import finished_line
+    from hamdist.study.run.compare import compare as runs_of
+    from hamdist.study.run.compare import plan, run_key
+    from hamdist.study.run.run import Run
+    from hamdist.study.shared.result_folder import RUNS, ResultFolder
+    from hamdist.study.shared.store import Store
 
     planned = plan(settings)
     finished: list[Run] = []
@@ -178,8 +178,8 @@ def _conclude(
     interrupted: bool = True,
 ) -> None:
     """Write the runs that finished to `out`, and print their table."""
-    from hamdist.study.aggregate import aggregate
-    from hamdist.study.table import comparison_table
+    from hamdist.study.report.aggregate import aggregate
+    from hamdist.study.report.table import comparison_table
 
     rows = aggregate(finished)
     try:

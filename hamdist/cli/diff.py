@@ -18,7 +18,7 @@ _Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of --out, or d
 def diff(first: _Run, second: _Run) -> None:
     """Tell where two runs part (with engine.digests=true). Exit code 0: equal, 1: they part."""
     with exit_codes():
-        from hamdist.study.diff import compared
+        from hamdist.study.report.digests_diff import compared
 
         results = compared(first, second)
         for name, found in results.items():

@@ -15,8 +15,8 @@ from hamdist.cli.console import console
 from hamdist.errors import Choice
 
 if TYPE_CHECKING:
-    from hamdist.runtime.result import Progress
-    from hamdist.study.runs import OnProgress
+    from hamdist.runtime.results.result import Progress
+    from hamdist.study.run.run import OnProgress
 
 PLAIN_SECONDS = 5.0  # between two plain lines
 
@@ -54,7 +54,7 @@ class Display:
 
     def watch(self, title: str, batch: int | None) -> OnProgress:
         """What to call with the progress of the run `title`."""
-        from hamdist.study.live import RunView
+        from hamdist.study.report.live import RunView
 
         view = RunView(title, batch)
         if self._live is not None:

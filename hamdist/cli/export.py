@@ -21,9 +21,9 @@ def export(
 ) -> None:
     """Write the weights at the latest snapshot of a run as a plain state_dict."""
     with exit_codes():
-        from hamdist.models import load_factory
-        from hamdist.study.export import exported
-        from hamdist.study.save import save_weights
+        from hamdist.models.build import load_factory
+        from hamdist.study.report.save import save_weights
+        from hamdist.study.run.export import exported
 
         factory = None if model is None else load_factory(model)
         state, name = exported(snapshots, factory, complain)

@@ -83,8 +83,8 @@ def load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settin
 
     Raises SettingsError where there is none, or something in it is wrong.
     """
-    from hamdist.runtime.portable import pin
-    from hamdist.study.recipes import load_settings
+    from hamdist.runtime.process.portable import pin
+    from hamdist.study.shared.recipes import load_settings
 
     overrides = [parse_override(text) for text in set_ or []]
     settings = load_settings(source, [*overrides, options])

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hamdist.study.folder import prepare_folder
+from hamdist.study.shared.result_folder import prepare_folder
 
 if TYPE_CHECKING:
     from hamdist.config import Settings
-    from hamdist.models import ModelFactory
-    from hamdist.study.runs import DataFactory
+    from hamdist.models.build import ModelFactory
+    from hamdist.study.run.run import DataFactory
 
 
 def prepare(
@@ -27,7 +27,7 @@ def prepare(
         prepare_folder(out)
     if model_name is None:
         return None
-    from hamdist.models import load_factory
+    from hamdist.models.build import load_factory
 
     return load_factory(model_name, option)
 
@@ -48,7 +48,7 @@ def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
     """What `--stream` names makes. Raises SettingsError where there is no such function."""
     if name is None:
         return None
-    from hamdist.study.own_data import load_stream
+    from hamdist.study.run.own_data import load_stream
 
     return load_stream(name, settings.stream.names, settings.model_loss)
 

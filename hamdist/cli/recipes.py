@@ -10,8 +10,8 @@ from hamdist.cli.console import console
 
 def recipes() -> None:
     """List the shipped recipes, and which of them need files that hamdist does not bring."""
-    from hamdist.study.recipes import needed_files
-    from hamdist.study.recipes import recipes as shipped
+    from hamdist.study.shared.recipes import needed_files
+    from hamdist.study.shared.recipes import recipes as shipped
 
     table = Table("recipe", "what it is", "needs", box=None, pad_edge=False)
     for name, description in shipped().items():

@@ -30,10 +30,10 @@ from hamdist.cli.options import (
 from hamdist.cli.prepare import own_stream, prepare, results_of
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
-from hamdist.study.folder import ResultFolder
+from hamdist.study.shared.result_folder import ResultFolder
 
 if TYPE_CHECKING:
-    from hamdist.study.runs import Run
+    from hamdist.study.run.run import Run
 
 
 def run(
@@ -102,8 +102,8 @@ def _run(
         data = own_stream(stream_name, own)
         folder = stack.enter_context(ResultFolder(out, overwrite=overwrite, say=display.say))
 
-        from hamdist.study.runs import run_level
-        from hamdist.study.save import save_run
+        from hamdist.study.report.save import save_run
+        from hamdist.study.run.run import run_level
 
         display.say(f"Results go to {folder.path}")
         imports = {} if began is None else {"imports": time.perf_counter() - began}
@@ -135,7 +135,7 @@ def _run(
 
 def _print_run(result: Run, settings: Settings, said: list[str], out: Path) -> None:
     """said: warnings that have been shown already."""
-    from hamdist.study.table import run_facts, run_title
+    from hamdist.study.report.table import run_facts, run_title
 
     print_facts(run_title(result, settings.name), run_facts(result))
     for warning in dict.fromkeys(result.warnings):

@@ -17,7 +17,7 @@ from hamdist.cli.options import given
 from hamdist.errors import FAILED, SettingsError
 
 if TYPE_CHECKING:
-    from hamdist.study.verify.check import Check
+    from hamdist.study.verify.oracles.check import Check
     from hamdist.study.verify.runner import Row, Topic
 
 ROWS = 4  # of the input of a model of one's own
@@ -90,9 +90,9 @@ def _topics(only: list[str], golden: Path | None) -> list[Topic]:
 def _own_model(
     name: str, input_shape: str | None, classes: int | None, batch: int, blocks: int | None
 ) -> Topic:
-    from hamdist.models import load_factory
-    from hamdist.study.verify.own_model import Own, parse_shape
+    from hamdist.models.build import load_factory
     from hamdist.study.verify.runner import own_model_topic
+    from hamdist.study.verify.topics.own_model import Own, parse_shape
 
     if input_shape is None:
         raise SettingsError(

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hamdist.config.laying import lay_over
-from hamdist.config.plain import MAX_NESTING, plain_values, read_yaml
+from hamdist.config.merge import lay_over
+from hamdist.config.messages import describe, shown
+from hamdist.config.safe_yaml import MAX_NESTING, plain_values, read_yaml
 from hamdist.config.settings import Settings
-from hamdist.config.wording import describe, shown
 from hamdist.errors import SettingsError
 
 Kind = TypeVar("Kind", bound=BaseModel)

@@ -7,18 +7,18 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from hamdist.config.dynamics import DynamicsSettings
-from hamdist.config.engine import EngineSettings
-from hamdist.config.laying import LevelOverrides, merge
-from hamdist.config.learning import LearningSettings
-from hamdist.config.locality import Level, LocalityOverrides
-from hamdist.config.metrics import MetricsSettings
-from hamdist.config.model import ModelSettings
-from hamdist.config.partition import PartitionSettings
-from hamdist.config.section import Positive, Section, Seed
-from hamdist.config.snapshots import SnapshotSettings
-from hamdist.config.stream import StreamSettings
-from hamdist.config.wording import describe
+from hamdist.config.merge import LevelOverrides, merge
+from hamdist.config.messages import describe
+from hamdist.config.sections.dynamics import DynamicsSettings
+from hamdist.config.sections.engine import EngineSettings
+from hamdist.config.sections.learning import LearningSettings
+from hamdist.config.sections.locality import Level, LocalityOverrides
+from hamdist.config.sections.metrics import MetricsSettings
+from hamdist.config.sections.model import ModelSettings
+from hamdist.config.sections.partition import PartitionSettings
+from hamdist.config.sections.section import Positive, Section, Seed
+from hamdist.config.sections.snapshots import SnapshotSettings
+from hamdist.config.sections.stream import StreamSettings
 
 IGNORE_INDEX = -100  # PyTorch's: a target of this class has no loss
 

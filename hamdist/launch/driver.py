@@ -40,9 +40,9 @@ from hamdist.launch.events import (
     moved,
     tell,
 )
-from hamdist.launch.parcel import SETTINGS, Order, read_order
-from hamdist.runtime.result import Progress
-from hamdist.study.recipes import load_settings
+from hamdist.launch.package import SETTINGS, Order, read_order
+from hamdist.runtime.results.result import Progress
+from hamdist.study.shared.recipes import load_settings
 
 
 def main() -> int:
@@ -71,21 +71,21 @@ def _run(folder: Path, lost: str | None) -> Ended:
         settings = given.model_copy(update={"snapshots": own})
     factory = None
     if order.model is not None:
-        from hamdist.models import load_factory
+        from hamdist.models.build import load_factory
 
         factory = load_factory(order.model)
     data = None
     if order.stream is not None:
-        from hamdist.study.own_data import load_stream
+        from hamdist.study.run.own_data import load_stream
 
         data = load_stream(order.stream, settings.stream.names, settings.model_loss)
     resume = order.resume if lost is None else _found_again(order, lost)
     batch = settings.stream.batch if data is None else None
     tell(Started(title=f"{settings.name}, {settings.level.value}", batch=batch))
 
-    from hamdist.study.runs import run_level
-    from hamdist.study.save import save_run
-    from hamdist.study.table import run_facts, run_title
+    from hamdist.study.report.save import save_run
+    from hamdist.study.report.table import run_facts, run_title
+    from hamdist.study.run.run import run_level
 
     with warnings.catch_warnings():
         warnings.showwarning = _warn
@@ -121,8 +121,8 @@ def _run(folder: Path, lost: str | None) -> Ended:
 def _found_again(order: Order, lost: str) -> str | None:
     """Where the run goes on after its driver was lost: from its own snapshots, else from where it
     began. Tells so."""
-    from hamdist.runtime.snapshot import complete, latest
-    from hamdist.runtime.storage import storage
+    from hamdist.runtime.storage.snapshot_files import complete, latest
+    from hamdist.runtime.storage.store import storage
 
     for where in (order.snapshots, order.resume):
         if where is None:

@@ -24,8 +24,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from hamdist.dynamics.metrics import merge_windows
-from hamdist.runtime.result import Progress
+from hamdist.dynamics.objective.prequential import merge_windows
+from hamdist.runtime.results.result import Progress
 
 PREFIX = "#hamdist "
 PART_BYTES = 48 * 2**10

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from hamdist.errors import ClusterError
 from hamdist.launch.events import Ended, Event, File, Kept, Lost, Part, from_line
-from hamdist.study.folder import prepare_folder
+from hamdist.study.shared.result_folder import prepare_folder
 
 
 class Results:

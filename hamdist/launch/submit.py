@@ -8,8 +8,8 @@ import secrets
 from hamdist.config import Settings
 from hamdist.errors import SettingsError
 from hamdist.launch.cluster_file import ClusterSettings
-from hamdist.launch.jobs import Jobs
-from hamdist.launch.parcel import Order, named_there, packed, snapshots_in
+from hamdist.launch.jobs_api import Jobs
+from hamdist.launch.package import Order, named_there, packed, snapshots_in
 
 MIB = 2**20
 LONGEST = 40
@@ -41,7 +41,7 @@ def submit_run(
         "level": settings.level.value,
         "steps": "" if settings.steps is None else str(settings.steps),
     }
-    return _submit(jobs, settings, order, "hamdist.launch.job", known)
+    return _submit(jobs, settings, order, "hamdist.launch.guardian", known)
 
 
 def kept_at(settings: Settings, cluster: ClusterSettings, name: str) -> str | None:
@@ -76,7 +76,7 @@ def submit_checkup(jobs: Jobs) -> str:
     """Starts a look at all hosts (examine.py). Returns its id."""
     name = make_id("doctor")
     order = _order(jobs, name, None)
-    return _submit(jobs, Settings(), order, "hamdist.launch.examine", {"kind": "doctor"})
+    return _submit(jobs, Settings(), order, "hamdist.launch.doctor_job", {"kind": "doctor"})
 
 
 def make_id(name: str) -> str:

@@ -6,23 +6,23 @@
 arrive in real time. What a stream is: the protocol `Stream` in `sample.py`.
 """
 
-from hamdist.streams.arrays import ArrayStream
-from hamdist.streams.canvas import Canvas
-from hamdist.streams.characters import CharacterStream
+from hamdist.streams.adapters import IterableStream, from_iterable, from_loader
 from hamdist.streams.check import Checker
-from hamdist.streams.datasets import DataSet, digits, fashion_mnist
-from hamdist.streams.drift import DriftStream
 from hamdist.streams.factory import drifts, held_out, held_out_tokens, make_stream
-from hamdist.streams.late import Delayed, LateLabels, Rejoin
-from hamdist.streams.mnist1d import mnist1d
-from hamdist.streams.pace import Paced
 from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Stream, TargetSpec, report_of
-from hamdist.streams.sequences import TokenStream
-from hamdist.streams.signals import SignalStream
-from hamdist.streams.smooth import Smooth, Withhold
 from hamdist.streams.smoothness import Smoothness
-from hamdist.streams.text import Vocabulary, load_glove, token_sequences
-from hamdist.streams.wrap import IterableStream, from_iterable, from_loader
+from hamdist.streams.sources.arrays import ArrayStream
+from hamdist.streams.sources.characters import CharacterStream
+from hamdist.streams.sources.datasets import DataSet, digits, fashion_mnist
+from hamdist.streams.sources.drift import DriftStream
+from hamdist.streams.sources.mnist1d import mnist1d
+from hamdist.streams.sources.sequences import TokenStream
+from hamdist.streams.sources.signals import SignalStream
+from hamdist.streams.sources.texts import Vocabulary, load_glove, token_sequences
+from hamdist.streams.wrappers.canvas import Canvas
+from hamdist.streams.wrappers.late_targets import Delayed, LateLabels, Rejoin
+from hamdist.streams.wrappers.pace import Paced
+from hamdist.streams.wrappers.smooth import Smooth, Withhold
 
 __all__ = [
     "ArrayStream",

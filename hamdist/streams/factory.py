@@ -19,21 +19,21 @@ from hamdist.config import (
     View,
 )
 from hamdist.errors import SettingsError
-from hamdist.streams.arrays import ArrayStream
-from hamdist.streams.canvas import Canvas, still
-from hamdist.streams.characters import CharacterStream, character_parts, held_out_windows
-from hamdist.streams.datasets import DataSet, digits, fashion_mnist
-from hamdist.streams.drift import DriftStream
-from hamdist.streams.late import Delayed, LateLabels, Rejoin
-from hamdist.streams.mnist1d import mnist1d
-from hamdist.streams.pace import Paced
-from hamdist.streams.parts import validation_items
 from hamdist.streams.sample import Stream
-from hamdist.streams.sequences import TokenStream
-from hamdist.streams.signals import SignalStream
-from hamdist.streams.smooth import Smooth, Withhold, first_item, nearest_sample
-from hamdist.streams.text import Vocabulary, classes_of, corpus, padded
-from hamdist.streams.textfiles import CLASSES, Texts
+from hamdist.streams.sources.arrays import ArrayStream
+from hamdist.streams.sources.characters import CharacterStream, character_parts, held_out_windows
+from hamdist.streams.sources.datasets import DataSet, digits, fashion_mnist
+from hamdist.streams.sources.drift import DriftStream
+from hamdist.streams.sources.mnist1d import mnist1d
+from hamdist.streams.sources.parts import validation_items
+from hamdist.streams.sources.sequences import TokenStream
+from hamdist.streams.sources.signals import SignalStream
+from hamdist.streams.sources.text_files import CLASSES, Texts
+from hamdist.streams.sources.texts import Vocabulary, classes_of, corpus, padded
+from hamdist.streams.wrappers.canvas import Canvas, still
+from hamdist.streams.wrappers.late_targets import Delayed, LateLabels, Rejoin
+from hamdist.streams.wrappers.pace import Paced
+from hamdist.streams.wrappers.smooth import Smooth, Withhold, first_item, nearest_sample
 
 
 def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> Stream:

@@ -21,9 +21,9 @@ from faults.events import Event
 from faults.net import DRIVER, Numbered, network
 from hamdist.config import Settings
 from hamdist.errors import SnapshotError
-from hamdist.runtime.result import Progress, RunResult
-from hamdist.runtime.snapshot import latest
-from hamdist.runtime.train import train
+from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.train.train import train
 
 
 @dataclass(frozen=True)

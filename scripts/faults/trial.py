@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from faults.drive import Orders, metrics, settings_of, undisturbed
 from faults.events import Event
 from faults.watch import Local, OnHosts, lost_seconds, watch
-from hamdist.runtime.result import RunResult
+from hamdist.runtime.results.result import RunResult
 
 EVERY = 100  # ticks between two snapshots
 SILENCE = 3.0

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import Level, LocalityOverrides, Settings
-from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
-from hamdist.dynamics.locality import Locality, make_locality
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.schedule import Event, Phase
-from hamdist.runtime.hold import HoldNode
-from hamdist.runtime.loop import run_loop
-from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.nodes import make_node
-from hamdist.runtime.plan import Plan, make_plan
-from hamdist.runtime.pulse import PulseNode
-from hamdist.runtime.source import SourceNode
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.schedule.levels import Locality, make_locality
+from hamdist.dynamics.schedule.schedule import Event, Phase
+from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.hold import HoldNode
+from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.pulse import PulseNode
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import Plan, make_plan
 from hamdist.streams import from_iterable
 
 F64 = torch.float64

@@ -13,9 +13,9 @@ import torch
 from dynamics.helpers import F64, noise
 from torch import Tensor, nn
 
-from hamdist.dynamics.graph import BlockSpec, Combine, Graph
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.recurrent import Reads, RecurrentCell
+from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
+from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
+from hamdist.dynamics.objective.losses import mse
 from hamdist.streams import Sample
 
 I, H, O = 3, 4, 2  # noqa: E741

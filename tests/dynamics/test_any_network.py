@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional
 
 import hamdist
-from hamdist.dynamics.closed import closed_cell
-from hamdist.dynamics.losses import cross_entropy
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.errors import GraphError
-from hamdist.runtime.train import as_graph
+from hamdist.runtime.train.train import as_graph
 from hamdist.streams import from_iterable
 
 ROUND_OFF = 1e-12

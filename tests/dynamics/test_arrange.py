@@ -6,10 +6,10 @@ import pytest
 from dynamics.helpers import bare, bare_chain, mlp, noise, relative, samples, settings, sgd
 
 from hamdist.config import read_settings
-from hamdist.dynamics.arrange import delayed
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.partition.apply_settings import delayed
 from hamdist.errors import GraphError, SettingsError
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 

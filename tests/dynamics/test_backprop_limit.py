@@ -24,9 +24,9 @@ from dynamics.helpers import (
 from torch import nn
 from torch.nn import functional
 
-from hamdist.dynamics.graph import BlockSpec, Combine, Graph
-from hamdist.dynamics.losses import cross_entropy, mse
-from hamdist.runtime.train import as_graph, train
+from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
+from hamdist.dynamics.objective.losses import cross_entropy, mse
+from hamdist.runtime.train.train import as_graph, train
 from hamdist.streams import ArrayStream, from_iterable
 
 ROUND_OFF = 1e-12

@@ -9,9 +9,9 @@ import torch
 from dynamics.helpers import F64, layer, linear, noise
 from torch import nn
 
-from hamdist.dynamics.cell import Cell, block_seed
-from hamdist.dynamics.graph import Combine, combined
-from hamdist.dynamics.losses import loss_and_slope
+from hamdist.dynamics.graph.graph import Combine, combined
+from hamdist.dynamics.objective.losses import loss_and_slope
+from hamdist.dynamics.vjp.autograd import Cell, block_seed
 from hamdist.errors import GraphError
 
 

@@ -8,8 +8,8 @@ from dynamics.helpers import F64, noise
 from torch.nn import functional
 
 import hamdist
-from hamdist.dynamics.losses import class_axis, cross_entropy
-from hamdist.dynamics.metrics import count_correct
+from hamdist.dynamics.objective.losses import class_axis, cross_entropy
+from hamdist.dynamics.objective.prequential import count_correct
 from hamdist.errors import GraphError
 from hamdist.streams import from_iterable
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hamdist.config import Order
-from hamdist.dynamics.block import OutOfRange
-from hamdist.dynamics.cell import Cell
-from hamdist.dynamics.closed import closed_cell
-from hamdist.dynamics.constants import Constant, Dynamics
-from hamdist.dynamics.gradient import all_dense, bound
-from hamdist.dynamics.graph import Combine
-from hamdist.dynamics.losses import cross_entropy, loss_and_slope, mse
-from hamdist.dynamics.weights import Weights
+from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope, mse
+from hamdist.dynamics.state.finite import OutOfRange
+from hamdist.dynamics.updates.constants import Constant, Dynamics
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.autograd import Cell
+from hamdist.dynamics.vjp.closed import closed_cell
+from hamdist.dynamics.vjp.gradient import all_dense, bound
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-13}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hamdist.config import Compress
-from hamdist.dynamics.compress import Codec, Encoder
+from hamdist.runtime.signals.codec import Codec, Encoder
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 INT8 = Compress.INT8

@@ -16,12 +16,12 @@ import torch
 from dynamics.helpers import F64, Network, knobs, layer, linear, noise, settings
 
 from hamdist.config import DynamicsSettings, LearningSettings
-from hamdist.dynamics.constants import Constant, Listed, check_names, make_dynamics
-from hamdist.dynamics.energy import hamiltonian, lagrangian, robust_hamiltonian
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.blocks.energy import hamiltonian, lagrangian, robust_hamiltonian
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.updates.constants import Constant, Listed, check_names, make_dynamics
 from hamdist.errors import LevelError, StreamError
-from hamdist.runtime.train import as_graph, train
+from hamdist.runtime.train.train import as_graph, train
 from hamdist.streams import Sample, from_iterable
 
 

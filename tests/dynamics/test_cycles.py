@@ -12,14 +12,14 @@ import torch
 from dynamics.helpers import F64, layer, linear, samples, settings
 from torch import nn
 
-from hamdist.dynamics.constants import make_dynamics
-from hamdist.dynamics.cycles import dissipation_warnings, least_dissipation
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.locality import make_locality
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.tracker import tracker
+from hamdist.dynamics.blocks.dissipation import dissipation_warnings, least_dissipation
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.schedule.levels import make_locality
+from hamdist.dynamics.updates.constants import make_dynamics
 from hamdist.errors import DivergedError
-from hamdist.runtime.train import train
+from hamdist.models.tracker import tracker
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 PHI, COST, BETA = 100.0, 1.0, 10.0

@@ -18,13 +18,13 @@ from torch import nn
 from torch.func import functional_call
 
 from hamdist.config import Settings
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.tracker import First, tracker
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import GraphError, LevelError
-from hamdist.runtime.train import train
+from hamdist.models.tracker import First, tracker
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
-from hamdist.streams.signals import SignalStream
+from hamdist.streams.sources.signals import SignalStream
 
 B, INPUTS, OUTPUTS, K = 2, 3, 2, 25
 TAU, C, ETA, BETA, PHI = 0.2, 1.5, 0.3, 0.25, 0.7

@@ -17,9 +17,9 @@ from dynamics.helpers import F64, relative, settings
 from torch import nn
 
 import hamdist
-from hamdist.dynamics.closed import closed_cell
-from hamdist.dynamics.graph import Combine
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.errors import GraphError
 from hamdist.streams import from_iterable
 

@@ -23,14 +23,14 @@ from dynamics.helpers import samples as drawn
 from torch import nn
 from torch.nn.functional import linear
 
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.heads import FrozenBlock
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.schedule import PulseSchedule, Stamp
-from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.nodes import make_node
-from hamdist.runtime.plan import make_plan
-from hamdist.runtime.train import as_graph, train
+from hamdist.dynamics.blocks.heads import FrozenBlock
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.schedule.schedule import PulseSchedule, Stamp
+from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.train.train import as_graph, train
 from hamdist.streams import from_iterable
 from hamdist.streams.sample import SampleSpec
 

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 import pytest
 
-from hamdist.study.verify.golden import KINDS, RTOL, file_checks, files, kind_of, read, shipped
+from hamdist.study.verify.oracles.golden import (
+    KINDS,
+    RTOL,
+    file_checks,
+    files,
+    kind_of,
+    read,
+    shipped,
+)
 
 FILES = files(shipped())
 

@@ -17,9 +17,9 @@ from dynamics.helpers import F64, mlp, noise
 from torch.nn import functional
 
 from hamdist.config import Settings
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
-from hamdist.study.verify.golden import file_checks
+from hamdist.study.verify.oracles.golden import file_checks
 
 STEPS, CLASSES = 20, 3
 PLACEMENTS = {

@@ -7,8 +7,9 @@ import torch
 from dynamics.helpers import F64, bare, layer, linear, noise
 from torch import nn
 
-from hamdist.dynamics.graph import BlockSpec, Combine, Graph, combined
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph, combined
+from hamdist.dynamics.graph.merged import merged_module
+from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import GraphError
 
 
@@ -370,14 +371,14 @@ def test_merged_skip_and_two_parents():
     )
     u = noise(0, 5, 3)
     expected = r(torch.cat([b(a(u)) + a(u), u], -1))
-    assert torch.equal(graph.merge(_weights(graph))(u), expected)
+    assert torch.equal(merged_module(graph, _weights(graph))(u), expected)
 
 
 def test_merged_blocks_in_any_order():
     a, r = layer(3, 4, 0), linear(4, 2, 2)
     graph = Graph([readout("r", "a", module=r), spec("a", "u", module=a)])
     u = noise(0, 5, 3)
-    assert torch.equal(graph.merge(_weights(graph))(u), r(a(u)))
+    assert torch.equal(merged_module(graph, _weights(graph))(u), r(a(u)))
 
 
 def test_merged_arguments_keep_the_order_of_the_parents():
@@ -394,7 +395,7 @@ def test_merged_arguments_keep_the_order_of_the_parents():
         ]
     )
     u = noise(0, 5, 3)
-    assert torch.equal(graph.merge(_weights(graph))(u), b(u) - 2 * a(u))
+    assert torch.equal(merged_module(graph, _weights(graph))(u), b(u) - 2 * a(u))
 
 
 def test_merged_two_readouts():
@@ -407,7 +408,7 @@ def test_merged_two_readouts():
         ]
     )
     u = noise(0, 5, 3)
-    merged = graph.merge(_weights(graph))(u)
+    merged = merged_module(graph, _weights(graph))(u)
     assert list(merged) == ["near", "far"]
     assert torch.equal(merged["near"], near(a(u)))
     assert torch.equal(merged["far"], far(a(u)))
@@ -416,7 +417,7 @@ def test_merged_two_readouts():
 def test_merged_readout_with_state_and_output():
     a, r, out = layer(3, 4, 0), layer(4, 3, 1), linear(3, 2, 2)
     graph = Graph([spec("a", "u", module=a), readout("r", "a", module=r, state=True, output=out)])
-    merged = graph.merge(_weights(graph))
+    merged = merged_module(graph, _weights(graph))
     u = noise(0, 5, 3)
     assert torch.equal(merged(u), out(r(a(u))))
     assert list(merged.state_dict()) == [
@@ -448,7 +449,9 @@ def test_merged_cycle_is_at_its_fixed_point():
         h = b(a(torch.cat([u, h], -1)))
     assert torch.allclose(b(a(torch.cat([u, h], -1))), h, atol=1e-14)  # it is fixed
     assert h.abs().max() > 0.1
-    torch.testing.assert_close(graph.merge(_weights(graph))(u), r(h), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        merged_module(graph, _weights(graph))(u), r(h), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_merged_cycle_behind_an_embedding():
@@ -463,7 +466,7 @@ def test_merged_cycle_behind_an_embedding():
             readout("r", "b", module=r),
         ]
     )
-    out = graph.merge(_weights(graph))(torch.tensor([1, 2]))
+    out = merged_module(graph, _weights(graph))(torch.tensor([1, 2]))
     assert out.dtype is F64
 
 
@@ -473,7 +476,7 @@ def test_merge_puts_changed_weights_and_buffers_in_their_places():
     weights = _weights(graph)
     weights["a"]["1.running_mean"] = torch.arange(4, dtype=F64)
     weights["r"]["bias"] = torch.full((2,), 7.0, dtype=F64)
-    state = graph.merge(weights).state_dict()
+    state = merged_module(graph, weights).state_dict()
     assert torch.equal(state["blocks.a.module.1.running_mean"], torch.arange(4, dtype=F64))
     assert torch.equal(state["blocks.r.module.bias"], torch.full((2,), 7.0, dtype=F64))
     assert torch.equal(state["blocks.r.module.weight"], weights["r"]["weight"])
@@ -499,7 +502,7 @@ def test_copy_shares_no_storage():
         theirs.fill_(-1)
     assert all(torch.equal(t, b) for t, b in zip(tensors(graph), before, strict=True))
     # merging shares none either
-    merged = graph.merge(_weights(graph))
+    merged = merged_module(graph, _weights(graph))
     for t in merged.state_dict().values():
         t.fill_(-1)
     assert all(torch.equal(t, b) for t, b in zip(tensors(graph), before, strict=True))

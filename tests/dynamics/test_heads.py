@@ -10,12 +10,12 @@ import torch
 from dynamics.helpers import F64, layer, linear, mlp, noise, relative, samples, settings
 from torch import nn
 
-from hamdist.dynamics.cell import block_seed
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.heads import Pooled, make_head
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.blocks.heads import Pooled, make_head
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.vjp.autograd import block_seed
 from hamdist.errors import LevelError
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 SIZES = [4, 5, 6, 2]

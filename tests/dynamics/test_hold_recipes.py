@@ -7,10 +7,10 @@ import pytest
 import torch
 from dynamics.helpers import Network, mlp, relative, samples, settings
 
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.stillness import Gate, Retrospect
+from hamdist.dynamics.blocks.gate import Gate, Retrospect
+from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import LevelError
-from hamdist.runtime.train import as_graph, train
+from hamdist.runtime.train.train import as_graph, train
 from hamdist.streams import from_iterable
 
 SIZES = [4, 5, 6, 2]

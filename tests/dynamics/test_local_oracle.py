@@ -11,9 +11,9 @@ import torch
 from dynamics.helpers import Network, layer, linear, relative, samples, settings
 from torch import nn
 
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
-from hamdist.runtime.train import train
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 

@@ -6,7 +6,7 @@ import pytest
 from dynamics.helpers import knobs
 
 from hamdist.config import Compensation, DynamicsSettings, LearningSettings
-from hamdist.dynamics.constants import Constant, Dynamics, make_dynamics
+from hamdist.dynamics.updates.constants import Constant, Dynamics, make_dynamics
 from hamdist.errors import LevelError
 
 # level: grouping, speed, presentation, moves, memory, update

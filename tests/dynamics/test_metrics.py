@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hamdist.dynamics.metrics import AT_ONCE, SMALL, Prequential
+from hamdist.dynamics.objective.prequential import AT_ONCE, SMALL, Prequential
 
 
 def by_hand(items):

@@ -19,13 +19,13 @@ import torch
 from dynamics.helpers import Network, clones, layer, linear, noise, samples, settings
 from torch import Tensor, nn
 
-from hamdist.dynamics.cell import Record
-from hamdist.dynamics.closed import Steps
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.schedule import Phase
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.schedule.schedule import Phase
+from hamdist.dynamics.vjp.autograd import Record
+from hamdist.dynamics.vjp.closed import Steps
 from hamdist.errors import DivergedError
-from hamdist.runtime.hold import HoldNode
+from hamdist.runtime.nodes.hold import HoldNode
 
 
 def nan(like: Tensor) -> Tensor:

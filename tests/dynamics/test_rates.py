@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hamdist.config import LearningSettings
-from hamdist.dynamics.rates import Listed, step_course
+from hamdist.dynamics.updates.learning_rate import Listed, step_course
 from hamdist.errors import LevelError
 
 

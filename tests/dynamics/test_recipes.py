@@ -10,11 +10,11 @@ from dynamics.helpers import F64, Network, clones, mlp, noise, relative, samples
 from torch import nn
 
 from hamdist.config import AverageSettings
-from hamdist.dynamics.averaging import Average
-from hamdist.dynamics.gradient import Column, Outer, Rows, norm_of
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.updates.average import Average
+from hamdist.dynamics.vjp.gradient import Column, Outer, Rows, norm_of
 from hamdist.errors import LevelError
-from hamdist.runtime.train import as_graph, train
+from hamdist.runtime.train.train import as_graph, train
 from hamdist.streams import from_iterable
 
 SIZES = [4, 5, 6, 2]

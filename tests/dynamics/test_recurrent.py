@@ -10,8 +10,8 @@ from dynamics.helpers import F64, noise
 from dynamics.sequences import CELLS, KINDS, LAYERS, Torch, stacked, tangle
 from torch import nn
 
-from hamdist.dynamics.graph import MergedGraph
-from hamdist.dynamics.recurrent import MergedSequence, Reads, RecurrentCell
+from hamdist.dynamics.graph.merged import MergedGraph, MergedSequence
+from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
 from hamdist.errors import GraphError
 
 

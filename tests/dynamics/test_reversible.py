@@ -11,9 +11,8 @@ from dynamics.helpers import F64, layer, linear, noise
 from torch import nn
 
 from hamdist.config import Grouping, ModelKind, ModelSettings, PartitionSettings
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.reversible import (
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.modules.reversible import (
     Coupling,
     MeanHalf,
     Midpoint,
@@ -26,10 +25,15 @@ from hamdist.dynamics.reversible import (
     pieces_of,
     undone,
 )
-from hamdist.dynamics.rewind import drift_warnings, recoveries, reversible_blocks
-from hamdist.dynamics.split import split_sequential
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.partition.reversible_blocks import (
+    drift_warnings,
+    recoveries,
+    reversible_blocks,
+)
+from hamdist.dynamics.partition.split import split_sequential
 from hamdist.errors import GraphError, LevelError, SettingsError
-from hamdist.models import make_model
+from hamdist.models.build import make_model
 from hamdist.streams.sample import SampleSpec
 
 N = 3  # features of one state

@@ -12,14 +12,14 @@ from dynamics.helpers import F64, noise
 from torch import Tensor, nn
 
 from hamdist.config import AdaptiveSettings, Order
-from hamdist.dynamics import rows
-from hamdist.dynamics.cell import Cell
-from hamdist.dynamics.closed import ClosedCell, closed_cell
-from hamdist.dynamics.constants import Constant, Dynamics
-from hamdist.dynamics.gradient import all_dense, all_moved
-from hamdist.dynamics.graph import Combine
-from hamdist.dynamics.losses import cross_entropy, loss_and_slope
-from hamdist.dynamics.weights import Weights
+from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.native import rows
+from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope
+from hamdist.dynamics.updates.constants import Constant, Dynamics
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.autograd import Cell
+from hamdist.dynamics.vjp.closed import ClosedCell, closed_cell
+from hamdist.dynamics.vjp.gradient import all_dense, all_moved
 
 pytestmark = pytest.mark.skipif(not rows.built(), reason="hamdist was installed without its C code")
 

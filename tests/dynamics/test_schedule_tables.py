@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.schedule import (
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.schedule.schedule import (
     ALONE,
     Bundle,
     Event,

@@ -12,8 +12,8 @@ from dynamics.sequences import KINDS, O, Tangle, Torch, learn, losses, stacked, 
 from torch import nn
 
 import hamdist
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import LevelError
 from hamdist.streams import from_iterable
 
@@ -298,7 +298,7 @@ def test_the_model_of_a_tangle():
 
 
 def test_a_stream_without_ends_is_pointed_out(monkeypatch):
-    monkeypatch.setattr("hamdist.runtime.advice.LONG_SEQUENCE", 20)
+    monkeypatch.setattr("hamdist.runtime.advice.advice.LONG_SEQUENCE", 20)
     long, short, two = (run(stacked("rnn"), text(lengths)) for lengths in ([20], [19], [10, 10]))
     assert any("one sequence of 20 samples" in warning for warning in long.warnings)
     assert not any("one sequence" in warning for warning in (*short.warnings, *two.warnings))

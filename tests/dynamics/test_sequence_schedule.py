@@ -15,10 +15,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hamdist.dynamics.graph import INPUT, BlockSpec, Graph
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.schedule import Event, Kind, Phase, Stamp
-from hamdist.dynamics.sequence_schedule import SequenceSchedule
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.schedule.schedule import Event, Kind, Phase, Stamp
+from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.errors import GraphError, LevelError
 
 CELL = ("cell: u cell", "y: cell")

@@ -11,12 +11,12 @@ from dynamics.test_any_network import learned
 from torch import nn
 from torch.nn import functional
 
-from hamdist.dynamics.graph import BlockSpec, Combine, Graph
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.recurrent import Reads, RecurrentCell
-from hamdist.dynamics.shards import Share, heads_of
+from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
+from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.slicing.sliced_layers import Share, heads_of
 from hamdist.errors import GraphError, LevelError
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import Sample, from_iterable
 
 ROUND_OFF = 1e-12

@@ -12,11 +12,12 @@ from dynamics.helpers import F64, linear, noise
 from torch import nn
 
 from hamdist.config import Grouping, PartitionSettings, Settings
-from hamdist.dynamics.cuts import balanced
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.split import split_sequential
+from hamdist.dynamics.graph.merged import merged_module
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.partition.cuts import balanced
+from hamdist.dynamics.partition.split import split_sequential
 from hamdist.errors import GraphError
-from hamdist.runtime.train import as_graph
+from hamdist.runtime.train.train import as_graph
 from hamdist.streams.sample import SampleSpec
 
 
@@ -104,7 +105,7 @@ def test_named_children():
     graph = split(model, cuts=["second"])
     assert children(graph) == ["first act", "second"]
     weights = {n: b.module.state_dict() for n, b in graph.blocks.items()}
-    assert list(graph.merge(weights).state_dict()) == [
+    assert list(merged_module(graph, weights).state_dict()) == [
         "first.weight", "first.bias", "second.weight", "second.bias",
     ]  # fmt: skip
 
@@ -113,7 +114,7 @@ def test_named_children():
 def test_merge_gives_the_original_keys_and_values(asked):
     model = five_layers()
     graph = split(copy.deepcopy(model), **asked)
-    merged = graph.merge({n: b.module.state_dict() for n, b in graph.blocks.items()})
+    merged = merged_module(graph, {n: b.module.state_dict() for n, b in graph.blocks.items()})
     assert isinstance(merged, nn.Sequential)
     original = model.state_dict()
     assert list(merged.state_dict()) == list(original)
@@ -135,7 +136,7 @@ def test_merge_puts_changed_weights_at_their_keys():
         for name, block in graph.blocks.items()
     }
     before = {k: t.clone() for k, t in model.state_dict().items()}
-    state = graph.merge(weights).state_dict()
+    state = merged_module(graph, weights).state_dict()
     assert list(state) == keys
     for key in keys:
         assert torch.equal(state[key], torch.full_like(state[key], number[key])), key
@@ -280,7 +281,7 @@ def test_a_module_of_one_layer_is_one_block():
         as_graph(Net(), Settings.model_validate({"partition": {"blocks": 2}}), SPEC, mse)
     whole = as_graph(Net(), Settings(), SPEC, mse)
     assert list(whole.blocks) == ["block0"]
-    merged = whole.merge({"block0": whole.blocks["block0"].module.state_dict()})
+    merged = merged_module(whole, {"block0": whole.blocks["block0"].module.state_dict()})
     assert list(merged.state_dict()) == ["a.weight", "a.bias"]
 
 

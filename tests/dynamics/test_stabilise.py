@@ -14,11 +14,11 @@ from torch import nn
 
 import hamdist
 from hamdist.config import ModelSettings
-from hamdist.dynamics.closed import closed_cell
-from hamdist.dynamics.graph import Combine
-from hamdist.dynamics.stabilise import PreNorm, stabilised
+from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.modules.prenorm import PreNorm, stabilised
+from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.errors import Choice, GraphError, SettingsError
-from hamdist.models import make_model
+from hamdist.models.build import make_model
 from hamdist.streams import from_iterable
 
 

@@ -10,9 +10,9 @@ import torch
 from dynamics.helpers import Network, mlp, relative, samples, settings
 from torch.nn import Sequential
 
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import LevelError
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 SIZES = [4, 5, 6, 2]
@@ -203,6 +203,6 @@ def test_a_trace_never_holds_more_than_the_schedule_says(c, stored):
 
 
 def _graph(config):
-    from hamdist.runtime.train import as_graph
+    from hamdist.runtime.train.train import as_graph
 
     return as_graph(mlp(SIZES), config, from_iterable(samples(1, 3, 4, 2)).spec, mse)

@@ -10,7 +10,7 @@ from zoo_networks import NETWORKS
 from zoo_networks.entry import WORDS
 
 import hamdist
-from hamdist.dynamics.losses import cross_entropy
+from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.streams import from_iterable
 
 BY_NAME = {network.name: network for network in NETWORKS}

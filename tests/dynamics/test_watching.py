@@ -7,9 +7,9 @@ import torch
 from dynamics.helpers import F64, noise
 from torch import nn
 
-from hamdist.dynamics.cell import Cell
-from hamdist.dynamics.graph import Combine
-from hamdist.dynamics.whitening import InputStatistics, InputWhitening, Whitening, whitened
+from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.updates.whitening import InputStatistics, InputWhitening, Whitening, whitened
+from hamdist.dynamics.vjp.autograd import Cell
 
 RULE = Whitening(memory=0.8, damping=0.3, look=1, refresh=2)
 

@@ -10,11 +10,11 @@ from runtime.test_engines_equal import assert_equal
 from torch import nn
 
 from hamdist.config import Settings
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import LevelError
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
-from hamdist.study.baseline import train_centralised
+from hamdist.study.run.baseline import train_centralised
 
 SIZES, ITEMS, DECAY = [4, 5, 6, 2], 25, 0.03
 ADAM = {"memory": 0.99, "epsilon": 1e-6}

@@ -10,9 +10,9 @@ import torch
 from dynamics.helpers import F64, noise, relative
 
 from hamdist.config import AdaptiveSettings, Order
-from hamdist.dynamics.constants import Constant, Dynamics
-from hamdist.dynamics.gradient import Column, Outer
-from hamdist.dynamics.weights import Weights
+from hamdist.dynamics.updates.constants import Constant, Dynamics
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.gradient import Column, Outer
 
 TICKS = 12
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hamdist.dynamics.gradient import Column, Gradient, Outer, dense
-from hamdist.dynamics.whitening import InputStatistics, InputWhitening, Whitening, whitened
+from hamdist.dynamics.updates.whitening import InputStatistics, InputWhitening, Whitening, whitened
+from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
 
 ROWS, INPUTS, OUTPUTS = 12, 5, 3
 RULE = Whitening(memory=0.9, damping=0.2, look=2, refresh=3)

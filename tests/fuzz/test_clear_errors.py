@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 import hamdist
 from hamdist.cli import app
 from hamdist.config import Settings, read_settings
-from hamdist.dynamics.cell import OwnGenerator
+from hamdist.dynamics.vjp.autograd import OwnGenerator
 from hamdist.errors import ClusterError, SettingsError, SnapshotError
 from hamdist.launch.driver import _hand_over, _Results
 from hamdist.launch.events import File, Kept, Said, from_line, tell
 from hamdist.launch.follow import Results
-from hamdist.runtime.snapshot import Manifest, Part, read_manifest, settings_of
-from hamdist.study.limits import check_time
+from hamdist.runtime.storage.snapshot_files import Manifest, Part, read_manifest, settings_of
+from hamdist.study.shared.limits import check_time
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from fuzz.budget import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hamdist.dynamics.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import WireError
-from hamdist.runtime import shared
-from hamdist.runtime.line import Line, socket_folder
-from hamdist.runtime.loop import Aborted
-from hamdist.runtime.signal import APART, FORMAT, HEADER, MAGIC, Channel, Packer, Signal
+from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.signal import APART, FORMAT, HEADER, MAGIC, Channel, Packer, Signal
+from hamdist.runtime.transport import shared_memory as shared
+from hamdist.runtime.transport.endpoint import Line, socket_folder
 
 RUN = 79
 CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4, slack=2, bundle=4)

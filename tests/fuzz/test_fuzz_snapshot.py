@@ -12,11 +12,17 @@ from fuzz.budget import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hamdist.dynamics.gradient import Outer
-from hamdist.dynamics.saving import Packing, unpacked
-from hamdist.dynamics.schedule import Event, Phase, Stamp
+from hamdist.dynamics.schedule.schedule import Event, Phase, Stamp
+from hamdist.dynamics.state.remember import Packing, unpacked
+from hamdist.dynamics.vjp.gradient import Outer
 from hamdist.errors import SnapshotError
-from hamdist.runtime.snapshot import Manifest, Part, from_bytes, read_manifest, to_bytes
+from hamdist.runtime.storage.snapshot_files import (
+    Manifest,
+    Part,
+    from_bytes,
+    read_manifest,
+    to_bytes,
+)
 
 STATE = {
     "h": torch.arange(6.0).view(2, 3).t(),

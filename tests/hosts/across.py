@@ -17,7 +17,7 @@ from runtime.test_engines_equal import LEVELS, assert_equal, both, learned, samp
 
 from hamdist.config import EngineSettings
 from hamdist.errors import HamdistError
-from hamdist.runtime.cluster import ray_session
+from hamdist.runtime.ray_engine.session import ray_session
 
 torch.set_num_threads(1)
 address, cases = sys.argv[1:]

@@ -16,8 +16,8 @@ from runtime.networks import EndlessStream, PortableStream, chain
 
 from hamdist.config import Settings
 from hamdist.errors import ClusterError
-from hamdist.runtime import crew
-from hamdist.runtime.train import train
+from hamdist.runtime.ray_engine import worker_group as crew
+from hamdist.runtime.train.train import train
 
 CPUS = 2
 

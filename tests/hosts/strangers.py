@@ -7,7 +7,7 @@ import sys
 
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
-from hamdist.runtime.cluster import ray_session
+from hamdist.runtime.ray_engine.session import ray_session
 
 try:
     with ray_session(EngineSettings(kind="ray", address=sys.argv[1])):

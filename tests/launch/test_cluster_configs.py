@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from hamdist.launch.cluster_file import ClusterSettings, read_cluster
-from hamdist.launch.quick import HEALTH, MANNERS
+from hamdist.launch.ray_environment import HEALTH, MANNERS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster-configs"

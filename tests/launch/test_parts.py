@@ -17,11 +17,13 @@ import psutil
 import pytest
 
 from hamdist.config import Level, Settings
-from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, SettingsError
-from hamdist.launch import one_host
+from hamdist.launch import local_cluster as one_host
 from hamdist.launch.cluster_file import ClusterSettings, find_cluster
-from hamdist.launch.dry import dry_run
+from hamdist.launch.doctor_job import Witness
+from hamdist.launch.doctor_report import Findings, LinkFacts, judged
+from hamdist.launch.dry_run import dry_run
 from hamdist.launch.events import (
     PART_BYTES,
     Ended,
@@ -36,18 +38,16 @@ from hamdist.launch.events import (
     moved,
     to_line,
 )
-from hamdist.launch.examine import Witness
-from hamdist.launch.facts import host_facts, storage_fault
 from hamdist.launch.follow import Results, follow
-from hamdist.launch.parcel import Order, named_there, on_ray, own_code, packed, read_order
-from hamdist.launch.report import Findings, LinkFacts, judged
+from hamdist.launch.host_facts import host_facts, storage_fault
+from hamdist.launch.package import Order, named_there, on_ray, own_code, packed, read_order
 from hamdist.launch.submit import kept_at, make_id, resumed_from
-from hamdist.models import load_factory
-from hamdist.runtime.hosts import HostInfo
-from hamdist.runtime.links import Probe
-from hamdist.runtime.result import BlockProgress, Progress
-from hamdist.study.own_data import load_stream
-from hamdist.study.recipes import load_settings
+from hamdist.models.build import load_factory
+from hamdist.runtime.placement.assign_hosts import HostInfo
+from hamdist.runtime.placement.links import Probe
+from hamdist.runtime.results.result import BlockProgress, Progress
+from hamdist.study.run.own_data import load_stream
+from hamdist.study.shared.recipes import load_settings
 
 # -- the cluster file ------------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ def test_what_goes_on_from_a_run():
 
 GUARDED = """
 import signal, sys
-from hamdist.launch.job import Guardian
+from hamdist.launch.guardian import Guardian
 driver = "import os, signal, sys, time; lost = sys.argv[1:]; " + sys.argv[1]
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as in a job of Ray
 sys.exit(Guardian((sys.executable, "-c", driver), sys.argv[2] == "kept").run())

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import hamdist
-from hamdist.runtime import cluster
+from hamdist.runtime.ray_engine import session as cluster
 
 ITEMS = [(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))] * 5
 

@@ -7,8 +7,8 @@ import itertools
 import torch
 from torch import nn
 
-from hamdist.dynamics.graph import BlockSpec, Combine, Graph
-from hamdist.dynamics.losses import cross_entropy
+from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
+from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.streams import Sample, from_iterable
 
 FEATURES, CLASSES, BATCH = 6, 3, 4

@@ -10,8 +10,8 @@ from runtime.networks import PortableStream, chain
 from runtime.test_engines_equal import assert_equal
 
 from hamdist.config import EngineSettings, Settings
-from hamdist.runtime.cluster import ray_session
-from hamdist.runtime.train import train
+from hamdist.runtime.ray_engine.session import ray_session
+from hamdist.runtime.train.train import train
 
 ITEMS = 40
 QUIET = {"include_dashboard": False, "object_store_memory": 80 * 2**20}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hamdist.runtime.lending import Unlent
+from hamdist.runtime.transport.gpu_ring import Unlent
 
 LIES = {
     "cannot be lent": "no memory of this kind is left",

@@ -12,8 +12,8 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from hamdist.dynamics.schedule import Stamp
-from hamdist.runtime.signal import Packer, Signal
+from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.runtime.signals.signal import Packer, Signal
 
 SECONDS = 15
 FLOOD = 200

@@ -11,10 +11,10 @@ from torch import nn
 
 import hamdist
 from hamdist.config import Level, Settings, read_settings
-from hamdist.dynamics.locality import make_locality
+from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.errors import Choice, LevelError
-from hamdist.runtime.auto import Seen, chosen, looked_at
-from hamdist.runtime.train import train
+from hamdist.runtime.train.choose_level import Seen, chosen, looked_at
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 from hamdist.streams.replay import replays, samples_from
 

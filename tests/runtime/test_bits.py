@@ -21,11 +21,12 @@ from runtime.test_recovery import Once
 from torch import nn
 
 from hamdist.errors import Choice, ClusterError, SettingsError, SnapshotError
-from hamdist.runtime import crew, recovery
-from hamdist.runtime.arithmetic import Arithmetic, arithmetic
-from hamdist.runtime.snapshot import latest
-from hamdist.runtime.switches import read_switches, set_switches
-from hamdist.runtime.train import train
+from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
+from hamdist.runtime.process.switches import read_switches, set_switches
+from hamdist.runtime.ray_engine import replacement as recovery
+from hamdist.runtime.ray_engine import worker_group as crew
+from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 pytestmark = pytest.mark.timeout(110)
@@ -185,7 +186,8 @@ def test_going_on_elsewhere_or_with_other_switches(restored, tmp_path, monkeypat
     moved = manifest.model_copy(update={"arithmetic": [other]})
     snapshot = latest(kept, print)
     monkeypatch.setattr(
-        "hamdist.runtime.train.latest", lambda *_: type(snapshot)(str(kept), snapshot.folder, moved)
+        "hamdist.runtime.train.train.latest",
+        lambda *_: type(snapshot)(str(kept), snapshot.folder, moved),
     )
     with pytest.raises(SnapshotError, match=r"'exact'.*on N1.*machine \S+ against aarch64"):
         run({**ALONE, "bits": "exact"}, resumed=kept)
@@ -394,7 +396,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import _rows
 from hamdist.dynamics import rows
-from hamdist.runtime.arithmetic import arithmetic
+from hamdist.runtime.process.arithmetic import arithmetic
 without = dict(arithmetic(1, native=False).digests)
 rows._rows = _rows
 print(set(arithmetic(1, native=True).digests.items()) - set(without.items()))

@@ -10,12 +10,12 @@ from torch import nn
 
 import hamdist
 from hamdist.config import Settings, read_settings
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import cross_entropy, mse
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import cross_entropy, mse
 from hamdist.errors import ClusterError, GraphError, SettingsError
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
-from hamdist.study.recipes import load_settings
+from hamdist.study.shared.recipes import load_settings
 
 RAY = {"actors": 2}
 

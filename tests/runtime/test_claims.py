@@ -14,16 +14,17 @@ from runtime.networks import skip_graph as skips
 from runtime.test_engines_equal import assert_equal, settings
 from torch import nn
 
+from hamdist.dynamics.graph.merged import merged_module
 from hamdist.errors import Choice, SnapshotError
-from hamdist.runtime import claims
-from hamdist.runtime.claims import NAME, claimed
-from hamdist.runtime.train import train
+from hamdist.runtime.storage import claims
+from hamdist.runtime.storage.claims import NAME, claimed
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 pytestmark = pytest.mark.timeout(90)
 ALONE = {"kind": "inprocess"}
 HOLDS = (
-    "import sys; from hamdist.runtime.claims import claimed\n"
+    "import sys; from hamdist.runtime.storage.claims import claimed\n"
     "with claimed(sys.argv[1], 7): print('claimed', flush=True); input()"
 )
 
@@ -139,7 +140,7 @@ def test_a_graph_takes_over_the_weights_of_another_level(tmp_path):
     assert any("its weights and its place" in text for text in on.warnings)
     learned = dict(first.model.state_dict())
     assert all(torch.allclose(t, learned[k], atol=0.5) for k, t in on.model.state_dict().items())
-    fresh = graph.merge({n: b.module.state_dict() for n, b in graph.blocks.items()}, None)
+    fresh = merged_module(graph, {n: b.module.state_dict() for n, b in graph.blocks.items()}, None)
     assert any(not torch.equal(t, fresh.state_dict()[k]) for k, t in on.model.state_dict().items())
 
 

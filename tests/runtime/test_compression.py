@@ -10,12 +10,12 @@ from runtime.test_engines_equal import assert_equal
 from torch import nn
 
 from hamdist.config import Compress, EngineSettings, Settings, read_settings
-from hamdist.dynamics.losses import cross_entropy
-from hamdist.dynamics.schedule import Kind
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.schedule.schedule import Kind
 from hamdist.errors import SettingsError
-from hamdist.models import make_model
-from hamdist.runtime.plan import make_plan
-from hamdist.runtime.train import as_graph, train
+from hamdist.models.build import make_model
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.train.train import as_graph, train
 
 F64 = torch.float64
 

@@ -15,16 +15,16 @@ from runtime.strangers import ATTACKS, message, peer, send_bytes, turned_away, w
 from runtime.test_engines_equal import assert_equal
 
 from hamdist.config import EngineSettings, Settings
-from hamdist.dynamics.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.advice import open_wires
-from hamdist.runtime.bounds import message_bytes
-from hamdist.runtime.curve import Keys, new_keys, split_key
-from hamdist.runtime.loop import Aborted
-from hamdist.runtime.plan import make_plan
-from hamdist.runtime.signal import Channel, Signal
-from hamdist.runtime.train import train
-from hamdist.runtime.transport import Wires
+from hamdist.runtime.advice.advice import open_wires
+from hamdist.runtime.engines.message_limits import message_bytes
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.train.train import train
+from hamdist.runtime.transport.encryption import Keys, new_keys, split_key
+from hamdist.runtime.transport.transport import Wires
 from hamdist.streams import from_iterable
 
 RUN = 78

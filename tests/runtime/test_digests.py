@@ -17,13 +17,13 @@ from runtime.test_recovery import Once, cut, driver, net  # noqa: F401  (a fixtu
 from typer.testing import CliRunner
 
 from hamdist.cli import app
-from hamdist.dynamics.schedule import Stamp
+from hamdist.dynamics.schedule.schedule import Stamp
 from hamdist.errors import SettingsError
-from hamdist.runtime.digests import MOST_MARKS, DigestTrack
-from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.signal import Signal
-from hamdist.runtime.train import train
-from hamdist.study.diff import Parting, compared, digests_json, partings
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.results.digests import MOST_MARKS, DigestTrack
+from hamdist.runtime.signals.signal import Signal
+from hamdist.runtime.train.train import train
+from hamdist.study.report.digests_diff import Parting, compared, digests_json, partings
 
 ITEMS = 40
 ALONE = {"kind": "inprocess"}

@@ -14,10 +14,10 @@ from runtime.networks import CLASSES, FEATURES, PortableStream, chain, stream
 from torch import nn
 
 from hamdist.config import Settings
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import DivergedError
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 

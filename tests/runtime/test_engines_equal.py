@@ -18,9 +18,9 @@ from runtime.networks import (
 )
 
 from hamdist.config import Settings
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import Sample, from_iterable
-from hamdist.study.diff import partings
+from hamdist.study.report.digests_diff import partings
 
 TICKS = 200
 LEVELS = {

@@ -25,8 +25,8 @@ from torch import nn
 
 from hamdist.config import EngineSettings, Settings
 from hamdist.errors import BlockError, ClusterError, SettingsError, StallError, StreamError
-from hamdist.runtime.crew import Crew
-from hamdist.runtime.train import train
+from hamdist.runtime.ray_engine.worker_group import Crew
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 RAY = EngineSettings(kind="ray", actors=2)

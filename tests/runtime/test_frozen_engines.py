@@ -13,8 +13,8 @@ from runtime.test_sequence_engines import PortableText, network
 from runtime.test_sequence_engines import settings as of_sequences
 from runtime.test_snapshots import goes_on, run_of
 
-from hamdist.dynamics.graph import Graph
-from hamdist.runtime.train import train
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.runtime.train.train import train
 
 ITEMS = 24
 LEVELS = ["backprop", "trace", "local", "heads"]

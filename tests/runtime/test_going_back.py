@@ -14,9 +14,9 @@ from runtime.test_engines_equal import settings
 from runtime.test_recovery import ITEMS, Once, both, cut, in_an_actor, net
 
 from hamdist.errors import SnapshotError
-from hamdist.runtime.recovery import Recovery
-from hamdist.runtime.shelf import Shelf
-from hamdist.runtime.train import train
+from hamdist.runtime.ray_engine.replacement import Recovery
+from hamdist.runtime.snapshots.catalogue import Shelf
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(110)]

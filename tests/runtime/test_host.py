@@ -10,11 +10,11 @@ from runtime.networks import CLASSES, EndlessStream, stream
 from torch import nn
 
 from hamdist.config import Settings
-from hamdist.dynamics.losses import cross_entropy
-from hamdist.dynamics.metrics import Prequential
-from hamdist.runtime.host import Host
-from hamdist.runtime.plan import make_plan
-from hamdist.runtime.train import as_graph
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.objective.prequential import Prequential
+from hamdist.runtime.engines.worker import Host
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.train.train import as_graph
 from hamdist.streams import Sample, SampleSpec
 
 pytestmark = pytest.mark.timeout(60)
@@ -127,10 +127,10 @@ def test_traces_hold_what_the_schedule_says():
     """An endless stream runs in constant memory: floor(d_l / c) + 1 records, and no more."""
     from runtime.networks import chain
 
-    from hamdist.runtime.loop import run_loop
-    from hamdist.runtime.mail import Mailroom
-    from hamdist.runtime.nodes import make_node
-    from hamdist.runtime.source import SourceNode
+    from hamdist.runtime.nodes.factory import make_node
+    from hamdist.runtime.nodes.loop import run_loop
+    from hamdist.runtime.nodes.mailbox import Mailroom
+    from hamdist.runtime.nodes.source import SourceNode
 
     source = stream(60)
     settings = Settings.model_validate({"level": "trace"})

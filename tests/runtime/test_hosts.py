@@ -13,10 +13,11 @@ from runtime.test_placement import graph
 
 from hamdist.config import BlockEngineSettings, EngineSettings, Settings, Spread
 from hamdist.errors import ClusterError, SettingsError
-from hamdist.runtime.demands import Demand, demand, wishes
-from hamdist.runtime.hosts import HostInfo, Seat, reseated, seats
-from hamdist.runtime.placement import Costs, place
-from hamdist.runtime.train import train
+from hamdist.runtime.placement.assign_blocks import Costs, place
+from hamdist.runtime.placement.assign_hosts import HostInfo, Seat, reseated, seats
+from hamdist.runtime.placement.requirements import Demand, demand
+from hamdist.runtime.plan.block_settings import wishes
+from hamdist.runtime.train.train import train
 
 
 def host(number, cpus=2.0, gpus=0.0, labels=(), **resources):

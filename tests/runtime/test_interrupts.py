@@ -12,9 +12,9 @@ from runtime.networks import EndlessStream, chain
 
 from hamdist import Stop
 from hamdist.config import Settings
-from hamdist.runtime.interrupts import handlers_of_ours
-from hamdist.runtime.snapshot import latest
-from hamdist.runtime.train import train
+from hamdist.runtime.process.interrupts import handlers_of_ours
+from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.train.train import train
 
 pytestmark = pytest.mark.timeout(90)
 ENGINES = [

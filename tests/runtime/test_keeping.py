@@ -11,25 +11,25 @@ import torch
 from runtime.networks import chain, stream
 
 from hamdist.config import Settings
-from hamdist.dynamics.graph import INPUT
-from hamdist.dynamics.losses import cross_entropy
-from hamdist.dynamics.schedule import Kind, Stamp
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, SnapshotError
-from hamdist.runtime.crewkeeping import LAST_SECONDS, PATIENCE_SECONDS, CrewKeeping
-from hamdist.runtime.host import HostStatus, Kept
-from hamdist.runtime.keeper import Keeper, Taken
-from hamdist.runtime.keptrun import KeptRun
-from hamdist.runtime.ledger import OBJECT_BYTES, Ledger
-from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.nodes import make_node
-from hamdist.runtime.plan import make_keeping, make_plan
-from hamdist.runtime.shelf import Shelf
-from hamdist.runtime.signal import Channel, Signal
-from hamdist.runtime.snapshot import write_part
-from hamdist.runtime.source import SourceNode
-from hamdist.runtime.storage import storage
-from hamdist.runtime.supervisor import _Watch
-from hamdist.runtime.train import as_graph
+from hamdist.runtime.engines.worker import HostStatus, Kept
+from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import make_keeping, make_plan
+from hamdist.runtime.ray_engine.engine import _Watch
+from hamdist.runtime.ray_engine.supervision import LAST_SECONDS, PATIENCE_SECONDS, CrewKeeping
+from hamdist.runtime.signals.sent_log import OBJECT_BYTES, Ledger
+from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.snapshots.catalogue import Shelf
+from hamdist.runtime.snapshots.inprocess import KeptRun
+from hamdist.runtime.snapshots.writer import Keeper, Taken
+from hamdist.runtime.storage.snapshot_files import write_part
+from hamdist.runtime.storage.store import storage
+from hamdist.runtime.train.train import as_graph
 
 
 def plan_of(path, engine="ray", **fields):

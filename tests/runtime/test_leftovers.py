@@ -9,11 +9,11 @@ import tempfile
 
 import pytest
 
-from hamdist.runtime import leftovers
-from hamdist.runtime.leftovers import claim, release, sweep
+from hamdist.runtime.process import leftovers
+from hamdist.runtime.process.leftovers import claim, release, sweep
 
 CLAIMS = (
-    "import sys; from pathlib import Path; from hamdist.runtime.leftovers import claim; "
+    "import sys; from pathlib import Path; from hamdist.runtime.process.leftovers import claim; "
     "claim(Path(sys.argv[1])); print('claimed', flush=True); input()"
 )
 

@@ -18,23 +18,32 @@ from runtime.test_engines_equal import assert_equal, settings
 from runtime.test_recovery import Once, cut, driver, net  # noqa: F401  (a fixture)
 
 from hamdist.config import EngineSettings, Settings, read_settings
-from hamdist.dynamics.losses import cross_entropy
-from hamdist.dynamics.schedule import Kind, Stamp
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, SettingsError, WireError
-from hamdist.runtime import lending, shared
-from hamdist.runtime import train as training
-from hamdist.runtime.advice import lending_notes
-from hamdist.runtime.bounds import slot_bytes
-from hamdist.runtime.cuda import CudaMemory, cuda_memory
-from hamdist.runtime.ledger import Log
-from hamdist.runtime.lending import ANSWER, OFFER, Borrower, Lender, Refusal, Unlent, ending
-from hamdist.runtime.line import Line, socket_folder
-from hamdist.runtime.loop import Aborted
-from hamdist.runtime.plan import make_plan
-from hamdist.runtime.shared import GPU_SCHEME, SharedReceiver, SharedSender
-from hamdist.runtime.signal import Channel, Packer, Signal, on_host
-from hamdist.runtime.train import as_graph, train
-from hamdist.runtime.transport import Wires
+from hamdist.runtime.advice.advice import lending_notes
+from hamdist.runtime.engines.message_limits import slot_bytes
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.sent_log import Log
+from hamdist.runtime.signals.signal import Channel, Packer, Signal, on_host
+from hamdist.runtime.train import train as training
+from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.transport import gpu_ring as lending
+from hamdist.runtime.transport import shared_memory as shared
+from hamdist.runtime.transport.cuda_ipc import CudaMemory, cuda_memory
+from hamdist.runtime.transport.endpoint import Line, socket_folder
+from hamdist.runtime.transport.gpu_ring import (
+    ANSWER,
+    OFFER,
+    Borrower,
+    Lender,
+    Refusal,
+    Unlent,
+    ending,
+)
+from hamdist.runtime.transport.shared_memory import GPU_SCHEME, SharedReceiver, SharedSender
+from hamdist.runtime.transport.transport import Wires
 
 RUN = 79
 CHANNEL = Channel(5, Kind.STATE, "a", "b", "a->b", 6, slack=4)

@@ -15,21 +15,21 @@ from runtime.networks import PortableStream, chain, stream
 from runtime.test_engines_equal import assert_equal
 
 from hamdist.config import EngineSettings, Settings
-from hamdist.dynamics.arrange import delayed
-from hamdist.dynamics.schedule import Kind, Stamp
+from hamdist.dynamics.partition.apply_settings import delayed
+from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import WireError
-from hamdist.runtime.late import LateReceiver
-from hamdist.runtime.line import Line
-from hamdist.runtime.links import ROUNDS, Link, Probe, least_delays, pairs
-from hamdist.runtime.loop import Aborted
-from hamdist.runtime.placement import Costs
-from hamdist.runtime.plan import make_plan
-from hamdist.runtime.signal import Channel, Signal
-from hamdist.runtime.train import train
-from hamdist.runtime.transport import Wires
+from hamdist.runtime.placement.assign_blocks import Costs
+from hamdist.runtime.placement.links import ROUNDS, Link, Probe, least_delays, pairs
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.train.train import train
+from hamdist.runtime.transport.delayed_receiver import LateReceiver
+from hamdist.runtime.transport.endpoint import Line
+from hamdist.runtime.transport.transport import Wires
 from hamdist.streams import from_iterable
-from hamdist.study.runs import run_level
-from hamdist.study.save import as_it_was
+from hamdist.study.report.save import as_it_was
+from hamdist.study.run.run import run_level
 
 RUN = 78
 CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4)

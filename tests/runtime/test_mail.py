@@ -13,18 +13,18 @@ import torch
 from runtime.networks import chain, cycle_graph, skip_graph, stream
 
 from hamdist.config import Settings, read_settings, to_yaml
-from hamdist.dynamics.graph import Graph
-from hamdist.dynamics.losses import cross_entropy
-from hamdist.dynamics.schedule import Kind, Stamp
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import SettingsError, StampError
-from hamdist.runtime.host import Host
-from hamdist.runtime.loop import run_loop
-from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.nodes import make_node
-from hamdist.runtime.plan import make_plan
-from hamdist.runtime.signal import Channel, Signal
-from hamdist.runtime.source import SourceNode
-from hamdist.runtime.train import as_graph, train
+from hamdist.runtime.engines.worker import Host
+from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.train.train import as_graph, train
 
 CHANNEL = Channel(0, Kind.STATE, "a", "b", "a->b", 4)
 

@@ -18,10 +18,11 @@ from runtime.test_sequence_engines import PortableText
 from torch import nn
 
 from hamdist.config import Settings
-from hamdist.dynamics.losses import cross_entropy
-from hamdist.runtime import measure as module
-from hamdist.runtime.advice import placement_notes
-from hamdist.runtime.measure import (
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.runtime.advice.advice import placement_notes
+from hamdist.runtime.placement import step_costs as module
+from hamdist.runtime.placement.assign_blocks import Costs
+from hamdist.runtime.placement.step_costs import (
     BYTES_PER_SECOND,
     SIGNAL_SECONDS,
     Unmeasured,
@@ -31,9 +32,8 @@ from hamdist.runtime.measure import (
     unmeasured_costs,
     wants_costs,
 )
-from hamdist.runtime.placement import Costs
-from hamdist.runtime.plan import make_plan
-from hamdist.runtime.train import as_graph
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.train.train import as_graph
 
 pytestmark = pytest.mark.timeout(60)
 

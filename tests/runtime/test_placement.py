@@ -11,10 +11,10 @@ import pytest
 from torch import nn
 
 from hamdist.config import EngineSettings
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import SettingsError
-from hamdist.runtime.placement import WORTH, Costs, choose, place, split
+from hamdist.runtime.placement.assign_blocks import WORTH, Costs, choose, place, split
 
 
 def graph(*widths):

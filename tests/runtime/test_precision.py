@@ -14,12 +14,12 @@ from runtime.test_engines_equal import assert_equal
 from torch import nn
 
 from hamdist.config import Settings, read_settings
-from hamdist.dynamics.graph import Combine
-from hamdist.dynamics.losses import cross_entropy
-from hamdist.dynamics.precision import AutocastCell
+from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.vjp.autocast import AutocastCell
 from hamdist.errors import GraphError, LevelError, SettingsError
-from hamdist.runtime.device import CPU, Desk, entered, kept, to_host
-from hamdist.runtime.train import train
+from hamdist.runtime.signals.cast import CPU, Desk, entered, kept, to_host
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -233,7 +233,7 @@ def test_a_block_that_cannot_compute_in_its_type():
 
 
 def test_rounding_spoils_recomputed_states():
-    from hamdist.models import make_model
+    from hamdist.models.build import make_model
 
     def model():
         wanted = Settings.model_validate(

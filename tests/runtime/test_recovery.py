@@ -13,9 +13,9 @@ from runtime.test_engines_equal import assert_equal, settings
 from torch import nn
 
 from hamdist.errors import BlockError, ClusterError
-from hamdist.runtime.recovery import Recovery
-from hamdist.runtime.snapshot import latest
-from hamdist.runtime.train import train
+from hamdist.runtime.ray_engine.replacement import Recovery
+from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(110)]

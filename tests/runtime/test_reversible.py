@@ -15,9 +15,8 @@ from runtime.test_engines_equal import assert_equal, both, learned
 from torch import nn
 
 from hamdist.config import ModelKind, ModelSettings, Settings
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import mse
-from hamdist.dynamics.reversible import (
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.modules.reversible import (
     Coupling,
     MeanHalf,
     Midpoint,
@@ -26,12 +25,13 @@ from hamdist.dynamics.reversible import (
     Squeeze,
     ToPair,
 )
+from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import LevelError
-from hamdist.models import make_model
-from hamdist.runtime.train import train
+from hamdist.models.build import make_model
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
-from hamdist.study.activations import LiveBytes
-from hamdist.study.verify import reversible as verify
+from hamdist.study.shared.live_bytes import LiveBytes
+from hamdist.study.verify.topics import reversible as verify
 
 N = 4
 

@@ -9,13 +9,13 @@ from dynamics.sequences import O, stacked, tangle, text
 from runtime.test_engines_equal import assert_equal, learned
 
 from hamdist.config import Settings
-from hamdist.dynamics.graph import INPUT
-from hamdist.runtime.loop import run_loop
-from hamdist.runtime.mail import Mailroom
-from hamdist.runtime.nodes import make_node
-from hamdist.runtime.plan import make_plan
-from hamdist.runtime.source import SourceNode
-from hamdist.runtime.train import train
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.train.train import train
 from hamdist.streams import Sample, from_iterable
 
 LENGTHS = [6, 1, 4, 9, 2] * 3

@@ -15,7 +15,7 @@ import pytest
 import hamdist
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError, SettingsError
-from hamdist.runtime import cluster
+from hamdist.runtime.ray_engine import session as cluster
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -12,14 +12,20 @@ import threading
 import pytest
 import torch
 
-from hamdist.dynamics.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime import shared
-from hamdist.runtime.line import Line, socket_folder
-from hamdist.runtime.loop import Aborted
-from hamdist.runtime.shared import SCHEME, SharedReceiver, SharedSender, inline_limit, takes
-from hamdist.runtime.signal import Channel, Packer, Signal
-from hamdist.runtime.transport import Wires, local_way
+from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.signal import Channel, Packer, Signal
+from hamdist.runtime.transport import shared_memory as shared
+from hamdist.runtime.transport.endpoint import Line, socket_folder
+from hamdist.runtime.transport.shared_memory import (
+    SCHEME,
+    SharedReceiver,
+    SharedSender,
+    inline_limit,
+    takes,
+)
+from hamdist.runtime.transport.transport import Wires, local_way
 
 RUN = 78
 CHANNEL = Channel(5, Kind.STATE, "a", "b", "a->b", 6, slack=4)
@@ -227,7 +233,8 @@ def test_a_failed_start_leaves_nothing(leaves_no_socket, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
     with monkeypatch.context() as patch:
         patch.setattr(
-            "hamdist.runtime.shared.socket_file", lambda run, _: socket_folder(run) / "a/b"
+            "hamdist.runtime.transport.shared_memory.socket_file",
+            lambda run, _: socket_folder(run) / "a/b",
         )
         with pytest.raises(ClusterError, match="no socket at"):
             wires.bind(CHANNEL, "shm")

@@ -27,7 +27,7 @@ from torch import nn
 
 import hamdist
 from hamdist.errors import SnapshotError
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import Withhold, from_iterable
 
 ITEMS = 24

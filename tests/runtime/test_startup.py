@@ -7,10 +7,10 @@ from runtime.networks import PortableStream, chain
 
 from hamdist.config import Settings
 from hamdist.errors import SettingsError
-from hamdist.runtime.result import Progress
-from hamdist.runtime.startup import Startup, startup_line
-from hamdist.runtime.train import train
-from hamdist.study.live import RunView
+from hamdist.runtime.process.startup import Startup, startup_line
+from hamdist.runtime.results.result import Progress
+from hamdist.runtime.train.train import train
+from hamdist.study.report.live import RunView
 
 pytestmark = pytest.mark.timeout(90)
 

@@ -14,10 +14,10 @@ from runtime.test_engines_equal import assert_equal
 
 from hamdist.config import Settings
 from hamdist.errors import SnapshotError
-from hamdist.runtime.crewkeeping import CrewKeeping
-from hamdist.runtime.snapshot import latest
-from hamdist.runtime.storage import storage
-from hamdist.runtime.train import train
+from hamdist.runtime.ray_engine.supervision import CrewKeeping
+from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.storage.store import storage
+from hamdist.runtime.train.train import train
 
 pytestmark = pytest.mark.timeout(120)
 ITEMS = 60

@@ -13,10 +13,10 @@ from runtime.networks import CLASSES, FEATURES, PortableStream, chain
 from torch import nn
 
 from hamdist.config import EngineSettings, Pin, Settings, read_settings
-from hamdist.runtime import threads
-from hamdist.runtime.advice import thread_warnings
-from hamdist.runtime.threads import pinned, seat
-from hamdist.runtime.train import train
+from hamdist.runtime.advice.advice import thread_warnings
+from hamdist.runtime.process import threads
+from hamdist.runtime.process.threads import pinned, seat
+from hamdist.runtime.train.train import train
 
 pytestmark = pytest.mark.timeout(90)
 

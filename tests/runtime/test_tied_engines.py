@@ -15,8 +15,8 @@ from runtime.test_snapshots import ALONE, folders, goes_on
 from torch import nn
 
 import hamdist
-from hamdist.runtime.snapshot import latest
-from hamdist.runtime.train import snapshot_model
+from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.train.train import snapshot_model
 from hamdist.streams import Withhold, from_iterable
 
 ITEMS = 14

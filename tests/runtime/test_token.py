@@ -11,7 +11,7 @@ import pytest
 
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError
-from hamdist.runtime.token import (
+from hamdist.runtime.ray_engine.auth_token import (
     check_joined,
     check_token,
     is_refusal,

@@ -11,13 +11,13 @@ import pytest
 import torch
 import zmq
 
-from hamdist.dynamics.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.leftovers import sweep
-from hamdist.runtime.line import socket_folder
-from hamdist.runtime.loop import Aborted
-from hamdist.runtime.signal import Channel, Packer, Signal
-from hamdist.runtime.transport import Wires
+from hamdist.runtime.process.leftovers import sweep
+from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.signal import Channel, Packer, Signal
+from hamdist.runtime.transport.endpoint import socket_folder
+from hamdist.runtime.transport.transport import Wires
 
 RUN = 77
 CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hamdist.runtime.host import Wait
-from hamdist.runtime.watchdog import Watchdog, explain
+from hamdist.runtime.engines.worker import Wait
+from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
 
 
 def test_it_speaks_once_per_standstill():

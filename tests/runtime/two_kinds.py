@@ -8,7 +8,7 @@ import hashlib
 import sys
 
 from hamdist.config import EngineSettings
-from hamdist.runtime.portable import pin
+from hamdist.runtime.process.portable import pin
 
 ENGINE = {"bits": "portable"}
 
@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from runtime.test_bits import OTHER_KIND, RAY, convolutions  # noqa: E402 (torch's variables first)
 from runtime.test_engines_equal import assert_equal  # noqa: E402
 
-from hamdist.runtime import crew  # noqa: E402
+from hamdist.runtime.ray_engine import worker_group as crew  # noqa: E402
 
 
 def main():

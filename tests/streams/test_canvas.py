@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from hamdist.config import StreamSettings
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams import ArrayStream, Canvas, Sample, digits, held_out, make_stream
-from hamdist.streams.canvas import placed, still
+from hamdist.streams.wrappers.canvas import placed, still
 
 B, h, H = 3, 4, 9
 BACK = -0.8

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from hamdist.config import StreamSettings
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams import CharacterStream, held_out, make_stream
-from hamdist.streams.characters import ALPHABET, CHARACTERS, language_reference
+from hamdist.streams.sources.characters import ALPHABET, CHARACTERS, language_reference
 
 
 def settings(path: Path | None = None, length: int = 3, **fields: object) -> StreamSettings:

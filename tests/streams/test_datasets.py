@@ -15,8 +15,9 @@ from fashion_files import idx, write_fashion
 from torch import Tensor
 
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams import DataSet, datasets, digits, fashion_mnist
-from hamdist.streams.datasets import fashion_mnist_folders, read_idx
+from hamdist.streams import DataSet, digits, fashion_mnist
+from hamdist.streams.sources import datasets
+from hamdist.streams.sources.datasets import fashion_mnist_folders, read_idx
 
 
 def epoch(data: DataSet, items: int) -> tuple[Tensor, Tensor]:

@@ -16,14 +16,14 @@ from torch import nn
 from torch.nn import functional
 
 from hamdist.config import Late, Settings
-from hamdist.dynamics.graph import BlockSpec, Graph
-from hamdist.dynamics.losses import cross_entropy, mse
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import cross_entropy, mse
 from hamdist.errors import GraphError, SettingsError, StreamError
-from hamdist.models import make_model
-from hamdist.runtime.train import train
+from hamdist.models.build import make_model
+from hamdist.runtime.train.train import train
 from hamdist.streams import Delayed, Paced, Rejoin, Sample, SampleSpec, TargetSpec
-from hamdist.study.baseline import train_centralised
-from hamdist.study.table import run_facts
+from hamdist.study.report.table import run_facts
+from hamdist.study.run.baseline import train_centralised
 
 F64 = torch.float64
 OUTPUTS = 2

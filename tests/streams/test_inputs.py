@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hamdist.dynamics.inputs import by_parent, called, is_input
+from hamdist.dynamics.graph.inputs import by_parent, called, is_input
 from hamdist.errors import StreamError
 from hamdist.streams import Checker, InputSpec, Sample, Smooth, from_iterable
 

@@ -20,8 +20,8 @@ from hamdist.streams import (
     from_iterable,
     report_of,
 )
-from hamdist.streams.chosen import with_targets_of
 from hamdist.streams.replay import passed_over, replays, samples_from
+from hamdist.streams.wrappers.chosen_targets import with_targets_of
 
 
 class Clock:

@@ -19,8 +19,8 @@ from hamdist.streams import (
     make_stream,
     token_sequences,
 )
-from hamdist.streams.grammar import grammar_words, sentences
-from hamdist.streams.text import Vocabulary
+from hamdist.streams.sources.grammar import grammar_words, sentences
+from hamdist.streams.sources.texts import Vocabulary
 
 SEQUENCES = [torch.tensor(ids) for ids in ([3, 4], [5], [6, 7, 8], [9, 2])]
 LABELS = torch.tensor([1, 0, 0, 1])

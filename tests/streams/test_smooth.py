@@ -14,7 +14,7 @@ from torch import Tensor
 from hamdist.config import Motion
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams import ArrayStream, Sample, Smooth, Stream, Withhold, from_iterable
-from hamdist.streams.smooth import first_item, nearest_sample
+from hamdist.streams.wrappers.smooth import first_item, nearest_sample
 
 
 def listed(samples: Sequence[Sample]) -> Stream:

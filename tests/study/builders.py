@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hamdist.dynamics.metrics import Window
-from hamdist.study.evaluate import Scores
-from hamdist.study.runs import Run
+from hamdist.dynamics.objective.prequential import Window
+from hamdist.study.run.evaluate import Scores
+from hamdist.study.run.run import Run
 
 
 def make_run(

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from hamdist.config import Settings
-from hamdist.dynamics.losses import cross_entropy
+from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.streams import held_out
-from hamdist.study.baseline import baseline_warnings
-from hamdist.study.evaluate import evaluate
-from hamdist.study.runs import run_centralised, run_level
-from hamdist.study.save import save_run
+from hamdist.study.report.save import save_run
+from hamdist.study.run.baseline import baseline_warnings
+from hamdist.study.run.evaluate import evaluate
+from hamdist.study.run.run import run_centralised, run_level
 
 
 def settings(**fields):

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from hamdist.config import Settings
-from hamdist.dynamics.losses import cross_entropy
+from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import BlockError, LevelError, SettingsError, StreamError
-from hamdist.runtime.result import Progress
-from hamdist.runtime.train import train
+from hamdist.runtime.results.result import Progress
+from hamdist.runtime.train.train import train
 from hamdist.streams.sample import Sample, SampleSpec
-from hamdist.study import baseline
-from hamdist.study.baseline import CENTRALISED, train_centralised
+from hamdist.study.run import baseline
+from hamdist.study.run.baseline import CENTRALISED, train_centralised
 
 STEPS, B, F, C = 40, 6, 5, 3  # items, batch, features, classes
 MISSING = {0, 7, 8, 21}  # items without target

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from hamdist.config import Settings
-from hamdist.dynamics.metrics import Window
-from hamdist.study.drift import Recovery, drift_fact, recoveries
-from hamdist.study.runs import run_level
-from hamdist.study.table import run_facts
+from hamdist.dynamics.objective.prequential import Window
+from hamdist.study.report.table import run_facts
+from hamdist.study.run.drift import Recovery, drift_fact, recoveries
+from hamdist.study.run.run import run_level
 
 
 def windows(*percents: int, size: int = 10) -> list[Window]:

@@ -21,11 +21,13 @@ from typer.testing import CliRunner
 from hamdist.cli import app
 from hamdist.config import Level, Part, Settings
 from hamdist.errors import ClusterError, SettingsError
-from hamdist.study.grid import run as grid_run
-from hamdist.study.grid.cells import TUNING_SEEDS, Job, cells, final_jobs, tuning_jobs
-from hamdist.study.grid.report import save_study
-from hamdist.study.grid.run import Choice, Outcome, check, run_study
-from hamdist.study.grid.settings import (
+from hamdist.study.run.run import run_centralised, run_level
+from hamdist.study.shared.store import Store
+from hamdist.study.sweep import run as grid_run
+from hamdist.study.sweep.points import TUNING_SEEDS, Job, cells, final_jobs, tuning_jobs
+from hamdist.study.sweep.report import save_study
+from hamdist.study.sweep.run import Choice, Outcome, check, run_study
+from hamdist.study.sweep.settings import (
     Axis,
     SideSettings,
     StudySettings,
@@ -35,11 +37,9 @@ from hamdist.study.grid.settings import (
     studies,
     study_yaml,
 )
-from hamdist.study.grid.store import Store
-from hamdist.study.grid.summary import summary
-from hamdist.study.grid.tables import study_tables
-from hamdist.study.grid.work import Record, work
-from hamdist.study.runs import run_centralised, run_level
+from hamdist.study.sweep.summary import summary
+from hamdist.study.sweep.tables import study_tables
+from hamdist.study.sweep.work import Record, work
 
 TINY = """
 name: tiny
@@ -569,7 +569,7 @@ class TestCommand:
 
 
 def test_a_side_has_one_colour_and_its_curves_other_dashes() -> None:
-    from hamdist.study.grid.plots import _styles
+    from hamdist.study.sweep.plots import _styles
 
     study = tiny(axes={"depth": [2, 3]})
     curves = {f"{cell.name}, {cell.point}": cell for cell in cells(study)}

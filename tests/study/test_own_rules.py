@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import hamdist
 from hamdist.cli import app
-from hamdist.dynamics.losses import cross_entropy
+from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import BlockError, GraphError, SettingsError
-from hamdist.study.verify import golden, runner
+from hamdist.study.verify import runner
+from hamdist.study.verify.oracles import golden
 
 HERE = {"kind": "inprocess"}
 

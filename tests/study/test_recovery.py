@@ -19,12 +19,21 @@ from typer.testing import CliRunner
 from hamdist.cli import app
 from hamdist.config import FirstStep, Settings, merge
 from hamdist.errors import SettingsError, StreamError
-from hamdist.runtime.train import train
-from hamdist.study.recovery import cells, data, report, rows
-from hamdist.study.recovery.cells import SCENARIOS, Cell, Job, Placement, Row, Trained, run_row
-from hamdist.study.recovery.data import Paths
-from hamdist.study.recovery.models import EMBEDDING, MODELS, make_model
-from hamdist.study.verify import gradient_descent
+from hamdist.runtime.train.train import train
+from hamdist.study.gradient_descent import data, report, rows
+from hamdist.study.gradient_descent import scenarios as cells
+from hamdist.study.gradient_descent.data import Paths
+from hamdist.study.gradient_descent.models import EMBEDDING, MODELS, make_model
+from hamdist.study.gradient_descent.scenarios import (
+    SCENARIOS,
+    Cell,
+    Job,
+    Placement,
+    Row,
+    Trained,
+    run_row,
+)
+from hamdist.study.verify.topics import gradient_descent
 
 INPUTS = {"linear": 4, "mlp": 4, "resnet": 784, "vit": 784, "rnn": 60, "lstm": 60}
 MOMENTUM = SCENARIOS["Mom-b"]

@@ -17,14 +17,16 @@ from study.builders import make_run
 from torch import nn
 
 from hamdist.config import Settings, read_settings
-from hamdist.dynamics.metrics import Window
+from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import SettingsError
-from hamdist.study import folder, plots, results
-from hamdist.study.aggregate import aggregate
-from hamdist.study.plots import comparison_plots, joined
-from hamdist.study.report import Report, render
-from hamdist.study.save import save_comparison, save_run
-from hamdist.study.table import Table
+from hamdist.study.report import files as results
+from hamdist.study.report import plots
+from hamdist.study.report.aggregate import aggregate
+from hamdist.study.report.html import Report, render
+from hamdist.study.report.plots import comparison_plots, joined
+from hamdist.study.report.save import save_comparison, save_run
+from hamdist.study.report.table import Table
+from hamdist.study.shared import result_folder as folder
 
 RUNS = [
     make_run("centralised", 0, accuracy=0.9),

@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional
 
 from hamdist.config import Settings
-from hamdist.dynamics.losses import cross_entropy
-from hamdist.dynamics.recurrent import MergedSequence
+from hamdist.dynamics.graph.merged import MergedSequence
+from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams import Sample, from_iterable, held_out_tokens
-from hamdist.study.evaluate import evaluate_sequences
-from hamdist.study.runs import run_centralised, run_level
-from hamdist.study.table import run_facts
+from hamdist.study.report.table import run_facts
+from hamdist.study.run.evaluate import evaluate_sequences
+from hamdist.study.run.run import run_centralised, run_level
 
 
 def settings(**fields):

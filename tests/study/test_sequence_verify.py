@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hamdist.dynamics.sequence import SequenceBlock, WayBack
+from hamdist.dynamics.blocks.sequence import SequenceBlock, WayBack
 from hamdist.errors import SettingsError
-from hamdist.study.verify import bptt
-from hamdist.study.verify.golden import kind_of, read
+from hamdist.study.verify.oracles.golden import kind_of, read
+from hamdist.study.verify.topics import bptt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("rnn_bptt_*.npz"))

@@ -16,19 +16,19 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.config import Settings
-from hamdist.dynamics.losses import cross_entropy, mse
+from hamdist.dynamics.objective.losses import cross_entropy, mse
 from hamdist.errors import GraphError, SettingsError, StreamError
-from hamdist.runtime.train import train
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 from hamdist.streams.sample import Sample
-from hamdist.study.aggregate import aggregate
-from hamdist.study.baseline import train_centralised
-from hamdist.study.compare import compare, plan
-from hamdist.study.evaluate import evaluate, evaluate_items
-from hamdist.study.own_data import load_stream
-from hamdist.study.results import run_summary
-from hamdist.study.runs import run_level
-from hamdist.study.table import comparison_table, run_facts
+from hamdist.study.report.aggregate import aggregate
+from hamdist.study.report.files import run_summary
+from hamdist.study.report.table import comparison_table, run_facts
+from hamdist.study.run.baseline import train_centralised
+from hamdist.study.run.compare import compare, plan
+from hamdist.study.run.evaluate import evaluate, evaluate_items
+from hamdist.study.run.own_data import load_stream
+from hamdist.study.run.run import run_level
 
 STEPS, LR = 12, 0.1
 LOSSES = {"kind": "cross-entropy", "angle": "mse"}
@@ -117,7 +117,7 @@ def test_one_loss_for_all_outputs_and_one_target():
 
 
 def test_scores_by_output(monkeypatch):
-    monkeypatch.setattr("hamdist.study.evaluate.CHUNK", 5)
+    monkeypatch.setattr("hamdist.study.run.evaluate.CHUNK", 5)
     model, parts = made(TwoByTwo), items(40, 3)
     x = {k: torch.cat([u[k] for u, _ in parts]) for k in parts[0][0]}
     y = {k: torch.cat([t[k] for _, t in parts]) for k in parts[0][1]}
@@ -267,7 +267,7 @@ def test_compare_with_a_stream_of_ones_own():
 
 @pytest.mark.usefixtures("folder")
 def test_the_command_takes_files(monkeypatch):
-    monkeypatch.setattr("hamdist.study.baseline._threads", lambda *_: 1)
+    monkeypatch.setattr("hamdist.study.run.baseline._threads", lambda *_: 1)
     given = ["--model", "user_two.py:TwoByTwo", "--stream", "user_two.py:data", "--out", "out"]
     done = CliRunner().invoke(app, ["compare", "two.yaml", *given])
     assert done.exit_code == 0, done.output
@@ -307,7 +307,7 @@ def test_a_stream_that_cannot_be_had(name, message):
 @pytest.mark.usefixtures("folder")
 def one_net(name, **fields):
     own = Settings.model_validate({"steps": 6, "learning": {"lr": 0.1}, **fields})
-    from hamdist.models import load_factory
+    from hamdist.models.build import load_factory
 
     return run_level(
         own, factory=load_factory("user_two:net"), data=load_stream(f"user_two:{name}")

@@ -17,13 +17,12 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.config import Order, TargetOf
-from hamdist.dynamics.graph import BlockSpec, Combine, Graph
-from hamdist.dynamics.losses import cross_entropy, mse
+from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
+from hamdist.dynamics.objective.losses import cross_entropy, mse
 from hamdist.errors import GraphError, SettingsError
-from hamdist.study.report import versions
-from hamdist.study.speed import streams as speed_streams
-from hamdist.study.speed.counts import backprop_states, is_chain, relax, settled, tick_counts
-from hamdist.study.speed.gradients import (
+from hamdist.study.propagation import streams as speed_streams
+from hamdist.study.propagation.frozen_run import Backprop, flat, frozen, omegas, watch
+from hamdist.study.propagation.gradients import (
     as_network,
     exact_gradients,
     local_gradients,
@@ -32,10 +31,17 @@ from hamdist.study.speed.gradients import (
     relative_error,
     ticks_to_settle,
 )
-from hamdist.study.speed.plot import speed_plots
-from hamdist.study.speed.report import curves, fit, fits, save_speed, speed_tables
-from hamdist.study.speed.streams import PERIOD, StreamKind, TimedStream, Values, timed_stream
-from hamdist.study.speed.study import (
+from hamdist.study.propagation.plot import speed_plots
+from hamdist.study.propagation.report import curves, fit, fits, save_speed, speed_tables
+from hamdist.study.propagation.settling import (
+    backprop_states,
+    is_chain,
+    relax,
+    settled,
+    tick_counts,
+)
+from hamdist.study.propagation.streams import PERIOD, StreamKind, TimedStream, Values, timed_stream
+from hamdist.study.propagation.study import (
     SpeedRow,
     SpeedStudy,
     cut,
@@ -44,8 +50,8 @@ from hamdist.study.speed.study import (
     run_study,
     tanh_network,
 )
-from hamdist.study.speed.watch import Backprop, flat, frozen, omegas, watch
-from hamdist.study.verify.speed import checks
+from hamdist.study.report.html import versions
+from hamdist.study.verify.topics.speed import checks
 
 F64 = torch.float64
 ROUND_OFF = 1e-12

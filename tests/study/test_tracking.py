@@ -18,17 +18,25 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.config import ModelKind, ModelSettings, PartitionSettings, Settings, SignalKind
-from hamdist.dynamics.energy import Records
-from hamdist.dynamics.tracker import tracker
+from hamdist.dynamics.blocks.energy import Records
 from hamdist.errors import SettingsError
-from hamdist.models import make_model, make_tracker
+from hamdist.models.build import make_model, make_tracker
+from hamdist.models.tracker import tracker
 from hamdist.streams.sample import SampleSpec, TargetSpec
-from hamdist.streams.signals import SignalStream
-from hamdist.study.recipes import load_settings
-from hamdist.study.runs import run_centralised, run_level
-from hamdist.study.table import run_facts
-from hamdist.study.tracking import advice, follow, jumps, records_npz, seconds, signals, tracking
-from hamdist.study.tracking_plots import record_plots
+from hamdist.streams.sources.signals import SignalStream
+from hamdist.study.report.table import run_facts
+from hamdist.study.report.tracking_plots import record_plots
+from hamdist.study.run.run import run_centralised, run_level
+from hamdist.study.run.tracking import (
+    advice,
+    follow,
+    jumps,
+    records_npz,
+    seconds,
+    signals,
+    tracking,
+)
+from hamdist.study.shared.recipes import load_settings
 
 F64 = torch.float64
 VALUES = SampleSpec((1, 1), F64, (1, 1), F64)

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.errors import GraphError, SettingsError
-from hamdist.runtime.interrupts import Ending
-from hamdist.study.verify import golden, runner
-from hamdist.study.verify.check import Check, Found
-from hamdist.study.verify.hamilton import CHAIN, make_case, replay
+from hamdist.runtime.process.interrupts import Ending
+from hamdist.study.verify import runner
+from hamdist.study.verify.oracles import golden
+from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.whole_network import CHAIN, make_case, replay
 from hamdist.study.verify.runner import TOPICS, Topic, run, to_json, topics
 
 

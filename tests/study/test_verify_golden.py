@@ -14,11 +14,18 @@ import pytest
 from numpy.testing import assert_allclose
 
 from hamdist.config import Moves
-from hamdist.dynamics.schedule import HoldSchedule
+from hamdist.dynamics.schedule.schedule import HoldSchedule
 from hamdist.errors import SettingsError
-from hamdist.study.verify import golden, tick_golden
-from hamdist.study.verify.check import Found
-from hamdist.study.verify.hamilton import CHAIN, LOOPS, UNEVEN, WAVING, make_case, replay
+from hamdist.study.verify.oracles import golden, tick_golden
+from hamdist.study.verify.oracles.check import Found
+from hamdist.study.verify.oracles.whole_network import (
+    CHAIN,
+    LOOPS,
+    UNEVEN,
+    WAVING,
+    make_case,
+    replay,
+)
 
 TICK_FILES = [p for p in golden.files(golden.shipped()) if golden.kind_of(golden.read(p)) == "tick"]
 TRAJECTORIES = ("h", "z", "om", "th")

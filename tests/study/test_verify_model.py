@@ -12,19 +12,19 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.config import Settings, TargetOf
-from hamdist.dynamics.losses import mse
-from hamdist.runtime.train import as_graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.runtime.train.train import as_graph
 from hamdist.streams.sample import SampleSpec
-from hamdist.study.speed.gradients import (
+from hamdist.study.propagation.gradients import (
     TRIED,
     as_network,
     exact_gradients,
     local_gradients,
     relative_error,
 )
-from hamdist.study.speed.streams import StreamKind, timed_stream
-from hamdist.study.verify import own_model
-from hamdist.study.verify.own_model import Own, checks
+from hamdist.study.propagation.streams import StreamKind, timed_stream
+from hamdist.study.verify.topics import own_model
+from hamdist.study.verify.topics.own_model import Own, checks
 
 NETS = """
 import torch

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from hamdist.config import Settings
-from hamdist.dynamics.hold import HoldBlock
-from hamdist.dynamics.pulse import PulseBlock
-from hamdist.dynamics.schedule import HoldSchedule
-from hamdist.dynamics.weights import Weights
-from hamdist.runtime.train import train
-from hamdist.study.verify import backpropagation, delay_free, digraphs, engines, golden, hamilton
-from hamdist.study.verify.check import Found
-from hamdist.study.verify.networks import Draws, chain
+from hamdist.dynamics.blocks.hold import HoldBlock
+from hamdist.dynamics.blocks.pulse import PulseBlock
+from hamdist.dynamics.schedule.schedule import HoldSchedule
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.runtime.train.train import train
+from hamdist.study.verify.oracles import golden
+from hamdist.study.verify.oracles import whole_network as hamilton
+from hamdist.study.verify.oracles.check import Found
+from hamdist.study.verify.oracles.networks import Draws, chain
+from hamdist.study.verify.topics import backpropagation, delay_free, digraphs, engines
 
 TOPICS = {
     "hamilton": hamilton,

@@ -1,0 +1,1 @@
+"""The proof: hamdist against oracles."""

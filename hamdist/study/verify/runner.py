@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from hamdist.errors import SettingsError
-from hamdist.runtime.threads import torch_threads
-from hamdist.study.verify import golden, own_model
-from hamdist.study.verify.check import FAULTS, Check, Found, failure, reason
+from hamdist.runtime.process.threads import torch_threads
+from hamdist.study.verify.oracles import golden
+from hamdist.study.verify.oracles.check import FAULTS, Check, Found, failure, reason
+from hamdist.study.verify.topics import own_model
 
 # Each is a module of this package with a function checks(full).
 TOPICS = {

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hamdist.runtime.cluster import Session
+from hamdist.runtime.ray_engine.session import Session
 from harness.ours import Configuration, Ours, fresh_actors
 from harness.works import Work, mlp
 

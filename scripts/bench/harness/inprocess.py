@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import hamdist
 from hamdist.streams import from_iterable
-from hamdist.study.activations import LiveBytes
+from hamdist.study.shared.live_bytes import LiveBytes
 from harness.centralised import sgd
 from harness.ours import Configuration, Ours
 from harness.works import Work

@@ -10,8 +10,8 @@ from torch import nn
 
 import hamdist
 from hamdist.config import Settings
-from hamdist.runtime.cluster import Session
-from hamdist.runtime.result import RunResult
+from hamdist.runtime.ray_engine.session import Session
+from hamdist.runtime.results.result import RunResult
 from harness.works import LR, Cycled, Work, pace
 
 WARM_UP = 0.2

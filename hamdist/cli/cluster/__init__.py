@@ -1,0 +1,1 @@
+"""Commands for launched runs and clusters."""

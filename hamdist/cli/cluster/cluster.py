@@ -1,0 +1,101 @@
+"""`hamdist cluster start` and `stop`, and `hamdist doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from hamdist.cli.console import complain, console, exit_codes, print_rows
+from hamdist.errors import FAILED
+
+if TYPE_CHECKING:
+    from hamdist.launch.jobs_api import Jobs
+
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="FILE|ADDRESS",
+        help="A cluster file, or http://HOST:PORT of Ray's Jobs API.",
+        show_default="$HAMDIST_CLUSTER, or what `hamdist cluster start` started",
+    ),
+]
+FolderOption = Annotated[
+    Path | None,
+    typer.Option("--folder", help="Where it lives.", show_default="~/.hamdist/cluster"),
+]
+
+
+def cluster_start(
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of Ray's head.")] = 6379,
+    jobs_port: Annotated[
+        int, typer.Option("--jobs-port", min=1, max=65535, help="Of its dashboard and Jobs API.")
+    ] = 8265,
+    cpus: Annotated[
+        int | None, typer.Option("--cpus", min=1, help="That Ray may hand out.")
+    ] = None,
+    folder: FolderOption = None,
+) -> None:
+    """Start Ray on this machine, with a token, ready for `hamdist launch`."""
+    with exit_codes():
+        from hamdist.launch import local_cluster as one_host
+        from hamdist.launch.cluster_file import HOME
+
+        complain("Starting Ray (some 10 s)")
+        own = HOME.expanduser() if folder is None else folder.absolute()
+        file = one_host.start(own, port=port, jobs_port=jobs_port, cpus=cpus)
+        console().print(Text(f"Ray is up. Cluster file: {file}"), soft_wrap=True)
+        hint = "" if folder is None else f" --cluster {file}"
+        console().print(Text(f"Next: hamdist launch digits{hint} --out results/digits"))
+
+
+def cluster_stop(folder: FolderOption = None) -> None:
+    """End what `hamdist cluster start` has started, and no other Ray."""
+    with exit_codes():
+        from hamdist.launch import local_cluster as one_host
+        from hamdist.launch.cluster_file import HOME
+
+        own = HOME.expanduser() if folder is None else folder.absolute()
+        ended = one_host.stop(own)
+        console().print(Text("Ray has ended." if ended else f"No Ray of hamdist runs ({own})."))
+
+
+def doctor(
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="FILE|ADDRESS",
+            help="Look at all hosts of a cluster ('mine': of `hamdist cluster start`).",
+            show_default="this host alone",
+        ),
+    ] = None,
+) -> None:
+    """Check hosts: versions, threads, memory, clocks, storage, and the links between them."""
+    with exit_codes():
+        from hamdist.launch.doctor import checkup
+
+        report, checks = checkup(None if cluster is None else jobs_of(_named(cluster)), complain)
+        for title, rows in report.tables().items():
+            print_rows(title, rows)
+        for check in checks:
+            style = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}[check.verdict]
+            line = Text.assemble((f"{check.verdict:8}", style), check.text)
+            console().print(line, soft_wrap=True)
+        if any(check.verdict == "FAIL" for check in checks):
+            raise typer.Exit(FAILED)
+
+
+def _named(cluster: str) -> str | None:
+    return None if cluster == "mine" else cluster
+
+
+def jobs_of(cluster: str | None) -> Jobs:
+    """What talks to the cluster that `--cluster` names. Raises SettingsError for none."""
+    from hamdist.launch.cluster_file import find_cluster
+    from hamdist.launch.jobs_api import Jobs
+
+    return Jobs(find_cluster(cluster))

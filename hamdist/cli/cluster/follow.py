@@ -1,0 +1,103 @@
+"""Following a launched run until it ends: what it tells, its files, its exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.text import Text
+
+from hamdist.cli.console import complain, console, print_facts
+from hamdist.cli.display import Display
+from hamdist.errors import INTERRUPTED, ClusterError
+
+if TYPE_CHECKING:
+    from hamdist.launch.events import Ended, Reached
+    from hamdist.launch.follow import Results
+    from hamdist.launch.jobs_api import Jobs
+    from hamdist.study.run.run import OnProgress
+
+
+def results_in(out: Path | None, overwrite: bool) -> Results:
+    """Where a run's files go. Raises SettingsError where nothing can be written to `out`."""
+    from hamdist.launch.follow import Results
+    from hamdist.study.shared.result_folder import free_folder
+
+    return Results(None if out is None else free_folder(out, overwrite=overwrite, say=complain))
+
+
+def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False) -> None:
+    """Shows a run until it ends, takes its results, and ends with its exit code."""
+    try:
+        with Display() as display:
+            ended, reached = _watch(jobs, name, results, display)
+    except KeyboardInterrupt:
+        complain(f"{name} goes on without this terminal; again: hamdist attach {name}")
+        raise typer.Exit(INTERRUPTED) from None
+    if reached is not None:
+        print_facts(reached.title, reached.facts)
+    _print_results(results)
+    if ended is None:
+        raise ClusterError(jobs.find(name).unfinished())
+    if ended.details:
+        complain(ended.details.rstrip())
+    if ended.error is not None:
+        complain(f"Error: {ended.error}")
+    if ended.interrupted:
+        complain(f"Stopped after {ended.samples} items.")
+    if ended.resume is not None:
+        complain(f"Go on: hamdist launch SETTINGS --resume {ended.resume}")
+    if ended.code and not (stopped and ended.interrupted):
+        raise typer.Exit(ended.code)
+
+
+def _watch(
+    jobs: Jobs, name: str, results: Results, display: Display
+) -> tuple[Ended | None, Reached | None]:
+    """Shows what the run tells. Returns how it ended (None where it never said so), and what it
+    reached."""
+    from hamdist.launch.events import Ended, Lost, Moved, Reached, Said, Started
+    from hamdist.launch.follow import follow
+
+    display.note(f"{name}: waiting for the cluster")
+    show: OnProgress | None = None
+    reached: Reached | None = None
+    early: list[str] = []  # Ray's own words, which matter where nothing of ours follows
+
+    def say(text: str) -> None:
+        if show is None:
+            early.append(text)
+        else:
+            display.say(text)
+
+    for event in follow(jobs.lines(name), results, say):
+        if isinstance(event, Started):
+            show = display.watch(event.title, event.batch)
+        elif isinstance(event, Lost):
+            place = f"goes on from tick {event.tick}" if event.tick else "begins again"
+            display.say(f"Warning: the driver was lost ({event.signal}); the run {place}")
+        elif isinstance(event, Moved) and show is not None:
+            show(event.progress)
+        elif isinstance(event, Said):
+            display.say(f"Warning: {event.warning}")
+        elif isinstance(event, Reached):
+            reached = event
+            display.note(f"{event.title}: fetching the results")
+        elif isinstance(event, Ended):
+            return event, reached
+    for text in early if show is None else []:
+        display.say(text)
+    return None, reached
+
+
+def _print_results(results: Results) -> None:
+    if results.written:
+        console().print(Text(f"Written to {results.out}"), soft_wrap=True)
+    for file in results.left:
+        complain(
+            f"{file.name} has {file.size / 2**20:.1f} MiB, more than fetch_mib of the cluster file "
+            "lets through"
+        )
+    if results.kept is not None:
+        complain(f"The files are on {results.kept.host}: {results.kept.folder}")

@@ -1,0 +1,172 @@
+"""`hamdist launch`, `attach`, `stop`, `runs`: runs on a cluster."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
+from hamdist.cli.cluster.follow import follow_run, results_in
+from hamdist.cli.console import complain, console, exit_codes, print_rows
+from hamdist.cli.options import (
+    LevelOption,
+    ModelOption,
+    OutOption,
+    OverwriteOption,
+    SeedOption,
+    SetOption,
+    SettingsArgument,
+    StepsOption,
+    StreamOption,
+    changes,
+    load,
+)
+from hamdist.cli.prepare import own_stream, prepare
+from hamdist.errors import FAILED, ClusterError, SettingsError
+
+if TYPE_CHECKING:
+    from hamdist.launch.dry_run import DryRun
+    from hamdist.launch.jobs_api import Job, Jobs
+
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="See `hamdist runs`.")]
+
+
+def launch(
+    settings: SettingsArgument,
+    cluster: ClusterOption = None,
+    level: LevelOption = None,
+    seed: SeedOption = None,
+    steps: StepsOption = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    stream: StreamOption = None,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume", metavar="ID|PATH", help="Go on from the latest snapshot of a run."
+        ),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Print the run's id and do not follow it.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print who would go where, and what is missing.")
+    ] = False,
+) -> None:
+    """Run on a cluster, as a Ray job: it goes on when this terminal is closed."""
+    with exit_codes():
+        if detach and out is not None:
+            raise SettingsError("--out with --detach: fetch the results with hamdist attach --out")
+        from hamdist.launch.cluster_file import find_cluster
+        from hamdist.launch.package import on_ray
+        from hamdist.launch.submit import NOTHING_KEPT, kept_at, resumed_from, submit_run
+
+        where = find_cluster(cluster)
+        begin = None if resume is None else resumed_from(resume, where)
+        loaded = load(settings, set_, changes(level=level, seed=seed, steps=steps))
+        own = on_ray(loaded.for_level(loaded.level))
+        kept = kept_at(own, where, "") is not None
+        results = results_in(None if dry_run else out, overwrite)
+        factory, data = prepare(None, model), own_stream(stream, own)
+
+        from hamdist.launch.jobs_api import Jobs
+
+        jobs = Jobs(where)
+        if dry_run:
+            from hamdist.launch.dry_run import dry_run as work_out
+
+            named = {"--model": model, "--stream": stream}
+            _print_plan(work_out(own, named, factory, data, where, jobs.hosts()))
+            return
+
+        if not kept:
+            complain(f"Warning: {NOTHING_KEPT}")
+        name = submit_run(jobs, own, model, begin, stream)
+        console().print(Text(name))
+        if not detach:
+            complain(f"Ctrl-C leaves it running; to end it: hamdist stop {name}")
+            follow_run(jobs, name, results)
+
+
+def attach(
+    id_: Annotated[
+        str | None,
+        typer.Argument(metavar="[ID]", help="See `hamdist runs`; none: the one that runs."),
+    ] = None,
+    cluster: ClusterOption = None,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Follow a launched run, and fetch its results."""
+    with exit_codes():
+        jobs = jobs_of(cluster)
+        results = results_in(out, overwrite)
+        name = _latest(jobs) if id_ is None else jobs.find(id_).id
+        follow_run(jobs, name, results)
+
+
+def stop(
+    id_: IdArgument,
+    cluster: ClusterOption = None,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """End a launched run, behind a last snapshot; what it has reached is its result."""
+    with exit_codes():
+        jobs = jobs_of(cluster)
+        results = results_in(out, overwrite)
+        name = jobs.find(id_).id
+        if jobs.stop(name):
+            complain(f"Asked it to end; it has {jobs.cluster.stop_seconds} s for that")
+        else:
+            complain(f"{name} had ended before.")
+        follow_run(jobs, name, results, stopped=True)
+
+
+def runs(cluster: ClusterOption = None) -> None:
+    """List the launched runs of a cluster, the latest first."""
+    with exit_codes():
+        table = Table("id", "state", "level", "items", "began", "took", box=None, pad_edge=False)
+        for job in jobs_of(cluster).all():
+            if job.metadata.get("kind") == "run":
+                table.add_row(*(Text(cell) for cell in _cells(job)))
+        if table.rows:
+            console().print(table)
+        else:
+            complain("No run has been launched there.")
+
+
+def _latest(jobs: Jobs) -> str:
+    """The run that is under way, else the last one."""
+    known = [job for job in jobs.all() if job.metadata.get("kind") == "run"]
+    running = [job.id for job in known if not job.over]
+    if len(running) > 1:
+        raise SettingsError(f"several runs are under way: {', '.join(running)}; name one")
+    if not known:
+        raise ClusterError(f"{jobs.cluster.jobs}: no run has been launched there")
+    return running[0] if running else known[0].id
+
+
+def _cells(job: Job) -> list[str]:
+    began = "" if job.began is None else time.strftime("%m-%d %H:%M", time.localtime(job.began))
+    end = job.ended or time.time()
+    took = "" if job.began is None else f"{end - job.began:.0f} s"
+    known = job.metadata
+    return [job.id, job.state, known.get("level", ""), known.get("steps", ""), began, took]
+
+
+def _print_plan(work: DryRun) -> None:
+    for title, rows in work.tables().items():
+        print_rows(title, rows)
+    for line in work.notes:
+        console().print(Text(f"• {line}"), soft_wrap=True)
+    for line in work.missing:
+        complain(f"Missing: {line}")
+    if work.missing:
+        raise typer.Exit(FAILED)

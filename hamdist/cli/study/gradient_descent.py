@@ -1,0 +1,91 @@
+"""`hamdist study recovery`: gradient descent recovered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from hamdist.cli.console import complain, console, exit_codes, print_table
+from hamdist.cli.options import OutOption, OverwriteOption
+from hamdist.cli.prepare import command_line
+from hamdist.errors import FAILED, SettingsError
+from hamdist.study.shared.result_folder import free_folder
+
+
+def recovery(
+    full: Annotated[
+        bool, typer.Option("--full", help="The paper's epochs: 40, for sequences 80.")
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=1, help="Epochs.", show_default="1")
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option("--models", metavar="A,B", help="linear, mlp, resnet, vit, rnn, lstm."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Dampen the first momentum step, too (HL App. E).")
+    ] = False,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Folder of IDX files, instead.")
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", help="Texts of two classes (pos, neg), instead.")
+    ] = None,
+    glove: Annotated[
+        Path | None, typer.Option("--glove", help="Word vectors of 50 numbers to begin with.")
+    ] = None,
+    out: OutOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Gradient descent recovered: six networks against torch.optim.SGD, in float64."""
+    with exit_codes():
+        _recovery(full, epochs, models, paper, (images, texts, glove), out, overwrite)
+
+
+def _recovery(
+    full: bool,
+    epochs: int | None,
+    models: str | None,
+    paper: bool,
+    paths: tuple[Path | None, Path | None, Path | None],
+    out: Path | None,
+    overwrite: bool,
+) -> None:
+    if full and epochs is not None:
+        raise SettingsError(f"--epochs {epochs} with --full, which has its own: give one of them")
+    from hamdist.config import FirstStep
+    from hamdist.study.gradient_descent.data import Paths
+    from hamdist.study.gradient_descent.models import MODELS
+    from hamdist.study.gradient_descent.report import (
+        in_order,
+        recovery_line,
+        recovery_table,
+        save_recovery,
+    )
+    from hamdist.study.gradient_descent.rows import Rows, jobs
+
+    wanted = jobs(
+        tuple(MODELS) if models is None else [m.strip() for m in models.split(",") if m.strip()],
+        epochs=None if full else epochs or 1,
+        first_step=FirstStep.DAMPENED if paper else FirstStep.UNDAMPENED,
+        paths=Paths(*paths),
+    )
+    if out is not None:
+        out = free_folder(out, overwrite=overwrite, say=complain)
+    finished = []
+    with Rows(wanted) as rows:
+        for row in rows.finished():
+            finished.append(row)
+            complain(f"[{len(finished)}/{len(wanted)}] {recovery_line(row)}")
+    finished = in_order(finished)
+    if out is not None:
+        save_recovery(out, finished, command_line())
+    print_table(recovery_table(finished), "Gradient descent recovered")
+    if out is not None:
+        console().print(Text(f"Written to {out}"))
+    if not all(row.passed for row in finished):
+        raise typer.Exit(FAILED)

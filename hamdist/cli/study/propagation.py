@@ -1,0 +1,136 @@
+"""`hamdist study speed`: from local to backpropagation by the speed c."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from hamdist.cli.console import complain, console, exit_codes, print_table
+from hamdist.cli.display import PLAIN_SECONDS
+from hamdist.cli.options import ModelOption, OverwriteOption, given
+from hamdist.cli.prepare import command_line, prepare
+from hamdist.cli.study.sweep import ChosenOption, StudySetOption, WorkersOption, run_grid
+from hamdist.errors import SettingsError
+from hamdist.study.shared.result_folder import free_folder
+
+if TYPE_CHECKING:
+    from hamdist.study.propagation.study import SpeedRow
+
+SEEDS = 2
+
+
+def speed(
+    settings: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SETTINGS]",
+            help="A study's YAML file, or a shipped one: accuracy against c (axes.speed).",
+        ),
+    ] = None,
+    speeds: Annotated[
+        str | None,
+        typer.Option(
+            "--speeds", metavar="C,...", help="c, hops per second.", show_default="10..1000"
+        ),
+    ] = None,
+    steps_ratio: Annotated[
+        str | None,
+        typer.Option("--steps-ratio", metavar="A,...", help="c tau.", show_default="1,.5,.1"),
+    ] = None,
+    streams: Annotated[
+        str | None, typer.Option("--streams", metavar="A,B", help="static, smooth, random.")
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", min=1, help="How many seeds.", show_default="2"),
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option("--depth", min=1, help="Layers of the tanh network.", show_default="3"),
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", min=1, help="Of its layers.", show_default="16")
+    ] = None,
+    model: ModelOption = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option("--input-shape", metavar="N,...", help="Of the model's input, without batch."),
+    ] = None,
+    set_: StudySetOption = None,
+    chosen: ChosenOption = False,
+    workers: WorkersOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the result's files.", show_default="results/speed"),
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """From local to backpropagation: local gradients against backpropagation's, by speed c; with
+    SETTINGS the accuracy that is learned, against c."""
+    with exit_codes():
+        asked = given({"speeds": speeds, "steps-ratio": steps_ratio, "streams": streams})
+        if settings is not None:
+            others = {"depth": depth, "width": width, "model": model, "seeds": seeds}
+            others["overwrite"] = overwrite or None
+            of_gradients = {**asked, **given({**others, "input-shape": input_shape})}
+            if of_gradients:
+                raise SettingsError(
+                    f"--{next(iter(of_gradients))} belongs to the study of gradients, without "
+                    "SETTINGS; what a grid varies stands in its file"
+                )
+            run_grid(settings, "speed", set_, chosen, workers, out)
+            return
+        if set_ or chosen or workers is not None:
+            raise SettingsError(
+                "--set, --chosen and --workers belong to a grid: name its SETTINGS, too"
+            )
+        out = Path("results/speed") if out is None else out
+        _speed(asked, seeds or SEEDS, (depth, width), model, input_shape, out, overwrite)
+
+
+def _speed(
+    asked: dict[str, str],
+    seeds: int,
+    sizes: tuple[int | None, int | None],
+    model: str | None,
+    input_shape: str | None,
+    out: Path,
+    overwrite: bool,
+) -> None:
+    factory = prepare(None, model)
+
+    from hamdist.study.propagation.report import save_speed, speed_tables
+    from hamdist.study.propagation.study import own_network, parse_study, run_study, tanh_network
+    from hamdist.study.verify.topics.own_model import parse_shape
+
+    study = parse_study(asked, seeds)
+    subject = tanh_network(*sizes)
+    if factory is not None and model is not None:
+        if input_shape is None or sizes != (None, None):
+            raise SettingsError(
+                "--model goes with --input-shape; --depth and --width belong to the tanh network"
+            )
+        subject = own_network(factory, model, parse_shape(input_shape))
+    elif input_shape is not None:
+        raise SettingsError("--input-shape belongs to --model; the tanh network has its own")
+    out = free_folder(out, overwrite=overwrite, say=complain)
+    printed = time.monotonic()
+
+    def show(done: int, total: int, row: SpeedRow) -> None:
+        nonlocal printed
+        if done == total or time.monotonic() - printed >= PLAIN_SECONDS:
+            printed = time.monotonic()
+            complain(
+                f"[{done}/{total}] seed {row.seed}, {row.stream}, c tau {row.c_tau:g}, "
+                f"c {row.c:g}: error {row.error:.2g}"
+            )
+
+    result = run_study(study, subject, command_line(), show)
+    save_speed(out, result)
+    for title, table in speed_tables(result).items():
+        print_table(table, title)
+    console().print(Text(f"Written to {out}"))

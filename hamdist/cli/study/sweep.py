@@ -1,0 +1,114 @@
+"""`hamdist study levels`, `depth`, `smoothness`, `batch`: studies of a grid of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from hamdist.cli.console import complain, console, exit_codes, print_table
+from hamdist.cli.options import given
+from hamdist.cli.prepare import command_line, prepare, results_of
+from hamdist.config import parse_override
+from hamdist.errors import SettingsError
+
+if TYPE_CHECKING:
+    from hamdist.study.sweep.settings import Axis, StudySettings
+    from hamdist.study.sweep.work import Record
+
+StudyArgument = Annotated[
+    str,
+    typer.Argument(metavar="SETTINGS", help="A study's YAML file, or a shipped one."),
+]
+StudySetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the study, e.g. seeds=5."),
+]
+StudyOutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Folder for runs and report; a study that was ended goes on there.",
+        show_default="results/NAME",
+    ),
+]
+ChosenOption = Annotated[
+    bool, typer.Option("--chosen", help="Tune nothing: take what the file names as `best`.")
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Runs at a time.", show_default="one per core"),
+]
+GRIDS = {  # by command: its help
+    "levels": "Levels beside centralised backpropagation, each side tuned on a validation part.",
+    "depth": "The same, against the number of layers (axes.depth).",
+    "smoothness": "The same, against the items that a sample takes to fade into the next "
+    "(axes.smoothness).",
+    "batch": "The same, against the rows of an item (axes.batch), of equally many samples.",
+}
+
+
+def grid_command(name: str) -> Callable[..., None]:
+    """The command `hamdist study NAME`, of GRIDS."""
+    axis = None if name == "levels" else name
+
+    def command(
+        settings: StudyArgument,
+        set_: StudySetOption = None,
+        chosen: ChosenOption = False,
+        workers: WorkersOption = None,
+        out: StudyOutOption = None,
+    ) -> None:
+        with exit_codes():
+            run_grid(settings, axis, set_, chosen, workers, out)
+
+    return command
+
+
+def run_grid(
+    source: str,
+    axis_name: str | None,
+    set_: list[str] | None,
+    chosen: bool,
+    workers: int | None,
+    out: Path | None,
+) -> None:
+    """A study of a grid: runs what is not on disk yet, prints the tables, writes the report."""
+    from hamdist.study.sweep.report import save_study
+    from hamdist.study.sweep.run import check, run_study
+    from hamdist.study.sweep.settings import Axis, load_study
+
+    overrides = [parse_override(text) for text in set_ or []]
+    study = load_study(source, [*overrides, given({"workers": workers})])
+    axis = None if axis_name is None else Axis(axis_name)
+    _check_axis(study, axis)
+    folder = results_of(study.name) if out is None else out
+    check(study, chosen=chosen)
+    prepare(folder, None)
+    complain(f"{study.name}: runs are kept in {folder / 'runs'}; start it again to go on there")
+    outcomes = run_study(study, folder, chosen=chosen, on_record=_say_record)
+    tables = save_study(folder, study, outcomes, command=command_line(), first=axis)
+    for title, table in tables.items():
+        print_table(table, title)
+    console().print(Text(f"Report: {folder / 'study.html'}"))
+
+
+def _check_axis(study: StudySettings, axis: Axis | None) -> None:
+    """Raises SettingsError where there is nothing to show along an axis."""
+    if axis is not None and len(study.axes.of(axis)) < 2:
+        raise SettingsError(
+            f"axes.{axis.value}: a study of it needs several values "
+            f"(received {list(study.axes.of(axis))}); `hamdist study levels` needs none"
+        )
+
+
+def _say_record(phase: str, done: int, total: int, record: Record) -> None:
+    """A finished run on one line."""
+    from hamdist.study.report.table import percent
+
+    level = record.settings["level"] if record.trains == "level" else record.trains
+    found = record.failure or f"{percent(record.accuracy, digits=2)} %, {record.seconds:.1f} s"
+    complain(f"[{phase} {done}/{total}] {level}, seed {record.seed}: {found}")

@@ -1,0 +1,45 @@
+"""Mappings of settings laid over each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hamdist.config.sections.section import Section
+
+
+class LevelOverrides(Section):
+    """What a level changes in the rest of the settings."""
+
+    partition: dict[str, Any] = {}
+    locality: dict[str, Any] = {}
+    dynamics: dict[str, Any] = {}
+    learning: dict[str, Any] = {}
+
+
+_SECTIONS = frozenset(LevelOverrides.model_fields)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the entries of `over` laid over it, mapping by mapping."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`merge`, for overrides that a user gives: what they say holds at every level, also where
+    `levels` says otherwise, unless they speak of `levels` themselves."""
+    merged = merge(base, over)
+    sections = {k: v for k, v in over.items() if k in _SECTIONS and isinstance(v, Mapping)}
+    levels = merged.get("levels")
+    if sections and isinstance(levels, Mapping):
+        merged["levels"] = {
+            level: merge(own, sections) if isinstance(own, Mapping) else own
+            for level, own in levels.items()
+        }
+        merged = merge(merged, {k: v for k, v in over.items() if k == "levels"})
+    return merged

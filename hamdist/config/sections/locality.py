@@ -1,0 +1,155 @@
+"""The level, and the section `locality`: the knobs that a level presets."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from hamdist.config.sections.section import Above0, Positive, Rate, Section
+
+
+class Level(str, Enum):
+    """A named preset of the knobs of locality (dynamics/schedule/levels.py). auto: the one that
+    fits the network and the stream (runtime/train/choose_level.py)."""
+
+    LOCAL = "local"
+    GROUP = "group"
+    DELAY_FREE = "delay-free"
+    TRACE = "trace"
+    HEADS = "heads"
+    REVERSIBLE = "reversible"
+    BACKPROP = "backprop"
+    BPTT = "bptt"
+    AUTO = "auto"
+
+
+class Grouping(str, Enum):
+    """What one block holds when neither `blocks` nor `cuts` says so."""
+
+    LAYER = "layer"
+    GROUP = "group"
+    NETWORK = "network"
+
+
+class Presentation(str, Enum):
+    """How a sample is shown: held at the input for c ticks; entering once and travelling; or in a
+    sequence that travels forward and then, sample by sample, in reverse."""
+
+    HOLD = "hold"
+    PULSE = "pulse"
+    SEQUENCE = "sequence"
+
+
+class Moves(str, Enum):
+    """Which states move in a tick of `hold`: all, or one depth after the other (HL Eq. 10)."""
+
+    ALL = "all"
+    LAYER_BY_LAYER = "layer-by-layer"
+
+
+class Memory(str, Enum):
+    """What a block keeps of the past: nothing, its activations, the weights used on them too, or
+    nothing because it recomputes its inputs from its outputs."""
+
+    NONE = "none"
+    TRACE = "trace"
+    TRACE_WEIGHTS = "trace+weights"
+    REVERSIBLE = "reversible"
+
+
+class Update(str, Enum):
+    """When weights move: in every tick, in a sample's last tick, when a message arrives, at the
+    end of a sequence."""
+
+    TICK = "tick"
+    LAST = "last-tick"
+    ARRIVAL = "arrival"
+    SEQUENCE = "sequence"
+
+
+class Credit(str, Enum):
+    """Where a block's gradient comes from: the messages of its children, or its own readout (no
+    message crosses an edge; the label travels with the signal)."""
+
+    MESSAGES = "messages"
+    HEADS = "heads"
+
+
+class Compensation(str, Enum):
+    """What a block does about the delay of its messages, by quantities of its own: steps divided by
+    (1 + delay)^delay_power; the weights of a sample as they are expected to be when its message
+    comes; momentum that looks ahead (Nesterov); states sent as they are expected to be; gradients
+    with an estimate of the input that a message answers to."""
+
+    NONE = "none"
+    DELAY_SCALED = "delay-scaled"
+    WEIGHT_PREDICTION = "weight-prediction"
+    LOOK_AHEAD = "look-ahead"
+    PROSPECTIVE = "prospective"
+    RETROSPECTIVE = "retrospective"
+
+
+class Order(str, Enum):
+    """The order of the updates inside a tick (equations.md; HL Algorithm 1 and Appendix D)."""
+
+    SIMULTANEOUS = "simultaneous"
+    OMEGA_FIRST = "omega-first"
+    SEQUENTIAL = "sequential"
+
+
+class TargetOf(str, Enum):
+    """Which target a readout of `hold` compares with: its own sample's, or the current one."""
+
+    SAMPLE = "sample"
+    CURRENT = "current"
+
+
+class Readout(str, Enum):
+    """The last block as output net (HL Eq. 4), or as a state that is its own output."""
+
+    OUTPUT = "output"
+    STATE = "state"
+
+
+Speed = Positive | Literal["inf", "depth"]
+
+
+def _listed(value: object) -> object:
+    """One name as a list of one; `none` as a list of none."""
+    if isinstance(value, (str, Compensation)):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        return [one for one in value if one != Compensation.NONE.value]
+    return value
+
+
+Compensations = Annotated[tuple[Compensation, ...], BeforeValidator(_listed)]
+
+
+class LocalityOverrides(Section):
+    """Knobs of locality; what is not given keeps the level's preset. truncation: how many of the
+    last samples of a sequence are gone through in reverse (level 'bptt'; not given: all).
+
+    gate: weights move only while the block's input has been still for as long as its messages take,
+    up to that share of itself (true: 0.1). lead: ticks by which states are sent ahead (compensation
+    'prospective'); blend: of the input's estimate (compensation 'retrospective'). Either asks for
+    its compensation, as `delay_power` does."""
+
+    grouping: Grouping | None = None
+    speed: Speed | None = None
+    presentation: Presentation | None = None
+    moves: Moves | None = None
+    memory: Memory | None = None
+    credit: Credit | None = None
+    update: Update | None = None
+    compensation: Compensations | None = None
+    delay_power: Rate | None = None
+    gate: bool | Above0 | None = None
+    lead: Above0 | None = None
+    blend: Above0 | None = None
+    order: Order | None = None
+    target: TargetOf | None = None
+    readout: Readout | None = None
+    truncation: Positive | None = None

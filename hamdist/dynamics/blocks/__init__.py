@@ -1,0 +1,1 @@
+"""WHAT a block computes in a step: the equations of h, z and theta, by presentation."""

@@ -1,0 +1,174 @@
+"""The energies of a run, per tick and block, and their sums over the network.
+
+    Lagrangian           phi L + r_w/2 |theta|^2 + 1/2 sum beta |omega|^2        (NILP)
+    robust Hamiltonian   H' = phi L + r_w/2 |theta|^2 + sum z . dh/dt            (HL Eq. 8)
+    Hamiltonian          H  = H' - 1/2 sum beta |omega|^2                        (NILP)
+
+All of a tick k is taken at t_k, L as the order of the tick takes it (equations.md).
+K: entries, B: batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.blocks.readout_loss import Reading
+from hamdist.dynamics.state.remember import Remembers, known
+
+LIMIT = 1 << 17
+LIMIT_BYTES = 1 << 28
+
+
+@known("Energy")
+@dataclass(slots=True)
+class Energy:
+    """One block in one tick. loss: phi L. work: z . dh/dt. kinetic: 1/2 sum beta |omega|^2.
+    cost: r_w/2 |theta|^2. theta_norm: |theta|."""
+
+    kinetic: float
+    cost: float
+    theta_norm: float
+    loss: float = 0.0
+    work: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """A block's entries: tick (K,) int64; loss, work, kinetic, cost, theta_norm (K,) float64.
+
+    With trajectories: h, z (K, B, ...) at t_k, prediction and target (K, B, ...) of a readout (NaN
+    in ticks without a loss); else None, as what a block does not have.
+    """
+
+    tick: Tensor
+    loss: Tensor
+    work: Tensor
+    kinetic: Tensor
+    cost: Tensor
+    theta_norm: Tensor
+    h: Tensor | None = None
+    z: Tensor | None = None
+    prediction: Tensor | None = None
+    target: Tensor | None = None
+
+
+@known("_Entry")
+@dataclass(slots=True)
+class _Entry:
+    tick: int
+    energy: Energy
+    h: Tensor | None
+    z: Tensor | None
+    prediction: Tensor | None
+    target: Tensor | None
+
+
+class Recorder(Remembers):
+    """Keeps an entry every `every` ticks. With LIMIT entries, or LIMIT_BYTES of tensors, every
+    second one is let go and `every` doubles, so that an endless stream is recorded in constant
+    memory."""
+
+    def __init__(self, every: int, *, trajectory: bool, limit: int = LIMIT) -> None:
+        self._every = every
+        self._limit = limit
+        self._trajectory = trajectory
+        self._entries: list[_Entry] = []
+        self._bytes = 0
+
+    STATE = ("_every", "_entries", "_bytes")
+
+    def due(self, tick: int) -> bool:
+        return tick % self._every == 0
+
+    def add(
+        self,
+        tick: int,
+        energy: Energy,
+        reading: Reading | None,
+        h: Tensor | None = None,
+        z: Tensor | None = None,
+    ) -> None:
+        """h, z: at t_k (kept as they are: nobody writes to them)."""
+        entry = _Entry(tick, energy, None, None, None, None)
+        if self._trajectory:
+            entry.h, entry.z = h, z
+            if reading is not None:
+                entry.prediction, entry.target = reading.prediction, reading.target
+        self._entries.append(entry)
+        self._bytes += _size(entry)
+        if len(self._entries) >= self._limit or self._bytes > LIMIT_BYTES:
+            self._every *= 2
+            self._entries = [e for e in self._entries if e.tick % self._every == 0]
+            self._bytes = sum(_size(e) for e in self._entries)
+
+    def records(self) -> Records:
+        entries = self._entries
+
+        def column(name: str) -> Tensor:
+            values = [getattr(e.energy, name) for e in entries]
+            return torch.tensor(values, dtype=torch.float64)
+
+        return Records(
+            tick=torch.tensor([e.tick for e in entries], dtype=torch.int64),
+            loss=column("loss"),
+            work=column("work"),
+            kinetic=column("kinetic"),
+            cost=column("cost"),
+            theta_norm=column("theta_norm"),
+            h=_stacked([e.h for e in entries]),
+            z=_stacked([e.z for e in entries]),
+            prediction=_stacked([e.prediction for e in entries]),
+            target=_stacked([e.target for e in entries]),
+        )
+
+
+def _size(entry: _Entry) -> int:
+    kept = (entry.h, entry.z, entry.prediction, entry.target)
+    return sum(t.nbytes for t in kept if t is not None)
+
+
+def _stacked(values: list[Tensor | None]) -> Tensor | None:
+    """The tensors behind one another, NaN where there is none; None where all are missing."""
+    example = next((v for v in values if v is not None), None)
+    if example is None:
+        return None
+    if any(v is None for v in values):
+        example = torch.full_like(example, torch.nan, dtype=_floating(example))
+    stacked = torch.stack([example if v is None else v.to(example.dtype) for v in values])
+    return stacked.cpu()
+
+
+def _floating(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.is_floating_point() else torch.float64
+
+
+def lagrangian(records: Mapping[str, Records]) -> tuple[Tensor, Tensor]:
+    """(ticks, Lagrangian), both (K,), over the ticks that all blocks have."""
+    return _sum(records, ("loss", "cost", "kinetic"))
+
+
+def robust_hamiltonian(records: Mapping[str, Records]) -> tuple[Tensor, Tensor]:
+    """(ticks, H'), both (K,), over the ticks that all blocks have (HL Eq. 8)."""
+    return _sum(records, ("loss", "cost", "work"))
+
+
+def hamiltonian(records: Mapping[str, Records]) -> tuple[Tensor, Tensor]:
+    """(ticks, H), both (K,), over the ticks that all blocks have."""
+    ticks, robust = robust_hamiltonian(records)
+    return ticks, robust - _sum(records, ("kinetic",))[1]
+
+
+def _sum(records: Mapping[str, Records], names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """The columns `names` of all blocks, added up in the blocks' order."""
+    common = set.intersection(*(set(r.tick.tolist()) for r in records.values()))
+    ticks = torch.tensor(sorted(common), dtype=torch.int64)
+    total = torch.zeros(len(ticks), dtype=torch.float64)
+    for r in records.values():
+        rows = torch.isin(r.tick, ticks)
+        for name in names:
+            total += getattr(r, name)[rows]
+    return ticks, total

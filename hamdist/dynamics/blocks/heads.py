@@ -1,0 +1,189 @@
+"""Blocks that learn from a readout of their own: level `heads`, and heads beside messages.
+
+    y = head(h),    s = phi dL(y, label)/dh
+    g = c tau (df/dtheta)^T s,    g_head = phi dL/dtheta_head
+
+head is LN(h) W + b, a mean over positions in front of W where the label has none. s stays in the
+block: nothing of it goes to a parent, and the head is no part of the exported model. The label
+travels with the signal. Everything happens in the tick in which the sample passes, so nothing is
+stale and nothing is kept. Beside messages (level `trace`) a head's step comes on top of theirs,
+with momentum or adaptive rates of its own:
+
+    theta <- theta - lambda tau beta omega_own,         lambda: `learning.heads.weight`
+
+B: batch, n: features of h, O: outputs, P: positions (of an image, or of a text).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.blocks.kept_passes import Block, BlockParts
+from hamdist.dynamics.blocks.readout_loss import LossTaker, plain, scaled
+from hamdist.dynamics.state.finite import Scale
+from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.updates.constants import Dynamics, constant_tau
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.autograd import Cell, Record
+from hamdist.errors import LevelError
+
+NORM_EPS = 1e-3
+IMAGE = 4  # dimensions of (B, n, height, width)
+
+
+class Pooled(nn.Module):
+    """The mean over all positions: (B, n, ...) -> (B, n), or with `last` (B, ..., n) -> (B, n)."""
+
+    def __init__(self, *, last: bool) -> None:
+        super().__init__()
+        self.last = last
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (h if self.last else h.movedim(1, -1)).flatten(1, -2).mean(1)
+
+
+def make_head(
+    block: str,
+    h: tuple[tuple[int, ...], torch.dtype],
+    prediction: tuple[int, ...],
+    *,
+    norm: bool,
+    seed: int,
+) -> nn.Module:
+    """The head of `block`, drawn by `seed` alone: W ~ N(0, 1/n), b = 0.
+
+    h: shape and type of the block's state; prediction: the shape that its readout predicts, which
+    the head's is, too: (B, O), or (B, P, O) of states (B, P, n).
+    Raises LevelError where a linear head cannot make one of the other.
+    """
+    shape, dtype = h
+    if not dtype.is_floating_point or len(shape) < 2:
+        raise LevelError(
+            f"learning.heads: block {block!r} has a state of shape {shape} and type {dtype}, which "
+            f"no linear readout takes; switch it off there (learning.blocks.{block}.heads: off)"
+        )
+    pools = len(prediction) == 2
+    if not pools and shape[:-1] != prediction[:-1]:
+        raise LevelError(
+            f"learning.heads: block {block!r} has states {shape}, from which a linear readout at "
+            f"every position does not predict {prediction}; switch it off there "
+            f"(learning.blocks.{block}.heads: off)"
+        )
+    channels = pools and len(shape) == IMAGE
+    n, outputs = shape[1 if channels else -1], prediction[-1]
+    parts: list[nn.Module] = []
+    if norm:
+        over = shape[1:] if channels else shape[-1:]
+        parts.append(nn.LayerNorm(list(over), eps=NORM_EPS, elementwise_affine=False))
+    if pools and len(shape) > 2:
+        parts.append(Pooled(last=not channels))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(outputs, n, generator=generator, dtype=torch.float64) / math.sqrt(n)
+    with torch.random.fork_rng(devices=[]):  # its own draws are thrown away
+        linear = nn.Linear(n, outputs, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(drawn)
+        linear.bias.zero_()
+    return nn.Sequential(*parts, linear)
+
+
+class Head(Remembers):
+    """weight: of the block's step by it. scale: of beta, by sample."""
+
+    def __init__(
+        self, cell: Cell, weights: Weights, loss: LossTaker, weight: float, scale: Scale, tau: float
+    ) -> None:
+        self.cell = cell
+        self.weights = weights
+        self.weight = weight
+        self._loss = loss
+        self._scale = scale
+        self._tau = tau
+
+    STATE = ("cell", "weights", "_loss")
+
+    def teach(self, sample: int, h: Tensor, label: Tensor) -> Tensor:
+        """s = phi dL/dh, by the head as it was; then the head has learned."""
+        record = self.cell.forward([h], [True])
+        scale = self._scale(sample)
+        at_once = self.weights.at_once(scale, self._tau)
+        (s,), g, _ = self._loss.take(self.cell, record, label, sample, at_once=at_once)
+        self.weights.move(g, scale, self._tau)
+        if s is None:  # (it was asked for)
+            raise TypeError("a head says nothing about its block's state")
+        return s
+
+
+class Taught(Remembers):
+    """What a head does to the weights of its block. weights: theta of the cell, with an omega of
+    the head's own."""
+
+    def __init__(
+        self, head: Head, cell: Cell, weights: Weights, dynamics: Dynamics, scale: Scale
+    ) -> None:
+        self.head = head
+        self.weights = weights
+        self._cell = cell
+        self._tau = constant_tau(dynamics)
+        self._c = dynamics.c
+        self._scale = scale
+
+    STATE = ("head", "weights")
+
+    def learn(self, sample: int, record: Record, label: Tensor, *, keep: bool) -> Tensor:
+        """One step by the label of `sample`; returns z = tau s. keep: the record is used again."""
+        z = scaled(self.head.teach(sample, plain(record.output), label), self._tau)
+        scale = self._scale(sample) * self.head.weight
+        at_once = self.weights.at_once(scale, self._tau)
+        _, g = self._cell.pull(record, scaled(z, self._c), inputs=False, keep=keep, at_once=at_once)
+        self.weights.move(g, scale, self._tau)
+        return z
+
+
+class HeadBlock(Block):
+    """A block of level `heads`: forward, then its own step. taught: None where it has no weights.
+
+    h, z: of the latest sample; z = tau s.
+    """
+
+    def __init__(self, parts: BlockParts, taught: Taught | None) -> None:
+        super().__init__(parts)
+        self.h: Tensor | None = None
+        self.z: Tensor | None = None
+        self.taught = taught
+        self._wanted = [False] * len(parts.wanted)
+        self._record: Record | None = None
+
+    STATE = ("cell", "weights", "taught", "h", "z")
+
+    def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
+        self._record = self.cell.forward(inputs, self._wanted)
+        self.h = plain(self._record.output)
+        self._guard("h", self.h, inputs)
+        return self.h
+
+    def learn(self, sample: int, label: Tensor | None) -> None:
+        """After `forward` of the same sample. Without a label nothing moves."""
+        record, self._record = self._record, None
+        if self.taught is None or label is None or record is None:
+            self.weights.rest()
+            return
+        self.z = self.taught.learn(sample, record, label, keep=False)
+        self._guard("z", self.z)
+
+
+class FrozenBlock(HeadBlock):
+    """A block where nothing learns, nor before it: it passes samples on and keeps nothing."""
+
+    def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
+        """h of `sample`, from its parents' states."""
+        h = super().forward(sample, inputs)
+        self._record = None
+        return h
+
+    def learn(self, sample: int, label: Tensor | None) -> None:
+        """Nothing, whatever the label."""

@@ -1,0 +1,192 @@
+"""Blocks that a pulse passes: forward of a sample, later its message backward.
+
+With memory `reversible` the message to a reversible parent brings the parent's state along, as one
+tensor (2, B, ...): the message first, then the state.
+B: batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.blocks.heads import Taught
+from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, KeepsRecords
+from hamdist.dynamics.blocks.readout_loss import LossTaker, Reading, plain, scaled, total
+from hamdist.dynamics.modules.reversible import Rewinder, pieces_of
+from hamdist.dynamics.updates.constants import constant_tau
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.autograd import Cell, Record
+
+
+class PulseBlock(KeepsRecords):
+    """A state block that a pulse passes: forward of sample n, later backward of n.
+
+        h = f(h_parents; theta)
+        z = tau sum_w M_w,            M_v = c (df/dh_v)^T z,     g = c (df/dtheta)^T z
+
+    which is one hop of Hamilton's equations with c tau = 1, eta_z = 0 and s = -1. The trace keeps
+    the record of every sample between its two passes. taught: a readout of its own beside the
+    messages (heads.py), from which it learns right behind the forward pass. predicts: the block
+    passes samples with the weights that it will have after so many updates more, if these go on as
+    the last one, and keeps them for the message:
+
+        theta^ = theta - d tau beta omega        (SpecTrain, Chen et al. 2018)
+    """
+
+    def __init__(
+        self, parts: BlockParts, taught: Taught | None = None, predicts: int | None = None
+    ) -> None:
+        super().__init__(parts)
+        self.taught = taught
+        self._predicts = predicts
+        self.h: Tensor | None = None
+        self.z: Tensor | None = None
+        self.trace: dict[int, Record] = {}
+        self._tau = constant_tau(parts.dynamics)
+
+    STATE = ("cell", "weights", "taught", "h", "z")
+
+    def held(self) -> Any:
+        return {sample: self.cell.held(record) for sample, record in self.trace.items()}
+
+    def rebuild(self, records: Any) -> None:
+        self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}
+
+    def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
+        if self._predicts is None:
+            record = self.cell.forward(inputs, self._wanted)
+        else:
+            at = self.weights.predicted(self._predicts, self._scale(sample), self._tau)
+            record = self.cell.forward_at(at, inputs, self._wanted)
+        self.trace[sample] = record
+        self.h = plain(record.output)
+        self._guard("h", self.h, inputs)
+        return self.h
+
+    def learn(self, sample: int, label: Tensor | None) -> None:
+        """A step by the block's own readout, after `forward`; without a label there is none."""
+        if self.taught is not None and label is not None:
+            self.taught.learn(sample, self.trace[sample], label, keep=True)
+
+    def backward(self, sample: int, messages: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The messages to the parents; weights do not move for a sample without any message."""
+        record = self.trace.pop(sample)
+        message = total(messages)
+        if message is None:
+            _rest(self.cell, self.weights, self._scale(sample), self._tau)
+            return [None] * len(self._wanted)
+        self.z = scaled(message, self._tau)
+        self._guard("z", self.z)
+        scale = self._scale(sample)
+        at_once = self.weights.at_once(scale, self._tau)
+        to_parents, g = self.cell.pull(record, scaled(self.z, self._c), at_once=at_once)
+        self.weights.move(g, scale, self._tau)
+        return to_parents
+
+
+class ReversibleBlock(Block):
+    """A state block that keeps nothing of a sample: neither its activations nor h and z.
+
+    Forward as `PulseBlock`. Backward its one child hands it (M, h); from the last invertible piece
+    to the first
+
+        x = p^-1(y),      M_x = c (dp/dx)^T z_y,      g += c (dp/dtheta)^T z_y
+
+    with the weights of the forward pass, for one sample is in the network at a time. Memory: about
+    four states, whatever the number of pieces. hands_back: the parent is reversible, too.
+    """
+
+    def __init__(self, parts: BlockParts, *, hands_back: bool) -> None:
+        super().__init__(parts)
+        self.h: Tensor | None = None
+        self.z: Tensor | None = None
+        self._hands_back = hands_back
+        self._tau = constant_tau(parts.dynamics)
+        trained = [p for p in self.cell.module.parameters() if p.requires_grad]
+        self._rewinder = Rewinder(pieces_of(self.cell.module), trained)
+
+    STATE = ("cell", "weights")
+
+    def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
+        (x,) = inputs
+        with torch.no_grad():
+            h: Tensor = self.cell.module(x)
+        self._guard("h", h)
+        return h
+
+    def backward(self, sample: int, messages: list[Tensor | None]) -> list[Tensor | None]:
+        """The message to the parent; weights do not move for a sample without any message. The
+        child's is taken out of `messages`, so that its memory can go."""
+        given = messages.pop()
+        if given is None:
+            self.weights.rest()
+            return [None]
+        z = scaled(given[0], self._tau)
+        self._guard("z", z)
+        held = [given[1], scaled(z, self._c)]
+        del given, z
+        x, to_parent, g = self._rewinder.back(held)
+        self._guard("h", x)
+        self.weights.move(g, self._scale(sample), self._tau)
+        if self._wanted == [False]:
+            return [None]
+        return [with_state(to_parent, x) if self._hands_back else to_parent]
+
+
+def _rest(cell: Cell, weights: Weights, scale: float, tau: float) -> None:
+    """An update of a block that hears nothing of a sample: by what others say of its weights."""
+    g = cell.unmessaged()
+    if g is None:
+        weights.rest()
+    else:
+        weights.move(g, scale, tau)
+
+
+def with_state(message: Tensor, h: Tensor) -> Tensor:
+    """What a reversible parent gets: the message about its state h, and h. Both like h."""
+    return torch.stack([message, h])
+
+
+class PulseReadout(Block):
+    """An output net that a pulse reaches: y = f^y(h_parents; theta), M_v = phi dL/dh_v.
+
+    hands_back: by parent, whether it is reversible and gets its state back.
+    """
+
+    def __init__(self, parts: BlockParts, loss: LossTaker, hands_back: Sequence[bool] = ()) -> None:
+        super().__init__(parts)
+        self._tau = constant_tau(parts.dynamics)
+        self._loss = loss
+        self._hands_back = list(hands_back) or [False] * len(self._wanted)
+        self.prediction: Tensor | None = None  # the latest
+
+    STATE = ("cell", "weights", "_loss")
+
+    def read(
+        self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
+    ) -> tuple[list[Tensor | None], Reading | None]:
+        """The messages to the parents, and what was read (None without a target)."""
+        record = self.cell.forward(inputs, self._wanted)
+        self.prediction = plain(record.output)
+        if target is None:
+            _rest(self.cell, self.weights, self._scale(sample), self._tau)
+            return [None] * len(self._wanted), None
+        scale = self._scale(sample)
+        at_once = self.weights.at_once(scale, self._tau)
+        to_parents, g, reading = self._loss.take(self.cell, record, target, sample, at_once=at_once)
+        self.weights.move(g, scale, self._tau)
+        messages = [
+            with_state(message, h) if back and message is not None else message
+            for message, h, back in zip(to_parents, inputs, self._hands_back, strict=True)
+        ]
+        return messages, reading
+
+    def scored(self, prediction: Tensor, reading: Reading) -> Reading:
+        """An earlier prediction compared with the target that was read."""
+        value, _ = self._loss.value(prediction, reading.target)
+        return replace(reading, prediction=prediction, loss=value)

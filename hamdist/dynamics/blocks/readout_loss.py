@@ -1,0 +1,148 @@
+"""What all kinds of blocks share: messages, readings, the loss.
+
+A block sees tensors that its neighbours sent, and owns h, z, theta and omega; it knows no engine,
+no socket and no other block. The kinds: hold.py (Hamilton's equations tick by tick),
+pulse.py (a travelling wave), sequence.py (a sequence and its reverse), each as a block with a
+state and as an output net (HL Eq. 4).
+
+Messages are the neighbours' terms of -(1/s) dz/dt: a state block w sends c_w (df_w/dh_v)^T z_w to
+its parent v, an output net sends phi dL/dh_v. `None` stands for a message of zeros.
+B: batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hamdist.dynamics.objective.losses import LossFunction, Slope, loss_and_slope
+from hamdist.dynamics.state.finite import Guard, unguarded
+from hamdist.dynamics.state.remember import Remembers, check_names
+from hamdist.dynamics.updates.constants import Dynamics
+from hamdist.dynamics.vjp.autograd import Cell, Record, SeededLoss
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A readout's look at one sample: prediction (B, ...), target, loss (scalar), phi."""
+
+    prediction: Tensor
+    target: Tensor
+    loss: Tensor
+    phi: float
+
+
+def total(messages: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of the messages in their order; None where all are zero."""
+    result: Tensor | None = None
+    for message in messages:
+        if message is not None:
+            result = message if result is None else result + message
+    return result
+
+
+def plain(output: Tensor) -> Tensor:
+    """A cell's output without autograd's graph."""
+    return output.detach() if output.requires_grad else output
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else tensor * factor
+
+
+class LossTaker(Remembers):
+    """The loss of one readout, and its scale phi. native: see `loss_and_slope`."""
+
+    def __init__(
+        self,
+        loss: LossFunction,
+        dynamics: Dynamics,
+        guard: Guard = unguarded,
+        *,
+        native: bool = False,
+    ) -> None:
+        self._loss = loss
+        self._native = native
+        self._phi = dynamics.phi
+        self._first_phi = dynamics.first_phi
+        self._guard = guard
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"first_phi": self._first_phi, "random": self.random}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names("loss", state, ("first_phi", "random"))
+        self._first_phi = state["first_phi"]
+        self.random = state["random"]
+
+    @property
+    def random(self) -> dict[str, Any] | None:
+        """Where the random numbers of a user's loss stand."""
+        loss = self._loss
+        return loss.generator.snapshot() if isinstance(loss, SeededLoss) else None
+
+    @random.setter
+    def random(self, state: Mapping[str, Any] | None) -> None:
+        if isinstance(self._loss, SeededLoss) and state is not None:
+            self._loss.generator.restore(state)
+
+    def take(
+        self,
+        cell: Cell,
+        record: Record,
+        target: Tensor,
+        k: int,
+        *,
+        moves: bool = True,
+        at_once: AtOnce | None = None,
+    ) -> tuple[list[Tensor | None], list[Gradient], Reading]:
+        """phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and what was read.
+
+        moves: the weights move in this tick; the first phi lasts until they have. at_once: as in
+        `Cell.pull`."""
+        prediction, inputs = plain(record.output), record.inputs
+        about, reading = self.look(prediction, target, k, moves=moves, inputs=inputs)
+        to_parents, g = cell.pull(record, about, at_once=at_once)
+        return to_parents, g, reading
+
+    def look(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        k: int,
+        *,
+        moves: bool = True,
+        inputs: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Reading]:
+        """phi_k dL/dprediction, and what was read. inputs: of the cell that predicts."""
+        value, slope = self.value(prediction, target, inputs)
+        phi = self.phi(k)
+        if moves:
+            self.past_first()
+        return slope(phi), Reading(prediction, target, value, phi)
+
+    def value(
+        self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Slope]:
+        """L, and phi dL/dprediction as a function of phi."""
+        value, slope = loss_and_slope(self._loss, prediction, target, native=self._native)
+        self._guard("loss", value, [*inputs, target])
+        return value, slope
+
+    def phi(self, k: int) -> float:
+        """phi_k. Raises ValueError where a function of the user's gives no finite number."""
+        if self._first_phi is not None:
+            return self._first_phi
+        phi = float(self._phi(k))
+        if not math.isfinite(phi):
+            raise ValueError(f"phi({k}) is {phi}; the scale of the loss is a finite number")
+        return phi
+
+    def past_first(self) -> None:
+        """The first loss has been taken."""
+        self._first_phi = None

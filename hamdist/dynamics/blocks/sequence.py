@@ -1,0 +1,210 @@
+"""Blocks through which a sequence travels forward and then, token by token, in reverse.
+
+Backpropagation through time as Hamilton's equations on the reversed stream (equations.md, "BPTT").
+Reversed token j is token m = n - 1 - j; h_{m+1} is the state that token m led to:
+
+    z_{j+1} = tau sum_w M_w - tau eta_z z_j                        z_0 = 0
+    omega_{j+1} = omega_j + tau ( g_j - eta_omega omega_j )        omega_0 = mu omega
+
+with M_w from readouts and blocks of the same token and, over recurrent edges, from what came of
+token m + 1. The weights rest meanwhile; after the last reversed token theta -= tau beta omega. With
+eta = 0 that is one step of gradient descent with momentum mu on the sum of the sequence's losses,
+truncated to its last r tokens where r is given. c tau = 1 and s = -1.
+
+Memory: the linearised f of each of the last r tokens (`stored`: the most at once).
+B: batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hamdist.dynamics.blocks.kept_passes import BlockParts, KeepsRecords
+from hamdist.dynamics.blocks.readout_loss import LossTaker, Reading, scaled, total
+from hamdist.dynamics.objective.losses import Slope
+from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.updates.constants import constant_tau
+from hamdist.dynamics.vjp.autograd import Record
+from hamdist.dynamics.vjp.gradient import Gradient
+
+
+class WayBack(Remembers):
+    """The weights of one block while a sequence is gone through in reverse.
+
+    Where no message came along the whole way, theta and omega stay as they were.
+    """
+
+    def __init__(self, parts: BlockParts) -> None:
+        self.weights = parts.weights
+        self._momentum = parts.dynamics.momentum
+        self._tau = constant_tau(parts.dynamics)
+        self._scale = parts.scale
+        self._before = parts.weights.omega
+        self._came = False
+
+    STATE = ("_before", "_came")
+
+    def begin(self) -> None:
+        """omega_0 = mu omega."""
+        self._before = self.weights.omega
+        self._came = False
+        self.weights.fade(self._momentum)
+
+    def add(self, g: Sequence[Gradient] | None) -> None:
+        """omega_{j+1}, with g_j (None: zero)."""
+        self._came = self._came or g is not None
+        self.weights.integrate(g, self._tau)
+
+    def end(self, sample: int) -> None:
+        """theta moves. sample: the last token."""
+        if self._came:
+            self.weights.conclude(self._scale(sample), self._tau)
+        else:
+            self.weights.omega = self._before
+            self.weights.rest()
+
+
+class SequenceBlock(KeepsRecords):
+    """A state block: h_{m+1} = f(h_parents; theta) forward, and in reverse
+
+        M_v = c (df/dh_v)^T z_{j+1},        g_j = c (df/dtheta)^T z_{j+1}
+
+    h: of the latest token; before the first one what states begin with.
+    """
+
+    def __init__(self, parts: BlockParts, h: Tensor, truncation: int | None = None) -> None:
+        super().__init__(parts)
+        self.h = h
+        self.z: Tensor | None = None
+        self.stored = 0
+        self._way_back = WayBack(parts)
+        self._trace: deque[Record] = deque(maxlen=truncation)
+        self._tau = constant_tau(parts.dynamics)
+        self._keeps = -self._tau * parts.dynamics.eta_z
+
+    STATE = ("cell", "weights", "_way_back", "h", "z", "stored")
+
+    def held(self) -> Any:
+        return [self.cell.held(record) for record in self._trace]
+
+    def rebuild(self, records: Any) -> None:
+        self._trace.clear()
+        self._trace.extend(self.cell.rebuilt(record) for record in records)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        record = self.cell.forward(inputs, self._wanted)
+        self._trace.append(record)
+        self.stored = max(self.stored, len(self._trace))
+        self.h = record.output.detach()
+        self._guard("h", self.h, inputs)
+        return self.h
+
+    def begin(self) -> None:
+        """The way back begins: z_0 = 0."""
+        self.z = None
+        self._way_back.begin()
+
+    def backward(self, messages: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One reversed token: the messages to the parents."""
+        record = self._trace.pop()
+        self.z = self._costate(total(messages))
+        if self.z is None:
+            self._way_back.add(None)
+            return [None] * len(self._wanted)
+        self._guard("z", self.z)
+        to_parents, g = self.cell.pull(record, scaled(self.z, self._c))
+        self._way_back.add(g)
+        return to_parents
+
+    def _costate(self, message: Tensor | None) -> Tensor | None:
+        """z_{j+1}; None for zeros."""
+        kept = None if self.z is None or self._keeps == 0 else scaled(self.z, self._keeps)
+        if message is None:
+            return kept
+        arrived = scaled(message, self._tau)
+        return arrived if kept is None else kept + arrived
+
+    def end(self, sample: int) -> None:
+        """The way back ends with the weights' one step. sample: the sequence's last token."""
+        self._way_back.end(sample)
+
+
+class _Read(NamedTuple):
+    """One token as a readout saw it. random: where the loss's own random numbers stood before."""
+
+    record: Record
+    slope: Slope | None
+    target: Tensor | None
+    random: dict[str, Any] | None
+
+
+class SequenceReadout(KeepsRecords):
+    """An output net: predicts and compares on the way forward, learns on the way back.
+
+        y_m = f^y(h_parents; theta),    M_v = phi dL_m/dh_v,    g_j = phi dL_m/dtheta
+
+    L_m is computed once, on the way forward.
+    """
+
+    def __init__(self, parts: BlockParts, loss: LossTaker, truncation: int | None = None) -> None:
+        super().__init__(parts)
+        self.stored = 0
+        self._way_back = WayBack(parts)
+        self._trace: deque[_Read] = deque(maxlen=truncation)
+        self._loss = loss
+        self._taken = False
+
+    STATE = ("cell", "weights", "_way_back", "stored", "_loss", "_taken")
+
+    def held(self) -> Any:
+        return [(self.cell.held(r.record), r.target, r.random) for r in self._trace]
+
+    def rebuild(self, records: Any) -> None:
+        now = self._loss.random
+        self._trace.clear()
+        for record, target, random in records:
+            slope = None
+            if target is not None:  # the slope is made anew, with the numbers drawn then
+                self._loss.random = random
+                slope = self._loss.value(record["output"], target)[1]
+            self._trace.append(_Read(self.cell.rebuilt(record), slope, target, random))
+        self._loss.random = now
+
+    def forward(
+        self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
+    ) -> Reading | None:
+        """What was read (None without a target)."""
+        record = self.cell.forward(inputs, self._wanted)
+        prediction = record.output.detach()
+        random = self._loss.random
+        found = None if target is None else self._loss.value(prediction, target)
+        self._trace.append(_Read(record, None if found is None else found[1], target, random))
+        self.stored = max(self.stored, len(self._trace))
+        if target is None or found is None:
+            return None
+        return Reading(prediction, target, found[0], self._loss.phi(sample))
+
+    def begin(self) -> None:
+        """The way back begins."""
+        self._taken = any(read.slope is not None for read in self._trace)
+        self._way_back.begin()
+
+    def backward(self, sample: int) -> list[Tensor | None]:
+        """One reversed token: the messages to the parents."""
+        record, slope, _, _ = self._trace.pop()
+        if slope is None:
+            self._way_back.add(None)
+            return [None] * len(self._wanted)
+        to_parents, g = self.cell.pull(record, slope(self._loss.phi(sample)))
+        self._way_back.add(g)
+        return to_parents
+
+    def end(self, sample: int) -> None:
+        """The way back ends with the weights' one step. sample: the sequence's last token."""
+        if self._taken:
+            self._loss.past_first()
+        self._way_back.end(sample)

@@ -1,0 +1,1 @@
+"""Blocks, edges, delays and shapes of a network, their checks, and the way back to one module."""

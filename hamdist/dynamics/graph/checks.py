@@ -1,0 +1,149 @@
+"""What a graph of blocks has to be, before any of its modules runs. All raise GraphError."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph.inputs import INPUT, is_input
+from hamdist.dynamics.graph.spec import BlockSpec, Edge, named, reach
+from hamdist.dynamics.user_modules.python_state import is_foreign, mutable_in
+from hamdist.errors import GraphError
+
+
+def check_names(blocks: Mapping[str, BlockSpec]) -> None:
+    """Names that can be told apart, and parents that exist, each once."""
+    if not blocks:
+        raise GraphError("the graph has no blocks; give it at least a readout")
+    for block in blocks.values():
+        if not block.name or block.name == INPUT or "->" in block.name or "." in block.name:
+            raise GraphError(
+                f"block {block.name!r}: a name is not empty, not {INPUT!r} (the stream's "
+                "input) and holds neither '->' nor '.'"
+            )
+        if hasattr(nn.ModuleDict(), block.name):
+            raise GraphError(
+                f"block {block.name!r}: torch keeps this name for itself; choose another"
+            )
+        if not block.parents:
+            raise GraphError(
+                f"block {block.name!r} has no parents; name the blocks it reads, or {INPUT!r}"
+            )
+        for parent in (*block.parents, *block.delays):
+            if not is_input(parent) and parent not in blocks:
+                known = ", ".join((INPUT, *blocks))
+                raise GraphError(
+                    f"block {block.name!r} has the unknown parent {parent!r}; known: {known}"
+                )
+        for parent in block.delays:
+            if parent not in block.parents:
+                raise GraphError(
+                    f"block {block.name!r} has a delay for {parent!r}, which is not its parent"
+                )
+        for parent in block.parents:
+            if block.parents.count(parent) > 1:
+                raise GraphError(
+                    f"block {block.name!r} names its parent {parent!r} twice; one edge joins "
+                    "two blocks, so repeat the input inside the module"
+                )
+
+
+def check_delays(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> None:
+    """Every edge takes a whole number of ticks, at least one."""
+    for edge in edges:
+        if isinstance(edge.delay, bool) or not isinstance(edge.delay, int):
+            raise GraphError(f"edge {edge.name}: delay {edge.delay!r} is no whole number")
+        if edge.delay < 1:
+            cycle = _zero_delay_cycle(blocks, edges)
+            found = f"; it lies on the zero-delay cycle {' -> '.join(cycle)}" if cycle else ""
+            raise GraphError(
+                f"edge {edge.name} has delay {edge.delay}{found}: a signal needs at least one "
+                "tick; for an instantaneous connection put both into one block"
+            )
+
+
+def _zero_delay_cycle(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> list[str]:
+    zero = {b: [e.child for e in edges if e.parent == b and e.delay < 1] for b in blocks}
+
+    def walk(path: list[str]) -> list[str]:
+        for child in zero[path[-1]]:
+            if child in path:
+                return [*path[path.index(child) :], child]
+            found = walk([*path, child])
+            if found:
+                return found
+        return []
+
+    return next((c for c in (walk([b]) for b in blocks) if c), [])
+
+
+def check_readouts(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> None:
+    """There is a readout, every block has a way to one, and nobody reads an output net."""
+    readouts = [b.name for b in blocks.values() if b.loss is not None]
+    if not readouts:
+        raise GraphError("no block has a loss, so nothing is learned; give the last block a loss")
+    for edge in edges:
+        parent = blocks.get(edge.parent)
+        if parent is not None and not parent.has_state:
+            raise GraphError(
+                f"block {edge.child!r} reads {edge.parent!r}, an output net, which has no "
+                "state; read its parents instead, or give it a state (state=True)"
+            )
+    for block in blocks.values():
+        if block.output is not None and not (block.loss is not None and block.state):
+            raise GraphError(
+                f"block {block.name!r} has an output module but is no readout with a state"
+            )
+    reached = reach(readouts, ((e.child, e.parent) for e in edges))
+    lost = [b for b in blocks if b not in reached]
+    if lost:
+        raise GraphError(
+            f"no path leads from {named(lost)} to a readout, so no message ever comes back; "
+            "connect or remove them"
+        )
+
+
+def check_parameters(
+    blocks: Mapping[str, BlockSpec], why: str | None = None, *, frozen: bool = False
+) -> None:
+    """Every buffer, and every weight of an output module, belongs to one block. why: what makes
+    that so for all weights that learn, and with `frozen` for the others, too."""
+    owner: dict[int, tuple[str, str, bool]] = {}
+    for name, module, output in _modules(blocks.values()):
+        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+            other = owner.setdefault(id(tensor), (name, key, output))
+            weight = isinstance(tensor, nn.Parameter)
+            alone = why is not None and (frozen or tensor.requires_grad)
+            if other[0] != name and (not weight or alone or output or other[2]):
+                what = "parameter" if weight else "buffer"
+                here = "" if why is None or not weight else f"with {why} "
+                raise GraphError(
+                    f"blocks {other[0]!r} and {name!r} share a {what} ({other[1]!r} and "
+                    f"{key!r}); {here}a weight belongs to one block, so keep both in one block or "
+                    "give each its own"
+                )
+
+
+def check_shared_modules(blocks: Mapping[str, BlockSpec]) -> None:
+    """Modules with code of the user's that keeps something belong to one block."""
+    owner: dict[int, str] = {}
+    for name, module, _ in _modules(blocks.values()):
+        for part in module.modules():
+            other = owner.setdefault(id(part), name)
+            held = [v for k, v in vars(part).items() if not k.startswith("_")]
+            held = [v for v in held if not isinstance(v, (Tensor, nn.Module))]
+            if other != name and is_foreign(type(part)) and mutable_in(held):
+                raise GraphError(
+                    f"blocks {other!r} and {name!r} share a {type(part).__name__}, which may keep "
+                    "Python state from call to call, so copies of it may differ; keep both in one "
+                    "block"
+                )
+
+
+def _modules(blocks: Iterable[BlockSpec]) -> Iterator[tuple[str, nn.Module, bool]]:
+    """By block: its modules, and whether it is the output module."""
+    for block in blocks:
+        yield block.name, block.module, False
+        if block.output is not None:
+            yield block.name, block.output, True

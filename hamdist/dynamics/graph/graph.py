@@ -1,0 +1,339 @@
+"""The graph of blocks: its structure, its shapes, and the way back to a plain module.
+
+B: batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph import checks as graph_checks
+from hamdist.dynamics.graph.inputs import INPUT, is_input
+from hamdist.dynamics.graph.shapes import check_initial, declared_dtype, shape_of
+from hamdist.dynamics.graph.spec import (
+    OUTPUT_KEY,
+    BlockSpec,
+    Combine,
+    Edge,
+    Join,
+    Joining,
+    ShapeMap,
+    SharedWeight,
+    Tie,
+    combined,
+    named,
+    reach,
+)
+from hamdist.dynamics.graph.ties import shared_weights, ties_of
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import GraphError
+
+EXTRA = "_extra_state"  # what a module says of itself in its state_dict
+
+__all__ = [
+    "INPUT",
+    "OUTPUT_KEY",
+    "BlockSpec",
+    "Combine",
+    "Edge",
+    "Graph",
+    "Join",
+    "Joining",
+    "Part",
+    "ShapeMap",
+    "SharedWeight",
+    "Sliced",
+    "Tie",
+    "combined",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a tensor of an unsliced block is now: all of `key` of `block`, or, with `index`, those
+    of its places along `axis`. old, old_key: of the unsliced block."""
+
+    old: str
+    old_key: str
+    block: str
+    key: str
+    axis: int | None = None
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """What a graph was before slices: graph, parts of its tensors, by block the unsliced one."""
+
+    graph: Graph
+    parts: tuple[Part, ...]
+    origin: Mapping[str, str]
+
+    def gather(self, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """The weights and buffers of the unsliced blocks, from those of the slices."""
+        unsliced = [name for name in weights if self.origin[name] == name]
+        whole = {name: dict(weights[name]) for name in unsliced}
+        for part in self.parts:
+            if part.old not in whole or part.old in unsliced:
+                unsliced = [name for name in unsliced if name != part.old]
+                own = self.graph.blocks[part.old].module.state_dict()
+                whole[part.old] = {k: copy.deepcopy(v) for k, v in own.items()}
+            piece = weights[part.block][part.key]
+            if part.index is None or part.axis is None:
+                whole[part.old][part.old_key] = piece
+            else:
+                whole[part.old][part.old_key].index_copy_(part.axis, part.index, piece)
+        return whole
+
+
+class Graph:
+    """A checked directed graph of blocks, in the order given; edges in the order of the parents.
+
+    original: the module that was cut into these blocks, if one was; its `state_dict` keys are those
+    of the blocks' modules. sliced: what the graph was before its slices (slices.py). shared: the
+    weights that were one before `apart` gave each of their blocks its own. notes: what to tell
+    about the way it was cut. example: inputs by parent, for dry runs that look at values.
+
+    Raises GraphError, naming the blocks: a name twice, an unknown or doubled parent, a delay below
+    one tick, a block without parents, no readout, no path to a readout, a child of an output net,
+    buffers shared by blocks.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[BlockSpec],
+        *,
+        original: nn.Module | None = None,
+        sliced: Sliced | None = None,
+        shared: Sequence[SharedWeight] = (),
+    ) -> None:
+        self.sliced = sliced
+        self.shared = tuple(shared)
+        self.blocks: dict[str, BlockSpec] = {}
+        for block in blocks:
+            if block.name in self.blocks:
+                raise GraphError(f"two blocks are named {block.name!r}; give each its own name")
+            self.blocks[block.name] = block
+        self.edges: list[Edge] = []
+        for block in self.blocks.values():
+            for parent in block.parents:
+                delay = block.delays.get(parent, 1)
+                self.edges.append(Edge(len(self.edges), parent, block.name, delay))
+        graph_checks.check_names(self.blocks)
+        graph_checks.check_delays(self.blocks, self.edges)
+        graph_checks.check_readouts(self.blocks, self.edges)
+        graph_checks.check_parameters(self.blocks)
+        self.into = {b: [e for e in self.edges if e.child == b] for b in self.blocks}
+        self.out_of = {b: [e for e in self.edges if e.parent == b] for b in self.blocks}
+        self.out_of[INPUT] = [e for e in self.edges if e.from_input]
+        self.notes: list[str] = []
+        self.one_length: str | None = None
+        self.state: set[str] = set()  # Python state that forwards change, once shapes are known
+        self.example: Mapping[str, Tensor] = {}
+        self.depths = self._depths()
+        self.original = original
+
+    # -- structure --------------------------------------------------------------------------
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether a module was cut into these blocks (and none built by hand)."""
+        return self.original is not None
+
+    @property
+    def readouts(self) -> list[str]:
+        return [b.name for b in self.blocks.values() if b.loss is not None]
+
+    @cached_property
+    def acyclic(self) -> bool:
+        return len(self._topological()) == len(self.blocks)
+
+    def _topological(self) -> list[str]:
+        """Blocks with parents first; those on or behind a cycle are missing."""
+        waiting = {b.name: sum(not is_input(p) for p in b.parents) for b in self.blocks.values()}
+        ready = [name for name, parents in waiting.items() if not parents]
+        for name in ready:
+            for edge in self.out_of[name]:
+                waiting[edge.child] -= 1
+                if not waiting[edge.child]:
+                    ready.append(edge.child)
+        return ready
+
+    def cycle(self) -> list[str]:
+        """The blocks that lie on or behind a cycle."""
+        ordered = set(self._topological())
+        return [b for b in self.blocks if b not in ordered]
+
+    def _depths(self) -> dict[str, int]:
+        """Ticks until a sample reaches a block: by the longest path from the input in an acyclic
+        graph (semantics.md), by the shortest where there are cycles; the input's own edges count
+        from their second tick. Blocks that no input reaches have depth 0."""
+        depths = {INPUT: -1, **{e.parent: -1 for e in self.out_of[INPUT]}}
+        if self.acyclic:
+            for name in self._topological():
+                reach = [depths[e.parent] + e.delay for e in self.into[name] if e.parent in depths]
+                if reach:
+                    depths[name] = max(reach)
+        else:
+            for _ in self.blocks:
+                for edge in self.edges:
+                    if edge.parent in depths:
+                        reach_by = depths[edge.parent] + edge.delay
+                        depths[edge.child] = min(reach_by, depths.get(edge.child, reach_by))
+        return {b: depths.get(b, 0) for b in self.blocks}
+
+    @property
+    def depth(self) -> int:
+        """D: the depth of the deepest readout."""
+        return max(self.depths[r] for r in self.readouts)
+
+    def unreached(self) -> list[str]:
+        """Blocks to which no path leads from the input."""
+        reached = reach(self._inputs, ((e.parent, e.child) for e in self.edges))
+        return [b for b in self.blocks if b not in reached]
+
+    @cached_property
+    def adrift(self) -> set[str]:
+        """Blocks that no chain of edges, in either direction, joins with the input."""
+        ways = [(e.parent, e.child) for e in self.edges]
+        return self.blocks.keys() - reach(self._inputs, [*ways, *((b, a) for a, b in ways)])
+
+    @property
+    def _inputs(self) -> list[str]:
+        return list(dict.fromkeys([INPUT, *(e.parent for e in self.out_of[INPUT])]))
+
+    def parameters(self) -> dict[str, list[str]]:
+        """The names of the weights by block, those of an output module behind `output:`."""
+        names = {}
+        for block in self.blocks.values():
+            own = [n for n, p in block.module.named_parameters() if p.requires_grad]
+            if block.output is not None:
+                outer = block.output.named_parameters()
+                own += [OUTPUT_KEY + n for n, p in outer if p.requires_grad]
+            borrowed = self.borrowed(block.name)
+            names[block.name] = [name for name in own if name not in borrowed]
+        return names
+
+    def borrowed(self, block: str) -> set[str]:
+        """The names of the weights of `block` that belong to another one."""
+        return {key for tie in self.ties if tie.user == block for key in tie.theirs}
+
+    @cached_property
+    def ties(self) -> tuple[Tie, ...]:
+        """Who owns the shared weights, and who borrows them (in presentation 'pulse')."""
+        if not self.shared:
+            return ()
+        back = {b: 2 * self.depth - depth for b, depth in self.depths.items()}
+        return ties_of(self.shared, {**back, **{r: self.depths[r] for r in self.readouts}})
+
+    def apart(self) -> Graph:
+        """This graph with weights of its own for every block, and a note of which were shared;
+        itself where none were."""
+        seen: set[int] = set()
+        blocks = []
+        for block in self.blocks.values():
+            own = {id(p) for p in block.module.parameters()}
+            copied = copy.deepcopy(block.module) if own & seen else block.module
+            blocks.append(BlockSpec(**{**vars(block), "module": copied}))
+            seen |= own
+        found = shared_weights(self.blocks.values())
+        changed = any(b.module is not self.blocks[b.name].module for b in blocks)
+        return self.over(blocks, found) if changed else self
+
+    def silent(self) -> frozenset[str]:
+        """Blocks that no message is of use to: their weights are frozen (`requires_grad` is False),
+        and those of all blocks on a way to them. None where all of these have no weights at all:
+        whoever watches their costates gets them."""
+        own = {name for name, weights in self.parameters().items() if weights}
+        trained = own | {tie.user for tie in self.ties}
+        unmoved = self.blocks.keys() - reach(trained, ((e.parent, e.child) for e in self.edges))
+        frozen = any(next(self.blocks[b].module.parameters(), None) is not None for b in unmoved)
+        return frozenset(unmoved) if frozen else frozenset()
+
+    def recurrent(self, edge: Edge) -> bool:
+        """Whether `edge` leads from a block to itself or to one listed before it: in a sequence it
+        carries the state of the token before."""
+        if edge.from_input:
+            return False
+        order = list(self.blocks)
+        return order.index(edge.child) <= order.index(edge.parent)
+
+    # -- shapes -----------------------------------------------------------------------------
+
+    def shapes(
+        self, u_shape: Sequence[int], u_dtype: torch.dtype, several: ShapeMap | None = None
+    ) -> ShapeMap:
+        """Shape and type of every block's h (of an output net: its prediction), by a dry run on a
+        copy of its module (shapes.py). u_shape: with the batch in front. several: those of the
+        inputs by parent (`u.NAME`), where there is more than one.
+
+        Raises GraphError naming the block whose module does not take its parents' shapes, or the
+        input that the stream does not have.
+        """
+        batch = u_shape[0]
+        known: ShapeMap = dict(several or {INPUT: (tuple(u_shape), u_dtype)})
+        for edge in self.out_of[INPUT]:
+            if edge.parent not in known:
+                raise GraphError(
+                    f"block {edge.child!r} reads the input {edge.parent!r}, but the stream has "
+                    f"{', '.join(map(repr, known))}; name one of these"
+                )
+        cyclic = set(self.cycle())
+        for name in cyclic:
+            shape = self.blocks[name].shape
+            if shape is not None:
+                known[name] = ((batch, *shape), declared_dtype(self.blocks[name].module, u_dtype))
+        waiting = list(self.blocks)
+        found: ShapeMap = {}
+        while waiting:
+            ready = [n for n in waiting if all(p in known for p in self.blocks[n].parents)]
+            if not ready:
+                raise GraphError(
+                    f"the shapes of {named(waiting)} depend on each other; give one block of "
+                    "each cycle its shape (shape=..., without the batch)"
+                )
+            for name in ready:
+                found[name] = shape_of(self.blocks[name], known, self.example, self.state)
+                declared = known.setdefault(name, found[name])
+                if declared[0] != found[name][0]:
+                    raise GraphError(
+                        f"block {name!r} gives h of shape {found[name][0]}, but shape="
+                        f"{self.blocks[name].shape} was declared (batch {batch} in front)"
+                    )
+                check_initial(self.blocks[name], declared[0])
+                waiting.remove(name)
+        return found
+
+    # -- copies and the way back --------------------------------------------------------------
+
+    def copy(self) -> Graph:
+        """The same graph over copies of the modules; what blocks share, the copies share."""
+        memo: dict[int, object] = {}
+        blocks = [
+            BlockSpec(**{**vars(b), "module": m, "output": o})
+            for b in self.blocks.values()
+            for m, o in [copied((b.module, b.output), memo)]
+        ]
+        return self.over(blocks)
+
+    def over(
+        self, blocks: Iterable[BlockSpec], shared: Sequence[SharedWeight] | None = None
+    ) -> Graph:
+        """The same graph over `blocks`, which are its own in another form. shared: as for a graph,
+        where that changes."""
+        shared = self.shared if shared is None else shared
+        made = Graph(blocks, original=self.original, sliced=self.sliced, shared=shared)
+        made.notes, made.example = list(self.notes), self.example
+        made.one_length = self.one_length
+        return made
+
+    @property
+    def unsliced(self) -> Graph:
+        """The graph before slices: itself, if it has none."""
+        return self if self.sliced is None else self.sliced.graph

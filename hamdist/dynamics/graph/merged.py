@@ -1,0 +1,200 @@
+"""A graph back as one module: what users get after a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, Graph, ShapeMap
+from hamdist.dynamics.graph.inputs import Inputs, by_parent
+from hamdist.dynamics.graph.shapes import declared_dtype
+from hamdist.dynamics.graph.spec import (
+    BlockSpec,
+    combined,
+)
+from hamdist.dynamics.graph.ties import names_of
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import GraphError
+
+
+class MergedGraph(nn.Module):
+    """The graph as one feed-forward module: u -> the readout's prediction (or a dict of them).
+
+    With cycles the states are relaxed from h_0 by h <- f(h_parents) `relax` times (cτ = 1).
+    """
+
+    def __init__(self, graph: Graph, relax: int = 100) -> None:
+        super().__init__()
+        self.relax = relax
+        self.order = graph._topological() if graph.acyclic else list(graph.blocks)
+        self.acyclic = graph.acyclic
+        self.readouts = graph.readouts
+        self.parents = {b.name: b.parents for b in graph.blocks.values()}
+        self.combines = {b.name: b.combine for b in graph.blocks.values()}
+        self.shapes = {b.name: b.shape for b in graph.blocks.values()}
+        self.initial = {b.name: b.initial for b in graph.blocks.values()}
+        self.blocks = nn.ModuleDict({b.name: copied(_whole(b)) for b in graph.blocks.values()})
+        for weight in graph.shared:
+            (first, key), *others = weight.uses
+            one = self._whole(first).module.get_parameter(key)
+            for name, other in others:
+                module = self._whole(name).module
+                for known in names_of(module, [other]):
+                    path, _, last = known.rpartition(".")
+                    setattr(module.get_submodule(path), last, one)
+
+    def _whole(self, name: str) -> _Whole:
+        return cast(_Whole, self.blocks[name])
+
+    def _f(self, name: str, h: Mapping[str, Tensor]) -> Tensor:
+        inputs = [h[p] for p in self.parents[name]]
+        result: Tensor = self._whole(name).module(*combined(self.combines[name], inputs))
+        return result
+
+    def forward(self, u: Inputs | None = None, **several: Tensor) -> Tensor | dict[str, Tensor]:
+        """u: (B, ...), or several inputs by name, as one mapping or as keyword arguments."""
+        h = by_parent(several if u is None else u)
+        u = next(iter(h.values()))
+        for name, shape in self.shapes.items():
+            if not self.acyclic and shape is not None:
+                dtype = declared_dtype(self._whole(name).module, u.dtype)
+                h[name] = torch.zeros(u.shape[0], *shape, dtype=dtype, device=u.device)
+                initial = self.initial[name]
+                if initial is not None:
+                    h[name] = h[name] + initial.to(h[name])
+        if self.acyclic:
+            for name in self.order:
+                h[name] = self._f(name, h)
+        else:
+            for _ in range(self.relax):
+                ready = [n for n in self.order if all(p in h for p in self.parents[n])]
+                h = {**h, **{n: self._f(n, h) for n in ready}}
+        outputs = {}
+        for name in self.readouts:
+            output = self._whole(name).output
+            outputs[name] = h[name] if output is None else output(h[name])
+        return outputs[self.readouts[0]] if len(self.readouts) == 1 else outputs
+
+
+class _Whole(nn.Module):
+    """A block's module and its output module under one name."""
+
+    def __init__(self, module: nn.Module, output: nn.Module | None) -> None:
+        super().__init__()
+        self.module = module
+        self.output = output
+
+
+def _whole(block: BlockSpec) -> nn.Module:
+    return _Whole(block.module, block.output)
+
+
+class MergedSequence(nn.Module):
+    """A graph as one module for sequences: u (T, B, ...) -> the readout's predictions (T, B, ...),
+    or a dict of them by readout. Before the first token all states are zero.
+
+    shapes: of the blocks, the batch in front. The `state_dict` has the keys of a `MergedGraph`.
+    """
+
+    def __init__(self, graph: Graph, shapes: ShapeMap) -> None:
+        super().__init__()
+        self.readouts = graph.readouts
+        self.combines = {b.name: b.combine for b in graph.blocks.values()}
+        # Per block its parents, and whether it reads what they were at the token before.
+        self.parents = {
+            name: [(e.parent, graph.recurrent(e)) for e in edges]
+            for name, edges in graph.into.items()
+        }
+        self.carried = sorted(
+            {p for ps in self.parents.values() for p, recurrent in ps if recurrent}
+        )
+        for name in self.carried:  # as buffers, they go where the module goes
+            shape, dtype = shapes[name]
+            zeros = torch.zeros(1, *shape[1:], dtype=dtype)
+            self.register_buffer(f"before_{name}", zeros, persistent=False)
+        self.blocks = MergedGraph(graph).blocks
+
+    def forward(self, u: Tensor) -> Tensor | dict[str, Tensor]:
+        if not len(u):
+            raise GraphError("a sequence has at least one token; u has none (T = 0)")
+        last = {}
+        for name in self.carried:
+            zeros = self.get_buffer(f"before_{name}")
+            last[name] = zeros.expand(u.shape[1], *zeros.shape[1:])
+        found: dict[str, list[Tensor]] = {name: [] for name in self.readouts}
+        for token in u:
+            h = {INPUT: token}
+            for name, parents in self.parents.items():
+                inputs = [(last if recurrent else h)[p] for p, recurrent in parents]
+                h[name] = self._module(name)(*combined(self.combines[name], inputs))
+            for name in self.readouts:
+                found[name].append(h[name])
+            last = h
+        outputs = {name: torch.stack(tokens) for name, tokens in found.items()}
+        return outputs[self.readouts[0]] if len(outputs) == 1 else outputs
+
+    def _module(self, name: str) -> nn.Module:
+        return cast(nn.Module, self.blocks[name].module)
+
+
+def merged_module(
+    graph: Graph, weights: Mapping[str, Mapping[str, Tensor]], whole: nn.Module | None = None
+) -> nn.Module:
+    """A plain module with the blocks' `weights`: parameters and buffers, by block and key (keys
+    of an output module begin with `output:`).
+
+    For a split model its `state_dict` has the original keys; for a graph built by hand the
+    module is `whole`, which has the keys of a `MergedGraph`, or a `MergedGraph`. Slices are
+    put together.
+    """
+    if graph.sliced is not None:
+        return merged_module(graph.sliced.graph, graph.sliced.gather(weights), whole)
+    state: dict[str, Tensor] = {}
+    if graph.original is not None:
+        merged = copied(graph.original)
+        state.update(merged.state_dict())  # of parts that no block uses
+    else:
+        merged = MergedGraph(graph) if whole is None else whole
+    learned: dict[str, Tensor] = {}
+    copies = {(t.user, k) for t in graph.ties for o, k in t.keys if o in weights.get(t.owner, ())}
+    for name, tensors in weights.items():
+        for key, tensor in tensors.items():
+            if (name, key) not in copies:
+                learned[_merged_name(graph, name, key)] = tensor
+    state |= {**learned, **_by_all_names(merged, learned)}
+    for path, part in merged.named_modules():
+        names = () if isinstance(part, torch.jit.ScriptModule) else tuple(part._buffers)
+        for name in names:  # of another shape, where forward has assigned it
+            value, old = state.get(f"{path}.{name}" if path else name), part._buffers[name]
+            if value is not None:
+                like = value if old is None else old
+                part._buffers[name] = value.to(like.dtype, copy=True)
+    kept = merged.state_dict()  # has the versions of modules' formats, which some ask for
+    found = {k: v for k, v in state.items() if k in kept}
+    kept.clear()
+    kept.update(found)
+    merged.load_state_dict(kept, strict=True)
+    return merged
+
+
+def _merged_name(graph: Graph, block: str, key: str) -> str:
+    """The name in the merged module of `key` of a block."""
+    if graph.original is not None:
+        return key
+    part = "output" if key.startswith(OUTPUT_KEY) else "module"
+    return f"blocks.{block}.{part}.{key.removeprefix(OUTPUT_KEY)}"
+
+
+def _by_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, each under all names that its weight has in `module`."""
+    names: dict[int, list[str]] = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    found = {}
+    for same in names.values():
+        known = [name for name in same if name in tensors]
+        found.update({name: tensors[known[0]] for name in same if known})
+    return found

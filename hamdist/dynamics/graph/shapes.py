@@ -1,0 +1,158 @@
+"""The shape of a block's state, found by running a copy of its module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+from hamdist.dynamics.graph.inputs import is_input
+from hamdist.dynamics.graph.spec import BlockSpec, Combine, Joining, ShapeMap, combined
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.python_state import changed_in, inside, is_foreign
+from hamdist.errors import GraphError
+
+# Modules that are run on zeros in a dry run, up to this many numbers in weights and input: a few
+# milliseconds of arithmetic.
+PLAIN_MODULES = ("torch.nn.", "hamdist.")
+SMALL_WEIGHTS = 2**22
+SMALL_INPUT = 2**16
+
+
+def shape_of(
+    block: BlockSpec, known: ShapeMap, example: Mapping[str, Tensor], kept: set[str]
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a block's h (of an output net: its prediction), by a dry run on a copy of
+    its module (`_probes`). known: those of its parents, batch in front; example: inputs; kept: to
+    which the names of Python state are added that the module's forward changes.
+
+    Raises GraphError where the module does not take them, or gives no tensor with the batch in
+    front.
+    """
+    name = block.name
+    shapes = [known[p] for p in block.parents]
+    given = ", ".join(f"{p} {tuple(s)}" for p, (s, _) in zip(block.parents, shapes, strict=True))
+    real = [example.get(p) for p in block.parents]
+    leaves = [not is_input(p) for p in block.parents]
+    h = _run_on(name, block.module, block.combine, shapes, given, leaves, real, kept)
+    if not isinstance(h, Tensor):
+        raise GraphError(
+            f"block {name!r} returned {type(h).__name__}, not a tensor; return the one tensor "
+            "that its children read"
+        )
+    if h.dim() == 0 or h.shape[0] != shapes[0][0][0]:
+        raise GraphError(
+            f"block {name!r} turns {given} into {tuple(h.shape)}: the batch must stay in front"
+        )
+    if block.output is not None:
+        state = [(tuple(h.shape), h.dtype)]
+        _run_on(name, block.output, block.combine, state, f"its own h {tuple(h.shape)}", [True])
+    return tuple(h.shape), h.dtype
+
+
+def check_initial(block: BlockSpec, shape: tuple[int, ...]) -> None:
+    """shape: of its h, batch in front. Raises GraphError for an initial state that does not fit."""
+    name = block.name
+    if block.initial is None:
+        return
+    if not block.has_state:
+        raise GraphError(f"block {name!r} is an output net, which has no initial state")
+    if tuple(block.initial.shape) != shape[1:]:
+        raise GraphError(
+            f"block {name!r} has an initial state of shape {tuple(block.initial.shape)}, but "
+            f"its h has {shape[1:]} (without the batch)"
+        )
+
+
+def declared_dtype(module: nn.Module, u_dtype: torch.dtype) -> torch.dtype:
+    """The type of a state that is declared by its shape: of the weights, or of the input."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None:
+        return parameter.dtype
+    return u_dtype if u_dtype.is_floating_point else torch.get_default_dtype()
+
+
+def _run_on(
+    name: str,
+    module: nn.Module,
+    combine: Combine | Joining,
+    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    given: str,
+    leaves: Sequence[bool],
+    real: Sequence[Tensor | None] = (),
+    kept: set[str] | None = None,
+) -> object:
+    """`module` on tensors of `shapes`, on the first device that takes them; with autograd where it
+    asks for that (a hook). leaves: those that it is differentiated by in a run. real: of these
+    shapes, where they are known."""
+    for grad, device in product((False, True), _probes(module, shapes)):
+        probe = copied(module).to(device)
+        inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
+        for i, u in enumerate(real if device == "cpu" else ()):
+            if u is not None and (u.shape, u.dtype) == (inputs[i].shape, inputs[i].dtype):
+                inputs[i] = u.clone()
+        for x, leaf in zip(inputs, leaves, strict=True):
+            x.requires_grad_(grad and leaf and x.is_floating_point())
+        before = [(m, inside(m)) for m in probe.modules() if is_foreign(type(m))]
+        weights = {n: (p, p.untyped_storage()) for n, p in probe.named_parameters()}
+        try:
+            with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
+                made = probe(*combined(combine, [x.clone() for x in inputs]))
+            _check_same(name, probe, weights)
+            if kept is not None:
+                kept.update(n for part, was in before for n in changed_in(part, was))
+            return made.detach() if isinstance(made, Tensor) else made
+        except NotImplementedError:
+            continue
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if not grad or device == "meta":  # which has no values
+                continue
+            if isinstance(error, AttributeError):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise GraphError(
+                f"block {name!r} ({type(module).__name__}) does not take its input {given}: "
+                f"{reason}"
+            ) from error
+    raise GraphError(f"block {name!r} cannot be run on its input {given}")
+
+
+def _check_same(
+    block: str, module: nn.Module, before: Mapping[str, tuple[nn.Parameter, UntypedStorage]]
+) -> None:
+    """Check that a call has left each weight the tensor, and in the memory, that it was."""
+    after = dict(module.named_parameters())
+    for name, (weight, memory) in before.items():
+        same = after.get(name) is weight and weight.untyped_storage()._cdata == memory._cdata
+        if not same:
+            raise GraphError(
+                f"block {block!r}: the forward of a {type(module).__name__} puts another tensor in "
+                f"place of its weight {name!r} (by assigning it, or its .data), which would not be "
+                "what learns; write into it: with torch.no_grad(): weight.copy_(...)"
+            )
+
+
+def _probes(
+    module: nn.Module, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]
+) -> tuple[str, ...]:
+    """Where a dry run of `module` is tried: on meta tensors, and on zeros where it reads values.
+
+    On zeros alone where types differ, which meta tensors let pass; and where it is cheaper: the
+    first use of meta tensors imports about a second of torch, the arithmetic of a small module of
+    torch's own (which does nothing but arithmetic) takes less than a millisecond.
+    """
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        return ("cpu",)
+    types = {t for _, t in shapes if t.is_floating_point}
+    types |= {p.dtype for p in module.parameters() if p.is_floating_point()}
+    if len(types) > 1:
+        return ("cpu",)
+    weights = sum(p.numel() for p in module.parameters())
+    inputs = sum(math.prod(shape) for shape, _ in shapes)
+    plain = all(type(m).__module__.startswith(PLAIN_MODULES) for m in module.modules())
+    if plain and weights <= SMALL_WEIGHTS and inputs <= SMALL_INPUT:
+        return ("cpu",)
+    return ("meta", "cpu")

@@ -1,0 +1,187 @@
+"""What a graph of blocks is made of: blocks, edges, and how a module takes its parents.
+
+An edge parent -> child carries the parent's state h forward and the child's message m backward.
+The stream's input is the parent named `u`; nothing travels back to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import accumulate
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph.inputs import is_input
+from hamdist.dynamics.objective.losses import LossFunction
+
+OUTPUT_KEY = "output:"
+
+T = TypeVar("T")
+
+# By block or input: the shape, batch in front, and the type.
+ShapeMap: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Combine(str, Enum):
+    """How a module takes several parents: joined on the last axis, summed, or one argument each."""
+
+    CONCAT = "concat"
+    SUM = "sum"
+    ARGUMENTS = "arguments"
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """`parents` neighbouring parents as one input: joined on `axis`, or summed (axis None)."""
+
+    parents: int = 1
+    axis: int | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        if len(tensors) == 1:
+            return tensors[0]
+        if self.axis is None:
+            return combined(Combine.SUM, tensors)[0]
+        return torch.cat(list(tensors), dim=self.axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """How a module takes parents of which some are slices of one (slices.py): the slices are joined
+    first, then what comes out is taken as `then` says."""
+
+    joins: tuple[Join, ...]
+    then: Combine = Combine.CONCAT
+
+    def groups(self, inputs: Sequence[T]) -> list[Sequence[T]]:
+        """What is given by parent, by join."""
+        ends = list(accumulate(join.parents for join in self.joins))
+        return [inputs[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+    def joined(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [j.of(group) for j, group in zip(self.joins, self.groups(inputs), strict=True)]
+
+
+def combined(combine: Combine | Joining, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The arguments of the module: the inputs joined, summed in their order, or as they are."""
+    if isinstance(combine, Joining):
+        return combined(combine.then, combine.joined(inputs))
+    if len(inputs) < 2 or combine is Combine.ARGUMENTS:
+        return list(inputs)
+    if combine is Combine.CONCAT:
+        return [torch.cat(list(inputs), dim=-1)]
+    total = inputs[0]
+    for tensor in inputs[1:]:
+        total = total + tensor
+    return [total]
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """parent -> child. delay: ticks a signal needs, in either direction."""
+
+    index: int
+    parent: str
+    child: str
+    delay: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.parent}->{self.child}"
+
+    @property
+    def from_input(self) -> bool:
+        return is_input(self.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeight:
+    """One weight that several blocks use. uses: (block, name of the weight there), in the graph's
+    order; numel: its numbers."""
+
+    uses: tuple[tuple[str, str], ...]
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """`user` has copies of weights of `owner`: gradients go there, weights come back. keys: (the
+    owner's name, the user's) of each; numel: numbers of all."""
+
+    index: int
+    owner: str
+    user: str
+    keys: tuple[tuple[str, str], ...]
+    numel: int
+
+    @property
+    def name(self) -> str:
+        """As an edge's, in figures and errors."""
+        return f"{self.owner}<->{self.user}"
+
+    @property
+    def owners(self) -> list[str]:
+        """The names in the owner's module."""
+        return [key for key, _ in self.keys]
+
+    @property
+    def theirs(self) -> list[str]:
+        """The names in the user's module."""
+        return [key for _, key in self.keys]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One block: f(h_parents; theta) and where its inputs come from.
+
+    parents: names in the order in which the module takes them; `u` is the stream's input. The
+    block itself, or one listed behind it, is read in a sequence as it was at the token before.
+    delays: ticks of the edge from a parent, where it is not 1.
+    loss: makes the block a readout. Without `state` a readout is an output net (HL Eq. 4): it
+    predicts from its parents' states and has none of its own; with `state` it is a state block and
+    predicts output(h), or h itself where `output` is None.
+    shape: of h without the batch; needed for one block of every cycle, where it cannot be derived.
+    initial: h_0 without the batch, where it is not zero (presentation 'hold').
+    slices: over how many blocks its neurons are spread (slices.py).
+    """
+
+    name: str
+    module: nn.Module
+    parents: tuple[str, ...]
+    combine: Combine | Joining = Combine.CONCAT
+    delays: Mapping[str, int] = field(default_factory=dict)
+    loss: LossFunction | None = None
+    state: bool = False
+    output: nn.Module | None = None
+    shape: tuple[int, ...] | None = None
+    initial: Tensor | None = None
+    slices: int = 1
+
+    @property
+    def has_state(self) -> bool:
+        return self.loss is None or self.state
+
+
+def reach(starts: Iterable[str], ways: Iterable[tuple[str, str]]) -> set[str]:
+    """All that can be reached from `starts` along `ways`, given as (from, to)."""
+    onward: dict[str, list[str]] = {}
+    for a, b in ways:
+        onward.setdefault(a, []).append(b)
+    reached: set[str] = set()
+    waiting = list(starts)
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += onward.get(name, [])
+    return reached
+
+
+def named(blocks: Sequence[str]) -> str:
+    """`blocks` as an error lists them."""
+    noun = "block" if len(blocks) == 1 else "blocks"
+    return f"{noun} {', '.join(repr(b) for b in blocks)}"

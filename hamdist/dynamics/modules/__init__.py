@@ -1,0 +1,1 @@
+"""torch modules for users: pre-norm, reversible and recurrent blocks."""

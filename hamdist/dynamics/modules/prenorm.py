@@ -1,0 +1,177 @@
+"""Modules that learn under delay: normalised inputs and residuals scaled by depth.
+
+    hidden layer, same shape    h + alpha f(LN(h)),  alpha = 1/sqrt(L)     (PreNorm)
+    any other behind the first  f(LN(h))                                   (Normed)
+
+LN: a layer norm over all features of a row, without weights, eps 1e-3; L: layers with weights. With
+delay d a direction of curvature kappa is stable only for steps below about pi / ((2d + 1) kappa);
+the norm bounds kappa whatever the weights before it do, and alpha keeps the sum of L branches from
+growing. `stabilised` does it to a model whose owner asks for it; nothing else does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph.inputs import Inputs, by_parent, called_by_parent
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import GraphError
+
+NORM_EPS = 1e-3
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TORCHS = "torch.nn.modules."
+
+
+class PreNorm(nn.Module):
+    """h + alpha branch(LN(h)), for a branch that keeps the shape. shape: of a row of h; alpha:
+    1/sqrt(L) of a network of L layers."""
+
+    def __init__(self, branch: nn.Module, shape: int | Sequence[int], alpha: float) -> None:
+        super().__init__()
+        self.norm = _norm(shape)
+        self.branch = branch
+        self.alpha = alpha
+
+    def forward(self, h: Tensor) -> Tensor:
+        made: Tensor = h + self.alpha * self.branch(self.norm(h))
+        return made
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:g}"
+
+
+class Normed(nn.Module):
+    """branch(LN(h)). shape: of a row of h."""
+
+    def __init__(self, branch: nn.Module, shape: int | Sequence[int]) -> None:
+        super().__init__()
+        self.norm = _norm(shape)
+        self.branch = branch
+
+    def forward(self, h: Tensor) -> Tensor:
+        made: Tensor = self.branch(self.norm(h))
+        return made
+
+
+def _norm(shape: int | Sequence[int]) -> nn.LayerNorm:
+    over = [shape] if isinstance(shape, int) else list(shape)
+    return nn.LayerNorm(over, eps=NORM_EPS, elementwise_affine=False)
+
+
+@dataclass
+class _Unit:
+    """Neighbouring children of an nn.Sequential, of which the first has weights."""
+
+    owner: nn.Sequential
+    children: list[tuple[str, nn.Module]]
+    before: tuple[int, ...] = ()  # shape of a row that comes in, and of one that goes out
+    after: tuple[int, ...] = ()
+
+
+def stabilised(model: nn.Module, example: Inputs) -> tuple[nn.Module, list[str]]:
+    """A copy of `model` in which the layers (linear, convolution) of its nn.Sequentials have become
+    `PreNorm` or `Normed`, all but the first one, and what to tell about it.
+
+    example: an input of the right shape and type (several as a mapping by argument). Children that
+    are no layers of torch's own stay as they are, and what stands outside an nn.Sequential, too.
+    Weights are the same, under other keys of the `state_dict`.
+
+    Raises GraphError where there is nothing to stabilise.
+    """
+    made = copied(model)
+    units, kept = _units(made)
+    order = _watched(made, units, example)
+    many = len(order) + kept
+    alpha = 1 / math.sqrt(many) if many else 1.0
+    changed = {id(unit.owner) for unit in order[1:]}
+    if not changed:
+        raise GraphError(
+            "model.stabilise: behind its first layer the model has no linear layer or convolution "
+            "of torch's own in an nn.Sequential; put hamdist.PreNorm around its layers, or leave "
+            "it out"
+        )
+    for unit in order[1:]:
+        _wrap(unit, alpha)
+    same = sum(unit.before == unit.after for unit in order[1:])
+    told = (
+        f"stabilised: of {many} layers {same} have become h + {alpha:.3g} f(LN(h)), "
+        f"{len(order) - 1 - same} f(LN(h)); the keys of their weights have 'branch' in them"
+    )
+    return made, [told]
+
+
+def _units(model: nn.Module) -> tuple[list[_Unit], int]:
+    """The units of all nn.Sequentials, and how many other children have weights."""
+    units: list[_Unit] = []
+    kept = 0
+    for module in model.modules():
+        if type(module) is not nn.Sequential:
+            continue
+        unit: _Unit | None = None
+        for name, child in module.named_children():
+            if type(child) in _WEIGHTED:
+                unit = _Unit(module, [(name, child)])
+                units.append(unit)
+            elif unit is not None and _goes_along(child):
+                unit.children.append((name, child))
+            else:
+                own = any(type(m) in _WEIGHTED for m in child.modules())
+                kept += own and type(child) is not nn.Sequential
+                unit = None
+    return units, kept
+
+
+def _goes_along(child: nn.Module) -> bool:
+    """Whether it is torch's own and has no layers inside: an activation, a norm, dropout."""
+    return type(child).__module__.startswith(_TORCHS) and not list(child.children())
+
+
+def _watched(model: nn.Module, units: Sequence[_Unit], example: Inputs) -> list[_Unit]:
+    """The units in the order in which they come, with their shapes."""
+    order: list[_Unit] = []
+    hooks = []
+
+    def watch(unit: _Unit) -> None:
+        def enters(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if unit not in order:
+                order.append(unit)
+                unit.before = tuple(inputs[0].shape[1:])
+
+        def leaves(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            unit.after = tuple(output.shape[1:])
+
+        hooks.append(unit.children[0][1].register_forward_pre_hook(enters))
+        hooks.append(unit.children[-1][1].register_forward_hook(leaves))
+
+    for unit in units:
+        watch(unit)
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            called_by_parent(model.eval(), by_parent(example))
+    finally:
+        for module, training in modes:
+            module.training = training
+        for hook in hooks:
+            hook.remove()
+    return order
+
+
+def _wrap(unit: _Unit, alpha: float) -> None:
+    """Puts the wrapper in the place of the unit's first child, and takes the others away."""
+    inner = nn.Sequential(OrderedDict(unit.children))
+    wrapper: nn.Module
+    if unit.before == unit.after:
+        wrapper = PreNorm(inner, unit.before, alpha)
+    else:
+        wrapper = Normed(inner, unit.before)
+    (first, _), *others = unit.children
+    unit.owner._modules[first] = wrapper
+    for name, _ in others:
+        del unit.owner._modules[name]

@@ -1,0 +1,326 @@
+"""Modules whose input can be recomputed from their output, and the blocks of level `reversible`.
+
+Everything is made of one elementary map on a pair of states, held in one tensor whose two halves on
+axis 1 are a and b:
+
+    (a, b) -> (b, c)    with    c = a + s F(b)            a = c - s F(b)
+    M_a = M_c,    M_b += s (dF/db)^T M_c,    g = s (dF/dtheta)^T M_c
+
+With s = 1 two of them are a block of RevNet (Gomez, Ren, Urtasun, Grosse 2017). With F = f, s = 2
+tau and the pair (h_{k-1}, h_k) one is a step of the midpoint rule, and M_a, M_b are its adjoint
+(equations.md, "Midpoint"):
+
+    h_1 = h_0 + tau f(h_0),    h_{k+1} = h_{k-1} + 2 tau f(h_k)
+    z_k = z_{k+2} + 2 tau J_k^T z_{k+1},    z_0 = z_2 + z_1 + tau J_0^T z_1
+
+Order 2; memory of about four states, whatever the number of steps. A leak, dh/dt = -lambda h + f,
+makes either direction grow as lambda tau + sqrt(1 + lambda^2 tau^2) per step.
+
+B: batch, n: features of one state, or channels of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.user_modules.hooks import is_usual
+from hamdist.errors import SettingsError
+
+
+class Back(NamedTuple):
+    """One piece, backwards. x: its input; message: of x, like x; g: by parameter of the piece."""
+
+    x: Tensor
+    message: Tensor
+    g: list[Tensor]
+
+
+class Piece(nn.Module, ABC):
+    """One invertible map. Final classes say how it is undone; they are used as plain modules."""
+
+    @property
+    def decay(self) -> float:
+        """|lambda| tau of the leak, in this one step."""
+        return 0.0
+
+    @property
+    def theta(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    @abstractmethod
+    def inverse(self, y: Tensor) -> Tensor:
+        """The x with forward(x) = y."""
+
+    @abstractmethod
+    def back(self, y: Tensor, message: Tensor) -> Back:
+        """The input that led to y, and the vector-Jacobian products of `message` (like y)."""
+
+
+class Coupling(Piece):
+    """(a, b) -> (b, a + s (F(b) - lambda b)). x: (B, 2n) or (B, 2n, H, W); F: n to n.
+
+    scale: s. leak: lambda. Two in a row are a block of RevNet; with scale = 2 tau it is a midpoint
+    step from (h_{k-1}, h_k) to (h_k, h_{k+1}).
+    """
+
+    def __init__(self, f: nn.Module, scale: float = 1.0, *, leak: float = 0.0) -> None:
+        super().__init__()
+        self.f = f
+        self.scale = _finite("Coupling: scale", scale)
+        self.leak = _finite("Coupling: leak", leak)
+
+    @property
+    def decay(self) -> float:
+        return abs(self.leak * self.scale) / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = halves(x)
+        return torch.cat([b, torch.add(a, _field(self.f, self.leak, b), alpha=self.scale)], 1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        b, c = halves(y)
+        return torch.cat([torch.sub(c, _field(self.f, self.leak, b), alpha=self.scale), b], 1)
+
+    def back(self, y: Tensor, message: Tensor) -> Back:
+        b, c = halves(y)
+        m_b, m_c = halves(message)
+        f, to_b, g = _pull(self.f, self.leak, b, self.scale * m_c, self.theta)
+        x = torch.cat([torch.sub(c, f, alpha=self.scale), b], 1)
+        del f
+        return Back(x, torch.cat([m_c, m_b + to_b], 1), g)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}" + (f", leak={self.leak:g}" if self.leak else "")
+
+
+class MidpointStart(Piece):
+    """h_0 -> (h_0, h_0 + tau (f(h_0) - lambda h_0)). x: (B, n, ...); returns (B, 2n, ...)."""
+
+    def __init__(self, f: nn.Module, tau: float, *, leak: float = 0.0) -> None:
+        super().__init__()
+        self.f = f
+        self.tau = _above_0("MidpointStart: tau", tau)
+        self.leak = _finite("MidpointStart: leak", leak)
+
+    @property
+    def decay(self) -> float:
+        return abs(self.leak) * self.tau
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, torch.add(x, _field(self.f, self.leak, x), alpha=self.tau)], 1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return halves(y)[0]
+
+    def back(self, y: Tensor, message: Tensor) -> Back:
+        m_0, m_1 = halves(message)
+        h_0 = halves(y)[0].contiguous()
+        _, to_0, g = _pull(self.f, self.leak, h_0, self.tau * m_1, self.theta)
+        return Back(h_0, m_0 + m_1 + to_0, g)
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau:g}" + (f", leak={self.leak:g}" if self.leak else "")
+
+
+class ToPair(Piece):
+    """x -> (x, x): makes a pair of one state. x: (B, n, ...); returns (B, 2n, ...)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], 1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return halves(y)[0]
+
+    def back(self, y: Tensor, message: Tensor) -> Back:
+        m_a, m_b = halves(message)
+        return Back(halves(y)[0].contiguous(), m_a + m_b, [])
+
+
+class Squeeze(Piece):
+    """Images of less height and width and of more channels, nothing lost: (B, C, H, W) to
+    (B, C k^2, H/k, W/k). The halves of the channels stay the halves. factor: k."""
+
+    def __init__(self, factor: int = 2) -> None:
+        super().__init__()
+        self.factor = _count("Squeeze: factor", factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pixel_unshuffle(x, self.factor)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(y, self.factor)
+
+    def back(self, y: Tensor, message: Tensor) -> Back:
+        return Back(self.inverse(y), self.inverse(message), [])
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
+class Midpoint(nn.Module):
+    """`steps` steps of dh/dt = -lambda h + f(h), all with the same f, by the midpoint rule.
+
+    x: h_0, (B, n, ...), or with start=False the pair (h_{-1}, h_0), (B, 2n, ...).
+    Returns the pair (h_{steps-1}, h_steps), (B, 2n, ...). tau: step, in the unit of time.
+    """
+
+    def __init__(
+        self, f: nn.Module, steps: int, tau: float, *, leak: float = 0.0, start: bool = True
+    ) -> None:
+        super().__init__()
+        self.f = f
+        self.steps = _count("Midpoint: steps", steps)
+        self.tau = _above_0("Midpoint: tau", tau)
+        self.leak = _finite("Midpoint: leak", leak)
+        self.start = start
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The steps, in order; all share f."""
+        first: list[Piece] = []
+        if self.start:
+            first.append(MidpointStart(self.f, self.tau, leak=self.leak))
+        step = Coupling(self.f, 2 * self.tau, leak=self.leak)
+        return [*first, *[step] * (self.steps - len(first))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for piece in self.pieces:
+            x = piece(x)
+        return x
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return undone(self.pieces, y)
+
+    def extra_repr(self) -> str:
+        leak = f", leak={self.leak:g}" if self.leak else ""
+        return f"steps={self.steps}, tau={self.tau:g}{leak}"
+
+
+class SecondHalf(nn.Module):
+    """The second state of a pair: h_N of a midpoint chain. x: (B, 2n, ...); returns (B, n, ...).
+    Not invertible, so it belongs to the block of the readout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return halves(x)[1]
+
+
+class MeanHalf(nn.Module):
+    """The mean of the two states of a pair. x: (B, 2n, ...); returns (B, n, ...). Not invertible,
+    so it belongs to the block of the readout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = halves(x)
+        return 0.5 * (a + b)
+
+
+def pieces_of(module: nn.Module) -> list[Piece]:
+    """The invertible pieces that `module` consists of, in order; none where it has other parts,
+    so that its input cannot be recomputed from its output."""
+    if not is_usual(module):
+        return []
+    if isinstance(module, Piece):
+        return [module]
+    if type(module) is Midpoint:
+        return module.pieces
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        parts = [pieces_of(part) for part in module]
+        return [piece for part in parts for piece in part] if all(parts) else []
+    return []
+
+
+def undone(pieces: Sequence[Piece], y: Tensor) -> Tensor:
+    """The input of `pieces` that led to y."""
+    for piece in reversed(pieces):
+        y = piece.inverse(y)
+    return y
+
+
+class Rewinder:
+    """The vector-Jacobian products of pieces in a row, from their output alone."""
+
+    def __init__(self, pieces: Sequence[Piece], parameters: Sequence[Tensor]) -> None:
+        """parameters: those whose gradients are returned, in this order."""
+        places = {id(p): i for i, p in enumerate(parameters)}
+        owners = {id(piece): [places[id(p)] for p in piece.theta] for piece in pieces}
+        self._pieces = [(piece, owners[id(piece)]) for piece in pieces]
+        self._parameters = list(parameters)
+
+    def back(self, given: list[Tensor]) -> Back:
+        """From y and the message about it, which are taken out of `given`, so that their memory can
+        go. A parameter that several pieces share gets the sum over them, from the last one on."""
+        y, message = given
+        given.clear()
+        g: list[Tensor | None] = [None] * len(self._parameters)
+        for piece, places in reversed(self._pieces):
+            y, message, own = piece.back(y, message)
+            for place, term in zip(places, own, strict=True):
+                before = g[place]
+                g[place] = term if before is None else before + term
+        whole = [
+            torch.zeros_like(p) if term is None else term
+            for p, term in zip(self._parameters, g, strict=True)
+        ]
+        return Back(y, message, whole)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """a and b, as views. Raises ValueError for what cannot be halved on axis 1."""
+    if x.dim() < 2 or x.shape[1] % 2:
+        raise ValueError(
+            f"a pair of states is one tensor with an even number of features on axis 1, received "
+            f"{tuple(x.shape)}; give the module before it twice as many outputs, or use ToPair"
+        )
+    a, b = x.chunk(2, 1)
+    return a, b
+
+
+def _field(f: nn.Module, leak: float, h: Tensor) -> Tensor:
+    """f(h) - lambda h. Raises ValueError where f(h) is not like h."""
+    # A part that works in place would change h itself, which is a half of the output.
+    writes = any(getattr(m, "inplace", False) for m in f.modules())
+    value: Tensor = f(h.clone() if writes else h)
+    if value.shape != h.shape:
+        raise ValueError(
+            f"F of a coupling or a midpoint step turns {tuple(h.shape)} into {tuple(value.shape)}; "
+            "it must keep the shape of its state"
+        )
+    return value - leak * h if leak else value
+
+
+def _pull(
+    f: nn.Module, leak: float, h: Tensor, cotangent: Tensor, theta: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """f(h) - lambda h, and cotangent^T of its derivatives by h and theta, with one evaluation."""
+    leaf = h.detach().requires_grad_()
+    wrt = [leaf, *theta]
+    with torch.enable_grad():
+        value = _field(f, leak, leaf)
+    found: Sequence[Tensor | None] = [None] * len(wrt)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, wrt, cotangent, allow_unused=True)
+    to_h, *g = [torch.zeros_like(w) if d is None else d for d, w in zip(found, wrt, strict=True)]
+    return value.detach(), to_h, g
+
+
+def _finite(what: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise SettingsError(f"{what} {value!r} is no finite number")
+    return value
+
+
+def _above_0(what: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise SettingsError(f"{what} {value!r}: give a finite number above 0")
+    return value
+
+
+def _count(what: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingsError(f"{what} {value!r}: give a whole number, at least 1")
+    return value

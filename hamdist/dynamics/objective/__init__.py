@@ -1,0 +1,1 @@
+"""Losses, the outputs they belong to, and prequential scores."""

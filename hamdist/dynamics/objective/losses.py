@@ -1,0 +1,155 @@
+"""Losses L(y, target). Each is a mean over the batch (equations.md, "State, output, Hamiltonian").
+
+B: batch, O: outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hamdist.config import IGNORE_INDEX, MODEL_LOSS, Loss
+from hamdist.dynamics.native import rows
+
+LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# of a model's only output, or of all; or by output
+Losses: TypeAlias = LossFunction | Mapping[str, LossFunction]
+
+# phi -> phi dL/dy
+Slope: TypeAlias = Callable[[float], Tensor]
+
+aten = torch.ops.aten
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """(1/B) sum_b 1/2 sum_j (y_bj - target_bj)^2. prediction and target: (B, O)."""
+    return 0.5 * (prediction - target).square().sum() / prediction.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """Computes softmax cross-entropy: the mean over the batch, and over what else has a class.
+
+    ignore_index: targets of this class are left out of the mean.
+    """
+
+    ignore_index: int = IGNORE_INDEX
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Computes the loss, a scalar; NaN, as torch has it, where no target counts.
+
+        prediction: (B, classes) with target (B,); (B, classes, ...) with (B, ...), as torch has it;
+        or (B, ..., classes) with (B, ...), as language models have it. Raises ValueError where both
+        fit.
+        """
+        if target.is_floating_point() and not _are_probabilities(target):
+            raise ValueError(
+                f"cross-entropy of real-valued targets takes probabilities over axis 1, and these "
+                f"lie between {target.min():.3g} and {target.max():.3g}, their sums between "
+                f"{target.sum(1).min():.3g} and {target.sum(1).max():.3g}: use the loss 'mse' for "
+                "real numbers (loss='mse', --set loss=mse), or normalise them"
+            )
+        if prediction.dim() > 2 and class_axis(prediction.shape, target.shape) != 1:
+            prediction = prediction.movedim(-1, 1)
+        return functional.cross_entropy(prediction, target, ignore_index=self.ignore_index)
+
+
+cross_entropy = CrossEntropy()
+
+
+def _are_probabilities(target: Tensor) -> bool:
+    """Whether the sums over axis 1 are 1, up to round-off of half precision."""
+    return bool((target >= 0).all()) and bool(((target.sum(1) - 1).abs() < 1e-2).all())
+
+
+def class_axis(prediction: Sequence[int], target: Sequence[int]) -> int:
+    """The axis of the classes in a prediction of that shape, 1 or the last one.
+
+    Raises ValueError where both would do for (B, n, n); targets of the prediction's own shape are
+    probabilities, with classes on axis 1.
+    """
+    dims = len(prediction)
+    if dims <= 2 or tuple(prediction) == tuple(target):
+        return 1
+    second = (prediction[0], *prediction[2:]) == tuple(target)
+    last = tuple(prediction[:-1]) == tuple(target)
+    if second and last:
+        raise ValueError(
+            f"a prediction {tuple(prediction)} has its classes on axis 1 or on the last one: give "
+            "a loss of your own that says which"
+        )
+    return dims - 1 if last else 1
+
+
+def loss_and_slope(
+    loss: LossFunction, y: Tensor, target: Tensor, *, native: bool = False
+) -> tuple[Tensor, Slope]:
+    """L(y, target), a scalar, and its slope. Both in closed form for hamdist's own losses where
+    their targets are of the usual kind (native: few numbers by the C code of rows.py); otherwise by
+    autograd, from y on."""
+    if loss is mse and target.dtype == y.dtype and target.shape == y.shape:
+        apart = y - target
+        value = 0.5 * apart.square().sum() / y.shape[0]
+        return value, lambda phi: apart * (phi / y.shape[0])
+    if isinstance(loss, CrossEntropy) and y.dim() == 2 and target.dtype == torch.int64:
+        ignored = loss.ignore_index
+        found = rows.cross_entropy(y, target, ignored) if native and ignored < 0 else None
+        if found is not None:
+            value, d = found
+            return value, lambda phi: d if phi == 1 else d * phi
+        logs = torch.log_softmax(y, 1)
+        value, counted = aten.nll_loss_forward(logs, target, None, 1, ignored)
+
+        def slope(phi: float) -> Tensor:
+            given = torch.full_like(value, phi)
+            back = aten.nll_loss_backward(given, logs, target, None, 1, ignored, counted)
+            made: Tensor = aten._log_softmax_backward_data(back, logs, 1, y.dtype)
+            return made
+
+        return value, slope
+    return _by_autograd(loss, y, target)
+
+
+def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
+    leaf = y.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(leaf, target)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"the loss is {given}; return a tensor with one number, the batch's mean")
+    value = value.reshape(())
+
+    def slope(phi: float) -> Tensor:
+        if not value.requires_grad:
+            return torch.zeros_like(y)
+        (found,) = torch.autograd.grad(value, leaf, torch.full_like(value, phi), allow_unused=True)
+        return torch.zeros_like(y) if found is None else found
+
+    return value.detach(), slope
+
+
+def model_loss(prediction: Tensor, _target: Tensor) -> Tensor:
+    """Return the loss that a model has computed itself, from targets among its inputs.
+
+    prediction: that number, alone or once for each row of the batch, (B, 1).
+    """
+    return prediction.reshape(-1)[0]
+
+
+def make_loss(name: Loss, ignore_index: int = IGNORE_INDEX) -> LossFunction:
+    named = {Loss.MSE: mse, Loss.MODEL: model_loss}
+    return named.get(name) or CrossEntropy(ignore_index)
+
+
+def make_losses(names: Loss | Mapping[str, Loss], ignore_index: int = IGNORE_INDEX) -> Losses:
+    """What `settings.loss` and `settings.ignore_index` say."""
+    if names is Loss.MODEL:
+        return {MODEL_LOSS: model_loss}
+    if isinstance(names, Loss):
+        return make_loss(names, ignore_index)
+    return {output: make_loss(name, ignore_index) for output, name in names.items()}

@@ -1,0 +1,175 @@
+"""Prequential (test-then-train) metrics: computed where the readout lives, sent in bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hamdist.config import IGNORE_INDEX
+from hamdist.dynamics.objective.losses import class_axis
+from hamdist.dynamics.state.remember import Remembers, known
+
+AT_ONCE = 64  # items that are counted together
+SMALL = 4096  # numbers of a prediction, up to which it is kept until then
+
+
+@known("Window")
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Sums over the items first..last of the stream that had a target (a batch is one item).
+
+    loss: sum over items of the batch-mean loss. correct, rows: rows predicted right, and rows in
+    all, of class targets (both 0 for real-valued targets).
+    """
+
+    first: int
+    last: int
+    items: int
+    loss: float
+    correct: int
+    rows: int
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.items if self.items else float("nan")
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.correct / self.rows if self.rows else None
+
+
+def merge_windows(windows: Sequence[Window]) -> Window:
+    """The window that covers all of `windows` (given in order)."""
+    return Window(
+        first=windows[0].first,
+        last=windows[-1].last,
+        items=sum(w.items for w in windows),
+        loss=sum(w.loss for w in windows),
+        correct=sum(w.correct for w in windows),
+        rows=sum(w.rows for w in windows),
+    )
+
+
+def guessed(prediction: Tensor, target: Tensor) -> Tensor | None:
+    """The classes that are predicted, (B, ...); None unless the target holds class indices.
+
+    prediction: (B, classes, ...) or (B, ..., classes), target: (B, ...) of an integer type.
+    """
+    if target.is_floating_point() or prediction.dim() != target.dim() + 1:
+        return None
+    axis = 1 if prediction.dim() == 2 else class_axis(prediction.shape, target.shape)
+    return prediction.argmax(axis)
+
+
+def counts(target: Tensor, ignore_index: int = IGNORE_INDEX) -> int:
+    """Counts what a loss is the mean of: of class targets (B, ...) those that are not ignored, of
+    real-valued ones the rows."""
+    if target.is_floating_point():
+        return len(target)
+    return int((target != ignore_index).sum())
+
+
+def count_correct(
+    prediction: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX
+) -> tuple[int, int]:
+    """Counts rows predicted right and rows in all, of those that are not ignored; (0, 0) unless the
+    target holds class indices."""
+    guess = guessed(prediction, target)
+    return (0, 0) if guess is None else _right(guess, target, ignore_index)
+
+
+def _right(guess: Tensor, target: Tensor, ignore_index: int) -> tuple[int, int]:
+    known = target != ignore_index
+    return int(((guess == target) & known).sum()), int(known.sum())
+
+
+@known("_Look")
+class _Look(NamedTuple):
+    """One item, not yet counted. prediction: of class targets; guess: the classes, where they were
+    looked for at once."""
+
+    item: int
+    prediction: Tensor | None
+    guess: Tensor | None
+    target: Tensor
+    loss: Tensor
+
+
+class Prequential(Remembers):
+    """Collects a readout's losses into windows of `every` items.
+
+    With `limit` windows kept, neighbours are joined and `every` doubles: an endless stream is
+    recorded in constant memory. ignore_index: class targets of this number are no rows.
+    """
+
+    def __init__(self, every: int, limit: int = 2048, *, ignore_index: int = IGNORE_INDEX) -> None:
+        self.every = every
+        self.limit = limit
+        self.windows: list[Window] = []
+        self._open: list[Window] = []  # at most one
+        self._looks: list[_Look] = []  # behind it; counted together, which is cheaper
+        self._items = 0  # of both
+        self._ignore_index = ignore_index
+
+    STATE = ("every", "windows", "_open", "_looks", "_items")
+
+    def record(self, item: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
+        """prediction: (B, ...), of which nobody changes a number any more; target: (B, ...); loss:
+        a scalar."""
+        if prediction.dim() == 2 and prediction.numel() <= SMALL and target.dim() == 1:
+            kept = None if target.is_floating_point() else prediction
+            self._looks.append(_Look(item, kept, None, target, loss))
+        else:
+            with torch.no_grad():
+                guess = guessed(prediction, target)
+            self._looks.append(_Look(item, None, guess, target, loss))
+        self._items += 1
+        if self._items >= self.every:
+            self.flush()
+        elif len(self._looks) >= AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        """The items that were looked at join the open window."""
+        looks, self._looks = self._looks, []
+        if looks:
+            self._open = [merge_windows([*self._open, _window(looks, self._ignore_index)])]
+
+    def flush(self) -> None:
+        """Close the open window, however short."""
+        self._count()
+        self.windows += self._open
+        self._open = []
+        self._items = 0
+        if len(self.windows) >= self.limit:
+            pairs = range(0, len(self.windows) - 1, 2)
+            self.windows = [merge_windows(self.windows[i : i + 2]) for i in pairs] + (
+                self.windows[-1:] if len(self.windows) % 2 else []
+            )
+            self.every *= 2
+
+
+def _window(looks: Sequence[_Look], ignore_index: int) -> Window:
+    losses: list[float] = torch.stack([look.loss for look in looks]).tolist()
+    correct = rows = 0
+    for guess, target in _guesses(looks):
+        right, known = _right(guess, target, ignore_index)
+        correct, rows = correct + right, rows + known
+    return Window(looks[0].item, looks[-1].item, len(looks), sum(losses), correct, rows)
+
+
+def _guesses(looks: Sequence[_Look]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The classes that were predicted, and the right ones, row by row, of several items each."""
+    waiting = [(look.prediction, look.target) for look in looks if look.prediction is not None]
+    if waiting:
+        predictions, targets = zip(*waiting, strict=True)
+        with torch.no_grad():
+            yield torch.cat(predictions).argmax(1), torch.cat(targets)
+    known = [(look.guess.reshape(-1), look.target) for look in looks if look.guess is not None]
+    if known:
+        guesses, targets = zip(*known, strict=True)
+        yield torch.cat(guesses), torch.cat([target.reshape(-1) for target in targets])

@@ -1,0 +1,97 @@
+"""What is said of blocks and edges by name: slices and delays, for a graph that was cut already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+
+from hamdist.config import Memory, PartitionSettings
+from hamdist.dynamics.graph.graph import Edge, Graph, ShapeMap
+from hamdist.dynamics.graph.patterns import check_patterns, fitting
+from hamdist.dynamics.schedule.levels import Locality
+from hamdist.dynamics.slicing.slice_graph import sliced
+from hamdist.errors import GraphError, LevelError
+
+
+def arranged(
+    graph: Graph,
+    partition: PartitionSettings,
+    knobs: Locality,
+    u_shape: Sequence[int],
+    u_dtype: torch.dtype,
+    inputs: ShapeMap | None = None,
+) -> Graph:
+    """`graph` with its slices and its delays (those of `auto` are 1 until the links are known).
+
+    u_shape: of the stream's input, batch in front; inputs: of each, where there are several.
+    Raises GraphError for a name or a pattern that fits nothing, and for a block that cannot be
+    sliced; LevelError for slices with memory 'reversible'.
+    """
+    if partition.slices:
+        names = list(graph.blocks)
+        check_patterns("partition.slices", partition.slices, names, "block", GraphError)
+        blocks = []
+        for block in graph.blocks.values():
+            pattern = fitting(block.name, partition.slices)
+            many = block.slices if pattern is None else partition.slices[pattern]
+            blocks.append(replace(block, slices=many))
+        graph = graph.over(blocks)
+    made = sliced(graph, u_shape, u_dtype, inputs)
+    if made is not graph and knobs.memory is Memory.REVERSIBLE:
+        raise LevelError(
+            "slices with memory 'reversible': a slice knows its own neurons alone and cannot "
+            "recompute what all of them read; use level 'backprop', or leave the slices out"
+        )
+    if isinstance(partition.delays, str):
+        return delayed(made, {e.name: 1 for e in made.edges if not e.from_input})
+    return delayed(made, partition.delays)
+
+
+def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
+    """`graph` with the ticks that `delays` gives to edges by name or pattern. A name goes before
+    the patterns, and those go in their order; a sliced block's name means each of its slices.
+
+    Raises GraphError for a name or a pattern that fits no edge.
+    """
+    if not delays:
+        return graph
+    known = {e.name: _names(graph, e) for e in graph.edges}
+    for pattern in delays:
+        if not any(n == pattern or fnmatchcase(n, pattern) for ns in known.values() for n in ns):
+            raise GraphError(f"partition.delays.{pattern}: no such edge; known: {', '.join(known)}")
+    found = {e.name: d for e in graph.edges for d in [_delay(known[e.name], delays)] if d}
+    for pattern in delays:
+        if all(_pattern(names, delays) != pattern for names in known.values()):
+            raise GraphError(
+                f"partition.delays.{pattern}: every edge that it fits is taken by another pattern "
+                "before it; list it earlier"
+            )
+    blocks = []
+    for block in graph.blocks.values():
+        own = {e.parent: found[e.name] for e in graph.into[block.name] if e.name in found}
+        blocks.append(replace(block, delays={**block.delays, **own}))
+    return graph.over(blocks)
+
+
+def _names(graph: Graph, edge: Edge) -> list[str]:
+    """The names that an edge goes by: its own, and that between the unsliced blocks."""
+    if graph.sliced is None:
+        return [edge.name]
+    origin = graph.sliced.origin
+    parent = origin.get(edge.parent, edge.parent)  # (an input is none of the blocks)
+    return list(dict.fromkeys([edge.name, f"{parent}->{origin[edge.child]}"]))
+
+
+def _pattern(names: Sequence[str], delays: Mapping[str, int]) -> str | None:
+    for name in names:
+        if name in delays:
+            return name
+    return next((p for p in delays if any(fnmatchcase(n, p) for n in names)), None)
+
+
+def _delay(names: Sequence[str], delays: Mapping[str, int]) -> int | None:
+    pattern = _pattern(names, delays)
+    return None if pattern is None else delays[pattern]

@@ -1,0 +1,246 @@
+"""Blocks from the runs of steps between cuts.
+
+Several values that leave one block go as columns of one signal, and each reader takes its own out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
+from hamdist.dynamics.objective.losses import LossFunction, model_loss
+from hamdist.dynamics.tracing.dataflow import Flow, Value, references
+from hamdist.dynamics.tracing.traced_module import (
+    FUNCTION,
+    METHOD,
+    MODULE,
+    Arg,
+    Const,
+    Form,
+    Piece,
+    Ref,
+    Size,
+    Step,
+    Template,
+    Weight,
+    packed,
+    replaced,
+    unpacked,
+)
+from hamdist.errors import GraphError
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring ops, by number, that become the block `name`; the output that it predicts."""
+
+    name: str
+    ops: tuple[int, ...]
+    output: int | None = None
+
+
+def assembled(
+    flow: Flow,
+    model: nn.Module,
+    runs: Sequence[Run],
+    losses: Sequence[LossFunction],
+    inputs: Sequence[str],
+    *,
+    delay: int,
+    state_readout: bool,
+) -> Graph:
+    """The graph of `runs`, over the parts of `model` themselves. losses: by output;
+    inputs: by name, as parents have it."""
+    home = {i: run.name for run in runs for i in run.ops}
+    readouts = {run.output: run.name for run in runs if run.output is not None}
+    leaving: dict[str, list[Value]] = {run.name: [] for run in runs}
+    for run in runs:
+        for value in _outer(flow, run, home):
+            if value not in leaving[home[value[0]]]:
+                leaving[home[value[0]]].append(value)
+    blocks = []
+    for run in runs:
+        made = _Builder(flow, model, run, home, leaving, losses)
+        parents = made.build(inputs)
+        between = [p for p in parents if p in leaving]
+        predicts = run.output is not None and readouts[run.output] == run.name
+        blocks.append(
+            BlockSpec(
+                name=run.name,
+                module=made.piece(parents),
+                parents=tuple(parents),
+                combine=Combine.ARGUMENTS,
+                delays=dict.fromkeys(between, delay),
+                loss=losses[run.output or 0] if predicts else None,
+                state=predicts and state_readout,
+            )
+        )
+    return Graph(blocks, original=model)
+
+
+def _outer(flow: Flow, run: Run, home: Mapping[int, str]) -> list[Value]:
+    """What a run reads of other runs, in order."""
+    found = [
+        (ref.step, ref.path)
+        for i in run.ops
+        for ref in references(flow.ops[i])
+        if home.get(ref.step, run.name) != run.name and ref.step not in flow.free
+    ]
+    if run.output is not None:
+        value = flow.outputs[run.output]
+        if home[value[0]] != run.name:
+            found.append(value)
+    return list(dict.fromkeys(found))
+
+
+@dataclass(slots=True)
+class _Builder:
+    """One piece: its program and all that it holds."""
+
+    flow: Flow
+    model: nn.Module
+    run: Run
+    home: Mapping[int, str]
+    leaving: Mapping[str, Sequence[Value]]
+    losses: Sequence[LossFunction]
+    program: list[Step] = field(default_factory=list)
+    output: Template = None
+    parts: dict[str, nn.Module] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[int, Tensor] = field(default_factory=dict)
+    _made: dict[int, int] = field(default_factory=dict)
+    _taken: dict[Value, Template] = field(default_factory=dict)
+    _inputs: set[str] = field(default_factory=set)
+
+    def build(self, inputs: Sequence[str]) -> list[str]:
+        """Fills the program; the parents, blocks first."""
+        for i in self.run.ops:
+            self._emit(i)
+        out = self.leaving[self.run.name]
+        if self.run.output is not None:
+            self._predict(self.run.output)
+        elif len(out) == 1 and self.flow.form(out[0]).batch_first:
+            self.output = self._ref(Ref(*out[0]))
+        else:
+            forms = [self.flow.form(value) for value in out]
+            sent = [self._ref(Ref(*value)) for value in out]
+            self._add(Step(FUNCTION, packed, (Size(1), sent, forms)))
+            self.output = Ref(len(self.program) - 1)
+        blocks = [name for name in self.leaving if name in self._inputs]
+        own = [name for name in inputs if name in self._inputs]
+        return [*blocks, *own] or list(inputs[:1])
+
+    def _predict(self, output: int) -> None:
+        """What a readout returns; a model's own loss once for each row, as all that is read is."""
+        value = self.flow.outputs[output]
+        self.output = self._ref(Ref(*value))
+        if self.losses[output] is not model_loss:
+            return
+        form = self.flow.form(value)
+        if form.dims != ():
+            raise GraphError(
+                "loss 'model' learns one number that the model computes itself, and the output is "
+                "more than that: give the stream's targets a loss, such as 'cross-entropy'"
+            )
+        self._add(Step(FUNCTION, packed, (Size(1), [self.output], [form])))
+        self.output = Ref(len(self.program) - 1)
+
+    def piece(self, parents: Sequence[str]) -> Piece:
+        ops = [self.flow.ops[i] for i in self._made]
+        origin = self.flow.trace.origin
+        names = {n for n, _ in self.model.named_buffers(remove_duplicate=False)}
+        return Piece(
+            parents,
+            self.program,
+            self.output,
+            parts=self.parts,
+            weights=self.weights,
+            persistent=frozenset(names & self.model.state_dict().keys()),
+            constants=self.constants,
+            draws=any(op.random and op.step.kind != MODULE for op in ops),
+            writes=any(isinstance(origin.get(m), Arg) for op in ops for m in op.writes),
+        )
+
+    def _add(self, step: Step) -> int:
+        self.program.append(step)
+        return len(self.program) - 1
+
+    def _emit(self, i: int) -> int:
+        """The place in the program of op i, which stands there from now on."""
+        found = self._made.get(i)
+        if found is not None:
+            return found
+        for before in sorted(self.flow.needs[i] & self.flow.free):  # what writes to what it reads
+            self._emit(before)
+        step = self.flow.ops[i].step
+        args = replaced(step.args, self._place)
+        kwargs = replaced(step.kwargs, self._place)
+        if step.kind == MODULE:
+            self.parts[step.target] = self.model.get_submodule(step.target)
+        self._made[i] = self._add(Step(step.kind, step.target, args, kwargs, step.grad))
+        return self._made[i]
+
+    def _place(self, place: Any) -> Template:
+        if isinstance(place, Ref):
+            return self._ref(place)
+        if isinstance(place, Arg):
+            self._inputs.add(place.name)
+        elif isinstance(place, Size):
+            self._inputs.update(one.name for one, _, _ in place.lengths)
+        elif isinstance(place, Weight):
+            if place.name not in self.weights:
+                own = _tensor(self.model, place.name)
+                self.weights[place.name] = own.clone() if self.flow.steady(place.name) else own
+        elif isinstance(place, Const):
+            constant = self.flow.trace.constants[place.index]
+            self.constants.setdefault(place.index, constant.clone())  # each block has its own
+        return place
+
+    def _ref(self, ref: Ref) -> Template:
+        i = ref.step
+        own = self.home.get(i) == self.run.name
+        if own or i in self.flow.free or (i in self.flow.pure and i not in self.home):
+            return Ref(self._emit(i), ref.path)
+        value = (i, ref.path)
+        out = self.leaving[self.home[i]]
+        if value not in out:  # read by what is made here again alone
+            return Ref(self._emit(i), ref.path)
+        if value not in self._taken:
+            taken = self._take(value, out)
+            if self._is_written(value):  # here, and not where it came from
+                taken = Ref(self._add(Step(METHOD, "clone", (taken,))))
+            self._taken[value] = taken
+        return self._taken[value]
+
+    def _is_written(self, value: Value) -> bool:
+        written = {m for i in self.run.ops for m in self.flow.ops[i].writes}
+        return bool(written & self.flow.ops[value[0]].memory)
+
+    def _take(self, value: Value, out: Sequence[Value]) -> Template:
+        """A value from another block."""
+        sender = self.home[value[0]]
+        self._inputs.add(sender)
+        forms = [self.flow.form(v) for v in out]
+        if len(out) == 1 and forms[0].batch_first:
+            return Arg(sender)
+        at = list(out).index(value)
+        before, dims = replaced(
+            ([(f.free, _dims(f)) for f in forms[:at]], _dims(forms[at])), self._place
+        )
+        own = forms[at].dtype if len({f.dtype for f in forms}) > 1 else None
+        return Ref(self._add(Step(FUNCTION, unpacked, (Arg(sender), before, dims, forms[at], own))))
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(path), last)
+    return found
+
+
+def _dims(form: Form) -> tuple[int | Size, ...]:
+    """The dimensions, with numbers for those that never change."""
+    return tuple(d if d.batched or d.lengths else d.more for d in form.dims or ())

@@ -1,0 +1,291 @@
+"""Where the blocks of a traced model begin.
+
+A unit is a module with weights and what follows it without weights (Linear, then ReLU). Blocks are
+runs of units; where there are fewer units than blocks are asked for, of single steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice, pairwise
+from typing import TypeAlias
+
+from torch import nn
+
+from hamdist.config import CutBalance, Grouping
+from hamdist.dynamics.partition.assemble import Run
+from hamdist.dynamics.tracing.dataflow import Flow
+from hamdist.dynamics.tracing.recorder import Unfollowed, stays_whole
+from hamdist.dynamics.tracing.traced_module import MODULE
+from hamdist.errors import GraphError
+
+SHOWN = 12  # names in an error
+
+
+@dataclass(frozen=True, slots=True)
+class CutPlace:
+    """A place where a block may begin. names: the modules that begin there, outermost first.
+    Between this place and the next: parameters, numbers that are learned; activations, real numbers
+    per row of the batch that are made. crossing: numbers per row that a block that begins here gets
+    from earlier ones, or lets pass on their way to later ones."""
+
+    names: tuple[str, ...]
+    parameters: int
+    activations: int
+    crossing: int
+
+
+# From the places to the names of the modules that begin a block.
+Policy: TypeAlias = Callable[[Sequence[CutPlace]], Iterable[str]]
+
+
+class Cuts:
+    """The places of one model where blocks can begin."""
+
+    def __init__(self, flow: Flow, model: nn.Module) -> None:
+        self._flow = flow
+        self._model = model
+        self.forced = sorted({s for s in flow.segments[1:] if 0 < s < len(flow.order)})
+        for place in self.forced:
+            glue = flow.prevents(place)
+            if glue is not None:
+                raise GraphError(
+                    f"the outputs of the model cannot be told apart: {glue.why}; {glue.remedy}"
+                )
+        self.legal = [k for k in range(len(flow.order)) if k == 0 or flow.prevents(k) is None]
+        self._begins = self._first_places()
+
+    def _first_places(self) -> dict[str, int]:
+        """By module: the place of its first step."""
+        begins: dict[str, int] = {}
+        for place, i in enumerate(self._flow.order):
+            for name in self._flow.names(i):
+                begins.setdefault(name, place)
+                for outer in _outer(name):  # a ModuleList is never called
+                    begins.setdefault(outer, place)
+        for i in sorted(self._flow.free):  # in no block: with what comes next
+            following = (k for k, j in enumerate(self._flow.order) if j > i)
+            for place in islice(following, 1):
+                for name in self._flow.names(i):
+                    begins.setdefault(name, place)
+        return begins
+
+    # -- by name --------------------------------------------------------------------------------
+
+    def named(self, cuts: Iterable[str]) -> list[int]:
+        """The places of `cuts` and those that have to be. Raises GraphError."""
+        return sorted({0, *self.forced, *(self._place(cut) for cut in cuts)})
+
+    def _place(self, cut: str) -> int:
+        place = self._begins.get(cut) if isinstance(cut, str) else None
+        if place is None:
+            raise GraphError(self._unknown(cut))
+        glue = None if place == 0 else self._flow.prevents(place)
+        if glue is not None:
+            raise GraphError(f"no block can begin at {cut!r}: {glue.why}; {glue.remedy}")
+        return place
+
+    def _unknown(self, cut: object) -> str:
+        for name, why in self._flow.trace.whole.items():
+            if isinstance(cut, str) and cut.startswith(f"{name}."):
+                return f"no block can begin at {cut!r}: {stays_whole(name, self._model, why)}"
+        parts = dict(self._model.named_modules())
+        if cut in parts and cut:
+            inside = next((o for o in _outer(str(cut)) if o in self._begins), None)
+            if inside is not None:
+                kind = type(parts[inside]).__name__
+                return (
+                    f"no block can begin at {cut!r}, inside {inside!r} (a {kind}), which is one "
+                    "step; cut before it or behind it"
+                )
+            return f"no block can begin at {cut!r}: the model never calls it"
+        near = get_close_matches(str(cut), self._begins, n=3)
+        known = list(self._begins)
+        more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+        hint = f"; did you mean {' or '.join(map(repr, near))}? Known" if near else "; known"
+        listed = f"{', '.join(known[:SHOWN])}{more}"
+        return f"cut {cut!r} is no module of the model{hint}: {listed}"
+
+    # -- by rule --------------------------------------------------------------------------------
+
+    def by_policy(self, policy: Policy) -> list[int]:
+        """Raises GraphError for what is no name of a place."""
+        legal = set(self.legal)
+        named: dict[int, list[str]] = {}
+        for name, place in self._begins.items():
+            if place in legal:
+                named.setdefault(place, []).append(name)
+        at = sorted(named)
+        crossing = self._flow.crossing()
+        found = []
+        for place, end in zip(at, [*at[1:], len(self._flow.order)], strict=True):
+            found.append(
+                CutPlace(
+                    tuple(named[place]),
+                    int(self._cost(CutBalance.PARAMETERS, place, end)),
+                    int(self._cost(CutBalance.ACTIVATIONS, place, end)),
+                    crossing[place],
+                )
+            )
+        chosen = policy(found)
+        if isinstance(chosen, str) or not isinstance(chosen, Iterable):
+            raise GraphError(
+                f"the partition's function returned {chosen!r:.60}; return the names of the "
+                "modules that begin a block"
+            )
+        return self.named(chosen)
+
+    def units(self) -> list[int]:
+        """The places where units begin."""
+        starts, weighted = [0], False
+        for place, i in enumerate(self._flow.order):
+            own = self._flow.ops[i].step.kind == MODULE and self._flow.learned(i) > 0
+            new = place in self.forced or (own and weighted and place in self._legal_set)
+            if place and new:
+                starts.append(place)
+                weighted = False
+            weighted = weighted or own
+        return starts
+
+    @property
+    def _legal_set(self) -> set[int]:
+        return set(self.legal)
+
+    def grouped(self, grouping: Grouping) -> list[int]:
+        units = self.units()
+        if grouping is Grouping.NETWORK:
+            return sorted({0, *self.forced})
+        size = {Grouping.LAYER: 1, Grouping.GROUP: 2}[grouping]
+        starts: list[int] = []
+        for part in self._segments(units):
+            starts += part[::size]
+        return starts
+
+    def balanced(
+        self,
+        blocks: int,
+        balance: CutBalance,
+        seconds: Callable[[list[int]], list[float]],
+        heads: int,
+    ) -> list[int]:
+        """blocks: on the way from the input to an output, so that `heads` outputs make heads - 1
+        blocks more. seconds: what runs that begin at the given places take.
+
+        Raises GraphError for more blocks than there are places.
+        """
+        bounds = [*self._flow.segments, len(self._flow.order)]
+        workless = sum(a == b for a, b in pairwise(bounds[1:]))  # outputs that shared work makes
+        wanted = blocks + max(0, heads - max(1, workless))
+        least = len(self.forced) + 1
+        if wanted < least:
+            raise GraphError(
+                f"partition.blocks {blocks}: the model's outputs share work, and each of them is "
+                f"predicted by a block of its own; use at least {least - heads + 1}"
+            )
+        units = self.units()
+        pieces = units if wanted <= len(units) else sorted({*self.legal, *self.forced})
+        if wanted > len(pieces):
+            raise GraphError(self._too_many(blocks, len(pieces) - wanted + blocks))
+        ends = [*pieces[1:], len(self._flow.order)]
+        if balance is CutBalance.TIME:
+            costs = seconds(pieces)
+        else:
+            costs = [self._cost(balance, a, b) for a, b in zip(pieces, ends, strict=True)]
+        parts = [(part, [costs[pieces.index(p)] for p in part]) for part in self._segments(pieces)]
+        counts = [1] * len(parts)
+        while sum(counts) < wanted:  # one more where the slowest block is
+            able = [j for j, (part, _) in enumerate(parts) if counts[j] < len(part)]
+            worst = max(able, key=lambda j: _largest(parts[j][1], counts[j]))
+            counts[worst] += 1
+        return [
+            part[k]
+            for (part, own), count in zip(parts, counts, strict=True)
+            for k in balanced(own, count)
+        ]
+
+    def _too_many(self, blocks: int, most: int) -> str:
+        text = f"cannot cut the model into {blocks} blocks; use at most {most}"
+        flow = self._flow
+        glue = max(flow.glues, key=lambda g: g.last - g.first, default=None)
+        if glue is not None:
+            text += f" ({glue.why}; {glue.remedy})"
+        for name, why in flow.trace.whole.items():
+            text += f". {stays_whole(name, self._model, why)}"
+        return text
+
+    def _segments(self, places: Sequence[int]) -> list[list[int]]:
+        bounds = [0, *self.forced, len(self._flow.order)]
+        return [[p for p in places if a <= p < b] for a, b in pairwise(bounds)]
+
+    def _cost(self, balance: CutBalance, first: int, end: int) -> float:
+        flow = self._flow
+        ops = flow.order[first:end]
+        if balance is CutBalance.ACTIVATIONS:
+            return float(sum(flow.kept(i) for i in ops))
+        return float(sum(flow.learned(i) for i in ops))
+
+    # -- runs -----------------------------------------------------------------------------------
+
+    def runs(self, starts: Sequence[int], names: Sequence[str]) -> list[Run]:
+        """names: of the outputs; one without a name is predicted by the last block."""
+        flow = self._flow
+        bounds = [*flow.segments, len(flow.order)]
+        made: list[Run] = []
+        for segment, (a, b) in enumerate(pairwise(bounds)):
+            own = [s for s in starts if a <= s < b]
+            ops = [tuple(flow.order[s:e]) for s, e in pairwise([*own, b])]
+            output = segment - 1 if len(bounds) > 2 else 0
+            if output >= 0 and not ops:  # others go on from it
+                ops = [()]
+            for k, run in enumerate(ops):
+                last = output >= 0 and k == len(ops) - 1
+                states = sum(r.output is None for r in made)
+                name = names[output] if last and names[output] else f"block{states}"
+                made.append(Run(name, run, output if last else None))
+        return made
+
+
+def _outer(name: str) -> list[str]:
+    """The modules around a module, innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:k]) for k in range(len(parts) - 1, 0, -1)]
+
+
+def _largest(costs: Sequence[float], parts: int) -> float:
+    starts = balanced(costs, parts)
+    return max(sum(costs[a:b]) for a, b in zip(starts, [*starts[1:], len(costs)], strict=True))
+
+
+def stays(whole: Mapping[str, Unfollowed], model: nn.Module) -> list[str]:
+    """What to tell about modules with several layers that could not be followed."""
+    told = []
+    for name, why in whole.items():
+        part = model.get_submodule(name) if name else model
+        own = [m for m in part.modules() if len(m._parameters)]
+        if len(own) > 1:
+            told.append(stays_whole(name, model, why))
+    return told
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[int]:
+    """First indices of `parts` runs of neighbours whose largest sum of `costs` is the least
+    possible (the earliest cuts among equals); every run has at least one element."""
+    n = len(costs)
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    best = {(0, 0): (0.0, 0)}
+    for part in range(1, parts + 1):
+        for end in range(part, n - (parts - part) + 1):
+            best[part, end] = min(
+                (max(best[part - 1, start][0], sums[end] - sums[start]), start)
+                for start in range(part - 1, end)
+                if (part - 1, start) in best
+            )
+    starts, end = [], n
+    for part in range(parts, 0, -1):
+        end = best[part, end][1]
+        starts.append(end)
+    return starts[::-1]

@@ -1,0 +1,324 @@
+"""Cuts a model into blocks.
+
+An `nn.Sequential` becomes a chain of blocks, each an `nn.Sequential` of neighbouring children. Any
+other module is followed step by step (tracing.py), and its steps become blocks (cuts.py says where
+they begin, assembly.py makes them).
+
+In an `nn.Sequential` a unit is a child that has parameters together with the children without
+parameters behind it (Linear + ReLU); children without parameters at the front belong to the first
+unit, and those behind an invertible unit that are not invertible themselves to the next one.
+`grouping` makes one block of each unit, of two units, or of all; `blocks` balances any number of
+blocks by parameters or by measured time; `cuts` names the children that begin a block.
+The keys of the blocks' modules are the original ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from hamdist.config import CutBalance, Grouping, PartitionSettings
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph, combined
+from hamdist.dynamics.graph.inputs import Inputs, by_parent, called_by_parent, check_taken
+from hamdist.dynamics.modules.reversible import pieces_of
+from hamdist.dynamics.objective.losses import Losses, LossFunction, mse
+from hamdist.dynamics.objective.outputs import losses_of, named
+from hamdist.dynamics.partition.assemble import Run, assembled
+from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
+from hamdist.dynamics.tracing.dataflow import Flow, Value
+from hamdist.dynamics.tracing.recorder import Unfollowed, stays_whole
+from hamdist.dynamics.tracing.trace import Trace, trace, traced_whole
+from hamdist.dynamics.tracing.traced_module import Ref
+from hamdist.dynamics.user_modules.copies import copied, overlaps
+from hamdist.dynamics.user_modules.hooks import is_usual
+from hamdist.dynamics.user_modules.python_state import is_foreign
+from hamdist.errors import GraphError
+
+REPEATS = 5
+
+
+__all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential"]
+
+
+def check_made(model: nn.Module, *, sent: bool = False) -> None:
+    """Raises GraphError where a lazy module does not know its weights yet, for a tensor that has no
+    memory of its own for each of its numbers, and, where modules are sent to other processes, for
+    a scripted one."""
+    for name, part in model.named_modules():
+        if sent and isinstance(part, torch.jit.ScriptModule):
+            raise GraphError(
+                f"{name or 'the model'} is compiled (torch.jit), which cannot be sent to an actor: "
+                "give the Python module that it was made of, or set engine.kind to 'inprocess'"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            raise GraphError(
+                f"{name!r} has no shape yet (a lazy module): call the model once on an example, "
+                "which makes its weights, before you train it"
+            )
+        if tensor.layout != torch.strided:
+            raise GraphError(
+                f"{name!r} is a sparse tensor, which cannot be sent or saved: register it dense "
+                "(.to_dense()), or its indices and values as two buffers"
+            )
+        if isinstance(tensor, nn.Parameter) and overlaps(tensor):
+            raise GraphError(
+                f"{name!r} is a weight whose numbers share memory (expand), which no optimiser can "
+                "move: make it of .clone(), or expand it in forward"
+            )
+
+
+def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Sequential]:
+    """Whether it is an nn.Sequential that can be cut between its children as asked."""
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+        return False
+    if not is_usual(model):
+        return False
+    names = [name for name, child in model._modules.items() if child is not None]
+    deeper = any(cut not in names and "." in cut for cut in partition.cuts or ())
+    many = partition.blocks is not None and partition.blocks > len(names)
+    nested = any(len(list(child.children())) for child in model.children())
+    twice = {id(m) for m in model._modules.values()}  # its own code may keep something: look at it
+    if len(twice) < len(model._modules) and any(is_foreign(type(m)) for m in model.modules()):
+        return False
+    return not (deeper or (many and nested) or partition.balance is CutBalance.ACTIVATIONS)
+
+
+def split_sequential(
+    model: nn.Sequential,
+    loss: LossFunction,
+    partition: PartitionSettings,
+    grouping: Grouping,
+    *,
+    example: Tensor,
+    state_readout: bool = False,
+) -> Graph:
+    """The chain of blocks `block0` ... that `partition` (or else `grouping`) asks for.
+
+    example: (B, ...) an input of the right shape and type, for the balance by time.
+    Raises GraphError for an empty model, an unknown cut, or more blocks than children.
+    """
+    children = [(name, m) for name, m in model._modules.items() if m is not None]
+    if not children:
+        raise GraphError("the model is an empty nn.Sequential; give it at least one module")
+    starts = _starts(children, model, partition, grouping, example)
+    blocks: list[BlockSpec] = []
+    for i, (first, last) in enumerate(zip(starts, [*starts[1:], len(children)], strict=True)):
+        readout = last == len(children)
+        blocks.append(
+            BlockSpec(
+                name=f"block{i}",
+                module=nn.Sequential(OrderedDict(children[first:last])),
+                parents=(blocks[-1].name if blocks else INPUT,),
+                delays={blocks[-1].name: partition.delay} if blocks else {},
+                loss=loss if readout else None,
+                state=readout and state_readout,
+            )
+        )
+    return Graph(blocks, original=model)
+
+
+def _starts(
+    children: Sequence[tuple[str, nn.Module]],
+    model: nn.Sequential,
+    partition: PartitionSettings,
+    grouping: Grouping,
+    example: Tensor,
+) -> list[int]:
+    """Indices of the children that begin a block."""
+    names = [name for name, _ in children]
+    if partition.cuts is not None:
+        for cut in partition.cuts:
+            if cut not in names:
+                raise GraphError(f"cut {cut!r} is no child of the model; known: {', '.join(names)}")
+        return sorted({0, *(names.index(cut) for cut in partition.cuts)})
+    units = _units(children)
+    if partition.blocks is None:
+        size = {Grouping.LAYER: 1, Grouping.GROUP: 2, Grouping.NETWORK: len(units)}[grouping]
+        return units[::size]
+    if partition.blocks > len(children):
+        raise GraphError(
+            f"cannot cut {len(children)} modules into {partition.blocks} blocks; "
+            f"use at most {len(children)}"
+        )
+    pieces = units if partition.blocks <= len(units) else list(range(len(children)))
+    ends = [*pieces[1:], len(children)]
+    if partition.balance is CutBalance.TIME:
+        per_child = _seconds(model, example)
+    else:
+        per_child = [float(sum(p.numel() for p in m.parameters())) for _, m in children]
+    costs = [sum(per_child[a:b]) for a, b in zip(pieces, ends, strict=True)]
+    return [pieces[i] for i in balanced(costs, partition.blocks)]
+
+
+def _units(children: Sequence[tuple[str, nn.Module]]) -> list[int]:
+    """Indices of the children that begin a unit."""
+    starts = [0]
+    weighted = invertible = False  # the unit so far: has a child with weights; could be undone
+    for i, (_, module) in enumerate(children):
+        has_weights = next(module.parameters(), None) is not None
+        undoable = bool(pieces_of(module))
+        if weighted and (has_weights or (invertible and not undoable)):
+            starts.append(i)
+            weighted = False
+            invertible = undoable
+        else:
+            invertible = undoable and (invertible or i == 0)
+        weighted = weighted or has_weights
+    return starts
+
+
+def _seconds(model: nn.Sequential, example: Tensor) -> list[float]:
+    """Median seconds of forward and backward of each child on `example`."""
+    probe = copied(model)
+    seconds = []
+    x = example
+    with torch.random.fork_rng(devices=[]):
+        for child in probe.children():
+            y, median = _timed(child, [x])
+            seconds.append(median)
+            x = y.detach().requires_grad_(y.is_floating_point())
+    return seconds
+
+
+def _timed(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """What the module returns, and the median seconds of its forward and backward."""
+    runs = []
+    for _ in range(REPEATS + 1):
+        begin = time.perf_counter()
+        y: Tensor = module(*(x.clone() for x in inputs))  # which it might write to
+        if y.requires_grad:
+            torch.autograd.backward(y, torch.ones_like(y))
+        runs.append(time.perf_counter() - begin)
+    return y, sorted(runs[1:])[REPEATS // 2]
+
+
+# -- any other module ----------------------------------------------------------------------------
+
+
+def split_module(
+    model: nn.Module,
+    loss: Losses,
+    partition: PartitionSettings,
+    grouping: Grouping,
+    *,
+    example: Inputs,
+    targets: Collection[str] | None = None,
+    policy: Policy | None = None,
+    state_readout: bool = False,
+    together: str | None = None,
+    ragged: bool = False,
+) -> Graph:
+    """The blocks that `policy`, `partition` or else `grouping` ask for.
+
+    loss: of every output, or by output; targets: the outputs for which the stream has targets, if
+    it names them. An output of a model that returns several is named by its key in a dict, or
+    `out0`, `out1`, ... in a tuple, and so is the block that predicts it.
+    example: inputs of the right shapes and types. together: what keeps the users of a weight in one
+    block, if anything does.
+
+    ragged: items may have lengths of their own.
+    A model that cannot be followed is one block, which `Graph.notes` explains. Raises GraphError
+    where blocks, cuts or a policy ask for more than that, for cuts that cannot be, and for outputs
+    that the model does not have.
+    """
+    check_taken(model, example)
+    inputs = by_parent(example)
+    asked = (partition.blocks or 1) > 1 or bool(partition.cuts) or policy is not None
+    try:
+        followed = trace(model, inputs, called_by_parent, ragged=ragged)
+    except Unfollowed as why:
+        told = stays_whole(why.module, model, why)
+        if asked:
+            raise GraphError(
+                f"the model cannot be cut into blocks: {told}; change that line, put it into a "
+                "submodule (which then stays whole alone), or leave the partition out"
+            ) from None
+        one = _one_step(model, inputs, why)
+        if callable(loss) and len(inputs) == 1 and (one is None or one.output == Ref(0)):
+            return _whole(model, loss, inputs, state_readout, why if one is None else one.whole[""])
+        if one is None:
+            raise GraphError(f"the model cannot be run: {told}") from None
+        followed = one
+    names, values, losses = _outputs(followed, loss, targets)
+    flow = Flow(followed, model, values, together)
+    cuts = Cuts(flow, model)
+
+    def graph(
+        runs: Sequence[Run], own: Sequence[LossFunction], *, delay: int, state: bool
+    ) -> Graph:
+        return assembled(flow, model, runs, own, list(inputs), delay=delay, state_readout=state)
+
+    def seconds(starts: list[int]) -> list[float]:
+        runs = cuts.runs(starts, names)
+        tried = graph(runs, [mse] * len(names), delay=1, state=False)
+        spent = _seconds_of(tried.copy(), inputs)
+        return [spent[run.name] for run in runs if run.ops]
+
+    if policy is not None:
+        starts = cuts.by_policy(policy)
+    elif partition.cuts is not None:
+        starts = cuts.named(partition.cuts)
+    elif partition.blocks is not None:
+        starts = cuts.balanced(partition.blocks, partition.balance, seconds, len(names))
+    else:
+        starts = cuts.grouped(grouping)
+    made = graph(cuts.runs(starts, names), losses, delay=partition.delay, state=state_readout)
+    made.notes += stays(followed.whole, model)
+    made.one_length = followed.one_length
+    return made
+
+
+def _whole(
+    model: nn.Module,
+    loss: LossFunction,
+    inputs: Mapping[str, Tensor],
+    state_readout: bool,
+    why: Unfollowed,
+) -> Graph:
+    """One block of a model that takes one tensor and returns one."""
+    block = BlockSpec("block0", model, tuple(inputs), loss=loss, state=state_readout)
+    made = Graph([block], original=model)
+    made.notes += stays({"": why}, model)
+    return made
+
+
+def _one_step(model: nn.Module, inputs: Mapping[str, Tensor], why: Unfollowed) -> Trace | None:
+    """The model as one step; None where it does not even run so."""
+    try:
+        return traced_whole(model, inputs, called_by_parent, why)
+    except Unfollowed:
+        return None
+
+
+def _outputs(
+    followed: Trace, loss: Losses, targets: Collection[str] | None
+) -> tuple[list[str], list[Value], list[LossFunction]]:
+    """The outputs that have a loss: their names (of the only one: ''), values and losses."""
+    found = dict(named(followed.output))
+    refs = {n: (r.step, r.path) for n, r in found.items() if isinstance(r, Ref)}
+    if not refs:
+        raise GraphError(
+            "the model's output does not depend on its input and its weights; return the prediction"
+        )
+    losses = losses_of(list(refs), loss, targets)
+    return list(losses), [refs[n] for n in losses], list(losses.values())
+
+
+def _seconds_of(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Median seconds of forward and backward of each block, on examples."""
+    h = dict(inputs)
+    seconds = {}
+    with torch.random.fork_rng(devices=[]):
+        for name, block in graph.blocks.items():
+            y, seconds[name] = _timed(
+                block.module, combined(block.combine, [h[p] for p in block.parents])
+            )
+            h[name] = y.detach().requires_grad_(y.is_floating_point())
+    return seconds

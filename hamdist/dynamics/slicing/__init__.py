@@ -1,0 +1,1 @@
+"""One block over several processes: how neurons are sliced, and what slices exchange."""

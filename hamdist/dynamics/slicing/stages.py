@@ -1,0 +1,366 @@
+"""Cuts the operations of a sliced block into stages: each is computed in one block, or in m.
+
+A stage ends where something needs all neurons of what is spread over slices. What has no weights
+and follows from what a block reads is in no stage: its readers repeat it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from hamdist.dynamics.graph.spec import BlockSpec, Combine, Joining, ShapeMap, combined
+from hamdist.dynamics.slicing.fx_graph import read, readable
+from hamdist.dynamics.slicing.layouts import (
+    Layouts,
+    Number,
+    Regrain,
+    Several,
+    Split,
+    Use,
+    Weight,
+    Whole,
+    dry_run,
+)
+from hamdist.dynamics.slicing.sliced_layers import Share
+from hamdist.dynamics.tracing.recorder import Unfollowed, stays_whole
+from hamdist.dynamics.tracing.trace import trace
+from hamdist.dynamics.tracing.traced_module import Piece
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.user_modules.hooks import hook_of
+from hamdist.dynamics.user_modules.python_state import is_foreign
+from hamdist.errors import GraphError
+
+
+@dataclass
+class Stage:
+    """Operations that are computed in one block, or in m. needs: stages that it reads."""
+
+    number: int
+    many: bool
+    needs: set[int] = field(default_factory=set)
+
+
+class Stages:
+    """The stages of one block, `spec`, for m slices.
+
+    traced: its operations, from one placeholder by parent to `result`; root: the module that they
+    name their parts in, modules: these parts by name. values: of every node in a dry run, and in
+    one with a batch larger by one. layouts: how the values lie over the slices. stage_of: nodes
+    that belong to a stage, in order.
+
+    shapes: of what the block reads, by name, batch in front. Raises GraphError for a block that
+    cannot be sliced, with what prevents it.
+    """
+
+    def __init__(self, block: BlockSpec, shapes: ShapeMap) -> None:
+        self.spec = block
+        self.m = block.slices
+        self._refuse_what_has_no_slices()
+        self._refuse_what_would_be_lost(shapes)
+        self._inner = readable(copied(block.module))
+        self.root = nn.Module()
+        self.root.add_module("m", self._inner)
+        self.traced, self.result = self._trace()
+        module = fx.GraphModule(self.root, self.traced)
+        self.modules = dict(module.named_modules(remove_duplicate=False))
+        runs = tuple(
+            dry_run(copy.deepcopy(module), [_zeros(shapes[p], more) for p in block.parents])
+            for more in (0, 1)
+        )
+        # (the copies' graphs have nodes of their own, in the same order)
+        self.values = tuple(dict(zip(self.traced.nodes, run.values(), strict=True)) for run in runs)
+        self._grain: dict[fx.Node, tuple[int, int]] = {}
+        self._apart: set[fx.Node] = set()  # begin a stage
+        self._free: set[fx.Node] = set()  # are repeated by their readers
+        while not self._arrange():
+            pass
+        self._check()
+
+    def _refuse_what_has_no_slices(self) -> None:
+        b = self.spec
+        for what, given in (
+            ("an output module", b.output is not None),
+            ("an initial state", b.initial is not None),
+            ("a Joining of its own", isinstance(b.combine, Joining)),
+        ):
+            if given:
+                raise GraphError(f"block {b.name!r} with {what} cannot be sliced; set its slices=1")
+
+    def _refuse_what_would_be_lost(self, shapes: ShapeMap) -> None:
+        """Hooks, autograd.Functions and Python state, which torch.fx does not see."""
+        spec, module = self.spec, self.spec.module
+        parts = list(module.modules())
+        lost = [f"a {type(m).__name__} has a {hook}" for m in parts if (hook := hook_of(m))]
+        # (what stays whole in a piece does so in a slice, too)
+        if not isinstance(module, Piece) and any(is_foreign(type(m)) for m in parts):
+            inputs = {p: _zeros(shapes[p], 0) for p in spec.parents}
+            try:
+                whole = trace(
+                    module, inputs, lambda m, h: m(*combined(spec.combine, list(h.values())))
+                ).whole
+            except Unfollowed as why:
+                whole = {why.module: why}
+            lost += [stays_whole(name, module, why) for name, why in whole.items()]
+        lost += self._moved_buffers([_zeros(shapes[p], 0) for p in spec.parents])
+        if lost:
+            raise GraphError(
+                f"block {spec.name!r} cannot be sliced: {lost[0]}; leave its slices out, or cut "
+                "the model so that the layers to slice are a block of their own"
+            )
+
+    def _moved_buffers(self, inputs: list[Tensor]) -> list[str]:
+        """The buffers that a forward writes to or assigns, but for those of its steps: torch's own
+        modules, and what stays whole in a piece."""
+        probe = copied(self.spec.module)
+        steps = probe.parts.values() if isinstance(probe, Piece) else ()
+        whole = {id(m) for step in steps for m in step.modules()}
+        own = [
+            (name, part)
+            for name, part in probe.named_modules()
+            if id(part) not in whole and (is_foreign(type(part)) or type(part) is nn.Module)
+        ]
+        before = [dict(part._buffers) for _, part in own]
+        versions = [[None if b is None else b._version for b in known.values()] for known in before]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                probe(*combined(self.spec.combine, inputs))
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            return []  # the dry run says why
+        moved = []
+        for (name, part), known, then in zip(own, before, versions, strict=True):
+            for (key, buffer), version in zip(known.items(), then, strict=True):
+                now = part._buffers[key]
+                if now is not buffer or (now is not None and now._version != version):
+                    path = f"{name}.{key}" if name else key
+                    moved.append(f"its forward moves the buffer {path!r}, which every slice reads")
+        return moved
+
+    @property
+    def last(self) -> Stage:
+        """The one that makes the block's result."""
+        return self.stage_of[self.result]
+
+    def sent(self, stage: Stage) -> fx.Node:
+        """The one value of `stage` that others read."""
+        (node,) = self._sent(stage)
+        return node
+
+    def axis(self, stage: Stage) -> int | None:
+        """On which axis the slices of `stage` are joined; None where they are summed, or one."""
+        layout = self.layouts.steps[self.sent(stage)].layout
+        return layout.axis if isinstance(layout, Split) else None
+
+    def share(self, i: int, units: int, chunks: int = 1) -> Share:
+        """What slice i has of `units`, in each of `chunks`."""
+        return Share(units, chunks, i, self.m)
+
+    # -- what the block does -------------------------------------------------------------------
+
+    def _trace(self) -> tuple[fx.Graph, fx.Node]:
+        """Its operations, from one placeholder by parent to the result."""
+        spec = self.spec
+        graph = fx.Graph()
+        parents = [graph.placeholder(f"p{i}") for i in range(len(spec.parents))]
+        arguments = parents
+        if len(parents) > 1 and spec.combine is Combine.CONCAT:
+            arguments = [graph.call_function(torch.cat, (parents, -1))]
+        elif len(parents) > 1 and spec.combine is Combine.SUM:
+            total = parents[0]
+            for parent in parents[1:]:
+                total = graph.call_function(torch.add, (total, parent))
+            arguments = [total]
+        try:
+            result = read(graph, self.root, "m", arguments)
+        except Exception as error:  # a user's forward may raise anything on fx's stand-ins
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise GraphError(
+                f"block {spec.name!r} ({type(spec.module).__name__}) cannot be sliced: torch.fx "
+                f"cannot read its forward ({reason}); leave its slices out, or cut the model so "
+                "that the layers to slice are a block of their own"
+            ) from error
+        if not isinstance(result, fx.Node):
+            raise GraphError(
+                f"block {spec.name!r} cannot be sliced: it returns {type(result).__name__}, not "
+                "one tensor"
+            )
+        graph.output(result)
+        for node in reversed(graph.nodes):  # what nobody reads
+            if not node.users and node.op not in ("placeholder", "output"):
+                graph.erase_node(node)
+        return graph, result
+
+    # -- stages --------------------------------------------------------------------------------
+
+    def _arrange(self) -> bool:
+        """Layouts and stages with what is known so far; False where something new was learned."""
+        self.layouts = Layouts(self.spec.name, self.modules, self.values, self._grain)  # type: ignore[arg-type]
+        self.stages: list[Stage] = []
+        self.stage_of: dict[fx.Node, Stage] = {}
+        try:
+            for node in self.traced.nodes:
+                if node.op != "output":
+                    self.layouts.read(node)
+                    self._place(node)
+        except Regrain as new:
+            for origin in new.origins:
+                units, chunks = self._grain.get(origin, (math.inf, 1))
+                if new.units >= units and new.chunks in (None, chunks):
+                    raise GraphError(
+                        f"block {self.spec.name!r} cannot be sliced: its layers disagree about "
+                        "which neurons belong together; leave its slices out"
+                    ) from None
+                self._grain[origin] = (new.units, new.chunks or chunks)
+            return False
+        return self._one_value_each()
+
+    def _place(self, node: fx.Node) -> None:
+        step = self.layouts.steps[node]
+        if isinstance(step.layout, (Number, Weight)) or node.op in ("placeholder", "get_attr"):
+            return
+        many = not isinstance(step.layout, Whole)
+        inside = [  # stages whose values it takes as they are
+            self.stage_of[i]
+            for i in node.all_input_nodes
+            if i in self.stage_of and (step.uses.get(i) is Use.PIECE or not self.stage_of[i].many)
+        ]
+        inside = [s for s in inside if s.many == many]
+        if not many and (node in self._free or not (inside or self._fixed(node))):
+            return
+        if not inside and many:
+            inside = [s for s in self.stages if s.many][-1:]
+        latest = max(inside, key=lambda s: s.number, default=None)
+        if latest is not None and node not in self._apart and self._fits(node, latest):
+            stage = latest
+        else:
+            stage = Stage(len(self.stages), many)
+            self.stages.append(stage)
+        self.stage_of[node] = stage
+        stage.needs |= self._outside(node, stage)
+
+    def _fixed(self, node: fx.Node) -> bool:
+        """Whether it cannot be repeated by its readers: it has weights or draws numbers, or it is
+        the block's result."""
+        return node is self.result or self.layouts.weighted(node)
+
+    def _outside(self, node: fx.Node, stage: Stage) -> set[int]:
+        """The stages that `node` reads from inside of `stage`."""
+        found = set()
+        uses = self.layouts.steps[node].uses
+        for i in node.all_input_nodes:
+            own = self.stage_of.get(i)
+            taken = own is stage and (not stage.many or uses.get(i) is Use.PIECE)
+            if not taken:
+                found |= self._sources(i)
+        return found
+
+    def _sources(self, node: fx.Node) -> set[int]:
+        """The stages whose results make `node`."""
+        if node in self.stage_of:
+            return {self.stage_of[node].number}
+        if isinstance(self.layouts.steps[node].layout, Number):
+            return set()
+        return {s for i in node.all_input_nodes for s in self._sources(i)}
+
+    def _fits(self, node: fx.Node, stage: Stage) -> bool:
+        """Whether nothing that it reads from outside comes from `stage`."""
+        waiting, seen = list(self._outside(node, stage)), set()
+        while waiting:
+            number = waiting.pop()
+            if number == stage.number:
+                return False
+            if number not in seen:
+                seen.add(number)
+                waiting += self.stages[number].needs
+        return True
+
+    def _one_value_each(self) -> bool:
+        """A block sends one tensor, the batch in front. False where a stage would have to send two:
+        the later one then gets a stage of its own, or is repeated by its readers."""
+        for stage in self.stages:
+            sent = self._sent(stage)
+            if not stage.many and not (self._fixed(sent[-1]) or self._batch_first(sent[-1])):
+                self._free.add(sent[-1])
+                return False
+            if len(sent) > 1:
+                last = sent[-1]
+                if not stage.many and not self._fixed(last):
+                    self._free.add(last)
+                else:
+                    self._apart.add(self._branch(last, stage))
+                return False
+        return True
+
+    def _branch(self, node: fx.Node, stage: Stage) -> fx.Node:
+        """Where what leads to `node` alone begins in `stage`, or `node` where all of it does."""
+        start = node
+        first = next(n for n, own in self.stage_of.items() if own is stage)
+        while True:
+            before = [i for i in start.all_input_nodes if self.stage_of.get(i) is stage]
+            if len(before) != 1 or list(before[0].users) != [start] or before[0] is first:
+                return start if start not in self._apart else node
+            start = before[0]
+
+    def _batch_first(self, node: fx.Node) -> bool:
+        one, more = (values[node] for values in self.values)
+        return isinstance(one, Tensor) and one.dim() > 0 and one.shape[0] + 1 == more.shape[0]
+
+    def _sent(self, stage: Stage) -> list[fx.Node]:
+        """What others read of `stage`, in order: in the end one value."""
+        sent = []
+        for node, own in self.stage_of.items():
+            if own is not stage:
+                continue
+            outside = node is self.result
+            for user in node.users:
+                if user.op == "output" or isinstance(self.layouts.steps[user].layout, Number):
+                    continue
+                inside = self.stage_of.get(user) is stage
+                uses = self.layouts.steps[user].uses
+                if not inside or (stage.many and uses.get(node) is not Use.PIECE):
+                    outside = True
+            if outside:
+                sent.append(node)
+        return sent
+
+    def _check(self) -> None:
+        name = self.spec.name
+        found = [(n, self.layouts.units(n)) for n in self.traced.nodes if n.op == "call_module"]
+        layers = [(n, units) for n, units in found if units is not None]
+        if not layers:
+            kinds = dict.fromkeys(type(m).__name__ for m in self._inner.modules())
+            raise GraphError(
+                f"block {name!r} cannot be sliced: nothing in it has neurons, channels or heads to "
+                f"share out (it holds {', '.join(kinds)}); slices take Linear, Conv1d to Conv3d "
+                "and MultiheadAttention"
+            )
+        for node, (units, noun) in layers:
+            if units < self.m:
+                raise GraphError(
+                    f"block {name!r} cannot be spread over {self.m} slices: its module "
+                    f"{inner_path(str(node.target)) or type(self._inner).__name__!r} has {units} "
+                    f"{noun}; use at most {units} slices"
+                )
+        for stage in self.stages:
+            (sent,) = self._sent(stage)
+            if isinstance(self.layouts.steps[sent].layout, Several) or not isinstance(
+                self.values[0][sent], Tensor
+            ):
+                raise GraphError(
+                    f"block {name!r} cannot be sliced: {sent.name} would have to hand on several "
+                    "tensors at once; leave its slices out"
+                )
+
+
+def inner_path(target: str) -> str:
+    """The name that a part of the traced module has in the block's own."""
+    return target.removeprefix("m").removeprefix(".")
+
+
+def _zeros(known: tuple[tuple[int, ...], torch.dtype], more: int) -> Tensor:
+    shape, dtype = known
+    return torch.zeros((shape[0] + more, *shape[1:]), dtype=dtype)

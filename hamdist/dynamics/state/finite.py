@@ -1,0 +1,87 @@
+"""The finite range of h, z, omega and losses: guards that raise where a value has left it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.native import rows
+
+Scale = Callable[[int], float]
+
+
+class Guard(Protocol):
+    """Called with 'h', 'z' or 'loss' and its value before the value is used; raises where it has
+    left the finite range. data: what it was made of, for an error to speak of: the parents' h,
+    and of a loss the target behind them."""
+
+    def __call__(self, quantity: str, value: Tensor, data: Sequence[Tensor] = ()) -> None: ...
+
+
+class OutOfRange(ArithmeticError):
+    """`quantity` ('h', 'z', 'omega' or 'loss') has left the finite range; norm: its own; cause:
+    what it comes from, where that is known."""
+
+    def __init__(self, quantity: str, norm: float, cause: str = "") -> None:
+        super().__init__(f"the norm of {quantity} is {norm:g}")
+        self.quantity = quantity
+        self.norm = norm
+        self.cause = cause
+
+
+def unguarded(quantity: str, value: Tensor, data: Sequence[Tensor] = ()) -> None:
+    """A guard that lets everything pass."""
+
+
+def bounded(limit: float, from_stream: Sequence[bool] = ()) -> Guard:
+    """A guard that raises OutOfRange for a norm above `limit`, or for NaN. from_stream: the parents
+    that are inputs of the network."""
+
+    def guard(quantity: str, value: Tensor, data: Sequence[Tensor] = ()) -> None:
+        if value.is_floating_point():
+            fast = rows.norm(value)
+            norm = float(torch.linalg.vector_norm(value)) if fast is None else fast
+            if not norm <= limit:
+                parents = len(data) - (quantity == "loss")
+                given = compress(data, [*from_stream[:parents], True])
+                raise OutOfRange(quantity, norm, _cause(value, given))
+
+    return guard
+
+
+def _cause(value: Tensor, data: Iterable[Tensor]) -> str:
+    """What a value that left the finite range comes from, where it is not the steps."""
+    for given in data:
+        largest = float(given.abs().max()) if given.is_floating_point() and given.numel() else 0.0
+        if largest > LARGE:
+            return (
+                f"the stream's item holds values up to {largest:.3g}: scale it, or leave such "
+                "items out"
+            )
+    if is_masked(value):
+        return (
+            f"it holds {float(value.min()):.3g} as a mask does, beside ordinary values, and a mask "
+            "cannot travel between blocks: cut before the line that applies it or behind the "
+            "softmax that reads it (partition), or apply the mask where it is read"
+        )
+    return ""
+
+
+def is_masked(value: Tensor) -> bool:
+    """Whether all numbers are ordinary but those that are one and the same large negative one, as
+    a mask's are: -inf, the smallest of a type, or a round number."""
+    large = value[~(value.abs() <= LARGE)]
+    if not large.numel() or not bool((large == large[0]).all()):
+        return False
+    one = float(large[0])
+    smallest = [torch.finfo(t).min for t in (torch.float64, torch.float32, torch.bfloat16)]
+    known = [-math.inf, *smallest, *(s / 2 for s in smallest)]
+    return one < 0 and (one in known or float(f"{one:.0e}") == one)
+
+
+LARGE = 1e8  # no state of a network that learns has such numbers; masks have (-1e9, -inf)

@@ -1,0 +1,370 @@
+"""What a traced model's steps need from each other, and where it can be cut.
+
+A block begins at a place in the order of the steps. The order is the model's own, except that
+
+- what depends neither on weights nor on chance (token numbers, padding masks, positions, buffers
+  that are only read) is in no block: each one that needs it makes it from the input and from
+  buffers of its own. So a mask of -inf is no part of a state;
+- what has no batch (a table of positions) stands right before its first use;
+- with several outputs the steps of one output alone stand behind those that outputs share.
+
+Between two blocks goes what later blocks read: real values that can be columns of a signal.
+No block begins where a buffer has users on both sides (or a weight, at levels that cannot tie
+copies of it), where memory is written to behind the place and was made before it, or where
+something else would have to cross.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hamdist.dynamics.tracing.recorder import Op
+from hamdist.dynamics.tracing.trace import Trace
+from hamdist.dynamics.tracing.traced_module import (
+    MODULE,
+    Arg,
+    Form,
+    Path,
+    Ref,
+    Template,
+    Weight,
+    places,
+)
+
+Value = tuple[int, Path]  # a tensor: the op that makes it, and where in its result
+
+
+@dataclass(frozen=True, slots=True)
+class Glue:
+    """No block begins behind `first` up to `last` (places in the order), and why."""
+
+    first: int
+    last: int
+    why: str
+    remedy: str
+
+
+class Flow:
+    """order: the ops that belong to a block, in order. segments: where the ops that outputs share
+    begin, and those of each output alone. needs: by op, those that come first. glues: what must
+    stay together. together: what keeps the users of a weight in one block (None: nothing does)."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        model: nn.Module,
+        outputs: Sequence[Value],
+        together: str | None = None,
+    ) -> None:
+        self._together = together
+        self.trace = trace
+        self.ops = trace.ops
+        self.outputs = list(outputs)
+        self._tensors = dict(_tensors(model))
+        self._steady = self._only_read()
+        self.needs = [_needs(op) for op in self.ops]
+        self.live = self._living()
+        self.weights = [self._weights(op) for op in self.ops]
+        self.pure = self._pure()
+        self._written = {m for i in self.live for m in self.ops[i].writes}
+        self.free = self.pure - {i for i, _ in outputs}
+        self.order, self.segments = self._ordered()
+        self.place = {i: k for k, i in enumerate(self.order)}
+        self.glues = [*self._by_weights(), *self._by_memory(), *self._by_values()]
+
+    # -- ops --------------------------------------------------------------------------------------
+
+    def _living(self) -> set[int]:
+        """What an output needs, and what moves a buffer."""
+        waiting = [i for i, _ in self.outputs]
+        for i, op in enumerate(self.ops):
+            if any(isinstance(self.trace.origin.get(m), Weight) for m in op.writes):
+                waiting.append(i)
+        live: set[int] = set()
+        while True:
+            while waiting:
+                i = waiting.pop()
+                if i not in live:
+                    live.add(i)
+                    waiting += self.needs[i]
+            # what writes to the memory of something that lives
+            held = {m for i in live for m in self.ops[i].memory}
+            waiting = [i for i, op in enumerate(self.ops) if i not in live and op.writes & held]
+            if not waiting:
+                return live
+
+    def _of_module(self, op: Op[Form]) -> dict[int, str]:
+        """The weights and buffers of the module that an op calls, by identity, with their names."""
+        if op.step.kind != MODULE:
+            return {}
+        prefix = f"{op.step.target}." if op.step.target else ""
+        return {id(t): n for n, t in self._tensors.items() if n.startswith(prefix)}
+
+    def _written_weights(self, op: Op[Form]) -> list[Weight]:
+        origins = [self.trace.origin.get(m) for m in op.writes]
+        return [w for w in origins if isinstance(w, Weight)]
+
+    def _only_read(self) -> set[int]:
+        """Buffers that nothing writes to, and no module has that is one step: constants."""
+        moved = {key for op in self.ops for key in self._of_module(op)}
+        moved |= {id(self._tensors[w.name]) for op in self.ops for w in self._written_weights(op)}
+        buffers = {id(t) for t in self._tensors.values() if not isinstance(t, nn.Parameter)}
+        return buffers - moved
+
+    def _weights(self, op: Op[Form]) -> dict[int, str]:
+        """The weights, and the buffers that move, that an op uses, by identity, with names."""
+        found = self._of_module(op)
+        named = [p for p in places((op.step.args, op.step.kwargs)) if isinstance(p, Weight)]
+        for weight in (*named, *self._written_weights(op)):
+            found.setdefault(id(self._tensors[weight.name]), weight.name)
+        return {key: name for key, name in found.items() if key not in self._steady}
+
+    def _pure(self) -> set[int]:
+        """Ops that any block can do again, with the same result: they read inputs and constants,
+        and write to nothing but what such ops have made."""
+        pure = {i for i in self.live if not self.weights[i] and not self.ops[i].random}
+        while True:
+            others = {m for i in self.live - pure for m in self.ops[i].writes}
+            foreign = {
+                m for i in pure for m in self.ops[i].writes
+                if not isinstance(self.trace.origin.get(m), int)
+            }  # fmt: skip
+            again = {
+                i for i in pure
+                if self.needs[i] <= pure
+                and not (self.ops[i].memory | self.ops[i].writes) & (others | foreign)
+            }  # fmt: skip
+            if again == pure:
+                return pure
+            pure = again
+
+    def _late(self, i: int) -> bool:
+        """Whether an op moves to its first user: it has no batch."""
+        op = self.ops[i]
+        moved = op.random or op.writes or op.memory & self._written
+        return not moved and bool(op.out) and all(f.free for f in op.out.values())
+
+    def _asked(self) -> set[int]:
+        """What blocks do: `live`, without what is done only for what is free."""
+        waiting = [i for i, _ in self.outputs] + [i for i in self.live if self.ops[i].writes]
+        asked: set[int] = set()
+        while waiting:
+            i = waiting.pop()
+            if i not in asked and i not in self.free:
+                asked.add(i)
+                waiting += self.needs[i]
+        return asked
+
+    def _ordered(self) -> tuple[list[int], list[int]]:
+        alone = self._alone()
+        asked = sorted(self._asked())
+        order: list[int] = []
+        done: set[int] = set()
+
+        def put(i: int) -> None:
+            if i in done or i in self.free:
+                return
+            done.add(i)
+            for n in sorted(self.needs[i]):
+                put(n)
+            order.append(i)
+
+        segments = [0]
+        ends = {i for i, _ in self.outputs}
+        for segment in range(len(self.outputs) + 1 if len(self.outputs) > 1 else 1):
+            if segment:
+                segments.append(len(order))
+            for i in asked:
+                if alone[i] == segment and (i in ends or not self._late(i)):
+                    put(i)
+        return order, segments
+
+    def _alone(self) -> dict[int, int]:
+        """By op: 1 + the one output that needs it, or 0."""
+        if len(self.outputs) == 1:
+            return dict.fromkeys(self.live, 0)
+        reach: dict[int, set[int]] = {i: set() for i in self.live}
+        for output, (end, _) in enumerate(self.outputs):
+            reach[end].add(output)
+        for i in sorted(self.live, reverse=True):
+            for n in self.needs[i]:
+                reach[n] |= reach[i]
+        for i in sorted(self.live):  # what only moves a buffer goes where its operands are
+            if not reach[i]:
+                reach[i] = set.union(set(), *(reach[n] for n in self.needs[i]))
+        return self._with_their_weights(
+            {i: next(iter(r)) + 1 if len(r) == 1 else 0 for i, r in reach.items()}
+        )
+
+    def _with_their_weights(self, alone: dict[int, int]) -> dict[int, int]:
+        """What uses a weight for several outputs stands among what they share, with all it needs: a
+        module that is called once for each of them is in one block."""
+        users: dict[int, set[int]] = {}
+        for i in self.live:
+            for key in self.weights[i]:
+                users.setdefault(key, set()).add(i)
+        while True:
+            several = [own for own in users.values() if len({alone[i] for i in own}) > 1]
+            shared = {i for i in set.union(set(), *several) if alone[i]}
+            while shared:
+                i = shared.pop()
+                alone[i] = 0
+                shared |= {n for n in self.needs[i] if alone[n]}
+            if not several:
+                return alone
+
+    # -- what must stay together ------------------------------------------------------------------
+
+    def _by_weights(self) -> Iterator[Glue]:
+        users: dict[int, list[tuple[int, str]]] = {}
+        for i in self.order:
+            for key, name in self.weights[i].items():
+                users.setdefault(key, []).append((i, name))
+        for found in users.values():
+            at = [self.place[i] for i, _ in found]
+            tensor = self._tensors[found[0][1]]
+            whole = self._whole_user(i for i, _ in found)
+            together = self._together if whole is None else f"{whole!r}, which stays whole,"
+            alone = together is not None and (tensor.requires_grad or whole is not None)
+            if max(at) > min(at) and (alone or not isinstance(tensor, nn.Parameter)):
+                first = min(found, key=lambda f: self.place[f[0]])
+                last = max(found, key=lambda f: self.place[f[0]])
+                names = dict.fromkeys(name for _, name in (first, last))
+                remedy = "give each user a weight of its own (untie them)"
+                if len(names) == 1:
+                    remedy = (
+                        "call the module once, on both inputs joined (torch.cat), and split what "
+                        "it returns"
+                    )
+                yield Glue(
+                    min(at), max(at),
+                    f"the weight {' = '.join(map(repr, names))} is used in "
+                    f"{self.title(first[0])} and in {self.title(last[0])}, and "
+                    f"{f'with {together} ' if alone else ''}a weight belongs to one block",
+                    f"{remedy}, or cut elsewhere",
+                )  # fmt: skip
+
+    def _whole_user(self, ops: Iterable[int]) -> str | None:
+        """The first of the ops' modules that could not be followed: copies of it may differ."""
+        names = [name for i in ops for name in self.names(i)]
+        return next((name for name in names if name in self.trace.whole), None)
+
+    def _by_memory(self) -> Iterator[Glue]:
+        """Around what is written to: unless the writer is the only one behind the cut that has it,
+        as a copy of its own, and hands it on."""
+        last = self.last_use()
+        for i in self.order:
+            for memory in self.ops[i].writes:
+                origin = self.trace.origin.get(memory)
+                if isinstance(origin, Weight):
+                    continue
+                first = self.place.get(origin, 0) if isinstance(origin, int) else 0
+                for place in range(first + 1, self.place[i] + 1):
+                    known = [
+                        value
+                        for value, end in last.items()
+                        if self.place[value[0]] < place <= end
+                        and memory in self.ops[value[0]].memory
+                    ]
+                    handed_on = memory in self.ops[i].memory and len(known) == 1
+                    if not isinstance(origin, int) or not handed_on:
+                        yield Glue(
+                            place - 1, place,
+                            f"{self.title(i)} writes to what {self.title(self.order[first])} made, "
+                            "and both sides would have it",
+                            "cut behind it, or do not write in place",
+                        )  # fmt: skip
+
+    def _by_values(self) -> Iterator[Glue]:
+        for value, last in self.last_use().items():
+            form = self.form(value)
+            if not form.sendable:
+                kind = str(form.dtype).removeprefix("torch.")
+                what = f"values of type {kind}"
+                if form.dims is None:
+                    what = f"a changing number of {kind}"
+                if form.masked:
+                    what = "values with the -inf of a mask"
+                yield Glue(
+                    self.place[value[0]], last,
+                    f"{what} go from {self.title(value[0])} to "
+                    f"{self.title(self.order[last])}, and only real-valued batches travel",
+                    "cut before the one or behind the other",
+                )  # fmt: skip
+
+    # -- what crosses -----------------------------------------------------------------------------
+
+    def steady(self, name: str) -> bool:
+        """Whether it is a buffer that is only read, of which every block has its own."""
+        return id(self._tensors[name]) in self._steady
+
+    def form(self, value: Value) -> Form:
+        return self.ops[value[0]].out[value[1]]
+
+    def last_use(self) -> dict[Value, int]:
+        """The last place where a value is read, of values that are read in the order."""
+        last: dict[Value, int] = {}
+        for k, i in enumerate(self.order):
+            for ref in references(self.ops[i]):
+                if ref.step in self.place:
+                    last[ref.step, ref.path] = max(k, last.get((ref.step, ref.path), 0))
+        return last
+
+    def crossing(self) -> list[int]:
+        """By place: numbers per row that would cross a cut there."""
+        sizes = [0] * (len(self.order) + 1)
+        for value, last in self.last_use().items():
+            for k in range(self.place[value[0]] + 1, last + 1):
+                sizes[k] += self.form(value).columns
+        return sizes[: len(self.order)]
+
+    def prevents(self, place: int) -> Glue | None:
+        """What forbids a block to begin at a place."""
+        return next((g for g in self.glues if g.first < place <= g.last), None)
+
+    def learned(self, i: int) -> int:
+        """Numbers that an op learns."""
+        own = [self._tensors[name] for name in self.weights[i].values()]
+        return sum(t.numel() for t in own if isinstance(t, nn.Parameter))
+
+    def kept(self, i: int) -> int:
+        """Real numbers per row that an op makes."""
+        forms = self.ops[i].out.values()
+        return sum(f.columns for f in forms if not f.free and f.dtype.is_floating_point)
+
+    def title(self, i: int) -> str:
+        """An op, as people know it."""
+        op = self.ops[i]
+        if op.step.kind == MODULE:
+            return f"{op.step.target!r}"
+        return op.line or f"{op.where!r}"
+
+    def names(self, i: int) -> tuple[str, ...]:
+        """The modules that an op belongs to, outermost first."""
+        op = self.ops[i]
+        own = (str(op.step.target),) if op.step.kind == MODULE else ()
+        return tuple(n for n in (*op.modules, *own) if n)
+
+
+def _needs(op: Op[Form]) -> set[int]:
+    return {r.step for r in references(op)} | op.reads
+
+
+def references(op: Op[Form]) -> list[Ref]:
+    return refs((op.step.args, op.step.kwargs))
+
+
+def refs(template: Template) -> list[Ref]:
+    return [p for p in places(template) if isinstance(p, Ref)]
+
+
+def args(template: Template) -> list[Arg]:
+    return [p for p in places(template) if isinstance(p, Arg)]
+
+
+def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

@@ -1,0 +1,597 @@
+"""What a model does, written down while it runs on plain tensors.
+
+torch.fx runs a model on stand-ins, which fail at `isinstance(x, Tensor)`, at
+`torch.arange(x.shape[1])` or `assert x.shape[1] <= 128`. Here it runs on real tensors under a
+`TorchFunctionMode`, which sees every call of torch; numbers that belong to the batch show when two
+runs with other batches differ (tracing.py). A module is one step where it is torch's own, or where
+it was asked to stay whole.
+
+What cannot be followed raises `Unfollowed`: a value of a tensor that decides what happens next (a
+bool, a number, numpy), a call that torch does not show (an autograd.Function, a scripted
+function), a weight that is not registered, something that is left behind in the model.
+B: batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import operator
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+
+from hamdist.dynamics.tracing.traced_module import (
+    FUNCTION,
+    METHOD,
+    MODULE,
+    Arg,
+    Const,
+    Device,
+    Path,
+    Ref,
+    Step,
+    Template,
+    Weight,
+    places,
+)
+from hamdist.dynamics.user_modules.hooks import hook_of
+from hamdist.dynamics.user_modules.libraries import masks_stay
+from hamdist.dynamics.user_modules.structure import filled, parts_of
+
+# Torch's modules that only call others: they are gone through.
+CONTAINERS = (
+    nn.Sequential,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+OWN = ("torch.", "hamdist.")  # packages whose modules are one step
+# What may be asked of a tensor without reading its values.
+# fmt: off
+ABOUT = frozenset({
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset",
+    "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_conj", "is_neg",
+    "is_inference", "is_pinned", "is_shared", "is_same_size", "is_set_to", "is_tensor",
+    "element_size", "get_device", "data_ptr", "type", "__len__", "__hash__", "__format__",
+    "__repr__", "has_names", "result_type", "is_storage", "is_distributed", "is_coalesced",
+    "untyped_storage", "storage", "retain_grad",
+})
+# fmt: on
+_OPERATORS = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+}
+_REVERSED = {"__rsub__": operator.sub, "__rdiv__": operator.truediv}
+_SETTERS = ("_set_grad_enabled", "_set_autocast", "set_autocast")
+_FILES = ("/torch/", f"/{__package__.replace('.', '/')}/")  # whose lines are not the user's
+
+
+class Unfollowed(Exception):
+    """Why a model cannot be followed. module: the innermost one whose forward does it; line: where
+    ('file:line: text')."""
+
+    def __init__(self, reason: str, module: str, line: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.module = module
+        self.line = line
+
+
+Out = TypeVar("Out")
+
+
+@dataclass(slots=True)
+class Op(Generic[Out]):
+    """A step that was taken. where: the module whose forward took it; line: of that forward.
+    modules: all modules under way, outermost first. out: by path, what came out (of one run the
+    tensors; of several their forms, tracing.py); varies: it depends on the input, on weights, or on
+    chance. reads: steps that had to come first, through memory that they share. writes: memory
+    that it changed."""
+
+    step: Step
+    where: str
+    line: str
+    modules: tuple[str, ...]
+    out: dict[Path, Out]
+    random: bool
+    varies: bool
+    reads: set[int]
+    writes: set[int]
+    memory: set[int]
+
+
+Taken: TypeAlias = Op[Tensor]
+
+
+@dataclass(slots=True)
+class Recording:
+    """taken: in order. output: a template. constants: by index. memory: what each block of memory
+    is at the first step that had it: ('arg', name), ('weight', name), ('const', index) or a step.
+    """
+
+    taken: list[Taken]
+    output: Template
+    constants: list[Tensor]
+    origin: dict[int, object]
+
+
+def record(
+    model: nn.Module, inputs: Mapping[str, Tensor], call: Callable[..., Any], whole: set[str]
+) -> Recording:
+    """One run of `call(model, inputs)`.
+
+    model: one that `watched` prepared. whole: modules that stay one step.
+    Raises Unfollowed.
+    """
+    recorder = _Recorder(model, inputs, whole)
+    for part in model.modules():
+        if type(part).__mro__[1].__name__ == "_Watched":
+            object.__setattr__(part, "_hamdist_recorder", recorder)
+    try:
+        with masks_stay(), recorder:
+            output = call(model, inputs)
+    except Unfollowed:
+        raise
+    except Exception as error:  # a user's forward may raise anything
+        if recorder.failure is not None:
+            raise recorder.failure from None
+        first = (str(error).strip().splitlines() or [""])[0]
+        reason = f"it raised {type(error).__name__}: {first}"
+        raise Unfollowed(reason, recorder.inner_at_failure or "", _line_of(error)) from error
+    finally:
+        for part in model.modules():
+            vars(part).pop("_hamdist_recorder", None)
+    if recorder.failure is not None:
+        raise recorder.failure
+    return recorder.finished(output)
+
+
+def _watched(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class as `kind`, of whose calls a recorder is told. (Of `kind` alone, so that an object of
+    it can become one, whatever other classes it has.)"""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        recorder = vars(self).get("_hamdist_recorder")
+        run = partial(kind.__call__, self)
+        if recorder is None:
+            return run(*args, **kwargs)
+        return recorder.module(self, run, args, kwargs)
+
+    seen = type("_Watched", (kind,), {"__module__": __name__, "__call__": call})
+    return type(kind.__name__, (seen,), {"__module__": kind.__module__})
+
+
+class _Shell(nn.Module):
+    """Stands around a scripted module, whose class cannot be another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def watch(model: nn.Module) -> dict[str, Unfollowed]:
+    """Prepares a model, a copy that nobody else uses, for `record`; the modules that have to stay
+    whole, because they are no Python classes (scripted ones).
+
+    Raises Unfollowed where the model itself is one.
+    """
+    compiled = "it is compiled (torch.jit)"
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Unfollowed(compiled, "", "")
+    scripted: dict[str, Unfollowed] = {}
+    for name, part in list(model.named_modules()):
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
+        for child, inner in part._modules.items():
+            if isinstance(inner, torch.jit.ScriptModule):
+                part._modules[child] = _Shell(inner)
+                path = f"{name}.{child}" if name else child
+                scripted[path] = Unfollowed(compiled, path, "")
+    for part in model.modules():
+        kind = type(part)
+        if isinstance(part, torch.jit.ScriptModule):
+            continue
+        part.__class__ = _watched(kind)
+    return scripted
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], whole: set[str]) -> None:
+        super().__init__()
+        self._names = {id(part): name for name, part in model.named_modules()}
+        self._whole = whole
+        self._stack: list[str] = []
+        self._inside = 0  # steps under way
+        self.failure: Unfollowed | None = None
+        self.inner_at_failure: str | None = None
+        self._taken: list[Taken] = []
+        self._known: dict[int, tuple[Tensor, Template]] = {}
+        self._graded: dict[int, object] = {}  # `_backward_of` it when it was made
+        self._constants: list[Tensor] = []
+        self._origin: dict[int, object] = {}
+        self._writers: dict[int, set[int]] = {}
+        self._readers: dict[int, set[int]] = {}
+        self._varying: set[int] = set()  # memory that was written to from what varies
+        self._autocast = _autocast()
+        self._learned = {name for name, _ in model.named_parameters()}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self._learn(tensor, Weight(name))
+        for name, tensor in inputs.items():
+            self._learn(tensor, Arg(name))
+
+    # -- what torch shows -----------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._inside:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._attribute(func.__self__.__name__, args[0])
+        if name.startswith(_SETTERS):
+            return func(*args, **kwargs)
+        if name in ("__set__", "backward", "set_", "set_data") or name.startswith("register_"):
+            raise self._fails(f"it calls {name} on a tensor")
+        step = _as_step(func, name, args, kwargs)
+        return self._take(step, args, kwargs, lambda: func(*args, **kwargs), name)
+
+    def _attribute(self, name: str, tensor: Tensor) -> Any:
+        if name == "grad_fn":
+            raise self._fails("it reads grad_fn of a tensor, whose hooks are not followed")
+        value = getattr(tensor, name)
+        if not isinstance(value, Tensor):
+            return value
+        step = Step(FUNCTION, getattr, (tensor, name))
+        return self._take(step, (tensor,), {}, lambda: value, name)
+
+    def module(
+        self, part: nn.Module, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        if self._inside:
+            return run(*args, **kwargs)
+        name = self._names[id(part)]
+        if self._is_one_step(part, name):
+            step = Step(MODULE, name, args, kwargs)
+            return self._take(step, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
+        self._check_backward((args, kwargs))
+        self._stack.append(name)
+        hook = hook_of(part)
+        if hook is not None:
+            raise self._fails(f"it has a {hook}")
+        try:
+            out = run(*args, **kwargs)
+            self._check_backward(out)
+            return out
+        except Exception:
+            if self.inner_at_failure is None:
+                self.inner_at_failure = name
+            raise
+        finally:
+            self._stack.pop()
+
+    def _is_one_step(self, part: nn.Module, name: str) -> bool:
+        if name in self._whole or not name:
+            return name in self._whole
+        kind = type(part).__mro__[2]  # behind the two of `watch`
+        return kind.__module__.startswith(OWN) and kind not in CONTAINERS
+
+    @property
+    def _innermost(self) -> str:
+        """The innermost module under way."""
+        return self._stack[-1] if self._stack else ""
+
+    def _fails(self, reason: str) -> Unfollowed:
+        """The failure, remembered in case that the model catches it."""
+        if self.failure is None:
+            self.failure = Unfollowed(reason, self._innermost, _line_here())
+        return self.failure
+
+    def _check_backward(self, value: Any) -> None:
+        """Fails where an autograd.Function has made a tensor since the last step."""
+        with self._a_step():
+            for tensor in _tensors(value):
+                if id(tensor) in self._known and _backward_of(tensor) != self._graded[id(tensor)]:
+                    raise self._fails(
+                        "it uses an autograd.Function, whose backward is not followed"
+                    )
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _a_step(self) -> Iterator[None]:
+        """What happens inside is no step of the model's."""
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    def _take(
+        self,
+        step: Step,
+        args: Any,
+        kwargs: dict[str, Any],
+        run: Callable[[], Any],
+        name: str,
+        own: nn.Module | None = None,
+    ) -> Any:
+        with self._a_step():
+            given = list(_tensors((args, kwargs)))
+            template = Step(
+                step.kind,
+                step.target,
+                self._template(step.args),
+                self._template(step.kwargs),
+                torch.is_grad_enabled(),
+            )
+            if _autocast() != self._autocast:
+                raise self._fails("it switches autocast on or off")
+            versions = [t._version for t in given]
+            chance = torch.get_rng_state()
+            out = run()
+            random = not torch.equal(torch.get_rng_state(), chance)
+            written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
+            made = list(_walk(out))
+            varies = random or self._varies(template) or (own is not None and _stateful(own))
+            if not made and not written:
+                about = own is not None or not given or name in ABOUT
+                if not about and varies:
+                    raise self._fails(f"what it does depends on values of a tensor ({name})")
+                if own is None and not random:
+                    return out
+            if own is not None or given or made:
+                for odd in _others(out):
+                    raise self._fails(
+                        f"{name} returns a {type(odd).__name__}, which is not followed"
+                    )
+            self._note(template, given, written, made, random=random, varies=varies)
+            return out
+
+    def _note(
+        self,
+        step: Step,
+        given: list[Tensor],
+        written: list[Tensor],
+        made: list[tuple[Path, Tensor]],
+        *,
+        random: bool,
+        varies: bool,
+    ) -> None:
+        k = len(self._taken)
+        taken: Taken = Op(
+            step, self._innermost, _line_here(), tuple(self._stack), dict(made), random, varies,
+            set(), set(), set(),
+        )  # fmt: skip
+        self._taken.append(taken)
+        for tensor in given:
+            memory = _memory(tensor)
+            taken.reads |= self._writers.get(memory, set())
+            if memory in self._varying:
+                taken.varies = True
+            self._readers.setdefault(memory, set()).add(k)
+        for tensor in written:
+            memory = _memory(tensor)
+            origin = self._origin.get(memory)
+            if isinstance(origin, tuple) and origin[0] == "const":
+                raise self._fails("it writes to a tensor that outlives the call")
+            if isinstance(origin, Weight) and origin.name in self._learned:
+                raise self._fails(f"it changes its weight {origin.name!r}")
+            taken.writes.add(memory)
+            taken.reads |= self._readers.get(memory, set()) - {k}
+            self._writers.setdefault(memory, set()).add(k)
+            self._graded[id(tensor)] = _backward_of(tensor)
+            if taken.varies:
+                self._varying.add(memory)
+        for path, tensor in made:
+            memory = _memory(tensor)
+            taken.memory.add(memory)
+            self._origin.setdefault(memory, k)
+            self._known[id(tensor)] = (tensor, Ref(k, path))
+            self._graded[id(tensor)] = _backward_of(tensor)
+
+    def _learn(self, tensor: Tensor, template: Weight | Arg) -> None:
+        self._known[id(tensor)] = (tensor, template)
+        self._graded[id(tensor)] = _backward_of(tensor)
+        self._origin.setdefault(_memory(tensor), template)
+
+    def _varies(self, template: Step) -> bool:
+        for place in (*places(template.args), *places(template.kwargs)):
+            if isinstance(place, (Arg, Weight)):
+                return True
+            if isinstance(place, Ref) and self._taken[place.step].varies:
+                return True
+        return False
+
+    # -- templates ------------------------------------------------------------------------------
+
+    def _template(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        kind = type(value)
+        parts = parts_of(value)
+        if parts is not None:
+            return filled(value, [self._template(part) for _, part in parts])
+        if kind is slice:
+            return slice(*(self._template(v) for v in (value.start, value.stop, value.step)))
+        if kind is torch.device and value.type == "cpu":
+            return Device()
+        if isinstance(value, torch.Generator):
+            raise self._fails("it uses a random generator of its own")
+        if not _is_plain(value):
+            raise self._fails(f"it passes a {kind.__name__} on, which may hold tensors")
+        return value
+
+    def _tensor(self, tensor: Tensor) -> Template:
+        found = self._known.get(id(tensor))
+        if found is not None:
+            self._check_backward(tensor)
+            return found[1]
+        if tensor.requires_grad:
+            what = "a weight that is not registered" if tensor.is_leaf else "an operation unseen"
+            raise self._fails(f"it uses {what} (autograd.Function, compiled or foreign code)")
+        if tensor.layout != torch.strided:
+            raise self._fails("it uses a sparse tensor that it keeps beside its weights")
+        place = Const(len(self._constants))
+        self._constants.append(tensor)
+        self._known[id(tensor)] = (tensor, place)
+        self._graded[id(tensor)] = _backward_of(tensor)
+        self._origin.setdefault(_memory(tensor), ("const", place.index))
+        return place
+
+    def finished(self, output: Any) -> Recording:
+        """What was recorded. Of the output what can be learned: a cache, or what else is neither a
+        tensor nor a plain value, is left out where there are tensors beside it."""
+        learnable = _without_others(output)
+        for odd in _others(output) if not any(True for _ in _walk(learnable)) else ():
+            raise Unfollowed(
+                f"the model returns a {type(odd).__name__}; return tensors, or a tuple or dict of "
+                "them", "", "",
+            )  # fmt: skip
+        return Recording(self._taken, self._template(learnable), self._constants, self._origin)
+
+
+def _as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Step:
+    """The call, in the form in which people write it."""
+    if name in _OPERATORS and len(args) == 2 and not kwargs and isinstance(args[0], Tensor):
+        return Step(FUNCTION, _OPERATORS[name], tuple(args))
+    if name in _REVERSED and len(args) == 2 and not kwargs:
+        return Step(FUNCTION, _REVERSED[name], (args[1], args[0]))
+    if isinstance(func, MethodDescriptorType) and not name.startswith("__"):
+        return Step(METHOD, name, tuple(args), kwargs)
+    if name == "__getitem__":
+        return Step(FUNCTION, operator.getitem, tuple(args))
+    if name == "__setitem__":
+        return Step(FUNCTION, operator.setitem, tuple(args))
+    return Step(FUNCTION, func, tuple(args), _said(func, kwargs))
+
+
+def _said(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without the keywords that torch adds with their defaults (`inplace=False`)."""
+    if not isinstance(func, FunctionType):
+        return kwargs
+    known = inspect.signature(func).parameters
+    plain = (bool, int, float, str, type(None))
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key not in known or not isinstance(value, plain) or known[key].default is not value
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    plain = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), Enum, type)
+    torch_own = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo)
+    functions = (FunctionType, BuiltinFunctionType)
+    return isinstance(value, (*plain, *torch_own, *functions))
+
+
+def _autocast() -> list[object]:
+    """Which types autocast takes now, if any; torch's question without a device is CUDA's alone."""
+    on = torch.is_autocast_enabled
+    return [torch.get_autocast_dtype(d) if on(d) else None for d in ("cpu", "cuda")]
+
+
+def _backward_of(tensor: Tensor) -> object:
+    """What differs once an autograd.Function has returned the tensor as its own."""
+    node = tensor.grad_fn
+    if isinstance(node, BackwardCFunction):
+        return node
+    return tensor.requires_grad and node is not None
+
+
+def _memory(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for _, tensor in _walk(value):
+        yield tensor
+
+
+def _walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif type(value) is slice:
+        for inner in (value.start, value.stop, value.step):
+            yield from _walk(inner, path)
+    else:
+        for key, inner in parts_of(value) or ():
+            yield from _walk(inner, (*path, key))
+
+
+def _others(value: Any) -> Iterator[Any]:
+    """Things in a result that are neither tensors nor plain values."""
+    parts = parts_of(value)
+    if parts is not None:
+        for _, inner in parts:
+            yield from _others(inner)
+    elif not isinstance(value, Tensor) and not _is_plain(value):
+        yield value
+
+
+def _without_others(value: Any) -> Any:
+    """A result with None in place of what `_others` yields."""
+    parts = parts_of(value)
+    if parts is not None:
+        return filled(value, [_without_others(part) for _, part in parts])
+    return value if isinstance(value, Tensor) or _is_plain(value) else None
+
+
+def _stateful(part: nn.Module) -> bool:
+    tensors = (*part.parameters(), *part.buffers())
+    return bool(tensors)
+
+
+def _line_here() -> str:
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code.co_filename
+        if not any(part in code.replace("\\", "/") for part in _FILES):
+            return _line(code, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def _line_of(error: BaseException) -> str:
+    """The last line outside torch that the error passed."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code.co_filename
+        if not any(part in code.replace("\\", "/") for part in _FILES):
+            found = _line(code, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+def _line(file: str, number: int) -> str:
+    text = linecache.getline(file, number).strip()
+    return f"{file}:{number}" + (f": {text}" if text else "")
+
+
+def stays_whole(name: str, model: nn.Module, why: Unfollowed) -> str:
+    """Says which module cannot be cut, and the line that prevents it."""
+    what = f"the model (a {type(model).__name__})"
+    if name:
+        what = f"{name!r} (a {type(model.get_submodule(name)).__name__})"
+    at = f", at {why.line}" if why.line else ""
+    return f"{what} stays whole, because {why.reason}{at}"

@@ -1,0 +1,1 @@
+"""How weights move: the constants of the equations, costates, averages, whitening, step size."""

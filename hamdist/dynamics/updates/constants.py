@@ -1,0 +1,392 @@
+"""The constants of Hamilton's equations, set: of a run, and of each of its blocks (equations.md).
+
+    tau_k   s     step of integration       c    1/s   speed of propagation, c tau in (0, 1]
+    eta     1/s   dissipation of z, omega   beta       rate of the weights
+    phi_k         scale of the loss         s          sign: -1 Hamiltonian Learning, +1 Hamilton
+
+What settings leave open follows from gradient descent (HL Appendix E): with rate gamma, momentum mu
+and dampening rho, beta = gamma/tau, eta_omega = (1 - mu)/tau, phi = (1 - rho)/tau; the first
+momentum step of PyTorch is not dampened, so there phi = 1/tau for the first loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from hamdist.config import (
+    AdaptiveSettings,
+    AverageSettings,
+    BlockDynamicsSettings,
+    BlockLearningSettings,
+    Compensation,
+    CourseSettings,
+    DynamicsSettings,
+    FirstStep,
+    InputRule,
+    InputsSettings,
+    LearningSettings,
+    Reset,
+    ResetSettings,
+)
+from hamdist.dynamics.graph.patterns import check_patterns, fitting
+from hamdist.dynamics.schedule.levels import Locality
+from hamdist.dynamics.updates.learning_rate import Listed as Listed
+from hamdist.dynamics.updates.learning_rate import listed
+from hamdist.dynamics.updates.whitening import Whitening
+from hamdist.errors import LevelError
+
+TOLERANCE = 1e-12
+
+Course: TypeAlias = Callable[[int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The same value at every tick."""
+
+    value: float
+
+    def __call__(self, k: int) -> float:  # noqa: ARG002
+        return self.value
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """tau: by tick; None where the stream's time stamps give it. phi: by tick, where the
+    presentation is not 'hold' by sample; first_phi: for the first loss that a readout takes (in a
+    sequence: for all losses of the first one), if not None.
+    beta: of the weights; betas: of those whose name is given, or fits a pattern: the first one.
+    weight_cost: r_w; first_cost: of the first update, if not None. decay: of the weights, beside
+    adaptive steps. momentum: the share of omega that a sequence takes over from the one before it
+    (presentation 'sequence'). adaptive: beta by weight, as Adam has it. reset, limit: see
+    DynamicsSettings. average: of the weights; clip: the most that |tau g| may be; ahead: momentum
+    looks ahead (weights.py); inputs: what steps do about theirs (whitening.py). blocks, learning:
+    overrides by pattern, for `of`. per_lr: beta at a learning rate of 1.
+    """
+
+    tau: Course | None
+    c: float
+    eta_z: float
+    eta_omega: float
+    beta: float
+    phi: Course
+    sign: int = -1
+    first_phi: float | None = None
+    betas: tuple[tuple[str, float], ...] = ()
+    weight_cost: float = 0.0
+    first_cost: float | None = None
+    decay: float = 0.0
+    momentum: float = 0.0
+    adaptive: AdaptiveSettings | None = None
+    reset: ResetSettings = field(default_factory=lambda: ResetSettings(h=Reset.NEVER))
+    limit: float = math.inf
+    average: AverageSettings | None = None
+    clip: float = math.inf
+    ahead: bool = False
+    inputs: Whitening | None = None
+    blocks: Mapping[str, BlockDynamicsSettings] = field(default_factory=dict)
+    learning: Mapping[str, BlockLearningSettings] = field(default_factory=dict)
+    per_lr: float = 1.0
+
+    def of(self, block: str) -> Dynamics:
+        """The constants of `block`."""
+        pattern = fitting(block, self.learning)
+        made = self if pattern is None else self._learning(self.learning[pattern])
+        pattern = fitting(block, self.blocks)
+        return replace(made, blocks={}) if pattern is None else made._with(self.blocks[pattern])
+
+    def _learning(self, own: BlockLearningSettings) -> Dynamics:
+        return replace(
+            self,
+            beta=self.beta if own.lr is None else own.lr * self.per_lr,
+            average=self.average if own.average is None else _average(own.average),
+            clip=self.clip if own.clip is None else _clip(own.clip),
+            inputs=self.inputs if own.inputs is None else _inputs(own.inputs),
+            learning={},
+        )
+
+    def _with(self, own: BlockDynamicsSettings) -> Dynamics:
+        betas = tuple(own.beta.items()) if isinstance(own.beta, dict) else ()
+        return replace(
+            self,
+            c=_first(own.c, self.c),
+            eta_z=_first(own.eta_z, own.eta, self.eta_z),
+            eta_omega=_first(own.eta_omega, own.eta, self.eta_omega),
+            beta=_first(own.beta if isinstance(own.beta, float) else None, self.beta),
+            betas=betas,
+            blocks={},
+        )
+
+    def rates(self, names: Sequence[str]) -> list[float]:
+        """beta of each parameter, by its name in the block."""
+        rates = dict(self.betas)
+        patterns = [fitting(name, rates) for name in names]
+        return [self.beta if p is None else rates[p] for p in patterns]
+
+    def speeds(self) -> list[float]:
+        """Every c of the run."""
+        return [self.c, *(b.c for b in self.blocks.values() if b.c is not None)]
+
+    @property
+    def clocked(self) -> bool:
+        """Whether the stream has to tell every block the time, or the end of a sequence."""
+        r = self.reset
+        return self.tau is None or Reset.SEQUENCE in (r.h, r.z, r.omega)
+
+
+def _average(given: AverageSettings | str) -> AverageSettings | None:
+    return None if isinstance(given, str) else given
+
+
+def _inputs(given: InputsSettings | str) -> Whitening | None:
+    if isinstance(given, str):
+        return None
+    centred = given.rule is InputRule.CENTRED
+    return Whitening(given.memory, given.damping, given.look, given.refresh, centred)
+
+
+def _clip(given: float | str) -> float:
+    return math.inf if isinstance(given, str) else given
+
+
+def _first(*values: float | None) -> float:
+    return next(v for v in values if v is not None)
+
+
+def make_dynamics(
+    dynamics: DynamicsSettings,
+    learning: LearningSettings,
+    knobs: Locality,
+    *,
+    phi: Course | None = None,
+) -> Dynamics:
+    """The constants, with those not given taken from `learning`.
+
+    phi: a function of the tick (of the sample, where the presentation is not 'hold'), instead of
+    `dynamics.phi`. Raises LevelError where they do not fit `knobs`.
+    """
+    d = dynamics
+    tau: Course | None
+    if isinstance(d.tau, CourseSettings):
+        largest, tau = max(d.tau.values), listed(d.tau)
+        if min(d.tau.values) <= 0:
+            raise LevelError("dynamics.tau: every step of integration is above 0 seconds")
+    elif d.tau == "stamps":
+        largest, tau = _unknown_tau(d, phi), None
+    else:
+        largest, tau = d.tau, Constant(d.tau)
+    course, first_phi = _phi(d, learning, largest) if phi is None else (phi, None)
+    forgets = (1 - learning.momentum) / largest
+    dampens = learning.momentum or learning.first_step is FirstStep.DAMPENED
+    cost = learning.weight_decay * (1 - learning.dampening if dampens else 1) / largest
+    if learning.adaptive is not None:
+        cost = 0.0
+    if learning.weight_decay and d.weight_cost:
+        raise LevelError(
+            "learning.weight_decay and dynamics.weight_cost are the same term of the Hamiltonian: "
+            "give one of them"
+        )
+    made = Dynamics(
+        tau=tau,
+        c=_first(d.c, 1 / largest),
+        eta_z=_first(d.eta_z, d.eta, 0.0),
+        eta_omega=_first(d.eta_omega, d.eta, 0.0 if knobs.sequence else forgets),
+        beta=_first(d.beta, learning.lr / largest),
+        phi=course,
+        sign=d.sign,
+        first_phi=first_phi,
+        weight_cost=d.weight_cost or cost,
+        first_cost=None if first_phi is None else learning.weight_decay / largest,
+        decay=0.0 if learning.adaptive is None else learning.weight_decay,
+        momentum=learning.momentum if knobs.sequence else 0.0,
+        adaptive=learning.adaptive,
+        reset=_reset(d.reset, knobs),
+        limit=d.limit,
+        average=_average(learning.average),
+        clip=_clip(learning.clip),
+        inputs=_inputs(learning.inputs),
+        ahead=Compensation.LOOK_AHEAD in knobs.compensation,
+        blocks=d.blocks,
+        learning=learning.blocks,
+        per_lr=1 / largest if learning.blocks else 1.0,
+    )
+    _check(made, None if tau is None else largest, knobs)
+    return made
+
+
+def _unknown_tau(d: DynamicsSettings, phi: Course | None) -> float:
+    """Stands for tau where only the stream knows it: nothing may follow from it."""
+    given = {
+        "c": d.c is not None,
+        "beta": d.beta is not None,
+        "phi": d.phi is not None or phi is not None,
+        "eta": d.eta is not None or d.eta_omega is not None,
+    }
+    open_ = [name for name, known in given.items() if not known]
+    if open_:
+        raise LevelError(
+            "dynamics.tau 'stamps': the step is known only when the stream runs, so nothing can "
+            f"follow from it; give dynamics.{', dynamics.'.join(open_)} as well"
+        )
+    return 1.0
+
+
+def _phi(
+    d: DynamicsSettings, learning: LearningSettings, tau: float
+) -> tuple[Course, float | None]:
+    """The course of phi, and phi of the first loss where it differs."""
+    if isinstance(d.phi, CourseSettings):
+        return listed(d.phi), None
+    if d.phi is not None:
+        return Constant(d.phi), None
+    dampened = Constant((1 - learning.dampening) / tau)
+    if learning.first_step is FirstStep.DAMPENED or not learning.dampening:
+        return dampened, None
+    if not learning.momentum:  # PyTorch then ignores the dampening
+        return Constant(1 / tau), None
+    return dampened, 1 / tau
+
+
+def _reset(reset: ResetSettings, knobs: Locality) -> ResetSettings:
+    """`reset` with what is not given set."""
+    if reset.h is not None:
+        return reset
+    h = Reset.SEQUENCE if knobs.sequence else Reset.NEVER
+    return reset.model_copy(update={"h": h})
+
+
+def _check(made: Dynamics, tau: float | None, knobs: Locality) -> None:
+    for block, c in (("", made.c), *((p, b.c) for p, b in made.blocks.items())):
+        if c is not None and tau is not None and c * tau > 1 + TOLERANCE:
+            where = f"dynamics.blocks.{block}" if block else "dynamics"
+            raise LevelError(
+                f"{where}: c tau = {c * tau:g} is above 1: the state would overshoot; "
+                f"use c <= {1 / tau:g} or a smaller tau"
+            )
+    if made.adaptive is not None and knobs.sequence:
+        raise LevelError(
+            "learning.adaptive with presentation 'sequence', whose omega gathers the gradients of "
+            "a whole sequence before the weights move: leave it out, or use another presentation"
+        )
+    _check_recipes(made, tau, knobs)
+    if not knobs.hold:
+        _check_wave(made, tau, knobs)
+
+
+def _named(inputs: InputsSettings | str | None) -> bool:
+    return inputs is not None and inputs != "off"
+
+
+def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
+    """What the recipes of `learning` do not go with."""
+    clips = [made.clip, *(_clip(b.clip) for b in made.learning.values() if b.clip is not None)]
+    if knobs.sequence and min(clips) < math.inf:
+        raise LevelError(
+            f"learning.clip {min(clips):g} with presentation 'sequence', whose omega gathers the "
+            "gradients of a whole sequence: leave it out, or use another presentation"
+        )
+    if knobs.sequence and (made.inputs or any(_named(b.inputs) for b in made.learning.values())):
+        raise LevelError(
+            "learning.inputs with presentation 'sequence', whose omega gathers the gradients of a "
+            "whole sequence: leave it out, or use another presentation"
+        )
+    if Compensation.WEIGHT_PREDICTION in knobs.compensation and made.adaptive is not None:
+        raise LevelError(
+            "compensation 'weight-prediction' with learning.adaptive, whose steps are not along "
+            "omega: leave one of them out"
+        )
+    if not made.ahead:
+        return
+    if made.adaptive is not None:
+        raise LevelError(
+            "compensation 'look-ahead' with learning.adaptive, whose steps are not along omega: "
+            "leave one of them out"
+        )
+    each = [made, *(made._with(own) for own in made.blocks.values())]
+    if tau is not None and any(abs(1 - tau * d.eta_omega) <= TOLERANCE for d in each):
+        raise LevelError(
+            "compensation 'look-ahead' without momentum: there is nothing that could carry the "
+            "weights ahead; set learning.momentum (or dynamics.eta_omega below 1/tau)"
+        )
+
+
+def _check_wave(made: Dynamics, tau: float | None, knobs: Locality) -> None:
+    """A pulse and a sequence are the travelling wave: c tau = 1 everywhere, s = -1."""
+    name = knobs.presentation.value
+    if tau is None or not isinstance(made.tau, Constant):
+        raise LevelError(
+            f"dynamics.tau changes from tick to tick with presentation {name!r}: a travelling wave "
+            "makes one hop a tick; use presentation 'hold'"
+        )
+    if knobs.sequence:
+        _check_sequence(made.reset)
+    elif made.reset != _reset(ResetSettings(), knobs):
+        raise LevelError(
+            "dynamics.reset with presentation 'pulse': every sample has states and costates of its "
+            "own there, and momentum 0 clears omega; use presentation 'hold'"
+        )
+    each = [made, *(made._with(own) for own in made.blocks.values())]
+    needs: list[tuple[str, list[float], float]] = [
+        ("c tau", [d.c * tau for d in each], 1.0),
+        ("sign", [made.sign], -1.0),
+    ]
+    if knobs.pulse:
+        needs.append(("eta_z", [d.eta_z for d in each], 0.0))
+    for what, given, needed in needs:
+        for value in given:
+            if not math.isclose(value, needed, abs_tol=TOLERANCE):
+                raise LevelError(
+                    f"dynamics: {what} = {value:g} with presentation {name!r}: a {name} is the "
+                    f"travelling wave of {what} = {needed:g}; use presentation 'hold'"
+                )
+
+
+def constant_tau(dynamics: Dynamics) -> float:
+    """tau of a travelling wave, the same at every tick (checked by `make_dynamics`)."""
+    if dynamics.tau is None:
+        raise LevelError("a travelling wave needs a constant dynamics.tau")
+    return dynamics.tau(0)
+
+
+def _check_sequence(reset: ResetSettings) -> None:
+    if reset.h is Reset.SAMPLE:
+        raise LevelError(
+            "dynamics.reset.h 'sample' with presentation 'sequence': a token begins with the "
+            "states of the token before it; use 'sequence', or 'never', which goes on over the end "
+            "of a sequence"
+        )
+    for name, value in (("z", reset.z), ("omega", reset.omega)):
+        if value is not Reset.NEVER:
+            raise LevelError(
+                f"dynamics.reset.{name} {value.value!r} with presentation 'sequence': each way "
+                "back begins with z = 0 and omega = momentum times omega; leave it out, and set "
+                "learning.momentum"
+            )
+
+
+def check_names(dynamics: Dynamics, parameters: Mapping[str, Iterable[str]]) -> None:
+    """Raises LevelError for a pattern in `dynamics.blocks` that fits no block, or no parameter of
+    the blocks that it fits. parameters: their names, by block."""
+    check_patterns("dynamics.blocks", dynamics.blocks, parameters, "block", LevelError)
+    check_patterns("learning.blocks", dynamics.learning, parameters, "block", LevelError)
+    for block in parameters:
+        a, b = fitting(block, dynamics.blocks), fitting(block, dynamics.learning)
+        if a and b and dynamics.blocks[a].beta is not None and dynamics.learning[b].lr is not None:
+            raise LevelError(
+                f"dynamics.blocks.{a}.beta and learning.blocks.{b}.lr both are the rate of the "
+                f"weights of {block!r}: give one of them"
+            )
+    for pattern, own in dynamics.blocks.items():
+        fits = [b for b in parameters if fnmatchcase(b, pattern)]
+        if isinstance(own.beta, dict):
+            names = [name for block in fits for name in parameters[block]]
+            for key in own.beta:
+                if not any(fnmatchcase(name, key) for name in names):
+                    raise LevelError(
+                        f"dynamics.blocks.{pattern}.beta.{key}: no such parameter; known: "
+                        f"{', '.join(names) or 'none'}"
+                    )

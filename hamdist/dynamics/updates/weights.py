@@ -1,0 +1,375 @@
+"""The weights of a cell and their costates: the last two of Hamilton's equations.
+
+    omega_{k+1} = omega_k + tau ( -s g_k - eta_omega omega_k )
+    theta_{k+1} = theta_k - tau beta omega_{k+1}        (omega-first, sequential)
+                = theta_k - tau beta omega_k            (simultaneous)
+
+with g = phi dL/dtheta + z^T dh'/dtheta + r_w theta (HL Eq. 7 and Algorithm 1; the last term: NILP).
+With eta_omega = 1/tau, omega is the latest gradient, and a step is one of plain gradient descent
+with rate tau beta. Two recipes change the step, and nothing else of it:
+
+    clip        g <- g min(1, clip / |tau g|), the norm over all weights of the cell together
+    look-ahead  theta_{k+1} = theta_k - tau beta ( -s tau g_k + mu omega_{k+1} )
+                with mu = 1 - tau eta_omega
+
+Before all that the gradients of linear layers may be freed of the scale of their inputs
+(whitening.py). The second recipe is Nesterov's momentum as Sutskever et al. (2013) have it: the
+weights stand where the momentum will have carried them. An average of the weights (averaging.py)
+looks at them afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hamdist.config import AdaptiveSettings, Order
+from hamdist.dynamics.state.finite import OutOfRange
+from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.updates.average import Average
+from hamdist.dynamics.updates.constants import Dynamics
+from hamdist.dynamics.updates.whitening import InputWhitening
+from hamdist.dynamics.vjp.gradient import (
+    AtOnce,
+    Gradient,
+    Gradients,
+    add_to,
+    all_dense,
+    all_moved,
+    bound,
+    dense,
+    has_moved,
+    norm_of,
+)
+
+
+class Weights(Remembers):
+    """theta (moved in place) and omega, as lists in the order of the cell's parameters.
+
+    names: of the parameters, where their rates beta differ. average: of the weights, if there is
+    one.
+
+    Where gradients come as factors (closed.py) the update is fused: theta gets the product of the
+    factors added, and with eta_omega = 1/tau omega stays in factors as well, until it is read.
+    """
+
+    def __init__(
+        self,
+        theta: Sequence[Tensor],
+        dynamics: Dynamics,
+        order: Order,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.theta = list(theta)
+        self.updates = 0
+        self._omega: list[Tensor] | None = None  # None: zero, or in factors
+        self._factors: tuple[Sequence[Gradient], float] | None = None  # omega = number times these
+        self._mine = True  # nobody else has seen the tensors of omega
+        self._rates = dynamics.rates([""] * len(self.theta) if names is None else names)
+        self._sign = dynamics.sign
+        self._eta = dynamics.eta_omega
+        self._cost = dynamics.weight_cost
+        self._first_cost = dynamics.first_cost if dynamics.weight_cost else None
+        self._decay = dynamics.decay
+        self._limit = dynamics.limit
+        self._largest = min([self._limit, *(torch.finfo(t.dtype).max for t in self.theta)])
+        self._bound = 0.0  # of |omega|
+        self._omega_first = order is not Order.SIMULTANEOUS
+        self._adaptive = dynamics.adaptive
+        self._clip = dynamics.clip
+        self._ahead = dynamics.ahead
+        self._inputs = None if dynamics.inputs is None else InputWhitening(dynamics.inputs)
+        self.average = None if dynamics.average is None else Average(self.theta, dynamics.average)
+        self._squares: list[Tensor] = []  # v, of adaptive rates
+        self._known: tuple[float, float, AtOnce | None] | None = None  # the latest `at_once`
+        self._fading = 1.0  # product of the shares of omega that were kept
+        self._steps = 0
+
+    STATE = (
+        *("updates", "_omega", "_factors", "_bound", "_squares", "_fading", "_steps"),
+        *("average", "_inputs", "_first_cost"),
+    )
+    ADDED: ClassVar[Mapping[str, Any]] = {"_first_cost": None}
+
+    def snapshot(self) -> dict[str, Any]:
+        """All but theta, which is the cell's. omega stays in factors where it is: the order
+        'simultaneous' moves theta by them in the next tick."""
+        state = super().snapshot()
+        if self._factors is not None:
+            g, gain = self._factors
+            if isinstance(g, Gradients):
+                g.settle()
+            state["_factors"] = list(g), gain
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._mine = False
+
+    @property
+    def omega(self) -> list[Tensor]:
+        """The weights' costates; never written to once they have been read here."""
+        if self._factors is not None:
+            g, gain = self._factors
+            if isinstance(g, Gradients):
+                g.settle()
+            self._omega = [dense(one) * gain for one in g]
+            self._factors = None
+        if self._omega is None:
+            self._omega = [torch.zeros_like(t) for t in self.theta]
+        self._mine = False
+        return self._omega
+
+    @omega.setter
+    def omega(self, omega: list[Tensor]) -> None:
+        self._omega = omega
+        self._factors = None
+        self._mine = False
+        self._bound = math.inf  # not known
+
+    def at_once(self, scale: float, tau: float) -> AtOnce | None:
+        """What a cell may do with its gradients before `move` gets them, where theta moves by the
+        present gradient alone; None where it does not."""
+        known = self._known
+        if known is None or known[0] != scale or known[1] != tau:
+            made = None
+            alone = self._adaptive is None and not self._cost and self._omega_first
+            alone = alone and self._clip == math.inf and self._inputs is None
+            if self.theta and alone and 1 - tau * self._eta == 0:
+                gain = -self._sign * tau
+                rates = tuple(-(tau * scale) * beta * gain for beta in self._rates)
+                made = AtOnce(rates, self._largest / abs(gain))
+            known = self._known = (scale, tau, made)
+        return known[2]
+
+    def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
+        """One update with gradient g (None: zero). scale: of beta, in this tick. tau: seconds."""
+        self.updates += 1
+        if self.theta:
+            self._move(g, scale, tau)
+            if self.average is not None:
+                self.average.look()
+
+    def predicted(self, updates: int, scale: float, tau: float) -> list[Tensor]:
+        """theta after so many updates more along the present omega, in fresh tensors. scale, tau:
+        as in `move`."""
+        step = updates * tau * scale
+        if not step:
+            return [t.clone() for t in self.theta]
+        return [
+            torch.add(t, o, alpha=-step * beta)
+            for t, o, beta in zip(self.theta, self.omega, self._rates, strict=True)
+        ]
+
+    def rest(self) -> None:
+        """An update in which nothing moves: it counts, for the stamps of what is sent."""
+        self.updates += 1
+
+    def _move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
+        if self._inputs is not None and g is not None:
+            g = self._inputs.applied(g)
+        if self._adaptive is not None:
+            self._move_adaptive(self._adaptive, None if g is None else all_dense(g), scale, tau)
+            return
+        if all_moved(g) and g is not None:
+            self._factors, self._omega = (g, -self._sign * tau), None
+            self._bound = math.inf  # the cell has looked at every layer's
+            return
+        in_tensors = g is None or all(isinstance(one, Tensor) for one in g)
+        if g is not None and not in_tensors and not self._cost:
+            self._move_fused(g, scale, tau, self._gain(g, tau))
+            return
+        given, gain = self._with_cost(None if g is None else all_dense(g), tau)
+        later = self._moved(given, tau, gain)
+        if self._ahead:
+            self._move_ahead(given, later, scale, tau, gain)
+            return
+        if self._omega_first:
+            self.omega = later
+        self._move_theta(tau * scale)
+        self.omega = later
+
+    def _gain(self, g: Sequence[Gradient] | None, tau: float) -> float:
+        """What g comes to omega with: -s tau, less where it is clipped."""
+        gain = -self._sign * tau
+        if self._clip == math.inf or g is None:
+            return gain
+        norm = tau * norm_of(g)
+        return gain * (self._clip / norm) if norm > self._clip else gain
+
+    def _move_ahead(
+        self,
+        g: Sequence[Gradient] | None,
+        later: list[Tensor],
+        scale: float,
+        tau: float,
+        gain: float,
+    ) -> None:
+        """theta -= tau beta (gain g + mu omega_{k+1}); omega = omega_{k+1}, which is `later`."""
+        step, mu = tau * scale, 1 - tau * self._eta
+        for i, (theta, beta) in enumerate(zip(self.theta, self._rates, strict=True)):
+            if g is not None:
+                add_to(theta, g[i], -step * beta * gain)
+            theta.add_(later[i], alpha=-step * beta * mu)
+        self.omega = later
+
+    def _move_adaptive(
+        self, adaptive: AdaptiveSettings, g: list[Tensor] | None, scale: float, tau: float
+    ) -> None:
+        """`move` with a beta by weight: with d = -s tau g and mu = 1 - tau eta_omega
+
+            v_{k+1} = r v_k + (1 - r) d_k^2
+            beta_k  = beta (1 - mu)/(1 - mu^k) / ( sqrt( v_{k+1}/(1 - r^k) ) + epsilon )
+
+        which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega."""
+        before = self.omega
+        given, gain = self._with_cost(g, tau)
+        later = self._moved(given, tau, gain)
+        squares = self._squares or [torch.zeros_like(t) for t in self.theta]
+        torch._foreach_mul_(squares, adaptive.memory)
+        if given is not None:
+            share = (1 - adaptive.memory) * gain * gain
+            torch._foreach_addcmul_(squares, given, given, share)
+        keeps = 1 - tau * self._eta
+        self._squares = squares
+        self._steps += 1
+        self._fading *= keeps
+        omega = later if self._omega_first else before
+        step = tau * scale * ((1 - keeps) / (1 - self._fading) if keeps != 1 else 1 / self._steps)
+        roots = torch._foreach_div(squares, 1 - adaptive.memory**self._steps)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, adaptive.epsilon)
+        for theta, o, root, beta in zip(self.theta, omega, roots, self._rates, strict=True):
+            if self._decay:  # decoupled: AdamW (Loshchilov and Hutter 2019, Algorithm 2)
+                theta.mul_(1 - tau * scale * beta * self._decay)
+            theta.addcdiv_(o, root, value=-step * beta)
+        self.omega = later
+
+    def _move_fused(self, g: Sequence[Gradient], scale: float, tau: float, gain: float) -> None:
+        """`move`, with as few passes over the weights as there can be."""
+        keeps = 1 - tau * self._eta
+        self._check(g, gain, keeps)
+        if keeps == 0:
+            if not self._omega_first:
+                self._move_theta(tau * scale)
+            self._factors, self._omega = (g, gain), None
+            if self._omega_first:
+                self._move_theta(tau * scale)
+            return
+        if not self._omega_first:
+            self._move_theta(tau * scale)
+        if self._omega is None or not self._mine:
+            self._omega = [o.clone() for o in self.omega]
+            self._mine = True
+        for omega, one in zip(self._omega, g, strict=True):
+            add_to(omega, one, gain, keeps)
+        if self._ahead:
+            self._move_ahead(g, self._omega, scale, tau, gain)
+            self._mine = True
+        elif self._omega_first:
+            self._move_theta(tau * scale)
+
+    def _check(self, g: Sequence[Gradient], gain: float, keeps: float) -> None:
+        """Raises OutOfRange before anything has moved. What omega's norm does not exceed follows
+        from the factors; the norm itself is looked at only where that is too much."""
+        waiting = [one for one in g if not has_moved(one)]
+        most = abs(gain) * bound(waiting)
+        most += abs(keeps) * self._bound if keeps else 0.0
+        if not most <= self._largest:
+            omega: list[Tensor] = [dense(one) * gain for one in g]
+            if keeps:
+                omega = list(torch._foreach_add(omega, self.omega, alpha=keeps))
+            most = math.hypot(*(float(n) for n in torch._foreach_norm(omega)))
+            if not most <= self._limit:
+                raise OutOfRange("omega", most)
+        self._bound = most
+
+    def integrate(self, g: Sequence[Gradient] | None, tau: float) -> None:
+        """Moves omega alone, with gradient g (None: zero)."""
+        if self.theta:
+            self.omega = self._moved(None if g is None else all_dense(g), tau, -self._sign * tau)
+
+    def conclude(self, scale: float, tau: float) -> None:
+        """Moves theta with the omega of several `integrate`; r_w theta counts once."""
+        self.updates += 1
+        if not self.theta:
+            return
+        if self._cost:
+            costs = torch._foreach_mul(self.theta, self._cost_now())
+            self.omega = list(torch._foreach_add(self.omega, costs, alpha=-self._sign * tau))
+        self._move_theta(tau * scale)
+        if self.average is not None:
+            self.average.look()
+
+    def fade(self, factor: float) -> None:
+        """omega = factor omega."""
+        if not factor:
+            self.clear()
+        elif self.theta:
+            self.omega = list(torch._foreach_mul(self.omega, factor))
+
+    def clear(self) -> None:
+        """omega = 0."""
+        self._omega = self._factors = None
+        self._mine = True
+        self._bound = 0.0
+
+    def energies(self) -> tuple[float, float, float]:
+        """(1/2 sum beta |omega|^2, r_w/2 |theta|^2, |theta|)."""
+        kinetic = sum(
+            0.5 * rate * float(o.square().sum())
+            for rate, o in zip(self._rates, self.omega, strict=True)
+        )
+        squares = sum(float(t.square().sum()) for t in self.theta)
+        return kinetic, 0.5 * self._cost * squares, squares**0.5
+
+    def _with_cost(self, g: list[Tensor] | None, tau: float) -> tuple[list[Tensor] | None, float]:
+        """g + r_w theta, and what that comes to omega with; only g is clipped."""
+        gain = self._gain(g, tau)
+        if not self._cost:
+            return g, gain
+        cost = self._cost_now() * (-self._sign * tau / gain)
+        if g is None:
+            return list(torch._foreach_mul(self.theta, cost)), gain
+        return list(torch._foreach_add(g, self.theta, alpha=cost)), gain
+
+    def _cost_now(self) -> float:
+        """r_w of this update."""
+        first, self._first_cost = self._first_cost, None
+        return self._cost if first is None else first
+
+    def _moved(self, g: list[Tensor] | None, tau: float, gain: float) -> list[Tensor]:
+        """omega_{k+1}, in fresh tensors, or in those of g, which comes with `gain`. Raises
+        OutOfRange before anything has moved: derivatives may be infinite where h, z and the loss
+        are not (a root at 0)."""
+        keeps = 1 - tau * self._eta
+        if g is not None and keeps == 0:
+            omega = g if gain == 1 else list(torch._foreach_mul(g, gain))
+        else:
+            omega = self.omega if keeps == 1 else list(torch._foreach_mul(self.omega, keeps))
+            if g is not None:
+                omega = list(torch._foreach_add(omega, g, alpha=gain))
+        norm = math.hypot(*(float(n) for n in torch._foreach_norm(omega)))
+        if not norm <= self._limit:
+            raise OutOfRange("omega", norm)
+        return omega
+
+    def _move_theta(self, step: float) -> None:
+        """theta -= step beta omega."""
+        if self._factors is not None:
+            g, gain = self._factors
+            for theta, one, beta in zip(self.theta, g, self._rates, strict=True):
+                if step * beta and not has_moved(one):
+                    add_to(theta, one, -step * beta * gain)
+        elif self._omega is not None:
+            if min(self._rates) == max(self._rates):
+                rate = step * self._rates[0]
+                if rate:
+                    torch._foreach_add_(self.theta, self._omega, alpha=-rate)
+                return
+            for theta, omega, beta in zip(self.theta, self._omega, self._rates, strict=True):
+                theta.add_(omega, alpha=-step * beta)

@@ -1,0 +1,150 @@
+"""Steps that do not depend on the scale and the correlation of a layer's inputs.
+
+For a linear layer y = W x + b whose gradient is G = z^T x, g_b = sum of the rows of z, from the
+layer's own inputs alone:
+
+    mu <- m mu + (1 - m) mean(x)
+    A  <- m' A + (1 - m') mean( (x - mu)^T (x - mu) )          every `look`-th update, m' = m^look
+    P   = (1 + e) ( A / t + e I )^-1,    t = trace(A) / I      every `refresh`-th update
+    G'  = z^T (x - mu) P,        g_b' = g_b - G' mu
+
+Why: a message about inputs of d updates ago keeps a direction of curvature kappa stable only up to
+steps of about pi / ((2d + 1) kappa). The largest curvature, that of the inputs' mean, then decides
+for all the others. With P = I (`centred`) it is the mean alone that is taken out; with A the
+directions get about the same curvature. G' and g_b' are the gradients of W and c in
+y = W P^(1/2) (x - mu) + c, brought back to W and b. (Input side of K-FAC: Martens and Grosse 2015;
+natural networks: Desjardins et al. 2015.)
+
+R: rows (batch, times further dimensions), O, I: outputs and inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.state.remember import Remembers, taken
+from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
+from hamdist.dynamics.vjp.layer_inputs import Watched, rows_of
+
+
+@dataclass(frozen=True, slots=True)
+class Whitening:
+    """memory: m; damping: e; look, refresh: updates. centred: P = I, and A is not kept."""
+
+    memory: float = 0.99
+    damping: float = 0.1
+    look: int = 4
+    refresh: int = 50
+    centred: bool = False
+
+
+class InputStatistics(Remembers):
+    """mu (I,), A (I, I), P (I, I) of the inputs of one layer; `updates`: how many it has seen."""
+
+    def __init__(self, rule: Whitening) -> None:
+        self.rule = rule
+        self.updates = 0
+        self.mean: Tensor | None = None
+        self.covariance: Tensor | None = None
+        self.inverse: Tensor | None = None
+
+    STATE = ("updates", "mean", "covariance", "inverse")
+
+    def see(self, x: Tensor) -> None:
+        """One update's inputs. x: (R, I)."""
+        r = self.rule
+        mean = x.mean(0)
+        self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, 1 - r.memory)
+        if not r.centred:
+            self._look(x - self.mean)
+        self.updates += 1
+
+    def _look(self, x: Tensor) -> None:
+        r = self.rule
+        if self.updates % r.look == 0:
+            now = torch.mm(x.t(), x) / len(x)
+            before = torch.eye(len(now), dtype=x.dtype, device=x.device)
+            if self.covariance is not None:
+                before = self.covariance
+            self.covariance = torch.lerp(before, now, 1 - r.memory**r.look)
+        if self.updates % r.refresh == 0 and self.covariance is not None:
+            a = self.covariance
+            scaled = a / a.diagonal().mean()
+            scaled.diagonal().add_(r.damping)
+            self.inverse = torch.linalg.inv(scaled).mul_(1 + r.damping)
+
+    def factors(self, g: Outer) -> tuple[Outer, Column]:
+        """G' and g_b', as factors, from G = z^T x."""
+        if self.mean is None:
+            raise RuntimeError("factors: no inputs have been seen")
+        x = g.x - self.mean
+        if self.inverse is not None:
+            x = torch.mm(x, self.inverse)
+        return Outer(g.z, x), Column(g.z * (1 - torch.mv(x, self.mean)).unsqueeze(1))
+
+
+class InputWhitening(Remembers):
+    """Of all linear layers of a cell: those whose gradients come as factors, or with what the layer
+    has read (watching.py: convolutions, too). A layer without a bias is left as it is: its inputs'
+    mean cannot be taken out."""
+
+    def __init__(self, rule: Whitening) -> None:
+        self.rule = rule
+        self.layers: dict[int, InputStatistics] = {}  # by the place of the weight
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"layers": {i: layer.snapshot() for i, layer in self.layers.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        layers, _ = taken(state, "layers")
+        self.layers = {i: InputStatistics(self.rule) for i in layers}
+        for i, layer in self.layers.items():
+            layer.restore(layers[i])
+
+    def applied(self, g: Sequence[Gradient]) -> list[Gradient]:
+        """The gradients of one update, in the order of the cell's weights, as they shall be used.
+        None of them may have moved its weight already."""
+        if isinstance(g, Watched):
+            return self._watched(g)
+        made = list(g)
+        for i, one in enumerate(g):
+            if not isinstance(one, Outer):
+                continue
+            bias = _bias(g, one)
+            if bias is None:
+                continue
+            layer = self.layers.setdefault(i, InputStatistics(self.rule))
+            layer.see(one.x)
+            made[i], made[bias] = layer.factors(one)
+        return made
+
+    def _watched(self, g: Watched) -> list[Gradient]:
+        made = list(g)
+        for layer, read in g.read:
+            weight, bias = dense(g[layer.weight]), dense(g[layer.bias])
+            known = self.layers.setdefault(layer.weight, InputStatistics(self.rule))
+            known.see(rows_of(layer.module, read).to(weight.dtype))
+            flat, made[layer.bias] = whitened(weight.flatten(1), bias, known)
+            made[layer.weight] = flat.view_as(weight)
+        return made
+
+
+def _bias(g: Sequence[Gradient], of: Outer) -> int | None:
+    """The place of the bias whose gradient has the same rows."""
+    places = (j for j, one in enumerate(g) if isinstance(one, Column) and one.z is of.z)
+    return next(places, None)
+
+
+def whitened(g: Tensor, g_bias: Tensor, layer: InputStatistics) -> tuple[Tensor, Tensor]:
+    """G' (O, I) and g_b' (O,) of a layer whose gradients are tensors: G (O, I) and g_b (O,)."""
+    if layer.mean is None:
+        raise RuntimeError("whitened: no inputs have been seen")
+    made = torch.addr(g, g_bias, layer.mean, alpha=-1)
+    if layer.inverse is not None:
+        made = torch.mm(made, layer.inverse)
+    return made, g_bias - torch.mv(made, layer.mean)

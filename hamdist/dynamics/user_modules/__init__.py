@@ -1,0 +1,1 @@
+"""What people's modules do in Python: copies, hooks, state beside weights, nested values."""

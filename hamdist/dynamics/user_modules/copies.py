@@ -1,0 +1,96 @@
+"""Copies of people's models, whatever they have done with them before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.user_modules.structure import parts_of
+from hamdist.errors import GraphError, SettingsError
+
+T = TypeVar("T")
+_SHELLS = ("DataParallel", "DistributedDataParallel", "OptimizedModule", "FullyShardedDataParallel")
+
+
+def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
+    """A deep copy of a module, or of a tuple of them. memo: as of `copy.deepcopy`.
+
+    What a module keeps of an earlier call (an activation as an attribute, the product of an old
+    `weight_norm`) comes without its history; buffers whose numbers share memory (`expand`) get
+    memory for each of them.
+    """
+    memo = {} if memo is None else memo
+    modules = thing if isinstance(thing, tuple) else (thing,)
+    for part in (p for m in modules if isinstance(m, nn.Module) for p in m.modules()):
+        for tensor in _kept(vars(part)):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach()
+        for buffer in part._buffers.values():
+            if buffer is not None and overlaps(buffer):
+                memo[id(buffer)] = buffer.clone(memory_format=torch.contiguous_format)
+    try:
+        made = copy.deepcopy(thing, memo)
+    except TypeError as error:
+        raise SettingsError(_uncopied(modules, memo, error)) from None
+    for module in made if isinstance(made, tuple) else (made,):
+        for p in module.parameters() if isinstance(module, nn.Module) else ():
+            if not p.is_leaf:  # of a scripted module, which torch copies with a history
+                p.detach_().requires_grad_()
+    return made
+
+
+def _uncopied(modules: tuple[Any, ...], memo: dict[int, Any], error: TypeError) -> str:
+    """Return what an error says: which attribute of a module cannot be copied, and its type."""
+    where, kind = "", "module"
+    whole = [m for m in modules if isinstance(m, nn.Module)]
+    for name, module in (pair for m in whole for pair in m.named_modules()):
+        for attribute, value in vars(module).items():
+            if attribute not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except TypeError as reason:
+                    where, kind = f"{name}.{attribute}".strip("."), type(value).__name__
+                    error = reason
+    return (
+        f"the model's {where} is a {kind}, which cannot be copied ({error}), but each block gets a "
+        "copy of its modules: make it where it is used, or outside of the model"
+    )
+
+
+def _kept(value: Any) -> Iterator[Tensor]:
+    """The tensors in an attribute, a list or dict of them."""
+    if isinstance(value, Tensor):
+        yield value
+    for _, part in parts_of(value) or ():
+        yield from _kept(part)
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether several of its numbers are one place in memory."""
+    if tensor.layout != torch.strided:
+        return False
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in pairs)
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The module inside torch.compile and DataParallel, with what there is to say about it.
+
+    Raises GraphError for such a shell around a part of the model.
+    """
+    notes = []
+    while type(model).__name__ in _SHELLS:
+        kind, name = type(model).__name__, "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+        notes.append(f"the model is a {kind}: the module inside, its .{name}, is cut and trained")
+        model = getattr(model, name)
+    for name, part in model.named_modules():
+        if type(part).__name__ in _SHELLS:
+            raise GraphError(
+                f"{name!r} is a {type(part).__name__} (torch.compile, DataParallel), which cannot "
+                "be cut or copied: give the model the module inside; hamdist spreads the work"
+            )
+    return model, notes

@@ -1,0 +1,102 @@
+"""A block that computes in bfloat16 where that is safe, with weights and signals as they are.
+
+Under autocast matrix products take bfloat16 (8 bits of mantissa), sums and norms float32; what the
+block hands on has the type that it has without. The backward pass goes through the same roundings.
+A product keeps the rounded weights of its own forward pass, as autograd does with every weight that
+is transformed first (cell.py).
+
+How far that is from float32 is measured: in forward passes number 1, 2, 4, 8, ... a copy of the
+block computes the same without autocast.
+B: batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.state.remember import check_names
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.vjp.autograd import Cell, OwnGenerator
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """|f with autocast - f| / |f|, f without. passes: how many were measured."""
+
+    passes: int
+    mean: float
+    worst: float
+
+
+class AutocastCell(Cell):
+    """A `Cell` whose forward pass runs under bfloat16 autocast. device: 'cpu' or 'cuda'."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        combine: Combine,
+        seed: int,
+        device: torch.device,
+        *,
+        stash: bool = False,
+        watched: bool = False,
+    ) -> None:
+        super().__init__(module, combine, seed, stash=stash, device=device, watched=watched)
+        self._device = device.type
+        self._calls = 0
+        self._measured: list[float] = []
+
+    def snapshot(self) -> dict[str, Any]:
+        own = {"calls": self._calls, "measured": self._measured}
+        return {"cell": super().snapshot(), **own}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names("cell under autocast", state, ("cell", "calls", "measured"))
+        super().restore(state["cell"])
+        self._calls, self._measured = state["calls"], list(state["measured"])
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """None before the first pass."""
+        found = self._measured
+        if not found:
+            return None
+        return Rounding(len(found), sum(found) / len(found), max(found))
+
+    def _call(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
+        self._calls += 1
+        due = self._calls & (self._calls - 1) == 0
+        exact = self._without(arguments) if due else None
+        with torch.autocast(self._device, torch.bfloat16):
+            found = super()._call(arguments, theta)
+        if not isinstance(found, Tensor):
+            return found
+        like = self._parameters[0].dtype if self._parameters else arguments[0].dtype
+        rounded = found.to(like) if found.is_floating_point() else found
+        if isinstance(exact, Tensor):
+            self._note(rounded.detach(), exact)
+        return rounded
+
+    @torch.no_grad()
+    def _without(self, arguments: Sequence[Tensor]) -> object:
+        """The same pass by a copy: with the same random numbers, and leaving no trace."""
+        own = copy.deepcopy(self._random) if isinstance(self._random, OwnGenerator) else None
+        module = copied(self.module)
+        given = [argument.detach().clone() for argument in arguments]
+        if own is None:
+            return module(*given)
+        with own:
+            return module(*given)
+
+    def _note(self, found: Tensor, exact: Tensor) -> None:
+        size = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
+        if size > 0:
+            apart = float(torch.linalg.vector_norm(found - exact, dtype=torch.float64))
+            self._measured.append(apart / size)

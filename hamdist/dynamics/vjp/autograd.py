@@ -1,0 +1,348 @@
+"""A torch module as f(h_1, ..., h_P; theta) with its vector-Jacobian products.
+
+A cell is linearised at the activations of its forward pass. What it multiplies with in the backward
+pass are the weights of today: they move in place through `.data`, which autograd's graphs alias,
+so a graph that is some ticks old meets today's weights and its own activations (semantics.md,
+memory `trace`); of a weight that the module transforms first, as weight norm does, it keeps the
+transformed one of its own time. With `stash` every forward pass keeps the weights that it used
+(`trace+weights`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.dropout import _DropoutNd
+
+from hamdist.dynamics.graph.graph import EXTRA, Combine, combined
+from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, mse
+from hamdist.dynamics.state.remember import (
+    Remembers,
+    Slot,
+    check_names,
+    fill,
+    graph_slots,
+    held,
+    nested_slots,
+)
+from hamdist.dynamics.tracing.traced_module import Piece
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+from hamdist.dynamics.vjp.layer_inputs import Watch
+from hamdist.errors import GraphError, SnapshotError
+
+_RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
+
+class OwnGenerator(Remembers):
+    """As a context: torch's random numbers come from a generator of its own, which goes on where
+    it stopped; outside nothing of it is seen. device: of the numbers; of a GPU its own, too."""
+
+    def __init__(self, seed: int, device: torch.device | None = None) -> None:
+        self._own = torch.Generator().manual_seed(seed).get_state()
+        self._outside = self._own
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        if self._gpu is not None:
+            self._own_gpu = torch.Generator(self._gpu).manual_seed(seed).get_state()
+            self._outside_gpu = self._own_gpu
+
+    def snapshot(self) -> dict[str, Any]:
+        """The numbers' place; of a GPU its own, too."""
+        return {"cpu": self._own, "gpu": None if self._gpu is None else self._own_gpu}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names(type(self).__name__, state, ("cpu", "gpu"))
+        try:
+            torch.Generator().set_state(state["cpu"])
+        except (RuntimeError, TypeError) as error:
+            raise SnapshotError(f"the state of a random generator is none: {error}") from None
+        self._own = state["cpu"]
+        if self._gpu is not None and state["gpu"] is not None:
+            self._own_gpu = state["gpu"]
+
+    def __enter__(self) -> None:
+        self._outside = torch.get_rng_state()
+        torch.set_rng_state(self._own)
+        if self._gpu is not None:
+            self._outside_gpu = torch.cuda.get_rng_state(self._gpu)
+            torch.cuda.set_rng_state(self._own_gpu, self._gpu)
+
+    def __exit__(self, *_: object) -> None:
+        self._own = torch.get_rng_state()
+        torch.set_rng_state(self._outside)
+        if self._gpu is not None:
+            self._own_gpu = torch.cuda.get_rng_state(self._gpu)
+            torch.cuda.set_rng_state(self._outside_gpu, self._gpu)
+
+
+def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:
+    """A user's loss may draw random numbers: here it draws the same ones in every engine."""
+    if loss is mse or isinstance(loss, CrossEntropy):
+        return loss
+    return SeededLoss(loss, OwnGenerator(seed, device))
+
+
+@dataclass(frozen=True, slots=True)
+class SeededLoss:
+    """A loss with a random generator of its own."""
+
+    loss: LossFunction
+    generator: OwnGenerator
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        with self.generator:
+            return self.loss(prediction, target)
+
+
+@dataclass(slots=True)
+class Record:
+    """What a forward pass leaves for its vector-Jacobian products.
+
+    leaves: the inputs (a leaf of the graph where a product is wanted, else None); theta: the
+    weights as the graph knows them; output: f, (B, ...). inputs: as they came, for `Cell.rebuilt`.
+    read: by layer that is watched, what it read.
+    """
+
+    leaves: list[Tensor | None]
+    theta: list[Tensor]
+    output: Tensor
+    inputs: Sequence[Tensor]
+    read: list[list[Tensor]] = field(default_factory=list)
+
+
+class Cell(Remembers):
+    """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
+
+    seed: of the cell's own random generator (dropout draws the same masks in every engine).
+    device: where the module is, and where it draws. watched: gradients come with what their layers
+    have read (watching.py). borrowed: names of weights that another block owns (ties.py).
+    """
+
+    borrowed: Collection[str] = ()
+
+    def __init__(
+        self,
+        module: nn.Module,
+        combine: Combine,
+        seed: int,
+        *,
+        stash: bool = False,
+        device: torch.device | None = None,
+        watched: bool = False,
+    ) -> None:
+        self.module = module
+        self._combine = combine
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.names = [n for n, _ in named]
+        self._parameters: list[Tensor] = [p for _, p in named]
+        self.theta: list[Tensor] = [p.data for p in self._parameters]
+        self._stash = stash
+        self._watch = Watch(module, self._parameters) if watched else None
+        self._random = OwnGenerator(seed, device) if _draws(module) else nullcontext()
+        self._foreign = _foreign(module)
+        self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self._pieces = any(isinstance(m, Piece) for m in module.modules())
+        self._copies = self._foreign or any(
+            getattr(m, "inplace", False) or (isinstance(m, Piece) and m.writes)
+            for m in module.modules()
+        )
+
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
+        """One forward pass. wanted: the inputs whose product will be asked for."""
+        theta = self._parameters
+        if self._stash:
+            theta = [t.clone().requires_grad_() for t in self.theta]
+        return self._forward(theta, inputs, wanted)
+
+    def forward_at(
+        self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Record:
+        """The same with other weights, which the record keeps (of a cell that stashes)."""
+        return self._forward([t.requires_grad_() for t in theta], inputs, wanted)
+
+    def _forward(
+        self, theta: list[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Record:
+        leaves: list[Tensor | None] = []
+        arguments = []
+        for tensor, want in zip(inputs, wanted, strict=True):
+            leaf = tensor.detach().requires_grad_() if want and tensor.is_floating_point() else None
+            leaves.append(leaf)
+            argument = tensor.detach() if leaf is None else leaf
+            arguments.append(argument.clone() if self._copies else argument)
+        reading: AbstractContextManager[list[list[Tensor]]] = nullcontext([])
+        if self._watch is not None:
+            reading = self._watch.reading()
+        with torch.enable_grad(), reading as read:
+            output = self._call(combined(self._combine, arguments), theta)
+        if not isinstance(output, Tensor):
+            raise GraphError(
+                f"the module returned {type(output).__name__}, not a tensor; return the one tensor "
+                "that its children read"
+            )
+        own = output.clone() if self._is_own(output) else output
+        return Record(leaves, theta, own, inputs, read)
+
+    def _is_own(self, output: Tensor) -> bool:
+        """Whether `output` may be memory that the module goes on writing to: a weight, a buffer,
+        or what a user's module keeps. As a signal it must stay as it is."""
+        if output.is_leaf or (self._foreign and not output.requires_grad):
+            return True
+        if not self._foreign and not self._pieces:
+            return False
+        storage = output.untyped_storage().data_ptr()
+        return storage in self._weights_at or any(
+            storage == buffer.untyped_storage().data_ptr() for buffer in self.module.buffers()
+        )
+
+    def _call(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
+        with self._random:
+            return self._apply(arguments, theta)
+
+    def _apply(self, arguments: list[Tensor], theta: list[Tensor]) -> object:
+        if self._stash:
+            stashed = dict(zip(self.names, theta, strict=True))
+            return functional_call(self.module, stashed, tuple(arguments))
+        return self.module(*arguments)
+
+    def pull(
+        self,
+        record: Record,
+        cotangent: Tensor,
+        *,
+        inputs: bool = True,
+        weights: bool = True,
+        keep: bool = False,
+        at_once: AtOnce | None = None,  # noqa: ARG002  (the gradients come all at one time)
+    ) -> tuple[list[Tensor | None], list[Gradient]]:
+        """(cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight).
+
+        keep: the record will be pulled again. at_once: what a cell may do with its gradients as
+        each is made; such a gradient says that its weight has moved.
+        """
+        wrt = [leaf for leaf in record.leaves if leaf is not None] if inputs else []
+        wanted = len(wrt)
+        wrt += record.theta if weights else []
+        output = record.output
+        found: Sequence[Tensor | None] = [None] * len(wrt)
+        if wrt and output.requires_grad:
+            found = torch.autograd.grad(
+                output, wrt, cotangent, allow_unused=True, retain_graph=keep
+            )
+        grads = [
+            torch.zeros_like(w) if g is None else g.to_dense() if g.is_sparse else g
+            for g, w in zip(found, wrt, strict=True)
+        ]
+        to_inputs = iter(grads[:wanted])
+        per_parent = [
+            None if leaf is None or not inputs else next(to_inputs) for leaf in record.leaves
+        ]
+        g: list[Gradient] = list(grads[wanted:])
+        if self._watch is not None and weights:
+            g = self._watch.watched(g, record.read)
+        return per_parent, g
+
+    def unmessaged(self) -> list[Gradient] | None:
+        """The gradients of a sample of which no message came; None: nothing moves."""
+        return None
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """The weights and buffers of the module, what it says of itself (`get_extra_state`), and
+        where its random numbers stand."""
+        state = self.module.state_dict()
+        return {
+            "parameters": dict(self.module.named_parameters()),
+            "buffers": dict(self.module.named_buffers()),
+            "extra": {k: v for k, v in state.items() if k.endswith(EXTRA)},
+            "random": self._random.snapshot() if isinstance(self._random, OwnGenerator) else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """In place: who holds a weight's memory goes on holding it."""
+        check_names("cell", state, ("parameters", "buffers", "extra", "random"))
+        _write(dict(self.module.named_parameters()), state["parameters"])
+        _write(dict(self.module.named_buffers()), state["buffers"])
+        for key, extra in state["extra"].items():
+            self.module.get_submodule(key[: -len(EXTRA)].rstrip(".")).set_extra_state(extra)
+        if isinstance(self._random, OwnGenerator) and state["random"] is not None:
+            self._random.restore(state["random"])
+
+    def held(self, record: Any) -> dict[str, Any]:
+        """A record as plain data (saving.py)."""
+        live = {t.untyped_storage().data_ptr() for t in self.module.parameters()}
+        live |= {t.untyped_storage().data_ptr() for t in self.module.buffers()}
+        return {
+            "inputs": list(record.inputs),
+            "wanted": self._wants(record),
+            "output": record.output,
+            "kept": held(self._slots(record), live),
+        }
+
+    def rebuilt(self, state: Mapping[str, Any]) -> Any:
+        """The record that `held` has seen. The module runs once more: what that moves, buffers and
+        random numbers, has to be restored behind it."""
+        check_names("record", state, ("inputs", "wanted", "output", "kept"))
+        record = self.forward(state["inputs"], state["wanted"])
+        fill(self._slots(record), state["kept"])
+        return record
+
+    def _wants(self, record: Any) -> list[bool]:
+        return [leaf is not None for leaf in record.leaves]
+
+    def _slots(self, record: Any) -> Iterator[Slot]:
+        yield from graph_slots(record.output)
+        yield from nested_slots(record.read, "read")
+
+
+def _write(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raises SnapshotError where names or shapes differ."""
+    check_names("module", saved, own)
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            raise SnapshotError(
+                f"{name!r} has shape {tuple(tensor.shape)}, the saved one "
+                f"{tuple(saved[name].shape)}"
+            )
+        tensor.data.copy_(saved[name])
+
+
+def block_seed(run_seed: int, name: str) -> int:
+    """The seed of a block's generator: a function of the run's seed and the block's name alone."""
+    digest = hashlib.blake2b(f"{run_seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _foreign(module: nn.Module) -> bool:
+    """Whether a part is not torch's own, so that we cannot know what it does to its input. (What a
+    piece does itself is known.)"""
+    return any(
+        m.is_whole
+        if isinstance(m, Piece)
+        else not type(m).__module__.startswith("torch.nn.modules.")
+        for m in module.modules()
+    )
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a forward pass may draw random numbers: torch's own layers without dropout do not;
+    of a user's module we cannot know."""
+    return _foreign(module) or bool(random_parts(module))
+
+
+def random_parts(module: nn.Module) -> list[nn.Module]:
+    """The parts of `module` that are torch's own, or pieces, and draw random numbers."""
+    found = []
+    for part in module.modules():
+        rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
+        chance = isinstance(part, Piece) and part.draws
+        if chance or isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
+            found.append(part)
+    return found

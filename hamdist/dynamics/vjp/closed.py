@@ -1,0 +1,180 @@
+"""A cell whose step has a closed form: a short program of kernels instead of autograd.
+
+Which modules have one, program.py says; all others are left to `Cell`, which does it with autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.graph.graph import Combine, combined
+from hamdist.dynamics.state.remember import Slot, nested_slots
+from hamdist.dynamics.vjp.autograd import Cell
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
+from hamdist.dynamics.vjp.kernels import Kept
+from hamdist.dynamics.vjp.program import Step, read_program
+
+
+@dataclass(slots=True)
+class Steps:
+    """What a forward pass leaves. kept: by step; inputs: by parent, and which are wanted."""
+
+    kept: list[Kept]
+    inputs: list[Tensor]
+    wanted: tuple[bool, ...]
+    output: Tensor
+
+
+class ClosedCell(Cell):
+    """`Cell` for a module that is a program of kernels.
+
+    A pulled record's memory is used again by the forward pass after the next pull: until then the
+    factors of its gradients are omega.
+    """
+
+    def __init__(
+        self, module: nn.Module, combine: Combine, seed: int, program: Sequence[Step]
+    ) -> None:
+        super().__init__(module, combine, seed)
+        self._steps = list(program)
+        self._free: list[Steps] = []
+        self._pulled: Steps | None = None  # the latest
+        self._needs: dict[tuple[bool, ...], list[tuple[bool, tuple[bool, ...]]]] = {}
+        # One kernel on one input, as of a chain of linear layers: nothing to look up or to share
+        # out, which is a good part of a small block's step.
+        self._only = program[0] if len(program) == 1 and program[0].reads == (0,) else None
+
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Steps:  # type: ignore[override]
+        old = self._free.pop() if self._free else None
+        only = self._only
+        if only is not None and len(inputs) == 1:
+            x = inputs[0]
+            x = x.detach() if x.requires_grad else x
+            before = None if old is None or only.lasting else old.kept[0]
+            made = only.kernel.forward(before, x)
+            return Steps([made], [x], (wanted[0] and x.is_floating_point(),), made[0])
+        given = [t.detach() if t.requires_grad else t for t in inputs]
+        wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, given, strict=True))
+        values: list[Any] = combined(self._combine, given)
+        kept: list[Kept] = []
+        for i, step in enumerate(self._steps):
+            before = None if old is None or step.lasting else old.kept[i]
+            made = step.kernel.forward(before, *[values[r] for r in step.reads])
+            kept.append(made)
+            values.append(made[0])
+        return Steps(kept, given, wants, values[-1])
+
+    def pull(  # type: ignore[override]
+        self,
+        record: Steps,
+        cotangent: Tensor,
+        *,
+        inputs: bool = True,
+        weights: bool = True,
+        keep: bool = False,
+        at_once: AtOnce | None = None,
+    ) -> tuple[list[Tensor | None], list[Gradient]]:
+        """As `Cell.pull`; gradients of weights come as their factors, marked where the weights have
+        moved by them already."""
+        wanted = record.wanted if inputs else (False,) * len(record.wanted)
+        g = Gradients(len(self.theta), at_once) if weights else None
+        to_parents = self._pulled_through(record, cotangent, wanted, g)
+        if not keep:
+            if self._pulled is not None:
+                self._free.append(self._pulled)
+            self._pulled = record
+        if g is None:
+            return to_parents, []
+        if g.moved < len(g):
+            for i, made in enumerate(g):
+                if made is None:
+                    g[i] = torch.zeros_like(self.theta[i])
+        return to_parents, cast("list[Gradient]", g)
+
+    def _wants(self, record: Any) -> list[bool]:
+        return list(record.wanted)
+
+    def _slots(self, record: Any) -> Iterator[Slot]:
+        return nested_slots(record.kept)
+
+    def _pulled_through(
+        self, record: Steps, cotangent: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+    ) -> list[Tensor | None]:
+        """The messages to the parents; the gradients go into `g`, if given."""
+        needs = self._wanted(wanted, weights=g is not None)
+        only = self._only
+        if only is not None and len(wanted) == 1 and needs[0][0]:
+            (m,) = only.kernel.pull(record.kept[0], cotangent, wanted, g)
+            if not wanted[0]:
+                return [None]
+            return [torch.zeros_like(record.inputs[0]) if m is None else m]
+        many = len(_combined_places(self._combine, len(record.inputs)))
+        about: list[Tensor | None] = [None] * (many + len(self._steps))
+        about[-1] = cotangent
+        for i in range(len(self._steps) - 1, -1, -1):
+            step, z = self._steps[i], about[many + i]
+            if z is None or not needs[i][0]:
+                continue
+            found = step.kernel.pull(record.kept[i], z, needs[i][1], g)
+            for place, one in zip(step.reads, found, strict=True):
+                if one is not None:
+                    had = about[place]
+                    about[place] = one if had is None else had + one
+        return self._apart(record, wanted, about[:many])
+
+    def _wanted(
+        self, wanted: tuple[bool, ...], *, weights: bool
+    ) -> list[tuple[bool, tuple[bool, ...]]]:
+        """By step: whether it has anything to do, and the inputs whose product is asked for."""
+        key = (*wanted, weights)
+        known = self._needs.get(key)
+        if known is None:
+            places = _combined_places(self._combine, len(wanted))
+            asks = [any(wanted[p] for p in place) for place in places]
+            known = []
+            for step in self._steps:
+                reads = tuple(asks[r] for r in step.reads)
+                own = weights and any(w is not None for w in step.kernel.weights)
+                known.append((own or any(reads), reads))
+                asks.append(own or any(reads))
+            self._needs[key] = known
+        return known
+
+    def _apart(
+        self, record: Steps, wanted: tuple[bool, ...], about: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The messages by parent; zeros where a wanted input has no influence."""
+        shapes = [t.shape for t in record.inputs]
+        if len(shapes) < 2 or self._combine is Combine.ARGUMENTS:
+            split: list[Tensor | None] = list(about)
+        elif about[0] is None:
+            split = [None] * len(shapes)
+        elif self._combine is Combine.CONCAT:
+            split = list(torch.split(about[0], [s[-1] for s in shapes], dim=-1))
+        else:
+            split = [about[0].sum_to_size(s) for s in shapes]
+        return [
+            None if not w else (torch.zeros_like(t) if m is None else m)
+            for w, m, t in zip(wanted, split, record.inputs, strict=True)
+        ]
+
+
+def _combined_places(combine: Combine, parents: int) -> list[tuple[int, ...]]:
+    """By argument of the module: the parents that it is made of."""
+    if parents < 2 or combine is Combine.ARGUMENTS:
+        return [(p,) for p in range(parents)]
+    return [tuple(range(parents))]
+
+
+def closed_cell(
+    module: nn.Module, combine: Combine, seed: int, parents: int, *, native: bool = False
+) -> ClosedCell | None:
+    """The closed-form cell of `module`, which has `parents` inputs; None where it has none.
+    native: its linear layers go to the C code where one row comes (rows.py)."""
+    program = read_program(module, len(_combined_places(combine, parents)), native=native)
+    return None if program is None else ClosedCell(module, combine, seed, program)

@@ -1,0 +1,198 @@
+"""Gradients as their factors: what a closed-form cell hands to `Weights`, so that no gradient of
+the size of a weight has to exist. An update is then one product that adds into the weight.
+
+R: rows (batch, times further dimensions), O, I: outputs and inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.native import rows
+from hamdist.dynamics.state.remember import known
+
+# A product of two vectors that is added to a matrix of this size or more is faster as `addr_` than
+# as `addmm_` (1024 x 1024 on a core of an EPYC 9004: 100 against 150 us; 256 x 256: 11 against 8).
+BY_VECTORS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class AtOnce:
+    """What may be done with a cell's gradients as soon as each is made: theta_i += rates_i g_i,
+    where the norm of a layer's gradient is not above `limit`."""
+
+    rates: tuple[float, ...]
+    limit: float
+
+
+class Gradients(list["Gradient | None"]):
+    """The gradients of a cell's weights, as a pull finds them; and what may be done with them.
+    moved: how many of the weights have moved already. later: makes some of the gradients, if
+    anybody asks for them (`settle`) before the pull after the next."""
+
+    def __init__(self, many: int, at_once: AtOnce | None = None) -> None:
+        super().__init__([None] * many)
+        self.at_once = at_once
+        self.moved = 0
+        self.later: list[Callable[[Gradients], None]] = []  # (of which none may hold this list)
+
+    def put(self, places: Sequence[int | None], found: Sequence[Gradient | None]) -> None:
+        """What a kernel found of its weights, each at its place; None: not trained."""
+        for place, gradient in zip(places, found, strict=True):
+            if place is not None:
+                self[place] = gradient
+
+    def settle(self) -> None:
+        later, self.later = self.later, []
+        for make in later:
+            make(self)
+
+
+@known("Outer")
+@dataclass(slots=True)
+class Outer:
+    """g = z^T x, of a matrix (O, I). z: (R, O), x: (R, I). moved: the weight has moved by it."""
+
+    z: Tensor
+    x: Tensor
+    moved: bool = False
+
+    def dense(self) -> Tensor:
+        return torch.mm(self.z.t(), self.x)
+
+    def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
+        """tensor = beta tensor + alpha g."""
+        if self.z.shape[0] == 1 and beta == 1 and tensor.numel() >= BY_VECTORS:
+            tensor.addr_(self.z.view(-1), self.x.view(-1), alpha=alpha)
+        else:
+            tensor.addmm_(self.z.t(), self.x, beta=beta, alpha=alpha)
+
+
+@known("Column")
+@dataclass(slots=True)
+class Column:
+    """g = sum of the rows of z, of a bias (O,). z: (R, O). moved: as in `Outer`."""
+
+    z: Tensor
+    moved: bool = False
+
+    def dense(self) -> Tensor:
+        return self.z.sum(0)
+
+    def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
+        """tensor = beta tensor + alpha g."""
+        rows = self.z.shape[0]
+        if rows == 1 and beta == 1:
+            tensor.add_(self.z.view(-1), alpha=alpha)
+        else:
+            tensor.addmv_(self.z.t(), self.z.new_ones(rows), beta=beta, alpha=alpha)
+
+
+@known("Rows")
+@dataclass(slots=True)
+class Rows:
+    """g_i = sum of the rows z_r with index_r = i, of a table (N, O). index: (R,), z: (R, O)."""
+
+    index: Tensor
+    z: Tensor
+    many: int
+    moved: bool = False
+
+    def dense(self) -> Tensor:
+        made = self.z.new_zeros(self.many, self.z.shape[1])
+        return made.index_add_(0, self.index, self.z)
+
+    def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
+        """tensor = beta tensor + alpha g."""
+        if beta != 1:
+            tensor.mul_(beta)
+        tensor.index_add_(0, self.index, self.z, alpha=alpha)
+
+
+Factors: TypeAlias = Outer | Column | Rows
+Gradient: TypeAlias = Tensor | Factors
+
+
+def dense(g: Gradient) -> Tensor:
+    """g as a tensor like its weight."""
+    return g if isinstance(g, Tensor) else g.dense()
+
+
+def has_moved(g: Gradient) -> bool:
+    """Whether the weight has moved by g already."""
+    return not isinstance(g, Tensor) and g.moved
+
+
+def all_moved(g: Sequence[Gradient] | None) -> bool:
+    """Whether all weights have."""
+    return isinstance(g, Gradients) and g.moved == len(g)
+
+
+def all_dense(g: Sequence[Gradient]) -> list[Tensor]:
+    return [dense(one) for one in g]
+
+
+def add_to(tensor: Tensor, g: Gradient, alpha: float, beta: float = 1.0) -> None:
+    """tensor = beta tensor + alpha g, in place."""
+    if not isinstance(g, Tensor):
+        g.add_to(tensor, alpha, beta)
+        return
+    if beta != 1:
+        tensor.mul_(beta)
+    tensor.add_(g, alpha=alpha)
+
+
+def _norms(tensors: list[Tensor]) -> list[float]:
+    found = [rows.norm(t) for t in tensors]
+    if None in found:
+        return [float(n) for n in torch._foreach_norm(tensors)]
+    return cast("list[float]", found)
+
+
+def norm_of(g: Sequence[Gradient]) -> float:
+    """|g|, of all of g together. |z^T x|^2 = sum_rs (z_r . z_s)(x_r . x_s), which for R rows costs
+    R^2 (O + I) instead of the R O I of the product itself; the less is taken."""
+    squares = 0.0
+    for one in g:
+        if isinstance(one, Outer):
+            rows_, out, into = *one.z.shape, one.x.shape[1]
+            if rows_ * (out + into) < out * into:
+                together = (one.z @ one.z.t()).mul_(one.x @ one.x.t())
+                squares += max(0.0, float(together.sum()))
+                continue
+        squares += float(torch.linalg.vector_norm(dense(one))) ** 2
+    return math.sqrt(squares)
+
+
+def bound(g: Sequence[Gradient]) -> float:
+    """A number that the norm of all of g together does not exceed, or NaN. All norms are taken in
+    one call: |z^T x| <= |z| |x| (Frobenius), and R rows of z add up to at most sqrt(R) |z|."""
+    looked: list[Tensor] = []
+    shares: list[tuple[float, int, int]] = []  # a factor, and one or two of the norms
+    last: Tensor | None = None  # a layer's matrix and bias have one z
+    for one in g:
+        if isinstance(one, Outer):
+            shares.append((1.0, len(looked), len(looked) + 1))
+            last = one.z
+            looked += (last, one.x)
+        elif isinstance(one, Tensor):
+            shares.append((1.0, len(looked), -1))
+            looked.append(one)
+            last = None
+        else:
+            if one.z is not last:  # its norm stands one before the last
+                last = one.z
+                looked += (last, last)
+            shares.append((math.sqrt(one.z.shape[0]), len(looked) - 2, -1))
+    norms = _norms(looked)
+    squares = 0.0
+    for factor, a, b in shares:
+        norm = factor * norms[a] * (1.0 if b < 0 else norms[b])
+        squares += norm * norm
+    return math.sqrt(squares)

@@ -1,0 +1,89 @@
+"""A cell whose parents are slices: joined before the module sees them, and taken apart behind.
+
+    x = [h_1 ... h_m] or sum_i h_i,        M_i = the part of z^T df/dx that is h_i's, or all of it
+
+Both are exact, so a closed form stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.graph.graph import Joining
+from hamdist.dynamics.state.remember import check_names
+from hamdist.dynamics.vjp.autograd import Cell, Record
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+
+
+class JoinedCell(Cell):
+    """`inner` takes what `joining` makes of the parents, combined as `joining.then` says."""
+
+    def __init__(self, inner: Cell, joining: Joining) -> None:
+        self.module = inner.module
+        self.names = inner.names
+        self.theta = inner.theta
+        self._inner = inner
+        self._joining = joining
+        self._sizes: list[list[int]] = []  # by join, along its axis
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"inner": self._inner.snapshot(), "sizes": self._sizes}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names("joined cell", state, ("inner", "sizes"))
+        self._inner.restore(state["inner"])
+        self._sizes = state["sizes"]
+
+    def held(self, record: Any) -> dict[str, Any]:
+        return self._inner.held(record)
+
+    def rebuilt(self, state: Mapping[str, Any]) -> Any:
+        return self._inner.rebuilt(state)
+
+    @property
+    def inner(self) -> Cell:
+        """The cell of the module itself."""
+        return self._inner
+
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
+        return self._inner.forward(*self._joined(inputs, wanted))
+
+    def forward_at(
+        self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> Record:
+        return self._inner.forward_at(theta, *self._joined(inputs, wanted))
+
+    def _joined(
+        self, inputs: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[list[Tensor], list[bool]]:
+        groups = self._joining.groups(inputs)
+        if not self._sizes:
+            pairs = zip(self._joining.joins, groups, strict=True)
+            self._sizes = [[t.shape[j.axis or 0] for t in group] for j, group in pairs]
+        wants = [any(group) for group in self._joining.groups(wanted)]
+        return self._joining.joined(inputs), wants
+
+    def pull(
+        self,
+        record: Any,
+        cotangent: Tensor,
+        *,
+        inputs: bool = True,
+        weights: bool = True,
+        keep: bool = False,
+        at_once: AtOnce | None = None,
+    ) -> tuple[list[Tensor | None], list[Gradient]]:
+        to_inputs, g = self._inner.pull(
+            record, cotangent, inputs=inputs, weights=weights, keep=keep, at_once=at_once
+        )
+        apart: list[Tensor | None] = []
+        for join, sizes, message in zip(self._joining.joins, self._sizes, to_inputs, strict=True):
+            if message is None or len(sizes) == 1 or join.axis is None:
+                apart += [message] * len(sizes)
+            else:
+                apart += torch.split(message, sizes, dim=join.axis)
+        return apart, g

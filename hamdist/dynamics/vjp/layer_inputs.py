@@ -1,0 +1,102 @@
+"""What the linear layers and the convolutions of a module read, where autograd makes their
+gradients: for steps that do not depend on the scale of these inputs (whitening.py).
+
+A convolution is a linear layer of the patches that it sees. A layer of which nothing is known is
+left alone: one without a bias, with a weight that it shares or that is made from others, or one
+that is not called itself (the projections inside nn.MultiheadAttention).
+
+R: rows (batch, times further dimensions), I: inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.vjp.gradient import Gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """weight, bias: their places among the weights of the cell."""
+
+    module: nn.Linear | nn.Conv2d
+    weight: int
+    bias: int
+
+
+class Watched(list[Gradient]):
+    """Gradients as tensors. read: layers, each with what it read (inputs as its forward got them,
+    one for each of its calls)."""
+
+    def __init__(
+        self, found: Sequence[Gradient], read: Sequence[tuple[Layer, Sequence[Tensor]]]
+    ) -> None:
+        super().__init__(found)
+        self.read = read
+
+
+class Watch:
+    """The layers of `module` that can be watched. theta: its trained weights, in their order."""
+
+    def __init__(self, module: nn.Module, theta: Sequence[Tensor]) -> None:
+        places = {id(p): i for i, p in enumerate(theta)}
+        found = [
+            Layer(m, places[id(m.weight)], places[id(m.bias)])
+            for m in module.modules()
+            if is_watched(m) and id(m.weight) in places and id(m.bias) in places
+        ]
+        many = Counter(place for one in found for place in (one.weight, one.bias))
+        self.layers = [one for one in found if many[one.weight] == many[one.bias] == 1]
+
+    @contextmanager
+    def reading(self) -> Iterator[list[list[Tensor]]]:
+        """Inside, what the layers read is put into the list, in their order."""
+        read: list[list[Tensor]] = [[] for _ in self.layers]
+        hooks = [
+            layer.module.register_forward_pre_hook(_noting(into))
+            for layer, into in zip(self.layers, read, strict=True)
+        ]
+        try:
+            yield read
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def watched(self, g: Sequence[Gradient], read: Sequence[Sequence[Tensor]]) -> Watched:
+        """Gradients with what was read in their forward pass."""
+        return Watched(g, [(layer, x) for layer, x in zip(self.layers, read, strict=True) if x])
+
+
+def is_watched(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
+    """Whether a layer's inputs can be laid out as rows."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros" and module.padding != "same"
+    return isinstance(module, nn.Linear)
+
+
+def rows_of(layer: nn.Linear | nn.Conv2d, inputs: Sequence[Tensor]) -> Tensor:
+    """(R, I). inputs: of its calls."""
+    rows = [_patches(layer, x) if isinstance(layer, nn.Conv2d) else x for x in inputs]
+    flat = [x.reshape(-1, x.shape[-1]) for x in rows]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """(B, patches, I) of (B, C, S, S)."""
+    padding: Any = 0 if layer.padding == "valid" else layer.padding
+    found = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    return found.transpose(1, 2)
+
+
+def _noting(into: list[Tensor]) -> Any:
+    def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        into.append(given[0].detach())
+
+    return note

@@ -1,0 +1,141 @@
+"""Linear layers, each read by the next one alone, as one kernel.
+
+Where a single row comes (batch 1), all of them are one call of the C code (rows.py); otherwise one
+layer after the other.
+
+R: rows (batch, times further dimensions); I, O: inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from hamdist.dynamics.native.rows import Rows
+from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradients, Outer
+from hamdist.dynamics.vjp.kernels import Kept, Linear, like
+
+
+class Chain:
+    """f = f_n( ... f_1(x)), of linear layers with or without a relu behind them.
+
+    lasting: the output leaves the cell, so that its memory is not used again. Of what stays inside
+    it is: activations by a later forward pass (see `Kernel.forward`), d and the messages by the
+    pull after the next, for until then they may be factors of omega.
+    """
+
+    owns = False
+    in_place = False
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.layers = list(layers)
+        self.weights = tuple(w for layer in layers for w in layer.weights)
+        self.lasting = False
+        self._trained = [sum(w is not None for w in layer.weights) for layer in layers]
+        for i, layer in enumerate(self.layers):
+            layer.native = layer.whole()
+            layer.lends = i > 0
+            layer.owns_z = i < len(layers) - 1
+        self._into, self._out = layers[0].into, layers[-1].out
+        self._rows = Rows.of([layer.parts() for layer in layers])
+        self._masked: list[Tensor | None] = [None, None]
+        self._message: list[Tensor | None] = [None]
+        self._rates: tuple[AtOnce, array[float]] | None = None
+
+    @property
+    def lends(self) -> bool:
+        """z^T df/dx stays inside the cell."""
+        return self.layers[0].lends
+
+    @lends.setter
+    def lends(self, lends: bool) -> None:
+        self.layers[0].lends = lends
+
+    def forward(self, old: Kept | None, x: Tensor) -> Kept:
+        one = x if x.dim() == 2 else x.reshape(-1, self._into)
+        rows = self._rows
+        if rows is None or one.shape[0] != 1 or not rows.reads(one):
+            return self._one_by_one(old, x)
+        old = old if old is not None and len(old) == 4 else None  # of a single row, too
+        inner = like(old, 2, (rows.inner,), x)
+        y = like(None if self.lasting else old, 3, (1, self._out), x)
+        rows.forward(one, inner, y)
+        return [y if x.dim() == 2 else y.view(*x.shape[:-1], self._out), one, inner, y]
+
+    def _one_by_one(self, old: Kept | None, x: Tensor) -> Kept:
+        """[output, what each layer kept]."""
+        before = old[1] if old is not None and len(old) == 2 else [None] * len(self.layers)
+        kept = []
+        for i, layer in enumerate(self.layers):
+            last = i == len(self.layers) - 1
+            kept.append(layer.forward(None if last and self.lasting else before[i], x))
+            x = kept[-1][0]
+        return [x, kept]
+
+    def pull(
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+    ) -> tuple[Tensor | None, ...]:
+        if len(kept) == 2:
+            return self._pull_one_by_one(kept, z, wanted, g)
+        _, x, inner, y = kept
+        rows = self._rows
+        one = z if z.dim() == 2 else z.reshape(y.shape)
+        if rows is None or not rows.reads(one):
+            kept = [kept[0], self._apart(x, inner, y)]
+            return self._pull_one_by_one(kept, z, wanted, g)
+        to = self.layers[0].lent(x) if wanted[0] else None
+        d = like(self._masked, 0, (rows.all,), x)
+        self._masked = [self._masked[1], d]
+        m = self._message[0] = like(self._message, 0, (rows.widest,), x)
+        at_once = None if g is None else g.at_once
+        limit = 0.0 if at_once is None else at_once.limit
+        moved = rows.pull(x, inner, y, one, d, m, to, self._alphas(at_once), limit)
+        if g is not None:
+            self._tell(g, moved, lambda g: self._factors(g, rows, x, inner, d, moved))
+        return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self._into),)
+
+    def _alphas(self, at_once: AtOnce | None) -> array[float] | None:
+        """The rates of the layers' matrices and biases."""
+        if at_once is None:
+            return None
+        if self._rates is None or self._rates[0] is not at_once:
+            rates = [0.0 if w is None else at_once.rates[w] for w in self.weights]
+            self._rates = at_once, array("d", rates)
+        return self._rates[1]
+
+    def _tell(self, g: Gradients, moved: int, factors: Callable[[Gradients], None]) -> None:
+        """The factors are made at once where weights wait for them, otherwise when asked for."""
+        for i, trained in enumerate(self._trained):
+            if moved >> i & 1:
+                g.moved += trained
+        g.later.append(factors)
+        if g.moved < len(g):
+            g.settle()
+
+    def _factors(
+        self, g: Gradients, rows: Rows, x: Tensor, inner: Tensor, d: Tensor, moved: int
+    ) -> None:
+        many = len(self.layers)
+        inputs = [x, *rows.outputs(inner, many - 1)]
+        for i, (layer, d_i) in enumerate(zip(self.layers, rows.outputs(d, many), strict=True)):
+            done = bool(moved >> i & 1)
+            g.put(layer.weights, (Outer(d_i, inputs[i], done), Column(d_i, done)))
+
+    def _apart(self, x: Tensor, inner: Tensor, y: Tensor) -> list[Kept]:
+        """What the layers would have kept, had they been called one by one."""
+        outputs = [*(self._rows.outputs(inner, len(self.layers) - 1) if self._rows else []), y]
+        return [[out, x_i, out] for x_i, out in zip([x, *outputs[:-1]], outputs, strict=True)]
+
+    def _pull_one_by_one(
+        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+    ) -> tuple[Tensor | None, ...]:
+        trained = [g is not None and any(w is not None for w in k.weights) for k in self.layers]
+        about: Tensor | None = z
+        for i in range(len(self.layers) - 1, -1, -1):
+            if about is None:
+                break
+            needed = wanted[0] or any(trained[:i])
+            (about,) = self.layers[i].pull(kept[1][i], about, (needed,), g)
+        return (about if wanted[0] else None,)

@@ -1,0 +1,295 @@
+"""Reads a module, torch's own or a user's, as a program of kernels.
+
+None where a part of it has no kernel, has hooks, or where its `forward` is not proved to do the
+same at every call (purity.py); what is proved, torch.fx writes down.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from hamdist.dynamics.native.rows import Rows
+from hamdist.dynamics.tracing.traced_module import Piece
+from hamdist.dynamics.user_modules.hooks import is_usual
+from hamdist.dynamics.vjp.activations import FROM_INPUT, FROM_RESULT, FUNCTIONS
+from hamdist.dynamics.vjp.kernels import (
+    Add,
+    Conv2d,
+    Embedding,
+    FromInput,
+    FromResult,
+    Kernel,
+    LayerNorm,
+    Linear,
+    Reshape,
+    Scale,
+)
+from hamdist.dynamics.vjp.linear_chain import Chain
+from hamdist.dynamics.vjp.purity import is_pure
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One kernel; reads: places of its inputs among the cell's arguments and the steps' outputs.
+    lasting: its output leaves the cell, so that its memory is not used again."""
+
+    kernel: Kernel
+    reads: tuple[int, ...]
+    lasting: bool
+
+
+def read_program(module: nn.Module, arguments: int, *, native: bool = False) -> list[Step] | None:
+    """The steps of `module`, which takes so many arguments; None where it has no closed form.
+    native: linear layers that follow each other are one kernel, in C where one row comes (rows.py).
+    """
+    try:
+        return _Program(module, arguments, native=native).read()
+    except _Unknown:
+        return None
+
+
+class _Unknown(Exception):
+    """A part has no closed form."""
+
+
+class _Program:
+    """Reads a module into steps."""
+
+    def __init__(self, module: nn.Module, arguments: int, *, native: bool) -> None:
+        self._module = module
+        self._arguments = arguments
+        self._native = native
+        self._trained = {
+            id(p): i for i, p in enumerate(p for p in module.parameters() if p.requires_grad)
+        }
+        self._used: set[int] = set()
+        self._made: list[tuple[Kernel, tuple[int, ...]]] = []
+        self._owns: set[int] = set()  # places whose memory an activation may work in
+
+    def read(self) -> list[Step]:
+        """The steps. Raises _Unknown."""
+        if not all(map(is_usual, self._module.modules())):
+            raise _Unknown
+        for parameter in self._module.parameters():
+            if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+                raise _Unknown
+        if _is_chain(self._module):
+            if self._arguments != 1:
+                raise _Unknown
+            last = self._chain(self._module, 0, alone=True)
+        else:
+            last = self._traced()
+        if last != self._arguments + len(self._made) - 1 or not self._made:
+            raise _Unknown  # the output is not the last value: nothing to gain
+        if len(self._used) < len(self._trained):
+            raise _Unknown  # weights outside the program
+        if self._native:
+            self._join()
+        return self._steps(self._arguments + len(self._made) - 1)
+
+    def _join(self) -> None:
+        """Makes one kernel of linear layers that follow each other."""
+        readers = Counter(place for _, reads in self._made for place in reads)
+        runs: list[tuple[list[Kernel], tuple[int, ...]]] = []
+        now_at = {place: place for place in range(self._arguments)}  # of a value, by its place
+        for i, (kernel, reads) in enumerate(self._made):
+            before = runs[-1][0] if runs else []
+            goes_on = (
+                isinstance(kernel, Linear)
+                and bool(before)
+                and isinstance(before[0], Linear)
+                and reads == (self._arguments + i - 1,)
+                and readers[reads[0]] == 1
+                and len(before) < Rows.MOST
+            )
+            if goes_on:
+                before.append(kernel)
+            else:
+                runs.append(([kernel], tuple(now_at[place] for place in reads)))
+            now_at[self._arguments + i] = self._arguments + len(runs) - 1
+        self._made = []
+        for kernels, reads in runs:
+            layers = [kernel for kernel in kernels if isinstance(kernel, Linear)]
+            joined = Chain(layers) if layers else None
+            self._made.append((kernels[0] if joined is None else joined, reads))
+
+    def _steps(self, last: int) -> list[Step]:
+        """With the mark of what leaves the cell: the output and the messages, and what shares their
+        memory."""
+        told = set(range(self._arguments))
+        for i, (kernel, reads) in enumerate(self._made):
+            if isinstance(kernel, (Reshape, Add)) and told.intersection(reads):
+                told.add(self._arguments + i)
+            elif isinstance(kernel, (Linear, Chain)):
+                kernel.lends = reads[0] not in told
+        leaving = {last}
+        for i in range(len(self._made) - 1, -1, -1):
+            kernel, reads = self._made[i]
+            if self._arguments + i in leaving and (kernel.in_place or isinstance(kernel, Reshape)):
+                leaving.update(reads)
+        steps = []
+        for i, (kernel, reads) in enumerate(self._made):
+            leaves = self._arguments + i in leaving
+            if isinstance(kernel, Chain):  # the rest of it stays
+                kernel.lasting = leaves
+            steps.append(Step(kernel, reads, leaves and not isinstance(kernel, Chain)))
+        return steps
+
+    def _add(self, kernel: Kernel, *reads: int) -> int:
+        for w in kernel.weights:
+            if w is not None:
+                if w in self._used:
+                    raise _Unknown  # a weight that is used twice
+                self._used.add(w)
+        self._made.append((kernel, reads))
+        place = self._arguments + len(self._made) - 1
+        if kernel.owns:
+            self._owns.add(place)
+        return place
+
+    # -- a chain of layers ---------------------------------------------------------------------
+
+    def _chain(self, module: nn.Module, place: int, *, alone: bool) -> int:
+        if type(module) is nn.Sequential:
+            for child in module:
+                place = self._chain(child, place, alone=alone)
+            return place
+        return self._layer(module, place, alone=alone)
+
+    def _layer(self, m: Any, place: int, *, alone: bool) -> int:
+        """alone: nobody else reads the value at `place`."""
+
+        def own(*names: str) -> tuple[int | None, ...]:
+            return tuple(self._index(m, name) for name in names)
+
+        kind = type(m)
+        if kind is nn.Linear:
+            return self._add(Linear(m, own("weight", "bias")), place)
+        if kind is nn.LayerNorm:
+            return self._add(LayerNorm(m, own("weight", "bias")), place)
+        if kind is nn.Conv2d:
+            if m.padding_mode != "zeros" or isinstance(m.padding, str):
+                raise _Unknown
+            return self._add(Conv2d(m, own("weight", "bias")), place)
+        if kind is nn.Embedding:
+            if m.max_norm is not None or m.scale_grad_by_freq or m.sparse:
+                raise _Unknown
+            return self._add(Embedding(m, own("weight")), place)
+        if kind is nn.Identity or (kind is nn.Dropout and m.p == 0):
+            if not alone:
+                raise _Unknown  # one value under two names
+            return place
+        if kind is nn.Flatten:
+            return self._add(Reshape(lambda x: x.flatten(m.start_dim, m.end_dim)), place)
+        if kind is nn.Unflatten and isinstance(m.unflattened_size, tuple):
+            return self._add(
+                Reshape(lambda x: torch.unflatten(x, m.dim, m.unflattened_size)), place
+            )
+        if not alone and getattr(m, "inplace", False):
+            raise _Unknown  # it would change what others read
+        return self._activation(m, place, alone=alone)
+
+    def _index(self, module: nn.Module, name: str) -> int | None:
+        parameter = getattr(module, name)
+        return None if parameter is None else self._trained.get(id(parameter))
+
+    def _activation(self, m: nn.Module, place: int, *, alone: bool) -> int:
+        kind = type(m)
+        from_result = FROM_RESULT.get(kind)
+        if from_result is not None:
+            run, in_place, back = from_result
+            works = alone and place in self._owns
+            maker = self._made[place - self._arguments][0] if works else None
+            if kind is nn.ReLU and isinstance(maker, Linear):
+                maker.relu = True
+                self._owns.discard(place)
+                return place
+            kernel = FromResult(run, in_place, back, in_place=works)
+            return self._add(kernel, place)
+        if kind in FROM_INPUT:
+            run, back = FROM_INPUT[kind](m)
+            return self._add(FromInput(run, back), place)
+        raise _Unknown
+
+    # -- a forward of the module's own ---------------------------------------------------------
+
+    def _traced(self) -> int:
+        graph = _trace(self._module)
+        parts = dict(self._module.named_modules())
+        places: dict[fx.Node, int] = {}
+        last = -1
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                if node.args or str(node.target).startswith("*") or self._made:
+                    raise _Unknown
+                places[node] = len(places)
+            elif node.op == "output":
+                (result,) = node.args
+                if not isinstance(result, fx.Node):
+                    raise _Unknown
+                last = places[result]
+            elif node.op in ("call_module", "call_function", "call_method"):
+                places[node] = self._node(node, parts, places)
+            else:
+                raise _Unknown
+        if sum(n.op == "placeholder" for n in graph.nodes) != self._arguments:
+            raise _Unknown
+        return last
+
+    def _node(self, node: fx.Node, parts: dict[str, nn.Module], places: dict[fx.Node, int]) -> int:
+        read = [a for a in node.args if isinstance(a, fx.Node)]
+        at = [places[a] for a in read]
+        alone = all(len(a.users) == 1 for a in read)
+        if node.op == "call_module":
+            if len(node.args) != 1 or node.kwargs or len(read) != 1:
+                raise _Unknown
+            return self._layer(parts[str(node.target)], at[0], alone=alone)
+        if node.kwargs not in ({}, {"inplace": False}):
+            raise _Unknown
+        if node.target in (operator.add, torch.add, operator.iadd) and len(at) == 2:
+            if node.target is operator.iadd:
+                raise _Unknown
+            return self._add(Add(), *at)
+        if node.target in (operator.sub, torch.sub) and len(at) == 2:
+            return self._add(Add(-1.0), *at)
+        numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+        if len(node.args) == 2 and len(at) == 1 and len(numbers) == 1:
+            if node.target in (operator.mul, torch.mul):
+                return self._add(Scale(float(numbers[0])), at[0])
+            if node.target is operator.truediv and node.args[0] is read[0]:
+                return self._add(Scale(1.0 / float(numbers[0])), at[0])
+        if len(node.args) == 1 and len(at) == 1 and node.target in FUNCTIONS:
+            return self._activation(FUNCTIONS[node.target](), at[0], alone=alone)
+        flat = node.target in (torch.flatten, "flatten") and len(at) == 1
+        if flat and all(isinstance(a, int) for a in node.args[1:]):
+            dims = [int(a) for a in node.args[1:]]  # type: ignore[arg-type]
+            return self._add(Reshape(lambda x: x.flatten(*dims)), at[0])
+        raise _Unknown
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """Whether it is one of torch's own layers, or a Sequential of such chains."""
+    if type(module) is nn.Sequential:
+        return all(_is_chain(child) for child in module)
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _trace(module: nn.Module) -> fx.Graph:
+    """What forward does. Raises _Unknown where that is not known for every call."""
+    if isinstance(module, Piece):  # written down already, whole where it depends on Python state
+        known = module.fx_graph()
+        if known is None:
+            raise _Unknown
+        return known
+    if not is_pure(module):
+        raise _Unknown
+    try:
+        return fx.Tracer().trace(module)
+    except Exception as error:  # a user's forward may raise anything on fx's stand-ins
+        raise _Unknown from error

@@ -1,0 +1,114 @@
+"""A cell that shares weights with those of other blocks (ties.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.graph.ties import names_of
+from hamdist.dynamics.vjp.autograd import Cell, Record
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients, dense
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """(N,) all numbers of `tensors` in memory of their own, in the widest of their types."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def parted(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `flat` has made, in the shapes, types and places of `like`."""
+    parts = torch.split(numbers, [t.numel() for t in like])
+    return [part.view(t.shape).to(t) for part, t in zip(parts, like, strict=True)]
+
+
+class TiedCell(Cell):
+    """`inner`, some of whose weights others own (borrowed: their names) or use as well.
+
+    `names`, `theta` and the gradients that `pull` returns are those of its own weights. Within one
+    event of a block: `add` what users have sent, `pull`, `take` what goes to the owners.
+    """
+
+    def __init__(self, inner: Cell, borrowed: Iterable[str]) -> None:
+        keys = set(borrowed)
+        self.module = inner.module
+        self.inner = inner
+        self.borrowed = names_of(inner.module, keys)
+        self._all = dict(zip(inner.names, inner.theta, strict=True))
+        self._own = [i for i, name in enumerate(inner.names) if name not in keys]
+        self.names = [inner.names[i] for i in self._own]
+        self.theta = [inner.theta[i] for i in self._own]
+        self._added: dict[str, Tensor] = {}
+        self._for_owners: dict[str, Tensor] | None = None
+
+    def snapshot(self) -> dict[str, Any]:
+        """That of the module, copies of borrowed weights included."""
+        return self.inner.snapshot()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`."""
+        self.inner.restore(state)
+
+    def held(self, record: Any) -> dict[str, Any]:
+        """A record as plain data."""
+        return self.inner.held(record)
+
+    def rebuilt(self, state: Mapping[str, Any]) -> Any:
+        """The record that `held` has seen."""
+        return self.inner.rebuilt(state)
+
+    def weights(self, names: Iterable[str]) -> list[Tensor]:
+        """Weights by name, own or borrowed."""
+        return [self._all[name] for name in names]
+
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
+        """One forward pass."""
+        return self.inner.forward(inputs, wanted)
+
+    def pull(
+        self,
+        record: Any,
+        cotangent: Tensor,
+        *,
+        inputs: bool = True,
+        weights: bool = True,
+        keep: bool = False,
+        at_once: AtOnce | None = None,  # noqa: ARG002  (others have a say in what moves)
+    ) -> tuple[list[Tensor | None], list[Gradient]]:
+        """As `Cell.pull`, of its own weights."""
+        to_parents, g = self.inner.pull(
+            record, cotangent, inputs=inputs, weights=weights, keep=keep
+        )
+        if not weights:
+            return to_parents, g
+        if isinstance(g, Gradients):
+            g.settle()
+        by_name = dict(zip(self.inner.names, g, strict=True))
+        self._for_owners = {n: dense(by_name[n]) for n in self.inner.names if n in self.borrowed}
+        return to_parents, self._with_added([by_name[name] for name in self.names])
+
+    def unmessaged(self) -> list[Gradient] | None:
+        """The gradients of a sample of which no message came: those that users have sent."""
+        return self._with_added([torch.zeros_like(t) for t in self.theta]) if self._added else None
+
+    def _with_added(self, g: Sequence[Gradient]) -> list[Gradient]:
+        added, self._added = self._added, {}
+        pairs = zip(self.names, g, strict=True)
+        return [dense(one) + added[n] if n in added else one for n, one in pairs]
+
+    def add(self, names: Sequence[str], numbers: Tensor) -> None:
+        """A user's gradients of own weights, which come into those of the next pull."""
+        for name, g in zip(names, parted(numbers, self.weights(names)), strict=True):
+            self._added[name] = self._added[name] + g if name in self._added else g
+
+    def take(self) -> dict[str, Tensor] | None:
+        """The gradients of borrowed weights from the latest pull; None where there was none."""
+        found, self._for_owners = self._for_owners, None
+        return found
+
+    def overwrite(self, names: Sequence[str], numbers: Tensor) -> None:
+        """Borrowed weights as their owner has them now."""
+        for own, new in zip(self.weights(names), parted(numbers, self.weights(names)), strict=True):
+            own.copy_(new)

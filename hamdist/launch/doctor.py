@@ -1,0 +1,57 @@
+"""`hamdist doctor`: this host alone, or all hosts of a cluster, and what is to be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import ValidationError
+
+from hamdist.errors import ClusterError
+from hamdist.launch.doctor_report import Check, Findings, judged
+from hamdist.launch.events import Ended, Report, Said
+from hamdist.launch.follow import Results, follow
+from hamdist.launch.host_facts import host_facts
+from hamdist.launch.jobs_api import Jobs
+from hamdist.launch.ray_environment import missing_extras
+from hamdist.launch.submit import submit_checkup
+
+
+def checkup(jobs: Jobs | None, say: Callable[[str], None]) -> tuple[Findings, list[Check]]:
+    """jobs: of the cluster; None: this host alone. say: told what happens meanwhile.
+
+    Raises ClusterError where the cluster cannot be looked at at all.
+    """
+    if jobs is None:
+        return this_host()
+    found = _cluster(jobs, say)
+    return found, judged(found, host_facts().versions)
+
+
+def this_host() -> tuple[Findings, list[Check]]:
+    found = Findings(hosts=[host_facts()], clocks=[(0.0, 0.0)])
+    missing = missing_extras()
+    extras = Check("ok", "Ray's Jobs API: its packages are here")
+    if missing:
+        text = f"no {', '.join(missing)}: hamdist launch needs pip install 'hamdist[cluster]'"
+        extras = Check("warning", text)
+    return found, [*judged(found), extras]
+
+
+def _cluster(jobs: Jobs, say: Callable[[str], None]) -> Findings:
+    name = submit_checkup(jobs)
+    heard: list[str] = []
+    say(f"Looking at all hosts ({name})")
+    for event in follow(jobs.lines(name), Results(None), heard.append):
+        if isinstance(event, Said):
+            say(f"Warning: {event.warning}")
+        elif isinstance(event, Report):
+            try:
+                return Findings.model_validate_json(event.report)
+            except ValidationError as error:
+                raise ClusterError(
+                    f"the cluster's hamdist reports in another way ({error.error_count()} fields "
+                    "differ): install the same version there as here"
+                ) from None
+        elif isinstance(event, Ended) and event.error is not None:
+            raise ClusterError(event.error)
+    raise ClusterError("\n".join([*heard, jobs.find(name).unfinished()]))

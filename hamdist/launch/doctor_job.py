@@ -1,0 +1,222 @@
+"""Looks at every host of the Ray that this process joins: `python -m hamdist.launch.doctor_job`,
+as a job of `hamdist doctor --cluster`. A witness (an actor that asks for no CPU) on each host tells
+what the host is, and measures links with hamdist's own transport."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hamdist.errors import FAILED, HamdistError
+from hamdist.launch.doctor_report import Findings, LinkFacts
+from hamdist.launch.events import Ended, Report, Said, Started, tell
+from hamdist.launch.host_facts import HostFacts, host_facts
+from hamdist.launch.package import read_order
+from hamdist.runtime.placement.assign_hosts import HostInfo
+from hamdist.runtime.placement.links import Link, Probe
+from hamdist.runtime.ray_engine.session import hosts
+from hamdist.runtime.transport.encryption import new_keys
+from hamdist.runtime.transport.transport import TCP, local_way
+
+WITNESS_SECONDS = 60.0
+LINK_SECONDS = 20.0
+CLOCK_ROUNDS = 9
+ALL_PAIRS = 6  # hosts; of more, each is measured with the next and with the head
+THREADS = 64
+
+
+class Witness:
+    """Every method runs on the host that is looked at."""
+
+    def __init__(self) -> None:
+        self._probes: dict[int, Probe] = {}
+
+    def facts(self, storage: str | None, mark: str | None) -> HostFacts:
+        return host_facts(storage, mark)
+
+    def clock(self) -> float:
+        return time.time()
+
+    def new_key(self, run: int, number: int) -> str:
+        """Makes the keys of its end of link `number`; returns the public one."""
+        keys = new_keys()
+        self._probes[number] = Probe(run, 0.0, keys)
+        return keys.public
+
+    def open(self, number: int, channel: int, way: str) -> dict[int, str]:
+        """The receiving end of one channel of link `number`."""
+        return self._probes[number].open({channel: way})
+
+    def join(self, number: int, addresses: dict[int, str]) -> None:
+        self._probes[number].join(addresses)
+
+    def answer(self, number: int) -> None:
+        self._probes[number].answer(number)
+
+    def measure(self, number: int) -> Link:
+        return self._probes[number].measure(number)
+
+    def close(self, number: int) -> None:
+        self._probes.pop(number).close()
+
+
+def main() -> int:
+    tell(Started(title="doctor", batch=1))
+    try:
+        order = read_order(Path.cwd())
+    except HamdistError as error:
+        tell(Ended(code=FAILED, error=str(error)))
+        return FAILED
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS", "auto"),
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    found = examine(hosts(), order.storage)
+    tell(Report(report=found.model_dump_json()))
+    tell(Ended(code=0))
+    return 0
+
+
+def examine(known: Sequence[HostInfo], storage: str | None = None) -> Findings:
+    """known: the hosts of the Ray that is up, the one of this process first. storage: a folder
+    that all are to see."""
+    mark = None
+    if storage is not None:
+        mark = f".hamdist-mark-{secrets.token_hex(4)}"
+        try:
+            Path(storage).mkdir(parents=True, exist_ok=True)
+            (Path(storage) / mark).write_bytes(b"head")
+        except OSError as error:
+            tell(Said(warning=f"storage {storage!r} on the head: {error.strerror or error}"))
+    started = [(host, _start(host)) for host in known]
+    try:
+        return _found(started, storage, mark)
+    finally:
+        for _, witness in started:
+            ray.kill(witness)
+        if storage is not None and mark is not None:
+            (Path(storage) / mark).unlink(missing_ok=True)
+
+
+def _start(host: HostInfo) -> Any:
+    where = NodeAffinitySchedulingStrategy(host.id, soft=False)
+    options = {"num_cpus": 0, "max_concurrency": THREADS, "scheduling_strategy": where}
+    return ray.remote(Witness).options(**options).remote()
+
+
+def _found(
+    started: Sequence[tuple[HostInfo, Any]], storage: str | None, mark: str | None
+) -> Findings:
+    facts: list[HostFacts] = []
+    there: list[tuple[HostInfo, Any]] = []
+    unreached: dict[str, str] = {}
+    asked = [witness.facts.remote(storage, mark) for _, witness in started]
+    end = time.monotonic() + WITNESS_SECONDS
+    for (host, witness), call in zip(started, asked, strict=True):
+        try:
+            own = ray.get(call, timeout=max(1.0, end - time.monotonic()))
+            facts.append(own.model_copy(update={"address": host.address, "promised": host.cpus}))
+            there.append((host, witness))
+        except GetTimeoutError:
+            unreached[str(host)] = f"no answer within {WITNESS_SECONDS:.0f} s"
+        except RayError as error:
+            unreached[str(host)] = f"hamdist does not run there: {_last_line(error)}"
+    wanted, skipped = pairs(len(there))
+    run = secrets.randbits(31)
+    links = [_link(run, n, i, j, there) for n, (i, j) in enumerate(wanted)]
+    if len(there) == 1:
+        links = [_inside(run, there[0])]
+    return Findings(
+        hosts=facts,
+        unreached=unreached,
+        clocks=[_clock(witness) for _, witness in there],
+        links=links,
+        skipped=skipped,
+    )
+
+
+def pairs(hosts: int) -> tuple[list[tuple[int, int]], int]:
+    """Those that are measured, and how many are not."""
+    every = list(itertools.combinations(range(hosts), 2))
+    if hosts <= ALL_PAIRS:
+        return every, 0
+    chosen = [(i, j) for i, j in every if i == 0 or j == i + 1]
+    return chosen, len(every) - len(chosen)
+
+
+def _clock(witness: Any) -> tuple[float, float]:
+    """Its clock less ours, by the quickest of a few questions, and half of what that one took."""
+    found = []
+    for _ in range(CLOCK_ROUNDS):
+        begin = time.time()
+        there = ray.get(witness.clock.remote(), timeout=LINK_SECONDS)
+        end = time.time()
+        found.append((end - begin, there - (begin + end) / 2))
+    took, offset = min(found)
+    return offset, took / 2
+
+
+def _inside(run: int, only: tuple[HostInfo, Any]) -> LinkFacts:
+    """Of a single host: between two processes there."""
+    other = (only[0], _start(only[0]))
+    try:
+        found = _link(run, 0, 0, 1, [only, other])
+    finally:
+        ray.kill(other[1])
+    return found.model_copy(update={"second": 0})
+
+
+def _link(
+    run: int, number: int, i: int, j: int, there: Sequence[tuple[HostInfo, Any]]
+) -> LinkFacts:
+    (first, mine), (second, other) = there[i], there[j]
+    out, back = Probe.channels(number)
+    same = first.id == second.id
+    ways = [local_way(c) for c in (out, back)]
+    try:
+        made = [witness.new_key.remote(run, number) for witness in (mine, other)]
+        my_key, others_key = ray.get(made, timeout=WITNESS_SECONDS)
+        if not same:  # encrypted, as in a run
+            ways = [f"{TCP}{second.address} {my_key}", f"{TCP}{first.address} {others_key}"]
+        opened = ray.get(
+            [
+                other.open.remote(number, out.number, ways[0]),
+                mine.open.remote(number, back.number, ways[1]),
+            ],
+            timeout=WITNESS_SECONDS,
+        )
+        addresses = {**opened[0], **opened[1]}
+        joined = [w.join.remote(number, addresses) for w in (mine, other)]
+        ray.get(joined, timeout=LINK_SECONDS)
+        answered = other.answer.remote(number)
+        link, _ = ray.get([mine.measure.remote(number), answered], timeout=LINK_SECONDS)
+        ray.get([w.close.remote(number) for w in (mine, other)], timeout=LINK_SECONDS)
+    except GetTimeoutError:
+        why = f"nothing within {LINK_SECONDS:.0f} s"
+        return LinkFacts(first=i, second=j, error=why)
+    except RayError as error:
+        return LinkFacts(first=i, second=j, error=_last_line(error))
+    rate = None if link.bytes_per_second == float("inf") else link.bytes_per_second
+    way = ways[0].partition(":")[0]
+    return LinkFacts(first=i, second=j, way=way, seconds=link.seconds, bytes_per_second=rate)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

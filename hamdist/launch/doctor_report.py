@@ -1,0 +1,224 @@
+"""What `hamdist doctor` found, and what is to be said of it. Pure: no host is asked here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from hamdist.launch.host_facts import HostFacts
+from hamdist.runtime.process.arithmetic import Arithmetic
+
+MIB, GIB = 2**20, 2**30
+LEAST_FREE = GIB  # an actor that imports torch takes 170 to 300 MiB
+LEAST_SHARED = 128 * MIB
+LEAST_FILES = 1024
+CLOCK_SECONDS = 1.0
+SLOW_SECONDS = 0.2
+SAME = ("hamdist", "ray", "python", "torch")  # on all hosts, or nothing is equal to the bit
+
+
+class LinkFacts(BaseModel):
+    """Between two hosts by their index: seconds of a small signal one way, bytes a second of a
+    large one (None: not to be told); or what went wrong."""
+
+    model_config = ConfigDict(frozen=True)
+
+    first: int
+    second: int
+    way: str = "tcp"
+    seconds: float | None = None
+    bytes_per_second: float | None = None
+    error: str | None = None
+
+
+class Findings(BaseModel):
+    """hosts: the head first; unreached: hosts that could not be looked at, with the reason. clocks:
+    by host its clock less the head's, in seconds, and how far that may be wrong. skipped: pairs of
+    hosts whose links were not measured."""
+
+    model_config = ConfigDict(frozen=True)
+
+    hosts: list[HostFacts]
+    unreached: dict[str, str] = {}
+    clocks: list[tuple[float, float]] = []
+    links: list[LinkFacts] = []
+    skipped: int = 0
+
+    def tables(self) -> dict[str, list[list[str]]]:
+        """By title; the first row has the columns' names."""
+        head = ["host", "platform", "vectors", "hamdist", "torch", "ray", "python"]
+        head += ["CPUs", "threads"]
+        head += ["free GiB", "/dev/shm MiB", "C code", "GPUs", "clock, ms"]
+        hosts = [head]
+        for i, host in enumerate(self.hosts):
+            own = host.versions
+            shared = "none" if host.shared is None else f"{host.shared / MIB:.0f}"
+            cpus = str(host.processors)
+            cpus += f" ({host.promised:g} in Ray)" if host.promised else ""
+            offset = f"{1000 * self.clocks[i][0]:.1f} ± {1000 * self.clocks[i][1]:.1f}"
+            hosts.append(
+                [
+                    self.name(i),
+                    host.platform,
+                    host.arithmetic.capability,
+                    *(own[p] for p in ("hamdist", "torch", "ray", "python")),
+                    cpus,
+                    str(host.threads),
+                    f"{host.free / GIB:.1f}",
+                    shared,
+                    "yes" if host.native else "no",
+                    str(len(host.gpus)),
+                    offset if i else "0",
+                ]
+            )
+        links = [["from", "to", "by", "latency, ms", "MiB/s"]]
+        links += [
+            [self.name(link.first), self.name(link.second), link.way, *_speed(link)]
+            for link in self.links
+        ]
+        return {"Hosts": hosts, **({"Links": links} if self.links else {})}
+
+    def name(self, i: int) -> str:
+        host = self.hosts[i]
+        return host.name if host.address in ("", host.name) else f"{host.name} ({host.address})"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. verdict: FAIL where a run would not work or not be the same."""
+
+    verdict: Literal["ok", "warning", "FAIL"]
+    text: str
+
+
+def judged(found: Findings, here: Mapping[str, str] | None = None) -> list[Check]:
+    """here: the versions of the terminal's own host, where that is none of the hosts."""
+    checks = [Check("FAIL", f"{name}: {why}") for name, why in found.unreached.items()]
+    checks += _versions(found, here)
+    checks += _arithmetic(found)
+    for i, host in enumerate(found.hosts):
+        checks += _host(found.name(i), host)
+    checks += _clocks(found)
+    checks += _storage(found)
+    checks += _links(found)
+    return checks
+
+
+def _versions(found: Findings, here: Mapping[str, str] | None) -> list[Check]:
+    checks = []
+    for package in SAME:
+        known: dict[str, list[str]] = {}
+        for i, host in enumerate(found.hosts):
+            known.setdefault(host.versions[package], []).append(found.name(i))
+        if here is not None and package == "hamdist":
+            known.setdefault(here[package], []).append("this terminal")
+        if len(known) > 1:
+            who = "; ".join(f"{v}: {', '.join(names)}" for v, names in sorted(known.items()))
+            checks.append(Check("FAIL", f"{package} differs ({who}): install one version"))
+    if not checks and found.hosts:
+        own = found.hosts[0].versions
+        text = ", ".join(f"{package} {own[package]}" for package in SAME)
+        checks.append(Check("ok", f"versions: {text}"))
+    return checks
+
+
+def _arithmetic(found: Findings) -> list[Check]:
+    """Which hosts compute the same bits, without C code where one has none: `_host` tells."""
+    kinds: list[tuple[Arithmetic, list[str]]] = []
+    for i, host in enumerate(found.hosts):
+        own = host.arithmetic
+        alike = next((names for kind, names in kinds if not own.unlike(kind)), None)
+        if alike is None:
+            kinds.append((own, [found.name(i)]))
+        else:
+            alike.append(found.name(i))
+    if len(kinds) < 2:
+        return [Check("ok", f"equal bits: {kind}") for kind, _ in kinds]
+    (first, firsts), others = kinds[0], kinds[1:]
+    told = [f"{', '.join(n)} on {k} ({', '.join(k.unlike(first))})" for k, n in others]
+    text = f"other bits than {', '.join(firsts)} on {first}: {'; '.join(told)}"
+    return [Check("warning", f"{text}: engine.bits 'portable' makes x86 processors agree")]
+
+
+def _host(name: str, host: HostFacts) -> list[Check]:
+    checks = []
+    if host.promised > host.processors:
+        checks.append(
+            Check(
+                "warning",
+                f"{name}: Ray hands out {host.promised:g} CPUs, but there are {host.processors}: "
+                "actors will wait for each other (ray start --num-cpus)",
+            )
+        )
+    if host.free < LEAST_FREE:
+        text = f"{name}: {host.free / MIB:.0f} MiB of memory are free; an actor takes 170 to 300"
+        checks.append(Check("warning", text))
+    if host.shared is not None and host.shared < LEAST_SHARED:
+        text = f"{name}: /dev/shm has {host.shared / MIB:.0f} MiB left; signals go through it"
+        checks.append(Check("warning", f"{text} (docker --shm-size, or an emptyDir in memory)"))
+    if host.files < LEAST_FILES:
+        text = f"{name}: a process may open {host.files} files; raise it (ulimit -n)"
+        checks.append(Check("warning", text))
+    if not host.native:
+        text = f"{name}: hamdist's C code was not built (no C compiler?): batch 1 is slower"
+        checks.append(Check("warning", text))
+    if not checks:
+        text = f"{name}: processors, memory, open files, C code"
+        checks.append(Check("ok", text))
+    if host.promised and not host.token:
+        text = f"{name}: Ray asks for no token: whoever reaches its ports owns the host"
+        checks.append(Check("warning", text))
+    return checks
+
+
+def _clocks(found: Findings) -> list[Check]:
+    if len(found.clocks) < 2:
+        return []
+    wrong = [
+        Check("warning", f"{found.name(i)}: its clock is {offset:+.1f} s from the head's (ntp?)")
+        for i, (offset, doubt) in enumerate(found.clocks)
+        if abs(offset) - doubt > CLOCK_SECONDS
+    ]
+    return wrong or [Check("ok", f"clocks agree within {CLOCK_SECONDS:g} s")]
+
+
+def _storage(found: Findings) -> list[Check]:
+    named = [(i, host.storage) for i, host in enumerate(found.hosts) if host.storage is not None]
+    wrong = [Check("FAIL", f"{found.name(i)}: storage: {why}") for i, why in named if why]
+    if named and not wrong:
+        return [Check("ok", "storage: every host reads and writes it")]
+    return wrong
+
+
+def _links(found: Findings) -> list[Check]:
+    checks = []
+    for link in found.links:
+        ends = f"{found.name(link.first)} - {found.name(link.second)}"
+        if link.error is not None:
+            checks.append(
+                Check(
+                    "FAIL",
+                    f"{ends}: no signal came through ({link.error}); hamdist needs the TCP ports "
+                    "that the system hands out (net.ipv4.ip_local_port_range) open between hosts",
+                )
+            )
+        elif link.seconds is not None and link.seconds > SLOW_SECONDS:
+            text = f"{ends}: {1000 * link.seconds:.0f} ms a signal; partition.delays: auto hides it"
+            checks.append(Check("warning", text))
+    if found.links and not checks:
+        checks.append(Check("ok", f"links: {len(found.links)} measured"))
+    if found.skipped:
+        checks.append(Check("warning", f"{found.skipped} pairs of hosts were not measured"))
+    return checks
+
+
+def _speed(link: LinkFacts) -> list[str]:
+    if link.seconds is None:
+        return ["failed", ""]
+    rate = link.bytes_per_second
+    fast = "" if rate is None or math.isinf(rate) else f"{rate / MIB:,.0f}"
+    return [f"{1000 * link.seconds:.2f}", fast]

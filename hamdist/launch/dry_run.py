@@ -1,0 +1,139 @@
+"""`hamdist launch --dry-run`: who would go where, over which ports, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hamdist.config import Settings, Spread
+from hamdist.errors import ClusterError
+from hamdist.launch.cluster_file import ClusterSettings
+from hamdist.launch.package import own_code
+from hamdist.launch.submit import NOTHING_KEPT, kept_at
+from hamdist.models.build import ModelFactory
+from hamdist.runtime.placement.assign_blocks import by_parameters, place
+from hamdist.runtime.placement.assign_hosts import HostInfo, Seat, seats
+from hamdist.runtime.placement.requirements import demand
+from hamdist.runtime.plan.block_settings import wishes
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.train.train import plan_of
+from hamdist.streams import make_stream
+from hamdist.study.run.run import DataFactory, build, torch_dtype
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """hosts: of the cluster. actors: by process its blocks, its seat (None where the cluster cannot
+    give it) and the MiB of its weights and weight costates. missing: what keeps the run from
+    starting. notes: what is good to know."""
+
+    hosts: Sequence[HostInfo]
+    actors: Sequence[tuple[Sequence[str], Seat | None, float]]
+    missing: Sequence[str]
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def tables(self) -> dict[str, list[list[str]]]:
+        """By title; the first row has the columns' names."""
+        names = {host.id: str(host) for host in self.hosts}
+        hosts = [["host", "CPUs", "GPUs", "other resources"]]
+        hosts += [
+            [str(host), f"{host.cpus:g}", f"{host.gpus:g}", _shown(host.resources)]
+            for host in self.hosts
+        ]
+        actors = [["actor", "blocks", "host", "CPUs", "GPUs", "other resources", "weights, MiB"]]
+        for i, (blocks, seat, size) in enumerate(self.actors):
+            where = ["no room", "", "", ""]
+            if seat is not None:
+                free = "Ray decides" if len(self.hosts) > 1 else str(self.hosts[0])
+                host = free if seat.node is None else names[seat.node]
+                where = [host, f"{seat.cpus:g}", f"{seat.gpus:g}", _shown(dict(seat.resources))]
+            actors.append([f"actor {i}", ", ".join(blocks), *where, f"{size:.1f}"])
+        return {"Hosts": hosts, "Actors": actors}
+
+
+def dry_run(
+    settings: Settings,
+    named: Mapping[str, str | None],
+    factory: ModelFactory | None,
+    data: DataFactory | None,
+    cluster: ClusterSettings,
+    hosts: Sequence[HostInfo],
+) -> DryRun:
+    """settings: those of one level, on Ray. named: by option ('--model', '--stream') the function
+    that it named, if it was given; factory, data: what these make.
+
+    Raises SettingsError, GraphError, LevelError for settings that no cluster could run.
+    """
+    dtype = torch_dtype(settings.dtype)
+    if data is None:
+        stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+    else:
+        stream = data(settings.seed).in_dtype(dtype).train
+    plan = plan_of(build(settings, stream.spec, factory, dtype), settings, stream.spec)
+    cpus = int(sum(host.cpus for host in hosts))
+    groups = place(plan.graph, plan.engine, max(1, cpus))
+    missing = [] if hosts else ["the cluster has no host that is alive"]
+    found: Sequence[Seat | None] = [None] * len(groups)
+    try:
+        found = _seats(plan, groups, hosts)
+    except ClusterError as error:
+        missing.append(str(error))
+    work = dict(zip(plan.graph.blocks, by_parameters(plan.graph), strict=True))
+    item = dtype.itemsize
+    actors = [
+        (group, seat, sum(2 * (work[name] - 1) * item for name in group) / MIB)
+        for group, seat in zip(groups, found, strict=True)
+    ]
+    return DryRun(hosts, actors, missing, _notes(settings, named, cluster, plan, groups, hosts))
+
+
+def _seats(plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo]) -> list[Seat]:
+    asked = wishes(plan.graph, plan.engine)
+    work = dict(zip(plan.graph.blocks, by_parameters(plan.graph), strict=True))
+    busy = [sum(work[name] for name in group) for group in groups]
+    spread = plan.engine.spread if len(hosts) > 1 else Spread.AUTO
+    if spread is Spread.PROFILE:  # no host is measured here
+        spread = Spread.PACKED
+    return seats([demand(g, asked, plan.engine) for g in groups], hosts, spread, busy)
+
+
+def _notes(
+    settings: Settings,
+    named: Mapping[str, str | None],
+    cluster: ClusterSettings,
+    plan: Plan,
+    groups: Sequence[Sequence[str]],
+    hosts: Sequence[HostInfo],
+) -> list[str]:
+    actor = {name: i for i, group in enumerate(groups) for name in group}
+    crossing = [
+        e for e in plan.graph.edges if not e.from_input and actor[e.parent] != actor[e.child]
+    ]
+    told = [
+        "the driver runs on the head and asks for no CPU; placed by parameters: the run itself "
+        "measures the blocks first, and may place them otherwise",
+        f"{len(crossing)} edge(s) cross actors; between hosts each takes one TCP port of the "
+        "system's choosing on either side (Linux: net.ipv4.ip_local_port_range), besides Ray's own",
+    ]
+    if settings.engine.spread is Spread.PROFILE and len(hosts) > 1:
+        told.append("engine.spread 'profile': shown as if all hosts were equally fast")
+    if cluster.storage is None:
+        told.append("no storage in the cluster file: results come back here, and nowhere else")
+    if kept_at(settings, cluster, "") is None:
+        told.append(NOTHING_KEPT)
+    if settings.stream.path is not None and named.get("--stream") is None:
+        told.append(f"stream.path {str(settings.stream.path)!r} must be there on the head")
+    for option, name in named.items():
+        if name is not None:
+            code = own_code(name)
+            told.append(
+                f"{option}: {'installed, so it must be on all hosts' if code is None else code}"
+                + ("" if code is None else " travels along")
+            )
+    return told
+
+
+def _shown(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in sorted(resources.items()))

@@ -1,0 +1,124 @@
+"""What Ray runs as the job of a launched run: `python -m hamdist.launch.guardian`, in the parcel.
+
+A small process that starts the driver (driver.py) and outlives it:
+
+    the driver ends with an exit code      so does the job
+    a signal ends it that was not ours     another driver goes on from the run's snapshots
+    SIGTERM (the Jobs API stops the job)   is SIGINT for the driver, as Ctrl-C in a terminal
+
+Ray sends SIGTERM to the driver, too, and puts a handler of its own there in every driver. So the
+driver has SIGTERM blocked and SIGINT open (in Ray's jobs it is the other way round), and hears of
+the end once, from here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from hamdist.errors import FAILED, INTERRUPTED, WRONG_USAGE, SettingsError
+from hamdist.launch.package import SETTINGS, read_order
+from hamdist.runtime.process.portable import pin
+from hamdist.study.shared.recipes import load_settings
+
+DRIVER = (sys.executable, "-m", "hamdist.launch.driver")
+MOST_LOST = 3
+# A driver that has lived so long was well: what ends it is bad luck, not a defect.
+WELL_SECONDS = 600.0
+TOLD = (0, FAILED, WRONG_USAGE, INTERRUPTED)
+
+
+class Guardian:
+    """Keeps one run's driver going. command: starts a driver; its last argument is the signal that
+    has ended the one before, if there was one. kept: whether the run keeps snapshots."""
+
+    def __init__(self, command: tuple[str, ...], kept: bool) -> None:
+        self._command = command
+        self._kept = kept
+        self._driver: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+
+    def run(self) -> int:
+        """Returns the exit code of the job, when its last driver has ended."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._forward)
+        losses, lost = 0, ""
+        while True:
+            began = time.monotonic()
+            code = self._start(lost).wait()
+            if self._stopping:
+                return self._stopped(code)
+            if code >= 0:
+                return code
+            lost = signal.Signals(-code).name
+            losses = 1 if time.monotonic() - began > WELL_SECONDS else losses + 1
+            _new_line()
+            if not self._kept:
+                return _failed(
+                    f"the driver was lost ({lost}), and the run keeps no snapshots to go on from: "
+                    "give the cluster file a storage, or set snapshots.path"
+                )
+            if losses > MOST_LOST:
+                return _failed(
+                    f"the driver was lost {losses} times ({lost}): is there too little memory on "
+                    "the head (dmesg)? The run can go on from its latest snapshot (--resume)"
+                )
+
+    def _start(self, lost: str) -> subprocess.Popen[bytes]:
+        """SIGTERM, blocked meanwhile, comes when there is a driver to forward it to."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        command = [*self._command, *([lost] if lost else [])]
+        self._driver = subprocess.Popen(command, stdin=subprocess.PIPE)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return self._driver
+
+    def _forward(self, _number: int, _frame: FrameType | None) -> None:
+        self._stopping = True
+        if self._driver is not None:
+            self._driver.send_signal(signal.SIGINT)
+
+    def _stopped(self, code: int) -> int:
+        """A driver that was stopped while it started has told nothing."""
+        if code in TOLD:
+            return code
+        from hamdist.launch.events import Ended, tell
+
+        error = "stopped before its first tick"
+        if code == -signal.SIGKILL:
+            error = "the driver was lost while it was ending"
+        _new_line()
+        tell(Ended(code=INTERRUPTED, interrupted=True, error=error))
+        return INTERRUPTED
+
+
+def _new_line() -> None:
+    """What a lost driver wrote last may be half a line."""
+    with suppress(OSError):  # the log's disk is full
+        os.write(1, b"\n")
+
+
+def _failed(error: str) -> int:
+    from hamdist.launch.events import Ended, tell  # (imports torch, which this process can spare)
+
+    tell(Ended(code=FAILED, error=error))
+    return FAILED
+
+
+def main() -> int:
+    try:
+        order = read_order(Path.cwd())
+        pin(load_settings(str(Path.cwd() / SETTINGS)).engine)  # for the driver, its child
+    except SettingsError as error:
+        return _failed(str(error))
+    return Guardian(DRIVER, order.snapshots is not None).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

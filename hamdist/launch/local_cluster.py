@@ -1,0 +1,208 @@
+"""A Ray of one machine, of one's own: `hamdist cluster start` and `stop`.
+
+Everything that belongs to it is in one folder (mode 0700): the token, Ray's log, `cluster.yaml` for
+`--cluster`, `head.json`, which says which process it is, and `storage`, with the results and
+snapshots of its runs, which stay when it ends. Ray stays in the foreground of that
+process (`--block`), so that ending it ends its children and nobody else's; `ray stop` would end
+every Ray of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+
+from hamdist.errors import ClusterError, SettingsError
+from hamdist.launch.cluster_file import FILE
+from hamdist.launch.ray_environment import HEALTH, MANNERS, TOKEN_MODE, TOKEN_PATH, need_extras
+from hamdist.runtime.ray_engine.session import OBJECT_STORE_BYTES, short_folder
+
+HEAD = "head.json"
+LOG = "ray.log"
+TOKEN = "token"
+STORAGE = "storage"
+HERE = "127.0.0.1"
+UP_SECONDS = 90.0
+END_SECONDS = 20.0
+ASK_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Head:
+    """pid, born: the process and its start, in seconds since 1970; folder: Ray's files."""
+
+    pid: int
+    born: float
+    folder: str
+
+    def process(self) -> psutil.Process | None:
+        """The process, if it is still there: the number alone may be another's by now."""
+        try:
+            found = psutil.Process(self.pid)
+            return found if abs(found.create_time() - self.born) < 1 else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+def start(folder: Path, *, port: int, jobs_port: int, cpus: int | None) -> Path:
+    """Starts a head and waits until its Jobs API answers. Returns the cluster file.
+
+    Raises ClusterError where one runs already, a port is taken, or Ray does not come up (it is
+    ended then), SettingsError where `folder` cannot be written.
+    """
+    need_extras()
+    running = _read(folder)
+    if running is not None and running.process() is not None:
+        raise ClusterError(f"it runs already (process {running.pid}): hamdist cluster stop ends it")
+    for number, option in ((port, "--port"), (jobs_port, "--jobs-port")):
+        _check_free(number, option)
+    token = _prepare(folder)
+    ray_folder = tempfile.mkdtemp(
+        prefix="hdhead-", dir=short_folder()
+    )  # (it outlives this process)
+    command = _command(ray_folder, port, jobs_port, cpus)
+    with (folder / LOG).open("w") as log:
+        process = subprocess.Popen(
+            command,
+            env=_environment(os.environ, token),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    head = Head(process.pid, psutil.Process(process.pid).create_time(), ray_folder)
+    (folder / HEAD).write_text(json.dumps(asdict(head)))
+    try:
+        _wait(process, f"http://{HERE}:{jobs_port}", folder / LOG)
+    except BaseException:  # an interrupt, too: nothing stays half started
+        stop(folder)
+        raise
+    where = {"jobs": f"http://{HERE}:{jobs_port}", "address": f"{HERE}:{port}"}
+    where["storage"] = str(folder / STORAGE)
+    own = {"python": sys.executable} if " " not in sys.executable else {}
+    text = yaml.safe_dump({**where, "token": str(token), **own}, sort_keys=False)
+    (folder / FILE).write_text(text)
+    return folder / FILE
+
+
+def stop(folder: Path) -> bool:
+    """Ends the head that `start` has started, with all its processes and files; False where there
+    is none."""
+    head = _read(folder)
+    if head is None:
+        return False
+    found = head.process()
+    if found is not None:
+        family = [found, *found.children(recursive=True)]
+        found.terminate()
+        _, alive = psutil.wait_procs(family, timeout=END_SECONDS)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=END_SECONDS)
+    shutil.rmtree(head.folder, ignore_errors=True)
+    for name in (HEAD, FILE, TOKEN):
+        (folder / name).unlink(missing_ok=True)
+    return found is not None
+
+
+def _read(folder: Path) -> Head | None:
+    try:
+        return Head(**json.loads((folder / HEAD).read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ClusterError(
+            f"{str(folder / HEAD)!r} does not say which process it is ({error}); look for it (ps), "
+            "end it, and remove the file"
+        ) from None
+
+
+def _prepare(folder: Path) -> Path:
+    """The folder, for the owner alone, with a new token in it."""
+    token = folder / TOKEN
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        (folder / STORAGE).mkdir(mode=0o700, exist_ok=True)
+        token.unlink(missing_ok=True)
+        with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except OSError as error:
+        raise SettingsError(f"--folder {str(folder)!r}: {error.strerror or error}") from None
+    return token
+
+
+def _command(ray_folder: str, port: int, jobs_port: int, cpus: int | None) -> list[str]:
+    own = [] if cpus is None else [f"--num-cpus={cpus}"]
+    return [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        f"--port={port}",
+        *(f"--dashboard-host={HERE}", f"--dashboard-port={jobs_port}", "--include-dashboard=true"),
+        *("--dashboard-agent-listen-port=0", "--dashboard-agent-grpc-port=0"),
+        *(f"--ray-client-server-port={_any_port()}", "--disable-usage-stats"),
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        f"--temp-dir={ray_folder}/r",
+        *own,
+    ]
+
+
+def _environment(inherited: Mapping[str, str], token: Path) -> dict[str, str]:
+    """Of Ray's processes: this Python first in the path, so that jobs find it."""
+    other = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"}
+    kept = {name: value for name, value in inherited.items() if name not in other}
+    path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
+    mine = {"PATH": path, TOKEN_MODE: "token", TOKEN_PATH: str(token.resolve())}
+    return {**HEALTH, **MANNERS, **kept, **mine}
+
+
+def _check_free(port: int, option: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HERE, port))
+        except OSError as error:
+            raise ClusterError(
+                f"port {port} is not free ({error.strerror}): another Ray may run here; choose "
+                f"another one ({option})"
+            ) from None
+
+
+def _any_port() -> int:
+    """One that is free, for what nobody is to call."""
+    with socket.socket() as probe:
+        probe.bind((HERE, 0))
+        number: int = probe.getsockname()[1]
+        return number
+
+
+def _wait(process: subprocess.Popen[bytes], jobs: str, log: Path) -> None:
+    """Until the Jobs API answers, whatever it says."""
+    host, _, port = jobs.removeprefix("http://").rpartition(":")
+    end = time.monotonic() + UP_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise ClusterError(f"Ray did not start:\n{_tail(log)}")
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), ASK_SECONDS):
+            return
+        time.sleep(ASK_SECONDS)
+    raise ClusterError(f"Ray's Jobs API did not answer within {UP_SECONDS:.0f} s:\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])

@@ -1,0 +1,1 @@
+"""Ready-made networks, and the model that a settings file names."""

@@ -1,0 +1,1 @@
+"""What the user is told before and after a run."""

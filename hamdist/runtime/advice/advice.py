@@ -1,0 +1,374 @@
+"""What the program tells a user about a run that can go on, but not as they may think."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from hamdist.config import (
+    DeviceSignals,
+    Encryption,
+    EngineKind,
+    EngineSettings,
+    Memory,
+    Moves,
+    Order,
+    Reset,
+    Settings,
+    TargetOf,
+    TransportKind,
+)
+from hamdist.dynamics.blocks.dissipation import dissipation_warnings
+from hamdist.dynamics.schedule.schedule import HoldSchedule
+from hamdist.dynamics.user_modules.python_state import modules_of
+from hamdist.dynamics.vjp.layer_inputs import Watch
+from hamdist.runtime.placement.assign_blocks import Costs, split
+from hamdist.runtime.placement.requirements import idle_wishes
+from hamdist.runtime.plan.block_settings import wishes
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.process.threads import cores
+from hamdist.runtime.results.result import Outcome
+from hamdist.runtime.signals.edge_codecs import compression_warnings
+from hamdist.runtime.transport.gpu_ring import Refusal
+from hamdist.streams.replay import drops, replays
+from hamdist.streams.sample import Stream
+
+# Samples of one sequence from which on it looks as if the ends had been forgotten.
+LONG_SEQUENCE = 100
+
+
+def before(plan: Plan, settings: Settings) -> list[str]:
+    """What can be told before the run."""
+    told = []
+    if settings.dynamics.beta is not None and "lr" in settings.learning.model_fields_set:
+        told.append(
+            f"learning.lr {settings.learning.lr:g} has no effect: dynamics.beta "
+            f"{settings.dynamics.beta:g} is the rate of the weights"
+        )
+    if plan.engine.kind is EngineKind.INPROCESS:
+        told += _no_links(settings)
+    else:
+        told += open_wires(plan.engine)
+    if plan.engine.address is None:
+        told += thread_warnings(plan.engine.processes(), plan.engine.threads, cores())
+    told += compression_warnings(plan.channels, plan.graph, plan.engine)
+    told += _late(plan, settings)
+    told += _losses(plan)
+    told += _alone(plan)
+    told += _as_they_are(plan)
+    if isinstance(plan.schedule, HoldSchedule):
+        told += dissipation_warnings(plan.graph, plan.dynamics)
+        told += reset_warnings(plan, plan.schedule)
+        told += _one_hop(plan)
+    return told
+
+
+def _late(plan: Plan, settings: Settings) -> list[str]:
+    """What labels cost that come late."""
+    late, given = plan.spec.late, settings.stream
+    if late:
+        kept = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
+                   for r in plan.graph.readouts)  # fmt: skip
+        return [
+            f"labels come {late} items late: a sample is scored by its prediction from when it "
+            f"came, and shown again with its label {late} items later, to learn from; {late} "
+            f"predictions wait at the readout ({late * kept / 1024:.1f} KiB), as many inputs at "
+            "the stream, and every item passes the network twice"
+        ]
+    if given.late_targets and not given.again:
+        return [
+            "samples wait for their labels before they are predicted (stream.relearn: wait, or a "
+            "pace): prequential scores are as if labels came at once"
+        ]
+    return []
+
+
+def _losses(plan: Plan) -> list[str]:
+    """Says which outputs are learned where nobody has said it, and which weights are not."""
+    told = []
+    readouts = plan.graph.unsliced.readouts
+    if len(readouts) > 1 and plan.spec.targets is None and plan.graph.unsliced.was_cut:
+        told.append(
+            f"the model returns {len(readouts)} outputs and the stream has one target, with which "
+            f"{', '.join(map(repr, readouts))} are all learned; leave one out by naming the losses "
+            f"of the others, loss={{{readouts[0]!r}: 'cross-entropy'}}"
+        )
+    for name in readouts:
+        loss = plan.graph.blocks[name].loss
+        weights = [
+            f"{key} of a {type(module).__name__}"
+            for module in modules_of(loss)
+            for key, weight in module.named_parameters()
+            if weight.requires_grad
+        ]
+        if weights:
+            told.append(
+                f"the loss of {name!r} has weights of its own, which are not learned: "
+                f"{', '.join(weights)}; make them weights of the model, or freeze them with "
+                "requires_grad_(False)"
+            )
+    return told
+
+
+def of_resumed(stream: Stream) -> list[str]:
+    """What can be told of a stream that a resumed run goes on with."""
+    if replays(stream):
+        return []
+    if drops(stream):
+        return [
+            "the stream drops samples that come late (stream.pace.late 'drop'): the run goes on "
+            "behind the last one that it was given, but which ones are dropped depends on the "
+            "clock, so the result is not that of a run that was never stopped"
+        ]
+    return [
+        "the stream does not give the same items again (a DataLoader or an iterator is not sure "
+        "to): the run goes on with those that it gives now, from the first one on, so the result "
+        "is that of a run that was never stopped only if these are the items that follow; a list, "
+        "from_iterable(loader) of a loader with a seeded order, or a class with samples_from(n) is "
+        "gone on with where it was left"
+    ]
+
+
+def _no_links(settings: Settings) -> list[str]:
+    """Says so where what is said about links has no effect in one process."""
+    told = []
+    if settings.partition.delays == "auto":
+        told.append(
+            "partition.delays 'auto' in one process, which has no links: all delays are 1; give "
+            "those of a run on Ray (its settings.yaml) to repeat it here"
+        )
+    if settings.engine.link_delay:
+        told.append(
+            f"engine.link_delay {settings.engine.link_delay:g} has no effect in one process: it "
+            "makes messages between actors late"
+        )
+    if settings.engine.device_signals is not DeviceSignals.AUTO:
+        told.append(
+            f"engine.device_signals {settings.engine.device_signals.value!r} has no effect in one "
+            "process, whose signals stay where they are"
+        )
+    return told
+
+
+def open_wires(engine: EngineSettings) -> list[str]:
+    """Says so where strangers can read signals and send some."""
+    by_tcp = engine.transport is TransportKind.TCP or (
+        engine.transport is TransportKind.AUTO and engine.address is not None
+    )
+    if engine.encryption is not Encryption.OFF or not by_tcp:
+        return []
+    return [
+        "engine.encryption 'off': whoever reaches the ports of this run can read its signals and "
+        "send others; leave it at 'auto' unless you trust everybody in the network"
+    ]
+
+
+def lending_notes(engine: EngineSettings, lent: int, refusals: Sequence[Refusal]) -> list[str]:
+    """Says so where signals between GPUs of one host go through host memory, once for every reason.
+    lent: channels for which that was looked into before the start."""
+    if engine.device_signals is DeviceSignals.IPC and not lent:
+        return [
+            "engine.device_signals 'ipc' has no effect: no two actors of one host have CUDA blocks "
+            "that exchange signals by shared memory"
+        ]
+    channels: dict[str, list[str]] = {}
+    for channel, reason in refusals:
+        channels.setdefault(reason, []).append(channel)
+    told = []
+    for reason, those in channels.items():
+        more = "" if len(those) == 1 else f", and {len(those) - 1} more like it,"
+        told.append(
+            f"signals between GPUs: {those[0]}{more} went through host memory: {reason}; "
+            "engine.device_signals 'host' does so without a word"
+        )
+    return told
+
+
+def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:
+    """Says so where the steps of the blocks could not be measured."""
+    told = []
+    if places:
+        told.append(
+            "the blocks are spread by their parameters: their steps could not be measured "
+            f"({reason})"
+        )
+    if delays:
+        told.append(
+            f"partition.delays 'auto': all delays are 1, for the steps of the blocks could not be "
+            f"measured ({reason}); give them as numbers"
+        )
+    return told
+
+
+def _as_they_are(plan: Plan) -> list[str]:
+    """Says so where `learning.inputs` has no effect."""
+    found = []
+    for name, block in plan.graph.blocks.items():
+        linear = any(isinstance(m, (nn.Linear, nn.Conv2d)) for m in block.module.modules())
+        if plan.dynamics.of(name).inputs is None or not linear:
+            continue
+        theta = [p for p in block.module.parameters() if p.requires_grad]
+        rewinds = plan.knobs.memory is Memory.REVERSIBLE
+        if rewinds or not Watch(block.module, theta).layers:
+            found.append(name)
+    if not found:
+        return []
+    return [
+        f"learning.inputs has no effect on {', '.join(found)}: it needs linear layers or "
+        "convolutions with weights and a bias of their own, and another memory than 'reversible'"
+    ]
+
+
+def _alone(plan: Plan) -> list[str]:
+    """Says so where one process is asked to be several."""
+    engine = plan.engine
+    if engine.kind is not EngineKind.INPROCESS:
+        return []
+    idle = idle_wishes(wishes(plan.graph, engine).values())
+    if not idle:
+        return []
+    verb = "means" if len(idle) == 1 else "mean"
+    return [
+        f"engine.blocks: {', '.join(idle)} {verb} nothing in one process; use engine.kind 'ray', "
+        "or leave them out"
+    ]
+
+
+def thread_warnings(processes: int, threads: int, processors: int, host: str = "") -> list[str]:
+    """Says so where a host runs more threads than it has processors. host: its name, if several."""
+    if processes * threads <= processors:
+        return []
+    where = f"of {host} " if host else ""
+    kind = "actors" if processes > 1 else "process"
+    return [
+        f"{processes} {kind} of {threads} thread(s) on {processors} processor(s) {where}wait for "
+        f"each other: use engine.threads 1, and engine.actors 'auto' or at most {processors}"
+    ]
+
+
+def placement_notes(plan: Plan, placement: list[list[str]], costs: Costs | None) -> list[str]:
+    """Says so where `auto` found that one process is best."""
+    if plan.engine.actors != "auto" or plan.engine.placement is not None or len(placement) > 1:
+        return []
+    if len(plan.graph.blocks) == 1:
+        reason = "the network is one block"
+    elif costs is None:
+        reason = "there is one processor for it"
+    elif costs.in_flight < 2:
+        reason = (
+            f"at speed {plan.schedule.c} one sample is in the network at a time, so blocks take "
+            "turns"
+        )
+    else:
+        two = costs.of(split(costs, 2))
+        reason = (
+            f"its blocks work {1e6 * sum(costs.seconds):,.0f} µs a sample, spread over two actors "
+            f"a sample would take {1e6 * two:,.0f} µs, signals included"
+        )
+    return [
+        f"engine.actors 'auto' chose one actor: {reason}; --engine inprocess is as fast, and needs "
+        "no Ray"
+    ]
+
+
+def after(plan: Plan, outcome: Outcome) -> list[str]:
+    """What can be told after the run."""
+    return [
+        *smoothness_warnings(plan, outcome.smoothness),
+        *loss_warnings(outcome),
+        *sequence_warnings(plan, outcome),
+    ]
+
+
+def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
+    """Says so where a stream ended before the run had the items that it was asked for."""
+    items = plan.skip + outcome.samples
+    if plan.steps is None or outcome.interrupted or items >= plan.steps:
+        return []
+    return [
+        f"the stream ended after {items:,} of {plan.steps:,} items (steps): go through it more "
+        "often (epochs=, of hamdist.streams.from_loader or from_iterable), or ask for fewer steps"
+    ]
+
+
+def reset_warnings(plan: Plan, schedule: HoldSchedule) -> list[str]:
+    """Says so where something is cleared before it has had its effect."""
+    told = []
+    late = max(schedule.target_lag(r) for r in plan.graph.readouts)
+    reset, c = plan.dynamics.reset, schedule.c
+    own = plan.knobs.target is TargetOf.SAMPLE
+    if reset.h is Reset.SEQUENCE and own and c <= late:
+        told.append(
+            f"dynamics.reset.h 'sequence' with speed {c}: a prediction stands at the readout "
+            f"{late} ticks after its sample, so nothing is learned of the last {-(-late // c)} "
+            f"sample(s) of a sequence; use locality.speed {late + 1} or more"
+        )
+    needed = plan.graph.depth + 1 - (plan.knobs.order is Order.SEQUENTIAL)
+    if reset.z is Reset.SAMPLE and c < needed:
+        told.append(
+            f"dynamics.reset.z 'sample' with speed {c}: costates are cleared before they have come "
+            f"back to the first blocks, whose weights will not move; use locality.speed {needed} "
+            "or more"
+        )
+    return told
+
+
+def _one_hop(plan: Plan) -> list[str]:
+    d = plan.dynamics
+    if plan.knobs.moves is Moves.ALL or d.tau is None:
+        return []
+    step = d.tau(0) * min(d.speeds())
+    if abs(step - 1) < 1e-9:
+        return []
+    return [
+        f"moves 'layer-by-layer' with c tau = {step:g}: a state moves once a sample and does not "
+        "get all the way, so h is no feed-forward pass (HL Eq. 10); use dynamics.c = 1/tau"
+    ]
+
+
+def loss_warnings(outcome: Outcome) -> list[str]:
+    """Says so where nothing was learned."""
+    if outcome.samples and not any(outcome.windows.values()):
+        return ["no sample had a target when it reached a readout, so nothing was learned"]
+    return []
+
+
+def sequence_warnings(plan: Plan, outcome: Outcome) -> list[str]:
+    """Says so where nothing in the stream marks the end of a sequence."""
+    updates = max((block.updates for block in outcome.blocks.values()), default=0)
+    if not plan.knobs.sequence or updates > 1 or outcome.samples < LONG_SEQUENCE:
+        return []
+    return [
+        f"the whole run was one sequence of {outcome.samples} samples, so the weights moved once, "
+        "at its end: mark the last sample of every sequence (Sample.end), use a stream that does "
+        "(source 'sequences' with sequences.view 'tokens'), or another level"
+    ]
+
+
+def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
+    """Says so where a level without memory meets a stream that changes too fast for it.
+
+    Measured on prototypes: such a level equals backpropagation once a sample's S c ticks are 2.5
+    times the round trip of 2D ticks, and is worse than training the last block alone below one
+    round trip.
+    """
+    trip = 2 * plan.graph.depth
+    c = plan.schedule.c
+    if not plan.knobs.hold or frames is None or not trip or c > trip:
+        return []
+    ticks = frames * c
+    if ticks >= 2 * trip:
+        return []
+    worse = (
+        "training the last block alone would do better"
+        if ticks < trip
+        else "expect it to lose some points against backpropagation"
+    )
+    return [
+        "the stream is not smooth enough for a level without memory: its samples decorrelate "
+        f"within about {max(1, round(ticks))} tick(s), while a signal's round trip takes {trip}; "
+        f"{worse}. Use level 'trace', a smooth stream (stream.smooth), a higher locality.speed, "
+        "or fewer blocks"
+    ]

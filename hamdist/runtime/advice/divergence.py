@@ -1,0 +1,50 @@
+"""Why a run left the finite range, in words."""
+
+from __future__ import annotations
+
+import math
+
+from hamdist.dynamics.blocks.dissipation import dissipation_warnings
+from hamdist.errors import DivergedError
+from hamdist.runtime.plan.plan import Plan
+
+
+def explained(error: DivergedError, plan: Plan) -> DivergedError:
+    """The same error with its likely cause."""
+    cause = error.cause or _cause(error, plan)
+    made = DivergedError(error.block, error.tick, error.quantity, error.norm, cause)
+    made.outcome = error.outcome
+    return made
+
+
+def _cause(error: DivergedError, plan: Plan) -> str:
+    d = plan.dynamics.of(error.block)
+    if d.sign == 1:
+        return (
+            "sign s = +1 is the original Hamilton equations, which blow up when they are "
+            "integrated forward in time; use dynamics.sign -1 (Hamiltonian Learning)"
+        )
+    if error.quantity == "omega" and math.isnan(error.norm):
+        return (
+            "a derivative does not exist where the block's module stands now, as that of a root or "
+            "a norm at 0; keep its argument away from there (an epsilon)"
+        )
+    if error.tick <= plan.graph.depths[error.block] or not (d.beta or d.betas):
+        return "the weights have not moved, so look at the input's scale and the initial weights"
+    if plan.knobs.hold and error.block in plan.graph.cycle():
+        too_little = dissipation_warnings(plan.graph, plan.dynamics)
+        if too_little:
+            return too_little[0]
+    smaller = "use a smaller learning.lr" if plan.follows_lr else "use a smaller dynamics.beta"
+    if plan.knobs.sequence:
+        return (
+            f"most likely the steps are too large: {smaller} (a step follows the sum of the losses "
+            "of a sequence, so it grows with the sequence's length)"
+        )
+    stale = ""
+    if plan.schedule.staleness:
+        stale = (
+            f", or steps that shrink with the delay (locality.delay_power): messages are up to "
+            f"{plan.schedule.staleness} samples late"
+        )
+    return f"most likely the steps are too large: {smaller}{stale}"

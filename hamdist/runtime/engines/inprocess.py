@@ -1,0 +1,120 @@
+"""The engine in one process: the oracle of every other one."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.errors import DivergedError
+from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
+from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.process.interrupts import Ending, OnProgress
+from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
+from hamdist.runtime.process.threads import torch_threads
+from hamdist.runtime.results.digests import Digests
+from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
+from hamdist.runtime.signals.sent_log import Ledger
+from hamdist.runtime.snapshots.inprocess import KeptRun
+from hamdist.streams.sample import Stream
+
+PROGRESS_SECONDS = 0.25
+
+
+class InProcessEngine:
+    """Steps all blocks of a graph in the calling thread. Deterministic."""
+
+    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
+        created = time.perf_counter()
+        inside = {INPUT, *plan.graph.blocks}
+        ledger = None if plan.keeping is None else Ledger(inside, replays=False)
+        digests = Digests() if plan.engine.digests else None
+        mail = Mailroom(inside, ledger=ledger, digests=digests)
+        source = SourceNode(plan, stream, mail)
+        nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
+        measured = [n for n in nodes if n.metrics is not None]
+        keeping: KeptRun | None = None
+        if ledger is not None:
+            keeping = KeptRun(plan, [source, *nodes], mail, ledger)
+            keeping.restore()
+        reset_peak()
+        started = time.perf_counter()
+        due = started
+        diverged: DivergedError | None = None
+
+        def progress() -> Progress:
+            return Progress(
+                seconds=time.perf_counter() - started,
+                samples=source.samples,
+                steps=plan.steps,
+                resumed=plan.resumed,
+                windows=[w for n in measured[:1] if n.metrics for w in n.metrics.windows],
+                blocks=[
+                    BlockProgress(n.name, n.event.tick, n.block.weights.updates) for n in nodes
+                ],
+            )
+
+        def between() -> None:
+            nonlocal due
+            if keeping is not None:
+                keeping.look()
+            if ending.reports and time.perf_counter() >= due:
+                due = time.perf_counter() + PROGRESS_SECONDS
+                ending.report(progress())
+
+        stop = source.stop.set if keeping is None else keeping.stopping(source.stop.set)
+        ending = Ending(stop, on_progress)
+        with (
+            torch_threads(plan.engine.threads),
+            ending,
+            keeping or nullcontext(),
+        ):
+            try:
+                cut = None if keeping is None else keeping.keeper
+                run_loop(
+                    [source, *nodes],
+                    between,
+                    cut,
+                    started=keeping is not None and keeping.on,
+                    after_step=None if digests is None else digests.after_step,
+                )
+            except DivergedError as error:
+                diverged = error
+            except KeyboardInterrupt:  # the second Ctrl-C: end at once, in whatever state it is
+                ending.interrupted = True
+            for node in measured:
+                if node.metrics is not None:
+                    node.metrics.flush()
+        if ending.reports:
+            ending.report(progress())
+        seconds = time.perf_counter() - started
+        peak, own = peak_bytes(), own_bytes()  # before the states are copied
+        blocks = {n.name: n.state() for n in nodes}
+        outcome = Outcome(
+            blocks=blocks,
+            digests={} if digests is None else digests.result(blocks),
+            windows={n.name: n.metrics.windows for n in measured if n.metrics is not None},
+            samples=source.samples,
+            ticks=ticks_of(nodes),
+            seconds=seconds,
+            time_use={"driver": time_use(nodes, seconds, {})},
+            startup={"blocks": started - created},
+            bytes_per_edge=dict(mail.payload_bytes),
+            compression=mail.compression,
+            peak_memory={"driver": peak},
+            own_memory={"driver": own},
+            smoothness=source.smoothness.frames,
+            placement=[list(plan.graph.blocks)],
+            stream=source.counts,
+            records={n.name: r for n in nodes for r in [n.records()] if r is not None},
+            snapshots=[] if keeping is None else keeping.snapshots,
+            warnings=[] if keeping is None else keeping.warnings,
+        )
+        ending.note(outcome)
+        if diverged is not None:
+            diverged.outcome = outcome
+            raise diverged
+        return outcome

@@ -1,0 +1,55 @@
+"""How many bytes one message on a channel may have, by the plan: more is no signal of this run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.schedule.schedule import Kind
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.signals.signal import MAX_HEADER, Channel
+
+# Batches may be larger than the first one was; a message may be wider than the state that it
+# answers (float64 for float32), and bring that state along (memory 'reversible').
+TIMES = 16
+RAGGED = 2**28
+REST = 4096  # what else a packet may hold; encryption adds 33 bytes
+
+
+def message_bytes(plan: Plan, channel: Channel) -> int:
+    """The most bytes of one message on `channel`: B signals in a bundle, each a header and TIMES
+    the bytes that the plan knows of; or RAGGED, where items have lengths of their own."""
+    one = TIMES * _signal_bytes(plan, channel)
+    if plan.one_length is None:
+        one = max(one, RAGGED)
+    return channel.bundle * (MAX_HEADER + one) + REST
+
+
+def slot_bytes(plan: Plan, channel: Channel) -> int:
+    """Bytes of a signal between two blocks as the plan knows it: a message in the wider type of its
+    blocks, with the state that it brings along (memory 'reversible')."""
+    shape, dtype = plan.shapes[channel.sender]
+    if channel.kind is Kind.STATE:
+        return math.prod(shape) * dtype.itemsize
+    shape, own = plan.shapes[channel.receiver]
+    brings = 2 if channel.receiver in plan.reversible else 1
+    return math.prod(shape) * max(own.itemsize, dtype.itemsize) * brings
+
+
+def _signal_bytes(plan: Plan, channel: Channel) -> int:
+    if channel.kind is Kind.CLOCK:
+        return 0
+    if channel.kind in (Kind.GRADIENT, Kind.WEIGHT):
+        most = max(tie.numel for tie in plan.graph.ties if tie.name == channel.edge)
+        return most * torch.float64.itemsize
+    if channel.kind is Kind.TARGET:
+        target = plan.spec.target(channel.receiver)
+        return 0 if target is None else math.prod(target.shape) * target.dtype.itemsize
+    if channel.sender == INPUT:
+        known = list(plan.spec.parents.values())
+    else:
+        parent = channel.sender if channel.kind is Kind.STATE else channel.receiver
+        known = [plan.shapes[parent]]
+    return max(math.prod(shape) * dtype.itemsize for shape, dtype in known)

@@ -1,0 +1,377 @@
+"""One process of a distributed run: some blocks, perhaps the stream, and their sockets.
+
+A plain object: a Ray actor wraps it (actors.py); for a stream that cannot leave the driver's
+process the driver runs one in a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+
+from hamdist.config import DeviceSignals, Pin
+from hamdist.dynamics.blocks.energy import Records
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.objective.prequential import Window
+from hamdist.dynamics.schedule.schedule import Kind
+from hamdist.errors import HamdistError
+from hamdist.runtime.engines.message_limits import message_bytes, slot_bytes
+from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
+from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
+from hamdist.runtime.process.switches import set_switches
+from hamdist.runtime.process.threads import pinned, seat
+from hamdist.runtime.results.digests import DigestMap, Digests
+from hamdist.runtime.results.result import BlockState
+from hamdist.runtime.signals.cast import Border
+from hamdist.runtime.signals.edge_codecs import CompressionMap
+from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.sent_log import Ledger
+from hamdist.runtime.signals.signal import Channel
+from hamdist.runtime.snapshots.writer import Keeper, Taken
+from hamdist.runtime.transport.cuda_ipc import cuda_memory
+from hamdist.runtime.transport.gpu_ring import Lender, Memory, Refusal
+from hamdist.runtime.transport.shared_memory import GPU_SCHEME, MAX_CAPACITY, takes
+from hamdist.runtime.transport.thread_calls import Requests
+from hamdist.runtime.transport.transport import IPC, Wires
+from hamdist.streams.sample import Stream
+
+if TYPE_CHECKING:
+    from hamdist.runtime.transport.encryption import Keys
+
+ANSWER_SECONDS = 60.0  # a block's step may take long
+
+
+@dataclass(slots=True)
+class HostReport:
+    """What a process leaves. refusals: where signals between GPUs went through host memory. error:
+    what ended it; aborted: it was called off."""
+
+    blocks: dict[str, BlockState] = field(default_factory=dict)
+    windows: dict[str, list[Window]] = field(default_factory=dict)
+    samples: int = 0
+    ticks: int = 0
+    seconds: float = 0.0
+    payload_bytes: dict[str, int] = field(default_factory=dict)
+    compression: CompressionMap = field(default_factory=dict)
+    peak_memory: int = 0
+    own_memory: int = 0
+    smoothness: float | None = None
+    stream: dict[str, int] = field(default_factory=dict)
+    records: dict[str, Records] = field(default_factory=dict)
+    time_use: dict[str, float] = field(default_factory=dict)
+    digests: Mapping[str, DigestMap] = field(default_factory=dict)
+    kept: Kept | None = None
+    refusals: list[Refusal] = field(default_factory=list)
+    error: HamdistError | None = None
+    aborted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A blocked channel, for the watchdog. seconds: since when."""
+
+    waiter: str
+    awaited: str
+    what: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What was written since the last look, what went wrong, and the bytes of kept signals.
+    forgot: they took too many, so that nobody can begin again from the latest snapshot."""
+
+    taken: list[Taken]
+    failure: str | None
+    nbytes: int
+    forgot: bool = False
+
+
+class End(NamedTuple):
+    """The receiving end of a channel. next: the number of the signal that it waits for."""
+
+    address: str
+    next: int
+
+
+Opened: TypeAlias = dict[int, End]
+
+
+@dataclass(frozen=True, slots=True)
+class HostStatus:
+    """One look at a running process. ticks and updates by block; windows: of its first readout
+    from number `first` on, `every` items each (None: no readout here)."""
+
+    ticks: dict[str, int]
+    updates: dict[str, int]
+    samples: int
+    windows: list[Window]
+    first: int
+    every: int | None
+    wait: Wait | None
+    kept: Kept | None = None
+
+
+class Host:
+    """blocks: those of this process, in the graph's order; stream: if it is drawn here; keys: for
+    tcp sockets that ask for them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: Sequence[str],
+        stream: Stream | None,
+        keys: Keys | None = None,
+    ) -> None:
+        self._plan = plan
+        self.number = plan.run
+        self._abort = threading.Event()
+        self._requests = Requests()
+        delay = plan.engine.link_delay
+        self._transport = Wires(plan.run, self._abort, delay, keys, self._requests)
+        inside = {*blocks, INPUT} if stream is not None else set(blocks)
+        keeping = plan.keeping
+        self._ledger: Ledger | None = None
+        if keeping is not None:
+            self._ledger = Ledger(inside, replays=keeping.recover, limit=keeping.memory)
+        self._digests = Digests() if plan.engine.digests else None
+        self._mail = Mailroom(inside, self._transport, self._ledger, self._digests)
+        self._inside = inside
+        self._nodes = [make_node(plan, name, self._mail) for name in blocks]
+        self._source = None if stream is None else SourceNode(plan, stream, self._mail)
+        self._channels = {c.number: c for c in plan.channels.all()}
+        self._lenders: dict[int, Lender] = {}
+        self._keeper: Keeper | None = None
+        if keeping is not None and self._ledger is not None:
+            self._keeper = Keeper(plan, self._all_nodes(), self._mail, self._ledger)
+            if keeping.snapshot is not None:
+                self._keeper.restore(keeping.snapshot)
+
+    def _all_nodes(self) -> list[Any]:
+        return [*([self._source] if self._source is not None else []), *self._nodes]
+
+    def bind(self, ways: Mapping[int, str]) -> Opened:
+        """Opens the receiving ends of the channels given by index, each in its way (transport.py).
+        One that is open already is closed: what it has not handed out yet comes again."""
+        opened: Opened = {}
+        for i, way in ways.items():
+            channel = self._channels[i]
+            limit = message_bytes(self._plan, channel)
+            memory = self._memory(channel, channel.receiver)
+            address = self._transport.bind(channel, way, limit, memory)
+            opened[i] = End(address, self._mail.taken(channel) + 1)
+        return opened
+
+    def connect(self, ends: Opened) -> int:
+        """Opens the sending ends of the channels of this process that are among `ends`. How many
+        signals are sent again."""
+        again = 0
+        for i, end in ends.items():
+            channel = self._channels[i]
+            if channel.sender not in self._inside or channel.receiver in self._inside:
+                continue
+            log = None if self._ledger is None else self._ledger.log(channel)
+            behind = 0 if log is None else log.posted + 1 - end.next
+            limit = message_bytes(self._plan, channel)
+            lender = self._lender(channel, end.address)
+            if log is None or behind <= 0:
+                self._transport.connect(channel, end.address, limit, lender=lender)
+            else:
+                self._transport.connect(channel, end.address, limit, log, end.next, lender)
+                again += behind
+            if log is not None:
+                self._mail.resume_at(channel, end.next)
+        return again
+
+    def _memory(self, channel: Channel, block: str) -> Memory | None:
+        """Of the GPU that `block` of this process computes on, where its signals may stay there."""
+        engine = self._plan.engine
+        meant = engine.device_signals is not DeviceSignals.HOST and not engine.link_delay
+        if not meant or channel.kind not in (Kind.STATE, Kind.MESSAGE) or channel.sender == INPUT:
+            return None
+        memory_of = self._plan.memory_of or cuda_memory
+        memory: Memory | None = memory_of(Border(self._plan.desks.get(block)).device)
+        return memory
+
+    def _lender(self, channel: Channel, address: str) -> Lender | None:
+        self._lenders.pop(channel.number, None)
+        memory = self._memory(channel, channel.sender)
+        asked = address.startswith(GPU_SCHEME)
+        desk = self._plan.desks.get(channel.receiver)
+        to_gpu = desk is not None and desk.device.startswith("cuda")
+        too_long = to_gpu and address.startswith(IPC) and not takes(channel)
+        if memory is None or not (asked or too_long):
+            return None
+        lender = Lender(memory, channel, self._plan.run, slot_bytes(self._plan, channel))
+        if too_long:
+            lender.refusal = (
+                f"its queue has room for {channel.capacity} signals, more than the {MAX_CAPACITY} "
+                "of shared memory"
+            )
+        self._lenders[channel.number] = lender
+        return lender
+
+    def answer_offers(self) -> None:
+        """Looks whether memory of GPUs that was offered can be reached, before the first tick."""
+        self._transport.answer_offers()
+
+    def hear_answers(self) -> tuple[int, list[Refusal]]:
+        """How many channels this process has offered memory for, and where that came to nothing."""
+        self._transport.hear_answers()
+        return len(self._lenders), self._refusals()
+
+    def _refusals(self) -> list[Refusal]:
+        return [
+            Refusal(str(self._channels[number]), lender.refusal)
+            for number, lender in self._lenders.items()
+            if lender.refusal is not None
+        ]
+
+    # While the nodes run, their thread does these (in its own time).
+
+    def bind_anew(self, ways: Mapping[int, str]) -> Opened:
+        """`bind`, for a neighbour that begins again."""
+        return self._requests.ask(lambda: self.bind(ways), ANSWER_SECONDS)
+
+    def connect_anew(self, ends: Opened) -> int:
+        """`connect`, to a neighbour that begins again."""
+        return self._requests.ask(lambda: self.connect(ends), ANSWER_SECONDS)
+
+    def complete(self, tick: int) -> None:
+        """The snapshot of that tick is complete: signals before it are not needed again."""
+        if self._ledger is not None:
+            ledger = self._ledger
+            self._requests.ask(lambda: ledger.complete(tick), ANSWER_SECONDS)
+
+    def keep(self, tick: int) -> bool:
+        """A snapshot at `tick`; whether that is still to come."""
+        return self._keeper is not None and self._keeper.ask(tick)
+
+    def allow(self, key: str) -> None:
+        """Lets the holder of a public key connect to this process's tcp sockets (transport.py)."""
+        self._transport.allow(key)
+
+    def withdraw(self, key: str) -> None:
+        self._transport.withdraw(key)
+
+    def run(self, index: int = 0, actors: int = 0) -> HostReport:
+        """Steps the nodes to the end. Errors are reported, not raised. index: of this process among
+        the `actors` of its host, each of which gets a processor of its own (0: none does)."""
+        set_switches(self._plan.switches)
+        torch.set_num_threads(self._plan.engine.threads)
+        reset_peak(collect=True)
+        report = HostReport()
+        started = time.perf_counter()
+        nodes = self._all_nodes()
+        keeping = self._plan.keeping
+        goes_on = keeping is not None and keeping.snapshot is not None
+        self._requests.begin()
+        try:
+            with pinned(self._seat(index, actors)):
+                run_loop(
+                    nodes,
+                    self._look_up,
+                    self._keeper,
+                    started=goes_on,
+                    after_step=None if self._digests is None else self._digests.after_step,
+                )
+                self._mail.flush()
+        except Aborted:
+            report.aborted = True
+        except HamdistError as error:
+            report.error = error
+        self._requests.end()
+        if self._keeper is not None:
+            self._keeper.close()
+            report.kept = self._kept()
+        report.ticks = ticks_of(self._nodes)
+        report.seconds = time.perf_counter() - started
+        report.peak_memory = peak_bytes()  # before the states are copied
+        report.own_memory = own_bytes()
+        report.time_use = time_use(self._nodes, report.seconds, self._transport.seconds)
+        for node in self._nodes:
+            report.blocks[node.name] = node.state()
+            records = node.records()
+            if records is not None:
+                report.records[node.name] = records
+            if node.metrics is not None:
+                node.metrics.flush()
+                report.windows[node.name] = node.metrics.windows
+        if self._source is not None:
+            report.samples = self._source.samples
+            report.smoothness = self._source.smoothness.frames
+            report.stream = self._source.counts
+        if self._digests is not None:
+            report.digests = self._digests.result(report.blocks)
+        report.payload_bytes = dict(self._mail.payload_bytes)
+        report.compression = self._mail.compression
+        report.refusals = self._refusals()
+        return report
+
+    def _seat(self, index: int, actors: int) -> set[int] | None:
+        engine = self._plan.engine
+        return None if engine.pin is Pin.OFF else seat(index, actors, engine.threads)
+
+    def _look_up(self) -> None:
+        if self._abort.is_set():
+            raise Aborted
+        if self._requests.waiting:
+            self._requests.serve()
+
+    def status(self, seen: int, every: int | None) -> HostStatus:
+        """Called from another thread. seen: windows that the caller has, of `every` items."""
+        metrics = next((n.metrics for n in self._nodes if n.metrics is not None), None)
+        now = None if metrics is None else metrics.every  # before the windows, which it may join
+        windows = [] if metrics is None else metrics.windows
+        first = seen if every == now else 0
+        return HostStatus(
+            ticks={n.name: n.event.tick for n in self._nodes},
+            updates={n.name: n.block.weights.updates for n in self._nodes},
+            samples=0 if self._source is None else self._source.samples,
+            windows=windows[first:],
+            first=first,
+            every=now,
+            wait=self._wait(),
+            kept=self._kept(),
+        )
+
+    def _kept(self) -> Kept | None:
+        if self._keeper is None or self._ledger is None:
+            return None
+        taken, failure = self._keeper.collected()
+        return Kept(taken, failure, self._ledger.nbytes, self._ledger.forgot)
+
+    def _wait(self) -> Wait | None:
+        waiting = self._transport.waiting
+        if waiting is None:
+            return None
+        channel: Channel = waiting.channel
+        stamp = f"tick {waiting.stamp.tick}, sample {waiting.stamp.sample}"
+        if waiting.sending:
+            waiter, awaited = channel.sender, channel.receiver
+            what = f"room for the {channel}, {stamp}"
+        else:
+            waiter, awaited = channel.receiver, channel.sender
+            what = f"the {channel}, {stamp}"
+        return Wait(waiter, awaited, what, time.monotonic() - waiting.since)
+
+    def stop_stream(self) -> None:
+        """Ends the stream at its next sample; what is under way is finished."""
+        if self._source is not None:
+            self._source.stop.set()
+
+    def abort(self) -> None:
+        """Makes `run` end at its next blocked call."""
+        self._abort.set()
+
+    def close(self) -> None:
+        self._transport.close()

@@ -1,0 +1,1 @@
+"""A block with its schedule and channels, by presentation; the loop that steps nodes."""

@@ -1,0 +1,227 @@
+"""Nodes: a block (or the stream) together with its schedule and its channels.
+
+A node does one event at a time: it takes the signals that the schedule names, has the block do the
+phase, and posts what comes out. The nodes of a process are stepped in the order of their ticks
+(loop.py); what a node needs at tick k was sent at an earlier tick, so this order never waits in a
+circle.
+
+The end of a stream travels as a signal, too. A pulse block then finishes the messages of the
+samples that it has passed; a sequence block has finished its sequences already, whose last tokens
+brought the tag that says so. A held block stops when the end has come along all its ways from the
+input, and is shown the last states of parents that stopped before it; in a graph with cycles it
+stops when the end comes first along any edge, in either direction.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from hamdist.config import Compensation, Credit, Memory, Step
+from hamdist.dynamics.blocks.gate import Retrospect
+from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, Taught
+from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
+from hamdist.dynamics.blocks.kept_passes import BlockParts
+from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.blocks.readout_loss import LossTaker
+from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
+from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining
+from hamdist.dynamics.native import rows
+from hamdist.dynamics.objective.losses import LossFunction
+from hamdist.dynamics.schedule.schedule import HoldSchedule
+from hamdist.dynamics.state.finite import bounded
+from hamdist.dynamics.updates.constants import constant_tau
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.autocast import AutocastCell
+from hamdist.dynamics.vjp.autograd import Cell, block_seed, seeded_loss
+from hamdist.dynamics.vjp.closed import closed_cell
+from hamdist.dynamics.vjp.joined import JoinedCell
+from hamdist.dynamics.vjp.tied import TiedCell
+from hamdist.errors import ClusterError
+from hamdist.runtime.nodes.hold import HoldNode
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.pulse import PulseNode
+from hamdist.runtime.nodes.sequence import SequenceNode
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.signals.cast import Border
+
+
+class Node(Protocol):
+    """What loop.py steps. `tick`: of the next event, None when the node has finished. `late`: at
+    one tick it comes after the others."""
+
+    name: str
+    late: bool
+    tick: int | None
+
+    def start(self) -> None: ...
+
+    def step(self) -> None: ...
+
+
+def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
+    """How many ticks the nodes have come through."""
+    return max((node.event.tick + 1 for node in nodes), default=0)
+
+
+def time_use(
+    nodes: Sequence[PulseNode | HoldNode | SequenceNode], total: float, moving: Mapping[str, float]
+) -> dict[str, float]:
+    """Where the `total` seconds of a process went: into the steps of its blocks, into packing and
+    waiting for signals (`moving`), and, what is left, into everything else."""
+    return {"total": total, "step": sum(node.seconds for node in nodes), **moving}
+
+
+def make_node(plan: Plan, name: str, mail: Mailroom) -> PulseNode | HoldNode | SequenceNode:
+    """The node of block `name`, with its own random generator."""
+    parts = _Parts(plan, name)
+    if plan.knobs.sequence:
+        return _sequence_node(plan, parts, mail)
+    if plan.knobs.pulse:
+        return _pulse_node(plan, parts, mail)
+    return _hold_node(plan, parts, mail)
+
+
+class _Parts(BlockParts):
+    """Those of block `name`, with its loss."""
+
+    def __init__(self, plan: Plan, name: str) -> None:
+        self._plan = plan
+        self.name = name
+        self.spec = plan.graph.blocks[name]
+        self.dynamics = plan.dynamics.of(name)
+        self.scale = partial(plan.scale, name)
+        self.guard = bounded(self.dynamics.limit, [e.from_input for e in plan.graph.into[name]])
+        self.border = Border(plan.desks.get(name))
+        for module in (self.spec.module, self.spec.output):
+            if module is not None and self.border.device.type != "cpu":
+                module.to(self.border.device)
+        self.cell = self.make_cell(self.spec.module, name)
+        ties = [tie for tie in plan.graph.ties if name in (tie.owner, tie.user)]
+        if ties:
+            borrowed = [key for tie in ties if tie.user == name for key in tie.theirs]
+            self.cell = TiedCell(self.cell, borrowed)
+        self.weights = self.make_weights(self.cell)
+        self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
+        loss = self.spec.loss
+        self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
+
+    def make_loss(self, loss: LossFunction, seed_name: str) -> LossTaker:
+        """Makes what takes a loss, which draws by the seed of that name."""
+        own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
+        return LossTaker(own, self.dynamics, self.guard, native=self._plan.native)
+
+    def make_cell(self, module: nn.Module, seed_name: str) -> Cell:
+        combine, parents = self.spec.combine, len(self.spec.parents)
+        if module is self.spec.output:
+            combine, parents = Combine.ARGUMENTS, 1
+        if isinstance(combine, Joining):
+            inner = self._cell(module, seed_name, combine.then, len(combine.joins))
+            return JoinedCell(inner, combine)
+        return self._cell(module, seed_name, combine, parents)
+
+    def _cell(self, module: nn.Module, seed_name: str, combine: Combine, parents: int) -> Cell:
+        stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
+        watched = self.dynamics.inputs is not None  # (closed forms know what was read)
+        seed = block_seed(self._plan.seed, seed_name)
+        device = self.border.device
+        native = self._plan.native
+        if native and not rows.built():
+            raise ClusterError(
+                f"hamdist on host {socket.gethostname()!r} was installed without its C code, which "
+                "the driver's has; install it again there, where a C compiler is at hand, or use "
+                "engine.step 'closed'"
+            )
+        if self.border.autocast:
+            return AutocastCell(module, combine, seed, device, stash=stash, watched=watched)
+        convolves = watched and any(isinstance(m, nn.Conv2d) for m in module.modules())
+        if not stash and not convolves and self._plan.engine.step is not Step.AUTOGRAD:
+            closed = closed_cell(module, combine, seed, parents, native=native)
+            if closed is not None:
+                return closed
+        return Cell(module, combine, seed, stash=stash, device=device, watched=watched)
+
+    def make_weights(self, cell: Cell, prefix: str = "") -> Weights:
+        names = [prefix + name for name in cell.names]
+        return Weights(cell.theta, self.dynamics, self._plan.knobs.order, names)
+
+    def make_taught(self) -> Taught | None:
+        """What the block's own readout does to it, if it has one."""
+        plan = self._plan
+        heads = plan.heads
+        if heads is None or self.name not in heads.weights:
+            return None
+        module = heads.make(self.name, plan.shapes, plan.seed).to(self.border.device)
+        seed_name = f"{self.name}/head"
+        cell = self._cell(module, seed_name, Combine.CONCAT, 1)
+        own = replace(self.dynamics, average=None, betas=())
+        given = plan.graph.blocks[heads.readout].loss
+        if given is None:  # (a readout has one)
+            raise TypeError(f"{heads.readout!r} has no loss")
+        taker = self.make_loss(given, f"{seed_name}/loss")
+        order, weight = plan.knobs.order, heads.weights[self.name]
+        own_weights = Weights(cell.theta, own, order)
+        head = Head(cell, own_weights, taker, weight, plan.course, constant_tau(own))
+        weights = self.weights
+        if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
+            beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
+            weights = Weights(self.cell.theta, beside, order, self.cell.names)
+        return Taught(head, self.cell, weights, self.dynamics, plan.course)
+
+
+def _pulse_node(plan: Plan, p: _Parts, mail: Mailroom) -> PulseNode:
+    hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
+    if p.name in plan.silent and p.loss is None:
+        return PulseNode(plan, p.spec, mail, FrozenBlock(p, None))
+    if p.loss is not None:
+        return PulseNode(plan, p.spec, mail, PulseReadout(p, p.loss, hands_back))
+    if p.name in plan.reversible:
+        return PulseNode(plan, p.spec, mail, ReversibleBlock(p, hands_back=any(hands_back)))
+    taught = p.make_taught()
+    if plan.knobs.credit is Credit.HEADS:
+        return PulseNode(plan, p.spec, mail, HeadBlock(p, taught))
+    predicts = None
+    if Compensation.WEIGHT_PREDICTION in plan.knobs.compensation:
+        predicts = plan.schedule.delay(p.name)
+    return PulseNode(plan, p.spec, mail, PulseBlock(p, taught, predicts))
+
+
+def _sequence_node(plan: Plan, p: _Parts, mail: Mailroom) -> SequenceNode:
+    truncation = 0 if p.name in plan.silent else plan.knobs.truncation
+    if p.loss is not None:
+        read = SequenceReadout(p, p.loss, plan.knobs.truncation)
+        return SequenceNode(plan, p.spec, mail, read)
+    shape, dtype = plan.shapes[p.name]
+    h = p.border.own(torch.zeros(shape, dtype=dtype))
+    return SequenceNode(plan, p.spec, mail, SequenceBlock(p, h, truncation))
+
+
+def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
+    if p.loss is not None and not p.spec.state:
+        return HoldNode(plan, p.spec, mail, HoldReadout(p, p.loss))
+    output = output_weights = None
+    if p.spec.output is not None:
+        output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
+        output_weights = p.make_weights(output, OUTPUT_KEY)
+    knobs = plan.knobs
+    retrospect = None
+    if Compensation.RETROSPECTIVE in knobs.compensation and isinstance(plan.schedule, HoldSchedule):
+        wait = plan.schedule.wait(p.name)
+        retrospect = Retrospect(wait, knobs.blend) if wait else None
+    block = HoldBlock(
+        p,
+        knobs.order,
+        p.border.own(plan.start(p.name)),
+        loss=p.loss,
+        output=output,
+        output_weights=output_weights,
+        lead=knobs.lead if Compensation.PROSPECTIVE in knobs.compensation else 0.0,
+        retrospect=retrospect,
+    )
+    return HoldNode(plan, p.spec, mail, block)

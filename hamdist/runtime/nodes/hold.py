@@ -1,0 +1,283 @@
+"""A block that steps in every tick, as a node."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamdist.config import Reset, ResetSettings
+from hamdist.dynamics.blocks.energy import Records
+from hamdist.dynamics.blocks.gate import Gate
+from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout, Tick
+from hamdist.dynamics.graph.graph import OUTPUT_KEY, BlockSpec, Edge
+from hamdist.dynamics.schedule.schedule import Event, HoldSchedule, Stamp
+from hamdist.dynamics.state.remember import Remembers, taken
+from hamdist.dynamics.updates.constants import Course
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.autograd import Cell
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.ports import (
+    Ports,
+    block_state,
+    events_from,
+    make_metrics,
+    make_recorder,
+    record,
+)
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.results.result import BlockState
+from hamdist.runtime.signals.signal import Signal, ready
+
+
+class HoldNode(Remembers):
+    """A block that steps in every tick. seconds: spent in the block's own steps."""
+
+    def __init__(
+        self, plan: Plan, spec: BlockSpec, mail: Mailroom, block: HoldBlock | HoldReadout
+    ) -> None:
+        if not isinstance(plan.schedule, HoldSchedule):
+            raise TypeError("a HoldNode needs a HoldSchedule")
+        self.name = spec.name
+        self.late = plan.schedule.late(spec.name)
+        self.block = block
+        self.metrics = make_metrics(plan) if spec.loss is not None else None
+        self.seconds = 0.0
+        tolerance = plan.knobs.gate
+        wait = plan.schedule.wait(spec.name)
+        self._gate = None if tolerance is None else Gate(wait, tolerance)
+        self._recorder = make_recorder(plan.metrics)
+        self._schedule = plan.schedule
+        self._clock = _Clock(plan.dynamics.reset, plan.dynamics.tau)
+        self._ports = Ports(plan, spec.name, mail)
+        self._acyclic = plan.graph.acyclic
+        # Without a way from the input it is the targets that tell of the end.
+        self._adrift = spec.name in plan.graph.adrift
+        self._ended: list[Edge] = []
+        # What an edge shows until the first signal has come along it.
+        shapes = {**plan.spec.parents, **plan.shapes}
+        self._shown = {
+            e.index: self._ports.border.state(
+                e.index, torch.zeros(shapes[e.parent][0], dtype=shapes[e.parent][1])
+            )
+            for e in self._ports.into
+        }
+        # What a state that was cleared on its way is replaced by.
+        self._starts = {
+            e.parent: self._ports.border.state(e.index, plan.start(e.parent))
+            for e in self._ports.into
+            if not e.from_input
+        }
+        self._target: Tensor | None = None
+        self._no_more_targets = False
+        self._events = plan.schedule.events(spec.name)
+        self.event = next(self._events)
+        self.tick: int | None = self.event.tick
+
+    STATE = (
+        "block",
+        "metrics",
+        "seconds",
+        "_recorder",
+        "_clock",
+        "_target",
+        "_no_more_targets",
+        "_gate",
+    )
+
+    def snapshot(self) -> dict[str, Any]:
+        own = {"shown": self._shown, "event": self.event, "tick": self.tick}
+        return {**super().snapshot(), **own, "ended": [edge.index for edge in self._ended]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        ended, state = taken(state, "ended")
+        self._shown, state = taken(state, "shown")
+        self.event, state = taken(state, "event")
+        self.tick, state = taken(state, "tick")
+        super().restore(state)
+        edges = {edge.index: edge for edge in (*self._ports.into, *self._ports.out_of)}
+        self._ended = [edges[index] for index in ended]
+        self._events = events_from(self._schedule, self.name, self.event)
+
+    def start(self) -> None:
+        h = ready(self.block.h) if isinstance(self.block, HoldBlock) else None
+        self._ports.before_start(h, self._schedule)
+
+    def _stamp(self, tick: int, version: int) -> Stamp:
+        return Stamp(tick, tick // self._schedule.c, version)
+
+    def step(self) -> None:
+        event = self.event
+        told = None if self._clock.stopped else self._ports.clock(event)
+        self._clock.advance(event.tick, event.tick % self._schedule.c == 0, told)
+        inputs = [self._input(edge, event) for edge in self._ports.into]
+        messages = [self._message(edge, event) for edge in self._ports.out_of]
+        if self._has_ended():
+            self._end(event, messages)
+            return
+        if self.metrics is not None and not self._no_more_targets:
+            signal = self._ports.target(event)
+            if signal is not None:
+                self._target = signal.payload
+                self._no_more_targets = signal.end
+                if signal.end and self._adrift:
+                    self._end(event, messages)
+                    return
+        self._do(event, inputs, messages)
+        self.event = next(self._events)
+        self.tick = self.event.tick
+
+    def _input(self, edge: Edge, event: Event) -> Tensor:
+        """What the edge shows: the state that came in this tick; the latest one where the input
+        shows a sample for several ticks, or where the end has come."""
+        signal = None if edge in self._ended else self._ports.state(edge, event)
+        if signal is not None and signal.end:
+            self._ended.append(edge)
+        elif signal is not None and signal.payload is not None:
+            cleared = not edge.from_input and signal.stamp.tick < self._clock.h_since
+            self._shown[edge.index] = self._starts[edge.parent] if cleared else signal.payload
+        return self._shown[edge.index]
+
+    def _message(self, edge: Edge, event: Event) -> Tensor | None:
+        signal = self._ports.message(edge, event)
+        if signal is None:
+            return None
+        if signal.end:
+            self._ended.append(edge)
+        return None if signal.stamp.tick < self._clock.z_since else signal.payload
+
+    def _has_ended(self) -> bool:
+        """In an acyclic graph the end has to come along every way, so that the last samples reach
+        the readouts; around a cycle nobody would be the first, so there the first one counts."""
+        if not self._acyclic:
+            return bool(self._ended)
+        return all(edge in self._ended for edge in self._ports.into)
+
+    def _end(self, event: Event, messages: list[Tensor | None]) -> None:
+        if isinstance(self.block, HoldBlock):
+            self.block.complete(messages)
+        stamp = self._stamp(event.tick, self._schedule.updates_before(event.tick))
+        self._ports.to_children(stamp, None, end=True)
+        if not self._acyclic:
+            self._ports.to_parents(stamp, [None] * len(self._ports.into), end=True)
+        self.tick = None
+
+    def _do(self, event: Event, inputs: list[Tensor], messages: list[Tensor | None]) -> None:
+        k, block = event.tick, self.block
+        if isinstance(block, HoldBlock):
+            begin = perf_counter()
+            block.complete(messages)
+            self.seconds += perf_counter() - begin
+        self._clear(k)
+        due = self._schedule.updates(k)
+        updates = due and (self._gate is None or self._gate.open(inputs))
+        tick = Tick(
+            k=k,
+            sample=event.sample,
+            tau=self._clock.tau(k),
+            moves=self._schedule.moves(self.name, k),
+            updates=updates,
+            target=self._target if self._compares(k) else None,
+            measures=self._recorder is not None and self._recorder.due(k),
+        )
+        h, z = (block.h, block.z) if isinstance(block, HoldBlock) else (None, None)
+        stamp = self._stamp(k, block.weights.updates)
+        if due and not updates:
+            block.weights.rest()
+
+        def send(new: Tensor) -> Tensor:
+            new = ready(new)
+            begin = perf_counter()
+            self._ports.to_children(stamp, new)
+            self.seconds -= perf_counter() - begin
+            return new
+
+        begin = perf_counter()
+        to_parents, reading = block.tick(inputs, tick, send)
+        self.seconds += perf_counter() - begin
+        self._ports.to_parents(stamp, to_parents, leaving_out=self._ended)
+        if self._recorder is not None and block.energy is not None:
+            self._recorder.add(k, block.energy, reading, h, z)
+        if self.metrics is not None:
+            sample = self._schedule.records(self.name, k)
+            if sample is not None:
+                record(self.metrics, sample, reading)
+
+    def _clear(self, k: int) -> None:
+        due = self._clock.due
+        if due and isinstance(self.block, HoldBlock):
+            self.block.clear(h="h" in due, z="z" in due, omega="omega" in due)
+        elif "omega" in due:
+            self.block.weights.clear()
+        if "z" in due:
+            self._clock.z_since = k
+
+    def _compares(self, k: int) -> bool:
+        """Whether a loss is taken: not of what was shown before the states were cleared."""
+        if self.metrics is None or not self._schedule.compares(self.name, k):
+            return False
+        return k - self._schedule.target_lag(self.name) >= self._clock.h_since
+
+    def records(self) -> Records | None:
+        """What was recorded, if anything was to be."""
+        return None if self._recorder is None else self._recorder.records()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return self._ports.border.device
+
+    def state(self) -> BlockState:
+        block = self.block
+        if isinstance(block, HoldReadout):
+            return block_state([("", block.cell, block.weights)], None, None)
+        parts: list[tuple[str, Cell, Weights | None]] = [("", block.cell, block.weights)]
+        if block.output is not None:
+            parts.append((OUTPUT_KEY, block.output, block.output_weights))
+        return block_state(parts, block.h, block.z)
+
+
+class _Clock(Remembers):
+    """The step of integration, and when what is cleared.
+
+    due: what is cleared before the present tick's work ('h', 'z', 'omega'). h_since, z_since:
+    states and messages that were sent in earlier ticks than these count as cleared. The messages
+    that arrive in the tick of the clearing still complete the tick before.
+    stopped: the stream has ended.
+    """
+
+    def __init__(self, reset: ResetSettings, tau: Course | None) -> None:
+        self.due: set[str] = set()
+        self.h_since = -math.inf
+        self.z_since = -math.inf
+        self.stopped = False
+        self._reset = {name: when for name, when in reset if when is not Reset.NEVER}
+        self._course = tau
+        self._told_tau = math.nan
+        self._sequence_over = False
+
+    STATE = ("due", "h_since", "z_since", "stopped", "_told_tau", "_sequence_over")
+
+    def advance(self, k: int, first: bool, told: Signal | None) -> None:
+        """To tick k. first: of its sample. told: what the stream said of the sample."""
+        if not self._reset and told is None:
+            return
+        new_sequence = False
+        if told is not None and told.end:
+            self.stopped = True
+        elif told is not None:
+            new_sequence, self._sequence_over = self._sequence_over, told.sequence_end
+            if told.payload is not None:
+                self._told_tau = float(told.payload)
+        now = {Reset.SAMPLE: first and k > 0, Reset.SEQUENCE: new_sequence}
+        self.due = {name for name, when in self._reset.items() if now[when]}
+        if "h" in self.due:
+            self.h_since = k
+
+    def tau(self, k: int) -> float:
+        """Seconds that tick k takes."""
+        return self._told_tau if self._course is None else self._course(k)

@@ -1,0 +1,228 @@
+"""Where a node takes its signals from and posts them to.
+
+A mailroom serves the nodes of one process: signals between two of them wait in a queue, all others
+cross a transport. Taking a signal checks its stamp against the one that the schedule names.
+
+Where an edge's delay allows it, signals wait here until a bundle of them leaves as one message
+(`Bundle` in schedule.py). A bundle that is not full leaves when the tick is over in which its last
+signal would have come, so when its sender has ended; with a signal that says that the stream has
+ended; and when all nodes have.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from math import inf
+from typing import Any, Protocol
+
+from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.dynamics.state.remember import check_names
+from hamdist.errors import SnapshotError, StampError
+from hamdist.runtime.results.digests import Digests
+from hamdist.runtime.signals.codec import Encoder
+from hamdist.runtime.signals.edge_codecs import DIRECTIONS, CompressionMap
+from hamdist.runtime.signals.sent_log import Ledger
+from hamdist.runtime.signals.signal import Channel, Signal, ready
+
+
+class Transport(Protocol):
+    """Moves signals between processes. Both calls block while they must, and raise `Aborted`
+    when the run is called off meanwhile."""
+
+    def send(self, channel: Channel, *signals: Signal) -> None: ...
+
+    def receive(self, channel: Channel, stamp: Stamp) -> Signal: ...
+
+
+class Mailroom:
+    """The channels of one process. `inside`: nodes of this process. ledger: counts what crosses,
+    where snapshots are taken. digests: of what is posted and taken, where they were asked for."""
+
+    def __init__(
+        self,
+        inside: set[str],
+        transport: Transport | None = None,
+        ledger: Ledger | None = None,
+        digests: Digests | None = None,
+    ) -> None:
+        self.digests = digests
+        self._inside = inside
+        self._ledger = ledger
+        self._resume: dict[int, int] = {}  # by channel: the first signal that has to be sent
+        self._transport = transport
+        self._queues: dict[int, deque[Signal]] = {}
+        self._bundles: dict[int, tuple[Channel, list[Signal]]] = {}
+        self._due = inf  # the first tick at whose end a bundle has to leave
+        self._sent: dict[int, int] = {}
+        self._edges: dict[int, str] = {}
+        self._encoders: dict[int, tuple[Channel, Encoder]] = {}
+
+    @property
+    def payload_bytes(self) -> dict[str, int]:
+        """What was posted so far, by edge."""
+        by_edge: dict[str, int] = {}
+        for number, nbytes in self._sent.items():
+            edge = self._edges[number]
+            by_edge[edge] = by_edge.get(edge, 0) + nbytes
+        return by_edge
+
+    @property
+    def compression(self) -> CompressionMap:
+        """What was done to the signals that were posted here."""
+        done: CompressionMap = {}
+        for channel, encoder in self._encoders.values():
+            done.setdefault(channel.edge, {})[DIRECTIONS[channel.kind]] = encoder.result()
+        return done
+
+    def post(self, channel: Channel, signal: Signal) -> None:
+        """The payload belongs to the receiver from now on: nobody writes to it again."""
+        if channel.codec is not None:
+            signal = self._encoded(channel, signal)
+        if self.digests is not None:
+            self.digests.post(channel, signal)
+        if signal.payload is not None:
+            if channel.number not in self._sent:
+                self._sent[channel.number] = 0
+                self._edges[channel.number] = channel.edge
+            self._sent[channel.number] += signal.payload.nbytes
+        number = 0 if self._ledger is None else self._ledger.post(channel, signal)
+        if channel.receiver in self._inside:
+            self._queues.setdefault(channel.number, deque()).append(signal)
+        elif not self._resume or number >= self._resume.get(channel.number, 0):
+            self._send(channel, signal)
+
+    def take(self, channel: Channel, stamp: Stamp, tick: int) -> Signal:
+        """The signal with this stamp. tick: the receiver's own, for the error.
+
+        Raises StampError if another signal comes first.
+        """
+        if channel.sender in self._inside:
+            queue = self._queues.get(channel.number)
+            signal = queue.popleft() if queue else None
+        else:
+            if tick > self._due:
+                self.flush(tick)
+            signal = self._remote(channel).receive(channel, stamp)
+        if signal is None or signal.stamp != stamp:
+            found = "nothing" if signal is None else _words(signal.stamp)
+            raise StampError(
+                channel.receiver,
+                tick,
+                f"on {channel} the schedule names {_words(stamp)}, but {found} was there",
+            )
+        if self._ledger is not None:
+            self._ledger.take(channel)
+        if self.digests is not None:
+            self.digests.take(channel, signal)
+        codec = channel.codec
+        if codec is not None and signal.payload is not None:
+            return replace(signal, payload=ready(codec.decode(signal.payload)))
+        return signal
+
+    def _encoded(self, channel: Channel, signal: Signal) -> Signal:
+        """The signal as it travels, from one block to another of the same process as well: what a
+        run computes does not depend on where its blocks live."""
+        if channel.codec is None or signal.payload is None:
+            return signal
+        if channel.number not in self._encoders:
+            self._encoders[channel.number] = channel, Encoder(channel.codec)
+        _, encoder = self._encoders[channel.number]
+        return replace(signal, payload=ready(encoder(signal.payload)))
+
+    def _send(self, channel: Channel, signal: Signal) -> None:
+        if signal.stamp.tick > self._due:
+            self.flush(signal.stamp.tick)
+        if channel.bundle == 1:
+            self._remote(channel).send(channel, signal)
+            return
+        _, bundle = self._bundles.setdefault(channel.number, (channel, []))
+        bundle.append(signal)
+        if len(bundle) >= channel.bundle or signal.end:
+            del self._bundles[channel.number]
+            self._remote(channel).send(channel, *bundle)
+        elif len(bundle) == 1:
+            self._due = min(self._due, signal.stamp.tick + channel.span)
+
+    def flush(self, tick: float = inf) -> None:
+        """Sends the bundles whose last signal was due before `tick`. Those that were due first go
+        first: while one waits for room, nobody waits for a later one in an earlier tick."""
+        waiting = sorted(self._bundles.values(), key=_due)
+        for channel, bundle in waiting:
+            if tick > _due((channel, bundle)):
+                # (while an earlier one waited, a new end may have been opened, which has it)
+                if self._bundles.pop(channel.number, None) is None:
+                    continue
+                self._remote(channel).send(channel, *bundle)
+        self._due = min((_due(kept) for kept in self._bundles.values()), default=inf)
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def snapshot(self, channel: Channel) -> dict[str, Any]:
+        """What the sender of `channel` has to remember: how much it has posted, and the latest
+        signals, among which are those under way."""
+        number = channel.number
+        queue = self._queues.get(number, ())
+        log = None if self._ledger is None else self._ledger.logs.get(number)
+        posted = 0 if self._ledger is None else self._ledger.posted.get(number, 0)
+        encoder = self._encoders.get(number)
+        return {
+            "posted": posted,
+            "latest": list(queue) if log is None else log.behind(posted - channel.capacity),
+            "bytes": self._sent.get(number, 0),
+            "encoder": None if encoder is None else encoder[1].snapshot(),
+        }
+
+    def taken(self, channel: Channel) -> int:
+        """How many signals of `channel` were taken here."""
+        return 0 if self._ledger is None else self._ledger.taken.get(channel.number, 0)
+
+    def restore(self, channel: Channel, state: Mapping[str, Any] | None, taken: int | None) -> None:
+        """state: of the sender, if it is here; taken: by the receiver, if it is."""
+        ledger, number = self._ledger, channel.number
+        if ledger is None:
+            raise ValueError("a mailroom without a ledger cannot go on")
+        if taken is not None:
+            ledger.taken[number] = taken
+        if state is None:
+            return
+        check_names("channel", state, ("posted", "latest", "bytes", "encoder"))
+        posted, latest = state["posted"], state["latest"]
+        ledger.posted[number] = posted
+        if state["bytes"]:
+            self._sent[number], self._edges[number] = state["bytes"], channel.edge
+        if state["encoder"] is not None and channel.codec is not None:
+            encoder = Encoder(channel.codec)
+            encoder.restore(state["encoder"])
+            self._encoders[number] = channel, encoder
+        if taken is None:
+            ledger.log(channel).begin(posted, latest)
+            return
+        if not posted - len(latest) <= taken <= posted:
+            raise SnapshotError(
+                f"{channel}: {posted} signals were sent and {taken} taken, but the snapshot holds "
+                f"{len(latest)}: its parts do not belong together"
+            )
+        self._queues[number] = deque(latest[len(latest) - (posted - taken) :])
+
+    def resume_at(self, channel: Channel, number: int) -> None:
+        """From now on only signals from `number` on are sent: the receiver has the others, or gets
+        them from the log."""
+        self._resume[channel.number] = number
+        self._bundles.pop(channel.number, None)
+
+    def _remote(self, channel: Channel) -> Transport:
+        if self._transport is None:
+            raise StampError(channel.receiver, 0, f"{channel} leads out of the only process")
+        return self._transport
+
+
+def _due(waiting: tuple[Channel, list[Signal]]) -> int:
+    """The tick in which the last signal of a bundle comes, unless its sender has ended."""
+    channel, bundle = waiting
+    return bundle[0].stamp.tick + channel.span
+
+
+def _words(stamp: Stamp) -> str:
+    return f"tick {stamp.tick}, sample {stamp.sample}, version {stamp.version}"

@@ -1,0 +1,213 @@
+"""The channels of one block, and what every node does at its start and end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from hamdist.config import MetricsSettings, Record
+from hamdist.dynamics.blocks.energy import Recorder
+from hamdist.dynamics.blocks.readout_loss import Reading
+from hamdist.dynamics.graph.graph import Edge
+from hamdist.dynamics.objective.prequential import Prequential
+from hamdist.dynamics.schedule.schedule import Event, HoldSchedule, PulseSchedule, Stamp, emitted
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.autocast import AutocastCell, Rounding
+from hamdist.dynamics.vjp.autograd import Cell
+from hamdist.dynamics.vjp.joined import JoinedCell
+from hamdist.dynamics.vjp.tied import TiedCell
+from hamdist.errors import SnapshotError
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.results.result import BlockState
+from hamdist.runtime.signals.cast import Border, kept
+from hamdist.runtime.signals.signal import Channel, Signal, ready
+
+
+class Ports:
+    """The channels of one block, in the graph's edge order, and its stamps."""
+
+    def __init__(self, plan: Plan, name: str, mail: Mailroom) -> None:
+        self.border = Border(plan.desks.get(name))
+        self.into = plan.graph.into[name]
+        self.out_of = plan.graph.out_of[name]
+        self._channels = plan.channels
+        self._schedule = plan.schedule
+        self._name = name
+        self._mail = mail
+        self._children = [plan.channels.states[e.index] for e in self.out_of]
+        self._parents = [plan.channels.messages.get(e.index) for e in self.into]
+        self._label = plan.channels.labels.get(name)
+        self._labelled = [c for c in plan.channels.labels.values() if c.sender == name]
+
+    def state(self, edge: Edge, event: Event) -> Signal | None:
+        stamp = self._schedule.state(edge, event)
+        if stamp is None:
+            return None
+        signal = self._take(self._channels.states[edge.index], stamp, event)
+        if signal.payload is not None:
+            signal.payload = self.border.state(edge.index, signal.payload)
+        return signal
+
+    def message(self, edge: Edge, event: Event) -> Signal | None:
+        channel = self._channels.messages.get(edge.index)
+        stamp = None if channel is None else self._schedule.message(edge, event)
+        if channel is None or stamp is None:
+            return None
+        signal = self._take(channel, stamp, event)
+        if signal.payload is not None:
+            signal.payload = self.border.message(signal.payload)
+        return signal
+
+    def target(self, event: Event) -> Signal | None:
+        stamp = self._schedule.target(self._name, event)
+        if stamp is None:
+            return None
+        signal = self._take(self._channels.targets[self._name], stamp, event)
+        if signal.payload is not None:
+            signal.payload = self.border.target(signal.payload)
+        return signal
+
+    def label(self, event: Event) -> Signal | None:
+        """The label that came with the sample of `event`, as it is passed on; None where labels do
+        not travel."""
+        if self._label is None:
+            return None
+        way = self.into[0]
+        stamp = self._schedule.state(way, event)
+        return None if stamp is None else self._take(self._label, stamp, event)
+
+    def own_label(self, label: Tensor) -> Tensor:
+        """A label as this block reads it."""
+        return self.border.target(label)
+
+    def labels_to_children(self, stamp: Stamp, label: Tensor | None, *, end: bool = False) -> None:
+        for channel in self._labelled:
+            self._mail.post(channel, Signal(stamp, label, end))
+
+    def clock(self, event: Event) -> Signal | None:
+        """What the stream tells of the sample that `event` shows; None in an unclocked run, and in
+        all but the sample's first tick."""
+        channel = self._channels.clocks.get(self._name)
+        if channel is None or event.tick % self._schedule.c:
+            return None
+        return self._take(channel, emitted(event.sample, self._schedule.c), event)
+
+    def _take(self, channel: Channel, stamp: Stamp, event: Event) -> Signal:
+        return self._mail.take(channel, stamp, event.tick)
+
+    def to_children(
+        self,
+        stamp: Stamp,
+        h: Tensor | None,
+        *,
+        end: bool = False,
+        sequence_end: bool = False,
+        leaving_out: Sequence[Edge] = (),
+    ) -> None:
+        """leaving_out: edges whose child does not read this."""
+        for edge, channel in zip(self.out_of, self._children, strict=True):
+            if edge not in leaving_out:
+                self._mail.post(channel, Signal(stamp, h, end, sequence_end))
+
+    def before_start(self, h: Tensor | None, schedule: HoldSchedule) -> None:
+        """What the neighbours read in their first ticks: h_0, and messages of zeros."""
+        c = schedule.c
+        for edge, channel in zip(self.out_of, self._children, strict=True):
+            for tick in schedule.before_start(edge):
+                self._mail.post(channel, Signal(Stamp(tick, tick // c, 0), h))
+        for edge, parent in zip(self.into, self._parents, strict=True):
+            for tick in range(-edge.delay, 0):
+                if parent is not None:
+                    self._mail.post(parent, Signal(Stamp(tick, tick // c, 0)))
+
+    def to_parents(
+        self,
+        stamp: Stamp,
+        messages: Sequence[Tensor | None],
+        *,
+        end: bool = False,
+        leaving_out: Sequence[Edge] = (),
+    ) -> None:
+        """leaving_out: edges whose parent reads no more."""
+        for edge, channel, message in zip(self.into, self._parents, messages, strict=True):
+            if channel is not None and edge not in leaving_out:
+                payload = None if message is None else ready(message)
+                self._mail.post(channel, Signal(stamp, payload, end))
+
+
+def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event) -> Iterator[Event]:
+    """The events of a block behind `event`."""
+    events = schedule.events(name, event.tick)
+    for found in events:
+        if found == event:
+            break
+        if found.tick > event.tick:
+            raise SnapshotError(f"block {name!r} has no event {tuple(event[:3])} in this schedule")
+    return events
+
+
+def make_metrics(plan: Plan) -> Prequential:
+    """What collects a readout's losses."""
+    kept = plan.metrics
+    return Prequential(kept.window, kept.limit, ignore_index=plan.ignore_index)
+
+
+def make_recorder(settings: MetricsSettings) -> Recorder | None:
+    """What records a block's energies, if that is asked for."""
+    if settings.record is None:
+        return None
+    trajectory = settings.record is Record.TRAJECTORY
+    return Recorder(settings.record_every, trajectory=trajectory)
+
+
+def record(metrics: Prequential, sample: int, reading: Reading | None) -> None:
+    if reading is not None:
+        metrics.record(sample, reading.prediction, reading.target, reading.loss)
+
+
+def block_state(
+    parts: Sequence[tuple[str, Cell, Weights | None]],
+    h: Tensor | None,
+    z: Tensor | None,
+    stored: int = 0,
+) -> BlockState:
+    theta: dict[str, Tensor] = {}
+    omega: dict[str, Tensor] = {}
+    average: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for prefix, cell, weights in parts:
+        moving = [] if weights is None else weights.omega
+        for name, costate in zip(cell.names, moving, strict=False):
+            omega[prefix + name] = kept(costate)
+        if weights is not None and weights.average is not None:
+            for name, value in zip(cell.names, weights.average.values, strict=True):
+                average[prefix + name] = kept(value)
+        parameters = dict(cell.module.named_parameters())
+        state = {**dict(cell.module.named_buffers()), **cell.module.state_dict()}
+        for name, value in state.items():
+            if name in cell.borrowed:
+                continue
+            own = kept(value) if isinstance(value, Tensor) else copy.deepcopy(value)
+            (theta if name in parameters else buffers)[prefix + name] = own
+    first = parts[0][2]
+    return BlockState(
+        theta=theta,
+        omega=omega,
+        average=average,
+        buffers=buffers,
+        h=None if h is None else kept(h),
+        z=None if z is None else kept(z),
+        updates=0 if first is None else first.updates,
+        stored=stored,
+        rounding=next((r for _, cell, _ in parts if (r := _rounding(cell)) is not None), None),
+    )
+
+
+def _rounding(cell: Cell) -> Rounding | None:
+    inner = cell
+    while isinstance(inner, (JoinedCell, TiedCell)):
+        inner = inner.inner
+    return inner.rounding if isinstance(inner, AutocastCell) else None

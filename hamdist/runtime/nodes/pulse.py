@@ -1,0 +1,191 @@
+"""A block that pulses pass, as a node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.blocks.heads import HeadBlock
+from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.blocks.readout_loss import Reading
+from hamdist.dynamics.graph.graph import BlockSpec, Edge
+from hamdist.dynamics.schedule.schedule import Event, Phase, PulseSchedule, Stamp
+from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.vjp.tied import TiedCell
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.ports import Ports, block_state, events_from, make_metrics, record
+from hamdist.runtime.nodes.ties import TiePorts
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.results.result import BlockState
+from hamdist.runtime.signals.signal import ready
+
+
+class PulseNode(Remembers):
+    """A block that pulses pass. seconds: spent in the block's own steps."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        spec: BlockSpec,
+        mail: Mailroom,
+        block: PulseBlock | ReversibleBlock | HeadBlock | PulseReadout,
+    ) -> None:
+        if not isinstance(plan.schedule, PulseSchedule):
+            raise TypeError("a PulseNode needs a PulseSchedule")
+        self.name = spec.name
+        self.late = False
+        self.block = block
+        self.metrics = make_metrics(plan) if isinstance(block, PulseReadout) else None
+        self.seconds = 0.0
+        self._ports = Ports(plan, spec.name, mail)
+        cell = block.cell
+        self._ties = TiePorts(plan, spec.name, mail, cell) if isinstance(cell, TiedCell) else None
+        self._schedule = plan.schedule
+        self._events = plan.schedule.events(spec.name)
+        self._late = plan.spec.late
+        self._asked: list[Tensor] = []  # predictions that wait for their labels
+        self._end: int | None = None
+        self.event = next(self._events)
+        self.tick: int | None = self.event.tick
+
+    STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "_asked")
+    ADDED: ClassVar[Mapping[str, Any]] = {"_asked": ()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._asked = list(self._asked)
+        self._events = events_from(self._schedule, self.name, self.event)
+
+    def start(self) -> None:
+        """Nothing is under way before the first sample."""
+
+    def step(self) -> None:
+        phase = self.event.phase
+        if phase is Phase.READ:
+            self._read(self.event)
+        elif phase is Phase.FORWARD:
+            self._forward(self.event)
+        else:
+            self._backward(self.event)
+        self._advance()
+
+    def _advance(self) -> None:
+        for event in self._events:
+            if self._end is None or event.sample < self._end:
+                self.event = event
+                self.tick = event.tick
+                return
+            if event.phase is not Phase.FORWARD or isinstance(self.block, HeadBlock):
+                self.tick = None
+                return
+
+    def _inputs(self, event: Event) -> list[Tensor] | None:
+        """The parents' states about the event's sample; None where the stream has ended."""
+        inputs = []
+        for edge in self._ports.into:
+            signal = self._ports.state(edge, event)
+            if signal is None or signal.end:
+                self._end = event.sample
+                continue
+            if signal.payload is not None:
+                inputs.append(signal.payload)
+        return inputs if self._end is None else None
+
+    def _forward(self, event: Event) -> None:
+        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        inputs = self._inputs(event)
+        label = self._ports.label(event)
+        if inputs is None:
+            self._ports.to_children(stamp, None, end=True)
+            self._ports.labels_to_children(stamp, None, end=True)
+        elif not isinstance(self.block, PulseReadout):
+            if self._ties is not None:
+                self._ties.before_forward(event)
+            begin = perf_counter()
+            h = self.block.forward(event.sample, inputs)
+            self.seconds += perf_counter() - begin
+            self._ports.to_children(stamp, ready(h))
+            if label is not None:
+                self._ports.labels_to_children(stamp, label.payload)
+                self._learn(event.sample, label.payload)
+
+    def _learn(self, sample: int, label: Tensor | None) -> None:
+        """By the block's own readout, if it has one."""
+        if isinstance(self.block, (HeadBlock, PulseBlock)):
+            begin = perf_counter()
+            self.block.learn(sample, None if label is None else self._ports.own_label(label))
+            self.seconds += perf_counter() - begin
+
+    def _backward(self, event: Event) -> None:
+        if isinstance(self.block, (PulseReadout, HeadBlock)):
+            return
+        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        messages = [self._message(edge, event) for edge in self._ports.out_of]
+        if self._ties is not None:
+            self._ties.before_backward(event)
+        begin = perf_counter()
+        to_parents = self.block.backward(event.sample, messages)
+        self.seconds += perf_counter() - begin
+        self._ports.to_parents(stamp, to_parents)
+        if self._ties is not None:
+            self._ties.after_backward(stamp, self.block.weights.updates, self._end)
+
+    def _message(self, edge: Edge, event: Event) -> Tensor | None:
+        signal = self._ports.message(edge, event)
+        return None if signal is None else signal.payload
+
+    def _read(self, event: Event) -> None:
+        if not isinstance(self.block, PulseReadout) or self.metrics is None:
+            return
+        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        inputs = self._inputs(event)
+        if inputs is None:
+            return
+        target = self._ports.target(event)
+        given = None if target is None else target.payload
+        if self._ties is not None:
+            self._ties.before_forward(event)
+            self._ties.before_backward(event)
+        begin = perf_counter()
+        messages, reading = self.block.read(event.sample, inputs, given)
+        self.seconds += perf_counter() - begin
+        self._ports.to_parents(stamp, messages)
+        if self._ties is not None:
+            self._ties.after_backward(stamp, self.block.weights.updates, self._end)
+        sample = event.sample
+        if self._late:
+            sample, reading = self._of_earlier(self.block, sample, reading)
+        record(self.metrics, sample, reading)
+
+    def _of_earlier(
+        self, block: PulseReadout, n: int, reading: Reading | None
+    ) -> tuple[int, Reading | None]:
+        """Where labels come late (streams/wrappers/late_targets.py): keeps the prediction of a
+        sample that came, in passes of odd number; scores it when its label has come, in the even
+        ones."""
+        item, asks = divmod(n, 2)
+        if asks:
+            if block.prediction is not None:
+                self._asked.append(block.prediction)
+            return item, None
+        earlier = self._asked.pop(0) if item >= self._late else None
+        if earlier is None or reading is None:
+            return item, None
+        return item - self._late, block.scored(earlier, reading)
+
+    def records(self) -> None:
+        """A pulse has no energies at one time (refused by plan.py)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return self._ports.border.device
+
+    def state(self) -> BlockState:
+        block = self.block
+        held = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
+        return block_state([("", block.cell, block.weights)], *held)

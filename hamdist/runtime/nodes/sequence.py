@@ -1,0 +1,144 @@
+"""A block through which sequences travel forward and in reverse, as a node."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.blocks.energy import Records
+from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
+from hamdist.dynamics.graph.graph import BlockSpec
+from hamdist.dynamics.schedule.schedule import Event, Phase, Stamp
+from hamdist.dynamics.schedule.sequence import SequenceSchedule
+from hamdist.dynamics.state.remember import Remembers
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.ports import Ports, block_state, make_metrics, record
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.results.result import BlockState
+from hamdist.runtime.signals.signal import ready
+
+
+class SequenceNode(Remembers):
+    """A block that learns from whole sequences.
+
+    The last token brings the tag that it is the last, and the node hands the tag on with the state.
+    """
+
+    late = False
+
+    def __init__(
+        self, plan: Plan, spec: BlockSpec, mail: Mailroom, block: SequenceBlock | SequenceReadout
+    ) -> None:
+        if not isinstance(plan.schedule, SequenceSchedule):
+            raise TypeError("a SequenceNode needs a SequenceSchedule")
+        self.name = spec.name
+        self.block = block
+        self.metrics = make_metrics(plan) if spec.loss is not None else None
+        self._schedule = plan.schedule
+        self.seconds = 0.0
+        self._ports = Ports(plan, spec.name, mail)
+        self._back_into = [e for e in self._ports.into if plan.schedule.recurrent(e)]
+        self._back_out = [e for e in self._ports.out_of if plan.schedule.recurrent(e)]
+        shapes = {e.index: plan.shapes[e.parent] for e in self._back_into}
+        self._zeros = {
+            i: self._ports.border.state(i, torch.zeros(shape, dtype=dtype))
+            for i, (shape, dtype) in shapes.items()
+        }
+        self._silent = spec.name in plan.silent and spec.loss is None
+        self._over = False
+        self.event = plan.schedule.forward(spec.name, plan.schedule.opening(), 0)
+        self.tick: int | None = self.event.tick
+
+    STATE = ("block", "metrics", "seconds", "_over", "event", "tick")
+
+    def start(self) -> None:
+        if self._schedule.carries and isinstance(self.block, SequenceBlock):
+            onward = [e for e in self._ports.out_of if e not in self._back_out]
+            stamp = self._schedule.before(self.name)
+            self._ports.to_children(stamp, ready(self.block.h), leaving_out=onward)
+
+    def step(self) -> None:
+        if self.event.phase is Phase.FORWARD:
+            self._forward(self.event)
+        else:
+            self._backward(self.event)
+        if self._over:
+            self.tick = None
+            return
+        self.event = self._schedule.after(self.name, self.event)
+        self.tick = self.event.tick
+
+    def _forward(self, event: Event) -> None:
+        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        inputs, last = self._inputs(event)
+        if self._over:
+            self._ports.to_children(stamp, None, end=True, leaving_out=self._back_out)
+            return
+        if last:
+            self.event = self._schedule.closed(event)
+        block = self.block
+        if isinstance(block, SequenceBlock):
+            stays = self._back_out if last and not self._schedule.carries else ()
+            begin = perf_counter()
+            h = ready(block.forward(inputs))
+            self.seconds += perf_counter() - begin
+            self._ports.to_children(stamp, h, sequence_end=last, leaving_out=stays)
+        elif self.metrics is not None:
+            target = self._ports.target(event)
+            given = None if target is None else target.payload
+            begin = perf_counter()
+            reading = block.forward(event.sample, inputs, given)
+            self.seconds += perf_counter() - begin
+            record(self.metrics, event.sample, reading)
+
+    def _inputs(self, event: Event) -> tuple[list[Tensor], bool]:
+        """The parents' states, and whether this token is the last one of its sequence. What the
+        token itself brings tells that, and that the stream has ended."""
+        inputs, last = [], False
+        for edge in self._ports.into:
+            signal = self._ports.state(edge, event)
+            if signal is None:
+                inputs.append(self._zeros[edge.index])
+                continue
+            self._over = self._over or signal.end
+            if edge not in self._back_into:
+                last = signal.sequence_end
+            if signal.payload is not None:
+                inputs.append(signal.payload)
+        return inputs, last
+
+    def _backward(self, event: Event) -> None:
+        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        signals = [self._ports.message(edge, event) for edge in self._ports.out_of]
+        messages = [None if s is None else s.payload for s in signals]
+        begin = perf_counter()
+        if self._schedule.begins(event):
+            self.block.begin()
+        to_parents: list[Tensor | None] = [None] * len(self._ports.into)
+        if self._silent:
+            pass  # it keeps no tokens, and nobody waits for what it would say
+        elif isinstance(self.block, SequenceBlock):
+            to_parents = self.block.backward(messages)
+        else:
+            to_parents = self.block.backward(event.sample)
+        self.seconds += perf_counter() - begin
+        ends = self._schedule.ends(event)
+        self._ports.to_parents(stamp, to_parents, leaving_out=self._back_into if ends else ())
+        if ends:
+            self.block.end(self._schedule.last(event))
+
+    def records(self) -> Records | None:
+        """No energies are recorded of sequences."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return self._ports.border.device
+
+    def state(self) -> BlockState:
+        block = self.block
+        h, z = (block.h, block.z) if isinstance(block, SequenceBlock) else (None, None)
+        return block_state([("", block.cell, block.weights)], h, z, block.stored)

@@ -1,0 +1,230 @@
+"""The stream as a node: it draws, checks and sends the samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from threading import Event as Flag
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.graph.inputs import INPUT, by_parent
+from hamdist.dynamics.schedule.schedule import Event, Stamp, source_events
+from hamdist.dynamics.schedule.sequence import SequenceSchedule
+from hamdist.dynamics.state.remember import check_names
+from hamdist.dynamics.updates.constants import TOLERANCE
+from hamdist.errors import StreamError
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.signals.cast import CPU
+from hamdist.runtime.signals.signal import Signal, ready
+from hamdist.streams.check import Checker
+from hamdist.streams.replay import passed_over, samples_from
+from hamdist.streams.sample import Sample, Stream, report_of
+from hamdist.streams.smoothness import Smoothness
+
+
+class SourceNode:
+    """The stream: draws, checks and sends one sample every c ticks.
+
+    Where time stamps give the step of integration, or where sequences have to end, it draws one
+    sample ahead: how long a sample lasts, and that it was the last, shows only then.
+    """
+
+    name = INPUT
+    late = False
+
+    def __init__(self, plan: Plan, stream: Stream, mail: Mailroom) -> None:
+        self._plan = plan
+        self._stream = stream
+        self._mail = mail
+        self._events = source_events(plan.schedule.c)
+        self.event = next(self._events)
+        if isinstance(plan.schedule, SequenceSchedule):
+            self.event = plan.schedule.emission(plan.schedule.opening(), 0)
+        into = plan.graph.out_of[INPUT]
+        self._inputs = [plan.channels.states[e.index] for e in into]
+        self._names = [e.parent for e in into]
+        self._targets = plan.channels.targets
+        self._clocks = list(plan.channels.clocks.values())
+        self._labels = [c for c in plan.channels.labels.values() if c.sender == INPUT]
+        self._ahead = plan.dynamics.tau is None or plan.knobs.sequence
+        self._next: Sample | None = None
+        self._tau = math.nan
+        stamped = plan.dynamics.tau is None
+        self._check = Checker(
+            plan.spec,
+            equal_batches=not plan.knobs.pulse,
+            stamped=stamped,
+            ignore_index=plan.ignore_index,
+            one_length=plan.one_length,
+        )
+        self.smoothness = Smoothness()
+        self._passes = plan.spec.passes
+        self._sent = 0
+        self.stop = Flag()
+        self.tick: int | None = self.event.tick
+        self._drawn: Iterator[Sample] | None = None
+        self._items = 0  # drawn
+
+    @property
+    def device(self) -> torch.device:
+        return CPU
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the stream has counted: samples dropped, say."""
+        return report_of(self._stream)
+
+    @property
+    def samples(self) -> int:
+        """Samples that were sent; each counts once, though it may pass twice."""
+        return self._sent // self._passes
+
+    @property
+    def passed(self) -> int:
+        """Items that the stream has passed over."""
+        return passed_over(self._stream)
+
+    def start(self) -> None:
+        self._drawn = samples_from(self._stream, self._plan.skip * self._passes, self._plan.passed)
+        if self._ahead:
+            self._next = self._draw(0)
+
+    def snapshot(self) -> dict[str, Any]:
+        """How far the stream was drawn, and what was seen of it."""
+        ahead = self._next
+        return {
+            "event": self.event,
+            "tick": self.tick,
+            "samples": self._sent,
+            "drawn": self._items,
+            "passed": self.passed,
+            "next": None if ahead is None else _told(ahead),
+            "tau": self._tau,
+            "time": self._check.last,
+            "smoothness": self.smoothness.snapshot(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`, instead of `start`: the stream is drawn again up to there."""
+        names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
+        check_names("stream", state, names)
+        self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
+        self._tau, self._check.last = state["tau"], state["time"]
+        self.smoothness.restore(state["smoothness"])
+        self._items = state["drawn"]
+        self._next = None if state["next"] is None else _heard(state["next"])
+        if not isinstance(self._plan.schedule, SequenceSchedule):
+            self._events = source_events(self._plan.schedule.c, self.event.sample + 1)
+        if self.tick is not None:
+            given = self._plan.skip * self._passes + self._items
+            self._drawn = samples_from(self._stream, given, state["passed"])
+
+    def step(self) -> None:
+        stamp = Stamp(self.event.tick, self.event.sample, 0)
+        sample = self._take()
+        if sample is None:
+            ways = (*self._inputs, *self._targets.values(), *self._clocks, *self._labels)
+            for channel in ways:
+                self._mail.post(channel, Signal(stamp, end=True))
+            self.tick = None
+            return
+        end = sample.end or (self._ahead and self._next is None)
+        if sample.inputs is None:
+            u = ready(sample.u)
+            for channel in self._inputs:
+                self._mail.post(channel, Signal(stamp, u, sequence_end=end))
+        else:
+            inputs = {name: ready(u) for name, u in by_parent(sample.inputs).items()}
+            for name, channel in zip(self._names, self._inputs, strict=True):
+                self._mail.post(channel, Signal(stamp, inputs[name], sequence_end=end))
+        for readout, channel in self._targets.items():
+            y = sample.target(readout)
+            payload = None if y is None else ready(y)
+            self._mail.post(channel, Signal(stamp, payload, sequence_end=end))
+        if self._labels:
+            y = sample.target(self._plan.taught_by)
+            label = None if y is None else ready(y)
+            for channel in self._labels:
+                self._mail.post(channel, Signal(stamp, label, sequence_end=end))
+        if self._clocks:
+            tau = self._time(sample)
+            for channel in self._clocks:
+                self._mail.post(channel, Signal(stamp, tau, sequence_end=end))
+        self._sent += 1
+        self.event = self._following(last=end)
+        self.tick = self.event.tick
+
+    def _following(self, *, last: bool) -> Event:
+        """The next event. last: the sample was the last one of its sequence."""
+        schedule = self._plan.schedule
+        if isinstance(schedule, SequenceSchedule):
+            return schedule.after_emission(schedule.closed(self.event) if last else self.event)
+        return next(self._events)
+
+    def _take(self) -> Sample | None:
+        """The sample to send; None at the end of the stream."""
+        n = self.event.sample
+        if not self._ahead:
+            return self._draw(n)
+        sample = self._next
+        self._next = None if sample is None else self._draw(n + 1)
+        if self.stop.is_set() and n == 0 and self._next is None and self._plan.dynamics.tau is None:
+            return None  # called off before there was a second time stamp
+        return sample
+
+    def _time(self, sample: Sample) -> Tensor | None:
+        """tau of the ticks in which `sample` is shown: its time until the next one, in equal parts
+        (of the last one: as before)."""
+        if self._plan.dynamics.tau is not None:
+            return None
+        n, c = self.event.sample, self._plan.schedule.c
+        after = self._next
+        if after is not None and after.time is not None and sample.time is not None:  # (checked)
+            self._tau = (after.time - sample.time) / c
+        largest = max(self._plan.dynamics.speeds())
+        if not 0 < self._tau * largest <= 1 + TOLERANCE:
+            raise StreamError(
+                f"item {n}: a step of tau = {self._tau:g} s until the next item makes c tau = "
+                f"{self._tau * largest:g}, which has to lie in (0, 1]: use a smaller dynamics.c, "
+                "or a higher locality.speed (ticks per item); a stream of one item has no step"
+            )
+        return torch.tensor(self._tau, dtype=torch.float64)
+
+    def _draw(self, n: int) -> Sample | None:
+        """Sample n, checked; None at the end of the stream, or when the run is stopped."""
+        steps = self._plan.steps
+        pass_ = n % self._passes
+        n = n // self._passes + self._plan.skip
+        if self._drawn is None or self.stop.is_set() or (steps is not None and n >= steps):
+            return None
+        try:
+            sample = next(self._drawn, None)
+        except StreamError:
+            raise
+        except Exception as error:
+            raise StreamError(
+                f"sample {n}: the stream raised {type(error).__name__}: {error}"
+            ) from error
+        if sample is None:
+            return None
+        self._items += 1
+        sample = self._check.check(n, sample)
+        if pass_ == self._passes - 1:  # (not of what is shown again)
+            self.smoothness.observe(sample.u)
+        return sample
+
+
+def _told(sample: Sample) -> dict[str, Any]:
+    """A checked sample as plain data."""
+    inputs = None if sample.inputs is None else dict(sample.inputs)
+    y = dict(sample.y) if isinstance(sample.y, Mapping) else sample.y
+    return {"u": sample.u, "y": y, "end": sample.end, "time": sample.time, "inputs": inputs}
+
+
+def _heard(told: Mapping[str, Any]) -> Sample:
+    check_names("sample", told, ("u", "y", "end", "time", "inputs"))
+    return Sample(told["u"], told["y"], told["end"], told["time"], inputs=told["inputs"])

@@ -1,0 +1,80 @@
+"""What a block exchanges about weights that it shares with others (dynamics/graph/ties.py)."""
+
+from __future__ import annotations
+
+from hamdist.config import Compensation, Credit, LearningSettings, Memory
+from hamdist.dynamics.schedule.levels import Locality
+from hamdist.dynamics.schedule.schedule import Event, PulseSchedule, Stamp
+from hamdist.dynamics.vjp.tied import TiedCell, flat
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.results.result import WeightLag
+from hamdist.runtime.signals.signal import Signal, ready
+
+
+def against_ties(level: str, knobs: Locality, learning: LearningSettings) -> str | None:
+    """What keeps the users of a weight in one block; None where several blocks may use it."""
+    blocks = learning.blocks.values()
+    if not knobs.pulse or knobs.credit is Credit.HEADS or knobs.memory is Memory.REVERSIBLE:
+        return f"level {level!r}"
+    if Compensation.WEIGHT_PREDICTION in knobs.compensation:
+        return "compensation 'weight-prediction'"
+    if learning.heads is not None or any(b.heads not in (None, "off") for b in blocks):
+        return "learning.heads"
+    if learning.inputs != "off" or any(b.inputs not in (None, "off") for b in blocks):
+        return "learning.inputs"
+    return None
+
+
+def weight_lags(plan: Plan) -> dict[str, WeightLag]:
+    """By owner and user, how old the weights are that the user reads."""
+    if not isinstance(plan.schedule, PulseSchedule):
+        return {}
+    lags = {tie.name: plan.schedule.weight_lag(tie) - 1 for tie in plan.graph.ties}
+    return {name: WeightLag(lag, lag * plan.schedule.c) for name, lag in lags.items()}
+
+
+class TiePorts:
+    """The channels of one block's shared weights, in the order of the graph's ties."""
+
+    def __init__(self, plan: Plan, name: str, mail: Mailroom, cell: TiedCell) -> None:
+        if not isinstance(plan.schedule, PulseSchedule):
+            raise TypeError("shared weights need a PulseSchedule")
+        self._schedule = plan.schedule
+        self._channels = plan.channels
+        self._mail = mail
+        self._cell = cell
+        self._lends = [tie for tie in plan.graph.ties if tie.owner == name]
+        self._borrows = [tie for tie in plan.graph.ties if tie.user == name]
+
+    def before_forward(self, event: Event) -> None:
+        """Takes the weights that have come back since the sample before."""
+        for tie in self._borrows:
+            stamp = self._schedule.weight(tie, event)
+            if stamp is None:
+                continue
+            weights = self._mail.take(self._channels.weights[tie.index], stamp, event.tick)
+            if weights.payload is not None:
+                self._cell.overwrite(tie.theirs, weights.payload)
+
+    def before_backward(self, event: Event) -> None:
+        """Takes the users' gradients about the sample."""
+        for tie in self._lends:
+            stamp = self._schedule.gradient(tie, event)
+            signal = self._mail.take(self._channels.gradients[tie.index], stamp, event.tick)
+            if signal.payload is not None:
+                self._cell.add(tie.owners, signal.payload)
+
+    def after_backward(self, stamp: Stamp, updates: int, end: int | None) -> None:
+        """Sends gradients to the owners, and weights to the users. stamp: of the pass; updates:
+        after it; end: the number of samples, where it is known."""
+        found = self._cell.take()
+        for tie in self._borrows:
+            g = None if found is None else ready(flat([found[key] for key in tie.theirs]))
+            self._mail.post(self._channels.gradients[tie.index], Signal(stamp, g))
+        for tie in self._lends:
+            reader = stamp.sample + self._schedule.weight_lag(tie)
+            if end is None or reader < end:
+                weights = ready(flat(self._cell.weights(tie.owners)))
+                moved = stamp._replace(version=updates)
+                self._mail.post(self._channels.weights[tie.index], Signal(moved, weights))

@@ -1,0 +1,320 @@
+"""What a block's step costs: a few steps of the whole network, in a child of the driver's process.
+
+The run itself notices nothing: weights, random numbers, thread counts and whatever a module touches
+are the child's own, the samples are made up. A child whose time is up is killed: it can go on with
+nothing beside the run, as a thread could, and a module that never comes back costs no more than the
+limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hamdist.config import Balance
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.schedule.schedule import HoldSchedule, PulseSchedule
+from hamdist.errors import HamdistError
+from hamdist.runtime.nodes.factory import Node, make_node
+from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.process.interrupts import deaf_to_interrupts
+from hamdist.runtime.process.threads import cores, torch_threads
+from hamdist.streams.sample import Sample, SampleSpec, TargetSpec
+
+# What an actor spends on one signal that crosses, sent or received, with its wait for a neighbour
+# that is as busy, and on its bytes (2 cores, two actors of 6-layer networks, W = 16 to 256).
+SIGNAL_SECONDS = 50e-6
+BYTES_PER_SECOND = 2e9
+
+ENOUGH_SECONDS = 0.3  # then FEWEST samples in a network that is full are enough
+GIVE_UP_SECONDS = 3.0
+FEWEST, MOST = 3, 8
+SEQUENCE = 4  # tokens of a made-up sequence
+STAMP_SECONDS = 1e-3  # between two made-up samples
+
+
+class Unmeasured(Exception):
+    """The steps could not be measured; says why."""
+
+
+def wants_costs(plan: Plan) -> bool:
+    """Whether the placement depends on what the blocks cost."""
+    engine = plan.engine
+    blocks = len(plan.graph.blocks)
+    if engine.placement is not None or engine.balance is not Balance.TIME or blocks == 1:
+        return False
+    if engine.actors == "auto":
+        return in_flight(plan) > 1 and (engine.address is not None or cores() > engine.threads)
+    return 1 < engine.actors < blocks
+
+
+def measured_costs(plan: Plan, *, portable: bool) -> Costs:
+    """What `placement.choose` needs, from a measurement. portable: the stream is drawn by an actor.
+
+    Raises Unmeasured.
+    """
+    seconds = measure(plan)
+    names = list(plan.graph.blocks)
+    blocks = [seconds[name] for name in names]
+    source = source_host(plan) if portable else None
+    if source is not None:
+        blocks[names.index(source)] += seconds[INPUT]
+    return Costs(tuple(blocks), tuple(_crossings(plan, source)), in_flight(plan))
+
+
+def unmeasured_costs(plan: Plan) -> Costs | None:
+    """Without a measurement: only that a schedule may not let two actors work at once."""
+    if in_flight(plan) > 1 or plan.engine.balance is not Balance.TIME:
+        return None
+    return Costs(tuple(by_parameters(plan.graph)), (), in_flight(plan))
+
+
+def in_flight(plan: Plan) -> float:
+    """Samples that the schedule has in the network at once, on their way there or back: a pulse
+    takes 2D + 1 ticks (less where the first blocks are frozen), a token of a sequence D + 1 in
+    either direction, and one enters every c ticks. In presentation `hold` all blocks step in every
+    tick."""
+    schedule = plan.schedule
+    if isinstance(schedule, HoldSchedule):
+        return math.inf
+    ticks = schedule.trip if isinstance(schedule, PulseSchedule) else plan.graph.depth + 1
+    return max(1.0, ticks / schedule.c)
+
+
+def source_host(plan: Plan) -> str:
+    """The first block that reads the stream, or, where none does, compares with it."""
+    readers = {e.child for e in plan.graph.out_of[INPUT]} or set(plan.graph.readouts)
+    return next(name for name in plan.graph.blocks if name in readers)
+
+
+def _crossings(plan: Plan, source: str | None) -> Iterator[tuple[int, int, float]]:
+    """Every pair of blocks that exchange signals, with the seconds a sample that costs each end."""
+    order = list(plan.graph.blocks)
+    ticks = plan.schedule.c if isinstance(plan.schedule, HoldSchedule) else 1  # signals a sample
+    for edge in plan.graph.edges:
+        parent = source if edge.from_input else edge.parent
+        if parent is None or parent == edge.child:
+            continue
+        shape, dtype = (
+            plan.spec.parents[edge.parent] if edge.from_input else plan.shapes[edge.parent]
+        )
+        codec = plan.channels.states[edge.index].codec
+        number = _bytes(shape, dtype) if codec is None else codec.nbytes(shape[0])
+        once = SIGNAL_SECONDS + number / BYTES_PER_SECOND
+        a, b = sorted((order.index(parent), order.index(edge.child)))
+        yield a, b, once if edge.from_input else 2 * ticks * once
+    for tie in plan.graph.ties:
+        a, b = sorted((order.index(tie.owner), order.index(tie.user)))
+        yield a, b, 2 * (SIGNAL_SECONDS + _bytes((tie.numel,), torch.float32) / BYTES_PER_SECOND)
+    for readout in plan.graph.readouts if source is not None else ():
+        target = plan.spec.target(readout)
+        if target is not None and readout != source:
+            a, b = sorted((order.index(str(source)), order.index(readout)))
+            yield a, b, SIGNAL_SECONDS + _bytes(target.shape, target.dtype) / BYTES_PER_SECOND
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def measure(plan: Plan, clock: Callable[[], float] | None = None) -> dict[str, float]:
+    """Seconds of work for one sample, of every block and of the stream's checks (`u`): medians over
+    samples in a network that is full. clock: in place of the processor's.
+
+    Raises Unmeasured where a block fails, or takes too long.
+    """
+    answer = _in_child(_Trial(plan, clock).answer, GIVE_UP_SECONDS)
+    if isinstance(answer, str):
+        raise Unmeasured(answer)
+    return answer
+
+
+_Answer: TypeAlias = dict[str, float] | str  # the seconds, or why there are none
+
+
+def _in_child(work: Callable[[], _Answer], seconds: float) -> _Answer:
+    """What `work` returns in a child of this process, which has ended when this returns."""
+    if not hasattr(os, "fork"):
+        return "this platform cannot copy a process"
+    reader, writer = Pipe(duplex=False)
+    children: list[int] = []
+
+    def fork() -> None:
+        with contextlib.suppress(OSError):
+            child = os.fork()
+            if child:
+                children.append(child)
+                return
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(math.ceil(seconds) + 1)  # should its parent be lost meanwhile
+                writer.send_bytes(json.dumps(work()).encode())
+            finally:
+                os._exit(0)
+
+    with reader:
+        with writer, warnings.catch_warnings(), deaf_to_interrupts():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
+            # Out of a new thread: the child's first one then has no pool of OpenMP threads yet,
+            # which it would wait for, as they were not copied.
+            thread = threading.Thread(target=fork)
+            thread.start()
+            thread.join()
+        try:
+            if not reader.poll(seconds):
+                return f"the first samples took more than {seconds:g} s"
+            answer: _Answer = json.loads(reader.recv_bytes())
+            return answer
+        except (EOFError, OSError):
+            return "its process ended before it had an answer, or could not be started"
+        finally:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):  # somebody else waits for all
+                    os.waitpid(child, 0)
+
+
+class _Trial:
+    """The network, stepped with a clock in hand."""
+
+    def __init__(self, plan: Plan, clock: Callable[[], float] | None) -> None:
+        # Here, as this process may see no GPU. (What a block takes there is not known before.)
+        desks = {name: desk.at("cpu") for name, desk in plan.desks.items()}
+        self._plan = dataclasses.replace(plan, steps=None, desks=desks)
+        trip = 1 if plan.knobs.sequence else 2 * plan.graph.depth // plan.schedule.c + 1
+        self._full = SEQUENCE if plan.knobs.sequence else trip  # samples until all blocks work
+        self._samples = self._full + MOST
+        # The time of this thread alone, where all work is done in it: others may be busy.
+        self._clock = clock or (time.perf_counter if plan.engine.threads > 1 else time.thread_time)
+
+    def answer(self) -> _Answer:
+        """Seconds by node, or the reason why there are none."""
+        try:
+            with torch_threads(self._plan.engine.threads):
+                return self._seconds()
+        except HamdistError as error:
+            return str(error).splitlines()[0]
+
+    def _seconds(self) -> dict[str, float]:
+        plan = self._plan
+        mail = Mailroom({INPUT, *plan.graph.blocks})
+        source = SourceNode(plan, _Examples(plan.spec, self._samples), mail)
+        nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
+        timed = [_Timed(node, self._clock) for node in (source, *nodes)]
+        begin = time.perf_counter()
+
+        def between() -> None:
+            late = time.perf_counter() - begin > ENOUGH_SECONDS
+            if late and source.samples >= self._full + FEWEST:
+                source.stop.set()
+
+        run_loop(timed, between)
+        seconds: dict[str, float] = {}
+        c, steady = plan.schedule.c, range(self._full, source.samples)
+        for node in timed:
+            if plan.knobs.sequence:
+                seconds[node.name] = sum(s for _, s in node.spent) / source.samples
+                continue
+            periods: dict[int, float] = defaultdict(float)
+            for tick, spent in node.spent:
+                periods[tick // c] += spent
+            seconds[node.name] = statistics.median(periods[i] for i in steady)
+        return seconds
+
+
+class _Timed:
+    """A node that notes what its steps take: (tick, seconds)."""
+
+    def __init__(self, node: Node, clock: Callable[[], float]) -> None:
+        self._node = node
+        self._clock = clock
+        self.name = node.name
+        self.late = node.late
+        self.tick = node.tick
+        self.spent: list[tuple[int, float]] = []
+
+    def start(self) -> None:
+        self._node.start()
+        self.tick = self._node.tick
+
+    def step(self) -> None:
+        tick = self.tick
+        begin = self._clock()
+        self._node.step()
+        if tick is not None:
+            self.spent.append((tick, self._clock() - begin))
+        self.tick = self._node.tick
+
+
+class _Examples:
+    """As many made-up samples of the stream's shapes and types."""
+
+    portable = True
+
+    def __init__(self, spec: SampleSpec, number: int) -> None:
+        self.spec = spec
+        self._number = number
+
+    def samples(self) -> Iterator[Sample]:
+        one = example_sample(self.spec)
+        for n in range(self._number):
+            end = n % SEQUENCE == SEQUENCE - 1
+            yield dataclasses.replace(one, end=end, time=n * STAMP_SECONDS)
+
+
+def example_sample(spec: SampleSpec) -> Sample:
+    """A made-up sample of the shapes and types of `spec`, with all its targets."""
+    y = (
+        _example_target(spec.target(""))
+        if spec.targets is None
+        else {name: _example_target(spec.target(name)) for name in spec.targets}
+    )
+    inputs = None if spec.inputs is None else example_inputs(spec)
+    return Sample(example_input(spec), y, inputs=inputs)
+
+
+def example_input(spec: SampleSpec) -> Tensor:
+    """An input (of several: the first) of the shape and type of `spec`: a real one, if it knows
+    one."""
+    return _example(spec, next(iter(spec.parents)), spec.u_shape, spec.u_dtype)
+
+
+def example_inputs(spec: SampleSpec) -> dict[str, Tensor]:
+    """Several inputs, by name."""
+    return {
+        name: _example(spec, f"{INPUT}.{name}", one.shape, one.dtype)
+        for name, one in (spec.inputs or {}).items()
+    }
+
+
+def _example(spec: SampleSpec, parent: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    real = (spec.example or {}).get(parent)
+    if real is not None and real.shape == shape:
+        return real.to(dtype, copy=True)
+    if not dtype.is_floating_point:
+        return (torch.arange(math.prod(shape)) % (spec.tokens or 1)).reshape(shape).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, dtype=dtype, generator=generator)
+
+
+def _example_target(spec: TargetSpec | None) -> Tensor | None:
+    return None if spec is None else torch.zeros(spec.shape, dtype=spec.dtype)

@@ -1,0 +1,1 @@
+"""A run, worked out: dtypes, settings by block, heads, what every process needs to know."""

@@ -1,0 +1,21 @@
+"""Settings of single blocks: what `engine.blocks` says of each."""
+
+from __future__ import annotations
+
+from hamdist.config import BlockEngineSettings, EngineSettings
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.graph.patterns import check_patterns, fitting
+
+NOTHING = BlockEngineSettings()
+
+
+def wishes(graph: Graph, engine: EngineSettings) -> dict[str, BlockEngineSettings]:
+    """What `engine.blocks` says of each block. Raises SettingsError for a pattern that fits none of
+    them."""
+    check_patterns("engine.blocks", engine.blocks, graph.blocks, "block")
+    found = {name: fitting(name, engine.blocks) for name in graph.blocks}
+    return {n: NOTHING if p is None else engine.blocks[p] for n, p in found.items()}
+
+
+def device_of(wish: BlockEngineSettings, engine: EngineSettings) -> str:
+    return engine.device if wish.device is None else wish.device

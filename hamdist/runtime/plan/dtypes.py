@@ -1,0 +1,115 @@
+"""The borders of a run's blocks, worked out before it starts: who computes in which type.
+
+A block with `dtype` gets a copy of its module in that type, and takes whatever is a real number in
+it; all others take what they would have taken, had nobody a type of its own. So every cast is at
+the border of the block that reads (device.py), and is the same in every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import BlockDType, BlockEngineSettings, EngineSettings, Memory
+from hamdist.dynamics.graph.graph import BlockSpec, Graph, ShapeMap, combined
+from hamdist.dynamics.schedule.levels import Locality
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import GraphError, LevelError
+from hamdist.runtime.plan.block_settings import device_of, wishes
+from hamdist.runtime.signals.cast import Desk
+
+DTYPES = {
+    BlockDType.FLOAT32: torch.float32,
+    BlockDType.FLOAT64: torch.float64,
+    BlockDType.BFLOAT16: torch.bfloat16,
+}
+
+
+def with_desks(
+    graph: Graph, shapes: ShapeMap, inputs: ShapeMap, engine: EngineSettings, knobs: Locality
+) -> tuple[Graph, ShapeMap, dict[str, Desk]]:
+    """The graph with its modules in the types that `engine.blocks` asks for (a copy, where it asks
+    for any, or for another device), the shapes with the types that follow, and every block's desk
+    (none where all is as it would be).
+
+    shapes: of every h in the graph as it is; inputs: of the stream's.
+    Raises SettingsError, and GraphError for a block that cannot compute in its type.
+    """
+    asked = wishes(graph, engine)
+    devices = {name: device_of(wish, engine) for name, wish in asked.items()}
+    typed = [n for n, w in asked.items() if w.dtype is not None or w.autocast == "bf16"]
+    if not typed and all(device == "cpu" for device in devices.values()):
+        return graph, shapes, {}
+    if typed and knobs.memory is Memory.REVERSIBLE:
+        raise LevelError(
+            f"engine.blocks: {typed[0]!r} has a type or an autocast of its own, but with memory "
+            "'reversible' states are recomputed from each other, and rounding would spoil them; "
+            "leave it out, or use level 'backprop'"
+        )
+    before = {**shapes, **inputs}
+    own = graph.copy()
+    found: ShapeMap = {}
+    desks = {}
+    for name, block in own.blocks.items():
+        wish = asked[name]
+        dtype = None if wish.dtype is None else DTYPES[wish.dtype]
+        takes = {edge.index: dtype or before[edge.parent][1] for edge in own.into[name]}
+        found[name] = shapes[name]
+        if dtype is not None:
+            for module in (block.module, block.output):
+                if module is not None:
+                    module.to(dtype)
+            found[name] = shapes[name][0], _tried(block, before, dtype)
+        _check_autocast(name, wish, found[name][1])
+        desks[name] = Desk(
+            block=name,
+            device=devices[name],
+            inputs=takes,
+            messages=found[name][1],
+            targets=dtype,
+            autocast=wish.autocast == "bf16",
+        )
+    return own, found, desks
+
+
+def taken(desks: Mapping[str, Desk]) -> dict[int, torch.dtype]:
+    """By edge, the type in which its child takes it, which is that of the child's messages."""
+    return {edge: dtype for desk in desks.values() for edge, dtype in desk.inputs.items()}
+
+
+def _check_autocast(name: str, wish: BlockEngineSettings, dtype: torch.dtype) -> None:
+    if wish.autocast == "bf16" and dtype != torch.float32:
+        raise LevelError(
+            f"engine.blocks: {name!r} has autocast 'bf16', which rounds float32, but it computes "
+            f"in {str(dtype).removeprefix('torch.')}; give it dtype float32, or leave autocast out"
+        )
+
+
+def _tried(block: BlockSpec, before: ShapeMap, dtype: torch.dtype) -> torch.dtype:
+    """The type of what the block makes of inputs of `dtype`."""
+    given = [before[parent] for parent in block.parents]
+    inputs = [
+        torch.zeros(shape, dtype=dtype if was.is_floating_point else was) for shape, was in given
+    ]
+    word = str(dtype).removeprefix("torch.")
+    try:
+        h = _run(block.module, combined(block.combine, inputs))
+        if block.output is not None and isinstance(h, Tensor):
+            _run(block.output, [h])
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GraphError(
+            f"engine.blocks: block {block.name!r} cannot compute in {word}: {reason}; leave its "
+            "dtype out, or use autocast"
+        ) from error
+    if not isinstance(h, Tensor):
+        raise GraphError(f"block {block.name!r} returned {type(h).__name__}, not a tensor")
+    return h.dtype
+
+
+@torch.no_grad()
+def _run(module: nn.Module, inputs: list[Tensor]) -> object:
+    with torch.random.fork_rng(devices=[]):
+        return copied(module)(*inputs)

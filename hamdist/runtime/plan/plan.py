@@ -1,0 +1,494 @@
+"""A run, worked out: everything that an engine needs and that all processes must agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import (
+    IGNORE_INDEX,
+    Compensation,
+    Compress,
+    Credit,
+    EngineKind,
+    EngineSettings,
+    Memory,
+    MetricsSettings,
+    Reset,
+    Settings,
+    Step,
+    TargetOf,
+)
+from hamdist.dynamics.graph.checks import check_parameters
+from hamdist.dynamics.graph.graph import Graph, ShapeMap
+from hamdist.dynamics.native import rows
+from hamdist.dynamics.objective.losses import CrossEntropy, class_axis, mse
+from hamdist.dynamics.partition.reversible_blocks import reversible_blocks
+from hamdist.dynamics.schedule.levels import Locality, make_locality
+from hamdist.dynamics.schedule.schedule import HoldSchedule, Schedule, make_schedule
+from hamdist.dynamics.schedule.sequence import SequenceSchedule
+from hamdist.dynamics.updates.constants import Course, Dynamics, check_names, make_dynamics
+from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
+from hamdist.errors import GraphError, LevelError, SettingsError
+from hamdist.runtime.plan.dtypes import taken, with_desks
+from hamdist.runtime.plan.heads import Heads, plan_heads
+from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
+from hamdist.runtime.process.switches import Switches, read_switches
+from hamdist.runtime.signals.cast import Desk
+from hamdist.runtime.signals.edge_codecs import compressed
+from hamdist.runtime.signals.signal import Channels, make_channels
+from hamdist.streams.sample import SampleSpec, TargetSpec
+
+if TYPE_CHECKING:
+    from hamdist.runtime.storage.snapshot_files import Snapshot
+
+Replan: TypeAlias = "Callable[[Mapping[str, int]], Plan]"
+
+SNAPSHOT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Snapshots of a run. path: where; every: ticks, seconds: of time between two; keep: how many
+    stay. settings: of the run, for the manifest. snapshot: what the run goes on from. ends_full:
+    the run ends where more than `memory` bytes would be kept. epoch: of the processes that write,
+    which rises whenever one is replaced. last: one is taken before the end, with which a run of
+    more steps can go on. stream: what the stream is known by (resume.py)."""
+
+    path: str
+    every: int | None
+    seconds: float | None
+    keep: int
+    settings: Mapping[str, Any]
+    recover: bool = False
+    memory: int = 2**28
+    ends_full: bool = False
+    attempts: int = 3
+    silence: float = 10.0
+    snapshot: Snapshot | None = None
+    stream: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int = 1
+    last: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
+    front. steps: samples after which the stream ends, or None. run: a number that marks the
+    signals of this run. switches: torch's, of the driver; arithmetic: its fingerprint.
+    reversible: the blocks that keep nothing of a sample (memory 'reversible'). desks: where blocks
+    have types or devices of their own, of every block. rate: the course of the step size.
+    follows_lr: beta comes from the learning rate.
+    silent: the blocks that get no messages, for nothing learns there or before them.
+    heads: the blocks' own readouts, where labels travel with the signal.
+    replan: where delays follow from the links, makes the plan with ticks by edge.
+    native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
+    taken, if they are. skip: items of the stream that an earlier run was given; passed: those that
+    were passed over then. memory_of: what a process can lend of a device (a test puts other memory
+    in its place). ignore_index: targets of this class have no loss.
+    one_length: why all items have the lengths of the first one; None: each may have its own."""
+
+    graph: Graph
+    knobs: Locality
+    dynamics: Dynamics
+    schedule: Schedule
+    channels: Channels
+    shapes: ShapeMap
+    spec: SampleSpec
+    engine: EngineSettings
+    seed: int
+    run: int
+    steps: int | None
+    rate: StepCourse
+    metrics: MetricsSettings
+    switches: Switches
+    arithmetic: Arithmetic
+    follows_lr: bool
+    reversible: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
+    native: bool = False
+    replan: Replan | None = None
+    keeping: Keeping | None = None
+    skip: int = 0
+    passed: int = 0
+    heads: Heads | None = None
+    desks: Mapping[str, Desk] = field(default_factory=dict)
+    memory_of: Callable[[torch.device], Any] | None = None
+    ignore_index: int = IGNORE_INDEX
+    one_length: str | None = None
+
+    def scale(self, block: str, sample: int) -> float:
+        """The factor of beta for the update of `block` on `sample`."""
+        factor = self.course(sample)
+        if Compensation.DELAY_SCALED in self.knobs.compensation:
+            factor *= float((1 + self.schedule.delay(block)) ** -self.knobs.delay_power)
+        return factor
+
+    def course(self, sample: int) -> float:
+        """The same without what makes up for a delay."""
+        return self.rate(sample // self.spec.passes + self.skip)
+
+    @property
+    def resumed(self) -> int:
+        """Samples of this run that had entered before the snapshot that it goes on from."""
+        if self.keeping is None or self.keeping.snapshot is None:
+            return 0
+        manifest = self.keeping.snapshot.manifest
+        return manifest.samples - manifest.skip
+
+    @property
+    def taught_by(self) -> str:
+        """The readout whose labels travel with the signal."""
+        return "" if self.heads is None else self.heads.readout
+
+    @property
+    def last_tick(self) -> float:
+        """The tick before which the last of `steps` samples has left the stream: a snapshot at that
+        tick is one of a run of more steps, too, and a later one is not. Infinite where nobody knows
+        it (in sequences, and where a sample is drawn ahead for its time)."""
+        if self.steps is None or self.knobs.sequence or self.dynamics.tau is None:
+            return math.inf
+        return (self.steps - self.skip) * self.spec.passes * self.schedule.c - 1
+
+    def start(self, block: str) -> Tensor:
+        """h_0 of a block, the batch in front."""
+        shape, dtype = self.shapes[block]
+        h = torch.zeros(shape, dtype=dtype)
+        initial = self.graph.blocks[block].initial
+        return h if initial is None else h + initial.to(dtype)
+
+    def only(self, blocks: Iterable[str]) -> Plan:
+        """The plan for the process that hosts `blocks`: without the other blocks' weights."""
+        mine = set(blocks)
+        specs = [
+            b if b.name in mine else dataclasses.replace(b, module=nn.Identity(), output=None)
+            for b in self.graph.blocks.values()
+        ]
+        graph = Graph(specs, shared=self.graph.shared)
+        spec = dataclasses.replace(self.spec, example=None)
+        return dataclasses.replace(self, graph=graph, spec=spec, replan=None)
+
+
+def make_plan(
+    graph: Graph, settings: Settings, spec: SampleSpec, *, phi: Course | None = None
+) -> Plan:
+    """The plan of `settings` (already those of one level) for `graph` on a stream of `spec`.
+
+    phi: a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`).
+    Raises GraphError and LevelError for whatever cannot run.
+    """
+    check_parameters(graph.blocks, "a plan", frozen=True)
+    knobs = make_locality(settings.level, settings.locality)
+    dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
+    check_names(dynamics, graph.parameters())
+    shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
+    spec = _with_classes(spec, graph, shapes)
+    _check_predictions(graph, shapes, spec, settings.ignore_index)
+    graph, shapes, desks = with_desks(graph, shapes, spec.parents, settings.engine, knobs)
+    # (The end of a stream goes against the edges where there are cycles; energies need z.)
+    whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
+    silent = frozenset[str]() if whole else graph.silent()
+    schedule: Schedule
+    if knobs.sequence:
+        schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
+    else:
+        schedule = make_schedule(graph, knobs, silent)
+    _check_resets(graph, schedule, dynamics, knobs)
+    _check_output_nets(graph, dynamics)
+    rewinds = knobs.memory is Memory.REVERSIBLE
+    started = [b.name for b in graph.blocks.values() if b.initial is not None]
+    if started and not knobs.hold:
+        raise LevelError(
+            f"block {started[0]!r} has an initial state, but with presentation "
+            f"{knobs.presentation.value!r} a state begins with a sample or a sequence; use a level "
+            "of presentation 'hold'"
+        )
+    if settings.metrics.record is not None and not knobs.hold:
+        raise LevelError(
+            f"metrics.record {settings.metrics.record.value!r} with presentation "
+            f"{knobs.presentation.value!r}: the energies are sums over the blocks at one time, but "
+            "there the blocks work on different samples; use a level of presentation 'hold'"
+        )
+    if spec.late and not knobs.pulse:
+        raise LevelError(
+            f"labels that come {spec.late} items late with presentation "
+            f"{knobs.presentation.value!r}, whose states go from one item to the next: a sample "
+            "cannot be shown again in between; use a level of presentation 'pulse' (trace, "
+            "backprop, heads, reversible), or have samples wait for their labels (stream.relearn: "
+            "wait, or hamdist.streams.Rejoin), whose scores know no delay"
+        )
+    rate = step_course(settings.learning, settings.steps)
+    heads = plan_heads(graph, shapes, knobs, settings.learning)
+    clocked = knobs.hold and dynamics.clocked
+    reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()
+    channels = make_channels(
+        graph,
+        schedule,
+        settings.engine.queue,
+        clocked=clocked,
+        bundle=settings.engine.bundle,
+        labels=heads is not None,
+        messages=knobs.credit is Credit.MESSAGES,
+        silent=silent,
+    )
+    signals = {**shapes, **spec.parents}
+    native = _native(settings.engine)
+    return Plan(
+        graph=graph,
+        knobs=knobs,
+        dynamics=dynamics,
+        schedule=schedule,
+        channels=compressed(channels, graph, signals, settings.engine, reversible, taken(desks)),
+        shapes=shapes,
+        spec=spec,
+        engine=settings.engine,
+        seed=settings.seed,
+        run=int.from_bytes(os.urandom(8), "little"),
+        steps=settings.steps,
+        rate=rate,
+        metrics=settings.metrics,
+        switches=read_switches(),
+        arithmetic=arithmetic(settings.engine.threads, native=native),
+        follows_lr=settings.dynamics.beta is None,
+        desks=desks,
+        reversible=reversible,
+        silent=silent,
+        heads=heads,
+        native=native,
+        ignore_index=settings.ignore_index,
+        one_length=_one_length(graph, spec, knobs, settings),
+    )
+
+
+def _one_length(graph: Graph, spec: SampleSpec, knobs: Locality, settings: Settings) -> str | None:
+    """Why all items have the lengths of the first one; None where each may have its own."""
+    if not spec.ragged:
+        return (
+            "where items have lengths of their own, say ragged=True to hamdist.streams.from_loader "
+            "or from_iterable"
+        )
+    if not knobs.pulse:
+        return (
+            f"presentation {knobs.presentation.value!r} carries states from one item to the next; "
+            "pad all of them to one length, or use a level of presentation 'pulse'"
+        )
+    for name, asked in (
+        ("partition.slices", bool(settings.partition.slices)),
+        ("engine.compress", settings.engine.compress is not Compress.NONE),
+    ):
+        if asked:
+            return f"{name} is laid out for one length; pad all items to it, or leave {name} out"
+    if graph.one_length is None:
+        return None
+    return f"the model was followed with one length ({graph.one_length}); pad all items to it"
+
+
+def make_keeping(
+    settings: Settings, snapshot: Snapshot | None = None, *, last: bool = True
+) -> Keeping | None:
+    """How the run keeps its state, as `settings.snapshots` say. last: see `Keeping`."""
+    given = settings.snapshots
+    if given.path is None:
+        return None
+    timed = given.seconds is not None or given.every is None
+    return Keeping(
+        path=given.path,
+        every=given.every,
+        seconds=(given.seconds or SNAPSHOT_SECONDS) if timed else None,
+        keep=given.keep,
+        settings=settings.model_dump(mode="json"),
+        recover=given.recover and settings.engine.kind is EngineKind.RAY,
+        memory=given.memory * 2**20,
+        ends_full=given.full == "end",
+        attempts=given.attempts,
+        silence=given.silence,
+        snapshot=snapshot,
+        last=last,
+    )
+
+
+PAGE = 4096
+
+
+def least_bytes(graph: Graph, settings: Settings) -> int:
+    """Return what a snapshot of `graph` takes at least: weights, their costates, and averages, and
+    a page of the disk for each file."""
+    learning = settings.learning
+    copies = 2 + (learning.adaptive is not None) + (learning.average != "off")
+    modules = [m for b in graph.blocks.values() for m in (b.module, b.output) if m is not None]
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    return copies * sum(t.numel() * t.element_size() for t in tensors) + PAGE * (len(modules) + 2)
+
+
+_ALIKE = ("level", "locality", "loss", "dtype", "seed", "metrics")
+
+
+def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
+    """What two runs have in common of which one can go on from the other's state: all but numbers
+    that may change on the way, where blocks live, and how signals get there."""
+    engine = plan.engine.model_dump(mode="json")
+    dumped = settings.model_dump(mode="json")
+    blocks = {
+        name: {
+            "parents": list(block.parents),
+            "parameters": {k: list(p.shape) for k, p in block.module.named_parameters()},
+            "shape": list(plan.shapes[name][0]),
+        }
+        for name, block in plan.graph.blocks.items()
+    }
+    kinds = {
+        n: {"dtype": b["dtype"], "autocast": b["autocast"]} for n, b in engine["blocks"].items()
+    }
+    return {
+        "blocks": blocks,
+        "edges": {e.name: e.delay for e in plan.graph.edges},
+        "channels": [c.key for c in plan.channels.all()],
+        "c": plan.schedule.c,
+        **{name: dumped[name] for name in _ALIKE},
+        "compress": [engine["compress"], engine["feedback"]],
+        "native": plan.native,
+        "closed": plan.engine.step is not Step.AUTOGRAD,
+        "computes": kinds,
+    }
+
+
+def _native(engine: EngineSettings) -> bool:
+    """Raises SettingsError where C code is asked for that is not there."""
+    if engine.step is Step.NATIVE and not rows.built():
+        raise SettingsError(
+            "engine.step 'native': hamdist was installed without its C code; install it again "
+            "where a C compiler is at hand, or use 'auto'"
+        )
+    return engine.step is Step.NATIVE or (
+        engine.step is Step.AUTO and rows.built() and engine.threads == 1
+    )
+
+
+def _check_output_nets(graph: Graph, dynamics: Dynamics) -> None:
+    """Raises LevelError for constants of a state that are given to blocks without one."""
+    for pattern, own in dynamics.blocks.items():
+        fitting = [b for b in graph.blocks.values() if fnmatchcase(b.name, pattern)]
+        given = {"c": own.c, "eta_z": own.eta_z}
+        if any(b.has_state for b in fitting):
+            continue
+        for name, value in given.items():
+            if value is not None:
+                raise LevelError(
+                    f"dynamics.blocks.{pattern}.{name}: {fitting[0].name!r} is an output net and "
+                    "has no state that it could belong to; leave it out, or give the readout a "
+                    "state (locality.readout 'state')"
+                )
+
+
+def _check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Locality) -> None:
+    """Raises LevelError where states are cleared before a prediction has come about."""
+    if dynamics.reset.h is not Reset.SAMPLE or not isinstance(schedule, HoldSchedule):
+        return
+    late = max(schedule.target_lag(r) for r in graph.readouts)
+    if schedule.c <= late and knobs.target is TargetOf.SAMPLE:
+        raise LevelError(
+            f"dynamics.reset.h 'sample' with speed {schedule.c}: the states are cleared before a "
+            f"sample's prediction stands at the readout, {late} ticks later; use locality.speed "
+            f"{late + 1} or more, or reset.h 'never'"
+        )
+
+
+def _with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec:
+    """Sets the number of classes that the stream does not know: what cross-entropy predicts."""
+
+    def known(target: TargetSpec | None, readouts: Iterable[str]) -> int | None:
+        if target is None or target.classes is not None or target.dtype.is_floating_point:
+            return None if target is None else target.classes
+        predicted = [
+            shapes[name][0]
+            for name in readouts
+            if isinstance(graph.blocks[name].loss, CrossEntropy)
+            and len(shapes[name][0]) == len(target.shape) + 1
+        ]
+        try:
+            return min((one[class_axis(one, target.shape)] for one in predicted), default=None)
+        except ValueError:  # (`_check_predictions` says it)
+            return None
+
+    if spec.targets is None:
+        return dataclasses.replace(spec, classes=known(spec.target(""), graph.readouts))
+    targets = {
+        name: dataclasses.replace(one, classes=known(one, {name} & set(graph.readouts)))
+        for name, one in spec.targets.items()
+    }
+    first = next(iter(targets.values()))
+    return dataclasses.replace(spec, targets=targets, classes=first.classes)
+
+
+def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_index: int) -> None:
+    """Raises GraphError where a readout's prediction cannot be compared with the targets."""
+    unknown = sorted(set(spec.targets or ()) - set(graph.readouts))
+    if unknown:
+        raise GraphError(
+            f"the stream has targets for {unknown[0]!r}, which is no readout; readouts: "
+            f"{', '.join(map(repr, graph.readouts))}"
+        )
+    for name in graph.readouts:
+        block = graph.blocks[name]
+        shape = shapes[name][0]
+        target = spec.target(name)
+        if target is None:
+            raise GraphError(
+                f"readout {name!r} has no targets in the stream, which has some for "
+                f"{', '.join(map(repr, spec.targets or ()))}; give it targets, or take its loss off"
+            )
+        if isinstance(block.loss, CrossEntropy) and block.loss.ignore_index != ignore_index:
+            raise GraphError(
+                f"readout {name!r} leaves out targets of {block.loss.ignore_index}, ignore_index "
+                f"is {ignore_index}: give its BlockSpec loss=CrossEntropy({ignore_index})"
+            )
+        if block.output is not None:  # its own shape was not derived
+            continue
+        if block.loss is mse and not target.dtype.is_floating_point:
+            raise GraphError(
+                f"readout {name!r} has the loss mse, but the targets have dtype {target.dtype}: "
+                "convert real-valued ones to a floating-point dtype, or choose cross-entropy"
+            )
+        if block.loss is mse and shape != target.shape:
+            raise GraphError(
+                f"readout {name!r} predicts {shape}, but the targets are {target.shape}; give it "
+                "as many outputs, or choose another loss"
+            )
+        classes = target.classes
+        if isinstance(block.loss, CrossEntropy) and classes is not None:
+            try:
+                axis = class_axis(shape, target.shape)
+            except ValueError as error:
+                raise GraphError(f"readout {name!r}: {error}") from None
+            if len(shape) < 2 or shape[axis] < classes:
+                raise GraphError(
+                    f"readout {name!r} predicts {shape}, but the stream has {classes} classes; "
+                    f"give it {classes} outputs"
+                )
+            shared = spec.targets is None and graph.unsliced.was_cut
+            if shared and len(graph.readouts) > 1 and shape[axis] != classes:
+                raise GraphError(
+                    f"output {name!r} of the model is {shape}, but the one target of the stream "
+                    f"has {classes} classes: outputs that are not learned are left out by naming "
+                    "the losses of the others, loss={'NAME': 'cross-entropy'}; outputs: "
+                    f"{', '.join(map(repr, graph.readouts))}"
+                )
+            rows = (*shape[:axis], *shape[axis + 1 :])
+            if rows != target.shape:
+                raise GraphError(
+                    f"readout {name!r} predicts {shape}, that is classes of {rows}, but the "
+                    f"targets are {target.shape}; predict one row of classes for every target"
+                )
+        elif isinstance(block.loss, CrossEntropy) and shape != target.shape:
+            raise GraphError(
+                f"readout {name!r} has the loss cross-entropy, but the stream's targets "
+                f"{target.shape} are no classes; say how many classes there are, or use mse"
+            )

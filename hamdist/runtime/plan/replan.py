@@ -1,0 +1,30 @@
+"""A plan whose delays follow from links that are measured once the actors are there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from hamdist.config import Settings
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.partition.apply_settings import delayed
+from hamdist.dynamics.updates.constants import Course
+from hamdist.runtime.plan.plan import Plan, make_plan
+
+
+def replannable(plan: Plan, graph: Graph, settings: Settings, phi: Course | None) -> Plan:
+    """`plan`, which `make_plan` has made of `graph` and `settings`, with a way to another one with
+    delays.
+
+    Signals then go alone, unless `engine.bundle` is a number: links.py.
+    """
+    engine = settings.engine
+    if engine.bundle == "auto":
+        engine = engine.model_copy(update={"bundle": "off"})
+    own = settings.model_copy(update={"engine": engine})
+
+    def replan(delays: Mapping[str, int]) -> Plan:
+        made = make_plan(delayed(graph, delays), own, plan.spec, phi=phi)
+        return dataclasses.replace(made, run=plan.run, keeping=plan.keeping)
+
+    return dataclasses.replace(plan, replan=replan)

@@ -1,0 +1,1 @@
+"""This process: threads, memory, switches of torch, interrupts, temporary folders."""

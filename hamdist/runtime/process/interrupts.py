@@ -1,0 +1,144 @@
+"""How a run is called off: by Ctrl-C, by SIGTERM, or by its `on_progress`.
+
+Python calls signal handlers in the main thread alone: outside of it signals are left as they are.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+
+from hamdist.errors import Stop
+from hamdist.runtime.results.result import Outcome, Progress
+
+Handler = Callable[[int, FrameType | None], object]
+OnProgress = Callable[[Progress], object]
+
+
+@contextmanager
+def handled(handler: Handler | signal.Handlers, *numbers: int) -> Iterator[None]:
+    """Set the handler of signals, and set those of before again at the end.
+
+    Args:
+        handler: as `signal.signal` takes it.
+        numbers: the signals; SIGINT and SIGTERM where none is given.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, handler) for n in numbers or (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            # (None: a handler that was not set from Python, which cannot be set again from here)
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+def deaf_to_interrupts() -> AbstractContextManager[None]:
+    """Ignore Ctrl-C and SIGTERM inside: what cleans up is not to be left half-way."""
+    return handled(signal.SIG_IGN)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def terminated_as_interrupted() -> AbstractContextManager[None]:
+    """Raise KeyboardInterrupt on SIGTERM inside, so that what has started ends in order."""
+    return handled(_interrupt, signal.SIGTERM)
+
+
+@contextmanager
+def handlers_of_ours() -> Iterator[None]:
+    """Set the handlers of SIGINT and SIGTERM again at the end, whoever changed them inside.
+
+    Ray sets its own while it starts, in Python (it ends the process by SystemExit) and in C++.
+
+    Raises:
+        KeyboardInterrupt: Ray's handler of SIGTERM has raised SystemExit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as exit_:
+        raise KeyboardInterrupt from exit_
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+class Ending:
+    """Ends a run early when it is asked to: at the first Ctrl-C or SIGTERM, or by `on_progress`.
+
+    As a context it handles the signals: the first one ends the stream, and what is under way is
+    finished; the second one raises KeyboardInterrupt.
+
+    Args:
+        stop: ends the stream; called once, from a signal handler or from `report`.
+        on_progress: the user's. It ends the run by returning `Stop` or by raising it. What else it
+            raises ends the run, too, and is kept for the caller to raise (`error`).
+
+    Attributes:
+        interrupted: a signal came.
+        stopped: `on_progress` asked for the end.
+        error: what `on_progress` has raised.
+    """
+
+    def __init__(self, stop: Callable[[], None], on_progress: OnProgress | None) -> None:
+        self._stop = stop
+        self._on_progress = on_progress
+        self.interrupted = False
+        self.stopped = False
+        self.error: Exception | None = None
+        self._signals = handled(self._handle)
+
+    @property
+    def reports(self) -> bool:
+        """Whether anybody wants to know of progress."""
+        return self._on_progress is not None and self.error is None
+
+    def report(self, progress: Progress) -> None:
+        """Call `on_progress`, and end the run if that asks for it."""
+        if self._on_progress is None or self.error is not None:
+            return
+        try:
+            answer = self._on_progress(progress)
+        except Stop as answer_:
+            answer = answer_
+        except KeyboardInterrupt:
+            self._handle(signal.SIGINT, None)
+            return
+        except Exception as error:  # noqa: BLE001 (`train` raises it, with the result so far)
+            self.error = error
+            self._stop()
+            return
+        if (answer is Stop or isinstance(answer, Stop)) and not self.stopped:
+            self.stopped = True
+            self._stop()
+
+    def note(self, outcome: Outcome) -> Outcome:
+        """Write into `outcome` how the run ended."""
+        outcome.interrupted = self.interrupted
+        outcome.stopped, outcome.error = self.stopped, self.error
+        return outcome
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self._stop()
+
+    def __enter__(self) -> Ending:
+        self._signals.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._signals.__exit__(None, None, None)

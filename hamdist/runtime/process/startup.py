@@ -1,0 +1,74 @@
+"""What the start of a run takes, phase by phase: what a user waits for before the first tick.
+
+plan: the graph is cut and checked. measure: a few steps of every block, for the placement.
+ray: Ray is imported and started, or found. actors: their processes start and import torch.
+links: the links between them are measured, for delays that hide them.
+blocks: every process builds its blocks. sockets: the processes are joined.
+The command adds what comes before: imports (from the start of its process), data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from hamdist.runtime.results.result import Progress
+
+TITLES = {
+    "imports": "imports",
+    "data": "data and model",
+    "plan": "plan",
+    "measure": "measuring blocks",
+    "ray": "Ray",
+    "actors": "actors",
+    "links": "measuring links",
+    "blocks": "blocks",
+    "sockets": "sockets",
+}
+
+
+class Startup:
+    """seconds: by phase, in the order in which they began. told: the name of every phase that
+    begins."""
+
+    def __init__(self, told: Callable[[str], None] | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._told = told
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside, time counts for phase `name`, which may come more than once."""
+        if self._told is not None:
+            self._told(name)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Phases that somebody else has timed."""
+        for name, spent in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+
+def phases_to(
+    on_progress: Callable[[Progress], object] | None, steps: int | None
+) -> Callable[[str], None] | None:
+    """What tells `on_progress` of every phase."""
+    if on_progress is None:
+        return None
+
+    def begin(name: str) -> None:
+        on_progress(Progress(0.0, 0, steps, [], [], phase=name))
+
+    return begin
+
+
+def startup_line(total_seconds: float, seconds: Mapping[str, float]) -> str:
+    """'8.3 s: Ray 4.0, actors 2.9, plan 1.0': the longest first, without what is over at once."""
+    total = f"{total_seconds:.1f} s"
+    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    said = [f"{TITLES.get(name, name)} {spent:.1f}" for name, spent in longest if spent >= 0.05]
+    return f"{total}: {', '.join(said)}" if said else total

@@ -1,0 +1,1 @@
+"""The Ray engine: session, worker actors, their supervision and replacement."""

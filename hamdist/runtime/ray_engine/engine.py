@@ -1,0 +1,281 @@
+"""The Ray engine: one run from its start to its outcome.
+
+Everything here runs in the driver, which is never on the way of a signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from contextlib import ExitStack
+
+from hamdist.dynamics.objective.prequential import Window
+from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
+from hamdist.runtime.advice.advice import lending_notes, placement_notes, unmeasured_notes
+from hamdist.runtime.placement.assign_blocks import Costs, place
+from hamdist.runtime.placement.step_costs import (
+    Unmeasured,
+    measured_costs,
+    unmeasured_costs,
+    wants_costs,
+)
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.process.interrupts import Ending, OnProgress
+from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
+from hamdist.runtime.process.startup import Startup, phases_to
+from hamdist.runtime.process.threads import cores
+from hamdist.runtime.ray_engine.auth_token import token_notes
+from hamdist.runtime.ray_engine.session import HEAD_SECONDS, HeadWatch, answers, ray_session
+from hamdist.runtime.ray_engine.supervision import CrewKeeping
+from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
+from hamdist.runtime.ray_engine.worker_group import END_SECONDS, Crew
+from hamdist.runtime.results.digests import joined
+from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
+from hamdist.runtime.signals.edge_codecs import CompressionMap
+from hamdist.streams.sample import Stream
+
+POLL_SECONDS = 0.25
+
+
+class RayEngine:
+    """Each block in an actor, neighbours together where there are fewer actors than blocks."""
+
+    def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
+        startup = Startup(phases_to(on_progress, plan.steps))
+        place(plan.graph, plan.engine, cores())  # refuses what cannot be placed before Ray starts
+        notes: list[str] = []
+        costs = unmeasured_costs(plan)
+        measured: Costs | None = None
+        places = wants_costs(plan)
+        if places or plan.replan is not None:
+            with startup.phase("measure"):
+                try:
+                    measured = measured_costs(plan, portable=stream.portable)
+                    costs = measured if places else costs
+                except Unmeasured as reason:
+                    notes += unmeasured_notes(str(reason), places, plan.replan is not None)
+        with ExitStack() as stack:
+            with startup.phase("ray"):
+                session = stack.enter_context(ray_session(plan.engine))
+            crew = stack.enter_context(Crew(plan, stream, session))
+            auto = plan.replan is not None
+            plan = crew.wire(startup, costs, measured)
+            notes += crew.notes
+            notes += placement_notes(plan, crew.placement, costs)
+            notes += crew.crowded() if plan.engine.address is not None else []
+            notes += token_notes(plan.engine)
+            outcome = _Watch(plan, crew, on_progress).to_the_end()
+            refusals = [refusal for report in crew.reports() for refusal in report.refusals]
+            notes += lending_notes(plan.engine, crew.lent, refusals)
+            outcome.startup = startup.seconds
+            if auto:
+                outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
+            outcome.warnings[:0] = notes
+            return outcome
+
+
+class _Watch:
+    """Follows a crew from its start to its end."""
+
+    def __init__(self, plan: Plan, crew: Crew, on_progress: OnProgress | None) -> None:
+        self._plan = plan
+        self._crew = crew
+        self._stop = threading.Event()
+        self._ending = Ending(self._stop.set, on_progress)
+        self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
+        self._warnings: list[str] = []
+        self._note: str | None = None
+        self._samples = plan.resumed
+        self._windows: list[Window] = []
+        self._head = HeadWatch()
+        self._keeping = None if plan.keeping is None else CrewKeeping(plan, crew, plan.keeping)
+        self.started = time.perf_counter()
+
+    def to_the_end(self) -> Outcome:
+        """The crew runs until its stream ends, until the user stops it, or until the first error,
+        which is raised."""
+        reset_peak()
+        self._crew.start()
+        with self._ending:
+            try:
+                self._follow(self._stop)
+            except KeyboardInterrupt:  # the second Ctrl-C: end at once, whatever state it is in
+                self._ending.interrupted = True
+                with contextlib.suppress(HamdistError):
+                    self._crew.call_off()
+            except DivergedError as error:
+                first = self._first(error)
+                first.outcome = self._outcome()
+                raise first from None
+        self._report_progress()
+        return self._outcome()
+
+    def _first(self, error: DivergedError) -> DivergedError:
+        """Calls the run off. The failure that came first, where several blocks have diverged: by
+        tick, then in the graph's order."""
+        with contextlib.suppress(HamdistError):
+            self._crew.call_off()
+        order = list(self._plan.graph.blocks)
+        errors = [r.error for r in self._crew.reports() if isinstance(r.error, DivergedError)]
+        return min([error, *errors], key=lambda e: (e.tick, order.index(e.block)))
+
+    def _follow(self, stop: threading.Event) -> None:
+        end_by: float | None = None
+        keeping = self._keeping
+        while not self._crew.done:
+            self._crew.wait(POLL_SECONDS)
+            now = time.monotonic()
+            # (a snapshot first)
+            if stop.is_set() and end_by is None and (keeping is None or keeping.last(now)):
+                end_by = now + END_SECONDS
+                self._crew.stop_stream()
+            if end_by is not None and (now > end_by or self._lost_while_ending()):
+                self._crew.call_off()
+                return
+            self._look()
+            if end_by is None and self._head_is_lost(now):
+                stop.set()  # the actors are there: what they have learned is fetched
+                continue
+            if keeping is not None and keeping.lost and not self._head_answers():
+                continue  # nothing can be replaced before it does
+            if keeping is not None and end_by is None and not self._mended(stop):
+                self._crew.call_off()
+                return
+            self._report_progress()
+
+    def _head_answers(self) -> bool:
+        address = self._plan.engine.address
+        return address is None or answers(address)
+
+    def _head_is_lost(self, now: float) -> bool:
+        """Whether the head of a joined cluster is gone for good: nothing can be replaced then, and
+        Ray would end this process after a minute. The run ends with an error that says so."""
+        address = self._plan.engine.address
+        if address is None or self._ending.error is not None:
+            return False
+        if self._head.lost(address, now):
+            kept = self._plan.keeping
+            self._ending.error = ClusterError(
+                f"the head of the Ray cluster at {address} has not answered for "
+                f"{HEAD_SECONDS:.0f} s; start it again, and go on "
+                + (
+                    "from the beginning: no snapshots were taken (snapshots.path)"
+                    if kept is None
+                    else f"from the latest snapshot: --resume {kept.path}"
+                )
+            )
+        return self._ending.error is not None
+
+    def _lost_while_ending(self) -> bool:
+        """A new process would begin behind what its neighbours wait for, and so ends nothing."""
+        lost = [] if self._keeping is None else self._keeping.lost
+        self._warnings += [f"{one} while the run was ending" for one in lost]
+        return bool(lost)
+
+    def _mended(self, stop: threading.Event) -> bool:
+        """Takes snapshots and replaces what was lost. False where that fails in a run that is to
+        end anyway; otherwise it raises what cannot be healed."""
+        try:
+            if self._keeping is not None:
+                self._keeping.look(time.monotonic())
+        except (ClusterError, SnapshotError) as error:
+            if not stop.is_set():
+                raise
+            self._warnings.append(f"{error} (while the run was ending)")
+            return False
+        return True
+
+    def _look(self) -> None:
+        """Asks how far everybody is, and lets the watchdog judge. Raises StallError."""
+        now = time.monotonic()
+        actors = self._crew.actors
+        self._crew.ask(now, POLL_SECONDS)
+        ticks = {b: k for a in actors if a.status for b, k in a.status.ticks.items()}
+        finished = {a.name: a.report is not None for a in actors}
+        still, speak = self._watchdog.look({**ticks, **finished}, now)
+        over = self._watchdog.over(still)
+        if speak or over:
+            waits = [a.status.wait for a in actors if a.status and a.status.wait]
+            silent = [str(actor) for actor in self._crew.silent(now)]
+            text = explain(waits, ticks, silent, still)
+            if over:
+                raise StallError(text + ("" if self._keeping is None else self._keeping.way_on))
+            self._warnings.append(text)
+            self._note = text
+        elif still == 0:
+            self._note = None
+
+    def _report_progress(self) -> None:
+        if not self._ending.reports:
+            return
+        blocks = []
+        for actor in self._crew.actors:
+            for block in actor.blocks:
+                status = actor.status
+                wait = status.wait if status is not None else None
+                blocks.append(
+                    BlockProgress(
+                        block=block,
+                        tick=status.ticks.get(block, 0) if status is not None else 0,
+                        updates=status.updates.get(block, 0) if status is not None else 0,
+                        waiting=wait.what if wait is not None and wait.waiter == block else None,
+                    )
+                )
+        # An actor that is replaced begins behind where it was: what was reached stays reached.
+        self._samples = max(self._samples, self._crew.samples())
+        windows = next((a.windows for a in self._crew.actors if a.every is not None), [])
+        if windows and (not self._windows or windows[-1].last >= self._windows[-1].last):
+            self._windows = windows
+        self._ending.report(
+            Progress(
+                seconds=time.perf_counter() - self.started,
+                samples=self._samples,
+                steps=self._plan.steps,
+                resumed=self._plan.resumed,
+                windows=self._windows,
+                blocks=blocks,
+                note=self._note,
+                replaced=() if self._keeping is None else tuple(self._keeping.replaced),
+            )
+        )
+
+    def _outcome(self) -> Outcome:
+        actors = self._crew.actors
+        reports = self._crew.reports()
+        sent: dict[str, int] = {}
+        compression: CompressionMap = {}
+        for report in reports:
+            for edge, number in report.payload_bytes.items():
+                sent[edge] = sent.get(edge, 0) + number
+            for edge, done in report.compression.items():
+                compression.setdefault(edge, {}).update(done)
+        windows: dict[str, list[Window]] = {}
+        for actor in actors:
+            if actor.report is not None:
+                windows |= actor.report.windows
+            elif actor.every is not None:
+                windows |= dict.fromkeys(self._plan.graph.readouts[:1], actor.windows)
+        memory = {a.name: a.report.peak_memory for a in actors if a.report is not None}
+        outcome = Outcome(
+            blocks={name: state for r in reports for name, state in r.blocks.items()},
+            windows=windows,
+            samples=max([self._crew.samples(), *(r.samples for r in reports)]),
+            ticks=max((r.ticks for r in reports), default=0),
+            seconds=max((r.seconds for r in reports), default=time.perf_counter() - self.started),
+            startup={},
+            bytes_per_edge=sent,
+            compression=compression,
+            peak_memory={"driver": peak_bytes(), **memory},
+            own_memory={a.name: a.report.own_memory for a in actors if a.report is not None},
+            smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
+            stream=next((r.stream for r in reports if r.stream), {}),
+            placement=self._crew.placement,
+            time_use={a.name: a.report.time_use for a in actors if a.report is not None},
+            digests=joined(report.digests for report in reports),
+            records={name: rs for r in reports for name, rs in r.records.items()},
+            snapshots=[] if self._keeping is None else self._keeping.snapshots,
+            replaced=[] if self._keeping is None else self._keeping.replaced,
+            warnings=self._warnings + ([] if self._keeping is None else self._keeping.warnings),
+        )
+        return self._ending.note(outcome)

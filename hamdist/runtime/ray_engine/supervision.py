@@ -1,0 +1,226 @@
+"""Snapshots and replacements of a crew: when, and what follows from them.
+
+Everything here runs in the driver, between two looks at the actors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from math import inf
+
+from hamdist.errors import BlockError, ClusterError, HamdistError, SnapshotError
+from hamdist.runtime.plan.plan import Keeping, Plan
+from hamdist.runtime.ray_engine.replacement import Loss, Recovery
+from hamdist.runtime.ray_engine.worker_group import Actor, Crew
+from hamdist.runtime.results.result import Replaced
+from hamdist.runtime.snapshots.catalogue import Failures, Shelf
+
+AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
+PATIENCE_SECONDS = 20.0  # for all files of one
+LAST_SECONDS = 10.0  # for the one before the end
+
+
+class CrewKeeping:
+    """warnings: what went wrong on the way."""
+
+    def __init__(self, plan: Plan, crew: Crew, keeping: Keeping) -> None:
+        self._crew = crew
+        self._keeping = keeping
+        self._blocks = plan.graph.blocks
+        self._python_state = sorted(plan.graph.state)
+        self._shelf = Shelf(plan, crew.arithmetic)
+        self._recovery = Recovery(crew, keeping, self._shelf) if keeping.recover else None
+        self._losses: list[Loss] = []
+        self._seconds = keeping.seconds or inf
+        self._end = plan.last_tick
+        self._due: float | None = None
+        self._asked: tuple[int, float] | None = None  # the tick of the latest, and when
+        self._pace: tuple[float, int] | None = None  # when, and where the first block was
+        self._rate = 0.0
+        self._last: int | None = None  # the tick of the one before the end
+        self._last_by: float | None = None
+        self._failures = Failures()
+        self._tries_failed = False
+        self._forgotten = False  # some actor has let signals go that a successor would need
+        self._warnings: list[str] = []
+        crew.mourn = self._mourn
+
+    @property
+    def warnings(self) -> list[str]:
+        return [*self._warnings, *self._failures.texts()]
+
+    @property
+    def snapshots(self) -> list[str]:
+        self._collect()
+        return self._shelf.snapshots
+
+    @property
+    def way_on(self) -> str:
+        """What a run that stands still can be gone on from."""
+        latest = self._shelf.latest
+        if latest is None:
+            return "; no snapshot was complete yet: the run has to begin again"
+        return f"; the run can go on from its latest snapshot: --resume {latest.where}"
+
+    @property
+    def replaced(self) -> list[Replaced]:
+        return [] if self._recovery is None else self._recovery.replaced
+
+    @property
+    def lost(self) -> list[str]:
+        """What was lost and has not been replaced."""
+        return [str(loss.error) for loss in self._losses]
+
+    # -- losses ---------------------------------------------------------------------------------
+
+    def _mourn(self, actor: Actor, error: HamdistError | None, loss: HamdistError) -> bool:
+        recovery = self._recovery
+        if recovery is None or self._forgotten or (error is not None and not recovery.heals(error)):
+            return False
+        tick = error.tick if isinstance(error, BlockError) else actor.tick
+        self._losses.append(Loss(actor, tick, loss))
+        return True
+
+    def look(self, now: float) -> None:
+        """Replaces what was lost, and asks for snapshots. Raises what cannot be healed."""
+        self._collect()
+        self._look_for_forgotten()
+        if self._asked is not None and self._crew.too_late():
+            self._asked = self._last = None
+            self._due = now  # again, further ahead
+        self._give_up_the_silent(now)
+        if self._losses and self._recovery is not None:
+            losses, self._losses = self._losses, []
+            before = len(self._recovery.replaced)
+            self._recovery.replace(losses)
+            # (they have not all heard of it, and have their time again)
+            self._asked = self._last = self._last_by = self._pace = None
+            unlike, self._recovery.unlike = self._recovery.unlike, []
+            same = "" if unlike else "; no number has changed"
+            if self._python_state:
+                same = (
+                    f"; Python state of a forward ({', '.join(self._python_state)}) began anew: "
+                    "the numbers are not those of an undisturbed run"
+                )
+            self._warnings += unlike
+            new = self._recovery.replaced[before:]
+            self._warnings += dict.fromkeys(r.fault for r in new if r.fault)
+            self._warnings += [
+                f"{r.actor} (blocks {', '.join(r.blocks)}) was lost at tick {r.tick}, and replaced "
+                f"within {r.seconds:.1f} s from tick {r.since}{same}"
+                for r in new
+                if r.lost
+            ]
+        self._ask_in_time(now)
+
+    def _look_for_forgotten(self) -> None:
+        """Says so where an actor keeps no signals any more, or ends the run: as the setting says.
+
+        Raises:
+            SnapshotError: `snapshots.full` is 'end'.
+        """
+        those = [actor.name for actor in self._crew.actors if actor.forgot]
+        those += ["the driver, where the stream is drawn,"] if self._crew.local_forgot else []
+        before, self._forgotten = self._forgotten, bool(those)
+        if before or not those:
+            return
+        reason = next(iter(self._failures.texts()), "no snapshot was complete in time")
+        text = (
+            f"{those[0]} would keep more than snapshots.memory ({self._keeping.memory >> 20} "
+            f"MiB) of signals: {reason}"
+        )
+        if self._keeping.ends_full:
+            raise SnapshotError(f"{text} (snapshots.full 'end')")
+        text += "; until a snapshot is written nothing that is lost can be replaced"
+        warnings.warn(text, stacklevel=2)
+        self._warnings.append(text)
+
+    def _give_up_the_silent(self, now: float) -> None:
+        if self._recovery is None:
+            return
+        known = {id(loss.actor) for loss in self._losses}
+        for actor in self._crew.silent(now, self._keeping.silence):
+            if actor.report is None and id(actor) not in known:
+                error = ClusterError(f"{actor} has not answered for {self._keeping.silence:g} s")
+                self._losses.append(Loss(actor, actor.tick, error))
+
+    # -- snapshots ------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        for kept in self._crew.kept():
+            if kept.failure is not None:
+                self._failures.add(kept.failure)
+                self._tries_failed = True
+            for taken in kept.taken:
+                try:
+                    complete = self._shelf.put(taken)
+                except SnapshotError as error:
+                    self._failures.add(str(error))
+                    self._tries_failed = True
+                    continue
+                if complete is not None:
+                    self._crew.complete(complete.tick)
+                    self._asked_for_is_there(complete.tick)
+
+    def _asked_for_is_there(self, tick: int) -> None:
+        """The snapshot of `tick` is complete: what was kept for it is let go, and another may be
+        asked for."""
+        if self._asked is not None and tick >= self._asked[0]:
+            self._asked = None
+        for actor in self._crew.actors:
+            actor.kept_bytes = 0  # (the next look tells how many are left)
+
+    def _ask_in_time(self, now: float) -> None:
+        front = self._front()
+        if self._pace is not None and now > self._pace[0]:
+            self._rate = max(0.0, (front - self._pace[1]) / (now - self._pace[0]))
+        self._pace = (now, front)
+        if self._due is None:
+            self._due = now + self._seconds
+        full = self._recovery is not None and self._full()
+        if (now < self._due and not full) or front >= self._end:
+            return
+        if self._asked is not None and now - self._asked[1] < PATIENCE_SECONDS:
+            return
+        self._due = now + self._seconds
+        self._ask(now, front)
+
+    def _full(self) -> bool:
+        """Whether somebody keeps so many signals that a snapshot is due: half of what may be kept,
+        for it takes a while."""
+        return any(2 * actor.kept_bytes > self._keeping.memory for actor in self._crew.actors)
+
+    def _front(self) -> int:
+        ticks = [k for a in self._crew.actors if a.status for k in a.status.ticks.values()]
+        return max(ticks, default=0)
+
+    def _ask(self, now: float, front: int) -> int:
+        ahead = front + 1 + int(AHEAD_SECONDS * self._rate) + 2 * len(self._blocks)
+        tick = int(min(ahead, self._end))
+        if self._tries_failed:
+            self._tries_failed = False
+            self._shelf.forget_tries(tick)
+        self._asked = (tick, now)
+        self._crew.keep(tick)
+        return tick
+
+    def last(self, now: float) -> bool:
+        """Before the end: asks for a snapshot, and again after a loss. Whether it is there, or will
+        not be, which is then among the warnings."""
+        if self._last is None and not self._losses:
+            self._last = self._ask(now, self._front())
+            self._last_by = self._last_by or now + LAST_SECONDS
+        latest = self._shelf.latest
+        if self._last is None:
+            return False  # what was lost is replaced first
+        if latest is not None and latest.tick >= self._last:
+            return True
+        if self._last_by is None or now <= self._last_by:
+            return False
+        there = (
+            "there is none" if latest is None else f"the latest one is that of tick {latest.tick}"
+        )
+        self._warnings.append(
+            f"no snapshot could be taken before the end within {LAST_SECONDS:.0f} s: {there}"
+        )
+        return True

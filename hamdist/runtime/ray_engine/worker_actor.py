@@ -1,0 +1,225 @@
+"""The Ray actor: a `Host` in a process of its own. It adds no mathematics.
+
+Every method runs in the actor's process; `status`, `stop_stream` and `abort` in another thread
+while `run` runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hamdist.runtime.engines.worker import Host, HostReport, HostStatus, Opened
+from hamdist.runtime.placement.assign_hosts import Seat
+from hamdist.runtime.placement.links import Link, Probe
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
+from hamdist.runtime.process.leftovers import sweep
+from hamdist.runtime.process.switches import Switches, set_switches
+from hamdist.runtime.transport.gpu_ring import Refusal
+from hamdist.streams.sample import Stream
+
+if TYPE_CHECKING:
+    from hamdist.runtime.transport.encryption import Keys
+
+THREADS_OF_AN_ACTOR = 8
+ANSWER_SECONDS = 5.0
+
+
+class HostActor:
+    """Where it runs is known before it gets its blocks: only then can channels choose their way.
+
+    path: the driver's sys.path, so that the modules of users' blocks are found here as well.
+    """
+
+    def __init__(self, path: Sequence[str]) -> None:
+        self._host: Host | None = None
+        self._probe: Probe | None = None
+        self._keys: Keys | None = None
+        # What the imports have made stays: without it the collection with which every run begins
+        # takes milliseconds instead of a tenth of a second and more.
+        gc.freeze()
+        sweep()
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+
+    def where(self) -> tuple[str, str, int]:
+        """Ray's id of the host, its address, and the process id."""
+        node = ray.get_runtime_context().get_node_id()
+        return node, ray.util.get_node_ip_address(), os.getpid()
+
+    def new_key(self) -> str:
+        """Makes this process's keys for the next run; returns the public one."""
+        from hamdist.runtime.transport.encryption import new_keys
+
+        self._keys = new_keys()
+        return self._keys.public
+
+    def probe(self, run: int, link_delay: float, binds: Mapping[int, str]) -> dict[int, str]:
+        """Opens the receiving ends of links to measure, given by channel, each in its way; returns
+        their addresses."""
+        self._probe = Probe(run, link_delay, self._keys)
+        return self._probe.open(binds)
+
+    def join_probe(self, addresses: Mapping[int, str]) -> None:
+        """Opens the sending ends of the links that this actor has the other end of."""
+        self._probed().join(addresses)
+
+    def answer_probe(self, number: int) -> None:
+        self._probed().answer(number)
+
+    def measure_link(self, number: int) -> Link:
+        return self._probed().measure(number)
+
+    def end_probe(self) -> None:
+        self._probed().close()
+        self._probe = None
+
+    def _probed(self) -> Probe:
+        if self._probe is None:
+            raise RuntimeError("probe() comes first")
+        return self._probe
+
+    def compute_as(
+        self, switches: Switches, threads: int, native: bool
+    ) -> tuple[Arithmetic, list[str]]:
+        """Sets torch's switches to the driver's, before any block is there.
+
+        Returns:
+            The fingerprint of this process then, and the switches that could not be set.
+        """
+        refused = set_switches(switches)
+        return arithmetic(threads, native=native), refused
+
+    def prepare(
+        self,
+        plan: Plan,
+        blocks: Sequence[str],
+        stream: Stream | None,
+        binds: Mapping[int, str],
+    ) -> Opened:
+        """Builds the blocks and opens the receiving ends; returns where they are."""
+        self._host = Host(plan, blocks, stream, self._keys)
+        return self._host.bind(binds)
+
+    def connect(self, ends: Opened) -> int:
+        return self._prepared().connect(ends)
+
+    def answer_offers(self) -> None:
+        self._prepared().answer_offers()
+
+    def hear_answers(self) -> tuple[int, list[Refusal]]:
+        return self._prepared().hear_answers()
+
+    def bind_anew(self, ways: Mapping[int, str]) -> Opened:
+        return self._prepared().bind_anew(ways)
+
+    def connect_anew(self, ends: Opened) -> int:
+        return self._prepared().connect_anew(ends)
+
+    def keep(self, run: int, tick: int) -> bool:
+        host = self._of(run)
+        return host is None or host.keep(tick)
+
+    def complete(self, run: int, tick: int) -> None:
+        host = self._of(run)
+        if host is not None:  # (a run that has ended needs no signal again)
+            host.complete(tick)
+
+    def allow(self, key: str) -> None:
+        self._prepared().allow(key)
+
+    def withdraw(self, run: int, key: str) -> None:
+        host = self._of(run)
+        if host is not None:
+            host.withdraw(key)
+
+    def run(self, index: int, actors: int) -> HostReport:
+        """index: of this actor among the `actors` of its host."""
+        return self._prepared().run(index, actors)
+
+    def status(self, seen: int, every: int | None) -> HostStatus:
+        return self._prepared().status(seen, every)
+
+    def stop_stream(self, run: int) -> None:
+        host = self._of(run)
+        if host is not None:
+            host.stop_stream()
+
+    def abort(self, run: int) -> None:
+        host = self._of(run)
+        if host is not None:
+            host.abort()
+
+    def close(self) -> None:
+        """Ends the run, as far as it has come; the actor can take another."""
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+
+    def _of(self, run: int) -> Host | None:
+        """The host of a run; None where the actor has gone on to another. The driver does not wait
+        for all its calls: on a busy machine one may come when the next run has begun."""
+        host = self._host
+        return host if host is not None and host.number == run else None
+
+    def _prepared(self) -> Host:
+        if self._host is None:
+            raise RuntimeError("prepare() comes first")
+        return self._host
+
+
+def is_alive(actor: Any) -> bool:
+    """Whether an idle actor still answers."""
+    try:
+        ray.get(actor.where.remote(), timeout=ANSWER_SECONDS)
+    except (RayError, GetTimeoutError):
+        return False
+    return True
+
+
+def start_actor(seat: Seat) -> Any:
+    """A new actor in Ray, restarted by nobody: what it knows is lost with it. Ray keeps no events
+    of its calls: with them its head grew by 100 MiB in an hour of being asked how far it is."""
+    options = {
+        **_reserved(seat),
+        "num_gpus": seat.gpus,
+        "max_concurrency": THREADS_OF_AN_ACTOR,
+        "max_restarts": 0,
+        "enable_task_events": False,
+    }
+    if seat.environment:
+        options["runtime_env"] = {"env_vars": dict(seat.environment)}
+    return ray.remote(HostActor).options(**options).remote(sys.path)
+
+
+def _reserved(seat: Seat) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_cpus": seat.cpus, "resources": dict(seat.resources)}
+    if seat.node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(seat.node, soft=False)
+    return options
+
+
+def timed_on(node: str) -> Any:
+    """The seconds that a host takes for a fixed piece of arithmetic, as a reference."""
+    return ray.remote(_seconds).options(**_reserved(Seat(node=node))).remote()
+
+
+def _seconds() -> float:
+    """The least of a few times: others may be busy there."""
+    torch.set_num_threads(1)
+    a = torch.ones(256, 256)
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - begin)
+    return min(times)

@@ -1,0 +1,164 @@
+"""Running digests of the signals of every edge, and digests of weights: where do two runs part?
+
+A signal is hashed twice, by its sender when it is posted and by its receiver when it is taken, each
+time on top of the digest of all signals before it on that channel. Two runs of the same settings
+have equal digests up to the signal at which they part; where what was taken is not what was sent,
+the transport, or somebody who wrote to a payload, has changed it. Hashed is the signal as it
+travels (of compressed ones the code): its stamp, its flags, type, shape, and the CRC-32 of its
+bytes, which is five times as fast as a cryptographic hash of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, TypeAlias
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.state.remember import known
+from hamdist.runtime.signals.cast import to_host
+from hamdist.runtime.signals.signal import Channel, Signal
+
+MOST_MARKS = 512
+DIGEST_BYTES = 8
+_HEAD = struct.Struct("<qqqBB")
+
+
+@known("DigestTrack")
+@dataclass(slots=True)
+class DigestTrack:
+    """The digests of one way of signals, or of one block's weights, as hexadecimal text.
+
+    marks: (tick, digest) in order; of signals the tick is the sender's, and there is one mark for
+    every `every` signals: with 512 marks each second one is dropped, and `every` doubles. Of
+    weights there are marks after 1, 2, 4, 8, ... updates. count: signals, or updates, until `last`,
+    the latest digest.
+    """
+
+    count: int = 0
+    last: str = ""
+    every: int = 1
+    marks: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, signal: Signal) -> None:
+        """Hashes a signal on top of those before it."""
+        self.last = _on_top(self.last, signal)
+        self.count += 1
+        if self.count % self.every == 0:
+            self.marks.append((signal.stamp.tick, self.last))
+            if len(self.marks) == MOST_MARKS:
+                del self.marks[::2]
+                self.every *= 2
+
+
+DigestMap: TypeAlias = dict[str, DigestTrack]
+
+
+class Digests:
+    """Of one process. sent, taken: by channel ('state u->block0'); weights: by block."""
+
+    def __init__(self) -> None:
+        self.sent: DigestMap = {}
+        self.taken: DigestMap = {}
+        self.weights: DigestMap = {}
+
+    def post(self, channel: Channel, signal: Signal) -> None:
+        """Notes a signal on its way out."""
+        self.sent.setdefault(channel.key, DigestTrack()).add(signal)
+
+    def take(self, channel: Channel, signal: Signal) -> None:
+        """Notes a signal that has come, before it is decoded."""
+        self.taken.setdefault(channel.key, DigestTrack()).add(signal)
+
+    def after_step(self, node: Any, tick: int) -> None:
+        """Hashes the weights of a node's block where its number of updates has come to a power of
+        two. tick: of the step that the node has made."""
+        block = getattr(node, "block", None)
+        if block is None:  # the stream
+            return
+        track = self.weights.setdefault(node.name, DigestTrack())
+        updates = block.weights.updates
+        if updates >= max(1, 2 * track.count):
+            track.count, track.last = updates, weights_digest(node.state())
+            track.marks.append((tick, track.last))
+
+    def result(self, blocks: Mapping[str, Any]) -> dict[str, DigestMap]:
+        """All of them: 'sent', 'taken' and 'weights', the latter with the final ones. blocks: the
+        `BlockState`s that the process leaves."""
+        for name, state in blocks.items():
+            track = self.weights.setdefault(name, DigestTrack())
+            track.count, track.last = state.updates, weights_digest(state)
+        return {"sent": self.sent, "taken": self.taken, "weights": self.weights}
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def snapshot(self, name: str, out: Iterable[Channel], into: Iterable[Channel]) -> Any:
+        """What node `name` has to remember of its channels and its weights."""
+        return {
+            "sent": _of(self.sent, [c.key for c in out]),
+            "taken": _of(self.taken, [c.key for c in into]),
+            "weights": _of(self.weights, [name]),
+        }
+
+    def restore(self, state: Mapping[str, DigestMap]) -> None:
+        """Goes on from what one node has remembered."""
+        self.sent |= state["sent"]
+        self.taken |= state["taken"]
+        self.weights |= state["weights"]
+
+
+def joined(parts: Iterable[Mapping[str, DigestMap]]) -> dict[str, DigestMap]:
+    """What the processes of one run have left, in one."""
+    whole: dict[str, DigestMap] = {}
+    for part in parts:
+        for kind, tracks in part.items():
+            whole.setdefault(kind, {}).update(tracks)
+    return whole
+
+
+def weights_digest(state: Any) -> str:
+    """Of all weights and buffers of a block's `BlockState`."""
+    digest = blake2b(digest_size=DIGEST_BYTES)
+    for name, tensor in sorted({**state.theta, **state.buffers}.items()):
+        if isinstance(tensor, Tensor):  # (a module's extra state may be anything)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            _update(digest, tensor.contiguous())
+    return digest.hexdigest()
+
+
+def _of(tracks: DigestMap, keys: Sequence[str]) -> DigestMap:
+    return {key: tracks[key] for key in keys if key in tracks}
+
+
+def _on_top(last: str, signal: Signal) -> str:
+    payload = signal.payload
+    digest = blake2b(last.encode(), digest_size=DIGEST_BYTES)
+    digest.update(_HEAD.pack(*signal.stamp, signal.end, signal.sequence_end))
+    if payload is not None:
+        digest.update(_form(payload.dtype, payload.shape))
+        _update(digest, payload)
+    return digest.hexdigest()
+
+
+def _update(digest: blake2b, tensor: Tensor) -> None:
+    own = to_host(tensor.detach())
+    if own.nbytes:
+        data = _bytes(own.nbytes).from_address(own.data_ptr())
+        digest.update(crc32(data).to_bytes(4, "little"))
+
+
+@lru_cache(maxsize=256)
+def _bytes(number: int) -> Any:
+    return ctypes.c_char * number
+
+
+@lru_cache(maxsize=256)
+def _form(dtype: torch.dtype, shape: torch.Size) -> bytes:
+    return f"{dtype} {tuple(shape)}".encode()

@@ -1,0 +1,237 @@
+"""What a run leaves behind, whichever engine ran it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter
+from torch import Tensor, nn
+
+from hamdist.config import Settings
+from hamdist.runtime.signals.codec import Compressed
+from hamdist.dynamics.blocks.energy import Records
+from hamdist.dynamics.objective.prequential import Window
+from hamdist.dynamics.vjp.autocast import Rounding
+from hamdist.runtime.results.digests import DigestMap
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class BlockState:
+    """Everything that a block owns at the end of a run (detached copies).
+
+    theta, omega: weights and weight costates by the parameter's name in the block's module.
+    average: the moving average of the weights by name, where there is one.
+    buffers: the module's buffers by name, and its extra state. h, z: state and costate, None where
+    a block has none.
+    rounding: what autocast did to what the block computes, where it is on.
+    updates: how often the weights moved. stored: the most tokens whose activations it kept at once
+    (presentation 'sequence').
+    """
+
+    theta: Mapping[str, Tensor]
+    omega: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    h: Tensor | None
+    z: Tensor | None
+    updates: int
+    stored: int = 0
+    rounding: Rounding | None = None
+    average: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.theta.items())
+        return f"BlockState(theta: {shapes or 'none'}; {self.updates} updates)"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockProgress:
+    """Where a block is, for the live display: its next tick, its updates, what it waits for."""
+
+    block: str
+    tick: int
+    updates: int
+    waiting: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One look at a running engine. `samples` counts items that entered the network, `resumed`
+    those of them that had entered before the snapshot that the run goes on from. phase: what a run
+    is busy with that has not started yet (startup.py); None from its first tick on. replaced:
+    actors that were lost so far."""
+
+    seconds: float
+    samples: int
+    steps: int | None
+    windows: Sequence[Window]
+    blocks: Sequence[BlockProgress]
+    note: str | None = None
+    phase: str | None = None
+    replaced: Sequence[Replaced] = field(default_factory=list)
+    resumed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """An actor that was lost and replaced. tick: of its blocks, as far as it was known. since: the
+    tick of the snapshot that it went on from. seconds: until it ran again. replayed: signals that
+    its neighbours had to send again (of actors that were lost together: with the first). fault:
+    of a later snapshot, for which all went back to this one (empty: none). lost: False for those
+    that were there, and only went back with the others."""
+
+    actor: str
+    blocks: list[str]
+    tick: int | None
+    since: int
+    seconds: float
+    replayed: int
+    fault: str = ""
+    lost: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLag:
+    """What the weights that a block reads of another one lack: the steps by so many of the samples
+    before the one that passes, and the ticks in which these came. 0: none, as in one block that
+    keeps one sample in the network at a time."""
+
+    samples: int
+    ticks: int
+
+
+Facts = TypeVar("Facts", bound="RunFacts")
+APART = {"apart": True}  # metadata of a field that JSON does not hold
+
+
+@dataclass(slots=True, kw_only=True)
+class RunFacts:
+    """What is known of a run, from the engine to the files: every layer adds its own fields.
+
+    samples: items that entered, resumed: those of them that had entered before the snapshot that
+    the run went on from. seconds: wall time from the first to the last tick, without that of those
+    items; startup_seconds: what came before, startup: the same by phase (startup.py).
+    bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
+    compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones, bytes
+    sent and saved, and how far the decoded signals were from the exact ones.
+    rounding: by block under autocast, how far what it computed was from float32.
+    peak_memory: peak resident bytes by process ('driver', 'actor 0', ...). own_memory: at the end,
+    without the code of libraries and Ray's object store (memory.py).
+    staleness: the most samples that lie between the activations a block's message was made with
+    and the weights or activations that it meets.
+    delays: ticks by edge between blocks; given as `partition.delays` they are used again.
+    weight_lags: by 'owner<->user', of weights that two blocks use, how old those are that the user
+    reads.
+    stream: what the stream counted (samples dropped, say), where it counts.
+    stored: the most tokens whose activations a block kept at once, at level 'bptt'.
+    interrupted: Ctrl-C or SIGTERM ended the run; stopped: its `on_progress` did.
+    snapshots: the complete ones that are left, the latest last. replaced: actors that were lost.
+    chosen: the settings that ran, of level 'auto', and why they are these.
+    placement: the blocks of each process; given as `engine.placement` it is used again.
+    time_use: by process, seconds of the whole run ('total'), in the steps of its blocks ('step'),
+    and over sockets in packing ('packing') and blocked ('waiting').
+    digests: with `engine.digests`, of the signals that were 'sent' and 'taken' by channel ('state
+    u->block0'), and of the 'weights' by block (digests.py); `hamdist diff` compares those of two.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        arbitrary_types_allowed=True, ser_json_inf_nan="constants"
+    )
+
+    samples: int
+    ticks: int
+    seconds: float
+    bytes_per_edge: dict[str, int]
+    peak_memory: dict[str, int]
+    startup_seconds: float = 0.0
+    staleness: int = 0
+    resumed: int = 0
+    smoothness: float | None = None
+    delays: dict[str, int] = field(default_factory=dict)
+    weight_lags: dict[str, WeightLag] = field(default_factory=dict)
+    stream: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, int] = field(default_factory=dict)
+    own_memory: dict[str, int] = field(default_factory=dict)
+    snapshots: list[str] = field(default_factory=list)
+    replaced: list[Replaced] = field(default_factory=list)
+    chosen: Settings | None = None
+    why: list[str] = field(default_factory=list)
+    interrupted: bool = False
+    stopped: bool = False
+    warnings: list[str] = field(default_factory=list)
+    startup: dict[str, float] = field(default_factory=dict)
+    placement: list[list[str]] = field(default_factory=list)
+    time_use: dict[str, dict[str, float]] = field(default_factory=dict)
+    compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)
+    rounding: dict[str, Rounding] = field(default_factory=dict)
+    digests: dict[str, DigestMap] = field(default_factory=dict, metadata=APART)
+
+    @property
+    def items(self) -> int:
+        """Items that entered since then, in `seconds`."""
+        return self.samples - self.resumed
+
+    def shared(self) -> dict[str, Any]:
+        """The fields that every layer has, by name."""
+        return {one.name: getattr(self, one.name) for one in fields(RunFacts)}
+
+    def as_json(self) -> dict[str, Any]:
+        """The facts as plain values, without tensors and modules. What is not finite stays so."""
+        apart = {one.name for one in fields(self) if one.metadata == APART}
+        values: dict[str, Any] = TypeAdapter(type(self)).dump_python(
+            self, mode="json", exclude=apart, warnings=False
+        )
+        return values
+
+    @classmethod
+    def from_json(cls: type[Facts], values: object) -> Facts:
+        """What `as_json` has made plain values of. Raises ValueError for what is none."""
+        return TypeAdapter(cls).validate_python(values)
+
+
+@dataclass(slots=True, kw_only=True, repr=False)
+class RunResult(RunFacts):
+    """A finished (or interrupted) run. Shown as one short text (a notebook shows what its last line
+    gives): what was learned, and what there is to warn of.
+
+    model: a plain module with the learned weights, or their averages where `learning.average` asks
+    for them; plain: then the same with the weights as they were in the end.
+    windows: prequential metrics in order, per readout.
+    records: the energies per tick by block, where `metrics.record` asked for them.
+    The rest is as in RunFacts.
+    """
+
+    model: nn.Module
+    blocks: dict[str, BlockState]
+    windows: dict[str, list[Window]]
+    records: dict[str, Records] = field(default_factory=dict)
+    plain: nn.Module | None = None
+
+    def __repr__(self) -> str:
+        told = [f"{self.samples:,} samples in {self.seconds:.3g} s"]
+        told += ["interrupted"] if self.interrupted else []
+        told += ["stopped by on_progress"] if self.stopped else []
+        for readout, windows in self.windows.items():
+            if windows:
+                told.append(f"{readout}: {_last(windows[-1])}")
+        told += [f"warning: {text}" for text in self.warnings]
+        return f"RunResult({'; '.join(told)})"
+
+
+def _last(window: Window) -> str:
+    right = "" if window.accuracy is None else f", {100 * window.accuracy:.1f} % right"
+    return f"loss {window.mean_loss:.4g}{right} over items {window.first} to {window.last}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome(RunFacts):
+    """blocks: final states by name (without those that were lost, after an interruption).
+    startup: seconds by phase, as far as the engine knows them. delays: those that were chosen,
+    where that was asked for. error: what `on_progress` has raised, which ended the run. The rest is
+    as in RunResult."""
+
+    blocks: dict[str, BlockState]
+    windows: dict[str, list[Window]]
+    records: dict[str, Records] = field(default_factory=dict)
+    error: Exception | None = None

@@ -1,0 +1,112 @@
+"""Which signals travel compressed, as `engine.compress` and `engine.feedback` say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from hamdist.config import Compress, EngineSettings, Feedback
+from hamdist.dynamics.graph.graph import Edge, Graph, ShapeMap
+from hamdist.dynamics.graph.patterns import check_patterns, fitting
+from hamdist.dynamics.schedule.schedule import Kind
+from hamdist.errors import SettingsError
+from hamdist.runtime.signals.codec import Codec, Compressed
+from hamdist.runtime.signals.signal import Channel, Channels
+
+# By edge, then by direction: 'h' forward, 'm' backward.
+CompressionMap = dict[str, dict[str, Compressed]]
+DIRECTIONS = {Kind.STATE: "h", Kind.MESSAGE: "m"}
+
+
+def compressed(
+    channels: Channels,
+    graph: Graph,
+    signals: ShapeMap,
+    engine: EngineSettings,
+    reversible: Collection[str] = (),
+    taken: Mapping[int, torch.dtype] | None = None,
+) -> Channels:
+    """`channels` with the codecs that the settings give to the edges.
+
+    signals: shape and type of what each block sends forward, with the stream's input as `u`. One
+    word for all means every edge between blocks: what comes from the stream is compressed where a
+    pattern fits its edge. Integers stay as they are, and so do targets.
+    taken: by edge, the type in which its child takes it and answers, where it is another one.
+    reversible: blocks whose child hands their state back, which has to be exact.
+
+    Raises SettingsError for an edge that does not exist, and for one behind a reversible block.
+    """
+    words = _words(graph, engine)
+    if not words:
+        return channels
+
+    def coded(channel: Channel, edge: Edge) -> Channel:
+        word = words.get(edge.name, Compress.NONE)
+        if word is Compress.NONE:
+            return channel
+        shape, dtype = signals[edge.parent]
+        if channel.kind is Kind.MESSAGE and taken is not None:
+            dtype = taken.get(edge.index, dtype)
+        codec = Codec(word, dtype, shape[1:], _feeds_back(engine.feedback, word, channel.kind))
+        return channel._replace(codec=codec) if codec.pays else channel
+
+    for edge in graph.edges:
+        if edge.parent in reversible and words.get(edge.name, Compress.NONE) is not Compress.NONE:
+            raise SettingsError(
+                f"engine.compress: the child of {edge.name} hands the state of block "
+                f"{edge.parent!r} back, which recomputes its input from it and needs it exact "
+                "(memory 'reversible'); set this edge to 'none', or use level 'backprop'"
+            )
+    named = {edge.index: edge for edge in graph.edges}
+    return channels._replace(
+        states={i: coded(c, named[i]) for i, c in channels.states.items()},
+        messages={i: coded(c, named[i]) for i, c in channels.messages.items()},
+    )
+
+
+def _words(graph: Graph, engine: EngineSettings) -> Mapping[str, Compress]:
+    """The codec of each edge that has one, by the edge's name."""
+    asked = engine.compress
+    if isinstance(asked, Compress):
+        if asked is Compress.NONE:
+            return {}
+        return {edge.name: asked for edge in graph.edges if not edge.from_input}
+    names = [edge.name for edge in graph.edges]
+    check_patterns("engine.compress", asked, names, "edge")
+    found = {name: fitting(name, asked) for name in names}
+    return {name: asked[pattern] for name, pattern in found.items() if pattern is not None}
+
+
+def _feeds_back(asked: Feedback, word: Compress, kind: Kind) -> bool:
+    if word is not Compress.INT8:
+        return False
+    wanted = {
+        Feedback.OFF: (),
+        Feedback.ON: (Kind.STATE, Kind.MESSAGE),
+        Feedback.STATES: (Kind.STATE,),
+        Feedback.MESSAGES: (Kind.MESSAGE,),
+    }
+    return kind in wanted[asked]
+
+
+def compression_warnings(channels: Channels, graph: Graph, engine: EngineSettings) -> list[str]:
+    """Says so where the settings ask for compression and nothing is compressed."""
+    words = set(_words(graph, engine).values()) if engine.compress is not Compress.NONE else set()
+    asked = engine.compress is not Compress.NONE and words != {Compress.NONE}
+    if not asked or any(channel.codec is not None for channel in channels.all()):
+        return []
+    only = "" if not all(e.from_input for e in graph.edges) else ": no edge joins two blocks"
+    return [
+        f"engine.compress compresses nothing{only}; integers, and rows too short for a scale, stay "
+        "as they are, and edges from the stream do unless a pattern names them (u->*)"
+    ]
+
+
+def in_edge_order(done: CompressionMap, graph: Graph) -> CompressionMap:
+    """`done` in the order of the graph's edges, forward before backward."""
+    return {
+        edge.name: {way: done[edge.name][way] for way in "hm" if way in done[edge.name]}
+        for edge in graph.edges
+        if edge.name in done
+    }

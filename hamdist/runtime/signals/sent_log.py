@@ -1,0 +1,154 @@
+"""What crossed the channels of a process, counted; and what its neighbours may need again.
+
+Signals of a channel are numbered from 1 in the order of their posting. At a cut (all nodes at one
+tick) the sender has posted p of them and the receiver has taken t: those from t + 1 to p are under
+way, and at most as many as the channel has room for. So a sender that keeps its last `capacity`
+signals can say, for any receiver, what is under way.
+
+Where lost processes are to be replaced a sender keeps more: all since the latest snapshot of the
+whole run, for a neighbour may have to begin there again. A posted payload is never written again
+(mail.py), so keeping it is a reference, not a copy. What lies on a GPU is kept there (up to
+`snapshots.memory`), by its own sender: a sender that dies takes nothing along that others need, for
+its successor makes it again out of the snapshot, which is in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import inf
+
+from hamdist.errors import SnapshotError
+from hamdist.runtime.signals.signal import Channel, Signal
+
+# What a signal takes in memory beside its payload's numbers: the objects of Python and torch
+# around them (measured: 77 without a payload, 694 with one of 8 numbers). For signals of a few
+# numbers that is ten times more than those.
+OBJECT_BYTES = 700
+WEIGHED = 16  # signals, by channel on average, between two looks at what all of them take
+
+
+class Log:
+    """The latest signals of one channel. first: the number of the oldest one; nbytes: of memory
+    that they take."""
+
+    __slots__ = ("_kept", "capacity", "nbytes")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.nbytes = 0
+        self._kept: tuple[int, list[Signal]] = (1, [])
+
+    @property
+    def first(self) -> int:
+        return self._kept[0]
+
+    @property
+    def posted(self) -> int:
+        """The number of the latest signal."""
+        first, signals = self._kept
+        return first + len(signals) - 1
+
+    def add(self, signal: Signal) -> None:
+        self._kept[1].append(signal)
+        self.nbytes += _nbytes(signal)
+
+    def at(self, number: int) -> Signal:
+        """Another thread may ask. Raises SnapshotError for a signal that was let go."""
+        first, signals = self._kept
+        if not first <= number < first + len(signals):
+            raise SnapshotError(
+                f"signal {number} of a channel that keeps {first} to {first + len(signals) - 1}"
+            )
+        return signals[number - first]
+
+    def behind(self, number: int) -> list[Signal]:
+        """The signals after `number`."""
+        first, signals = self._kept
+        return signals[max(0, number + 1 - first) :]
+
+    def let_go(self, before: int) -> None:
+        """Forgets the signals with smaller numbers."""
+        first, signals = self._kept
+        many = min(max(0, before - first), len(signals))
+        if many:
+            self._kept = (first + many, signals[many:])
+            self.nbytes -= sum(map(_nbytes, signals[:many]))
+
+    def begin(self, posted: int, signals: list[Signal]) -> None:
+        """`signals` are the latest ones, the last of them number `posted`."""
+        self._kept = (posted - len(signals) + 1, list(signals))
+        self.nbytes = sum(map(_nbytes, signals))
+
+
+def _nbytes(signal: Signal) -> int:
+    return OBJECT_BYTES + (0 if signal.payload is None else signal.payload.nbytes)
+
+
+class Ledger:
+    """inside: the nodes of this process. replays: signals are kept since the latest snapshot.
+    limit: bytes that they may take; with more they are let go, and nobody can begin again from the
+    latest snapshot (`forgot`) until one is complete that was taken after that."""
+
+    def __init__(self, inside: Collection[str], *, replays: bool, limit: float = inf) -> None:
+        self._inside = inside
+        self._replays = replays
+        self._keeps = replays
+        self._limit = limit
+        self._unweighed = 0  # signals since the last look at what all of them take
+        self.forgot = False
+        self.posted: dict[int, int] = {}
+        self.taken: dict[int, int] = {}
+        self.logs: dict[int, Log] = {}
+        self._marks: dict[int, dict[int, int]] = {}  # by tick of a snapshot: `posted` of that time
+
+    def post(self, channel: Channel, signal: Signal) -> int:
+        """Notes a signal, and returns its number."""
+        number = channel.number
+        count = self.posted.get(number, 0) + 1
+        self.posted[number] = count
+        if channel.receiver not in self._inside:
+            log = self.log(channel)
+            log.add(signal)
+            if not self._keeps and count % (4 * channel.capacity) == 0:
+                log.let_go(count - channel.capacity + 1)
+            self._unweighed += 1
+            if self._keeps and self._unweighed >= WEIGHED * len(self.logs):
+                self._unweighed = 0
+                if self.nbytes > self._limit:
+                    self._forget()
+        return count
+
+    def take(self, channel: Channel) -> None:
+        self.taken[channel.number] = self.taken.get(channel.number, 0) + 1
+
+    def log(self, channel: Channel) -> Log:
+        log = self.logs.get(channel.number)
+        if log is None:
+            log = self.logs[channel.number] = Log(channel.capacity)
+        return log
+
+    def mark(self, tick: int) -> None:
+        """A snapshot is taken at `tick`, now."""
+        self._marks[tick] = dict(self.posted)
+        self._keeps = self._replays
+
+    def _forget(self) -> None:
+        """Keeps what is under way alone."""
+        self.forgot, self._keeps = True, False
+        self._marks.clear()
+        for log in self.logs.values():
+            log.let_go(log.posted - log.capacity + 1)
+
+    def complete(self, tick: int) -> None:
+        """The snapshot of that tick is complete: nobody will begin before it again."""
+        posted = self._marks.get(tick)
+        self._marks = {t: m for t, m in self._marks.items() if t > tick}
+        if posted is not None:
+            self.forgot = False
+            for number, log in self.logs.items():
+                log.let_go(posted.get(number, 0) - log.capacity + 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the signals take that are kept."""
+        return sum(log.nbytes for log in list(self.logs.values()))

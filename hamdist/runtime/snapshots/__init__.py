@@ -1,0 +1,1 @@
+"""Snapshots of a run: written by every process, completed, gone on from."""

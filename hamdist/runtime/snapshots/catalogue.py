@@ -1,0 +1,148 @@
+"""The snapshots of a whole run: complete when every node's file is there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+
+from hamdist.config import Settings
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.errors import SnapshotError
+from hamdist.runtime.plan.plan import Plan, fingerprint
+from hamdist.runtime.process.arithmetic import Arithmetic
+from hamdist.runtime.snapshots.writer import Taken
+from hamdist.runtime.storage.claims import now
+from hamdist.runtime.storage.snapshot_files import (
+    FORMAT,
+    Manifest,
+    Snapshot,
+    conclude,
+    folder_of,
+    remove_unfinished,
+    versions,
+)
+from hamdist.runtime.storage.store import storage
+
+
+class Shelf:
+    """latest: the latest complete snapshot, with which the run began or that it has taken.
+    arithmetic: of all kinds of processes that the run has had so far; without any, of this one."""
+
+    def __init__(self, plan: Plan, arithmetic: Sequence[Arithmetic] = ()) -> None:
+        if plan.keeping is None:
+            raise SnapshotError("the run takes no snapshots")
+        self._keeping = plan.keeping
+        self._store = storage(plan.keeping.path)
+        self._nodes = {INPUT, *plan.graph.blocks}
+        self._network = fingerprint(plan, Settings.model_validate(plan.keeping.settings))
+        self._delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
+        self._run = f"{plan.run:016x}"
+        self._taken: dict[int, list[Taken]] = {}  # by tick, of snapshots that are not complete
+        self._skip = plan.skip
+        self._arithmetic = arithmetic or [plan.arithmetic]
+        self._switches = plan.switches
+        self.latest: Snapshot | None = plan.keeping.snapshot
+        self._kept: list[Snapshot] = []
+        self._resumed = self.latest  # what the run began with
+        self._damaged: set[str] = set()  # folders of snapshots that the run went back behind
+
+    @property
+    def snapshots(self) -> list[str]:
+        """Those that were taken and are left, the latest last."""
+        with suppress(SnapshotError):  # (where they cannot be listed they may be there)
+            there = set(self._store.folders())
+            self._kept = [snapshot for snapshot in self._kept if snapshot.folder in there]
+        return [str(snapshot) for snapshot in self._kept]
+
+    def forget_tries(self, before: int) -> None:
+        """Remove what snapshots of ticks before `before` have left that nobody has finished."""
+        self._taken = {tick: one for tick, one in self._taken.items() if tick >= before}
+        with suppress(SnapshotError):
+            remove_unfinished(self._store, before)
+
+    def go_back(self, nodes: Collection[str]) -> list[str]:
+        """Go back to the latest snapshot that is as it was written, or to the beginning.
+
+        Args:
+            nodes: whose files are needed of the latest one; of those before it all are.
+
+        Returns:
+            What is wrong with each that was given up, naming the file; none: the latest is whole.
+
+        Raises:
+            SnapshotError: not even the one that the run began with is as it was written.
+        """
+        faults: list[str] = []
+        while self.latest is not None:
+            try:
+                self.latest.check(None if faults else nodes)
+                break
+            except SnapshotError as error:
+                faults.append(str(error))
+            if self.latest is self._resumed:
+                raise SnapshotError(
+                    f"{'; '.join(faults)}; the run began with that one and has no other: go on "
+                    f"from one before it, if there is one (--resume {self.latest.where})"
+                )
+            self._damaged.add(self.latest.folder)  # (it may be whole again: nothing is removed now)
+            self._taken.clear()
+            self._kept = [one for one in self._kept if one.tick < self.latest.tick]
+            self.latest = self._kept[-1] if self._kept else self._resumed
+        return faults
+
+    def put(self, taken: Taken) -> Snapshot | None:
+        """Notes the files of one process; the snapshot, if it is complete with them."""
+        if self.latest is not None and taken.tick <= self.latest.tick:
+            return None
+        those = self._taken.setdefault(taken.tick, [])
+        those.append(taken)
+        parts = {name: part for one in those for name, part in one.parts.items()}
+        if set(parts) != self._nodes:
+            return None
+        manifest = Manifest(
+            format=FORMAT,
+            tick=taken.tick,
+            run=self._run,
+            parts=parts,
+            settings=dict(self._keeping.settings),
+            network=self._network,
+            delays=self._delays,
+            versions=versions(),
+            arithmetic=list(self._arithmetic),
+            switches=dict(self._switches),
+            samples=max(one.samples for one in those) + self._skip,
+            passed=max(one.passed for one in those),
+            skip=self._skip,
+            time=now(),
+            stream=dict(self._keeping.stream),
+        )
+        self._damaged.discard(folder_of(taken.tick))
+        self.latest = conclude(self._store, manifest, self._keeping.keep, self._damaged)
+        self._kept = [*self._kept, self.latest][-self._keeping.keep :]
+        self._taken = {tick: one for tick, one in self._taken.items() if tick > taken.tick}
+        return self.latest
+
+
+class Failures:
+    """Snapshots that were not written: said when the first one fails, and counted."""
+
+    def __init__(self) -> None:
+        self._first = self._latest = ""
+        self._count = 0
+
+    def add(self, reason: str) -> None:
+        """Count a failure, and warn of the first one at once."""
+        self._count += 1
+        self._latest = reason
+        if self._count == 1:
+            self._first = reason
+            warnings.warn(self.texts()[0], stacklevel=2)
+
+    def texts(self) -> list[str]:
+        """Return what is to be said of them in the end: one text, or none."""
+        if not self._count:
+            return []
+        text = f"a snapshot was not written: {self._first}"
+        more = f" ({self._count} were not, the last of them: {self._latest})"
+        return [text if self._count == 1 else text + more]

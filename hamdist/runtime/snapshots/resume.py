@@ -1,0 +1,220 @@
+"""Going on from a snapshot: the same run where it fits, its weights where it does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import Decay, Settings
+from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
+from hamdist.dynamics.graph.merged import merged_module
+from hamdist.dynamics.state.remember import Packing
+from hamdist.dynamics.updates.learning_rate import step_course
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import GraphError, SnapshotError
+from hamdist.runtime.plan.plan import Plan, fingerprint
+from hamdist.runtime.process.portable import other_bits
+from hamdist.runtime.process.switches import other_switches
+from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
+from hamdist.streams.sample import Stream
+
+MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
+
+
+def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]:
+    """What keeps `plan` from going on with the snapshot's state: nothing, where it is the same
+    network at the same level."""
+    now = fingerprint(plan, settings)
+    before = snapshot.manifest.network
+    if snapshot.manifest.format not in STATE_FORMATS:
+        return ["the format of states"]
+    return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
+
+
+def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
+    """Settings that are not those of the snapshot's run, though its state can be gone on from."""
+    now = settings.model_dump(mode="json")
+    return [name for name in MAY_CHANGE if snapshot.manifest.settings.get(name) != now[name]]
+
+
+def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
+    """What is to be said where this process does not compute as the snapshot's run did.
+
+    Raises:
+        SnapshotError: `engine.bits` asks for equal bits.
+    """
+    then, here = snapshot.manifest, plan.arithmetic
+    reasons = other_switches(then.switches, plan.switches)
+    unlike = [(there, here.unlike(there)) for there in then.arithmetic]
+    if unlike and all(names for _, names in unlike):
+        kinds = [f"on {there} ({', '.join(names)})" for there, names in unlike]
+        reasons += [f"this process is on {here}, that of the snapshot was {', or '.join(kinds)}"]
+    if not reasons:
+        return []
+    return [other_bits(f"{snapshot}: {', '.join(reasons)}", plan.engine.bits, SnapshotError)]
+
+
+def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, str]:
+    """Return what a stream is known by: its class, its shape, its length and its first item.
+
+    Args:
+        stream: of the run.
+        example: the inputs of the first item by name, where they are known (train.py).
+    """
+    spec = stream.spec
+    known = {
+        "class": f"{type(stream).__module__}.{type(stream).__qualname__}",
+        "inputs": f"{spec.u_dtype} {tuple(spec.u_shape)}",
+    }
+    if isinstance(stream, Sized):
+        known["length"] = str(len(stream))
+    if example is not None:
+        data, packing = hashlib.sha256(), Packing()
+        text = json.dumps(packing.packed({n: u.contiguous() for n, u in example.items()}))
+        data.update(text.encode())
+        for tensor in packing.tensors:
+            data.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        known["first item"] = data.hexdigest()[:16]
+    return known
+
+
+def other_stream(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
+    """Return what is to be said where the stream is not the one that the snapshot's run had."""
+    before = snapshot.manifest.stream
+    names = [name for name in before if name in now and before[name] != now[name]]
+    if not names:
+        return []
+    each = "; ".join(f"{name}: {before[name]}, now {now[name]}" for name in names)
+    return [
+        f"the stream is not that of {snapshot} ({each}): its place in it is that of another one"
+    ]
+
+
+def origin(snapshot: Snapshot) -> str:
+    """Return which run goes on, and since when, as a line."""
+    then = snapshot.manifest
+    when = f", written at {then.time}" if then.time else ""
+    return f"going on from {snapshot}: run {then.run}, {then.samples} items{when}"
+
+
+def ended(snapshot: Snapshot, settings: Settings) -> bool:
+    """Whether the snapshot was taken when the stream had given all its items, of a run that was
+    asked for fewer of them than `settings` are."""
+    before = snapshot.manifest.settings.get("steps")
+    more = before is not None and (settings.steps is None or settings.steps > before)
+    return more and snapshot.state(INPUT)["node"]["tick"] is None
+
+
+def bent_course(snapshot: Snapshot, settings: Settings) -> list[str]:
+    """Tells of a step size that falls over other steps than before."""
+    before, n = snapshot.manifest.settings.get("steps"), snapshot.manifest.samples
+    decay = settings.learning.decay
+    if decay is Decay.NONE or before in (None, settings.steps):
+        return []
+    old, new = (step_course(settings.learning, steps)(n) for steps in (before, settings.steps))
+    return [
+        f"learning.decay {decay.value!r} now falls over {settings.steps} samples, before over "
+        f"{before}: at sample {n} the step size goes from {old:.3g} to {new:.3g} of learning.lr; "
+        "for the course of one long run give the first run its steps, and end it by Ctrl-C"
+    ]
+
+
+def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> nn.Module:
+    """The whole module with the weights of a snapshot, which was taken of `graph`. averaged: with
+    their moving averages, in the blocks that have one.
+
+    Raises SnapshotError where they do not fit.
+    """
+    states = {
+        name: _weights(snapshot.state(name), block, graph.borrowed(name), averaged=averaged)
+        for name, block in graph.blocks.items()
+    }
+    try:
+        return merged_module(graph, states, None)
+    except (GraphError, RuntimeError, KeyError) as error:
+        raise SnapshotError(f"{snapshot}: its weights do not fit the model: {error}") from None
+
+
+def _weights(
+    state: Mapping[str, Any], spec: BlockSpec, borrowed: set[str], *, averaged: bool
+) -> dict[str, Tensor]:
+    """borrowed: weights that belong to another block."""
+    try:
+        block = state["node"]["block"]
+        found = {k: t for k, t in _of_cell(block["cell"]).items() if k not in borrowed}
+        if averaged:
+            found |= _averages(block["weights"], spec.module, borrowed)
+        if block.get("output") is not None and spec.output is not None:
+            own = _of_cell(block["output"])
+            if averaged:
+                own |= _averages(block["output_weights"], spec.output, set())
+            found |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise SnapshotError(
+            f"block {spec.name!r} has no weights in the snapshot ({error})"
+        ) from None
+    return found
+
+
+def _averages(
+    weights: Mapping[str, Any], module: nn.Module, borrowed: set[str]
+) -> dict[str, Tensor]:
+    """The averages of a cell's weights, by the parameter's name, where there are any."""
+    average = weights["average"]
+    if average is None:
+        return {}
+    named = [(n, p) for n, p in module.named_parameters() if n not in borrowed]
+    trained = [(name, p.dtype) for name, p in named if p.requires_grad]
+    return {
+        name: value.to(dtype) for (name, dtype), value in zip(trained, average["_sum"], strict=True)
+    }
+
+
+def _of_cell(cell: Mapping[str, Any]) -> dict[str, Tensor]:
+    inner = cell.get("inner", cell)
+    inner = inner.get("cell", inner)
+    return {**inner["parameters"], **inner["buffers"], **inner["extra"]}
+
+
+def with_weights(model: nn.Module, learned: nn.Module) -> nn.Module:
+    """A copy of `model` with the weights of `learned`. Raises SnapshotError where they differ."""
+    own = copied(model)
+    try:
+        own.load_state_dict(learned.state_dict())
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise SnapshotError(f"the snapshot's weights are those of another model: {first}") from None
+    return own
+
+
+def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
+    """Return a copy of a hand-built graph with the weights of a snapshot of the same blocks.
+
+    Raises:
+        SnapshotError: the blocks or their weights are others.
+    """
+    own = graph.copy()
+    try:
+        for name, block in own.blocks.items():
+            state = _weights(snapshot.state(name), block, own.borrowed(name), averaged=False)
+            of_output = {k: t for k, t in state.items() if k.startswith(OUTPUT_KEY)}
+            rest = {k: t for k, t in state.items() if k not in of_output}
+            strict = not own.borrowed(name)
+            block.module.load_state_dict(rest, strict=strict)
+            if block.output is not None:
+                cut = {k.removeprefix(OUTPUT_KEY): t for k, t in of_output.items()}
+                block.output.load_state_dict(cut)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise SnapshotError(f"{snapshot}: it was taken of another graph: {first}") from None
+    return own
+
+
+def earlier(snapshot: Snapshot) -> Settings:
+    """The settings of the run that the snapshot was taken of."""
+    return settings_of(snapshot.manifest, str(snapshot))

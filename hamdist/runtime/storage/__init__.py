@@ -1,0 +1,1 @@
+"""Files of snapshots in folders and object stores; who owns a folder."""

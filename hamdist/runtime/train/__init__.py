@@ -1,0 +1,1 @@
+"""From model, stream and settings to a trained model and its result."""

@@ -1,0 +1,186 @@
+"""Level `auto`: chooses the level, the scaling of steps and the averaging, and says why.
+
+Measured on prototypes (learning.md, learning on Fashion-MNIST), with S items over which the stream
+decorrelates, c ticks an item, D the depth of the readout, L = D + 1 blocks, B rows a batch:
+
+    local      where S c >= 2.5 * 2D: a block without memory then equals backpropagation
+    trace      where it is less: each message meets the activations of its own sample
+    heads      where it is less and `locality.memory: none` forbids a trace
+    backprop   where D = 0 (nothing is late), or `locality.speed: inf` waits for every message
+    bptt       where blocks read their own past and the stream marks the ends of sequences
+    steps      lr / (1 + d)^p,  p = 0.25 at L = 5, 0.5 at L = 20 (trace); 0.5 (local)
+    averaging  decay 0.99 at B = 32, 0.9995 at B = 1, over a tenth of the run at most; only where
+               the step size does not fall anyway
+
+What the settings say stays as they say it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hamdist.config import (
+    Credit,
+    Decay,
+    Level,
+    Memory,
+    Presentation,
+    Settings,
+    merge,
+)
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.errors import Choice
+from hamdist.streams.replay import samples_from
+from hamdist.streams.sample import Sample, Stream
+from hamdist.streams.smoothness import MOST_ITEMS, Smoothness
+from hamdist.streams.wrappers.chosen_targets import Derived
+
+ROUND_TRIPS = 2.5
+SHARE_OF_THE_RUN = 10
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the choice depends on. depth: D; frames: S (None: not known); batch: rows."""
+
+    depth: int
+    batch: int
+    frames: float | None = None
+    acyclic: bool = True
+    ends: bool = False
+
+
+def chosen(settings: Settings, seen: Seen) -> tuple[Settings, list[str]]:
+    """`settings` at the level that fits, with what it says of that level merged in; and why."""
+    level, reason = _level(settings, seen)
+    why = [f"level {level.value!r}: {reason}"]
+    own = settings.for_level(level)
+    over: dict[str, Any] = {}
+    for found, said in (_scaling(own, level, seen), _averaging(own, seen)):
+        over = merge(over, found)
+        why += said
+    raw = own.model_dump(mode="json", exclude_unset=True)
+    return Settings.model_validate(merge(raw, over)), why
+
+
+def _level(settings: Settings, seen: Seen) -> tuple[Level, str]:
+    given = settings.locality
+    trip = 2 * seen.depth
+    if given.memory is Memory.REVERSIBLE:
+        return Level.REVERSIBLE, "locality.memory is 'reversible'"
+    if given.credit is Credit.HEADS:
+        return Level.HEADS, "locality.credit is 'heads'"
+    if not seen.acyclic or given.presentation is Presentation.SEQUENCE:
+        if seen.ends or given.presentation is Presentation.SEQUENCE:
+            return Level.BPTT, "blocks read their own past, and the stream marks ends of sequences"
+        return Level.LOCAL, "the graph has cycles, through which no pulse travels"
+    if trip == 0:
+        return Level.BACKPROP, "one block has its loss at once, so nothing is late"
+    if given.speed == "inf" and given.presentation is not Presentation.HOLD:
+        return Level.BACKPROP, "locality.speed 'inf' waits for every message"
+    c = given.speed if isinstance(given.speed, int) else 1
+    needed = ROUND_TRIPS * trip
+    if seen.frames is None:
+        measured, smooth = "the smoothness of the stream is not known", False
+    else:
+        ticks = seen.frames * c
+        smooth = ticks >= needed
+        over = "or more " if seen.frames >= MOST_ITEMS else ""
+        measured = (
+            f"the stream decorrelates over about {seen.frames:.3g} items {over}of {c} tick(s), "
+            f"{'not less' if smooth else 'less'} than {ROUND_TRIPS} round trips of {trip} ticks"
+        )
+    if given.presentation is Presentation.HOLD:
+        return Level.LOCAL, "locality.presentation is 'hold'"
+    wants_trace = given.memory in (Memory.TRACE, Memory.TRACE_WEIGHTS)
+    if smooth and not wants_trace and given.presentation is not Presentation.PULSE:
+        return Level.LOCAL, f"{measured}, so no memory is needed"
+    if given.memory is Memory.NONE:
+        return Level.HEADS, f"{measured}, and locality.memory 'none' forbids a trace"
+    return Level.TRACE, f"{measured}, so messages have to meet their own samples' activations"
+
+
+def _scaling(own: Settings, level: Level, seen: Seen) -> tuple[dict[str, Any], list[str]]:
+    if level not in (Level.TRACE, Level.LOCAL) or not seen.depth:
+        return {}, []
+    if own.locality.compensation is not None or own.locality.delay_power is not None:
+        return {}, []
+    power = 0.5
+    if level is Level.TRACE:
+        power = min(0.5, max(0.0, 0.25 + 0.125 * math.log2((seen.depth + 1) / 5)))
+    power = round(power, 2)
+    if not power:
+        return {}, []
+    said = f"steps divided by (1 + delay)^{power:g}: messages are up to {2 * seen.depth} ticks late"
+    return {"locality": {"compensation": "delay-scaled", "delay_power": power}}, [said]
+
+
+def _averaging(own: Settings, seen: Seen) -> tuple[dict[str, Any], list[str]]:
+    learning = own.learning
+    if "average" in learning.model_fields_set or learning.decay is not Decay.NONE:
+        return {}, []
+    new = min(0.01, 0.0005 * seen.batch ** math.log(20, 32))
+    if own.steps is not None:
+        new = max(new, min(1.0, SHARE_OF_THE_RUN / own.steps))
+    decay = float(f"{1 - new:.6g}")
+    said = (
+        f"weights averaged with decay {decay:g} for evaluation: batches of {seen.batch}, and the "
+        "step size does not fall (learning.decay)"
+    )
+    return {"learning": {"average": {"decay": decay}}}, [said]
+
+
+def resolved(
+    settings: Settings, stream: Stream, graph_of: Callable[[Settings], Graph]
+) -> tuple[Settings, Stream, list[str]]:
+    """`settings` with `auto` replaced by what fits, the stream (of which the first items have been
+    looked at), and why. graph_of: cuts the model.
+
+    Each reason is also told as a `Choice`, a kind of warning.
+    """
+    graph = graph_of(settings.model_copy(update={"level": Level.TRACE}))
+    paced = settings.stream.pace is not None  # looking ahead would take its time
+    frames, ends = None, False
+    if not paced:
+        stream, frames, ends = looked_at(stream)
+    seen = Seen(graph.depth, stream.spec.batch, frames, graph.acyclic, ends)
+    made, why = chosen(settings, seen)
+    for text in why:
+        warnings.warn(Choice(f"auto: {text}"), stacklevel=4)
+    return made, stream, why
+
+
+def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
+    """The stream as if nobody had looked, the S of its first items, and whether one of them ends a
+    sequence."""
+    samples = stream.samples()
+    first = list(itertools.islice(samples, MOST_ITEMS))
+    smoothness = Smoothness()
+    for sample in first:
+        smoothness.observe(sample.u)
+    ends = any(sample.end for sample in first)
+    again = stream if stream.portable else _Again(stream, first, samples)
+    return again, smoothness.frames, ends
+
+
+class _Again(Derived):
+    """A stream of which the first items have been taken: the first to ask gets them back. Later
+    ones get what the stream gives again; of one that gives nothing again, what is left."""
+
+    def __init__(self, stream: Stream, first: list[Sample], rest: Iterator[Sample]) -> None:
+        super().__init__(stream)
+        self._begun = itertools.chain(first, rest)
+        self._asked = False
+
+    def samples(self) -> Iterator[Sample]:
+        asked, self._asked = self._asked, True
+        return iter(self._stream.samples()) if asked and self.replays else self._begun
+
+    def samples_from(self, n: int) -> Iterator[Sample]:
+        """As `samples()`, without its first n items; for a stream that replays."""
+        return samples_from(self._stream, n)

@@ -1,0 +1,1 @@
+"""Signals between processes: shared memory, ZeroMQ, GPU memory, encryption."""

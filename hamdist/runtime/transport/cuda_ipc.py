@@ -1,0 +1,79 @@
+"""Memory of a GPU that other processes of the host can reach, by CUDA IPC.
+
+These lines were written without a GPU at hand. What lends memory by them (lending.py) is tested
+with memory of the processor in their place, and trusts no memory in which it has not found what was
+written there; the tests that need a GPU are in tests/runtime/test_lending.py.
+
+torch's own way is used: it keeps what was lent until the reader has let go of it (where the reader
+was killed, until this process ends), and maps an allocation once a process, whatever lies in it.
+Its handle is plain data, and travels as such.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hamdist.runtime.transport.gpu_ring import Memory, Unlent
+
+
+class CudaMemory:
+    """Of one GPU, by its number in this process."""
+
+    def __init__(self, index: int) -> None:
+        self._device = torch.device("cuda", index)
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.device == self._device
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def lend(self, nbytes: int) -> tuple[Tensor, bytes]:
+        with _unlent("lent"):
+            memory = self.new((nbytes,), torch.uint8)
+            # (the number of the device means something in this process alone; the event is not
+            # needed, for what is written is waited for)
+            storage = memory.untyped_storage()
+            _, handle, size, offset, counter, place, event, _ = storage._share_cuda_()  # type: ignore[no-untyped-call]
+        told = [handle.hex(), size, offset, counter.hex(), place, event.hex()]
+        return memory, json.dumps(told).encode()
+
+    def reach(self, handle: bytes) -> Tensor:
+        with _unlent("reached"):
+            allocation, size, offset, counter, place, event = json.loads(handle)
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            # (the driver maps memory of GPUs that this process does not see, too)
+            storage = torch.UntypedStorage._new_shared_cuda(
+                self._device.index,
+                bytes.fromhex(allocation),
+                size,
+                offset,
+                bytes.fromhex(counter),
+                place,
+                bytes.fromhex(event),
+                False,
+            )
+            return torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
+
+    def settle(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
+
+
+def cuda_memory(device: torch.device) -> Memory | None:
+    """Of `device`, where that is a GPU."""
+    return CudaMemory(device.index or 0) if device.type == "cuda" else None
+
+
+@contextmanager
+def _unlent(what: str) -> Iterator[None]:
+    """What CUDA, a torch that knows no such memory, or a wrong handle raises."""
+    try:
+        yield
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        first = (str(error).strip() or "no reason given").split("\n")[0]
+        raise Unlent(f"memory of a GPU cannot be {what}: {type(error).__name__}: {first}") from None

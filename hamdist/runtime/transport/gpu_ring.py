@@ -1,0 +1,260 @@
+"""Signals that stay in GPU memory on their way from one process of a host to another.
+
+The sender of a channel lends its receiver a ring of slots in the memory of its own GPU. Stamps and
+headers cross by the socket as ever (shared.py); what is in a slot never touches the host.
+
+    sender   ── offer: how many slots of how many bytes, and how to reach them ──▶       receiver
+             ◀── answer: a digest of what lies there, or why they cannot be reached ──
+             ── signals: headers with numbers of slots, from C on (below: host memory) ──▶
+             ◀── credit, as in shared.py ──
+
+Nobody waits for an answer. Until it has come a signal goes through host memory, and so do all where
+the receiver does not find what the sender has written; a run lets all answer before its first tick,
+and an end that is opened anew (recovery.py) finds out while it runs.
+
+1. A slot is written again only when its signal's room was given back, which is after the receiver
+   has copied it out and its GPU has finished. C slots, and at most C signals that are not given
+   back: there is a free one whenever there is room. A full ring holds the sender back.
+2. A packet leaves when the sender's GPU has finished writing. No events between processes.
+3. What a dead process has lent may be gone, or be anything. So a receiver looks, after it has
+   copied and before it hands out, whether its sender is about to end; if it is, nothing of that
+   message is used. The sender's successor sends it again, out of its own snapshot and log: what is
+   kept for others (ledger.py) are the sender's own tensors, never slots.
+4. A signal that is larger than a slot, or that lies elsewhere, goes through host memory.
+
+All but `cuda.py` runs, and is tested, without a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hamdist.errors import WireError
+from hamdist.runtime.signals.signal import Channel, Form
+
+SLOT_ALIGNMENT = 512  # bytes, as CUDA's own allocations
+OFFER = b"HO"
+ANSWER = b"HA"
+ANSWER_BYTES = 512
+_OFFER_FORMAT = 1
+_HEAD = struct.Struct("<2sBBIQIQ")  # magic, format, padding, channel, run, slots, bytes of a slot
+_FOUND, _REFUSED = b"+", b"-"
+_NOISE = 4096  # bytes that are written at either end of a ring, to be found there
+_PF_EXITING = 0x4
+_FLAGS = 6  # of the fields of /proc/PID/stat, behind the process's name
+
+
+class Unlent(RuntimeError):  # as all that torch raises of a GPU
+    """Why memory of a GPU cannot be reached from another process."""
+
+
+class Memory(Protocol):
+    """The memory of one device. Where it is lent, it is of uint8."""
+
+    def holds(self, tensor: Tensor) -> bool: ...
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+    def lend(self, nbytes: int) -> tuple[Tensor, bytes]:
+        """New memory, and plain data by which another process can reach it. Raises Unlent."""
+
+    def reach(self, handle: bytes) -> Tensor:
+        """What another process lends. Raises Unlent."""
+
+    def settle(self) -> None:
+        """Returns when all copies that were asked for here have been made."""
+
+
+MemoryOf: TypeAlias = Callable[[torch.device], Memory | None]
+
+
+class Refusal(NamedTuple):
+    """A channel between two GPUs whose signals go through host memory, and why."""
+
+    channel: str
+    reason: str
+
+
+class Lender:
+    """The sender's slots on `channel`. refusal: why they are not used, or not for all; None as long
+    as they are, or nobody knows."""
+
+    def __init__(self, memory: Memory, channel: Channel, run: int, slot_bytes: int) -> None:
+        self.refusal: str | None = None
+        self._memory = memory
+        self._channel = channel
+        self._run = run
+        self._slot_bytes = -(-slot_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+        self._ring: Tensor | None = None
+        self._expected = b""
+        self._free: list[int] = []
+        self._written = False
+        self.used = False  # the receiver has found what was written
+        self.waiting = False  # for an answer
+
+    def offer(self) -> bytes | None:
+        """The packet that offers the slots; None where there is no memory to lend."""
+        slots = self._channel.capacity
+        try:
+            ring, handle = self._memory.lend(slots * self._slot_bytes)
+            for end in (ring[:_NOISE], ring[-_NOISE:]):
+                end.copy_(torch.frombuffer(bytearray(os.urandom(len(end))), dtype=torch.uint8))
+            self._expected = _digest(ring)
+            self._memory.settle()
+        except RuntimeError as error:
+            self.refusal = _first_line(error)
+            return None
+        self._ring, self.waiting = ring, True
+        head = (OFFER, _OFFER_FORMAT, 0, self._channel.number, self._run, slots, self._slot_bytes)
+        return _HEAD.pack(*head) + handle
+
+    def answered(self, data: bytes) -> None:
+        """Takes the receiver's word. Raises WireError for a packet that is no answer, or not asked
+        for."""
+        kind, told = data[2:3], data[3:]
+        if not self.waiting or data[:2] != ANSWER or kind not in (_FOUND, _REFUSED):
+            raise WireError(f"{self._channel}: {data[:16]!r} answers no offer of memory")
+        self.waiting = False
+        if kind == _REFUSED:
+            self.refusal = told.decode(errors="replace")
+        elif told != self._expected:
+            self.refusal = "its receiver reads something else there than its sender has written"
+        if self.refusal is not None:
+            self._ring = None
+            return
+        self._free = list(reversed(range(self._channel.capacity)))
+        self.used = True
+
+    def takes(self, payload: Tensor) -> bool:
+        if not self.used or not payload.nbytes or not self._memory.holds(payload):
+            return False
+        if payload.nbytes > self._slot_bytes:
+            self.refusal = (
+                f"{payload.nbytes:,} bytes do not fit into slots of {self._slot_bytes:,}, which "
+                "the stream's first batch has set"
+            )
+            return False
+        return True
+
+    def put(self, payload: Tensor) -> int:
+        """Copies `payload`, which is contiguous, into a free slot; its number."""
+        if self._ring is None:
+            raise ValueError(f"nothing is lent on {self._channel}")
+        slot = self._free.pop()
+        _part(self._ring, slot, self._slot_bytes, payload.nbytes).copy_(_bytes(payload))
+        self._written = True
+        return slot
+
+    def free(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def settle(self) -> None:
+        """What was put is there."""
+        if self._written:
+            self._memory.settle()
+            self._written = False
+
+    def close(self) -> None:
+        self._ring = None
+        self.used = False
+
+
+class Borrower:
+    """The slots that a receiver on `channel` reads."""
+
+    def __init__(self, memory: Memory, channel: Channel, run: int) -> None:
+        self._memory = memory
+        self._channel = channel
+        self._run = run
+        self._ring: Tensor | None = None
+        self._slots = self._slot_bytes = 0
+        self._sender = 0
+        self._read = False
+
+    def answer(self, offer: bytes, sender: int) -> bytes:
+        """The packet that says what was found. sender: the process that lends.
+
+        Raises WireError for bytes that are no offer on this channel."""
+        channel = self._channel
+        if len(offer) < _HEAD.size:
+            raise WireError(f"{channel}: {len(offer)} bytes offer memory of a GPU")
+        _, form, _, number, run, slots, slot_bytes = _HEAD.unpack_from(offer)
+        if form != _OFFER_FORMAT or number != channel.number or run != self._run:
+            raise WireError(
+                f"{channel}: an offer of format {form} for channel {number}, run {run:x}"
+            )
+        self._ring, self._sender = None, sender
+        self._slots, self._slot_bytes = slots, slot_bytes
+        try:
+            if ending(sender):
+                raise Unlent(f"its receiver does not see its sender's process {sender} in /proc")
+            ring = self._memory.reach(offer[_HEAD.size :])
+            if not 0 < slots <= channel.capacity or ring.numel() != slots * slot_bytes:
+                raise WireError(
+                    f"{channel}: {slots} slots of {slot_bytes} bytes in {ring.numel()} of a GPU"
+                )
+            found = _digest(ring)
+        except RuntimeError as error:
+            return (ANSWER + _REFUSED + _first_line(error).encode())[:ANSWER_BYTES]
+        self._ring = ring
+        return ANSWER + _FOUND + found
+
+    def take(self, form: Form, slot: int) -> Tensor:
+        """A copy of the payload in a slot, finished once `settled` has returned."""
+        ring = self._ring
+        if ring is None or slot >= self._slots or form.nbytes > self._slot_bytes:
+            raise WireError(
+                f"{self._channel}: no slot {slot} of a GPU that holds {form.nbytes} bytes"
+            )
+        tensor = self._memory.new(form.shape, form.dtype)
+        _bytes(tensor).copy_(_part(ring, slot, self._slot_bytes, form.nbytes))
+        self._read = True
+        return tensor
+
+    def settled(self) -> bool:
+        """What was taken is there; whether it can be trusted, for its sender lives."""
+        if not self._read:
+            return True
+        self._memory.settle()
+        self._read = False
+        return not ending(self._sender)
+
+    def close(self) -> None:
+        self._ring = None
+
+
+def ending(process: int) -> bool:
+    """Whether a process is gone, or about to end: Linux says so from before it takes the process's
+    memory and files (PF_EXITING)."""
+    try:
+        told = Path(f"/proc/{process}/stat").read_bytes()
+    except OSError:
+        return True
+    return int(told.rpartition(b")")[2].split()[_FLAGS]) & _PF_EXITING != 0
+
+
+def _first_line(error: RuntimeError) -> str:
+    words = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return words if isinstance(error, Unlent) else f"{type(error).__name__}: {words}"
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _part(ring: Tensor, slot: int, slot_bytes: int, nbytes: int) -> Tensor:
+    return ring[slot * slot_bytes : slot * slot_bytes + nbytes]
+
+
+def _digest(ring: Tensor) -> bytes:
+    """Of what lies at the ends of a ring."""
+    ends = torch.cat([ring[:_NOISE].cpu(), ring[-_NOISE:].cpu()])
+    return hashlib.sha256(bytes(ends.numpy())).digest()

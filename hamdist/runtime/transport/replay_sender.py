@@ -1,0 +1,108 @@
+"""Brings a receiver that begins again up to its sender, signal by signal out of the log.
+
+A thread sends what the log holds from a number on. The sender's own thread meanwhile goes on; what
+it sends is in the log as well, so it only waits where the receiver is too far behind. When the
+thread has caught up, the sender's own thread takes over.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from hamdist.errors import HamdistError, WireError
+from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.sent_log import Log
+from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.transport.endpoint import TURN_MS, Line, Sender
+
+
+class Feeder:
+    """The sending end that `make` opens. first: the number of the first signal to send."""
+
+    def __init__(
+        self,
+        line: Line,
+        channel: Channel,
+        log: Log,
+        first: int,
+        make: Callable[[Line], Sender],
+    ) -> None:
+        self._line = line
+        self._channel = channel
+        self._log = log
+        self._next = first
+        self._closing = threading.Event()
+        self._own = Line(line.run, self._closing)
+        self._end = make(self._own)
+        self._news = threading.Condition()
+        self._failure: HamdistError | None = None
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._feed, name="hamdist-feeder", daemon=True
+        )
+        self._thread.start()
+
+    def _feed(self) -> None:
+        try:
+            while not self._closing.is_set():
+                if self._next > self._log.posted:
+                    with self._news:
+                        self._news.wait(TURN_MS / 1000)
+                    continue
+                self._end.send([self._log.at(self._next)])
+                with self._news:
+                    self._next += 1
+                    self._news.notify_all()
+        except Aborted:
+            return
+        except HamdistError as error:
+            self._fail(error)
+        except RuntimeError as error:  # of a GPU that a kept signal lies on
+            self._fail(WireError(f"{self._channel}: {type(error).__name__}: {error}"))
+
+    def _fail(self, error: HamdistError) -> None:
+        with self._news:
+            self._failure = error
+            self._news.notify_all()
+
+    def send(self, signals: Sequence[Signal]) -> None:
+        first = self._log.posted - len(signals) + 1
+        if self._thread is None:
+            left = signals[max(0, self._next - first) :] if self._next else signals
+            if left:
+                self._end.send(left)
+            self._next = 0  # no signal is sent by the thread any more
+            return
+        with self._news:
+            self._news.notify_all()
+            while self._log.posted - self._next >= self._channel.capacity:
+                if self._failure is not None:
+                    raise self._failure
+                self._news.wait(TURN_MS / 1000)
+                self._line.turn(self._channel, signals[0].stamp, sending=True)
+            self._line.waiting = None
+            near = self._next >= first
+        if near:
+            self._take_over()
+            self.send(signals)
+
+    def _take_over(self) -> None:
+        self._end_thread()
+        if self._failure is not None:
+            raise self._failure
+        self._end.move(self._line)
+
+    def _end_thread(self) -> None:
+        self._closing.set()
+        with self._news:
+            self._news.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def move(self, line: Line) -> None:
+        self._line = line
+
+    def close(self) -> None:
+        self._end_thread()
+        self._end.close()

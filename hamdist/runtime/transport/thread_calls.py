@@ -1,0 +1,66 @@
+"""What other threads ask of the thread that steps the nodes of a process.
+
+Sockets belong to one thread, so a channel can change its ends only there: between two events, or
+where a call is blocked. When the loop has ended, whoever asks does it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Requests:
+    """waiting: whether somebody has asked."""
+
+    def __init__(self) -> None:
+        self.waiting = False
+        self._lock = threading.RLock()
+        self._asked: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        self._looping = False
+
+    def ask(self, act: Callable[[], T], seconds: float) -> T:
+        """What `act` gives, called by the loop's thread; or by this one where there is no loop.
+
+        Raises TimeoutError where the loop does not come to it.
+        """
+        future: Future[object] = Future()
+        with self._lock:
+            if not self._looping:
+                return act()
+            self._asked.append((act, future))
+            self.waiting = True
+        return future.result(seconds)  # type: ignore[return-value]
+
+    def serve(self) -> None:
+        """Does what was asked for: for the loop's thread alone."""
+        while True:
+            with self._lock:
+                if not self._asked:
+                    self.waiting = False
+                    return
+                act, future = self._asked.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = act()
+            except Exception as error:  # noqa: BLE001  (it is raised where it was asked for)
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+    def begin(self) -> None:
+        """The loop begins, in this thread."""
+        with self._lock:
+            self._looping = True
+
+    def end(self) -> None:
+        """The loop has ended."""
+        with self._lock:
+            self.serve()
+            self._looping = False

@@ -1,0 +1,230 @@
+"""Signals between processes: each channel goes its own way, which its receiver's address names.
+
+shm://FILE         shared memory, between processes of one host (shared.py)
+gpu://FILE         the same; signals that lie on a GPU stay there, if both ends agree (lending.py)
+ipc://FILE         ZeroMQ, between processes of one host (zeromq.py)
+tcp://HOST:PORT    ZeroMQ, between hosts; with the receiver's public key behind it (curve.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
+
+from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.errors import ClusterError
+from hamdist.runtime.process.leftovers import claim, release
+from hamdist.runtime.signals.interrupts import Interrupted
+from hamdist.runtime.signals.sent_log import Log
+from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.transport import shared_memory as shared
+from hamdist.runtime.transport.delayed_receiver import LateReceiver
+from hamdist.runtime.transport.endpoint import Line, Receiver, Sender, Waiting, socket_folder
+from hamdist.runtime.transport.gpu_ring import Lender, Memory
+from hamdist.runtime.transport.replay_sender import Feeder
+from hamdist.runtime.transport.thread_calls import Requests
+
+if TYPE_CHECKING:
+    import zmq
+
+    from hamdist.runtime.transport.encryption import Door, Keys
+
+SHM = "shm"
+IPC = "ipc"
+TCP = "tcp://"
+
+
+def local_way(channel: Channel) -> str:
+    """How `channel` best goes between two processes of this host."""
+    return SHM if shared.takes(channel) else IPC
+
+
+class Wires:
+    """The ends of all channels that lead out of one process. abort: set to make blocked calls raise
+    `Aborted`. link_delay: seconds by which what comes is handed out later (late.py). keys: of this
+    process, for channels whose way or address carries a peer's key.
+
+    They belong to the thread that sends and receives, but for `bind`, `connect` and `close`, which
+    come before and after.
+    """
+
+    def __init__(
+        self,
+        run: int,
+        abort: threading.Event,
+        link_delay: float = 0.0,
+        keys: Keys | None = None,
+        requests: Requests | None = None,
+    ) -> None:
+        self._line = Line(run, abort, requests)
+        self._requests = requests
+        self._keys = keys
+        self._door: Door | None = None
+        self._link_delay = link_delay
+        self._in: dict[int, Receiver] = {}
+        self._out: dict[int, Sender] = {}
+        self._zmq: zmq.Context[Any] | None = None
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """The blocked call, if there is one."""
+        return self._line.waiting
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Where the time of sending and receiving went: waiting, which is all that happens inside
+        calls of the operating system, and packing."""
+        return {"waiting": self._line.waited, "packing": self._line.packed}
+
+    def bind(
+        self, channel: Channel, way: str, limit: int = -1, memory: Memory | None = None
+    ) -> str:
+        """Opens the receiving end: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the
+        sender's public key. limit: bytes of a frame by tcp, at most (-1: any). memory: of the
+        receiving block's GPU, if signals may stay on one. Returns its address.
+        """
+        if self._link_delay:
+            receiver: Receiver = LateReceiver(
+                self._line,
+                channel,
+                self._link_delay,
+                lambda own: self._open(own, channel, way, limit),
+            )
+        else:
+            receiver = self._open(self._line, channel, way, limit, memory)
+        old = self._in.pop(channel.number, None)
+        if old is not None:
+            old.close()
+        self._in[channel.number] = receiver
+        if not way.startswith(TCP):
+            claim(socket_folder(self._line.run))  # until `close`
+        return receiver.address
+
+    def _open(
+        self, line: Line, channel: Channel, way: str, limit: int, memory: Memory | None = None
+    ) -> Receiver:
+        if way == SHM:
+            return shared.SharedReceiver(line, channel, memory)
+        from hamdist.runtime.transport.encryption import split_key
+        from hamdist.runtime.transport.zeromq import ZmqReceiver
+
+        bare, key = split_key(way)
+        if not bare.startswith(TCP):
+            return ZmqReceiver(line, channel, self._context(), None)
+        host = bare.removeprefix(TCP)
+        if key is None:
+            return ZmqReceiver(line, channel, self._context(), host, limit=limit)
+        self.allow(key)
+        return ZmqReceiver(line, channel, self._context(), host, self._door, limit)
+
+    def allow(self, key: str) -> None:
+        """Lets the holder of a public key send to the receiving ends that ask for keys, from now
+        on: before it connects."""
+        if self._door is None:
+            from hamdist.runtime.transport.encryption import Door
+
+            if self._keys is None:
+                raise ClusterError("a sender with a key, but this process has none")
+            self._door = Door(self._context(), self._keys)
+        self._door.allow(key)
+
+    def withdraw(self, key: str) -> None:
+        """Takes `allow` back, for connections to come."""
+        if self._door is not None:
+            self._door.withdraw(key)
+
+    def connect(
+        self,
+        channel: Channel,
+        address: str,
+        limit: int = -1,
+        log: Log | None = None,
+        first: int = 1,
+        lender: Lender | None = None,
+    ) -> None:
+        """Opens the sending end. limit: as at the other end. log: what a receiver that begins again
+        is sent before all else, from signal `first` on. lender: of GPU memory, for an address that
+        asks for it."""
+        old = self._out.pop(channel.number, None)
+        if old is not None:
+            old.close()
+        if log is None:
+            self._out[channel.number] = self._reach(self._line, channel, address, limit, lender)
+            return
+
+        def make(own: Line) -> Sender:
+            return self._reach(own, channel, address, limit, lender)
+
+        self._out[channel.number] = Feeder(self._line, channel, log, first, make)
+
+    def answer_offers(self) -> None:
+        """Answers the offers of memory that have come. Before any signal is received."""
+        for end in self._in.values():
+            if isinstance(end, shared.SharedReceiver):
+                end.answer()
+
+    def hear_answers(self) -> None:
+        """Takes the answers to this process's own offers. Before any signal is sent."""
+        for end in self._out.values():
+            if isinstance(end, shared.SharedSender):
+                end.look()
+
+    def _reach(
+        self, line: Line, channel: Channel, address: str, limit: int, lender: Lender | None
+    ) -> Sender:
+        if address.startswith((shared.SCHEME, shared.GPU_SCHEME)):
+            return shared.SharedSender(line, channel, address, lender)
+        from hamdist.runtime.transport.zeromq import ZmqSender
+
+        own = limit if address.startswith(TCP) else -1
+        return ZmqSender(line, channel, self._context(), address, self._keys, own)
+
+    def _context(self) -> zmq.Context[Any]:
+        """ZeroMQ's, with its thread: only in processes that have a channel for it."""
+        if self._zmq is None:
+            import zmq
+
+            self._zmq = zmq.Context()
+        return self._zmq
+
+    def send(self, channel: Channel, *signals: Signal) -> None:
+        """One message. Where it goes by shared memory the payloads are copied before this returns;
+        ZeroMQ may read large ones later, so nobody may write to them."""
+        while True:
+            end = self._out[channel.number]
+            try:
+                end.send(signals)
+            except Interrupted:
+                self._serve()
+                if self._out[channel.number] is end:
+                    continue  # (nothing of it was sent yet)
+            return  # a new end sends what is in the log, and so this
+
+    def receive(self, channel: Channel, stamp: Stamp) -> Signal:
+        while True:
+            try:
+                return self._in[channel.number].receive(stamp)
+            except Interrupted:
+                self._serve()
+
+    def _serve(self) -> None:
+        self._line.waiting = None
+        if self._requests is not None:
+            self._requests.serve()
+
+    def close(self) -> None:
+        """Closes all ends and removes their files."""
+        ends: list[Receiver | Sender] = [*self._in.values(), *self._out.values()]
+        for end in ends:
+            end.close()
+        if self._door is not None:
+            self._door.close()
+            self._door = None
+        if self._zmq is not None:
+            self._zmq.destroy(linger=0)
+            self._zmq = None
+        folder = socket_folder(self._line.run)
+        release(folder)
+        with contextlib.suppress(OSError):  # others' sockets are there, or they were faster
+            folder.rmdir()

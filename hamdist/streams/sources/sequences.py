@@ -1,0 +1,79 @@
+"""Sequences of tokens as a stream of tokens, one after the other.
+
+N: sequences, B: batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hamdist.errors import StreamError
+from hamdist.streams.sample import Sample, SampleSpec
+from hamdist.streams.sources.arrays import ArrayStream
+from hamdist.streams.sources.texts import padded
+
+
+class TokenStream:
+    """The tokens of N sequences, sequence after sequence, for a network that remembers.
+
+    sequences: N of them, each (T,) int64 with a T of its own, at least 1; labels: (N,) int64.
+    Item: u (B,) int64, the next token of B sequences side by side; the last token of a sequence has
+    `end` and y (B,) int64, the labels; the others have no target, unless `every` token is given the
+    labels. The sequences of a batch are padded with 0 in front, to the longest of them.
+
+    tokens: how many different ones there are, if that is known. The order of the sequences, and
+    `shuffled` and `endless`, are those of an `ArrayStream` of their numbers. Portable. Raises like
+    `ArrayStream`, and StreamError for what is no such sequence.
+    """
+
+    portable: bool = True
+
+    def __init__(
+        self,
+        sequences: Sequence[Tensor],
+        labels: Tensor,
+        batch: int,
+        seed: int,
+        *,
+        classes: int | None = None,
+        tokens: int | None = None,
+        every: bool = False,
+        shuffled: bool = True,
+        endless: bool = True,
+    ) -> None:
+        for n, ids in enumerate(sequences):
+            if ids.dim() != 1 or len(ids) == 0 or ids.dtype != torch.int64:
+                raise StreamError(
+                    f"sequence {n} has shape {tuple(ids.shape)} and dtype {ids.dtype}: a sequence "
+                    "is (T,) int64, with at least one token"
+                )
+        self._sequences = list(sequences)
+        self._every = every
+        self._tokens = tokens
+        self._rows = ArrayStream(
+            torch.arange(len(self._sequences)),
+            labels,
+            batch,
+            seed,
+            classes=classes,
+            shuffled=shuffled,
+            endless=endless,
+        )
+
+    @property
+    def spec(self) -> SampleSpec:
+        return replace(self._rows.spec, tokens=self._tokens)
+
+    def samples(self) -> Iterator[Sample]:
+        """The tokens from the first sequence's first one on."""
+        for chosen in self._rows.samples():
+            batch = [self._sequences[row] for row in chosen.u.tolist()]
+            tokens = padded(batch, max(map(len, batch))).T.contiguous()
+            last = len(tokens) - 1
+            for t, u in enumerate(tokens):
+                y = chosen.y if self._every or t == last else None
+                yield Sample(u.clone(), y, end=t == last)

@@ -1,0 +1,1 @@
+"""Streams around streams: pace, late targets, smooth changes, canvases, dtypes."""

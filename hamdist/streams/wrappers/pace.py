@@ -1,0 +1,158 @@
+"""Samples that arrive in real time, whether the network has time for them or not."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from hamdist.config import Late
+from hamdist.errors import SettingsError, StreamError
+from hamdist.streams.replay import samples_from
+from hamdist.streams.sample import Sample, Stream, check_stream, report_of
+from hamdist.streams.wrappers.chosen_targets import Derived
+
+LOOK_AT = 1000  # items taken in at once, from which on a source is watched for being too slow
+
+
+class Paced(Derived):
+    """A stream whose samples arrive at their times, on a clock that runs while the network works.
+
+    Sample n arrives n * `period` seconds after the first one; with `period=None` at its own time
+    stamp, counted from the first sample's. The first one arrives when it is asked for. Who asks
+    before the next sample has arrived waits for it. Who asks after several have arrived is given
+
+        late = drop    the newest of them; the others are gone, with their targets
+        late = keep    the oldest of them; the others wait in a queue without bound
+
+    The end of a sequence is never lost: the sample that is given in place of dropped ones carries
+    the `end` of any of them, so that what follows is not taken for the same sequence.
+
+    `report`: `dropped`, how many samples were; or `waiting_most`, the most that had arrived and
+    waited behind the one given. What waits on its way to the blocks (engine.queue) has been given.
+
+    A run that goes on from a snapshot goes on behind the item that was given last, if the wrapped
+    stream replays; the clock starts again with the next one, as if none had arrived meanwhile. With
+    `keep` it gets every item once; with `drop` which ones are given depends on the clock.
+
+    clock: seconds, never going back; sleep: waits for so many seconds. Portable where the wrapped
+    stream is. Raises SettingsError for a period that is not above 0; StreamError for a sample
+    without time stamp where it needs one, and for a source that takes longer to make its samples
+    than they take to arrive.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        period: float | None,
+        late: Late = Late.DROP,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if period is not None and not (period > 0 and math.isfinite(period)):
+            raise SettingsError(
+                f"period is {period}; samples arrive every so many seconds, above 0"
+            )
+        check_stream("Paced", stream)
+        super().__init__(stream)
+        self.drops = self.replays and late is Late.DROP
+        self.replays = self.replays and late is Late.KEEP
+        self._period = period
+        self._late = late
+        self._clock = clock
+        self._sleep = sleep
+        self._counts = self._no_counts()
+
+    def report(self) -> dict[str, int]:
+        """The counts, and those of the wrapped stream."""
+        return {**report_of(self._stream), **self._counts}
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples that are given, from the first one on; the clock starts with it."""
+        return self.samples_behind(0, 0)
+
+    def passed(self) -> int:
+        """How many were dropped."""
+        return self._counts.get("dropped", 0)
+
+    def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
+        """Those after so many that were given and dropped; the next one arrives at once."""
+        self._counts = self._no_counts()
+        if passed:
+            self._counts["dropped"] = passed
+        return self._samples(given + passed)
+
+    def _samples(self, n: int) -> Iterator[Sample]:
+        arrivals = self._arrivals(n)
+        arrived: deque[Sample] = deque()
+        coming = next(arrivals, None)
+        begun = self._clock()
+        while arrived or coming is not None:
+            coming = self._take_in(coming, arrivals, arrived, begun)
+            if arrived:
+                self._count("waiting_most", len(arrived) - 1)
+                yield arrived.popleft()
+            elif coming is not None:
+                self._sleep(max(0.0, begun + coming[0] - self._clock()))
+
+    def _arrivals(self, skip: int) -> Iterator[tuple[float, Sample]]:
+        """Each sample from item `skip` on and the time of its arrival, in seconds after the first
+        of them."""
+        first = None
+        for n, sample in enumerate(samples_from(self._stream, skip)):
+            if self._period is not None:
+                yield n * self._period, sample
+                continue
+            if sample.time is None:
+                raise StreamError(
+                    f"item {skip + n} has no time stamp to arrive at: give every item its time in "
+                    "seconds, or set stream.pace.period to the seconds between two items"
+                )
+            first = sample.time if first is None else first
+            yield sample.time - first, sample
+
+    def _take_in(
+        self,
+        coming: tuple[float, Sample] | None,
+        arrivals: Iterator[tuple[float, Sample]],
+        arrived: deque[Sample],
+        begun: float,
+    ) -> tuple[float, Sample] | None:
+        """Moves what has arrived by now to `arrived`; returns the first one that has not."""
+        asked = self._clock()
+        earliest = None if coming is None else coming[0]
+        taken = 0
+        while coming is not None and begun + coming[0] <= asked:
+            self._arrive(coming[1], arrived)
+            taken += 1
+            if taken >= LOOK_AT and earliest is not None:
+                self._check_source(taken, self._clock() - asked, coming[0] - earliest)
+            coming = next(arrivals, None)
+        return coming
+
+    def _check_source(self, taken: int, making: float, arriving: float) -> None:
+        """Raises StreamError where samples arrive faster than the source makes them: each look
+        would take longer than the one before."""
+        if making > arriving:
+            raise StreamError(
+                f"the source took {making:.3g} s to make {taken} items that arrive within "
+                f"{arriving:.3g} s: it cannot keep up with its own pace; use a longer "
+                "stream.pace.period, or a source that is faster"
+            )
+
+    def _arrive(self, sample: Sample, arrived: deque[Sample]) -> None:
+        if self._late is Late.DROP and arrived:
+            passed = arrived.popleft()
+            self._counts["dropped"] += 1
+            sample = replace(sample, end=True) if passed.end else sample
+        arrived.append(sample)
+
+    def _count(self, name: str, value: int) -> None:
+        if name in self._counts:
+            self._counts[name] = max(self._counts[name], value)
+
+    def _no_counts(self) -> dict[str, int]:
+        return {"dropped": 0} if self._late is Late.DROP else {"waiting_most": 0}

@@ -1,0 +1,1 @@
+"""The study that recovers gradient descent from the equations."""

@@ -1,0 +1,125 @@
+"""The table of gradient descent, as texts and as files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hamdist.study.gradient_descent.models import MODELS
+from hamdist.study.gradient_descent.scenarios import BOUND, SCENARIOS, Placement, Row
+from hamdist.study.report.table import Table, markdown
+from hamdist.study.shared.result_folder import write_file
+
+NAMES = {
+    "linear": "Linear",
+    "mlp": "MLP",
+    "resnet": "ResNet",
+    "vit": "ViT",
+    "rnn": "RNN",
+    "lstm": "LSTM",
+}
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Rows as the table has them: by model, then by scenario."""
+    models, scenarios = list(MODELS), list(SCENARIOS)
+    return sorted(rows, key=lambda r: (models.index(r.model), scenarios.index(r.scenario)))
+
+
+def recovery_line(row: Row) -> str:
+    """What is said of a row as soon as it is finished."""
+    wrong = [cell.placement.value for cell in row.cells if not cell.passed]
+    found = f"apart at {', '.join(wrong)}" if wrong else "equal"
+    return f"{NAMES[row.model]}, {row.scenario}: {found} ({row.steps:,} steps, {row.seconds:.1f} s)"
+
+
+def recovery_table(rows: Sequence[Row]) -> Table:
+    """Rows model x scenario; per placement the largest difference of losses / of weights."""
+    paper = any(row.from_pytorch is not None for row in rows)
+    placements = [f"{p.value}: losses / weights" for p in Placement]
+    titles = ["model", "scenario", "steps", "loss", *placements]
+    cells = [_cells(row) for row in rows]
+    if paper:
+        titles.append("weights from PyTorch's")
+        for row, texts in zip(rows, cells, strict=True):
+            texts.append("–" if row.from_pytorch is None else _short(row.from_pytorch))
+    return Table(titles, cells, _notes(rows, paper=paper))
+
+
+def _cells(row: Row) -> list[str]:
+    first, last = row.loss
+    return [
+        NAMES[row.model],
+        row.scenario,
+        f"{row.steps:,}",
+        f"{first:.3f}" if first == last else f"{first:.3f} → {last:.3f}",
+        *(f"{_short(c.losses)} / {_short(c.weights)}{'' if c.passed else ' ✗'}" for c in row.cells),
+    ]
+
+
+def _short(difference: float) -> str:
+    return "0" if difference == 0 else f"{difference:.1e}"
+
+
+def _notes(rows: Sequence[Row], *, paper: bool) -> list[str]:
+    cells = [cell for row in rows for cell in row.cells]
+    wrong = sum(not cell.passed for cell in cells)
+    judged = f"{len(cells) - wrong} of {len(cells)} cells equal SGD to {BOUND:g}"
+    sources = {NAMES[row.model]: row.source for row in rows}
+    by_source = {s: [n for n, own in sources.items() if own == s] for s in sources.values()}
+    data = "; ".join(f"{', '.join(names)}: {source}" for source, names in by_source.items())
+    notes = [f"{judged}{f' (✗: {wrong} do not)' if wrong else ''}", f"data: {data}"]
+    if paper:
+        notes.append(
+            "with momentum the first step is dampened too, as the plain table of HL Appendix E has "
+            "it: the oracle is SGD with its momentum begun at zero; the last column tells how far "
+            "that is from PyTorch's own first step"
+        )
+    return notes
+
+
+def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One record per cell."""
+    return [
+        {
+            "model": row.model,
+            "scenario": row.scenario,
+            "placement": cell.placement.value,
+            "steps": row.steps,
+            "data": row.source,
+            "first_loss": row.loss[0],
+            "last_loss": row.loss[1],
+            "losses": cell.losses,
+            "weights": cell.weights,
+            "bound": BOUND,
+            "passed": cell.passed,
+            "seconds": cell.seconds,
+            "from_pytorch": row.from_pytorch,
+        }
+        for row in rows
+        for cell in row.cells
+    ]
+
+
+def save_recovery(folder: Path, rows: Sequence[Row], command: str) -> None:
+    """recovery.json, recovery.csv and recovery.md. Raises SettingsError where that fails."""
+    found = [{k: _finite(v) for k, v in record.items()} for record in records(rows)]
+    whole = {"command": command, "cells": found}
+    write_file(folder / "recovery.json", json.dumps(whole, indent=2, allow_nan=False) + "\n")
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(found[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    write_file(folder / "recovery.csv", out.getvalue())
+    text = f"`{command}`\n\n{markdown(recovery_table(rows))}"
+    write_file(folder / "recovery.md", text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,96 @@
+"""The rows of the table, worked out in processes of their own: a row is plain arithmetic on one
+thread, so as many run at a time as there are cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, as_completed
+
+from hamdist.config import FirstStep
+from hamdist.errors import SettingsError
+from hamdist.runtime.process.threads import cores
+from hamdist.study.gradient_descent.data import Paths
+from hamdist.study.gradient_descent.models import MODELS
+from hamdist.study.gradient_descent.scenarios import SCENARIOS, Job, Row, run_row
+from hamdist.study.shared.processes import Processes
+
+# The long ones first, so that the processes end at about the same time.
+COSTS = {"lstm": 6, "rnn": 3, "resnet": 3, "vit": 2}
+
+
+def jobs(
+    models: Sequence[str] = tuple(MODELS),
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    first_step: FirstStep = FirstStep.UNDAMPENED,
+    paths: Paths | None = None,
+) -> list[Job]:
+    """The rows of `models` in all scenarios. epochs: None for the paper's.
+
+    Raises SettingsError for an unknown model.
+    """
+    wrong = [name for name in models if name not in MODELS]
+    if wrong or not models:
+        raise SettingsError(
+            f"--models: {', '.join(wrong) or 'nothing'} is no model of the table; models: "
+            f"{', '.join(MODELS)}"
+        )
+    return [
+        Job(model, scenario, epochs, steps, first_step, paths or Paths())
+        for model in dict.fromkeys(models)
+        for scenario in SCENARIOS
+    ]
+
+
+class Rows:
+    """Rows that are being worked out, by as many processes as there are cores; with one process, in
+    this one. `close` ends the processes; as a context it does so at the end."""
+
+    def __init__(self, wanted: Sequence[Job], processes: int | None = None) -> None:
+        self._wanted = list(wanted)
+        self._processes = min(processes or cores(), len(wanted))
+        self._pool: Processes | None = None
+        self._futures: dict[Job, Future[Row]] = {}
+        self._done: dict[Job, Row] = {}
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def row(self, job: Job) -> Row:
+        """One row; raises what went wrong in it."""
+        if job not in self._done:
+            if self._processes > 1:
+                self._start()
+                self._done[job] = self._futures[job].result()
+            else:
+                self._done[job] = run_row(job)
+            if len(self._done) == len(self._wanted):
+                self.close()
+        return self._done[job]
+
+    def finished(self) -> Iterator[Row]:
+        """All rows, as they are finished."""
+        if self._processes == 1:
+            yield from (self.row(job) for job in self._wanted)
+            return
+        self._start()
+        for future in as_completed(self._futures.values()):
+            yield future.result()
+
+    def _start(self) -> None:
+        if self._pool is not None:
+            return
+        self._pool = Processes(self._processes)
+        longest_first = sorted(self._wanted, key=lambda job: -COSTS.get(job.model, 1))
+        self._futures = {job: self._pool.submit(run_row, job) for job in longest_first}
+
+    def close(self) -> None:
+        """Ends the processes, whatever they are doing."""
+        if self._pool is None:
+            return
+        self._pool.close()
+        self._pool = None

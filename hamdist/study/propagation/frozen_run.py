@@ -1,0 +1,184 @@
+"""Ordinary blocks with frozen weights, looked at tick by tick, and backpropagation beside them.
+
+With beta = 0 and eta_omega = 1/tau
+
+    omega_{k+1} = tau phi G_k,      phi G_k = phi dL/dtheta_k + z_k^T dh'/dtheta_k
+
+so omega is the local gradient of the moment t_k, scaled (equations.md; s = -1).
+B: batch, P: weights of the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hamdist.config import Order, Settings, TargetOf
+from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
+from hamdist.dynamics.graph.graph import INPUT, Graph
+from hamdist.dynamics.graph.merged import MergedGraph, merged_module
+from hamdist.errors import LevelError
+from hamdist.runtime.nodes.factory import Node, make_node
+from hamdist.runtime.nodes.hold import HoldNode
+from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.streams import from_iterable
+
+Block: TypeAlias = HoldBlock | HoldReadout
+Look: TypeAlias = Callable[[str, int, Block], None]
+
+
+class _Watched:
+    """A node that is looked at after each of its ticks."""
+
+    def __init__(self, node: HoldNode, look: Look) -> None:
+        self.name = node.name
+        self.late = node.late
+        self.tick = node.tick
+        self._node = node
+        self._look = look
+
+    def start(self) -> None:
+        self._node.start()
+
+    def step(self) -> None:
+        k = self.tick
+        self._node.step()
+        self.tick = self._node.tick
+        if k is not None and self.tick is not None:
+            self._look(self.name, k, self._node.block)
+
+
+def watch(
+    graph: Graph,
+    settings: Settings,
+    items: Iterable[tuple[Tensor, Tensor]],
+    look: Look,
+    *,
+    classes: int | None = None,
+    prepare: Callable[[str, Block], None] | None = None,
+) -> None:
+    """Steps `graph` through `items` as the engine in one process does.
+
+    look: called with (block's name, k, block) after tick k of each block; h and omega are then
+    those of k + 1, z is that of k, and in the sequential order omega is. classes: of class targets.
+    prepare: sets a block's first states. Raises LevelError where blocks are not held.
+    """
+    stream = from_iterable(items, classes=classes)
+    plan = make_plan(graph.copy(), settings, stream.spec)
+    mail = Mailroom({INPUT, *plan.graph.blocks})
+    nodes: list[Node] = [SourceNode(plan, stream, mail)]
+    for name in plan.graph.blocks:
+        node = make_node(plan, name, mail)
+        if not isinstance(node, HoldNode):
+            raise LevelError(
+                f"level {settings.level.value!r} shows a sample for a moment; only blocks of "
+                "presentation 'hold' relax towards a gradient: use level 'local'"
+            )
+        if prepare is not None:
+            prepare(name, node.block)
+        nodes.append(_Watched(node, look))
+    run_loop(nodes)
+
+
+def frozen(
+    tau: float,
+    c: float,
+    *,
+    order: Order = Order.SIMULTANEOUS,
+    target: TargetOf = TargetOf.CURRENT,
+    eta_z: float = 0.0,
+    eta_omega: float | None = None,
+    sign: int = -1,
+) -> Settings:
+    """Level `local` with beta = 0 and phi = 1. tau in seconds, c in 1/seconds; eta_omega is 1/tau
+    unless given."""
+    return Settings.model_validate(
+        {
+            "level": "local",
+            "dtype": "float64",
+            "locality": {"order": order, "target": target},
+            "dynamics": {
+                "tau": tau,
+                "c": c,
+                "beta": 0.0,
+                "phi": 1.0,
+                "eta_z": eta_z,
+                "eta_omega": 1 / tau if eta_omega is None else eta_omega,
+                "sign": sign,
+            },
+        }
+    )
+
+
+def in_float64(graph: Graph) -> Graph:
+    """A copy in float64, in evaluation mode: dropout would draw other masks on either side."""
+    made = graph.copy()
+    for spec in made.blocks.values():
+        for module in (spec.module, spec.output):
+            if module is not None:
+                module.double().eval()
+    return made
+
+
+def omegas(block: Block) -> list[Tensor]:
+    """The weight costates of a block and of its output module."""
+    output = block.output_weights if isinstance(block, HoldBlock) else None
+    return [*block.weights.omega, *(output.omega if output is not None else [])]
+
+
+class Backprop:
+    """Backpropagation's gradient of the loss of `graph` (of the sum of its readouts' losses)."""
+
+    def __init__(self, graph: Graph) -> None:
+        states = {}
+        for name, spec in graph.blocks.items():
+            output = {} if spec.output is None else spec.output.state_dict(prefix="output:")
+            states[name] = {**spec.module.state_dict(), **output}
+        self._module = merged_module(graph, states).double().eval()
+        self._losses = {n: b.loss for n, b in graph.blocks.items() if b.loss is not None}
+        known = dict(self._module.named_parameters())
+        whole = isinstance(self._module, MergedGraph)
+        self._theta: dict[str, list[Tensor]] = {
+            name: [known[key] for key in _keys(graph, name, whole=whole)] for name in graph.blocks
+        }
+
+    @property
+    def weights(self) -> int:
+        """P."""
+        return sum(t.numel() for own in self._theta.values() for t in own)
+
+    def predictions(self, u: Tensor) -> dict[str, Tensor]:
+        """What each readout predicts from u (B, ...)."""
+        predicted = self._module(u)
+        return predicted if isinstance(predicted, dict) else {next(iter(self._losses)): predicted}
+
+    def __call__(self, u: Tensor, y: Tensor) -> dict[str, list[Tensor]]:
+        """dL/dtheta by block, in the order of `omegas`. All readouts have the target y."""
+        predictions = self.predictions(u)
+        loss = torch.zeros((), dtype=u.dtype)
+        for name, take in self._losses.items():
+            loss = loss + take(predictions[name], y)
+        theta = [t for own in self._theta.values() for t in own]
+        found = iter(torch.autograd.grad(loss, theta, materialize_grads=True))
+        return {name: [next(found) for _ in own] for name, own in self._theta.items()}
+
+
+def _keys(graph: Graph, name: str, *, whole: bool) -> Iterator[str]:
+    """Names in the merged module of the weights of a block that learn."""
+    spec = graph.blocks[name]
+    for part, module in (("module", spec.module), ("output", spec.output)):
+        prefix = f"blocks.{name}.{part}." if whole else ""
+        for key, p in () if module is None else module.named_parameters():
+            if p.requires_grad:
+                yield prefix + key
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All of them as one vector (P,)."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])

@@ -1,0 +1,167 @@
+"""How local learning becomes backpropagation as its signals get faster.
+
+Local weight gradients of frozen blocks (watch.py) are compared with backpropagation's for the
+input and the target of the same moment, G*_i = dL(u(t_i), target(t_i))/dtheta at moments t_i:
+
+    error   = sqrt( sum_i |G_i - G*_i|^2 / sum_i |G*_i|^2 )
+    1 - cos = mean_i ( 1 - cos(G_i, G*_i) )
+
+c is a velocity: hops per second of the stream's time. A tick takes tau = (c tau)/c seconds and
+shows u(k tau). What a block knows is a few hops old, so for a smooth stream error ~ 1/c and
+1 - cos ~ 1/c^2 (NILP; equations.md, "What follows"). Before every look the network runs for as
+many ticks as it needs to forget what it held, so that no look sees a transient.
+
+B: batch, P: weights of the network.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from hamdist.config import TargetOf
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.errors import GraphError
+from hamdist.study.propagation.frozen_run import (
+    Backprop,
+    Block,
+    flat,
+    frozen,
+    in_float64,
+    omegas,
+    watch,
+)
+from hamdist.study.propagation.streams import F64, TimedStream, Values
+
+CYCLE_HOPS = 200  # hops that count on a cycle, where a signal never ends
+TRIED = tuple(digit * 10.0**power for power in range(6) for digit in (1, 2, 5))
+
+
+@dataclass(frozen=True)
+class Network:
+    """A graph in float64, the shapes that it takes and compares with, and its oracle."""
+
+    graph: Graph
+    values: Values
+    backprop: Backprop
+
+    @property
+    def hops(self) -> int:
+        """Hops of the longest way from the input to a readout and from there to a weight."""
+        if not self.graph.acyclic:
+            return CYCLE_HOPS
+        return 2 * (self.graph.depth + 1)
+
+
+def as_network(graph: Graph, input_shape: Sequence[int], batch: int = 4) -> Network:
+    """`graph` (which stays as it is) for inputs of `input_shape`, given without the batch.
+
+    Raises GraphError where it does not take them, or where its readouts cannot share a target.
+    """
+    own = in_float64(graph)
+    u = torch.zeros(batch, *input_shape, dtype=F64)
+    own.shapes(u.shape, F64)
+    backprop = Backprop(own)
+    predictions = backprop.predictions(u)
+    shapes = {tuple(p.shape) for p in predictions.values()}
+    losses = {own.blocks[name].loss for name in predictions}
+    if len(shapes) > 1 or len(losses) > 1:
+        raise GraphError(
+            f"the readouts {', '.join(predictions)} differ in shape or loss ({shapes}); a study of "
+            "speed compares all of them with one target"
+        )
+    shape = shapes.pop()
+    if cross_entropy in losses:
+        values = Values(tuple(u.shape), (batch, *shape[2:]), shape[1])
+    else:
+        values = Values(tuple(u.shape), shape)
+    return Network(own, values, backprop)
+
+
+@cache
+def ticks_to_settle(hops: int, c_tau: float, share: float) -> int:
+    """The smallest k with P[ Binomial(k, c tau) < hops ] <= share: a signal moves on with
+    probability c tau in a tick, and has come through when it has moved `hops` times."""
+    k = hops
+    while not_through(k, hops, c_tau) > share:
+        k += 1
+    return k
+
+
+def not_through(k: int, hops: int, a: float) -> float:
+    """P[ Binomial(k, a) < hops ]."""
+    if a == 1:
+        return float(k < hops)
+    still, moved = math.log1p(-a), math.log(a)
+    whole = math.lgamma(k + 1)
+    return sum(
+        math.exp(whole - math.lgamma(i + 1) - math.lgamma(k - i + 1) + i * moved + (k - i) * still)
+        for i in range(min(hops, k + 1))
+    )
+
+
+def local_gradients(
+    network: Network,
+    stream: TimedStream,
+    c: float,
+    c_tau: float,
+    target: TargetOf = TargetOf.CURRENT,
+) -> tuple[list[Tensor], int]:
+    """The local gradient (P,) at each of the stream's looks, and the number of ticks run."""
+    tau = c_tau / c
+    settle = ticks_to_settle(network.hops, c_tau, stream.forgotten) + 1
+    windows = [_window(stream, t, tau, settle) for t in stream.looks]
+    ends = {end - 1: i for i, end in enumerate(itertools.accumulate(windows))}
+    seen: list[dict[str, list[Tensor]]] = [{} for _ in windows]
+
+    def items() -> Iterator[tuple[Tensor, Tensor]]:
+        for t, ticks in zip(stream.looks, windows, strict=True):
+            for back in reversed(range(ticks)):
+                yield stream.u(t - back * tau), stream.y(t - back * tau)
+
+    def look(name: str, k: int, block: Block) -> None:
+        if k in ends:
+            seen[ends[k]][name] = [o / tau for o in omegas(block)]
+
+    settings = frozen(tau, c, target=target)
+    watch(network.graph, settings, items(), look, classes=network.values.classes)
+    order = list(network.graph.blocks)
+    return [flat(g for name in order for g in by[name]) for by in seen], sum(windows)
+
+
+def _window(stream: TimedStream, t: float, tau: float, settle: int) -> int:
+    """Ticks to run for a look at t: `settle`, or as many as the stream has been on."""
+    if stream.begins == -math.inf:
+        return settle
+    return min(settle, math.floor((t - stream.begins) / tau + 1e-9) + 1)
+
+
+def exact_gradients(network: Network, stream: TimedStream) -> list[Tensor]:
+    """Backpropagation's gradient (P,) at each of the stream's looks."""
+    by_look = [network.backprop(stream.u(t), stream.y(t)) for t in stream.looks]
+    return [flat(g for own in by.values() for g in own) for by in by_look]
+
+
+def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    apart = sum(float((f - e).square().sum()) for f, e in zip(found, exact, strict=True))
+    size = sum(float(e.square().sum()) for e in exact)
+    return math.sqrt(apart / size) if size else math.nan
+
+
+def one_minus_cos(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The mean of 1 - cos = |f/|f| - e/|e||^2 / 2, which loses no digits where it is small; 1 where
+    a gradient is zero and points nowhere."""
+    angles = []
+    for f, e in zip(found, exact, strict=True):
+        sizes = float(f.norm()), float(e.norm())
+        pointing = min(sizes) > 0
+        apart = float((f / sizes[0] - e / sizes[1]).square().sum()) / 2 if pointing else 1.0
+        angles.append(apart)
+    return sum(angles) / len(angles)

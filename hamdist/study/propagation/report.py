@@ -1,0 +1,255 @@
+"""What a study of speed found: exponents, tables, files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hamdist.study.propagation.plot import Curve, Line, speed_plots
+from hamdist.study.propagation.settling import CountRow
+from hamdist.study.propagation.streams import PERIOD, SWITCHED_ON, StreamKind
+from hamdist.study.propagation.study import SpeedResult, SpeedRow
+from hamdist.study.report.html import versions
+from hamdist.study.report.table import MISSING, Table, markdown
+from hamdist.study.shared.result_folder import write_file
+
+FITTED_SPAN = 10.0  # exponents are those of the speeds within this factor of the fastest,
+FITTED_LEAST = 3  # and of so many at least
+ROUND_OFF = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """factor c^exponent, by least squares of the logarithms. spread: the exponent's standard error,
+    None where two points leave it open."""
+
+    exponent: float
+    spread: float | None
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a smooth stream's error and 1 - cos fall with c, at one c tau."""
+
+    c_tau: float
+    error: Slope
+    one_minus_cos: Slope
+
+
+def fit(speeds: Sequence[float], values: Sequence[float]) -> Slope | None:
+    """The slope over the fastest of `speeds`; None below two values, or where one is zero."""
+    fastest = sorted(zip(speeds, values, strict=True), reverse=True)
+    span = [p for p in fastest if p[0] * FITTED_SPAN >= fastest[0][0] * (1 - 1e-9)]
+    points = span if len(span) >= FITTED_LEAST else fastest[:FITTED_LEAST]
+    if len(points) < 2 or not all(0 < value < math.inf for _, value in points):
+        return None
+    x, y = np.log(np.array(points)).T
+    slope, offset = np.polyfit(x, y, 1)
+    spread = None
+    if len(points) > 2:
+        left = y - slope * x - offset
+        variance = float(left @ left) / (len(points) - 2)
+        spread = math.sqrt(variance / float(((x - x.mean()) ** 2).sum()))
+    return Slope(float(slope), spread, math.exp(offset))
+
+
+def curves(rows: Sequence[SpeedRow]) -> list[Curve]:
+    """Over the seeds: root mean square of the error, mean of 1 - cos; one curve per stream and
+    c tau."""
+    groups: dict[tuple[str, float], dict[float, list[SpeedRow]]] = {}
+    for row in rows:
+        groups.setdefault((row.stream, row.c_tau), {}).setdefault(row.c, []).append(row)
+    return [
+        Curve(
+            stream,
+            c_tau,
+            sorted(by_c),
+            [math.sqrt(_mean([r.error**2 for r in by_c[c]])) for c in sorted(by_c)],
+            [_mean([r.one_minus_cos for r in by_c[c]]) for c in sorted(by_c)],
+        )
+        for (stream, c_tau), by_c in groups.items()
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def fits(found: Sequence[Curve]) -> list[Fit]:
+    made = []
+    for curve in found:
+        if curve.stream == StreamKind.SMOOTH.value:
+            error = fit(curve.speeds, curve.error)
+            angle = fit(curve.speeds, curve.one_minus_cos)
+            if error is not None and angle is not None:
+                made.append(Fit(curve.c_tau, error, angle))
+    return made
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+
+def speed_tables(result: SpeedResult) -> dict[str, Table]:
+    """By title: the error against c, 1 - cos against c, and the ticks that static inputs take."""
+    found = curves(result.rows)
+    by_step = {f.c_tau: f for f in fits(found)}
+    tables = {
+        "Relative error of local gradients, by c in hops per second": _against_c(
+            found, lambda c: c.error, {a: f.error for a, f in by_step.items()}, _facts(found)
+        ),
+        "1 - cos between local gradients and backpropagation's": _against_c(
+            found,
+            lambda c: c.one_minus_cos,
+            {a: f.one_minus_cos for a, f in by_step.items()},
+            [],
+        ),
+    }
+    if result.counts:
+        tables["Ticks until a static input's values are backpropagation's"] = _tick_table(
+            result.counts
+        )
+    return tables
+
+
+def _against_c(
+    found: Sequence[Curve],
+    values: Callable[[Curve], Sequence[float]],
+    slopes: dict[float, Slope],
+    notes: Sequence[str],
+) -> Table:
+    speeds = found[0].speeds if found else []
+    titles = ["stream", "c τ", *(f"c = {c:g}" for c in speeds), "exponent"]
+    rows = []
+    for curve in found:
+        slope = slopes.get(curve.c_tau) if curve.stream == StreamKind.SMOOTH.value else None
+        cells = [_short(value) for value in values(curve)]
+        rows.append([curve.stream, f"{curve.c_tau:g}", *cells, _exponent(slope)])
+    return Table(titles, rows, notes)
+
+
+def _short(value: float) -> str:
+    return "0" if value < ROUND_OFF else f"{value:.2g}" if value >= 0.001 else f"{value:.1e}"
+
+
+def _exponent(slope: Slope | None) -> str:
+    if slope is None:
+        return MISSING
+    spread = "" if slope.spread is None else f" ± {slope.spread:.4f}"
+    return f"{slope.exponent:.4f}{spread}"
+
+
+def _facts(found: Sequence[Curve]) -> list[str]:
+    """What the numbers say, in sentences."""
+    facts = [
+        f"smooth (0.5 to 1.5 rad/s), c τ = {f.c_tau:g}: error {_law(f.error)}, "
+        f"1 - cos {_law(f.one_minus_cos)}"
+        for f in fits(found)[:1]
+    ]
+    for curve in found:
+        if curve.stream == StreamKind.RANDOM.value and curve.speeds:
+            told = ", ".join(
+                f"{_short(e)} at {c * PERIOD:g}"
+                for c, e in zip(curve.speeds, curve.error, strict=True)
+            )
+            facts.append(
+                f"random: a new sample every {PERIOD:g} s, so the error falls only when c is large "
+                f"against {1 / PERIOD:g}/s; at c τ = {curve.c_tau:g}, by hops per sample: {told}"
+            )
+            break
+    if any(c.stream == StreamKind.STATIC.value for c in found):
+        facts.append(f"static: {SWITCHED_ON:g} s after it was switched on; 0 stands for round-off")
+    return facts
+
+
+def _law(slope: Slope) -> str:
+    return f"{slope.factor:.2g} c^{slope.exponent:.3f}"
+
+
+def _tick_table(counts: Sequence[CountRow]) -> Table:
+    """One row per order, c tau, quantity and layer; the counts of all seeds."""
+    groups: dict[tuple[str, float, str, int, float, int], list[int | None]] = {}
+    for row in counts:
+        key = (row.order, row.c_tau, row.quantity, row.layer, row.error, row.expected)
+        groups.setdefault(key, []).append(row.ticks)
+    rows = []
+    for (order, c_tau, quantity, layer, error, expected), ticks in groups.items():
+        name = f"{quantity} of layer {layer}" if layer else "gradient, all layers"
+        to = f"{error:g}" if error else "exact"
+        told = ", ".join(dict.fromkeys(MISSING if t is None else str(t) for t in ticks))
+        rows.append([order, name, f"{c_tau:g}", to, told, str(expected), _off(ticks, expected)])
+    titles = ["order", "what", "c τ", "to", "ticks", "expected", "off by"]
+    return Table(titles, rows, ["below c τ = 1 the expected count holds within 12 %"])
+
+
+def _off(ticks: Sequence[int | None], expected: int) -> str:
+    if any(t is None for t in ticks):
+        return "never reached"
+    worst = max((t for t in ticks if t is not None), key=lambda t: abs(t - expected))
+    return "0" if worst == expected else f"{100 * (worst / expected - 1):+.1f} %"
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def save_speed(folder: Path, result: SpeedResult) -> None:
+    """speed.csv, speed.json, speed.md, speed.png and speed.svg. Raises SettingsError where a file
+    cannot be written."""
+    found = curves(result.rows)
+    out = io.StringIO()
+    writer = csv.DictWriter(
+        out, [f.name for f in dataclasses.fields(SpeedRow)], lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in result.rows)
+    write_file(folder / "speed.csv", out.getvalue())
+    write_file(folder / "speed.json", json.dumps(_record(result, found), indent=2) + "\n")
+    for kind, data in speed_plots(found, _lines(found), result.decays, result.network).items():
+        write_file(folder / f"speed.{kind}", data)
+    tables = "".join(f"\n## {name}\n\n{markdown(t)}" for name, t in speed_tables(result).items())
+    text = f"# {result.network}\n\n`{result.command}`\n\n![](speed.svg)\n{tables}"
+    write_file(folder / "speed.md", text)
+
+
+def _lines(found: Sequence[Curve]) -> tuple[Line | None, Line | None]:
+    """The fitted lines to draw: of error and of 1 - cos, at the largest c tau."""
+    made = sorted(fits(found), key=lambda f: -f.c_tau)
+    if not made:
+        return None, None
+    e, a = made[0].error, made[0].one_minus_cos
+    return Line(e.exponent, e.factor), Line(a.exponent, a.factor)
+
+
+def _record(result: SpeedResult, found: Sequence[Curve]) -> dict[str, Any]:
+    study = dataclasses.asdict(result.study)
+    study["streams"] = [kind.value for kind in result.study.streams]
+    record = {
+        "command": result.command,
+        "versions": versions(),
+        "network": result.network,
+        "study": study,
+        "rows": [dataclasses.asdict(row) for row in result.rows],
+        "fits": [dataclasses.asdict(f) for f in fits(found)],
+        "ticks": [dataclasses.asdict(row) for row in result.counts],
+        "facts": _facts(found),
+    }
+    finite: dict[str, Any] = _finite(record)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

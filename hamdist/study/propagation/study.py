@@ -1,0 +1,213 @@
+"""The whole study of speed: of which network, what is measured, and all that is found."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hamdist.config import Settings
+from hamdist.dynamics.objective.losses import mse
+from hamdist.errors import SettingsError
+from hamdist.models.build import ModelFactory, make_from_factory
+from hamdist.runtime.process.threads import torch_threads
+from hamdist.runtime.train.train import as_graph
+from hamdist.streams.sample import SampleSpec, generator
+from hamdist.study.propagation.gradients import (
+    Network,
+    as_network,
+    exact_gradients,
+    local_gradients,
+    one_minus_cos,
+    relative_error,
+)
+from hamdist.study.propagation.settling import CountRow, Decay, is_chain, tick_counts
+from hamdist.study.propagation.streams import F64, StreamKind, timed_stream
+
+BATCH = 4
+INPUTS, WIDTH, OUTPUTS = 8, 16, 4
+DEPTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedStudy:
+    """What is measured. speeds: c in hops per second. steps: c tau, in (0, 1]. seeds: how many;
+    each has its own weights and streams."""
+
+    speeds: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0, 1000.0)
+    steps: tuple[float, ...] = (1.0, 0.5, 0.1)
+    streams: tuple[StreamKind, ...] = tuple(StreamKind)
+    seeds: int = 2
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError, in the words of the command's options."""
+        for name, given in (
+            ("speeds", self.speeds),
+            ("steps-ratio", self.steps),
+            ("streams", self.streams),
+        ):
+            if not given or len(set(given)) < len(given):
+                raise SettingsError(f"--{name}: give at least one value, and none twice")
+        for c in self.speeds:
+            if not 0 < c < math.inf:
+                raise SettingsError(f"--speeds: c = {c:g}: a speed is above 0 hops per second")
+        for a in self.steps:
+            if not 0 < a <= 1:
+                raise SettingsError(
+                    f"--steps-ratio: c tau = {a:g} is not in (0, 1]; above 1 states overshoot"
+                )
+
+
+def parse_study(asked: Mapping[str, str], seeds: int) -> SpeedStudy:
+    """The study with what is asked for: 'speeds', 'steps-ratio', 'streams', separated by commas.
+
+    Raises SettingsError for what is no number or no stream.
+    """
+    default = SpeedStudy()
+    speeds, steps = (
+        _numbers(name, asked[name]) if name in asked else given
+        for name, given in (("speeds", default.speeds), ("steps-ratio", default.steps))
+    )
+    streams = _streams(asked["streams"]) if "streams" in asked else default.streams
+    return SpeedStudy(speeds, steps, streams, seeds)
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(
+            f"--{name} {text!r}: give numbers, separated by commas, for example 1,0.5"
+        ) from None
+
+
+def _streams(text: str) -> tuple[StreamKind, ...]:
+    names = [part.strip() for part in text.split(",")]
+    known = [kind.value for kind in StreamKind]
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise SettingsError(
+            f"--streams {text!r}: {wrong[0]!r} is no stream; streams: {', '.join(known)}"
+        )
+    return tuple(StreamKind(name) for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is studied. make: its network, by seed. words: what it is."""
+
+    make: Callable[[int], Network]
+    words: str
+
+
+def tanh_network(depth: int | None = None, width: int | None = None) -> Subject:
+    """`depth` layers (3) of `width` neurons (16) with tanh, the last one linear."""
+    depth, width = depth or DEPTH, width or WIDTH
+    sizes = [INPUTS, *[width] * (depth - 1), OUTPUTS]
+
+    def make(seed: int) -> Network:
+        return cut(tanh_mlp(sizes, seed), (INPUTS,))
+
+    return Subject(make, f"tanh network {'-'.join(map(str, sizes))}")
+
+
+def own_network(factory: ModelFactory, name: str, input_shape: Sequence[int]) -> Subject:
+    """What `factory` makes."""
+
+    def make(seed: int) -> Network:
+        return cut(make_from_factory(factory, seed=seed, dtype=F64), input_shape)
+
+    return Subject(make, name)
+
+
+def tanh_mlp(sizes: Sequence[int], seed: int) -> nn.Sequential:
+    """Linear, Tanh, ..., Linear between neighbouring `sizes`; W ~ N(0, 1/fan_in), b ~ N(0, 0.01),
+    float64."""
+    drawn = generator("tanh mlp", seed)
+    children: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        linear: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, fan_in, fan_out, dtype=F64
+        )
+        with torch.no_grad():
+            draw = torch.randn(fan_out, fan_in, generator=drawn, dtype=F64)
+            linear.weight.copy_(draw / math.sqrt(fan_in))
+            linear.bias.copy_(0.1 * torch.randn(fan_out, generator=drawn, dtype=F64))
+        children += [linear, nn.Tanh()]
+    return nn.Sequential(*children[:-1])
+
+
+def cut(model: nn.Module, input_shape: Sequence[int], batch: int = BATCH) -> Network:
+    """`model` cut into a chain of state blocks, one per layer, with the squared error as its loss:
+    Hamiltonian Learning's state net. Raises GraphError where it cannot be cut."""
+    spec = SampleSpec((batch, *input_shape), F64, (batch, 1), F64)
+    settings = Settings.model_validate(
+        {"level": "local", "dtype": "float64", "locality": {"readout": "state"}}
+    )
+    return as_network(as_graph(model, settings, spec, mse), input_shape, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedRow:
+    """One network on one stream, at one speed c (hops per second). ticks: that were run for it."""
+
+    stream: str
+    c_tau: float
+    c: float
+    seed: int
+    error: float
+    one_minus_cos: float
+    ticks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedResult:
+    """network, command: in words. counts, decays: of static inputs, where the network is a chain;
+    decays of the first seed."""
+
+    study: SpeedStudy
+    network: str
+    command: str
+    rows: Sequence[SpeedRow]
+    counts: Sequence[CountRow]
+    decays: Sequence[Decay]
+
+
+def run_study(
+    study: SpeedStudy,
+    subject: Subject,
+    command: str = "",
+    on_progress: Callable[[int, int, SpeedRow], None] = lambda *_: None,
+) -> SpeedResult:
+    """All of it, in the calling thread. on_progress: called after every row with the number of
+    rows that are finished and of all rows."""
+    points = list(itertools.product(study.streams, study.steps, study.speeds))
+    rows: list[SpeedRow] = []
+    counts: list[CountRow] = []
+    decays: list[Decay] = []
+    blocks = weights = 0
+    with torch_threads(1):
+        for seed in range(study.seeds):
+            network = subject.make(seed)
+            blocks, weights = len(network.graph.blocks), network.backprop.weights
+            for kind, a, c in points:
+                rows.append(_row(network, kind, a, c, seed))
+                on_progress(len(rows), study.seeds * len(points), rows[-1])
+            if StreamKind.STATIC in study.streams and is_chain(network):
+                found, decay = tick_counts(network, study.steps, seed)
+                counts += found
+                decays = decays or decay
+    words = f"{subject.words}, {blocks} block{'s' * (blocks > 1)}, {weights:,} weights"
+    return SpeedResult(study, words, command, rows, counts, decays)
+
+
+def _row(network: Network, kind: StreamKind, a: float, c: float, seed: int) -> SpeedRow:
+    stream = timed_stream(kind, network.values, seed)
+    exact = exact_gradients(network, stream)
+    found, ticks = local_gradients(network, stream, c, a)
+    error, angle = relative_error(found, exact), one_minus_cos(found, exact)
+    return SpeedRow(kind.value, a, c, seed, error, angle, ticks)

@@ -1,0 +1,1 @@
+"""Tables, plots and the HTML page of results; where two runs part."""

@@ -1,0 +1,177 @@
+"""From runs to the rows of a comparison: means over seeds, gaps paired by seed.
+
+A spread is the sample standard deviation over seeds (n - 1); None where there are fewer than two.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.objective.prequential import merge_windows
+from hamdist.study.report.compression import compression_notes
+from hamdist.study.report.outputs import outputs_notes
+from hamdist.study.run.baseline import CENTRALISED
+from hamdist.study.run.run import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the comparison: a level, or the baseline ('centralised').
+
+    seeds: how many runs it summarises. Accuracies are shares in [0, 1], None for real-valued
+    targets. gap_to_backprop: the level's held-out accuracy minus the centralised one; loss_gap: the
+    same of the losses. wall_seconds: first to last tick, startup_seconds what
+    came before. samples_per_second counts rows: items times batch. peak_memory_bytes: of the
+    largest process; all processes in peak_memory_by_process; each the largest over the seeds.
+    bytes_per_edge: payload bytes per edge and item, both directions, mean over the edges between
+    blocks (inputs and targets on their way in are not counted) and over seeds.
+    staleness: in samples, the largest over the seeds.
+    """
+
+    level: str
+    engine: str
+    seeds: int
+    held_out_accuracy: float | None
+    held_out_spread: float | None
+    prequential_accuracy: float | None
+    gap_to_backprop: float | None
+    gap_spread: float | None
+    wall_seconds: float
+    samples_per_second: float
+    peak_memory_bytes: int
+    bytes_per_edge: float
+    staleness: int
+    held_out_loss: float | None
+    held_out_loss_spread: float | None
+    prequential_loss: float | None
+    loss_gap: float | None
+    loss_gap_spread: float | None
+    startup_seconds: float
+    peak_memory_by_process: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def aggregate(runs: Iterable[Run]) -> list[Row]:
+    """One row per level, in the order in which the levels first appear.
+
+    Interrupted runs are left out. A gap is taken over the seeds for which both runs finished.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.held_out is not None or not run.interrupted:
+            groups.setdefault(run.level, []).append(run)
+    baseline = groups.get(CENTRALISED, [])
+    return [_row(group, baseline) for group in groups.values()]
+
+
+def _row(group: Sequence[Run], baseline: Sequence[Run]) -> Row:
+    accuracies = _present(_accuracy(run) for run in group)
+    losses = _present(_loss(run) for run in group)
+    gaps = _paired(group, baseline, _accuracy)
+    loss_gaps = _paired(group, baseline, _loss)
+    memory = _peak_memory(group)
+    totals = [merge_windows(run.windows) for run in group if run.windows]
+    return Row(
+        level=group[0].level,
+        engine=group[0].engine,
+        seeds=len(group),
+        held_out_accuracy=mean_of(accuracies),
+        held_out_spread=spread_of(accuracies),
+        prequential_accuracy=mean_of(_present(total.accuracy for total in totals)),
+        gap_to_backprop=mean_of(gaps),
+        gap_spread=spread_of(gaps),
+        wall_seconds=statistics.fmean(run.seconds for run in group),
+        samples_per_second=statistics.fmean(run.rows_per_second for run in group),
+        peak_memory_bytes=max(memory.values(), default=0),
+        bytes_per_edge=statistics.fmean(_bytes_per_edge(run) for run in group),
+        staleness=max(run.staleness for run in group),
+        held_out_loss=mean_of(losses),
+        held_out_loss_spread=spread_of(losses),
+        prequential_loss=mean_of([total.mean_loss for total in totals]),
+        loss_gap=mean_of(loss_gaps),
+        loss_gap_spread=spread_of(loss_gaps),
+        startup_seconds=statistics.fmean(run.startup_seconds for run in group),
+        peak_memory_by_process=memory,
+        notes=tuple(_notes(group, baseline)),
+    )
+
+
+def _accuracy(run: Run) -> float | None:
+    return None if run.held_out is None else run.held_out.accuracy
+
+
+def _loss(run: Run) -> float | None:
+    return None if run.held_out is None else run.held_out.loss
+
+
+def _present(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    if not values:
+        return None
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def spread_of(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _paired(
+    minuend: Sequence[Run], subtrahend: Sequence[Run], value: Callable[[Run], float | None]
+) -> list[float]:
+    """Differences of `value`, for each seed that both have."""
+    others = {run.seed: value(run) for run in subtrahend}
+    pairs = [(value(run), others.get(run.seed)) for run in minuend]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def _bytes_per_edge(run: Run) -> float:
+    between = [
+        size
+        for edge, size in run.bytes_per_edge.items()
+        if not edge.startswith((f"{INPUT}->", f"{INPUT}.", f"{INPUT}=>"))
+    ]
+    return statistics.fmean(between) / run.samples if between and run.samples else 0.0
+
+
+def _peak_memory(group: Sequence[Run]) -> dict[str, int]:
+    peaks: dict[str, int] = {}
+    for run in group:
+        for process, peak in run.peak_memory.items():
+            peaks[process] = max(peak, peaks.get(process, 0))
+    return peaks
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
+    """The runs' warnings, each once, and what a reader of the numbers must know."""
+    notes = list(dict.fromkeys(text for run in group for text in [*run.why, *run.warnings]))
+    notes += compression_notes([run.compression for run in group])
+    notes += outputs_notes(group)
+    lost = [(run.seed, _loss(run)) for run in group]
+    diverged = [str(seed) for seed, loss in lost if loss is not None and not math.isfinite(loss)]
+    if diverged:
+        notes.append(
+            f"diverged (held-out loss is not finite) with seed {', '.join(diverged)}; "
+            "lower learning.lr"
+        )
+    seconds = {run.seed: run.seconds for run in baseline}
+    both = [(run.seconds, seconds[run.seed]) for run in group if run.seed in seconds]
+    level, central = sum(a for a, _ in both), sum(b for _, b in both)
+    if group[0].level != CENTRALISED and 0 < central < level:
+        notes.append(
+            f"centralised training was {level / central:.1f} times as fast "
+            f"({_seconds(central / len(both))} s against {_seconds(level / len(both))} s a run)"
+        )
+    return notes

@@ -1,0 +1,122 @@
+"""Where two runs part: compares the digests that they have kept (runtime/results/digests.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from math import inf
+from pathlib import Path
+from typing import TypeAlias
+
+from pydantic import TypeAdapter, ValidationError
+
+from hamdist.errors import SettingsError
+from hamdist.runtime.results.digests import DigestMap, DigestTrack
+
+KINDS = ("sent", "taken", "weights")
+RunDigests: TypeAlias = Mapping[str, DigestMap]
+_SCHEMA: TypeAdapter[dict[str, DigestMap]] = TypeAdapter(dict[str, dict[str, DigestTrack]])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parting:
+    """Where one way of signals, or the weights of one block, part in two runs.
+
+    kind: 'sent', 'taken' (both of a channel) or 'weights'; name: the channel ('state u->block0') or
+    the block. tick: where the digests differ for the first time (of signals the sender's), None
+    where only the latest ones do; equal: the last tick before where they are known to be equal.
+    """
+
+    kind: str
+    name: str
+    equal: int | None
+    tick: int | None
+
+    def __str__(self) -> str:
+        what = f"weights of block {self.name}"
+        if self.kind != "weights":
+            direction, edge = self.name.split(" ", 1)
+            what = f"{direction} on edge {edge}, as {self.kind}"
+        where = "in the end" if self.tick is None else f"at tick {self.tick}"
+        last = "" if self.equal is None else f" (equal at tick {self.equal})"
+        return f"{what}: differ {where}{last}"
+
+
+def partings(a: RunDigests, b: RunDigests) -> list[Parting]:
+    """All that differs, what differs first in front. Raises SettingsError for runs of which one has
+    edges or blocks that the other lacks."""
+    for kind in KINDS:
+        alone = sorted(a.get(kind, {}).keys() ^ b.get(kind, {}).keys())
+        if alone:
+            raise SettingsError(
+                f"the runs cannot be compared: only one of them has {kind} digests of {alone[0]!r} "
+                "(other cuts, another level, or a run that was called off)"
+            )
+    found = [
+        one
+        for kind in KINDS
+        for name, track in a.get(kind, {}).items()
+        for one in _parting(kind, name, track, b[kind][name])
+    ]
+    return sorted(found, key=lambda p: inf if p.tick is None else p.tick)
+
+
+def _parting(kind: str, name: str, a: DigestTrack, b: DigestTrack) -> Iterator[Parting]:
+    there = dict(b.marks)
+    equal: int | None = None
+    for tick, digest in a.marks:
+        if there.get(tick, digest) != digest:
+            yield Parting(kind, name, equal, tick)
+            return
+        if tick in there:
+            equal = tick
+    if (a.count, a.last) != (b.count, b.last):
+        yield Parting(kind, name, equal, None)
+
+
+def digests_json(digests: RunDigests) -> str:
+    """The file that `read_digests` reads."""
+    plain = {
+        kind: {name: dataclasses.asdict(track) for name, track in tracks.items()}
+        for kind, tracks in digests.items()
+    }
+    return json.dumps(plain) + "\n"
+
+
+def read_digests(run: Path) -> dict[str, RunDigests]:
+    """By file name: of a run's or a comparison's folder, or of one file, whose name is left out.
+
+    Raises SettingsError where there are none, or where a file holds something else.
+    """
+    files = {"": run} if run.is_file() else {p.name: p for p in sorted(run.glob("digests*.json"))}
+    if not files:
+        raise SettingsError(
+            f"{str(run)!r}: no digests there; run with --set engine.digests=true --out DIR"
+        )
+    return {name: _read(path) for name, path in files.items()}
+
+
+def _read(path: Path) -> RunDigests:
+    try:
+        digests = _SCHEMA.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise SettingsError(f"{str(path)!r}: no file of digests ({first})") from None
+    if set(digests) != set(KINDS):
+        raise SettingsError(f"{str(path)!r}: no file of digests (it has {sorted(digests)})")
+    return digests
+
+
+def compared(first: Path, second: Path) -> dict[str, list[Parting]]:
+    """The partings of two runs, or of the runs that two comparisons have in common, by file name.
+
+    Raises SettingsError where the two have none in common.
+    """
+    a, b = read_digests(first), read_digests(second)
+    if len(a) == len(b) == 1:  # whatever the files are called
+        return {next(iter(a)): partings(*a.values(), *b.values())}
+    both = [name for name in a if name in b]
+    if not both:
+        raise SettingsError(f"{first} has digests of {', '.join(a)}, {second} of {', '.join(b)}")
+    return {name: partings(a[name], b[name]) for name in both}

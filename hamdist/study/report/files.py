@@ -1,0 +1,96 @@
+"""The files of a run or a comparison. Each is written whole, or not at all."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from hamdist.study.report.aggregate import Row
+from hamdist.study.run.evaluate import Scores
+from hamdist.study.run.run import Run
+
+
+def run_lines(runs: Iterable[Run]) -> str:
+    """JSON lines: one per window ("event": "window"), one per run ("event": "run")."""
+    return "".join(f"{to_json(record)}\n" for run in runs for record in _records(run))
+
+
+def _records(run: Run) -> Iterator[dict[str, Any]]:
+    head = {"level": run.level, "engine": run.engine, "seed": run.seed}
+    for window, seconds in zip(run.windows, run.window_seconds, strict=True):
+        yield {
+            "event": "window",
+            **head,
+            **dataclasses.asdict(window),
+            "mean_loss": window.mean_loss,
+            "accuracy": window.accuracy,
+            "seconds": seconds,
+        }
+    yield {"event": "run", **run_summary(run)}
+
+
+def run_summary(run: Run) -> dict[str, Any]:
+    """A run without its windows."""
+    record = run.as_json()
+    for apart in ("windows", "window_seconds"):
+        del record[apart]
+    record["held_out"] = None if run.held_out is None else _scores(run.held_out)
+    record["samples_per_second"] = run.rows_per_second
+    return record
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    """Of a model of several outputs with those of each, and the name of the main one."""
+    record: dict[str, Any] = {"loss": scores.loss, "accuracy": scores.accuracy}
+    if scores.outputs:
+        record["main"] = scores.main
+        record["outputs"] = {name: _scores(one) for name, one in scores.outputs.items()}
+    return record
+
+
+def comparison_summary(rows: Sequence[Row], *, interrupted: bool) -> str:
+    """summary.json: {"rows": [...], "interrupted": ...}; null for what is missing or not finite."""
+    record = {"rows": [dataclasses.asdict(row) for row in rows], "interrupted": interrupted}
+    return to_json(record, indent=2) + "\n"
+
+
+def rows_csv(rows: Sequence[Row]) -> str:
+    """One line per row; processes as 'name=bytes' and notes joined by '; '."""
+    names = [field.name for field in dataclasses.fields(Row)]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        record = dataclasses.asdict(row)
+        record["peak_memory_by_process"] = "; ".join(
+            f"{name}={size}" for name, size in row.peak_memory_by_process.items()
+        )
+        record["notes"] = "; ".join(row.notes)
+        writer.writerow(record)
+    return out.getvalue()
+
+
+def summary_json(run: Run) -> str:
+    """summary.json of a single run."""
+    return to_json(run_summary(run), indent=2) + "\n"
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON, with null for what is not finite."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every number that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,40 @@
+"""What a model of several outputs reached, output by output, in words."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from hamdist.study.run.run import Run
+
+
+def outputs_fact(run: Run) -> str:
+    """A line for every output; none of a model that has one."""
+    if len(run.prequential) < 2:
+        return ""
+    lines = []
+    for name, whole in run.prequential.items():
+        said = f"{name}: prequential {_words(whole.mean_loss, whole.accuracy)}"
+        if run.held_out is not None and name in run.held_out.outputs:
+            own = run.held_out.outputs[name]
+            said += f", held-out {_words(own.loss, own.accuracy)}"
+        lines.append(said)
+    return "\n".join(lines)
+
+
+def outputs_notes(group: Sequence[Run]) -> list[str]:
+    """The held-out scores of every output, means over the runs; which of them the table has."""
+    scored = [run.held_out for run in group if run.held_out is not None and run.held_out.outputs]
+    if not scored:
+        return []
+    parts = []
+    for name in scored[0].outputs:
+        own = [scores.outputs[name] for scores in scored]
+        right = [one.accuracy for one in own if one.accuracy is not None]
+        loss = statistics.fmean(one.loss for one in own)
+        parts.append(f"{name} {_words(loss, statistics.fmean(right) if right else None)}")
+    return [f"held-out by output: {'; '.join(parts)} (the table has {scored[0].main!r})"]
+
+
+def _words(loss: float, accuracy: float | None) -> str:
+    return f"loss {loss:.4g}" + ("" if accuracy is None else f" ({100 * accuracy:.1f} %)")

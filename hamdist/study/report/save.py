@@ -1,0 +1,111 @@
+"""Writes a finished run, or a comparison, into a folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from hamdist.config import Settings, to_yaml
+from hamdist.study.report.aggregate import aggregate
+from hamdist.study.report.digests_diff import digests_json
+from hamdist.study.report.files import (
+    comparison_summary,
+    rows_csv,
+    run_lines,
+    summary_json,
+)
+from hamdist.study.report.html import Report, render
+from hamdist.study.report.plots import comparison_plots
+from hamdist.study.report.table import comparison_table
+from hamdist.study.report.tracking_plots import record_plots
+from hamdist.study.run.run import Run
+from hamdist.study.run.tracking import records_npz
+from hamdist.study.shared.result_folder import write_file
+
+
+def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
+    """Write model.safetensors (the `state_dict`), settings.yaml, metrics.jsonl and summary.json, in
+    this order: a disk that gets full has the weights. Of averaged weights also plain.safetensors,
+    the weights as they were in the end; of a run with `partition.delays: auto` the settings have
+    the delays that were chosen; of one with `metrics.record` also records.npz and its plots;
+    with `engine.digests` digests.json (diff.py).
+
+    Raises SettingsError where a file cannot be written.
+    """
+    save_weights(folder / "model.safetensors", _weights(model))
+    if run.plain is not None:
+        save_weights(folder / "plain.safetensors", _weights(run.plain))
+    write_file(folder / "settings.yaml", to_yaml(as_it_was(settings, run)))
+    write_file(folder / "metrics.jsonl", run_lines([run]))
+    write_file(folder / "summary.json", summary_json(run))
+    if run.records:
+        write_file(folder / "records.npz", records_npz(run.records, settings))
+        for name, png in record_plots(run.records, settings).items():
+            write_file(folder / name, png)
+    if run.digests:
+        write_file(folder / "digests.json", digests_json(run.digests))
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    # Clones: safetensors refuses tensors that share memory (tied weights).
+    return {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """A `state_dict` as a safetensors file. Raises SettingsError where it cannot be written."""
+    write_file(path, save(state))
+
+
+def as_it_was(settings: Settings, run: Run) -> Settings:
+    """`settings` with what was chosen at the start of `run` written down: its delays, and that its
+    signals went alone (runtime/placement/links.py); of level 'auto' the level and what went with
+    it."""
+    settings = run.chosen or settings
+    if settings.partition.delays != "auto":
+        return settings
+    partition = settings.partition.model_copy(update={"delays": dict(run.delays)})
+    engine = settings.engine
+    if engine.bundle == "auto":
+        engine = engine.model_copy(update={"bundle": "off"})
+    return settings.model_copy(update={"partition": partition, "engine": engine})
+
+
+def save_comparison(
+    folder: Path,
+    runs: Sequence[Run],
+    settings: Settings,
+    *,
+    command: str,
+    interrupted: bool,
+    drawn: bool = True,
+) -> None:
+    """Write runs.jsonl, results.csv, summary.json, settings.yaml, the plots (`drawn`) and
+    report.html; with `engine.digests` also digests-LEVEL-SEED.json of every run of hamdist's.
+
+    Raises SettingsError where a file cannot be written.
+    """
+    rows = aggregate(runs)
+    write_file(folder / "runs.jsonl", run_lines(runs))
+    write_file(folder / "results.csv", rows_csv(rows))
+    write_file(folder / "settings.yaml", to_yaml(settings))
+    write_file(folder / "summary.json", comparison_summary(rows, interrupted=interrupted))
+    for run in runs:
+        if run.digests:
+            name = f"digests-{run.level}-{run.seed}.json"
+            write_file(folder / name, digests_json(run.digests))
+    plots = comparison_plots(runs) if rows and drawn else {}
+    for name, png in plots.items():
+        write_file(folder / name, png)
+    report = Report(
+        settings=settings,
+        table=comparison_table(rows),
+        plots=plots,
+        command=command,
+        when=time.strftime("%Y-%m-%d %H:%M %z"),
+        interrupted=interrupted,
+    )
+    write_file(folder / "report.html", render(report))

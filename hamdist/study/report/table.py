@@ -1,0 +1,247 @@
+"""The comparison as a table of texts, for the terminal and for the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from hamdist.dynamics.objective.prequential import merge_windows
+from hamdist.runtime.process.startup import startup_line
+from hamdist.study.report.aggregate import Row
+from hamdist.study.report.compression import compression_fact
+from hamdist.study.report.outputs import outputs_fact
+from hamdist.study.run.drift import drift_fact
+from hamdist.study.run.run import Run
+from hamdist.study.run.tracking import SETTLING, Tracking
+
+MIB = 2**20
+KIB = 2**10
+PROCESSES_SHOWN = 6
+EDGES_SHOWN = 12
+MISSING = "–"
+STARTUP_WORTH_SAYING = 1.0
+_COUNTS = {  # what streams count
+    "dropped": "{:,} dropped while the network was busy",
+    "waiting_most": "at most {:,} waiting for the network",
+    "awaiting_most": "at most {:,} waiting for their targets",
+    "let_go": "{:,} let go without a target",
+    "too_late": "{:,} targets too late",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Column titles, one list of cells per row, and notes below."""
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+
+def markdown(table: Table) -> str:
+    """The table for a README."""
+    lines = [table.titles, ["---"] * len(table.titles), *table.rows]
+    body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return body + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in table.notes)
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Accuracies in %, gaps in points, spreads behind a ±; losses where there is no accuracy."""
+    real_valued = all(row.held_out_accuracy is None for row in rows)
+    columns = _loss_columns() if real_valued else _accuracy_columns()
+    columns.update(_cost_columns())
+    notes = [f"{row.level}: {note}" for row in rows for note in row.notes]
+    slow = [row for row in rows if row.startup_seconds >= STARTUP_WORTH_SAYING]
+    if slow:
+        starts = ", ".join(f"{row.level} {row.startup_seconds:.1f} s" for row in slow)
+        notes.append(f"wall and rows/s do not count start-up: {starts}")
+    if any(row.held_out_spread is None and row.held_out_loss_spread is None for row in rows):
+        notes.append("one seed: no spread, so small differences mean nothing (--seeds 3 or more)")
+    return Table(
+        titles=list(columns),
+        rows=[[cell(row) for cell in columns.values()] for row in rows],
+        notes=notes,
+    )
+
+
+def _accuracy_columns() -> dict[str, Callable[[Row], str]]:
+    return {
+        "level": lambda row: row.level,
+        "engine": lambda row: row.engine,
+        "seeds": lambda row: str(row.seeds),
+        "held-out, %": lambda row: percent(row.held_out_accuracy, row.held_out_spread),
+        "prequential, %": lambda row: percent(row.prequential_accuracy),
+        "gap, points": lambda row: points(row.gap_to_backprop, row.gap_spread),
+    }
+
+
+def _loss_columns() -> dict[str, Callable[[Row], str]]:
+    return {
+        "level": lambda row: row.level,
+        "engine": lambda row: row.engine,
+        "seeds": lambda row: str(row.seeds),
+        "held-out loss": lambda row: number(row.held_out_loss, row.held_out_loss_spread),
+        "prequential loss": lambda row: number(row.prequential_loss),
+        "loss gap": lambda row: number(row.loss_gap, row.loss_gap_spread),
+    }
+
+
+def _cost_columns() -> dict[str, Callable[[Row], str]]:
+    return {
+        "wall, s": lambda row: f"{row.wall_seconds:.1f}",
+        "rows/s": lambda row: f"{row.samples_per_second:,.0f}",
+        "KiB per edge, item": lambda row: f"{row.bytes_per_edge / KIB:.1f}",
+        "peak, MiB": lambda row: processes(row.peak_memory_by_process),
+        "staleness": lambda row: str(row.staleness),
+    }
+
+
+def run_title(run: Run, name: str) -> str:
+    """What stands above a run's facts. name: of its settings."""
+    return f"{name}: {run.level} on {run.engine}, seed {run.seed}"
+
+
+def run_facts(run: Run) -> dict[str, str]:
+    """What a single run reached, name by name."""
+    facts = {
+        "items": f"{run.samples:,} of {run.batch} rows, {run.ticks:,} ticks",
+        "gone on from": f"item {run.resumed:,}" if run.resumed else "",
+        "chosen": "; ".join(run.why),
+        "time": f"{run.seconds:.1f} s",
+        "start-up": startup_line(run.startup_seconds, run.startup),
+        "speed": f"{run.rows_per_second:,.0f} rows/s",
+        **_scores(run),
+        "drifts": drift_fact(run.drifts),
+        "staleness": f"{run.staleness} items",
+        "delays, ticks": _delays(run.delays),
+        "stream": ", ".join(_counts(run.stream)),
+        "tokens stored at once": ", ".join(f"{name} {n}" for name, n in run.stored.items()),
+        "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
+    }
+    if run.samples:
+        facts["KiB per edge and item"] = _edges(run)
+    if run.replaced:
+        seconds = max(r.seconds for r in run.replaced)
+        facts["replaced"] = f"{len(run.replaced)} actors, in at most {seconds:.1f} s"
+    facts["latest snapshot"] = run.snapshots[-1] if run.snapshots else ""
+    facts["compression"] = compression_fact(run.compression)
+    facts["autocast bf16"] = ", ".join(
+        f"{name} off by {100 * r.mean:.2g} % (at most {100 * r.worst:.2g} %)"
+        for name, r in run.rounding.items()
+    )
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _delays(delays: Mapping[str, int]) -> str:
+    """Those that are not 1."""
+    return ", ".join(f"{edge} {ticks}" for edge, ticks in delays.items() if ticks != 1)
+
+
+def _counts(counts: Mapping[str, int]) -> Iterator[str]:
+    """What a stream counted, without the zeros; that nothing was dropped is worth saying."""
+    for name, number in counts.items():
+        if number or name == "dropped":
+            yield _COUNTS.get(name, f"{name} {{:,}}").format(number)
+
+
+def _edges(run: Run) -> str:
+    """KiB per item that crossed each edge; of many edges their sum, and the busiest one."""
+    sizes = {edge: size / run.samples / KIB for edge, size in run.bytes_per_edge.items()}
+    if len(sizes) <= EDGES_SHOWN:
+        return ", ".join(f"{edge} {size:.1f}" for edge, size in sizes.items())
+    busiest = max(sizes, key=sizes.__getitem__)
+    total = sum(sizes.values())
+    return f"{total:.1f} on {len(sizes)} edges, at most {sizes[busiest]:.1f} ({busiest})"
+
+
+def _scores(run: Run) -> dict[str, str]:
+    scores = {}
+    if run.windows:
+        last, whole = run.windows[-1], merge_windows(run.windows)
+        scores["prequential loss"] = (
+            f"{number(whole.mean_loss)} (last window {number(last.mean_loss)})"
+        )
+        if whole.accuracy is not None:
+            scores["prequential accuracy"] = (
+                f"{percent(whole.accuracy)} % (last window {percent(last.accuracy)} %)"
+            )
+    if run.tracking is not None:
+        scores |= _tracking(run.tracking)
+    if run.held_out is not None:
+        scores["held-out loss"] = number(run.held_out.loss)
+        if run.held_out.accuracy is not None:
+            scores["held-out accuracy"] = f"{percent(run.held_out.accuracy)} %"
+            if run.held_out_plain is not None:
+                plain = percent(run.held_out_plain.accuracy)
+                scores["held-out accuracy"] += f" (averaged weights; the last ones {plain} %)"
+    scores["outputs"] = outputs_fact(run)
+    return scores
+
+
+def _tracking(found: Tracking) -> dict[str, str]:
+    parts = f"first tenth {percent(found.first)} %, last tenth {percent(found.last)} %"
+    facts = {"error, rms": f"{percent(found.share)} % of the target's rms ({parts})"}
+    if found.settled is not None:
+        times = "jump" if found.jumps == 1 else "jumps"
+        facts["outside jumps"] = (
+            f"{percent(found.settled)} % (without {SETTLING:g} s after the start and after "
+            f"{found.jumps} {times} of the target)"
+        )
+    return facts
+
+
+def finished_line(run: Run) -> str:
+    """A finished run on one line."""
+    head = f"seed {run.seed}, {run.level}: {run.seconds:.1f} s, {run.rows_per_second:,.0f} rows/s"
+    if run.held_out is None:
+        if run.failure is not None:
+            return f"{head}, {run.failure}"
+        return f"{head}, interrupted after {run.samples} items" if run.interrupted else head
+    if run.held_out.accuracy is None:
+        return f"{head}, held-out loss {number(run.held_out.loss)}"
+    return f"{head}, held-out {percent(run.held_out.accuracy)} %"
+
+
+def percent(value: float | None, spread: float | None = None, *, digits: int = 1) -> str:
+    """A share as percent, `–` where there is none: 0.8774, 0.0012 as '87.7 ± 0.1'."""
+    return _with_spread(value, spread, lambda v: f"{100 * v:.{digits}f}")
+
+
+def points(gap: float | None, spread: float | None = None) -> str:
+    """A difference of shares in points, with its sign: 0.0012 as '+0.12'."""
+    shown = percent(gap, spread, digits=2)
+    return f"+{shown}" if gap is not None and gap >= 5e-5 else shown
+
+
+def number(value: float | None, spread: float | None = None) -> str:
+    return _with_spread(value, spread, lambda v: f"{v:.4g}")
+
+
+def _with_spread(value: float | None, spread: float | None, text: Callable[[float], str]) -> str:
+    if value is None:
+        return MISSING
+    if not math.isfinite(value):
+        return "not finite"
+    # Adding 0.0 after rounding would keep '-0.0': a gap of nothing has no sign.
+    shown = text(value)
+    if not shown.strip("-0."):
+        shown = shown.removeprefix("-")
+    if spread is None or not math.isfinite(spread):
+        return shown
+    return f"{shown} ± {text(spread)}"
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / MIB:,.0f}"
+
+
+def processes(peaks: Mapping[str, int]) -> str:
+    """One line per process; beyond a few, the driver and the largest of the others."""
+    if not peaks:
+        return MISSING
+    if len(peaks) <= PROCESSES_SHOWN:
+        return "\n".join(f"{name} {mebibytes(size)}" for name, size in peaks.items())
+    first, *others = peaks
+    largest = max(peaks[name] for name in others)
+    return f"{first} {mebibytes(peaks[first])}\n{len(others)} others: at most {mebibytes(largest)}"

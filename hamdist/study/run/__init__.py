@@ -1,0 +1,1 @@
+"""One level or centralised backpropagation, run, scored and compared."""

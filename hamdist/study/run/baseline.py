@@ -1,0 +1,344 @@
+"""Centralised training: the whole model in this process, plain PyTorch, `torch.optim.SGD`.
+
+The same model, stream, order, loss and step size as the runs it is compared with, and the same
+moving average of the weights (`learning.average`) for evaluation. The step size of item n (from 0)
+follows the same course (dynamics/updates/learning_rate.py). Items without target are not
+learned from, but count. The prequential loss comes from the forward pass that the gradient belongs
+to.
+
+`frozen` trains the last layer alone, on the hidden blocks as they were drawn: what a level without
+memory has to beat before it can be said to learn anything in its hidden blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import traceback
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import EngineSettings, FirstStep, LearningSettings, Settings
+from hamdist.dynamics.graph.inputs import called
+from hamdist.dynamics.objective.losses import Losses, LossFunction, make_losses
+from hamdist.dynamics.objective.outputs import ONLY, losses_of, tensors
+from hamdist.dynamics.objective.prequential import Prequential, Window, counts
+from hamdist.dynamics.updates.average import Average
+from hamdist.dynamics.updates.learning_rate import step_course
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import BlockError, GraphError, SettingsError
+from hamdist.runtime.placement.step_costs import example_sample
+from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
+from hamdist.runtime.process.threads import cores, torch_threads
+from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
+from hamdist.runtime.train.train import in_dtype_of
+from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
+
+CENTRALISED = "centralised"
+FROZEN = "frozen"
+PROGRESS_SECONDS = 0.25
+
+
+def train_centralised(
+    model: nn.Module,
+    stream: Stream,
+    settings: Settings,
+    *,
+    loss: Losses | None = None,
+    frozen: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> RunResult:
+    """Train a copy of `model` on `stream` with backpropagation and SGD; with `frozen` the last
+    child of it that has weights alone.
+
+    Uses `settings.learning`, `steps`, `loss` (unless `loss` is given), `seed` (of what the model
+    draws from torch's global generator, which is put back afterwards), `metrics`, and `engine`:
+    as many threads as a run with that engine has, or one where a short trial finds one faster.
+    Ctrl-C ends the training with what was reached (`interrupted`).
+
+    Of a model that returns several outputs the losses add up, and `windows` has those of each.
+
+    Raises LevelError for a decay without `steps`, SettingsError for `frozen` with a model that is
+    no nn.Sequential of several children with weights, StreamError for an unusable item, GraphError
+    for losses or targets of outputs that the model does not have, and BlockError named
+    'centralised' where the model, the loss or their gradient fails.
+    """
+    entered = time.perf_counter()
+    reset_peak()
+    losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
+    model, stream = in_dtype_of(settings, model, stream)
+    own = copied(model)
+    if frozen:
+        _freeze(own)
+    trainer = _Trainer(own, settings, losses, stream.spec.targets, stream.spec.late)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        threads = _threads(trainer, stream.spec, settings)
+        torch.manual_seed(settings.seed)
+        with torch_threads(threads):
+            begun = time.perf_counter()
+            interrupted = _train(trainer, stream, settings, begun, on_progress)
+            seconds = time.perf_counter() - begun
+    averaged = trainer.averaged()
+    return RunResult(
+        model=averaged or trainer.model,
+        plain=None if averaged is None else trainer.model,
+        blocks={},
+        windows={name or CENTRALISED: own.windows for name, own in trainer.metrics.items()},
+        samples=trainer.items,
+        ticks=trainer.items,
+        seconds=seconds,
+        startup_seconds=begun - entered,
+        bytes_per_edge={},
+        peak_memory={"driver": peak_bytes()},
+        staleness=0,
+        stream=report_of(stream),
+        interrupted=interrupted,
+    )
+
+
+class _Trainer:
+    """SGD on one model, one item at a time. items: how many it was shown. metrics: by output."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        loss: Losses,
+        targets: Collection[str] | None,
+        late: int = 0,
+    ) -> None:
+        learning = settings.learning
+        self._late = late
+        self._asked: list[dict[str, Tensor]] = []  # predictions that wait for their labels
+        self._passes = 0
+        self.model = model
+        self.loss = loss
+        self.targets = targets
+        self._losses: dict[str, LossFunction] | None = None
+        self._kept = settings.metrics
+        self._ignore_index = settings.ignore_index
+        self.step_size = _step_size(learning, settings.steps)
+        self.optimiser = _optimiser(model, learning)
+        self.metrics: dict[str, Prequential] = {}
+        given = learning.average
+        theta = [p.data for p in model.parameters() if p.requires_grad]
+        self.average = None if isinstance(given, str) else Average(theta, given)
+        self.items = 0
+        self.updates = 0
+
+    def show(self, sample: Sample) -> None:
+        """Test on the item, then train on it; an item without target only counts. Where labels come
+        late, an item passes twice (streams/wrappers/late_targets.py)."""
+        asks = bool(self._late) and self._passes % 2 == 1
+        self._passes += 1
+        names = [ONLY] if self.targets is None else self.targets
+        due = bool(self._late) and not asks and self.items >= self._late
+        earlier = self._asked.pop(0) if due else None
+        if asks or any(sample.target(name) is not None for name in names):
+            try:
+                if asks:
+                    self._ask(sample)
+                else:
+                    self._learn(sample, earlier)
+            except GraphError:
+                raise
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                raise BlockError(CENTRALISED, self.items, text, traceback.format_exc()) from error
+        self.items += asks or not self._late
+
+    def _ask(self, sample: Sample) -> None:
+        """Predicts what is scored when the label has come."""
+        with torch.no_grad():
+            u = sample.u if sample.inputs is None else sample.inputs
+            self._asked.append(tensors(called(self.model, u)))
+
+    def _learn(self, sample: Sample, earlier: dict[str, Tensor] | None) -> None:
+        u = sample.u if sample.inputs is None else sample.inputs
+        predictions = tensors(called(self.model, u))
+        losses = self._losses = self._losses or self._chosen(predictions)
+        found = []
+        for name, loss in losses.items():
+            y = sample.target(name)
+            if y is not None and counts(y, self._ignore_index):
+                found.append(loss(predictions[name], y))
+                own, value = predictions[name].detach(), found[-1].detach()
+                if earlier is not None:
+                    own = earlier[name]
+                    value = loss(own, y)
+                self.metrics[name].record(self.items - self._late, own, y, value)
+        if not found:
+            return
+        self.optimiser.zero_grad()
+        torch.autograd.backward(found)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.step_size(self.items)
+        self.optimiser.step()
+        self.updates += 1
+        if self.average is not None:
+            self.average.look()
+
+    def averaged(self) -> nn.Module | None:
+        """The model with the average of its weights, if there is one."""
+        if self.average is None:
+            return None
+        made = copied(self.model)
+        moving = [p for p in made.parameters() if p.requires_grad]
+        for p, value in zip(moving, self.average.values, strict=True):
+            p.data.copy_(value)
+        return made
+
+    def _chosen(self, predictions: dict[str, Tensor]) -> dict[str, LossFunction]:
+        """The losses of the outputs that have one, each with metrics of its own."""
+        if list(predictions) == [ONLY] and self.targets is not None:
+            raise GraphError(
+                f"the stream has targets by readout ({', '.join(map(repr, self.targets))}), but "
+                "the model returns one tensor: return a dict of predictions by these names, or "
+                "give the stream one target"
+            )
+        losses = losses_of(list(predictions), self.loss, self.targets)
+        kept = self._kept
+        self.metrics = {
+            name: Prequential(kept.window, kept.limit, ignore_index=self._ignore_index)
+            for name in losses
+        }
+        return losses
+
+    def windows(self) -> list[Window]:
+        """Of the first output, as those of engines under way."""
+        return next((own.windows for own in self.metrics.values()), [])
+
+
+def _freeze(model: nn.Module) -> None:
+    """All weights but those of the last child that has some."""
+    children = [child for child in model.children() if any(True for _ in child.parameters())]
+    if not isinstance(model, nn.Sequential) or len(children) < 2:
+        raise SettingsError(
+            "model: 'frozen' trains the last child with weights of an nn.Sequential of several; "
+            f"this {type(model).__name__} has {len(children)}"
+        )
+    for child in children[:-1]:
+        child.requires_grad_(False)
+
+
+def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Optimizer:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    adaptive = learning.adaptive
+    if adaptive is None:
+        own = (learning.lr, learning.momentum, learning.dampening, learning.weight_decay)
+        return torch.optim.SGD(weights, *own)
+    betas = learning.momentum, adaptive.memory
+    decay = learning.weight_decay
+    return torch.optim.AdamW(weights, learning.lr, betas, adaptive.epsilon, decay)
+
+
+def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:
+    """The step size by item."""
+    course = step_course(learning, steps)
+    return lambda item: learning.lr * course(item)
+
+
+def _train(
+    trainer: _Trainer,
+    stream: Stream,
+    settings: Settings,
+    begun: float,
+    on_progress: Callable[[Progress], None] | None,
+) -> bool:
+    """Show every item; True where Ctrl-C came first."""
+    reported = begun
+    interrupted = False
+    passes = None if settings.steps is None else settings.steps * stream.spec.passes
+    try:
+        for sample in itertools.islice(stream.samples(), passes):
+            trainer.show(sample)
+            now = time.perf_counter()
+            if on_progress is not None and now - reported >= PROGRESS_SECONDS:
+                on_progress(_progress(trainer, settings.steps, now - begun))
+                reported = now
+    except KeyboardInterrupt:
+        interrupted = True
+    for own in trainer.metrics.values():
+        own.flush()
+    if on_progress is not None:
+        on_progress(_progress(trainer, settings.steps, time.perf_counter() - begun))
+    return interrupted
+
+
+def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
+    return Progress(
+        seconds=seconds,
+        samples=trainer.items,
+        steps=steps,
+        windows=trainer.windows(),
+        blocks=[BlockProgress(CENTRALISED, trainer.items, trainer.updates)],
+    )
+
+
+def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
+    """1, or as many as the compared run has: whichever trains a copy of the model faster."""
+    probe = _Trainer(copied(trainer.model), settings, trainer.loss, trainer.targets)
+    sample = example_sample(spec)
+
+    def step() -> None:
+        probe.items = 0
+        probe.show(sample)
+
+    return faster_of({1, fair_threads(settings.engine)}, step)
+
+
+def baseline_warnings(settings: Settings) -> list[str]:
+    """Says so where the compared levels do not follow `learning`, which is all that SGD knows."""
+    d = settings.dynamics
+    constants = ("beta", "phi", "eta", "eta_omega", "weight_cost")
+    given = [f"dynamics.{name}" for name in constants if getattr(d, name)]
+    if any(own.beta is not None or own.eta is not None for own in d.blocks.values()):
+        given.append("dynamics.blocks")
+    learning = settings.learning
+    dampened = learning.first_step is FirstStep.DAMPENED
+    if dampened and learning.momentum and learning.dampening:
+        given.append("learning.first_step")
+    given += [f"learning.{name}" for name in ("clip", "inputs") if getattr(learning, name) != "off"]
+    given += [f"learning.{name}" for name in ("heads", "blocks") if getattr(learning, name)]
+    if not given:
+        return []
+    return [
+        f"centralised training follows 'learning' alone, not {', '.join(given)}: the gap to it is "
+        "not that of locality"
+    ]
+
+
+WARM_UP = 3
+REPEATS = 15
+CLEARLY = 1.1
+
+
+def fair_threads(engine: EngineSettings) -> int:
+    """Threads that all processes of a run with `engine` use together, at most the cores."""
+    return min(engine.processes(cores()) * engine.threads, cores())
+
+
+def faster_of(candidates: set[int], step: Callable[[], None]) -> int:
+    """The number of threads among `candidates` with which `step` is fastest (median of a few).
+
+    More threads than the fewest must win clearly: on a busy machine each one waits for the last.
+    """
+    fewest, *more = sorted(candidates)
+    if not more:
+        return fewest
+    seconds = {threads: _seconds(threads, step) for threads in (fewest, *more)}
+    best = min(more, key=seconds.__getitem__)
+    return best if seconds[best] * CLEARLY < seconds[fewest] else fewest
+
+
+def _seconds(threads: int, step: Callable[[], None]) -> float:
+    times = []
+    with torch_threads(threads):
+        for _ in range(WARM_UP + REPEATS):
+            begin = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - begin)
+    return sorted(times[WARM_UP:])[REPEATS // 2]

@@ -1,0 +1,110 @@
+"""Centralised backpropagation beside locality levels: same model, stream, order and seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from hamdist.config import EngineKind, Level, Settings
+from hamdist.errors import SettingsError
+from hamdist.models.build import ModelFactory
+from hamdist.runtime.ray_engine.session import ray_session
+from hamdist.study.run.baseline import CENTRALISED
+from hamdist.study.run.run import DataFactory, OnProgress, Run, run_centralised, run_level
+from hamdist.study.shared.store import Store
+
+KEY_LENGTH = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A run that a comparison will make. level: None for the centralised baseline."""
+
+    level: Level | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return CENTRALISED if self.level is None else self.level.value
+
+
+def plan(settings: Settings) -> list[Planned]:
+    """The runs of a comparison: the baseline with every seed (`seed`, `seed` + 1, ...), then the
+    levels, seed by seed. So no baseline shares the machine with an idle Ray.
+
+    Raises SettingsError where nothing bounds the runs.
+    """
+    if settings.steps is None:
+        raise SettingsError(
+            "steps: a comparison needs the number of items of each run; set it in the settings "
+            "or with --steps"
+        )
+    levels = dict.fromkeys(settings.compare.levels)
+    seeds = range(settings.seed, settings.seed + settings.compare.seeds)
+    baselines = [Planned(None, seed) for seed in seeds]
+    return baselines + [Planned(level, seed) for seed in seeds for level in levels]
+
+
+def compare(
+    settings: Settings,
+    planned: Sequence[Planned],
+    *,
+    factory: ModelFactory | None = None,
+    data: DataFactory | None = None,
+    plain: ModelFactory | None = None,
+    on_progress: Callable[[Planned], OnProgress] | None = None,
+    store: Store[Run] | None = None,
+    made_of: str = "",
+) -> Iterator[Run]:
+    """Make the runs one after the other and yield each as it ends.
+
+    store: keeps those that finished; what is there is not made again. made_of: what the runs depend
+    on beside the settings, as text (the user's code).
+
+    Each level has its own settings (`Settings.for_level`); the baseline has those of `backprop`.
+    plain: makes the module of the baseline, where that is another one than the levels'.
+    The runs on Ray share one session and its actors. An interrupted run is the last one. Raises
+    HamdistError as the runs do.
+    """
+    with ExitStack() as stack:
+        for item in planned:
+            callback = None if on_progress is None else on_progress(item)
+            level = Level.BACKPROP if item.level is None else item.level
+            own = settings.for_level(level).model_copy(update={"seed": item.seed})
+            own = _kept_apart(own)
+            key = run_key(own, item.name, made_of)
+            kept = None if store is None else store.find(key)
+            if kept is not None:
+                yield kept
+                continue
+            if item.level is not None and own.engine.kind is EngineKind.RAY:
+                stack.enter_context(ray_session(own.engine))
+            if item.level is None:
+                run, _ = run_centralised(
+                    own, factory=factory, data=data, plain=plain, on_progress=callback
+                )
+            else:
+                run, _ = run_level(own, factory=factory, data=data, on_progress=callback)
+            if store is not None and not run.interrupted:
+                store.keep(key, json.dumps({"key": key, **run.as_json()}))
+            yield run
+            if run.interrupted:
+                return
+
+
+def run_key(settings: Settings, *made_of: object) -> str:
+    """Return a hash of all that a run depends on: its settings, and `made_of`."""
+    text = json.dumps([settings.model_dump(mode="json"), *made_of], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _kept_apart(settings: Settings) -> Settings:
+    """Each run with a folder for snapshots of its own, if they are taken at all."""
+    kept = settings.snapshots
+    if kept.path is None:
+        return settings
+    path = f"{kept.path.rstrip('/')}/{settings.level.value}-{settings.seed}"
+    return settings.model_copy(update={"snapshots": kept.model_copy(update={"path": path})})

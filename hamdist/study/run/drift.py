@@ -1,0 +1,75 @@
+"""What the prequential accuracy does after each labelled drift of a stream.
+
+The measure, for a drift at item d with the next one at item e:
+
+    before    accuracy over the windows of the last third of the concept that ends at d
+    lowest    of a window that begins in d ... e
+    recovery  items from d to the end of the first window behind `lowest` whose accuracy is at
+              least `before` minus 2 points; None where there is none before e
+
+Windows that hold items of both concepts belong to neither. A drift without a whole window before
+and behind it has no measure, so `metrics.window` should be a small part of a concept.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hamdist.dynamics.objective.prequential import Window, merge_windows
+
+TOLERANCE = 0.02  # of accuracy
+SETTLED = 3  # the last so-manieth part of a concept says what accuracy had been reached
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """One drift. item: the first one of the new concept. before, lowest: accuracies in [0, 1].
+    items: until the accuracy was back; None where it was not before the next drift."""
+
+    item: int
+    before: float
+    lowest: float
+    items: int | None
+
+
+def recoveries(windows: Sequence[Window], drifts: Sequence[int]) -> tuple[Recovery, ...]:
+    """Of each drift that has a measure. windows: prequential, in order."""
+    if not windows:
+        return ()
+    edges = [0, *drifts, windows[-1].last + 1]
+    concepts = [
+        [w for w in windows if first <= w.first and w.last < end and w.rows]
+        for first, end in pairwise(edges)
+    ]
+    return tuple(
+        _recovery(item, old[-max(1, len(old) // SETTLED) :], new)
+        for item, old, new in zip(drifts, concepts, concepts[1:], strict=False)
+        if old and new
+    )
+
+
+def _recovery(item: int, settled: Sequence[Window], new: Sequence[Window]) -> Recovery:
+    before = merge_windows(settled).accuracy or 0.0
+    accuracies = [window.accuracy or 0.0 for window in new]
+    lowest = min(accuracies)
+    back = None
+    for window, accuracy in list(zip(new, accuracies, strict=True))[accuracies.index(lowest) :]:
+        if accuracy >= before - TOLERANCE:
+            back = window.last + 1 - item
+            break
+    return Recovery(item, before, lowest, back)
+
+
+def drift_fact(found: Sequence[Recovery]) -> str:
+    """In words; empty where there was no drift."""
+    if not found:
+        return ""
+    back = [one.items for one in found if one.items is not None]
+    told = f"recovered from {len(back)} of {len(found)}"
+    if back:
+        told += f" within {statistics.fmean(back):.0f} items (at most {max(back)})"
+    fall = statistics.fmean(one.before - one.lowest for one in found)
+    return f"{told}; accuracy fell by {100 * fall:.1f} points on average"

@@ -1,0 +1,186 @@
+"""Held-out evaluation of a merged model.
+
+B: batch, N: rows of the held-out set, O: outputs, T: tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import IGNORE_INDEX
+from hamdist.dynamics.graph.inputs import Inputs, called
+from hamdist.dynamics.objective.losses import Losses, LossFunction
+from hamdist.dynamics.objective.outputs import ONLY, losses_of, main_output, tensors
+from hamdist.dynamics.objective.prequential import count_correct, counts
+from hamdist.errors import HamdistError, StreamError
+from hamdist.streams.sample import Sample, Stream
+
+CHUNK = 1024
+Targets: TypeAlias = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """loss: mean over rows. accuracy: share of rows predicted right; None for real values.
+    outputs: of a model of several, by name; loss and accuracy are then those of `main`."""
+
+    loss: float
+    accuracy: float | None
+    outputs: Mapping[str, Scores] = field(default_factory=dict)
+    main: str = ONLY
+
+
+def evaluate(
+    model: nn.Module, x: Inputs, y: Targets, loss: Losses, *, ignore_index: int = IGNORE_INDEX
+) -> Scores:
+    """Scores of `model` on x (N, ...) with targets y, (N,) classes or (N, O) values; of several
+    inputs and outputs by name.
+
+    `loss` is a mean over the batch. ignore_index: targets of this class do not count. The model is
+    set to evaluation meanwhile.
+    """
+    targets = y if isinstance(y, Mapping) else None
+    return evaluate_items(model, _chunks(x, y), loss, targets, ignore_index=ignore_index)
+
+
+def evaluate_items(
+    model: nn.Module,
+    items: Iterable[Sample],
+    loss: Losses,
+    targets: Collection[str] | None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+) -> Scores:
+    """Scores of `model` over the rows of all items that have a target. targets: the names of the
+    outputs for which they have targets, where these are given by name.
+
+    The model is set to evaluation meanwhile. Raises StreamError where an output has no target at
+    all, and for an item that the model or the loss does not take; GraphError for outputs that the
+    model does not have.
+    """
+    tallies: dict[str, _Tally] | None = None
+    with _evaluating(model):
+        for n, sample in enumerate(items):
+            u = sample.u if sample.inputs is None else sample.inputs
+            with _naming(n):
+                found = tensors(called(model, u))
+            if tallies is None:
+                losses = losses_of(list(found), loss, targets)
+                tallies = {name: _Tally(one, ignore_index) for name, one in losses.items()}
+            for name, tally in tallies.items():
+                target = sample.target(name)
+                if target is not None:
+                    with _naming(n):
+                        tally.add(found[name], target)
+    if tallies is None:
+        raise StreamError("nothing is held out: the part to evaluate on has no item")
+    for name, tally in tallies.items():
+        if not tally.rows:
+            what = "" if name == ONLY else f" for {name!r}"
+            raise StreamError(f"no held-out item has a target{what}")
+    if list(tallies) == [ONLY]:
+        return tallies[ONLY].scores()
+    scores = {name: tally.scores() for name, tally in tallies.items()}
+    main = main_output({name: one.accuracy for name, one in scores.items()})
+    return Scores(scores[main].loss, scores[main].accuracy, scores, main)
+
+
+def _chunks(x: Inputs, y: Targets) -> Iterator[Sample]:
+    inputs = x if isinstance(x, Mapping) else {ONLY: x}
+    rows = len(next(iter(inputs.values())))
+    for first in range(0, rows, CHUNK):
+        part = {name: one[first : first + CHUNK] for name, one in inputs.items()}
+        target = (
+            {name: one[first : first + CHUNK] for name, one in y.items()}
+            if isinstance(y, Mapping)
+            else y[first : first + CHUNK]
+        )
+        u = next(iter(part.values()))
+        yield Sample(u, target, inputs=part if isinstance(x, Mapping) else None)
+
+
+def evaluate_sequences(
+    model: nn.Module, stream: Stream, loss: LossFunction, *, ignore_index: int = IGNORE_INDEX
+) -> Scores:
+    """Scores of a model for sequences, (T, B, ...) -> (T, B, O), on those of a stream that ends:
+    over all rows of all tokens that have a target.
+
+    Raises StreamError where none has one.
+    """
+    tally = _Tally(loss, ignore_index)
+    with _evaluating(model):
+        for sequence in _sequences(stream):
+            predictions = model(torch.stack([sample.u for sample in sequence]))
+            for prediction, sample in zip(predictions, sequence, strict=True):
+                if isinstance(sample.y, Tensor):
+                    tally.add(prediction, sample.y)
+    if not tally.rows:
+        raise StreamError("no token of the held-out sequences has a target")
+    return tally.scores()
+
+
+def _sequences(stream: Stream) -> Iterator[list[Sample]]:
+    """The tokens of each sequence, however the last one ends."""
+    tokens: list[Sample] = []
+    for sample in stream.samples():
+        tokens.append(sample)
+        if sample.end:
+            yield tokens
+            tokens = []
+    if tokens:
+        yield tokens
+
+
+class _Tally:
+    """Sums over rows. loss: a mean over what counts."""
+
+    def __init__(self, loss: LossFunction, ignore_index: int) -> None:
+        self._loss = loss
+        self._ignore_index = ignore_index
+        self.rows = 0
+        self._total = 0.0
+        self._correct = 0
+        self._counted = 0
+
+    def add(self, prediction: Tensor, target: Tensor) -> None:
+        rows = counts(target, self._ignore_index)
+        if not rows:
+            return
+        self._total += float(self._loss(prediction, target)) * rows
+        self.rows += rows
+        right, counted = count_correct(prediction, target, self._ignore_index)
+        self._correct, self._counted = self._correct + right, self._counted + counted
+
+    def scores(self) -> Scores:
+        accuracy = self._correct / self._counted if self._counted else None
+        return Scores(self._total / self.rows, accuracy)
+
+
+@contextmanager
+def _naming(n: int) -> Iterator[None]:
+    """Inside, what the model or the loss raises is a StreamError of held-out item n."""
+    try:
+        yield
+    except HamdistError:
+        raise
+    except Exception as error:  # a user's forward or loss may raise anything
+        raise StreamError(f"held-out item {n}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is set to evaluation, and no graph is built."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,155 @@
+"""A stream that a user's own function makes (`--stream file.py:function`)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from hamdist.dynamics.graph.inputs import called as called_with
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import SettingsError, StreamError
+from hamdist.loading import called, check_call, load_function, title
+from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.streams import Stream, from_iterable, from_loader
+from hamdist.streams.batch_names import Names
+from hamdist.streams.sample import SampleSpec
+from hamdist.streams.wrappers.dtype import in_dtype
+
+STREAM_OPTION = "--stream"
+
+Classes = int | Mapping[str, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class OwnData:
+    """What to learn from, and what is held out (None: nothing)."""
+
+    train: Stream
+    held_out: Stream | None = None
+
+    def in_dtype(self, dtype: torch.dtype) -> OwnData:
+        """Return it with its real numbers in `dtype`, which the model of a run has."""
+        held_out = None if self.held_out is None else in_dtype(self.held_out, dtype)
+        return OwnData(in_dtype(self.train, dtype), held_out)
+
+
+def load_stream(
+    name: str, names: Names | None = None, model_loss: str | None = None
+) -> Callable[[int], OwnData]:
+    """Makes the stream of a seed by the function `package.module:function` or `file.py:function`.
+
+    The function is called anew for every run, with `seed=` where it takes one, while torch's global
+    generator is seeded with it. It returns a stream, or a stream and what is held out; each is a
+    `hamdist.streams.Stream`, a DataLoader, or an iterable of (u, y); what is held out may be one
+    pair (u, y) of tensors, and has to end. names: what the keys of batches mean;
+    model_loss: the output that is the model's own loss (see `from_iterable`).
+
+    Raises SettingsError for every way in which it can be wrong, StreamError for what it returns.
+    """
+    function = load_function(STREAM_OPTION, name)
+    takes_seed = _takes_seed(function)
+    check_call(STREAM_OPTION, name, function, *(["seed"] if takes_seed else []))
+
+    read = {"names": names, "model_loss": model_loss}
+
+    def make(seed: int) -> OwnData:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = called(STREAM_OPTION, function, **({"seed": seed} if takes_seed else {}))
+            parts = list(made) if isinstance(made, tuple) and len(made) == 2 else [made]
+            name = title(function)
+            train = _as_stream(parts[0], None, read, name, "what to learn from")
+            classes = _classes(train.spec)
+            held_out = [[part] if _single(part) else part for part in parts[1:]]
+            return OwnData(
+                train,
+                *(_as_stream(part, classes, read, name, "what is held out") for part in held_out),
+            )
+
+    return make
+
+
+def _takes_seed(function: Callable[..., object]) -> bool:
+    try:
+        return "seed" in inspect.signature(function).parameters
+    except ValueError:  # some callables written in C have none
+        return False
+
+
+def _classes(spec: SampleSpec) -> Classes:
+    """What the held-out part need not say again."""
+    if spec.targets is None:
+        return spec.classes
+    return {n: one.classes for n, one in spec.targets.items() if one.classes is not None} or None
+
+
+def _pair(made: object) -> bool:
+    """Whether `made` is (u, y), two tensors, and not a collection of such pairs."""
+    arrays = (torch.Tensor, np.ndarray)
+    return isinstance(made, (tuple, list)) and [isinstance(x, arrays) for x in made] == [True] * 2
+
+
+def _single(made: object) -> bool:
+    """Whether `made` is one batch."""
+    return _pair(made) or isinstance(made, Mapping)
+
+
+def _as_stream(
+    made: object, classes: Classes, read: dict[str, Any], name: str, part: str
+) -> Stream:
+    """read: how `from_iterable` reads batches. part: what of the function's result it is, for
+    errors."""
+    if isinstance(made, Stream):
+        return made
+    try:
+        if isinstance(made, (DataLoader, IterableDataset)):
+            return from_loader(made, classes=classes, **read)
+        plain = isinstance(made, Iterable) and not isinstance(made, (str, Mapping, torch.Tensor))
+        if plain and not _pair(made):
+            return from_iterable(made, classes=classes, **read)  # type: ignore[arg-type]  # (plain)
+    except StreamError as error:
+        raise StreamError(f"{STREAM_OPTION}: {name}(), {part}: {error}") from error
+    raise SettingsError(
+        f"{STREAM_OPTION}: {name}() returned {_kind(made)}; return a stream (see "
+        "hamdist.streams), a DataLoader or an iterable of (u, y), or a pair of these, the second "
+        "of which is held out"
+    )
+
+
+def _kind(made: object) -> str:
+    return "one pair of tensors" if _pair(made) else type(made).__name__
+
+
+def check_held_out(model: nn.Module, data: OwnData) -> None:
+    """Raises SettingsError where what is held out is of other shapes or types than what is learned
+    from, and the model does not take it: it is looked at only when the run is over."""
+    if data.held_out is None or _rows(data.held_out.spec) == _rows(data.train.spec):
+        return
+    spec = data.held_out.spec
+    one = example_input(spec) if spec.inputs is None else example_inputs(spec)
+    try:
+        with torch.no_grad():
+            called_with(copied(model).eval(), one)
+    except Exception as error:  # a user's forward may raise anything
+        raise SettingsError(
+            f"{STREAM_OPTION}: the model does not take what is held out, {_shown(spec)}, which is "
+            f"not like what it learns from, {_shown(data.train.spec)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _shown(spec: SampleSpec) -> str:
+    parts = (f"{name} {tuple(shape)} {dtype}" for name, (shape, dtype) in spec.parents.items())
+    return ", ".join(parts)
+
+
+def _rows(spec: SampleSpec) -> dict[str, object]:
+    """Shapes without the batch, and types, of the inputs."""
+    return {name: (shape[1:], dtype) for name, (shape, dtype) in spec.parents.items()}

@@ -1,0 +1,388 @@
+"""One run of a study: builds the model and the stream that settings name, trains, evaluates.
+
+Everything that a comparison needs of a run is in a `Run`; the trained model comes beside it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from hamdist.config import DType, Loss, ModelKind, Settings, Source, View
+from hamdist.dynamics.blocks.energy import Records
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.graph.merged import MergedSequence
+from hamdist.dynamics.modules.prenorm import stabilised
+from hamdist.dynamics.objective.losses import Losses, LossFunction, make_loss, make_losses
+from hamdist.dynamics.objective.outputs import main_output
+from hamdist.dynamics.objective.prequential import Window, merge_windows
+from hamdist.dynamics.user_modules.python_state import functions_of
+from hamdist.errors import Choice, DivergedError, SettingsError, StreamError
+from hamdist.models.build import (
+    BASELINE_OPTION,
+    CELLS,
+    ModelFactory,
+    make_from_factory,
+    make_model,
+    make_recurrent,
+    make_tracker,
+)
+from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.process.startup import Startup, phases_to
+from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
+from hamdist.runtime.train.train import train
+from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
+from hamdist.streams.sample import SampleSpec, Stream
+from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
+from hamdist.study.run.drift import Recovery, recoveries
+from hamdist.study.run.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
+from hamdist.study.run.initial_weights import beside, warmed
+from hamdist.study.run.own_data import OwnData, check_held_out
+from hamdist.study.run.tracking import Tracking, advice, tracking
+from hamdist.study.shared.limits import check_size, check_time
+
+PYTORCH = "pytorch"
+TIMELINE_LIMIT = 4096
+
+OnProgress = Callable[[Progress], None]
+DataFactory = Callable[[int], OwnData]
+
+
+@dataclass(slots=True, kw_only=True)
+class Run(RunFacts):
+    """A run's numbers.
+
+    level: a level's name, 'centralised' or 'frozen'. engine: an engine's name, or 'pytorch'.
+    batch: rows of an item. startup_seconds, startup: with what came before the engine.
+    windows: prequential, of the (last) readout; of a model of several outputs, of the one that
+    `held_out` names as the main one. prequential: of such a model, all windows in one by output.
+    window_seconds: when each window's last item had entered, counted as `seconds` is (0 for those
+    before `resumed`).
+    held_out: None after an interruption or a failure, and for streams without held-out part; of
+    averaged weights (`learning.average`), where there are some; held_out_plain: then of the weights
+    as they were in the end, which plain has.
+    failure: how the run left the finite range, if it did; its model has the weights from before.
+    tracking: how well a real-valued target was followed, where its course was recorded.
+    drifts: what the prequential accuracy did after each labelled drift of the stream.
+    The rest is as in RunFacts.
+    """
+
+    level: str
+    engine: str
+    seed: int
+    batch: int
+    windows: Sequence[Window]
+    window_seconds: Sequence[float]
+    held_out: Scores | None
+    failure: str | None = None
+    tracking: Tracking | None = None
+    prequential: dict[str, Window] = field(default_factory=dict)
+    drifts: Sequence[Recovery] = field(default_factory=tuple)
+    held_out_plain: Scores | None = None
+    records: dict[str, Records] = field(default_factory=dict, metadata=APART)
+    plain: nn.Module | None = field(default=None, metadata=APART)
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows (items times batch) per second."""
+        return self.items * self.batch / self.seconds if self.seconds > 0 else 0.0
+
+
+class Timeline:
+    """When how many items had entered, from a run's progress; constant memory."""
+
+    def __init__(self, then: OnProgress | None = None) -> None:
+        self._points: list[tuple[int, float]] = [(0, 0.0)]
+        self._then = then
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase is None:
+            self._points.append((progress.samples, progress.seconds))
+        if len(self._points) > TIMELINE_LIMIT:
+            self._points = self._points[::2]
+        if self._then is not None:
+            self._then(progress)
+
+    def at(self, items: Sequence[int], end: tuple[int, float], resumed: int = 0) -> list[float]:
+        """Seconds at which each number of `items` had entered: 0 up to `resumed`. end: items and
+        seconds in all."""
+        between = {point for point in self._points if resumed < point[0] < end[0]}
+        points = sorted(between | {(min(resumed, end[0]), 0.0), end})
+        samples, seconds = zip(*points, strict=True)
+        return [float(s) for s in np.interp(items, samples, seconds)]
+
+
+def run_level(
+    settings: Settings,
+    *,
+    factory: ModelFactory | None = None,
+    data: DataFactory | None = None,
+    on_progress: OnProgress | None = None,
+    before: Mapping[str, float] | None = None,
+    resume: str | Path | None = None,
+    weights: Path | None = None,
+) -> tuple[Run, nn.Module]:
+    """Train with `settings` (made for one level by `for_level`) and evaluate on held-out data.
+
+    factory, data: make the model, and the stream of a seed, instead of those that the settings
+    name. before: what came before this call and belongs to the run's start (seconds by phase).
+    resume: a folder of snapshots that the run goes on from; weights: a safetensors file that it
+    begins with. Raises HamdistError.
+    """
+    level, engine = settings.level.value, settings.engine.kind.value
+    begin = _Begin(resume, weights)
+    return _run(settings, level, engine, factory, data, on_progress, before or {}, begin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begin:
+    """What a run begins with."""
+
+    resume: str | Path | None = None
+    weights: Path | None = None
+    plain: ModelFactory | None = None
+
+
+def run_centralised(
+    settings: Settings,
+    *,
+    factory: ModelFactory | None = None,
+    data: DataFactory | None = None,
+    plain: ModelFactory | None = None,
+    frozen: bool = False,
+    on_progress: OnProgress | None = None,
+) -> tuple[Run, nn.Module]:
+    """The same with centralised training (baseline.py), with `frozen` of the last layer alone.
+
+    plain: makes the module that is trained instead, from the model's weights (`beside`).
+    """
+    level = FROZEN if frozen else CENTRALISED
+    return _run(settings, level, PYTORCH, factory, data, on_progress, {}, _Begin(plain=plain))
+
+
+def _run(
+    settings: Settings,
+    level: str,
+    engine: str,
+    factory: ModelFactory | None,
+    data: DataFactory | None,
+    on_progress: OnProgress | None,
+    before: Mapping[str, float],
+    begin: _Begin | None = None,
+) -> tuple[Run, nn.Module]:
+    dtype = torch_dtype(settings.dtype)
+    startup = Startup(phases_to(on_progress, settings.steps))
+    startup.add(before)
+    with startup.phase("data"):
+        check_size(settings, own_model=factory is not None, own_data=data is not None)
+        told = [] if factory is not None or data is not None else check_time(settings)
+        own = None if data is None else data(settings.seed).in_dtype(dtype)
+        stream = _stream(settings, dtype) if own is None else own.train
+        model = build(settings, stream.spec, factory, dtype)
+        if begin is not None and begin.weights is not None:
+            model = warmed(model, begin.weights)
+        told += advice(settings)
+        rules = [] if isinstance(model, Graph) else functions_of(model)
+        if begin is not None and begin.plain is not None:
+            plain_model = make_from_factory(
+                begin.plain, seed=settings.seed, dtype=dtype, option=BASELINE_OPTION
+            )
+            told.append(beside(plain_model, model))
+            model = plain_model
+        elif engine == PYTORCH and rules:
+            told.append(
+                f"the model has a rule of its own ({', '.join(rules)}, an autograd.Function), "
+                "which centralised training follows too: the gap to it says nothing of that rule; "
+                "compare with a module without it, --baseline-model FILE.py:FUNCTION"
+            )
+        if own is not None and isinstance(model, nn.Module):
+            check_held_out(model, own)
+    prepared = sum(startup.seconds.values())
+    if engine == PYTORCH:
+        told += baseline_warnings(settings)
+    for text in told:
+        warnings.warn(text, stacklevel=3)
+    timeline = Timeline(on_progress)
+    failure: str | None = None
+    try:
+        resume = None if begin is None else begin.resume
+        result = _trained(level, model, stream, settings, timeline, resume)
+    except DivergedError as error:
+        if error.result is None:
+            raise
+        result, failure = error.result, str(error)
+    startup.add(result.startup)
+    whole = not result.interrupted and failure is None
+    scores = plain = None
+    try:
+        scores = _score(result.model, result, settings, dtype, own) if whole else None
+        if whole and result.plain is not None:
+            plain = _score(result.plain, result, settings, dtype, own)
+    except StreamError as error:  # of a user's own data; what was learned is not lost with it
+        told.append(f"no held-out score: {error}")
+        warnings.warn(told[-1], stacklevel=3)
+    windows = _main_windows(result, scores)
+    entered = [window.last + 1 for window in windows]
+    facts = {
+        **result.shared(),
+        "startup": startup.seconds,
+        "startup_seconds": prepared + result.startup_seconds,
+        "warnings": [*told, *result.warnings],
+    }
+    run = Run(
+        level=level,
+        engine=engine,
+        seed=settings.seed,
+        batch=stream.spec.batch,
+        windows=windows,
+        window_seconds=timeline.at(entered, (result.samples, result.seconds), result.resumed),
+        held_out=scores,
+        held_out_plain=plain,
+        plain=result.plain,
+        prequential=_by_output(result) if len(result.windows) > 1 else {},
+        failure=failure,
+        tracking=tracking(result.records, settings),
+        records=result.records,
+        drifts=recoveries(windows, drifts(settings.stream, result.samples)),
+        **facts,
+    )
+    return run, result.model
+
+
+def _trained(
+    level: str,
+    model: nn.Module | Graph,
+    stream: Stream,
+    settings: Settings,
+    timeline: Timeline,
+    resume: str | Path | None = None,
+) -> RunResult:
+    if level not in (CENTRALISED, FROZEN):
+        return train(model, stream, settings, on_progress=timeline, resume=resume)
+    if isinstance(model, Graph):
+        topic = "bptt" if settings.model.kind in CELLS else "tracking"
+        raise SettingsError(
+            f"model.kind: there is no centralised training of a {settings.model.kind.value} to "
+            f"compare with; use `hamdist run` (`hamdist verify --only {topic}` proves it)"
+        )
+    frozen = level == FROZEN
+    return train_centralised(model, stream, settings, frozen=frozen, on_progress=timeline)
+
+
+def build(
+    settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
+) -> nn.Module | Graph:
+    """The model that the settings name, or that `factory` makes. Raises SettingsError."""
+    model = _plain_build(settings, spec, factory, dtype)
+    if not settings.model.stabilise:
+        return model
+    if isinstance(model, Graph):
+        raise SettingsError(
+            f"model.stabilise: a {settings.model.kind.value} is no chain of layers; leave it out"
+        )
+    several = spec.inputs is not None
+    made, told = stabilised(model, example_inputs(spec) if several else example_input(spec))
+    for text in told:
+        warnings.warn(Choice(text), stacklevel=5)
+    return made
+
+
+def _plain_build(
+    settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
+) -> nn.Module | Graph:
+    if factory is not None:
+        return make_from_factory(factory, seed=settings.seed, dtype=dtype)
+    if settings.model.kind in CELLS:
+        partition = settings.partition
+        if partition.blocks is not None or partition.cuts is not None:
+            raise SettingsError(
+                f"partition: a {settings.model.kind.value} has a block for each cell; leave "
+                "'partition.blocks' and 'partition.cuts' out"
+            )
+        loss = _only_loss(settings)
+        return make_recurrent(settings.model, spec, loss, seed=settings.seed, dtype=dtype)
+    if settings.model.kind is ModelKind.TRACKER:
+        partition = settings.partition
+        return make_tracker(settings.model, spec, partition, seed=settings.seed, dtype=dtype)
+    return make_model(settings.model, spec, seed=settings.seed, dtype=dtype)
+
+
+def _only_loss(settings: Settings) -> LossFunction:
+    """Of a model of sequences."""
+    if not isinstance(settings.loss, Loss):
+        raise SettingsError(
+            f"loss: names the outputs {', '.join(map(repr, settings.loss))}, but a "
+            f"{settings.model.kind.value} has one; give one loss"
+        )
+    return make_loss(settings.loss, settings.ignore_index)
+
+
+def _stream(settings: Settings, dtype: torch.dtype) -> Stream:
+    return make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+
+
+def _score(
+    model: nn.Module,
+    result: RunResult,
+    settings: Settings,
+    dtype: torch.dtype,
+    own: OwnData | None,
+) -> Scores | None:
+    """None where nothing is held out."""
+    items = result.samples + result.stream.get("dropped", 0)
+    if isinstance(model, MergedSequence):
+        return _score_sequences(model, settings, own)
+    losses = make_losses(settings.loss, settings.ignore_index)
+    if own is not None:
+        return _score_own(model, own, losses, settings.ignore_index)
+    part = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=items)
+    ignored = settings.ignore_index
+    return None if part is None else evaluate(model, *part, losses, ignore_index=ignored)
+
+
+def _score_own(model: nn.Module, own: OwnData, losses: Losses, ignore_index: int) -> Scores | None:
+    if own.held_out is None:
+        return None
+    items, targets = own.held_out.samples(), own.train.spec.targets
+    return evaluate_items(model, items, losses, targets, ignore_index=ignore_index)
+
+
+def _score_sequences(
+    model: MergedSequence, settings: Settings, data: OwnData | None
+) -> Scores | None:
+    """On the held-out texts; None for a stream that has no held-out sequences."""
+    if data is not None:
+        if data.held_out is None:
+            return None
+        return evaluate_sequences(
+            model, data.held_out, _only_loss(settings), ignore_index=settings.ignore_index
+        )
+    own = settings.stream
+    if own.source is not Source.SEQUENCES or own.sequences.view is not View.TOKENS:
+        return None
+    stream = held_out_tokens(own, seed=settings.seed)
+    return evaluate_sequences(model, stream, _only_loss(settings))
+
+
+def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:
+    """Of the output by which the model is judged."""
+    windows = result.windows
+    if scores is not None and scores.main in windows:
+        return windows[scores.main]
+    found = _by_output(result)
+    return windows[main_output({n: w.accuracy for n, w in found.items()})] if found else []
+
+
+def _by_output(result: RunResult) -> dict[str, Window]:
+    """All windows in one, by readout."""
+    return {name: merge_windows(windows) for name, windows in result.windows.items() if windows}
+
+
+def torch_dtype(name: DType) -> torch.dtype:
+    return {DType.FLOAT32: torch.float32, DType.FLOAT64: torch.float64}[name]

@@ -1,0 +1,188 @@
+"""How well a net follows a signal, from what its run recorded; and what to know beforehand.
+
+The error is a share of the target's size: rms(y - target) / rms(target), the latter over the whole
+run, whatever part the error is of.
+K: recorded ticks, B: batch, O: outputs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hamdist.config import Loss, ModelKind, Settings, Source
+from hamdist.dynamics.blocks.energy import Records, hamiltonian, lagrangian, robust_hamiltonian
+from hamdist.dynamics.schedule.levels import make_locality
+from hamdist.dynamics.updates.constants import make_dynamics
+from hamdist.streams.sources.signals import SignalStream
+
+Array = npt.NDArray[np.float64]
+
+SETTLING = 0.3  # seconds after the start, and after a jump of the target
+# A jump is a step of the target by this share of its rms, and by so many times its mean step.
+JUMP_SHARE, JUMP_STEPS = 0.05, 20.0
+PARTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """rms: of the target; share, first, last: rms of the error over the run, its first and its last
+    tenth, divided by it. jumps: of the target; settled: the share outside SETTLING seconds after
+    the start and after each jump, None without jumps (and where the time is not known)."""
+
+    rms: float
+    share: float
+    first: float
+    last: float
+    settled: float | None
+    jumps: int
+
+
+def seconds(ticks: Array, settings: Settings) -> Array | None:
+    """The times t_k of `ticks` (K,), or None where only the stream's time stamps knew them."""
+    knobs = make_locality(settings.level, settings.locality)
+    tau = make_dynamics(settings.dynamics, settings.learning, knobs).tau
+    if tau is None:
+        return None
+    steps = [0.0, *(tau(k) for k in range(int(ticks.max(initial=0))))]
+    times: Array = np.cumsum(steps)[ticks.astype(np.int64)]
+    return times
+
+
+def signals(records: Records) -> tuple[Array, Array, Array] | None:
+    """ticks (K,), prediction and target (K, B O) of a readout, where both are there; None for
+    targets that are no values of the prediction's shape, and without trajectories."""
+    y, target = records.prediction, records.target
+    if y is None or target is None or y.shape != target.shape:
+        return None
+    there = ~target.isnan().flatten(1).any(dim=1)
+    if not there.any():
+        return None
+    found = [t[there].flatten(1).double().numpy() for t in (y, target)]
+    return records.tick[there].double().numpy(), found[0], found[1]
+
+
+def last_signals(records: Mapping[str, Records]) -> tuple[Array, Array, Array] | None:
+    """`signals` of the last readout that has some."""
+    found = [s for r in records.values() for s in [signals(r)] if s is not None]
+    return found[-1] if found else None
+
+
+def tracking(records: Mapping[str, Records], settings: Settings) -> Tracking | None:
+    """Of the last readout that recorded real values; None where none did."""
+    if settings.loss is not Loss.MSE:
+        return None
+    found = last_signals(records)
+    if found is None:
+        return None
+    ticks, y, target = found
+    return follow(y, target, seconds(ticks, settings))
+
+
+def follow(y: Array, target: Array, times: Array | None) -> Tracking | None:
+    """y, target: (K, B O). times: (K,) in seconds. None for a target that is zero throughout."""
+    size = rms(target)
+    if not size:
+        return None
+    error = y - target
+    at = jumps(target)
+    part = -(-len(error) // PARTS)
+    settled = None
+    if len(at) and times is not None:
+        begins = times[np.concatenate([[0], at])]
+        latest = begins[np.searchsorted(begins, times, side="right") - 1]
+        kept = times - latest >= SETTLING
+        settled = rms(error[kept]) / size if kept.any() else None
+    return Tracking(
+        rms=size,
+        share=rms(error) / size,
+        first=rms(error[:part]) / size,
+        last=rms(error[-part:]) / size,
+        settled=settled,
+        jumps=len(at),
+    )
+
+
+def jumps(target: Array) -> npt.NDArray[np.intp]:
+    """The entries of target (K, B O) at which it has jumped."""
+    steps = np.abs(np.diff(target, axis=0)).max(axis=1)
+    least = max(JUMP_SHARE * rms(target), JUMP_STEPS * float(steps.mean())) if len(steps) else 0
+    return np.flatnonzero(steps > least) + 1
+
+
+def rms(values: Array) -> float:
+    """The root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def advice(settings: Settings) -> list[str]:
+    """What a user should know before a tracker runs."""
+    if settings.model.kind is not ModelKind.TRACKER or settings.stream.source is not Source.SIGNAL:
+        return []
+    return [*_pure_advice(settings), *_time_advice(settings)]
+
+
+def _pure_advice(settings: Settings) -> list[str]:
+    if settings.model.bias:
+        return []
+    signal = settings.stream.signal
+    values = SignalStream(
+        signal.kind,
+        amplitude=signal.amplitude,
+        offset=signal.offset,
+        period=signal.period,
+        tau=signal.period / 1000,
+        dwell=max(signal.dwell, signal.period / 1000),
+        seed=settings.seed,
+    ).values(10_000)
+    if float(values.min() * values.max()) > 0:
+        return []
+    return [
+        "neurons without a bias cannot leave zero by themselves, and this target goes through "
+        "zero: h = 0 and W = 0 will draw the net in, and it dies there (NILP); use model.bias "
+        "true, or an offset larger than the amplitude (stream.signal.offset)"
+    ]
+
+
+def _time_advice(settings: Settings) -> list[str]:
+    step, speed = settings.dynamics.tau, settings.locality.speed or 1
+    if not isinstance(step, float) or not isinstance(speed, int):
+        return []
+    shown, tau = speed * step, settings.stream.signal.tau
+    if abs(shown - tau) <= 1e-9 * tau:
+        return []
+    return [
+        f"a value of the signal stands for {tau:g} s (stream.signal.tau), but lasts {shown:g} s "
+        "for the network (dynamics.tau times locality.speed): it sees the signal "
+        f"{'slower' if shown > tau else 'faster'} than in its own time"
+    ]
+
+
+def records_npz(records: Mapping[str, Records], settings: Settings) -> bytes:
+    """A .npz file of plain arrays (no pickle), for `numpy.load`.
+
+    Of the network, at the ticks that all blocks have: tick, seconds (without it where only the
+    stream knew the time), lagrangian, hamiltonian, robust_hamiltonian. Of each block, as in
+    `Records`: BLOCK.tick, BLOCK.loss, BLOCK.work, BLOCK.kinetic, BLOCK.cost, BLOCK.theta_norm and,
+    of a trajectory, BLOCK.h, BLOCK.z, BLOCK.prediction, BLOCK.target.
+    """
+    ticks, total = lagrangian(records)
+    arrays: dict[str, Any] = {"tick": ticks.numpy(), "lagrangian": total.numpy()}
+    arrays["hamiltonian"] = hamiltonian(records)[1].numpy()
+    arrays["robust_hamiltonian"] = robust_hamiltonian(records)[1].numpy()
+    times = seconds(ticks.double().numpy(), settings)
+    if times is not None:
+        arrays["seconds"] = times
+    for name, own in records.items():
+        for column in Records.__dataclass_fields__:
+            values = getattr(own, column)
+            if values is not None:
+                arrays[f"{name}.{column}"] = values.numpy()
+    out = io.BytesIO()
+    np.savez_compressed(out, **arrays)
+    return out.getvalue()

@@ -1,0 +1,1 @@
+"""What all studies use: result folders, processes, recipes, limits."""

@@ -1,0 +1,46 @@
+"""The recipes that are shipped with hamdist, and settings by path or by a recipe's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hamdist.config import Settings, Source, read_settings
+from hamdist.errors import StreamError
+from hamdist.study.shared.shipped import Shipped
+
+RECIPES = Shipped("recipes", "recipe")
+
+
+def recipes() -> dict[str, str]:
+    """Names of the shipped recipes, in order, with what each is for (its first comment)."""
+    return RECIPES.descriptions()
+
+
+def load_settings(source: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Settings:
+    """Settings from the recipe `source`, or from the file of that path, with `overrides`.
+
+    Raises SettingsError where there is no such file or recipe, or its content is wrong.
+    """
+    return read_settings(*RECIPES.text(source), overrides)
+
+
+def needed_files(recipe: str) -> str:
+    """Return what `recipe` reads from disk: where it lies or, where it is missing, how to get it.
+
+    Args:
+        recipe: the name of a shipped recipe.
+
+    Returns:
+        A line for a person; empty where the recipe needs no files.
+    """
+    # (torch, which settings must not wait for, nor find imported: runtime/process/portable.py)
+    from hamdist.streams.sources.datasets import FASHION_INSTALL, find_fashion_mnist
+
+    stream = load_settings(recipe).stream
+    if stream.source is not Source.FASHION_MNIST:
+        return ""
+    try:
+        return f"Fashion-MNIST (in {find_fashion_mnist(stream.path)})"
+    except StreamError:
+        return f"Fashion-MNIST: {FASHION_INSTALL}"

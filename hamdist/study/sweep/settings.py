@@ -1,0 +1,185 @@
+"""The settings file of a study: a grid of runs, and the sides that are compared on it.
+
+name: fashion-depth
+samples: 120000                      # rows that each run learns from, whatever its batch
+seeds: 3
+run:                                 # what all runs have: settings as of `hamdist run`
+  model: {kind: residual-mlp, width: 128}
+  stream: {source: fashion-mnist, batch: 32}
+axes: {depth: [5, 10, 20]}           # and speed, smoothness, batch
+sides:
+  centralised:
+    tune: {learning.lr: [0.1, 0.2, 0.4]}
+  trace:
+    set: {locality: {compensation: delay-scaled, delay_power: 0.25}}
+    tune: {learning.lr: [0.1, 0.3, 0.5]}
+    best: {learning.lr: 0.3}         # what an earlier tuning chose: used with --chosen
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from itertools import product
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from hamdist.config import Level, Positive, Section, Speed, checked, mapping, merge, read_yaml
+from hamdist.study.shared.shipped import Shipped
+
+STUDIES = Shipped("studies", "study")
+
+
+class Axis(str, Enum):
+    """What a study can be a study of, beside the levels: layers, hops per sample, items that a
+    sample takes to fade into the next one, rows of an item."""
+
+    DEPTH = "depth"
+    SPEED = "speed"
+    SMOOTHNESS = "smoothness"
+    BATCH = "batch"
+
+
+class Trains(str, Enum):
+    """How a side trains: as a level of hamdist, with centralised backpropagation, or with it on
+    the last block alone, the hidden blocks frozen."""
+
+    LEVEL = "level"
+    CENTRALISED = "centralised"
+    FROZEN = "frozen"
+
+
+Values = Annotated[tuple[Any, ...], Field(min_length=1)]
+
+
+class AxesSettings(Section):
+    """The values of each axis; an axis without values is as `run` says."""
+
+    depth: tuple[Positive, ...] = ()
+    speed: tuple[Speed, ...] = ()
+    smoothness: tuple[Positive, ...] = ()
+    batch: tuple[Positive, ...] = ()
+
+    @model_validator(mode="after")
+    def _none_twice(self) -> AxesSettings:
+        for axis in Axis:
+            values = self.of(axis)
+            if len(set(values)) < len(values):
+                raise ValueError(f"'{axis.value}' has a value twice: {list(values)}")
+        return self
+
+    def of(self, axis: Axis) -> tuple[Any, ...]:
+        return tuple(getattr(self, axis.value))
+
+
+class SideSettings(Section):
+    """One side. level: a level, `centralised` or `frozen` (not given: the side's own name). set:
+    what it has otherwise than `run`. tune: by setting (`learning.lr`), the values to choose from;
+    of several settings every combination is a candidate. best: the chosen values of an earlier
+    tuning."""
+
+    level: Level | Literal["centralised", "frozen"] | None = None
+    set: dict[str, Any] = {}
+    tune: dict[str, Values] = {}
+    best: dict[str, Any] = {}
+
+    @property
+    def candidates(self) -> list[dict[str, Any]]:
+        """Every combination of the values in `tune`; without any, one that sets nothing."""
+        return [dict(zip(self.tune, c, strict=True)) for c in product(*self.tune.values())]
+
+
+class TuneSettings(Section):
+    """seeds: runs of each candidate, with seeds that no final run has. samples: rows that they
+    learn from, where it is to be less than the study's."""
+
+    seeds: Positive = 1
+    samples: Positive | None = None
+
+
+class StudySettings(Section):
+    """A study. samples: rows that each run learns from. parallel: in processes of this machine, or
+    as tasks of Ray (at `address`, a cluster's; else a local Ray). workers: runs at a time (of
+    processes; not given: one for each core)."""
+
+    name: str = "study"
+    samples: Positive
+    seeds: Positive = 3
+    first_seed: Annotated[int, Field(ge=0)] = 0
+    run: dict[str, Any] = {}
+    axes: AxesSettings = AxesSettings()
+    sides: Annotated[dict[str, SideSettings], Field(min_length=1)]
+    tune: TuneSettings = TuneSettings()
+    parallel: Literal["processes", "ray"] = "processes"
+    address: str | None = None
+    workers: Positive | None = None
+
+    @model_validator(mode="after")
+    def _fair(self) -> StudySettings:
+        budgets = {name: math.prod(map(len, s.tune.values())) for name, s in self.sides.items()}
+        if len(set(budgets.values())) > 1:
+            told = ", ".join(f"{name} {many}" for name, many in budgets.items())
+            raise ValueError(
+                f"'sides': every side is tuned with the same budget, but the candidates in 'tune' "
+                f"are {told}: give each as many"
+            )
+        for name, side in self.sides.items():
+            _known_side(name, side)
+        if not any(trains_of(n, s)[0] is Trains.CENTRALISED for n, s in self.sides.items()):
+            raise ValueError(
+                "'sides': none is 'centralised', which the gaps are measured from: add "
+                "'centralised: {tune: ...}'"
+            )
+        if self.address is not None and self.parallel != "ray":
+            raise ValueError("'address' belongs to 'parallel: ray'")
+        return self
+
+
+def trains_of(name: str, side: SideSettings) -> tuple[Trains, Level | None]:
+    """How a side trains, and its level."""
+    level = side.level if side.level is not None else name
+    if level in (Trains.CENTRALISED.value, Trains.FROZEN.value):
+        return Trains(level), None
+    return Trains.LEVEL, Level(level)
+
+
+def _known_side(name: str, side: SideSettings) -> None:
+    """Raises ValueError where a side's level is unknown."""
+    known = [level.value for level in Level] + ["centralised", "frozen"]
+    if side.level is None and name not in known:
+        raise ValueError(
+            f"'sides.{name}': the name is no level, so say which one it is "
+            f"('level: trace'); levels: {', '.join(known)}"
+        )
+
+
+def studies() -> dict[str, str]:
+    """Names of the shipped studies, in order, with what each is for (its first comment)."""
+    return STUDIES.descriptions()
+
+
+def load_study(source: str, overrides: Sequence[Mapping[str, Any]] = ()) -> StudySettings:
+    """The shipped study `source`, or that of the file of that path, with `overrides` laid over it.
+
+    Raises SettingsError where there is none, or its content is wrong.
+    """
+    return read_study(*STUDIES.text(source), overrides)
+
+
+def read_study(
+    text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()
+) -> StudySettings:
+    """A study from YAML `text`. Raises SettingsError naming `origin` and the line or the field."""
+    raw = mapping(read_yaml(text, origin), origin, "a study's settings")
+    for override in overrides:
+        raw = merge(raw, override)
+    return checked(StudySettings, raw, origin)
+
+
+def study_yaml(study: StudySettings) -> str:
+    """The study in full, readable by `read_study`."""
+    text: str = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text

@@ -1,0 +1,1 @@
+"""What hamdist is compared with: golden trajectories, whole networks by autograd."""

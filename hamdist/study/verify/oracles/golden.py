@@ -1,0 +1,176 @@
+"""Golden files: trajectories of an implementation that shares nothing with this one, run again.
+
+The format is that of shared/golden/README.md. A file is known by what it holds, never by its name:
+
+    tick      spec, u, yhat, tau, phi, c, ...   Hamilton's equations tick by tick   tick_golden
+    tracking  z, x0, W0, q, ...                 the tracker of NILP                 tracking_golden
+    bptt      th.Wx, th.Wh, th.b, r, ...        the reversed stream                 bptt
+    sgd       X, Y, order, lr, ...              torch.optim.SGD                     gradient_descent
+    leapfrog  W, b, h0, N, kind, ...            the midpoint rule                   reversible
+
+An entry `rtol` is the tolerance of all checks of its file, instead of the usual one.
+
+This module finds and reads the files and measures distances; those named on the right run them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+import zlib
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hamdist.errors import SettingsError
+from hamdist.study.verify.oracles.check import FAULTS, Check, Found, failure, reason
+
+Array: TypeAlias = NDArray[Any]
+Data: TypeAlias = Mapping[str, Array]
+
+# |a - b| <= RTOL (|b| + FLOOR), which is numpy's rtol 1e-9, atol 1e-11.
+RTOL, FLOOR = 1e-9, 1e-2
+ORACLE = "golden file"
+ORDERS = ("simultaneous", "omega_first", "sequential")
+
+# By the names that files have for them.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    **dict.fromkeys(("linear", "identity", "none"), nn.Identity),
+    **dict.fromkeys(("sigmoid", "logistic"), nn.Sigmoid),
+    **dict.fromkeys(("relu", "rectifier"), nn.ReLU),
+}
+
+# Entries that mark a kind, and the module whose function golden(data, name) checks it.
+KINDS = {
+    "tick": (("spec", "u", "yhat", "tau", "phi", "c"), "tick_golden"),
+    "tracking": (("z", "x0", "W0", "q", "r_w"), "tracking_golden"),
+    "bptt": (("th.Wx", "th.Wh", "th.b", "yhat", "r"), "bptt"),
+    "sgd": (("X", "Y", "order", "lr"), "gradient_descent"),
+    "leapfrog": (("W", "b", "h0", "N", "kind"), "reversible"),
+}
+
+
+def shipped() -> Path:
+    """The folder of the golden files that come with hamdist: in the repository those of its tests,
+    which a wheel holds beside this module."""
+    installed = Path(__file__).parent / "golden_files"
+    return installed if installed.is_dir() else Path(__file__).parents[4] / "tests" / "golden"
+
+
+def files(folder: Path) -> list[Path]:
+    """The .npz files in `folder`, by name.
+
+    Raises SettingsError where there are none, or where it cannot be read.
+    """
+    try:
+        found = sorted(p for p in folder.iterdir() if p.suffix == ".npz")
+    except OSError as error:
+        raise SettingsError(
+            f"--golden '{folder}': cannot read this folder ({error.strerror}); give the folder of "
+            "the golden files"
+        ) from None
+    if not found:
+        raise SettingsError(
+            f"--golden '{folder}': no .npz file in this folder; give the folder of the golden files"
+        )
+    return found
+
+
+def checks(full: bool, paths: Sequence[Path]) -> Generator[Check, None, None]:  # noqa: ARG001
+    for path in paths:
+        yield from file_checks(path)
+
+
+def file_checks(path: Path) -> list[Check]:
+    """The checks of one file; of a file that is not understood one that fails with the reason."""
+    try:
+        data = read(path)
+        _, module = KINDS[kind_of(data)]
+        made: list[Check] = importlib.import_module(f"hamdist.study.verify.{module}").golden(
+            data, path.name
+        )
+        if "rtol" in data:
+            rtol = number(data, "rtol")
+            if not 0 < rtol < 1:
+                raise SettingsError(f"entry 'rtol' is {rtol:g}; give a number between 0 and 1")
+            made = [replace(check, bound=rtol) for check in made]
+    except FAULTS as error:
+        return [failure(f"{path.name}: not understood: {reason(error)}", error)]
+    return made
+
+
+def read(path: Path) -> dict[str, Array]:
+    """The entries of `path`. Raises SettingsError where it is no file of plain arrays."""
+    try:
+        with np.load(path, allow_pickle=False) as entries:
+            return {key: entries[key] for key in entries.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+        raise SettingsError(f"not an .npz file of plain arrays ({reason(error)})") from None
+
+
+def kind_of(data: Data) -> str:
+    """The kind of a file with these entries."""
+    for kind, (entries, _) in KINDS.items():
+        if all(e in data for e in entries):
+            return kind
+    raise SettingsError(
+        f"its entries ({', '.join(sorted(data)[:8])}, ...) are those of no kind: "
+        f"{'; '.join(f'{kind} has ' + ', '.join(e) for kind, (e, _) in KINDS.items())}"
+    )
+
+
+# -- entries --------------------------------------------------------------------------------------
+
+
+def entry(data: Data, key: str, shape: Sequence[int] | None = None) -> Array:
+    """Raises SettingsError where `key` is missing or has another shape."""
+    if key not in data:
+        raise SettingsError(f"entry {key!r} is missing")
+    if shape is not None and data[key].shape != tuple(shape):
+        raise SettingsError(f"entry {key!r} has shape {data[key].shape}, not {tuple(shape)}")
+    return data[key]
+
+
+def number(data: Data, key: str) -> float:
+    return float(entry(data, key, ()))
+
+
+def choice(data: Data, key: str, known: Sequence[str]) -> str:
+    value = str(entry(data, key, ()))
+    if value not in known:
+        raise SettingsError(f"entry {key!r} is {value!r}; known: {', '.join(known)}")
+    return value
+
+
+def tensor(array: Array) -> Tensor:
+    return torch.tensor(array)
+
+
+def distance(found: Array, expected: Array) -> float:
+    """max |a - b| / (|b| + FLOOR). NaN where one alone is NaN."""
+    if found.shape != expected.shape:
+        raise SettingsError(f"shape {found.shape} instead of {expected.shape}")
+    apart = np.abs(found - expected) / (np.abs(expected) + FLOOR)
+    apart = np.where(np.isnan(found) & np.isnan(expected), 0.0, apart)
+    return float(np.max(apart, initial=0.0))
+
+
+def worst(pairs: Mapping[str, tuple[Array, Array]]) -> Found:
+    """The largest `distance` among (found, expected) by name, entry by entry along the first axis,
+    and where it is."""
+    largest = Found(0.0, "")
+    for name, (found, expected) in pairs.items():
+        for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+            difference = distance(np.asarray(a), np.asarray(b))
+            if not difference <= largest.difference:
+                largest = Found(difference, f"{name} at k = {k}")
+            if np.isnan(difference):
+                return largest
+    return largest

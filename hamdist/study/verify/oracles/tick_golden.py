@@ -1,0 +1,415 @@
+"""Golden files of Hamilton's equations tick by tick: any network of dense nodes, any order.
+
+Entry k of h, z, omega and theta is the value at t_k, before tick k; entry k of y, L and H' belongs
+to tick k itself. A node of the file is a block with a state; its output net is an output net, or,
+where it is the identity on one node, that node is a readout with a state.
+K: ticks, B: batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import Settings
+from hamdist.dynamics.blocks.energy import Records, robust_hamiltonian
+from hamdist.dynamics.blocks.hold import HoldBlock
+from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
+from hamdist.dynamics.objective.losses import cross_entropy, mse
+from hamdist.dynamics.schedule.levels import Locality
+from hamdist.dynamics.schedule.schedule import HoldSchedule
+from hamdist.errors import SettingsError
+from hamdist.runtime.plan.plan import Plan, make_plan
+from hamdist.runtime.train.train import train
+from hamdist.streams.adapters import from_iterable
+from hamdist.streams.sample import Sample, Stream
+from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.golden import (
+    ACTIVATIONS,
+    ORACLE,
+    ORDERS,
+    RTOL,
+    Array,
+    Data,
+    choice,
+    entry,
+    number,
+    tensor,
+    worst,
+)
+from hamdist.study.verify.oracles.recorded_run import Kept, Watched
+
+READOUT = "y"
+WEIGHTS = {"W": "weight", "b": "bias"}
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node, or the output net: the names of its parents, its layers (outputs, activation)."""
+
+    name: str
+    parents: tuple[str, ...]
+    layers: tuple[tuple[int, str], ...]
+
+    @property
+    def keys(self) -> list[str]:
+        """Of its parameters, in the order of the module's."""
+        return [f"{self.name}.{i}.{part}" for i in range(len(self.layers)) for part in "Wb"]
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """A tick file, read: K ticks of a network of `nodes`, with the output net `out`."""
+
+    data: Data
+    nodes: tuple[_Node, ...]
+    out: _Node
+    dims: Mapping[str, int]
+    K: int
+    batch: int
+
+    @property
+    def state_readout(self) -> str | None:
+        """The node that is its own output, if there is no output net, or whose block holds it."""
+        alone = len(self.out.parents) == 1 and self.out.parents[0] != INPUT
+        own = not self.out.layers or bool(self.data.get("inner", False))
+        return self.out.parents[0] if alone and own else None
+
+    @property
+    def blocks(self) -> tuple[_Node, ...]:
+        return self.nodes if self.state_readout else (*self.nodes, self.out)
+
+    def width(self, node: _Node) -> int:
+        return sum(self.dims[p] for p in node.parents)
+
+    @property
+    def order(self) -> str:
+        return choice(self.data, "order", ORDERS)
+
+    @property
+    def classes(self) -> int | None:
+        """How many, where the loss is cross-entropy."""
+        wide = self.out.layers[-1][0] if self.out.layers else self.width(self.out)
+        return wide if choice(self.data, "loss", ("mse", "ce")) == "ce" else None
+
+
+def read_ticks(data: Data) -> Ticks:
+    """Raises SettingsError where the entries do not fit together."""
+    spec = json.loads(str(entry(data, "spec", ())))
+    K, batch, inputs = entry(data, "u").shape
+    nodes = tuple(_node(*node) for node in spec["nodes"])
+    dims = {INPUT: inputs, **{n.name: n.layers[-1][0] for n in nodes}}
+    ticks = Ticks(data, nodes, _node(READOUT, *spec["out"]), dims, K, batch)
+    for node in nodes:
+        for q in ("h", "z"):
+            entry(data, f"{q}.{node.name}", (K + 1, batch, dims[node.name]))
+    for node in (*nodes, ticks.out):
+        wide = ticks.width(node)
+        for i, (outputs, _) in enumerate(node.layers):
+            for part, shape in (("W", (outputs, wide)), ("b", (outputs,))):
+                for q in ("th", "om"):
+                    entry(data, f"{q}.{node.name}.{i}.{part}", (K + 1, *shape))
+            wide = outputs
+    for key in ("yhat", "tau", "phi"):
+        if len(entry(data, key, None if key == "yhat" else (K,))) != K:
+            raise SettingsError(f"entry {key!r} has {len(data[key])} ticks, u has {K}")
+    if "mask_node" in data and not np.isin(entry(data, "mask_node", (K, len(nodes))), (0, 1)).all():
+        raise SettingsError("entry 'mask_node' holds something else than 0 and 1")
+    return ticks
+
+
+def _node(name: str, parents: Sequence[str], layers: Sequence[tuple[int, str]]) -> _Node:
+    for _, activation in layers:
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise SettingsError(f"node {name!r} has the activation {activation!r}; known: {known}")
+    return _Node(name, tuple(parents), tuple((int(n), a) for n, a in layers))
+
+
+def module(layers: Sequence[tuple[int, str]], inputs: int) -> nn.Sequential:
+    """A chain of dense layers in float64, each with its activation."""
+    chain: list[nn.Module] = []
+    for outputs, activation in layers:
+        chain += [nn.Linear(inputs, outputs, dtype=torch.float64), ACTIVATIONS[activation]()]
+        inputs = outputs
+    return nn.Sequential(*chain)
+
+
+def _graph(ticks: Ticks) -> Graph:
+    loss = mse if ticks.classes is None else cross_entropy
+
+    def made(node: _Node) -> nn.Sequential:
+        own = module(node.layers, ticks.width(node))
+        for key, weight in zip(node.keys, own.parameters(), strict=True):
+            weight.data = tensor(ticks.data[f"th.{key}"][0])
+        return own
+
+    blocks = []
+    for node in ticks.blocks:
+        is_state = node is not ticks.out
+        is_own = node.name == ticks.state_readout
+        blocks.append(
+            BlockSpec(
+                node.name,
+                made(node),
+                node.parents,
+                loss=loss if is_own or not is_state else None,
+                state=is_own,
+                output=made(ticks.out) if is_own and ticks.out.layers else None,
+                shape=(ticks.dims[node.name],) if is_state else None,
+            )
+        )
+    return Graph(blocks)
+
+
+def _settings(ticks: Ticks, delay_free: bool, **more: Any) -> Settings:
+    """delay_free: the blocks move one after the other (HL Eq. 10)."""
+    data = ticks.data
+    pace: dict[str, Any] = {"speed": int(data.get("held", 1))}
+    if delay_free:
+        pace = {"moves": "layer-by-layer", "speed": "depth"}
+    dynamics: dict[str, Any] = {
+        "tau": "stamps" if data.get("stamped") else {"values": data["tau"].tolist()},
+        "phi": {"values": data["phi"].tolist()},
+        "c": number(data, "c"),
+        "sign": int(number(data, "s")),
+        "beta": number(data, "beta") if "beta" in data else 0.0,
+        "blocks": {node.name: _own(ticks, node) for node in ticks.blocks},
+        "limit": 1e300,
+    }
+    if data.get("reset"):
+        dynamics["reset"] = {"h": "sample", "z": "sample"}
+    for key in ("eta", "eta_z", "eta_omega"):
+        if key in data:
+            dynamics[key] = number(data, key)
+    if "r_w" in data:
+        dynamics["weight_cost"] = number(data, "r_w")
+    order = ticks.order.replace("_", "-")
+    return Settings.model_validate(
+        {
+            "level": "local",
+            "dtype": "float64",
+            "locality": {"order": order, "target": "current", "readout": "state", **pace},
+            "dynamics": dynamics,
+            "metrics": {"record": "trajectory"},
+            **more,
+        }
+    )
+
+
+def _own(ticks: Ticks, node: _Node) -> dict[str, Any]:
+    """What a block has otherwise: c, eta, beta by parameter."""
+    data = ticks.data
+    own: dict[str, Any] = {
+        key: number(data, f"{key}.{node.name}")
+        for key in ("c", "eta")
+        if f"{key}.{node.name}" in data
+    }
+    parts = {"": node}
+    if node.name == ticks.state_readout:
+        parts[OUTPUT_KEY] = ticks.out
+    rates = {}
+    for prefix, part in parts.items():
+        for key in part.keys:
+            _, i, letter = key.rsplit(".", 2)
+            if f"beta.{key}" in data:
+                name = f"{prefix}{2 * int(i)}.{WEIGHTS[letter]}"
+                rates[name] = number(data, f"beta.{key}")
+    return own | ({"beta": rates} if rates else {})
+
+
+def _is_delay_free(ticks: Ticks, graph: Graph) -> bool:
+    """Whether the mask is that of HL Eq. 10 for this graph, and samples are shown accordingly."""
+    nu = len(ticks.nodes)
+    mask = ticks.data.get("mask_node")
+    if mask is None or nu < 2 or not ticks.state_readout or not graph.acyclic:
+        return False
+    depths = [graph.depths[n.name] for n in ticks.nodes]
+    one_by_one = np.equal.outer(np.arange(ticks.K) % nu, depths)
+    firsts = np.arange(ticks.K) // nu * nu
+    shown = all(np.array_equal(ticks.data[q], ticks.data[q][firsts]) for q in ("u", "yhat"))
+    return shown and np.array_equal(mask, one_by_one)
+
+
+def _samples(ticks: Ticks, held: int) -> list[Sample]:
+    """What is shown, for `held` ticks each. Behind the K ticks of the file the last sample is shown
+    once more, so that every block comes to t_K."""
+    data = ticks.data
+    u, y = tensor(data["u"]), tensor(data["yhat"])
+    times = np.append(0.0, np.cumsum(data["tau"])) if data.get("stamped") else None
+    missing = data.get("missing", np.zeros(ticks.K, dtype=bool))
+    return [
+        Sample(
+            u[min(k, ticks.K - 1)],
+            None if k < ticks.K and missing[k] else y[min(k, ticks.K - 1)],
+            time=None if times is None else float(times[k]),
+        )
+        for k in [*range(0, ticks.K, held), ticks.K]
+    ]
+
+
+class _Masked(HoldSchedule):
+    """A held schedule in which the blocks move when a mask (K, nodes) says so."""
+
+    def __init__(self, graph: Graph, knobs: Locality, mask: Mapping[str, Array]) -> None:
+        super().__init__(graph, knobs)
+        self._mask = mask
+
+    def moves(self, block: str, tick: int) -> bool:
+        column = self._mask.get(block)
+        return column is None or tick >= len(column) or bool(column[tick])
+
+
+def _planned(ticks: Ticks, **more: Any) -> tuple[Graph, Plan, Stream, Settings]:
+    graph = _graph(ticks)
+    delay_free = _is_delay_free(ticks, graph)
+    settings = _settings(ticks, delay_free, **more)
+    held = len(ticks.nodes) if delay_free else int(ticks.data.get("held", 1))
+    stream = from_iterable(_samples(ticks, held), classes=ticks.classes)
+    plan = make_plan(graph, settings, stream.spec)
+    mask = ticks.data.get("mask_node")
+    if mask is not None and not delay_free:
+        columns = {n.name: mask[:, i] for i, n in enumerate(ticks.nodes)}
+        plan = replace(plan, schedule=_Masked(graph, plan.knobs, columns))
+    return graph, plan, stream, settings
+
+
+def run_ticks(ticks: Ticks) -> dict[str, Array]:
+    """hamdist's own trajectories, under the names of the file's entries; `L` holds phi L."""
+    _, plan, stream, _ = _planned(ticks)
+    network = Watched(plan)
+    watches = network.watches
+    kept: list[tuple[_Node, Kept]] = []
+    for watch, node in zip(watches, ticks.blocks, strict=True):
+        kept.append((node, watch.own))
+        if watch.output is not None:
+            kept.append((ticks.out, watch.output))
+        block = watch.node.block
+        if isinstance(block, HoldBlock):
+            block.h = tensor(ticks.data[f"h.{node.name}"][0])
+            block.z = tensor(ticks.data[f"z.{node.name}"][0])
+    for node, part in kept:
+        part.weights.omega = [tensor(ticks.data[f"om.{key}"][0]) for key in node.keys]
+    network.run(stream)
+    made = recorded(ticks, {w.name: w.node.records() for w in watches})
+    for node, part in kept:
+        for i, key in enumerate(node.keys):
+            made[f"om.{key}"] = _first(ticks.K + 1, [o[i] for o in part.omega])
+            made[f"th.{key}"] = _first(ticks.K + 1, [t[i] for t in part.theta])
+    return made
+
+
+def begins_at_rest(ticks: Ticks) -> bool:
+    """Whether a run of its own repeats the file: h, z and omega begin at zero, and the blocks move
+    as settings can say."""
+    costates = [f"om.{key}" for node in (*ticks.nodes, ticks.out) for key in node.keys]
+    starts = [*costates, *(f"{q}.{node.name}" for q in ("h", "z") for node in ticks.nodes)]
+    if any(ticks.data[key][0].any() for key in starts):
+        return False
+    return "mask_node" not in ticks.data or _is_delay_free(ticks, _graph(ticks))
+
+
+def energies_through(ticks: Ticks, engine: Mapping[str, Any]) -> Found:
+    """The distance of h, z, y, L and H' as an engine records them."""
+    graph, _, stream, settings = _planned(ticks, engine=engine)
+    found = recorded(ticks, train(graph, stream, settings).records)
+    return compared(found, expected(ticks))
+
+
+def _first(n: int, values: Sequence[Tensor]) -> Array:
+    return np.stack([v.numpy() for v in values[:n]])
+
+
+def recorded(ticks: Ticks, found: Mapping[str, Records | None]) -> dict[str, Array]:
+    """h, z, y, phi L and H' out of what the blocks recorded."""
+    records = {name: r for name, r in found.items() if r is not None}
+    made: dict[str, Array] = {}
+    for node in ticks.nodes:
+        own = records[node.name]
+        for q, values in (("h", own.h), ("z", own.z)):
+            if values is not None:
+                made[f"{q}.{node.name}"] = values[: ticks.K + 1].numpy()
+    readout = records[ticks.state_readout or READOUT]
+    if readout.prediction is not None:
+        made["y"] = readout.prediction[: ticks.K].numpy()
+    made["L"] = readout.loss[: ticks.K].numpy()
+    made["Hp"] = robust_hamiltonian(records)[1][: ticks.K].numpy()
+    return made
+
+
+def expected(ticks: Ticks) -> dict[str, Array]:
+    """The file's own trajectories; `L` as phi L."""
+    wanted = {
+        key: array
+        for key, array in ticks.data.items()
+        if key in ("y", "Hp") or key.partition(".")[0] in ("h", "z", "om", "th")
+    }
+    if "L" in ticks.data:
+        wanted["L"] = ticks.data["phi"] * entry(ticks.data, "L", (ticks.K,))
+    return wanted
+
+
+def compared(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Found:
+    """The largest distance over the entries that both have."""
+    return worst({key: (found[key], wanted[key]) for key in wanted if key in found})
+
+
+def golden(data: Data, name: str) -> list[Check]:
+    """The checks of a tick file."""
+    return tick_checks(data, name, ORACLE)
+
+
+def tick_checks(data: Data, name: str, oracle: str) -> list[Check]:
+    """The checks of a tick file's entries, of which `oracle` made the trajectories."""
+    ticks = read_ticks(data)
+    made = [
+        Check(
+            f"{name}: every tick (relative)",
+            f"{oracle}: h, z, ω, θ, y, L, H'",
+            RTOL,
+            lambda: compared(run_ticks(ticks), expected(ticks)),
+        )
+    ]
+    if any(key.startswith("bp_") for key in data):
+        made.append(
+            Check(
+                f"{name}: states, costates, gradients (relative)",
+                "golden file: those of backpropagation",
+                RTOL,
+                lambda: _static(ticks, run_ticks(ticks)),
+            )
+        )
+    return made
+
+
+def _static(ticks: Ticks, found: Mapping[str, Array]) -> Found:
+    """Static input, eta = beta = 0, c tau = 1, a chain of nu blocks: exact from tick
+
+        h_l: l      z_l: 2 nu + 1 - l, sequential 2 nu - l      omega's increment: that of z_l
+
+    (in the simultaneous order omega_{k+1} uses z_k, in the sequential order z_{k+1}).
+    """
+    data, nu = ticks.data, len(ticks.nodes)
+    sequential = ticks.order == "sequential"
+    scale = (data["tau"] * data["phi"])[0]
+    pairs: dict[str, tuple[Array, Array]] = {}
+    for depth, node in enumerate(ticks.nodes, start=1):
+        z_from = 2 * nu + 1 - depth - sequential
+        h, z = found[f"h.{node.name}"][depth:], found[f"z.{node.name}"][z_from:]
+        pairs[f"h.{node.name}"] = _same(h, entry(data, f"bp_h.{node.name}"))
+        delta = entry(data, f"bp_delta.{node.name}")
+        pairs[f"c z.{node.name}"] = _same(number(data, "c") * z / data["phi"][0], delta)
+        for key in node.keys:
+            steps = np.diff(found[f"om.{key}"], axis=0)[z_from - sequential :] / scale
+            pairs[f"d omega.{key}"] = _same(steps, entry(data, f"bp_grad.{key}"))
+    return worst(pairs)
+
+
+def _same(found: Array, expected: Array) -> tuple[Array, Array]:
+    return found, np.broadcast_to(expected, found.shape)

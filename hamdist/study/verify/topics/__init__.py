@@ -1,0 +1,1 @@
+"""The rows of `hamdist verify`, by topic."""

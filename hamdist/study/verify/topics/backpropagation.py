@@ -1,0 +1,116 @@
+"""Level `backprop` equals centralised backpropagation, however the network is cut into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hamdist.config import LearningSettings, Settings
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.runtime.train.train import train
+from hamdist.study.verify.oracles.check import Check
+from hamdist.study.verify.oracles.networks import (
+    F64,
+    Draws,
+    Masked,
+    Reversing,
+    Skips,
+    Switching,
+    chain,
+    hooked,
+    seeded,
+    skip_graph,
+    tied,
+    with_activation,
+)
+
+BOUND = 1e-12
+ORACLE = "autograd on the whole network and torch.optim.SGD"
+PLAIN = {"lr": 0.1}
+MOMENTUM = {"lr": 0.05, "momentum": 0.5, "dampening": 0.3}
+
+
+def checks(full: bool) -> Iterator[Check]:
+    items = 600 if full else 60
+    for name, learning, tau, partition in (
+        ("one layer a block", PLAIN, 1.0, {}),
+        ("two blocks", PLAIN, 1.0, {"blocks": 2}),
+        ("one block", PLAIN, 1.0, {"blocks": 1}),
+        ("momentum, tau = 0.25", MOMENTUM, 0.25, {}),
+        ("edges of 3 ticks", PLAIN, 1.0, {"delay": 3}),
+    ):
+        yield _check(f"a chain of 5, {name}", chain, items, learning, tau, partition)
+    for name, learning, tau in (("plain", PLAIN, 1.0), ("momentum, tau = 0.25", MOMENTUM, 0.25)):
+        what = f"two skips, two readouts, {name}"
+        yield _check(what, lambda: seeded(Skips), items, learning, tau, {})
+        what = f"tied weights, a layer in two blocks, {name}"
+        yield _check(what, tied, items, learning, tau, {})
+    yield _check("three frozen blocks of five", lambda: tied(2), items, MOMENTUM, 1.0, {})
+    for what, build in (
+        ("hooks on a layer", hooked),
+        ("an autograd.Function", lambda: with_activation(Reversing())),
+        ("Python state", lambda: with_activation(Switching())),
+        ("masks of -inf, used in two blocks", lambda: seeded(Masked)),
+    ):
+        yield _check(what, build, items, PLAIN, 1.0, {})
+
+
+def _check(
+    name: str,
+    build: Callable[[], nn.Module],
+    items: int,
+    learning: Mapping[str, float],
+    tau: float,
+    partition: Mapping[str, int],
+) -> Check:
+    settings = Settings.model_validate(
+        {
+            "level": "backprop",
+            "dtype": "float64",
+            "learning": learning,
+            "dynamics": {"tau": tau},
+            "partition": partition,
+            "metrics": {"window": 1},
+        }
+    )
+    what = f"{name}: losses and weights of {items} steps"
+    return Check(what, ORACLE, BOUND, lambda: _apart(build, items, settings))
+
+
+def _apart(build: Callable[[], nn.Module], items: int, settings: Settings) -> float:
+    """The largest difference between losses, and between weights at the end."""
+    own = build()
+    model = skip_graph(own) if isinstance(own, Skips) else own
+    result = train(model, Draws(items), settings)
+    plain = build()
+    curves = sgd(plain, Draws(items), settings.learning)
+    found = [torch.tensor([w.mean_loss for w in ws], dtype=F64) for ws in result.windows.values()]
+    pairs = list(zip(found, curves, strict=True))
+    if isinstance(model, Graph):
+        weights = {f"{b}.{k}": t for b, s in result.blocks.items() for k, t in s.theta.items()}
+    else:
+        weights = dict(result.model.named_parameters())
+    pairs += [(weights[key], p) for key, p in plain.named_parameters()]
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def sgd(model: nn.Module, stream: Draws, learning: LearningSettings) -> list[Tensor]:
+    """Moves the weights of `model` item by item; the loss curve of each of its predictions."""
+    optimiser = torch.optim.SGD(
+        model.parameters(), learning.lr, learning.momentum, learning.dampening
+    )
+    curves: list[Sequence[float]] = []
+    for sample in stream.samples():
+        if not isinstance(sample.y, Tensor):
+            continue
+        predicted = model(sample.u)
+        predictions = predicted if isinstance(predicted, tuple) else (predicted,)
+        losses = torch.stack([functional.cross_entropy(p, sample.y) for p in predictions])
+        optimiser.zero_grad()
+        losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimiser.step()
+        curves.append(losses.tolist())
+    return list(torch.tensor(curves, dtype=F64).T)

@@ -1,0 +1,426 @@
+"""Checks of level `bptt`: backpropagation through time by the reversed stream (equations.md).
+
+The oracle is torch alone: nn.RNN, nn.GRU or nn.LSTM over whole sequences, autograd, and
+torch.optim.SGD; or the golden files rnn_bptt_*.
+
+T: tokens of a sequence, B: batch, H: hidden, N: sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import Settings
+from hamdist.dynamics.blocks.sequence import SequenceBlock
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
+from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
+from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.schedule.schedule import Phase
+from hamdist.errors import SettingsError
+from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.sequence import SequenceNode
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.results.result import RunResult
+from hamdist.runtime.train.train import train
+from hamdist.streams.adapters import from_iterable
+from hamdist.streams.sample import Sample
+from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.golden import (
+    ORACLE,
+    RTOL,
+    Array,
+    Data,
+    entry,
+    number,
+    tensor,
+    worst,
+)
+
+BOUND = 1e-12
+AUTOGRAD = "autograd, float64"
+SGD = "torch.optim.SGD, float64"
+CELLS: dict[str, type[nn.Module]] = {"RNN": nn.RNNCell, "GRU": nn.GRUCell, "LSTM": nn.LSTMCell}
+LAYERS: dict[str, type[nn.Module]] = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
+OUTPUTS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Cells of one kind over one another with a linear readout, on sequences of several lengths.
+
+    truncation: r, or None for whole sequences. missing: every how many-th token has no target.
+    """
+
+    kind: str
+    truncation: int | None
+    layers: int = 2
+    hidden: int = 5
+    inputs: int = 3
+    batch: int = 2
+    lengths: tuple[int, ...] = (6, 1, 9, 4)
+    lr: float = 0.1
+    missing: int = 4
+
+    def __str__(self) -> str:
+        how = "whole" if self.truncation is None else f"last {self.truncation} tokens"
+        return f"{self.kind}, {self.layers} layers, {how}"
+
+
+# -- hamdist ------------------------------------------------------------------------------------
+
+
+def graph_of(case: Case) -> Graph:
+    blocks = []
+    below, inputs = INPUT, case.inputs
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for i in range(case.layers):
+            cell = RecurrentCell(CELLS[case.kind](inputs, case.hidden, dtype=torch.float64))
+            module = cell if i == 0 else Reads(cell, slice(0, case.hidden), None)
+            blocks.append(
+                BlockSpec(
+                    f"cell{i}",
+                    module,
+                    (below, f"cell{i}"),
+                    combine=Combine.ARGUMENTS,
+                    shape=(cell.size,),
+                )
+            )
+            below, inputs = f"cell{i}", case.hidden
+        head = nn.Linear(case.hidden, OUTPUTS, dtype=torch.float64)
+    reads = Reads(head, slice(0, case.hidden))
+    return Graph([*blocks, BlockSpec("y", reads, (below,), loss=mse)])
+
+
+def samples_of(case: Case) -> list[Sample]:
+    generator = torch.Generator().manual_seed(4)
+
+    def noise(features: int) -> Tensor:
+        return torch.randn(case.batch, features, generator=generator, dtype=torch.float64)
+
+    made = []
+    for length in case.lengths:
+        for t in range(length):
+            u, y = noise(case.inputs), noise(OUTPUTS)
+            given = y if (t + 1) % case.missing or t == length - 1 else None
+            made.append(Sample(u, given, end=t == length - 1))
+    return made
+
+
+def run(case: Case, samples: Sequence[Sample], **learning: Any) -> RunResult:
+    settings = Settings.model_validate(
+        {
+            "level": "bptt",
+            "dtype": "float64",
+            "locality": {"truncation": case.truncation},
+            "learning": learning,
+            "dynamics": {"tau": 0.5},
+        }
+    )
+    return train(graph_of(case), from_iterable(samples, outputs=OUTPUTS), settings)
+
+
+# -- torch --------------------------------------------------------------------------------------
+
+
+class _Torch(nn.Module):
+    """The same network with the same weights. parts: its weights by block and name."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.layers = LAYERS[case.kind](
+            case.inputs, case.hidden, num_layers=case.layers, dtype=torch.float64
+        )
+        self.head = nn.Linear(case.hidden, OUTPUTS, dtype=torch.float64)
+        own = dict(self.named_parameters())
+        self.parts: dict[tuple[str, str], Tensor] = {}
+        for block in graph_of(case).blocks.values():
+            for name, value in block.module.named_parameters():
+                part = name.rpartition(".")[2]
+                mine = f"head.{part}" if block.loss else f"layers.{part}_l{block.name[-1]}"
+                own[mine].data.copy_(value.data)
+                self.parts[block.name, name] = own[mine]
+
+    def loss(self, sequence: Sequence[Sample], keep: int) -> Tensor:
+        """The sum of the losses of the last `keep` tokens, cut off from those before them."""
+        u = torch.stack([sample.u for sample in sequence])
+        early = len(u) - keep
+        state = None
+        if early:
+            with torch.no_grad():
+                _, state = self.layers(u[:early])
+        predictions = self.head(self.layers(u[early:], state)[0])
+        taken = torch.zeros((), dtype=torch.float64)
+        for prediction, sample in zip(predictions, sequence[early:], strict=True):
+            if isinstance(sample.y, Tensor):
+                taken = taken + mse(prediction, sample.y)
+        return taken
+
+
+def _sequences(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    own: list[Sample] = []
+    for sample in samples:
+        own.append(sample)
+        if sample.end:
+            yield own
+            own = []
+
+
+def _keep(case: Case, length: int) -> int:
+    return length if case.truncation is None else min(length, case.truncation)
+
+
+def _apart(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Found:
+    """The largest absolute difference, and where it is."""
+    largest = Found(0.0, "")
+    for name, found, expected in pairs:
+        difference = float((found - expected).detach().abs().max())
+        if not difference <= largest.difference:
+            largest = Found(difference, name)
+    return largest
+
+
+def _gradient(case: Case) -> Found:
+    """omega after the longest sequence, without momentum, is the gradient of its losses."""
+    longest = max(_sequences(samples_of(case)), key=len)
+    net = _Torch(case)
+    net.loss(longest, _keep(case, len(longest))).backward()  # type: ignore[no-untyped-call]
+    result = run(case, longest, lr=0.0)
+    return _apart(
+        (f"{block}.{name}", omega, _grad(net.parts[block, name]))
+        for block, state in result.blocks.items()
+        for name, omega in state.omega.items()
+    )
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _weights(case: Case) -> Found:
+    """Final weights after all sequences, with momentum and dampening."""
+    learning: dict[str, Any] = {"lr": case.lr, "momentum": 0.5, "dampening": 0.3}
+    samples = samples_of(case)
+    net = _Torch(case)
+    optimiser = torch.optim.SGD(net.parameters(), **learning)
+    for sequence in _sequences(samples):
+        optimiser.zero_grad()
+        net.loss(sequence, _keep(case, len(sequence))).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    result = run(case, samples, **learning)
+    return _apart(
+        (f"{block}.{name}", theta, net.parts[block, name])
+        for block, state in result.blocks.items()
+        for name, theta in state.theta.items()
+    )
+
+
+def _stored(case: Case) -> Found:
+    """Tokens whose states a block keeps beyond (or below) min(n, r) of the longest sequence."""
+    expected = _keep(case, max(case.lengths))
+    stored = run(case, samples_of(case), lr=0.0).stored
+    apart = {name: abs(count - expected) for name, count in stored.items()}
+    worst_block = max(apart, key=lambda name: apart[name])
+    return Found(apart[worst_block], f"{worst_block} kept {stored[worst_block]}")
+
+
+def checks(full: bool) -> Iterator[Check]:
+    """full: the sizes of the paper's sequence models (embedded tokens of 50 features, 30 units)."""
+    sizes: dict[str, Any] = {}
+    if full:
+        lengths = tuple(5 + (7 * i) % 26 for i in range(100))
+        sizes = {"inputs": 50, "hidden": 30, "batch": 1, "lengths": lengths, "lr": 1e-3}
+    for kind in CELLS:
+        for truncation in (None, 3):
+            case = Case(kind, truncation, **sizes)
+            yield Check(
+                f"gradient of one sequence ({case})",
+                AUTOGRAD,
+                BOUND,
+                partial(_gradient, case),
+            )
+            yield Check(
+                f"weights after {len(case.lengths)} sequences, momentum and dampening ({case})",
+                SGD,
+                BOUND,
+                partial(_weights, case),
+            )
+    for truncation in (None, 3):
+        case = Case("LSTM", truncation, **sizes)
+        yield Check(
+            f"stored states per block ({case})",
+            "min(n, r) of the longest sequence",
+            0.0,
+            partial(_stored, case),
+        )
+
+
+# -- golden files -------------------------------------------------------------------------------
+
+CELL = "cell"
+# Of the file, and of the cell.
+WEIGHTS = {"Wx": "cell.weight_ih", "Wh": "cell.weight_hh", "b": "cell.bias_ih"}
+
+
+@dataclass
+class _Watch:
+    """The cell's node, and what it held after every step: h (n, B, H) after each token forward,
+    z and omega after each reversed token."""
+
+    node: SequenceNode
+    h: list[Tensor] = field(default_factory=list)
+    z: list[Tensor] = field(default_factory=list)
+    omega: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.name = self.node.name
+        self.late = self.node.late
+        self.tick = self.node.tick
+
+    def start(self) -> None:
+        self.node.start()
+
+    def step(self) -> None:
+        phase, block = self.node.event.phase, self.node.block
+        self.node.step()
+        self.tick = self.node.tick
+        if not isinstance(block, SequenceBlock) or self.tick is None:
+            return
+        if phase is Phase.FORWARD:
+            self.h.append(block.h)
+            return
+        self.z.append(torch.zeros_like(block.h) if block.z is None else block.z)
+        for name, omega in zip(block.cell.names, block.weights.omega, strict=True):
+            self.omega.setdefault(name, []).append(omega)
+
+
+def _golden_graph(data: Data) -> Graph:
+    """tanh(Wx u + Wh h + b), and the loss of h itself."""
+    hidden, inputs = entry(data, "th.Wx").shape
+    cell = nn.RNNCell(inputs, hidden, dtype=torch.float64)
+    weights = (cell.weight_ih, cell.weight_hh, cell.bias_ih)
+    for weight, key in zip(weights, WEIGHTS, strict=True):
+        weight.data = tensor(entry(data, f"th.{key}", weight.shape))
+    cell.bias_hh.data.zero_()
+    cell.bias_hh.requires_grad_(False)
+    return Graph(
+        [
+            BlockSpec(
+                CELL,
+                RecurrentCell(cell),
+                (INPUT, CELL),
+                combine=Combine.ARGUMENTS,
+                shape=(hidden,),
+            ),
+            BlockSpec("y", nn.Identity(), (CELL,), loss=mse),
+        ]
+    )
+
+
+def _golden_run(data: Data, **dynamics: Any) -> dict[str, Array]:
+    """hamdist's own h, z and om.*, and the sum of the losses, under the names of the file."""
+    u, y = tensor(entry(data, "u")), tensor(entry(data, "yhat"))
+    u, y = (x if x.dim() == 3 else x[:, None] for x in (u, y))
+    samples = [Sample(u[m], y[m], end=m == len(u) - 1) for m in range(len(u))]
+    graph = _golden_graph(data)
+    settings = Settings.model_validate(
+        {
+            "level": "bptt",
+            "dtype": "float64",
+            "locality": {"truncation": int(number(data, "r"))},
+            "learning": {"lr": 0.0},
+            "dynamics": {"reset": {"h": "never"}, "limit": 1e300, **dynamics},
+            "metrics": {"window": 1},
+        }
+    )
+    stream = from_iterable(samples)
+    plan = make_plan(graph, settings, stream.spec)
+    mail = Mailroom({INPUT, *graph.blocks})
+    watches = []
+    for name in graph.blocks:
+        node = make_node(plan, name, mail)
+        if not isinstance(node, SequenceNode):
+            raise TypeError(f"block {name!r} goes through no sequences")
+        watches.append(_Watch(node))
+    cell, readout = watches
+    h0 = tensor(entry(data, "h0")).expand(len(u[0]), -1).contiguous()
+    if isinstance(cell.node.block, SequenceBlock):
+        cell.node.block.h = h0
+    run_loop([SourceNode(plan, stream, mail), *watches])
+    zero = torch.zeros_like(h0)
+    made = {"h": [h0, *cell.h], "z": [zero, *cell.z]}
+    for key, name in WEIGHTS.items():
+        omega = cell.omega[name]
+        made[f"om.{key}"] = [torch.zeros_like(omega[0]), *omega]
+    arrays = {key: torch.stack(values).numpy() for key, values in made.items()}
+    metrics = readout.node.metrics
+    if metrics is not None:
+        metrics.flush()
+        arrays["torch_loss"] = np.array([sum(w.loss for w in metrics.windows)])
+    return arrays
+
+
+def _trajectory(data: Data) -> Found:
+    own = {key: number(data, key) for key in ("tau", "phi", "eta")}
+    return _compared(data, _golden_run(data, **own), ("h", "z", *(f"om.{key}" for key in WEIGHTS)))
+
+
+def _compared(data: Data, found: dict[str, Array], keys: Sequence[str]) -> Found:
+    pairs = {}
+    for key in keys:
+        expected = entry(data, key)
+        pairs[key] = (found[key].reshape(expected.shape), expected)
+    return worst(pairs)
+
+
+def _torch_gradient(data: Data) -> Found:
+    """eta = 0 and phi = 1/tau: the last omega is the gradient of the losses gone through."""
+    found = _golden_run(data, tau=number(data, "tau"))
+    pairs = {
+        f"torch_grad.{key}": (found[f"om.{key}"][-1:], entry(data, f"torch_grad.{key}")[None])
+        for key in WEIGHTS
+    }
+    if int(number(data, "r")) >= len(entry(data, "u")) and "torch_loss" in data:
+        pairs["torch_loss"] = (found["torch_loss"], entry(data, "torch_loss").reshape(1))
+    return worst(pairs)
+
+
+def golden(data: Data, name: str) -> list[Check]:
+    """The checks of an rnn_bptt file."""
+    n, inputs = entry(data, "u").shape[0], entry(data, "u").shape[-1]
+    r = int(number(data, "r"))
+    if not 1 <= r <= n:
+        raise SettingsError(f"entry 'r' is {r}, the sequence has {n} tokens")
+    if entry(data, "th.Wx").shape[1] != inputs:
+        raise SettingsError(
+            f"entry 'th.Wx' has shape {data['th.Wx'].shape}, u has {inputs} features"
+        )
+    _golden_graph(data)
+    made = [
+        Check(
+            f"{name}: h, and z, omega per reversed token (relative)",
+            ORACLE,
+            RTOL,
+            partial(_trajectory, data),
+        )
+    ]
+    if all(f"torch_grad.{key}" in data for key in WEIGHTS):
+        made.append(
+            Check(
+                f"{name}: the last omega at eta = 0 is the gradient (relative)",
+                "autograd (golden file)",
+                RTOL,
+                partial(_torch_gradient, data),
+            )
+        )
+    return made

@@ -1,0 +1,149 @@
+"""Graphs with cycles: the gradient at a fixed point, and the sign of Hamilton's own equations.
+
+For a static input h comes to h* = f(h*), and z to the solution of its own linear equation: with
+J = df/dh at h*, g = dL/dh, s = -1 and eta_z = 0
+
+    c z -> phi (I - J^T)^{-1} g,      omega / (tau phi) -> the gradient through the fixed point
+
+(equations.md). With s = +1, integrated forward, z grows by 1 + c tau in every tick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+
+from hamdist.config import Settings
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.objective.losses import mse
+from hamdist.errors import DivergedError
+from hamdist.runtime.train.train import train
+from hamdist.streams.adapters import from_iterable
+from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.networks import F64, dense, seeded
+
+TAU, PHI = 0.5, 1.5
+ORACLE = "autograd and a linear solve at the fixed point"
+
+
+class Loops(nn.Module):
+    """Cycles b <-> c and d -> b, self-edges on c and d, a skip a -> d. The last two of the 13
+    entries of h = [a, b, c, d] (B, 13) are the prediction."""
+
+    SIZES = (4, 4, 3, 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = dense(3, 4)
+        self.b = dense(9, 4)
+        self.c = dense(7, 3)
+        self.d = dense(9, 2)
+
+    def forward(self, u: Tensor, h: Tensor) -> Tensor:
+        a, b, c, d = torch.split(h, [*self.SIZES], dim=1)
+        joined = [u], [a, c, d], [b, c], [a, c, d]
+        parts = zip((self.a, self.b, self.c, self.d), joined, strict=True)
+        return torch.cat([f(torch.cat(parents, dim=1)) for f, parents in parts], dim=1)
+
+
+def loops_graph(net: Loops) -> Graph:
+    return Graph(
+        [
+            BlockSpec("a", net.a, (INPUT,)),
+            BlockSpec("b", net.b, ("a", "c", "d"), shape=(4,)),
+            BlockSpec("c", net.c, ("b", "c"), shape=(3,)),
+            BlockSpec("d", net.d, ("a", "c", "d"), shape=(2,), loss=mse, state=True),
+        ]
+    )
+
+
+def checks(full: bool) -> Iterator[Check]:  # noqa: ARG001
+    for c_tau, ticks in ((1.0, 100), (0.3, 350)):
+        what = f"cycles, self-edges and a skip, static input, c tau = {c_tau:g}"
+        yield Check(
+            f"{what}: h, c z and omega after {ticks} ticks",
+            ORACLE,
+            1e-10,
+            partial(_fixed_point, c_tau, ticks),
+        )
+    yield Check(
+        "s = +1 forward: stopped, with tick, block and quantity (1 if not)",
+        "z grows by 1 + c tau in every tick (HL, NILP)",
+        0.0,
+        _runaway,
+    )
+
+
+def _settings(c_tau: float, sign: int) -> Settings:
+    return Settings.model_validate(
+        {
+            "level": "local",
+            "dtype": "float64",
+            "locality": {"order": "simultaneous", "target": "current", "readout": "state"},
+            "dynamics": {
+                "tau": TAU,
+                "c": c_tau / TAU,
+                "beta": 0.0,
+                "phi": PHI,
+                "eta_z": 0.0,
+                "eta_omega": 1 / TAU,
+                "sign": sign,
+            },
+            "metrics": {"record": "trajectory"},
+        }
+    )
+
+
+def _sample() -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(2)
+    return (
+        torch.randn(1, 3, generator=random, dtype=F64),
+        torch.randn(1, 2, generator=random, dtype=F64),
+    )
+
+
+def _fixed_point(c_tau: float, ticks: int) -> Found:
+    net = seeded(Loops)
+    u, y = _sample()
+    stream = from_iterable([(u, y)] * ticks)
+    result = train(loops_graph(net), stream, _settings(c_tau, -1))
+    theta = {key: p.detach() for key, p in net.named_parameters()}
+
+    def f(h: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        result: Tensor = functional_call(net, weights, (u, h.reshape(1, -1)))
+        return result.reshape(-1)
+
+    h = torch.zeros(sum(Loops.SIZES), dtype=F64)
+    for _ in range(ticks):
+        h = f(h, theta)
+    J = jacrev(f)(h, theta)
+    g = torch.zeros_like(h)
+    g[-2:] = h[-2:] - y.reshape(-1)
+    z = torch.linalg.solve(torch.eye(len(h), dtype=F64) - J.T, g)
+    leaves = {key: t.clone().requires_grad_() for key, t in theta.items()}
+    exact = torch.autograd.grad((z * f(h, leaves)).sum(), list(leaves.values()))
+    # Not the states at the end, where the end itself has come along some edges.
+    last = result.records.values()
+    found_h = torch.cat([r.h[ticks - 1].reshape(-1) for r in last if r.h is not None])
+    found_z = torch.cat([r.z[ticks - 1].reshape(-1) for r in last if r.z is not None])
+    pairs = {"h": (found_h, h), "c z": (found_z * c_tau / TAU / PHI, z)}
+    for key, gradient in zip(leaves, exact, strict=True):
+        block, _, name = key.partition(".")
+        pairs[f"omega.{key}"] = (result.blocks[block].omega[name] / (TAU * PHI), gradient)
+    apart = {name: float((a - b).abs().max()) for name, (a, b) in pairs.items()}
+    worst = max(apart, key=apart.__getitem__)
+    return Found(apart[worst], worst)
+
+
+def _runaway() -> Found:
+    stream = from_iterable([_sample()] * 2000)
+    try:
+        train(loops_graph(seeded(Loops)), stream, _settings(1.0, 1))
+    except DivergedError as error:
+        named = error.block in ("a", "b", "c", "d") and error.quantity in ("z", "omega")
+        return Found(0.0 if named and error.tick > 0 else 1.0, str(error))
+    return Found(1.0, "the run went on")

@@ -1,0 +1,174 @@
+"""A run spread over Ray actors equals the run in one process to the last bit; golden files, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import EngineKind, EngineSettings, Settings
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
+from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.errors import SettingsError
+from hamdist.runtime.ray_engine.session import ray_session
+from hamdist.runtime.results.result import RunResult
+from hamdist.runtime.train.train import train
+from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.golden import ORACLE, RTOL, kind_of, read
+from hamdist.study.verify.oracles.networks import (
+    CLASSES,
+    F64,
+    FEATURES,
+    Draws,
+    Skips,
+    chain,
+    cycle_graph,
+    seeded,
+    skip_graph,
+    tied,
+)
+from hamdist.study.verify.oracles.tick_golden import begins_at_rest, energies_through, read_ticks
+from hamdist.study.verify.topics.reversible import couplings
+
+ACTORS = 2
+GOLDEN_FILES = 3
+SEQUENCE = 6
+IN_PROCESS = "the same run in one process"
+
+Model = Callable[[], nn.Module | Graph]
+
+LAGGING = {
+    "locality": {"order": "simultaneous"},
+    "dynamics": {"tau": {"values": [0.5, 0.3, 0.4], "cycle": True}, "c": 0.8, "eta": 1.2},
+}
+TRUNCATED = {"locality": {"truncation": 3}}
+SEQUENTIAL = {"locality": {"order": "sequential", "readout": "state"}}
+
+
+def _skips() -> Graph:
+    return skip_graph(seeded(Skips))
+
+
+def _recurrent() -> Graph:
+    def build() -> Graph:
+        cell = RecurrentCell(nn.LSTMCell(FEATURES, 5, dtype=F64))
+        head = Reads(nn.Linear(5, CLASSES, dtype=F64), slice(0, 5))
+        size = (cell.size,)
+        arguments = Combine.ARGUMENTS
+        return Graph(
+            [
+                BlockSpec("cell", cell, (INPUT, "cell"), combine=arguments, shape=size),
+                BlockSpec("y", head, ("cell",), loss=cross_entropy),
+            ]
+        )
+
+    return seeded(build)
+
+
+RUNS: tuple[tuple[str, Model, Mapping[str, Any]], ...] = (
+    ("local, a chain", chain, {"level": "local"}),
+    ("local, simultaneous, uneven tau, a chain", chain, {"level": "local", **LAGGING}),
+    ("local, sequential, a chain", chain, {"level": "local", **SEQUENTIAL}),
+    ("local, cycles", cycle_graph, {"level": "local"}),
+    ("local, simultaneous, uneven tau, cycles", cycle_graph, {"level": "local", **LAGGING}),
+    ("group, a chain", chain, {"level": "group"}),
+    ("group, cycles", cycle_graph, {"level": "group"}),
+    ("delay-free, a chain", chain, {"level": "delay-free"}),
+    ("trace, a chain", chain, {"level": "trace"}),
+    ("trace, skips", _skips, {"level": "trace"}),
+    ("trace, tied weights, a layer in two blocks", tied, {"level": "trace"}),
+    ("trace, three frozen blocks of five", lambda: tied(2), {"level": "trace"}),
+    ("backprop, a chain", chain, {"level": "backprop"}),
+    ("backprop, skips", _skips, {"level": "backprop"}),
+    ("reversible, couplings", lambda: seeded(partial(couplings, 4)), {"level": "reversible"}),
+    ("bptt, an LSTM", _recurrent, {"level": "bptt"}),
+    ("bptt truncated to 3, an LSTM", _recurrent, {"level": "bptt", **TRUNCATED}),
+)
+
+
+def checks(full: bool, paths: Sequence[Path] = ()) -> Generator[Check, None, None]:
+    """paths: golden files, of which a few that begin at rest are run on Ray."""
+    items = 400 if full else 40
+    with ray_session(EngineSettings(kind=EngineKind.RAY, actors=ACTORS)):
+        for name, model, fields in RUNS:
+            yield Check(
+                f"{name}: {items} samples on {ACTORS} Ray actors",
+                IN_PROCESS,
+                0.0,
+                partial(_apart, model, items, fields),
+            )
+        for path, measure in _golden(paths, len(paths) if full else GOLDEN_FILES):
+            yield Check(
+                f"{path.name} on {ACTORS} Ray actors (relative)",
+                f"{ORACLE}: h, z, y, L, H'",
+                RTOL,
+                measure,
+            )
+
+
+def _apart(model: Model, items: int, fields: Mapping[str, Any]) -> Found:
+    stream = Draws(items, missing={0, 7, 8, items - 5}, ends=SEQUENCE)
+
+    def run(engine: Mapping[str, Any]) -> RunResult:
+        settings = {"steps": items, "seed": 5, "dtype": "float64", "engine": engine, **fields}
+        return train(model(), stream, Settings.model_validate(settings))
+
+    return difference(run({"kind": "inprocess"}), run({"kind": "ray", "actors": ACTORS}))
+
+
+def difference(alone: RunResult, spread: RunResult) -> Found:
+    """The largest difference between all that two runs leave, and where it is; infinite where one
+    has something that the other has not."""
+    a, b = dict(_leavings(alone)), dict(_leavings(spread))
+    odd = a.keys() ^ b.keys()
+    if odd:
+        return Found(float("inf"), f"only one run has {sorted(odd)[0]}")
+    largest = Found(0.0, "")
+    for name, left in a.items():
+        right = b[name]
+        if torch.equal(left, right):
+            continue
+        same = left.shape == right.shape
+        apart = float((left.double() - right.double()).abs().max()) if same else float("inf")
+        if not apart <= largest.difference:
+            largest = Found(apart, name)
+    return largest
+
+
+def _leavings(result: RunResult) -> Iterator[tuple[str, Tensor]]:
+    for name, block in result.blocks.items():
+        for part in ("theta", "omega", "buffers"):
+            for key, value in getattr(block, part).items():
+                if isinstance(value, Tensor):
+                    yield f"{part} {name}.{key}", value
+        for part in ("h", "z"):
+            value = getattr(block, part)
+            if value is not None:
+                yield f"{part} {name}", value
+        yield f"updates of {name}", torch.tensor(block.updates)
+    for name, windows in result.windows.items():
+        yield f"losses at {name}", torch.tensor([w.loss for w in windows], dtype=torch.float64)
+    yield "ticks", torch.tensor(result.ticks)
+    for edge, count in result.bytes_per_edge.items():
+        yield f"bytes on {edge}", torch.tensor(count)
+
+
+def _golden(paths: Sequence[Path], most: int) -> Iterator[tuple[Path, Callable[[], Found]]]:
+    """Up to `most` tick files that a run of its own can repeat, each with its measure."""
+    found = 0
+    for path in paths:
+        if found == most:
+            return
+        try:
+            data = read(path)
+            ticks = read_ticks(data) if kind_of(data) == "tick" else None
+        except (SettingsError, ValueError, LookupError, TypeError):  # golden.py reports the file
+            continue
+        if ticks is not None and begins_at_rest(ticks):
+            found += 1
+            yield path, partial(energies_through, ticks, {"kind": "ray", "actors": ACTORS})

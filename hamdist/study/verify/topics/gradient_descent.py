@@ -1,0 +1,189 @@
+"""Gradient descent recovered (HL Appendix E): every cell of the table of `hamdist study recovery`,
+and the golden files of its small networks.
+
+K: ticks, one sample each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.errors import SettingsError
+from hamdist.runtime.plan.plan import Plan, make_plan
+from hamdist.runtime.train.train import as_graph
+from hamdist.streams import from_iterable
+from hamdist.study.gradient_descent.report import NAMES
+from hamdist.study.gradient_descent.rows import Rows, jobs
+from hamdist.study.gradient_descent.scenarios import BOUND, Job, Placement, Scenario, settings_of
+from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.golden import (
+    ACTIVATIONS,
+    ORACLE,
+    RTOL,
+    Array,
+    Data,
+    entry,
+    number,
+    tensor,
+    worst,
+)
+from hamdist.study.verify.oracles.recorded_run import Watched
+
+SMALL_STEPS = 25
+SGD = "torch.optim.SGD, float64"
+
+
+def checks(full: bool) -> Iterator[Check]:
+    """One check per model, scenario and placement. full: the paper's epochs, in as many processes
+    as there are cores; else the first 25 samples, in this one."""
+    wanted = jobs() if full else jobs(steps=SMALL_STEPS)
+    with Rows(wanted, None if full else 1) as rows:
+        for job in wanted:
+            for placement in Placement:
+                name = f"{NAMES[job.model]}, {job.scenario}, {placement.value}: losses and weights"
+                yield Check(name, SGD, BOUND, partial(_cell, rows, job, placement))
+
+
+def _cell(rows: Rows, job: Job, placement: Placement) -> Found:
+    row = rows.row(job)
+    cell = next(c for c in row.cells if c.placement is placement)
+    return Found(
+        cell.difference,
+        f"losses {cell.losses:.1e}, weights {cell.weights:.1e}, {row.steps} steps on {row.source}",
+    )
+
+
+# -- golden files ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A file, read: `layers` (outputs, activation) on samples X[order[k]], one in each tick."""
+
+    data: Data
+    layers: tuple[tuple[int, str], ...]
+    scenario: Scenario
+    K: int
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the parameters, in the order of the model's."""
+        return [f"{i}.{part}" for i in range(len(self.layers)) for part in "Wb"]
+
+
+def golden(data: Data, name: str) -> list[Check]:
+    """The checks of a file of torch.optim.SGD: the network as output net, as one state block, and
+    cut before its last layer."""
+    case = _read(data)
+    whole = len(case.layers) == 1
+    return [
+        Check(
+            f"{name}, {placement.value}: L, omega, theta, final weights (relative)",
+            ORACLE,
+            RTOL,
+            partial(_compared, case, placement),
+        )
+        for placement in Placement
+        if not (whole and placement is Placement.SPLIT)
+    ]
+
+
+def _read(data: Data) -> _Case:
+    """Raises SettingsError where the entries do not fit together."""
+    spec = json.loads(str(entry(data, "spec", ())))
+    layers = tuple((int(outputs), str(activation)) for outputs, activation in spec)
+    if not layers:
+        raise SettingsError("entry 'spec' has no layer")
+    for _, activation in layers:
+        if activation not in ACTIVATIONS:
+            raise SettingsError(
+                f"entry 'spec' has the activation {activation!r}; known: {', '.join(ACTIVATIONS)}"
+            )
+    constants = [number(data, key) for key in ("lr", "momentum", "dampening", "tau")]
+    K = len(entry(data, "order"))
+    case = _Case(data, layers, Scenario(*constants), K)
+    snaps = len(entry(data, "snap"))
+    if not np.all((data["snap"] >= 0) & (data["snap"] <= K)):
+        raise SettingsError(f"entry 'snap' names ticks outside 0 ... {K}")
+    wide = entry(data, "X").shape[1]
+    for i, (outputs, _) in enumerate(layers):
+        for part, shape in (("W", (outputs, wide)), ("b", (outputs,))):
+            for q in ("th0", "torch_final"):
+                entry(data, f"{q}.{i}.{part}", shape)
+            for q in ("th", "om"):
+                entry(data, f"{q}.{i}.{part}", (snaps, *shape))
+        wide = outputs
+    for q in ("L", "torch_loss"):
+        entry(data, q, (K,))
+    return case
+
+
+def _model(case: _Case) -> nn.Sequential:
+    """The network, with the weights of the file, as a body and a head."""
+    wide = case.data["X"].shape[1]
+    layers: list[nn.Module] = []
+    for outputs, activation in case.layers:
+        linear = nn.Linear(wide, outputs, dtype=torch.float64)
+        layers.append(nn.Sequential(linear, ACTIVATIONS[activation]()))
+        wide = outputs
+    children = OrderedDict(body=nn.Sequential(*layers[:-1]), head=layers[-1])
+    if len(layers) == 1:
+        del children["body"]
+    model = nn.Sequential(children)
+    for key, weight in zip(case.keys, model.parameters(), strict=True):
+        weight.data = tensor(case.data[f"th0.{key}"])
+    return model
+
+
+def _compared(case: _Case, placement: Placement) -> Found:
+    data = case.data
+    settings = settings_of(case.scenario, placement, case.K)
+    x, y = tensor(data["X"]), tensor(data["Y"])
+    samples = [(x[n : n + 1], y[n : n + 1]) for n in data["order"].tolist()]
+    stream = from_iterable(samples, classes=case.layers[-1][0])
+    graph = as_graph(_model(case), settings, stream.spec, cross_entropy)
+    plan = make_plan(graph, settings, stream.spec)
+    network = Watched(plan)
+    network.run(stream)
+    watches = network.watches
+    readout = watches[-1].node.metrics
+    losses = np.array([] if readout is None else [w.loss for w in readout.windows])
+    pairs = {"L": (losses, data["L"]), "L of torch": (losses, data["torch_loss"])}
+    snap = data["snap"].tolist()
+    omega = [_joined(moment) for moment in zip(*(w.omega for w in watches), strict=True)]
+    theta = [_joined(moment) for moment in zip(*(w.theta for w in watches), strict=True)]
+    for i, key in enumerate(case.keys):
+        pairs[f"om.{key}"] = np.stack([omega[k][i] for k in snap]), data[f"om.{key}"]
+        pairs[f"th.{key}"] = np.stack([theta[k][i] for k in snap]), data[f"th.{key}"]
+        pairs[f"torch_final.{key}"] = theta[case.K][i], data[f"torch_final.{key}"]
+    return worst({**pairs, **_constants(case, plan)})
+
+
+def _joined(moment: Iterable[Sequence[Tensor]]) -> list[Array]:
+    """All blocks' tensors in the order of the model's."""
+    return [tensor.numpy() for block in moment for tensor in block]
+
+
+def _constants(case: _Case, plan: Plan) -> dict[str, tuple[Array, Array]]:
+    """eta, beta and phi of the table, where the file has them."""
+    d = plan.dynamics
+    found = {
+        "eta": d.eta_omega,
+        "beta": d.beta,
+        "phi": d.phi(1),
+        "phi_0": d.phi(0) if d.first_phi is None else d.first_phi,
+    }
+    return {
+        key: (np.array([value]), case.data[key].reshape(1))
+        for key, value in found.items()
+        if key in case.data
+    }

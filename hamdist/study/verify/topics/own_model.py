@@ -1,0 +1,245 @@
+"""A user's own module: whether level `backprop` equals autograd on it, and from which speed c on
+level `local` does, to 1 %.
+
+B: batch.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from hamdist.config import Settings, TargetOf
+from hamdist.dynamics.objective.losses import LossFunction, cross_entropy, mse
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import SettingsError
+from hamdist.models.build import ModelFactory, make_from_factory
+from hamdist.runtime.train.train import as_graph, train
+from hamdist.streams.sample import Sample, SampleSpec
+from hamdist.study.propagation.gradients import (
+    TRIED,
+    as_network,
+    exact_gradients,
+    local_gradients,
+    relative_error,
+)
+from hamdist.study.propagation.streams import StreamKind, timed_stream
+from hamdist.study.verify.oracles.check import Check, Found
+
+STEPS = 10
+LR = 0.01
+SEED = 0
+# Round-off of an honest rearrangement of the same sums, in units of the type's epsilon.
+ROUNDINGS = 1e3
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What is verified. input_shape: without the batch. classes: the loss is cross-entropy (None:
+    the squared error). blocks: to cut the model into (None: as the level does)."""
+
+    factory: ModelFactory
+    name: str
+    input_shape: tuple[int, ...]
+    classes: int | None = None
+    batch: int = 4
+    blocks: int | None = None
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """`3,28,28` as (3, 28, 28). Raises SettingsError for anything else."""
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise SettingsError(
+            f"--input-shape {text!r}: give whole numbers above 0, without the batch, for example "
+            "3,28,28"
+        )
+    return shape
+
+
+def checks(own: Own) -> Generator[Check, None, None]:
+    model = make(own, torch.float64)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SettingsError("--model: it has no weights that learn, so there is nothing to verify")
+    items = Items(own, model, torch.float64)
+    as_graph(model, _settings("backprop", own, torch.float64), items.spec, _loss(own))
+    for dtype in (torch.float64, torch.float32):
+        bound = ROUNDINGS * torch.finfo(dtype).eps
+        yield Check(
+            f"{own.name}, level backprop, {str(dtype).removeprefix('torch.')}: losses, weights and "
+            f"buffers of {STEPS} steps (relative)",
+            "autograd and torch.optim.SGD",
+            bound,
+            partial(_backprop, own, dtype),
+        )
+    if vocabulary(model) is None:
+        yield Check(
+            f"{own.name}, level local: weight gradients on a smooth stream (relative)",
+            "backpropagation",
+            TOLERANCE,
+            partial(_local, own),
+        )
+
+
+def make(own: Own, dtype: torch.dtype) -> nn.Module:
+    """The model, with what would draw random numbers switched off: they would be others."""
+    model = make_from_factory(own.factory, seed=SEED, dtype=dtype)
+    for part in model.modules():
+        if isinstance(part, (_DropoutNd, nn.RReLU)) or getattr(part, "dropout", False):
+            part.eval()
+    return model
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many tokens a model knows whose first weights are an embedding; None for others."""
+    first = next((m for m in model.modules() if next(m.parameters(False), None) is not None), None)
+    return first.num_embeddings if isinstance(first, (nn.Embedding, nn.EmbeddingBag)) else None
+
+
+class Items:
+    """`STEPS` random samples for `model`, the same ones whenever asked."""
+
+    portable = True
+
+    def __init__(self, own: Own, model: nn.Module, dtype: torch.dtype) -> None:
+        self._u_shape = (own.batch, *own.input_shape)
+        self._dtype = dtype
+        self._tokens = vocabulary(model)
+        self._classes = own.classes
+        with torch.no_grad():
+            prediction = copied(model)(self._u(torch.Generator().manual_seed(SEED)))
+        if not isinstance(prediction, Tensor):
+            raise SettingsError(
+                f"--model: it returns {type(prediction).__name__}, not a tensor; verify a module "
+                "that returns its prediction alone"
+            )
+        shape = tuple(prediction.shape)
+        if own.classes is not None:
+            if len(shape) < 2 or shape[1] < own.classes:
+                raise SettingsError(
+                    f"--classes {own.classes}: the model predicts {shape}, batch in front"
+                )
+            shape = (shape[0], *shape[2:])
+        self._y_shape = shape
+
+    @property
+    def spec(self) -> SampleSpec:
+        whole = torch.int64
+        u_dtype = self._dtype if self._tokens is None else whole
+        y_dtype = self._dtype if self._classes is None else whole
+        return SampleSpec(self._u_shape, u_dtype, self._y_shape, y_dtype, self._classes)
+
+    def _u(self, random: torch.Generator) -> Tensor:
+        if self._tokens is not None:
+            return torch.randint(self._tokens, self._u_shape, generator=random)
+        return torch.randn(self._u_shape, generator=random, dtype=self._dtype)
+
+    def samples(self) -> Iterator[Sample]:
+        random = torch.Generator().manual_seed(SEED)
+        for _ in range(STEPS):
+            u = self._u(random)
+            if self._classes is None:
+                yield Sample(u, torch.randn(self._y_shape, generator=random, dtype=self._dtype))
+            else:
+                yield Sample(u, torch.randint(self._classes, self._y_shape, generator=random))
+
+
+def _backprop(own: Own, dtype: torch.dtype) -> Found:
+    """The largest |a - b| / max(1, |b|) of losses, weights and buffers."""
+    plain = make(own, dtype)
+    items = Items(own, plain, dtype)
+    loss = _loss(own)
+    result = train(plain, items, _settings("backprop", own, dtype), loss=loss)
+    before = [p.detach().clone() for p in plain.parameters()]
+    losses = _sgd(plain, items, loss)
+    pairs = dict(zip(plain.state_dict(), result.model.state_dict().values(), strict=True))
+    apart = {name: _relative(pairs[name], t) for name, t in plain.state_dict().items()}
+    (windows,) = result.windows.values()
+    curve = torch.tensor([w.loss for w in windows], dtype=torch.float64)
+    apart["the loss"] = _relative(curve, torch.tensor(losses, dtype=torch.float64))
+    moved = max(
+        ((p - b).abs().max().item() for p, b in zip(plain.parameters(), before, strict=True)),
+        default=0.0,
+    )
+    worst = max(apart, key=lambda name: math.inf if math.isnan(apart[name]) else apart[name])
+    where = f"largest at {worst}; " if apart[worst] else "equal to the bit; "
+    blocks = len(result.blocks)
+    where += f"{blocks} block{'s' * (blocks > 1)}, weights moved by up to {moved:.2g}"
+    if items.spec.u_dtype == torch.int64:
+        where += "; local is left out: whole-number inputs cannot change smoothly"
+    return Found(apart[worst], where)
+
+
+def _local(own: Own) -> Found:
+    """The error at the smallest speed at which it is within the tolerance."""
+    model = make(own, torch.float64)
+    items = Items(own, model, torch.float64)
+    settings = _settings("local", own, torch.float64)
+    graph = as_graph(model, settings, items.spec, _loss(own))
+    network = as_network(graph, own.input_shape, own.batch)
+    stream = timed_stream(StreamKind.SMOOTH, network.values, SEED)
+    exact = exact_gradients(network, stream)
+
+    @cache
+    def error(c: float) -> float:
+        found, _ = local_gradients(network, stream, c, 1.0, TargetOf.SAMPLE)
+        return relative_error(found, exact)
+
+    # It falls as 1/c, so a bisection finds the first that is small enough.
+    first = bisect_left(TRIED, True, key=lambda c: error(c) <= TOLERANCE)
+    c = TRIED[min(first, len(TRIED) - 1)]
+    if error(c) > TOLERANCE:
+        return Found(error(c), f"not up to c = {c:g} hops per second")
+    return Found(
+        error(c), f"from c = {c:g} on: so many hops per second, the stream moves at about 1 rad/s"
+    )
+
+
+def _settings(level: str, own: Own, dtype: torch.dtype) -> Settings:
+    return Settings.model_validate(
+        {
+            "level": level,
+            "dtype": str(dtype).removeprefix("torch."),
+            "learning": {"lr": LR},
+            "partition": {"blocks": own.blocks},
+            "metrics": {"window": 1},
+        }
+    )
+
+
+def _loss(own: Own) -> LossFunction:
+    return mse if own.classes is None else cross_entropy
+
+
+def _sgd(model: nn.Module, items: Items, loss: LossFunction) -> list[float]:
+    """Moves the weights of `model`; the loss of every item."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(parameters, LR)
+    losses = []
+    for sample in items.samples():
+        if not isinstance(sample.y, Tensor):
+            continue
+        value = loss(model(sample.u), sample.y)
+        optimiser.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimiser.step()
+        losses.append(value.item())
+    return losses
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    if not b.numel():
+        return 0.0
+    a, b = a.double(), b.double()
+    return ((a - b).abs() / b.abs().clamp(min=1)).max().item()

@@ -1,0 +1,349 @@
+"""Level `reversible`: gradients without stored activations, by running the blocks backwards.
+
+n: features of one state of a pair, N: steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import Settings
+from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
+from hamdist.dynamics.modules.reversible import (
+    Coupling,
+    Midpoint,
+    MidpointStart,
+    SecondHalf,
+    Squeeze,
+    ToPair,
+)
+from hamdist.dynamics.objective.losses import mse
+from hamdist.runtime.train.train import train
+from hamdist.streams.adapters import from_iterable
+from hamdist.streams.sample import Stream
+from hamdist.study.shared.live_bytes import LiveBytes
+from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.golden import (
+    ORACLE,
+    RTOL,
+    Array,
+    Data,
+    choice,
+    entry,
+    number,
+    tensor,
+    worst,
+)
+from hamdist.study.verify.oracles.networks import CLASSES, F64, FEATURES, Draws, dense, seeded
+from hamdist.study.verify.topics.backpropagation import sgd
+
+BOUND = 1e-10
+WIDTH = 8
+CHANNELS, SIDE = 2, 4
+TAU = 0.05
+KINDS = ("tanh", "anti")
+CASES: dict[str, dict[str, Any]] = {
+    "tanh(W h + b)": {"kind": "tanh", "steps": 37, "seed": 17},
+    "tanh((W - W^T) h + b)": {"kind": "anti", "steps": 41, "seed": 18},
+    "-0.3 h + tanh(W h + b)": {"kind": "tanh", "steps": 26, "seed": 19, "leak": 0.3},
+}
+
+
+def checks(full: bool) -> Generator[Check, None, None]:
+    for depth in (100, 1000) if full else (100,):
+        for name, make in MODELS.items():
+            yield Check(
+                f"{name}, depth {depth}: gradients (relative to the largest)",
+                "autograd with every activation stored",
+                BOUND,
+                partial(_gradients, partial(make, depth), depth),
+            )
+    depth, items = (100, 20) if full else (40, 10)
+    for blocks in (1, depth // 10, depth):
+        yield Check(
+            f"{depth} midpoint steps in {blocks} block{'s' if blocks > 1 else ''}: losses and "
+            f"weights of {items} samples",
+            "autograd on the whole network and torch.optim.SGD",
+            BOUND,
+            partial(_trained, blocks, depth, items),
+        )
+    for field, case in CASES.items():
+        yield from _case_checks(
+            leapfrog(**case, tau=0.08, size=6),
+            f"h' = {field}",
+            "the adjoint of equations.md, by hand, with every state stored",
+        )
+    deepest = 1000 if full else 50
+    yield Check(
+        f"memory at depth {deepest}, beyond that at depth 10 (bytes)",
+        "an exact count of the tensors alive",
+        0.0,
+        partial(_memory, deepest),
+    )
+
+
+# -- networks --------------------------------------------------------------------------------------
+
+
+def midpoint(depth: int) -> nn.Sequential:
+    """One f in all steps."""
+    step = Midpoint(dense(WIDTH, WIDTH), depth, TAU)
+    return nn.Sequential(_linear(FEATURES, WIDTH), step, SecondHalf(), _linear(WIDTH, CLASSES))
+
+
+def midpoint_layers(depth: int) -> nn.Sequential:
+    """Each step with an f of its own."""
+    first = MidpointStart(dense(WIDTH, WIDTH), TAU)
+    steps = [Coupling(dense(WIDTH, WIDTH), 2 * TAU) for _ in range(depth - 1)]
+    ends = _linear(FEATURES, WIDTH), _linear(2 * WIDTH, CLASSES)
+    return nn.Sequential(ends[0], first, *steps, ends[1])
+
+
+def couplings(depth: int) -> nn.Sequential:
+    """Halves of RevNet blocks; F = tanh(LN(h) W + b)."""
+    steps: list[nn.Module] = [
+        Coupling(nn.Sequential(nn.LayerNorm(WIDTH, dtype=F64), *dense(WIDTH, WIDTH)), 0.3)
+        for _ in range(depth)
+    ]
+    steps[0] = nn.Sequential(ToPair(), steps[0])
+    return nn.Sequential(_linear(FEATURES, WIDTH), *steps, _linear(2 * WIDTH, CLASSES))
+
+
+def convolutions(depth: int) -> nn.Sequential:
+    """A small RevNet: couplings of convolutions, half-way a `Squeeze`."""
+    pixels = CHANNELS * SIDE**2
+    stem = nn.Sequential(_linear(FEATURES, pixels), nn.Unflatten(1, (CHANNELS, SIDE, SIDE)))
+    wide = [_convolution(CHANNELS // 2) for _ in range(depth // 2)]
+    deep = [_convolution(2 * CHANNELS) for _ in range(depth - depth // 2)]
+    head = nn.Sequential(nn.Flatten(), _linear(pixels, CLASSES))
+    return nn.Sequential(stem, *wide, Squeeze(), *deep, head)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, dtype=F64)
+
+
+def _convolution(channels: int) -> Coupling:
+    f = nn.Sequential(
+        nn.GroupNorm(1, channels, dtype=F64),
+        nn.Conv2d(channels, channels, 3, padding=1, dtype=F64),
+        nn.ReLU(inplace=True),
+    )
+    return Coupling(f, 0.3)
+
+
+MODELS: dict[str, Callable[[int], nn.Sequential]] = {
+    "midpoint, one f": midpoint,
+    "midpoint, an f per step": midpoint_layers,
+    "couplings (RevNet)": couplings,
+    "convolutional couplings": convolutions,
+}
+
+
+# -- against autograd ------------------------------------------------------------------------------
+
+
+def _settings(**sections: object) -> Settings:
+    """tau is not 1, so that it shows where one is forgotten; the gradients are the same."""
+    base = {"level": "reversible", "dtype": "float64", "dynamics": {"tau": 0.5}}
+    return Settings.model_validate({**base, **sections})
+
+
+def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Found:
+    """The largest difference of a weight's gradient, of the largest one of that weight."""
+    settings = _settings(learning={"lr": 0.0})
+    result = train(seeded(make), Draws(1), settings)
+    found = {k: g for block in result.blocks.values() for k, g in block.omega.items()}
+    plain = seeded(make)
+    sgd(plain, Draws(1), settings.learning)
+    largest = Found(0.0, "")
+    for key, parameter in plain.named_parameters():
+        if parameter.grad is None:
+            raise ValueError(f"autograd finds no gradient of {key}")
+        apart = float((found[key] - parameter.grad).abs().max() / parameter.grad.abs().max())
+        if not apart <= largest.difference:
+            largest = Found(apart, f"{key}, depth {depth}")
+    return largest
+
+
+def _trained(blocks: int, depth: int, items: int) -> float:
+    """The largest difference of a loss, and of a weight at the end."""
+    size = depth // blocks
+    settings = _settings(
+        learning={"lr": 0.1, "momentum": 0.5, "dampening": 0.3},
+        metrics={"window": 1},
+        partition={"cuts": ["1", *map(str, range(1 + size, 2 + depth, size))]},
+    )
+    result = train(seeded(lambda: midpoint_layers(depth)), Draws(items), settings)
+    plain = seeded(lambda: midpoint_layers(depth))
+    (curve,) = sgd(plain, Draws(items), settings.learning)
+    (windows,) = result.windows.values()
+    pairs = [(torch.tensor([w.mean_loss for w in windows], dtype=F64), curve)]
+    pairs += zip(result.model.parameters(), plain.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def peak_bytes(model: nn.Sequential, stream: Stream, settings: Settings) -> int:
+    """The most bytes of activations alive at a time while `model` is trained. What has the shape of
+    a weight (weights, their costates, their gradients) is left out."""
+    # Single numbers are left out, too: omega is guarded by its norm, one number per weight tensor.
+    live = LiveBytes([(), *(p.shape for p in model.parameters())])
+    with live:
+        train(model, stream, settings)
+    return live.peak
+
+
+def _memory(depth: int) -> Found:
+    """Of a block per step and of all steps in one block, each with weights of its own."""
+    apart, notes = 0.0, []
+    for one_block in (False, True):
+        peaks = []
+        for steps in (10, depth):
+            partition = {"cuts": ["1", str(1 + steps)]} if one_block else {}
+            model = seeded(partial(midpoint_layers, steps))
+            peaks.append(peak_bytes(model, Draws(2), _settings(partition=partition)))
+        apart = max(apart, float(abs(peaks[1] - peaks[0])))
+        notes.append(f"{peaks[0]} and {peaks[1]} bytes")
+    return Found(apart, "; ".join(notes))
+
+
+# -- golden files ----------------------------------------------------------------------------------
+
+
+class _Field(nn.Module):
+    """tanh(A h + b) with A = W ('tanh') or W - W^T ('anti'). h: (B, n)."""
+
+    def __init__(self, W: Tensor, b: Tensor, kind: str) -> None:
+        super().__init__()
+        self.W = nn.Parameter(W)
+        self.b = nn.Parameter(b)
+        self.kind = kind
+
+    def forward(self, h: Tensor) -> Tensor:
+        A = self.W - self.W.T if self.kind == "anti" else self.W
+        return torch.tanh(h @ A.T + self.b)
+
+
+def golden(data: Data, name: str) -> list[Check]:
+    """The checks of a file of the kind leapfrog (shared/golden/README.md)."""
+    return _case_checks(data, name, ORACLE)
+
+
+def _case_checks(data: Data, name: str, oracle: str) -> list[Check]:
+    choice(data, "kind", KINDS)
+    size, steps = len(entry(data, "b")), int(number(data, "N"))
+    shapes = {"W": (size, size), "h0": (size,), "y": (size,), "h": (steps + 1, size)}
+    for key, shape in {**shapes, "dW": shapes["W"], "db": (size,), "dh0": (size,)}.items():
+        entry(data, key, shape)
+    number(data, "tau")
+    return [
+        Check(f"{name}: {what} (relative)", oracle, RTOL, partial(_leapfrog_apart, data, part))
+        for what, part in (
+            ("h forward, and recovered backwards", "states"),
+            ("gradients by W, b and h_0", "gradients"),
+        )
+    ]
+
+
+def _leapfrog_apart(data: Data, part: str) -> Found:
+    run = _run(data)
+    if part == "states":
+        keys = {"h forward": "h", "h recovered": "h"}
+    else:
+        keys = {key: key for key in ("dW", "db", "dh0", "loss") if key in data}
+        keys |= {f"{key} (autograd)": f"torch_{key}" for key in keys if f"torch_{key}" in data}
+    return worst(
+        {
+            what: (np.atleast_1d(run[what.removesuffix(" (autograd)")]), np.atleast_1d(data[key]))
+            for what, key in keys.items()
+        }
+    )
+
+
+def _run(data: Data) -> dict[str, Array]:
+    """The case through the ordinary blocks and engine: states as f is shown them, gradients as the
+    blocks have them."""
+    steps, leak = int(number(data, "N")), float(data.get("leak", 0.0))
+    f = _Field(tensor(data["W"]), tensor(data["b"]), str(data["kind"]))
+    end = SecondHalf()
+    shown, last_shown = _watched(f), _watched(end)
+    graph = Graph(
+        [
+            BlockSpec("start", nn.Identity(), (INPUT,)),
+            BlockSpec("chain", Midpoint(f, steps, number(data, "tau"), leak=leak), ("start",)),
+            BlockSpec("end", end, ("chain",), loss=mse),
+        ]
+    )
+    item = tensor(data["h0"])[None], tensor(data["y"])[None]
+    result = train(graph, from_iterable([item]), _settings(learning={"lr": 0.0}))
+    chain, start = result.blocks["chain"], result.blocks["start"].z
+    if start is None:
+        raise ValueError("the first block has no costate")
+    last = last_shown[-1].chunk(2, 1)[1]
+    return {
+        "h forward": torch.cat([*shown[-2 * steps : -steps], last]).numpy(),
+        "h recovered": torch.cat([*shown[: -steps - 1 : -1], last]).numpy(),
+        "dW": chain.omega["f.W"].numpy(),
+        "db": chain.omega["f.b"].numpy(),
+        "dh0": start[0].numpy(),
+        "loss": np.array(result.windows["end"][0].mean_loss),
+    }
+
+
+def _watched(module: nn.Module) -> list[Tensor]:
+    """What `module` will be shown, in order. A run works on copies; those keep the hook, which is a
+    function, and with it this list."""
+    shown: list[Tensor] = []
+
+    def keep(_module: nn.Module, arguments: tuple[Tensor]) -> None:
+        if not arguments[0].is_meta:
+            shown.append(arguments[0].detach().clone())
+
+    module.register_forward_pre_hook(keep)
+    return shown
+
+
+def leapfrog(
+    kind: str, *, steps: int, tau: float, size: int, seed: int, leak: float = 0.0
+) -> dict[str, Array]:
+    """A case of the kind leapfrog, drawn from `seed` and worked out in numpy by the equations
+
+        z_N = dL/dh_N, z_{N+1} = 0,  z_k = z_{k+2} + 2 tau J_k^T z_{k+1}
+        z_0 = z_2 + z_1 + tau J_0^T z_1,   dA = sum_k (tau or 2 tau) (z_{k+1} (1 - f_k^2)) h_k^T
+
+    with J_k = diag(1 - f_k^2) A - lambda. leak: lambda (golden files have none).
+    """
+    random = np.random.default_rng(seed)
+    W, b = random.normal(size=(size, size)) / np.sqrt(size), 0.1 * random.normal(size=size)
+    h0, y = random.normal(size=size), random.normal(size=size)
+    A = W - W.T if kind == "anti" else W
+
+    def f(x: Array) -> Array:
+        return np.asarray(np.tanh(A @ x + b))
+
+    h = [h0, h0 + tau * (f(h0) - leak * h0)]
+    for k in range(1, steps):
+        h.append(h[k - 1] + 2 * tau * (f(h[k]) - leak * h[k]))
+    dA, db = np.zeros_like(W), np.zeros_like(b)
+    z, later = h[steps] - y, np.zeros_like(y)  # z_{k+1}, z_{k+2}
+    for k in range(steps - 1, -1, -1):
+        step = tau if k == 0 else 2 * tau
+        slope = step * (1 - f(h[k]) ** 2) * z
+        dA, db = dA + np.outer(slope, h[k]), db + slope
+        before = later + A.T @ slope - step * leak * z
+        z, later = (before + z if k == 0 else before), z
+    return {
+        "W": W, "b": b, "h0": h0, "y": y, "tau": np.array(tau), "N": np.array(steps),
+        "kind": np.array(kind), "leak": np.array(leak), "h": np.stack(h), "db": db, "dh0": z,
+        "dW": dA - dA.T if kind == "anti" else dA,
+        "loss": np.array(0.5 * np.square(h[steps] - y).sum()),
+    }  # fmt: skip

@@ -1,0 +1,162 @@
+"""From local to backpropagation: the limits of fast signals and of static inputs.
+
+    smooth input     error ~ 1/c, 1 - cos ~ 1/c^2, Richardson's 2 G_2c - G_c ~ 1/c^2
+    static input     exact from a known tick on, or to any error after a known number of ticks
+    with eta         c z_l/phi -> (c/(c + eta))^(nu + 1 - l) delta_l,  omega -> phi G'/eta
+
+(equations.md, "What follows"; nu blocks, l from 1). Cycles are in digraphs.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from hamdist.config import Order
+from hamdist.dynamics.blocks.hold import HoldBlock
+from hamdist.study.propagation.frozen_run import Block, flat, frozen, omegas, watch
+from hamdist.study.propagation.gradients import (
+    exact_gradients,
+    local_gradients,
+    one_minus_cos,
+    relative_error,
+)
+from hamdist.study.propagation.report import fit
+from hamdist.study.propagation.settling import CountRow, backprop_states, tick_counts
+from hamdist.study.propagation.streams import StreamKind, timed_stream
+from hamdist.study.propagation.study import tanh_network
+from hamdist.study.verify.oracles.check import Check
+
+SPEEDS = (100.0, 300.0, 1000.0)
+AUTOGRAD = "autograd on the merged module"
+DEPTH, TICKS = 4, 150  # of the network that dissipates, and what it runs
+TAU, C, ETA = 0.25, 2.0, 0.7
+
+Measure = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
+
+
+def checks(full: bool) -> Iterator[Check]:
+    yield from _smooth(full)
+    yield from _static(full)
+    yield from _dissipated()
+
+
+def _smooth(full: bool) -> Iterator[Check]:
+    for a in (1.0, 0.5, 0.1) if full else (1.0,):
+        for seed in range(3 if full else 1):
+            what = f"smooth input, 3 layers, c tau = {a:g}, seed {seed}"
+            yield Check(
+                f"{what}: |exponent + 1| of the gradient's relative error, by c",
+                AUTOGRAD,
+                0.02,
+                partial(_from_order, -1, relative_error, a, seed),
+            )
+            yield Check(
+                f"{what}: |exponent + 2| of 1 - cos, by c",
+                AUTOGRAD,
+                0.05,
+                partial(_from_order, -2, one_minus_cos, a, seed),
+            )
+    yield Check(
+        "smooth input, 3 layers: |exponent + 2| of the error of 2 G_2c - G_c, by c",
+        AUTOGRAD,
+        0.05,
+        partial(_from_order, -2, relative_error, 1.0, 0, richardson=True),
+    )
+
+
+def _from_order(
+    order: int, measure: Measure, a: float, seed: int, richardson: bool = False
+) -> float:
+    """How far the exponent of `measure` is from `order`."""
+    network = tanh_network().make(seed)
+    stream = timed_stream(StreamKind.SMOOTH, network.values, seed)
+    exact = exact_gradients(network, stream)
+
+    def gradients(c: float) -> Sequence[Tensor]:
+        once, _ = local_gradients(network, stream, c, a)
+        if not richardson:
+            return once
+        twice, _ = local_gradients(network, stream, 2 * c, a)
+        return [2 * g2 - g1 for g1, g2 in zip(once, twice, strict=True)]
+
+    slope = fit(SPEEDS, [measure(gradients(c), exact) for c in SPEEDS])
+    return math.nan if slope is None else abs(slope.exponent - order)
+
+
+def _static(full: bool) -> Iterator[Check]:
+    for depth in (2, 3, 5) if full else (3,):
+        what = f"static input, {depth} layers"
+        for order in (Order.SIMULTANEOUS, Order.SEQUENTIAL):
+            yield Check(
+                f"{what}, c tau = 1, {order.value}: first exact tick of h_l, z_l, omega's step",
+                "l; 2 nu + 1 - l or 2 nu - l; 2 nu or 2 nu - 2",
+                0.0,
+                partial(_exact_ticks, depth, order),
+            )
+        for a in (0.5, 0.1) if full else (0.5,):
+            yield Check(
+                f"{what}, c tau = {a:g}: ticks until an error of 1e-3 and 1e-6 (relative)",
+                "the smallest k with P[Binomial(k, c tau) <= 2 nu - 1] <= error",
+                0.12,
+                partial(_decay_ticks, depth, a),
+            )
+
+
+def _exact_ticks(depth: int, order: Order) -> float:
+    rows, _ = tick_counts(tanh_network(depth=depth).make(1), (), seed=1)
+    return max(_off(row) for row in rows if row.order == order.value)
+
+
+def _decay_ticks(depth: int, a: float) -> float:
+    rows, _ = tick_counts(tanh_network(depth=depth).make(1), (a,), seed=1)
+    return max(_off(row) / row.expected for row in rows if row.c_tau < 1)
+
+
+def _off(row: CountRow) -> float:
+    return math.inf if row.ticks is None else float(abs(row.ticks - row.expected))
+
+
+def _dissipated() -> Iterator[Check]:
+    what = f"static input, {DEPTH} layers, eta = {ETA}"
+    yield Check(
+        f"{what}: c z_l/phi (relative)",
+        "(c/(c + eta))^(nu + 1 - l) delta_l, by autograd",
+        1e-10,
+        lambda: _fixed_point()[0],
+    )
+    yield Check(
+        f"{what}: eta omega_l/phi (relative)",
+        "the gradient by autograd, discounted like z_l",
+        1e-10,
+        lambda: _fixed_point()[1],
+    )
+
+
+def _fixed_point() -> tuple[float, float]:
+    """The largest relative differences, over the layers."""
+    network = tanh_network(depth=DEPTH).make(0)
+    stream = timed_stream(StreamKind.STATIC, network.values, 0)
+    u, y = stream.u(0.0), stream.y(0.0)
+    z: dict[str, Tensor] = {}
+    omega: dict[str, Tensor] = {}
+
+    def look(name: str, k: int, block: Block) -> None:
+        if k == TICKS - 1 and isinstance(block, HoldBlock):
+            z[name], omega[name] = block.z, flat(omegas(block))
+
+    settings = frozen(TAU, C, eta_z=ETA, eta_omega=ETA)
+    watch(network.graph, settings, itertools.repeat((u, y), TICKS), look)
+    _, deltas = backprop_states(network, u, y)
+    gradients = network.backprop(u, y)
+    apart_z = apart_omega = 0.0
+    for i, name in enumerate(network.graph.blocks):
+        discount = (C / (C + ETA)) ** (DEPTH - i)
+        apart_z = max(apart_z, relative_error([C * z[name]], [discount * deltas[i]]))
+        exact = discount * flat(gradients[name])
+        apart_omega = max(apart_omega, relative_error([ETA * omega[name]], [exact]))
+    return apart_z, apart_omega

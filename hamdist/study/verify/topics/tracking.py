@@ -1,0 +1,205 @@
+"""The tracker of NILP, as the recipe `tracking` runs it: five fully connected neurons, the first of
+which follows a signal.
+
+The oracle of its trajectory is the equations with their constants, written out (s = -1,
+simultaneous):
+
+    x_{k+1} = x_k + tau c ( o - x_k ),    o = tanh(W v),   v = [x_k; 1]
+    p_{k+1} = p_k + tau ( q (x_1 - z) e_1 - c p_k + c W^T (o' p_k) - eta p_k )
+    P_{k+1} = P_k + tau ( r_w W_k + c (o' p_k) v^T - eta P_k ),    W_{k+1} = W_k - tau P_k / r
+
+The oracle of how well it follows is equations.md: the rms of the error as a share of the target's.
+A horizon is one period of the sinusoid, 2 pi seconds.
+K: ticks, n: neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hamdist.config import Settings
+from hamdist.dynamics.blocks.energy import Records
+from hamdist.errors import DivergedError
+from hamdist.models.tracker import tracker
+from hamdist.runtime.train.train import train
+from hamdist.streams import make_stream
+from hamdist.study.run.tracking import Tracking, follow, rms, seconds, signals
+from hamdist.study.shared.recipes import load_settings
+from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.networks import F64
+
+STATED = "equations.md (NILP)"
+HORIZON = 6283
+TAU, C, ETA, Q, R_W, R, N = 1e-3, 300.0, 10.0, 100.0, 1.0, 0.1, 5
+SETTLED = 1000  # ticks
+PURE = {"model": {"bias": False}, "dynamics": {"eta": 70}}
+
+
+def checks(full: bool) -> Iterator[Check]:
+    """The rows of the tracker; of 10 horizons where `full`, else as short as they can be."""
+    yield Check(
+        "tracker: x, p, |W| of 400 ticks (relative)",
+        "its equations, written out",
+        1e-9,
+        lambda: _worst(_course(400), _written_out(400)),
+    )
+    yield Check(
+        "tracker, neuron by neuron: x, p, |W| of 400 ticks (relative)",
+        "the tracker as one block",
+        1e-9,
+        lambda: _worst(_course(400, blocks=N), _course(400)),
+    )
+    yield Check(
+        "tracker, s = +1 forward: stopped, with tick, block, quantity, weights (1 if not)",
+        "p' = +c p (NILP)",
+        0.0,
+        _blows_up,
+    )
+    yield from _sinusoid(10 * HORIZON if full else 4000)
+    yield from _offset(10 * HORIZON if full else 3000)
+    if full:
+        yield from _with_jumps("patched", 10 * HORIZON)
+        yield from _with_jumps("constants", 16_000)
+    else:
+        yield from _with_jumps("patched", 8000, dwell=4.0)
+
+
+def _sinusoid(ticks: int) -> Iterator[Check]:
+    @cache
+    def error() -> tuple[np.ndarray, float]:
+        _, y, target = _followed(ticks)
+        return (y - target)[SETTLED:], rms(target)
+
+    def share() -> float:
+        values, size = error()
+        return rms(values) / size
+
+    def drift() -> float:
+        values, _ = error()
+        half = HORIZON // 2  # the error of a sinusoid has half its period
+        return rms(values[-half:]) / rms(values[:half]) - 1
+
+    yield Check(f"{_title('sinusoid', ticks)}, after the first second", STATED, 0.02, share)
+    if ticks < 2 * HORIZON:
+        return
+    yield Check(
+        f"tracking the sinusoid: growth of the error over {ticks / HORIZON:.1f} horizons",
+        "no drift: equations.md (NILP)",
+        0.05,
+        drift,
+    )
+
+
+def _offset(ticks: int) -> Iterator[Check]:
+    """.5 + .3 sin t, without a bias."""
+
+    def share() -> float:
+        _, y, target = _followed(ticks, PURE, kind="offset")
+        return rms((y - target)[SETTLED:]) / rms(target)
+
+    title = _title("sinusoid with an offset, without bias, eta = 70", ticks)
+    yield Check(f"{title}, after the first second", STATED, 0.04, share)
+
+
+def _with_jumps(kind: str, ticks: int, **signal: Any) -> Iterator[Check]:
+    @cache
+    def found() -> Tracking:
+        times, y, target = _followed(ticks, kind=kind, **signal)
+        made = follow(y, target, times)
+        if made is None or made.settled is None:
+            raise ValueError("the target does not jump")
+        return made
+
+    name = "signal of cosines and constants" if kind == "patched" else f"signal of {kind}"
+    yield Check(_title(name, ticks), STATED, 0.27, lambda: found().share)
+    yield Check(
+        f"{_title(name, ticks)}, outside 0.3 s after each jump",
+        STATED,
+        0.09,
+        lambda: found().settled or 0.0,
+    )
+
+
+def _title(target: str, ticks: int) -> str:
+    return f"tracking the {target} ({ticks:,} ticks): rms error / rms of the target"
+
+
+def _settings(ticks: int, *overrides: Mapping[str, Any], **signal: Any) -> Settings:
+    given = [{"steps": ticks, "stream": {"signal": signal}}, *overrides]
+    own = load_settings("tracking", given)
+    return own.for_level(own.level)
+
+
+def _run(own: Settings, blocks: int = 1) -> dict[str, Records]:
+    graph = tracker(N, bias=own.model.bias, seed=own.seed, dtype=F64, blocks=blocks)
+    return train(graph, make_stream(own.stream, seed=own.seed, dtype=F64), own).records
+
+
+def _followed(
+    ticks: int, *overrides: Mapping[str, Any], **signal: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Times, output and target, (K,) and (K, 1)."""
+    own = _settings(ticks, *overrides, **signal)
+    found = signals(_run(own)["x"])
+    times = None if found is None else seconds(found[0], own)
+    if found is None or times is None:
+        raise ValueError("the run recorded no prediction")
+    return times, found[1], found[2]
+
+
+def _course(ticks: int, blocks: int = 1) -> dict[str, Tensor]:
+    """x, p (K, n) and |W| (K,) of hamdist."""
+    records = _run(_settings(ticks), blocks).values()
+    made = {
+        name: torch.cat([getattr(r, part)[:ticks, 0] for r in records], dim=-1)
+        for name, part in (("x", "h"), ("p", "z"))
+    }
+    squares = [r.theta_norm[:ticks].square() for r in records]
+    return {**made, "|W|": torch.stack(squares).sum(0).sqrt()}
+
+
+def _written_out(ticks: int) -> dict[str, Tensor]:
+    own = _settings(ticks)
+    linear = next(iter(tracker(N, bias=True, seed=own.seed, dtype=F64).blocks.values())).module[0]  # type: ignore[index]
+    W = torch.cat([linear.weight.detach(), linear.bias.detach()[:, None]], dim=1)
+    x, p, P = torch.zeros(N, dtype=F64), torch.zeros(N, dtype=F64), torch.zeros_like(W)
+    first, one = torch.eye(N, dtype=F64)[0], torch.ones(1, dtype=F64)
+    xs, ps, norms = [], [], []
+    for k in range(ticks):
+        z = 0.6 * np.sin(k * TAU)
+        xs.append(x)
+        ps.append(p)
+        norms.append(W.norm())
+        v = torch.cat([x, one])
+        o = torch.tanh(W @ v)
+        op = (1 - o * o) * p
+        dp = Q * (x[0] - z) * first - C * p + C * W[:, :N].T @ op - ETA * p
+        dP = R_W * W + C * torch.outer(op, v) - ETA * P
+        x, W = x + TAU * C * (o - x), W - TAU * P / R
+        p, P = p + TAU * dp, P + TAU * dP
+    return {"x": torch.stack(xs), "p": torch.stack(ps), "|W|": torch.stack(norms)}
+
+
+def _worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Found:
+    apart = {
+        name: float((found[name] - e).abs().max() / e.abs().max()) for name, e in expected.items()
+    }
+    worst = max(apart, key=apart.__getitem__)
+    return Found(apart[worst], worst)
+
+
+def _blows_up() -> Found:
+    try:
+        _run(_settings(2000, {"dynamics": {"sign": 1}}))
+    except DivergedError as error:
+        named = (error.block, error.quantity) == ("x", "z") and error.tick > 0
+        weights = [] if error.result is None else error.result.model.state_dict().values()
+        kept = bool(weights) and all(bool(w.isfinite().all()) for w in weights)
+        return Found(0.0 if named and kept else 1.0, str(error))
+    return Found(1.0, "the run went on")
