@@ -37,7 +37,7 @@ needs_affinity = pytest.mark.skipif(
     ],
 )
 def test_seats(monkeypatch, processors, actors, of_a_thread, seats):
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: processors, raising=False)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: processors, raising=False)  # type: ignore[attr-defined]
     assert [seat(i, actors, of_a_thread) for i in range(actors)] == seats
 
 

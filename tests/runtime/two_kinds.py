@@ -24,13 +24,13 @@ from hamdist.runtime.ray_engine import worker_group as crew  # noqa: E402
 def main():
     alone = convolutions(ENGINE)
     if "ray" in sys.argv:
-        seats = crew.seats
+        seats = crew.seats  # type: ignore[attr-defined]
 
         def second_elsewhere(*given):
             first, second = seats(*given)
             return [first, second.pinned(dict(OTHER_KIND))]
 
-        crew.seats = second_elsewhere
+        crew.seats = second_elsewhere  # type: ignore[attr-defined]
         assert_equal(alone, convolutions({**RAY, **ENGINE}))
     digest = hashlib.sha256()
     for weight in alone.model.state_dict().values():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from math import inf
 
-from hamdist.errors import BlockError, ClusterError, HamdistError, SnapshotError
+from hamdist.errors import BlockError, ClusterError, HamdistError, HamdistWarning, SnapshotError
 from hamdist.runtime.plan.plan import Keeping, Plan
 from hamdist.runtime.ray_engine.replacement import Loss, Recovery
 from hamdist.runtime.ray_engine.worker_group import Actor, Crew
@@ -132,7 +132,7 @@ class CrewKeeping:
         if self._keeping.ends_full:
             raise SnapshotError(f"{text} (snapshots.full 'end')")
         text += "; until a snapshot is written nothing that is lost can be replaced"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, HamdistWarning, stacklevel=2)
         self._warnings.append(text)
 
     def _give_up_the_silent(self, now: float) -> None:

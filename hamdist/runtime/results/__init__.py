@@ -1,1 +1,1 @@
-"""What a run leaves behind: its result, and the digests by which two runs are compared."""
+"""What a run leaves: its result, and the digests of its signals and weights."""
