@@ -27,7 +27,11 @@ class HamdistError(Exception):
     """Root of the tree: catch this to catch whatever hamdist raises on purpose."""
 
 
-class ChoiceWarning(UserWarning):
+class HamdistWarning(UserWarning):
+    """What a run tells its user, also in `RunResult.warnings`: filter it by this class."""
+
+
+class ChoiceWarning(HamdistWarning):
     """What hamdist has chosen where it was asked to (level 'auto'), and why."""
 
 

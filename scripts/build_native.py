@@ -26,7 +26,7 @@ ROWS = Extension(
 )
 
 
-class NativeBuildHook(BuildHookInterface[Any]):
+class NativeBuildHook(BuildHookInterface[Any]):  # type: ignore[misc]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         command = build_ext(Distribution({"name": "hamdist", "ext_modules": [ROWS]}))
         command.inplace = True

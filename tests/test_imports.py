@@ -183,9 +183,9 @@ def test_public_names_are_told_to_type_checkers_too():
     tree = ast.parse((ROOT / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     told = {
-        alias.name: "hamdist.streams" if node.module == "hamdist" else node.module
+        alias.name: "hamdist.streams" if node.module == "hamdist" else node.module  # type: ignore[attr-defined]
         for node in block.body
-        for alias in node.names
+        for alias in node.names  # type: ignore[attr-defined]
         if alias.asname == alias.name
     }
     assert sorted(told) == hamdist.__all__

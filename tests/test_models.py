@@ -267,7 +267,7 @@ def test_recurrent_kinds_are_torch_layers_and_a_readout(
     else:
         u = x = torch.randn(5, B, F, generator=generator, dtype=torch.float64)
         inputs = F
-    stack = layer(inputs, 7, num_layers=2, dtype=torch.float64)
+    stack = layer(inputs, 7, num_layers=2, dtype=torch.float64)  # type: ignore[call-arg]
     for i in range(2):
         for name, value in graph.blocks[f"cell{i}"].module.named_parameters():
             getattr(stack, f"{name.rpartition('.')[2]}_l{i}").data.copy_(value.data)

@@ -203,9 +203,9 @@ def launch(path, capfd):
     own = read_settings(Path(path).read_text(), path)
     capfd.readouterr()
     with packed(own.for_level(own.level), order) as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver.signal, "signal", lambda *_: None)
+        patch.setattr(driver.signal, "signal", lambda *_: None)  # type: ignore[attr-defined]
         ended = driver._run(folder, None)
-    driver.tell(ended)
+    driver.tell(ended)  # type: ignore[attr-defined]
     results = Results(Path(path).parent / "launched")
     events = list(follow(capfd.readouterr().out.splitlines(), results, lambda _: None))
     assert isinstance(events[-1], Ended)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from hamdist.errors import SettingsError, StreamError
+from hamdist.errors import HamdistWarning, SettingsError, StreamError
 from hamdist.streams.batch_names import TUPLES, Names, default_names, named_parts
 from hamdist.streams.epochs import AGAIN, Epochs, epoch_setters, is_ragged
 from hamdist.streams.sample import (
@@ -284,7 +284,7 @@ class IterableStream:
         names = default_names(n, item, self._arguments)
         for key in names if n == 0 else ():
             if names[key] == "y" and key in (self._arguments or ()):
-                warnings.warn(TAKEN.format(key=key, names=names), stacklevel=2)
+                warnings.warn(TAKEN.format(key=key, names=names), HamdistWarning, stacklevel=2)
         return names
 
     def _inputs(self, n: int, u: Any) -> dict[str, Tensor] | None:

@@ -83,12 +83,16 @@ def main(folder: Path) -> None:
     (folder / "result.json").write_text(json.dumps(metrics(result)))
 
 
+def _complain(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
 def _before(settings: Settings) -> str | None:
     """The snapshots to go on from, if a driver before this one has left any."""
     path = settings.snapshots.path
     try:
         if path is not None:
-            latest(path, lambda text: sys.stderr.write(text + "\n"))
+            latest(path, _complain)
     except SnapshotError:
         return None
     return path

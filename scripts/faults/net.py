@@ -31,6 +31,8 @@ class Faulty(nn.Module):
     """Passes on what it gets. events: of this block. folder: of the marks; None: nothing happens.
     beats: the time of every pass is written there, once."""
 
+    passes: Tensor
+
     def __init__(self, events: Sequence[Event], folder: str | None, *, beats: bool) -> None:
         super().__init__()
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))

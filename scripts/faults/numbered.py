@@ -21,6 +21,8 @@ class Counted(nn.Module):
     samples; NEXT, the number that is due; WRONG, how often another one came. slow: sleeps now and
     then."""
 
+    counts: Tensor
+
     def __init__(self, *, slow: bool) -> None:
         super().__init__()
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64))

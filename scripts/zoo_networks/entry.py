@@ -43,7 +43,7 @@ class Network:
             if isinstance(part, nn.modules.dropout._DropoutNd) or "StochasticDepth" in str(
                 type(part)
             ):
-                part.p = 0.0
+                part.p = 0.0  # type: ignore[assignment]
         return model.train()
 
 

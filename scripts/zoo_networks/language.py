@@ -40,7 +40,7 @@ SMALL = {
 }
 KEY_VALUE = {**SMALL, "num_key_value_heads": 1, "head_dim": 8}
 IMPLEMENTATIONS = {"attn_implementation", "experts_implementation"}
-UNTIED = {"tie_word_embeddings": False}
+UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 
 
 def hugging(name: str, config: dict[str, Any], **more: Any) -> Callable[[], nn.Module]:

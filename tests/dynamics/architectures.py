@@ -166,7 +166,7 @@ class SelfAttention(nn.Module):
         if self.causal:
             smallest = torch.finfo(weights.dtype).min
             kind = {"dtype": weights.dtype, "device": weights.device}
-            mask = torch.full((tgt_len, tgt_len), smallest, **kind)
+            mask = torch.full((tgt_len, tgt_len), smallest, **kind)  # type: ignore[call-overload]
             position = torch.arange(mask.size(-1), device=weights.device)
             mask.masked_fill_(position < (position + 1).view(mask.size(-1), 1), 0)
             weights = weights + mask

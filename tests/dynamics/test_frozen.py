@@ -181,7 +181,7 @@ def test_nothing_is_kept_before_the_first_block_that_learns():
     plan = make_plan(as_graph(frozen(0, 1), given, spec, mse), given, spec)
     kept = [make_node(plan, name, Mailbox(set())).block for name in plan.graph.blocks]
     assert [isinstance(block, FrozenBlock) for block in kept] == [True, True, *[False] * 4]
-    kept[0].forward(0, [torch.zeros(4, 5, dtype=F64)])
+    kept[0].forward(0, [torch.zeros(4, 5, dtype=F64)])  # type: ignore[call-arg]
     assert kept[0]._record is None
 
 

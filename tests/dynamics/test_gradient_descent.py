@@ -52,7 +52,7 @@ def learned(
 ):
     """Losses of the samples, and the weights at the end. eta is one for both costates."""
     given = PLACEMENTS[placement]
-    dynamics = {"tau": tau, "eta_z": (1 - momentum) / tau, **given.get("dynamics", {})}
+    dynamics = {"tau": tau, "eta_z": (1 - momentum) / tau, **given.get("dynamics", {})}  # type: ignore[attr-defined]
     if reset is not None:
         dynamics["reset"] = reset
     learning = {"lr": lr, "momentum": momentum, "dampening": dampening}
@@ -63,7 +63,7 @@ def learned(
             "level": "local",
             "dtype": "float64",
             "locality": {**given["locality"], **more},
-            "partition": given.get("partition", {}),
+            "partition": given.get("partition", {}),  # type: ignore[attr-defined]
             "dynamics": dynamics,
             "learning": learning,
             "metrics": {"window": 1},

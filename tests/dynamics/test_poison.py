@@ -278,7 +278,7 @@ def test_the_poison_is_poison():
     backward = a.backward
 
     def peeks(sample, messages):
-        out = backward(sample, messages)
+        out = backward(sample, messages)  # type: ignore[call-arg]
         a.weights.theta[0].add_(0 * b.weights.theta[0].sum())
         return out
 

@@ -184,7 +184,7 @@ def test_without_recurrence_a_sequence_is_a_batch_of_steps():
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
     for u, y in zip(data.u, data.y, strict=True):
         optimiser.zero_grad()
-        sum(mse(net(x), t) for x, t in zip(u, y, strict=True)).backward()
+        sum(mse(net(x), t) for x, t in zip(u, y, strict=True)).backward()  # type: ignore[attr-defined]
         optimiser.step()
     result = run(model, data, loss=mse, learning={"lr": 0.1})
     assert isinstance(result.model, nn.Sequential)

@@ -44,16 +44,16 @@ def run(level, recipe="plain", own=None, **fields):
 
 def by_torch(recipe):
     given, net = RECIPES[recipe], mlp(SIZES)
-    momentum = given.get("momentum", 0.0)
+    momentum = given.get("momentum", 0.0)  # type: ignore[attr-defined]
     if "adaptive" in given:
         betas = momentum, ADAM["memory"]
         step = torch.optim.AdamW(net.parameters(), 0.1, betas, ADAM["epsilon"], DECAY)
     else:
-        dampening = given.get("dampening", 0.0)
+        dampening = given.get("dampening", 0.0)  # type: ignore[attr-defined]
         step = torch.optim.SGD(net.parameters(), 0.1, momentum, dampening, DECAY)
     blocks = [m for m in net.modules() if isinstance(m, nn.Linear)]
     for n, (u, y) in enumerate(items()):
-        if given.get("decay") == "linear":
+        if given.get("decay") == "linear":  # type: ignore[attr-defined]
             step.param_groups[0]["lr"] = 0.1 * (1 - n / ITEMS)
         step.zero_grad()
         mse(net(u), y).backward()

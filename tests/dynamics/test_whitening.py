@@ -39,7 +39,7 @@ def test_the_step_is_one_of_plain_descent_in_whitened_coordinates() -> None:
     torch.testing.assert_close(b - 0.1 * g_b.dense(), stepped_b, rtol=0, atol=1e-12)
     tensors = whitened(z.T @ x, z.sum(0), layer)
     for made, expected in zip(tensors, (g, g_b), strict=True):
-        torch.testing.assert_close(made, expected.dense(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(made, expected.dense(), rtol=0, atol=1e-12)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("centred", [False, True])

@@ -194,6 +194,6 @@ def send(stranger, packet):
     fd = os.memfd_create("fuzz", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     if sealed:
-        shared.fcntl.fcntl(fd, shared.fcntl.F_ADD_SEALS, shared._seals())
+        shared.fcntl.fcntl(fd, shared.fcntl.F_ADD_SEALS, shared._seals())  # type: ignore[attr-defined]
     socket.send_fds(stranger, [shared._RING_MAGIC], [fd])
     os.close(fd)

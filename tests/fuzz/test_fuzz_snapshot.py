@@ -68,7 +68,7 @@ def refused(data):
 def test_what_is_written_is_read():
     state, _ = read(FILE)
     assert state.keys() == STATE.keys()
-    assert state["h"].stride() == STATE["h"].stride()
+    assert state["h"].stride() == STATE["h"].stride()  # type: ignore[attr-defined]
     assert torch.equal(state["h"], STATE["h"])
     assert state["event"] == STATE["event"]
     assert state["queue"] == STATE["queue"]

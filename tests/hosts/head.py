@@ -31,7 +31,7 @@ def lost(address: str, folder: str) -> str:
     killed = []
 
     def look(progress: object) -> None:
-        if progress.samples > 20 and not killed:
+        if progress.samples > 20 and not killed:  # type: ignore[attr-defined]
             (head,) = (p for p in psutil.Process().children(True) if "gcs_server" in p.name())
             head.kill()
             killed.append(head)
@@ -44,10 +44,10 @@ def lost(address: str, folder: str) -> str:
             on_progress=look,
         )
     except ClusterError as error:
-        again = Settings.model_validate({"level": "trace", "steps": error.result.samples})
+        again = Settings.model_validate({"level": "trace", "steps": error.result.samples})  # type: ignore[attr-defined]
         oracle = train(chain(), EndlessStream(), again)
-        pairs = zip(error.result.model.parameters(), oracle.model.parameters(), strict=True)
-        return f"{error} | {all(torch.equal(a, b) for a, b in pairs)} {error.result.snapshots}"
+        pairs = zip(error.result.model.parameters(), oracle.model.parameters(), strict=True)  # type: ignore[attr-defined]
+        return f"{error} | {all(torch.equal(a, b) for a, b in pairs)} {error.result.snapshots}"  # type: ignore[attr-defined]
     return "no error"
 
 

@@ -100,7 +100,7 @@ class Job:
             if time.monotonic() > end or (self.process.poll() is not None):
                 if words in self.text:
                     return
-                raise RuntimeError(f"{self.process.args}: no {words!r}\n{self.text}")
+                raise RuntimeError(f"{self.process.args}: no {words!r}\n{self.text}")  # type: ignore[str-bytes-safe]
             time.sleep(LOOK_SECONDS)
 
 

@@ -58,7 +58,7 @@ SWITCHES = {
         lambda: torch.use_deterministic_algorithms(True, warn_only=True),
     ),
     "fill": (
-        lambda: torch.utils.deterministic.fill_uninitialized_memory,
+        lambda: torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         lambda: setattr(torch.utils.deterministic, "fill_uninitialized_memory", False),
     ),
     "mkldnn": (
@@ -142,11 +142,11 @@ def test_the_precision_of_single_backends_goes_before_that_of_all(restored):
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this torch has no precision of single backends")
     torch.set_float32_matmul_precision("high")
-    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
     switches = read_switches()
     torch.set_float32_matmul_precision("medium")
     assert not set_switches(switches)
-    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # type: ignore[attr-defined]
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -200,7 +200,7 @@ def test_going_on_elsewhere_or_with_other_switches(restored, tmp_path, monkeypat
 
 def of_another_kind(monkeypatch, *numbers):
     """The first actors that are started with these numbers live on another kind of host."""
-    options_of_actors = worker_group.options_of_actors
+    options_of_actors = worker_group.options_of_actors  # type: ignore[attr-defined]
 
     def some_elsewhere(*given):
         found = options_of_actors(*given)
@@ -254,7 +254,7 @@ def test_actors_of_two_kinds(session, monkeypatch):
 @X86
 @pytest.mark.ray
 def test_a_replacement_on_another_kind_of_host(session, driver, monkeypatch, tmp_path):
-    reseated = recovery.reseated
+    reseated = recovery.reseated  # type: ignore[attr-defined]
     monkeypatch.setattr(
         recovery, "reseated", lambda *given: reseated(*given).pinned(dict(OTHER_KIND))
     )

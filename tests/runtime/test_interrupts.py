@@ -114,8 +114,8 @@ def test_a_run_that_is_called_off_has_a_result(engine, look, word, tmp_path):
 def test_an_error_of_on_progress_carries_the_result(engine, tmp_path):
     with pytest.raises(Enough, match="no more") as caught:
         run(engine, tmp_path, failed)
-    assert not caught.value.result.interrupted
-    check(caught.value.result, tmp_path)
+    assert not caught.value.result.interrupted  # type: ignore[attr-defined]
+    check(caught.value.result, tmp_path)  # type: ignore[attr-defined]
 
 
 def test_a_second_interrupt_in_one_process_keeps_the_weights():

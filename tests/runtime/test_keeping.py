@@ -72,7 +72,7 @@ class FakeCrew:
 
     def loses(self):
         self.lost = True
-        assert self.on_lost(self.actors[0], None, ClusterError("an actor died"))
+        assert self.on_lost(self.actors[0], None, ClusterError("an actor died"))  # type: ignore[attr-defined]
 
     def ask(self, now, seconds):
         pass
@@ -101,7 +101,7 @@ class FakeCrew:
 
     def writes(self, tick):
         store = storage(str(self.path))
-        names = (INPUT, *self.plan.graph.blocks)
+        names = (INPUT, *self.plan.graph.blocks)  # type: ignore[attr-defined]
         parts = {n: write_part(store, tick, f"{i}.x", b"x") for i, n in enumerate(names)}
         self.told.append(SnapshotNews([WrittenFiles(tick, parts)], None, 0))
 

@@ -394,7 +394,7 @@ def test_memory_is_lent_of_gpus_alone(device, index):
     assert cuda_memory(torch.device("cpu")) is None
     own = cuda_memory(torch.device(device))
     assert own is not None
-    assert own._device == torch.device("cuda", index)
+    assert own._device == torch.device("cuda", index)  # type: ignore[attr-defined]
     assert not own.holds(torch.ones(1))
 
 

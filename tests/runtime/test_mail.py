@@ -269,9 +269,9 @@ def test_bundles_change_no_number_and_hang_nobody(leaves_no_socket, case, way, b
     for host in hosts:
         host.close()
     assert hung == []
-    assert [report.error for report in reports] == [None] * len(hosts)
+    assert [report.error for report in reports] == [None] * len(hosts)  # type: ignore[attr-defined]
     alone = in_one_process(case)
-    spread = {name: state for report in reports for name, state in report.blocks.items()}
+    spread = {name: state for report in reports for name, state in report.blocks.items()}  # type: ignore[attr-defined]
     assert spread.keys() == alone.keys()
     for name, state in alone.items():
         assert spread[name].updates == state.updates

@@ -124,7 +124,7 @@ def test_inline_limits():
         for capacity in (1, 5, 60, 128):
             p = inline_limit(capacity, buffer)
             assert 0 <= p <= shared.INLINE_BYTES
-            assert p == 0 or capacity * (2 * (p + shared.MAX_HEADER) + 1536) <= buffer
+            assert p == 0 or capacity * (2 * (p + shared.MAX_HEADER) + 1536) <= buffer  # type: ignore[attr-defined]
 
 
 def test_a_kept_tensor_pins_no_slot_and_does_not_change(leaves_no_socket):

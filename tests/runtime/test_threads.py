@@ -37,7 +37,7 @@ needs_affinity = pytest.mark.skipif(
     ],
 )
 def test_options_of_actors(monkeypatch, processors, actors, of_a_thread, options_of_actors):
-    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: processors, raising=False)
+    monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: processors, raising=False)  # type: ignore[attr-defined]
     assert [actor_options(i, actors, of_a_thread) for i in range(actors)] == options_of_actors
 
 

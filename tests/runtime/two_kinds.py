@@ -24,13 +24,13 @@ from hamdist.runtime.ray_engine import worker_group as worker_group  # noqa: E40
 def main():
     alone = convolutions(ENGINE)
     if "ray" in sys.argv:
-        options_of_actors = worker_group.options_of_actors
+        options_of_actors = worker_group.options_of_actors  # type: ignore[attr-defined]
 
         def second_elsewhere(*given):
             first, second = options_of_actors(*given)
             return [first, second.pinned(dict(OTHER_KIND))]
 
-        worker_group.options_of_actors = second_elsewhere
+        worker_group.options_of_actors = second_elsewhere  # type: ignore[attr-defined]
         assert_equal(alone, convolutions({**RAY, **ENGINE}))
     digest = hashlib.sha256()
     for weight in alone.model.state_dict().values():

@@ -121,7 +121,7 @@ class TestErrors:
 
     def test_no_tensor(self) -> None:
         with pytest.raises(StreamError, match=r"x is list; .*from_numpy"):
-            ArrayStream([1.0], torch.zeros(1), 1, 0)  # type: ignore[arg-type]
+            ArrayStream([1.0], torch.zeros(1), 1, 0)
         with pytest.raises(StreamError, match="y is a tensor without dimensions"):
             ArrayStream(torch.zeros(1), torch.tensor(0), 1, 0)
 

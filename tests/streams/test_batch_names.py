@@ -176,4 +176,4 @@ def test_a_data_set_is_told_once_an_epoch():
     rows = Rows()
     loader = DataLoader(rows, batch_size=2, sampler=ByEpoch())
     list(from_loader(loader, classes=2, epochs=2).samples())
-    assert rows.told == loader.sampler.told == [0, 1]
+    assert rows.told == loader.sampler.told == [0, 1]  # type: ignore[attr-defined]

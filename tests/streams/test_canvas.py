@@ -27,7 +27,7 @@ def source(items: int, *, flat: bool = True) -> ArrayStream:
 
 def canvas(items: int = 4, **changes: object) -> Canvas:
     options = {"side": H, "frames": 4, "fade": 2, "speed": 0.5, "background": BACK, "seed": 1}
-    return Canvas(source(items), **{**options, **changes})  # type: ignore[arg-type]
+    return Canvas(source(items), **{**options, **changes})
 
 
 def pasted(images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -82,13 +82,13 @@ def test_clips_fade_into_each_other() -> None:
         expected = (1 - share) * now + share * after
         assert torch.allclose(items[m].u, expected.flatten(1)), m
         shown = targets[n + (share >= 0.5)]
-        assert torch.equal(items[m].y, shown), m  # type: ignore[arg-type]
+        assert torch.equal(items[m].y, shown), m
     assert stream.spec.u_shape == items[0].u.shape == (B, H * H)
 
 
 def test_cut_clips_and_images_that_are_not_flat() -> None:
     cut = list(canvas(3, fade=0).samples())
-    assert [int(sample.y[0]) for sample in cut] == [0] * 4 + [3] * 4 + [1]  # type: ignore[index]
+    assert [int(sample.y[0]) for sample in cut] == [0] * 4 + [3] * 4 + [1]
     square = Canvas(
         source(2, flat=False),
         side=H,

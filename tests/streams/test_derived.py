@@ -57,4 +57,4 @@ def test_the_targets_of_some_readouts_of_a_list() -> None:
     items = [(u, {"digit": y, "parity": y % 2}) for u, y in ITEMS]
     stream = with_targets_of(from_iterable(items, classes={"digit": 20, "parity": 2}), ["parity"])
     assert replays(stream)
-    assert [s.y and s.y.keys() for s in samples_from(stream, 10)] == [{"parity"}] * 2  # type: ignore[union-attr]
+    assert [s.y and s.y.keys() for s in samples_from(stream, 10)] == [{"parity"}] * 2

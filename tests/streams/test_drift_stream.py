@@ -13,7 +13,7 @@ from hamdist.streams import DriftStream, Sample
 
 def stream(**changes: int | float | torch.dtype) -> DriftStream:
     options = {"features": 5, "classes": 3, "period": 4, "noise": 0.5, "batch": 200, "seed": 0}
-    return DriftStream(**{**options, **changes})  # type: ignore[arg-type]
+    return DriftStream(**{**options, **changes})
 
 
 def take(source: DriftStream, items: int) -> list[Sample]:

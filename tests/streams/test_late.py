@@ -32,7 +32,7 @@ def y(n: int) -> Tensor:
 
 def sample(n: int, target: object = "own", *, late: Mapping[int, object] | None = None) -> Sample:
     own = y(n) if target == "own" else target
-    return Sample(torch.tensor([[float(n)]]), own, n % 3 == 2, 0.5 * n, late)  # type: ignore[arg-type]
+    return Sample(torch.tensor([[float(n)]]), own, n % 3 == 2, 0.5 * n, late)
 
 
 def listed(samples: Sequence[Sample]) -> Stream:
@@ -55,7 +55,7 @@ def late(items: int, targets: Mapping[int, Sequence[int]]) -> Stream:
 def table(stream: Stream, items: int | None = None) -> list[tuple[int, int | None, bool, float]]:
     """(number, target, end, time) of each item."""
     return [
-        (int(s.u), None if s.y is None else int(s.y), s.end, s.time)  # type: ignore[arg-type]
+        (int(s.u), None if s.y is None else int(s.y), s.end, s.time)
         for s in islice(stream.samples(), items)
     ]
 
@@ -185,7 +185,7 @@ class TestSeveralReadouts:
 
     def targets(self, stream: Rejoin) -> list[tuple[int | None, int | None]]:
         return [
-            tuple(None if (t := s.target(r)) is None else int(t) for r in ("a", "b"))  # type: ignore[misc]
+            tuple(None if (t := s.target(r)) is None else int(t) for r in ("a", "b"))
             for s in stream.samples()
         ]
 

@@ -19,7 +19,7 @@ F64 = torch.float64
 
 
 def signal(kind: SignalKind, **options: float) -> SignalStream:
-    return SignalStream(kind, dtype=F64, **options)  # type: ignore[arg-type]
+    return SignalStream(kind, dtype=F64, **options)
 
 
 @pytest.mark.parametrize(

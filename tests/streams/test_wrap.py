@@ -199,7 +199,7 @@ class TestLoader:
     def test_inputs_alone(self) -> None:
         loader = DataLoader(TensorDataset(torch.zeros(4, 2)), batch_size=2)
         assert [sample.y for sample in from_loader(loader, classes=2).samples()] == [None, None]
-        bare: Any = DataLoader([torch.zeros(2)] * 4, batch_size=2)  # type: ignore[arg-type]
+        bare: Any = DataLoader([torch.zeros(2)] * 4, batch_size=2)
         assert from_loader(bare, outputs=1).spec.u_shape == (2, 2)
 
     def test_iterable_dataset(self) -> None:
@@ -210,14 +210,14 @@ class TestLoader:
         assert [sample.u[0, 0].item() for sample in batched.samples()] == [0, 1, 2]
 
     def test_samples(self) -> None:
-        loader: Any = DataLoader([Sample(U, Y, True)], batch_size=None)  # type: ignore[arg-type]
+        loader: Any = DataLoader([Sample(U, Y, True)], batch_size=None)
         assert only(from_loader(loader, classes=3)).end
 
     def test_something_else(self) -> None:
         with pytest.raises(StreamError, match=r"got a list: give a DataLoader.*from_iterable"):
-            from_loader([(U, Y)])  # type: ignore[arg-type]
+            from_loader([(U, Y)])
         with pytest.raises(StreamError, match=r"TensorDataset: give a DataLoader"):
-            from_loader(TensorDataset(U))  # type: ignore[arg-type]
+            from_loader(TensorDataset(U))
 
 
 class TestErrors:
@@ -227,7 +227,7 @@ class TestErrors:
 
     def test_not_iterable(self) -> None:
         with pytest.raises(StreamError, match="a int cannot be iterated"):
-            from_iterable(3)  # type: ignore[arg-type]
+            from_iterable(3)
 
     @pytest.mark.parametrize(
         ("item", "message"),

@@ -199,7 +199,7 @@ def test_the_faster_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) 
         for _ in range(cost[torch.get_num_threads()]):
             next(clock)
 
-    monkeypatch.setattr(baseline.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(baseline.time, "perf_counter", lambda: float(next(clock)))  # type: ignore[attr-defined]
     before = torch.get_num_threads()
     assert baseline.faster_of({1, 2}, step) == 1
     cost[1] = 5

@@ -389,7 +389,7 @@ def test_the_table():
     assert table.rows[1][4:] == ["2.0e-16 / 0"] * 3
     assert table.notes[0] == "3 of 6 cells equal SGD to 1e-10 (✗: 3 do not)"
     assert "Linear, MLP: Iris" in table.notes[1]
-    lines = report.markdown(table).splitlines()
+    lines = report.markdown(table).splitlines()  # type: ignore[attr-defined]
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 8
     assert "apart at output net, state net" in report.recovery_line(unequal)
     assert ": equal (6,000 steps" in report.recovery_line(given_row())

@@ -162,7 +162,7 @@ def test_backprop_is_autograd():
     network = cut(model, (5,), batch=2)
     assert [len(own) for own in network.backprop(*self_made(2)).values()] == [2, 2, 2]
     u, y = self_made(2)
-    exact = torch.autograd.grad(0.5 * (model(u) - y).square().sum(1).mean(), model.parameters())
+    exact = torch.autograd.grad(0.5 * (model(u) - y).square().sum(1).mean(), model.parameters())  # type: ignore[call-overload]
     found = [g for own in network.backprop(u, y).values() for g in own]
     assert max(float((f - e).abs().max()) for f, e in zip(found, exact, strict=True)) < ROUND_OFF
 

@@ -31,6 +31,7 @@ from hamdist.errors import (
     ClusterError,
     DivergedError,
     HamdistError,
+    HamdistWarning,
     SnapshotError,
     WireError,
 )
@@ -172,7 +173,7 @@ class Replacement:
                 f"cannot be drawn a second time: {way}"
             )
         self._fault = f"{fault}; all actors go back to {place}"
-        warnings.warn(self._fault, stacklevel=2)
+        warnings.warn(self._fault, HamdistWarning, stacklevel=2)
         present = [actor for actor in worker_group.actors if actor.name not in lost]
         self._present |= {actor.name for actor in present}
         lost |= {actor.name: actor for actor in present}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from math import inf
 
-from hamdist.errors import BlockError, ClusterError, HamdistError, SnapshotError
+from hamdist.errors import BlockError, ClusterError, HamdistError, HamdistWarning, SnapshotError
 from hamdist.runtime.plan.plan import Plan, SnapshotPolicy
 from hamdist.runtime.ray_engine.replacement import ActorLoss, Replacement
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup, WorkerHandle
@@ -140,7 +140,7 @@ class SnapshotSupervision:
         if self._policy.ends_full:
             raise SnapshotError(f"{text} (snapshots.full 'end')")
         text += "; until a snapshot is written nothing that is lost can be replaced"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, HamdistWarning, stacklevel=2)
         self._warnings.append(text)
 
     def _give_up_the_silent(self, now: float) -> None:

@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from hamdist.config import Bits, DeviceSignals, Encryption, Spread, TransportKind
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import Window
-from hamdist.errors import ClusterError, HamdistError, StreamError
+from hamdist.errors import ClusterError, HamdistError, HamdistWarning, StreamError
 from hamdist.runtime.advice.advice import thread_warnings
 from hamdist.runtime.engines.worker import (
     ReceivingEnds,
@@ -345,7 +345,7 @@ class WorkerGroup:
         told = [f"{', '.join(names)} would compute {text}" for text, names in actors.items()]
         notes = [other_bits(text, self._plan.engine.bits, ClusterError) for text in told]
         for note in notes:
-            warnings.warn(note, stacklevel=2)  # (before they compute)
+            warnings.warn(note, HamdistWarning, stacklevel=2)  # (before they compute)
         return notes
 
     def _links(self) -> dict[tuple[int, int], Link]:

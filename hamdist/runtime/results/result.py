@@ -10,11 +10,11 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from hamdist.config import Settings
-from hamdist.runtime.signals.codec import Compressed
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
+from hamdist.runtime.signals.codec import Compressed
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.errors import SnapshotError
+from hamdist.errors import HamdistWarning, SnapshotError
 from hamdist.runtime.plan.plan import Plan, fingerprint
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.snapshots.writer import WrittenFiles
@@ -139,7 +139,7 @@ class SnapshotFailures:
         self._latest = reason
         if self._count == 1:
             self._first = reason
-            warnings.warn(self.texts()[0], stacklevel=2)
+            warnings.warn(self.texts()[0], HamdistWarning, stacklevel=2)
 
     def texts(self) -> list[str]:
         """Return what is to be said of them in the end: one text, or none."""

@@ -169,7 +169,7 @@ class _Remote:
     """A folder of an object store. Its package raises errors of its own, in a tree of its own."""
 
     def __init__(self, url: str) -> None:
-        import fsspec  # type: ignore[import-untyped]  # (file systems for clouds are packages)
+        import fsspec  # (file systems for clouds are packages)
 
         self.where = url
         self._fs: Any

@@ -32,7 +32,7 @@ from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.user_modules.copies import copied, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
-from hamdist.errors import ChoiceWarning, DivergedError, SettingsError
+from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError
 from hamdist.runtime.advice.advice import after, before, end_of_stream, of_resumed
 from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
@@ -139,7 +139,7 @@ def train(
             told += drift_warnings(plan.graph, plan.reversible, example_input(spec))
             told += [*graph.notes, *before(plan, settings)]
         for text in told:
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, HamdistWarning, stacklevel=3)
         alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
         if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
             check_portable(plan.arithmetic, plan.switches, native=plan.native)

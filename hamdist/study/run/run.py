@@ -23,7 +23,7 @@ from hamdist.dynamics.objective.losses import Losses, LossFunction, make_loss, m
 from hamdist.dynamics.objective.outputs import main_output
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
-from hamdist.errors import ChoiceWarning, DivergedError, SettingsError, StreamError
+from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError, StreamError
 from hamdist.models.build import (
     BASELINE_OPTION,
     CELLS,
@@ -207,7 +207,7 @@ def _run(
     if engine == PYTORCH:
         told += baseline_warnings(settings)
     for text in told:
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, HamdistWarning, stacklevel=3)
     timeline = Timeline(on_progress)
     failure: str | None = None
     try:
@@ -226,7 +226,7 @@ def _run(
             plain = _score(result.plain, result, settings, dtype, own)
     except StreamError as error:  # of a user's own data; what was learned is not lost with it
         told.append(f"no held-out score: {error}")
-        warnings.warn(told[-1], stacklevel=3)
+        warnings.warn(told[-1], HamdistWarning, stacklevel=3)
     windows = _main_windows(result, scores)
     entered = [window.last + 1 for window in windows]
     facts = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -45,13 +46,17 @@ class Centralised:
                     problems[str(given)] = f"{type(error).__name__}: {_first_line(error)}"
                     given = Configuration(given.threads, "fused", "model")
                     step = _step(copy.deepcopy(model), given)
-            self._steps[str(Configuration(**raw))] = lambda step=step: step(*next(items))
+            self._steps[str(Configuration(**raw))] = partial(_on_next, step, items)
         return problems
 
     def run(self, configuration: dict[str, Any], seconds: float) -> float:
         given = Configuration(**configuration)
         torch.set_num_threads(given.threads)
         return per_step(self._steps[str(given)], seconds)
+
+
+def _on_next(step: Step, items: Iterator[tuple[Tensor, Tensor]]) -> object:
+    return step(*next(items))
 
 
 def _step(model: nn.Module, given: Configuration) -> Step:
@@ -63,7 +68,7 @@ def _step(model: nn.Module, given: Configuration) -> Step:
     def step(u: Tensor, y: Tensor) -> None:
         loss = cross_entropy(forward(u), y)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
     return step

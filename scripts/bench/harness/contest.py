@@ -126,12 +126,12 @@ class Lineup:
             plain = {long: name for long, name in names.items() if "compiled" not in name}
             found.turns[EAGER], found.configurations[EAGER] = _best(plain, turns)
         found.turns |= {side: turns[side] for side in turns if side in found.configurations}
-        for level, side in self._ours.items():
+        for level, ours_of in self._ours.items():
             floor = found.turns.get(ARITHMETIC)
             found.parts[level] = explain.parts(
-                found.median(level), None if floor is None else floor.median, side.time_use()
+                found.median(level), None if floor is None else floor.median, ours_of.time_use()
             )
-            found.told |= side.told
+            found.told |= ours_of.told
         if BACKPROP in found.turns:
             floor = found.turns.get(ALONE)
             found.parts[BACKPROP] = explain.parts(

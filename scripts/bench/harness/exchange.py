@@ -34,6 +34,6 @@ class Peer:
         for tick in range(-WARM_TICKS, ticks):
             if tick == 0:
                 begun = time.perf_counter()
-            push.send(payload, copy=copy)
+            push.send(payload, 0, copy)
             pull.recv(copy=copy)
         return (time.perf_counter() - begun) / ticks

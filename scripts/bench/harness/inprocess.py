@@ -53,7 +53,7 @@ class InProcess:
         optimiser = sgd(model, "plain", LARGE_LR)
         for u, y in items:
             optimiser.zero_grad()
-            cross_entropy(model(u), y).backward()
+            cross_entropy(model(u), y).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         return {
             "difference": _farthest(ours, model),

@@ -162,7 +162,7 @@ def arithmetic(
     own = remotes[: len(shares)]
     calls = [{"work": work.plain(), "first": a, "last": b} for a, b in shares]
     ways = []
-    pilot = {}
+    pilot: dict[str, float] = {}
     for i, (remote, possible) in enumerate(
         zip(own, together(own, "arithmetic.build", calls), strict=True)
     ):
