@@ -165,7 +165,7 @@ def interpreter(version: str) -> Path:
         done = subprocess.run(asked, capture_output=True, text=True, check=False)
         places += [Path(done.stdout.strip())] if done.returncode == 0 else []
     for path in places:
-        works = [path, "-c", "import ctypes, sqlite3, ssl, venv"]
+        works = [str(path), "-c", "import ctypes, sqlite3, ssl, venv"]
         if (
             path.exists()
             and subprocess.run(works, capture_output=True, check=False).returncode == 0
