@@ -13,10 +13,11 @@ from fuzz.budget import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import WireError
 from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.signal import APART, FORMAT, HEADER, MAGIC, Channel, Packer, Signal
+from hamdist.runtime.signals.packing import APART, FORMAT, HEADER, MAGIC, Packer
+from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
 

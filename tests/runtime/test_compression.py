@@ -11,7 +11,7 @@ from torch import nn
 
 from hamdist.config import Compress, EngineSettings, Settings, read_settings
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.dynamics.schedule.schedule import Kind
+from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import SettingsError
 from hamdist.models.build import make_model
 from hamdist.runtime.plan.plan import make_plan

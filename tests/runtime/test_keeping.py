@@ -13,7 +13,7 @@ from runtime.networks import chain, stream
 from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, SnapshotError
 from hamdist.runtime.engines.worker import SnapshotNews, WorkerStatus
 from hamdist.runtime.nodes.factory import make_node

@@ -15,7 +15,7 @@ from runtime.networks import chain, cycle_graph, skip_graph, stream
 from hamdist.config import Settings, read_settings, to_yaml
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import SettingsError, StampError
 from hamdist.runtime.engines.worker import Worker
 from hamdist.runtime.nodes.factory import make_node

@@ -12,10 +12,11 @@ import threading
 import pytest
 import torch
 
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.signal import Channel, Packer, Signal
+from hamdist.runtime.signals.packing import Packer
+from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
 from hamdist.runtime.transport.shared_memory import (

@@ -18,7 +18,7 @@ from hamdist.config import DeviceSignals, Pin
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import Window
-from hamdist.dynamics.schedule.schedule import Kind
+from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import HamdistError
 from hamdist.runtime.engines.message_limits import message_bytes, slot_bytes
 from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use

@@ -38,7 +38,8 @@ from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
 from hamdist.runtime.nodes.ties import against_ties, weight_lags
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
-from hamdist.runtime.plan.plan import Plan, least_bytes, make_plan, make_snapshot_policy
+from hamdist.runtime.plan.checks import least_bytes
+from hamdist.runtime.plan.plan import Plan, make_plan, make_snapshot_policy
 from hamdist.runtime.plan.replan import replannable
 from hamdist.runtime.process.arithmetic import check_portable
 from hamdist.runtime.process.interrupts import OnProgress, terminated_as_interrupted

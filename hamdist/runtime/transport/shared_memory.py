@@ -44,17 +44,10 @@ from time import perf_counter
 import numpy as np
 from torch import Tensor
 
-from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.signals.signal import (
-    ALIGNMENT,
-    MAX_HEADER,
-    Channel,
-    Packer,
-    Signal,
-    WireForm,
-    on_host,
-)
+from hamdist.runtime.signals.packing import MAX_HEADER, Packer, WireForm
+from hamdist.runtime.signals.signal import ALIGNMENT, Channel, Signal, on_host
 from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, socket_file
 from hamdist.runtime.transport.gpu_ring import (
     ANSWER_BYTES,

@@ -12,7 +12,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
-from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import ClusterError
 from hamdist.runtime.process.leftovers import claim, release
 from hamdist.runtime.signals.interrupts import Interrupted

@@ -22,7 +22,7 @@ from hamdist.dynamics.blocks.sequence import SequenceBlock
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.objective.losses import mse
-from hamdist.dynamics.schedule.schedule import Phase
+from hamdist.dynamics.schedule.events import Phase
 from hamdist.errors import SettingsError
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import run_loop
