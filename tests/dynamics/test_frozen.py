@@ -31,7 +31,8 @@ from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 from hamdist.streams.sample import SampleSpec
 

@@ -23,7 +23,7 @@ from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.errors import GraphError
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.results.result import RunFacts, WeightLag
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import Sample, from_iterable
 from hamdist.streams.sample import SampleSpec
 

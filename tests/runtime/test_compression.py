@@ -15,7 +15,8 @@ from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import SettingsError
 from hamdist.models.build import make_model
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 
 F64 = torch.float64
 

@@ -33,7 +33,7 @@ from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
 from hamdist.runtime.snapshots.writer import SnapshotWriter, WrittenFiles
 from hamdist.runtime.storage.snapshot_files import write_part
 from hamdist.runtime.storage.store import storage
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 
 
 def plan_of(path, engine="ray", **fields):

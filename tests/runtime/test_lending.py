@@ -29,7 +29,8 @@ from hamdist.runtime.signals.packing import Packer
 from hamdist.runtime.signals.sent_log import ChannelLog
 from hamdist.runtime.signals.signal import Channel, Signal, on_host
 from hamdist.runtime.train import train as training
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.runtime.transport import gpu_ring as lending
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.cuda_ipc import CudaMemory, cuda_memory
@@ -43,7 +44,9 @@ from hamdist.runtime.transport.gpu_ring import (
     Refusal,
     ending,
 )
-from hamdist.runtime.transport.shared_memory import GPU_SCHEME, SharedReceiver, SharedSender
+from hamdist.runtime.transport.ring import GPU_SCHEME
+from hamdist.runtime.transport.shared_memory import SharedSender
+from hamdist.runtime.transport.shared_receiver import SharedReceiver
 from hamdist.runtime.transport.transport import Endpoints
 
 RUN = 79

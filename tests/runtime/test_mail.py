@@ -24,7 +24,8 @@ from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 
 CHANNEL = Channel(0, Kind.STATE, "a", "b", "a->b", 4)
 

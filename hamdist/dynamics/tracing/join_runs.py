@@ -31,21 +31,21 @@ TracePoint: TypeAlias = tuple[int, Mapping[Length, int]]  # a batch, and lengths
 MOST_BATCH = 8  # of the stream's own batch, which the first run has up to here
 
 
-def _points(batches: Sequence[int], lengths: Sequence[Length]) -> list[TracePoint]:
+def points_of_runs(batches: Sequence[int], lengths: Sequence[Length]) -> list[TracePoint]:
     """The runs that tell how numbers depend on the batch and on each length, and one more."""
     own, second, third = batches
     points: list[TracePoint] = [(batch, {}) for batch in batches]
     for one in lengths:
-        points += [(own, {one: _other(one, 1)}), (second, {one: _other(one, 2)})]
-    return [*points, (third, {one: _other(one, 1) for one in lengths})] if lengths else points
+        points += [(own, {one: other_length(one, 1)}), (second, {one: other_length(one, 2)})]
+    return [*points, (third, {one: other_length(one, 1) for one in lengths})] if lengths else points
 
 
-def _other(length: Length, by: int) -> int:
+def other_length(length: Length, by: int) -> int:
     """Another length: a shorter one, where that leaves two."""
     return length.base - by if length.base - by > 1 else length.base + by
 
 
-def _batches(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+def batches_of_runs(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
     own = min(next(iter(inputs.values())).shape[0], MOST_BATCH)
     return (own, *(b for b in BATCHES if b != own))[:3]
 
@@ -54,7 +54,7 @@ class _Apart(Exception):
     """Two runs differ."""
 
 
-def _joined(
+def joined_runs(
     runs: Sequence[Recording], points: Sequence[TracePoint], whole: dict[str, Unfollowed]
 ) -> Trace:
     first = runs[0]

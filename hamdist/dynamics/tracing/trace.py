@@ -17,7 +17,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.tracing.join_runs import Trace, _batches, _joined, _other, _points
+from hamdist.dynamics.tracing.join_runs import (
+    Trace,
+    batches_of_runs,
+    joined_runs,
+    other_length,
+    points_of_runs,
+)
 from hamdist.dynamics.tracing.recorder import OWN, Op, TakenOp, Unfollowed, record, watch
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.tracing.traced_module import (
@@ -122,18 +128,18 @@ def _traced(
     whole: dict[str, Unfollowed],
     lengths: Sequence[Length],
 ) -> Trace:
-    batches = _batches(inputs)
+    batches = batches_of_runs(inputs)
     names = set(whole)
     record(probe, _rows(inputs, batches[0], 0), call, names)  # what it makes at its first call only
     before = _attributes(probe)
     runs = []
-    points = _points(batches, lengths)
+    points = points_of_runs(batches, lengths)
     for run, (batch, sizes) in enumerate(points):
         state = _state(probe, names)
         runs.append(record(probe, _rows(inputs, batch, run, sizes), call, names))
         _check_state(probe, state, _state(probe, names))
     _check_kept(probe, before, names)
-    return _joined(runs, points, whole)
+    return joined_runs(runs, points, whole)
 
 
 def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list[Length]:
@@ -146,7 +152,9 @@ def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list
     taken = []
     for one in found.values():
         try:
-            rows = _rows(inputs, next(iter(inputs.values())).shape[0], 0, {one: _other(one, 1)})
+            rows = _rows(
+                inputs, next(iter(inputs.values())).shape[0], 0, {one: other_length(one, 1)}
+            )
             record(probe, rows, call, {""})
         except Unfollowed:
             continue

@@ -39,7 +39,8 @@ from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.snapshots.writer import SnapshotWriter, WrittenFiles
 from hamdist.runtime.transport.cuda_ipc import cuda_memory
 from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal
-from hamdist.runtime.transport.shared_memory import GPU_SCHEME, MAX_CAPACITY, takes
+from hamdist.runtime.transport.ring import GPU_SCHEME
+from hamdist.runtime.transport.shared_memory import MAX_CAPACITY, takes
 from hamdist.runtime.transport.thread_calls import ThreadCalls
 from hamdist.runtime.transport.transport import IPC, Endpoints
 from hamdist.streams.sample import Stream

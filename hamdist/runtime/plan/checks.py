@@ -24,7 +24,9 @@ from hamdist.streams.sample import SampleSpec, TargetSpec
 PAGE = 4096
 
 
-def _one_length(graph: Graph, spec: SampleSpec, knobs: Locality, settings: Settings) -> str | None:
+def why_one_length(
+    graph: Graph, spec: SampleSpec, knobs: Locality, settings: Settings
+) -> str | None:
     """Why all items have the lengths of the first one; None where each may have its own."""
     if not spec.ragged:
         return (
@@ -57,7 +59,7 @@ def least_bytes(graph: Graph, settings: Settings) -> int:
     return copies * sum(t.numel() * t.element_size() for t in tensors) + PAGE * (len(modules) + 2)
 
 
-def _check_output_nets(graph: Graph, dynamics: Dynamics) -> None:
+def check_output_nets(graph: Graph, dynamics: Dynamics) -> None:
     """Raises LevelError for constants of a state that are given to blocks without one."""
     for pattern, own in dynamics.blocks.items():
         fitting = [b for b in graph.blocks.values() if fnmatchcase(b.name, pattern)]
@@ -73,7 +75,7 @@ def _check_output_nets(graph: Graph, dynamics: Dynamics) -> None:
                 )
 
 
-def _check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Locality) -> None:
+def check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Locality) -> None:
     """Raises LevelError where states are cleared before a prediction has come about."""
     if dynamics.reset.h is not Reset.SAMPLE or not isinstance(schedule, HoldSchedule):
         return
@@ -86,7 +88,7 @@ def _check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: L
         )
 
 
-def _with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec:
+def with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec:
     """Sets the number of classes that the stream does not know: what cross-entropy predicts."""
 
     def known(target: TargetSpec | None, readouts: Iterable[str]) -> int | None:
@@ -100,7 +102,7 @@ def _with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpe
         ]
         try:
             return min((one[class_axis(one, target.shape)] for one in predicted), default=None)
-        except ValueError:  # (`_check_predictions` says it)
+        except ValueError:  # (`check_predictions` says it)
             return None
 
     if spec.targets is None:
@@ -113,7 +115,7 @@ def _with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpe
     return dataclasses.replace(spec, targets=targets, classes=first.classes)
 
 
-def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_index: int) -> None:
+def check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_index: int) -> None:
     """Raises GraphError where a readout's prediction cannot be compared with the targets."""
     unknown = sorted(set(spec.targets or ()) - set(graph.readouts))
     if unknown:

@@ -36,11 +36,11 @@ from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_nam
 from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
 from hamdist.errors import LevelError, SettingsError
 from hamdist.runtime.plan.checks import (
-    _check_output_nets,
-    _check_predictions,
-    _check_resets,
-    _one_length,
-    _with_classes,
+    check_output_nets,
+    check_predictions,
+    check_resets,
+    why_one_length,
+    with_classes,
 )
 from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
@@ -193,8 +193,8 @@ def make_plan(
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
-    spec = _with_classes(spec, graph, shapes)
-    _check_predictions(graph, shapes, spec, settings.ignore_index)
+    spec = with_classes(spec, graph, shapes)
+    check_predictions(graph, shapes, spec, settings.ignore_index)
     graph, shapes, cast_plans = with_cast_plans(graph, shapes, spec.parents, settings.engine, knobs)
     # (The end of a stream goes against the edges where there are cycles; energies need z.)
     whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
@@ -204,8 +204,8 @@ def make_plan(
         schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
     else:
         schedule = make_schedule(graph, knobs, silent)
-    _check_resets(graph, schedule, dynamics, knobs)
-    _check_output_nets(graph, dynamics)
+    check_resets(graph, schedule, dynamics, knobs)
+    check_output_nets(graph, dynamics)
     rewinds = knobs.memory is Memory.REVERSIBLE
     started = [b.name for b in graph.blocks.values() if b.initial is not None]
     if started and not knobs.hold:
@@ -269,7 +269,7 @@ def make_plan(
         heads=heads,
         native=native,
         ignore_index=settings.ignore_index,
-        one_length=_one_length(graph, spec, knobs, settings),
+        one_length=why_one_length(graph, spec, knobs, settings),
     )
 
 

@@ -41,10 +41,12 @@ from hamdist.runtime.process.portable import other_bits, portable_environment
 from hamdist.runtime.process.startup import Startup
 from hamdist.runtime.process.switches import Switches
 from hamdist.runtime.process.threads import cores
-from hamdist.runtime.ray_engine.session import Session, host_seconds, hosts
+from hamdist.runtime.ray_engine.cluster_hosts import host_seconds, hosts
+from hamdist.runtime.ray_engine.session import Session
 from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.transport.endpoint import socket_folder
-from hamdist.runtime.transport.shared_memory import GPU_SCHEME, MAX_CAPACITY
+from hamdist.runtime.transport.ring import GPU_SCHEME
+from hamdist.runtime.transport.shared_memory import MAX_CAPACITY
 from hamdist.runtime.transport.transport import IPC, SHM, TCP, local_way
 from hamdist.streams.replay import replays
 from hamdist.streams.sample import Stream
