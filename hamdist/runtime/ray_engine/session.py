@@ -37,6 +37,7 @@ from hamdist.runtime.ray_engine.auth_token import (
     own_token,
     refused,
 )
+from hamdist.runtime.ray_engine.processes import few_processes
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
@@ -353,7 +354,13 @@ def _local(cpus: int) -> Iterator[set[psutil.Process]]:
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
-        with own_token(folder), handlers_of_ours(), _in_a_session_of_its_own(), _start_named():
+        with (
+            own_token(folder),
+            handlers_of_ours(),
+            _in_a_session_of_its_own(),
+            few_processes(),
+            _start_named(),
+        ):
             ray.init(
                 address="local",
                 num_cpus=cpus,
