@@ -32,7 +32,7 @@ def run(**engine):
 def raylets():
     """The processes of the local Ray, and their sessions in the sense of POSIX."""
     found = [p for p in psutil.Process().children(recursive=True) if "raylet" in p.name()]
-    workers = [p for p in psutil.Process().children(recursive=True) if "ray::Host" in p.name()]
+    workers = [p for p in psutil.Process().children(recursive=True) if "ray::Worker" in p.name()]
     return {
         "raylet": [p.pid for p in found],
         "workers": sorted(p.pid for p in workers),

@@ -20,11 +20,11 @@ from runtime.test_engines_equal import assert_equal, settings
 from runtime.test_recovery import Once
 from torch import nn
 
-from hamdist.errors import Choice, ClusterError, SettingsError, SnapshotError
+from hamdist.errors import ChoiceWarning, ClusterError, SettingsError, SnapshotError
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import read_switches, set_switches
 from hamdist.runtime.ray_engine import replacement as recovery
-from hamdist.runtime.ray_engine import worker_group as crew
+from hamdist.runtime.ray_engine import worker_group as worker_group
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
@@ -162,7 +162,7 @@ def said(make):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = make()
-    texts = [str(w.message) for w in caught if not issubclass(w.category, Choice)]
+    texts = [str(w.message) for w in caught if not issubclass(w.category, ChoiceWarning)]
     assert set(texts) <= set(result.warnings)
     return [text for text in texts if "last bits" in text]
 
@@ -200,15 +200,15 @@ def test_going_on_elsewhere_or_with_other_switches(restored, tmp_path, monkeypat
 
 def of_another_kind(monkeypatch, *numbers):
     """The first actors that are started with these numbers live on another kind of host."""
-    seats = crew.seats  # type: ignore[attr-defined]
+    options_of_actors = worker_group.options_of_actors  # type: ignore[attr-defined]
 
     def some_elsewhere(*given):
-        found = seats(*given)
+        found = options_of_actors(*given)
         for i in numbers:
             found[i] = found[i].pinned(dict(OTHER_KIND))
         return found
 
-    monkeypatch.setattr(crew, "seats", some_elsewhere)
+    monkeypatch.setattr(worker_group, "options_of_actors", some_elsewhere)
 
 
 @X86

@@ -223,7 +223,7 @@ def test_batch_one_by_the_c_code(tmp_path):
     goes_on(run, tmp_path, 5)
 
 
-@pytest.mark.filterwarnings("ignore::hamdist.errors.Choice")
+@pytest.mark.filterwarnings("ignore::hamdist.errors.ChoiceWarning")
 @pytest.mark.parametrize("level", ["auto", "trace"])
 @pytest.mark.parametrize(
     "derived", [lambda s: s, lambda s: Withhold(s, 0.3, 1)], ids=["itself", "with targets withheld"]

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from hamdist.config import EngineSettings, describe
 from hamdist.errors import ClusterError, HamdistError, SettingsError
-from hamdist.runtime.placement.assign_hosts import HostInfo, Seat, described
+from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, described
 from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
 from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, sweep
 from hamdist.runtime.process.threads import cores
@@ -60,32 +60,35 @@ class Session:
     which saves it the seconds in which they would import torch."""
 
     def __init__(self) -> None:
-        self.idle: list[tuple[Seat, Any]] = []
+        self.idle: list[tuple[ActorOptions, Any]] = []
 
-    def actors(self, seats: Sequence[Seat]) -> list[Any]:
-        """For each seat an idle actor that is still there, or a new one. Before a new one starts,
-        those that this run does not take over make room."""
+    def actors(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
+        """For each actor options an idle actor that is still there, or a new one. Before a new one
+        starts, those that this run does not take over make room."""
         from hamdist.runtime.ray_engine.worker_actor import is_alive, start_actor
 
         found: dict[int, Any] = {}
-        for i, seat in enumerate(seats):
-            while i not in found and (k := self._fitting(seat)) is not None:
+        for i, actor_options in enumerate(options_of_actors):
+            while i not in found and (k := self._fitting(actor_options)) is not None:
                 _, actor = self.idle.pop(k)
                 if is_alive(actor):
                     found[i] = actor
                 else:  # its processor is wanted at once
                     _end([actor])
-        if len(found) < len(seats):
+        if len(found) < len(options_of_actors):
             self.make_room()
-        return [found[i] if i in found else start_actor(seat) for i, seat in enumerate(seats)]
+        return [
+            found[i] if i in found else start_actor(actor_options)
+            for i, actor_options in enumerate(options_of_actors)
+        ]
 
     def make_room(self) -> None:
         """Ends the idle actors: their processors are wanted."""
         _end([actor for _, actor in self.idle])
         self.idle = []
 
-    def _fitting(self, seat: Seat) -> int | None:
-        return next((k for k, (own, _) in enumerate(self.idle) if own == seat), None)
+    def _fitting(self, actor_options: ActorOptions) -> int | None:
+        return next((k for k, (own, _) in enumerate(self.idle) if own == actor_options), None)
 
 
 @dataclass(slots=True)
