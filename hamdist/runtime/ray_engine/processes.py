@@ -6,9 +6,10 @@ Ray has no settings for it. Where its inside is another one than here, it starts
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,34 @@ PARAMETERS = {
 
 
 @contextmanager
-def few_processes() -> Iterator[None]:
+def of_a_program() -> Iterator[None]:
+    """Start inside the processes of a Ray that one program has for itself."""
+    with _in_a_session_of_its_own(), _few_processes():
+        yield
+
+
+@contextmanager
+def _in_a_session_of_its_own() -> Iterator[None]:
+    """Start Ray's processes in a session (in the sense of POSIX) of their own inside.
+
+    A signal to the group of this process, as batch systems send it, then reaches this process
+    alone, which ends the run in order. (Ray has no setting for it; Popen has.)
+    """
+    from ray._private import services
+
+    popen = getattr(services, "ConsolePopen", None)
+    if popen is None or os.name != "posix":
+        yield
+        return
+    services.ConsolePopen = partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen  # type: ignore[misc]
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
     """Start inside a Ray without what a program of its own has no use for.
 
     Left out are the autoscaler's monitor, the monitor of the logs and the server of the dashboard:
