@@ -53,7 +53,7 @@ def _few_processes() -> Iterator[None]:
     """Start inside a Ray without what a program of its own has no use for.
 
     Left out are the autoscaler's monitor, the monitor of the logs and the server of the dashboard:
-    each imports Ray as it starts, and wakes many times a second. WORKER starts the workers.
+    each is a process that imports Ray. WORKER starts the workers.
     """
     from ray._private import node, parameter
 
