@@ -126,6 +126,7 @@ LONGER = {
 RAY = {
     *("runtime/ray_engine/worker_actor.py", "runtime/ray_engine/worker_group.py"),
     *("runtime/ray_engine/replacement.py", "runtime/ray_engine/session.py"),
+    *("runtime/ray_engine/processes.py", "runtime/ray_engine/worker_process.py"),
     *("runtime/ray_engine/tasks.py", "launch/jobs_api.py", "launch/doctor_job.py"),
 }
 
