@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -384,7 +385,7 @@ def test_live_view() -> None:
     from rich.console import Console
 
     view = live.RunView("digits [trace]", batch=8)
-    console = Console(width=100, height=12, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, height=12, record=True, file=io.StringIO())
     console.print(view)
     windows = [Window(0, 9, 10, 5.0, 40, 80), Window(10, 19, 10, 5.0, 80, 80)]
     blocks = [BlockProgress(f"block{i}", 20 + i, i, "block[0]->x" if i else None) for i in range(9)]

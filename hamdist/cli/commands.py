@@ -6,11 +6,11 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
-from hamdist import __version__
 from hamdist.cli import compare, diff, export, recipes, run, settings, verify
 from hamdist.cli.cluster import cluster, launch
 from hamdist.cli.console import console, output
@@ -61,7 +61,7 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        console().print(f"hamdist {__version__}")
+        console().print(f"hamdist {import_module('hamdist').__version__}")
         raise typer.Exit
 
 
