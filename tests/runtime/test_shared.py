@@ -233,7 +233,7 @@ def test_a_failed_start_leaves_nothing(leaves_no_socket, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
     with monkeypatch.context() as patch:
         patch.setattr(
-            "hamdist.runtime.transport.shared_memory.socket_file",
+            "hamdist.runtime.transport.shared_receiver.socket_file",
             lambda run, _: socket_folder(run) / "a/b",
         )
         with pytest.raises(ClusterError, match="no socket at"):
