@@ -16,8 +16,8 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import arguments_of
 from hamdist.dynamics.modules.prenorm import stabilised
 from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_loss
-from hamdist.dynamics.updates.constants import Course
-from hamdist.errors import Choice, SettingsError
+from hamdist.dynamics.updates.constants import TickSchedule
+from hamdist.errors import ChoiceWarning, SettingsError
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.train.train import train as train_settings
@@ -32,7 +32,7 @@ def train(
     settings: Settings | None = None,
     *,
     loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
-    phi: Course | None = None,
+    phi: TickSchedule | None = None,
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
@@ -114,7 +114,7 @@ def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
         model, example_input(spec) if spec.inputs is None else example_inputs(spec)
     )
     for text in told:
-        warnings.warn(Choice(text), stacklevel=3)
+        warnings.warn(ChoiceWarning(text), stacklevel=3)
     return made
 
 

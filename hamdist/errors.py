@@ -14,8 +14,8 @@
     └── ClusterError       Ray, an actor or a host failed or cannot take the run
 
 A message says what was wrong (the field or file, and the value) and what to do about it.
-`Choice` and `Stop` are no errors: a warning that tells what hamdist has chosen, where it was asked
-to; and how `on_progress` ends a run.
+`ChoiceWarning` and `Stop` are no errors: a warning that tells what hamdist has chosen, where it was
+asked to; and how `on_progress` ends a run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HamdistWarning(UserWarning):
     """What a run tells its user, also in `RunResult.warnings`: filter it by this class."""
 
 
-class Choice(HamdistWarning):
+class ChoiceWarning(HamdistWarning):
     """What hamdist has chosen where it was asked to (level 'auto'), and why."""
 
 

@@ -42,13 +42,13 @@ from harness.verdicts import backprop_rows, exchange_row, memory_row, rows
 from harness.works import Cycled, chain, mlp, pace
 from torch.nn.functional import cross_entropy
 
-from hamdist.runtime.placement.assign_hosts import Seat
+from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.ray_engine.session import Session
 from hamdist.study.sweep import run as grid_run
 from hamdist.study.sweep.run import check
 from hamdist.study.sweep.settings import Trains, load_study
-from hamdist.study.sweep.summary import Line
-from hamdist.study.sweep.work import Record
+from hamdist.study.sweep.summary import SummaryLine
+from hamdist.study.sweep.work import RunRecord
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 
@@ -300,7 +300,7 @@ class TestSides:
 
     def test_idle_actors_end(self, monkeypatch):
         session, ended = Session(), []
-        session.idle = [(Seat(), "a"), (Seat(cpus=2), "b")]
+        session.idle = [(ActorOptions(), "a"), (ActorOptions(cpus=2), "b")]
         monkeypatch.setattr("ray.kill", ended.append)
         fresh_actors(session)
         assert (session.idle, sorted(ended)) == ([], ["a", "b"])
@@ -400,7 +400,7 @@ class TestArguments:
 class TestLearning:
     def line(self, side, accuracy, gap, **more):
         kind = {"centralised": Trains.CENTRALISED, "frozen": Trains.FROZEN}
-        blank = Line(
+        blank = SummaryLine(
             side=side,
             trains=kind.get(side, Trains.LEVEL),
             memoryless=side in ("local", "heads"),
@@ -477,7 +477,7 @@ class TestLearning:
 
         def work(job):
             accuracy = 0.876 if job.trains is Trains.CENTRALISED else 0.875
-            return Record(
+            return RunRecord(
                 key=job.key,
                 trains=job.trains.value,
                 seed=job.settings.seed,

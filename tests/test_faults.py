@@ -34,7 +34,7 @@ from faults.trial import Trial, _wrong, trial
 from faults.watch import lost_seconds
 from safetensors.torch import save_file
 
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -253,7 +253,7 @@ def test_stress_names_the_first_signal_that_differs(session, monkeypatch, capsys
     """Of two runs, in the second of which the in-process engine's network gets another second
     item. (Its streams are drawn by actors: what is patched here is this process's alone.)"""
     file = tmp_path / "stress.json"
-    before, runs = Mailroom.post, []
+    before, runs = Mailbox.post, []
 
     def post(self, channel, signal):
         if channel.key.startswith("state u"):
@@ -262,7 +262,7 @@ def test_stress_names_the_first_signal_that_differs(session, monkeypatch, capsys
                 signal.payload = signal.payload + 1.0
         before(self, channel, signal)
 
-    monkeypatch.setattr(Mailroom, "post", post)
+    monkeypatch.setattr(Mailbox, "post", post)
     arguments = ["--runs", "2", "--load", "0", "--seed", "2", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["stress", *arguments])
     assert script("stress")["main"]() == 1

@@ -29,9 +29,9 @@ from hamdist.cli.process import replaced
 from hamdist.config import Level, Settings, read_settings
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.launch import driver
-from hamdist.launch.events import Ended, Reached
+from hamdist.launch.events import Ended, ResultValues
 from hamdist.launch.follow import Results, follow
-from hamdist.launch.package import Order, packed
+from hamdist.launch.package import JobSpec, packed
 from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
@@ -199,7 +199,7 @@ def test_every_level_is_written_by_every_command(level, tmp_path, monkeypatch, c
 
 def launch(path, capfd):
     """The driver of a launched run in this process, and the terminal that follows its log."""
-    order = Order(id="tiny-1", model=None, storage=None, most=2**20)
+    order = JobSpec(id="tiny-1", model=None, storage=None, most=2**20)
     own = read_settings(Path(path).read_text(), path)
     capfd.readouterr()
     with packed(own.for_level(own.level), order) as folder, pytest.MonkeyPatch.context() as patch:
@@ -210,7 +210,7 @@ def launch(path, capfd):
     events = list(follow(capfd.readouterr().out.splitlines(), results, lambda _: None))
     assert isinstance(events[-1], Ended)
     assert events[-1].code == 0
-    [reached] = [event for event in events if isinstance(event, Reached)]
+    [reached] = [event for event in events if isinstance(event, ResultValues)]
     assert reached.facts["items"].startswith("12 of 4 rows")
     return results.out
 
@@ -285,11 +285,11 @@ def test_progress_does_not_fall_while_an_actor_is_replaced():
     window = Window(0, 9, 10, 1.0, 1, 10)
     actor = SimpleNamespace(blocks=["a"], status=None, every=1, windows=[window])
     reached = iter([120, 0, 130])
-    crew = SimpleNamespace(actors=[actor], samples=lambda: next(reached))
+    worker_group = SimpleNamespace(actors=[actor], samples=lambda: next(reached))
     limits = SimpleNamespace(stall_warning=1.0, stall_limit=2.0)
-    plan = SimpleNamespace(engine=limits, keeping=None, steps=200, resumed=0)
+    plan = SimpleNamespace(engine=limits, snapshot_policy=None, steps=200, resumed=0)
     seen = []
-    watch = _Watch(plan, crew, seen.append)
+    watch = _Watch(plan, worker_group, seen.append)
     watch._report_progress()
     actor.every, actor.windows = None, []
     watch._report_progress()

@@ -36,9 +36,10 @@ from hamdist.errors import HamdistError, SettingsError
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
 
+    from hamdist.runtime.process.interrupts import OnProgress
     from hamdist.study.report.table import Table as StudyTable
-    from hamdist.study.run.compare import Planned
-    from hamdist.study.run.run import OnProgress, Run
+    from hamdist.study.run.compare import PlannedRun
+    from hamdist.study.run.run import Run
     from hamdist.study.shared.result_folder import ResultFolder
 
 # A narrower terminal gets the comparison as two tables: how well (so many columns), at what cost.
@@ -158,12 +159,12 @@ def _compare(
 
 
 def _titles(
-    display: Display, folder: ResultFolder, planned: list[Planned], batch: int | None
-) -> Callable[[Planned], OnProgress]:
+    display: Display, folder: ResultFolder, planned: list[PlannedRun], batch: int | None
+) -> Callable[[PlannedRun], OnProgress]:
     """For each planned run, what shows its progress."""
     numbers = {item: number for number, item in enumerate(planned, start=1)}
 
-    def watch(item: Planned) -> OnProgress:
+    def watch(item: PlannedRun) -> OnProgress:
         title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
         return folder.watch(item.name, item.seed, display.watch(title, batch))
 

@@ -12,11 +12,11 @@ from rich.live import Live
 from rich.text import Text
 
 from hamdist.cli.console import console
-from hamdist.errors import Choice
+from hamdist.errors import ChoiceWarning
 
 if TYPE_CHECKING:
+    from hamdist.runtime.process.interrupts import OnProgress
     from hamdist.runtime.results.result import Progress
-    from hamdist.study.run.run import OnProgress
 
 PLAIN_SECONDS = 5.0  # between two plain lines
 
@@ -80,7 +80,7 @@ def warning_at_once(say: Callable[[str], None]) -> Iterator[list[str]]:
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         said.append(str(message))
-        say(f"{'Note' if isinstance(message, Choice) else 'Warning'}: {message}")
+        say(f"{'Note' if isinstance(message, ChoiceWarning) else 'Warning'}: {message}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

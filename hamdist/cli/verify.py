@@ -18,7 +18,7 @@ from hamdist.errors import FAILED, SettingsError
 
 if TYPE_CHECKING:
     from hamdist.study.verify.oracles.check import Check
-    from hamdist.study.verify.runner import Row, Topic
+    from hamdist.study.verify.runner import Topic, VerifyRow
 
 ROWS = 4  # of the input of a model of one's own
 
@@ -92,14 +92,14 @@ def _own_model(
 ) -> Topic:
     from hamdist.models.build import load_factory
     from hamdist.study.verify.runner import own_model_topic
-    from hamdist.study.verify.topics.own_model import Own, parse_shape
+    from hamdist.study.verify.topics.own_model import VerifiedModel, parse_shape
 
     if input_shape is None:
         raise SettingsError(
             f"--model {name!r}: say what it takes as well, without the batch: --input-shape 3,28,28"
         )
     shape = parse_shape(input_shape)
-    return own_model_topic(Own(load_factory(name), name, shape, classes, batch, blocks))
+    return own_model_topic(VerifiedModel(load_factory(name), name, shape, classes, batch, blocks))
 
 
 def _prepare_file(path: Path | None) -> None:
@@ -118,7 +118,7 @@ def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
 
     begin = time.monotonic()
     out = console()
-    rows: list[Row] = []
+    rows: list[VerifyRow] = []
     status = out.status("") if out.is_terminal else None
     told = ""
 
@@ -145,7 +145,7 @@ def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
         raise typer.Exit(FAILED)
 
 
-def _print_row(out: Console, row: Row) -> None:
+def _print_row(out: Console, row: VerifyRow) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0), expand=True)
     table.add_column(width=4)
     table.add_column(ratio=3)

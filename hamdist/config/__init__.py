@@ -32,7 +32,7 @@ from hamdist.config.sections.engine import EngineSettings as EngineSettings
 from hamdist.config.sections.engine import Feedback as Feedback
 from hamdist.config.sections.engine import Pin as Pin
 from hamdist.config.sections.engine import Spread as Spread
-from hamdist.config.sections.engine import Step as Step
+from hamdist.config.sections.engine import StepKind as StepKind
 from hamdist.config.sections.engine import TransportKind as TransportKind
 from hamdist.config.sections.learning import AdaptiveSettings as AdaptiveSettings
 from hamdist.config.sections.learning import AverageSettings as AverageSettings
@@ -57,7 +57,7 @@ from hamdist.config.sections.locality import Speed as Speed
 from hamdist.config.sections.locality import TargetOf as TargetOf
 from hamdist.config.sections.locality import Update as Update
 from hamdist.config.sections.metrics import MetricsSettings as MetricsSettings
-from hamdist.config.sections.metrics import Record as Record
+from hamdist.config.sections.metrics import RecordedState as RecordedState
 from hamdist.config.sections.model import ModelKind as ModelKind
 from hamdist.config.sections.model import ModelSettings as ModelSettings
 from hamdist.config.sections.partition import CutBalance as CutBalance
@@ -71,16 +71,16 @@ from hamdist.config.sections.snapshots import SnapshotSettings as SnapshotSettin
 from hamdist.config.sections.stream import CanvasSettings as CanvasSettings
 from hamdist.config.sections.stream import CharacterSettings as CharacterSettings
 from hamdist.config.sections.stream import DriftSettings as DriftSettings
-from hamdist.config.sections.stream import Known as Known
+from hamdist.config.sections.stream import LabelledTokens as LabelledTokens
 from hamdist.config.sections.stream import Late as Late
 from hamdist.config.sections.stream import Motion as Motion
 from hamdist.config.sections.stream import PaceSettings as PaceSettings
-from hamdist.config.sections.stream import Part as Part
 from hamdist.config.sections.stream import SequenceSettings as SequenceSettings
 from hamdist.config.sections.stream import SignalKind as SignalKind
 from hamdist.config.sections.stream import SignalSettings as SignalSettings
 from hamdist.config.sections.stream import SmoothSettings as SmoothSettings
 from hamdist.config.sections.stream import Source as Source
+from hamdist.config.sections.stream import Split as Split
 from hamdist.config.sections.stream import StreamSettings as StreamSettings
 from hamdist.config.sections.stream import View as View
 from hamdist.config.settings import IGNORE_INDEX as IGNORE_INDEX

@@ -14,7 +14,7 @@ from hamdist.config.safe_yaml import MAX_NESTING, plain_values, read_yaml
 from hamdist.config.settings import Settings
 from hamdist.errors import SettingsError
 
-Kind = TypeVar("Kind", bound=BaseModel)
+SettingsModel = TypeVar("SettingsModel", bound=BaseModel)
 
 
 def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Settings:
@@ -38,7 +38,7 @@ def mapping(raw: object, origin: str, what: str = "settings") -> dict[str, Any]:
     return raw
 
 
-def checked(kind: type[Kind], raw: Mapping[str, Any], origin: str) -> Kind:
+def checked(kind: type[SettingsModel], raw: Mapping[str, Any], origin: str) -> SettingsModel:
     """`raw` as settings of `kind`. Raises SettingsError naming `origin`, and each wrong field."""
     try:
         return kind.model_validate(raw)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pydantic import ValidationError
 
 from hamdist.errors import ClusterError
-from hamdist.launch.doctor_report import Check, Findings, judged
-from hamdist.launch.events import Ended, Report, Said
+from hamdist.launch.doctor_report import DoctorCheck, Findings, judged
+from hamdist.launch.events import DoctorReport, Ended, WarningEvent
 from hamdist.launch.follow import Results, follow
 from hamdist.launch.host_facts import host_facts
 from hamdist.launch.jobs_api import Jobs
@@ -16,7 +16,7 @@ from hamdist.launch.ray_environment import missing_extras
 from hamdist.launch.submit import submit_checkup
 
 
-def checkup(jobs: Jobs | None, say: Callable[[str], None]) -> tuple[Findings, list[Check]]:
+def checkup(jobs: Jobs | None, say: Callable[[str], None]) -> tuple[Findings, list[DoctorCheck]]:
     """jobs: of the cluster; None: this host alone. say: told what happens meanwhile.
 
     Raises ClusterError where the cluster cannot be looked at at all.
@@ -27,13 +27,13 @@ def checkup(jobs: Jobs | None, say: Callable[[str], None]) -> tuple[Findings, li
     return found, judged(found, host_facts().versions)
 
 
-def this_host() -> tuple[Findings, list[Check]]:
+def this_host() -> tuple[Findings, list[DoctorCheck]]:
     found = Findings(hosts=[host_facts()], clocks=[(0.0, 0.0)])
     missing = missing_extras()
-    extras = Check("ok", "Ray's Jobs API: its packages are here")
+    extras = DoctorCheck("ok", "Ray's Jobs API: its packages are here")
     if missing:
         text = f"no {', '.join(missing)}: hamdist launch needs pip install 'hamdist[cluster]'"
-        extras = Check("warning", text)
+        extras = DoctorCheck("warning", text)
     return found, [*judged(found), extras]
 
 
@@ -42,9 +42,9 @@ def _cluster(jobs: Jobs, say: Callable[[str], None]) -> Findings:
     heard: list[str] = []
     say(f"Looking at all hosts ({name})")
     for event in follow(jobs.lines(name), Results(None), heard.append):
-        if isinstance(event, Said):
+        if isinstance(event, WarningEvent):
             say(f"Warning: {event.warning}")
-        elif isinstance(event, Report):
+        elif isinstance(event, DoctorReport):
             try:
                 return Findings.model_validate_json(event.report)
             except ValidationError as error:

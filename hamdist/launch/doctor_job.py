@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamdist.errors import FAILED, HamdistError
 from hamdist.launch.doctor_report import Findings, LinkFacts
-from hamdist.launch.events import Ended, Report, Said, Started, tell
+from hamdist.launch.events import DoctorReport, Ended, Started, WarningEvent, tell
 from hamdist.launch.host_facts import HostFacts, host_facts
 from hamdist.launch.package import read_order
 from hamdist.runtime.placement.assign_hosts import HostInfo
@@ -36,7 +36,7 @@ ALL_PAIRS = 6  # hosts; of more, each is measured with the next and with the hea
 THREADS = 64
 
 
-class Witness:
+class HostProbe:
     """Every method runs on the host that is looked at."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ def main() -> int:
         log_to_driver=False,
     )
     found = examine(hosts(), order.storage)
-    tell(Report(report=found.model_dump_json()))
+    tell(DoctorReport(report=found.model_dump_json()))
     tell(Ended(code=0))
     return 0
 
@@ -99,7 +99,9 @@ def examine(known: Sequence[HostInfo], storage: str | None = None) -> Findings:
             Path(storage).mkdir(parents=True, exist_ok=True)
             (Path(storage) / mark).write_bytes(b"head")
         except OSError as error:
-            tell(Said(warning=f"storage {storage!r} on the head: {error.strerror or error}"))
+            tell(
+                WarningEvent(warning=f"storage {storage!r} on the head: {error.strerror or error}")
+            )
     started = [(host, _start(host)) for host in known]
     try:
         return _found(started, storage, mark)
@@ -113,7 +115,7 @@ def examine(known: Sequence[HostInfo], storage: str | None = None) -> Findings:
 def _start(host: HostInfo) -> Any:
     where = NodeAffinitySchedulingStrategy(host.id, soft=False)
     options = {"num_cpus": 0, "max_concurrency": THREADS, "scheduling_strategy": where}
-    return ray.remote(Witness).options(**options).remote()
+    return ray.remote(HostProbe).options(**options).remote()
 
 
 def _found(

@@ -88,16 +88,16 @@ class Findings(BaseModel):
 
 
 @dataclass(frozen=True)
-class Check:
+class DoctorCheck:
     """One thing that was looked at. verdict: FAIL where a run would not work or not be the same."""
 
     verdict: Literal["ok", "warning", "FAIL"]
     text: str
 
 
-def judged(found: Findings, here: Mapping[str, str] | None = None) -> list[Check]:
+def judged(found: Findings, here: Mapping[str, str] | None = None) -> list[DoctorCheck]:
     """here: the versions of the terminal's own host, where that is none of the hosts."""
-    checks = [Check("FAIL", f"{name}: {why}") for name, why in found.unreached.items()]
+    checks = [DoctorCheck("FAIL", f"{name}: {why}") for name, why in found.unreached.items()]
     checks += _versions(found, here)
     checks += _arithmetic(found)
     for i, host in enumerate(found.hosts):
@@ -108,7 +108,7 @@ def judged(found: Findings, here: Mapping[str, str] | None = None) -> list[Check
     return checks
 
 
-def _versions(found: Findings, here: Mapping[str, str] | None) -> list[Check]:
+def _versions(found: Findings, here: Mapping[str, str] | None) -> list[DoctorCheck]:
     checks = []
     for package in SAME:
         known: dict[str, list[str]] = {}
@@ -118,15 +118,15 @@ def _versions(found: Findings, here: Mapping[str, str] | None) -> list[Check]:
             known.setdefault(here[package], []).append("this terminal")
         if len(known) > 1:
             who = "; ".join(f"{v}: {', '.join(names)}" for v, names in sorted(known.items()))
-            checks.append(Check("FAIL", f"{package} differs ({who}): install one version"))
+            checks.append(DoctorCheck("FAIL", f"{package} differs ({who}): install one version"))
     if not checks and found.hosts:
         own = found.hosts[0].versions
         text = ", ".join(f"{package} {own[package]}" for package in SAME)
-        checks.append(Check("ok", f"versions: {text}"))
+        checks.append(DoctorCheck("ok", f"versions: {text}"))
     return checks
 
 
-def _arithmetic(found: Findings) -> list[Check]:
+def _arithmetic(found: Findings) -> list[DoctorCheck]:
     """Which hosts compute the same bits, without C code where one has none: `_host` tells."""
     kinds: list[tuple[Arithmetic, list[str]]] = []
     for i, host in enumerate(found.hosts):
@@ -137,18 +137,18 @@ def _arithmetic(found: Findings) -> list[Check]:
         else:
             alike.append(found.name(i))
     if len(kinds) < 2:
-        return [Check("ok", f"equal bits: {kind}") for kind, _ in kinds]
+        return [DoctorCheck("ok", f"equal bits: {kind}") for kind, _ in kinds]
     (first, firsts), others = kinds[0], kinds[1:]
     told = [f"{', '.join(n)} on {k} ({', '.join(k.unlike(first))})" for k, n in others]
     text = f"other bits than {', '.join(firsts)} on {first}: {'; '.join(told)}"
-    return [Check("warning", f"{text}: engine.bits 'portable' makes x86 processors agree")]
+    return [DoctorCheck("warning", f"{text}: engine.bits 'portable' makes x86 processors agree")]
 
 
-def _host(name: str, host: HostFacts) -> list[Check]:
+def _host(name: str, host: HostFacts) -> list[DoctorCheck]:
     checks = []
     if host.promised > host.processors:
         checks.append(
-            Check(
+            DoctorCheck(
                 "warning",
                 f"{name}: Ray hands out {host.promised:g} CPUs, but there are {host.processors}: "
                 "actors will wait for each other (ray start --num-cpus)",
@@ -156,51 +156,55 @@ def _host(name: str, host: HostFacts) -> list[Check]:
         )
     if host.free < LEAST_FREE:
         text = f"{name}: {host.free / MIB:.0f} MiB of memory are free; an actor takes 170 to 300"
-        checks.append(Check("warning", text))
+        checks.append(DoctorCheck("warning", text))
     if host.shared is not None and host.shared < LEAST_SHARED:
         text = f"{name}: /dev/shm has {host.shared / MIB:.0f} MiB left; signals go through it"
-        checks.append(Check("warning", f"{text} (docker --shm-size, or an emptyDir in memory)"))
+        checks.append(
+            DoctorCheck("warning", f"{text} (docker --shm-size, or an emptyDir in memory)")
+        )
     if host.files < LEAST_FILES:
         text = f"{name}: a process may open {host.files} files; raise it (ulimit -n)"
-        checks.append(Check("warning", text))
+        checks.append(DoctorCheck("warning", text))
     if not host.native:
         text = f"{name}: hamdist's C code was not built (no C compiler?): batch 1 is slower"
-        checks.append(Check("warning", text))
+        checks.append(DoctorCheck("warning", text))
     if not checks:
         text = f"{name}: processors, memory, open files, C code"
-        checks.append(Check("ok", text))
+        checks.append(DoctorCheck("ok", text))
     if host.promised and not host.token:
         text = f"{name}: Ray asks for no token: whoever reaches its ports owns the host"
-        checks.append(Check("warning", text))
+        checks.append(DoctorCheck("warning", text))
     return checks
 
 
-def _clocks(found: Findings) -> list[Check]:
+def _clocks(found: Findings) -> list[DoctorCheck]:
     if len(found.clocks) < 2:
         return []
     wrong = [
-        Check("warning", f"{found.name(i)}: its clock is {offset:+.1f} s from the head's (ntp?)")
+        DoctorCheck(
+            "warning", f"{found.name(i)}: its clock is {offset:+.1f} s from the head's (ntp?)"
+        )
         for i, (offset, doubt) in enumerate(found.clocks)
         if abs(offset) - doubt > CLOCK_SECONDS
     ]
-    return wrong or [Check("ok", f"clocks agree within {CLOCK_SECONDS:g} s")]
+    return wrong or [DoctorCheck("ok", f"clocks agree within {CLOCK_SECONDS:g} s")]
 
 
-def _storage(found: Findings) -> list[Check]:
+def _storage(found: Findings) -> list[DoctorCheck]:
     named = [(i, host.storage) for i, host in enumerate(found.hosts) if host.storage is not None]
-    wrong = [Check("FAIL", f"{found.name(i)}: storage: {why}") for i, why in named if why]
+    wrong = [DoctorCheck("FAIL", f"{found.name(i)}: storage: {why}") for i, why in named if why]
     if named and not wrong:
-        return [Check("ok", "storage: every host reads and writes it")]
+        return [DoctorCheck("ok", "storage: every host reads and writes it")]
     return wrong
 
 
-def _links(found: Findings) -> list[Check]:
+def _links(found: Findings) -> list[DoctorCheck]:
     checks = []
     for link in found.links:
         ends = f"{found.name(link.first)} - {found.name(link.second)}"
         if link.error is not None:
             checks.append(
-                Check(
+                DoctorCheck(
                     "FAIL",
                     f"{ends}: no signal came through ({link.error}); hamdist needs the TCP ports "
                     "that the system hands out (net.ipv4.ip_local_port_range) open between hosts",
@@ -208,11 +212,11 @@ def _links(found: Findings) -> list[Check]:
             )
         elif link.seconds is not None and link.seconds > SLOW_SECONDS:
             text = f"{ends}: {1000 * link.seconds:.0f} ms a signal; partition.delays: auto hides it"
-            checks.append(Check("warning", text))
+            checks.append(DoctorCheck("warning", text))
     if found.links and not checks:
-        checks.append(Check("ok", f"links: {len(found.links)} measured"))
+        checks.append(DoctorCheck("ok", f"links: {len(found.links)} measured"))
     if found.skipped:
-        checks.append(Check("warning", f"{found.skipped} pairs of hosts were not measured"))
+        checks.append(DoctorCheck("warning", f"{found.skipped} pairs of hosts were not measured"))
     return checks
 
 

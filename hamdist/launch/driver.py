@@ -29,18 +29,18 @@ from hamdist.errors import (
     exit_code,
 )
 from hamdist.launch.events import (
+    DriverLost,
     Ended,
-    Kept,
-    Lost,
-    Pace,
-    Reached,
-    Said,
+    FilesStay,
+    ProgressPace,
+    ResultValues,
     Started,
+    WarningEvent,
     file_events,
     moved,
     tell,
 )
-from hamdist.launch.package import SETTINGS, Order, read_order
+from hamdist.launch.package import SETTINGS, JobSpec, read_order
 from hamdist.runtime.results.result import Progress
 from hamdist.study.shared.recipes import load_settings
 
@@ -101,10 +101,10 @@ def _run(folder: Path, lost: str | None) -> Ended:
         run.chosen = _as_given(run.chosen, given)
     with _Results(order) as results:
         save_run(results.path, run, model, _as_given(settings, given))
-        tell(Reached(title=run_title(run, settings.name), facts=run_facts(run)))
+        tell(ResultValues(title=run_title(run, settings.name), facts=run_facts(run)))
         for warning in dict.fromkeys(run.warnings):
             if warning != run.failure:
-                tell(Said(warning=warning))
+                tell(WarningEvent(warning=warning))
         results.handed_over = _hand_over(results.path, order)
     code = FAILED if run.failure is not None else INTERRUPTED if run.interrupted else 0
     if code == 0 and order.own_snapshots:
@@ -118,7 +118,7 @@ def _run(folder: Path, lost: str | None) -> Ended:
     )
 
 
-def _found_again(order: Order, lost: str) -> str | None:
+def _found_again(order: JobSpec, lost: str) -> str | None:
     """Where the run goes on after its driver was lost: from its own snapshots, else from where it
     began. Tells so."""
     from hamdist.runtime.storage.snapshot_files import complete, latest
@@ -134,9 +134,9 @@ def _found_again(order: Order, lost: str) -> str | None:
                 for folder in list(complete(storage(where))):
                     storage(where).remove(folder)
             continue
-        tell(Lost(signal=lost, tick=tick))
+        tell(DriverLost(signal=lost, tick=tick))
         return where
-    tell(Lost(signal=lost, tick=0))
+    tell(DriverLost(signal=lost, tick=0))
     return None
 
 
@@ -150,7 +150,7 @@ class _Results:
     """The folder that the results are written to: in the shared storage, or else a temporary one,
     which goes when all of it has been handed over."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: JobSpec) -> None:
         self._order = order
         self.path = Path()
         self.handed_over = False
@@ -172,12 +172,12 @@ class _Results:
     def __exit__(self, *_: object) -> None:
         largest = max((f.stat().st_size for f in _files(self.path)), default=0)
         if self._order.storage or largest > self._order.most or not self.handed_over:
-            tell(Kept(host=socket.gethostname(), folder=str(self.path)))
+            tell(FilesStay(host=socket.gethostname(), folder=str(self.path)))
         else:
             shutil.rmtree(self.path)
 
 
-def _hand_over(folder: Path, order: Order) -> bool:
+def _hand_over(folder: Path, order: JobSpec) -> bool:
     """Return whether all of it could be written into the log."""
     events = (event for path in _files(folder) for event in file_events(path, order.most))
     return all(tell(event) for event in events)
@@ -192,7 +192,7 @@ class _Teller:
     """Passes a run's progress on, less and less often; a phase of its start at once."""
 
     def __init__(self) -> None:
-        self._pace = Pace()
+        self._pace = ProgressPace()
         self._began = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
@@ -213,7 +213,7 @@ def _end_with_the_job() -> None:
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    tell(Said(warning=str(message)))
+    tell(WarningEvent(warning=str(message)))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from hamdist.launch.package import own_code
 from hamdist.launch.submit import NOTHING_KEPT, kept_at
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.placement.assign_blocks import by_parameters, place
-from hamdist.runtime.placement.assign_hosts import HostInfo, Seat, seats
-from hamdist.runtime.placement.requirements import demand
-from hamdist.runtime.plan.block_settings import wishes
+from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, options_of_actors
+from hamdist.runtime.placement.requirements import requirements
+from hamdist.runtime.plan.block_settings import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.train.train import plan_of
 from hamdist.streams import make_stream
@@ -25,12 +25,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class DryRun:
-    """hosts: of the cluster. actors: by process its blocks, its seat (None where the cluster cannot
-    give it) and the MiB of its weights and weight costates. missing: what keeps the run from
-    starting. notes: what is good to know."""
+    """hosts: of the cluster. actors: by process its blocks, its actor options (None where the
+    cluster cannot give it) and the MiB of its weights and weight costates. missing: what keeps the
+    run from starting. notes: what is good to know."""
 
     hosts: Sequence[HostInfo]
-    actors: Sequence[tuple[Sequence[str], Seat | None, float]]
+    actors: Sequence[tuple[Sequence[str], ActorOptions | None, float]]
     missing: Sequence[str]
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -43,12 +43,17 @@ class DryRun:
             for host in self.hosts
         ]
         actors = [["actor", "blocks", "host", "CPUs", "GPUs", "other resources", "weights, MiB"]]
-        for i, (blocks, seat, size) in enumerate(self.actors):
+        for i, (blocks, actor_options, size) in enumerate(self.actors):
             where = ["no room", "", "", ""]
-            if seat is not None:
+            if actor_options is not None:
                 free = "Ray decides" if len(self.hosts) > 1 else str(self.hosts[0])
-                host = free if seat.node is None else names[seat.node]
-                where = [host, f"{seat.cpus:g}", f"{seat.gpus:g}", _shown(dict(seat.resources))]
+                host = free if actor_options.node is None else names[actor_options.node]
+                where = [
+                    host,
+                    f"{actor_options.cpus:g}",
+                    f"{actor_options.gpus:g}",
+                    _shown(dict(actor_options.resources)),
+                ]
             actors.append([f"actor {i}", ", ".join(blocks), *where, f"{size:.1f}"])
         return {"Hosts": hosts, "Actors": actors}
 
@@ -75,28 +80,32 @@ def dry_run(
     cpus = int(sum(host.cpus for host in hosts))
     groups = place(plan.graph, plan.engine, max(1, cpus))
     missing = [] if hosts else ["the cluster has no host that is alive"]
-    found: Sequence[Seat | None] = [None] * len(groups)
+    found: Sequence[ActorOptions | None] = [None] * len(groups)
     try:
-        found = _seats(plan, groups, hosts)
+        found = _options_of_actors(plan, groups, hosts)
     except ClusterError as error:
         missing.append(str(error))
     work = dict(zip(plan.graph.blocks, by_parameters(plan.graph), strict=True))
     item = dtype.itemsize
     actors = [
-        (group, seat, sum(2 * (work[name] - 1) * item for name in group) / MIB)
-        for group, seat in zip(groups, found, strict=True)
+        (group, actor_options, sum(2 * (work[name] - 1) * item for name in group) / MIB)
+        for group, actor_options in zip(groups, found, strict=True)
     ]
     return DryRun(hosts, actors, missing, _notes(settings, named, cluster, plan, groups, hosts))
 
 
-def _seats(plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo]) -> list[Seat]:
-    asked = wishes(plan.graph, plan.engine)
+def _options_of_actors(
+    plan: Plan, groups: Sequence[Sequence[str]], hosts: Sequence[HostInfo]
+) -> list[ActorOptions]:
+    asked = block_settings(plan.graph, plan.engine)
     work = dict(zip(plan.graph.blocks, by_parameters(plan.graph), strict=True))
     busy = [sum(work[name] for name in group) for group in groups]
     spread = plan.engine.spread if len(hosts) > 1 else Spread.AUTO
     if spread is Spread.PROFILE:  # no host is measured here
         spread = Spread.PACKED
-    return seats([demand(g, asked, plan.engine) for g in groups], hosts, spread, busy)
+    return options_of_actors(
+        [requirements(g, asked, plan.engine) for g in groups], hosts, spread, busy
+    )
 
 
 def _notes(

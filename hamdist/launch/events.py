@@ -34,7 +34,7 @@ MOST_BLOCKS = 64
 
 # No path, no hidden file: a name comes from the cluster and becomes a file of the user's.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=200)]
-Size = Annotated[int, Field(ge=0)]
+ByteCount = Annotated[int, Field(ge=0)]
 
 
 class _Event(BaseModel):
@@ -49,7 +49,7 @@ class Started(_Event):
     batch: int | None
 
 
-class Lost(_Event):
+class DriverLost(_Event):
     """The driver before this one was ended by `signal`; the run goes on from `tick` (0: anew)."""
 
     event: Literal["lost"] = "lost"
@@ -57,7 +57,7 @@ class Lost(_Event):
     tick: int
 
 
-class Moved(_Event):
+class Progressed(_Event):
     """A `Progress`: windows are two, all but the last one joined, and the last; blocks: the first
     ones."""
 
@@ -65,12 +65,12 @@ class Moved(_Event):
     progress: Progress
 
 
-class Said(_Event):
+class WarningEvent(_Event):
     event: Literal["said"] = "said"
     warning: str
 
 
-class Reached(_Event):
+class ResultValues(_Event):
     """What a run reached, name by name."""
 
     event: Literal["reached"] = "reached"
@@ -83,17 +83,17 @@ class File(_Event):
 
     event: Literal["file"] = "file"
     name: FileName
-    size: Size
+    size: ByteCount
     sha256: str
     sent: bool = True
 
 
-class Part(_Event):
+class FileChunk(_Event):
     event: Literal["part"] = "part"
     data: str
 
 
-class Kept(_Event):
+class FilesStay(_Event):
     """Where on the cluster the files of the result stay."""
 
     event: Literal["kept"] = "kept"
@@ -101,7 +101,7 @@ class Kept(_Event):
     folder: str
 
 
-class Report(_Event):
+class DoctorReport(_Event):
     """What `hamdist doctor` found (JSON of its own)."""
 
     event: Literal["report"] = "report"
@@ -121,11 +121,22 @@ class Ended(_Event):
     resume: str | None = None
 
 
-Event = Started | Lost | Moved | Said | Reached | File | Part | Kept | Report | Ended
-_events: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+RunEvent = (
+    Started
+    | DriverLost
+    | Progressed
+    | WarningEvent
+    | ResultValues
+    | File
+    | FileChunk
+    | FilesStay
+    | DoctorReport
+    | Ended
+)
+_events: TypeAdapter[RunEvent] = TypeAdapter(Annotated[RunEvent, Field(discriminator="event")])
 
 
-def to_line(event: Event) -> str:
+def to_line(event: RunEvent) -> str:
     """ASCII, without the line's end."""
     return PREFIX + json.dumps(event.model_dump())
 
@@ -133,7 +144,7 @@ def to_line(event: Event) -> str:
 _cut = False  # whether the last line was not written to its end
 
 
-def tell(event: Event) -> bool:
+def tell(event: RunEvent) -> bool:
     """Write `event` into this process's log: one write, so that no other thread's output comes
     between.
 
@@ -150,7 +161,7 @@ def tell(event: Event) -> bool:
     return not _cut
 
 
-def from_line(line: str) -> tuple[str, Event | None]:
+def from_line(line: str) -> tuple[str, RunEvent | None]:
     """The text of a line, and the event behind it, if there is one that can be read."""
     text, found, own = line.partition(PREFIX)
     if not found:
@@ -161,16 +172,16 @@ def from_line(line: str) -> tuple[str, Event | None]:
         return line, None
 
 
-def moved(progress: Progress) -> Moved:
+def moved(progress: Progress) -> Progressed:
     windows = list(progress.windows)
     brief = windows[-1:]
     if len(windows) > 1:
         brief = [merge_windows(windows[:-1]), windows[-1]]
     blocks = progress.blocks[:MOST_BLOCKS]
-    return Moved(progress=replace(progress, windows=brief, blocks=blocks))
+    return Progressed(progress=replace(progress, windows=brief, blocks=blocks))
 
 
-class Pace:
+class ProgressPace:
     """Whether it is time to tell: see the top of this file."""
 
     def __init__(self) -> None:
@@ -184,14 +195,14 @@ class Pace:
         return True
 
 
-def file_events(path: Path, most: int) -> Iterator[Event]:
+def file_events(path: Path, most: int) -> Iterator[RunEvent]:
     """A file and its parts; without them where it has more than `most` bytes."""
     size = path.stat().st_size
     yield File(name=path.name, size=size, sha256=_digest(path), sent=size <= most)
     if size <= most:
         with path.open("rb") as file:
             while data := file.read(PART_BYTES):
-                yield Part(data=base64.b64encode(data).decode("ascii"))
+                yield FileChunk(data=base64.b64encode(data).decode("ascii"))
 
 
 def _digest(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hamdist.errors import ClusterError
-from hamdist.launch.events import Ended, Event, File, Kept, Lost, Part, from_line
+from hamdist.launch.events import DriverLost, Ended, File, FileChunk, FilesStay, RunEvent, from_line
 from hamdist.study.shared.result_folder import prepare_folder
 
 
@@ -27,15 +27,15 @@ class Results:
         self._got = 0
         self.written: list[str] = []
         self.left: list[File] = []
-        self.kept: Kept | None = None
+        self.kept: FilesStay | None = None
         if out is not None:
             prepare_folder(out)
 
-    def take(self, event: File | Part | Kept) -> None:
+    def take(self, event: File | FileChunk | FilesStay) -> None:
         """Raises ClusterError for a file that arrived damaged, or cannot be written."""
-        if isinstance(event, Kept):
+        if isinstance(event, FilesStay):
             self.kept = event
-        elif isinstance(event, Part):
+        elif isinstance(event, FileChunk):
             self._take_part(event)
         else:
             self._take_file(event)
@@ -53,7 +53,7 @@ class Results:
                 raise self._unwritable(error) from None
         self._finish()
 
-    def _take_part(self, event: Part) -> None:
+    def _take_part(self, event: FileChunk) -> None:
         if self._file is None:
             raise ClusterError("the run's log is damaged: a part of no file")
         try:
@@ -126,21 +126,23 @@ class Results:
         return self.out / f".{file.name}.part"
 
 
-def follow(lines: Iterable[str], results: Results, say: Callable[[str], None]) -> Iterator[Event]:
+def follow(
+    lines: Iterable[str], results: Results, say: Callable[[str], None]
+) -> Iterator[RunEvent]:
     """The events of a log that are not of files, until it ends. say: told what is plain text."""
     try:
         for line in lines:
             text, event = from_line(line)
             if text.strip():
                 say(text)
-            if isinstance(event, (File, Part, Kept)):
+            if isinstance(event, (File, FileChunk, FilesStay)):
                 results.take(event)
             elif isinstance(event, Ended):
                 results.close()
                 yield event
                 return
             elif event is not None:
-                if isinstance(event, Lost):
+                if isinstance(event, DriverLost):
                     results.discard()  # of a driver that was lost while it handed a file over
                 yield event
         results.close()

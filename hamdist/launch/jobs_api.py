@@ -40,7 +40,7 @@ _ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 
 @dataclass(frozen=True)
-class Job:
+class RayJob:
     """One run on the cluster. state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; began, ended:
     seconds since 1970, None where it has not."""
 
@@ -100,7 +100,7 @@ class Jobs:
             )
         return made
 
-    def find(self, name: str) -> Job:
+    def find(self, name: str) -> RayJob:
         """Raises ClusterError where the cluster knows no such job, or it is not of hamdist."""
         if not _ID.match(name):
             raise SettingsError(f"{name!r} is no id of a run (hamdist runs lists them)")
@@ -110,7 +110,7 @@ class Jobs:
             raise ClusterError(f"job {name!r} is none of hamdist's (hamdist runs lists those)")
         return job
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[RayJob]:
         """hamdist's jobs, the latest first."""
         with self._asking():
             found = [_job(details) for details in self._client.list_jobs()]
@@ -254,9 +254,9 @@ async def _ended(coming: asyncio.Task[str] | None, chunks: Any) -> None:
     await asyncio.gather(chunks.aclose(), return_exceptions=True)
 
 
-def _job(details: Any) -> Job:
+def _job(details: Any) -> RayJob:
     state = getattr(details.status, "value", details.status)
-    return Job(
+    return RayJob(
         id=details.submission_id or "",
         state=str(state),
         message=details.message or "",

@@ -42,7 +42,7 @@ ASK_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
-class Head:
+class LocalHead:
     """pid, born: the process and its start, in seconds since 1970; folder: Ray's files."""
 
     pid: int
@@ -85,7 +85,7 @@ def start(folder: Path, *, port: int, jobs_port: int, cpus: int | None) -> Path:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    head = Head(process.pid, psutil.Process(process.pid).create_time(), ray_folder)
+    head = LocalHead(process.pid, psutil.Process(process.pid).create_time(), ray_folder)
     (folder / HEAD).write_text(json.dumps(asdict(head)))
     try:
         _wait(process, f"http://{HERE}:{jobs_port}", folder / LOG)
@@ -121,9 +121,9 @@ def stop(folder: Path) -> bool:
     return found is not None
 
 
-def _read(folder: Path) -> Head | None:
+def _read(folder: Path) -> LocalHead | None:
     try:
-        return Head(**json.loads((folder / HEAD).read_text()))
+        return LocalHead(**json.loads((folder / HEAD).read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

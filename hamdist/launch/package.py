@@ -25,7 +25,7 @@ SNAPSHOTS = "snapshots"
 MOST_BYTES = 100 * 2**20
 
 
-class Order(BaseModel):
+class JobSpec(BaseModel):
     """What a job is to do. model, stream: 'package.module:function', code that travelled along or
     is installed there. storage: a folder that all hosts see, where the results stay. most: bytes of
     the largest file that travels back. snapshots: where the run keeps them; resume: those that it
@@ -69,7 +69,7 @@ def on_ray(settings: Settings) -> Settings:
 
 
 @contextmanager
-def packed(settings: Settings, order: Order) -> Iterator[Path]:
+def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
     """A folder with all of it, while inside. The modules of `order` have been imported."""
     with TemporaryDirectory(prefix="hd-parcel-") as name:
         folder = Path(name)
@@ -83,10 +83,10 @@ def packed(settings: Settings, order: Order) -> Iterator[Path]:
         yield folder
 
 
-def read_order(folder: Path) -> Order:
+def read_order(folder: Path) -> JobSpec:
     """Raises SettingsError where the folder is no parcel."""
     try:
-        return Order.model_validate_json((folder / ORDER).read_text("utf-8"))
+        return JobSpec.model_validate_json((folder / ORDER).read_text("utf-8"))
     except OSError as error:
         raise SettingsError(
             f"{str(folder / ORDER)!r} cannot be read ({error.strerror}): hamdist launch makes it"

@@ -9,7 +9,7 @@ from hamdist.config import Settings
 from hamdist.errors import SettingsError
 from hamdist.launch.cluster_file import ClusterSettings
 from hamdist.launch.jobs_api import Jobs
-from hamdist.launch.package import Order, named_there, packed, snapshots_in
+from hamdist.launch.package import JobSpec, named_there, packed, snapshots_in
 
 MIB = 2**20
 LONGEST = 40
@@ -85,14 +85,14 @@ def make_id(name: str) -> str:
     return f"{readable}-{secrets.token_hex(3)}"
 
 
-def _order(jobs: Jobs, name: str, model: str | None) -> Order:
+def _order(jobs: Jobs, name: str, model: str | None) -> JobSpec:
     cluster = jobs.cluster
     model = None if model is None else named_there(model)
-    return Order(id=name, model=model, storage=cluster.storage, most=cluster.fetch_mib * MIB)
+    return JobSpec(id=name, model=model, storage=cluster.storage, most=cluster.fetch_mib * MIB)
 
 
 def _submit(
-    jobs: Jobs, settings: Settings, order: Order, module: str, known: dict[str, str]
+    jobs: Jobs, settings: Settings, order: JobSpec, module: str, known: dict[str, str]
 ) -> str:
     command = f"exec {jobs.cluster.python} -m {module}"
     with packed(settings, order) as folder:

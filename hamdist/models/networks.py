@@ -189,7 +189,7 @@ class Recurrence(nn.Module):
         return states
 
 
-class Layer(nn.Module):
+class BlockLayer(nn.Module):
     """h' = h + alpha mix(LN(h)), which mixes tokens; h'' = h' + alpha mlp(LN(h')). h: (B, T, H)."""
 
     def __init__(self, mix: nn.Module, width: int, alpha: float) -> None:
@@ -337,7 +337,7 @@ def _layers(
     name: str, first: nn.Module, mixes: list[nn.Module], settings: ModelSettings, head: nn.Module
 ) -> nn.Sequential:
     alpha = 1 / math.sqrt(2 * settings.depth)
-    return _chain(name, first, [Layer(mix, settings.width, alpha) for mix in mixes], head)
+    return _chain(name, first, [BlockLayer(mix, settings.width, alpha) for mix in mixes], head)
 
 
 def _chain(name: str, first: nn.Module, layers: list[nn.Module], head: nn.Module) -> nn.Sequential:

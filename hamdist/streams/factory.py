@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hamdist.config import (
     CanvasSettings,
-    Known,
+    LabelledTokens,
     Late,
     PaceSettings,
-    Part,
     Source,
+    Split,
     StreamSettings,
     View,
 )
@@ -101,7 +101,7 @@ def _check_part(settings: StreamSettings) -> None:
         )
     tokens = settings.source is Source.SEQUENCES and settings.sequences.view is View.TOKENS
     none = tokens or settings.source in (Source.SIGNAL, Source.CHARACTERS)
-    if settings.evaluate is Part.VALIDATION and none:
+    if settings.evaluate is Split.VALIDATION and none:
         source = "sequences seen token by token" if tokens else settings.source.value
         raise SettingsError(
             f"stream.evaluate: {source} has no validation part; leave it out, or use another source"
@@ -178,7 +178,7 @@ def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
 def _texts(settings: StreamSettings, seed: int) -> tuple[Texts, Vocabulary]:
     own = settings.sequences
     texts, vocabulary = corpus(own.count, seed, settings.path, own.vocabulary)
-    if settings.evaluate is Part.VALIDATION:
+    if settings.evaluate is Split.VALIDATION:
         train, held = validation_items(list(texts.train))
         texts = replace(texts, train=train, held_out=held)
     return texts, vocabulary
@@ -192,7 +192,7 @@ def _sequences(settings: StreamSettings, seed: int) -> Stream:
         many = len(vocabulary)
         return ArrayStream(x, y, settings.batch, seed, classes=len(CLASSES), tokens=many)
     ids, labels = _cut(texts.train, vocabulary, own.length), classes_of(texts.train)
-    every = own.targets is Known.EVERY
+    every = own.targets is LabelledTokens.EVERY
     return TokenStream(
         ids,
         labels,
@@ -246,7 +246,7 @@ def _drift(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DriftStre
 
 
 def _data_set(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DataSet:
-    validation = settings.evaluate is Part.VALIDATION
+    validation = settings.evaluate is Split.VALIDATION
     if settings.source is Source.DIGITS:
         return digits(settings.batch, seed, dtype, validation=validation)
     if settings.source is Source.MNIST_1D:

@@ -114,6 +114,6 @@ def _name(process: psutil.Process) -> str:
     """'actor' for hamdist's; what Ray calls its own."""
     command = process.cmdline()
     if command and command[0].startswith("ray::"):
-        return "actor" if "HostActor" in command[0] else command[0]
+        return "actor" if "WorkerActor" in command[0] else command[0]
     script = next((word for word in command if word.endswith(".py")), None)
     return process.name() if script is None else os.path.basename(script)

@@ -21,7 +21,7 @@ from hamdist.dynamics.schedule.schedule import Event, Phase
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan, make_plan
@@ -180,15 +180,15 @@ class Network:
         self.stream = from_iterable(items)
         self.graph = graph.copy()
         self.plan: Plan = make_plan(self.graph, config, self.stream.spec)
-        self.mail = Mailroom({INPUT, *self.graph.blocks})
-        self.nodes = {name: make_node(self.plan, name, self.mail) for name in self.graph.blocks}
+        self.mailbox = Mailbox({INPUT, *self.graph.blocks})
+        self.nodes = {name: make_node(self.plan, name, self.mailbox) for name in self.graph.blocks}
 
     def run(
         self,
         before: Callable[[Watched, Event], None] | None = None,
         after: Callable[[Watched, Event], None] | None = None,
     ) -> Network:
-        source = SourceNode(self.plan, self.stream, self.mail)
+        source = SourceNode(self.plan, self.stream, self.mailbox)
         run_loop([source, *(Watched(n, before, after) for n in self.nodes.values())])
         return self
 

@@ -28,7 +28,7 @@ from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.schedule.schedule import PulseSchedule, Stamp
 from hamdist.runtime.nodes.factory import make_node
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.train.train import as_graph, train
 from hamdist.streams import from_iterable
@@ -179,7 +179,7 @@ def test_nothing_is_kept_before_the_first_block_that_learns():
     spec = SampleSpec((4, 5), F64, (4, 3), F64)
     given = settings("trace", loss="mse", partition={"cuts": ["2", "4", "6", "8", "10"]})
     plan = make_plan(as_graph(frozen(0, 1), given, spec, mse), given, spec)
-    kept = [make_node(plan, name, Mailroom(set())).block for name in plan.graph.blocks]
+    kept = [make_node(plan, name, Mailbox(set())).block for name in plan.graph.blocks]
     assert [isinstance(block, FrozenBlock) for block in kept] == [True, True, *[False] * 4]
     kept[0].forward(0, [torch.zeros(4, 5, dtype=F64)])  # type: ignore[call-arg]
     assert kept[0]._record is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dynamics.helpers import Network, mlp, relative, samples, settings
 
-from hamdist.dynamics.blocks.gate import Gate, Retrospect
+from hamdist.dynamics.blocks.gate import Gate, RetrospectiveInput
 from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import LevelError
 from hamdist.runtime.train.train import as_graph, train
@@ -139,12 +139,12 @@ def test_an_estimate_is_exact_where_the_input_moves_evenly():
     """For x_k = x_0 + k v the average lags by T - 1 ticks in the end, so x^ = x - d v."""
     start, v = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.5, -1.0]).double()
     for ticks, blend in [(4, 1.0), (6, 1.5), (8, 2.0)]:
-        retrospect = Retrospect(ticks, blend)
+        retrospect = RetrospectiveInput(ticks, blend)
         for k in range(400):
             (estimate,) = retrospect.estimate([start + k * v])
         torch.testing.assert_close(estimate, start + (399 - ticks) * v, rtol=1e-9, atol=1e-9)
     tokens = torch.tensor([1, 2])
-    assert Retrospect(4, 1.0).estimate([tokens])[0] is tokens
+    assert RetrospectiveInput(4, 1.0).estimate([tokens])[0] is tokens
 
 
 @pytest.mark.parametrize("lead", [0.5, 2.0])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.schedule.schedule import Phase
-from hamdist.dynamics.vjp.autograd import Record
+from hamdist.dynamics.vjp.autograd import ForwardRecord
 from hamdist.dynamics.vjp.closed import Steps
 from hamdist.errors import DivergedError
 from hamdist.runtime.nodes.hold import HoldNode
@@ -157,7 +157,7 @@ class Poison:
                 self._set(other, "_target", nan(other._target))
 
     def _signals(self, net: Network, read) -> None:
-        for number, queue in net.mail._queues.items():
+        for number, queue in net.mailbox._queues.items():
             poisoned = deque(
                 s
                 if s.payload is None or read.get(number) == s.stamp
@@ -187,19 +187,19 @@ def _output(node):
     return getattr(node.block, "output", None)
 
 
-def _nan_record(record: Record | Steps) -> Record | Steps:
+def _nan_record(record: ForwardRecord | Steps) -> ForwardRecord | Steps:
     if isinstance(record, Steps):
         kept = [[nan(k) if _is_real(k) else k for k in one] for one in record.kept]
         return replace(record, kept=kept, output=nan(record.output))
     leaves = [None if leaf is None else nan(leaf) for leaf in record.leaves]
-    return Record(leaves, [nan(t) for t in record.theta], nan(record.output), record.inputs)
+    return ForwardRecord(leaves, [nan(t) for t in record.theta], nan(record.output), record.inputs)
 
 
 def _is_real(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _held(record: Record | Steps) -> list[Tensor]:
+def _held(record: ForwardRecord | Steps) -> list[Tensor]:
     if isinstance(record, Steps):
         return [record.output, *(k for one in record.kept for k in one if _is_real(k))]
     return [record.output, *record.theta]
@@ -227,14 +227,14 @@ def same_bits(one: list[Tensor | None], two: list[Tensor | None]) -> bool:
 def history(net: Network, *, poisoned: bool) -> tuple[list, list]:
     """Per event: block, event, what the block holds then, what it sent; and how much was filled."""
     events, filled, sent = [], [], []
-    post = net.mail.post
+    post = net.mailbox.post
 
     def watch(channel, signal):
         payload = None if signal.payload is None else signal.payload.detach().clone()
         sent.append((channel.number, signal.stamp, signal.end, payload))
         post(channel, signal)
 
-    net.mail.post = watch
+    net.mailbox.post = watch
     poison = None
 
     def before(node, event):
@@ -317,7 +317,7 @@ def test_poison_in_what_a_block_reads_is_seen(case, kind):
         elif kind == "own trace":
             # autograd's graph holds what it saved; the record's own output stands for it
             record = node.block.trace[event.sample]
-            node.block.trace[event.sample] = Record(
+            node.block.trace[event.sample] = ForwardRecord(
                 record.leaves, record.theta, record.output * float("nan"), record.inputs
             )
         else:
@@ -326,7 +326,7 @@ def test_poison_in_what_a_block_reads_is_seen(case, kind):
                 "message": lambda: channels.messages[net.graph.out_of["b"][0].index],
                 "target": lambda: channels.targets["r"],
             }[kind]().number
-            queue = net.mail._queues[number]
+            queue = net.mailbox._queues[number]
             assert queue[0].stamp == named(net, node, event)[number]
             queue[0] = replace(queue[0], payload=nan(queue[0].payload))
 

@@ -12,7 +12,7 @@ from torch import nn
 from hamdist.config import AverageSettings
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.updates.average import Average
-from hamdist.dynamics.vjp.gradient import Column, Outer, Rows, norm_of
+from hamdist.dynamics.vjp.gradient import Column, Outer, TableRows, norm_of
 from hamdist.errors import LevelError
 from hamdist.runtime.train.train import as_graph, train
 from hamdist.streams import from_iterable
@@ -196,7 +196,7 @@ def test_inputs_that_are_not_known_are_told_of():
 def test_the_norm_of_factors(rows):
     z, x = noise(0, rows, 7), noise(1, rows, 9)
     index = torch.arange(rows) % 4
-    found = norm_of([Outer(z, x), Column(z), Rows(index, z, 5), noise(2, 3, 3)])
+    found = norm_of([Outer(z, x), Column(z), TableRows(index, z, 5), noise(2, 3, 3)])
     table = torch.zeros(5, 7, dtype=F64)
     for i, row in zip(index, z, strict=True):
         table[i] += row

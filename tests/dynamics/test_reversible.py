@@ -14,11 +14,11 @@ from hamdist.config import Grouping, ModelKind, ModelSettings, PartitionSettings
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.modules.reversible import (
     Coupling,
+    InversePass,
+    InvertibleMap,
     MeanHalf,
     Midpoint,
     MidpointStart,
-    Piece,
-    Rewinder,
     SecondHalf,
     Squeeze,
     ToPair,
@@ -104,7 +104,7 @@ def test_products_from_the_output_are_those_of_autograd(name):
     message = noise(4, *y.shape)
     expected = torch.autograd.grad(y, [x, *parameters], message, allow_unused=True)
     held = [y.detach().clone(), message]
-    back = Rewinder(pieces_of(module), parameters).back(held)
+    back = InversePass(pieces_of(module), parameters).back(held)
     assert not held
     torch.testing.assert_close(back.x, x.detach(), rtol=1e-12, atol=1e-12)
     for found, exact, like in zip([back.message, *back.g], expected, [x, *parameters], strict=True):
@@ -489,6 +489,6 @@ def test_models_are_their_formulas(kind):
     expected = norm(torch.cat([a, c], 1)) @ V + d
     torch.testing.assert_close(model(u), expected, rtol=1e-12, atol=1e-12)
     assert [bool(pieces_of(part)) for part in model] == [False, True, True, True, False]
-    assert all(isinstance(part, Piece) for part in list(model)[1:-1])
+    assert all(isinstance(part, InvertibleMap) for part in list(model)[1:-1])
     with pytest.raises(SettingsError, match=r"model\.depth.*at least 3 layers"):
         make_model(ModelSettings(kind=kind, depth=2), spec, seed=1, dtype=F64)

@@ -17,8 +17,8 @@ from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope
 from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import Cell
-from hamdist.dynamics.vjp.closed import ClosedCell, closed_cell
+from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.closed import ClosedFunction, closed_cell
 from hamdist.dynamics.vjp.gradient import all_dense, all_moved
 
 pytestmark = pytest.mark.skipif(not rows.built(), reason="hamdist was installed without its C code")
@@ -56,7 +56,7 @@ def test_two_layers(dtype, out, into, relu, wanted, bias):
     exact = [(w.double().clone(), None if b is None else b.double().clone(), r) for w, b, r in used]
     x, z = noise(5, into).to(dtype), noise(6, 5).to(dtype)
     inputs, outputs, ds, message = plain(exact, x.double(), z.double())
-    chain = rows.Rows.of(used)
+    chain = rows.NativeLayers.of(used)
     inner, y = torch.empty(chain.inner, dtype=dtype), torch.empty(1, 5, dtype=dtype)
     chain.forward(x, inner, y)
     got = [*chain.outputs(inner, 1), y]
@@ -89,7 +89,7 @@ def layer(out: int, into: int, *, shift: int = 0, dtype=torch.float32):
 
 def stepped(w: Tensor, x: Tensor, z: Tensor, limit: float = 1e12, rates: Tensor | None = None):
     """What one layer without bias and relu makes of x and z; its weights move at rate -0.5."""
-    chain = rows.Rows.of([(w, None, False)])
+    chain = rows.NativeLayers.of([(w, None, False)])
     y, d = torch.empty_like(z), torch.empty(chain.all, dtype=w.dtype)
     inner, m, to = torch.empty(1), torch.empty(chain.widest, dtype=w.dtype), torch.empty_like(x)
     chain.forward(x, inner, y)
@@ -225,12 +225,12 @@ CONSTANTS = {
 }
 
 
-def cells(make) -> tuple[ClosedCell, Cell]:
+def cells(make) -> tuple[ClosedFunction, LocalFunction]:
     torch.manual_seed(0)
     module = make()
     closed = closed_cell(copy.deepcopy(module), Combine.CONCAT, 0, 1, native=True)
     assert closed is not None
-    return closed, Cell(module, Combine.CONCAT, 0)
+    return closed, LocalFunction(module, Combine.CONCAT, 0)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -17,7 +17,7 @@ from hamdist.config import ModelSettings
 from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.modules.prenorm import PreNorm, stabilised
 from hamdist.dynamics.vjp.closed import closed_cell
-from hamdist.errors import Choice, GraphError, SettingsError
+from hamdist.errors import ChoiceWarning, GraphError, SettingsError
 from hamdist.models.build import make_model
 from hamdist.streams import from_iterable
 
@@ -152,7 +152,7 @@ def test_in_a_run_only_where_it_is_asked_for():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         result = hamdist.train(copy.deepcopy(model), items, asked)
-    assert any(isinstance(w.message, Choice) for w in told)
+    assert any(isinstance(w.message, ChoiceWarning) for w in told)
     assert sum(isinstance(m, PreNorm) for m in result.model.modules()) == 1
     assert len(result.blocks) == 3
     graph = hamdist.Graph([hamdist.BlockSpec("a", nn.Linear(6, 3).double(), ("u",), loss=abs)])

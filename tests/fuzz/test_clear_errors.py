@@ -21,9 +21,14 @@ from hamdist.config import Settings, read_settings
 from hamdist.dynamics.vjp.autograd import OwnGenerator
 from hamdist.errors import ClusterError, SettingsError, SnapshotError
 from hamdist.launch.driver import _hand_over, _Results
-from hamdist.launch.events import File, Kept, Said, from_line, tell
+from hamdist.launch.events import File, FilesStay, WarningEvent, from_line, tell
 from hamdist.launch.follow import Results
-from hamdist.runtime.storage.snapshot_files import Manifest, Part, read_manifest, settings_of
+from hamdist.runtime.storage.snapshot_files import (
+    Manifest,
+    SnapshotFile,
+    read_manifest,
+    settings_of,
+)
 from hamdist.study.shared.limits import check_time
 
 
@@ -123,7 +128,7 @@ MANIFEST = Manifest(
     format=1,
     tick=8,
     run="a",
-    parts={"block0": Part(file="block-0.1.safetensors", nbytes=3, sha256="00")},
+    parts={"block0": SnapshotFile(file="block-0.1.safetensors", nbytes=3, sha256="00")},
     settings={},
     network={},
     delays={},
@@ -157,11 +162,11 @@ def test_a_full_disk_of_the_log_ends_no_run(monkeypatch, capfd):
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", half)
-    assert not tell(Said(warning="lost"))
+    assert not tell(WarningEvent(warning="lost"))
     full.clear()
-    assert tell(Said(warning="written"))
+    assert tell(WarningEvent(warning="written"))
     read = [from_line(line)[1] for line in capfd.readouterr().out.splitlines()]
-    assert read == [None, Said(warning="written")]
+    assert read == [None, WarningEvent(warning="written")]
 
 
 @pytest.mark.parametrize("written", [True, False])
@@ -175,7 +180,7 @@ def test_results_that_the_log_did_not_take_stay(written, tmp_path, monkeypatch):
         (results.path / "summary.json").write_text("{}")
         results.handed_over = _hand_over(results.path, order)
     assert (tmp_path / "results" / "summary.json").exists() is not written
-    assert isinstance(said[-1], Kept) is not written
+    assert isinstance(said[-1], FilesStay) is not written
 
 
 def test_random_bytes_are_no_generator():

@@ -18,7 +18,7 @@ from hamdist.errors import WireError
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import APART, FORMAT, HEADER, MAGIC, Channel, Packer, Signal
 from hamdist.runtime.transport import shared_memory as shared
-from hamdist.runtime.transport.endpoint import Line, socket_folder
+from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
 
 RUN = 79
 CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4, slack=2, bundle=4)
@@ -164,7 +164,7 @@ def slotted(draw):
 )
 def test_packets_are_signals_or_refused(packets):
     """To the receiving end by shared memory, from a process of the same user."""
-    line = Line(RUN, threading.Event())
+    line = EndpointContext(RUN, threading.Event())
     before = len(os.listdir("/proc/self/fd"))
     receiver = shared.SharedReceiver(line, CHANNEL)
     line.abort.set()

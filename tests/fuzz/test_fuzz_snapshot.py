@@ -18,7 +18,7 @@ from hamdist.dynamics.vjp.gradient import Outer
 from hamdist.errors import SnapshotError
 from hamdist.runtime.storage.snapshot_files import (
     Manifest,
-    Part,
+    SnapshotFile,
     from_bytes,
     read_manifest,
     to_bytes,
@@ -44,7 +44,7 @@ MANIFEST = Manifest(
     format=1,
     tick=8,
     run="a",
-    parts={"block0": Part(file="block-0.1.safetensors", nbytes=3, sha256="00")},
+    parts={"block0": SnapshotFile(file="block-0.1.safetensors", nbytes=3, sha256="00")},
     settings={},
     network={},
     delays={},

@@ -106,9 +106,10 @@ class Job:
 
 @dataclass(eq=False)
 class _Machine:
-    """keeper: the process outside whose end ends the host; pid: its first process inside."""
+    """snapshot_writer: the process outside whose end ends the host; pid: its first process
+    inside."""
 
-    keeper: subprocess.Popen[bytes]
+    snapshot_writer: subprocess.Popen[bytes]
     pid: int
     ray: Job | None = None
     jobs: list[Job] = field(default_factory=list)
@@ -339,17 +340,19 @@ class Hosts:
 def _first(
     command: Sequence[str], name: str, shm: int, environment: Mapping[str, str]
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """A namespace's keeper, and the process id of first.py in it."""
-    keeper = subprocess.Popen(
+    """A namespace's snapshot writer, and the process id of first.py in it."""
+    snapshot_writer = subprocess.Popen(
         [*command, sys.executable, str(HERE / "first.py"), name, str(shm)],
         env=dict(environment),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    _await_up(keeper, name)
-    inner = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text().split()
-    return keeper, int(inner[0]) if "--fork" in command else keeper.pid
+    _await_up(snapshot_writer, name)
+    inner = (
+        Path(f"/proc/{snapshot_writer.pid}/task/{snapshot_writer.pid}/children").read_text().split()
+    )
+    return snapshot_writer, int(inner[0]) if "--fork" in command else snapshot_writer.pid
 
 
 def _wire(pid_a: int, name_a: str, pid_b: int, name_b: str) -> subprocess.Popen[bytes]:
@@ -379,7 +382,7 @@ def _listens(pid: int, port: int) -> bool:
 
 def _end(machine: _Machine) -> None:
     """Waits for the end of all that belongs to a machine, which it brings about."""
-    for process in (machine.keeper, machine.wire):
+    for process in (machine.snapshot_writer, machine.wire):
         if process is not None:
             process.communicate(timeout=START_SECONDS)  # closes its input
     for job in machine.jobs:

@@ -50,7 +50,7 @@ def test_a_lost_driver(three):
     assert found.wrong == ""
     assert found.drivers == 1
     assert 0 < found.seconds[0] < float("inf")
-    actors = [p for i in range(3) for p in three.processes(i) if "HostActor" in _command(p)]
+    actors = [p for i in range(3) for p in three.processes(i) if "WorkerActor" in _command(p)]
     assert not psutil.wait_procs(actors, timeout=GONE_SECONDS)[1]
 
 

@@ -21,18 +21,18 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch import local_cluster as one_host
 from hamdist.launch.cluster_file import ClusterSettings, find_cluster
-from hamdist.launch.doctor_job import Witness
+from hamdist.launch.doctor_job import HostProbe
 from hamdist.launch.doctor_report import Findings, LinkFacts, judged
 from hamdist.launch.dry_run import dry_run
 from hamdist.launch.events import (
     PART_BYTES,
+    DriverLost,
     Ended,
-    Kept,
-    Lost,
-    Moved,
-    Pace,
-    Said,
+    FilesStay,
+    Progressed,
+    ProgressPace,
     Started,
+    WarningEvent,
     file_events,
     from_line,
     moved,
@@ -40,7 +40,7 @@ from hamdist.launch.events import (
 )
 from hamdist.launch.follow import Results, follow
 from hamdist.launch.host_facts import host_facts, storage_fault
-from hamdist.launch.package import Order, named_there, on_ray, own_code, packed, read_order
+from hamdist.launch.package import JobSpec, named_there, on_ray, own_code, packed, read_order
 from hamdist.launch.submit import kept_at, make_id, resumed_from
 from hamdist.models.build import load_factory
 from hamdist.runtime.placement.assign_hosts import HostInfo
@@ -148,8 +148,8 @@ def test_events_survive_the_log():
         Started(title="a [b]: é", batch=8),
         moved(PROGRESS),
         moved(Progress(0.0, 0, None, [], [], phase="ray")),
-        Moved(progress=Progress(1.0, 1, 2, [Window(0, 0, 1, float("inf"), 0, 0)], [])),
-        Said(warning="line\nline"),
+        Progressed(progress=Progress(1.0, 1, 2, [Window(0, 0, 1, float("inf"), 0, 0)], [])),
+        WarningEvent(warning="line\nline"),
         Ended(code=1, error="e", details="d\nd"),
     ]
     for event in events:
@@ -180,7 +180,7 @@ def test_a_file_has_a_plain_name(name):
 
 def test_a_log_stays_small():
     """Two days of progress, asked four times a second: at most 2000 (1 + ln(T / 2000)) lines."""
-    pace = Pace()
+    pace = ProgressPace()
     told = [n / 4 for n in range(4 * 48 * 3600) if pace.due(n / 4)]
     assert 2000 < len(told) < 2000 * (1 + 4.5)
     assert told[:4] == [0, 1, 2, 3]
@@ -204,7 +204,7 @@ def test_files_arrive_as_they_were(result):
     results = Results(out)
     said: list[str] = []
     end = to_line(Ended(code=0))
-    lines = ["text", *lines_of(one, two), to_line(Kept(host="h", folder="/f")), end, "unread"]
+    lines = ["text", *lines_of(one, two), to_line(FilesStay(host="h", folder="/f")), end, "unread"]
     assert list(follow(lines, results, said.append)) == [Ended(code=0)]
     assert said == ["text"]
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
@@ -212,7 +212,7 @@ def test_files_arrive_as_they_were(result):
         "b.txt": b"",
     }
     assert results.written == ["a.bin", "b.txt"]
-    assert results.kept == Kept(host="h", folder="/f")
+    assert results.kept == FilesStay(host="h", folder="/f")
 
 
 def test_files_that_nobody_wants_pass(result):
@@ -226,7 +226,7 @@ def test_a_file_comes_again_from_the_next_driver(result):
     """The first one was lost in the midst of it, half a line written."""
     one, _, out = result
     once = lines_of(one)
-    lost = Lost(signal="SIGKILL", tick=7)
+    lost = DriverLost(signal="SIGKILL", tick=7)
     lines = [*once[:-1], once[-1][:40], "", to_line(lost), *once, to_line(Ended(code=0))]
     results = Results(out)
     assert list(follow(lines, results, print)) == [lost, Ended(code=0)]
@@ -299,7 +299,7 @@ def test_what_a_run_goes_on_from():
 
 
 def test_what_goes_on_from_a_run():
-    own = Order(id="x", model=None, storage="/s", most=5, snapshots="/s/x/snapshots")
+    own = JobSpec(id="x", model=None, storage="/s", most=5, snapshots="/s/x/snapshots")
     assert (own.own_snapshots, own.called) == (True, "x")
     other = own.model_copy(update={"snapshots": "/other"})
     assert (other.own_snapshots, other.called) == (False, "/other")
@@ -384,7 +384,7 @@ def test_a_driver_that_is_stopped_before_it_says_a_word():
 
 # -- the parcel ------------------------------------------------------------------------------------
 
-ORDER = Order(id="x", model=None, storage=None, most=5)
+ORDER = JobSpec(id="x", model=None, storage=None, most=5)
 
 
 def test_a_parcel_holds_the_settings_and_the_users_code(tmp_path, monkeypatch):
@@ -496,7 +496,7 @@ def work_out(hosts, **engine):
 
 def test_a_dry_run_says_who_goes_where():
     found = work_out([host(1), host(2)], actors=2, spread="spread")
-    assert [(list(blocks), seat.node) for blocks, seat, _ in found.actors] == [
+    assert [(list(blocks), actor_options.node) for blocks, actor_options, _ in found.actors] == [
         (["block0", "block1"], "id1"),
         (["block2", "block3"], "id2"),
     ]
@@ -519,7 +519,7 @@ def test_a_dry_run_says_who_goes_where():
 def test_a_dry_run_says_what_is_missing(hosts, engine, words):
     found = work_out(hosts, **engine)
     assert any(re.search(words, line) for line in found.missing)
-    assert all(seat is None for _, seat, _ in found.actors)
+    assert all(actor_options is None for _, actor_options, _ in found.actors)
 
 
 # -- doctor ----------------------------------------------------------------------------------------
@@ -594,7 +594,7 @@ def test_what_is_wrong_with_hosts(found, verdict, words):
 
 @pytest.mark.timeout(60)
 def test_links_are_measured_encrypted():
-    mine, other = Witness(), Witness()
+    mine, other = HostProbe(), HostProbe()
     there, back = Probe.channels(0)
     my_key, others_key = (witness.new_key(7, 0) for witness in (mine, other))
     addresses = other.open(0, there.number, f"tcp://127.0.0.1 {my_key}")

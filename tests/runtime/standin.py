@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hamdist.runtime.transport.gpu_ring import Unlent
+from hamdist.runtime.transport.gpu_ring import GpuMemoryError
 
 LIES = {
     "cannot be lent": "no memory of this kind is left",
@@ -36,7 +36,7 @@ class FileMemory:
 
     def lend(self, nbytes):
         if self._lie == "cannot be lent":
-            raise Unlent(LIES[self._lie])
+            raise GpuMemoryError(LIES[self._lie])
         path = self._folder / f"lent.{secrets.token_hex(8)}"
         path.write_bytes(bytes(nbytes))
         shared = torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
@@ -47,7 +47,7 @@ class FileMemory:
     def reach(self, handle):
         path = Path(handle.decode())
         if self._lie == "cannot be reached":
-            raise Unlent(LIES[self._lie])
+            raise GpuMemoryError(LIES[self._lie])
         if self._lie == "breaks":
             raise RuntimeError("an illegal access\nand its trace")
         nbytes = path.stat().st_size

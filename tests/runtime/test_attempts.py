@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hamdist.runtime.ray_engine.attempts import Attempts
+from hamdist.runtime.ray_engine.replacement import Attempts
 
 
 @pytest.mark.parametrize(

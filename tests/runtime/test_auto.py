@@ -12,13 +12,13 @@ from torch import nn
 import hamdist
 from hamdist.config import Level, Settings, read_settings
 from hamdist.dynamics.schedule.levels import make_locality
-from hamdist.errors import Choice, LevelError
-from hamdist.runtime.train.choose_level import Seen, chosen, looked_at
+from hamdist.errors import ChoiceWarning, LevelError
+from hamdist.runtime.train.choose_level import LevelFacts, chosen, looked_at
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 from hamdist.streams.replay import replays, samples_from
 
-pytestmark = pytest.mark.filterwarnings("ignore::hamdist.errors.Choice")
+pytestmark = pytest.mark.filterwarnings("ignore::hamdist.errors.ChoiceWarning")
 
 
 def pick(seen, **fields):
@@ -51,23 +51,23 @@ def pick(seen, **fields):
     ],
 )
 def test_levels(depth, frames, locality, level):
-    made = pick(Seen(depth, 32, frames), locality=locality)
+    made = pick(LevelFacts(depth, 32, frames), locality=locality)
     assert made.level.value == level
     make_locality(made.level, made.locality)  # the knobs go together
 
 
 def test_cycles_and_sequences():
-    assert pick(Seen(3, 4, 64.0, acyclic=False)).level is Level.LOCAL
-    assert pick(Seen(3, 4, 1.0, acyclic=False, ends=True)).level is Level.BPTT
+    assert pick(LevelFacts(3, 4, 64.0, acyclic=False)).level is Level.LOCAL
+    assert pick(LevelFacts(3, 4, 1.0, acyclic=False, ends=True)).level is Level.BPTT
 
 
 @pytest.mark.parametrize(("depth", "power"), [(4, 0.25), (9, 0.38), (19, 0.5), (60, 0.5)])
 def test_steps(depth, power):
-    made = pick(Seen(depth, 32, 1.0))
+    made = pick(LevelFacts(depth, 32, 1.0))
     assert make_locality(made.level, made.locality).delay_power == power
-    kept = pick(Seen(depth, 32, 1.0), locality={"delay_power": 0.7})
+    kept = pick(LevelFacts(depth, 32, 1.0), locality={"delay_power": 0.7})
     assert kept.locality.delay_power == 0.7
-    none = pick(Seen(depth, 32, 1.0), locality={"compensation": "none"})
+    none = pick(LevelFacts(depth, 32, 1.0), locality={"compensation": "none"})
     assert make_locality(none.level, none.locality).compensation == ()
 
 
@@ -85,7 +85,7 @@ def test_steps(depth, power):
     ],
 )
 def test_averaging(batch, fields, decay):
-    average = pick(Seen(4, batch, 1.0), **fields).learning.average
+    average = pick(LevelFacts(4, batch, 1.0), **fields).learning.average
     assert decay is None if average == "off" else average.decay == pytest.approx(decay)
 
 
@@ -97,7 +97,7 @@ levels:
   auto: {learning: {momentum: 0.5}}
 """
     own = read_settings(text, "here").for_level(Level.AUTO)
-    made, _ = chosen(own, Seen(4, 32, 1.0))
+    made, _ = chosen(own, LevelFacts(4, 32, 1.0))
     assert (made.level, made.learning.lr, made.learning.momentum) == (Level.TRACE, 0.3, 0.5)
     assert made.locality.delay_power == 0.7
 
@@ -114,7 +114,7 @@ def test_a_run_is_that_of_the_settings_it_chose(source):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         found = train(chain(), source(90), own)
-    said = [str(w.message) for w in told if isinstance(w.message, Choice)]
+    said = [str(w.message) for w in told if isinstance(w.message, ChoiceWarning)]
     assert [f"auto: {reason}" for reason in found.why] == said
     assert found.chosen.level is Level.TRACE
     assert found.samples == 80
@@ -125,16 +125,16 @@ def test_a_smooth_stream_and_one_block():
     u, y = torch.randn(8, 4, 6), torch.randint(3, (8, 4))
     slow = [((1 - t / 16) * u[n] + t / 16 * u[n + 1], y[n]) for n in range(7) for t in range(16)]
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    with pytest.warns(Choice, match="level 'local'"):
+    with pytest.warns(ChoiceWarning, match="level 'local'"):
         result = hamdist.train(model, slow, level="auto", classes=3)
     assert result.chosen.level is Level.LOCAL
-    with pytest.warns(Choice, match="level 'backprop'"):
+    with pytest.warns(ChoiceWarning, match="level 'backprop'"):
         result = hamdist.train(nn.Sequential(nn.Linear(6, 3)), slow, level="auto", classes=3)
     assert result.chosen.level is Level.BACKPROP
 
 
 def test_a_graph_with_cycles():
-    with pytest.warns(Choice, match="cycles"):
+    with pytest.warns(ChoiceWarning, match="cycles"):
         result = train(cycle_graph(), PortableStream(30), Settings(level="auto"))
     assert result.chosen.level is Level.LOCAL
 

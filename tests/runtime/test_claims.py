@@ -15,7 +15,7 @@ from runtime.test_engines_equal import assert_equal, settings
 from torch import nn
 
 from hamdist.dynamics.graph.merged import merged_module
-from hamdist.errors import Choice, SnapshotError
+from hamdist.errors import ChoiceWarning, SnapshotError
 from hamdist.runtime.storage import claims
 from hamdist.runtime.storage.claims import NAME, claimed
 from hamdist.runtime.train.train import train
@@ -86,7 +86,9 @@ def test_what_is_no_claim_is_overwritten(tmp_path):
 
 def test_a_run_that_goes_on_says_from_what(tmp_path):
     first = run(tmp_path / "a")
-    with pytest.warns(Choice, match=r"going on from .*tick-\d{12}: run [0-9a-f]{16}, .* at 20..-"):
+    with pytest.warns(
+        ChoiceWarning, match=r"going on from .*tick-\d{12}: run [0-9a-f]{16}, .* at 20..-"
+    ):
         on = run(tmp_path / "b", resume=tmp_path / "a")
     assert_equal(first, on)
 
@@ -112,7 +114,7 @@ class Portable:
         return self._inner.samples()
 
 
-@pytest.mark.filterwarnings("ignore::hamdist.errors.Choice")
+@pytest.mark.filterwarnings("ignore::hamdist.errors.ChoiceWarning")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_another_stream_is_warned_of(tmp_path, seed):
     def model():

@@ -17,14 +17,14 @@ from runtime.test_engines_equal import assert_equal
 from hamdist.config import EngineSettings, Settings
 from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.advice.advice import open_wires
+from hamdist.runtime.advice.advice import open_endpoints
 from hamdist.runtime.engines.message_limits import message_bytes
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.train.train import train
 from hamdist.runtime.transport.encryption import Keys, new_keys, split_key
-from hamdist.runtime.transport.transport import Wires
+from hamdist.runtime.transport.transport import Endpoints
 from hamdist.streams import from_iterable
 
 RUN = 78
@@ -41,12 +41,12 @@ def ends():
 
     def make():
         keys = new_keys()
-        opened.append((Wires(RUN, threading.Event(), keys=keys), keys))
+        opened.append((Endpoints(RUN, threading.Event(), keys=keys), keys))
         return opened[-1]
 
     yield make
-    for wires, _ in opened:
-        wires.close()
+    for endpoints, _ in opened:
+        endpoints.close()
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_a_frame_beyond_the_limit_is_not_taken(ends):
 
 def test_an_end_without_keys_is_told_so(ends):
     _, known = ends()
-    bare = Wires(RUN, threading.Event())
+    bare = Endpoints(RUN, threading.Event())
     with pytest.raises(ClusterError, match="this process has none"):
         bare.bind(CHANNEL, f"tcp://127.0.0.1 {known.public}")
     with pytest.raises(ClusterError, match="asks for a key, and this process has none"):
@@ -264,7 +264,7 @@ def test_bounds_follow_from_the_plan():
     ],
 )
 def test_off_warns_where_something_is_open(engine, told):
-    found = open_wires(EngineSettings.model_validate({"kind": "ray", **engine}))
+    found = open_endpoints(EngineSettings.model_validate({"kind": "ray", **engine}))
     assert bool(found) is told
     assert not told or "engine.encryption 'off'" in found[0]
 
@@ -273,7 +273,7 @@ def ports_of_actors():
     """Where the actors of this process's Ray listen for signals: (address, port)."""
     found = set()
     for process in psutil.Process().children(recursive=True):
-        if "HostActor" in " ".join(process.cmdline()):
+        if "WorkerActor" in " ".join(process.cmdline()):
             for one in process.net_connections("tcp"):
                 if one.status == psutil.CONN_LISTEN and one.laddr.ip == "127.0.0.1":
                     found.add(one.laddr.port)

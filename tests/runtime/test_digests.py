@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from hamdist.cli import app
 from hamdist.dynamics.schedule.schedule import Stamp
 from hamdist.errors import SettingsError
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.results.digests import MOST_MARKS, DigestTrack
 from hamdist.runtime.signals.signal import Signal
 from hamdist.runtime.train.train import train
@@ -96,7 +96,7 @@ def test_the_first_signal_that_differs_is_named(monkeypatch, where):
     """One number of one signal is changed at tick 13, before it is hashed by its sender; or between
     its sender and its receiver, as a bad transport would do."""
     whole = run()
-    before = Mailroom.post
+    before = Mailbox.post
 
     def post(self, channel, signal):
         hits = channel.key == "message block2->block3" and signal.stamp.tick == 13
@@ -106,7 +106,7 @@ def test_the_first_signal_that_differs_is_named(monkeypatch, where):
         if hits and where == "take":
             signal.payload = signal.payload + 1e-3
 
-    monkeypatch.setattr(Mailroom, "post", post)
+    monkeypatch.setattr(Mailbox, "post", post)
     first, *more = partings(whole.digests, run().digests)
     kind = "sent" if where == "post" else "taken"
     assert first == Parting(kind, "message block2->block3", 12, 13)

@@ -25,7 +25,7 @@ from torch import nn
 
 from hamdist.config import EngineSettings, Settings
 from hamdist.errors import BlockError, ClusterError, SettingsError, StallError, StreamError
-from hamdist.runtime.ray_engine.worker_group import Crew
+from hamdist.runtime.ray_engine.worker_group import WorkerGroup
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
@@ -68,7 +68,7 @@ def _alive_workers():
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "ray::HostActor" in " ".join(process.cmdline()):
+            if "ray::WorkerActor" in " ".join(process.cmdline()):
                 found.append(process.pid)
         except psutil.NoSuchProcess:
             continue
@@ -198,14 +198,14 @@ def test_a_slow_warning_is_no_error(session, leaves_no_socket):
 
 
 class SlowOnce(nn.Module):
-    """Waits 2 s in its tenth forward pass: a wait for an event that nobody sets."""
+    """Waits 1 s in its tenth forward pass: a wait for an event that nobody sets."""
 
     calls = 0
 
     def forward(self, x):
         self.calls += x.device.type != "meta"
         if self.calls == 10:
-            threading.Event().wait(2)
+            threading.Event().wait(1)
         return x
 
 
@@ -265,7 +265,7 @@ def test_an_idle_actor_that_died_is_replaced(session, leaves_no_socket):
 
 def test_a_call_that_comes_late_is_not_the_next_runs(leaves_nothing, monkeypatch):
     """Calls that nobody waits for are made when the actors have another run already."""
-    before = Crew.start
+    before = WorkerGroup.start
 
     def start(self):
         before(self)
@@ -273,18 +273,18 @@ def test_a_call_that_comes_late_is_not_the_next_runs(leaves_nothing, monkeypatch
             actor.handle.abort.remote(self.plan.run - 1)
             actor.handle.stop_stream.remote(self.plan.run - 1)
 
-    monkeypatch.setattr(Crew, "start", start)
+    monkeypatch.setattr(WorkerGroup, "start", start)
     assert train(chain(), PortableStream(200), settings()).samples == 200
 
 
 def test_what_nobody_has_called_off_has_not_ended_well(leaves_nothing, monkeypatch):
-    before = Crew.start
+    before = WorkerGroup.start
 
     def start(self):
         before(self)
         for actor in self.actors:
             actor.handle.abort.remote(self.plan.run)
 
-    monkeypatch.setattr(Crew, "start", start)
+    monkeypatch.setattr(WorkerGroup, "start", start)
     with pytest.raises(ClusterError, match="ended before its time: it was called off by nobody"):
         train(chain(), EndlessStream(), settings(actors=3))

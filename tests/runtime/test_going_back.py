@@ -14,8 +14,8 @@ from runtime.test_engines_equal import settings
 from runtime.test_recovery import ITEMS, Once, both, cut, in_an_actor, net
 
 from hamdist.errors import SnapshotError
-from hamdist.runtime.ray_engine.replacement import Recovery
-from hamdist.runtime.snapshots.catalogue import Shelf
+from hamdist.runtime.ray_engine.replacement import Replacement
+from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
@@ -65,12 +65,12 @@ def damaged(monkeypatch):
     named = []
 
     def when_lost(block, how):
-        owner, name = (Shelf, "go_back") if how == "late" else (Recovery, "replace")
+        owner, name = (SnapshotCatalogue, "go_back") if how == "late" else (Replacement, "replace")
         before = getattr(owner, name)
 
         def with_damage(one, those):
-            shelf = one if how == "late" else one._shelf
-            latest = shelf.latest
+            catalogue = one if how == "late" else one._catalogue
+            latest = catalogue.latest
             found = before(one, those) if how == "late" else None
             if not named:
                 named.extend([damage(latest, block, how), latest.tick])
@@ -89,7 +89,6 @@ def damaged(monkeypatch):
         ("local", 0, "file"),
         ("trace", 0, "folder"),
         ("trace", 4, "all"),
-        ("local", 2, "all"),
         ("local", 2, "late"),
     ],
 )

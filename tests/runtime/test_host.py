@@ -12,7 +12,7 @@ from torch import nn
 from hamdist.config import Settings
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.objective.prequential import Prequential
-from hamdist.runtime.engines.worker import Host
+from hamdist.runtime.engines.worker import Worker
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.train.train import as_graph
 from hamdist.streams import Sample, SampleSpec
@@ -53,9 +53,9 @@ def hosts(source, steps, queue=4, level="trace"):
     graph = as_graph(model, settings, source.spec, cross_entropy)
     plan = make_plan(graph, settings, source.spec)
     made = {
-        "u": Host(plan, [], source),
-        "block0": Host(plan, ["block0"], None),
-        "block1": Host(plan, ["block1"], None),
+        "u": Worker(plan, [], source),
+        "block0": Worker(plan, ["block0"], None),
+        "block1": Worker(plan, ["block1"], None),
     }
     addresses = {}
     for name, host in made.items():
@@ -129,23 +129,23 @@ def test_traces_hold_what_the_schedule_says():
 
     from hamdist.runtime.nodes.factory import make_node
     from hamdist.runtime.nodes.loop import run_loop
-    from hamdist.runtime.nodes.mailbox import Mailroom
+    from hamdist.runtime.nodes.mailbox import Mailbox
     from hamdist.runtime.nodes.source import SourceNode
 
     source = stream(60)
     settings = Settings.model_validate({"level": "trace"})
     plan = make_plan(as_graph(chain(), settings, source.spec, cross_entropy), settings, source.spec)
-    mail = Mailroom({"u", *plan.graph.blocks})
-    nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
+    mailbox = Mailbox({"u", *plan.graph.blocks})
+    nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
     most = dict.fromkeys(plan.graph.blocks, 0)
 
     def between():
         for node in nodes:
             most[node.name] = max(most[node.name], len(getattr(node.block, "trace", ())))
 
-    run_loop([SourceNode(plan, source, mail), *nodes], between)
+    run_loop([SourceNode(plan, source, mailbox), *nodes], between)
     assert most == {"block0": 9, "block1": 7, "block2": 5, "block3": 3, "block4": 0}
-    assert all(not queue for queue in mail._queues.values() if queue and not queue[0].end)
+    assert all(not queue for queue in mailbox._queues.values() if queue and not queue[0].end)
 
 
 def test_windows_of_an_endless_stream_are_joined():

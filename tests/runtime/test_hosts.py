@@ -14,9 +14,14 @@ from runtime.test_placement import graph
 from hamdist.config import BlockEngineSettings, EngineSettings, Settings, Spread
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.placement.assign_blocks import Costs, place
-from hamdist.runtime.placement.assign_hosts import HostInfo, Seat, reseated, seats
-from hamdist.runtime.placement.requirements import Demand, demand
-from hamdist.runtime.plan.block_settings import wishes
+from hamdist.runtime.placement.assign_hosts import (
+    ActorOptions,
+    HostInfo,
+    options_of_actors,
+    reseated,
+)
+from hamdist.runtime.placement.requirements import ActorRequirements, requirements
+from hamdist.runtime.plan.block_settings import block_settings
 from hamdist.runtime.train.train import train
 
 
@@ -30,12 +35,21 @@ THREE = [host(1), host(2), host(3)]
 
 def asks(*wanted):
     """Demands from what differs from an actor that asks for nothing."""
-    return [Demand(**{"blocks": (f"b{i}",), **one}) for i, one in enumerate(wanted)]
+    return [ActorRequirements(**{"blocks": (f"b{i}",), **one}) for i, one in enumerate(wanted)]
 
 
-def nodes(spread, demands, hosts, **more):
-    found = seats(demands, hosts, Spread(spread), more.pop("busy", [1.0] * len(demands)), **more)
-    return [None if seat.node is None else int(seat.node[2:]) for seat in found]
+def nodes(spread, requests, hosts, **more):
+    found = options_of_actors(
+        requests,
+        hosts,
+        Spread(spread),
+        more.pop("busy", [1.0] * len(requests)),
+        **more,
+    )
+    return [
+        None if actor_options.node is None else int(actor_options.node[2:])
+        for actor_options in found
+    ]
 
 
 @pytest.mark.parametrize(
@@ -56,30 +70,35 @@ def test_actors_that_ask_for_nothing(spread, actors, hosts, expected):
 
 
 @pytest.mark.parametrize(
-    ("seat", "was", "there", "expected"),
+    ("actor_options", "was", "there", "expected"),
     [
-        (Seat(node="id1"), "id1", THREE, "id1"),
-        (Seat(node=None), "id1", THREE, None),  # Ray decides again
-        (Seat(node="id1"), "id1", THREE[1:], "id3"),  # id2 is full
-        (Seat(node=None), "id1", THREE[1:], "id3"),
-        (Seat(cpus=2.0, node="id1"), "id1", THREE[1:], None),  # no room is left: Ray waits for it
+        (ActorOptions(node="id1"), "id1", THREE, "id1"),
+        (ActorOptions(node=None), "id1", THREE, None),  # Ray decides again
+        (ActorOptions(node="id1"), "id1", THREE[1:], "id3"),  # id2 is full
+        (ActorOptions(node=None), "id1", THREE[1:], "id3"),
         (
-            Seat(resources=(("disk", 1.0),), node="id1"),
+            ActorOptions(cpus=2.0, node="id1"),
+            "id1",
+            THREE[1:],
+            None,
+        ),  # no room is left: Ray waits for it
+        (
+            ActorOptions(resources=(("disk", 1.0),), node="id1"),
             "id1",
             [host(2, 9), host(3, disk=1.0)],
             "id3",
         ),
-        (Seat(node="id1"), "id1", [], None),
+        (ActorOptions(node="id1"), "id1", [], None),
     ],
 )
-def test_a_lost_actor_goes_where_there_is_room(seat, was, there, expected):
+def test_a_lost_actor_goes_where_there_is_room(actor_options, was, there, expected):
     """Hosts of 2 processors, of which two actors have those of id2, and one has one of id3."""
-    taken = [("id2", Seat()), ("id2", Seat()), ("id3", Seat(node="id3"))]
-    assert reseated(seat, was, there, taken) == seat.on(expected)
+    taken = [("id2", ActorOptions()), ("id2", ActorOptions()), ("id3", ActorOptions(node="id3"))]
+    assert reseated(actor_options, was, there, taken) == actor_options.on(expected)
 
 
 def test_what_is_asked_for_is_reserved():
-    demands = asks(
+    requests = asks(
         {"cpus": 2.0},
         {"host": "10.0.0.3", "resources": {"disk": 0.5}},
         {"gpus": 0.5},
@@ -87,14 +106,14 @@ def test_what_is_asked_for_is_reserved():
         {},
     )
     hosts = [host(1), host(2, 4, 1), host(3, 1, 0, disk=1.0)]
-    assert seats(demands, hosts, Spread.PACKED, [1] * 5) == [
-        Seat(2, 0, (), "id1"),
-        Seat(1, 0, (("disk", 0.5),), "id3"),
-        Seat(1, 0.5, (), "id2"),
-        Seat(1, 0.5, (), "id2"),
-        Seat(1, 0, (), "id2"),
+    assert options_of_actors(requests, hosts, Spread.PACKED, [1] * 5) == [
+        ActorOptions(2, 0, (), "id1"),
+        ActorOptions(1, 0, (("disk", 0.5),), "id3"),
+        ActorOptions(1, 0.5, (), "id2"),
+        ActorOptions(1, 0.5, (), "id2"),
+        ActorOptions(1, 0, (), "id2"),
     ]
-    assert nodes("auto", demands, hosts) == [None, 3, None, None, None]
+    assert nodes("auto", requests, hosts) == [None, 3, None, None, None]
 
 
 @pytest.mark.parametrize("word", ["id2", "10.0.0.2", "h2", "fast", "rack7"])
@@ -116,8 +135,8 @@ def test_what_a_host_is_called(word):
 )
 def test_blocks_on_cuda_share_the_gpus_evenly(gpus, actors, share):
     hosts = [host(i, 8, n) for i, n in enumerate(gpus)]
-    found = seats(asks(*[{"gpus": 0.0}] * actors), hosts, Spread.PACKED, [1] * actors)
-    assert [seat.gpus for seat in found] == [share] * actors
+    found = options_of_actors(asks(*[{"gpus": 0.0}] * actors), hosts, Spread.PACKED, [1] * actors)
+    assert [actor_options.gpus for actor_options in found] == [share] * actors
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -142,7 +161,7 @@ def test_hosts_that_are_alike_are_filled_in_order():
 
 
 @pytest.mark.parametrize(
-    ("demands", "hosts", "words"),
+    ("requests", "hosts", "words"),
     [
         (
             [{"host": "h9"}],
@@ -174,9 +193,9 @@ def test_hosts_that_are_alike_are_filled_in_order():
         ),
     ],
 )
-def test_what_the_cluster_does_not_have(demands, hosts, words):
+def test_what_the_cluster_does_not_have(requests, hosts, words):
     with pytest.raises(ClusterError, match=words):
-        seats(asks(*demands), hosts, Spread.PACKED, [1] * len(demands))
+        options_of_actors(asks(*requests), hosts, Spread.PACKED, [1] * len(requests))
 
 
 def engine(blocks, **fields):
@@ -191,15 +210,17 @@ def test_what_an_actor_asks_for_is_what_its_blocks_do():
             "b2": {"cpus": 2, "resources": {"disk": 1, "net": 2}, "device": "cuda"},
         }
     )
-    asked = wishes(graph(2, 2, 2, 2), own)
+    asked = block_settings(graph(2, 2, 2, 2), own)
     assert asked["b3"] == BlockEngineSettings()
-    assert demand(["b0", "b1", "b2"], asked, own) == Demand(
+    assert requirements(["b0", "b1", "b2"], asked, own) == ActorRequirements(
         "h1", 2, 0.5, {"disk": 1, "net": 2}, ("b0", "b1", "b2")
     )
-    assert demand(["b1"], asked, own) == Demand(None, 1, None, {"disk": 1}, ("b1",))
-    assert demand(["b2"], asked, own).gpus == 0  # some
-    assert demand(["b3"], asked, engine({}, device="cuda")).gpus == 0
-    assert demand(["b3"], asked, engine({}, device="auto")).gpus is None
+    assert requirements(["b1"], asked, own) == ActorRequirements(
+        None, 1, None, {"disk": 1}, ("b1",)
+    )
+    assert requirements(["b2"], asked, own).gpus == 0  # some
+    assert requirements(["b3"], asked, engine({}, device="cuda")).gpus == 0
+    assert requirements(["b3"], asked, engine({}, device="auto")).gpus is None
 
 
 CONTRADICTIONS = [
@@ -273,7 +294,7 @@ def test_on_ray(session, leaves_no_socket):
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("block_setting", "words"),
     [
         ({"host": "mars"}, "host 'mars' is unknown"),
         ({"resources": {"tpu": 1}}, "no host has the resource 'tpu'; known: none"),
@@ -281,11 +302,11 @@ def test_on_ray(session, leaves_no_socket):
         ({"gpus": 99}, "99 GPU\\(s\\), more than any host has"),
     ],
 )
-def test_errors_before_anything_starts(session, wish, words):
-    before = [seat for seat, _ in session.idle]
+def test_errors_before_anything_starts(session, block_setting, words):
+    before = [actor_options for actor_options, _ in session.idle]
     with pytest.raises(ClusterError, match=words):
-        run_of({"kind": "ray", "actors": 2, "blocks": {"block2": wish}})
-    assert [seat for seat, _ in session.idle] == before
+        run_of({"kind": "ray", "actors": 2, "blocks": {"block2": block_setting}})
+    assert [actor_options for actor_options, _ in session.idle] == before
 
 
 def test_what_means_nothing_in_one_process_is_told():

@@ -1,5 +1,5 @@
-"""When a crew is asked for snapshots, what a ledger weighs, and what stays behind of snapshots that
-are done: against hand-made crews and sums."""
+"""When a worker group is asked for snapshots, what a log of sent signals weighs, and what stays
+behind of snapshots that are done: against hand-made crews and sums."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import ClusterError, SnapshotError
-from hamdist.runtime.engines.worker import HostStatus, Kept
+from hamdist.runtime.engines.worker import SnapshotNews, WorkerStatus
 from hamdist.runtime.nodes.factory import make_node
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
-from hamdist.runtime.plan.plan import make_keeping, make_plan
+from hamdist.runtime.plan.plan import make_plan, make_snapshot_policy
 from hamdist.runtime.ray_engine.engine import _Watch
-from hamdist.runtime.ray_engine.supervision import LAST_SECONDS, PATIENCE_SECONDS, CrewKeeping
-from hamdist.runtime.signals.sent_log import OBJECT_BYTES, Ledger
+from hamdist.runtime.ray_engine.supervision import (
+    LAST_SECONDS,
+    PATIENCE_SECONDS,
+    SnapshotSupervision,
+)
+from hamdist.runtime.signals.sent_log import OBJECT_BYTES, SentLog
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.snapshots.catalogue import Shelf
-from hamdist.runtime.snapshots.inprocess import KeptRun
-from hamdist.runtime.snapshots.writer import Keeper, Taken
+from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
+from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
+from hamdist.runtime.snapshots.writer import SnapshotWriter, WrittenFiles
 from hamdist.runtime.storage.snapshot_files import write_part
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.train import as_graph
@@ -37,7 +41,7 @@ def plan_of(path, engine="ray", **fields):
     settings = Settings.model_validate(chosen)
     spec = stream(1).spec
     plan = make_plan(as_graph(chain(), settings, spec, cross_entropy), settings, spec)
-    return replace(plan, keeping=make_keeping(settings))
+    return replace(plan, snapshot_policy=make_snapshot_policy(settings))
 
 
 @dataclass
@@ -46,7 +50,7 @@ class OneActor:
     report = None
     kept_bytes: int = 0
     forgot: bool = False
-    status: HostStatus | None = None
+    status: WorkerStatus | None = None
     tick = None
 
 
@@ -68,7 +72,7 @@ class FakeCrew:
 
     def loses(self):
         self.lost = True
-        assert self.mourn(self.actors[0], None, ClusterError("an actor died"))  # type: ignore[attr-defined]
+        assert self.on_lost(self.actors[0], None, ClusterError("an actor died"))  # type: ignore[attr-defined]
 
     def ask(self, now, seconds):
         pass
@@ -80,7 +84,7 @@ class FakeCrew:
         self.called_off = True
 
     def at(self, tick):
-        self.actors[0].status = HostStatus({"b": tick}, {}, 0, [], 0, None, None)
+        self.actors[0].status = WorkerStatus({"b": tick}, {}, 0, [], 0, None, None)
 
     def keep(self, tick):
         self.asked.append(tick)
@@ -99,156 +103,156 @@ class FakeCrew:
         store = storage(str(self.path))
         names = (INPUT, *self.plan.graph.blocks)  # type: ignore[attr-defined]
         parts = {n: write_part(store, tick, f"{i}.x", b"x") for i, n in enumerate(names)}
-        self.told.append(Kept([Taken(tick, parts)], None, 0))
+        self.told.append(SnapshotNews([WrittenFiles(tick, parts)], None, 0))
 
 
 def crew_of(path, **fields):
     plan = plan_of(path, **fields)
-    crew = FakeCrew(plan, path)
-    return crew, CrewKeeping(plan, crew, plan.keeping)
+    worker_group = FakeCrew(plan, path)
+    return worker_group, SnapshotSupervision(plan, worker_group, plan.snapshot_policy)
 
 
 def test_a_snapshot_follows_another_in_its_interval(tmp_path):
     """Every 2 s, though an unanswered one would be waited for ten times as long."""
-    crew, keeping = crew_of(tmp_path, seconds=2)
+    worker_group, snapshot_policy = crew_of(tmp_path, seconds=2)
     for second in range(9):
-        crew.at(100 * second)
-        keeping.look(float(second))
-        if second % 2 == 0 and crew.asked:
-            crew.writes(crew.asked[-1])
-    assert len(crew.asked) == 4  # at 2, 4, 6 and 8 s
-    assert crew.completed == crew.asked[:-1]
+        worker_group.at(100 * second)
+        snapshot_policy.look(float(second))
+        if second % 2 == 0 and worker_group.asked:
+            worker_group.writes(worker_group.asked[-1])
+    assert len(worker_group.asked) == 4  # at 2, 4, 6 and 8 s
+    assert worker_group.completed == worker_group.asked[:-1]
 
 
 def test_an_unanswered_one_is_waited_for(tmp_path):
-    crew, keeping = crew_of(tmp_path, seconds=2)
+    worker_group, snapshot_policy = crew_of(tmp_path, seconds=2)
     for second in range(int(PATIENCE_SECONDS) + 2):
-        keeping.look(float(second))
-    assert len(crew.asked) == 1
-    keeping.look(PATIENCE_SECONDS + 2)
-    assert len(crew.asked) == 2
+        snapshot_policy.look(float(second))
+    assert len(worker_group.asked) == 1
+    snapshot_policy.look(PATIENCE_SECONDS + 2)
+    assert len(worker_group.asked) == 2
 
 
 def test_a_snapshot_each_time_that_too_many_signals_are_kept(tmp_path):
-    crew, keeping = crew_of(tmp_path, seconds=1000, memory=1)
-    keeping.look(0.0)
-    assert not crew.asked
+    worker_group, snapshot_policy = crew_of(tmp_path, seconds=1000, memory=1)
+    snapshot_policy.look(0.0)
+    assert not worker_group.asked
     for turn in range(1, 4):
-        crew.actors[0].kept_bytes = 2**19 + 1  # more than half of what it may keep
-        crew.at(100 * turn)
-        keeping.look(float(turn))
-        assert len(crew.asked) == turn
-        crew.writes(crew.asked[-1])
-        keeping.look(turn + 0.5)  # the actor has not told yet that it has let them go
-        assert len(crew.asked) == turn
+        worker_group.actors[0].kept_bytes = 2**19 + 1  # more than half of what it may keep
+        worker_group.at(100 * turn)
+        snapshot_policy.look(float(turn))
+        assert len(worker_group.asked) == turn
+        worker_group.writes(worker_group.asked[-1])
+        snapshot_policy.look(turn + 0.5)  # the actor has not told yet that it has let them go
+        assert len(worker_group.asked) == turn
 
 
 @pytest.mark.parametrize("who", ["actor", "driver"])
 def test_who_keeps_no_signals_cannot_be_replaced(tmp_path, who):
-    crew, keeping = crew_of(tmp_path, memory=3)
-    crew.told.append(Kept([], "the disk is full", 0))
+    worker_group, snapshot_policy = crew_of(tmp_path, memory=3)
+    worker_group.told.append(SnapshotNews([], "the disk is full", 0))
     with pytest.warns(UserWarning, match="a snapshot was not written: the disk is full"):
-        keeping.look(0.0)
-    crew.actors[0].forgot, crew.local_forgot = who == "actor", who == "driver"
+        snapshot_policy.look(0.0)
+    worker_group.actors[0].forgot, worker_group.local_forgot = who == "actor", who == "driver"
     said = rf"{who}.* would keep more than snapshots.memory \(3 MiB\).*the disk is full; until"
     with pytest.warns(UserWarning, match=said):
-        keeping.look(1.0)
-    keeping.look(2.0)  # (said once)
-    assert not crew.mourn(crew.actors[0], None, ClusterError("an actor died"))
-    assert len(keeping.warnings) == 2
-    crew.actors[0].forgot = crew.local_forgot = False
-    keeping.look(3.0)
-    assert crew.mourn(crew.actors[0], None, ClusterError("an actor died"))
+        snapshot_policy.look(1.0)
+    snapshot_policy.look(2.0)  # (said once)
+    assert not worker_group.on_lost(worker_group.actors[0], None, ClusterError("an actor died"))
+    assert len(snapshot_policy.warnings) == 2
+    worker_group.actors[0].forgot = worker_group.local_forgot = False
+    snapshot_policy.look(3.0)
+    assert worker_group.on_lost(worker_group.actors[0], None, ClusterError("an actor died"))
 
 
 def test_a_run_that_is_to_end_when_it_would_keep_too_much(tmp_path):
-    crew, keeping = crew_of(tmp_path, memory=3, full="end")
-    crew.actors[0].forgot = True
+    worker_group, snapshot_policy = crew_of(tmp_path, memory=3, full="end")
+    worker_group.actors[0].forgot = True
     with pytest.raises(SnapshotError, match=r"actor 0 would keep more than .*full 'end'"):
-        keeping.look(0.0)
+        snapshot_policy.look(0.0)
 
 
 @pytest.mark.filterwarnings("ignore:a snapshot was not written")
 def test_failures_are_counted_and_leave_no_files(tmp_path):
-    crew, keeping = crew_of(tmp_path, seconds=2)
+    worker_group, snapshot_policy = crew_of(tmp_path, seconds=2)
     left = tmp_path / "tick-000000000001"
     left.mkdir()
     (left / "block-0.1.1.safetensors").write_bytes(b"x")
     for second in range(3):
-        crew.told.append(Kept([], f"reason {second}", 0))
-        keeping.look(float(second))
-    (text,) = keeping.warnings
+        worker_group.told.append(SnapshotNews([], f"reason {second}", 0))
+        snapshot_policy.look(float(second))
+    (text,) = snapshot_policy.warnings
     assert text.endswith("not written: reason 0 (3 were not, the last of them: reason 2)")
-    assert crew.asked
+    assert worker_group.asked
     assert not left.exists()
 
 
 def test_a_ledger_keeps_no_more_than_it_may(tmp_path):
     channel = Channel(7, "a->b", "a", "b", Kind.STATE, capacity=3)
     limit = 100 * (OBJECT_BYTES + 8)
-    ledger = Ledger({"a"}, replays=True, limit=limit)
+    sent_log = SentLog({"a"}, replays=True, limit=limit)
 
     def post(many):
         most = 0
         for n in range(many):
-            ledger.post(channel, Signal(Stamp(n, n, 0), torch.zeros(2)))
-            most = max(most, ledger.nbytes)
+            sent_log.post(channel, Signal(Stamp(n, n, 0), torch.zeros(2)))
+            most = max(most, sent_log.nbytes)
         return most
 
-    ledger.mark(5)
+    sent_log.mark(5)
     assert post(90) < limit
-    assert not ledger.forgot
+    assert not sent_log.forgot
     assert post(1000) <= 1.2 * limit
-    assert ledger.forgot
-    ledger.complete(5)  # taken before the signals were let go: of no use
-    assert ledger.forgot
-    ledger.mark(900)
+    assert sent_log.forgot
+    sent_log.complete(5)  # taken before the signals were let go: of no use
+    assert sent_log.forgot
+    sent_log.mark(900)
     post(90)
-    assert ledger.nbytes >= 90 * (OBJECT_BYTES + 8)  # kept again, from that snapshot on
-    ledger.complete(900)
-    assert not ledger.forgot
+    assert sent_log.nbytes >= 90 * (OBJECT_BYTES + 8)  # kept again, from that snapshot on
+    sent_log.complete(900)
+    assert not sent_log.forgot
 
 
 def test_the_last_one_before_the_end(tmp_path):
-    crew, keeping = crew_of(tmp_path, seconds=1000)
-    keeping.look(0.0)
-    assert not keeping.last(1.0)
-    crew.writes(crew.asked[-1])
-    keeping.look(1.1)
-    assert keeping.last(1.2)
+    worker_group, snapshot_policy = crew_of(tmp_path, seconds=1000)
+    snapshot_policy.look(0.0)
+    assert not snapshot_policy.last(1.0)
+    worker_group.writes(worker_group.asked[-1])
+    snapshot_policy.look(1.1)
+    assert snapshot_policy.last(1.2)
 
 
 def test_after_a_loss_the_last_one_is_asked_for_again(tmp_path):
     """Who was replaced has not heard of it. None comes within ten seconds of the second request."""
-    crew, keeping = crew_of(tmp_path, seconds=1000)
-    keeping._recovery.replace = lambda losses: None
-    keeping.look(0.0)
-    assert not keeping.last(1.0)
-    crew.loses()
-    keeping.look(2.0)
-    assert not keeping.last(2.1)
-    assert len(crew.asked) == 2
-    assert not keeping.last(2.1 + LAST_SECONDS)
-    assert not keeping.warnings
-    assert keeping.last(2.2 + LAST_SECONDS)
+    worker_group, snapshot_policy = crew_of(tmp_path, seconds=1000)
+    snapshot_policy._recovery.replace = lambda losses: None
+    snapshot_policy.look(0.0)
+    assert not snapshot_policy.last(1.0)
+    worker_group.loses()
+    snapshot_policy.look(2.0)
+    assert not snapshot_policy.last(2.1)
+    assert len(worker_group.asked) == 2
+    assert not snapshot_policy.last(2.1 + LAST_SECONDS)
+    assert not snapshot_policy.warnings
+    assert snapshot_policy.last(2.2 + LAST_SECONDS)
     assert "no snapshot could be taken before the end within 10 s: there is none" in str(
-        keeping.warnings
+        snapshot_policy.warnings
     )
 
 
 def test_what_is_lost_is_replaced_before_the_last_one(tmp_path):
-    crew, keeping = crew_of(tmp_path, seconds=1000)
-    crew.loses()
-    assert not keeping.last(1.0)
-    assert not crew.asked
+    worker_group, snapshot_policy = crew_of(tmp_path, seconds=1000)
+    worker_group.loses()
+    assert not snapshot_policy.last(1.0)
+    assert not worker_group.asked
 
 
 @pytest.mark.parametrize("when", ["before", "behind"])
 def test_an_end_that_meets_with_a_loss(tmp_path, when):
     """Before the last snapshot, and the cluster cannot take a replacement; behind it, when none
     is tried: the run is called off, which is no error, and says why."""
-    crew, _ = crew_of(tmp_path, seconds=1000)
-    watch = _Watch(crew.plan, crew, None)
+    worker_group, _ = crew_of(tmp_path, seconds=1000)
+    watch = _Watch(worker_group.plan, worker_group, None)
 
     def refused(losses):
         if when == "behind":
@@ -256,18 +260,18 @@ def test_an_end_that_meets_with_a_loss(tmp_path, when):
         raise ClusterError("there is no room for it")
 
     def answers(seconds):
-        if (when == "before" and not crew.lost) or crew.stopped:
-            crew.loses()
-        elif crew.asked and not crew.completed:
-            crew.writes(crew.asked[-1])
+        if (when == "before" and not worker_group.lost) or worker_group.stopped:
+            worker_group.loses()
+        elif worker_group.asked and not worker_group.completed:
+            worker_group.writes(worker_group.asked[-1])
 
-    watch._keeping._recovery.replace = refused
-    crew.wait = answers
+    watch._policy._recovery.replace = refused
+    worker_group.wait = answers
     stop = threading.Event()
     stop.set()
     watch._follow(stop)
-    assert crew.called_off
-    assert crew.stopped == (when == "behind")
+    assert worker_group.called_off
+    assert worker_group.stopped == (when == "behind")
     found = watch._warnings
     words = "an actor died" if when == "behind" else "there is no room for it"
     assert [words in line and "while the run was ending" in line for line in found] == [True]
@@ -275,18 +279,18 @@ def test_an_end_that_meets_with_a_loss(tmp_path, when):
 
 def test_who_had_passed_the_tick_is_asked_again(tmp_path):
     """At once, further ahead, and not after the patience for an unanswered request."""
-    crew, keeping = crew_of(tmp_path, seconds=2)
-    keeping.look(0.0)
-    keeping.look(2.0)
-    assert len(crew.asked) == 1
-    crew.late = True
-    crew.at(500)
-    keeping.look(2.2)
-    assert len(crew.asked) == 2
-    assert crew.asked[1] > 500
-    crew.late = False
-    keeping.look(2.4)
-    assert len(crew.asked) == 2
+    worker_group, snapshot_policy = crew_of(tmp_path, seconds=2)
+    snapshot_policy.look(0.0)
+    snapshot_policy.look(2.0)
+    assert len(worker_group.asked) == 1
+    worker_group.late = True
+    worker_group.at(500)
+    snapshot_policy.look(2.2)
+    assert len(worker_group.asked) == 2
+    assert worker_group.asked[1] > 500
+    worker_group.late = False
+    snapshot_policy.look(2.4)
+    assert len(worker_group.asked) == 2
 
 
 class Stands:
@@ -306,52 +310,52 @@ class Stands:
 def test_no_snapshot_of_a_tick_that_has_begun(tmp_path, ticks, tick, comes):
     """Its file would hold a later state. What was asked for before is still due."""
     plan = plan_of(tmp_path, seconds=1000)
-    keeper = Keeper(plan, [Stands(k) for k in ticks], None, None)
-    assert keeper.ask(7 if None not in ticks else 20) == (ticks != (None, None))
-    before = keeper.due
-    assert keeper.ask(tick) == comes
-    assert keeper.due == (tick if comes else before)
+    snapshot_writer = SnapshotWriter(plan, [Stands(k) for k in ticks], None, None)
+    assert snapshot_writer.ask(7 if None not in ticks else 20) == (ticks != (None, None))
+    before = snapshot_writer.due
+    assert snapshot_writer.ask(tick) == comes
+    assert snapshot_writer.due == (tick if comes else before)
 
 
 def test_a_ledger_weighs_objects_too():
     channel = Channel(0, Kind.STATE, "a", "b", "a->b", capacity=2)
-    ledger = Ledger({"a"}, replays=True)
+    sent_log = SentLog({"a"}, replays=True)
     for n in range(10):
-        ledger.post(channel, Signal(Stamp(n, n, n), torch.zeros(3, dtype=torch.float64)))
-    ledger.post(channel, Signal(Stamp(10, 10, 10), end=True))
-    assert ledger.nbytes == 11 * OBJECT_BYTES + 10 * 24
-    ledger.mark(11)
-    ledger.complete(11)  # the two latest stay
-    assert ledger.nbytes == 2 * OBJECT_BYTES + 24
+        sent_log.post(channel, Signal(Stamp(n, n, n), torch.zeros(3, dtype=torch.float64)))
+    sent_log.post(channel, Signal(Stamp(10, 10, 10), end=True))
+    assert sent_log.nbytes == 11 * OBJECT_BYTES + 10 * 24
+    sent_log.mark(11)
+    sent_log.complete(11)  # the two latest stay
+    assert sent_log.nbytes == 2 * OBJECT_BYTES + 24
 
 
 @pytest.mark.parametrize("snapshots", [3, 30])
 def test_nothing_is_left_of_snapshots_that_are_done(snapshots, tmp_path):
     plan = plan_of(tmp_path, engine="inprocess")
     inside = {INPUT, *plan.graph.blocks}
-    ledger = Ledger(inside, replays=False)
-    mail = Mailroom(inside, ledger=ledger)
-    nodes = [SourceNode(plan, stream(1), mail)]
-    nodes += [make_node(plan, name, mail) for name in plan.graph.blocks]
-    with KeptRun(plan, nodes, mail, ledger) as run:
+    sent_log = SentLog(inside, replays=False)
+    mailbox = Mailbox(inside, sent_log=sent_log)
+    nodes = [SourceNode(plan, stream(1), mailbox)]
+    nodes += [make_node(plan, name, mailbox) for name in plan.graph.blocks]
+    with InProcessSnapshots(plan, nodes, mailbox, sent_log) as run:
         for tick in range(1, snapshots + 1):
-            run.keeper.ask(tick)
-            run.keeper.reach(tick)
+            run.snapshot_writer.ask(tick)
+            run.snapshot_writer.reach(tick)
     assert len(run.snapshots) == 2
-    assert run.keeper.collected() == ([], None)
+    assert run.snapshot_writer.collected() == ([], None)
 
 
 def test_two_snapshots_under_way(tmp_path):
     """One process is a snapshot ahead of the other: both snapshots are had, with the samples of
     whoever draws them, and nothing of them is kept behind."""
     plan = plan_of(tmp_path)
-    shelf = Shelf(plan)
-    store = storage(plan.keeping.path)
+    catalogue = SnapshotCatalogue(plan)
+    store = storage(plan.snapshot_policy.path)
     blocks = list(plan.graph.blocks)
 
     def put(tick, names, samples=0):
         parts = {name: write_part(store, tick, f"{i}.x", b"1") for i, name in enumerate(names)}
-        return shelf.put(Taken(tick, parts, samples, samples // 2))
+        return catalogue.put(WrittenFiles(tick, parts, samples, samples // 2))
 
     first, others = [INPUT, *blocks[:2]], blocks[2:]
     assert put(10, first, 8) is None
@@ -361,4 +365,4 @@ def test_two_snapshots_under_way(tmp_path):
         assert (manifest.tick, manifest.samples, manifest.passed) == (tick, samples, samples // 2)
         assert set(manifest.parts) == {INPUT, *blocks}
     assert put(10, others) is None  # what comes late is let go
-    assert not shelf._taken
+    assert not catalogue._taken

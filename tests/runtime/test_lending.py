@@ -25,25 +25,25 @@ from hamdist.runtime.advice.advice import lending_notes
 from hamdist.runtime.engines.message_limits import slot_bytes
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.sent_log import Log
+from hamdist.runtime.signals.sent_log import ChannelLog
 from hamdist.runtime.signals.signal import Channel, Packer, Signal, on_host
 from hamdist.runtime.train import train as training
 from hamdist.runtime.train.train import as_graph, train
 from hamdist.runtime.transport import gpu_ring as lending
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.cuda_ipc import CudaMemory, cuda_memory
-from hamdist.runtime.transport.endpoint import Line, socket_folder
+from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
 from hamdist.runtime.transport.gpu_ring import (
     ANSWER,
     OFFER,
-    Borrower,
-    Lender,
+    GpuMemoryError,
+    GpuRingReceiver,
+    GpuRingSender,
     Refusal,
-    Unlent,
     ending,
 )
 from hamdist.runtime.transport.shared_memory import GPU_SCHEME, SharedReceiver, SharedSender
-from hamdist.runtime.transport.transport import Wires
+from hamdist.runtime.transport.transport import Endpoints
 
 RUN = 79
 CHANNEL = Channel(5, Kind.STATE, "a", "b", "a->b", 6, slack=4)
@@ -77,11 +77,11 @@ class Pair:
 
     def __init__(self, folder, channel=CHANNEL, lie="", holding=2**20, agree=True):
         self.aborts = threading.Event(), threading.Event()
-        self.lines = [Line(RUN, abort) for abort in self.aborts]
+        self.lines = [EndpointContext(RUN, abort) for abort in self.aborts]
         self.put = 0
-        self.lender = Counting(self, FileMemory(folder, lie, holding), channel)
+        self.gpu_sender = Counting(self, FileMemory(folder, lie, holding), channel)
         self.receiver = SharedReceiver(self.lines[1], channel, FileMemory(folder, lie))
-        self.sender = SharedSender(self.lines[0], channel, self.receiver.address, self.lender)
+        self.sender = SharedSender(self.lines[0], channel, self.receiver.address, self.gpu_sender)
         if agree:
             self.receiver.answer()
             self.sender.look()
@@ -114,7 +114,7 @@ class Pair:
         return False
 
 
-class Counting(Lender):
+class Counting(GpuRingSender):
     def __init__(self, pair, memory, channel):
         super().__init__(memory, channel, RUN, SLOT)
         self.pair = pair
@@ -208,8 +208,8 @@ def test_memory_that_cannot_be_trusted_is_not_used(tmp_path, leaves_no_socket, l
         for n in range(20):
             pair.pass_on(signal(n))
         assert pair.put == 0
-        assert LIES[lie] in pair.lender.refusal
-        assert "\n" not in pair.lender.refusal
+        assert LIES[lie] in pair.gpu_sender.refusal
+        assert "\n" not in pair.gpu_sender.refusal
 
 
 @pytest.mark.parametrize(("holding", "fit"), [(2000, 2), (2**20, 3)])
@@ -225,13 +225,13 @@ def test_what_does_not_fit_goes_through_host_memory(tmp_path, leaves_no_socket, 
             pair.check(*made)
             n += 5
         assert pair.put == 7 * 3 + fit * 2  # the small ones, and so many of the others' sizes
-        refusal = pair.lender.refusal
+        refusal = pair.gpu_sender.refusal
         assert (refusal is None) == (holding < SLOT)
         assert refusal is None or "80,000 bytes do not fit into slots of 4,096" in refusal
         for i in range(n, n + 30):
             pair.pass_on(signal(i))
         under_way = [s - CHANNEL.capacity for s in pair.sender._under_way if s is not None]
-        assert sorted([*pair.lender._free, *under_way]) == list(range(CHANNEL.capacity))
+        assert sorted([*pair.gpu_sender._free, *under_way]) == list(range(CHANNEL.capacity))
 
 
 # -- a sender that is about to end --------------------------------------------------------------
@@ -269,23 +269,23 @@ def test_a_sender_that_cannot_be_watched_lends_nothing(tmp_path, leaves_no_socke
     with Pair(tmp_path) as pair:
         pair.pass_on(signal(0))
         assert pair.put == 0
-        assert f"process {os.getpid()} in /proc" in pair.lender.refusal
+        assert f"process {os.getpid()} in /proc" in pair.gpu_sender.refusal
 
 
 def test_an_end_that_is_opened_anew_agrees_while_it_runs(tmp_path, leaves_no_socket):
     """A receiver that begins again gets what is in the log, and then what is new."""
     aborts = threading.Event(), threading.Event()
-    sender, receiver = (Wires(RUN, abort) for abort in aborts)
-    log = Log(CHANNEL.capacity)
+    sender, receiver = (Endpoints(RUN, abort) for abort in aborts)
+    log = ChannelLog(CHANNEL.capacity)
     kept = [signal(n) for n in range(40)]
     for one in kept[:30]:
         log.add(one)
-    lenders = []
+    gpu_senders = []
     try:
         for first in (1, 11):
-            lenders.append(Lender(FileMemory(tmp_path), CHANNEL, RUN, SLOT))
+            gpu_senders.append(GpuRingSender(FileMemory(tmp_path), CHANNEL, RUN, SLOT))
             address = receiver.bind(CHANNEL, "shm", memory=FileMemory(tmp_path))
-            sender.connect(CHANNEL, address, -1, log, first, lenders[-1])
+            sender.connect(CHANNEL, address, -1, log, first, gpu_senders[-1])
             for one in kept[first - 1 : 20]:
                 same(receiver.receive(CHANNEL, one.stamp), one)
 
@@ -299,7 +299,7 @@ def test_an_end_that_is_opened_anew_agrees_while_it_runs(tmp_path, leaves_no_soc
         for one in kept[20:]:
             same(receiver.receive(CHANNEL, one.stamp), one)
         thread.join()
-        assert lenders[1].used
+        assert gpu_senders[1].used
     finally:
         for end in (sender, receiver):
             end.close()
@@ -326,10 +326,10 @@ def head(magic=OFFER, form=1, number=5, run=RUN, slots=6, slot_bytes=512):
     ],
 )
 def test_an_offer_of_a_stranger_is_refused(tmp_path, packet, words):
-    borrower = Borrower(FileMemory(tmp_path), CHANNEL, RUN)
+    gpu_receiver = GpuRingReceiver(FileMemory(tmp_path), CHANNEL, RUN)
     _, handle = FileMemory(tmp_path).lend(6 * 512)
     with pytest.raises(WireError, match=words):
-        borrower.answer(packet + (handle if len(packet) > 2 else b""), os.getpid())
+        gpu_receiver.answer(packet + (handle if len(packet) > 2 else b""), os.getpid())
 
 
 @pytest.mark.parametrize(
@@ -337,16 +337,16 @@ def test_an_offer_of_a_stranger_is_refused(tmp_path, packet, words):
     [ANSWER + b"?" + bytes(32), b"XX+" + bytes(32), ANSWER + b"+", ANSWER + b"+" + b"x" * 99],
 )
 def test_a_wrong_answer_opens_no_slot(tmp_path, answer):
-    lender = Lender(FileMemory(tmp_path), CHANNEL, RUN, SLOT)
-    assert lender.offer() is not None
+    gpu_sender = GpuRingSender(FileMemory(tmp_path), CHANNEL, RUN, SLOT)
+    assert gpu_sender.offer() is not None
     try:
-        lender.answered(answer)
+        gpu_sender.answered(answer)
     except WireError:
         assert answer[:3] != ANSWER + b"+"
-    assert not lender.used
-    lender.waiting = False
+    assert not gpu_sender.used
+    gpu_sender.waiting = False
     with pytest.raises(WireError, match="answers no offer"):
-        lender.answered(ANSWER + b"+" + lender._expected)
+        gpu_sender.answered(ANSWER + b"+" + gpu_sender._expected)
 
 
 @pytest.mark.parametrize(("slot", "floats"), [(6, 4), (2**32 - 7, 4), (0, 1025), (0, 2**20)])
@@ -365,7 +365,7 @@ def test_a_slot_that_is_not_there_is_refused(tmp_path, leaves_no_socket, slot, f
 
 def test_a_handle_of_cuda_is_plain_data_and_opens_here(monkeypatch):
     """In place of torch's calls: what one process tells comes to the other, but for the number of
-    the device and the wish to wait for an event, which are its own."""
+    the device and the setting of the block to wait for an event, which are its own."""
     told = (1, b"\x00handle\xff", 64, 512, b"/counter", 3, b"event", True)
     opened = []
 
@@ -385,7 +385,7 @@ def test_a_handle_of_cuda_is_plain_data_and_opens_here(monkeypatch):
     assert torch.equal(reached, torch.arange(64, dtype=torch.uint8))
     assert opened == [(None, *told[1:7], False)]
     for wrong in (b"[1, 2]", b"{", b"\xff"):
-        with pytest.raises(Unlent, match="cannot be reached: "):
+        with pytest.raises(GpuMemoryError, match="cannot be reached: "):
             own.reach(wrong)
 
 

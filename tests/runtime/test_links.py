@@ -24,9 +24,9 @@ from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.train.train import train
-from hamdist.runtime.transport.delayed_receiver import LateReceiver
-from hamdist.runtime.transport.endpoint import Line
-from hamdist.runtime.transport.transport import Wires
+from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
+from hamdist.runtime.transport.endpoint import EndpointContext
+from hamdist.runtime.transport.transport import Endpoints
 from hamdist.streams import from_iterable
 from hamdist.study.report.save import as_it_was
 from hamdist.study.run.run import run_level
@@ -42,11 +42,11 @@ LATE = 0.02
 def late(leaves_no_socket):
     """A sending and a receiving transport, whose signals come LATE seconds later."""
     aborts = threading.Event(), threading.Event()
-    sender, receiver = Wires(RUN, aborts[0]), Wires(RUN, aborts[1], LATE)
+    sender, receiver = Endpoints(RUN, aborts[0]), Endpoints(RUN, aborts[1], LATE)
     sender.connect(CHANNEL, receiver.bind(CHANNEL, "shm"))
     yield sender, receiver, aborts
-    for wires in (sender, receiver):
-        wires.close()
+    for endpoints in (sender, receiver):
+        endpoints.close()
 
 
 def signal(n):
@@ -105,7 +105,7 @@ def test_an_error_comes_behind_the_signals_and_room_is_bounded():
         made.append(Script(line, 10))
         return made[0]
 
-    late = LateReceiver(Line(RUN, threading.Event()), CHANNEL, 0.0, script)
+    late = DelayedReceiver(EndpointContext(RUN, threading.Event()), CHANNEL, 0.0, script)
     for n in range(10):
         assert late.receive(Stamp(n, n, 0)).stamp.tick == n
         assert 10 - made[0].left <= n + 1 + CHANNEL.capacity + 1

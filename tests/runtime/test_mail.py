@@ -17,10 +17,10 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.schedule import Kind, Stamp
 from hamdist.errors import SettingsError, StampError
-from hamdist.runtime.engines.worker import Host
+from hamdist.runtime.engines.worker import Worker
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.signal import Channel, Signal
@@ -30,19 +30,19 @@ CHANNEL = Channel(0, Kind.STATE, "a", "b", "a->b", 4)
 
 
 def test_the_named_signal_is_handed_over():
-    mail = Mailroom({"a", "b"})
+    mailbox = Mailbox({"a", "b"})
     signal = Signal(Stamp(4, 2, 1), torch.ones(2))
-    mail.post(CHANNEL, signal)
-    assert mail.take(CHANNEL, Stamp(4, 2, 1), 5) is signal
-    assert mail.payload_bytes == {"a->b": 8}
+    mailbox.post(CHANNEL, signal)
+    assert mailbox.take(CHANNEL, Stamp(4, 2, 1), 5) is signal
+    assert mailbox.payload_bytes == {"a->b": 8}
 
 
 @pytest.mark.parametrize("sent", [Stamp(3, 2, 1), Stamp(4, 3, 1), Stamp(4, 2, 0)])
 def test_another_stamp_is_a_defect(sent):
-    mail = Mailroom({"a", "b"})
-    mail.post(CHANNEL, Signal(sent))
+    mailbox = Mailbox({"a", "b"})
+    mailbox.post(CHANNEL, Signal(sent))
     with pytest.raises(StampError) as caught:
-        mail.take(CHANNEL, Stamp(4, 2, 1), 5)
+        mailbox.take(CHANNEL, Stamp(4, 2, 1), 5)
     text = str(caught.value)
     assert "edge a->b" in text
     assert "names tick 4, sample 2, version 1" in text
@@ -52,10 +52,10 @@ def test_another_stamp_is_a_defect(sent):
 
 def test_nothing_there_is_a_defect_too():
     with pytest.raises(StampError, match="nothing was there"):
-        Mailroom({"a", "b"}).take(CHANNEL, Stamp(0, 0, 0), 1)
+        Mailbox({"a", "b"}).take(CHANNEL, Stamp(0, 0, 0), 1)
 
 
-class Meddling(Mailroom):
+class Meddling(Mailbox):
     """Changes one signal on its way: what a defect of an engine would do."""
 
     def __init__(self, inside, kind, at, change):
@@ -86,8 +86,11 @@ def test_a_run_stops_at_the_first_wrong_stamp(kind, level, change):
     settings = Settings.model_validate({"level": level})
     graph = as_graph(chain(), settings, source.spec, cross_entropy)
     plan = make_plan(graph, settings, source.spec)
-    mail = Meddling({"u", *graph.blocks}, kind, 11, change)
-    nodes = [SourceNode(plan, source, mail), *(make_node(plan, b, mail) for b in graph.blocks)]
+    mailbox = Meddling({"u", *graph.blocks}, kind, 11, change)
+    nodes = [
+        SourceNode(plan, source, mailbox),
+        *(make_node(plan, b, mailbox) for b in graph.blocks),
+    ]
     with pytest.raises(StampError, match="block1->block2"):
         run_loop(nodes)
 
@@ -115,34 +118,34 @@ class Recorder:
 @pytest.fixture
 def room():
     recorder = Recorder()
-    return Mailroom({"a"}, recorder), recorder.messages
+    return Mailbox({"a"}, recorder), recorder.messages
 
 
-def post(mail, channel, tick, **fields):
-    mail.post(channel, Signal(Stamp(tick, tick, 0), **fields))
+def post(mailbox, channel, tick, **fields):
+    mailbox.post(channel, Signal(Stamp(tick, tick, 0), **fields))
 
 
 def test_a_full_bundle_is_one_message(room):
-    mail, messages = room
+    mailbox, messages = room
     for tick in range(0, 14, 2):
-        post(mail, THREE, tick)
+        post(mailbox, THREE, tick)
     assert messages == [(1, [0, 2, 4]), (1, [6, 8, 10])]
-    mail.flush()
+    mailbox.flush()
     assert messages[2:] == [(1, [12])]
-    mail.flush()
+    mailbox.flush()
     assert len(messages) == 3
 
 
 def test_the_end_of_the_stream_takes_along_what_waits(room):
-    mail, messages = room
-    post(mail, THREE, 0)
-    post(mail, THREE, 2, end=True)
+    mailbox, messages = room
+    post(mailbox, THREE, 0)
+    post(mailbox, THREE, 2, end=True)
     assert messages == [(1, [0, 2])]
 
 
 def test_a_channel_without_bundles_sends_at_once(room):
-    mail, messages = room
-    post(mail, CHANNEL, 0)
+    mailbox, messages = room
+    post(mailbox, CHANNEL, 0)
     assert messages == [(0, [0])]
 
 
@@ -150,16 +153,16 @@ def test_a_channel_without_bundles_sends_at_once(room):
 def test_a_bundle_whose_sender_has_ended_leaves_when_its_time_is_over(room, by):
     """No signal says that a node has ended: the first call of a later tick finds it out, before it
     can block. Of two, the one that was due first goes first."""
-    mail, messages = room
+    mailbox, messages = room
 
     def call(tick):
         if by == "post":
-            post(mail, CHANNEL, tick)
+            post(mailbox, CHANNEL, tick)
         else:
-            mail.take(BACK, Stamp(tick - 1, 0, 0), tick)
+            mailbox.take(BACK, Stamp(tick - 1, 0, 0), tick)
 
-    post(mail, FIVE, 8)
-    post(mail, THREE, 9)
+    post(mailbox, FIVE, 8)
+    post(mailbox, THREE, 9)
     call(13)
     assert [m for m in messages if m[0]] == []
     call(14)
@@ -168,8 +171,8 @@ def test_a_bundle_whose_sender_has_ended_leaves_when_its_time_is_over(room, by):
     assert len([m for m in messages if m[0]]) == 1
     call(17)
     assert [m for m in messages if m[0]] == [(1, [9]), (2, [8])]
-    post(mail, FIVE, 18)
-    post(mail, THREE, 19)
+    post(mailbox, FIVE, 18)
+    post(mailbox, THREE, 19)
     call(99)
     assert [m for m in messages if m[0]] == [(1, [9]), (2, [8]), (1, [19]), (2, [18])]
 
@@ -239,8 +242,8 @@ def test_bundles_change_no_number_and_hang_nobody(leaves_no_socket, case, way, b
     assert most > 1
     largest = {"off": 1, "auto": (most + 1) // 2, 2: 2, 99: most}[bundle]
     assert max(c.bundle for c in plan.channels.all()) == largest
-    hosts = [Host(plan.only(list(part)), list(part), None) for part in placement.split("|")]
-    hosts.append(Host(plan.only([]), [], source))
+    hosts = [Worker(plan.only(list(part)), list(part), None) for part in placement.split("|")]
+    hosts.append(Worker(plan.only([]), [], source))
     places = [*({*part} for part in placement.split("|")), {"u"}]
     addresses = {}
     for host, inside in zip(hosts, places, strict=True):

@@ -16,9 +16,9 @@ from torch import nn
 from hamdist.config import Settings, read_settings
 from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.dynamics.vjp.autocast import AutocastCell
+from hamdist.dynamics.vjp.autocast import AutocastFunction
 from hamdist.errors import GraphError, LevelError, SettingsError
-from hamdist.runtime.signals.cast import CPU, Desk, entered, kept, to_host
+from hamdist.runtime.signals.cast import CPU, CastPlan, entered, kept, to_host
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
@@ -126,7 +126,7 @@ def test_autocast_by_hand():
     """A linear layer: x and W in bfloat16, the sum in float32, the result in bfloat16; back to
     float32 where it leaves. Measured against the product without."""
     module = nn.Linear(6, 5)
-    cell = AutocastCell(copy.deepcopy(module), Combine.CONCAT, 0, CPU)
+    cell = AutocastFunction(copy.deepcopy(module), Combine.CONCAT, 0, CPU)
     errors = []
     for n in range(1, 6):
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(n))
@@ -147,8 +147,8 @@ def test_autocast_by_hand():
 def test_the_measurement_of_autocast_leaves_no_trace():
     """Random masks, and running statistics, are those of a block that nobody measures."""
     module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 5))
-    measured = AutocastCell(copy.deepcopy(module), Combine.CONCAT, 3, CPU)
-    plain = AutocastCell(copy.deepcopy(module), Combine.CONCAT, 3, CPU)
+    measured = AutocastFunction(copy.deepcopy(module), Combine.CONCAT, 3, CPU)
+    plain = AutocastFunction(copy.deepcopy(module), Combine.CONCAT, 3, CPU)
     plain._without = lambda arguments: None
     for n in range(4):
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(n))
@@ -258,10 +258,10 @@ def test_what_comes_in_is_cast_once():
 
 def test_auto_takes_what_is_there():
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert Desk("a", "auto").resolved().type == expected
-    assert Desk("a", "cpu").resolved() == CPU
+    assert CastPlan("a", "auto").resolved().type == expected
+    assert CastPlan("a", "cpu").resolved() == CPU
     with pytest.raises(SettingsError, match="'a': device 'cuda:99', but this process sees"):
-        Desk("a", "cuda:99").resolved()
+        CastPlan("a", "cuda:99").resolved()
 
 
 def test_auto_is_the_processor_where_there_is_no_gpu():

@@ -13,7 +13,7 @@ from runtime.test_engines_equal import assert_equal, settings
 from torch import nn
 
 from hamdist.errors import BlockError, ClusterError
-from hamdist.runtime.ray_engine.replacement import Recovery
+from hamdist.runtime.ray_engine.replacement import Replacement
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
@@ -176,7 +176,7 @@ def test_a_stream_that_can_be_read_once(session, driver, leaves_no_socket, tmp_p
 
 def test_too_many_kept_signals_make_a_snapshot(session, driver, leaves_no_socket, tmp_path):
     """Some 40 KiB a tick: without snapshots a minute's work would be kept."""
-    items = 5000
+    items = 2000
     wide = lambda: seeded(  # noqa: E731
         lambda: nn.Sequential(nn.Linear(FEATURES, 2500), nn.Tanh(), nn.Linear(2500, 3))
     )
@@ -230,14 +230,14 @@ def test_ctrl_c_while_a_lost_stream_is_replaced(
 ):
     """Once: it is replaced, a snapshot is taken, and the run ends in order; it can be gone on from.
     Twice: it ends as it is."""
-    replace = Recovery.replace
+    replace = Replacement.replace
 
     def interrupted(recovery, losses):
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
         replace(recovery, losses)
 
-    monkeypatch.setattr(Recovery, "replace", interrupted)
+    monkeypatch.setattr(Replacement, "replace", interrupted)
     odd = net((0, Once(31, tmp_path / "mark", "kill")))
     given = {"level": "trace", "partition": cut()}
     kept = {"path": str(tmp_path / "kept"), "seconds": 100}

@@ -12,7 +12,7 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.train.train import train
@@ -126,9 +126,9 @@ def test_an_interruption_ends_a_sequence():
 
     stream = from_iterable(drawing(), outputs=O)
     plan = make_plan(graph, run, stream.spec)
-    mail = Mailroom({INPUT, *graph.blocks})
-    nodes = [make_node(plan, name, mail) for name in graph.blocks]
-    source = SourceNode(plan, stream, mail)
+    mailbox = Mailbox({INPUT, *graph.blocks})
+    nodes = [make_node(plan, name, mailbox) for name in graph.blocks]
+    source = SourceNode(plan, stream, mailbox)
     run_loop([source, *nodes])
     sent = source.samples
     assert sent == 8
@@ -141,9 +141,9 @@ def test_a_stream_that_is_stopped_before_it_begins():
     graph, run = stacked("gru"), settings()
     stream = from_iterable(text([3]).samples)
     plan = make_plan(graph, run, stream.spec)
-    mail = Mailroom({INPUT, *graph.blocks})
-    nodes = [make_node(plan, name, mail) for name in graph.blocks]
-    source = SourceNode(plan, stream, mail)
+    mailbox = Mailbox({INPUT, *graph.blocks})
+    nodes = [make_node(plan, name, mailbox) for name in graph.blocks]
+    source = SourceNode(plan, stream, mailbox)
     source.stop.set()
     run_loop([source, *nodes])
     assert source.samples == 0

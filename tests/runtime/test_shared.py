@@ -17,7 +17,7 @@ from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Channel, Packer, Signal
 from hamdist.runtime.transport import shared_memory as shared
-from hamdist.runtime.transport.endpoint import Line, socket_folder
+from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
 from hamdist.runtime.transport.shared_memory import (
     SCHEME,
     SharedReceiver,
@@ -25,7 +25,7 @@ from hamdist.runtime.transport.shared_memory import (
     inline_limit,
     takes,
 )
-from hamdist.runtime.transport.transport import Wires, local_way
+from hamdist.runtime.transport.transport import Endpoints, local_way
 
 RUN = 78
 CHANNEL = Channel(5, Kind.STATE, "a", "b", "a->b", 6, slack=4)
@@ -47,7 +47,7 @@ class Pair:
     def __init__(self, channel):
         self.channel = channel
         self.aborts = threading.Event(), threading.Event()
-        self.lines = [Line(RUN, abort) for abort in self.aborts]
+        self.lines = [EndpointContext(RUN, abort) for abort in self.aborts]
         self.receiver = SharedReceiver(self.lines[1], channel)
         self.sender = SharedSender(self.lines[0], channel, self.receiver.address)
 
@@ -226,10 +226,10 @@ def run_until_waiting(act, line, abort):
 
 
 def test_a_failed_start_leaves_nothing(leaves_no_socket, monkeypatch):
-    wires = Wires(RUN, threading.Event())
-    wires.bind(CHANNEL, "shm")
+    endpoints = Endpoints(RUN, threading.Event())
+    endpoints.bind(CHANNEL, "shm")
     before = len(os.listdir("/proc/self/fd"))
-    wires.bind(CHANNEL, "shm")  # anew: the first one is closed
+    endpoints.bind(CHANNEL, "shm")  # anew: the first one is closed
     assert len(os.listdir("/proc/self/fd")) == before
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -237,11 +237,11 @@ def test_a_failed_start_leaves_nothing(leaves_no_socket, monkeypatch):
             lambda run, _: socket_folder(run) / "a/b",
         )
         with pytest.raises(ClusterError, match="no socket at"):
-            wires.bind(CHANNEL, "shm")
+            endpoints.bind(CHANNEL, "shm")
     with pytest.raises(ClusterError, match="cannot be reached"):
-        wires.connect(CHANNEL, f"{SCHEME}{socket_folder(RUN)}/77")
+        endpoints.connect(CHANNEL, f"{SCHEME}{socket_folder(RUN)}/77")
     assert len(os.listdir("/proc/self/fd")) == before
-    wires.close()
+    endpoints.close()
 
 
 def test_long_queues_go_by_zeromq():
@@ -256,7 +256,7 @@ def test_long_queues_go_by_zeromq():
 @pytest.fixture
 def stranger(leaves_no_socket):
     """A receiver, and a socket that is no SharedSender's."""
-    line = Line(RUN, threading.Event())
+    line = EndpointContext(RUN, threading.Event())
     receiver = SharedReceiver(line, CHANNEL)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(receiver.address.removeprefix(SCHEME))
@@ -365,7 +365,7 @@ def test_the_last_slot_is_read_whole(stranger):
 def test_room_that_was_never_taken_is_not_given_back(leaves_no_socket, credit):
     folder = socket_folder(RUN)
     folder.mkdir(mode=0o700)
-    line = Line(RUN, threading.Event())
+    line = EndpointContext(RUN, threading.Event())
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(str(folder / "5"))

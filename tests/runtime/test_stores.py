@@ -14,7 +14,7 @@ from runtime.test_engines_equal import assert_equal
 
 from hamdist.config import Settings
 from hamdist.errors import SnapshotError
-from hamdist.runtime.ray_engine.supervision import CrewKeeping
+from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.train import train
@@ -178,13 +178,13 @@ def test_on_a_full_disk_the_oldest_makes_room(tmp_path, engine):
 def test_under_a_full_disk_the_memory_of_actors_is_bounded(tmp_path, monkeypatch):
     """Kept signals take at most what they may and a fifth, though no snapshot is complete."""
     kept = []
-    look = CrewKeeping._look_for_forgotten
+    look = SnapshotSupervision._look_for_forgotten
 
-    def watched(keeping):
-        kept.extend(actor.kept_bytes for actor in keeping._crew.actors)
-        look(keeping)
+    def watched(snapshot_policy):
+        kept.extend(actor.kept_bytes for actor in snapshot_policy._worker_group.actors)
+        look(snapshot_policy)
 
-    monkeypatch.setattr(CrewKeeping, "_look_for_forgotten", watched)
+    monkeypatch.setattr(SnapshotSupervision, "_look_for_forgotten", watched)
     with small_disk(tmp_path / "disk", "300k") as disk:
         chosen = Settings.model_validate(
             {

@@ -15,7 +15,7 @@ from torch import nn
 from hamdist.config import EngineSettings, Pin, Settings, read_settings
 from hamdist.runtime.advice.advice import thread_warnings
 from hamdist.runtime.process import threads
-from hamdist.runtime.process.threads import pinned, seat
+from hamdist.runtime.process.threads import actor_options, pinned
 from hamdist.runtime.train.train import train
 
 pytestmark = pytest.mark.timeout(90)
@@ -26,7 +26,7 @@ needs_affinity = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("processors", "actors", "of_a_thread", "seats"),
+    ("processors", "actors", "of_a_thread", "options_of_actors"),
     [
         ({0, 1}, 2, 1, [{0}, {1}]),
         ({4, 5, 6, 7}, 2, 1, [{4}, {6}]),  # far apart
@@ -36,9 +36,9 @@ needs_affinity = pytest.mark.skipif(
         ({0, 1, 2, 3}, 2, 2, [None, None]),
     ],
 )
-def test_seats(monkeypatch, processors, actors, of_a_thread, seats):
+def test_options_of_actors(monkeypatch, processors, actors, of_a_thread, options_of_actors):
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: processors, raising=False)  # type: ignore[attr-defined]
-    assert [seat(i, actors, of_a_thread) for i in range(actors)] == seats
+    assert [actor_options(i, actors, of_a_thread) for i in range(actors)] == options_of_actors
 
 
 @needs_affinity

@@ -17,7 +17,7 @@ from hamdist.runtime.process.leftovers import sweep
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Channel, Packer, Signal
 from hamdist.runtime.transport.endpoint import socket_folder
-from hamdist.runtime.transport.transport import Wires
+from hamdist.runtime.transport.transport import Endpoints
 
 RUN = 77
 CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4)
@@ -32,7 +32,7 @@ WAYS = {"shm": "shm", "ipc": "ipc", "tcp": "tcp://127.0.0.1"}
 def pair(request, leaves_no_socket):
     """A sending and a receiving transport, joined by CHANNEL."""
     aborts = threading.Event(), threading.Event()
-    sender, receiver = (Wires(RUN, abort) for abort in aborts)
+    sender, receiver = (Endpoints(RUN, abort) for abort in aborts)
     address = receiver.bind(CHANNEL, WAYS[request.param])
     sender.connect(CHANNEL, address)
     yield sender, receiver, aborts, address
@@ -179,14 +179,14 @@ def test_a_frame_that_is_not_there_is_refused(pair, index):
 
 @pytest.mark.parametrize("way", ["shm", "ipc"])
 def test_the_socket_folder_is_private_and_goes_away(leaves_no_socket, way):
-    wires = Wires(RUN, threading.Event())
-    address = wires.bind(CHANNEL, way)
+    endpoints = Endpoints(RUN, threading.Event())
+    address = endpoints.bind(CHANNEL, way)
     folder = socket_folder(RUN)
     assert address.startswith(f"{way}://{folder}/3.")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     os.utime(folder, (0, 0))
     assert folder not in sweep()  # (it is claimed until it is closed, however old it is)
-    wires.close()
+    endpoints.close()
     assert not folder.exists()
 
 
@@ -194,20 +194,20 @@ def test_the_socket_folder_is_private_and_goes_away(leaves_no_socket, way):
 def test_a_folder_that_others_can_reach_is_refused(leaves_no_socket, way):
     folder = socket_folder(RUN)
     folder.mkdir(mode=0o755)
-    wires = Wires(RUN, threading.Event())
+    endpoints = Endpoints(RUN, threading.Event())
     try:
         with pytest.raises(ClusterError, match="belongs to somebody else"):
-            wires.bind(CHANNEL, way)
+            endpoints.bind(CHANNEL, way)
     finally:
-        wires.close()
+        endpoints.close()
     assert not folder.exists()
 
 
 def test_a_process_without_a_zeromq_channel_has_no_thread_for_it(leaves_no_socket):
     """What ZeroMQ needs is made with its first channel."""
-    wires = Wires(RUN, threading.Event())
-    wires.bind(CHANNEL, "shm")
-    assert wires._zmq is None
-    wires.bind(CHANNEL._replace(number=4), "ipc")
-    assert wires._zmq is not None
-    wires.close()
+    endpoints = Endpoints(RUN, threading.Event())
+    endpoints.bind(CHANNEL, "shm")
+    assert endpoints._zmq is None
+    endpoints.bind(CHANNEL._replace(number=4), "ipc")
+    assert endpoints._zmq is not None
+    endpoints.close()

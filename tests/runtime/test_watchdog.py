@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hamdist.runtime.engines.worker import Wait
+from hamdist.runtime.engines.worker import BlockedChannel
 from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
 
 
@@ -20,8 +20,8 @@ def test_it_speaks_once_per_standstill():
 
 def test_the_root_of_a_chain_of_waits_is_named():
     waits = [
-        Wait("c", "b", "the state on edge b->c", 12.2),
-        Wait("b", "a", "the state on edge a->b", 12.4),
+        BlockedChannel("c", "b", "the state on edge b->c", 12.2),
+        BlockedChannel("b", "a", "the state on edge a->b", 12.4),
     ]
     text = explain(waits, {"a": 7, "b": 8, "c": 9}, [], 12)
     assert "block 'b' has waited 12 s for the state on edge a->b; 'a' is at tick 7" in text
@@ -29,7 +29,7 @@ def test_the_root_of_a_chain_of_waits_is_named():
 
 
 def test_a_silent_process_and_a_circle_are_told():
-    circle = [Wait("a", "b", "x", 3), Wait("b", "a", "y", 3)]
+    circle = [BlockedChannel("a", "b", "x", 3), BlockedChannel("b", "a", "y", 3)]
     text = explain(circle, {"a": 1, "b": 1}, ["actor 2 (blocks c; process 5)"], 3)
     assert "for x" in text
     assert "for y" in text

@@ -17,7 +17,7 @@ from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.streams import held_out
 from hamdist.streams.sample import Stream
 from hamdist.study.run import run as runs
-from hamdist.study.run.compare import Planned, compare, plan
+from hamdist.study.run.compare import PlannedRun, compare, plan
 from hamdist.study.run.evaluate import evaluate
 from hamdist.study.run.run import Timeline, run_level
 from hamdist.study.shared.recipes import load_settings, recipes
@@ -86,12 +86,12 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
 
 def test_plan() -> None:
     assert plan(SETTINGS) == [
-        Planned(None, 5),
-        Planned(None, 6),
-        Planned(Level.TRACE, 5),
-        Planned(Level.LOCAL, 5),
-        Planned(Level.TRACE, 6),
-        Planned(Level.LOCAL, 6),
+        PlannedRun(None, 5),
+        PlannedRun(None, 6),
+        PlannedRun(Level.TRACE, 5),
+        PlannedRun(Level.LOCAL, 5),
+        PlannedRun(Level.TRACE, 6),
+        PlannedRun(Level.LOCAL, 6),
     ]
     twice = Settings.model_validate({"steps": 1, "compare": {"levels": ["trace", "trace"]}})
     assert [item.name for item in plan(twice)] == ["centralised", "trace"]
@@ -123,7 +123,7 @@ def test_baseline_has_the_settings_of_backprop(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "train_centralised", engines)
-    list(compare(SETTINGS, [Planned(None, 7)]))
+    list(compare(SETTINGS, [PlannedRun(None, 7)]))
     assert engines.calls[0][2].learning.lr == 0.3
     assert engines.calls[0][2].seed == 7
 

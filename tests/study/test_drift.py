@@ -7,7 +7,7 @@ import pytest
 from hamdist.config import Settings
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.study.report.table import run_facts
-from hamdist.study.run.drift import Recovery, drift_fact, recoveries
+from hamdist.study.run.drift import DriftRecovery, drift_fact, recoveries
 from hamdist.study.run.run import run_level
 
 
@@ -23,8 +23,8 @@ def test_fall_and_recovery() -> None:
     found = recoveries(windows(50, 70, 90, 94, 30, 60, 91, 95, 20, 40, 50), (40, 80))
     # before the first drift: the last of 4 windows; before the second: of 4
     assert found == (
-        Recovery(40, pytest.approx(0.94), pytest.approx(0.3), 40),
-        Recovery(80, pytest.approx(0.95), pytest.approx(0.2), None),
+        DriftRecovery(40, pytest.approx(0.94), pytest.approx(0.3), 40),
+        DriftRecovery(80, pytest.approx(0.95), pytest.approx(0.2), None),
     )
     words = "recovered from 1 of 2 within 40 items (at most 40); accuracy fell by 69.5 points on"
     assert drift_fact(found) == f"{words} average"
@@ -32,7 +32,7 @@ def test_fall_and_recovery() -> None:
 
 def test_it_is_back_within_two_points() -> None:
     (one,) = recoveries(windows(80, 80, 80, 40, 77, 78, 90), (30,))
-    assert one == Recovery(30, pytest.approx(0.8), pytest.approx(0.4), 30)
+    assert one == DriftRecovery(30, pytest.approx(0.8), pytest.approx(0.4), 30)
 
 
 def test_accuracy_that_never_fell_is_back_at_once() -> None:

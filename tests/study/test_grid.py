@@ -19,14 +19,14 @@ import pytest
 from typer.testing import CliRunner
 
 from hamdist.cli import app
-from hamdist.config import Level, Part, Settings
+from hamdist.config import Level, Settings, Split
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.study.run.run import run_centralised, run_level
 from hamdist.study.shared.store import Store
 from hamdist.study.sweep import run as grid_run
-from hamdist.study.sweep.points import TUNING_SEEDS, Job, cells, final_jobs, tuning_jobs
+from hamdist.study.sweep.points import TUNING_SEEDS, SweepJob, cells, final_jobs, tuning_jobs
 from hamdist.study.sweep.report import save_study
-from hamdist.study.sweep.run import Choice, Outcome, check, run_study
+from hamdist.study.sweep.run import StudyOutcome, TuningResult, check, run_study
 from hamdist.study.sweep.settings import (
     Axis,
     SideSettings,
@@ -39,7 +39,7 @@ from hamdist.study.sweep.settings import (
 )
 from hamdist.study.sweep.summary import summary
 from hamdist.study.sweep.tables import study_tables
-from hamdist.study.sweep.work import Record, work
+from hamdist.study.sweep.work import RunRecord, work
 
 TINY = """
 name: tiny
@@ -62,8 +62,8 @@ def side(level: str | None = None, *lrs: float, **more: Any) -> dict[str, Any]:
     return {"level": level, "tune": {"learning.lr": list(lrs)} if lrs else {}, **more}
 
 
-def record(job: Job, accuracy: float | None, **more: Any) -> Record:
-    blank = Record(
+def record(job: SweepJob, accuracy: float | None, **more: Any) -> RunRecord:
+    blank = RunRecord(
         key=job.key,
         trains=job.trains.value,
         seed=job.settings.seed,
@@ -86,11 +86,11 @@ def record(job: Job, accuracy: float | None, **more: Any) -> Record:
 class Made:
     """Stands in for `work`: notes the jobs; the accuracy is what `of` says of one."""
 
-    def __init__(self, of: Callable[[Job], float | None]) -> None:
+    def __init__(self, of: Callable[[SweepJob], float | None]) -> None:
         self.of = of
-        self.jobs: list[Job] = []
+        self.jobs: list[SweepJob] = []
 
-    def __call__(self, job: Job) -> Record:
+    def __call__(self, job: SweepJob) -> RunRecord:
         self.jobs.append(job)
         return record(job, self.of(job))
 
@@ -99,7 +99,7 @@ class Made:
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     """Accuracy 1 - |lr - 0.1| for centralised training, |lr - 0.1| for a level, + seed/1000."""
 
-    def accuracy(job: Job) -> float:
+    def accuracy(job: SweepJob) -> float:
         away = abs(job.settings.learning.lr - 0.1)
         own = away if job.trains is Trains.LEVEL else 1 - away
         return own + job.settings.seed % 1000 / 1000
@@ -227,18 +227,18 @@ class TestCells:
         for candidate, jobs in asked:
             assert [job.settings.seed for job in jobs] == [TUNING_SEEDS, TUNING_SEEDS + 1]
             for job in jobs:
-                assert job.settings.stream.evaluate is Part.VALIDATION
+                assert job.settings.stream.evaluate is Split.VALIDATION
                 assert job.settings.learning.lr == candidate["learning.lr"]
                 assert job.settings.steps == 8
         finals = final_jobs(study, cell, {"learning.lr": 0.1})
         assert [job.settings.seed for job in finals] == [0, 1]
-        assert {job.settings.stream.evaluate for job in finals} == {Part.TEST}
+        assert {job.settings.stream.evaluate for job in finals} == {Split.TEST}
         assert {job.settings.steps for job in finals} == {16}
 
 
 class TestKeys:
     def key(self, trains: Trains, **fields: Any) -> str:
-        return Job(trains, Settings.model_validate(fields)).key
+        return SweepJob(trains, Settings.model_validate(fields)).key
 
     @pytest.mark.parametrize(
         ("fields", "same_for_levels", "same_for_centralised"),
@@ -270,8 +270,10 @@ class TestChoice:
         self, made: Made, tmp_path: Path
     ) -> None:
         central, trace = run_study(tiny(), tmp_path)
-        assert central.choice == Choice({"learning.lr": 0.1}, 1.0)
-        assert trace.choice == Choice({"learning.lr": 0.2}, pytest.approx(0.1), ("learning.lr",))
+        assert central.choice == TuningResult({"learning.lr": 0.1}, 1.0)
+        assert trace.choice == TuningResult(
+            {"learning.lr": 0.2}, pytest.approx(0.1), ("learning.lr",)
+        )
         assert [r.accuracy for r in central.records] == [1.0, 1.001]
         assert [r.seed for r in trace.records] == [0, 1]
         parts = [job.settings.stream.evaluate.value for job in made.jobs]
@@ -288,13 +290,13 @@ class TestChoice:
     def test_what_was_chosen_before(self, made: Made, tmp_path: Path) -> None:
         best = {name: {"best": {"learning.lr": 0.2}} for name in ("centralised", "trace")}
         found = run_study(tiny(sides=best), tmp_path, chosen=True)
-        assert [o.choice for o in found] == [Choice({"learning.lr": 0.2}, None)] * 2
+        assert [o.choice for o in found] == [TuningResult({"learning.lr": 0.2}, None)] * 2
         assert len(made.jobs) == 4
         with pytest.raises(SettingsError, match=r"sides.trace.best: names nothing, but 'tune' has"):
             run_study(tiny(sides={"centralised": best["trace"]}), tmp_path, chosen=True)
 
     def test_losses_where_there_are_no_accuracies(self) -> None:
-        job = Job(Trains.LEVEL, Settings())
+        job = SweepJob(Trains.LEVEL, Settings())
         losses = [record(job, None, loss=loss, failure=None) for loss in (1.0, 3.0)]
         assert grid_run.score(losses) == -2.0
         assert grid_run.score([record(job, 0.5), record(job, None)]) == -math.inf
@@ -302,7 +304,7 @@ class TestChoice:
 
 class TestResume:
     def test_only_what_is_missing_is_run(self, made: Made, tmp_path: Path) -> None:
-        def stop(phase: str, done: int, total: int, found: Record) -> None:
+        def stop(phase: str, done: int, total: int, found: RunRecord) -> None:
             if done == 4:
                 raise KeyboardInterrupt
 
@@ -328,8 +330,8 @@ class TestResume:
         assert len(made.jobs) - len(centralised) == 2 * (3 + 2)
 
     def test_files_that_are_no_records(self, tmp_path: Path) -> None:
-        job = Job(Trains.LEVEL, Settings(steps=3))
-        store = Store(tmp_path, lambda values: Record(**values))
+        job = SweepJob(Trains.LEVEL, Settings(steps=3))
+        store = Store(tmp_path, lambda values: RunRecord(**values))
         assert store.find(job.key) is None
         store.keep(job.key, json.dumps(dataclasses.asdict(record(job, 0.5))))
         found = store.find(job.key)
@@ -346,11 +348,11 @@ class TestResume:
             store.find(job.key)
 
 
-def killed(job: Job) -> Record:
+def killed(job: SweepJob) -> RunRecord:
     os._exit(1)
 
 
-def plain(found: Record) -> Record:
+def plain(found: RunRecord) -> RunRecord:
     """Without what a clock says."""
     curve = [(row[0], *row[2:]) for row in found.curve]
     return dataclasses.replace(found, seconds=0.0, curve=curve, warnings=tuple(found.warnings))
@@ -392,7 +394,7 @@ class TestWhole:
             "learning": {"lr": 1e6},
             "engine": {"actors": 1},
         }
-        found = work(Job(Trains.LEVEL, Settings.model_validate(raw)))
+        found = work(SweepJob(Trains.LEVEL, Settings.model_validate(raw)))
         assert found.failure
         assert found.accuracy is None
 
@@ -410,7 +412,7 @@ class TestWhole:
         timer.start()
         try:
             with pytest.raises(KeyboardInterrupt):
-                work(Job(Trains.LEVEL, Settings.model_validate(raw)))
+                work(SweepJob(Trains.LEVEL, Settings.model_validate(raw)))
         finally:
             timer.cancel()
             signal.signal(signal.SIGTERM, before)
@@ -446,14 +448,14 @@ class TestWhole:
             assert [plain(r) for r in one.records] == [plain(r) for r in other.records]
 
 
-def outcomes(study: StudySettings, *accuracies: list[float | None]) -> list[Outcome]:
+def outcomes(study: StudySettings, *accuracies: list[float | None]) -> list[StudyOutcome]:
     """Of the cells in order, with these accuracies by seed."""
     found = []
     for cell, own in zip(cells(study), accuracies, strict=True):
-        choice = Choice(cell.side.candidates[0], 0.5)
+        choice = TuningResult(cell.side.candidates[0], 0.5)
         jobs = final_jobs(study, cell, choice.chosen)
         records = [record(job, a) for job, a in zip(jobs, own, strict=True)]
-        found.append(Outcome(cell, choice, records))
+        found.append(StudyOutcome(cell, choice, records))
     return found
 
 

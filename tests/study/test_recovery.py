@@ -26,10 +26,10 @@ from hamdist.study.gradient_descent.data import Paths
 from hamdist.study.gradient_descent.models import EMBEDDING, MODELS, make_model
 from hamdist.study.gradient_descent.scenarios import (
     SCENARIOS,
-    Cell,
-    Job,
     Placement,
-    Row,
+    ScenarioCell,
+    ScenarioJob,
+    ScenarioRow,
     Trained,
     run_row,
 )
@@ -89,7 +89,7 @@ def test_the_seed_alone_decides_the_weights():
 
 def test_the_models_are_those_of_the_paper():
     resnet = make_model("resnet", 784, 10, seed=0)
-    assert sum(type(m).__name__ == "Residual" for m in resnet.modules()) == 4
+    assert sum(type(m).__name__ == "ResidualCell" for m in resnet.modules()) == 4
     assert not any("Norm" in type(m).__name__ for m in resnet.modules())
     vit = make_model("vit", 784, 10, seed=0)
     layers = [m for m in vit.modules() if isinstance(m, torch.nn.TransformerEncoderLayer)]
@@ -203,7 +203,7 @@ def test_real_texts_and_word_vectors(tmp_path):
     assert embedding.shape == (sequences.inputs, EMBEDDING)
     vector = torch.arange(50, dtype=torch.float64) / 8
     assert sum(torch.equal(row, vector) for row in embedding.detach()) == 2
-    assert run_row(Job("rnn", "GD-a", steps=3, paths=paths)).passed
+    assert run_row(ScenarioJob("rnn", "GD-a", steps=3, paths=paths)).passed
 
 
 def test_word_vectors_of_another_size(tmp_path):
@@ -245,7 +245,7 @@ def test_the_oracle_is_the_written_out_recursion(zero_start):
 @pytest.mark.parametrize("scenario", ["GD-b", "Mom-a"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_at_every_placement(model, scenario):
-    row = run_row(Job(model, scenario, steps=8))
+    row = run_row(ScenarioJob(model, scenario, steps=8))
     assert row.steps == 8
     assert [c.placement for c in row.cells] == list(Placement)
     for cell in row.cells:
@@ -254,10 +254,13 @@ def test_every_model_at_every_placement(model, scenario):
 
 
 def test_the_plain_table_of_the_paper():
-    row = run_row(Job("mlp", "Mom-a", steps=20, first_step=FirstStep.DAMPENED))
+    row = run_row(ScenarioJob("mlp", "Mom-a", steps=20, first_step=FirstStep.DAMPENED))
     assert row.passed
     assert 1e-4 < row.from_pytorch < 5e-3
-    assert run_row(Job("mlp", "GD-a", steps=5, first_step=FirstStep.DAMPENED)).from_pytorch is None
+    assert (
+        run_row(ScenarioJob("mlp", "GD-a", steps=5, first_step=FirstStep.DAMPENED)).from_pytorch
+        is None
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.011}, {"momentum": 0.11}, {"dampening": 0.49}])
@@ -299,7 +302,7 @@ def test_apart():
     ],
 )
 def test_a_cell_passes(losses, weights, passed):
-    assert Cell(Placement.STATE, losses, weights, 1.0).passed is passed
+    assert ScenarioCell(Placement.STATE, losses, weights, 1.0).passed is passed
 
 
 @pytest.mark.ray
@@ -330,8 +333,8 @@ def test_ray_computes_the_same_cell(session, leaves_no_socket, model, placement)
 
 
 def given_row(model="mlp", scenario="Mom-a", losses=2e-16, **more):
-    made = tuple(Cell(p, losses, 0.0, 1.5) for p in Placement)
-    return Row(model, scenario, "Iris", 6000, (1.25, 0.5), made, 9.0, **more)
+    made = tuple(ScenarioCell(p, losses, 0.0, 1.5) for p in Placement)
+    return ScenarioRow(model, scenario, "Iris", 6000, (1.25, 0.5), made, 9.0, **more)
 
 
 def test_jobs():
@@ -346,19 +349,19 @@ def test_jobs():
 def test_epochs_of_the_paper(monkeypatch):
     monkeypatch.setattr(cells, "MOST_EPOCHS", 2)
     monkeypatch.setattr(cells, "EPOCHS", {"rnn": 3})
-    assert run_row(Job("linear", "GD-a")).steps == 300
-    assert run_row(Job("rnn", "GD-a", epochs=1, steps=7)).steps == 7
+    assert run_row(ScenarioJob("linear", "GD-a")).steps == 300
+    assert run_row(ScenarioJob("rnn", "GD-a", epochs=1, steps=7)).steps == 7
 
 
 @pytest.mark.timeout(300)
 def test_two_processes(tmp_path):
     before = set(multiprocessing.active_children())
-    same = [Job("linear", scenario, steps=5) for scenario in ("GD-a", "Mom-a")]
-    wrong = Job("rnn", "GD-a", steps=5, paths=Paths(texts=tmp_path))
-    endless = Job("linear", "GD-a", epochs=10**6)
-    with rows.Rows([*same, wrong, endless], 2) as spread:
+    same = [ScenarioJob("linear", scenario, steps=5) for scenario in ("GD-a", "Mom-a")]
+    wrong = ScenarioJob("rnn", "GD-a", steps=5, paths=Paths(texts=tmp_path))
+    endless = ScenarioJob("linear", "GD-a", epochs=10**6)
+    with rows.RowWorkers([*same, wrong, endless], 2) as spread:
         for one in map(spread.row, same):
-            other = run_row(Job(one.model, one.scenario, steps=5))
+            other = run_row(ScenarioJob(one.model, one.scenario, steps=5))
             assert one.loss == other.loss
             assert [c.difference for c in one.cells] == [c.difference for c in other.cells]
         with pytest.raises(StreamError, match="no texts in"):
@@ -368,8 +371,8 @@ def test_two_processes(tmp_path):
 
 
 def test_one_process_works_the_rows_out_in_order():
-    wanted = [Job("linear", scenario, steps=5) for scenario in ("Mom-a", "GD-a")]
-    with rows.Rows(wanted, 1) as alone:
+    wanted = [ScenarioJob("linear", scenario, steps=5) for scenario in ("Mom-a", "GD-a")]
+    with rows.RowWorkers(wanted, 1) as alone:
         found = list(alone.finished())
         assert [row.scenario for row in found] == ["Mom-a", "GD-a"]
         assert alone.row(wanted[1]) is found[1]
@@ -475,12 +478,12 @@ def test_verify_has_a_check_for_every_cell(monkeypatch):
 def test_verify_in_full_asks_for_the_epochs_of_the_paper(monkeypatch):
     asked = []
 
-    class Asked(rows.Rows):
+    class Asked(rows.RowWorkers):
         def __init__(self, wanted, processes):
             asked.append((list(wanted), processes))
             super().__init__(wanted, 1)
 
-    monkeypatch.setattr(gradient_descent, "Rows", Asked)
+    monkeypatch.setattr(gradient_descent, "RowWorkers", Asked)
     first = next(gradient_descent.checks(True))
     assert first.bound == 1e-10
     ((wanted, processes),) = asked

@@ -22,7 +22,7 @@ from hamdist.errors import SettingsError
 from hamdist.study.report import files as results
 from hamdist.study.report import plots
 from hamdist.study.report.aggregate import aggregate
-from hamdist.study.report.html import Report, render
+from hamdist.study.report.html import HtmlReport, render
 from hamdist.study.report.plots import comparison_plots, joined
 from hamdist.study.report.save import save_comparison, save_run
 from hamdist.study.report.table import Table
@@ -200,7 +200,7 @@ def test_joined_windows_cover_the_same_items() -> None:
 
 
 def test_report_without_plots_or_notes() -> None:
-    report = Report(Settings(), Table(["level"], [["a & b"]], []), {}, "x", "today", False)
+    report = HtmlReport(Settings(), Table(["level"], [["a & b"]], []), {}, "x", "today", False)
     page = render(report)
     assert "<td>a &amp; b</td>" in page
     assert "Notes and warnings" not in page

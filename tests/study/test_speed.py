@@ -40,7 +40,13 @@ from hamdist.study.propagation.settling import (
     settled,
     tick_counts,
 )
-from hamdist.study.propagation.streams import PERIOD, StreamKind, TimedStream, Values, timed_stream
+from hamdist.study.propagation.streams import (
+    PERIOD,
+    StreamKind,
+    StreamShapes,
+    TimedStream,
+    timed_stream,
+)
 from hamdist.study.propagation.study import (
     SpeedRow,
     SpeedStudy,
@@ -79,7 +85,7 @@ def static(u, y, seconds=1.0):
 
 @pytest.mark.parametrize("kind", StreamKind)
 def test_streams_are_functions_of_seed_and_time(kind):
-    values = Values((2, 5), (2, 3))
+    values = StreamShapes((2, 5), (2, 3))
     one, same, other = (timed_stream(kind, values, seed) for seed in (1, 1, 2))
     assert one.looks == same.looks
     for t in (0.3, -2.0, 7.7, 0.3):
@@ -91,7 +97,7 @@ def test_streams_are_functions_of_seed_and_time(kind):
 
 
 def test_how_the_streams_move():
-    values = Values((4, 50), (4, 50))
+    values = StreamShapes((4, 50), (4, 50))
     still = timed_stream(StreamKind.STATIC, values, 0)
     assert torch.equal(still.u(0.0), still.u(9.0))
     assert still.begins == 0.0
@@ -109,7 +115,7 @@ def test_how_the_streams_move():
 
 
 def test_looks_at_random_streams_spread_over_the_period_and_over_samples():
-    looks = timed_stream(StreamKind.RANDOM, Values((1, 1), (1, 1)), 3).looks
+    looks = timed_stream(StreamKind.RANDOM, StreamShapes((1, 1), (1, 1)), 3).looks
     number = [math.floor(t / PERIOD) for t in looks]
     share = [t / PERIOD - n for t, n in zip(looks, number, strict=True)]
     assert number == list(range(len(looks)))
@@ -119,7 +125,7 @@ def test_looks_at_random_streams_spread_over_the_period_and_over_samples():
 
 @pytest.mark.parametrize("kind", StreamKind)
 def test_class_targets(kind):
-    stream = timed_stream(kind, Values((50, 2), (50,), classes=3), 0)
+    stream = timed_stream(kind, StreamShapes((50, 2), (50,), classes=3), 0)
     y = stream.y(0.2)
     assert y.dtype == torch.int64
     assert set(y.tolist()) == {0, 1, 2}

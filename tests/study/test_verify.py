@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from hamdist.cli import app
 from hamdist.errors import GraphError, SettingsError
-from hamdist.runtime.process.interrupts import Ending
+from hamdist.runtime.process.interrupts import RunInterrupts
 from hamdist.study.verify import runner
 from hamdist.study.verify.oracles import golden
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.whole_network import CHAIN, make_case, replay
 from hamdist.study.verify.runner import TOPICS, Topic, run, to_json, topics
 
@@ -74,8 +74,8 @@ def flat(text):
         (lambda: 5e-324, 0.0, False),
         (lambda: math.nan, 1.0, False),
         (lambda: math.inf, 1.0, False),
-        (lambda: Found(0.5, "there"), 1.0, True),
-        (lambda: Found(1.5, "there"), 1.0, False),
+        (lambda: Difference(0.5, "there"), 1.0, True),
+        (lambda: Difference(1.5, "there"), 1.0, False),
     ],
 )
 def test_a_row_passes_within_its_bound(measure, bound, passed):
@@ -85,7 +85,7 @@ def test_a_row_passes_within_its_bound(measure, bound, passed):
 
 
 def test_where_a_difference_is_is_told_of_failures_and_of_answers():
-    good, bad = (Check("what", "", 1.0, lambda d=d: Found(d, "there")) for d in (0.5, 1.5))
+    good, bad = (Check("what", "", 1.0, lambda d=d: Difference(d, "there")) for d in (0.5, 1.5))
     assert [row.note for row in rows_of(good, bad)] == ["", "there"]
     assert [row.note for row in rows_of(good, bad, answers=True)] == ["there", "there"]
 
@@ -137,7 +137,7 @@ def test_what_a_topic_opened_is_closed_when_the_run_ends_early():
 
 def test_ctrl_c_ends_the_run_also_when_a_run_inside_a_check_takes_it_for_itself():
     def measure():
-        with Ending(lambda: None, None) as ending:
+        with RunInterrupts(lambda: None, None) as ending:
             os.kill(os.getpid(), signal.SIGINT)
             assert ending.interrupted
         return 0.0

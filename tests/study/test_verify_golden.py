@@ -17,7 +17,7 @@ from hamdist.config import Moves
 from hamdist.dynamics.schedule.schedule import HoldSchedule
 from hamdist.errors import SettingsError
 from hamdist.study.verify.oracles import golden, tick_golden
-from hamdist.study.verify.oracles.check import Found
+from hamdist.study.verify.oracles.check import Difference
 from hamdist.study.verify.oracles.whole_network import (
     CHAIN,
     LOOPS,
@@ -33,7 +33,7 @@ TRAJECTORIES = ("h", "z", "om", "th")
 
 def measured(check):
     found = check.measure()
-    return found if isinstance(found, Found) else Found(found, "")
+    return found if isinstance(found, Difference) else Difference(found, "")
 
 
 def results(path, data):

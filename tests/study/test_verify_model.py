@@ -24,7 +24,7 @@ from hamdist.study.propagation.gradients import (
 )
 from hamdist.study.propagation.streams import StreamKind, timed_stream
 from hamdist.study.verify.topics import own_model
-from hamdist.study.verify.topics.own_model import Own, checks
+from hamdist.study.verify.topics.own_model import VerifiedModel, checks
 
 NETS = """
 import torch
@@ -181,12 +181,14 @@ def test_a_module_that_returns_several_things():
             return super().forward(x), x
 
     with pytest.raises(Exception, match="returns tuple, not a tensor"):
-        list(checks(Own(lambda: Two(6, 3), "two", (6,))))
+        list(checks(VerifiedModel(lambda: Two(6, 3), "two", (6,))))
 
 
 def test_too_slow_a_speed_is_said(monkeypatch):
     monkeypatch.setattr(own_model, "TRIED", (1.0, 2.0))
-    own = Own(lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), "small", (6,))
+    own = VerifiedModel(
+        lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), "small", (6,)
+    )
     *_, last = checks(own)
     found = last.measure()
     assert found.difference > last.bound

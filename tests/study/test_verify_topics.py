@@ -17,7 +17,7 @@ from hamdist.dynamics.updates.weights import Weights
 from hamdist.runtime.train.train import train
 from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles import whole_network as hamilton
-from hamdist.study.verify.oracles.check import Found
+from hamdist.study.verify.oracles.check import Difference
 from hamdist.study.verify.oracles.networks import Draws, chain
 from hamdist.study.verify.topics import backpropagation, delay_free, digraphs, engines
 
@@ -34,7 +34,7 @@ def failed(topic, most=None):
     names = []
     for check in islice(TOPICS[topic].checks(False), most):
         found = check.measure()
-        difference = found.difference if isinstance(found, Found) else found
+        difference = found.difference if isinstance(found, Difference) else found
         if not difference <= check.bound:
             names.append(check.name)
     return names
@@ -99,7 +99,7 @@ def result():
 
 
 def test_equal_runs_differ_by_nothing():
-    assert engines.difference(result(), result()) == Found(0.0, "")
+    assert engines.difference(result(), result()) == Difference(0.0, "")
 
 
 def test_the_largest_difference_between_two_runs():
@@ -117,7 +117,7 @@ def test_runs_of_which_one_has_more():
     assert engines.difference(a, b).difference == float("inf")
     b = result()
     b.blocks["block0"] = dataclasses.replace(b.blocks["block0"], updates=3)
-    assert engines.difference(a, b) == Found(1.0, "updates of block0")
+    assert engines.difference(a, b) == Difference(1.0, "updates of block0")
     b = result()
     b.blocks["block0"].theta["0.bias"].resize_(3)
     assert engines.difference(a, b).difference == float("inf")

@@ -13,10 +13,10 @@ from hamdist.cli.display import Display
 from hamdist.errors import INTERRUPTED, ClusterError
 
 if TYPE_CHECKING:
-    from hamdist.launch.events import Ended, Reached
+    from hamdist.launch.events import Ended, ResultValues
     from hamdist.launch.follow import Results
     from hamdist.launch.jobs_api import Jobs
-    from hamdist.study.run.run import OnProgress
+    from hamdist.runtime.process.interrupts import OnProgress
 
 
 def results_in(out: Path | None, overwrite: bool) -> Results:
@@ -54,15 +54,22 @@ def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False
 
 def _watch(
     jobs: Jobs, name: str, results: Results, display: Display
-) -> tuple[Ended | None, Reached | None]:
+) -> tuple[Ended | None, ResultValues | None]:
     """Shows what the run tells. Returns how it ended (None where it never said so), and what it
     reached."""
-    from hamdist.launch.events import Ended, Lost, Moved, Reached, Said, Started
+    from hamdist.launch.events import (
+        DriverLost,
+        Ended,
+        Progressed,
+        ResultValues,
+        Started,
+        WarningEvent,
+    )
     from hamdist.launch.follow import follow
 
     display.note(f"{name}: waiting for the cluster")
     show: OnProgress | None = None
-    reached: Reached | None = None
+    reached: ResultValues | None = None
     early: list[str] = []  # Ray's own words, which matter where nothing of ours follows
 
     def say(text: str) -> None:
@@ -74,14 +81,14 @@ def _watch(
     for event in follow(jobs.lines(name), results, say):
         if isinstance(event, Started):
             show = display.watch(event.title, event.batch)
-        elif isinstance(event, Lost):
+        elif isinstance(event, DriverLost):
             place = f"goes on from tick {event.tick}" if event.tick else "begins again"
             display.say(f"Warning: the driver was lost ({event.signal}); the run {place}")
-        elif isinstance(event, Moved) and show is not None:
+        elif isinstance(event, Progressed) and show is not None:
             show(event.progress)
-        elif isinstance(event, Said):
+        elif isinstance(event, WarningEvent):
             display.say(f"Warning: {event.warning}")
-        elif isinstance(event, Reached):
+        elif isinstance(event, ResultValues):
             reached = event
             display.note(f"{event.title}: fetching the results")
         elif isinstance(event, Ended):

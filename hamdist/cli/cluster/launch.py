@@ -30,7 +30,7 @@ from hamdist.errors import FAILED, ClusterError, SettingsError
 
 if TYPE_CHECKING:
     from hamdist.launch.dry_run import DryRun
-    from hamdist.launch.jobs_api import Job, Jobs
+    from hamdist.launch.jobs_api import Jobs, RayJob
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="See `hamdist runs`.")]
 
@@ -153,7 +153,7 @@ def _latest(jobs: Jobs) -> str:
     return running[0] if running else known[0].id
 
 
-def _cells(job: Job) -> list[str]:
+def _cells(job: RayJob) -> list[str]:
     began = "" if job.began is None else time.strftime("%m-%d %H:%M", time.localtime(job.began))
     end = job.ended or time.time()
     took = "" if job.began is None else f"{end - job.began:.0f} s"

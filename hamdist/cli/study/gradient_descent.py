@@ -66,7 +66,7 @@ def _recovery(
         recovery_table,
         save_recovery,
     )
-    from hamdist.study.gradient_descent.rows import Rows, jobs
+    from hamdist.study.gradient_descent.rows import RowWorkers, jobs
 
     wanted = jobs(
         tuple(MODELS) if models is None else [m.strip() for m in models.split(",") if m.strip()],
@@ -77,7 +77,7 @@ def _recovery(
     if out is not None:
         out = free_folder(out, overwrite=overwrite, say=complain)
     finished = []
-    with Rows(wanted) as rows:
+    with RowWorkers(wanted) as rows:
         for row in rows.finished():
             finished.append(row)
             complain(f"[{len(finished)}/{len(wanted)}] {recovery_line(row)}")

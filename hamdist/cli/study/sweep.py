@@ -17,7 +17,7 @@ from hamdist.errors import SettingsError
 
 if TYPE_CHECKING:
     from hamdist.study.sweep.settings import Axis, StudySettings
-    from hamdist.study.sweep.work import Record
+    from hamdist.study.sweep.work import RunRecord
 
 StudyArgument = Annotated[
     str,
@@ -105,7 +105,7 @@ def _check_axis(study: StudySettings, axis: Axis | None) -> None:
         )
 
 
-def _say_record(phase: str, done: int, total: int, record: Record) -> None:
+def _say_record(phase: str, done: int, total: int, record: RunRecord) -> None:
     """A finished run on one line."""
     from hamdist.study.report.table import percent
 

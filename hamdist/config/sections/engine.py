@@ -81,7 +81,7 @@ class BlockDType(str, Enum):
     BFLOAT16 = "bfloat16"
 
 
-class Step(str, Enum):
+class StepKind(str, Enum):
     """How a block's step is computed. closed: in closed form where its module has one, by torch.
     native: as closed, and linear layers on one row (batch 1) by C code. auto: native where hamdist
     was installed with it and a process has one thread. autograd: by autograd alone."""
@@ -185,7 +185,7 @@ class EngineSettings(Section):
     placement: tuple[tuple[str, ...], ...] | None = None
     balance: Balance = Balance.TIME
     threads: Positive = 1
-    step: Step = Step.AUTO
+    step: StepKind = StepKind.AUTO
     bits: Bits = Bits.WARN
     pin: Annotated[Pin, BeforeValidator(as_written)] = Pin.AUTO
     address: str | None = None

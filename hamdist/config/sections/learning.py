@@ -78,7 +78,7 @@ def _rule_alone(value: object) -> object:
     return as_written(value)
 
 
-Inputs = Annotated[InputsSettings | Literal["off"], BeforeValidator(_rule_alone)]
+InputsSetting = Annotated[InputsSettings | Literal["off"], BeforeValidator(_rule_alone)]
 
 
 class HeadsSettings(Section):
@@ -109,7 +109,7 @@ class BlockLearningSettings(Section):
     average: Averaging | None = None
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] | None = None
     heads: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] | None = None
-    inputs: Inputs | None = None
+    inputs: InputsSetting | None = None
 
 
 class LearningSettings(Section):
@@ -136,7 +136,7 @@ class LearningSettings(Section):
     average: Averaging = "off"
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] = "off"
     heads: HeadsSettings | None = None
-    inputs: Inputs = "off"
+    inputs: InputsSetting = "off"
     blocks: dict[str, BlockLearningSettings] = {}
 
     @model_validator(mode="after")

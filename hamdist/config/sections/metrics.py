@@ -10,7 +10,7 @@ from pydantic import Field
 from hamdist.config.sections.section import Positive, Section
 
 
-class Record(str, Enum):
+class RecordedState(str, Enum):
     """What is recorded per tick: the energies, or the states and costates as well."""
 
     ENERGY = "energy"
@@ -24,5 +24,5 @@ class MetricsSettings(Section):
 
     window: Positive = 50
     limit: Annotated[int, Field(ge=2)] = 2048
-    record: Record | None = None
+    record: RecordedState | None = None
     record_every: Positive = 1

@@ -25,7 +25,7 @@ class Source(str, Enum):
     CHARACTERS = "characters"
 
 
-class Part(str, Enum):
+class Split(str, Enum):
     """What a run is scored on: the test part, or (to choose settings) a sixth of the training part,
     which is then not learned from."""
 
@@ -40,7 +40,7 @@ class View(str, Enum):
     SEQUENCES = "sequences"
 
 
-class Known(str, Enum):
+class LabelledTokens(str, Enum):
     """Which tokens of a text carry its class: the last one, or every one."""
 
     LAST = "last"
@@ -124,7 +124,7 @@ class SequenceSettings(Section):
     count: Positive | None = None
     length: Positive = 20
     view: View = View.SEQUENCES
-    targets: Known = Known.LAST
+    targets: LabelledTokens = LabelledTokens.LAST
     vocabulary: Positive = 10_000
 
 
@@ -172,7 +172,7 @@ class StreamSettings(Section):
     path: Path | None = None
     smooth: SmoothSettings | None = None
     canvas: CanvasSettings | None = None
-    evaluate: Part = Part.TEST
+    evaluate: Split = Split.TEST
     drift: DriftSettings = DriftSettings()
     sequences: SequenceSettings = SequenceSettings()
     signal: SignalSettings = SignalSettings()

@@ -60,7 +60,7 @@ class Gate(Remembers):
         return apart <= self._tolerance**2 * size
 
 
-class Retrospect(Remembers):
+class RetrospectiveInput(Remembers):
     """ticks: d; blend: a. Inputs that are no real numbers stay as they are."""
 
     def __init__(self, ticks: int, blend: float) -> None:

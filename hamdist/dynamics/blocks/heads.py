@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.blocks.kept_passes import Block, BlockParts
-from hamdist.dynamics.blocks.readout_loss import LossTaker, plain, scaled
+from hamdist.dynamics.blocks.readout_loss import ReadoutLoss, plain, scaled
 from hamdist.dynamics.state.finite import Scale
 from hamdist.dynamics.state.remember import Remembers
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import Cell, Record
+from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.errors import LevelError
 
 NORM_EPS = 1e-3
@@ -95,7 +95,13 @@ class Head(Remembers):
     """weight: of the block's step by it. scale: of beta, by sample."""
 
     def __init__(
-        self, cell: Cell, weights: Weights, loss: LossTaker, weight: float, scale: Scale, tau: float
+        self,
+        cell: LocalFunction,
+        weights: Weights,
+        loss: ReadoutLoss,
+        weight: float,
+        scale: Scale,
+        tau: float,
     ) -> None:
         self.cell = cell
         self.weights = weights
@@ -118,12 +124,12 @@ class Head(Remembers):
         return s
 
 
-class Taught(Remembers):
+class HeadUpdate(Remembers):
     """What a head does to the weights of its block. weights: theta of the cell, with an omega of
     the head's own."""
 
     def __init__(
-        self, head: Head, cell: Cell, weights: Weights, dynamics: Dynamics, scale: Scale
+        self, head: Head, cell: LocalFunction, weights: Weights, dynamics: Dynamics, scale: Scale
     ) -> None:
         self.head = head
         self.weights = weights
@@ -134,7 +140,7 @@ class Taught(Remembers):
 
     STATE = ("head", "weights")
 
-    def learn(self, sample: int, record: Record, label: Tensor, *, keep: bool) -> Tensor:
+    def learn(self, sample: int, record: ForwardRecord, label: Tensor, *, keep: bool) -> Tensor:
         """One step by the label of `sample`; returns z = tau s. keep: the record is used again."""
         z = scaled(self.head.teach(sample, plain(record.output), label), self._tau)
         scale = self._scale(sample) * self.head.weight
@@ -150,13 +156,13 @@ class HeadBlock(Block):
     h, z: of the latest sample; z = tau s.
     """
 
-    def __init__(self, parts: BlockParts, taught: Taught | None) -> None:
+    def __init__(self, parts: BlockParts, taught: HeadUpdate | None) -> None:
         super().__init__(parts)
         self.h: Tensor | None = None
         self.z: Tensor | None = None
         self.taught = taught
         self._wanted = [False] * len(parts.wanted)
-        self._record: Record | None = None
+        self._record: ForwardRecord | None = None
 
     STATE = ("cell", "weights", "taught", "h", "z")
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hamdist.config import Order
 from hamdist.dynamics.blocks.energy import Energy
-from hamdist.dynamics.blocks.gate import Retrospect
-from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, KeepsRecords
-from hamdist.dynamics.blocks.readout_loss import LossTaker, Reading, plain, scaled, total
+from hamdist.dynamics.blocks.gate import RetrospectiveInput
+from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, SavesPasses
+from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.state.remember import known
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import Cell, Record
+from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import Gradient
 
 
@@ -44,7 +44,7 @@ def _kept(h: Tensor) -> Tensor:
     return h
 
 
-class HoldBlock(KeepsRecords):
+class HoldBlock(SavesPasses):
     """A state block that integrates Hamilton's equations tick by tick (HL Algorithm 1).
 
         h_{k+1} = h_k + tau m_k c ( -h_k + f(h_parents,k; theta_k) )
@@ -67,11 +67,11 @@ class HoldBlock(KeepsRecords):
         parts: BlockParts,
         order: Order,
         h: Tensor,
-        loss: LossTaker | None = None,
-        output: Cell | None = None,
+        loss: ReadoutLoss | None = None,
+        output: LocalFunction | None = None,
         output_weights: Weights | None = None,
         lead: float = 0.0,
-        retrospect: Retrospect | None = None,
+        retrospect: RetrospectiveInput | None = None,
     ) -> None:
         super().__init__(parts)
         self.h = h
@@ -86,7 +86,9 @@ class HoldBlock(KeepsRecords):
         self._start = h
         self._own: Tensor | None = None
         self._last: Tick | None = None  # the tick before; None before the first
-        self._record: Record | None = None  # of the tick before, where its weights still wait
+        self._record: ForwardRecord | None = (
+            None  # of the tick before, where its weights still wait
+        )
 
     STATE = (
         "cell",
@@ -155,7 +157,7 @@ class HoldBlock(KeepsRecords):
         to_parents: list[Tensor | None] = [None] * len(self._wanted)
         g: list[Gradient] | None = None
         d = self._dynamics
-        record: Record | None = None
+        record: ForwardRecord | None = None
         ahead: Tensor | None = None
         if tick.moves:
             record = self.cell.forward(inputs, self._wanted)
@@ -227,7 +229,7 @@ class HoldReadout(Block):
     energy: of the latest tick that measured it.
     """
 
-    def __init__(self, parts: BlockParts, loss: LossTaker) -> None:
+    def __init__(self, parts: BlockParts, loss: ReadoutLoss) -> None:
         super().__init__(parts)
         self.energy: Energy | None = None
         self._loss = loss

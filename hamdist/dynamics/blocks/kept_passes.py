@@ -11,7 +11,7 @@ from hamdist.dynamics.state.finite import Guard, Scale
 from hamdist.dynamics.state.remember import Remembers, taken
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import Cell
+from hamdist.dynamics.vjp.autograd import LocalFunction
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class BlockParts:
         scale: Of beta, by sample.
     """
 
-    cell: Cell
+    cell: LocalFunction
     weights: Weights
     wanted: Sequence[bool]
     dynamics: Dynamics
@@ -44,7 +44,7 @@ class Block(Remembers):
         self._guard = parts.guard
 
 
-class KeepsRecords(Block, ABC):
+class SavesPasses(Block, ABC):
     """A block that keeps records of its cell, which are saved beside its STATE (of which `cell` is
     one) under the name RECORDS."""
 
@@ -52,11 +52,11 @@ class KeepsRecords(Block, ABC):
 
     @abstractmethod
     def held(self) -> Any:
-        """The records as plain data (`Cell.held`)."""
+        """The records as plain data (`LocalFunction.held`)."""
 
     @abstractmethod
     def rebuild(self, records: Any) -> None:
-        """Takes what `held` has given (`Cell.rebuilt`); all else is restored already."""
+        """Takes what `held` has given (`LocalFunction.rebuilt`); all else is restored already."""
 
     def snapshot(self) -> dict[str, Any]:
         """The state, in tensors that may go on changing: `packed` copies them."""

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.blocks.heads import Taught
-from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, KeepsRecords
-from hamdist.dynamics.blocks.readout_loss import LossTaker, Reading, plain, scaled, total
-from hamdist.dynamics.modules.reversible import Rewinder, pieces_of
+from hamdist.dynamics.blocks.heads import HeadUpdate
+from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, SavesPasses
+from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
+from hamdist.dynamics.modules.reversible import InversePass, pieces_of
 from hamdist.dynamics.updates.constants import constant_tau
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import Cell, Record
+from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 
 
-class PulseBlock(KeepsRecords):
+class PulseBlock(SavesPasses):
     """A state block that a pulse passes: forward of sample n, later backward of n.
 
         h = f(h_parents; theta)
@@ -39,14 +39,14 @@ class PulseBlock(KeepsRecords):
     """
 
     def __init__(
-        self, parts: BlockParts, taught: Taught | None = None, predicts: int | None = None
+        self, parts: BlockParts, taught: HeadUpdate | None = None, predicts: int | None = None
     ) -> None:
         super().__init__(parts)
         self.taught = taught
         self._predicts = predicts
         self.h: Tensor | None = None
         self.z: Tensor | None = None
-        self.trace: dict[int, Record] = {}
+        self.trace: dict[int, ForwardRecord] = {}
         self._tau = constant_tau(parts.dynamics)
 
     STATE = ("cell", "weights", "taught", "h", "z")
@@ -108,7 +108,7 @@ class ReversibleBlock(Block):
         self._hands_back = hands_back
         self._tau = constant_tau(parts.dynamics)
         trained = [p for p in self.cell.module.parameters() if p.requires_grad]
-        self._rewinder = Rewinder(pieces_of(self.cell.module), trained)
+        self._rewinder = InversePass(pieces_of(self.cell.module), trained)
 
     STATE = ("cell", "weights")
 
@@ -138,7 +138,7 @@ class ReversibleBlock(Block):
         return [with_state(to_parent, x) if self._hands_back else to_parent]
 
 
-def _rest(cell: Cell, weights: Weights, scale: float, tau: float) -> None:
+def _rest(cell: LocalFunction, weights: Weights, scale: float, tau: float) -> None:
     """An update of a block that hears nothing of a sample: by what others say of its weights."""
     g = cell.unmessaged()
     if g is None:
@@ -158,7 +158,9 @@ class PulseReadout(Block):
     hands_back: by parent, whether it is reversible and gets its state back.
     """
 
-    def __init__(self, parts: BlockParts, loss: LossTaker, hands_back: Sequence[bool] = ()) -> None:
+    def __init__(
+        self, parts: BlockParts, loss: ReadoutLoss, hands_back: Sequence[bool] = ()
+    ) -> None:
         super().__init__(parts)
         self._tau = constant_tau(parts.dynamics)
         self._loss = loss

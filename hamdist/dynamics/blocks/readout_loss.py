@@ -23,7 +23,7 @@ from hamdist.dynamics.objective.losses import LossFunction, Slope, loss_and_slop
 from hamdist.dynamics.state.finite import Guard, unguarded
 from hamdist.dynamics.state.remember import Remembers, check_names
 from hamdist.dynamics.updates.constants import Dynamics
-from hamdist.dynamics.vjp.autograd import Cell, Record, SeededLoss
+from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction, SeededLoss
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 
 
@@ -55,7 +55,7 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
-class LossTaker(Remembers):
+class ReadoutLoss(Remembers):
     """The loss of one readout, and its scale phi. native: see `loss_and_slope`."""
 
     def __init__(
@@ -93,8 +93,8 @@ class LossTaker(Remembers):
 
     def take(
         self,
-        cell: Cell,
-        record: Record,
+        cell: LocalFunction,
+        record: ForwardRecord,
         target: Tensor,
         k: int,
         *,
@@ -104,7 +104,7 @@ class LossTaker(Remembers):
         """phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and what was read.
 
         moves: the weights move in this tick; the first phi lasts until they have. at_once: as in
-        `Cell.pull`."""
+        `LocalFunction.pull`."""
         prediction, inputs = plain(record.output), record.inputs
         about, reading = self.look(prediction, target, k, moves=moves, inputs=inputs)
         to_parents, g = cell.pull(record, about, at_once=at_once)

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hamdist.dynamics.blocks.kept_passes import BlockParts, KeepsRecords
-from hamdist.dynamics.blocks.readout_loss import LossTaker, Reading, scaled, total
+from hamdist.dynamics.blocks.kept_passes import BlockParts, SavesPasses
+from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, scaled, total
 from hamdist.dynamics.objective.losses import Slope
 from hamdist.dynamics.state.remember import Remembers
 from hamdist.dynamics.updates.constants import constant_tau
-from hamdist.dynamics.vjp.autograd import Record
+from hamdist.dynamics.vjp.autograd import ForwardRecord
 from hamdist.dynamics.vjp.gradient import Gradient
 
 
@@ -68,7 +68,7 @@ class WayBack(Remembers):
             self.weights.rest()
 
 
-class SequenceBlock(KeepsRecords):
+class SequenceBlock(SavesPasses):
     """A state block: h_{m+1} = f(h_parents; theta) forward, and in reverse
 
         M_v = c (df/dh_v)^T z_{j+1},        g_j = c (df/dtheta)^T z_{j+1}
@@ -82,7 +82,7 @@ class SequenceBlock(KeepsRecords):
         self.z: Tensor | None = None
         self.stored = 0
         self._way_back = WayBack(parts)
-        self._trace: deque[Record] = deque(maxlen=truncation)
+        self._trace: deque[ForwardRecord] = deque(maxlen=truncation)
         self._tau = constant_tau(parts.dynamics)
         self._keeps = -self._tau * parts.dynamics.eta_z
 
@@ -136,13 +136,13 @@ class SequenceBlock(KeepsRecords):
 class _Read(NamedTuple):
     """One token as a readout saw it. random: where the loss's own random numbers stood before."""
 
-    record: Record
+    record: ForwardRecord
     slope: Slope | None
     target: Tensor | None
     random: dict[str, Any] | None
 
 
-class SequenceReadout(KeepsRecords):
+class SequenceReadout(SavesPasses):
     """An output net: predicts and compares on the way forward, learns on the way back.
 
         y_m = f^y(h_parents; theta),    M_v = phi dL_m/dh_v,    g_j = phi dL_m/dtheta
@@ -150,7 +150,7 @@ class SequenceReadout(KeepsRecords):
     L_m is computed once, on the way forward.
     """
 
-    def __init__(self, parts: BlockParts, loss: LossTaker, truncation: int | None = None) -> None:
+    def __init__(self, parts: BlockParts, loss: ReadoutLoss, truncation: int | None = None) -> None:
         super().__init__(parts)
         self.stored = 0
         self._way_back = WayBack(parts)

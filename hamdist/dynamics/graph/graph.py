@@ -45,17 +45,17 @@ __all__ = [
     "Graph",
     "Join",
     "Joining",
-    "Part",
     "ShapeMap",
     "SharedWeight",
     "Sliced",
+    "TensorSlice",
     "Tie",
     "combined",
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorSlice:
     """Where a tensor of an unsliced block is now: all of `key` of `block`, or, with `index`, those
     of its places along `axis`. old, old_key: of the unsliced block."""
 
@@ -72,7 +72,7 @@ class Sliced:
     """What a graph was before slices: graph, parts of its tensors, by block the unsliced one."""
 
     graph: Graph
-    parts: tuple[Part, ...]
+    parts: tuple[TensorSlice, ...]
     origin: Mapping[str, str]
 
     def gather(self, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

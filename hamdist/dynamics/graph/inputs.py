@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hamdist.errors import GraphError
 
 INPUT = "u"
-Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
+NetworkInputs: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 def is_input(name: str) -> bool:
@@ -23,14 +23,14 @@ def is_input(name: str) -> bool:
     return name == INPUT or name.startswith(INPUT + ".")
 
 
-def by_parent(u: Inputs) -> dict[str, Tensor]:
+def by_parent(u: NetworkInputs) -> dict[str, Tensor]:
     """The inputs by the names that parents have."""
     if isinstance(u, Tensor):
         return {INPUT: u}
     return {f"{INPUT}.{name}": tensor for name, tensor in u.items()}
 
 
-def called(model: nn.Module, u: Inputs) -> Any:
+def called(model: nn.Module, u: NetworkInputs) -> Any:
     """model(u), or with its several inputs."""
     if isinstance(u, Tensor):
         return model(u)
@@ -58,7 +58,7 @@ def called_by_parent(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     return called(model, {name.removeprefix(INPUT + "."): u for name, u in inputs.items()})
 
 
-def check_taken(model: nn.Module, u: Inputs) -> None:
+def check_taken(model: nn.Module, u: NetworkInputs) -> None:
     """Raises GraphError where several inputs are not what `model.forward` takes."""
     if isinstance(u, Tensor):
         return

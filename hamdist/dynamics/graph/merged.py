@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, Graph, ShapeMap
-from hamdist.dynamics.graph.inputs import Inputs, by_parent
+from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent
 from hamdist.dynamics.graph.shapes import declared_dtype
 from hamdist.dynamics.graph.spec import (
     BlockSpec,
@@ -54,7 +54,9 @@ class MergedGraph(nn.Module):
         result: Tensor = self._whole(name).module(*combined(self.combines[name], inputs))
         return result
 
-    def forward(self, u: Inputs | None = None, **several: Tensor) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, u: NetworkInputs | None = None, **several: Tensor
+    ) -> Tensor | dict[str, Tensor]:
         """u: (B, ...), or several inputs by name, as one mapping or as keyword arguments."""
         h = by_parent(several if u is None else u)
         u = next(iter(h.values()))

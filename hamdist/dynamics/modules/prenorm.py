@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.graph.inputs import Inputs, by_parent, called_by_parent
+from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError
 
@@ -74,7 +74,7 @@ class _Unit:
     after: tuple[int, ...] = ()
 
 
-def stabilised(model: nn.Module, example: Inputs) -> tuple[nn.Module, list[str]]:
+def stabilised(model: nn.Module, example: NetworkInputs) -> tuple[nn.Module, list[str]]:
     """A copy of `model` in which the layers (linear, convolution) of its nn.Sequentials have become
     `PreNorm` or `Normed`, all but the first one, and what to tell about it.
 
@@ -132,7 +132,7 @@ def _goes_along(child: nn.Module) -> bool:
     return type(child).__module__.startswith(_TORCHS) and not list(child.children())
 
 
-def _watched(model: nn.Module, units: Sequence[_Unit], example: Inputs) -> list[_Unit]:
+def _watched(model: nn.Module, units: Sequence[_Unit], example: NetworkInputs) -> list[_Unit]:
     """The units in the order in which they come, with their shapes."""
     order: list[_Unit] = []
     hooks = []

@@ -33,7 +33,7 @@ from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.errors import SettingsError
 
 
-class Back(NamedTuple):
+class InverseStep(NamedTuple):
     """One piece, backwards. x: its input; message: of x, like x; g: by parameter of the piece."""
 
     x: Tensor
@@ -41,7 +41,7 @@ class Back(NamedTuple):
     g: list[Tensor]
 
 
-class Piece(nn.Module, ABC):
+class InvertibleMap(nn.Module, ABC):
     """One invertible map. Final classes say how it is undone; they are used as plain modules."""
 
     @property
@@ -58,11 +58,11 @@ class Piece(nn.Module, ABC):
         """The x with forward(x) = y."""
 
     @abstractmethod
-    def back(self, y: Tensor, message: Tensor) -> Back:
+    def back(self, y: Tensor, message: Tensor) -> InverseStep:
         """The input that led to y, and the vector-Jacobian products of `message` (like y)."""
 
 
-class Coupling(Piece):
+class Coupling(InvertibleMap):
     """(a, b) -> (b, a + s (F(b) - lambda b)). x: (B, 2n) or (B, 2n, H, W); F: n to n.
 
     scale: s. leak: lambda. Two in a row are a block of RevNet; with scale = 2 tau it is a midpoint
@@ -87,19 +87,19 @@ class Coupling(Piece):
         b, c = halves(y)
         return torch.cat([torch.sub(c, _field(self.f, self.leak, b), alpha=self.scale), b], 1)
 
-    def back(self, y: Tensor, message: Tensor) -> Back:
+    def back(self, y: Tensor, message: Tensor) -> InverseStep:
         b, c = halves(y)
         m_b, m_c = halves(message)
         f, to_b, g = _pull(self.f, self.leak, b, self.scale * m_c, self.theta)
         x = torch.cat([torch.sub(c, f, alpha=self.scale), b], 1)
         del f
-        return Back(x, torch.cat([m_c, m_b + to_b], 1), g)
+        return InverseStep(x, torch.cat([m_c, m_b + to_b], 1), g)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}" + (f", leak={self.leak:g}" if self.leak else "")
 
 
-class MidpointStart(Piece):
+class MidpointStart(InvertibleMap):
     """h_0 -> (h_0, h_0 + tau (f(h_0) - lambda h_0)). x: (B, n, ...); returns (B, 2n, ...)."""
 
     def __init__(self, f: nn.Module, tau: float, *, leak: float = 0.0) -> None:
@@ -118,17 +118,17 @@ class MidpointStart(Piece):
     def inverse(self, y: Tensor) -> Tensor:
         return halves(y)[0]
 
-    def back(self, y: Tensor, message: Tensor) -> Back:
+    def back(self, y: Tensor, message: Tensor) -> InverseStep:
         m_0, m_1 = halves(message)
         h_0 = halves(y)[0].contiguous()
         _, to_0, g = _pull(self.f, self.leak, h_0, self.tau * m_1, self.theta)
-        return Back(h_0, m_0 + m_1 + to_0, g)
+        return InverseStep(h_0, m_0 + m_1 + to_0, g)
 
     def extra_repr(self) -> str:
         return f"tau={self.tau:g}" + (f", leak={self.leak:g}" if self.leak else "")
 
 
-class ToPair(Piece):
+class ToPair(InvertibleMap):
     """x -> (x, x): makes a pair of one state. x: (B, n, ...); returns (B, 2n, ...)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,12 +137,12 @@ class ToPair(Piece):
     def inverse(self, y: Tensor) -> Tensor:
         return halves(y)[0]
 
-    def back(self, y: Tensor, message: Tensor) -> Back:
+    def back(self, y: Tensor, message: Tensor) -> InverseStep:
         m_a, m_b = halves(message)
-        return Back(halves(y)[0].contiguous(), m_a + m_b, [])
+        return InverseStep(halves(y)[0].contiguous(), m_a + m_b, [])
 
 
-class Squeeze(Piece):
+class Squeeze(InvertibleMap):
     """Images of less height and width and of more channels, nothing lost: (B, C, H, W) to
     (B, C k^2, H/k, W/k). The halves of the channels stay the halves. factor: k."""
 
@@ -156,8 +156,8 @@ class Squeeze(Piece):
     def inverse(self, y: Tensor) -> Tensor:
         return nn.functional.pixel_shuffle(y, self.factor)
 
-    def back(self, y: Tensor, message: Tensor) -> Back:
-        return Back(self.inverse(y), self.inverse(message), [])
+    def back(self, y: Tensor, message: Tensor) -> InverseStep:
+        return InverseStep(self.inverse(y), self.inverse(message), [])
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"
@@ -181,9 +181,9 @@ class Midpoint(nn.Module):
         self.start = start
 
     @property
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[InvertibleMap]:
         """The steps, in order; all share f."""
-        first: list[Piece] = []
+        first: list[InvertibleMap] = []
         if self.start:
             first.append(MidpointStart(self.f, self.tau, leak=self.leak))
         step = Coupling(self.f, 2 * self.tau, leak=self.leak)
@@ -219,12 +219,12 @@ class MeanHalf(nn.Module):
         return 0.5 * (a + b)
 
 
-def pieces_of(module: nn.Module) -> list[Piece]:
+def pieces_of(module: nn.Module) -> list[InvertibleMap]:
     """The invertible pieces that `module` consists of, in order; none where it has other parts,
     so that its input cannot be recomputed from its output."""
     if not is_usual(module):
         return []
-    if isinstance(module, Piece):
+    if isinstance(module, InvertibleMap):
         return [module]
     if type(module) is Midpoint:
         return module.pieces
@@ -234,24 +234,24 @@ def pieces_of(module: nn.Module) -> list[Piece]:
     return []
 
 
-def undone(pieces: Sequence[Piece], y: Tensor) -> Tensor:
+def undone(pieces: Sequence[InvertibleMap], y: Tensor) -> Tensor:
     """The input of `pieces` that led to y."""
     for piece in reversed(pieces):
         y = piece.inverse(y)
     return y
 
 
-class Rewinder:
+class InversePass:
     """The vector-Jacobian products of pieces in a row, from their output alone."""
 
-    def __init__(self, pieces: Sequence[Piece], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, pieces: Sequence[InvertibleMap], parameters: Sequence[Tensor]) -> None:
         """parameters: those whose gradients are returned, in this order."""
         places = {id(p): i for i, p in enumerate(parameters)}
         owners = {id(piece): [places[id(p)] for p in piece.theta] for piece in pieces}
         self._pieces = [(piece, owners[id(piece)]) for piece in pieces]
         self._parameters = list(parameters)
 
-    def back(self, given: list[Tensor]) -> Back:
+    def back(self, given: list[Tensor]) -> InverseStep:
         """From y and the message about it, which are taken out of `given`, so that their memory can
         go. A parameter that several pieces share gets the sum over them, from the last one on."""
         y, message = given
@@ -266,7 +266,7 @@ class Rewinder:
             torch.zeros_like(p) if term is None else term
             for p, term in zip(self._parameters, g, strict=True)
         ]
-        return Back(y, message, whole)
+        return InverseStep(y, message, whole)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

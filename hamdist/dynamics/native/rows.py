@@ -27,7 +27,7 @@ def built() -> bool:
     return _rows is not None
 
 
-class Rows:
+class NativeLayers:
     """Some layers, each of which reads the one before; their weights move in place.
 
     layers: by layer W (O, I), the bias, and whether a relu stands behind it.
@@ -54,7 +54,7 @@ class Rows:
         self.widest = max(outs)
 
     @classmethod
-    def of(cls, layers: Sequence[tuple[Tensor, Tensor | None, bool]]) -> Rows | None:
+    def of(cls, layers: Sequence[tuple[Tensor, Tensor | None, bool]]) -> NativeLayers | None:
         """None for weights that the C code cannot step."""
         dtype = layers[0][0].dtype
         known = [t for w, b, _ in layers for t in (w, b) if t is not None]

@@ -19,14 +19,14 @@ from hamdist.dynamics.tracing.traced_module import (
     METHOD,
     MODULE,
     Arg,
-    Const,
-    Form,
-    Piece,
-    Ref,
-    Size,
-    Step,
+    ColumnForm,
+    ConstantRef,
+    SymbolicSize,
     Template,
-    Weight,
+    TracedModule,
+    TracedStep,
+    ValueRef,
+    WeightRef,
     packed,
     replaced,
     unpacked,
@@ -35,7 +35,7 @@ from hamdist.errors import GraphError
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class OperationRun:
     """Neighbouring ops, by number, that become the block `name`; the output that it predicts."""
 
     name: str
@@ -46,7 +46,7 @@ class Run:
 def assembled(
     flow: Flow,
     model: nn.Module,
-    runs: Sequence[Run],
+    runs: Sequence[OperationRun],
     losses: Sequence[LossFunction],
     inputs: Sequence[str],
     *,
@@ -82,7 +82,7 @@ def assembled(
     return Graph(blocks, original=model)
 
 
-def _outer(flow: Flow, run: Run, home: Mapping[int, str]) -> list[Value]:
+def _outer(flow: Flow, run: OperationRun, home: Mapping[int, str]) -> list[Value]:
     """What a run reads of other runs, in order."""
     found = [
         (ref.step, ref.path)
@@ -103,11 +103,11 @@ class _Builder:
 
     flow: Flow
     model: nn.Module
-    run: Run
+    run: OperationRun
     home: Mapping[int, str]
     leaving: Mapping[str, Sequence[Value]]
     losses: Sequence[LossFunction]
-    program: list[Step] = field(default_factory=list)
+    program: list[TracedStep] = field(default_factory=list)
     output: Template = None
     parts: dict[str, nn.Module] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -124,12 +124,12 @@ class _Builder:
         if self.run.output is not None:
             self._predict(self.run.output)
         elif len(out) == 1 and self.flow.form(out[0]).batch_first:
-            self.output = self._ref(Ref(*out[0]))
+            self.output = self._ref(ValueRef(*out[0]))
         else:
             forms = [self.flow.form(value) for value in out]
-            sent = [self._ref(Ref(*value)) for value in out]
-            self._add(Step(FUNCTION, packed, (Size(1), sent, forms)))
-            self.output = Ref(len(self.program) - 1)
+            sent = [self._ref(ValueRef(*value)) for value in out]
+            self._add(TracedStep(FUNCTION, packed, (SymbolicSize(1), sent, forms)))
+            self.output = ValueRef(len(self.program) - 1)
         blocks = [name for name in self.leaving if name in self._inputs]
         own = [name for name in inputs if name in self._inputs]
         return [*blocks, *own] or list(inputs[:1])
@@ -137,7 +137,7 @@ class _Builder:
     def _predict(self, output: int) -> None:
         """What a readout returns; a model's own loss once for each row, as all that is read is."""
         value = self.flow.outputs[output]
-        self.output = self._ref(Ref(*value))
+        self.output = self._ref(ValueRef(*value))
         if self.losses[output] is not model_loss:
             return
         form = self.flow.form(value)
@@ -146,14 +146,14 @@ class _Builder:
                 "loss 'model' learns one number that the model computes itself, and the output is "
                 "more than that: give the stream's targets a loss, such as 'cross-entropy'"
             )
-        self._add(Step(FUNCTION, packed, (Size(1), [self.output], [form])))
-        self.output = Ref(len(self.program) - 1)
+        self._add(TracedStep(FUNCTION, packed, (SymbolicSize(1), [self.output], [form])))
+        self.output = ValueRef(len(self.program) - 1)
 
-    def piece(self, parents: Sequence[str]) -> Piece:
+    def piece(self, parents: Sequence[str]) -> TracedModule:
         ops = [self.flow.ops[i] for i in self._made]
         origin = self.flow.trace.origin
         names = {n for n, _ in self.model.named_buffers(remove_duplicate=False)}
-        return Piece(
+        return TracedModule(
             parents,
             self.program,
             self.output,
@@ -165,7 +165,7 @@ class _Builder:
             writes=any(isinstance(origin.get(m), Arg) for op in ops for m in op.writes),
         )
 
-    def _add(self, step: Step) -> int:
+    def _add(self, step: TracedStep) -> int:
         self.program.append(step)
         return len(self.program) - 1
 
@@ -181,38 +181,38 @@ class _Builder:
         kwargs = replaced(step.kwargs, self._place)
         if step.kind == MODULE:
             self.parts[step.target] = self.model.get_submodule(step.target)
-        self._made[i] = self._add(Step(step.kind, step.target, args, kwargs, step.grad))
+        self._made[i] = self._add(TracedStep(step.kind, step.target, args, kwargs, step.grad))
         return self._made[i]
 
     def _place(self, place: Any) -> Template:
-        if isinstance(place, Ref):
+        if isinstance(place, ValueRef):
             return self._ref(place)
         if isinstance(place, Arg):
             self._inputs.add(place.name)
-        elif isinstance(place, Size):
+        elif isinstance(place, SymbolicSize):
             self._inputs.update(one.name for one, _, _ in place.lengths)
-        elif isinstance(place, Weight):
+        elif isinstance(place, WeightRef):
             if place.name not in self.weights:
                 own = _tensor(self.model, place.name)
                 self.weights[place.name] = own.clone() if self.flow.steady(place.name) else own
-        elif isinstance(place, Const):
+        elif isinstance(place, ConstantRef):
             constant = self.flow.trace.constants[place.index]
             self.constants.setdefault(place.index, constant.clone())  # each block has its own
         return place
 
-    def _ref(self, ref: Ref) -> Template:
+    def _ref(self, ref: ValueRef) -> Template:
         i = ref.step
         own = self.home.get(i) == self.run.name
         if own or i in self.flow.free or (i in self.flow.pure and i not in self.home):
-            return Ref(self._emit(i), ref.path)
+            return ValueRef(self._emit(i), ref.path)
         value = (i, ref.path)
         out = self.leaving[self.home[i]]
         if value not in out:  # read by what is made here again alone
-            return Ref(self._emit(i), ref.path)
+            return ValueRef(self._emit(i), ref.path)
         if value not in self._taken:
             taken = self._take(value, out)
             if self._is_written(value):  # here, and not where it came from
-                taken = Ref(self._add(Step(METHOD, "clone", (taken,))))
+                taken = ValueRef(self._add(TracedStep(METHOD, "clone", (taken,))))
             self._taken[value] = taken
         return self._taken[value]
 
@@ -232,7 +232,9 @@ class _Builder:
             ([(f.free, _dims(f)) for f in forms[:at]], _dims(forms[at])), self._place
         )
         own = forms[at].dtype if len({f.dtype for f in forms}) > 1 else None
-        return Ref(self._add(Step(FUNCTION, unpacked, (Arg(sender), before, dims, forms[at], own))))
+        return ValueRef(
+            self._add(TracedStep(FUNCTION, unpacked, (Arg(sender), before, dims, forms[at], own)))
+        )
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
@@ -241,6 +243,6 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _dims(form: Form) -> tuple[int | Size, ...]:
+def _dims(form: ColumnForm) -> tuple[int | SymbolicSize, ...]:
     """The dimensions, with numbers for those that never change."""
     return tuple(d if d.batched or d.lengths else d.more for d in form.dims or ())

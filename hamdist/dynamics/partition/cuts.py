@@ -15,7 +15,7 @@ from typing import TypeAlias
 from torch import nn
 
 from hamdist.config import CutBalance, Grouping
-from hamdist.dynamics.partition.assemble import Run
+from hamdist.dynamics.partition.assemble import OperationRun
 from hamdist.dynamics.tracing.dataflow import Flow
 from hamdist.dynamics.tracing.recorder import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.traced_module import MODULE
@@ -228,11 +228,11 @@ class Cuts:
 
     # -- runs -----------------------------------------------------------------------------------
 
-    def runs(self, starts: Sequence[int], names: Sequence[str]) -> list[Run]:
+    def runs(self, starts: Sequence[int], names: Sequence[str]) -> list[OperationRun]:
         """names: of the outputs; one without a name is predicted by the last block."""
         flow = self._flow
         bounds = [*flow.segments, len(flow.order)]
-        made: list[Run] = []
+        made: list[OperationRun] = []
         for segment, (a, b) in enumerate(pairwise(bounds)):
             own = [s for s in starts if a <= s < b]
             ops = [tuple(flow.order[s:e]) for s, e in pairwise([*own, b])]
@@ -243,7 +243,7 @@ class Cuts:
                 last = output >= 0 and k == len(ops) - 1
                 states = sum(r.output is None for r in made)
                 name = names[output] if last and names[output] else f"block{states}"
-                made.append(Run(name, run, output if last else None))
+                made.append(OperationRun(name, run, output if last else None))
         return made
 
 

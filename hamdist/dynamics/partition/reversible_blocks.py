@@ -142,7 +142,7 @@ def _chains(graph: Graph, reversible: Collection[str]) -> list[list[str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Recovery:
+class InversionError:
     """blocks: in a row. error: of the state before the first of them, recovered from the one behind
     the last: |found - true| / |true|. dtype: of the state."""
 
@@ -156,7 +156,7 @@ class Recovery:
 
 
 @torch.no_grad()
-def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[Recovery]:
+def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[InversionError]:
     """How well an example u, (B, ...), is recovered with the present weights. In `reversible`, as
     `reversible_blocks` gives them. Memory: a few states, whatever the depth; modules are copied.
 
@@ -175,7 +175,7 @@ def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[Rec
         size = torch.linalg.vector_norm(start.double())
         apart = torch.linalg.vector_norm((x - start).double())
         error = float(apart / size) if size else float(apart)
-        found.append(Recovery(chain, error, start.dtype))
+        found.append(InversionError(chain, error, start.dtype))
     return found
 
 

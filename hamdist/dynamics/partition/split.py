@@ -25,16 +25,16 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from hamdist.config import CutBalance, Grouping, PartitionSettings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph, combined
-from hamdist.dynamics.graph.inputs import Inputs, by_parent, called_by_parent, check_taken
+from hamdist.dynamics.graph.inputs import NetworkInputs, by_parent, called_by_parent, check_taken
 from hamdist.dynamics.modules.reversible import pieces_of
 from hamdist.dynamics.objective.losses import Losses, LossFunction, mse
 from hamdist.dynamics.objective.outputs import losses_of, named
-from hamdist.dynamics.partition.assemble import Run, assembled
+from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
 from hamdist.dynamics.tracing.dataflow import Flow, Value
 from hamdist.dynamics.tracing.recorder import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.trace import Trace, trace, traced_whole
-from hamdist.dynamics.tracing.traced_module import Ref
+from hamdist.dynamics.tracing.traced_module import ValueRef
 from hamdist.dynamics.user_modules.copies import copied, overlaps
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.user_modules.python_state import is_foreign
@@ -208,7 +208,7 @@ def split_module(
     partition: PartitionSettings,
     grouping: Grouping,
     *,
-    example: Inputs,
+    example: NetworkInputs,
     targets: Collection[str] | None = None,
     policy: Policy | None = None,
     state_readout: bool = False,
@@ -241,7 +241,7 @@ def split_module(
                 "submodule (which then stays whole alone), or leave the partition out"
             ) from None
         one = _one_step(model, inputs, why)
-        if callable(loss) and len(inputs) == 1 and (one is None or one.output == Ref(0)):
+        if callable(loss) and len(inputs) == 1 and (one is None or one.output == ValueRef(0)):
             return _whole(model, loss, inputs, state_readout, why if one is None else one.whole[""])
         if one is None:
             raise GraphError(f"the model cannot be run: {told}") from None
@@ -251,7 +251,7 @@ def split_module(
     cuts = Cuts(flow, model)
 
     def graph(
-        runs: Sequence[Run], own: Sequence[LossFunction], *, delay: int, state: bool
+        runs: Sequence[OperationRun], own: Sequence[LossFunction], *, delay: int, state: bool
     ) -> Graph:
         return assembled(flow, model, runs, own, list(inputs), delay=delay, state_readout=state)
 
@@ -302,7 +302,7 @@ def _outputs(
 ) -> tuple[list[str], list[Value], list[LossFunction]]:
     """The outputs that have a loss: their names (of the only one: ''), values and losses."""
     found = dict(named(followed.output))
-    refs = {n: (r.step, r.path) for n, r in found.items() if isinstance(r, Ref)}
+    refs = {n: (r.step, r.path) for n, r in found.items() if isinstance(r, ValueRef)}
     if not refs:
         raise GraphError(
             "the model's output does not depend on its input and its weights; return the prediction"

@@ -1,7 +1,7 @@
 """What a block's module does, as one graph of torch.fx that slices.py can lay out.
 
-A `Piece` tells its own program; any other forward is traced. torch's encoder layers are read as
-what they do.
+A `TracedModule` tells its own program; any other forward is traced. torch's encoder layers are read
+as what they do.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from hamdist.dynamics.tracing.traced_module import (
     MODULE,
     PLACES,
     Arg,
-    Const,
-    Piece,
-    Ref,
-    Size,
-    Step,
-    Weight,
+    ConstantRef,
+    SymbolicSize,
+    TracedModule,
+    TracedStep,
+    ValueRef,
+    WeightRef,
     replaced,
 )
 from hamdist.dynamics.user_modules.structure import getter, objects
@@ -42,7 +42,7 @@ class _Tracer(fx.Tracer):
 class Called(nn.Module):
     """A step with more than tensors and plain values in its call, on the tensors in its call."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: TracedStep) -> None:
         super().__init__()
         self.step = step
 
@@ -66,7 +66,7 @@ def read(graph: fx.Graph, root: nn.Module, path: str, arguments: Sequence[fx.Nod
     """Appends to `graph` what the submodule `path` of `root` does with `arguments`; returns what it
     returns. Whatever torch.fx raises on a forward that it cannot read is raised."""
     module = root.get_submodule(path)
-    if isinstance(module, Piece):
+    if isinstance(module, TracedModule):
         return _Program(graph, root, path, module, arguments).read()
     tracer = _Tracer()
     if tracer.is_leaf_module(module, path):
@@ -94,7 +94,7 @@ class _Program:
         graph: fx.Graph,
         root: nn.Module,
         path: str,
-        piece: Piece,
+        piece: TracedModule,
         arguments: Sequence[fx.Node],
     ) -> None:
         self._graph, self._root, self._path, self._piece = graph, root, path, piece
@@ -108,7 +108,7 @@ class _Program:
             self._made.append(self._step(step))
         return replaced(self._piece.output, self._node)
 
-    def _step(self, step: Step) -> Any:
+    def _step(self, step: TracedStep) -> Any:
         graph = self._graph
         args, kwargs = replaced((step.args, step.kwargs), self._node)
         if step.kind == MODULE:
@@ -126,7 +126,7 @@ class _Program:
         create: Callable[..., fx.Node] = graph.call_function
         return (graph.call_method if step.kind == METHOD else create)(target, args, kwargs)
 
-    def _called(self, step: Step) -> fx.Node:
+    def _called(self, step: TracedStep) -> fx.Node:
         name = f"hamdist_step_{len(self._made)}"
         self._piece.add_module(name, Called(step))
         found: list[Any] = []
@@ -137,17 +137,17 @@ class _Program:
         graph = self._graph
         if isinstance(place, Arg):
             return self._inputs[place.name]
-        if isinstance(place, Ref):
+        if isinstance(place, ValueRef):
             found = self._made[place.step]
             for key in place.path:
                 found = graph.call_function(getter(key), (found, key))
             return found
-        if isinstance(place, Weight):
+        if isinstance(place, WeightRef):
             return graph.get_attr(f"{self._path}.{place.name}")
-        if isinstance(place, Const):
+        if isinstance(place, ConstantRef):
             return graph.get_attr(f"{self._path}.hamdist_constant_{place.index}")
         first = next(iter(self._inputs.values()))
-        if not isinstance(place, Size):
+        if not isinstance(place, SymbolicSize):
             return graph.call_function(getattr, (first, "device"))
         batch: Any = graph.call_method("size", (first, 0))
         size = batch if place.per == 1 else graph.call_function(operator.mul, (batch, place.per))

@@ -25,8 +25,8 @@ from torch import Tensor, fx, nn
 from hamdist.dynamics.slicing.sliced_layers import (
     CONVOLUTIONS,
     NORMS,
-    Places,
     Share,
+    SlicePlaces,
     channels_of,
     heads_of,
     inputs_of,
@@ -38,12 +38,12 @@ from hamdist.errors import GraphError
 
 
 @dataclass(frozen=True)
-class Whole:
+class Replicate:
     pass
 
 
 @dataclass(frozen=True)
-class Split:
+class Shard:
     """units: of the axis, shared out; chunks: equal parts of the axis that have them each. origins:
     the layers that they come from."""
 
@@ -54,26 +54,26 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Sum:
+class Partial:
     pass
 
 
 @dataclass(frozen=True)
-class Number:
+class NumberLayout:
     pass
 
 
 @dataclass(frozen=True)
-class Weight:
+class ParameterLayout:
     pass
 
 
 @dataclass(frozen=True)
-class Several:
+class TupleLayout:
     parts: tuple[Any, ...]
 
 
-Layout: TypeAlias = "Whole | Split | Sum | Number | Weight | Several"
+Layout: TypeAlias = "Replicate | Shard | Partial | NumberLayout | ParameterLayout | TupleLayout"
 
 
 class Use(Enum):
@@ -93,7 +93,7 @@ class Narrow:
     chunks: int
 
 
-class Piece(Protocol):
+class SliceBuilder(Protocol):
     """Slice i of m under construction. value: an input of the operation, as its use says."""
 
     i: int
@@ -104,16 +104,16 @@ class Piece(Protocol):
 
     def share(self, units: int, chunks: int = 1) -> Share: ...
 
-    def module_with(self, node: fx.Node, module: nn.Module, places: Places) -> fx.Node: ...
+    def module_with(self, node: fx.Node, module: nn.Module, places: SlicePlaces) -> fx.Node: ...
 
     def copy(self, node: fx.Node) -> fx.Node: ...
 
 
-Make: TypeAlias = "Callable[[Piece], fx.Node]"
+Make: TypeAlias = "Callable[[SliceBuilder], fx.Node]"
 
 
 @dataclass(frozen=True)
-class Step:
+class OpLayout:
     """What becomes of an operation. make: builds slice i; None: as it is."""
 
     layout: Layout
@@ -175,14 +175,14 @@ class Layouts:
         self._modules = modules
         self._values = values
         self._grain = grain
-        self.steps: dict[fx.Node, Step] = {}
+        self.steps: dict[fx.Node, OpLayout] = {}
 
-    def read(self, node: fx.Node) -> Step:
+    def read(self, node: fx.Node) -> OpLayout:
         """The step of `node`, whose inputs have been read."""
         step = self._step(node)
         if step is None:
             uses: dict[fx.Node, Use | Narrow] = dict.fromkeys(node.all_input_nodes, Use.WHOLE)
-            step = Step(self._plain(node), uses)
+            step = OpLayout(self._plain(node), uses)
         self.steps[node] = step
         return step
 
@@ -190,8 +190,8 @@ class Layouts:
         value = self._values[0][node]
         if isinstance(value, (Tensor, tuple, list)):
             tensors = isinstance(value, Tensor) or any(isinstance(v, Tensor) for v in value)
-            return Whole() if tensors else Number()
-        return Number()
+            return Replicate() if tensors else NumberLayout()
+        return NumberLayout()
 
     def weighted(self, node: fx.Node) -> bool:
         """Whether it has weights, or draws random numbers: it is computed in one place."""
@@ -199,7 +199,7 @@ class Layouts:
             module = self._modules[str(node.target)]
             stateful = [*module.parameters(), *module.buffers(), *random_parts(module)]
             return bool(stateful)
-        if any(isinstance(self.steps[i].layout, Weight) for i in node.all_input_nodes):
+        if any(isinstance(self.steps[i].layout, ParameterLayout) for i in node.all_input_nodes):
             return True
         return self._named(node) in RANDOM
 
@@ -212,32 +212,32 @@ class Layouts:
         return tuple(self._values[0][node].shape)
 
     def _of(self, node: Any) -> Layout:
-        return self.steps[node].layout if isinstance(node, fx.Node) else Number()
+        return self.steps[node].layout if isinstance(node, fx.Node) else NumberLayout()
 
     def literal(self, value: Any) -> Any:
         """`value` with numbers that do not depend on the batch in place of what computes them."""
 
         def plain(node: fx.Node) -> Any:
             known = self._values[0][node]
-            steady = isinstance(self._of(node), Number) and known == self._values[1][node]
+            steady = isinstance(self._of(node), NumberLayout) and known == self._values[1][node]
             return known if steady else node
 
         return fx.map_arg(value, plain)
 
-    def _step(self, node: fx.Node) -> Step | None:
+    def _step(self, node: fx.Node) -> OpLayout | None:
         if node.op == "placeholder":
-            return Step(Whole())
+            return OpLayout(Replicate())
         if node.op == "get_attr":
             is_weight = isinstance(self._values[0][node], nn.Parameter)
-            return Step(Weight() if is_weight else Whole())
+            return OpLayout(ParameterLayout() if is_weight else Replicate())
         if node.op == "call_module":
             return self._module(node, self._modules[str(node.target)])
-        if isinstance(self._plain(node), Number):
+        if isinstance(self._plain(node), NumberLayout):
             return None
-        tensors = [i for i in node.all_input_nodes if not isinstance(self._of(i), Number)]
-        if not any(isinstance(self._of(i), (Split, Sum, Several)) for i in tensors):
+        tensors = [i for i in node.all_input_nodes if not isinstance(self._of(i), NumberLayout)]
+        if not any(isinstance(self._of(i), (Shard, Partial, TupleLayout)) for i in tensors):
             return None
-        if any(isinstance(self._of(i), Weight) for i in tensors):
+        if any(isinstance(self._of(i), ParameterLayout) for i in tensors):
             return None
         name = self._named(node)
         if name in RESHAPES:
@@ -262,7 +262,7 @@ class Layouts:
 
     # -- layers --------------------------------------------------------------------------------
 
-    def _module(self, node: fx.Node, module: nn.Module) -> Step | None:
+    def _module(self, node: fx.Node, module: nn.Module) -> OpLayout | None:
         kind = type(module)
         x = node.args[0] if node.args else None
         if not is_usual(module) or not isinstance(x, fx.Node):
@@ -276,26 +276,26 @@ class Layouts:
         layout = self._of(x)
         if kind in (nn.Flatten, nn.Unflatten):
             return self._reshape(node)
-        if isinstance(layout, Sum) and (kind is nn.Identity or _off(module)):
-            return Step(layout, {x: Use.PIECE})
-        if not isinstance(layout, Split):
+        if isinstance(layout, Partial) and (kind is nn.Identity or _off(module)):
+            return OpLayout(layout, {x: Use.PIECE})
+        if not isinstance(layout, Shard):
             return None
         if kind in ELEMENTWISE:
-            return Step(layout, {x: Use.PIECE})
+            return OpLayout(layout, {x: Use.PIECE})
         if layout.axis != 1 or isinstance(self._values[0][node], tuple):
             return None
         if kind in CHANNELWISE and len(self._shape(x)) >= 3:
-            return Step(layout, {x: Use.PIECE})
+            return OpLayout(layout, {x: Use.PIECE})
         if kind in NORMS:
 
-            def norm(piece: Piece) -> fx.Node:
+            def norm(piece: SliceBuilder) -> fx.Node:
                 own = channels_of(module, piece.share(layout.units, layout.chunks))
                 return piece.module_with(node, *own)
 
-            return Step(layout, {x: Use.PIECE}, norm)
+            return OpLayout(layout, {x: Use.PIECE}, norm)
         return None
 
-    def _neurons(self, node: fx.Node, x: fx.Node, module: Any) -> Step:
+    def _neurons(self, node: fx.Node, x: fx.Node, module: Any) -> OpLayout:
         """A Linear or a convolution: by columns of what is split along its inputs, else by rows."""
         if len(self._uses_of(node)) > 1:
             raise GraphError(
@@ -310,21 +310,21 @@ class Layouts:
                 "put it into a block of its own (partition.cuts), or leave its slices out"
             )
         layout = self._of(x)
-        if isinstance(layout, Split) and layout.axis == axis and layout.chunks == 1:
+        if isinstance(layout, Shard) and layout.axis == axis and layout.chunks == 1:
 
-            def columns(piece: Piece) -> fx.Node:
+            def columns(piece: SliceBuilder) -> fx.Node:
                 return piece.module_with(node, *inputs_of(module, piece.share(layout.units)))
 
-            return Step(Sum(), {x: Use.PIECE}, columns)
+            return OpLayout(Partial(), {x: Use.PIECE}, columns)
         units, chunks = self._grain.get(node, (int(module.weight.shape[0]), 1))
 
-        def rows(piece: Piece) -> fx.Node:
+        def rows(piece: SliceBuilder) -> fx.Node:
             return piece.module_with(node, *outputs_of(module, piece.share(units, chunks)))
 
-        made = Split(axis, units, chunks, frozenset([node]))
-        return Step(made, {x: Use.WHOLE}, rows)
+        made = Shard(axis, units, chunks, frozenset([node]))
+        return OpLayout(made, {x: Use.WHOLE}, rows)
 
-    def _heads(self, node: fx.Node, module: nn.MultiheadAttention) -> Step:
+    def _heads(self, node: fx.Node, module: nn.MultiheadAttention) -> OpLayout:
         odd = module.bias_k is not None or module.add_zero_attn
         if odd or not module._qkv_same_embed_dim:
             raise GraphError(
@@ -339,10 +339,10 @@ class Layouts:
                 )
         uses: dict[fx.Node, Use | Narrow] = dict.fromkeys(node.all_input_nodes, Use.WHOLE)
 
-        def heads(piece: Piece) -> fx.Node:
+        def heads(piece: SliceBuilder) -> fx.Node:
             return piece.module_with(node, *heads_of(module, piece.share(module.num_heads)))
 
-        return Step(Several((Sum(), Number())), uses, heads)
+        return OpLayout(TupleLayout((Partial(), NumberLayout())), uses, heads)
 
     def units(self, node: fx.Node) -> tuple[int, str] | None:
         """How many units a layer that begins slices has, and what they are."""
@@ -352,7 +352,7 @@ class Layouts:
         module = self._modules[str(node.target)]
         if isinstance(module, nn.MultiheadAttention):
             return module.num_heads, "heads"
-        if not isinstance(layout, Split) or node not in layout.origins:
+        if not isinstance(layout, Shard) or node not in layout.origins:
             return None
         if node in self._grain:
             return layout.units, "heads, or other groups of neurons that stay together"
@@ -363,38 +363,40 @@ class Layouts:
 
     # -- operations ------------------------------------------------------------------------------
 
-    def _along(self, node: fx.Node, *, linear: bool) -> Step | None:
+    def _along(self, node: fx.Node, *, linear: bool) -> OpLayout | None:
         """An operation on single numbers."""
         x, *rest = node.all_input_nodes
         layout = self._of(x)
-        others = [r for r in rest if not isinstance(self._of(r), Number)]
-        if others or not (isinstance(layout, Split) or (linear and isinstance(layout, Sum))):
+        others = [r for r in rest if not isinstance(self._of(r), NumberLayout)]
+        if others or not (isinstance(layout, Shard) or (linear and isinstance(layout, Partial))):
             return None
-        return Step(layout, {x: Use.PIECE})
+        return OpLayout(layout, {x: Use.PIECE})
 
-    def _softmax(self, node: fx.Node) -> Step | None:
+    def _softmax(self, node: fx.Node) -> OpLayout | None:
         x = node.args[0]
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         layout = self._of(x)
-        if not isinstance(x, fx.Node) or not isinstance(layout, Split) or not isinstance(dim, int):
+        if not isinstance(x, fx.Node) or not isinstance(layout, Shard) or not isinstance(dim, int):
             return None
-        return None if dim % len(self._shape(x)) == layout.axis else Step(layout, {x: Use.PIECE})
+        return (
+            None if dim % len(self._shape(x)) == layout.axis else OpLayout(layout, {x: Use.PIECE})
+        )
 
     def _nary(
         self, node: fx.Node, name: str, tensors: list[fx.Node], inner: int = 0
-    ) -> Step | None:
+    ) -> OpLayout | None:
         """Elementwise over several tensors, or, with `inner`, over all axes but the last ones."""
         layouts = [self._of(t) for t in tensors]
-        splits = [s for s in layouts if isinstance(s, Split)]
+        splits = [s for s in layouts if isinstance(s, Shard)]
         if not splits:
             return None if inner else self._sums(node, name, tensors)
-        if any(isinstance(one, (Sum, Several)) for one in layouts):
+        if any(isinstance(one, (Partial, TupleLayout)) for one in layouts):
             return None
         out = self._shape(node)
         places = {  # of the split axis, counted from the last
             s.axis - len(self._shape(t))
             for s, t in zip(layouts, tensors, strict=True)
-            if isinstance(s, Split)
+            if isinstance(s, Shard)
         }
         units, chunks = min(s.units for s in splits), splits[0].chunks
         if len(places) > 1 or any(s.chunks != chunks for s in splits):
@@ -410,30 +412,30 @@ class Layouts:
         uses: dict[fx.Node, Use | Narrow] = {}
         for tensor, layout in zip(tensors, layouts, strict=True):
             shape = self._shape(tensor)
-            if isinstance(layout, Split):
+            if isinstance(layout, Shard):
                 uses[tensor] = Use.PIECE
             elif -place > len(shape) or shape[place] == 1:
                 uses[tensor] = Use.WHOLE
             else:
                 uses[tensor] = Narrow(len(shape) + place, units, chunks)
         origins = frozenset().union(*(s.origins for s in splits))
-        return Step(Split(len(out) + place, units, chunks, origins), uses)
+        return OpLayout(Shard(len(out) + place, units, chunks, origins), uses)
 
-    def _sums(self, node: fx.Node, name: str, tensors: list[fx.Node]) -> Step | None:
+    def _sums(self, node: fx.Node, name: str, tensors: list[fx.Node]) -> OpLayout | None:
         """Sums and scalings of summands; what is whole is added once."""
         if node.kwargs or len(node.args) != 2:
             return None
-        sums = [t for t in tensors if isinstance(self._of(t), Sum)]
+        sums = [t for t in tensors if isinstance(self._of(t), Partial)]
         if name in ("mul", "truediv", "div", "imul", "rmul"):
             scaled = len(tensors) == 1 and (
                 node.args[0] is sums[0] or name in ("mul", "imul", "rmul")
             )
-            return Step(Sum(), {sums[0]: Use.PIECE}) if scaled else None
+            return OpLayout(Partial(), {sums[0]: Use.PIECE}) if scaled else None
         added = name in ("add", "iadd", "radd")
         if not added and not (name in ("sub", "isub") and node.args[0] in sums):
             return None
         if len(sums) == 2 or (node.args[0] is node.args[1]):
-            return Step(Sum(), dict.fromkeys(sums, Use.PIECE))
+            return OpLayout(Partial(), dict.fromkeys(sums, Use.PIECE))
         (summand,) = sums
         if self._shape(summand) != self._shape(node):
             return None
@@ -441,12 +443,12 @@ class Layouts:
             t: Use.PIECE if t is summand else Use.FIRST for t in tensors
         }
 
-        def once(piece: Piece) -> fx.Node:
+        def once(piece: SliceBuilder) -> fx.Node:
             return piece.copy(node) if piece.i == 0 else piece.value(summand)
 
-        return Step(Sum(), uses, once)
+        return OpLayout(Partial(), uses, once)
 
-    def _reshape(self, node: fx.Node) -> Step | None:
+    def _reshape(self, node: fx.Node) -> OpLayout | None:
         """Any change of shape in which the order of the numbers stays."""
         x = node.args[0]
         layout = self._of(x)
@@ -457,12 +459,12 @@ class Layouts:
             return None
         lead = first[0] if first[0] == second[0] else -1
 
-        def shaped(piece: Piece, shape: tuple[int, ...]) -> fx.Node:
+        def shaped(piece: SliceBuilder, shape: tuple[int, ...]) -> fx.Node:
             return piece.graph.call_method("reshape", (piece.value(x), shape))
 
-        if isinstance(layout, Sum):
-            return Step(layout, {x: Use.PIECE}, lambda piece: shaped(piece, (lead, *first[1:])))
-        if not isinstance(layout, Split) or layout.chunks != 1 or not layout.axis:
+        if isinstance(layout, Partial):
+            return OpLayout(layout, {x: Use.PIECE}, lambda piece: shaped(piece, (lead, *first[1:])))
+        if not isinstance(layout, Shard) or layout.chunks != 1 or not layout.axis:
             return None
         found = _refold(self._shape(x), first, layout.axis)
         if found is None or found == 0:
@@ -474,50 +476,50 @@ class Layouts:
                 return None
             raise Regrain(layout.origins, size)
 
-        def own(piece: Piece) -> fx.Node:
+        def own(piece: SliceBuilder) -> fx.Node:
             shape = [lead, *first[1:]]
             shape[found] = piece.share(units).length(size)
             return shaped(piece, tuple(shape))
 
-        return Step(replace(layout, axis=found), {x: Use.PIECE}, own)
+        return OpLayout(replace(layout, axis=found), {x: Use.PIECE}, own)
 
-    def _permute(self, node: fx.Node, name: str) -> Step | None:
+    def _permute(self, node: fx.Node, name: str) -> OpLayout | None:
         x, *dims = node.args
         layout = self._of(x)
         if not isinstance(x, fx.Node) or node.kwargs:
             return None
-        if isinstance(layout, Sum):
-            return Step(layout, {x: Use.PIECE})
+        if isinstance(layout, Partial):
+            return OpLayout(layout, {x: Use.PIECE})
         rank = len(self._shape(x))
         given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-        if not isinstance(layout, Split) or not all(isinstance(d, int) for d in given):
+        if not isinstance(layout, Shard) or not all(isinstance(d, int) for d in given):
             return None
         order = [int(d) % rank for d in given]  # type: ignore[arg-type]
         if name != "permute":
             a, b = order
             order = list(range(rank))
             order[a], order[b] = b, a
-        return Step(replace(layout, axis=order.index(layout.axis)), {x: Use.PIECE})
+        return OpLayout(replace(layout, axis=order.index(layout.axis)), {x: Use.PIECE})
 
-    def _reduce(self, node: fx.Node) -> Step | None:
+    def _reduce(self, node: fx.Node) -> OpLayout | None:
         x, *given = node.args
         dims = node.kwargs.get("dim", given[0] if given else None)
         keep = bool(node.kwargs.get("keepdim", given[1] if len(given) > 1 else False))
         layout = self._of(x)
         if not isinstance(x, fx.Node) or dims is None:
             return None
-        if isinstance(layout, Sum):
-            return Step(layout, {x: Use.PIECE})
+        if isinstance(layout, Partial):
+            return OpLayout(layout, {x: Use.PIECE})
         many = [dims] if isinstance(dims, int) else dims
-        if not isinstance(many, (list, tuple)) or not isinstance(layout, Split):
+        if not isinstance(many, (list, tuple)) or not isinstance(layout, Shard):
             return None
         gone = {int(d) % len(self._shape(x)) for d in many}
         if layout.axis in gone:
             return None
         before = 0 if keep else sum(d < layout.axis for d in gone)
-        return Step(replace(layout, axis=layout.axis - before), {x: Use.PIECE})
+        return OpLayout(replace(layout, axis=layout.axis - before), {x: Use.PIECE})
 
-    def _chunk(self, node: fx.Node) -> Step | None:
+    def _chunk(self, node: fx.Node) -> OpLayout | None:
         """Equal parts of an axis; along the split one, its units are shared out in each part."""
         x, _, *given = node.args
         layout = self._of(x)
@@ -526,12 +528,12 @@ class Layouts:
             return None
         parts = self._values[0][node]
         axis = dim % len(self._shape(x))
-        if isinstance(layout, Sum):
-            return Step(Several((layout,) * len(parts)), {x: Use.PIECE})
-        if not isinstance(layout, Split):
+        if isinstance(layout, Partial):
+            return OpLayout(TupleLayout((layout,) * len(parts)), {x: Use.PIECE})
+        if not isinstance(layout, Shard):
             return None
         if axis != layout.axis:
-            return Step(Several((layout,) * len(parts)), {x: Use.PIECE})
+            return OpLayout(TupleLayout((layout,) * len(parts)), {x: Use.PIECE})
         sizes = {part.shape[axis] for part in parts}
         if len(sizes) > 1:
             return None
@@ -541,30 +543,30 @@ class Layouts:
             raise Regrain(layout.origins, sizes.pop(), len(parts))
         made = replace(layout, chunks=1)
 
-        def chunks(piece: Piece) -> fx.Node:
+        def chunks(piece: SliceBuilder) -> fx.Node:
             return piece.graph.call_method("chunk", (piece.value(x), len(parts), axis))
 
-        return Step(Several((made,) * len(parts)), {x: Use.PIECE}, chunks)
+        return OpLayout(TupleLayout((made,) * len(parts)), {x: Use.PIECE}, chunks)
 
-    def _getitem(self, node: fx.Node) -> Step | None:
+    def _getitem(self, node: fx.Node) -> OpLayout | None:
         x, index = node.args
         layout = self._of(x)
         if not isinstance(x, fx.Node):
             return None
-        if isinstance(layout, Several) and isinstance(index, int):
-            return Step(layout.parts[index], {x: Use.PIECE})
+        if isinstance(layout, TupleLayout) and isinstance(index, int):
+            return OpLayout(layout.parts[index], {x: Use.PIECE})
         index = self.literal(index)
         entries = index if isinstance(index, tuple) else (index,)
         if not all(isinstance(e, (int, slice)) for e in entries):
             return None
-        if isinstance(layout, Sum):
-            return Step(layout, {x: Use.PIECE})
-        if not isinstance(layout, Split):
+        if isinstance(layout, Partial):
+            return OpLayout(layout, {x: Use.PIECE})
+        if not isinstance(layout, Shard):
             return None
         if len(entries) > layout.axis and entries[layout.axis] != slice(None):
             return None
         gone = sum(isinstance(e, int) for e in entries[: layout.axis])
-        return Step(replace(layout, axis=layout.axis - gone), {x: Use.PIECE})
+        return OpLayout(replace(layout, axis=layout.axis - gone), {x: Use.PIECE})
 
 
 def _off(module: nn.Module) -> bool:

@@ -29,13 +29,13 @@ from hamdist.dynamics.graph.graph import (
     Graph,
     Join,
     Joining,
-    Part,
     ShapeMap,
     Sliced,
+    TensorSlice,
 )
-from hamdist.dynamics.slicing.layouts import Split
+from hamdist.dynamics.slicing.layouts import Shard
 from hamdist.dynamics.slicing.slice_module import SliceModule
-from hamdist.dynamics.slicing.stages import Stage, Stages
+from hamdist.dynamics.slicing.stages import SlicePhase, SlicePhases
 from hamdist.errors import GraphError
 
 
@@ -73,7 +73,7 @@ def sliced(
     outs |= {name: cut.out for name, cut in cuts.items()}
     outs |= {name: _Out((name,)) for name in inputs}
     blocks: list[BlockSpec] = []
-    parts: list[Part] = []
+    parts: list[TensorSlice] = []
     origin: dict[str, str] = {}
     for block in graph.blocks.values():
         cut = cuts.get(block.name)
@@ -122,14 +122,14 @@ class _Cut:
 
     def __init__(self, block: BlockSpec, shapes: ShapeMap) -> None:
         self.spec = block
-        self._stages = Stages(block, shapes)
+        self._stages = SlicePhases(block, shapes)
         self.out = _Out((block.name,)) if block.loss is not None else self._out_of(self._last)
 
     @property
-    def _last(self) -> Stage:
+    def _last(self) -> SlicePhase:
         return self._stages.last
 
-    def _name(self, stage: Stage) -> str:
+    def _name(self, stage: SlicePhase) -> str:
         """Of a stage, without the number of the slice."""
         if stage is self._last and not stage.many:
             return self.spec.name
@@ -138,13 +138,13 @@ class _Cut:
         n = stage.number
         return self.spec.name + ("abcdefghijklmnopqrstuvwxy"[n] if n < 25 else f"z{n - 25}")
 
-    def _out_of(self, stage: Stage) -> _Out:
+    def _out_of(self, stage: SlicePhase) -> _Out:
         if not stage.many:
             return _Out((self._name(stage),))
         names = tuple(f"{self._name(stage)}_{i}" for i in range(self._stages.m))
         return _Out(names, self._stages.axis(stage))
 
-    def blocks(self, outs: Mapping[str, _Out], parts: list[Part]) -> Iterator[BlockSpec]:
+    def blocks(self, outs: Mapping[str, _Out], parts: list[TensorSlice]) -> Iterator[BlockSpec]:
         """The blocks, in the order of their stages; `parts` gets where their tensors come from."""
         for stage in self._stages.stages:
             out = self._out_of(stage)
@@ -161,7 +161,12 @@ class _Cut:
             )
 
     def _block(
-        self, stage: Stage, i: int, name: str, outs: Mapping[str, _Out], parts: list[Part]
+        self,
+        stage: SlicePhase,
+        i: int,
+        name: str,
+        outs: Mapping[str, _Out],
+        parts: list[TensorSlice],
     ) -> BlockSpec:
         made = SliceModule(self._stages, stage, i, frozenset())
         joined = {f.stage for f in made.reads if f.piece is None and f.stage is not None}
@@ -185,7 +190,7 @@ class _Cut:
         last = stage is self._last
         shape = self.spec.shape if last else None
         layout = self._stages.layouts.steps[made.sent].layout
-        if shape is not None and isinstance(layout, Split):
+        if shape is not None and isinstance(layout, Shard):
             size = self._stages.share(i, layout.units, layout.chunks).length(shape[layout.axis - 1])
             shape = (*shape[: layout.axis - 1], size, *shape[layout.axis :])
         readout = last and not stage.many and self.spec.loss is not None

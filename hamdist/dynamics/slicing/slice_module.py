@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hamdist.dynamics.graph.graph import Part
+from hamdist.dynamics.graph.graph import TensorSlice
 from hamdist.dynamics.slicing.layouts import Narrow, Use
-from hamdist.dynamics.slicing.sliced_layers import Places, Share
-from hamdist.dynamics.slicing.stages import Stage, Stages, inner_path
+from hamdist.dynamics.slicing.sliced_layers import Share, SlicePlaces
+from hamdist.dynamics.slicing.stages import SlicePhase, SlicePhases, inner_path
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class SliceModule:
     module; reads: what its arguments are; parts: where its tensors come from.
     """
 
-    def __init__(self, stages: Stages, stage: Stage, i: int, joined_here: frozenset[int]) -> None:
+    def __init__(
+        self, stages: SlicePhases, stage: SlicePhase, i: int, joined_here: frozenset[int]
+    ) -> None:
         self.i, self.m = i, stages.m
         self.graph = fx.Graph()
         self.reads: list[From] = []
-        self.parts: list[Part] = []
+        self.parts: list[TensorSlice] = []
         self._stages, self._stage, self._joined_here = stages, stage, joined_here
         self._inputs: dict[From, fx.Node] = {}
         self._made: dict[object, fx.Node] = {}
@@ -74,14 +76,16 @@ class SliceModule:
         stateful = [*module.state_dict(), *(k for k, _ in module.named_buffers())]
         return self.module_with(node, module, dict.fromkeys(stateful))
 
-    def module_with(self, node: fx.Node, module: nn.Module, places: Places) -> fx.Node:
+    def module_with(self, node: fx.Node, module: nn.Module, places: SlicePlaces) -> fx.Node:
         path = inner_path(str(node.target))
         self._held[path or "layer"] = module
         prefix = f"{path}." if path else ""
         for key, place in places.items():
             axis, index = place if place is not None else (None, None)
             new = f"{path or 'layer'}.{key}"
-            self.parts.append(Part(self._stages.spec.name, prefix + key, "", new, axis, index))
+            self.parts.append(
+                TensorSlice(self._stages.spec.name, prefix + key, "", new, axis, index)
+            )
         args = fx.map_arg(node.args, self.value)
         return self.graph.call_module(path or "layer", args, fx.map_arg(node.kwargs, self.value))
 
@@ -149,10 +153,10 @@ class SliceModule:
         if not isinstance(found, nn.Parameter) and isinstance(tensor, Tensor):
             found = found.clone()  # a constant, of which every block has its own
         self._held[path] = found
-        self.parts.append(Part(self._stages.spec.name, path, "", path))
+        self.parts.append(TensorSlice(self._stages.spec.name, path, "", path))
         return self.graph.get_attr(path)
 
-    def _joined(self, stage: Stage) -> fx.Node:
+    def _joined(self, stage: SlicePhase) -> fx.Node:
         if stage.number not in self._joined_here:
             return self._input(From(stage=stage.number))
         key = ("joined", stage.number)

@@ -1,8 +1,8 @@
 """A layer's share of neurons as a layer of its own.
 
 Each function gives slice i of m of a module, and by key of its tensors which places along which
-axis of the module's they are (`Places`; None: all of it). A unit is what stays together: a neuron,
-a channel, an attention head.
+axis of the module's they are (`SlicePlaces`; None: all of it). A unit is what stays together: a
+neuron, a channel, an attention head.
 
 B: batch; T, S: tokens of queries and keys; E: features; H: heads of a slice; D: features of a head.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Places: TypeAlias = "dict[str, tuple[int, Tensor] | None]"
+SlicePlaces: TypeAlias = "dict[str, tuple[int, Tensor] | None]"
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -70,12 +70,12 @@ def _bare(module: nn.Module) -> Any:
     return made
 
 
-def outputs_of(module: Any, share: Share) -> tuple[nn.Module, Places]:
+def outputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
     """The output neurons (channels) of a Linear or a convolution."""
     made = _bare(module)
     size = module.weight.shape[0]
     index = share.places(int(size))
-    places: Places = {}
+    places: SlicePlaces = {}
     for key in ("weight", "bias"):
         parameter = getattr(module, key)
         if parameter is not None:
@@ -85,13 +85,13 @@ def outputs_of(module: Any, share: Share) -> tuple[nn.Module, Places]:
     return made, places
 
 
-def inputs_of(module: Any, share: Share) -> tuple[nn.Module, Places]:
+def inputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
     """The part that reads some neurons (channels) of a Linear or a convolution: the parts' sum is
     the whole. The first one has the bias."""
     made = _bare(module)
     index = share.places(int(module.weight.shape[1]))
     made.weight = _cut(module.weight, 1, index)
-    places: Places = {"weight": (1, index)}
+    places: SlicePlaces = {"weight": (1, index)}
     made.bias = None
     if module.bias is not None and share.i == 0:
         made.bias = _whole(module.bias)
@@ -100,11 +100,11 @@ def inputs_of(module: Any, share: Share) -> tuple[nn.Module, Places]:
     return made, places
 
 
-def channels_of(module: Any, share: Share) -> tuple[nn.Module, Places]:
+def channels_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
     """The channels of a batch norm, with their statistics."""
     made = _bare(module)
     index = share.places(int(module.num_features))
-    places: Places = {}
+    places: SlicePlaces = {}
     for key, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None:
             continue
@@ -121,13 +121,13 @@ def channels_of(module: Any, share: Share) -> tuple[nn.Module, Places]:
     return made, places
 
 
-def heads_of(module: nn.MultiheadAttention, share: Share) -> tuple[nn.Module, Places]:
+def heads_of(module: nn.MultiheadAttention, share: Share) -> tuple[nn.Module, SlicePlaces]:
     """Some heads of an attention, and their part of the output projection."""
     made = AttentionHeads(module, share)
     size = module.embed_dim
     rows = share._replace(chunks=3).places(3 * size)
     columns = share.places(size)
-    places: Places = {"in_proj_weight": (0, rows), "out_proj.weight": (1, columns)}
+    places: SlicePlaces = {"in_proj_weight": (0, rows), "out_proj.weight": (1, columns)}
     if module.in_proj_bias is not None:
         places["in_proj_bias"] = (0, rows)
         if share.i == 0:

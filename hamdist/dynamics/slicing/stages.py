@@ -17,19 +17,19 @@ from hamdist.dynamics.graph.spec import BlockSpec, Combine, Joining, ShapeMap, c
 from hamdist.dynamics.slicing.fx_graph import read, readable
 from hamdist.dynamics.slicing.layouts import (
     Layouts,
-    Number,
+    NumberLayout,
+    ParameterLayout,
     Regrain,
-    Several,
-    Split,
+    Replicate,
+    Shard,
+    TupleLayout,
     Use,
-    Weight,
-    Whole,
     dry_run,
 )
 from hamdist.dynamics.slicing.sliced_layers import Share
 from hamdist.dynamics.tracing.recorder import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.trace import trace
-from hamdist.dynamics.tracing.traced_module import Piece
+from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.hooks import hook_of
 from hamdist.dynamics.user_modules.python_state import is_foreign
@@ -37,7 +37,7 @@ from hamdist.errors import GraphError
 
 
 @dataclass
-class Stage:
+class SlicePhase:
     """Operations that are computed in one block, or in m. needs: stages that it reads."""
 
     number: int
@@ -45,7 +45,7 @@ class Stage:
     needs: set[int] = field(default_factory=set)
 
 
-class Stages:
+class SlicePhases:
     """The stages of one block, `spec`, for m slices.
 
     traced: its operations, from one placeholder by parent to `result`; root: the module that they
@@ -97,7 +97,7 @@ class Stages:
         parts = list(module.modules())
         lost = [f"a {type(m).__name__} has a {hook}" for m in parts if (hook := hook_of(m))]
         # (what stays whole in a piece does so in a slice, too)
-        if not isinstance(module, Piece) and any(is_foreign(type(m)) for m in parts):
+        if not isinstance(module, TracedModule) and any(is_foreign(type(m)) for m in parts):
             inputs = {p: _zeros(shapes[p], 0) for p in spec.parents}
             try:
                 whole = trace(
@@ -117,7 +117,7 @@ class Stages:
         """The buffers that a forward writes to or assigns, but for those of its steps: torch's own
         modules, and what stays whole in a piece."""
         probe = copied(self.spec.module)
-        steps = probe.parts.values() if isinstance(probe, Piece) else ()
+        steps = probe.parts.values() if isinstance(probe, TracedModule) else ()
         whole = {id(m) for step in steps for m in step.modules()}
         own = [
             (name, part)
@@ -141,19 +141,19 @@ class Stages:
         return moved
 
     @property
-    def last(self) -> Stage:
+    def last(self) -> SlicePhase:
         """The one that makes the block's result."""
         return self.stage_of[self.result]
 
-    def sent(self, stage: Stage) -> fx.Node:
+    def sent(self, stage: SlicePhase) -> fx.Node:
         """The one value of `stage` that others read."""
         (node,) = self._sent(stage)
         return node
 
-    def axis(self, stage: Stage) -> int | None:
+    def axis(self, stage: SlicePhase) -> int | None:
         """On which axis the slices of `stage` are joined; None where they are summed, or one."""
         layout = self.layouts.steps[self.sent(stage)].layout
-        return layout.axis if isinstance(layout, Split) else None
+        return layout.axis if isinstance(layout, Shard) else None
 
     def share(self, i: int, units: int, chunks: int = 1) -> Share:
         """What slice i has of `units`, in each of `chunks`."""
@@ -199,8 +199,8 @@ class Stages:
     def _arrange(self) -> bool:
         """Layouts and stages with what is known so far; False where something new was learned."""
         self.layouts = Layouts(self.spec.name, self.modules, self.values, self._grain)  # type: ignore[arg-type]
-        self.stages: list[Stage] = []
-        self.stage_of: dict[fx.Node, Stage] = {}
+        self.stages: list[SlicePhase] = []
+        self.stage_of: dict[fx.Node, SlicePhase] = {}
         try:
             for node in self.traced.nodes:
                 if node.op != "output":
@@ -220,9 +220,12 @@ class Stages:
 
     def _place(self, node: fx.Node) -> None:
         step = self.layouts.steps[node]
-        if isinstance(step.layout, (Number, Weight)) or node.op in ("placeholder", "get_attr"):
+        if isinstance(step.layout, (NumberLayout, ParameterLayout)) or node.op in (
+            "placeholder",
+            "get_attr",
+        ):
             return
-        many = not isinstance(step.layout, Whole)
+        many = not isinstance(step.layout, Replicate)
         inside = [  # stages whose values it takes as they are
             self.stage_of[i]
             for i in node.all_input_nodes
@@ -237,7 +240,7 @@ class Stages:
         if latest is not None and node not in self._apart and self._fits(node, latest):
             stage = latest
         else:
-            stage = Stage(len(self.stages), many)
+            stage = SlicePhase(len(self.stages), many)
             self.stages.append(stage)
         self.stage_of[node] = stage
         stage.needs |= self._outside(node, stage)
@@ -247,7 +250,7 @@ class Stages:
         the block's result."""
         return node is self.result or self.layouts.weighted(node)
 
-    def _outside(self, node: fx.Node, stage: Stage) -> set[int]:
+    def _outside(self, node: fx.Node, stage: SlicePhase) -> set[int]:
         """The stages that `node` reads from inside of `stage`."""
         found = set()
         uses = self.layouts.steps[node].uses
@@ -262,11 +265,11 @@ class Stages:
         """The stages whose results make `node`."""
         if node in self.stage_of:
             return {self.stage_of[node].number}
-        if isinstance(self.layouts.steps[node].layout, Number):
+        if isinstance(self.layouts.steps[node].layout, NumberLayout):
             return set()
         return {s for i in node.all_input_nodes for s in self._sources(i)}
 
-    def _fits(self, node: fx.Node, stage: Stage) -> bool:
+    def _fits(self, node: fx.Node, stage: SlicePhase) -> bool:
         """Whether nothing that it reads from outside comes from `stage`."""
         waiting, seen = list(self._outside(node, stage)), set()
         while waiting:
@@ -295,7 +298,7 @@ class Stages:
                 return False
         return True
 
-    def _branch(self, node: fx.Node, stage: Stage) -> fx.Node:
+    def _branch(self, node: fx.Node, stage: SlicePhase) -> fx.Node:
         """Where what leads to `node` alone begins in `stage`, or `node` where all of it does."""
         start = node
         first = next(n for n, own in self.stage_of.items() if own is stage)
@@ -309,7 +312,7 @@ class Stages:
         one, more = (values[node] for values in self.values)
         return isinstance(one, Tensor) and one.dim() > 0 and one.shape[0] + 1 == more.shape[0]
 
-    def _sent(self, stage: Stage) -> list[fx.Node]:
+    def _sent(self, stage: SlicePhase) -> list[fx.Node]:
         """What others read of `stage`, in order: in the end one value."""
         sent = []
         for node, own in self.stage_of.items():
@@ -317,7 +320,7 @@ class Stages:
                 continue
             outside = node is self.result
             for user in node.users:
-                if user.op == "output" or isinstance(self.layouts.steps[user].layout, Number):
+                if user.op == "output" or isinstance(self.layouts.steps[user].layout, NumberLayout):
                     continue
                 inside = self.stage_of.get(user) is stage
                 uses = self.layouts.steps[user].uses
@@ -347,7 +350,7 @@ class Stages:
                 )
         for stage in self.stages:
             (sent,) = self._sent(stage)
-            if isinstance(self.layouts.steps[sent].layout, Several) or not isinstance(
+            if isinstance(self.layouts.steps[sent].layout, TupleLayout) or not isinstance(
                 self.values[0][sent], Tensor
             ):
                 raise GraphError(

@@ -26,11 +26,11 @@ from hamdist.dynamics.tracing.trace import Trace
 from hamdist.dynamics.tracing.traced_module import (
     MODULE,
     Arg,
-    Form,
+    ColumnForm,
     Path,
-    Ref,
     Template,
-    Weight,
+    ValueRef,
+    WeightRef,
     places,
 )
 
@@ -38,7 +38,7 @@ Value = tuple[int, Path]  # a tensor: the op that makes it, and where in its res
 
 
 @dataclass(frozen=True, slots=True)
-class Glue:
+class NoCut:
     """No block begins behind `first` up to `last` (places in the order), and why."""
 
     first: int
@@ -81,7 +81,7 @@ class Flow:
         """What an output needs, and what moves a buffer."""
         waiting = [i for i, _ in self.outputs]
         for i, op in enumerate(self.ops):
-            if any(isinstance(self.trace.origin.get(m), Weight) for m in op.writes):
+            if any(isinstance(self.trace.origin.get(m), WeightRef) for m in op.writes):
                 waiting.append(i)
         live: set[int] = set()
         while True:
@@ -96,16 +96,16 @@ class Flow:
             if not waiting:
                 return live
 
-    def _of_module(self, op: Op[Form]) -> dict[int, str]:
+    def _of_module(self, op: Op[ColumnForm]) -> dict[int, str]:
         """The weights and buffers of the module that an op calls, by identity, with their names."""
         if op.step.kind != MODULE:
             return {}
         prefix = f"{op.step.target}." if op.step.target else ""
         return {id(t): n for n, t in self._tensors.items() if n.startswith(prefix)}
 
-    def _written_weights(self, op: Op[Form]) -> list[Weight]:
+    def _written_weights(self, op: Op[ColumnForm]) -> list[WeightRef]:
         origins = [self.trace.origin.get(m) for m in op.writes]
-        return [w for w in origins if isinstance(w, Weight)]
+        return [w for w in origins if isinstance(w, WeightRef)]
 
     def _only_read(self) -> set[int]:
         """Buffers that nothing writes to, and no module has that is one step: constants."""
@@ -114,10 +114,10 @@ class Flow:
         buffers = {id(t) for t in self._tensors.values() if not isinstance(t, nn.Parameter)}
         return buffers - moved
 
-    def _weights(self, op: Op[Form]) -> dict[int, str]:
+    def _weights(self, op: Op[ColumnForm]) -> dict[int, str]:
         """The weights, and the buffers that move, that an op uses, by identity, with names."""
         found = self._of_module(op)
-        named = [p for p in places((op.step.args, op.step.kwargs)) if isinstance(p, Weight)]
+        named = [p for p in places((op.step.args, op.step.kwargs)) if isinstance(p, WeightRef)]
         for weight in (*named, *self._written_weights(op)):
             found.setdefault(id(self._tensors[weight.name]), weight.name)
         return {key: name for key, name in found.items() if key not in self._steady}
@@ -218,7 +218,7 @@ class Flow:
 
     # -- what must stay together ------------------------------------------------------------------
 
-    def _by_weights(self) -> Iterator[Glue]:
+    def _by_weights(self) -> Iterator[NoCut]:
         users: dict[int, list[tuple[int, str]]] = {}
         for i in self.order:
             for key, name in self.weights[i].items():
@@ -239,7 +239,7 @@ class Flow:
                         "call the module once, on both inputs joined (torch.cat), and split what "
                         "it returns"
                     )
-                yield Glue(
+                yield NoCut(
                     min(at), max(at),
                     f"the weight {' = '.join(map(repr, names))} is used in "
                     f"{self.title(first[0])} and in {self.title(last[0])}, and "
@@ -252,14 +252,14 @@ class Flow:
         names = [name for i in ops for name in self.names(i)]
         return next((name for name in names if name in self.trace.whole), None)
 
-    def _by_memory(self) -> Iterator[Glue]:
+    def _by_memory(self) -> Iterator[NoCut]:
         """Around what is written to: unless the writer is the only one behind the cut that has it,
         as a copy of its own, and hands it on."""
         last = self.last_use()
         for i in self.order:
             for memory in self.ops[i].writes:
                 origin = self.trace.origin.get(memory)
-                if isinstance(origin, Weight):
+                if isinstance(origin, WeightRef):
                     continue
                 first = self.place.get(origin, 0) if isinstance(origin, int) else 0
                 for place in range(first + 1, self.place[i] + 1):
@@ -271,14 +271,14 @@ class Flow:
                     ]
                     handed_on = memory in self.ops[i].memory and len(known) == 1
                     if not isinstance(origin, int) or not handed_on:
-                        yield Glue(
+                        yield NoCut(
                             place - 1, place,
                             f"{self.title(i)} writes to what {self.title(self.order[first])} made, "
                             "and both sides would have it",
                             "cut behind it, or do not write in place",
                         )  # fmt: skip
 
-    def _by_values(self) -> Iterator[Glue]:
+    def _by_values(self) -> Iterator[NoCut]:
         for value, last in self.last_use().items():
             form = self.form(value)
             if not form.sendable:
@@ -288,7 +288,7 @@ class Flow:
                     what = f"a changing number of {kind}"
                 if form.masked:
                     what = "values with the -inf of a mask"
-                yield Glue(
+                yield NoCut(
                     self.place[value[0]], last,
                     f"{what} go from {self.title(value[0])} to "
                     f"{self.title(self.order[last])}, and only real-valued batches travel",
@@ -301,7 +301,7 @@ class Flow:
         """Whether it is a buffer that is only read, of which every block has its own."""
         return id(self._tensors[name]) in self._steady
 
-    def form(self, value: Value) -> Form:
+    def form(self, value: Value) -> ColumnForm:
         return self.ops[value[0]].out[value[1]]
 
     def last_use(self) -> dict[Value, int]:
@@ -321,7 +321,7 @@ class Flow:
                 sizes[k] += self.form(value).columns
         return sizes[: len(self.order)]
 
-    def prevents(self, place: int) -> Glue | None:
+    def prevents(self, place: int) -> NoCut | None:
         """What forbids a block to begin at a place."""
         return next((g for g in self.glues if g.first < place <= g.last), None)
 
@@ -349,16 +349,16 @@ class Flow:
         return tuple(n for n in (*op.modules, *own) if n)
 
 
-def _needs(op: Op[Form]) -> set[int]:
+def _needs(op: Op[ColumnForm]) -> set[int]:
     return {r.step for r in references(op)} | op.reads
 
 
-def references(op: Op[Form]) -> list[Ref]:
+def references(op: Op[ColumnForm]) -> list[ValueRef]:
     return refs((op.step.args, op.step.kwargs))
 
 
-def refs(template: Template) -> list[Ref]:
-    return [p for p in places(template) if isinstance(p, Ref)]
+def refs(template: Template) -> list[ValueRef]:
+    return [p for p in places(template) if isinstance(p, ValueRef)]
 
 
 def args(template: Template) -> list[Arg]:

@@ -36,13 +36,13 @@ from hamdist.dynamics.tracing.traced_module import (
     METHOD,
     MODULE,
     Arg,
-    Const,
-    Device,
+    ConstantRef,
+    DeviceRef,
     Path,
-    Ref,
-    Step,
     Template,
-    Weight,
+    TracedStep,
+    ValueRef,
+    WeightRef,
     places,
 )
 from hamdist.dynamics.user_modules.hooks import hook_of
@@ -103,7 +103,7 @@ class Op(Generic[Out]):
     chance. reads: steps that had to come first, through memory that they share. writes: memory
     that it changed."""
 
-    step: Step
+    step: TracedStep
     where: str
     line: str
     modules: tuple[str, ...]
@@ -115,7 +115,7 @@ class Op(Generic[Out]):
     memory: set[int]
 
 
-Taken: TypeAlias = Op[Tensor]
+TakenOp: TypeAlias = Op[Tensor]
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ class Recording:
     is at the first step that had it: ('arg', name), ('weight', name), ('const', index) or a step.
     """
 
-    taken: list[Taken]
+    taken: list[TakenOp]
     output: Template
     constants: list[Tensor]
     origin: dict[int, object]
@@ -222,7 +222,7 @@ class _Recorder(TorchFunctionMode):
         self._inside = 0  # steps under way
         self.failure: Unfollowed | None = None
         self.inner_at_failure: str | None = None
-        self._taken: list[Taken] = []
+        self._taken: list[TakenOp] = []
         self._known: dict[int, tuple[Tensor, Template]] = {}
         self._graded: dict[int, object] = {}  # `_backward_of` it when it was made
         self._constants: list[Tensor] = []
@@ -233,7 +233,7 @@ class _Recorder(TorchFunctionMode):
         self._autocast = _autocast()
         self._learned = {name for name, _ in model.named_parameters()}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._learn(tensor, Weight(name))
+            self._learn(tensor, WeightRef(name))
         for name, tensor in inputs.items():
             self._learn(tensor, Arg(name))
 
@@ -259,7 +259,7 @@ class _Recorder(TorchFunctionMode):
         value = getattr(tensor, name)
         if not isinstance(value, Tensor):
             return value
-        step = Step(FUNCTION, getattr, (tensor, name))
+        step = TracedStep(FUNCTION, getattr, (tensor, name))
         return self._take(step, (tensor,), {}, lambda: value, name)
 
     def module(
@@ -269,7 +269,7 @@ class _Recorder(TorchFunctionMode):
             return run(*args, **kwargs)
         name = self._names[id(part)]
         if self._is_one_step(part, name):
-            step = Step(MODULE, name, args, kwargs)
+            step = TracedStep(MODULE, name, args, kwargs)
             return self._take(step, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
         self._check_backward((args, kwargs))
         self._stack.append(name)
@@ -326,7 +326,7 @@ class _Recorder(TorchFunctionMode):
 
     def _take(
         self,
-        step: Step,
+        step: TracedStep,
         args: Any,
         kwargs: dict[str, Any],
         run: Callable[[], Any],
@@ -335,7 +335,7 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         with self._a_step():
             given = list(_tensors((args, kwargs)))
-            template = Step(
+            template = TracedStep(
                 step.kind,
                 step.target,
                 self._template(step.args),
@@ -367,7 +367,7 @@ class _Recorder(TorchFunctionMode):
 
     def _note(
         self,
-        step: Step,
+        step: TracedStep,
         given: list[Tensor],
         written: list[Tensor],
         made: list[tuple[Path, Tensor]],
@@ -376,7 +376,7 @@ class _Recorder(TorchFunctionMode):
         varies: bool,
     ) -> None:
         k = len(self._taken)
-        taken: Taken = Op(
+        taken: TakenOp = Op(
             step, self._innermost, _line_here(), tuple(self._stack), dict(made), random, varies,
             set(), set(), set(),
         )  # fmt: skip
@@ -392,7 +392,7 @@ class _Recorder(TorchFunctionMode):
             origin = self._origin.get(memory)
             if isinstance(origin, tuple) and origin[0] == "const":
                 raise self._fails("it writes to a tensor that outlives the call")
-            if isinstance(origin, Weight) and origin.name in self._learned:
+            if isinstance(origin, WeightRef) and origin.name in self._learned:
                 raise self._fails(f"it changes its weight {origin.name!r}")
             taken.writes.add(memory)
             taken.reads |= self._readers.get(memory, set()) - {k}
@@ -404,19 +404,19 @@ class _Recorder(TorchFunctionMode):
             memory = _memory(tensor)
             taken.memory.add(memory)
             self._origin.setdefault(memory, k)
-            self._known[id(tensor)] = (tensor, Ref(k, path))
+            self._known[id(tensor)] = (tensor, ValueRef(k, path))
             self._graded[id(tensor)] = _backward_of(tensor)
 
-    def _learn(self, tensor: Tensor, template: Weight | Arg) -> None:
+    def _learn(self, tensor: Tensor, template: WeightRef | Arg) -> None:
         self._known[id(tensor)] = (tensor, template)
         self._graded[id(tensor)] = _backward_of(tensor)
         self._origin.setdefault(_memory(tensor), template)
 
-    def _varies(self, template: Step) -> bool:
+    def _varies(self, template: TracedStep) -> bool:
         for place in (*places(template.args), *places(template.kwargs)):
-            if isinstance(place, (Arg, Weight)):
+            if isinstance(place, (Arg, WeightRef)):
                 return True
-            if isinstance(place, Ref) and self._taken[place.step].varies:
+            if isinstance(place, ValueRef) and self._taken[place.step].varies:
                 return True
         return False
 
@@ -432,7 +432,7 @@ class _Recorder(TorchFunctionMode):
         if kind is slice:
             return slice(*(self._template(v) for v in (value.start, value.stop, value.step)))
         if kind is torch.device and value.type == "cpu":
-            return Device()
+            return DeviceRef()
         if isinstance(value, torch.Generator):
             raise self._fails("it uses a random generator of its own")
         if not _is_plain(value):
@@ -449,7 +449,7 @@ class _Recorder(TorchFunctionMode):
             raise self._fails(f"it uses {what} (autograd.Function, compiled or foreign code)")
         if tensor.layout != torch.strided:
             raise self._fails("it uses a sparse tensor that it keeps beside its weights")
-        place = Const(len(self._constants))
+        place = ConstantRef(len(self._constants))
         self._constants.append(tensor)
         self._known[id(tensor)] = (tensor, place)
         self._graded[id(tensor)] = _backward_of(tensor)
@@ -468,19 +468,19 @@ class _Recorder(TorchFunctionMode):
         return Recording(self._taken, self._template(learnable), self._constants, self._origin)
 
 
-def _as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Step:
+def _as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> TracedStep:
     """The call, in the form in which people write it."""
     if name in _OPERATORS and len(args) == 2 and not kwargs and isinstance(args[0], Tensor):
-        return Step(FUNCTION, _OPERATORS[name], tuple(args))
+        return TracedStep(FUNCTION, _OPERATORS[name], tuple(args))
     if name in _REVERSED and len(args) == 2 and not kwargs:
-        return Step(FUNCTION, _REVERSED[name], (args[1], args[0]))
+        return TracedStep(FUNCTION, _REVERSED[name], (args[1], args[0]))
     if isinstance(func, MethodDescriptorType) and not name.startswith("__"):
-        return Step(METHOD, name, tuple(args), kwargs)
+        return TracedStep(METHOD, name, tuple(args), kwargs)
     if name == "__getitem__":
-        return Step(FUNCTION, operator.getitem, tuple(args))
+        return TracedStep(FUNCTION, operator.getitem, tuple(args))
     if name == "__setitem__":
-        return Step(FUNCTION, operator.setitem, tuple(args))
-    return Step(FUNCTION, func, tuple(args), _said(func, kwargs))
+        return TracedStep(FUNCTION, operator.setitem, tuple(args))
+    return TracedStep(FUNCTION, func, tuple(args), _said(func, kwargs))
 
 
 def _said(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 It runs three times, each time with another batch (recording.py), and where items may have lengths
 of their own, with other lengths, too. The runs have to take the same steps; a whole number that
-differs is the batch times something, plus something (piece.py, `Size`). A submodule that
+differs is the batch times something, plus something (piece.py, `SymbolicSize`). A submodule that
 cannot be followed, or does other things at another batch, stays whole, as one step.
 B: batch.
 """
@@ -19,22 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.state.finite import LARGE
-from hamdist.dynamics.tracing.recorder import OWN, Op, Recording, Taken, Unfollowed, record, watch
+from hamdist.dynamics.tracing.recorder import OWN, Op, Recording, TakenOp, Unfollowed, record, watch
 from hamdist.dynamics.tracing.traced_module import (
     PLACES,
-    Const,
-    Form,
+    ColumnForm,
+    ConstantRef,
     Length,
-    Ref,
-    Size,
-    Step,
+    SymbolicSize,
     Template,
+    TracedStep,
+    ValueRef,
     places,
     replaced,
 )
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.python_state import (
-    Values,
+    Fingerprints,
     inside,
     is_foreign,
     mutable_in,
@@ -45,7 +45,7 @@ from hamdist.dynamics.user_modules.structure import filled, parts_of
 BATCHES = (2, 3, 5)
 NOTHING: Mapping[Length, int] = {}
 Call: TypeAlias = Callable[[nn.Module, Mapping[str, Tensor]], Any]  # runs a model on inputs
-Point: TypeAlias = tuple[int, Mapping[Length, int]]  # a batch, and lengths that differ
+TracePoint: TypeAlias = tuple[int, Mapping[Length, int]]  # a batch, and lengths that differ
 MOST_BATCH = 8  # of the stream's own batch, which the first run has up to here
 
 
@@ -55,7 +55,7 @@ class Trace:
     in `Recording`). whole: the modules that could not be followed, and why. one_length: why all
     items have the lengths of the example, if that was open."""
 
-    ops: list[Op[Form]]
+    ops: list[Op[ColumnForm]]
     output: Template
     constants: list[Tensor]
     origin: dict[int, object]
@@ -127,14 +127,14 @@ def traced_whole(
     return Trace(ops, run.output, run.constants, run.origin, {"": why})
 
 
-def _of_one_run(op: Taken, batch: int) -> Op[Form]:
+def _of_one_run(op: TakenOp, batch: int) -> Op[ColumnForm]:
     """An op of which only this run is known: what has as many rows as the input has them, too."""
     forms = {}
     for path, t in op.out.items():
-        dims = [Size(0, size) for size in t.shape]
+        dims = [SymbolicSize(0, size) for size in t.shape]
         if t.dim() and t.shape[0] == batch:
-            dims[0] = Size(1)
-        forms[path] = Form(tuple(dims), t.dtype)
+            dims[0] = SymbolicSize(1)
+        forms[path] = ColumnForm(tuple(dims), t.dtype)
     return Op(
         op.step, op.where, op.line, op.modules, forms, op.random, op.varies, op.reads, op.writes,
         op.memory,
@@ -162,10 +162,10 @@ def _traced(
     return _joined(runs, points, whole)
 
 
-def _points(batches: Sequence[int], lengths: Sequence[Length]) -> list[Point]:
+def _points(batches: Sequence[int], lengths: Sequence[Length]) -> list[TracePoint]:
     """The runs that tell how numbers depend on the batch and on each length, and one more."""
     own, second, third = batches
-    points: list[Point] = [(batch, {}) for batch in batches]
+    points: list[TracePoint] = [(batch, {}) for batch in batches]
     for one in lengths:
         points += [(own, {one: _other(one, 1)}), (second, {one: _other(one, 2)})]
     return [*points, (third, {one: _other(one, 1) for one in lengths})] if lengths else points
@@ -250,7 +250,7 @@ def _assigned(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     )
 
 
-def _state(model: nn.Module, whole: set[str]) -> dict[str, Values]:
+def _state(model: nn.Module, whole: set[str]) -> dict[str, Fingerprints]:
     """The Python state of a user's modules, without those that stay whole."""
     found = {}
     for name, part in model.named_modules():
@@ -264,7 +264,7 @@ def _state(model: nn.Module, whole: set[str]) -> dict[str, Values]:
 
 
 def _check_state(
-    model: nn.Module, before: Mapping[str, Values], after: Mapping[str, Values]
+    model: nn.Module, before: Mapping[str, Fingerprints], after: Mapping[str, Fingerprints]
 ) -> None:
     """Raises Unfollowed for Python state that a run has changed, in the name of the module that has
     it, or of one around all that use it."""
@@ -308,7 +308,7 @@ class _Apart(Exception):
 
 
 def _joined(
-    runs: Sequence[Recording], points: Sequence[Point], whole: dict[str, Unfollowed]
+    runs: Sequence[Recording], points: Sequence[TracePoint], whole: dict[str, Unfollowed]
 ) -> Trace:
     first = runs[0]
     join = _Join(runs, points)
@@ -331,7 +331,7 @@ def _joined(
 
 
 class _Join:
-    def __init__(self, runs: Sequence[Recording], points: Sequence[Point]) -> None:
+    def __init__(self, runs: Sequence[Recording], points: Sequence[TracePoint]) -> None:
         self._runs = runs
         self._points = points
         self._lengths = list(points[-1][1])
@@ -342,13 +342,13 @@ class _Join:
         self._basis = torch.tensor(rows, dtype=torch.float64)
         self._solves = torch.linalg.pinv(self._basis)
 
-    def op(self, taken: Sequence[Taken]) -> Op[Form]:
+    def op(self, taken: Sequence[TakenOp]) -> Op[ColumnForm]:
         one = taken[0]
         steps = [t.step for t in taken]
         if any((s.kind, s.target, s.grad) != (one.step.kind, one.step.target, one.step.grad)
                or t.where != one.where for s, t in zip(steps, taken, strict=True)):  # fmt: skip
             raise _Apart("it takes other steps")
-        step = Step(
+        step = TracedStep(
             one.step.kind,
             one.step.target,
             self.template([s.args for s in steps]),
@@ -365,7 +365,7 @@ class _Join:
             one.varies, one.reads, one.writes, one.memory,
         )  # fmt: skip
 
-    def _form(self, tensors: Sequence[Tensor], mask: bool) -> Form:
+    def _form(self, tensors: Sequence[Tensor], mask: bool) -> ColumnForm:
         one = tensors[0]
         if any(t.dtype != one.dtype or t.dim() != one.dim() for t in tensors):
             raise _Apart("a tensor has another type, or more dimensions")
@@ -374,10 +374,10 @@ class _Join:
                 self._size(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)
             )
         except _Apart:
-            return Form(None, one.dtype)
-        return Form(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
+            return ColumnForm(None, one.dtype)
+        return ColumnForm(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
 
-    def _size(self, values: Sequence[int]) -> Size:
+    def _size(self, values: Sequence[int]) -> SymbolicSize:
         """The number by batch and lengths, with which all runs have to agree."""
         many = len(self._lengths)
         given = torch.tensor(values, dtype=torch.float64)
@@ -388,7 +388,7 @@ class _Join:
             raise _Apart(f"a number is {numbers} where the batch is {batches}")
         more, per, *rest = map(int, found.tolist())
         parts = zip(self._lengths, rest[:many], rest[many:], strict=True)
-        return Size(per, more, tuple((one, a, b) for one, a, b in parts if a or b))
+        return SymbolicSize(per, more, tuple((one, a, b) for one, a, b in parts if a or b))
 
     def template(self, values: Sequence[Any]) -> Template:
         one = values[0]
@@ -398,7 +398,7 @@ class _Join:
         if kind is int:
             size = self._size(values)
             return size if size.batched or size.lengths else one
-        if kind is Const:
+        if kind is ConstantRef:
             self._check_constant(one.index, [v.index for v in values])
             return one
         parts = [parts_of(v) or [] for v in values]
@@ -435,28 +435,28 @@ def _ordinary(value: Any) -> bool:
 def _folded(made: Trace, run: Recording) -> Trace:
     """With constants in place of what is the same for every sample."""
     written = {m for op in made.ops for m in op.writes}
-    kept: dict[Ref, Const] = {}
+    kept: dict[ValueRef, ConstantRef] = {}
     moving: set[int] = set()  # what depends on batch or lengths
     for k, op in enumerate(made.ops):
         steady = not (op.varies or op.writes or op.memory & written)
         fixed = all(f.free and not any(d.lengths for d in f.dims or ()) for f in op.out.values())
         for place in places((op.step.args, op.step.kwargs)):
-            if isinstance(place, Size) and place.lengths:
+            if isinstance(place, SymbolicSize) and place.lengths:
                 fixed = False
-            if isinstance(place, Ref) and place not in kept and place.step in moving:
+            if isinstance(place, ValueRef) and place not in kept and place.step in moving:
                 fixed = False
         if not fixed:
             moving.add(k)
         if steady and op.out and fixed:
             for path, tensor in run.taken[k].out.items():
-                kept[Ref(k, path)] = Const(len(made.constants))
+                kept[ValueRef(k, path)] = ConstantRef(len(made.constants))
                 made.constants.append(tensor.detach().clone())
 
     def value(place: Any) -> Any:
-        return kept.get(place, place) if isinstance(place, Ref) else place
+        return kept.get(place, place) if isinstance(place, ValueRef) else place
 
     for op in made.ops:
         args, kwargs = replaced(op.step.args, value), replaced(op.step.kwargs, value)
-        op.step = Step(op.step.kind, op.step.target, args, kwargs, op.step.grad)
+        op.step = TracedStep(op.step.kind, op.step.target, args, kwargs, op.step.grad)
     made.output = replaced(made.output, value)
     return made

@@ -1,10 +1,9 @@
 """A run of a traced model's steps as a module of its own.
 
-A `Piece` holds the parts and weights of the original under their own dotted names, and a program:
-steps in the order in which the model took them. What a step is called with is a template, that is
-nested tuples, lists, dicts and slices of plain values and of the places below, which stand for what
-is known only when the piece runs.
-B: batch.
+A `TracedModule` holds the parts and weights of the original under their own dotted names, and a
+program: steps in the order in which the model took them. What a step is called with is a template,
+that is nested tuples, lists, dicts and slices of plain values and of the places below, which stand
+for what is known only when the piece runs. B: batch.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Path: TypeAlias = tuple[Any, ...]  # keys and indices that lead to a tensor in w
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
+class ValueRef:
     """What step `step` returned; with a path, a part of it."""
 
     step: int
@@ -46,14 +45,14 @@ class Arg:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class WeightRef:
     """A parameter or buffer, by its dotted name."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Const:
+class ConstantRef:
     """A tensor that the model makes or keeps, equal for every sample."""
 
     index: int
@@ -69,7 +68,7 @@ class Length:
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class SymbolicSize:
     """per * B + more, plus (a + b * B) times a length, for each (length, a, b)."""
 
     per: int
@@ -97,12 +96,12 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class DeviceRef:
     """The device on which the piece runs."""
 
 
-Place: TypeAlias = Ref | Arg | Weight | Const | Size | Device
-PLACES = (Ref, Arg, Weight, Const, Size, Device)
+Place: TypeAlias = ValueRef | Arg | WeightRef | ConstantRef | SymbolicSize | DeviceRef
+PLACES = (ValueRef, Arg, WeightRef, ConstantRef, SymbolicSize, DeviceRef)
 Template: TypeAlias = Any
 
 
@@ -127,7 +126,7 @@ def replaced(template: Template, value: Callable[[Any], Any]) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TracedStep:
     """One call. target: the name of a part, of a tensor's method, or a function, as `kind` says.
     grad: whether autograd watches it."""
 
@@ -149,19 +148,19 @@ def _method(name: str) -> Callable[..., Any]:
     return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
 
 
-class Piece(nn.Module):
+class TracedModule(nn.Module):
     """f(inputs) by a program; one tensor comes out.
 
     parts, weights: of the original, by dotted name; persistent: the names of the buffers that
     belong to its state_dict. constants: by index. In the program `Arg` is the name of one of
-    `inputs`, a `Ref` the number of a step. draws, writes: the program itself draws random numbers,
-    writes to its inputs (its parts may do so as well).
+    `inputs`, a `ValueRef` the number of a step. draws, writes: the program itself draws random
+    numbers, writes to its inputs (its parts may do so as well).
     """
 
     def __init__(
         self,
         inputs: Sequence[str],
-        program: Sequence[Step],
+        program: Sequence[TracedStep],
         output: Template,
         *,
         parts: Mapping[str, nn.Module],
@@ -192,7 +191,7 @@ class Piece(nn.Module):
         return self._hamdist_inputs
 
     @property
-    def program(self) -> tuple[Step, ...]:
+    def program(self) -> tuple[TracedStep, ...]:
         return self._hamdist_program
 
     @property
@@ -231,7 +230,7 @@ class Piece(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hamdist_ready": None}
 
-    def _call(self, step: Step) -> Get:
+    def _call(self, step: TracedStep) -> Get:
         """A step as a function."""
         args, kwargs = self._getter(step.args), self._getter(step.kwargs)
         run: Callable[..., Any] = step.target if step.kind == FUNCTION else _method(step.target)
@@ -266,7 +265,7 @@ class Piece(nn.Module):
         return lambda i, v: kind([get(i, v) for get in parts])
 
     def _place_getter(self, place: Place) -> Get:
-        if isinstance(place, Ref):
+        if isinstance(place, ValueRef):
             at, path = place.step, place.path
             if not path:
                 return lambda _, values: values[at]
@@ -274,7 +273,7 @@ class Piece(nn.Module):
         if isinstance(place, Arg):
             number = self._hamdist_inputs.index(place.name)
             return lambda inputs, _: inputs[number]
-        if isinstance(place, Size):
+        if isinstance(place, SymbolicSize):
             where = self._hamdist_inputs.index
 
             def size(inputs: Sequence[Tensor], _: list[Any]) -> int:
@@ -283,9 +282,9 @@ class Piece(nn.Module):
                 )
 
             return size
-        if isinstance(place, Device):
+        if isinstance(place, DeviceRef):
             return lambda inputs, _: inputs[0].device
-        name = place.name if isinstance(place, Weight) else f"hamdist_constant_{place.index}"
+        name = place.name if isinstance(place, WeightRef) else f"hamdist_constant_{place.index}"
         path_to, _, last = name.rpartition(".")
         owner = self.get_submodule(path_to)  # a weight may stand in for another during a call
         return lambda *_: getattr(owner, last)
@@ -299,7 +298,7 @@ class Piece(nn.Module):
         def node(place: Any) -> fx.Node:
             if isinstance(place, Arg):
                 return inputs[place.name]
-            if not isinstance(place, Ref):
+            if not isinstance(place, ValueRef):
                 raise _NotOnTensors
             found = made[place.step]
             for key in place.path:
@@ -362,11 +361,11 @@ def _place(root: nn.Module, name: str, thing: nn.Module | Tensor, persistent: bo
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ColumnForm:
     """What a value looks like, for any batch. dims: per dimension; None where they depend on the
     values themselves. masked: it holds the -inf of a mask, or a number as large."""
 
-    dims: tuple[Size, ...] | None
+    dims: tuple[SymbolicSize, ...] | None
     dtype: torch.dtype
     masked: bool = False
 
@@ -374,7 +373,7 @@ class Form:
     def batch_first(self) -> bool:
         """(B, ...), the rest fixed."""
         dims = self.dims
-        return bool(dims) and dims is not None and dims[0] == Size(1) and _fixed(dims[1:])
+        return bool(dims) and dims is not None and dims[0] == SymbolicSize(1) and _fixed(dims[1:])
 
     @property
     def free(self) -> bool:
@@ -396,11 +395,11 @@ class Form:
         return math.prod(d.by_row for d in self.dims or ())
 
 
-def _fixed(dims: Sequence[Size]) -> bool:
+def _fixed(dims: Sequence[SymbolicSize]) -> bool:
     return not any(d.batched for d in dims)
 
 
-def packed(batch: int, values: Sequence[Tensor], forms: Sequence[Form]) -> Tensor:
+def packed(batch: int, values: Sequence[Tensor], forms: Sequence[ColumnForm]) -> Tensor:
     """Values of one batch as one signal (B, columns), of the widest of their types; one without
     batch is repeated in every row, so that the messages about its copies add up to the one about
     itself."""
@@ -421,7 +420,7 @@ def unpacked(
     h: Tensor,
     before: Sequence[tuple[bool, Sequence[int]]],
     dims: Sequence[int],
-    form: Form,
+    form: ColumnForm,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """One value, of shape `dims`, from a signal. before: of the values in front of it whether they
@@ -445,11 +444,11 @@ def _columns(free: bool, shape: Sequence[int], batch: int) -> int:
     return math.prod(shape) // (1 if free else batch)
 
 
-def _moving(form: Form) -> int:
+def _moving(form: ColumnForm) -> int:
     """The dimension that the batch stands in."""
     return next(i for i, d in enumerate(form.dims or ()) if d.batched)
 
 
-def _plain(form: Form) -> bool:
+def _plain(form: ColumnForm) -> bool:
     """Whether that dimension is the batch itself."""
-    return (form.dims or ())[_moving(form)] == Size(1)
+    return (form.dims or ())[_moving(form)] == SymbolicSize(1)

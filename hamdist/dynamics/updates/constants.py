@@ -41,7 +41,7 @@ from hamdist.errors import LevelError
 
 TOLERANCE = 1e-12
 
-Course: TypeAlias = Callable[[int], float]
+TickSchedule: TypeAlias = Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ class Dynamics:
     overrides by pattern, for `of`. per_lr: beta at a learning rate of 1.
     """
 
-    tau: Course | None
+    tau: TickSchedule | None
     c: float
     eta_z: float
     eta_omega: float
     beta: float
-    phi: Course
+    phi: TickSchedule
     sign: int = -1
     first_phi: float | None = None
     betas: tuple[tuple[str, float], ...] = ()
@@ -162,7 +162,7 @@ def make_dynamics(
     learning: LearningSettings,
     knobs: Locality,
     *,
-    phi: Course | None = None,
+    phi: TickSchedule | None = None,
 ) -> Dynamics:
     """The constants, with those not given taken from `learning`.
 
@@ -170,7 +170,7 @@ def make_dynamics(
     `dynamics.phi`. Raises LevelError where they do not fit `knobs`.
     """
     d = dynamics
-    tau: Course | None
+    tau: TickSchedule | None
     if isinstance(d.tau, CourseSettings):
         largest, tau = max(d.tau.values), listed(d.tau)
         if min(d.tau.values) <= 0:
@@ -218,7 +218,7 @@ def make_dynamics(
     return made
 
 
-def _unknown_tau(d: DynamicsSettings, phi: Course | None) -> float:
+def _unknown_tau(d: DynamicsSettings, phi: TickSchedule | None) -> float:
     """Stands for tau where only the stream knows it: nothing may follow from it."""
     given = {
         "c": d.c is not None,
@@ -237,7 +237,7 @@ def _unknown_tau(d: DynamicsSettings, phi: Course | None) -> float:
 
 def _phi(
     d: DynamicsSettings, learning: LearningSettings, tau: float
-) -> tuple[Course, float | None]:
+) -> tuple[TickSchedule, float | None]:
     """The course of phi, and phi of the first loss where it differs."""
     if isinstance(d.phi, CourseSettings):
         return listed(d.phi), None

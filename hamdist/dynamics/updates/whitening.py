@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hamdist.dynamics.state.remember import Remembers, taken
 from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
-from hamdist.dynamics.vjp.layer_inputs import Watched, rows_of
+from hamdist.dynamics.vjp.layer_inputs import GradientsWithInputs, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class InputWhitening(Remembers):
     def applied(self, g: Sequence[Gradient]) -> list[Gradient]:
         """The gradients of one update, in the order of the cell's weights, as they shall be used.
         None of them may have moved its weight already."""
-        if isinstance(g, Watched):
+        if isinstance(g, GradientsWithInputs):
             return self._watched(g)
         made = list(g)
         for i, one in enumerate(g):
@@ -123,7 +123,7 @@ class InputWhitening(Remembers):
             made[i], made[bias] = layer.factors(one)
         return made
 
-    def _watched(self, g: Watched) -> list[Gradient]:
+    def _watched(self, g: GradientsWithInputs) -> list[Gradient]:
         made = list(g)
         for layer, read in g.read:
             weight, bias = dense(g[layer.weight]), dense(g[layer.bias])

@@ -45,7 +45,7 @@ def is_foreign(thing: Any) -> bool:
     return str(getattr(thing, "__module__", "")).partition(".")[0] not in _LIBRARIES
 
 
-class Values:
+class Fingerprints:
     """Fingerprints of values, by name; equal ones say that nothing has changed.
 
     Attributes:
@@ -60,7 +60,7 @@ class Values:
         if name not in self.marks:
             self.marks[name] = self._mark(value)
 
-    def differing(self, other: Values) -> list[str]:
+    def differing(self, other: Fingerprints) -> list[str]:
         """Name what is not the same in both."""
         names = {**self.marks, **other.marks}
         return [n for n in names if self.marks.get(n, self) != other.marks.get(n, self)]
@@ -101,9 +101,9 @@ def _has_state(value: Any) -> bool:
     return not plain and is_foreign(type(value)) and hasattr(value, "__dict__")
 
 
-def inside(part: nn.Module) -> Values:
+def inside(part: nn.Module) -> Fingerprints:
     """Read the attributes of `part` itself that are no tensors and no modules, and its hooks."""
-    values = Values()
+    values = Fingerprints()
     for name, value in vars(part).items():
         if name not in _BOOKKEEPING and not isinstance(value, (Tensor, nn.Module)):
             values.add(name, value)
@@ -111,7 +111,7 @@ def inside(part: nn.Module) -> Values:
     return values
 
 
-def changed_in(part: nn.Module, before: Values) -> list[str]:
+def changed_in(part: nn.Module, before: Fingerprints) -> list[str]:
     """Name the attributes that calls have changed, unless the class saves them by itself."""
     if type(part).get_extra_state is not nn.Module.get_extra_state:
         return []
@@ -147,7 +147,7 @@ def check_apart(blocks: Mapping[str, Sequence[nn.Module]]) -> None:
 
 def mutable_in(values: Iterable[Any]) -> set[int]:
     """Identify what can change in `values`, at any depth."""
-    found = Values()
+    found = Fingerprints()
     for i, value in enumerate(values):
         found.add(str(i), value)
     fixed = (tuple, frozenset, FunctionType, type, nn.Module)
@@ -162,7 +162,7 @@ def functions_of(model: nn.Module) -> list[str]:
 
 def modules_of(function: Any) -> list[nn.Module]:
     """List the modules that a loss is, is a method of, or refers to."""
-    held = Values()
+    held = Fingerprints()
     held.add("", function)
     for one in _functions(function):
         read = {n: one.__globals__.get(n) for n in _names(one.__code__)}
@@ -177,7 +177,7 @@ def names_in(part: nn.Module) -> set[str]:
     return {n for values in own for v in values for f in _functions(v) for n in _names(f.__code__)}
 
 
-class Outside(Values):
+class Outside(Fingerprints):
     """What the forwards and hooks of modules read that no copy has of its own.
 
     Of installed packages random numbers alone: they keep caches, and notes of what they warned of.

@@ -14,18 +14,18 @@ from torch.nn import functional
 
 from hamdist.dynamics.vjp.kernels import aten
 
-Run: TypeAlias = Callable[[Tensor], Tensor]
-Back: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # dL/dy, and y or x
+ActivationForward: TypeAlias = Callable[[Tensor], Tensor]
+ActivationVjp: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # dL/dy, and y or x
 
 # By kind: y of x; the same in the memory of x; dL/dx of dL/dy and y.
-FROM_RESULT: dict[type, tuple[Run, Run, Back]] = {
+FROM_RESULT: dict[type, tuple[ActivationForward, ActivationForward, ActivationVjp]] = {
     nn.ReLU: (torch.relu, torch.relu_, lambda z, y: aten.threshold_backward(z, y, 0)),
     nn.Tanh: (torch.tanh, torch.tanh_, lambda z, y: aten.tanh_backward(z, y)),
     nn.Sigmoid: (torch.sigmoid, torch.sigmoid_, lambda z, y: aten.sigmoid_backward(z, y)),
 }
 
 
-def _gelu(m: Any) -> tuple[Run, Back]:
+def _gelu(m: Any) -> tuple[ActivationForward, ActivationVjp]:
     how = m.approximate
     return (
         lambda x: functional.gelu(x, approximate=how),
@@ -33,11 +33,11 @@ def _gelu(m: Any) -> tuple[Run, Back]:
     )
 
 
-def _silu(m: Any) -> tuple[Run, Back]:  # noqa: ARG001
+def _silu(m: Any) -> tuple[ActivationForward, ActivationVjp]:  # noqa: ARG001
     return functional.silu, lambda z, x: aten.silu_backward(z, x)
 
 
-def _leaky_relu(m: Any) -> tuple[Run, Back]:
+def _leaky_relu(m: Any) -> tuple[ActivationForward, ActivationVjp]:
     slope = m.negative_slope
     return (
         lambda x: functional.leaky_relu(x, slope),
@@ -45,7 +45,7 @@ def _leaky_relu(m: Any) -> tuple[Run, Back]:
     )
 
 
-def _softplus(m: Any) -> tuple[Run, Back]:
+def _softplus(m: Any) -> tuple[ActivationForward, ActivationVjp]:
     b, limit = m.beta, m.threshold
     return (
         lambda x: functional.softplus(x, b, limit),
@@ -53,7 +53,7 @@ def _softplus(m: Any) -> tuple[Run, Back]:
     )
 
 
-def _elu(m: Any) -> tuple[Run, Back]:
+def _elu(m: Any) -> tuple[ActivationForward, ActivationVjp]:
     alpha = m.alpha
     return (
         lambda x: functional.elu(x, alpha),
@@ -61,7 +61,7 @@ def _elu(m: Any) -> tuple[Run, Back]:
     )
 
 
-def _hardtanh(m: Any) -> tuple[Run, Back]:
+def _hardtanh(m: Any) -> tuple[ActivationForward, ActivationVjp]:
     low, high = m.min_val, m.max_val
     return (
         lambda x: functional.hardtanh(x, low, high),
@@ -70,7 +70,7 @@ def _hardtanh(m: Any) -> tuple[Run, Back]:
 
 
 # By kind, of such a module: y of x; dL/dx of dL/dy and x.
-FROM_INPUT: dict[type, Callable[[Any], tuple[Run, Back]]] = {
+FROM_INPUT: dict[type, Callable[[Any], tuple[ActivationForward, ActivationVjp]]] = {
     nn.GELU: _gelu,
     nn.SiLU: _silu,
     nn.LeakyReLU: _leaky_relu,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.state.remember import check_names
 from hamdist.dynamics.user_modules.copies import copied
-from hamdist.dynamics.vjp.autograd import Cell, OwnGenerator
+from hamdist.dynamics.vjp.autograd import LocalFunction, OwnGenerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,9 @@ class Rounding:
     worst: float
 
 
-class AutocastCell(Cell):
-    """A `Cell` whose forward pass runs under bfloat16 autocast. device: 'cpu' or 'cuda'."""
+class AutocastFunction(LocalFunction):
+    """A `LocalFunction` whose forward pass runs under bfloat16 autocast. device: 'cpu' or
+    'cuda'."""
 
     def __init__(
         self,

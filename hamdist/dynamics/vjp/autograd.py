@@ -32,9 +32,9 @@ from hamdist.dynamics.state.remember import (
     held,
     nested_slots,
 )
-from hamdist.dynamics.tracing.traced_module import Piece
+from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
-from hamdist.dynamics.vjp.layer_inputs import Watch
+from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.errors import GraphError, SnapshotError
 
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -101,12 +101,12 @@ class SeededLoss:
 
 
 @dataclass(slots=True)
-class Record:
+class ForwardRecord:
     """What a forward pass leaves for its vector-Jacobian products.
 
     leaves: the inputs (a leaf of the graph where a product is wanted, else None); theta: the
-    weights as the graph knows them; output: f, (B, ...). inputs: as they came, for `Cell.rebuilt`.
-    read: by layer that is watched, what it read.
+    weights as the graph knows them; output: f, (B, ...). inputs: as they came, for
+    `LocalFunction.rebuilt`. read: by layer that is watched, what it read.
     """
 
     leaves: list[Tensor | None]
@@ -116,7 +116,7 @@ class Record:
     read: list[list[Tensor]] = field(default_factory=list)
 
 
-class Cell(Remembers):
+class LocalFunction(Remembers):
     """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
 
     seed: of the cell's own random generator (dropout draws the same masks in every engine).
@@ -143,17 +143,17 @@ class Cell(Remembers):
         self._parameters: list[Tensor] = [p for _, p in named]
         self.theta: list[Tensor] = [p.data for p in self._parameters]
         self._stash = stash
-        self._watch = Watch(module, self._parameters) if watched else None
+        self._watch = LayerInputs(module, self._parameters) if watched else None
         self._random = OwnGenerator(seed, device) if _draws(module) else nullcontext()
         self._foreign = _foreign(module)
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        self._pieces = any(isinstance(m, Piece) for m in module.modules())
+        self._pieces = any(isinstance(m, TracedModule) for m in module.modules())
         self._copies = self._foreign or any(
-            getattr(m, "inplace", False) or (isinstance(m, Piece) and m.writes)
+            getattr(m, "inplace", False) or (isinstance(m, TracedModule) and m.writes)
             for m in module.modules()
         )
 
-    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
         """One forward pass. wanted: the inputs whose product will be asked for."""
         theta = self._parameters
         if self._stash:
@@ -162,13 +162,13 @@ class Cell(Remembers):
 
     def forward_at(
         self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
-    ) -> Record:
+    ) -> ForwardRecord:
         """The same with other weights, which the record keeps (of a cell that stashes)."""
         return self._forward([t.requires_grad_() for t in theta], inputs, wanted)
 
     def _forward(
         self, theta: list[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
-    ) -> Record:
+    ) -> ForwardRecord:
         leaves: list[Tensor | None] = []
         arguments = []
         for tensor, want in zip(inputs, wanted, strict=True):
@@ -187,7 +187,7 @@ class Cell(Remembers):
                 "that its children read"
             )
         own = output.clone() if self._is_own(output) else output
-        return Record(leaves, theta, own, inputs, read)
+        return ForwardRecord(leaves, theta, own, inputs, read)
 
     def _is_own(self, output: Tensor) -> bool:
         """Whether `output` may be memory that the module goes on writing to: a weight, a buffer,
@@ -213,7 +213,7 @@ class Cell(Remembers):
 
     def pull(
         self,
-        record: Record,
+        record: ForwardRecord,
         cotangent: Tensor,
         *,
         inputs: bool = True,
@@ -325,7 +325,7 @@ def _foreign(module: nn.Module) -> bool:
     piece does itself is known.)"""
     return any(
         m.is_whole
-        if isinstance(m, Piece)
+        if isinstance(m, TracedModule)
         else not type(m).__module__.startswith("torch.nn.modules.")
         for m in module.modules()
     )
@@ -342,7 +342,7 @@ def random_parts(module: nn.Module) -> list[nn.Module]:
     found = []
     for part in module.modules():
         rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module
-        chance = isinstance(part, Piece) and part.draws
+        chance = isinstance(part, TracedModule) and part.draws
         if chance or isinstance(part, _RANDOM) or (isinstance(rate, (int, float)) and rate):
             found.append(part)
     return found

@@ -1,6 +1,7 @@
 """A cell whose step has a closed form: a short program of kernels instead of autograd.
 
-Which modules have one, program.py says; all others are left to `Cell`, which does it with autograd.
+Which modules have one, program.py says; all others are left to `LocalFunction`, which does it with
+autograd.
 """
 
 from __future__ import annotations
@@ -14,31 +15,31 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import Combine, combined
 from hamdist.dynamics.state.remember import Slot, nested_slots
-from hamdist.dynamics.vjp.autograd import Cell
+from hamdist.dynamics.vjp.autograd import LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
-from hamdist.dynamics.vjp.kernels import Kept
-from hamdist.dynamics.vjp.program import Step, read_program
+from hamdist.dynamics.vjp.kernels import KeptTensors
+from hamdist.dynamics.vjp.program import ProgramStep, read_program
 
 
 @dataclass(slots=True)
 class Steps:
     """What a forward pass leaves. kept: by step; inputs: by parent, and which are wanted."""
 
-    kept: list[Kept]
+    kept: list[KeptTensors]
     inputs: list[Tensor]
     wanted: tuple[bool, ...]
     output: Tensor
 
 
-class ClosedCell(Cell):
-    """`Cell` for a module that is a program of kernels.
+class ClosedFunction(LocalFunction):
+    """`LocalFunction` for a module that is a program of kernels.
 
     A pulled record's memory is used again by the forward pass after the next pull: until then the
     factors of its gradients are omega.
     """
 
     def __init__(
-        self, module: nn.Module, combine: Combine, seed: int, program: Sequence[Step]
+        self, module: nn.Module, combine: Combine, seed: int, program: Sequence[ProgramStep]
     ) -> None:
         super().__init__(module, combine, seed)
         self._steps = list(program)
@@ -61,7 +62,7 @@ class ClosedCell(Cell):
         given = [t.detach() if t.requires_grad else t for t in inputs]
         wants = tuple(w and t.is_floating_point() for w, t in zip(wanted, given, strict=True))
         values: list[Any] = combined(self._combine, given)
-        kept: list[Kept] = []
+        kept: list[KeptTensors] = []
         for i, step in enumerate(self._steps):
             before = None if old is None or step.lasting else old.kept[i]
             made = step.kernel.forward(before, *[values[r] for r in step.reads])
@@ -79,8 +80,8 @@ class ClosedCell(Cell):
         keep: bool = False,
         at_once: AtOnce | None = None,
     ) -> tuple[list[Tensor | None], list[Gradient]]:
-        """As `Cell.pull`; gradients of weights come as their factors, marked where the weights have
-        moved by them already."""
+        """As `LocalFunction.pull`; gradients of weights come as their factors, marked where the
+        weights have moved by them already."""
         wanted = record.wanted if inputs else (False,) * len(record.wanted)
         g = Gradients(len(self.theta), at_once) if weights else None
         to_parents = self._pulled_through(record, cotangent, wanted, g)
@@ -173,8 +174,8 @@ def _combined_places(combine: Combine, parents: int) -> list[tuple[int, ...]]:
 
 def closed_cell(
     module: nn.Module, combine: Combine, seed: int, parents: int, *, native: bool = False
-) -> ClosedCell | None:
+) -> ClosedFunction | None:
     """The closed-form cell of `module`, which has `parents` inputs; None where it has none.
     native: its linear layers go to the C code where one row comes (rows.py)."""
     program = read_program(module, len(_combined_places(combine, parents)), native=native)
-    return None if program is None else ClosedCell(module, combine, seed, program)
+    return None if program is None else ClosedFunction(module, combine, seed, program)

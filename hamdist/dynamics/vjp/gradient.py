@@ -96,7 +96,7 @@ class Column:
 
 @known("Rows")
 @dataclass(slots=True)
-class Rows:
+class TableRows:
     """g_i = sum of the rows z_r with index_r = i, of a table (N, O). index: (R,), z: (R, O)."""
 
     index: Tensor
@@ -115,7 +115,7 @@ class Rows:
         tensor.index_add_(0, self.index, self.z, alpha=alpha)
 
 
-Factors: TypeAlias = Outer | Column | Rows
+Factors: TypeAlias = Outer | Column | TableRows
 Gradient: TypeAlias = Tensor | Factors
 
 

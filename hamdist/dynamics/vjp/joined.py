@@ -15,14 +15,14 @@ from torch import Tensor
 
 from hamdist.dynamics.graph.graph import Joining
 from hamdist.dynamics.state.remember import check_names
-from hamdist.dynamics.vjp.autograd import Cell, Record
+from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 
 
-class JoinedCell(Cell):
+class JoinedFunction(LocalFunction):
     """`inner` takes what `joining` makes of the parents, combined as `joining.then` says."""
 
-    def __init__(self, inner: Cell, joining: Joining) -> None:
+    def __init__(self, inner: LocalFunction, joining: Joining) -> None:
         self.module = inner.module
         self.names = inner.names
         self.theta = inner.theta
@@ -45,16 +45,16 @@ class JoinedCell(Cell):
         return self._inner.rebuilt(state)
 
     @property
-    def inner(self) -> Cell:
+    def inner(self) -> LocalFunction:
         """The cell of the module itself."""
         return self._inner
 
-    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
         return self._inner.forward(*self._joined(inputs, wanted))
 
     def forward_at(
         self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
-    ) -> Record:
+    ) -> ForwardRecord:
         return self._inner.forward_at(theta, *self._joined(inputs, wanted))
 
     def _joined(

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.native import rows
-from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradients, Outer, Rows
+from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradients, Outer, TableRows
 
 aten = torch.ops.aten
 
 # What a kernel keeps of one call: its output first, then its own things.
-Kept = list[Any]
+KeptTensors = list[Any]
 
 
 class Kernel(Protocol):
@@ -41,16 +41,16 @@ class Kernel(Protocol):
     def weights(self) -> tuple[int | None, ...]: ...
 
     @property
-    def forward(self) -> Callable[..., Kept]:
+    def forward(self) -> Callable[..., KeptTensors]:
         """(old, *x) -> f(x), and what `pull` needs. old: of an earlier call, to be written over."""
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         """z^T df/dx per input (None where not wanted); z^T df/dtheta goes into `g`, if given."""
 
 
-def like(old: Kept | None, place: int, shape: tuple[int, ...], x: Tensor) -> Tensor:
+def like(old: KeptTensors | None, place: int, shape: tuple[int, ...], x: Tensor) -> Tensor:
     """Memory for a result: what an earlier call used, where it fits."""
     if old is not None:
         memory = old[place]
@@ -94,7 +94,7 @@ class Linear:
         """W (O, I), b, and whether a relu stands behind them."""
         return self._w, self._b, self.relu
 
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
         flat = x if x.dim() == 2 else x.reshape(-1, self.into)
         y = like(old, 2, (flat.shape[0], self.out), x)
         if self._b is None:
@@ -107,7 +107,7 @@ class Linear:
         return [out, flat, y]
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         _, x, y = kept
         d = z if z.dim() == 2 else z.reshape(y.shape)
@@ -167,18 +167,18 @@ class Embedding:
         self._table = module.weight.data
         self._padding = module.padding_idx
 
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [nn.functional.embedding(x, self._table), x]
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         (w,) = self.weights
         if g is not None and w is not None:
             index, z_rows = kept[1].reshape(-1), z.reshape(-1, z.shape[-1])
             if self._padding is not None:
                 z_rows = z_rows * (index != self._padding).unsqueeze(1).to(z_rows.dtype)
-            g[w] = Rows(index, z_rows, self._table.shape[0])
+            g[w] = TableRows(index, z_rows, self._table.shape[0])
         return (None,) * len(wanted)
 
 
@@ -189,13 +189,13 @@ class Unary:
     owns = True
     in_place = False
 
-    def product(self, kept: Kept, z: Tensor) -> Tensor:
+    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
         """z^T df/dx."""
         raise NotImplementedError
 
     def pull(
         self,
-        kept: Kept,
+        kept: KeptTensors,
         z: Tensor,
         wanted: tuple[bool, ...],
         g: Gradients | None,  # noqa: ARG002
@@ -221,10 +221,10 @@ class FromResult(Unary):
         self._run = run_in_place if in_place else run
         self._back = back
 
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [self._run(x)]
 
-    def product(self, kept: Kept, z: Tensor) -> Tensor:
+    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
         return self._back(z, kept[0])
 
 
@@ -237,10 +237,10 @@ class FromInput(Unary):
         self._run = run
         self._back = back
 
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [self._run(x), x]
 
-    def product(self, kept: Kept, z: Tensor) -> Tensor:
+    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
         return self._back(z, kept[1])
 
 
@@ -252,23 +252,23 @@ class Reshape(Unary):
     def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
         self._run = run
 
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [self._run(x), x.shape]
 
-    def product(self, kept: Kept, z: Tensor) -> Tensor:
+    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
         return z.reshape(kept[1])
 
 
-class Scale(Unary):
+class ScaleKernel(Unary):
     """f = a x, with a number a."""
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
 
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         return [x * self._factor]
 
-    def product(self, kept: Kept, z: Tensor) -> Tensor:  # noqa: ARG002
+    def product(self, kept: KeptTensors, z: Tensor) -> Tensor:  # noqa: ARG002
         return z * self._factor
 
 
@@ -282,13 +282,13 @@ class Add:
     def __init__(self, sign: float = 1.0) -> None:
         self._sign = sign
 
-    def forward(self, old: Kept | None, *x: Tensor) -> Kept:  # noqa: ARG002
+    def forward(self, old: KeptTensors | None, *x: Tensor) -> KeptTensors:  # noqa: ARG002
         a, b = x
         return [torch.add(a, b, alpha=self._sign), a.shape, b.shape]
 
     def pull(
         self,
-        kept: Kept,
+        kept: KeptTensors,
         z: Tensor,
         wanted: tuple[bool, ...],
         g: Gradients | None,  # noqa: ARG002
@@ -313,12 +313,12 @@ class LayerNorm:
         self._b = None if module.bias is None else module.bias.data
         self._eps = module.eps
 
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         y, mean, rstd = torch.native_layer_norm(x, self._shape, self._w, self._b, self._eps)
         return [y, x, mean, rstd]
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         _, x, mean, rstd = kept
         mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]
@@ -345,13 +345,13 @@ class Conv2d:
         self._how = (list(module.stride), [int(p) for p in padding], list(module.dilation))
         self._groups = module.groups
 
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:  # noqa: ARG002
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:  # noqa: ARG002
         stride, padding, dilation = self._how
         y = torch.conv2d(x, self._w, self._b, stride, padding, dilation, self._groups)
         return [y, x]
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         stride, padding, dilation = self._how
         mask = [wanted[0], *(g is not None and w is not None for w in self.weights)]

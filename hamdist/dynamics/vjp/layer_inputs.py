@@ -23,7 +23,7 @@ from hamdist.dynamics.vjp.gradient import Gradient
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class InputLayer:
     """weight, bias: their places among the weights of the cell."""
 
     module: nn.Linear | nn.Conv2d
@@ -31,24 +31,24 @@ class Layer:
     bias: int
 
 
-class Watched(list[Gradient]):
+class GradientsWithInputs(list[Gradient]):
     """Gradients as tensors. read: layers, each with what it read (inputs as its forward got them,
     one for each of its calls)."""
 
     def __init__(
-        self, found: Sequence[Gradient], read: Sequence[tuple[Layer, Sequence[Tensor]]]
+        self, found: Sequence[Gradient], read: Sequence[tuple[InputLayer, Sequence[Tensor]]]
     ) -> None:
         super().__init__(found)
         self.read = read
 
 
-class Watch:
+class LayerInputs:
     """The layers of `module` that can be watched. theta: its trained weights, in their order."""
 
     def __init__(self, module: nn.Module, theta: Sequence[Tensor]) -> None:
         places = {id(p): i for i, p in enumerate(theta)}
         found = [
-            Layer(m, places[id(m.weight)], places[id(m.bias)])
+            InputLayer(m, places[id(m.weight)], places[id(m.bias)])
             for m in module.modules()
             if is_watched(m) and id(m.weight) in places and id(m.bias) in places
         ]
@@ -69,9 +69,13 @@ class Watch:
             for hook in hooks:
                 hook.remove()
 
-    def watched(self, g: Sequence[Gradient], read: Sequence[Sequence[Tensor]]) -> Watched:
+    def watched(
+        self, g: Sequence[Gradient], read: Sequence[Sequence[Tensor]]
+    ) -> GradientsWithInputs:
         """Gradients with what was read in their forward pass."""
-        return Watched(g, [(layer, x) for layer, x in zip(self.layers, read, strict=True) if x])
+        return GradientsWithInputs(
+            g, [(layer, x) for layer, x in zip(self.layers, read, strict=True) if x]
+        )
 
 
 def is_watched(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:

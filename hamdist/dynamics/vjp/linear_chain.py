@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from hamdist.dynamics.native.rows import Rows
+from hamdist.dynamics.native.rows import NativeLayers
 from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradients, Outer
-from hamdist.dynamics.vjp.kernels import Kept, Linear, like
+from hamdist.dynamics.vjp.kernels import KeptTensors, Linear, like
 
 
 class Chain:
@@ -39,7 +39,7 @@ class Chain:
             layer.lends = i > 0
             layer.owns_z = i < len(layers) - 1
         self._into, self._out = layers[0].into, layers[-1].out
-        self._rows = Rows.of([layer.parts() for layer in layers])
+        self._rows = NativeLayers.of([layer.parts() for layer in layers])
         self._masked: list[Tensor | None] = [None, None]
         self._message: list[Tensor | None] = [None]
         self._rates: tuple[AtOnce, array[float]] | None = None
@@ -53,7 +53,7 @@ class Chain:
     def lends(self, lends: bool) -> None:
         self.layers[0].lends = lends
 
-    def forward(self, old: Kept | None, x: Tensor) -> Kept:
+    def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
         one = x if x.dim() == 2 else x.reshape(-1, self._into)
         rows = self._rows
         if rows is None or one.shape[0] != 1 or not rows.reads(one):
@@ -64,7 +64,7 @@ class Chain:
         rows.forward(one, inner, y)
         return [y if x.dim() == 2 else y.view(*x.shape[:-1], self._out), one, inner, y]
 
-    def _one_by_one(self, old: Kept | None, x: Tensor) -> Kept:
+    def _one_by_one(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
         """[output, what each layer kept]."""
         before = old[1] if old is not None and len(old) == 2 else [None] * len(self.layers)
         kept = []
@@ -75,7 +75,7 @@ class Chain:
         return [x, kept]
 
     def pull(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         if len(kept) == 2:
             return self._pull_one_by_one(kept, z, wanted, g)
@@ -115,7 +115,7 @@ class Chain:
             g.settle()
 
     def _factors(
-        self, g: Gradients, rows: Rows, x: Tensor, inner: Tensor, d: Tensor, moved: int
+        self, g: Gradients, rows: NativeLayers, x: Tensor, inner: Tensor, d: Tensor, moved: int
     ) -> None:
         many = len(self.layers)
         inputs = [x, *rows.outputs(inner, many - 1)]
@@ -123,13 +123,13 @@ class Chain:
             done = bool(moved >> i & 1)
             g.put(layer.weights, (Outer(d_i, inputs[i], done), Column(d_i, done)))
 
-    def _apart(self, x: Tensor, inner: Tensor, y: Tensor) -> list[Kept]:
+    def _apart(self, x: Tensor, inner: Tensor, y: Tensor) -> list[KeptTensors]:
         """What the layers would have kept, had they been called one by one."""
         outputs = [*(self._rows.outputs(inner, len(self.layers) - 1) if self._rows else []), y]
         return [[out, x_i, out] for x_i, out in zip([x, *outputs[:-1]], outputs, strict=True)]
 
     def _pull_one_by_one(
-        self, kept: Kept, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
+        self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
         trained = [g is not None and any(w is not None for w in k.weights) for k in self.layers]
         about: Tensor | None = z

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from hamdist.dynamics.native.rows import Rows
-from hamdist.dynamics.tracing.traced_module import Piece
+from hamdist.dynamics.native.rows import NativeLayers
+from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.vjp.activations import FROM_INPUT, FROM_RESULT, FUNCTIONS
 from hamdist.dynamics.vjp.kernels import (
@@ -28,14 +28,14 @@ from hamdist.dynamics.vjp.kernels import (
     LayerNorm,
     Linear,
     Reshape,
-    Scale,
+    ScaleKernel,
 )
 from hamdist.dynamics.vjp.linear_chain import Chain
 from hamdist.dynamics.vjp.purity import is_pure
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ProgramStep:
     """One kernel; reads: places of its inputs among the cell's arguments and the steps' outputs.
     lasting: its output leaves the cell, so that its memory is not used again."""
 
@@ -44,7 +44,9 @@ class Step:
     lasting: bool
 
 
-def read_program(module: nn.Module, arguments: int, *, native: bool = False) -> list[Step] | None:
+def read_program(
+    module: nn.Module, arguments: int, *, native: bool = False
+) -> list[ProgramStep] | None:
     """The steps of `module`, which takes so many arguments; None where it has no closed form.
     native: linear layers that follow each other are one kernel, in C where one row comes (rows.py).
     """
@@ -72,7 +74,7 @@ class _Program:
         self._made: list[tuple[Kernel, tuple[int, ...]]] = []
         self._owns: set[int] = set()  # places whose memory an activation may work in
 
-    def read(self) -> list[Step]:
+    def read(self) -> list[ProgramStep]:
         """The steps. Raises _Unknown."""
         if not all(map(is_usual, self._module.modules())):
             raise _Unknown
@@ -106,7 +108,7 @@ class _Program:
                 and isinstance(before[0], Linear)
                 and reads == (self._arguments + i - 1,)
                 and readers[reads[0]] == 1
-                and len(before) < Rows.MOST
+                and len(before) < NativeLayers.MOST
             )
             if goes_on:
                 before.append(kernel)
@@ -119,7 +121,7 @@ class _Program:
             joined = Chain(layers) if layers else None
             self._made.append((kernels[0] if joined is None else joined, reads))
 
-    def _steps(self, last: int) -> list[Step]:
+    def _steps(self, last: int) -> list[ProgramStep]:
         """With the mark of what leaves the cell: the output and the messages, and what shares their
         memory."""
         told = set(range(self._arguments))
@@ -138,7 +140,7 @@ class _Program:
             leaves = self._arguments + i in leaving
             if isinstance(kernel, Chain):  # the rest of it stays
                 kernel.lasting = leaves
-            steps.append(Step(kernel, reads, leaves and not isinstance(kernel, Chain)))
+            steps.append(ProgramStep(kernel, reads, leaves and not isinstance(kernel, Chain)))
         return steps
 
     def _add(self, kernel: Kernel, *reads: int) -> int:
@@ -261,9 +263,9 @@ class _Program:
         numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
         if len(node.args) == 2 and len(at) == 1 and len(numbers) == 1:
             if node.target in (operator.mul, torch.mul):
-                return self._add(Scale(float(numbers[0])), at[0])
+                return self._add(ScaleKernel(float(numbers[0])), at[0])
             if node.target is operator.truediv and node.args[0] is read[0]:
-                return self._add(Scale(1.0 / float(numbers[0])), at[0])
+                return self._add(ScaleKernel(1.0 / float(numbers[0])), at[0])
         if len(node.args) == 1 and len(at) == 1 and node.target in FUNCTIONS:
             return self._activation(FUNCTIONS[node.target](), at[0], alone=alone)
         flat = node.target in (torch.flatten, "flatten") and len(at) == 1
@@ -282,7 +284,9 @@ def _is_chain(module: nn.Module) -> bool:
 
 def _trace(module: nn.Module) -> fx.Graph:
     """What forward does. Raises _Unknown where that is not known for every call."""
-    if isinstance(module, Piece):  # written down already, whole where it depends on Python state
+    if isinstance(
+        module, TracedModule
+    ):  # written down already, whole where it depends on Python state
         known = module.fx_graph()
         if known is None:
             raise _Unknown

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.ties import names_of
-from hamdist.dynamics.vjp.autograd import Cell, Record
+from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients, dense
 
 
@@ -24,14 +24,14 @@ def parted(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(t.shape).to(t) for part, t in zip(parts, like, strict=True)]
 
 
-class TiedCell(Cell):
+class TiedFunction(LocalFunction):
     """`inner`, some of whose weights others own (borrowed: their names) or use as well.
 
     `names`, `theta` and the gradients that `pull` returns are those of its own weights. Within one
     event of a block: `add` what users have sent, `pull`, `take` what goes to the owners.
     """
 
-    def __init__(self, inner: Cell, borrowed: Iterable[str]) -> None:
+    def __init__(self, inner: LocalFunction, borrowed: Iterable[str]) -> None:
         keys = set(borrowed)
         self.module = inner.module
         self.inner = inner
@@ -63,7 +63,7 @@ class TiedCell(Cell):
         """Weights by name, own or borrowed."""
         return [self._all[name] for name in names]
 
-    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> Record:
+    def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
         """One forward pass."""
         return self.inner.forward(inputs, wanted)
 
@@ -77,7 +77,7 @@ class TiedCell(Cell):
         keep: bool = False,
         at_once: AtOnce | None = None,  # noqa: ARG002  (others have a say in what moves)
     ) -> tuple[list[Tensor | None], list[Gradient]]:
-        """As `Cell.pull`, of its own weights."""
+        """As `LocalFunction.pull`, of its own weights."""
         to_parents, g = self.inner.pull(
             record, cotangent, inputs=inputs, weights=weights, keep=keep
         )

@@ -23,10 +23,10 @@ from hamdist.config import (
 from hamdist.dynamics.blocks.dissipation import dissipation_warnings
 from hamdist.dynamics.schedule.schedule import HoldSchedule
 from hamdist.dynamics.user_modules.python_state import modules_of
-from hamdist.dynamics.vjp.layer_inputs import Watch
+from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.runtime.placement.assign_blocks import Costs, split
-from hamdist.runtime.placement.requirements import idle_wishes
-from hamdist.runtime.plan.block_settings import wishes
+from hamdist.runtime.placement.requirements import idle_block_settings
+from hamdist.runtime.plan.block_settings import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.results.result import Outcome
@@ -50,7 +50,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     if plan.engine.kind is EngineKind.INPROCESS:
         told += _no_links(settings)
     else:
-        told += open_wires(plan.engine)
+        told += open_endpoints(plan.engine)
     if plan.engine.address is None:
         told += thread_warnings(plan.engine.processes(), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
@@ -152,7 +152,7 @@ def _no_links(settings: Settings) -> list[str]:
     return told
 
 
-def open_wires(engine: EngineSettings) -> list[str]:
+def open_endpoints(engine: EngineSettings) -> list[str]:
     """Says so where strangers can read signals and send some."""
     by_tcp = engine.transport is TransportKind.TCP or (
         engine.transport is TransportKind.AUTO and engine.address is not None
@@ -211,7 +211,7 @@ def _as_they_are(plan: Plan) -> list[str]:
             continue
         theta = [p for p in block.module.parameters() if p.requires_grad]
         rewinds = plan.knobs.memory is Memory.REVERSIBLE
-        if rewinds or not Watch(block.module, theta).layers:
+        if rewinds or not LayerInputs(block.module, theta).layers:
             found.append(name)
     if not found:
         return []
@@ -226,7 +226,7 @@ def _alone(plan: Plan) -> list[str]:
     engine = plan.engine
     if engine.kind is not EngineKind.INPROCESS:
         return []
-    idle = idle_wishes(wishes(plan.graph, engine).values())
+    idle = idle_block_settings(block_settings(plan.graph, engine).values())
     if not idle:
         return []
     verb = "means" if len(idle) == 1 else "mean"

@@ -9,16 +9,16 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import DivergedError
 from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.process.interrupts import Ending, OnProgress
+from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.process.threads import torch_threads
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
-from hamdist.runtime.signals.sent_log import Ledger
-from hamdist.runtime.snapshots.inprocess import KeptRun
+from hamdist.runtime.signals.sent_log import SentLog
+from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
 from hamdist.streams.sample import Stream
 
 PROGRESS_SECONDS = 0.25
@@ -30,16 +30,16 @@ class InProcessEngine:
     def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
         created = time.perf_counter()
         inside = {INPUT, *plan.graph.blocks}
-        ledger = None if plan.keeping is None else Ledger(inside, replays=False)
+        sent_log = None if plan.snapshot_policy is None else SentLog(inside, replays=False)
         digests = Digests() if plan.engine.digests else None
-        mail = Mailroom(inside, ledger=ledger, digests=digests)
-        source = SourceNode(plan, stream, mail)
-        nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
+        mailbox = Mailbox(inside, sent_log=sent_log, digests=digests)
+        source = SourceNode(plan, stream, mailbox)
+        nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
         measured = [n for n in nodes if n.metrics is not None]
-        keeping: KeptRun | None = None
-        if ledger is not None:
-            keeping = KeptRun(plan, [source, *nodes], mail, ledger)
-            keeping.restore()
+        snapshot_policy: InProcessSnapshots | None = None
+        if sent_log is not None:
+            snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log)
+            snapshot_policy.restore()
         reset_peak()
         started = time.perf_counter()
         due = started
@@ -59,26 +59,30 @@ class InProcessEngine:
 
         def between() -> None:
             nonlocal due
-            if keeping is not None:
-                keeping.look()
+            if snapshot_policy is not None:
+                snapshot_policy.look()
             if ending.reports and time.perf_counter() >= due:
                 due = time.perf_counter() + PROGRESS_SECONDS
                 ending.report(progress())
 
-        stop = source.stop.set if keeping is None else keeping.stopping(source.stop.set)
-        ending = Ending(stop, on_progress)
+        stop = (
+            source.stop.set
+            if snapshot_policy is None
+            else snapshot_policy.stopping(source.stop.set)
+        )
+        ending = RunInterrupts(stop, on_progress)
         with (
             torch_threads(plan.engine.threads),
             ending,
-            keeping or nullcontext(),
+            snapshot_policy or nullcontext(),
         ):
             try:
-                cut = None if keeping is None else keeping.keeper
+                cut = None if snapshot_policy is None else snapshot_policy.snapshot_writer
                 run_loop(
                     [source, *nodes],
                     between,
                     cut,
-                    started=keeping is not None and keeping.on,
+                    started=snapshot_policy is not None and snapshot_policy.on,
                     after_step=None if digests is None else digests.after_step,
                 )
             except DivergedError as error:
@@ -102,16 +106,16 @@ class InProcessEngine:
             seconds=seconds,
             time_use={"driver": time_use(nodes, seconds, {})},
             startup={"blocks": started - created},
-            bytes_per_edge=dict(mail.payload_bytes),
-            compression=mail.compression,
+            bytes_per_edge=dict(mailbox.payload_bytes),
+            compression=mailbox.compression,
             peak_memory={"driver": peak},
             own_memory={"driver": own},
             smoothness=source.smoothness.frames,
             placement=[list(plan.graph.blocks)],
             stream=source.counts,
             records={n.name: r for n in nodes for r in [n.records()] if r is not None},
-            snapshots=[] if keeping is None else keeping.snapshots,
-            warnings=[] if keeping is None else keeping.warnings,
+            snapshots=[] if snapshot_policy is None else snapshot_policy.snapshots,
+            warnings=[] if snapshot_policy is None else snapshot_policy.warnings,
         )
         ending.note(outcome)
         if diverged is not None:

@@ -23,25 +23,25 @@ from hamdist.errors import HamdistError
 from hamdist.runtime.engines.message_limits import message_bytes, slot_bytes
 from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.process.switches import set_switches
-from hamdist.runtime.process.threads import pinned, seat
+from hamdist.runtime.process.threads import actor_options, pinned
 from hamdist.runtime.results.digests import DigestMap, Digests
 from hamdist.runtime.results.result import BlockState
-from hamdist.runtime.signals.cast import Border
+from hamdist.runtime.signals.cast import CastBorder
 from hamdist.runtime.signals.edge_codecs import CompressionMap
 from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.sent_log import Ledger
+from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Channel
-from hamdist.runtime.snapshots.writer import Keeper, Taken
+from hamdist.runtime.snapshots.writer import SnapshotWriter, WrittenFiles
 from hamdist.runtime.transport.cuda_ipc import cuda_memory
-from hamdist.runtime.transport.gpu_ring import Lender, Memory, Refusal
+from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal
 from hamdist.runtime.transport.shared_memory import GPU_SCHEME, MAX_CAPACITY, takes
-from hamdist.runtime.transport.thread_calls import Requests
-from hamdist.runtime.transport.transport import IPC, Wires
+from hamdist.runtime.transport.thread_calls import ThreadCalls
+from hamdist.runtime.transport.transport import IPC, Endpoints
 from hamdist.streams.sample import Stream
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ ANSWER_SECONDS = 60.0  # a block's step may take long
 
 
 @dataclass(slots=True)
-class HostReport:
+class WorkerReport:
     """What a process leaves. refusals: where signals between GPUs went through host memory. error:
     what ended it; aborted: it was called off."""
 
@@ -69,14 +69,14 @@ class HostReport:
     records: dict[str, Records] = field(default_factory=dict)
     time_use: dict[str, float] = field(default_factory=dict)
     digests: Mapping[str, DigestMap] = field(default_factory=dict)
-    kept: Kept | None = None
+    kept: SnapshotNews | None = None
     refusals: list[Refusal] = field(default_factory=list)
     error: HamdistError | None = None
     aborted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class BlockedChannel:
     """A blocked channel, for the watchdog. seconds: since when."""
 
     waiter: str
@@ -86,28 +86,28 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class SnapshotNews:
     """What was written since the last look, what went wrong, and the bytes of kept signals.
     forgot: they took too many, so that nobody can begin again from the latest snapshot."""
 
-    taken: list[Taken]
+    taken: list[WrittenFiles]
     failure: str | None
     nbytes: int
     forgot: bool = False
 
 
-class End(NamedTuple):
+class ReceivingEnd(NamedTuple):
     """The receiving end of a channel. next: the number of the signal that it waits for."""
 
     address: str
     next: int
 
 
-Opened: TypeAlias = dict[int, End]
+ReceivingEnds: TypeAlias = dict[int, ReceivingEnd]
 
 
 @dataclass(frozen=True, slots=True)
-class HostStatus:
+class WorkerStatus:
     """One look at a running process. ticks and updates by block; windows: of its first readout
     from number `first` on, `every` items each (None: no readout here)."""
 
@@ -117,11 +117,11 @@ class HostStatus:
     windows: list[Window]
     first: int
     every: int | None
-    wait: Wait | None
-    kept: Kept | None = None
+    wait: BlockedChannel | None
+    kept: SnapshotNews | None = None
 
 
-class Host:
+class Worker:
     """blocks: those of this process, in the graph's order; stream: if it is drawn here; keys: for
     tcp sockets that ask for them."""
 
@@ -135,43 +135,47 @@ class Host:
         self._plan = plan
         self.number = plan.run
         self._abort = threading.Event()
-        self._requests = Requests()
+        self._requests = ThreadCalls()
         delay = plan.engine.link_delay
-        self._transport = Wires(plan.run, self._abort, delay, keys, self._requests)
+        self._transport = Endpoints(plan.run, self._abort, delay, keys, self._requests)
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
-        keeping = plan.keeping
-        self._ledger: Ledger | None = None
-        if keeping is not None:
-            self._ledger = Ledger(inside, replays=keeping.recover, limit=keeping.memory)
+        snapshot_policy = plan.snapshot_policy
+        self._sent_log: SentLog | None = None
+        if snapshot_policy is not None:
+            self._sent_log = SentLog(
+                inside, replays=snapshot_policy.recover, limit=snapshot_policy.memory
+            )
         self._digests = Digests() if plan.engine.digests else None
-        self._mail = Mailroom(inside, self._transport, self._ledger, self._digests)
+        self._mailbox = Mailbox(inside, self._transport, self._sent_log, self._digests)
         self._inside = inside
-        self._nodes = [make_node(plan, name, self._mail) for name in blocks]
-        self._source = None if stream is None else SourceNode(plan, stream, self._mail)
+        self._nodes = [make_node(plan, name, self._mailbox) for name in blocks]
+        self._source = None if stream is None else SourceNode(plan, stream, self._mailbox)
         self._channels = {c.number: c for c in plan.channels.all()}
-        self._lenders: dict[int, Lender] = {}
-        self._keeper: Keeper | None = None
-        if keeping is not None and self._ledger is not None:
-            self._keeper = Keeper(plan, self._all_nodes(), self._mail, self._ledger)
-            if keeping.snapshot is not None:
-                self._keeper.restore(keeping.snapshot)
+        self._gpu_senders: dict[int, GpuRingSender] = {}
+        self._snapshot_writer: SnapshotWriter | None = None
+        if snapshot_policy is not None and self._sent_log is not None:
+            self._snapshot_writer = SnapshotWriter(
+                plan, self._all_nodes(), self._mailbox, self._sent_log
+            )
+            if snapshot_policy.snapshot is not None:
+                self._snapshot_writer.restore(snapshot_policy.snapshot)
 
     def _all_nodes(self) -> list[Any]:
         return [*([self._source] if self._source is not None else []), *self._nodes]
 
-    def bind(self, ways: Mapping[int, str]) -> Opened:
+    def bind(self, ways: Mapping[int, str]) -> ReceivingEnds:
         """Opens the receiving ends of the channels given by index, each in its way (transport.py).
         One that is open already is closed: what it has not handed out yet comes again."""
-        opened: Opened = {}
+        opened: ReceivingEnds = {}
         for i, way in ways.items():
             channel = self._channels[i]
             limit = message_bytes(self._plan, channel)
             memory = self._memory(channel, channel.receiver)
             address = self._transport.bind(channel, way, limit, memory)
-            opened[i] = End(address, self._mail.taken(channel) + 1)
+            opened[i] = ReceivingEnd(address, self._mailbox.taken(channel) + 1)
         return opened
 
-    def connect(self, ends: Opened) -> int:
+    def connect(self, ends: ReceivingEnds) -> int:
         """Opens the sending ends of the channels of this process that are among `ends`. How many
         signals are sent again."""
         again = 0
@@ -179,46 +183,46 @@ class Host:
             channel = self._channels[i]
             if channel.sender not in self._inside or channel.receiver in self._inside:
                 continue
-            log = None if self._ledger is None else self._ledger.log(channel)
+            log = None if self._sent_log is None else self._sent_log.log(channel)
             behind = 0 if log is None else log.posted + 1 - end.next
             limit = message_bytes(self._plan, channel)
-            lender = self._lender(channel, end.address)
+            gpu_sender = self._gpu_sender(channel, end.address)
             if log is None or behind <= 0:
-                self._transport.connect(channel, end.address, limit, lender=lender)
+                self._transport.connect(channel, end.address, limit, gpu_sender=gpu_sender)
             else:
-                self._transport.connect(channel, end.address, limit, log, end.next, lender)
+                self._transport.connect(channel, end.address, limit, log, end.next, gpu_sender)
                 again += behind
             if log is not None:
-                self._mail.resume_at(channel, end.next)
+                self._mailbox.resume_at(channel, end.next)
         return again
 
-    def _memory(self, channel: Channel, block: str) -> Memory | None:
+    def _memory(self, channel: Channel, block: str) -> GpuMemory | None:
         """Of the GPU that `block` of this process computes on, where its signals may stay there."""
         engine = self._plan.engine
         meant = engine.device_signals is not DeviceSignals.HOST and not engine.link_delay
         if not meant or channel.kind not in (Kind.STATE, Kind.MESSAGE) or channel.sender == INPUT:
             return None
         memory_of = self._plan.memory_of or cuda_memory
-        memory: Memory | None = memory_of(Border(self._plan.desks.get(block)).device)
+        memory: GpuMemory | None = memory_of(CastBorder(self._plan.cast_plans.get(block)).device)
         return memory
 
-    def _lender(self, channel: Channel, address: str) -> Lender | None:
-        self._lenders.pop(channel.number, None)
+    def _gpu_sender(self, channel: Channel, address: str) -> GpuRingSender | None:
+        self._gpu_senders.pop(channel.number, None)
         memory = self._memory(channel, channel.sender)
         asked = address.startswith(GPU_SCHEME)
-        desk = self._plan.desks.get(channel.receiver)
-        to_gpu = desk is not None and desk.device.startswith("cuda")
+        cast_plan = self._plan.cast_plans.get(channel.receiver)
+        to_gpu = cast_plan is not None and cast_plan.device.startswith("cuda")
         too_long = to_gpu and address.startswith(IPC) and not takes(channel)
         if memory is None or not (asked or too_long):
             return None
-        lender = Lender(memory, channel, self._plan.run, slot_bytes(self._plan, channel))
+        gpu_sender = GpuRingSender(memory, channel, self._plan.run, slot_bytes(self._plan, channel))
         if too_long:
-            lender.refusal = (
+            gpu_sender.refusal = (
                 f"its queue has room for {channel.capacity} signals, more than the {MAX_CAPACITY} "
                 "of shared memory"
             )
-        self._lenders[channel.number] = lender
-        return lender
+        self._gpu_senders[channel.number] = gpu_sender
+        return gpu_sender
 
     def answer_offers(self) -> None:
         """Looks whether memory of GPUs that was offered can be reached, before the first tick."""
@@ -227,34 +231,34 @@ class Host:
     def hear_answers(self) -> tuple[int, list[Refusal]]:
         """How many channels this process has offered memory for, and where that came to nothing."""
         self._transport.hear_answers()
-        return len(self._lenders), self._refusals()
+        return len(self._gpu_senders), self._refusals()
 
     def _refusals(self) -> list[Refusal]:
         return [
-            Refusal(str(self._channels[number]), lender.refusal)
-            for number, lender in self._lenders.items()
-            if lender.refusal is not None
+            Refusal(str(self._channels[number]), gpu_sender.refusal)
+            for number, gpu_sender in self._gpu_senders.items()
+            if gpu_sender.refusal is not None
         ]
 
     # While the nodes run, their thread does these (in its own time).
 
-    def bind_anew(self, ways: Mapping[int, str]) -> Opened:
+    def bind_anew(self, ways: Mapping[int, str]) -> ReceivingEnds:
         """`bind`, for a neighbour that begins again."""
         return self._requests.ask(lambda: self.bind(ways), ANSWER_SECONDS)
 
-    def connect_anew(self, ends: Opened) -> int:
+    def connect_anew(self, ends: ReceivingEnds) -> int:
         """`connect`, to a neighbour that begins again."""
         return self._requests.ask(lambda: self.connect(ends), ANSWER_SECONDS)
 
     def complete(self, tick: int) -> None:
         """The snapshot of that tick is complete: signals before it are not needed again."""
-        if self._ledger is not None:
-            ledger = self._ledger
-            self._requests.ask(lambda: ledger.complete(tick), ANSWER_SECONDS)
+        if self._sent_log is not None:
+            sent_log = self._sent_log
+            self._requests.ask(lambda: sent_log.complete(tick), ANSWER_SECONDS)
 
     def keep(self, tick: int) -> bool:
         """A snapshot at `tick`; whether that is still to come."""
-        return self._keeper is not None and self._keeper.ask(tick)
+        return self._snapshot_writer is not None and self._snapshot_writer.ask(tick)
 
     def allow(self, key: str) -> None:
         """Lets the holder of a public key connect to this process's tcp sockets (transport.py)."""
@@ -263,35 +267,35 @@ class Host:
     def withdraw(self, key: str) -> None:
         self._transport.withdraw(key)
 
-    def run(self, index: int = 0, actors: int = 0) -> HostReport:
+    def run(self, index: int = 0, actors: int = 0) -> WorkerReport:
         """Steps the nodes to the end. Errors are reported, not raised. index: of this process among
         the `actors` of its host, each of which gets a processor of its own (0: none does)."""
         set_switches(self._plan.switches)
         torch.set_num_threads(self._plan.engine.threads)
         reset_peak(collect=True)
-        report = HostReport()
+        report = WorkerReport()
         started = time.perf_counter()
         nodes = self._all_nodes()
-        keeping = self._plan.keeping
-        goes_on = keeping is not None and keeping.snapshot is not None
+        snapshot_policy = self._plan.snapshot_policy
+        goes_on = snapshot_policy is not None and snapshot_policy.snapshot is not None
         self._requests.begin()
         try:
-            with pinned(self._seat(index, actors)):
+            with pinned(self._actor_options(index, actors)):
                 run_loop(
                     nodes,
                     self._look_up,
-                    self._keeper,
+                    self._snapshot_writer,
                     started=goes_on,
                     after_step=None if self._digests is None else self._digests.after_step,
                 )
-                self._mail.flush()
+                self._mailbox.flush()
         except Aborted:
             report.aborted = True
         except HamdistError as error:
             report.error = error
         self._requests.end()
-        if self._keeper is not None:
-            self._keeper.close()
+        if self._snapshot_writer is not None:
+            self._snapshot_writer.close()
             report.kept = self._kept()
         report.ticks = ticks_of(self._nodes)
         report.seconds = time.perf_counter() - started
@@ -312,14 +316,14 @@ class Host:
             report.stream = self._source.counts
         if self._digests is not None:
             report.digests = self._digests.result(report.blocks)
-        report.payload_bytes = dict(self._mail.payload_bytes)
-        report.compression = self._mail.compression
+        report.payload_bytes = dict(self._mailbox.payload_bytes)
+        report.compression = self._mailbox.compression
         report.refusals = self._refusals()
         return report
 
-    def _seat(self, index: int, actors: int) -> set[int] | None:
+    def _actor_options(self, index: int, actors: int) -> set[int] | None:
         engine = self._plan.engine
-        return None if engine.pin is Pin.OFF else seat(index, actors, engine.threads)
+        return None if engine.pin is Pin.OFF else actor_options(index, actors, engine.threads)
 
     def _look_up(self) -> None:
         if self._abort.is_set():
@@ -327,13 +331,13 @@ class Host:
         if self._requests.waiting:
             self._requests.serve()
 
-    def status(self, seen: int, every: int | None) -> HostStatus:
+    def status(self, seen: int, every: int | None) -> WorkerStatus:
         """Called from another thread. seen: windows that the caller has, of `every` items."""
         metrics = next((n.metrics for n in self._nodes if n.metrics is not None), None)
         now = None if metrics is None else metrics.every  # before the windows, which it may join
         windows = [] if metrics is None else metrics.windows
         first = seen if every == now else 0
-        return HostStatus(
+        return WorkerStatus(
             ticks={n.name: n.event.tick for n in self._nodes},
             updates={n.name: n.block.weights.updates for n in self._nodes},
             samples=0 if self._source is None else self._source.samples,
@@ -344,13 +348,13 @@ class Host:
             kept=self._kept(),
         )
 
-    def _kept(self) -> Kept | None:
-        if self._keeper is None or self._ledger is None:
+    def _kept(self) -> SnapshotNews | None:
+        if self._snapshot_writer is None or self._sent_log is None:
             return None
-        taken, failure = self._keeper.collected()
-        return Kept(taken, failure, self._ledger.nbytes, self._ledger.forgot)
+        taken, failure = self._snapshot_writer.collected()
+        return SnapshotNews(taken, failure, self._sent_log.nbytes, self._sent_log.forgot)
 
-    def _wait(self) -> Wait | None:
+    def _wait(self) -> BlockedChannel | None:
         waiting = self._transport.waiting
         if waiting is None:
             return None
@@ -362,7 +366,7 @@ class Host:
         else:
             waiter, awaited = channel.receiver, channel.sender
             what = f"the {channel}, {stamp}"
-        return Wait(waiter, awaited, what, time.monotonic() - waiting.since)
+        return BlockedChannel(waiter, awaited, what, time.monotonic() - waiting.since)
 
     def stop_stream(self) -> None:
         """Ends the stream at its next sample; what is under way is finished."""

@@ -23,13 +23,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from hamdist.config import Compensation, Credit, Memory, Step
-from hamdist.dynamics.blocks.gate import Retrospect
-from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, Taught
+from hamdist.config import Compensation, Credit, Memory, StepKind
+from hamdist.dynamics.blocks.gate import RetrospectiveInput
+from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpdate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
-from hamdist.dynamics.blocks.readout_loss import LossTaker
+from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining
 from hamdist.dynamics.native import rows
@@ -38,18 +38,18 @@ from hamdist.dynamics.schedule.schedule import HoldSchedule
 from hamdist.dynamics.state.finite import bounded
 from hamdist.dynamics.updates.constants import constant_tau
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autocast import AutocastCell
-from hamdist.dynamics.vjp.autograd import Cell, block_seed, seeded_loss
+from hamdist.dynamics.vjp.autocast import AutocastFunction
+from hamdist.dynamics.vjp.autograd import LocalFunction, block_seed, seeded_loss
 from hamdist.dynamics.vjp.closed import closed_cell
-from hamdist.dynamics.vjp.joined import JoinedCell
-from hamdist.dynamics.vjp.tied import TiedCell
+from hamdist.dynamics.vjp.joined import JoinedFunction
+from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import ClusterError
 from hamdist.runtime.nodes.hold import HoldNode
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.nodes.sequence import SequenceNode
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.signals.cast import Border
+from hamdist.runtime.signals.cast import CastBorder
 
 
 class Node(Protocol):
@@ -78,14 +78,14 @@ def time_use(
     return {"total": total, "step": sum(node.seconds for node in nodes), **moving}
 
 
-def make_node(plan: Plan, name: str, mail: Mailroom) -> PulseNode | HoldNode | SequenceNode:
+def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode | SequenceNode:
     """The node of block `name`, with its own random generator."""
     parts = _Parts(plan, name)
     if plan.knobs.sequence:
-        return _sequence_node(plan, parts, mail)
+        return _sequence_node(plan, parts, mailbox)
     if plan.knobs.pulse:
-        return _pulse_node(plan, parts, mail)
-    return _hold_node(plan, parts, mail)
+        return _pulse_node(plan, parts, mailbox)
+    return _hold_node(plan, parts, mailbox)
 
 
 class _Parts(BlockParts):
@@ -98,7 +98,7 @@ class _Parts(BlockParts):
         self.dynamics = plan.dynamics.of(name)
         self.scale = partial(plan.scale, name)
         self.guard = bounded(self.dynamics.limit, [e.from_input for e in plan.graph.into[name]])
-        self.border = Border(plan.desks.get(name))
+        self.border = CastBorder(plan.cast_plans.get(name))
         for module in (self.spec.module, self.spec.output):
             if module is not None and self.border.device.type != "cpu":
                 module.to(self.border.device)
@@ -106,27 +106,29 @@ class _Parts(BlockParts):
         ties = [tie for tie in plan.graph.ties if name in (tie.owner, tie.user)]
         if ties:
             borrowed = [key for tie in ties if tie.user == name for key in tie.theirs]
-            self.cell = TiedCell(self.cell, borrowed)
+            self.cell = TiedFunction(self.cell, borrowed)
         self.weights = self.make_weights(self.cell)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
         self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
 
-    def make_loss(self, loss: LossFunction, seed_name: str) -> LossTaker:
+    def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Makes what takes a loss, which draws by the seed of that name."""
         own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
-        return LossTaker(own, self.dynamics, self.guard, native=self._plan.native)
+        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native)
 
-    def make_cell(self, module: nn.Module, seed_name: str) -> Cell:
+    def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
         combine, parents = self.spec.combine, len(self.spec.parents)
         if module is self.spec.output:
             combine, parents = Combine.ARGUMENTS, 1
         if isinstance(combine, Joining):
             inner = self._cell(module, seed_name, combine.then, len(combine.joins))
-            return JoinedCell(inner, combine)
+            return JoinedFunction(inner, combine)
         return self._cell(module, seed_name, combine, parents)
 
-    def _cell(self, module: nn.Module, seed_name: str, combine: Combine, parents: int) -> Cell:
+    def _cell(
+        self, module: nn.Module, seed_name: str, combine: Combine, parents: int
+    ) -> LocalFunction:
         stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
         watched = self.dynamics.inputs is not None  # (closed forms know what was read)
         seed = block_seed(self._plan.seed, seed_name)
@@ -139,19 +141,19 @@ class _Parts(BlockParts):
                 "engine.step 'closed'"
             )
         if self.border.autocast:
-            return AutocastCell(module, combine, seed, device, stash=stash, watched=watched)
+            return AutocastFunction(module, combine, seed, device, stash=stash, watched=watched)
         convolves = watched and any(isinstance(m, nn.Conv2d) for m in module.modules())
-        if not stash and not convolves and self._plan.engine.step is not Step.AUTOGRAD:
+        if not stash and not convolves and self._plan.engine.step is not StepKind.AUTOGRAD:
             closed = closed_cell(module, combine, seed, parents, native=native)
             if closed is not None:
                 return closed
-        return Cell(module, combine, seed, stash=stash, device=device, watched=watched)
+        return LocalFunction(module, combine, seed, stash=stash, device=device, watched=watched)
 
-    def make_weights(self, cell: Cell, prefix: str = "") -> Weights:
+    def make_weights(self, cell: LocalFunction, prefix: str = "") -> Weights:
         names = [prefix + name for name in cell.names]
         return Weights(cell.theta, self.dynamics, self._plan.knobs.order, names)
 
-    def make_taught(self) -> Taught | None:
+    def make_taught(self) -> HeadUpdate | None:
         """What the block's own readout does to it, if it has one."""
         plan = self._plan
         heads = plan.heads
@@ -172,39 +174,39 @@ class _Parts(BlockParts):
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
             weights = Weights(self.cell.theta, beside, order, self.cell.names)
-        return Taught(head, self.cell, weights, self.dynamics, plan.course)
+        return HeadUpdate(head, self.cell, weights, self.dynamics, plan.course)
 
 
-def _pulse_node(plan: Plan, p: _Parts, mail: Mailroom) -> PulseNode:
+def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
     if p.name in plan.silent and p.loss is None:
-        return PulseNode(plan, p.spec, mail, FrozenBlock(p, None))
+        return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
     if p.loss is not None:
-        return PulseNode(plan, p.spec, mail, PulseReadout(p, p.loss, hands_back))
+        return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back))
     if p.name in plan.reversible:
-        return PulseNode(plan, p.spec, mail, ReversibleBlock(p, hands_back=any(hands_back)))
+        return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
     taught = p.make_taught()
     if plan.knobs.credit is Credit.HEADS:
-        return PulseNode(plan, p.spec, mail, HeadBlock(p, taught))
+        return PulseNode(plan, p.spec, mailbox, HeadBlock(p, taught))
     predicts = None
     if Compensation.WEIGHT_PREDICTION in plan.knobs.compensation:
         predicts = plan.schedule.delay(p.name)
-    return PulseNode(plan, p.spec, mail, PulseBlock(p, taught, predicts))
+    return PulseNode(plan, p.spec, mailbox, PulseBlock(p, taught, predicts))
 
 
-def _sequence_node(plan: Plan, p: _Parts, mail: Mailroom) -> SequenceNode:
+def _sequence_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> SequenceNode:
     truncation = 0 if p.name in plan.silent else plan.knobs.truncation
     if p.loss is not None:
         read = SequenceReadout(p, p.loss, plan.knobs.truncation)
-        return SequenceNode(plan, p.spec, mail, read)
+        return SequenceNode(plan, p.spec, mailbox, read)
     shape, dtype = plan.shapes[p.name]
     h = p.border.own(torch.zeros(shape, dtype=dtype))
-    return SequenceNode(plan, p.spec, mail, SequenceBlock(p, h, truncation))
+    return SequenceNode(plan, p.spec, mailbox, SequenceBlock(p, h, truncation))
 
 
-def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
+def _hold_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> HoldNode:
     if p.loss is not None and not p.spec.state:
-        return HoldNode(plan, p.spec, mail, HoldReadout(p, p.loss))
+        return HoldNode(plan, p.spec, mailbox, HoldReadout(p, p.loss))
     output = output_weights = None
     if p.spec.output is not None:
         output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")
@@ -213,7 +215,7 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
     retrospect = None
     if Compensation.RETROSPECTIVE in knobs.compensation and isinstance(plan.schedule, HoldSchedule):
         wait = plan.schedule.wait(p.name)
-        retrospect = Retrospect(wait, knobs.blend) if wait else None
+        retrospect = RetrospectiveInput(wait, knobs.blend) if wait else None
     block = HoldBlock(
         p,
         knobs.order,
@@ -224,4 +226,4 @@ def _hold_node(plan: Plan, p: _Parts, mail: Mailroom) -> HoldNode:
         lead=knobs.lead if Compensation.PROSPECTIVE in knobs.compensation else 0.0,
         retrospect=retrospect,
     )
-    return HoldNode(plan, p.spec, mail, block)
+    return HoldNode(plan, p.spec, mailbox, block)

@@ -17,10 +17,10 @@ from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout, Tick
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, BlockSpec, Edge
 from hamdist.dynamics.schedule.schedule import Event, HoldSchedule, Stamp
 from hamdist.dynamics.state.remember import Remembers, taken
-from hamdist.dynamics.updates.constants import Course
+from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import Cell
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import (
     Ports,
     block_state,
@@ -38,7 +38,7 @@ class HoldNode(Remembers):
     """A block that steps in every tick. seconds: spent in the block's own steps."""
 
     def __init__(
-        self, plan: Plan, spec: BlockSpec, mail: Mailroom, block: HoldBlock | HoldReadout
+        self, plan: Plan, spec: BlockSpec, mailbox: Mailbox, block: HoldBlock | HoldReadout
     ) -> None:
         if not isinstance(plan.schedule, HoldSchedule):
             raise TypeError("a HoldNode needs a HoldSchedule")
@@ -53,7 +53,7 @@ class HoldNode(Remembers):
         self._recorder = make_recorder(plan.metrics)
         self._schedule = plan.schedule
         self._clock = _Clock(plan.dynamics.reset, plan.dynamics.tau)
-        self._ports = Ports(plan, spec.name, mail)
+        self._ports = Ports(plan, spec.name, mailbox)
         self._acyclic = plan.graph.acyclic
         # Without a way from the input it is the targets that tell of the end.
         self._adrift = spec.name in plan.graph.adrift
@@ -235,7 +235,7 @@ class HoldNode(Remembers):
         block = self.block
         if isinstance(block, HoldReadout):
             return block_state([("", block.cell, block.weights)], None, None)
-        parts: list[tuple[str, Cell, Weights | None]] = [("", block.cell, block.weights)]
+        parts: list[tuple[str, LocalFunction, Weights | None]] = [("", block.cell, block.weights)]
         if block.output is not None:
             parts.append((OUTPUT_KEY, block.output, block.output_weights))
         return block_state(parts, block.h, block.z)
@@ -250,7 +250,7 @@ class _Clock(Remembers):
     stopped: the stream has ended.
     """
 
-    def __init__(self, reset: ResetSettings, tau: Course | None) -> None:
+    def __init__(self, reset: ResetSettings, tau: TickSchedule | None) -> None:
         self.due: set[str] = set()
         self.h_since = -math.inf
         self.z_since = -math.inf

@@ -1,6 +1,6 @@
 """Where a node takes its signals from and posts them to.
 
-A mailroom serves the nodes of one process: signals between two of them wait in a queue, all others
+A mailbox serves the nodes of one process: signals between two of them wait in a queue, all others
 cross a transport. Taking a signal checks its stamp against the one that the schedule names.
 
 Where an edge's delay allows it, signals wait here until a bundle of them leaves as one message
@@ -23,7 +23,7 @@ from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.signals.codec import Encoder
 from hamdist.runtime.signals.edge_codecs import DIRECTIONS, CompressionMap
-from hamdist.runtime.signals.sent_log import Ledger
+from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Channel, Signal, ready
 
 
@@ -36,20 +36,21 @@ class Transport(Protocol):
     def receive(self, channel: Channel, stamp: Stamp) -> Signal: ...
 
 
-class Mailroom:
-    """The channels of one process. `inside`: nodes of this process. ledger: counts what crosses,
-    where snapshots are taken. digests: of what is posted and taken, where they were asked for."""
+class Mailbox:
+    """The channels of one process. `inside`: nodes of this process. sent_log: counts
+    what crosses, where snapshots are taken. digests: of what is posted and taken, where they were
+    asked for."""
 
     def __init__(
         self,
         inside: set[str],
         transport: Transport | None = None,
-        ledger: Ledger | None = None,
+        sent_log: SentLog | None = None,
         digests: Digests | None = None,
     ) -> None:
         self.digests = digests
         self._inside = inside
-        self._ledger = ledger
+        self._sent_log = sent_log
         self._resume: dict[int, int] = {}  # by channel: the first signal that has to be sent
         self._transport = transport
         self._queues: dict[int, deque[Signal]] = {}
@@ -87,7 +88,7 @@ class Mailroom:
                 self._sent[channel.number] = 0
                 self._edges[channel.number] = channel.edge
             self._sent[channel.number] += signal.payload.nbytes
-        number = 0 if self._ledger is None else self._ledger.post(channel, signal)
+        number = 0 if self._sent_log is None else self._sent_log.post(channel, signal)
         if channel.receiver in self._inside:
             self._queues.setdefault(channel.number, deque()).append(signal)
         elif not self._resume or number >= self._resume.get(channel.number, 0):
@@ -112,8 +113,8 @@ class Mailroom:
                 tick,
                 f"on {channel} the schedule names {_words(stamp)}, but {found} was there",
             )
-        if self._ledger is not None:
-            self._ledger.take(channel)
+        if self._sent_log is not None:
+            self._sent_log.take(channel)
         if self.digests is not None:
             self.digests.take(channel, signal)
         codec = channel.codec
@@ -164,8 +165,8 @@ class Mailroom:
         signals, among which are those under way."""
         number = channel.number
         queue = self._queues.get(number, ())
-        log = None if self._ledger is None else self._ledger.logs.get(number)
-        posted = 0 if self._ledger is None else self._ledger.posted.get(number, 0)
+        log = None if self._sent_log is None else self._sent_log.logs.get(number)
+        posted = 0 if self._sent_log is None else self._sent_log.posted.get(number, 0)
         encoder = self._encoders.get(number)
         return {
             "posted": posted,
@@ -176,20 +177,20 @@ class Mailroom:
 
     def taken(self, channel: Channel) -> int:
         """How many signals of `channel` were taken here."""
-        return 0 if self._ledger is None else self._ledger.taken.get(channel.number, 0)
+        return 0 if self._sent_log is None else self._sent_log.taken.get(channel.number, 0)
 
     def restore(self, channel: Channel, state: Mapping[str, Any] | None, taken: int | None) -> None:
         """state: of the sender, if it is here; taken: by the receiver, if it is."""
-        ledger, number = self._ledger, channel.number
-        if ledger is None:
-            raise ValueError("a mailroom without a ledger cannot go on")
+        sent_log, number = self._sent_log, channel.number
+        if sent_log is None:
+            raise ValueError("a mailbox without a log of sent signals cannot go on")
         if taken is not None:
-            ledger.taken[number] = taken
+            sent_log.taken[number] = taken
         if state is None:
             return
         check_names("channel", state, ("posted", "latest", "bytes", "encoder"))
         posted, latest = state["posted"], state["latest"]
-        ledger.posted[number] = posted
+        sent_log.posted[number] = posted
         if state["bytes"]:
             self._sent[number], self._edges[number] = state["bytes"], channel.edge
         if state["encoder"] is not None and channel.codec is not None:
@@ -197,7 +198,7 @@ class Mailroom:
             encoder.restore(state["encoder"])
             self._encoders[number] = channel, encoder
         if taken is None:
-            ledger.log(channel).begin(posted, latest)
+            sent_log.log(channel).begin(posted, latest)
             return
         if not posted - len(latest) <= taken <= posted:
             raise SnapshotError(

@@ -7,36 +7,36 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from hamdist.config import MetricsSettings, Record
+from hamdist.config import MetricsSettings, RecordedState
 from hamdist.dynamics.blocks.energy import Recorder
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.graph.graph import Edge
 from hamdist.dynamics.objective.prequential import Prequential
 from hamdist.dynamics.schedule.schedule import Event, HoldSchedule, PulseSchedule, Stamp, emitted
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autocast import AutocastCell, Rounding
-from hamdist.dynamics.vjp.autograd import Cell
-from hamdist.dynamics.vjp.joined import JoinedCell
-from hamdist.dynamics.vjp.tied import TiedCell
+from hamdist.dynamics.vjp.autocast import AutocastFunction, Rounding
+from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.joined import JoinedFunction
+from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import SnapshotError
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
-from hamdist.runtime.signals.cast import Border, kept
+from hamdist.runtime.signals.cast import CastBorder, kept
 from hamdist.runtime.signals.signal import Channel, Signal, ready
 
 
 class Ports:
     """The channels of one block, in the graph's edge order, and its stamps."""
 
-    def __init__(self, plan: Plan, name: str, mail: Mailroom) -> None:
-        self.border = Border(plan.desks.get(name))
+    def __init__(self, plan: Plan, name: str, mailbox: Mailbox) -> None:
+        self.border = CastBorder(plan.cast_plans.get(name))
         self.into = plan.graph.into[name]
         self.out_of = plan.graph.out_of[name]
         self._channels = plan.channels
         self._schedule = plan.schedule
         self._name = name
-        self._mail = mail
+        self._mailbox = mailbox
         self._children = [plan.channels.states[e.index] for e in self.out_of]
         self._parents = [plan.channels.messages.get(e.index) for e in self.into]
         self._label = plan.channels.labels.get(name)
@@ -85,7 +85,7 @@ class Ports:
 
     def labels_to_children(self, stamp: Stamp, label: Tensor | None, *, end: bool = False) -> None:
         for channel in self._labelled:
-            self._mail.post(channel, Signal(stamp, label, end))
+            self._mailbox.post(channel, Signal(stamp, label, end))
 
     def clock(self, event: Event) -> Signal | None:
         """What the stream tells of the sample that `event` shows; None in an unclocked run, and in
@@ -96,7 +96,7 @@ class Ports:
         return self._take(channel, emitted(event.sample, self._schedule.c), event)
 
     def _take(self, channel: Channel, stamp: Stamp, event: Event) -> Signal:
-        return self._mail.take(channel, stamp, event.tick)
+        return self._mailbox.take(channel, stamp, event.tick)
 
     def to_children(
         self,
@@ -110,18 +110,18 @@ class Ports:
         """leaving_out: edges whose child does not read this."""
         for edge, channel in zip(self.out_of, self._children, strict=True):
             if edge not in leaving_out:
-                self._mail.post(channel, Signal(stamp, h, end, sequence_end))
+                self._mailbox.post(channel, Signal(stamp, h, end, sequence_end))
 
     def before_start(self, h: Tensor | None, schedule: HoldSchedule) -> None:
         """What the neighbours read in their first ticks: h_0, and messages of zeros."""
         c = schedule.c
         for edge, channel in zip(self.out_of, self._children, strict=True):
             for tick in schedule.before_start(edge):
-                self._mail.post(channel, Signal(Stamp(tick, tick // c, 0), h))
+                self._mailbox.post(channel, Signal(Stamp(tick, tick // c, 0), h))
         for edge, parent in zip(self.into, self._parents, strict=True):
             for tick in range(-edge.delay, 0):
                 if parent is not None:
-                    self._mail.post(parent, Signal(Stamp(tick, tick // c, 0)))
+                    self._mailbox.post(parent, Signal(Stamp(tick, tick // c, 0)))
 
     def to_parents(
         self,
@@ -135,7 +135,7 @@ class Ports:
         for edge, channel, message in zip(self.into, self._parents, messages, strict=True):
             if channel is not None and edge not in leaving_out:
                 payload = None if message is None else ready(message)
-                self._mail.post(channel, Signal(stamp, payload, end))
+                self._mailbox.post(channel, Signal(stamp, payload, end))
 
 
 def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event) -> Iterator[Event]:
@@ -159,7 +159,7 @@ def make_recorder(settings: MetricsSettings) -> Recorder | None:
     """What records a block's energies, if that is asked for."""
     if settings.record is None:
         return None
-    trajectory = settings.record is Record.TRAJECTORY
+    trajectory = settings.record is RecordedState.TRAJECTORY
     return Recorder(settings.record_every, trajectory=trajectory)
 
 
@@ -169,7 +169,7 @@ def record(metrics: Prequential, sample: int, reading: Reading | None) -> None:
 
 
 def block_state(
-    parts: Sequence[tuple[str, Cell, Weights | None]],
+    parts: Sequence[tuple[str, LocalFunction, Weights | None]],
     h: Tensor | None,
     z: Tensor | None,
     stored: int = 0,
@@ -206,8 +206,8 @@ def block_state(
     )
 
 
-def _rounding(cell: Cell) -> Rounding | None:
+def _rounding(cell: LocalFunction) -> Rounding | None:
     inner = cell
-    while isinstance(inner, (JoinedCell, TiedCell)):
+    while isinstance(inner, (JoinedFunction, TiedFunction)):
         inner = inner.inner
-    return inner.rounding if isinstance(inner, AutocastCell) else None
+    return inner.rounding if isinstance(inner, AutocastFunction) else None

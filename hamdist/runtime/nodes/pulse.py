@@ -15,8 +15,8 @@ from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.graph.graph import BlockSpec, Edge
 from hamdist.dynamics.schedule.schedule import Event, Phase, PulseSchedule, Stamp
 from hamdist.dynamics.state.remember import Remembers
-from hamdist.dynamics.vjp.tied import TiedCell
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.dynamics.vjp.tied import TiedFunction
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import Ports, block_state, events_from, make_metrics, record
 from hamdist.runtime.nodes.ties import TiePorts
 from hamdist.runtime.plan.plan import Plan
@@ -31,7 +31,7 @@ class PulseNode(Remembers):
         self,
         plan: Plan,
         spec: BlockSpec,
-        mail: Mailroom,
+        mailbox: Mailbox,
         block: PulseBlock | ReversibleBlock | HeadBlock | PulseReadout,
     ) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
@@ -41,9 +41,11 @@ class PulseNode(Remembers):
         self.block = block
         self.metrics = make_metrics(plan) if isinstance(block, PulseReadout) else None
         self.seconds = 0.0
-        self._ports = Ports(plan, spec.name, mail)
+        self._ports = Ports(plan, spec.name, mailbox)
         cell = block.cell
-        self._ties = TiePorts(plan, spec.name, mail, cell) if isinstance(cell, TiedCell) else None
+        self._ties = (
+            TiePorts(plan, spec.name, mailbox, cell) if isinstance(cell, TiedFunction) else None
+        )
         self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)
         self._late = plan.spec.late

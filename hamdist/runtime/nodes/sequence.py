@@ -13,7 +13,7 @@ from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.schedule.schedule import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.state.remember import Remembers
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import Ports, block_state, make_metrics, record
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
@@ -29,7 +29,7 @@ class SequenceNode(Remembers):
     late = False
 
     def __init__(
-        self, plan: Plan, spec: BlockSpec, mail: Mailroom, block: SequenceBlock | SequenceReadout
+        self, plan: Plan, spec: BlockSpec, mailbox: Mailbox, block: SequenceBlock | SequenceReadout
     ) -> None:
         if not isinstance(plan.schedule, SequenceSchedule):
             raise TypeError("a SequenceNode needs a SequenceSchedule")
@@ -38,7 +38,7 @@ class SequenceNode(Remembers):
         self.metrics = make_metrics(plan) if spec.loss is not None else None
         self._schedule = plan.schedule
         self.seconds = 0.0
-        self._ports = Ports(plan, spec.name, mail)
+        self._ports = Ports(plan, spec.name, mailbox)
         self._back_into = [e for e in self._ports.into if plan.schedule.recurrent(e)]
         self._back_out = [e for e in self._ports.out_of if plan.schedule.recurrent(e)]
         shapes = {e.index: plan.shapes[e.parent] for e in self._back_into}

@@ -16,7 +16,7 @@ from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.state.remember import check_names
 from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import StreamError
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CPU
 from hamdist.runtime.signals.signal import Signal, ready
@@ -36,10 +36,10 @@ class SourceNode:
     name = INPUT
     late = False
 
-    def __init__(self, plan: Plan, stream: Stream, mail: Mailroom) -> None:
+    def __init__(self, plan: Plan, stream: Stream, mailbox: Mailbox) -> None:
         self._plan = plan
         self._stream = stream
-        self._mail = mail
+        self._mailbox = mailbox
         self._events = source_events(plan.schedule.c)
         self.event = next(self._events)
         if isinstance(plan.schedule, SequenceSchedule):
@@ -129,31 +129,31 @@ class SourceNode:
         if sample is None:
             ways = (*self._inputs, *self._targets.values(), *self._clocks, *self._labels)
             for channel in ways:
-                self._mail.post(channel, Signal(stamp, end=True))
+                self._mailbox.post(channel, Signal(stamp, end=True))
             self.tick = None
             return
         end = sample.end or (self._ahead and self._next is None)
         if sample.inputs is None:
             u = ready(sample.u)
             for channel in self._inputs:
-                self._mail.post(channel, Signal(stamp, u, sequence_end=end))
+                self._mailbox.post(channel, Signal(stamp, u, sequence_end=end))
         else:
             inputs = {name: ready(u) for name, u in by_parent(sample.inputs).items()}
             for name, channel in zip(self._names, self._inputs, strict=True):
-                self._mail.post(channel, Signal(stamp, inputs[name], sequence_end=end))
+                self._mailbox.post(channel, Signal(stamp, inputs[name], sequence_end=end))
         for readout, channel in self._targets.items():
             y = sample.target(readout)
             payload = None if y is None else ready(y)
-            self._mail.post(channel, Signal(stamp, payload, sequence_end=end))
+            self._mailbox.post(channel, Signal(stamp, payload, sequence_end=end))
         if self._labels:
             y = sample.target(self._plan.taught_by)
             label = None if y is None else ready(y)
             for channel in self._labels:
-                self._mail.post(channel, Signal(stamp, label, sequence_end=end))
+                self._mailbox.post(channel, Signal(stamp, label, sequence_end=end))
         if self._clocks:
             tau = self._time(sample)
             for channel in self._clocks:
-                self._mail.post(channel, Signal(stamp, tau, sequence_end=end))
+                self._mailbox.post(channel, Signal(stamp, tau, sequence_end=end))
         self._sent += 1
         self.event = self._following(last=end)
         self.tick = self.event.tick

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hamdist.config import Compensation, Credit, LearningSettings, Memory
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.schedule import Event, PulseSchedule, Stamp
-from hamdist.dynamics.vjp.tied import TiedCell, flat
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.dynamics.vjp.tied import TiedFunction, flat
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import WeightLag
 from hamdist.runtime.signals.signal import Signal, ready
@@ -37,12 +37,12 @@ def weight_lags(plan: Plan) -> dict[str, WeightLag]:
 class TiePorts:
     """The channels of one block's shared weights, in the order of the graph's ties."""
 
-    def __init__(self, plan: Plan, name: str, mail: Mailroom, cell: TiedCell) -> None:
+    def __init__(self, plan: Plan, name: str, mailbox: Mailbox, cell: TiedFunction) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
             raise TypeError("shared weights need a PulseSchedule")
         self._schedule = plan.schedule
         self._channels = plan.channels
-        self._mail = mail
+        self._mailbox = mailbox
         self._cell = cell
         self._lends = [tie for tie in plan.graph.ties if tie.owner == name]
         self._borrows = [tie for tie in plan.graph.ties if tie.user == name]
@@ -53,7 +53,7 @@ class TiePorts:
             stamp = self._schedule.weight(tie, event)
             if stamp is None:
                 continue
-            weights = self._mail.take(self._channels.weights[tie.index], stamp, event.tick)
+            weights = self._mailbox.take(self._channels.weights[tie.index], stamp, event.tick)
             if weights.payload is not None:
                 self._cell.overwrite(tie.theirs, weights.payload)
 
@@ -61,7 +61,7 @@ class TiePorts:
         """Takes the users' gradients about the sample."""
         for tie in self._lends:
             stamp = self._schedule.gradient(tie, event)
-            signal = self._mail.take(self._channels.gradients[tie.index], stamp, event.tick)
+            signal = self._mailbox.take(self._channels.gradients[tie.index], stamp, event.tick)
             if signal.payload is not None:
                 self._cell.add(tie.owners, signal.payload)
 
@@ -71,10 +71,10 @@ class TiePorts:
         found = self._cell.take()
         for tie in self._borrows:
             g = None if found is None else ready(flat([found[key] for key in tie.theirs]))
-            self._mail.post(self._channels.gradients[tie.index], Signal(stamp, g))
+            self._mailbox.post(self._channels.gradients[tie.index], Signal(stamp, g))
         for tie in self._lends:
             reader = stamp.sample + self._schedule.weight_lag(tie)
             if end is None or reader < end:
                 weights = ready(flat(self._cell.weights(tie.owners)))
                 moved = stamp._replace(version=updates)
-                self._mail.post(self._channels.weights[tie.index], Signal(moved, weights))
+                self._mailbox.post(self._channels.weights[tie.index], Signal(moved, weights))

@@ -26,15 +26,15 @@ from hamdist.config import EngineSettings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.partition.cuts import balanced
 from hamdist.errors import SettingsError
-from hamdist.runtime.placement.requirements import apart, demand
-from hamdist.runtime.plan.block_settings import wishes
+from hamdist.runtime.placement.requirements import apart, requirements
+from hamdist.runtime.plan.block_settings import block_settings
 
 # `auto` takes a further actor, which costs 170 MiB, where it saves at least this part of T; and a
 # cut that is better by less is as good.
 WORTH = 0.05
 
 Floats: TypeAlias = "NDArray[np.float64]"
-Places: TypeAlias = "NDArray[np.intp]"
+ActorIndices: TypeAlias = "NDArray[np.intp]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class _Ways:
         self._bounds = [float(t) for t in finite[np.isfinite(finite)]]
         self._known: dict[float, list[float]] = {}  # by bound: the least latency, by number of runs
 
-    def _rows(self, bound: float, parts: int) -> Iterator[tuple[Floats, Places]]:
+    def _rows(self, bound: float, parts: int) -> Iterator[tuple[Floats, ActorIndices]]:
         """For 1 ... `parts` runs, by end: the least latency, and where the last run starts."""
         n = len(self._costs.seconds)
         allowed = np.where(self._busy <= bound, self._busy, math.inf)
@@ -178,11 +178,11 @@ def place(
     names an unknown one, or one twice; for blocks of one actor that ask for different things.
     """
     names = list(graph.blocks)
-    asked = wishes(graph, engine)
+    asked = block_settings(graph, engine)
     if engine.placement is not None:
         groups = _explicit(names, engine.placement)
         for group in groups:
-            demand(group, asked, engine)
+            requirements(group, asked, engine)
         return groups
     pairs = apart(asked)
     least = _segments(len(names), pairs)
@@ -194,7 +194,9 @@ def place(
             f"most {len(names)}, or cut the model into more blocks (partition.blocks)"
         )
     if actors < len(least):
-        demand(names[least[actors - 1] : least[actors] + 1], asked, engine)  # says who contradict
+        requirements(
+            names[least[actors - 1] : least[actors] + 1], asked, engine
+        )  # says who contradict
     if pairs:
         costs = replace(costs or Costs(tuple(by_parameters(graph))), apart=pairs)
     if costs is None:

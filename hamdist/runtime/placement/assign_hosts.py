@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from hamdist.config import Spread
 from hamdist.errors import ClusterError
-from hamdist.runtime.placement.requirements import Demand
+from hamdist.runtime.placement.requirements import ActorRequirements
 
 ALIKE = 0.1  # hosts whose speeds differ by less count as equally fast
 MOST_SHARES = 10_000  # of a GPU: Ray counts in these parts
@@ -65,10 +65,10 @@ def described(
 
 
 @dataclass(frozen=True)
-class Seat:
+class ActorOptions:
     """What one actor is started with. node: Ray's id of its host, None where Ray decides.
-    environment: variables of its process, beside those of its host. Equal seats can take over each
-    other's processes."""
+    environment: variables of its process, beside those of its host. Equal options of actors can
+    take over each other's processes."""
 
     cpus: float = 1.0
     gpus: float = 0.0
@@ -76,84 +76,89 @@ class Seat:
     node: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
 
-    def pinned(self, environment: Mapping[str, str]) -> Seat:
+    def pinned(self, environment: Mapping[str, str]) -> ActorOptions:
         """The same with these variables, whatever the host's are."""
         return replace(self, environment=tuple({**dict(self.environment), **environment}.items()))
 
-    def on(self, node: str | None) -> Seat:
+    def on(self, node: str | None) -> ActorOptions:
         """The same on another host; None: on any."""
         return replace(self, node=node)
 
 
-def seats(
-    demands: Sequence[Demand],
+def options_of_actors(
+    requests: Sequence[ActorRequirements],
     hosts: Sequence[HostInfo],
     spread: Spread,
     busy: Sequence[float],
     speeds: Mapping[str, float] | None = None,
-) -> list[Seat]:
-    """The seat of each actor. hosts: the driver's first. busy: by actor, its work. speeds: by host,
-    seconds for the same work ('profile').
+) -> list[ActorOptions]:
+    """The actor options of each actor. hosts: the driver's first. busy: by actor, its work. speeds:
+    by host, seconds for the same work ('profile').
 
     Raises ClusterError for what the cluster cannot give, whatever else runs on it.
     """
-    shares = _shares(demands, hosts)
+    shares = _shares(requests, hosts)
     room = [_Room(host) for host in hosts]
-    for demand, gpus in zip(demands, shares, strict=True):
-        _check(demand, gpus, room)
-    _check_sums(demands, shares, hosts)
+    for requirements, gpus in zip(requests, shares, strict=True):
+        _check(requirements, gpus, room)
+    _check_sums(requests, shares, hosts)
     found: dict[int, _Room] = {}
-    bound = [i for i, d in enumerate(demands) if d.host is not None]
-    free = [i for i, d in enumerate(demands) if d.host is None]
+    bound = [i for i, d in enumerate(requests) if d.host is not None]
+    free = [i for i, d in enumerate(requests) if d.host is None]
     for i in bound:
-        fit = [r for r in room if r.host.is_called(demands[i].host or "")]
-        found[i] = _taken(demands[i], shares[i], fit, room)
+        fit = [r for r in room if r.host.is_called(requests[i].host or "")]
+        found[i] = _taken(requests[i], shares[i], fit, room)
     if spread is Spread.PROFILE and speeds is not None:
         ranks = _ranks(speeds)
         for i in sorted(free, key=lambda i: -busy[i]):
             ordered = sorted(room, key=lambda r: ranks[r.host.id])
-            found[i] = _taken(demands[i], shares[i], ordered, room)
+            found[i] = _taken(requests[i], shares[i], ordered, room)
     elif spread is Spread.SPREAD:
         for n, i in enumerate(free):
             first = n * len(room) // len(free)
             others = sorted((r for r in room if r is not room[first]), key=lambda r: r.actors)
-            found[i] = _taken(demands[i], shares[i], [room[first], *others], room)
+            found[i] = _taken(requests[i], shares[i], [room[first], *others], room)
     elif spread is not Spread.AUTO:
         last = 0
         for i in free:
-            found[i] = _taken(demands[i], shares[i], [*room[last:], *room[:last]], room)
+            found[i] = _taken(requests[i], shares[i], [*room[last:], *room[:last]], room)
             last = room.index(found[i])
     return [
-        Seat(
-            cpus=demand.cpus,
+        ActorOptions(
+            cpus=requirements.cpus,
             gpus=gpus,
-            resources=tuple(sorted(demand.resources.items())),
+            resources=tuple(sorted(requirements.resources.items())),
             node=found[i].host.id if i in found else None,
         )
-        for i, (demand, gpus) in enumerate(zip(demands, shares, strict=True))
+        for i, (requirements, gpus) in enumerate(zip(requests, shares, strict=True))
     ]
 
 
 def reseated(
-    seat: Seat, was: str, hosts: Sequence[HostInfo], taken: Sequence[tuple[str, Seat]]
-) -> Seat:
+    actor_options: ActorOptions,
+    was: str,
+    hosts: Sequence[HostInfo],
+    taken: Sequence[tuple[str, ActorOptions]],
+) -> ActorOptions:
     """Where an actor goes that was lost: to host `was`, where it was, or else to one that has room
     for it beside the others of the run, the emptiest first. hosts: those that are there. taken: the
-    others' hosts and seats."""
+    others' hosts and options of actors."""
     if was in {host.id for host in hosts}:
-        return seat
+        return actor_options
     room = {host.id: _Room(host) for host in hosts}
     for node, other in taken:
-        if node in room and room[node].has(_as_demand(other), other.gpus):
-            room[node].take(_as_demand(other), other.gpus)
-    mine = _as_demand(seat)
-    fit = [r for r in room.values() if r.has(mine, seat.gpus)]
+        if node in room and room[node].has(_as_requirements(other), other.gpus):
+            room[node].take(_as_requirements(other), other.gpus)
+    mine = _as_requirements(actor_options)
+    fit = [r for r in room.values() if r.has(mine, actor_options.gpus)]
     least = min(fit, key=lambda r: r.actors, default=None)
-    return seat.on(None if least is None else least.host.id)
+    return actor_options.on(None if least is None else least.host.id)
 
 
-def _as_demand(seat: Seat) -> Demand:
-    return Demand(cpus=seat.cpus, gpus=seat.gpus, resources=dict(seat.resources))
+def _as_requirements(actor_options: ActorOptions) -> ActorRequirements:
+    return ActorRequirements(
+        cpus=actor_options.cpus, gpus=actor_options.gpus, resources=dict(actor_options.resources)
+    )
 
 
 class _Room:
@@ -166,9 +171,9 @@ class _Room:
         self.resources = dict(host.resources)
         self.gpus = [1.0] * int(host.gpus)  # a share never spans two of them
 
-    def has(self, demand: Demand, gpus: float) -> bool:
-        enough = all(self.resources.get(n, 0) >= v for n, v in demand.resources.items())
-        return enough and self.cpus >= demand.cpus and self._gpus(gpus) is not None
+    def has(self, requirements: ActorRequirements, gpus: float) -> bool:
+        enough = all(self.resources.get(n, 0) >= v for n, v in requirements.resources.items())
+        return enough and self.cpus >= requirements.cpus and self._gpus(gpus) is not None
 
     def _gpus(self, wanted: float) -> list[int] | None:
         """Which of them are taken; None where they do not suffice."""
@@ -177,40 +182,43 @@ class _Room:
         number = math.ceil(wanted)
         return fit[:number] if len(fit) >= number else None
 
-    def take(self, demand: Demand, gpus: float) -> None:
+    def take(self, requirements: ActorRequirements, gpus: float) -> None:
         self.actors += 1
-        self.cpus -= demand.cpus
-        for name, value in demand.resources.items():
+        self.cpus -= requirements.cpus
+        for name, value in requirements.resources.items():
             self.resources[name] -= value
         for i in self._gpus(gpus) or ():
             self.gpus[i] -= min(gpus, 1.0)
 
 
 def _taken(
-    demand: Demand, gpus: float, order: Sequence[_Room], everywhere: Sequence[_Room]
+    requirements: ActorRequirements,
+    gpus: float,
+    order: Sequence[_Room],
+    everywhere: Sequence[_Room],
 ) -> _Room:
     """The first host in `order` that has room, which is then taken."""
     for room in order:
-        if room.has(demand, gpus):
-            room.take(demand, gpus)
+        if room.has(requirements, gpus):
+            room.take(requirements, gpus)
             return room
     full = ", ".join(str(r.host) for r in order)
     others = sum(r.actors for r in everywhere)
     raise ClusterError(
-        f"no room for {_who(demand)}, which asks for {_asked(demand, gpus)}: {full} "
+        f"no room for {_who(requirements)}, which asks for {_asked(requirements, gpus)}: {full} "
         f"{'is' if len(order) == 1 else 'are'} full with the other {others} actor(s); ask for "
         "less, use fewer actors, or add hosts"
     )
 
 
-def _shares(demands: Sequence[Demand], hosts: Sequence[HostInfo]) -> list[float]:
+def _shares(requests: Sequence[ActorRequirements], hosts: Sequence[HostInfo]) -> list[float]:
     """The GPU share of each actor: as asked for; of those that only want to see one, equal parts of
     what the GPUs of the cluster have left, none of them cut across two."""
-    asked = [d.gpus for d in demands]
+    asked = [d.gpus for d in requests]
     wanting = sum(g == 0 for g in asked)
     left = int(sum(h.gpus for h in hosts)) - math.ceil(sum(g for g in asked if g))
     if wanting and left < 1:
-        who = next(d for d in demands if d.gpus == 0)
+        who = next(d for d in requests if d.gpus == 0)
         raise ClusterError(
             f"{_who(who)} has the device 'cuda', but the cluster has "
             f"{_gpus_of(hosts)} left for it; use 'auto', which takes the processor where there is "
@@ -226,28 +234,28 @@ def _gpus_of(hosts: Sequence[HostInfo]) -> str:
     return f"none of its {total:g} GPU(s)" if total else "no GPU"
 
 
-def _check(demand: Demand, gpus: float, room: Sequence[_Room]) -> None:
+def _check(requirements: ActorRequirements, gpus: float, room: Sequence[_Room]) -> None:
     """Raises ClusterError where no single host could take the actor, were it alone."""
-    called = [r for r in room if demand.host is None or r.host.is_called(demand.host)]
+    called = [r for r in room if requirements.host is None or r.host.is_called(requirements.host)]
     if not called:
         raise ClusterError(
-            f"{_who(demand)}: host {demand.host!r} is unknown; the cluster has "
+            f"{_who(requirements)}: host {requirements.host!r} is unknown; the cluster has "
             f"{', '.join(str(r.host) for r in room)}, with the resources {_resources(room)} (a "
             "host is named by its address, name or id, or by a custom resource or a label of its "
             "own)"
         )
-    for name in demand.resources:
+    for name in requirements.resources:
         if not any(name in r.host.resources for r in room):
             raise ClusterError(
-                f"{_who(demand)}: no host has the resource {name!r}; known: {_resources(room)} "
-                "(ray start --resources=...)"
+                f"{_who(requirements)}: no host has the resource {name!r}; known: "
+                f"{_resources(room)} (ray start --resources=...)"
             )
-    if not any(r.has(demand, gpus) for r in called):
-        where = f"host {demand.host!r}" if demand.host is not None else "any host"
+    if not any(r.has(requirements, gpus) for r in called):
+        where = f"host {requirements.host!r}" if requirements.host is not None else "any host"
         largest = "; ".join(_offer(r.host) for r in called)
         raise ClusterError(
-            f"{_who(demand)} asks for {_asked(demand, gpus)}, more than {where} has ({largest}); "
-            "ask for less"
+            f"{_who(requirements)} asks for {_asked(requirements, gpus)}, more than {where} has "
+            f"({largest}); ask for less"
         )
 
 
@@ -256,40 +264,42 @@ def _resources(room: Sequence[_Room]) -> str:
 
 
 def _check_sums(
-    demands: Sequence[Demand], shares: Sequence[float], hosts: Sequence[HostInfo]
+    requests: Sequence[ActorRequirements],
+    shares: Sequence[float],
+    hosts: Sequence[HostInfo],
 ) -> None:
     """Raises ClusterError where all actors together ask for more than there is."""
-    cpus, total = sum(d.cpus for d in demands), sum(h.cpus for h in hosts)
+    cpus, total = sum(d.cpus for d in requests), sum(h.cpus for h in hosts)
     if cpus > total:
         raise ClusterError(
-            f"{len(demands)} actors ask for {cpus:g} CPUs, the Ray cluster has {total:g}; set "
+            f"{len(requests)} actors ask for {cpus:g} CPUs, the Ray cluster has {total:g}; set "
             "engine.actors to fewer, or 'auto', or ask for less in engine.blocks"
         )
     gpus, there = sum(shares), sum(h.gpus for h in hosts)
     if gpus > there + 1e-9:
         raise ClusterError(
-            f"{len(demands)} actors ask for {gpus:g} GPUs, the Ray cluster has {there:g}; ask for "
+            f"{len(requests)} actors ask for {gpus:g} GPUs, the Ray cluster has {there:g}; ask for "
             "smaller shares (engine.blocks.NAME.gpus), or use fewer actors"
         )
-    for name in sorted({n for d in demands for n in d.resources}):
-        wanted = sum(d.resources.get(name, 0) for d in demands)
+    for name in sorted({n for d in requests for n in d.resources}):
+        wanted = sum(d.resources.get(name, 0) for d in requests)
         held = sum(h.resources.get(name, 0) for h in hosts)
         if wanted > held:
             raise ClusterError(
-                f"{len(demands)} actors ask for {wanted:g} of the resource {name!r}, the Ray "
+                f"{len(requests)} actors ask for {wanted:g} of the resource {name!r}, the Ray "
                 f"cluster has {held:g}; ask for less"
             )
 
 
-def _who(demand: Demand) -> str:
-    noun = "block" if len(demand.blocks) == 1 else "blocks"
-    return f"the actor of {noun} {', '.join(demand.blocks)}"
+def _who(requirements: ActorRequirements) -> str:
+    noun = "block" if len(requirements.blocks) == 1 else "blocks"
+    return f"the actor of {noun} {', '.join(requirements.blocks)}"
 
 
-def _asked(demand: Demand, gpus: float) -> str:
-    parts = [f"{demand.cpus:g} CPU(s)"]
+def _asked(requirements: ActorRequirements, gpus: float) -> str:
+    parts = [f"{requirements.cpus:g} CPU(s)"]
     parts += [f"{gpus:g} GPU(s)"] if gpus else []
-    parts += [f"{value:g} {name}" for name, value in demand.resources.items()]
+    parts += [f"{value:g} {name}" for name, value in requirements.resources.items()]
     return ", ".join(parts)
 
 

@@ -30,7 +30,7 @@ from hamdist.runtime.placement.assign_blocks import Costs
 from hamdist.runtime.placement.step_costs import in_flight
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.transport.transport import Wires
+from hamdist.runtime.transport.transport import Endpoints
 
 if TYPE_CHECKING:
     from hamdist.runtime.transport.encryption import Keys
@@ -60,7 +60,7 @@ class Probe:
     run."""
 
     def __init__(self, run: int, link_delay: float, keys: Keys | None = None) -> None:
-        self._wires = Wires(run, threading.Event(), link_delay, keys)
+        self._endpoints = Endpoints(run, threading.Event(), link_delay, keys)
         self._mine: list[int] = []
 
     @staticmethod
@@ -73,12 +73,14 @@ class Probe:
     def open(self, ways: Mapping[int, str]) -> dict[int, str]:
         """Opens the receiving ends of channels given by number; returns their addresses."""
         self._mine = list(ways)
-        return {n: self._wires.bind(self._channel(n), way, 2 * LARGE) for n, way in ways.items()}
+        return {
+            n: self._endpoints.bind(self._channel(n), way, 2 * LARGE) for n, way in ways.items()
+        }
 
     def join(self, addresses: Mapping[int, str]) -> None:
         """Opens the sending ends of the same links."""
         for n in self._mine:
-            self._wires.connect(self._channel(n ^ 1), addresses[n ^ 1])
+            self._endpoints.connect(self._channel(n ^ 1), addresses[n ^ 1])
 
     def _channel(self, n: int) -> Channel:
         return self.channels(n // 2)[n % 2]
@@ -87,8 +89,8 @@ class Probe:
         """Sends back what the other end sends."""
         there, back = self.channels(number)
         for n in range(ROUNDS):
-            came = self._wires.receive(there, Stamp(n, n, 0))
-            self._wires.send(back, came)
+            came = self._endpoints.receive(there, Stamp(n, n, 0))
+            self._endpoints.send(back, came)
 
     def measure(self, number: int) -> Link:
         there, back = self.channels(number)
@@ -98,15 +100,15 @@ class Probe:
             size = 1 if n < SMALL_ROUNDS else LARGE
             payload = torch.zeros(size, dtype=torch.uint8)
             begin = time.perf_counter()
-            self._wires.send(there, Signal(Stamp(n, n, 0), payload))
-            self._wires.receive(back, Stamp(n, n, 0))
+            self._endpoints.send(there, Signal(Stamp(n, n, 0), payload))
+            self._endpoints.receive(back, Stamp(n, n, 0))
             (small if n < SMALL_ROUNDS else large).append(time.perf_counter() - begin)
         # (the first of each opens what the others use again)
         way, full = (statistics.median(t[1:]) / 2 for t in (small, large))
         return Link(way, LARGE / (full - way) if full > way else math.inf)
 
     def close(self) -> None:
-        self._wires.close()
+        self._endpoints.close()
 
 
 def pairs(plan: Plan, placement: Sequence[Sequence[str]]) -> set[tuple[int, int]]:

@@ -16,7 +16,7 @@ from hamdist.runtime.plan.block_settings import device_of
 
 
 @dataclass(frozen=True)
-class Demand:
+class ActorRequirements:
     """What one actor asks for. gpus: None: no GPU; 0: whatever share is left, of a block on
     'cuda'. blocks: who asks, for errors."""
 
@@ -48,9 +48,9 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
-def apart(wishes: Mapping[str, BlockEngineSettings]) -> tuple[tuple[int, int], ...]:
+def apart(block_settings: Mapping[str, BlockEngineSettings]) -> tuple[tuple[int, int], ...]:
     """The pairs of blocks, by number, that cannot share an actor."""
-    own = list(wishes.values())
+    own = list(block_settings.values())
     return tuple(
         (i, j)
         for j in range(len(own))
@@ -59,33 +59,39 @@ def apart(wishes: Mapping[str, BlockEngineSettings]) -> tuple[tuple[int, int], .
     )
 
 
-def demand(
-    blocks: Sequence[str], wishes: Mapping[str, BlockEngineSettings], engine: EngineSettings
-) -> Demand:
+def requirements(
+    blocks: Sequence[str], block_settings: Mapping[str, BlockEngineSettings], engine: EngineSettings
+) -> ActorRequirements:
     """What the actor of `blocks` asks for. Raises SettingsError where two of them contradict."""
     host: str | None = None
     cpus, gpus = 1.0, None
     resources: dict[str, float] = {}
     for i, name in enumerate(blocks):
-        wish = wishes[name]
+        block_setting = block_settings[name]
         for other in blocks[:i]:
-            what = contradiction(wishes[other], wish)
+            what = contradiction(block_settings[other], block_setting)
             if what is not None:
                 raise SettingsError(
                     f"engine.blocks: {other!r} and {name!r} share an actor, but ask for {what}; "
                     "give them different actors (engine.placement), or ask for the same"
                 )
-        host = host if wish.host is None else wish.host
-        cpus = cpus if wish.cpus is None else wish.cpus
-        gpus = gpus if wish.gpus is None else wish.gpus
-        resources |= wish.resources
-    if gpus is None and any(device_of(wishes[b], engine).startswith("cuda") for b in blocks):
+        host = host if block_setting.host is None else block_setting.host
+        cpus = cpus if block_setting.cpus is None else block_setting.cpus
+        gpus = gpus if block_setting.gpus is None else block_setting.gpus
+        resources |= block_setting.resources
+    if gpus is None and any(
+        device_of(block_settings[b], engine).startswith("cuda") for b in blocks
+    ):
         gpus = 0.0
-    return Demand(host, cpus, gpus, resources, tuple(blocks))
+    return ActorRequirements(host, cpus, gpus, resources, tuple(blocks))
 
 
-def idle_wishes(asked: Iterable[BlockEngineSettings]) -> list[str]:
+def idle_block_settings(asked: Iterable[BlockEngineSettings]) -> list[str]:
     """The settings that mean nothing in one process, as they were given."""
     given = list(asked)
     names = ("host", "cpus", "gpus", "resources")
-    return [n for n in names if any(getattr(wish, n) not in (None, {}) for wish in given)]
+    return [
+        n
+        for n in names
+        if any(getattr(block_setting, n) not in (None, {}) for block_setting in given)
+    ]

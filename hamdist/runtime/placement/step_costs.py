@@ -32,7 +32,7 @@ from hamdist.dynamics.schedule.schedule import HoldSchedule, PulseSchedule
 from hamdist.errors import HamdistError
 from hamdist.runtime.nodes.factory import Node, make_node
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
 from hamdist.runtime.plan.plan import Plan
@@ -198,8 +198,8 @@ class _Trial:
 
     def __init__(self, plan: Plan, clock: Callable[[], float] | None) -> None:
         # Here, as this process may see no GPU. (What a block takes there is not known before.)
-        desks = {name: desk.at("cpu") for name, desk in plan.desks.items()}
-        self._plan = dataclasses.replace(plan, steps=None, desks=desks)
+        cast_plans = {name: cast_plan.at("cpu") for name, cast_plan in plan.cast_plans.items()}
+        self._plan = dataclasses.replace(plan, steps=None, cast_plans=cast_plans)
         trip = 1 if plan.knobs.sequence else 2 * plan.graph.depth // plan.schedule.c + 1
         self._full = SEQUENCE if plan.knobs.sequence else trip  # samples until all blocks work
         self._samples = self._full + MOST
@@ -216,9 +216,9 @@ class _Trial:
 
     def _seconds(self) -> dict[str, float]:
         plan = self._plan
-        mail = Mailroom({INPUT, *plan.graph.blocks})
-        source = SourceNode(plan, _Examples(plan.spec, self._samples), mail)
-        nodes = [make_node(plan, name, mail) for name in plan.graph.blocks]
+        mailbox = Mailbox({INPUT, *plan.graph.blocks})
+        source = SourceNode(plan, _Examples(plan.spec, self._samples), mailbox)
+        nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
         timed = [_Timed(node, self._clock) for node in (source, *nodes)]
         begin = time.perf_counter()
 

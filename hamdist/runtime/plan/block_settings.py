@@ -9,7 +9,7 @@ from hamdist.dynamics.graph.patterns import check_patterns, fitting
 NOTHING = BlockEngineSettings()
 
 
-def wishes(graph: Graph, engine: EngineSettings) -> dict[str, BlockEngineSettings]:
+def block_settings(graph: Graph, engine: EngineSettings) -> dict[str, BlockEngineSettings]:
     """What `engine.blocks` says of each block. Raises SettingsError for a pattern that fits none of
     them."""
     check_patterns("engine.blocks", engine.blocks, graph.blocks, "block")
@@ -17,5 +17,5 @@ def wishes(graph: Graph, engine: EngineSettings) -> dict[str, BlockEngineSetting
     return {n: NOTHING if p is None else engine.blocks[p] for n, p in found.items()}
 
 
-def device_of(wish: BlockEngineSettings, engine: EngineSettings) -> str:
-    return engine.device if wish.device is None else wish.device
+def device_of(block_setting: BlockEngineSettings, engine: EngineSettings) -> str:
+    return engine.device if block_setting.device is None else block_setting.device

@@ -17,8 +17,8 @@ from hamdist.dynamics.graph.graph import BlockSpec, Graph, ShapeMap, combined
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError, LevelError
-from hamdist.runtime.plan.block_settings import device_of, wishes
-from hamdist.runtime.signals.cast import Desk
+from hamdist.runtime.plan.block_settings import block_settings, device_of
+from hamdist.runtime.signals.cast import CastPlan
 
 DTYPES = {
     BlockDType.FLOAT32: torch.float32,
@@ -27,18 +27,18 @@ DTYPES = {
 }
 
 
-def with_desks(
+def with_cast_plans(
     graph: Graph, shapes: ShapeMap, inputs: ShapeMap, engine: EngineSettings, knobs: Locality
-) -> tuple[Graph, ShapeMap, dict[str, Desk]]:
+) -> tuple[Graph, ShapeMap, dict[str, CastPlan]]:
     """The graph with its modules in the types that `engine.blocks` asks for (a copy, where it asks
-    for any, or for another device), the shapes with the types that follow, and every block's desk
-    (none where all is as it would be).
+    for any, or for another device), the shapes with the types that follow, and every block's cast
+    plan (none where all is as it would be).
 
     shapes: of every h in the graph as it is; inputs: of the stream's.
     Raises SettingsError, and GraphError for a block that cannot compute in its type.
     """
-    asked = wishes(graph, engine)
-    devices = {name: device_of(wish, engine) for name, wish in asked.items()}
+    asked = block_settings(graph, engine)
+    devices = {name: device_of(block_setting, engine) for name, block_setting in asked.items()}
     typed = [n for n, w in asked.items() if w.dtype is not None or w.autocast == "bf16"]
     if not typed and all(device == "cpu" for device in devices.values()):
         return graph, shapes, {}
@@ -51,10 +51,10 @@ def with_desks(
     before = {**shapes, **inputs}
     own = graph.copy()
     found: ShapeMap = {}
-    desks = {}
+    cast_plans = {}
     for name, block in own.blocks.items():
-        wish = asked[name]
-        dtype = None if wish.dtype is None else DTYPES[wish.dtype]
+        block_setting = asked[name]
+        dtype = None if block_setting.dtype is None else DTYPES[block_setting.dtype]
         takes = {edge.index: dtype or before[edge.parent][1] for edge in own.into[name]}
         found[name] = shapes[name]
         if dtype is not None:
@@ -62,25 +62,27 @@ def with_desks(
                 if module is not None:
                     module.to(dtype)
             found[name] = shapes[name][0], _tried(block, before, dtype)
-        _check_autocast(name, wish, found[name][1])
-        desks[name] = Desk(
+        _check_autocast(name, block_setting, found[name][1])
+        cast_plans[name] = CastPlan(
             block=name,
             device=devices[name],
             inputs=takes,
             messages=found[name][1],
             targets=dtype,
-            autocast=wish.autocast == "bf16",
+            autocast=block_setting.autocast == "bf16",
         )
-    return own, found, desks
+    return own, found, cast_plans
 
 
-def taken(desks: Mapping[str, Desk]) -> dict[int, torch.dtype]:
+def taken(cast_plans: Mapping[str, CastPlan]) -> dict[int, torch.dtype]:
     """By edge, the type in which its child takes it, which is that of the child's messages."""
-    return {edge: dtype for desk in desks.values() for edge, dtype in desk.inputs.items()}
+    return {
+        edge: dtype for cast_plan in cast_plans.values() for edge, dtype in cast_plan.inputs.items()
+    }
 
 
-def _check_autocast(name: str, wish: BlockEngineSettings, dtype: torch.dtype) -> None:
-    if wish.autocast == "bf16" and dtype != torch.float32:
+def _check_autocast(name: str, block_setting: BlockEngineSettings, dtype: torch.dtype) -> None:
+    if block_setting.autocast == "bf16" and dtype != torch.float32:
         raise LevelError(
             f"engine.blocks: {name!r} has autocast 'bf16', which rounds float32, but it computes "
             f"in {str(dtype).removeprefix('torch.')}; give it dtype float32, or leave autocast out"

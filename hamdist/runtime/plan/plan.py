@@ -24,7 +24,7 @@ from hamdist.config import (
     MetricsSettings,
     Reset,
     Settings,
-    Step,
+    StepKind,
     TargetOf,
 )
 from hamdist.dynamics.graph.checks import check_parameters
@@ -35,14 +35,14 @@ from hamdist.dynamics.partition.reversible_blocks import reversible_blocks
 from hamdist.dynamics.schedule.levels import Locality, make_locality
 from hamdist.dynamics.schedule.schedule import HoldSchedule, Schedule, make_schedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
-from hamdist.dynamics.updates.constants import Course, Dynamics, check_names, make_dynamics
+from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
 from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
 from hamdist.errors import GraphError, LevelError, SettingsError
-from hamdist.runtime.plan.dtypes import taken, with_desks
+from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
-from hamdist.runtime.signals.cast import Desk
+from hamdist.runtime.signals.cast import CastPlan
 from hamdist.runtime.signals.edge_codecs import compressed
 from hamdist.runtime.signals.signal import Channels, make_channels
 from hamdist.runtime.storage.snapshot_files import Snapshot
@@ -55,7 +55,7 @@ SNAPSHOT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Keeping:
+class SnapshotPolicy:
     """Snapshots of a run. path: where; every: ticks, seconds: of time between two; keep: how many
     stay. settings: of the run, for the manifest. snapshot: what the run goes on from. ends_full:
     the run ends where more than `memory` bytes would be kept. epoch: of the processes that write,
@@ -83,17 +83,16 @@ class Plan:
     """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
     front. steps: samples after which the stream ends, or None. run: a number that marks the
     signals of this run. switches: torch's, of the driver; arithmetic: its fingerprint.
-    reversible: the blocks that keep nothing of a sample (memory 'reversible'). desks: where blocks
-    have types or devices of their own, of every block. rate: the course of the step size.
-    follows_lr: beta comes from the learning rate.
-    silent: the blocks that get no messages, for nothing learns there or before them.
-    heads: the blocks' own readouts, where labels travel with the signal.
-    replan: where delays follow from the links, makes the plan with ticks by edge.
+    reversible: the blocks that keep nothing of a sample (memory 'reversible'). cast_plans: where
+    blocks have types or devices of their own, of every block. rate: the course of the step size.
+    follows_lr: beta comes from the learning rate. silent: the blocks that get no messages, for
+    nothing learns there or before them. heads: the blocks' own readouts, where labels travel with
+    the signal. replan: where delays follow from the links, makes the plan with ticks by edge.
     native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
     taken, if they are. skip: items of the stream that an earlier run was given; passed: those that
     were passed over then. memory_of: what a process can lend of a device (a test puts other memory
-    in its place). ignore_index: targets of this class have no loss.
-    one_length: why all items have the lengths of the first one; None: each may have its own."""
+    in its place). ignore_index: targets of this class have no loss. one_length: why all items have
+    the lengths of the first one; None: each may have its own."""
 
     graph: Graph
     knobs: Locality
@@ -115,11 +114,11 @@ class Plan:
     silent: frozenset[str] = frozenset()
     native: bool = False
     replan: Replan | None = None
-    keeping: Keeping | None = None
+    snapshot_policy: SnapshotPolicy | None = None
     skip: int = 0
     passed: int = 0
     heads: Heads | None = None
-    desks: Mapping[str, Desk] = field(default_factory=dict)
+    cast_plans: Mapping[str, CastPlan] = field(default_factory=dict)
     memory_of: Callable[[torch.device], Any] | None = None
     ignore_index: int = IGNORE_INDEX
     one_length: str | None = None
@@ -138,9 +137,9 @@ class Plan:
     @property
     def resumed(self) -> int:
         """Samples of this run that had entered before the snapshot that it goes on from."""
-        if self.keeping is None or self.keeping.snapshot is None:
+        if self.snapshot_policy is None or self.snapshot_policy.snapshot is None:
             return 0
-        manifest = self.keeping.snapshot.manifest
+        manifest = self.snapshot_policy.snapshot.manifest
         return manifest.samples - manifest.skip
 
     @property
@@ -177,7 +176,7 @@ class Plan:
 
 
 def make_plan(
-    graph: Graph, settings: Settings, spec: SampleSpec, *, phi: Course | None = None
+    graph: Graph, settings: Settings, spec: SampleSpec, *, phi: TickSchedule | None = None
 ) -> Plan:
     """The plan of `settings` (already those of one level) for `graph` on a stream of `spec`.
 
@@ -191,7 +190,7 @@ def make_plan(
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
     spec = _with_classes(spec, graph, shapes)
     _check_predictions(graph, shapes, spec, settings.ignore_index)
-    graph, shapes, desks = with_desks(graph, shapes, spec.parents, settings.engine, knobs)
+    graph, shapes, cast_plans = with_cast_plans(graph, shapes, spec.parents, settings.engine, knobs)
     # (The end of a stream goes against the edges where there are cycles; energies need z.)
     whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
     silent = frozenset[str]() if whole else graph.silent()
@@ -245,7 +244,9 @@ def make_plan(
         knobs=knobs,
         dynamics=dynamics,
         schedule=schedule,
-        channels=compressed(channels, graph, signals, settings.engine, reversible, taken(desks)),
+        channels=compressed(
+            channels, graph, signals, settings.engine, reversible, taken(cast_plans)
+        ),
         shapes=shapes,
         spec=spec,
         engine=settings.engine,
@@ -257,7 +258,7 @@ def make_plan(
         switches=read_switches(),
         arithmetic=arithmetic(settings.engine.threads, native=native),
         follows_lr=settings.dynamics.beta is None,
-        desks=desks,
+        cast_plans=cast_plans,
         reversible=reversible,
         silent=silent,
         heads=heads,
@@ -290,15 +291,15 @@ def _one_length(graph: Graph, spec: SampleSpec, knobs: Locality, settings: Setti
     return f"the model was followed with one length ({graph.one_length}); pad all items to it"
 
 
-def make_keeping(
+def make_snapshot_policy(
     settings: Settings, snapshot: Snapshot | None = None, *, last: bool = True
-) -> Keeping | None:
-    """How the run keeps its state, as `settings.snapshots` say. last: see `Keeping`."""
+) -> SnapshotPolicy | None:
+    """How the run keeps its state, as `settings.snapshots` say. last: see `SnapshotPolicy`."""
     given = settings.snapshots
     if given.path is None:
         return None
     timed = given.seconds is not None or given.every is None
-    return Keeping(
+    return SnapshotPolicy(
         path=storage(given.path).where,  # actors may have another current folder
         every=given.every,
         seconds=(given.seconds or SNAPSHOT_SECONDS) if timed else None,
@@ -354,20 +355,20 @@ def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
         **{name: dumped[name] for name in _ALIKE},
         "compress": [engine["compress"], engine["feedback"]],
         "native": plan.native,
-        "closed": plan.engine.step is not Step.AUTOGRAD,
+        "closed": plan.engine.step is not StepKind.AUTOGRAD,
         "computes": kinds,
     }
 
 
 def _native(engine: EngineSettings) -> bool:
     """Raises SettingsError where C code is asked for that is not there."""
-    if engine.step is Step.NATIVE and not rows.built():
+    if engine.step is StepKind.NATIVE and not rows.built():
         raise SettingsError(
             "engine.step 'native': hamdist was installed without its C code; install it again "
             "where a C compiler is at hand, or use 'auto'"
         )
-    return engine.step is Step.NATIVE or (
-        engine.step is Step.AUTO and rows.built() and engine.threads == 1
+    return engine.step is StepKind.NATIVE or (
+        engine.step is StepKind.AUTO and rows.built() and engine.threads == 1
     )
 
 

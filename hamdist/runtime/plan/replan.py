@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.partition.apply_settings import delayed
-from hamdist.dynamics.updates.constants import Course
+from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.runtime.plan.plan import Plan, make_plan
 
 
-def replannable(plan: Plan, graph: Graph, settings: Settings, phi: Course | None) -> Plan:
+def replannable(plan: Plan, graph: Graph, settings: Settings, phi: TickSchedule | None) -> Plan:
     """`plan`, which `make_plan` has made of `graph` and `settings`, with a way to another one with
     delays.
 
@@ -25,6 +25,6 @@ def replannable(plan: Plan, graph: Graph, settings: Settings, phi: Course | None
 
     def replan(delays: Mapping[str, int]) -> Plan:
         made = make_plan(delayed(graph, delays), own, plan.spec, phi=phi)
-        return dataclasses.replace(made, run=plan.run, keeping=plan.keeping)
+        return dataclasses.replace(made, run=plan.run, snapshot_policy=plan.snapshot_policy)
 
     return dataclasses.replace(plan, replan=replan)

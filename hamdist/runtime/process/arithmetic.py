@@ -248,7 +248,7 @@ def _in_c(dtype: torch.dtype) -> Iterator[Tensor]:
     if not rows.built():
         return
     layer = (_numbers(dtype, 70, 130), _numbers(dtype, 70), False)
-    chain = rows.Rows.of([layer])
+    chain = rows.NativeLayers.of([layer])
     if chain is not None:
         y = torch.zeros(1, 70, dtype=dtype)
         chain.forward(_numbers(dtype, 1, 130), y.clone(), y)

@@ -75,7 +75,7 @@ def handlers_of_ours() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-class Ending:
+class RunInterrupts:
     """Ends a run early when it is asked to: at the first Ctrl-C or SIGTERM, or by `on_progress`.
 
     As a context it handles the signals: the first one ends the stream, and what is under way is
@@ -136,7 +136,7 @@ class Ending:
         self.interrupted = True
         self._stop()
 
-    def __enter__(self) -> Ending:
+    def __enter__(self) -> RunInterrupts:
         self._signals.__enter__()
         return self
 

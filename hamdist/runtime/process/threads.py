@@ -16,7 +16,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def seat(index: int, actors: int, threads: int) -> set[int] | None:
+def actor_options(index: int, actors: int, threads: int) -> set[int] | None:
     """The processor of actor `index` of the `actors` on this host; None where it is to have none
     of its own: it is alone and may go where there is room, processors are too few, an actor has
     several threads (torch keeps their processors beyond a run), or nothing can be pinned here. Far

@@ -21,15 +21,15 @@ from hamdist.runtime.placement.step_costs import (
     wants_costs,
 )
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.process.interrupts import Ending, OnProgress
+from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.auth_token import token_notes
 from hamdist.runtime.ray_engine.session import HEAD_SECONDS, HeadWatch, answers, ray_session
-from hamdist.runtime.ray_engine.supervision import CrewKeeping
+from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
 from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
-from hamdist.runtime.ray_engine.worker_group import END_SECONDS, Crew
+from hamdist.runtime.ray_engine.worker_group import END_SECONDS, WorkerGroup
 from hamdist.runtime.results.digests import joined
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.edge_codecs import CompressionMap
@@ -58,16 +58,16 @@ class RayEngine:
         with ExitStack() as stack:
             with startup.phase("ray"):
                 session = stack.enter_context(ray_session(plan.engine))
-            crew = stack.enter_context(Crew(plan, stream, session))
+            worker_group = stack.enter_context(WorkerGroup(plan, stream, session))
             auto = plan.replan is not None
-            plan = crew.wire(startup, costs, measured)
-            notes += crew.notes
-            notes += placement_notes(plan, crew.placement, costs)
-            notes += crew.crowded() if plan.engine.address is not None else []
+            plan = worker_group.wire(startup, costs, measured)
+            notes += worker_group.notes
+            notes += placement_notes(plan, worker_group.placement, costs)
+            notes += worker_group.crowded() if plan.engine.address is not None else []
             notes += token_notes(plan.engine)
-            outcome = _Watch(plan, crew, on_progress).to_the_end()
-            refusals = [refusal for report in crew.reports() for refusal in report.refusals]
-            notes += lending_notes(plan.engine, crew.lent, refusals)
+            outcome = _Watch(plan, worker_group, on_progress).to_the_end()
+            refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
+            notes += lending_notes(plan.engine, worker_group.lent, refusals)
             outcome.startup = startup.seconds
             if auto:
                 outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
@@ -76,34 +76,40 @@ class RayEngine:
 
 
 class _Watch:
-    """Follows a crew from its start to its end."""
+    """Follows a worker group from its start to its end."""
 
-    def __init__(self, plan: Plan, crew: Crew, on_progress: OnProgress | None) -> None:
+    def __init__(
+        self, plan: Plan, worker_group: WorkerGroup, on_progress: OnProgress | None
+    ) -> None:
         self._plan = plan
-        self._crew = crew
+        self._worker_group = worker_group
         self._stop = threading.Event()
-        self._ending = Ending(self._stop.set, on_progress)
+        self._ending = RunInterrupts(self._stop.set, on_progress)
         self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
         self._warnings: list[str] = []
         self._note: str | None = None
         self._samples = plan.resumed
         self._windows: list[Window] = []
         self._head = HeadWatch()
-        self._keeping = None if plan.keeping is None else CrewKeeping(plan, crew, plan.keeping)
+        self._policy = (
+            None
+            if plan.snapshot_policy is None
+            else SnapshotSupervision(plan, worker_group, plan.snapshot_policy)
+        )
         self.started = time.perf_counter()
 
     def to_the_end(self) -> Outcome:
-        """The crew runs until its stream ends, until the user stops it, or until the first error,
-        which is raised."""
+        """The worker group runs until its stream ends, until the user stops it, or until the first
+        error, which is raised."""
         reset_peak()
-        self._crew.start()
+        self._worker_group.start()
         with self._ending:
             try:
                 self._follow(self._stop)
             except KeyboardInterrupt:  # the second Ctrl-C: end at once, whatever state it is in
                 self._ending.interrupted = True
                 with contextlib.suppress(HamdistError):
-                    self._crew.call_off()
+                    self._worker_group.call_off()
             except DivergedError as error:
                 first = self._first(error)
                 first.outcome = self._outcome()
@@ -115,32 +121,38 @@ class _Watch:
         """Calls the run off. The failure that came first, where several blocks have diverged: by
         tick, then in the graph's order."""
         with contextlib.suppress(HamdistError):
-            self._crew.call_off()
+            self._worker_group.call_off()
         order = list(self._plan.graph.blocks)
-        errors = [r.error for r in self._crew.reports() if isinstance(r.error, DivergedError)]
+        errors = [
+            r.error for r in self._worker_group.reports() if isinstance(r.error, DivergedError)
+        ]
         return min([error, *errors], key=lambda e: (e.tick, order.index(e.block)))
 
     def _follow(self, stop: threading.Event) -> None:
         end_by: float | None = None
-        keeping = self._keeping
-        while not self._crew.done:
-            self._crew.wait(POLL_SECONDS)
+        snapshot_policy = self._policy
+        while not self._worker_group.done:
+            self._worker_group.wait(POLL_SECONDS)
             now = time.monotonic()
             # (a snapshot first)
-            if stop.is_set() and end_by is None and (keeping is None or keeping.last(now)):
+            if (
+                stop.is_set()
+                and end_by is None
+                and (snapshot_policy is None or snapshot_policy.last(now))
+            ):
                 end_by = now + END_SECONDS
-                self._crew.stop_stream()
+                self._worker_group.stop_stream()
             if end_by is not None and (now > end_by or self._lost_while_ending()):
-                self._crew.call_off()
+                self._worker_group.call_off()
                 return
             self._look()
             if end_by is None and self._head_is_lost(now):
                 stop.set()  # the actors are there: what they have learned is fetched
                 continue
-            if keeping is not None and keeping.lost and not self._head_answers():
+            if snapshot_policy is not None and snapshot_policy.lost and not self._head_answers():
                 continue  # nothing can be replaced before it does
-            if keeping is not None and end_by is None and not self._mended(stop):
-                self._crew.call_off()
+            if snapshot_policy is not None and end_by is None and not self._mended(stop):
+                self._worker_group.call_off()
                 return
             self._report_progress()
 
@@ -155,7 +167,7 @@ class _Watch:
         if address is None or self._ending.error is not None:
             return False
         if self._head.lost(address, now):
-            kept = self._plan.keeping
+            kept = self._plan.snapshot_policy
             self._ending.error = ClusterError(
                 f"the head of the Ray cluster at {address} has not answered for "
                 f"{HEAD_SECONDS:.0f} s; start it again, and go on "
@@ -169,7 +181,7 @@ class _Watch:
 
     def _lost_while_ending(self) -> bool:
         """A new process would begin behind what its neighbours wait for, and so ends nothing."""
-        lost = [] if self._keeping is None else self._keeping.lost
+        lost = [] if self._policy is None else self._policy.lost
         self._warnings += [f"{one} while the run was ending" for one in lost]
         return bool(lost)
 
@@ -177,8 +189,8 @@ class _Watch:
         """Takes snapshots and replaces what was lost. False where that fails in a run that is to
         end anyway; otherwise it raises what cannot be healed."""
         try:
-            if self._keeping is not None:
-                self._keeping.look(time.monotonic())
+            if self._policy is not None:
+                self._policy.look(time.monotonic())
         except (ClusterError, SnapshotError) as error:
             if not stop.is_set():
                 raise
@@ -189,18 +201,18 @@ class _Watch:
     def _look(self) -> None:
         """Asks how far everybody is, and lets the watchdog judge. Raises StallError."""
         now = time.monotonic()
-        actors = self._crew.actors
-        self._crew.ask(now, POLL_SECONDS)
+        actors = self._worker_group.actors
+        self._worker_group.ask(now, POLL_SECONDS)
         ticks = {b: k for a in actors if a.status for b, k in a.status.ticks.items()}
         finished = {a.name: a.report is not None for a in actors}
         still, speak = self._watchdog.look({**ticks, **finished}, now)
         over = self._watchdog.over(still)
         if speak or over:
             waits = [a.status.wait for a in actors if a.status and a.status.wait]
-            silent = [str(actor) for actor in self._crew.silent(now)]
+            silent = [str(actor) for actor in self._worker_group.silent(now)]
             text = explain(waits, ticks, silent, still)
             if over:
-                raise StallError(text + ("" if self._keeping is None else self._keeping.way_on))
+                raise StallError(text + ("" if self._policy is None else self._policy.way_on))
             self._warnings.append(text)
             self._note = text
         elif still == 0:
@@ -210,7 +222,7 @@ class _Watch:
         if not self._ending.reports:
             return
         blocks = []
-        for actor in self._crew.actors:
+        for actor in self._worker_group.actors:
             for block in actor.blocks:
                 status = actor.status
                 wait = status.wait if status is not None else None
@@ -223,8 +235,8 @@ class _Watch:
                     )
                 )
         # An actor that is replaced begins behind where it was: what was reached stays reached.
-        self._samples = max(self._samples, self._crew.samples())
-        windows = next((a.windows for a in self._crew.actors if a.every is not None), [])
+        self._samples = max(self._samples, self._worker_group.samples())
+        windows = next((a.windows for a in self._worker_group.actors if a.every is not None), [])
         if windows and (not self._windows or windows[-1].last >= self._windows[-1].last):
             self._windows = windows
         self._ending.report(
@@ -236,13 +248,13 @@ class _Watch:
                 windows=self._windows,
                 blocks=blocks,
                 note=self._note,
-                replaced=() if self._keeping is None else tuple(self._keeping.replaced),
+                replaced=() if self._policy is None else tuple(self._policy.replaced),
             )
         )
 
     def _outcome(self) -> Outcome:
-        actors = self._crew.actors
-        reports = self._crew.reports()
+        actors = self._worker_group.actors
+        reports = self._worker_group.reports()
         sent: dict[str, int] = {}
         compression: CompressionMap = {}
         for report in reports:
@@ -260,7 +272,7 @@ class _Watch:
         outcome = Outcome(
             blocks={name: state for r in reports for name, state in r.blocks.items()},
             windows=windows,
-            samples=max([self._crew.samples(), *(r.samples for r in reports)]),
+            samples=max([self._worker_group.samples(), *(r.samples for r in reports)]),
             ticks=max((r.ticks for r in reports), default=0),
             seconds=max((r.seconds for r in reports), default=time.perf_counter() - self.started),
             startup={},
@@ -270,12 +282,12 @@ class _Watch:
             own_memory={a.name: a.report.own_memory for a in actors if a.report is not None},
             smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
             stream=next((r.stream for r in reports if r.stream), {}),
-            placement=self._crew.placement,
+            placement=self._worker_group.placement,
             time_use={a.name: a.report.time_use for a in actors if a.report is not None},
             digests=joined(report.digests for report in reports),
             records={name: rs for r in reports for name, rs in r.records.items()},
-            snapshots=[] if self._keeping is None else self._keeping.snapshots,
-            replaced=[] if self._keeping is None else self._keeping.replaced,
-            warnings=self._warnings + ([] if self._keeping is None else self._keeping.warnings),
+            snapshots=[] if self._policy is None else self._policy.snapshots,
+            replaced=[] if self._policy is None else self._policy.replaced,
+            warnings=self._warnings + ([] if self._policy is None else self._policy.warnings),
         )
         return self._ending.note(outcome)

@@ -1,8 +1,8 @@
-"""Replaces lost actors of a crew, while the others wait.
+"""Replaces lost actors of a worker group, while the others wait.
 
     lost        started again elsewhere, from its part of the latest snapshot (or from the start)
     neighbours  open new ends for what they get from it, and tell which signal they wait for;
-                send it again what it has not had, out of their logs (ledger.py)
+                send it again what it has not had, out of their logs (log of sent signals.py)
     all others  notice nothing
 
 Nobody rolls back, so nobody's numbers can change: what a replaced block computes again is a
@@ -35,38 +35,48 @@ from hamdist.errors import (
     SnapshotError,
     WireError,
 )
-from hamdist.runtime.engines.worker import ANSWER_SECONDS, Opened
+from hamdist.runtime.engines.worker import ANSWER_SECONDS, ReceivingEnds
 from hamdist.runtime.placement.assign_hosts import reseated
-from hamdist.runtime.plan.plan import Keeping
-from hamdist.runtime.ray_engine.attempts import Attempts
+from hamdist.runtime.plan.plan import SnapshotPolicy
 from hamdist.runtime.ray_engine.session import reachable_hosts
-from hamdist.runtime.ray_engine.worker_group import END_SECONDS, START_SECONDS, Actor, Crew
+from hamdist.runtime.ray_engine.worker_actor import WorkerActor
+from hamdist.runtime.ray_engine.worker_group import (
+    END_SECONDS,
+    START_SECONDS,
+    WorkerGroup,
+    WorkerHandle,
+)
 from hamdist.runtime.results.result import Replaced
-from hamdist.runtime.snapshots.catalogue import Shelf
+from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
 
-ACTOR = "ray::HostActor"  # what Ray calls an actor's process
+ACTOR = f"ray::{WorkerActor.__name__}"  # what Ray calls an actor's process
 PAUSE_SECONDS = 1.0  # before the next try
 MOST_TRIES = 5  # of one recovery: others may be lost meanwhile
 
 
 @dataclass(frozen=True)
-class Loss:
+class ActorLoss:
     """One actor that is to be replaced. tick: of the block that failed, as far as it is known.
     error: what ends the run if it comes again."""
 
-    actor: Actor
+    actor: WorkerHandle
     tick: int | None
     error: HamdistError
 
 
-class Recovery:
+class Replacement:
     """replaced: what was lost so far."""
 
-    def __init__(self, crew: Crew, keeping: Keeping, shelf: Shelf) -> None:
-        self._crew = crew
-        self._keeping = keeping
-        self._shelf = shelf
-        self._epoch = keeping.epoch
+    def __init__(
+        self,
+        worker_group: WorkerGroup,
+        snapshot_policy: SnapshotPolicy,
+        catalogue: SnapshotCatalogue,
+    ) -> None:
+        self._worker_group = worker_group
+        self._policy = snapshot_policy
+        self._catalogue = catalogue
+        self._epoch = snapshot_policy.epoch
         self._attempts = Attempts()
         self._fresh: set[str] = set()  # started already in the present recovery
         self._fault = ""  # of a snapshot, for which all go back in the present recovery
@@ -80,7 +90,7 @@ class Recovery:
             return False
         return isinstance(error, (BlockError, WireError))
 
-    def replace(self, losses: Sequence[Loss]) -> None:
+    def replace(self, losses: Sequence[ActorLoss]) -> None:
         """Raises the error of an actor that was lost too often without getting any further,
         ClusterError where the cluster cannot take a replacement, and SnapshotError where a snapshot
         is damaged and there is nothing to go back to."""
@@ -88,7 +98,7 @@ class Recovery:
         for loss in losses:
             self._count(loss)
         lost = {loss.actor.name: loss.actor for loss in losses}
-        ticks = {actor.name: actor.tick for actor in self._crew.actors}
+        ticks = {actor.name: actor.tick for actor in self._worker_group.actors}
         ticks |= {loss.actor.name: loss.tick for loss in losses}
         again = self._try_often(lost, losses[0].error)
         seconds = time.monotonic() - began
@@ -98,7 +108,7 @@ class Recovery:
                     actor=actor.name,
                     blocks=list(actor.blocks),
                     tick=ticks.get(actor.name),
-                    since=0 if self._shelf.latest is None else self._shelf.latest.tick,
+                    since=0 if self._catalogue.latest is None else self._catalogue.latest.tick,
                     seconds=seconds,
                     replayed=again if i == 0 else 0,
                     fault=self._fault,
@@ -106,7 +116,7 @@ class Recovery:
                 )
             )
 
-    def _try_often(self, lost: dict[str, Actor], error: HamdistError) -> int:
+    def _try_often(self, lost: dict[str, WorkerHandle], error: HamdistError) -> int:
         """How many signals were sent again. `lost` gets those that are lost meanwhile, too."""
         self._fresh.clear()
         self._present.clear()
@@ -132,7 +142,7 @@ class Recovery:
             "latest snapshot (--resume)"
         ) from error
 
-    def _go_back(self, lost: dict[str, Actor], unread: SnapshotError | None) -> None:
+    def _go_back(self, lost: dict[str, WorkerHandle], unread: SnapshotError | None) -> None:
         """Take all actors back to an earlier snapshot where the files are damaged that lost ones
         need: nobody has what lies between the two any more.
 
@@ -144,19 +154,19 @@ class Recovery:
             SnapshotError: there is nothing to go back to, or the files are as they were written
                 and yet an actor cannot read them.
         """
-        crew = self._crew
-        inside = zip(crew.actors, crew.inside(), strict=True)
-        faults = self._shelf.go_back(
+        worker_group = self._worker_group
+        inside = zip(worker_group.actors, worker_group.inside(), strict=True)
+        faults = self._catalogue.go_back(
             {node for actor, nodes in inside if actor.name in lost for node in nodes}
         )
         if not faults:
             if unread is not None:
                 raise unread
             return
-        there = self._shelf.latest
+        there = self._catalogue.latest
         place = "the beginning" if there is None else str(there)
         fault = "; ".join(faults)
-        if not crew.goes_back:
+        if not worker_group.goes_back:
             way = "start again" if there is None else f"go on from there (--resume {there.where})"
             raise SnapshotError(
                 f"{fault}; the run cannot go back to {place} by itself, for its stream "
@@ -164,15 +174,15 @@ class Recovery:
             )
         self._fault = f"{fault}; all actors go back to {place}"
         warnings.warn(self._fault, HamdistWarning, stacklevel=2)
-        present = [actor for actor in crew.actors if actor.name not in lost]
+        present = [actor for actor in worker_group.actors if actor.name not in lost]
         self._present |= {actor.name for actor in present}
         lost |= {actor.name: actor for actor in present}
         self._call_off(present)
 
-    def _call_off(self, actors: Sequence[Actor]) -> None:
+    def _call_off(self, actors: Sequence[WorkerHandle]) -> None:
         """End the runs of actors that are well, whose processes begin again (others are killed)."""
         for actor in actors:
-            actor.handle.abort.remote(self._crew.plan.run)
+            actor.handle.abort.remote(self._worker_group.plan.run)
         runs = [actor.running for actor in actors]
         ended = ray.wait(runs, num_returns=len(runs), timeout=END_SECONDS)[0] if runs else []
         for actor in actors:
@@ -180,10 +190,10 @@ class Recovery:
                 actor.begin_again()
                 self._fresh.add(actor.name)
 
-    def _count(self, loss: Loss) -> None:
-        saved = 0 if self._shelf.latest is None else self._shelf.latest.tick
+    def _count(self, loss: ActorLoss) -> None:
+        saved = 0 if self._catalogue.latest is None else self._catalogue.latest.tick
         times = self._attempts.lost(loss.actor.name, loss.tick, saved)
-        if times < self._keeping.attempts:
+        if times < self._policy.attempts:
             return
         if isinstance(loss.error, ClusterError):
             raise ClusterError(
@@ -192,9 +202,9 @@ class Recovery:
             ) from loss.error
         raise loss.error
 
-    def _try(self, lost: list[Actor]) -> int | list[Actor]:
+    def _try(self, lost: list[WorkerHandle]) -> int | list[WorkerHandle]:
         """How many signals were sent again; or the actors that were lost meanwhile."""
-        crew = self._crew
+        worker_group = self._worker_group
         self._epoch += 1
         fresh = [actor for actor in lost if actor.name in self._fresh]
         _, dead = _all({actor.handle.close.remote(): actor for actor in fresh})
@@ -202,22 +212,24 @@ class Recovery:
         gone = self._start([actor for actor in lost if actor not in fresh or actor in dead])
         if gone:
             return gone
-        others = [actor for actor in crew.actors if actor not in lost]
-        inside = crew.inside()
-        numbers = [crew.actors.index(actor) for actor in lost]
-        keeping = dataclasses.replace(self._keeping, snapshot=self._shelf.latest, epoch=self._epoch)
-        plan = dataclasses.replace(crew.plan, keeping=keeping)
-        ends: Opened = {}
-        calls: dict[Any, Actor] = {}
+        others = [actor for actor in worker_group.actors if actor not in lost]
+        inside = worker_group.inside()
+        numbers = [worker_group.actors.index(actor) for actor in lost]
+        snapshot_policy = dataclasses.replace(
+            self._policy, snapshot=self._catalogue.latest, epoch=self._epoch
+        )
+        plan = dataclasses.replace(worker_group.plan, snapshot_policy=snapshot_policy)
+        ends: ReceivingEnds = {}
+        calls: dict[Any, WorkerHandle] = {}
         if self._fault:
-            crew.renew_local(plan)
+            worker_group.renew_local(plan)
         for i in numbers:
-            actor = crew.actors[i]
-            given = (plan.only(actor.blocks), actor.blocks, crew.stream_of(i))
-            call = actor.handle.prepare.remote(*given, crew.binds(i, inside))
+            actor = worker_group.actors[i]
+            given = (plan.only(actor.blocks), actor.blocks, worker_group.stream_of(i))
+            call = actor.handle.prepare.remote(*given, worker_group.binds(i, inside))
             calls[call] = actor
         for actor in others:
-            ways = crew.binds(crew.actors.index(actor), inside, only=lost)
+            ways = worker_group.binds(worker_group.actors.index(actor), inside, only=lost)
             if ways:
                 calls[actor.handle.bind_anew.remote(ways)] = actor
         opened, gone = _all(calls)
@@ -230,26 +242,32 @@ class Recovery:
         again, gone = _all(calls)
         if gone:
             return gone
-        crew.start_again(lost)
-        return int(sum(again)) + crew.connect_local(ends)
+        worker_group.start_again(lost)
+        return int(sum(again)) + worker_group.connect_local(ends)
 
-    def _start(self, lost: Sequence[Actor]) -> list[Actor]:
+    def _start(self, lost: Sequence[WorkerHandle]) -> list[WorkerHandle]:
         """New processes: where the old ones were, if that host is still there. Those that did not
         come up. Raises ClusterError where there is no room for one."""
-        crew = self._crew
+        worker_group = self._worker_group
         here = ray.get_runtime_context().get_node_id()
         for actor in lost:
             _kill(actor, here)
         if not lost:
             return []
         there = reachable_hosts()
-        taken = [(a.node, a.seat) for a in crew.actors if a not in lost]
-        seats = []
+        taken = [(a.node, a.actor_options) for a in worker_group.actors if a not in lost]
+        options_of_actors = []
         for actor in lost:
-            seat = reseated(actor.seat, actor.node, there, taken)
-            taken.append((seat.node or actor.node, seat))
-            seats.append(seat)
-        begun = dict(zip(crew.session.actors(seats), zip(lost, seats, strict=True), strict=True))
+            actor_options = reseated(actor.actor_options, actor.node, there, taken)
+            taken.append((actor_options.node or actor.node, actor_options))
+            options_of_actors.append(actor_options)
+        begun = dict(
+            zip(
+                worker_group.session.actors(options_of_actors),
+                zip(lost, options_of_actors, strict=True),
+                strict=True,
+            )
+        )
         calls = {handle.where.remote(): handle for handle in begun}
         done, late = ray.wait(list(calls), num_returns=len(calls), timeout=START_SECONDS)
         if late:
@@ -263,14 +281,14 @@ class Recovery:
         gone = []
         for call in done:
             handle = calls[call]
-            actor, seat = begun[handle]
+            actor, actor_options = begun[handle]
             try:
-                actor.renew(seat, handle, ray.get(call))
+                actor.renew(actor_options, handle, ray.get(call))
                 if actor.key is not None:
-                    crew.withdraw(actor.key)
+                    worker_group.withdraw(actor.key)
                     actor.key = ray.get(handle.new_key.remote(), timeout=ANSWER_SECONDS)
-                asked = handle.compute_as.remote(*crew.way_to_compute())
-                self.unlike += crew.unlike({actor: ray.get(asked, timeout=ANSWER_SECONDS)})
+                asked = handle.compute_as.remote(*worker_group.way_to_compute())
+                self.unlike += worker_group.unlike({actor: ray.get(asked, timeout=ANSWER_SECONDS)})
             except (RayError, TimeoutError):  # its host has gone, as Ray has just noticed
                 gone.append(actor)
             else:
@@ -278,7 +296,7 @@ class Recovery:
         return gone
 
 
-def _kill(actor: Actor, here: str) -> None:
+def _kill(actor: WorkerHandle, here: str) -> None:
     """Also one that is hung, which Ray gives 5 s (measured) before it is ended."""
     with contextlib.suppress(RayError):
         ray.kill(actor.handle)
@@ -289,7 +307,7 @@ def _kill(actor: Actor, here: str) -> None:
                 process.kill()
 
 
-def _all(calls: dict[Any, Actor]) -> tuple[list[Any], list[Actor]]:
+def _all(calls: dict[Any, WorkerHandle]) -> tuple[list[Any], list[WorkerHandle]]:
     """What the calls give, and the actors that have died instead of an answer. Raises the
     SnapshotError of one that could not read its files."""
     waiting = list(calls)
@@ -304,3 +322,25 @@ def _all(calls: dict[Any, Actor]) -> tuple[list[Any], list[Actor]]:
                 raise SnapshotError(f"{calls[call]}: {cause}") from None
             gone.append(calls[call])
     return found, gone
+
+
+class Attempts:
+    """Counts how often actors were lost without getting any further.
+
+    The tick in which a block fails is known where it raises. A process that dies (out of memory, a
+    crash in native code) was last heard of up to a second before, or never: its tick differs from
+    one loss to the next although the cause is the same. So losses are counted as long as neither
+    the actor nor a snapshot of the run has come further than before.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, int]] = {}  # by actor: how far it came, losses since
+
+    def lost(self, actor: str, tick: int | None, saved: int) -> int:
+        """How many times in a row `actor` was lost without getting further, this one included.
+        tick: where it was, as far as that is known; saved: the tick of the latest snapshot."""
+        furthest, times = self._known.get(actor, (-1, 0))
+        came = max(saved, -1 if tick is None else tick)
+        times = 1 if came > furthest else times + 1
+        self._known[actor] = max(came, furthest), times
+        return times

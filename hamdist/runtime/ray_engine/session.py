@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from pydantic import ValidationError
 
 from hamdist.config import EngineSettings, describe
 from hamdist.errors import ClusterError, HamdistError, SettingsError
-from hamdist.runtime.placement.assign_hosts import HostInfo, Seat, described
+from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, described
 from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
 from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, sweep
 from hamdist.runtime.process.threads import cores
@@ -37,6 +36,7 @@ from hamdist.runtime.ray_engine.auth_token import (
     own_token,
     refused,
 )
+from hamdist.runtime.ray_engine.processes import of_a_program
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
@@ -59,32 +59,35 @@ class Session:
     which saves it the seconds in which they would import torch."""
 
     def __init__(self) -> None:
-        self.idle: list[tuple[Seat, Any]] = []
+        self.idle: list[tuple[ActorOptions, Any]] = []
 
-    def actors(self, seats: Sequence[Seat]) -> list[Any]:
-        """For each seat an idle actor that is still there, or a new one. Before a new one starts,
-        those that this run does not take over make room."""
+    def actors(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
+        """For each actor options an idle actor that is still there, or a new one. Before a new one
+        starts, those that this run does not take over make room."""
         from hamdist.runtime.ray_engine.worker_actor import is_alive, start_actor
 
         found: dict[int, Any] = {}
-        for i, seat in enumerate(seats):
-            while i not in found and (k := self._fitting(seat)) is not None:
+        for i, actor_options in enumerate(options_of_actors):
+            while i not in found and (k := self._fitting(actor_options)) is not None:
                 _, actor = self.idle.pop(k)
                 if is_alive(actor):
                     found[i] = actor
                 else:  # its processor is wanted at once
                     _end([actor])
-        if len(found) < len(seats):
+        if len(found) < len(options_of_actors):
             self.make_room()
-        return [found[i] if i in found else start_actor(seat) for i, seat in enumerate(seats)]
+        return [
+            found[i] if i in found else start_actor(actor_options)
+            for i, actor_options in enumerate(options_of_actors)
+        ]
 
     def make_room(self) -> None:
         """Ends the idle actors: their processors are wanted."""
         _end([actor for _, actor in self.idle])
         self.idle = []
 
-    def _fitting(self, seat: Seat) -> int | None:
-        return next((k for k, (own, _) in enumerate(self.idle) if own == seat), None)
+    def _fitting(self, actor_options: ActorOptions) -> int | None:
+        return next((k for k, (own, _) in enumerate(self.idle) if own == actor_options), None)
 
 
 @dataclass(slots=True)
@@ -353,7 +356,7 @@ def _local(cpus: int) -> Iterator[set[psutil.Process]]:
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
-        with own_token(folder), handlers_of_ours(), _in_a_session_of_its_own(), _start_named():
+        with own_token(folder), handlers_of_ours(), of_a_program(), _start_named():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -390,26 +393,6 @@ def _start_named() -> Iterator[None]:
             f"a local Ray did not start: {first} (is this machine overloaded, or short of memory, "
             "or of room for temporary files?); start again, or use --engine inprocess"
         ) from error
-
-
-@contextmanager
-def _in_a_session_of_its_own() -> Iterator[None]:
-    """Start Ray's processes in a session (in the sense of POSIX) of their own inside.
-
-    A signal to the group of this process, as batch systems send it, then reaches this process
-    alone, which ends the run in order. (Ray has no setting for it; Popen has.)
-    """
-    from ray._private import services
-
-    popen = getattr(services, "ConsolePopen", None)
-    if popen is None or os.name != "posix":
-        yield
-        return
-    services.ConsolePopen = partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
-    try:
-        yield
-    finally:
-        services.ConsolePopen = popen  # type: ignore[misc]
 
 
 def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:

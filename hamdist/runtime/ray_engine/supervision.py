@@ -1,4 +1,4 @@
-"""Snapshots and replacements of a crew: when, and what follows from them.
+"""Snapshots and replacements of a worker_group: when, and what follows from them.
 
 Everything here runs in the driver, between two looks at the actors.
 """
@@ -9,29 +9,35 @@ import warnings
 from math import inf
 
 from hamdist.errors import BlockError, ClusterError, HamdistError, HamdistWarning, SnapshotError
-from hamdist.runtime.plan.plan import Keeping, Plan
-from hamdist.runtime.ray_engine.replacement import Loss, Recovery
-from hamdist.runtime.ray_engine.worker_group import Actor, Crew
+from hamdist.runtime.plan.plan import Plan, SnapshotPolicy
+from hamdist.runtime.ray_engine.replacement import ActorLoss, Replacement
+from hamdist.runtime.ray_engine.worker_group import WorkerGroup, WorkerHandle
 from hamdist.runtime.results.result import Replaced
-from hamdist.runtime.snapshots.catalogue import Failures, Shelf
+from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
 PATIENCE_SECONDS = 20.0  # for all files of one
 LAST_SECONDS = 10.0  # for the one before the end
 
 
-class CrewKeeping:
+class SnapshotSupervision:
     """warnings: what went wrong on the way."""
 
-    def __init__(self, plan: Plan, crew: Crew, keeping: Keeping) -> None:
-        self._crew = crew
-        self._keeping = keeping
+    def __init__(
+        self, plan: Plan, worker_group: WorkerGroup, snapshot_policy: SnapshotPolicy
+    ) -> None:
+        self._worker_group = worker_group
+        self._policy = snapshot_policy
         self._blocks = plan.graph.blocks
         self._python_state = sorted(plan.graph.state)
-        self._shelf = Shelf(plan, crew.arithmetic)
-        self._recovery = Recovery(crew, keeping, self._shelf) if keeping.recover else None
-        self._losses: list[Loss] = []
-        self._seconds = keeping.seconds or inf
+        self._catalogue = SnapshotCatalogue(plan, worker_group.arithmetic)
+        self._recovery = (
+            Replacement(worker_group, snapshot_policy, self._catalogue)
+            if snapshot_policy.recover
+            else None
+        )
+        self._losses: list[ActorLoss] = []
+        self._seconds = snapshot_policy.seconds or inf
         self._end = plan.last_tick
         self._due: float | None = None
         self._asked: tuple[int, float] | None = None  # the tick of the latest, and when
@@ -39,11 +45,11 @@ class CrewKeeping:
         self._rate = 0.0
         self._last: int | None = None  # the tick of the one before the end
         self._last_by: float | None = None
-        self._failures = Failures()
+        self._failures = SnapshotFailures()
         self._tries_failed = False
         self._forgotten = False  # some actor has let signals go that a successor would need
         self._warnings: list[str] = []
-        crew.mourn = self._mourn
+        worker_group.on_lost = self._on_lost
 
     @property
     def warnings(self) -> list[str]:
@@ -52,12 +58,12 @@ class CrewKeeping:
     @property
     def snapshots(self) -> list[str]:
         self._collect()
-        return self._shelf.snapshots
+        return self._catalogue.snapshots
 
     @property
     def way_on(self) -> str:
         """What a run that stands still can be gone on from."""
-        latest = self._shelf.latest
+        latest = self._catalogue.latest
         if latest is None:
             return "; no snapshot was complete yet: the run has to begin again"
         return f"; the run can go on from its latest snapshot: --resume {latest.where}"
@@ -73,19 +79,19 @@ class CrewKeeping:
 
     # -- losses ---------------------------------------------------------------------------------
 
-    def _mourn(self, actor: Actor, error: HamdistError | None, loss: HamdistError) -> bool:
+    def _on_lost(self, actor: WorkerHandle, error: HamdistError | None, loss: HamdistError) -> bool:
         recovery = self._recovery
         if recovery is None or self._forgotten or (error is not None and not recovery.heals(error)):
             return False
         tick = error.tick if isinstance(error, BlockError) else actor.tick
-        self._losses.append(Loss(actor, tick, loss))
+        self._losses.append(ActorLoss(actor, tick, loss))
         return True
 
     def look(self, now: float) -> None:
         """Replaces what was lost, and asks for snapshots. Raises what cannot be healed."""
         self._collect()
         self._look_for_forgotten()
-        if self._asked is not None and self._crew.too_late():
+        if self._asked is not None and self._worker_group.too_late():
             self._asked = self._last = None
             self._due = now  # again, further ahead
         self._give_up_the_silent(now)
@@ -119,17 +125,19 @@ class CrewKeeping:
         Raises:
             SnapshotError: `snapshots.full` is 'end'.
         """
-        those = [actor.name for actor in self._crew.actors if actor.forgot]
-        those += ["the driver, where the stream is drawn,"] if self._crew.local_forgot else []
+        those = [actor.name for actor in self._worker_group.actors if actor.forgot]
+        those += (
+            ["the driver, where the stream is drawn,"] if self._worker_group.local_forgot else []
+        )
         before, self._forgotten = self._forgotten, bool(those)
         if before or not those:
             return
         reason = next(iter(self._failures.texts()), "no snapshot was complete in time")
         text = (
-            f"{those[0]} would keep more than snapshots.memory ({self._keeping.memory >> 20} "
+            f"{those[0]} would keep more than snapshots.memory ({self._policy.memory >> 20} "
             f"MiB) of signals: {reason}"
         )
-        if self._keeping.ends_full:
+        if self._policy.ends_full:
             raise SnapshotError(f"{text} (snapshots.full 'end')")
         text += "; until a snapshot is written nothing that is lost can be replaced"
         warnings.warn(text, HamdistWarning, stacklevel=2)
@@ -139,27 +147,27 @@ class CrewKeeping:
         if self._recovery is None:
             return
         known = {id(loss.actor) for loss in self._losses}
-        for actor in self._crew.silent(now, self._keeping.silence):
+        for actor in self._worker_group.silent(now, self._policy.silence):
             if actor.report is None and id(actor) not in known:
-                error = ClusterError(f"{actor} has not answered for {self._keeping.silence:g} s")
-                self._losses.append(Loss(actor, actor.tick, error))
+                error = ClusterError(f"{actor} has not answered for {self._policy.silence:g} s")
+                self._losses.append(ActorLoss(actor, actor.tick, error))
 
     # -- snapshots ------------------------------------------------------------------------------
 
     def _collect(self) -> None:
-        for kept in self._crew.kept():
+        for kept in self._worker_group.kept():
             if kept.failure is not None:
                 self._failures.add(kept.failure)
                 self._tries_failed = True
             for taken in kept.taken:
                 try:
-                    complete = self._shelf.put(taken)
+                    complete = self._catalogue.put(taken)
                 except SnapshotError as error:
                     self._failures.add(str(error))
                     self._tries_failed = True
                     continue
                 if complete is not None:
-                    self._crew.complete(complete.tick)
+                    self._worker_group.complete(complete.tick)
                     self._asked_for_is_there(complete.tick)
 
     def _asked_for_is_there(self, tick: int) -> None:
@@ -167,7 +175,7 @@ class CrewKeeping:
         asked for."""
         if self._asked is not None and tick >= self._asked[0]:
             self._asked = None
-        for actor in self._crew.actors:
+        for actor in self._worker_group.actors:
             actor.kept_bytes = 0  # (the next look tells how many are left)
 
     def _ask_in_time(self, now: float) -> None:
@@ -188,10 +196,12 @@ class CrewKeeping:
     def _full(self) -> bool:
         """Whether somebody keeps so many signals that a snapshot is due: half of what may be kept,
         for it takes a while."""
-        return any(2 * actor.kept_bytes > self._keeping.memory for actor in self._crew.actors)
+        return any(
+            2 * actor.kept_bytes > self._policy.memory for actor in self._worker_group.actors
+        )
 
     def _front(self) -> int:
-        ticks = [k for a in self._crew.actors if a.status for k in a.status.ticks.values()]
+        ticks = [k for a in self._worker_group.actors if a.status for k in a.status.ticks.values()]
         return max(ticks, default=0)
 
     def _ask(self, now: float, front: int) -> int:
@@ -199,9 +209,9 @@ class CrewKeeping:
         tick = int(min(ahead, self._end))
         if self._tries_failed:
             self._tries_failed = False
-            self._shelf.forget_tries(tick)
+            self._catalogue.forget_tries(tick)
         self._asked = (tick, now)
-        self._crew.keep(tick)
+        self._worker_group.keep(tick)
         return tick
 
     def last(self, now: float) -> bool:
@@ -210,7 +220,7 @@ class CrewKeeping:
         if self._last is None and not self._losses:
             self._last = self._ask(now, self._front())
             self._last_by = self._last_by or now + LAST_SECONDS
-        latest = self._shelf.latest
+        latest = self._catalogue.latest
         if self._last is None:
             return False  # what was lost is replaced first
         if latest is not None and latest.tick >= self._last:

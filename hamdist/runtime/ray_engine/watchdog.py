@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.runtime.engines.worker import Wait
+from hamdist.runtime.engines.worker import BlockedChannel
 
 
 class Watchdog:
@@ -36,7 +36,7 @@ class Watchdog:
 
 
 def explain(
-    waits: Sequence[Wait], ticks: Mapping[str, int], silent: Sequence[str], seconds: float
+    waits: Sequence[BlockedChannel], ticks: Mapping[str, int], silent: Sequence[str], seconds: float
 ) -> str:
     """Why nothing moves: the edge that everybody waits for in the end, since when, for what.
 

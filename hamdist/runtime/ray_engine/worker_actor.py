@@ -1,4 +1,4 @@
-"""The Ray actor: a `Host` in a process of its own. It adds no mathematics.
+"""The Ray actor: a `Worker` in a process of its own. It adds no mathematics.
 
 Every method runs in the actor's process; `status`, `stop_stream` and `abort` in another thread
 while `run` runs.
@@ -18,8 +18,8 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hamdist.runtime.engines.worker import Host, HostReport, HostStatus, Opened
-from hamdist.runtime.placement.assign_hosts import Seat
+from hamdist.runtime.engines.worker import ReceivingEnds, Worker, WorkerReport, WorkerStatus
+from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.placement.links import Link, Probe
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
@@ -35,14 +35,14 @@ THREADS_OF_AN_ACTOR = 8
 ANSWER_SECONDS = 5.0
 
 
-class HostActor:
+class WorkerActor:
     """Where it runs is known before it gets its blocks: only then can channels choose their way.
 
     path: the driver's sys.path, so that the modules of users' blocks are found here as well.
     """
 
     def __init__(self, path: Sequence[str]) -> None:
-        self._host: Host | None = None
+        self._host: Worker | None = None
         self._probe: Probe | None = None
         self._keys: Keys | None = None
         # What the imports have made stays: without it the collection with which every run begins
@@ -105,12 +105,12 @@ class HostActor:
         blocks: Sequence[str],
         stream: Stream | None,
         binds: Mapping[int, str],
-    ) -> Opened:
+    ) -> ReceivingEnds:
         """Builds the blocks and opens the receiving ends; returns where they are."""
-        self._host = Host(plan, blocks, stream, self._keys)
+        self._host = Worker(plan, blocks, stream, self._keys)
         return self._host.bind(binds)
 
-    def connect(self, ends: Opened) -> int:
+    def connect(self, ends: ReceivingEnds) -> int:
         return self._prepared().connect(ends)
 
     def answer_offers(self) -> None:
@@ -119,10 +119,10 @@ class HostActor:
     def hear_answers(self) -> tuple[int, list[Refusal]]:
         return self._prepared().hear_answers()
 
-    def bind_anew(self, ways: Mapping[int, str]) -> Opened:
+    def bind_anew(self, ways: Mapping[int, str]) -> ReceivingEnds:
         return self._prepared().bind_anew(ways)
 
-    def connect_anew(self, ends: Opened) -> int:
+    def connect_anew(self, ends: ReceivingEnds) -> int:
         return self._prepared().connect_anew(ends)
 
     def keep(self, run: int, tick: int) -> bool:
@@ -142,11 +142,11 @@ class HostActor:
         if host is not None:
             host.withdraw(key)
 
-    def run(self, index: int, actors: int) -> HostReport:
+    def run(self, index: int, actors: int) -> WorkerReport:
         """index: of this actor among the `actors` of its host."""
         return self._prepared().run(index, actors)
 
-    def status(self, seen: int, every: int | None) -> HostStatus:
+    def status(self, seen: int, every: int | None) -> WorkerStatus:
         return self._prepared().status(seen, every)
 
     def stop_stream(self, run: int) -> None:
@@ -165,13 +165,13 @@ class HostActor:
             self._host.close()
             self._host = None
 
-    def _of(self, run: int) -> Host | None:
+    def _of(self, run: int) -> Worker | None:
         """The host of a run; None where the actor has gone on to another. The driver does not wait
         for all its calls: on a busy machine one may come when the next run has begun."""
         host = self._host
         return host if host is not None and host.number == run else None
 
-    def _prepared(self) -> Host:
+    def _prepared(self) -> Worker:
         if self._host is None:
             raise RuntimeError("prepare() comes first")
         return self._host
@@ -186,31 +186,36 @@ def is_alive(actor: Any) -> bool:
     return True
 
 
-def start_actor(seat: Seat) -> Any:
+def start_actor(actor_options: ActorOptions) -> Any:
     """A new actor in Ray, restarted by nobody: what it knows is lost with it. Ray keeps no events
     of its calls: with them its head grew by 100 MiB in an hour of being asked how far it is."""
     options = {
-        **_reserved(seat),
-        "num_gpus": seat.gpus,
+        **_reserved(actor_options),
+        "num_gpus": actor_options.gpus,
         "max_concurrency": THREADS_OF_AN_ACTOR,
         "max_restarts": 0,
         "enable_task_events": False,
     }
-    if seat.environment:
-        options["runtime_env"] = {"env_vars": dict(seat.environment)}
-    return ray.remote(HostActor).options(**options).remote(sys.path)
+    if actor_options.environment:
+        options["runtime_env"] = {"env_vars": dict(actor_options.environment)}
+    return ray.remote(WorkerActor).options(**options).remote(sys.path)
 
 
-def _reserved(seat: Seat) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_cpus": seat.cpus, "resources": dict(seat.resources)}
-    if seat.node is not None:
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(seat.node, soft=False)
+def _reserved(actor_options: ActorOptions) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "num_cpus": actor_options.cpus,
+        "resources": dict(actor_options.resources),
+    }
+    if actor_options.node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+            actor_options.node, soft=False
+        )
     return options
 
 
 def timed_on(node: str) -> Any:
     """The seconds that a host takes for a fixed piece of arithmetic, as a reference."""
-    return ray.remote(_seconds).options(**_reserved(Seat(node=node))).remote()
+    return ray.remote(_seconds).options(**_reserved(ActorOptions(node=node))).remote()
 
 
 def _seconds() -> float:

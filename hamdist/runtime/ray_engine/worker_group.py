@@ -21,13 +21,19 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError, HamdistWarning, StreamError
 from hamdist.runtime.advice.advice import thread_warnings
-from hamdist.runtime.engines.worker import Host, HostReport, HostStatus, Kept, Opened
+from hamdist.runtime.engines.worker import (
+    ReceivingEnds,
+    SnapshotNews,
+    Worker,
+    WorkerReport,
+    WorkerStatus,
+)
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters, place
-from hamdist.runtime.placement.assign_hosts import Seat, seats
+from hamdist.runtime.placement.assign_hosts import ActorOptions, options_of_actors
 from hamdist.runtime.placement.links import Link, Probe, least_delays, pairs
-from hamdist.runtime.placement.requirements import demand
+from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import source_host
-from hamdist.runtime.plan.block_settings import wishes
+from hamdist.runtime.plan.block_settings import block_settings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.process.interrupts import deaf_to_interrupts
@@ -57,32 +63,32 @@ _random = random.SystemRandom()  # (the user's generators stay as they are)
 
 
 @dataclass(slots=True, eq=False)
-class Actor:
+class WorkerHandle:
     """One actor as the driver knows it."""
 
     name: str
     blocks: list[str]
     handle: Any
-    seat: Seat
+    actor_options: ActorOptions
     node: str = ""
     address: str = ""
     pid: int = 0
     key: str | None = None  # its public key in this run, where tcp sockets ask for one
     running: Any = None  # the call of run()
-    report: HostReport | None = None
-    status: HostStatus | None = None
+    report: WorkerReport | None = None
+    status: WorkerStatus | None = None
     asked: Any = None  # a status call under way
     asked_at: float = 0.0
     windows: list[Window] = field(default_factory=list)
     every: int | None = None
 
-    told: list[Kept] = field(default_factory=list)
+    told: list[SnapshotNews] = field(default_factory=list)
     kept_bytes: int = 0
     forgot: bool = False  # it has let signals go that a successor of a neighbour would need
 
-    def renew(self, seat: Seat, handle: Any, place: tuple[str, str, int]) -> None:
+    def renew(self, actor_options: ActorOptions, handle: Any, place: tuple[str, str, int]) -> None:
         """Another process takes the actor's part."""
-        self.seat, self.handle = seat, handle
+        self.actor_options, self.handle = actor_options, handle
         self.node, self.address, self.pid = place
         self.begin_again()
 
@@ -97,7 +103,7 @@ class Actor:
         """Where its hindmost block was, as far as it is known."""
         return None if self.status is None else min(self.status.ticks.values(), default=None)
 
-    def note(self, status: HostStatus) -> None:
+    def note(self, status: WorkerStatus) -> None:
         self.status = status
         if status.kept is not None:
             self.told.append(status.kept)
@@ -109,7 +115,7 @@ class Actor:
         return f"{self.name} (blocks {', '.join(self.blocks)}; process {self.pid})"
 
 
-class Crew:
+class WorkerGroup:
     """actors: of one run, on a Ray that is up. As a context it ends them, and their sockets.
 
     A stream that cannot leave the driver's process is drawn in a thread here (`local_report` is
@@ -121,14 +127,14 @@ class Crew:
         self._stream = stream
         self.session = session
         # What cannot be drawn again a second time stays here, where its log keeps what it gave.
-        keeps = plan.keeping is not None and plan.keeping.recover
+        keeps = plan.snapshot_policy is not None and plan.snapshot_policy.recover
         self._portable = stream.portable and (replays(stream) or not keeps)
-        self._local: Host | None = None
+        self._local: Worker | None = None
         self._keys: Keys | None = None  # this process's, where tcp sockets ask for one
         self._thread: threading.Thread | None = None
-        self.local_report: HostReport | None = None
-        self.actors: list[Actor] = []
-        self._keeping: list[Any] = []  # the calls of the latest keep() that have not been answered
+        self.local_report: WorkerReport | None = None
+        self.actors: list[WorkerHandle] = []
+        self._policy: list[Any] = []  # the calls of the latest keep() that have not been answered
         self._too_late = False
         self._called_off = False
         self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
@@ -136,9 +142,11 @@ class Crew:
         self.local_forgot = False  # as Actor.forgot, of a stream in this process
         self.lent = 0  # channels between GPUs of one host, at the start
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
-        self.mourn: Callable[[Actor, HamdistError | None, HamdistError], bool] | None = None
+        self.on_lost: Callable[[WorkerHandle, HamdistError | None, HamdistError], bool] | None = (
+            None
+        )
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -178,11 +186,13 @@ class Crew:
         cpus = int(ray.cluster_resources().get("CPU", 0))
         groups = place(plan.graph, plan.engine, max(1, _processors(cpus)), costs)
         with startup.phase("actors"):
-            own = self._seats(groups, costs)
+            own = self._options_of_actors(groups, costs)
             handles = self._all_or_none(own)
             self.actors = [
-                Actor(f"actor {i}", blocks, handle, seat)
-                for i, (blocks, handle, seat) in enumerate(zip(groups, handles, own, strict=True))
+                WorkerHandle(f"actor {i}", blocks, handle, actor_options)
+                for i, (blocks, handle, actor_options) in enumerate(
+                    zip(groups, handles, own, strict=True)
+                )
             ]
             for actor, where in zip(self.actors, self._all("where", lambda _: ()), strict=True):
                 actor.node, actor.address, actor.pid = where
@@ -201,21 +211,21 @@ class Crew:
             blocks = self.actors[i].blocks
             return plan.only(blocks), blocks, self.stream_of(i), binds[i]
 
-        ends: Opened = {}
+        ends: ReceivingEnds = {}
         with startup.phase("blocks"):
             for opened in self._all("prepare", arguments):
                 ends |= opened
         with startup.phase("sockets"):
             self._all("connect", lambda _: (ends,))
             if not self._portable:
-                self._local = Host(plan.only([]), [], self._stream, self._keys)
+                self._local = Worker(plan.only([]), [], self._stream, self._keys)
                 self._local.connect(ends)
             if any(end.address.startswith(GPU_SCHEME) for end in ends.values()):
                 self._lend()
         return plan
 
-    def _all_or_none(self, seats: Sequence[Seat]) -> list[Any]:
-        """Start an actor for each seat, and hold none while others are missing.
+    def _all_or_none(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
+        """Start an actor for each actor options, and hold none while others are missing.
 
         Two runs that start at once on a cluster with room for one of them could otherwise take half
         of it each and wait for each other. (Ray's placement groups reserve at once, too, but bind a
@@ -227,7 +237,7 @@ class Crew:
         patience = GATHER_SECONDS
         give_up = time.monotonic() + START_SECONDS
         while True:
-            handles = self.session.actors(seats)
+            handles = self.session.actors(options_of_actors)
             if self._plan.engine.address is None:
                 return handles
             calls = [handle.where.remote() for handle in handles]
@@ -273,8 +283,10 @@ class Crew:
         """Each process gets a key pair for this run, where signals go by tcp (curve.py)."""
         engine = self._plan.engine
         here = ray.get_runtime_context().get_node_id()
-        keeping = self._plan.keeping
-        moves = keeping is not None and keeping.recover and engine.address is not None
+        snapshot_policy = self._plan.snapshot_policy
+        moves = (
+            snapshot_policy is not None and snapshot_policy.recover and engine.address is not None
+        )
         spread = moves or len({here, *(actor.node for actor in self.actors)}) > 1
         by_tcp = engine.transport is TransportKind.TCP or (
             engine.transport is TransportKind.AUTO and spread
@@ -287,31 +299,33 @@ class Crew:
         for actor, key in zip(self.actors, self._all("new_key", lambda _: ()), strict=True):
             actor.key = key
 
-    def _seats(self, groups: Sequence[Sequence[str]], costs: Costs | None) -> list[Seat]:
+    def _options_of_actors(
+        self, groups: Sequence[Sequence[str]], costs: Costs | None
+    ) -> list[ActorOptions]:
         """What each actor asks Ray for. Raises ClusterError for what the cluster does not have."""
         plan = self._plan
-        asked = wishes(plan.graph, plan.engine)
+        asked = block_settings(plan.graph, plan.engine)
         known = hosts()
         names = list(plan.graph.blocks)
         work = by_parameters(plan.graph) if costs is None else costs.seconds
         busy = [sum(work[names.index(name)] for name in group) for group in groups]
         spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
         speeds = host_seconds(known) if spread is Spread.PROFILE else None
-        demands = [demand(group, asked, plan.engine) for group in groups]
-        found = seats(demands, known, spread, busy, speeds)
+        requests = [requirements(group, asked, plan.engine) for group in groups]
+        found = options_of_actors(requests, known, spread, busy, speeds)
         if plan.engine.bits is not Bits.PORTABLE:
             return found
-        return [seat.pinned(portable_environment()) for seat in found]
+        return [actor_options.pinned(portable_environment()) for actor_options in found]
 
     def way_to_compute(self) -> tuple[Switches, int, bool]:
-        """What `HostActor.compute_as` is told before an actor gets blocks."""
+        """What `WorkerActor.compute_as` is told before an actor gets blocks."""
         return self._plan.switches, self._plan.engine.threads, self._plan.native
 
-    def unlike(self, answers: Mapping[Actor, tuple[Arithmetic, list[str]]]) -> list[str]:
+    def unlike(self, answers: Mapping[WorkerHandle, tuple[Arithmetic, list[str]]]) -> list[str]:
         """Looks whether actors compute the same bits as this process.
 
         Args:
-            answers: of `HostActor.compute_as`, by actor.
+            answers: of `WorkerActor.compute_as`, by actor.
 
         Returns:
             What is to be said of those that do not; it has been warned of.
@@ -360,7 +374,7 @@ class Crew:
         self._all("end_probe", lambda _: ())
         return links
 
-    def _measured(self, number: int, first: Actor, second: Actor) -> Link:
+    def _measured(self, number: int, first: WorkerHandle, second: WorkerHandle) -> Link:
         answered = second.handle.answer_probe.remote(number)
         try:
             link, _ = ray.get(
@@ -383,7 +397,7 @@ class Crew:
         return next(i for i, actor in enumerate(self.actors) if host in actor.blocks)
 
     def binds(
-        self, i: int, inside: Sequence[set[str]], only: Sequence[Actor] | None = None
+        self, i: int, inside: Sequence[set[str]], only: Sequence[WorkerHandle] | None = None
     ) -> dict[int, str]:
         """What actor i receives from other processes (`only`: from those), and the way it comes."""
         senders: set[str] | None = None
@@ -397,7 +411,7 @@ class Crew:
             and (senders is None or channel.sender in senders)
         }
 
-    def _way(self, channel: Channel, receiver: Actor, inside: Sequence[set[str]]) -> str:
+    def _way(self, channel: Channel, receiver: WorkerHandle, inside: Sequence[set[str]]) -> str:
         sender = next(
             (a for a, s in zip(self.actors, inside, strict=True) if channel.sender in s), None
         )
@@ -407,7 +421,9 @@ class Crew:
         here = ray.get_runtime_context().get_node_id()
         return self._way_between(channel, here, key, receiver)
 
-    def _way_between(self, channel: Channel, node: str, key: str | None, receiver: Actor) -> str:
+    def _way_between(
+        self, channel: Channel, node: str, key: str | None, receiver: WorkerHandle
+    ) -> str:
         """node: the sender's host; key: its public key, if the receiver is to ask for it."""
         wanted = self._plan.engine.transport
         if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
@@ -442,13 +458,13 @@ class Crew:
         except RayError as error:
             raise ClusterError(f"an actor failed while it started: {last_line(error)}") from error
 
-    def start_again(self, actors: Sequence[Actor]) -> None:
+    def start_again(self, actors: Sequence[WorkerHandle]) -> None:
         """These run (once more)."""
         for actor in actors:
             together = [a for a in self.actors if a.node == actor.node]
             actor.running = actor.handle.run.remote(together.index(actor), len(together))
 
-    def connect_local(self, ends: Opened) -> int:
+    def connect_local(self, ends: ReceivingEnds) -> int:
         """The stream in this process sends to new ends (and runs, where it begins again)."""
         again = 0 if self._local is None else self._local.connect_anew(ends)
         self._start_local()
@@ -474,7 +490,7 @@ class Crew:
                 "be drawn again from an earlier one; go on from the latest snapshot (--resume)"
             )
         self._thread = self.local_report = None
-        self._local = Host(plan.only([]), [], self._stream, self._keys)
+        self._local = Worker(plan.only([]), [], self._stream, self._keys)
 
     def withdraw(self, key: str) -> None:
         """Nobody lets the holder of this key in any more."""
@@ -483,16 +499,16 @@ class Crew:
 
     def keep(self, tick: int) -> None:
         """All take a snapshot at `tick`."""
-        self._keeping = [
+        self._policy = [
             actor.handle.keep.remote(self._plan.run, tick) for actor in self.running.values()
         ]
         self._too_late = self._local is not None and not self._local.keep(tick)
 
     def too_late(self) -> bool:
         """Whether somebody had passed the tick of the latest `keep` when it was told."""
-        done, self._keeping = (
-            ray.wait(self._keeping, num_returns=len(self._keeping), timeout=0)
-            if self._keeping
+        done, self._policy = (
+            ray.wait(self._policy, num_returns=len(self._policy), timeout=0)
+            if self._policy
             else ([], [])
         )
         for call in done:
@@ -507,7 +523,7 @@ class Crew:
         if self._local is not None:
             self._local.complete(tick)
 
-    def kept(self) -> list[Kept]:
+    def kept(self) -> list[SnapshotNews]:
         """What all have told of their snapshots since the last call."""
         found = [kept for actor in self.actors for kept in actor.told]
         for actor in self.actors:
@@ -529,7 +545,7 @@ class Crew:
             self._thread.start()
 
     def _run_local(self) -> None:
-        report = HostReport(error=StreamError("the thread of the stream ended before its time"))
+        report = WorkerReport(error=StreamError("the thread of the stream ended before its time"))
         try:
             if self._local is not None:
                 report = self._local.run()
@@ -537,7 +553,7 @@ class Crew:
             self.local_report = report
 
     @property
-    def running(self) -> dict[Any, Actor]:
+    def running(self) -> dict[Any, WorkerHandle]:
         """The run calls that have not been collected, with their actors."""
         return {a.running: a for a in self.actors if a.running is not None and a.report is None}
 
@@ -567,7 +583,7 @@ class Crew:
         if self.local_report is not None and self.local_report.error is not None:
             raise self.local_report.error
 
-    def _collect(self, actor: Actor, call: Any) -> None:
+    def _collect(self, actor: WorkerHandle, call: Any) -> None:
         """The report of an actor that has finished. Raises what ended it."""
         try:
             actor.report = ray.get(call)
@@ -577,7 +593,7 @@ class Crew:
             lost = ClusterError(
                 f"{actor} died: {last_line(error)}; was it killed, or out of memory?"
             )
-            if self.mourn is not None and self.mourn(actor, None, lost):
+            if self.on_lost is not None and self.on_lost(actor, None, lost):
                 actor.running = None
                 return
             raise lost from error
@@ -590,7 +606,7 @@ class Crew:
             if report is not None and report.kept is not None:
                 actor.told.append(report.kept)
             return
-        if self.mourn is not None and self.mourn(actor, report.error, report.error):
+        if self.on_lost is not None and self.on_lost(actor, report.error, report.error):
             actor.report = actor.running = None
             return
         raise report.error
@@ -610,7 +626,7 @@ class Crew:
             with contextlib.suppress(RayError):  # an actor that died is found by its run call
                 actor.note(ray.get(call))
 
-    def silent(self, now: float, seconds: float = ANSWER_SECONDS) -> list[Actor]:
+    def silent(self, now: float, seconds: float = ANSWER_SECONDS) -> list[WorkerHandle]:
         """The actors that have not answered for a while."""
         return [a for a in self.actors if a.asked is not None and now - a.asked_at > seconds]
 
@@ -621,7 +637,7 @@ class Crew:
         known = [a.report or a.status for a in self.actors]
         return max((k.samples for k in known if k is not None), default=0)
 
-    def reports(self) -> list[HostReport]:
+    def reports(self) -> list[WorkerReport]:
         """Of the actors that have finished, and of a stream in the driver."""
         reports = [a.report for a in self.actors if a.report is not None]
         return reports if self.local_report is None else [*reports, self.local_report]
@@ -665,13 +681,13 @@ class Crew:
             with contextlib.suppress(RayError):  # it died
                 ray.get(call)
                 obedient.append(closed[call])
-        self.session.idle.extend((actor.seat, actor.handle) for actor in obedient)
+        self.session.idle.extend((actor.actor_options, actor.handle) for actor in obedient)
         killed = [actor for actor in self.actors if actor not in obedient]
         for actor in killed:
             ray.kill(actor.handle)
         self._outlast(killed)
 
-    def _outlast(self, killed: Sequence[Actor]) -> None:
+    def _outlast(self, killed: Sequence[WorkerHandle]) -> None:
         """Waits until the processes of killed actors on this host are gone."""
         here = ray.get_runtime_context().get_node_id() if killed else ""
         processes = []

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Desk:
+class CastPlan:
     """Where the signals of one block come in. device: 'cpu', 'cuda', 'cuda:N' or 'auto'.
     inputs: the type in which the block takes the states that come along an edge, by the edge's
     index; messages: that of its own h; targets: that of a readout. None, or an edge that is not
@@ -33,7 +33,7 @@ class Desk:
     targets: torch.dtype | None = None
     autocast: bool = False
 
-    def at(self, device: str) -> Desk:
+    def at(self, device: str) -> CastPlan:
         """The same border on another device."""
         return replace(self, device=device)
 
@@ -51,22 +51,26 @@ class Desk:
         return wanted
 
 
-class Border:
-    """A `Desk` in the process of its block. Of a block without one everything goes as it is."""
+class CastBorder:
+    """A `CastPlan` in the process of its block. Of a block without one everything goes as it is."""
 
-    def __init__(self, desk: Desk | None) -> None:
-        self._desk = desk
-        self.device = CPU if desk is None else desk.resolved()
-        self.autocast = desk is not None and desk.autocast
+    def __init__(self, cast_plan: CastPlan | None) -> None:
+        self._cast_plan = cast_plan
+        self.device = CPU if cast_plan is None else cast_plan.resolved()
+        self.autocast = cast_plan is not None and cast_plan.autocast
 
     def state(self, edge: int, h: Tensor) -> Tensor:
-        return h if self._desk is None else entered(h, self.device, self._desk.inputs.get(edge))
+        return (
+            h
+            if self._cast_plan is None
+            else entered(h, self.device, self._cast_plan.inputs.get(edge))
+        )
 
     def message(self, m: Tensor) -> Tensor:
-        return m if self._desk is None else entered(m, self.device, self._desk.messages)
+        return m if self._cast_plan is None else entered(m, self.device, self._cast_plan.messages)
 
     def target(self, y: Tensor) -> Tensor:
-        return y if self._desk is None else entered(y, self.device, self._desk.targets)
+        return y if self._cast_plan is None else entered(y, self.device, self._cast_plan.targets)
 
     def own(self, tensor: Tensor) -> Tensor:
         """A tensor of the block itself, on its device."""

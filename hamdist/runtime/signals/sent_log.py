@@ -7,7 +7,7 @@ signals can say, for any receiver, what is under way.
 
 Where lost processes are to be replaced a sender keeps more: all since the latest snapshot of the
 whole run, for a neighbour may have to begin there again. A posted payload is never written again
-(mail.py), so keeping it is a reference, not a copy. What lies on a GPU is kept there (up to
+(mailbox.py), so keeping it is a reference, not a copy. What lies on a GPU is kept there (up to
 `snapshots.memory`), by its own sender: a sender that dies takes nothing along that others need, for
 its successor makes it again out of the snapshot, which is in files.
 """
@@ -27,7 +27,7 @@ OBJECT_BYTES = 700
 WEIGHED = 16  # signals, by channel on average, between two looks at what all of them take
 
 
-class Log:
+class ChannelLog:
     """The latest signals of one channel. first: the number of the oldest one; nbytes: of memory
     that they take."""
 
@@ -84,7 +84,7 @@ def _nbytes(signal: Signal) -> int:
     return OBJECT_BYTES + (0 if signal.payload is None else signal.payload.nbytes)
 
 
-class Ledger:
+class SentLog:
     """inside: the nodes of this process. replays: signals are kept since the latest snapshot.
     limit: bytes that they may take; with more they are let go, and nobody can begin again from the
     latest snapshot (`forgot`) until one is complete that was taken after that."""
@@ -98,7 +98,7 @@ class Ledger:
         self.forgot = False
         self.posted: dict[int, int] = {}
         self.taken: dict[int, int] = {}
-        self.logs: dict[int, Log] = {}
+        self.logs: dict[int, ChannelLog] = {}
         self._marks: dict[int, dict[int, int]] = {}  # by tick of a snapshot: `posted` of that time
 
     def post(self, channel: Channel, signal: Signal) -> int:
@@ -121,10 +121,10 @@ class Ledger:
     def take(self, channel: Channel) -> None:
         self.taken[channel.number] = self.taken.get(channel.number, 0) + 1
 
-    def log(self, channel: Channel) -> Log:
+    def log(self, channel: Channel) -> ChannelLog:
         log = self.logs.get(channel.number)
         if log is None:
-            log = self.logs[channel.number] = Log(channel.capacity)
+            log = self.logs[channel.number] = ChannelLog(channel.capacity)
         return log
 
     def mark(self, tick: int) -> None:

@@ -253,7 +253,7 @@ def _strides(shape: torch.Size) -> tuple[int, ...]:
     return tuple(reversed(made))
 
 
-class Form(NamedTuple):
+class WireForm(NamedTuple):
     """What a payload is made of. array: its bytes, to ctypes; fill: bytes up to a multiple of 8."""
 
     shape: tuple[int, ...]
@@ -277,7 +277,7 @@ class Packed(NamedTuple):
 
     stamp: Stamp
     flags: int
-    form: Form | None
+    form: WireForm | None
     apart: int | None
     start: int
     end: int
@@ -294,10 +294,10 @@ class Packer:
         self._run = run
         self._channel = channel
         self._made: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
-        self._forms: dict[tuple[Any, ...], Form] = {}
-        self._seen: dict[bytes, tuple[int, Form | None]] = {}
+        self._forms: dict[tuple[Any, ...], WireForm] = {}
+        self._seen: dict[bytes, tuple[int, WireForm | None]] = {}
 
-    def form(self, payload: Tensor) -> Form:
+    def form(self, payload: Tensor) -> WireForm:
         """Raises WireError for a tensor that cannot be sent."""
         key = (payload.dtype, payload.shape)
         form = self._forms.get(key)
@@ -313,7 +313,7 @@ class Packer:
             raise WireError(f"{self._channel}: a payload has to be contiguous, see ready()")
         return form
 
-    def header(self, signal: Signal, form: Form | None, index: int | None = None) -> bytes:
+    def header(self, signal: Signal, form: WireForm | None, index: int | None = None) -> bytes:
         """index: of a payload that goes another way."""
         flags = (
             (END if signal.end else 0)
@@ -357,7 +357,7 @@ class Packer:
             )
         return Packed(Stamp(*stamp), flags, form, None, start, end)
 
-    def _checked(self, message: bytes, at: int) -> tuple[int, Form | None]:
+    def _checked(self, message: bytes, at: int) -> tuple[int, WireForm | None]:
         """The flags and the form of a header that was not seen before."""
         channel = self._channel
         magic, form, kind, flags, code, dims, run, number = _FIXED.unpack_from(message, at)
@@ -381,7 +381,7 @@ class Packer:
             raise WireError(f"{channel}: bytes do not make shape {shape} of {_DTYPES[code]}")
         return flags, _form(shape, _DTYPES[code])
 
-    def unpack(self, message: bytes, apart: Callable[[Form, int], Tensor]) -> list[Signal]:
+    def unpack(self, message: bytes, apart: Callable[[WireForm, int], Tensor]) -> list[Signal]:
         """The signals of a message, their payloads copied into aligned memory of their own.
 
         apart: fetches a payload that went another way.
@@ -403,9 +403,9 @@ class Packer:
                 return signals
 
 
-def _form(shape: tuple[int, ...], dtype: torch.dtype) -> Form:
+def _form(shape: tuple[int, ...], dtype: torch.dtype) -> WireForm:
     nbytes = math.prod(shape) * dtype.itemsize
-    return Form(shape, dtype, nbytes, ctypes.c_char * nbytes, bytes(-nbytes % 8))
+    return WireForm(shape, dtype, nbytes, ctypes.c_char * nbytes, bytes(-nbytes % 8))
 
 
 def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:

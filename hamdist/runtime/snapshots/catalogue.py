@@ -11,7 +11,7 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import HamdistWarning, SnapshotError
 from hamdist.runtime.plan.plan import Plan, fingerprint
 from hamdist.runtime.process.arithmetic import Arithmetic
-from hamdist.runtime.snapshots.writer import Taken
+from hamdist.runtime.snapshots.writer import WrittenFiles
 from hamdist.runtime.storage.claims import now
 from hamdist.runtime.storage.snapshot_files import (
     FORMAT,
@@ -25,24 +25,26 @@ from hamdist.runtime.storage.snapshot_files import (
 from hamdist.runtime.storage.store import storage
 
 
-class Shelf:
+class SnapshotCatalogue:
     """latest: the latest complete snapshot, with which the run began or that it has taken.
     arithmetic: of all kinds of processes that the run has had so far; without any, of this one."""
 
     def __init__(self, plan: Plan, arithmetic: Sequence[Arithmetic] = ()) -> None:
-        if plan.keeping is None:
+        if plan.snapshot_policy is None:
             raise SnapshotError("the run takes no snapshots")
-        self._keeping = plan.keeping
-        self._store = storage(plan.keeping.path)
+        self._policy = plan.snapshot_policy
+        self._store = storage(plan.snapshot_policy.path)
         self._nodes = {INPUT, *plan.graph.blocks}
-        self._network = fingerprint(plan, Settings.model_validate(plan.keeping.settings))
+        self._network = fingerprint(plan, Settings.model_validate(plan.snapshot_policy.settings))
         self._delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
         self._run = f"{plan.run:016x}"
-        self._taken: dict[int, list[Taken]] = {}  # by tick, of snapshots that are not complete
+        self._taken: dict[
+            int, list[WrittenFiles]
+        ] = {}  # by tick, of snapshots that are not complete
         self._skip = plan.skip
         self._arithmetic = arithmetic or [plan.arithmetic]
         self._switches = plan.switches
-        self.latest: Snapshot | None = plan.keeping.snapshot
+        self.latest: Snapshot | None = plan.snapshot_policy.snapshot
         self._kept: list[Snapshot] = []
         self._resumed = self.latest  # what the run began with
         self._damaged: set[str] = set()  # folders of snapshots that the run went back behind
@@ -91,7 +93,7 @@ class Shelf:
             self.latest = self._kept[-1] if self._kept else self._resumed
         return faults
 
-    def put(self, taken: Taken) -> Snapshot | None:
+    def put(self, taken: WrittenFiles) -> Snapshot | None:
         """Notes the files of one process; the snapshot, if it is complete with them."""
         if self.latest is not None and taken.tick <= self.latest.tick:
             return None
@@ -105,7 +107,7 @@ class Shelf:
             tick=taken.tick,
             run=self._run,
             parts=parts,
-            settings=dict(self._keeping.settings),
+            settings=dict(self._policy.settings),
             network=self._network,
             delays=self._delays,
             versions=versions(),
@@ -115,16 +117,16 @@ class Shelf:
             passed=max(one.passed for one in those),
             skip=self._skip,
             time=now(),
-            stream=dict(self._keeping.stream),
+            stream=dict(self._policy.stream),
         )
         self._damaged.discard(folder_of(taken.tick))
-        self.latest = conclude(self._store, manifest, self._keeping.keep, self._damaged)
-        self._kept = [*self._kept, self.latest][-self._keeping.keep :]
+        self.latest = conclude(self._store, manifest, self._policy.keep, self._damaged)
+        self._kept = [*self._kept, self.latest][-self._policy.keep :]
         self._taken = {tick: one for tick, one in self._taken.items() if tick > taken.tick}
         return self.latest
 
 
-class Failures:
+class SnapshotFailures:
     """Snapshots that were not written: said when the first one fails, and counted."""
 
     def __init__(self) -> None:

@@ -6,47 +6,47 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.signals.sent_log import Ledger
-from hamdist.runtime.snapshots.catalogue import Failures, Shelf
-from hamdist.runtime.snapshots.writer import Keeper, Rememberer, Taken
+from hamdist.runtime.signals.sent_log import SentLog
+from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
+from hamdist.runtime.snapshots.writer import SnapshotWriter, Stateful, WrittenFiles
 
 
-class KeptRun:
+class InProcessSnapshots:
     """As a context it waits for the last files in the end. on: the run goes on from a snapshot."""
 
     def __init__(
-        self, plan: Plan, nodes: Sequence[Rememberer], mail: Mailroom, ledger: Ledger
+        self, plan: Plan, nodes: Sequence[Stateful], mailbox: Mailbox, sent_log: SentLog
     ) -> None:
-        if plan.keeping is None:
+        if plan.snapshot_policy is None:
             raise ValueError("the run keeps nothing")
         self._nodes = nodes
-        self._keeping = plan.keeping
-        self._shelf = Shelf(plan)
-        self._failures = Failures()
-        self.keeper = Keeper(plan, nodes, mail, ledger, self._written)
-        self.on = plan.keeping.snapshot is not None
-        self._seconds = plan.keeping.seconds or inf
+        self._policy = plan.snapshot_policy
+        self._catalogue = SnapshotCatalogue(plan)
+        self._failures = SnapshotFailures()
+        self.snapshot_writer = SnapshotWriter(plan, nodes, mailbox, sent_log, self._written)
+        self.on = plan.snapshot_policy.snapshot is not None
+        self._seconds = plan.snapshot_policy.seconds or inf
         self._due = time.monotonic() + self._seconds
 
     def restore(self) -> None:
         """Goes on from the snapshot that was asked for."""
-        if self._keeping.snapshot is not None:
-            self.keeper.restore(self._keeping.snapshot)
+        if self._policy.snapshot is not None:
+            self.snapshot_writer.restore(self._policy.snapshot)
 
     def look(self) -> None:
         """Between two events: asks for a snapshot when it is time."""
         self._look_for_failures()
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + self._seconds
-            self.keeper.ask(self._soon())
+            self.snapshot_writer.ask(self._soon())
 
     def _look_for_failures(self) -> None:
-        failure = self.keeper.failure()
+        failure = self.snapshot_writer.failure()
         if failure is not None:
             self._failures.add(failure)
-            self._shelf.forget_tries(self.keeper.reached)
+            self._catalogue.forget_tries(self.snapshot_writer.reached)
 
     def _soon(self) -> int:
         """The next tick that nobody has begun."""
@@ -56,25 +56,25 @@ class KeptRun:
         """`stop`, behind a last snapshot."""
 
         def ask() -> None:
-            if not self.keeper.ask(self._soon(), stop):
+            if not self.snapshot_writer.ask(self._soon(), stop):
                 stop()
 
         return ask
 
-    def _written(self, taken: Taken) -> None:
-        self._shelf.put(taken)
+    def _written(self, taken: WrittenFiles) -> None:
+        self._catalogue.put(taken)
 
     @property
     def snapshots(self) -> list[str]:
-        return self._shelf.snapshots
+        return self._catalogue.snapshots
 
     @property
     def warnings(self) -> list[str]:
         self._look_for_failures()
         return self._failures.texts()
 
-    def __enter__(self) -> KeptRun:
+    def __enter__(self) -> InProcessSnapshots:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.keeper.close()
+        self.snapshot_writer.close()

@@ -3,7 +3,7 @@
 At a cut all nodes of a process stand before the same tick. What they remember is copied there and
 then, which takes as long as copying the weights; a thread writes the files while learning goes on.
 Cuts at one tick in all processes make one snapshot: what a node sent before its tick K and its
-receiver had not taken before that one's tick K is written with the sender (ledger.py).
+receiver had not taken before that one's tick K is written with the sender (log of sent signals.py).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.state.remember import Packing, check_names
 from hamdist.errors import SnapshotError
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.signals.sent_log import Ledger
+from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.storage.snapshot_files import (
-    Part,
     Snapshot,
+    SnapshotFile,
     file_of,
     folder_of,
     make_room,
@@ -37,7 +37,7 @@ from hamdist.runtime.storage.snapshot_files import (
 from hamdist.runtime.storage.store import storage
 
 
-class Rememberer(Protocol):
+class Stateful(Protocol):
     """A node, or the stream."""
 
     name: str
@@ -52,23 +52,23 @@ class Rememberer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class WrittenFiles:
     """The files of one process at one tick. samples: that the stream had given, if it is here, and
     passed over."""
 
     tick: int
-    parts: dict[str, Part]
+    parts: dict[str, SnapshotFile]
     samples: int = 0
     passed: int = 0
 
 
 @dataclass(slots=True)
 class _Done:
-    taken: list[Taken] = field(default_factory=list)
+    taken: list[WrittenFiles] = field(default_factory=list)
     failure: str | None = None
 
 
-class Keeper:
+class SnapshotWriter:
     """The snapshots of the `nodes` of one process. As a `Cut` (loop.py) it takes one at every
     multiple of `every` ticks, at a tick that is asked for, and the last one before the stream has
     come to the end of its steps, so that it can go on with more of them. written: called from the
@@ -77,20 +77,20 @@ class Keeper:
     def __init__(
         self,
         plan: Plan,
-        nodes: Sequence[Rememberer],
-        mail: Mailroom,
-        ledger: Ledger,
-        written: Callable[[Taken], None] | None = None,
+        nodes: Sequence[Stateful],
+        mailbox: Mailbox,
+        sent_log: SentLog,
+        written: Callable[[WrittenFiles], None] | None = None,
     ) -> None:
-        if plan.keeping is None:
-            raise ValueError("a plan without snapshots has no keeper")
-        self._keeping = plan.keeping
+        if plan.snapshot_policy is None:
+            raise ValueError("a plan without snapshots has no snapshot writer")
+        self._policy = plan.snapshot_policy
         self._run = plan.run
         self._nodes = list(nodes)
-        self._mail = mail
-        self._ledger = ledger
+        self._mailbox = mailbox
+        self._sent_log = sent_log
         self._blocks = list(plan.graph.blocks)
-        self._store = storage(self._keeping.path)
+        self._store = storage(self._policy.path)
         self._out: dict[str, list[Channel]] = {node.name: [] for node in nodes}
         self._in: dict[str, list[Channel]] = {node.name: [] for node in nodes}
         for channel in plan.channels.all():
@@ -98,7 +98,7 @@ class Keeper:
                 self._out[channel.sender].append(channel)
             if channel.receiver in self._in:
                 self._in[channel.receiver].append(channel)
-        self._every = self._keeping.every
+        self._every = self._policy.every
         self._asked: float = inf
         self._then: Callable[[], None] | None = None
         self._lock = threading.RLock()  # (a signal may come while this thread has it)
@@ -132,7 +132,7 @@ class Keeper:
         """The tick behind `tick` at which a snapshot is taken without being asked for."""
         then = inf if self._every is None else (tick // self._every + 1) * self._every
         if then > self._end:
-            return self._end if self._keeping.last and tick < self._end else inf
+            return self._end if self._policy.last and tick < self._end else inf
         return then
 
     def _now(self) -> float:
@@ -161,7 +161,7 @@ class Keeper:
     def _take(self, tick: int) -> None:
         if self._writing is not None:
             self._writing.result()  # the disk is slower than the interval: learning waits for it
-        self._ledger.mark(tick)
+        self._sent_log.mark(tick)
         files = []
         samples = passed = 0
         for node in self._nodes:
@@ -172,22 +172,22 @@ class Keeper:
                 passed = int(getattr(node, "passed", 0))
         self._writing = self._pool.submit(self._write, tick, files, samples, passed)
 
-    def _state(self, node: Rememberer) -> dict[str, Any]:
-        out, into, digests = self._out[node.name], self._in[node.name], self._mail.digests
+    def _state(self, node: Stateful) -> dict[str, Any]:
+        out, into, digests = self._out[node.name], self._in[node.name], self._mailbox.digests
         return {
             "node": node.snapshot(),
-            "out": {c.key: self._mail.snapshot(c) for c in out},
-            "in": {c.key: self._mail.taken(c) for c in into},
+            "out": {c.key: self._mailbox.snapshot(c) for c in out},
+            "in": {c.key: self._mailbox.taken(c) for c in into},
             **({} if digests is None else {"digests": digests.snapshot(node.name, out, into)}),
         }
 
     def _write(
         self, tick: int, files: Sequence[tuple[str, Any, list[Tensor]]], samples: int, passed: int
     ) -> None:
-        parts: dict[str, Part] = {}
+        parts: dict[str, SnapshotFile] = {}
         try:
             for name, data, tensors in files:
-                file = file_of(name, self._blocks, self._run, self._keeping.epoch)
+                file = file_of(name, self._blocks, self._run, self._policy.epoch)
                 written = to_bytes(data, tensors)
                 try:
                     parts[name] = write_part(self._store, tick, file, written)
@@ -195,7 +195,7 @@ class Keeper:
                     if not (error.full and make_room(self._store)):
                         raise
                     parts[name] = write_part(self._store, tick, file, written)
-            taken = Taken(tick, parts, samples, passed)
+            taken = WrittenFiles(tick, parts, samples, passed)
             if self._written is not None:
                 self._written(taken)
                 return
@@ -208,7 +208,7 @@ class Keeper:
         with self._lock:
             self._done.taken.append(taken)
 
-    def collected(self) -> tuple[list[Taken], str | None]:
+    def collected(self) -> tuple[list[WrittenFiles], str | None]:
         """What was written since the last call, and what went wrong."""
         with self._lock:
             done, self._done = self._done, _Done()
@@ -234,8 +234,8 @@ class Keeper:
         for node in self._nodes:
             state = dict(snapshot.state(node.name, node.device))
             digests = state.pop("digests", None)
-            if self._mail.digests is not None:
-                self._mail.digests.restore(digests)
+            if self._mailbox.digests is not None:
+                self._mailbox.digests.restore(digests)
             check_names(f"node {node.name!r}", state, ("node", "out", "in"))
             states[node.name] = state
         for node in self._nodes:
@@ -251,13 +251,13 @@ class Keeper:
             for channel in self._out[node.name]:
                 there = states.get(channel.receiver)
                 taken = None if there is None else there["in"][channel.key]
-                self._mail.restore(channel, states[node.name]["out"][channel.key], taken)
+                self._mailbox.restore(channel, states[node.name]["out"][channel.key], taken)
             for channel in self._in[node.name]:
                 if channel.sender not in states:
-                    self._mail.restore(channel, None, states[node.name]["in"][channel.key])
+                    self._mailbox.restore(channel, None, states[node.name]["in"][channel.key])
         tick = snapshot.tick
         with self._lock:
             self.reached = tick
             self._next = self._following(tick)
             self.due = min(self._next, self._asked)
-        self._ledger.mark(tick)
+        self._sent_log.mark(tick)

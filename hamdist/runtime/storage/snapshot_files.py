@@ -64,7 +64,7 @@ class _Checked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Part(_Checked):
+class SnapshotFile(_Checked):
     """One file. nbytes: its size; sha256: of all its bytes."""
 
     file: str = Field(pattern=r"^\w[\w.-]*$")
@@ -84,7 +84,7 @@ class Manifest(_Checked):
     format: int = Field(ge=1)
     tick: int
     run: str
-    parts: dict[str, Part]
+    parts: dict[str, SnapshotFile]
     settings: dict[str, Any]
     network: dict[str, Any]
     delays: dict[str, int]
@@ -207,7 +207,7 @@ class Snapshot:
             if nodes is None or node in nodes:
                 self._bytes(part, f"{self.where}/{self.folder}/{part.file}")
 
-    def _bytes(self, part: Part, name: str) -> bytes:
+    def _bytes(self, part: SnapshotFile, name: str) -> bytes:
         data = storage(self.where).read(f"{self.folder}/{part.file}")
         if len(data) != part.nbytes:
             raise SnapshotError(f"{name}: {len(data)} bytes, but {part.nbytes} were written")
@@ -316,10 +316,10 @@ def remove_unfinished(store: Storage, before: int) -> None:
             store.remove(name)
 
 
-def write_part(store: Storage, tick: int, file: str, data: bytes) -> Part:
+def write_part(store: Storage, tick: int, file: str, data: bytes) -> SnapshotFile:
     """One node's file."""
     store.write(f"{folder_of(tick)}/{file}", data)
-    return Part(file=file, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return SnapshotFile(file=file, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def conclude(

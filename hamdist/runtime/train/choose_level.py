@@ -34,7 +34,7 @@ from hamdist.config import (
     merge,
 )
 from hamdist.dynamics.graph.graph import Graph
-from hamdist.errors import Choice
+from hamdist.errors import ChoiceWarning
 from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.smoothness import MOST_ITEMS, Smoothness
@@ -45,7 +45,7 @@ SHARE_OF_THE_RUN = 10
 
 
 @dataclass(frozen=True)
-class Seen:
+class LevelFacts:
     """What the choice depends on. depth: D; frames: S (None: not known); batch: rows."""
 
     depth: int
@@ -55,7 +55,7 @@ class Seen:
     ends: bool = False
 
 
-def chosen(settings: Settings, seen: Seen) -> tuple[Settings, list[str]]:
+def chosen(settings: Settings, seen: LevelFacts) -> tuple[Settings, list[str]]:
     """`settings` at the level that fits, with what it says of that level merged in; and why."""
     level, reason = _level(settings, seen)
     why = [f"level {level.value!r}: {reason}"]
@@ -68,7 +68,7 @@ def chosen(settings: Settings, seen: Seen) -> tuple[Settings, list[str]]:
     return Settings.model_validate(merge(raw, over)), why
 
 
-def _level(settings: Settings, seen: Seen) -> tuple[Level, str]:
+def _level(settings: Settings, seen: LevelFacts) -> tuple[Level, str]:
     given = settings.locality
     trip = 2 * seen.depth
     if given.memory is Memory.REVERSIBLE:
@@ -105,7 +105,7 @@ def _level(settings: Settings, seen: Seen) -> tuple[Level, str]:
     return Level.TRACE, f"{measured}, so messages have to meet their own samples' activations"
 
 
-def _scaling(own: Settings, level: Level, seen: Seen) -> tuple[dict[str, Any], list[str]]:
+def _scaling(own: Settings, level: Level, seen: LevelFacts) -> tuple[dict[str, Any], list[str]]:
     if level not in (Level.TRACE, Level.LOCAL) or not seen.depth:
         return {}, []
     if own.locality.compensation is not None or own.locality.delay_power is not None:
@@ -120,7 +120,7 @@ def _scaling(own: Settings, level: Level, seen: Seen) -> tuple[dict[str, Any], l
     return {"locality": {"compensation": "delay-scaled", "delay_power": power}}, [said]
 
 
-def _averaging(own: Settings, seen: Seen) -> tuple[dict[str, Any], list[str]]:
+def _averaging(own: Settings, seen: LevelFacts) -> tuple[dict[str, Any], list[str]]:
     learning = own.learning
     if "average" in learning.model_fields_set or learning.decay is not Decay.NONE:
         return {}, []
@@ -141,17 +141,17 @@ def resolved(
     """`settings` with `auto` replaced by what fits, the stream (of which the first items have been
     looked at), and why. graph_of: cuts the model.
 
-    Each reason is also told as a `Choice`, a kind of warning.
+    Each reason is also told as a `ChoiceWarning`, a kind of warning.
     """
     graph = graph_of(settings.model_copy(update={"level": Level.TRACE}))
     paced = settings.stream.pace is not None  # looking ahead would take its time
     frames, ends = None, False
     if not paced:
         stream, frames, ends = looked_at(stream)
-    seen = Seen(graph.depth, stream.spec.batch, frames, graph.acyclic, ends)
+    seen = LevelFacts(graph.depth, stream.spec.batch, frames, graph.acyclic, ends)
     made, why = chosen(settings, seen)
     for text in why:
-        warnings.warn(Choice(f"auto: {text}"), stacklevel=4)
+        warnings.warn(ChoiceWarning(f"auto: {text}"), stacklevel=4)
     return made, stream, why
 
 

@@ -28,17 +28,17 @@ from hamdist.dynamics.partition.split import (
     split_sequential,
 )
 from hamdist.dynamics.schedule.levels import Locality, make_locality
-from hamdist.dynamics.updates.constants import Course
+from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.user_modules.copies import copied, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
-from hamdist.errors import Choice, DivergedError, HamdistWarning, SettingsError
+from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError
 from hamdist.runtime.advice.advice import after, before, end_of_stream, of_resumed
 from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
 from hamdist.runtime.nodes.ties import against_ties, weight_lags
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
-from hamdist.runtime.plan.plan import Plan, least_bytes, make_keeping, make_plan
+from hamdist.runtime.plan.plan import Plan, least_bytes, make_plan, make_snapshot_policy
 from hamdist.runtime.plan.replan import replannable
 from hamdist.runtime.process.arithmetic import check_portable
 from hamdist.runtime.process.interrupts import OnProgress, terminated_as_interrupted
@@ -83,7 +83,7 @@ def train(
     *,
     loss: Losses | None = None,
     policy: Policy | None = None,
-    phi: Course | None = None,
+    phi: TickSchedule | None = None,
     on_progress: OnProgress | None = None,
     resume: str | Path | None = None,
 ) -> RunResult:
@@ -143,7 +143,7 @@ def train(
         alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
         if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
             check_portable(plan.arithmetic, plan.switches, native=plan.native)
-        kept_at = None if plan.keeping is None else plan.keeping.path
+        kept_at = None if plan.snapshot_policy is None else plan.snapshot_policy.path
         try:
             with claimed(kept_at, plan.run):
                 outcome = make_engine(settings).run(plan, stream, on_progress)
@@ -182,7 +182,7 @@ class _Work:
     settings: Settings
     loss: Losses | None
     policy: Policy | None
-    phi: Course | None
+    phi: TickSchedule | None
     known_by: Mapping[str, str] = field(default_factory=dict)
     keeps: bool = True
 
@@ -203,12 +203,12 @@ class _Work:
                 "which neither snapshots nor result.model hold; a buffer, or get_extra_state and "
                 "set_extra_state, would be kept"
             )
-        keeping = make_keeping(self.settings, snapshot, last=self.keeps)
-        if keeping is not None and snapshot is None:
-            check_usable(keeping.path, least_bytes(graph, self.settings))
-        if keeping is not None:
-            keeping = replace(keeping, stream=self.known_by)
-        plan = replace(plan, keeping=keeping)
+        snapshot_policy = make_snapshot_policy(self.settings, snapshot, last=self.keeps)
+        if snapshot_policy is not None and snapshot is None:
+            check_usable(snapshot_policy.path, least_bytes(graph, self.settings))
+        if snapshot_policy is not None:
+            snapshot_policy = replace(snapshot_policy, stream=self.known_by)
+        plan = replace(plan, snapshot_policy=snapshot_policy)
         if self.settings.partition.delays == "auto":
             plan = replannable(plan, graph, self.settings, self.phi)
         return graph, plan
@@ -217,7 +217,7 @@ class _Work:
         """Goes on from the latest snapshot at `where`; with what there is to say about it."""
         told: list[str] = []
         snapshot = latest(where, told.append)
-        warnings.warn(Choice(origin(snapshot)), stacklevel=4)
+        warnings.warn(ChoiceWarning(origin(snapshot)), stacklevel=4)
         told += other_stream(snapshot, self.known_by)
         own = self._kept_at(snapshot)
         graph, plan = own.planned(snapshot)

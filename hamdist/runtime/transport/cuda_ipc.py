@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hamdist.runtime.transport.gpu_ring import Memory, Unlent
+from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuMemoryError
 
 
 class CudaMemory:
@@ -64,7 +64,7 @@ class CudaMemory:
         torch.cuda.current_stream(self._device).synchronize()
 
 
-def cuda_memory(device: torch.device) -> Memory | None:
+def cuda_memory(device: torch.device) -> GpuMemory | None:
     """Of `device`, where that is a GPU."""
     return CudaMemory(device.index or 0) if device.type == "cuda" else None
 
@@ -76,4 +76,6 @@ def _unlent(what: str) -> Iterator[None]:
         yield
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         first = (str(error).strip() or "no reason given").split("\n")[0]
-        raise Unlent(f"memory of a GPU cannot be {what}: {type(error).__name__}: {first}") from None
+        raise GpuMemoryError(
+            f"memory of a GPU cannot be {what}: {type(error).__name__}: {first}"
+        ) from None

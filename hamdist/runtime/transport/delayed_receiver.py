@@ -17,22 +17,26 @@ from hamdist.dynamics.schedule.schedule import Stamp
 from hamdist.errors import HamdistError
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.transport.endpoint import TURN_MS, Line, Receiver
+from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, Receiver
 
 TURN_SECONDS = TURN_MS / 1000
 
 
-class LateReceiver:
+class DelayedReceiver:
     """The receiver that `make` opens on a line, `seconds` later."""
 
     def __init__(
-        self, line: Line, channel: Channel, seconds: float, make: Callable[[Line], Receiver]
+        self,
+        line: EndpointContext,
+        channel: Channel,
+        seconds: float,
+        make: Callable[[EndpointContext], Receiver],
     ) -> None:
         self._line = line
         self._channel = channel
         self._seconds = seconds
         self._closing = threading.Event()
-        self._inner = make(Line(line.run, self._closing))
+        self._inner = make(EndpointContext(line.run, self._closing))
         self.address = self._inner.address
         self._came: deque[tuple[float, Signal]] = deque()  # when due
         self._news = threading.Condition()

@@ -8,7 +8,7 @@ travel with the addresses, which Ray hands over. The receiving end of a channel 
 
 A receiver lets in who holds an allowed key, a sender talks to nobody but the holder of the key it
 was told. Without a handler of ZeroMQ's authentication protocol (ZAP, RFC 27) libzmq takes ANY
-client that knows the server's key: `Door` is that handler, and sockets demand it
+client that knows the server's key: `KeyGate` is that handler, and sockets request it
 (ZAP_ENFORCE_DOMAIN). libzmq does not ask again with a refused key, so a key has to be allowed
 before its holder connects.
 """
@@ -57,7 +57,7 @@ def split_key(address: str) -> tuple[str, str | None]:
     return bare, key or None
 
 
-class Door:
+class KeyGate:
     """Lets peers into the sockets that it guards: those alone whose keys are allowed. public: the
     key by which they know it.
 

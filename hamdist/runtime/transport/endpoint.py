@@ -17,14 +17,14 @@ from hamdist.errors import ClusterError
 from hamdist.runtime.process.leftovers import SOCKETS_PREFIX
 from hamdist.runtime.signals.interrupts import Aborted, Interrupted
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.transport.thread_calls import Requests
+from hamdist.runtime.transport.thread_calls import ThreadCalls
 
 TURN_MS = 100  # how long a blocked call sleeps before it looks whether the run was called off
 MAX_PATH = 107  # of a socket's file
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
+class BlockedCall:
     """A blocked call: on which channel, since when (time.monotonic), for which stamp.
     sending: the queue is full; else the signal with `stamp` has not come."""
 
@@ -34,17 +34,19 @@ class Waiting:
     sending: bool
 
 
-class Line:
+class EndpointContext:
     """abort: set to make blocked calls raise `Aborted`. requests: of other threads, for which they
     are left. waiting: the blocked call, if there is one. waited, packed: seconds inside calls of
     the operating system, and seconds of work on bytes."""
 
     __slots__ = ("abort", "packed", "requests", "run", "waited", "waiting")
 
-    def __init__(self, run: int, abort: threading.Event, requests: Requests | None = None) -> None:
+    def __init__(
+        self, run: int, abort: threading.Event, requests: ThreadCalls | None = None
+    ) -> None:
         self.run = run
         self.abort = abort
-        self.waiting: Waiting | None = None
+        self.waiting: BlockedCall | None = None
         self.waited = 0.0
         self.packed = 0.0
         self.requests = requests
@@ -59,7 +61,7 @@ class Line:
             raise Interrupted
         if self.waiting is None:
             since = time.monotonic() - TURN_MS / 1000
-            self.waiting = Waiting(channel, since, stamp, sending)
+            self.waiting = BlockedCall(channel, since, stamp, sending)
 
     def lost(self, channel: Channel, stamp: Stamp, *, sending: bool) -> NoReturn:
         """The process at the other end is gone. Who misses it is no witness of why: its run call
@@ -72,7 +74,7 @@ class Line:
 class Sender(Protocol):
     """The sending end of one channel."""
 
-    def move(self, line: Line) -> None:
+    def move(self, line: EndpointContext) -> None:
         """From now on another thread sends, whose line this is."""
 
     def send(self, signals: Sequence[Signal]) -> None:

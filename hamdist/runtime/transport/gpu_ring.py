@@ -19,7 +19,7 @@ and an end that is opened anew (recovery.py) finds out while it runs.
 3. What a dead process has lent may be gone, or be anything. So a receiver looks, after it has
    copied and before it hands out, whether its sender is about to end; if it is, nothing of that
    message is used. The sender's successor sends it again, out of its own snapshot and log: what is
-   kept for others (ledger.py) are the sender's own tensors, never slots.
+   kept for others (log of sent signals.py) are the sender's own tensors, never slots.
 4. A signal that is larger than a slot, or that lies elsewhere, goes through host memory.
 
 All but `cuda.py` runs, and is tested, without a GPU.
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from hamdist.errors import WireError
-from hamdist.runtime.signals.signal import Channel, Form
+from hamdist.runtime.signals.signal import Channel, WireForm
 
 SLOT_ALIGNMENT = 512  # bytes, as CUDA's own allocations
 OFFER = b"HO"
@@ -52,11 +52,11 @@ _PF_EXITING = 0x4
 _FLAGS = 6  # of the fields of /proc/PID/stat, behind the process's name
 
 
-class Unlent(RuntimeError):  # as all that torch raises of a GPU
+class GpuMemoryError(RuntimeError):  # as all that torch raises of a GPU
     """Why memory of a GPU cannot be reached from another process."""
 
 
-class Memory(Protocol):
+class GpuMemory(Protocol):
     """The memory of one device. Where it is lent, it is of uint8."""
 
     def holds(self, tensor: Tensor) -> bool: ...
@@ -73,7 +73,7 @@ class Memory(Protocol):
         """Returns when all copies that were asked for here have been made."""
 
 
-MemoryOf: TypeAlias = Callable[[torch.device], Memory | None]
+MemoryOf: TypeAlias = Callable[[torch.device], GpuMemory | None]
 
 
 class Refusal(NamedTuple):
@@ -83,11 +83,11 @@ class Refusal(NamedTuple):
     reason: str
 
 
-class Lender:
+class GpuRingSender:
     """The sender's slots on `channel`. refusal: why they are not used, or not for all; None as long
     as they are, or nobody knows."""
 
-    def __init__(self, memory: Memory, channel: Channel, run: int, slot_bytes: int) -> None:
+    def __init__(self, memory: GpuMemory, channel: Channel, run: int, slot_bytes: int) -> None:
         self.refusal: str | None = None
         self._memory = memory
         self._channel = channel
@@ -167,10 +167,10 @@ class Lender:
         self.used = False
 
 
-class Borrower:
+class GpuRingReceiver:
     """The slots that a receiver on `channel` reads."""
 
-    def __init__(self, memory: Memory, channel: Channel, run: int) -> None:
+    def __init__(self, memory: GpuMemory, channel: Channel, run: int) -> None:
         self._memory = memory
         self._channel = channel
         self._run = run
@@ -195,7 +195,9 @@ class Borrower:
         self._slots, self._slot_bytes = slots, slot_bytes
         try:
             if ending(sender):
-                raise Unlent(f"its receiver does not see its sender's process {sender} in /proc")
+                raise GpuMemoryError(
+                    f"its receiver does not see its sender's process {sender} in /proc"
+                )
             ring = self._memory.reach(offer[_HEAD.size :])
             if not 0 < slots <= channel.capacity or ring.numel() != slots * slot_bytes:
                 raise WireError(
@@ -207,7 +209,7 @@ class Borrower:
         self._ring = ring
         return ANSWER + _FOUND + found
 
-    def take(self, form: Form, slot: int) -> Tensor:
+    def take(self, form: WireForm, slot: int) -> Tensor:
         """A copy of the payload in a slot, finished once `settled` has returned."""
         ring = self._ring
         if ring is None or slot >= self._slots or form.nbytes > self._slot_bytes:
@@ -243,7 +245,7 @@ def ending(process: int) -> bool:
 
 def _first_line(error: RuntimeError) -> str:
     words = (str(error).strip() or type(error).__name__).split("\n")[0]
-    return words if isinstance(error, Unlent) else f"{type(error).__name__}: {words}"
+    return words if isinstance(error, GpuMemoryError) else f"{type(error).__name__}: {words}"
 
 
 def _bytes(tensor: Tensor) -> Tensor:

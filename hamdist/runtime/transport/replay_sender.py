@@ -12,28 +12,28 @@ from collections.abc import Callable, Sequence
 
 from hamdist.errors import HamdistError, WireError
 from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.sent_log import Log
+from hamdist.runtime.signals.sent_log import ChannelLog
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.transport.endpoint import TURN_MS, Line, Sender
+from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, Sender
 
 
-class Feeder:
+class ReplaySender:
     """The sending end that `make` opens. first: the number of the first signal to send."""
 
     def __init__(
         self,
-        line: Line,
+        line: EndpointContext,
         channel: Channel,
-        log: Log,
+        log: ChannelLog,
         first: int,
-        make: Callable[[Line], Sender],
+        make: Callable[[EndpointContext], Sender],
     ) -> None:
         self._line = line
         self._channel = channel
         self._log = log
         self._next = first
         self._closing = threading.Event()
-        self._own = Line(line.run, self._closing)
+        self._own = EndpointContext(line.run, self._closing)
         self._end = make(self._own)
         self._news = threading.Condition()
         self._failure: HamdistError | None = None
@@ -100,7 +100,7 @@ class Feeder:
             self._thread.join()
             self._thread = None
 
-    def move(self, line: Line) -> None:
+    def move(self, line: EndpointContext) -> None:
         self._line = line
 
     def close(self) -> None:

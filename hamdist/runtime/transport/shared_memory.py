@@ -50,13 +50,19 @@ from hamdist.runtime.signals.signal import (
     ALIGNMENT,
     MAX_HEADER,
     Channel,
-    Form,
     Packer,
     Signal,
+    WireForm,
     on_host,
 )
-from hamdist.runtime.transport.endpoint import TURN_MS, Line, socket_file
-from hamdist.runtime.transport.gpu_ring import ANSWER_BYTES, OFFER, Borrower, Lender, Memory
+from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, socket_file
+from hamdist.runtime.transport.gpu_ring import (
+    ANSWER_BYTES,
+    OFFER,
+    GpuMemory,
+    GpuRingReceiver,
+    GpuRingSender,
+)
 
 SCHEME = "shm://"
 GPU_SCHEME = "gpu://"  # the same, to a receiver that can be lent memory of a GPU
@@ -133,15 +139,19 @@ class _Ring:
 
 
 class SharedSender:
-    """connects to `address`, which a SharedReceiver has told. lender: what it may offer memory of a
-    GPU with (lending.py)."""
+    """connects to `address`, which a SharedReceiver has told. gpu_sender: what it may offer
+    memory of a GPU with (lending.py)."""
 
     def __init__(
-        self, line: Line, channel: Channel, address: str, lender: Lender | None = None
+        self,
+        line: EndpointContext,
+        channel: Channel,
+        address: str,
+        gpu_sender: GpuRingSender | None = None,
     ) -> None:
         self._line = line
         self._channel = channel
-        self._lender = lender
+        self._gpu_sender = gpu_sender
         self._packer = Packer(line.run, channel)
         self._room = channel.capacity
         self._under_way: deque[int | None] = deque()  # the slots of signals not yet given back
@@ -157,14 +167,14 @@ class SharedSender:
             self._socket.close()
             raise ClusterError(f"{channel}: {address} cannot be reached: {error}") from None
         self._inline = inline_limit(channel.capacity, given)
-        offer = None if lender is None else lender.offer()
+        offer = None if gpu_sender is None else gpu_sender.offer()
         if offer is not None:
             with contextlib.suppress(OSError):  # who is lost is found by the first signal
                 self._socket.send(offer, socket.MSG_DONTWAIT)
 
     def look(self) -> None:
         """Takes an answer to its offer, if it has come."""
-        if self._lender is not None and self._lender.waiting:
+        if self._gpu_sender is not None and self._gpu_sender.waiting:
             self._look_for_credit()
 
     def send(self, signals: Sequence[Signal]) -> None:
@@ -174,8 +184,8 @@ class SharedSender:
         while self._room < len(signals):
             self._take_credit(stamp)
         self.look()
-        lender = self._lender
-        signals = on_host(signals, None if lender is None else lender.takes)
+        gpu_sender = self._gpu_sender
+        signals = on_host(signals, None if gpu_sender is None else gpu_sender.takes)
         parts: list[object] = []
         size = 0
         for signal in signals:
@@ -186,9 +196,9 @@ class SharedSender:
             if payload is None or form is None:
                 added: tuple[object, ...] = (self._packer.header(signal, None),)
                 needed = MAX_HEADER
-            elif lender is not None and lender.takes(payload):
+            elif gpu_sender is not None and gpu_sender.takes(payload):
                 self._look_for_credit()
-                slot = self._channel.capacity + lender.put(payload)
+                slot = self._channel.capacity + gpu_sender.put(payload)
                 added = (self._packer.header(signal, form, slot),)
                 needed = MAX_HEADER
             elif form.nbytes <= self._inline:
@@ -220,8 +230,8 @@ class SharedSender:
     def _deliver(self, parts: list[object], stamp: Stamp) -> None:
         """Sends what is packed, if anything is."""
         if parts:
-            if self._lender is not None:
-                self._lender.settle()
+            if self._gpu_sender is not None:
+                self._gpu_sender.settle()
             self._packet(b"".join(parts), stamp)  # type: ignore[arg-type]
             parts.clear()
 
@@ -273,9 +283,9 @@ class SharedSender:
             self._credit(data)
 
     def _credit(self, data: bytes) -> None:
-        lender = self._lender
-        if lender is not None and len(data) > _CREDIT.size:
-            lender.answered(data)
+        gpu_sender = self._gpu_sender
+        if gpu_sender is not None and len(data) > _CREDIT.size:
+            gpu_sender.answered(data)
             return
         taken = _CREDIT.unpack(data)[0] if len(data) == _CREDIT.size else 0
         if not 0 < taken <= len(self._under_way):
@@ -285,8 +295,8 @@ class SharedSender:
             slot = self._under_way.popleft()
             if slot is not None and slot < self._channel.capacity:
                 self._free.append(slot)
-            elif slot is not None and lender is not None:
-                lender.free(slot - self._channel.capacity)
+            elif slot is not None and gpu_sender is not None:
+                gpu_sender.free(slot - self._channel.capacity)
 
     def _open_ring(self, nbytes: int, stamp: Stamp) -> _Ring:
         """A ring for payloads of `nbytes`. The receiver reads what came before from its old one:
@@ -314,22 +324,24 @@ class SharedSender:
             os.close(fd)
         return ring
 
-    def move(self, line: Line) -> None:
+    def move(self, line: EndpointContext) -> None:
         self._line = line
 
     def close(self) -> None:
         self._socket.close()
         if self._ring is not None:
             self._ring.close()
-        if self._lender is not None:
-            self._lender.close()
+        if self._gpu_sender is not None:
+            self._gpu_sender.close()
 
 
 class SharedReceiver:
     """Listens at a file of the run's folder, for one sender. memory: of the GPU that its block
     computes on, if other processes may lend it theirs."""
 
-    def __init__(self, line: Line, channel: Channel, memory: Memory | None = None) -> None:
+    def __init__(
+        self, line: EndpointContext, channel: Channel, memory: GpuMemory | None = None
+    ) -> None:
         self._line = line
         self._channel = channel
         self._packer = Packer(line.run, channel)
@@ -338,7 +350,7 @@ class SharedReceiver:
         self._came: deque[Signal] = deque()
         self._taken = 0
         self._ring: _Ring | None = None
-        self._borrower = None if memory is None else Borrower(memory, channel, line.run)
+        self._gpu_receiver = None if memory is None else GpuRingReceiver(memory, channel, line.run)
         self._sender = 0  # its process
         self._lost = False  # with signals that cannot be trusted: nothing behind them counts
         self._socket: socket.socket | None = None
@@ -372,15 +384,15 @@ class SharedReceiver:
             if data[:2] == _RING_MAGIC:
                 self._take_ring(data, stamp)
                 continue
-            borrower = self._borrower
-            if borrower is not None and data[:2] == OFFER:
-                self._answer(borrower, data)
+            gpu_receiver = self._gpu_receiver
+            if gpu_receiver is not None and data[:2] == OFFER:
+                self._answer(gpu_receiver, data)
                 continue
             began = perf_counter()
             if len(data) > self._most:
                 raise WireError(f"{self._channel}: a packet of more than {self._most} bytes")
             signals = self._packer.unpack(data, self._take)
-            if borrower is not None and not borrower.settled():
+            if gpu_receiver is not None and not gpu_receiver.settled():
                 self._lost = True
                 continue
             self._came.extend(signals)
@@ -388,18 +400,18 @@ class SharedReceiver:
 
     def answer(self) -> None:
         """Answers an offer that was sent before this call, if one was, and nothing else."""
-        if self._borrower is None:
+        if self._gpu_receiver is None:
             return
         try:
             connection = self._socket or self._accept()
             data = connection.recv(self._most + 1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
             if data[:2] == OFFER:
-                self._answer(self._borrower, connection.recv(self._most + 1))
+                self._answer(self._gpu_receiver, connection.recv(self._most + 1))
         except (BlockingIOError, ConnectionResetError):
             return  # nobody has connected, or offered anything; who is lost is found by `receive`
 
-    def _answer(self, borrower: Borrower, offer: bytes) -> None:
-        answer = borrower.answer(offer, self._sender)
+    def _answer(self, gpu_receiver: GpuRingReceiver, offer: bytes) -> None:
+        answer = gpu_receiver.answer(offer, self._sender)
         try:
             if self._socket is not None:
                 self._socket.send(answer, socket.MSG_DONTWAIT)
@@ -497,10 +509,10 @@ class SharedReceiver:
             raise WireError(f"{self._channel}: a ring without a descriptor")
         return int(fds[0])
 
-    def _take(self, form: Form, slot: int) -> Tensor:
+    def _take(self, form: WireForm, slot: int) -> Tensor:
         """Copies the payload out of its slot: whoever keeps the tensor pins no slot."""
-        if self._borrower is not None and slot >= self._channel.capacity:
-            return self._borrower.take(form, slot - self._channel.capacity)
+        if self._gpu_receiver is not None and slot >= self._channel.capacity:
+            return self._gpu_receiver.take(form, slot - self._channel.capacity)
         ring = self._ring
         if ring is None or slot >= ring.slots or form.nbytes > ring.slot_bytes:
             raise WireError(f"{self._channel}: no slot {slot} that holds {form.nbytes} bytes")
@@ -514,8 +526,8 @@ class SharedReceiver:
             self._socket.close()
         if self._ring is not None:
             self._ring.close()
-        if self._borrower is not None:
-            self._borrower.close()
+        if self._gpu_receiver is not None:
+            self._gpu_receiver.close()
         self._file.unlink(missing_ok=True)
 
 

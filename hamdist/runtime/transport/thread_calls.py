@@ -15,7 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Requests:
+class ThreadCalls:
     """waiting: whether somebody has asked."""
 
     def __init__(self) -> None:

@@ -16,19 +16,25 @@ from hamdist.dynamics.schedule.schedule import Stamp
 from hamdist.errors import ClusterError
 from hamdist.runtime.process.leftovers import claim, release
 from hamdist.runtime.signals.interrupts import Interrupted
-from hamdist.runtime.signals.sent_log import Log
+from hamdist.runtime.signals.sent_log import ChannelLog
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.transport import shared_memory as shared
-from hamdist.runtime.transport.delayed_receiver import LateReceiver
-from hamdist.runtime.transport.endpoint import Line, Receiver, Sender, Waiting, socket_folder
-from hamdist.runtime.transport.gpu_ring import Lender, Memory
-from hamdist.runtime.transport.replay_sender import Feeder
-from hamdist.runtime.transport.thread_calls import Requests
+from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
+from hamdist.runtime.transport.endpoint import (
+    BlockedCall,
+    EndpointContext,
+    Receiver,
+    Sender,
+    socket_folder,
+)
+from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender
+from hamdist.runtime.transport.replay_sender import ReplaySender
+from hamdist.runtime.transport.thread_calls import ThreadCalls
 
 if TYPE_CHECKING:
     import zmq
 
-    from hamdist.runtime.transport.encryption import Door, Keys
+    from hamdist.runtime.transport.encryption import KeyGate, Keys
 
 SHM = "shm"
 IPC = "ipc"
@@ -40,7 +46,7 @@ def local_way(channel: Channel) -> str:
     return SHM if shared.takes(channel) else IPC
 
 
-class Wires:
+class Endpoints:
     """The ends of all channels that lead out of one process. abort: set to make blocked calls raise
     `Aborted`. link_delay: seconds by which what comes is handed out later (late.py). keys: of this
     process, for channels whose way or address carries a peer's key.
@@ -55,19 +61,19 @@ class Wires:
         abort: threading.Event,
         link_delay: float = 0.0,
         keys: Keys | None = None,
-        requests: Requests | None = None,
+        requests: ThreadCalls | None = None,
     ) -> None:
-        self._line = Line(run, abort, requests)
+        self._line = EndpointContext(run, abort, requests)
         self._requests = requests
         self._keys = keys
-        self._door: Door | None = None
+        self._key_gate: KeyGate | None = None
         self._link_delay = link_delay
         self._in: dict[int, Receiver] = {}
         self._out: dict[int, Sender] = {}
         self._zmq: zmq.Context[Any] | None = None
 
     @property
-    def waiting(self) -> Waiting | None:
+    def waiting(self) -> BlockedCall | None:
         """The blocked call, if there is one."""
         return self._line.waiting
 
@@ -78,14 +84,14 @@ class Wires:
         return {"waiting": self._line.waited, "packing": self._line.packed}
 
     def bind(
-        self, channel: Channel, way: str, limit: int = -1, memory: Memory | None = None
+        self, channel: Channel, way: str, limit: int = -1, memory: GpuMemory | None = None
     ) -> str:
         """Opens the receiving end: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the
         sender's public key. limit: bytes of a frame by tcp, at most (-1: any). memory: of the
         receiving block's GPU, if signals may stay on one. Returns its address.
         """
         if self._link_delay:
-            receiver: Receiver = LateReceiver(
+            receiver: Receiver = DelayedReceiver(
                 self._line,
                 channel,
                 self._link_delay,
@@ -102,7 +108,12 @@ class Wires:
         return receiver.address
 
     def _open(
-        self, line: Line, channel: Channel, way: str, limit: int, memory: Memory | None = None
+        self,
+        line: EndpointContext,
+        channel: Channel,
+        way: str,
+        limit: int,
+        memory: GpuMemory | None = None,
     ) -> Receiver:
         if way == SHM:
             return shared.SharedReceiver(line, channel, memory)
@@ -116,47 +127,47 @@ class Wires:
         if key is None:
             return ZmqReceiver(line, channel, self._context(), host, limit=limit)
         self.allow(key)
-        return ZmqReceiver(line, channel, self._context(), host, self._door, limit)
+        return ZmqReceiver(line, channel, self._context(), host, self._key_gate, limit)
 
     def allow(self, key: str) -> None:
         """Lets the holder of a public key send to the receiving ends that ask for keys, from now
         on: before it connects."""
-        if self._door is None:
-            from hamdist.runtime.transport.encryption import Door
+        if self._key_gate is None:
+            from hamdist.runtime.transport.encryption import KeyGate
 
             if self._keys is None:
                 raise ClusterError("a sender with a key, but this process has none")
-            self._door = Door(self._context(), self._keys)
-        self._door.allow(key)
+            self._key_gate = KeyGate(self._context(), self._keys)
+        self._key_gate.allow(key)
 
     def withdraw(self, key: str) -> None:
         """Takes `allow` back, for connections to come."""
-        if self._door is not None:
-            self._door.withdraw(key)
+        if self._key_gate is not None:
+            self._key_gate.withdraw(key)
 
     def connect(
         self,
         channel: Channel,
         address: str,
         limit: int = -1,
-        log: Log | None = None,
+        log: ChannelLog | None = None,
         first: int = 1,
-        lender: Lender | None = None,
+        gpu_sender: GpuRingSender | None = None,
     ) -> None:
         """Opens the sending end. limit: as at the other end. log: what a receiver that begins again
-        is sent before all else, from signal `first` on. lender: of GPU memory, for an address that
-        asks for it."""
+        is sent before all else, from signal `first` on. gpu_sender: of GPU memory, for an
+        address that asks for it."""
         old = self._out.pop(channel.number, None)
         if old is not None:
             old.close()
         if log is None:
-            self._out[channel.number] = self._reach(self._line, channel, address, limit, lender)
+            self._out[channel.number] = self._reach(self._line, channel, address, limit, gpu_sender)
             return
 
-        def make(own: Line) -> Sender:
-            return self._reach(own, channel, address, limit, lender)
+        def make(own: EndpointContext) -> Sender:
+            return self._reach(own, channel, address, limit, gpu_sender)
 
-        self._out[channel.number] = Feeder(self._line, channel, log, first, make)
+        self._out[channel.number] = ReplaySender(self._line, channel, log, first, make)
 
     def answer_offers(self) -> None:
         """Answers the offers of memory that have come. Before any signal is received."""
@@ -171,10 +182,15 @@ class Wires:
                 end.look()
 
     def _reach(
-        self, line: Line, channel: Channel, address: str, limit: int, lender: Lender | None
+        self,
+        line: EndpointContext,
+        channel: Channel,
+        address: str,
+        limit: int,
+        gpu_sender: GpuRingSender | None,
     ) -> Sender:
         if address.startswith((shared.SCHEME, shared.GPU_SCHEME)):
-            return shared.SharedSender(line, channel, address, lender)
+            return shared.SharedSender(line, channel, address, gpu_sender)
         from hamdist.runtime.transport.zeromq import ZmqSender
 
         own = limit if address.startswith(TCP) else -1
@@ -218,9 +234,9 @@ class Wires:
         ends: list[Receiver | Sender] = [*self._in.values(), *self._out.values()]
         for end in ends:
             end.close()
-        if self._door is not None:
-            self._door.close()
-            self._door = None
+        if self._key_gate is not None:
+            self._key_gate.close()
+            self._key_gate = None
         if self._zmq is not None:
             self._zmq.destroy(linger=0)
             self._zmq = None

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hamdist.dynamics.schedule.schedule import Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.signals.signal import Channel, Form, Packer, Signal, on_host
-from hamdist.runtime.transport.encryption import Door, Keys, authenticate, split_key
-from hamdist.runtime.transport.endpoint import TURN_MS, Line, socket_file
+from hamdist.runtime.signals.signal import Channel, Packer, Signal, WireForm, on_host
+from hamdist.runtime.transport.encryption import KeyGate, Keys, authenticate, split_key
+from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, socket_file
 
 # Bytes from which a payload is a frame of its own, which ZeroMQ sends from the tensor's memory, and
 # for which it needs a second frame and word from its own thread that it is done. Measured (2 cores,
@@ -38,7 +38,7 @@ class ZmqSender:
 
     def __init__(
         self,
-        line: Line,
+        line: EndpointContext,
         channel: Channel,
         context: Any,
         address: str,
@@ -108,7 +108,7 @@ class ZmqSender:
             )
         return frames
 
-    def move(self, line: Line) -> None:
+    def move(self, line: EndpointContext) -> None:
         self._line = line
 
     def close(self) -> None:
@@ -116,16 +116,16 @@ class ZmqSender:
 
 
 class ZmqReceiver:
-    """host: of a tcp address; None: an ipc socket. door: lets in who may send (None: anybody).
+    """host: of a tcp address; None: an ipc socket. key_gate: lets in who may send (None: anybody).
     limit: bytes of a frame, at most; who sends a larger one is cut off."""
 
     def __init__(
         self,
-        line: Line,
+        line: EndpointContext,
         channel: Channel,
         context: Any,
         host: str | None,
-        door: Door | None = None,
+        key_gate: KeyGate | None = None,
         limit: int = NO_LIMIT,
     ) -> None:
         self._line = line
@@ -139,11 +139,11 @@ class ZmqReceiver:
         self._socket.setsockopt(zmq.RCVTIMEO, TURN_MS)
         if host is not None:
             self._socket.setsockopt(zmq.MAXMSGSIZE, limit if limit == NO_LIMIT else limit + SEAL)
-            if door is not None:
-                door.guard(self._socket)
+            if key_gate is not None:
+                key_gate.guard(self._socket)
             self._socket.bind(f"tcp://{host}:*")
             bare = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
-            self.address = bare if door is None else f"{bare} {door.public}"
+            self.address = bare if key_gate is None else f"{bare} {key_gate.public}"
             return
         self._file = socket_file(line.run, channel)
         self.address = f"ipc://{self._file}"
@@ -168,10 +168,10 @@ class ZmqReceiver:
         line.packed += perf_counter() - came
         return self._came.popleft()
 
-    def _taker(self, frames: Sequence[Any]) -> Callable[[Form, int], Tensor]:
+    def _taker(self, frames: Sequence[Any]) -> Callable[[WireForm, int], Tensor]:
         """Copies the payload that is frame `index`."""
 
-        def take(form: Form, index: int) -> Tensor:
+        def take(form: WireForm, index: int) -> Tensor:
             found = frames[index].buffer if 0 < index < len(frames) else b""
             if len(found) != form.nbytes:
                 raise WireError(

@@ -37,7 +37,7 @@ class Shift(nn.Module):
         return h + self.bias
 
 
-class Residual(nn.Module):
+class ResidualCell(nn.Module):
     """h + alpha conv(relu(conv(h))), alpha = 1/sqrt(blocks). h: (B, C, H, W)."""
 
     def __init__(self, channels: int, alpha: float) -> None:
@@ -51,7 +51,7 @@ class Residual(nn.Module):
         return h + self.alpha * out
 
 
-class Patches(nn.Module):
+class PatchTokens(nn.Module):
     """Patches as tokens, with learned places. u: (B, 1, 28, 28); returns (B, 16, 30)."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ def _resnet(_: int, classes: int) -> tuple[nn.Module, nn.Module]:
     body = nn.Sequential(
         nn.Conv2d(1, CHANNELS, 3, stride=2, padding=1),
         nn.ReLU(),
-        *(Residual(CHANNELS, alpha) for _ in range(RESIDUAL_BLOCKS)),
+        *(ResidualCell(CHANNELS, alpha) for _ in range(RESIDUAL_BLOCKS)),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -106,7 +106,7 @@ def _resnet(_: int, classes: int) -> tuple[nn.Module, nn.Module]:
 
 def _vit(_: int, classes: int) -> tuple[nn.Module, nn.Module]:
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, dropout=0.0, batch_first=True)
-    return nn.Sequential(Patches(), layer, MeanToken()), nn.Linear(WIDTH, classes)
+    return nn.Sequential(PatchTokens(), layer, MeanToken()), nn.Linear(WIDTH, classes)
 
 
 def _rnn(words: int, classes: int) -> tuple[nn.Module, nn.Module]:

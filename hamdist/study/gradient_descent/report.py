@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hamdist.study.gradient_descent.models import MODELS
-from hamdist.study.gradient_descent.scenarios import BOUND, SCENARIOS, Placement, Row
+from hamdist.study.gradient_descent.scenarios import BOUND, SCENARIOS, Placement, ScenarioRow
 from hamdist.study.report.table import Table, markdown
 from hamdist.study.shared.result_folder import write_file
 
@@ -25,20 +25,20 @@ NAMES = {
 }
 
 
-def in_order(rows: Iterable[Row]) -> list[Row]:
+def in_order(rows: Iterable[ScenarioRow]) -> list[ScenarioRow]:
     """Rows as the table has them: by model, then by scenario."""
     models, scenarios = list(MODELS), list(SCENARIOS)
     return sorted(rows, key=lambda r: (models.index(r.model), scenarios.index(r.scenario)))
 
 
-def recovery_line(row: Row) -> str:
+def recovery_line(row: ScenarioRow) -> str:
     """What is said of a row as soon as it is finished."""
     wrong = [cell.placement.value for cell in row.cells if not cell.passed]
     found = f"apart at {', '.join(wrong)}" if wrong else "equal"
     return f"{NAMES[row.model]}, {row.scenario}: {found} ({row.steps:,} steps, {row.seconds:.1f} s)"
 
 
-def recovery_table(rows: Sequence[Row]) -> Table:
+def recovery_table(rows: Sequence[ScenarioRow]) -> Table:
     """Rows model x scenario; per placement the largest difference of losses / of weights."""
     paper = any(row.from_pytorch is not None for row in rows)
     placements = [f"{p.value}: losses / weights" for p in Placement]
@@ -51,7 +51,7 @@ def recovery_table(rows: Sequence[Row]) -> Table:
     return Table(titles, cells, _notes(rows, paper=paper))
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: ScenarioRow) -> list[str]:
     first, last = row.loss
     return [
         NAMES[row.model],
@@ -66,7 +66,7 @@ def _short(difference: float) -> str:
     return "0" if difference == 0 else f"{difference:.1e}"
 
 
-def _notes(rows: Sequence[Row], *, paper: bool) -> list[str]:
+def _notes(rows: Sequence[ScenarioRow], *, paper: bool) -> list[str]:
     cells = [cell for row in rows for cell in row.cells]
     wrong = sum(not cell.passed for cell in cells)
     judged = f"{len(cells) - wrong} of {len(cells)} cells equal SGD to {BOUND:g}"
@@ -83,7 +83,7 @@ def _notes(rows: Sequence[Row], *, paper: bool) -> list[str]:
     return notes
 
 
-def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def records(rows: Sequence[ScenarioRow]) -> list[dict[str, Any]]:
     """One record per cell."""
     return [
         {
@@ -106,7 +106,7 @@ def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def save_recovery(folder: Path, rows: Sequence[Row], command: str) -> None:
+def save_recovery(folder: Path, rows: Sequence[ScenarioRow], command: str) -> None:
     """recovery.json, recovery.csv and recovery.md. Raises SettingsError where that fails."""
     found = [{k: _finite(v) for k, v in record.items()} for record in records(rows)]
     whole = {"command": command, "cells": found}

@@ -11,7 +11,7 @@ from hamdist.errors import SettingsError
 from hamdist.runtime.process.threads import cores
 from hamdist.study.gradient_descent.data import Paths
 from hamdist.study.gradient_descent.models import MODELS
-from hamdist.study.gradient_descent.scenarios import SCENARIOS, Job, Row, run_row
+from hamdist.study.gradient_descent.scenarios import SCENARIOS, ScenarioJob, ScenarioRow, run_row
 from hamdist.study.shared.processes import Processes
 
 # The long ones first, so that the processes end at about the same time.
@@ -25,7 +25,7 @@ def jobs(
     steps: int | None = None,
     first_step: FirstStep = FirstStep.UNDAMPENED,
     paths: Paths | None = None,
-) -> list[Job]:
+) -> list[ScenarioJob]:
     """The rows of `models` in all scenarios. epochs: None for the paper's.
 
     Raises SettingsError for an unknown model.
@@ -37,30 +37,30 @@ def jobs(
             f"{', '.join(MODELS)}"
         )
     return [
-        Job(model, scenario, epochs, steps, first_step, paths or Paths())
+        ScenarioJob(model, scenario, epochs, steps, first_step, paths or Paths())
         for model in dict.fromkeys(models)
         for scenario in SCENARIOS
     ]
 
 
-class Rows:
+class RowWorkers:
     """Rows that are being worked out, by as many processes as there are cores; with one process, in
     this one. `close` ends the processes; as a context it does so at the end."""
 
-    def __init__(self, wanted: Sequence[Job], processes: int | None = None) -> None:
+    def __init__(self, wanted: Sequence[ScenarioJob], processes: int | None = None) -> None:
         self._wanted = list(wanted)
         self._processes = min(processes or cores(), len(wanted))
         self._pool: Processes | None = None
-        self._futures: dict[Job, Future[Row]] = {}
-        self._done: dict[Job, Row] = {}
+        self._futures: dict[ScenarioJob, Future[ScenarioRow]] = {}
+        self._done: dict[ScenarioJob, ScenarioRow] = {}
 
-    def __enter__(self) -> Rows:
+    def __enter__(self) -> RowWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def row(self, job: Job) -> Row:
+    def row(self, job: ScenarioJob) -> ScenarioRow:
         """One row; raises what went wrong in it."""
         if job not in self._done:
             if self._processes > 1:
@@ -72,7 +72,7 @@ class Rows:
                 self.close()
         return self._done[job]
 
-    def finished(self) -> Iterator[Row]:
+    def finished(self) -> Iterator[ScenarioRow]:
         """All rows, as they are finished."""
         if self._processes == 1:
             yield from (self.row(job) for job in self._wanted)

@@ -158,7 +158,7 @@ def hamiltonian(model: nn.Module, data: Data, settings: Settings) -> Trained:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class ScenarioCell:
     """One cell of the table: largest differences of losses and of weights from the oracle."""
 
     placement: Placement
@@ -177,7 +177,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScenarioRow:
     """One row of the table: a model in a scenario, at all placements. loss: mean of the first and
     of the last epoch. from_pytorch: with the first step dampened, how far the weights end from
     those of PyTorch, which does not dampen it."""
@@ -187,7 +187,7 @@ class Row:
     source: str
     steps: int
     loss: tuple[float, float]
-    cells: tuple[Cell, ...]
+    cells: tuple[ScenarioCell, ...]
     seconds: float
     from_pytorch: float | None = None
 
@@ -197,7 +197,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ScenarioJob:
     """What a row is made of. epochs: None for the paper's; steps: at most so many."""
 
     model: str
@@ -208,7 +208,7 @@ class Job:
     paths: Paths = field(default_factory=Paths)
 
 
-def run_row(job: Job) -> Row:
+def run_row(job: ScenarioJob) -> ScenarioRow:
     """One row, in this process and on one thread: SGD once, hamdist at every placement."""
     begun = time.perf_counter()
     scenario = SCENARIOS[job.scenario]
@@ -224,12 +224,12 @@ def run_row(job: Job) -> Row:
             started = time.perf_counter()
             settings = settings_of(scenario, placement, steps, job.first_step)
             losses, weights = hamiltonian(model, data, settings).apart(oracle)
-            cells.append(Cell(placement, losses, weights, time.perf_counter() - started))
+            cells.append(ScenarioCell(placement, losses, weights, time.perf_counter() - started))
         plain = None
         if dampened:
             plain = oracle.apart(sgd(model, data, scenario, steps))[1]
     n = min(data.rows, steps)
-    return Row(
+    return ScenarioRow(
         model=job.model,
         scenario=job.scenario,
         source=data.source,

@@ -24,19 +24,19 @@ from hamdist.errors import LevelError
 from hamdist.runtime.nodes.factory import Node, make_node
 from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.streams import from_iterable
 
-Block: TypeAlias = HoldBlock | HoldReadout
-Look: TypeAlias = Callable[[str, int, Block], None]
+FrozenRunBlock: TypeAlias = HoldBlock | HoldReadout
+BlockObserver: TypeAlias = Callable[[str, int, FrozenRunBlock], None]
 
 
 class _Watched:
     """A node that is looked at after each of its ticks."""
 
-    def __init__(self, node: HoldNode, look: Look) -> None:
+    def __init__(self, node: HoldNode, look: BlockObserver) -> None:
         self.name = node.name
         self.late = node.late
         self.tick = node.tick
@@ -58,10 +58,10 @@ def watch(
     graph: Graph,
     settings: Settings,
     items: Iterable[tuple[Tensor, Tensor]],
-    look: Look,
+    look: BlockObserver,
     *,
     classes: int | None = None,
-    prepare: Callable[[str, Block], None] | None = None,
+    prepare: Callable[[str, FrozenRunBlock], None] | None = None,
 ) -> None:
     """Steps `graph` through `items` as the engine in one process does.
 
@@ -71,10 +71,10 @@ def watch(
     """
     stream = from_iterable(items, classes=classes)
     plan = make_plan(graph.copy(), settings, stream.spec)
-    mail = Mailroom({INPUT, *plan.graph.blocks})
-    nodes: list[Node] = [SourceNode(plan, stream, mail)]
+    mailbox = Mailbox({INPUT, *plan.graph.blocks})
+    nodes: list[Node] = [SourceNode(plan, stream, mailbox)]
     for name in plan.graph.blocks:
-        node = make_node(plan, name, mail)
+        node = make_node(plan, name, mailbox)
         if not isinstance(node, HoldNode):
             raise LevelError(
                 f"level {settings.level.value!r} shows a sample for a moment; only blocks of "
@@ -126,7 +126,7 @@ def in_float64(graph: Graph) -> Graph:
     return made
 
 
-def omegas(block: Block) -> list[Tensor]:
+def omegas(block: FrozenRunBlock) -> list[Tensor]:
     """The weight costates of a block and of its output module."""
     output = block.output_weights if isinstance(block, HoldBlock) else None
     return [*block.weights.omega, *(output.omega if output is not None else [])]

@@ -31,14 +31,14 @@ from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import GraphError
 from hamdist.study.propagation.frozen_run import (
     Backprop,
-    Block,
+    FrozenRunBlock,
     flat,
     frozen,
     in_float64,
     omegas,
     watch,
 )
-from hamdist.study.propagation.streams import F64, TimedStream, Values
+from hamdist.study.propagation.streams import F64, StreamShapes, TimedStream
 
 CYCLE_HOPS = 200  # hops that count on a cycle, where a signal never ends
 TRIED = tuple(digit * 10.0**power for power in range(6) for digit in (1, 2, 5))
@@ -49,7 +49,7 @@ class Network:
     """A graph in float64, the shapes that it takes and compares with, and its oracle."""
 
     graph: Graph
-    values: Values
+    values: StreamShapes
     backprop: Backprop
 
     @property
@@ -79,9 +79,9 @@ def as_network(graph: Graph, input_shape: Sequence[int], batch: int = 4) -> Netw
         )
     shape = shapes.pop()
     if cross_entropy in losses:
-        values = Values(tuple(u.shape), (batch, *shape[2:]), shape[1])
+        values = StreamShapes(tuple(u.shape), (batch, *shape[2:]), shape[1])
     else:
-        values = Values(tuple(u.shape), shape)
+        values = StreamShapes(tuple(u.shape), shape)
     return Network(own, values, backprop)
 
 
@@ -126,7 +126,7 @@ def local_gradients(
             for back in reversed(range(ticks)):
                 yield stream.u(t - back * tau), stream.y(t - back * tau)
 
-    def look(name: str, k: int, block: Block) -> None:
+    def look(name: str, k: int, block: FrozenRunBlock) -> None:
         if k in ends:
             seen[ends[k]][name] = [o / tau for o in omegas(block)]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hamdist.study.propagation.settling import Decay
+from hamdist.study.propagation.settling import DecayFit
 from hamdist.study.propagation.streams import StreamKind
 from hamdist.study.report.plots import COLOURS, import_matplotlib
 
@@ -44,7 +44,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PlotLine:
     """factor c^exponent."""
 
     exponent: float
@@ -53,8 +53,8 @@ class Line:
 
 def speed_plots(
     curves: Sequence[Curve],
-    lines: tuple[Line | None, Line | None],
-    decays: Sequence[Decay],
+    lines: tuple[PlotLine | None, PlotLine | None],
+    decays: Sequence[DecayFit],
     title: str,
 ) -> dict[str, bytes]:
     """The picture as 'png' and 'svg'. lines: the fits of error and of 1 - cos."""
@@ -96,7 +96,7 @@ def _against_c(
     axes: Axes,
     curves: Sequence[tuple[Curve, Sequence[float]]],
     steps: Sequence[float],
-    line: Line | None,
+    line: PlotLine | None,
     floor: float,
 ) -> None:
     axes.set_xscale("log")
@@ -132,7 +132,7 @@ def _against_c(
         )
 
 
-def _draw_decays(axes: Axes, decays: Sequence[Decay], steps: Sequence[float]) -> None:
+def _draw_decays(axes: Axes, decays: Sequence[DecayFit], steps: Sequence[float]) -> None:
     """One curve per c tau (of the first seed), against the hops made so far, k c tau."""
     drawn: set[float] = set()
     for decay in decays:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hamdist.study.propagation.plot import Curve, Line, speed_plots
+from hamdist.study.propagation.plot import Curve, PlotLine, speed_plots
 from hamdist.study.propagation.settling import CountRow
 from hamdist.study.propagation.streams import PERIOD, SWITCHED_ON, StreamKind
 from hamdist.study.propagation.study import SpeedResult, SpeedRow
@@ -28,7 +28,7 @@ ROUND_OFF = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class Slope:
+class SlopeFit:
     """factor c^exponent, by least squares of the logarithms. spread: the exponent's standard error,
     None where two points leave it open."""
 
@@ -42,11 +42,11 @@ class Fit:
     """How a smooth stream's error and 1 - cos fall with c, at one c tau."""
 
     c_tau: float
-    error: Slope
-    one_minus_cos: Slope
+    error: SlopeFit
+    one_minus_cos: SlopeFit
 
 
-def fit(speeds: Sequence[float], values: Sequence[float]) -> Slope | None:
+def fit(speeds: Sequence[float], values: Sequence[float]) -> SlopeFit | None:
     """The slope over the fastest of `speeds`; None below two values, or where one is zero."""
     fastest = sorted(zip(speeds, values, strict=True), reverse=True)
     span = [p for p in fastest if p[0] * FITTED_SPAN >= fastest[0][0] * (1 - 1e-9)]
@@ -60,7 +60,7 @@ def fit(speeds: Sequence[float], values: Sequence[float]) -> Slope | None:
         left = y - slope * x - offset
         variance = float(left @ left) / (len(points) - 2)
         spread = math.sqrt(variance / float(((x - x.mean()) ** 2).sum()))
-    return Slope(float(slope), spread, math.exp(offset))
+    return SlopeFit(float(slope), spread, math.exp(offset))
 
 
 def curves(rows: Sequence[SpeedRow]) -> list[Curve]:
@@ -124,7 +124,7 @@ def speed_tables(result: SpeedResult) -> dict[str, Table]:
 def _against_c(
     found: Sequence[Curve],
     values: Callable[[Curve], Sequence[float]],
-    slopes: dict[float, Slope],
+    slopes: dict[float, SlopeFit],
     notes: Sequence[str],
 ) -> Table:
     speeds = found[0].speeds if found else []
@@ -141,7 +141,7 @@ def _short(value: float) -> str:
     return "0" if value < ROUND_OFF else f"{value:.2g}" if value >= 0.001 else f"{value:.1e}"
 
 
-def _exponent(slope: Slope | None) -> str:
+def _exponent(slope: SlopeFit | None) -> str:
     if slope is None:
         return MISSING
     spread = "" if slope.spread is None else f" ± {slope.spread:.4f}"
@@ -171,7 +171,7 @@ def _facts(found: Sequence[Curve]) -> list[str]:
     return facts
 
 
-def _law(slope: Slope) -> str:
+def _law(slope: SlopeFit) -> str:
     return f"{slope.factor:.2g} c^{slope.exponent:.3f}"
 
 
@@ -220,13 +220,13 @@ def save_speed(folder: Path, result: SpeedResult) -> None:
     write_file(folder / "speed.md", text)
 
 
-def _lines(found: Sequence[Curve]) -> tuple[Line | None, Line | None]:
+def _lines(found: Sequence[Curve]) -> tuple[PlotLine | None, PlotLine | None]:
     """The fitted lines to draw: of error and of 1 - cos, at the largest c tau."""
     made = sorted(fits(found), key=lambda f: -f.c_tau)
     if not made:
         return None, None
     e, a = made[0].error, made[0].one_minus_cos
-    return Line(e.exponent, e.factor), Line(a.exponent, a.factor)
+    return PlotLine(e.exponent, e.factor), PlotLine(a.exponent, a.factor)
 
 
 def _record(result: SpeedResult, found: Sequence[Curve]) -> dict[str, Any]:

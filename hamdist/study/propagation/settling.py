@@ -24,7 +24,7 @@ from torch import Tensor
 from hamdist.config import Order
 from hamdist.dynamics.blocks.hold import HoldBlock
 from hamdist.streams.sample import generator
-from hamdist.study.propagation.frozen_run import Block, flat, frozen, omegas, watch
+from hamdist.study.propagation.frozen_run import FrozenRunBlock, flat, frozen, omegas, watch
 from hamdist.study.propagation.gradients import Network, not_through, ticks_to_settle
 from hamdist.study.propagation.streams import F64, StreamKind, timed_stream
 
@@ -50,7 +50,7 @@ class CountRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Decay:
+class DecayFit:
     """By tick: the relative difference of omega's increment in the layer that is furthest off, and
     P[ Binomial(k, c tau) <= 2 nu - 1 ]."""
 
@@ -96,7 +96,7 @@ def relax(network: Network, order: Order, c_tau: float, ticks: int, seed: int) -
     omega: dict[str, list[Tensor]] = {name: [] for name in names}
     drawn = generator("static states", seed)
 
-    def prepare(name: str, block: Block) -> None:
+    def prepare(name: str, block: FrozenRunBlock) -> None:
         if isinstance(block, HoldBlock):
             block.h, block.z = (
                 torch.randn(block.h.shape, generator=drawn, dtype=F64) for _ in range(2)
@@ -104,7 +104,7 @@ def relax(network: Network, order: Order, c_tau: float, ticks: int, seed: int) -
             h[name].append(block.h)
         omega[name].append(flat(omegas(block)))
 
-    def look(name: str, k: int, block: Block) -> None:
+    def look(name: str, k: int, block: FrozenRunBlock) -> None:
         if k >= ticks:  # the end is still on its way to the deeper blocks
             return
         if isinstance(block, HoldBlock):
@@ -158,7 +158,7 @@ def _apart(found: Tensor, exact: Tensor) -> float:
 
 def tick_counts(
     network: Network, steps: Sequence[float], seed: int
-) -> tuple[list[CountRow], list[Decay]]:
+) -> tuple[list[CountRow], list[DecayFit]]:
     """Counted beside expected: exactness at c tau = 1 in both orders, and the decay at each of
     `steps`. The network is a chain (`is_chain`)."""
     rows, decays = [], []
@@ -187,7 +187,7 @@ def _exact(network: Network, order: Order, seed: int) -> list[CountRow]:
     return rows
 
 
-def _decay(network: Network, a: float, seed: int) -> tuple[list[CountRow], Decay]:
+def _decay(network: Network, a: float, seed: int) -> tuple[list[CountRow], DecayFit]:
     hops = 2 * len(network.graph.blocks)
     expected = [ticks_to_settle(hops, a, error) for error in ERRORS]
     # The count ends where the error stays below, so more ticks are run than are expected.
@@ -197,7 +197,7 @@ def _decay(network: Network, a: float, seed: int) -> tuple[list[CountRow], Decay
         CountRow("simultaneous", a, "omega", 0, error, seed, settled(found, error), k)
         for error, k in zip(ERRORS, expected, strict=True)
     ]
-    return rows, Decay(a, found, [not_through(k, hops, a) for k in range(len(found))])
+    return rows, DecayFit(a, found, [not_through(k, hops, a) for k in range(len(found))])
 
 
 def settled(differences: Sequence[float], bound: float) -> int | None:

@@ -40,7 +40,7 @@ class StreamKind(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
+class StreamShapes:
     """Shapes of u and of the target, batch in front; classes: of class targets, else None."""
 
     u: tuple[int, ...]
@@ -48,7 +48,7 @@ class Values:
     classes: int | None = None
 
 
-Course: TypeAlias = Callable[[float], Tensor]
+TimeCourse: TypeAlias = Callable[[float], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,14 @@ class TimedStream:
     looks: the times at which gradients are compared. forgotten: the share of earlier states that
     may be left when they are."""
 
-    u: Course
-    y: Course
+    u: TimeCourse
+    y: TimeCourse
     looks: Sequence[float]
     begins: float = -math.inf
     forgotten: float = 1e-7
 
 
-def timed_stream(kind: StreamKind, values: Values, seed: int) -> TimedStream:
+def timed_stream(kind: StreamKind, values: StreamShapes, seed: int) -> TimedStream:
     """The stream of this kind and seed."""
     make = {StreamKind.STATIC: _static, StreamKind.SMOOTH: _smooth, StreamKind.RANDOM: _noise}[kind]
     u = make("u", values.u, seed)
@@ -82,38 +82,38 @@ def timed_stream(kind: StreamKind, values: Values, seed: int) -> TimedStream:
     return TimedStream(u, y, [PERIOD * (i + (i + x) / LOOKS) for i, x in enumerate(drawn)])
 
 
-def _static(name: str, shape: tuple[int, ...], seed: int) -> Course:
+def _static(name: str, shape: tuple[int, ...], seed: int) -> TimeCourse:
     value = torch.randn(shape, generator=generator(f"static {name}", seed), dtype=F64)
     return lambda _: value
 
 
-def _smooth(name: str, shape: tuple[int, ...], seed: int) -> Course:
+def _smooth(name: str, shape: tuple[int, ...], seed: int) -> TimeCourse:
     drawn = generator(f"smooth {name}", seed)
     w, p = (torch.rand(WAVES, *shape, generator=drawn, dtype=F64) for _ in range(2))
     w, p = SLOWEST + (FASTEST - SLOWEST) * w, 2 * math.pi * p
     return lambda t: math.sqrt(2 / WAVES) * torch.sin(w * t + p).sum(0)
 
 
-def _noise(name: str, shape: tuple[int, ...], seed: int) -> Course:
+def _noise(name: str, shape: tuple[int, ...], seed: int) -> TimeCourse:
     def draw(n: int) -> Tensor:
         return torch.randn(shape, generator=generator(f"random {name}", seed, n), dtype=F64)
 
     return _held(draw)
 
 
-def _one_class(shape: tuple[int, ...], classes: int, seed: int) -> Course:
+def _one_class(shape: tuple[int, ...], classes: int, seed: int) -> TimeCourse:
     value = torch.randint(classes, shape, generator=generator("static class", seed))
     return lambda _: value
 
 
-def _classes(shape: tuple[int, ...], classes: int, seed: int) -> Course:
+def _classes(shape: tuple[int, ...], classes: int, seed: int) -> TimeCourse:
     def draw(n: int) -> Tensor:
         return torch.randint(classes, shape, generator=generator("random class", seed, n))
 
     return _held(draw)
 
 
-def _held(draw: Callable[[int], Tensor]) -> Course:
+def _held(draw: Callable[[int], Tensor]) -> TimeCourse:
     """The sample of the period in which t lies; the latest one is kept."""
     kept: tuple[int, Tensor] | None = None
 

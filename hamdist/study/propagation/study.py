@@ -25,7 +25,7 @@ from hamdist.study.propagation.gradients import (
     one_minus_cos,
     relative_error,
 )
-from hamdist.study.propagation.settling import CountRow, Decay, is_chain, tick_counts
+from hamdist.study.propagation.settling import CountRow, DecayFit, is_chain, tick_counts
 from hamdist.study.propagation.streams import F64, StreamKind, timed_stream
 
 BATCH = 4
@@ -174,7 +174,7 @@ class SpeedResult:
     command: str
     rows: Sequence[SpeedRow]
     counts: Sequence[CountRow]
-    decays: Sequence[Decay]
+    decays: Sequence[DecayFit]
 
 
 def run_study(
@@ -188,7 +188,7 @@ def run_study(
     points = list(itertools.product(study.streams, study.steps, study.speeds))
     rows: list[SpeedRow] = []
     counts: list[CountRow] = []
-    decays: list[Decay] = []
+    decays: list[DecayFit] = []
     blocks = weights = 0
     with torch_threads(1):
         for seed in range(study.seeds):

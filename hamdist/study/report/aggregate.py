@@ -19,7 +19,7 @@ from hamdist.study.run.run import Run
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class AggregateRow:
     """One line of the comparison: a level, or the baseline ('centralised').
 
     seeds: how many runs it summarises. Accuracies are shares in [0, 1], None for real-valued
@@ -55,7 +55,7 @@ class Row:
     notes: tuple[str, ...]
 
 
-def aggregate(runs: Iterable[Run]) -> list[Row]:
+def aggregate(runs: Iterable[Run]) -> list[AggregateRow]:
     """One row per level, in the order in which the levels first appear.
 
     Interrupted runs are left out. A gap is taken over the seeds for which both runs finished.
@@ -68,14 +68,14 @@ def aggregate(runs: Iterable[Run]) -> list[Row]:
     return [_row(group, baseline) for group in groups.values()]
 
 
-def _row(group: Sequence[Run], baseline: Sequence[Run]) -> Row:
+def _row(group: Sequence[Run], baseline: Sequence[Run]) -> AggregateRow:
     accuracies = _present(_accuracy(run) for run in group)
     losses = _present(_loss(run) for run in group)
     gaps = _paired(group, baseline, _accuracy)
     loss_gaps = _paired(group, baseline, _loss)
     memory = _peak_memory(group)
     totals = [merge_windows(run.windows) for run in group if run.windows]
-    return Row(
+    return AggregateRow(
         level=group[0].level,
         engine=group[0].engine,
         seeds=len(group),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from hamdist.study.report.aggregate import Row
+from hamdist.study.report.aggregate import AggregateRow
 from hamdist.study.run.evaluate import Scores
 from hamdist.study.run.run import Run
 
@@ -53,15 +53,15 @@ def _scores(scores: Scores) -> dict[str, Any]:
     return record
 
 
-def comparison_summary(rows: Sequence[Row], *, interrupted: bool) -> str:
+def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> str:
     """summary.json: {"rows": [...], "interrupted": ...}; null for what is missing or not finite."""
     record = {"rows": [dataclasses.asdict(row) for row in rows], "interrupted": interrupted}
     return to_json(record, indent=2) + "\n"
 
 
-def rows_csv(rows: Sequence[Row]) -> str:
+def rows_csv(rows: Sequence[AggregateRow]) -> str:
     """One line per row; processes as 'name=bytes' and notes joined by '; '."""
-    names = [field.name for field in dataclasses.fields(Row)]
+    names = [field.name for field in dataclasses.fields(AggregateRow)]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()

@@ -49,7 +49,7 @@ included.
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class HtmlReport:
     """What the page shows. plots: PNG by file name, in order. when: a date, as text."""
 
     settings: Settings
@@ -60,7 +60,7 @@ class Report:
     interrupted: bool
 
 
-def render(report: Report) -> str:
+def render(report: HtmlReport) -> str:
     """The page."""
     title = escape(f"hamdist compare: {report.settings.name}")
     parts = [
@@ -111,7 +111,7 @@ def facts(command: str, when: str) -> str:
     return f"<dl>{''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in known.items())}</dl>"
 
 
-def _interruption(report: Report) -> str:
+def _interruption(report: HtmlReport) -> str:
     if not report.interrupted:
         return ""
     return '<p class="interrupted">Ended early: only the runs that finished are shown.</p>'

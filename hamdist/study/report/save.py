@@ -18,7 +18,7 @@ from hamdist.study.report.files import (
     run_lines,
     summary_json,
 )
-from hamdist.study.report.html import Report, render
+from hamdist.study.report.html import HtmlReport, render
 from hamdist.study.report.plots import comparison_plots
 from hamdist.study.report.table import comparison_table
 from hamdist.study.report.tracking_plots import record_plots
@@ -100,7 +100,7 @@ def save_comparison(
     plots = comparison_plots(runs) if rows and drawn else {}
     for name, png in plots.items():
         write_file(folder / name, png)
-    report = Report(
+    report = HtmlReport(
         settings=settings,
         table=comparison_table(rows),
         plots=plots,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.runtime.process.startup import startup_line
-from hamdist.study.report.aggregate import Row
+from hamdist.study.report.aggregate import AggregateRow
 from hamdist.study.report.compression import compression_fact
 from hamdist.study.report.outputs import outputs_fact
 from hamdist.study.run.drift import drift_fact
@@ -46,7 +46,7 @@ def markdown(table: Table) -> str:
     return body + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in table.notes)
 
 
-def comparison_table(rows: Sequence[Row]) -> Table:
+def comparison_table(rows: Sequence[AggregateRow]) -> Table:
     """Accuracies in %, gaps in points, spreads behind a ±; losses where there is no accuracy."""
     real_valued = all(row.held_out_accuracy is None for row in rows)
     columns = _loss_columns() if real_valued else _accuracy_columns()
@@ -65,7 +65,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     )
 
 
-def _accuracy_columns() -> dict[str, Callable[[Row], str]]:
+def _accuracy_columns() -> dict[str, Callable[[AggregateRow], str]]:
     return {
         "level": lambda row: row.level,
         "engine": lambda row: row.engine,
@@ -76,7 +76,7 @@ def _accuracy_columns() -> dict[str, Callable[[Row], str]]:
     }
 
 
-def _loss_columns() -> dict[str, Callable[[Row], str]]:
+def _loss_columns() -> dict[str, Callable[[AggregateRow], str]]:
     return {
         "level": lambda row: row.level,
         "engine": lambda row: row.engine,
@@ -87,7 +87,7 @@ def _loss_columns() -> dict[str, Callable[[Row], str]]:
     }
 
 
-def _cost_columns() -> dict[str, Callable[[Row], str]]:
+def _cost_columns() -> dict[str, Callable[[AggregateRow], str]]:
     return {
         "wall, s": lambda row: f"{row.wall_seconds:.1f}",
         "rows/s": lambda row: f"{row.samples_per_second:,.0f}",

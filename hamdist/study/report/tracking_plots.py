@@ -24,7 +24,7 @@ from hamdist.study.report.plots import (
     SIZE,
     import_matplotlib,
 )
-from hamdist.study.run.tracking import PARTS, Array, last_signals, rms, seconds
+from hamdist.study.run.tracking import PARTS, Trajectory, last_signals, rms, seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +51,7 @@ def record_plots(records: Mapping[str, Records], settings: Settings) -> dict[str
     return plots
 
 
-def _tracking(ticks: Array, y: Array, target: Array, settings: Settings) -> bytes:
+def _tracking(ticks: Trajectory, y: Trajectory, target: Trajectory, settings: Settings) -> bytes:
     """The first output and its target at the start and at the end; below, the error all along."""
     times, label = _time(ticks, settings)
     figure, start, end, whole = _start_end_whole(label)
@@ -71,7 +71,7 @@ def _tracking(ticks: Array, y: Array, target: Array, settings: Settings) -> byte
     return _png(figure)
 
 
-def _error(axes: Axes, times: Array, error: Array, size: float) -> None:
+def _error(axes: Axes, times: Trajectory, error: Trajectory, size: float) -> None:
     """Its rms in BINS parts of the run, as a share of the target's."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
@@ -140,11 +140,11 @@ def _start_end_whole(label: str, *, shared: bool = True) -> tuple[Figure, Axes, 
     return figure, start, end, whole
 
 
-def _first(times: Array) -> slice:
+def _first(times: Trajectory) -> slice:
     return slice(0, -(-len(times) // PARTS))
 
 
-def _last(times: Array) -> slice:
+def _last(times: Trajectory) -> slice:
     return slice(-len(times) // PARTS, None)
 
 
@@ -174,7 +174,7 @@ def _weights(records: Mapping[str, Records], settings: Settings) -> bytes:
     return _png(figure)
 
 
-def _time(ticks: Array, settings: Settings) -> tuple[Array, str]:
+def _time(ticks: Trajectory, settings: Settings) -> tuple[Trajectory, str]:
     """The horizontal axis and its label."""
     times = seconds(ticks, settings)
     return (ticks, "tick") if times is None else (times, "time, s")

@@ -48,7 +48,7 @@ def train_centralised(
     *,
     loss: Losses | None = None,
     frozen: bool = False,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
 ) -> RunResult:
     """Train a copy of `model` on `stream` with backpropagation and SGD; with `frozen` the last
     child of it that has weights alone.
@@ -246,7 +246,7 @@ def _train(
     stream: Stream,
     settings: Settings,
     begun: float,
-    on_progress: Callable[[Progress], None] | None,
+    on_progress: Callable[[Progress], object] | None,
 ) -> bool:
     """Show every item; True where Ctrl-C came first."""
     reported = begun

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from hamdist.config import EngineKind, Level, Settings
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory
+from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.study.run.baseline import CENTRALISED
-from hamdist.study.run.run import DataFactory, OnProgress, Run, run_centralised, run_level
+from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
 from hamdist.study.shared.store import Store
 
 KEY_LENGTH = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedRun:
     """A run that a comparison will make. level: None for the centralised baseline."""
 
     level: Level | None
@@ -31,7 +32,7 @@ class Planned:
         return CENTRALISED if self.level is None else self.level.value
 
 
-def plan(settings: Settings) -> list[Planned]:
+def plan(settings: Settings) -> list[PlannedRun]:
     """The runs of a comparison: the baseline with every seed (`seed`, `seed` + 1, ...), then the
     levels, seed by seed. So no baseline shares the machine with an idle Ray.
 
@@ -44,18 +45,18 @@ def plan(settings: Settings) -> list[Planned]:
         )
     levels = dict.fromkeys(settings.compare.levels)
     seeds = range(settings.seed, settings.seed + settings.compare.seeds)
-    baselines = [Planned(None, seed) for seed in seeds]
-    return baselines + [Planned(level, seed) for seed in seeds for level in levels]
+    baselines = [PlannedRun(None, seed) for seed in seeds]
+    return baselines + [PlannedRun(level, seed) for seed in seeds for level in levels]
 
 
 def compare(
     settings: Settings,
-    planned: Sequence[Planned],
+    planned: Sequence[PlannedRun],
     *,
     factory: ModelFactory | None = None,
     data: DataFactory | None = None,
     plain: ModelFactory | None = None,
-    on_progress: Callable[[Planned], OnProgress] | None = None,
+    on_progress: Callable[[PlannedRun], OnProgress] | None = None,
     store: Store[Run] | None = None,
     made_of: str = "",
 ) -> Iterator[Run]:

@@ -25,7 +25,7 @@ SETTLED = 3  # the last so-manieth part of a concept says what accuracy had been
 
 
 @dataclass(frozen=True, slots=True)
-class Recovery:
+class DriftRecovery:
     """One drift. item: the first one of the new concept. before, lowest: accuracies in [0, 1].
     items: until the accuracy was back; None where it was not before the next drift."""
 
@@ -35,7 +35,7 @@ class Recovery:
     items: int | None
 
 
-def recoveries(windows: Sequence[Window], drifts: Sequence[int]) -> tuple[Recovery, ...]:
+def recoveries(windows: Sequence[Window], drifts: Sequence[int]) -> tuple[DriftRecovery, ...]:
     """Of each drift that has a measure. windows: prequential, in order."""
     if not windows:
         return ()
@@ -51,7 +51,7 @@ def recoveries(windows: Sequence[Window], drifts: Sequence[int]) -> tuple[Recove
     )
 
 
-def _recovery(item: int, settled: Sequence[Window], new: Sequence[Window]) -> Recovery:
+def _recovery(item: int, settled: Sequence[Window], new: Sequence[Window]) -> DriftRecovery:
     before = merge_windows(settled).accuracy or 0.0
     accuracies = [window.accuracy or 0.0 for window in new]
     lowest = min(accuracies)
@@ -60,10 +60,10 @@ def _recovery(item: int, settled: Sequence[Window], new: Sequence[Window]) -> Re
         if accuracy >= before - TOLERANCE:
             back = window.last + 1 - item
             break
-    return Recovery(item, before, lowest, back)
+    return DriftRecovery(item, before, lowest, back)
 
 
-def drift_fact(found: Sequence[Recovery]) -> str:
+def drift_fact(found: Sequence[DriftRecovery]) -> str:
     """In words; empty where there was no drift."""
     if not found:
         return ""

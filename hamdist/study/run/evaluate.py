@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.config import IGNORE_INDEX
-from hamdist.dynamics.graph.inputs import Inputs, called
+from hamdist.dynamics.graph.inputs import NetworkInputs, called
 from hamdist.dynamics.objective.losses import Losses, LossFunction
 from hamdist.dynamics.objective.outputs import ONLY, losses_of, main_output, tensors
 from hamdist.dynamics.objective.prequential import count_correct, counts
@@ -37,7 +37,12 @@ class Scores:
 
 
 def evaluate(
-    model: nn.Module, x: Inputs, y: Targets, loss: Losses, *, ignore_index: int = IGNORE_INDEX
+    model: nn.Module,
+    x: NetworkInputs,
+    y: Targets,
+    loss: Losses,
+    *,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Scores:
     """Scores of `model` on x (N, ...) with targets y, (N,) classes or (N, O) values; of several
     inputs and outputs by name.
@@ -91,7 +96,7 @@ def evaluate_items(
     return Scores(scores[main].loss, scores[main].accuracy, scores, main)
 
 
-def _chunks(x: Inputs, y: Targets) -> Iterator[Sample]:
+def _chunks(x: NetworkInputs, y: Targets) -> Iterator[Sample]:
     inputs = x if isinstance(x, Mapping) else {ONLY: x}
     rows = len(next(iter(inputs.values())))
     for first in range(0, rows, CHUNK):

@@ -23,7 +23,7 @@ from hamdist.dynamics.objective.losses import Losses, LossFunction, make_loss, m
 from hamdist.dynamics.objective.outputs import main_output
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
-from hamdist.errors import Choice, DivergedError, HamdistWarning, SettingsError, StreamError
+from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError, StreamError
 from hamdist.models.build import (
     BASELINE_OPTION,
     CELLS,
@@ -34,13 +34,14 @@ from hamdist.models.build import (
     make_tracker,
 )
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
 from hamdist.runtime.train.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
-from hamdist.study.run.drift import Recovery, recoveries
+from hamdist.study.run.drift import DriftRecovery, recoveries
 from hamdist.study.run.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
 from hamdist.study.run.initial_weights import beside, warmed
 from hamdist.study.run.own_data import OwnData, check_held_out
@@ -50,7 +51,6 @@ from hamdist.study.shared.limits import check_size, check_time
 PYTORCH = "pytorch"
 TIMELINE_LIMIT = 4096
 
-OnProgress = Callable[[Progress], None]
 DataFactory = Callable[[int], OwnData]
 
 
@@ -83,7 +83,7 @@ class Run(RunFacts):
     failure: str | None = None
     tracking: Tracking | None = None
     prequential: dict[str, Window] = field(default_factory=dict)
-    drifts: Sequence[Recovery] = field(default_factory=tuple)
+    drifts: Sequence[DriftRecovery] = field(default_factory=tuple)
     held_out_plain: Scores | None = None
     records: dict[str, Records] = field(default_factory=dict, metadata=APART)
     plain: nn.Module | None = field(default=None, metadata=APART)
@@ -289,7 +289,7 @@ def build(
     several = spec.inputs is not None
     made, told = stabilised(model, example_inputs(spec) if several else example_input(spec))
     for text in told:
-        warnings.warn(Choice(text), stacklevel=5)
+        warnings.warn(ChoiceWarning(text), stacklevel=5)
     return made
 
 

@@ -21,7 +21,7 @@ from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.dynamics.updates.constants import make_dynamics
 from hamdist.streams.sources.signals import SignalStream
 
-Array = npt.NDArray[np.float64]
+Trajectory = npt.NDArray[np.float64]
 
 SETTLING = 0.3  # seconds after the start, and after a jump of the target
 # A jump is a step of the target by this share of its rms, and by so many times its mean step.
@@ -43,18 +43,18 @@ class Tracking:
     jumps: int
 
 
-def seconds(ticks: Array, settings: Settings) -> Array | None:
+def seconds(ticks: Trajectory, settings: Settings) -> Trajectory | None:
     """The times t_k of `ticks` (K,), or None where only the stream's time stamps knew them."""
     knobs = make_locality(settings.level, settings.locality)
     tau = make_dynamics(settings.dynamics, settings.learning, knobs).tau
     if tau is None:
         return None
     steps = [0.0, *(tau(k) for k in range(int(ticks.max(initial=0))))]
-    times: Array = np.cumsum(steps)[ticks.astype(np.int64)]
+    times: Trajectory = np.cumsum(steps)[ticks.astype(np.int64)]
     return times
 
 
-def signals(records: Records) -> tuple[Array, Array, Array] | None:
+def signals(records: Records) -> tuple[Trajectory, Trajectory, Trajectory] | None:
     """ticks (K,), prediction and target (K, B O) of a readout, where both are there; None for
     targets that are no values of the prediction's shape, and without trajectories."""
     y, target = records.prediction, records.target
@@ -67,7 +67,9 @@ def signals(records: Records) -> tuple[Array, Array, Array] | None:
     return records.tick[there].double().numpy(), found[0], found[1]
 
 
-def last_signals(records: Mapping[str, Records]) -> tuple[Array, Array, Array] | None:
+def last_signals(
+    records: Mapping[str, Records],
+) -> tuple[Trajectory, Trajectory, Trajectory] | None:
     """`signals` of the last readout that has some."""
     found = [s for r in records.values() for s in [signals(r)] if s is not None]
     return found[-1] if found else None
@@ -84,7 +86,7 @@ def tracking(records: Mapping[str, Records], settings: Settings) -> Tracking | N
     return follow(y, target, seconds(ticks, settings))
 
 
-def follow(y: Array, target: Array, times: Array | None) -> Tracking | None:
+def follow(y: Trajectory, target: Trajectory, times: Trajectory | None) -> Tracking | None:
     """y, target: (K, B O). times: (K,) in seconds. None for a target that is zero throughout."""
     size = rms(target)
     if not size:
@@ -108,14 +110,14 @@ def follow(y: Array, target: Array, times: Array | None) -> Tracking | None:
     )
 
 
-def jumps(target: Array) -> npt.NDArray[np.intp]:
+def jumps(target: Trajectory) -> npt.NDArray[np.intp]:
     """The entries of target (K, B O) at which it has jumped."""
     steps = np.abs(np.diff(target, axis=0)).max(axis=1)
     least = max(JUMP_SHARE * rms(target), JUMP_STEPS * float(steps.mean())) if len(steps) else 0
     return np.flatnonzero(steps > least) + 1
 
 
-def rms(values: Array) -> float:
+def rms(values: Trajectory) -> float:
     """The root of the mean square."""
     return float(np.sqrt(np.mean(np.square(values))))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from hamdist.config import Settings, Source, read_settings
 from hamdist.errors import StreamError
-from hamdist.study.shared.shipped import Shipped
+from hamdist.study.shared.shipped import ShippedFiles
 
-RECIPES = Shipped("recipes", "recipe")
+RECIPES = ShippedFiles("recipes", "recipe")
 
 
 def recipes() -> dict[str, str]:

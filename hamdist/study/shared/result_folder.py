@@ -183,8 +183,8 @@ class ResultFolder:
             self._say(f"Warning: {self.path}: events are written no more: {error.strerror}")
 
     def watch(
-        self, level: str, seed: int, then: Callable[[Progress], None]
-    ) -> Callable[[Progress], None]:
+        self, level: str, seed: int, then: Callable[[Progress], object]
+    ) -> Callable[[Progress], object]:
         """What to call with the progress of a run: writes it, and calls `then`."""
         head = {"level": level, "seed": seed}
         due, last, lost = 0.0, -1, 0

@@ -11,7 +11,7 @@ from hamdist.errors import SettingsError
 SUFFIX = ".yaml"
 
 
-class Shipped(NamedTuple):
+class ShippedFiles(NamedTuple):
     """One kind of them. folder: in the package; one: what one of them is called."""
 
     folder: str

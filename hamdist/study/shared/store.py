@@ -13,19 +13,19 @@ from typing import Any, Generic, TypeVar
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import prepare_folder, write_file
 
-Kind = TypeVar("Kind")
+RecordType = TypeVar("RecordType")
 
 
-class Store(Generic[Kind]):
+class Store(Generic[RecordType]):
     """Records in `folder`, which is made. read: makes one of plain values, or raises ValueError or
     TypeError. Raises SettingsError where it cannot be written."""
 
-    def __init__(self, folder: Path, read: Callable[[dict[str, Any]], Kind]) -> None:
+    def __init__(self, folder: Path, read: Callable[[dict[str, Any]], RecordType]) -> None:
         prepare_folder(folder)
         self._folder = folder
         self._read = read
 
-    def find(self, key: str) -> Kind | None:
+    def find(self, key: str) -> RecordType | None:
         """The record of a run that was made. Raises SettingsError for a file that is none."""
         path = self._folder / f"{key}.json"
         try:

@@ -18,17 +18,17 @@ from hamdist.study.report.plots import (
     new_figure,
     png_of,
 )
-from hamdist.study.sweep.points import Cell
-from hamdist.study.sweep.run import Outcome
+from hamdist.study.sweep.points import SweepCell
+from hamdist.study.sweep.run import StudyOutcome
 from hamdist.study.sweep.settings import Axis, StudySettings, Trains
-from hamdist.study.sweep.summary import Line, summary
+from hamdist.study.sweep.summary import SummaryLine, summary
 from hamdist.study.sweep.tables import TITLES, WORDS, varied
 
 LEGEND_COLUMNS = 3  # labels say more than a level's name
 LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 
 
-def study_plots(study: StudySettings, outcomes: Sequence[Outcome]) -> dict[str, bytes]:
+def study_plots(study: StudySettings, outcomes: Sequence[StudyOutcome]) -> dict[str, bytes]:
     """PNG by file name: `accuracy-AXIS.png` for each axis with several values (loss where there is
     no accuracy), and `accuracy-seconds.png`, prequential."""
     lines = summary(outcomes)
@@ -41,18 +41,18 @@ def study_plots(study: StudySettings, outcomes: Sequence[Outcome]) -> dict[str, 
     return {**plots, f"{word}-seconds.png": _against_seconds(study, outcomes, real_valued)}
 
 
-def _names(study: StudySettings, axis: Axis | None, line: Line | Cell) -> str:
+def _names(study: StudySettings, axis: Axis | None, line: SummaryLine | SweepCell) -> str:
     """A curve's label: the side, and its place on the axes that the plot does not go along."""
     others = [a for a in varied(study) if a is not axis]
     at = dict(line.point)
     return ", ".join([_side(line), *(f"{WORDS[a]} {at[a]}" for a in others)])
 
 
-def _side(line: Line | Cell) -> str:
-    return line.side if isinstance(line, Line) else line.name
+def _side(line: SummaryLine | SweepCell) -> str:
+    return line.side if isinstance(line, SummaryLine) else line.name
 
 
-def _styles(curves: Mapping[str, Line | Cell]) -> dict[str, tuple[str, Dashes, float]]:
+def _styles(curves: Mapping[str, SummaryLine | SweepCell]) -> dict[str, tuple[str, Dashes, float]]:
     """Colour, dashes and width by label: baselines are broad and grey; of the others each side has
     a colour, and its curves differ in their dashes."""
     baselines = [name for name, one in curves.items() if one.trains is Trains.CENTRALISED]
@@ -72,9 +72,11 @@ def _styles(curves: Mapping[str, Line | Cell]) -> dict[str, tuple[str, Dashes, f
     return styles
 
 
-def _along(study: StudySettings, axis: Axis, lines: Sequence[Line], real_valued: bool) -> bytes:
+def _along(
+    study: StudySettings, axis: Axis, lines: Sequence[SummaryLine], real_valued: bool
+) -> bytes:
     figure, axes = new_figure()
-    curves: dict[str, list[Line]] = {}
+    curves: dict[str, list[SummaryLine]] = {}
     for line in lines:
         curves.setdefault(_names(study, axis, line), []).append(line)
     styles = _styles({name: own[0] for name, own in curves.items()})
@@ -114,13 +116,15 @@ def _along(study: StudySettings, axis: Axis, lines: Sequence[Line], real_valued:
     return png_of(figure)
 
 
-def _percent(line: Line) -> tuple[float | None, float | None]:
+def _percent(line: SummaryLine) -> tuple[float | None, float | None]:
     if line.accuracy is None:
         return None, None
     return 100 * line.accuracy, None if line.spread is None else 100 * line.spread
 
 
-def _against_seconds(study: StudySettings, outcomes: Sequence[Outcome], real_valued: bool) -> bytes:
+def _against_seconds(
+    study: StudySettings, outcomes: Sequence[StudyOutcome], real_valued: bool
+) -> bytes:
     """The first seed's prequential windows."""
     figure, axes = new_figure()
     labels = [_names(study, None, o.cell) for o in outcomes]

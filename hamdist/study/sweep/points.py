@@ -20,8 +20,8 @@ from hamdist.config import (
     EngineKind,
     Level,
     Memory,
-    Part,
     Settings,
+    Split,
     describe,
     merge,
 )
@@ -48,7 +48,7 @@ Candidate = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SweepJob:
     """One run. settings: those of one level, with seed, steps and the part that it is scored on."""
 
     trains: Trains
@@ -65,7 +65,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class SweepCell:
     """A side at a point of the grid. point: value by axis, of those that the study gives."""
 
     name: str
@@ -81,7 +81,7 @@ class Cell:
         return ", ".join([self.name, *(f"{axis.value} {value}" for axis, value in self.point)])
 
 
-def cells(study: StudySettings) -> list[Cell]:
+def cells(study: StudySettings) -> list[SweepCell]:
     """All of a study's, point by point. Where a side keeps nothing of the past, the side `frozen`
     is added: training the last block alone is what such a level must beat.
 
@@ -97,10 +97,10 @@ def cells(study: StudySettings) -> list[Cell]:
     for point in points:
         for name, side in sides.items():
             trains, level = trains_of(name, side)
-            cell = Cell(name, side, trains, level, point, False)
+            cell = SweepCell(name, side, trains, level, point, False)
             settings = [_settings(study, cell, candidate) for candidate in side.candidates]
             memoryless = trains is Trains.LEVEL and _keeps_nothing(settings[0])
-            found.append(Cell(name, side, trains, level, point, memoryless))
+            found.append(SweepCell(name, side, trains, level, point, memoryless))
     return found
 
 
@@ -126,7 +126,7 @@ def _is_memoryless(study: StudySettings, name: str) -> bool:
     trains, level = trains_of(name, side)
     if trains is not Trains.LEVEL:
         return False
-    cell = Cell(name, side, trains, level, (), False)
+    cell = SweepCell(name, side, trains, level, (), False)
     return _keeps_nothing(_settings(study, cell, side.candidates[0]))
 
 
@@ -134,14 +134,14 @@ def _keeps_nothing(settings: Settings) -> bool:
     return make_locality(settings.level, settings.locality).memory is Memory.NONE
 
 
-def tuning_jobs(study: StudySettings, cell: Cell) -> list[tuple[Candidate, list[Job]]]:
+def tuning_jobs(study: StudySettings, cell: SweepCell) -> list[tuple[Candidate, list[SweepJob]]]:
     """By candidate, its runs on the validation part."""
     samples = study.tune.samples or study.samples
     return [
         (
             candidate,
             [
-                _job(study, cell, candidate, TUNING_SEEDS + i, Part.VALIDATION, samples)
+                _job(study, cell, candidate, TUNING_SEEDS + i, Split.VALIDATION, samples)
                 for i in range(study.tune.seeds)
             ],
         )
@@ -149,15 +149,20 @@ def tuning_jobs(study: StudySettings, cell: Cell) -> list[tuple[Candidate, list[
     ]
 
 
-def final_jobs(study: StudySettings, cell: Cell, chosen: Candidate) -> list[Job]:
+def final_jobs(study: StudySettings, cell: SweepCell, chosen: Candidate) -> list[SweepJob]:
     """The runs on the test part, one a seed."""
     seeds = range(study.first_seed, study.first_seed + study.seeds)
-    return [_job(study, cell, chosen, seed, Part.TEST, study.samples) for seed in seeds]
+    return [_job(study, cell, chosen, seed, Split.TEST, study.samples) for seed in seeds]
 
 
 def _job(
-    study: StudySettings, cell: Cell, candidate: Candidate, seed: int, part: Part, samples: int
-) -> Job:
+    study: StudySettings,
+    cell: SweepCell,
+    candidate: Candidate,
+    seed: int,
+    part: Split,
+    samples: int,
+) -> SweepJob:
     settings = _settings(study, cell, candidate)
     steps = samples // settings.stream.batch
     if steps < 1:
@@ -166,10 +171,10 @@ def _job(
         )
     stream = settings.stream.model_copy(update={"evaluate": part})
     more = {"seed": seed, "steps": steps, "stream": stream}
-    return Job(cell.trains, settings.model_copy(update=more))
+    return SweepJob(cell.trains, settings.model_copy(update=more))
 
 
-def _settings(study: StudySettings, cell: Cell, candidate: Candidate) -> Settings:
+def _settings(study: StudySettings, cell: SweepCell, candidate: Candidate) -> Settings:
     """`run`, the point, the side's `set` and the candidate, laid over each other in this order."""
     raw: dict[str, Any] = {"name": study.name, "engine": {"kind": "inprocess", "actors": 1}}
     layers = [study.run, *(_nested(_AXES[axis], value) for axis, value in cell.point)]

@@ -16,16 +16,16 @@ from hamdist.study.report.html import facts, html_figure, html_notes, html_table
 from hamdist.study.report.table import Table, markdown
 from hamdist.study.shared.result_folder import write_file
 from hamdist.study.sweep.plots import study_plots
-from hamdist.study.sweep.run import Outcome
+from hamdist.study.sweep.run import StudyOutcome
 from hamdist.study.sweep.settings import Axis, StudySettings, study_yaml
-from hamdist.study.sweep.summary import Line, summary
+from hamdist.study.sweep.summary import SummaryLine, summary
 from hamdist.study.sweep.tables import study_tables
 
 
 def save_study(
     folder: Path,
     study: StudySettings,
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[StudyOutcome],
     *,
     command: str,
     first: Axis | None = None,
@@ -48,7 +48,7 @@ def save_study(
     return tables
 
 
-def record(line: Line) -> dict[str, Any]:
+def record(line: SummaryLine) -> dict[str, Any]:
     """A line as plain values, the point and what was chosen with a name for each."""
     raw = dataclasses.asdict(line)
     point = {axis.value: value for axis, value in line.point}

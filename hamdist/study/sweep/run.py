@@ -24,16 +24,23 @@ from hamdist.study.report.files import to_json
 from hamdist.study.shared.processes import Processes
 from hamdist.study.shared.result_folder import RUNS
 from hamdist.study.shared.store import Store
-from hamdist.study.sweep.points import Candidate, Cell, Job, cells, final_jobs, tuning_jobs
+from hamdist.study.sweep.points import (
+    Candidate,
+    SweepCell,
+    SweepJob,
+    cells,
+    final_jobs,
+    tuning_jobs,
+)
 from hamdist.study.sweep.settings import StudySettings
-from hamdist.study.sweep.work import Record, work
+from hamdist.study.sweep.work import RunRecord, work
 
 # (runs done, runs in this phase, the run's record)
-OnRecord = Callable[[str, int, int, Record], None]
+OnRecord = Callable[[str, int, int, RunRecord], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class TuningResult:
     """What a cell's tuning found. score: mean validation accuracy (or minus the loss) of `chosen`;
     None where nothing was tuned. edge: settings whose chosen value is the lowest or highest of
     three and more that were tried."""
@@ -44,15 +51,15 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StudyOutcome:
     """A cell, what was chosen for it, and its final runs, one a seed."""
 
-    cell: Cell
-    choice: Choice
-    records: Sequence[Record]
+    cell: SweepCell
+    choice: TuningResult
+    records: Sequence[RunRecord]
 
 
-def check(study: StudySettings, *, chosen: bool) -> list[Cell]:
+def check(study: StudySettings, *, chosen: bool) -> list[SweepCell]:
     """The cells of a study, all of whose settings hold. chosen: tune nothing, take `best`.
 
     Raises SettingsError.
@@ -72,17 +79,17 @@ def run_study(
     *,
     chosen: bool = False,
     on_record: OnRecord | None = None,
-) -> list[Outcome]:
+) -> list[StudyOutcome]:
     """All outcomes, cell by cell. folder: where `runs/` is, or will be. chosen: tune nothing, take
     each side's `best`. on_record: called for each run with the phase's name, and how far it is.
 
     Raises SettingsError before anything runs, HamdistError where a run cannot be made.
     """
     all_cells = check(study, chosen=chosen)
-    store = Store(folder / RUNS, lambda values: Record(**values))
+    store = Store(folder / RUNS, lambda values: RunRecord(**values))
     with _Runs(study, store, on_record) as runs:
         if chosen:
-            choices = [Choice(_best(study, cell), None) for cell in all_cells]
+            choices = [TuningResult(_best(study, cell), None) for cell in all_cells]
         else:
             choices = _tuned(study, all_cells, runs)
         finals = [
@@ -91,12 +98,12 @@ def run_study(
         ]
         found = runs.make("final", [job for jobs in finals for job in jobs])
     return [
-        Outcome(cell, choice, [found[job.key] for job in jobs])
+        StudyOutcome(cell, choice, [found[job.key] for job in jobs])
         for cell, choice, jobs in zip(all_cells, choices, finals, strict=True)
     ]
 
 
-def _best(study: StudySettings, cell: Cell) -> Candidate:
+def _best(study: StudySettings, cell: SweepCell) -> Candidate:
     """The values that the side names. Raises SettingsError where it names other settings than it
     tunes."""
     side = cell.side
@@ -109,7 +116,7 @@ def _best(study: StudySettings, cell: Cell) -> Candidate:
     return side.best
 
 
-def _tuned(study: StudySettings, all_cells: Sequence[Cell], runs: _Runs) -> list[Choice]:
+def _tuned(study: StudySettings, all_cells: Sequence[SweepCell], runs: _Runs) -> list[TuningResult]:
     asked = [tuning_jobs(study, cell) for cell in all_cells]
     many = [candidates for candidates in asked if len(candidates) > 1]
     found = runs.make("tuning", [job for cs in many for _, jobs in cs for job in jobs])
@@ -119,10 +126,12 @@ def _tuned(study: StudySettings, all_cells: Sequence[Cell], runs: _Runs) -> list
 
 
 def _choose(
-    cell: Cell, candidates: Sequence[tuple[Candidate, Sequence[Job]]], found: dict[str, Record]
-) -> Choice:
+    cell: SweepCell,
+    candidates: Sequence[tuple[Candidate, Sequence[SweepJob]]],
+    found: dict[str, RunRecord],
+) -> TuningResult:
     if len(candidates) == 1:
-        return Choice(candidates[0][0], None)
+        return TuningResult(candidates[0][0], None)
     scores = [score([found[job.key] for job in jobs]) for _, jobs in candidates]
     best = max(range(len(scores)), key=scores.__getitem__)
     if not math.isfinite(scores[best]):
@@ -130,17 +139,17 @@ def _choose(
             f"{cell.label}: every candidate of 'tune' left the finite range; give lower step sizes"
         )
     chosen = candidates[best][0]
-    return Choice(chosen, scores[best], _at_edge(cell, chosen))
+    return TuningResult(chosen, scores[best], _at_edge(cell, chosen))
 
 
-def score(records: Sequence[Record]) -> float:
+def score(records: Sequence[RunRecord]) -> float:
     """Mean accuracy over seeds, or minus the mean loss; minus infinity where a run failed."""
     values = [-r.loss if r.accuracy is None and r.loss is not None else r.accuracy for r in records]
     known = [v for v in values if v is not None and math.isfinite(v)]
     return statistics.fmean(known) if len(known) == len(values) else -math.inf
 
 
-def _at_edge(cell: Cell, chosen: Candidate) -> tuple[str, ...]:
+def _at_edge(cell: SweepCell, chosen: Candidate) -> tuple[str, ...]:
     edge = []
     for name, values in cell.side.tune.items():
         numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
@@ -153,7 +162,7 @@ class _Runs:
     """Makes runs, in parallel, and keeps them. As a context: its processes end at the end."""
 
     def __init__(
-        self, study: StudySettings, store: Store[Record], on_record: OnRecord | None
+        self, study: StudySettings, store: Store[RunRecord], on_record: OnRecord | None
     ) -> None:
         self._study = study
         self._store = store
@@ -167,7 +176,7 @@ class _Runs:
         if self._processes is not None:
             self._processes.close()
 
-    def make(self, phase: str, jobs: Sequence[Job]) -> dict[str, Record]:
+    def make(self, phase: str, jobs: Sequence[SweepJob]) -> dict[str, RunRecord]:
         """The records of `jobs` by key; of those only that are not kept yet a run is made."""
         wanted = {job.key: job for job in jobs}
         kept = {key: self._store.find(key) for key in wanted}
@@ -180,7 +189,7 @@ class _Runs:
                 self._on_record(phase, len(found), len(wanted), record)
         return found
 
-    def _made(self, jobs: Sequence[Job]) -> Iterator[Record]:
+    def _made(self, jobs: Sequence[SweepJob]) -> Iterator[RunRecord]:
         if not jobs:
             return
         if self._study.parallel == "ray":

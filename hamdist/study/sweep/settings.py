@@ -28,9 +28,9 @@ import yaml
 from pydantic import Field, model_validator
 
 from hamdist.config import Level, Positive, Section, Speed, checked, mapping, merge, read_yaml
-from hamdist.study.shared.shipped import Shipped
+from hamdist.study.shared.shipped import ShippedFiles
 
-STUDIES = Shipped("studies", "study")
+STUDIES = ShippedFiles("studies", "study")
 
 
 class Axis(str, Enum):
@@ -52,7 +52,7 @@ class Trains(str, Enum):
     FROZEN = "frozen"
 
 
-Values = Annotated[tuple[Any, ...], Field(min_length=1)]
+AxisValues = Annotated[tuple[Any, ...], Field(min_length=1)]
 
 
 class AxesSettings(Section):
@@ -83,7 +83,7 @@ class SideSettings(Section):
 
     level: Level | Literal["centralised", "frozen"] | None = None
     set: dict[str, Any] = {}
-    tune: dict[str, Values] = {}
+    tune: dict[str, AxisValues] = {}
     best: dict[str, Any] = {}
 
     @property

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hamdist.study.report.aggregate import mean_of, spread_of
-from hamdist.study.run.drift import Recovery, drift_fact
+from hamdist.study.run.drift import DriftRecovery, drift_fact
 from hamdist.study.sweep.points import Point
-from hamdist.study.sweep.run import Outcome
+from hamdist.study.sweep.run import StudyOutcome
 from hamdist.study.sweep.settings import Trains
-from hamdist.study.sweep.work import Record
+from hamdist.study.sweep.work import RunRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class SummaryLine:
     """One cell. accuracy: held out, over the seeds, as a share; loss where the targets are real
     values. spread: standard deviation over seeds. gap: accuracy minus that of the centralised side
     at the same point, by seed (below 0: behind it); of losses the centralised one minus its own.
@@ -40,18 +40,18 @@ class Line:
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 
-def summary(outcomes: Sequence[Outcome]) -> list[Line]:
+def summary(outcomes: Sequence[StudyOutcome]) -> list[SummaryLine]:
     """One line per outcome, in their order."""
     baselines = {o.cell.point: o for o in reversed(outcomes) if o.cell.trains is Trains.CENTRALISED}
     return [_line(outcome, baselines[outcome.cell.point]) for outcome in outcomes]
 
 
-def _line(outcome: Outcome, baseline: Outcome) -> Line:
+def _line(outcome: StudyOutcome, baseline: StudyOutcome) -> SummaryLine:
     cell, records = outcome.cell, outcome.records
     accuracies = [r.accuracy for r in records if r.accuracy is not None]
     losses = [math.nan if r.loss is None else r.loss for r in records]
     gaps = _gaps(records, baseline.records)
-    return Line(
+    return SummaryLine(
         side=cell.name,
         trains=cell.trains,
         memoryless=cell.memoryless,
@@ -71,7 +71,7 @@ def _line(outcome: Outcome, baseline: Outcome) -> Line:
     )
 
 
-def _gaps(own: Sequence[Record], other: Sequence[Record]) -> list[float]:
+def _gaps(own: Sequence[RunRecord], other: Sequence[RunRecord]) -> list[float]:
     """By seed; none unless both have finished with every seed of `own`."""
     by_seed = {record.seed: record for record in other}
     gaps = []
@@ -84,11 +84,11 @@ def _gaps(own: Sequence[Record], other: Sequence[Record]) -> list[float]:
     return gaps if len(gaps) == len(own) else []
 
 
-def _notes(outcome: Outcome) -> list[str]:
+def _notes(outcome: StudyOutcome) -> list[str]:
     label = outcome.cell.label
     failed = [f"seed {r.seed}: {r.failure}" for r in outcome.records if r.failure is not None]
     notes = [f"{label}: {text}" for text in failed]
-    told = drift_fact([Recovery(*found) for r in outcome.records for found in r.drifts])
+    told = drift_fact([DriftRecovery(*found) for r in outcome.records for found in r.drifts])
     notes += [f"{label}: of the drifts of all seeds {told}"] if told else []
     notes += [
         f"{label}: {name} = {outcome.choice.chosen[name]} is the lowest or highest value that was "

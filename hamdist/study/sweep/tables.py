@@ -8,7 +8,7 @@ from typing import Any
 from hamdist.study.report.table import MISSING, Table, number, percent, points
 from hamdist.study.sweep.points import Point
 from hamdist.study.sweep.settings import Axis, StudySettings, Trains
-from hamdist.study.sweep.summary import Line
+from hamdist.study.sweep.summary import SummaryLine
 
 WORDS = {
     Axis.DEPTH: "L",
@@ -25,7 +25,7 @@ TITLES = {
 
 
 def study_tables(
-    study: StudySettings, lines: Sequence[Line], first: Axis | None = None
+    study: StudySettings, lines: Sequence[SummaryLine], first: Axis | None = None
 ) -> dict[str, Table]:
     """By title. first: the axis that comes first."""
     real_valued = all(line.accuracy is None for line in lines)
@@ -45,7 +45,7 @@ def varied(study: StudySettings) -> list[Axis]:
 
 
 def _all(
-    axes: Sequence[Axis], study: StudySettings, lines: Sequence[Line], real_valued: bool
+    axes: Sequence[Axis], study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool
 ) -> Table:
     titles = [
         "side",
@@ -71,11 +71,13 @@ def _all(
     return Table(titles, rows, _notes(study, lines))
 
 
-def _along(axis: Axis, axes: Sequence[Axis], lines: Sequence[Line], real_valued: bool) -> Table:
+def _along(
+    axis: Axis, axes: Sequence[Axis], lines: Sequence[SummaryLine], real_valued: bool
+) -> Table:
     """A row for each side at each point of the other axes, a column for each value."""
     others = [other for other in axes if other is not axis]
     values = list(dict.fromkeys(dict(line.point)[axis] for line in lines))
-    rows: dict[tuple[str, Point], dict[Any, Line]] = {}
+    rows: dict[tuple[str, Point], dict[Any, SummaryLine]] = {}
     for line in lines:
         at = dict(line.point)
         rest = tuple((other, at[other]) for other in others)
@@ -96,13 +98,13 @@ def _along(axis: Axis, axes: Sequence[Axis], lines: Sequence[Line], real_valued:
     return Table(titles, cells, [])
 
 
-def held_out(line: Line, real_valued: bool) -> str:
+def held_out(line: SummaryLine, real_valued: bool) -> str:
     if real_valued:
         return number(line.loss, line.loss_spread)
     return percent(line.accuracy, line.spread, digits=2)
 
 
-def gap(line: Line, real_valued: bool) -> str:
+def gap(line: SummaryLine, real_valued: bool) -> str:
     if line.trains is Trains.CENTRALISED:
         return MISSING
     if real_valued:
@@ -117,7 +119,7 @@ def chosen(values: dict[str, Any]) -> str:
     )
 
 
-def _notes(study: StudySettings, lines: Sequence[Line]) -> list[str]:
+def _notes(study: StudySettings, lines: Sequence[SummaryLine]) -> list[str]:
     notes = [
         f"mean ± standard deviation over {study.seeds} seeds on the test part; {study.samples:,} "
         "rows learned from by each run; gap: accuracy minus that of centralised backpropagation, "

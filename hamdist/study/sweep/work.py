@@ -14,14 +14,14 @@ from hamdist.errors import DivergedError
 from hamdist.runtime.process.threads import torch_threads
 from hamdist.study.report.plots import joined
 from hamdist.study.run.run import Run, run_centralised, run_level
-from hamdist.study.sweep.points import Job
+from hamdist.study.sweep.points import SweepJob
 from hamdist.study.sweep.settings import Trains
 
 POINTS = 60  # of a curve
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class RunRecord:
     """What is kept of a run; JSON on disk.
 
     accuracy, loss: of the part that it was scored on, None where the run left the finite range (in
@@ -47,7 +47,7 @@ class Record:
     settings: Mapping[str, Any]
 
 
-def work(job: Job) -> Record:
+def work(job: SweepJob) -> RunRecord:
     """The run of a job, on one thread. Raises HamdistError for what is wrong with its settings,
     KeyboardInterrupt where it was ended before its end (Ctrl-C, SIGTERM): half a run is no record.
     A run that leaves the finite range is a record like others."""
@@ -62,19 +62,19 @@ def work(job: Job) -> Record:
     return _record(job, run)
 
 
-def _run(job: Job) -> Run:
+def _run(job: SweepJob) -> Run:
     if job.trains is Trains.LEVEL:
         return run_level(job.settings)[0]
     return run_centralised(job.settings, frozen=job.trains is Trains.FROZEN)[0]
 
 
-def _record(job: Job, run: Run) -> Record:
+def _record(job: SweepJob, run: Run) -> RunRecord:
     at = {w.last: s for w, s in zip(run.windows, run.window_seconds, strict=True)}
     curve = [
         ((w.last + 1) * run.batch, at[w.last], w.accuracy, w.mean_loss)
         for w in joined(run.windows, POINTS)
     ]
-    return Record(
+    return RunRecord(
         key=job.key,
         trains=job.trains.value,
         seed=run.seed,
@@ -93,9 +93,9 @@ def _record(job: Job, run: Run) -> Record:
     )
 
 
-def _lost(job: Job, failure: str) -> Record:
+def _lost(job: SweepJob, failure: str) -> RunRecord:
     """Of a run that failed before there was anything to keep."""
-    return Record(
+    return RunRecord(
         key=job.key,
         trains=job.trains.value,
         seed=job.settings.seed,

@@ -20,7 +20,7 @@ from typing import Any
 from hamdist.errors import SettingsError
 from hamdist.runtime.process.threads import torch_threads
 from hamdist.study.verify.oracles import golden
-from hamdist.study.verify.oracles.check import FAULTS, Check, Found, failure, reason
+from hamdist.study.verify.oracles.check import FAULTS, Check, Difference, failure, reason
 from hamdist.study.verify.topics import own_model
 
 # Each is a module of `topics` with a function checks(full), but for ORACLES.
@@ -54,7 +54,7 @@ class Topic:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class VerifyRow:
     """A check that has run. difference: NaN where it could not be measured. note: of a failure,
     where the difference is, or why there is none; of a topic that answers, what was found."""
 
@@ -89,7 +89,7 @@ def topics(only: Sequence[str], folder: Path | None) -> list[Topic]:
     ]
 
 
-def own_model_topic(own: own_model.Own) -> Topic:
+def own_model_topic(own: own_model.VerifiedModel) -> Topic:
     """What is asked about a user's own module."""
 
     def checks(full: bool) -> Generator[Check, None, None]:  # noqa: ARG001
@@ -110,7 +110,7 @@ def _checks_of(
 
 def run(
     chosen: Iterable[Topic], full: bool, starting: Callable[[Topic, Check], None]
-) -> Iterator[Row]:
+) -> Iterator[VerifyRow]:
     """Runs the checks; a row as soon as it is known. starting: called before each check.
 
     What a check raises is the reason of its failure; only Ctrl-C ends the run.
@@ -164,15 +164,15 @@ def _checks(topic: Topic, full: bool) -> Generator[Check, None, None]:
         yield failure(f"{topic.title}: the checks can be made", error)
 
 
-def _row(topic: Topic, check: Check) -> Row:
+def _row(topic: Topic, check: Check) -> VerifyRow:
     begin = time.perf_counter()
     try:
         measured = check.measure()
     except FAULTS as error:
-        measured = Found(math.nan, reason(error))
-    found = measured if isinstance(measured, Found) else Found(float(measured), "")
+        measured = Difference(math.nan, reason(error))
+    found = measured if isinstance(measured, Difference) else Difference(float(measured), "")
     passed = found.difference <= check.bound  # never for NaN
-    return Row(
+    return VerifyRow(
         topic=topic.name,
         name=check.name,
         oracle=check.oracle,
@@ -184,7 +184,7 @@ def _row(topic: Topic, check: Check) -> Row:
     )
 
 
-def to_json(rows: Iterable[Row]) -> str:
+def to_json(rows: Iterable[VerifyRow]) -> str:
     """{"rows": [{"name", "oracle", "difference", "bound", "passed"}]}, with "note" where a row has
     one. A difference that is no finite number is null."""
     entries = []

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hamdist.study.sweep.settings import StudySettings, Trains, trains_of
-from hamdist.study.sweep.summary import Line
+from hamdist.study.sweep.summary import SummaryLine
 from hamdist.study.sweep.tables import chosen, gap, held_out
 from harness.figures import Row, Target, missing
 from harness.output import table
@@ -66,7 +66,7 @@ def quick(name: str, study: StudySettings) -> StudySettings:
     return study.model_copy(update={"sides": kept})
 
 
-def rows(found: Mapping[str, Sequence[Line]]) -> list[Row]:
+def rows(found: Mapping[str, Sequence[SummaryLine]]) -> list[Row]:
     """One or two rows for each target, in their order. found: lines by study."""
     made = []
     for wanted in WANTED:
@@ -76,7 +76,7 @@ def rows(found: Mapping[str, Sequence[Line]]) -> list[Row]:
     return made
 
 
-def _gap(wanted: Wanted, lines: Sequence[Line] | None) -> Row:
+def _gap(wanted: Wanted, lines: Sequence[SummaryLine] | None) -> Row:
     name, target = f"{wanted.name}: against backpropagation", Target(wanted.gap)
     own = _of_side(wanted, lines)
     if own is None:
@@ -85,7 +85,7 @@ def _gap(wanted: Wanted, lines: Sequence[Line] | None) -> Row:
     return Row(name, value, target, {}, _told(wanted, own, lines), _profile(own), POINTS)
 
 
-def _accuracy(wanted: Wanted, lines: Sequence[Line] | None) -> Row:
+def _accuracy(wanted: Wanted, lines: Sequence[SummaryLine] | None) -> Row:
     name, target = f"{wanted.name}: accuracy", Target(wanted.accuracy or 0.0)
     own = _of_side(wanted, lines)
     if own is None:
@@ -98,12 +98,14 @@ def _not_run(wanted: Wanted) -> str:
     return f"side {wanted.side!r} of study {wanted.study} has not run"
 
 
-def _of_side(wanted: Wanted, lines: Sequence[Line] | None) -> Line | None:
+def _of_side(wanted: Wanted, lines: Sequence[SummaryLine] | None) -> SummaryLine | None:
     """The line of its side."""
     return next((line for line in lines or () if line.side == wanted.side), None)
 
 
-def _told(wanted: Wanted, best: Line, lines: Sequence[Line] | None) -> dict[str, object]:
+def _told(
+    wanted: Wanted, best: SummaryLine, lines: Sequence[SummaryLine] | None
+) -> dict[str, object]:
     """What stands beside a figure in the JSON file."""
     beside = [line for line in lines or () if line.point == best.point]
     return {
@@ -118,7 +120,7 @@ def _told(wanted: Wanted, best: Line, lines: Sequence[Line] | None) -> dict[str,
     }
 
 
-def _profile(best: Line) -> str:
+def _profile(best: SummaryLine) -> str:
     return "; ".join(best.notes) or f"{best.side} with {chosen(best.chosen)}"
 
 
@@ -137,7 +139,7 @@ def targets(made: Sequence[Row]) -> str:
     return table(["what", "found", "target", ""], lines)
 
 
-def side_table(lines: Sequence[Line]) -> str:
+def side_table(lines: Sequence[SummaryLine]) -> str:
     """All sides of a study with one point, Markdown."""
     cells = [
         [
@@ -151,7 +153,7 @@ def side_table(lines: Sequence[Line]) -> str:
     return table(["side", "held-out, %", "gap, points", "step"], cells)
 
 
-def frozen_is_there(lines: Sequence[Line]) -> bool:
+def frozen_is_there(lines: Sequence[SummaryLine]) -> bool:
     """Whether the baseline of frozen hidden blocks stands beside every memory-less side."""
     frozen = {line.point for line in lines if line.trains is Trains.FROZEN}
     return all(line.point in frozen for line in lines if line.memoryless)

@@ -23,7 +23,7 @@ FAULTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Difference:
     """A difference, and where it was found (or what was found on the way)."""
 
     difference: float
@@ -42,7 +42,7 @@ class Check:
     name: str
     oracle: str
     bound: float
-    measure: Callable[[], float | Found]
+    measure: Callable[[], float | Difference]
 
 
 def reason(error: Exception) -> str:

@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hamdist.errors import SettingsError
-from hamdist.study.verify.oracles.check import FAULTS, Check, Found, failure, reason
+from hamdist.study.verify.oracles.check import FAULTS, Check, Difference, failure, reason
 
 Array: TypeAlias = NDArray[Any]
-Data: TypeAlias = Mapping[str, Array]
+GoldenData: TypeAlias = Mapping[str, Array]
 
 # |a - b| <= RTOL (|b| + FLOOR), which is numpy's rtol 1e-9, atol 1e-11.
 RTOL, FLOOR = 1e-9, 1e-2
@@ -115,7 +115,7 @@ def read(path: Path) -> dict[str, Array]:
         raise SettingsError(f"not an .npz file of plain arrays ({reason(error)})") from None
 
 
-def kind_of(data: Data) -> str:
+def kind_of(data: GoldenData) -> str:
     """The kind of a file with these entries."""
     for kind, (entries, _) in KINDS.items():
         if all(e in data for e in entries):
@@ -129,7 +129,7 @@ def kind_of(data: Data) -> str:
 # -- entries --------------------------------------------------------------------------------------
 
 
-def entry(data: Data, key: str, shape: Sequence[int] | None = None) -> Array:
+def entry(data: GoldenData, key: str, shape: Sequence[int] | None = None) -> Array:
     """Raises SettingsError where `key` is missing or has another shape."""
     if key not in data:
         raise SettingsError(f"entry {key!r} is missing")
@@ -138,11 +138,11 @@ def entry(data: Data, key: str, shape: Sequence[int] | None = None) -> Array:
     return data[key]
 
 
-def number(data: Data, key: str) -> float:
+def number(data: GoldenData, key: str) -> float:
     return float(entry(data, key, ()))
 
 
-def choice(data: Data, key: str, known: Sequence[str]) -> str:
+def choice(data: GoldenData, key: str, known: Sequence[str]) -> str:
     value = str(entry(data, key, ()))
     if value not in known:
         raise SettingsError(f"entry {key!r} is {value!r}; known: {', '.join(known)}")
@@ -162,15 +162,15 @@ def distance(found: Array, expected: Array) -> float:
     return float(np.max(apart, initial=0.0))
 
 
-def worst(pairs: Mapping[str, tuple[Array, Array]]) -> Found:
+def worst(pairs: Mapping[str, tuple[Array, Array]]) -> Difference:
     """The largest `distance` among (found, expected) by name, entry by entry along the first axis,
     and where it is."""
-    largest = Found(0.0, "")
+    largest = Difference(0.0, "")
     for name, (found, expected) in pairs.items():
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):
             difference = distance(np.asarray(a), np.asarray(b))
             if not difference <= largest.difference:
-                largest = Found(difference, f"{name} at k = {k}")
+                largest = Difference(difference, f"{name} at k = {k}")
             if np.isnan(difference):
                 return largest
     return largest

@@ -11,13 +11,13 @@ from hamdist.dynamics.updates.weights import Weights
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.streams.sample import Stream
 
 
-class Kept:
+class ModuleRecord:
     """omega and theta of one module at every t_k. late: they move when z_{k+1} is complete, which
     is at the start of tick k + 1 (a state block in the sequential order)."""
 
@@ -32,7 +32,7 @@ class Kept:
         self.theta.append([t.clone() for t in self.weights.theta])
 
 
-class Watch:
+class NodeRecord:
     """A node, and the weights of its module and of its output module at every t_k."""
 
     def __init__(self, node: HoldNode, *, sequential: bool) -> None:
@@ -41,10 +41,10 @@ class Watch:
         self.late = node.late
         self.tick = node.tick
         block = node.block
-        self.own = Kept(block.weights, late=sequential and isinstance(block, HoldBlock))
-        self.output: Kept | None = None
+        self.own = ModuleRecord(block.weights, late=sequential and isinstance(block, HoldBlock))
+        self.output: ModuleRecord | None = None
         if isinstance(block, HoldBlock) and block.output_weights is not None:
-            self.output = Kept(block.output_weights, late=False)
+            self.output = ModuleRecord(block.output_weights, late=False)
 
     @property
     def omega(self) -> list[list[Tensor]]:
@@ -71,21 +71,21 @@ class Watch:
                 part.keep()
 
 
-class Watched:
+class RecordedNodes:
     """All nodes of a plan (`watches`, in the graph's order), to be set before they are run."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._mail = Mailroom({INPUT, *plan.graph.blocks})
-        self.watches = [_watch(plan, name, self._mail) for name in plan.graph.blocks]
+        self._mailbox = Mailbox({INPUT, *plan.graph.blocks})
+        self.watches = [_watch(plan, name, self._mailbox) for name in plan.graph.blocks]
 
     def run(self, stream: Stream) -> None:
         """Through the whole stream, as the engine in one process does."""
-        run_loop([SourceNode(self._plan, stream, self._mail), *self.watches])
+        run_loop([SourceNode(self._plan, stream, self._mailbox), *self.watches])
 
 
-def _watch(plan: Plan, name: str, mail: Mailroom) -> Watch:
-    node = make_node(plan, name, mail)
+def _watch(plan: Plan, name: str, mailbox: Mailbox) -> NodeRecord:
+    node = make_node(plan, name, mailbox)
     if not isinstance(node, HoldNode):
         raise TypeError(f"block {name!r} is not one that steps in every tick")
-    return Watch(node, sequential=plan.knobs.order is Order.SEQUENTIAL)
+    return NodeRecord(node, sequential=plan.knobs.order is Order.SEQUENTIAL)

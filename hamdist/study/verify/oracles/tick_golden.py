@@ -29,21 +29,21 @@ from hamdist.runtime.plan.plan import Plan, make_plan
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample, Stream
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
     ACTIVATIONS,
     ORACLE,
     ORDERS,
     RTOL,
     Array,
-    Data,
+    GoldenData,
     choice,
     entry,
     number,
     tensor,
     worst,
 )
-from hamdist.study.verify.oracles.recorded_run import Kept, Watched
+from hamdist.study.verify.oracles.recorded_run import ModuleRecord, RecordedNodes
 
 READOUT = "y"
 WEIGHTS = {"W": "weight", "b": "bias"}
@@ -67,7 +67,7 @@ class _Node:
 class Ticks:
     """A tick file, read: K ticks of a network of `nodes`, with the output net `out`."""
 
-    data: Data
+    data: GoldenData
     nodes: tuple[_Node, ...]
     out: _Node
     dims: Mapping[str, int]
@@ -99,7 +99,7 @@ class Ticks:
         return wide if choice(self.data, "loss", ("mse", "ce")) == "ce" else None
 
 
-def read_ticks(data: Data) -> Ticks:
+def read_ticks(data: GoldenData) -> Ticks:
     """Raises SettingsError where the entries do not fit together."""
     spec = json.loads(str(entry(data, "spec", ())))
     K, batch, inputs = entry(data, "u").shape
@@ -283,9 +283,9 @@ def _planned(ticks: Ticks, **more: Any) -> tuple[Graph, Plan, Stream, Settings]:
 def run_ticks(ticks: Ticks) -> dict[str, Array]:
     """hamdist's own trajectories, under the names of the file's entries; `L` holds phi L."""
     _, plan, stream, _ = _planned(ticks)
-    network = Watched(plan)
+    network = RecordedNodes(plan)
     watches = network.watches
-    kept: list[tuple[_Node, Kept]] = []
+    kept: list[tuple[_Node, ModuleRecord]] = []
     for watch, node in zip(watches, ticks.blocks, strict=True):
         kept.append((node, watch.own))
         if watch.output is not None:
@@ -315,7 +315,7 @@ def begins_at_rest(ticks: Ticks) -> bool:
     return "mask_node" not in ticks.data or _is_delay_free(ticks, _graph(ticks))
 
 
-def energies_through(ticks: Ticks, engine: Mapping[str, Any]) -> Found:
+def energies_through(ticks: Ticks, engine: Mapping[str, Any]) -> Difference:
     """The distance of h, z, y, L and H' as an engine records them."""
     graph, _, stream, settings = _planned(ticks, engine=engine)
     found = recorded(ticks, train(graph, stream, settings).records)
@@ -355,17 +355,17 @@ def expected(ticks: Ticks) -> dict[str, Array]:
     return wanted
 
 
-def compared(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Found:
+def compared(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Difference:
     """The largest distance over the entries that both have."""
     return worst({key: (found[key], wanted[key]) for key in wanted if key in found})
 
 
-def golden(data: Data, name: str) -> list[Check]:
+def golden(data: GoldenData, name: str) -> list[Check]:
     """The checks of a tick file."""
     return tick_checks(data, name, ORACLE)
 
 
-def tick_checks(data: Data, name: str, oracle: str) -> list[Check]:
+def tick_checks(data: GoldenData, name: str, oracle: str) -> list[Check]:
     """The checks of a tick file's entries, of which `oracle` made the trajectories."""
     ticks = read_ticks(data)
     made = [
@@ -388,7 +388,7 @@ def tick_checks(data: Data, name: str, oracle: str) -> list[Check]:
     return made
 
 
-def _static(ticks: Ticks, found: Mapping[str, Array]) -> Found:
+def _static(ticks: Ticks, found: Mapping[str, Array]) -> Difference:
     """Static input, eta = beta = 0, c tau = 1, a chain of nu blocks: exact from tick
 
         h_l: l      z_l: 2 nu + 1 - l, sequential 2 nu - l      omega's increment: that of z_l

@@ -27,21 +27,21 @@ from hamdist.errors import SettingsError
 from hamdist.models.tracker import First
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.streams.adapters import from_iterable
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
     ACTIVATIONS,
     ORACLE,
     ORDERS,
     RTOL,
     Array,
-    Data,
+    GoldenData,
     choice,
     entry,
     number,
     tensor,
     worst,
 )
-from hamdist.study.verify.oracles.recorded_run import Watched
+from hamdist.study.verify.oracles.recorded_run import RecordedNodes
 
 # Without a bias unit a net is near an attractor, where rounding grows: 1e-12 in W_0 moves x by
 # 1.3e-10 in 1000 steps (golden README).
@@ -50,7 +50,7 @@ WHOLE = "x"
 NEURON_TICKS = 250
 
 
-def _graph(data: Data) -> Graph:
+def _graph(data: GoldenData) -> Graph:
     n = len(entry(data, "x0"))
     return Graph(
         [
@@ -67,7 +67,7 @@ def _graph(data: Data) -> Graph:
     )
 
 
-def _by_neuron(data: Data) -> Graph:
+def _by_neuron(data: GoldenData) -> Graph:
     """Every neuron is a block that reads all of them; the first one is the readout."""
     n = len(entry(data, "x0"))
     names = [f"x{i}" for i in range(n)]
@@ -84,7 +84,7 @@ def _by_neuron(data: Data) -> Graph:
     )
 
 
-def _module(data: Data, rows: Sequence[int]) -> nn.Sequential:
+def _module(data: GoldenData, rows: Sequence[int]) -> nn.Sequential:
     """act(W v) of some rows of W_0, float64."""
     x0, weights = entry(data, "x0"), entry(data, "W0")
     bias = weights.shape[1] == len(x0) + 1
@@ -98,7 +98,7 @@ def _module(data: Data, rows: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(linear, ACTIVATIONS[choice(data, "act", list(ACTIVATIONS))]())
 
 
-def _settings(data: Data) -> Settings:
+def _settings(data: GoldenData) -> Settings:
     dynamics: dict[str, Any] = {
         "tau": number(data, "tau"),
         "c": number(data, "c"),
@@ -121,14 +121,14 @@ def _settings(data: Data) -> Settings:
     )
 
 
-def track(data: Data, graph: Graph, K: int) -> dict[str, Array]:
+def track(data: GoldenData, graph: Graph, K: int) -> dict[str, Array]:
     """hamdist's trajectories x, p, W, P (K + 1 entries) and energies L, H, Hrobust (K entries)."""
     z = tensor(entry(data, "z"))[:K]
     samples = [(torch.zeros(1, 1, dtype=z.dtype), value.reshape(1, 1)) for value in [*z, z[-1]]]
     stream = from_iterable(samples)
     settings = _settings(data)
     plan = make_plan(graph, settings, stream.spec)
-    network = Watched(plan)
+    network = RecordedNodes(plan)
     watches = network.watches
     x0, p0, P0 = tensor(data["x0"]), tensor(entry(data, "p")[0]), _costate(data)
     at = 0
@@ -156,7 +156,7 @@ def track(data: Data, graph: Graph, K: int) -> dict[str, Array]:
     return made
 
 
-def _costate(data: Data) -> Tensor:
+def _costate(data: GoldenData) -> Tensor:
     """P_0; zero where the file's snapshots begin later."""
     if len(entry(data, "snap")) and data["snap"][0] == 0:
         return tensor(entry(data, "P")[0])
@@ -169,7 +169,7 @@ def _joined(entries: Sequence[Sequence[Tensor]], K: int) -> Array:
     return torch.stack(rows).numpy()
 
 
-def _pairs(data: Data, found: Mapping[str, Array], K: int) -> dict[str, tuple[Array, Array]]:
+def _pairs(data: GoldenData, found: Mapping[str, Array], K: int) -> dict[str, tuple[Array, Array]]:
     """(found, expected) of x, p, W and P in the first K ticks."""
     snap = data["snap"][data["snap"] < K]
     pairs = {name: (found[name][:K], entry(data, name)[:K]) for name in ("x", "p")}
@@ -181,7 +181,7 @@ def _pairs(data: Data, found: Mapping[str, Array], K: int) -> dict[str, tuple[Ar
     return pairs
 
 
-def _energies(data: Data, found: Mapping[str, Array]) -> Found:
+def _energies(data: GoldenData, found: Mapping[str, Array]) -> Difference:
     """L, H and H'. In the sequential order the recorded loss is that of x_{k+1}; a file may take it
     at x_k, as its formula is printed."""
     names = [name for name in ("L", "H", "Hrobust") if name in data]
@@ -196,7 +196,7 @@ def _energies(data: Data, found: Mapping[str, Array]) -> Found:
     return min(as_recorded, at_old, key=lambda f: f.difference)
 
 
-def golden(data: Data, name: str) -> list[Check]:
+def golden(data: GoldenData, name: str) -> list[Check]:
     """The checks of a tracking file."""
     pure = entry(data, "W0").shape[1] == len(entry(data, "x0"))
     rtol = RTOL_PURE if pure else RTOL

@@ -31,8 +31,8 @@ from torch.nn import functional
 from hamdist.study.verify.oracles.check import Check
 from hamdist.study.verify.oracles.tick_golden import tick_checks
 
-Array: TypeAlias = NDArray[Any]
-Case: TypeAlias = dict[str, Array]
+StateArray: TypeAlias = NDArray[Any]
+NetworkCase: TypeAlias = dict[str, StateArray]
 States: TypeAlias = dict[str, Tensor]
 
 TRAJECTORIES = ("h", "z", "om", "th")
@@ -44,7 +44,7 @@ class _Network:
     eta_z: by block; eta_omega, beta: by parameter.
     """
 
-    def __init__(self, case: Mapping[str, Array], theta: Sequence[str]) -> None:
+    def __init__(self, case: Mapping[str, StateArray], theta: Sequence[str]) -> None:
         spec = json.loads(str(case["spec"]))
         self.nodes: list[tuple[str, list[str], list[tuple[int, str]]]] = spec["nodes"]
         self.out: tuple[list[str], list[tuple[int, str]]] = spec["out"]
@@ -93,7 +93,7 @@ def _chain(name: str, layers: Sequence[tuple[int, str]], x: Tensor, theta: State
     return x
 
 
-def replay(case: Mapping[str, Array]) -> Case:
+def replay(case: Mapping[str, StateArray]) -> NetworkCase:
     """The case with its trajectories: h, z, om, th (K + 1 entries), y, L, Hp (K entries). Without a
     target y is NaN and L is 0."""
     K = len(case["u"])
@@ -188,10 +188,10 @@ def make_case(
     eta: float = 0.2,
     s: int = -1,
     beta: Sequence[float] = (0.1,),
-    mask: Array | None = None,
+    mask: StateArray | None = None,
     rest: bool = False,
     more: Mapping[str, Any] | None = None,
-) -> Case:
+) -> NetworkCase:
     """What is given in a case, drawn from `seed`.
 
     held: ticks that a sample is shown. tau, phi: repeated to the length of the case. beta: one for
@@ -204,10 +204,10 @@ def make_case(
     shown = np.arange(ticks) // held
     samples = int(shown[-1]) + 1
     u = random.normal(size=(samples, batch, inputs))
-    yhat: Array = random.normal(size=(samples, batch, outputs))
+    yhat: StateArray = random.normal(size=(samples, batch, outputs))
     if loss == "ce":
         yhat = random.integers(outputs, size=(samples, batch))
-    case: Case = {
+    case: NetworkCase = {
         "spec": np.array(json.dumps({"nodes": nodes, "out": out, "dims": dims})),
         "u": u[shown],
         "yhat": yhat[shown],
@@ -259,7 +259,7 @@ UNEVEN = (0.3, 0.5, 0.2, 0.6, 0.45)
 WAVING = (1.0, 0.4, 0.0, 1.3)
 
 
-def cases() -> Iterator[tuple[str, Case]]:
+def cases() -> Iterator[tuple[str, NetworkCase]]:
     """Names and cases: together every term of the equations, in every order."""
     read = (("C", "u", "D"), ((4, "tanh"), (3, "linear")))
     for order in ("simultaneous", "omega_first", "sequential"):

@@ -26,7 +26,7 @@ from hamdist.dynamics.schedule.schedule import Phase
 from hamdist.errors import SettingsError
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import run_loop
-from hamdist.runtime.nodes.mailbox import Mailroom
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.sequence import SequenceNode
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_plan
@@ -34,12 +34,12 @@ from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Sample
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
     ORACLE,
     RTOL,
     Array,
-    Data,
+    GoldenData,
     entry,
     number,
     tensor,
@@ -55,7 +55,7 @@ OUTPUTS = 2
 
 
 @dataclass(frozen=True)
-class Case:
+class SequenceCase:
     """Cells of one kind over one another with a linear readout, on sequences of several lengths.
 
     truncation: r, or None for whole sequences. missing: every how many-th token has no target.
@@ -79,7 +79,7 @@ class Case:
 # -- hamdist ------------------------------------------------------------------------------------
 
 
-def graph_of(case: Case) -> Graph:
+def graph_of(case: SequenceCase) -> Graph:
     blocks = []
     below, inputs = INPUT, case.inputs
     with torch.random.fork_rng(devices=[]):
@@ -102,7 +102,7 @@ def graph_of(case: Case) -> Graph:
     return Graph([*blocks, BlockSpec("y", reads, (below,), loss=mse)])
 
 
-def samples_of(case: Case) -> list[Sample]:
+def samples_of(case: SequenceCase) -> list[Sample]:
     generator = torch.Generator().manual_seed(4)
 
     def noise(features: int) -> Tensor:
@@ -117,7 +117,7 @@ def samples_of(case: Case) -> list[Sample]:
     return made
 
 
-def run(case: Case, samples: Sequence[Sample], **learning: Any) -> RunResult:
+def run(case: SequenceCase, samples: Sequence[Sample], **learning: Any) -> RunResult:
     settings = Settings.model_validate(
         {
             "level": "bptt",
@@ -136,7 +136,7 @@ def run(case: Case, samples: Sequence[Sample], **learning: Any) -> RunResult:
 class _Torch(nn.Module):
     """The same network with the same weights. parts: its weights by block and name."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: SequenceCase) -> None:
         super().__init__()
         self.layers = LAYERS[case.kind](
             case.inputs, case.hidden, num_layers=case.layers, dtype=torch.float64
@@ -176,21 +176,21 @@ def _sequences(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
             own = []
 
 
-def _keep(case: Case, length: int) -> int:
+def _keep(case: SequenceCase, length: int) -> int:
     return length if case.truncation is None else min(length, case.truncation)
 
 
-def _apart(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Found:
+def _apart(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Difference:
     """The largest absolute difference, and where it is."""
-    largest = Found(0.0, "")
+    largest = Difference(0.0, "")
     for name, found, expected in pairs:
         difference = float((found - expected).detach().abs().max())
         if not difference <= largest.difference:
-            largest = Found(difference, name)
+            largest = Difference(difference, name)
     return largest
 
 
-def _gradient(case: Case) -> Found:
+def _gradient(case: SequenceCase) -> Difference:
     """omega after the longest sequence, without momentum, is the gradient of its losses."""
     longest = max(_sequences(samples_of(case)), key=len)
     net = _Torch(case)
@@ -207,7 +207,7 @@ def _grad(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _weights(case: Case) -> Found:
+def _weights(case: SequenceCase) -> Difference:
     """Final weights after all sequences, with momentum and dampening."""
     learning: dict[str, Any] = {"lr": case.lr, "momentum": 0.5, "dampening": 0.3}
     samples = samples_of(case)
@@ -225,13 +225,13 @@ def _weights(case: Case) -> Found:
     )
 
 
-def _stored(case: Case) -> Found:
+def _stored(case: SequenceCase) -> Difference:
     """Tokens whose states a block keeps beyond (or below) min(n, r) of the longest sequence."""
     expected = _keep(case, max(case.lengths))
     stored = run(case, samples_of(case), lr=0.0).stored
     apart = {name: abs(count - expected) for name, count in stored.items()}
     worst_block = max(apart, key=lambda name: apart[name])
-    return Found(apart[worst_block], f"{worst_block} kept {stored[worst_block]}")
+    return Difference(apart[worst_block], f"{worst_block} kept {stored[worst_block]}")
 
 
 def checks(full: bool) -> Iterator[Check]:
@@ -242,7 +242,7 @@ def checks(full: bool) -> Iterator[Check]:
         sizes = {"inputs": 50, "hidden": 30, "batch": 1, "lengths": lengths, "lr": 1e-3}
     for kind in CELLS:
         for truncation in (None, 3):
-            case = Case(kind, truncation, **sizes)
+            case = SequenceCase(kind, truncation, **sizes)
             yield Check(
                 f"gradient of one sequence ({case})",
                 AUTOGRAD,
@@ -256,7 +256,7 @@ def checks(full: bool) -> Iterator[Check]:
                 partial(_weights, case),
             )
     for truncation in (None, 3):
-        case = Case("LSTM", truncation, **sizes)
+        case = SequenceCase("LSTM", truncation, **sizes)
         yield Check(
             f"stored states per block ({case})",
             "min(n, r) of the longest sequence",
@@ -304,7 +304,7 @@ class _Watch:
             self.omega.setdefault(name, []).append(omega)
 
 
-def _golden_graph(data: Data) -> Graph:
+def _golden_graph(data: GoldenData) -> Graph:
     """tanh(Wx u + Wh h + b), and the loss of h itself."""
     hidden, inputs = entry(data, "th.Wx").shape
     cell = nn.RNNCell(inputs, hidden, dtype=torch.float64)
@@ -327,7 +327,7 @@ def _golden_graph(data: Data) -> Graph:
     )
 
 
-def _golden_run(data: Data, **dynamics: Any) -> dict[str, Array]:
+def _golden_run(data: GoldenData, **dynamics: Any) -> dict[str, Array]:
     """hamdist's own h, z and om.*, and the sum of the losses, under the names of the file."""
     u, y = tensor(entry(data, "u")), tensor(entry(data, "yhat"))
     u, y = (x if x.dim() == 3 else x[:, None] for x in (u, y))
@@ -345,10 +345,10 @@ def _golden_run(data: Data, **dynamics: Any) -> dict[str, Array]:
     )
     stream = from_iterable(samples)
     plan = make_plan(graph, settings, stream.spec)
-    mail = Mailroom({INPUT, *graph.blocks})
+    mailbox = Mailbox({INPUT, *graph.blocks})
     watches = []
     for name in graph.blocks:
-        node = make_node(plan, name, mail)
+        node = make_node(plan, name, mailbox)
         if not isinstance(node, SequenceNode):
             raise TypeError(f"block {name!r} goes through no sequences")
         watches.append(_Watch(node))
@@ -356,7 +356,7 @@ def _golden_run(data: Data, **dynamics: Any) -> dict[str, Array]:
     h0 = tensor(entry(data, "h0")).expand(len(u[0]), -1).contiguous()
     if isinstance(cell.node.block, SequenceBlock):
         cell.node.block.h = h0
-    run_loop([SourceNode(plan, stream, mail), *watches])
+    run_loop([SourceNode(plan, stream, mailbox), *watches])
     zero = torch.zeros_like(h0)
     made = {"h": [h0, *cell.h], "z": [zero, *cell.z]}
     for key, name in WEIGHTS.items():
@@ -370,12 +370,12 @@ def _golden_run(data: Data, **dynamics: Any) -> dict[str, Array]:
     return arrays
 
 
-def _trajectory(data: Data) -> Found:
+def _trajectory(data: GoldenData) -> Difference:
     own = {key: number(data, key) for key in ("tau", "phi", "eta")}
     return _compared(data, _golden_run(data, **own), ("h", "z", *(f"om.{key}" for key in WEIGHTS)))
 
 
-def _compared(data: Data, found: dict[str, Array], keys: Sequence[str]) -> Found:
+def _compared(data: GoldenData, found: dict[str, Array], keys: Sequence[str]) -> Difference:
     pairs = {}
     for key in keys:
         expected = entry(data, key)
@@ -383,7 +383,7 @@ def _compared(data: Data, found: dict[str, Array], keys: Sequence[str]) -> Found
     return worst(pairs)
 
 
-def _torch_gradient(data: Data) -> Found:
+def _torch_gradient(data: GoldenData) -> Difference:
     """eta = 0 and phi = 1/tau: the last omega is the gradient of the losses gone through."""
     found = _golden_run(data, tau=number(data, "tau"))
     pairs = {
@@ -395,7 +395,7 @@ def _torch_gradient(data: Data) -> Found:
     return worst(pairs)
 
 
-def golden(data: Data, name: str) -> list[Check]:
+def golden(data: GoldenData, name: str) -> list[Check]:
     """The checks of an rnn_bptt file."""
     n, inputs = entry(data, "u").shape[0], entry(data, "u").shape[-1]
     r = int(number(data, "r"))

@@ -16,11 +16,11 @@ import torch
 
 from hamdist.config import Settings
 from hamdist.runtime.train.train import train
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import RTOL, Array, distance
 from hamdist.study.verify.oracles.networks import Draws, chain
 from hamdist.study.verify.oracles.tick_golden import compared, expected, read_ticks, run_ticks
-from hamdist.study.verify.oracles.whole_network import Case, make_case, replay
+from hamdist.study.verify.oracles.whole_network import NetworkCase, make_case, replay
 
 LAYERS = (
     ("l1", ("u",), ((6, "tanh"),)),
@@ -66,7 +66,7 @@ def checks(full: bool) -> Iterator[Check]:
     )
 
 
-def _case(order: str, phi: Sequence[float], samples: int) -> Case:
+def _case(order: str, phi: Sequence[float], samples: int) -> NetworkCase:
     ticks = NU * samples
     mask = np.equal.outer(np.arange(ticks) % NU, np.arange(NU)).astype(float)
     return make_case(
@@ -75,12 +75,12 @@ def _case(order: str, phi: Sequence[float], samples: int) -> Case:
     )  # fmt: skip
 
 
-def _trajectory(case: Case) -> Found:
+def _trajectory(case: NetworkCase) -> Difference:
     ticks = read_ticks(replay(case))
     return compared(run_ticks(ticks), expected(ticks))
 
 
-def _passes(case: Case, found: dict[str, Array]) -> Iterator[tuple[int, list[Array]]]:
+def _passes(case: NetworkCase, found: dict[str, Array]) -> Iterator[tuple[int, list[Array]]]:
     """(j, the feed-forward pass of sample j), each layer with its weights of the tick in which it
     moves."""
     for j, start in enumerate(range(0, len(case["u"]), NU)):
@@ -93,7 +93,7 @@ def _passes(case: Case, found: dict[str, Array]) -> Iterator[tuple[int, list[Arr
         yield j, states
 
 
-def _feed_forward(case: Case) -> float:
+def _feed_forward(case: NetworkCase) -> float:
     found = run_ticks(read_ticks(replay(case)))
     return max(
         distance(found[f"h.{name}"][(j + 1) * NU], state)
@@ -102,7 +102,7 @@ def _feed_forward(case: Case) -> float:
     )
 
 
-def _own_target(case: Case) -> float:
+def _own_target(case: NetworkCase) -> float:
     """Of phi L, which is all that is taken in the tick of the last layer."""
     found = run_ticks(read_ticks(replay(case)))
     losses = [

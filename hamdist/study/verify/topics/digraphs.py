@@ -23,7 +23,7 @@ from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import DivergedError
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.networks import F64, dense, seeded
 
 TAU, PHI = 0.5, 1.5
@@ -106,7 +106,7 @@ def _sample() -> tuple[Tensor, Tensor]:
     )
 
 
-def _fixed_point(c_tau: float, ticks: int) -> Found:
+def _fixed_point(c_tau: float, ticks: int) -> Difference:
     net = seeded(Loops)
     u, y = _sample()
     stream = from_iterable([(u, y)] * ticks)
@@ -136,14 +136,14 @@ def _fixed_point(c_tau: float, ticks: int) -> Found:
         pairs[f"omega.{key}"] = (result.blocks[block].omega[name] / (TAU * PHI), gradient)
     apart = {name: float((a - b).abs().max()) for name, (a, b) in pairs.items()}
     worst = max(apart, key=apart.__getitem__)
-    return Found(apart[worst], worst)
+    return Difference(apart[worst], worst)
 
 
-def _runaway() -> Found:
+def _runaway() -> Difference:
     stream = from_iterable([_sample()] * 2000)
     try:
         train(loops_graph(seeded(Loops)), stream, _settings(1.0, 1))
     except DivergedError as error:
         named = error.block in ("a", "b", "c", "d") and error.quantity in ("z", "omega")
-        return Found(0.0 if named and error.tick > 0 else 1.0, str(error))
-    return Found(1.0, "the run went on")
+        return Difference(0.0 if named and error.tick > 0 else 1.0, str(error))
+    return Difference(1.0, "the run went on")

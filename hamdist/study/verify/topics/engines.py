@@ -18,7 +18,7 @@ from hamdist.errors import SettingsError
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.train.train import train
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import ORACLE, RTOL, kind_of, read
 from hamdist.study.verify.oracles.networks import (
     CLASSES,
@@ -111,7 +111,7 @@ def checks(full: bool, paths: Sequence[Path] = ()) -> Generator[Check, None, Non
             )
 
 
-def _apart(model: Model, items: int, fields: Mapping[str, Any]) -> Found:
+def _apart(model: Model, items: int, fields: Mapping[str, Any]) -> Difference:
     stream = Draws(items, missing={0, 7, 8, items - 5}, ends=SEQUENCE)
 
     def run(engine: Mapping[str, Any]) -> RunResult:
@@ -121,14 +121,14 @@ def _apart(model: Model, items: int, fields: Mapping[str, Any]) -> Found:
     return difference(run({"kind": "inprocess"}), run({"kind": "ray", "actors": ACTORS}))
 
 
-def difference(alone: RunResult, spread: RunResult) -> Found:
+def difference(alone: RunResult, spread: RunResult) -> Difference:
     """The largest difference between all that two runs leave, and where it is; infinite where one
     has something that the other has not."""
     a, b = dict(_leavings(alone)), dict(_leavings(spread))
     odd = a.keys() ^ b.keys()
     if odd:
-        return Found(float("inf"), f"only one run has {sorted(odd)[0]}")
-    largest = Found(0.0, "")
+        return Difference(float("inf"), f"only one run has {sorted(odd)[0]}")
+    largest = Difference(0.0, "")
     for name, left in a.items():
         right = b[name]
         if torch.equal(left, right):
@@ -136,7 +136,7 @@ def difference(alone: RunResult, spread: RunResult) -> Found:
         same = left.shape == right.shape
         apart = float((left.double() - right.double()).abs().max()) if same else float("inf")
         if not apart <= largest.difference:
-            largest = Found(apart, name)
+            largest = Difference(apart, name)
     return largest
 
 
@@ -158,7 +158,7 @@ def _leavings(result: RunResult) -> Iterator[tuple[str, Tensor]]:
         yield f"bytes on {edge}", torch.tensor(count)
 
 
-def _golden(paths: Sequence[Path], most: int) -> Iterator[tuple[Path, Callable[[], Found]]]:
+def _golden(paths: Sequence[Path], most: int) -> Iterator[tuple[Path, Callable[[], Difference]]]:
     """Up to `most` tick files that a run of its own can repeat, each with its measure."""
     found = 0
     for path in paths:

@@ -22,21 +22,27 @@ from hamdist.runtime.plan.plan import Plan, make_plan
 from hamdist.runtime.train.train import as_graph
 from hamdist.streams import from_iterable
 from hamdist.study.gradient_descent.report import NAMES
-from hamdist.study.gradient_descent.rows import Rows, jobs
-from hamdist.study.gradient_descent.scenarios import BOUND, Job, Placement, Scenario, settings_of
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.gradient_descent.rows import RowWorkers, jobs
+from hamdist.study.gradient_descent.scenarios import (
+    BOUND,
+    Placement,
+    Scenario,
+    ScenarioJob,
+    settings_of,
+)
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
     ACTIVATIONS,
     ORACLE,
     RTOL,
     Array,
-    Data,
+    GoldenData,
     entry,
     number,
     tensor,
     worst,
 )
-from hamdist.study.verify.oracles.recorded_run import Watched
+from hamdist.study.verify.oracles.recorded_run import RecordedNodes
 
 SMALL_STEPS = 25
 SGD = "torch.optim.SGD, float64"
@@ -46,17 +52,17 @@ def checks(full: bool) -> Iterator[Check]:
     """One check per model, scenario and placement. full: the paper's epochs, in as many processes
     as there are cores; else the first 25 samples, in this one."""
     wanted = jobs() if full else jobs(steps=SMALL_STEPS)
-    with Rows(wanted, None if full else 1) as rows:
+    with RowWorkers(wanted, None if full else 1) as rows:
         for job in wanted:
             for placement in Placement:
                 name = f"{NAMES[job.model]}, {job.scenario}, {placement.value}: losses and weights"
                 yield Check(name, SGD, BOUND, partial(_cell, rows, job, placement))
 
 
-def _cell(rows: Rows, job: Job, placement: Placement) -> Found:
+def _cell(rows: RowWorkers, job: ScenarioJob, placement: Placement) -> Difference:
     row = rows.row(job)
     cell = next(c for c in row.cells if c.placement is placement)
-    return Found(
+    return Difference(
         cell.difference,
         f"losses {cell.losses:.1e}, weights {cell.weights:.1e}, {row.steps} steps on {row.source}",
     )
@@ -69,7 +75,7 @@ def _cell(rows: Rows, job: Job, placement: Placement) -> Found:
 class _Case:
     """A file, read: `layers` (outputs, activation) on samples X[order[k]], one in each tick."""
 
-    data: Data
+    data: GoldenData
     layers: tuple[tuple[int, str], ...]
     scenario: Scenario
     K: int
@@ -80,7 +86,7 @@ class _Case:
         return [f"{i}.{part}" for i in range(len(self.layers)) for part in "Wb"]
 
 
-def golden(data: Data, name: str) -> list[Check]:
+def golden(data: GoldenData, name: str) -> list[Check]:
     """The checks of a file of torch.optim.SGD: the network as output net, as one state block, and
     cut before its last layer."""
     case = _read(data)
@@ -97,7 +103,7 @@ def golden(data: Data, name: str) -> list[Check]:
     ]
 
 
-def _read(data: Data) -> _Case:
+def _read(data: GoldenData) -> _Case:
     """Raises SettingsError where the entries do not fit together."""
     spec = json.loads(str(entry(data, "spec", ())))
     layers = tuple((int(outputs), str(activation)) for outputs, activation in spec)
@@ -144,7 +150,7 @@ def _model(case: _Case) -> nn.Sequential:
     return model
 
 
-def _compared(case: _Case, placement: Placement) -> Found:
+def _compared(case: _Case, placement: Placement) -> Difference:
     data = case.data
     settings = settings_of(case.scenario, placement, case.K)
     x, y = tensor(data["X"]), tensor(data["Y"])
@@ -152,7 +158,7 @@ def _compared(case: _Case, placement: Placement) -> Found:
     stream = from_iterable(samples, classes=case.layers[-1][0])
     graph = as_graph(_model(case), settings, stream.spec, cross_entropy)
     plan = make_plan(graph, settings, stream.spec)
-    network = Watched(plan)
+    network = RecordedNodes(plan)
     network.run(stream)
     watches = network.watches
     readout = watches[-1].node.metrics

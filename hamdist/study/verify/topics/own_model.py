@@ -31,7 +31,7 @@ from hamdist.study.propagation.gradients import (
     relative_error,
 )
 from hamdist.study.propagation.streams import StreamKind, timed_stream
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 
 STEPS = 10
 LR = 0.01
@@ -42,7 +42,7 @@ TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class VerifiedModel:
     """What is verified. input_shape: without the batch. classes: the loss is cross-entropy (None:
     the squared error). blocks: to cut the model into (None: as the level does)."""
 
@@ -68,7 +68,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def checks(own: Own) -> Generator[Check, None, None]:
+def checks(own: VerifiedModel) -> Generator[Check, None, None]:
     model = make(own, torch.float64)
     if not any(p.requires_grad for p in model.parameters()):
         raise SettingsError("--model: it has no weights that learn, so there is nothing to verify")
@@ -92,7 +92,7 @@ def checks(own: Own) -> Generator[Check, None, None]:
         )
 
 
-def make(own: Own, dtype: torch.dtype) -> nn.Module:
+def make(own: VerifiedModel, dtype: torch.dtype) -> nn.Module:
     """The model, with what would draw random numbers switched off: they would be others."""
     model = make_from_factory(own.factory, seed=SEED, dtype=dtype)
     for part in model.modules():
@@ -112,7 +112,7 @@ class Items:
 
     portable = True
 
-    def __init__(self, own: Own, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, own: VerifiedModel, model: nn.Module, dtype: torch.dtype) -> None:
         self._u_shape = (own.batch, *own.input_shape)
         self._dtype = dtype
         self._tokens = vocabulary(model)
@@ -155,7 +155,7 @@ class Items:
                 yield Sample(u, torch.randint(self._classes, self._y_shape, generator=random))
 
 
-def _backprop(own: Own, dtype: torch.dtype) -> Found:
+def _backprop(own: VerifiedModel, dtype: torch.dtype) -> Difference:
     """The largest |a - b| / max(1, |b|) of losses, weights and buffers."""
     plain = make(own, dtype)
     items = Items(own, plain, dtype)
@@ -178,10 +178,10 @@ def _backprop(own: Own, dtype: torch.dtype) -> Found:
     where += f"{blocks} block{'s' * (blocks > 1)}, weights moved by up to {moved:.2g}"
     if items.spec.u_dtype == torch.int64:
         where += "; local is left out: whole-number inputs cannot change smoothly"
-    return Found(apart[worst], where)
+    return Difference(apart[worst], where)
 
 
-def _local(own: Own) -> Found:
+def _local(own: VerifiedModel) -> Difference:
     """The error at the smallest speed at which it is within the tolerance."""
     model = make(own, torch.float64)
     items = Items(own, model, torch.float64)
@@ -200,13 +200,13 @@ def _local(own: Own) -> Found:
     first = bisect_left(TRIED, True, key=lambda c: error(c) <= TOLERANCE)
     c = TRIED[min(first, len(TRIED) - 1)]
     if error(c) > TOLERANCE:
-        return Found(error(c), f"not up to c = {c:g} hops per second")
-    return Found(
+        return Difference(error(c), f"not up to c = {c:g} hops per second")
+    return Difference(
         error(c), f"from c = {c:g} on: so many hops per second, the stream moves at about 1 rad/s"
     )
 
 
-def _settings(level: str, own: Own, dtype: torch.dtype) -> Settings:
+def _settings(level: str, own: VerifiedModel, dtype: torch.dtype) -> Settings:
     return Settings.model_validate(
         {
             "level": level,
@@ -218,7 +218,7 @@ def _settings(level: str, own: Own, dtype: torch.dtype) -> Settings:
     )
 
 
-def _loss(own: Own) -> LossFunction:
+def _loss(own: VerifiedModel) -> LossFunction:
     return mse if own.classes is None else cross_entropy
 
 

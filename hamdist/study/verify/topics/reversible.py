@@ -28,12 +28,12 @@ from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
 from hamdist.streams.sample import Stream
 from hamdist.study.shared.live_bytes import LiveBytes
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.golden import (
     ORACLE,
     RTOL,
     Array,
-    Data,
+    GoldenData,
     choice,
     entry,
     number,
@@ -155,20 +155,20 @@ def _settings(**sections: object) -> Settings:
     return Settings.model_validate({**base, **sections})
 
 
-def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Found:
+def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Difference:
     """The largest difference of a weight's gradient, of the largest one of that weight."""
     settings = _settings(learning={"lr": 0.0})
     result = train(seeded(make), Draws(1), settings)
     found = {k: g for block in result.blocks.values() for k, g in block.omega.items()}
     plain = seeded(make)
     sgd(plain, Draws(1), settings.learning)
-    largest = Found(0.0, "")
+    largest = Difference(0.0, "")
     for key, parameter in plain.named_parameters():
         if parameter.grad is None:
             raise ValueError(f"autograd finds no gradient of {key}")
         apart = float((found[key] - parameter.grad).abs().max() / parameter.grad.abs().max())
         if not apart <= largest.difference:
-            largest = Found(apart, f"{key}, depth {depth}")
+            largest = Difference(apart, f"{key}, depth {depth}")
     return largest
 
 
@@ -202,7 +202,7 @@ def peak_bytes(model: nn.Sequential, stream: Stream, settings: Settings) -> int:
     return live.peak
 
 
-def _memory(depth: int) -> Found:
+def _memory(depth: int) -> Difference:
     """Of a block per step and of all steps in one block, each with weights of its own."""
     apart, notes = 0.0, []
     for one_block in (False, True):
@@ -213,7 +213,7 @@ def _memory(depth: int) -> Found:
             peaks.append(peak_bytes(model, Draws(2), _settings(partition=partition)))
         apart = max(apart, float(abs(peaks[1] - peaks[0])))
         notes.append(f"{peaks[0]} and {peaks[1]} bytes")
-    return Found(apart, "; ".join(notes))
+    return Difference(apart, "; ".join(notes))
 
 
 # -- golden files ----------------------------------------------------------------------------------
@@ -233,12 +233,12 @@ class _Field(nn.Module):
         return torch.tanh(h @ A.T + self.b)
 
 
-def golden(data: Data, name: str) -> list[Check]:
+def golden(data: GoldenData, name: str) -> list[Check]:
     """The checks of a file of the kind leapfrog (shared/golden/README.md)."""
     return _case_checks(data, name, ORACLE)
 
 
-def _case_checks(data: Data, name: str, oracle: str) -> list[Check]:
+def _case_checks(data: GoldenData, name: str, oracle: str) -> list[Check]:
     choice(data, "kind", KINDS)
     size, steps = len(entry(data, "b")), int(number(data, "N"))
     shapes = {"W": (size, size), "h0": (size,), "y": (size,), "h": (steps + 1, size)}
@@ -254,7 +254,7 @@ def _case_checks(data: Data, name: str, oracle: str) -> list[Check]:
     ]
 
 
-def _leapfrog_apart(data: Data, part: str) -> Found:
+def _leapfrog_apart(data: GoldenData, part: str) -> Difference:
     run = _run(data)
     if part == "states":
         keys = {"h forward": "h", "h recovered": "h"}
@@ -269,7 +269,7 @@ def _leapfrog_apart(data: Data, part: str) -> Found:
     )
 
 
-def _run(data: Data) -> dict[str, Array]:
+def _run(data: GoldenData) -> dict[str, Array]:
     """The case through the ordinary blocks and engine: states as f is shown them, gradients as the
     blocks have them."""
     steps, leak = int(number(data, "N")), float(data.get("leak", 0.0))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hamdist.config import Order
 from hamdist.dynamics.blocks.hold import HoldBlock
-from hamdist.study.propagation.frozen_run import Block, flat, frozen, omegas, watch
+from hamdist.study.propagation.frozen_run import FrozenRunBlock, flat, frozen, omegas, watch
 from hamdist.study.propagation.gradients import (
     exact_gradients,
     local_gradients,
@@ -145,7 +145,7 @@ def _fixed_point() -> tuple[float, float]:
     z: dict[str, Tensor] = {}
     omega: dict[str, Tensor] = {}
 
-    def look(name: str, k: int, block: Block) -> None:
+    def look(name: str, k: int, block: FrozenRunBlock) -> None:
         if k == TICKS - 1 and isinstance(block, HoldBlock):
             z[name], omega[name] = block.z, flat(omegas(block))
 

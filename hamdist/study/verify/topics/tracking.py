@@ -31,7 +31,7 @@ from hamdist.runtime.train.train import train
 from hamdist.streams import make_stream
 from hamdist.study.run.tracking import Tracking, follow, rms, seconds, signals
 from hamdist.study.shared.recipes import load_settings
-from hamdist.study.verify.oracles.check import Check, Found
+from hamdist.study.verify.oracles.check import Check, Difference
 from hamdist.study.verify.oracles.networks import F64
 
 STATED = "equations.md (NILP)"
@@ -186,20 +186,20 @@ def _written_out(ticks: int) -> dict[str, Tensor]:
     return {"x": torch.stack(xs), "p": torch.stack(ps), "|W|": torch.stack(norms)}
 
 
-def _worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Found:
+def _worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
     apart = {
         name: float((found[name] - e).abs().max() / e.abs().max()) for name, e in expected.items()
     }
     worst = max(apart, key=apart.__getitem__)
-    return Found(apart[worst], worst)
+    return Difference(apart[worst], worst)
 
 
-def _blows_up() -> Found:
+def _blows_up() -> Difference:
     try:
         _run(_settings(2000, {"dynamics": {"sign": 1}}))
     except DivergedError as error:
         named = (error.block, error.quantity) == ("x", "z") and error.tick > 0
         weights = [] if error.result is None else error.result.model.state_dict().values()
         kept = bool(weights) and all(bool(w.isfinite().all()) for w in weights)
-        return Found(0.0 if named and kept else 1.0, str(error))
-    return Found(1.0, "the run went on")
+        return Difference(0.0 if named and kept else 1.0, str(error))
+    return Difference(1.0, "the run went on")

@@ -1,0 +1,218 @@
+"""One-line defects in the core, and for each the tests that have to fail with it (scripts/mutate).
+
+A place is found by its text, which stands once in `hamdist/`; where it lies may change. The tests
+are as few as find the defect in seconds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+DYNAMICS = "tests/dynamics"
+RUNTIME = "tests/runtime"
+
+
+class Mutant(NamedTuple):
+    """A defect. text: what stands in the code once; defect: what is put in its place; tests: what
+    pytest is given, as words of a command line."""
+
+    name: str
+    text: str
+    defect: str
+    tests: str
+
+
+MUTANTS = (
+    # -- Hamilton's equations of a held sample
+    Mutant(
+        "hold: messages come to the costate with the wrong sign",
+        "arrived = scaled(arrived, -d.sign * tau)",
+        "arrived = scaled(arrived, d.sign * tau)",
+        f"{DYNAMICS}/test_golden.py",
+    ),
+    Mutant(
+        "hold: the costate does not dissipate",
+        "last.moves - tau * d.eta_z",
+        "last.moves",
+        f"{DYNAMICS}/test_constants.py",
+    ),
+    Mutant(
+        "hold: the state moves without its speed c",
+        "step = d.c * tick.tau",
+        "step = tick.tau",
+        f"{DYNAMICS}/test_golden.py",
+    ),
+    Mutant(
+        "hold: the weights' gradient lacks c",
+        "self.cell.pull(self._record, scaled(self.z, d.c), inputs=False)",
+        "self.cell.pull(self._record, self.z, inputs=False)",
+        f"{DYNAMICS}/test_constants.py",
+    ),
+    Mutant(
+        "hold: a reset state keeps its value",
+        "self.h = self._start",
+        "self.h = self.h",
+        f"{DYNAMICS}/test_constants.py",
+    ),
+    # -- a sample that travels, and its message
+    Mutant(
+        "pulse: the costate without tau",
+        "self.z = scaled(message, self._tau)",
+        "self.z = message",
+        f"{DYNAMICS}/test_constants.py {DYNAMICS}/test_trace_oracle.py",
+    ),
+    Mutant(
+        "pulse: a message meets the latest activations",
+        "record = self.trace.pop(sample)",
+        "record = self.trace.pop(max(self.trace))",
+        f"{DYNAMICS}/test_trace_oracle.py",
+    ),
+    Mutant(
+        "pulse: messages and their weights in exchanged places",
+        "return torch.stack([message, h])",
+        "return torch.stack([h, message])",
+        f"{DYNAMICS}/test_reversible.py",
+    ),
+    Mutant(
+        "sequence: the way back begins with the costate of the last one",
+        "return arrived if kept is None else kept + arrived",
+        "return arrived",
+        f"{DYNAMICS}/test_sequence_oracle.py {DYNAMICS}/test_golden.py",
+    ),
+    # -- how weights move
+    Mutant(
+        "weights: the second half of the look-ahead step is as large as the first",
+        "theta.add_(later[i], alpha=-step * beta * mu)",
+        "theta.add_(later[i], alpha=-step * beta)",
+        f"{DYNAMICS}/test_recipes.py",
+    ),
+    Mutant(
+        "weights: squares of Adam's step without correction of their start",
+        "1 - adaptive.memory**self._steps)",
+        "1)",
+        f"{DYNAMICS}/test_weights.py {DYNAMICS}/test_recipes.py",
+    ),
+    Mutant(
+        "weights: decay makes them grow",
+        "theta.mul_(1 - tau * scale * beta * self._decay)",
+        "theta.mul_(1 + tau * scale * beta * self._decay)",
+        f"{DYNAMICS}/test_weight_decay.py",
+    ),
+    Mutant(
+        "weights: small gradients are clipped, large ones are not",
+        "if norm > self._clip else gain",
+        "if norm < self._clip else gain",
+        f"{DYNAMICS}/test_recipes.py",
+    ),
+    Mutant(
+        "weights: predicted one update too short",
+        "step = updates * tau * scale",
+        "step = (updates - 1) * tau * scale",
+        f"{DYNAMICS}/test_hold_recipes.py {DYNAMICS}/test_recipes.py",
+    ),
+    Mutant(
+        "weights: a snapshot leaves factors of omega out",
+        'state["_factors"] = list(g), gain',
+        'state["_factors"] = None',
+        f"{DYNAMICS}/test_weights.py {RUNTIME}/test_snapshots.py -m 'not ray'",
+    ),
+    Mutant(
+        "averages: the start has a part in the mean",
+        "share = (1 - self._keeps) / (1 - self._fading)",
+        "share = 1 - self._keeps",
+        f"{DYNAMICS}/test_recipes.py tests/study/test_averages.py",
+    ),
+    Mutant(
+        "whitening: inputs are not centred",
+        "x = g.x - self.mean",
+        "x = g.x",
+        f"{DYNAMICS}/test_whitening.py",
+    ),
+    Mutant(
+        "step size: warm-up begins with zero",
+        "factor *= (sample + 1) / self.warmup",
+        "factor *= sample / self.warmup",
+        f"{DYNAMICS}/test_rates.py",
+    ),
+    # -- vector-Jacobian products and losses
+    Mutant(
+        "kernels: a relu passes on what it has cut",
+        "d = aten.threshold_backward(d, y, 0)",
+        "d = aten.threshold_backward(d, y, -1)",
+        f"{DYNAMICS}/test_closed.py",
+    ),
+    Mutant(
+        "kernels: rows of the padding learn",
+        "z_rows = z_rows * (index != self._padding)",
+        "z_rows = z_rows * (index == index)",
+        f"{DYNAMICS}/test_closed.py",
+    ),
+    Mutant(
+        "losses: the slope of mse is no mean",
+        "return value, lambda phi: apart * (phi / y.shape[0])",
+        "return value, lambda phi: apart * phi",
+        f"{DYNAMICS}/test_metrics.py {DYNAMICS}/test_closed.py {DYNAMICS}/test_local_oracle.py",
+    ),
+    Mutant(
+        "metrics: ignored classes count as rows",
+        "return int(((guess == target) & known).sum()), int(known.sum())",
+        "return int(((guess == target) & known).sum()), known.numel()",
+        f"{DYNAMICS}/test_metrics.py {DYNAMICS}/test_class_targets.py",
+    ),
+    # -- when
+    Mutant(
+        "schedule: messages come back one tick late",
+        "return 2 * (self._D - self._depths[block])",
+        "return 2 * (self._D - self._depths[block]) + 1",
+        f"{DYNAMICS}/test_schedule_tables.py",
+    ),
+    Mutant(
+        "schedule: a stamp names one update too many",
+        "version = max(0, event.sample - self.lag(edge.parent) // self.c)",
+        "version = max(0, event.sample - self.lag(edge.parent) // self.c + 1)",
+        f"{DYNAMICS}/test_schedule_tables.py",
+    ),
+    Mutant(
+        "schedule: a bundle may be as long as the edge's delay and one",
+        "return Bundle(max(1, edge.delay // self.c), self.c)",
+        "return Bundle(max(1, edge.delay // self.c + 1), self.c)",
+        f"{DYNAMICS}/test_schedule_tables.py {RUNTIME}/test_links.py -m 'not ray'",
+    ),
+    # -- signals
+    Mutant(
+        "compression: errors are fed back with the wrong sign",
+        "self.error = v - decoded",
+        "self.error = decoded - v",
+        f"{DYNAMICS}/test_compress.py",
+    ),
+    Mutant(
+        "compression: int8 rounds down",
+        "levels = quotients.round_()",
+        "levels = quotients.floor_()",
+        f"{DYNAMICS}/test_compress.py",
+    ),
+    Mutant(
+        "mail: the stamp of a signal is not looked at",
+        "if signal is None or signal.stamp != stamp:",
+        "if signal is None:",
+        f"{RUNTIME}/test_mail.py",
+    ),
+    Mutant(
+        "mail: a signal that is not contiguous goes as it is",
+        "tensor = tensor.contiguous()",
+        "tensor = tensor",
+        f"{RUNTIME}/test_signal.py",
+    ),
+    Mutant(
+        "log: one signal fewer is kept than may be under way",
+        "log.let_go(count - channel.capacity + 1)",
+        "log.let_go(count - channel.capacity + 2)",
+        f"{RUNTIME}/test_keeping.py -m 'not ray'",
+    ),
+    Mutant(
+        "late labels: scored with the prediction of the latest sample",
+        "earlier = self._asked.pop(0) if item >= self._late else None",
+        "earlier = self._asked.pop() if item >= self._late else None",
+        "tests/test_late_labels.py -m 'not ray'",
+    ),
+)
