@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 import hamdist
 from hamdist.cli import app
-from hamdist.config import read_settings, read_yaml
+from hamdist.config import Section, read_settings, read_yaml
 from hamdist.launch.cluster_file import ClusterSettings
 from hamdist.study.sweep.settings import read_study
 
@@ -170,6 +170,15 @@ def test_settings_of_pages_are_settings(page):
             ClusterSettings(**{**raw, "token": None})
         else:
             read_settings(block.text, str(block))
+
+
+def test_every_setting_is_described():
+    models: list[type[Section]] = [Section]
+    for model in models:
+        models += model.__subclasses__()
+        for field, about in model.model_fields.items():
+            assert about.description, f"{model.__name__}.{field}: say below it what it means"
+    assert len(models) > 25
 
 
 def test_every_public_name_is_in_the_reference():
