@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.cli.console import LABELS, complain, console, exit_codes
+from hamdist.cli.console import LABELS, complain, console, exit_codes, report
 from hamdist.cli.display import Display
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
@@ -180,6 +180,7 @@ def _conclude(
 ) -> None:
     """Write the runs that finished to `out`, and print their table."""
     from hamdist.study.report.aggregate import aggregate
+    from hamdist.study.report.files import comparison_summary
     from hamdist.study.report.table import comparison_table
 
     rows = aggregate(finished)
@@ -188,6 +189,7 @@ def _conclude(
             save()
     finally:
         if rows:
+            report(**comparison_summary(rows, interrupted=interrupted), out=str(out))
             _print_comparison(comparison_table(rows), settings.name)
         if interrupted:
             complain(

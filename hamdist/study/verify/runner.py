@@ -101,7 +101,7 @@ def _checks_of(
     topic: str, paths: Sequence[Path] | None, full: bool
 ) -> Generator[Check, None, None]:
     # Only now: a topic may need what takes seconds to import.
-    module: Any = importlib.import_module(f"hamdist.study.verify.{topic.replace('-', '_')}")
+    module: Any = importlib.import_module(f"hamdist.study.verify.topics.{topic.replace('-', '_')}")
     checks: Iterator[Check] = module.checks(full) if paths is None else module.checks(full, paths)
     yield from checks
 
