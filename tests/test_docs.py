@@ -92,6 +92,7 @@ def test_readme_is_short_and_every_page_has_a_title():
         assert re.search(r"^# \S", page.read_text(), re.M), page
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", runnable(), ids=name)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
