@@ -21,7 +21,8 @@ atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 import torch
 
 from hamdist.config import EngineSettings
-from hamdist.runtime.ray_engine.session import RAY_SETTINGS, ray_session
+from hamdist.runtime.ray_engine.local_ray import RAY_SETTINGS
+from hamdist.runtime.ray_engine.session import ray_session
 
 # (Test modules import Ray before a run can set them. With Ray's own niceness of 15 actors starve
 # wherever anything else runs.)

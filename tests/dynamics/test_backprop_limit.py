@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
 from hamdist.dynamics.objective.losses import cross_entropy, mse
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.streams import ArrayStream, from_iterable
 
 ROUND_OFF = 1e-12

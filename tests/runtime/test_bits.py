@@ -27,8 +27,8 @@ from hamdist.errors import ChoiceWarning, ClusterError, SettingsError, SnapshotE
 from hamdist.runtime.process import arithmetic as of_process
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import read_switches, set_switches
+from hamdist.runtime.ray_engine import placed_workers
 from hamdist.runtime.ray_engine import replacement as recovery
-from hamdist.runtime.ray_engine import worker_group as worker_group
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
@@ -204,7 +204,7 @@ def test_going_on_elsewhere_or_with_other_switches(restored, tmp_path, monkeypat
 
 def of_another_kind(monkeypatch, *numbers):
     """The first actors that are started with these numbers live on another kind of host."""
-    options_of_actors = worker_group.options_of_actors  # type: ignore[attr-defined]
+    options_of_actors = placed_workers.options_of_actors  # type: ignore[attr-defined]
 
     def some_elsewhere(*given):
         found = options_of_actors(*given)
@@ -212,7 +212,7 @@ def of_another_kind(monkeypatch, *numbers):
             found[i] = found[i].pinned(dict(OTHER_KIND))
         return found
 
-    monkeypatch.setattr(worker_group, "options_of_actors", some_elsewhere)
+    monkeypatch.setattr(placed_workers, "options_of_actors", some_elsewhere)
 
 
 @X86

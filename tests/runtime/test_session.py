@@ -16,6 +16,7 @@ import pytest
 import hamdist
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError, SettingsError
+from hamdist.runtime.ray_engine import local_ray as local_ray_module
 from hamdist.runtime.ray_engine import session as cluster
 
 pytestmark = pytest.mark.timeout(180)
@@ -93,9 +94,9 @@ def test_a_ray_that_does_not_come_up_is_one_clear_error(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ray, "init", late)
     monkeypatch.setattr(ray, "shutdown", lambda: None)  # (another test's Ray may be up)
-    monkeypatch.setattr(cluster, "short_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(local_ray_module, "short_folder", lambda: str(tmp_path))
     said = r"did not start: The current node timed out during startup. \(is this.*inprocess$"
-    with pytest.raises(ClusterError, match=said), cluster._local(1):
+    with pytest.raises(ClusterError, match=said), local_ray_module.local_ray(1):
         pass
     assert list(tmp_path.iterdir()) == []
 
