@@ -224,6 +224,14 @@ def test_paths_of_pages_are_there():
             assert "NAME" in path or list(ROOT.glob(path.rstrip("/"))), f"{name(page)}: no {path}"
 
 
+def test_pages_that_the_code_cites_are_there():
+    code = Path(hamdist.__file__).parent
+    for folder in (code / "dynamics", code / "runtime", ROOT / "tests" / "dynamics"):
+        for path in folder.rglob("*.py"):
+            for page in re.findall(r"\b([a-z-]+\.md)\b", path.read_text("utf-8")):
+                assert list(PAGES.rglob(page)), f"{path}: no page {page}"
+
+
 def test_tables_of_the_newcomers_page_name_files_that_are_there():
     page = (PAGES / "develop" / "where.md").read_text("utf-8")
     for row in re.findall(r"^\|[^|]+\|([^|]+)\|$", page, re.M):

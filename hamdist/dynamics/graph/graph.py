@@ -172,8 +172,8 @@ class Graph:
 
     def _depths(self) -> dict[str, int]:
         """Ticks until a sample reaches a block: by the longest path from the input in an acyclic
-        graph (semantics.md), by the shortest where there are cycles; the input's own edges count
-        from their second tick. Blocks that no input reaches have depth 0."""
+        graph (time-and-signals.md), by the shortest where there are cycles; the input's own edges
+        count from their second tick. Blocks that no input reaches have depth 0."""
         depths = {INPUT: -1, **{e.parent: -1 for e in self.out_of[INPUT]}}
         if self.acyclic:
             for name in self._topological():
