@@ -230,7 +230,7 @@ class HoldNode(Remembers):
             self._clock.z_since = k
 
     def _compares(self, k: int) -> bool:
-        """Return True if tick k takes a loss: not of what was shown before the states were cleared."""
+        """Return True if tick k takes a loss: not of a sample shown before a clearing."""
         if self.metrics is None or not self._schedule.compares(self.name, k):
             return False
         return k - self._schedule.target_lag(self.name) >= self._clock.h_since

@@ -168,17 +168,15 @@ class Mailbox:
     def flush(self, tick: float = inf) -> None:
         """Send the bundles whose last signal was due before `tick`, the earliest due first.
 
-        The order rules out deadlock. Sending a bundle may block until its receiver makes room, and
-        that
-        receiver may itself wait for another bundle of this process. It waits only for a signal of
-        an
-        earlier tick than its own. All bundles due earlier have left by then, so this process never
-        holds back a signal that an earlier tick needs: every wait leads to a strictly earlier tick.
+        The order rules out deadlock. Sending one may wait for room; the bundles still held here are
+        then due no earlier, so no process in an earlier tick waits for one of them. Every wait
+        leads to a strictly earlier tick, and some process can go on.
         """
         waiting = sorted(self._bundles.values(), key=_due)
         for channel, bundle in waiting:
             if tick > _due((channel, bundle)):
-                # (while an earlier one waited, a new end may have been opened, which has it)
+                # While an earlier send waited, `resume_at` may have dropped this bundle: the log
+                # has its signals, and replays them to the new receiving end.
                 if self._bundles.pop(channel.number, None) is None:
                     continue
                 self._remote(channel).send(channel, *bundle)

@@ -139,7 +139,7 @@ class Ports:
                 self._mailbox.post(channel, Signal(stamp, h, end, sequence_end))
 
     def before_start(self, h: Tensor | None, schedule: HoldSchedule) -> None:
-        """Post the signals that the neighbours read in their first ticks: h_0, and zero messages."""
+        """Post what the neighbours read in their first ticks: h_0, and zero messages."""
         c = schedule.c
         for edge, channel in zip(self.out_of, self._children, strict=True):
             for tick in schedule.before_start(edge):
