@@ -189,18 +189,12 @@ class Graph:
         return [b for b in self.blocks if b not in ordered]
 
     def _depths(self) -> dict[str, int]:
-<<<<<<< HEAD
-        """Ticks until a sample reaches a block: by the longest path from the input in an acyclic
-        graph (time-and-signals.md), by the shortest where there are cycles; the input's own edges
-        count from their second tick. Blocks that no input reaches have depth 0."""
-=======
         """Return the ticks until a sample reaches each block.
 
         That is the longest path from the input in an acyclic graph (docs: concepts/time-and-
         signals), the shortest where there are cycles. The input's own edges count from their second
         tick. A block that no input reaches has depth 0.
         """
->>>>>>> main
         depths = {INPUT: -1, **{e.parent: -1 for e in self.out_of[INPUT]}}
         if self.acyclic:
             for name in self._topological():
