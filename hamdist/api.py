@@ -17,6 +17,7 @@ from hamdist.dynamics.graph.inputs import arguments_of
 from hamdist.dynamics.modules.prenorm import stabilised
 from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_loss
 from hamdist.dynamics.updates.constants import TickSchedule
+from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
 from hamdist.errors import ChoiceWarning, SettingsError
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import Progress, RunResult
@@ -33,6 +34,8 @@ def train(
     *,
     loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
     phi: TickSchedule | None = None,
+    optimizer: OptimizerFunction | None = None,
+    scheduler: SchedulerFunction | None = None,
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
@@ -63,12 +66,17 @@ def train(
     resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run goes
     on from it.
     phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a number.
+    optimizer: makes the optimiser of each block from the list of its parameters, at levels whose
+    weights move when a message arrives: `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or a
+    list of optimisers. scheduler: makes the scheduler of an optimiser, which is stepped once per
+    item: `lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1000)`.
 
     Raises HamdistError: SettingsError, GraphError, LevelError before anything starts, StreamError,
     BlockError, StallError, ClusterError from a run, whose processes have ended by then. A run that
     left the finite range (DivergedError) brings what came before as `error.result`.
     """
-    _check_arguments(model, settings, phi, on_progress)
+    functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
+    _check_arguments(model, settings, functions, on_progress)
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
@@ -93,6 +101,8 @@ def train(
         loss=losses,
         policy=policy,
         phi=phi,
+        optimizer=optimizer,
+        scheduler=scheduler,
         on_progress=on_progress,
         resume=resume,
     )
@@ -118,7 +128,19 @@ def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
     return made
 
 
-def _check_arguments(model: object, settings: object, phi: object, on_progress: object) -> None:
+_FUNCTIONS = {
+    "phi": "function of the tick, or a number as dynamics={'phi': ...}",
+    "optimizer": (
+        "function of the parameters, lambda params: torch.optim.AdamW(params, lr=1e-3), or a name "
+        "as learning={'optimizer': 'adamw'}"
+    ),
+    "scheduler": "function of an optimiser, or use learning.decay and learning.warmup",
+}
+
+
+def _check_arguments(
+    model: object, settings: object, functions: Mapping[str, object], on_progress: object
+) -> None:
     """Raises SettingsError for what is not of its kind."""
     if not isinstance(model, (nn.Module, Graph)):
         kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
@@ -128,10 +150,9 @@ def _check_arguments(model: object, settings: object, phi: object, on_progress: 
             f"settings is a {type(settings).__name__}; give hamdist.Settings(...), or its fields "
             "by name: train(model, stream, level='trace', steps=2000)"
         )
-    if phi is not None and not callable(phi):
-        raise SettingsError(
-            f"phi is {phi!r}; give a function of the tick, or a number as dynamics={{'phi': ...}}"
-        )
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise SettingsError(f"{name} is {function!r}; give a {_FUNCTIONS[name]}")
     if on_progress is not None and not callable(on_progress):
         raise SettingsError(f"on_progress is {on_progress!r}; give a function of a Progress")
 

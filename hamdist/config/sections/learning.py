@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from hamdist.config.sections.optimizer import OptimizerSettings
 from hamdist.config.sections.section import (
     Above0,
     CourseSettings,
@@ -102,6 +103,13 @@ def _decay_alone(value: object) -> object:
 Averaging = Annotated[AverageSettings | Literal["off"], BeforeValidator(_decay_alone)]
 
 
+def _name_alone(value: object) -> object:
+    """`adamw` as `{name: adamw}`; off as none."""
+    if value is False or value == "off":
+        return None
+    return {"name": value} if isinstance(value, str) else value
+
+
 class BlockLearningSettings(Section):
     """What one block has otherwise; what is not given is as for all blocks."""
 
@@ -117,7 +125,10 @@ class LearningSettings(Section):
     the run, to the share `floor` of lr; warmup: samples over which it first rises; course: a factor
     of lr by sample (of beta, where that is given), besides (rates.py). weight_decay: as
     torch.optim.SGD has it, r_w = weight_decay / tau; with adaptive as AdamW has it. adaptive:
-    not given: one beta for all of a block's weights. average: of each block's weights, for
+    not given: one beta for all of a block's weights. optimizer: of torch.optim, which moves the
+    weights instead (levels whose weights move when a message arrives); momentum, dampening,
+    weight_decay and adaptive are then among its arguments, and lr, where it is not given, is
+    torch's. average: of each block's weights, for
     evaluation and export; clip: the most that the norm of a block's gradient may be; heads: the
     blocks' own readouts; inputs: steps that do not depend on the mean, or on the correlation, of a
     linear layer's inputs. blocks: by name (patterns as in a shell, names first), what single blocks
@@ -133,6 +144,7 @@ class LearningSettings(Section):
     weight_decay: Rate = 0.0
     course: CourseSettings | None = None
     adaptive: AdaptiveSettings | None = None
+    optimizer: Annotated[OptimizerSettings | None, BeforeValidator(_name_alone)] = None
     average: Averaging = "off"
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] = "off"
     heads: HeadsSettings | None = None
@@ -146,4 +158,22 @@ class LearningSettings(Section):
                 f"'dampening' is {self.dampening:g} with 'adaptive', whose steps do not depend on "
                 "it: leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_decides(self) -> LearningSettings:
+        if self.optimizer is None:
+            return self
+        own = ("momentum", "dampening", "weight_decay", "adaptive", "first_step")
+        for name in own:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"'{name}' beside 'optimizer', whose steps do not depend on it: give the "
+                    f"optimiser its own arguments (optimizer: {{name: {self.optimizer.name}, ...}})"
+                )
+        lr, given = self.optimizer.lr, "lr" in self.model_fields_set
+        if lr is not None and given and lr != self.lr:
+            raise ValueError(f"'lr' is {self.lr:g} and 'optimizer.lr' {lr:g}: give one of them")
+        if not given:  # (a dump of all fields has it then)
+            self.__dict__["lr"] = self.optimizer.default_lr if lr is None else lr
         return self
