@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -281,6 +281,7 @@ class OptimizerWeights(Weights):
     """theta, moved by optimisers of torch's. omega: the latest gradient."""
 
     STATE = ("updates", "_omega", "average", "_inputs", "optimizers")
+    ADDED: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,

@@ -102,7 +102,7 @@ def train_centralised(
 
 
 class _Trainer:
-    """Backpropagation on one model, one item at a time. items: how many it was shown. metrics: by output."""
+    """Learns one item at a time. items: how many it was shown. metrics: by output."""
 
     def __init__(
         self,
