@@ -184,8 +184,8 @@ def test_options_reach_the_run(train: FakeTrain, tiny: str, tmp_path: Path) -> N
     assert asked.stream.smooth is not None
     assert asked.stream.smooth.frames == 3
     names = {item.name for item in out.iterdir()}
-    own = {"metrics.jsonl", "summary.json", "settings.yaml", "model.safetensors"}
-    assert names == {*own, "events.jsonl"}
+    own = {"metrics.jsonl", "summary.json", "settings.yaml", "settings-all.yaml"}
+    assert names == {*own, "events.jsonl", "model.safetensors"}
     again = command("run", str(out / "settings.yaml"))
     assert again.exit_code == 0, again.output
     assert train.asked[1].model_dump() == asked.model_dump()

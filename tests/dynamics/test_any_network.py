@@ -22,7 +22,7 @@ from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import from_iterable
 
 ROUND_OFF = 1e-12
-STEPS, BATCH, LR = 20, 4, 0.1
+STEPS, BATCH, LR = 8, 4, 0.1
 
 
 def made(build):

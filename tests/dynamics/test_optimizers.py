@@ -85,7 +85,6 @@ OPTIMISERS = {
     "Adagrad": lambda p: optim.Adagrad(p, 0.1, lr_decay=0.01),
     "NAdam": lambda p: optim.NAdam(p, 1e-2),
     **({"Adafactor": lambda p: optim.Adafactor(p, 0.1)} if hasattr(optim, "Adafactor") else {}),
-    **({"Lion": lambda p: optim.Lion(p, 1e-3)} if hasattr(optim, "Lion") else {}),
     **({"Muon": muon} if HAS_MUON else {}),
 }
 
@@ -117,8 +116,8 @@ def test_backprop_equals_torch(name, blocks):
     assert relative(result.model.parameters(), net().parameters()) > 1e-3
 
 
-GROUPS = {"vectors": {"weight_decay": 0.0}, "3.*": {"lr": 3e-3}}
-NAMED = {
+GROUPS: dict[str, dict[str, float]] = {"vectors": {"weight_decay": 0.0}, "3.*": {"lr": 3e-3}}
+NAMED: dict[str, dict[str, object]] = {
     "sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.02},
     "adam": {"betas": [0.8, 0.95], "weight_decay": 0.02},
     "adamw": {"betas": (0.8, "9.5e-1"), "weight_decay": 0.02},
@@ -134,7 +133,7 @@ def test_settings_with_groups_are_torchs_and_so_is_the_baseline(name):
     learning = {"lr": 1e-2, "decay": "cosine", "optimizer": own}
     result = train(learning=learning)
     kind = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
-    options = {k: tuple(map(float, v)) if k == "betas" else v for k, v in NAMED[name].items()}
+    options = {k: (0.8, 0.95) if k == "betas" else v for k, v in NAMED[name].items()}
 
     def grouped(named):
         vectors = [p for p in named.values() if p.ndim < 2]

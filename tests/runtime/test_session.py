@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -77,6 +78,12 @@ def test_a_ray_that_died_takes_no_run(session):
         ended.kill()
         ended.wait(10)
         assert not waiting.takes(EngineSettings(kind="ray", actors=2))
+
+
+def test_a_local_ray_starts_no_process_in_vain(session):
+    commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    assert [c for c in commands if "raylet/raylet" in c and "worker_process.py" in c]
+    assert not [c for c in commands if re.search(r"/(monitor|log_monitor|dashboard)\.py", c)]
 
 
 def test_a_ray_that_does_not_come_up_is_one_clear_error(monkeypatch, tmp_path):

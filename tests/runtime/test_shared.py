@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,7 +165,8 @@ def test_a_bundle_that_is_larger_than_a_packet_becomes_several(leaves_no_socket)
 
 def test_what_is_open_is_closed(leaves_no_socket):
     def opened():
-        return len(os.listdir("/proc/self/fd")), open("/proc/self/maps").read().count("hamdist-5")
+        maps = Path("/proc/self/maps").read_text()
+        return len(os.listdir("/proc/self/fd")), maps.count("hamdist-5")
 
     before = opened()
     with Pair(CHANNEL) as pair:
@@ -231,7 +233,7 @@ def test_a_failed_start_leaves_nothing(leaves_no_socket, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
     with monkeypatch.context() as patch:
         patch.setattr(
-            "hamdist.runtime.transport.shared_memory.socket_file",
+            "hamdist.runtime.transport.shared_receiver.socket_file",
             lambda run, _: socket_folder(run) / "a/b",
         )
         with pytest.raises(ClusterError, match="no socket at"):

@@ -21,19 +21,19 @@ _REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, A
 
 
 class OptimizerSettings(Section):
-    """One of torch.optim's optimisers, which moves the weights of each block; besides these fields
-    it takes the arguments of the class of that name. name: the class, in lower case (`adamw`); of
-    `muon`, weights that are no matrices go to AdamW. lr: instead of learning.lr. groups: by pattern
-    of weights' names (as in a shell; `vectors`: all biases, scales and other weights of fewer than
-    two dimensions), arguments that these have otherwise; the first pattern that fits holds.
-    rest: of `muon`, the arguments of its AdamW (lr and weight_decay: as muon's, where given)."""
+    """One of torch.optim's optimisers; besides these fields it takes the arguments of its class."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str
+    """The class in lower case (`adamw`); of `muon`, weights that are no matrices go to AdamW."""
     lr: Rate | None = None
+    """Step size, instead of learning.lr."""
     groups: dict[str, dict[str, Any]] = {}
+    """By pattern of weights' names (as in a shell; `vectors`: biases, scales and all other weights
+    of fewer than two dimensions), arguments that these have otherwise; the first that fits holds."""
     rest: dict[str, Any] = {}
+    """Of `muon`, the arguments of its AdamW (lr and weight_decay: muon's, where given)."""
 
     @model_validator(mode="before")
     @classmethod

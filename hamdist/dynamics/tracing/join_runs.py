@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.state.finite import LARGE
-from hamdist.dynamics.tracing.recorder import Op, Recording, TakenOp, Unfollowed
+from hamdist.dynamics.tracing.recorded_calls import Unfollowed
+from hamdist.dynamics.tracing.recorder import Op, Recording, TakenOp
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.tracing.traced_module import (
     PLACES,

@@ -24,7 +24,8 @@ from hamdist.dynamics.tracing.join_runs import (
     other_length,
     points_of_runs,
 )
-from hamdist.dynamics.tracing.recorder import OWN, Op, TakenOp, Unfollowed, record, watch
+from hamdist.dynamics.tracing.recorded_calls import Unfollowed
+from hamdist.dynamics.tracing.recorder import OWN, Op, TakenOp, record, watch
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.tracing.traced_module import (
     Length,

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,9 @@ from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
 from hamdist.runtime.signals.edge_codecs import compressed
 from hamdist.runtime.signals.signal import Channels, make_channels
+from hamdist.runtime.storage.snapshot_files import Snapshot
+from hamdist.runtime.storage.store import storage
 from hamdist.streams.sample import SampleSpec
-
-if TYPE_CHECKING:
-    from hamdist.runtime.storage.snapshot_files import Snapshot
 
 Replan: TypeAlias = "Callable[[Mapping[str, int]], Plan]"
 
@@ -298,7 +297,7 @@ def make_snapshot_policy(
         return None
     timed = given.seconds is not None or given.every is None
     return SnapshotPolicy(
-        path=given.path,
+        path=storage(given.path).where,  # actors may have another current folder
         every=given.every,
         seconds=(given.seconds or SNAPSHOT_SECONDS) if timed else None,
         keep=given.keep,

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,6 +21,7 @@ from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, sweep
 from hamdist.runtime.ray_engine.auth_token import (
     own_token,
 )
+from hamdist.runtime.ray_engine.processes import of_a_program
 
 OBJECT_STORE_BYTES = 100 * 2**20
 GONE_SECONDS = 10.0
@@ -44,7 +44,7 @@ def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
     before = set(psutil.Process().children(recursive=True))
     up = False
     try:
-        with own_token(folder), handlers_of_ours(), _in_a_session_of_its_own(), _start_named():
+        with own_token(folder), handlers_of_ours(), of_a_program(), _start_named():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -81,26 +81,6 @@ def _start_named() -> Iterator[None]:
             f"a local Ray did not start: {first} (is this machine overloaded, or short of memory, "
             "or of room for temporary files?); start again, or use --engine inprocess"
         ) from error
-
-
-@contextmanager
-def _in_a_session_of_its_own() -> Iterator[None]:
-    """Start Ray's processes in a session (in the sense of POSIX) of their own inside.
-
-    A signal to the group of this process, as batch systems send it, then reaches this process
-    alone, which ends the run in order. (Ray has no setting for it; Popen has.)
-    """
-    from ray._private import services
-
-    popen = getattr(services, "ConsolePopen", None)
-    if popen is None or os.name != "posix":
-        yield
-        return
-    services.ConsolePopen = partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
-    try:
-        yield
-    finally:
-        services.ConsolePopen = popen  # type: ignore[misc]
 
 
 def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:
