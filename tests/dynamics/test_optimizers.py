@@ -16,7 +16,6 @@ import hamdist
 from hamdist.config import Level, Settings
 from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import HamdistError, HamdistWarning, LevelError, SettingsError
-from hamdist.runtime.train.train import train as train_settings
 from hamdist.streams import from_iterable
 from hamdist.study.run.baseline import train_centralised
 
@@ -300,8 +299,10 @@ def test_a_sequence_moves_once_by_the_sum_of_its_gradients():
         torch.stack([mse(own(x), t) for x, t in zip(u, y, strict=True)]).sum().backward()
         optimiser.step()
     learning = {"optimizer": "adamw", "lr": 1e-2}
-    chosen = settings("bptt", learning=learning)
-    result = train_settings(model, data, chosen, loss=mse)
+    stream = from_iterable(data.samples, outputs=2)
+    result = hamdist.train(
+        model, stream, loss=mse, level="bptt", dtype="float64", learning=learning
+    )
     assert relative(result.model.parameters(), own.parameters()) <= 1e-12
 
 

@@ -155,8 +155,8 @@ class LearningSettings(Section):
     adaptive: AdaptiveSettings | None = None
     """Adam's step; not given: one rate for all of a block's weights."""
     optimizer: Annotated[OptimizerSettings | None, BeforeValidator(_name_alone)] = None
-    """One of torch.optim by its name, or a mapping with its arguments; it moves the weights instead,
-    at levels whose weights move when a message arrives. momentum, dampening, weight_decay and
+    """One of torch.optim by its name, or a mapping with its arguments; it moves the weights, at
+    levels whose weights move when a message arrives. momentum, dampening, weight_decay and
     adaptive are then among its arguments; lr, where it is not given, is torch's."""
     average: Averaging = "off"
     """Moving average of each block's weights for evaluation and export: its decay, or a mapping."""

@@ -30,8 +30,8 @@ class OptimizerSettings(Section):
     lr: Rate | None = None
     """Step size, instead of learning.lr."""
     groups: dict[str, dict[str, Any]] = {}
-    """By pattern of weights' names (as in a shell; `vectors`: biases, scales and all other weights
-    of fewer than two dimensions), arguments that these have otherwise; the first that fits holds."""
+    """By pattern of weights' names (as in a shell; `vectors`: biases, scales, all weights of fewer
+    than two dimensions), arguments that these have otherwise; the first that fits holds."""
     rest: dict[str, Any] = {}
     """Of `muon`, the arguments of its AdamW (lr and weight_decay: muon's, where given)."""
 
