@@ -119,7 +119,6 @@ LONGER = {
     "dynamics/tracing/traced_module.py": 454,
     "streams/adapters.py": 446,
     "study/verify/topics/bptt.py": 426,
-    "dynamics/schedule/schedule.py": 421,
     "runtime/signals/signal.py": 415,
     "study/verify/oracles/tick_golden.py": 415,
 }

@@ -21,6 +21,7 @@ class Level(str, Enum):
     HEADS = "heads"
     REVERSIBLE = "reversible"
     BACKPROP = "backprop"
+    PIPELINE = "pipeline"
     BPTT = "bptt"
     AUTO = "auto"
 
@@ -114,6 +115,7 @@ class Readout(str, Enum):
 
 
 Speed = Positive | Literal["inf", "depth"]
+Microbatches = Positive | Literal["auto"]
 
 
 def _listed(value: object) -> object:
@@ -135,7 +137,8 @@ class LocalityOverrides(Section):
     gate: weights move only while the block's input has been still for as long as its messages take,
     up to that share of itself (true: 0.1). lead: ticks by which states are sent ahead (compensation
     'prospective'); blend: of the input's estimate (compensation 'retrospective'). Either asks for
-    its compensation, as `delay_power` does."""
+    its compensation, as `delay_power` does. microbatches: parts of a batch that travel one behind the
+    other, M (level 'pipeline'; auto: by the number of rows, dynamics/schedule/microbatches.py)."""
 
     grouping: Grouping | None = None
     speed: Speed | None = None
@@ -153,3 +156,4 @@ class LocalityOverrides(Section):
     target: TargetOf | None = None
     readout: Readout | None = None
     truncation: Positive | None = None
+    microbatches: Microbatches | None = None

@@ -17,88 +17,23 @@ and to the readouts that compare with it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum, IntEnum
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hamdist.config import Credit, Moves, Order, TargetOf, Update
 from hamdist.dynamics.graph.graph import Edge, Graph, Tie
+from hamdist.dynamics.schedule.events import ALONE as ALONE
+from hamdist.dynamics.schedule.events import Bundle as Bundle
+from hamdist.dynamics.schedule.events import Event as Event
+from hamdist.dynamics.schedule.events import Kind as Kind
+from hamdist.dynamics.schedule.events import Phase as Phase
+from hamdist.dynamics.schedule.events import Span as Span
+from hamdist.dynamics.schedule.events import Stamp as Stamp
+from hamdist.dynamics.schedule.events import emitted as emitted
+from hamdist.dynamics.schedule.events import source_events as source_events
 from hamdist.dynamics.schedule.levels import Locality
-from hamdist.dynamics.state.remember import known
+from hamdist.dynamics.schedule.microbatches import SPACING, Pulses
 from hamdist.errors import LevelError
-
-
-@known("Phase")
-class Phase(Enum):
-    """What an event is."""
-
-    EMIT = "E"  # the stream sends a sample
-    FORWARD = "F"  # pulse, sequence: a sample passes a block
-    BACKWARD = "B"  # pulse, sequence: the message about a sample passes a block
-    READ = "FB"  # pulse: an output net predicts, takes the loss, moves its weights
-    TICK = "T"  # hold: one step of Hamilton's equations
-
-
-class Kind(IntEnum):
-    """What a signal carries. The value goes over the wire."""
-
-    STATE = 0
-    MESSAGE = 1
-    TARGET = 2
-    CLOCK = 3
-    GRADIENT = 4
-    WEIGHT = 5
-
-
-@known("Span")
-class Span(NamedTuple):
-    """One sequence on its way (sequence_schedule.py). start: tick in which its first token, sample
-    `first`, meets depth 0. before: the same for the token before it. length: None as long as it is
-    not known."""
-
-    number: int
-    start: int
-    first: int
-    before: int
-    length: int | None = None
-
-
-@known("Event")
-class Event(NamedTuple):
-    """span: the sequence that the sample belongs to, in presentation 'sequence'."""
-
-    tick: int
-    phase: Phase
-    sample: int
-    span: Span | None = None
-
-
-@known("Stamp")
-class Stamp(NamedTuple):
-    """What identifies a signal on its edge: the sender's tick, the sample that the signal is about
-    (pulse) or that was shown at that tick (hold), and the number of updates that the sender's
-    weights had had."""
-
-    tick: int
-    sample: int
-    version: int
-
-
-class Bundle(NamedTuple):
-    """How many signals of one edge may wait at their sender, to leave as one message. spacing:
-    ticks between two of them.
-
-    A signal of tick k is needed at tick k + d, and the last of its bundle is sent no later than at
-    tick k + (size - 1) spacing. With size = max(1, d // spacing) that is at most k + d - 1: whoever
-    waits for a signal waits for a strictly earlier tick, as without bundles, so by induction over
-    the ticks nobody waits for ever.
-    """
-
-    size: int
-    spacing: int
-
-
-ALONE = Bundle(1, 1)
 
 
 class Schedule(Protocol):
@@ -133,17 +68,6 @@ class Schedule(Protocol):
     @property
     def staleness(self) -> int:
         """The most samples by which a message lags behind what it meets."""
-
-
-def source_events(c: int, first: int = 0) -> Iterator[Event]:
-    """Sample n leaves the stream at tick n c - 1. first: the sample to begin with."""
-    for n in count(first):
-        yield Event(n * c - 1, Phase.EMIT, n)
-
-
-def emitted(sample: int, c: int) -> Stamp:
-    """The stamp of sample n, as the stream sends it."""
-    return Stamp(sample * c - 1, sample, 0)
 
 
 def make_schedule(graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> Schedule:
@@ -189,6 +113,9 @@ class PulseSchedule:
     sample n in the tick of its forward. Nor does anything come back to `silent` blocks (whose
     weights are frozen, as are those of all blocks before them): with d the least depth of the
     others, the speed `inf` is then 2 (D - d) + 1 ticks a sample.
+
+    With M micro-batches an item makes M pulses (microbatches.py), after the last of which weights
+    move; `sample` is the number of the pulse then, and `item` tells whose part it is.
     """
 
     def __init__(self, graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> None:
@@ -197,12 +124,24 @@ class PulseSchedule:
         self._D = graph.depth
         self._silent = silent
         self.one_way = knobs.credit is Credit.HEADS
+        self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
+        self._pulses = Pulses(self.c, self.parts)
 
     def _ticks(self, speed: str) -> int:
         if speed == "depth":
             return self._D + 1
-        return 2 * self._D + 1 if self.one_way else 1 + max(map(self.lag, self._depths))
+        trip = 2 * self._D + 1 if self.one_way else 1 + max(map(self.lag, self._depths))
+        return trip + SPACING * (self.parts - 1)
+
+    def item(self, sample: int) -> int:
+        """The item that a pulse belongs to."""
+        return sample // self.parts
+
+    @property
+    def spacing(self) -> int:
+        """Ticks between two pulses."""
+        return self._pulses.spacing
 
     @property
     def trip(self) -> int:
@@ -216,20 +155,20 @@ class PulseSchedule:
         return 2 * (self._D - self._depths[block])
 
     def _forward_tick(self, block: str, sample: int) -> int:
-        return sample * self.c + self._depths[block]
+        return self._pulses.tick(sample) + self._depths[block]
 
     def _backward_tick(self, block: str, sample: int) -> int:
         return self._forward_tick(block, sample) + self.lag(block)
 
     def events(self, block: str, since: int = 0) -> Iterator[Event]:
-        first = max(0, -((self._forward_tick(block, 0) - since) // self.c))
+        first = self._pulses.first(since - self._forward_tick(block, 0))
         if block in self._readouts:
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.READ, n)
         if self.one_way or block in self._silent:
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.FORWARD, n)
-        behind = max(0, -((self._backward_tick(block, 0) - since) // self.c))
+        behind = self._pulses.first(since - self._backward_tick(block, 0))
         for n in count(first):
             forward = Event(self._forward_tick(block, n), Phase.FORWARD, n)
             while self._backward_tick(block, behind) < forward.tick:
@@ -241,36 +180,43 @@ class PulseSchedule:
         if event.phase is Phase.BACKWARD:
             return None
         if edge.from_input:
-            return emitted(event.sample, self.c)
+            return emitted(event.sample, self.c, self.parts)
         if edge.parent in self._silent:
             return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, 0)
         # Updates m with m c + 2D - l < n c + l have come before the forward of n.
-        version = max(0, event.sample - self.lag(edge.parent) // self.c)
+        version = max(0, self.item(event.sample) - self.lag(edge.parent) // self.c)
         return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
 
     def message(self, edge: Edge, event: Event) -> Stamp | None:
         if event.phase is not Phase.BACKWARD:
             return None
-        return Stamp(self._backward_tick(edge.child, event.sample), event.sample, event.sample)
+        tick = self._backward_tick(edge.child, event.sample)
+        return Stamp(tick, event.sample, self.item(event.sample))
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
-        return emitted(event.sample, self.c)
+        """The item's whole target comes with its first pulse."""
+        if event.sample % self.parts:
+            return None
+        return emitted(event.sample, self.c, self.parts)
 
     def gradient(self, tie: Tie, event: Event) -> Stamp:
         """What the user sends the owner, for the owner's backward pass. Where both have it in the
         same tick, the owner comes last."""
         sent = self._backward_tick(tie.user, event.sample)
-        return Stamp(sent, event.sample, event.sample)
+        return Stamp(sent, event.sample, self.item(event.sample))
 
     def weight(self, tie: Tie, event: Event) -> Stamp | None:
-        """The owner's weights that the user takes before its forward pass: the latest that were
-        sent in an earlier tick."""
-        m = event.sample - self.weight_lag(tie)
-        return None if m < 0 else Stamp(self._backward_tick(tie.owner, m), m, m + 1)
+        """The owner's weights that the user takes before its forward pass of an item's first pulse:
+        the latest that were sent in an earlier tick."""
+        item = self.item(event.sample) - self.weight_lag(tie)
+        if item < 0 or event.sample % self.parts:
+            return None
+        last = (item + 1) * self.parts - 1
+        return Stamp(self._backward_tick(tie.owner, last), last, item + 1)
 
     def weight_lag(self, tie: Tie) -> int:
-        """n - m: sample n passes the user with weights that have moved by samples 0 ... m."""
-        early = self._backward_tick(tie.owner, 0) + 1 - self._depths[tie.user]
+        """n - m: item n passes the user with weights that have moved by items 0 ... m."""
+        early = self._backward_tick(tie.owner, self.parts - 1) + 1 - self._depths[tie.user]
         return -(-early // self.c)
 
     def tie_in_flight(self, tie: Tie, kind: Kind) -> int:
@@ -278,7 +224,7 @@ class PulseSchedule:
         until it hears of that, c + a - l ticks after the last forward pass of a user of depth l."""
         if kind is Kind.GRADIENT:
             first = self._backward_tick(tie.owner, 0) - self._backward_tick(tie.user, 0)
-            return first // self.c + 1
+            return self._pulses.most(first)
         return 2 + max(0, -(-(self._depths[tie.owner] - self._depths[tie.user]) // self.c))
 
     def delay(self, block: str) -> int:
@@ -290,22 +236,25 @@ class PulseSchedule:
             wait = self._depths[edge.child] - before
         else:
             wait = self._backward_tick(edge.parent, 0) - self._backward_tick(edge.child, 0)
-        return wait // self.c + 1
+        return self._pulses.most(wait)
 
     def target_in_flight(self, readout: str) -> int:
         return (self._depths[readout] + 1) // self.c + 1
 
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
-        return Bundle(max(1, edge.delay // self.c), self.c)
+        return Bundle(max(1, edge.delay // self.spacing), self.spacing)
 
     @property
     def staleness(self) -> int:
         return max(self.delay(b) for b in self._depths)
 
     def stored(self, block: str) -> int:
-        """Samples whose activations a block keeps at a time: floor(d_l / c) + 1; with credit
-        'heads', and where no messages come, none beyond the tick in which they pass."""
-        return 0 if self.one_way or block in self._silent else self.lag(block) // self.c + 1
+        """Samples (micro-batches, where there are) whose activations a block keeps at a time:
+        floor(d_l / c) + 1; with credit 'heads', and where no messages come, none beyond the tick in
+        which they pass."""
+        if self.one_way or block in self._silent:
+            return 0
+        return self._pulses.most(self.lag(block))
 
 
 class HoldSchedule:

@@ -1,0 +1,97 @@
+"""What a schedule speaks of: the events of blocks, and the signals between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum, IntEnum
+from itertools import count
+from typing import NamedTuple
+
+from hamdist.dynamics.schedule.microbatches import Pulses
+from hamdist.dynamics.state.remember import known
+
+
+@known("Phase")
+class Phase(Enum):
+    """What an event is."""
+
+    EMIT = "E"  # the stream sends a sample
+    FORWARD = "F"  # pulse, sequence: a sample passes a block
+    BACKWARD = "B"  # pulse, sequence: the message about a sample passes a block
+    READ = "FB"  # pulse: an output net predicts, takes the loss, moves its weights
+    TICK = "T"  # hold: one step of Hamilton's equations
+
+
+class Kind(IntEnum):
+    """What a signal carries. The value goes over the wire."""
+
+    STATE = 0
+    MESSAGE = 1
+    TARGET = 2
+    CLOCK = 3
+    GRADIENT = 4
+    WEIGHT = 5
+
+
+@known("Span")
+class Span(NamedTuple):
+    """One sequence on its way (sequence_schedule.py). start: tick in which its first token, sample
+    `first`, meets depth 0. before: the same for the token before it. length: None as long as it is
+    not known."""
+
+    number: int
+    start: int
+    first: int
+    before: int
+    length: int | None = None
+
+
+@known("Event")
+class Event(NamedTuple):
+    """span: the sequence that the sample belongs to, in presentation 'sequence'."""
+
+    tick: int
+    phase: Phase
+    sample: int
+    span: Span | None = None
+
+
+@known("Stamp")
+class Stamp(NamedTuple):
+    """What identifies a signal on its edge: the sender's tick, the sample that the signal is about
+    (pulse) or that was shown at that tick (hold), and the number of updates that the sender's
+    weights had had."""
+
+    tick: int
+    sample: int
+    version: int
+
+
+class Bundle(NamedTuple):
+    """How many signals of one edge may wait at their sender, to leave as one message. spacing:
+    ticks between two of them.
+
+    A signal of tick k is needed at tick k + d, and the last of its bundle is sent no later than at
+    tick k + (size - 1) spacing. With size = max(1, d // spacing) that is at most k + d - 1: whoever
+    waits for a signal waits for a strictly earlier tick, as without bundles, so by induction over
+    the ticks nobody waits for ever.
+    """
+
+    size: int
+    spacing: int
+
+
+ALONE = Bundle(1, 1)
+
+
+def source_events(c: int, first: int = 0, parts: int = 1) -> Iterator[Event]:
+    """Sample n leaves the stream at tick n c - 1. first: the sample to begin with. parts: of an
+    item, which leave as pulses of their own (microbatches.py)."""
+    pulses = Pulses(c, parts)
+    for n in count(first):
+        yield Event(pulses.tick(n) - 1, Phase.EMIT, n)
+
+
+def emitted(sample: int, c: int, parts: int = 1) -> Stamp:
+    """The stamp of sample n, as the stream sends it."""
+    return Stamp(Pulses(c, parts).tick(sample) - 1, sample, 0)
