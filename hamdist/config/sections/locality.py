@@ -137,8 +137,8 @@ class LocalityOverrides(Section):
     gate: weights move only while the block's input has been still for as long as its messages take,
     up to that share of itself (true: 0.1). lead: ticks by which states are sent ahead (compensation
     'prospective'); blend: of the input's estimate (compensation 'retrospective'). Either asks for
-    its compensation, as `delay_power` does. microbatches: parts of a batch that travel one behind the
-    other, M (level 'pipeline'; auto: by the number of rows, dynamics/schedule/microbatches.py)."""
+    its compensation, as `delay_power` does. microbatches: parts of a batch that travel one behind
+    the other, M (level 'pipeline'; auto: by the number of rows, schedule/microbatches.py)."""
 
     grouping: Grouping | None = None
     speed: Speed | None = None

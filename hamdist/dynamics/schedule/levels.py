@@ -145,8 +145,8 @@ def _contradictions(k: Locality) -> list[str]:
     if k.microbatches != 1 and not (k.pulse and k.speed == "inf" and k.credit is Credit.MESSAGES):
         reasons.append(
             f"microbatches {k.microbatches} with presentation {k.presentation.value!r}, speed "
-            f"{k.speed!r} and credit {k.credit.value!r}: the parts of a batch travel one behind the "
-            "other before any weight moves; use presentation 'pulse', speed 'inf' and credit "
+            f"{k.speed!r} and credit {k.credit.value!r}: the parts of a batch travel one behind "
+            "the other before any weight moves; use presentation 'pulse', speed 'inf' and credit "
             "'messages' (level 'pipeline')"
         )
     if k.sequence:

@@ -1,5 +1,5 @@
-"""Micro-batches: how a batch is cut into parts that travel one behind the other (GPipe: Huang et al.
-2019), and in which ticks they enter.
+"""Micro-batches: how a batch is cut into parts that travel one behind the other (GPipe: Huang et
+al. 2019), and in which ticks they enter.
 
 With M parts, item i enters as the pulses n = i M, ..., i M + M - 1, two ticks apart:
 
@@ -21,8 +21,8 @@ ROWS = 8  # of a part, below which products of matrices are slow
 
 
 def rows_of(batch: int, parts: int, part: int) -> range:
-    """Returns the rows of one of `parts` micro-batches, whose sizes differ by one at most: the first
-    ones are larger. Empty for the last ones of a batch of fewer rows than `parts`."""
+    """Returns the rows of one of `parts` micro-batches, whose sizes differ by one at most: the
+    first ones are larger. Empty for the last ones of a batch of fewer rows than `parts`."""
     each, more = divmod(batch, parts)
     start = part * each + min(part, more)
     return range(start, start + each + (part < more))
