@@ -109,7 +109,7 @@ def both(tmp_path, odd, source=PortableStream, items=ITEMS, engine=None, kept=No
 
 
 @pytest.mark.parametrize(
-    ("level", "where"), [("local", 0), ("trace", 2), ("backprop", 4), ("trace", 0)]
+    ("level", "where"), [("local", 0), ("trace", 2), ("pipeline", 4), ("trace", 0), ("pipeline", 1)]
 )
 def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, where):
     """With the stream, in the middle, with the readout."""

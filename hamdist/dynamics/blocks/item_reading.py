@@ -61,11 +61,12 @@ class ItemReading(Remembers):
         if prediction is not None:
             self._predictions.append(prediction)
         if reading is not None:
-            loss = reading.loss * self._share
-            self._loss = loss if self._loss is None else self._loss + loss
+            own = reading.loss * self._share
+            self._loss = own if self._loss is None else self._loss + own
         if (sample + 1) % self._parts:
             return prediction, None
-        whole, target, loss = torch.cat(self._predictions), self._target, self._loss
+        whole = torch.cat(self._predictions)
+        target, loss = self._target, self._loss
         self._predictions, self._target, self._loss = [], None, None
         if target is None or loss is None:
             return whole, None

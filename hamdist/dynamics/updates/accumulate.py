@@ -68,11 +68,9 @@ def _stays(total: Sequence[Factors], one: Factors, copies: Copies) -> bool:
     """Whether a sum stays in factors: of a bias where the matrix does that has the same rows."""
     if isinstance(one, Column):
         return (id(one.z),) in copies
-    numbers = (
-        one.x.shape[1] * one.z.shape[1] if isinstance(one, Outer) else one.many * len(one.z[0])
-    )
-    each = one.z.shape[1] + (one.x.shape[1] if isinstance(one, Outer) else 1)
-    return sum(len(part.z) for part in (*total, one)) * each <= numbers
+    outputs = one.z.shape[1]
+    inputs, own = (one.x.shape[1],) * 2 if isinstance(one, Outer) else (one.many, 1)
+    return sum(len(part.z) for part in (*total, one)) * (outputs + own) <= outputs * inputs
 
 
 def _joined(parts: Sequence[Factors], copies: Copies) -> Factors:
