@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hamdist.config import Settings
+from hamdist.launch.cluster_file import ClusterSettings
+from hamdist.study.sweep.settings import StudySettings
 
 EXPERIMENTAL = "Experimental"
 BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
@@ -28,9 +30,15 @@ change without notice.
 
 def settings_page() -> str:
     """Return the page of all settings, a table for each section."""
-    schema = Settings.model_json_schema()
     parts = [SETTINGS]
-    parts += _section("", "Top level", schema, schema["$defs"], Settings().model_dump(mode="json"))
+    for model, path, title in (
+        (Settings, "", "Top level"),
+        (StudySettings, "study", "Study files"),
+        (ClusterSettings, "cluster", "Cluster files"),
+    ):
+        schema = model.model_json_schema()
+        default = Settings().model_dump(mode="json") if model is Settings else None
+        parts += _section(path, title, schema, schema.get("$defs", {}), default)
     return "\n\n".join(parts) + "\n"
 
 
@@ -47,7 +55,8 @@ def _section(
         full = f"{path}.{name}" if path else name
         for child, keyed in _sections(one, defs):
             inner.append((f"{full}.NAME" if keyed else full, child, (defaults or {}).get(name)))
-        meaning = one.get("description", "")
+        held = next(iter(_sections(one, defs)), ({}, False))[0]
+        meaning = one.get("description", held.get("description", ""))
         if meaning.startswith(EXPERIMENTAL):
             meaning = f'<span class="experimental">experimental</span> {meaning.partition(". ")[2]}'
         default = _default(one, (defaults or {}).get(name), full)

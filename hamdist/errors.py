@@ -20,6 +20,7 @@ asked to; and how `on_progress` ends a run.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -116,6 +117,21 @@ class SnapshotError(HamdistError):
 
 class ClusterError(HamdistError):
     """Ray, an actor or a host failed, or cannot take the run."""
+
+
+def need_package(module: str, package: str, use: str) -> None:
+    """Check that an optional package is installed.
+
+    Args:
+        module: its name in an import.
+        package: its name for pip.
+        use: what needs it, as the beginning of a sentence.
+
+    Raises:
+        SettingsError: it is not; the message has the command that installs it.
+    """
+    if find_spec(module) is None:
+        raise SettingsError(f"{use}: {package} is not installed: pip install {package}")
 
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # exit codes of a command, and of a launched run

@@ -13,7 +13,8 @@ from hamdist.errors import BlockError, SettingsError
 from hamdist.runtime.snapshots.resume import weights_of
 from hamdist.runtime.storage.snapshot_files import complete, latest
 from hamdist.runtime.storage.store import storage
-from hamdist.runtime.train.train import as_graph, snapshot_model
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import snapshot_model
 from hamdist.streams import from_iterable
 
 ROWS, ITEMS = 4, 12

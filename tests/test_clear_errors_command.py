@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from hamdist.config import read_settings
 from hamdist.runtime.storage.snapshot_files import Manifest
 from hamdist.study.run.run import run_level
 
-pytestmark = pytest.mark.timeout(300)  # (24 processes, each of which imports torch)
+pytestmark = pytest.mark.timeout(200)
 
 # As `python -m hamdist`, with arguments that no operating system passes on: a NUL, a surrogate.
 COMMAND = """
@@ -29,6 +28,25 @@ import sys
 sys.argv[1:] = [a.replace("<NUL>", "\\0").replace("<LONE>", "\\ud800") for a in sys.argv[1:]]
 from hamdist.cli import main
 main()
+"""
+# The same for many, each a fork of a process that has imported what a run needs; NAME.err is what
+# it writes. Prints the exit codes.
+COMMANDS = """
+import json, os, sys, hamdist.study.run.run
+from hamdist.cli import app, main
+codes = []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if child:
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        continue
+    out = os.open(f"{sys.argv[2]}/{number}.err", os.O_WRONLY | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(out, 2)
+    sys.argv[1:] = [a.replace("<NUL>", "\\0").replace("<LONE>", "\\ud800") for a in arguments]
+    main()
+    sys.exit(0)
+print(json.dumps(codes))
 """
 FILES = {
     "tiny.yaml": TINY,
@@ -118,13 +136,19 @@ def ended(tmp_path_factory):
     write_damaged_snapshots(folder)
     before = contents(folder)
 
-    def run(arguments):
-        process = start(folder, "run", *arguments)
-        _, errors = process.communicate(timeout=100)
-        return process.returncode, errors
-
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(run, [arguments for arguments, _, _ in CASES]))
+    errors = tmp_path_factory.mktemp("errors")
+    arguments = json.dumps([["run", *case[0]] for case in CASES])
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, arguments, str(errors)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert not done.returncode, done.stderr
+    texts = [(errors / f"{n}.err").read_text(errors="backslashreplace") for n in range(len(CASES))]
+    results = list(zip(json.loads(done.stdout), texts, strict=True))
     return results, before, contents(folder)
 
 

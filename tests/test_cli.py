@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -183,8 +184,8 @@ def test_options_reach_the_run(train: FakeTrain, tiny: str, tmp_path: Path) -> N
     assert asked.stream.smooth is not None
     assert asked.stream.smooth.frames == 3
     names = {item.name for item in out.iterdir()}
-    own = {"metrics.jsonl", "summary.json", "settings.yaml", "model.safetensors"}
-    assert names == {*own, "events.jsonl"}
+    own = {"metrics.jsonl", "summary.json", "settings.yaml", "settings-all.yaml"}
+    assert names == {*own, "events.jsonl", "model.safetensors"}
     again = command("run", str(out / "settings.yaml"))
     assert again.exit_code == 0, again.output
     assert train.asked[1].model_dump() == asked.model_dump()
@@ -384,7 +385,7 @@ def test_live_view() -> None:
     from rich.console import Console
 
     view = live.RunView("digits [trace]", batch=8)
-    console = Console(width=100, height=12, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, height=12, record=True, file=io.StringIO())
     console.print(view)
     windows = [Window(0, 9, 10, 5.0, 40, 80), Window(10, 19, 10, 5.0, 80, 80)]
     blocks = [BlockProgress(f"block{i}", 20 + i, i, "block[0]->x" if i else None) for i in range(9)]

@@ -50,10 +50,12 @@ model: {kind: residual-mlp, width: 8, depth: 2}
 stream: {batch: 4}
 engine: {kind: inprocess}
 """
-OF_A_RUN = {"metrics.jsonl", "model.safetensors", "settings.yaml", "summary.json"}
+OF_A_RUN = {
+    *("metrics.jsonl", "model.safetensors", "settings-all.yaml", "settings.yaml", "summary.json")
+}
 OF_A_COMPARISON = {
     *("accuracy-samples.png", "accuracy-seconds.png", "gap.png", "report.html", "results.csv"),
-    *("runs.jsonl", "settings.yaml", "summary.json"),
+    *("runs.jsonl", "settings-all.yaml", "settings.yaml", "summary.json"),
 }
 
 

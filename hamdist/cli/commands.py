@@ -2,42 +2,107 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any, cast, get_type_hints
+
 import typer
 
-from hamdist.cli import compare, diff, export, recipes, run, verify
+from hamdist.cli import compare, diff, export, recipes, run, settings, verify
 from hamdist.cli.cluster import cluster, launch
+from hamdist.cli.console import console, output
 from hamdist.cli.study import gradient_descent as recovery
 from hamdist.cli.study import propagation as speed
 from hamdist.cli.study import sweep as grid
 
 __all__ = ["app"]
 
+OUTPUT_OPTIONS = {  # of every command
+    "verbose": Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what it is doing, phase by phase.")
+    ],
+    "quiet": Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but results, warnings and errors.")
+    ],
+    "as_json": Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")
+    ],
+}
+
+
+def with_output(command: Callable[..., None]) -> Callable[..., None]:
+    """Return `command` with the options that all have: -v, -q and, where it has none, --json."""
+    hints = get_type_hints(command, include_extras=True)
+    signature = inspect.signature(command)
+    parameters = [
+        one.replace(annotation=hints.get(name, one.annotation))
+        for name, one in signature.parameters.items()
+    ]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
+        for name, option in OUTPUT_OPTIONS.items()
+        if not (name == "as_json" and "json_" in signature.parameters)
+    ]
+
+    @functools.wraps(command)
+    def printing(*, verbose: bool, quiet: bool, as_json: bool = False, **options: Any) -> None:
+        level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+        with output(as_json=as_json, level=level):
+            command(**options)
+
+    described = cast(Any, printing)  # as typer reads it
+    described.__signature__ = signature.replace(parameters=parameters)
+    described.__annotations__ = {one.name: one.annotation for one in parameters}
+    return printing
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console().print(f"hamdist {import_module('hamdist').__version__}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="hamdist",
     help="Networks of blocks that exchange only neighbour signals, from fully local to exactly "
     "backpropagation.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (
-    *(launch.launch, launch.attach, launch.stop, launch.runs, cluster.doctor),
-    *(run.run, export.export, compare.compare, diff.diff, verify.verify, recipes.recipes),
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+for _command in (  # in the order of use
+    *(settings.init, recipes.recipes, run.run, compare.compare, export.export, diff.diff),
+    *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
 ):
-    app.command()(_command)
+    app.command()(with_output(_command))
+
+app.command()(settings.schema)
 
 _study = typer.Typer(
     name="study", help="Measure what the papers state, and print the table.", no_args_is_help=True
 )
-_study.command()(recovery.recovery)
+_study.command()(with_output(recovery.recovery))
 for _name, _help in grid.GRIDS.items():
-    _study.command(_name, help=_help)(grid.grid_command(_name))
-_study.command()(speed.speed)
+    _study.command(_name, help=_help)(with_output(grid.grid_command(_name)))
+_study.command()(with_output(speed.speed))
 app.add_typer(_study)
 
 _cluster = typer.Typer(
     name="cluster", help="A Ray cluster of this machine alone.", no_args_is_help=True
 )
-_cluster.command("start")(cluster.cluster_start)
-_cluster.command("stop")(cluster.cluster_stop)
+_cluster.command("start")(with_output(cluster.cluster_start))
+_cluster.command("stop")(with_output(cluster.cluster_stop))
 app.add_typer(_cluster)

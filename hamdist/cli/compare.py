@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.cli.console import LABELS, complain, console, exit_codes
+from hamdist.cli.console import LABELS, complain, console, exit_codes, report
 from hamdist.cli.display import Display
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
@@ -29,7 +29,7 @@ from hamdist.cli.options import (
     given,
     load,
 )
-from hamdist.cli.prepare import code_of, command_line, own_stream, prepare, results_of
+from hamdist.cli.prepare import code_of, command_line, need_plots, own_stream, prepare, results_of
 from hamdist.config import Level, Settings, did_you_mean
 from hamdist.errors import HamdistError, SettingsError
 
@@ -109,6 +109,7 @@ def _compare(
     out: Path,
     overwrite: bool,
 ) -> None:
+    need_plots("compare")
     factory = prepare(None, model_name)
     data = own_stream(stream_name, settings)
     plain = prepare(None, baseline, "--baseline-model")
@@ -180,6 +181,7 @@ def _conclude(
 ) -> None:
     """Write the runs that finished to `out`, and print their table."""
     from hamdist.study.report.aggregate import aggregate
+    from hamdist.study.report.files import comparison_summary
     from hamdist.study.report.table import comparison_table
 
     rows = aggregate(finished)
@@ -188,6 +190,7 @@ def _conclude(
             save()
     finally:
         if rows:
+            report(**comparison_summary(rows, interrupted=interrupted), out=str(out))
             _print_comparison(comparison_table(rows), settings.name)
         if interrupted:
             complain(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes
+from hamdist.cli.console import console, exit_codes, report
 from hamdist.errors import FAILED
 
 SHOWN = 5
@@ -21,6 +22,8 @@ def diff(first: _Run, second: _Run) -> None:
         from hamdist.study.report.digests_diff import compared
 
         results = compared(first, second)
+        parts = {name: list(map(asdict, found)) for name, found in results.items()}
+        report(equal=not any(parts.values()), runs=parts)
         for name, found in results.items():
             lines = [str(one) for one in found[:SHOWN]]
             lines += [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []

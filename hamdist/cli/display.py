@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.live import Live
 from rich.text import Text
 
-from hamdist.cli.console import console
+from hamdist.cli.console import LINES, LOGGER, console, note
 from hamdist.errors import ChoiceWarning
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ class Display:
     def __init__(self) -> None:
         self._console = console(stderr=True)
         self._live: Live | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and LOGGER.isEnabledFor(logging.INFO):
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> Display:
+        LINES.console = self._console
         if self._live is not None:
             self._live.start()
         return self
@@ -42,6 +44,7 @@ class Display:
         """Show nothing more in place: what is printed from now on stays."""
         if self._live is not None:
             self._live.stop()
+        LINES.console = None
 
     def note(self, text: str) -> None:
         """What is going on, where there is no run to watch yet."""
@@ -50,7 +53,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(Text(text), soft_wrap=True)
+        note(text)
 
     def watch(self, title: str, batch: int | None) -> OnProgress:
         """What to call with the progress of the run `title`."""
@@ -64,6 +67,8 @@ class Display:
         def show(progress: Progress) -> None:
             nonlocal printed
             view.update(progress)
+            if progress.phase is not None:
+                LOGGER.debug("%s", view.line)
             if self._live is not None:
                 self._live.update(view, refresh=True)
             elif time.monotonic() - printed >= PLAIN_SECONDS:
@@ -74,13 +79,15 @@ class Display:
 
 
 @contextmanager
-def warning_at_once(say: Callable[[str], None]) -> Iterator[list[str]]:
+def warning_at_once() -> Iterator[list[str]]:
     """Inside, what Python is warned of is shown as our own warnings are. Yields what was shown."""
     said: list[str] = []
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         said.append(str(message))
-        say(f"{'Note' if isinstance(message, ChoiceWarning) else 'Warning'}: {message}")
+        chosen = isinstance(message, ChoiceWarning)
+        level, word = (logging.INFO, "Note") if chosen else (logging.WARNING, "Warning")
+        LOGGER.log(level, "%s: %s", word, message)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, exit_codes
+from hamdist.cli.console import console, exit_codes, note, report
 from hamdist.cli.options import ModelOption
 
 
@@ -26,6 +26,7 @@ def export(
         from hamdist.study.run.export import exported
 
         factory = None if model is None else load_factory(model)
-        state, name = exported(snapshots, factory, complain)
+        state, name = exported(snapshots, factory, note)
         save_weights(file, state)
+        report(snapshot=name, file=str(file))
         console().print(Text(f"{name} written to {file}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.cli.console import console
+from hamdist.cli.console import console, report
 
 
 def recipes() -> None:
@@ -14,6 +14,8 @@ def recipes() -> None:
     from hamdist.study.shared.recipes import recipes as shipped
 
     table = Table("recipe", "what it is", "needs", box=None, pad_edge=False)
-    for name, description in shipped().items():
-        table.add_row(name, Text(description), Text(needed_files(name)))
+    rows = [(name, description, needed_files(name)) for name, description in shipped().items()]
+    report(recipes=[dict(zip(("name", "description", "needs"), row, strict=True)) for row in rows])
+    for name, *cells in rows:
+        table.add_row(name, *map(Text, cells))
     console().print(table)

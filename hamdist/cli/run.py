@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, exit_codes, print_facts
+from hamdist.cli.console import complain, console, exit_codes, print_facts, report, warn
 from hamdist.cli.display import Display, warning_at_once
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
@@ -96,7 +96,7 @@ def _run(
         raise SettingsError("--resume and --weights: a run begins with one of them")
     own = settings.for_level(settings.level)
     title = f"{own.name}, {own.level.value}"
-    with Display() as display, warning_at_once(display.say) as said, ExitStack() as stack:
+    with Display() as display, warning_at_once() as said, ExitStack() as stack:
         display.note(f"{title}: starting (imports)")
         factory = prepare(None, model_name)
         data = own_stream(stream_name, own)
@@ -135,10 +135,12 @@ def _run(
 
 def _print_run(result: Run, settings: Settings, said: list[str], out: Path) -> None:
     """said: warnings that have been shown already."""
+    from hamdist.study.report.files import run_summary
     from hamdist.study.report.table import run_facts, run_title
 
+    report(**run_summary(result), out=str(out))
     print_facts(run_title(result, settings.name), run_facts(result))
     for warning in dict.fromkeys(result.warnings):
         if warning != result.failure and warning not in said:
-            complain(f"Warning: {warning}")
+            warn(warning)
     console().print(Text(f"Written to {out}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes
+from hamdist.cli.console import OUTPUT, console, exit_codes, report
 from hamdist.cli.options import given
 from hamdist.errors import FAILED, SettingsError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hamdist.study.verify.oracles.check import Check
     from hamdist.study.verify.runner import Topic, VerifyRow
 
+STANDARD_OUTPUT = Path("-")
 ROWS = 4  # of the input of a model of one's own
 
 
@@ -33,7 +35,8 @@ def verify(
         list[str] | None, typer.Option("--only", metavar="TOPIC", help="One topic (repeatable).")
     ] = None,
     json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the rows there; -: print them alone."),
     ] = None,
     model: Annotated[
         str | None,
@@ -61,6 +64,8 @@ def verify(
     with exit_codes():
         of_model = {"input-shape": input_shape, "classes": classes, "batch": batch}
         _check_options(model, {**of_model, "blocks": blocks}, {"golden": golden, "only": only})
+        if json_ == STANDARD_OUTPUT:
+            OUTPUT.as_json, json_ = True, None
         _prepare_file(json_)
         if model is None:
             chosen = _topics(only or [], golden)
@@ -140,6 +145,7 @@ def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
         seconds = time.monotonic() - begin
         if json_ is not None:
             json_.write_text(to_json(rows) + "\n", "utf-8")
+        report(**json.loads(to_json(rows)))
         out.print(f"\n{len(rows) - failed} passed, {failed} failed, {seconds:.0f} s")
     if failed or not rows:
         raise typer.Exit(FAILED)

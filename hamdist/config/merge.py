@@ -12,9 +12,13 @@ class LevelOverrides(Section):
     """What a level changes in the rest of the settings."""
 
     partition: dict[str, Any] = {}
+    """Fields of `partition`."""
     locality: dict[str, Any] = {}
+    """Fields of `locality`."""
     dynamics: dict[str, Any] = {}
+    """Fields of `dynamics`."""
     learning: dict[str, Any] = {}
+    """Fields of `learning`."""
 
 
 _SECTIONS = frozenset(LevelOverrides.model_fields)

@@ -43,36 +43,55 @@ class Loss(str, Enum):
 
 
 class CompareSettings(Section):
-    """What `hamdist compare` runs beside centralised backpropagation, and how many seeds."""
+    """What `hamdist compare` runs beside centralised backpropagation."""
 
     levels: tuple[Level, ...] = (Level.BACKPROP, Level.TRACE, Level.LOCAL)
+    """The levels."""
     seeds: Positive = 1
+    """Runs of each, with seeds from `seed` on."""
 
 
 class Settings(Section):
-    """One run, or one comparison. loss: of the model's output; of one that returns several, for
-    all, or by output (those without one are not learned). ignore_index: class targets of this
-    number are left out of the loss and the scores (padding, say). `levels` holds what applies to a
-    level only."""
+    """One run, or one comparison."""
 
     name: str = "run"
+    """Name of the run; its results go to a folder of that name."""
     seed: Seed = 0
+    """Seed of everything that is drawn: weights, order of the stream, dropout."""
     dtype: DType = DType.FLOAT32
+    """Type of weights, states and messages where no block has one of its own."""
     steps: Positive | None = None
+    """Items of the stream; not given: as many as it has."""
     level: Level = Level.TRACE
+    """Preset of the knobs of locality; `auto` chooses one and says why."""
     loss: Loss | Annotated[dict[str, Loss], Field(min_length=1)] = Loss.CROSS_ENTROPY
+    """Loss of the model's output: one for all outputs, or by output (those without one are not
+    learned). `model`: what the model itself returns as its loss."""
     ignore_index: int = IGNORE_INDEX
+    """Class targets of this number are left out of the loss and of every score (padding, say)."""
     model: ModelSettings = ModelSettings()
+    """The shipped network, where no model is given in Python or by `--model`."""
     stream: StreamSettings = StreamSettings()
+    """Where items come from, how many rows at a time, how late, how smooth."""
     partition: PartitionSettings = PartitionSettings()
+    """How the model is cut into blocks, and how long signals travel."""
     locality: LocalityOverrides = LocalityOverrides()
+    """Knobs of the level; what is not given is as the level has it."""
     dynamics: DynamicsSettings = DynamicsSettings()
+    """Constants of Hamilton's equations."""
     learning: LearningSettings = LearningSettings()
+    """The step size and what changes a step."""
     engine: EngineSettings = EngineSettings()
+    """Where blocks live, how they compute, how signals travel."""
     metrics: MetricsSettings = MetricsSettings()
+    """What is measured while a run goes on."""
     snapshots: SnapshotSettings = SnapshotSettings()
+    """What is kept of a run, and what is done when a part of it is lost."""
     compare: CompareSettings = CompareSettings()
+    """What `hamdist compare` runs beside centralised backpropagation."""
     levels: dict[Level, LevelOverrides] = {}
+    """What applies to a level only: sections `partition`, `locality`, `dynamics`, `learning`, laid
+    over the others."""
 
     @property
     def model_loss(self) -> str | None:

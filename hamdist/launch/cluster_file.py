@@ -62,14 +62,22 @@ class ClusterSettings(Section):
     """One cluster; see the top of this file."""
 
     jobs: Annotated[str, AfterValidator(_url)] = f"http://127.0.0.1:{JOBS_PORT}"
+    """Ray's Jobs API as this terminal reaches it: the dashboard, or the near end of a tunnel."""
     address: Annotated[str, AfterValidator(_endpoint)] | None = None
+    """Ray's head as its hosts see it, HOST:PORT."""
     token: str | None = None
+    """File with Ray's token, of mode 0600."""
     storage: Annotated[str, AfterValidator(_folder)] | None = None
+    """A folder that all hosts see: results stay there as well, and snapshots."""
     # Both go into a command line on the cluster.
     python: Annotated[str, StringConstraints(pattern=r"^[\w./+~-]+$")] = "python"
+    """How Python is called there."""
     env: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")], str] = {}
+    """Environment variables of every process of the run."""
     stop_seconds: Positive = 60
+    """Seconds that `hamdist stop` leaves a run to end by itself."""
     fetch_mib: Annotated[int, Field(ge=0)] = 512
+    """Largest file in MiB that travels back; larger ones stay where they are."""
 
 
 def find_cluster(given: str | None) -> ClusterSettings:

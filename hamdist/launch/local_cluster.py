@@ -29,7 +29,7 @@ import yaml
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.launch.cluster_file import FILE
 from hamdist.launch.ray_environment import HEALTH, MANNERS, TOKEN_MODE, TOKEN_PATH, need_extras
-from hamdist.runtime.ray_engine.session import OBJECT_STORE_BYTES, short_folder
+from hamdist.runtime.ray_engine.local_ray import OBJECT_STORE_BYTES, short_folder
 
 HEAD = "head.json"
 LOG = "ray.log"

@@ -6,9 +6,10 @@
 arrive in real time. What a stream is: the protocol `Stream` in `sample.py`.
 """
 
-from hamdist.streams.adapters import IterableStream, from_iterable, from_loader
+from hamdist.streams.adapters import from_iterable, from_loader
 from hamdist.streams.check import Checker
 from hamdist.streams.factory import drifts, held_out, held_out_tokens, make_stream
+from hamdist.streams.iterable import IterableStream
 from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Stream, TargetSpec, report_of
 from hamdist.streams.smoothness import Smoothness
 from hamdist.streams.sources.arrays import ArrayStream

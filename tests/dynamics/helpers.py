@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from hamdist.config import Level, LocalityOverrides, Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
+from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.dynamics.schedule.levels import Locality, make_locality
-from hamdist.dynamics.schedule.schedule import Event, Phase
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.loop import run_loop

@@ -18,11 +18,11 @@ import hamdist
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.errors import GraphError
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import from_iterable
 
 ROUND_OFF = 1e-12
-STEPS, BATCH, LR = 20, 4, 0.1
+STEPS, BATCH, LR = 8, 4, 0.1
 
 
 def made(build):

@@ -26,11 +26,12 @@ from torch.nn import functional
 
 from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
 from hamdist.dynamics.objective.losses import cross_entropy, mse
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.streams import ArrayStream, from_iterable
 
 ROUND_OFF = 1e-12
-STEPS = 100
+STEPS = 40
 SIX = [5, 8, 7, 8, 6, 7, 3]  # six layers
 
 
@@ -110,11 +111,11 @@ def test_linear_decay():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_missing_targets_make_no_step(momentum):
-    items = [(u, None if n % 3 == 1 else y) for n, (u, y) in enumerate(samples(60, 4, 5, 3))]
+    items = [(u, None if n % 3 == 1 else y) for n, (u, y) in enumerate(samples(STEPS, 4, 5, 3))]
     config = settings("backprop", loss="mse", learning={"lr": 0.05, "momentum": momentum})
     assert apart(mlp(SIX), items, config, lr=0.05, momentum=momentum) <= ROUND_OFF
     result = train(mlp(SIX), from_iterable(items), config)
-    assert {b.updates for b in result.blocks.values()} == {60}
+    assert {b.updates for b in result.blocks.values()} == {STEPS}
 
 
 def test_uneven_last_batch():

@@ -21,7 +21,8 @@ from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.updates.constants import Constant, Listed, check_names, make_dynamics
 from hamdist.errors import LevelError, StreamError
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.streams import Sample, from_iterable
 
 

@@ -26,11 +26,13 @@ from torch.nn.functional import linear
 from hamdist.dynamics.blocks.heads import FrozenBlock
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
-from hamdist.dynamics.schedule.schedule import PulseSchedule, Stamp
+from hamdist.dynamics.schedule.events import Stamp
+from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 from hamdist.streams.sample import SampleSpec
 

@@ -10,7 +10,8 @@ from dynamics.helpers import Network, mlp, relative, samples, settings
 from hamdist.dynamics.blocks.gate import Gate, RetrospectiveInput
 from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import LevelError
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 SIZES = [4, 5, 6, 2]

@@ -4,6 +4,7 @@ by hand (1F1B: a block keeps as many micro-batches as blocks lie behind it, and 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 import hamdist
-from hamdist.dynamics.schedule.schedule import (
-    Kind,
-    Phase,
-    Stamp,
-    emitted,
-    make_schedule,
-    source_events,
-)
+from hamdist.dynamics.schedule.events import Kind, Phase, Stamp, emitted, source_events
+from hamdist.dynamics.schedule.schedule import make_schedule
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.vjp.gradient import Column, Outer, TableRows, dense
 from hamdist.errors import HamdistWarning, LevelError
@@ -278,7 +273,7 @@ def assert_same(result, plain, curves):
 
 MOMENTUM = {"lr": 0.3, "momentum": 0.6}
 BY_AUTOGRAD = {"kind": "inprocess", "step": "autograd"}
-NETWORKS = {
+NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mlp, 1 block": (mlp, {"partition": {"blocks": 1}}),
     "mlp, 2 blocks": (mlp, {"partition": {"blocks": 2}}),
     "mlp, 3 blocks, momentum": (mlp, {"partition": {"blocks": 3}, "learning": MOMENTUM}),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
-from hamdist.dynamics.schedule.schedule import Phase
+from hamdist.dynamics.schedule.events import Phase
 from hamdist.dynamics.vjp.autograd import ForwardRecord
 from hamdist.dynamics.vjp.closed import Steps
 from hamdist.errors import DivergedError

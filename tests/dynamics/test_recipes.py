@@ -14,7 +14,8 @@ from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.vjp.gradient import Column, Outer, TableRows, norm_of
 from hamdist.errors import LevelError
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
 SIZES = [4, 5, 6, 2]

@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
-from hamdist.dynamics.schedule.schedule import (
+from hamdist.dynamics.schedule.events import (
     ALONE,
     Bundle,
     Event,
-    HoldSchedule,
     Kind,
     Phase,
-    PulseSchedule,
     Stamp,
     emitted,
-    make_schedule,
     source_events,
 )
+from hamdist.dynamics.schedule.hold import HoldSchedule
+from hamdist.dynamics.schedule.pulse import PulseSchedule
+from hamdist.dynamics.schedule.schedule import make_schedule
 from hamdist.errors import LevelError
 
 # -- pulse -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import nn
 
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
 from hamdist.dynamics.objective.losses import mse
-from hamdist.dynamics.schedule.schedule import Event, Kind, Phase, Stamp
+from hamdist.dynamics.schedule.events import Event, Kind, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.errors import GraphError, LevelError
 

@@ -17,7 +17,7 @@ from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.partition.cuts import balanced
 from hamdist.dynamics.partition.split import split_sequential
 from hamdist.errors import GraphError
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams.sample import SampleSpec
 
 

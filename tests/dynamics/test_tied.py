@@ -18,11 +18,12 @@ import hamdist
 from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
 from hamdist.dynamics.graph.spec import SharedWeight
 from hamdist.dynamics.objective.losses import cross_entropy, mse
-from hamdist.dynamics.schedule.schedule import Kind, Phase, PulseSchedule, Stamp
+from hamdist.dynamics.schedule.events import Kind, Phase, Stamp
+from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.errors import GraphError
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.results.result import RunFacts, WeightLag
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import Sample, from_iterable
 from hamdist.streams.sample import SampleSpec
 

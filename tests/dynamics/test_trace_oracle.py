@@ -203,6 +203,6 @@ def test_a_trace_never_holds_more_than_the_schedule_says(c, stored):
 
 
 def _graph(config):
-    from hamdist.runtime.train.train import as_graph
+    from hamdist.runtime.train.prepare import as_graph
 
     return as_graph(mlp(SIZES), config, from_iterable(samples(1, 3, 4, 2)).spec, mse)

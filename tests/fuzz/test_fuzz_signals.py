@@ -13,12 +13,15 @@ from fuzz.budget import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import WireError
 from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.signal import APART, FORMAT, HEADER, MAGIC, Channel, Packer, Signal
+from hamdist.runtime.signals.packing import APART, FORMAT, HEADER, MAGIC, Packer
+from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.transport import ring
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
+from hamdist.runtime.transport.shared_receiver import SharedReceiver
 
 RUN = 79
 CHANNEL = Channel(3, Kind.STATE, "a", "b", "a->b", 4, slack=2, bundle=4)
@@ -133,9 +136,9 @@ def test_what_was_packed_comes_out(bundle):
 def rings(draw):
     """What announces a ring, and the memory that comes with it: bytes (None: no memory file)."""
     slots, slot_bytes = draw(mostly(2, integers(0, 2**32 - 1))), draw(mostly(64, quad))
-    head = shared._RING.pack(
-        shared._RING_MAGIC,
-        draw(mostly(shared._RING_FORMAT, byte)),
+    head = ring.RING_HEADER.pack(
+        ring.RING_MAGIC,
+        draw(mostly(ring.RING_FORMAT, byte)),
         0,
         draw(mostly(CHANNEL.number, integers(0, 2**32 - 1))),
         draw(mostly(RUN, integers(0, 2**64 - 1))),
@@ -166,10 +169,10 @@ def test_packets_are_signals_or_refused(packets):
     """To the receiving end by shared memory, from a process of the same user."""
     line = EndpointContext(RUN, threading.Event())
     before = len(os.listdir("/proc/self/fd"))
-    receiver = shared.SharedReceiver(line, CHANNEL)
+    receiver = SharedReceiver(line, CHANNEL)
     line.abort.set()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-        stranger.connect(receiver.address.removeprefix(shared.SCHEME))
+        stranger.connect(receiver.address.removeprefix(ring.SCHEME))
         stranger.setblocking(False)
         for packet in packets:
             with contextlib.suppress(BlockingIOError):
@@ -189,11 +192,11 @@ def send(stranger, packet):
     head, size, sealed = packet
     stranger.send(head)
     if size is None:
-        stranger.send(shared._RING_MAGIC)
+        stranger.send(ring.RING_MAGIC)
         return
     fd = os.memfd_create("fuzz", os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     if sealed:
-        shared.fcntl.fcntl(fd, shared.fcntl.F_ADD_SEALS, shared._seals())  # type: ignore[attr-defined]
-    socket.send_fds(stranger, [shared._RING_MAGIC], [fd])
+        ring.fcntl.fcntl(fd, ring.fcntl.F_ADD_SEALS, ring.seals())  # type: ignore[attr-defined]
+    socket.send_fds(stranger, [ring.RING_MAGIC], [fd])
     os.close(fd)

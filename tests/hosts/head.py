@@ -16,7 +16,7 @@ from runtime.networks import EndlessStream, PortableStream, chain
 
 from hamdist.config import Settings
 from hamdist.errors import ClusterError
-from hamdist.runtime.ray_engine import worker_group as worker_group
+from hamdist.runtime.ray_engine import wired_workers
 from hamdist.runtime.train.train import train
 
 CPUS = 2
@@ -58,7 +58,7 @@ def together(address: str) -> str:
 
 
 def one(address: str) -> str:
-    worker_group.GATHER_SECONDS = 3.0
+    wired_workers.GATHER_SECONDS = 3.0  # type: ignore[attr-defined]
     result = train(chain(), PortableStream(40), settings(address, steps=40))
     return f"{result.samples} {len(result.placement)}"
 

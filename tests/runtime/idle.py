@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import hamdist
+from hamdist.config import EngineSettings
 from hamdist.runtime.ray_engine import session as cluster
 
 ITEMS = [(torch.ones(2, 4), torch.zeros(2, dtype=torch.long))] * 5
@@ -54,7 +55,8 @@ if __name__ == "__main__":
     with hamdist.session(actors=2):
         report["inside"] = [run(), run()]
     report["after"] = raylets()["raylet"] == [] and folders() == []
-    run(idle_seconds=0.1)
+    with cluster.ray_session(EngineSettings(kind="ray", actors=2, idle_seconds=0.1)):
+        pass
     give_up = time.monotonic() + 60
     while cluster._standing is not None and time.monotonic() < give_up:
         time.sleep(0.05)

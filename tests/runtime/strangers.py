@@ -12,8 +12,9 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from hamdist.dynamics.schedule.schedule import Stamp
-from hamdist.runtime.signals.signal import Packer, Signal
+from hamdist.dynamics.schedule.events import Stamp
+from hamdist.runtime.signals.packing import Packer
+from hamdist.runtime.signals.signal import Signal
 
 SECONDS = 15
 FLOOD = 200

@@ -11,11 +11,12 @@ from torch import nn
 
 from hamdist.config import Compress, EngineSettings, Settings, read_settings
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.dynamics.schedule.schedule import Kind
+from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import SettingsError
 from hamdist.models.build import make_model
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 
 F64 = torch.float64
 

@@ -15,7 +15,7 @@ from runtime.strangers import ATTACKS, message, peer, send_bytes, turned_away, w
 from runtime.test_engines_equal import assert_equal
 
 from hamdist.config import EngineSettings, Settings
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.advice.advice import open_endpoints
 from hamdist.runtime.engines.message_limits import message_bytes

@@ -17,7 +17,7 @@ from runtime.test_recovery import Once, cut, driver, net  # noqa: F401  (a fixtu
 from typer.testing import CliRunner
 
 from hamdist.cli import app
-from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import SettingsError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.results.digests import MOST_MARKS, DigestTrack

@@ -198,14 +198,14 @@ def test_a_slow_warning_is_no_error(session, leaves_no_socket):
 
 
 class SlowOnce(nn.Module):
-    """Waits 2 s in its tenth forward pass: a wait for an event that nobody sets."""
+    """Waits 1 s in its tenth forward pass: a wait for an event that nobody sets."""
 
     calls = 0
 
     def forward(self, x):
         self.calls += x.device.type != "meta"
         if self.calls == 10:
-            threading.Event().wait(2)
+            threading.Event().wait(1)
         return x
 
 

@@ -89,7 +89,6 @@ def damaged(monkeypatch):
         ("local", 0, "file"),
         ("trace", 0, "folder"),
         ("trace", 4, "all"),
-        ("local", 2, "all"),
         ("local", 2, "late"),
     ],
 )

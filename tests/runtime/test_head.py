@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from hamdist.runtime.ray_engine.session import HEAD_SECONDS, HeadWatch
+from hamdist.runtime.ray_engine.cluster_hosts import HEAD_SECONDS, HeadWatch
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.objective.prequential import Prequential
 from hamdist.runtime.engines.worker import Worker
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import Sample, SampleSpec
 
 pytestmark = pytest.mark.timeout(60)

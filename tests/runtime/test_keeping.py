@@ -13,7 +13,7 @@ from runtime.networks import chain, stream
 from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, SnapshotError
 from hamdist.runtime.engines.worker import SnapshotNews, WorkerStatus
 from hamdist.runtime.nodes.factory import make_node
@@ -33,7 +33,7 @@ from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
 from hamdist.runtime.snapshots.writer import SnapshotWriter, WrittenFiles
 from hamdist.runtime.storage.snapshot_files import write_part
 from hamdist.runtime.storage.store import storage
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 
 
 def plan_of(path, engine="ray", **fields):

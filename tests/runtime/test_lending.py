@@ -19,16 +19,18 @@ from runtime.test_recovery import Once, cut, driver, net  # noqa: F401  (a fixtu
 
 from hamdist.config import EngineSettings, Settings, read_settings
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, SettingsError, WireError
 from hamdist.runtime.advice.advice import lending_notes
 from hamdist.runtime.engines.message_limits import slot_bytes
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.interrupts import Aborted
+from hamdist.runtime.signals.packing import Packer
 from hamdist.runtime.signals.sent_log import ChannelLog
-from hamdist.runtime.signals.signal import Channel, Packer, Signal, on_host
+from hamdist.runtime.signals.signal import Channel, Signal, on_host
 from hamdist.runtime.train import train as training
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.runtime.transport import gpu_ring as lending
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.cuda_ipc import CudaMemory, cuda_memory
@@ -42,7 +44,9 @@ from hamdist.runtime.transport.gpu_ring import (
     Refusal,
     ending,
 )
-from hamdist.runtime.transport.shared_memory import GPU_SCHEME, SharedReceiver, SharedSender
+from hamdist.runtime.transport.ring import GPU_SCHEME
+from hamdist.runtime.transport.shared_memory import SharedSender
+from hamdist.runtime.transport.shared_receiver import SharedReceiver
 from hamdist.runtime.transport.transport import Endpoints
 
 RUN = 79

@@ -16,7 +16,7 @@ from runtime.test_engines_equal import assert_equal
 
 from hamdist.config import EngineSettings, Settings
 from hamdist.dynamics.partition.apply_settings import delayed
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import WireError
 from hamdist.runtime.placement.assign_blocks import Costs
 from hamdist.runtime.placement.links import ROUNDS, Link, Probe, least_delays, pairs

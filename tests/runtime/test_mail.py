@@ -15,7 +15,7 @@ from runtime.networks import chain, cycle_graph, skip_graph, stream
 from hamdist.config import Settings, read_settings, to_yaml
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import cross_entropy
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import SettingsError, StampError
 from hamdist.runtime.engines.worker import Worker
 from hamdist.runtime.nodes.factory import make_node
@@ -24,7 +24,8 @@ from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_plan
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 
 CHANNEL = Channel(0, Kind.STATE, "a", "b", "a->b", 4)
 

@@ -33,7 +33,7 @@ from hamdist.runtime.placement.step_costs import (
     wants_costs,
 )
 from hamdist.runtime.plan.plan import make_plan
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -177,7 +177,7 @@ def test_a_stream_that_can_be_read_once(session, driver, leaves_no_socket, tmp_p
 
 def test_too_many_kept_signals_make_a_snapshot(session, driver, leaves_no_socket, tmp_path):
     """Some 40 KiB a tick: without snapshots a minute's work would be kept."""
-    items = 5000
+    items = 2000
     wide = lambda: seeded(  # noqa: E731
         lambda: nn.Sequential(nn.Linear(FEATURES, 2500), nn.Tanh(), nn.Linear(2500, 3))
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import pytest
 import hamdist
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError, SettingsError
+from hamdist.runtime.ray_engine import local_ray as local_ray_module
 from hamdist.runtime.ray_engine import session as cluster
 
 pytestmark = pytest.mark.timeout(180)
@@ -78,6 +80,12 @@ def test_a_ray_that_died_takes_no_run(session):
         assert not waiting.takes(EngineSettings(kind="ray", actors=2))
 
 
+def test_a_local_ray_starts_no_process_in_vain(session):
+    commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    assert [c for c in commands if "raylet/raylet" in c and "worker_process.py" in c]
+    assert not [c for c in commands if re.search(r"/(monitor|log_monitor|dashboard)\.py", c)]
+
+
 def test_a_ray_that_does_not_come_up_is_one_clear_error(monkeypatch, tmp_path):
     import ray
 
@@ -86,9 +94,9 @@ def test_a_ray_that_does_not_come_up_is_one_clear_error(monkeypatch, tmp_path):
 
     monkeypatch.setattr(ray, "init", late)
     monkeypatch.setattr(ray, "shutdown", lambda: None)  # (another test's Ray may be up)
-    monkeypatch.setattr(cluster, "short_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(local_ray_module, "short_folder", lambda: str(tmp_path))
     said = r"did not start: The current node timed out during startup. \(is this.*inprocess$"
-    with pytest.raises(ClusterError, match=said), cluster._local(1):
+    with pytest.raises(ClusterError, match=said), local_ray_module.local_ray(1):
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -8,23 +8,22 @@ import os
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.signal import Channel, Packer, Signal
+from hamdist.runtime.signals.packing import MAX_HEADER, Packer
+from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.transport import ring
 from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.endpoint import EndpointContext, socket_folder
-from hamdist.runtime.transport.shared_memory import (
-    SCHEME,
-    SharedReceiver,
-    SharedSender,
-    inline_limit,
-    takes,
-)
+from hamdist.runtime.transport.ring import SCHEME
+from hamdist.runtime.transport.shared_memory import SharedSender, inline_limit, takes
+from hamdist.runtime.transport.shared_receiver import SharedReceiver
 from hamdist.runtime.transport.transport import Endpoints, local_way
 
 RUN = 78
@@ -123,8 +122,8 @@ def test_inline_limits():
     for buffer in (4096, 212_992, 425_984, 8_388_608):
         for capacity in (1, 5, 60, 128):
             p = inline_limit(capacity, buffer)
-            assert 0 <= p <= shared.INLINE_BYTES
-            assert p == 0 or capacity * (2 * (p + shared.MAX_HEADER) + 1536) <= buffer  # type: ignore[attr-defined]
+            assert 0 <= p <= ring.INLINE_BYTES
+            assert p == 0 or capacity * (2 * (p + MAX_HEADER) + 1536) <= buffer
 
 
 def test_a_kept_tensor_pins_no_slot_and_does_not_change(leaves_no_socket):
@@ -158,7 +157,7 @@ def test_larger_payloads_make_a_new_ring(leaves_no_socket):
 
 def test_a_bundle_that_is_larger_than_a_packet_becomes_several(leaves_no_socket):
     with Pair(CHANNEL._replace(capacity=40, bundle=40)) as pair:
-        size = shared.INLINE_BYTES // 4
+        size = ring.INLINE_BYTES // 4
         pair.sender.send([signal(n, size) for n in range(40)])
         for n in range(40):
             pair.check(n, size)
@@ -166,7 +165,8 @@ def test_a_bundle_that_is_larger_than_a_packet_becomes_several(leaves_no_socket)
 
 def test_what_is_open_is_closed(leaves_no_socket):
     def opened():
-        return len(os.listdir("/proc/self/fd")), open("/proc/self/maps").read().count("hamdist-5")
+        maps = Path("/proc/self/maps").read_text()
+        return len(os.listdir("/proc/self/fd")), maps.count("hamdist-5")
 
     before = opened()
     with Pair(CHANNEL) as pair:
@@ -233,7 +233,7 @@ def test_a_failed_start_leaves_nothing(leaves_no_socket, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
     with monkeypatch.context() as patch:
         patch.setattr(
-            "hamdist.runtime.transport.shared_memory.socket_file",
+            "hamdist.runtime.transport.shared_receiver.socket_file",
             lambda run, _: socket_folder(run) / "a/b",
         )
         with pytest.raises(ClusterError, match="no socket at"):

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import WireError
-from hamdist.runtime.signals.signal import APART, HEADER, Channel, Packer, Signal, ready
+from hamdist.runtime.signals.packing import APART, HEADER, Packer
+from hamdist.runtime.signals.signal import Channel, Signal, ready
 
 CHANNEL = Channel(7, Kind.STATE, "a", "b", "a->b", 4)
 RUN = 2**63 + 5

@@ -19,7 +19,7 @@ from runtime.networks import (
     stream,
 )
 from runtime.networks import skip_graph as skips
-from runtime.test_engines_equal import CYCLIC, LEVELS, assert_equal, learned, settings
+from runtime.test_engines_equal import CYCLIC, LEVELS, assert_equal, learned, samples_for, settings
 from runtime.test_recipe_engines import RECIPES
 from runtime.test_sequence_engines import PortableText, network
 from runtime.test_sequence_engines import settings as sequence_settings
@@ -61,9 +61,14 @@ def run_of(model, source, items=ITEMS, **given):
     return run
 
 
+def few(depth, name):
+    """Fewer items where each stays for many ticks."""
+    return min(ITEMS, samples_for(name, depth))
+
+
 @pytest.mark.parametrize("name", LEVELS)
 def test_chain(name, tmp_path):
-    whole = goes_on(run_of(chain, PortableStream, **LEVELS[name]), tmp_path, 7)
+    whole = goes_on(run_of(chain, PortableStream, few(4, name), **LEVELS[name]), tmp_path, 7)
     assert learned(whole, chain)
 
 
@@ -71,12 +76,12 @@ def test_chain(name, tmp_path):
 def test_skips(name, tmp_path):
     if name == "local, sequential":
         pytest.skip("it has two readouts without states")
-    goes_on(run_of(skips, PortableStream, **LEVELS[name]), tmp_path, 9)
+    goes_on(run_of(skips, PortableStream, few(5, name), **LEVELS[name]), tmp_path, 9)
 
 
 @pytest.mark.parametrize("name", sorted(CYCLIC))
 def test_cycles(name, tmp_path):
-    goes_on(run_of(cycle_graph, PortableStream, **LEVELS[name]), tmp_path, 5)
+    goes_on(run_of(cycle_graph, PortableStream, few(3, name), **LEVELS[name]), tmp_path, 5)
 
 
 @pytest.mark.parametrize("name", RECIPES)

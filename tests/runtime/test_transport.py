@@ -11,11 +11,12 @@ import pytest
 import torch
 import zmq
 
-from hamdist.dynamics.schedule.schedule import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.process.leftovers import sweep
 from hamdist.runtime.signals.interrupts import Aborted
-from hamdist.runtime.signals.signal import Channel, Packer, Signal
+from hamdist.runtime.signals.packing import Packer
+from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.transport.endpoint import socket_folder
 from hamdist.runtime.transport.transport import Endpoints
 

@@ -18,19 +18,19 @@ if __name__ == "__main__":
 from runtime.test_bits import OTHER_KIND, RAY, convolutions  # noqa: E402 (torch's variables first)
 from runtime.test_engines_equal import assert_equal  # noqa: E402
 
-from hamdist.runtime.ray_engine import worker_group as worker_group  # noqa: E402
+from hamdist.runtime.ray_engine import placed_workers  # noqa: E402
 
 
 def main():
     alone = convolutions(ENGINE)
     if "ray" in sys.argv:
-        options_of_actors = worker_group.options_of_actors  # type: ignore[attr-defined]
+        options_of_actors = placed_workers.options_of_actors  # type: ignore[attr-defined]
 
         def second_elsewhere(*given):
             first, second = options_of_actors(*given)
             return [first, second.pinned(dict(OTHER_KIND))]
 
-        worker_group.options_of_actors = second_elsewhere  # type: ignore[attr-defined]
+        placed_workers.options_of_actors = second_elsewhere  # type: ignore[attr-defined]
         assert_equal(alone, convolutions({**RAY, **ENGINE}))
     digest = hashlib.sha256()
     for weight in alone.model.state_dict().values():

@@ -41,7 +41,7 @@ ASKED = {
 
 
 def test_summary_is_strict_json_with_the_promised_keys() -> None:
-    text = results.comparison_summary(aggregate(RUNS), interrupted=False)
+    text = results.to_json(results.comparison_summary(aggregate(RUNS), interrupted=False))
     summary = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [row["level"] for row in summary["rows"]] == ["centralised", "trace", "local"]
     assert all(row.keys() >= ASKED for row in summary["rows"])
@@ -119,6 +119,7 @@ def test_comparison_folder(tmp_path: Path) -> None:
         "report.html",
         "results.csv",
         "runs.jsonl",
+        "settings-all.yaml",
         "settings.yaml",
         "summary.json",
     ]
@@ -149,6 +150,7 @@ def test_run_folder(tmp_path: Path) -> None:
     assert sorted(item.name for item in tmp_path.iterdir()) == [
         "metrics.jsonl",
         "model.safetensors",
+        "settings-all.yaml",
         "settings.yaml",
         "summary.json",
     ]

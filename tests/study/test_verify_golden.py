@@ -14,7 +14,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from hamdist.config import Moves
-from hamdist.dynamics.schedule.schedule import HoldSchedule
+from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.errors import SettingsError
 from hamdist.study.verify.oracles import golden, tick_golden
 from hamdist.study.verify.oracles.check import Difference

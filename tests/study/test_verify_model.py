@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hamdist.cli import app
 from hamdist.config import Settings, TargetOf
 from hamdist.dynamics.objective.losses import mse
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams.sample import SampleSpec
 from hamdist.study.propagation.gradients import (
     TRIED,

@@ -12,7 +12,7 @@ import torch
 from hamdist.config import Settings
 from hamdist.dynamics.blocks.hold import HoldBlock
 from hamdist.dynamics.blocks.pulse import PulseBlock
-from hamdist.dynamics.schedule.schedule import HoldSchedule
+from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.runtime.train.train import train
 from hamdist.study.verify.oracles import golden

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, exit_codes, print_rows
+from hamdist.cli.console import console, exit_codes, note, print_rows, report
 from hamdist.errors import FAILED
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ def cluster_start(
         from hamdist.launch import local_cluster as one_host
         from hamdist.launch.cluster_file import HOME
 
-        complain("Starting Ray (some 10 s)")
+        note("Starting Ray (some 10 s)")
         own = HOME.expanduser() if folder is None else folder.absolute()
         file = one_host.start(own, port=port, jobs_port=jobs_port, cpus=cpus)
+        report(file=str(file))
         console().print(Text(f"Ray is up. Cluster file: {file}"), soft_wrap=True)
         hint = "" if folder is None else f" --cluster {file}"
         console().print(Text(f"Next: hamdist launch digits{hint} --out results/digits"))
@@ -60,6 +62,7 @@ def cluster_stop(folder: FolderOption = None) -> None:
 
         own = HOME.expanduser() if folder is None else folder.absolute()
         ended = one_host.stop(own)
+        report(ended=ended)
         console().print(Text("Ray has ended." if ended else f"No Ray of hamdist runs ({own})."))
 
 
@@ -78,9 +81,10 @@ def doctor(
     with exit_codes():
         from hamdist.launch.doctor import checkup
 
-        report, checks = checkup(None if cluster is None else jobs_of(_named(cluster)), complain)
-        for title, rows in report.tables().items():
+        findings, checks = checkup(None if cluster is None else jobs_of(_named(cluster)), note)
+        for title, rows in findings.tables().items():
             print_rows(title, rows)
+        report(**findings.model_dump(mode="json"), checks=list(map(asdict, checks)))
         for check in checks:
             style = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}[check.verdict]
             line = Text.assemble((f"{check.verdict:8}", style), check.text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, print_facts
+from hamdist.cli.console import complain, console, note, print_facts, report, warn
 from hamdist.cli.display import Display
 from hamdist.errors import INTERRUPTED, ClusterError
 
@@ -24,7 +24,7 @@ def results_in(out: Path | None, overwrite: bool) -> Results:
     from hamdist.launch.follow import Results
     from hamdist.study.shared.result_folder import free_folder
 
-    return Results(None if out is None else free_folder(out, overwrite=overwrite, say=complain))
+    return Results(None if out is None else free_folder(out, overwrite=overwrite, say=note))
 
 
 def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False) -> None:
@@ -36,6 +36,7 @@ def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False
         complain(f"{name} goes on without this terminal; again: hamdist attach {name}")
         raise typer.Exit(INTERRUPTED) from None
     if reached is not None:
+        report(id=name, title=reached.title, facts=dict(reached.facts))
         print_facts(reached.title, reached.facts)
     _print_results(results)
     if ended is None:
@@ -43,6 +44,7 @@ def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False
     if ended.details:
         complain(ended.details.rstrip())
     if ended.error is not None:
+        report(error=ended.error)
         complain(f"Error: {ended.error}")
     if ended.interrupted:
         complain(f"Stopped after {ended.samples} items.")
@@ -83,11 +85,11 @@ def _watch(
             show = display.watch(event.title, event.batch)
         elif isinstance(event, DriverLost):
             place = f"goes on from tick {event.tick}" if event.tick else "begins again"
-            display.say(f"Warning: the driver was lost ({event.signal}); the run {place}")
+            warn(f"the driver was lost ({event.signal}); the run {place}")
         elif isinstance(event, Progressed) and show is not None:
             show(event.progress)
         elif isinstance(event, WarningEvent):
-            display.say(f"Warning: {event.warning}")
+            warn(event.warning)
         elif isinstance(event, ResultValues):
             reached = event
             display.note(f"{event.title}: fetching the results")
@@ -100,6 +102,7 @@ def _watch(
 
 def _print_results(results: Results) -> None:
     if results.written:
+        report(out=str(results.out))
         console().print(Text(f"Written to {results.out}"), soft_wrap=True)
     for file in results.left:
         complain(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
 from hamdist.cli.cluster.follow import follow_run, results_in
-from hamdist.cli.console import complain, console, exit_codes, print_rows
+from hamdist.cli.console import complain, console, exit_codes, note, print_rows, report, warn
 from hamdist.cli.options import (
     LevelOption,
     ModelOption,
@@ -86,11 +87,12 @@ def launch(
             return
 
         if not kept:
-            complain(f"Warning: {NOTHING_KEPT}")
+            warn(NOTHING_KEPT)
         name = submit_run(jobs, own, model, begin, stream)
+        report(id=name)
         console().print(Text(name))
         if not detach:
-            complain(f"Ctrl-C leaves it running; to end it: hamdist stop {name}")
+            note(f"Ctrl-C leaves it running; to end it: hamdist stop {name}")
             follow_run(jobs, name, results)
 
 
@@ -123,9 +125,9 @@ def stop(
         results = results_in(out, overwrite)
         name = jobs.find(id_).id
         if jobs.stop(name):
-            complain(f"Asked it to end; it has {jobs.cluster.stop_seconds} s for that")
+            note(f"Asked it to end; it has {jobs.cluster.stop_seconds} s for that")
         else:
-            complain(f"{name} had ended before.")
+            note(f"{name} had ended before.")
         follow_run(jobs, name, results, stopped=True)
 
 
@@ -133,9 +135,10 @@ def runs(cluster: ClusterOption = None) -> None:
     """List the launched runs of a cluster, the latest first."""
     with exit_codes():
         table = Table("id", "state", "level", "items", "began", "took", box=None, pad_edge=False)
-        for job in jobs_of(cluster).all():
-            if job.metadata.get("kind") == "run":
-                table.add_row(*(Text(cell) for cell in _cells(job)))
+        jobs = [job for job in jobs_of(cluster).all() if job.metadata.get("kind") == "run"]
+        report(runs=[{**asdict(job), "metadata": dict(job.metadata)} for job in jobs])
+        for job in jobs:
+            table.add_row(*(Text(cell) for cell in _cells(job)))
         if table.rows:
             console().print(table)
         else:
@@ -164,6 +167,7 @@ def _cells(job: RayJob) -> list[str]:
 def _print_plan(work: DryRun) -> None:
     for title, rows in work.tables().items():
         print_rows(title, rows)
+    report(notes=list(work.notes), missing=list(work.missing))
     for line in work.notes:
         console().print(Text(f"• {line}"), soft_wrap=True)
     for line in work.missing:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, exit_codes, print_table
+from hamdist.cli.console import console, exit_codes, note, print_table, report
 from hamdist.cli.options import OutOption, OverwriteOption
 from hamdist.cli.prepare import command_line
 from hamdist.errors import FAILED, SettingsError
@@ -75,17 +75,18 @@ def _recovery(
         paths=Paths(*paths),
     )
     if out is not None:
-        out = free_folder(out, overwrite=overwrite, say=complain)
+        out = free_folder(out, overwrite=overwrite, say=note)
     finished = []
     with RowWorkers(wanted) as rows:
         for row in rows.finished():
             finished.append(row)
-            complain(f"[{len(finished)}/{len(wanted)}] {recovery_line(row)}")
+            note(f"[{len(finished)}/{len(wanted)}] {recovery_line(row)}")
     finished = in_order(finished)
     if out is not None:
         save_recovery(out, finished, command_line())
     print_table(recovery_table(finished), "Gradient descent recovered")
     if out is not None:
+        report(out=str(out))
         console().print(Text(f"Written to {out}"))
     if not all(row.passed for row in finished):
         raise typer.Exit(FAILED)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, exit_codes, print_table
+from hamdist.cli.console import console, exit_codes, note, print_table, report
 from hamdist.cli.display import PLAIN_SECONDS
 from hamdist.cli.options import ModelOption, OverwriteOption, given
-from hamdist.cli.prepare import command_line, prepare
+from hamdist.cli.prepare import command_line, need_plots, prepare
 from hamdist.cli.study.sweep import ChosenOption, StudySetOption, WorkersOption, run_grid
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import free_folder
@@ -101,6 +101,7 @@ def _speed(
     out: Path,
     overwrite: bool,
 ) -> None:
+    need_plots("study speed")
     factory = prepare(None, model)
 
     from hamdist.study.propagation.report import save_speed, speed_tables
@@ -117,14 +118,14 @@ def _speed(
         subject = own_network(factory, model, parse_shape(input_shape))
     elif input_shape is not None:
         raise SettingsError("--input-shape belongs to --model; the tanh network has its own")
-    out = free_folder(out, overwrite=overwrite, say=complain)
+    out = free_folder(out, overwrite=overwrite, say=note)
     printed = time.monotonic()
 
     def show(done: int, total: int, row: SpeedRow) -> None:
         nonlocal printed
         if done == total or time.monotonic() - printed >= PLAIN_SECONDS:
             printed = time.monotonic()
-            complain(
+            note(
                 f"[{done}/{total}] seed {row.seed}, {row.stream}, c tau {row.c_tau:g}, "
                 f"c {row.c:g}: error {row.error:.2g}"
             )
@@ -133,4 +134,5 @@ def _speed(
     save_speed(out, result)
     for title, table in speed_tables(result).items():
         print_table(table, title)
+    report(out=str(out))
     console().print(Text(f"Written to {out}"))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import complain, console, exit_codes, print_table
+from hamdist.cli.console import console, exit_codes, note, print_table, report
 from hamdist.cli.options import given
-from hamdist.cli.prepare import command_line, prepare, results_of
+from hamdist.cli.prepare import command_line, need_plots, prepare, results_of
 from hamdist.config import parse_override
 from hamdist.errors import SettingsError
 
@@ -86,13 +86,15 @@ def run_grid(
     axis = None if axis_name is None else Axis(axis_name)
     _check_axis(study, axis)
     folder = results_of(study.name) if out is None else out
+    need_plots("study")
     check(study, chosen=chosen)
     prepare(folder, None)
-    complain(f"{study.name}: runs are kept in {folder / 'runs'}; start it again to go on there")
+    note(f"{study.name}: runs are kept in {folder / 'runs'}; start it again to go on there")
     outcomes = run_study(study, folder, chosen=chosen, on_record=_say_record)
     tables = save_study(folder, study, outcomes, command=command_line(), first=axis)
     for title, table in tables.items():
         print_table(table, title)
+    report(out=str(folder))
     console().print(Text(f"Report: {folder / 'study.html'}"))
 
 
@@ -111,4 +113,4 @@ def _say_record(phase: str, done: int, total: int, record: RunRecord) -> None:
 
     level = record.settings["level"] if record.trains == "level" else record.trains
     found = record.failure or f"{percent(record.accuracy, digits=2)} %, {record.seconds:.1f} s"
-    complain(f"[{phase} {done}/{total}] {level}, seed {record.seed}: {found}")
+    note(f"[{phase} {done}/{total}] {level}, seed {record.seed}: {found}")

@@ -17,47 +17,63 @@ class Reset(str, Enum):
 
 
 class ResetSettings(Section):
-    """When the blocks' states, costates and weight costates are cleared. h, where it is not given:
-    never, but with presentation 'sequence' before each sequence."""
+    """When states, costates and weight costates are cleared."""
 
     h: Reset | None = None
+    """States; not given: never, but with presentation `sequence` before each sequence."""
     z: Reset = Reset.NEVER
+    """Costates."""
     omega: Reset = Reset.NEVER
+    """Weight costates."""
 
 
 class BlockDynamicsSettings(Section):
-    """What one block has otherwise. beta: of the block, or of its parameters by name (patterns as
-    in a shell: a name itself goes first, then the first pattern that fits)."""
+    """What one block has otherwise."""
 
     c: Above0 | None = None
+    """Speed of propagation, 1/s."""
     eta: Rate | None = None
+    """Dissipation of both costates, 1/s."""
     eta_z: Rate | None = None
+    """Dissipation of the costate."""
     eta_omega: Rate | None = None
+    """Dissipation of the weight costates."""
     beta: Rate | dict[str, Rate] | None = None
+    """Rate of the block's weights, or of its parameters by name (patterns as in a shell; a name
+    itself goes first)."""
 
 
 class DynamicsSettings(Section):
-    """Hamilton's equations (equations.md). tau in seconds, or `stamps`: the differences of the
-    stream's time stamps; c in 1/seconds (default 1/tau), eta in 1/seconds (one for both costates,
-    or eta_z and eta_omega). tau and phi may change from tick to tick (phi where the presentation is
-    not 'hold': from sample to sample). What is not given follows from `learning`: beta = lr/tau,
-    phi = (1 - dampening)/tau, eta_omega = (1 - momentum)/tau, eta_z = 0; with presentation
-    'sequence' eta_omega = 0, and omega begins each way back with momentum times its value.
-
-    weight_cost: r_w of the term r_w/2 |theta|^2 of the Hamiltonian (NILP). blocks: by name
-    (patterns as in a shell), what single blocks have otherwise. limit: of the norm of a block's
-    h, z or omega, and of a loss; above it the run is stopped as a numerical failure.
-    """
+    """Constants of Hamilton's equations (docs: concepts/equations). What is not given follows from
+    `learning`: beta = lr/tau, phi = (1 - dampening)/tau, eta_omega = (1 - momentum)/tau, eta_z = 0;
+    with presentation 'sequence' eta_omega = 0, and omega begins each way back with momentum times
+    its value."""
 
     tau: Above0 | CourseSettings | Literal["stamps"] = 1.0
+    """Step of integration in seconds, a course by tick, or `stamps`: the differences of the
+    stream's time stamps."""
     c: Above0 | None = None
+    """Speed of propagation in 1/s, c tau at most 1; not given: 1/tau."""
     eta: Rate | None = None
+    """Dissipation of both costates, 1/s."""
     eta_z: Rate | None = None
+    """Dissipation of the costates."""
     eta_omega: Rate | None = None
+    """Dissipation of the weight costates."""
     beta: Rate | None = None
+    """Rate of the weights; not given: lr/tau."""
     phi: Rate | CourseSettings | None = None
+    """Scale of the loss, or a course of it: by tick, where the presentation is not `hold` by item.
+    """
     sign: Literal[-1, 1] = -1
+    """-1: Hamiltonian Learning; 1: the original Hamilton equations, which diverge forward in time.
+    """
     weight_cost: Rate = 0.0
+    """r_w of the term r_w/2 |theta|^2 of the Hamiltonian (NILP)."""
     reset: ResetSettings = ResetSettings()
+    """When states and costates are cleared."""
     blocks: dict[str, BlockDynamicsSettings] = {}
+    """What single blocks have otherwise, by name (patterns as in a shell, names first)."""
     limit: Above0 = 1e12
+    """Largest norm of a block's h, z or omega, and largest loss; above it the run ends as a
+    numerical failure."""

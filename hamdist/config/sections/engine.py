@@ -133,18 +133,23 @@ Device = Annotated[str, AfterValidator(_device)]
 
 
 class BlockEngineSettings(Section):
-    """Where a block lives, and how it computes. For its actor: host: by address, name, Ray's id, or
-    a custom resource or label that hosts have; cpus, gpus: what Ray reserves, gpus may be a share;
-    resources: custom ones. Its own: device (auto: cuda where the actor sees a GPU, else cpu),
-    dtype (what comes in is cast to it), autocast to bf16 (its deviation is reported)."""
+    """Where a block lives, and how it computes. `host`, `cpus`, `gpus` and `resources` are asked
+    for its actor."""
 
     host: str | None = None
+    """By address, name, Ray's id, or a custom resource or label that hosts have."""
     cpus: Above0 | None = None
+    """CPUs that Ray reserves."""
     gpus: Above0 | None = None
+    """GPUs that Ray reserves; may be a share of one."""
     resources: dict[str, Above0] = {}
+    """Custom resources of Ray."""
     device: Device | None = None
+    """Device of the block; `auto`: cuda where the actor sees a GPU, else cpu."""
     dtype: BlockDType | None = None
+    """Type of weights and computation; what comes in is cast to it."""
     autocast: Annotated[Literal["bf16", "off"], BeforeValidator(as_written)] = "off"
+    """Compute in bf16 where torch's autocast does; its deviation from float32 is reported."""
 
     @model_validator(mode="after")
     def _share_of_a_gpu(self) -> BlockEngineSettings:
@@ -156,54 +161,62 @@ class BlockEngineSettings(Section):
 
 
 class EngineSettings(Section):
-    """actors: how many processes, or auto: as many as pay. placement: the blocks of each actor, by
-    name. balance: what is shared out evenly between actors where nothing else is said. threads: of
-    each process. step: how blocks compute (closed forms equal autograd to round-off). bits: where
-    processes compute other ones. pin: each process to processors of its own. address: of a Ray
-    cluster (none: a local Ray is started).
-    encryption: of signals that go by tcp, with keys made for the run (off warns).
-    device_signals: between CUDA blocks of two actors on one host.
-    queue: signals that may wait on an edge beyond those that the schedule keeps in flight.
-    bundle: the most signals that an edge sends as one message where its delay allows several; auto:
-    half as many as it allows, so that the other half of the delay hides the link. A sample then
-    reaches a delayed edge with its followers.
-    blocks: by name (patterns as in a shell, names first), where single blocks live and how they
-    compute; device: of those that do not say. spread: of the actors over the hosts of a cluster.
-    compress: how signals travel, one word for all edges between blocks, or by edge (patterns as in
-    a shell, names first; `u->*` from the stream). It is part of what a run means: what a receiver
-    sees is the decoded signal, in one process too. feedback: which int8 signals carry errors on.
-    digests: a running hash of every edge's signals and of the weights, by which `hamdist diff`
-    tells where two runs part.
-    stall_warning, stall_limit: seconds without progress until the watchdog speaks, and gives up.
-    idle_seconds: how long a local Ray and its actors wait for the next run of the same process.
-    link_delay: for tests and studies: seconds by which every message between two actors comes later
-    than it does.
-    """
+    """Where blocks live, how they compute, how their signals travel."""
 
     kind: EngineKind = EngineKind.INPROCESS
+    """One process, or Ray actors. The numbers are the same."""
     actors: Positive | Literal["auto"] = "auto"
+    """How many processes; `auto`: as many as pay."""
     placement: tuple[tuple[str, ...], ...] | None = None
+    """The blocks of each actor, by name; not given: neighbours together, balanced."""
     balance: Balance = Balance.TIME
+    """What is shared out evenly between actors."""
     threads: Positive = 1
+    """Threads of each process."""
     step: StepKind = StepKind.AUTO
+    """How a block's step is computed: `closed` forms of torch, `native` C code for one row, `auto`,
+    or `autograd`; equal to round-off."""
     bits: Bits = Bits.WARN
+    """What is done where processes compute other bits: `warn`, refuse (`exact`), or make x86 hosts
+    agree (`portable`)."""
     pin: Annotated[Pin, BeforeValidator(as_written)] = Pin.AUTO
+    """Keep each process on processors of its own."""
     address: str | None = None
+    """Ray cluster to join, HOST:PORT; not given: a local Ray is started."""
     transport: TransportKind = TransportKind.AUTO
+    """How signals cross between actors; `auto`: shared memory on one host, tcp between hosts."""
     encryption: Annotated[Encryption, BeforeValidator(as_written)] = Encryption.AUTO
+    """Encryption of signals that go by tcp; `on` refuses a Ray cluster without a token."""
     device_signals: DeviceSignals = DeviceSignals.AUTO
+    """How signals cross between CUDA blocks of two actors on one host. Has not run on a GPU yet."""
     queue: Positive = 4
+    """Signals that may wait on an edge beyond those that the schedule keeps in flight."""
     bundle: Annotated[Positive | Literal["auto", "off"], BeforeValidator(as_written)] = "auto"
+    """Most signals that a delayed edge sends as one message; `auto`: half as many as its delay
+    allows."""
     device: Device = "cpu"
+    """Device of the blocks that do not say."""
     blocks: dict[str, BlockEngineSettings] = {}
+    """Where single blocks live and how they compute, by name (patterns as in a shell, names first).
+    """
     spread: Spread = Spread.AUTO
+    """Which hosts of a cluster actors go to."""
     compress: Compress | dict[str, Compress] = Compress.NONE
+    """How signals travel: one word for all edges between blocks, or by edge (patterns, names first;
+    `u->*` from the stream). Part of what a run means, in one process too."""
     feedback: Annotated[Feedback, BeforeValidator(as_written)] = Feedback.MESSAGES
+    """Which int8 signals carry the error of the one before them."""
     digests: bool = False
+    """Keep a running hash of every edge's signals and of the weights, for `hamdist diff`."""
     stall_warning: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds without progress after which the watchdog warns."""
     stall_limit: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds without progress after which the run ends."""
     idle_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds that a local Ray waits for the next run of the same process."""
     link_delay: Rate = 0.0
+    """Experimental. Seconds by which every message between two actors comes late, for tests and
+    studies."""
 
     def processes(self, auto: int = 1) -> int:
         """How many processes a run on this host asks for; `auto` where it leaves that open."""

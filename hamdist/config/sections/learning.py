@@ -34,21 +34,22 @@ class Decay(str, Enum):
 
 
 class AdaptiveSettings(Section):
-    """Adam's step: each weight's beta is divided by the root of the running mean of its squared
-    gradients (of which it keeps `memory` from update to update), plus epsilon. learning.momentum
-    is Adam's beta_1, memory its beta_2."""
+    """Adam's step: each weight's rate is divided by the root of the running mean of its squared
+    gradients, plus epsilon. `learning.momentum` is Adam's beta_1."""
 
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's beta_2."""
     epsilon: Above0 = 1e-8
+    """Adam's epsilon."""
 
 
 class AverageSettings(Section):
-    """A moving average of a block's own weights, with which a run is evaluated and exported.
-    decay: the share of it that stays when the weights come in; every: updates between two looks at
-    the weights (`decay` is per update, whatever `every` is)."""
+    """A moving average of a block's weights, with which a run is evaluated and exported."""
 
     decay: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the average that stays at an update."""
     every: Positive = 1
+    """Updates between two looks at the weights (`decay` is per update all the same)."""
 
 
 class InputRule(str, Enum):
@@ -60,15 +61,18 @@ class InputRule(str, Enum):
 
 
 class InputsSettings(Section):
-    """Statistics of a layer's own inputs. memory: of their mean, from update to update; of rule
-    'whitened', damping: of the inverse; look: updates between two looks at the covariance; refresh:
-    between two inverses."""
+    """Statistics of a layer's own inputs."""
 
     rule: InputRule = InputRule.WHITENED
+    """Take the inputs' mean out of the step, or their correlation as well."""
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Share of the mean that stays at an update."""
     damping: Above0 = 0.1
+    """Damping of the inverse (`whitened`)."""
     look: Positive = 4
+    """Updates between two looks at the covariance (`whitened`)."""
     refresh: Positive = 50
+    """Updates between two inverses (`whitened`)."""
 
 
 def _rule_alone(value: object) -> object:
@@ -82,14 +86,15 @@ InputsSetting = Annotated[InputsSettings | Literal["off"], BeforeValidator(_rule
 
 
 class HeadsSettings(Section):
-    """A readout of its own for every block without one, which teaches that block alone: a layer
-    norm and a linear layer, which are no part of the exported model. weight: of its step, beside
-    that of the messages (not given: 0.3; at level 'heads', where there are none, 1). readout: the
-    one whose targets and loss it takes (not given: the first). norm: with the layer norm."""
+    """A readout of its own for every block without one, which teaches that block alone and is not
+    exported."""
 
     weight: Above0 | None = None
+    """Of its step, beside that of the messages; not given: 0.3, at level `heads` 1."""
     readout: str | None = None
+    """The readout whose targets and loss it takes; not given: the first."""
     norm: bool = True
+    """With a layer norm before the linear layer."""
 
 
 def _decay_alone(value: object) -> object:
@@ -106,38 +111,52 @@ class BlockLearningSettings(Section):
     """What one block has otherwise; what is not given is as for all blocks."""
 
     lr: Rate | None = None
+    """Step size."""
     average: Averaging | None = None
+    """Moving average of the weights."""
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] | None = None
+    """Largest norm of the gradient."""
     heads: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] | None = None
+    """Weight of the block's own readout, or off."""
     inputs: InputsSetting | None = None
+    """Statistics of the inputs."""
 
 
 class LearningSettings(Section):
-    """The step size and its course, in the words of gradient descent (HL Appendix E). decay: over
-    the run, to the share `floor` of lr; warmup: samples over which it first rises; course: a factor
-    of lr by sample (of beta, where that is given), besides (rates.py). weight_decay: as
-    torch.optim.SGD has it, r_w = weight_decay / tau; with adaptive as AdamW has it. adaptive:
-    not given: one beta for all of a block's weights. average: of each block's weights, for
-    evaluation and export; clip: the most that the norm of a block's gradient may be; heads: the
-    blocks' own readouts; inputs: steps that do not depend on the mean, or on the correlation, of a
-    linear layer's inputs. blocks: by name (patterns as in a shell, names first), what single blocks
-    have otherwise (`heads` is then the weight, or off)."""
+    """The step size and what changes a step, in the words of gradient descent (HL Appendix E)."""
 
     lr: Rate = 0.1
+    """Step size."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """As torch.optim.SGD has it; with `adaptive` Adam's beta_1."""
     dampening: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the momentum, as torch.optim.SGD has it."""
     first_step: FirstStep = FirstStep.UNDAMPENED
+    """`undampened`: the first momentum step as in PyTorch; `dampened`: as in the plain table of HL
+    Appendix E."""
     decay: Decay = Decay.NONE
+    """How the step size falls over the run (needs `steps`)."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of lr that a decay falls to."""
     warmup: Annotated[int, Field(ge=0)] = 0
+    """Items over which the step size first rises."""
     weight_decay: Rate = 0.0
+    """As torch.optim.SGD has it; with `adaptive` as AdamW."""
     course: CourseSettings | None = None
+    """A factor of lr by item (of beta, where that is given), besides."""
     adaptive: AdaptiveSettings | None = None
+    """Adam's step; not given: one rate for all of a block's weights."""
     average: Averaging = "off"
+    """Moving average of each block's weights for evaluation and export: its decay, or a mapping."""
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] = "off"
+    """Largest norm of a block's gradient."""
     heads: HeadsSettings | None = None
+    """A readout of its own for every block, beside the messages."""
     inputs: InputsSetting = "off"
+    """Steps that do not depend on the mean (`centred`) or the correlation (`whitened`) of a layer's
+    inputs."""
     blocks: dict[str, BlockLearningSettings] = {}
+    """What single blocks have otherwise, by name (patterns as in a shell, names first)."""
 
     @model_validator(mode="after")
     def _adam_is_not_dampened(self) -> LearningSettings:

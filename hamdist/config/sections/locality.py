@@ -131,29 +131,42 @@ Compensations = Annotated[tuple[Compensation, ...], BeforeValidator(_listed)]
 
 
 class LocalityOverrides(Section):
-    """Knobs of locality; what is not given keeps the level's preset. truncation: how many of the
-    last samples of a sequence are gone through in reverse (level 'bptt'; not given: all).
-
-    gate: weights move only while the block's input has been still for as long as its messages take,
-    up to that share of itself (true: 0.1). lead: ticks by which states are sent ahead (compensation
-    'prospective'); blend: of the input's estimate (compensation 'retrospective'). Either asks for
-    its compensation, as `delay_power` does. microbatches: parts of a batch that travel one behind
-    the other, M (level 'pipeline'; auto: by the number of rows, schedule/microbatches.py)."""
+    """Knobs of locality; what is not given keeps the level's preset."""
 
     grouping: Grouping | None = None
+    """What one block holds where `partition` does not say it."""
     speed: Speed | None = None
+    """Hops of a signal between two items; `depth`: the depth of the graph; `inf`: one item at a
+    time."""
     presentation: Presentation | None = None
+    """How an item is shown: held, as a travelling pulse, or in a sequence that comes back."""
     moves: Moves | None = None
+    """Which states move in a tick of `hold`: all, or one depth after the other (HL Eq. 10)."""
     memory: Memory | None = None
+    """What a block keeps of the past."""
     credit: Credit | None = None
+    """Where a block's gradient comes from."""
     update: Update | None = None
+    """When weights move."""
     compensation: Compensations | None = None
+    """What a block does about late messages: one or a list."""
     delay_power: Rate | None = None
+    """p of the step lr / (1 + delay)^p; asks for `delay-scaled`."""
     gate: bool | Above0 | None = None
+    """Weights move only while the block's input has been still for as long as messages take, up to
+    this share of itself (true: 0.1)."""
     lead: Above0 | None = None
+    """Ticks by which states are sent ahead; asks for `prospective`."""
     blend: Above0 | None = None
+    """Of the input's estimate; asks for `retrospective`."""
     order: Order | None = None
+    """Order of the updates inside a tick (docs: concepts/equations)."""
     target: TargetOf | None = None
+    """Which target a readout of `hold` compares with: its own item's, or the current one."""
     readout: Readout | None = None
+    """The last block as output net (HL Eq. 4), or as a state."""
     truncation: Positive | None = None
+    """Items of a sequence that are gone through in reverse (level `bptt`); not given: all."""
     microbatches: Microbatches | None = None
+    """Parts of an item's rows that travel one behind the other (level `pipeline`); `auto`: as many
+    as have 8 rows or more each, 8 at most."""

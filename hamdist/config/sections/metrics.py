@@ -18,11 +18,13 @@ class RecordedState(str, Enum):
 
 
 class MetricsSettings(Section):
-    """window: items that one prequential window covers. limit: windows that are kept; with more,
-    neighbours are joined. record: what is recorded per tick, by block; record_every: ticks between
-    two entries."""
+    """What is measured while a run goes on."""
 
     window: Positive = 50
+    """Items of one prequential window."""
     limit: Annotated[int, Field(ge=2)] = 2048
+    """Windows that are kept; with more, neighbours are joined."""
     record: RecordedState | None = None
+    """Record by tick and block: energies, or trajectories as well (presentation `hold`)."""
     record_every: Positive = 1
+    """Ticks between two entries."""

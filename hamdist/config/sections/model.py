@@ -26,18 +26,23 @@ class ModelKind(str, Enum):
 
 
 class ModelSettings(Section):
-    """kind, width of the hidden layers, depth: number of layers that have weights (of rnn, gru and
-    lstm: of cells; of resnet, convnet, vit, gpt, lstm-layers: of residual layers). tau: step of
-    integration of `midpoint`. width, bias of `tracker`: its neurons, and whether they have one.
-    width of `resnet` and `convnet`: its channels before they double. stabilise: normed inputs and
-    scaled residuals for its layers (dynamics/modules/prenorm.py), of a model of one's own, too.
-    heads: of vit and gpt; patch: its side, of vit."""
+    """The shipped network."""
 
     kind: ModelKind = ModelKind.MLP
+    """Which network."""
     stabilise: bool = False
+    """Normed inputs and scaled residuals for the model's layers, of a model of one's own, too."""
     width: Positive = 128
+    """Of the hidden layers; of `resnet` and `convnet` the channels before they double; of `tracker`
+    its neurons."""
     depth: Positive = 5
+    """Layers with weights (of rnn, gru, lstm: cells; of resnet, convnet, vit, gpt, lstm-layers:
+    residual layers)."""
     tau: Above0 = 0.1
+    """Step of integration of `midpoint`."""
     bias: bool = True
+    """Whether the neurons of `tracker` have a bias."""
     heads: Positive = 4
+    """Attention heads of `vit` and `gpt`."""
     patch: Positive = 7
+    """Side of a patch of `vit`."""

@@ -20,22 +20,24 @@ class CutBalance(str, Enum):
 
 
 class PartitionSettings(Section):
-    """How the model is cut into blocks: a number of blocks, or the names of the modules that begin
-    a block (at any depth: `layer2.1.conv2`); without either the level's grouping decides. blocks:
-    on the way from the input to an output; every further output is a block more. balance: what
-    `blocks` balances.
-
-    slices: by block (patterns as in a shell, names first), over how many blocks its neurons are
-    spread. delay: ticks per edge; delays: of single edges, by name ('block0->block1', 'block*->*';
-    names first; a sliced block's name stands for all its slices); auto: the fewest that keep every
-    block busy, by a measurement of the links at start (engine 'ray')."""
+    """How the model is cut into blocks, and how long signals travel. Without `blocks` and `cuts`
+    the level's grouping decides."""
 
     blocks: Positive | None = None
+    """Number of blocks on the way from the input to an output; every further output is a block
+    more."""
     cuts: tuple[str, ...] | None = None
+    """Names of the modules that begin a block, at any depth (`layer2.1.conv2`)."""
     balance: CutBalance = CutBalance.PARAMETERS
+    """What `blocks` balances."""
     delay: Positive = 1
+    """Ticks of every edge."""
     slices: dict[str, Positive] = {}
+    """Over how many blocks a block's neurons are spread, by block (patterns as in a shell, names
+    first)."""
     delays: dict[str, Positive] | Literal["auto"] = {}
+    """Ticks of single edges by name (`block0->block1`, `block*->*`); `auto`: the fewest that keep
+    every block busy, by measurement (engine `ray`)."""
 
     @model_validator(mode="after")
     def _one_way(self) -> PartitionSettings:

@@ -9,9 +9,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 class Section(BaseModel):
-    """A part of the settings: refuses names that it does not know, and is not changed once made."""
+    """A part of the settings: refuses names that it does not know, and is not changed once made.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    The text below a field is its description (docs: reference/settings)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -32,10 +34,11 @@ def _no_truth(value: object) -> object:
 
 
 Number = BeforeValidator(_no_truth)
-Positive = Annotated[int, Number, Field(ge=1, le=LARGEST)]
-Seed = Annotated[int, Number, Field(ge=0, le=LARGEST)]
-Rate = Annotated[float, Number, Field(ge=0, allow_inf_nan=False)]
-Above0 = Annotated[float, Number, Field(gt=0, allow_inf_nan=False)]
+# (`Number` last: a schema then shows the limits.)
+Positive = Annotated[int, Field(ge=1, le=LARGEST), Number]
+Seed = Annotated[int, Field(ge=0, le=LARGEST), Number]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False), Number]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
 
 
 def as_written(value: object) -> object:
@@ -44,11 +47,13 @@ def as_written(value: object) -> object:
 
 
 class CourseSettings(Section):
-    """A number that changes with time: `values` one after the other, the last one from then on, or
-    with `cycle` all of them again and again. every: ticks (or samples) that each value stands for;
-    smooth: it goes on a straight line from one to the next instead."""
+    """A number that changes with time."""
 
     values: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    """The values, one after the other; the last one holds from then on."""
     cycle: bool = False
+    """Begin again behind the last value."""
     every: Positive = 1
+    """Ticks (of a factor of the step size: items) that each value stands for."""
     smooth: bool = False
+    """Go on a straight line from one value to the next."""

@@ -15,25 +15,26 @@ def _as_text(path: Any) -> Any:
 
 
 class SnapshotSettings(Section):
-    """Snapshots of a run, and what is done when a part of it is lost. path: a folder (of all
-    hosts), or a URL that fsspec knows (s3://...); without one no snapshots are taken. every: ticks
-    from one to the next; seconds: the same in time; without either every 30 seconds. keep: how many
-    stay.
-
-    recover: lost actors are started again from the latest snapshot (engine 'ray'). memory: MiB of
-    signals that an actor keeps for that at most; with half of it a snapshot is taken. full: what
-    is done where none can be written meanwhile: 'forget' lets the signals go, so that nothing can
-    be replaced until one is; 'end' ends the run. attempts: failures of one
-    block at one tick, or losses of one process that got no further, that end the run. silence:
-    seconds after which an actor that does not answer counts as lost.
-    """
+    """Snapshots of a run, and what is done when a part of it is lost."""
 
     path: Annotated[str | None, BeforeValidator(_as_text)] = None
+    """A folder that all hosts see, or a URL that fsspec knows; not given: no snapshots."""
     every: Positive | None = None
+    """Ticks from one to the next."""
     seconds: Above0 | None = None
+    """Seconds from one to the next; without either 30."""
     keep: Positive = 2
+    """How many stay."""
     recover: bool = True
+    """Start lost actors again from the latest snapshot (engine `ray`)."""
     memory: Positive = 256
+    """MiB of signals that an actor keeps for its neighbours; with half of it a snapshot is taken.
+    """
     full: Literal["forget", "end"] = "forget"
+    """Where no snapshot can be written and the memory is full: `forget` the signals, or `end` the
+    run."""
     attempts: Positive = 3
+    """Failures of one block at one tick, or losses of a process that got no further, that end the
+    run."""
     silence: Above0 = 10.0
+    """Seconds without an answer after which an actor counts as lost."""

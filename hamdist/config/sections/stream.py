@@ -82,20 +82,25 @@ class Motion(str, Enum):
 
 
 class SmoothSettings(Section):
-    """Turns a stream into one that changes slowly: each sample takes `frames` items."""
+    """Turns a stream into one that changes slowly."""
 
     frames: Positive = 20
+    """Items that each takes."""
     motion: Motion = Motion.FADE
+    """What happens between two."""
 
 
 class CanvasSettings(Section):
-    """Images move over a canvas of `side` pixels, `speed` pixels an item; each stays for `frames`
-    items, over the last `fade` of which the next one fades in (streams/wrappers/canvas.py)."""
+    """Images move over a canvas, clip after clip."""
 
     side: Positive = 40
+    """Pixels of a side."""
     frames: Positive = 20
+    """Items that each image stays for."""
     fade: Annotated[int, Field(ge=0)] = 10
+    """Last items of a clip, over which the next image fades in."""
     speed: Above0 = 1.0
+    """Pixels an item."""
 
     @model_validator(mode="after")
     def _fades_inside(self) -> CanvasSettings:
@@ -108,82 +113,106 @@ class CanvasSettings(Section):
 
 
 class DriftSettings(Section):
-    """The synthetic drifting stream: Gaussian classes that jump every `period` items."""
+    """The synthetic drifting stream: Gaussian classes that jump."""
 
     features: Positive = 16
+    """Numbers of a row."""
     classes: Annotated[int, Field(ge=2)] = 4
+    """Number of classes."""
     period: Positive = 500
+    """Items between two jumps."""
     noise: Rate = 0.5
+    """Standard deviation of a row around its class."""
 
 
 class SequenceSettings(Section):
-    """Texts of two classes. count: how many to learn from; None: all that the path holds (of the
-    grammar 100). length: tokens of a sequence; of longer texts the last ones count. vocabulary:
-    words at most, of texts from a path."""
+    """Texts of two classes."""
 
     count: Positive | None = None
+    """Texts to learn from; not given: all that the path holds (of the grammar 100)."""
     length: Positive = 20
+    """Tokens of a sequence; of longer texts the last ones count."""
     view: View = View.SEQUENCES
+    """An item is one token of each text, or all of them."""
     targets: LabelledTokens = LabelledTokens.LAST
+    """Which tokens carry the class."""
     vocabulary: Positive = 10_000
+    """Words at most, of texts from a path."""
 
 
 class CharacterSettings(Section):
-    """Windows of a text. length: characters of one."""
+    """Windows of a text."""
 
     length: Positive = 64
+    """Characters of a window."""
 
 
 class SignalSettings(Section):
-    """A real-valued target over time. amplitude, offset: None for the kind's own. period, tau
-    (between two items) and dwell (of one patch) in seconds."""
+    """A real-valued target over time."""
 
     kind: SignalKind = SignalKind.SINUSOID
+    """Its form."""
     amplitude: Above0 | None = None
+    """Not given: the kind's own."""
     offset: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Not given: the kind's own."""
     period: Above0 = 2 * math.pi
+    """Seconds."""
     tau: Above0 = 1e-3
+    """Seconds between two items."""
     dwell: Above0 = 5.0
+    """Seconds of one patch."""
 
 
 class PaceSettings(Section):
-    """Samples arrive in real time. period: seconds between two of them, or `stamps`: at their own
-    time stamps, counted from the first one."""
+    """Items arrive in real time."""
 
     period: Above0 | Literal["stamps"] = "stamps"
+    """Seconds between two items, or `stamps`: at their own time stamps."""
     late: Late = Late.DROP
+    """What becomes of items that arrive while the network is busy."""
 
 
 class StreamSettings(Section):
-    """batch: rows of an item (of signals, and of texts seen token by token, 1 unless given).
-    path: the folder of the IDX files; of texts a folder or a file; of characters a file. missing:
-    share of items whose target is withheld.
-
-    late_targets: items by which the targets come later than their inputs. relearn: what becomes of
-    such samples (not given: again; with a pace, wait). target_delay: rejoins
-    each target with the sample that came so many items before it; None: by the targets' tags.
-    patience: samples that may wait for a target. names: what the keys of a user's batches mean, by
-    key: u, y, an argument of the model, y.OUTPUT (streams/batch_names.py). pace: in real time.
-    canvas: images move over a larger canvas. evaluate: what a run is scored on.
-    """
+    """Where items come from."""
 
     source: Source = Source.DIGITS
+    """The stream."""
     batch: Positive = 32
+    """Rows of an item; of signals, and of texts seen token by token, 1 unless given."""
     path: Path | None = None
+    """Folder of IDX files; of texts a folder or file; of characters a file."""
     smooth: SmoothSettings | None = None
+    """Let items fade, shift or rotate into each other."""
     canvas: CanvasSettings | None = None
+    """Let images move over a larger canvas."""
     evaluate: Split = Split.TEST
+    """What a run is scored on: the test part, or a sixth of the training part."""
     drift: DriftSettings = DriftSettings()
+    """Of source `drift`."""
     sequences: SequenceSettings = SequenceSettings()
+    """Of source `sequences`."""
     signal: SignalSettings = SignalSettings()
+    """Of source `signal`."""
     characters: CharacterSettings = CharacterSettings()
+    """Of source `characters`."""
     missing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of items whose target is withheld."""
     late_targets: Annotated[int, Field(ge=0)] = 0
+    """Items by which targets come later than their inputs."""
     target_delay: Positive | None = None
+    """Rejoin each target with the input that came so many items before; not given: by the targets'
+    tags."""
     relearn: Relearn | None = None
+    """What becomes of an item whose target comes late: shown again with it, or waiting for it; not
+    given: again (with a pace: wait)."""
     patience: Positive = 64
+    """Items that may wait for a target."""
     names: dict[str, str] | None = None
+    """What the keys of a user's batches mean, by key: `u`, `y`, an argument of the model,
+    `y.OUTPUT`."""
     pace: PaceSettings | None = None
+    """Let items arrive in real time."""
 
     @model_validator(mode="before")
     @classmethod

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from hamdist.dynamics.graph.graph import BlockSpec, Combine, Graph
 from hamdist.dynamics.objective.losses import LossFunction, model_loss
 from hamdist.dynamics.tracing.dataflow import Flow, Value, references
+from hamdist.dynamics.tracing.signal_columns import ColumnForm, packed, unpacked
 from hamdist.dynamics.tracing.traced_module import (
     FUNCTION,
     METHOD,
     MODULE,
     Arg,
-    ColumnForm,
     ConstantRef,
     SymbolicSize,
     Template,
@@ -27,9 +27,7 @@ from hamdist.dynamics.tracing.traced_module import (
     TracedStep,
     ValueRef,
     WeightRef,
-    packed,
     replaced,
-    unpacked,
 )
 from hamdist.errors import GraphError
 

@@ -17,7 +17,7 @@ from torch import nn
 from hamdist.config import CutBalance, Grouping
 from hamdist.dynamics.partition.assemble import OperationRun
 from hamdist.dynamics.tracing.dataflow import Flow
-from hamdist.dynamics.tracing.recorder import Unfollowed, stays_whole
+from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.traced_module import MODULE
 from hamdist.errors import GraphError
 

@@ -32,8 +32,9 @@ from hamdist.dynamics.objective.outputs import losses_of, named
 from hamdist.dynamics.partition.assemble import OperationRun, assembled
 from hamdist.dynamics.partition.cuts import Cuts, Policy, balanced, stays
 from hamdist.dynamics.tracing.dataflow import Flow, Value
-from hamdist.dynamics.tracing.recorder import Unfollowed, stays_whole
-from hamdist.dynamics.tracing.trace import Trace, trace, traced_whole
+from hamdist.dynamics.tracing.join_runs import Trace
+from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
+from hamdist.dynamics.tracing.trace import trace, traced_whole
 from hamdist.dynamics.tracing.traced_module import ValueRef
 from hamdist.dynamics.user_modules.copies import copied, overlaps
 from hamdist.dynamics.user_modules.hooks import is_usual

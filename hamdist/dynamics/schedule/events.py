@@ -1,12 +1,13 @@
-"""What a schedule speaks of: the events of blocks, and the signals between them."""
+"""What a schedule says: the events of a block in their order, stamps of signals, the protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum, IntEnum
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from hamdist.dynamics.graph.graph import Edge
 from hamdist.dynamics.schedule.microbatches import Pulses
 from hamdist.dynamics.state.remember import known
 
@@ -81,7 +82,38 @@ class Bundle(NamedTuple):
     spacing: int
 
 
-ALONE = Bundle(1, 1)
+class Schedule(Protocol):
+    """The common face of all presentations. `c`: ticks between two samples.
+
+    A block and its edges are given by name and `Edge`; a method that names the signal of an edge
+    for an event answers None where that event reads nothing from the edge.
+    """
+
+    c: int
+
+    def state(self, edge: Edge, event: Event) -> Stamp | None:
+        """The parent's state that the child reads in `event`."""
+
+    def message(self, edge: Edge, event: Event) -> Stamp | None:
+        """The child's message that the parent reads in `event`."""
+
+    def target(self, readout: str, event: Event) -> Stamp | None:
+        """The target that the readout takes from the stream in `event`."""
+
+    def delay(self, block: str) -> int:
+        """Updates or ticks by which a block's messages lag behind (for delay-scaled steps)."""
+
+    def in_flight(self, edge: Edge, kind: Kind) -> int:
+        """The most signals of `kind` that the schedule itself keeps waiting on an edge."""
+
+    def target_in_flight(self, readout: str) -> int: ...
+
+    def bundle(self, edge: Edge, kind: Kind) -> Bundle:
+        """The most signals of `kind` that may leave together on an edge."""
+
+    @property
+    def staleness(self) -> int:
+        """The most samples by which a message lags behind what it meets."""
 
 
 def source_events(c: int, first: int = 0, parts: int = 1) -> Iterator[Event]:
@@ -95,3 +127,6 @@ def source_events(c: int, first: int = 0, parts: int = 1) -> Iterator[Event]:
 def emitted(sample: int, c: int, parts: int = 1) -> Stamp:
     """The stamp of sample n, as the stream sends it."""
     return Stamp(Pulses(c, parts).tick(sample) - 1, sample, 0)
+
+
+ALONE = Bundle(1, 1)

@@ -31,8 +31,8 @@ all its signals carry the number of the sequences before it as their version.
 from __future__ import annotations
 
 from hamdist.dynamics.graph.graph import INPUT, Edge, Graph
+from hamdist.dynamics.schedule.events import ALONE, Bundle, Event, Kind, Phase, Span, Stamp
 from hamdist.dynamics.schedule.levels import Locality
-from hamdist.dynamics.schedule.schedule import ALONE, Bundle, Event, Kind, Phase, Span, Stamp
 from hamdist.errors import LevelError
 
 

@@ -13,20 +13,28 @@ else needs Whole, which costs a hop, never a number.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from hamdist.dynamics.slicing.op_layouts import (
+    Narrow,
+    NumberLayout,
+    OpLayout,
+    ParameterLayout,
+    Partial,
+    Regrain,
+    Replicate,
+    Shard,
+    SliceBuilder,
+    TupleLayout,
+    Use,
+)
+from hamdist.dynamics.slicing.shape_layouts import ShapeLayouts
 from hamdist.dynamics.slicing.sliced_layers import (
     CONVOLUTIONS,
     NORMS,
-    Share,
-    SlicePlaces,
     channels_of,
     heads_of,
     inputs_of,
@@ -35,102 +43,6 @@ from hamdist.dynamics.slicing.sliced_layers import (
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.dynamics.vjp.autograd import random_parts
 from hamdist.errors import GraphError
-
-
-@dataclass(frozen=True)
-class Replicate:
-    pass
-
-
-@dataclass(frozen=True)
-class Shard:
-    """units: of the axis, shared out; chunks: equal parts of the axis that have them each. origins:
-    the layers that they come from."""
-
-    axis: int
-    units: int
-    chunks: int = 1
-    origins: frozenset[fx.Node] = field(default=frozenset(), compare=False)
-
-
-@dataclass(frozen=True)
-class Partial:
-    pass
-
-
-@dataclass(frozen=True)
-class NumberLayout:
-    pass
-
-
-@dataclass(frozen=True)
-class ParameterLayout:
-    pass
-
-
-@dataclass(frozen=True)
-class TupleLayout:
-    parts: tuple[Any, ...]
-
-
-Layout: TypeAlias = "Replicate | Shard | Partial | NumberLayout | ParameterLayout | TupleLayout"
-
-
-class Use(Enum):
-    """How a slice takes an input: its own part, all of it, or all of it in slice 0 alone."""
-
-    PIECE = "piece"
-    WHOLE = "whole"
-    FIRST = "first"
-
-
-@dataclass(frozen=True)
-class Narrow:
-    """Its own part of something whole."""
-
-    axis: int
-    units: int
-    chunks: int
-
-
-class SliceBuilder(Protocol):
-    """Slice i of m under construction. value: an input of the operation, as its use says."""
-
-    i: int
-    m: int
-    graph: fx.Graph
-
-    def value(self, node: fx.Node) -> fx.Node: ...
-
-    def share(self, units: int, chunks: int = 1) -> Share: ...
-
-    def module_with(self, node: fx.Node, module: nn.Module, places: SlicePlaces) -> fx.Node: ...
-
-    def copy(self, node: fx.Node) -> fx.Node: ...
-
-
-Make: TypeAlias = "Callable[[SliceBuilder], fx.Node]"
-
-
-@dataclass(frozen=True)
-class OpLayout:
-    """What becomes of an operation. make: builds slice i; None: as it is."""
-
-    layout: Layout
-    uses: Mapping[fx.Node, Use | Narrow] = field(default_factory=dict)
-    make: Make | None = None
-
-
-class Regrain(Exception):
-    """The layers `origins` have to keep together more: `units` in each of `chunks` (None: of as
-    many as before)."""
-
-    def __init__(self, origins: Iterable[fx.Node], units: int, chunks: int | None = None) -> None:
-        super().__init__(units, chunks)
-        self.origins = list(origins)
-        self.units = units
-        self.chunks = chunks
-
 
 ELEMENTWISE = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
@@ -157,25 +69,12 @@ LINEAR_UNARY = {"contiguous", "clone", "neg"}
 RANDOM = {"dropout", "dropout1d", "dropout2d", "rand_like", "randn_like", "bernoulli", "rrelu"}
 
 
-class Layouts:
+class Layouts(ShapeLayouts):
     """Works out the layout of every value of a block.
 
     values: of a dry run, and of one with a batch larger by one. grain: of layers that have to keep
     more together than a neuron. Raises GraphError for what cannot be sliced; `name`: the block's.
     """
-
-    def __init__(
-        self,
-        name: str,
-        modules: Mapping[str, nn.Module],
-        values: tuple[Mapping[fx.Node, Any], Mapping[fx.Node, Any]],
-        grain: Mapping[fx.Node, tuple[int, int]],
-    ) -> None:
-        self._name = name
-        self._modules = modules
-        self._values = values
-        self._grain = grain
-        self.steps: dict[fx.Node, OpLayout] = {}
 
     def read(self, node: fx.Node) -> OpLayout:
         """The step of `node`, whose inputs have been read."""
@@ -186,13 +85,6 @@ class Layouts:
         self.steps[node] = step
         return step
 
-    def _plain(self, node: fx.Node) -> Layout:
-        value = self._values[0][node]
-        if isinstance(value, (Tensor, tuple, list)):
-            tensors = isinstance(value, Tensor) or any(isinstance(v, Tensor) for v in value)
-            return Replicate() if tensors else NumberLayout()
-        return NumberLayout()
-
     def weighted(self, node: fx.Node) -> bool:
         """Whether it has weights, or draws random numbers: it is computed in one place."""
         if node.op == "call_module":
@@ -202,27 +94,6 @@ class Layouts:
         if any(isinstance(self.steps[i].layout, ParameterLayout) for i in node.all_input_nodes):
             return True
         return self._named(node) in RANDOM
-
-    def _named(self, node: fx.Node) -> str:
-        if node.op == "call_method":
-            return str(node.target).strip("_")
-        return str(getattr(node.target, "__name__", "")).strip("_")
-
-    def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        return tuple(self._values[0][node].shape)
-
-    def _of(self, node: Any) -> Layout:
-        return self.steps[node].layout if isinstance(node, fx.Node) else NumberLayout()
-
-    def literal(self, value: Any) -> Any:
-        """`value` with numbers that do not depend on the batch in place of what computes them."""
-
-        def plain(node: fx.Node) -> Any:
-            known = self._values[0][node]
-            steady = isinstance(self._of(node), NumberLayout) and known == self._values[1][node]
-            return known if steady else node
-
-        return fx.map_arg(value, plain)
 
     def _step(self, node: fx.Node) -> OpLayout | None:
         if node.op == "placeholder":
@@ -448,126 +319,6 @@ class Layouts:
 
         return OpLayout(Partial(), uses, once)
 
-    def _reshape(self, node: fx.Node) -> OpLayout | None:
-        """Any change of shape in which the order of the numbers stays."""
-        x = node.args[0]
-        layout = self._of(x)
-        if not isinstance(x, fx.Node):
-            return None
-        first, second = (tuple(v[node].shape) for v in self._values)
-        if first[1:] != second[1:]:
-            return None
-        lead = first[0] if first[0] == second[0] else -1
-
-        def shaped(piece: SliceBuilder, shape: tuple[int, ...]) -> fx.Node:
-            return piece.graph.call_method("reshape", (piece.value(x), shape))
-
-        if isinstance(layout, Partial):
-            return OpLayout(layout, {x: Use.PIECE}, lambda piece: shaped(piece, (lead, *first[1:])))
-        if not isinstance(layout, Shard) or layout.chunks != 1 or not layout.axis:
-            return None
-        found = _refold(self._shape(x), first, layout.axis)
-        if found is None or found == 0:
-            return None
-        size = first[found]
-        units = layout.units
-        if size % units:
-            if units % size:
-                return None
-            raise Regrain(layout.origins, size)
-
-        def own(piece: SliceBuilder) -> fx.Node:
-            shape = [lead, *first[1:]]
-            shape[found] = piece.share(units).length(size)
-            return shaped(piece, tuple(shape))
-
-        return OpLayout(replace(layout, axis=found), {x: Use.PIECE}, own)
-
-    def _permute(self, node: fx.Node, name: str) -> OpLayout | None:
-        x, *dims = node.args
-        layout = self._of(x)
-        if not isinstance(x, fx.Node) or node.kwargs:
-            return None
-        if isinstance(layout, Partial):
-            return OpLayout(layout, {x: Use.PIECE})
-        rank = len(self._shape(x))
-        given = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-        if not isinstance(layout, Shard) or not all(isinstance(d, int) for d in given):
-            return None
-        order = [int(d) % rank for d in given]  # type: ignore[arg-type]
-        if name != "permute":
-            a, b = order
-            order = list(range(rank))
-            order[a], order[b] = b, a
-        return OpLayout(replace(layout, axis=order.index(layout.axis)), {x: Use.PIECE})
-
-    def _reduce(self, node: fx.Node) -> OpLayout | None:
-        x, *given = node.args
-        dims = node.kwargs.get("dim", given[0] if given else None)
-        keep = bool(node.kwargs.get("keepdim", given[1] if len(given) > 1 else False))
-        layout = self._of(x)
-        if not isinstance(x, fx.Node) or dims is None:
-            return None
-        if isinstance(layout, Partial):
-            return OpLayout(layout, {x: Use.PIECE})
-        many = [dims] if isinstance(dims, int) else dims
-        if not isinstance(many, (list, tuple)) or not isinstance(layout, Shard):
-            return None
-        gone = {int(d) % len(self._shape(x)) for d in many}
-        if layout.axis in gone:
-            return None
-        before = 0 if keep else sum(d < layout.axis for d in gone)
-        return OpLayout(replace(layout, axis=layout.axis - before), {x: Use.PIECE})
-
-    def _chunk(self, node: fx.Node) -> OpLayout | None:
-        """Equal parts of an axis; along the split one, its units are shared out in each part."""
-        x, _, *given = node.args
-        layout = self._of(x)
-        dim = node.kwargs.get("dim", given[0] if given else 0)
-        if not isinstance(x, fx.Node) or not isinstance(dim, int):
-            return None
-        parts = self._values[0][node]
-        axis = dim % len(self._shape(x))
-        if isinstance(layout, Partial):
-            return OpLayout(TupleLayout((layout,) * len(parts)), {x: Use.PIECE})
-        if not isinstance(layout, Shard):
-            return None
-        if axis != layout.axis:
-            return OpLayout(TupleLayout((layout,) * len(parts)), {x: Use.PIECE})
-        sizes = {part.shape[axis] for part in parts}
-        if len(sizes) > 1:
-            return None
-        if layout.chunks != len(parts):
-            if layout.chunks != 1:
-                return None
-            raise Regrain(layout.origins, sizes.pop(), len(parts))
-        made = replace(layout, chunks=1)
-
-        def chunks(piece: SliceBuilder) -> fx.Node:
-            return piece.graph.call_method("chunk", (piece.value(x), len(parts), axis))
-
-        return OpLayout(TupleLayout((made,) * len(parts)), {x: Use.PIECE}, chunks)
-
-    def _getitem(self, node: fx.Node) -> OpLayout | None:
-        x, index = node.args
-        layout = self._of(x)
-        if not isinstance(x, fx.Node):
-            return None
-        if isinstance(layout, TupleLayout) and isinstance(index, int):
-            return OpLayout(layout.parts[index], {x: Use.PIECE})
-        index = self.literal(index)
-        entries = index if isinstance(index, tuple) else (index,)
-        if not all(isinstance(e, (int, slice)) for e in entries):
-            return None
-        if isinstance(layout, Partial):
-            return OpLayout(layout, {x: Use.PIECE})
-        if not isinstance(layout, Shard):
-            return None
-        if len(entries) > layout.axis and entries[layout.axis] != slice(None):
-            return None
-        gone = sum(isinstance(e, int) for e in entries[: layout.axis])
-        return OpLayout(replace(layout, axis=layout.axis - gone), {x: Use.PIECE})
-
 
 def _off(module: nn.Module) -> bool:
     return isinstance(module, nn.Dropout) and module.p == 0
@@ -575,15 +326,6 @@ def _off(module: nn.Module) -> bool:
 
 def _path(node: fx.Node) -> str:
     return str(node.target).removeprefix("m.")
-
-
-def _refold(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> int | None:
-    """The axis of `new` that begins where `axis` of `old` does; None if none does."""
-    before = math.prod(old[:axis])
-    for place, size in enumerate(new):
-        if math.prod(new[:place]) == before and (size != 1 or old[axis] == 1):
-            return place
-    return None
 
 
 def dry_run(module: fx.GraphModule, inputs: list[Tensor]) -> dict[fx.Node, Any]:

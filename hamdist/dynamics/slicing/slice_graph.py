@@ -33,7 +33,7 @@ from hamdist.dynamics.graph.graph import (
     Sliced,
     TensorSlice,
 )
-from hamdist.dynamics.slicing.layouts import Shard
+from hamdist.dynamics.slicing.op_layouts import Shard
 from hamdist.dynamics.slicing.slice_module import SliceModule
 from hamdist.dynamics.slicing.stages import SlicePhase, SlicePhases
 from hamdist.errors import GraphError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hamdist.dynamics.graph.graph import TensorSlice
-from hamdist.dynamics.slicing.layouts import Narrow, Use
+from hamdist.dynamics.slicing.op_layouts import Narrow, Use
 from hamdist.dynamics.slicing.sliced_layers import Share, SlicePlaces
 from hamdist.dynamics.slicing.stages import SlicePhase, SlicePhases, inner_path
 

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from hamdist.dynamics.graph.spec import BlockSpec, Combine, Joining, ShapeMap, combined
 from hamdist.dynamics.slicing.fx_graph import read, readable
-from hamdist.dynamics.slicing.layouts import (
-    Layouts,
+from hamdist.dynamics.slicing.layouts import Layouts, dry_run
+from hamdist.dynamics.slicing.op_layouts import (
     NumberLayout,
     ParameterLayout,
     Regrain,
@@ -24,10 +24,9 @@ from hamdist.dynamics.slicing.layouts import (
     Shard,
     TupleLayout,
     Use,
-    dry_run,
 )
 from hamdist.dynamics.slicing.sliced_layers import Share
-from hamdist.dynamics.tracing.recorder import Unfollowed, stays_whole
+from hamdist.dynamics.tracing.recorded_calls import Unfollowed, stays_whole
 from hamdist.dynamics.tracing.trace import trace
 from hamdist.dynamics.tracing.traced_module import TracedModule
 from hamdist.dynamics.user_modules.copies import copied

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hamdist.dynamics.tracing.join_runs import Trace
 from hamdist.dynamics.tracing.recorder import Op
-from hamdist.dynamics.tracing.trace import Trace
+from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.tracing.traced_module import (
     MODULE,
     Arg,
-    ColumnForm,
     Path,
     Template,
     ValueRef,

@@ -14,26 +14,33 @@ B: batch.
 
 from __future__ import annotations
 
-import inspect
-import linecache
-import operator
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
+from hamdist.dynamics.tracing.recorded_calls import (
+    Unfollowed,
+    address_of,
+    as_step,
+    autocast_state,
+    backward_of,
+    is_plain,
+    is_stateful,
+    line_here,
+    line_of,
+    other_objects,
+    paths_of_tensors,
+    tensors_in,
+    without_others,
+)
 from hamdist.dynamics.tracing.traced_module import (
     FUNCTION,
-    METHOD,
     MODULE,
     Arg,
     ConstantRef,
@@ -69,27 +76,7 @@ ABOUT = frozenset({
     "__repr__", "has_names", "result_type", "is_storage", "is_distributed", "is_coalesced",
     "untyped_storage", "storage", "retain_grad",
 })
-# fmt: on
-_OPERATORS = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-}
-_REVERSED = {"__rsub__": operator.sub, "__rdiv__": operator.truediv}
 _SETTERS = ("_set_grad_enabled", "_set_autocast", "set_autocast")
-_FILES = ("/torch/", f"/{__package__.replace('.', '/')}/")  # whose lines are not the user's
-
-
-class Unfollowed(Exception):
-    """Why a model cannot be followed. module: the innermost one whose forward does it; line: where
-    ('file:line: text')."""
-
-    def __init__(self, reason: str, module: str, line: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.module = module
-        self.line = line
 
 
 Out = TypeVar("Out")
@@ -152,7 +139,7 @@ def record(
             raise recorder.failure from None
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"it raised {type(error).__name__}: {first}"
-        raise Unfollowed(reason, recorder.inner_at_failure or "", _line_of(error)) from error
+        raise Unfollowed(reason, recorder.inner_at_failure or "", line_of(error)) from error
     finally:
         for part in model.modules():
             vars(part).pop("_hamdist_recorder", None)
@@ -224,13 +211,13 @@ class _Recorder(TorchFunctionMode):
         self.inner_at_failure: str | None = None
         self._taken: list[TakenOp] = []
         self._known: dict[int, tuple[Tensor, Template]] = {}
-        self._graded: dict[int, object] = {}  # `_backward_of` it when it was made
+        self._graded: dict[int, object] = {}  # `backward_of` it when it was made
         self._constants: list[Tensor] = []
         self._origin: dict[int, object] = {}
         self._writers: dict[int, set[int]] = {}
         self._readers: dict[int, set[int]] = {}
         self._varying: set[int] = set()  # memory that was written to from what varies
-        self._autocast = _autocast()
+        self._autocast = autocast_state()
         self._learned = {name for name, _ in model.named_parameters()}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._learn(tensor, WeightRef(name))
@@ -250,7 +237,7 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("__set__", "backward", "set_", "set_data") or name.startswith("register_"):
             raise self._fails(f"it calls {name} on a tensor")
-        step = _as_step(func, name, args, kwargs)
+        step = as_step(func, name, args, kwargs)
         return self._take(step, args, kwargs, lambda: func(*args, **kwargs), name)
 
     def _attribute(self, name: str, tensor: Tensor) -> Any:
@@ -301,14 +288,14 @@ class _Recorder(TorchFunctionMode):
     def _fails(self, reason: str) -> Unfollowed:
         """The failure, remembered in case that the model catches it."""
         if self.failure is None:
-            self.failure = Unfollowed(reason, self._innermost, _line_here())
+            self.failure = Unfollowed(reason, self._innermost, line_here())
         return self.failure
 
     def _check_backward(self, value: Any) -> None:
         """Fails where an autograd.Function has made a tensor since the last step."""
         with self._a_step():
-            for tensor in _tensors(value):
-                if id(tensor) in self._known and _backward_of(tensor) != self._graded[id(tensor)]:
+            for tensor in tensors_in(value):
+                if id(tensor) in self._known and backward_of(tensor) != self._graded[id(tensor)]:
                     raise self._fails(
                         "it uses an autograd.Function, whose backward is not followed"
                     )
@@ -334,7 +321,7 @@ class _Recorder(TorchFunctionMode):
         own: nn.Module | None = None,
     ) -> Any:
         with self._a_step():
-            given = list(_tensors((args, kwargs)))
+            given = list(tensors_in((args, kwargs)))
             template = TracedStep(
                 step.kind,
                 step.target,
@@ -342,15 +329,15 @@ class _Recorder(TorchFunctionMode):
                 self._template(step.kwargs),
                 torch.is_grad_enabled(),
             )
-            if _autocast() != self._autocast:
+            if autocast_state() != self._autocast:
                 raise self._fails("it switches autocast on or off")
             versions = [t._version for t in given]
             chance = torch.get_rng_state()
             out = run()
             random = not torch.equal(torch.get_rng_state(), chance)
             written = [t for t, v in zip(given, versions, strict=True) if t._version != v]
-            made = list(_walk(out))
-            varies = random or self._varies(template) or (own is not None and _stateful(own))
+            made = list(paths_of_tensors(out))
+            varies = random or self._varies(template) or (own is not None and is_stateful(own))
             if not made and not written:
                 about = own is not None or not given or name in ABOUT
                 if not about and varies:
@@ -358,7 +345,7 @@ class _Recorder(TorchFunctionMode):
                 if own is None and not random:
                     return out
             if own is not None or given or made:
-                for odd in _others(out):
+                for odd in other_objects(out):
                     raise self._fails(
                         f"{name} returns a {type(odd).__name__}, which is not followed"
                     )
@@ -377,18 +364,18 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         k = len(self._taken)
         taken: TakenOp = Op(
-            step, self._innermost, _line_here(), tuple(self._stack), dict(made), random, varies,
+            step, self._innermost, line_here(), tuple(self._stack), dict(made), random, varies,
             set(), set(), set(),
         )  # fmt: skip
         self._taken.append(taken)
         for tensor in given:
-            memory = _memory(tensor)
+            memory = address_of(tensor)
             taken.reads |= self._writers.get(memory, set())
             if memory in self._varying:
                 taken.varies = True
             self._readers.setdefault(memory, set()).add(k)
         for tensor in written:
-            memory = _memory(tensor)
+            memory = address_of(tensor)
             origin = self._origin.get(memory)
             if isinstance(origin, tuple) and origin[0] == "const":
                 raise self._fails("it writes to a tensor that outlives the call")
@@ -397,20 +384,20 @@ class _Recorder(TorchFunctionMode):
             taken.writes.add(memory)
             taken.reads |= self._readers.get(memory, set()) - {k}
             self._writers.setdefault(memory, set()).add(k)
-            self._graded[id(tensor)] = _backward_of(tensor)
+            self._graded[id(tensor)] = backward_of(tensor)
             if taken.varies:
                 self._varying.add(memory)
         for path, tensor in made:
-            memory = _memory(tensor)
+            memory = address_of(tensor)
             taken.memory.add(memory)
             self._origin.setdefault(memory, k)
             self._known[id(tensor)] = (tensor, ValueRef(k, path))
-            self._graded[id(tensor)] = _backward_of(tensor)
+            self._graded[id(tensor)] = backward_of(tensor)
 
     def _learn(self, tensor: Tensor, template: WeightRef | Arg) -> None:
         self._known[id(tensor)] = (tensor, template)
-        self._graded[id(tensor)] = _backward_of(tensor)
-        self._origin.setdefault(_memory(tensor), template)
+        self._graded[id(tensor)] = backward_of(tensor)
+        self._origin.setdefault(address_of(tensor), template)
 
     def _varies(self, template: TracedStep) -> bool:
         for place in (*places(template.args), *places(template.kwargs)):
@@ -435,7 +422,7 @@ class _Recorder(TorchFunctionMode):
             return DeviceRef()
         if isinstance(value, torch.Generator):
             raise self._fails("it uses a random generator of its own")
-        if not _is_plain(value):
+        if not is_plain(value):
             raise self._fails(f"it passes a {kind.__name__} on, which may hold tensors")
         return value
 
@@ -452,146 +439,17 @@ class _Recorder(TorchFunctionMode):
         place = ConstantRef(len(self._constants))
         self._constants.append(tensor)
         self._known[id(tensor)] = (tensor, place)
-        self._graded[id(tensor)] = _backward_of(tensor)
-        self._origin.setdefault(_memory(tensor), ("const", place.index))
+        self._graded[id(tensor)] = backward_of(tensor)
+        self._origin.setdefault(address_of(tensor), ("const", place.index))
         return place
 
     def finished(self, output: Any) -> Recording:
         """What was recorded. Of the output what can be learned: a cache, or what else is neither a
         tensor nor a plain value, is left out where there are tensors beside it."""
-        learnable = _without_others(output)
-        for odd in _others(output) if not any(True for _ in _walk(learnable)) else ():
+        learnable = without_others(output)
+        for odd in () if any(paths_of_tensors(learnable)) else other_objects(output):
             raise Unfollowed(
                 f"the model returns a {type(odd).__name__}; return tensors, or a tuple or dict of "
                 "them", "", "",
             )  # fmt: skip
         return Recording(self._taken, self._template(learnable), self._constants, self._origin)
-
-
-def _as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> TracedStep:
-    """The call, in the form in which people write it."""
-    if name in _OPERATORS and len(args) == 2 and not kwargs and isinstance(args[0], Tensor):
-        return TracedStep(FUNCTION, _OPERATORS[name], tuple(args))
-    if name in _REVERSED and len(args) == 2 and not kwargs:
-        return TracedStep(FUNCTION, _REVERSED[name], (args[1], args[0]))
-    if isinstance(func, MethodDescriptorType) and not name.startswith("__"):
-        return TracedStep(METHOD, name, tuple(args), kwargs)
-    if name == "__getitem__":
-        return TracedStep(FUNCTION, operator.getitem, tuple(args))
-    if name == "__setitem__":
-        return TracedStep(FUNCTION, operator.setitem, tuple(args))
-    return TracedStep(FUNCTION, func, tuple(args), _said(func, kwargs))
-
-
-def _said(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Without the keywords that torch adds with their defaults (`inplace=False`)."""
-    if not isinstance(func, FunctionType):
-        return kwargs
-    known = inspect.signature(func).parameters
-    plain = (bool, int, float, str, type(None))
-    return {
-        key: value
-        for key, value in kwargs.items()
-        if key not in known or not isinstance(value, plain) or known[key].default is not value
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    plain = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), Enum, type)
-    torch_own = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo)
-    functions = (FunctionType, BuiltinFunctionType)
-    return isinstance(value, (*plain, *torch_own, *functions))
-
-
-def _autocast() -> list[object]:
-    """Which types autocast takes now, if any; torch's question without a device is CUDA's alone."""
-    on = torch.is_autocast_enabled
-    return [torch.get_autocast_dtype(d) if on(d) else None for d in ("cpu", "cuda")]
-
-
-def _backward_of(tensor: Tensor) -> object:
-    """What differs once an autograd.Function has returned the tensor as its own."""
-    node = tensor.grad_fn
-    if isinstance(node, BackwardCFunction):
-        return node
-    return tensor.requires_grad and node is not None
-
-
-def _memory(tensor: Tensor) -> int:
-    if tensor.layout != torch.strided:
-        return id(tensor)
-    return tensor.untyped_storage().data_ptr() or id(tensor)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    for _, tensor in _walk(value):
-        yield tensor
-
-
-def _walk(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    if isinstance(value, Tensor):
-        yield path, value
-    elif type(value) is slice:
-        for inner in (value.start, value.stop, value.step):
-            yield from _walk(inner, path)
-    else:
-        for key, inner in parts_of(value) or ():
-            yield from _walk(inner, (*path, key))
-
-
-def _others(value: Any) -> Iterator[Any]:
-    """Things in a result that are neither tensors nor plain values."""
-    parts = parts_of(value)
-    if parts is not None:
-        for _, inner in parts:
-            yield from _others(inner)
-    elif not isinstance(value, Tensor) and not _is_plain(value):
-        yield value
-
-
-def _without_others(value: Any) -> Any:
-    """A result with None in place of what `_others` yields."""
-    parts = parts_of(value)
-    if parts is not None:
-        return filled(value, [_without_others(part) for _, part in parts])
-    return value if isinstance(value, Tensor) or _is_plain(value) else None
-
-
-def _stateful(part: nn.Module) -> bool:
-    tensors = (*part.parameters(), *part.buffers())
-    return bool(tensors)
-
-
-def _line_here() -> str:
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code.co_filename
-        if not any(part in code.replace("\\", "/") for part in _FILES):
-            return _line(code, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-def _line_of(error: BaseException) -> str:
-    """The last line outside torch that the error passed."""
-    found, trace = "", error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code.co_filename
-        if not any(part in code.replace("\\", "/") for part in _FILES):
-            found = _line(code, trace.tb_lineno)
-        trace = trace.tb_next
-    return found
-
-
-def _line(file: str, number: int) -> str:
-    text = linecache.getline(file, number).strip()
-    return f"{file}:{number}" + (f": {text}" if text else "")
-
-
-def stays_whole(name: str, model: nn.Module, why: Unfollowed) -> str:
-    """Says which module cannot be cut, and the line that prevents it."""
-    what = f"the model (a {type(model).__name__})"
-    if name:
-        what = f"{name!r} (a {type(model.get_submodule(name)).__name__})"
-    at = f", at {why.line}" if why.line else ""
-    return f"{what} stays whole, because {why.reason}{at}"

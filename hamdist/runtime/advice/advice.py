@@ -21,8 +21,8 @@ from hamdist.config import (
     TransportKind,
 )
 from hamdist.dynamics.blocks.dissipation import dissipation_warnings
+from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.levels import make_locality
-from hamdist.dynamics.schedule.schedule import HoldSchedule
 from hamdist.dynamics.user_modules.python_state import modules_of
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.runtime.placement.assign_blocks import Costs, split

@@ -7,9 +7,10 @@ import math
 import torch
 
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.schedule.schedule import Kind
+from hamdist.dynamics.schedule.events import Kind
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.signals.signal import MAX_HEADER, Channel
+from hamdist.runtime.signals.packing import MAX_HEADER
+from hamdist.runtime.signals.signal import Channel
 
 # Batches may be larger than the first one was; a message may be wider than the state that it
 # answers (float64 for float32), and bring that state along (memory 'reversible').

@@ -18,7 +18,7 @@ from hamdist.config import DeviceSignals, Pin
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import Window
-from hamdist.dynamics.schedule.schedule import Kind
+from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import HamdistError
 from hamdist.runtime.engines.message_limits import message_bytes, slot_bytes
 from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
@@ -39,7 +39,8 @@ from hamdist.runtime.signals.signal import Channel
 from hamdist.runtime.snapshots.writer import SnapshotWriter, WrittenFiles
 from hamdist.runtime.transport.cuda_ipc import cuda_memory
 from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal
-from hamdist.runtime.transport.shared_memory import GPU_SCHEME, MAX_CAPACITY, takes
+from hamdist.runtime.transport.ring import GPU_SCHEME
+from hamdist.runtime.transport.shared_memory import MAX_CAPACITY, takes
 from hamdist.runtime.transport.thread_calls import ThreadCalls
 from hamdist.runtime.transport.transport import IPC, Endpoints
 from hamdist.streams.sample import Stream

@@ -35,7 +35,7 @@ from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import LossFunction
-from hamdist.dynamics.schedule.schedule import HoldSchedule
+from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.state.finite import bounded
 from hamdist.dynamics.updates.constants import constant_tau
 from hamdist.dynamics.updates.weights import Weights

@@ -17,7 +17,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any, Protocol
 
-from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.dynamics.schedule.events import Stamp
 from hamdist.dynamics.state.remember import check_names
 from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.results.digests import Digests

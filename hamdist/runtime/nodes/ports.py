@@ -12,7 +12,9 @@ from hamdist.dynamics.blocks.energy import Recorder
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.graph.graph import Edge
 from hamdist.dynamics.objective.prequential import Prequential
-from hamdist.dynamics.schedule.schedule import Event, HoldSchedule, PulseSchedule, Stamp, emitted
+from hamdist.dynamics.schedule.events import Event, Stamp, emitted
+from hamdist.dynamics.schedule.hold import HoldSchedule
+from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction, Rounding
 from hamdist.dynamics.vjp.autograd import LocalFunction

@@ -10,7 +10,7 @@ from torch import Tensor
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.graph.graph import BlockSpec
-from hamdist.dynamics.schedule.schedule import Event, Phase, Stamp
+from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.state.remember import Remembers
 from hamdist.runtime.nodes.mailbox import Mailbox

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.inputs import INPUT, by_parent
+from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.microbatches import rows_of
-from hamdist.dynamics.schedule.schedule import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.state.remember import check_names
 from hamdist.dynamics.updates.constants import TOLERANCE

@@ -25,7 +25,9 @@ import torch
 
 from hamdist.dynamics.graph.graph import Edge
 from hamdist.dynamics.partition.apply_settings import delayed
-from hamdist.dynamics.schedule.schedule import HoldSchedule, Kind, PulseSchedule, Stamp
+from hamdist.dynamics.schedule.events import Kind, Stamp
+from hamdist.dynamics.schedule.hold import HoldSchedule
+from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.runtime.placement.assign_blocks import Costs
 from hamdist.runtime.placement.step_costs import in_flight
 from hamdist.runtime.plan.plan import Plan

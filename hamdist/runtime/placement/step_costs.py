@@ -28,7 +28,8 @@ from torch import Tensor
 
 from hamdist.config import Balance
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.schedule.schedule import HoldSchedule, PulseSchedule
+from hamdist.dynamics.schedule.hold import HoldSchedule
+from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.errors import HamdistError
 from hamdist.runtime.nodes.factory import Node, make_node
 from hamdist.runtime.nodes.loop import run_loop

@@ -7,8 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from hamdist.config import (
     IGNORE_INDEX,
     Compensation,
-    Compress,
     Credit,
     EngineKind,
     EngineSettings,
@@ -25,19 +23,25 @@ from hamdist.config import (
     Reset,
     Settings,
     StepKind,
-    TargetOf,
 )
 from hamdist.dynamics.graph.checks import check_parameters
 from hamdist.dynamics.graph.graph import Graph, ShapeMap
 from hamdist.dynamics.native import rows
-from hamdist.dynamics.objective.losses import CrossEntropy, class_axis, mse
 from hamdist.dynamics.partition.reversible_blocks import reversible_blocks
+from hamdist.dynamics.schedule.events import Schedule
 from hamdist.dynamics.schedule.levels import Locality, make_locality
-from hamdist.dynamics.schedule.schedule import HoldSchedule, Schedule, make_schedule
+from hamdist.dynamics.schedule.schedule import make_schedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
 from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
-from hamdist.errors import GraphError, LevelError, SettingsError
+from hamdist.errors import LevelError, SettingsError
+from hamdist.runtime.plan.checks import (
+    check_output_nets,
+    check_predictions,
+    check_resets,
+    why_one_length,
+    with_classes,
+)
 from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.plan.microbatches import cut_batches
@@ -46,10 +50,9 @@ from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
 from hamdist.runtime.signals.edge_codecs import compressed
 from hamdist.runtime.signals.signal import Channels, make_channels
-from hamdist.streams.sample import SampleSpec, TargetSpec
-
-if TYPE_CHECKING:
-    from hamdist.runtime.storage.snapshot_files import Snapshot
+from hamdist.runtime.storage.snapshot_files import Snapshot
+from hamdist.runtime.storage.store import storage
+from hamdist.streams.sample import SampleSpec
 
 Replan: TypeAlias = "Callable[[Mapping[str, int]], Plan]"
 
@@ -190,8 +193,8 @@ def make_plan(
     dynamics = make_dynamics(settings.dynamics, settings.learning, knobs, phi=phi)
     check_names(dynamics, graph.parameters())
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
-    spec = _with_classes(spec, graph, shapes)
-    _check_predictions(graph, shapes, spec, settings.ignore_index)
+    spec = with_classes(spec, graph, shapes)
+    check_predictions(graph, shapes, spec, settings.ignore_index)
     knobs = cut_batches(knobs, graph, spec, settings.learning)
     graph, shapes, cast_plans = with_cast_plans(graph, shapes, spec.parents, settings.engine, knobs)
     # (The end of a stream goes against the edges where there are cycles; energies need z.)
@@ -202,8 +205,8 @@ def make_plan(
         schedule = SequenceSchedule(graph, knobs, carries=dynamics.reset.h is Reset.NEVER)
     else:
         schedule = make_schedule(graph, knobs, silent)
-    _check_resets(graph, schedule, dynamics, knobs)
-    _check_output_nets(graph, dynamics)
+    check_resets(graph, schedule, dynamics, knobs)
+    check_output_nets(graph, dynamics)
     rewinds = knobs.memory is Memory.REVERSIBLE
     started = [b.name for b in graph.blocks.values() if b.initial is not None]
     if started and not knobs.hold:
@@ -267,31 +270,8 @@ def make_plan(
         heads=heads,
         native=native,
         ignore_index=settings.ignore_index,
-        one_length=_one_length(graph, spec, knobs, settings),
+        one_length=why_one_length(graph, spec, knobs, settings),
     )
-
-
-def _one_length(graph: Graph, spec: SampleSpec, knobs: Locality, settings: Settings) -> str | None:
-    """Why all items have the lengths of the first one; None where each may have its own."""
-    if not spec.ragged:
-        return (
-            "where items have lengths of their own, say ragged=True to hamdist.streams.from_loader "
-            "or from_iterable"
-        )
-    if not knobs.pulse:
-        return (
-            f"presentation {knobs.presentation.value!r} carries states from one item to the next; "
-            "pad all of them to one length, or use a level of presentation 'pulse'"
-        )
-    for name, asked in (
-        ("partition.slices", bool(settings.partition.slices)),
-        ("engine.compress", settings.engine.compress is not Compress.NONE),
-    ):
-        if asked:
-            return f"{name} is laid out for one length; pad all items to it, or leave {name} out"
-    if graph.one_length is None:
-        return None
-    return f"the model was followed with one length ({graph.one_length}); pad all items to it"
 
 
 def make_snapshot_policy(
@@ -303,7 +283,7 @@ def make_snapshot_policy(
         return None
     timed = given.seconds is not None or given.every is None
     return SnapshotPolicy(
-        path=given.path,
+        path=storage(given.path).where,  # actors may have another current folder
         every=given.every,
         seconds=(given.seconds or SNAPSHOT_SECONDS) if timed else None,
         keep=given.keep,
@@ -318,51 +298,6 @@ def make_snapshot_policy(
     )
 
 
-PAGE = 4096
-
-
-def least_bytes(graph: Graph, settings: Settings) -> int:
-    """Return what a snapshot of `graph` takes at least: weights, their costates, and averages, and
-    a page of the disk for each file."""
-    learning = settings.learning
-    copies = 2 + (learning.adaptive is not None) + (learning.average != "off")
-    modules = [m for b in graph.blocks.values() for m in (b.module, b.output) if m is not None]
-    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    return copies * sum(t.numel() * t.element_size() for t in tensors) + PAGE * (len(modules) + 2)
-
-
-_ALIKE = ("level", "locality", "loss", "dtype", "seed", "metrics")
-
-
-def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
-    """What two runs have in common of which one can go on from the other's state: all but numbers
-    that may change on the way, where blocks live, and how signals get there."""
-    engine = plan.engine.model_dump(mode="json")
-    dumped = settings.model_dump(mode="json")
-    blocks = {
-        name: {
-            "parents": list(block.parents),
-            "parameters": {k: list(p.shape) for k, p in block.module.named_parameters()},
-            "shape": list(plan.shapes[name][0]),
-        }
-        for name, block in plan.graph.blocks.items()
-    }
-    kinds = {
-        n: {"dtype": b["dtype"], "autocast": b["autocast"]} for n, b in engine["blocks"].items()
-    }
-    return {
-        "blocks": blocks,
-        "edges": {e.name: e.delay for e in plan.graph.edges},
-        "channels": [c.key for c in plan.channels.all()],
-        "c": plan.schedule.c,
-        **{name: dumped[name] for name in _ALIKE},
-        "compress": [engine["compress"], engine["feedback"]],
-        "native": plan.native,
-        "closed": plan.engine.step is not StepKind.AUTOGRAD,
-        "computes": kinds,
-    }
-
-
 def _native(engine: EngineSettings) -> bool:
     """Raises SettingsError where C code is asked for that is not there."""
     if engine.step is StepKind.NATIVE and not rows.built():
@@ -373,125 +308,3 @@ def _native(engine: EngineSettings) -> bool:
     return engine.step is StepKind.NATIVE or (
         engine.step is StepKind.AUTO and rows.built() and engine.threads == 1
     )
-
-
-def _check_output_nets(graph: Graph, dynamics: Dynamics) -> None:
-    """Raises LevelError for constants of a state that are given to blocks without one."""
-    for pattern, own in dynamics.blocks.items():
-        fitting = [b for b in graph.blocks.values() if fnmatchcase(b.name, pattern)]
-        given = {"c": own.c, "eta_z": own.eta_z}
-        if any(b.has_state for b in fitting):
-            continue
-        for name, value in given.items():
-            if value is not None:
-                raise LevelError(
-                    f"dynamics.blocks.{pattern}.{name}: {fitting[0].name!r} is an output net and "
-                    "has no state that it could belong to; leave it out, or give the readout a "
-                    "state (locality.readout 'state')"
-                )
-
-
-def _check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Locality) -> None:
-    """Raises LevelError where states are cleared before a prediction has come about."""
-    if dynamics.reset.h is not Reset.SAMPLE or not isinstance(schedule, HoldSchedule):
-        return
-    late = max(schedule.target_lag(r) for r in graph.readouts)
-    if schedule.c <= late and knobs.target is TargetOf.SAMPLE:
-        raise LevelError(
-            f"dynamics.reset.h 'sample' with speed {schedule.c}: the states are cleared before a "
-            f"sample's prediction stands at the readout, {late} ticks later; use locality.speed "
-            f"{late + 1} or more, or reset.h 'never'"
-        )
-
-
-def _with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec:
-    """Sets the number of classes that the stream does not know: what cross-entropy predicts."""
-
-    def known(target: TargetSpec | None, readouts: Iterable[str]) -> int | None:
-        if target is None or target.classes is not None or target.dtype.is_floating_point:
-            return None if target is None else target.classes
-        predicted = [
-            shapes[name][0]
-            for name in readouts
-            if isinstance(graph.blocks[name].loss, CrossEntropy)
-            and len(shapes[name][0]) == len(target.shape) + 1
-        ]
-        try:
-            return min((one[class_axis(one, target.shape)] for one in predicted), default=None)
-        except ValueError:  # (`_check_predictions` says it)
-            return None
-
-    if spec.targets is None:
-        return dataclasses.replace(spec, classes=known(spec.target(""), graph.readouts))
-    targets = {
-        name: dataclasses.replace(one, classes=known(one, {name} & set(graph.readouts)))
-        for name, one in spec.targets.items()
-    }
-    first = next(iter(targets.values()))
-    return dataclasses.replace(spec, targets=targets, classes=first.classes)
-
-
-def _check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_index: int) -> None:
-    """Raises GraphError where a readout's prediction cannot be compared with the targets."""
-    unknown = sorted(set(spec.targets or ()) - set(graph.readouts))
-    if unknown:
-        raise GraphError(
-            f"the stream has targets for {unknown[0]!r}, which is no readout; readouts: "
-            f"{', '.join(map(repr, graph.readouts))}"
-        )
-    for name in graph.readouts:
-        block = graph.blocks[name]
-        shape = shapes[name][0]
-        target = spec.target(name)
-        if target is None:
-            raise GraphError(
-                f"readout {name!r} has no targets in the stream, which has some for "
-                f"{', '.join(map(repr, spec.targets or ()))}; give it targets, or take its loss off"
-            )
-        if isinstance(block.loss, CrossEntropy) and block.loss.ignore_index != ignore_index:
-            raise GraphError(
-                f"readout {name!r} leaves out targets of {block.loss.ignore_index}, ignore_index "
-                f"is {ignore_index}: give its BlockSpec loss=CrossEntropy({ignore_index})"
-            )
-        if block.output is not None:  # its own shape was not derived
-            continue
-        if block.loss is mse and not target.dtype.is_floating_point:
-            raise GraphError(
-                f"readout {name!r} has the loss mse, but the targets have dtype {target.dtype}: "
-                "convert real-valued ones to a floating-point dtype, or choose cross-entropy"
-            )
-        if block.loss is mse and shape != target.shape:
-            raise GraphError(
-                f"readout {name!r} predicts {shape}, but the targets are {target.shape}; give it "
-                "as many outputs, or choose another loss"
-            )
-        classes = target.classes
-        if isinstance(block.loss, CrossEntropy) and classes is not None:
-            try:
-                axis = class_axis(shape, target.shape)
-            except ValueError as error:
-                raise GraphError(f"readout {name!r}: {error}") from None
-            if len(shape) < 2 or shape[axis] < classes:
-                raise GraphError(
-                    f"readout {name!r} predicts {shape}, but the stream has {classes} classes; "
-                    f"give it {classes} outputs"
-                )
-            shared = spec.targets is None and graph.unsliced.was_cut
-            if shared and len(graph.readouts) > 1 and shape[axis] != classes:
-                raise GraphError(
-                    f"output {name!r} of the model is {shape}, but the one target of the stream "
-                    f"has {classes} classes: outputs that are not learned are left out by naming "
-                    "the losses of the others, loss={'NAME': 'cross-entropy'}; outputs: "
-                    f"{', '.join(map(repr, graph.readouts))}"
-                )
-            rows = (*shape[:axis], *shape[axis + 1 :])
-            if rows != target.shape:
-                raise GraphError(
-                    f"readout {name!r} predicts {shape}, that is classes of {rows}, but the "
-                    f"targets are {target.shape}; predict one row of classes for every target"
-                )
-        elif isinstance(block.loss, CrossEntropy) and shape != target.shape:
-            raise GraphError(
-                f"readout {name!r} has the loss cross-entropy, but the stream's targets "
-                f"{target.shape} are no classes; say how many classes there are, or use mse"
-            )

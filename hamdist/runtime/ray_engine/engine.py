@@ -26,10 +26,12 @@ from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.auth_token import token_notes
-from hamdist.runtime.ray_engine.session import HEAD_SECONDS, HeadWatch, answers, ray_session
+from hamdist.runtime.ray_engine.cluster_hosts import HEAD_SECONDS, HeadWatch, answers
+from hamdist.runtime.ray_engine.placed_workers import END_SECONDS
+from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
 from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
-from hamdist.runtime.ray_engine.worker_group import END_SECONDS, WorkerGroup
+from hamdist.runtime.ray_engine.worker_group import WorkerGroup
 from hamdist.runtime.results.digests import joined
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.edge_codecs import CompressionMap

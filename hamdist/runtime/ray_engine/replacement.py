@@ -38,14 +38,10 @@ from hamdist.errors import (
 from hamdist.runtime.engines.worker import ANSWER_SECONDS, ReceivingEnds
 from hamdist.runtime.placement.assign_hosts import reseated
 from hamdist.runtime.plan.plan import SnapshotPolicy
-from hamdist.runtime.ray_engine.session import reachable_hosts
+from hamdist.runtime.ray_engine.cluster_hosts import reachable_hosts
+from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, START_SECONDS, WorkerHandle
 from hamdist.runtime.ray_engine.worker_actor import WorkerActor
-from hamdist.runtime.ray_engine.worker_group import (
-    END_SECONDS,
-    START_SECONDS,
-    WorkerGroup,
-    WorkerHandle,
-)
+from hamdist.runtime.ray_engine.worker_group import WorkerGroup
 from hamdist.runtime.results.result import Replaced
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
 

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
-import shutil
-import socket
-import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,33 +16,20 @@ from pydantic import ValidationError
 
 from hamdist.config import EngineSettings, describe
 from hamdist.errors import ClusterError, HamdistError, SettingsError
-from hamdist.runtime.placement.assign_hosts import ActorOptions, HostInfo, described
+from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
-from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, sweep
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.auth_token import (
     REMEDY,
     check_joined,
     check_token,
     is_refusal,
-    own_token,
     refused,
 )
+from hamdist.runtime.ray_engine.cluster_hosts import knock
+from hamdist.runtime.ray_engine.local_ray import GONE_SECONDS, local_ray, ray_environment
 
-OBJECT_STORE_BYTES = 100 * 2**20
-GONE_SECONDS = 10.0
-KNOCK_SECONDS = 5.0
-ANSWER_SECONDS = 1.0  # for a port of Ray's
-HEAD_SECONDS = 10.0  # without an answer, of the 60 after which Ray ends its drivers
-KNOCKS = 32  # at a time
-PROFILE_SECONDS = 60.0
-TRIES = 5
 CLOSING_SECONDS = 3 * GONE_SECONDS
-RAY_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 class Session:
@@ -277,7 +255,7 @@ def _ray(engine: EngineSettings) -> Iterator[tuple[set[psutil.Process], int]]:
             yield set(), 0
     else:
         cpus = max(cores(), engine.processes())
-        with _local(cpus) as processes:
+        with local_ray(cpus) as processes:
             yield processes, cpus
 
 
@@ -288,7 +266,7 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
 
     check_token(address)
     try:
-        _knock(address)
+        knock(address)
         with handlers_of_ours():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (OSError, RuntimeError, ValueError, RayError) as error:
@@ -305,222 +283,3 @@ def _joined(engine: EngineSettings, address: str) -> Iterator[None]:
     finally:
         with deaf_to_interrupts():
             ray.shutdown()
-
-
-def _knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
-    """Raises OSError if nobody listens at host:port; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), seconds).close()
-
-
-def answers(address: str) -> bool:
-    """Return whether somebody listens at host:port."""
-    try:
-        _knock(address, ANSWER_SECONDS)
-    except OSError:
-        return False
-    return True
-
-
-class HeadWatch:
-    """Finds out that the head of a joined cluster is gone, before Ray ends this process for it."""
-
-    def __init__(self) -> None:
-        self._asked = self._answered = time.monotonic()
-
-    def lost(self, address: str, now: float) -> bool:
-        """Ask now and then whether anybody listens at the head's address.
-
-        Args:
-            address: host:port of the head.
-            now: as of `time.monotonic`.
-
-        Returns:
-            Whether nobody has for HEAD_SECONDS.
-        """
-        if now - self._asked >= HEAD_SECONDS / 5:
-            self._asked = now
-            if answers(address):
-                self._answered = now
-        return now - self._answered >= HEAD_SECONDS
-
-
-@contextmanager
-def _local(cpus: int) -> Iterator[set[psutil.Process]]:
-    import ray
-
-    sweep()
-    folder = tempfile.mkdtemp(prefix=RAY_PREFIX, dir=short_folder())
-    claim(Path(folder))
-    before = set(psutil.Process().children(recursive=True))
-    up = False
-    try:
-        with own_token(folder), handlers_of_ours(), _in_a_session_of_its_own(), _start_named():
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                # Ray opens its folder to all users: one that only the owner can enter lies around.
-                _temp_dir=os.path.join(folder, "r"),
-            )
-        up = True
-        yield _of_session(folder, before)
-    finally:
-        with deaf_to_interrupts():
-            mine = _of_session(folder, before)
-            ray.shutdown()
-            _outlast(mine, GONE_SECONDS if up else 0)
-            shutil.rmtree(folder, ignore_errors=True)
-            release(Path(folder))
-
-
-@contextmanager
-def _start_named() -> Iterator[None]:
-    """Turn what Ray raises where it does not come up into a ClusterError.
-
-    Raises:
-        ClusterError: Ray did not start.
-    """
-    try:
-        yield
-    except Exception as error:  # (of no common root)
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ClusterError(
-            f"a local Ray did not start: {first} (is this machine overloaded, or short of memory, "
-            "or of room for temporary files?); start again, or use --engine inprocess"
-        ) from error
-
-
-@contextmanager
-def _in_a_session_of_its_own() -> Iterator[None]:
-    """Start Ray's processes in a session (in the sense of POSIX) of their own inside.
-
-    A signal to the group of this process, as batch systems send it, then reaches this process
-    alone, which ends the run in order. (Ray has no setting for it; Popen has.)
-    """
-    from ray._private import services
-
-    popen = getattr(services, "ConsolePopen", None)
-    if popen is None or os.name != "posix":
-        yield
-        return
-    services.ConsolePopen = partial(popen, start_new_session=True)  # type: ignore[misc,assignment]
-    try:
-        yield
-    finally:
-        services.ConsolePopen = popen  # type: ignore[misc]
-
-
-def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:
-    """This process's children that belong to the Ray in `folder`; others are the user's own."""
-    heads = set()
-    for process in set(psutil.Process().children(recursive=True)) - before:
-        with contextlib.suppress(psutil.Error):
-            if folder in " ".join(process.cmdline()):
-                heads.add(process)
-    found = set(heads)
-    for head in heads:
-        with contextlib.suppress(psutil.Error):
-            found |= set(head.children(recursive=True))
-    return found
-
-
-def hosts() -> list[HostInfo]:
-    """The hosts of the Ray that is up, this one first, the others by their address."""
-    import ray
-
-    here = ray.get_runtime_context().get_node_id()
-    found = [_host(node) for node in ray.nodes() if node["Alive"]]
-    return sorted(found, key=lambda host: (host.id != here, host.address))
-
-
-def reachable_hosts() -> list[HostInfo]:
-    """Of `hosts()`, those whose raylet can be reached from here: Ray itself needs seconds to notice
-    that one cannot."""
-    import ray
-
-    raylets = {
-        node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-        for node in ray.nodes()
-        if node["Alive"]
-    }
-
-    def reached(host: HostInfo) -> bool:
-        return host.id in raylets and answers(raylets[host.id])
-
-    known = hosts()
-    with ThreadPoolExecutor(KNOCKS) as pool:
-        return [host for host, up in zip(known, pool.map(reached, known), strict=True) if up]
-
-
-def _host(node: dict[str, Any]) -> HostInfo:
-    address, name = node["NodeManagerAddress"], node.get("NodeManagerHostname", "")
-    return described(node["NodeID"], address, name, node["Resources"], node.get("Labels", {}))
-
-
-def host_seconds(known: Sequence[HostInfo]) -> dict[str, float]:
-    """By host, seconds for the same arithmetic, in one thread of a process of its own there.
-
-    Raises ClusterError for a host on which no processor is free for it."""
-    import ray
-    from ray.exceptions import RayError
-
-    from hamdist.runtime.ray_engine.worker_actor import timed_on
-
-    calls = {host.id: timed_on(host.id) for host in known}
-    try:
-        return dict(zip(calls, ray.get(list(calls.values()), timeout=PROFILE_SECONDS), strict=True))
-    except (RayError, TimeoutError) as error:
-        raise ClusterError(
-            f"engine.spread 'profile': the hosts could not be measured within "
-            f"{PROFILE_SECONDS:.0f} s ({type(error).__name__}); is a processor free on each? use "
-            "'packed' or 'spread'"
-        ) from error
-
-
-_environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it has imported it
-
-
-@contextmanager
-def ray_environment(engine: EngineSettings) -> Iterator[None]:
-    """Set what Ray reads from the environment while it is imported or started, inside only.
-
-    What the user has set stays, and so does everything where the user has imported Ray before:
-    Ray has read it by then.
-    """
-    global _environment
-    if _environment is None:
-        _environment = {} if "ray" in sys.modules else dict(RAY_SETTINGS)
-    wanted = dict(_environment)
-    if wanted and engine.address is None:
-        wanted["RAY_AUTH_MODE"] = "token"
-    if engine.address is not None:
-        # (Ray tries so often; a head that answers and refuses the token will go on to)
-        wanted["RAY_gcs_server_port_wait_time_s"] = str(TRIES)
-    before = dict(os.environ)
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
-    try:
-        yield
-    finally:  # (Ray sets some itself, PYTHONBREAKPOINT among them)
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
-
-
-def short_folder() -> str | None:
-    """Ray's socket paths must fit 107 bytes: not every TMPDIR is short enough."""
-    return None if len(tempfile.gettempdir()) < 16 else "/tmp"
-
-
-def _outlast(processes: set[psutil.Process], seconds: float) -> None:
-    """Waits until the processes that this session started are gone; ends what stays."""
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=GONE_SECONDS)

@@ -10,8 +10,9 @@ from math import inf
 
 from hamdist.errors import BlockError, ClusterError, HamdistError, HamdistWarning, SnapshotError
 from hamdist.runtime.plan.plan import Plan, SnapshotPolicy
+from hamdist.runtime.ray_engine.placed_workers import WorkerHandle
 from hamdist.runtime.ray_engine.replacement import ActorLoss, Replacement
-from hamdist.runtime.ray_engine.worker_group import WorkerGroup, WorkerHandle
+from hamdist.runtime.ray_engine.worker_group import WorkerGroup
 from hamdist.runtime.results.result import Replaced
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
 

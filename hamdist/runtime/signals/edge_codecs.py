@@ -9,7 +9,7 @@ import torch
 from hamdist.config import Compress, EngineSettings, Feedback
 from hamdist.dynamics.graph.graph import Edge, Graph, ShapeMap
 from hamdist.dynamics.graph.patterns import check_patterns, fitting
-from hamdist.dynamics.schedule.schedule import Kind
+from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import SettingsError
 from hamdist.runtime.signals.codec import Codec, Compressed
 from hamdist.runtime.signals.signal import Channel, Channels

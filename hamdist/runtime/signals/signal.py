@@ -1,67 +1,29 @@
-"""Signals, the channels they cross, and their form on the wire.
+"""Signals and the channels they cross (their form on the wire: packing.py).
 
 A channel is one direction of an edge (or the way of the targets from the stream to a readout): it
 has one sender and one receiver, and its signals arrive in the order in which they were sent. What
 pairs a signal with its use is its stamp, which the receiver checks; never the order.
-
-A message is one signal packed, or several in the order of their sending (a bundle, see `Bundle` in
-schedule.py). Packed, a signal is a header and then its payload, filled up to a multiple of 8 bytes;
-a payload that goes another way (a frame, a slot of shared memory) leaves its number behind. Header,
-little-endian: magic 'HD', format, kind, flags, type, number of dimensions (1 byte each), a byte of
-padding, run (8), channel (4), number of the payload that is apart (4), tick, sample, version (8
-each), then 8 bytes per dimension.
 """
 
 from __future__ import annotations
 
-import ctypes
-import math
-import struct
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.graph import INPUT, Graph
-from hamdist.dynamics.schedule.schedule import ALONE, Bundle, Kind, PulseSchedule, Schedule, Stamp
+from hamdist.dynamics.schedule.events import ALONE, Bundle, Kind, Schedule, Stamp
+from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.state.remember import known
-from hamdist.errors import WireError
 from hamdist.runtime.signals.cast import to_host
 from hamdist.runtime.signals.codec import Codec
 
 ALIGNMENT = 64
-FORMAT = 2
-HEADER = struct.Struct("<2sBBBBBxQIIqqq")
-_FIXED = struct.Struct("<2sBBBBBxQI")  # what repeats in a channel, and what does not:
-_VARYING = struct.Struct("<Iqqq")
-_DIMS_AT = 6
-MAGIC = b"HD"
-MAX_DIMS = 16
-END = 1
-EMPTY = 2
-SEQUENCE_END = 4
-APART = 8
-MAX_BYTES = 2**40  # of one payload: beyond it a header is no signal's
-MAX_HEADER = HEADER.size + 8 * MAX_DIMS
-_REMEMBERED = 64  # forms of signals that a channel's packer knows by heart
-
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
-_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
 class Channel(NamedTuple):
@@ -251,165 +213,3 @@ def _strides(shape: torch.Size) -> tuple[int, ...]:
     for n in reversed(shape[1:]):
         made.append(made[-1] * max(n, 1))
     return tuple(reversed(made))
-
-
-class WireForm(NamedTuple):
-    """What a payload is made of. array: its bytes, to ctypes; fill: bytes up to a multiple of 8."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    nbytes: int
-    array: Any
-    fill: bytes
-
-    def new(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype)
-
-    def bytes_of(self, tensor: Tensor) -> Any:
-        """The tensor's own memory, which it has to outlive."""
-        return self.array.from_address(tensor.data_ptr())
-
-
-class Packed(NamedTuple):
-    """One signal as it was found in a message. form: None without a payload. index: of a payload
-    that is apart, else None; start, end: where the signal's own payload lies, and the next begins.
-    """
-
-    stamp: Stamp
-    flags: int
-    form: WireForm | None
-    apart: int | None
-    start: int
-    end: int
-
-
-class Packer:
-    """Packs and unpacks the signals of one channel of one run.
-
-    Headers of one channel differ in their stamps alone, as long as type and shape stay: the rest is
-    made and checked once, and then known by its bytes.
-    """
-
-    def __init__(self, run: int, channel: Channel) -> None:
-        self._run = run
-        self._channel = channel
-        self._made: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
-        self._forms: dict[tuple[Any, ...], WireForm] = {}
-        self._seen: dict[bytes, tuple[int, WireForm | None]] = {}
-
-    def form(self, payload: Tensor) -> WireForm:
-        """Raises WireError for a tensor that cannot be sent."""
-        key = (payload.dtype, payload.shape)
-        form = self._forms.get(key)
-        if form is None:
-            if payload.dtype not in _CODES or payload.dim() > MAX_DIMS or payload.is_meta:
-                raise WireError(
-                    f"{self._channel}: type {payload.dtype} with {payload.dim()} dimensions on "
-                    f"{payload.device} cannot be sent"
-                )
-            form = _form(tuple(payload.shape), payload.dtype)
-            _remember(self._forms, key, form)
-        if not payload.is_contiguous():
-            raise WireError(f"{self._channel}: a payload has to be contiguous, see ready()")
-        return form
-
-    def header(self, signal: Signal, form: WireForm | None, index: int | None = None) -> bytes:
-        """index: of a payload that goes another way."""
-        flags = (
-            (END if signal.end else 0)
-            | (SEQUENCE_END if signal.sequence_end else 0)
-            | (EMPTY if form is None else 0)
-            | (0 if index is None else APART)
-        )
-        key = (flags, form)
-        made = self._made.get(key)
-        if made is None:
-            shape = () if form is None else form.shape
-            code = 0 if form is None else _CODES[form.dtype]
-            number, kind = self._channel.number, self._channel.kind
-            fixed = (MAGIC, FORMAT, kind, flags, code, len(shape), self._run, number)
-            made = _FIXED.pack(*fixed), struct.pack(f"<{len(shape)}q", *shape)
-            _remember(self._made, key, made)
-        return made[0] + _VARYING.pack(index or 0, *signal.stamp) + made[1]
-
-    def read(self, message: bytes, at: int) -> Packed:
-        """The signal that begins at byte `at`. Raises WireError for anything that is not a whole
-        signal of this run and channel."""
-        if len(message) < at + HEADER.size:
-            raise WireError(f"{self._channel}: a header of {len(message) - at} bytes")
-        start = at + HEADER.size + 8 * message[at + _DIMS_AT]
-        key = message[at : at + _FIXED.size] + message[at + HEADER.size : start]
-        known = self._seen.get(key)
-        if known is None:
-            known = self._checked(message, at)
-            _remember(self._seen, key, known)
-        flags, form = known
-        index, *stamp = _VARYING.unpack_from(message, at + _FIXED.size)
-        if flags & APART or form is None:
-            return Packed(
-                Stamp(*stamp), flags, form, index if flags & APART else None, start, start
-            )
-        end = start + form.nbytes + len(form.fill)
-        if end > len(message):
-            raise WireError(
-                f"{self._channel}: {len(message) - start} bytes do not make shape {form.shape} of "
-                f"{form.dtype}"
-            )
-        return Packed(Stamp(*stamp), flags, form, None, start, end)
-
-    def _checked(self, message: bytes, at: int) -> tuple[int, WireForm | None]:
-        """The flags and the form of a header that was not seen before."""
-        channel = self._channel
-        magic, form, kind, flags, code, dims, run, number = _FIXED.unpack_from(message, at)
-        if magic != MAGIC or form != FORMAT:
-            raise WireError(f"{channel}: not a signal of format {FORMAT}")
-        if run != self._run:
-            raise WireError(f"{channel}: a signal of run {run:x}, this is run {self._run:x}")
-        if kind != channel.kind or number != channel.number:
-            raise WireError(f"{channel}: a signal of kind {kind} for channel {number} arrived")
-        if dims > MAX_DIMS or len(message) < at + HEADER.size + 8 * dims or code >= len(_DTYPES):
-            raise WireError(f"{channel}: a header with {dims} dimensions, type {code}")
-        if flags >= 2 * APART:
-            raise WireError(f"{channel}: a header with flags {flags:#x}")
-        if flags & EMPTY:
-            if flags & APART or dims:
-                raise WireError(f"{channel}: an empty signal with a payload")
-            return flags, None
-        shape = struct.unpack_from(f"<{dims}q", message, at + HEADER.size)
-        widest = math.prod(max(n, 1) for n in shape) * _DTYPES[code].itemsize
-        if any(n < 0 for n in shape) or widest > MAX_BYTES:
-            raise WireError(f"{channel}: bytes do not make shape {shape} of {_DTYPES[code]}")
-        return flags, _form(shape, _DTYPES[code])
-
-    def unpack(self, message: bytes, apart: Callable[[WireForm, int], Tensor]) -> list[Signal]:
-        """The signals of a message, their payloads copied into aligned memory of their own.
-
-        apart: fetches a payload that went another way.
-        """
-        signals = []
-        at = 0
-        while True:
-            stamp, flags, form, index, start, at = self.read(message, at)
-            payload = None
-            if form is not None and index is not None:
-                payload = apart(form, index)
-            elif form is not None:
-                payload = form.new()
-                # (to ctypes a bytes object is the address of its first byte)
-                ctypes.memmove(payload.data_ptr(), message[start:at], form.nbytes)
-            end = flags & END != 0
-            signals.append(Signal(stamp, payload, end, flags & SEQUENCE_END != 0))
-            if at == len(message):
-                return signals
-
-
-def _form(shape: tuple[int, ...], dtype: torch.dtype) -> WireForm:
-    nbytes = math.prod(shape) * dtype.itemsize
-    return WireForm(shape, dtype, nbytes, ctypes.c_char * nbytes, bytes(-nbytes % 8))
-
-
-def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
-    """Keeps a value for the next time, of not too many."""
-    if len(known) >= _REMEMBERED:
-        known.clear()
-    known[key] = value

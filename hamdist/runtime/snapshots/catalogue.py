@@ -9,8 +9,9 @@ from contextlib import suppress
 from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import HamdistWarning, SnapshotError
-from hamdist.runtime.plan.plan import Plan, fingerprint
+from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic
+from hamdist.runtime.snapshots.fingerprint import fingerprint
 from hamdist.runtime.snapshots.writer import WrittenFiles
 from hamdist.runtime.storage.claims import now
 from hamdist.runtime.storage.snapshot_files import (

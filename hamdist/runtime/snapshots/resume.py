@@ -17,9 +17,10 @@ from hamdist.dynamics.state.remember import Packing
 from hamdist.dynamics.updates.learning_rate import step_course
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError, SnapshotError
-from hamdist.runtime.plan.plan import Plan, fingerprint
+from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.portable import other_bits
 from hamdist.runtime.process.switches import other_switches
+from hamdist.runtime.snapshots.fingerprint import fingerprint
 from hamdist.runtime.storage.snapshot_files import STATE_FORMATS, Snapshot, settings_of
 from hamdist.streams.sample import Stream
 

@@ -7,46 +7,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from hamdist.config import Bits, EngineKind, Level, Readout, Settings
-from hamdist.dynamics.graph.checks import check_parameters, check_shared_modules
-from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
-from hamdist.dynamics.graph.inputs import by_parent
-from hamdist.dynamics.graph.merged import MergedSequence, merged_module
+from hamdist.config import Bits, EngineKind, Level, Settings
+from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import Losses, make_losses
-from hamdist.dynamics.partition.apply_settings import arranged
 from hamdist.dynamics.partition.reversible_blocks import drift_warnings
 from hamdist.dynamics.partition.split import (
     Policy,
-    check_made,
-    is_chain,
-    split_module,
-    split_sequential,
 )
-from hamdist.dynamics.schedule.levels import Locality, make_locality
 from hamdist.dynamics.updates.constants import TickSchedule
-from hamdist.dynamics.user_modules.copies import copied, unwrapped
-from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
 from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError
-from hamdist.runtime.advice.advice import after, before, end_of_stream, of_resumed
+from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
 from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
-from hamdist.runtime.nodes.ties import against_ties, weight_lags
-from hamdist.runtime.placement.step_costs import example_input, example_inputs
-from hamdist.runtime.plan.plan import Plan, least_bytes, make_plan, make_snapshot_policy
+from hamdist.runtime.placement.step_costs import example_input
+from hamdist.runtime.plan.checks import least_bytes
+from hamdist.runtime.plan.plan import Plan, make_plan, make_snapshot_policy
 from hamdist.runtime.plan.replan import replannable
 from hamdist.runtime.process.arithmetic import check_portable
 from hamdist.runtime.process.interrupts import OnProgress, terminated_as_interrupted
 from hamdist.runtime.process.portable import is_pinned
 from hamdist.runtime.process.startup import Startup, phases_to
-from hamdist.runtime.ray_engine.session import ray_environment
+from hamdist.runtime.ray_engine.local_ray import ray_environment
 from hamdist.runtime.results.result import Outcome, RunResult
-from hamdist.runtime.signals.edge_codecs import in_edge_order
 from hamdist.runtime.snapshots.resume import (
     bent_course,
     changed,
@@ -65,9 +53,10 @@ from hamdist.runtime.storage.claims import claimed
 from hamdist.runtime.storage.snapshot_files import Snapshot, check_usable, latest
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.choose_level import resolved
+from hamdist.runtime.train.outcome import make_result
+from hamdist.runtime.train.prepare import graph_in_blocks, in_dtype_of, modules_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 from hamdist.streams.wrappers.chosen_targets import with_targets_of
-from hamdist.streams.wrappers.dtype import in_dtype
 
 OWN = "hamdist."  # streams of this package, which know what they give
 
@@ -125,7 +114,7 @@ def train(
             why: list[str] = []
             spec = _spec_with_example(stream)
             if settings.level is Level.AUTO:
-                cut = partial(_cut, model, spec, losses, policy)
+                cut = partial(graph_in_blocks, model, spec, losses, policy)
                 settings, stream, why = resolved(settings, stream, cut)
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)
@@ -154,10 +143,10 @@ def train(
             if error.outcome is not None:
                 error.outcome.warnings[:0] = told
                 error.outcome.warnings.insert(0, str(failure))
-                failure.result = _result(graph, plan, error.outcome, startup, settings, why)
+                failure.result = make_result(graph, plan, error.outcome, startup, settings, why)
             raise failure from None
         outcome.warnings[:0] = [*told, *end_of_stream(plan, outcome)]
-        result = _result(graph, plan, outcome, startup, settings, why)
+        result = make_result(graph, plan, outcome, startup, settings, why)
         if outcome.error is not None:
             outcome.error.result = result  # type: ignore[attr-defined]
             raise outcome.error
@@ -189,10 +178,10 @@ class _Work:
     def graph(self) -> Graph:
         own = self.settings
         loss = make_losses(own.loss, own.ignore_index) if self.loss is None else self.loss
-        return _cut(self.model, self.spec, loss, self.policy, own)
+        return graph_in_blocks(self.model, self.spec, loss, self.policy, own)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
-        with unchanged(_modules(self.model)):
+        with unchanged(modules_of(self.model)):
             graph = self.graph()
             blocks = graph.unsliced.blocks
             check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
@@ -283,35 +272,6 @@ class _Work:
         return replace(self, settings=settings, keeps=keeps)
 
 
-def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
-    """Return model and stream in `settings.dtype`, where it was set; copies, where they were not.
-
-    Raises:
-        SettingsError: The model is a Graph of another type, which brings its own, or a module
-            without weights.
-    """
-    if isinstance(model, nn.Module) and next(model.parameters(), None) is None:
-        raise SettingsError("the model has no weights: there is nothing to learn")
-    if "dtype" not in settings.model_fields_set:
-        return model, stream
-    dtype = getattr(torch, settings.dtype.value)
-    tensors = [t for m in _modules(model) for t in (*m.parameters(), *m.buffers())]
-    if any(t.is_floating_point() and t.dtype != dtype for t in tensors):
-        if isinstance(model, Graph):
-            raise SettingsError(
-                f"dtype {settings.dtype.value!r}: the Graph has weights of another type; make its "
-                "modules in that type, or leave dtype out"
-            )
-        model = copied(model).to(dtype)
-    return model, in_dtype(stream, dtype)
-
-
-def _modules(model: nn.Module | Graph) -> list[nn.Module]:
-    if isinstance(model, nn.Module):
-        return [model]
-    return [m for b in model.blocks.values() for m in (b.module, b.output) if m is not None]
-
-
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
     """The plan with which `train` would begin. Raises what `train` raises before that."""
     return _Work(model, spec, settings, None, None, None).planned()[1]
@@ -329,81 +289,6 @@ def snapshot_model(
     return weights_of(snapshot, graph, averaged=True)
 
 
-def _cut(
-    model: nn.Module | Graph,
-    spec: SampleSpec,
-    loss: Losses,
-    policy: Policy | None,
-    settings: Settings,
-) -> Graph:
-    """The graph of blocks, with its slices and delays."""
-    graph = as_graph(model, settings, spec, loss, policy)
-    knobs = make_locality(settings.level, settings.locality)
-    return arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
-
-
-def _result(
-    graph: Graph,
-    plan: Plan,
-    outcome: Outcome,
-    startup: Startup,
-    settings: Settings,
-    why: list[str],
-) -> RunResult:
-    startup.add(outcome.startup)
-    lost = [name for name in graph.blocks if name not in outcome.blocks]
-    if lost:
-        outcome.warnings.append(
-            f"the run was called off before {', '.join(lost)} could hand over their weights; the "
-            "model has their initial ones"
-        )
-    weights = {name: {**b.theta, **b.buffers} for name, b in outcome.blocks.items()}
-    for name in lost:
-        weights[name] = dict(graph.blocks[name].module.state_dict())
-        output = graph.blocks[name].output
-        if output is not None:
-            own = output.state_dict()
-            weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
-    averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
-    averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
-    facts = {
-        **outcome.shared(),
-        "startup": startup.seconds,
-        "startup_seconds": sum(startup.seconds.values()),
-        "compression": in_edge_order(outcome.compression, graph),
-        "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
-        "staleness": -(-plan.schedule.staleness // plan.spec.passes),
-        "resumed": plan.resumed,
-        "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
-        "weight_lags": weight_lags(plan),
-        "stored": {
-            name: outcome.blocks[name].stored
-            for name in graph.blocks
-            if plan.knobs.sequence and name in outcome.blocks
-        },
-        "chosen": settings if why else None,
-        "why": why,
-        "warnings": [*outcome.warnings, *after(plan, outcome)],
-    }
-    return RunResult(
-        model=merged_module(graph, averaged, _whole(graph, plan)),
-        plain=merged_module(graph, weights, _whole(graph, plan)) if averages else None,
-        blocks=outcome.blocks,
-        windows=outcome.windows,
-        records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
-        **facts,
-    )
-
-
-def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
-    """What the weights of a sequence's blocks go into."""
-    if not plan.knobs.sequence:
-        return None
-    before, spec = graph.unsliced, plan.spec
-    shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)
-    return MergedSequence(before, shapes)
-
-
 def make_engine(settings: Settings) -> Engine:
     if settings.engine.kind is EngineKind.INPROCESS:
         return InProcessEngine()
@@ -411,68 +296,3 @@ def make_engine(settings: Settings) -> Engine:
         from hamdist.runtime.ray_engine.engine import RayEngine  # Ray takes seconds to import
 
     return RayEngine()
-
-
-def as_graph(
-    model: nn.Module | Graph,
-    settings: Settings,
-    spec: SampleSpec,
-    loss: Losses,
-    policy: Policy | None = None,
-) -> Graph:
-    """A graph over copies of the model's modules, cut as `policy`, or else `settings`, say.
-
-    Raises GraphError for a model that cannot be cut in that way.
-    """
-    check_hooks(_modules(model))
-    knobs = make_locality(settings.level, settings.locality)
-    together = against_ties(settings.level.value, knobs, settings.learning)
-    graph = _graph(model, settings, knobs, together, spec, loss, policy)
-    check_parameters(graph.blocks, together)
-    return graph.apart()
-
-
-def _graph(
-    model: nn.Module | Graph,
-    settings: Settings,
-    knobs: Locality,
-    together: str | None,
-    spec: SampleSpec,
-    loss: Losses,
-    policy: Policy | None,
-) -> Graph:
-    """`as_graph`, in which blocks may share weights."""
-    if isinstance(model, Graph):
-        check_shared_modules(model.blocks)
-        return model.copy()
-    model, notes = unwrapped(model)
-    check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
-    own = copied(model)
-    state = knobs.readout is Readout.STATE
-    example = example_input(spec) if spec.inputs is None else example_inputs(spec)
-    if policy is None and callable(loss) and is_chain(own, settings.partition):
-        graph = split_sequential(
-            own,
-            loss,
-            settings.partition,
-            knobs.grouping,
-            example=example_input(spec),
-            state_readout=state,
-        )
-    else:
-        graph = split_module(
-            own,
-            loss,
-            settings.partition,
-            knobs.grouping,
-            example=example,
-            targets=spec.targets,
-            policy=policy,
-            state_readout=state,
-            together=together,
-            ragged=spec.ragged and knobs.pulse,
-        )
-    graph.original = model  # what its forward has left behind stays with the blocks
-    graph.example = by_parent(example)
-    graph.notes[:0] = notes
-    return graph

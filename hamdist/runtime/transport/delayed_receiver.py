@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import HamdistError
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Channel, Signal

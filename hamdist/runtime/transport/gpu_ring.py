@@ -38,7 +38,8 @@ import torch
 from torch import Tensor
 
 from hamdist.errors import WireError
-from hamdist.runtime.signals.signal import Channel, WireForm
+from hamdist.runtime.signals.packing import WireForm
+from hamdist.runtime.signals.signal import Channel
 
 SLOT_ALIGNMENT = 512  # bytes, as CUDA's own allocations
 OFFER = b"HO"

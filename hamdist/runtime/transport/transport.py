@@ -12,13 +12,12 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
-from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import ClusterError
 from hamdist.runtime.process.leftovers import claim, release
 from hamdist.runtime.signals.interrupts import Interrupted
 from hamdist.runtime.signals.sent_log import ChannelLog
 from hamdist.runtime.signals.signal import Channel, Signal
-from hamdist.runtime.transport import shared_memory as shared
 from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
 from hamdist.runtime.transport.endpoint import (
     BlockedCall,
@@ -29,6 +28,9 @@ from hamdist.runtime.transport.endpoint import (
 )
 from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender
 from hamdist.runtime.transport.replay_sender import ReplaySender
+from hamdist.runtime.transport.ring import GPU_SCHEME, SCHEME
+from hamdist.runtime.transport.shared_memory import SharedSender, takes
+from hamdist.runtime.transport.shared_receiver import SharedReceiver
 from hamdist.runtime.transport.thread_calls import ThreadCalls
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ TCP = "tcp://"
 
 def local_way(channel: Channel) -> str:
     """How `channel` best goes between two processes of this host."""
-    return SHM if shared.takes(channel) else IPC
+    return SHM if takes(channel) else IPC
 
 
 class Endpoints:
@@ -116,7 +118,7 @@ class Endpoints:
         memory: GpuMemory | None = None,
     ) -> Receiver:
         if way == SHM:
-            return shared.SharedReceiver(line, channel, memory)
+            return SharedReceiver(line, channel, memory)
         from hamdist.runtime.transport.encryption import split_key
         from hamdist.runtime.transport.zeromq import ZmqReceiver
 
@@ -172,13 +174,13 @@ class Endpoints:
     def answer_offers(self) -> None:
         """Answers the offers of memory that have come. Before any signal is received."""
         for end in self._in.values():
-            if isinstance(end, shared.SharedReceiver):
+            if isinstance(end, SharedReceiver):
                 end.answer()
 
     def hear_answers(self) -> None:
         """Takes the answers to this process's own offers. Before any signal is sent."""
         for end in self._out.values():
-            if isinstance(end, shared.SharedSender):
+            if isinstance(end, SharedSender):
                 end.look()
 
     def _reach(
@@ -189,8 +191,8 @@ class Endpoints:
         limit: int,
         gpu_sender: GpuRingSender | None,
     ) -> Sender:
-        if address.startswith((shared.SCHEME, shared.GPU_SCHEME)):
-            return shared.SharedSender(line, channel, address, gpu_sender)
+        if address.startswith((SCHEME, GPU_SCHEME)):
+            return SharedSender(line, channel, address, gpu_sender)
         from hamdist.runtime.transport.zeromq import ZmqSender
 
         own = limit if address.startswith(TCP) else -1

@@ -17,9 +17,10 @@ import torch
 import zmq
 from torch import Tensor
 
-from hamdist.dynamics.schedule.schedule import Stamp
+from hamdist.dynamics.schedule.events import Stamp
 from hamdist.errors import ClusterError, WireError
-from hamdist.runtime.signals.signal import Channel, Packer, Signal, WireForm, on_host
+from hamdist.runtime.signals.packing import Packer, WireForm
+from hamdist.runtime.signals.signal import Channel, Signal, on_host
 from hamdist.runtime.transport.encryption import KeyGate, Keys, authenticate, split_key
 from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, socket_file
 

@@ -15,7 +15,7 @@ from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory, make_from_factory
 from hamdist.runtime.process.threads import torch_threads
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams.sample import SampleSpec, generator
 from hamdist.study.propagation.gradients import (
     Network,

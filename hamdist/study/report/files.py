@@ -53,10 +53,9 @@ def _scores(scores: Scores) -> dict[str, Any]:
     return record
 
 
-def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> str:
-    """summary.json: {"rows": [...], "interrupted": ...}; null for what is missing or not finite."""
-    record = {"rows": [dataclasses.asdict(row) for row in rows], "interrupted": interrupted}
-    return to_json(record, indent=2) + "\n"
+def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> dict[str, Any]:
+    """What summary.json of a comparison holds: {"rows": [...], "interrupted": ...}."""
+    return {"rows": [dataclasses.asdict(row) for row in rows], "interrupted": interrupted}
 
 
 def rows_csv(rows: Sequence[AggregateRow]) -> str:

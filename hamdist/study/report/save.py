@@ -17,6 +17,7 @@ from hamdist.study.report.files import (
     rows_csv,
     run_lines,
     summary_json,
+    to_json,
 )
 from hamdist.study.report.html import HtmlReport, render
 from hamdist.study.report.plots import comparison_plots
@@ -28,18 +29,18 @@ from hamdist.study.shared.result_folder import write_file
 
 
 def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
-    """Write model.safetensors (the `state_dict`), settings.yaml, metrics.jsonl and summary.json, in
-    this order: a disk that gets full has the weights. Of averaged weights also plain.safetensors,
-    the weights as they were in the end; of a run with `partition.delays: auto` the settings have
-    the delays that were chosen; of one with `metrics.record` also records.npz and its plots;
-    with `engine.digests` digests.json (diff.py).
+    """Write model.safetensors (the `state_dict`), settings.yaml and settings-all.yaml,
+    metrics.jsonl and summary.json, in this order: a disk that gets full has the weights. Of
+    averaged weights also plain.safetensors, the weights as they were in the end; of a run with
+    `partition.delays: auto` the settings have the delays that were chosen; of one with
+    `metrics.record` also records.npz and its plots; with `engine.digests` digests.json (diff.py).
 
     Raises SettingsError where a file cannot be written.
     """
     save_weights(folder / "model.safetensors", _weights(model))
     if run.plain is not None:
         save_weights(folder / "plain.safetensors", _weights(run.plain))
-    write_file(folder / "settings.yaml", to_yaml(as_it_was(settings, run)))
+    _write_settings(folder, as_it_was(settings, run))
     write_file(folder / "metrics.jsonl", run_lines([run]))
     write_file(folder / "summary.json", summary_json(run))
     if run.records:
@@ -48,6 +49,12 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
             write_file(folder / name, png)
     if run.digests:
         write_file(folder / "digests.json", digests_json(run.digests))
+
+
+def _write_settings(folder: Path, settings: Settings) -> None:
+    """settings.yaml has what was set, so that it reads as these settings; settings-all.yaml all."""
+    write_file(folder / "settings.yaml", to_yaml(settings, only_set=True))
+    write_file(folder / "settings-all.yaml", to_yaml(settings))
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -91,8 +98,9 @@ def save_comparison(
     rows = aggregate(runs)
     write_file(folder / "runs.jsonl", run_lines(runs))
     write_file(folder / "results.csv", rows_csv(rows))
-    write_file(folder / "settings.yaml", to_yaml(settings))
-    write_file(folder / "summary.json", comparison_summary(rows, interrupted=interrupted))
+    _write_settings(folder, settings)
+    summary = comparison_summary(rows, interrupted=interrupted)
+    write_file(folder / "summary.json", to_json(summary, indent=2) + "\n")
     for run in runs:
         if run.digests:
             name = f"digests-{run.level}-{run.seed}.json"

@@ -33,7 +33,7 @@ from hamdist.runtime.placement.step_costs import example_sample
 from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
-from hamdist.runtime.train.train import in_dtype_of
+from hamdist.runtime.train.prepare import in_dtype_of
 from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 
 CENTRALISED = "centralised"

@@ -34,7 +34,7 @@ _STUDIES = (
     *("recovery.csv", "recovery.json", "recovery.md"),
 )
 FILES = (  # what --overwrite may remove: whatever these commands write
-    *(EVENTS, "metrics.jsonl", "runs.jsonl", "settings.yaml", "summary.json", "results.csv"),
+    *(EVENTS, "metrics.jsonl", "runs.jsonl", "settings*.yaml", "summary.json", "results.csv"),
     *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
     *("accuracy-samples.png", "accuracy-seconds.png", "energies.png", "weights.png"),
     *("tracking.png", "digests*.json", f"{RUNS}/*.json", *_STUDIES),

@@ -59,9 +59,13 @@ class AxesSettings(Section):
     """The values of each axis; an axis without values is as `run` says."""
 
     depth: tuple[Positive, ...] = ()
+    """Layers (`model.depth`)."""
     speed: tuple[Speed, ...] = ()
+    """Hops between two items (`locality.speed`)."""
     smoothness: tuple[Positive, ...] = ()
+    """Items that each takes to fade into the next (`stream.smooth.frames`)."""
     batch: tuple[Positive, ...] = ()
+    """Rows of an item."""
 
     @model_validator(mode="after")
     def _none_twice(self) -> AxesSettings:
@@ -76,15 +80,17 @@ class AxesSettings(Section):
 
 
 class SideSettings(Section):
-    """One side. level: a level, `centralised` or `frozen` (not given: the side's own name). set:
-    what it has otherwise than `run`. tune: by setting (`learning.lr`), the values to choose from;
-    of several settings every combination is a candidate. best: the chosen values of an earlier
-    tuning."""
+    """One side of a study."""
 
     level: Level | Literal["centralised", "frozen"] | None = None
+    """A level, `centralised` or `frozen`; not given: the side's own name."""
     set: dict[str, Any] = {}
+    """What it has otherwise than `run`."""
     tune: dict[str, AxisValues] = {}
+    """By setting (`learning.lr`), the values to choose from; of several every combination is a
+    candidate."""
     best: dict[str, Any] = {}
+    """The values that an earlier tuning chose, used with `--chosen`."""
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
@@ -93,29 +99,39 @@ class SideSettings(Section):
 
 
 class TuneSettings(Section):
-    """seeds: runs of each candidate, with seeds that no final run has. samples: rows that they
-    learn from, where it is to be less than the study's."""
+    """How sides are tuned."""
 
     seeds: Positive = 1
+    """Runs of each candidate, with seeds that no final run has."""
     samples: Positive | None = None
+    """Rows that they learn from; not given: the study's."""
 
 
 class StudySettings(Section):
-    """A study. samples: rows that each run learns from. parallel: in processes of this machine, or
-    as tasks of Ray (at `address`, a cluster's; else a local Ray). workers: runs at a time (of
-    processes; not given: one for each core)."""
+    """A study: a grid of runs, and the sides that are compared on it."""
 
     name: str = "study"
+    """Name of the study; its results go to a folder of that name."""
     samples: Positive
+    """Rows that each run learns from, whatever its batch."""
     seeds: Positive = 3
+    """Final runs of each side at each point."""
     first_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the first of them."""
     run: dict[str, Any] = {}
+    """What all runs have: settings as of `hamdist run`."""
     axes: AxesSettings = AxesSettings()
+    """What the grid varies."""
     sides: Annotated[dict[str, SideSettings], Field(min_length=1)]
+    """The sides, by name; one is `centralised`."""
     tune: TuneSettings = TuneSettings()
+    """How sides are tuned."""
     parallel: Literal["processes", "ray"] = "processes"
+    """In processes of this machine, or as tasks of Ray."""
     address: str | None = None
+    """Ray cluster of the tasks, HOST:PORT; not given: a local Ray."""
     workers: Positive | None = None
+    """Runs at a time; not given: one for each core."""
 
     @model_validator(mode="after")
     def _fair(self) -> StudySettings:

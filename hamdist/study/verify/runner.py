@@ -23,7 +23,7 @@ from hamdist.study.verify.oracles import golden
 from hamdist.study.verify.oracles.check import FAULTS, Check, Difference, failure, reason
 from hamdist.study.verify.topics import own_model
 
-# Each is a module of this package with a function checks(full).
+# Each is a module of `topics`, or in MODULES, with a function checks(full).
 TOPICS = {
     "golden": "golden files",
     "hamilton": "Hamilton's equations",
@@ -38,6 +38,7 @@ TOPICS = {
     "speed": "from local to backpropagation",
     "engines": "one process and Ray",
 }
+MODULES = {"golden": "oracles.golden", "hamilton": "oracles.whole_network"}
 WITH_FILES = ("golden", "engines")  # checks(full, paths) with the golden files
 
 
@@ -101,7 +102,8 @@ def _checks_of(
     topic: str, paths: Sequence[Path] | None, full: bool
 ) -> Generator[Check, None, None]:
     # Only now: a topic may need what takes seconds to import.
-    module: Any = importlib.import_module(f"hamdist.study.verify.{topic.replace('-', '_')}")
+    name = MODULES.get(topic, f"topics.{topic.replace('-', '_')}")
+    module: Any = importlib.import_module(f"hamdist.study.verify.{name}")
     checks: Iterator[Check] = module.checks(full) if paths is None else module.checks(full, paths)
     yield from checks
 

@@ -4,7 +4,7 @@ The format is that of shared/golden/README.md. A file is known by what it holds,
 
     tick      spec, u, yhat, tau, phi, c, ...   Hamilton's equations tick by tick   tick_golden
     tracking  z, x0, W0, q, ...                 the tracker of NILP                 tracking_golden
-    bptt      th.Wx, th.Wh, th.b, r, ...        the reversed stream                 bptt
+    bptt      th.Wx, th.Wh, th.b, r, ...        the reversed stream                 bptt_golden
     sgd       X, Y, order, lr, ...              torch.optim.SGD                     gradient_descent
     leapfrog  W, b, h0, N, kind, ...            the midpoint rule                   reversible
 
@@ -49,11 +49,11 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 # Entries that mark a kind, and the module whose function golden(data, name) checks it.
 KINDS = {
-    "tick": (("spec", "u", "yhat", "tau", "phi", "c"), "tick_golden"),
-    "tracking": (("z", "x0", "W0", "q", "r_w"), "tracking_golden"),
-    "bptt": (("th.Wx", "th.Wh", "th.b", "yhat", "r"), "bptt"),
-    "sgd": (("X", "Y", "order", "lr"), "gradient_descent"),
-    "leapfrog": (("W", "b", "h0", "N", "kind"), "reversible"),
+    "tick": (("spec", "u", "yhat", "tau", "phi", "c"), "oracles.tick_golden"),
+    "tracking": (("z", "x0", "W0", "q", "r_w"), "oracles.tracking_golden"),
+    "bptt": (("th.Wx", "th.Wh", "th.b", "yhat", "r"), "topics.bptt_golden"),
+    "sgd": (("X", "Y", "order", "lr"), "topics.gradient_descent"),
+    "leapfrog": (("W", "b", "h0", "N", "kind"), "topics.reversible"),
 }
 
 

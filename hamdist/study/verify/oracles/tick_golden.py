@@ -22,8 +22,8 @@ from hamdist.dynamics.blocks.energy import Records, robust_hamiltonian
 from hamdist.dynamics.blocks.hold import HoldBlock
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.objective.losses import cross_entropy, mse
+from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.levels import Locality
-from hamdist.dynamics.schedule.schedule import HoldSchedule
 from hamdist.errors import SettingsError
 from hamdist.runtime.plan.plan import Plan, make_plan
 from hamdist.runtime.train.train import train

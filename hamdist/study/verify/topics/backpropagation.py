@@ -59,15 +59,16 @@ def checks(full: bool) -> Iterator[Check]:
         ("masks of -inf, used in two blocks", lambda: seeded(Masked)),
     ):
         yield _check(what, build, items, PLAIN, 1.0, {})
-    for what, build, learning, partition in (
+    cases: list[tuple[str, Callable[[], nn.Module], Mapping[str, float], Mapping[str, int]]] = [
         ("a chain of 5", chain, MOMENTUM, {}),
         ("a chain of 5, two blocks", chain, PLAIN, {"blocks": 2}),
         ("a chain of 5, edges of 3 ticks", chain, PLAIN, {"delay": 3}),
         ("two skips, two readouts", lambda: seeded(Skips), PLAIN, {}),
         ("tied weights, a layer in two blocks", tied, MOMENTUM, {}),
-    ):
+    ]
+    for what, made, learning, partition in cases:
         what = f"{PARTS} micro-batches of {BATCH} rows, {what}"
-        yield _check(what, build, items, learning, 1.0, partition, parts=PARTS)
+        yield _check(what, made, items, learning, 1.0, partition, parts=PARTS)
 
 
 def _check(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import SettingsError
 from hamdist.runtime.plan.plan import Plan, make_plan
-from hamdist.runtime.train.train import as_graph
+from hamdist.runtime.train.prepare import as_graph
 from hamdist.streams import from_iterable
 from hamdist.study.gradient_descent.report import NAMES
 from hamdist.study.gradient_descent.rows import RowWorkers, jobs

@@ -21,7 +21,8 @@ from hamdist.dynamics.objective.losses import LossFunction, cross_entropy, mse
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory, make_from_factory
-from hamdist.runtime.train.train import as_graph, train
+from hamdist.runtime.train.prepare import as_graph
+from hamdist.runtime.train.train import train
 from hamdist.streams.sample import Sample, SampleSpec
 from hamdist.study.propagation.gradients import (
     TRIED,

@@ -1,0 +1,110 @@
+"""How a value lies over the slices of a block, and what an operation becomes in a slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol, TypeAlias
+
+from torch import fx, nn
+
+from hamdist.dynamics.slicing.sliced_layers import (
+    Share,
+    SlicePlaces,
+)
+
+
+@dataclass(frozen=True)
+class Replicate:
+    pass
+
+
+@dataclass(frozen=True)
+class Shard:
+    """units: of the axis, shared out; chunks: equal parts of the axis that have them each. origins:
+    the layers that they come from."""
+
+    axis: int
+    units: int
+    chunks: int = 1
+    origins: frozenset[fx.Node] = field(default=frozenset(), compare=False)
+
+
+@dataclass(frozen=True)
+class Partial:
+    pass
+
+
+@dataclass(frozen=True)
+class NumberLayout:
+    pass
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    pass
+
+
+@dataclass(frozen=True)
+class TupleLayout:
+    parts: tuple[Any, ...]
+
+
+Layout: TypeAlias = "Replicate | Shard | Partial | NumberLayout | ParameterLayout | TupleLayout"
+
+
+class Use(Enum):
+    """How a slice takes an input: its own part, all of it, or all of it in slice 0 alone."""
+
+    PIECE = "piece"
+    WHOLE = "whole"
+    FIRST = "first"
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Its own part of something whole."""
+
+    axis: int
+    units: int
+    chunks: int
+
+
+class SliceBuilder(Protocol):
+    """Slice i of m under construction. value: an input of the operation, as its use says."""
+
+    i: int
+    m: int
+    graph: fx.Graph
+
+    def value(self, node: fx.Node) -> fx.Node: ...
+
+    def share(self, units: int, chunks: int = 1) -> Share: ...
+
+    def module_with(self, node: fx.Node, module: nn.Module, places: SlicePlaces) -> fx.Node: ...
+
+    def copy(self, node: fx.Node) -> fx.Node: ...
+
+
+Make: TypeAlias = "Callable[[SliceBuilder], fx.Node]"
+
+
+@dataclass(frozen=True)
+class OpLayout:
+    """What becomes of an operation. make: builds slice i; None: as it is."""
+
+    layout: Layout
+    uses: Mapping[fx.Node, Use | Narrow] = field(default_factory=dict)
+    make: Make | None = None
+
+
+class Regrain(Exception):
+    """The layers `origins` have to keep together more: `units` in each of `chunks` (None: of as
+    many as before)."""
+
+    def __init__(self, origins: Iterable[fx.Node], units: int, chunks: int | None = None) -> None:
+        super().__init__(units, chunks)
+        self.origins = list(origins)
+        self.units = units
+        self.chunks = chunks

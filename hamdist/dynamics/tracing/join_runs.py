@@ -1,0 +1,227 @@
+"""Three runs of a model, at other batches and lengths, written down as one program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hamdist.dynamics.state.finite import LARGE
+from hamdist.dynamics.tracing.recorded_calls import Unfollowed
+from hamdist.dynamics.tracing.recorder import Op, Recording, TakenOp
+from hamdist.dynamics.tracing.signal_columns import ColumnForm
+from hamdist.dynamics.tracing.traced_module import (
+    PLACES,
+    ConstantRef,
+    Length,
+    SymbolicSize,
+    Template,
+    TracedStep,
+    ValueRef,
+    places,
+    replaced,
+)
+from hamdist.dynamics.user_modules.structure import filled, parts_of
+
+TracePoint: TypeAlias = tuple[int, Mapping[Length, int]]  # a batch, and lengths that differ
+
+
+MOST_BATCH = 8  # of the stream's own batch, which the first run has up to here
+
+
+def points_of_runs(batches: Sequence[int], lengths: Sequence[Length]) -> list[TracePoint]:
+    """The runs that tell how numbers depend on the batch and on each length, and one more."""
+    own, second, third = batches
+    points: list[TracePoint] = [(batch, {}) for batch in batches]
+    for one in lengths:
+        points += [(own, {one: other_length(one, 1)}), (second, {one: other_length(one, 2)})]
+    return [*points, (third, {one: other_length(one, 1) for one in lengths})] if lengths else points
+
+
+def other_length(length: Length, by: int) -> int:
+    """Another length: a shorter one, where that leaves two."""
+    return length.base - by if length.base - by > 1 else length.base + by
+
+
+def batches_of_runs(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+    own = min(next(iter(inputs.values())).shape[0], MOST_BATCH)
+    return (own, *(b for b in BATCHES if b != own))[:3]
+
+
+class _Apart(Exception):
+    """Two runs differ."""
+
+
+def joined_runs(
+    runs: Sequence[Recording], points: Sequence[TracePoint], whole: dict[str, Unfollowed]
+) -> Trace:
+    first = runs[0]
+    join = _Join(runs, points)
+    ops = []
+    for taken in zip(*(r.taken for r in runs), strict=False):
+        try:
+            ops.append(join.op(taken))
+        except _Apart as why:
+            raise Unfollowed(f"at another batch {why}", taken[0].where, taken[0].line) from None
+    lengths = {len(r.taken) for r in runs}
+    if len(lengths) > 1:
+        longest = max(runs, key=lambda r: len(r.taken)).taken[min(lengths)]
+        raise Unfollowed("at another batch it takes more steps", longest.where, longest.line)
+    try:
+        output = join.template([r.output for r in runs])
+    except _Apart as why:
+        raise Unfollowed(f"at another batch its output: {why}", "", "") from None
+    constants = [t.detach() for t in first.constants]
+    return _folded(Trace(ops, output, constants, first.origin, whole), first)
+
+
+class _Join:
+    def __init__(self, runs: Sequence[Recording], points: Sequence[TracePoint]) -> None:
+        self._runs = runs
+        self._points = points
+        self._lengths = list(points[-1][1])
+        rows = []
+        for batch, sizes in points:
+            own = [sizes.get(one, one.base) for one in self._lengths]
+            rows.append([1, batch, *own, *(batch * length for length in own)])
+        self._basis = torch.tensor(rows, dtype=torch.float64)
+        self._solves = torch.linalg.pinv(self._basis)
+
+    def op(self, taken: Sequence[TakenOp]) -> Op[ColumnForm]:
+        one = taken[0]
+        steps = [t.step for t in taken]
+        if any((s.kind, s.target, s.grad) != (one.step.kind, one.step.target, one.step.grad)
+               or t.where != one.where for s, t in zip(steps, taken, strict=True)):  # fmt: skip
+            raise _Apart("it takes other steps")
+        step = TracedStep(
+            one.step.kind,
+            one.step.target,
+            self.template([s.args for s in steps]),
+            self.template([s.kwargs for s in steps]),
+            one.step.grad,
+        )
+        if any(t.out.keys() != one.out.keys() for t in taken):
+            raise _Apart("it returns more or fewer tensors")
+        fills = any(name in str(step.target) for name in ("masked_fill", "where"))
+        mask = fills and not all(map(_ordinary, step.args))
+        forms = {path: self._form([t.out[path] for t in taken], mask) for path in one.out}
+        return Op(
+            step, one.where, one.line, one.modules, forms, any(t.random for t in taken),
+            one.varies, one.reads, one.writes, one.memory,
+        )  # fmt: skip
+
+    def _form(self, tensors: Sequence[Tensor], mask: bool) -> ColumnForm:
+        one = tensors[0]
+        if any(t.dtype != one.dtype or t.dim() != one.dim() for t in tensors):
+            raise _Apart("a tensor has another type, or more dimensions")
+        try:
+            dims = tuple(
+                self._size(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)
+            )
+        except _Apart:
+            return ColumnForm(None, one.dtype)
+        return ColumnForm(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
+
+    def _size(self, values: Sequence[int]) -> SymbolicSize:
+        """The number by batch and lengths, with which all runs have to agree."""
+        many = len(self._lengths)
+        given = torch.tensor(values, dtype=torch.float64)
+        found = (self._solves @ given).round()
+        if not torch.equal(self._basis @ found, given):
+            numbers = ", ".join(map(str, values))
+            batches = ", ".join(str(batch) for batch, _ in self._points)
+            raise _Apart(f"a number is {numbers} where the batch is {batches}")
+        more, per, *rest = map(int, found.tolist())
+        parts = zip(self._lengths, rest[:many], rest[many:], strict=True)
+        return SymbolicSize(per, more, tuple((one, a, b) for one, a, b in parts if a or b))
+
+    def template(self, values: Sequence[Any]) -> Template:
+        one = values[0]
+        kind = type(one)
+        if any(type(v) is not kind for v in values):
+            raise _Apart("it calls with values of other types")
+        if kind is int:
+            size = self._size(values)
+            return size if size.batched or size.lengths else one
+        if kind is ConstantRef:
+            self._check_constant(one.index, [v.index for v in values])
+            return one
+        parts = [parts_of(v) or [] for v in values]
+        if parts_of(one) is not None:
+            if any([k for k, _ in own] != [k for k, _ in parts[0]] for own in parts):
+                raise _Apart("it calls with more or fewer values")
+            inner = zip(*([part for _, part in own] for own in parts), strict=True)
+            return filled(one, [self.template(own) for own in inner])
+        if kind is slice:
+            parts = [[v.start for v in values], [v.stop for v in values], [v.step for v in values]]
+            return slice(*(self.template(p) for p in parts))
+        same = all(v is one or v == one or (v != v and one != one) for v in values)
+        if not same:
+            what = "reads another tensor" if isinstance(one, PLACES) else f"calls with {one!r:.40}"
+            raise _Apart(f"it {what} once, and not always")
+        return one
+
+    def _check_constant(self, index: int, others: Sequence[int]) -> None:
+        tensors = [r.constants[i] for r, i in zip(self._runs, others, strict=True)]
+        one = tensors[0]
+        if any(i != index for i in others) or any(
+            t.shape != one.shape or t.dtype != one.dtype or not torch.equal(t, one) for t in tensors
+        ):
+            raise _Apart("it uses another tensor that no step of torch's has made")
+
+
+def _ordinary(value: Any) -> bool:
+    """Whether it holds no number as large as only masks have."""
+    if isinstance(value, Tensor):
+        return not (value.is_floating_point() and bool(value.detach().abs().gt(LARGE).any()))
+    return not (isinstance(value, float) and abs(value) > LARGE)
+
+
+BATCHES = (2, 3, 5)
+
+
+@dataclass(slots=True)
+class Trace:
+    """ops: in the model's own order. output: a template. constants: by index. origin: of memory (as
+    in `Recording`). whole: the modules that could not be followed, and why. one_length: why all
+    items have the lengths of the example, if that was open."""
+
+    ops: list[Op[ColumnForm]]
+    output: Template
+    constants: list[Tensor]
+    origin: dict[int, object]
+    whole: dict[str, Unfollowed]
+    one_length: str | None = None
+
+
+def _folded(made: Trace, run: Recording) -> Trace:
+    """With constants in place of what is the same for every sample."""
+    written = {m for op in made.ops for m in op.writes}
+    kept: dict[ValueRef, ConstantRef] = {}
+    moving: set[int] = set()  # what depends on batch or lengths
+    for k, op in enumerate(made.ops):
+        steady = not (op.varies or op.writes or op.memory & written)
+        fixed = all(f.free and not any(d.lengths for d in f.dims or ()) for f in op.out.values())
+        for place in places((op.step.args, op.step.kwargs)):
+            if isinstance(place, SymbolicSize) and place.lengths:
+                fixed = False
+            if isinstance(place, ValueRef) and place not in kept and place.step in moving:
+                fixed = False
+        if not fixed:
+            moving.add(k)
+        if steady and op.out and fixed:
+            for path, tensor in run.taken[k].out.items():
+                kept[ValueRef(k, path)] = ConstantRef(len(made.constants))
+                made.constants.append(tensor.detach().clone())
+
+    def value(place: Any) -> Any:
+        return kept.get(place, place) if isinstance(place, ValueRef) else place
+
+    for op in made.ops:
+        args, kwargs = replaced(op.step.args, value), replaced(op.step.kwargs, value)
+        op.step = TracedStep(op.step.kind, op.step.target, args, kwargs, op.step.grad)
+    made.output = replaced(made.output, value)
+    return made

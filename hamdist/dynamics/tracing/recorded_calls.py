@@ -1,0 +1,175 @@
+"""What a recorder needs of a call: tensors in arguments and results, the line of user code."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import operator
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from hamdist.dynamics.tracing.traced_module import (
+    FUNCTION,
+    METHOD,
+    Path,
+    TracedStep,
+)
+from hamdist.dynamics.user_modules.structure import filled, parts_of
+
+# fmt: on
+_OPERATORS = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+}
+_REVERSED = {"__rsub__": operator.sub, "__rdiv__": operator.truediv}
+
+_FILES = ("/torch/", f"/{__package__.replace('.', '/')}/")  # whose lines are not the user's
+
+
+class Unfollowed(Exception):
+    """Why a model cannot be followed. module: the innermost one whose forward does it; line: where
+    ('file:line: text')."""
+
+    def __init__(self, reason: str, module: str, line: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.module = module
+        self.line = line
+
+
+def as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> TracedStep:
+    """The call, in the form in which people write it."""
+    if name in _OPERATORS and len(args) == 2 and not kwargs and isinstance(args[0], Tensor):
+        return TracedStep(FUNCTION, _OPERATORS[name], tuple(args))
+    if name in _REVERSED and len(args) == 2 and not kwargs:
+        return TracedStep(FUNCTION, _REVERSED[name], (args[1], args[0]))
+    if isinstance(func, MethodDescriptorType) and not name.startswith("__"):
+        return TracedStep(METHOD, name, tuple(args), kwargs)
+    if name == "__getitem__":
+        return TracedStep(FUNCTION, operator.getitem, tuple(args))
+    if name == "__setitem__":
+        return TracedStep(FUNCTION, operator.setitem, tuple(args))
+    return TracedStep(FUNCTION, func, tuple(args), _said(func, kwargs))
+
+
+def _said(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without the keywords that torch adds with their defaults (`inplace=False`)."""
+    if not isinstance(func, FunctionType):
+        return kwargs
+    known = inspect.signature(func).parameters
+    plain = (bool, int, float, str, type(None))
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key not in known or not isinstance(value, plain) or known[key].default is not value
+    }
+
+
+def is_plain(value: Any) -> bool:
+    plain = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), Enum, type)
+    torch_own = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo)
+    functions = (FunctionType, BuiltinFunctionType)
+    return isinstance(value, (*plain, *torch_own, *functions))
+
+
+def autocast_state() -> list[object]:
+    """Which types autocast takes now, if any; torch's question without a device is CUDA's alone."""
+    on = torch.is_autocast_enabled
+    return [torch.get_autocast_dtype(d) if on(d) else None for d in ("cpu", "cuda")]
+
+
+def backward_of(tensor: Tensor) -> object:
+    """What differs once an autograd.Function has returned the tensor as its own."""
+    node = tensor.grad_fn
+    if isinstance(node, BackwardCFunction):
+        return node
+    return tensor.requires_grad and node is not None
+
+
+def address_of(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    for _, tensor in paths_of_tensors(value):
+        yield tensor
+
+
+def paths_of_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif type(value) is slice:
+        for inner in (value.start, value.stop, value.step):
+            yield from paths_of_tensors(inner, path)
+    else:
+        for key, inner in parts_of(value) or ():
+            yield from paths_of_tensors(inner, (*path, key))
+
+
+def other_objects(value: Any) -> Iterator[Any]:
+    """Things in a result that are neither tensors nor plain values."""
+    parts = parts_of(value)
+    if parts is not None:
+        for _, inner in parts:
+            yield from other_objects(inner)
+    elif not isinstance(value, Tensor) and not is_plain(value):
+        yield value
+
+
+def without_others(value: Any) -> Any:
+    """A result with None in place of what `other_objects` yields."""
+    parts = parts_of(value)
+    if parts is not None:
+        return filled(value, [without_others(part) for _, part in parts])
+    return value if isinstance(value, Tensor) or is_plain(value) else None
+
+
+def is_stateful(part: nn.Module) -> bool:
+    tensors = (*part.parameters(), *part.buffers())
+    return bool(tensors)
+
+
+def line_here() -> str:
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code.co_filename
+        if not any(part in code.replace("\\", "/") for part in _FILES):
+            return _line(code, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def line_of(error: BaseException) -> str:
+    """The last line outside torch that the error passed."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code.co_filename
+        if not any(part in code.replace("\\", "/") for part in _FILES):
+            found = _line(code, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
+
+
+def _line(file: str, number: int) -> str:
+    text = linecache.getline(file, number).strip()
+    return f"{file}:{number}" + (f": {text}" if text else "")
+
+
+def stays_whole(name: str, model: nn.Module, why: Unfollowed) -> str:
+    """Says which module cannot be cut, and the line that prevents it."""
+    what = f"the model (a {type(model).__name__})"
+    if name:
+        what = f"{name!r} (a {type(model.get_submodule(name)).__name__})"
+    at = f", at {why.line}" if why.line else ""
+    return f"{what} stays whole, because {why.reason}{at}"

@@ -1,0 +1,111 @@
+"""Hosts of the Ray cluster: which there are, which answer, how fast they are; is the head there."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from hamdist.errors import ClusterError
+from hamdist.runtime.placement.assign_hosts import HostInfo, described
+
+ANSWER_SECONDS = 1.0  # for a port of Ray's
+HEAD_SECONDS = 10.0  # without an answer, of the 60 after which Ray ends its drivers
+KNOCKS = 32  # at a time
+PROFILE_SECONDS = 60.0
+
+KNOCK_SECONDS = 5.0
+
+
+def knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
+    """Raises OSError if nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), seconds).close()
+
+
+def answers(address: str) -> bool:
+    """Return whether somebody listens at host:port."""
+    try:
+        knock(address, ANSWER_SECONDS)
+    except OSError:
+        return False
+    return True
+
+
+class HeadWatch:
+    """Finds out that the head of a joined cluster is gone, before Ray ends this process for it."""
+
+    def __init__(self) -> None:
+        self._asked = self._answered = time.monotonic()
+
+    def lost(self, address: str, now: float) -> bool:
+        """Ask now and then whether anybody listens at the head's address.
+
+        Args:
+            address: host:port of the head.
+            now: as of `time.monotonic`.
+
+        Returns:
+            Whether nobody has for HEAD_SECONDS.
+        """
+        if now - self._asked >= HEAD_SECONDS / 5:
+            self._asked = now
+            if answers(address):
+                self._answered = now
+        return now - self._answered >= HEAD_SECONDS
+
+
+def hosts() -> list[HostInfo]:
+    """The hosts of the Ray that is up, this one first, the others by their address."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    found = [_host(node) for node in ray.nodes() if node["Alive"]]
+    return sorted(found, key=lambda host: (host.id != here, host.address))
+
+
+def reachable_hosts() -> list[HostInfo]:
+    """Of `hosts()`, those whose raylet can be reached from here: Ray itself needs seconds to notice
+    that one cannot."""
+    import ray
+
+    raylets = {
+        node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+
+    def reached(host: HostInfo) -> bool:
+        return host.id in raylets and answers(raylets[host.id])
+
+    known = hosts()
+    with ThreadPoolExecutor(KNOCKS) as pool:
+        return [host for host, up in zip(known, pool.map(reached, known), strict=True) if up]
+
+
+def _host(node: dict[str, Any]) -> HostInfo:
+    address, name = node["NodeManagerAddress"], node.get("NodeManagerHostname", "")
+    return described(node["NodeID"], address, name, node["Resources"], node.get("Labels", {}))
+
+
+def host_seconds(known: Sequence[HostInfo]) -> dict[str, float]:
+    """By host, seconds for the same arithmetic, in one thread of a process of its own there.
+
+    Raises ClusterError for a host on which no processor is free for it."""
+    import ray
+    from ray.exceptions import RayError
+
+    from hamdist.runtime.ray_engine.worker_actor import timed_on
+
+    calls = {host.id: timed_on(host.id) for host in known}
+    try:
+        return dict(zip(calls, ray.get(list(calls.values()), timeout=PROFILE_SECONDS), strict=True))
+    except (RayError, TimeoutError) as error:
+        raise ClusterError(
+            f"engine.spread 'profile': the hosts could not be measured within "
+            f"{PROFILE_SECONDS:.0f} s ({type(error).__name__}); is a processor free on each? use "
+            "'packed' or 'spread'"
+        ) from error

@@ -1,0 +1,138 @@
+"""A Ray of one's own on this machine: its environment, its processes, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from hamdist.config import EngineSettings
+from hamdist.errors import ClusterError
+from hamdist.runtime.process.interrupts import deaf_to_interrupts, handlers_of_ours
+from hamdist.runtime.process.leftovers import RAY_PREFIX, claim, release, sweep
+from hamdist.runtime.ray_engine.auth_token import (
+    own_token,
+)
+from hamdist.runtime.ray_engine.processes import of_a_program
+
+OBJECT_STORE_BYTES = 100 * 2**20
+GONE_SECONDS = 10.0
+TRIES = 5
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_environment: dict[str, str] | None = None  # what hamdist sets for Ray, once it has imported it
+
+
+@contextmanager
+def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
+    import ray
+
+    sweep()
+    folder = tempfile.mkdtemp(prefix=RAY_PREFIX, dir=short_folder())
+    claim(Path(folder))
+    before = set(psutil.Process().children(recursive=True))
+    up = False
+    try:
+        with own_token(folder), handlers_of_ours(), of_a_program(), _start_named():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                # Ray opens its folder to all users: one that only the owner can enter lies around.
+                _temp_dir=os.path.join(folder, "r"),
+            )
+        up = True
+        yield _of_session(folder, before)
+    finally:
+        with deaf_to_interrupts():
+            mine = _of_session(folder, before)
+            ray.shutdown()
+            _outlast(mine, GONE_SECONDS if up else 0)
+            shutil.rmtree(folder, ignore_errors=True)
+            release(Path(folder))
+
+
+@contextmanager
+def _start_named() -> Iterator[None]:
+    """Turn what Ray raises where it does not come up into a ClusterError.
+
+    Raises:
+        ClusterError: Ray did not start.
+    """
+    try:
+        yield
+    except Exception as error:  # (of no common root)
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ClusterError(
+            f"a local Ray did not start: {first} (is this machine overloaded, or short of memory, "
+            "or of room for temporary files?); start again, or use --engine inprocess"
+        ) from error
+
+
+def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:
+    """This process's children that belong to the Ray in `folder`; others are the user's own."""
+    heads = set()
+    for process in set(psutil.Process().children(recursive=True)) - before:
+        with contextlib.suppress(psutil.Error):
+            if folder in " ".join(process.cmdline()):
+                heads.add(process)
+    found = set(heads)
+    for head in heads:
+        with contextlib.suppress(psutil.Error):
+            found |= set(head.children(recursive=True))
+    return found
+
+
+@contextmanager
+def ray_environment(engine: EngineSettings) -> Iterator[None]:
+    """Set what Ray reads from the environment while it is imported or started, inside only.
+
+    What the user has set stays, and so does everything where the user has imported Ray before:
+    Ray has read it by then.
+    """
+    global _environment
+    if _environment is None:
+        _environment = {} if "ray" in sys.modules else dict(RAY_SETTINGS)
+    wanted = dict(_environment)
+    if wanted and engine.address is None:
+        wanted["RAY_AUTH_MODE"] = "token"
+    if engine.address is not None:
+        # (Ray tries so often; a head that answers and refuses the token will go on to)
+        wanted["RAY_gcs_server_port_wait_time_s"] = str(TRIES)
+    before = dict(os.environ)
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:  # (Ray sets some itself, PYTHONBREAKPOINT among them)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def short_folder() -> str | None:
+    """Ray's socket paths must fit 107 bytes: not every TMPDIR is short enough."""
+    return None if len(tempfile.gettempdir()) < 16 else "/tmp"
+
+
+def _outlast(processes: set[psutil.Process], seconds: float) -> None:
+    """Waits until the processes that this session started are gone; ends what stays."""
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=GONE_SECONDS)

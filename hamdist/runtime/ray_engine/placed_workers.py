@@ -1,0 +1,337 @@
+"""Worker actors of a run: where they live, how they compute, how far they are from each other."""
+
+from __future__ import annotations
+
+import random
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from hamdist.config import Bits, Encryption, Spread, TransportKind
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.objective.prequential import Window
+from hamdist.errors import ClusterError, HamdistError, HamdistWarning
+from hamdist.runtime.advice.advice import thread_warnings
+from hamdist.runtime.engines.worker import (
+    SnapshotNews,
+    Worker,
+    WorkerReport,
+    WorkerStatus,
+)
+from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
+from hamdist.runtime.placement.assign_hosts import ActorOptions, options_of_actors
+from hamdist.runtime.placement.links import Link, Probe, pairs
+from hamdist.runtime.placement.requirements import requirements
+from hamdist.runtime.placement.step_costs import source_host
+from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.process.arithmetic import Arithmetic
+from hamdist.runtime.process.portable import other_bits, portable_environment
+from hamdist.runtime.process.switches import Switches
+from hamdist.runtime.process.threads import cores
+from hamdist.runtime.ray_engine.cluster_hosts import host_seconds, hosts
+from hamdist.runtime.ray_engine.session import Session
+from hamdist.runtime.signals.signal import Channel
+from hamdist.runtime.transport.encryption import Keys
+from hamdist.runtime.transport.shared_memory import MAX_CAPACITY
+from hamdist.runtime.transport.transport import IPC, SHM, TCP, local_way
+from hamdist.streams.replay import replays
+from hamdist.streams.sample import Stream
+
+START_SECONDS = 120.0
+END_SECONDS = 10.0
+GATHER_SECONDS = 15.0  # until actors that came up make room for a run that lacks fewer
+LOOPBACK = "127.0.0.1"
+Group = TypeVar("Group", bound="PlacedWorkers")
+random_numbers = random.SystemRandom()  # (the user's generators stay as they are)
+
+
+class PlacedWorkers:
+    """Starts worker actors and finds out what they are; a base of `WorkerGroup`."""
+
+    def __init__(self, plan: Plan, stream: Stream, session: Session) -> None:
+        self._plan = plan
+        self._stream = stream
+        self.session = session
+        # What cannot be drawn again a second time stays here, where its log keeps what it gave.
+        keeps = plan.snapshot_policy is not None and plan.snapshot_policy.recover
+        self._portable = stream.portable and (replays(stream) or not keeps)
+        self._local: Worker | None = None
+        self._keys: Keys | None = None  # this process's, where tcp sockets ask for one
+        self._thread: threading.Thread | None = None
+        self.local_report: WorkerReport | None = None
+        self.actors: list[WorkerHandle] = []
+        # Calls of the latest keep() that have not been answered.
+        self._keep_calls: list[Any] = []
+        self._too_late = False
+        self._called_off = False
+        self.arithmetic = [plan.arithmetic]  # of all kinds of processes that the run has had
+        self.notes: list[str] = []  # what there is to say of the actors before the first tick
+        self.local_forgot = False  # as Actor.forgot, of a stream in this process
+        self.lent = 0  # channels between GPUs of one host, at the start
+        # Told of an actor that died, or ended with an error; answers whether it is replaced.
+        self.on_lost: Callable[[WorkerHandle, HamdistError | None, HamdistError], bool] | None = (
+            None
+        )
+
+    def __enter__(self: Group) -> Group:
+        return self
+
+    @property
+    def placement(self) -> list[list[str]]:
+        """The blocks of each actor."""
+        return [actor.blocks for actor in self.actors]
+
+    def crowded(self) -> list[str]:
+        """What is to be said of other hosts with more threads than processors (of this one it was
+        said before the start)."""
+        here = ray.get_runtime_context().get_node_id()
+        told = []
+        for node in ray.nodes():
+            actors = sum(actor.node == node["NodeID"] for actor in self.actors)
+            processors = int(node["Resources"].get("CPU", 0))
+            if actors and node["NodeID"] != here:
+                name = node["NodeManagerAddress"]
+                told += thread_warnings(actors, self._plan.engine.threads, processors, name)
+        return told
+
+    @property
+    def plan(self) -> Plan:
+        """What the actors run."""
+        return self._plan
+
+    def inside(self) -> list[set[str]]:
+        """The nodes of each actor."""
+        inside = [set(actor.blocks) for actor in self.actors]
+        if self._portable:
+            inside[self._source_actor()].add(INPUT)
+        return inside
+
+    def stream_of(self, i: int) -> Stream | None:
+        """The stream, if actor i draws it."""
+        return self._stream if self._portable and i == self._source_actor() else None
+
+    def _make_keys(self) -> None:
+        """Each process gets a key pair for this run, where signals go by tcp (curve.py)."""
+        engine = self._plan.engine
+        here = ray.get_runtime_context().get_node_id()
+        snapshot_policy = self._plan.snapshot_policy
+        moves = (
+            snapshot_policy is not None and snapshot_policy.recover and engine.address is not None
+        )
+        spread = moves or len({here, *(actor.node for actor in self.actors)}) > 1
+        by_tcp = engine.transport is TransportKind.TCP or (
+            engine.transport is TransportKind.AUTO and spread
+        )
+        if engine.encryption is Encryption.OFF or not by_tcp:
+            return
+        from hamdist.runtime.transport.encryption import new_keys
+
+        self._keys = new_keys()
+        for actor, key in zip(self.actors, self._all("new_key", lambda _: ()), strict=True):
+            actor.key = key
+
+    def _options_of_actors(
+        self, groups: Sequence[Sequence[str]], costs: Costs | None
+    ) -> list[ActorOptions]:
+        """What each actor asks Ray for. Raises ClusterError for what the cluster does not have."""
+        plan = self._plan
+        asked = block_settings(plan.graph, plan.engine)
+        known = hosts()
+        names = list(plan.graph.blocks)
+        work = by_parameters(plan.graph) if costs is None else costs.seconds
+        busy = [sum(work[names.index(name)] for name in group) for group in groups]
+        spread = plan.engine.spread if len(known) > 1 else Spread.AUTO
+        speeds = host_seconds(known) if spread is Spread.PROFILE else None
+        requests = [requirements(group, asked, plan.engine) for group in groups]
+        found = options_of_actors(requests, known, spread, busy, speeds)
+        if plan.engine.bits is not Bits.PORTABLE:
+            return found
+        return [actor_options.pinned(portable_environment()) for actor_options in found]
+
+    def way_to_compute(self) -> tuple[Switches, int, bool]:
+        """What `WorkerActor.compute_as` is told before an actor gets blocks."""
+        return self._plan.switches, self._plan.engine.threads, self._plan.native
+
+    def unlike(self, answers: Mapping[WorkerHandle, tuple[Arithmetic, list[str]]]) -> list[str]:
+        """Looks whether actors compute the same bits as this process.
+
+        Args:
+            answers: of `WorkerActor.compute_as`, by actor.
+
+        Returns:
+            What is to be said of those that do not; it has been warned of.
+
+        Raises:
+            ClusterError: `engine.bits` asks for equal bits.
+        """
+        here = self._plan.arithmetic
+        actors: dict[str, list[str]] = {}
+        for actor, (there, refused) in answers.items():
+            if there not in self.arithmetic:
+                self.arithmetic.append(there)
+            reasons = [*there.unlike(here), *refused]
+            if reasons:
+                text = f"on {there}, not as this process on {here}: {', '.join(reasons)}"
+                actors.setdefault(text, []).append(f"{actor.name} ({actor.address})")
+        told = [f"{', '.join(names)} would compute {text}" for text, names in actors.items()]
+        notes = [other_bits(text, self._plan.engine.bits, ClusterError) for text in told]
+        for note in notes:
+            warnings.warn(note, HamdistWarning, stacklevel=2)  # (before they compute)
+        return notes
+
+    def _links(self) -> dict[tuple[int, int], Link]:
+        """By pair of actors that exchange signals; between two hosts, or inside of one, one pair
+        stands for all."""
+        found: dict[frozenset[str], list[tuple[int, int]]] = {}
+        for a, b in sorted(pairs(self._plan, self.placement)):
+            hosts = frozenset([self.actors[a].node, self.actors[b].node])
+            found.setdefault(hosts, []).append((a, b))
+        firsts = [group[0] for group in found.values()]
+        binds: list[dict[int, str]] = [{} for _ in self.actors]
+        for number, (a, b) in enumerate(firsts):
+            there, back = Probe.channels(number)
+            first, second = self.actors[a], self.actors[b]
+            binds[b][there.number] = self._way_between(there, first.node, first.key, second)
+            binds[a][back.number] = self._way_between(back, second.node, second.key, first)
+        run, late = self._plan.run, self._plan.engine.link_delay
+        addresses: dict[int, str] = {}
+        for opened in self._all("probe", lambda i: (run, late, binds[i])):
+            addresses |= opened
+        self._all("join_probe", lambda _: (addresses,))
+        links: dict[tuple[int, int], Link] = {}
+        for number, (group, (a, b)) in enumerate(zip(found.values(), firsts, strict=True)):
+            link = self._measured(number, self.actors[a], self.actors[b])
+            links |= dict.fromkeys(group, link)
+        self._all("end_probe", lambda _: ())
+        return links
+
+    def _measured(self, number: int, first: WorkerHandle, second: WorkerHandle) -> Link:
+        answered = second.handle.answer_probe.remote(number)
+        try:
+            link, _ = ray.get(
+                [first.handle.measure_link.remote(number), answered], timeout=START_SECONDS
+            )
+        except GetTimeoutError:
+            raise ClusterError(
+                f"the link between {first} and {second} could not be measured within "
+                f"{START_SECONDS:.0f} s; give partition.delays as numbers"
+            ) from None
+        except RayError as error:
+            raise ClusterError(
+                f"the link between {first} and {second} could not be measured: {last_line(error)}"
+            ) from error
+        return link  # type: ignore[no-any-return]
+
+    def _source_actor(self) -> int:
+        """The stream lives with the first block that reads it."""
+        host = source_host(self._plan)
+        return next(i for i, actor in enumerate(self.actors) if host in actor.blocks)
+
+    def _way_between(
+        self, channel: Channel, node: str, key: str | None, receiver: WorkerHandle
+    ) -> str:
+        """node: the sender's host; key: its public key, if the receiver is to ask for it."""
+        wanted = self._plan.engine.transport
+        if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
+            host = LOOPBACK if node == receiver.node else receiver.address
+            return TCP + host if key is None else f"{TCP}{host} {key}"
+        if node != receiver.node:
+            raise ClusterError(
+                f"engine.transport {wanted.value!r}: {channel} crosses hosts; use 'auto' or 'tcp'"
+            )
+        best = local_way(channel)
+        if wanted is TransportKind.SHM and best != SHM:
+            raise ClusterError(
+                f"engine.transport 'shm': {channel} has room for {channel.capacity} signals, more "
+                f"than the {MAX_CAPACITY} that shared memory takes, or this platform has no such "
+                "memory; use 'auto' or 'ipc'"
+            )
+        return IPC if wanted is TransportKind.IPC else best
+
+    def _all(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
+        """Calls `method` of every actor at once and waits for all."""
+        calls = [
+            getattr(actor.handle, method).remote(*arguments(i))
+            for i, actor in enumerate(self.actors)
+        ]
+        try:
+            return list(ray.get(calls, timeout=START_SECONDS))
+        except GetTimeoutError:
+            raise ClusterError(
+                f"the actors did not start within {START_SECONDS:.0f} s; the cluster may lack "
+                f"free CPUs for {len(self.actors)} actors (ray status shows them)"
+            ) from None
+        except RayError as error:
+            raise ClusterError(f"an actor failed while it started: {last_line(error)}") from error
+
+
+@dataclass(slots=True, eq=False)
+class WorkerHandle:
+    """One actor as the driver knows it."""
+
+    name: str
+    blocks: list[str]
+    handle: Any
+    actor_options: ActorOptions
+    node: str = ""
+    address: str = ""
+    pid: int = 0
+    key: str | None = None  # its public key in this run, where tcp sockets ask for one
+    running: Any = None  # the call of run()
+    report: WorkerReport | None = None
+    status: WorkerStatus | None = None
+    asked: Any = None  # a status call under way
+    asked_at: float = 0.0
+    windows: list[Window] = field(default_factory=list)
+    every: int | None = None
+
+    told: list[SnapshotNews] = field(default_factory=list)
+    kept_bytes: int = 0
+    forgot: bool = False  # it has let signals go that a successor of a neighbour would need
+
+    def renew(self, actor_options: ActorOptions, handle: Any, place: tuple[str, str, int]) -> None:
+        """Another process takes the actor's part."""
+        self.actor_options, self.handle = actor_options, handle
+        self.node, self.address, self.pid = place
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """What is known of its run is not so any more."""
+        self.running = self.report = self.status = self.asked = None
+        self.windows = []
+        self.every = None
+
+    @property
+    def tick(self) -> int | None:
+        """Where its hindmost block was, as far as it is known."""
+        return None if self.status is None else min(self.status.ticks.values(), default=None)
+
+    def note(self, status: WorkerStatus) -> None:
+        self.status = status
+        if status.kept is not None:
+            self.told.append(status.kept)
+            self.kept_bytes, self.forgot = status.kept.nbytes, status.kept.forgot
+        self.windows = [*self.windows[: status.first], *status.windows]
+        self.every = status.every
+
+    def __str__(self) -> str:
+        return f"{self.name} (blocks {', '.join(self.blocks)}; process {self.pid})"
+
+
+def _processors(cpus: int) -> int:
+    """Processors that the hosts of the cluster have, of the `cpus` that they have told Ray of; on
+    this host Ray may have been told of more than there are."""
+    here = ray.get_runtime_context().get_node_id()
+    mine = next((n["Resources"].get("CPU", 0) for n in ray.nodes() if n["NodeID"] == here), 0)
+    return cpus - max(0, int(mine) - cores())
+
+
+def last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,42 @@
+"""What has to be equal where a run goes on from a snapshot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hamdist.config import (
+    Settings,
+    StepKind,
+)
+from hamdist.runtime.plan.plan import Plan
+
+_ALIKE = ("level", "locality", "loss", "dtype", "seed", "metrics")
+
+
+def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
+    """What two runs have in common of which one can go on from the other's state: all but numbers
+    that may change on the way, where blocks live, and how signals get there."""
+    engine = plan.engine.model_dump(mode="json")
+    dumped = settings.model_dump(mode="json")
+    blocks = {
+        name: {
+            "parents": list(block.parents),
+            "parameters": {k: list(p.shape) for k, p in block.module.named_parameters()},
+            "shape": list(plan.shapes[name][0]),
+        }
+        for name, block in plan.graph.blocks.items()
+    }
+    kinds = {
+        n: {"dtype": b["dtype"], "autocast": b["autocast"]} for n, b in engine["blocks"].items()
+    }
+    return {
+        "blocks": blocks,
+        "edges": {e.name: e.delay for e in plan.graph.edges},
+        "channels": [c.key for c in plan.channels.all()],
+        "c": plan.schedule.c,
+        **{name: dumped[name] for name in _ALIKE},
+        "compress": [engine["compress"], engine["feedback"]],
+        "native": plan.native,
+        "closed": plan.engine.step is not StepKind.AUTOGRAD,
+        "computes": kinds,
+    }

@@ -1,0 +1,75 @@
+"""From what an engine leaves to the result that users get."""
+
+from __future__ import annotations
+
+from hamdist.config import Settings
+from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.graph.merged import MergedSequence, merged_module
+from hamdist.runtime.advice.advice import after
+from hamdist.runtime.nodes.ties import weight_lags
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.process.startup import Startup
+from hamdist.runtime.results.result import Outcome, RunResult
+from hamdist.runtime.signals.edge_codecs import in_edge_order
+
+
+def make_result(
+    graph: Graph,
+    plan: Plan,
+    outcome: Outcome,
+    startup: Startup,
+    settings: Settings,
+    why: list[str],
+) -> RunResult:
+    startup.add(outcome.startup)
+    lost = [name for name in graph.blocks if name not in outcome.blocks]
+    if lost:
+        outcome.warnings.append(
+            f"the run was called off before {', '.join(lost)} could hand over their weights; the "
+            "model has their initial ones"
+        )
+    weights = {name: {**b.theta, **b.buffers} for name, b in outcome.blocks.items()}
+    for name in lost:
+        weights[name] = dict(graph.blocks[name].module.state_dict())
+        output = graph.blocks[name].output
+        if output is not None:
+            own = output.state_dict()
+            weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
+    averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
+    averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
+    facts = {
+        **outcome.shared(),
+        "startup": startup.seconds,
+        "startup_seconds": sum(startup.seconds.values()),
+        "compression": in_edge_order(outcome.compression, graph),
+        "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
+        "staleness": -(-plan.schedule.staleness // plan.spec.passes),
+        "resumed": plan.resumed,
+        "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
+        "weight_lags": weight_lags(plan),
+        "stored": {
+            name: outcome.blocks[name].stored
+            for name in graph.blocks
+            if plan.knobs.sequence and name in outcome.blocks
+        },
+        "chosen": settings if why else None,
+        "why": why,
+        "warnings": [*outcome.warnings, *after(plan, outcome)],
+    }
+    return RunResult(
+        model=merged_module(graph, averaged, _whole(graph, plan)),
+        plain=merged_module(graph, weights, _whole(graph, plan)) if averages else None,
+        blocks=outcome.blocks,
+        windows=outcome.windows,
+        records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
+        **facts,
+    )
+
+
+def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
+    """What the weights of a sequence's blocks go into."""
+    if not plan.knobs.sequence:
+        return None
+    before, spec = graph.unsliced, plan.spec
+    shapes = before.shapes(spec.u_shape, spec.u_dtype, spec.parents)
+    return MergedSequence(before, shapes)

@@ -1,0 +1,137 @@
+"""What a run starts from: a model as a graph, in the dtype of the settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hamdist.config import EngineKind, Readout, Settings
+from hamdist.dynamics.graph.checks import check_parameters, check_shared_modules
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.graph.inputs import by_parent
+from hamdist.dynamics.objective.losses import Losses
+from hamdist.dynamics.partition.apply_settings import arranged
+from hamdist.dynamics.partition.split import (
+    Policy,
+    check_made,
+    is_chain,
+    split_module,
+    split_sequential,
+)
+from hamdist.dynamics.schedule.levels import Locality, make_locality
+from hamdist.dynamics.user_modules.copies import copied, unwrapped
+from hamdist.dynamics.user_modules.hooks import check_hooks
+from hamdist.errors import SettingsError
+from hamdist.runtime.nodes.ties import against_ties
+from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.streams.sample import SampleSpec, Stream
+from hamdist.streams.wrappers.dtype import in_dtype
+
+
+def in_dtype_of(settings: Settings, model: nn.Module | Graph, stream: Stream) -> tuple[Any, Stream]:
+    """Return model and stream in `settings.dtype`, where it was set; copies, where they were not.
+
+    Raises:
+        SettingsError: The model is a Graph of another type, which brings its own, or a module
+            without weights.
+    """
+    if isinstance(model, nn.Module) and next(model.parameters(), None) is None:
+        raise SettingsError("the model has no weights: there is nothing to learn")
+    if "dtype" not in settings.model_fields_set:
+        return model, stream
+    dtype = getattr(torch, settings.dtype.value)
+    tensors = [t for m in modules_of(model) for t in (*m.parameters(), *m.buffers())]
+    if any(t.is_floating_point() and t.dtype != dtype for t in tensors):
+        if isinstance(model, Graph):
+            raise SettingsError(
+                f"dtype {settings.dtype.value!r}: the Graph has weights of another type; make its "
+                "modules in that type, or leave dtype out"
+            )
+        model = copied(model).to(dtype)
+    return model, in_dtype(stream, dtype)
+
+
+def modules_of(model: nn.Module | Graph) -> list[nn.Module]:
+    if isinstance(model, nn.Module):
+        return [model]
+    return [m for b in model.blocks.values() for m in (b.module, b.output) if m is not None]
+
+
+def graph_in_blocks(
+    model: nn.Module | Graph,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None,
+    settings: Settings,
+) -> Graph:
+    """The graph of blocks, with its slices and delays."""
+    graph = as_graph(model, settings, spec, loss, policy)
+    knobs = make_locality(settings.level, settings.locality)
+    return arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+
+
+def as_graph(
+    model: nn.Module | Graph,
+    settings: Settings,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None = None,
+) -> Graph:
+    """A graph over copies of the model's modules, cut as `policy`, or else `settings`, say.
+
+    Raises GraphError for a model that cannot be cut in that way.
+    """
+    check_hooks(modules_of(model))
+    knobs = make_locality(settings.level, settings.locality)
+    together = against_ties(settings.level.value, knobs, settings.learning)
+    graph = _graph(model, settings, knobs, together, spec, loss, policy)
+    check_parameters(graph.blocks, together)
+    return graph.apart()
+
+
+def _graph(
+    model: nn.Module | Graph,
+    settings: Settings,
+    knobs: Locality,
+    together: str | None,
+    spec: SampleSpec,
+    loss: Losses,
+    policy: Policy | None,
+) -> Graph:
+    """`as_graph`, in which blocks may share weights."""
+    if isinstance(model, Graph):
+        check_shared_modules(model.blocks)
+        return model.copy()
+    model, notes = unwrapped(model)
+    check_made(model, sent=settings.engine.kind is not EngineKind.INPROCESS)
+    own = copied(model)
+    state = knobs.readout is Readout.STATE
+    example = example_input(spec) if spec.inputs is None else example_inputs(spec)
+    if policy is None and callable(loss) and is_chain(own, settings.partition):
+        graph = split_sequential(
+            own,
+            loss,
+            settings.partition,
+            knobs.grouping,
+            example=example_input(spec),
+            state_readout=state,
+        )
+    else:
+        graph = split_module(
+            own,
+            loss,
+            settings.partition,
+            knobs.grouping,
+            example=example,
+            targets=spec.targets,
+            policy=policy,
+            state_readout=state,
+            together=together,
+            ragged=spec.ragged and knobs.pulse,
+        )
+    graph.original = model  # what its forward has left behind stays with the blocks
+    graph.example = by_parent(example)
+    graph.notes[:0] = notes
+    return graph

@@ -1,0 +1,335 @@
+"""Any iterable of items as a stream: what its first item says, and what every later one must."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from numbers import Integral
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hamdist.errors import HamdistWarning, SettingsError, StreamError
+from hamdist.streams.batch_names import TUPLES, Names, default_names, named_parts
+from hamdist.streams.epochs import AGAIN, Epochs, epoch_setters, is_ragged
+from hamdist.streams.sample import (
+    InputSpec,
+    Sample,
+    SampleSpec,
+    Target,
+    TargetSpec,
+    with_example,
+)
+
+_FORMS = (
+    "a Sample, (u, y), (u, None), u alone, or a dict of 'u' and, if known, 'y', 'end', 'time', "
+    "'late'; of other dicts and tuples names= says what is what"
+)
+TAKEN = (
+    "the model takes {key!r} as an argument, and here they are compared with its output as they "
+    "are: what it would do with them itself (a language model shifts them by one) is left out. "
+    "loss='model' learns the loss that it computes; names={names} says that this is meant"
+)
+_KEYS = ("u", "y", "end", "time", "late")
+
+# A number for every readout, or by the name of the readout.
+Sizes: TypeAlias = int | Mapping[str, int] | None
+
+
+class IterableStream:
+    """Made by `from_loader` and `from_iterable`. Not portable: it stays in its process."""
+
+    portable: bool = False
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        *,
+        classes: Sizes,
+        outputs: Sizes,
+        copied: bool,
+        epochs: int | None = 1,
+        names: Names | None = None,
+        arguments: Sequence[str] | None = None,
+        ragged: bool | None = None,
+        model_loss: str | None = None,
+    ) -> None:
+        _check_sizes(classes, outputs)
+        if not isinstance(source, Iterable):
+            raise StreamError(f"a {type(source).__name__} cannot be iterated: give an iterable")
+        if epochs is not None and epochs < 1:
+            raise SettingsError(f"epochs is {epochs}; at least 1 is needed, or None for no end")
+        kind, given = type(source).__name__, source
+        seeded = bool(epoch_setters(source))
+        if epochs != 1 or not isinstance(source, Iterator):
+            source = Epochs(source, epochs)
+        self._source = source
+        self._kind = kind
+        self._classes = classes
+        self._copied = copied
+        self._names = None if names is None else {str(key): name for key, name in names.items()}
+        self._arguments = arguments
+        self._model_loss = model_loss
+        # The iterator that is peeked into is the one that the first `samples()` goes on with: a
+        # loader that shuffles by a global generator draws from it once, as without hamdist.
+        items = iter(source)
+        self._again = items is not source
+        # A loader may shuffle, and its workers draw numbers: it is not sure to give the same again,
+        # unless its order follows from the epoch.
+        self.replays = self._again and (copied or seeded)
+        nothing = object()
+        first = next(items, nothing)
+        if first is nothing:
+            raise StreamError(f"the source ({kind}) yields no item")
+        ragged = is_ragged(given) if ragged is None else ragged
+        learned = _learn(self._sample(0, first), classes, outputs)
+        self._spec = replace(learned, ragged=ragged)
+        self._peeked: Iterator[Any] | None = chain([first], items)
+
+    @property
+    def spec(self) -> SampleSpec:
+        """What the first item and the arguments say; other items are not compared with it here."""
+        return self._spec
+
+    def samples(self) -> Iterator[Sample]:
+        """The items from item 0 on.
+
+        Raises StreamError when an iterator is asked for the second time.
+        """
+        if self._peeked is not None:
+            items, self._peeked = self._peeked, None
+        elif self._again:
+            items = iter(self._source)
+        else:
+            raise StreamError(
+                f"this stream was made from an iterator ({self._kind}), which can be read once and "
+                f"has been: make a new stream, or give {AGAIN}"
+            )
+        return (self._sample(n, item) for n, item in enumerate(items))
+
+    def _sample(self, n: int, item: Any) -> Sample:
+        u, y, end, time, late = self._fields(n, item)
+        inputs = self._inputs(n, u)
+        if not isinstance(end, (bool, np.bool_)):
+            raise StreamError(f"item {n}: end is {end!r}; give True or False")
+        number = isinstance(time, (int, float, np.number)) and not isinstance(time, bool)
+        if time is not None and not number:
+            raise StreamError(f"item {n}: time is {time!r}; give a number of seconds, or None")
+        first = self._tensor(n, "u", u) if inputs is None else next(iter(inputs.values()))
+        if self._model_loss is not None:
+            if y is not None:
+                raise StreamError(
+                    f"item {n} has a target, and loss 'model' has none: name it as an argument of "
+                    "the model, or give the output a loss"
+                )
+            y = {self._model_loss: torch.zeros(len(first), 1)}
+        return Sample(
+            first,
+            self._target(n, "y", y),
+            bool(end),
+            None if time is None else float(time),
+            self._late(n, late),
+            inputs,
+        )
+
+    def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """(u, y, end, time, late) of an item in any of the forms that are taken."""
+        if isinstance(item, Sample):
+            u = item.u if item.inputs is None else item.inputs
+            return u, item.y, item.end, item.time, item.late
+        if isinstance(item, (tuple, list)) and self._names is not None:
+            item = {str(place): value for place, value in enumerate(item)}
+        if isinstance(item, Mapping) and (self._names is not None or "u" not in item):
+            names = self._names or self._default_names(n, item)
+            return (*named_parts(n, item, names), False, None, None)
+        if isinstance(item, Mapping):
+            strange = [str(key) for key in item if key not in _KEYS]
+            if strange:
+                raise StreamError(
+                    f"item {n} is a dict with the unknown {', '.join(strange)}; an item is {_FORMS}"
+                )
+            return (
+                item["u"],
+                item.get("y"),
+                item.get("end", False),
+                item.get("time"),
+                item.get("late"),
+            )
+        if isinstance(item, (Tensor, np.ndarray)):
+            return item, None, False, None, None
+        if isinstance(item, (tuple, list)) and len(item) in (1, 2):
+            return item[0], item[1] if len(item) == 2 else None, False, None, None
+        length = f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
+        hint = TUPLES if length and len(item) > 2 else ""
+        raise StreamError(f"item {n} is a {type(item).__name__}{length}; an item is {_FORMS}{hint}")
+
+    def _default_names(self, n: int, item: Mapping[Any, Any]) -> Mapping[str, str]:
+        if self._model_loss is not None:
+            return {str(key): str(key) for key in item}
+        names = default_names(n, item, self._arguments)
+        for key in names if n == 0 else ():
+            if names[key] == "y" and key in (self._arguments or ()):
+                warnings.warn(TAKEN.format(key=key, names=names), HamdistWarning, stacklevel=2)
+        return names
+
+    def _inputs(self, n: int, u: Any) -> dict[str, Tensor] | None:
+        """Several inputs by name, those of a tuple or list by number; None for one."""
+        arrays = (Tensor, np.ndarray)
+        if isinstance(u, (tuple, list)) and u and all(isinstance(one, arrays) for one in u):
+            u = {str(i): one for i, one in enumerate(u)}
+        if not isinstance(u, Mapping):
+            return None
+        if not u:
+            raise StreamError(f"item {n}: u has no inputs; give at least one tensor")
+        return {str(name): self._tensor(n, f"u[{name!r}]", one) for name, one in u.items()}
+
+    def _late(self, n: int, late: Any) -> dict[int, Target] | None:
+        if late is None:
+            return None
+        numbered = isinstance(late, Mapping) and all(
+            isinstance(number, int) and not isinstance(number, bool) for number in late
+        )
+        if not numbered:
+            raise StreamError(
+                f"item {n}: late is {_short(late)}; give a dict from the numbers of earlier items "
+                "to their targets"
+            )
+        return {number: self._target(n, f"late[{number}]", y) for number, y in late.items()}
+
+    def _target(self, n: int, field: str, y: Any) -> Target:
+        """A target, or one for each readout that is named."""
+        if y is None:
+            return None
+        if not isinstance(y, Mapping):
+            return self._values(n, field, y)
+        return {
+            str(name): None if one is None else self._values(n, f"{field}[{name!r}]", one)
+            for name, one in y.items()
+        }
+
+    def _values(self, n: int, field: str, value: Any) -> Tensor:
+        """Classes as int64, whatever integers the source counts in; the rest as it is."""
+        y = self._tensor(n, field, value)
+        integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+        return y.to(torch.int64) if integers else y
+
+    def _tensor(self, n: int, field: str, value: Any) -> Tensor:
+        if isinstance(value, Tensor):
+            tensor = value.detach()
+            return tensor.clone(memory_format=torch.contiguous_format) if self._copied else tensor
+        if not isinstance(value, np.ndarray):
+            raise StreamError(
+                f"item {n}: {field} is a {type(value).__name__}; give a torch tensor or a numpy "
+                "array, the batch in front"
+            )
+        try:  # a copy in the machine's byte order, which torch asks for
+            return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
+        except TypeError as error:
+            raise StreamError(
+                f"item {n}: {field} is a numpy array of {value.dtype}, which torch has no dtype "
+                "for: convert it with astype"
+            ) from error
+
+
+def _check_sizes(classes: Sizes, outputs: Sizes) -> None:
+    """Raises SettingsError for what says two things of one readout, or less than 1."""
+    both = classes is not None and outputs is not None
+    named = isinstance(classes, Mapping) and isinstance(outputs, Mapping)
+    if both and not named:
+        raise SettingsError("give classes (integer targets) or outputs (values), not both")
+    for name, sizes in (("classes", classes), ("outputs", outputs)):
+        by_readout = sizes if isinstance(sizes, Mapping) else {None: sizes}
+        for readout, size in by_readout.items():
+            where = name if readout is None else f"{name}[{readout!r}]"
+            if size is not None and (isinstance(size, bool) or not isinstance(size, Integral)):
+                raise SettingsError(f"{where} is {size!r}; give a whole number")
+            if size is not None and size < 1:
+                raise SettingsError(f"{where} is {size}; at least 1 is needed")
+    if isinstance(classes, Mapping) and isinstance(outputs, Mapping):
+        for readout in sorted(classes.keys() & outputs.keys()):
+            raise SettingsError(
+                f"{readout!r} is in classes (integer targets) and in outputs (values): leave it "
+                "out of one"
+            )
+
+
+def _size_of(sizes: Sizes, readout: str | None) -> int | None:
+    """The number for a readout; without a readout the one for all."""
+    if isinstance(sizes, Mapping):
+        return None if readout is None else sizes.get(readout)
+    return sizes
+
+
+def _learn(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
+    """What items are, from the first one and what the user said."""
+    u = first.u
+    for one in (first.inputs or {"": u}).values():
+        if one.dim() == 0:
+            raise StreamError("item 0: u has no dimension: items are batches, (B, ...)")
+    made = with_example(_learn_targets(first, classes, outputs), first)
+    if first.inputs is None:
+        return made
+    return replace(
+        made, inputs={k: InputSpec(tuple(v.shape), v.dtype) for k, v in first.inputs.items()}
+    )
+
+
+def _learn_targets(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
+    u = first.u
+    named = [part for part in (first.y, classes, outputs) if isinstance(part, Mapping)]
+    if not named:
+        y = first.target("")
+        one = _target_spec("y", u, y, _size_of(classes, None), _size_of(outputs, None))
+        return SampleSpec(tuple(u.shape), u.dtype, one.shape, one.dtype, one.classes)
+    if isinstance(first.y, Tensor):
+        raise StreamError(
+            "item 0: y is one target, but classes or outputs are given by readout: give y as a "
+            "dict of the readouts' names, too"
+        )
+    names = list(dict.fromkeys(name for part in named for name in part))
+    if not names:
+        raise StreamError("item 0: y is an empty dict: name the readouts, or give None")
+    targets = {
+        name: _target_spec(
+            f"y[{name!r}]", u, first.target(name), _size_of(classes, name), _size_of(outputs, name)
+        )
+        for name in names
+    }
+    return SampleSpec.several(tuple(u.shape), u.dtype, targets)
+
+
+def _target_spec(
+    field: str, u: Tensor, y: Tensor | None, classes: int | None, outputs: int | None
+) -> TargetSpec:
+    if y is not None:
+        integers = not y.dtype.is_floating_point
+        if y.dtype == torch.bool:
+            raise StreamError(
+                f"item 0: {field} has dtype {y.dtype}: convert targets that are classes with "
+                "y.long(), real-valued ones to a floating-point dtype"
+            )
+        if not integers and classes is not None:
+            raise StreamError(
+                f"item 0: {field} has dtype {y.dtype}, but classes={classes} says that "
+                "targets are classes: convert them with y.long(), or leave classes out"
+            )
+        return TargetSpec(tuple(y.shape), y.dtype, classes)
+    batch = u.shape[0]
+    if outputs is not None:
+        dtype = u.dtype if u.is_floating_point() else torch.get_default_dtype()
+        return TargetSpec((batch, outputs), dtype)
+    if classes is None:
+        of = "" if field == "y" else f" as {field}"
+        raise StreamError(
+            f"item 0 has no target{of}, so what targets are is open: give classes= for integer "
+            "targets, outputs= for real-valued ones"
+        )
+    return TargetSpec((batch,), torch.int64, classes)
+
+
+def _short(value: object) -> str:
+    return f"{value!r:.60}"
