@@ -59,6 +59,11 @@ def checks(full: bool) -> Iterator[Check]:
         ("masks of -inf, used in two blocks", lambda: seeded(Masked)),
     ):
         yield _check(what, build, items, PLAIN, 1.0, {})
+    yield from _in_parts(items)
+
+
+def _in_parts(items: int) -> Iterator[Check]:
+    """Level `pipeline`: the last of the micro-batches has fewer rows."""
     cases: list[tuple[str, Callable[[], nn.Module], Mapping[str, float], Mapping[str, int]]] = [
         ("a chain of 5", chain, MOMENTUM, {}),
         ("a chain of 5, two blocks", chain, PLAIN, {"blocks": 2}),
@@ -66,9 +71,9 @@ def checks(full: bool) -> Iterator[Check]:
         ("two skips, two readouts", lambda: seeded(Skips), PLAIN, {}),
         ("tied weights, a layer in two blocks", tied, MOMENTUM, {}),
     ]
-    for what, made, learning, partition in cases:
-        what = f"{PARTS} micro-batches of {BATCH} rows, {what}"
-        yield _check(what, made, items, learning, 1.0, partition, parts=PARTS)
+    for name, build, learning, partition in cases:
+        what = f"{PARTS} micro-batches of {BATCH} rows, {name}"
+        yield _check(what, build, items, learning, 1.0, partition, parts=PARTS)
 
 
 def _check(
