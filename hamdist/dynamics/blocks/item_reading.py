@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.readout_loss import Reading
+from hamdist.dynamics.graph.inputs import rows_of
 from hamdist.dynamics.objective.prequential import counts
-from hamdist.dynamics.schedule.microbatches import rows_of
 from hamdist.dynamics.state.remember import Remembers
 
 

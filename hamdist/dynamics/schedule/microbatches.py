@@ -8,7 +8,7 @@ With M parts, item i enters as the pulses n = i M, ..., i M + M - 1, two ticks a
 
 Both ticks are even or both are odd at one depth, so a full block does one forward and one backward
 in every second tick: the order of work of 1F1B (PipeDream: Narayanan et al. 2019), in which a block
-at depth l keeps D - l + 1 parts. B: rows.
+at depth l keeps D - l + 1 parts.
 """
 
 from __future__ import annotations
@@ -18,14 +18,6 @@ from typing import NamedTuple
 SPACING = 2  # ticks between two parts of a batch
 MOST = 8  # parts that `auto` makes: M/(M + P - 1) is 0.89 for P = 2 actors
 ROWS = 8  # of a part, below which products of matrices are slow
-
-
-def rows_of(batch: int, parts: int, part: int) -> range:
-    """Returns the rows of one of `parts` micro-batches, whose sizes differ by one at most: the
-    first ones are larger. Empty for the last ones of a batch of fewer rows than `parts`."""
-    each, more = divmod(batch, parts)
-    start = part * each + min(part, more)
-    return range(start, start + each + (part < more))
 
 
 def auto_microbatches(batch: int) -> int:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.graph.inputs import INPUT, by_parent
+from hamdist.dynamics.graph.inputs import INPUT, by_parent, rows_of
 from hamdist.dynamics.schedule.events import Event, Stamp, source_events
-from hamdist.dynamics.schedule.microbatches import rows_of
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.state.remember import check_names
 from hamdist.dynamics.updates.constants import TOLERANCE
