@@ -17,6 +17,7 @@ from hamdist.dynamics.graph.inputs import arguments_of
 from hamdist.dynamics.modules.prenorm import stabilised
 from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_loss
 from hamdist.dynamics.updates.constants import TickSchedule
+from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
 from hamdist.errors import ChoiceWarning, SettingsError
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import Progress, RunResult
@@ -33,42 +34,62 @@ def train(
     *,
     loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
     phi: TickSchedule | None = None,
+    optimizer: OptimizerFunction | None = None,
+    scheduler: SchedulerFunction | None = None,
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
     resume: str | Path | None = None,
     **fields: Any,
 ) -> RunResult:
-    """Learns `model` on `stream`; `result.model` is a plain module with the learned weights.
+    """Train `model` on `stream`; `result.model` is a plain module with the learned weights.
 
         result = hamdist.train(model, stream, level="trace", steps=2000, learning={"lr": 0.1})
 
-    model: any `nn.Module`, which is cut into blocks as the level or `partition` say; a `Graph`
-    brings its own blocks. It stays as it is: a copy is trained.
-    stream: a `hamdist.streams.Stream`, a DataLoader, or any iterable of (u, y), with the batch in
-    front of u and y, or of dicts. classes: how many, of class targets of a DataLoader or iterable;
-    not given: as many as the model predicts. names: what the keys of its batches mean (see
-    `streams.from_iterable`), instead of `settings.stream.names`. A model with several inputs takes
-    u as a dict by argument, or a tuple; one with several outputs takes y as a dict by output (the
-    keys of the dict that it returns, or `out0`, `out1`, ...).
-    settings, fields: a `Settings`, and fields of it by name, which go first. `partition` may be a
-    function, too: from the places where a block can begin (`CutPlace`) to the names of the modules
-    that begin one.
-    loss: (prediction, target) -> scalar mean over the batch, or the name of one (`Loss`), instead
-    of `settings.loss`; or a dict of these by output, whose other outputs are not learned. 'model'
-    learns the output `loss` of a model that computes it from targets among its inputs.
-    on_progress: called with a `Progress` about four times a second, and at every phase of the
-    start. By returning or raising `hamdist.Stop` it ends the run (`result.stopped`); what else it
-    raises ends the run, too, and has what was learned so far as its `result`.
-    resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run goes
-    on from it.
-    phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a number.
+    Args:
+        model: any `nn.Module`, which is cut into blocks as the level or `partition` say; a `Graph`
+            brings its own blocks. A copy is trained: `model` itself does not change. A model with
+            several inputs takes u as a dict by argument, or as a tuple; one with several outputs
+            takes y as a dict by output (the keys of the dict that it returns, or `out0`, `out1`,
+            ...).
+        stream: a `hamdist.streams.Stream`, a DataLoader, or any iterable of (u, y), with the batch
+            in front of u and y, or of dicts.
+        settings: the settings of the run; None for the defaults.
+        loss: (prediction, target) -> scalar mean over the batch, or the name of one (`Loss`),
+            instead of `settings.loss`; or a dict of these by output, whose other outputs are not
+            learned. 'model' learns the output `loss` of a model that computes it from targets
+            among its inputs.
+        phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a
+            number.
+        optimizer: makes the optimiser of each block from the list of its parameters, at levels
+            whose weights move when a message arrives:
+            `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or a list of optimisers.
+        scheduler: makes the scheduler of an optimiser, which is stepped once per item:
+            `lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1000)`.
+        classes: number of classes of the class targets of a DataLoader or iterable; None for as
+            many as the model predicts.
+        names: the meaning of the keys of its batches (see `streams.from_iterable`), instead of
+            `settings.stream.names`.
+        on_progress: called with a `Progress` about four times a second, and at every phase of the
+            start. By returning or raising `hamdist.Stop` it ends the run (`result.stopped`); any
+            other exception ends the run, too, and gets the weights learned so far as its `result`.
+        resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run
+            continues from it.
+        **fields: fields of `Settings` by name, which take precedence over `settings`. `partition`
+            may be a function, too: from the places where a block can begin (`CutPlace`) to the
+            names of the modules that begin one.
 
-    Raises HamdistError: SettingsError, GraphError, LevelError before anything starts, StreamError,
-    BlockError, StallError, ClusterError from a run, whose processes have ended by then. A run that
-    left the finite range (DivergedError) brings what came before as `error.result`.
+    Returns:
+        The learned model with the figures, warnings and settings of the run.
+
+    Raises:
+        HamdistError: before anything starts a SettingsError, GraphError or LevelError; from a run,
+            whose processes have ended by then, a StreamError, BlockError, StallError or
+            ClusterError. For a run that left the finite range (DivergedError) `error.result` holds
+            the result up to that point.
     """
-    _check_arguments(model, settings, phi, on_progress)
+    functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
+    _check_arguments(model, settings, functions, on_progress)
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
@@ -93,13 +114,15 @@ def train(
         loss=losses,
         policy=policy,
         phi=phi,
+        optimizer=optimizer,
+        scheduler=scheduler,
         on_progress=on_progress,
         resume=resume,
     )
 
 
 def _model_loss(losses: object) -> str | None:
-    """The output whose loss the model computes itself, of losses by output."""
+    """Return the output whose loss the model computes itself, if `losses` (by output) has one."""
     by_output = losses if isinstance(losses, Mapping) else {}
     return next((name for name, one in by_output.items() if one is model_loss), None)
 
@@ -118,8 +141,20 @@ def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
     return made
 
 
-def _check_arguments(model: object, settings: object, phi: object, on_progress: object) -> None:
-    """Raises SettingsError for what is not of its kind."""
+_FUNCTIONS = {
+    "phi": "function of the tick, or a number as dynamics={'phi': ...}",
+    "optimizer": (
+        "function of the parameters, lambda params: torch.optim.AdamW(params, lr=1e-3), or a name "
+        "as learning={'optimizer': 'adamw'}"
+    ),
+    "scheduler": "function of an optimiser, or use learning.decay and learning.warmup",
+}
+
+
+def _check_arguments(
+    model: object, settings: object, functions: Mapping[str, object], on_progress: object
+) -> None:
+    """Raise SettingsError for an argument of the wrong type."""
     if not isinstance(model, (nn.Module, Graph)):
         kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise SettingsError(f"model is {kind}; give an nn.Module, made, or a hamdist.Graph")
@@ -128,10 +163,9 @@ def _check_arguments(model: object, settings: object, phi: object, on_progress: 
             f"settings is a {type(settings).__name__}; give hamdist.Settings(...), or its fields "
             "by name: train(model, stream, level='trace', steps=2000)"
         )
-    if phi is not None and not callable(phi):
-        raise SettingsError(
-            f"phi is {phi!r}; give a function of the tick, or a number as dynamics={{'phi': ...}}"
-        )
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise SettingsError(f"{name} is {function!r}; give a {_FUNCTIONS[name]}")
     if on_progress is not None and not callable(on_progress):
         raise SettingsError(f"on_progress is {on_progress!r}; give a function of a Progress")
 
@@ -145,7 +179,7 @@ def _loss(loss: LossFunction | str, ignore_index: int) -> LossFunction: ...
 
 
 def _loss(loss: LossFunction | str | None, ignore_index: int) -> LossFunction | None:
-    """Raises SettingsError for an unknown name, and for what is no function."""
+    """Return the loss function; raise SettingsError for an unknown name or type."""
     if loss is None or callable(loss):
         return loss
     known = [name.value for name in Loss]
@@ -162,7 +196,7 @@ def _loss(loss: LossFunction | str | None, ignore_index: int) -> LossFunction | 
 def _check_graph(
     settings: Settings, fields: Mapping[str, Any], loss: object, policy: object
 ) -> None:
-    """Raises SettingsError for what a graph brings itself."""
+    """Raise SettingsError for settings that have no effect on a graph, which brings its blocks."""
     given = {
         "loss": loss is not None or "loss" in fields,
         "partition": policy is not None or bool(settings.partition.model_fields_set),

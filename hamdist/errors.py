@@ -10,45 +10,46 @@
     │   └── DivergedError  h, z, omega or the loss left the finite range: tick, block, quantity
     ├── WireError          bytes from a socket are no signal
     ├── StallError         no block moved for too long: names the edge that blocks
-    ├── SnapshotError      a snapshot cannot be written, read, or gone on from: names the file
+    ├── SnapshotError      a snapshot cannot be written, read, or resumed from: names the file
     └── ClusterError       Ray, an actor or a host failed or cannot take the run
 
 A message says what was wrong (the field or file, and the value) and what to do about it.
-`ChoiceWarning` and `Stop` are no errors: a warning that tells what hamdist has chosen, where it was
-asked to; and how `on_progress` ends a run.
+`ChoiceWarning` and `Stop` are no errors: the first is a warning that reports a choice which the
+settings left to hamdist, the second is how `on_progress` ends a run.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 
 class HamdistError(Exception):
-    """Root of the tree: catch this to catch whatever hamdist raises on purpose."""
+    """Root of all exceptions that hamdist raises on purpose."""
 
 
 class HamdistWarning(UserWarning):
-    """What a run tells its user, also in `RunResult.warnings`: filter it by this class."""
+    """Warning of a run, also listed in `RunResult.warnings`: the class to filter by."""
 
 
 class ChoiceWarning(HamdistWarning):
-    """What hamdist has chosen where it was asked to (level 'auto'), and why."""
+    """Warning that reports, with reasons, a choice that was left to hamdist (level 'auto')."""
 
 
 class Stop(Exception):
-    """End the run now, and keep what it has learned: what `on_progress` returns, or raises."""
+    """Request of `on_progress`, returned or raised, to end the run and keep what it has learned."""
 
 
 class SettingsError(HamdistError):
-    """A settings file, an override or an argument is wrong."""
+    """Error in a settings file, an override or an argument."""
 
 
 class GraphError(HamdistError):
-    """The graph of blocks cannot run; found before anything starts."""
+    """The graph of blocks cannot run; raised before anything starts."""
 
 
 class LevelError(HamdistError):
-    """Knobs of locality that do not fit together, or do not fit the graph."""
+    """Knobs of locality do not fit together, or do not fit the graph."""
 
 
 class StreamError(HamdistError):
@@ -58,7 +59,11 @@ class StreamError(HamdistError):
 class BlockError(HamdistError):
     """A block failed while it ran.
 
-    `block` and `tick` say where; `details` is the traceback of the process in which it happened.
+    Attributes:
+        block: name of the block.
+        tick: tick at which it failed.
+        message: the cause, without block and tick.
+        details: traceback of the process in which it happened.
     """
 
     def __init__(self, block: str, tick: int, message: str, details: str = "") -> None:
@@ -79,9 +84,12 @@ class StampError(BlockError):
 class DivergedError(BlockError):
     """h, z, omega or the loss of a block left the finite range.
 
-    quantity: 'h', 'z', 'omega' or 'loss'; norm: its own. cause: what it is likely to come from.
-    result: the `RunResult` of what came before, its model with the weights that the blocks had then
-    (the value was not used any more); None until `train` has made it.
+    Attributes:
+        quantity: 'h', 'z', 'omega' or 'loss'.
+        norm: the norm of that quantity.
+        cause: the likely cause.
+        result: the `RunResult` up to that point, its model with the weights that the blocks had
+            then (the value was not used any more); None until `train` has made it.
     """
 
     def __init__(self, block: str, tick: int, quantity: str, norm: float, cause: str = "") -> None:
@@ -106,9 +114,10 @@ class StallError(HamdistError):
 
 
 class SnapshotError(HamdistError):
-    """A snapshot cannot be written, read, or gone on from; the message names its file.
+    """A snapshot cannot be written, read, or resumed from; the message names its file.
 
-    full: it could not be written for want of room.
+    Attributes:
+        full: True if it could not be written for lack of space.
     """
 
     full: bool = False
@@ -118,10 +127,25 @@ class ClusterError(HamdistError):
     """Ray, an actor or a host failed, or cannot take the run."""
 
 
+def need_package(module: str, package: str, use: str) -> None:
+    """Check that an optional package is installed.
+
+    Args:
+        module: its name in an import.
+        package: its name for pip.
+        use: what needs it, as the beginning of a sentence.
+
+    Raises:
+        SettingsError: it is not; the message has the command that installs it.
+    """
+    if find_spec(module) is None:
+        raise SettingsError(f"{use}: {package} is not installed: pip install {package}")
+
+
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130  # exit codes of a command, and of a launched run
 
 
 def exit_code(error: HamdistError) -> int:
-    """What a command, or a launched run, ends with where `error` has ended it."""
+    """Return the exit code of a command, or of a launched run, that `error` has ended."""
     wrong = isinstance(error, (SettingsError, LevelError, GraphError))
     return WRONG_USAGE if wrong else FAILED

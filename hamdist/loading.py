@@ -21,13 +21,12 @@ FORMS = "package.module:function or path/file.py:function"
 
 
 def load_function(option: str, name: str) -> Callable[..., object]:
-    """The function that `name` says, not called yet. option: what the user wrote before it
-    ('--model'), for errors.
+    """Import the function that `name` names, without calling it.
 
-    Modules are searched for in the current directory, too; of a file, its own folder joins the
+    Modules are searched for in the current directory, too. For a file, its folder is added to the
     places where modules are searched for (as in `python file.py`), so that it can import its
-    neighbours, and so that other processes of this host find it. Raises SettingsError for every way
-    in which it can be wrong.
+    neighbours, and so that other processes of this host find it. option: what the user wrote before
+    it ('--model'), for errors. Raises SettingsError for every way in which it can be wrong.
     """
     said = f"{option} {name!r}"
     where, colon, attribute = name.rpartition(":")
@@ -45,7 +44,7 @@ def load_function(option: str, name: str) -> Callable[..., object]:
 
 
 def check_call(option: str, name: str, function: Callable[..., object], *given: str) -> None:
-    """Raises SettingsError where `function` cannot be called with the keyword arguments `given`."""
+    """Raise SettingsError if `function` cannot be called with the keyword arguments `given`."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some callables written in C have none
@@ -58,7 +57,7 @@ def check_call(option: str, name: str, function: Callable[..., object], *given: 
 
 
 def called(option: str, function: Callable[..., object], **given: Any) -> object:
-    """What the user's function returns. Raises SettingsError where it fails."""
+    """Call the user's function and return its result; raise SettingsError if it fails."""
     try:
         return function(**given)
     except Exception as error:
@@ -66,6 +65,7 @@ def called(option: str, function: Callable[..., object], **given: Any) -> object
 
 
 def title(function: Callable[..., object]) -> str:
+    """Return the name of a function as errors show it."""
     return getattr(function, "__qualname__", repr(function))
 
 
@@ -108,7 +108,7 @@ def _search(folder: Path) -> None:
 
 
 def _short(error: Exception) -> str:
-    """Type, message and place of an error in a user's code."""
+    """Return type, message and place of an error in a user's code."""
     text = f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError) or not frames:

@@ -34,7 +34,7 @@ MUTANTS = (
         "hold: the costate does not dissipate",
         "last.moves - tau * d.eta_z",
         "last.moves",
-        f"{DYNAMICS}/test_constants.py",
+        f"{DYNAMICS}/test_constants.py -k simulation",
     ),
     Mutant(
         "hold: the state moves without its speed c",
@@ -46,20 +46,20 @@ MUTANTS = (
         "hold: the weights' gradient lacks c",
         "self.cell.pull(self._record, scaled(self.z, d.c), inputs=False)",
         "self.cell.pull(self._record, self.z, inputs=False)",
-        f"{DYNAMICS}/test_constants.py",
+        f"{DYNAMICS}/test_constants.py -k simulation",
     ),
     Mutant(
         "hold: a reset state keeps its value",
         "self.h = self._start",
         "self.h = self.h",
-        f"{DYNAMICS}/test_constants.py",
+        f"{DYNAMICS}/test_constants.py -k simulation",
     ),
     # -- a sample that travels, and its message
     Mutant(
         "pulse: the costate without tau",
         "self.z = scaled(message, self._tau)",
         "self.z = message",
-        f"{DYNAMICS}/test_constants.py {DYNAMICS}/test_trace_oracle.py",
+        f"{DYNAMICS}/test_trace_oracle.py -k unit_of_time",
     ),
     Mutant(
         "pulse: a message meets the latest activations",
@@ -68,10 +68,10 @@ MUTANTS = (
         f"{DYNAMICS}/test_trace_oracle.py",
     ),
     Mutant(
-        "pulse: messages and their weights in exchanged places",
+        "pulse: message and state change places on the way to a reversible parent",
         "return torch.stack([message, h])",
         "return torch.stack([h, message])",
-        f"{DYNAMICS}/test_reversible.py",
+        f"{RUNTIME}/test_reversible.py -k training_is_that_of_sgd",
     ),
     Mutant(
         "sequence: the way back begins with the costate of the last one",
@@ -84,13 +84,13 @@ MUTANTS = (
         "weights: the second half of the look-ahead step is as large as the first",
         "theta.add_(later[i], alpha=-step * beta * mu)",
         "theta.add_(later[i], alpha=-step * beta)",
-        f"{DYNAMICS}/test_recipes.py",
+        f"{DYNAMICS}/test_recipes.py -k nesterovs",
     ),
     Mutant(
         "weights: squares of Adam's step without correction of their start",
         "1 - adaptive.memory**self._steps)",
         "1)",
-        f"{DYNAMICS}/test_weights.py {DYNAMICS}/test_recipes.py",
+        f"{DYNAMICS}/test_weights.py",
     ),
     Mutant(
         "weights: decay makes them grow",
@@ -102,13 +102,13 @@ MUTANTS = (
         "weights: small gradients are clipped, large ones are not",
         "if norm > self._clip else gain",
         "if norm < self._clip else gain",
-        f"{DYNAMICS}/test_recipes.py",
+        f"{DYNAMICS}/test_recipes.py -k clipping",
     ),
     Mutant(
         "weights: predicted one update too short",
         "step = updates * tau * scale",
         "step = (updates - 1) * tau * scale",
-        f"{DYNAMICS}/test_hold_recipes.py {DYNAMICS}/test_recipes.py",
+        f"{DYNAMICS}/test_trace_oracle.py -k predicted",
     ),
     Mutant(
         "weights: a snapshot leaves factors of omega out",
@@ -120,7 +120,7 @@ MUTANTS = (
         "averages: the start has a part in the mean",
         "share = (1 - self._keeps) / (1 - self._fading)",
         "share = 1 - self._keeps",
-        f"{DYNAMICS}/test_recipes.py tests/study/test_averages.py",
+        f"{DYNAMICS}/test_recipes.py -k average_is",
     ),
     Mutant(
         "whitening: inputs are not centred",

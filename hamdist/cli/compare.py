@@ -29,7 +29,7 @@ from hamdist.cli.options import (
     given,
     load,
 )
-from hamdist.cli.prepare import code_of, command_line, own_stream, prepare, results_of
+from hamdist.cli.prepare import code_of, command_line, need_plots, own_stream, prepare, results_of
 from hamdist.config import Level, Settings, did_you_mean
 from hamdist.errors import HamdistError, SettingsError
 
@@ -109,6 +109,7 @@ def _compare(
     out: Path,
     overwrite: bool,
 ) -> None:
+    need_plots("compare")
     factory = prepare(None, model_name)
     data = own_stream(stream_name, settings)
     plain = prepare(None, baseline, "--baseline-model")

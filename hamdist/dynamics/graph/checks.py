@@ -1,4 +1,4 @@
-"""What a graph of blocks has to be, before any of its modules runs. All raise GraphError."""
+"""Checks of a graph of blocks before any of its modules runs. All raise GraphError."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hamdist.errors import GraphError
 
 
 def check_names(blocks: Mapping[str, BlockSpec]) -> None:
-    """Names that can be told apart, and parents that exist, each once."""
+    """Check that block names differ, and that every parent exists and is named once."""
     if not blocks:
         raise GraphError("the graph has no blocks; give it at least a readout")
     for block in blocks.values():
@@ -50,7 +50,7 @@ def check_names(blocks: Mapping[str, BlockSpec]) -> None:
 
 
 def check_delays(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> None:
-    """Every edge takes a whole number of ticks, at least one."""
+    """Check that every edge takes a whole number of ticks, at least one."""
     for edge in edges:
         if isinstance(edge.delay, bool) or not isinstance(edge.delay, int):
             raise GraphError(f"edge {edge.name}: delay {edge.delay!r} is no whole number")
@@ -79,7 +79,9 @@ def _zero_delay_cycle(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) ->
 
 
 def check_readouts(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> None:
-    """There is a readout, every block has a way to one, and nobody reads an output net."""
+    """Check that there is a readout, that every block has a path to one, and that no output net
+    has a child.
+    """
     readouts = [b.name for b in blocks.values() if b.loss is not None]
     if not readouts:
         raise GraphError("no block has a loss, so nothing is learned; give the last block a loss")
@@ -107,8 +109,11 @@ def check_readouts(blocks: Mapping[str, BlockSpec], edges: Sequence[Edge]) -> No
 def check_parameters(
     blocks: Mapping[str, BlockSpec], why: str | None = None, *, frozen: bool = False
 ) -> None:
-    """Every buffer, and every weight of an output module, belongs to one block. why: what makes
-    that so for all weights that learn, and with `frozen` for the others, too."""
+    """Check that every buffer, and every weight of an output module, belongs to one block.
+
+    why: the reason for which that has to hold for all weights that learn, too, and with `frozen`
+    for those that do not; None if there is none.
+    """
     owner: dict[int, tuple[str, str, bool]] = {}
     for name, module, output in _modules(blocks.values()):
         for key, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -126,7 +131,7 @@ def check_parameters(
 
 
 def check_shared_modules(blocks: Mapping[str, BlockSpec]) -> None:
-    """Modules with code of the user's that keeps something belong to one block."""
+    """Check that a module with the user's own code that keeps Python state belongs to one block."""
     owner: dict[int, str] = {}
     for name, module, _ in _modules(blocks.values()):
         for part in module.modules():
@@ -142,7 +147,7 @@ def check_shared_modules(blocks: Mapping[str, BlockSpec]) -> None:
 
 
 def _modules(blocks: Iterable[BlockSpec]) -> Iterator[tuple[str, nn.Module, bool]]:
-    """By block: its modules, and whether it is the output module."""
+    """Yield each module with the name of its block, and True if it is the output module."""
     for block in blocks:
         yield block.name, block.module, False
         if block.output is not None:

@@ -56,8 +56,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """Where a tensor of an unsliced block is now: all of `key` of `block`, or, with `index`, those
-    of its places along `axis`. old, old_key: of the unsliced block."""
+    """Place of a part of an unsliced block's tensor in the blocks that replace it.
+
+    All of `key` of `block`, or, with `index`, those of its places along `axis`. old, old_key: the
+    unsliced block and the name of the tensor there.
+    """
 
     old: str
     old_key: str
@@ -69,14 +72,20 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class Sliced:
-    """What a graph was before slices: graph, parts of its tensors, by block the unsliced one."""
+    """The graph before its blocks were sliced, and where its tensors are now.
+
+    Attributes:
+        graph: the unsliced graph.
+        parts: the parts of its tensors.
+        origin: by block of the sliced graph the unsliced block.
+    """
 
     graph: Graph
     parts: tuple[TensorSlice, ...]
     origin: Mapping[str, str]
 
     def gather(self, weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """The weights and buffers of the unsliced blocks, from those of the slices."""
+        """Return the weights and buffers of the unsliced blocks, put together from the slices."""
         unsliced = [name for name in weights if self.origin[name] == name]
         whole = {name: dict(weights[name]) for name in unsliced}
         for part in self.parts:
@@ -95,14 +104,21 @@ class Sliced:
 class Graph:
     """A checked directed graph of blocks, in the order given; edges in the order of the parents.
 
-    original: the module that was cut into these blocks, if one was; its `state_dict` keys are those
-    of the blocks' modules. sliced: what the graph was before its slices (slices.py). shared: the
-    weights that were one before `apart` gave each of their blocks its own. notes: what to tell
-    about the way it was cut. example: inputs by parent, for dry runs that look at values.
+    Args:
+        blocks: the blocks, each with the names of its parents.
+        original: the module that was cut into these blocks, if one was; its `state_dict` keys are
+            those of the blocks' modules.
+        sliced: the graph before its blocks were sliced, if they were.
+        shared: the weights that several blocks shared before `apart` gave each block a copy.
 
-    Raises GraphError, naming the blocks: a name twice, an unknown or doubled parent, a delay below
-    one tick, a block without parents, no readout, no path to a readout, a child of an output net,
-    buffers shared by blocks.
+    Attributes:
+        notes: warnings about the way in which the model was cut.
+        example: inputs by parent, for dry runs of modules that look at values.
+
+    Raises:
+        GraphError: names the blocks, for a name that occurs twice, an unknown or doubled parent, a
+            delay below one tick, a block without parents, no readout, no path to a readout, a
+            child of an output net, or buffers shared by blocks.
     """
 
     def __init__(
@@ -143,19 +159,21 @@ class Graph:
 
     @property
     def was_cut(self) -> bool:
-        """Whether a module was cut into these blocks (and none built by hand)."""
+        """Return True if a module was cut into these blocks, False if they were built by hand."""
         return self.original is not None
 
     @property
     def readouts(self) -> list[str]:
+        """Return the names of the blocks with a loss."""
         return [b.name for b in self.blocks.values() if b.loss is not None]
 
     @cached_property
     def acyclic(self) -> bool:
+        """Return True if no block depends on its own state."""
         return len(self._topological()) == len(self.blocks)
 
     def _topological(self) -> list[str]:
-        """Blocks with parents first; those on or behind a cycle are missing."""
+        """Return the blocks with parents first, without those on or behind a cycle."""
         waiting = {b.name: sum(not is_input(p) for p in b.parents) for b in self.blocks.values()}
         ready = [name for name, parents in waiting.items() if not parents]
         for name in ready:
@@ -166,14 +184,17 @@ class Graph:
         return ready
 
     def cycle(self) -> list[str]:
-        """The blocks that lie on or behind a cycle."""
+        """Return the blocks that lie on or behind a cycle."""
         ordered = set(self._topological())
         return [b for b in self.blocks if b not in ordered]
 
     def _depths(self) -> dict[str, int]:
-        """Ticks until a sample reaches a block: by the longest path from the input in an acyclic
-        graph (semantics.md), by the shortest where there are cycles; the input's own edges count
-        from their second tick. Blocks that no input reaches have depth 0."""
+        """Return the ticks until a sample reaches each block.
+
+        That is the longest path from the input in an acyclic graph (docs: concepts/time-and-
+        signals), the shortest where there are cycles. The input's own edges count from their second
+        tick. A block that no input reaches has depth 0.
+        """
         depths = {INPUT: -1, **{e.parent: -1 for e in self.out_of[INPUT]}}
         if self.acyclic:
             for name in self._topological():
@@ -190,17 +211,17 @@ class Graph:
 
     @property
     def depth(self) -> int:
-        """D: the depth of the deepest readout."""
+        """Return D, the depth of the deepest readout."""
         return max(self.depths[r] for r in self.readouts)
 
     def unreached(self) -> list[str]:
-        """Blocks to which no path leads from the input."""
+        """Return the blocks to which no path leads from the input."""
         reached = reach(self._inputs, ((e.parent, e.child) for e in self.edges))
         return [b for b in self.blocks if b not in reached]
 
     @cached_property
     def adrift(self) -> set[str]:
-        """Blocks that no chain of edges, in either direction, joins with the input."""
+        """Return the blocks that no chain of edges, in either direction, joins with the input."""
         ways = [(e.parent, e.child) for e in self.edges]
         return self.blocks.keys() - reach(self._inputs, [*ways, *((b, a) for a, b in ways)])
 
@@ -209,7 +230,7 @@ class Graph:
         return list(dict.fromkeys([INPUT, *(e.parent for e in self.out_of[INPUT])]))
 
     def parameters(self) -> dict[str, list[str]]:
-        """The names of the weights by block, those of an output module behind `output:`."""
+        """Return the names of the weights by block, those of an output module behind `output:`."""
         names = {}
         for block in self.blocks.values():
             own = [n for n, p in block.module.named_parameters() if p.requires_grad]
@@ -221,20 +242,22 @@ class Graph:
         return names
 
     def borrowed(self, block: str) -> set[str]:
-        """The names of the weights of `block` that belong to another one."""
+        """Return the names of the weights of `block` that belong to another block."""
         return {key for tie in self.ties if tie.user == block for key in tie.theirs}
 
     @cached_property
     def ties(self) -> tuple[Tie, ...]:
-        """Who owns the shared weights, and who borrows them (in presentation 'pulse')."""
+        """Return the pairs of owner and user of each shared weight (presentation 'pulse')."""
         if not self.shared:
             return ()
         back = {b: 2 * self.depth - depth for b, depth in self.depths.items()}
         return ties_of(self.shared, {**back, **{r: self.depths[r] for r in self.readouts}})
 
     def apart(self) -> Graph:
-        """This graph with weights of its own for every block, and a note of which were shared;
-        itself where none were."""
+        """Return this graph with a copy of every shared weight per block, recorded in `shared`.
+
+        The graph itself is returned if no weight is shared.
+        """
         seen: set[int] = set()
         blocks = []
         for block in self.blocks.values():
@@ -247,9 +270,12 @@ class Graph:
         return self.over(blocks, found) if changed else self
 
     def silent(self) -> frozenset[str]:
-        """Blocks that no message is of use to: their weights are frozen (`requires_grad` is False),
-        and those of all blocks on a way to them. None where all of these have no weights at all:
-        whoever watches their costates gets them."""
+        """Return the blocks to which no message needs to be sent.
+
+        These blocks, and all on a way to them, have no weights that learn, and one of them has
+        frozen ones (`requires_grad` is False). The set is empty if they have no weights at all:
+        then whoever observes their costates gets them.
+        """
         own = {name for name, weights in self.parameters().items() if weights}
         trained = own | {tie.user for tie in self.ties}
         unmoved = self.blocks.keys() - reach(trained, ((e.parent, e.child) for e in self.edges))
@@ -257,8 +283,10 @@ class Graph:
         return frozenset(unmoved) if frozen else frozenset()
 
     def recurrent(self, edge: Edge) -> bool:
-        """Whether `edge` leads from a block to itself or to one listed before it: in a sequence it
-        carries the state of the token before."""
+        """Return True if `edge` leads from a block to itself or to one listed before it.
+
+        In a sequence such an edge carries the state of the previous token.
+        """
         if edge.from_input:
             return False
         order = list(self.blocks)
@@ -269,12 +297,18 @@ class Graph:
     def shapes(
         self, u_shape: Sequence[int], u_dtype: torch.dtype, several: ShapeMap | None = None
     ) -> ShapeMap:
-        """Shape and type of every block's h (of an output net: its prediction), by a dry run on a
-        copy of its module (shapes.py). u_shape: with the batch in front. several: those of the
-        inputs by parent (`u.NAME`), where there is more than one.
+        """Return shape and dtype of every block's h (of an output net: its prediction).
 
-        Raises GraphError naming the block whose module does not take its parents' shapes, or the
-        input that the stream does not have.
+        They come from a dry run on a copy of each module (graph/shapes.py).
+
+        Args:
+            u_shape: shape of the input, with the batch in front.
+            u_dtype: dtype of the input.
+            several: shapes and dtypes of the inputs by parent (`u.NAME`), if there are several.
+
+        Raises:
+            GraphError: names the block whose module does not take its parents' shapes, or the
+                input that the stream does not have.
         """
         batch = u_shape[0]
         known: ShapeMap = dict(several or {INPUT: (tuple(u_shape), u_dtype)})
@@ -313,7 +347,7 @@ class Graph:
     # -- copies and the way back --------------------------------------------------------------
 
     def copy(self) -> Graph:
-        """The same graph over copies of the modules; what blocks share, the copies share."""
+        """Return the same graph over copies of the modules; what is shared stays shared."""
         memo: dict[int, object] = {}
         blocks = [
             BlockSpec(**{**vars(b), "module": m, "output": o})
@@ -325,8 +359,12 @@ class Graph:
     def over(
         self, blocks: Iterable[BlockSpec], shared: Sequence[SharedWeight] | None = None
     ) -> Graph:
-        """The same graph over `blocks`, which are its own in another form. shared: as for a graph,
-        where that changes."""
+        """Return the same graph over `blocks`, which are its own blocks in another form.
+
+        Args:
+            blocks: as for a graph.
+            shared: as for a graph; None if that does not change.
+        """
         shared = self.shared if shared is None else shared
         made = Graph(blocks, original=self.original, sliced=self.sliced, shared=shared)
         made.notes, made.example = list(self.notes), self.example
@@ -335,5 +373,5 @@ class Graph:
 
     @property
     def unsliced(self) -> Graph:
-        """The graph before slices: itself, if it has none."""
+        """Return the graph before its blocks were sliced; itself if none was."""
         return self if self.sliced is None else self.sliced.graph

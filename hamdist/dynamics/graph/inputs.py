@@ -19,19 +19,19 @@ NetworkInputs: TypeAlias = Tensor | Mapping[str, Tensor]
 
 
 def is_input(name: str) -> bool:
-    """Whether a parent of this name is (a part of) the stream's input."""
+    """Return True if a parent of this name is (a part of) the stream's input."""
     return name == INPUT or name.startswith(INPUT + ".")
 
 
 def by_parent(u: NetworkInputs) -> dict[str, Tensor]:
-    """The inputs by the names that parents have."""
+    """Return the inputs by the names that blocks have for them (`u`, or `u.NAME`)."""
     if isinstance(u, Tensor):
         return {INPUT: u}
     return {f"{INPUT}.{name}": tensor for name, tensor in u.items()}
 
 
 def called(model: nn.Module, u: NetworkInputs) -> Any:
-    """model(u), or with its several inputs."""
+    """Return model(u), or the model called with its several inputs."""
     if isinstance(u, Tensor):
         return model(u)
     if all(name.isdigit() for name in u):
@@ -40,7 +40,7 @@ def called(model: nn.Module, u: NetworkInputs) -> Any:
 
 
 def arguments_of(model: object) -> list[str] | None:
-    """Names the arguments of `model.forward`; None where they are open (`**kwargs`, a Graph)."""
+    """Return the names of the arguments of `model.forward`; None if open (`**kwargs`, a Graph)."""
     if not isinstance(model, nn.Module):
         return None
     try:
@@ -52,14 +52,18 @@ def arguments_of(model: object) -> list[str] | None:
 
 
 def called_by_parent(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """The same, with the names of parents."""
+    """Return the model called with inputs that carry the names of parents (`u`, or `u.NAME`)."""
     if INPUT in inputs:
         return model(inputs[INPUT])
     return called(model, {name.removeprefix(INPUT + "."): u for name, u in inputs.items()})
 
 
 def check_taken(model: nn.Module, u: NetworkInputs) -> None:
-    """Raises GraphError where several inputs are not what `model.forward` takes."""
+    """Check that `model.forward` takes the several inputs.
+
+    Raises:
+        GraphError: it has other arguments.
+    """
     if isinstance(u, Tensor):
         return
     numbered = all(name.isdigit() for name in u)
@@ -76,3 +80,11 @@ def check_taken(model: nn.Module, u: NetworkInputs) -> None:
             f"take them ({error}): give u as a dict by its arguments, or as a tuple in their "
             "order, or say with names= what the keys of a batch mean"
         ) from None
+
+
+def rows_of(batch: int, parts: int, part: int) -> range:
+    """Returns the rows of one of `parts` micro-batches, whose sizes differ by one at most: the
+    first ones are larger. Empty for the last ones of a batch of fewer rows than `parts`."""
+    each, more = divmod(batch, parts)
+    start = part * each + min(part, more)
+    return range(start, start + each + (part < more))

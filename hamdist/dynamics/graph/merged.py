@@ -1,4 +1,4 @@
-"""A graph back as one module: what users get after a run."""
+"""Turns a graph back into one module: the `model` of a run's result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from hamdist.errors import GraphError
 class MergedGraph(nn.Module):
     """The graph as one feed-forward module: u -> the readout's prediction (or a dict of them).
 
-    With cycles the states are relaxed from h_0 by h <- f(h_parents) `relax` times (cτ = 1).
+    Args:
+        graph: the graph.
+        relax: with cycles, the number of times that the states are relaxed from h_0 by
+            h <- f(h_parents) (cτ = 1).
     """
 
     def __init__(self, graph: Graph, relax: int = 100) -> None:
@@ -57,7 +60,12 @@ class MergedGraph(nn.Module):
     def forward(
         self, u: NetworkInputs | None = None, **several: Tensor
     ) -> Tensor | dict[str, Tensor]:
-        """u: (B, ...), or several inputs by name, as one mapping or as keyword arguments."""
+        """Return the prediction, or a dict of them by readout.
+
+        Args:
+            u: the input (B, ...), or several inputs by name as one mapping.
+            **several: several inputs by name.
+        """
         h = by_parent(several if u is None else u)
         u = next(iter(h.values()))
         for name, shape in self.shapes.items():
@@ -95,10 +103,14 @@ def _whole(block: BlockSpec) -> nn.Module:
 
 
 class MergedSequence(nn.Module):
-    """A graph as one module for sequences: u (T, B, ...) -> the readout's predictions (T, B, ...),
-    or a dict of them by readout. Before the first token all states are zero.
+    """A graph as one module for sequences: u (T, B, ...) -> the readout's predictions (T, B, ...).
 
-    shapes: of the blocks, the batch in front. The `state_dict` has the keys of a `MergedGraph`.
+    With several readouts it returns a dict by readout. Before the first token all states are zero.
+    The `state_dict` has the keys of a `MergedGraph`.
+
+    Args:
+        graph: the graph.
+        shapes: shapes and dtypes of the blocks' states, the batch in front.
     """
 
     def __init__(self, graph: Graph, shapes: ShapeMap) -> None:
@@ -120,6 +132,7 @@ class MergedSequence(nn.Module):
         self.blocks = MergedGraph(graph).blocks
 
     def forward(self, u: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return the predictions (T, B, ...) of u (T, B, ...), or a dict of them by readout."""
         if not len(u):
             raise GraphError("a sequence has at least one token; u has none (T = 0)")
         last = {}
@@ -145,12 +158,16 @@ class MergedSequence(nn.Module):
 def merged_module(
     graph: Graph, weights: Mapping[str, Mapping[str, Tensor]], whole: nn.Module | None = None
 ) -> nn.Module:
-    """A plain module with the blocks' `weights`: parameters and buffers, by block and key (keys
-    of an output module begin with `output:`).
+    """Return a plain module with the weights of the blocks; slices are put together.
 
-    For a split model its `state_dict` has the original keys; for a graph built by hand the
-    module is `whole`, which has the keys of a `MergedGraph`, or a `MergedGraph`. Slices are
-    put together.
+    For a cut model its `state_dict` has the original keys; for a graph built by hand those of a
+    `MergedGraph`.
+
+    Args:
+        graph: the graph.
+        weights: parameters and buffers by block and key (keys of an output module begin with
+            `output:`).
+        whole: for a graph built by hand the module to fill; None for a `MergedGraph`.
     """
     if graph.sliced is not None:
         return merged_module(graph.sliced.graph, graph.sliced.gather(weights), whole)
@@ -183,7 +200,7 @@ def merged_module(
 
 
 def _merged_name(graph: Graph, block: str, key: str) -> str:
-    """The name in the merged module of `key` of a block."""
+    """Return the name that `key` of a block has in the merged module."""
     if graph.original is not None:
         return key
     part = "output" if key.startswith(OUTPUT_KEY) else "module"
@@ -191,7 +208,7 @@ def _merged_name(graph: Graph, block: str, key: str) -> str:
 
 
 def _by_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors`, each under all names that its weight has in `module`."""
+    """Return `tensors`, each under all names that its weight has in `module`."""
     names: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)

@@ -9,7 +9,7 @@ from hamdist.errors import HamdistError, SettingsError
 
 
 def fitting(name: str, patterns: Iterable[str]) -> str | None:
-    """`name` itself where it is among the patterns, or else the first one that it fits."""
+    """Return `name` if it is among the patterns, else the first pattern that fits it, else None."""
     patterns = list(patterns)
     if name in patterns:
         return name
@@ -23,8 +23,11 @@ def check_patterns(
     noun: str,
     error: type[HamdistError] = SettingsError,
 ) -> None:
-    """Raises `error` for a pattern that fits none of `names`, or none that another pattern
-    has left over. field: of the settings; noun: what the names name."""
+    """Check that every pattern fits a name that no earlier pattern fits.
+
+    field: of the settings; noun: kind of thing that is named; both for the message of `error`,
+    which is raised for a pattern that fits no name, or none that is left.
+    """
     patterns, names = list(patterns), list(names)
     for pattern in patterns:
         fits = [name for name in names if name == pattern or fnmatchcase(name, pattern)]

@@ -1,4 +1,4 @@
-"""The shape of a block's state, found by running a copy of its module."""
+"""Derives the shape of a block's state by a dry run of a copy of its module."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SMALL_INPUT = 2**16
 def shape_of(
     block: BlockSpec, known: ShapeMap, example: Mapping[str, Tensor], kept: set[str]
 ) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and type of a block's h (of an output net: its prediction), by a dry run on a copy of
-    its module (`_probes`). known: those of its parents, batch in front; example: inputs; kept: to
-    which the names of Python state are added that the module's forward changes.
+    """Return shape and dtype of a block's h (of an output net: its prediction).
 
-    Raises GraphError where the module does not take them, or gives no tensor with the batch in
-    front.
+    They come from a dry run on a copy of its module (`_probes`). known: shapes of its parents,
+    batch in front; example: inputs by parent; kept: receives the names of Python state that the
+    module's forward changes. Raises GraphError where the module does not take the shapes, or
+    returns no tensor with the batch in front.
     """
     name = block.name
     shapes = [known[p] for p in block.parents]
@@ -54,7 +54,7 @@ def shape_of(
 
 
 def check_initial(block: BlockSpec, shape: tuple[int, ...]) -> None:
-    """shape: of its h, batch in front. Raises GraphError for an initial state that does not fit."""
+    """Raise GraphError for an initial state that does not fit `shape` (of h, batch in front)."""
     name = block.name
     if block.initial is None:
         return
@@ -68,7 +68,7 @@ def check_initial(block: BlockSpec, shape: tuple[int, ...]) -> None:
 
 
 def declared_dtype(module: nn.Module, u_dtype: torch.dtype) -> torch.dtype:
-    """The type of a state that is declared by its shape: of the weights, or of the input."""
+    """Return the dtype of a state declared by its shape: that of the weights, or of the input."""
     parameter = next(module.parameters(), None)
     if parameter is not None:
         return parameter.dtype
@@ -85,9 +85,11 @@ def _run_on(
     real: Sequence[Tensor | None] = (),
     kept: set[str] | None = None,
 ) -> object:
-    """`module` on tensors of `shapes`, on the first device that takes them; with autograd where it
-    asks for that (a hook). leaves: those that it is differentiated by in a run. real: of these
-    shapes, where they are known."""
+    """Run `module` on tensors of `shapes`, on the first device that takes them.
+
+    Autograd is on where the module needs it (a hook). leaves: the inputs by which it is
+    differentiated in a run. real: tensors of these shapes, where values are at hand.
+    """
     for grad, device in product((False, True), _probes(module, shapes)):
         probe = copied(module).to(device)
         inputs = [torch.zeros(s, dtype=t, device=device) for s, t in shapes]
@@ -136,7 +138,7 @@ def _of_dtypes(module: nn.Module, shapes: Sequence[tuple[tuple[int, ...], torch.
 def _check_same(
     block: str, module: nn.Module, before: Mapping[str, tuple[nn.Parameter, UntypedStorage]]
 ) -> None:
-    """Check that a call has left each weight the tensor, and in the memory, that it was."""
+    """Check that a call has left each weight the same tensor in the same memory."""
     after = dict(module.named_parameters())
     for name, (weight, memory) in before.items():
         same = after.get(name) is weight and weight.untyped_storage()._cdata == memory._cdata
@@ -151,9 +153,9 @@ def _check_same(
 def _probes(
     module: nn.Module, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]
 ) -> tuple[str, ...]:
-    """Where a dry run of `module` is tried: on meta tensors, and on zeros where it reads values.
+    """Return the devices on which a dry run of `module` is tried: meta, zeros if it reads values.
 
-    On zeros alone where types differ, which meta tensors let pass; and where it is cheaper: the
+    Only zeros where dtypes differ, which meta tensors let pass; and where they are cheaper: the
     first use of meta tensors imports about a second of torch, the arithmetic of a small module of
     torch's own (which does nothing but arithmetic) takes less than a millisecond.
     """

@@ -1,4 +1,4 @@
-"""What a graph of blocks is made of: blocks, edges, and how a module takes its parents.
+"""The elements of a graph: blocks, edges, and the ways in which a module takes its parents.
 
 An edge parent -> child carries the parent's state h forward and the child's message m backward.
 The stream's input is the parent named `u`; nothing travels back to it.
@@ -27,7 +27,10 @@ ShapeMap: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Combine(str, Enum):
-    """How a module takes several parents: joined on the last axis, summed, or one argument each."""
+    """Ways in which a module takes several parents.
+
+    `concat`: concatenated on the last axis; `sum`: summed; `arguments`: one argument each.
+    """
 
     CONCAT = "concat"
     SUM = "sum"
@@ -36,12 +39,18 @@ class Combine(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """`parents` neighbouring parents as one input: joined on `axis`, or summed (axis None)."""
+    """Neighbouring parents taken as one input.
+
+    Attributes:
+        parents: number of parents.
+        axis: axis on which they are concatenated; None to sum them.
+    """
 
     parents: int = 1
     axis: int | None = None
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the tensors of these parents as one."""
         if len(tensors) == 1:
             return tensors[0]
         if self.axis is None:
@@ -51,23 +60,26 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Joining:
-    """How a module takes parents of which some are slices of one (slices.py): the slices are joined
-    first, then what comes out is taken as `then` says."""
+    """How a module takes parents of which some are slices of one block.
+
+    The slices are joined first; the results are taken as `then` says.
+    """
 
     joins: tuple[Join, ...]
     then: Combine = Combine.CONCAT
 
     def groups(self, inputs: Sequence[T]) -> list[Sequence[T]]:
-        """What is given by parent, by join."""
+        """Return the inputs by join."""
         ends = list(accumulate(join.parents for join in self.joins))
         return [inputs[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     def joined(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return one tensor per join."""
         return [j.of(group) for j, group in zip(self.joins, self.groups(inputs), strict=True)]
 
 
 def combined(combine: Combine | Joining, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The arguments of the module: the inputs joined, summed in their order, or as they are."""
+    """Return the arguments of the module: inputs concatenated, summed in order, or as they are."""
     if isinstance(combine, Joining):
         return combined(combine.then, combine.joined(inputs))
     if len(inputs) < 2 or combine is Combine.ARGUMENTS:
@@ -82,7 +94,11 @@ def combined(combine: Combine | Joining, inputs: Sequence[Tensor]) -> list[Tenso
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """parent -> child. delay: ticks a signal needs, in either direction."""
+    """The directed edge parent -> child.
+
+    Attributes:
+        delay: ticks that a signal needs, in either direction.
+    """
 
     index: int
     parent: str
@@ -91,17 +107,23 @@ class Edge:
 
     @property
     def name(self) -> str:
+        """Return `parent->child`, as figures and errors show it."""
         return f"{self.parent}->{self.child}"
 
     @property
     def from_input(self) -> bool:
+        """Return True if the parent is an input of the stream."""
         return is_input(self.parent)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedWeight:
-    """One weight that several blocks use. uses: (block, name of the weight there), in the graph's
-    order; numel: its numbers."""
+    """One weight that several blocks use.
+
+    Attributes:
+        uses: (block, name of the weight there), in the order of the graph.
+        numel: number of its elements.
+    """
 
     uses: tuple[tuple[str, str], ...]
     numel: int
@@ -109,8 +131,14 @@ class SharedWeight:
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """`user` has copies of weights of `owner`: gradients go there, weights come back. keys: (the
-    owner's name, the user's) of each; numel: numbers of all."""
+    """Two blocks with the same weights: `user` has copies of weights of `owner`.
+
+    Gradients travel to the owner, weights come back.
+
+    Attributes:
+        keys: (name in the owner, name in the user) of each weight.
+        numel: number of elements of all of them.
+    """
 
     index: int
     owner: str
@@ -120,17 +148,17 @@ class Tie:
 
     @property
     def name(self) -> str:
-        """As an edge's, in figures and errors."""
+        """Return `owner<->user`, as figures and errors show it."""
         return f"{self.owner}<->{self.user}"
 
     @property
     def owners(self) -> list[str]:
-        """The names in the owner's module."""
+        """Return the names of the weights in the owner's module."""
         return [key for key, _ in self.keys]
 
     @property
     def theirs(self) -> list[str]:
-        """The names in the user's module."""
+        """Return the names of the weights in the user's module."""
         return [key for _, key in self.keys]
 
 
@@ -138,15 +166,23 @@ class Tie:
 class BlockSpec:
     """One block: f(h_parents; theta) and where its inputs come from.
 
-    parents: names in the order in which the module takes them; `u` is the stream's input. The
-    block itself, or one listed behind it, is read in a sequence as it was at the token before.
-    delays: ticks of the edge from a parent, where it is not 1.
-    loss: makes the block a readout. Without `state` a readout is an output net (HL Eq. 4): it
-    predicts from its parents' states and has none of its own; with `state` it is a state block and
-    predicts output(h), or h itself where `output` is None.
-    shape: of h without the batch; needed for one block of every cycle, where it cannot be derived.
-    initial: h_0 without the batch, where it is not zero (presentation 'hold').
-    slices: over how many blocks its neurons are spread (slices.py).
+    Attributes:
+        name: name of the block, unique in its graph.
+        module: f.
+        parents: names in the order in which the module takes them; `u` is the stream's input. In a
+            sequence the block itself, or one listed behind it, is read as it was at the previous
+            token.
+        combine: how the module takes several parents.
+        delays: ticks of the edge from a parent, where it is not 1.
+        loss: makes the block a readout. Without `state` a readout is an output net (HL Eq. 4): it
+            predicts from its parents' states and has no state of its own.
+        state: True for a readout that is a state block: it predicts output(h), or h itself where
+            `output` is None.
+        output: module from h to the prediction of such a readout.
+        shape: shape of h without the batch; needed for one block of every cycle, where it cannot
+            be derived.
+        initial: h_0 without the batch, where it is not zero (presentation 'hold').
+        slices: number of blocks over which its neurons are spread (dynamics/slicing).
     """
 
     name: str
@@ -163,11 +199,12 @@ class BlockSpec:
 
     @property
     def has_state(self) -> bool:
+        """Return True if the block has a state h, which only an output net lacks."""
         return self.loss is None or self.state
 
 
 def reach(starts: Iterable[str], ways: Iterable[tuple[str, str]]) -> set[str]:
-    """All that can be reached from `starts` along `ways`, given as (from, to)."""
+    """Return everything that can be reached from `starts` along `ways`, given as (from, to)."""
     onward: dict[str, list[str]] = {}
     for a, b in ways:
         onward.setdefault(a, []).append(b)
@@ -182,6 +219,6 @@ def reach(starts: Iterable[str], ways: Iterable[tuple[str, str]]) -> set[str]:
 
 
 def named(blocks: Sequence[str]) -> str:
-    """`blocks` as an error lists them."""
+    """Return `blocks` as an error lists them."""
     noun = "block" if len(blocks) == 1 else "blocks"
     return f"{noun} {', '.join(repr(b) for b in blocks)}"

@@ -1,12 +1,13 @@
 """Weights with users in several blocks (tied embeddings, a layer at two depths).
 
-A weight belongs to one of its users, the one that hears of a sample last (as a rule the first
-block). Every other user has a copy: it sends the owner its gradient, sample by sample, and gets the
-weight back when it has moved. The owner makes one step by the sum
+A weight belongs to one of its users, the one whose backward pass of a sample comes last (as a rule
+the first block). Every other user has a copy: it sends the owner its gradient, sample by sample,
+and gets the weight back when it has moved. The owner makes one step by the sum
 
     g = g_owner + g_user1 + g_user2 + ...        all about the same sample
 
-and the copy is overwritten before the user's next forward pass (schedule.py says with which).
+and the copy is overwritten before the user's next forward pass (dynamics/schedule says with which
+version).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hamdist.dynamics.graph.spec import BlockSpec, SharedWeight, Tie
 
 
 def shared_weights(blocks: Iterable[BlockSpec]) -> tuple[SharedWeight, ...]:
-    """The weights that learn and that several modules of `blocks` hold."""
+    """Return the weights that learn and that modules of several blocks hold."""
     uses: dict[int, list[tuple[str, str]]] = {}
     sizes: dict[int, int] = {}
     for block in blocks:
@@ -31,8 +32,11 @@ def shared_weights(blocks: Iterable[BlockSpec]) -> tuple[SharedWeight, ...]:
 
 
 def ties_of(shared: Sequence[SharedWeight], heard: Mapping[str, int]) -> tuple[Tie, ...]:
-    """Who sends whom gradients and gets weights back. heard: by block, in the graph's order, the
-    tick of its backward pass of sample 0; of equal ones the last block owns."""
+    """Return the pairs of blocks between which gradients and weights of shared weights travel.
+
+    heard: by block, in the order of the graph, the tick of its backward pass of sample 0. The block
+    with the latest one owns the weight; of equal ones the last.
+    """
     order = list(heard)
     pairs: dict[tuple[str, str], list[tuple[str, str, int]]] = {}
     for weight in shared:
@@ -47,7 +51,7 @@ def ties_of(shared: Sequence[SharedWeight], heard: Mapping[str, int]) -> tuple[T
 
 
 def names_of(module: nn.Module, keys: Iterable[str]) -> set[str]:
-    """All names in `module` of the weights that `keys` name."""
+    """Return all names in `module` of the weights that `keys` name."""
     wanted = {id(module.get_parameter(key)) for key in keys}
     found = module.named_parameters(remove_duplicate=False)
     return {name for name, weight in found if id(weight) in wanted}

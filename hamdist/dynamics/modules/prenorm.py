@@ -29,8 +29,13 @@ _TORCHS = "torch.nn.modules."
 
 
 class PreNorm(nn.Module):
-    """h + alpha branch(LN(h)), for a branch that keeps the shape. shape: of a row of h; alpha:
-    1/sqrt(L) of a network of L layers."""
+    """Residual module h + alpha branch(LN(h)), for a branch that keeps the shape.
+
+    Args:
+        branch: the module on the residual path.
+        shape: shape of one row of h.
+        alpha: scale of the branch; 1/sqrt(L) for a network of L layers.
+    """
 
     def __init__(self, branch: nn.Module, shape: int | Sequence[int], alpha: float) -> None:
         super().__init__()
@@ -39,6 +44,7 @@ class PreNorm(nn.Module):
         self.alpha = alpha
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return h + alpha branch(LN(h)), of the shape of h."""
         made: Tensor = h + self.alpha * self.branch(self.norm(h))
         return made
 
@@ -47,7 +53,12 @@ class PreNorm(nn.Module):
 
 
 class Normed(nn.Module):
-    """branch(LN(h)). shape: of a row of h."""
+    """Module behind a norm: branch(LN(h)).
+
+    Args:
+        branch: the module.
+        shape: shape of one row of h.
+    """
 
     def __init__(self, branch: nn.Module, shape: int | Sequence[int]) -> None:
         super().__init__()
@@ -55,6 +66,7 @@ class Normed(nn.Module):
         self.branch = branch
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return branch(LN(h))."""
         made: Tensor = self.branch(self.norm(h))
         return made
 
@@ -75,14 +87,21 @@ class _Unit:
 
 
 def stabilised(model: nn.Module, example: NetworkInputs) -> tuple[nn.Module, list[str]]:
-    """A copy of `model` in which the layers (linear, convolution) of its nn.Sequentials have become
-    `PreNorm` or `Normed`, all but the first one, and what to tell about it.
+    """Return a copy of `model` whose layers are wrapped in `PreNorm` or `Normed`.
 
-    example: an input of the right shape and type (several as a mapping by argument). Children that
-    are no layers of torch's own stay as they are, and what stands outside an nn.Sequential, too.
-    Weights are the same, under other keys of the `state_dict`.
+    Wrapped are the layers (linear, convolution) of its nn.Sequentials, all but the first. Children
+    that are not layers of torch's own stay as they are, and so does everything outside an
+    nn.Sequential. The weights are the same, under other keys of the `state_dict`.
 
-    Raises GraphError where there is nothing to stabilise.
+    Args:
+        model: the model, which does not change.
+        example: an input of the right shape and dtype (several as a mapping by argument).
+
+    Returns:
+        The copy, and warnings about what was left out.
+
+    Raises:
+        GraphError: there is nothing to stabilise.
     """
     made = copied(model)
     units, kept = _units(made)
@@ -107,7 +126,7 @@ def stabilised(model: nn.Module, example: NetworkInputs) -> tuple[nn.Module, lis
 
 
 def _units(model: nn.Module) -> tuple[list[_Unit], int]:
-    """The units of all nn.Sequentials, and how many other children have weights."""
+    """Return the units of all nn.Sequentials, and the number of other children with weights."""
     units: list[_Unit] = []
     kept = 0
     for module in model.modules():
@@ -128,12 +147,12 @@ def _units(model: nn.Module) -> tuple[list[_Unit], int]:
 
 
 def _goes_along(child: nn.Module) -> bool:
-    """Whether it is torch's own and has no layers inside: an activation, a norm, dropout."""
+    """Return True for torch's own modules without layers inside: an activation, norm, dropout."""
     return type(child).__module__.startswith(_TORCHS) and not list(child.children())
 
 
 def _watched(model: nn.Module, units: Sequence[_Unit], example: NetworkInputs) -> list[_Unit]:
-    """The units in the order in which they come, with their shapes."""
+    """Return the units in the order in which they run, with their shapes."""
     order: list[_Unit] = []
     hooks = []
 
@@ -164,7 +183,7 @@ def _watched(model: nn.Module, units: Sequence[_Unit], example: NetworkInputs) -
 
 
 def _wrap(unit: _Unit, alpha: float) -> None:
-    """Puts the wrapper in the place of the unit's first child, and takes the others away."""
+    """Put the wrapper in the place of the unit's first child, and remove the others."""
     inner = nn.Sequential(OrderedDict(unit.children))
     wrapper: nn.Module
     if unit.before == unit.after:

@@ -20,13 +20,17 @@ CELLS = (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
 class RecurrentCell(nn.Module):
-    """f(x_1, ..., x_P, h) = h' of an nn.RNNCell, nn.GRUCell or nn.LSTMCell: the last argument is
-    its own state (B, S), the others are joined on the last axis to its input.
+    """f(x_1, ..., x_P, h) = h' of an nn.RNNCell, nn.GRUCell or nn.LSTMCell.
 
-    The state of an LSTM is [h, c] in one tensor: a block has one state. `hidden`: where h is in it,
-    which is what other blocks usually read (`Reads`).
+    The last argument is the cell's own state (B, S); the others are concatenated on the last axis
+    to its input. The state of an LSTM is [h, c] in one tensor, since a block has one state; other
+    blocks usually read only its part `hidden` (`Reads`).
 
-    Raises GraphError for another module.
+    Args:
+        cell: the cell.
+
+    Raises:
+        GraphError: `cell` is another module.
     """
 
     def __init__(self, cell: nn.Module) -> None:
@@ -40,15 +44,16 @@ class RecurrentCell(nn.Module):
 
     @property
     def size(self) -> int:
-        """S."""
+        """Return S, the features of the whole state."""
         return self.cell.hidden_size * (2 if isinstance(self.cell, nn.LSTMCell) else 1)
 
     @property
     def hidden(self) -> slice:
-        """h in the state."""
+        """Return the place of h in the state."""
         return slice(0, self.cell.hidden_size)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the next state (B, S); the last of `inputs` is the state before."""
         *given, state = inputs
         x = given[0] if len(given) == 1 else torch.cat(given, dim=-1)
         if isinstance(self.cell, nn.LSTMCell):
@@ -59,10 +64,15 @@ class RecurrentCell(nn.Module):
 
 
 class Reads(nn.Module):
-    """`module`, which sees only a part of what its block reads: per argument the features that it
-    sees (a slice of the last axis), or None for all. Messages about the rest are zeros.
+    """Module that sees only a part of the features that its block reads.
 
         BlockSpec("y", Reads(nn.Linear(16, 2), cell.hidden), ("cell",), loss=mse)
+
+    Messages about the other features are zeros.
+
+    Args:
+        module: the module.
+        *parts: per argument the features that it sees (a slice of the last axis), or None for all.
     """
 
     def __init__(self, module: nn.Module, *parts: slice | None) -> None:
@@ -71,6 +81,7 @@ class Reads(nn.Module):
         self.parts = parts
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the module's output for its parts of the inputs."""
         seen = (
             x if part is None else x[..., part] for x, part in zip(inputs, self.parts, strict=True)
         )

@@ -8,7 +8,7 @@ axis 1 are a and b:
 
 With s = 1 two of them are a block of RevNet (Gomez, Ren, Urtasun, Grosse 2017). With F = f, s = 2
 tau and the pair (h_{k-1}, h_k) one is a step of the midpoint rule, and M_a, M_b are its adjoint
-(equations.md, "Midpoint"):
+(docs: concepts/equations, "Without stored activations"):
 
     h_1 = h_0 + tau f(h_0),    h_{k+1} = h_{k-1} + 2 tau f(h_k)
     z_k = z_{k+2} + 2 tau J_k^T z_{k+1},    z_0 = z_2 + z_1 + tau J_0^T z_1
@@ -34,7 +34,11 @@ from hamdist.errors import SettingsError
 
 
 class InverseStep(NamedTuple):
-    """One piece, backwards. x: its input; message: of x, like x; g: by parameter of the piece."""
+    """Result of one map run backwards.
+
+    x: its input; message: the vector-Jacobian product for x, of its shape; g: gradients by
+    parameter of the map.
+    """
 
     x: Tensor
     message: Tensor
@@ -42,15 +46,16 @@ class InverseStep(NamedTuple):
 
 
 class InvertibleMap(nn.Module, ABC):
-    """One invertible map. Final classes say how it is undone; they are used as plain modules."""
+    """One invertible map. Final classes define the inverse; they are used as plain modules."""
 
     @property
     def decay(self) -> float:
-        """|lambda| tau of the leak, in this one step."""
+        """Return |lambda| tau of the leak, in this one step."""
         return 0.0
 
     @property
     def theta(self) -> list[nn.Parameter]:
+        """Return the parameters that learn."""
         return [p for p in self.parameters() if p.requires_grad]
 
     @abstractmethod
@@ -63,10 +68,15 @@ class InvertibleMap(nn.Module, ABC):
 
 
 class Coupling(InvertibleMap):
-    """(a, b) -> (b, a + s (F(b) - lambda b)). x: (B, 2n) or (B, 2n, H, W); F: n to n.
+    """(a, b) -> (b, a + s (F(b) - lambda b)), on x (B, 2n) or (B, 2n, H, W).
 
-    scale: s. leak: lambda. Two in a row are a block of RevNet; with scale = 2 tau it is a midpoint
-    step from (h_{k-1}, h_k) to (h_k, h_{k+1}).
+    Two in a row are a block of RevNet; with scale = 2 tau it is a midpoint step from (h_{k-1}, h_k)
+    to (h_k, h_{k+1}).
+
+    Args:
+        f: F, a module from n to n features.
+        scale: s.
+        leak: lambda.
     """
 
     def __init__(self, f: nn.Module, scale: float = 1.0, *, leak: float = 0.0) -> None:
@@ -77,13 +87,16 @@ class Coupling(InvertibleMap):
 
     @property
     def decay(self) -> float:
+        """Return |lambda s| / 2."""
         return abs(self.leak * self.scale) / 2
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (b, c) for x = (a, b)."""
         a, b = halves(x)
         return torch.cat([b, torch.add(a, _field(self.f, self.leak, b), alpha=self.scale)], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
+        """Return (a, b) for y = (b, c)."""
         b, c = halves(y)
         return torch.cat([torch.sub(c, _field(self.f, self.leak, b), alpha=self.scale), b], 1)
 
@@ -100,7 +113,15 @@ class Coupling(InvertibleMap):
 
 
 class MidpointStart(InvertibleMap):
-    """h_0 -> (h_0, h_0 + tau (f(h_0) - lambda h_0)). x: (B, n, ...); returns (B, 2n, ...)."""
+    """First midpoint step: h_0 -> (h_0, h_0 + tau (f(h_0) - lambda h_0)).
+
+    From (B, n, ...) to (B, 2n, ...).
+
+    Args:
+        f: a module from n to n features.
+        tau: step, in the unit of time.
+        leak: lambda.
+    """
 
     def __init__(self, f: nn.Module, tau: float, *, leak: float = 0.0) -> None:
         super().__init__()
@@ -110,12 +131,15 @@ class MidpointStart(InvertibleMap):
 
     @property
     def decay(self) -> float:
+        """Return |lambda| tau."""
         return abs(self.leak) * self.tau
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the pair (h_0, h_1) for x = h_0."""
         return torch.cat([x, torch.add(x, _field(self.f, self.leak, x), alpha=self.tau)], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
+        """Return h_0 of the pair."""
         return halves(y)[0]
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
@@ -129,12 +153,14 @@ class MidpointStart(InvertibleMap):
 
 
 class ToPair(InvertibleMap):
-    """x -> (x, x): makes a pair of one state. x: (B, n, ...); returns (B, 2n, ...)."""
+    """Pair of twice the same state: x -> (x, x), from (B, n, ...) to (B, 2n, ...)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (x, x)."""
         return torch.cat([x, x], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
+        """Return x of (x, x)."""
         return halves(y)[0]
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
@@ -143,17 +169,24 @@ class ToPair(InvertibleMap):
 
 
 class Squeeze(InvertibleMap):
-    """Images of less height and width and of more channels, nothing lost: (B, C, H, W) to
-    (B, C k^2, H/k, W/k). The halves of the channels stay the halves. factor: k."""
+    """Pixel unshuffle of images: fewer rows and columns, more channels, nothing lost.
+
+    From (B, C, H, W) to (B, C k^2, H/k, W/k). The halves of the channels stay the halves.
+
+    Args:
+        factor: k.
+    """
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
         self.factor = _count("Squeeze: factor", factor)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x (B, C, H, W) as (B, C k^2, H/k, W/k)."""
         return nn.functional.pixel_unshuffle(x, self.factor)
 
     def inverse(self, y: Tensor) -> Tensor:
+        """Return y (B, C k^2, H/k, W/k) as (B, C, H, W)."""
         return nn.functional.pixel_shuffle(y, self.factor)
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
@@ -164,10 +197,16 @@ class Squeeze(InvertibleMap):
 
 
 class Midpoint(nn.Module):
-    """`steps` steps of dh/dt = -lambda h + f(h), all with the same f, by the midpoint rule.
+    """Midpoint rule of dh/dt = -lambda h + f(h), all `steps` steps with the same f.
 
-    x: h_0, (B, n, ...), or with start=False the pair (h_{-1}, h_0), (B, 2n, ...).
-    Returns the pair (h_{steps-1}, h_steps), (B, 2n, ...). tau: step, in the unit of time.
+    From h_0 (B, n, ...) to the pair (h_{steps-1}, h_steps), (B, 2n, ...).
+
+    Args:
+        f: a module from n to n features.
+        steps: number of steps.
+        tau: step, in the unit of time.
+        leak: lambda.
+        start: False to begin with the pair (h_{-1}, h_0), (B, 2n, ...), instead of h_0.
     """
 
     def __init__(
@@ -182,7 +221,7 @@ class Midpoint(nn.Module):
 
     @property
     def pieces(self) -> list[InvertibleMap]:
-        """The steps, in order; all share f."""
+        """Return the steps, in order; all share f."""
         first: list[InvertibleMap] = []
         if self.start:
             first.append(MidpointStart(self.f, self.tau, leak=self.leak))
@@ -190,11 +229,13 @@ class Midpoint(nn.Module):
         return [*first, *[step] * (self.steps - len(first))]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the pair (h_{steps-1}, h_steps) for h_0, or for the pair before it."""
         for piece in self.pieces:
             x = piece(x)
         return x
 
     def inverse(self, y: Tensor) -> Tensor:
+        """Return the input that led to the pair y."""
         return undone(self.pieces, y)
 
     def extra_repr(self) -> str:
@@ -203,25 +244,33 @@ class Midpoint(nn.Module):
 
 
 class SecondHalf(nn.Module):
-    """The second state of a pair: h_N of a midpoint chain. x: (B, 2n, ...); returns (B, n, ...).
-    Not invertible, so it belongs to the block of the readout."""
+    """Second state of a pair, h_N of a midpoint chain, from (B, 2n, ...) to (B, n, ...).
+
+    It is not invertible, so it belongs to the block of the readout.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the second half of x on axis 1."""
         return halves(x)[1]
 
 
 class MeanHalf(nn.Module):
-    """The mean of the two states of a pair. x: (B, 2n, ...); returns (B, n, ...). Not invertible,
-    so it belongs to the block of the readout."""
+    """Mean of the two states of a pair, from (B, 2n, ...) to (B, n, ...).
+
+    It is not invertible, so it belongs to the block of the readout.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the mean of the two halves of x on axis 1."""
         a, b = halves(x)
         return 0.5 * (a + b)
 
 
 def pieces_of(module: nn.Module) -> list[InvertibleMap]:
-    """The invertible pieces that `module` consists of, in order; none where it has other parts,
-    so that its input cannot be recomputed from its output."""
+    """Return the invertible maps that `module` consists of, in order.
+
+    The list is empty if it has other parts: then its input cannot be recomputed from its output.
+    """
     if not is_usual(module):
         return []
     if isinstance(module, InvertibleMap):
@@ -235,25 +284,28 @@ def pieces_of(module: nn.Module) -> list[InvertibleMap]:
 
 
 def undone(pieces: Sequence[InvertibleMap], y: Tensor) -> Tensor:
-    """The input of `pieces` that led to y."""
+    """Return the input of `pieces` that led to y."""
     for piece in reversed(pieces):
         y = piece.inverse(y)
     return y
 
 
 class InversePass:
-    """The vector-Jacobian products of pieces in a row, from their output alone."""
+    """Vector-Jacobian products of a chain of invertible maps, from its output alone."""
 
     def __init__(self, pieces: Sequence[InvertibleMap], parameters: Sequence[Tensor]) -> None:
-        """parameters: those whose gradients are returned, in this order."""
+        """Set up the pass; parameters: those whose gradients are returned, in this order."""
         places = {id(p): i for i, p in enumerate(parameters)}
         owners = {id(piece): [places[id(p)] for p in piece.theta] for piece in pieces}
         self._pieces = [(piece, owners[id(piece)]) for piece in pieces]
         self._parameters = list(parameters)
 
     def back(self, given: list[Tensor]) -> InverseStep:
-        """From y and the message about it, which are taken out of `given`, so that their memory can
-        go. A parameter that several pieces share gets the sum over them, from the last one on."""
+        """Return the input, its message and the gradients of the chain.
+
+        given: y and the message about it, which are removed from the list, so that their memory
+        can be freed. A parameter that several maps share gets the sum over them, from the last on.
+        """
         y, message = given
         given.clear()
         g: list[Tensor | None] = [None] * len(self._parameters)
@@ -270,7 +322,7 @@ class InversePass:
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b, as views. Raises ValueError for what cannot be halved on axis 1."""
+    """Return a and b, as views; raise ValueError for a tensor that cannot be halved on axis 1."""
     if x.dim() < 2 or x.shape[1] % 2:
         raise ValueError(
             f"a pair of states is one tensor with an even number of features on axis 1, received "
@@ -281,7 +333,7 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _field(f: nn.Module, leak: float, h: Tensor) -> Tensor:
-    """f(h) - lambda h. Raises ValueError where f(h) is not like h."""
+    """Return f(h) - lambda h; raise ValueError where f(h) has not the shape of h."""
     # A part that works in place would change h itself, which is a half of the output.
     writes = any(getattr(m, "inplace", False) for m in f.modules())
     value: Tensor = f(h.clone() if writes else h)
@@ -296,7 +348,7 @@ def _field(f: nn.Module, leak: float, h: Tensor) -> Tensor:
 def _pull(
     f: nn.Module, leak: float, h: Tensor, cotangent: Tensor, theta: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """f(h) - lambda h, and cotangent^T of its derivatives by h and theta, with one evaluation."""
+    """Return f(h) - lambda h, and cotangent^T of its derivatives by h and theta, by one call."""
     leaf = h.detach().requires_grad_()
     wrt = [leaf, *theta]
     with torch.enable_grad():

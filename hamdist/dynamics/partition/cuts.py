@@ -26,10 +26,15 @@ SHOWN = 12  # names in an error
 
 @dataclass(frozen=True, slots=True)
 class CutPlace:
-    """A place where a block may begin. names: the modules that begin there, outermost first.
-    Between this place and the next: parameters, numbers that are learned; activations, real numbers
-    per row of the batch that are made. crossing: numbers per row that a block that begins here gets
-    from earlier ones, or lets pass on their way to later ones."""
+    """A place where a block may begin.
+
+    Attributes:
+        names: the modules that begin there, outermost first.
+        parameters: numbers that are learned between this place and the next.
+        activations: real numbers per row of the batch that are computed between them.
+        crossing: numbers per row that a block that begins here gets from earlier blocks, or
+            passes on from them to later ones.
+    """
 
     names: tuple[str, ...]
     parameters: int
@@ -58,7 +63,7 @@ class Cuts:
         self._begins = self._first_places()
 
     def _first_places(self) -> dict[str, int]:
-        """By module: the place of its first step."""
+        """Return by module the place of its first step."""
         begins: dict[str, int] = {}
         for place, i in enumerate(self._flow.order):
             for name in self._flow.names(i):
@@ -75,7 +80,7 @@ class Cuts:
     # -- by name --------------------------------------------------------------------------------
 
     def named(self, cuts: Iterable[str]) -> list[int]:
-        """The places of `cuts` and those that have to be. Raises GraphError."""
+        """Return the places of `cuts` and the forced ones; raise GraphError for an unknown name."""
         return sorted({0, *self.forced, *(self._place(cut) for cut in cuts)})
 
     def _place(self, cut: str) -> int:
@@ -111,7 +116,7 @@ class Cuts:
     # -- by rule --------------------------------------------------------------------------------
 
     def by_policy(self, policy: Policy) -> list[int]:
-        """Raises GraphError for what is no name of a place."""
+        """Return the places that `policy` chooses; raise GraphError for a name that is no place."""
         legal = set(self.legal)
         named: dict[int, list[str]] = {}
         for name, place in self._begins.items():
@@ -138,7 +143,7 @@ class Cuts:
         return self.named(chosen)
 
     def units(self) -> list[int]:
-        """The places where units begin."""
+        """Return the places where units begin."""
         starts, weighted = [0], False
         for place, i in enumerate(self._flow.order):
             own = self._flow.ops[i].step.kind == MODULE and self._flow.learned(i) > 0
@@ -154,6 +159,7 @@ class Cuts:
         return set(self.legal)
 
     def grouped(self, grouping: Grouping) -> list[int]:
+        """Return the places where blocks begin by the grouping of locality."""
         units = self.units()
         if grouping is Grouping.NETWORK:
             return sorted({0, *self.forced})
@@ -170,9 +176,10 @@ class Cuts:
         seconds: Callable[[list[int]], list[float]],
         heads: int,
     ) -> list[int]:
-        """blocks: on the way from the input to an output, so that `heads` outputs make heads - 1
-        blocks more. seconds: what runs that begin at the given places take.
+        """Return the places where blocks of about equal cost begin.
 
+        blocks: on the way from the input to an output, so that `heads` outputs make heads - 1
+        blocks more. seconds: from places to the measured seconds of the runs that begin there.
         Raises GraphError for more blocks than there are places.
         """
         bounds = [*self._flow.segments, len(self._flow.order)]
@@ -229,7 +236,10 @@ class Cuts:
     # -- runs -----------------------------------------------------------------------------------
 
     def runs(self, starts: Sequence[int], names: Sequence[str]) -> list[OperationRun]:
-        """names: of the outputs; one without a name is predicted by the last block."""
+        """Return the runs of operations that begin at `starts`.
+
+        names: of the outputs; one without a name is predicted by the last block.
+        """
         flow = self._flow
         bounds = [*flow.segments, len(flow.order)]
         made: list[OperationRun] = []
@@ -248,7 +258,7 @@ class Cuts:
 
 
 def _outer(name: str) -> list[str]:
-    """The modules around a module, innermost first."""
+    """Return the modules around a module, innermost first."""
     parts = name.split(".")
     return [".".join(parts[:k]) for k in range(len(parts) - 1, 0, -1)]
 
@@ -259,7 +269,7 @@ def _largest(costs: Sequence[float], parts: int) -> float:
 
 
 def stays(whole: Mapping[str, Unfollowed], model: nn.Module) -> list[str]:
-    """What to tell about modules with several layers that could not be followed."""
+    """Return warnings about modules with several layers that could not be traced."""
     told = []
     for name, why in whole.items():
         part = model.get_submodule(name) if name else model
@@ -270,8 +280,10 @@ def stays(whole: Mapping[str, Unfollowed], model: nn.Module) -> list[str]:
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:
-    """First indices of `parts` runs of neighbours whose largest sum of `costs` is the least
-    possible (the earliest cuts among equals); every run has at least one element."""
+    """Return the first indices of `parts` runs of neighbours with the least largest sum of costs.
+
+    Every run has at least one element; among equal solutions the cuts are the earliest.
+    """
     n = len(costs)
     sums = [0.0]
     for cost in costs:

@@ -1,15 +1,15 @@
 """Nodes: a block (or the stream) together with its schedule and its channels.
 
 A node does one event at a time: it takes the signals that the schedule names, has the block do the
-phase, and posts what comes out. The nodes of a process are stepped in the order of their ticks
-(loop.py); what a node needs at tick k was sent at an earlier tick, so this order never waits in a
+phase, and posts the results. The nodes of a process are stepped in the order of their ticks
+(loop.py). What a node needs at tick k was sent at an earlier tick, so this order never waits in a
 circle.
 
 The end of a stream travels as a signal, too. A pulse block then finishes the messages of the
-samples that it has passed; a sequence block has finished its sequences already, whose last tokens
-brought the tag that says so. A held block stops when the end has come along all its ways from the
-input, and is shown the last states of parents that stopped before it; in a graph with cycles it
-stops when the end comes first along any edge, in either direction.
+samples that have passed it. A sequence block has finished its sequences already, since the last
+token of each is tagged as the last. A held block stops when the end has arrived along every path
+from the input, and reads the last states of parents that stopped before it. In a graph with cycles
+it stops when the end first arrives along any edge, in either direction.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hamdist.config import Compensation, Credit, Memory, StepKind
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpdate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
+from hamdist.dynamics.blocks.item_reading import ItemReading
 from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
@@ -36,7 +37,8 @@ from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.state.finite import bounded
-from hamdist.dynamics.updates.constants import constant_tau
+from hamdist.dynamics.updates.constants import Dynamics, constant_tau
+from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
 from hamdist.dynamics.vjp.autograd import LocalFunction, block_seed, seeded_loss
@@ -53,8 +55,12 @@ from hamdist.runtime.signals.cast import CastBorder
 
 
 class Node(Protocol):
-    """What loop.py steps. `tick`: of the next event, None when the node has finished. `late`: at
-    one tick it comes after the others."""
+    """The interface through which loop.py steps a block or the stream.
+
+    Attributes:
+        tick: the tick of the next event; None when the node has finished.
+        late: True if the node comes after the others of the same tick.
+    """
 
     name: str
     late: bool
@@ -66,20 +72,28 @@ class Node(Protocol):
 
 
 def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
-    """How many ticks the nodes have come through."""
+    """Return how many ticks the nodes have completed."""
     return max((node.event.tick + 1 for node in nodes), default=0)
 
 
 def time_use(
     nodes: Sequence[PulseNode | HoldNode | SequenceNode], total: float, moving: Mapping[str, float]
 ) -> dict[str, float]:
-    """Where the `total` seconds of a process went: into the steps of its blocks, into packing and
-    waiting for signals (`moving`), and, what is left, into everything else."""
+    """Return how a process spent its time, in seconds by activity.
+
+    Args:
+        nodes: the nodes of the process.
+        total: seconds that the process ran.
+        moving: seconds of packing signals and of waiting for them.
+
+    Returns:
+        The steps of the blocks, packing and waiting, and the remainder under a name of its own.
+    """
     return {"total": total, "step": sum(node.seconds for node in nodes), **moving}
 
 
 def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode | SequenceNode:
-    """The node of block `name`, with its own random generator."""
+    """Make the node of block `name`, with a random generator of its own."""
     parts = _Parts(plan, name)
     if plan.knobs.sequence:
         return _sequence_node(plan, parts, mailbox)
@@ -89,14 +103,13 @@ def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode |
 
 
 class _Parts(BlockParts):
-    """Those of block `name`, with its loss."""
+    """The parts of block `name`, with its loss."""
 
     def __init__(self, plan: Plan, name: str) -> None:
         self._plan = plan
         self.name = name
         self.spec = plan.graph.blocks[name]
         self.dynamics = plan.dynamics.of(name)
-        self.scale = partial(plan.scale, name)
         self.guard = bounded(self.dynamics.limit, [e.from_input for e in plan.graph.into[name]])
         self.border = CastBorder(plan.cast_plans.get(name))
         for module in (self.spec.module, self.spec.output):
@@ -108,12 +121,15 @@ class _Parts(BlockParts):
             borrowed = [key for tie in ties if tie.user == name for key in tie.theirs]
             self.cell = TiedFunction(self.cell, borrowed)
         self.weights = self.make_weights(self.cell)
+        parts = plan.knobs.microbatches
+        self.microbatches = parts if isinstance(parts, int) else 1
+        self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.item)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
         self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
 
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
-        """Makes what takes a loss, which draws by the seed of that name."""
+        """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
         return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native)
 
@@ -151,10 +167,16 @@ class _Parts(BlockParts):
 
     def make_weights(self, cell: LocalFunction, prefix: str = "") -> Weights:
         names = [prefix + name for name in cell.names]
-        return Weights(cell.theta, self.dynamics, self._plan.knobs.order, names)
+        return self._weights(cell, self.dynamics, names)
+
+    def _weights(self, cell: LocalFunction, dynamics: Dynamics, names: Sequence[str]) -> Weights:
+        order, rule = self._plan.knobs.order, self._plan.optimizer
+        if rule is None or not cell.theta:
+            return Weights(cell.theta, dynamics, order, names)
+        return OptimizerWeights(cell.theta, dynamics, order, names, rule, self.name)
 
     def make_taught(self) -> HeadUpdate | None:
-        """What the block's own readout does to it, if it has one."""
+        """Make the update of the block's local readout; None if the block has none."""
         plan = self._plan
         heads = plan.heads
         if heads is None or self.name not in heads.weights:
@@ -168,13 +190,15 @@ class _Parts(BlockParts):
             raise TypeError(f"{heads.readout!r} has no loss")
         taker = self.make_loss(given, f"{seed_name}/loss")
         order, weight = plan.knobs.order, heads.weights[self.name]
-        own_weights = Weights(cell.theta, own, order)
-        head = Head(cell, own_weights, taker, weight, plan.course, constant_tau(own))
+        own_weights = self._weights(cell, own, [f"head.{name}" for name in cell.names])
+        course = own_weights.scaled_by(plan.course, plan.item)
+        head = Head(cell, own_weights, taker, weight, course, constant_tau(own))
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
             weights = Weights(self.cell.theta, beside, order, self.cell.names)
-        return HeadUpdate(head, self.cell, weights, self.dynamics, plan.course)
+        course = weights.scaled_by(plan.course, plan.item)
+        return HeadUpdate(head, self.cell, weights, self.dynamics, course)
 
 
 def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
@@ -182,7 +206,9 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     if p.name in plan.silent and p.loss is None:
         return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
     if p.loss is not None:
-        return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back))
+        parts = p.microbatches
+        item = ItemReading(parts, plan.ignore_index) if parts > 1 else None
+        return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
     if p.name in plan.reversible:
         return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
     taught = p.make_taught()

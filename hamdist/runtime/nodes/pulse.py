@@ -77,6 +77,10 @@ class PulseNode(Remembers):
         self._advance()
 
     def _advance(self) -> None:
+        # Once the stream has ended (after `_end` samples), forward events of later samples are
+        # skipped, for backward events of the samples still inside come between them. The first
+        # other event of a later sample follows all of those: then the node has finished. A readout
+        # has no other events, and a block with a head no backward ones, so they finish at once.
         for event in self._events:
             if self._end is None or event.sample < self._end:
                 self.event = event
@@ -96,7 +100,7 @@ class PulseNode(Remembers):
                 continue
             if signal.payload is not None:
                 inputs.append(signal.payload)
-        return inputs if self._end is None else None
+        return inputs if self._end is None else None  # (none: an empty micro-batch)
 
     def _forward(self, event: Event) -> None:
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
@@ -109,9 +113,9 @@ class PulseNode(Remembers):
             if self._ties is not None:
                 self._ties.before_forward(event)
             begin = perf_counter()
-            h = self.block.forward(event.sample, inputs)
+            h = self.block.forward(event.sample, inputs) if inputs else None
             self.seconds += perf_counter() - begin
-            self._ports.to_children(stamp, ready(h))
+            self._ports.to_children(stamp, None if h is None else ready(h))
             if label is not None:
                 self._ports.labels_to_children(stamp, label.payload)
                 self._learn(event.sample, label.payload)
@@ -159,7 +163,9 @@ class PulseNode(Remembers):
         self._ports.to_parents(stamp, messages)
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)
-        sample = event.sample
+        sample, part = divmod(event.sample, self._schedule.parts)
+        if part < self._schedule.parts - 1:
+            return
         if self._late:
             sample, reading = self._of_earlier(self.block, sample, reading)
         record(self.metrics, sample, reading)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hamdist.errors import StreamError
+from hamdist.errors import StreamError, need_package
 from hamdist.streams.sample import Sample, SampleSpec, Stream
 from hamdist.streams.sources.arrays import ArrayStream
 from hamdist.streams.sources.parts import without_test
@@ -80,6 +80,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
     Read from scikit-learn's own file where it lies: `import sklearn` takes a second.
     """
+    need_package("sklearn", "scikit-learn", "stream.source digits, which reads its data set")
     found = importlib.util.find_spec("sklearn")
     if found is not None and found.origin is not None:
         file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"

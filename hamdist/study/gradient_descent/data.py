@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hamdist.errors import StreamError
+from hamdist.errors import StreamError, need_package
 from hamdist.streams import ArrayStream, Stream, fashion_mnist
 from hamdist.streams.sources.datasets import fashion_mnist_folders
 from hamdist.streams.sources.texts import classes_of, corpus, load_glove, padded
@@ -50,6 +50,7 @@ class Data:
 @lru_cache(maxsize=1)
 def iris(seed: int) -> Data:
     """Iris as scikit-learn ships it: 150 flowers, 4 raw features, 3 classes."""
+    need_package("sklearn", "scikit-learn", "Iris, a data set of it")
     from sklearn.datasets import load_iris  # heavy: imported only where it is used
 
     bunch = load_iris()
@@ -106,6 +107,7 @@ def sequences(seed: int, path: Path | None = None, glove: Path | None = None) ->
 
 
 def _digits() -> tuple[Tensor, Tensor]:
+    need_package("sklearn", "scikit-learn", "the digits, a data set of it")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

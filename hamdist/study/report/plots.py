@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from hamdist.dynamics.objective.prequential import Window, merge_windows
+from hamdist.errors import need_package
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import Run
 
@@ -202,6 +203,7 @@ def new_figure() -> tuple[Figure, Axes]:
 
 def import_matplotlib() -> None:
     """Import it, whatever MPLBACKEND says: a notebook's backend need not be installed here."""
+    need_package("matplotlib", "matplotlib", "plots")
     backend = os.environ.pop("MPLBACKEND", None)
     import matplotlib
 
