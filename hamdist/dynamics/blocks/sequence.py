@@ -1,6 +1,6 @@
 """Blocks through which a sequence travels forward and then, token by token, in reverse.
 
-Backpropagation through time as Hamilton's equations on the reversed stream (equations.md, "BPTT").
+Backpropagation through time as Hamilton's equations on the reversed stream (equations.md).
 Reversed token j is token m = n - 1 - j; h_{m+1} is the state that token m led to:
 
     z_{j+1} = tau sum_w M_w - tau eta_z z_j                        z_0 = 0

@@ -1,4 +1,4 @@
-"""The knobs of locality, and the levels: named presets of the knobs (semantics.md).
+"""The knobs of locality, and the levels: named presets of the knobs (levels.md).
 
     level       grouping  speed  presentation  moves           memory  update
     local       layer     1      hold          all             none    tick
@@ -38,7 +38,7 @@ from hamdist.errors import LevelError
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """Every knob, set. speed: hops per sample (semantics.md's c), `inf`, or `depth`: D + 1.
+    """Every knob, set. speed: hops per sample (time-and-signals.md's c), `inf`, or `depth`: D + 1.
     truncation: samples of a sequence that are gone through in reverse (None: all). gate: the
     tolerance of the stability gate, if there is one. lead, blend: see LocalityOverrides."""
 

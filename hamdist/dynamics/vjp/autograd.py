@@ -2,7 +2,7 @@
 
 A cell is linearised at the activations of its forward pass. What it multiplies with in the backward
 pass are the weights of today: they move in place through `.data`, which autograd's graphs alias,
-so a graph that is some ticks old meets today's weights and its own activations (semantics.md,
+so a graph that is some ticks old meets today's weights and its own activations (staleness.md,
 memory `trace`); of a weight that the module transforms first, as weight norm does, it keeps the
 transformed one of its own time. With `stash` every forward pass keeps the weights that it used
 (`trace+weights`).

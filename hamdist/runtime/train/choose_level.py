@@ -1,6 +1,6 @@
 """Level `auto`: chooses the level, the scaling of steps and the averaging, with reasons.
 
-Measured on prototypes (learning on Fashion-MNIST; docs: concepts/levels), with S items over which
+Measured on prototypes (learning on Fashion-MNIST; docs: concepts/staleness), with S items over which
 the stream decorrelates, c ticks an item, D the depth of the readout, L = D + 1 blocks, B rows a
 batch:
 
