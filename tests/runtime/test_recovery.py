@@ -8,6 +8,7 @@ import os
 import signal
 
 import pytest
+import torch
 from runtime.networks import FEATURES, Broken, EndlessStream, PortableStream, batches, seeded
 from runtime.test_engines_equal import assert_equal, settings
 from torch import nn
@@ -92,18 +93,29 @@ def cut():
     return {"cuts": ["1", "2", "3", "4"]}
 
 
-def both(tmp_path, odd, source=PortableStream, items=ITEMS, engine=None, kept=None, **fields):
+def both(
+    tmp_path,
+    odd,
+    source=PortableStream,
+    items=ITEMS,
+    engine=None,
+    kept=None,
+    functions=None,
+    **fields,
+):
     given = {"level": "trace", "partition": cut(), **fields}
     calm = copy.deepcopy(odd)
     for module in calm.modules():
         if isinstance(module, Once):
             module.at = None
     more = {k: v for k, v in (engine or {}).items() if k != "transport"}
-    alone = train(calm, source(items), settings({**ALONE, **more}, items, **given))
+    alone = train(
+        calm, source(items), settings({**ALONE, **more}, items, **given), **(functions or {})
+    )
     path = {"path": str(tmp_path / "kept"), "every": 10, **(kept or {})}
     spread = {"kind": "ray", "actors": 3, **(engine or {})}
     run = settings(spread, items, snapshots=path, **given)
-    result = train(odd, source(items), run)
+    result = train(odd, source(items), run, **(functions or {}))
     assert_equal(alone, result)
     return result
 
@@ -117,6 +129,17 @@ def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, wher
     result = both(tmp_path, odd, level=level)
     assert len(result.replaced) == 1
     assert f"block{where}" in result.replaced[0].blocks
+
+
+def test_optimisers_and_schedulers_of_the_users(session, driver, leaves_no_socket, tmp_path):
+    """They travel to the actors; their state comes back from the snapshot."""
+    functions = {
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
+        "scheduler": lambda optimiser: torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.02, ITEMS),
+    }
+    odd = net((2, Once(31, tmp_path / "mark", "kill")))
+    result = both(tmp_path, odd, functions=functions)
+    assert len(result.replaced) == 1
 
 
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])

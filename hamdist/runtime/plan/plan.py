@@ -34,6 +34,7 @@ from hamdist.dynamics.schedule.schedule import make_schedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
 from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
+from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.errors import LevelError, SettingsError
 from hamdist.runtime.plan.checks import (
     check_output_nets,
@@ -44,6 +45,7 @@ from hamdist.runtime.plan.checks import (
 )
 from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
+from hamdist.runtime.plan.optimizers import plan_optimizers
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
@@ -111,6 +113,7 @@ class Plan:
         memory_of: the memory that a process can share of a device (tests replace it).
         ignore_index: targets of this class have no loss.
         one_length: why all items have the lengths of the first one; None: they need not.
+        optimizer: torch's rule, instead of the equations of the weights.
     """
 
     graph: Graph
@@ -141,6 +144,7 @@ class Plan:
     memory_of: Callable[[torch.device], Any] | None = None
     ignore_index: int = IGNORE_INDEX
     one_length: str | None = None
+    optimizer: OptimizerRule | None = None
 
     def scale(self, block: str, sample: int) -> float:
         """Return the factor of beta for the update of `block` on `sample`."""
@@ -151,7 +155,11 @@ class Plan:
 
     def course(self, sample: int) -> float:
         """Return the factor of the step size on `sample`, without the correction for a delay."""
-        return self.rate(sample // self.spec.passes + self.skip)
+        return self.rate(self.item(sample))
+
+    def item(self, sample: int) -> int:
+        """Return the stream's item that a sample shows, counted over resumed runs."""
+        return sample // self.spec.passes + self.skip
 
     @property
     def resumed(self) -> int:
@@ -197,11 +205,17 @@ class Plan:
 
 
 def make_plan(
-    graph: Graph, settings: Settings, spec: SampleSpec, *, phi: TickSchedule | None = None
+    graph: Graph,
+    settings: Settings,
+    spec: SampleSpec,
+    *,
+    phi: TickSchedule | None = None,
+    optimizer: OptimizerRule | None = None,
 ) -> Plan:
     """Make the plan of `settings` (those of one level) for `graph` on a stream of `spec`.
 
-    `phi` is a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`).
+    `phi` is a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`);
+    `optimizer` are the user's functions, instead of `settings.learning.optimizer`.
     Raises GraphError and LevelError for whatever cannot run.
     """
     check_parameters(graph.blocks, "a plan", frozen=True)
@@ -222,6 +236,7 @@ def make_plan(
         schedule = make_schedule(graph, knobs, silent)
     check_resets(graph, schedule, dynamics, knobs)
     check_output_nets(graph, dynamics)
+    rule = plan_optimizers(graph, knobs, settings, optimizer)
     rewinds = knobs.memory is Memory.REVERSIBLE
     started = [b.name for b in graph.blocks.values() if b.initial is not None]
     if started and not knobs.hold:
@@ -279,6 +294,7 @@ def make_plan(
         switches=read_switches(),
         arithmetic=arithmetic(settings.engine.threads, native=native),
         follows_lr=settings.dynamics.beta is None,
+        optimizer=rule,
         cast_plans=cast_plans,
         reversible=reversible,
         silent=silent,

@@ -9,10 +9,17 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.partition.apply_settings import delayed
 from hamdist.dynamics.updates.constants import TickSchedule
+from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.runtime.plan.plan import Plan, make_plan
 
 
-def replannable(plan: Plan, graph: Graph, settings: Settings, phi: TickSchedule | None) -> Plan:
+def replannable(
+    plan: Plan,
+    graph: Graph,
+    settings: Settings,
+    phi: TickSchedule | None,
+    optimizer: OptimizerRule | None = None,
+) -> Plan:
     """Return `plan`, made of `graph` and `settings`, with a function that makes it with other
     delays.
 
@@ -24,7 +31,7 @@ def replannable(plan: Plan, graph: Graph, settings: Settings, phi: TickSchedule 
     own = settings.model_copy(update={"engine": engine})
 
     def replan(delays: Mapping[str, int]) -> Plan:
-        made = make_plan(delayed(graph, delays), own, plan.spec, phi=phi)
+        made = make_plan(delayed(graph, delays), own, plan.spec, phi=phi, optimizer=optimizer)
         return dataclasses.replace(made, run=plan.run, snapshot_policy=plan.snapshot_policy)
 
     return dataclasses.replace(plan, replan=replan)

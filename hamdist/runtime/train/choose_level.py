@@ -1,8 +1,8 @@
 """Level `auto`: chooses the level, the scaling of steps and the averaging, with reasons.
 
-Measured on prototypes (learning on Fashion-MNIST; docs: concepts/staleness), with S items over which
-the stream decorrelates, c ticks an item, D the depth of the readout, L = D + 1 blocks, B rows a
-batch:
+Measured on prototypes (learning on Fashion-MNIST; docs: concepts/staleness), with S items over
+which the stream decorrelates, c ticks an item, D the depth of the readout, L = D + 1 blocks, B rows
+a batch:
 
     local      where S c >= 2.5 * 2D: a block without memory then equals backpropagation
     trace      where it is less: each message meets the activations of its own sample
