@@ -100,7 +100,8 @@ def in_flight(plan: Plan) -> float:
     if isinstance(schedule, HoldSchedule):
         return math.inf
     ticks = schedule.trip if isinstance(schedule, PulseSchedule) else plan.graph.depth + 1
-    return max(1.0, ticks / schedule.c)
+    parts = schedule.parts if isinstance(schedule, PulseSchedule) else 1  # of a sample
+    return max(1.0, parts * ticks / schedule.c)
 
 
 def source_host(plan: Plan) -> str:

@@ -45,6 +45,7 @@ from hamdist.runtime.plan.checks import (
 )
 from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
+from hamdist.runtime.plan.microbatches import cut_batches
 from hamdist.runtime.plan.optimizers import plan_optimizers
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
@@ -225,6 +226,7 @@ def make_plan(
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
     spec = with_classes(spec, graph, shapes)
     check_predictions(graph, shapes, spec, settings.ignore_index)
+    knobs = cut_batches(knobs, graph, spec, settings.learning)
     graph, shapes, cast_plans = with_cast_plans(graph, shapes, spec.parents, settings.engine, knobs)
     # (The end of a stream goes against the edges where there are cycles; energies need z.)
     whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
