@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from runtime.networks import FEATURES, Broken, EndlessStream, PortableStream, batches, seeded
-from runtime.test_engines_equal import assert_equal, settings
+from runtime.test_engines_equal import LEVELS, assert_equal, settings
 from torch import nn
 
 from hamdist.errors import BlockError, ClusterError
@@ -121,12 +121,13 @@ def both(
 
 
 @pytest.mark.parametrize(
-    ("level", "where"), [("local", 0), ("trace", 2), ("backprop", 4), ("trace", 0)]
+    ("level", "where"), [("local", 0), ("trace", 2), ("pipeline", 4), ("trace", 0)]
 )
 def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, where):
     """With the stream, in the middle, with the readout."""
     odd = net((where, Once(31, tmp_path / "mark", "kill")))
-    result = both(tmp_path, odd, level=level)
+    given = LEVELS.get(level, {"level": level})
+    result = both(tmp_path, odd, **given)
     assert len(result.replaced) == 1
     assert f"block{where}" in result.replaced[0].blocks
 

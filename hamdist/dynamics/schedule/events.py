@@ -8,6 +8,7 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from hamdist.dynamics.graph.graph import Edge
+from hamdist.dynamics.schedule.microbatches import Pulses
 from hamdist.dynamics.state.remember import known
 
 
@@ -115,15 +116,17 @@ class Schedule(Protocol):
         """The most samples by which a message lags behind what it meets."""
 
 
-def source_events(c: int, first: int = 0) -> Iterator[Event]:
-    """Sample n leaves the stream at tick n c - 1. first: the sample to begin with."""
+def source_events(c: int, first: int = 0, parts: int = 1) -> Iterator[Event]:
+    """Sample n leaves the stream at tick n c - 1. first: the sample to begin with. parts: of an
+    item, which leave as pulses of their own (microbatches.py)."""
+    pulses = Pulses(c, parts)
     for n in count(first):
-        yield Event(n * c - 1, Phase.EMIT, n)
+        yield Event(pulses.tick(n) - 1, Phase.EMIT, n)
 
 
-def emitted(sample: int, c: int) -> Stamp:
+def emitted(sample: int, c: int, parts: int = 1) -> Stamp:
     """The stamp of sample n, as the stream sends it."""
-    return Stamp(sample * c - 1, sample, 0)
+    return Stamp(Pulses(c, parts).tick(sample) - 1, sample, 0)
 
 
 ALONE = Bundle(1, 1)

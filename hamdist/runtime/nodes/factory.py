@@ -27,6 +27,7 @@ from hamdist.config import Compensation, Credit, Memory, StepKind
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpdate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
+from hamdist.dynamics.blocks.item_reading import ItemReading
 from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
@@ -120,6 +121,8 @@ class _Parts(BlockParts):
             borrowed = [key for tie in ties if tie.user == name for key in tie.theirs]
             self.cell = TiedFunction(self.cell, borrowed)
         self.weights = self.make_weights(self.cell)
+        parts = plan.knobs.microbatches
+        self.microbatches = parts if isinstance(parts, int) else 1
         self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.item)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
@@ -203,7 +206,9 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     if p.name in plan.silent and p.loss is None:
         return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
     if p.loss is not None:
-        return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back))
+        parts = p.microbatches
+        item = ItemReading(parts, plan.ignore_index) if parts > 1 else None
+        return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
     if p.name in plan.reversible:
         return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
     taught = p.make_taught()
