@@ -1,4 +1,4 @@
-"""What blocks are made of, and how one is saved with what its forward passes have left behind."""
+"""The parts common to all blocks, and snapshots of blocks with records of forward passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hamdist.dynamics.vjp.autograd import LocalFunction
 
 @dataclass(slots=True)
 class BlockParts:
-    """What all kinds of blocks are made of.
+    """The parts of all kinds of blocks.
 
     Attributes:
         wanted: By parent, whether it gets messages.
@@ -32,7 +32,7 @@ class BlockParts:
 
 
 class Block(Remembers):
-    """A block or an output net: its cell, its weights, and what decides their steps."""
+    """A block or an output net: its local function, weights, and the settings of their steps."""
 
     def __init__(self, parts: BlockParts) -> None:
         self.cell = parts.cell
@@ -45,25 +45,27 @@ class Block(Remembers):
 
 
 class SavesPasses(Block, ABC):
-    """A block that keeps records of its cell, which are saved beside its STATE (of which `cell` is
-    one) under the name RECORDS."""
+    """A block that keeps records of forward passes, saved under RECORDS beside its STATE.
+
+    `cell` is one of STATE.
+    """
 
     RECORDS: ClassVar[str] = "trace"
 
     @abstractmethod
     def held(self) -> Any:
-        """The records as plain data (`LocalFunction.held`)."""
+        """Return the records as plain data (`LocalFunction.held`)."""
 
     @abstractmethod
     def rebuild(self, records: Any) -> None:
-        """Takes what `held` has given (`LocalFunction.rebuilt`); all else is restored already."""
+        """Set the records from the data of `held`, after everything else has been restored."""
 
     def snapshot(self) -> dict[str, Any]:
-        """The state, in tensors that may go on changing: `packed` copies them."""
+        """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         return {**super().snapshot(), self.RECORDS: self.held()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`. Raises SnapshotError where it is another class's."""
+        """Continue from `state`; raise SnapshotError where it is that of another class."""
         records, own = taken(state, self.RECORDS)
         super().restore(own)
         self.rebuild(records)
