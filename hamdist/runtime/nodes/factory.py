@@ -1,15 +1,15 @@
 """Nodes: a block (or the stream) together with its schedule and its channels.
 
 A node does one event at a time: it takes the signals that the schedule names, has the block do the
-phase, and posts what comes out. The nodes of a process are stepped in the order of their ticks
-(loop.py); what a node needs at tick k was sent at an earlier tick, so this order never waits in a
+phase, and posts the results. The nodes of a process are stepped in the order of their ticks
+(loop.py). What a node needs at tick k was sent at an earlier tick, so this order never waits in a
 circle.
 
 The end of a stream travels as a signal, too. A pulse block then finishes the messages of the
-samples that it has passed; a sequence block has finished its sequences already, whose last tokens
-brought the tag that says so. A held block stops when the end has come along all its ways from the
-input, and is shown the last states of parents that stopped before it; in a graph with cycles it
-stops when the end comes first along any edge, in either direction.
+samples that have passed it. A sequence block has finished its sequences already, since the last
+token of each is tagged as the last. A held block stops when the end has arrived along every path
+from the input, and reads the last states of parents that stopped before it. In a graph with cycles
+it stops when the end first arrives along any edge, in either direction.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ from hamdist.runtime.signals.cast import CastBorder
 
 
 class Node(Protocol):
-    """What loop.py steps. `tick`: of the next event, None when the node has finished. `late`: at
-    one tick it comes after the others."""
+    """The interface through which loop.py steps a block or the stream.
+
+    Attributes:
+        tick: the tick of the next event; None when the node has finished.
+        late: True if the node comes after the others of the same tick.
+    """
 
     name: str
     late: bool
@@ -66,20 +70,28 @@ class Node(Protocol):
 
 
 def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
-    """How many ticks the nodes have come through."""
+    """Return how many ticks the nodes have completed."""
     return max((node.event.tick + 1 for node in nodes), default=0)
 
 
 def time_use(
     nodes: Sequence[PulseNode | HoldNode | SequenceNode], total: float, moving: Mapping[str, float]
 ) -> dict[str, float]:
-    """Where the `total` seconds of a process went: into the steps of its blocks, into packing and
-    waiting for signals (`moving`), and, what is left, into everything else."""
+    """Return how a process spent its time, in seconds by activity.
+
+    Args:
+        nodes: the nodes of the process.
+        total: seconds that the process ran.
+        moving: seconds of packing signals and of waiting for them.
+
+    Returns:
+        The steps of the blocks, packing and waiting, and the remainder under a name of its own.
+    """
     return {"total": total, "step": sum(node.seconds for node in nodes), **moving}
 
 
 def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode | SequenceNode:
-    """The node of block `name`, with its own random generator."""
+    """Make the node of block `name`, with a random generator of its own."""
     parts = _Parts(plan, name)
     if plan.knobs.sequence:
         return _sequence_node(plan, parts, mailbox)
@@ -89,7 +101,7 @@ def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode |
 
 
 class _Parts(BlockParts):
-    """Those of block `name`, with its loss."""
+    """The parts of block `name`, with its loss."""
 
     def __init__(self, plan: Plan, name: str) -> None:
         self._plan = plan
@@ -113,7 +125,7 @@ class _Parts(BlockParts):
         self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
 
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
-        """Makes what takes a loss, which draws by the seed of that name."""
+        """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
         return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native)
 
@@ -154,7 +166,7 @@ class _Parts(BlockParts):
         return Weights(cell.theta, self.dynamics, self._plan.knobs.order, names)
 
     def make_taught(self) -> HeadUpdate | None:
-        """What the block's own readout does to it, if it has one."""
+        """Make the update of the block's local readout; None if the block has none."""
         plan = self._plan
         heads = plan.heads
         if heads is None or self.name not in heads.weights:

@@ -1,4 +1,4 @@
-"""A block that steps in every tick, as a node."""
+"""The node of a block that steps in every tick (presentation hold)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ from hamdist.runtime.signals.signal import Signal, ready
 
 
 class HoldNode(Remembers):
-    """A block that steps in every tick. seconds: spent in the block's own steps."""
+    """A block that steps in every tick.
+
+    Attributes:
+        seconds: time spent in the block's own steps.
+    """
 
     def __init__(
         self, plan: Plan, spec: BlockSpec, mailbox: Mailbox, block: HoldBlock | HoldReadout
@@ -133,8 +137,12 @@ class HoldNode(Remembers):
         self.tick = self.event.tick
 
     def _input(self, edge: Edge, event: Event) -> Tensor:
-        """What the edge shows: the state that came in this tick; the latest one where the input
-        shows a sample for several ticks, or where the end has come."""
+        """Return the state that the edge shows in this tick.
+
+        That is the state that arrived in this tick, or the latest one where the input shows a
+        sample
+        for several ticks or where the stream has ended.
+        """
         signal = None if edge in self._ended else self._ports.state(edge, event)
         if signal is not None and signal.end:
             self._ended.append(edge)
@@ -152,8 +160,12 @@ class HoldNode(Remembers):
         return None if signal.stamp.tick < self._clock.z_since else signal.payload
 
     def _has_ended(self) -> bool:
-        """In an acyclic graph the end has to come along every way, so that the last samples reach
-        the readouts; around a cycle nobody would be the first, so there the first one counts."""
+        """Return True if the end of the stream has reached this block.
+
+        In an acyclic graph the end has to arrive along every edge, so that the last samples reach
+        the
+        readouts. Around a cycle no block could be the first to stop, so there the first end counts.
+        """
         if not self._acyclic:
             return bool(self._ended)
         return all(edge in self._ended for edge in self._ports.into)
@@ -218,18 +230,18 @@ class HoldNode(Remembers):
             self._clock.z_since = k
 
     def _compares(self, k: int) -> bool:
-        """Whether a loss is taken: not of what was shown before the states were cleared."""
+        """Return True if tick k takes a loss: not of a sample shown before a clearing."""
         if self.metrics is None or not self._schedule.compares(self.name, k):
             return False
         return k - self._schedule.target_lag(self.name) >= self._clock.h_since
 
     def records(self) -> Records | None:
-        """What was recorded, if anything was to be."""
+        """Return the recorded energies; None if recording is off."""
         return None if self._recorder is None else self._recorder.records()
 
     @property
     def device(self) -> torch.device:
-        """Where the block computes."""
+        """Return the device on which the block computes."""
         return self._ports.border.device
 
     def state(self) -> BlockState:
@@ -243,12 +255,13 @@ class HoldNode(Remembers):
 
 
 class _Clock(Remembers):
-    """The step of integration, and when what is cleared.
+    """The step of integration tau of each tick, and the ticks at which states are cleared.
 
-    due: what is cleared before the present tick's work ('h', 'z', 'omega'). h_since, z_since:
-    states and messages that were sent in earlier ticks than these count as cleared. The messages
-    that arrive in the tick of the clearing still complete the tick before.
-    stopped: the stream has ended.
+    Attributes:
+        due: what is cleared before the present tick's work ('h', 'z', 'omega').
+        h_since, z_since: states and messages sent in earlier ticks than these count as cleared.
+            Messages that arrive in the tick of the clearing still complete the tick before.
+        stopped: True once the stream has ended.
     """
 
     def __init__(self, reset: ResetSettings, tau: TickSchedule | None) -> None:
@@ -264,7 +277,13 @@ class _Clock(Remembers):
     STATE = ("due", "h_since", "z_since", "stopped", "_told_tau", "_sequence_over")
 
     def advance(self, k: int, first: bool, told: Signal | None) -> None:
-        """To tick k. first: of its sample. told: what the stream said of the sample."""
+        """Move to tick k.
+
+        Args:
+            k: the tick.
+            first: True in the first tick of a sample.
+            told: the clock signal of the stream about the sample, if there is one.
+        """
         if not self._reset and told is None:
             return
         new_sequence = False
@@ -280,5 +299,5 @@ class _Clock(Remembers):
             self.h_since = k
 
     def tau(self, k: int) -> float:
-        """Seconds that tick k takes."""
+        """Return the seconds that tick k takes."""
         return self._told_tau if self._course is None else self._course(k)

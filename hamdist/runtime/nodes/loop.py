@@ -14,13 +14,20 @@ from hamdist.runtime.signals.interrupts import Aborted
 
 
 class Cut(Protocol):
-    """What is done when all nodes of a process have come to a tick. due: that tick."""
+    """An action at a tick that all nodes of a process have reached.
+
+    Attributes:
+        due: the tick.
+    """
 
     due: float
 
     def reach(self, tick: int) -> None:
-        """All nodes stand before their first event of a tick >= due; `tick` is the least of
-        those. Sets the next `due`."""
+        """Act at the cut, and set the next `due`.
+
+        Args:
+            tick: the least tick >= due before whose events all nodes stand.
+        """
 
 
 def run_loop(
@@ -31,12 +38,20 @@ def run_loop(
     started: bool = False,
     after_step: Callable[[Node, int], None] | None = None,
 ) -> None:
-    """Steps `nodes` in the order of their ticks until all have finished; at one tick in the order
-    given, late ones last. between: called after every event, after_step before that with the node
-    and the tick of the event. started: they go on.
+    """Step `nodes` in the order of their ticks until all have finished.
 
-    Raises DivergedError where a state, a costate or a loss leaves the finite range, and BlockError
-    naming the block, with the traceback, for whatever else a block raises.
+    At one tick the nodes run in the given order, late ones last.
+
+    Args:
+        nodes: the nodes of one process.
+        between: called after every event.
+        cut: acts whenever all nodes have reached its tick.
+        started: True if the nodes continue from a snapshot and must not be started.
+        after_step: called before `between`, with the node and the tick of the event.
+
+    Raises:
+        DivergedError: a state, a costate or a loss left the finite range.
+        BlockError: a block raised anything else; names the block and carries the traceback.
     """
     for node in () if started else nodes:
         _guarded(node, node.start)

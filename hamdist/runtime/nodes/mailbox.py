@@ -1,12 +1,12 @@
-"""Where a node takes its signals from and posts them to.
+"""The mailbox of a process: delivers signals between nodes.
 
 A mailbox serves the nodes of one process: signals between two of them wait in a queue, all others
 cross a transport. Taking a signal checks its stamp against the one that the schedule names.
 
 Where an edge's delay allows it, signals wait here until a bundle of them leaves as one message
-(`Bundle` in schedule.py). A bundle that is not full leaves when the tick is over in which its last
-signal would have come, so when its sender has ended; with a signal that says that the stream has
-ended; and when all nodes have.
+(`Bundle` in dynamics/schedule). A bundle that is not full leaves at one of three times: when the
+tick is over in which its last signal would have come (its sender has ended); with a signal that
+says that the stream has ended; and when all nodes have ended.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from hamdist.runtime.signals.signal import Channel, Signal, ready
 
 
 class Transport(Protocol):
-    """Moves signals between processes. Both calls block while they must, and raise `Aborted`
-    when the run is called off meanwhile."""
+    """Moves signals between processes.
+
+    Both calls block as long as they must, and raise `Aborted` when the run is called off meanwhile.
+    """
 
     def send(self, channel: Channel, *signals: Signal) -> None: ...
 
@@ -37,9 +39,14 @@ class Transport(Protocol):
 
 
 class Mailbox:
-    """The channels of one process. `inside`: nodes of this process. sent_log: counts
-    what crosses, where snapshots are taken. digests: of what is posted and taken, where they were
-    asked for."""
+    """The channels of one process.
+
+    Args:
+        inside: names of the nodes of this process.
+        transport: carries signals to and from other processes; None if there are none.
+        sent_log: counts the signals that cross, where snapshots are taken.
+        digests: of the signals posted and taken, where the settings ask for them.
+    """
 
     def __init__(
         self,
@@ -62,7 +69,7 @@ class Mailbox:
 
     @property
     def payload_bytes(self) -> dict[str, int]:
-        """What was posted so far, by edge."""
+        """Return the bytes of payload posted so far, by edge."""
         by_edge: dict[str, int] = {}
         for number, nbytes in self._sent.items():
             edge = self._edges[number]
@@ -71,14 +78,16 @@ class Mailbox:
 
     @property
     def compression(self) -> CompressionMap:
-        """What was done to the signals that were posted here."""
+        """Return how the signals that were posted here were compressed, by edge and direction."""
         done: CompressionMap = {}
         for channel, encoder in self._encoders.values():
             done.setdefault(channel.edge, {})[DIRECTIONS[channel.kind]] = encoder.result()
         return done
 
     def post(self, channel: Channel, signal: Signal) -> None:
-        """The payload belongs to the receiver from now on: nobody writes to it again."""
+        """Send a signal. The payload belongs to the receiver from now on and is never written
+        again.
+        """
         if channel.codec is not None:
             signal = self._encoded(channel, signal)
         if self.digests is not None:
@@ -95,9 +104,15 @@ class Mailbox:
             self._send(channel, signal)
 
     def take(self, channel: Channel, stamp: Stamp, tick: int) -> Signal:
-        """The signal with this stamp. tick: the receiver's own, for the error.
+        """Return the next signal of `channel`.
 
-        Raises StampError if another signal comes first.
+        Args:
+            channel: the channel.
+            stamp: the stamp that the schedule names.
+            tick: the receiver's own tick, for the error.
+
+        Raises:
+            StampError: another signal comes first.
         """
         if channel.sender in self._inside:
             queue = self._queues.get(channel.number)
@@ -123,8 +138,12 @@ class Mailbox:
         return signal
 
     def _encoded(self, channel: Channel, signal: Signal) -> Signal:
-        """The signal as it travels, from one block to another of the same process as well: what a
-        run computes does not depend on where its blocks live."""
+        """Return the signal as it travels.
+
+        Signals between two blocks of one process are encoded as well, so that the results of a run
+        do
+        not depend on where its blocks live.
+        """
         if channel.codec is None or signal.payload is None:
             return signal
         if channel.number not in self._encoders:
@@ -147,12 +166,17 @@ class Mailbox:
             self._due = min(self._due, signal.stamp.tick + channel.span)
 
     def flush(self, tick: float = inf) -> None:
-        """Sends the bundles whose last signal was due before `tick`. Those that were due first go
-        first: while one waits for room, nobody waits for a later one in an earlier tick."""
+        """Send the bundles whose last signal was due before `tick`, the earliest due first.
+
+        The order rules out deadlock. Sending one may wait for room; the bundles still held here are
+        then due no earlier, so no process in an earlier tick waits for one of them. Every wait
+        leads to a strictly earlier tick, and some process can go on.
+        """
         waiting = sorted(self._bundles.values(), key=_due)
         for channel, bundle in waiting:
             if tick > _due((channel, bundle)):
-                # (while an earlier one waited, a new end may have been opened, which has it)
+                # While an earlier send waited, `resume_at` may have dropped this bundle: the log
+                # has its signals, and replays them to the new receiving end.
                 if self._bundles.pop(channel.number, None) is None:
                     continue
                 self._remote(channel).send(channel, *bundle)
@@ -161,8 +185,11 @@ class Mailbox:
     # -- state ----------------------------------------------------------------------------------
 
     def snapshot(self, channel: Channel) -> dict[str, Any]:
-        """What the sender of `channel` has to remember: how much it has posted, and the latest
-        signals, among which are those under way."""
+        """Return the state of the sending end of `channel`.
+
+        Returns:
+            How many signals were posted, and the latest ones, which include those under way.
+        """
         number = channel.number
         queue = self._queues.get(number, ())
         log = None if self._sent_log is None else self._sent_log.logs.get(number)
@@ -176,11 +203,20 @@ class Mailbox:
         }
 
     def taken(self, channel: Channel) -> int:
-        """How many signals of `channel` were taken here."""
+        """Return how many signals of `channel` were taken here."""
         return 0 if self._sent_log is None else self._sent_log.taken.get(channel.number, 0)
 
     def restore(self, channel: Channel, state: Mapping[str, Any] | None, taken: int | None) -> None:
-        """state: of the sender, if it is here; taken: by the receiver, if it is."""
+        """Continue `channel` from a snapshot.
+
+        Args:
+            channel: the channel.
+            state: of the sending end; None if the sender is in another process.
+            taken: signals that the receiver had taken; None if it is in another process.
+
+        Raises:
+            SnapshotError: the state of the sender does not fit the receiver's.
+        """
         sent_log, number = self._sent_log, channel.number
         if sent_log is None:
             raise ValueError("a mailbox without a log of sent signals cannot go on")
@@ -208,8 +244,9 @@ class Mailbox:
         self._queues[number] = deque(latest[len(latest) - (posted - taken) :])
 
     def resume_at(self, channel: Channel, number: int) -> None:
-        """From now on only signals from `number` on are sent: the receiver has the others, or gets
-        them from the log."""
+        """Send only signals from `number` on: the receiver has the others, or gets them from the
+        log.
+        """
         self._resume[channel.number] = number
         self._bundles.pop(channel.number, None)
 
@@ -220,7 +257,7 @@ class Mailbox:
 
 
 def _due(waiting: tuple[Channel, list[Signal]]) -> int:
-    """The tick in which the last signal of a bundle comes, unless its sender has ended."""
+    """Return the tick in which the last signal of a bundle comes, unless its sender has ended."""
     channel, bundle = waiting
     return bundle[0].stamp.tick + channel.span
 

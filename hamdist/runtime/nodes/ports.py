@@ -1,4 +1,4 @@
-"""The channels of one block, and what every node does at its start and end."""
+"""The channels of one block, and functions that every node uses at its start and end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ from hamdist.runtime.signals.signal import Channel, Signal, ready
 
 
 class Ports:
-    """The channels of one block, in the graph's edge order, and its stamps."""
+    """The channels of one block in the graph's edge order, and the stamps the schedule names.
+
+    Attributes:
+        border: casts signals to the type and device of the block.
+        into: edges from parents.
+        out_of: edges to children.
+    """
 
     def __init__(self, plan: Plan, name: str, mailbox: Mailbox) -> None:
         self.border = CastBorder(plan.cast_plans.get(name))
@@ -45,6 +51,7 @@ class Ports:
         self._labelled = [c for c in plan.channels.labels.values() if c.sender == name]
 
     def state(self, edge: Edge, event: Event) -> Signal | None:
+        """Take the parent's state that `event` needs along `edge`; None if it needs none."""
         stamp = self._schedule.state(edge, event)
         if stamp is None:
             return None
@@ -54,6 +61,7 @@ class Ports:
         return signal
 
     def message(self, edge: Edge, event: Event) -> Signal | None:
+        """Take the child's message that `event` needs along `edge`; None if it needs none."""
         channel = self._channels.messages.get(edge.index)
         stamp = None if channel is None else self._schedule.message(edge, event)
         if channel is None or stamp is None:
@@ -64,6 +72,7 @@ class Ports:
         return signal
 
     def target(self, event: Event) -> Signal | None:
+        """Take the target that a readout needs at `event`; None if it needs none."""
         stamp = self._schedule.target(self._name, event)
         if stamp is None:
             return None
@@ -73,8 +82,11 @@ class Ports:
         return signal
 
     def label(self, event: Event) -> Signal | None:
-        """The label that came with the sample of `event`, as it is passed on; None where labels do
-        not travel."""
+        """Take the label that travels with the sample of `event`, unchanged, to be passed on.
+
+        Returns:
+            None where labels do not travel.
+        """
         if self._label is None:
             return None
         way = self.into[0]
@@ -82,16 +94,20 @@ class Ports:
         return None if stamp is None else self._take(self._label, stamp, event)
 
     def own_label(self, label: Tensor) -> Tensor:
-        """A label as this block reads it."""
+        """Cast a label to the type and device of this block."""
         return self.border.target(label)
 
     def labels_to_children(self, stamp: Stamp, label: Tensor | None, *, end: bool = False) -> None:
+        """Pass a label on to the children that take it from this block."""
         for channel in self._labelled:
             self._mailbox.post(channel, Signal(stamp, label, end))
 
     def clock(self, event: Event) -> Signal | None:
-        """What the stream tells of the sample that `event` shows; None in an unclocked run, and in
-        all but the sample's first tick."""
+        """Take the clock signal of the stream about the sample that `event` shows.
+
+        Returns:
+            None in a run without clock signals, and in all ticks but the sample's first.
+        """
         channel = self._channels.clocks.get(self._name)
         if channel is None or event.tick % self._schedule.c:
             return None
@@ -109,13 +125,21 @@ class Ports:
         sequence_end: bool = False,
         leaving_out: Sequence[Edge] = (),
     ) -> None:
-        """leaving_out: edges whose child does not read this."""
+        """Post a state to the children.
+
+        Args:
+            stamp: of the state.
+            h: the state, (B, ...).
+            end: the stream has ended.
+            sequence_end: the sample is the last of its sequence.
+            leaving_out: edges whose child does not read this signal.
+        """
         for edge, channel in zip(self.out_of, self._children, strict=True):
             if edge not in leaving_out:
                 self._mailbox.post(channel, Signal(stamp, h, end, sequence_end))
 
     def before_start(self, h: Tensor | None, schedule: HoldSchedule) -> None:
-        """What the neighbours read in their first ticks: h_0, and messages of zeros."""
+        """Post what the neighbours read in their first ticks: h_0, and zero messages."""
         c = schedule.c
         for edge, channel in zip(self.out_of, self._children, strict=True):
             for tick in schedule.before_start(edge):
@@ -133,7 +157,14 @@ class Ports:
         end: bool = False,
         leaving_out: Sequence[Edge] = (),
     ) -> None:
-        """leaving_out: edges whose parent reads no more."""
+        """Post the messages to the parents.
+
+        Args:
+            stamp: of the messages.
+            messages: one for each edge of `into`; None is a message of zeros.
+            end: the stream has ended.
+            leaving_out: edges whose parent reads no more.
+        """
         for edge, channel, message in zip(self.into, self._parents, messages, strict=True):
             if channel is not None and edge not in leaving_out:
                 payload = None if message is None else ready(message)
@@ -141,7 +172,11 @@ class Ports:
 
 
 def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event) -> Iterator[Event]:
-    """The events of a block behind `event`."""
+    """Return the events of a block after `event`.
+
+    Raises:
+        SnapshotError: the schedule does not contain `event`.
+    """
     events = schedule.events(name, event.tick)
     for found in events:
         if found == event:
@@ -152,13 +187,13 @@ def events_from(schedule: PulseSchedule | HoldSchedule, name: str, event: Event)
 
 
 def make_metrics(plan: Plan) -> Prequential:
-    """What collects a readout's losses."""
+    """Make the collector of a readout's losses."""
     kept = plan.metrics
     return Prequential(kept.window, kept.limit, ignore_index=plan.ignore_index)
 
 
 def make_recorder(settings: MetricsSettings) -> Recorder | None:
-    """What records a block's energies, if that is asked for."""
+    """Make the recorder of a block's energies; None if recording is off."""
     if settings.record is None:
         return None
     trajectory = settings.record is RecordedState.TRAJECTORY
@@ -166,6 +201,7 @@ def make_recorder(settings: MetricsSettings) -> Recorder | None:
 
 
 def record(metrics: Prequential, sample: int, reading: Reading | None) -> None:
+    """Record the loss of a sample, if there is one."""
     if reading is not None:
         metrics.record(sample, reading.prediction, reading.target, reading.loss)
 
@@ -176,6 +212,14 @@ def block_state(
     z: Tensor | None,
     stored: int = 0,
 ) -> BlockState:
+    """Copy the state of a block to host memory.
+
+    Args:
+        parts: name prefix, local function and weights of each part of the block.
+        h: the state, if the block holds one.
+        z: the adjoint state, if the block holds one.
+        stored: states of earlier samples that the block stores.
+    """
     theta: dict[str, Tensor] = {}
     omega: dict[str, Tensor] = {}
     average: dict[str, Tensor] = {}

@@ -77,6 +77,10 @@ class PulseNode(Remembers):
         self._advance()
 
     def _advance(self) -> None:
+        # Once the stream has ended (after `_end` samples), forward events of later samples are
+        # skipped, for backward events of the samples still inside come between them. The first
+        # other event of a later sample follows all of those: then the node has finished. A readout
+        # has no other events, and a block with a head no backward ones, so they finish at once.
         for event in self._events:
             if self._end is None or event.sample < self._end:
                 self.event = event

@@ -1,4 +1,4 @@
-"""A block through which sequences travel forward and in reverse, as a node."""
+"""The node of a block through which sequences travel forward and in reverse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hamdist.runtime.signals.signal import ready
 class SequenceNode(Remembers):
     """A block that learns from whole sequences.
 
-    The last token brings the tag that it is the last, and the node hands the tag on with the state.
+    The last token of a sequence carries a tag, which the node passes on with its state.
     """
 
     late = False
@@ -94,8 +94,10 @@ class SequenceNode(Remembers):
             record(self.metrics, event.sample, reading)
 
     def _inputs(self, event: Event) -> tuple[list[Tensor], bool]:
-        """The parents' states, and whether this token is the last one of its sequence. What the
-        token itself brings tells that, and that the stream has ended."""
+        """Return the parents' states, and True if this token is the last one of its sequence.
+
+        The token's own signal carries that tag, and the end of the stream.
+        """
         inputs, last = [], False
         for edge in self._ports.into:
             signal = self._ports.state(edge, event)
@@ -130,12 +132,12 @@ class SequenceNode(Remembers):
             self.block.end(self._schedule.last(event))
 
     def records(self) -> Records | None:
-        """No energies are recorded of sequences."""
+        """Return None: energies of sequences are not recorded."""
         return None
 
     @property
     def device(self) -> torch.device:
-        """Where the block computes."""
+        """Return the device on which the block computes."""
         return self._ports.border.device
 
     def state(self) -> BlockState:

@@ -1,4 +1,4 @@
-"""What a block exchanges about weights that it shares with others (dynamics/graph/ties.py)."""
+"""Signals about weights that several blocks share (dynamics/graph/ties.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hamdist.runtime.signals.signal import Signal, ready
 
 
 def against_ties(level: str, knobs: Locality, learning: LearningSettings) -> str | None:
-    """What keeps the users of a weight in one block; None where several blocks may use it."""
+    """Return why the users of a weight must lie in one block; None if several blocks may use it."""
     blocks = learning.blocks.values()
     if not knobs.pulse or knobs.credit is Credit.HEADS or knobs.memory is Memory.REVERSIBLE:
         return f"level {level!r}"
@@ -28,7 +28,7 @@ def against_ties(level: str, knobs: Locality, learning: LearningSettings) -> str
 
 
 def weight_lags(plan: Plan) -> dict[str, WeightLag]:
-    """By owner and user, how old the weights are that the user reads."""
+    """Return how old the weights are that each user reads, by owner and user."""
     if not isinstance(plan.schedule, PulseSchedule):
         return {}
     lags = {tie.name: plan.schedule.weight_lag(tie) - 1 for tie in plan.graph.ties}
@@ -49,7 +49,7 @@ class TiePorts:
         self._borrows = [tie for tie in plan.graph.ties if tie.user == name]
 
     def before_forward(self, event: Event) -> None:
-        """Takes the weights that have come back since the sample before."""
+        """Take the weights that have arrived since the sample before."""
         for tie in self._borrows:
             stamp = self._schedule.weight(tie, event)
             if stamp is None:
@@ -59,7 +59,7 @@ class TiePorts:
                 self._cell.overwrite(tie.theirs, weights.payload)
 
     def before_backward(self, event: Event) -> None:
-        """Takes the users' gradients about the sample."""
+        """Take the users' gradients about the sample."""
         for tie in self._lends:
             stamp = self._schedule.gradient(tie, event)
             signal = self._mailbox.take(self._channels.gradients[tie.index], stamp, event.tick)
@@ -67,8 +67,13 @@ class TiePorts:
                 self._cell.add(tie.owners, signal.payload)
 
     def after_backward(self, stamp: Stamp, updates: int, end: int | None) -> None:
-        """Sends gradients to the owners, and weights to the users. stamp: of the pass; updates:
-        after it; end: the number of samples, where it is known."""
+        """Send gradients to the owners, and weights to the users.
+
+        Args:
+            stamp: of the pass.
+            updates: number of weight updates after the pass.
+            end: the number of samples, once it is known.
+        """
         found = self._cell.take()
         for tie in self._borrows:
             g = None if found is None else ready(flat([found[key] for key in tie.theirs]))

@@ -1,9 +1,9 @@
 """The border of a block: the type and the device in which it computes.
 
-A signal has the type of the block that made it. Whoever reads it casts it to the type of its own:
-here, and nowhere else, so that all engines cast alike. On its way a signal stays on its device as
-long as it stays in its process; between GPUs of two processes of one host it may, too (lending.py);
-else it goes through (pinned) host memory.
+A signal has the type of the block that made it. Its reader casts it to the type of its own block:
+here, and nowhere else, so that all engines cast alike. A signal stays on its device as long as it
+stays in its process. Between GPUs of two processes of one host it may stay there as well
+(transport/gpu_ring.py); otherwise it passes through (pinned) host memory.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class CastPlan:
-    """Where the signals of one block come in. device: 'cpu', 'cuda', 'cuda:N' or 'auto'.
-    inputs: the type in which the block takes the states that come along an edge, by the edge's
-    index; messages: that of its own h; targets: that of a readout. None, or an edge that is not
-    named: as it comes. Integers are not cast. autocast: whether the block computes under it."""
+    """The types and the device to which incoming signals of one block are cast.
+
+    Attributes:
+        block: name of the block.
+        device: 'cpu', 'cuda', 'cuda:N' or 'auto'.
+        inputs: type of the states that come along an edge, by the edge's index; an edge that is not
+            named keeps its type. Integers are not cast.
+        messages: type of the messages, which is the type of the block's h; None keeps it.
+        targets: type of a readout's targets; None keeps it.
+        autocast: True if the block computes under torch's autocast.
+    """
 
     block: str
     device: str = "cpu"
@@ -34,11 +41,15 @@ class CastPlan:
     autocast: bool = False
 
     def at(self, device: str) -> CastPlan:
-        """The same border on another device."""
+        """Return the same border on another device."""
         return replace(self, device=device)
 
     def resolved(self) -> torch.device:
-        """The device in this process. Raises SettingsError where it is not there."""
+        """Return the device in this process.
+
+        Raises:
+            SettingsError: the process has no such device.
+        """
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if self.device == "auto":
             return torch.device("cuda", 0) if there else CPU
@@ -52,7 +63,7 @@ class CastPlan:
 
 
 class CastBorder:
-    """A `CastPlan` in the process of its block. Of a block without one everything goes as it is."""
+    """A `CastPlan` in the process of its block; without a plan, signals keep type and device."""
 
     def __init__(self, cast_plan: CastPlan | None) -> None:
         self._cast_plan = cast_plan
@@ -73,13 +84,14 @@ class CastBorder:
         return y if self._cast_plan is None else entered(y, self.device, self._cast_plan.targets)
 
     def own(self, tensor: Tensor) -> Tensor:
-        """A tensor of the block itself, on its device."""
+        """Move a tensor of the block itself to its device."""
         return tensor.to(self.device)
 
 
 def entered(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """`tensor` in the type of its reader, cast where it has fewer bytes to move, and on the
-    reader's device."""
+    """Return `tensor` in the type and on the device of its reader, cast on the side where it is
+    smaller.
+    """
     if dtype is None or not tensor.is_floating_point():
         dtype = tensor.dtype
     if tensor.dtype == dtype and tensor.device == device:
@@ -90,8 +102,11 @@ def entered(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> 
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """`tensor` where a socket can read it. From a GPU through pinned memory, which the copying
-    engine reaches without a detour; the copy is finished when this returns."""
+    """Copy `tensor` to host memory, where a socket can read it.
+
+    From a GPU it is copied to pinned memory, which the copy engine reaches directly. The copy has
+    finished when this returns.
+    """
     if tensor.is_cpu:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -101,5 +116,5 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def kept(tensor: Tensor) -> Tensor:
-    """A copy of what a block owns, for those who have no GPU to read it on."""
+    """Copy a tensor of a block to host memory, for readers without a GPU."""
     return tensor.detach().clone() if tensor.is_cpu else tensor.detach().cpu()

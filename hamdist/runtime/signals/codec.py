@@ -1,16 +1,16 @@
-"""Signals in fewer bytes. What a receiver sees is decode(encode(x)), in every engine.
+"""Codecs that send signals in fewer bytes. Receivers see decode(encode(x)), in every engine.
 
     fp16, bf16   the nearest number of the type                     2 bytes a number
     int8         by row b of x, (B, ...):
                  s_b = max_j |x_bj| / 127,  q_bj = round(x_bj / s_b)
                  decoded: s_b q_bj, off by at most s_b / 2          1 byte a number, and s_b
 
-Each row has a scale of its own, for a row is a sample: what is well predicted sends messages that
-are orders of magnitude smaller than those of its neighbours in the batch, and one scale for all
-would round them to zero. It costs 4 bytes a row (8 of float64), and keeps a number that is not
-finite from spoiling more than it has to.
+Each row has a scale of its own, for a row is a sample: a sample that is well predicted sends
+messages orders of magnitude smaller than those of its neighbours in the batch, and one scale for
+all would round them to zero. It costs 4 bytes a row (8 of float64), and confines a number that is
+not finite to its row.
 
-Error feedback (Seide et al. 2014; Karimireddy et al. 2019) adds what was lost to the next signal:
+Error feedback (Seide et al. 2014; Karimireddy et al. 2019) adds the error of a signal to the next:
 
     v_n = x_n + e_{n-1},    sent: encode(v_n),    e_n = v_n - decode(encode(v_n))
 
@@ -37,10 +37,13 @@ LEVELS = 127  # of an int8, on either side of zero
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """The form of one direction's signals on their way.
+    """The encoding of one direction of an edge.
 
-    name: never 'none'. dtype: of the exact signal. row: its shape without the batch. feedback:
-    whether the sender keeps what was lost, for the next signal.
+    Attributes:
+        name: of the code; never 'none'.
+        dtype: of the exact signal.
+        row: shape of the exact signal without the batch.
+        feedback: True if the sender adds the error of each signal to the next.
     """
 
     name: Compress
@@ -50,15 +53,18 @@ class Codec:
 
     @property
     def pays(self) -> bool:
-        """Whether it saves bytes: not of integers, of types that are as short, and where a row is
-        too short to bear a scale."""
+        """Return True if encoding saves bytes.
+
+        It does not for integers, for types that are as short, and for rows too short to carry a
+        scale.
+        """
         if not self.dtype.is_floating_point:
             return False
         exact = math.prod(self.row) * self.dtype.itemsize
         return exact > 0 and self.nbytes(1) < exact
 
     def nbytes(self, batch: int) -> int:
-        """Of a signal (B, *row), encoded."""
+        """Return the bytes of an encoded signal (batch, *row)."""
         n = math.prod(self.row)
         a_row = n + self._real.itemsize if self.name is Compress.INT8 else n * self._half.itemsize
         return batch * a_row
@@ -69,20 +75,21 @@ class Codec:
 
     @property
     def _real(self) -> torch.dtype:
-        """What int8 computes in, and the type of a scale."""
+        """Return the type in which int8 computes, which is also the type of a scale."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def encode(self, x: Tensor) -> Tensor:
-        """x, (B, *row), in few bytes: int8 as (B, n + the bytes of a scale), else like x.
+        """Encode x, (B, *row): int8 as (B, n + the bytes of a scale), other codes in the shape of
+        x.
 
-        A signal that does not fit goes as it is: one that is not finite, or too large for the type.
+        A signal that is not finite, or too large for the type, is returned unchanged.
         """
         fits = x.dtype == self.dtype and x.shape[1:] == self.row and x.numel() > 0
         coded = self._coded(x) if fits else None
         return x if coded is None else coded
 
     def _coded(self, x: Tensor) -> Tensor | None:
-        """None where numbers would get lost."""
+        """Return the encoded signal; None if numbers would be lost."""
         if self.name is not Compress.INT8:
             half = x.to(self._half)
             return half if bool(torch.isfinite(half).all()) else None
@@ -97,7 +104,7 @@ class Codec:
         return torch.cat([levels, scale.view(torch.int8)], 1)
 
     def decode(self, sent: Tensor) -> Tensor:
-        """What `encode` was given, as near as it may be; (B, *row)."""
+        """Return the nearest approximation of the tensor given to `encode`, (B, *row)."""
         if sent.dtype == self.dtype:
             return sent
         if self.name is not Compress.INT8:
@@ -109,10 +116,14 @@ class Codec:
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """What compression did to one direction of an edge.
+    """Result of the compression of one direction of an edge.
 
-    codec: its name. feedback: whether errors were fed back. signals: with a payload; sent, saved:
-    bytes. mean, worst: |decoded - exact| / |exact| over the signals that were not zero.
+    Attributes:
+        codec: name of the code.
+        feedback: True if errors were fed back.
+        signals: number of signals with a payload.
+        sent, saved: bytes.
+        mean, worst: |decoded - exact| / |exact| over the signals that were not zero.
     """
 
     codec: str
@@ -125,8 +136,11 @@ class Compressed:
 
 
 class Encoder(Remembers):
-    """The sending end of one direction of an edge. error: e, as long as the batch keeps its size;
-    it begins anew with another one."""
+    """The sending end of one direction of an edge.
+
+    Attributes:
+        error: e_n; starts again at zero when the batch changes its size.
+    """
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
@@ -137,7 +151,7 @@ class Encoder(Remembers):
     STATE = ("error", "_signals", "_sent", "_saved", "_compared", "_sum", "_worst")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What is sent for x, (B, *row)."""
+        """Encode x, (B, *row)."""
         v = x
         if self.codec.feedback and self.error is not None and self.error.shape == x.shape:
             v = x + self.error
@@ -165,7 +179,7 @@ class Encoder(Remembers):
             self._worst = max(self._worst, apart)
 
     def result(self) -> Compressed:
-        """What it did so far."""
+        """Return the result of the compression so far."""
         mean = self._sum / self._compared if self._compared else 0.0
         return Compressed(
             codec=self.codec.name.value,

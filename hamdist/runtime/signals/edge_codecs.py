@@ -1,4 +1,4 @@
-"""Which signals travel compressed, as `engine.compress` and `engine.feedback` say."""
+"""Codecs of the edges, as `engine.compress` and `engine.feedback` name them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,22 @@ def compressed(
     reversible: Collection[str] = (),
     taken: Mapping[int, torch.dtype] | None = None,
 ) -> Channels:
-    """`channels` with the codecs that the settings give to the edges.
+    """Return `channels` with the codecs that the settings give to the edges.
 
-    signals: shape and type of what each block sends forward, with the stream's input as `u`. One
-    word for all means every edge between blocks: what comes from the stream is compressed where a
-    pattern fits its edge. Integers stay as they are, and so do targets.
-    taken: by edge, the type in which its child takes it and answers, where it is another one.
-    reversible: blocks whose child hands their state back, which has to be exact.
+    One word for all edges means every edge between blocks. Signals of the stream are compressed
+    only
+    where a pattern fits their edge. Integers and targets are never compressed.
 
-    Raises SettingsError for an edge that does not exist, and for one behind a reversible block.
+    Args:
+        channels: of the whole graph.
+        graph: the graph.
+        signals: shape and type of each block's state; the stream's input is `u`.
+        engine: the settings.
+        reversible: blocks whose child hands their state back, which has to be exact.
+        taken: by edge, the type in which its child takes it and answers, where it is another one.
+
+    Raises:
+        SettingsError: an edge does not exist, or lies behind a reversible block.
     """
     words = _words(graph, engine)
     if not words:
@@ -66,7 +73,7 @@ def compressed(
 
 
 def _words(graph: Graph, engine: EngineSettings) -> Mapping[str, Compress]:
-    """The codec of each edge that has one, by the edge's name."""
+    """Return the code of each edge that has one, by the edge's name."""
     asked = engine.compress
     if isinstance(asked, Compress):
         if asked is Compress.NONE:
@@ -91,7 +98,7 @@ def _feeds_back(asked: Feedback, word: Compress, kind: Kind) -> bool:
 
 
 def compression_warnings(channels: Channels, graph: Graph, engine: EngineSettings) -> list[str]:
-    """Says so where the settings ask for compression and nothing is compressed."""
+    """Return a warning if the settings ask for compression and no edge is compressed."""
     words = set(_words(graph, engine).values()) if engine.compress is not Compress.NONE else set()
     asked = engine.compress is not Compress.NONE and words != {Compress.NONE}
     if not asked or any(channel.codec is not None for channel in channels.all()):
@@ -104,7 +111,7 @@ def compression_warnings(channels: Channels, graph: Graph, engine: EngineSetting
 
 
 def in_edge_order(done: CompressionMap, graph: Graph) -> CompressionMap:
-    """`done` in the order of the graph's edges, forward before backward."""
+    """Return `done` in the order of the graph's edges, forward before backward."""
     return {
         edge.name: {way: done[edge.name][way] for way in "hm" if way in done[edge.name]}
         for edge in graph.edges

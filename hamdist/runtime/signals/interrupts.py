@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class Aborted(Exception):
-    """The run was called off while this process waited."""
+    """Raised when the run is called off while this process waits."""
 
 
 class Interrupted(Exception):
-    """A blocked call was left, because somebody has asked for something (`Requests.serve`)."""
+    """Raised to leave a blocked call because another thread has a request (`ThreadCalls.serve`)."""

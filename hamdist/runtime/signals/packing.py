@@ -1,11 +1,11 @@
 """Signals as bytes.
 
-A message is one signal packed, or several in the order of their sending (a bundle, see `Bundle` in
-schedule.py). Packed, a signal is a header and then its payload, filled up to a multiple of 8 bytes;
-a payload that goes another way (a frame, a slot of shared memory) leaves its number behind. Header,
-little-endian: magic 'HD', format, kind, flags, type, number of dimensions (1 byte each), a byte of
-padding, run (8), channel (4), number of the payload that is apart (4), tick, sample, version (8
-each), then 8 bytes per dimension.
+A message is one packed signal, or several in the order of their sending (a bundle, see `Bundle` in
+dynamics/schedule). A packed signal is a header and then its payload, filled up to a multiple of
+8 bytes. A payload that travels separately (a frame, a slot of shared memory) is replaced by its
+number. Header, little-endian: magic 'HD', format, kind, flags, type, number of dimensions (1 byte
+each), a byte of padding, run (8), channel (4), number of the separate payload (4), tick, sample,
+version (8 each), then 8 bytes per dimension.
 """
 
 from __future__ import annotations
@@ -53,7 +53,14 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
 class WireForm(NamedTuple):
-    """What a payload is made of. array: its bytes, to ctypes; fill: bytes up to a multiple of 8."""
+    """Shape, type and size of a payload.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        nbytes: size of the tensor.
+        array: ctypes type of its bytes.
+        fill: bytes up to a multiple of 8.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -65,13 +72,20 @@ class WireForm(NamedTuple):
         return torch.empty(self.shape, dtype=self.dtype)
 
     def bytes_of(self, tensor: Tensor) -> Any:
-        """The tensor's own memory, which it has to outlive."""
+        """Return the memory of the tensor, not a copy; the tensor has to outlive it."""
         return self.array.from_address(tensor.data_ptr())
 
 
 class Packed(NamedTuple):
-    """One signal as it was found in a message. form: None without a payload. index: of a payload
-    that is apart, else None; start, end: where the signal's own payload lies, and the next begins.
+    """One signal as it lies in a message.
+
+    Attributes:
+        stamp: of the signal.
+        flags: of the header.
+        form: of the payload; None without one.
+        apart: number of a payload that travels separately, else None.
+        start: where the signal's own payload begins, in bytes.
+        end: where the next signal begins.
     """
 
     stamp: Stamp
@@ -85,8 +99,9 @@ class Packed(NamedTuple):
 class Packer:
     """Packs and unpacks the signals of one channel of one run.
 
-    Headers of one channel differ in their stamps alone, as long as type and shape stay: the rest is
-    made and checked once, and then known by its bytes.
+    Headers of one channel differ in their stamps alone, as long as type and shape stay the same.
+    The
+    other bytes are made and checked once, and recognised by their value from then on.
     """
 
     def __init__(self, run: int, channel: Channel) -> None:
@@ -97,7 +112,11 @@ class Packer:
         self._seen: dict[bytes, tuple[int, WireForm | None]] = {}
 
     def form(self, payload: Tensor) -> WireForm:
-        """Raises WireError for a tensor that cannot be sent."""
+        """Return the form of a payload.
+
+        Raises:
+            WireError: the tensor cannot be sent.
+        """
         key = (payload.dtype, payload.shape)
         form = self._forms.get(key)
         if form is None:
@@ -113,7 +132,13 @@ class Packer:
         return form
 
     def header(self, signal: Signal, form: WireForm | None, index: int | None = None) -> bytes:
-        """index: of a payload that goes another way."""
+        """Return the header of a signal.
+
+        Args:
+            signal: the signal.
+            form: of its payload; None without one.
+            index: number of a payload that travels separately.
+        """
         flags = (
             (END if signal.end else 0)
             | (SEQUENCE_END if signal.sequence_end else 0)
@@ -132,8 +157,11 @@ class Packer:
         return made[0] + _VARYING.pack(index or 0, *signal.stamp) + made[1]
 
     def read(self, message: bytes, at: int) -> Packed:
-        """The signal that begins at byte `at`. Raises WireError for anything that is not a whole
-        signal of this run and channel."""
+        """Return the signal that begins at byte `at`.
+
+        Raises:
+            WireError: the bytes are not a whole signal of this run and channel.
+        """
         if len(message) < at + HEADER.size:
             raise WireError(f"{self._channel}: a header of {len(message) - at} bytes")
         start = at + HEADER.size + 8 * message[at + _DIMS_AT]
@@ -157,7 +185,7 @@ class Packer:
         return Packed(Stamp(*stamp), flags, form, None, start, end)
 
     def _checked(self, message: bytes, at: int) -> tuple[int, WireForm | None]:
-        """The flags and the form of a header that was not seen before."""
+        """Return flags and form of a header that is new to this packer."""
         channel = self._channel
         magic, form, kind, flags, code, dims, run, number = _FIXED.unpack_from(message, at)
         if magic != MAGIC or form != FORMAT:
@@ -181,9 +209,11 @@ class Packer:
         return flags, _form(shape, _DTYPES[code])
 
     def unpack(self, message: bytes, apart: Callable[[WireForm, int], Tensor]) -> list[Signal]:
-        """The signals of a message, their payloads copied into aligned memory of their own.
+        """Return the signals of a message, their payloads copied into aligned memory.
 
-        apart: fetches a payload that went another way.
+        Args:
+            message: the bytes.
+            apart: fetches a payload that travelled separately, by form and number.
         """
         signals = []
         at = 0
@@ -208,7 +238,7 @@ def _form(shape: tuple[int, ...], dtype: torch.dtype) -> WireForm:
 
 
 def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
-    """Keeps a value for the next time, of not too many."""
+    """Cache a value, within a bounded number of entries."""
     if len(known) >= _REMEMBERED:
         known.clear()
     known[key] = value

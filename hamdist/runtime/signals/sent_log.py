@@ -1,15 +1,15 @@
-"""What crossed the channels of a process, counted; and what its neighbours may need again.
+"""Counts of the signals that crossed the channels of a process, and copies for replay.
 
 Signals of a channel are numbered from 1 in the order of their posting. At a cut (all nodes at one
 tick) the sender has posted p of them and the receiver has taken t: those from t + 1 to p are under
 way, and at most as many as the channel has room for. So a sender that keeps its last `capacity`
-signals can say, for any receiver, what is under way.
+signals knows, for any receiver, which signals are under way.
 
-Where lost processes are to be replaced a sender keeps more: all since the latest snapshot of the
-whole run, for a neighbour may have to begin there again. A posted payload is never written again
-(mailbox.py), so keeping it is a reference, not a copy. What lies on a GPU is kept there (up to
-`snapshots.memory`), by its own sender: a sender that dies takes nothing along that others need, for
-its successor makes it again out of the snapshot, which is in files.
+Where lost processes are to be replaced a sender keeps more: all signals since the latest snapshot
+of the whole run, for a neighbour may have to restart there. A posted payload is never written again
+(mailbox.py), so keeping it is a reference, not a copy. Signals on a GPU are kept there (up to
+`snapshots.memory`), by their own sender. If that sender dies, its successor computes them again
+from the snapshot, which is in files, so that no other process depends on the lost memory.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ WEIGHED = 16  # signals, by channel on average, between two looks at what all of
 
 
 class ChannelLog:
-    """The latest signals of one channel. first: the number of the oldest one; nbytes: of memory
-    that they take."""
+    """The latest signals of one channel.
+
+    Attributes:
+        first: number of the oldest signal.
+        nbytes: bytes of memory that the signals take.
+    """
 
     __slots__ = ("_kept", "capacity", "nbytes")
 
@@ -44,7 +48,7 @@ class ChannelLog:
 
     @property
     def posted(self) -> int:
-        """The number of the latest signal."""
+        """Return the number of the latest signal."""
         first, signals = self._kept
         return first + len(signals) - 1
 
@@ -53,7 +57,11 @@ class ChannelLog:
         self.nbytes += _nbytes(signal)
 
     def at(self, number: int) -> Signal:
-        """Another thread may ask. Raises SnapshotError for a signal that was let go."""
+        """Return a signal by its number; may be called from any thread.
+
+        Raises:
+            SnapshotError: the signal has been dropped.
+        """
         first, signals = self._kept
         if not first <= number < first + len(signals):
             raise SnapshotError(
@@ -62,12 +70,12 @@ class ChannelLog:
         return signals[number - first]
 
     def behind(self, number: int) -> list[Signal]:
-        """The signals after `number`."""
+        """Return the signals after `number`."""
         first, signals = self._kept
         return signals[max(0, number + 1 - first) :]
 
     def let_go(self, before: int) -> None:
-        """Forgets the signals with smaller numbers."""
+        """Drop the signals with smaller numbers."""
         first, signals = self._kept
         many = min(max(0, before - first), len(signals))
         if many:
@@ -75,7 +83,7 @@ class ChannelLog:
             self.nbytes -= sum(map(_nbytes, signals[:many]))
 
     def begin(self, posted: int, signals: list[Signal]) -> None:
-        """`signals` are the latest ones, the last of them number `posted`."""
+        """Start from the latest `signals` of a snapshot, the last one numbered `posted`."""
         self._kept = (posted - len(signals) + 1, list(signals))
         self.nbytes = sum(map(_nbytes, signals))
 
@@ -85,9 +93,14 @@ def _nbytes(signal: Signal) -> int:
 
 
 class SentLog:
-    """inside: the nodes of this process. replays: signals are kept since the latest snapshot.
-    limit: bytes that they may take; with more they are let go, and nobody can begin again from the
-    latest snapshot (`forgot`) until one is complete that was taken after that."""
+    """Log of all channels of a process.
+
+    Args:
+        inside: names of the nodes of this process.
+        replays: True if signals are kept since the latest snapshot.
+        limit: bytes that they may take. With more they are dropped, and no process can restart from
+            the latest snapshot (`forgot`) until a later one is complete.
+    """
 
     def __init__(self, inside: Collection[str], *, replays: bool, limit: float = inf) -> None:
         self._inside = inside
@@ -102,7 +115,7 @@ class SentLog:
         self._marks: dict[int, dict[int, int]] = {}  # by tick of a snapshot: `posted` of that time
 
     def post(self, channel: Channel, signal: Signal) -> int:
-        """Notes a signal, and returns its number."""
+        """Note a signal, and return its number."""
         number = channel.number
         count = self.posted.get(number, 0) + 1
         self.posted[number] = count
@@ -128,19 +141,19 @@ class SentLog:
         return log
 
     def mark(self, tick: int) -> None:
-        """A snapshot is taken at `tick`, now."""
+        """Note that a snapshot is taken at `tick`, now."""
         self._marks[tick] = dict(self.posted)
         self._keeps = self._replays
 
     def _forget(self) -> None:
-        """Keeps what is under way alone."""
+        """Drop all signals but those under way."""
         self.forgot, self._keeps = True, False
         self._marks.clear()
         for log in self.logs.values():
             log.let_go(log.posted - log.capacity + 1)
 
     def complete(self, tick: int) -> None:
-        """The snapshot of that tick is complete: nobody will begin before it again."""
+        """Note that the snapshot of that tick is complete: no process will restart before it."""
         posted = self._marks.get(tick)
         self._marks = {t: m for t, m in self._marks.items() if t > tick}
         if posted is not None:
@@ -150,5 +163,5 @@ class SentLog:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the signals take that are kept."""
+        """Return the bytes of memory that the kept signals take."""
         return sum(log.nbytes for log in list(self.logs.values()))

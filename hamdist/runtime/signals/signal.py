@@ -1,8 +1,8 @@
 """Signals and the channels they cross (their form on the wire: packing.py).
 
-A channel is one direction of an edge (or the way of the targets from the stream to a readout): it
-has one sender and one receiver, and its signals arrive in the order in which they were sent. What
-pairs a signal with its use is its stamp, which the receiver checks; never the order.
+A channel is one direction of an edge (or the path of the targets from the stream to a readout): it
+has one sender and one receiver, and its signals arrive in the order in which they were sent. A
+signal is paired with its use by its stamp, which the receiver checks; never by the order.
 """
 
 from __future__ import annotations
@@ -27,10 +27,19 @@ ALIGNMENT = 64
 
 
 class Channel(NamedTuple):
-    """One direction between two nodes. capacity: signals that may wait on it. slack: how many of
-    them are more than the schedule itself keeps in flight. bundle: signals that one message may
-    hold; span: ticks from the first to the last of so many. codec: of the payloads, if they are
-    compressed."""
+    """One direction between two nodes.
+
+    Attributes:
+        number: index among the channels of the graph.
+        kind: of its signals.
+        sender, receiver: names of the two nodes.
+        edge: name of the edge.
+        capacity: signals that may wait on it.
+        slack: how many of them are more than the schedule itself keeps in flight.
+        bundle: signals that one message may hold.
+        span: ticks from the first to the last signal of a full bundle.
+        codec: of the payloads, if they are compressed.
+    """
 
     number: int
     kind: Kind
@@ -45,7 +54,9 @@ class Channel(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in a snapshot, whatever the partition's numbers are."""
+        """Return the channel's name in a snapshot, which does not depend on the partition's
+        numbers.
+        """
         return f"{self.kind.name.lower()} {self.edge}"
 
     def __str__(self) -> str:
@@ -55,9 +66,17 @@ class Channel(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """All channels of a graph: by edge index, the targets' by readout, and the clock's by block.
-    labels: where labels travel with the signal, by the block that takes them; each passes them on
-    along the first of its edges that leads to a child. gradients, weights: by tie (ties.py)."""
+    """All channels of a graph.
+
+    Attributes:
+        states, messages: by edge index.
+        targets: by readout.
+        clocks: by block.
+        labels: where labels travel with the signal, by the block that takes them; each passes them
+            on
+            along the first of its edges that leads to a child.
+        gradients, weights: by tie (nodes/ties.py).
+    """
 
     states: dict[int, Channel]
     messages: dict[int, Channel]
@@ -84,12 +103,18 @@ def make_channels(
     messages: bool = True,
     silent: Collection[str] = (),
 ) -> Channels:
-    """The channels, with room for what the schedule keeps in flight and `queue` signals more.
+    """Make the channels of a graph, with room for the schedule's signals and `queue` more.
 
-    clocked: the stream tells every block the step of integration, and the end of a sequence.
-    bundle: the most signals in one message; auto: half as many as the schedule allows, so that the
-    other half of an edge's delay is left to hide the link. labels: travel with the signal to all
-    blocks that are no readouts; messages: come back, but to `silent` blocks.
+    Args:
+        graph: the graph.
+        schedule: says how many signals are in flight.
+        queue: signals that may wait beyond those.
+        clocked: the stream sends every block the step of integration, and the end of a sequence.
+        bundle: the most signals in one message; auto: half as many as the schedule allows, so that
+            the other half of an edge's delay is left to hide the link.
+        labels: labels travel with the signal to all blocks that are no readouts.
+        messages: messages come back, but to `silent` blocks.
+        silent: blocks that receive no messages.
     """
     made = Channels({}, {}, {}, {}, {}, {}, {})
     numbers = count()
@@ -163,9 +188,14 @@ def make_channels(
 @known("Signal")
 @dataclass(slots=True)
 class Signal:
-    """What crosses a channel. payload: None for a message of zeros, or a missing target.
-    end: the stream has ended, this is no signal of a sample. sequence_end: the sample is the last
-    of its sequence."""
+    """A value that crosses a channel.
+
+    Attributes:
+        stamp: tick, sample and version of the value.
+        payload: (B, ...); None for a message of zeros, or a missing target.
+        end: the stream has ended; this is no signal of a sample.
+        sequence_end: the sample is the last of its sequence.
+    """
 
     stamp: Stamp
     payload: Tensor | None = None
@@ -174,8 +204,11 @@ class Signal:
 
 
 def ready(tensor: Tensor) -> Tensor:
-    """`tensor` as every engine hands it on: detached, contiguous with the strides of its shape, and
-    aligned, so that it is the same to every kernel whether or not it crossed a socket."""
+    """Return `tensor` as every engine hands it on: detached, contiguous and aligned.
+
+    Its strides are those of its shape, so that it is the same to every kernel whether or not it
+    crossed a socket.
+    """
     if tensor.requires_grad:
         tensor = tensor.detach()
     if not tensor.is_contiguous():
@@ -191,8 +224,15 @@ def ready(tensor: Tensor) -> Tensor:
 def on_host(
     signals: Sequence[Signal], stays: Callable[[Tensor], bool] | None = None
 ) -> Sequence[Signal]:
-    """`signals` as a socket can send them: payloads in host memory, but for those that `stays`
-    accepts. Whoever has what this gives holds the copies that it made."""
+    """Return `signals` with payloads in host memory, as a socket can send them.
+
+    Args:
+        signals: the signals.
+        stays: accepts payloads that may stay where they are.
+
+    Returns:
+        Signals that own the copies made here: the copies live as long as these signals.
+    """
     if all(s.payload is None or s.payload.is_cpu for s in signals):
         return signals
     return [s if stays is not None and _stays(s, stays) else _on_host(s) for s in signals]
@@ -208,7 +248,7 @@ def _on_host(signal: Signal) -> Signal:
 
 @lru_cache(maxsize=256)
 def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a contiguous tensor as torch makes it."""
+    """Return the strides that torch gives a contiguous tensor of this shape."""
     made = [1]
     for n in reversed(shape[1:]):
         made.append(made[-1] * max(n, 1))

@@ -66,13 +66,16 @@ class ReplaySender:
             self._news.notify_all()
 
     def send(self, signals: Sequence[Signal]) -> None:
+        # The signals are in the log already: `first` is the number of the first of them.
         first = self._log.posted - len(signals) + 1
         if self._thread is None:
+            # The thread has ended; the first call after that leaves out what it had sent.
             left = signals[max(0, self._next - first) :] if self._next else signals
             if left:
                 self._end.send(left)
-            self._next = 0  # no signal is sent by the thread any more
+            self._next = 0  # from now on everything is sent here
             return
+        # The thread sends: wait until it is less than `capacity` behind, as a full channel would.
         with self._news:
             self._news.notify_all()
             while self._log.posted - self._next >= self._channel.capacity:
@@ -81,12 +84,14 @@ class ReplaySender:
                 self._news.wait(TURN_MS / 1000)
                 self._line.turn(self._channel, signals[0].stamp, sending=True)
             self._line.waiting = None
-            near = self._next >= first
+            near = self._next >= first  # all earlier signals are sent: this thread can take over
         if near:
             self._take_over()
             self.send(signals)
 
     def _take_over(self) -> None:
+        # Joining the thread first makes `_next` final, so that no signal is sent twice or left out,
+        # and hands the socket over: it belongs to one thread at a time.
         self._end_thread()
         if self._failure is not None:
             raise self._failure
