@@ -92,6 +92,7 @@ def test_readme_is_short_and_every_page_has_a_title():
         assert re.search(r"^# \S", page.read_text(), re.M), page
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", runnable(), ids=name)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -221,6 +222,14 @@ def test_paths_of_pages_are_there():
         for path in re.findall(r"`((?:hamdist|tests|scripts|docs|cluster-configs)/[\w./*-]+)`",
                                page.read_text("utf-8")):  # fmt: skip
             assert "NAME" in path or list(ROOT.glob(path.rstrip("/"))), f"{name(page)}: no {path}"
+
+
+def test_pages_that_the_code_cites_are_there():
+    code = Path(hamdist.__file__).parent
+    for folder in (code / "dynamics", code / "runtime", ROOT / "tests" / "dynamics"):
+        for path in folder.rglob("*.py"):
+            for page in re.findall(r"\b([a-z-]+\.md)\b", path.read_text("utf-8")):
+                assert list(PAGES.rglob(page)), f"{path}: no page {page}"
 
 
 def test_tables_of_the_newcomers_page_name_files_that_are_there():

@@ -1,5 +1,6 @@
-"""Oracle: a chain of three blocks in hold, tick by tick with matrices, after semantics.md and the
-equations of stillness.py: gate, retrospective gradients, prospective and leaky states."""
+"""Oracle: a chain of three blocks in hold, tick by tick with matrices, after
+time-and-signals.md and the equations of stillness.py: gate, retrospective gradients,
+prospective and leaky states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oracle: the tables of semantics.md (levels) and of equations.md (HL Appendix E)."""
+"""Oracle: the tables of time-and-signals.md (levels) and of equations.md (HL Appendix E)."""
 
 from __future__ import annotations
 

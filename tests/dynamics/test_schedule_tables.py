@@ -1,4 +1,4 @@
-"""Oracle: tables drawn by hand from semantics.md ("Schedules, exactly"), and brute force on them.
+"""Oracle: tables drawn by hand from time-and-signals.md, and brute force on them.
 
 F n, B n: forward and backward of sample n; FB n: an output net does both.
 """
@@ -788,7 +788,7 @@ def test_pulse_is_causal_on_any_dag(graph, c):
     update=st.sampled_from(["tick", "last-tick"]),
 )
 def test_hold_is_causal_on_any_dag(graph, speed, update):
-    """Tick k reads exactly what the neighbour sent at its tick k - delay (semantics.md)."""
+    """Tick k reads exactly what the neighbour sent at its tick k - delay (time-and-signals.md)."""
     schedule = hold(graph, speed=speed, update=update)
     last = 2 * graph.depth + 2 * schedule.c
     states = {e.index: Wire() for e in graph.edges}

@@ -1,4 +1,4 @@
-"""Oracle: tables drawn by hand from equations.md ("BPTT") and the rule of sequence_schedule.py, and
+"""Oracle: tables drawn by hand from equations.md and the rule of sequence_schedule.py, and
 brute force on every signal of random graphs.
 
 F n, B n: token n of the stream passes forward, backward; sequences are parted by their lengths.

@@ -57,7 +57,7 @@ def test_a_chain_becomes_the_recipes_network():
 
 
 def test_the_recipes_network_by_hand():
-    """learning.md's formulas and initial weights, without any module of ours."""
+    """staleness.md's formulas and initial weights, without any module of ours."""
     recipe = make_model(
         ModelSettings(kind="residual-mlp", width=400, depth=5),
         from_iterable([(noise(0, 5, 300), torch.arange(5))], classes=200).spec,

@@ -1,6 +1,6 @@
 """Oracle: the travelling pulse written out with matrices for Linear + tanh, Linear + tanh, Linear.
 
-No autograd, no schedule, no blocks: loops over ticks after semantics.md ("pulse").
+No autograd, no schedule, no blocks: loops over ticks after time-and-signals.md ("pulse").
 """
 
 from __future__ import annotations

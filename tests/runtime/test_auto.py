@@ -1,4 +1,4 @@
-"""Oracle: the rules of learning.md as a table, and runs with the level named."""
+"""Oracle: the rules of staleness.md as a table, and runs with the level named."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What a placement goes by. Oracles: a clock that the modules themselves move, and tables made by
-hand from the schedules of semantics.md. The run that follows must notice nothing."""
+hand from the schedules of time-and-signals.md. The run that follows must notice nothing."""
 
 from __future__ import annotations
 

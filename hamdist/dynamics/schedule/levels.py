@@ -40,9 +40,9 @@ from hamdist.errors import LevelError
 class Locality:
     """The value of every knob.
 
-    speed: hops per sample (c in docs: concepts/levels), `inf`, or `depth`: D + 1. truncation:
-    samples of a sequence in its reverse pass (None: all). gate: the tolerance of the stability
-    gate, if there is one. lead, blend: see LocalityOverrides.
+    speed: hops per sample (c in docs: concepts/time-and-signals), `inf`, or `depth`: D + 1.
+    truncation: samples of a sequence in its reverse pass (None: all). gate: the tolerance of the
+    stability gate, if there is one. lead, blend: see LocalityOverrides.
     """
 
     grouping: Grouping

@@ -1,4 +1,4 @@
-"""When: which block does what in which tick, and which signal it expects (semantics.md,
+"""When: which block does what in which tick, and which signal it expects (time-and-signals.md,
 "Schedules, exactly"). Pure: no tensors, no sockets, no state.
 
 A block's events come in order of their ticks; at one tick, FORWARD before BACKWARD:

@@ -1,4 +1,4 @@
-"""When a sequence travels forward and then, token by token, in reverse (equations.md, "BPTT").
+"""When a sequence travels forward and then, token by token, in reverse (equations.md).
 Pure: no tensors, no sockets, no state.
 
 A token is a sample; the stream's tag says which one is the last of its sequence, and with that tag

@@ -15,7 +15,7 @@ from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.vjp.autograd import block_seed
 from hamdist.errors import LevelError
 
-BESIDE_MESSAGES = 0.3  # learning.md: trace + local heads
+BESIDE_MESSAGES = 0.3  # staleness.md: trace + local heads
 
 
 @dataclass(frozen=True)

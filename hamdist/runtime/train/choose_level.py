@@ -1,6 +1,6 @@
 """Level `auto`: chooses the level, the scaling of steps and the averaging, and says why.
 
-Measured on prototypes (learning.md, learning on Fashion-MNIST), with S items over which the stream
+Measured on prototypes (staleness.md, learning on Fashion-MNIST), with S items over which the stream
 decorrelates, c ticks an item, D the depth of the readout, L = D + 1 blocks, B rows a batch:
 
     local      where S c >= 2.5 * 2D: a block without memory then equals backpropagation
