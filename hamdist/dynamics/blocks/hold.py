@@ -154,6 +154,9 @@ class HoldBlock(SavesPasses):
         Returns the messages to the parents, and the reading of a readout. send: called with the new
         state before the work on the costates begins; returns it as the children receive it.
         """
+        # Order of a tick: loss at h_k, forward, send, messages and g with z_k, weights. In the
+        # sequential order the loss is at h_{k+1}, and g waits for z_{k+1} (`complete`). The
+        # state is sent before the pull, so that children do not wait for it.
         self.energy = measured(self._all_weights()) if tick.measures else None
         reading = None if self._sequential else self._compare(tick)
         to_parents: list[Tensor | None] = [None] * len(self._wanted)

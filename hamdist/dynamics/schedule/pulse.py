@@ -37,11 +37,11 @@ class PulseSchedule:
 
     @property
     def trip(self) -> int:
-        """Ticks that a sample is in the network, there and back."""
+        """Return the ticks that a sample is in the network, there and back."""
         return max(self._backward_tick(b, 0) for b in self._depths) + 1
 
     def lag(self, block: str) -> int:
-        """d_l = 2 (D - l): ticks from a block's forward to its backward, where it has one."""
+        """Return d_l = 2 (D - l), the ticks from a block's forward to its backward, if any."""
         if self.one_way or block in self._readouts or block in self._silent:
             return 0
         return 2 * (self._D - self._depths[block])
@@ -100,7 +100,7 @@ class PulseSchedule:
         return None if m < 0 else Stamp(self._backward_tick(tie.owner, m), m, m + 1)
 
     def weight_lag(self, tie: Tie) -> int:
-        """n - m: sample n passes the user with weights that have moved by samples 0 ... m."""
+        """Return n - m: sample n meets the user's weights after the updates by samples 0 ... m."""
         early = self._backward_tick(tie.owner, 0) + 1 - self._depths[tie.user]
         return -(-early // self.c)
 

@@ -69,7 +69,7 @@ class Weights(Remembers):
         self.updates = 0
         self._omega: list[Tensor] | None = None  # None: zero, or in factors
         self._factors: tuple[Sequence[Gradient], float] | None = None  # omega = number times these
-        self._mine = True  # nobody else has seen the tensors of omega
+        self._mine = True  # no reader of `omega` holds its tensors
         self._rates = dynamics.rates([""] * len(self.theta) if names is None else names)
         self._sign = dynamics.sign
         self._eta = dynamics.eta_omega
@@ -262,6 +262,9 @@ class Weights(Remembers):
         """Move with as few passes over the weights as there can be."""
         keeps = 1 - tau * self._eta
         self._check(g, gain, keeps)
+        # keeps = 0 (eta_omega = 1/tau): omega_{k+1} = gain g, so the factors of g are omega, and no
+        # tensor of its size is made. In the order 'simultaneous' theta moves by the old omega, so
+        # before it is replaced.
         if keeps == 0:
             if not self._omega_first:
                 self._move_theta(tau * scale)
@@ -271,6 +274,7 @@ class Weights(Remembers):
             return
         if not self._omega_first:
             self._move_theta(tau * scale)
+        # In place only where no reader of `omega` holds these tensors.
         if self._omega is None or not self._mine:
             self._omega = [o.clone() for o in self.omega]
             self._mine = True

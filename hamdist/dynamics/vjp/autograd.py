@@ -3,9 +3,9 @@
 A local function is linearised at the activations of its forward pass. The backward pass multiplies
 with today's weights: they move in place through `.data`, which autograd's graphs alias, so a graph
 that is some ticks old meets today's weights and the activations of its forward pass (docs:
-concepts/staleness, memory `trace`); of a weight that the module transforms first, as weight norm does,
-it keeps the transformed one of its forward pass. With `stash` every forward pass keeps the weights
-that it used (`trace+weights`).
+concepts/staleness, memory `trace`); of a weight that the module transforms first, as weight norm
+does, it keeps the transformed one of its forward pass. With `stash` every forward pass keeps the
+weights that it used (`trace+weights`).
 """
 
 from __future__ import annotations

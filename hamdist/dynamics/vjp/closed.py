@@ -86,6 +86,9 @@ class ClosedFunction(LocalFunction):
         wanted = record.wanted if inputs else (False,) * len(record.wanted)
         g = Gradients(len(self.theta), at_once) if weights else None
         to_parents = self._pulled_through(record, cotangent, wanted, g)
+        # omega may consist of factors in this record's memory until the next pull replaces them. So
+        # a record is free one pull later: now it becomes `_pulled`, at the next pull it moves to
+        # `_free`, from which `forward` takes it to write over.
         if not keep:
             if self._pulled is not None:
                 self._free.append(self._pulled)

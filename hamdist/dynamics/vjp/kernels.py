@@ -120,6 +120,8 @@ class Linear:
         norm: float | None = None
         if self.relu and native:
             z_rows = d
+            # d may take z's place where only this layer reads z. Otherwise two buffers take turns:
+            # the d of the pull before may still be a factor of omega.
             if not self.owns_z:
                 d = like(self._masked, 0, y.shape, y)
                 self._masked = [self._masked[1], d]
