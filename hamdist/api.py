@@ -17,6 +17,7 @@ from hamdist.dynamics.graph.inputs import arguments_of
 from hamdist.dynamics.modules.prenorm import stabilised
 from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_loss
 from hamdist.dynamics.updates.constants import TickSchedule
+from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
 from hamdist.errors import ChoiceWarning, SettingsError
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import Progress, RunResult
@@ -33,6 +34,8 @@ def train(
     *,
     loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
     phi: TickSchedule | None = None,
+    optimizer: OptimizerFunction | None = None,
+    scheduler: SchedulerFunction | None = None,
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
@@ -58,6 +61,11 @@ def train(
             among its inputs.
         phi: the scale of the loss by tick (by sample at levels such as `trace`), instead of a
             number.
+        optimizer: makes the optimiser of each block from the list of its parameters, at levels
+            whose weights move when a message arrives:
+            `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or a list of optimisers.
+        scheduler: makes the scheduler of an optimiser, which is stepped once per item:
+            `lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1000)`.
         classes: number of classes of the class targets of a DataLoader or iterable; None for as
             many as the model predicts.
         names: the meaning of the keys of its batches (see `streams.from_iterable`), instead of
@@ -80,7 +88,8 @@ def train(
             ClusterError. For a run that left the finite range (DivergedError) `error.result` holds
             the result up to that point.
     """
-    _check_arguments(model, settings, phi, on_progress)
+    functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
+    _check_arguments(model, settings, functions, on_progress)
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
@@ -105,6 +114,8 @@ def train(
         loss=losses,
         policy=policy,
         phi=phi,
+        optimizer=optimizer,
+        scheduler=scheduler,
         on_progress=on_progress,
         resume=resume,
     )
@@ -130,7 +141,19 @@ def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
     return made
 
 
-def _check_arguments(model: object, settings: object, phi: object, on_progress: object) -> None:
+_FUNCTIONS = {
+    "phi": "function of the tick, or a number as dynamics={'phi': ...}",
+    "optimizer": (
+        "function of the parameters, lambda params: torch.optim.AdamW(params, lr=1e-3), or a name "
+        "as learning={'optimizer': 'adamw'}"
+    ),
+    "scheduler": "function of an optimiser, or use learning.decay and learning.warmup",
+}
+
+
+def _check_arguments(
+    model: object, settings: object, functions: Mapping[str, object], on_progress: object
+) -> None:
     """Raise SettingsError for an argument of the wrong type."""
     if not isinstance(model, (nn.Module, Graph)):
         kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
@@ -140,10 +163,9 @@ def _check_arguments(model: object, settings: object, phi: object, on_progress: 
             f"settings is a {type(settings).__name__}; give hamdist.Settings(...), or its fields "
             "by name: train(model, stream, level='trace', steps=2000)"
         )
-    if phi is not None and not callable(phi):
-        raise SettingsError(
-            f"phi is {phi!r}; give a function of the tick, or a number as dynamics={{'phi': ...}}"
-        )
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise SettingsError(f"{name} is {function!r}; give a {_FUNCTIONS[name]}")
     if on_progress is not None and not callable(on_progress):
         raise SettingsError(f"on_progress is {on_progress!r}; give a function of a Progress")
 

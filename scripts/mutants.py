@@ -68,10 +68,10 @@ MUTANTS = (
         f"{DYNAMICS}/test_trace_oracle.py",
     ),
     Mutant(
-        "pulse: messages and their weights in exchanged places",
+        "pulse: message and state change places on the way to a reversible parent",
         "return torch.stack([message, h])",
         "return torch.stack([h, message])",
-        f"{DYNAMICS}/test_reversible.py",
+        f"{RUNTIME}/test_reversible.py -k training_is_that_of_sgd",
     ),
     Mutant(
         "sequence: the way back begins with the costate of the last one",

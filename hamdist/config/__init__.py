@@ -60,6 +60,10 @@ from hamdist.config.sections.metrics import MetricsSettings as MetricsSettings
 from hamdist.config.sections.metrics import RecordedState as RecordedState
 from hamdist.config.sections.model import ModelKind as ModelKind
 from hamdist.config.sections.model import ModelSettings as ModelSettings
+from hamdist.config.sections.optimizer import MUON as MUON
+from hamdist.config.sections.optimizer import VECTORS as VECTORS
+from hamdist.config.sections.optimizer import OptimizerSettings as OptimizerSettings
+from hamdist.config.sections.optimizer import optimizer_class as optimizer_class
 from hamdist.config.sections.partition import CutBalance as CutBalance
 from hamdist.config.sections.partition import PartitionSettings as PartitionSettings
 from hamdist.config.sections.section import Above0 as Above0

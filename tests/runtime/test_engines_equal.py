@@ -57,6 +57,7 @@ LEVELS = {
     "trace+weights": {"level": "trace", "locality": {"memory": "trace+weights"}},
     "trace, momentum": {"level": "trace", "learning": {"lr": 0.05, "momentum": 0.5}},
     "backprop": {"level": "backprop"},
+    "pipeline": {"level": "pipeline", "locality": {"microbatches": 3}},
 }
 PLACEMENTS = {
     "2 actors": {"actors": 2},
@@ -132,7 +133,7 @@ def samples_for(level, graph_depth):
         "delay-free": graph_depth + 1,
         "local, uneven, resets, energies": 8,
     }.get(level, 1)
-    if level in {"backprop", "local, last tick"}:
+    if level in {"backprop", "local, last tick", "pipeline"}:
         c = 2 * graph_depth + 1
     return max(4, TICKS // c)
 
@@ -173,12 +174,14 @@ def test_cycle_graph(session, leaves_no_socket, level, engine):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("level", ["trace", "backprop"])
+@pytest.mark.parametrize("level", ["trace", "pipeline"])
 def test_uneven_last_batch_missing_targets_and_a_stream_of_the_driver(session, level):
+    """(the last batch has one row, for three micro-batches)"""
+
     def source():
         return stream(60, missing={0, 7, 8, 31}, last=1)
 
-    alone, spread = both(chain, source, {"actors": 3}, 60, level=level)
+    alone, spread = both(chain, source, {"actors": 3}, 60, **LEVELS[level])
     assert alone.samples == 60
     assert sum(w.items for w in alone.windows["block4"]) == 56
     assert_equal(alone, spread)
@@ -228,8 +231,9 @@ def test_edge_delays(session):
         {"level": "local"},
         {"level": "local", "locality": {"speed": 3}},
         {"level": "local", "locality": {"order": "sequential"}},
+        {"level": "pipeline", "locality": {"microbatches": 4}},
     ],
-    ids=["pulse, c = 2", "hold", "hold, c = 3", "hold, sequential"],
+    ids=["pulse, c = 2", "hold", "hold, c = 3", "hold, sequential", "micro-batches"],
 )
 def test_bundles(session, leaves_no_socket, fields, engine):
     """Delays of 5: up to five signals in one message, and ends that no bundle waits for."""

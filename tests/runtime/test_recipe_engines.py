@@ -38,6 +38,25 @@ RECIPES = {
         "locality": {"compensation": ["weight-prediction"]},
         "learning": {"momentum": 0.5, "course": {"values": [1, 0.5], "every": 30}},
     },
+    "trace, adamw": {
+        "level": "trace",
+        "locality": {"delay_power": 0.5},
+        "learning": {
+            "optimizer": {
+                "name": "adamw",
+                "weight_decay": 0.1,
+                "groups": {"vectors": {"weight_decay": 0, "lr": 3e-3}},
+            },
+            "lr": 0.01,
+            "average": 0.9,
+            "decay": "cosine",
+            "clip": 1.0,
+        },
+    },
+    "heads, rmsprop": {
+        "level": "heads",
+        "learning": {"optimizer": {"name": "rmsprop", "momentum": 0.5}, "lr": 0.01},
+    },
     "local": {
         "level": "local",
         "locality": {"speed": 9, "gate": 0.2, "compensation": ["prospective", "retrospective"]},

@@ -8,8 +8,9 @@ import os
 import signal
 
 import pytest
+import torch
 from runtime.networks import FEATURES, Broken, EndlessStream, PortableStream, batches, seeded
-from runtime.test_engines_equal import assert_equal, settings
+from runtime.test_engines_equal import LEVELS, assert_equal, settings
 from torch import nn
 
 from hamdist.errors import BlockError, ClusterError
@@ -92,31 +93,54 @@ def cut():
     return {"cuts": ["1", "2", "3", "4"]}
 
 
-def both(tmp_path, odd, source=PortableStream, items=ITEMS, engine=None, kept=None, **fields):
+def both(
+    tmp_path,
+    odd,
+    source=PortableStream,
+    items=ITEMS,
+    engine=None,
+    kept=None,
+    functions=None,
+    **fields,
+):
     given = {"level": "trace", "partition": cut(), **fields}
     calm = copy.deepcopy(odd)
     for module in calm.modules():
         if isinstance(module, Once):
             module.at = None
     more = {k: v for k, v in (engine or {}).items() if k != "transport"}
-    alone = train(calm, source(items), settings({**ALONE, **more}, items, **given))
+    alone = train(
+        calm, source(items), settings({**ALONE, **more}, items, **given), **(functions or {})
+    )
     path = {"path": str(tmp_path / "kept"), "every": 10, **(kept or {})}
     spread = {"kind": "ray", "actors": 3, **(engine or {})}
     run = settings(spread, items, snapshots=path, **given)
-    result = train(odd, source(items), run)
+    result = train(odd, source(items), run, **(functions or {}))
     assert_equal(alone, result)
     return result
 
 
 @pytest.mark.parametrize(
-    ("level", "where"), [("local", 0), ("trace", 2), ("backprop", 4), ("trace", 0)]
+    ("level", "where"), [("local", 0), ("trace", 2), ("pipeline", 4), ("trace", 0)]
 )
 def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path, level, where):
     """With the stream, in the middle, with the readout."""
     odd = net((where, Once(31, tmp_path / "mark", "kill")))
-    result = both(tmp_path, odd, level=level)
+    given = LEVELS.get(level, {"level": level})
+    result = both(tmp_path, odd, **given)
     assert len(result.replaced) == 1
     assert f"block{where}" in result.replaced[0].blocks
+
+
+def test_optimisers_and_schedulers_of_the_users(session, driver, leaves_no_socket, tmp_path):
+    """They travel to the actors; their state comes back from the snapshot."""
+    functions = {
+        "optimizer": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
+        "scheduler": lambda optimiser: torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.02, ITEMS),
+    }
+    odd = net((2, Once(31, tmp_path / "mark", "kill")))
+    result = both(tmp_path, odd, functions=functions)
+    assert len(result.replaced) == 1
 
 
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])

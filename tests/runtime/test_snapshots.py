@@ -91,6 +91,15 @@ def test_recipes(name, tmp_path):
     assert learned(whole, chain)
 
 
+def test_sequences_by_an_optimiser(tmp_path):
+    def run(engine, resume, **fields):
+        learning = {"optimizer": "adam", "lr": 0.01}
+        chosen = sequence_settings(engine, learning=learning, **fields)
+        return train(network("lstm"), PortableText(words=False), chosen, resume=resume)
+
+    goes_on(run, tmp_path, 8)
+
+
 @pytest.mark.parametrize("truncation", [None, 3])
 @pytest.mark.parametrize("name", ["tangle", "lstm"])
 def test_sequences(name, truncation, tmp_path):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from hamdist.config.sections.optimizer import OptimizerSettings
 from hamdist.config.sections.section import (
     Above0,
     CourseSettings,
@@ -107,6 +108,13 @@ def _decay_alone(value: object) -> object:
 Averaging = Annotated[AverageSettings | Literal["off"], BeforeValidator(_decay_alone)]
 
 
+def _name_alone(value: object) -> object:
+    """`adamw` as `{name: adamw}`; off as none."""
+    if value is False or value == "off":
+        return None
+    return {"name": value} if isinstance(value, str) else value
+
+
 class BlockLearningSettings(Section):
     """What one block has otherwise; what is not given is as for all blocks."""
 
@@ -146,6 +154,10 @@ class LearningSettings(Section):
     """A factor of lr by item (of beta, where that is given), besides."""
     adaptive: AdaptiveSettings | None = None
     """Adam's step; not given: one rate for all of a block's weights."""
+    optimizer: Annotated[OptimizerSettings | None, BeforeValidator(_name_alone)] = None
+    """One of torch.optim by its name, or a mapping with its arguments; it moves the weights, at
+    levels whose weights move when a message arrives. momentum, dampening, weight_decay and
+    adaptive are then among its arguments; lr, where it is not given, is torch's."""
     average: Averaging = "off"
     """Moving average of each block's weights for evaluation and export: its decay, or a mapping."""
     clip: Annotated[Above0 | Literal["off"], BeforeValidator(as_written)] = "off"
@@ -165,4 +177,22 @@ class LearningSettings(Section):
                 f"'dampening' is {self.dampening:g} with 'adaptive', whose steps do not depend on "
                 "it: leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_decides(self) -> LearningSettings:
+        if self.optimizer is None:
+            return self
+        own = ("momentum", "dampening", "weight_decay", "adaptive", "first_step")
+        for name in own:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"'{name}' beside 'optimizer', whose steps do not depend on it: give the "
+                    f"optimiser its own arguments (optimizer: {{name: {self.optimizer.name}, ...}})"
+                )
+        lr, given = self.optimizer.lr, "lr" in self.model_fields_set
+        if lr is not None and given and lr != self.lr:
+            raise ValueError(f"'lr' is {self.lr:g} and 'optimizer.lr' {lr:g}: give one of them")
+        if not given:  # (a dump of all fields has it then)
+            self.__dict__["lr"] = self.optimizer.default_lr if lr is None else lr
         return self

@@ -21,6 +21,7 @@ class Level(str, Enum):
     HEADS = "heads"
     REVERSIBLE = "reversible"
     BACKPROP = "backprop"
+    PIPELINE = "pipeline"
     BPTT = "bptt"
     AUTO = "auto"
 
@@ -114,6 +115,7 @@ class Readout(str, Enum):
 
 
 Speed = Positive | Literal["inf", "depth"]
+Microbatches = Positive | Literal["auto"]
 
 
 def _listed(value: object) -> object:
@@ -165,3 +167,6 @@ class LocalityOverrides(Section):
     """The last block as output net (HL Eq. 4), or as a state."""
     truncation: Positive | None = None
     """Items of a sequence that are gone through in reverse (level `bptt`); not given: all."""
+    microbatches: Microbatches | None = None
+    """Parts of an item's rows that travel one behind the other (level `pipeline`); `auto`: as many
+    as have 8 rows or more each, 8 at most."""

@@ -9,18 +9,23 @@ from typing import Any, ClassVar
 
 from hamdist.dynamics.state.finite import Guard, Scale
 from hamdist.dynamics.state.remember import Remembers, taken
+from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+
+SUM = "gradients"  # its name in a snapshot, beside STATE
 
 
 @dataclass(slots=True)
 class BlockParts:
-    """The parts of all kinds of blocks.
+    """What all kinds of blocks are made of.
 
     Attributes:
         wanted: By parent, whether it gets messages.
         scale: Of beta, by sample.
+        microbatches: Into how many a batch is cut.
     """
 
     cell: LocalFunction
@@ -29,10 +34,15 @@ class BlockParts:
     dynamics: Dynamics
     scale: Scale
     guard: Guard
+    microbatches: int = 1
 
 
 class Block(Remembers):
-    """A block or an output net: its local function, weights, and the settings of their steps."""
+    """A block or an output net: its local function, weights, and the settings of their steps.
+
+    With micro-batches a pass has the number of a pulse (schedule/microbatches.py), and the weights
+    move once an item, by the sum of the gradients of its pulses.
+    """
 
     def __init__(self, parts: BlockParts) -> None:
         self.cell = parts.cell
@@ -42,6 +52,46 @@ class Block(Remembers):
         self._c = parts.dynamics.c
         self._scale = parts.scale
         self._guard = parts.guard
+        self._parts = parts.microbatches
+        self._sum = GradientSum() if self._parts > 1 else None
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
+        state = super().snapshot()
+        return state if self._sum is None else {**state, SUM: self._sum.snapshot()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; raise SnapshotError where it is that of another class."""
+        if self._sum is not None:
+            found, state = taken(state, SUM)
+            self._sum.restore(found)
+        super().restore(state)
+
+    def at_once(self, sample: int, tau: float) -> AtOnce | None:
+        """Return the permission to move weights by the gradients of a pass before `learn_from`.
+
+        See `Weights.at_once`.
+        """
+        if self._sum is not None:
+            return None
+        return self.weights.at_once(self._scale(sample), tau)
+
+    def learn_from(self, sample: int, g: Sequence[Gradient] | None, tau: float) -> None:
+        """Take the gradients of one pass (None: no message came).
+
+        Behind the last pass of an item the weights move by the sum of its gradients.
+        """
+        if self._sum is not None:
+            if g is not None:
+                self._sum.add(g)
+            sample, part = divmod(sample, self._parts)
+            if part < self._parts - 1:
+                return
+            g = self._sum.take()
+        if g is None:
+            self.weights.rest()
+        else:
+            self.weights.move(g, self._scale(sample), tau)
 
 
 class SavesPasses(Block, ABC):

@@ -7,20 +7,20 @@ B: batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.heads import HeadUpdate
+from hamdist.dynamics.blocks.item_reading import ItemReading
 from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, SavesPasses
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.modules.reversible import InversePass, pieces_of
 from hamdist.dynamics.updates.constants import constant_tau
-from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
+from hamdist.dynamics.vjp.autograd import ForwardRecord
 
 
 class PulseBlock(SavesPasses):
@@ -62,7 +62,8 @@ class PulseBlock(SavesPasses):
         if self._predicts is None:
             record = self.cell.forward(inputs, self._wanted)
         else:
-            at = self.weights.predicted(self._predicts, self._scale(sample), self._tau)
+            scale = self._scale(sample // self._parts)
+            at = self.weights.predicted(self._predicts, scale, self._tau)
             record = self.cell.forward_at(at, inputs, self._wanted)
         self.trace[sample] = record
         self.h = plain(record.output)
@@ -76,17 +77,16 @@ class PulseBlock(SavesPasses):
 
     def backward(self, sample: int, messages: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the messages to the parents; without any message weights do not move."""
-        record = self.trace.pop(sample)
+        record = self.trace.pop(sample, None)  # (an empty micro-batch has none)
         message = total(messages)
-        if message is None:
-            _rest(self.cell, self.weights, self._scale(sample), self._tau)
+        if message is None or record is None:
+            self.learn_from(sample, self.cell.unmessaged(), self._tau)
             return [None] * len(self._wanted)
         self.z = scaled(message, self._tau)
         self._guard("z", self.z)
-        scale = self._scale(sample)
-        at_once = self.weights.at_once(scale, self._tau)
+        at_once = self.at_once(sample, self._tau)
         to_parents, g = self.cell.pull(record, scaled(self.z, self._c), at_once=at_once)
-        self.weights.move(g, scale, self._tau)
+        self.learn_from(sample, g, self._tau)
         return to_parents
 
 
@@ -128,7 +128,7 @@ class ReversibleBlock(Block):
         """
         given = messages.pop()
         if given is None:
-            self.weights.rest()
+            self.learn_from(sample, None, self._tau)
             return [None]
         z = scaled(given[0], self._tau)
         self._guard("z", z)
@@ -136,19 +136,10 @@ class ReversibleBlock(Block):
         del given, z
         x, to_parent, g = self._rewinder.back(held)
         self._guard("h", x)
-        self.weights.move(g, self._scale(sample), self._tau)
+        self.learn_from(sample, g, self._tau)
         if self._wanted == [False]:
             return [None]
         return [with_state(to_parent, x) if self._hands_back else to_parent]
-
-
-def _rest(cell: LocalFunction, weights: Weights, scale: float, tau: float) -> None:
-    """Update a block without a message, by the gradients that users of its weights have sent."""
-    g = cell.unmessaged()
-    if g is None:
-        weights.rest()
-    else:
-        weights.move(g, scale, tau)
 
 
 def with_state(message: Tensor, h: Tensor) -> Tensor:
@@ -159,33 +150,69 @@ def with_state(message: Tensor, h: Tensor) -> Tensor:
 class PulseReadout(Block):
     """An output net that a pulse reaches: y = f^y(h_parents; theta), M_v = phi dL/dh_v.
 
-    hands_back: by parent, whether it is reversible and gets its state back.
+    hands_back: by parent, True if it is reversible and gets its state back. item: collects the
+    readings of micro-batches, where there are any.
     """
 
     def __init__(
-        self, parts: BlockParts, loss: ReadoutLoss, hands_back: Sequence[bool] = ()
+        self,
+        parts: BlockParts,
+        loss: ReadoutLoss,
+        hands_back: Sequence[bool] = (),
+        item: ItemReading | None = None,
     ) -> None:
         super().__init__(parts)
         self._tau = constant_tau(parts.dynamics)
         self._loss = loss
         self._hands_back = list(hands_back) or [False] * len(self._wanted)
+        self._item = item
         self.prediction: Tensor | None = None  # the latest
 
-    STATE = ("cell", "weights", "_loss")
+    STATE = ("cell", "weights", "_loss", "_item")
+    ADDED: ClassVar[Mapping[str, Any]] = {"_item": None}
 
     def read(
         self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
     ) -> tuple[list[Tensor | None], Reading | None]:
-        """Return the messages to the parents, and the reading (None without a target)."""
-        record = self.cell.forward(inputs, self._wanted)
-        self.prediction = plain(record.output)
-        if target is None:
-            _rest(self.cell, self.weights, self._scale(sample), self._tau)
+        """Return the messages to the parents, and the reading (None without a target).
+
+        Of micro-batches the target comes with the first one, and the reading of the item is
+        returned with the last one.
+        """
+        if self._item is None:
+            return self._learn(sample, inputs, target)
+        own, share = self._item.begin(sample, target)
+        messages, reading = self._learn(sample, inputs, own, share)
+        prediction = self.prediction if inputs else None
+        self.prediction, reading = self._item.end(sample, prediction, reading)
+        if reading is not None:
+            self._loss.past_first()
+        return messages, reading
+
+    def _learn(
+        self,
+        sample: int,
+        inputs: Sequence[Tensor],
+        target: Tensor | None,
+        share: float = 1.0,
+    ) -> tuple[list[Tensor | None], Reading | None]:
+        """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its item."""
+        record = self.cell.forward(inputs, self._wanted) if inputs else None
+        if record is not None:
+            self.prediction = plain(record.output)
+        if record is None or target is None:
+            self.learn_from(sample, self.cell.unmessaged(), self._tau)
             return [None] * len(self._wanted), None
-        scale = self._scale(sample)
-        at_once = self.weights.at_once(scale, self._tau)
-        to_parents, g, reading = self._loss.take(self.cell, record, target, sample, at_once=at_once)
-        self.weights.move(g, scale, self._tau)
+        to_parents, g, reading = self._loss.take(
+            self.cell,
+            record,
+            target,
+            sample // self._parts,
+            share=share,
+            moves=self._item is None,
+            at_once=self.at_once(sample, self._tau),
+        )
+        self.learn_from(sample, g, self._tau)
         messages = [
             with_state(message, h) if back and message is not None else message
             for message, h, back in zip(to_parents, inputs, self._hands_back, strict=True)

@@ -99,16 +99,17 @@ class ReadoutLoss(Remembers):
         target: Tensor,
         k: int,
         *,
+        share: float = 1.0,
         moves: bool = True,
         at_once: AtOnce | None = None,
     ) -> tuple[list[Tensor | None], list[Gradient], Reading]:
         """Return phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and the reading.
 
-        moves: the weights move in this tick; the first phi lasts until they have. at_once: as in
-        `LocalFunction.pull`.
+        share: of phi_k, as the target is part of an item. moves: the weights move in this tick; the
+        first phi lasts until they have. at_once: as in `LocalFunction.pull`.
         """
         prediction, inputs = plain(record.output), record.inputs
-        about, reading = self.look(prediction, target, k, moves=moves, inputs=inputs)
+        about, reading = self.look(prediction, target, k, share=share, moves=moves, inputs=inputs)
         to_parents, g = cell.pull(record, about, at_once=at_once)
         return to_parents, g, reading
 
@@ -118,15 +119,19 @@ class ReadoutLoss(Remembers):
         target: Tensor,
         k: int,
         *,
+        share: float = 1.0,
         moves: bool = True,
         inputs: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Reading]:
-        """Return phi_k dL/dprediction, and the reading. inputs: of the function that predicts."""
+        """Return phi_k dL/dprediction, and the reading.
+
+        share, moves: as in `take`. inputs: of the function that predicts.
+        """
         value, slope = self.value(prediction, target, inputs)
         phi = self.phi(k)
         if moves:
             self.past_first()
-        return slope(phi), Reading(prediction, target, value, phi)
+        return slope(phi * share), Reading(prediction, target, value, phi)
 
     def value(
         self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()

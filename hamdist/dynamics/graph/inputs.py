@@ -80,3 +80,11 @@ def check_taken(model: nn.Module, u: NetworkInputs) -> None:
             f"take them ({error}): give u as a dict by its arguments, or as a tuple in their "
             "order, or say with names= what the keys of a batch mean"
         ) from None
+
+
+def rows_of(batch: int, parts: int, part: int) -> range:
+    """Returns the rows of one of `parts` micro-batches, whose sizes differ by one at most: the
+    first ones are larger. Empty for the last ones of a batch of fewer rows than `parts`."""
+    each, more = divmod(batch, parts)
+    start = part * each + min(part, more)
+    return range(start, start + each + (part < more))

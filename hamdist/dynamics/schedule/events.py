@@ -8,6 +8,7 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from hamdist.dynamics.graph.graph import Edge
+from hamdist.dynamics.schedule.microbatches import Pulses
 from hamdist.dynamics.state.remember import known
 
 
@@ -118,15 +119,19 @@ class Schedule(Protocol):
         """Return the most samples by which a message is older than the state that it meets."""
 
 
-def source_events(c: int, first: int = 0) -> Iterator[Event]:
-    """Yield the events of the stream from sample `first` on: sample n leaves at tick n c - 1."""
+def source_events(c: int, first: int = 0, parts: int = 1) -> Iterator[Event]:
+    """Yield the events of the stream from sample `first` on: sample n leaves at tick n c - 1.
+
+    parts: of an item, which leave as separate pulses (microbatches.py).
+    """
+    pulses = Pulses(c, parts)
     for n in count(first):
-        yield Event(n * c - 1, Phase.EMIT, n)
+        yield Event(pulses.tick(n) - 1, Phase.EMIT, n)
 
 
-def emitted(sample: int, c: int) -> Stamp:
+def emitted(sample: int, c: int, parts: int = 1) -> Stamp:
     """Return the stamp of sample n, as the stream sends it."""
-    return Stamp(sample * c - 1, sample, 0)
+    return Stamp(Pulses(c, parts).tick(sample) - 1, sample, 0)
 
 
 ALONE = Bundle(1, 1)

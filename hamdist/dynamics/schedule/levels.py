@@ -8,15 +8,17 @@
     heads       layer     1      pulse         -               none    arrival, of the signal itself
     reversible  layer     inf    pulse         -               reversible  arrival
     backprop    layer     inf    pulse         -               trace   arrival
+    pipeline    layer     inf    pulse, in M micro-batches     trace   arrival of the last one
     bptt        layer     inf    sequence      -               trace   sequence
 
-Combinations without a meaning are refused here with the reason; those that do not fit a particular
-graph are refused in schedule.py.
+Combinations that cannot mean anything are refused here with the reason; those that do not fit a
+particular graph are refused in schedule.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from hamdist.config import (
     Compensation,
@@ -42,7 +44,8 @@ class Locality:
 
     speed: hops per sample (c in docs: concepts/time-and-signals), `inf`, or `depth`: D + 1.
     truncation: samples of a sequence in its reverse pass (None: all). gate: the tolerance of the
-    stability gate, if there is one. lead, blend: see LocalityOverrides.
+    stability gate, if there is one. lead, blend: see LocalityOverrides. microbatches: number of
+    parts of a batch; a plan (runtime/plan/plan.py) has a number.
     """
 
     grouping: Grouping
@@ -61,6 +64,7 @@ class Locality:
     target: TargetOf = TargetOf.SAMPLE
     readout: Readout = Readout.OUTPUT
     truncation: int | None = None
+    microbatches: int | Literal["auto"] = 1
 
     @property
     def pulse(self) -> bool:
@@ -90,6 +94,7 @@ PRESETS = {
     Level.HEADS: replace(_PULSE, memory=Memory.NONE, credit=Credit.HEADS),
     Level.REVERSIBLE: replace(_PULSE, speed="inf", memory=Memory.REVERSIBLE),
     Level.BACKPROP: replace(_PULSE, speed="inf"),
+    Level.PIPELINE: replace(_PULSE, speed="inf", microbatches="auto"),
     Level.BPTT: _SEQUENCE,
 }
 
@@ -139,6 +144,13 @@ def _contradictions(k: Locality) -> list[str]:
         reasons.append(
             f"truncation {k.truncation} with presentation {k.presentation.value!r}: only a "
             "sequence is gone through in reverse; use level 'bptt'"
+        )
+    if k.microbatches != 1 and not (k.pulse and k.speed == "inf" and k.credit is Credit.MESSAGES):
+        reasons.append(
+            f"microbatches {k.microbatches} with presentation {k.presentation.value!r}, speed "
+            f"{k.speed!r} and credit {k.credit.value!r}: the parts of a batch travel one behind "
+            "the other before any weight moves; use presentation 'pulse', speed 'inf' and credit "
+            "'messages' (level 'pipeline')"
         )
     if k.sequence:
         return reasons + _against_sequence(k)

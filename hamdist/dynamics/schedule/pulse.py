@@ -9,6 +9,7 @@ from hamdist.config import Credit
 from hamdist.dynamics.graph.graph import Edge, Graph, Tie
 from hamdist.dynamics.schedule.events import Bundle, Event, Kind, Phase, Stamp, emitted
 from hamdist.dynamics.schedule.levels import Locality
+from hamdist.dynamics.schedule.microbatches import SPACING, Pulses
 
 
 class PulseSchedule:
@@ -20,6 +21,9 @@ class PulseSchedule:
     sample n in the tick of its forward. Nor does anything come back to `silent` blocks (whose
     weights are frozen, as are those of all blocks before them): with d the least depth of the
     others, the speed `inf` is then 2 (D - d) + 1 ticks a sample.
+
+    With M micro-batches an item makes M pulses (microbatches.py), after the last of which weights
+    move; `sample` is the number of the pulse then, and `item` tells whose part it is.
     """
 
     def __init__(self, graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> None:
@@ -28,12 +32,24 @@ class PulseSchedule:
         self._D = graph.depth
         self._silent = silent
         self.one_way = knobs.credit is Credit.HEADS
+        self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
+        self._pulses = Pulses(self.c, self.parts)
 
     def _ticks(self, speed: str) -> int:
         if speed == "depth":
             return self._D + 1
-        return 2 * self._D + 1 if self.one_way else 1 + max(map(self.lag, self._depths))
+        trip = 2 * self._D + 1 if self.one_way else 1 + max(map(self.lag, self._depths))
+        return trip + SPACING * (self.parts - 1)
+
+    def item(self, sample: int) -> int:
+        """Return the item that a pulse belongs to."""
+        return sample // self.parts
+
+    @property
+    def spacing(self) -> int:
+        """Return the ticks between two pulses."""
+        return self._pulses.spacing
 
     @property
     def trip(self) -> int:
@@ -47,20 +63,20 @@ class PulseSchedule:
         return 2 * (self._D - self._depths[block])
 
     def _forward_tick(self, block: str, sample: int) -> int:
-        return sample * self.c + self._depths[block]
+        return self._pulses.tick(sample) + self._depths[block]
 
     def _backward_tick(self, block: str, sample: int) -> int:
         return self._forward_tick(block, sample) + self.lag(block)
 
     def events(self, block: str, since: int = 0) -> Iterator[Event]:
-        first = max(0, -((self._forward_tick(block, 0) - since) // self.c))
+        first = self._pulses.first(since - self._forward_tick(block, 0))
         if block in self._readouts:
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.READ, n)
         if self.one_way or block in self._silent:
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.FORWARD, n)
-        behind = max(0, -((self._backward_tick(block, 0) - since) // self.c))
+        behind = self._pulses.first(since - self._backward_tick(block, 0))
         for n in count(first):
             forward = Event(self._forward_tick(block, n), Phase.FORWARD, n)
             while self._backward_tick(block, behind) < forward.tick:
@@ -72,36 +88,43 @@ class PulseSchedule:
         if event.phase is Phase.BACKWARD:
             return None
         if edge.from_input:
-            return emitted(event.sample, self.c)
+            return emitted(event.sample, self.c, self.parts)
         if edge.parent in self._silent:
             return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, 0)
         # Updates m with m c + 2D - l < n c + l have come before the forward of n.
-        version = max(0, event.sample - self.lag(edge.parent) // self.c)
+        version = max(0, self.item(event.sample) - self.lag(edge.parent) // self.c)
         return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
 
     def message(self, edge: Edge, event: Event) -> Stamp | None:
         if event.phase is not Phase.BACKWARD:
             return None
-        return Stamp(self._backward_tick(edge.child, event.sample), event.sample, event.sample)
+        tick = self._backward_tick(edge.child, event.sample)
+        return Stamp(tick, event.sample, self.item(event.sample))
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
-        return emitted(event.sample, self.c)
+        """Return the stamp of the item's target, which comes whole with its first pulse."""
+        if event.sample % self.parts:
+            return None
+        return emitted(event.sample, self.c, self.parts)
 
     def gradient(self, tie: Tie, event: Event) -> Stamp:
         """What the user sends the owner, for the owner's backward pass. Where both have it in the
         same tick, the owner comes last."""
         sent = self._backward_tick(tie.user, event.sample)
-        return Stamp(sent, event.sample, event.sample)
+        return Stamp(sent, event.sample, self.item(event.sample))
 
     def weight(self, tie: Tie, event: Event) -> Stamp | None:
-        """The owner's weights that the user takes before its forward pass: the latest that were
-        sent in an earlier tick."""
-        m = event.sample - self.weight_lag(tie)
-        return None if m < 0 else Stamp(self._backward_tick(tie.owner, m), m, m + 1)
+        """The owner's weights that the user takes before its forward pass of an item's first pulse:
+        the latest that were sent in an earlier tick."""
+        item = self.item(event.sample) - self.weight_lag(tie)
+        if item < 0 or event.sample % self.parts:
+            return None
+        last = (item + 1) * self.parts - 1
+        return Stamp(self._backward_tick(tie.owner, last), last, item + 1)
 
     def weight_lag(self, tie: Tie) -> int:
-        """Return n - m: sample n meets the user's weights after the updates by samples 0 ... m."""
-        early = self._backward_tick(tie.owner, 0) + 1 - self._depths[tie.user]
+        """Return n - m: item n meets the user's weights after the updates by items 0 ... m."""
+        early = self._backward_tick(tie.owner, self.parts - 1) + 1 - self._depths[tie.user]
         return -(-early // self.c)
 
     def tie_in_flight(self, tie: Tie, kind: Kind) -> int:
@@ -109,7 +132,7 @@ class PulseSchedule:
         until it hears of that, c + a - l ticks after the last forward pass of a user of depth l."""
         if kind is Kind.GRADIENT:
             first = self._backward_tick(tie.owner, 0) - self._backward_tick(tie.user, 0)
-            return first // self.c + 1
+            return self._pulses.most(first)
         return 2 + max(0, -(-(self._depths[tie.owner] - self._depths[tie.user]) // self.c))
 
     def delay(self, block: str) -> int:
@@ -121,19 +144,22 @@ class PulseSchedule:
             wait = self._depths[edge.child] - before
         else:
             wait = self._backward_tick(edge.parent, 0) - self._backward_tick(edge.child, 0)
-        return wait // self.c + 1
+        return self._pulses.most(wait)
 
     def target_in_flight(self, readout: str) -> int:
         return (self._depths[readout] + 1) // self.c + 1
 
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
-        return Bundle(max(1, edge.delay // self.c), self.c)
+        return Bundle(max(1, edge.delay // self.spacing), self.spacing)
 
     @property
     def staleness(self) -> int:
         return max(self.delay(b) for b in self._depths)
 
     def stored(self, block: str) -> int:
-        """Samples whose activations a block keeps at a time: floor(d_l / c) + 1; with credit
-        'heads', and where no messages come, none beyond the tick in which they pass."""
-        return 0 if self.one_way or block in self._silent else self.lag(block) // self.c + 1
+        """Samples (micro-batches, where there are) whose activations a block keeps at a time:
+        floor(d_l / c) + 1; with credit 'heads', and where no messages come, none beyond the tick in
+        which they pass."""
+        if self.one_way or block in self._silent:
+            return 0
+        return self._pulses.most(self.lag(block))

@@ -21,14 +21,14 @@ updated afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hamdist.config import AdaptiveSettings, Order
-from hamdist.dynamics.state.finite import OutOfRange
+from hamdist.dynamics.state.finite import OutOfRange, Scale
 from hamdist.dynamics.state.remember import Remembers
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.constants import Dynamics
@@ -90,7 +90,7 @@ class Weights(Remembers):
         self._fading = 1.0  # product of the shares of omega that were kept
         self._steps = 0
 
-    STATE = (
+    STATE: ClassVar[tuple[str, ...]] = (
         *("updates", "_omega", "_factors", "_bound", "_squares", "_fading", "_steps"),
         *("average", "_inputs", "_first_cost"),
     )
@@ -134,6 +134,10 @@ class Weights(Remembers):
         self._factors = None
         self._mine = False
         self._bound = math.inf  # not known
+
+    def scaled_by(self, scale: Scale, item_of: Callable[[int], int]) -> Scale:  # noqa: ARG002
+        """`scale` (of beta, by sample), asked for before each `move`. item_of: of a sample."""
+        return scale
 
     def at_once(self, scale: float, tau: float) -> AtOnce | None:
         """Return the permission to move theta before `move`.

@@ -22,11 +22,13 @@ from hamdist.config import (
 )
 from hamdist.dynamics.blocks.dissipation import dissipation_warnings
 from hamdist.dynamics.schedule.hold import HoldSchedule
+from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.dynamics.user_modules.python_state import modules_of
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.runtime.placement.assign_blocks import Costs, split
 from hamdist.runtime.placement.requirements import idle_block_settings
 from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.microbatches import microbatch_warnings
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.results.result import Outcome
@@ -55,6 +57,9 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         told += thread_warnings(plan.engine.processes(), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
     told += _late(plan, settings)
+    asked = make_locality(settings.level, settings.locality)
+    auto = asked.microbatches == "auto"
+    told += microbatch_warnings(plan.knobs, plan.graph, plan.spec, auto=auto)
     told += _losses(plan)
     told += _alone(plan)
     told += _as_they_are(plan)

@@ -35,7 +35,10 @@ def _cause(error: DivergedError, plan: Plan) -> str:
         too_little = dissipation_warnings(plan.graph, plan.dynamics)
         if too_little:
             return too_little[0]
-    smaller = "use a smaller learning.lr" if plan.follows_lr else "use a smaller dynamics.beta"
+    rate = "learning.lr" if plan.follows_lr else "dynamics.beta"
+    if plan.optimizer is not None and plan.optimizer.function is not None:
+        rate = "lr in the function 'optimizer'"
+    smaller = f"use a smaller {rate}"
     if plan.knobs.sequence:
         return (
             f"most likely the steps are too large: {smaller} (a step follows the sum of the losses "

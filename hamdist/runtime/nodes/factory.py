@@ -27,6 +27,7 @@ from hamdist.config import Compensation, Credit, Memory, StepKind
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpdate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
+from hamdist.dynamics.blocks.item_reading import ItemReading
 from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
@@ -36,7 +37,8 @@ from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.state.finite import bounded
-from hamdist.dynamics.updates.constants import constant_tau
+from hamdist.dynamics.updates.constants import Dynamics, constant_tau
+from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
 from hamdist.dynamics.vjp.autograd import LocalFunction, block_seed, seeded_loss
@@ -108,7 +110,6 @@ class _Parts(BlockParts):
         self.name = name
         self.spec = plan.graph.blocks[name]
         self.dynamics = plan.dynamics.of(name)
-        self.scale = partial(plan.scale, name)
         self.guard = bounded(self.dynamics.limit, [e.from_input for e in plan.graph.into[name]])
         self.border = CastBorder(plan.cast_plans.get(name))
         for module in (self.spec.module, self.spec.output):
@@ -120,6 +121,9 @@ class _Parts(BlockParts):
             borrowed = [key for tie in ties if tie.user == name for key in tie.theirs]
             self.cell = TiedFunction(self.cell, borrowed)
         self.weights = self.make_weights(self.cell)
+        parts = plan.knobs.microbatches
+        self.microbatches = parts if isinstance(parts, int) else 1
+        self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.item)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
         self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
@@ -163,7 +167,13 @@ class _Parts(BlockParts):
 
     def make_weights(self, cell: LocalFunction, prefix: str = "") -> Weights:
         names = [prefix + name for name in cell.names]
-        return Weights(cell.theta, self.dynamics, self._plan.knobs.order, names)
+        return self._weights(cell, self.dynamics, names)
+
+    def _weights(self, cell: LocalFunction, dynamics: Dynamics, names: Sequence[str]) -> Weights:
+        order, rule = self._plan.knobs.order, self._plan.optimizer
+        if rule is None or not cell.theta:
+            return Weights(cell.theta, dynamics, order, names)
+        return OptimizerWeights(cell.theta, dynamics, order, names, rule, self.name)
 
     def make_taught(self) -> HeadUpdate | None:
         """Make the update of the block's local readout; None if the block has none."""
@@ -180,13 +190,15 @@ class _Parts(BlockParts):
             raise TypeError(f"{heads.readout!r} has no loss")
         taker = self.make_loss(given, f"{seed_name}/loss")
         order, weight = plan.knobs.order, heads.weights[self.name]
-        own_weights = Weights(cell.theta, own, order)
-        head = Head(cell, own_weights, taker, weight, plan.course, constant_tau(own))
+        own_weights = self._weights(cell, own, [f"head.{name}" for name in cell.names])
+        course = own_weights.scaled_by(plan.course, plan.item)
+        head = Head(cell, own_weights, taker, weight, course, constant_tau(own))
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
             weights = Weights(self.cell.theta, beside, order, self.cell.names)
-        return HeadUpdate(head, self.cell, weights, self.dynamics, plan.course)
+        course = weights.scaled_by(plan.course, plan.item)
+        return HeadUpdate(head, self.cell, weights, self.dynamics, course)
 
 
 def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
@@ -194,7 +206,9 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     if p.name in plan.silent and p.loss is None:
         return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
     if p.loss is not None:
-        return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back))
+        parts = p.microbatches
+        item = ItemReading(parts, plan.ignore_index) if parts > 1 else None
+        return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
     if p.name in plan.reversible:
         return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
     taught = p.make_taught()

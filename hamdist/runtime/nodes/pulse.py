@@ -100,7 +100,7 @@ class PulseNode(Remembers):
                 continue
             if signal.payload is not None:
                 inputs.append(signal.payload)
-        return inputs if self._end is None else None
+        return inputs if self._end is None else None  # (none: an empty micro-batch)
 
     def _forward(self, event: Event) -> None:
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
@@ -113,9 +113,9 @@ class PulseNode(Remembers):
             if self._ties is not None:
                 self._ties.before_forward(event)
             begin = perf_counter()
-            h = self.block.forward(event.sample, inputs)
+            h = self.block.forward(event.sample, inputs) if inputs else None
             self.seconds += perf_counter() - begin
-            self._ports.to_children(stamp, ready(h))
+            self._ports.to_children(stamp, None if h is None else ready(h))
             if label is not None:
                 self._ports.labels_to_children(stamp, label.payload)
                 self._learn(event.sample, label.payload)
@@ -163,7 +163,9 @@ class PulseNode(Remembers):
         self._ports.to_parents(stamp, messages)
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)
-        sample = event.sample
+        sample, part = divmod(event.sample, self._schedule.parts)
+        if part < self._schedule.parts - 1:
+            return
         if self._late:
             sample, reading = self._of_earlier(self.block, sample, reading)
         record(self.metrics, sample, reading)

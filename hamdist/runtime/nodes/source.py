@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.graph.inputs import INPUT, by_parent
+from hamdist.dynamics.graph.inputs import INPUT, by_parent, rows_of
 from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.state.remember import check_names
@@ -40,7 +40,10 @@ class SourceNode:
         self._plan = plan
         self._stream = stream
         self._mailbox = mailbox
-        self._events = source_events(plan.schedule.c)
+        parts = plan.knobs.microbatches
+        self._parts = parts if isinstance(parts, int) else 1
+        self._cut = {name for name, u in plan.spec.parents.items() if u[0][0] == plan.spec.batch}
+        self._events = source_events(plan.schedule.c, parts=self._parts)
         self.event = next(self._events)
         if isinstance(plan.schedule, SequenceSchedule):
             self.event = plan.schedule.emission(plan.schedule.opening(), 0)
@@ -51,7 +54,7 @@ class SourceNode:
         self._clocks = list(plan.channels.clocks.values())
         self._labels = [c for c in plan.channels.labels.values() if c.sender == INPUT]
         self._ahead = plan.dynamics.tau is None or plan.knobs.sequence
-        self._next: Sample | None = None
+        self._next: Sample | None = None  # drawn ahead, or not yet sent in all its parts
         self._tau = math.nan
         stamped = plan.dynamics.tau is None
         self._check = Checker(
@@ -118,13 +121,15 @@ class SourceNode:
         self._items = state["drawn"]
         self._next = None if state["next"] is None else _heard(state["next"])
         if not isinstance(self._plan.schedule, SequenceSchedule):
-            self._events = source_events(self._plan.schedule.c, self.event.sample + 1)
+            first = self.event.sample + 1
+            self._events = source_events(self._plan.schedule.c, first, self._parts)
         if self.tick is not None:
             given = self._plan.skip * self._passes + self._items
             self._drawn = samples_from(self._stream, given, state["passed"])
 
     def step(self) -> None:
         stamp = Stamp(self.event.tick, self.event.sample, 0)
+        part = self.event.sample % self._parts
         sample = self._take()
         if sample is None:
             ways = (*self._inputs, *self._targets.values(), *self._clocks, *self._labels)
@@ -133,14 +138,24 @@ class SourceNode:
             self.tick = None
             return
         end = sample.end or (self._ahead and self._next is None)
-        if sample.inputs is None:
-            u = ready(sample.u)
-            for channel in self._inputs:
-                self._mailbox.post(channel, Signal(stamp, u, sequence_end=end))
-        else:
-            inputs = {name: ready(u) for name, u in by_parent(sample.inputs).items()}
-            for name, channel in zip(self._names, self._inputs, strict=True):
-                self._mailbox.post(channel, Signal(stamp, inputs[name], sequence_end=end))
+        given = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
+        inputs = {name: self._part(name, u, part) for name, u in given.items()}
+        for name, channel in zip(self._names, self._inputs, strict=True):
+            self._mailbox.post(channel, Signal(stamp, inputs[name], sequence_end=end))
+        if not part:
+            self._post_targets(sample, stamp, end=end)
+        self.event = self._following(last=end)
+        self.tick = self.event.tick
+
+    def _part(self, name: str, u: Tensor, part: int) -> Tensor | None:
+        """What is sent of an input; None where a batch has fewer rows than parts."""
+        if self._parts == 1 or name not in self._cut:
+            return ready(u)
+        rows = rows_of(len(u), self._parts, part)
+        return ready(u[rows.start : rows.stop]) if rows else None
+
+    def _post_targets(self, sample: Sample, stamp: Stamp, *, end: bool) -> None:
+        """Sends what else belongs to a sample, which then has been sent."""
         for readout, channel in self._targets.items():
             y = sample.target(readout)
             payload = None if y is None else ready(y)
@@ -155,8 +170,6 @@ class SourceNode:
             for channel in self._clocks:
                 self._mailbox.post(channel, Signal(stamp, tau, sequence_end=end))
         self._sent += 1
-        self.event = self._following(last=end)
-        self.tick = self.event.tick
 
     def _following(self, *, last: bool) -> Event:
         """The next event. last: the sample was the last one of its sequence."""
@@ -167,7 +180,11 @@ class SourceNode:
 
     def _take(self) -> Sample | None:
         """The sample to send; None at the end of the stream."""
-        n = self.event.sample
+        n, part = divmod(self.event.sample, self._parts)
+        if self._parts > 1:
+            sample = self._next if part else self._draw(n)
+            self._next = None if part == self._parts - 1 else sample
+            return sample
         if not self._ahead:
             return self._draw(n)
         sample = self._next

@@ -78,8 +78,12 @@ class TiePorts:
         for tie in self._borrows:
             g = None if found is None else ready(flat([found[key] for key in tie.theirs]))
             self._mailbox.post(self._channels.gradients[tie.index], Signal(stamp, g))
+        parts = self._schedule.parts
+        item, part = divmod(stamp.sample, parts)
+        if part < parts - 1:
+            return  # no weight has moved
         for tie in self._lends:
-            reader = stamp.sample + self._schedule.weight_lag(tie)
+            reader = (item + self._schedule.weight_lag(tie)) * parts
             if end is None or reader < end:
                 weights = ready(flat(self._cell.weights(tie.owners)))
                 moved = stamp._replace(version=updates)

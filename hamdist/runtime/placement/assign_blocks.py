@@ -8,7 +8,8 @@ Neighbours in the order of the graph share an actor. What a sample costs:
 
 The first term says that no actor is faster than its work; the second is Little's law: with k
 samples in the network at once, no more than k leave it in the time that one of them takes. At
-level `backprop` k = 1, so nothing is gained by a second actor.
+level `backprop` k = 1, so nothing is gained by a second actor; at level `pipeline` k counts the
+micro-batches.
 """
 
 from __future__ import annotations

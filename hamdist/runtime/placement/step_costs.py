@@ -90,7 +90,8 @@ def unmeasured_costs(plan: Plan) -> Costs | None:
 
 
 def in_flight(plan: Plan) -> float:
-    """Samples that the schedule has in the network at once, on their way there or back: a pulse
+    """Samples (micro-batches, where there are) that the schedule has in the network at once, on
+    their way there or back: a pulse
     takes 2D + 1 ticks (less where the first blocks are frozen), a token of a sequence D + 1 in
     either direction, and one enters every c ticks. In presentation `hold` all blocks step in every
     tick."""
@@ -98,7 +99,8 @@ def in_flight(plan: Plan) -> float:
     if isinstance(schedule, HoldSchedule):
         return math.inf
     ticks = schedule.trip if isinstance(schedule, PulseSchedule) else plan.graph.depth + 1
-    return max(1.0, ticks / schedule.c)
+    parts = schedule.parts if isinstance(schedule, PulseSchedule) else 1  # of a sample
+    return max(1.0, parts * ticks / schedule.c)
 
 
 def source_host(plan: Plan) -> str:

@@ -34,6 +34,7 @@ from hamdist.dynamics.schedule.schedule import make_schedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
 from hamdist.dynamics.updates.learning_rate import StepCourse, step_course
+from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.errors import LevelError, SettingsError
 from hamdist.runtime.plan.checks import (
     check_output_nets,
@@ -44,6 +45,8 @@ from hamdist.runtime.plan.checks import (
 )
 from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
+from hamdist.runtime.plan.microbatches import cut_batches
+from hamdist.runtime.plan.optimizers import plan_optimizers
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
@@ -96,7 +99,8 @@ class Plan:
     taken, if they are. skip: items of the stream that an earlier run was given; passed: those that
     were passed over then. memory_of: what a process can lend of a device (a test puts other memory
     in its place). ignore_index: targets of this class have no loss. one_length: why all items have
-    the lengths of the first one; None: each may have its own."""
+    the lengths of the first one; None: each may have its own. optimizer: of torch's, instead of
+    the equations of the weights."""
 
     graph: Graph
     knobs: Locality
@@ -126,6 +130,7 @@ class Plan:
     memory_of: Callable[[torch.device], Any] | None = None
     ignore_index: int = IGNORE_INDEX
     one_length: str | None = None
+    optimizer: OptimizerRule | None = None
 
     def scale(self, block: str, sample: int) -> float:
         """The factor of beta for the update of `block` on `sample`."""
@@ -136,7 +141,11 @@ class Plan:
 
     def course(self, sample: int) -> float:
         """The same without what makes up for a delay."""
-        return self.rate(sample // self.spec.passes + self.skip)
+        return self.rate(self.item(sample))
+
+    def item(self, sample: int) -> int:
+        """The item of the stream that a sample is, counted over runs that went on."""
+        return sample // self.spec.passes + self.skip
 
     @property
     def resumed(self) -> int:
@@ -180,11 +189,17 @@ class Plan:
 
 
 def make_plan(
-    graph: Graph, settings: Settings, spec: SampleSpec, *, phi: TickSchedule | None = None
+    graph: Graph,
+    settings: Settings,
+    spec: SampleSpec,
+    *,
+    phi: TickSchedule | None = None,
+    optimizer: OptimizerRule | None = None,
 ) -> Plan:
     """The plan of `settings` (already those of one level) for `graph` on a stream of `spec`.
 
     phi: a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`).
+    optimizer: the user's functions, instead of `settings.learning.optimizer`.
     Raises GraphError and LevelError for whatever cannot run.
     """
     check_parameters(graph.blocks, "a plan", frozen=True)
@@ -194,6 +209,7 @@ def make_plan(
     shapes = graph.shapes(spec.u_shape, spec.u_dtype, spec.parents)
     spec = with_classes(spec, graph, shapes)
     check_predictions(graph, shapes, spec, settings.ignore_index)
+    knobs = cut_batches(knobs, graph, spec, settings.learning)
     graph, shapes, cast_plans = with_cast_plans(graph, shapes, spec.parents, settings.engine, knobs)
     # (The end of a stream goes against the edges where there are cycles; energies need z.)
     whole = knobs.hold and (not graph.acyclic or settings.metrics.record is not None)
@@ -205,6 +221,7 @@ def make_plan(
         schedule = make_schedule(graph, knobs, silent)
     check_resets(graph, schedule, dynamics, knobs)
     check_output_nets(graph, dynamics)
+    rule = plan_optimizers(graph, knobs, settings, optimizer)
     rewinds = knobs.memory is Memory.REVERSIBLE
     started = [b.name for b in graph.blocks.values() if b.initial is not None]
     if started and not knobs.hold:
@@ -262,6 +279,7 @@ def make_plan(
         switches=read_switches(),
         arithmetic=arithmetic(settings.engine.threads, native=native),
         follows_lr=settings.dynamics.beta is None,
+        optimizer=rule,
         cast_plans=cast_plans,
         reversible=reversible,
         silent=silent,

@@ -9,12 +9,18 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.partition.apply_settings import delayed
 from hamdist.dynamics.updates.constants import TickSchedule
+from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.runtime.plan.plan import Plan, make_plan
 
 
-def replannable(plan: Plan, graph: Graph, settings: Settings, phi: TickSchedule | None) -> Plan:
-    """`plan`, which `make_plan` has made of `graph` and `settings`, with a way to another one with
-    delays.
+def replannable(
+    plan: Plan,
+    graph: Graph,
+    settings: Settings,
+    phi: TickSchedule | None,
+    optimizer: OptimizerRule | None = None,
+) -> Plan:
+    """`plan`, which `make_plan` has made of these, with a way to another one with delays.
 
     Signals then go alone, unless `engine.bundle` is a number: links.py.
     """
@@ -24,7 +30,7 @@ def replannable(plan: Plan, graph: Graph, settings: Settings, phi: TickSchedule 
     own = settings.model_copy(update={"engine": engine})
 
     def replan(delays: Mapping[str, int]) -> Plan:
-        made = make_plan(delayed(graph, delays), own, plan.spec, phi=phi)
+        made = make_plan(delayed(graph, delays), own, plan.spec, phi=phi, optimizer=optimizer)
         return dataclasses.replace(made, run=plan.run, snapshot_policy=plan.snapshot_policy)
 
     return dataclasses.replace(plan, replan=replan)

@@ -24,7 +24,7 @@ class BlockState:
     theta, omega: weights and weight costates by the parameter's name in the block's module.
     average: the moving average of the weights by name, where there is one.
     buffers: the module's buffers by name, and its extra state. h, z: state and costate, None where
-    a block has none.
+    a block has none (of micro-batches, those of the last one).
     rounding: what autocast did to what the block computes, where it is on.
     updates: how often the weights moved. stored: the most tokens whose activations it kept at once
     (presentation 'sequence').

@@ -23,6 +23,7 @@ def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
             "parents": list(block.parents),
             "parameters": {k: list(p.shape) for k, p in block.module.named_parameters()},
             "shape": list(plan.shapes[name][0]),
+            **({} if plan.optimizer is None else {"optimizer": plan.optimizer.kinds.get(name)}),
         }
         for name, block in plan.graph.blocks.items()
     }

@@ -30,11 +30,16 @@ MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]:
     """What keeps `plan` from going on with the snapshot's state: nothing, where it is the same
     network at the same level."""
-    now = fingerprint(plan, settings)
-    before = snapshot.manifest.network
+    now, before = _given(fingerprint(plan, settings)), _given(snapshot.manifest.network)
     if snapshot.manifest.format not in STATE_FORMATS:
         return ["the format of states"]
     return sorted(name for name in {*now, *before} if now.get(name) != before.get(name))
+
+
+def _given(network: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint without the knobs that were left to the level: later versions have more."""
+    knobs = {name: one for name, one in network.get("locality", {}).items() if one is not None}
+    return {**network, "locality": knobs}
 
 
 def changed(snapshot: Snapshot, settings: Settings) -> list[str]:

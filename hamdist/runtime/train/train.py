@@ -20,6 +20,11 @@ from hamdist.dynamics.partition.split import (
     Policy,
 )
 from hamdist.dynamics.updates.constants import TickSchedule
+from hamdist.dynamics.updates.optimizers import (
+    OptimizerFunction,
+    OptimizerRule,
+    SchedulerFunction,
+)
 from hamdist.dynamics.user_modules.python_state import check_apart, unchanged
 from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError
 from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
@@ -73,6 +78,8 @@ def train(
     loss: Losses | None = None,
     policy: Policy | None = None,
     phi: TickSchedule | None = None,
+    optimizer: OptimizerFunction | None = None,
+    scheduler: SchedulerFunction | None = None,
     on_progress: OnProgress | None = None,
     resume: str | Path | None = None,
 ) -> RunResult:
@@ -82,7 +89,10 @@ def train(
     and losses. loss: (prediction, target) -> scalar mean over the batch, instead of
     `settings.loss`, or one for each output of a model that has several. policy: where blocks begin,
     instead of `settings.partition`. phi: the scale of the loss by tick (by sample, in levels of
-    presentation 'pulse'), instead of `settings.dynamics.phi`. on_progress: called about four times
+    presentation 'pulse'), instead of `settings.dynamics.phi`. optimizer: makes the torch.optim
+    optimiser (or several) of a list of parameters, for each block, instead of
+    `settings.learning.optimizer`; scheduler: the scheduler of an optimiser, stepped once per item.
+    on_progress: called about four times
     a second, and for every phase of the start (`Progress.phase`), in the calling thread; it may end
     the run (`Stop`: the result then says `stopped`), and what else it raises does so, too, with
     what was learned so far as its `result`. The first Ctrl-C or SIGTERM ends the stream; the result
@@ -118,7 +128,8 @@ def train(
                 settings, stream, why = resolved(settings, stream, cut)
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)
-            work = _Work(model, spec, settings, losses, policy, phi, known_by)
+            rule = OptimizerRule(function=optimizer, scheduler=scheduler)
+            work = _Work(model, spec, settings, losses, policy, phi, known_by, optimizer=rule)
             told: list[str] = []
             if resume is None:
                 graph, plan = work.planned()
@@ -164,7 +175,7 @@ def _spec_with_example(stream: Stream) -> SampleSpec:
 @dataclass(frozen=True)
 class _Work:
     """What `train` was given. known_by: the stream's identity (resume.py). keeps: where snapshots
-    lie was said, or there are none."""
+    lie was said, or there are none. optimizer: of the user's functions."""
 
     model: nn.Module | Graph
     spec: SampleSpec
@@ -174,6 +185,7 @@ class _Work:
     phi: TickSchedule | None
     known_by: Mapping[str, str] = field(default_factory=dict)
     keeps: bool = True
+    optimizer: OptimizerRule | None = None
 
     def graph(self) -> Graph:
         own = self.settings
@@ -185,7 +197,9 @@ class _Work:
             graph = self.graph()
             blocks = graph.unsliced.blocks
             check_apart({n: [m for m in (b.module, b.output) if m] for n, b in blocks.items()})
-            plan = make_plan(graph, self.settings, self.spec, phi=self.phi)
+            plan = make_plan(
+                graph, self.settings, self.spec, phi=self.phi, optimizer=self.optimizer
+            )
         if graph.state:
             graph.notes.append(
                 f"the model's forward changes {', '.join(sorted(graph.state))}: Python state, "
@@ -199,7 +213,7 @@ class _Work:
             snapshot_policy = replace(snapshot_policy, stream=self.known_by)
         plan = replace(plan, snapshot_policy=snapshot_policy)
         if self.settings.partition.delays == "auto":
-            plan = replannable(plan, graph, self.settings, self.phi)
+            plan = replannable(plan, graph, self.settings, self.phi, self.optimizer)
         return graph, plan
 
     def resumed(self, where: str | Path) -> tuple[Graph, Plan, list[str]]:

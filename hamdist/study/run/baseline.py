@@ -1,6 +1,7 @@
-"""Centralised training: the whole model in this process, plain PyTorch, `torch.optim.SGD`.
+"""Centralised training: the whole model in this process, plain PyTorch, an optimiser of torch's.
 
-The same model, stream, order, loss and step size as the runs it is compared with, and the same
+The same model, stream, order, loss, optimiser (torch.optim.SGD, or what `learning` names, with its
+groups) and step size as the runs it is compared with, and the same
 moving average of the weights (`learning.average`) for evaluation. The step size of item n (from 0)
 follows the same course (dynamics/updates/learning_rate.py). Items without target are not
 learned from, but count. The prequential loss comes from the forward pass that the gradient belongs
@@ -27,6 +28,7 @@ from hamdist.dynamics.objective.outputs import ONLY, losses_of, tensors
 from hamdist.dynamics.objective.prequential import Prequential, Window, counts
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.learning_rate import step_course
+from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import BlockError, GraphError, SettingsError
 from hamdist.runtime.placement.step_costs import example_sample
@@ -50,7 +52,7 @@ def train_centralised(
     frozen: bool = False,
     on_progress: Callable[[Progress], object] | None = None,
 ) -> RunResult:
-    """Train a copy of `model` on `stream` with backpropagation and SGD; with `frozen` the last
+    """Train a copy of `model` on `stream` with backpropagation; with `frozen` the last
     child of it that has weights alone.
 
     Uses `settings.learning`, `steps`, `loss` (unless `loss` is given), `seed` (of what the model
@@ -100,7 +102,7 @@ def train_centralised(
 
 
 class _Trainer:
-    """SGD on one model, one item at a time. items: how many it was shown. metrics: by output."""
+    """Learns one item at a time. items: how many it was shown. metrics: by output."""
 
     def __init__(
         self,
@@ -120,8 +122,10 @@ class _Trainer:
         self._losses: dict[str, LossFunction] | None = None
         self._kept = settings.metrics
         self._ignore_index = settings.ignore_index
-        self.step_size = _step_size(learning, settings.steps)
-        self.optimiser = _optimiser(model, learning)
+        self.course = step_course(learning, settings.steps)
+        self.optimisers = _optimisers(model, learning)
+        groups = [group for one in self.optimisers for group in one.param_groups]
+        self._rates = [group["lr"] for group in groups]
         self.metrics: dict[str, Prequential] = {}
         given = learning.average
         theta = [p.data for p in model.parameters() if p.requires_grad]
@@ -172,14 +176,20 @@ class _Trainer:
                 self.metrics[name].record(self.items - self._late, own, y, value)
         if not found:
             return
-        self.optimiser.zero_grad()
+        self.model.zero_grad()
         torch.autograd.backward(found)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.step_size(self.items)
-        self.optimiser.step()
+        self._move()
         self.updates += 1
         if self.average is not None:
             self.average.look()
+
+    def _move(self) -> None:
+        factor = self.course(self.items)
+        groups = [group for one in self.optimisers for group in one.param_groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        for one in self.optimisers:
+            one.step()
 
     def averaged(self) -> nn.Module | None:
         """The model with the average of its weights, if there is one."""
@@ -224,21 +234,18 @@ def _freeze(model: nn.Module) -> None:
         child.requires_grad_(False)
 
 
-def _optimiser(model: nn.Module, learning: LearningSettings) -> torch.optim.Optimizer:
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+def _optimisers(model: nn.Module, learning: LearningSettings) -> list[torch.optim.Optimizer]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = list(named.values())
+    if learning.optimizer is not None:
+        return OptimizerRule(learning.optimizer, lr=learning.lr).optimizers(CENTRALISED, named)
     adaptive = learning.adaptive
     if adaptive is None:
         own = (learning.lr, learning.momentum, learning.dampening, learning.weight_decay)
-        return torch.optim.SGD(weights, *own)
+        return [torch.optim.SGD(weights, *own)]
     betas = learning.momentum, adaptive.memory
     decay = learning.weight_decay
-    return torch.optim.AdamW(weights, learning.lr, betas, adaptive.epsilon, decay)
-
-
-def _step_size(learning: LearningSettings, steps: int | None) -> Callable[[int], float]:
-    """The step size by item."""
-    course = step_course(learning, steps)
-    return lambda item: learning.lr * course(item)
+    return [torch.optim.AdamW(weights, learning.lr, betas, adaptive.epsilon, decay)]
 
 
 def _train(

@@ -27,7 +27,7 @@ from hamdist.study.verify.topics import own_model
 TOPICS = {
     "golden": "golden files",
     "hamilton": "Hamilton's equations",
-    "backpropagation": "level backprop",
+    "backpropagation": "levels backprop, pipeline",
     "gradient-descent": "gradient descent recovered (HL Appendix E)",
     "bptt": "backpropagation through time",
     "delay-free": "predictions without delay (HL Eq. 10)",

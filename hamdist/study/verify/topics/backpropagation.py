@@ -1,4 +1,5 @@
-"""Level `backprop` equals centralised backpropagation, however the network is cut into blocks."""
+"""Levels `backprop` and `pipeline` equal centralised backpropagation, however the network is cut
+into blocks, and its batches into micro-batches."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.runtime.train.train import train
 from hamdist.study.verify.oracles.check import Check
 from hamdist.study.verify.oracles.networks import (
+    BATCH,
     F64,
     Draws,
     Masked,
@@ -28,6 +30,7 @@ from hamdist.study.verify.oracles.networks import (
 )
 
 BOUND = 1e-12
+PARTS = 3
 ORACLE = "autograd on the whole network and torch.optim.SGD"
 PLAIN = {"lr": 0.1}
 MOMENTUM = {"lr": 0.05, "momentum": 0.5, "dampening": 0.3}
@@ -56,6 +59,21 @@ def checks(full: bool) -> Iterator[Check]:
         ("masks of -inf, used in two blocks", lambda: seeded(Masked)),
     ):
         yield _check(what, build, items, PLAIN, 1.0, {})
+    yield from _in_parts(items)
+
+
+def _in_parts(items: int) -> Iterator[Check]:
+    """Level `pipeline`: the last of the micro-batches has fewer rows."""
+    cases: list[tuple[str, Callable[[], nn.Module], Mapping[str, float], Mapping[str, int]]] = [
+        ("a chain of 5", chain, MOMENTUM, {}),
+        ("a chain of 5, two blocks", chain, PLAIN, {"blocks": 2}),
+        ("a chain of 5, edges of 3 ticks", chain, PLAIN, {"delay": 3}),
+        ("two skips, two readouts", lambda: seeded(Skips), PLAIN, {}),
+        ("tied weights, a layer in two blocks", tied, MOMENTUM, {}),
+    ]
+    for name, build, learning, partition in cases:
+        what = f"{PARTS} micro-batches of {BATCH} rows, {name}"
+        yield _check(what, build, items, learning, 1.0, partition, parts=PARTS)
 
 
 def _check(
@@ -65,10 +83,12 @@ def _check(
     learning: Mapping[str, float],
     tau: float,
     partition: Mapping[str, int],
+    parts: int = 1,
 ) -> Check:
     settings = Settings.model_validate(
         {
-            "level": "backprop",
+            "level": "backprop" if parts == 1 else "pipeline",
+            "locality": {"microbatches": parts},
             "dtype": "float64",
             "learning": learning,
             "dynamics": {"tau": tau},

@@ -1,0 +1,53 @@
+"""Micro-batches: how a batch is cut into parts that travel one behind the other (GPipe: Huang et
+al. 2019), and in which ticks they enter.
+
+With M parts, item i enters as the pulses n = i M, ..., i M + M - 1, two ticks apart:
+
+    forward of n at depth l      tick  (n div M) c + 2 (n mod M) + l
+    backward                     2 (D - l) ticks later,    c = 2 (M - 1) + 2D + 1
+
+Both ticks are even or both are odd at one depth, so a full block does one forward and one backward
+in every second tick: the order of work of 1F1B (PipeDream: Narayanan et al. 2019), in which a block
+at depth l keeps D - l + 1 parts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SPACING = 2  # ticks between two parts of a batch
+MOST = 8  # parts that `auto` makes: M/(M + P - 1) is 0.89 for P = 2 actors
+ROWS = 8  # of a part, below which products of matrices are slow
+
+
+def auto_microbatches(batch: int) -> int:
+    """Returns how many parts `locality.microbatches: auto` makes of a batch: no more than MOST, of
+    ROWS rows at least."""
+    return max(1, min(MOST, batch // ROWS))
+
+
+class Pulses(NamedTuple):
+    """The ticks in which pulses enter. c: ticks between two items; parts: M."""
+
+    c: int
+    parts: int = 1
+
+    @property
+    def spacing(self) -> int:
+        """Ticks between two pulses, of an item at least."""
+        return self.c if self.parts == 1 else SPACING
+
+    def tick(self, pulse: int) -> int:
+        """The tick in which pulse n meets depth 0."""
+        item, part = divmod(pulse, self.parts)
+        return item * self.c + part * self.spacing
+
+    def first(self, since: int) -> int:
+        """The first pulse that meets depth 0 in tick `since` or later."""
+        item, left = divmod(max(0, since), self.c)
+        return item * self.parts + min(-(-left // self.spacing), self.parts)
+
+    def most(self, ticks: int) -> int:
+        """The most pulses that enter within so many ticks and one."""
+        most = ticks // self.spacing + 1
+        return most if self.parts == 1 else min(most, self.parts)

@@ -1,0 +1,337 @@
+"""torch's optimisers on a block's own weights, instead of the last of Hamilton's equations.
+
+    g_k     = tau (phi dL/dtheta + z^T dh/dtheta)          the gradient, clipped by `learning.clip`
+    theta_k+1, state_k+1 = optimizer.step(theta_k, g_k, state_k),       lr = lr_k s_k
+
+with s_k the factor of the step size by sample (learning_rate.py) and of its delay. g is handed over
+once per message, dense, as `.grad`; omega is then the latest g. Where several uses of a weight give
+gradients, g is their sum. One optimiser (or several) per block: nothing of it is seen elsewhere.
+A scheduler of torch.optim.lr_scheduler is stepped once per item, with or without a target.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from hamdist.config import MUON, VECTORS, OptimizerSettings, Order, optimizer_class
+from hamdist.dynamics.graph.patterns import fitting
+from hamdist.dynamics.state.finite import OutOfRange, Scale
+from hamdist.dynamics.state.remember import Remembers, check_names
+from hamdist.dynamics.updates.constants import Dynamics
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, dense
+from hamdist.errors import SettingsError
+
+OptimizerFunction: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer | Sequence[Optimizer]]"
+SchedulerFunction: TypeAlias = Callable[[Optimizer], Any]
+
+# Steps that take every number of a weight by itself: those of a slice are those of the whole.
+ELEMENTWISE = {
+    *("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"),
+    *("ASGD", "Rprop", "Lion"),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerRule:
+    """How the blocks of a run make their optimisers: by settings, or by functions of the user's.
+
+    Attributes:
+        lr: The step size of all blocks; lrs: of some, by pattern of their names.
+        qualified: Weights are known by BLOCK.NAME in patterns, as those of a hand-built graph.
+        kinds: The classes of the optimisers, by block.
+    """
+
+    settings: OptimizerSettings | None = None
+    function: OptimizerFunction | None = None
+    scheduler: SchedulerFunction | None = None
+    lr: float = 0.0
+    lrs: Mapping[str, float] = field(default_factory=dict)
+    qualified: bool = False
+    kinds: Mapping[str, list[str]] = field(default_factory=dict)
+
+    def full_name(self, block: str, name: str) -> str:
+        """Return what patterns know a weight by."""
+        return f"{block}.{name}" if self.qualified else name
+
+    def optimizers(self, block: str, named: Mapping[str, nn.Parameter]) -> list[Optimizer]:
+        """Make the optimisers of a block's weights.
+
+        Raises:
+            SettingsError: The user's function failed, or did not return what it should.
+        """
+        if self.settings is None:
+            return self._by_function(block, list(named.values()))
+        pattern = fitting(block, self.lrs)
+        lr = self.lr if pattern is None else self.lrs[pattern]
+        full = {self.full_name(block, name): p for name, p in named.items()}
+        return _by_settings(self.settings, lr, full)
+
+    def _by_function(self, block: str, parameters: list[nn.Parameter]) -> list[Optimizer]:
+        if self.function is None:
+            raise TypeError("a rule has settings or a function")
+        made = _called("optimizer", block, self.function, parameters)
+        found = list(made) if isinstance(made, (list, tuple)) else [made]
+        for one in found:
+            if not isinstance(one, Optimizer):
+                raise SettingsError(
+                    f"optimizer: the function returned {_kind(one)} for block {block!r}; return "
+                    "a torch.optim.Optimizer of the parameters that it gets, or a list of some"
+                )
+            _check_optimizer(one, block, parameters)
+        seen = [id(p) for one in found for group in one.param_groups for p in group["params"]]
+        if len(seen) > len(set(seen)):
+            raise SettingsError(
+                f"optimizer: two optimisers of block {block!r} have the same parameter; give each "
+                "parameter to one of them"
+            )
+        return found
+
+    def schedulers(self, block: str, optimizers: Sequence[Optimizer]) -> list[Any]:
+        """Make the scheduler of each optimiser.
+
+        Raises:
+            SettingsError: The user's function failed, or did not return a scheduler by item.
+        """
+        if self.scheduler is None:
+            return []
+        made = [_called("scheduler", block, self.scheduler, one) for one in optimizers]
+        for one in made:
+            if isinstance(one, ReduceLROnPlateau) or not isinstance(one, LRScheduler):
+                raise SettingsError(
+                    f"scheduler: the function returned {_kind(one)}; return a scheduler of "
+                    "torch.optim.lr_scheduler whose step() needs no measured loss: it is stepped "
+                    "once per item"
+                )
+        return made
+
+
+def _called(what: str, block: str, function: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return function(argument)
+    except Exception as error:
+        raise SettingsError(
+            f"{what}: the function failed for block {block!r}: {type(error).__name__}: {error} "
+            "(it is called for each block alone: a list that it picks of them may be empty)"
+        ) from error
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _check_optimizer(one: Optimizer, block: str, parameters: Sequence[nn.Parameter]) -> None:
+    kind, own = type(one).__name__, {id(p) for p in parameters}
+    closure = inspect.signature(one.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise SettingsError(
+            f"optimizer: {kind} asks for the loss again within a step (a closure), which a block "
+            "does not have; use one that moves by the gradient alone"
+        )
+    for group in one.param_groups:
+        if not all(id(p) in own for p in group["params"]):
+            raise SettingsError(
+                f"optimizer: {kind} of block {block!r} has parameters that are not the block's; "
+                "make it of those that the function gets"
+            )
+        if "lr" not in group:
+            raise SettingsError(
+                f"optimizer: {kind} has no 'lr' in its parameter groups, which learning.decay, "
+                "delay_power and schedulers change; give it one"
+            )
+
+
+def _by_settings(
+    s: OptimizerSettings, lr: float, named: Mapping[str, nn.Parameter]
+) -> list[Optimizer]:
+    """named: by the names that patterns know."""
+    options = {**s.options, "lr": lr}
+    parts = [(s.name, options, dict(named))]
+    if s.name == MUON:
+        shared = {k: v for k, v in options.items() if k in ("lr", "weight_decay")}
+        matrices = {name: p for name, p in named.items() if p.ndim == 2}
+        others = {name: p for name, p in named.items() if p.ndim != 2}
+        parts = [(MUON, options, matrices), ("adamw", {**shared, **s.rest}, others)]
+    return [optimizer_class(name)(_grouped(s, part), **own) for name, own, part in parts if part]
+
+
+def _grouped(s: OptimizerSettings, named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameter groups: first of what no pattern fits, then one for each pattern."""
+    groups: dict[str | None, list[nn.Parameter]] = {None: [], **{p: [] for p in s.groups}}
+    for name, p in named.items():
+        fits = [pattern for pattern in s.groups if _fits(name, p, pattern)]
+        groups[name if name in fits else next(iter(fits), None)].append(p)
+    return [
+        {"params": own, **({} if pattern is None else s.groups[pattern])}
+        for pattern, own in groups.items()
+        if own
+    ]
+
+
+def _fits(name: str, p: Tensor, pattern: str) -> bool:
+    return p.ndim < 2 if pattern == VECTORS else fitting(name, [pattern]) is not None
+
+
+class BlockOptimizers(Remembers):
+    """The optimisers of one block, and their schedulers.
+
+    Their state is what `state_dict` says, with weights by name instead of by number. A run that
+    goes on with other arguments than before takes over the state of each weight; groups and
+    schedulers begin as the new arguments say, the latter at the item that has been reached.
+    """
+
+    def __init__(self, rule: OptimizerRule, block: str, named: Mapping[str, nn.Parameter]) -> None:
+        self._names = {id(p): name for name, p in named.items()}
+        self._parameters = list(named.values())
+        self.optimizers = rule.optimizers(block, named)
+        self._schedulers = rule.schedulers(block, self.optimizers)
+        self._item = 0  # which the schedulers stand at
+        self._began: Any = None  # the arguments that they were made with
+        state = self.snapshot()
+        groups = [one["param_groups"] for one in state["optimizers"]]
+        self._began = copy.deepcopy([groups, state["schedulers"]])
+
+    def step(self, gradients: Sequence[Tensor], scale: float) -> None:
+        """Move the weights by `gradients`, with `scale` times the step sizes of the groups."""
+        groups = [group for one in self.optimizers for group in one.param_groups]
+        rates = [group["lr"] for group in groups]
+        for p, g in zip(self._parameters, gradients, strict=True):
+            p.grad = g
+        if scale != 1:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * scale
+        for one in self.optimizers:
+            one.step()
+        if scale != 1:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+        for p in self._parameters:
+            p.grad = None
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether there are schedulers."""
+        return bool(self._schedulers)
+
+    def advance(self, item: int) -> None:
+        """Step the schedulers up to `item`."""
+        while self._item < item:
+            with warnings.catch_warnings():
+                if not self._item:  # (an item without target has no step of the optimiser)
+                    warnings.filterwarnings("ignore", r".*lr_scheduler\.step\(\)")
+                for one in self._schedulers:
+                    one.step()
+            self._item += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state by the weights' names; in tensors that go on changing."""
+        return {
+            "kinds": [type(one).__name__ for one in self.optimizers],
+            "optimizers": [self._by_name(one) for one in self.optimizers],
+            "schedulers": [one.state_dict() for one in self._schedulers],
+            "began": self._began,
+            "item": self._item,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`. Raises SnapshotError where it is of other weights."""
+        check_names("optimiser", state, ("kinds", "optimizers", "schedulers", "began", "item"))
+        alike = state["began"] == self._began
+        kinds = [type(one).__name__ for one in self.optimizers]
+        check_names("block's optimisers", dict.fromkeys(state["kinds"]), kinds)
+        for one, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            names = self._order(one)
+            then = [name for group in saved["param_groups"] for name in group["params"]]
+            check_names("optimiser", dict.fromkeys(then), names)
+            groups = saved["param_groups"] if alike else self._by_name(one)["param_groups"]
+            place = {name: i for i, name in enumerate(names)}
+            numbered = [{**g, "params": [place[n] for n in g["params"]]} for g in groups]
+            own = {place.get(key, key): value for key, value in saved["state"].items()}
+            one.load_state_dict({**saved, "state": own, "param_groups": numbered})
+            for p in self._parameters:  # (`load_state_dict` gives tensors the type of the weight)
+                if self._names[id(p)] in saved["state"]:
+                    one.state[p].update(saved["state"][self._names[id(p)]])
+        if alike:
+            self._item = state["item"]
+            for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
+                scheduler.load_state_dict(saved)
+
+    def _order(self, one: Optimizer) -> list[str]:
+        return [self._names[id(p)] for group in one.param_groups for p in group["params"]]
+
+    def _by_name(self, one: Optimizer) -> dict[str, Any]:
+        names, state = self._order(one), one.state_dict()
+        groups = [{**g, "params": [names[i] for i in g["params"]]} for g in state["param_groups"]]
+        own = {names[k] if isinstance(k, int) else k: v for k, v in state["state"].items()}
+        return {**state, "state": own, "param_groups": groups}
+
+
+class OptimizerWeights(Weights):
+    """theta, moved by optimisers of torch's. omega: the latest gradient."""
+
+    STATE = ("updates", "_omega", "average", "_inputs", "optimizers")
+    ADDED: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(
+        self,
+        theta: Sequence[Tensor],
+        dynamics: Dynamics,
+        order: Order,
+        names: Sequence[str],
+        rule: OptimizerRule,
+        block: str,
+    ) -> None:
+        super().__init__(theta, dynamics, order, names)
+        # Parameters that share memory with theta: autograd's graphs do not see them move.
+        parameters = [nn.Parameter(t) for t in self.theta]
+        self.optimizers = BlockOptimizers(rule, block, dict(zip(names, parameters, strict=True)))
+
+    def scaled_by(self, scale: Scale, item_of: Callable[[int], int]) -> Scale:
+        """As `Weights.scaled_by`; the schedulers follow the samples."""
+        if not self.optimizers.scheduled:
+            return scale
+
+        def followed(sample: int) -> float:
+            self.optimizers.advance(item_of(sample))
+            return scale(sample)
+
+        return followed
+
+    def at_once(self, scale: float, tau: float) -> AtOnce | None:  # noqa: ARG002
+        """Nothing: the optimiser gets whole gradients."""
+        return None
+
+    def conclude(self, scale: float, tau: float) -> None:  # noqa: ARG002
+        """Move theta by the gradient that several `integrate` have gathered."""
+        self.updates += 1
+        if self.theta:
+            self.optimizers.step([o.clone() for o in self.omega], scale)
+            if self.average is not None:
+                self.average.look()
+
+    def _move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
+        if g is None:
+            g = [torch.zeros_like(t) for t in self.theta]
+        if self._inputs is not None:
+            g = self._inputs.applied(g)
+        gain = self._gain(g, tau)
+        # Fresh tensors, for an optimiser may use them up.
+        own = [one.clone() if isinstance(one, Tensor) else dense(one) for one in g]
+        if gain != 1:
+            torch._foreach_mul_(own, gain)
+        norm = math.hypot(*(float(n) for n in torch._foreach_norm(own)))
+        if not norm <= self._limit:
+            raise OutOfRange("omega", norm)
+        self.omega = own
+        self.optimizers.step(own, scale)

@@ -1,0 +1,77 @@
+"""Into how many parts a batch is cut (`locality.microbatches`), before a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hamdist.config import LearningSettings
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.objective.losses import model_loss
+from hamdist.dynamics.schedule.levels import Locality
+from hamdist.dynamics.schedule.microbatches import auto_microbatches
+from hamdist.errors import LevelError
+from hamdist.streams.sample import SampleSpec
+
+
+def cut_batches(
+    knobs: Locality, graph: Graph, spec: SampleSpec, learning: LearningSettings
+) -> Locality:
+    """Returns `knobs` with a number of micro-batches.
+
+    Raises:
+        LevelError: There are more than rows, or something needs the whole batch.
+    """
+    parts = knobs.microbatches
+    if parts == "auto":
+        parts = auto_microbatches(spec.batch)
+    knobs = replace(knobs, microbatches=parts)
+    if parts == 1:
+        return knobs
+    if parts > spec.batch:
+        raise LevelError(
+            f"locality.microbatches {parts} of batches of {spec.batch} row(s): use at most "
+            f"{spec.batch}, or larger batches"
+        )
+    for reason in _against(graph, learning):
+        raise LevelError(
+            f"locality.microbatches {parts} with {reason}; use level 'backprop', or "
+            "locality.microbatches 1"
+        )
+    return knobs
+
+
+def _against(graph: Graph, learning: LearningSettings) -> list[str]:
+    """What micro-batches cannot go with."""
+    reasons = []
+    own = learning.blocks.values()
+    if learning.heads is not None or any(b.heads not in (None, "off") for b in own):
+        reasons.append("learning.heads, which move the weights whenever a micro-batch passes")
+    if learning.inputs != "off" or any(b.inputs not in (None, "off") for b in own):
+        reasons.append("learning.inputs, whose statistics are those of a whole batch")
+    if any(block.loss is model_loss for block in graph.blocks.values()):
+        reasons.append(
+            "the loss 'model': the model takes its mean itself, and how many rows or tokens of a "
+            "micro-batch count in it is not known outside (name the loss of its predictions "
+            "instead)"
+        )
+    return reasons
+
+
+def microbatch_warnings(
+    knobs: Locality, graph: Graph, spec: SampleSpec, *, auto: bool
+) -> list[str]:
+    """Says what micro-batches change. auto: hamdist chose their number."""
+    parts, told = knobs.microbatches, []
+    if auto:
+        told.append(f"locality.microbatches 'auto' is {parts}: batches have {spec.batch} row(s)")
+    modules = [m for b in graph.blocks.values() for m in b.module.modules()]
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training]
+    if parts != 1 and norms:
+        told.append(
+            f"locality.microbatches {parts}: batch norms normalise each micro-batch by its own "
+            "statistics, and note them once each, so the run is not the one of the whole batch; "
+            "use LayerNorm or GroupNorm, or locality.microbatches 1"
+        )
+    return told

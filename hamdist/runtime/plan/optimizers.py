@@ -1,0 +1,146 @@
+"""Which optimisers of torch's move the weights of a run, before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from torch import nn
+
+from hamdist.config import (
+    VECTORS,
+    Compensation,
+    Credit,
+    Decay,
+    DynamicsSettings,
+    LearningSettings,
+    Settings,
+)
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.graph.patterns import check_patterns
+from hamdist.dynamics.schedule.levels import Locality
+from hamdist.dynamics.updates.optimizers import ELEMENTWISE, BlockOptimizers, OptimizerRule
+from hamdist.errors import LevelError, SettingsError
+
+FUNCTION = "optimizer (a function)"
+
+
+def plan_optimizers(
+    graph: Graph, knobs: Locality, settings: Settings, functions: OptimizerRule | None
+) -> OptimizerRule | None:
+    """Return how blocks make their optimisers; None where they follow the equations.
+
+    Every block's are made once here, so that what they refuse is known before anything starts.
+
+    Args:
+        functions: A rule of the user's functions, if there are some.
+
+    Raises:
+        SettingsError: Functions and settings contradict each other, or do not work.
+        LevelError: The level, or a recipe, has no place for an optimiser.
+    """
+    learning = settings.learning
+    functions = functions or OptimizerRule()
+    if learning.optimizer is None and functions.function is None:
+        if functions.scheduler is not None:
+            raise SettingsError(
+                "scheduler without an optimiser, whose step size it would change: give optimizer "
+                "or learning.optimizer as well, or use learning.decay and learning.warmup"
+            )
+        return None
+    _check_once(learning, functions)
+    name = FUNCTION if learning.optimizer is None else "learning.optimizer"
+    for reason in _contradictions(name, settings.dynamics, learning, knobs):
+        raise LevelError(reason)
+    rule = dataclasses.replace(
+        functions,
+        settings=learning.optimizer,
+        lr=learning.lr,
+        lrs={p: b.lr for p, b in learning.blocks.items() if b.lr is not None},
+        qualified=not graph.unsliced.was_cut,
+    )
+    trained = {block: _trained(graph, block) for block in graph.blocks}
+    if learning.optimizer is not None:
+        full = [rule.full_name(block, weight) for block, own in trained.items() for weight in own]
+        patterns = [p for p in learning.optimizer.groups if p != VECTORS]
+        check_patterns("learning.optimizer.groups", patterns, full, "weight")
+    made = {b: BlockOptimizers(rule, b, named) for b, named in trained.items() if named}
+    kinds = {b: [type(one).__name__ for one in own.optimizers] for b, own in made.items()}
+    rule = dataclasses.replace(rule, kinds=kinds)
+    if settings.partition.slices:
+        _check_slices(name, rule)
+    return rule
+
+
+def _trained(graph: Graph, block: str) -> dict[str, nn.Parameter]:
+    """The weights that a block moves, as parameters that share their memory."""
+    borrowed = graph.borrowed(block)
+    named = graph.blocks[block].module.named_parameters()
+    return {n: nn.Parameter(p.data) for n, p in named if p.requires_grad and n not in borrowed}
+
+
+def _check_once(learning: LearningSettings, functions: OptimizerRule) -> None:
+    """Raises SettingsError where two places say the same thing."""
+    if functions.function is not None and learning.optimizer is not None:
+        raise SettingsError("optimizer (a function) and learning.optimizer: give one of them")
+    if functions.function is not None:
+        own = ("lr", "momentum", "dampening", "weight_decay", "adaptive", "first_step")
+        given = [name for name in own if name in learning.model_fields_set]
+        given += [f"blocks.{p}.lr" for p, b in learning.blocks.items() if b.lr is not None]
+        if given:
+            raise SettingsError(
+                f"learning.{given[0]} beside optimizer, a function, whose steps do not depend on "
+                "it: say it in the function, and leave it out here"
+            )
+    varies = learning.decay is not Decay.NONE or learning.warmup or learning.course is not None
+    if functions.scheduler is not None and varies:
+        raise SettingsError(
+            "scheduler beside learning.decay, warmup or course: both change the step size by item; "
+            "give one of them"
+        )
+
+
+def _contradictions(
+    name: str, d: DynamicsSettings, learning: LearningSettings, knobs: Locality
+) -> Iterator[str]:
+    """Why blocks cannot have an optimiser (none: they can)."""
+    if knobs.hold:
+        yield (
+            f"{name} with presentation 'hold': omega and its dissipation are part of Hamilton's "
+            "equations there, in every tick; use learning.momentum, weight_decay and adaptive, or "
+            "a level whose weights move when a message arrives (trace, heads, backprop), or switch "
+            "it off at this level (levels: {LEVEL: {learning: {optimizer: off}}})"
+        )
+    constants = {n: getattr(d, n) for n in ("beta", "eta", "eta_omega", "weight_cost")}
+    for block, own in d.blocks.items():
+        constants |= {f"blocks.{block}.{n}": getattr(own, n) for n in ("beta", "eta", "eta_omega")}
+    for constant, value in constants.items():
+        if value:
+            yield (
+                f"dynamics.{constant} beside {name}, whose steps do not depend on it: leave one of "
+                "them out"
+            )
+    for one in (Compensation.WEIGHT_PREDICTION, Compensation.LOOK_AHEAD):
+        if one in knobs.compensation:
+            yield (
+                f"compensation {one.value!r} beside {name}, whose steps are not along omega: leave "
+                "one of them out (Nesterov's momentum: optimizer: {name: sgd, momentum: 0.9, "
+                "nesterov: true})"
+            )
+    own_heads = any(b.heads not in (None, "off") for b in learning.blocks.values())
+    if knobs.credit is Credit.MESSAGES and (learning.heads is not None or own_heads):
+        yield (
+            f"learning.heads beside messages with {name}: a weight would have two optimisers; use "
+            "level 'heads', or leave one of them out"
+        )
+
+
+def _check_slices(name: str, rule: OptimizerRule) -> None:
+    for block, kinds in rule.kinds.items():
+        for kind in kinds:
+            if kind not in ELEMENTWISE:
+                raise LevelError(
+                    f"{name} {kind} with partition.slices: its step on a slice of a matrix (block "
+                    f"{block!r}) is not that slice of its step on the whole; use one that moves "
+                    f"each number by itself ({', '.join(sorted(ELEMENTWISE))}), or no slices"
+                )
