@@ -219,7 +219,7 @@ class EngineSettings(Section):
     studies."""
 
     def processes(self, auto: int = 1) -> int:
-        """How many processes a run on this host asks for; `auto` where it leaves that open."""
+        """Return the number of processes of a run on this host; `auto` where that is left open."""
         if self.kind is EngineKind.INPROCESS:
             return 1
         if self.placement is not None:

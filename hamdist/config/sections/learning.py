@@ -77,7 +77,7 @@ class InputsSettings(Section):
 
 
 def _rule_alone(value: object) -> object:
-    """`centred` as `{rule: centred}`; off as it was written."""
+    """Return `centred` as `{rule: centred}`; off as it was written."""
     if isinstance(value, str) and value != "off":
         return {"rule": value}
     return as_written(value)
@@ -99,7 +99,7 @@ class HeadsSettings(Section):
 
 
 def _decay_alone(value: object) -> object:
-    """`0.99` as `{decay: 0.99}`; off as it was written."""
+    """Return `0.99` as `{decay: 0.99}`; off as it was written."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return {"decay": value}
     return as_written(value)

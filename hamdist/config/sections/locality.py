@@ -93,7 +93,7 @@ class Compensation(str, Enum):
 
 
 class Order(str, Enum):
-    """The order of the updates inside a tick (equations.md; HL Algorithm 1 and Appendix D)."""
+    """The order of the updates inside a tick (docs: concepts/equations; HL Alg. 1, Appendix D)."""
 
     SIMULTANEOUS = "simultaneous"
     OMEGA_FIRST = "omega-first"
@@ -119,7 +119,7 @@ Microbatches = Positive | Literal["auto"]
 
 
 def _listed(value: object) -> object:
-    """One name as a list of one; `none` as a list of none."""
+    """Return one name as a list of one, `none` as an empty list."""
     if isinstance(value, (str, Compensation)):
         value = [value]
     if isinstance(value, (list, tuple)):

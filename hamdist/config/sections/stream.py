@@ -254,7 +254,7 @@ class StreamSettings(Section):
 
     @property
     def again(self) -> bool:
-        """Whether samples whose targets come late are shown again."""
+        """Return True if samples whose targets come late are shown again."""
         late = self.late_targets > 0 or self.target_delay is not None
         return late and self.pace is None and self.relearn is not Relearn.WAIT
 
@@ -263,7 +263,7 @@ _IMAGES = (Source.DIGITS, Source.FASHION_MNIST)
 
 
 def _by_row(raw: Mapping[str, Any]) -> bool:
-    """Whether items of these stream settings have one row unless they say otherwise."""
+    """Return True if items of these stream settings have one row by default."""
     if raw.get("source") == Source.SEQUENCES.value:
         own = raw.get("sequences")
         view = own.get("view") if isinstance(own, Mapping) else getattr(own, "view", None)

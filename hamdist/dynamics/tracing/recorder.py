@@ -3,7 +3,7 @@
 torch.fx runs a model on stand-ins, which fail at `isinstance(x, Tensor)`, at
 `torch.arange(x.shape[1])` or `assert x.shape[1] <= 128`. Here it runs on real tensors under a
 `TorchFunctionMode`, which sees every call of torch; numbers that belong to the batch show when two
-runs with other batches differ (tracing.py). A module is one step where it is torch's own, or where
+runs with other batches differ (trace.py). A module is one step where it is torch's own, or where
 it was asked to stay whole.
 
 What cannot be followed raises `Unfollowed`: a value of a tensor that decides what happens next (a
@@ -86,7 +86,7 @@ Out = TypeVar("Out")
 class Op(Generic[Out]):
     """A step that was taken. where: the module whose forward took it; line: of that forward.
     modules: all modules under way, outermost first. out: by path, what came out (of one run the
-    tensors; of several their forms, tracing.py); varies: it depends on the input, on weights, or on
+    tensors; of several their forms, trace.py); varies: it depends on the input, on weights, or on
     chance. reads: steps that had to come first, through memory that they share. writes: memory
     that it changed."""
 

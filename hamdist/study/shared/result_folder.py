@@ -190,6 +190,8 @@ class ResultFolder:
             file.flush()
         except OSError as error:
             self._events = None
+            with contextlib.suppress(OSError):  # of what it holds back
+                file.close()
             self._say(f"Warning: {self.path}: events are written no more: {error.strerror}")
 
     def watch(
