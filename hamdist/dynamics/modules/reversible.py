@@ -76,7 +76,6 @@ class Coupling(InvertibleMap):
     Args:
         f: F, a module from n to n features.
         scale: s.
-        leak: lambda.
     """
 
     def __init__(self, f: nn.Module, scale: float = 1.0, *, leak: float = 0.0) -> None:
@@ -120,7 +119,6 @@ class MidpointStart(InvertibleMap):
     Args:
         f: a module from n to n features.
         tau: step, in the unit of time.
-        leak: lambda.
     """
 
     def __init__(self, f: nn.Module, tau: float, *, leak: float = 0.0) -> None:
@@ -205,7 +203,6 @@ class Midpoint(nn.Module):
         f: a module from n to n features.
         steps: number of steps.
         tau: step, in the unit of time.
-        leak: lambda.
         start: False to begin with the pair (h_{-1}, h_0), (B, 2n, ...), instead of h_0.
     """
 

@@ -39,10 +39,8 @@ TRAJECTORIES = ("h", "z", "om", "th")
 
 
 class _Network:
-    """f_v, f^y and H' of a case, over all blocks at once, and its constants.
-
-    eta_z: by block; eta_omega, beta: by parameter.
-    """
+    """f_v, f^y and H' of a case, over all blocks at once, and its constants. eta_z: by block;
+    eta_omega, beta: by parameter."""
 
     def __init__(self, case: Mapping[str, StateArray], theta: Sequence[str]) -> None:
         spec = json.loads(str(case["spec"]))
@@ -260,7 +258,7 @@ WAVING = (1.0, 0.4, 0.0, 1.3)
 
 
 def cases() -> Iterator[tuple[str, NetworkCase]]:
-    """Names and cases: together every term of the equations, in every order."""
+    """Yield names and cases: together they have every term of the equations, in every order."""
     read = (("C", "u", "D"), ((4, "tanh"), (3, "linear")))
     for order in ("simultaneous", "omega_first", "sequential"):
         yield (
