@@ -43,7 +43,7 @@ class Loss(str, Enum):
 
 
 class CompareSettings(Section):
-    """What `hamdist compare` runs beside centralised backpropagation."""
+    """Runs of `hamdist compare` beside centralised backpropagation."""
 
     levels: tuple[Level, ...] = (Level.BACKPROP, Level.TRACE, Level.LOCAL)
     """The levels."""

@@ -20,12 +20,12 @@ SUM = "gradients"  # its name in a snapshot, beside STATE
 
 @dataclass(slots=True)
 class BlockParts:
-    """What all kinds of blocks are made of.
+    """The parts of all kinds of blocks.
 
     Attributes:
+        microbatches: Number of parts of a batch.
         wanted: By parent, whether it gets messages.
         scale: Of beta, by sample.
-        microbatches: Into how many a batch is cut.
     """
 
     cell: LocalFunction

@@ -1,8 +1,7 @@
 """Blocks through which a sequence travels forward and then, token by token, in reverse.
 
 Backpropagation through time as Hamilton's equations on the reversed stream (docs:
-concepts/equations, "BPTT"). Reversed token j is token m = n - 1 - j; h_{m+1} is the state behind
-token m:
+concepts/equations). Reversed token j is token m = n - 1 - j; h_{m+1} is the state behind token m:
 
     z_{j+1} = tau sum_w M_w - tau eta_z z_j                        z_0 = 0
     omega_{j+1} = omega_j + tau ( g_j - eta_omega omega_j )        omega_0 = mu omega

@@ -108,14 +108,18 @@ class PulseSchedule:
         return emitted(event.sample, self.c, self.parts)
 
     def gradient(self, tie: Tie, event: Event) -> Stamp:
-        """What the user sends the owner, for the owner's backward pass. Where both have it in the
-        same tick, the owner comes last."""
+        """Return the stamp of the user's gradient for the owner's backward pass.
+
+        Where both have theirs in the same tick, the owner comes last.
+        """
         sent = self._backward_tick(tie.user, event.sample)
         return Stamp(sent, event.sample, self.item(event.sample))
 
     def weight(self, tie: Tie, event: Event) -> Stamp | None:
-        """The owner's weights that the user takes before its forward pass of an item's first pulse:
-        the latest that were sent in an earlier tick."""
+        """Return the stamp of the owner's weights before the user's forward pass of an item.
+
+        They are taken at the item's first pulse, the latest that were sent in an earlier tick.
+        """
         item = self.item(event.sample) - self.weight_lag(tie)
         if item < 0 or event.sample % self.parts:
             return None
@@ -128,8 +132,11 @@ class PulseSchedule:
         return -(-early // self.c)
 
     def tie_in_flight(self, tie: Tie, kind: Kind) -> int:
-        """The most gradients or weights that wait. When a stream ends, an owner of depth a sends
-        until it hears of that, c + a - l ticks after the last forward pass of a user of depth l."""
+        """Return the most gradients or weights that wait.
+
+        When a stream ends, an owner of depth a sends until the news reaches it, c + a - l ticks
+        after the last forward pass of a user of depth l.
+        """
         if kind is Kind.GRADIENT:
             first = self._backward_tick(tie.owner, 0) - self._backward_tick(tie.user, 0)
             return self._pulses.most(first)

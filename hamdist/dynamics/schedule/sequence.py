@@ -1,5 +1,5 @@
-"""When a sequence travels forward and then, token by token, in reverse (docs:
-concepts/equations, "BPTT"). Pure: no tensors, no sockets, no state.
+"""When a sequence travels forward and then, token by token, in reverse (backpropagation through
+time, docs: concepts/equations). Pure: no tensors, no sockets, no state.
 
 A token is a sample; the stream's tag says which one is the last of its sequence, and with that tag
 every block learns the length. An edge from a block to itself, or to a block listed before it, is

@@ -129,7 +129,7 @@ class _Join:
         return ColumnForm(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
 
     def _size(self, values: Sequence[int]) -> SymbolicSize:
-        """The number by batch and lengths, with which all runs have to agree."""
+        """Return the number by batch and lengths, with which all runs have to agree."""
         many = len(self._lengths)
         given = torch.tensor(values, dtype=torch.float64)
         found = (self._solves @ given).round()

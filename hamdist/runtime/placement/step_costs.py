@@ -89,8 +89,7 @@ def unmeasured_costs(plan: Plan) -> Costs | None:
 
 
 def in_flight(plan: Plan) -> float:
-    """Return the number of samples that the schedule has in the network at once, in both
-    directions.
+    """Return the samples (or micro-batches) that the schedule has in the network at once.
 
     A pulse takes 2D + 1 ticks (less where the first blocks are frozen), a token of a sequence D + 1
     in either direction, and one enters every c ticks. In presentation `hold` all blocks step in

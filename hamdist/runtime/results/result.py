@@ -22,10 +22,12 @@ class BlockState:
     """The state of a block at the end of a run (detached copies).
 
     Attributes:
-        theta, omega: weights and weight costates by the parameter's name in the block's module.
+        theta: weights by the parameter's name in the block's module.
+        omega: weight costates by the same names.
         average: the moving average of the weights by name, where there is one.
         buffers: the module's buffers by name, and its extra state.
-        h, z: state and costate, None where a block has none.
+        h: the state (of micro-batches: the last one's); None where a block has none.
+        z: its costate, likewise.
         rounding: the error of autocast, where it is on.
         updates: how often the weights moved.
         stored: the most tokens whose activations it kept at once (presentation 'sequence').
@@ -210,12 +212,14 @@ class RunFacts:
 class RunResult(RunFacts):
     """A finished (or interrupted) run; its text is a short report, which a notebook shows.
 
+    The other fields are those of RunFacts.
+
     Attributes:
         model: a plain module with the learned weights, or their averages where `learning.average`
-            asks for them; plain: then the same with the weights as they were in the end.
+            asks for them.
+        plain: then the same with the weights as they were in the end.
         windows: prequential metrics in order, per readout.
         records: the energies per tick by block, where `metrics.record` asked for them.
-        The rest is as in RunFacts.
     """
 
     model: nn.Module
@@ -242,14 +246,13 @@ def _last(window: Window) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome(RunFacts):
-    """The result of an engine.
+    """The result of an engine. The other fields are those of RunResult.
 
     Attributes:
         blocks: final states by name (without those that were lost, after an interruption).
         startup: seconds by phase, as far as the engine times them.
         delays: the chosen ones, where they were to be chosen.
         error: the exception of `on_progress` that ended the run.
-        The rest is as in RunResult.
     """
 
     blocks: dict[str, BlockState]

@@ -39,7 +39,7 @@ def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]
 
 
 def _given(network: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint without the knobs that were left to the level: later versions have more."""
+    """Return a fingerprint without knobs left to the level, of which later versions have more."""
     knobs = {name: one for name, one in network.get("locality", {}).items() if one is not None}
     return {**network, "locality": knobs}
 
