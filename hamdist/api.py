@@ -102,9 +102,9 @@ def train(
     )
     if isinstance(model, Graph):
         _check_graph(settled, fields, loss, policy)
-    named = settled.stream.names if names is None else names
-    own = settled.model_loss if loss is None else _model_loss(losses)
-    stream = _as_stream(stream, classes, named, arguments_of(model), own)
+    key_names = settled.stream.names if names is None else names
+    own_loss = settled.model_loss if loss is None else _model_loss(losses)
+    stream = _as_stream(stream, classes, key_names, arguments_of(model), own_loss)
     if settled.model.stabilise:
         model = _stabilised(model, stream.spec)
     return train_settings(
@@ -133,12 +133,12 @@ def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
             "model.stabilise has no effect on a Graph, which brings its own blocks: make them of "
             "hamdist.PreNorm, and leave it out here"
         )
-    made, told = stabilised(
+    wrapped, notes = stabilised(
         model, example_input(spec) if spec.inputs is None else example_inputs(spec)
     )
-    for text in told:
+    for text in notes:
         warnings.warn(ChoiceWarning(text), stacklevel=3)
-    return made
+    return wrapped
 
 
 _FUNCTIONS = {
@@ -214,10 +214,10 @@ def _check_graph(
 def _settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
     base = {} if settings is None else settings.model_dump(mode="json", exclude_unset=True)
     try:
-        made = Settings.model_validate(lay_over(base, fields))
+        merged = Settings.model_validate(lay_over(base, fields))
     except ValidationError as error:
         raise SettingsError(describe(error)) from None
-    return made.for_level(made.level)
+    return merged.for_level(merged.level)
 
 
 def _as_stream(

@@ -34,13 +34,13 @@ def load_function(option: str, name: str) -> Callable[..., object]:
         raise SettingsError(f"{said}: write it as {FORMS}")
     file = where.endswith(".py")
     module = _from_file(Path(where), said) if file else _imported(where, said)
-    found = getattr(module, attribute, None)
-    if found is None:
-        what = "file" if file else "module"
-        raise SettingsError(f"{said}: {what} {where!r} has no {attribute!r}")
-    if not callable(found):
-        raise SettingsError(f"{said}: {attribute!r} is {type(found).__name__}, not a function")
-    return found  # type: ignore[no-any-return]  # callable() narrows to Callable[..., object]
+    function = getattr(module, attribute, None)
+    if function is None:
+        kind = "file" if file else "module"
+        raise SettingsError(f"{said}: {kind} {where!r} has no {attribute!r}")
+    if not callable(function):
+        raise SettingsError(f"{said}: {attribute!r} is {type(function).__name__}, not a function")
+    return function  # type: ignore[no-any-return]  # callable() narrows to Callable[..., object]
 
 
 def check_call(option: str, name: str, function: Callable[..., object], *given: str) -> None:

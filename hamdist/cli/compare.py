@@ -89,7 +89,7 @@ def compare(
 
 
 def _split_levels(text: str) -> list[str]:
-    """Raises SettingsError for what is no level, or nothing."""
+    """Split a list of levels. Raises SettingsError for an unknown level, or an empty list."""
     known = [level.value for level in Level]
     names = [name.strip() for name in text.split(",") if name.strip()]
     wrong = [name for name in names if name not in known]
@@ -162,7 +162,7 @@ def _compare(
 def _titles(
     display: Display, folder: ResultFolder, planned: list[PlannedRun], batch: int | None
 ) -> Callable[[PlannedRun], OnProgress]:
-    """For each planned run, what shows its progress."""
+    """Return a function that makes the progress display of a planned run."""
     numbers = {item: number for number, item in enumerate(planned, start=1)}
 
     def watch(item: PlannedRun) -> OnProgress:

@@ -1,4 +1,4 @@
-"""What the commands print with: results on standard output, all else on standard error.
+"""Output of the commands: results on standard output, all else on standard error.
 
 Lines of standard error go through the logger `hamdist`: errors, warnings, notes and progress
 (INFO), phases (DEBUG). With --json standard output has one JSON document and nothing else.
@@ -31,7 +31,7 @@ LOGGER = logging.getLogger("hamdist")
 
 @dataclass
 class CommandOutput:
-    """Holds what the command that runs has found. as_json: it is printed as one JSON document."""
+    """The results of the running command; `as_json` prints them as one JSON document."""
 
     as_json: bool = False
     document: dict[str, Any] = field(default_factory=dict)
@@ -41,8 +41,7 @@ OUTPUT = CommandOutput()
 
 
 class LineHandler(logging.Handler):
-    """Prints records as lines of standard error. console: that of a live display, while there is
-    one, which keeps itself below them."""
+    """Prints log records on standard error, above a live display while there is one (`console`)."""
 
     console: Console | None = None
 
@@ -75,7 +74,7 @@ def report(**parts: Any) -> None:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Made when needed, so that it writes to the stream of the moment."""
+    """Make a console, when needed, so that it writes to the current stream."""
     made = Console(stderr=stderr, highlight=False, quiet=OUTPUT.as_json and not stderr)
     if not made.is_terminal:
         made.width = PLAIN_WIDTH
@@ -98,7 +97,7 @@ def note(text: str) -> None:
 
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
-    """What a run reached, name by name."""
+    """Print the facts of a run, by name."""
     table = Table(box=None, pad_edge=False, show_header=False, title_justify="left")
     table.title = title
     for name, value in facts.items():
@@ -107,7 +106,7 @@ def print_facts(title: str, facts: Mapping[str, str]) -> None:
 
 
 def print_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """A table of text; the first row has the columns' names."""
+    """Print a table of text; the first row has the columns' names."""
     _report_table(title, rows[0], rows[1:])
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in rows[0]:
@@ -118,7 +117,7 @@ def print_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_table(cells: StudyTable, title: str) -> None:
-    """A study's rows, with its notes below. The first columns are names, all others numbers."""
+    """Print a study's rows, with its notes below; all but the first columns are numbers."""
     _report_table(title, cells.titles, cells.rows, cells.notes)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(cells.titles):
@@ -140,7 +139,7 @@ def _report_table(
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turns what hamdist raises on purpose, and Ctrl-C, into one message and an exit code."""
+    """Turn errors of hamdist, and Ctrl-C, into one message and an exit code."""
     try:
         yield
     except HamdistError as error:

@@ -1,4 +1,4 @@
-"""`hamdist diff`: where two runs part."""
+"""`hamdist diff`: the first tick at which two runs differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown while a command works."""
+"""Display of progress while a command works."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ class Display:
         self.close()
 
     def close(self) -> None:
-        """Show nothing more in place: what is printed from now on stays."""
+        """Stop the live display: lines printed from now on stay."""
         if self._live is not None:
             self._live.stop()
         LINES.console = None
 
     def note(self, text: str) -> None:
-        """What is going on, where there is no run to watch yet."""
+        """Show the current activity, before a run can be watched."""
         if self._live is not None:
             self._live.update(Text(text, style="bold"), refresh=True)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         note(text)
 
     def watch(self, title: str, batch: int | None) -> OnProgress:
-        """What to call with the progress of the run `title`."""
+        """Return the function to call with the progress of the run `title`."""
         from hamdist.study.report.live import RunView
 
         view = RunView(title, batch)
@@ -80,7 +80,7 @@ class Display:
 
 @contextmanager
 def warning_at_once() -> Iterator[list[str]]:
-    """Inside, what Python is warned of is shown as our own warnings are. Yields what was shown."""
+    """Show Python's warnings as our own inside. Yields those that were shown."""
     said: list[str] = []
 
     def show(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the settings that follow from them."""
+"""Options that several commands share, and the settings that follow from them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def changes(
     steps: int | None = None,
     stabilise: bool | None = None,
 ) -> dict[str, Any]:
-    """What these options change in the settings: those that were not given, nothing."""
+    """Return the changes of the settings by those options that were given."""
     return given(
         {
             "level": level,
@@ -78,10 +78,10 @@ def changes(
 
 
 def load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settings:
-    """The recipe or file `source`, with what `--set` and then `options` say laid over it. Where it
-    asks for portable bits, this process will compute them.
+    """Load the recipe or file `source`, with `--set` and then `options` laid over it.
 
-    Raises SettingsError where there is none, or something in it is wrong.
+    If it asks for portable bits, this process will compute them. Raises SettingsError if there is
+    no such source, or a value in it is wrong.
     """
     from hamdist.runtime.process.portable import pin
     from hamdist.study.shared.recipes import load_settings
@@ -93,5 +93,5 @@ def load(source: str, set_: list[str] | None, options: dict[str, Any]) -> Settin
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Of these options by name, those that were given."""
+    """Return those options, by name, that were given."""
     return {key: value for key, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What a command makes and checks before anything is computed."""
+"""Preparations of a command: functions, folders and checks before anything is computed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 def prepare(
     out: Path | None, model_name: str | None, option: str = "--model"
 ) -> ModelFactory | None:
-    """What can be wrong before anything is computed: the folder and the model's function. option:
-    of the command, which named it. Raises SettingsError where nothing can be written to `out`, or
-    no function has that name."""
+    """Check the folder, and return the model's function; `option` is the one that named it.
+
+    Raises SettingsError if `out` cannot be written, or no function has that name.
+    """
     if out is not None:
         prepare_folder(out)
     if model_name is None:
@@ -46,7 +47,7 @@ def code_of(*names: str | None) -> str:
 
 
 def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
-    """What `--stream` names makes. Raises SettingsError where there is no such function."""
+    """Return the data of the function that `--stream` names. Raises SettingsError."""
     if name is None:
         return None
     from hamdist.study.run.own_data import load_stream
@@ -55,18 +56,19 @@ def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
 
 
 def need_plots(command: str) -> None:
-    """Raises SettingsError where nothing could be drawn in the end."""
+    """Raise SettingsError if the plots could not be drawn in the end."""
     need_package("matplotlib", "matplotlib", f"`hamdist {command}`, which draws plots")
 
 
 def results_of(name: str) -> Path:
-    """Where a comparison or a study is written when nobody says where: no name leads out of
-    `results`."""
+    """Return the default folder of a comparison or a study; no name leads out of `results`."""
     return Path("results") / (re.sub(r"[^\w-]+", "-", name).strip("-") or "run")
 
 
 def command_line() -> str:
-    """The command as it was typed, for the files that say what made them; of a path that is no
-    UTF-8 the bytes as \\udcXX."""
+    r"""Return the command as it was typed, for the files of its results.
+
+    Bytes of a path that is not UTF-8 are written as \udcXX.
+    """
     typed = shlex.join(["hamdist", *sys.argv[1:]])
     return typed.encode("utf-8", "backslashreplace").decode()

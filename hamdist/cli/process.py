@@ -21,8 +21,10 @@ PLAIN |= {"τ": "tau", "η": "eta", "ω": "omega", "θ": "theta", "φ": "phi", "
 
 
 class SteadyFile(io.FileIO):
-    """A standard stream that is full or closed takes what is written and loses it: the files of a
-    run do not depend on who reads along."""
+    """A standard stream that ignores errors of writing when it is full or closed.
+
+    So the files of a run do not depend on who reads its output.
+    """
 
     def write(self, data: object, /) -> int:
         """Write `data` (bytes-like), and return its length whatever becomes of it."""

@@ -1,4 +1,4 @@
-"""`hamdist recipes`: what is shipped."""
+"""`hamdist recipes`: the shipped recipes."""
 
 from __future__ import annotations
 

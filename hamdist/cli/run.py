@@ -134,7 +134,7 @@ def _run(
 
 
 def _print_run(result: Run, settings: Settings, said: list[str], out: Path) -> None:
-    """said: warnings that have been shown already."""
+    """Print the result; the warnings in `said` have been shown already."""
     from hamdist.study.report.files import run_summary
     from hamdist.study.report.table import run_facts, run_title
 

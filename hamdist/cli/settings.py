@@ -1,4 +1,4 @@
-"""`hamdist init`, `hamdist schema`: a settings file to begin with, and what editors check it by."""
+"""`hamdist init`, `hamdist schema`: a settings file to begin with, and its JSON schema."""
 
 from __future__ import annotations
 

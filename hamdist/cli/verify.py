@@ -1,4 +1,4 @@
-"""`hamdist verify`: every statement against an oracle of its own."""
+"""`hamdist verify`: every statement against an independent oracle."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def verify(
 
 
 def _check_options(model: str | None, of_model: dict[str, Any], of_topics: dict[str, Any]) -> None:
-    """Raises SettingsError for an option that would change nothing."""
+    """Raise SettingsError for an option without effect."""
     if model is None and given(of_model):
         raise SettingsError(f"--{next(iter(given(of_model)))} belongs to --model: give both")
     if model is not None and given(of_topics):
@@ -108,7 +108,7 @@ def _own_model(
 
 
 def _prepare_file(path: Path | None) -> None:
-    """Raises SettingsError where `path` cannot be written, before anything is computed."""
+    """Raise SettingsError if `path` cannot be written, before anything is computed."""
     if path is not None:
         try:
             path.open("a").close()
@@ -117,7 +117,7 @@ def _prepare_file(path: Path | None) -> None:
 
 
 def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
-    """Prints a row for every check as soon as it has run; exit code 1 where one failed."""
+    """Print a row for each check as soon as it has run; exit code 1 if one failed."""
     from hamdist.study.verify.runner import run as run_checks
     from hamdist.study.verify.runner import to_json
 

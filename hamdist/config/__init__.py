@@ -1,8 +1,8 @@
-"""The settings of a run: what the YAML files hold, checked by pydantic.
+"""The settings of a run, as the YAML files hold them, checked by pydantic.
 
 One file a section; `settings` has all of them in one. Every name of a level, a knob, a loss, an
-engine or a transport is an enum. Shapes and the graph are checked later, by `dynamics`; what can be
-checked without them is checked here.
+engine or a transport is an enum. Shapes and the graph are checked later, by `dynamics`; everything
+that can be checked without them is checked here.
 """
 
 from hamdist.config.merge import LevelOverrides as LevelOverrides

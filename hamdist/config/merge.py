@@ -9,7 +9,7 @@ from hamdist.config.sections.section import Section
 
 
 class LevelOverrides(Section):
-    """What a level changes in the rest of the settings."""
+    """Changes of a level to the rest of the settings."""
 
     partition: dict[str, Any] = {}
     """Fields of `partition`."""
@@ -25,7 +25,7 @@ _SECTIONS = frozenset(LevelOverrides.model_fields)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the entries of `over` laid over it, mapping by mapping."""
+    """Return `base` with the entries of `over` laid over it, mapping by mapping."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -35,8 +35,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lay_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`merge`, for overrides that a user gives: what they say holds at every level, also where
-    `levels` says otherwise, unless they speak of `levels` themselves."""
+    """Return `merge` for overrides by a user, which hold at every level.
+
+    They also hold where `levels` says otherwise, unless they set `levels` themselves.
+    """
     merged = merge(base, over)
     sections = {k: v for k, v in over.items() if k in _SECTIONS and isinstance(v, Mapping)}
     levels = merged.get("levels")

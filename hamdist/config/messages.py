@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in the words of an error of ours."""
+"""The errors of pydantic in the words of a SettingsError."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ _repr.maxstring, _repr.maxother, _repr.maxlong = 200, 200, 40
 
 
 def shown(value: object) -> str:
-    """`value` as an error shows it: cut where it is long or deep."""
+    """Return `value` as an error shows it, cut where it is long or deep."""
     return _repr.repr(value)
 
 
 def describe(error: ValidationError) -> str:
-    """One line per wrong field: its path, what is wrong, the value received. A field that may be
-    of several types is wrong in one of these ways or the other."""
+    """Return one line per wrong field: its path, what is wrong, the value received.
+
+    A field with several possible types has one line for each of them.
+    """
     found: dict[tuple[str, str], list[str]] = {}
     for item in error.errors(include_url=False):
         # pydantic names the types of a union inside the path, as no field is named
@@ -48,14 +50,13 @@ def describe(error: ValidationError) -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return what an error adds about a name that is none: the nearest of `known`, if any."""
+    """Return the hint of an error about an unknown name: the nearest of `known`, if any."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _known_instead(root: str, path: Sequence[str]) -> str:
-    """What may stand in the place of the last name of `path`. root: the name of the section that
-    was read."""
+    """Return a hint for the last name of `path`; root: name of the section that was read."""
     *parents, wrong = path
     sections = [one for one in _below(BaseModel) if one.__name__ == root]
     for name in parents:  # a name that no section has is a key of a mapping, or pydantic's own
@@ -81,7 +82,7 @@ def _below(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 def _named_in(annotation: object) -> Iterator[type[BaseModel]]:
-    """The sections that a field of this type may hold."""
+    """Yield the sections that a field of this type may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

@@ -18,9 +18,15 @@ SettingsModel = TypeVar("SettingsModel", bound=BaseModel)
 
 
 def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Settings:
-    """Settings from YAML `text`, with `overrides` laid over it in order (`lay_over`).
+    """Read settings from YAML `text`, with `overrides` laid over it in order (`lay_over`).
 
-    Raises SettingsError naming `origin`, and the line or the field.
+    Args:
+        text: the YAML.
+        origin: name of the file, for errors.
+        overrides: mappings such as those of `parse_override`.
+
+    Raises:
+        SettingsError: names `origin`, and the line or the field.
     """
     raw = read_yaml(text, origin)
     if raw is None:
@@ -32,14 +38,14 @@ def read_settings(text: str, origin: str, overrides: Sequence[Mapping[str, Any]]
 
 
 def mapping(raw: object, origin: str, what: str = "settings") -> dict[str, Any]:
-    """What was read, where it is a mapping. Raises SettingsError naming `origin` where not."""
+    """Return `raw` if it is a mapping; raise SettingsError naming `origin` if not."""
     if not isinstance(raw, dict):
         raise SettingsError(f"{origin}: {what} are a mapping of names to values, not {shown(raw)}")
     return raw
 
 
 def checked(kind: type[SettingsModel], raw: Mapping[str, Any], origin: str) -> SettingsModel:
-    """`raw` as settings of `kind`. Raises SettingsError naming `origin`, and each wrong field."""
+    """Return `raw` as settings of `kind`; raise SettingsError naming `origin` and wrong fields."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -47,7 +53,7 @@ def checked(kind: type[SettingsModel], raw: Mapping[str, Any], origin: str) -> S
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`stream.batch=8` as {'stream': {'batch': 8}}; the value is read as YAML.
+    """Return `stream.batch=8` as {'stream': {'batch': 8}}; the value is read as YAML.
 
     Raises SettingsError where there is no '=' or the value is no YAML.
     """
@@ -67,8 +73,10 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def to_yaml(settings: Settings, *, only_set: bool = False) -> str:
-    """The settings in full, readable by `read_settings`; only_set: without those that have their
-    default, which level 'auto' may choose."""
+    """Return the settings as YAML for `read_settings`.
+
+    only_set: without those that have their default, which level 'auto' may choose.
+    """
     values = settings.model_dump(mode="json", exclude_unset=only_set)
     text: str = yaml.safe_dump(values, sort_keys=False)
     return text

@@ -1,4 +1,4 @@
-"""YAML that holds plain values, and no more of them than it looks like."""
+"""Reads YAML that holds plain values only, in a number limited by the size of its text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ MAX_VALUES = 10_000
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Values as they look: 1:30 is no 90, no name is given twice, no tag names a type, and an alias
-    counts as many values as it repeats."""
+    """Loader of plain values, without the surprises of YAML.
+
+    1:30 is no 90, no name is given twice, no tag names a type, and an alias counts as many values
+    as it repeats.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -61,8 +64,11 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def plain_values(text: str) -> Any:
-    """What YAML `text` holds. Raises ValueError saying why it does not hold settings: besides what
-    is no YAML, tags (which name types), and text that is small and becomes large by its aliases."""
+    """Return the values of YAML `text`.
+
+    Raises ValueError with the reason for which it cannot hold settings: besides text that is no
+    YAML, tags (which name types), and text that is small and becomes large by its aliases.
+    """
     try:
         loader = _PlainLoader(text)
         try:
@@ -77,10 +83,7 @@ def plain_values(text: str) -> Any:
 
 
 def read_yaml(text: str, origin: str) -> Any:
-    """What YAML `text` holds: plain values, and no more of them than it looks like.
-
-    Raises SettingsError naming `origin`, and the line.
-    """
+    """Return the plain values of YAML `text`; raise SettingsError naming `origin` and the line."""
     try:
         return plain_values(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The settings of a run in one: its sections, and what `levels` lays over them."""
+"""All settings of a run: its sections, and the overrides of `levels`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Loss(str, Enum):
 
 
 class CompareSettings(Section):
-    """What `hamdist compare` runs beside centralised backpropagation."""
+    """Runs of `hamdist compare` beside centralised backpropagation."""
 
     levels: tuple[Level, ...] = (Level.BACKPROP, Level.TRACE, Level.LOCAL)
     """The levels."""
@@ -95,7 +95,7 @@ class Settings(Section):
 
     @property
     def model_loss(self) -> str | None:
-        """The name of the output that is the model's own loss, where that is learned."""
+        """Return the name of the output that is the model's own loss, if that is learned."""
         if not isinstance(self.loss, dict):
             return MODEL_LOSS if self.loss is Loss.MODEL else None
         return next((name for name, one in self.loss.items() if one is Loss.MODEL), None)
@@ -103,7 +103,7 @@ class Settings(Section):
     @field_validator("dtype", mode="before")
     @classmethod
     def _by_name(cls, value: object) -> object:
-        """Takes a torch.dtype, too."""
+        """Accept a torch.dtype, too."""
         return str(value).rpartition(".")[2] if type(value).__name__ == "dtype" else value
 
     @model_validator(mode="after")
@@ -113,7 +113,7 @@ class Settings(Section):
         return self
 
     def for_level(self, level: Level) -> Settings:
-        """These settings at `level`, with what `levels` says about it merged in."""
+        """Return these settings at `level`, merged with the overrides of `levels` for it."""
         return _merged(self, level)
 
 

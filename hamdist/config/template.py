@@ -38,8 +38,10 @@ def _standard(part: Any) -> Any:
 
 
 def template(settings: Settings, recipe: str) -> str:
-    """Write `settings` as YAML for people: what was set, and below its comment every other field
-    with its default, as a comment. Read again, it is `settings`."""
+    """Return `settings` as YAML with every other field and its default as a comment.
+
+    Read again, it is `settings`.
+    """
     schema = json_schema()
     values = settings.model_dump(mode="json", exclude_unset=True)
     defaults = Settings().model_dump(mode="json")
@@ -54,7 +56,7 @@ def _lines(
     defaults: Mapping[str, Any],
     indent: str,
 ) -> Iterator[str]:
-    """The fields of one section. values: those that were set."""
+    """Yield the lines of one section. values: those that were set."""
     for name, field in schema["properties"].items():
         section = kinds[field["$ref"].rpartition("/")[2]] if "$ref" in field else {}
         words = _words(field, kinds)
@@ -69,14 +71,14 @@ def _lines(
 
 
 def _words(field: Mapping[str, Any], kinds: Mapping[str, Any]) -> str:
-    """What a field may be, on one line, and what it means."""
+    """Return types and meaning of a field on one line."""
     kind = kinds[field["$ref"].rpartition("/")[2]] if "$ref" in field else field
     meaning = " ".join(str(field.get("description", "")).split())
     return "; ".join(filter(None, (" | ".join(dict.fromkeys(_types(kind, kinds))), meaning)))
 
 
 def _types(kind: Mapping[str, Any], kinds: Mapping[str, Any]) -> Iterator[str]:
-    """The types of a schema in words."""
+    """Yield the types of a schema in words."""
     if "$ref" in kind:
         kind = kinds[kind["$ref"].rpartition("/")[2]]
     if "anyOf" in kind:

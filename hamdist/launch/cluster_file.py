@@ -30,7 +30,7 @@ FILE = "cluster.yaml"
 
 
 def _url(value: str) -> str:
-    """An http address with its port; raises ValueError for what is none."""
+    """Return an http address with its port; raises ValueError for anything else."""
     text = value if "://" in value else f"http://{value}"
     try:
         parts = urlsplit(text)
@@ -81,8 +81,11 @@ class ClusterSettings(Section):
 
 
 def find_cluster(given: str | None) -> ClusterSettings:
-    """The cluster that `--cluster` names; without it the one of HAMDIST_CLUSTER, else the one that
-    `hamdist cluster start` has started on this machine. Raises SettingsError."""
+    """Return the cluster that `--cluster` names. Raises SettingsError.
+
+    Without that option it is the one of HAMDIST_CLUSTER, else the one that `hamdist cluster start`
+    has started on this machine.
+    """
     source = given or os.environ.get(VARIABLE)
     if source is None:
         own = HOME.expanduser() / FILE
@@ -98,7 +101,7 @@ def find_cluster(given: str | None) -> ClusterSettings:
 
 
 def read_cluster(path: Path) -> ClusterSettings:
-    """Raises SettingsError naming the file, and the line or the field."""
+    """Read a cluster file. Raises SettingsError naming the file, and the line or the field."""
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""`hamdist doctor`: this host alone, or all hosts of a cluster, and what is to be said of them."""
+"""`hamdist doctor`: facts of this host alone, or of all hosts of a cluster, and their verdicts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from hamdist.launch.submit import submit_checkup
 
 
 def checkup(jobs: Jobs | None, say: Callable[[str], None]) -> tuple[Findings, list[DoctorCheck]]:
-    """jobs: of the cluster; None: this host alone. say: told what happens meanwhile.
+    """Collect the findings of a cluster, or of this host alone (`jobs` None), and judge them.
 
-    Raises ClusterError where the cluster cannot be looked at at all.
+    `say` is called with progress. Raises ClusterError if the cluster cannot be examined at all.
     """
     if jobs is None:
         return this_host()

@@ -1,6 +1,8 @@
-"""Looks at every host of the Ray that this process joins: `python -m hamdist.launch.doctor_job`,
-as a job of `hamdist doctor --cluster`. A witness (an actor that asks for no CPU) on each host tells
-what the host is, and measures links with hamdist's own transport."""
+"""Examines every host of the Ray that this process joins: `python -m hamdist.launch.doctor_job`,
+as a job of `hamdist doctor --cluster`. A probe (an actor that requests no CPU) on each host
+collects
+the host's facts, and measures links with hamdist's own transport.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ THREADS = 64
 
 
 class HostProbe:
-    """Every method runs on the host that is looked at."""
+    """An actor on the host that is examined."""
 
     def __init__(self) -> None:
         self._probes: dict[int, Probe] = {}
@@ -49,13 +51,13 @@ class HostProbe:
         return time.time()
 
     def new_key(self, run: int, number: int) -> str:
-        """Makes the keys of its end of link `number`; returns the public one."""
+        """Make the keys of its end of link `number`, and return the public one."""
         keys = new_keys()
         self._probes[number] = Probe(run, 0.0, keys)
         return keys.public
 
     def open(self, number: int, channel: int, way: str) -> dict[int, str]:
-        """The receiving end of one channel of link `number`."""
+        """Open the receiving end of one channel of link `number`."""
         return self._probes[number].open({channel: way})
 
     def join(self, number: int, addresses: dict[int, str]) -> None:
@@ -90,8 +92,10 @@ def main() -> int:
 
 
 def examine(known: Sequence[HostInfo], storage: str | None = None) -> Findings:
-    """known: the hosts of the Ray that is up, the one of this process first. storage: a folder
-    that all are to see."""
+    """Examine the `known` hosts of the running Ray, the one of this process first.
+
+    `storage` is a folder that all hosts should see.
+    """
     mark = None
     if storage is not None:
         mark = f".hamdist-mark-{secrets.token_hex(4)}"
@@ -150,7 +154,7 @@ def _found(
 
 
 def pairs(hosts: int) -> tuple[list[tuple[int, int]], int]:
-    """Those that are measured, and how many are not."""
+    """Return the pairs of hosts to measure, and the number of those that are not measured."""
     every = list(itertools.combinations(range(hosts), 2))
     if hosts <= ALL_PAIRS:
         return every, 0
@@ -159,7 +163,7 @@ def pairs(hosts: int) -> tuple[list[tuple[int, int]], int]:
 
 
 def _clock(witness: Any) -> tuple[float, float]:
-    """Its clock less ours, by the quickest of a few questions, and half of what that one took."""
+    """Return its clock less ours, by the quickest of a few queries, and the uncertainty."""
     found = []
     for _ in range(CLOCK_ROUNDS):
         begin = time.time()
@@ -171,7 +175,7 @@ def _clock(witness: Any) -> tuple[float, float]:
 
 
 def _inside(run: int, only: tuple[HostInfo, Any]) -> LinkFacts:
-    """Of a single host: between two processes there."""
+    """Measure the link between two processes of a single host."""
     other = (only[0], _start(only[0]))
     try:
         found = _link(run, 0, 0, 1, [only, other])

@@ -1,4 +1,4 @@
-"""What `hamdist doctor` found, and what is to be said of it. Pure: no host is asked here."""
+"""Findings of `hamdist doctor`, and their verdicts. Pure functions: no host is queried here."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ SAME = ("hamdist", "ray", "python", "torch")  # on all hosts, or nothing is equa
 
 
 class LinkFacts(BaseModel):
-    """Between two hosts by their index: seconds of a small signal one way, bytes a second of a
-    large one (None: not to be told); or what went wrong."""
+    """The link between two hosts, given by their index.
+
+    `seconds`: of a small signal one way; `bytes_per_second`: of a large one (None: unknown);
+    `error`: the reason of a failure.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,9 +39,13 @@ class LinkFacts(BaseModel):
 
 
 class Findings(BaseModel):
-    """hosts: the head first; unreached: hosts that could not be looked at, with the reason. clocks:
-    by host its clock less the head's, in seconds, and how far that may be wrong. skipped: pairs of
-    hosts whose links were not measured."""
+    """Facts of all hosts and links.
+
+    Attributes:
+        hosts: the head first; unreached: hosts that could not be examined, with the reason.
+        clocks: by host its clock less the head's, in seconds, and how far that may be wrong.
+        skipped: pairs of hosts whose links were not measured.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -49,7 +56,7 @@ class Findings(BaseModel):
     skipped: int = 0
 
     def tables(self) -> dict[str, list[list[str]]]:
-        """By title; the first row has the columns' names."""
+        """Return tables by title; the first row has the columns' names."""
         head = ["host", "platform", "vectors", "hamdist", "torch", "ray", "python"]
         head += ["CPUs", "threads"]
         head += ["free GiB", "/dev/shm MiB", "C code", "GPUs", "clock, ms"]
@@ -89,14 +96,14 @@ class Findings(BaseModel):
 
 @dataclass(frozen=True)
 class DoctorCheck:
-    """One thing that was looked at. verdict: FAIL where a run would not work or not be the same."""
+    """The verdict of a check: FAIL if a run would not work, or compute other numbers."""
 
     verdict: Literal["ok", "warning", "FAIL"]
     text: str
 
 
 def judged(found: Findings, here: Mapping[str, str] | None = None) -> list[DoctorCheck]:
-    """here: the versions of the terminal's own host, where that is none of the hosts."""
+    """Return the verdicts; `here`: versions of the terminal's host, if it is not among them."""
     checks = [DoctorCheck("FAIL", f"{name}: {why}") for name, why in found.unreached.items()]
     checks += _versions(found, here)
     checks += _arithmetic(found)
@@ -127,7 +134,7 @@ def _versions(found: Findings, here: Mapping[str, str] | None) -> list[DoctorChe
 
 
 def _arithmetic(found: Findings) -> list[DoctorCheck]:
-    """Which hosts compute the same bits, without C code where one has none: `_host` tells."""
+    """Check which hosts compute the same bits, without C code where one has none (see `_host`)."""
     kinds: list[tuple[Arithmetic, list[str]]] = []
     for i, host in enumerate(found.hosts):
         own = host.arithmetic

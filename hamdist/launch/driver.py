@@ -1,8 +1,9 @@
-"""The driver of a launched run: `python -m hamdist.launch.driver [SIGNAL]`, in the parcel.
+"""The driver of a launched run: `python -m hamdist.launch.driver [SIGNAL]`, in the package folder.
 
-job.py starts it, and starts it again where it was lost (SIGNAL ended the one before). Its standard
-output is the job's log, where it tells what happens (events.py). SIGINT is the first Ctrl-C of a
-terminal: a snapshot, the end of the stream, and what the run has reached by then is its result.
+guardian.py starts it, and again if it was lost (SIGNAL ended the one before). Its standard output
+is
+the job's log, into which it writes events (events.py). SIGINT is the first Ctrl-C of a terminal: a
+snapshot, the end of the stream, and the state of the run by then is its result.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from hamdist.study.shared.recipes import load_settings
 
 
 def main() -> int:
-    """Runs the parcel in the current folder. Returns the exit code of `hamdist run`."""
+    """Run the package in the current folder. Returns the exit code of `hamdist run`."""
     _end_with_the_job()
     lost = sys.argv[1] if len(sys.argv) > 1 else None
     try:
@@ -61,7 +62,7 @@ def main() -> int:
 
 
 def _run(folder: Path, lost: str | None) -> Ended:
-    """lost: the signal that ended the driver before this one."""
+    """Run the package; `lost` is the signal that ended the driver before this one."""
     order = read_order(folder)
     here = {"engine": {"address": os.environ.get("RAY_ADDRESS", "auto")}}
     given = load_settings(str(folder / SETTINGS), [here])
@@ -119,8 +120,8 @@ def _run(folder: Path, lost: str | None) -> Ended:
 
 
 def _found_again(order: JobSpec, lost: str) -> str | None:
-    """Where the run goes on after its driver was lost: from its own snapshots, else from where it
-    began. Tells so."""
+    """Return the snapshot from which the run resumes after its driver was lost, and report it. That
+    is one of its own snapshots, else the one from which it began."""
     from hamdist.runtime.storage.snapshot_files import complete, latest
     from hamdist.runtime.storage.store import storage
 
@@ -141,14 +142,15 @@ def _found_again(order: JobSpec, lost: str) -> str | None:
 
 
 def _as_given(settings: Settings, given: Settings) -> Settings:
-    """As the user can run them again, from elsewhere."""
+    """Return the settings as the user can run them again, from elsewhere."""
     engine = settings.engine.model_copy(update={"address": None})
     return settings.model_copy(update={"engine": engine, "snapshots": given.snapshots})
 
 
 class _Results:
-    """The folder that the results are written to: in the shared storage, or else a temporary one,
-    which goes when all of it has been handed over."""
+    """The folder of the results: in the shared storage, or else a temporary one, which is removed
+    when all files have been transferred.
+    """
 
     def __init__(self, order: JobSpec) -> None:
         self._order = order
@@ -178,18 +180,18 @@ class _Results:
 
 
 def _hand_over(folder: Path, order: JobSpec) -> bool:
-    """Return whether all of it could be written into the log."""
+    """Return True if all files could be written into the log."""
     events = (event for path in _files(folder) for event in file_events(path, order.most))
     return all(tell(event) for event in events)
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of the result, without the folder of snapshots beside them."""
+    """Return the files of the result, without the folder of snapshots beside them."""
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 class _Teller:
-    """Passes a run's progress on, less and less often; a phase of its start at once."""
+    """Reports a run's progress, less and less often; a phase of its start at once."""
 
     def __init__(self) -> None:
         self._pace = ProgressPace()
@@ -201,8 +203,8 @@ class _Teller:
 
 
 def _end_with_the_job() -> None:
-    """Standard input is a pipe of job.py's: it ends with that process, and then this one is to
-    end as well, for nobody could stop it any more."""
+    """End this process when guardian.py ends, as it could not be stopped any more. Standard input
+    is a pipe of guardian.py's, which closes with that process."""
 
     def listen() -> None:
         while os.read(0, 1):

@@ -1,4 +1,4 @@
-"""`hamdist launch --dry-run`: who would go where, over which ports, and what is missing."""
+"""`hamdist launch --dry-run`: the placement, the ports, and missing resources."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class DryRun:
-    """hosts: of the cluster. actors: by process its blocks, its actor options (None where the
-    cluster cannot give it) and the MiB of its weights and weight costates. missing: what keeps the
-    run from starting. notes: what is good to know."""
+    """The result of a dry run.
+
+    Attributes:
+        hosts: of the cluster.
+        actors: by process its blocks, its actor options (None: the cluster lacks the resources),
+            and
+            the MiB of its weights and weight costates.
+        missing: reasons why the run cannot start; notes: further information.
+    """
 
     hosts: Sequence[HostInfo]
     actors: Sequence[tuple[Sequence[str], ActorOptions | None, float]]
@@ -35,7 +41,7 @@ class DryRun:
     notes: Sequence[str] = field(default_factory=tuple)
 
     def tables(self) -> dict[str, list[list[str]]]:
-        """By title; the first row has the columns' names."""
+        """Return tables by title; the first row has the columns' names."""
         names = {host.id: str(host) for host in self.hosts}
         hosts = [["host", "CPUs", "GPUs", "other resources"]]
         hosts += [
@@ -66,10 +72,17 @@ def dry_run(
     cluster: ClusterSettings,
     hosts: Sequence[HostInfo],
 ) -> DryRun:
-    """settings: those of one level, on Ray. named: by option ('--model', '--stream') the function
-    that it named, if it was given; factory, data: what these make.
+    """Plan a run on a cluster without starting it.
 
-    Raises SettingsError, GraphError, LevelError for settings that no cluster could run.
+    Args:
+        settings: those of one level, on Ray.
+        named: the function by option ('--model', '--stream'), if one was given.
+        factory, data: results of these functions.
+        cluster: the cluster's settings.
+        hosts: of the cluster.
+
+    Raises:
+        SettingsError, GraphError, LevelError: no cluster could run the settings.
     """
     dtype = torch_dtype(settings.dtype)
     if data is None:

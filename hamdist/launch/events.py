@@ -1,11 +1,13 @@
-"""What a run on a cluster tells the terminal that started it: lines in the job's log.
+"""Events of a run on a cluster for the terminal that started it: lines in the job's log.
 
-The log is what Ray's Jobs API hands out, over HTTP, from the start, to whoever attaches, also when
-the job has ended; so a terminal needs no other way to the cluster. A line of ours is `#hamdist `
-and JSON; anything else (a traceback, a print of the user's model) is text and shown as it is. The
+Ray's Jobs API sends the log over HTTP, from the start, to any terminal that attaches, also when the
+job has ended; so a terminal needs no other connection to the cluster. An event is a line `#hamdist
+`
+with JSON; anything else (a traceback, a print of the user's model) is text and shown unchanged. The
 files of the result come as the last lines, in base64, with their SHA-256.
 
-Progress is told at most once a second and ever less often, so that a log stays small: with pauses
+Progress is reported at most once a second and ever less often, so that a log stays small: with
+pauses
 of max(1, t / 2000) seconds at time t, T seconds give at most 2000 (1 + ln(T / 2000)) lines.
 """
 
@@ -42,7 +44,7 @@ class _Event(BaseModel):
 
 
 class Started(_Event):
-    """The driver is up. batch: rows of an item; None where they are not known yet."""
+    """The driver has started; `batch` is the rows of an item, None if unknown."""
 
     event: Literal["started"] = "started"
     title: str
@@ -58,8 +60,9 @@ class DriverLost(_Event):
 
 
 class Progressed(_Event):
-    """A `Progress`: windows are two, all but the last one joined, and the last; blocks: the first
-    ones."""
+    """A `Progress` with two windows (all but the last one merged, and the last) and its first
+    blocks.
+    """
 
     event: Literal["moved"] = "moved"
     progress: Progress
@@ -71,7 +74,7 @@ class WarningEvent(_Event):
 
 
 class ResultValues(_Event):
-    """What a run reached, name by name."""
+    """The facts of a finished run, by name."""
 
     event: Literal["reached"] = "reached"
     title: str
@@ -79,7 +82,7 @@ class ResultValues(_Event):
 
 
 class File(_Event):
-    """A file of the result, followed by its parts. Not sent: it was too large, or nobody could."""
+    """A file of the result, followed by its chunks, unless it was too large (`sent`)."""
 
     event: Literal["file"] = "file"
     name: FileName
@@ -94,7 +97,7 @@ class FileChunk(_Event):
 
 
 class FilesStay(_Event):
-    """Where on the cluster the files of the result stay."""
+    """The folder on the cluster in which the files of the result stay."""
 
     event: Literal["kept"] = "kept"
     host: str
@@ -102,15 +105,20 @@ class FilesStay(_Event):
 
 
 class DoctorReport(_Event):
-    """What `hamdist doctor` found (JSON of its own)."""
+    """The findings of `hamdist doctor` (as JSON)."""
 
     event: Literal["report"] = "report"
     report: str
 
 
 class Ended(_Event):
-    """code: the exit code of `hamdist run`. error: why; details: a traceback. resume: what
-    `hamdist launch --resume` takes to go on."""
+    """The end of a run.
+
+    Attributes:
+        code: the exit code of `hamdist run`.
+        error: the reason; details: a traceback.
+        resume: the argument of `hamdist launch --resume` that continues the run.
+    """
 
     event: Literal["ended"] = "ended"
     code: int
@@ -137,7 +145,7 @@ _events: TypeAdapter[RunEvent] = TypeAdapter(Annotated[RunEvent, Field(discrimin
 
 
 def to_line(event: RunEvent) -> str:
-    """ASCII, without the line's end."""
+    """Return the event as ASCII, without the line's end."""
     return PREFIX + json.dumps(event.model_dump())
 
 
@@ -145,11 +153,10 @@ _cut = False  # whether the last line was not written to its end
 
 
 def tell(event: RunEvent) -> bool:
-    """Write `event` into this process's log: one write, so that no other thread's output comes
-    between.
+    """Write `event` into this process's log, in one write that no other output can split.
 
     Returns:
-        Whether it was written: a log whose disk is full ends no run.
+        True if it was written: a log on a full disk ends no run.
     """
     global _cut
     data = ("\n" * _cut + to_line(event) + "\n").encode("ascii")
@@ -162,7 +169,7 @@ def tell(event: RunEvent) -> bool:
 
 
 def from_line(line: str) -> tuple[str, RunEvent | None]:
-    """The text of a line, and the event behind it, if there is one that can be read."""
+    """Return the text of a line, and its event, if it has a readable one."""
     text, found, own = line.partition(PREFIX)
     if not found:
         return line, None
@@ -182,13 +189,13 @@ def moved(progress: Progress) -> Progressed:
 
 
 class ProgressPace:
-    """Whether it is time to tell: see the top of this file."""
+    """Decides when progress is due: see the top of this file."""
 
     def __init__(self) -> None:
         self._next = 0.0
 
     def due(self, seconds: float) -> bool:
-        """seconds: since the start."""
+        """Return True if progress is due, `seconds` after the start."""
         if seconds < self._next:
             return False
         self._next = seconds + max(1.0, seconds / LINES)
@@ -196,7 +203,7 @@ class ProgressPace:
 
 
 def file_events(path: Path, most: int) -> Iterator[RunEvent]:
-    """A file and its parts; without them where it has more than `most` bytes."""
+    """Yield a file and its chunks; without chunks if it has more than `most` bytes."""
     size = path.stat().st_size
     yield File(name=path.name, size=size, sha256=_digest(path), sent=size <= most)
     if size <= most:

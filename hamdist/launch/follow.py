@@ -1,4 +1,4 @@
-"""A run as its terminal sees it: the lines of its log, and the files of its result."""
+"""Follows a run from its terminal: the lines of its log, and the files of its result."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from hamdist.study.shared.result_folder import prepare_folder
 
 
 class Results:
-    """Takes the files of a result as they come, into `out` (None: lets them pass). A file gets its
-    name when all of it is there and its checksum is right. written: their names. left: those that
-    stayed on the cluster, and where."""
+    """Receives the files of a result into `out` (None: they are ignored).
+
+    A file gets its name when it is complete and its checksum is right. `written` are their names,
+    `left` those that stayed on the cluster, and where.
+    """
 
     def __init__(self, out: Path | None) -> None:
         self.out = out
@@ -32,7 +34,9 @@ class Results:
             prepare_folder(out)
 
     def take(self, event: File | FileChunk | FilesStay) -> None:
-        """Raises ClusterError for a file that arrived damaged, or cannot be written."""
+        """Take a part of a result. Raises ClusterError for a damaged file, or one that cannot be
+        written.
+        """
         if isinstance(event, FilesStay):
             self.kept = event
         elif isinstance(event, FileChunk):
@@ -72,7 +76,7 @@ class Results:
         self._finish()
 
     def _finish(self) -> None:
-        """Names the file, once it is whole."""
+        """Give the file its name, once it is complete."""
         if self._file is None or self._got < self._file.size:
             return
         file, part = self._file, self._part
@@ -102,7 +106,7 @@ class Results:
         )
 
     def close(self) -> None:
-        """Raises ClusterError where a file has not arrived whole; what there is of it goes."""
+        """Remove an incomplete file, if there is one, and raise ClusterError."""
         file = self._file
         self.discard()
         if file is not None:
@@ -112,7 +116,7 @@ class Results:
             )
 
     def discard(self) -> None:
-        """Forgets the file that has not arrived whole, if there is one."""
+        """Remove an incomplete file, if there is one."""
         file, part = self._file, self._part
         self._file, self._part = None, None
         if part is not None:
@@ -129,7 +133,7 @@ class Results:
 def follow(
     lines: Iterable[str], results: Results, say: Callable[[str], None]
 ) -> Iterator[RunEvent]:
-    """The events of a log that are not of files, until it ends. say: told what is plain text."""
+    """Yield the events of a log that concern no files; `say` is called with plain text."""
     try:
         for line in lines:
             text, event = from_line(line)

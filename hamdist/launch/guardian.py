@@ -1,14 +1,14 @@
-"""What Ray runs as the job of a launched run: `python -m hamdist.launch.guardian`, in the parcel.
+"""The job of a launched run: `python -m hamdist.launch.guardian`, in the package folder.
 
 A small process that starts the driver (driver.py) and outlives it:
 
     the driver ends with an exit code      so does the job
-    a signal ends it that was not ours     another driver goes on from the run's snapshots
+    a signal ends it that was not ours     another driver resumes from the run's snapshots
     SIGTERM (the Jobs API stops the job)   is SIGINT for the driver, as Ctrl-C in a terminal
 
-Ray sends SIGTERM to the driver, too, and puts a handler of its own there in every driver. So the
-driver has SIGTERM blocked and SIGINT open (in Ray's jobs it is the other way round), and hears of
-the end once, from here.
+Ray sends SIGTERM to the driver, too, and installs a handler of its own in every driver. So the
+driver has SIGTERM blocked and SIGINT open (in Ray's jobs it is the other way round), and gets the
+signal to end once, from here.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ TOLD = (0, FAILED, WRONG_USAGE, INTERRUPTED)
 
 
 class Guardian:
-    """Keeps one run's driver going. command: starts a driver; its last argument is the signal that
-    has ended the one before, if there was one. kept: whether the run keeps snapshots."""
+    """Restarts the driver of a run when it is lost.
+
+    `command` starts a driver; its last argument is the signal that ended the one before, if there
+    was one. `kept` says whether the run keeps snapshots.
+    """
 
     def __init__(self, command: tuple[str, ...], kept: bool) -> None:
         self._command = command
@@ -45,7 +48,7 @@ class Guardian:
         self._stopping = False
 
     def run(self) -> int:
-        """Returns the exit code of the job, when its last driver has ended."""
+        """Run until the last driver has ended, and return the exit code of the job."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._forward)
@@ -72,7 +75,7 @@ class Guardian:
                 )
 
     def _start(self, lost: str) -> subprocess.Popen[bytes]:
-        """SIGTERM, blocked meanwhile, comes when there is a driver to forward it to."""
+        """Start a driver, and hold SIGTERM back until it can be forwarded."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         command = [*self._command, *([lost] if lost else [])]
         self._driver = subprocess.Popen(command, stdin=subprocess.PIPE)
@@ -85,7 +88,7 @@ class Guardian:
             self._driver.send_signal(signal.SIGINT)
 
     def _stopped(self, code: int) -> int:
-        """A driver that was stopped while it started has told nothing."""
+        """Report the end of a driver that was stopped while it started."""
         if code in TOLD:
             return code
         from hamdist.launch.events import Ended, tell
@@ -99,7 +102,7 @@ class Guardian:
 
 
 def _new_line() -> None:
-    """What a lost driver wrote last may be half a line."""
+    """Begin a new line: the last output of a lost driver may be half a line."""
     with suppress(OSError):  # the log's disk is full
         os.write(1, b"\n")
 

@@ -1,4 +1,4 @@
-"""What a host is, as `hamdist doctor` wants to know it. Runs on that host; asks no Ray."""
+"""Facts of a host for `hamdist doctor`. Runs on that host, and does not use Ray."""
 
 from __future__ import annotations
 
@@ -25,11 +25,17 @@ PACKAGES = ("hamdist", "torch", "ray", "pyzmq", "numpy")
 
 
 class HostFacts(BaseModel):
-    """versions: by package, and of Python. processors: that this process may use; promised: CPUs
-    that Ray hands out there. threads: of torch where nothing is said. memory, free, shared: bytes
-    of the host, of what is left, and of /dev/shm (None: there is none). files: that a process may
-    open. token: whether Ray's token is asked for there. storage: what is wrong with the shared
-    storage, empty where nothing is, None where none was named."""
+    """Facts of a host.
+
+    Attributes:
+        versions: by package, and of Python.
+        processors: that this process may use; promised: CPUs that Ray schedules there.
+        threads: torch's default.
+        memory, free, shared: bytes of the host, of its free memory, of /dev/shm (None: missing).
+        files: that a process may open.
+        token: Ray's token is required there.
+        storage: the fault of the shared storage; empty: none, None: there is no storage.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,7 +58,7 @@ class HostFacts(BaseModel):
 
 
 def host_facts(storage: str | None = None, mark: str | None = None) -> HostFacts:
-    """mark: the name of a file that another host has put into `storage`."""
+    """Return the facts of this host; `mark` is a file that another host has put into `storage`."""
     memory = psutil.virtual_memory()
     return HostFacts(
         name=socket.gethostname(),
@@ -73,7 +79,7 @@ def host_facts(storage: str | None = None, mark: str | None = None) -> HostFacts
 
 
 def storage_fault(folder: Path, mark: str | None) -> str:
-    """Why `folder` is no storage for this host; empty where it is one. mark: see `host_facts`."""
+    """Return why `folder` is no storage for this host; empty if it is one."""
     if mark is not None and not (folder / mark).is_file():
         return f"{folder} is not the same folder as on the head" if folder.is_dir() else "missing"
     own = folder / f".hamdist-{secrets.token_hex(4)}"

@@ -41,8 +41,12 @@ _ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 @dataclass(frozen=True)
 class RayJob:
-    """One run on the cluster. state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; began, ended:
-    seconds since 1970, None where it has not."""
+    """A job of hamdist on the cluster.
+
+    Attributes:
+        state: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
+        began, ended: seconds since 1970, None where it has not.
+    """
 
     id: str
     state: str
@@ -56,7 +60,7 @@ class RayJob:
         return self.state in ("STOPPED", "SUCCEEDED", "FAILED")
 
     def unfinished(self) -> str:
-        """What is to be said where it ended without a word of ours."""
+        """Return the message for a job that ended without an event of hamdist."""
         text = f"{self.id} ended without a result ({self.state}): {self.message.strip()}"
         if self.state == "STOPPED":
             text += " It was stopped before it began, or took longer to end than stop_seconds"
@@ -71,7 +75,7 @@ class RayJob:
 class Jobs:
     """The Jobs API of one cluster.
 
-    Raises ClusterError where nobody answers, the token is refused, or an answer makes no sense.
+    Raises ClusterError if it does not answer, refuses the token, or sends a malformed answer.
     """
 
     def __init__(self, cluster: ClusterSettings) -> None:
@@ -89,7 +93,7 @@ class Jobs:
             self._client: Any = JobSubmissionClient(cluster.jobs)
 
     def submit(self, command: str, folder: Path, *, name: str, metadata: Mapping[str, str]) -> str:
-        """Runs `command` in a copy of `folder` on the cluster's head. Returns the job's id."""
+        """Run `command` in a copy of `folder` on the cluster's head, and return the job's id."""
         env = {**self.cluster.env, "RAY_JOB_STOP_WAIT_TIME_S": str(self.cluster.stop_seconds)}
         with self._asking():
             made: str = self._client.submit_job(
@@ -101,7 +105,9 @@ class Jobs:
         return made
 
     def find(self, name: str) -> RayJob:
-        """Raises ClusterError where the cluster knows no such job, or it is not of hamdist."""
+        """Return a job. Raises ClusterError if the cluster has no such job, or it is not of
+        hamdist.
+        """
         if not _ID.match(name):
             raise SettingsError(f"{name!r} is no id of a run (hamdist runs lists them)")
         with self._asking(name):
@@ -111,21 +117,21 @@ class Jobs:
         return job
 
     def all(self) -> list[RayJob]:
-        """hamdist's jobs, the latest first."""
+        """Return hamdist's jobs, the latest first."""
         with self._asking():
             found = [_job(details) for details in self._client.list_jobs()]
         mine = [job for job in found if job.id and OURS in job.metadata]
         return sorted(mine, key=lambda job: job.began or 0.0, reverse=True)
 
     def stop(self, name: str) -> bool:
-        """Asks a job to end (SIGTERM). False where it has ended already."""
+        """Request the end of a job (SIGTERM); False if it has ended already."""
         with self._asking(name):
             return bool(self._client.stop_job(name))
 
     def lines(self, name: str) -> Iterator[str]:
-        """The job's log from its start, line by line, until the job is over.
+        """Yield the job's log from its start, line by line, until the job is over.
 
-        A lost contact is taken up again; ClusterError where that fails for PATIENCE_SECONDS.
+        A lost connection is opened again; ClusterError if that fails for PATIENCE_SECONDS.
         """
         told = 0
         lost: float | None = None
@@ -155,7 +161,7 @@ class Jobs:
             time.sleep(AGAIN_SECONDS)
 
     def _tail(self, name: str) -> Iterator[str]:
-        """What the job writes. Ends with the job, or with the connection (_Lost)."""
+        """Yield the job's output until the job ends, or the connection (_Lost)."""
         import aiohttp
 
         loop = asyncio.new_event_loop()
@@ -178,7 +184,7 @@ class Jobs:
             loop.close()
 
     def hosts(self) -> list[HostInfo]:
-        """The hosts of the cluster, its head first, with all that they have."""
+        """Return the hosts of the cluster with their resources, its head first."""
         from ray.util.state import list_nodes
         from ray.util.state.exception import RayStateApiException
 
@@ -196,7 +202,7 @@ class Jobs:
         ]
 
     def _knock(self) -> None:
-        """Raises ClusterError if nobody listens; Ray itself would try for minutes."""
+        """Raise ClusterError if no process listens; Ray itself would try for minutes."""
         where = urlsplit(self.cluster.jobs)
         try:
             own = (where.hostname or "", where.port or JOBS_PORT)
@@ -210,8 +216,8 @@ class Jobs:
 
     @contextmanager
     def _asking(self, name: str | None = None) -> Iterator[None]:
-        """Inside, Ray's client may be called: no variable of the environment leads it elsewhere,
-        and what it raises becomes a ClusterError."""
+        """Allow calls of Ray's client inside. No environment variable redirects it, and its errors
+        become a ClusterError."""
         self._knock()
         import requests
         from ray.exceptions import AuthenticationError
@@ -238,7 +244,7 @@ class Jobs:
 
 
 class _Lost(Exception):
-    """The connection that carried a log has ended."""
+    """Raised when the connection that carried a log has ended."""
 
 
 async def _soon(task: asyncio.Task[Any]) -> bool:
@@ -247,7 +253,7 @@ async def _soon(task: asyncio.Task[Any]) -> bool:
 
 
 async def _ended(coming: asyncio.Task[str] | None, chunks: Any) -> None:
-    """Closes a log that may be in the middle of something; what that raises is no news."""
+    """Close a log that may be in the middle of a read, and ignore its errors."""
     if coming is not None:
         coming.cancel()
         await asyncio.gather(coming, return_exceptions=True)

@@ -1,10 +1,10 @@
-"""A Ray of one machine, of one's own: `hamdist cluster start` and `stop`.
+"""A Ray cluster of this machine alone: `hamdist cluster start` and `stop`.
 
-Everything that belongs to it is in one folder (mode 0700): the token, Ray's log, `cluster.yaml` for
-`--cluster`, `head.json`, which says which process it is, and `storage`, with the results and
-snapshots of its runs, which stay when it ends. Ray stays in the foreground of that
-process (`--block`), so that ending it ends its children and nobody else's; `ray stop` would end
-every Ray of the machine.
+All its files are in one folder (mode 0700): the token, Ray's log, `cluster.yaml` for `--cluster`,
+`head.json`, which identifies its process, and `storage`, with the results and snapshots of its
+runs,
+which stay when it ends. Ray stays in the foreground of that process (`--block`), so that ending it
+ends its children and no other processes; `ray stop` would end every Ray of the machine.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ ASK_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class LocalHead:
-    """pid, born: the process and its start, in seconds since 1970; folder: Ray's files."""
+    """The head's process, by id and start in seconds since 1970, and Ray's folder."""
 
     pid: int
     born: float
     folder: str
 
     def process(self) -> psutil.Process | None:
-        """The process, if it is still there: the number alone may be another's by now."""
+        """Return the process, if it is still there: its id alone may belong to another by now."""
         try:
             found = psutil.Process(self.pid)
             return found if abs(found.create_time() - self.born) < 1 else None
@@ -59,10 +59,11 @@ class LocalHead:
 
 
 def start(folder: Path, *, port: int, jobs_port: int, cpus: int | None) -> Path:
-    """Starts a head and waits until its Jobs API answers. Returns the cluster file.
+    """Start a head, wait until its Jobs API answers, and return the cluster file.
 
-    Raises ClusterError where one runs already, a port is taken, or Ray does not come up (it is
-    ended then), SettingsError where `folder` cannot be written.
+    Raises:
+        ClusterError: one runs already, a port is taken, or Ray does not start (it is ended then).
+        SettingsError: `folder` cannot be written.
     """
     need_extras()
     running = _read(folder)
@@ -101,8 +102,7 @@ def start(folder: Path, *, port: int, jobs_port: int, cpus: int | None) -> Path:
 
 
 def stop(folder: Path) -> bool:
-    """Ends the head that `start` has started, with all its processes and files; False where there
-    is none."""
+    """End the head of `start`, with its processes and files; False if there is none."""
     head = _read(folder)
     if head is None:
         return False
@@ -134,7 +134,7 @@ def _read(folder: Path) -> LocalHead | None:
 
 
 def _prepare(folder: Path) -> Path:
-    """The folder, for the owner alone, with a new token in it."""
+    """Make the folder, accessible to its user alone, with a new token in it."""
     token = folder / TOKEN
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _command(ray_folder: str, port: int, jobs_port: int, cpus: int | None) -> li
 
 
 def _environment(inherited: Mapping[str, str], token: Path) -> dict[str, str]:
-    """Of Ray's processes: this Python first in the path, so that jobs find it."""
+    """Return the environment of Ray's processes: this Python first in the path, for the jobs."""
     other = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"}
     kept = {name: value for name, value in inherited.items() if name not in other}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
@@ -184,7 +184,7 @@ def _check_free(port: int, option: str) -> None:
 
 
 def _any_port() -> int:
-    """One that is free, for what nobody is to call."""
+    """Return a free port, for services that are not used."""
     with socket.socket() as probe:
         probe.bind((HERE, 0))
         number: int = probe.getsockname()[1]
@@ -192,7 +192,7 @@ def _any_port() -> int:
 
 
 def _wait(process: subprocess.Popen[bytes], jobs: str, log: Path) -> None:
-    """Until the Jobs API answers, whatever it says."""
+    """Wait until the Jobs API answers, with whatever status."""
     host, _, port = jobs.removeprefix("http://").rpartition(":")
     end = time.monotonic() + UP_SECONDS
     while time.monotonic() < end:

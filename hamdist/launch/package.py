@@ -1,4 +1,4 @@
-"""What travels to the cluster: the settings, what to do with them, and the user's own code.
+"""The package of a launched run: the settings, the job's specification, and the user's code.
 
 hamdist, torch and Ray are installed on the cluster's hosts (`hamdist doctor --cluster` compares);
 data sets are not sent either: `stream.path` is a path there.
@@ -26,10 +26,14 @@ MOST_BYTES = 100 * 2**20
 
 
 class JobSpec(BaseModel):
-    """What a job is to do. model, stream: 'package.module:function', code that travelled along or
-    is installed there. storage: a folder that all hosts see, where the results stay. most: bytes of
-    the largest file that travels back. snapshots: where the run keeps them; resume: those that it
-    begins with."""
+    """Specification of a job.
+
+    Attributes:
+        model, stream: 'package.module:function', in code that is sent along or installed there.
+        storage: a folder that all hosts see, where the results stay.
+        most: bytes of the largest file that is sent back.
+        snapshots: where the run keeps them; resume: those that it begins with.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,22 +47,22 @@ class JobSpec(BaseModel):
 
     @property
     def own_snapshots(self) -> bool:
-        """Whether they lie in the folder that the run has in the storage."""
+        """Return True if the snapshots lie in the run's own folder of the storage."""
         return self.storage is not None and self.snapshots == snapshots_in(self.storage, self.id)
 
     @property
     def called(self) -> str | None:
-        """What `--resume` takes to go on from this run's snapshots."""
+        """Return the argument of `--resume` that continues from this run's snapshots."""
         return self.id if self.own_snapshots else self.snapshots
 
 
 def snapshots_in(storage: str, id_: str) -> str:
-    """Where a run keeps snapshots that has been told no other place."""
+    """Return the default folder of a run's snapshots."""
     return f"{storage.rstrip('/')}/{id_}/{SNAPSHOTS}"
 
 
 def on_ray(settings: Settings) -> Settings:
-    """`settings` for a run on a cluster. Raises SettingsError where they name another one."""
+    """Return `settings` for a run on a cluster. Raises SettingsError if they name another one."""
     if settings.engine.address is not None:
         raise SettingsError(
             f"engine.address {settings.engine.address!r}: --cluster says where a launched run "
@@ -70,7 +74,10 @@ def on_ray(settings: Settings) -> Settings:
 
 @contextmanager
 def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
-    """A folder with all of it, while inside. The modules of `order` have been imported."""
+    """Make the package in a temporary folder, which exists inside.
+
+    The modules of `order` have been imported.
+    """
     with TemporaryDirectory(prefix="hd-parcel-") as name:
         folder = Path(name)
         (folder / SETTINGS).write_text(to_yaml(settings, only_set=True), "utf-8")
@@ -84,7 +91,7 @@ def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
 
 
 def read_order(folder: Path) -> JobSpec:
-    """Raises SettingsError where the folder is no parcel."""
+    """Read the job's specification. Raises SettingsError if the folder is no package."""
     try:
         return JobSpec.model_validate_json((folder / ORDER).read_text("utf-8"))
     except OSError as error:
@@ -96,14 +103,18 @@ def read_order(folder: Path) -> JobSpec:
 
 
 def named_there(name: str) -> str:
-    """What `--model` or `--stream` names, as the job finds it: a file lies in the parcel itself."""
+    """Return the name of `--model` or `--stream` in the job, where a file lies in the package
+    itself.
+    """
     where, _, function = name.rpartition(":")
     return f"{Path(where).stem}:{function}" if where.endswith(".py") else name
 
 
 def own_code(name: str) -> Path | None:
-    """The file, or the folder of the whole package, of the module that `--model` or `--stream` has
-    named. None where it is installed among Python's packages, which do not travel."""
+    """Return the file, or the folder of the whole package, of the module that an option has named.
+
+    None if it is installed among Python's packages, which are not sent.
+    """
     top = named_there(name).partition(":")[0].partition(".")[0]
     module = sys.modules[top]
     found = getattr(module, "__file__", None)
@@ -120,7 +131,7 @@ def own_code(name: str) -> Path | None:
 
 
 def _copy(code: Path, folder: Path, option: str) -> None:
-    """option: that named it."""
+    """Copy the code that `option` has named."""
     if code.name in (SETTINGS, ORDER):
         raise SettingsError(f"{option}: {str(code)!r}: give the module another name")
     size = sum(f.stat().st_size for f in code.rglob("*") if f.is_file()) if code.is_dir() else 0

@@ -1,4 +1,4 @@
-"""What Ray is told, through the environment of its processes, before it starts on a host.
+"""Environment variables that Ray's processes get before it starts on a host.
 
 A host that is silent for
 
@@ -39,12 +39,12 @@ NEEDED = ("aiohttp", "requests", "opencensus", "prometheus_client")
 
 
 def missing_extras() -> list[str]:
-    """The packages of `ray[default]` that are not installed here."""
+    """Return the packages of `ray[default]` that are not installed here."""
     return [name for name in NEEDED if find_spec(name) is None]
 
 
 def need_extras() -> None:
-    """Raises ClusterError where Ray's Jobs API cannot be used."""
+    """Raise ClusterError if Ray's Jobs API cannot be used."""
     missing = missing_extras()
     if missing:
         raise ClusterError(

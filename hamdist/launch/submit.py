@@ -1,4 +1,4 @@
-"""Hands work to a cluster: a run, or a look at its hosts."""
+"""Submits jobs to a cluster: a run, or an examination of its hosts."""
 
 from __future__ import annotations
 
@@ -26,8 +26,14 @@ def submit_run(
     resume: str | None = None,
     stream: str | None = None,
 ) -> str:
-    """Starts a run of `settings` (those of one level, `on_ray`). model, stream: what `--model` and
-    `--stream` named, imported already. resume: see `resumed_from`. Returns its id."""
+    """Submit a run, and return its id.
+
+    Args:
+        jobs: of the cluster.
+        settings: those of one level (`on_ray`).
+        model, stream: names that `--model` and `--stream` gave, imported already.
+        resume: see `resumed_from`.
+    """
     name = make_id(f"{settings.name}-{settings.level.value}")
     order = _order(jobs, name, model).model_copy(
         update={
@@ -45,8 +51,10 @@ def submit_run(
 
 
 def kept_at(settings: Settings, cluster: ClusterSettings, name: str) -> str | None:
-    """Where a run keeps its snapshots: where the settings say, else in the storage; None for
-    nowhere. Raises SettingsError for a path that means something else on every host."""
+    """Return where a run keeps its snapshots: as the settings say, else in the storage, else None.
+
+    Raises SettingsError for a path that means another folder on every host.
+    """
     path = settings.snapshots.path
     if path is None:
         return None if cluster.storage is None else snapshots_in(cluster.storage, name)
@@ -59,9 +67,10 @@ def kept_at(settings: Settings, cluster: ClusterSettings, name: str) -> str | No
 
 
 def resumed_from(given: str, cluster: ClusterSettings) -> str:
-    """The snapshots that `--resume` names: a run by its id, or a path or URL on the cluster.
+    """Return the snapshots that `--resume` names: a run by its id, or a path or URL on the cluster.
 
-    Raises SettingsError."""
+    Raises SettingsError.
+    """
     if "/" in given:
         return given
     if cluster.storage is None:
@@ -73,14 +82,14 @@ def resumed_from(given: str, cluster: ClusterSettings) -> str:
 
 
 def submit_checkup(jobs: Jobs) -> str:
-    """Starts a look at all hosts (examine.py). Returns its id."""
+    """Submit an examination of all hosts (doctor_job.py), and return its id."""
     name = make_id("doctor")
     order = _order(jobs, name, None)
     return _submit(jobs, Settings(), order, "hamdist.launch.doctor_job", {"kind": "doctor"})
 
 
 def make_id(name: str) -> str:
-    """A new id: what it is, and a few random digits."""
+    """Return a new id: the name, and a few random digits."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:LONGEST] or "run"
     return f"{readable}-{secrets.token_hex(3)}"
 

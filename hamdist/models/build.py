@@ -88,7 +88,7 @@ class ResidualBlock(nn.Module):
 
 
 class Branch(nn.Module):
-    """alpha relu(LN(h) W + b): what a residual adds. h: (B, H); returns (B, H)."""
+    """The residual branch alpha relu(LN(h) W + b). h: (B, H); returns (B, H)."""
 
     def __init__(self, linear: nn.Linear, alpha: float) -> None:
         super().__init__()
@@ -119,12 +119,12 @@ class OutputBlock(nn.Module):
 def make_model(
     settings: ModelSettings, spec: SampleSpec, *, seed: int, dtype: torch.dtype
 ) -> nn.Sequential:
-    """The model that `settings` names, for samples of `spec`: one child per layer (`mlp`: a ReLU
-    behind each), from (B, ...) inputs to (B, O), O = classes or the target's features.
+    """Return the model that `settings` names, for samples of `spec`.
 
-    `seed` alone decides the weights, up to rounding to `dtype`; torch's global generator is
-    neither read nor moved. Raises SettingsError where model and stream cannot fit, and for a kind
-    that `make_recurrent` or `make_tracker` makes.
+    One child per layer (`mlp`: a ReLU behind each), from (B, ...) inputs to (B, O), O = classes or
+    the target's features. `seed` alone decides the weights, up to rounding to `dtype`; torch's
+    global generator is neither read nor moved. Raises SettingsError where model and stream cannot
+    fit, and for a kind that `make_recurrent` or `make_tracker` makes.
     """
     if settings.kind in CELLS:
         raise SettingsError(
@@ -172,9 +172,9 @@ def _check_depth(settings: ModelSettings) -> None:
 def make_recurrent(
     settings: ModelSettings, spec: SampleSpec, loss: LossFunction, *, seed: int, dtype: torch.dtype
 ) -> Graph:
-    """The graph of cells that `settings` names (rnn, gru, lstm), for tokens (B,) or inputs (B, I)
-    of `spec`; its readout predicts (B, O) at every token.
+    """Return the graph of cells that `settings` names (rnn, gru, lstm).
 
+    It takes tokens (B,) or inputs (B, I) of `spec`; its readout predicts (B, O) at every token.
     `seed` alone decides the weights, as in `make_model`. Raises SettingsError where model and
     stream cannot fit.
     """
@@ -203,7 +203,7 @@ def make_recurrent(
 
 
 def _inputs(settings: ModelSettings, spec: SampleSpec) -> int:
-    """I of what the first cell reads; of tokens 0."""
+    """Return I, the inputs of the first cell; 0 for tokens."""
     kind = settings.kind.value
     if spec.tokens is not None and len(spec.u_shape) == 1:
         return 0
@@ -223,7 +223,7 @@ def _inputs(settings: ModelSettings, spec: SampleSpec) -> int:
 
 
 def _features(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int]:
-    """I and O."""
+    """Return I and O."""
     kind = settings.kind.value
     if not spec.u_dtype.is_floating_point:
         raise SettingsError(
@@ -234,7 +234,7 @@ def _features(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int]:
 
 
 def _outputs(settings: ModelSettings, spec: SampleSpec) -> int:
-    """O."""
+    """Return O."""
     kind = settings.kind.value
     if spec.targets is not None:
         raise SettingsError(
@@ -258,7 +258,7 @@ def _outputs(settings: ModelSettings, spec: SampleSpec) -> int:
 
 
 def _linears(shapes: list[tuple[int, int]], seed: int, dtype: torch.dtype) -> list[nn.Linear]:
-    """Linear layers of (fan_in, fan_out), drawn in float64 in their order."""
+    """Return linear layers of (fan_in, fan_out), drawn in float64 in their order."""
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for i, (fan_in, fan_out) in enumerate(shapes):
@@ -307,7 +307,7 @@ def make_tracker(
     seed: int,
     dtype: torch.dtype,
 ) -> Graph:
-    """A tracker of `width` neurons in `partition.blocks` slices (1 unless given).
+    """Return a tracker of `width` neurons in `partition.blocks` slices (1 unless given).
 
     Raises SettingsError where it cannot be cut so, and for targets that are not one real value.
     """
@@ -328,12 +328,12 @@ def make_tracker(
 
 
 def load_factory(name: str, option: str = MODEL_OPTION) -> ModelFactory:
-    """The function `package.module:function` or `file.py:function` (an `nn.Module` class will do),
-    not called yet.
+    """Return the function `package.module:function` or `file.py:function`, without calling it.
 
-    Its module is imported, so its code runs: `name` may come from a command line or a program,
-    never from a settings file. The current directory is searched too. option: what the user wrote
-    before it. Raises SettingsError for every way in which it can be wrong.
+    An `nn.Module` class will do. Its module is imported, so its code runs: `name` may come from a
+    command line or a program, never from a settings file. The current directory is searched too.
+    option: the option in front of the name, for errors. Raises SettingsError for every way in which
+    it can be wrong.
     """
     factory = load_function(option, name)
     check_call(option, name, factory)
@@ -343,9 +343,9 @@ def load_factory(name: str, option: str = MODEL_OPTION) -> ModelFactory:
 def make_from_factory(
     factory: ModelFactory, *, seed: int, dtype: torch.dtype, option: str = MODEL_OPTION
 ) -> nn.Module:
-    """The module that `factory` returns, its floating-point tensors in `dtype`.
+    """Return the module that `factory` returns, its floating-point tensors in `dtype`.
 
-    torch's global generator is seeded with `seed` while the function runs and put back afterwards.
+    torch's global generator is seeded with `seed` while the function runs and restored afterwards.
     Raises SettingsError where the function fails or returns something else than an `nn.Module`.
     """
     with torch.random.fork_rng(devices=[]):

@@ -238,7 +238,7 @@ class TokenHead(nn.Module):
 def make_network(
     settings: ModelSettings, spec: SampleSpec, outputs: int, *, seed: int, dtype: torch.dtype
 ) -> nn.Sequential:
-    """The network of a kind in `NETWORKS`, for samples of `spec`: a child per layer.
+    """Return the network of a kind in `NETWORKS`, for samples of `spec`: a child per layer.
 
     `seed` alone decides the weights, up to rounding to `dtype`; torch's global generator is
     neither read nor moved. Raises SettingsError where model and stream cannot fit.
@@ -251,7 +251,7 @@ def make_network(
 
 
 def _draw(model: nn.Module) -> None:
-    """Weights of its own for all but LSTMs, in the order of the modules."""
+    """Draw the weights of all modules but LSTMs, in the order of the modules."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             gain = 2.0 if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) else 1.0
@@ -289,7 +289,7 @@ def _convnet(settings: ModelSettings, spec: SampleSpec, outputs: int) -> nn.Sequ
 
 
 def _half(side: int) -> int:
-    """Of an image, behind a convolution with stride 2 and padding."""
+    """Return the side of an image behind a convolution with stride 2 and padding."""
     return (side + 1) // 2
 
 
@@ -346,7 +346,7 @@ def _chain(name: str, first: nn.Module, layers: list[nn.Module], head: nn.Module
 
 
 def _image(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int, int]:
-    """Channels, and twice the side, of images (B, C, S, S), or (B, S*S) with one channel."""
+    """Return channels, and twice the side, of images (B, C, S, S), or (B, S*S) with one channel."""
     shape = spec.u_shape[1:]
     if len(shape) == 1:
         side = math.isqrt(shape[0])
@@ -361,7 +361,7 @@ def _image(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int, int]:
 
 
 def _text(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int]:
-    """How many different tokens there are, and T."""
+    """Return the number of different tokens, and T."""
     if spec.tokens is None or len(spec.u_shape) != 2:
         raise SettingsError(
             f"model.kind: {settings.kind.value} takes tokens (B, T) of which the stream says how "

@@ -28,10 +28,10 @@ class First(nn.Module):
 def tracker(
     n: int, *, bias: bool, seed: int, dtype: torch.dtype, blocks: int = 1, delay: int = 1
 ) -> Graph:
-    """The net as `blocks` slices of its n neurons (1: one block `x`; n: neuron by neuron), each
-    reading all of them, itself included. delay: ticks of every edge.
+    """Return the net as `blocks` slices of its n neurons, each reading all of them.
 
-    `seed` alone decides the weights, however many the blocks, up to rounding to `dtype`.
+    blocks: 1 for one block `x`, n for neuron by neuron. delay: ticks of every edge. `seed` alone
+    decides the weights, however many the blocks, up to rounding to `dtype`.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(n, n, generator=generator, dtype=torch.float64)

@@ -1,9 +1,9 @@
 """Streams: sources of samples, their order and seeds, data sets, drift, texts, signals.
 
-`make_stream` turns settings into a stream; `from_loader` and `from_iterable` wrap your own;
-`ArrayStream` takes tensors. `LateLabels` learns from late targets,
-`Rejoin` has samples wait for them, `Paced` has samples
-arrive in real time. What a stream is: the protocol `Stream` in `sample.py`.
+`make_stream` makes a stream of settings; `from_loader` and `from_iterable` wrap a user's data;
+`ArrayStream` takes tensors. `LateLabels` learns from late targets, `Rejoin` holds samples until
+their targets come, `Paced` yields samples in real time. The protocol `Stream` in `sample.py`
+defines a stream.
 """
 
 from hamdist.streams.adapters import from_iterable, from_loader

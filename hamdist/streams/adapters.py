@@ -28,18 +28,21 @@ def from_loader(
     model_loss: str | None = None,
     ragged: bool | None = None,
 ) -> IterableStream:
-    """A stream of what a torch DataLoader, or an IterableDataset of batches, yields.
+    """Return a stream of the batches of a torch DataLoader, or of an IterableDataset of batches.
 
-    Each item is a Sample, (u, y), u alone, or a dict (see `from_iterable`, also for names); u:
-    (B, ...), y: (B,) classes or (B, O) values. The order and the seed are the loader's own; where
-    it, its sampler, batch sampler or data set has `set_epoch`, that is called with 0, 1, ... before
-    each epoch. epochs: how often the
-    loader is gone through (None: until the run has its steps). A loader without
+    The order and the seed are the loader's own; where it, its sampler, batch sampler or data set
+    has `set_epoch`, that is called with 0, 1, ... before each epoch. A loader without
     drop_last=True may end with a shorter batch, which not every level takes. The first item is
     fetched at once and yielded later; tensors are copied, except where a DataLoader has collated
     them into fresh batches already.
 
-    Raises StreamError like `from_iterable`, and for an object that is neither.
+    Args:
+        loader: yields Samples, (u, y), u alone, or dicts (see `from_iterable`, also for the other
+            arguments); u: (B, ...), y: (B,) classes or (B, O) values.
+        epochs: number of passes over the loader (None: until the run has its steps).
+
+    Raises:
+        StreamError: as for `from_iterable`, and for an object that is neither.
     """
     if not isinstance(loader, (DataLoader, IterableDataset)):
         raise StreamError(
@@ -71,42 +74,48 @@ def from_iterable(
     model_loss: str | None = None,
     ragged: bool | None = None,
 ) -> IterableStream:
-    """A stream of what any Python iterable yields, finite or not.
+    """Return a stream of the items of any Python iterable, finite or not.
 
     Each item is a Sample, (u, y), (u, None) where the target is missing, u alone, or a dict with
     'u' and, if it has them, 'y', 'end' (bool), 'time' (seconds), 'late' (targets of earlier items
     by their number, for `Rejoin`). u: (B, ...), y: (B,) classes or (B, O) values; torch tensors or
     numpy arrays, copied, so that the source may use its buffers again. Items are batches: a batch
-    dimension is never added.
-    For a model that takes several inputs, u is a dict of them by the names of its arguments, or a
-    tuple by position.
-    Other dicts (and what behaves as one, such as transformers' BatchEncoding) are batches by key:
+    dimension is never added. For a model with several inputs, u is a dict of them by the names of
+    its arguments, or a tuple by position.
+
+    Other dicts (and similar objects, such as transformers' BatchEncoding) are batches by key:
     'label', 'labels', 'target', 'targets' or 'y' is the target, a single other key the input,
-    several others the arguments of the model that they are called after. names says it otherwise,
-    by key, or by place in a tuple: 'u' (the only input), 'y' (the target), the name of an argument
-    of the model, or 'y.NAME' (the target of its output NAME); other keys are then left out.
-    arguments: those of the model, if they are known. ragged: items may have lengths of their own
-    behind the batch (padded each to its own longest); not given: looked for in a list, and taken
-    to be so of a DataLoader with a `collate_fn` of its own.
-    model_loss: the model's output that is its own loss (loss `model`): all keys are then arguments,
-    those of targets, too, and a number of no meaning stands for the target of that output.
-    classes: number of classes, of integer targets; not given: as many as the model predicts.
-    outputs: O, for real-valued targets of which the first one is missing.
-    epochs: how often the iterable is gone through (None: until the run has its steps).
+    several others the arguments of the model of the same name.
 
     Where readouts have targets of their own, y is a dict of them by the readout's name, as are
     classes and outputs: {'digit': (B,), 'angle': (B, 1)} with classes={'digit': 10}. The names are
-    those of the first item, of classes and of outputs; an item may leave out, or give None for,
-    what it does not know.
+    those of the first item, of classes and of outputs; an item may leave out a target, or give None
+    for it.
 
-    The first item is fetched at once, to learn the shapes, and yielded later. An iterator can be
-    asked for `samples()` once; an iterable that makes new iterators (a list, a class with
-    __iter__) again and again. Errors of the source itself pass through.
+    The first item is fetched at once, for the shapes, and yielded later. An iterator allows one
+    call of `samples()`; an iterable that makes new iterators (a list, a class with __iter__) any
+    number. Errors of the source itself pass through.
 
-    Raises StreamError for a source that yields nothing or something else (naming the item), for a
-    first item that leaves the kind of target open, for a second `samples()` of an iterator, and for
-    an iterator with other `epochs` than 1; SettingsError for `classes` together with `outputs`, or
-    a number below 1.
+    Args:
+        classes: number of classes, of integer targets; None for as many as the model predicts.
+        outputs: O, for real-valued targets of which the first one is missing.
+        epochs: number of passes over the iterable (None: until the run has its steps).
+        names: the meaning of the keys of a dict, or of the places of a tuple: 'u' (the only input),
+            'y' (the target), the name of an argument of the model, or 'y.NAME' (the target of its
+            output NAME); other keys are then left out.
+        arguments: the names of the model's arguments, where they are known.
+        model_loss: the model's output that is its own loss (loss `model`): all keys are then
+            arguments, those of targets, too, and a number without meaning stands for the target of
+            that output.
+        ragged: whether items may have lengths of their own behind the batch (each padded to its own
+            longest row); None to look at the items of a list, and to assume it of a DataLoader with
+            a `collate_fn` of its own.
+
+    Raises:
+        StreamError: the source yields nothing or something else (names the item), its first item
+            leaves the kind of target open, an iterator gets a second call of `samples()`, or has
+            other `epochs` than 1.
+        SettingsError: `classes` and `outputs` for the same readout, or a number below 1.
     """
     return IterableStream(
         iterable,

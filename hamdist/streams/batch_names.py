@@ -1,7 +1,7 @@
 """Batches by key, or by place: which of their values are inputs, and which are targets.
 
 A key has a name: `u`, the only input; an argument of the model (`u.NAME` where that is called u or
-y); `y`, the target; `y.NAME`, the target of the output NAME. What has no name is left out.
+y); `y`, the target; `y.NAME`, the target of the output NAME. Keys without a name are left out.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ TUPLES = (
 
 
 def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tuple[Any, Any]:
-    """Picks u and y of item n by the names of its keys.
+    """Return u and y of item n, picked by the names of its keys.
 
-    Returns: the only input or a dict of them by argument, and the target, or a dict of them by
-    output, or None.
-    Raises StreamError for a key that is not there, and names that do not go together.
+    u is the only input or a dict of them by argument; y the target, a dict of them by output, or
+    None. Raises StreamError for a missing key, and for names that contradict each other.
     """
     missing = [key for key in names if key not in item]
     if missing:
@@ -59,10 +58,10 @@ def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tu
 def default_names(
     n: int, item: Mapping[Any, Any], arguments: Sequence[str] | None
 ) -> dict[str, str]:
-    """Names the keys of item n: a target by its usual key, one other key as the input, several as
-    arguments. arguments: those of the model, if they are known.
+    """Return names for the keys of item n: the target by its usual key, the others as inputs.
 
-    Raises StreamError, with the mapping to write, where a key may mean something else.
+    A single other key is the input, several are arguments of the model (`arguments`, where they are
+    known). Raises StreamError, with the mapping to write, where a key may mean something else.
     """
     targets = [key for key in item if key in TARGETS]
     others = [key for key in item if key not in targets]

@@ -20,13 +20,16 @@ ALIGNMENT = 64  # bytes; what torch's CPU allocator gives, and vector instructio
 
 
 class Checker:
-    """Compares every item with what the stream said its items are.
+    """Compares every item with the spec of its stream.
 
-    equal_batches: all items must have the batch of `spec` (levels that hold samples mix
-    neighbouring ones); otherwise batches may differ, the other dimensions may not. stamped: time
-    stamps are used, so every item needs one, later than the one before. ignore_index: class
-    targets of this number are no target; an item of them alone has none. one_length: what to say to
-    items of another length than the first one; None: each may have its own.
+    Args:
+        spec: shapes and types of the items.
+        equal_batches: all items must have the batch of `spec` (levels that hold samples mix
+            neighbouring ones); otherwise batches may differ, the other dimensions may not.
+        stamped: time stamps are used, so every item needs one, later than the one before.
+        ignore_index: class targets of this number are no target; an item of them alone has none.
+        one_length: text for the error about an item of another length than the first one; None if
+            each may have its own.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Checker:
 
     @property
     def last(self) -> float:
-        """The latest time stamp."""
+        """Return the latest time stamp."""
         return self._last
 
     @last.setter
@@ -57,14 +60,17 @@ class Checker:
         self._last = time
 
     def check(self, n: int, sample: Sample) -> Sample:
-        """Item n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
+        """Return item n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
 
-        The sample itself where it is so already. Raises StreamError naming the item, the field,
-        the value received and the remedy: for a wrong type, dtype or shape, another batch size
-        (in y than in u, or, with equal_batches, than before), NaN or infinity in floating-point
-        values, class targets outside 0 ... classes - 1, targets by readout where there is one for
-        all, or the other way round, or for an unknown readout; targets of earlier samples that
-        nobody rejoined; and, with `stamped`, time stamps that are missing or do not increase.
+        The sample itself is returned where it is so already.
+
+        Raises:
+            StreamError: names the item, the field, the value received and the remedy, for a wrong
+                type, dtype or shape, another batch size (in y than in u, or, with equal_batches,
+                than before), NaN or infinity in floating-point values, class targets outside
+                0 ... classes - 1, targets by readout where there is one for all, or the other way
+                round, or for an unknown readout; targets of earlier samples without a `Rejoin`;
+                and, with `stamped`, time stamps that are missing or do not increase.
         """
         if sample.late is not None:
             raise StreamError(
@@ -82,7 +88,7 @@ class Checker:
         return Sample(u, y, sample.end, sample.time)
 
     def _several(self, n: int, sample: Sample) -> Sample:
-        """An item of a model that has several inputs."""
+        """Check an item of a model that has several inputs."""
         known, given = self._spec.inputs, sample.inputs
         if known is None or given is None or known.keys() != given.keys():
             has = "one input, u" if given is None else ", ".join(map(repr, given))
@@ -139,7 +145,7 @@ class Checker:
         return _own(u)
 
     def _targets(self, n: int, y: Target, batch: int) -> Target:
-        """The target, or those of the readouts, as they are where nothing had to be copied."""
+        """Return the target, or those of the readouts, unchanged where nothing had to be copied."""
         known = self._spec.targets
         if y is None:
             return None
@@ -176,7 +182,7 @@ class Checker:
         return f"; {self._one_length}" if self._one_length else ""
 
     def _target(self, n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tensor | None:
-        """One target; None where all of its classes are ignored."""
+        """Return one checked target; None where all of its classes are ignored."""
         _check_dtype(n, field, y, spec.dtype)
         if not self._fits(y, spec):
             raise StreamError(
@@ -208,13 +214,13 @@ class Checker:
 
 
 def _within(y: Tensor, classes: int) -> bool:
-    """Whether all of y's values are classes."""
+    """Return True if all values of y are classes."""
     low, high = _ends(y)
     return low >= 0 and high < classes
 
 
 def _ends(y: Tensor) -> tuple[float, float]:
-    """The smallest and the largest of y's values."""
+    """Return the smallest and the largest value of y."""
     if 0 < y.numel() <= FEW:  # faster one by one
         values = y.reshape(-1).tolist()
         return min(values), max(values)
@@ -246,7 +252,7 @@ def _check_finite(n: int, field: str, value: Tensor) -> None:
 
 
 def _own(value: Tensor) -> Tensor:
-    """The tensor itself if it is contiguous, aligned and alone in its storage, else a copy."""
+    """Return the tensor if it is contiguous, aligned and alone in its storage, else a copy."""
     if (
         value.is_contiguous()
         and not value.requires_grad

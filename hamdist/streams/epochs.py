@@ -1,4 +1,4 @@
-"""A source of items gone through several times, each time told which epoch begins."""
+"""Several passes over a source of items, with the number of the epoch set before each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AGAIN = "an iterable that can be read again (a list, a DataLoader, a class with 
 
 
 class Epochs:
-    """`source` again and again; epochs: how often, None for no end."""
+    """Repeats `source`; epochs: number of passes, None for no end."""
 
     def __init__(self, source: Iterable[Any], epochs: int | None) -> None:
         if isinstance(source, Iterator):
@@ -41,7 +41,7 @@ class Epochs:
 
 
 def epoch_setters(source: Any) -> list[Callable[[int], object]]:
-    """Finds `set_epoch` of a loader, its data set, sampler and batch sampler: each once."""
+    """Return `set_epoch` of a loader, its data set, sampler and batch sampler, each once."""
     batches = getattr(source, "batch_sampler", None)
     samplers = (getattr(source, "sampler", None), batches, getattr(batches, "sampler", None))
     parts = {id(part): part for part in (source, getattr(source, "dataset", None), *samplers)}
@@ -50,8 +50,11 @@ def epoch_setters(source: Any) -> list[Callable[[int], object]]:
 
 
 def is_ragged(source: Any) -> bool:
-    """Whether the items of a source may have lengths of their own: those of a list are looked at, a
-    loader that collates in its own way may pad each batch to its longest row."""
+    """Return True if the items of a source may have lengths of their own.
+
+    The items of a list are compared; a loader that collates in its own way may pad each batch to
+    its longest row.
+    """
     if isinstance(source, (list, tuple)):
         shapes = iter(source)
         first = _shapes(next(shapes, None))
@@ -61,7 +64,7 @@ def is_ragged(source: Any) -> bool:
 
 
 def _shapes(item: Any) -> list[tuple[int, ...]]:
-    """The shapes behind the batch of the tensors in an item, but for missing ones."""
+    """Return the shapes behind the batch of the tensors in an item, missing ones left out."""
     if isinstance(item, (Tensor, np.ndarray)):
         return [tuple(item.shape[1:])]
     if isinstance(item, Sample):

@@ -37,12 +37,14 @@ from hamdist.streams.wrappers.smooth import Smooth, Withhold, first_item, neares
 
 
 def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> Stream:
-    """The stream that the settings name: its source, made smooth, with targets withheld, or
-    late and learned from when they come, or waited for, and in real time, in this order.
+    """Return the stream that the settings name, endless and portable.
 
-    Endless and portable; u of `dtype` (tokens int64). Raises what the parts raise: StreamError for
-    data sets that are not there and for a motion of inputs that are no square images; and
-    SettingsError for a source that has no validation part and is to be scored on one.
+    Its source is made smooth, then targets are withheld, then late (and learned from when they
+    come, or waited for), then it is paced in real time.
+
+    Raises:
+        StreamError: a data set is missing, or a motion has inputs that are no square images.
+        SettingsError: a source without a validation part is to be scored on one.
     """
     _check_part(settings)
     stream = _source(settings, seed, dtype)
@@ -88,12 +90,12 @@ def _canvas(data: DataSet, settings: StreamSettings, seed: int) -> Canvas:
 
 
 def _background(data: DataSet) -> float:
-    """The value of a blank pixel."""
+    """Return the value of a blank pixel."""
     return float(data.x.min())
 
 
 def _check_part(settings: StreamSettings) -> None:
-    """Raises SettingsError where there is no validation part, or no key that has a name."""
+    """Raise SettingsError where there is no validation part, or no key that has a name."""
     if settings.names is not None:
         raise SettingsError(
             f"stream.names: source {settings.source.value!r} has no keys; names are for batches of "
@@ -116,17 +118,23 @@ def _paced(stream: Stream, pace: PaceSettings) -> Paced:
 def held_out(
     settings: StreamSettings, *, seed: int, dtype: torch.dtype, items: int
 ) -> tuple[Tensor, Tensor] | None:
-    """x (N, F) of `dtype` (tokens (N, T) int64) and y (N,) int64 (after characters (N, T)) to
-    evaluate a run on.
+    """Return x (N, F) and y (N,) int64 on which a run is evaluated.
 
-    items: how many it has come through, those that were dropped among them.
+    x is (N, T) int64 for tokens; y is (N, T) for characters. They are the held-out part of a data
+    set or of texts; of the drifting stream new rows of the concept in force at the run's last item.
+    With `evaluate: validation` a sixth of the training part instead (of the drifting stream the
+    same: its runs differ by seed). Never smooth or withheld; on a canvas where the stream's images
+    are.
 
-    The held-out part of a data set or of texts; of the drifting stream new rows of the concept in
-    force at the run's last item. With `evaluate: validation` a sixth of the training part instead
-    (of the drifting stream the same: its runs differ by seed). Never smooth or withheld; on a
-    canvas where the stream's images are. None for a signal, where the
-    prequential loss says how well it is followed, for texts that are seen token by token
-    (`held_out_tokens`), and for texts too few to hold some out. Raises like `make_stream`.
+    Args:
+        items: number of items the run has read, including dropped ones.
+
+    Returns:
+        None for a signal, whose prequential loss says how well it is followed, for texts that are
+        read token by token (`held_out_tokens`), and for texts too few to hold some out.
+
+    Raises:
+        StreamError: as for `make_stream`.
     """
     if settings.source is Source.SIGNAL:
         return None
@@ -149,10 +157,10 @@ def held_out(
 
 
 def drifts(settings: StreamSettings, items: int) -> tuple[int, ...]:
-    """The items, among the first `items`, that are the first of a new concept: () without drift,
-    and where items may be dropped, so that nobody knows beforehand.
+    """Return the items, among the first `items`, that are the first of a new concept.
 
-    In a smooth stream: the items whose targets are the first ones of a new concept.
+    In a smooth stream these are the items whose targets are the first of a new concept. The result
+    is () without drift, and where items may be dropped, which makes them unpredictable.
     """
     dropping = settings.pace is not None and settings.pace.late is Late.DROP
     if settings.source is not Source.DRIFT or dropping:
@@ -168,7 +176,7 @@ def _frames(settings: StreamSettings) -> int:
 
 
 def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
-    """The held-out texts, one after the other and once, token by token, one at a time."""
+    """Return a stream of the held-out texts, once, one after the other, token by token."""
     texts, vocabulary = _texts(settings, seed)
     ids = _cut(texts.held_out, vocabulary, settings.sequences.length)
     labels = classes_of(texts.held_out)
@@ -207,14 +215,14 @@ def _sequences(settings: StreamSettings, seed: int) -> Stream:
 def _cut(
     texts: Sequence[tuple[Sequence[str], int]], vocabulary: Vocabulary, length: int
 ) -> list[Tensor]:
-    """The last `length` tokens of each text."""
+    """Return the last `length` tokens of each text."""
     return [vocabulary.encode(tokens[-length:]) for tokens, _ in texts]
 
 
 def _fixed(
     texts: Sequence[tuple[Sequence[str], int]], vocabulary: Vocabulary, length: int
 ) -> tuple[Tensor, Tensor]:
-    """x (N, T) and y (N,) of texts."""
+    """Return x (N, T) and y (N,) of texts."""
     return padded(_cut(texts, vocabulary, length), length), classes_of(texts)
 
 

@@ -1,4 +1,4 @@
-"""Any iterable of items as a stream: what its first item says, and what every later one must."""
+"""Any iterable of items as a stream: its spec from the first item, later ones checked."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Sizes: TypeAlias = int | Mapping[str, int] | None
 
 
 class IterableStream:
-    """Made by `from_loader` and `from_iterable`. Not portable: it stays in its process."""
+    """Stream that `from_loader` and `from_iterable` return; it stays in its process."""
 
     portable: bool = False
 
@@ -92,14 +92,11 @@ class IterableStream:
 
     @property
     def spec(self) -> SampleSpec:
-        """What the first item and the arguments say; other items are not compared with it here."""
+        """Return the spec that the first item and the arguments give."""
         return self._spec
 
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on.
-
-        Raises StreamError when an iterator is asked for the second time.
-        """
+        """Yield the items from item 0 on; raise StreamError for a second call on an iterator."""
         if self._peeked is not None:
             items, self._peeked = self._peeked, None
         elif self._again:
@@ -137,7 +134,7 @@ class IterableStream:
         )
 
     def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """(u, y, end, time, late) of an item in any of the forms that are taken."""
+        """Return (u, y, end, time, late) of an item in any of the accepted forms."""
         if isinstance(item, Sample):
             u = item.u if item.inputs is None else item.inputs
             return u, item.y, item.end, item.time, item.late
@@ -177,7 +174,7 @@ class IterableStream:
         return names
 
     def _inputs(self, n: int, u: Any) -> dict[str, Tensor] | None:
-        """Several inputs by name, those of a tuple or list by number; None for one."""
+        """Return several inputs by name, those of a tuple or list by number; None for one input."""
         arrays = (Tensor, np.ndarray)
         if isinstance(u, (tuple, list)) and u and all(isinstance(one, arrays) for one in u):
             u = {str(i): one for i, one in enumerate(u)}
@@ -201,7 +198,7 @@ class IterableStream:
         return {number: self._target(n, f"late[{number}]", y) for number, y in late.items()}
 
     def _target(self, n: int, field: str, y: Any) -> Target:
-        """A target, or one for each readout that is named."""
+        """Return a target, or a dict of them by readout."""
         if y is None:
             return None
         if not isinstance(y, Mapping):
@@ -212,7 +209,7 @@ class IterableStream:
         }
 
     def _values(self, n: int, field: str, value: Any) -> Tensor:
-        """Classes as int64, whatever integers the source counts in; the rest as it is."""
+        """Return integer classes as int64, other targets unchanged."""
         y = self._tensor(n, field, value)
         integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
         return y.to(torch.int64) if integers else y
@@ -236,7 +233,7 @@ class IterableStream:
 
 
 def _check_sizes(classes: Sizes, outputs: Sizes) -> None:
-    """Raises SettingsError for what says two things of one readout, or less than 1."""
+    """Raise SettingsError for two sizes of one readout, or a size below 1."""
     both = classes is not None and outputs is not None
     named = isinstance(classes, Mapping) and isinstance(outputs, Mapping)
     if both and not named:
@@ -258,14 +255,14 @@ def _check_sizes(classes: Sizes, outputs: Sizes) -> None:
 
 
 def _size_of(sizes: Sizes, readout: str | None) -> int | None:
-    """The number for a readout; without a readout the one for all."""
+    """Return the size for a readout; without a readout the one for all."""
     if isinstance(sizes, Mapping):
         return None if readout is None else sizes.get(readout)
     return sizes
 
 
 def _learn(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
-    """What items are, from the first one and what the user said."""
+    """Return the spec that the first item and the user's arguments define."""
     u = first.u
     for one in (first.inputs or {"": u}).values():
         if one.dim() == 0:

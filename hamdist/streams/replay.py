@@ -1,4 +1,4 @@
-"""A stream that goes on where it was left."""
+"""Continues a stream at the item where a run stopped."""
 
 from __future__ import annotations
 
@@ -11,48 +11,49 @@ from hamdist.streams.sample import Sample, Stream
 
 @runtime_checkable
 class Seekable(Protocol):
-    """A stream that can begin at any item without making those before it."""
+    """Stream that can begin at any item without making those before it."""
 
     def samples_from(self, n: int) -> Iterator[Sample]:
-        """As `samples()`, without its first n items."""
+        """Return `samples()` without its first n items."""
         ...
 
 
 @runtime_checkable
 class Passing(Protocol):
-    """A stream that may pass over items of its source: those that came while nobody asked, say."""
+    """Stream that may drop items of its source, such as those that arrive while the run is busy."""
 
     def passed(self) -> int:
-        """How many, up to the latest item that was given."""
+        """Return the number of items dropped up to the latest one yielded."""
         ...
 
     def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
-        """What follows after so many items were given, and so many passed over."""
+        """Return the items after `given` yielded and `passed` dropped ones."""
         ...
 
 
 def passed_over(stream: Stream) -> int:
-    """Items of its source that a stream has passed over so far."""
+    """Return the number of items of its source that a stream has dropped so far."""
     return stream.passed() if isinstance(stream, Passing) else 0
 
 
 def replays(stream: Stream) -> bool:
-    """Whether the stream yields the same items whenever it is asked: portable ones do, unless they
-    say otherwise (`replays`), and so does what was made of a list."""
+    """Return True if the stream yields the same items at every call of `samples()`.
+
+    Portable streams do, unless their attribute `replays` is False, and so do lists.
+    """
     return bool(getattr(stream, "replays", stream.portable))
 
 
 def drops(stream: Stream) -> bool:
-    """Whether the stream can be gone on with behind the item that was given last, though which ones
-    it gives depends on the clock."""
+    """Return True if the stream can continue behind its last item, the clock choosing the next."""
     return bool(getattr(stream, "drops", False))
 
 
 def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
-    """The samples of a stream from item n on; one that does not yield the same items again goes on
-    with what it has. passed: items that it has passed over on the way.
+    """Return the samples of a stream from item n on.
 
-    Raises StreamError where the stream ends before.
+    A stream that does not yield the same items again continues with its next item. passed: number
+    of items that it has dropped before. Raises StreamError where the stream ends before item n.
     """
     if isinstance(stream, Passing):
         return stream.samples_behind(n, passed)

@@ -1,8 +1,8 @@
-"""What a stream yields, and what a stream is.
+"""The items of a stream, and the protocol of a stream.
 
 HL's stream is a sequence of (u, y^, delta): input, target and tag at a time t_k. Here the tag is
-`Sample.end`, which closes a sequence; t_k is `Sample.time`; and `Sample.late` says which earlier
-sample a target belongs to that comes later than its input.
+`Sample.end`, which closes a sequence; t_k is `Sample.time`; and `Sample.late` holds targets that
+come later than their inputs, by the number of the earlier sample to which they belong.
 
 B: batch, O: outputs.
 """
@@ -28,13 +28,16 @@ Target: TypeAlias = Tensor | Mapping[str, Tensor | None] | None
 class Sample:
     """One item (u, y) of a stream; a batch counts as one item.
 
-    u: (B, ...) the input. y: (B,) classes or (B, O) values, or None where the target is missing; or
-    a mapping from the names of readouts to such targets.
-    end: the item is the last one of its sequence. time: its time stamp in seconds, if it has one.
-    inputs: of a model that has several: all of them, by the names of its arguments, or numbered
-    ('0', '1', ...) by position; u is the first one then.
-    late: targets that come with this item and belong to earlier ones, by their number (from 0);
-    None for a target that will never come. They wait for `Rejoin`.
+    Attributes:
+        u: input (B, ...).
+        y: (B,) classes or (B, O) values, or None where the target is missing; or a mapping from
+            the names of readouts to such targets.
+        end: True for the last item of a sequence.
+        time: time stamp in seconds, if the item has one.
+        late: targets that come with this item and belong to earlier ones, by their number (from 0);
+            None for a target that will never come. `Rejoin` brings both together.
+        inputs: for a model with several inputs all of them, by the names of its arguments, or
+            numbered ('0', '1', ...) by position; u is the first one then.
     """
 
     u: Tensor
@@ -45,14 +48,16 @@ class Sample:
     inputs: Mapping[str, Tensor] | None = None
 
     def target(self, readout: str) -> Tensor | None:
-        """The target of a readout, or None where it is missing."""
+        """Return the target of a readout, or None where it is missing."""
         return self.y.get(readout) if isinstance(self.y, Mapping) else self.y
 
 
 @dataclass(frozen=True, slots=True)
 class TargetSpec:
-    """Shape (with the batch in front) and type of the targets of one readout, and the number of
-    classes for targets that are class indices."""
+    """Shape (with the batch in front), type and number of classes of the targets of one readout.
+
+    `classes` is None for real-valued targets.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -71,14 +76,16 @@ class InputSpec:
 class SampleSpec:
     """Shapes and types that every item of a stream has (shapes with the batch in front).
 
-    classes: number of classes, for targets that are class indices; None for real-valued targets.
-    targets: by readout, where every readout has its own; then y_shape, y_dtype and classes are
-    those of the first one (`several` makes such a spec). tokens: number of different tokens, where
-    u holds their numbers (int64, 0 ... tokens - 1). inputs: by name, where there are several; then
-    u_shape and u_dtype are those of the first one. example: the inputs of a real item, by the names
-    that blocks have for them, where one is at hand. late: items by which labels come late, where
-    each sample passes twice (late.py); 0: once, with its label. ragged: items may have lengths of
-    their own, behind the batch.
+    Attributes:
+        classes: number of classes, for targets that are class indices; None for real values.
+        targets: by readout, where every readout has its own; then y_shape, y_dtype and classes are
+            those of the first one (`several` makes such a spec).
+        tokens: number of different tokens, where u holds their numbers (int64, 0 ... tokens - 1).
+        inputs: by name, where there are several; then u_shape and u_dtype are those of the first.
+        example: the inputs of a real item, by the names that blocks have for them, if available.
+        late: number of items by which labels come late, where each sample passes twice
+            (wrappers/late_targets.py); 0: once, with its label.
+        ragged: True if items may have lengths of their own, behind the batch.
     """
 
     u_shape: tuple[int, ...]
@@ -95,37 +102,38 @@ class SampleSpec:
 
     @property
     def passes(self) -> int:
-        """How often each sample passes the network."""
+        """Return how often each sample passes the network."""
         return 2 if self.late else 1
 
     @classmethod
     def several(
         cls, u_shape: tuple[int, ...], u_dtype: torch.dtype, targets: Mapping[str, TargetSpec]
     ) -> SampleSpec:
-        """The spec of a stream whose items have a target for each of several readouts."""
+        """Return the spec of a stream whose items have a target for each of several readouts."""
         first = next(iter(targets.values()))
         return cls(u_shape, u_dtype, first.shape, first.dtype, first.classes, dict(targets))
 
     @property
     def parents(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and types of the inputs, by the names that blocks have for them: `u`, `u.NAME`."""
+        """Return shapes and types of the inputs by the blocks' names for them: `u`, `u.NAME`."""
         if self.inputs is None:
             return {"u": (self.u_shape, self.u_dtype)}
         return {f"u.{name}": (one.shape, one.dtype) for name, one in self.inputs.items()}
 
     @property
     def batch(self) -> int:
+        """Return B."""
         return self.u_shape[0]
 
     def target(self, readout: str) -> TargetSpec | None:
-        """What the targets of a readout are; None where the stream has none for it."""
+        """Return the spec of the targets of a readout; None where the stream has none for it."""
         if self.targets is not None:
             return self.targets.get(readout)
         return TargetSpec(self.y_shape, self.y_dtype, self.classes)
 
 
 def with_example(spec: SampleSpec, first: Sample) -> SampleSpec:
-    """`spec` with the inputs of a real item, which models are tried on."""
+    """Return `spec` with the inputs of a real item, for dry runs of models."""
     several = {f"u.{name}": u for name, u in (first.inputs or {}).items()}
     return replace(spec, example=several or {"u": first.u})
 
@@ -135,8 +143,8 @@ class Stream(Protocol):
     """An ordered, possibly endless source of samples.
 
     `samples()` starts at item 0. A portable stream can be sent to another process (pickled by Ray)
-    and yields the same items there, as often as it is asked; one that is not portable (a plain
-    iterator, a DataLoader) stays in the driver's process and may be asked only once.
+    and yields the same items there at every call; one that is not portable (a plain iterator, a
+    DataLoader) stays in the driver's process and may allow one call only.
     """
 
     portable: bool
@@ -149,20 +157,20 @@ class Stream(Protocol):
 
 @runtime_checkable
 class Reporting(Protocol):
-    """A stream that counts what became of its samples (how many were dropped, say)."""
+    """Stream that counts events of its samples (such as how many were dropped)."""
 
     def report(self) -> dict[str, int]:
-        """The counts since the last call of `samples()`, by name; of a wrapped stream too."""
+        """Return the counts since the last `samples()`, by name; of a wrapped stream too."""
         ...
 
 
 def report_of(stream: Stream) -> dict[str, int]:
-    """What a stream has counted; nothing for one that does not count."""
+    """Return the counts of a stream by name; none for a stream that does not count."""
     return stream.report() if isinstance(stream, Reporting) else {}
 
 
 def check_stream(wrapper: str, stream: object) -> None:
-    """Raises StreamError for what `wrapper` cannot wrap."""
+    """Raise StreamError if `stream`, to be wrapped by `wrapper`, is no stream."""
     if not isinstance(stream, Stream):
         raise StreamError(
             f"{wrapper} wraps a stream, not a {type(stream).__name__}; make one with "
@@ -171,7 +179,7 @@ def check_stream(wrapper: str, stream: object) -> None:
 
 
 def generator(purpose: str, *numbers: int) -> torch.Generator:
-    """A CPU generator that depends on all of (purpose, numbers) and on nothing else.
+    """Return a CPU generator that depends on all of (purpose, numbers) and on nothing else.
 
     The parts are hashed, so neighbouring seeds and neighbouring epochs share no sequence, and
     (seed 0, epoch 1) is not (seed 1, epoch 0).

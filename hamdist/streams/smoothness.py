@@ -1,4 +1,4 @@
-"""How slowly a stream changes, measured on its first items.
+"""Measures how slowly a stream changes, on its first items.
 
 M: items observed, S: frames.
 """
@@ -39,16 +39,16 @@ class Smoothness:
         self._items: list[Tensor] = []
 
     def snapshot(self) -> dict[str, Any]:
-        """What was observed, as plain data."""
+        """Return the observations as plain data."""
         return {"shape": self._shape, "picked": self._picked, "items": self._items}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `snapshot` told."""
+        """Continue from the data that `snapshot` returned."""
         self._shape, self._picked = state["shape"], state["picked"]
         self._items = list(state["items"])
 
     def observe(self, u: Tensor) -> None:
-        """Takes note of the next item's input, (B, ...); does nothing from the 65th item on."""
+        """Record the next item's input, (B, ...); ignore items from the 65th on."""
         if len(self._items) >= MOST_ITEMS:
             return
         if self._shape is None:
@@ -64,7 +64,7 @@ class Smoothness:
 
     @property
     def frames(self) -> float | None:
-        """The estimate, in items, from 1 to 64; None before 16 items have been observed."""
+        """Return the estimate, in items, from 1 to 64; None before 16 items have been observed."""
         many = len(self._items)
         if many < FEWEST_ITEMS:
             return None
@@ -79,13 +79,13 @@ class Smoothness:
 
 
 def _far(many: int) -> int:
-    """The smallest lag that counts as far apart."""
+    """Return the smallest lag that counts as far apart."""
     return (many + 1) // 2
 
 
 @lru_cache(maxsize=MOST_ITEMS)
 def _ratios(many: int) -> tuple[float, ...]:
-    """far/step for S = 1 ... 64, root mean squares, of a cross-fade seen for `many` items.
+    """Return far/step for S = 1 ... 64, root mean squares, of a cross-fade seen for `many` items.
 
     Item m of a cross-fade is sum_n L(m/S - n) x_n with the hat L(t) = max(0, 1 - |t|). For
     independent x_n and a random start its covariance over a lag l is, up to the variance of x,
@@ -109,7 +109,7 @@ def _ratios(many: int) -> tuple[float, ...]:
 
 
 def _invert(ratio: float, ratios: tuple[float, ...]) -> float:
-    """The S at which the table takes the value `ratio`, linear between its entries."""
+    """Return the S at which the table takes the value `ratio`, linear between its entries."""
     if ratio <= ratios[0]:
         return 1.0
     for above, high in enumerate(ratios):

@@ -98,7 +98,7 @@ def _named(cluster: str) -> str | None:
 
 
 def jobs_of(cluster: str | None) -> Jobs:
-    """What talks to the cluster that `--cluster` names. Raises SettingsError for none."""
+    """Return the Jobs API of the cluster that `--cluster` names. Raises SettingsError."""
     from hamdist.launch.cluster_file import find_cluster
     from hamdist.launch.jobs_api import Jobs
 

@@ -1,4 +1,4 @@
-"""Following a launched run until it ends: what it tells, its files, its exit code."""
+"""Following a launched run until it ends: its events, its files, its exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def results_in(out: Path | None, overwrite: bool) -> Results:
-    """Where a run's files go. Raises SettingsError where nothing can be written to `out`."""
+    """Return the receiver of a run's files. Raises SettingsError if `out` cannot be written."""
     from hamdist.launch.follow import Results
     from hamdist.study.shared.result_folder import free_folder
 
@@ -28,7 +28,7 @@ def results_in(out: Path | None, overwrite: bool) -> Results:
 
 
 def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False) -> None:
-    """Shows a run until it ends, takes its results, and ends with its exit code."""
+    """Show a run until it ends, receive its results, and end with its exit code."""
     try:
         with Display() as display:
             ended, reached = _watch(jobs, name, results, display)
@@ -57,8 +57,7 @@ def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False
 def _watch(
     jobs: Jobs, name: str, results: Results, display: Display
 ) -> tuple[Ended | None, ResultValues | None]:
-    """Shows what the run tells. Returns how it ended (None where it never said so), and what it
-    reached."""
+    """Show the run's events. Returns how it ended (None: without an event), and its facts."""
     from hamdist.launch.events import (
         DriverLost,
         Ended,

@@ -146,7 +146,7 @@ def runs(cluster: ClusterOption = None) -> None:
 
 
 def _latest(jobs: Jobs) -> str:
-    """The run that is under way, else the last one."""
+    """Return the run that is under way, else the last one."""
     known = [job for job in jobs.all() if job.metadata.get("kind") == "run"]
     running = [job.id for job in known if not job.over]
     if len(running) > 1:

@@ -52,7 +52,7 @@ GRIDS = {  # by command: its help
 
 
 def grid_command(name: str) -> Callable[..., None]:
-    """The command `hamdist study NAME`, of GRIDS."""
+    """Return the command `hamdist study NAME`, of GRIDS."""
     axis = None if name == "levels" else name
 
     def command(
@@ -76,7 +76,7 @@ def run_grid(
     workers: int | None,
     out: Path | None,
 ) -> None:
-    """A study of a grid: runs what is not on disk yet, prints the tables, writes the report."""
+    """Run a study's runs that are not on disk yet, print the tables, and write the report."""
     from hamdist.study.sweep.report import save_study
     from hamdist.study.sweep.run import check, run_study
     from hamdist.study.sweep.settings import Axis, load_study
@@ -99,7 +99,7 @@ def run_grid(
 
 
 def _check_axis(study: StudySettings, axis: Axis | None) -> None:
-    """Raises SettingsError where there is nothing to show along an axis."""
+    """Raise SettingsError if the study does not vary along the axis."""
     if axis is not None and len(study.axes.of(axis)) < 2:
         raise SettingsError(
             f"axes.{axis.value}: a study of it needs several values "
@@ -108,7 +108,7 @@ def _check_axis(study: StudySettings, axis: Axis | None) -> None:
 
 
 def _say_record(phase: str, done: int, total: int, record: RunRecord) -> None:
-    """A finished run on one line."""
+    """Print a finished run on one line."""
     from hamdist.study.report.table import percent
 
     level = record.settings["level"] if record.trains == "level" else record.trains

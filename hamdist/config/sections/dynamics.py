@@ -9,7 +9,7 @@ from hamdist.config.sections.section import Above0, CourseSettings, Rate, Sectio
 
 
 class Reset(str, Enum):
-    """When a block's h, z or omega is cleared: never, before a sample, before a sequence."""
+    """Times at which h, z or omega is cleared: never, before a sample, before a sequence."""
 
     NEVER = "never"
     SAMPLE = "sample"
@@ -17,7 +17,7 @@ class Reset(str, Enum):
 
 
 class ResetSettings(Section):
-    """When states, costates and weight costates are cleared."""
+    """Times at which states, costates and weight costates are cleared."""
 
     h: Reset | None = None
     """States; not given: never, but with presentation `sequence` before each sequence."""
@@ -28,7 +28,7 @@ class ResetSettings(Section):
 
 
 class BlockDynamicsSettings(Section):
-    """What one block has otherwise."""
+    """Constants of one block that differ from those of the run."""
 
     c: Above0 | None = None
     """Speed of propagation, 1/s."""
@@ -44,10 +44,12 @@ class BlockDynamicsSettings(Section):
 
 
 class DynamicsSettings(Section):
-    """Constants of Hamilton's equations (docs: concepts/equations). What is not given follows from
-    `learning`: beta = lr/tau, phi = (1 - dampening)/tau, eta_omega = (1 - momentum)/tau, eta_z = 0;
-    with presentation 'sequence' eta_omega = 0, and omega begins each way back with momentum times
-    its value."""
+    """Constants of Hamilton's equations (docs: concepts/equations).
+
+    Values that are not given follow from `learning`: beta = lr/tau, phi = (1 - dampening)/tau,
+    eta_omega = (1 - momentum)/tau, eta_z = 0; with presentation 'sequence' eta_omega = 0, and omega
+    begins each reverse pass with momentum times its value.
+    """
 
     tau: Above0 | CourseSettings | Literal["stamps"] = 1.0
     """Step of integration in seconds, a course by tick, or `stamps`: the differences of the

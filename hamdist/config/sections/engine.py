@@ -19,18 +19,19 @@ class EngineKind(str, Enum):
 
 
 class Balance(str, Enum):
-    """What a placement balances between actors."""
+    """Quantity that a placement balances between actors."""
 
     PARAMETERS = "parameters"
     TIME = "time"
 
 
 class Bits(str, Enum):
-    """What is done where processes of a run, or the run that a snapshot was taken of, compute other
-    bits (runtime/process/arithmetic.py). warn: it is said before the first tick. exact: the run is
-    refused. portable: every process is started so that hosts of different kinds agree
-    (runtime/process/portable.py), at the price of slower products; where they do not even so, the
-    run is refused."""
+    """Reactions to processes of a run, or a snapshot, with other bits (process/arithmetic.py).
+
+    warn: a warning before the first tick. exact: the run is refused. portable: every process is
+    started so that hosts of different kinds agree (runtime/process/portable.py), at the price of
+    slower products; where they do not even so, the run is refused.
+    """
 
     WARN = "warn"
     EXACT = "exact"
@@ -38,14 +39,14 @@ class Bits(str, Enum):
 
 
 class Pin(str, Enum):
-    """Whether the thread of an actor that steps its blocks stays on one processor."""
+    """Placement of an actor's stepping thread on a processor: a fixed one, or any."""
 
     AUTO = "auto"
     OFF = "off"
 
 
 class Compress(str, Enum):
-    """How a signal travels: as it is, or in fewer bytes (runtime/signals/codec.py)."""
+    """Form of a signal on its way: unchanged, or in fewer bytes (runtime/signals/codec.py)."""
 
     NONE = "none"
     FP16 = "fp16"
@@ -54,8 +55,10 @@ class Compress(str, Enum):
 
 
 class Feedback(str, Enum):
-    """Which signals of codec 'int8' carry the error of the one before them: none, all, the states
-    alone or the messages alone."""
+    """Signals of codec 'int8' that carry the error of the one before them.
+
+    None, all, the states alone or the messages alone.
+    """
 
     OFF = "off"
     ON = "on"
@@ -64,8 +67,11 @@ class Feedback(str, Enum):
 
 
 class Spread(str, Enum):
-    """Which hosts of a cluster actors go to: Ray decides; as few hosts as hold them; evenly many to
-    each; busy actors to fast hosts, by measurement. Neighbours stay together where they can."""
+    """Distribution of actors over the hosts of a cluster.
+
+    Ray decides; as few hosts as hold them; evenly many to each; busy actors to fast hosts, by
+    measurement. Neighbours stay together where they can.
+    """
 
     AUTO = "auto"
     PACKED = "packed"
@@ -82,9 +88,12 @@ class BlockDType(str, Enum):
 
 
 class StepKind(str, Enum):
-    """How a block's step is computed. closed: in closed form where its module has one, by torch.
-    native: as closed, and linear layers on one row (batch 1) by C code. auto: native where hamdist
-    was installed with it and a process has one thread. autograd: by autograd alone."""
+    """Implementation of a block's step.
+
+    closed: in closed form where its module has one, by torch. native: as closed, and linear layers
+    on one row (batch 1) by C code. auto: native where hamdist was installed with it and a process
+    has one thread. autograd: by autograd alone.
+    """
 
     AUTO = "auto"
     NATIVE = "native"
@@ -93,8 +102,11 @@ class StepKind(str, Enum):
 
 
 class TransportKind(str, Enum):
-    """How signals cross between actors. auto: shm on one host (ipc where the platform has no such
-    memory, or a queue is too long for it), tcp between hosts."""
+    """Transport of signals between actors.
+
+    auto: shm on one host (ipc where the platform has no such memory, or a queue is too long for
+    it), tcp between hosts.
+    """
 
     AUTO = "auto"
     SHM = "shm"
@@ -103,10 +115,12 @@ class TransportKind(str, Enum):
 
 
 class DeviceSignals(str, Enum):
-    """How signals cross between CUDA blocks of two actors on one host. auto: they stay in GPU
-    memory (CUDA IPC) where that works, which is tried before the start, else they go through host
-    memory, and a warning says why. host: through host memory. ipc: as auto, but where it does not
-    work the run is refused."""
+    """Transport of signals between CUDA blocks of two actors on one host.
+
+    auto: they stay in GPU memory (CUDA IPC) where that works, which is tried before the start, else
+    they go through host memory, with a warning that gives the reason. host: through host memory.
+    ipc: as auto, but where it does not work the run is refused.
+    """
 
     AUTO = "auto"
     HOST = "host"
@@ -114,9 +128,11 @@ class DeviceSignals(str, Enum):
 
 
 class Encryption(str, Enum):
-    """Whether signals that go by tcp are encrypted, and both ends ask for a key of this run. auto:
-    they are. on: they are, and a cluster whose Ray asks for no token, and so hands the keys to
-    anybody, is refused. off: whoever can reach a socket can read and send."""
+    """Encryption of signals that go by tcp, with a key of the run on both ends.
+
+    auto: they are encrypted. on: they are, and a cluster whose Ray needs no token, and so gives the
+    keys to any client, is refused. off: any process that can reach a socket can read and send.
+    """
 
     AUTO = "auto"
     ON = "on"
@@ -133,8 +149,10 @@ Device = Annotated[str, AfterValidator(_device)]
 
 
 class BlockEngineSettings(Section):
-    """Where a block lives, and how it computes. `host`, `cpus`, `gpus` and `resources` are asked
-    for its actor."""
+    """Place of a block, and its way of computing.
+
+    `host`, `cpus`, `gpus` and `resources` are requirements of its actor.
+    """
 
     host: str | None = None
     """By address, name, Ray's id, or a custom resource or label that hosts have."""
@@ -161,7 +179,7 @@ class BlockEngineSettings(Section):
 
 
 class EngineSettings(Section):
-    """Where blocks live, how they compute, how their signals travel."""
+    """Place of the blocks, their way of computing, and the transport of their signals."""
 
     kind: EngineKind = EngineKind.INPROCESS
     """One process, or Ray actors. The numbers are the same."""
@@ -219,7 +237,7 @@ class EngineSettings(Section):
     studies."""
 
     def processes(self, auto: int = 1) -> int:
-        """How many processes a run on this host asks for; `auto` where it leaves that open."""
+        """Return the number of processes of a run on this host; `auto` where that is left open."""
         if self.kind is EngineKind.INPROCESS:
             return 1
         if self.placement is not None:

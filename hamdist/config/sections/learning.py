@@ -19,15 +19,17 @@ from hamdist.config.sections.section import (
 
 
 class FirstStep(str, Enum):
-    """Whether the first momentum step is dampened: not, as in PyTorch; or as all later ones, which
-    is the plain table of HL Appendix E."""
+    """Dampening of the first momentum step.
+
+    None, as in PyTorch; or as of all later ones, which is the plain table of HL Appendix E.
+    """
 
     UNDAMPENED = "undampened"
     DAMPENED = "dampened"
 
 
 class Decay(str, Enum):
-    """How the step size falls over the run, to `learning.floor` of itself."""
+    """Fall of the step size over the run, to `learning.floor` of itself."""
 
     NONE = "none"
     LINEAR = "linear"
@@ -54,15 +56,17 @@ class AverageSettings(Section):
 
 
 class InputRule(str, Enum):
-    """What a linear layer's step does about its inputs: takes their mean out, or their correlation
-    as well (dynamics/updates/whitening.py)."""
+    """Correction of a linear layer's step by its inputs (dynamics/updates/whitening.py).
+
+    Their mean is taken out, or their correlation as well.
+    """
 
     CENTRED = "centred"
     WHITENED = "whitened"
 
 
 class InputsSettings(Section):
-    """Statistics of a layer's own inputs."""
+    """Statistics of a layer's inputs."""
 
     rule: InputRule = InputRule.WHITENED
     """Take the inputs' mean out of the step, or their correlation as well."""
@@ -77,7 +81,7 @@ class InputsSettings(Section):
 
 
 def _rule_alone(value: object) -> object:
-    """`centred` as `{rule: centred}`; off as it was written."""
+    """Return `centred` as `{rule: centred}`; off as it was written."""
     if isinstance(value, str) and value != "off":
         return {"rule": value}
     return as_written(value)
@@ -87,8 +91,7 @@ InputsSetting = Annotated[InputsSettings | Literal["off"], BeforeValidator(_rule
 
 
 class HeadsSettings(Section):
-    """A readout of its own for every block without one, which teaches that block alone and is not
-    exported."""
+    """A readout for every block without one: only that block learns from it; it is not exported."""
 
     weight: Above0 | None = None
     """Of its step, beside that of the messages; not given: 0.3, at level `heads` 1."""
@@ -99,7 +102,7 @@ class HeadsSettings(Section):
 
 
 def _decay_alone(value: object) -> object:
-    """`0.99` as `{decay: 0.99}`; off as it was written."""
+    """Return `0.99` as `{decay: 0.99}`; off as it was written."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return {"decay": value}
     return as_written(value)
@@ -116,7 +119,7 @@ def _name_alone(value: object) -> object:
 
 
 class BlockLearningSettings(Section):
-    """What one block has otherwise; what is not given is as for all blocks."""
+    """Settings of one block that differ from those of all blocks."""
 
     lr: Rate | None = None
     """Step size."""

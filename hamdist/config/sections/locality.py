@@ -27,7 +27,7 @@ class Level(str, Enum):
 
 
 class Grouping(str, Enum):
-    """What one block holds when neither `blocks` nor `cuts` says so."""
+    """Contents of one block when neither `blocks` nor `cuts` is given."""
 
     LAYER = "layer"
     GROUP = "group"
@@ -35,8 +35,9 @@ class Grouping(str, Enum):
 
 
 class Presentation(str, Enum):
-    """How a sample is shown: held at the input for c ticks; entering once and travelling; or in a
-    sequence that travels forward and then, sample by sample, in reverse."""
+    """Ways to show a sample: held at the input for c ticks; entering once and travelling; or in a
+    sequence that travels forward and then, sample by sample, in reverse.
+    """
 
     HOLD = "hold"
     PULSE = "pulse"
@@ -44,15 +45,16 @@ class Presentation(str, Enum):
 
 
 class Moves(str, Enum):
-    """Which states move in a tick of `hold`: all, or one depth after the other (HL Eq. 10)."""
+    """States that move in a tick of `hold`: all, or one depth after the other (HL Eq. 10)."""
 
     ALL = "all"
     LAYER_BY_LAYER = "layer-by-layer"
 
 
 class Memory(str, Enum):
-    """What a block keeps of the past: nothing, its activations, the weights used on them too, or
-    nothing because it recomputes its inputs from its outputs."""
+    """Data that a block keeps of the past: none, its activations, the weights used on them too, or
+    none because it recomputes its inputs from its outputs.
+    """
 
     NONE = "none"
     TRACE = "trace"
@@ -61,8 +63,9 @@ class Memory(str, Enum):
 
 
 class Update(str, Enum):
-    """When weights move: in every tick, in a sample's last tick, when a message arrives, at the
-    end of a sequence."""
+    """Times at which weights move: every tick, a sample's last tick, the arrival of a message, the
+    end of a sequence.
+    """
 
     TICK = "tick"
     LAST = "last-tick"
@@ -71,18 +74,20 @@ class Update(str, Enum):
 
 
 class Credit(str, Enum):
-    """Where a block's gradient comes from: the messages of its children, or its own readout (no
-    message crosses an edge; the label travels with the signal)."""
+    """Source of a block's gradient: the messages of its children, or its own readout (no message
+    crosses an edge; the label travels with the signal).
+    """
 
     MESSAGES = "messages"
     HEADS = "heads"
 
 
 class Compensation(str, Enum):
-    """What a block does about the delay of its messages, by quantities of its own: steps divided by
+    """Local corrections for the delay of a block's messages: steps divided by
     (1 + delay)^delay_power; the weights of a sample as they are expected to be when its message
     comes; momentum that looks ahead (Nesterov); states sent as they are expected to be; gradients
-    with an estimate of the input that a message answers to."""
+    with an estimate of the input that a message answers to.
+    """
 
     NONE = "none"
     DELAY_SCALED = "delay-scaled"
@@ -93,7 +98,7 @@ class Compensation(str, Enum):
 
 
 class Order(str, Enum):
-    """The order of the updates inside a tick (equations.md; HL Algorithm 1 and Appendix D)."""
+    """The order of the updates inside a tick (docs: concepts/equations; HL Alg. 1, Appendix D)."""
 
     SIMULTANEOUS = "simultaneous"
     OMEGA_FIRST = "omega-first"
@@ -101,7 +106,7 @@ class Order(str, Enum):
 
 
 class TargetOf(str, Enum):
-    """Which target a readout of `hold` compares with: its own sample's, or the current one."""
+    """Target that a readout of `hold` compares with: its own sample's, or the current one."""
 
     SAMPLE = "sample"
     CURRENT = "current"
@@ -119,7 +124,7 @@ Microbatches = Positive | Literal["auto"]
 
 
 def _listed(value: object) -> object:
-    """One name as a list of one; `none` as a list of none."""
+    """Return one name as a list of one, `none` as an empty list."""
     if isinstance(value, (str, Compensation)):
         value = [value]
     if isinstance(value, (list, tuple)):

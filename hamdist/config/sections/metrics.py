@@ -11,14 +11,14 @@ from hamdist.config.sections.section import Positive, Section
 
 
 class RecordedState(str, Enum):
-    """What is recorded per tick: the energies, or the states and costates as well."""
+    """Quantities recorded per tick: the energies, or the states and costates as well."""
 
     ENERGY = "energy"
     TRAJECTORY = "trajectory"
 
 
 class MetricsSettings(Section):
-    """What is measured while a run goes on."""
+    """Measurements during a run."""
 
     window: Positive = 50
     """Items of one prequential window."""

@@ -38,7 +38,7 @@ class OptimizerSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _numbers_in_text(cls, raw: Any) -> Any:
-        """YAML takes 1e-3 for a text."""
+        """Convert texts such as 1e-3, which YAML takes for a text, to numbers."""
         if not isinstance(raw, Mapping):
             return raw
         return {k: v if k in ("name", "lr") else _with_numbers(v) for k, v in raw.items()}
@@ -59,7 +59,7 @@ class OptimizerSettings(Section):
         return self
 
     def _try(self) -> None:
-        """Raises ValueError for values that torch refuses."""
+        """Raise ValueError for values that torch refuses."""
         from torch import nn, zeros
 
         tries = [("", self.name, self.options), ("rest: ", "adamw", self.rest)]
@@ -77,17 +77,17 @@ class OptimizerSettings(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments of the class but lr."""
+        """Return the arguments of the class but lr."""
         return dict(self.model_extra or {})
 
     @property
     def default_lr(self) -> float:
-        """The step size that torch takes where none is given."""
+        """Return the step size that torch takes where none is given."""
         return float(inspect.signature(optimizer_class(self.name)).parameters["lr"].default)
 
 
 def _with_numbers(value: Any) -> Any:
-    """`value` with texts that are numbers as numbers, and lists as tuples, in any depth."""
+    """Return `value` with texts that are numbers as numbers, lists as tuples, at any depth."""
     if isinstance(value, Mapping):
         return {k: _with_numbers(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -11,8 +11,9 @@ from hamdist.config.sections.section import Positive, Section
 
 
 class CutBalance(str, Enum):
-    """What `blocks: N` balances between blocks: what they learn, what they take, or the real
-    numbers that they make (which a trace keeps)."""
+    """Quantity that `blocks: N` balances between blocks: learned numbers, time, or the real numbers
+    that they compute (which a trace keeps).
+    """
 
     PARAMETERS = "parameters"
     TIME = "time"
@@ -20,8 +21,10 @@ class CutBalance(str, Enum):
 
 
 class PartitionSettings(Section):
-    """How the model is cut into blocks, and how long signals travel. Without `blocks` and `cuts`
-    the level's grouping decides."""
+    """Cuts of the model into blocks, and delays of signals.
+
+    Without `blocks` and `cuts` the level's grouping decides.
+    """
 
     blocks: Positive | None = None
     """Number of blocks on the way from the input to an output; every further output is a block

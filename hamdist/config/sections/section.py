@@ -1,4 +1,4 @@
-"""What the sections of the settings share: their base, types of numbers, `on` and `off`."""
+"""The parts that sections of the settings share: their base, types of numbers, `on` and `off`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 class Section(BaseModel):
-    """A part of the settings: refuses names that it does not know, and is not changed once made.
+    """A part of the settings: it refuses unknown names, and is immutable.
 
-    The text below a field is its description (docs: reference/settings)."""
+    The text below a field is its description (docs: reference/settings).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -42,7 +43,7 @@ Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
 
 
 def as_written(value: object) -> object:
-    """`off` and `on` as they were written: YAML reads them as false and true."""
+    """Return `off` and `on` as they were written: YAML reads them as false and true."""
     return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 

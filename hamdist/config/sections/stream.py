@@ -26,22 +26,23 @@ class Source(str, Enum):
 
 
 class Split(str, Enum):
-    """What a run is scored on: the test part, or (to choose settings) a sixth of the training part,
-    which is then not learned from."""
+    """Data that a run is scored on: the test part, or (to choose settings) a sixth of the training
+    part, which is then not learned from.
+    """
 
     TEST = "test"
     VALIDATION = "validation"
 
 
 class View(str, Enum):
-    """What an item of a text is: one token of it, or all of it."""
+    """An item of a text: one token of it, or all of it."""
 
     TOKENS = "tokens"
     SEQUENCES = "sequences"
 
 
 class LabelledTokens(str, Enum):
-    """Which tokens of a text carry its class: the last one, or every one."""
+    """Tokens of a text that carry its class: the last one, or every one."""
 
     LAST = "last"
     EVERY = "every"
@@ -58,23 +59,25 @@ class SignalKind(str, Enum):
 
 
 class Late(str, Enum):
-    """What becomes of samples that arrive while the network is busy: all but the newest are
-    dropped, or all are kept and wait their turn."""
+    """Samples that arrive while the network is busy: all but the newest are dropped, or all are
+    kept and wait their turn.
+    """
 
     DROP = "drop"
     KEEP = "keep"
 
 
 class Relearn(str, Enum):
-    """What becomes of a sample whose target comes late: it is predicted when it comes, scored by
-    that prediction, and shown again with its target; or it waits for its target outside."""
+    """Samples whose target comes late: predicted when they come, scored by that prediction, and
+    shown again with the target; or held back until the target comes.
+    """
 
     AGAIN = "again"
     WAIT = "wait"
 
 
 class Motion(str, Enum):
-    """What a smooth stream does between two samples."""
+    """Motion of a smooth stream between two samples."""
 
     FADE = "fade"
     SHIFT = "shift"
@@ -174,7 +177,7 @@ class PaceSettings(Section):
 
 
 class StreamSettings(Section):
-    """Where items come from."""
+    """Source of the items, and everything that is done to them."""
 
     source: Source = Source.DIGITS
     """The stream."""
@@ -254,7 +257,7 @@ class StreamSettings(Section):
 
     @property
     def again(self) -> bool:
-        """Whether samples whose targets come late are shown again."""
+        """Return True if samples whose targets come late are shown again."""
         late = self.late_targets > 0 or self.target_delay is not None
         return late and self.pace is None and self.relearn is not Relearn.WAIT
 
@@ -263,7 +266,7 @@ _IMAGES = (Source.DIGITS, Source.FASHION_MNIST)
 
 
 def _by_row(raw: Mapping[str, Any]) -> bool:
-    """Whether items of these stream settings have one row unless they say otherwise."""
+    """Return True if items of these stream settings have one row by default."""
     if raw.get("source") == Source.SEQUENCES.value:
         own = raw.get("sequences")
         view = own.get("view") if isinstance(own, Mapping) else getattr(own, "view", None)

@@ -1,7 +1,7 @@
-"""What a network with cycles needs in order to learn without swinging up (NILP).
+"""The dissipation that a network with cycles needs in order to learn without growing swings (NILP).
 
-What a weight does comes back to it about 2/c later: through x, and back through z. Slowly moving
-weights then swing as
+The effect of a weight comes back to it about 2/c later: through x, and back through z. Slowly
+moving weights then swing as
 
     w'' + (eta_omega - 2 K/c) w' + K w = 0,    K = beta (phi g^2 + r_w)
 
@@ -19,13 +19,15 @@ from hamdist.dynamics.updates.constants import Dynamics
 def least_dissipation(
     c: float, *, phi: float, beta: float, weight_cost: float, gain: float = 1.0
 ) -> float:
-    """2 K/c: the eta_omega, in 1/seconds, above which weights on a cycle do not swing up."""
+    """Return 2 K/c, the eta_omega in 1/seconds above which weights on a cycle do not swing up."""
     return 2 * beta * (phi * gain**2 + weight_cost) / c
 
 
 def dissipation_warnings(graph: Graph, dynamics: Dynamics) -> list[str]:
-    """Says so where the dissipation of a block on or behind a cycle is too small for its c, at
-    phi_0 and a gain of 1. For presentation 'hold'."""
+    """Return a warning if the dissipation of blocks on or behind a cycle is too small for their c.
+
+    At phi_0 and a gain of 1. For presentation 'hold'.
+    """
     short, parameters = [], graph.parameters()
     for name in graph.cycle():
         d = dynamics.of(name)

@@ -4,7 +4,7 @@
     robust Hamiltonian   H' = phi L + r_w/2 |theta|^2 + sum z . dh/dt            (HL Eq. 8)
     Hamiltonian          H  = H' - 1/2 sum beta |omega|^2                        (NILP)
 
-All of a tick k is taken at t_k, L as the order of the tick takes it (equations.md).
+All of a tick k is taken at t_k, L as the order of the tick takes it (docs: concepts/equations).
 K: entries, B: batch.
 """
 
@@ -26,8 +26,11 @@ LIMIT_BYTES = 1 << 28
 @known("Energy")
 @dataclass(slots=True)
 class Energy:
-    """One block in one tick. loss: phi L. work: z . dh/dt. kinetic: 1/2 sum beta |omega|^2.
-    cost: r_w/2 |theta|^2. theta_norm: |theta|."""
+    """Energies of one block in one tick.
+
+    loss: phi L; work: z . dh/dt; kinetic: 1/2 sum beta |omega|^2; cost: r_w/2 |theta|^2;
+    theta_norm: |theta|.
+    """
 
     kinetic: float
     cost: float
@@ -68,9 +71,10 @@ class _Entry:
 
 
 class Recorder(Remembers):
-    """Keeps an entry every `every` ticks. With LIMIT entries, or LIMIT_BYTES of tensors, every
-    second one is let go and `every` doubles, so that an endless stream is recorded in constant
-    memory."""
+    """Keeps an entry every `every` ticks, in constant memory.
+
+    With LIMIT entries, or LIMIT_BYTES of tensors, every second one is dropped and `every` doubles.
+    """
 
     def __init__(self, every: int, *, trajectory: bool, limit: int = LIMIT) -> None:
         self._every = every
@@ -82,6 +86,7 @@ class Recorder(Remembers):
     STATE = ("_every", "_entries", "_bytes")
 
     def due(self, tick: int) -> bool:
+        """Return True if `tick` is to be recorded."""
         return tick % self._every == 0
 
     def add(
@@ -92,7 +97,7 @@ class Recorder(Remembers):
         h: Tensor | None = None,
         z: Tensor | None = None,
     ) -> None:
-        """h, z: at t_k (kept as they are: nobody writes to them)."""
+        """Record a tick; h, z: at t_k (kept by reference, since they are never written to)."""
         entry = _Entry(tick, energy, None, None, None, None)
         if self._trajectory:
             entry.h, entry.z = h, z
@@ -106,6 +111,7 @@ class Recorder(Remembers):
             self._bytes = sum(_size(e) for e in self._entries)
 
     def records(self) -> Records:
+        """Return the entries so far."""
         entries = self._entries
 
         def column(name: str) -> Tensor:
@@ -132,7 +138,7 @@ def _size(entry: _Entry) -> int:
 
 
 def _stacked(values: list[Tensor | None]) -> Tensor | None:
-    """The tensors behind one another, NaN where there is none; None where all are missing."""
+    """Return the tensors stacked, NaN for a missing one; None where all are missing."""
     example = next((v for v in values if v is not None), None)
     if example is None:
         return None
@@ -147,23 +153,23 @@ def _floating(tensor: Tensor) -> torch.dtype:
 
 
 def lagrangian(records: Mapping[str, Records]) -> tuple[Tensor, Tensor]:
-    """(ticks, Lagrangian), both (K,), over the ticks that all blocks have."""
+    """Return (ticks, Lagrangian), both (K,), over the ticks that all blocks have."""
     return _sum(records, ("loss", "cost", "kinetic"))
 
 
 def robust_hamiltonian(records: Mapping[str, Records]) -> tuple[Tensor, Tensor]:
-    """(ticks, H'), both (K,), over the ticks that all blocks have (HL Eq. 8)."""
+    """Return (ticks, H'), both (K,), over the ticks that all blocks have (HL Eq. 8)."""
     return _sum(records, ("loss", "cost", "work"))
 
 
 def hamiltonian(records: Mapping[str, Records]) -> tuple[Tensor, Tensor]:
-    """(ticks, H), both (K,), over the ticks that all blocks have."""
+    """Return (ticks, H), both (K,), over the ticks that all blocks have."""
     ticks, robust = robust_hamiltonian(records)
     return ticks, robust - _sum(records, ("kinetic",))[1]
 
 
 def _sum(records: Mapping[str, Records], names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """The columns `names` of all blocks, added up in the blocks' order."""
+    """Return the columns `names` of all blocks, added up in the blocks' order."""
     common = set.intersection(*(set(r.tick.tolist()) for r in records.values()))
     ticks = torch.tensor(sorted(common), dtype=torch.int64)
     total = torch.zeros(len(ticks), dtype=torch.float64)

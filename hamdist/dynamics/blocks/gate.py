@@ -1,4 +1,4 @@
-"""What a held block knows of its own recent input, in a few local quantities.
+"""Two local quantities by which a held block accounts for the delay of its messages.
 
 gate      a counter of the ticks for which the input x has been still,
 
@@ -29,7 +29,7 @@ from hamdist.dynamics.state.remember import Remembers
 
 
 class Gate(Remembers):
-    """ticks: d. tolerance: epsilon, of all inputs together."""
+    """Counter of still ticks. ticks: d; tolerance: epsilon, of all inputs together."""
 
     def __init__(self, ticks: int, tolerance: float) -> None:
         self.still = 0
@@ -40,7 +40,7 @@ class Gate(Remembers):
     STATE = ("still", "_before")
 
     def open(self, inputs: Sequence[Tensor]) -> bool:
-        """Takes note of this tick's inputs; whether weights may move in it."""
+        """Record this tick's inputs; return True if weights may move in it."""
         before, self._before = self._before, list(inputs)
         if not self._ticks:
             return True
@@ -61,7 +61,10 @@ class Gate(Remembers):
 
 
 class RetrospectiveInput(Remembers):
-    """ticks: d; blend: a. Inputs that are no real numbers stay as they are."""
+    """Estimate of the input of d ticks ago.
+
+    ticks: d; blend: a. Inputs that are no real numbers stay as they are.
+    """
 
     def __init__(self, ticks: int, blend: float) -> None:
         self._keep = 1 / (1 + ticks / blend)
@@ -71,7 +74,7 @@ class RetrospectiveInput(Remembers):
     STATE = ("_e",)
 
     def estimate(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Takes note of this tick's inputs x_k; x^_k."""
+        """Record this tick's inputs x_k; return x^_k."""
         if self._e is None or any(e.shape != x.shape for e, x in zip(self._e, inputs, strict=True)):
             self._e = [x.detach().clone() for x in inputs]
         found = []

@@ -36,13 +36,14 @@ IMAGE = 4  # dimensions of (B, n, height, width)
 
 
 class Pooled(nn.Module):
-    """The mean over all positions: (B, n, ...) -> (B, n), or with `last` (B, ..., n) -> (B, n)."""
+    """Mean over all positions: (B, n, ...) -> (B, n), or with `last` (B, ..., n) -> (B, n)."""
 
     def __init__(self, *, last: bool) -> None:
         super().__init__()
         self.last = last
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return the mean over positions."""
         return (h if self.last else h.movedim(1, -1)).flatten(1, -2).mean(1)
 
 
@@ -54,11 +55,11 @@ def make_head(
     norm: bool,
     seed: int,
 ) -> nn.Module:
-    """The head of `block`, drawn by `seed` alone: W ~ N(0, 1/n), b = 0.
+    """Return the head of `block`, drawn by `seed` alone: W ~ N(0, 1/n), b = 0.
 
-    h: shape and type of the block's state; prediction: the shape that its readout predicts, which
-    the head's is, too: (B, O), or (B, P, O) of states (B, P, n).
-    Raises LevelError where a linear head cannot make one of the other.
+    h: shape and dtype of the block's state; prediction: shape of the readout's prediction, which is
+    that of the head's, too: (B, O), or (B, P, O) for states (B, P, n). Raises LevelError where a
+    linear head cannot map one to the other.
     """
     shape, dtype = h
     if not dtype.is_floating_point or len(shape) < 2:
@@ -92,7 +93,7 @@ def make_head(
 
 
 class Head(Remembers):
-    """weight: of the block's step by it. scale: of beta, by sample."""
+    """A readout of one block. weight: of the block's step by it; scale: of beta, by sample."""
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class Head(Remembers):
     STATE = ("cell", "weights", "_loss")
 
     def teach(self, sample: int, h: Tensor, label: Tensor) -> Tensor:
-        """s = phi dL/dh, by the head as it was; then the head has learned."""
+        """Return s = phi dL/dh of the head before its step, then let the head learn."""
         record = self.cell.forward([h], [True])
         scale = self._scale(sample)
         at_once = self.weights.at_once(scale, self._tau)
@@ -125,8 +126,7 @@ class Head(Remembers):
 
 
 class HeadUpdate(Remembers):
-    """What a head does to the weights of its block. weights: theta of the cell, with an omega of
-    the head's own."""
+    """Steps of a block's weights by its head, with a separate omega beside that of messages."""
 
     def __init__(
         self, head: Head, cell: LocalFunction, weights: Weights, dynamics: Dynamics, scale: Scale
@@ -141,7 +141,7 @@ class HeadUpdate(Remembers):
     STATE = ("head", "weights")
 
     def learn(self, sample: int, record: ForwardRecord, label: Tensor, *, keep: bool) -> Tensor:
-        """One step by the label of `sample`; returns z = tau s. keep: the record is used again."""
+        """Make one step by the label of `sample`; return z = tau s. keep: keep the record."""
         z = scaled(self.head.teach(sample, plain(record.output), label), self._tau)
         scale = self._scale(sample) * self.head.weight
         at_once = self.weights.at_once(scale, self._tau)
@@ -167,13 +167,14 @@ class HeadBlock(Block):
     STATE = ("cell", "weights", "taught", "h", "z")
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
+        """Return h of `sample`, and keep its record for `learn`."""
         self._record = self.cell.forward(inputs, self._wanted)
         self.h = plain(self._record.output)
         self._guard("h", self.h, inputs)
         return self.h
 
     def learn(self, sample: int, label: Tensor | None) -> None:
-        """After `forward` of the same sample. Without a label nothing moves."""
+        """Make the step of `sample`, after its `forward`. Without a label nothing moves."""
         record, self._record = self._record, None
         if self.taught is None or label is None or record is None:
             self.weights.rest()
@@ -186,10 +187,10 @@ class FrozenBlock(HeadBlock):
     """A block where nothing learns, nor before it: it passes samples on and keeps nothing."""
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
-        """h of `sample`, from its parents' states."""
+        """Return h of `sample`, from its parents' states."""
         h = super().forward(sample, inputs)
         self._record = None
         return h
 
     def learn(self, sample: int, label: Tensor | None) -> None:
-        """Nothing, whatever the label."""
+        """Do nothing, whatever the label."""

@@ -26,9 +26,9 @@ from hamdist.dynamics.vjp.gradient import Gradient
 class Tick(NamedTuple):
     """The knobs of one tick of a held block.
 
-    k: its number. sample: shown at the input. tau: seconds. moves: whether the state moves (m_k).
-    updates: whether the weights do. target: of the loss that is taken in this tick, if one is.
-    measures: whether the energies are wanted.
+    k: its number. sample: shown at the input. tau: seconds. moves: True if the state moves (m_k).
+    updates: True if the weights do. target: of the loss that is taken in this tick, if one is.
+    measures: True if the energies are recorded.
     """
 
     k: int
@@ -57,7 +57,7 @@ class HoldBlock(SavesPasses):
 
     lead: the block sends h_{k+1} + lead (h_{k+1} - h_k), its state as it will be so many ticks
     later if it goes on like this; a leaky state (c tau = a < 1) sends f_k with lead (1 - a)/a.
-    retrospect: makes the input with which g_k is taken (stillness.py).
+    retrospect: makes the input with which g_k is taken (gate.py).
 
     energy: of the latest tick that measured it.
     """
@@ -112,7 +112,7 @@ class HoldBlock(SavesPasses):
         self._record = None if records is None else self.cell.rebuilt(records)
 
     def complete(self, messages: Sequence[Tensor | None]) -> None:
-        """Finishes the tick before: z, and in the sequential order the weights."""
+        """Finish the tick before: z, and in the sequential order the weights."""
         last = self._last
         if last is None:
             return
@@ -134,7 +134,7 @@ class HoldBlock(SavesPasses):
         self._last = None
 
     def clear(self, *, h: bool, z: bool, omega: bool) -> None:
-        """Sets what is named to zero, h to what it began with; between `complete` and `tick`."""
+        """Set the named quantities to zero (h to h_0), between `complete` and `tick`."""
         if h:
             self.h = self._start
         if z:
@@ -149,9 +149,14 @@ class HoldBlock(SavesPasses):
     def tick(
         self, inputs: Sequence[Tensor], tick: Tick, send: Callable[[Tensor], Tensor] = _kept
     ) -> tuple[list[Tensor | None], Reading | None]:
-        """One tick, after `complete`; `h` is then the state of the next. Returns the messages to
-        the parents, and what a readout read. send: gets the new state before the work on the
-        costates begins, and gives it back as everybody sees it."""
+        """Run one tick, after `complete`; `h` is then the state of the next.
+
+        Returns the messages to the parents, and the reading of a readout. send: called with the new
+        state before the work on the costates begins; returns it as the children receive it.
+        """
+        # Order of a tick: loss at h_k, forward, send, messages and g with z_k, weights. In the
+        # sequential order the loss is at h_{k+1}, and g waits for z_{k+1} (`complete`). The
+        # state is sent before the pull, so that children do not wait for it.
         self.energy = measured(self._all_weights()) if tick.measures else None
         reading = None if self._sequential else self._compare(tick)
         to_parents: list[Tensor | None] = [None] * len(self._wanted)
@@ -199,7 +204,7 @@ class HoldBlock(SavesPasses):
         return to_parents, reading
 
     def _compare(self, tick: Tick) -> Reading | None:
-        """own = phi dL/dh at the present h, and the step of the output module's weights."""
+        """Set own = phi dL/dh at the present h, and step the weights of the output module."""
         self._own = None
         if self._loss is None:
             return None
@@ -242,7 +247,7 @@ class HoldReadout(Block):
         tick: Tick,
         send: Callable[[Tensor], Tensor] = _kept,  # noqa: ARG002  (it has no state)
     ) -> tuple[list[Tensor | None], Reading | None]:
-        """The messages to the parents, and what was read."""
+        """Return the messages to the parents, and the reading."""
         self.energy = measured([self.weights]) if tick.measures else None
         to_parents: list[Tensor | None] = [None] * len(self._wanted)
         reading = None
@@ -262,6 +267,6 @@ class HoldReadout(Block):
 
 
 def measured(parts: Sequence[Weights]) -> Energy:
-    """The energies of a block's weights, as they are now."""
+    """Return the energies of a block's weights, as they are now."""
     kinetic, cost, norms = zip(*(w.energies() for w in parts), strict=True)
     return Energy(sum(kinetic), sum(cost), sum(n * n for n in norms) ** 0.5)

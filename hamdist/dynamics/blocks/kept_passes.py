@@ -1,4 +1,4 @@
-"""What blocks are made of, and how one is saved with what its forward passes have left behind."""
+"""The parts common to all blocks, and snapshots of blocks with records of forward passes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SUM = "gradients"  # its name in a snapshot, beside STATE
 
 @dataclass(slots=True)
 class BlockParts:
-    """What all kinds of blocks are made of.
+    """The parts of all kinds of blocks.
 
     Attributes:
+        microbatches: Number of parts of a batch.
         wanted: By parent, whether it gets messages.
         scale: Of beta, by sample.
-        microbatches: Into how many a batch is cut.
     """
 
     cell: LocalFunction
@@ -38,10 +38,10 @@ class BlockParts:
 
 
 class Block(Remembers):
-    """A block or an output net: its cell, its weights, and what decides their steps.
+    """A block or an output net: its local function, weights, and the settings of their steps.
 
     With micro-batches a pass has the number of a pulse (schedule/microbatches.py), and the weights
-    move once an item, by the sum of what its pulses have brought.
+    move once an item, by the sum of the gradients of its pulses.
     """
 
     def __init__(self, parts: BlockParts) -> None:
@@ -56,27 +56,31 @@ class Block(Remembers):
         self._sum = GradientSum() if self._parts > 1 else None
 
     def snapshot(self) -> dict[str, Any]:
-        """The state, in tensors that may go on changing: `packed` copies them."""
+        """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         state = super().snapshot()
         return state if self._sum is None else {**state, SUM: self._sum.snapshot()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`. Raises SnapshotError where it is another class's."""
+        """Continue from `state`; raise SnapshotError where it is that of another class."""
         if self._sum is not None:
             found, state = taken(state, SUM)
             self._sum.restore(found)
         super().restore(state)
 
     def at_once(self, sample: int, tau: float) -> AtOnce | None:
-        """Returns what the cell may do with the gradients of a pass before `learn_from` gets them
-        (`Weights.at_once`)."""
+        """Return the permission to move weights by the gradients of a pass before `learn_from`.
+
+        See `Weights.at_once`.
+        """
         if self._sum is not None:
             return None
         return self.weights.at_once(self._scale(sample), tau)
 
     def learn_from(self, sample: int, g: Sequence[Gradient] | None, tau: float) -> None:
-        """Takes the gradients of one pass (None: no message came), and moves the weights by what
-        the passes of the item have brought, where this is the last."""
+        """Take the gradients of one pass (None: no message came).
+
+        Behind the last pass of an item the weights move by the sum of its gradients.
+        """
         if self._sum is not None:
             if g is not None:
                 self._sum.add(g)
@@ -91,25 +95,27 @@ class Block(Remembers):
 
 
 class SavesPasses(Block, ABC):
-    """A block that keeps records of its cell, which are saved beside its STATE (of which `cell` is
-    one) under the name RECORDS."""
+    """A block that keeps records of forward passes, saved under RECORDS beside its STATE.
+
+    `cell` is one of STATE.
+    """
 
     RECORDS: ClassVar[str] = "trace"
 
     @abstractmethod
     def held(self) -> Any:
-        """The records as plain data (`LocalFunction.held`)."""
+        """Return the records as plain data (`LocalFunction.held`)."""
 
     @abstractmethod
     def rebuild(self, records: Any) -> None:
-        """Takes what `held` has given (`LocalFunction.rebuilt`); all else is restored already."""
+        """Set the records from the data of `held`, after everything else has been restored."""
 
     def snapshot(self) -> dict[str, Any]:
-        """The state, in tensors that may go on changing: `packed` copies them."""
+        """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         return {**super().snapshot(), self.RECORDS: self.held()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`. Raises SnapshotError where it is another class's."""
+        """Continue from `state`; raise SnapshotError where it is that of another class."""
         records, own = taken(state, self.RECORDS)
         super().restore(own)
         self.rebuild(records)

@@ -30,7 +30,7 @@ class PulseBlock(SavesPasses):
         z = tau sum_w M_w,            M_v = c (df/dh_v)^T z,     g = c (df/dtheta)^T z
 
     which is one hop of Hamilton's equations with c tau = 1, eta_z = 0 and s = -1. The trace keeps
-    the record of every sample between its two passes. taught: a readout of its own beside the
+    the record of every sample between its two passes. taught: a readout of the block beside the
     messages (heads.py), from which it learns right behind the forward pass. predicts: the block
     passes samples with the weights that it will have after so many updates more, if these go on as
     the last one, and keeps them for the message:
@@ -58,6 +58,7 @@ class PulseBlock(SavesPasses):
         self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
+        """Return h of `sample`, and keep its record until its message comes."""
         if self._predicts is None:
             record = self.cell.forward(inputs, self._wanted)
         else:
@@ -70,12 +71,12 @@ class PulseBlock(SavesPasses):
         return self.h
 
     def learn(self, sample: int, label: Tensor | None) -> None:
-        """A step by the block's own readout, after `forward`; without a label there is none."""
+        """Make a step by the block's head, after `forward`; without a label there is none."""
         if self.taught is not None and label is not None:
             self.taught.learn(sample, self.trace[sample], label, keep=True)
 
     def backward(self, sample: int, messages: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The messages to the parents; weights do not move for a sample without any message."""
+        """Return the messages to the parents; without any message weights do not move."""
         record = self.trace.pop(sample, None)  # (an empty micro-batch has none)
         message = total(messages)
         if message is None or record is None:
@@ -92,13 +93,13 @@ class PulseBlock(SavesPasses):
 class ReversibleBlock(Block):
     """A state block that keeps nothing of a sample: neither its activations nor h and z.
 
-    Forward as `PulseBlock`. Backward its one child hands it (M, h); from the last invertible piece
+    Forward as `PulseBlock`. Backward its one child sends it (M, h); from the last invertible map
     to the first
 
         x = p^-1(y),      M_x = c (dp/dx)^T z_y,      g += c (dp/dtheta)^T z_y
 
     with the weights of the forward pass, for one sample is in the network at a time. Memory: about
-    four states, whatever the number of pieces. hands_back: the parent is reversible, too.
+    four states, whatever the number of maps. hands_back: the parent is reversible, too.
     """
 
     def __init__(self, parts: BlockParts, *, hands_back: bool) -> None:
@@ -113,6 +114,7 @@ class ReversibleBlock(Block):
     STATE = ("cell", "weights")
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:  # noqa: ARG002
+        """Return h of `sample`, and keep nothing."""
         (x,) = inputs
         with torch.no_grad():
             h: Tensor = self.cell.module(x)
@@ -120,8 +122,10 @@ class ReversibleBlock(Block):
         return h
 
     def backward(self, sample: int, messages: list[Tensor | None]) -> list[Tensor | None]:
-        """The message to the parent; weights do not move for a sample without any message. The
-        child's is taken out of `messages`, so that its memory can go."""
+        """Return the message to the parent; without any message weights do not move.
+
+        The child's message is removed from `messages`, so that its memory can be freed.
+        """
         given = messages.pop()
         if given is None:
             self.learn_from(sample, None, self._tau)
@@ -139,15 +143,15 @@ class ReversibleBlock(Block):
 
 
 def with_state(message: Tensor, h: Tensor) -> Tensor:
-    """What a reversible parent gets: the message about its state h, and h. Both like h."""
+    """Return the message to a reversible parent: that about its state h, and h. Both like h."""
     return torch.stack([message, h])
 
 
 class PulseReadout(Block):
     """An output net that a pulse reaches: y = f^y(h_parents; theta), M_v = phi dL/dh_v.
 
-    hands_back: by parent, whether it is reversible and gets its state back. item: collects what is
-    read of micro-batches, where there are.
+    hands_back: by parent, True if it is reversible and gets its state back. item: collects the
+    readings of micro-batches, where there are any.
     """
 
     def __init__(
@@ -170,8 +174,11 @@ class PulseReadout(Block):
     def read(
         self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
     ) -> tuple[list[Tensor | None], Reading | None]:
-        """The messages to the parents, and what was read (None without a target). Of micro-batches
-        the target comes with the first one, and what was read of the item with the last one."""
+        """Return the messages to the parents, and the reading (None without a target).
+
+        Of micro-batches the target comes with the first one, and the reading of the item is
+        returned with the last one.
+        """
         if self._item is None:
             return self._learn(sample, inputs, target)
         own, share = self._item.begin(sample, target)
@@ -189,7 +196,7 @@ class PulseReadout(Block):
         target: Tensor | None,
         share: float = 1.0,
     ) -> tuple[list[Tensor | None], Reading | None]:
-        """One pass. inputs: none of an empty micro-batch. share: of the loss of its item."""
+        """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its item."""
         record = self.cell.forward(inputs, self._wanted) if inputs else None
         if record is not None:
             self.prediction = plain(record.output)
@@ -213,6 +220,6 @@ class PulseReadout(Block):
         return messages, reading
 
     def scored(self, prediction: Tensor, reading: Reading) -> Reading:
-        """An earlier prediction compared with the target that was read."""
+        """Return `reading` with an earlier prediction, compared with the target that was read."""
         value, _ = self._loss.value(prediction, reading.target)
         return replace(reading, prediction=prediction, loss=value)

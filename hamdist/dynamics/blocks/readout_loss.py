@@ -1,7 +1,7 @@
-"""What all kinds of blocks share: messages, readings, the loss.
+"""The parts that all kinds of blocks share: messages, readings, the loss.
 
-A block sees tensors that its neighbours sent, and owns h, z, theta and omega; it knows no engine,
-no socket and no other block. The kinds: hold.py (Hamilton's equations tick by tick),
+A block sees tensors that its neighbours sent, and has h, z, theta and omega; it has no access to
+engines, sockets or other blocks. The kinds: hold.py (Hamilton's equations tick by tick),
 pulse.py (a travelling wave), sequence.py (a sequence and its reverse), each as a block with a
 state and as an output net (HL Eq. 4).
 
@@ -29,7 +29,7 @@ from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A readout's look at one sample: prediction (B, ...), target, loss (scalar), phi."""
+    """A readout's prediction (B, ...) of one sample, with target, loss (scalar) and phi."""
 
     prediction: Tensor
     target: Tensor
@@ -38,7 +38,7 @@ class Reading:
 
 
 def total(messages: Sequence[Tensor | None]) -> Tensor | None:
-    """The sum of the messages in their order; None where all are zero."""
+    """Return the sum of the messages in their order; None where all are zero."""
     result: Tensor | None = None
     for message in messages:
         if message is not None:
@@ -47,11 +47,12 @@ def total(messages: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def plain(output: Tensor) -> Tensor:
-    """A cell's output without autograd's graph."""
+    """Return an output without autograd's graph."""
     return output.detach() if output.requires_grad else output
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """Return factor * tensor; the tensor itself for a factor of 1."""
     return tensor if factor == 1 else tensor * factor
 
 
@@ -82,7 +83,7 @@ class ReadoutLoss(Remembers):
 
     @property
     def random(self) -> dict[str, Any] | None:
-        """Where the random numbers of a user's loss stand."""
+        """Return the state of the random generator of a user's loss."""
         loss = self._loss
         return loss.generator.snapshot() if isinstance(loss, SeededLoss) else None
 
@@ -102,10 +103,11 @@ class ReadoutLoss(Remembers):
         moves: bool = True,
         at_once: AtOnce | None = None,
     ) -> tuple[list[Tensor | None], list[Gradient], Reading]:
-        """phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and what was read.
+        """Return phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and the reading.
 
         share: of phi_k, as the target is part of an item. moves: the weights move in this tick; the
-        first phi lasts until they have. at_once: as in `LocalFunction.pull`."""
+        first phi lasts until they have. at_once: as in `LocalFunction.pull`.
+        """
         prediction, inputs = plain(record.output), record.inputs
         about, reading = self.look(prediction, target, k, share=share, moves=moves, inputs=inputs)
         to_parents, g = cell.pull(record, about, at_once=at_once)
@@ -121,8 +123,10 @@ class ReadoutLoss(Remembers):
         moves: bool = True,
         inputs: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Reading]:
-        """phi_k dL/dprediction, and what was read. share, moves: as in `take`. inputs: of the cell
-        that predicts."""
+        """Return phi_k dL/dprediction, and the reading.
+
+        share, moves: as in `take`. inputs: of the function that predicts.
+        """
         value, slope = self.value(prediction, target, inputs)
         phi = self.phi(k)
         if moves:
@@ -132,13 +136,13 @@ class ReadoutLoss(Remembers):
     def value(
         self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Slope]:
-        """L, and phi dL/dprediction as a function of phi."""
+        """Return L, and phi dL/dprediction as a function of phi."""
         value, slope = loss_and_slope(self._loss, prediction, target, native=self._native)
         self._guard("loss", value, [*inputs, target])
         return value, slope
 
     def phi(self, k: int) -> float:
-        """phi_k. Raises ValueError where a function of the user's gives no finite number."""
+        """Return phi_k; raise ValueError where a user's function gives no finite number."""
         if self._first_phi is not None:
             return self._first_phi
         phi = float(self._phi(k))
@@ -147,5 +151,5 @@ class ReadoutLoss(Remembers):
         return phi
 
     def past_first(self) -> None:
-        """The first loss has been taken."""
+        """Record that the first loss has been taken."""
         self._first_phi = None

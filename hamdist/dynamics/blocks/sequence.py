@@ -1,7 +1,7 @@
 """Blocks through which a sequence travels forward and then, token by token, in reverse.
 
-Backpropagation through time as Hamilton's equations on the reversed stream (equations.md).
-Reversed token j is token m = n - 1 - j; h_{m+1} is the state that token m led to:
+Backpropagation through time as Hamilton's equations on the reversed stream (docs:
+concepts/equations). Reversed token j is token m = n - 1 - j; h_{m+1} is the state behind token m:
 
     z_{j+1} = tau sum_w M_w - tau eta_z z_j                        z_0 = 0
     omega_{j+1} = omega_j + tau ( g_j - eta_omega omega_j )        omega_0 = mu omega
@@ -33,9 +33,9 @@ from hamdist.dynamics.vjp.gradient import Gradient
 
 
 class WayBack(Remembers):
-    """The weights of one block while a sequence is gone through in reverse.
+    """The weights of one block during the reverse pass of a sequence.
 
-    Where no message came along the whole way, theta and omega stay as they were.
+    Where no message came during the whole pass, theta and omega stay as they were.
     """
 
     def __init__(self, parts: BlockParts) -> None:
@@ -49,18 +49,18 @@ class WayBack(Remembers):
     STATE = ("_before", "_came")
 
     def begin(self) -> None:
-        """omega_0 = mu omega."""
+        """Set omega_0 = mu omega."""
         self._before = self.weights.omega
         self._came = False
         self.weights.fade(self._momentum)
 
     def add(self, g: Sequence[Gradient] | None) -> None:
-        """omega_{j+1}, with g_j (None: zero)."""
+        """Set omega_{j+1}, with g_j (None: zero)."""
         self._came = self._came or g is not None
         self.weights.integrate(g, self._tau)
 
     def end(self, sample: int) -> None:
-        """theta moves. sample: the last token."""
+        """Move theta. sample: the last token."""
         if self._came:
             self.weights.conclude(self._scale(sample), self._tau)
         else:
@@ -73,7 +73,7 @@ class SequenceBlock(SavesPasses):
 
         M_v = c (df/dh_v)^T z_{j+1},        g_j = c (df/dtheta)^T z_{j+1}
 
-    h: of the latest token; before the first one what states begin with.
+    h: of the latest token; before the first one the initial state.
     """
 
     def __init__(self, parts: BlockParts, h: Tensor, truncation: int | None = None) -> None:
@@ -96,6 +96,7 @@ class SequenceBlock(SavesPasses):
         self._trace.extend(self.cell.rebuilt(record) for record in records)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return h_{m+1}, and keep its record for the reverse pass."""
         record = self.cell.forward(inputs, self._wanted)
         self._trace.append(record)
         self.stored = max(self.stored, len(self._trace))
@@ -104,12 +105,12 @@ class SequenceBlock(SavesPasses):
         return self.h
 
     def begin(self) -> None:
-        """The way back begins: z_0 = 0."""
+        """Begin the reverse pass with z_0 = 0."""
         self.z = None
         self._way_back.begin()
 
     def backward(self, messages: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """One reversed token: the messages to the parents."""
+        """Return the messages of one reversed token to the parents."""
         record = self._trace.pop()
         self.z = self._costate(total(messages))
         if self.z is None:
@@ -121,7 +122,7 @@ class SequenceBlock(SavesPasses):
         return to_parents
 
     def _costate(self, message: Tensor | None) -> Tensor | None:
-        """z_{j+1}; None for zeros."""
+        """Return z_{j+1}; None for zeros."""
         kept = None if self.z is None or self._keeps == 0 else scaled(self.z, self._keeps)
         if message is None:
             return kept
@@ -129,12 +130,12 @@ class SequenceBlock(SavesPasses):
         return arrived if kept is None else kept + arrived
 
     def end(self, sample: int) -> None:
-        """The way back ends with the weights' one step. sample: the sequence's last token."""
+        """End the reverse pass with the weights' one step. sample: the sequence's last token."""
         self._way_back.end(sample)
 
 
 class _Read(NamedTuple):
-    """One token as a readout saw it. random: where the loss's own random numbers stood before."""
+    """One token as a readout saw it. random: state of the loss's random generator before it."""
 
     record: ForwardRecord
     slope: Slope | None
@@ -143,11 +144,11 @@ class _Read(NamedTuple):
 
 
 class SequenceReadout(SavesPasses):
-    """An output net: predicts and compares on the way forward, learns on the way back.
+    """An output net: predicts and compares in the forward pass, learns in the reverse pass.
 
         y_m = f^y(h_parents; theta),    M_v = phi dL_m/dh_v,    g_j = phi dL_m/dtheta
 
-    L_m is computed once, on the way forward.
+    L_m is computed once, in the forward pass.
     """
 
     def __init__(self, parts: BlockParts, loss: ReadoutLoss, truncation: int | None = None) -> None:
@@ -177,7 +178,7 @@ class SequenceReadout(SavesPasses):
     def forward(
         self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
     ) -> Reading | None:
-        """What was read (None without a target)."""
+        """Return the reading (None without a target)."""
         record = self.cell.forward(inputs, self._wanted)
         prediction = record.output.detach()
         random = self._loss.random
@@ -189,12 +190,12 @@ class SequenceReadout(SavesPasses):
         return Reading(prediction, target, found[0], self._loss.phi(sample))
 
     def begin(self) -> None:
-        """The way back begins."""
+        """Begin the reverse pass."""
         self._taken = any(read.slope is not None for read in self._trace)
         self._way_back.begin()
 
     def backward(self, sample: int) -> list[Tensor | None]:
-        """One reversed token: the messages to the parents."""
+        """Return the messages of one reversed token to the parents."""
         record, slope, _, _ = self._trace.pop()
         if slope is None:
             self._way_back.add(None)
@@ -204,7 +205,7 @@ class SequenceReadout(SavesPasses):
         return to_parents
 
     def end(self, sample: int) -> None:
-        """The way back ends with the weights' one step. sample: the sequence's last token."""
+        """End the reverse pass with the weights' one step. sample: the sequence's last token."""
         if self._taken:
             self._loss.past_first()
         self._way_back.end(sample)

@@ -303,7 +303,6 @@ class Graph:
 
         Args:
             u_shape: shape of the input, with the batch in front.
-            u_dtype: dtype of the input.
             several: shapes and dtypes of the inputs by parent (`u.NAME`), if there are several.
 
         Raises:

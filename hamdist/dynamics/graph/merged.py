@@ -24,7 +24,6 @@ class MergedGraph(nn.Module):
     """The graph as one feed-forward module: u -> the readout's prediction (or a dict of them).
 
     Args:
-        graph: the graph.
         relax: with cycles, the number of times that the states are relaxed from h_0 by
             h <- f(h_parents) (cτ = 1).
     """
@@ -109,7 +108,6 @@ class MergedSequence(nn.Module):
     The `state_dict` has the keys of a `MergedGraph`.
 
     Args:
-        graph: the graph.
         shapes: shapes and dtypes of the blocks' states, the batch in front.
     """
 
@@ -164,7 +162,6 @@ def merged_module(
     `MergedGraph`.
 
     Args:
-        graph: the graph.
         weights: parameters and buffers by block and key (keys of an output module begin with
             `output:`).
         whole: for a graph built by hand the module to fill; None for a `MergedGraph`.

@@ -60,7 +60,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Joining:
-    """How a module takes parents of which some are slices of one block.
+    """Combination of parents of which some are slices of one block.
 
     The slices are joined first; the results are taken as `then` says.
     """

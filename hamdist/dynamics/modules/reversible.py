@@ -8,7 +8,7 @@ axis 1 are a and b:
 
 With s = 1 two of them are a block of RevNet (Gomez, Ren, Urtasun, Grosse 2017). With F = f, s = 2
 tau and the pair (h_{k-1}, h_k) one is a step of the midpoint rule, and M_a, M_b are its adjoint
-(docs: concepts/equations, "Midpoint"):
+(docs: concepts/equations, "Without stored activations"):
 
     h_1 = h_0 + tau f(h_0),    h_{k+1} = h_{k-1} + 2 tau f(h_k)
     z_k = z_{k+2} + 2 tau J_k^T z_{k+1},    z_0 = z_2 + z_1 + tau J_0^T z_1
@@ -76,7 +76,6 @@ class Coupling(InvertibleMap):
     Args:
         f: F, a module from n to n features.
         scale: s.
-        leak: lambda.
     """
 
     def __init__(self, f: nn.Module, scale: float = 1.0, *, leak: float = 0.0) -> None:
@@ -120,7 +119,6 @@ class MidpointStart(InvertibleMap):
     Args:
         f: a module from n to n features.
         tau: step, in the unit of time.
-        leak: lambda.
     """
 
     def __init__(self, f: nn.Module, tau: float, *, leak: float = 0.0) -> None:
@@ -205,7 +203,6 @@ class Midpoint(nn.Module):
         f: a module from n to n features.
         steps: number of steps.
         tau: step, in the unit of time.
-        leak: lambda.
         start: False to begin with the pair (h_{-1}, h_0), (B, 2n, ...), instead of h_0.
     """
 

@@ -23,14 +23,14 @@ _PAD = 16  # numbers: 64 bytes of the smaller type
 
 
 def built() -> bool:
-    """Whether the C code is there."""
+    """Return True if the C code was built."""
     return _rows is not None
 
 
 class NativeLayers:
-    """Some layers, each of which reads the one before; their weights move in place.
+    """Layers each of which reads the one before; their weights move in place.
 
-    layers: by layer W (O, I), the bias, and whether a relu stands behind it.
+    layers: by layer W (O, I), the bias, and True if a relu is behind them.
     """
 
     MOST = 64  # layers
@@ -55,18 +55,18 @@ class NativeLayers:
 
     @classmethod
     def of(cls, layers: Sequence[tuple[Tensor, Tensor | None, bool]]) -> NativeLayers | None:
-        """None for weights that the C code cannot step."""
+        """Return the layers; None for weights that the C code cannot step."""
         dtype = layers[0][0].dtype
         known = [t for w, b, _ in layers for t in (w, b) if t is not None]
         plain = all(reads(t) and t.dtype is dtype for t in known)
         return cls(layers) if plain and all(_pays(w) for w, _, _ in layers) else None
 
     def reads(self, x: Tensor) -> bool:
-        """Whether x, of the right shape, is memory that the C code can read."""
+        """Return True if x, of the right shape, is memory that the C code can read."""
         return x.dtype is self.dtype and x.is_cpu and x.is_contiguous()
 
     def forward(self, x: Tensor, inner: Tensor, y: Tensor) -> None:
-        """y: the output of the last layer; those of the others go to `inner`. x: I numbers."""
+        """Write the output of the last layer to y, those of the others to `inner`. x: I numbers."""
         _rows.chain_forward(
             self._at, self.many, x.data_ptr(), inner.data_ptr(), y.data_ptr(), self._flags
         )
@@ -83,12 +83,14 @@ class NativeLayers:
         rates: array[float] | None,
         limit: float,
     ) -> int:
-        """By layer, from the last one on: d = z, 0 behind a relu whose result is not above 0;
-        the message W^T d, of the first layer to `to`; then W += alpha d x^T and b += beta d, unless
-        the norm of d (x, 1)^T, of what moves, is above the limit.
+        """Compute products and updates by layer, from the last one on.
+
+        d = z, 0 behind a relu whose result is not above 0; the message W^T d, that of the first
+        layer to `to`; then W += alpha d x^T and b += beta d, unless the norm of d (x, 1)^T, of the
+        parts that move, is above the limit.
 
         d: room for `all` numbers, m: for `widest`. rates: alpha and beta of every layer; None:
-        nothing moves. Returns a number whose bit l says that layer l has moved.
+        nothing moves. Returns a number whose bit l is set if layer l has moved.
         """
         return _rows.chain_pull(
             self._at,
@@ -106,7 +108,7 @@ class NativeLayers:
         )
 
     def outputs(self, inner: Tensor, layers: int) -> list[Tensor]:
-        """What `forward` left there, or `pull` in d, of the first `layers`: (1, O) each."""
+        """Return the results of `forward`, or d of `pull`, for the first `layers`: (1, O) each."""
         found, at = [], 0
         for (w, _, _), pad in zip(self._kept[:layers], self._pads, strict=False):
             found.append(inner[at : at + w.shape[0]].view(1, -1))
@@ -115,34 +117,37 @@ class NativeLayers:
 
 
 def _pays(w: Tensor) -> bool:
-    """Whether one row is faster here than by torch: not through many rows of a few numbers."""
+    """Return True if one row is faster here than by torch: not for many rows of a few numbers."""
     return w.shape[1] >= _PAD or w.numel() <= NARROW
 
 
 def norm(x: Tensor) -> float | None:
-    """|x|; None for a tensor that this cannot read."""
+    """Return |x|; None for a tensor that the C code cannot read."""
     return _rows.norm(x.data_ptr(), x.numel(), _FLAGS[x.dtype]) if reads(x) else None
 
 
 def reads(x: Tensor) -> bool:
-    """Whether the C code can read x."""
+    """Return True if the C code can read x."""
     return built() and x.dtype in _FLAGS and x.is_cpu and x.is_contiguous()
 
 
 def masked(z: Tensor, y: Tensor, d: Tensor) -> float:
-    """d = z, and 0 where y <= 0; returns |d|. All of one shape, type, and contiguous."""
+    """Set d = z, and 0 where y <= 0; return |d|. All of one shape, dtype, and contiguous."""
     return _rows.masked(z.data_ptr(), y.data_ptr(), d.data_ptr(), d.numel(), _FLAGS[d.dtype])
 
 
 def add_columns(b: Tensor, d: Tensor, beta: float) -> None:
-    """b += beta times the sum of d's rows. b: (O,), d: (R, O), of one type, and contiguous."""
+    """Add beta times the sum of d's rows to b. b: (O,), d: (R, O), of one dtype, contiguous."""
     rows, out = d.shape
     _rows.columns(b.data_ptr(), d.data_ptr(), rows, out, _FLAGS[d.dtype], beta)
 
 
 def cross_entropy(y: Tensor, classes: Tensor, ignored: int) -> tuple[Tensor, Tensor] | None:
-    """The mean softmax cross-entropy, (), of y (B, C) and classes (B,), and its slope, like y. None
-    where this cannot tell it, or where torch is faster. ignored: a class below 0 without a loss."""
+    """Return the mean softmax cross-entropy, (), of y (B, C) and classes (B,), and its slope.
+
+    None where the C code does not apply, or torch is faster. ignored: a class below 0 without a
+    loss.
+    """
     many = y.numel()
     if not 0 < many <= SMALL or not reads(y) or classes.dtype != int64:
         return None

@@ -1,4 +1,4 @@
-"""Losses L(y, target). Each is a mean over the batch (equations.md, "State, output, Hamiltonian").
+"""Losses L(y, target). Each is a mean over the batch (docs: concepts/equations).
 
 B: batch, O: outputs.
 """
@@ -27,13 +27,13 @@ aten = torch.ops.aten
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """(1/B) sum_b 1/2 sum_j (y_bj - target_bj)^2. prediction and target: (B, O)."""
+    """Return (1/B) sum_b 1/2 sum_j (y_bj - target_bj)^2. prediction and target: (B, O)."""
     return 0.5 * (prediction - target).square().sum() / prediction.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
 class CrossEntropy:
-    """Computes softmax cross-entropy: the mean over the batch, and over what else has a class.
+    """Softmax cross-entropy: the mean over the batch, and over all other axes that have a class.
 
     ignore_index: targets of this class are left out of the mean.
     """
@@ -41,7 +41,7 @@ class CrossEntropy:
     ignore_index: int = IGNORE_INDEX
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Computes the loss, a scalar; NaN, as torch has it, where no target counts.
+        """Return the loss, a scalar; NaN, as torch has it, where no target counts.
 
         prediction: (B, classes) with target (B,); (B, classes, ...) with (B, ...), as torch has it;
         or (B, ..., classes) with (B, ...), as language models have it. Raises ValueError where both
@@ -63,12 +63,12 @@ cross_entropy = CrossEntropy()
 
 
 def _are_probabilities(target: Tensor) -> bool:
-    """Whether the sums over axis 1 are 1, up to round-off of half precision."""
+    """Return True if the sums over axis 1 are 1, up to round-off of half precision."""
     return bool((target >= 0).all()) and bool(((target.sum(1) - 1).abs() < 1e-2).all())
 
 
 def class_axis(prediction: Sequence[int], target: Sequence[int]) -> int:
-    """The axis of the classes in a prediction of that shape, 1 or the last one.
+    """Return the axis of the classes in a prediction of that shape, 1 or the last one.
 
     Raises ValueError where both would do for (B, n, n); targets of the prediction's own shape are
     probabilities, with classes on axis 1.
@@ -89,9 +89,11 @@ def class_axis(prediction: Sequence[int], target: Sequence[int]) -> int:
 def loss_and_slope(
     loss: LossFunction, y: Tensor, target: Tensor, *, native: bool = False
 ) -> tuple[Tensor, Slope]:
-    """L(y, target), a scalar, and its slope. Both in closed form for hamdist's own losses where
-    their targets are of the usual kind (native: few numbers by the C code of rows.py); otherwise by
-    autograd, from y on."""
+    """Return L(y, target), a scalar, and its slope.
+
+    Both in closed form for hamdist's own losses where their targets are of the usual kind (native:
+    few numbers by the C code of native/rows.py); otherwise by autograd, from y on.
+    """
     if loss is mse and target.dtype == y.dtype and target.shape == y.shape:
         apart = y - target
         value = 0.5 * apart.square().sum() / y.shape[0]
@@ -142,12 +144,13 @@ def model_loss(prediction: Tensor, _target: Tensor) -> Tensor:
 
 
 def make_loss(name: Loss, ignore_index: int = IGNORE_INDEX) -> LossFunction:
+    """Return the loss function of that name."""
     named = {Loss.MSE: mse, Loss.MODEL: model_loss}
     return named.get(name) or CrossEntropy(ignore_index)
 
 
 def make_losses(names: Loss | Mapping[str, Loss], ignore_index: int = IGNORE_INDEX) -> Losses:
-    """What `settings.loss` and `settings.ignore_index` say."""
+    """Return the loss functions of `settings.loss` and `settings.ignore_index`."""
     if names is Loss.MODEL:
         return {MODEL_LOSS: model_loss}
     if isinstance(names, Loss):

@@ -1,4 +1,4 @@
-"""What a model returns, by name, and which loss each part has.
+"""Names of the parts of a model's output, and the loss of each part.
 
 An output is named by its key in a dict, its field in a namedtuple or dataclass, or `out0`,
 `out1`, ... in a tuple; the only one is `ONLY`.
@@ -19,7 +19,7 @@ ONLY = ""
 
 
 def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
-    """The parts of nested tuples, lists, dicts, namedtuples and dataclasses, by name."""
+    """Return the parts of nested tuples, lists, dicts, namedtuples and dataclasses, by name."""
     parts = parts_of(output)
     if parts is None:
         return [(name, output)]
@@ -34,17 +34,17 @@ def named(output: Any, name: str = ONLY) -> list[tuple[str, Any]]:
 
 
 def tensors(output: Any) -> dict[str, Tensor]:
-    """Those of the parts that are tensors, by name."""
+    """Return the parts that are tensors, by name."""
     return {name: one for name, one in named(output) if isinstance(one, Tensor)}
 
 
 def losses_of(
     outputs: Sequence[str], loss: Losses, targets: Collection[str] | None
 ) -> dict[str, LossFunction]:
-    """Of the model's outputs those that have a loss, and which: those that `loss` names, or else
-    those that the stream names in its targets, or else all.
+    """Return the loss of each output that has one.
 
-    Raises GraphError for names that the model does not have.
+    Those are the outputs that `loss` names, or else those that the stream's targets name, or else
+    all. Raises GraphError for names that the model does not have.
     """
     if list(outputs) == [ONLY]:
         if isinstance(loss, Mapping):
@@ -67,6 +67,6 @@ def losses_of(
 
 
 def main_output(accuracies: Mapping[str, float | None]) -> str:
-    """The output by which a model of several is compared: the last one of classes, or the last."""
+    """Return the output by which a model is compared: the last of classes, or the last."""
     classes = [name for name, accuracy in accuracies.items() if accuracy is not None]
     return (classes or list(accuracies))[-1]

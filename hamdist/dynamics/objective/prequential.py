@@ -1,4 +1,4 @@
-"""Prequential (test-then-train) metrics: computed where the readout lives, sent in bundles."""
+"""Prequential (test-then-train) metrics, computed where the readout runs, sent in bundles."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ class Window:
 
     @property
     def mean_loss(self) -> float:
+        """Return the mean loss per item; NaN without items."""
         return self.loss / self.items if self.items else float("nan")
 
     @property
     def accuracy(self) -> float | None:
+        """Return the share of rows predicted right; None without class targets."""
         return self.correct / self.rows if self.rows else None
 
 
 def merge_windows(windows: Sequence[Window]) -> Window:
-    """The window that covers all of `windows` (given in order)."""
+    """Return the window that covers all of `windows` (given in order)."""
     return Window(
         first=windows[0].first,
         last=windows[-1].last,
@@ -55,7 +57,7 @@ def merge_windows(windows: Sequence[Window]) -> Window:
 
 
 def guessed(prediction: Tensor, target: Tensor) -> Tensor | None:
-    """The classes that are predicted, (B, ...); None unless the target holds class indices.
+    """Return the predicted classes, (B, ...); None unless the target holds class indices.
 
     prediction: (B, classes, ...) or (B, ..., classes), target: (B, ...) of an integer type.
     """
@@ -66,8 +68,10 @@ def guessed(prediction: Tensor, target: Tensor) -> Tensor | None:
 
 
 def counts(target: Tensor, ignore_index: int = IGNORE_INDEX) -> int:
-    """Counts what a loss is the mean of: of class targets (B, ...) those that are not ignored, of
-    real-valued ones the rows."""
+    """Return the number of targets over which a loss is the mean.
+
+    Of class targets (B, ...) those that are not ignored, of real-valued ones the rows.
+    """
     if target.is_floating_point():
         return len(target)
     return int((target != ignore_index).sum())
@@ -76,8 +80,10 @@ def counts(target: Tensor, ignore_index: int = IGNORE_INDEX) -> int:
 def count_correct(
     prediction: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> tuple[int, int]:
-    """Counts rows predicted right and rows in all, of those that are not ignored; (0, 0) unless the
-    target holds class indices."""
+    """Return the numbers of rows predicted right and of all rows that are not ignored.
+
+    (0, 0) unless the target holds class indices.
+    """
     guess = guessed(prediction, target)
     return (0, 0) if guess is None else _right(guess, target, ignore_index)
 
@@ -89,8 +95,7 @@ def _right(guess: Tensor, target: Tensor, ignore_index: int) -> tuple[int, int]:
 
 @known("_Look")
 class _Look(NamedTuple):
-    """One item, not yet counted. prediction: of class targets; guess: the classes, where they were
-    looked for at once."""
+    """One item that is not counted yet: the prediction of class targets, or the classes (guess)."""
 
     item: int
     prediction: Tensor | None
@@ -118,8 +123,7 @@ class Prequential(Remembers):
     STATE = ("every", "windows", "_open", "_looks", "_items")
 
     def record(self, item: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
-        """prediction: (B, ...), of which nobody changes a number any more; target: (B, ...); loss:
-        a scalar."""
+        """Record an item. prediction: (B, ...), never changed again; target: (B, ...)."""
         if prediction.dim() == 2 and prediction.numel() <= SMALL and target.dim() == 1:
             kept = None if target.is_floating_point() else prediction
             self._looks.append(_Look(item, kept, None, target, loss))
@@ -134,7 +138,7 @@ class Prequential(Remembers):
             self._count()
 
     def _count(self) -> None:
-        """The items that were looked at join the open window."""
+        """Add the recorded items to the open window."""
         looks, self._looks = self._looks, []
         if looks:
             self._open = [merge_windows([*self._open, _window(looks, self._ignore_index)])]
@@ -163,7 +167,7 @@ def _window(looks: Sequence[_Look], ignore_index: int) -> Window:
 
 
 def _guesses(looks: Sequence[_Look]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The classes that were predicted, and the right ones, row by row, of several items each."""
+    """Yield the predicted and the right classes, row by row, of several items each."""
     waiting = [(look.prediction, look.target) for look in looks if look.prediction is not None]
     if waiting:
         predictions, targets = zip(*waiting, strict=True)

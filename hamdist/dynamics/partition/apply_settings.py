@@ -1,4 +1,4 @@
-"""What is said of blocks and edges by name: slices and delays, for a graph that was cut already."""
+"""Applies settings by name of blocks and edges, slices and delays, to a graph that was cut."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def arranged(
     u_dtype: torch.dtype,
     inputs: ShapeMap | None = None,
 ) -> Graph:
-    """`graph` with its slices and its delays (those of `auto` are 1 until the links are known).
+    """Return `graph` with its slices and its delays (those of `auto` are 1 until links are known).
 
     u_shape: of the stream's input, batch in front; inputs: of each, where there are several.
     Raises GraphError for a name or a pattern that fits nothing, and for a block that cannot be
@@ -51,10 +51,10 @@ def arranged(
 
 
 def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
-    """`graph` with the ticks that `delays` gives to edges by name or pattern. A name goes before
-    the patterns, and those go in their order; a sliced block's name means each of its slices.
+    """Return `graph` with the ticks that `delays` gives to edges by name or pattern.
 
-    Raises GraphError for a name or a pattern that fits no edge.
+    A name goes before the patterns, and those go in their order; a sliced block's name means each
+    of its slices. Raises GraphError for a name or a pattern that fits no edge.
     """
     if not delays:
         return graph
@@ -77,7 +77,7 @@ def delayed(graph: Graph, delays: Mapping[str, int]) -> Graph:
 
 
 def _names(graph: Graph, edge: Edge) -> list[str]:
-    """The names that an edge goes by: its own, and that between the unsliced blocks."""
+    """Return the names of an edge: its own, and that between the unsliced blocks."""
     if graph.sliced is None:
         return [edge.name]
     origin = graph.sliced.origin

@@ -1,4 +1,4 @@
-"""Blocks from the runs of steps between cuts.
+"""Assembles blocks from the runs of steps between cuts.
 
 Several values that leave one block go as columns of one signal, and each reader takes its own out.
 """
@@ -51,8 +51,10 @@ def assembled(
     delay: int,
     state_readout: bool,
 ) -> Graph:
-    """The graph of `runs`, over the parts of `model` themselves. losses: by output;
-    inputs: by name, as parents have it."""
+    """Return the graph of `runs`, over the parts of `model` themselves.
+
+    losses: by output; inputs: by name, as parents have it.
+    """
     home = {i: run.name for run in runs for i in run.ops}
     readouts = {run.output: run.name for run in runs if run.output is not None}
     leaving: dict[str, list[Value]] = {run.name: [] for run in runs}
@@ -81,7 +83,7 @@ def assembled(
 
 
 def _outer(flow: Flow, run: OperationRun, home: Mapping[int, str]) -> list[Value]:
-    """What a run reads of other runs, in order."""
+    """Return the values of other runs that a run reads, in order."""
     found = [
         (ref.step, ref.path)
         for i in run.ops
@@ -97,7 +99,7 @@ def _outer(flow: Flow, run: OperationRun, home: Mapping[int, str]) -> list[Value
 
 @dataclass(slots=True)
 class _Builder:
-    """One piece: its program and all that it holds."""
+    """One block under construction: its program and all that it holds."""
 
     flow: Flow
     model: nn.Module
@@ -115,7 +117,7 @@ class _Builder:
     _inputs: set[str] = field(default_factory=set)
 
     def build(self, inputs: Sequence[str]) -> list[str]:
-        """Fills the program; the parents, blocks first."""
+        """Fill the program; return the parents, blocks first."""
         for i in self.run.ops:
             self._emit(i)
         out = self.leaving[self.run.name]
@@ -133,7 +135,7 @@ class _Builder:
         return [*blocks, *own] or list(inputs[:1])
 
     def _predict(self, output: int) -> None:
-        """What a readout returns; a model's own loss once for each row, as all that is read is."""
+        """Add the output of a readout; a model's own loss is repeated for each row."""
         value = self.flow.outputs[output]
         self.output = self._ref(ValueRef(*value))
         if self.losses[output] is not model_loss:
@@ -168,7 +170,7 @@ class _Builder:
         return len(self.program) - 1
 
     def _emit(self, i: int) -> int:
-        """The place in the program of op i, which stands there from now on."""
+        """Add op i to the program; return its place there."""
         found = self._made.get(i)
         if found is not None:
             return found
@@ -219,7 +221,7 @@ class _Builder:
         return bool(written & self.flow.ops[value[0]].memory)
 
     def _take(self, value: Value, out: Sequence[Value]) -> Template:
-        """A value from another block."""
+        """Return the template of a value from another block."""
         sender = self.home[value[0]]
         self._inputs.add(sender)
         forms = [self.flow.form(v) for v in out]
@@ -242,5 +244,5 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def _dims(form: ColumnForm) -> tuple[int | SymbolicSize, ...]:
-    """The dimensions, with numbers for those that never change."""
+    """Return the dimensions, with numbers for those that never change."""
     return tuple(d if d.batched or d.lengths else d.more for d in form.dims or ())

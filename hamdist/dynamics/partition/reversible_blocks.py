@@ -1,8 +1,8 @@
-"""What memory `reversible` asks of a graph, and how well its states are recovered.
+"""Checks of a graph for memory `reversible`, and of the precision of recovered states.
 
-A block whose module consists of invertible pieces keeps nothing of a sample: its child hands its
+A block whose module consists of invertible maps keeps nothing of a sample: its child sends its
 output back together with the message. So it has one parent and one child. All other blocks keep
-their activations; they stand at the ends: they read the input, or are readouts.
+their activations; they are at the ends: they read the input, or are readouts.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _INSTEAD = (
 
 
 def reversible_blocks(graph: Graph, shapes: ShapeMap) -> frozenset[str]:
-    """The blocks that keep nothing of a sample.
+    """Return the blocks that keep nothing of a sample.
 
     Raises LevelError for a graph in which that leaves something out: no such block, one with
     several parents or children, a block between them whose input cannot be recomputed, parts that
-    differ from one evaluation to the next, a leak that is too strong for the type of the states.
+    differ from one evaluation to the next, a leak that is too strong for the dtype of the states.
     """
     found = {b.name for b in graph.blocks.values() if b.loss is None and pieces_of(b.module)}
     for block in graph.blocks.values():
@@ -79,7 +79,7 @@ def _check_neighbours(graph: Graph, block: BlockSpec) -> None:
 
 
 def _check_evaluations(block: BlockSpec) -> None:
-    """Both passes evaluate the same function, and twice is the same as once."""
+    """Check that both passes evaluate the same function, and that twice is the same as once."""
     name = f"memory 'reversible': block {block.name!r} has "
     for part in random_parts(block.module):
         if part.training and getattr(part, "p", None) != 0:
@@ -130,7 +130,7 @@ def _kind(module: nn.Module) -> str:
 
 
 def _chains(graph: Graph, reversible: Collection[str]) -> list[list[str]]:
-    """Reversible blocks in a row, each the only child of the one before."""
+    """Return the chains of reversible blocks, each the only child of the one before."""
     chains = []
     for name in graph.blocks:
         if name in reversible and graph.blocks[name].parents[0] not in reversible:
@@ -143,8 +143,10 @@ def _chains(graph: Graph, reversible: Collection[str]) -> list[list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class InversionError:
-    """blocks: in a row. error: of the state before the first of them, recovered from the one behind
-    the last: |found - true| / |true|. dtype: of the state."""
+    """Error of a state recovered through a chain of `blocks`: |recovered - true| / |true|.
+
+    The state is that before the first block, recovered from the one behind the last, of `dtype`.
+    """
 
     blocks: list[str]
     error: float
@@ -157,10 +159,10 @@ class InversionError:
 
 @torch.no_grad()
 def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[InversionError]:
-    """How well an example u, (B, ...), is recovered with the present weights. In `reversible`, as
-    `reversible_blocks` gives them. Memory: a few states, whatever the depth; modules are copied.
+    """Return the errors with which an example u, (B, ...), is recovered with the present weights.
 
-    Raises LevelError for a block whose buffers differ after an evaluation.
+    In `reversible`, as `reversible_blocks` returns them. Memory: a few states, whatever the depth;
+    modules are copied. Raises LevelError for a block whose buffers differ after an evaluation.
     """
     found = []
     for chain in _chains(graph, reversible):
@@ -180,7 +182,7 @@ def recoveries(graph: Graph, reversible: Collection[str], u: Tensor) -> list[Inv
 
 
 def _before(graph: Graph, block: BlockSpec, u: Tensor) -> Tensor:
-    """What `block` reads: the input, or what its ordinary parent makes of it."""
+    """Return the input of `block`: the stream's, or the state of its ordinary parent."""
     (name,) = block.parents
     if name == INPUT:
         return u
@@ -206,10 +208,9 @@ def _evaluated(block: BlockSpec, x: Tensor) -> Tensor:
 
 
 def drift_warnings(graph: Graph, reversible: Collection[str], u: Tensor) -> list[str]:
-    """What a user must know before a run in which these blocks are `reversible` (none: nothing).
-    u: an example, (B, ...).
+    """Return the warnings for a run in which these blocks are `reversible`.
 
-    Raises LevelError where the states are not recovered at all.
+    u: an example, (B, ...). Raises LevelError where the states are not recovered at all.
     """
     warnings: list[str] = []
     if not reversible:

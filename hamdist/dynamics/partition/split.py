@@ -1,8 +1,8 @@
 """Cuts a model into blocks.
 
 An `nn.Sequential` becomes a chain of blocks, each an `nn.Sequential` of neighbouring children. Any
-other module is followed step by step (tracing.py), and its steps become blocks (cuts.py says where
-they begin, assembly.py makes them).
+other module is traced (dynamics/tracing), and its steps become blocks (cuts.py chooses where they
+begin, assemble.py makes them).
 
 In an `nn.Sequential` a unit is a child that has parameters together with the children without
 parameters behind it (Linear + ReLU); children without parameters at the front belong to the first
@@ -48,9 +48,11 @@ __all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential
 
 
 def check_made(model: nn.Module, *, sent: bool = False) -> None:
-    """Raises GraphError where a lazy module does not know its weights yet, for a tensor that has no
-    memory of its own for each of its numbers, and, where modules are sent to other processes, for
-    a scripted one."""
+    """Raise GraphError for a model that is not ready to be cut.
+
+    That is a lazy module without weights, a tensor whose elements share memory, and, where modules
+    are sent to other processes, a scripted module.
+    """
     for name, part in model.named_modules():
         if sent and isinstance(part, torch.jit.ScriptModule):
             raise GraphError(
@@ -76,7 +78,7 @@ def check_made(model: nn.Module, *, sent: bool = False) -> None:
 
 
 def is_chain(model: nn.Module, partition: PartitionSettings) -> TypeGuard[nn.Sequential]:
-    """Whether it is an nn.Sequential that can be cut between its children as asked."""
+    """Return True for an nn.Sequential that can be cut between its children by these settings."""
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         return False
     if not is_usual(model):
@@ -100,9 +102,9 @@ def split_sequential(
     example: Tensor,
     state_readout: bool = False,
 ) -> Graph:
-    """The chain of blocks `block0` ... that `partition` (or else `grouping`) asks for.
+    """Return the chain of blocks `block0` ... by `partition`, or else by `grouping`.
 
-    example: (B, ...) an input of the right shape and type, for the balance by time.
+    example: (B, ...) an input of the right shape and dtype, for the balance by time.
     Raises GraphError for an empty model, an unknown cut, or more blocks than children.
     """
     children = [(name, m) for name, m in model._modules.items() if m is not None]
@@ -132,7 +134,7 @@ def _starts(
     grouping: Grouping,
     example: Tensor,
 ) -> list[int]:
-    """Indices of the children that begin a block."""
+    """Return the indices of the children that begin a block."""
     names = [name for name, _ in children]
     if partition.cuts is not None:
         for cut in partition.cuts:
@@ -159,7 +161,7 @@ def _starts(
 
 
 def _units(children: Sequence[tuple[str, nn.Module]]) -> list[int]:
-    """Indices of the children that begin a unit."""
+    """Return the indices of the children that begin a unit."""
     starts = [0]
     weighted = invertible = False  # the unit so far: has a child with weights; could be undone
     for i, (_, module) in enumerate(children):
@@ -176,7 +178,7 @@ def _units(children: Sequence[tuple[str, nn.Module]]) -> list[int]:
 
 
 def _seconds(model: nn.Sequential, example: Tensor) -> list[float]:
-    """Median seconds of forward and backward of each child on `example`."""
+    """Return the median seconds of forward and backward of each child on `example`."""
     probe = copied(model)
     seconds = []
     x = example
@@ -189,7 +191,7 @@ def _seconds(model: nn.Sequential, example: Tensor) -> list[float]:
 
 
 def _timed(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """What the module returns, and the median seconds of its forward and backward."""
+    """Return the module's output, and the median seconds of its forward and backward."""
     runs = []
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()
@@ -216,18 +218,17 @@ def split_module(
     together: str | None = None,
     ragged: bool = False,
 ) -> Graph:
-    """The blocks that `policy`, `partition` or else `grouping` ask for.
+    """Return the blocks by `policy`, by `partition` or else by `grouping`.
 
     loss: of every output, or by output; targets: the outputs for which the stream has targets, if
     it names them. An output of a model that returns several is named by its key in a dict, or
-    `out0`, `out1`, ... in a tuple, and so is the block that predicts it.
-    example: inputs of the right shapes and types. together: what keeps the users of a weight in one
-    block, if anything does.
+    `out0`, `out1`, ... in a tuple, and so is the block that predicts it. example: inputs of the
+    right shapes and dtypes. together: the reason to keep the users of a weight in one block, if
+    any. ragged: items may have lengths of their own.
 
-    ragged: items may have lengths of their own.
-    A model that cannot be followed is one block, which `Graph.notes` explains. Raises GraphError
-    where blocks, cuts or a policy ask for more than that, for cuts that cannot be, and for outputs
-    that the model does not have.
+    A model that cannot be traced is one block, which `Graph.notes` explains. Raises GraphError
+    where blocks, cuts or a policy require more than that, for impossible cuts, and for outputs that
+    the model does not have.
     """
     check_taken(model, example)
     inputs = by_parent(example)
@@ -283,7 +284,7 @@ def _whole(
     state_readout: bool,
     why: Unfollowed,
 ) -> Graph:
-    """One block of a model that takes one tensor and returns one."""
+    """Return one block with a whole model that takes one tensor and returns one."""
     block = BlockSpec("block0", model, tuple(inputs), loss=loss, state=state_readout)
     made = Graph([block], original=model)
     made.notes += stays({"": why}, model)
@@ -291,7 +292,7 @@ def _whole(
 
 
 def _one_step(model: nn.Module, inputs: Mapping[str, Tensor], why: Unfollowed) -> Trace | None:
-    """The model as one step; None where it does not even run so."""
+    """Return the trace of the model as one step; None where it does not even run so."""
     try:
         return traced_whole(model, inputs, called_by_parent, why)
     except Unfollowed:
@@ -301,7 +302,7 @@ def _one_step(model: nn.Module, inputs: Mapping[str, Tensor], why: Unfollowed) -
 def _outputs(
     followed: Trace, loss: Losses, targets: Collection[str] | None
 ) -> tuple[list[str], list[Value], list[LossFunction]]:
-    """The outputs that have a loss: their names (of the only one: ''), values and losses."""
+    """Return names (of the only one: ''), values and losses of the outputs that have a loss."""
     found = dict(named(followed.output))
     refs = {n: (r.step, r.path) for n, r in found.items() if isinstance(r, ValueRef)}
     if not refs:
@@ -313,7 +314,7 @@ def _outputs(
 
 
 def _seconds_of(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, float]:
-    """Median seconds of forward and backward of each block, on examples."""
+    """Return the median seconds of forward and backward of each block, on examples."""
     h = dict(inputs)
     seconds = {}
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""What a schedule says: the events of a block in their order, stamps of signals, the protocol."""
+"""The language of schedules: events of a block in their order, stamps of signals, the protocol."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hamdist.dynamics.state.remember import known
 
 @known("Phase")
 class Phase(Enum):
-    """What an event is."""
+    """Kinds of events."""
 
     EMIT = "E"  # the stream sends a sample
     FORWARD = "F"  # pulse, sequence: a sample passes a block
@@ -24,7 +24,7 @@ class Phase(Enum):
 
 
 class Kind(IntEnum):
-    """What a signal carries. The value goes over the wire."""
+    """Contents of a signal. The value is part of the wire format."""
 
     STATE = 0
     MESSAGE = 1
@@ -36,9 +36,11 @@ class Kind(IntEnum):
 
 @known("Span")
 class Span(NamedTuple):
-    """One sequence on its way (sequence_schedule.py). start: tick in which its first token, sample
-    `first`, meets depth 0. before: the same for the token before it. length: None as long as it is
-    not known."""
+    """One sequence on its way (schedule/sequence.py).
+
+    start: tick in which its first token, sample `first`, meets depth 0. before: the same for the
+    token before it. length: None as long as it is not known.
+    """
 
     number: int
     start: int
@@ -49,7 +51,7 @@ class Span(NamedTuple):
 
 @known("Event")
 class Event(NamedTuple):
-    """span: the sequence that the sample belongs to, in presentation 'sequence'."""
+    """A step of a block. span: the sequence of the sample, in presentation 'sequence'."""
 
     tick: int
     phase: Phase
@@ -59,9 +61,11 @@ class Event(NamedTuple):
 
 @known("Stamp")
 class Stamp(NamedTuple):
-    """What identifies a signal on its edge: the sender's tick, the sample that the signal is about
-    (pulse) or that was shown at that tick (hold), and the number of updates that the sender's
-    weights had had."""
+    """Identity of a signal on its edge.
+
+    tick: of the sender; sample: the one that the signal is about (pulse) or that was shown at that
+    tick (hold); the last field is the number of updates that the sender's weights had had.
+    """
 
     tick: int
     sample: int
@@ -69,13 +73,12 @@ class Stamp(NamedTuple):
 
 
 class Bundle(NamedTuple):
-    """How many signals of one edge may wait at their sender, to leave as one message. spacing:
-    ticks between two of them.
+    """Number of signals of one edge that may wait at their sender, to leave as one message.
 
-    A signal of tick k is needed at tick k + d, and the last of its bundle is sent no later than at
-    tick k + (size - 1) spacing. With size = max(1, d // spacing) that is at most k + d - 1: whoever
-    waits for a signal waits for a strictly earlier tick, as without bundles, so by induction over
-    the ticks nobody waits for ever.
+    spacing: ticks between two of them. A signal of tick k is needed at tick k + d, and the last of
+    its bundle is sent no later than at tick k + (size - 1) spacing. With size = max(1, d //
+    spacing) that is at most k + d - 1: a receiver that waits for a signal waits for a strictly
+    earlier tick, as without bundles, so by induction over the ticks no wait is endless.
     """
 
     size: int
@@ -83,49 +86,51 @@ class Bundle(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The common face of all presentations. `c`: ticks between two samples.
+    """The common interface of all presentations. `c`: ticks between two samples.
 
     A block and its edges are given by name and `Edge`; a method that names the signal of an edge
-    for an event answers None where that event reads nothing from the edge.
+    for an event returns None where that event reads nothing from the edge.
     """
 
     c: int
 
     def state(self, edge: Edge, event: Event) -> Stamp | None:
-        """The parent's state that the child reads in `event`."""
+        """Return the stamp of the parent's state that the child reads in `event`."""
 
     def message(self, edge: Edge, event: Event) -> Stamp | None:
-        """The child's message that the parent reads in `event`."""
+        """Return the stamp of the child's message that the parent reads in `event`."""
 
     def target(self, readout: str, event: Event) -> Stamp | None:
-        """The target that the readout takes from the stream in `event`."""
+        """Return the stamp of the target that the readout takes from the stream in `event`."""
 
     def delay(self, block: str) -> int:
-        """Updates or ticks by which a block's messages lag behind (for delay-scaled steps)."""
+        """Return the updates or ticks by which a block's messages lag (for delay-scaled steps)."""
 
     def in_flight(self, edge: Edge, kind: Kind) -> int:
-        """The most signals of `kind` that the schedule itself keeps waiting on an edge."""
+        """Return the most signals of `kind` that the schedule itself keeps waiting on an edge."""
 
     def target_in_flight(self, readout: str) -> int: ...
 
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:
-        """The most signals of `kind` that may leave together on an edge."""
+        """Return the most signals of `kind` that may leave together on an edge."""
 
     @property
     def staleness(self) -> int:
-        """The most samples by which a message lags behind what it meets."""
+        """Return the most samples by which a message is older than the state that it meets."""
 
 
 def source_events(c: int, first: int = 0, parts: int = 1) -> Iterator[Event]:
-    """Sample n leaves the stream at tick n c - 1. first: the sample to begin with. parts: of an
-    item, which leave as pulses of their own (microbatches.py)."""
+    """Yield the events of the stream from sample `first` on: sample n leaves at tick n c - 1.
+
+    parts: of an item, which leave as separate pulses (microbatches.py).
+    """
     pulses = Pulses(c, parts)
     for n in count(first):
         yield Event(pulses.tick(n) - 1, Phase.EMIT, n)
 
 
 def emitted(sample: int, c: int, parts: int = 1) -> Stamp:
-    """The stamp of sample n, as the stream sends it."""
+    """Return the stamp of sample n, as the stream sends it."""
     return Stamp(Pulses(c, parts).tick(sample) - 1, sample, 0)
 
 

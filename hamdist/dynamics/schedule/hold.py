@@ -35,7 +35,7 @@ class HoldSchedule:
         self.c = knobs.speed if isinstance(knobs.speed, int) else speeds[knobs.speed]
 
     def late(self, block: str) -> bool:
-        """Whether a tick of `block` comes after those of all other blocks with the same number."""
+        """Return True if a tick of `block` comes after those of all others with the same number."""
         return block in self._late
 
     def events(self, block: str, since: int = 0) -> Iterator[Event]:  # noqa: ARG002
@@ -43,7 +43,7 @@ class HoldSchedule:
             yield Event(k, Phase.TICK, k // self.c)
 
     def before_start(self, edge: Edge) -> range:
-        """The ticks before the first whose states the child of `edge` reads."""
+        """Return the ticks before the first whose states the child of `edge` reads."""
         return range(self.late(edge.child) - edge.delay, 0)
 
     def state(self, edge: Edge, event: Event) -> Stamp | None:
@@ -56,35 +56,37 @@ class HoldSchedule:
         return self._sent(event.tick - edge.delay)
 
     def _sent(self, tick: int) -> Stamp:
-        """The stamp of what a block sends in `tick` (below 0: before the start)."""
+        """Return the stamp of what a block sends in `tick` (below 0: before the start)."""
         return Stamp(tick, tick // self.c, max(0, self.updates_before(tick)))
 
     def updates_before(self, tick: int) -> int:
         return tick if self._knobs.update is Update.TICK else tick // self.c
 
     def updates(self, tick: int) -> bool:
-        """Whether the weights move in `tick`."""
+        """Return True if the weights move in `tick`."""
         return self._knobs.update is Update.TICK or tick % self.c == self.c - 1
 
     def moves(self, block: str, tick: int) -> bool:
-        """Whether the state of `block` moves in `tick`."""
+        """Return True if the state of `block` moves in `tick`."""
         return self._knobs.moves is Moves.ALL or tick % self.c == self._depths[block]
 
     def target_lag(self, readout: str) -> int:
-        """Ticks by which the target that `readout` compares with lies back."""
+        """Return the ticks by which the target that `readout` compares with lies back."""
         return 0 if self._knobs.target is TargetOf.CURRENT else self._lags[readout]
 
     def compares(self, readout: str, tick: int) -> bool:
-        """Whether `readout` takes its loss in `tick`."""
+        """Return True if `readout` takes its loss in `tick`."""
         since = tick - self.target_lag(readout)
         if self._knobs.moves is Moves.ALL or self._knobs.target is TargetOf.CURRENT:
             return since >= 0
         return since >= 0 and since % self.c == 0
 
     def records(self, readout: str, tick: int) -> int | None:
-        """The sample whose prequential loss is taken in `tick`: in the first tick in which its
-        prediction stands at the readout, before the readout has learned from it; with target
-        'current' (literal Algorithm 1) in the sample's last tick."""
+        """Return the sample whose prequential loss is taken in `tick`.
+
+        That is the first tick in which its prediction is at the readout, before the readout has
+        learned from it; with target 'current' (literal Algorithm 1) the sample's last tick.
+        """
         since = tick - self.target_lag(readout)
         last = self.c - 1 if self._knobs.target is TargetOf.CURRENT else 0
         return since // self.c if since >= 0 and since % self.c == last else None
@@ -100,12 +102,15 @@ class HoldSchedule:
         return 2 * back if self._knobs.update is Update.TICK else 2 * back // self.c
 
     def wait(self, block: str) -> int:
-        """Ticks from a sample's arrival at `block` to that of the message about it."""
+        """Return the ticks from a sample's arrival at `block` to that of the message about it."""
         return 2 * max(0, self._lags.get(block, self._reach) - self._depths[block])
 
     def in_flight(self, edge: Edge, kind: Kind) -> int:  # noqa: ARG002
-        """d in every tick. In the end d more: a block that stops in tick k has read what was sent
-        until k - d, and its neighbour, which hears of it in tick k + d, has sent on until then."""
+        """Return 2 d: d in every tick, and d more at the end.
+
+        A block that stops in tick k has read the signals sent until k - d; its neighbour, which is
+        notified in tick k + d, has sent on until then.
+        """
         return 2 * edge.delay
 
     def target_in_flight(self, readout: str) -> int:

@@ -1,4 +1,4 @@
-"""The knobs of locality, and the levels: named presets of the knobs (levels.md).
+"""The knobs of locality, and the levels: named presets of the knobs (docs: concepts/levels).
 
     level       grouping  speed  presentation  moves           memory  update
     local       layer     1      hold          all             none    tick
@@ -40,10 +40,13 @@ from hamdist.errors import LevelError
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """Every knob, set. speed: hops per sample (time-and-signals.md's c), `inf`, or `depth`: D + 1.
-    truncation: samples of a sequence that are gone through in reverse (None: all). gate: the
-    tolerance of the stability gate, if there is one. lead, blend: see LocalityOverrides.
-    microbatches: into how many a batch is cut; a plan (runtime/plan/plan.py) has a number."""
+    """The value of every knob.
+
+    speed: hops per sample (c in docs: concepts/time-and-signals), `inf`, or `depth`: D + 1.
+    truncation: samples of a sequence in its reverse pass (None: all). gate: the tolerance of the
+    stability gate, if there is one. lead, blend: see LocalityOverrides. microbatches: number of
+    parts of a batch; a plan (runtime/plan/plan.py) has a number.
+    """
 
     grouping: Grouping
     speed: Speed
@@ -105,7 +108,7 @@ _ASKS = {
 
 
 def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
-    """The preset of `level` with the knobs of `overrides` set.
+    """Return the preset of `level` with the knobs of `overrides` set.
 
     Raises LevelError where the knobs contradict each other.
     """
@@ -135,7 +138,7 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
 
 
 def _contradictions(k: Locality) -> list[str]:
-    """Why the knobs cannot go together (none: they can)."""
+    """Return the reasons for which the knobs cannot go together (none: they can)."""
     reasons = []
     if k.truncation is not None and not k.sequence:
         reasons.append(
@@ -216,7 +219,7 @@ def _contradictions(k: Locality) -> list[str]:
 
 
 def _against_recipes(k: Locality) -> list[str]:
-    """Why a gate or a compensation cannot go with the other knobs of a hold or a pulse."""
+    """Return the reasons against a gate or a compensation beside the other knobs."""
     reasons = []
     if k.gate is not None and (
         not k.hold or k.update is not Update.TICK or k.moves is not Moves.ALL
@@ -247,7 +250,7 @@ def _against_recipes(k: Locality) -> list[str]:
 
 
 def _against_sequence(k: Locality) -> list[str]:
-    """Why the knobs of presentation 'sequence' cannot go together."""
+    """Return the reasons for which the knobs of presentation 'sequence' cannot go together."""
     reasons = []
     for name, given, needed in (
         ("speed", k.speed, "inf"),
@@ -271,7 +274,7 @@ def _against_sequence(k: Locality) -> list[str]:
 
 
 def _word(value: object) -> object:
-    """A knob's value as a user writes it."""
+    """Return a knob's value as a user writes it."""
     if isinstance(value, tuple):
         return ", ".join(str(_word(one)) for one in value) or "none"
     return "off" if value is None else getattr(value, "value", value)

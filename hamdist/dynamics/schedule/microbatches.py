@@ -34,20 +34,20 @@ class Pulses(NamedTuple):
 
     @property
     def spacing(self) -> int:
-        """Ticks between two pulses, of an item at least."""
+        """Return the ticks between two pulses, of an item at least."""
         return self.c if self.parts == 1 else SPACING
 
     def tick(self, pulse: int) -> int:
-        """The tick in which pulse n meets depth 0."""
+        """Return the tick in which pulse n meets depth 0."""
         item, part = divmod(pulse, self.parts)
         return item * self.c + part * self.spacing
 
     def first(self, since: int) -> int:
-        """The first pulse that meets depth 0 in tick `since` or later."""
+        """Return the first pulse that meets depth 0 in tick `since` or later."""
         item, left = divmod(max(0, since), self.c)
         return item * self.parts + min(-(-left // self.spacing), self.parts)
 
     def most(self, ticks: int) -> int:
-        """The most pulses that enter within so many ticks and one."""
+        """Return the most pulses that enter within so many ticks and one."""
         most = ticks // self.spacing + 1
         return most if self.parts == 1 else min(most, self.parts)

@@ -43,21 +43,21 @@ class PulseSchedule:
         return trip + SPACING * (self.parts - 1)
 
     def item(self, sample: int) -> int:
-        """The item that a pulse belongs to."""
+        """Return the item that a pulse belongs to."""
         return sample // self.parts
 
     @property
     def spacing(self) -> int:
-        """Ticks between two pulses."""
+        """Return the ticks between two pulses."""
         return self._pulses.spacing
 
     @property
     def trip(self) -> int:
-        """Ticks that a sample is in the network, there and back."""
+        """Return the ticks that a sample is in the network, there and back."""
         return max(self._backward_tick(b, 0) for b in self._depths) + 1
 
     def lag(self, block: str) -> int:
-        """d_l = 2 (D - l): ticks from a block's forward to its backward, where it has one."""
+        """Return d_l = 2 (D - l), the ticks from a block's forward to its backward, if any."""
         if self.one_way or block in self._readouts or block in self._silent:
             return 0
         return 2 * (self._D - self._depths[block])
@@ -102,20 +102,24 @@ class PulseSchedule:
         return Stamp(tick, event.sample, self.item(event.sample))
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
-        """The item's whole target comes with its first pulse."""
+        """Return the stamp of the item's target, which comes whole with its first pulse."""
         if event.sample % self.parts:
             return None
         return emitted(event.sample, self.c, self.parts)
 
     def gradient(self, tie: Tie, event: Event) -> Stamp:
-        """What the user sends the owner, for the owner's backward pass. Where both have it in the
-        same tick, the owner comes last."""
+        """Return the stamp of the user's gradient for the owner's backward pass.
+
+        Where both have theirs in the same tick, the owner comes last.
+        """
         sent = self._backward_tick(tie.user, event.sample)
         return Stamp(sent, event.sample, self.item(event.sample))
 
     def weight(self, tie: Tie, event: Event) -> Stamp | None:
-        """The owner's weights that the user takes before its forward pass of an item's first pulse:
-        the latest that were sent in an earlier tick."""
+        """Return the stamp of the owner's weights before the user's forward pass of an item.
+
+        They are taken at the item's first pulse, the latest that were sent in an earlier tick.
+        """
         item = self.item(event.sample) - self.weight_lag(tie)
         if item < 0 or event.sample % self.parts:
             return None
@@ -123,13 +127,16 @@ class PulseSchedule:
         return Stamp(self._backward_tick(tie.owner, last), last, item + 1)
 
     def weight_lag(self, tie: Tie) -> int:
-        """n - m: item n passes the user with weights that have moved by items 0 ... m."""
+        """Return n - m: item n meets the user's weights after the updates by items 0 ... m."""
         early = self._backward_tick(tie.owner, self.parts - 1) + 1 - self._depths[tie.user]
         return -(-early // self.c)
 
     def tie_in_flight(self, tie: Tie, kind: Kind) -> int:
-        """The most gradients or weights that wait. When a stream ends, an owner of depth a sends
-        until it hears of that, c + a - l ticks after the last forward pass of a user of depth l."""
+        """Return the most gradients or weights that wait.
+
+        When a stream ends, an owner of depth a sends until the news reaches it, c + a - l ticks
+        after the last forward pass of a user of depth l.
+        """
         if kind is Kind.GRADIENT:
             first = self._backward_tick(tie.owner, 0) - self._backward_tick(tie.user, 0)
             return self._pulses.most(first)

@@ -1,5 +1,5 @@
-"""When: which block does what in which tick, and which signal it expects (time-and-signals.md,
-"Schedules, exactly"). Pure: no tensors, no sockets, no state.
+"""When: which block steps in which tick, and which signal it expects (docs:
+concepts/time-and-signals). Pure: no tensors, no sockets, no state.
 
 A block's events come in order of their ticks; at one tick, FORWARD before BACKWARD:
 
@@ -25,7 +25,7 @@ from hamdist.errors import LevelError
 
 
 def make_schedule(graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> Schedule:
-    """The schedule of `knobs` on `graph`. silent: blocks that get no messages (`Graph.silent`).
+    """Return the schedule of `knobs` on `graph`. silent: blocks without messages (`Graph.silent`).
 
     Raises LevelError where the graph does not allow it: a pulse through a cycle, or past a block
     that the input does not reach; a speed that is measured in depths on a graph with cycles.

@@ -1,5 +1,5 @@
-"""When a sequence travels forward and then, token by token, in reverse (equations.md).
-Pure: no tensors, no sockets, no state.
+"""When a sequence travels forward and then, token by token, in reverse (backpropagation through
+time, docs: concepts/equations). Pure: no tensors, no sockets, no state.
 
 A token is a sample; the stream's tag says which one is the last of its sequence, and with that tag
 every block learns the length. An edge from a block to itself, or to a block listed before it, is
@@ -73,23 +73,23 @@ class SequenceSchedule:
         return depths
 
     def recurrent(self, edge: Edge) -> bool:
-        """Whether `edge` carries the state of the token before."""
+        """Return True if `edge` carries the state of the previous token."""
         return edge.index in self._recurrent
 
     # -- sequences ----------------------------------------------------------------------------
 
     def opening(self) -> Span:
-        """The first sequence. What stands before it entered one token's time earlier."""
+        """Return the first sequence. The states before it entered one token's time earlier."""
         return Span(number=0, start=0, first=0, before=-self.c)
 
     def following(self, span: Span) -> Span:
-        """The sequence after `span`, whose length is known."""
+        """Return the sequence after `span`, whose length is known."""
         entered = span.start + (_length(span) - 1) * self.c
         back = 2 * self._D + (self.reversed(span) - 1) * self.c
         return Span(span.number + 1, entered + back + 1, span.first + _length(span), entered)
 
     def reversed(self, span: Span) -> int:
-        """How many tokens are gone through in reverse: min(n, r)."""
+        """Return the number of tokens of the reverse pass, min(n, r)."""
         return _length(span) if self._truncation is None else min(_length(span), self._truncation)
 
     # -- events -------------------------------------------------------------------------------
@@ -104,28 +104,28 @@ class SequenceSchedule:
         return Event(tick, Phase.BACKWARD, span.first + last - j, span)
 
     def closed(self, event: Event) -> Event:
-        """A FORWARD or EMIT event, now that its token is known to be the last of its sequence."""
+        """Return a FORWARD or EMIT event with its token known to be the last of its sequence."""
         span = _span(event)
         return event._replace(span=span._replace(length=event.sample + 1 - span.first))
 
     def last(self, event: Event) -> int:
-        """The last token of the sequence that a BACKWARD event belongs to."""
+        """Return the last token of the sequence that a BACKWARD event belongs to."""
         return _span(event).first + _length(_span(event)) - 1
 
     def begins(self, event: Event) -> bool:
-        """Whether a BACKWARD event is the first one of its sequence."""
+        """Return True if a BACKWARD event is the first one of its sequence."""
         return self._place(event) == 0
 
     def ends(self, event: Event) -> bool:
-        """Whether a BACKWARD event is the last one of its sequence: the weights move."""
+        """Return True if a BACKWARD event is the last one of its sequence: the weights move."""
         return self._place(event) == self.reversed(_span(event)) - 1
 
     def _place(self, event: Event) -> int:
-        """j of a BACKWARD event."""
+        """Return j of a BACKWARD event."""
         return self.last(event) - event.sample
 
     def after(self, block: str, event: Event) -> Event:
-        """What `block` does after `event`, which is `closed` where its token was the last."""
+        """Return the event of `block` after `event`, which is `closed` if its token was last."""
         span = _span(event)
         if event.phase is Phase.FORWARD:
             if span.length is None:
@@ -136,11 +136,11 @@ class SequenceSchedule:
         return self.backward(block, span, self._place(event) + 1)
 
     def emission(self, span: Span, m: int) -> Event:
-        """The stream sends token m of `span`."""
+        """Return the event in which the stream sends token m of `span`."""
         return Event(span.start + m * self.c - 1, Phase.EMIT, span.first + m, span)
 
     def after_emission(self, event: Event) -> Event:
-        """What the stream sends after `event`, which is `closed` where its token was the last."""
+        """Return the next emission after `event`, which is `closed` if its token was the last."""
         span = _span(event)
         if span.length is None:
             return self.emission(span, event.sample + 1 - span.first)
@@ -165,8 +165,10 @@ class SequenceSchedule:
         return Stamp(sent, span.first - 1, max(0, span.number - 1))
 
     def message(self, edge: Edge, event: Event) -> Stamp | None:
-        """A recurrent edge's message was made with the costate of the token behind it, and is
-        stamped with that token."""
+        """Return the stamp of the message, on a recurrent edge that of the token behind it.
+
+        A recurrent edge's message was made with the costate of that token.
+        """
         if event.phase is not Phase.BACKWARD:
             return None
         sent = event.tick - self._depths[edge.child] + self._depths[edge.parent]
@@ -177,7 +179,7 @@ class SequenceSchedule:
         return Stamp(sent - self.c, event.sample + 1, _span(event).number)
 
     def before(self, block: str) -> Stamp:
-        """Of the state of `block` that stands before the first sequence."""
+        """Return the stamp of the state of `block` before the first sequence."""
         return Stamp(self.opening().before + self._depths[block], -1, 0)
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
@@ -187,7 +189,7 @@ class SequenceSchedule:
         return Stamp(sent.tick, sent.sample, 0)
 
     def delay(self, block: str) -> int:  # noqa: ARG002
-        """The weights rest while a sequence is under way."""
+        """Return 0: the weights rest while a sequence is under way."""
         return 0
 
     def in_flight(self, edge: Edge, kind: Kind) -> int:  # noqa: ARG002
@@ -199,7 +201,7 @@ class SequenceSchedule:
         return (self._depths[readout] + 1) // self.c + 1
 
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
-        """One: between two sequences a signal's followers do not come at equal times."""
+        """Return bundles of one: between two sequences signals do not come at equal times."""
         return ALONE
 
     @property

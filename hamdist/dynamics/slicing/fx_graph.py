@@ -1,7 +1,7 @@
-"""What a block's module does, as one graph of torch.fx that slices.py can lay out.
+"""The operations of a block's module as one graph of torch.fx, which layouts.py reads.
 
-A `TracedModule` tells its own program; any other forward is traced. torch's encoder layers are read
-as what they do.
+A `TracedModule` has a program already; any other forward is traced. torch's encoder layers are
+replaced by their operations.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PLAIN = (int, float, bool, str, complex, type(None), type(Ellipsis), torch.dtype
 
 
 class _Tracer(fx.Tracer):
-    """Buffers may be indexed by what the trace computes (a mask, by the number of tokens)."""
+    """Tracer that lets buffers be indexed by traced values (a mask, by the number of tokens)."""
 
     proxy_buffer_attributes = True
 
 
 class Called(nn.Module):
-    """A step with more than tensors and plain values in its call, on the tensors in its call."""
+    """A step whose call has more than tensors and plain values, as a module of its tensors."""
 
     def __init__(self, step: TracedStep) -> None:
         super().__init__()
@@ -56,15 +56,17 @@ class Called(nn.Module):
 
 
 def readable(module: nn.Module) -> nn.Module:
-    """`module` (a copy of it, that may be changed) with torch's encoder layers written out."""
+    """Return `module` (a copy, that may be changed) with torch's encoder layers written out."""
     for name, child in module.named_children():
         setattr(module, name, readable(child))
     return EncoderLayer(module) if type(module) is nn.TransformerEncoderLayer else module
 
 
 def read(graph: fx.Graph, root: nn.Module, path: str, arguments: Sequence[fx.Node]) -> Any:
-    """Appends to `graph` what the submodule `path` of `root` does with `arguments`; returns what it
-    returns. Whatever torch.fx raises on a forward that it cannot read is raised."""
+    """Append the operations of submodule `path` of `root` on `arguments` to `graph`.
+
+    Returns their result. Errors of torch.fx on a forward that it cannot read pass through.
+    """
     module = root.get_submodule(path)
     if isinstance(module, TracedModule):
         return _Program(graph, root, path, module, arguments).read()
@@ -87,7 +89,7 @@ def read(graph: fx.Graph, root: nn.Module, path: str, arguments: Sequence[fx.Nod
 
 
 class _Program:
-    """The program of a piece."""
+    """The program of a traced module."""
 
     def __init__(
         self,
@@ -160,7 +162,7 @@ class _Program:
 
 
 def _plain(template: Any) -> bool:
-    """Whether torch.fx can write it down."""
+    """Return True if torch.fx can write it down."""
     if isinstance(template, (tuple, list)):
         return all(_plain(t) for t in template)
     if isinstance(template, dict):

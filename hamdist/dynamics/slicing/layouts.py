@@ -70,14 +70,15 @@ RANDOM = {"dropout", "dropout1d", "dropout2d", "rand_like", "randn_like", "berno
 
 
 class Layouts(ShapeLayouts):
-    """Works out the layout of every value of a block.
+    """Determines the layout of every value of a block.
 
     values: of a dry run, and of one with a batch larger by one. grain: of layers that have to keep
-    more together than a neuron. Raises GraphError for what cannot be sliced; `name`: the block's.
+    more together than a neuron. Raises GraphError for a block that cannot be sliced; `name`: its
+    name.
     """
 
     def read(self, node: fx.Node) -> OpLayout:
-        """The step of `node`, whose inputs have been read."""
+        """Return the step of `node`, whose inputs have been read."""
         step = self._step(node)
         if step is None:
             uses: dict[fx.Node, Use | Narrow] = dict.fromkeys(node.all_input_nodes, Use.WHOLE)
@@ -86,7 +87,7 @@ class Layouts(ShapeLayouts):
         return step
 
     def weighted(self, node: fx.Node) -> bool:
-        """Whether it has weights, or draws random numbers: it is computed in one place."""
+        """Return True if it has weights, or draws random numbers: it is computed in one place."""
         if node.op == "call_module":
             module = self._modules[str(node.target)]
             stateful = [*module.parameters(), *module.buffers(), *random_parts(module)]
@@ -167,7 +168,7 @@ class Layouts(ShapeLayouts):
         return None
 
     def _neurons(self, node: fx.Node, x: fx.Node, module: Any) -> OpLayout:
-        """A Linear or a convolution: by columns of what is split along its inputs, else by rows."""
+        """Slice a Linear or a convolution: by columns where its input is split, else by rows."""
         if len(self._uses_of(node)) > 1:
             raise GraphError(
                 f"block {self._name!r} cannot be sliced: its module {_path(node)!r} is used more "
@@ -216,7 +217,7 @@ class Layouts(ShapeLayouts):
         return OpLayout(TupleLayout((Partial(), NumberLayout())), uses, heads)
 
     def units(self, node: fx.Node) -> tuple[int, str] | None:
-        """How many units a layer that begins slices has, and what they are."""
+        """Return number and kind of the units of a layer that begins slices."""
         layout = self.steps[node].layout
         if node.op != "call_module":
             return None
@@ -235,7 +236,7 @@ class Layouts(ShapeLayouts):
     # -- operations ------------------------------------------------------------------------------
 
     def _along(self, node: fx.Node, *, linear: bool) -> OpLayout | None:
-        """An operation on single numbers."""
+        """Return the step of an operation on single numbers."""
         x, *rest = node.all_input_nodes
         layout = self._of(x)
         others = [r for r in rest if not isinstance(self._of(r), NumberLayout)]
@@ -256,7 +257,10 @@ class Layouts(ShapeLayouts):
     def _nary(
         self, node: fx.Node, name: str, tensors: list[fx.Node], inner: int = 0
     ) -> OpLayout | None:
-        """Elementwise over several tensors, or, with `inner`, over all axes but the last ones."""
+        """Return the step of an elementwise operation on several tensors.
+
+        With `inner` it is elementwise over all axes but the last ones.
+        """
         layouts = [self._of(t) for t in tensors]
         splits = [s for s in layouts if isinstance(s, Shard)]
         if not splits:
@@ -293,7 +297,7 @@ class Layouts(ShapeLayouts):
         return OpLayout(Shard(len(out) + place, units, chunks, origins), uses)
 
     def _sums(self, node: fx.Node, name: str, tensors: list[fx.Node]) -> OpLayout | None:
-        """Sums and scalings of summands; what is whole is added once."""
+        """Return the step of a sum or scaling of summands; a whole value is added once."""
         if node.kwargs or len(node.args) != 2:
             return None
         sums = [t for t in tensors if isinstance(self._of(t), Partial)]
@@ -329,7 +333,7 @@ def _path(node: fx.Node) -> str:
 
 
 def dry_run(module: fx.GraphModule, inputs: list[Tensor]) -> dict[fx.Node, Any]:
-    """The value of every node."""
+    """Return the value of every node."""
     found: dict[fx.Node, Any] = {}
 
     class Noting(fx.Interpreter):

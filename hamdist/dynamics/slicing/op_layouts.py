@@ -1,4 +1,4 @@
-"""How a value lies over the slices of a block, and what an operation becomes in a slice."""
+"""Layouts of a value over the slices of a block, and the form of an operation in a slice."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Shard:
-    """units: of the axis, shared out; chunks: equal parts of the axis that have them each. origins:
-    the layers that they come from."""
+    """A split axis. units: of the axis, distributed over the slices; chunks: equal parts of the
+    axis that have them each; origins: the layers that they come from.
+    """
 
     axis: int
     units: int
@@ -55,7 +56,7 @@ Layout: TypeAlias = "Replicate | Shard | Partial | NumberLayout | ParameterLayou
 
 
 class Use(Enum):
-    """How a slice takes an input: its own part, all of it, or all of it in slice 0 alone."""
+    """How a slice takes an input: its part of it, all of it, or all of it in slice 0 alone."""
 
     PIECE = "piece"
     WHOLE = "whole"
@@ -64,7 +65,7 @@ class Use(Enum):
 
 @dataclass(frozen=True)
 class Narrow:
-    """Its own part of something whole."""
+    """The part of a slice in something whole."""
 
     axis: int
     units: int
@@ -92,7 +93,7 @@ Make: TypeAlias = "Callable[[SliceBuilder], fx.Node]"
 
 @dataclass(frozen=True)
 class OpLayout:
-    """What becomes of an operation. make: builds slice i; None: as it is."""
+    """Form of an operation in a slice. make: builds slice i; None: the operation unchanged."""
 
     layout: Layout
     uses: Mapping[fx.Node, Use | Narrow] = field(default_factory=dict)
@@ -100,8 +101,10 @@ class OpLayout:
 
 
 class Regrain(Exception):
-    """The layers `origins` have to keep together more: `units` in each of `chunks` (None: of as
-    many as before)."""
+    """Raised where the layers `origins` have to keep more together.
+
+    That is `units` in each of `chunks` (None: of as many as before).
+    """
 
     def __init__(self, origins: Iterable[fx.Node], units: int, chunks: int | None = None) -> None:
         super().__init__(units, chunks)

@@ -1,4 +1,4 @@
-"""Layouts of operations on shapes, and what all layouts are worked out with."""
+"""Layouts of operations on shapes, and the parts common to all layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hamdist.dynamics.slicing.op_layouts import (
 
 
 class ShapeLayouts:
-    """Works out layouts of operations on shapes; the base of `Layouts`."""
+    """Determines layouts of operations on shapes; the base of `Layouts`."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class ShapeLayouts:
         return self.steps[node].layout if isinstance(node, fx.Node) else NumberLayout()
 
     def literal(self, value: Any) -> Any:
-        """`value` with numbers that do not depend on the batch in place of what computes them."""
+        """Return `value` with numbers in place of nodes that do not depend on the batch."""
 
         def plain(node: fx.Node) -> Any:
             known = self._values[0][node]
@@ -68,7 +68,7 @@ class ShapeLayouts:
         return fx.map_arg(value, plain)
 
     def _reshape(self, node: fx.Node) -> OpLayout | None:
-        """Any change of shape in which the order of the numbers stays."""
+        """Return the step of any change of shape in which the order of the numbers stays."""
         x = node.args[0]
         layout = self._of(x)
         if not isinstance(x, fx.Node):
@@ -139,7 +139,7 @@ class ShapeLayouts:
         return OpLayout(replace(layout, axis=layout.axis - before), {x: Use.PIECE})
 
     def _chunk(self, node: fx.Node) -> OpLayout | None:
-        """Equal parts of an axis; along the split one, its units are shared out in each part."""
+        """Return the step of `chunk`; on the split axis units are distributed within each part."""
         x, _, *given = node.args
         layout = self._of(x)
         dim = node.kwargs.get("dim", given[0] if given else 0)
@@ -189,7 +189,7 @@ class ShapeLayouts:
 
 
 def _refold(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> int | None:
-    """The axis of `new` that begins where `axis` of `old` does; None if none does."""
+    """Return the axis of `new` that begins where `axis` of `old` does; None if none does."""
     before = math.prod(old[:axis])
     for place, size in enumerate(new):
         if math.prod(new[:place]) == before and (size != 1 or old[axis] == 1):

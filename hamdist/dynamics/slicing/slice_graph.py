@@ -6,7 +6,7 @@ Each slice is a block as any other and exchanges its own neurons' signals alone;
 reads all three and joins them (`Joining`). Layers whose neurons follow from others' (the second
 half of an MLP, the output projection of an attention) give summands, which their readers sum.
 
-The forward of a sliced block is traced with torch.fx, laid out (layout.py), and cut into stages
+The forward of a sliced block is traced with torch.fx, laid out (layouts.py), and cut into stages
 (stages.py): a stage ends where something needs all neurons. A stage of slices is m blocks, one of
 something whole (a layer norm, what behind the slices is not elementwise) is one block. Operations
 without weights on what a block reads are repeated in all slices, which costs no hop. The stages of
@@ -45,11 +45,11 @@ def sliced(
     u_dtype: torch.dtype,
     inputs: ShapeMap | None = None,
 ) -> Graph:
-    """`graph` with every block of `slices` m > 1 spread over m blocks; itself where there is none.
+    """Return `graph` with every block of `slices` m > 1 spread over m blocks.
 
-    u_shape: of the stream's input, batch in front; inputs: of each, by the names that parents have,
-    where there are several. Raises GraphError for a block that cannot be sliced, with what prevents
-    it.
+    The graph itself where there is none. u_shape: of the stream's input, batch in front; inputs: of
+    each, by the names that parents have, where there are several. Raises GraphError for a block
+    that cannot be sliced, with the reason.
     """
     for block in graph.blocks.values():
         if isinstance(block.slices, bool) or not isinstance(block.slices, int) or block.slices < 1:
@@ -86,7 +86,7 @@ def sliced(
 
 @dataclass(frozen=True)
 class _Out:
-    """Who gives the value of an unsliced block: blocks, to be joined on `axis`, or summed."""
+    """The blocks that give the value of an unsliced block, to be joined on `axis`, or summed."""
 
     names: tuple[str, ...]
     axis: int | None = None
@@ -97,7 +97,7 @@ class _Out:
 
 
 def _reading(block: BlockSpec, outs: Mapping[str, _Out]) -> BlockSpec:
-    """An unsliced block, whose parents may be sliced."""
+    """Return an unsliced block with parents that may be sliced."""
     given = [outs[p] for p in block.parents]
     if all(len(out.names) == 1 for out in given):
         names = {p: out.names[0] for p, out in zip(block.parents, given, strict=True)}
@@ -117,8 +117,10 @@ def _reading(block: BlockSpec, outs: Mapping[str, _Out]) -> BlockSpec:
 
 
 class _Cut:
-    """The blocks that one block becomes. out: who gives its value; of a readout, what takes its
-    loss."""
+    """The blocks that one block becomes.
+
+    out: the blocks that give its value; of a readout, the block that takes its loss.
+    """
 
     def __init__(self, block: BlockSpec, shapes: ShapeMap) -> None:
         self.spec = block
@@ -130,7 +132,7 @@ class _Cut:
         return self._stages.last
 
     def _name(self, stage: SlicePhase) -> str:
-        """Of a stage, without the number of the slice."""
+        """Return the name of a stage, without the number of the slice."""
         if stage is self._last and not stage.many:
             return self.spec.name
         if len(self._stages.stages) == 1:
@@ -145,7 +147,7 @@ class _Cut:
         return _Out(names, self._stages.axis(stage))
 
     def blocks(self, outs: Mapping[str, _Out], parts: list[TensorSlice]) -> Iterator[BlockSpec]:
-        """The blocks, in the order of their stages; `parts` gets where their tensors come from."""
+        """Yield the blocks in the order of their stages; add their tensors' origins to `parts`."""
         for stage in self._stages.stages:
             out = self._out_of(stage)
             for i, name in enumerate(out.names):

@@ -17,8 +17,11 @@ from hamdist.dynamics.slicing.stages import SlicePhase, SlicePhases, inner_path
 
 @dataclass(frozen=True)
 class From:
-    """What a block of a stage reads: a parent of the unsliced block by number, or another stage
-    (all of it, or its slice `piece`)."""
+    """An input of a block of a stage.
+
+    It is a parent of the unsliced block by number, or another stage (all of it, or its slice
+    `piece`).
+    """
 
     parent: int | None = None
     stage: int | None = None
@@ -26,10 +29,10 @@ class From:
 
 
 class SliceModule:
-    """One block of a stage: slice i of it, or all (i = 0). joined_here: stages of which it reads
-    its own slice and all of them, so that it joins them itself.
+    """One block of a stage: slice i of it, or all (i = 0).
 
-    module; reads: what its arguments are; parts: where its tensors come from.
+    joined_here: stages of which it reads its own slice and all of them, so that it joins them
+    itself. reads: the inputs behind its arguments; parts: the origins of its tensors.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class SliceModule:
         return self.copy(node) if step.make is None else step.make(self)
 
     def copy(self, node: fx.Node) -> fx.Node:
-        """The operation as it is, on what its inputs are here."""
+        """Return the operation unchanged, on its inputs in this slice."""
         if node.op == "call_module":
             whole = self._stages.modules[str(node.target)]
             return self.module_of(node, whole)
@@ -90,7 +93,7 @@ class SliceModule:
         return self.graph.call_module(path or "layer", args, fx.map_arg(node.kwargs, self.value))
 
     def value(self, node: fx.Node) -> fx.Node:
-        """An input of the operation under construction, as its use says."""
+        """Return an input of the operation under construction, as its use says."""
         use = self._uses.get(node, Use.WHOLE)
         if isinstance(use, Narrow):
             return self._narrowed(node, use)
@@ -122,7 +125,7 @@ class SliceModule:
         return self._made[key]
 
     def _whole(self, node: fx.Node) -> fx.Node:
-        """All of a value: as another block gives it, or made again from what others give."""
+        """Return all of a value: as another block gives it, or computed again from other values."""
         own = self._stages.stage_of.get(node)
         if own is self._stage and not own.many:
             return self._made[node]

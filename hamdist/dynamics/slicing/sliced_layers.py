@@ -25,8 +25,10 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Share(NamedTuple):
-    """Slice `i` of `m` of `units`, repeated in each of `chunks` equal parts of an axis (queries,
-    keys and values of one layer, say)."""
+    """Slice `i` of `m` of `units`, repeated in each of `chunks` equal parts of an axis.
+
+    Chunks are, for example, queries, keys and values of one layer.
+    """
 
     units: int
     chunks: int
@@ -35,20 +37,20 @@ class Share(NamedTuple):
 
     @property
     def first(self) -> int:
-        """Its first unit. Where m does not divide, the first slices have one more."""
+        """Return its first unit. Where m does not divide, the first slices have one more."""
         return self.i * (self.units // self.m) + min(self.i, self.units % self.m)
 
     @property
     def many(self) -> int:
-        """Its number of units."""
+        """Return its number of units."""
         return self.units // self.m + (self.i < self.units % self.m)
 
     def length(self, size: int) -> int:
-        """Its places on an axis of `size`."""
+        """Return its number of places on an axis of `size`."""
         return size // self.units * self.many
 
     def start(self, size: int) -> int:
-        """Its first place on an axis of `size` (one chunk)."""
+        """Return its first place on an axis of `size` (one chunk)."""
         return size // self.units * self.first
 
     def places(self, size: int) -> Tensor:
@@ -63,7 +65,7 @@ def _cut(parameter: Tensor, axis: int, index: Tensor) -> nn.Parameter:
 
 
 def _bare(module: nn.Module) -> Any:
-    """A copy of a layer's settings, with its tensors still those of `module`."""
+    """Return a copy of a layer's settings, with its tensors still those of `module`."""
     made = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         made.__dict__[name] = dict(module.__dict__[name])
@@ -71,7 +73,7 @@ def _bare(module: nn.Module) -> Any:
 
 
 def outputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
-    """The output neurons (channels) of a Linear or a convolution."""
+    """Return the layer of some output neurons (channels) of a Linear or a convolution."""
     made = _bare(module)
     size = module.weight.shape[0]
     index = share.places(int(size))
@@ -86,8 +88,10 @@ def outputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
 
 
 def inputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
-    """The part that reads some neurons (channels) of a Linear or a convolution: the parts' sum is
-    the whole. The first one has the bias."""
+    """Return the layer of some input neurons (channels) of a Linear or a convolution.
+
+    The sum of all parts is the whole; the first part has the bias.
+    """
     made = _bare(module)
     index = share.places(int(module.weight.shape[1]))
     made.weight = _cut(module.weight, 1, index)
@@ -101,7 +105,7 @@ def inputs_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
 
 
 def channels_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
-    """The channels of a batch norm, with their statistics."""
+    """Return the layer of some channels of a batch norm, with their statistics."""
     made = _bare(module)
     index = share.places(int(module.num_features))
     places: SlicePlaces = {}
@@ -122,7 +126,7 @@ def channels_of(module: Any, share: Share) -> tuple[nn.Module, SlicePlaces]:
 
 
 def heads_of(module: nn.MultiheadAttention, share: Share) -> tuple[nn.Module, SlicePlaces]:
-    """Some heads of an attention, and their part of the output projection."""
+    """Return some heads of an attention, with their part of the output projection."""
     made = AttentionHeads(module, share)
     size = module.embed_dim
     rows = share._replace(chunks=3).places(3 * size)
@@ -197,7 +201,7 @@ class AttentionHeads(nn.Module):
     def _masks(
         self, scores: Tensor, padding: Tensor | None, mask: Tensor | None
     ) -> Sequence[Tensor]:
-        """What is added to the scores: padding (B, S), and a mask (T, S) for all heads."""
+        """Return the summands of the scores: padding (B, S), and a mask (T, S) for all heads."""
         found = []
         if padding is not None:
             found.append(_additive(padding, scores)[:, None, None, :])
@@ -213,7 +217,7 @@ def _additive(mask: Tensor, scores: Tensor) -> Tensor:
 
 
 def _as_linear(module: nn.Linear) -> nn.Linear:
-    """torch's attention has a Linear of a class of its own."""
+    """Return a plain Linear: torch's attention has a Linear of a class of its own."""
     made = nn.Linear(module.in_features, module.out_features, bias=False, dtype=module.weight.dtype)
     made.weight = module.weight
     made.bias = module.bias

@@ -91,7 +91,7 @@ class SlicePhases:
                 raise GraphError(f"block {b.name!r} with {what} cannot be sliced; set its slices=1")
 
     def _refuse_what_would_be_lost(self, shapes: ShapeMap) -> None:
-        """Hooks, autograd.Functions and Python state, which torch.fx does not see."""
+        """Refuse hooks, autograd.Functions and Python state, which torch.fx does not see."""
         spec, module = self.spec, self.spec.module
         parts = list(module.modules())
         lost = [f"a {type(m).__name__} has a {hook}" for m in parts if (hook := hook_of(m))]
@@ -113,8 +113,10 @@ class SlicePhases:
             )
 
     def _moved_buffers(self, inputs: list[Tensor]) -> list[str]:
-        """The buffers that a forward writes to or assigns, but for those of its steps: torch's own
-        modules, and what stays whole in a piece."""
+        """Return the buffers that a forward writes to or assigns, but for those of its steps.
+
+        Steps are torch's own modules, and modules that stay whole in a trace.
+        """
         probe = copied(self.spec.module)
         steps = probe.parts.values() if isinstance(probe, TracedModule) else ()
         whole = {id(m) for step in steps for m in step.modules()}
@@ -141,27 +143,27 @@ class SlicePhases:
 
     @property
     def last(self) -> SlicePhase:
-        """The one that makes the block's result."""
+        """Return the stage that makes the block's result."""
         return self.stage_of[self.result]
 
     def sent(self, stage: SlicePhase) -> fx.Node:
-        """The one value of `stage` that others read."""
+        """Return the one value of `stage` that others read."""
         (node,) = self._sent(stage)
         return node
 
     def axis(self, stage: SlicePhase) -> int | None:
-        """On which axis the slices of `stage` are joined; None where they are summed, or one."""
+        """Return the axis on which the slices of `stage` are joined; None if summed, or one."""
         layout = self.layouts.steps[self.sent(stage)].layout
         return layout.axis if isinstance(layout, Shard) else None
 
     def share(self, i: int, units: int, chunks: int = 1) -> Share:
-        """What slice i has of `units`, in each of `chunks`."""
+        """Return the part of slice i of `units`, in each of `chunks`."""
         return Share(units, chunks, i, self.m)
 
     # -- what the block does -------------------------------------------------------------------
 
     def _trace(self) -> tuple[fx.Graph, fx.Node]:
-        """Its operations, from one placeholder by parent to the result."""
+        """Return its operations, from one placeholder by parent to the result."""
         spec = self.spec
         graph = fx.Graph()
         parents = [graph.placeholder(f"p{i}") for i in range(len(spec.parents))]
@@ -196,7 +198,7 @@ class SlicePhases:
     # -- stages --------------------------------------------------------------------------------
 
     def _arrange(self) -> bool:
-        """Layouts and stages with what is known so far; False where something new was learned."""
+        """Determine layouts and stages; return False where a constraint was added meanwhile."""
         self.layouts = Layouts(self.spec.name, self.modules, self.values, self._grain)  # type: ignore[arg-type]
         self.stages: list[SlicePhase] = []
         self.stage_of: dict[fx.Node, SlicePhase] = {}
@@ -245,12 +247,14 @@ class SlicePhases:
         stage.needs |= self._outside(node, stage)
 
     def _fixed(self, node: fx.Node) -> bool:
-        """Whether it cannot be repeated by its readers: it has weights or draws numbers, or it is
-        the block's result."""
+        """Return True if readers cannot repeat the node.
+
+        It has weights, draws numbers, or is the block's result.
+        """
         return node is self.result or self.layouts.weighted(node)
 
     def _outside(self, node: fx.Node, stage: SlicePhase) -> set[int]:
-        """The stages that `node` reads from inside of `stage`."""
+        """Return the stages that `node` reads from inside of `stage`."""
         found = set()
         uses = self.layouts.steps[node].uses
         for i in node.all_input_nodes:
@@ -261,7 +265,7 @@ class SlicePhases:
         return found
 
     def _sources(self, node: fx.Node) -> set[int]:
-        """The stages whose results make `node`."""
+        """Return the stages whose results make `node`."""
         if node in self.stage_of:
             return {self.stage_of[node].number}
         if isinstance(self.layouts.steps[node].layout, NumberLayout):
@@ -269,7 +273,7 @@ class SlicePhases:
         return {s for i in node.all_input_nodes for s in self._sources(i)}
 
     def _fits(self, node: fx.Node, stage: SlicePhase) -> bool:
-        """Whether nothing that it reads from outside comes from `stage`."""
+        """Return True if nothing that it reads from outside comes from `stage`."""
         waiting, seen = list(self._outside(node, stage)), set()
         while waiting:
             number = waiting.pop()
@@ -281,8 +285,11 @@ class SlicePhases:
         return True
 
     def _one_value_each(self) -> bool:
-        """A block sends one tensor, the batch in front. False where a stage would have to send two:
-        the later one then gets a stage of its own, or is repeated by its readers."""
+        """Make every stage send one tensor, the batch in front.
+
+        Returns False where a stage would have to send two: the later one then gets a stage of its
+        own, or is repeated by its readers.
+        """
         for stage in self.stages:
             sent = self._sent(stage)
             if not stage.many and not (self._fixed(sent[-1]) or self._batch_first(sent[-1])):
@@ -298,7 +305,10 @@ class SlicePhases:
         return True
 
     def _branch(self, node: fx.Node, stage: SlicePhase) -> fx.Node:
-        """Where what leads to `node` alone begins in `stage`, or `node` where all of it does."""
+        """Return where the operations that lead to `node` alone begin in `stage`.
+
+        That is `node` itself where all of them do.
+        """
         start = node
         first = next(n for n, own in self.stage_of.items() if own is stage)
         while True:
@@ -312,7 +322,7 @@ class SlicePhases:
         return isinstance(one, Tensor) and one.dim() > 0 and one.shape[0] + 1 == more.shape[0]
 
     def _sent(self, stage: SlicePhase) -> list[fx.Node]:
-        """What others read of `stage`, in order: in the end one value."""
+        """Return the values of `stage` that others read, in order: in the end one."""
         sent = []
         for node, own in self.stage_of.items():
             if own is not stage:
@@ -359,7 +369,7 @@ class SlicePhases:
 
 
 def inner_path(target: str) -> str:
-    """The name that a part of the traced module has in the block's own."""
+    """Return the name that a part of the traced module has in the block's own."""
     return target.removeprefix("m").removeprefix(".")
 
 

@@ -1,4 +1,4 @@
-"""The finite range of h, z, omega and losses: guards that raise where a value has left it."""
+"""Guards of the finite range of h, z, omega and losses: they raise for a value that has left it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ Scale = Callable[[int], float]
 
 
 class Guard(Protocol):
-    """Called with 'h', 'z' or 'loss' and its value before the value is used; raises where it has
-    left the finite range. data: what it was made of, for an error to speak of: the parents' h,
-    and of a loss the target behind them."""
+    """Function that is called with 'h', 'z' or 'loss' and its value before the value is used.
+
+    It raises where the value has left the finite range. data: the tensors from which it was
+    computed, for the error: the parents' h, and for a loss the target behind them.
+    """
 
     def __call__(self, quantity: str, value: Tensor, data: Sequence[Tensor] = ()) -> None: ...
 
 
 class OutOfRange(ArithmeticError):
-    """`quantity` ('h', 'z', 'omega' or 'loss') has left the finite range; norm: its own; cause:
-    what it comes from, where that is known."""
+    """`quantity` ('h', 'z', 'omega' or 'loss') has left the finite range.
+
+    norm: its norm; cause: the likely cause, where it is known.
+    """
 
     def __init__(self, quantity: str, norm: float, cause: str = "") -> None:
         super().__init__(f"the norm of {quantity} is {norm:g}")
@@ -35,12 +39,14 @@ class OutOfRange(ArithmeticError):
 
 
 def unguarded(quantity: str, value: Tensor, data: Sequence[Tensor] = ()) -> None:
-    """A guard that lets everything pass."""
+    """Accept every value."""
 
 
 def bounded(limit: float, from_stream: Sequence[bool] = ()) -> Guard:
-    """A guard that raises OutOfRange for a norm above `limit`, or for NaN. from_stream: the parents
-    that are inputs of the network."""
+    """Return a guard that raises OutOfRange for a norm above `limit`, or for NaN.
+
+    from_stream: the parents that are inputs of the network.
+    """
 
     def guard(quantity: str, value: Tensor, data: Sequence[Tensor] = ()) -> None:
         if value.is_floating_point():
@@ -55,7 +61,7 @@ def bounded(limit: float, from_stream: Sequence[bool] = ()) -> Guard:
 
 
 def _cause(value: Tensor, data: Iterable[Tensor]) -> str:
-    """What a value that left the finite range comes from, where it is not the steps."""
+    """Return the likely cause of a value out of range, where it is not the step size."""
     for given in data:
         largest = float(given.abs().max()) if given.is_floating_point() and given.numel() else 0.0
         if largest > LARGE:
@@ -73,8 +79,10 @@ def _cause(value: Tensor, data: Iterable[Tensor]) -> str:
 
 
 def is_masked(value: Tensor) -> bool:
-    """Whether all numbers are ordinary but those that are one and the same large negative one, as
-    a mask's are: -inf, the smallest of a type, or a round number."""
+    """Return True if all extreme numbers are one and the same large negative number, as in a mask.
+
+    That is -inf, the smallest of a type, or a round number.
+    """
     large = value[~(value.abs() <= LARGE)]
     if not large.numel() or not bool((large == large[0]).all()):
         return False

@@ -1,15 +1,15 @@
-"""State as plain data: what a block has to remember so that another process goes on in its place.
+"""State as plain data: everything with which another process can continue a block.
 
 Classes name their changing attributes in STATE (`Remembers`). Their values are numbers, texts,
-tensors, lists, tuples, mappings, queues, and the small data classes that `known` lists, nested in
+tensors, lists, tuples, mappings, queues, and the small data classes marked by `known`, nested in
 any way: `packed` turns that into JSON and a list of tensors, `unpacked` turns it back. Nothing
 else can be expressed, so nothing else can come out of a file.
 
 A forward pass that waits for its backward pass is the hard part: with memory `trace` its weights
-have moved since, so it cannot be computed again. What autograd holds is a graph whose nodes keep
+have moved since, so it cannot be computed again. Autograd has a graph of it whose nodes keep
 tensors. `held` reads those tensors; `rebuilt` lets the module run once more on the same inputs,
-which makes a graph of the same nodes, and then has every node give back what the first one kept.
-Weights are left out: a graph meets today's, in both (cell.py).
+which makes a graph of the same nodes, and then replaces the tensors of every node by those of the
+first graph. Weights are left out: a graph meets today's, in both (vjp/autograd.py).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _tags: dict[type, str] = {}
 def known(tag: str) -> Callable[[_Class], _Class]:
     """Mark a data class, a named tuple or an enum as one that state may hold.
 
-    New fields need a default, and stand last: files of earlier formats lack them.
+    New fields need a default, and come last: files of earlier formats lack them.
 
     Args:
-        tag: what it is called in files; it stays when the class gets another name.
+        tag: the name of the class in files; it stays when the class gets another name.
     """
 
     def mark(cls: _Class) -> _Class:
@@ -48,15 +48,17 @@ def known(tag: str) -> Callable[[_Class], _Class]:
 
 
 class Remembers:
-    """An object whose state is the values of the attributes that STATE names; of those that
-    remember themselves, theirs. ADDED: names in STATE that files of earlier formats lack, with the
-    values that they then get."""
+    """An object whose state is the values of the attributes that STATE names.
+
+    An attribute that is a `Remembers` itself contributes its state. ADDED: names in STATE that
+    files of earlier formats lack, with the values that they then get.
+    """
 
     STATE: ClassVar[tuple[str, ...]] = ()
     ADDED: ClassVar[Mapping[str, Any]] = {}
 
     def snapshot(self) -> dict[str, Any]:
-        """The state, in tensors that may go on changing: `packed` copies them."""
+        """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         state = {}
         for name in self.STATE:
             value = getattr(self, name)
@@ -64,7 +66,7 @@ class Remembers:
         return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`. Raises SnapshotError where it is another class's."""
+        """Continue from `state`; raise SnapshotError where it is that of another class."""
         state = {**{n: v for n, v in self.ADDED.items() if n not in state}, **state}
         check_names(type(self).__name__, state, self.STATE)
         for name in self.STATE:
@@ -76,7 +78,7 @@ class Remembers:
 
 
 def check_names(whose: str, state: object, names: Collection[str]) -> None:
-    """Raises SnapshotError unless `state` has exactly these entries."""
+    """Raise SnapshotError unless `state` has exactly these entries."""
     if not isinstance(state, Mapping) or set(state) != set(names):
         found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise SnapshotError(
@@ -86,7 +88,7 @@ def check_names(whose: str, state: object, names: Collection[str]) -> None:
 
 
 def taken(state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
-    """The entry `name` of `state`, and the others. Raises SnapshotError where it has none."""
+    """Return the entry `name` of `state`, and the others; raise SnapshotError where it has none."""
     if name not in state:
         check_names("block", state, (name,))
     return state[name], {key: value for key, value in state.items() if key != name}
@@ -105,7 +107,7 @@ class Packing:
         self._copy = copy or _copied
 
     def packed(self, value: Any) -> Any:
-        """`value` as JSON. Raises SnapshotError for what has no form."""
+        """Return `value` as JSON; raise SnapshotError for a value that has no form."""
         if value is None or isinstance(value, (bool, str)):
             return value
         if isinstance(value, Enum):
@@ -141,7 +143,7 @@ class Packing:
         )
 
     def _tensor(self, tensor: Tensor) -> dict[str, Any]:
-        """Its place, and its strides: how a kernel adds up may depend on them."""
+        """Return its place and strides: the order in which a kernel adds may depend on them."""
         plain = tensor.detach()
         strides = list(plain.stride())
         for axis, (size, stride) in enumerate(zip(plain.shape, strides, strict=True)):
@@ -172,9 +174,10 @@ def _name(value: object) -> str:
 
 
 def unpacked(data: Any, tensors: Sequence[Tensor], gpu: torch.device | None = None) -> Any:
-    """What `Packing.packed` was given. gpu: where tensors go that lay on a GPU.
+    """Return the value that `Packing.packed` was given; raise SnapshotError for anything else.
 
-    Raises SnapshotError for anything else."""
+    gpu: device of tensors that were on a GPU.
+    """
     try:
         return _Unpacking(tensors, gpu).made(data)
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
@@ -248,7 +251,7 @@ def _index(place: object) -> int:
 
 
 def _laid_out(tensor: Tensor, shape: list[int], strides: list[int]) -> Tensor:
-    """`tensor` in the shape and with the strides that it had, in memory of its own."""
+    """Return a copy of `tensor` in the shape and with the strides that it had."""
     small = [1 if stride == 0 and n > 1 else n for n, stride in zip(shape, strides, strict=True)]
     if list(tensor.shape) != small:
         raise ValueError(f"a tensor of shape {list(tensor.shape)} stands for one of {shape}")
@@ -263,7 +266,7 @@ def _laid_out(tensor: Tensor, shape: list[int], strides: list[int]) -> Tensor:
 
 
 def _strides(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
-    """Dense strides in the order of `strides`; None for those of a contiguous tensor."""
+    """Return dense strides in the order of `strides`; None for those of a contiguous tensor."""
     order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
     made = [0] * len(shape)
     step = 1
@@ -277,7 +280,7 @@ def _strides(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
 
 
 class Slot:
-    """One tensor that a node of a graph keeps. set: makes the node give back another one."""
+    """One tensor that a node of a graph keeps. set: replaces it by another one."""
 
     __slots__ = ("name", "set", "value")
 
@@ -288,7 +291,7 @@ class Slot:
 
 
 def graph_slots(output: Tensor) -> Iterator[Slot]:
-    """The tensors that the graph of `output` keeps, in an order that depends on its nodes alone."""
+    """Yield the tensors that the graph of `output` keeps, in an order given by its nodes alone."""
     seen: set[Any] = set()
     waiting = [output.grad_fn]
     while waiting:
@@ -327,7 +330,7 @@ def _replacing(raw: Any) -> Callable[[Tensor], None]:
 
 
 def nested_slots(kept: Any, name: str = "kept") -> Iterator[Slot]:
-    """The tensors in nested lists."""
+    """Yield the tensors in nested lists."""
     for i, value in enumerate(kept):
         if isinstance(value, Tensor):
             yield Slot(f"{name}.{i}", value, lambda t, i=i: kept.__setitem__(i, t))  # type: ignore[misc]
@@ -336,7 +339,7 @@ def nested_slots(kept: Any, name: str = "kept") -> Iterator[Slot]:
 
 
 def held(slots: Iterator[Slot], live: Collection[int]) -> list[list[Any]]:
-    """Names and values of `slots`; None for the value of one that lies in memory of `live`."""
+    """Return names and values of `slots`; None for the value of one in memory of `live`."""
     return [
         [slot.name, None if slot.value.untyped_storage().data_ptr() in live else slot.value]
         for slot in slots
@@ -344,9 +347,10 @@ def held(slots: Iterator[Slot], live: Collection[int]) -> list[list[Any]]:
 
 
 def fill(slots: Iterator[Slot], values: Sequence[Sequence[Any]]) -> None:
-    """Gives `slots` the values that `held` has found in a graph of the same form.
+    """Set `slots` to the values that `held` returned for a graph of the same form.
 
-    Raises SnapshotError where the form is another one."""
+    Raises SnapshotError where the form is another one.
+    """
     found = list(slots)
     if [slot.name for slot in found] != [name for name, _ in values]:
         raise SnapshotError(

@@ -1,17 +1,17 @@
-"""What a traced model's steps need from each other, and where it can be cut.
+"""The dependencies between a traced model's steps, and the places where it can be cut.
 
 A block begins at a place in the order of the steps. The order is the model's own, except that
 
-- what depends neither on weights nor on chance (token numbers, padding masks, positions, buffers
-  that are only read) is in no block: each one that needs it makes it from the input and from
-  buffers of its own. So a mask of -inf is no part of a state;
-- what has no batch (a table of positions) stands right before its first use;
-- with several outputs the steps of one output alone stand behind those that outputs share.
+- steps that depend neither on weights nor on chance (token numbers, padding masks, positions,
+  buffers that are only read) are in no block: each block that needs them makes them from the input
+  and from copies of the buffers. So a mask of -inf is no part of a state;
+- a step without batch (a table of positions) is right before its first use;
+- with several outputs the steps of one output alone are behind those that outputs share.
 
-Between two blocks goes what later blocks read: real values that can be columns of a signal.
-No block begins where a buffer has users on both sides (or a weight, at levels that cannot tie
-copies of it), where memory is written to behind the place and was made before it, or where
-something else would have to cross.
+Between two blocks travel the values that later blocks read: real values that can be columns of a
+signal. No block begins where a buffer has users on both sides (or a weight, at levels that cannot
+tie copies of it), where memory is written to behind the place and was made before it, or where
+another value would have to cross.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Value = tuple[int, Path]  # a tensor: the op that makes it, and where in its res
 
 @dataclass(frozen=True, slots=True)
 class NoCut:
-    """No block begins behind `first` up to `last` (places in the order), and why."""
+    """Range of places at which no block begins, behind `first` up to `last`, and why."""
 
     first: int
     last: int
@@ -48,9 +48,12 @@ class NoCut:
 
 
 class Flow:
-    """order: the ops that belong to a block, in order. segments: where the ops that outputs share
-    begin, and those of each output alone. needs: by op, those that come first. glues: what must
-    stay together. together: what keeps the users of a weight in one block (None: nothing does)."""
+    """The order of the ops, and their dependencies.
+
+    order: the ops that belong to a block. segments: where the ops that outputs share begin, and
+    those of each output alone. needs: by op, those that come first. glues: ranges without a cut.
+    together: the reason to keep the users of a weight in one block (None: there is none).
+    """
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class Flow:
     # -- ops --------------------------------------------------------------------------------------
 
     def _living(self) -> set[int]:
-        """What an output needs, and what moves a buffer."""
+        """Return the ops that an output needs, and those that move a buffer."""
         waiting = [i for i, _ in self.outputs]
         for i, op in enumerate(self.ops):
             if any(isinstance(self.trace.origin.get(m), WeightRef) for m in op.writes):
@@ -97,7 +100,7 @@ class Flow:
                 return live
 
     def _of_module(self, op: Op[ColumnForm]) -> dict[int, str]:
-        """The weights and buffers of the module that an op calls, by identity, with their names."""
+        """Return weights and buffers of the module that an op calls: names by identity."""
         if op.step.kind != MODULE:
             return {}
         prefix = f"{op.step.target}." if op.step.target else ""
@@ -108,14 +111,14 @@ class Flow:
         return [w for w in origins if isinstance(w, WeightRef)]
 
     def _only_read(self) -> set[int]:
-        """Buffers that nothing writes to, and no module has that is one step: constants."""
+        """Return the constant buffers: never written to, and in no module that is one step."""
         moved = {key for op in self.ops for key in self._of_module(op)}
         moved |= {id(self._tensors[w.name]) for op in self.ops for w in self._written_weights(op)}
         buffers = {id(t) for t in self._tensors.values() if not isinstance(t, nn.Parameter)}
         return buffers - moved
 
     def _weights(self, op: Op[ColumnForm]) -> dict[int, str]:
-        """The weights, and the buffers that move, that an op uses, by identity, with names."""
+        """Return the weights, and the buffers that move, that an op uses: names by identity."""
         found = self._of_module(op)
         named = [p for p in places((op.step.args, op.step.kwargs)) if isinstance(p, WeightRef)]
         for weight in (*named, *self._written_weights(op)):
@@ -123,8 +126,10 @@ class Flow:
         return {key: name for key, name in found.items() if key not in self._steady}
 
     def _pure(self) -> set[int]:
-        """Ops that any block can do again, with the same result: they read inputs and constants,
-        and write to nothing but what such ops have made."""
+        """Return the ops that any block can repeat with the same result.
+
+        They read inputs and constants, and write only to results of such ops.
+        """
         pure = {i for i in self.live if not self.weights[i] and not self.ops[i].random}
         while True:
             others = {m for i in self.live - pure for m in self.ops[i].writes}
@@ -142,13 +147,13 @@ class Flow:
             pure = again
 
     def _late(self, i: int) -> bool:
-        """Whether an op moves to its first user: it has no batch."""
+        """Return True if an op moves to its first user: it has no batch."""
         op = self.ops[i]
         moved = op.random or op.writes or op.memory & self._written
         return not moved and bool(op.out) and all(f.free for f in op.out.values())
 
     def _asked(self) -> set[int]:
-        """What blocks do: `live`, without what is done only for what is free."""
+        """Return the ops of blocks: `live`, without those that only free values need."""
         waiting = [i for i, _ in self.outputs] + [i for i in self.live if self.ops[i].writes]
         asked: set[int] = set()
         while waiting:
@@ -183,7 +188,7 @@ class Flow:
         return order, segments
 
     def _alone(self) -> dict[int, int]:
-        """By op: 1 + the one output that needs it, or 0."""
+        """Return by op: 1 + the one output that needs it, or 0."""
         if len(self.outputs) == 1:
             return dict.fromkeys(self.live, 0)
         reach: dict[int, set[int]] = {i: set() for i in self.live}
@@ -200,8 +205,10 @@ class Flow:
         )
 
     def _with_their_weights(self, alone: dict[int, int]) -> dict[int, int]:
-        """What uses a weight for several outputs stands among what they share, with all it needs: a
-        module that is called once for each of them is in one block."""
+        """Move ops that use a weight for several outputs, with all they need, to the shared ones.
+
+        So a module that is called once for each of them is in one block.
+        """
         users: dict[int, set[int]] = {}
         for i in self.live:
             for key in self.weights[i]:
@@ -248,13 +255,15 @@ class Flow:
                 )  # fmt: skip
 
     def _whole_user(self, ops: Iterable[int]) -> str | None:
-        """The first of the ops' modules that could not be followed: copies of it may differ."""
+        """Return the first of the ops' modules that was not traced: copies of it may differ."""
         names = [name for i in ops for name in self.names(i)]
         return next((name for name in names if name in self.trace.whole), None)
 
     def _by_memory(self) -> Iterator[NoCut]:
-        """Around what is written to: unless the writer is the only one behind the cut that has it,
-        as a copy of its own, and hands it on."""
+        """Yield the ranges around memory that is written to.
+
+        A cut is allowed if the writer is the only user behind it, has a copy, and sends it on.
+        """
         last = self.last_use()
         for i in self.order:
             for memory in self.ops[i].writes:
@@ -298,14 +307,14 @@ class Flow:
     # -- what crosses -----------------------------------------------------------------------------
 
     def steady(self, name: str) -> bool:
-        """Whether it is a buffer that is only read, of which every block has its own."""
+        """Return True for a buffer that is only read, of which every block has a copy."""
         return id(self._tensors[name]) in self._steady
 
     def form(self, value: Value) -> ColumnForm:
         return self.ops[value[0]].out[value[1]]
 
     def last_use(self) -> dict[Value, int]:
-        """The last place where a value is read, of values that are read in the order."""
+        """Return the last place where a value is read, of values that are read in the order."""
         last: dict[Value, int] = {}
         for k, i in enumerate(self.order):
             for ref in references(self.ops[i]):
@@ -314,7 +323,7 @@ class Flow:
         return last
 
     def crossing(self) -> list[int]:
-        """By place: numbers per row that would cross a cut there."""
+        """Return by place the numbers per row that would cross a cut there."""
         sizes = [0] * (len(self.order) + 1)
         for value, last in self.last_use().items():
             for k in range(self.place[value[0]] + 1, last + 1):
@@ -322,28 +331,28 @@ class Flow:
         return sizes[: len(self.order)]
 
     def prevents(self, place: int) -> NoCut | None:
-        """What forbids a block to begin at a place."""
+        """Return the range that forbids a block to begin at a place, if any."""
         return next((g for g in self.glues if g.first < place <= g.last), None)
 
     def learned(self, i: int) -> int:
-        """Numbers that an op learns."""
+        """Return the number of elements that an op learns."""
         own = [self._tensors[name] for name in self.weights[i].values()]
         return sum(t.numel() for t in own if isinstance(t, nn.Parameter))
 
     def kept(self, i: int) -> int:
-        """Real numbers per row that an op makes."""
+        """Return the real numbers per row that an op makes."""
         forms = self.ops[i].out.values()
         return sum(f.columns for f in forms if not f.free and f.dtype.is_floating_point)
 
     def title(self, i: int) -> str:
-        """An op, as people know it."""
+        """Return the name of an op for users."""
         op = self.ops[i]
         if op.step.kind == MODULE:
             return f"{op.step.target!r}"
         return op.line or f"{op.where!r}"
 
     def names(self, i: int) -> tuple[str, ...]:
-        """The modules that an op belongs to, outermost first."""
+        """Return the modules that an op belongs to, outermost first."""
         op = self.ops[i]
         own = (str(op.step.target),) if op.step.kind == MODULE else ()
         return tuple(n for n in (*op.modules, *own) if n)

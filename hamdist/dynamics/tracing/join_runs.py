@@ -1,4 +1,4 @@
-"""Three runs of a model, at other batches and lengths, written down as one program."""
+"""Joins three runs of a model, at other batches and lengths, into one program."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ MOST_BATCH = 8  # of the stream's own batch, which the first run has up to here
 
 
 def points_of_runs(batches: Sequence[int], lengths: Sequence[Length]) -> list[TracePoint]:
-    """The runs that tell how numbers depend on the batch and on each length, and one more."""
+    """Return the batches and lengths of the runs by which the joined program is determined.
+
+    They show how numbers depend on the batch and on each length; one more run checks that.
+    """
     own, second, third = batches
     points: list[TracePoint] = [(batch, {}) for batch in batches]
     for one in lengths:
@@ -42,7 +45,7 @@ def points_of_runs(batches: Sequence[int], lengths: Sequence[Length]) -> list[Tr
 
 
 def other_length(length: Length, by: int) -> int:
-    """Another length: a shorter one, where that leaves two."""
+    """Return another length: a shorter one, where that leaves two."""
     return length.base - by if length.base - by > 1 else length.base + by
 
 
@@ -126,7 +129,7 @@ class _Join:
         return ColumnForm(dims, one.dtype, mask or not all(map(_ordinary, tensors)))
 
     def _size(self, values: Sequence[int]) -> SymbolicSize:
-        """The number by batch and lengths, with which all runs have to agree."""
+        """Return the number by batch and lengths, with which all runs have to agree."""
         many = len(self._lengths)
         given = torch.tensor(values, dtype=torch.float64)
         found = (self._solves @ given).round()
@@ -174,7 +177,7 @@ class _Join:
 
 
 def _ordinary(value: Any) -> bool:
-    """Whether it holds no number as large as only masks have."""
+    """Return True if it holds no number as large as only masks have."""
     if isinstance(value, Tensor):
         return not (value.is_floating_point() and bool(value.detach().abs().gt(LARGE).any()))
     return not (isinstance(value, float) and abs(value) > LARGE)
@@ -185,9 +188,11 @@ BATCHES = (2, 3, 5)
 
 @dataclass(slots=True)
 class Trace:
-    """ops: in the model's own order. output: a template. constants: by index. origin: of memory (as
-    in `Recording`). whole: the modules that could not be followed, and why. one_length: why all
-    items have the lengths of the example, if that was open."""
+    """A joined program. ops: in the model's own order; output: a template; constants: by index.
+
+    origin: of memory (as in `Recording`). whole: the modules that could not be traced, and why.
+    one_length: the reason for which all items have the lengths of the example, if that was open.
+    """
 
     ops: list[Op[ColumnForm]]
     output: Template
@@ -198,7 +203,7 @@ class Trace:
 
 
 def _folded(made: Trace, run: Recording) -> Trace:
-    """With constants in place of what is the same for every sample."""
+    """Return the trace with constants in place of values that are the same for every sample."""
     written = {m for op in made.ops for m in op.writes}
     kept: dict[ValueRef, ConstantRef] = {}
     moving: set[int] = set()  # what depends on batch or lengths

@@ -1,4 +1,4 @@
-"""What a recorder needs of a call: tensors in arguments and results, the line of user code."""
+"""Helpers of the recorder: tensors in arguments and results, the line of user code."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ _FILES = ("/torch/", f"/{__package__.replace('.', '/')}/")  # whose lines are no
 
 
 class Unfollowed(Exception):
-    """Why a model cannot be followed. module: the innermost one whose forward does it; line: where
-    ('file:line: text')."""
+    """Raised where a model cannot be traced, with the reason.
+
+    module: the innermost one whose forward prevents it; line: where ('file:line: text').
+    """
 
     def __init__(self, reason: str, module: str, line: str) -> None:
         super().__init__(reason)
@@ -47,7 +49,7 @@ class Unfollowed(Exception):
 
 
 def as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> TracedStep:
-    """The call, in the form in which people write it."""
+    """Return the call, in the form in which people write it."""
     if name in _OPERATORS and len(args) == 2 and not kwargs and isinstance(args[0], Tensor):
         return TracedStep(FUNCTION, _OPERATORS[name], tuple(args))
     if name in _REVERSED and len(args) == 2 and not kwargs:
@@ -62,7 +64,7 @@ def as_step(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> TracedSt
 
 
 def _said(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Without the keywords that torch adds with their defaults (`inplace=False`)."""
+    """Return the keywords without those that torch adds with defaults (`inplace=False`)."""
     if not isinstance(func, FunctionType):
         return kwargs
     known = inspect.signature(func).parameters
@@ -82,13 +84,13 @@ def is_plain(value: Any) -> bool:
 
 
 def autocast_state() -> list[object]:
-    """Which types autocast takes now, if any; torch's question without a device is CUDA's alone."""
+    """Return the dtypes of autocast now; torch's query without a device is about CUDA only."""
     on = torch.is_autocast_enabled
     return [torch.get_autocast_dtype(d) if on(d) else None for d in ("cpu", "cuda")]
 
 
 def backward_of(tensor: Tensor) -> object:
-    """What differs once an autograd.Function has returned the tensor as its own."""
+    """Return a value that changes once an autograd.Function has returned the tensor as its own."""
     node = tensor.grad_fn
     if isinstance(node, BackwardCFunction):
         return node
@@ -118,7 +120,7 @@ def paths_of_tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor
 
 
 def other_objects(value: Any) -> Iterator[Any]:
-    """Things in a result that are neither tensors nor plain values."""
+    """Yield objects in a result that are neither tensors nor plain values."""
     parts = parts_of(value)
     if parts is not None:
         for _, inner in parts:
@@ -128,7 +130,7 @@ def other_objects(value: Any) -> Iterator[Any]:
 
 
 def without_others(value: Any) -> Any:
-    """A result with None in place of what `other_objects` yields."""
+    """Return a result with None in place of the objects of `other_objects`."""
     parts = parts_of(value)
     if parts is not None:
         return filled(value, [without_others(part) for _, part in parts])
@@ -151,7 +153,7 @@ def line_here() -> str:
 
 
 def line_of(error: BaseException) -> str:
-    """The last line outside torch that the error passed."""
+    """Return the last line outside torch that the error passed."""
     found, trace = "", error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code.co_filename
@@ -167,7 +169,7 @@ def _line(file: str, number: int) -> str:
 
 
 def stays_whole(name: str, model: nn.Module, why: Unfollowed) -> str:
-    """Says which module cannot be cut, and the line that prevents it."""
+    """Return the warning about a module that cannot be cut, with the line that prevents it."""
     what = f"the model (a {type(model).__name__})"
     if name:
         what = f"{name!r} (a {type(model.get_submodule(name)).__name__})"

@@ -3,7 +3,7 @@
 torch.fx runs a model on stand-ins, which fail at `isinstance(x, Tensor)`, at
 `torch.arange(x.shape[1])` or `assert x.shape[1] <= 128`. Here it runs on real tensors under a
 `TorchFunctionMode`, which sees every call of torch; numbers that belong to the batch show when two
-runs with other batches differ (tracing.py). A module is one step where it is torch's own, or where
+runs with other batches differ (trace.py). A module is one step where it is torch's own, or where
 it was asked to stay whole.
 
 What cannot be followed raises `Unfollowed`: a value of a tensor that decides what happens next (a
@@ -84,11 +84,11 @@ Out = TypeVar("Out")
 
 @dataclass(slots=True)
 class Op(Generic[Out]):
-    """A step that was taken. where: the module whose forward took it; line: of that forward.
-    modules: all modules under way, outermost first. out: by path, what came out (of one run the
-    tensors; of several their forms, tracing.py); varies: it depends on the input, on weights, or on
-    chance. reads: steps that had to come first, through memory that they share. writes: memory
-    that it changed."""
+    """A recorded step. where: the module whose forward took it; line: of that forward. modules: all
+    active modules, outermost first. out: results by path (of one run the tensors; of several their
+    forms, trace.py); varies: it depends on the input, on weights, or on chance. reads: steps that
+    had to come first, through memory that they share. writes: memory that it changed.
+    """
 
     step: TracedStep
     where: str
@@ -120,10 +120,9 @@ class Recording:
 def record(
     model: nn.Module, inputs: Mapping[str, Tensor], call: Callable[..., Any], whole: set[str]
 ) -> Recording:
-    """One run of `call(model, inputs)`.
+    """Record one run of `call(model, inputs)`.
 
-    model: one that `watched` prepared. whole: modules that stay one step.
-    Raises Unfollowed.
+    model: one that `watch` prepared. whole: modules that stay one step. Raises Unfollowed.
     """
     recorder = _Recorder(model, inputs, whole)
     for part in model.modules():
@@ -149,8 +148,9 @@ def record(
 
 
 def _watched(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class as `kind`, of whose calls a recorder is told. (Of `kind` alone, so that an object of
-    it can become one, whatever other classes it has.)"""
+    """Return a subclass of `kind` that reports its calls to a recorder. (Of `kind` alone, so that
+    an object of it can become one, whatever other classes it has.)
+    """
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         recorder = vars(self).get("_hamdist_recorder")
@@ -164,7 +164,7 @@ def _watched(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Shell(nn.Module):
-    """Stands around a scripted module, whose class cannot be another."""
+    """Wrapper of a scripted module, whose class cannot be changed."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -175,10 +175,9 @@ class _Shell(nn.Module):
 
 
 def watch(model: nn.Module) -> dict[str, Unfollowed]:
-    """Prepares a model, a copy that nobody else uses, for `record`; the modules that have to stay
-    whole, because they are no Python classes (scripted ones).
-
-    Raises Unfollowed where the model itself is one.
+    """Prepare a model, a copy without other users, for `record`; return the modules that have to
+    stay whole, because they are no Python classes (scripted ones).  Raises Unfollowed where the
+    model itself is one.
     """
     compiled = "it is compiled (torch.jit)"
     if isinstance(model, torch.jit.ScriptModule):
@@ -282,17 +281,17 @@ class _Recorder(TorchFunctionMode):
 
     @property
     def _innermost(self) -> str:
-        """The innermost module under way."""
+        """Return the innermost active module."""
         return self._stack[-1] if self._stack else ""
 
     def _fails(self, reason: str) -> Unfollowed:
-        """The failure, remembered in case that the model catches it."""
+        """Return the failure, and keep it in case the model catches it."""
         if self.failure is None:
             self.failure = Unfollowed(reason, self._innermost, line_here())
         return self.failure
 
     def _check_backward(self, value: Any) -> None:
-        """Fails where an autograd.Function has made a tensor since the last step."""
+        """Fail where an autograd.Function has made a tensor since the last step."""
         with self._a_step():
             for tensor in tensors_in(value):
                 if id(tensor) in self._known and backward_of(tensor) != self._graded[id(tensor)]:
@@ -304,7 +303,7 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def _a_step(self) -> Iterator[None]:
-        """What happens inside is no step of the model's."""
+        """Context inside of which calls are no steps of the model."""
         self._inside += 1
         try:
             yield
@@ -444,8 +443,9 @@ class _Recorder(TorchFunctionMode):
         return place
 
     def finished(self, output: Any) -> Recording:
-        """What was recorded. Of the output what can be learned: a cache, or what else is neither a
-        tensor nor a plain value, is left out where there are tensors beside it."""
+        """Return the recording. Of the output what can be learned: a cache, or another object that
+        is neither a tensor nor a plain value, is left out where there are tensors beside it.
+        """
         learnable = without_others(output)
         for odd in () if any(paths_of_tensors(learnable)) else other_objects(output):
             raise Unfollowed(

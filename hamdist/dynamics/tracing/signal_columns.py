@@ -15,8 +15,11 @@ from hamdist.dynamics.tracing.traced_module import SymbolicSize
 
 @dataclass(frozen=True, slots=True)
 class ColumnForm:
-    """What a value looks like, for any batch. dims: per dimension; None where they depend on the
-    values themselves. masked: it holds the -inf of a mask, or a number as large."""
+    """Shape and dtype of a value for any batch.
+
+    dims: per dimension; None where they depend on the values themselves. masked: it holds the -inf
+    of a mask, or a number as large.
+    """
 
     dims: tuple[SymbolicSize, ...] | None
     dtype: torch.dtype
@@ -24,18 +27,18 @@ class ColumnForm:
 
     @property
     def batch_first(self) -> bool:
-        """(B, ...), the rest fixed."""
+        """Return True for (B, ...) with the rest fixed."""
         dims = self.dims
         return bool(dims) and dims is not None and dims[0] == SymbolicSize(1) and _fixed(dims[1:])
 
     @property
     def free(self) -> bool:
-        """The same shape for every batch."""
+        """Return True if the shape is the same for every batch."""
         return self.dims is not None and _fixed(self.dims)
 
     @property
     def sendable(self) -> bool:
-        """Whether it can be one or more columns of a signal (B, ...)."""
+        """Return True if it can be one or more columns of a signal (B, ...)."""
         if self.dims is None or not self.dtype.is_floating_point or self.masked:
             return False
         moving = [d for d in self.dims if d.batched]
@@ -44,7 +47,7 @@ class ColumnForm:
 
     @property
     def columns(self) -> int:
-        """Numbers per row of the signal that carries it."""
+        """Return the numbers per row of the signal that carries it."""
         return math.prod(d.by_row for d in self.dims or ())
 
 
@@ -53,9 +56,11 @@ def _fixed(dims: Sequence[SymbolicSize]) -> bool:
 
 
 def packed(batch: int, values: Sequence[Tensor], forms: Sequence[ColumnForm]) -> Tensor:
-    """Values of one batch as one signal (B, columns), of the widest of their types; one without
-    batch is repeated in every row, so that the messages about its copies add up to the one about
-    itself."""
+    """Return values of one batch as one signal (B, columns), of the widest of their dtypes.
+
+    A value without batch is repeated in every row, so that the messages about its copies add up to
+    the one about itself.
+    """
     dtype = reduce(torch.promote_types, [value.dtype for value in values])
     columns = []
     for value, form in zip(values, forms, strict=True):
@@ -76,9 +81,12 @@ def unpacked(
     form: ColumnForm,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """One value, of shape `dims`, from a signal. before: of the values in front of it whether they
-    are without batch, and their shapes. dtype: of a value that went with others of other types;
-    None: that of the signal, which may be the reader's (runtime/plan/dtypes.py)."""
+    """Return one value, of shape `dims`, from a signal.
+
+    before: of the values in front of it, True if they are without batch, and their shapes. dtype:
+    of a value that was sent with others of other dtypes; None: that of the signal, which may be the
+    reader's (runtime/plan/dtypes.py).
+    """
     batch, dtype = h.shape[0], dtype or h.dtype
     first = sum(_columns(free, shape, batch) for free, shape in before)
     many = _columns(form.free, dims, batch)
@@ -98,10 +106,10 @@ def _columns(free: bool, shape: Sequence[int], batch: int) -> int:
 
 
 def _moving(form: ColumnForm) -> int:
-    """The dimension that the batch stands in."""
+    """Return the dimension of the batch."""
     return next(i for i, d in enumerate(form.dims or ()) if d.batched)
 
 
 def _plain(form: ColumnForm) -> bool:
-    """Whether that dimension is the batch itself."""
+    """Return True if that dimension is the batch itself."""
     return (form.dims or ())[_moving(form)] == SymbolicSize(1)

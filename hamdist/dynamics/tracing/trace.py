@@ -1,9 +1,9 @@
 """A model as a list of steps for any batch.
 
-It runs three times, each time with another batch (recording.py), and where items may have lengths
+It runs three times, each time with another batch (recorder.py), and where items may have lengths
 of their own, with other lengths, too. The runs have to take the same steps; a whole number that
-differs is the batch times something, plus something (piece.py, `SymbolicSize`). A submodule that
-cannot be followed, or does other things at another batch, stays whole, as one step.
+differs is the batch times something, plus something (traced_module.py, `SymbolicSize`). A submodule
+that cannot be traced, or does other things at another batch, stays whole, as one step.
 B: batch.
 """
 
@@ -47,11 +47,11 @@ Call: TypeAlias = Callable[[nn.Module, Mapping[str, Tensor]], Any]  # runs a mod
 def trace(
     model: nn.Module, inputs: Mapping[str, Tensor], call: Call, *, ragged: bool = False
 ) -> Trace:
-    """What `model` does with `inputs` (examples, (B, ...), by name). The model stays as it is.
+    """Return the steps of `model` on `inputs` (examples, (B, ...), by name); it stays as it is.
 
     ragged: items may have lengths of their own, which is tried; where the model does not take them,
-    or cannot be followed then, `Trace.one_length` says why.
-    Raises Unfollowed where it does something in its own forward that cannot be followed.
+    or cannot be traced then, `Trace.one_length` has the reason. Raises Unfollowed where its own
+    forward cannot be traced.
     """
     probe = copied(model)
     whole = watch(probe)
@@ -92,7 +92,7 @@ def _followed(
 def traced_whole(
     model: nn.Module, inputs: Mapping[str, Tensor], call: Call, why: Unfollowed
 ) -> Trace:
-    """The whole model as one step, which has run on `inputs` as they are: its rows may be no batch.
+    """Return the whole model as one step, run on `inputs` as they are: its rows may be no batch.
 
     Raises Unfollowed where it does not take them, or returns more than tensors.
     """
@@ -109,7 +109,7 @@ def traced_whole(
 
 
 def _of_one_run(op: TakenOp, batch: int) -> Op[ColumnForm]:
-    """An op of which only this run is known: what has as many rows as the input has them, too."""
+    """Return an op known from one run only: an axis of the input's rows counts as the batch."""
     forms = {}
     for path, t in op.out.items():
         dims = [SymbolicSize(0, size) for size in t.shape]
@@ -144,8 +144,10 @@ def _traced(
 
 
 def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list[Length]:
-    """The dimensions of the inputs that may be shorter: each is tried. Inputs of one size along an
-    axis change together."""
+    """Return the dimensions of the inputs that may be shorter: each is tried.
+
+    Inputs of one size along an axis change together.
+    """
     found: dict[tuple[int, int], Length] = {}
     for name, u in inputs.items():
         for axis in range(1, u.dim()):
@@ -166,7 +168,7 @@ def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list
 def _rows(
     inputs: Mapping[str, Tensor], batch: int, run: int, sizes: Mapping[Length, int] = NOTHING
 ) -> dict[str, Tensor]:
-    """Inputs with another batch, other lengths, and other values in every run."""
+    """Return inputs with another batch, other lengths, and other values in every run."""
     made = {}
     for name, u in inputs.items():
         rows = u[torch.arange(batch) % u.shape[0]]
@@ -189,7 +191,7 @@ def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _flat(value: Any) -> Any:
-    """A list, dict or set with its members, which may change in place."""
+    """Return a list, dict or set with its members, which may change in place."""
     if isinstance(value, dict):
         return tuple(x for pair in value.items() for x in pair)
     if isinstance(value, (list, set)):
@@ -198,7 +200,7 @@ def _flat(value: Any) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether nothing has changed but tensors, which a later run cannot read without being seen."""
+    """Return True if only tensors have changed, which a later run cannot read unrecorded."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return True
     if isinstance(a, tuple) and isinstance(b, tuple):
@@ -208,14 +210,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _assigned(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether there are other tensors under the names of weights or buffers."""
+    """Return True if other tensors have the names of weights or buffers."""
     return len(a) != len(b) or any(
         x is not y for x, y in zip(a, b, strict=True) if isinstance(x, Tensor) or x is None
     )
 
 
 def _state(model: nn.Module, whole: set[str]) -> dict[str, Fingerprints]:
-    """The Python state of a user's modules, without those that stay whole."""
+    """Return the Python state of a user's modules, without those that stay whole."""
     found = {}
     for name, part in model.named_modules():
         inner = any(name == w or name.startswith(f"{w}.") for w in whole)
@@ -230,8 +232,10 @@ def _state(model: nn.Module, whole: set[str]) -> dict[str, Fingerprints]:
 def _check_state(
     model: nn.Module, before: Mapping[str, Fingerprints], after: Mapping[str, Fingerprints]
 ) -> None:
-    """Raises Unfollowed for Python state that a run has changed, in the name of the module that has
-    it, or of one around all that use it."""
+    """Raise Unfollowed for Python state that a run has changed.
+
+    It names the module that has the state, or one around all that use it.
+    """
     for name, values in after.items():
         changed = before[name].differing(values)
         if not changed:
@@ -249,7 +253,7 @@ def _check_state(
 
 
 def _check_kept(model: nn.Module, before: dict[str, dict[str, Any]], whole: set[str]) -> None:
-    """Raises Unfollowed where a run has left something behind for the next one."""
+    """Raise Unfollowed where a run has left something behind for the next one."""
     after = _attributes(model)
     for name, part in model.named_modules():
         inside = any(name == w or name.startswith(w + ".") for w in whole)

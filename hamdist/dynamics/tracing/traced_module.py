@@ -1,9 +1,9 @@
 """A run of a traced model's steps as a module of its own.
 
 A `TracedModule` holds the parts and weights of the original under their own dotted names, and a
-program: steps in the order in which the model took them. What a step is called with is a template,
-that is nested tuples, lists, dicts and slices of plain values and of the places below, which stand
-for what is known only when the piece runs. B: batch.
+program: steps in the order in which the model took them. The arguments of a step are a template,
+that is nested tuples, lists, dicts and slices of plain values and of the places below, whose values
+are known only when the module runs. B: batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Path: TypeAlias = tuple[Any, ...]  # keys and indices that lead to a tensor in w
 
 @dataclass(frozen=True, slots=True)
 class ValueRef:
-    """What step `step` returned; with a path, a part of it."""
+    """Result of step `step`; with a path, a part of it."""
 
     step: int
     path: Path = ()
@@ -75,7 +75,7 @@ class SymbolicSize:
     lengths: tuple[tuple[Length, int, int], ...] = ()
 
     def of(self, batch: int, length: Callable[[Length], int]) -> int:
-        """The number, for a batch and the lengths of an item."""
+        """Return the number, for a batch and the lengths of an item."""
         found = self.per * batch + self.more
         for one, a, b in self.lengths:
             found += (a + b * batch) * length(one)
@@ -83,12 +83,12 @@ class SymbolicSize:
 
     @property
     def batched(self) -> bool:
-        """Whether it depends on the batch."""
+        """Return True if it depends on the batch."""
         return self.per != 0 or any(b for _, _, b in self.lengths)
 
     @property
     def by_row(self) -> int:
-        """The number per row of the example, or the number where there is no batch in it."""
+        """Return the number per row of the example, or the number if no batch is in it."""
         if self.batched:
             return self.per + sum(b * one.base for one, _, b in self.lengths)
         return self.of(0, lambda one: one.base)
@@ -96,7 +96,7 @@ class SymbolicSize:
 
 @dataclass(frozen=True, slots=True)
 class DeviceRef:
-    """The device on which the piece runs."""
+    """The device on which the module runs."""
 
 
 Place: TypeAlias = ValueRef | Arg | WeightRef | ConstantRef | SymbolicSize | DeviceRef
@@ -105,14 +105,14 @@ Template: TypeAlias = Any
 
 
 def places(template: Template) -> list[Place]:
-    """The places in a template, in order."""
+    """Return the places in a template, in order."""
     found: list[Place] = []
     replaced(template, found.append)
     return found
 
 
 def replaced(template: Template, value: Callable[[Any], Any]) -> Any:
-    """The template with `value(place)` for every place."""
+    """Return the template with `value(place)` for every place."""
     if isinstance(template, PLACES):
         return value(template)
     kind = type(template)
@@ -127,7 +127,9 @@ def replaced(template: Template, value: Callable[[Any], Any]) -> Any:
 @dataclass(frozen=True, slots=True)
 class TracedStep:
     """One call. target: the name of a part, of a tensor's method, or a function, as `kind` says.
-    grad: whether autograd watches it."""
+
+    grad: True if autograd records it.
+    """
 
     kind: str
     target: Any
@@ -199,7 +201,7 @@ class TracedModule(nn.Module):
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
-        """The modules that its steps call, by name."""
+        """Return the modules that its steps call, by name."""
         return self._hamdist_parts
 
     @property
@@ -212,7 +214,7 @@ class TracedModule(nn.Module):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it calls the whole model, whose weights and modules it has under their names."""
+        """Return True if it calls the whole model, whose weights and modules keep their names."""
         return "" in self._hamdist_parts
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -230,7 +232,7 @@ class TracedModule(nn.Module):
         return {**self.__dict__, "_hamdist_ready": None}
 
     def _call(self, step: TracedStep) -> Get:
-        """A step as a function."""
+        """Return a step as a function."""
         args, kwargs = self._getter(step.args), self._getter(step.kwargs)
         run: Callable[..., Any] = step.target if step.kind == FUNCTION else _method(step.target)
         if step.kind == MODULE:
@@ -246,7 +248,7 @@ class TracedModule(nn.Module):
         return call if step.grad else quietly
 
     def _getter(self, template: Template) -> Get:
-        """A template as a function: what it stands for, from the inputs and the steps' results."""
+        """Return a template as a function of the inputs and the steps' results."""
         if not places(template):
             return lambda *_: template
         if isinstance(template, PLACES):
@@ -289,7 +291,7 @@ class TracedModule(nn.Module):
         return lambda *_: getattr(owner, last)
 
     def fx_graph(self) -> fx.Graph | None:
-        """The program as a graph of torch.fx; None where it has more than calls on tensors."""
+        """Return the program as a graph of torch.fx; None if it has more than calls on tensors."""
         graph = fx.Graph()
         inputs = {name: graph.placeholder(name) for name in self._hamdist_inputs}
         made: list[fx.Node] = []
@@ -333,14 +335,13 @@ def _depth(name: str) -> int:
 
 
 def _adopt(piece: nn.Module, model: nn.Module) -> None:
-    """Gives `piece` the weights, buffers and modules of `model`, which is no part of it: they have
-    the names that they have there."""
+    """Give `piece` the weights, buffers and modules of `model`, under the same names."""
     for registry in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
         piece.__dict__[registry] = model.__dict__[registry]
 
 
 def _place(root: nn.Module, name: str, thing: nn.Module | Tensor, persistent: bool) -> None:
-    """Puts `thing` where `name` says; it may be there already, as a part of what was put before."""
+    """Put `thing` at `name`, where it may be already, as a part of an earlier one."""
     *path, last = name.split(".")
     holder = root
     for key in path:

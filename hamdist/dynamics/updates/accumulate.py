@@ -29,7 +29,7 @@ Copies: TypeAlias = dict[tuple[int, ...], Tensor]  # by the identities of what w
 
 
 class GradientSum(Remembers):
-    """The sum of the gradients of a cell's weights, in memory of its own."""
+    """The sum of the gradients of a function's weights, in separate memory."""
 
     def __init__(self) -> None:
         self._sums: list[Tensor | list[Factors]] | None = None
@@ -65,7 +65,7 @@ def _added(total: Tensor | list[Factors], one: Gradient, copies: Copies) -> Tens
 
 
 def _stays(total: Sequence[Factors], one: Factors, copies: Copies) -> bool:
-    """Whether a sum stays in factors: of a bias where the matrix does that has the same rows."""
+    """Return True if a sum stays in factors; for a bias, if that of its matrix does."""
     if isinstance(one, Column):
         return (id(one.z),) in copies
     outputs = one.z.shape[1]
@@ -74,7 +74,7 @@ def _stays(total: Sequence[Factors], one: Factors, copies: Copies) -> bool:
 
 
 def _joined(parts: Sequence[Factors], copies: Copies) -> Factors:
-    """The parts as one, in tensors of its own: those that two gradients share are copied once."""
+    """Return the parts as one, copied; tensors that two gradients share are copied once."""
 
     def rows(*tensors: Tensor) -> Tensor:
         key = tuple(map(id, tensors))

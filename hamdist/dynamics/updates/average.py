@@ -1,4 +1,4 @@
-"""A moving average of a block's own weights: local, and no part of what the block computes.
+"""A moving average of a block's weights: local, and without influence on what the block computes.
 
     a_k = a_{k-1} + w_k (theta_k - a_{k-1}),        w_k = (1 - r) / (1 - r^k)
 
@@ -19,7 +19,7 @@ from hamdist.dynamics.state.remember import Remembers
 
 
 class Average(Remembers):
-    """values: a_k, in the order of the weights; before the first update the weights themselves."""
+    """The average. values: a_k, in the order of the weights; at first the weights."""
 
     def __init__(self, theta: Sequence[Tensor], settings: AverageSettings) -> None:
         self._theta = list(theta)
@@ -32,7 +32,7 @@ class Average(Remembers):
     STATE = ("_updates", "_fading", "_sum")
 
     def look(self) -> None:
-        """The weights have moved."""
+        """Update the average after the weights have moved."""
         self._updates += 1
         if self._updates % self._every:
             return
@@ -43,5 +43,5 @@ class Average(Remembers):
 
     @property
     def values(self) -> list[Tensor]:
-        """a_k in the types of the weights."""
+        """Return a_k in the types of the weights."""
         return [a.to(t.dtype) for a, t in zip(self._sum, self._theta, strict=True)]

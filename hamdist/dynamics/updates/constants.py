@@ -1,4 +1,4 @@
-"""The constants of Hamilton's equations, set: of a run, and of each of its blocks (equations.md).
+"""The constants of Hamilton's equations, of a run and of each block (docs: concepts/equations).
 
     tau_k   s     step of integration       c    1/s   speed of propagation, c tau in (0, 1]
     eta     1/s   dissipation of z, omega   beta       rate of the weights
@@ -93,7 +93,7 @@ class Dynamics:
     per_lr: float = 1.0
 
     def of(self, block: str) -> Dynamics:
-        """The constants of `block`."""
+        """Return the constants of `block`."""
         pattern = fitting(block, self.learning)
         made = self if pattern is None else self._learning(self.learning[pattern])
         pattern = fitting(block, self.blocks)
@@ -122,18 +122,18 @@ class Dynamics:
         )
 
     def rates(self, names: Sequence[str]) -> list[float]:
-        """beta of each parameter, by its name in the block."""
+        """Return beta of each parameter, by its name in the block."""
         rates = dict(self.betas)
         patterns = [fitting(name, rates) for name in names]
         return [self.beta if p is None else rates[p] for p in patterns]
 
     def speeds(self) -> list[float]:
-        """Every c of the run."""
+        """Return every c of the run."""
         return [self.c, *(b.c for b in self.blocks.values() if b.c is not None)]
 
     @property
     def clocked(self) -> bool:
-        """Whether the stream has to tell every block the time, or the end of a sequence."""
+        """Return True if the stream has to send every block the time, or the end of a sequence."""
         r = self.reset
         return self.tau is None or Reset.SEQUENCE in (r.h, r.z, r.omega)
 
@@ -164,7 +164,7 @@ def make_dynamics(
     *,
     phi: TickSchedule | None = None,
 ) -> Dynamics:
-    """The constants, with those not given taken from `learning`.
+    """Return the constants, with those not given taken from `learning`.
 
     phi: a function of the tick (of the sample, where the presentation is not 'hold'), instead of
     `dynamics.phi`. Raises LevelError where they do not fit `knobs`.
@@ -219,7 +219,7 @@ def make_dynamics(
 
 
 def _unknown_tau(d: DynamicsSettings, phi: TickSchedule | None) -> float:
-    """Stands for tau where only the stream knows it: nothing may follow from it."""
+    """Return a stand-in for tau where only the stream has it: nothing may follow from it."""
     given = {
         "c": d.c is not None,
         "beta": d.beta is not None,
@@ -238,7 +238,7 @@ def _unknown_tau(d: DynamicsSettings, phi: TickSchedule | None) -> float:
 def _phi(
     d: DynamicsSettings, learning: LearningSettings, tau: float
 ) -> tuple[TickSchedule, float | None]:
-    """The course of phi, and phi of the first loss where it differs."""
+    """Return the curve of phi, and phi of the first loss where it differs."""
     if isinstance(d.phi, CourseSettings):
         return listed(d.phi), None
     if d.phi is not None:
@@ -252,7 +252,7 @@ def _phi(
 
 
 def _reset(reset: ResetSettings, knobs: Locality) -> ResetSettings:
-    """`reset` with what is not given set."""
+    """Return `reset` with defaults for the fields that are not given."""
     if reset.h is not None:
         return reset
     h = Reset.SEQUENCE if knobs.sequence else Reset.NEVER
@@ -282,7 +282,7 @@ def _named(inputs: InputsSettings | str | None) -> bool:
 
 
 def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
-    """What the recipes of `learning` do not go with."""
+    """Check the recipes of `learning` against the other settings."""
     clips = [made.clip, *(_clip(b.clip) for b in made.learning.values() if b.clip is not None)]
     if knobs.sequence and min(clips) < math.inf:
         raise LevelError(
@@ -315,7 +315,7 @@ def _check_recipes(made: Dynamics, tau: float | None, knobs: Locality) -> None:
 
 
 def _check_wave(made: Dynamics, tau: float | None, knobs: Locality) -> None:
-    """A pulse and a sequence are the travelling wave: c tau = 1 everywhere, s = -1."""
+    """Check that a pulse and a sequence are the travelling wave: c tau = 1 everywhere, s = -1."""
     name = knobs.presentation.value
     if tau is None or not isinstance(made.tau, Constant):
         raise LevelError(
@@ -346,7 +346,7 @@ def _check_wave(made: Dynamics, tau: float | None, knobs: Locality) -> None:
 
 
 def constant_tau(dynamics: Dynamics) -> float:
-    """tau of a travelling wave, the same at every tick (checked by `make_dynamics`)."""
+    """Return tau of a travelling wave, the same at every tick (checked by `make_dynamics`)."""
     if dynamics.tau is None:
         raise LevelError("a travelling wave needs a constant dynamics.tau")
     return dynamics.tau(0)
@@ -369,8 +369,10 @@ def _check_sequence(reset: ResetSettings) -> None:
 
 
 def check_names(dynamics: Dynamics, parameters: Mapping[str, Iterable[str]]) -> None:
-    """Raises LevelError for a pattern in `dynamics.blocks` that fits no block, or no parameter of
-    the blocks that it fits. parameters: their names, by block."""
+    """Raise LevelError for a pattern in `dynamics.blocks` without a block or parameter.
+
+    parameters: their names, by block.
+    """
     check_patterns("dynamics.blocks", dynamics.blocks, parameters, "block", LevelError)
     check_patterns("learning.blocks", dynamics.learning, parameters, "block", LevelError)
     for block in parameters:

@@ -17,8 +17,11 @@ from hamdist.errors import LevelError
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """values[k // every]; behind the end the last one, or with `cycle` from the front again. With
-    `smooth` on a straight line from each value to the next."""
+    """Curve through values[k // every].
+
+    Behind the end it has the last value, or with `cycle` starts again. With `smooth` it is a
+    straight line from each value to the next.
+    """
 
     values: tuple[float, ...]
     cycle: bool = False
@@ -41,7 +44,7 @@ def listed(course: CourseSettings) -> Listed:
 
 @dataclass(frozen=True, slots=True)
 class StepCourse:
-    """The factor by sample. steps: N, where `decay` needs it."""
+    """The factor of beta by sample. steps: N, where `decay` needs it."""
 
     decay: Decay = Decay.NONE
     steps: int = 0
@@ -61,7 +64,7 @@ class StepCourse:
 
 
 def step_course(learning: LearningSettings, steps: int | None) -> StepCourse:
-    """The course that `learning` asks for. Raises LevelError for a decay without an end."""
+    """Return the curve that `learning` defines; raise LevelError for a decay without an end."""
     if learning.decay is not Decay.NONE and steps is None:
         raise LevelError(
             f"learning.decay {learning.decay.value!r} falls over the run, so the run needs 'steps'"

@@ -62,7 +62,7 @@ class OptimizerRule:
     kinds: Mapping[str, list[str]] = field(default_factory=dict)
 
     def full_name(self, block: str, name: str) -> str:
-        """Return what patterns know a weight by."""
+        """Return the name of a weight in patterns."""
         return f"{block}.{name}" if self.qualified else name
 
     def optimizers(self, block: str, named: Mapping[str, nn.Parameter]) -> list[Optimizer]:
@@ -167,7 +167,7 @@ def _by_settings(
 
 
 def _grouped(s: OptimizerSettings, named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """The parameter groups: first of what no pattern fits, then one for each pattern."""
+    """Return the parameter groups: first of what no pattern fits, then one for each pattern."""
     groups: dict[str | None, list[nn.Parameter]] = {None: [], **{p: [] for p in s.groups}}
     for name, p in named.items():
         fits = [pattern for pattern in s.groups if _fits(name, p, pattern)]
@@ -221,7 +221,7 @@ class BlockOptimizers(Remembers):
 
     @property
     def scheduled(self) -> bool:
-        """Whether there are schedulers."""
+        """Return True if there are schedulers."""
         return bool(self._schedulers)
 
     def advance(self, item: int) -> None:
@@ -235,7 +235,7 @@ class BlockOptimizers(Remembers):
             self._item += 1
 
     def snapshot(self) -> dict[str, Any]:
-        """The state by the weights' names; in tensors that go on changing."""
+        """Return the state by the weights' names, in tensors that later steps overwrite."""
         return {
             "kinds": [type(one).__name__ for one in self.optimizers],
             "optimizers": [self._by_name(one) for one in self.optimizers],
@@ -245,7 +245,7 @@ class BlockOptimizers(Remembers):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`. Raises SnapshotError where it is of other weights."""
+        """Continue from `state`; raise SnapshotError where it is of other weights."""
         check_names("optimiser", state, ("kinds", "optimizers", "schedulers", "began", "item"))
         alike = state["began"] == self._began
         kinds = [type(one).__name__ for one in self.optimizers]
@@ -298,7 +298,7 @@ class OptimizerWeights(Weights):
         self.optimizers = BlockOptimizers(rule, block, dict(zip(names, parameters, strict=True)))
 
     def scaled_by(self, scale: Scale, item_of: Callable[[int], int]) -> Scale:
-        """As `Weights.scaled_by`; the schedulers follow the samples."""
+        """Return the scale as `Weights.scaled_by`; the schedulers follow the samples."""
         if not self.optimizers.scheduled:
             return scale
 
@@ -309,7 +309,7 @@ class OptimizerWeights(Weights):
         return followed
 
     def at_once(self, scale: float, tau: float) -> AtOnce | None:  # noqa: ARG002
-        """Nothing: the optimiser gets whole gradients."""
+        """Return None: the optimiser gets whole gradients."""
         return None
 
     def conclude(self, scale: float, tau: float) -> None:  # noqa: ARG002

@@ -1,4 +1,4 @@
-"""The weights of a cell and their costates: the last two of Hamilton's equations.
+"""The weights of a local function and their costates: the last two of Hamilton's equations.
 
     omega_{k+1} = omega_k + tau ( -s g_k - eta_omega omega_k )
     theta_{k+1} = theta_k - tau beta omega_{k+1}        (omega-first, sequential)
@@ -8,14 +8,14 @@ with g = phi dL/dtheta + z^T dh'/dtheta + r_w theta (HL Eq. 7 and Algorithm 1; t
 With eta_omega = 1/tau, omega is the latest gradient, and a step is one of plain gradient descent
 with rate tau beta. Two recipes change the step, and nothing else of it:
 
-    clip        g <- g min(1, clip / |tau g|), the norm over all weights of the cell together
+    clip        g <- g min(1, clip / |tau g|), the norm over all weights of the block together
     look-ahead  theta_{k+1} = theta_k - tau beta ( -s tau g_k + mu omega_{k+1} )
                 with mu = 1 - tau eta_omega
 
-Before all that the gradients of linear layers may be freed of the scale of their inputs
+Before all that the scale of the inputs of linear layers may be removed from their gradients
 (whitening.py). The second recipe is Nesterov's momentum as Sutskever et al. (2013) have it: the
-weights stand where the momentum will have carried them. An average of the weights (averaging.py)
-looks at them afterwards.
+weights are where the momentum will have carried them. An average of the weights (average.py) is
+updated afterwards.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ from hamdist.dynamics.vjp.gradient import (
 
 
 class Weights(Remembers):
-    """theta (moved in place) and omega, as lists in the order of the cell's parameters.
+    """theta (moved in place) and omega, as lists in the order of the function's parameters.
 
     names: of the parameters, where their rates beta differ. average: of the weights, if there is
     one.
 
-    Where gradients come as factors (closed.py) the update is fused: theta gets the product of the
-    factors added, and with eta_omega = 1/tau omega stays in factors as well, until it is read.
+    Where gradients come as factors (vjp/gradient.py) the update is fused: the product of the
+    factors is added to theta, and with eta_omega = 1/tau omega stays in factors as well, until it
+    is read.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Weights(Remembers):
         self.updates = 0
         self._omega: list[Tensor] | None = None  # None: zero, or in factors
         self._factors: tuple[Sequence[Gradient], float] | None = None  # omega = number times these
-        self._mine = True  # nobody else has seen the tensors of omega
+        self._mine = True  # no reader of `omega` holds its tensors
         self._rates = dynamics.rates([""] * len(self.theta) if names is None else names)
         self._sign = dynamics.sign
         self._eta = dynamics.eta_omega
@@ -96,8 +97,11 @@ class Weights(Remembers):
     ADDED: ClassVar[Mapping[str, Any]] = {"_first_cost": None}
 
     def snapshot(self) -> dict[str, Any]:
-        """All but theta, which is the cell's. omega stays in factors where it is: the order
-        'simultaneous' moves theta by them in the next tick."""
+        """Return all but theta, which is in the state of the local function.
+
+        omega stays in factors where it is: the order 'simultaneous' moves theta by them in the next
+        tick.
+        """
         state = super().snapshot()
         if self._factors is not None:
             g, gain = self._factors
@@ -112,7 +116,7 @@ class Weights(Remembers):
 
     @property
     def omega(self) -> list[Tensor]:
-        """The weights' costates; never written to once they have been read here."""
+        """Return the weights' costates, never written to once they have been read here."""
         if self._factors is not None:
             g, gain = self._factors
             if isinstance(g, Gradients):
@@ -136,8 +140,10 @@ class Weights(Remembers):
         return scale
 
     def at_once(self, scale: float, tau: float) -> AtOnce | None:
-        """What a cell may do with its gradients before `move` gets them, where theta moves by the
-        present gradient alone; None where it does not."""
+        """Return the permission to move theta before `move`.
+
+        None where theta does not move by the present gradient alone.
+        """
         known = self._known
         if known is None or known[0] != scale or known[1] != tau:
             made = None
@@ -151,7 +157,7 @@ class Weights(Remembers):
         return known[2]
 
     def move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
-        """One update with gradient g (None: zero). scale: of beta, in this tick. tau: seconds."""
+        """Make one update with gradient g (None: zero). scale: of beta, in this tick."""
         self.updates += 1
         if self.theta:
             self._move(g, scale, tau)
@@ -159,8 +165,10 @@ class Weights(Remembers):
                 self.average.look()
 
     def predicted(self, updates: int, scale: float, tau: float) -> list[Tensor]:
-        """theta after so many updates more along the present omega, in fresh tensors. scale, tau:
-        as in `move`."""
+        """Return theta after so many updates more along the present omega, in fresh tensors.
+
+        scale, tau: as in `move`.
+        """
         step = updates * tau * scale
         if not step:
             return [t.clone() for t in self.theta]
@@ -170,7 +178,7 @@ class Weights(Remembers):
         ]
 
     def rest(self) -> None:
-        """An update in which nothing moves: it counts, for the stamps of what is sent."""
+        """Count an update in which nothing moves, for the stamps of the signals that follow."""
         self.updates += 1
 
     def _move(self, g: Sequence[Gradient] | None, scale: float, tau: float) -> None:
@@ -198,7 +206,7 @@ class Weights(Remembers):
         self.omega = later
 
     def _gain(self, g: Sequence[Gradient] | None, tau: float) -> float:
-        """What g comes to omega with: -s tau, less where it is clipped."""
+        """Return the factor of g in omega: -s tau, less where g is clipped."""
         gain = -self._sign * tau
         if self._clip == math.inf or g is None:
             return gain
@@ -213,7 +221,7 @@ class Weights(Remembers):
         tau: float,
         gain: float,
     ) -> None:
-        """theta -= tau beta (gain g + mu omega_{k+1}); omega = omega_{k+1}, which is `later`."""
+        """Set theta -= tau beta (gain g + mu omega_{k+1}) and omega = omega_{k+1} = `later`."""
         step, mu = tau * scale, 1 - tau * self._eta
         for i, (theta, beta) in enumerate(zip(self.theta, self._rates, strict=True)):
             if g is not None:
@@ -224,12 +232,13 @@ class Weights(Remembers):
     def _move_adaptive(
         self, adaptive: AdaptiveSettings, g: list[Tensor] | None, scale: float, tau: float
     ) -> None:
-        """`move` with a beta by weight: with d = -s tau g and mu = 1 - tau eta_omega
+        """Move with a beta by weight: with d = -s tau g and mu = 1 - tau eta_omega
 
             v_{k+1} = r v_k + (1 - r) d_k^2
             beta_k  = beta (1 - mu)/(1 - mu^k) / ( sqrt( v_{k+1}/(1 - r^k) ) + epsilon )
 
-        which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega."""
+        which is Adam (Kingma and Ba 2015, Algorithm 1): there m = (1 - mu) omega.
+        """
         before = self.omega
         given, gain = self._with_cost(g, tau)
         later = self._moved(given, tau, gain)
@@ -254,9 +263,12 @@ class Weights(Remembers):
         self.omega = later
 
     def _move_fused(self, g: Sequence[Gradient], scale: float, tau: float, gain: float) -> None:
-        """`move`, with as few passes over the weights as there can be."""
+        """Move with as few passes over the weights as there can be."""
         keeps = 1 - tau * self._eta
         self._check(g, gain, keeps)
+        # keeps = 0 (eta_omega = 1/tau): omega_{k+1} = gain g, so the factors of g are omega, and no
+        # tensor of its size is made. In the order 'simultaneous' theta moves by the old omega, so
+        # before it is replaced.
         if keeps == 0:
             if not self._omega_first:
                 self._move_theta(tau * scale)
@@ -266,6 +278,7 @@ class Weights(Remembers):
             return
         if not self._omega_first:
             self._move_theta(tau * scale)
+        # In place only where no reader of `omega` holds these tensors.
         if self._omega is None or not self._mine:
             self._omega = [o.clone() for o in self.omega]
             self._mine = True
@@ -278,8 +291,11 @@ class Weights(Remembers):
             self._move_theta(tau * scale)
 
     def _check(self, g: Sequence[Gradient], gain: float, keeps: float) -> None:
-        """Raises OutOfRange before anything has moved. What omega's norm does not exceed follows
-        from the factors; the norm itself is looked at only where that is too much."""
+        """Raise OutOfRange for an omega out of range, before anything has moved.
+
+        A bound of omega's norm follows from the factors; the norm itself is computed only where the
+        bound is too large.
+        """
         waiting = [one for one in g if not has_moved(one)]
         most = abs(gain) * bound(waiting)
         most += abs(keeps) * self._bound if keeps else 0.0
@@ -293,12 +309,12 @@ class Weights(Remembers):
         self._bound = most
 
     def integrate(self, g: Sequence[Gradient] | None, tau: float) -> None:
-        """Moves omega alone, with gradient g (None: zero)."""
+        """Move omega alone, with gradient g (None: zero)."""
         if self.theta:
             self.omega = self._moved(None if g is None else all_dense(g), tau, -self._sign * tau)
 
     def conclude(self, scale: float, tau: float) -> None:
-        """Moves theta with the omega of several `integrate`; r_w theta counts once."""
+        """Move theta with the omega of several `integrate`; r_w theta counts once."""
         self.updates += 1
         if not self.theta:
             return
@@ -310,20 +326,20 @@ class Weights(Remembers):
             self.average.look()
 
     def fade(self, factor: float) -> None:
-        """omega = factor omega."""
+        """Set omega = factor omega."""
         if not factor:
             self.clear()
         elif self.theta:
             self.omega = list(torch._foreach_mul(self.omega, factor))
 
     def clear(self) -> None:
-        """omega = 0."""
+        """Set omega = 0."""
         self._omega = self._factors = None
         self._mine = True
         self._bound = 0.0
 
     def energies(self) -> tuple[float, float, float]:
-        """(1/2 sum beta |omega|^2, r_w/2 |theta|^2, |theta|)."""
+        """Return (1/2 sum beta |omega|^2, r_w/2 |theta|^2, |theta|)."""
         kinetic = sum(
             0.5 * rate * float(o.square().sum())
             for rate, o in zip(self._rates, self.omega, strict=True)
@@ -332,7 +348,7 @@ class Weights(Remembers):
         return kinetic, 0.5 * self._cost * squares, squares**0.5
 
     def _with_cost(self, g: list[Tensor] | None, tau: float) -> tuple[list[Tensor] | None, float]:
-        """g + r_w theta, and what that comes to omega with; only g is clipped."""
+        """Return g + r_w theta, and its factor in omega; only g is clipped."""
         gain = self._gain(g, tau)
         if not self._cost:
             return g, gain
@@ -342,14 +358,16 @@ class Weights(Remembers):
         return list(torch._foreach_add(g, self.theta, alpha=cost)), gain
 
     def _cost_now(self) -> float:
-        """r_w of this update."""
+        """Return r_w of this update."""
         first, self._first_cost = self._first_cost, None
         return self._cost if first is None else first
 
     def _moved(self, g: list[Tensor] | None, tau: float, gain: float) -> list[Tensor]:
-        """omega_{k+1}, in fresh tensors, or in those of g, which comes with `gain`. Raises
-        OutOfRange before anything has moved: derivatives may be infinite where h, z and the loss
-        are not (a root at 0)."""
+        """Return omega_{k+1}, in fresh tensors, or in those of g, which comes with `gain`.
+
+        Raises OutOfRange before anything has moved: derivatives may be infinite where h, z and the
+        loss are not (a root at 0).
+        """
         keeps = 1 - tau * self._eta
         if g is not None and keeps == 0:
             omega = g if gain == 1 else list(torch._foreach_mul(g, gain))
@@ -363,7 +381,7 @@ class Weights(Remembers):
         return omega
 
     def _move_theta(self, step: float) -> None:
-        """theta -= step beta omega."""
+        """Set theta -= step beta omega."""
         if self._factors is not None:
             g, gain = self._factors
             for theta, one, beta in zip(self.theta, g, self._rates, strict=True):

@@ -34,7 +34,10 @@ from hamdist.dynamics.vjp.layer_inputs import GradientsWithInputs, rows_of
 
 @dataclass(frozen=True, slots=True)
 class Whitening:
-    """memory: m; damping: e; look, refresh: updates. centred: P = I, and A is not kept."""
+    """Settings of whitening. memory: m; damping: e; look, refresh: updates between two.
+
+    centred: P = I, and A is not kept.
+    """
 
     memory: float = 0.99
     damping: float = 0.1
@@ -44,7 +47,7 @@ class Whitening:
 
 
 class InputStatistics(Remembers):
-    """mu (I,), A (I, I), P (I, I) of the inputs of one layer; `updates`: how many it has seen."""
+    """mu (I,), A (I, I), P (I, I) of the inputs of one layer, after so many `updates`."""
 
     def __init__(self, rule: Whitening) -> None:
         self.rule = rule
@@ -56,7 +59,7 @@ class InputStatistics(Remembers):
     STATE = ("updates", "mean", "covariance", "inverse")
 
     def see(self, x: Tensor) -> None:
-        """One update's inputs. x: (R, I)."""
+        """Add the inputs of one update. x: (R, I)."""
         r = self.rule
         mean = x.mean(0)
         self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, 1 - r.memory)
@@ -79,7 +82,7 @@ class InputStatistics(Remembers):
             self.inverse = torch.linalg.inv(scaled).mul_(1 + r.damping)
 
     def factors(self, g: Outer) -> tuple[Outer, Column]:
-        """G' and g_b', as factors, from G = z^T x."""
+        """Return G' and g_b', as factors, from G = z^T x."""
         if self.mean is None:
             raise RuntimeError("factors: no inputs have been seen")
         x = g.x - self.mean
@@ -89,9 +92,12 @@ class InputStatistics(Remembers):
 
 
 class InputWhitening(Remembers):
-    """Of all linear layers of a cell: those whose gradients come as factors, or with what the layer
-    has read (watching.py: convolutions, too). A layer without a bias is left as it is: its inputs'
-    mean cannot be taken out."""
+    """Whitening of all linear layers of a local function.
+
+    That is of layers whose gradients come as factors, or with the inputs of the layer
+    (vjp/layer_inputs.py: convolutions, too). A layer without a bias is left as it is: the mean of
+    its inputs cannot be taken out.
+    """
 
     def __init__(self, rule: Whitening) -> None:
         self.rule = rule
@@ -107,8 +113,10 @@ class InputWhitening(Remembers):
             layer.restore(layers[i])
 
     def applied(self, g: Sequence[Gradient]) -> list[Gradient]:
-        """The gradients of one update, in the order of the cell's weights, as they shall be used.
-        None of them may have moved its weight already."""
+        """Return the gradients of one update as they are used, in the order of the weights.
+
+        None of them may have moved its weight already.
+        """
         if isinstance(g, GradientsWithInputs):
             return self._watched(g)
         made = list(g)
@@ -135,13 +143,13 @@ class InputWhitening(Remembers):
 
 
 def _bias(g: Sequence[Gradient], of: Outer) -> int | None:
-    """The place of the bias whose gradient has the same rows."""
+    """Return the place of the bias whose gradient has the same rows."""
     places = (j for j, one in enumerate(g) if isinstance(one, Column) and one.z is of.z)
     return next(places, None)
 
 
 def whitened(g: Tensor, g_bias: Tensor, layer: InputStatistics) -> tuple[Tensor, Tensor]:
-    """G' (O, I) and g_b' (O,) of a layer whose gradients are tensors: G (O, I) and g_b (O,)."""
+    """Return G' (O, I) and g_b' (O,) for gradients that are tensors: G (O, I), g_b (O,)."""
     if layer.mean is None:
         raise RuntimeError("whitened: no inputs have been seen")
     made = torch.addr(g, g_bias, layer.mean, alpha=-1)

@@ -1,1 +1,1 @@
-"""What people's modules do in Python: copies, hooks, state beside weights, nested values."""
+"""Python code of users' modules: copies, hooks, state beside weights, nested values."""

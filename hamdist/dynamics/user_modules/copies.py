@@ -1,4 +1,4 @@
-"""Copies of people's models, whatever they have done with them before."""
+"""Copies of users' models, whatever state earlier calls have left in them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SHELLS = ("DataParallel", "DistributedDataParallel", "OptimizedModule", "FullyS
 
 
 def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
-    """A deep copy of a module, or of a tuple of them. memo: as of `copy.deepcopy`.
+    """Return a deep copy of a module, or of a tuple of them. memo: as of `copy.deepcopy`.
 
-    What a module keeps of an earlier call (an activation as an attribute, the product of an old
-    `weight_norm`) comes without its history; buffers whose numbers share memory (`expand`) get
-    memory for each of them.
+    A tensor that a module keeps of an earlier call (an activation as an attribute, the product of
+    an old `weight_norm`) is copied without its history; buffers whose elements share memory
+    (`expand`) get memory for each of them.
     """
     memo = {} if memo is None else memo
     modules = thing if isinstance(thing, tuple) else (thing,)
@@ -44,7 +44,7 @@ def copied(thing: T, memo: dict[int, Any] | None = None) -> T:
 
 
 def _uncopied(modules: tuple[Any, ...], memo: dict[int, Any], error: TypeError) -> str:
-    """Return what an error says: which attribute of a module cannot be copied, and its type."""
+    """Return the error text: the attribute of a module that cannot be copied, and its type."""
     where, kind = "", "module"
     whole = [m for m in modules if isinstance(m, nn.Module)]
     for name, module in (pair for m in whole for pair in m.named_modules()):
@@ -62,7 +62,7 @@ def _uncopied(modules: tuple[Any, ...], memo: dict[int, Any], error: TypeError) 
 
 
 def _kept(value: Any) -> Iterator[Tensor]:
-    """The tensors in an attribute, a list or dict of them."""
+    """Yield the tensors in an attribute, a list or dict of them."""
     if isinstance(value, Tensor):
         yield value
     for _, part in parts_of(value) or ():
@@ -70,7 +70,7 @@ def _kept(value: Any) -> Iterator[Tensor]:
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether several of its numbers are one place in memory."""
+    """Return True if several of its elements are one place in memory."""
     if tensor.layout != torch.strided:
         return False
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
@@ -78,9 +78,9 @@ def overlaps(tensor: Tensor) -> bool:
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The module inside torch.compile and DataParallel, with what there is to say about it.
+    """Return the module inside torch.compile and DataParallel, with warnings about it.
 
-    Raises GraphError for such a shell around a part of the model.
+    Raises GraphError for such a wrapper around a part of the model.
     """
     notes = []
     while type(model).__name__ in _SHELLS:

@@ -1,4 +1,4 @@
-"""What has to be told to other people's libraries while a model of theirs is recorded."""
+"""Adjusts other libraries while one of their models is traced."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a module's Python code keeps from call to call besides weights, buffers and submodules.
+"""Python state that modules keep from call to call besides weights, buffers and submodules.
 
-Inside: attributes of the module, which each copy of it has of its own. Outside: what all copies
-share, and each process has of its own: globals, closures, defaults, attributes of classes, Python's
-and numpy's random numbers. Both are read before and after calls: what differs is state.
+Inside: attributes of the module, which each copy of it has of its own. Outside: state that all
+copies share, and each process has of its own: globals, closures, defaults, attributes of classes,
+Python's and numpy's random numbers. Both are read before and after calls: what differs is state.
 """
 
 from __future__ import annotations
@@ -178,9 +178,9 @@ def names_in(part: nn.Module) -> set[str]:
 
 
 class Outside(Fingerprints):
-    """What the forwards and hooks of modules read that no copy has of its own.
+    """State outside of modules that their forwards and hooks read and all copies share.
 
-    Of installed packages random numbers alone: they keep caches, and notes of what they warned of.
+    Of installed packages random numbers alone: they keep caches, and records of warnings.
 
     Attributes:
         captured: Names of what holds one of the modules or weights itself.
@@ -216,7 +216,7 @@ class Outside(Fingerprints):
                     yield name, base, value
 
     def _code_of(self, value: Any) -> None:
-        """Reads what the code behind a value refers to."""
+        """Read everything that the code behind a value refers to."""
         if isinstance(value, MethodType) and isinstance(value.__self__, type):  # Function.apply
             value = value.__self__
         kind = value if isinstance(value, type) else type(value) if _has_state(value) else object
@@ -268,14 +268,14 @@ _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 def _is_installed(thing: Any) -> bool:
-    """Whether a class, function or module is part of an installed package."""
+    """Return True if a class, function or module is part of an installed package."""
     module = thing if isinstance(thing, ModuleType) else sys.modules.get(thing.__module__)
     file = getattr(module, "__file__", None) or ""
     return "site-packages" in file or "dist-packages" in file
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:
-    """The Python function behind a value, unless it is Python's or torch's."""
+    """Yield the Python function behind a value, unless it is Python's or torch's."""
     if isinstance(value, (staticmethod, classmethod, MethodType)):
         value = value.__func__
     elif isinstance(value, property):

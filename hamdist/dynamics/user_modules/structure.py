@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Field(str):
-    """The key of a part that is an attribute."""
+    """Key of a part that is an attribute."""
 
     __slots__ = ()
 
@@ -23,7 +23,7 @@ class Built:
     parts: tuple[tuple[Any, Any], ...]
 
     def value(self) -> Any:
-        """The object itself, of parts that are no templates."""
+        """Return the object itself, of parts that are no templates."""
         made = dict(self.parts)
         if issubclass(self.kind, tuple):
             return self.kind(*made.values())
@@ -36,7 +36,7 @@ class Built:
 
 
 def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
-    """The parts by key; None for what has none."""
+    """Return the parts by key; None for a value without parts."""
     if isinstance(value, Built):
         return list(value.parts)
     if isinstance(value, dict):
@@ -52,7 +52,7 @@ def parts_of(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def filled(value: Any, parts: Sequence[Any]) -> Any:
-    """As `value`, a template with other parts."""
+    """Return a template like `value`, with other parts."""
     if type(value) is list or type(value) is tuple:
         return type(value)(parts)
     keys = [key for key, _ in parts_of(value) or ()]
@@ -67,17 +67,17 @@ def filled(value: Any, parts: Sequence[Any]) -> Any:
 
 
 def getter(key: Any) -> Callable[[Any, Any], Any]:
-    """The function that takes the part of this key out of a value."""
+    """Return the function that takes the part of this key out of a value."""
     return getattr if isinstance(key, Field) else operator.getitem
 
 
 def part_of(value: Any, key: Any) -> Any:
-    """One part, by its key."""
+    """Return one part, by its key."""
     return getter(key)(value, key)
 
 
 def objects(value: Any) -> Any:
-    """A template without places, with the namedtuples and dataclasses that it stands for."""
+    """Return a template without places, with its namedtuples and dataclasses as objects."""
     parts = parts_of(value)
     if parts is None:
         return value
@@ -86,6 +86,6 @@ def objects(value: Any) -> Any:
 
 
 def has_built(template: Any) -> bool:
-    """Whether a template makes a namedtuple or a dataclass."""
+    """Return True if a template makes a namedtuple or a dataclass."""
     inner = (part for _, part in parts_of(template) or ())
     return isinstance(template, Built) or any(map(has_built, inner))

@@ -1,4 +1,4 @@
-"""Activations with a closed form: from their result, or from their input.
+"""Activations whose derivative has a closed form in their result, or in their input.
 
 y = f(x),      dL/dx = dL/dy f'(x), where f' is a function of y or of x
 """

@@ -1,11 +1,11 @@
 """A block that computes in bfloat16 where that is safe, with weights and signals as they are.
 
-Under autocast matrix products take bfloat16 (8 bits of mantissa), sums and norms float32; what the
-block hands on has the type that it has without. The backward pass goes through the same roundings.
-A product keeps the rounded weights of its own forward pass, as autograd does with every weight that
-is transformed first (cell.py).
+Under autocast matrix products take bfloat16 (8 bits of mantissa), sums and norms float32; the
+output of the block has the dtype that it has without. The backward pass goes through the same
+roundings. A product keeps the rounded weights of its own forward pass, as autograd does with every
+weight that is transformed first (autograd.py).
 
-How far that is from float32 is measured: in forward passes number 1, 2, 4, 8, ... a copy of the
+The distance from float32 is measured: in forward passes number 1, 2, 4, 8, ... a copy of the
 block computes the same without autocast.
 B: batch.
 """
@@ -28,7 +28,7 @@ from hamdist.dynamics.vjp.autograd import LocalFunction, OwnGenerator
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """|f with autocast - f| / |f|, f without. passes: how many were measured."""
+    """|f with autocast - f| / |f|, f without: mean and largest of `passes` measurements."""
 
     passes: int
     mean: float
@@ -36,8 +36,7 @@ class Rounding:
 
 
 class AutocastFunction(LocalFunction):
-    """A `LocalFunction` whose forward pass runs under bfloat16 autocast. device: 'cpu' or
-    'cuda'."""
+    """A `LocalFunction` whose forward pass runs under bfloat16 autocast, on 'cpu' or 'cuda'."""
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class AutocastFunction(LocalFunction):
 
     @property
     def rounding(self) -> Rounding | None:
-        """None before the first pass."""
+        """Return the measured rounding; None before the first pass."""
         found = self._measured
         if not found:
             return None
@@ -87,7 +86,7 @@ class AutocastFunction(LocalFunction):
 
     @torch.no_grad()
     def _without(self, arguments: Sequence[Tensor]) -> object:
-        """The same pass by a copy: with the same random numbers, and leaving no trace."""
+        """Run the same pass by a copy, with the same random numbers and without side effects."""
         own = copy.deepcopy(self._random) if isinstance(self._random, OwnGenerator) else None
         module = copied(self.module)
         given = [argument.detach().clone() for argument in arguments]

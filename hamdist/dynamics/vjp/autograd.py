@@ -1,11 +1,11 @@
 """A torch module as f(h_1, ..., h_P; theta) with its vector-Jacobian products.
 
-A cell is linearised at the activations of its forward pass. What it multiplies with in the backward
-pass are the weights of today: they move in place through `.data`, which autograd's graphs alias,
-so a graph that is some ticks old meets today's weights and its own activations (staleness.md,
-memory `trace`); of a weight that the module transforms first, as weight norm does, it keeps the
-transformed one of its own time. With `stash` every forward pass keeps the weights that it used
-(`trace+weights`).
+A local function is linearised at the activations of its forward pass. The backward pass multiplies
+with today's weights: they move in place through `.data`, which autograd's graphs alias, so a graph
+that is some ticks old meets today's weights and the activations of its forward pass (docs:
+concepts/staleness, memory `trace`); of a weight that the module transforms first, as weight norm
+does, it keeps the transformed one of its forward pass. With `stash` every forward pass keeps the
+weights that it used (`trace+weights`).
 """
 
 from __future__ import annotations
@@ -41,8 +41,11 @@ _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 class OwnGenerator(Remembers):
-    """As a context: torch's random numbers come from a generator of its own, which goes on where
-    it stopped; outside nothing of it is seen. device: of the numbers; of a GPU its own, too."""
+    """Context in which torch's random numbers come from a separate generator.
+
+    It continues where it stopped, and leaves the generators outside unchanged. device: of the
+    numbers; a GPU has a separate generator, too.
+    """
 
     def __init__(self, seed: int, device: torch.device | None = None) -> None:
         self._own = torch.Generator().manual_seed(seed).get_state()
@@ -53,7 +56,7 @@ class OwnGenerator(Remembers):
             self._outside_gpu = self._own_gpu
 
     def snapshot(self) -> dict[str, Any]:
-        """The numbers' place; of a GPU its own, too."""
+        """Return the state of the generator; on a GPU that of its generator, too."""
         return {"cpu": self._own, "gpu": None if self._gpu is None else self._own_gpu}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -82,7 +85,7 @@ class OwnGenerator(Remembers):
 
 
 def seeded_loss(loss: LossFunction, seed: int, device: torch.device | None = None) -> LossFunction:
-    """A user's loss may draw random numbers: here it draws the same ones in every engine."""
+    """Return a user's loss, which may draw random numbers, so that all engines draw the same."""
     if loss is mse or isinstance(loss, CrossEntropy):
         return loss
     return SeededLoss(loss, OwnGenerator(seed, device))
@@ -102,11 +105,11 @@ class SeededLoss:
 
 @dataclass(slots=True)
 class ForwardRecord:
-    """What a forward pass leaves for its vector-Jacobian products.
+    """The record of a forward pass for its vector-Jacobian products.
 
     leaves: the inputs (a leaf of the graph where a product is wanted, else None); theta: the
-    weights as the graph knows them; output: f, (B, ...). inputs: as they came, for
-    `LocalFunction.rebuilt`. read: by layer that is watched, what it read.
+    weights in the graph; output: f, (B, ...). inputs: as they came, for `LocalFunction.rebuilt`.
+    read: by observed layer, its inputs.
     """
 
     leaves: list[Tensor | None]
@@ -119,9 +122,9 @@ class ForwardRecord:
 class LocalFunction(Remembers):
     """f(h_parents; theta), and z^T df/dh_parent, z^T df/dtheta.
 
-    seed: of the cell's own random generator (dropout draws the same masks in every engine).
-    device: where the module is, and where it draws. watched: gradients come with what their layers
-    have read (watching.py). borrowed: names of weights that another block owns (ties.py).
+    seed: of its random generator (dropout draws the same masks in every engine). device: of the
+    module and of its random numbers. watched: gradients come with the inputs of their layers
+    (layer_inputs.py). borrowed: names of weights that belong to another block (graph/ties.py).
     """
 
     borrowed: Collection[str] = ()
@@ -154,7 +157,7 @@ class LocalFunction(Remembers):
         )
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
-        """One forward pass. wanted: the inputs whose product will be asked for."""
+        """Run a forward pass. wanted: by input, whether its product will be needed."""
         theta = self._parameters
         if self._stash:
             theta = [t.clone().requires_grad_() for t in self.theta]
@@ -163,7 +166,7 @@ class LocalFunction(Remembers):
     def forward_at(
         self, theta: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool]
     ) -> ForwardRecord:
-        """The same with other weights, which the record keeps (of a cell that stashes)."""
+        """Run a forward pass with other weights, which the record keeps (with `stash`)."""
         return self._forward([t.requires_grad_() for t in theta], inputs, wanted)
 
     def _forward(
@@ -190,8 +193,11 @@ class LocalFunction(Remembers):
         return ForwardRecord(leaves, theta, own, inputs, read)
 
     def _is_own(self, output: Tensor) -> bool:
-        """Whether `output` may be memory that the module goes on writing to: a weight, a buffer,
-        or what a user's module keeps. As a signal it must stay as it is."""
+        """Return True if the module may write to the memory of `output` later.
+
+        That is a weight, a buffer, or a tensor that a user's module keeps. A signal must not
+        change.
+        """
         if output.is_leaf or (self._foreign and not output.requires_grad):
             return True
         if not self._foreign and not self._pieces:
@@ -221,10 +227,10 @@ class LocalFunction(Remembers):
         keep: bool = False,
         at_once: AtOnce | None = None,  # noqa: ARG002  (the gradients come all at one time)
     ) -> tuple[list[Tensor | None], list[Gradient]]:
-        """(cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight).
+        """Return (cotangent^T df/dh_p per parent, cotangent^T df/dtheta per weight).
 
-        keep: the record will be pulled again. at_once: what a cell may do with its gradients as
-        each is made; such a gradient says that its weight has moved.
+        keep: the record will be pulled again. at_once: permission to move weights as soon as their
+        gradient is computed; such a gradient is marked as one whose weight has moved.
         """
         wrt = [leaf for leaf in record.leaves if leaf is not None] if inputs else []
         wanted = len(wrt)
@@ -249,14 +255,13 @@ class LocalFunction(Remembers):
         return per_parent, g
 
     def unmessaged(self) -> list[Gradient] | None:
-        """The gradients of a sample of which no message came; None: nothing moves."""
+        """Return the gradients of a sample without a message; None if nothing moves."""
         return None
 
     # -- state ----------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, Any]:
-        """The weights and buffers of the module, what it says of itself (`get_extra_state`), and
-        where its random numbers stand."""
+        """Return weights and buffers of the module, its extra state, and that of its generator."""
         state = self.module.state_dict()
         return {
             "parameters": dict(self.module.named_parameters()),
@@ -266,7 +271,7 @@ class LocalFunction(Remembers):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """In place: who holds a weight's memory goes on holding it."""
+        """Restore in place: all aliases of a weight's memory stay valid."""
         check_names("cell", state, ("parameters", "buffers", "extra", "random"))
         _write(dict(self.module.named_parameters()), state["parameters"])
         _write(dict(self.module.named_buffers()), state["buffers"])
@@ -276,7 +281,7 @@ class LocalFunction(Remembers):
             self._random.restore(state["random"])
 
     def held(self, record: Any) -> dict[str, Any]:
-        """A record as plain data (saving.py)."""
+        """Return a record as plain data (state/remember.py)."""
         live = {t.untyped_storage().data_ptr() for t in self.module.parameters()}
         live |= {t.untyped_storage().data_ptr() for t in self.module.buffers()}
         return {
@@ -287,8 +292,10 @@ class LocalFunction(Remembers):
         }
 
     def rebuilt(self, state: Mapping[str, Any]) -> Any:
-        """The record that `held` has seen. The module runs once more: what that moves, buffers and
-        random numbers, has to be restored behind it."""
+        """Return the record from the data of `held`.
+
+        The module runs once more: buffers and random numbers have to be restored afterwards.
+        """
         check_names("record", state, ("inputs", "wanted", "output", "kept"))
         record = self.forward(state["inputs"], state["wanted"])
         fill(self._slots(record), state["kept"])
@@ -303,7 +310,7 @@ class LocalFunction(Remembers):
 
 
 def _write(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Raises SnapshotError where names or shapes differ."""
+    """Copy saved tensors; raise SnapshotError where names or shapes differ."""
     check_names("module", saved, own)
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape:
@@ -315,14 +322,16 @@ def _write(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
 
 
 def block_seed(run_seed: int, name: str) -> int:
-    """The seed of a block's generator: a function of the run's seed and the block's name alone."""
+    """Return the seed of a block's generator: a function of the run's seed and its name alone."""
     digest = hashlib.blake2b(f"{run_seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def _foreign(module: nn.Module) -> bool:
-    """Whether a part is not torch's own, so that we cannot know what it does to its input. (What a
-    piece does itself is known.)"""
+    """Return True if a part is not torch's own, so that it may do anything to its input.
+
+    An invertible map counts as known.
+    """
     return any(
         m.is_whole
         if isinstance(m, TracedModule)
@@ -332,13 +341,15 @@ def _foreign(module: nn.Module) -> bool:
 
 
 def _draws(module: nn.Module) -> bool:
-    """Whether a forward pass may draw random numbers: torch's own layers without dropout do not;
-    of a user's module we cannot know."""
+    """Return True if a forward pass may draw random numbers.
+
+    Torch's own layers without dropout do not; a user's module may.
+    """
     return _foreign(module) or bool(random_parts(module))
 
 
 def random_parts(module: nn.Module) -> list[nn.Module]:
-    """The parts of `module` that are torch's own, or pieces, and draw random numbers."""
+    """Return the parts of `module` that draw random numbers: torch's layers, invertible maps."""
     found = []
     for part in module.modules():
         rate = getattr(part, "dropout", 0.0)  # a number (attention, recurrent nets), or a module

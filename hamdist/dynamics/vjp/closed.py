@@ -1,7 +1,6 @@
-"""A cell whose step has a closed form: a short program of kernels instead of autograd.
+"""A local function in closed form: a short program of kernels instead of autograd.
 
-Which modules have one, program.py says; all others are left to `LocalFunction`, which does it with
-autograd.
+program.py decides which modules have one; all others use `LocalFunction`, that is autograd.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from hamdist.dynamics.vjp.program import ProgramStep, read_program
 
 @dataclass(slots=True)
 class Steps:
-    """What a forward pass leaves. kept: by step; inputs: by parent, and which are wanted."""
+    """The record of a forward pass. kept: by step; inputs: by parent, and which are wanted."""
 
     kept: list[KeptTensors]
     inputs: list[Tensor]
@@ -34,8 +33,8 @@ class Steps:
 class ClosedFunction(LocalFunction):
     """`LocalFunction` for a module that is a program of kernels.
 
-    A pulled record's memory is used again by the forward pass after the next pull: until then the
-    factors of its gradients are omega.
+    A pulled record's memory is used again by the forward pass after the next pull: until then
+    omega may consist of the factors of its gradients, which lie in that memory.
     """
 
     def __init__(
@@ -80,11 +79,16 @@ class ClosedFunction(LocalFunction):
         keep: bool = False,
         at_once: AtOnce | None = None,
     ) -> tuple[list[Tensor | None], list[Gradient]]:
-        """As `LocalFunction.pull`; gradients of weights come as their factors, marked where the
-        weights have moved by them already."""
+        """Return the products as `LocalFunction.pull`, gradients of weights as their factors.
+
+        They are marked where the weights have moved by them already.
+        """
         wanted = record.wanted if inputs else (False,) * len(record.wanted)
         g = Gradients(len(self.theta), at_once) if weights else None
         to_parents = self._pulled_through(record, cotangent, wanted, g)
+        # omega may consist of factors in this record's memory until the next pull replaces them. So
+        # a record is free one pull later: now it becomes `_pulled`, at the next pull it moves to
+        # `_free`, from which `forward` takes it to write over.
         if not keep:
             if self._pulled is not None:
                 self._free.append(self._pulled)
@@ -106,7 +110,7 @@ class ClosedFunction(LocalFunction):
     def _pulled_through(
         self, record: Steps, cotangent: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> list[Tensor | None]:
-        """The messages to the parents; the gradients go into `g`, if given."""
+        """Return the messages to the parents; put the gradients into `g`, if given."""
         needs = self._wanted(wanted, weights=g is not None)
         only = self._only
         if only is not None and len(wanted) == 1 and needs[0][0]:
@@ -131,7 +135,7 @@ class ClosedFunction(LocalFunction):
     def _wanted(
         self, wanted: tuple[bool, ...], *, weights: bool
     ) -> list[tuple[bool, tuple[bool, ...]]]:
-        """By step: whether it has anything to do, and the inputs whose product is asked for."""
+        """Return by step whether it has anything to do, and which of its inputs need a product."""
         key = (*wanted, weights)
         known = self._needs.get(key)
         if known is None:
@@ -149,7 +153,7 @@ class ClosedFunction(LocalFunction):
     def _apart(
         self, record: Steps, wanted: tuple[bool, ...], about: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """The messages by parent; zeros where a wanted input has no influence."""
+        """Return the messages by parent; zeros where a wanted input has no influence."""
         shapes = [t.shape for t in record.inputs]
         if len(shapes) < 2 or self._combine is Combine.ARGUMENTS:
             split: list[Tensor | None] = list(about)
@@ -166,7 +170,7 @@ class ClosedFunction(LocalFunction):
 
 
 def _combined_places(combine: Combine, parents: int) -> list[tuple[int, ...]]:
-    """By argument of the module: the parents that it is made of."""
+    """Return by argument of the module the parents of which it is made."""
     if parents < 2 or combine is Combine.ARGUMENTS:
         return [(p,) for p in range(parents)]
     return [tuple(range(parents))]
@@ -175,7 +179,9 @@ def _combined_places(combine: Combine, parents: int) -> list[tuple[int, ...]]:
 def closed_cell(
     module: nn.Module, combine: Combine, seed: int, parents: int, *, native: bool = False
 ) -> ClosedFunction | None:
-    """The closed-form cell of `module`, which has `parents` inputs; None where it has none.
-    native: its linear layers go to the C code where one row comes (rows.py)."""
+    """Return the closed form of `module` with so many parents; None where it has none.
+
+    native: its linear layers run in C for batches of one row (native/rows.py).
+    """
     program = read_program(module, len(_combined_places(combine, parents)), native=native)
     return None if program is None else ClosedFunction(module, combine, seed, program)

@@ -1,5 +1,6 @@
-"""Gradients as their factors: what a closed-form cell hands to `Weights`, so that no gradient of
-the size of a weight has to exist. An update is then one product that adds into the weight.
+"""Gradients as their factors, as closed forms return them, without a tensor of a weight's size.
+
+An update by them is one product that adds into the weight.
 
 R: rows (batch, times further dimensions), O, I: outputs and inputs of a linear layer.
 """
@@ -24,17 +25,21 @@ BY_VECTORS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class AtOnce:
-    """What may be done with a cell's gradients as soon as each is made: theta_i += rates_i g_i,
-    where the norm of a layer's gradient is not above `limit`."""
+    """Permission to move weights as soon as their gradient is computed: theta_i += rates_i g_i.
+
+    It holds where the norm of a layer's gradient is not above `limit`.
+    """
 
     rates: tuple[float, ...]
     limit: float
 
 
 class Gradients(list["Gradient | None"]):
-    """The gradients of a cell's weights, as a pull finds them; and what may be done with them.
-    moved: how many of the weights have moved already. later: makes some of the gradients, if
-    anybody asks for them (`settle`) before the pull after the next."""
+    """The gradients of a function's weights, filled in by a pull.
+
+    moved: number of weights that have moved already. later: functions that compute gradients on
+    demand (`settle`), to be called before the pull after the next.
+    """
 
     def __init__(self, many: int, at_once: AtOnce | None = None) -> None:
         super().__init__([None] * many)
@@ -43,12 +48,13 @@ class Gradients(list["Gradient | None"]):
         self.later: list[Callable[[Gradients], None]] = []  # (of which none may hold this list)
 
     def put(self, places: Sequence[int | None], found: Sequence[Gradient | None]) -> None:
-        """What a kernel found of its weights, each at its place; None: not trained."""
+        """Set the gradients of a kernel's weights, each at its place; None: not trained."""
         for place, gradient in zip(places, found, strict=True):
             if place is not None:
                 self[place] = gradient
 
     def settle(self) -> None:
+        """Compute the gradients that were deferred."""
         later, self.later = self.later, []
         for make in later:
             make(self)
@@ -67,7 +73,7 @@ class Outer:
         return torch.mm(self.z.t(), self.x)
 
     def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
-        """tensor = beta tensor + alpha g."""
+        """Set tensor = beta tensor + alpha g, in place."""
         if self.z.shape[0] == 1 and beta == 1 and tensor.numel() >= BY_VECTORS:
             tensor.addr_(self.z.view(-1), self.x.view(-1), alpha=alpha)
         else:
@@ -86,7 +92,7 @@ class Column:
         return self.z.sum(0)
 
     def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
-        """tensor = beta tensor + alpha g."""
+        """Set tensor = beta tensor + alpha g, in place."""
         rows = self.z.shape[0]
         if rows == 1 and beta == 1:
             tensor.add_(self.z.view(-1), alpha=alpha)
@@ -109,7 +115,7 @@ class TableRows:
         return made.index_add_(0, self.index, self.z)
 
     def add_to(self, tensor: Tensor, alpha: float, beta: float = 1.0) -> None:
-        """tensor = beta tensor + alpha g."""
+        """Set tensor = beta tensor + alpha g, in place."""
         if beta != 1:
             tensor.mul_(beta)
         tensor.index_add_(0, self.index, self.z, alpha=alpha)
@@ -120,26 +126,27 @@ Gradient: TypeAlias = Tensor | Factors
 
 
 def dense(g: Gradient) -> Tensor:
-    """g as a tensor like its weight."""
+    """Return g as a tensor like its weight."""
     return g if isinstance(g, Tensor) else g.dense()
 
 
 def has_moved(g: Gradient) -> bool:
-    """Whether the weight has moved by g already."""
+    """Return True if the weight has moved by g already."""
     return not isinstance(g, Tensor) and g.moved
 
 
 def all_moved(g: Sequence[Gradient] | None) -> bool:
-    """Whether all weights have."""
+    """Return True if all weights have moved by g already."""
     return isinstance(g, Gradients) and g.moved == len(g)
 
 
 def all_dense(g: Sequence[Gradient]) -> list[Tensor]:
+    """Return the gradients as tensors like their weights."""
     return [dense(one) for one in g]
 
 
 def add_to(tensor: Tensor, g: Gradient, alpha: float, beta: float = 1.0) -> None:
-    """tensor = beta tensor + alpha g, in place."""
+    """Set tensor = beta tensor + alpha g, in place."""
     if not isinstance(g, Tensor):
         g.add_to(tensor, alpha, beta)
         return
@@ -156,8 +163,11 @@ def _norms(tensors: list[Tensor]) -> list[float]:
 
 
 def norm_of(g: Sequence[Gradient]) -> float:
-    """|g|, of all of g together. |z^T x|^2 = sum_rs (z_r . z_s)(x_r . x_s), which for R rows costs
-    R^2 (O + I) instead of the R O I of the product itself; the less is taken."""
+    """Return |g|, of all of g together.
+
+    |z^T x|^2 = sum_rs (z_r . z_s)(x_r . x_s), which for R rows costs R^2 (O + I) instead of the R O
+    I of the product itself; the cheaper one is taken.
+    """
     squares = 0.0
     for one in g:
         if isinstance(one, Outer):
@@ -171,8 +181,11 @@ def norm_of(g: Sequence[Gradient]) -> float:
 
 
 def bound(g: Sequence[Gradient]) -> float:
-    """A number that the norm of all of g together does not exceed, or NaN. All norms are taken in
-    one call: |z^T x| <= |z| |x| (Frobenius), and R rows of z add up to at most sqrt(R) |z|."""
+    """Return a number that the norm of all of g together does not exceed, or NaN.
+
+    All norms are taken in one call: |z^T x| <= |z| |x| (Frobenius), and R rows of z add up to at
+    most sqrt(R) |z|.
+    """
     looked: list[Tensor] = []
     shares: list[tuple[float, int, int]] = []  # a factor, and one or two of the norms
     last: Tensor | None = None  # a layer's matrix and bias have one z

@@ -1,4 +1,4 @@
-"""A cell whose parents are slices: joined before the module sees them, and taken apart behind.
+"""A local function whose parents are slices: joined before the module, taken apart behind it.
 
     x = [h_1 ... h_m] or sum_i h_i,        M_i = the part of z^T df/dx that is h_i's, or all of it
 
@@ -20,7 +20,7 @@ from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 
 
 class JoinedFunction(LocalFunction):
-    """`inner` takes what `joining` makes of the parents, combined as `joining.then` says."""
+    """Applies `inner` to the joins of `joining`, combined as `joining.then` says."""
 
     def __init__(self, inner: LocalFunction, joining: Joining) -> None:
         self.module = inner.module
@@ -46,7 +46,7 @@ class JoinedFunction(LocalFunction):
 
     @property
     def inner(self) -> LocalFunction:
-        """The cell of the module itself."""
+        """Return the local function of the module itself."""
         return self._inner
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:

@@ -1,8 +1,9 @@
 """Closed-form steps of single operations: the value, and both vector-Jacobian products.
 
-Where autograd builds a graph at every call, a kernel keeps what its products need in a list that is
-used again for a later sample (`old`), so that in steady state nothing but a block's signals is
-allocated. Sources: the derivatives are those of PyTorch's own backward operators, called directly.
+Where autograd builds a graph at every call, a kernel keeps the tensors of its products in a list
+whose memory is used again for a later sample (`old`), so that in steady state nothing but a block's
+signals is allocated. Sources: the derivatives are those of PyTorch's own backward operators, called
+directly.
 
 B: batch; R: rows, that is the batch times further dimensions; I, O: inputs and outputs.
 """
@@ -26,9 +27,9 @@ KeptTensors = list[Any]
 
 
 class Kernel(Protocol):
-    """One operation. weights: places of its parameters in the cell's list; None: not trained.
+    """One operation. weights: places of its parameters in the function's list; None: not trained.
 
-    owns: the output is memory of its own that the products do not read, so that an activation
+    owns: the output is memory of the kernel that the products do not read, so that an activation
     behind it may work in place. in_place: it works in its input's memory.
     """
 
@@ -42,16 +43,19 @@ class Kernel(Protocol):
 
     @property
     def forward(self) -> Callable[..., KeptTensors]:
-        """(old, *x) -> f(x), and what `pull` needs. old: of an earlier call, to be written over."""
+        """Return a function (old, *x) -> f(x) and the tensors that `pull` needs.
+
+        old: those of an earlier call, to be overwritten.
+        """
 
     def pull(
         self, kept: KeptTensors, z: Tensor, wanted: tuple[bool, ...], g: Gradients | None
     ) -> tuple[Tensor | None, ...]:
-        """z^T df/dx per input (None where not wanted); z^T df/dtheta goes into `g`, if given."""
+        """Return z^T df/dx per input (None where not wanted); put z^T df/dtheta into `g`."""
 
 
 def like(old: KeptTensors | None, place: int, shape: tuple[int, ...], x: Tensor) -> Tensor:
-    """Memory for a result: what an earlier call used, where it fits."""
+    """Return memory for a result: that of an earlier call, where it fits."""
     if old is not None:
         memory = old[place]
         if memory is not None and memory.shape == shape:
@@ -63,11 +67,12 @@ class Linear:
     """f = x W^T + b, or the relu of it; with d = z (behind a relu: where f > 0)
     z^T df/dx = d W, z^T df/dW = d^T x, z^T df/db = sum of d's rows.
 
-    relu: set where the only reader of the layer is one. lends: z^T df/dx stays inside the cell, so
-    that its memory is used again: by the pull after the next, for until then it may be a factor of
-    omega. native: what goes elementwise is done by the C code (rows.py), in as few passes as can
-    be; and the weights move here, where they may. owns_z: the next layer lends z, which nobody else
-    reads: d takes its place."""
+    relu: set where a relu is the only reader of the layer. lends: z^T df/dx stays inside the block,
+    so that its memory is used again: by the pull after the next, for until then it may be a factor
+    of omega. native: elementwise operations run in C (native/rows.py), in as few passes as can be;
+    and the weights move here, where they may. owns_z: z is memory that only the next layer used,
+    so d may be written over it.
+    """
 
     owns = True
     in_place = False
@@ -86,12 +91,12 @@ class Linear:
         self._b = None if module.bias is None else module.bias.data
 
     def whole(self) -> bool:
-        """Whether the C code can step the weights."""
+        """Return True if the C code can step the weights."""
         known = [t for t in (self._w, self._b) if t is not None]
         return all(rows.reads(t) and t.dtype is self._w.dtype for t in known)
 
     def parts(self) -> tuple[Tensor, Tensor | None, bool]:
-        """W (O, I), b, and whether a relu stands behind them."""
+        """Return W (O, I), b, and True if a relu is behind them."""
         return self._w, self._b, self.relu
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
@@ -115,6 +120,8 @@ class Linear:
         norm: float | None = None
         if self.relu and native:
             z_rows = d
+            # d may take z's place where only this layer reads z. Otherwise two buffers take turns:
+            # the d of the pull before may still be a factor of omega.
             if not self.owns_z:
                 d = like(self._masked, 0, y.shape, y)
                 self._masked = [self._masked[1], d]
@@ -156,8 +163,7 @@ class Linear:
 
 
 class Embedding:
-    """f = rows of a table; the table's product are z's rows, at the indices. x: of an integer
-    type."""
+    """f = rows of a table at the indices x, an integer tensor; the table's product are z's rows."""
 
     owns = True
     in_place = False
@@ -190,7 +196,7 @@ class Unary:
     in_place = False
 
     def product(self, kept: KeptTensors, z: Tensor) -> Tensor:
-        """z^T df/dx."""
+        """Return z^T df/dx."""
         raise NotImplementedError
 
     def pull(
@@ -204,8 +210,10 @@ class Unary:
 
 
 class FromResult(Unary):
-    """An elementwise activation whose derivative follows from its own result; it works in place
-    where the memory is its input's owner's to give. df/dx z = back(z, f)."""
+    """An elementwise activation whose derivative follows from its result: df/dx z = back(z, f).
+
+    It works in place where its input's memory may be overwritten (`Kernel.owns`).
+    """
 
     owns = False
 

@@ -1,9 +1,9 @@
-"""What the linear layers and the convolutions of a module read, where autograd makes their
-gradients: for steps that do not depend on the scale of these inputs (whitening.py).
+"""Records the inputs of a module's linear layers and convolutions, beside autograd's gradients.
 
-A convolution is a linear layer of the patches that it sees. A layer of which nothing is known is
-left alone: one without a bias, with a weight that it shares or that is made from others, or one
-that is not called itself (the projections inside nn.MultiheadAttention).
+They are needed by steps that do not depend on the scale of these inputs (updates/whitening.py). A
+convolution is a linear layer of its patches. Layers that cannot be observed are left out: one
+without a bias, with a weight that it shares or that is made from others, or one that is not called
+itself (the projections inside nn.MultiheadAttention).
 
 R: rows (batch, times further dimensions), I: inputs of a layer.
 """
@@ -24,7 +24,7 @@ from hamdist.dynamics.vjp.gradient import Gradient
 
 @dataclass(frozen=True, slots=True)
 class InputLayer:
-    """weight, bias: their places among the weights of the cell."""
+    """An observed layer. weight, bias: their places among the function's weights."""
 
     module: nn.Linear | nn.Conv2d
     weight: int
@@ -32,8 +32,7 @@ class InputLayer:
 
 
 class GradientsWithInputs(list[Gradient]):
-    """Gradients as tensors. read: layers, each with what it read (inputs as its forward got them,
-    one for each of its calls)."""
+    """Gradients as tensors. read: layers, each with its inputs, one for each of its calls."""
 
     def __init__(
         self, found: Sequence[Gradient], read: Sequence[tuple[InputLayer, Sequence[Tensor]]]
@@ -43,7 +42,7 @@ class GradientsWithInputs(list[Gradient]):
 
 
 class LayerInputs:
-    """The layers of `module` that can be watched. theta: its trained weights, in their order."""
+    """The layers of `module` that can be observed. theta: its trained weights, in their order."""
 
     def __init__(self, module: nn.Module, theta: Sequence[Tensor]) -> None:
         places = {id(p): i for i, p in enumerate(theta)}
@@ -57,7 +56,7 @@ class LayerInputs:
 
     @contextmanager
     def reading(self) -> Iterator[list[list[Tensor]]]:
-        """Inside, what the layers read is put into the list, in their order."""
+        """Context in which the inputs of the layers are appended to the list, in their order."""
         read: list[list[Tensor]] = [[] for _ in self.layers]
         hooks = [
             layer.module.register_forward_pre_hook(_noting(into))
@@ -72,28 +71,28 @@ class LayerInputs:
     def watched(
         self, g: Sequence[Gradient], read: Sequence[Sequence[Tensor]]
     ) -> GradientsWithInputs:
-        """Gradients with what was read in their forward pass."""
+        """Return gradients with the inputs of their forward pass."""
         return GradientsWithInputs(
             g, [(layer, x) for layer, x in zip(self.layers, read, strict=True) if x]
         )
 
 
 def is_watched(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
-    """Whether a layer's inputs can be laid out as rows."""
+    """Return True if a layer's inputs can be laid out as rows."""
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and module.padding != "same"
     return isinstance(module, nn.Linear)
 
 
 def rows_of(layer: nn.Linear | nn.Conv2d, inputs: Sequence[Tensor]) -> Tensor:
-    """(R, I). inputs: of its calls."""
+    """Return the inputs of all calls of a layer as rows (R, I)."""
     rows = [_patches(layer, x) if isinstance(layer, nn.Conv2d) else x for x in inputs]
     flat = [x.reshape(-1, x.shape[-1]) for x in rows]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """(B, patches, I) of (B, C, S, S)."""
+    """Return the patches (B, patches, I) of images (B, C, S, S)."""
     padding: Any = 0 if layer.padding == "valid" else layer.padding
     found = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     return found.transpose(1, 2)

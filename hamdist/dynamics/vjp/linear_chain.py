@@ -1,7 +1,7 @@
 """Linear layers, each read by the next one alone, as one kernel.
 
-Where a single row comes (batch 1), all of them are one call of the C code (rows.py); otherwise one
-layer after the other.
+Batches of one row run through all of them in one call of the C code (native/rows.py); other batches
+run one layer after the other.
 
 R: rows (batch, times further dimensions); I, O: inputs and outputs.
 """
@@ -21,8 +21,8 @@ from hamdist.dynamics.vjp.kernels import KeptTensors, Linear, like
 class Chain:
     """f = f_n( ... f_1(x)), of linear layers with or without a relu behind them.
 
-    lasting: the output leaves the cell, so that its memory is not used again. Of what stays inside
-    it is: activations by a later forward pass (see `Kernel.forward`), d and the messages by the
+    lasting: the output leaves the block, so that its memory is not used again. Memory that stays
+    inside is: activations by a later forward pass (see `Kernel.forward`), d and the messages by the
     pull after the next, for until then they may be factors of omega.
     """
 
@@ -46,7 +46,7 @@ class Chain:
 
     @property
     def lends(self) -> bool:
-        """z^T df/dx stays inside the cell."""
+        """Return True if z^T df/dx stays inside the block."""
         return self.layers[0].lends
 
     @lends.setter
@@ -65,7 +65,7 @@ class Chain:
         return [y if x.dim() == 2 else y.view(*x.shape[:-1], self._out), one, inner, y]
 
     def _one_by_one(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
-        """[output, what each layer kept]."""
+        """Return the output, and the tensors that each layer keeps."""
         before = old[1] if old is not None and len(old) == 2 else [None] * len(self.layers)
         kept = []
         for i, layer in enumerate(self.layers):
@@ -97,7 +97,7 @@ class Chain:
         return (to if to is None or z.dim() == 2 else to.view(*z.shape[:-1], self._into),)
 
     def _alphas(self, at_once: AtOnce | None) -> array[float] | None:
-        """The rates of the layers' matrices and biases."""
+        """Return the rates of the layers' matrices and biases."""
         if at_once is None:
             return None
         if self._rates is None or self._rates[0] is not at_once:
@@ -106,7 +106,7 @@ class Chain:
         return self._rates[1]
 
     def _tell(self, g: Gradients, moved: int, factors: Callable[[Gradients], None]) -> None:
-        """The factors are made at once where weights wait for them, otherwise when asked for."""
+        """Put the factors into `g` at once where weights wait for them, otherwise on demand."""
         for i, trained in enumerate(self._trained):
             if moved >> i & 1:
                 g.moved += trained
@@ -124,7 +124,7 @@ class Chain:
             g.put(layer.weights, (Outer(d_i, inputs[i], done), Column(d_i, done)))
 
     def _apart(self, x: Tensor, inner: Tensor, y: Tensor) -> list[KeptTensors]:
-        """What the layers would have kept, had they been called one by one."""
+        """Return the tensors that the layers would have kept, had they been called one by one."""
         outputs = [*(self._rows.outputs(inner, len(self.layers) - 1) if self._rows else []), y]
         return [[out, x_i, out] for x_i, out in zip([x, *outputs[:-1]], outputs, strict=True)]
 

@@ -1,7 +1,7 @@
 """Reads a module, torch's own or a user's, as a program of kernels.
 
-None where a part of it has no kernel, has hooks, or where its `forward` is not proved to do the
-same at every call (purity.py); what is proved, torch.fx writes down.
+A module has none where a part of it has no kernel, has hooks, or where its `forward` is not proved
+to do the same at every call (purity.py); a proved one is traced by torch.fx.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from hamdist.dynamics.vjp.purity import is_pure
 
 @dataclass(frozen=True, slots=True)
 class ProgramStep:
-    """One kernel; reads: places of its inputs among the cell's arguments and the steps' outputs.
-    lasting: its output leaves the cell, so that its memory is not used again."""
+    """One kernel. reads: places of its inputs among the arguments and the steps' outputs.
+
+    lasting: its output leaves the block, so that its memory is not used again.
+    """
 
     kernel: Kernel
     reads: tuple[int, ...]
@@ -47,8 +49,9 @@ class ProgramStep:
 def read_program(
     module: nn.Module, arguments: int, *, native: bool = False
 ) -> list[ProgramStep] | None:
-    """The steps of `module`, which takes so many arguments; None where it has no closed form.
-    native: linear layers that follow each other are one kernel, in C where one row comes (rows.py).
+    """Return the steps of `module`, which takes so many arguments; None if it has no closed form.
+
+    native: linear layers that follow each other are one kernel, in C for one row (native/rows.py).
     """
     try:
         return _Program(module, arguments, native=native).read()
@@ -57,7 +60,7 @@ def read_program(
 
 
 class _Unknown(Exception):
-    """A part has no closed form."""
+    """Raised where a part has no closed form."""
 
 
 class _Program:
@@ -75,7 +78,7 @@ class _Program:
         self._owns: set[int] = set()  # places whose memory an activation may work in
 
     def read(self) -> list[ProgramStep]:
-        """The steps. Raises _Unknown."""
+        """Return the steps; raise _Unknown where there is no closed form."""
         if not all(map(is_usual, self._module.modules())):
             raise _Unknown
         for parameter in self._module.parameters():
@@ -96,7 +99,7 @@ class _Program:
         return self._steps(self._arguments + len(self._made) - 1)
 
     def _join(self) -> None:
-        """Makes one kernel of linear layers that follow each other."""
+        """Replace linear layers that follow each other by one kernel."""
         readers = Counter(place for _, reads in self._made for place in reads)
         runs: list[tuple[list[Kernel], tuple[int, ...]]] = []
         now_at = {place: place for place in range(self._arguments)}  # of a value, by its place
@@ -122,8 +125,10 @@ class _Program:
             self._made.append((kernels[0] if joined is None else joined, reads))
 
     def _steps(self, last: int) -> list[ProgramStep]:
-        """With the mark of what leaves the cell: the output and the messages, and what shares their
-        memory."""
+        """Return the steps, those marked whose output leaves the block.
+
+        That is the output, the messages, and every value that shares memory with them.
+        """
         told = set(range(self._arguments))
         for i, (kernel, reads) in enumerate(self._made):
             if isinstance(kernel, (Reshape, Add)) and told.intersection(reads):
@@ -165,7 +170,7 @@ class _Program:
         return self._layer(module, place, alone=alone)
 
     def _layer(self, m: Any, place: int, *, alone: bool) -> int:
-        """alone: nobody else reads the value at `place`."""
+        """Add the kernel of a layer. alone: it is the only reader of the value at `place`."""
 
         def own(*names: str) -> tuple[int | None, ...]:
             return tuple(self._index(m, name) for name in names)
@@ -276,14 +281,14 @@ class _Program:
 
 
 def _is_chain(module: nn.Module) -> bool:
-    """Whether it is one of torch's own layers, or a Sequential of such chains."""
+    """Return True for one of torch's own layers, or a Sequential of such layers and Sequentials."""
     if type(module) is nn.Sequential:
         return all(_is_chain(child) for child in module)
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
 def _trace(module: nn.Module) -> fx.Graph:
-    """What forward does. Raises _Unknown where that is not known for every call."""
+    """Return the operations of forward; raise _Unknown where they may differ between calls."""
     if isinstance(
         module, TracedModule
     ):  # written down already, whole where it depends on Python state

@@ -1,4 +1,4 @@
-"""Which forwards are proved to do the same at every call, by their bytecode.
+"""Proves by its bytecode that a forward does the same at every call.
 
 Proved is a forward that reads nothing but its arguments, submodules and plain constants of the
 module, calls nothing but those modules, methods that are proved as well, and functions of torch
@@ -35,9 +35,9 @@ _TORCH = {"nn", "functional", "add", "sub", "mul", "flatten"} | {
 
 
 def is_pure(module: nn.Module) -> bool:
-    """Tell whether the forwards of `module` and all its parts are proved.
+    """Return True if the forwards of `module` and all its parts are proved.
 
-    Torch's own layers are taken as they are.
+    Torch's own layers count as proved.
     """
     known: dict[int, bool] = {}
     return all(
@@ -47,7 +47,7 @@ def is_pure(module: nn.Module) -> bool:
 
 
 def is_constant(value: Any) -> bool:
-    """Tell whether `value` can never change."""
+    """Return True if `value` can never change."""
     if isinstance(value, tuple):
         return all(map(is_constant, value))
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
@@ -90,7 +90,7 @@ def _pure_global(name: str, names: dict[str, Any]) -> bool:
 
 
 def _pure_attribute(name: str, root: nn.Module, known: dict[int, bool]) -> bool:
-    """Whether every thing that `name` may mean is known: of which object it is, nobody asks."""
+    """Return True if everything that `name` may refer to is proved, whichever object has it."""
     means = name in _TORCH
     for part in root.modules():
         if name in part._modules:

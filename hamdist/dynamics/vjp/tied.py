@@ -1,4 +1,4 @@
-"""A cell that shares weights with those of other blocks (ties.py)."""
+"""A local function that shares weights with those of other blocks (graph/ties.py)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients, dense
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """(N,) all numbers of `tensors` in memory of their own, in the widest of their types."""
+    """Return all elements of `tensors` as a new vector (N,), in the widest of their types."""
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 def parted(numbers: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What `flat` has made, in the shapes, types and places of `like`."""
+    """Return the elements of a vector of `flat`, in the shapes, dtypes and devices of `like`."""
     parts = torch.split(numbers, [t.numel() for t in like])
     return [part.view(t.shape).to(t) for part, t in zip(parts, like, strict=True)]
 
 
 class TiedFunction(LocalFunction):
-    """`inner`, some of whose weights others own (borrowed: their names) or use as well.
+    """`inner` with weights that belong to other blocks (borrowed: their names) or are used by them.
 
-    `names`, `theta` and the gradients that `pull` returns are those of its own weights. Within one
-    event of a block: `add` what users have sent, `pull`, `take` what goes to the owners.
+    `names`, `theta` and the gradients that `pull` returns are those of the weights that belong to
+    the block. Within one event: `add` the gradients of users, `pull`, `take` those for the owners.
     """
 
     def __init__(self, inner: LocalFunction, borrowed: Iterable[str]) -> None:
@@ -44,27 +44,27 @@ class TiedFunction(LocalFunction):
         self._for_owners: dict[str, Tensor] | None = None
 
     def snapshot(self) -> dict[str, Any]:
-        """That of the module, copies of borrowed weights included."""
+        """Return the state of `inner`, copies of borrowed weights included."""
         return self.inner.snapshot()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`."""
+        """Continue from `state`."""
         self.inner.restore(state)
 
     def held(self, record: Any) -> dict[str, Any]:
-        """A record as plain data."""
+        """Return a record as plain data."""
         return self.inner.held(record)
 
     def rebuilt(self, state: Mapping[str, Any]) -> Any:
-        """The record that `held` has seen."""
+        """Return the record from the data of `held`."""
         return self.inner.rebuilt(state)
 
     def weights(self, names: Iterable[str]) -> list[Tensor]:
-        """Weights by name, own or borrowed."""
+        """Return weights by name, borrowed ones included."""
         return [self._all[name] for name in names]
 
     def forward(self, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> ForwardRecord:
-        """One forward pass."""
+        """Run one forward pass."""
         return self.inner.forward(inputs, wanted)
 
     def pull(
@@ -77,7 +77,7 @@ class TiedFunction(LocalFunction):
         keep: bool = False,
         at_once: AtOnce | None = None,  # noqa: ARG002  (others have a say in what moves)
     ) -> tuple[list[Tensor | None], list[Gradient]]:
-        """As `LocalFunction.pull`, of its own weights."""
+        """Return the products as `LocalFunction.pull`, for the weights that belong to the block."""
         to_parents, g = self.inner.pull(
             record, cotangent, inputs=inputs, weights=weights, keep=keep
         )
@@ -90,7 +90,7 @@ class TiedFunction(LocalFunction):
         return to_parents, self._with_added([by_name[name] for name in self.names])
 
     def unmessaged(self) -> list[Gradient] | None:
-        """The gradients of a sample of which no message came: those that users have sent."""
+        """Return the gradients that users have sent for a sample without a message."""
         return self._with_added([torch.zeros_like(t) for t in self.theta]) if self._added else None
 
     def _with_added(self, g: Sequence[Gradient]) -> list[Gradient]:
@@ -99,16 +99,16 @@ class TiedFunction(LocalFunction):
         return [dense(one) + added[n] if n in added else one for n, one in pairs]
 
     def add(self, names: Sequence[str], numbers: Tensor) -> None:
-        """A user's gradients of own weights, which come into those of the next pull."""
+        """Add a user's gradients of shared weights to those of the next pull."""
         for name, g in zip(names, parted(numbers, self.weights(names)), strict=True):
             self._added[name] = self._added[name] + g if name in self._added else g
 
     def take(self) -> dict[str, Tensor] | None:
-        """The gradients of borrowed weights from the latest pull; None where there was none."""
+        """Return the gradients of borrowed weights from the latest pull; None without one."""
         found, self._for_owners = self._for_owners, None
         return found
 
     def overwrite(self, names: Sequence[str], numbers: Tensor) -> None:
-        """Borrowed weights as their owner has them now."""
+        """Overwrite borrowed weights with the values of their owner."""
         for own, new in zip(self.weights(names), parted(numbers, self.weights(names)), strict=True):
             own.copy_(new)

@@ -1,1 +1,1 @@
-"""What the user is told before and after a run."""
+"""Warnings to the user before and after a run."""

@@ -1,4 +1,4 @@
-"""What the program tells a user about a run that can go on, but not as they may think."""
+"""Warnings about a run that can go on, but not as its user may expect."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LONG_SEQUENCE = 100
 
 
 def before(plan: Plan, settings: Settings) -> list[str]:
-    """What can be told before the run."""
+    """Return the warnings before the run."""
     told = []
     if settings.dynamics.beta is not None and "lr" in settings.learning.model_fields_set:
         told.append(
@@ -71,7 +71,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
 
 
 def _late(plan: Plan, settings: Settings) -> list[str]:
-    """What labels cost that come late."""
+    """Return the cost of labels that come late, as warnings."""
     late, given = plan.spec.late, settings.stream
     if late:
         kept = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
@@ -91,7 +91,7 @@ def _late(plan: Plan, settings: Settings) -> list[str]:
 
 
 def _losses(plan: Plan) -> list[str]:
-    """Says which outputs are learned where nobody has said it, and which weights are not."""
+    """Warn where the choice of learned outputs is implicit, and of weights that do not learn."""
     told = []
     readouts = plan.graph.unsliced.readouts
     if len(readouts) > 1 and plan.spec.targets is None and plan.graph.unsliced.was_cut:
@@ -118,7 +118,7 @@ def _losses(plan: Plan) -> list[str]:
 
 
 def of_resumed(stream: Stream) -> list[str]:
-    """What can be told of a stream that a resumed run goes on with."""
+    """Return warnings about the stream of a resumed run."""
     if replays(stream):
         return []
     if drops(stream):
@@ -137,7 +137,7 @@ def of_resumed(stream: Stream) -> list[str]:
 
 
 def _no_links(settings: Settings) -> list[str]:
-    """Says so where what is said about links has no effect in one process."""
+    """Warn if settings of links have no effect in one process."""
     told = []
     if settings.partition.delays == "auto":
         told.append(
@@ -158,7 +158,7 @@ def _no_links(settings: Settings) -> list[str]:
 
 
 def open_endpoints(engine: EngineSettings) -> list[str]:
-    """Says so where strangers can read signals and send some."""
+    """Warn if others in the network can read signals and send some."""
     by_tcp = engine.transport is TransportKind.TCP or (
         engine.transport is TransportKind.AUTO and engine.address is not None
     )
@@ -171,8 +171,10 @@ def open_endpoints(engine: EngineSettings) -> list[str]:
 
 
 def lending_notes(engine: EngineSettings, lent: int, refusals: Sequence[Refusal]) -> list[str]:
-    """Says so where signals between GPUs of one host go through host memory, once for every reason.
-    lent: channels for which that was looked into before the start."""
+    """Warn, once for each reason, if signals between GPUs of one host go through host memory.
+
+    `lent` is the number of channels that were tested before the start.
+    """
     if engine.device_signals is DeviceSignals.IPC and not lent:
         return [
             "engine.device_signals 'ipc' has no effect: no two actors of one host have CUDA blocks "
@@ -192,7 +194,7 @@ def lending_notes(engine: EngineSettings, lent: int, refusals: Sequence[Refusal]
 
 
 def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:
-    """Says so where the steps of the blocks could not be measured."""
+    """Warn that the steps of the blocks could not be measured."""
     told = []
     if places:
         told.append(
@@ -208,7 +210,7 @@ def unmeasured_notes(reason: str, places: bool, delays: bool) -> list[str]:
 
 
 def _as_they_are(plan: Plan) -> list[str]:
-    """Says so where `learning.inputs` has no effect."""
+    """Warn if `learning.inputs` has no effect."""
     found = []
     for name, block in plan.graph.blocks.items():
         linear = any(isinstance(m, (nn.Linear, nn.Conv2d)) for m in block.module.modules())
@@ -227,7 +229,7 @@ def _as_they_are(plan: Plan) -> list[str]:
 
 
 def _alone(plan: Plan) -> list[str]:
-    """Says so where one process is asked to be several."""
+    """Warn if one process is to compute for several."""
     engine = plan.engine
     if engine.kind is not EngineKind.INPROCESS:
         return []
@@ -242,7 +244,7 @@ def _alone(plan: Plan) -> list[str]:
 
 
 def thread_warnings(processes: int, threads: int, processors: int, host: str = "") -> list[str]:
-    """Says so where a host runs more threads than it has processors. host: its name, if several."""
+    """Warn if a host runs more threads than it has processors; `host` is its name, if several."""
     if processes * threads <= processors:
         return []
     where = f"of {host} " if host else ""
@@ -254,7 +256,7 @@ def thread_warnings(processes: int, threads: int, processors: int, host: str = "
 
 
 def placement_notes(plan: Plan, placement: list[list[str]], costs: Costs | None) -> list[str]:
-    """Says so where `auto` found that one process is best."""
+    """Warn if `auto` has chosen one process."""
     if plan.engine.actors != "auto" or plan.engine.placement is not None or len(placement) > 1:
         return []
     if len(plan.graph.blocks) == 1:
@@ -279,7 +281,7 @@ def placement_notes(plan: Plan, placement: list[list[str]], costs: Costs | None)
 
 
 def after(plan: Plan, outcome: Outcome) -> list[str]:
-    """What can be told after the run."""
+    """Return the warnings after the run."""
     return [
         *smoothness_warnings(plan, outcome.smoothness),
         *loss_warnings(outcome),
@@ -288,7 +290,7 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
 
 
 def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
-    """Says so where a stream ended before the run had the items that it was asked for."""
+    """Warn if the stream ended before the run had all its items."""
     items = plan.skip + outcome.samples
     if plan.steps is None or outcome.interrupted or items >= plan.steps:
         return []
@@ -299,7 +301,7 @@ def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
 
 
 def reset_warnings(plan: Plan, schedule: HoldSchedule) -> list[str]:
-    """Says so where something is cleared before it has had its effect."""
+    """Warn if states are cleared before they can have an effect."""
     told = []
     late = max(schedule.target_lag(r) for r in plan.graph.readouts)
     reset, c = plan.dynamics.reset, schedule.c
@@ -334,14 +336,14 @@ def _one_hop(plan: Plan) -> list[str]:
 
 
 def loss_warnings(outcome: Outcome) -> list[str]:
-    """Says so where nothing was learned."""
+    """Warn if nothing was learned."""
     if outcome.samples and not any(outcome.windows.values()):
         return ["no sample had a target when it reached a readout, so nothing was learned"]
     return []
 
 
 def sequence_warnings(plan: Plan, outcome: Outcome) -> list[str]:
-    """Says so where nothing in the stream marks the end of a sequence."""
+    """Warn if nothing in the stream marks the end of a sequence."""
     updates = max((block.updates for block in outcome.blocks.values()), default=0)
     if not plan.knobs.sequence or updates > 1 or outcome.samples < LONG_SEQUENCE:
         return []
@@ -353,7 +355,7 @@ def sequence_warnings(plan: Plan, outcome: Outcome) -> list[str]:
 
 
 def smoothness_warnings(plan: Plan, frames: float | None) -> list[str]:
-    """Says so where a level without memory meets a stream that changes too fast for it.
+    """Warn if a level without memory meets a stream that changes too fast for it.
 
     Measured on prototypes: such a level equals backpropagation once a sample's S c ticks are 2.5
     times the round trip of 2D ticks, and is worse than training the last block alone below one

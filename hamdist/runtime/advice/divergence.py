@@ -1,4 +1,4 @@
-"""Why a run left the finite range, in words."""
+"""The likely cause of a run that left the finite range, in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hamdist.runtime.plan.plan import Plan
 
 
 def explained(error: DivergedError, plan: Plan) -> DivergedError:
-    """The same error with its likely cause."""
+    """Return the same error with its likely cause."""
     cause = error.cause or _cause(error, plan)
     made = DivergedError(error.block, error.tick, error.quantity, error.norm, cause)
     made.outcome = error.outcome

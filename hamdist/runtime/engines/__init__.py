@@ -1,1 +1,1 @@
-"""The in-process engine, and one worker process of an engine of many."""
+"""The in-process engine, and one worker process of a distributed engine."""

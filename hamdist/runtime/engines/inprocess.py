@@ -25,7 +25,7 @@ PROGRESS_SECONDS = 0.25
 
 
 class InProcessEngine:
-    """Steps all blocks of a graph in the calling thread. Deterministic."""
+    """Steps all blocks of a graph in the calling thread; deterministic."""
 
     def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
         created = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How many bytes one message on a channel may have, by the plan: more is no signal of this run."""
+"""The largest message of each channel, by the plan; a larger one is no signal of this run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ REST = 4096  # what else a packet may hold; encryption adds 33 bytes
 
 
 def message_bytes(plan: Plan, channel: Channel) -> int:
-    """The most bytes of one message on `channel`: B signals in a bundle, each a header and TIMES
-    the bytes that the plan knows of; or RAGGED, where items have lengths of their own."""
+    """Return the most bytes of one message on `channel`.
+
+    That is B signals in a bundle, each a header and TIMES the bytes that the plan states; or
+    RAGGED, where items have lengths of their own.
+    """
     one = TIMES * _signal_bytes(plan, channel)
     if plan.one_length is None:
         one = max(one, RAGGED)
@@ -29,8 +32,11 @@ def message_bytes(plan: Plan, channel: Channel) -> int:
 
 
 def slot_bytes(plan: Plan, channel: Channel) -> int:
-    """Bytes of a signal between two blocks as the plan knows it: a message in the wider type of its
-    blocks, with the state that it brings along (memory 'reversible')."""
+    """Return the bytes of a signal between two blocks, by the plan.
+
+    A message has the wider type of the two blocks, and includes the state that it brings along
+    (memory 'reversible').
+    """
     shape, dtype = plan.shapes[channel.sender]
     if channel.kind is Kind.STATE:
         return math.prod(shape) * dtype.itemsize

@@ -1,7 +1,7 @@
 """One process of a distributed run: some blocks, perhaps the stream, and their sockets.
 
-A plain object: a Ray actor wraps it (actors.py); for a stream that cannot leave the driver's
-process the driver runs one in a thread.
+A plain object: a Ray actor wraps it (ray_engine/worker_actor.py); for a stream that cannot leave
+the driver's process the driver runs one in a thread.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ ANSWER_SECONDS = 60.0  # a block's step may take long
 
 @dataclass(slots=True)
 class WorkerReport:
-    """What a process leaves. refusals: where signals between GPUs went through host memory. error:
-    what ended it; aborted: it was called off."""
+    """Final report of a process; the fields are those of RunFacts, except for these.
+
+    `refusals`: channels between GPUs whose signals went through host memory; `error`: ended the
+    process; `aborted`: it was called off.
+    """
 
     blocks: dict[str, BlockState] = field(default_factory=dict)
     windows: dict[str, list[Window]] = field(default_factory=dict)
@@ -78,7 +81,7 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True)
 class BlockedChannel:
-    """A blocked channel, for the watchdog. seconds: since when."""
+    """A blocked channel, for the watchdog; `seconds` is how long it has been blocked."""
 
     waiter: str
     awaited: str
@@ -88,8 +91,10 @@ class BlockedChannel:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotNews:
-    """What was written since the last look, what went wrong, and the bytes of kept signals.
-    forgot: they took too many, so that nobody can begin again from the latest snapshot."""
+    """Files written since the last status, the failure of one, and the bytes of kept signals.
+
+    `forgot` says that signals were dropped: no process can restart from the latest snapshot.
+    """
 
     taken: list[WrittenFiles]
     failure: str | None
@@ -98,7 +103,7 @@ class SnapshotNews:
 
 
 class ReceivingEnd(NamedTuple):
-    """The receiving end of a channel. next: the number of the signal that it waits for."""
+    """The receiving end of a channel; `next` is the number of the signal that it waits for."""
 
     address: str
     next: int
@@ -109,8 +114,11 @@ ReceivingEnds: TypeAlias = dict[int, ReceivingEnd]
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One look at a running process. ticks and updates by block; windows: of its first readout
-    from number `first` on, `every` items each (None: no readout here)."""
+    """Status of a running process; ticks and updates are by block.
+
+    The windows are those of its first readout from number `first` on, `every` items each (None: no
+    readout here).
+    """
 
     ticks: dict[str, int]
     updates: dict[str, int]
@@ -123,8 +131,7 @@ class WorkerStatus:
 
 
 class Worker:
-    """blocks: those of this process, in the graph's order; stream: if it is drawn here; keys: for
-    tcp sockets that ask for them."""
+    """The blocks, channels and snapshots of one process; `stream` is given if it is drawn here."""
 
     def __init__(
         self,
@@ -165,8 +172,10 @@ class Worker:
         return [*([self._source] if self._source is not None else []), *self._nodes]
 
     def bind(self, ways: Mapping[int, str]) -> ReceivingEnds:
-        """Opens the receiving ends of the channels given by index, each in its way (transport.py).
-        One that is open already is closed: what it has not handed out yet comes again."""
+        """Open the receiving ends of the given channels, by index, each on its transport.
+
+        An open end is closed first: signals that it has not handed out yet come again.
+        """
         opened: ReceivingEnds = {}
         for i, way in ways.items():
             channel = self._channels[i]
@@ -177,8 +186,9 @@ class Worker:
         return opened
 
     def connect(self, ends: ReceivingEnds) -> int:
-        """Opens the sending ends of the channels of this process that are among `ends`. How many
-        signals are sent again."""
+        """Open the sending ends of this process's channels among `ends`; returns the signals sent
+        again.
+        """
         again = 0
         for i, end in ends.items():
             channel = self._channels[i]
@@ -198,7 +208,7 @@ class Worker:
         return again
 
     def _memory(self, channel: Channel, block: str) -> GpuMemory | None:
-        """Of the GPU that `block` of this process computes on, where its signals may stay there."""
+        """Return the memory of the GPU on which `block` computes, if its signals may stay there."""
         engine = self._plan.engine
         meant = engine.device_signals is not DeviceSignals.HOST and not engine.link_delay
         if not meant or channel.kind not in (Kind.STATE, Kind.MESSAGE) or channel.sender == INPUT:
@@ -226,11 +236,11 @@ class Worker:
         return gpu_sender
 
     def answer_offers(self) -> None:
-        """Looks whether memory of GPUs that was offered can be reached, before the first tick."""
+        """Test whether offered GPU memory can be reached, before the first tick."""
         self._transport.answer_offers()
 
     def hear_answers(self) -> tuple[int, list[Refusal]]:
-        """How many channels this process has offered memory for, and where that came to nothing."""
+        """Return how many channels offered memory, and the refusals."""
         self._transport.hear_answers()
         return len(self._gpu_senders), self._refusals()
 
@@ -244,33 +254,36 @@ class Worker:
     # While the nodes run, their thread does these (in its own time).
 
     def bind_anew(self, ways: Mapping[int, str]) -> ReceivingEnds:
-        """`bind`, for a neighbour that begins again."""
+        """Open receiving ends (`bind`) for a neighbour that restarts."""
         return self._requests.ask(lambda: self.bind(ways), ANSWER_SECONDS)
 
     def connect_anew(self, ends: ReceivingEnds) -> int:
-        """`connect`, to a neighbour that begins again."""
+        """Open sending ends (`connect`) to a neighbour that restarts."""
         return self._requests.ask(lambda: self.connect(ends), ANSWER_SECONDS)
 
     def complete(self, tick: int) -> None:
-        """The snapshot of that tick is complete: signals before it are not needed again."""
+        """Note that the snapshot of that tick is complete: drop the signals before it."""
         if self._sent_log is not None:
             sent_log = self._sent_log
             self._requests.ask(lambda: sent_log.complete(tick), ANSWER_SECONDS)
 
     def keep(self, tick: int) -> bool:
-        """A snapshot at `tick`; whether that is still to come."""
+        """Request a snapshot at `tick`; returns True if the tick is still to come."""
         return self._snapshot_writer is not None and self._snapshot_writer.ask(tick)
 
     def allow(self, key: str) -> None:
-        """Lets the holder of a public key connect to this process's tcp sockets (transport.py)."""
+        """Allow the holder of a public key to connect to this process's tcp sockets."""
         self._transport.allow(key)
 
     def withdraw(self, key: str) -> None:
         self._transport.withdraw(key)
 
     def run(self, index: int = 0, actors: int = 0) -> WorkerReport:
-        """Steps the nodes to the end. Errors are reported, not raised. index: of this process among
-        the `actors` of its host, each of which gets a processor of its own (0: none does)."""
+        """Step the nodes to the end, and report errors instead of raising them.
+
+        This process is number `index` of the `actors` on its host, each of which gets a processor
+        of its own (0: none does).
+        """
         set_switches(self._plan.switches)
         torch.set_num_threads(self._plan.engine.threads)
         reset_peak(collect=True)
@@ -333,7 +346,9 @@ class Worker:
             self._requests.serve()
 
     def status(self, seen: int, every: int | None) -> WorkerStatus:
-        """Called from another thread. seen: windows that the caller has, of `every` items."""
+        """Return the status, in another thread; `seen`: windows that the caller has, of `every`
+        items.
+        """
         metrics = next((n.metrics for n in self._nodes if n.metrics is not None), None)
         now = None if metrics is None else metrics.every  # before the windows, which it may join
         windows = [] if metrics is None else metrics.windows
@@ -370,12 +385,12 @@ class Worker:
         return BlockedChannel(waiter, awaited, what, time.monotonic() - waiting.since)
 
     def stop_stream(self) -> None:
-        """Ends the stream at its next sample; what is under way is finished."""
+        """End the stream at its next sample; samples under way are finished."""
         if self._source is not None:
             self._source.stop.set()
 
     def abort(self) -> None:
-        """Makes `run` end at its next blocked call."""
+        """Make `run` end at its next blocked call."""
         self._abort.set()
 
     def close(self) -> None:

@@ -137,12 +137,9 @@ class HoldNode(Remembers):
         self.tick = self.event.tick
 
     def _input(self, edge: Edge, event: Event) -> Tensor:
-        """Return the state that the edge shows in this tick.
-
-        That is the state that arrived in this tick, or the latest one where the input shows a
-        sample
-        for several ticks or where the stream has ended.
-        """
+        """Return the state that the edge shows in this tick. That is the state that arrived in this
+        tick, or the latest one where the input shows a sample for several ticks or where the stream
+        has ended."""
         signal = None if edge in self._ended else self._ports.state(edge, event)
         if signal is not None and signal.end:
             self._ended.append(edge)
@@ -160,12 +157,9 @@ class HoldNode(Remembers):
         return None if signal.stamp.tick < self._clock.z_since else signal.payload
 
     def _has_ended(self) -> bool:
-        """Return True if the end of the stream has reached this block.
-
-        In an acyclic graph the end has to arrive along every edge, so that the last samples reach
-        the
-        readouts. Around a cycle no block could be the first to stop, so there the first end counts.
-        """
+        """Return True if the end of the stream has reached this block. In an acyclic graph the end
+        has to arrive along every edge, so that the last samples reach the readouts. Around a cycle
+        no block could be the first to stop, so there the first end counts."""
         if not self._acyclic:
             return bool(self._ended)
         return all(edge in self._ended for edge in self._ports.into)

@@ -138,12 +138,8 @@ class Mailbox:
         return signal
 
     def _encoded(self, channel: Channel, signal: Signal) -> Signal:
-        """Return the signal as it travels.
-
-        Signals between two blocks of one process are encoded as well, so that the results of a run
-        do
-        not depend on where its blocks live.
-        """
+        """Return the signal as it travels. Signals between two blocks of one process are encoded as
+        well, so that the results of a run do not depend on where its blocks live."""
         if channel.codec is None or signal.payload is None:
             return signal
         if channel.number not in self._encoders:

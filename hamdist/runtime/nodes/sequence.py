@@ -94,10 +94,8 @@ class SequenceNode(Remembers):
             record(self.metrics, event.sample, reading)
 
     def _inputs(self, event: Event) -> tuple[list[Tensor], bool]:
-        """Return the parents' states, and True if this token is the last one of its sequence.
-
-        The token's own signal carries that tag, and the end of the stream.
-        """
+        """Return the parents' states, and True if this token is the last one of its sequence. The
+        token's own signal carries that tag, and the end of the stream."""
         inputs, last = [], False
         for edge in self._ports.into:
             signal = self._ports.state(edge, event)

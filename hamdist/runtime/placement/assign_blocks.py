@@ -1,6 +1,6 @@
-"""Which process hosts which blocks. It changes no number, only time and memory.
+"""Assigns blocks to processes. The assignment changes no number, only time and memory.
 
-Neighbours in the order of the graph share an actor. What a sample costs:
+Neighbours in the order of the graph share an actor. The cost of a sample:
 
     busy(a, b)  = seconds of blocks a ... b-1, + those of every exchange that leaves them
     latency     = sum of busy over all actors: one sample's way through the network and back
@@ -40,10 +40,15 @@ ActorIndices: TypeAlias = "NDArray[np.intp]"
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of one sample. seconds: the work of each block, in the graph's order. crossings: (i, j, s):
-    each of the two actors that host the blocks i < j spends s seconds on the signals between them.
-    in_flight: samples that the schedule has in the network at once. apart: pairs of blocks that
-    cannot share an actor."""
+    """Costs of one sample.
+
+    Attributes:
+        seconds: work of each block, in the graph's order.
+        crossings: (i, j, s): each of the two actors that host the blocks i < j spends s seconds on
+            the signals between them.
+        in_flight: samples that the schedule has in the network at once.
+        apart: pairs of blocks that cannot share an actor.
+    """
 
     seconds: tuple[float, ...]
     crossings: tuple[tuple[int, int, float], ...] = ()
@@ -51,7 +56,7 @@ class Costs:
     apart: tuple[tuple[int, int], ...] = ()
 
     def busy(self, first: int, end: int) -> float:
-        """Seconds a sample takes the actor with the blocks first ... end - 1."""
+        """Return the seconds that a sample takes the actor with the blocks first ... end - 1."""
         inside = range(first, end)
         if any(i in inside and j in inside for i, j in self.apart):
             return math.inf
@@ -60,14 +65,14 @@ class Costs:
         )
 
     def of(self, starts: Sequence[int]) -> float:
-        """T with actors whose first blocks are `starts`."""
+        """Return T for actors whose first blocks are `starts`."""
         ends = [*starts[1:], len(self.seconds)]
         busy = [self.busy(a, b) for a, b in zip(starts, ends, strict=True)]
         return max(max(busy), sum(busy) / self.in_flight)
 
 
 class _Ways:
-    """The best cuts of a row of blocks into up to `most` runs: for a bound on the busiest actor the
+    """The best cuts of a row of blocks into up to `most` runs. For a bound on the busiest actor the
     least latency follows by dynamic programming over the last cut, for all numbers of runs at once.
     """
 
@@ -80,7 +85,9 @@ class _Ways:
         self._known: dict[float, list[float]] = {}  # by bound: the least latency, by number of runs
 
     def _rows(self, bound: float, parts: int) -> Iterator[tuple[Floats, ActorIndices]]:
-        """For 1 ... `parts` runs, by end: the least latency, and where the last run starts."""
+        """Yield, for 1 ... `parts` runs and by end, the least latency and the start of the last
+        run.
+        """
         n = len(self._costs.seconds)
         allowed = np.where(self._busy <= bound, self._busy, math.inf)
         latency = np.full(n + 1, math.inf)
@@ -105,8 +112,8 @@ class _Ways:
         return starts[::-1]
 
     def best(self, parts: int) -> list[int]:
-        """The first blocks of `parts` actors with the least T. The least latency falls as the bound
-        rises, so the best bound is where both terms of T meet."""
+        """Return the first blocks of `parts` actors with the least T. The least latency falls as
+        the bound rises, so the best bound is where both terms of T meet."""
         bounds, in_flight = self._bounds, self._costs.in_flight
         # The first bound at which the busiest actor, and no more the latency, decides: T is least
         # there or one bound before, where a less busy actor may come with the same latency.
@@ -123,7 +130,7 @@ class _Ways:
 
 
 def _busy(costs: Costs) -> Floats:
-    """`Costs.busy` of all runs, by first block and end; infinite for empty ones."""
+    """Return `Costs.busy` of all runs, by first block and end; infinite for empty ones."""
     n = len(costs.seconds)
     inside: list[list[tuple[int, float]]] = [[] for _ in range(n)]  # by block: exchanges with whom
     for i, j, seconds in costs.crossings:
@@ -146,13 +153,15 @@ def _busy(costs: Costs) -> Floats:
 
 
 def split(costs: Costs, parts: int) -> list[int]:
-    """The first blocks of `parts` actors with the least T."""
+    """Return the first blocks of `parts` actors with the least T."""
     return _Ways(costs, parts).best(parts)
 
 
 def choose(costs: Costs, most: int) -> list[int]:
-    """The first blocks of 1 to `most` actors with the least T; a further actor has to be `WORTH`
-    it."""
+    """Return the first blocks of 1 to `most` actors with the least T.
+
+    A further actor has to reduce T by the factor `WORTH`.
+    """
     best = [0]
     blocks = len(costs.seconds)
     most = min(most, blocks)
@@ -170,13 +179,16 @@ def choose(costs: Costs, most: int) -> list[int]:
 def place(
     graph: Graph, engine: EngineSettings, cpus: int, costs: Costs | None = None
 ) -> list[list[str]]:
-    """The blocks of each actor: as `engine.placement` says, or runs of neighbouring blocks with
-    the least time a sample by `costs`; without them, and where that is as good, with about equally
-    many parameters, which no noise of a measurement moves from run to run. `auto` chooses the
-    number of actors, at most as many as processors have room for their threads.
+    """Return the blocks of each actor.
 
-    Raises SettingsError for more actors than blocks, and for a placement that leaves a block out,
-    names an unknown one, or one twice; for blocks of one actor that ask for different things.
+    They are those of `engine.placement`, or runs of neighbouring blocks with the least time a
+    sample. Without `costs`, and where that is as good, the runs have about equally many parameters,
+    which no noise of a measurement moves from run to run. `auto` chooses the number of actors: at
+    most as many as the `cpus` processors have room for with their threads.
+
+    Raises:
+        SettingsError: there are more actors than blocks; a placement leaves a block out, names an
+            unknown one, or one twice; blocks of one actor contradict each other.
     """
     names = list(graph.blocks)
     asked = block_settings(graph, engine)
@@ -212,8 +224,8 @@ def place(
 
 
 def _segments(blocks: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
-    """The first blocks of as few actors as keep the blocks of all `pairs` apart: each goes on as
-    long as it can."""
+    """Return the first blocks of as few actors as keep the blocks of all `pairs` apart. Each actor
+    takes blocks as long as it can."""
     starts = [0]
     for j in range(blocks):
         if any(i >= starts[-1] and last == j for i, last in pairs):
@@ -222,7 +234,7 @@ def _segments(blocks: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def by_parameters(graph: Graph) -> list[float]:
-    """What stands for the work of a block where it was not measured."""
+    """Return the numbers of parameters, which stand for work that was not measured."""
     return [
         1.0 + sum(p.numel() for p in block.module.parameters()) for block in graph.blocks.values()
     ]

@@ -1,4 +1,4 @@
-"""Which host an actor goes to, and what it asks Ray for. Pure: Ray is asked and told elsewhere.
+"""Assigns actors to hosts, with their resource requests. Pure functions: others call Ray.
 
 auto     Ray decides, but for actors that name a host
 packed   actors in their order fill one host after the other
@@ -23,7 +23,7 @@ MOST_SHARES = 10_000  # of a GPU: Ray counts in these parts
 
 @dataclass(frozen=True)
 class HostInfo:
-    """One host as Ray describes it: id, address, name; what it has."""
+    """A host as Ray describes it: id, address, name and resources."""
 
     id: str
     address: str
@@ -34,8 +34,11 @@ class HostInfo:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def is_called(self, word: str) -> bool:
-        """Whether `engine.blocks.NAME.host` means this one: by address, name or id, or by a custom
-        resource or a label's value that it has."""
+        """Return True if `engine.blocks.NAME.host` names this host.
+
+        A host is named by its address, name or id, or by one of its custom resources or label
+        values.
+        """
         known = {self.id, self.address, self.name, *self.resources, *self.labels.values()}
         return word in known
 
@@ -50,7 +53,7 @@ def described(
     resources: Mapping[str, float],
     labels: Mapping[str, str],
 ) -> HostInfo:
-    """A host as Ray tells of it, without what is Ray's own among its resources and labels."""
+    """Make a HostInfo of Ray's description, without Ray's internal resources and labels."""
     ray_own = ("node:", "memory", "object_store_memory", "accelerator_type:")
     named = {n: v for n, v in resources.items() if n not in ("CPU", "GPU")}
     return HostInfo(
@@ -66,9 +69,14 @@ def described(
 
 @dataclass(frozen=True)
 class ActorOptions:
-    """What one actor is started with. node: Ray's id of its host, None where Ray decides.
-    environment: variables of its process, beside those of its host. Equal options of actors can
-    take over each other's processes."""
+    """Options with which one actor is started; actors with equal options can share processes in
+    turn.
+
+    Attributes:
+        cpus, gpus, resources: the resource request.
+        node: Ray's id of its host; None where Ray decides.
+        environment: variables of its process, beside those of its host.
+    """
 
     cpus: float = 1.0
     gpus: float = 0.0
@@ -77,11 +85,11 @@ class ActorOptions:
     environment: tuple[tuple[str, str], ...] = ()
 
     def pinned(self, environment: Mapping[str, str]) -> ActorOptions:
-        """The same with these variables, whatever the host's are."""
+        """Return the same options with these variables, whatever the host's are."""
         return replace(self, environment=tuple({**dict(self.environment), **environment}.items()))
 
     def on(self, node: str | None) -> ActorOptions:
-        """The same on another host; None: on any."""
+        """Return the same options on another host; None: on any."""
         return replace(self, node=node)
 
 
@@ -92,10 +100,17 @@ def options_of_actors(
     busy: Sequence[float],
     speeds: Mapping[str, float] | None = None,
 ) -> list[ActorOptions]:
-    """The actor options of each actor. hosts: the driver's first. busy: by actor, its work. speeds:
-    by host, seconds for the same work ('profile').
+    """Return the options of each actor.
 
-    Raises ClusterError for what the cluster cannot give, whatever else runs on it.
+    Args:
+        requests: of each actor.
+        hosts: of the cluster, the driver's first.
+        spread: the rule.
+        busy: by actor, its work.
+        speeds: by host, seconds for a fixed calculation ('profile').
+
+    Raises:
+        ClusterError: the cluster cannot satisfy a request, whatever else runs on it.
     """
     shares = _shares(requests, hosts)
     room = [_Room(host) for host in hosts]
@@ -140,9 +155,17 @@ def reseated(
     hosts: Sequence[HostInfo],
     taken: Sequence[tuple[str, ActorOptions]],
 ) -> ActorOptions:
-    """Where an actor goes that was lost: to host `was`, where it was, or else to one that has room
-    for it beside the others of the run, the emptiest first. hosts: those that are there. taken: the
-    others' hosts and options of actors."""
+    """Return the options of the replacement of a lost actor.
+
+    It goes to host `was` if that is there, or else to one that has room for it beside the others of
+    the run, the emptiest first.
+
+    Args:
+        actor_options: of the lost actor.
+        was: its host.
+        hosts: that are there now.
+        taken: the others' hosts and options.
+    """
     if was in {host.id for host in hosts}:
         return actor_options
     room = {host.id: _Room(host) for host in hosts}
@@ -162,7 +185,7 @@ def _as_requirements(actor_options: ActorOptions) -> ActorRequirements:
 
 
 class _Room:
-    """What is left of a host."""
+    """Free capacity of a host."""
 
     def __init__(self, host: HostInfo) -> None:
         self.host = host
@@ -176,7 +199,7 @@ class _Room:
         return enough and self.cpus >= requirements.cpus and self._gpus(gpus) is not None
 
     def _gpus(self, wanted: float) -> list[int] | None:
-        """Which of them are taken; None where they do not suffice."""
+        """Return which GPUs are taken; None if the free ones do not suffice."""
         least = min(wanted, 1.0)
         fit = [i for i, left in enumerate(self.gpus) if left >= least - 1e-9]
         number = math.ceil(wanted)
@@ -197,7 +220,7 @@ def _taken(
     order: Sequence[_Room],
     everywhere: Sequence[_Room],
 ) -> _Room:
-    """The first host in `order` that has room, which is then taken."""
+    """Take room on the first host in `order` that has enough, and return it."""
     for room in order:
         if room.has(requirements, gpus):
             room.take(requirements, gpus)
@@ -212,8 +235,8 @@ def _taken(
 
 
 def _shares(requests: Sequence[ActorRequirements], hosts: Sequence[HostInfo]) -> list[float]:
-    """The GPU share of each actor: as asked for; of those that only want to see one, equal parts of
-    what the GPUs of the cluster have left, none of them cut across two."""
+    """Return the GPU share of each actor. Actors that only need to see a GPU get equal parts of
+    what the cluster's GPUs have left, none of them cut across two."""
     asked = [d.gpus for d in requests]
     wanting = sum(g == 0 for g in asked)
     left = int(sum(h.gpus for h in hosts)) - math.ceil(sum(g for g in asked if g))
@@ -235,7 +258,7 @@ def _gpus_of(hosts: Sequence[HostInfo]) -> str:
 
 
 def _check(requirements: ActorRequirements, gpus: float, room: Sequence[_Room]) -> None:
-    """Raises ClusterError where no single host could take the actor, were it alone."""
+    """Raise ClusterError if no single host could take the actor, were it alone."""
     called = [r for r in room if requirements.host is None or r.host.is_called(requirements.host)]
     if not called:
         raise ClusterError(
@@ -268,7 +291,7 @@ def _check_sums(
     shares: Sequence[float],
     hosts: Sequence[HostInfo],
 ) -> None:
-    """Raises ClusterError where all actors together ask for more than there is."""
+    """Raise ClusterError if all actors together request more than there is."""
     cpus, total = sum(d.cpus for d in requests), sum(h.cpus for h in hosts)
     if cpus > total:
         raise ClusterError(
@@ -310,8 +333,8 @@ def _offer(host: HostInfo) -> str:
 
 
 def _ranks(speeds: Mapping[str, float]) -> dict[str, int]:
-    """Classes of hosts, the fastest first; a host begins a class where it is clearly slower than
-    the fastest of the class before."""
+    """Return the speed class of each host, the fastest first. A host begins a class if it is
+    clearly slower than the fastest of the class before."""
     ranks: dict[str, int] = {}
     rank, first = 0, None
     for host, seconds in sorted(speeds.items(), key=lambda item: item[1]):

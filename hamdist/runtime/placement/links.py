@@ -1,14 +1,15 @@
 """Links between hosts: how long they take, and the delays that hide it (`partition.delays: auto`).
 
 A block sends at tick k what its neighbour needs at tick k + d. With T seconds a tick and a link of
-L seconds nobody waits if
+L seconds no block waits if
 
     (d - 1) T >= L',        L' = MARGIN (latency + bytes / bandwidth),        T = P / c
 
 P: seconds a sample of the busiest actor, or of the fullest link; c: ticks a sample. The least d are
-taken: an edge of a pulse beside a longer way waits for it anyway (schedule.py) and gets less where
-that is enough. A bundle waits at its sender until it is full, which uses the delay up; so without a
-number for `engine.bundle` signals go alone, and with bundles of n (d - n) T >= L'.
+taken: an edge of a pulse beside a longer path waits for it anyway (dynamics/schedule/pulse.py) and
+gets less where that is enough. A bundle waits at its sender until it is full, which uses the delay
+up; so without a number for `engine.bundle` signals go alone, and with bundles of n
+(d - n) T >= L'.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ ROUNDS = SMALL_ROUNDS + LARGE_ROUNDS
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One way between two hosts. seconds: of a small signal, packing included."""
+    """A direction between two hosts; `seconds` is the time of a small signal with packing."""
 
     seconds: float
     bytes_per_second: float = math.inf
@@ -58,8 +59,10 @@ class Link:
 
 
 class Probe:
-    """One end of links under measurement, in an actor's process. link_delay, keys: as in the
-    run."""
+    """An end of links under measurement, in an actor's process.
+
+    `link_delay` and `keys` are those of the run.
+    """
 
     def __init__(self, run: int, link_delay: float, keys: Keys | None = None) -> None:
         self._endpoints = Endpoints(run, threading.Event(), link_delay, keys)
@@ -67,20 +70,22 @@ class Probe:
 
     @staticmethod
     def channels(number: int) -> tuple[Channel, Channel]:
-        """Of link `number`: there, and back. Their numbers differ in the last bit."""
+        """Return the channels of link `number`, there and back; their numbers differ in the last
+        bit.
+        """
         name = f"link {number}"
         there = Channel(2 * number, Kind.STATE, "measuring", "answering", name, 4)
         return there, Channel(2 * number + 1, Kind.MESSAGE, "answering", "measuring", name, 4)
 
     def open(self, ways: Mapping[int, str]) -> dict[int, str]:
-        """Opens the receiving ends of channels given by number; returns their addresses."""
+        """Open the receiving ends of channels, given by number, and return their addresses."""
         self._mine = list(ways)
         return {
             n: self._endpoints.bind(self._channel(n), way, 2 * LARGE) for n, way in ways.items()
         }
 
     def join(self, addresses: Mapping[int, str]) -> None:
-        """Opens the sending ends of the same links."""
+        """Open the sending ends of the same links."""
         for n in self._mine:
             self._endpoints.connect(self._channel(n ^ 1), addresses[n ^ 1])
 
@@ -88,7 +93,7 @@ class Probe:
         return self.channels(n // 2)[n % 2]
 
     def answer(self, number: int) -> None:
-        """Sends back what the other end sends."""
+        """Send back the signals that the other end sends."""
         there, back = self.channels(number)
         for n in range(ROUNDS):
             came = self._endpoints.receive(there, Stamp(n, n, 0))
@@ -114,7 +119,7 @@ class Probe:
 
 
 def pairs(plan: Plan, placement: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
-    """The actors (first, second) that exchange signals."""
+    """Return the actors (first, second) that exchange signals."""
     host = {name: i for i, blocks in enumerate(placement) for name in blocks}
     found = {(host[e.parent], host[e.child]) for e in plan.graph.edges if not e.from_input}
     return {(min(a, b), max(a, b)) for a, b in found if a != b}
@@ -126,10 +131,15 @@ def least_delays(
     costs: Costs,
     links: Mapping[tuple[int, int], Link],
 ) -> dict[str, int]:
-    """The fewest ticks that keep every actor busy, by edge between blocks.
+    """Return the fewest ticks that keep every actor busy, by edge between blocks.
 
-    placement: the blocks of each actor. links: by pair of actors. A schedule that lets one sample
-    into the network at a time gains nothing by delays: all are 1.
+    A schedule that lets one sample into the network at a time gains nothing by delays: all are 1.
+
+    Args:
+        plan: of the run.
+        placement: the blocks of each actor.
+        costs: of one sample.
+        links: by pair of actors.
     """
     edges = [e for e in plan.graph.edges if not e.from_input]
     if in_flight(plan) < 2:
@@ -161,7 +171,7 @@ def _bundle(plan: Plan) -> int:
 
 
 def _busy(plan: Plan, placement: Sequence[Sequence[str]], costs: Costs) -> list[float]:
-    """Seconds a sample takes each actor: its blocks' work, and what it spends on signals."""
+    """Return the seconds a sample takes each actor: its blocks' work, and their signals."""
     places = {name: i for i, name in enumerate(plan.graph.blocks)}
     found = []
     for blocks in placement:
@@ -172,7 +182,7 @@ def _busy(plan: Plan, placement: Sequence[Sequence[str]], costs: Costs) -> list[
 
 
 def _lessened(plan: Plan, delays: dict[str, int], needs: Mapping[str, int]) -> dict[str, int]:
-    """`delays` with 1 wherever the depths, which follow from the others, leave the time anyway."""
+    """Return `delays` with 1 wherever the depths, which follow from the others, leave the time."""
     for name in sorted(delays):
         if delays[name] == 1:
             continue

@@ -1,7 +1,7 @@
-"""What blocks ask for: where they live, and how they compute (`engine.blocks`, `engine.device`).
+"""Requirements of blocks: resources and device (`engine.blocks`, `engine.device`).
 
-What a block asks of its host (a host, processors, a share of a GPU, custom resources) is asked for
-the actor that it lives in; blocks of one actor must not contradict each other. Device, type and
+A block's requirements of its host (a host, processors, a share of a GPU, custom resources) are
+requested for its actor; blocks of one actor must not contradict each other. Device, type and
 autocast are the block's own.
 """
 
@@ -17,8 +17,13 @@ from hamdist.runtime.plan.block_settings import device_of
 
 @dataclass(frozen=True)
 class ActorRequirements:
-    """What one actor asks for. gpus: None: no GPU; 0: whatever share is left, of a block on
-    'cuda'. blocks: who asks, for errors."""
+    """Resource requirements of one actor.
+
+    Attributes:
+        host: name of a host; None: any.
+        gpus: None: no GPU; 0: whatever share is left, of a block on 'cuda'.
+        blocks: its blocks, for errors.
+    """
 
     host: str | None = None
     cpus: float = 1.0
@@ -28,12 +33,12 @@ class ActorRequirements:
 
     @property
     def plain(self) -> bool:
-        """Whether any host does."""
+        """Return True if the requirements exclude no host."""
         return self.host is None and self.cpus == 1 and self.gpus is None and not self.resources
 
 
 def contradiction(a: BlockEngineSettings, b: BlockEngineSettings) -> str | None:
-    """The setting for which two blocks of one actor ask different things, with both values."""
+    """Return the setting in which two blocks of one actor contradict, with both values."""
     for name in ("host", "cpus", "gpus"):
         one, other = getattr(a, name), getattr(b, name)
         if one is not None and other is not None and one != other:
@@ -49,7 +54,7 @@ def _shown(value: object) -> str:
 
 
 def apart(block_settings: Mapping[str, BlockEngineSettings]) -> tuple[tuple[int, int], ...]:
-    """The pairs of blocks, by number, that cannot share an actor."""
+    """Return the pairs of blocks, by number, that cannot share an actor."""
     own = list(block_settings.values())
     return tuple(
         (i, j)
@@ -62,7 +67,7 @@ def apart(block_settings: Mapping[str, BlockEngineSettings]) -> tuple[tuple[int,
 def requirements(
     blocks: Sequence[str], block_settings: Mapping[str, BlockEngineSettings], engine: EngineSettings
 ) -> ActorRequirements:
-    """What the actor of `blocks` asks for. Raises SettingsError where two of them contradict."""
+    """Return the requirements of the actor of `blocks`. Raises SettingsError if two contradict."""
     host: str | None = None
     cpus, gpus = 1.0, None
     resources: dict[str, float] = {}
@@ -87,7 +92,7 @@ def requirements(
 
 
 def idle_block_settings(asked: Iterable[BlockEngineSettings]) -> list[str]:
-    """The settings that mean nothing in one process, as they were given."""
+    """Return the settings without effect in a single process, as they were given."""
     given = list(asked)
     names = ("host", "cpus", "gpus", "resources")
     return [

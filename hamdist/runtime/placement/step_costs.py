@@ -1,9 +1,8 @@
-"""What a block's step costs: a few steps of the whole network, in a child of the driver's process.
+"""Costs of the blocks' steps: a few steps of the whole network, in a child of the driver's process.
 
-The run itself notices nothing: weights, random numbers, thread counts and whatever a module touches
-are the child's own, the samples are made up. A child whose time is up is killed: it can go on with
-nothing beside the run, as a thread could, and a module that never comes back costs no more than the
-limit.
+The run itself is not affected: weights, random numbers, thread counts and whatever a module changes
+are the child's own, and the samples are synthetic. A child whose time is up is killed: unlike a
+thread it cannot go on beside the run, and a module that never returns costs no more than the limit.
 """
 
 from __future__ import annotations
@@ -54,11 +53,11 @@ STAMP_SECONDS = 1e-3  # between two made-up samples
 
 
 class Unmeasured(Exception):
-    """The steps could not be measured; says why."""
+    """Raised if the steps could not be measured; the text says why."""
 
 
 def wants_costs(plan: Plan) -> bool:
-    """Whether the placement depends on what the blocks cost."""
+    """Return True if the placement depends on the costs of the blocks."""
     engine = plan.engine
     blocks = len(plan.graph.blocks)
     if engine.placement is not None or engine.balance is not Balance.TIME or blocks == 1:
@@ -69,9 +68,9 @@ def wants_costs(plan: Plan) -> bool:
 
 
 def measured_costs(plan: Plan, *, portable: bool) -> Costs:
-    """What `placement.choose` needs, from a measurement. portable: the stream is drawn by an actor.
+    """Measure the costs that `choose` needs. Raises Unmeasured.
 
-    Raises Unmeasured.
+    `portable` is true if an actor draws the stream.
     """
     seconds = measure(plan)
     names = list(plan.graph.blocks)
@@ -83,18 +82,19 @@ def measured_costs(plan: Plan, *, portable: bool) -> Costs:
 
 
 def unmeasured_costs(plan: Plan) -> Costs | None:
-    """Without a measurement: only that a schedule may not let two actors work at once."""
+    """Return costs without a measurement, if the schedule lets only one actor work at a time."""
     if in_flight(plan) > 1 or plan.engine.balance is not Balance.TIME:
         return None
     return Costs(tuple(by_parameters(plan.graph)), (), in_flight(plan))
 
 
 def in_flight(plan: Plan) -> float:
-    """Samples (micro-batches, where there are) that the schedule has in the network at once, on
-    their way there or back: a pulse
-    takes 2D + 1 ticks (less where the first blocks are frozen), a token of a sequence D + 1 in
-    either direction, and one enters every c ticks. In presentation `hold` all blocks step in every
-    tick."""
+    """Return the samples (or micro-batches) that the schedule has in the network at once.
+
+    A pulse takes 2D + 1 ticks (less where the first blocks are frozen), a token of a sequence D + 1
+    in either direction, and one enters every c ticks. In presentation `hold` all blocks step in
+    every tick.
+    """
     schedule = plan.schedule
     if isinstance(schedule, HoldSchedule):
         return math.inf
@@ -104,13 +104,15 @@ def in_flight(plan: Plan) -> float:
 
 
 def source_host(plan: Plan) -> str:
-    """The first block that reads the stream, or, where none does, compares with it."""
+    """Return the first block that reads the stream, or else the first with a target."""
     readers = {e.child for e in plan.graph.out_of[INPUT]} or set(plan.graph.readouts)
     return next(name for name in plan.graph.blocks if name in readers)
 
 
 def _crossings(plan: Plan, source: str | None) -> Iterator[tuple[int, int, float]]:
-    """Every pair of blocks that exchange signals, with the seconds a sample that costs each end."""
+    """Yield all pairs of blocks that exchange signals, with the seconds a sample that costs each
+    end.
+    """
     order = list(plan.graph.blocks)
     ticks = plan.schedule.c if isinstance(plan.schedule, HoldSchedule) else 1  # signals a sample
     for edge in plan.graph.edges:
@@ -140,10 +142,10 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def measure(plan: Plan, clock: Callable[[], float] | None = None) -> dict[str, float]:
-    """Seconds of work for one sample, of every block and of the stream's checks (`u`): medians over
-    samples in a network that is full. clock: in place of the processor's.
+    """Return the seconds of work for one sample, of every block and of the stream's checks (`u`).
 
-    Raises Unmeasured where a block fails, or takes too long.
+    They are medians over samples in a network that is full. `clock` replaces the processor's.
+    Raises Unmeasured if a block fails, or takes too long.
     """
     answer = _in_child(_Trial(plan, clock).answer, GIVE_UP_SECONDS)
     if isinstance(answer, str):
@@ -155,7 +157,7 @@ _Answer: TypeAlias = dict[str, float] | str  # the seconds, or why there are non
 
 
 def _in_child(work: Callable[[], _Answer], seconds: float) -> _Answer:
-    """What `work` returns in a child of this process, which has ended when this returns."""
+    """Return the result of `work` in a child of this process, which has ended when this returns."""
     if not hasattr(os, "fork"):
         return "this platform cannot copy a process"
     reader, writer = Pipe(duplex=False)
@@ -197,7 +199,7 @@ def _in_child(work: Callable[[], _Answer], seconds: float) -> _Answer:
 
 
 class _Trial:
-    """The network, stepped with a clock in hand."""
+    """The network, stepped under a clock."""
 
     def __init__(self, plan: Plan, clock: Callable[[], float] | None) -> None:
         # Here, as this process may see no GPU. (What a block takes there is not known before.)
@@ -210,7 +212,7 @@ class _Trial:
         self._clock = clock or (time.perf_counter if plan.engine.threads > 1 else time.thread_time)
 
     def answer(self) -> _Answer:
-        """Seconds by node, or the reason why there are none."""
+        """Return the seconds by node, or the reason why there are none."""
         try:
             with torch_threads(self._plan.engine.threads):
                 return self._seconds()
@@ -245,7 +247,7 @@ class _Trial:
 
 
 class _Timed:
-    """A node that notes what its steps take: (tick, seconds)."""
+    """A node that records the time of its steps: (tick, seconds)."""
 
     def __init__(self, node: Node, clock: Callable[[], float]) -> None:
         self._node = node
@@ -269,7 +271,7 @@ class _Timed:
 
 
 class _Examples:
-    """As many made-up samples of the stream's shapes and types."""
+    """A stream of a given number of synthetic samples, in the stream's shapes and types."""
 
     portable = True
 
@@ -285,7 +287,7 @@ class _Examples:
 
 
 def example_sample(spec: SampleSpec) -> Sample:
-    """A made-up sample of the shapes and types of `spec`, with all its targets."""
+    """Return a synthetic sample of the shapes and types of `spec`, with all its targets."""
     y = (
         _example_target(spec.target(""))
         if spec.targets is None
@@ -296,13 +298,12 @@ def example_sample(spec: SampleSpec) -> Sample:
 
 
 def example_input(spec: SampleSpec) -> Tensor:
-    """An input (of several: the first) of the shape and type of `spec`: a real one, if it knows
-    one."""
+    """Return the (first) input of the shape and type of `spec`: a real one, if `spec` has one."""
     return _example(spec, next(iter(spec.parents)), spec.u_shape, spec.u_dtype)
 
 
 def example_inputs(spec: SampleSpec) -> dict[str, Tensor]:
-    """Several inputs, by name."""
+    """Return several inputs, by name."""
     return {
         name: _example(spec, f"{INPUT}.{name}", one.shape, one.dtype)
         for name, one in (spec.inputs or {}).items()

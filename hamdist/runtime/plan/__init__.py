@@ -1,1 +1,1 @@
-"""A run, worked out: dtypes, settings by block, heads, what every process needs to know."""
+"""The plan of a run: dtypes, settings by block, heads, everything that all processes share."""

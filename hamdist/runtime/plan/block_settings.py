@@ -1,4 +1,4 @@
-"""Settings of single blocks: what `engine.blocks` says of each."""
+"""Settings of single blocks, from `engine.blocks`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ NOTHING = BlockEngineSettings()
 
 
 def block_settings(graph: Graph, engine: EngineSettings) -> dict[str, BlockEngineSettings]:
-    """What `engine.blocks` says of each block. Raises SettingsError for a pattern that fits none of
-    them."""
+    """Return the settings of each block. Raises SettingsError for a pattern that fits no block."""
     check_patterns("engine.blocks", engine.blocks, graph.blocks, "block")
     found = {name: fitting(name, engine.blocks) for name in graph.blocks}
     return {n: NOTHING if p is None else engine.blocks[p] for n, p in found.items()}

@@ -1,4 +1,4 @@
-"""What a plan refuses: settings, graph and stream that do not fit each other."""
+"""Checks of a plan: settings, graph and stream that do not fit each other are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAGE = 4096
 def why_one_length(
     graph: Graph, spec: SampleSpec, knobs: Locality, settings: Settings
 ) -> str | None:
-    """Why all items have the lengths of the first one; None where each may have its own."""
+    """Return why all items must have the lengths of the first one; None if they need not."""
     if not spec.ragged:
         return (
             "where items have lengths of their own, say ragged=True to hamdist.streams.from_loader "
@@ -50,8 +50,10 @@ def why_one_length(
 
 
 def least_bytes(graph: Graph, settings: Settings) -> int:
-    """Return what a snapshot of `graph` takes at least: weights, their costates, and averages, and
-    a page of the disk for each file."""
+    """Return the least bytes of a snapshot of `graph`.
+
+    Those are its weights, their costates and averages, and a page of the disk for each file.
+    """
     learning = settings.learning
     copies = 2 + (learning.adaptive is not None) + (learning.average != "off")
     modules = [m for b in graph.blocks.values() for m in (b.module, b.output) if m is not None]
@@ -60,7 +62,7 @@ def least_bytes(graph: Graph, settings: Settings) -> int:
 
 
 def check_output_nets(graph: Graph, dynamics: Dynamics) -> None:
-    """Raises LevelError for constants of a state that are given to blocks without one."""
+    """Raise LevelError for constants of a state that are given to blocks without one."""
     for pattern, own in dynamics.blocks.items():
         fitting = [b for b in graph.blocks.values() if fnmatchcase(b.name, pattern)]
         given = {"c": own.c, "eta_z": own.eta_z}
@@ -76,7 +78,7 @@ def check_output_nets(graph: Graph, dynamics: Dynamics) -> None:
 
 
 def check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Locality) -> None:
-    """Raises LevelError where states are cleared before a prediction has come about."""
+    """Raise LevelError if states are cleared before a prediction can arise."""
     if dynamics.reset.h is not Reset.SAMPLE or not isinstance(schedule, HoldSchedule):
         return
     late = max(schedule.target_lag(r) for r in graph.readouts)
@@ -89,7 +91,9 @@ def check_resets(graph: Graph, schedule: Schedule, dynamics: Dynamics, knobs: Lo
 
 
 def with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec:
-    """Sets the number of classes that the stream does not know: what cross-entropy predicts."""
+    """Set the number of classes, if the stream does not give it: the classes that the model
+    predicts.
+    """
 
     def known(target: TargetSpec | None, readouts: Iterable[str]) -> int | None:
         if target is None or target.classes is not None or target.dtype.is_floating_point:
@@ -116,7 +120,7 @@ def with_classes(spec: SampleSpec, graph: Graph, shapes: ShapeMap) -> SampleSpec
 
 
 def check_predictions(graph: Graph, shapes: ShapeMap, spec: SampleSpec, ignore_index: int) -> None:
-    """Raises GraphError where a readout's prediction cannot be compared with the targets."""
+    """Raise GraphError if a readout's prediction cannot be compared with the targets."""
     unknown = sorted(set(spec.targets or ()) - set(graph.readouts))
     if unknown:
         raise GraphError(

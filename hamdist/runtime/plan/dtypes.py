@@ -1,8 +1,8 @@
-"""The borders of a run's blocks, worked out before it starts: who computes in which type.
+"""The borders of a run's blocks, computed before it starts: which block computes in which type.
 
-A block with `dtype` gets a copy of its module in that type, and takes whatever is a real number in
-it; all others take what they would have taken, had nobody a type of its own. So every cast is at
-the border of the block that reads (device.py), and is the same in every engine.
+A block with `dtype` gets a copy of its module in that type, and casts every real input to it. All
+other blocks take the types that they would have without such settings. So every cast is at the
+border of the block that reads (signals/cast.py), and is the same in every engine.
 """
 
 from __future__ import annotations
@@ -30,12 +30,21 @@ DTYPES = {
 def with_cast_plans(
     graph: Graph, shapes: ShapeMap, inputs: ShapeMap, engine: EngineSettings, knobs: Locality
 ) -> tuple[Graph, ShapeMap, dict[str, CastPlan]]:
-    """The graph with its modules in the types that `engine.blocks` asks for (a copy, where it asks
-    for any, or for another device), the shapes with the types that follow, and every block's cast
-    plan (none where all is as it would be).
+    """Return graph, shapes and cast plans in the types that `engine.blocks` asks for.
 
-    shapes: of every h in the graph as it is; inputs: of the stream's.
-    Raises SettingsError, and GraphError for a block that cannot compute in its type.
+    The graph is a copy where blocks have types or devices of their own; there are no cast plans if
+    no block has.
+
+    Args:
+        graph: the graph.
+        shapes: of every h in the graph as it is.
+        inputs: shapes of the stream's inputs.
+        engine: the settings.
+        knobs: of the level.
+
+    Raises:
+        SettingsError: a type or device is not available.
+        GraphError: a block cannot compute in its type.
     """
     asked = block_settings(graph, engine)
     devices = {name: device_of(block_setting, engine) for name, block_setting in asked.items()}
@@ -75,7 +84,7 @@ def with_cast_plans(
 
 
 def taken(cast_plans: Mapping[str, CastPlan]) -> dict[int, torch.dtype]:
-    """By edge, the type in which its child takes it, which is that of the child's messages."""
+    """Return the type in which each edge's child takes it and sends messages, by edge."""
     return {
         edge: dtype for cast_plan in cast_plans.values() for edge, dtype in cast_plan.inputs.items()
     }
@@ -90,7 +99,7 @@ def _check_autocast(name: str, block_setting: BlockEngineSettings, dtype: torch.
 
 
 def _tried(block: BlockSpec, before: ShapeMap, dtype: torch.dtype) -> torch.dtype:
-    """The type of what the block makes of inputs of `dtype`."""
+    """Return the type of the block's output for inputs of `dtype`."""
     given = [before[parent] for parent in block.parents]
     inputs = [
         torch.zeros(shape, dtype=dtype if was.is_floating_point else was) for shape, was in given

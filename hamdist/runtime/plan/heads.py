@@ -1,4 +1,4 @@
-"""Which blocks have a readout of their own (`learning.heads`, level `heads`), before a run."""
+"""The heads of a run: blocks with a local readout (`learning.heads`, level `heads`)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ BESIDE_MESSAGES = 0.3  # staleness.md: trace + local heads
 
 @dataclass(frozen=True)
 class Heads:
-    """weights: of the heads' steps, by block that has one. readout: whose labels and loss they
-    take. predictions: the shape that they make, batch in front. norm: with a layer norm."""
+    """The heads of a run.
+
+    Attributes:
+        weights: of the heads' steps, by block that has one.
+        readout: whose labels and loss they take.
+        predictions: their shape, batch in front.
+        norm: with a layer norm.
+    """
 
     weights: Mapping[str, float] = field(default_factory=dict)
     readout: str = ""
@@ -29,7 +35,7 @@ class Heads:
     norm: bool = True
 
     def make(self, block: str, shapes: ShapeMap, run_seed: int) -> nn.Module:
-        """The head of `block`, the same in every process. Raises LevelError."""
+        """Make the head of `block`, the same in every process. Raises LevelError."""
         seed = block_seed(run_seed, f"{block}/head")
         return make_head(block, shapes[block], self.predictions, norm=self.norm, seed=seed)
 
@@ -37,10 +43,10 @@ class Heads:
 def plan_heads(
     graph: Graph, shapes: ShapeMap, knobs: Locality, learning: LearningSettings
 ) -> Heads | None:
-    """The heads that `learning` and `knobs` ask for; None where no labels travel.
+    """Return the heads that `learning` and `knobs` ask for; None where no labels travel.
 
-    Raises LevelError for heads that a level cannot have, a readout that is not there, and a block
-    of whose states no linear readout can predict what the readout does.
+    Raises LevelError for heads that a level cannot have, an unknown readout, and a block from whose
+    states no linear readout can make the readout's predictions.
     """
     alone = knobs.credit is Credit.HEADS
     asked = learning.heads or (HeadsSettings() if alone else None)

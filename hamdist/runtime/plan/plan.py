@@ -1,4 +1,4 @@
-"""A run, worked out: everything that an engine needs and that all processes must agree on."""
+"""The plan of a run: everything that an engine needs and that all processes must agree on."""
 
 from __future__ import annotations
 
@@ -63,11 +63,18 @@ SNAPSHOT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class SnapshotPolicy:
-    """Snapshots of a run. path: where; every: ticks, seconds: of time between two; keep: how many
-    stay. settings: of the run, for the manifest. snapshot: what the run goes on from. ends_full:
-    the run ends where more than `memory` bytes would be kept. epoch: of the processes that write,
-    which rises whenever one is replaced. last: one is taken before the end, with which a run of
-    more steps can go on. stream: what the stream is known by (resume.py)."""
+    """Policy of a run's snapshots.
+
+    Attributes:
+        path: where they lie; keep: how many stay.
+        every: ticks, seconds: of time, between two.
+        settings: of the run, for the manifest.
+        ends_full: the run ends where more than `memory` bytes would be kept.
+        snapshot: the one that the run resumes from.
+        stream: the identity of the stream (snapshots/resume.py).
+        epoch: of the writing processes, which rises whenever one is replaced.
+        last: one is taken before the end, from which a run of more steps can resume.
+    """
 
     path: str
     every: int | None
@@ -87,20 +94,28 @@ class SnapshotPolicy:
 
 @dataclass(frozen=True)
 class Plan:
-    """graph: with modules of its own (a run moves their weights). shapes: of every h, batch in
-    front. steps: samples after which the stream ends, or None. run: a number that marks the
-    signals of this run. switches: torch's, of the driver; arithmetic: its fingerprint.
-    reversible: the blocks that keep nothing of a sample (memory 'reversible'). cast_plans: where
-    blocks have types or devices of their own, of every block. rate: the course of the step size.
-    follows_lr: beta comes from the learning rate. silent: the blocks that get no messages, for
-    nothing learns there or before them. heads: the blocks' own readouts, where labels travel with
-    the signal. replan: where delays follow from the links, makes the plan with ticks by edge.
-    native: linear layers on one row go to the C code, in every process. keeping: how snapshots are
-    taken, if they are. skip: items of the stream that an earlier run was given; passed: those that
-    were passed over then. memory_of: what a process can lend of a device (a test puts other memory
-    in its place). ignore_index: targets of this class have no loss. one_length: why all items have
-    the lengths of the first one; None: each may have its own. optimizer: of torch's, instead of
-    the equations of the weights."""
+    """The plan of a run, equal in all its processes.
+
+    Attributes:
+        graph: with modules of its own (a run moves their weights).
+        shapes: of every h, batch in front.
+        steps: samples after which the stream ends, or None.
+        run: a number that marks the signals of this run.
+        switches: torch's, of the driver; arithmetic: its fingerprint.
+        reversible: blocks that keep nothing of a sample (memory 'reversible').
+        cast_plans: where blocks have types or devices of their own, of every block.
+        rate: the step size by sample; follows_lr: beta comes from the learning rate.
+        silent: blocks that get no messages, for nothing learns there or before them.
+        heads: the blocks' local readouts, where labels travel with the signal.
+        replan: where delays follow from the links, makes the plan with ticks by edge.
+        native: linear layers on one row use the C code, in every process.
+        snapshot_policy: how snapshots are taken, if they are.
+        skip: items of the stream that an earlier run has had; passed: that it passed over.
+        memory_of: the memory that a process can share of a device (tests replace it).
+        ignore_index: targets of this class have no loss.
+        one_length: why all items have the lengths of the first one; None: they need not.
+        optimizer: torch's rule, instead of the equations of the weights.
+    """
 
     graph: Graph
     knobs: Locality
@@ -133,23 +148,23 @@ class Plan:
     optimizer: OptimizerRule | None = None
 
     def scale(self, block: str, sample: int) -> float:
-        """The factor of beta for the update of `block` on `sample`."""
+        """Return the factor of beta for the update of `block` on `sample`."""
         factor = self.course(sample)
         if Compensation.DELAY_SCALED in self.knobs.compensation:
             factor *= float((1 + self.schedule.delay(block)) ** -self.knobs.delay_power)
         return factor
 
     def course(self, sample: int) -> float:
-        """The same without what makes up for a delay."""
+        """Return the factor of the step size on `sample`, without the correction for a delay."""
         return self.rate(self.item(sample))
 
     def item(self, sample: int) -> int:
-        """The item of the stream that a sample is, counted over runs that went on."""
+        """Return the stream's item that a sample shows, counted over resumed runs."""
         return sample // self.spec.passes + self.skip
 
     @property
     def resumed(self) -> int:
-        """Samples of this run that had entered before the snapshot that it goes on from."""
+        """Return the samples that had entered before the snapshot that the run resumes from."""
         if self.snapshot_policy is None or self.snapshot_policy.snapshot is None:
             return 0
         manifest = self.snapshot_policy.snapshot.manifest
@@ -157,27 +172,29 @@ class Plan:
 
     @property
     def taught_by(self) -> str:
-        """The readout whose labels travel with the signal."""
+        """Return the readout whose labels travel with the signal."""
         return "" if self.heads is None else self.heads.readout
 
     @property
     def last_tick(self) -> float:
-        """The tick before which the last of `steps` samples has left the stream: a snapshot at that
-        tick is one of a run of more steps, too, and a later one is not. Infinite where nobody knows
-        it (in sequences, and where a sample is drawn ahead for its time)."""
+        """Return the tick before which the last of `steps` samples has left the stream.
+
+        A snapshot at that tick is one of a run of more steps, too, and a later one is not. Infinite
+        if it is unknown (in sequences, and where a sample is drawn ahead for its time).
+        """
         if self.steps is None or self.knobs.sequence or self.dynamics.tau is None:
             return math.inf
         return (self.steps - self.skip) * self.spec.passes * self.schedule.c - 1
 
     def start(self, block: str) -> Tensor:
-        """h_0 of a block, the batch in front."""
+        """Return h_0 of a block, the batch in front."""
         shape, dtype = self.shapes[block]
         h = torch.zeros(shape, dtype=dtype)
         initial = self.graph.blocks[block].initial
         return h if initial is None else h + initial.to(dtype)
 
     def only(self, blocks: Iterable[str]) -> Plan:
-        """The plan for the process that hosts `blocks`: without the other blocks' weights."""
+        """Return the plan for the process of `blocks`: without the other blocks' weights."""
         mine = set(blocks)
         specs = [
             b if b.name in mine else dataclasses.replace(b, module=nn.Identity(), output=None)
@@ -196,10 +213,10 @@ def make_plan(
     phi: TickSchedule | None = None,
     optimizer: OptimizerRule | None = None,
 ) -> Plan:
-    """The plan of `settings` (already those of one level) for `graph` on a stream of `spec`.
+    """Make the plan of `settings` (those of one level) for `graph` on a stream of `spec`.
 
-    phi: a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`).
-    optimizer: the user's functions, instead of `settings.learning.optimizer`.
+    `phi` is a function of the tick, instead of `settings.dynamics.phi` (see `make_dynamics`);
+    `optimizer` are the user's functions, instead of `settings.learning.optimizer`.
     Raises GraphError and LevelError for whatever cannot run.
     """
     check_parameters(graph.blocks, "a plan", frozen=True)
@@ -293,7 +310,7 @@ def make_plan(
 def make_snapshot_policy(
     settings: Settings, snapshot: Snapshot | None = None, *, last: bool = True
 ) -> SnapshotPolicy | None:
-    """How the run keeps its state, as `settings.snapshots` say. last: see `SnapshotPolicy`."""
+    """Make the policy of `settings.snapshots`; None if the run takes none."""
     given = settings.snapshots
     if given.path is None:
         return None
@@ -315,7 +332,7 @@ def make_snapshot_policy(
 
 
 def _native(engine: EngineSettings) -> bool:
-    """Raises SettingsError where C code is asked for that is not there."""
+    """Return True if C code is used. Raises SettingsError if it is required and missing."""
     if engine.step is StepKind.NATIVE and not rows.built():
         raise SettingsError(
             "engine.step 'native': hamdist was installed without its C code; install it again "

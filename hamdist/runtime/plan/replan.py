@@ -1,4 +1,4 @@
-"""A plan whose delays follow from links that are measured once the actors are there."""
+"""Plans whose delays follow from links that are measured once the actors are there."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def replannable(
     phi: TickSchedule | None,
     optimizer: OptimizerRule | None = None,
 ) -> Plan:
-    """`plan`, which `make_plan` has made of these, with a way to another one with delays.
+    """Return `plan`, made of `graph` and `settings`, with a function that makes it with other
+    delays.
 
-    Signals then go alone, unless `engine.bundle` is a number: links.py.
+    Signals then go alone, unless `engine.bundle` is a number (placement/links.py).
     """
     engine = settings.engine
     if engine.bundle == "auto":

@@ -62,8 +62,11 @@ class Arithmetic(BaseModel):
     digests: dict[str, str]
 
     def unlike(self, other: Arithmetic) -> list[str]:
-        """What differs from `other` in what decides bits, for a message; nothing where they agree.
-        Two instruction sets never do."""
+        """Return the differences from `other` that decide bits, for a message; empty if there is
+        none.
+
+        Two instruction sets never agree.
+        """
         names = ("machine", "capability", "torch", "threads")
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         found = [f"{name} {mine} against {its}" for name, mine, its in pairs if mine != its]
@@ -76,11 +79,11 @@ class Arithmetic(BaseModel):
 
 
 def arithmetic(threads: int, *, native: bool) -> Arithmetic:
-    """Computes the fingerprint of this process, in about 0.05 s the first time.
+    """Compute the fingerprint of this process, in about 0.05 s the first time.
 
     Args:
         threads: of torch.
-        native: whether the C code of rows.py belongs to it.
+        native: True if the C code of rows.py belongs to it.
     """
     return _computed(threads, native, tuple(read_switches().items()))
 
@@ -114,8 +117,9 @@ print(arithmetic(threads, native=native).model_dump_json())
 
 
 def check_portable(here: Arithmetic, switches: Switches, *, native: bool) -> None:
-    """Compares this process with another one that has the variables of `portable_environment`,
-    which takes some seconds, the first time.
+    """Compare this process with another one that has the variables of `portable_environment`.
+
+    That takes some seconds, the first time.
 
     Args:
         here: the fingerprint of this process, under these switches of torch.
@@ -170,7 +174,7 @@ def _digest(results: list[Tensor]) -> str:
 
 
 def _numbers(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Of (-1, 1): quotients of integers, which every processor rounds alike."""
+    """Return numbers of (-1, 1): quotients of integers, which every processor rounds alike."""
     steps = torch.arange(math.prod(shape)) * 7919 % 10007
     return (2 * (steps.to(torch.float64) / 10007) - 1).to(dtype).reshape(shape)
 
@@ -238,7 +242,7 @@ def _drawn() -> Iterator[Tensor]:
 
 
 def _libm() -> list[float]:
-    """What Python's own code, and C code without vectors, calls."""
+    """Return results of the functions that Python's own code, and C code without vectors, calls."""
     points = [(step * 7919 % 10007) / 10007 + 0.1 for step in range(50)]
     calls = (math.exp, math.log, math.sin, math.tanh, math.erf)
     return [call(point) for call in calls for point in points]

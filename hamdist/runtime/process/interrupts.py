@@ -1,6 +1,6 @@
-"""How a run is called off: by Ctrl-C, by SIGTERM, or by its `on_progress`.
+"""The early end of a run: by Ctrl-C, by SIGTERM, or by its `on_progress`.
 
-Python calls signal handlers in the main thread alone: outside of it signals are left as they are.
+Python calls signal handlers in the main thread alone: in other threads signals are not handled.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def handled(handler: Handler | signal.Handlers, *numbers: int) -> Iterator[None]
 
 
 def deaf_to_interrupts() -> AbstractContextManager[None]:
-    """Ignore Ctrl-C and SIGTERM inside: what cleans up is not to be left half-way."""
+    """Ignore Ctrl-C and SIGTERM inside, so that cleaning up is not interrupted."""
     return handled(signal.SIG_IGN)
 
 
@@ -76,20 +76,20 @@ def handlers_of_ours() -> Iterator[None]:
 
 
 class RunInterrupts:
-    """Ends a run early when it is asked to: at the first Ctrl-C or SIGTERM, or by `on_progress`.
+    """Ends a run early on request: at the first Ctrl-C or SIGTERM, or by `on_progress`.
 
-    As a context it handles the signals: the first one ends the stream, and what is under way is
+    As a context it handles the signals: the first one ends the stream, and samples under way are
     finished; the second one raises KeyboardInterrupt.
 
     Args:
         stop: ends the stream; called once, from a signal handler or from `report`.
-        on_progress: the user's. It ends the run by returning `Stop` or by raising it. What else it
-            raises ends the run, too, and is kept for the caller to raise (`error`).
+        on_progress: the user's. It ends the run by returning `Stop` or by raising it. Any other
+            exception ends the run, too, and is kept for the caller to raise (`error`).
 
     Attributes:
         interrupted: a signal came.
-        stopped: `on_progress` asked for the end.
-        error: what `on_progress` has raised.
+        stopped: `on_progress` requested the end.
+        error: the exception of `on_progress`.
     """
 
     def __init__(self, stop: Callable[[], None], on_progress: OnProgress | None) -> None:
@@ -102,11 +102,11 @@ class RunInterrupts:
 
     @property
     def reports(self) -> bool:
-        """Whether anybody wants to know of progress."""
+        """Return True if there is a receiver of progress."""
         return self._on_progress is not None and self.error is None
 
     def report(self, progress: Progress) -> None:
-        """Call `on_progress`, and end the run if that asks for it."""
+        """Call `on_progress`, and end the run if it requests that."""
         if self._on_progress is None or self.error is not None:
             return
         try:

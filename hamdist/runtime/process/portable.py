@@ -1,5 +1,5 @@
-"""engine.bits 'portable': what a process is started with, so that hosts of different kinds compute
-the same bits.
+"""engine.bits 'portable': variables of a process, so that hosts of different kinds compute the same
+bits.
 
     torch's own code     vectors of AVX2, whatever is there
     MKL                  its branch for every x86 processor: the one that those of all makers have
@@ -32,13 +32,16 @@ _pinned = False
 
 
 def portable_environment() -> dict[str, str]:
-    """Returns the variables of a process that computes portable bits, on a host like this one."""
+    """Return the variables of a process that computes portable bits, on a host like this one."""
     return _X86 if platform.machine().lower() in ("x86_64", "amd64") else _OTHERS
 
 
 def pin(engine: EngineSettings) -> None:
-    """Makes this process compute portable bits where `engine.bits` asks for them, and torch has not
-    been imported yet; where it has, `check_portable` finds out whether it was started so."""
+    """Make this process compute portable bits if `engine.bits` asks for them.
+
+    That has an effect only before torch is imported; later, `check_portable` checks whether the
+    process was started in that way.
+    """
     global _pinned
     if engine.bits is Bits.PORTABLE and "torch" not in sys.modules:
         os.environ.update(portable_environment())
@@ -46,12 +49,12 @@ def pin(engine: EngineSettings) -> None:
 
 
 def is_pinned() -> bool:
-    """Whether `pin` came in time."""
+    """Return True if `pin` had its effect."""
     return _pinned
 
 
 def other_bits(what: str, bits: Bits, error: type[HamdistError]) -> str:
-    """Returns the warning that other bits are computed. what: where, and how they differ.
+    """Return the warning that other bits are computed; `what` says where, and how they differ.
 
     Raises:
         HamdistError: of the given class, where `bits` asks for equal ones.

@@ -21,9 +21,11 @@ RINGS = "/memfd:hamdist"  # of shared.py
 
 
 def reset_peak(*, collect: bool = False) -> bool:
-    """Begin a new measurement; False where the system cannot (the peak then covers all before).
-    What was freed before goes back to the system first, where glibc would keep it. collect: what
-    only the garbage collector frees, too (a tenth of a second and more)."""
+    """Begin a new measurement; False if the system cannot (the peak then covers the past as well).
+
+    Freed memory goes back to the system first, where glibc would keep it. `collect` runs the
+    garbage collector, too (a tenth of a second and more).
+    """
     if collect:
         gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # another C library
@@ -36,7 +38,7 @@ def reset_peak(*, collect: bool = False) -> bool:
 
 
 def peak_bytes() -> int:
-    """Most resident bytes of this process since the last `reset_peak` that returned True."""
+    """Return the most resident bytes of this process since the last successful `reset_peak`."""
     high = _status("VmHWM")
     if high is not None:
         return high
@@ -45,10 +47,11 @@ def peak_bytes() -> int:
 
 
 def own_bytes() -> int:
-    """Resident bytes of this process that nobody else brought in: anonymous memory, and the rings
-    of its signals (a ring counts in both its processes). Left out: the code of libraries, which
-    the system can drop and which processes share, and what Ray maps of its object store. Systems
-    that do not tell: the unique set size.
+    """Return the resident bytes of this process alone.
+
+    Those are anonymous memory and the rings of its signals (a ring counts in both its processes).
+    Left out are the code of libraries, which the system can drop and which processes share, and
+    Ray's object store. Other systems than Linux: the unique set size.
     """
     anonymous, shared = (_status(field) for field in ("RssAnon", "RssShmem"))
     process = psutil.Process()
@@ -61,7 +64,7 @@ def own_bytes() -> int:
 
 
 def _status(field: str) -> int | None:
-    """Bytes of a line of /proc/self/status; None where the system has none."""
+    """Return the bytes of a line of /proc/self/status; None where the system has none."""
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:

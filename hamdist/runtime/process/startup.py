@@ -1,10 +1,10 @@
-"""What the start of a run takes, phase by phase: what a user waits for before the first tick.
+"""Times of a run's start, phase by phase, before the first tick.
 
 plan: the graph is cut and checked. measure: a few steps of every block, for the placement.
-ray: Ray is imported and started, or found. actors: their processes start and import torch.
+ray: Ray is imported and started, or joined. actors: their processes start and import torch.
 links: the links between them are measured, for delays that hide them.
-blocks: every process builds its blocks. sockets: the processes are joined.
-The command adds what comes before: imports (from the start of its process), data.
+blocks: every process builds its blocks. sockets: the processes are connected.
+The command adds the phases before: imports (from the start of its process), data.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ TITLES = {
 
 
 class Startup:
-    """seconds: by phase, in the order in which they began. told: the name of every phase that
-    begins."""
+    """Seconds by phase, in the order of their begin; `told` is called with each name."""
 
     def __init__(self, told: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
@@ -38,7 +37,7 @@ class Startup:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Inside, time counts for phase `name`, which may come more than once."""
+        """Count the time inside for phase `name`, which may come more than once."""
         if self._told is not None:
             self._told(name)
         begin = time.perf_counter()
@@ -48,7 +47,7 @@ class Startup:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Phases that somebody else has timed."""
+        """Add phases that were timed elsewhere."""
         for name, spent in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
@@ -56,7 +55,7 @@ class Startup:
 def phases_to(
     on_progress: Callable[[Progress], object] | None, steps: int | None
 ) -> Callable[[str], None] | None:
-    """What tells `on_progress` of every phase."""
+    """Return a function that reports every phase to `on_progress`."""
     if on_progress is None:
         return None
 
@@ -67,7 +66,7 @@ def phases_to(
 
 
 def startup_line(total_seconds: float, seconds: Mapping[str, float]) -> str:
-    """'8.3 s: Ray 4.0, actors 2.9, plan 1.0': the longest first, without what is over at once."""
+    """Return '8.3 s: Ray 4.0, actors 2.9, plan 1.0': the longest first, short ones left out."""
     total = f"{total_seconds:.1f} s"
     longest = sorted(seconds.items(), key=lambda item: -item[1])
     said = [f"{TITLES.get(name, name)} {spent:.1f}" for name, spent in longest if spent >= 0.05]

@@ -38,12 +38,12 @@ _BEFORE_FP32_PRECISION = ("backends.cuda.matmul.allow_tf32", "backends.cudnn.all
 
 
 def _flushes() -> bool:
-    """Whether this thread's processor takes denormal numbers for 0: no call of torch tells."""
+    """Return True if this thread's processor takes denormal numbers for 0."""
     return sys.float_info.min / 2 == 0
 
 
 def _nnpack() -> bool:
-    """What setting it returns is what it was."""
+    """Return the value of the switch, which only setting it returns."""
     put: Callable[[bool], tuple[bool]] = torch.backends.nnpack.set_flags
     (enabled,) = put(True)
     put(enabled)
@@ -63,7 +63,7 @@ def _attribute(path: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
 
 
 def _all() -> dict[str, tuple[Callable[[], Any], Callable[[Any], object]]]:
-    """How each is read and set."""
+    """Return the functions that read and set each switch."""
     cuda, mha = torch.backends.cuda, torch.backends.mha
     old = () if hasattr(torch.backends, "fp32_precision") else _BEFORE_FP32_PRECISION
     return {
@@ -91,7 +91,7 @@ def _all() -> dict[str, tuple[Callable[[], Any], Callable[[Any], object]]]:
 
 
 def read_switches() -> dict[str, bool | int | str]:
-    """Reads the switches of this process, and of this thread where they are a thread's own.
+    """Read the switches of this process, and of this thread where they are a thread's own.
 
     Returns:
         By name, in the order in which they are to be set; without those that this version of torch
@@ -111,13 +111,13 @@ def _read(get: Callable[[], Any]) -> bool | int | str | None:
 
 
 def set_switches(switches: Switches) -> list[str]:
-    """Sets the switches of this process and thread to those of another.
+    """Set the switches of this process and thread to those of another.
 
     Args:
         switches: of `read_switches` there.
 
     Returns:
-        What could not be set, with the reason, for a message.
+        The switches that could not be set, with the reason, for a message.
     """
     here = _all()
     refused = []
@@ -136,7 +136,7 @@ def set_switches(switches: Switches) -> list[str]:
 
 
 def other_switches(then: Switches, now: Switches) -> list[str]:
-    """What is set differently, for a message. A switch that only one of them has is left out."""
+    """Return the differences, for a message. A switch that only one of them has is left out."""
     return [
         f"{name} {then[name]} then, {now[name]} now"
         for name in then

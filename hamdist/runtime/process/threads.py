@@ -10,17 +10,19 @@ import torch
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def actor_options(index: int, actors: int, threads: int) -> set[int] | None:
-    """The processor of actor `index` of the `actors` on this host; None where it is to have none
-    of its own: it is alone and may go where there is room, processors are too few, an actor has
-    several threads (torch keeps their processors beyond a run), or nothing can be pinned here. Far
-    apart, as neighbours may share a core."""
+    """Return the processor of actor `index` of the `actors` on this host; None if it gets none.
+
+    It gets none if it is alone and may run where there is room, if processors are too few, if an
+    actor has several threads (torch keeps their processors beyond a run), or if nothing can be
+    pinned here. The processors are far apart, as neighbours may share a core.
+    """
     if not hasattr(os, "sched_getaffinity") or actors < 2 or threads > 1:
         return None
     mine = sorted(os.sched_getaffinity(0))
@@ -31,7 +33,7 @@ def actor_options(index: int, actors: int, threads: int) -> set[int] | None:
 
 @contextmanager
 def pinned(processors: set[int] | None) -> Iterator[None]:
-    """Inside, the calling thread (no other of its process) runs on `processors` alone."""
+    """Run the calling thread (no other of its process) on `processors` alone, inside."""
     if processors is None:
         yield
         return
@@ -45,8 +47,7 @@ def pinned(processors: set[int] | None) -> Iterator[None]:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Inside, torch computes with `threads` threads (results depend on their number); afterwards
-    with as many as before."""
+    """Compute with `threads` threads of torch inside (results depend on their number)."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

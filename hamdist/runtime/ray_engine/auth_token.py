@@ -1,8 +1,8 @@
-"""Ray's token: who has it can run code on every host of a cluster, and gets the keys of its runs.
+"""Ray's authentication token: who has it can run code on every host of a cluster.
 
 Ray itself would write a token where all users of the host can read it, and joins a cluster without
 one where the environment does not ask for it. Here a local Ray has a token of its own in a private
-folder, and what is missing to join a cluster is said. Ray looks for a token in RAY_AUTH_TOKEN, in
+folder, and a missing token of a cluster is reported. Ray looks for a token in RAY_AUTH_TOKEN, in
 the file RAY_AUTH_TOKEN_PATH, and in ~/.ray/auth_token, in this order.
 """
 
@@ -27,14 +27,16 @@ REMEDY = (
 
 @lru_cache(maxsize=1)
 def _own() -> str:
-    """One for all local Rays of this process: Ray reads it once."""
+    """Return the token of all local Rays of this process, which Ray reads once."""
     return secrets.token_hex(32)
 
 
 @contextmanager
 def own_token(folder: str) -> Iterator[None]:
-    """Inside, a Ray that is started takes its token from a file of mode 0600 in `folder`; where the
-    user has set one, that one."""
+    """Make a Ray started inside read its token from a file of mode 0600 in `folder`.
+
+    A token that the user has set takes precedence.
+    """
     if TOKEN in os.environ or FILE in os.environ:
         yield
         return
@@ -49,12 +51,12 @@ def own_token(folder: str) -> Iterator[None]:
 
 
 def asked_for() -> bool:
-    """Whether this process shows a token to Ray."""
+    """Return True if this process presents a token to Ray."""
     return os.environ.get(MODE, "").lower() == "token"
 
 
 def check_token(address: str) -> None:
-    """Raises ClusterError if Ray is told to use a token and there is none that it could read."""
+    """Raise ClusterError if Ray is set to use a token and there is none that it could read."""
     if not asked_for() or TOKEN in os.environ:
         return
     path = _path()
@@ -70,8 +72,10 @@ def check_token(address: str) -> None:
 
 
 def is_refusal(error: BaseException | None) -> bool:
-    """Whether Ray could not be joined for want of the right token, which Ray says as text, in an
-    error or in what that came from."""
+    """Return True if Ray could not be joined because the token was wrong or missing.
+
+    Ray reports that as text, in the error or in one of its causes.
+    """
     while error is not None:
         if "uthenticat" in f"{type(error).__name__} {error}":
             return True
@@ -80,7 +84,7 @@ def is_refusal(error: BaseException | None) -> bool:
 
 
 def refused(address: str) -> ClusterError:
-    """The error for a cluster that asks for another token than this process has shown."""
+    """Return the error for a cluster that requires another token than this process has."""
     if not asked_for():
         what = f"none is shown ({MODE} is {os.environ.get(MODE, 'not set')})"
     else:
@@ -92,8 +96,10 @@ def refused(address: str) -> ClusterError:
 
 
 def check_joined(engine: EngineSettings) -> None:
-    """After a cluster was joined. Raises ClusterError if the run's keys would be for everybody, and
-    `engine.encryption` is 'on'."""
+    """Check the encryption after a cluster was joined.
+
+    Raises ClusterError if the run's keys would be readable by all and `engine.encryption` is 'on'.
+    """
     if engine.encryption is Encryption.ON and not asked_for():
         raise ClusterError(
             f"engine.encryption 'on': the Ray cluster at {engine.address} asks for no token, so "
@@ -102,7 +108,7 @@ def check_joined(engine: EngineSettings) -> None:
 
 
 def token_notes(engine: EngineSettings) -> list[str]:
-    """Says so where a cluster was joined that anybody can use, or a token that anybody can read."""
+    """Return a warning if anybody can use the joined cluster, or read its token."""
     if engine.address is None:
         return []
     if not asked_for():

@@ -1,4 +1,4 @@
-"""Hosts of the Ray cluster: which there are, which answer, how fast they are; is the head there."""
+"""Hosts of the Ray cluster: the list, their reachability and speed, and the head's state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KNOCK_SECONDS = 5.0
 
 
 def knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
-    """Raises OSError if nobody listens at host:port; Ray itself would try for minutes."""
+    """Raise OSError if no process listens at host:port; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
         socket.create_connection((host, int(port)), seconds).close()
 
 
 def answers(address: str) -> bool:
-    """Return whether somebody listens at host:port."""
+    """Return True if a process listens at host:port."""
     try:
         knock(address, ANSWER_SECONDS)
     except OSError:
@@ -36,20 +36,20 @@ def answers(address: str) -> bool:
 
 
 class HeadWatch:
-    """Finds out that the head of a joined cluster is gone, before Ray ends this process for it."""
+    """Detects the loss of a joined cluster's head, before Ray ends this process for it."""
 
     def __init__(self) -> None:
         self._asked = self._answered = time.monotonic()
 
     def lost(self, address: str, now: float) -> bool:
-        """Ask now and then whether anybody listens at the head's address.
+        """Test at intervals whether the head's address accepts connections.
 
         Args:
             address: host:port of the head.
             now: as of `time.monotonic`.
 
         Returns:
-            Whether nobody has for HEAD_SECONDS.
+            True if it has not for HEAD_SECONDS.
         """
         if now - self._asked >= HEAD_SECONDS / 5:
             self._asked = now
@@ -59,7 +59,7 @@ class HeadWatch:
 
 
 def hosts() -> list[HostInfo]:
-    """The hosts of the Ray that is up, this one first, the others by their address."""
+    """Return the hosts of the running Ray, this one first, the others by their address."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
@@ -68,8 +68,10 @@ def hosts() -> list[HostInfo]:
 
 
 def reachable_hosts() -> list[HostInfo]:
-    """Of `hosts()`, those whose raylet can be reached from here: Ray itself needs seconds to notice
-    that one cannot."""
+    """Return those of `hosts()` whose raylet can be reached from here.
+
+    Ray itself needs seconds to notice that one cannot.
+    """
     import ray
 
     raylets = {
@@ -92,9 +94,10 @@ def _host(node: dict[str, Any]) -> HostInfo:
 
 
 def host_seconds(known: Sequence[HostInfo]) -> dict[str, float]:
-    """By host, seconds for the same arithmetic, in one thread of a process of its own there.
+    """Return, by host, the seconds for a fixed calculation in one thread of a process of its own.
 
-    Raises ClusterError for a host on which no processor is free for it."""
+    Raises ClusterError for a host on which no processor is free for it.
+    """
     import ray
     from ray.exceptions import RayError
 

@@ -41,7 +41,7 @@ POLL_SECONDS = 0.25
 
 
 class RayEngine:
-    """Each block in an actor, neighbours together where there are fewer actors than blocks."""
+    """Runs each block in an actor; with fewer actors than blocks, neighbours share one."""
 
     def run(self, plan: Plan, stream: Stream, on_progress: OnProgress | None = None) -> Outcome:
         startup = Startup(phases_to(on_progress, plan.steps))
@@ -101,8 +101,9 @@ class _Watch:
         self.started = time.perf_counter()
 
     def to_the_end(self) -> Outcome:
-        """The worker group runs until its stream ends, until the user stops it, or until the first
-        error, which is raised."""
+        """Follow the run until its stream ends, the user stops it, or the first error, which is
+        raised.
+        """
         reset_peak()
         self._worker_group.start()
         with self._ending:
@@ -120,8 +121,8 @@ class _Watch:
         return self._outcome()
 
     def _first(self, error: DivergedError) -> DivergedError:
-        """Calls the run off. The failure that came first, where several blocks have diverged: by
-        tick, then in the graph's order."""
+        """Call the run off, and return the first failure, where several blocks have diverged. The
+        first one is that of the least tick, then of the first block in the graph's order."""
         with contextlib.suppress(HamdistError):
             self._worker_group.call_off()
         order = list(self._plan.graph.blocks)
@@ -163,8 +164,9 @@ class _Watch:
         return address is None or answers(address)
 
     def _head_is_lost(self, now: float) -> bool:
-        """Whether the head of a joined cluster is gone for good: nothing can be replaced then, and
-        Ray would end this process after a minute. The run ends with an error that says so."""
+        """Return True if the head of a joined cluster is gone for good. Nothing can be replaced
+        then, and Ray would end this process after a minute. The run ends with an error that names
+        the cause."""
         address = self._plan.engine.address
         if address is None or self._ending.error is not None:
             return False
@@ -182,14 +184,15 @@ class _Watch:
         return self._ending.error is not None
 
     def _lost_while_ending(self) -> bool:
-        """A new process would begin behind what its neighbours wait for, and so ends nothing."""
+        """Return True if an actor was lost while the run ends. A replacement would start behind the
+        signals its neighbours wait for, and could not finish."""
         lost = [] if self._policy is None else self._policy.lost
         self._warnings += [f"{one} while the run was ending" for one in lost]
         return bool(lost)
 
     def _mended(self, stop: threading.Event) -> bool:
-        """Takes snapshots and replaces what was lost. False where that fails in a run that is to
-        end anyway; otherwise it raises what cannot be healed."""
+        """Take snapshots and replace lost actors. Returns False if that fails in a run that is to
+        end anyway; otherwise raises the failure."""
         try:
             if self._policy is not None:
                 self._policy.look(time.monotonic())
@@ -201,7 +204,7 @@ class _Watch:
         return True
 
     def _look(self) -> None:
-        """Asks how far everybody is, and lets the watchdog judge. Raises StallError."""
+        """Query the progress of all actors, and pass it to the watchdog. Raises StallError."""
         now = time.monotonic()
         actors = self._worker_group.actors
         self._worker_group.ask(now, POLL_SECONDS)

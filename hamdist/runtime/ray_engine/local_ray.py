@@ -1,4 +1,4 @@
-"""A Ray of one's own on this machine: its environment, its processes, its end."""
+"""A local Ray on this machine: its environment, its processes, its end."""
 
 from __future__ import annotations
 
@@ -68,11 +68,7 @@ def local_ray(cpus: int) -> Iterator[set[psutil.Process]]:
 
 @contextmanager
 def _start_named() -> Iterator[None]:
-    """Turn what Ray raises where it does not come up into a ClusterError.
-
-    Raises:
-        ClusterError: Ray did not start.
-    """
+    """Turn errors of Ray's start into a ClusterError."""
     try:
         yield
     except Exception as error:  # (of no common root)
@@ -84,7 +80,7 @@ def _start_named() -> Iterator[None]:
 
 
 def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]:
-    """This process's children that belong to the Ray in `folder`; others are the user's own."""
+    """Return this process's children that belong to the Ray in `folder`; others are the user's."""
     heads = set()
     for process in set(psutil.Process().children(recursive=True)) - before:
         with contextlib.suppress(psutil.Error):
@@ -99,10 +95,10 @@ def _of_session(folder: str, before: set[psutil.Process]) -> set[psutil.Process]
 
 @contextmanager
 def ray_environment(engine: EngineSettings) -> Iterator[None]:
-    """Set what Ray reads from the environment while it is imported or started, inside only.
+    """Set the environment variables that Ray reads when it is imported or started, inside only.
 
-    What the user has set stays, and so does everything where the user has imported Ray before:
-    Ray has read it by then.
+    Variables that the user has set stay, and so do all if the user has imported Ray before, which
+    has read them by then.
     """
     global _environment
     if _environment is None:
@@ -125,12 +121,12 @@ def ray_environment(engine: EngineSettings) -> Iterator[None]:
 
 
 def short_folder() -> str | None:
-    """Ray's socket paths must fit 107 bytes: not every TMPDIR is short enough."""
+    """Return a folder short enough for Ray's socket paths (107 bytes); None if TMPDIR is."""
     return None if len(tempfile.gettempdir()) < 16 else "/tmp"
 
 
 def _outlast(processes: set[psutil.Process], seconds: float) -> None:
-    """Waits until the processes that this session started are gone; ends what stays."""
+    """Wait until the processes that this session started are gone, and end those that stay."""
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""Worker actors of a run: where they live, how they compute, how far they are from each other."""
+"""Worker actors of a run: their hosts, their arithmetic, and the links between them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ random_numbers = random.SystemRandom()  # (the user's generators stay as they ar
 
 
 class PlacedWorkers:
-    """Starts worker actors and finds out what they are; a base of `WorkerGroup`."""
+    """Starts worker actors and collects their properties; a base of `WorkerGroup`."""
 
     def __init__(self, plan: Plan, stream: Stream, session: Session) -> None:
         self._plan = plan
@@ -84,12 +84,14 @@ class PlacedWorkers:
 
     @property
     def placement(self) -> list[list[str]]:
-        """The blocks of each actor."""
+        """Return the blocks of each actor."""
         return [actor.blocks for actor in self.actors]
 
     def crowded(self) -> list[str]:
-        """What is to be said of other hosts with more threads than processors (of this one it was
-        said before the start)."""
+        """Return warnings for other hosts with more threads than processors.
+
+        For this host the warning came before the start.
+        """
         here = ray.get_runtime_context().get_node_id()
         told = []
         for node in ray.nodes():
@@ -102,22 +104,22 @@ class PlacedWorkers:
 
     @property
     def plan(self) -> Plan:
-        """What the actors run."""
+        """Return the plan that the actors run."""
         return self._plan
 
     def inside(self) -> list[set[str]]:
-        """The nodes of each actor."""
+        """Return the nodes of each actor."""
         inside = [set(actor.blocks) for actor in self.actors]
         if self._portable:
             inside[self._source_actor()].add(INPUT)
         return inside
 
     def stream_of(self, i: int) -> Stream | None:
-        """The stream, if actor i draws it."""
+        """Return the stream if actor i draws it, else None."""
         return self._stream if self._portable and i == self._source_actor() else None
 
     def _make_keys(self) -> None:
-        """Each process gets a key pair for this run, where signals go by tcp (curve.py)."""
+        """Make each process's key pair for this run, if signals travel by tcp."""
         engine = self._plan.engine
         here = ray.get_runtime_context().get_node_id()
         snapshot_policy = self._plan.snapshot_policy
@@ -139,7 +141,9 @@ class PlacedWorkers:
     def _options_of_actors(
         self, groups: Sequence[Sequence[str]], costs: Costs | None
     ) -> list[ActorOptions]:
-        """What each actor asks Ray for. Raises ClusterError for what the cluster does not have."""
+        """Return the options with which each actor starts. Raises ClusterError if the cluster lacks
+        any.
+        """
         plan = self._plan
         asked = block_settings(plan.graph, plan.engine)
         known = hosts()
@@ -155,17 +159,17 @@ class PlacedWorkers:
         return [actor_options.pinned(portable_environment()) for actor_options in found]
 
     def way_to_compute(self) -> tuple[Switches, int, bool]:
-        """What `WorkerActor.compute_as` is told before an actor gets blocks."""
+        """Return the arguments of `WorkerActor.compute_as`, called before an actor's blocks."""
         return self._plan.switches, self._plan.engine.threads, self._plan.native
 
     def unlike(self, answers: Mapping[WorkerHandle, tuple[Arithmetic, list[str]]]) -> list[str]:
-        """Looks whether actors compute the same bits as this process.
+        """Compare the bits that actors compute with those of this process.
 
         Args:
             answers: of `WorkerActor.compute_as`, by actor.
 
         Returns:
-            What is to be said of those that do not; it has been warned of.
+            A warning, already issued, for each actor that differs.
 
         Raises:
             ClusterError: `engine.bits` asks for equal bits.
@@ -186,8 +190,8 @@ class PlacedWorkers:
         return notes
 
     def _links(self) -> dict[tuple[int, int], Link]:
-        """By pair of actors that exchange signals; between two hosts, or inside of one, one pair
-        stands for all."""
+        """Measure the links by pair of actors that exchange signals. Between two hosts, or inside
+        one, one pair stands for all."""
         found: dict[frozenset[str], list[tuple[int, int]]] = {}
         for a, b in sorted(pairs(self._plan, self.placement)):
             hosts = frozenset([self.actors[a].node, self.actors[b].node])
@@ -229,14 +233,21 @@ class PlacedWorkers:
         return link  # type: ignore[no-any-return]
 
     def _source_actor(self) -> int:
-        """The stream lives with the first block that reads it."""
+        """Return the actor that draws the stream: the one of the first block that reads it."""
         host = source_host(self._plan)
         return next(i for i, actor in enumerate(self.actors) if host in actor.blocks)
 
     def _way_between(
         self, channel: Channel, node: str, key: str | None, receiver: WorkerHandle
     ) -> str:
-        """node: the sender's host; key: its public key, if the receiver is to ask for it."""
+        """Return the transport of a channel between two actors.
+
+        Args:
+            channel: the channel.
+            node: the sender's host.
+            key: the sender's public key, if the receiver has to check it.
+            receiver: the receiving actor.
+        """
         wanted = self._plan.engine.transport
         if wanted is TransportKind.TCP or (wanted is TransportKind.AUTO and node != receiver.node):
             host = LOOPBACK if node == receiver.node else receiver.address
@@ -255,7 +266,7 @@ class PlacedWorkers:
         return IPC if wanted is TransportKind.IPC else best
 
     def _all(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Any]:
-        """Calls `method` of every actor at once and waits for all."""
+        """Call `method` of all actors at once and wait for all results."""
         calls = [
             getattr(actor.handle, method).remote(*arguments(i))
             for i, actor in enumerate(self.actors)
@@ -273,7 +284,7 @@ class PlacedWorkers:
 
 @dataclass(slots=True, eq=False)
 class WorkerHandle:
-    """One actor as the driver knows it."""
+    """State of an actor as the driver sees it."""
 
     name: str
     blocks: list[str]
@@ -296,20 +307,20 @@ class WorkerHandle:
     forgot: bool = False  # it has let signals go that a successor of a neighbour would need
 
     def renew(self, actor_options: ActorOptions, handle: Any, place: tuple[str, str, int]) -> None:
-        """Another process takes the actor's part."""
+        """Replace the actor's process."""
         self.actor_options, self.handle = actor_options, handle
         self.node, self.address, self.pid = place
         self.begin_again()
 
     def begin_again(self) -> None:
-        """What is known of its run is not so any more."""
+        """Discard what is recorded of the actor's run."""
         self.running = self.report = self.status = self.asked = None
         self.windows = []
         self.every = None
 
     @property
     def tick(self) -> int | None:
-        """Where its hindmost block was, as far as it is known."""
+        """Return the tick of its hindmost block in the latest status, if there is one."""
         return None if self.status is None else min(self.status.ticks.values(), default=None)
 
     def note(self, status: WorkerStatus) -> None:
@@ -325,8 +336,8 @@ class WorkerHandle:
 
 
 def _processors(cpus: int) -> int:
-    """Processors that the hosts of the cluster have, of the `cpus` that they have told Ray of; on
-    this host Ray may have been told of more than there are."""
+    """Return the physical processors behind the `cpus` that the hosts have declared to Ray. On this
+    host more may be declared than exist."""
     here = ray.get_runtime_context().get_node_id()
     mine = next((n["Resources"].get("CPU", 0) for n in ray.nodes() if n["NodeID"] == here), 0)
     return cpus - max(0, int(mine) - cores())

@@ -1,6 +1,6 @@
-"""Which processes a local Ray starts, and how: fewer than Ray's own default, and workers at once.
+"""Processes that a local Ray starts: fewer than Ray's own default, and workers at once.
 
-Ray has no settings for it. Where its inside is another one than here, it starts as usual.
+Ray has no settings for it. Where its internals differ from those expected here, it starts as usual.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ PARAMETERS = {
 
 @contextmanager
 def of_a_program() -> Iterator[None]:
-    """Start inside the processes of a Ray that one program has for itself."""
+    """Start a Ray inside with the processes that a single program needs."""
     with _in_a_session_of_its_own(), _few_processes():
         yield
 
 
 @contextmanager
 def _in_a_session_of_its_own() -> Iterator[None]:
-    """Start Ray's processes in a session (in the sense of POSIX) of their own inside.
-
-    A signal to the group of this process, as batch systems send it, then reaches this process
-    alone, which ends the run in order. (Ray has no setting for it; Popen has.)
-    """
+    """Start Ray's processes in a POSIX session of their own inside. A signal to the group of this
+    process, as batch systems send it, then reaches this process alone, which ends the run in order.
+    (Ray has no setting for it; Popen has.)"""
     from ray._private import services
 
     popen = getattr(services, "ConsolePopen", None)
@@ -50,11 +48,9 @@ def _in_a_session_of_its_own() -> Iterator[None]:
 
 @contextmanager
 def _few_processes() -> Iterator[None]:
-    """Start inside a Ray without what a program of its own has no use for.
-
-    Left out are the autoscaler's monitor, the monitor of the logs and the server of the dashboard:
-    each is a process that imports Ray. WORKER starts the workers.
-    """
+    """Start a Ray inside without the processes that a single program does not use. Left out are the
+    autoscaler's monitor, the monitor of the logs and the server of the dashboard: each is a process
+    that imports Ray. WORKER starts the workers."""
     from ray._private import node, parameter
 
     parameters: Any = parameter.RayParams

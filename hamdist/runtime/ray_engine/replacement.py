@@ -1,15 +1,14 @@
 """Replaces lost actors of a worker group, while the others wait.
 
-    lost        started again elsewhere, from its part of the latest snapshot (or from the start)
-    neighbours  open new ends for what they get from it, and tell which signal they wait for;
-                send it again what it has not had, out of their logs (log of sent signals.py)
-    all others  notice nothing
+    lost        restarted elsewhere, from its part of the latest snapshot (or from the start)
+    neighbours  open new ends for its signals, and name the signal they wait for; they send it
+                again the signals that it has not had, out of their logs (signals/sent_log.py)
+    all others  are not affected
 
-Nobody rolls back, so nobody's numbers can change: what a replaced block computes again is a
-function of its state and of the signals that it is given again. Only where the files are damaged
-that a lost one needs do all begin again from the snapshot before (or from the start). An old
-process that is not dead (a host that was cut off) has no open end any more: nobody reads what it
-sends.
+No other block rolls back, so none of their numbers can change: a replaced block computes again a
+function of its state and of the signals that are replayed to it. Only if files are damaged that a
+lost actor needs do all restart from the snapshot before (or from the start). An old process that is
+not dead (on a host that was cut off) has no open end any more: its signals are not read.
 """
 
 from __future__ import annotations
@@ -52,8 +51,12 @@ MOST_TRIES = 5  # of one recovery: others may be lost meanwhile
 
 @dataclass(frozen=True)
 class ActorLoss:
-    """One actor that is to be replaced. tick: of the block that failed, as far as it is known.
-    error: what ends the run if it comes again."""
+    """Loss of an actor that is to be replaced.
+
+    Attributes:
+        tick: of the block that failed, if it is known.
+        error: ends the run if the actor is lost again without progress.
+    """
 
     actor: WorkerHandle
     tick: int | None
@@ -61,7 +64,7 @@ class ActorLoss:
 
 
 class Replacement:
-    """replaced: what was lost so far."""
+    """Replaces lost actors; `replaced` lists the losses so far."""
 
     def __init__(
         self,
@@ -81,15 +84,19 @@ class Replacement:
         self.unlike: list[str] = []  # what there is to say of replacements on other processors
 
     def heals(self, error: HamdistError) -> bool:
-        """Whether another try may end in another way: not where numbers or data are wrong."""
+        """Return True if a retry may succeed: not after wrong numbers or data."""
         if isinstance(error, DivergedError):
             return False
         return isinstance(error, (BlockError, WireError))
 
     def replace(self, losses: Sequence[ActorLoss]) -> None:
-        """Raises the error of an actor that was lost too often without getting any further,
-        ClusterError where the cluster cannot take a replacement, and SnapshotError where a snapshot
-        is damaged and there is nothing to go back to."""
+        """Replace the lost actors.
+
+        Raises:
+            HamdistError: the error of an actor that was lost too often without progress.
+            ClusterError: the cluster has no room for a replacement.
+            SnapshotError: a snapshot is damaged, and there is none to return to.
+        """
         began = time.monotonic()
         for loss in losses:
             self._count(loss)
@@ -113,7 +120,7 @@ class Replacement:
             )
 
     def _try_often(self, lost: dict[str, WorkerHandle], error: HamdistError) -> int:
-        """How many signals were sent again. `lost` gets those that are lost meanwhile, too."""
+        """Return how many signals were replayed; adds actors that are lost meanwhile to `lost`."""
         self._fresh.clear()
         self._present.clear()
         self._fault = ""
@@ -139,16 +146,17 @@ class Replacement:
         ) from error
 
     def _go_back(self, lost: dict[str, WorkerHandle], unread: SnapshotError | None) -> None:
-        """Take all actors back to an earlier snapshot where the files are damaged that lost ones
-        need: nobody has what lies between the two any more.
+        """Take all actors back to an earlier snapshot if files are damaged that lost actors need.
+
+        No process has the signals between the two snapshots any more.
 
         Args:
             lost: gets all actors then.
-            unread: what an actor has said of its files.
+            unread: the error of an actor that could not read its files.
 
         Raises:
-            SnapshotError: there is nothing to go back to, or the files are as they were written
-                and yet an actor cannot read them.
+            SnapshotError: there is no earlier snapshot, or the files are undamaged and yet an actor
+                cannot read them.
         """
         worker_group = self._worker_group
         inside = zip(worker_group.actors, worker_group.inside(), strict=True)
@@ -176,7 +184,7 @@ class Replacement:
         self._call_off(present)
 
     def _call_off(self, actors: Sequence[WorkerHandle]) -> None:
-        """End the runs of actors that are well, whose processes begin again (others are killed)."""
+        """End the runs of healthy actors, whose processes restart (the others are killed)."""
         for actor in actors:
             actor.handle.abort.remote(self._worker_group.plan.run)
         runs = [actor.running for actor in actors]
@@ -199,7 +207,7 @@ class Replacement:
         raise loss.error
 
     def _try(self, lost: list[WorkerHandle]) -> int | list[WorkerHandle]:
-        """How many signals were sent again; or the actors that were lost meanwhile."""
+        """Return how many signals were replayed, or the actors that were lost meanwhile."""
         worker_group = self._worker_group
         self._epoch += 1
         fresh = [actor for actor in lost if actor.name in self._fresh]
@@ -242,8 +250,8 @@ class Replacement:
         return int(sum(again)) + worker_group.connect_local(ends)
 
     def _start(self, lost: Sequence[WorkerHandle]) -> list[WorkerHandle]:
-        """New processes: where the old ones were, if that host is still there. Those that did not
-        come up. Raises ClusterError where there is no room for one."""
+        """Start new processes, on the old hosts if they are still there. Returns those that did not
+        start. Raises ClusterError if there is no room for one."""
         worker_group = self._worker_group
         here = ray.get_runtime_context().get_node_id()
         for actor in lost:
@@ -293,7 +301,7 @@ class Replacement:
 
 
 def _kill(actor: WorkerHandle, here: str) -> None:
-    """Also one that is hung, which Ray gives 5 s (measured) before it is ended."""
+    """Kill an actor, even one that hangs, which Ray gives 5 s (measured) before it is ended."""
     with contextlib.suppress(RayError):
         ray.kill(actor.handle)
     if actor.node == here:
@@ -304,8 +312,8 @@ def _kill(actor: WorkerHandle, here: str) -> None:
 
 
 def _all(calls: dict[Any, WorkerHandle]) -> tuple[list[Any], list[WorkerHandle]]:
-    """What the calls give, and the actors that have died instead of an answer. Raises the
-    SnapshotError of one that could not read its files."""
+    """Return the results of the calls, and the actors that died instead of answering. Raises the
+    SnapshotError of an actor that could not read its files."""
     waiting = list(calls)
     done, late = ray.wait(waiting, num_returns=len(waiting), timeout=ANSWER_SECONDS)
     found, gone = [], [calls[call] for call in late]
@@ -321,20 +329,25 @@ def _all(calls: dict[Any, WorkerHandle]) -> tuple[list[Any], list[WorkerHandle]]
 
 
 class Attempts:
-    """Counts how often actors were lost without getting any further.
+    """Counts how often each actor of a run was lost without progress.
 
     The tick in which a block fails is known where it raises. A process that dies (out of memory, a
-    crash in native code) was last heard of up to a second before, or never: its tick differs from
-    one loss to the next although the cause is the same. So losses are counted as long as neither
-    the actor nor a snapshot of the run has come further than before.
+    crash in native code) sent its last status up to a second before, or never: its tick differs
+    from one loss to the next although the cause is the same. So losses are counted as long as
+    neither the actor nor a snapshot of the run has advanced.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[int, int]] = {}  # by actor: how far it came, losses since
 
     def lost(self, actor: str, tick: int | None, saved: int) -> int:
-        """How many times in a row `actor` was lost without getting further, this one included.
-        tick: where it was, as far as that is known; saved: the tick of the latest snapshot."""
+        """Return how many times in a row `actor` was lost without progress, this one included.
+
+        Args:
+            actor: its name.
+            tick: its tick, if it is known.
+            saved: the tick of the latest snapshot.
+        """
         furthest, times = self._known.get(actor, (-1, 0))
         came = max(saved, -1 if tick is None else tick)
         times = 1 if came > furthest else times + 1

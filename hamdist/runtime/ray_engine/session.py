@@ -1,4 +1,4 @@
-"""Ray itself: a local one that starts by itself and leaves nothing, or a cluster by its address."""
+"""Ray's session: a local Ray that starts when needed and leaves nothing, or a joined cluster."""
 
 from __future__ import annotations
 
@@ -33,15 +33,20 @@ CLOSING_SECONDS = 3 * GONE_SECONDS
 
 
 class Session:
-    """A Ray that is up, and its idle actors: a run that follows another takes over its processes,
-    which saves it the seconds in which they would import torch."""
+    """A running Ray with its idle actors.
+
+    A later run takes over the processes of an earlier one, which saves the seconds of importing
+    torch.
+    """
 
     def __init__(self) -> None:
         self.idle: list[tuple[ActorOptions, Any]] = []
 
     def actors(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
-        """For each actor options an idle actor that is still there, or a new one. Before a new one
-        starts, those that this run does not take over make room."""
+        """Return an actor for each element of `options_of_actors`: an idle one, or a new one.
+
+        Before a new one starts, idle actors that this run does not take over are ended.
+        """
         from hamdist.runtime.ray_engine.worker_actor import is_alive, start_actor
 
         found: dict[int, Any] = {}
@@ -60,7 +65,7 @@ class Session:
         ]
 
     def make_room(self) -> None:
-        """Ends the idle actors: their processors are wanted."""
+        """End the idle actors, to free their processors."""
         _end([actor for _, actor in self.idle])
         self.idle = []
 
@@ -70,9 +75,11 @@ class Session:
 
 @dataclass(slots=True)
 class _Standing:
-    """A session that is open, and what closes it.
+    """An open session, and what closes it.
 
-    cpus: how many Ray was told of. processes: of a local Ray that was started here, else empty.
+    Attributes:
+        cpus: processors that Ray was started with.
+        processes: of a local Ray that was started here, else empty.
     """
 
     session: Session
@@ -81,7 +88,9 @@ class _Standing:
     processes: set[psutil.Process]
 
     def takes(self, engine: EngineSettings) -> bool:
-        """Whether a run of these settings can go on in it: Ray is up, and has room for it."""
+        """Return True if a run of these settings can use the session: Ray runs, and has room for
+        it.
+        """
         import ray
 
         running = all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in self.processes)
@@ -180,7 +189,7 @@ def _outermost(engine: EngineSettings, stays: bool) -> Iterator[Session]:
 
 
 def _opened(engine: EngineSettings) -> _Standing:
-    """The session that waits, where it takes this run, or else a new one in its place."""
+    """Return the waiting session if it suits this run, or else a new one in its place."""
     global _standing, _idle_over
     if _idle_over is not None:
         _idle_over.cancel()
@@ -198,7 +207,7 @@ def _opened(engine: EngineSettings) -> _Standing:
 
 
 def _close_after(seconds: float) -> None:
-    """Close the waiting session when nobody has used it for so long, or when the process ends."""
+    """Close the waiting session if it was not used for `seconds`, or when the process ends."""
     global _idle_over
     owner = os.getpid()
 
@@ -245,7 +254,7 @@ def _end(actors: list[Any]) -> None:
 
 @contextmanager
 def _ray(engine: EngineSettings) -> Iterator[tuple[set[psutil.Process], int]]:
-    """Ray is up inside. Yields the processes of one that was started here, and its CPUs."""
+    """Keep Ray running inside; yields the processes of a Ray started here, and its CPUs."""
     import ray
 
     if ray.is_initialized():

@@ -1,6 +1,6 @@
-"""Snapshots and replacements of a worker_group: when, and what follows from them.
+"""Supervision of a worker group: when snapshots and replacements happen, and what follows.
 
-Everything here runs in the driver, between two looks at the actors.
+Everything here runs in the driver, between two status queries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ LAST_SECONDS = 10.0  # for the one before the end
 
 
 class SnapshotSupervision:
-    """warnings: what went wrong on the way."""
+    """Takes snapshots of a worker group and replaces its lost actors.
+
+    Attributes:
+        warnings: failures on the way that did not end the run.
+    """
 
     def __init__(
         self, plan: Plan, worker_group: WorkerGroup, snapshot_policy: SnapshotPolicy
@@ -63,7 +67,7 @@ class SnapshotSupervision:
 
     @property
     def way_on(self) -> str:
-        """What a run that stands still can be gone on from."""
+        """Return the sentence that names the snapshot from which a stalled run can be resumed."""
         latest = self._catalogue.latest
         if latest is None:
             return "; no snapshot was complete yet: the run has to begin again"
@@ -75,7 +79,7 @@ class SnapshotSupervision:
 
     @property
     def lost(self) -> list[str]:
-        """What was lost and has not been replaced."""
+        """Return the actors that were lost and have not been replaced."""
         return [str(loss.error) for loss in self._losses]
 
     # -- losses ---------------------------------------------------------------------------------
@@ -89,7 +93,9 @@ class SnapshotSupervision:
         return True
 
     def look(self, now: float) -> None:
-        """Replaces what was lost, and asks for snapshots. Raises what cannot be healed."""
+        """Replace lost actors, and request snapshots. Raises the errors that cannot be recovered
+        from.
+        """
         self._collect()
         self._look_for_forgotten()
         if self._asked is not None and self._worker_group.too_late():
@@ -121,7 +127,7 @@ class SnapshotSupervision:
         self._ask_in_time(now)
 
     def _look_for_forgotten(self) -> None:
-        """Says so where an actor keeps no signals any more, or ends the run: as the setting says.
+        """Warn if an actor has dropped its signals, or end the run, as the setting says.
 
         Raises:
             SnapshotError: `snapshots.full` is 'end'.
@@ -172,8 +178,7 @@ class SnapshotSupervision:
                     self._asked_for_is_there(complete.tick)
 
     def _asked_for_is_there(self, tick: int) -> None:
-        """The snapshot of `tick` is complete: what was kept for it is let go, and another may be
-        asked for."""
+        """Drop the signals before the complete snapshot of `tick`, and allow the next one."""
         if self._asked is not None and tick >= self._asked[0]:
             self._asked = None
         for actor in self._worker_group.actors:
@@ -195,8 +200,8 @@ class SnapshotSupervision:
         self._ask(now, front)
 
     def _full(self) -> bool:
-        """Whether somebody keeps so many signals that a snapshot is due: half of what may be kept,
-        for it takes a while."""
+        """Return True if an actor keeps so many signals that a snapshot is due. That is half of
+        what it may keep, for a snapshot takes a while."""
         return any(
             2 * actor.kept_bytes > self._policy.memory for actor in self._worker_group.actors
         )
@@ -216,8 +221,10 @@ class SnapshotSupervision:
         return tick
 
     def last(self, now: float) -> bool:
-        """Before the end: asks for a snapshot, and again after a loss. Whether it is there, or will
-        not be, which is then among the warnings."""
+        """Request a snapshot before the end, and again after a loss.
+
+        Returns True if it is there, or will not be, which is then among the warnings.
+        """
         if self._last is None and not self._losses:
             self._last = self._ask(now, self._front())
             self._last_by = self._last_by or now + LAST_SECONDS

@@ -15,10 +15,10 @@ T = TypeVar("T")
 def ray_tasks(
     engine: EngineSettings, function: Callable[[Any], T], arguments: Sequence[Any]
 ) -> Iterator[T]:
-    """function(argument) for each of `arguments`, in the order in which they finish, on the Ray at
-    `engine.address` (or a local one). What is left when the caller stops reading is called off.
+    """Yield function(argument) for each of `arguments`, in the order in which they finish.
 
-    Raises what `function` raises, and ClusterError where a task was lost with its process.
+    The tasks run on the Ray at `engine.address` (or a local one). Those left when the caller stops
+    reading are cancelled. Raises the errors of `function`, and ClusterError for a lost task.
     """
     with ray_session(engine) as session:
         session.make_room()  # actors that wait for another run hold processors

@@ -1,4 +1,4 @@
-"""The watchdog: tells when no block moves any more, and which edge it hangs on."""
+"""The watchdog: detects a run that has stopped moving, and the edge that causes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hamdist.runtime.engines.worker import BlockedChannel
 
 
 class Watchdog:
-    """warning, limit: seconds without progress until it speaks, and until it gives up."""
+    """Measures the seconds without progress: warns after `warning`, gives up after `limit`."""
 
     def __init__(self, warning: float, limit: float) -> None:
         self._warning = warning
@@ -20,8 +20,10 @@ class Watchdog:
         self._spoken = False
 
     def look(self, position: Mapping[str, object], now: float) -> tuple[float, bool]:
-        """Notes where everything is. Returns the seconds without progress, and whether now is the
-        time to warn (once for every standstill)."""
+        """Note the position of all blocks.
+
+        Returns the seconds without progress, and True if a warning is due (once per standstill).
+        """
         if position != self._last:
             self._last = dict(position)
             self._since = now
@@ -38,10 +40,13 @@ class Watchdog:
 def explain(
     waits: Sequence[BlockedChannel], ticks: Mapping[str, int], silent: Sequence[str], seconds: float
 ) -> str:
-    """Why nothing moves: the edge that everybody waits for in the end, since when, for what.
+    """Return why nothing moves: the edge that all others wait for, since when, for which signal.
 
-    waits: of the processes that are blocked; ticks: of the blocks; silent: processes that do not
-    answer, with their blocks.
+    Args:
+        waits: of the processes that are blocked.
+        ticks: of the blocks.
+        silent: processes that do not answer, with their blocks.
+        seconds: without progress.
     """
     head = f"no block has moved for {seconds:.0f} s"
     waiting = {w.waiter for w in waits}

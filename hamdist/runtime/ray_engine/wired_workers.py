@@ -1,4 +1,4 @@
-"""Worker actors of a run, wired: which channel goes which way, and what is opened and connected."""
+"""Worker actors of a run, connected: the transport of each channel, and its two ends."""
 
 from __future__ import annotations
 
@@ -41,10 +41,15 @@ class WiredWorkers(PlacedWorkers):
     def wire(
         self, startup: Startup, costs: Costs | None = None, measured: Costs | None = None
     ) -> Plan:
-        """Starts the actors, gives them their blocks, opens and joins the sockets. Returns the plan
-        that they have: with delays that hide the links, where they were to be chosen.
+        """Start the actors, give them their blocks, and open and connect the channels.
 
-        costs: what the placement goes by, instead of parameters; measured: what the delays go by.
+        Args:
+            startup: notes the time of each phase.
+            costs: of the blocks, for the placement, instead of their parameters.
+            measured: of the blocks, for the delays.
+
+        Returns:
+            The plan of the actors: with delays that hide the links, where they were to be chosen.
         """
         plan = self._plan
         cpus = int(ray.cluster_resources().get("CPU", 0))
@@ -114,8 +119,9 @@ class WiredWorkers(PlacedWorkers):
             patience *= 2
 
     def _lend(self) -> None:
-        """Lets all find out whether signals can stay on GPUs. Raises ClusterError where they have
-        to."""
+        """Let all actors test whether signals can stay on GPUs. Raises ClusterError where they
+        must.
+        """
         self._all("answer_offers", lambda _: ())
         told = self._all("hear_answers", lambda _: ())
         self.lent = sum(offered for offered, _ in told)
@@ -130,7 +136,9 @@ class WiredWorkers(PlacedWorkers):
     def binds(
         self, i: int, inside: Sequence[set[str]], only: Sequence[WorkerHandle] | None = None
     ) -> dict[int, str]:
-        """What actor i receives from other processes (`only`: from those), and the way it comes."""
+        """Return the transport of each channel on which actor i receives (`only`: from those
+        actors).
+        """
         senders: set[str] | None = None
         if only is not None:
             senders = set().union(*(inside[self.actors.index(actor)] for actor in only))
@@ -153,27 +161,27 @@ class WiredWorkers(PlacedWorkers):
         return self._way_between(channel, here, key, receiver)
 
     def start_again(self, actors: Sequence[WorkerHandle]) -> None:
-        """These run (once more)."""
+        """Call `run` on restarted actors."""
         for actor in actors:
             together = [a for a in self.actors if a.node == actor.node]
             actor.running = actor.handle.run.remote(together.index(actor), len(together))
 
     def connect_local(self, ends: ReceivingEnds) -> int:
-        """The stream in this process sends to new ends (and runs, where it begins again)."""
+        """Connect the stream in this process to new ends, and run it if it restarts."""
         again = 0 if self._local is None else self._local.connect_anew(ends)
         self._start_local()
         return again
 
     @property
     def goes_back(self) -> bool:
-        """Whether the stream can be drawn a second time."""
+        """Return True if the stream can be drawn a second time."""
         return self._local is None or replays(self._stream)
 
     def renew_local(self, plan: Plan) -> None:
-        """Make a stream in this process begin again, from the plan's snapshot.
+        """Restart a stream in this process, from the plan's snapshot.
 
         Raises:
-            StreamError: it is in the midst of an item that does not come.
+            StreamError: the stream is waiting for an item that does not come.
         """
         if self._local is None:
             return

@@ -36,9 +36,10 @@ ANSWER_SECONDS = 5.0
 
 
 class WorkerActor:
-    """Where it runs is known before it gets its blocks: only then can channels choose their way.
+    """A worker in a process of its own on some host.
 
-    path: the driver's sys.path, so that the modules of users' blocks are found here as well.
+    Its host is known before it gets its blocks: only then can the transport of its channels be
+    chosen. `path` is the driver's sys.path, so that the modules of users' blocks are importable.
     """
 
     def __init__(self, path: Sequence[str]) -> None:
@@ -52,25 +53,24 @@ class WorkerActor:
         sys.path.extend(entry for entry in path if entry not in sys.path)
 
     def where(self) -> tuple[str, str, int]:
-        """Ray's id of the host, its address, and the process id."""
+        """Return Ray's id of the host, its address, and the process id."""
         node = ray.get_runtime_context().get_node_id()
         return node, ray.util.get_node_ip_address(), os.getpid()
 
     def new_key(self) -> str:
-        """Makes this process's keys for the next run; returns the public one."""
+        """Make this process's keys for the next run, and return the public one."""
         from hamdist.runtime.transport.encryption import new_keys
 
         self._keys = new_keys()
         return self._keys.public
 
     def probe(self, run: int, link_delay: float, binds: Mapping[int, str]) -> dict[int, str]:
-        """Opens the receiving ends of links to measure, given by channel, each in its way; returns
-        their addresses."""
+        """Open the receiving ends of links to measure, by channel, and return their addresses."""
         self._probe = Probe(run, link_delay, self._keys)
         return self._probe.open(binds)
 
     def join_probe(self, addresses: Mapping[int, str]) -> None:
-        """Opens the sending ends of the links that this actor has the other end of."""
+        """Open the sending ends of the links of which this actor has the other end."""
         self._probed().join(addresses)
 
     def answer_probe(self, number: int) -> None:
@@ -91,7 +91,7 @@ class WorkerActor:
     def compute_as(
         self, switches: Switches, threads: int, native: bool
     ) -> tuple[Arithmetic, list[str]]:
-        """Sets torch's switches to the driver's, before any block is there.
+        """Set torch's switches to the driver's, before any block exists.
 
         Returns:
             The fingerprint of this process then, and the switches that could not be set.
@@ -106,7 +106,7 @@ class WorkerActor:
         stream: Stream | None,
         binds: Mapping[int, str],
     ) -> ReceivingEnds:
-        """Builds the blocks and opens the receiving ends; returns where they are."""
+        """Build the blocks, open the receiving ends, and return their addresses."""
         self._host = Worker(plan, blocks, stream, self._keys)
         return self._host.bind(binds)
 
@@ -143,7 +143,7 @@ class WorkerActor:
             host.withdraw(key)
 
     def run(self, index: int, actors: int) -> WorkerReport:
-        """index: of this actor among the `actors` of its host."""
+        """Run the worker, which is number `index` of the `actors` on its host, to the end."""
         return self._prepared().run(index, actors)
 
     def status(self, seen: int, every: int | None) -> WorkerStatus:
@@ -160,14 +160,15 @@ class WorkerActor:
             host.abort()
 
     def close(self) -> None:
-        """Ends the run, as far as it has come; the actor can take another."""
+        """End the run, however far it has come; the actor can take another."""
         if self._host is not None:
             self._host.close()
             self._host = None
 
     def _of(self, run: int) -> Worker | None:
-        """The host of a run; None where the actor has gone on to another. The driver does not wait
-        for all its calls: on a busy machine one may come when the next run has begun."""
+        """Return the worker of a run; None if the actor serves another run by now. The driver does
+        not wait for all its calls: on a busy machine a call may arrive when the next run has begun.
+        """
         host = self._host
         return host if host is not None and host.number == run else None
 
@@ -178,7 +179,7 @@ class WorkerActor:
 
 
 def is_alive(actor: Any) -> bool:
-    """Whether an idle actor still answers."""
+    """Return True if an idle actor still answers."""
     try:
         ray.get(actor.where.remote(), timeout=ANSWER_SECONDS)
     except (RayError, GetTimeoutError):
@@ -187,8 +188,11 @@ def is_alive(actor: Any) -> bool:
 
 
 def start_actor(actor_options: ActorOptions) -> Any:
-    """A new actor in Ray, restarted by nobody: what it knows is lost with it. Ray keeps no events
-    of its calls: with them its head grew by 100 MiB in an hour of being asked how far it is."""
+    """Start an actor in Ray, without Ray's restarts, which would lose its state.
+
+    Ray records no events of its calls: with them its head grew by 100 MiB in an hour of status
+    queries.
+    """
     options = {
         **_reserved(actor_options),
         "num_gpus": actor_options.gpus,
@@ -214,12 +218,12 @@ def _reserved(actor_options: ActorOptions) -> dict[str, Any]:
 
 
 def timed_on(node: str) -> Any:
-    """The seconds that a host takes for a fixed piece of arithmetic, as a reference."""
+    """Return a reference to the seconds that a host takes for a fixed calculation."""
     return ray.remote(_seconds).options(**_reserved(ActorOptions(node=node))).remote()
 
 
 def _seconds() -> float:
-    """The least of a few times: others may be busy there."""
+    """Return the least of a few timings, as other processes may use the host."""
     torch.set_num_threads(1)
     a = torch.ones(256, 256)
     times = []

@@ -1,4 +1,4 @@
-"""The actors of one run, seen from the driver: started, wired, asked, called off, ended."""
+"""The actors of one run, as the driver controls them: started, connected, queried, ended."""
 
 from __future__ import annotations
 
@@ -29,33 +29,35 @@ OBEY_SECONDS = 2.0
 
 
 class WorkerGroup(WiredWorkers):
-    """actors: of one run, on a Ray that is up. As a context it ends them, and their sockets.
+    """The actors of one run, on a running Ray; as a context it ends them and their sockets.
 
-    A stream that cannot leave the driver's process is drawn in a thread here (`local_report` is
-    what it leaves).
+    A stream that cannot leave the driver's process is drawn in a thread here; `local_report` is its
+    report.
     """
 
     def __exit__(self, *_: object) -> None:
-        """Ends what was started, in whatever state it is."""
+        """End everything that was started, in whatever state it is."""
         with deaf_to_interrupts():
             self._end_local()
             self._end_actors()
             shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
 
     def withdraw(self, key: str) -> None:
-        """Nobody lets the holder of this key in any more."""
+        """Make all actors refuse the holder of this key from now on."""
         for actor in self.actors:
             actor.handle.withdraw.remote(self._plan.run, key)
 
     def keep(self, tick: int) -> None:
-        """All take a snapshot at `tick`."""
+        """Request a snapshot of all actors at `tick`."""
         self._keep_calls = [
             actor.handle.keep.remote(self._plan.run, tick) for actor in self.running.values()
         ]
         self._too_late = self._local is not None and not self._local.keep(tick)
 
     def too_late(self) -> bool:
-        """Whether somebody had passed the tick of the latest `keep` when it was told."""
+        """Return True if an actor had passed the tick of the latest `keep` when the request
+        arrived.
+        """
         done, self._keep_calls = (
             ray.wait(self._keep_calls, num_returns=len(self._keep_calls), timeout=0)
             if self._keep_calls
@@ -67,14 +69,14 @@ class WorkerGroup(WiredWorkers):
         return self._too_late
 
     def complete(self, tick: int) -> None:
-        """All may forget what lies before that snapshot."""
+        """Allow all actors to drop the signals before the snapshot of `tick`."""
         for actor in self.actors:
             actor.handle.complete.remote(self._plan.run, tick)
         if self._local is not None:
             self._local.complete(tick)
 
     def kept(self) -> list[SnapshotNews]:
-        """What all have told of their snapshots since the last call."""
+        """Return the snapshot news of all actors since the last call."""
         found = [kept for actor in self.actors for kept in actor.told]
         for actor in self.actors:
             actor.told.clear()
@@ -85,13 +87,13 @@ class WorkerGroup(WiredWorkers):
         return found
 
     def start(self) -> None:
-        """Everybody runs."""
+        """Start `run` on all actors."""
         self.start_again(self.actors)
         self._start_local()
 
     @property
     def running(self) -> dict[Any, WorkerHandle]:
-        """The run calls that have not been collected, with their actors."""
+        """Return the run calls that have not been collected, with their actors."""
         return {a.running: a for a in self.actors if a.running is not None and a.report is None}
 
     @property
@@ -100,9 +102,9 @@ class WorkerGroup(WiredWorkers):
         return finished and (self._local is None or self.local_report is not None)
 
     def wait(self, seconds: float, *, everybody: bool = False) -> None:
-        """Waits for actors to finish, and collects their reports.
+        """Wait for actors to finish, and collect their reports.
 
-        Raises what ended an actor, or the stream.
+        Raises the error that ended an actor, or the stream.
         """
         calls = self.running
         if calls:
@@ -121,7 +123,7 @@ class WorkerGroup(WiredWorkers):
             raise self.local_report.error
 
     def _collect(self, actor: WorkerHandle, call: Any) -> None:
-        """The report of an actor that has finished. Raises what ended it."""
+        """Take the report of an actor that has finished. Raises the error that ended it."""
         try:
             actor.report = ray.get(call)
         except RayTaskError as error:
@@ -149,7 +151,7 @@ class WorkerGroup(WiredWorkers):
         raise report.error
 
     def ask(self, now: float, seconds: float) -> None:
-        """Asks every running actor how far it is, and notes the answers that come in time."""
+        """Query the status of all running actors, and note the answers that come in time."""
         for actor in self.actors:
             if actor.report is None and actor.asked is None:
                 actor.asked = actor.handle.status.remote(len(actor.windows), actor.every)
@@ -164,30 +166,30 @@ class WorkerGroup(WiredWorkers):
                 actor.note(ray.get(call))
 
     def silent(self, now: float, seconds: float = ANSWER_SECONDS) -> list[WorkerHandle]:
-        """The actors that have not answered for a while."""
+        """Return the actors that have not answered for `seconds`."""
         return [a for a in self.actors if a.asked is not None and now - a.asked_at > seconds]
 
     def samples(self) -> int:
-        """Samples that have entered the network."""
+        """Return the number of samples that have entered the network."""
         if self._local is not None:
             return self._local.status(0, None).samples
         known = [a.report or a.status for a in self.actors]
         return max((k.samples for k in known if k is not None), default=0)
 
     def reports(self) -> list[WorkerReport]:
-        """Of the actors that have finished, and of a stream in the driver."""
+        """Return the reports of the actors that have finished, and of a stream in the driver."""
         reports = [a.report for a in self.actors if a.report is not None]
         return reports if self.local_report is None else [*reports, self.local_report]
 
     def stop_stream(self) -> None:
-        """Ends the stream at its next sample; what is under way is finished."""
+        """End the stream at its next sample; samples under way are finished."""
         if self._local is not None:
             self._local.stop_stream()
         else:
             self.actors[self._source_actor()].handle.stop_stream.remote(self._plan.run)
 
     def call_off(self) -> None:
-        """Ends the runs as they are now; those that do not answer leave no report."""
+        """End the runs as they are now; actors that do not answer leave no report."""
         self._called_off = True
         for actor in self.running.values():
             actor.handle.abort.remote(self._plan.run)
@@ -196,7 +198,7 @@ class WorkerGroup(WiredWorkers):
         self.wait(ANSWER_SECONDS, everybody=True)
 
     def _end_actors(self) -> None:
-        """Lets the actors that obey take another run, and kills the others."""
+        """Free the actors that respond for another run, and kill the others."""
         for actor in self.running.values():
             actor.handle.abort.remote(self._plan.run)
         runs = [a.running for a in self.actors if a.running is not None]
@@ -216,7 +218,7 @@ class WorkerGroup(WiredWorkers):
         self._outlast(killed)
 
     def _outlast(self, killed: Sequence[WorkerHandle]) -> None:
-        """Waits until the processes of killed actors on this host are gone."""
+        """Wait until the processes of killed actors on this host are gone."""
         here = ray.get_runtime_context().get_node_id() if killed else ""
         processes = []
         for actor in killed:

@@ -1,7 +1,7 @@
 """Starts a worker of a local Ray: run as a script in place of Ray's setup_worker.py.
 
-Ray's own imports all of Ray, for about half a second, only to start Python once more. A worker with
-a runtime environment (an actor whose host has variables of its own) is left to it.
+Ray's own script imports all of Ray, for about half a second, only to start Python once more. A
+worker with a runtime environment (an actor with environment variables of its own) is left to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ENVIRONMENT = "--serialized-runtime-env-context"
 
 
 def main() -> None:
-    """Become the worker that the arguments ask for."""
+    """Replace this process by the worker that the arguments describe."""
     arguments = sys.argv[1:]
     if LANGUAGE not in arguments or any(a.startswith(ENVIRONMENT) for a in arguments):
         from ray._private.workers import setup_worker

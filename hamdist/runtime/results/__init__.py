@@ -1,1 +1,1 @@
-"""What a run leaves: its result, and the digests of its signals and weights."""
+"""The result of a run, and the digests of its signals and weights."""

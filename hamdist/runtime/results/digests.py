@@ -1,9 +1,9 @@
-"""Running digests of the signals of every edge, and digests of weights: where do two runs part?
+"""Running digests of the signals of every edge and of the weights, to compare two runs.
 
 A signal is hashed twice, by its sender when it is posted and by its receiver when it is taken, each
 time on top of the digest of all signals before it on that channel. Two runs of the same settings
-have equal digests up to the signal at which they part; where what was taken is not what was sent,
-the transport, or somebody who wrote to a payload, has changed it. Hashed is the signal as it
+have equal digests up to the signal at which they part; if the digests of the two ends differ, the
+transport, or code that wrote to a payload, has changed the signal. Hashed is the signal as it
 travels (of compressed ones the code): its stamp, its flags, type, shape, and the CRC-32 of its
 bytes, which is five times as fast as a cryptographic hash of them.
 """
@@ -34,12 +34,13 @@ _HEAD = struct.Struct("<qqqBB")
 @known("DigestTrack")
 @dataclass(slots=True)
 class DigestTrack:
-    """The digests of one way of signals, or of one block's weights, as hexadecimal text.
+    """The digests of one channel's signals, or of one block's weights, as hexadecimal text.
 
-    marks: (tick, digest) in order; of signals the tick is the sender's, and there is one mark for
-    every `every` signals: with 512 marks each second one is dropped, and `every` doubles. Of
-    weights there are marks after 1, 2, 4, 8, ... updates. count: signals, or updates, until `last`,
-    the latest digest.
+    Attributes:
+        count: signals, or updates, until `last`, the latest digest.
+        marks: (tick, digest) in order. Of signals the tick is the sender's, and there is one mark
+            for every `every` signals: with 512 marks each second one is dropped, and `every`
+            doubles. Of weights there are marks after 1, 2, 4, 8, ... updates.
     """
 
     count: int = 0
@@ -48,7 +49,7 @@ class DigestTrack:
     marks: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, signal: Signal) -> None:
-        """Hashes a signal on top of those before it."""
+        """Hash a signal on top of those before it."""
         self.last = _on_top(self.last, signal)
         self.count += 1
         if self.count % self.every == 0:
@@ -62,7 +63,9 @@ DigestMap: TypeAlias = dict[str, DigestTrack]
 
 
 class Digests:
-    """Of one process. sent, taken: by channel ('state u->block0'); weights: by block."""
+    """Digests of one process: `sent` and `taken` by channel ('state u->block0'), `weights` by
+    block.
+    """
 
     def __init__(self) -> None:
         self.sent: DigestMap = {}
@@ -70,16 +73,18 @@ class Digests:
         self.weights: DigestMap = {}
 
     def post(self, channel: Channel, signal: Signal) -> None:
-        """Notes a signal on its way out."""
+        """Note a signal on its way out."""
         self.sent.setdefault(channel.key, DigestTrack()).add(signal)
 
     def take(self, channel: Channel, signal: Signal) -> None:
-        """Notes a signal that has come, before it is decoded."""
+        """Note a signal that has arrived, before it is decoded."""
         self.taken.setdefault(channel.key, DigestTrack()).add(signal)
 
     def after_step(self, node: Any, tick: int) -> None:
-        """Hashes the weights of a node's block where its number of updates has come to a power of
-        two. tick: of the step that the node has made."""
+        """Hash the weights of a node's block if its number of updates is a power of two.
+
+        `tick` is that of the step that the node has made.
+        """
         block = getattr(node, "block", None)
         if block is None:  # the stream
             return
@@ -90,8 +95,9 @@ class Digests:
             track.marks.append((tick, track.last))
 
     def result(self, blocks: Mapping[str, Any]) -> dict[str, DigestMap]:
-        """All of them: 'sent', 'taken' and 'weights', the latter with the final ones. blocks: the
-        `BlockState`s that the process leaves."""
+        """Return all digests: 'sent', 'taken' and 'weights', the latter with those of `blocks` at
+        the end.
+        """
         for name, state in blocks.items():
             track = self.weights.setdefault(name, DigestTrack())
             track.count, track.last = state.updates, weights_digest(state)
@@ -100,7 +106,7 @@ class Digests:
     # -- state ----------------------------------------------------------------------------------
 
     def snapshot(self, name: str, out: Iterable[Channel], into: Iterable[Channel]) -> Any:
-        """What node `name` has to remember of its channels and its weights."""
+        """Return the digests of node `name`'s channels and weights."""
         return {
             "sent": _of(self.sent, [c.key for c in out]),
             "taken": _of(self.taken, [c.key for c in into]),
@@ -108,14 +114,14 @@ class Digests:
         }
 
     def restore(self, state: Mapping[str, DigestMap]) -> None:
-        """Goes on from what one node has remembered."""
+        """Continue from the digests of one node."""
         self.sent |= state["sent"]
         self.taken |= state["taken"]
         self.weights |= state["weights"]
 
 
 def joined(parts: Iterable[Mapping[str, DigestMap]]) -> dict[str, DigestMap]:
-    """What the processes of one run have left, in one."""
+    """Merge the digests of the processes of one run."""
     whole: dict[str, DigestMap] = {}
     for part in parts:
         for kind, tracks in part.items():
@@ -124,7 +130,7 @@ def joined(parts: Iterable[Mapping[str, DigestMap]]) -> dict[str, DigestMap]:
 
 
 def weights_digest(state: Any) -> str:
-    """Of all weights and buffers of a block's `BlockState`."""
+    """Return the digest of all weights and buffers of a block's `BlockState`."""
     digest = blake2b(digest_size=DIGEST_BYTES)
     for name, tensor in sorted({**state.theta, **state.buffers}.items()):
         if isinstance(tensor, Tensor):  # (a module's extra state may be anything)

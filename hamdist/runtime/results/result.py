@@ -1,4 +1,4 @@
-"""What a run leaves behind, whichever engine ran it."""
+"""The result of a run, whichever engine ran it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from hamdist.runtime.signals.codec import Compressed
 
 @dataclass(frozen=True, slots=True, repr=False)
 class BlockState:
-    """Everything that a block owns at the end of a run (detached copies).
+    """The state of a block at the end of a run (detached copies).
 
-    theta, omega: weights and weight costates by the parameter's name in the block's module.
-    average: the moving average of the weights by name, where there is one.
-    buffers: the module's buffers by name, and its extra state. h, z: state and costate, None where
-    a block has none (of micro-batches, those of the last one).
-    rounding: what autocast did to what the block computes, where it is on.
-    updates: how often the weights moved. stored: the most tokens whose activations it kept at once
-    (presentation 'sequence').
+    Attributes:
+        theta: weights by the parameter's name in the block's module.
+        omega: weight costates by the same names.
+        average: the moving average of the weights by name, where there is one.
+        buffers: the module's buffers by name, and its extra state.
+        h: the state (of micro-batches: the last one's); None where a block has none.
+        z: its costate, likewise.
+        rounding: the error of autocast, where it is on.
+        updates: how often the weights moved.
+        stored: the most tokens whose activations it kept at once (presentation 'sequence').
     """
 
     theta: Mapping[str, Tensor]
@@ -47,7 +50,7 @@ class BlockState:
 
 @dataclass(frozen=True, slots=True)
 class BlockProgress:
-    """Where a block is, for the live display: its next tick, its updates, what it waits for."""
+    """Progress of a block, for the live display: next tick, updates, the edge it waits for."""
 
     block: str
     tick: int
@@ -57,10 +60,14 @@ class BlockProgress:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One look at a running engine. `samples` counts items that entered the network, `resumed`
-    those of them that had entered before the snapshot that the run goes on from. phase: what a run
-    is busy with that has not started yet (startup.py); None from its first tick on. replaced:
-    actors that were lost so far."""
+    """Progress of a running engine.
+
+    Attributes:
+        samples: items that entered the network; resumed: those of them before the snapshot that the
+            run resumes from.
+        phase: of the start (process/startup.py); None from the first tick on.
+        replaced: actors that were lost so far.
+    """
 
     seconds: float
     samples: int
@@ -75,11 +82,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """An actor that was lost and replaced. tick: of its blocks, as far as it was known. since: the
-    tick of the snapshot that it went on from. seconds: until it ran again. replayed: signals that
-    its neighbours had to send again (of actors that were lost together: with the first). fault:
-    of a later snapshot, for which all went back to this one (empty: none). lost: False for those
-    that were there, and only went back with the others."""
+    """An actor that was lost and replaced.
+
+    Attributes:
+        tick: of its blocks, if it was known.
+        since: the tick of the snapshot from which it resumed; seconds: until it ran again.
+        replayed: signals that its neighbours had to send again (of actors that were lost together:
+            with the first).
+        fault: damage of a later snapshot, for which all went back to this one (empty: none).
+        lost: False for those that were there, and only went back with the others.
+    """
 
     actor: str
     blocks: list[str]
@@ -93,9 +105,11 @@ class Replaced:
 
 @dataclass(frozen=True, slots=True)
 class WeightLag:
-    """What the weights that a block reads of another one lack: the steps by so many of the samples
-    before the one that passes, and the ticks in which these came. 0: none, as in one block that
-    keeps one sample in the network at a time."""
+    """Age of the weights that a block reads of another one.
+
+    They lack the steps of so many `samples` before the one that passes, which came in so many
+    `ticks`. 0: none, as in one block that keeps one sample in the network at a time.
+    """
 
     samples: int
     ticks: int
@@ -107,32 +121,36 @@ APART = {"apart": True}  # metadata of a field that JSON does not hold
 
 @dataclass(slots=True, kw_only=True)
 class RunFacts:
-    """What is known of a run, from the engine to the files: every layer adds its own fields.
+    """The facts of a run, from the engine to the files: every layer adds its own fields.
 
-    samples: items that entered, resumed: those of them that had entered before the snapshot that
-    the run went on from. seconds: wall time from the first to the last tick, without that of those
-    items; startup_seconds: what came before, startup: the same by phase (startup.py).
-    bytes_per_edge: payload bytes that crossed each edge in both directions, by the edge's name.
-    compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones, bytes
-    sent and saved, and how far the decoded signals were from the exact ones.
-    rounding: by block under autocast, how far what it computed was from float32.
-    peak_memory: peak resident bytes by process ('driver', 'actor 0', ...). own_memory: at the end,
-    without the code of libraries and Ray's object store (memory.py).
-    staleness: the most samples that lie between the activations a block's message was made with
-    and the weights or activations that it meets.
-    delays: ticks by edge between blocks; given as `partition.delays` they are used again.
-    weight_lags: by 'owner<->user', of weights that two blocks use, how old those are that the user
-    reads.
-    stream: what the stream counted (samples dropped, say), where it counts.
-    stored: the most tokens whose activations a block kept at once, at level 'bptt'.
-    interrupted: Ctrl-C or SIGTERM ended the run; stopped: its `on_progress` did.
-    snapshots: the complete ones that are left, the latest last. replaced: actors that were lost.
-    chosen: the settings that ran, of level 'auto', and why they are these.
-    placement: the blocks of each process; given as `engine.placement` it is used again.
-    time_use: by process, seconds of the whole run ('total'), in the steps of its blocks ('step'),
-    and over sockets in packing ('packing') and blocked ('waiting').
-    digests: with `engine.digests`, of the signals that were 'sent' and 'taken' by channel ('state
-    u->block0'), and of the 'weights' by block (digests.py); `hamdist diff` compares those of two.
+    Attributes:
+        samples: items that entered; resumed: those of them before the snapshot that the run resumed
+            from.
+        seconds: wall time from the first to the last tick, without that of the resumed items;
+            startup_seconds: the time before, startup: the same by phase (process/startup.py).
+        bytes_per_edge: payload bytes that crossed each edge in both directions, by edge.
+        compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones,
+            bytes
+            sent and saved, and the error of the decoded signals.
+        rounding: by block under autocast, the distance of its results from float32.
+        peak_memory: peak resident bytes by process ('driver', 'actor 0', ...).
+        own_memory: at the end, without the code of libraries and Ray's object store.
+        staleness: the most samples that lie between the activations a block's message was made with
+            and the weights or activations that it meets.
+        delays: ticks by edge between blocks; can be given as `partition.delays`.
+        weight_lags: by 'owner<->user', of weights that two blocks use, the age of those that the
+            user reads.
+        stream: counts of the stream (samples dropped, say), where it counts.
+        stored: the most tokens whose activations a block kept at once, at level 'bptt'.
+        interrupted: Ctrl-C or SIGTERM ended the run; stopped: its `on_progress` did.
+        snapshots: the complete ones that are left, the latest last.
+        replaced: actors that were lost.
+        chosen: the settings that ran, of level 'auto'; why: the reasons.
+        placement: the blocks of each process; can be given as `engine.placement`.
+        time_use: by process, seconds of the whole run ('total'), in the steps of its blocks
+            ('step'), and over sockets in packing ('packing') and blocked ('waiting').
+        digests: with `engine.digests`, of the signals that were 'sent' and 'taken' by channel
+            ('state u->block0'), and of the 'weights' by block; `hamdist diff` compares two runs.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
@@ -169,15 +187,15 @@ class RunFacts:
 
     @property
     def items(self) -> int:
-        """Items that entered since then, in `seconds`."""
+        """Return the items that entered since then, in `seconds`."""
         return self.samples - self.resumed
 
     def shared(self) -> dict[str, Any]:
-        """The fields that every layer has, by name."""
+        """Return the fields that every layer has, by name."""
         return {one.name: getattr(self, one.name) for one in fields(RunFacts)}
 
     def as_json(self) -> dict[str, Any]:
-        """The facts as plain values, without tensors and modules. What is not finite stays so."""
+        """Return the facts as plain values, without tensors and modules; inf and nan stay."""
         apart = {one.name for one in fields(self) if one.metadata == APART}
         values: dict[str, Any] = TypeAdapter(type(self)).dump_python(
             self, mode="json", exclude=apart, warnings=False
@@ -186,20 +204,22 @@ class RunFacts:
 
     @classmethod
     def from_json(cls: type[Facts], values: object) -> Facts:
-        """What `as_json` has made plain values of. Raises ValueError for what is none."""
+        """Restore facts from the values of `as_json`. Raises ValueError for others."""
         return TypeAdapter(cls).validate_python(values)
 
 
 @dataclass(slots=True, kw_only=True, repr=False)
 class RunResult(RunFacts):
-    """A finished (or interrupted) run. Shown as one short text (a notebook shows what its last line
-    gives): what was learned, and what there is to warn of.
+    """A finished (or interrupted) run; its text is a short report, which a notebook shows.
 
-    model: a plain module with the learned weights, or their averages where `learning.average` asks
-    for them; plain: then the same with the weights as they were in the end.
-    windows: prequential metrics in order, per readout.
-    records: the energies per tick by block, where `metrics.record` asked for them.
-    The rest is as in RunFacts.
+    The other fields are those of RunFacts.
+
+    Attributes:
+        model: a plain module with the learned weights, or their averages where `learning.average`
+            asks for them.
+        plain: then the same with the weights as they were in the end.
+        windows: prequential metrics in order, per readout.
+        records: the energies per tick by block, where `metrics.record` asked for them.
     """
 
     model: nn.Module
@@ -226,10 +246,14 @@ def _last(window: Window) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome(RunFacts):
-    """blocks: final states by name (without those that were lost, after an interruption).
-    startup: seconds by phase, as far as the engine knows them. delays: those that were chosen,
-    where that was asked for. error: what `on_progress` has raised, which ended the run. The rest is
-    as in RunResult."""
+    """The result of an engine. The other fields are those of RunResult.
+
+    Attributes:
+        blocks: final states by name (without those that were lost, after an interruption).
+        startup: seconds by phase, as far as the engine times them.
+        delays: the chosen ones, where they were to be chosen.
+        error: the exception of `on_progress` that ended the run.
+    """
 
     blocks: dict[str, BlockState]
     windows: dict[str, list[Window]]

@@ -77,11 +77,9 @@ class WireForm(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """One signal as it lies in a message.
+    """A signal as it lies in a message.
 
     Attributes:
-        stamp: of the signal.
-        flags: of the header.
         form: of the payload; None without one.
         apart: number of a payload that travels separately, else None.
         start: where the signal's own payload begins, in bytes.

@@ -27,12 +27,9 @@ ALIGNMENT = 64
 
 
 class Channel(NamedTuple):
-    """One direction between two nodes.
+    """A direction between two nodes.
 
     Attributes:
-        number: index among the channels of the graph.
-        kind: of its signals.
-        sender, receiver: names of the two nodes.
         edge: name of the edge.
         capacity: signals that may wait on it.
         slack: how many of them are more than the schedule itself keeps in flight.
@@ -66,12 +63,11 @@ class Channel(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """All channels of a graph.
+    """The channels of a graph.
 
     Attributes:
         states, messages: by edge index.
-        targets: by readout.
-        clocks: by block.
+        targets: by readout; clocks: by block.
         labels: where labels travel with the signal, by the block that takes them; each passes them
             on
             along the first of its edges that leads to a child.

@@ -1,1 +1,1 @@
-"""Snapshots of a run: written by every process, completed, gone on from."""
+"""Snapshots of a run: written by every process, completed, and resumed from."""

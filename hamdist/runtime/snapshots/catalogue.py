@@ -27,8 +27,12 @@ from hamdist.runtime.storage.store import storage
 
 
 class SnapshotCatalogue:
-    """latest: the latest complete snapshot, with which the run began or that it has taken.
-    arithmetic: of all kinds of processes that the run has had so far; without any, of this one."""
+    """The snapshots of one run.
+
+    Attributes:
+        latest: the latest complete snapshot: taken by this run, or the one it began with.
+        arithmetic: of all kinds of processes that the run has had; without any, of this one.
+    """
 
     def __init__(self, plan: Plan, arithmetic: Sequence[Arithmetic] = ()) -> None:
         if plan.snapshot_policy is None:
@@ -52,29 +56,30 @@ class SnapshotCatalogue:
 
     @property
     def snapshots(self) -> list[str]:
-        """Those that were taken and are left, the latest last."""
+        """Return the snapshots that this run took and still has, the latest last."""
         with suppress(SnapshotError):  # (where they cannot be listed they may be there)
             there = set(self._store.folders())
             self._kept = [snapshot for snapshot in self._kept if snapshot.folder in there]
         return [str(snapshot) for snapshot in self._kept]
 
     def forget_tries(self, before: int) -> None:
-        """Remove what snapshots of ticks before `before` have left that nobody has finished."""
+        """Remove the files of unfinished snapshots of ticks before `before`."""
         self._taken = {tick: one for tick, one in self._taken.items() if tick >= before}
         with suppress(SnapshotError):
             remove_unfinished(self._store, before)
 
     def go_back(self, nodes: Collection[str]) -> list[str]:
-        """Go back to the latest snapshot that is as it was written, or to the beginning.
+        """Return to the latest snapshot whose files are undamaged, or to the beginning.
 
         Args:
-            nodes: whose files are needed of the latest one; of those before it all are.
+            nodes: whose files are needed of the latest one; of earlier ones all are.
 
         Returns:
-            What is wrong with each that was given up, naming the file; none: the latest is whole.
+            The damage of each snapshot that was given up, naming the file; empty: the latest is
+            whole.
 
         Raises:
-            SnapshotError: not even the one that the run began with is as it was written.
+            SnapshotError: even the one that the run began with is damaged.
         """
         faults: list[str] = []
         while self.latest is not None:
@@ -95,7 +100,7 @@ class SnapshotCatalogue:
         return faults
 
     def put(self, taken: WrittenFiles) -> Snapshot | None:
-        """Notes the files of one process; the snapshot, if it is complete with them."""
+        """Note the files of one process; return the snapshot, if they complete it."""
         if self.latest is not None and taken.tick <= self.latest.tick:
             return None
         those = self._taken.setdefault(taken.tick, [])
@@ -128,7 +133,7 @@ class SnapshotCatalogue:
 
 
 class SnapshotFailures:
-    """Snapshots that were not written: said when the first one fails, and counted."""
+    """Snapshots that could not be written: the first failure warns, all are counted."""
 
     def __init__(self) -> None:
         self._first = self._latest = ""
@@ -143,7 +148,7 @@ class SnapshotFailures:
             warnings.warn(self.texts()[0], HamdistWarning, stacklevel=2)
 
     def texts(self) -> list[str]:
-        """Return what is to be said of them in the end: one text, or none."""
+        """Return the warning at the end of the run, if there was a failure: one text, or none."""
         if not self._count:
             return []
         text = f"a snapshot was not written: {self._first}"

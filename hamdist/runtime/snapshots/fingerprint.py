@@ -1,4 +1,4 @@
-"""What has to be equal where a run goes on from a snapshot."""
+"""The fingerprint of a run, which has to be equal for a run to resume from a snapshot."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ _ALIKE = ("level", "locality", "loss", "dtype", "seed", "metrics")
 
 
 def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
-    """What two runs have in common of which one can go on from the other's state: all but numbers
-    that may change on the way, where blocks live, and how signals get there."""
+    """Return everything that two runs have in common if one can continue from the other's state.
+
+    Left out are numbers that may change on the way, where blocks live, and how signals travel.
+    """
     engine = plan.engine.model_dump(mode="json")
     dumped = settings.model_dump(mode="json")
     blocks = {

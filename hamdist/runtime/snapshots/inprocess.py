@@ -1,4 +1,4 @@
-"""Snapshots of a run in one process: when they are due, and what makes them whole."""
+"""Snapshots of a run in one process: when they are due, and when they are complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from hamdist.runtime.snapshots.writer import SnapshotWriter, Stateful, WrittenFi
 
 
 class InProcessSnapshots:
-    """As a context it waits for the last files in the end. on: the run goes on from a snapshot."""
+    """Takes the snapshots of a run in one process; as a context it waits for the last files.
+
+    `on` is true if the run resumes from a snapshot.
+    """
 
     def __init__(
         self, plan: Plan, nodes: Sequence[Stateful], mailbox: Mailbox, sent_log: SentLog
@@ -31,12 +34,12 @@ class InProcessSnapshots:
         self._due = time.monotonic() + self._seconds
 
     def restore(self) -> None:
-        """Goes on from the snapshot that was asked for."""
+        """Restore the state of the snapshot that the run resumes from."""
         if self._policy.snapshot is not None:
             self.snapshot_writer.restore(self._policy.snapshot)
 
     def look(self) -> None:
-        """Between two events: asks for a snapshot when it is time."""
+        """Request a snapshot if one is due; called between two events."""
         self._look_for_failures()
         if time.monotonic() >= self._due:
             self._due = time.monotonic() + self._seconds
@@ -49,11 +52,11 @@ class InProcessSnapshots:
             self._catalogue.forget_tries(self.snapshot_writer.reached)
 
     def _soon(self) -> int:
-        """The next tick that nobody has begun."""
+        """Return the next tick that no node has begun."""
         return min((n.tick for n in self._nodes if n.tick is not None), default=0) + 1
 
     def stopping(self, stop: Callable[[], None]) -> Callable[[], None]:
-        """`stop`, behind a last snapshot."""
+        """Return a function that takes a last snapshot and then calls `stop`."""
 
         def ask() -> None:
             if not self.snapshot_writer.ask(self._soon(), stop):

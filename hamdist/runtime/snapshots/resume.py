@@ -1,4 +1,4 @@
-"""Going on from a snapshot: the same run where it fits, its weights where it does not."""
+"""Resuming from a snapshot: the same run where it fits, its weights where it does not."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 
 
 def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]:
-    """What keeps `plan` from going on with the snapshot's state: nothing, where it is the same
-    network at the same level."""
+    """Return what keeps `plan` from continuing with the snapshot's state.
+
+    The list is empty if the snapshot is of the same network at the same level.
+    """
     now, before = _given(fingerprint(plan, settings)), _given(snapshot.manifest.network)
     if snapshot.manifest.format not in STATE_FORMATS:
         return ["the format of states"]
@@ -37,19 +39,19 @@ def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]
 
 
 def _given(network: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint without the knobs that were left to the level: later versions have more."""
+    """Return a fingerprint without knobs left to the level, of which later versions have more."""
     knobs = {name: one for name, one in network.get("locality", {}).items() if one is not None}
     return {**network, "locality": knobs}
 
 
 def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
-    """Settings that are not those of the snapshot's run, though its state can be gone on from."""
+    """Return the settings that differ from the snapshot's run without preventing a resume."""
     now = settings.model_dump(mode="json")
     return [name for name in MAY_CHANGE if snapshot.manifest.settings.get(name) != now[name]]
 
 
 def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
-    """What is to be said where this process does not compute as the snapshot's run did.
+    """Return warnings if this process does not compute the same bits as the snapshot's run.
 
     Raises:
         SnapshotError: `engine.bits` asks for equal bits.
@@ -66,7 +68,7 @@ def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
 
 
 def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, str]:
-    """Return what a stream is known by: its class, its shape, its length and its first item.
+    """Return the identity of a stream: its class, its shape, its length and its first item.
 
     Args:
         stream: of the run.
@@ -90,7 +92,7 @@ def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, 
 
 
 def other_stream(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
-    """Return what is to be said where the stream is not the one that the snapshot's run had."""
+    """Return a warning if the stream is not the one of the snapshot's run."""
     before = snapshot.manifest.stream
     names = [name for name in before if name in now and before[name] != now[name]]
     if not names:
@@ -102,22 +104,21 @@ def other_stream(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:
 
 
 def origin(snapshot: Snapshot) -> str:
-    """Return which run goes on, and since when, as a line."""
+    """Return a line that says which run is resumed, and from where."""
     then = snapshot.manifest
     when = f", written at {then.time}" if then.time else ""
     return f"going on from {snapshot}: run {then.run}, {then.samples} items{when}"
 
 
 def ended(snapshot: Snapshot, settings: Settings) -> bool:
-    """Whether the snapshot was taken when the stream had given all its items, of a run that was
-    asked for fewer of them than `settings` are."""
+    """Return True if the snapshot's run has had all its items, and `settings` ask for more."""
     before = snapshot.manifest.settings.get("steps")
     more = before is not None and (settings.steps is None or settings.steps > before)
     return more and snapshot.state(INPUT)["node"]["tick"] is None
 
 
 def bent_course(snapshot: Snapshot, settings: Settings) -> list[str]:
-    """Tells of a step size that falls over other steps than before."""
+    """Return a warning if the step size falls over other steps than before."""
     before, n = snapshot.manifest.settings.get("steps"), snapshot.manifest.samples
     decay = settings.learning.decay
     if decay is Decay.NONE or before in (None, settings.steps):
@@ -131,10 +132,15 @@ def bent_course(snapshot: Snapshot, settings: Settings) -> list[str]:
 
 
 def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> nn.Module:
-    """The whole module with the weights of a snapshot, which was taken of `graph`. averaged: with
-    their moving averages, in the blocks that have one.
+    """Return the whole module of `graph` with the weights of a snapshot of it.
 
-    Raises SnapshotError where they do not fit.
+    Args:
+        snapshot: of the same graph.
+        graph: the graph.
+        averaged: use the moving averages in the blocks that have some.
+
+    Raises:
+        SnapshotError: the weights do not fit.
     """
     states = {
         name: _weights(snapshot.state(name), block, graph.borrowed(name), averaged=averaged)
@@ -149,7 +155,7 @@ def weights_of(snapshot: Snapshot, graph: Graph, *, averaged: bool = False) -> n
 def _weights(
     state: Mapping[str, Any], spec: BlockSpec, borrowed: set[str], *, averaged: bool
 ) -> dict[str, Tensor]:
-    """borrowed: weights that belong to another block."""
+    """Return the weights of a block by name; those in `borrowed` belong to another block."""
     try:
         block = state["node"]["block"]
         found = {k: t for k, t in _of_cell(block["cell"]).items() if k not in borrowed}
@@ -170,7 +176,7 @@ def _weights(
 def _averages(
     weights: Mapping[str, Any], module: nn.Module, borrowed: set[str]
 ) -> dict[str, Tensor]:
-    """The averages of a cell's weights, by the parameter's name, where there are any."""
+    """Return the averages of a block's weights that have some, by the parameter's name."""
     average = weights["average"]
     if average is None:
         return {}
@@ -188,7 +194,7 @@ def _of_cell(cell: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def with_weights(model: nn.Module, learned: nn.Module) -> nn.Module:
-    """A copy of `model` with the weights of `learned`. Raises SnapshotError where they differ."""
+    """Return a copy of `model` with the weights of `learned`. Raises SnapshotError."""
     own = copied(model)
     try:
         own.load_state_dict(learned.state_dict())
@@ -222,5 +228,5 @@ def graph_with_weights(graph: Graph, snapshot: Snapshot) -> Graph:
 
 
 def earlier(snapshot: Snapshot) -> Settings:
-    """The settings of the run that the snapshot was taken of."""
+    """Return the settings of the run that the snapshot was taken of."""
     return settings_of(snapshot.manifest, str(snapshot))

@@ -1,9 +1,10 @@
-"""Takes snapshots of one process, and goes on from them.
+"""Takes snapshots of one process, and restores them.
 
-At a cut all nodes of a process stand before the same tick. What they remember is copied there and
-then, which takes as long as copying the weights; a thread writes the files while learning goes on.
-Cuts at one tick in all processes make one snapshot: what a node sent before its tick K and its
-receiver had not taken before that one's tick K is written with the sender (log of sent signals.py).
+At a cut all nodes of a process stand before the same tick. Their states are copied there and then,
+which takes as long as copying the weights; a thread writes the files while learning goes on.
+Cuts at one tick in all processes make one snapshot: signals that a node sent before its tick K, and
+that its receiver had not taken before tick K of its own, are written with the sender
+(signals/sent_log.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from hamdist.runtime.storage.store import storage
 
 
 class Stateful(Protocol):
-    """A node, or the stream."""
+    """Anything with a state to save: a node, or the stream."""
 
     name: str
     tick: int | None
@@ -53,8 +54,13 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WrittenFiles:
-    """The files of one process at one tick. samples: that the stream had given, if it is here, and
-    passed over."""
+    """The files of one process at one tick.
+
+    Attributes:
+        tick: of the cut.
+        parts: files by node.
+        samples, passed: items the stream had given, and passed over, if it is in this process.
+    """
 
     tick: int
     parts: dict[str, SnapshotFile]
@@ -69,10 +75,13 @@ class _Done:
 
 
 class SnapshotWriter:
-    """The snapshots of the `nodes` of one process. As a `Cut` (loop.py) it takes one at every
-    multiple of `every` ticks, at a tick that is asked for, and the last one before the stream has
-    come to the end of its steps, so that it can go on with more of them. written: called from the
-    thread that writes, for each that is on the disk; without it, `collected` tells of them."""
+    """The snapshots of the `nodes` of one process.
+
+    As a `Cut` (loop.py) it takes one at every multiple of `every` ticks, at requested ticks, and
+    the last one before the stream has reached its number of steps, so that a run of more steps can
+    resume from it. `written` is called from the writing thread for each snapshot on the disk;
+    without it, `collected` returns them.
+    """
 
     def __init__(
         self,
@@ -114,8 +123,10 @@ class SnapshotWriter:
     # -- taking ---------------------------------------------------------------------------------
 
     def ask(self, tick: int, then: Callable[[], None] | None = None) -> bool:
-        """A snapshot at `tick`, too: for any thread. Whether that is still to come. then: called
-        when it has been taken."""
+        """Request a snapshot at `tick`, too; may be called from any thread.
+
+        Returns True if the tick is still to come. `then` is called when the snapshot was taken.
+        """
         with self._lock:
             before = self._asked, self._then
             self._asked, self._then = tick, then
@@ -129,19 +140,22 @@ class SnapshotWriter:
             return True
 
     def _following(self, tick: int) -> float:
-        """The tick behind `tick` at which a snapshot is taken without being asked for."""
+        """Return the tick after `tick` at which the next regular snapshot is due."""
         then = inf if self._every is None else (tick // self._every + 1) * self._every
         if then > self._end:
             return self._end if self._policy.last and tick < self._end else inf
         return then
 
     def _now(self) -> float:
-        """The tick before whose events all nodes stand; infinite when they have ended."""
+        """Return the tick before whose events all nodes stand; infinite when they have ended."""
         return min((node.tick for node in self._nodes if node.tick is not None), default=inf)
 
     def reach(self, tick: int) -> None:
-        """Takes what is due. All nodes stand before `tick`, and nothing happened between what was
-        due and that: it is the cut at every tick in between."""
+        """Take the snapshots that are due.
+
+        All nodes stand before `tick`, and nothing has happened between a due tick and `tick`: this
+        is the cut at every tick in between.
+        """
         while self.due <= tick:
             then = None
             with self._lock:
@@ -209,13 +223,13 @@ class SnapshotWriter:
             self._done.taken.append(taken)
 
     def collected(self) -> tuple[list[WrittenFiles], str | None]:
-        """What was written since the last call, and what went wrong."""
+        """Return the files written since the last call, and the failure since then, if any."""
         with self._lock:
             done, self._done = self._done, _Done()
         return done.taken, done.failure
 
     def failure(self) -> str | None:
-        """What went wrong since the last call."""
+        """Return the failure since the last call, if any."""
         if self._done.failure is None:  # (asked between any two events)
             return None
         with self._lock:
@@ -223,13 +237,13 @@ class SnapshotWriter:
         return failure
 
     def close(self) -> None:
-        """Waits for the files that are being written."""
+        """Wait for the files that are being written."""
         self._pool.shutdown(wait=True)
 
     # -- going on -------------------------------------------------------------------------------
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Every node goes on from its file. Raises SnapshotError naming one that does not fit."""
+        """Restore every node from its file. Raises SnapshotError naming one that does not fit."""
         states: dict[str, dict[str, Any]] = {}
         for node in self._nodes:
             state = dict(snapshot.state(node.name, node.device))

@@ -1,1 +1,1 @@
-"""Files of snapshots in folders and object stores; who owns a folder."""
+"""Files of snapshots in folders and object stores; the claim of a run on its folder."""

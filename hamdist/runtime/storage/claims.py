@@ -1,7 +1,7 @@
 """A folder of snapshots belongs to one run at a time: the second one is refused.
 
-The claim is a file, `run.json`, made exclusively at the start and removed at the end. What a killed
-run has left is taken over: on its own host once its process is gone, on another one once the claim
+The claim is a file, `run.json`, made exclusively at the start and removed at the end. The claim of
+a killed run is taken over: on its own host once its process is gone, on another one once the claim
 has not been renewed for a while (the clocks of the hosts should agree to that).
 """
 
@@ -84,7 +84,7 @@ def _take(store: Storage, mine: dict[str, Any]) -> None:
 
 
 def _read(store: Storage) -> dict[str, Any] | None:
-    """The claim that is there, if it is one."""
+    """Return the claim in the folder, if there is a valid one."""
     try:
         claim = json.loads(store.read(NAME))
         kinds = {"run": str, "host": str, "pid": int, "born": float, "since": str, "renewed": float}

@@ -65,7 +65,7 @@ class _Checked(BaseModel):
 
 
 class SnapshotFile(_Checked):
-    """One file. nbytes: its size; sha256: of all its bytes."""
+    """A file of a snapshot: its name, its size, and the SHA-256 of all its bytes."""
 
     file: str = Field(pattern=r"^\w[\w.-]*$")
     nbytes: int
@@ -73,13 +73,19 @@ class SnapshotFile(_Checked):
 
 
 class Manifest(_Checked):
-    """What a snapshot is made of. parts: by node. settings: of the run, one level's. network: what
-    has to be the same for a run to go on (`fingerprint`). delays: ticks by edge. samples: that had
-    entered the network, `skip` of them in an earlier run whose weights this one has begun with;
-    passed: items that the stream had passed over. versions: of what wrote it.
-    time: when it was complete. stream: what the stream is known by (resume.py).
-    arithmetic: of the kinds of processes that computed it, switches: torch's then (none: written
-    before they were noted)."""
+    """The contents of a snapshot.
+
+    Attributes:
+        parts: files by node.
+        settings: of the run, one level's.
+        network: has to be equal for a run to resume (`fingerprint`).
+        delays: ticks by edge.
+        samples: that had entered the network, `skip` of them in an earlier run whose weights this
+            one has begun with; passed: items that the stream had passed over.
+        versions: of the software; time: when it was complete.
+        stream: the identity of the stream (snapshots/resume.py).
+        arithmetic: of the kinds of processes that computed it; switches: torch's (empty: unknown).
+    """
 
     format: int = Field(ge=1)
     tick: int
@@ -98,7 +104,7 @@ class Manifest(_Checked):
     stream: dict[str, str] = {}
 
     def dumped(self) -> bytes:
-        """As a file, with a checksum of its own."""
+        """Return the manifest as a file, with a checksum of its own."""
         body = self.model_dump(mode="json")
         return (json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n").encode()
 
@@ -108,7 +114,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def read_manifest(data: bytes, name: str) -> Manifest:
-    """Raises SnapshotError for anything that `dumped` did not write."""
+    """Read a manifest. Raises SnapshotError for anything that `dumped` did not write."""
     try:
         body = json.loads(data)
         checksum = body.pop("sha256")
@@ -131,7 +137,7 @@ def read_manifest(data: bytes, name: str) -> Manifest:
 
 
 def to_bytes(data: Any, tensors: list[Tensor]) -> bytes:
-    """A file. Raises SnapshotError for tensors of a type that files do not hold."""
+    """Make a file. Raises SnapshotError for tensors of a type that files do not hold."""
     numbered = {str(i): t for i, t in enumerate(tensors)}
     try:
         return bytes(save(numbered, metadata={_STATE: json.dumps(data, allow_nan=False)}))
@@ -140,9 +146,10 @@ def to_bytes(data: Any, tensors: list[Tensor]) -> bytes:
 
 
 def from_bytes(data: bytes, name: str, gpu: torch.device | None = None) -> Any:
-    """The state that `to_bytes` has written. gpu: see `unpacked`.
+    """Return the state that `to_bytes` has written (`gpu`: see `unpacked`).
 
-    Raises SnapshotError for anything else."""
+    Raises SnapshotError for anything else.
+    """
     try:
         (length,) = _HEAD.unpack_from(data)
         header = json.loads(data[_HEAD.size : _HEAD.size + length])
@@ -173,7 +180,7 @@ def from_bytes(data: bytes, name: str, gpu: torch.device | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A complete one. folder: its name in the storage at `where`."""
+    """A complete snapshot; `folder` is its name in the storage at `where`."""
 
     where: str
     folder: str
@@ -185,15 +192,14 @@ class Snapshot:
 
     @property
     def digests(self) -> bool:
-        """Whether the run kept digests (digests.py), which go on from it."""
+        """Return True if the run kept digests (digests.py), which continue from it."""
         return "digests" in self.state(INPUT)
 
     def __str__(self) -> str:
         return f"{self.where}/{self.folder}"
 
     def state(self, node: str, gpu: torch.device | None = None) -> Any:
-        """What a node remembers. Raises SnapshotError naming the file where it is not as it was
-        written."""
+        """Return the state of a node. Raises SnapshotError naming a file that is damaged."""
         part = self.manifest.parts.get(node)
         if part is None:
             raise SnapshotError(f"{self}: has no block {node!r}")
@@ -201,8 +207,10 @@ class Snapshot:
         return from_bytes(self._bytes(part, name), name, gpu)
 
     def check(self, nodes: Collection[str] | None = None) -> None:
-        """Compares the files (of `nodes` alone) with their checksums. Raises SnapshotError naming
-        the first that differs."""
+        """Compare the files (of `nodes` alone) with their checksums.
+
+        Raises SnapshotError naming the first that differs.
+        """
         for node, part in self.manifest.parts.items():
             if nodes is None or node in nodes:
                 self._bytes(part, f"{self.where}/{self.folder}/{part.file}")
@@ -221,15 +229,15 @@ def folder_of(tick: int) -> str:
 
 
 def complete(store: Storage) -> Iterator[str]:
-    """The folders of snapshots, the latest first."""
+    """Yield the folders of complete snapshots, the latest first."""
     return reversed([name for name in store.folders() if _FOLDER.fullmatch(name)])
 
 
 def latest(where: str | Path, told: Callable[[str], None]) -> Snapshot:
-    """The latest snapshot in a folder that is as it was written, or the one that `where` itself
-    is. told: gets a line for each that is not, naming the file.
+    """Return the latest undamaged snapshot in a folder, or the one that `where` itself is.
 
-    Raises SnapshotError where there is none.
+    `told` is called with a line for each damaged one, naming the file. Raises SnapshotError if
+    there is no snapshot.
     """
     store = storage(where)
     parent, _, own = store.where.rpartition("/")
@@ -263,7 +271,7 @@ def check_usable(where: str, nbytes: int) -> None:
 
     Args:
         where: a folder or a URL.
-        nbytes: what a snapshot takes at least.
+        nbytes: the least bytes of a snapshot.
 
     Raises:
         SnapshotError: so much cannot be written there, or snapshots of another run lie there: a
@@ -300,7 +308,7 @@ def make_room(store: Storage) -> bool:
     """Remove the oldest complete snapshot, but never the last one.
 
     Returns:
-        Whether there was one to remove.
+        True if there was one to remove.
     """
     finished = [name for name in complete(store) if _finished(store, name)]
     for name in finished[:0:-1]:
@@ -310,14 +318,14 @@ def make_room(store: Storage) -> bool:
 
 
 def remove_unfinished(store: Storage, before: int) -> None:
-    """Remove what unfinished snapshots of ticks before `before` have left."""
+    """Remove the files of unfinished snapshots of ticks before `before`."""
     for name in complete(store):
         if name < folder_of(before) and not _finished(store, name):
             store.remove(name)
 
 
 def write_part(store: Storage, tick: int, file: str, data: bytes) -> SnapshotFile:
-    """One node's file."""
+    """Write one node's file."""
     store.write(f"{folder_of(tick)}/{file}", data)
     return SnapshotFile(file=file, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
@@ -325,8 +333,10 @@ def write_part(store: Storage, tick: int, file: str, data: bytes) -> SnapshotFil
 def conclude(
     store: Storage, manifest: Manifest, keep: int, damaged: Collection[str] = ()
 ) -> Snapshot:
-    """Writes the manifest, and removes all but the `keep` latest snapshots, and what earlier ones
-    have come to that nobody finished, or that are `damaged` (folders)."""
+    """Write the manifest, and remove all but the `keep` latest snapshots.
+
+    Earlier snapshots that are unfinished, or `damaged` (folders), are removed as well.
+    """
     folder = folder_of(manifest.tick)
     try:
         store.write(f"{folder}/{MANIFEST}", manifest.dumped())
@@ -354,7 +364,7 @@ def _finished(store: Storage, folder: str) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes the numbers."""
+    """Return the versions of the software that computes the numbers."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -365,13 +375,13 @@ def versions() -> dict[str, str]:
 
 
 def file_of(node: str, blocks: list[str], run: int, epoch: int) -> str:
-    """The name of a node's file: block names may hold anything."""
+    """Return the name of a node's file, which is numbered, as block names may hold anything."""
     number = "stream" if node == INPUT else f"block-{blocks.index(node)}"
     return f"{number}.{run:016x}.{epoch}.safetensors"
 
 
 def settings_of(manifest: Manifest, where: str) -> Settings:
-    """The settings that the run had."""
+    """Return the settings of the run."""
     try:
         return Settings.model_validate(manifest.settings)
     except ValidationError as error:

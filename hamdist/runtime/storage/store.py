@@ -24,7 +24,7 @@ _OUR_FILES = re.compile(r"manifest\.json|empty|[\w.-]+\.safetensors|\..*\.part")
 
 
 class Storage(Protocol):
-    """Where the files of snapshots lie; names are relative, with '/'."""
+    """A place for the files of snapshots; names are relative, with '/'."""
 
     where: str
 
@@ -33,10 +33,10 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes: ...
 
     def folders(self) -> list[str]:
-        """The names of the folders in it; none where it does not exist yet."""
+        """Return the names of the folders in it; none where it does not exist yet."""
 
     def remove(self, folder: str) -> None:
-        """Remove what hamdist has written into a folder, and the folder if nothing else is left.
+        """Remove hamdist's files from a folder, and the folder if nothing else is left.
 
         Args:
             folder: of a name that hamdist gives; others, and links, are left alone.
@@ -46,7 +46,7 @@ class Storage(Protocol):
         """Remove a file, if it is there."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file that is not there yet. Returns whether it was not."""
+        """Write a file unless it exists; returns True if it was written."""
 
     def reserve(self, name: str, nbytes: int) -> None:
         """Write a file of that size, where the place can be full.
@@ -57,7 +57,7 @@ class Storage(Protocol):
 
 
 def storage(where: str | Path) -> Storage:
-    """Raises SnapshotError for a URL that no installed file system knows."""
+    """Open a folder or URL. Raises SnapshotError for a URL without an installed file system."""
     text = str(where)
     if "\0" in text:
         raise SnapshotError(f"{text!r}: a path has no NUL character")
@@ -166,7 +166,7 @@ def _unwritten(path: Path, error: OSError) -> SnapshotError:
 
 
 class _Remote:
-    """A folder of an object store. Its package raises errors of its own, in a tree of its own."""
+    """A folder of an object store, whose package has exceptions of its own."""
 
     def __init__(self, url: str) -> None:
         import fsspec  # (file systems for clouds are packages)
@@ -178,7 +178,7 @@ class _Remote:
 
     @contextmanager
     def _named(self, name: str, what: str) -> Iterator[None]:
-        """Turn whatever the store raises into a SnapshotError that names the file."""
+        """Turn every error of the store into a SnapshotError that names the file."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 (no common root: botocore, gcsfs, azure, ...)

@@ -1,7 +1,8 @@
-"""Level `auto`: chooses the level, the scaling of steps and the averaging, and says why.
+"""Level `auto`: chooses the level, the scaling of steps and the averaging, with reasons.
 
-Measured on prototypes (staleness.md, learning on Fashion-MNIST), with S items over which the stream
-decorrelates, c ticks an item, D the depth of the readout, L = D + 1 blocks, B rows a batch:
+Measured on prototypes (learning on Fashion-MNIST; docs: concepts/staleness), with S items over
+which the stream decorrelates, c ticks an item, D the depth of the readout, L = D + 1 blocks, B rows
+a batch:
 
     local      where S c >= 2.5 * 2D: a block without memory then equals backpropagation
     trace      where it is less: each message meets the activations of its own sample
@@ -12,7 +13,7 @@ decorrelates, c ticks an item, D the depth of the readout, L = D + 1 blocks, B r
     averaging  decay 0.99 at B = 32, 0.9995 at B = 1, over a tenth of the run at most; only where
                the step size does not fall anyway
 
-What the settings say stays as they say it.
+Values that the settings give are kept.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ SHARE_OF_THE_RUN = 10
 
 @dataclass(frozen=True)
 class LevelFacts:
-    """What the choice depends on. depth: D; frames: S (None: not known); batch: rows."""
+    """Facts that the choice depends on.
+
+    Attributes:
+        depth: D; batch: rows.
+        frames: S (None: unknown).
+        ends: the stream marks the ends of sequences.
+    """
 
     depth: int
     batch: int
@@ -56,7 +63,7 @@ class LevelFacts:
 
 
 def chosen(settings: Settings, seen: LevelFacts) -> tuple[Settings, list[str]]:
-    """`settings` at the level that fits, with what it says of that level merged in; and why."""
+    """Return `settings` at the level that fits, with its own values, and the reasons."""
     level, reason = _level(settings, seen)
     why = [f"level {level.value!r}: {reason}"]
     own = settings.for_level(level)
@@ -138,10 +145,17 @@ def _averaging(own: Settings, seen: LevelFacts) -> tuple[dict[str, Any], list[st
 def resolved(
     settings: Settings, stream: Stream, graph_of: Callable[[Settings], Graph]
 ) -> tuple[Settings, Stream, list[str]]:
-    """`settings` with `auto` replaced by what fits, the stream (of which the first items have been
-    looked at), and why. graph_of: cuts the model.
+    """Replace level `auto` by the level that fits.
 
-    Each reason is also told as a `ChoiceWarning`, a kind of warning.
+    Each reason is also issued as a `ChoiceWarning`.
+
+    Args:
+        settings: of any level.
+        stream: its first items are read.
+        graph_of: cuts the model.
+
+    Returns:
+        The settings, the stream with its first items put back, and the reasons.
     """
     graph = graph_of(settings.model_copy(update={"level": Level.TRACE}))
     paced = settings.stream.pace is not None  # looking ahead would take its time
@@ -156,8 +170,7 @@ def resolved(
 
 
 def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
-    """The stream as if nobody had looked, the S of its first items, and whether one of them ends a
-    sequence."""
+    """Return the stream with its first items put back, their S, and True if one ends a sequence."""
     samples = stream.samples()
     first = list(itertools.islice(samples, MOST_ITEMS))
     smoothness = Smoothness()
@@ -169,8 +182,8 @@ def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
 
 
 class _Again(Derived):
-    """A stream of which the first items have been taken: the first to ask gets them back. Later
-    ones get what the stream gives again; of one that gives nothing again, what is left."""
+    """A stream whose first items were read ahead: the first iteration gives them again. Later
+    iterations give what the stream then gives: the rest, if it cannot be repeated."""
 
     def __init__(self, stream: Stream, first: list[Sample], rest: Iterator[Sample]) -> None:
         super().__init__(stream)
@@ -182,5 +195,5 @@ class _Again(Derived):
         return iter(self._stream.samples()) if asked and self.replays else self._begun
 
     def samples_from(self, n: int) -> Iterator[Sample]:
-        """As `samples()`, without its first n items; for a stream that replays."""
+        """Yield `samples()` without its first n items; for a stream that replays."""
         return samples_from(self._stream, n)

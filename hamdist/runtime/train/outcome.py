@@ -1,4 +1,4 @@
-"""From what an engine leaves to the result that users get."""
+"""From the outcome of an engine to the result for the user."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def make_result(
 
 
 def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:
-    """What the weights of a sequence's blocks go into."""
+    """Return the module that takes the weights of a sequence's blocks."""
     if not plan.knobs.sequence:
         return None
     before, spec = graph.unsliced, plan.spec

@@ -1,4 +1,4 @@
-"""What a run starts from: a model as a graph, in the dtype of the settings."""
+"""The start of a run: a model as a graph, in the dtype of the settings."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def graph_in_blocks(
     policy: Policy | None,
     settings: Settings,
 ) -> Graph:
-    """The graph of blocks, with its slices and delays."""
+    """Return the graph of blocks, with its slices and delays."""
     graph = as_graph(model, settings, spec, loss, policy)
     knobs = make_locality(settings.level, settings.locality)
     return arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
@@ -79,7 +79,7 @@ def as_graph(
     loss: Losses,
     policy: Policy | None = None,
 ) -> Graph:
-    """A graph over copies of the model's modules, cut as `policy`, or else `settings`, say.
+    """Return a graph over copies of the model's modules, cut as `policy`, or else `settings`, say.
 
     Raises GraphError for a model that cannot be cut in that way.
     """
@@ -100,7 +100,7 @@ def _graph(
     loss: Losses,
     policy: Policy | None,
 ) -> Graph:
-    """`as_graph`, in which blocks may share weights."""
+    """Make the graph of `as_graph`, in which blocks may share weights."""
     if isinstance(model, Graph):
         check_shared_modules(model.blocks)
         return model.copy()

@@ -1,12 +1,12 @@
-"""Memory of a GPU that other processes of the host can reach, by CUDA IPC.
+"""GPU memory that other processes of the host can reach, by CUDA IPC.
 
-These lines were written without a GPU at hand. What lends memory by them (lending.py) is tested
-with memory of the processor in their place, and trusts no memory in which it has not found what was
-written there; the tests that need a GPU are in tests/runtime/test_lending.py.
+These lines were written without a GPU at hand. The code that shares memory by them (gpu_ring.py) is
+tested with memory of the processor in their place, and uses no memory before it has read back what
+was written there; the tests that need a GPU are in tests/runtime/transport.
 
-torch's own way is used: it keeps what was lent until the reader has let go of it (where the reader
-was killed, until this process ends), and maps an allocation once a process, whatever lies in it.
-Its handle is plain data, and travels as such.
+torch's own mechanism is used: it keeps shared memory until the reader has released it (if the
+reader was killed, until this process ends), and maps an allocation once a process. Its handle is
+plain data, and is sent as such.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuMemoryError
 
 
 class CudaMemory:
-    """Of one GPU, by its number in this process."""
+    """Memory of one GPU, which is named by its number in this process."""
 
     def __init__(self, index: int) -> None:
         self._device = torch.device("cuda", index)
@@ -65,13 +65,15 @@ class CudaMemory:
 
 
 def cuda_memory(device: torch.device) -> GpuMemory | None:
-    """Of `device`, where that is a GPU."""
+    """Return the memory of `device`; None if it is no GPU."""
     return CudaMemory(device.index or 0) if device.type == "cuda" else None
 
 
 @contextmanager
 def _unlent(what: str) -> Iterator[None]:
-    """What CUDA, a torch that knows no such memory, or a wrong handle raises."""
+    """Turn errors of CUDA, of a torch without shared memory, and of wrong handles into
+    GpuMemoryError.
+    """
     try:
         yield
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:

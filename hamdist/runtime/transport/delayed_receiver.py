@@ -1,9 +1,11 @@
-"""A link that takes its time, for tests and studies (`engine.link_delay`): a signal is handed out
-no sooner than so many seconds after it has arrived.
+"""A link with a fixed latency, for tests and studies (`engine.link_delay`): a signal is handed out
+no
+sooner than so many seconds after it has arrived.
 
-A thread takes the signals as they come and notes when they are due; it stops where as many as the
-channel has room for are overdue, so that a slow receiver still holds its sender back. What is under
-way on the link is not counted: a link of d seconds holds d seconds' signals.
+A thread takes the signals as they come and notes when they are due. It stops while as many signals
+as the channel has room for are overdue, so that a slow receiver still holds its sender back.
+Signals
+on their way over the link do not count: a link of d seconds holds d seconds' signals.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ TURN_SECONDS = TURN_MS / 1000
 
 
 class DelayedReceiver:
-    """The receiver that `make` opens on a line, `seconds` later."""
+    """The receiver that `make` opens in a context of its own, `seconds` later."""
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class DelayedReceiver:
         self._thread.start()
 
     def _take(self) -> None:
-        """Notes what comes, in a thread of its own."""
+        """Note the signals that arrive, in a thread of its own."""
         try:
             while True:
                 signal = self._inner.receive(Stamp(0, 0, 0))

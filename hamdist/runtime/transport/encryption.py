@@ -1,4 +1,4 @@
-"""Who may send: encryption and mutual authentication of tcp sockets (CurveZMQ).
+"""Encryption and mutual authentication of tcp sockets (CurveZMQ).
 
 Each process makes a key pair of its own for each run; the secret never leaves it, the public keys
 travel with the addresses, which Ray hands over. The receiving end of a channel is CURVE's server:
@@ -6,11 +6,11 @@ travel with the addresses, which Ray hands over. The receiving end of a channel 
     receiver -> driver -> sender    address and the receiver's public key, 'tcp://HOST:PORT KEY'
     sender -> driver -> receiver    the sender's public key, in 'tcp://HOST KEY', before the bind
 
-A receiver lets in who holds an allowed key, a sender talks to nobody but the holder of the key it
-was told. Without a handler of ZeroMQ's authentication protocol (ZAP, RFC 27) libzmq takes ANY
-client that knows the server's key: `KeyGate` is that handler, and sockets request it
-(ZAP_ENFORCE_DOMAIN). libzmq does not ask again with a refused key, so a key has to be allowed
-before its holder connects.
+A receiver admits holders of an allowed key, a sender talks only to the holder of the key in the
+address. Without a handler of ZeroMQ's authentication protocol (ZAP, RFC 27) libzmq accepts ANY
+client that has the server's key: `KeyGate` is that handler, and sockets request it
+(ZAP_ENFORCE_DOMAIN). libzmq does not retry a refused key, so a key has to be allowed before its
+holder connects.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HANDSHAKE_MS = 10_000
 
 
 class Keys(NamedTuple):
-    """Of one process in one run, in the text form of ZeroMQ (Z85, 40 characters)."""
+    """Key pair of one process in one run, in the text form of ZeroMQ (Z85, 40 characters)."""
 
     public: str
     secret: str
@@ -40,7 +40,7 @@ class Keys(NamedTuple):
 
 
 def new_keys() -> Keys:
-    """Raises ClusterError where ZeroMQ was built without encryption."""
+    """Make a key pair. Raises ClusterError if ZeroMQ was built without encryption."""
     if not zmq.has("curve"):
         raise ClusterError(
             "engine.encryption: this libzmq was built without CURVE; install pyzmq's own wheel "
@@ -52,17 +52,19 @@ def new_keys() -> Keys:
 
 
 def split_key(address: str) -> tuple[str, str | None]:
-    """An address or a way, and the key that it carries."""
+    """Split an address (or the name of a transport) from the key behind it."""
     bare, _, key = address.partition(" ")
     return bare, key or None
 
 
 class KeyGate:
-    """Lets peers into the sockets that it guards: those alone whose keys are allowed. public: the
-    key by which they know it.
+    """Allow-list of the sockets that it guards: only peers with an allowed key can connect.
 
-    Has a thread of its own, which sleeps unless somebody knocks. `allow` and `withdraw` may be
+    It has a thread of its own, which sleeps until a peer connects. `allow` and `withdraw` may be
     called from any thread, while signals flow.
+
+    Attributes:
+        public: the public key of this process, which peers connect to.
     """
 
     def __init__(self, context: zmq.Context[Any], keys: Keys) -> None:
@@ -75,19 +77,19 @@ class KeyGate:
         self._authenticator.start()
 
     def allow(self, key: str) -> None:
-        """From now on the holder of this public key may connect."""
+        """Allow the holder of this public key to connect from now on."""
         self._allowed |= {key}
 
     def withdraw(self, key: str) -> None:
-        """From now on it may not; a connection that stands is not cut by this."""
+        """Refuse new connections of this key; a connection that stands is not cut."""
         self._allowed -= {key}
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """What the authenticator asks, in its thread."""
+        """Return True if the key is allowed; called by the authenticator, in its thread."""
         return domain == DOMAIN and key.decode("ascii") in self._allowed
 
     def guard(self, socket: zmq.Socket[Any]) -> None:
-        """`socket`, not yet bound, will let in who is allowed and nobody else."""
+        """Make `socket`, which is not bound yet, admit allowed peers only."""
         socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         socket.setsockopt(zmq.CURVE_SERVER, 1)
@@ -99,7 +101,7 @@ class KeyGate:
 
 
 def authenticate(socket: zmq.Socket[Any], keys: Keys, server: str) -> None:
-    """`socket`, not yet connected, will show these keys and talk to the holder of `server` alone.
+    """Make `socket`, not yet connected, present `keys` and talk only to the holder of `server`.
 
     Raises ClusterError if `server` is no key.
     """
@@ -112,8 +114,7 @@ def authenticate(socket: zmq.Socket[Any], keys: Keys, server: str) -> None:
 
 
 def _room_for_knocks() -> None:
-    """As many open files as the system grants: strangers who connect and say nothing hold one each,
-    until their time is up."""
+    """Raise the limit of open files: an unauthenticated connection holds one for a while."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # not every system takes its own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,4 +1,4 @@
-"""What the ends of all channels of one process share, whatever carries the signals."""
+"""The context that all channel ends of one process share, whatever carries the signals."""
 
 from __future__ import annotations
 
@@ -25,8 +25,14 @@ MAX_PATH = 107  # of a socket's file
 
 @dataclass(frozen=True, slots=True)
 class BlockedCall:
-    """A blocked call: on which channel, since when (time.monotonic), for which stamp.
-    sending: the queue is full; else the signal with `stamp` has not come."""
+    """A blocked call.
+
+    Attributes:
+        channel: on which it waits.
+        since: start of the wait (time.monotonic).
+        stamp: of the signal to send, or to receive.
+        sending: True if the queue is full; else the signal with `stamp` has not come.
+    """
 
     channel: Channel
     since: float
@@ -35,9 +41,14 @@ class BlockedCall:
 
 
 class EndpointContext:
-    """abort: set to make blocked calls raise `Aborted`. requests: of other threads, for which they
-    are left. waiting: the blocked call, if there is one. waited, packed: seconds inside calls of
-    the operating system, and seconds of work on bytes."""
+    """Abort flag, requests and time accounts of one process's channel ends.
+
+    Attributes:
+        abort: set to make blocked calls raise `Aborted`.
+        requests: of other threads; blocked calls are left for them.
+        waiting: the blocked call, if there is one.
+        waited, packed: seconds inside calls of the operating system, and of work on bytes.
+    """
 
     __slots__ = ("abort", "packed", "requests", "run", "waited", "waiting")
 
@@ -52,8 +63,15 @@ class EndpointContext:
         self.requests = requests
 
     def turn(self, channel: Channel, stamp: Stamp, *, sending: bool, midway: bool = False) -> None:
-        """After a call that has slept for TURN_MS: goes on only if the run does. midway: through a
-        message that has to be finished first. Raises Interrupted where somebody asks for something.
+        """Check whether a call that has slept for TURN_MS may go on.
+
+        Args:
+            channel, stamp, sending: of the blocked call.
+            midway: within a message that has to be finished first.
+
+        Raises:
+            Aborted: the run was called off.
+            Interrupted: another thread has a request.
         """
         if self.abort.is_set():
             raise Aborted
@@ -64,8 +82,11 @@ class EndpointContext:
             self.waiting = BlockedCall(channel, since, stamp, sending)
 
     def lost(self, channel: Channel, stamp: Stamp, *, sending: bool) -> NoReturn:
-        """The process at the other end is gone. Who misses it is no witness of why: its run call
-        tells the driver, who then calls this run off; until then the wait goes on."""
+        """Wait until the run is called off, because the process at the other end is gone.
+
+        This process cannot tell why. The run call of the lost process reports it to the driver,
+        which then calls this run off.
+        """
         while True:
             self.turn(channel, stamp, sending=sending)
             self.abort.wait(TURN_MS / 1000)
@@ -75,10 +96,10 @@ class Sender(Protocol):
     """The sending end of one channel."""
 
     def move(self, line: EndpointContext) -> None:
-        """From now on another thread sends, whose line this is."""
+        """Hand the end to another thread, with that thread's context."""
 
     def send(self, signals: Sequence[Signal]) -> None:
-        """Sends `signals` as one message, when there is room for all of them."""
+        """Send `signals` as one message, once there is room for all of them."""
 
     def close(self) -> None: ...
 
@@ -89,13 +110,13 @@ class Receiver(Protocol):
     address: str
 
     def receive(self, stamp: Stamp) -> Signal:
-        """The next signal. stamp: the one that is waited for, which is not compared here."""
+        """Return the next signal. `stamp` is the expected one, for errors; it is not compared."""
 
     def close(self) -> None: ...
 
 
 def socket_folder(run: int) -> Path:
-    """The private folder of this run's sockets on this host."""
+    """Return the private folder of this run's sockets on this host."""
     folder = Path(tempfile.gettempdir()) / f"{SOCKETS_PREFIX}{run:016x}"
     if len(str(folder)) + 12 > MAX_PATH:
         folder = Path("/tmp") / folder.name
@@ -103,13 +124,15 @@ def socket_folder(run: int) -> Path:
 
 
 def socket_file(run: int, channel: Channel) -> Path:
-    """A name in the private folder that nobody has used: a channel's end may be opened again, while
-    the file of one that was lost is still there."""
+    """Return an unused path in the private folder.
+
+    A channel's end may be opened again while the file of a lost one is still there.
+    """
     return private_folder(run) / f"{channel.number}.{secrets.token_hex(2)}"
 
 
 def private_folder(run: int) -> Path:
-    """The folder, made if need be. Raises ClusterError if others can reach into it."""
+    """Make the folder if it is missing. Raises ClusterError if other users can reach into it."""
     folder = socket_folder(run)
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()

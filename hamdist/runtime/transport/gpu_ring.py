@@ -1,28 +1,29 @@
 """Signals that stay in GPU memory on their way from one process of a host to another.
 
-The sender of a channel lends its receiver a ring of slots in the memory of its own GPU. Stamps and
-headers cross by the socket as ever (shared.py); what is in a slot never touches the host.
+The sender of a channel shares a ring of slots in the memory of its own GPU with its receiver.
+Stamps and headers cross by the socket (shared_memory.py); the content of a slot never touches the
+host.
 
     sender   ── offer: how many slots of how many bytes, and how to reach them ──▶       receiver
              ◀── answer: a digest of what lies there, or why they cannot be reached ──
              ── signals: headers with numbers of slots, from C on (below: host memory) ──▶
-             ◀── credit, as in shared.py ──
+             ◀── credit, as in shared_memory.py ──
 
-Nobody waits for an answer. Until it has come a signal goes through host memory, and so do all where
-the receiver does not find what the sender has written; a run lets all answer before its first tick,
-and an end that is opened anew (recovery.py) finds out while it runs.
+No end waits for an answer. Until it has come signals go through host memory, and so do all signals
+if the receiver does not read what the sender has written. A run lets all ends answer before its
+first tick; an end that is opened anew (ray_engine/replacement.py) is answered while it runs.
 
 1. A slot is written again only when its signal's room was given back, which is after the receiver
    has copied it out and its GPU has finished. C slots, and at most C signals that are not given
    back: there is a free one whenever there is room. A full ring holds the sender back.
 2. A packet leaves when the sender's GPU has finished writing. No events between processes.
-3. What a dead process has lent may be gone, or be anything. So a receiver looks, after it has
-   copied and before it hands out, whether its sender is about to end; if it is, nothing of that
-   message is used. The sender's successor sends it again, out of its own snapshot and log: what is
-   kept for others (log of sent signals.py) are the sender's own tensors, never slots.
+3. Shared memory of a dead process may be gone, or hold anything. So after copying and before
+   handing out, a receiver checks whether its sender is about to end; if it is, nothing of that
+   message is used. The sender's successor sends it again, out of its own snapshot and log: the
+   log (signals/sent_log.py) keeps the sender's own tensors, never slots.
 4. A signal that is larger than a slot, or that lies elsewhere, goes through host memory.
 
-All but `cuda.py` runs, and is tested, without a GPU.
+All but `cuda_ipc.py` runs, and is tested, without a GPU.
 """
 
 from __future__ import annotations
@@ -54,24 +55,27 @@ _FLAGS = 6  # of the fields of /proc/PID/stat, behind the process's name
 
 
 class GpuMemoryError(RuntimeError):  # as all that torch raises of a GPU
-    """Why memory of a GPU cannot be reached from another process."""
+    """Raised where GPU memory cannot be reached from another process; the text says why."""
 
 
 class GpuMemory(Protocol):
-    """The memory of one device. Where it is lent, it is of uint8."""
+    """The memory of one device; what it shares is of type uint8."""
 
     def holds(self, tensor: Tensor) -> bool: ...
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
 
     def lend(self, nbytes: int) -> tuple[Tensor, bytes]:
-        """New memory, and plain data by which another process can reach it. Raises Unlent."""
+        """Allocate memory, and return it with plain data by which another process can reach it.
+
+        Raises GpuMemoryError.
+        """
 
     def reach(self, handle: bytes) -> Tensor:
-        """What another process lends. Raises Unlent."""
+        """Map the memory that another process shares. Raises GpuMemoryError."""
 
     def settle(self) -> None:
-        """Returns when all copies that were asked for here have been made."""
+        """Wait until all copies that were started here have finished."""
 
 
 MemoryOf: TypeAlias = Callable[[torch.device], GpuMemory | None]
@@ -85,8 +89,12 @@ class Refusal(NamedTuple):
 
 
 class GpuRingSender:
-    """The sender's slots on `channel`. refusal: why they are not used, or not for all; None as long
-    as they are, or nobody knows."""
+    """The sender's slots on `channel`.
+
+    Attributes:
+        refusal: why the slots are not used, or not for all signals; None as long as they are, or
+            the receiver has not answered.
+    """
 
     def __init__(self, memory: GpuMemory, channel: Channel, run: int, slot_bytes: int) -> None:
         self.refusal: str | None = None
@@ -102,7 +110,7 @@ class GpuRingSender:
         self.waiting = False  # for an answer
 
     def offer(self) -> bytes | None:
-        """The packet that offers the slots; None where there is no memory to lend."""
+        """Return the packet that offers the slots; None if there is no memory for them."""
         slots = self._channel.capacity
         try:
             ring, handle = self._memory.lend(slots * self._slot_bytes)
@@ -118,8 +126,9 @@ class GpuRingSender:
         return _HEAD.pack(*head) + handle
 
     def answered(self, data: bytes) -> None:
-        """Takes the receiver's word. Raises WireError for a packet that is no answer, or not asked
-        for."""
+        """Take the receiver's answer. Raises WireError for a packet that is no answer to this
+        offer.
+        """
         kind, told = data[2:3], data[3:]
         if not self.waiting or data[:2] != ANSWER or kind not in (_FOUND, _REFUSED):
             raise WireError(f"{self._channel}: {data[:16]!r} answers no offer of memory")
@@ -146,7 +155,7 @@ class GpuRingSender:
         return True
 
     def put(self, payload: Tensor) -> int:
-        """Copies `payload`, which is contiguous, into a free slot; its number."""
+        """Copy `payload`, which is contiguous, into a free slot, and return the slot's number."""
         if self._ring is None:
             raise ValueError(f"nothing is lent on {self._channel}")
         slot = self._free.pop()
@@ -158,7 +167,7 @@ class GpuRingSender:
         self._free.append(slot)
 
     def settle(self) -> None:
-        """What was put is there."""
+        """Wait until all payloads lie in their slots."""
         if self._written:
             self._memory.settle()
             self._written = False
@@ -181,9 +190,13 @@ class GpuRingReceiver:
         self._read = False
 
     def answer(self, offer: bytes, sender: int) -> bytes:
-        """The packet that says what was found. sender: the process that lends.
+        """Return the packet that answers an offer. Raises WireError if `offer` is none on this
+        channel.
 
-        Raises WireError for bytes that are no offer on this channel."""
+        Args:
+            offer: the sender's packet.
+            sender: id of the sender's process.
+        """
         channel = self._channel
         if len(offer) < _HEAD.size:
             raise WireError(f"{channel}: {len(offer)} bytes offer memory of a GPU")
@@ -211,7 +224,7 @@ class GpuRingReceiver:
         return ANSWER + _FOUND + found
 
     def take(self, form: WireForm, slot: int) -> Tensor:
-        """A copy of the payload in a slot, finished once `settled` has returned."""
+        """Copy the payload out of a slot; the copy has finished once `settled` has returned."""
         ring = self._ring
         if ring is None or slot >= self._slots or form.nbytes > self._slot_bytes:
             raise WireError(
@@ -223,7 +236,7 @@ class GpuRingReceiver:
         return tensor
 
     def settled(self) -> bool:
-        """What was taken is there; whether it can be trusted, for its sender lives."""
+        """Wait for all copies, and return True if they are valid because the sender lives."""
         if not self._read:
             return True
         self._memory.settle()
@@ -235,8 +248,10 @@ class GpuRingReceiver:
 
 
 def ending(process: int) -> bool:
-    """Whether a process is gone, or about to end: Linux says so from before it takes the process's
-    memory and files (PF_EXITING)."""
+    """Return True if a process is gone or about to end.
+
+    Linux sets PF_EXITING before it takes the process's memory and files.
+    """
     try:
         told = Path(f"/proc/{process}/stat").read_bytes()
     except OSError:
@@ -258,6 +273,6 @@ def _part(ring: Tensor, slot: int, slot_bytes: int, nbytes: int) -> Tensor:
 
 
 def _digest(ring: Tensor) -> bytes:
-    """Of what lies at the ends of a ring."""
+    """Return a digest of the probe bytes at the ends of a ring."""
     ends = torch.cat([ring[:_NOISE].cpu(), ring[-_NOISE:].cpu()])
     return hashlib.sha256(bytes(ends.numpy())).digest()

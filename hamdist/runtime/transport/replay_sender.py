@@ -1,7 +1,7 @@
-"""Brings a receiver that begins again up to its sender, signal by signal out of the log.
+"""Sends a restarted receiver the signals that it has missed, out of the log.
 
-A thread sends what the log holds from a number on. The sender's own thread meanwhile goes on; what
-it sends is in the log as well, so it only waits where the receiver is too far behind. When the
+A thread sends the logged signals from a number on. The sender's own thread goes on meanwhile; its
+new signals are in the log as well, so it only waits where the receiver is too far behind. When the
 thread has caught up, the sender's own thread takes over.
 """
 
@@ -18,7 +18,7 @@ from hamdist.runtime.transport.endpoint import TURN_MS, EndpointContext, Sender
 
 
 class ReplaySender:
-    """The sending end that `make` opens. first: the number of the first signal to send."""
+    """A sending end, opened by `make`, that first replays the log from signal number `first` on."""
 
     def __init__(
         self,

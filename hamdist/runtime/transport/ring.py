@@ -1,4 +1,4 @@
-"""The ring of slots in shared memory: its form, its seals, what its two ends tell each other."""
+"""The ring of slots in shared memory: its layout, its seals, the packets between its two ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare_socket(connection: socket.socket) -> None:
 class Ring:
     """Slots of equal size in a memory file that two processes map.
 
-    The file cannot be shrunk or grown (seals), so that no access behind its end can come about.
+    The file cannot be shrunk or grown (seals), so that no access behind its end is possible.
     """
 
     def __init__(self, fd: int, slots: int, slot_bytes: int, *, writes: bool) -> None:
@@ -50,7 +50,7 @@ class Ring:
         self._address = np.frombuffer(self._map, np.uint8).ctypes.data
 
     def at(self, slot: int, nbytes: int) -> int:
-        """The address of a slot that is about to take or give `nbytes`."""
+        """Return the address of a slot that is about to take or give `nbytes`."""
         if not (0 <= slot < self.slots and nbytes <= self.slot_bytes) or self._map.closed:
             raise ValueError(f"{nbytes} bytes at slot {slot} of {self.slots}")
         return self._address + slot * self.slot_bytes

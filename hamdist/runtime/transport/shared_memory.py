@@ -67,7 +67,7 @@ BUFFER_BYTES = 2**22  # asked for; the kernel gives what net.core.wmem_max allow
 
 
 def available() -> bool:
-    """Whether this platform has what it takes."""
+    """Return True if this platform has the system calls for it."""
     return (
         hasattr(os, "memfd_create")
         and hasattr(socket, "AF_UNIX")
@@ -77,24 +77,31 @@ def available() -> bool:
 
 
 def takes(channel: Channel) -> bool:
-    """Whether `channel` can go this way: the platform allows it, and the kernel's buffer has room
-    for as many packets as signals may wait."""
+    """Return True if `channel` can use shared memory.
+
+    The platform has to allow it, and the kernel's buffer to have room for as many packets as
+    signals may wait.
+    """
     return available() and channel.capacity <= MAX_CAPACITY
 
 
 def inline_limit(capacity: int, buffer: int) -> int:
-    """Bytes of payload up to which `capacity` packets fit into a kernel's buffer of `buffer` bytes.
+    """Return the bytes of payload up to which `capacity` packets fit into a buffer of `buffer`
+    bytes.
 
-    A packet of p bytes counts as at most 2 (p + 512) + 512: memory comes in powers of two, with the
-    kernel's own notes on it. Half a packet's share is left for credits and the ring's notice.
+    A packet of p bytes counts as at most 2 (p + 512) + 512: the kernel allocates powers of two,
+    with headers of its own. Half a packet's share is left for credits and the notice of a ring.
     """
     share = buffer // (capacity + 2)
     return max(0, min(INLINE_BYTES, (share - 1536) // 2 - MAX_HEADER))
 
 
 class SharedSender:
-    """connects to `address`, which a SharedReceiver has told. gpu_sender: what it may offer
-    memory of a GPU with (lending.py)."""
+    """The sending end of a channel in shared memory.
+
+    Connects to `address`, the file of a SharedReceiver. `gpu_sender` offers it GPU memory
+    (gpu_ring.py), if the channel may use some.
+    """
 
     def __init__(
         self,
@@ -127,7 +134,7 @@ class SharedSender:
                 self._socket.send(offer, socket.MSG_DONTWAIT)
 
     def look(self) -> None:
-        """Takes an answer to its offer, if it has come."""
+        """Take the answer to this end's offer, if it has come."""
         if self._gpu_sender is not None and self._gpu_sender.waiting:
             self._look_for_credit()
 
@@ -182,7 +189,7 @@ class SharedSender:
         self._deliver(parts, stamp)
 
     def _deliver(self, parts: list[object], stamp: Stamp) -> None:
-        """Sends what is packed, if anything is."""
+        """Send the packed signals, if there are any."""
         if parts:
             if self._gpu_sender is not None:
                 self._gpu_sender.settle()
@@ -208,7 +215,7 @@ class SharedSender:
         line.waited += perf_counter() - began
 
     def _take_credit(self, stamp: Stamp) -> None:
-        """Sleeps until the receiver gives room back."""
+        """Sleep until the receiver gives room back."""
         line = self._line
         began = perf_counter()
         while True:
@@ -227,7 +234,7 @@ class SharedSender:
         self._credit(data)
 
     def _look_for_credit(self) -> None:
-        """Takes room that was given back already: the slot that was freed last is still in the
+        """Take room that was given back already. The slot that was freed last is still in the
         processor's cache, and a ring of which few slots are used takes little memory."""
         try:
             data = self._socket.recv(ANSWER_BYTES, socket.MSG_DONTWAIT)
@@ -253,8 +260,8 @@ class SharedSender:
                 gpu_sender.free(slot - self._channel.capacity)
 
     def _open_ring(self, nbytes: int, stamp: Stamp) -> Ring:
-        """A ring for payloads of `nbytes`. The receiver reads what came before from its old one:
-        packets keep their order."""
+        """Make a ring for payloads of `nbytes`. The receiver reads earlier signals from its old
+        ring: packets keep their order."""
         slots = self._channel.capacity
         slot_bytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
         fd = os.memfd_create(

@@ -39,8 +39,10 @@ from hamdist.runtime.transport.ring import (
 
 
 class SharedReceiver:
-    """Listens at a file of the run's folder, for one sender. memory: of the GPU that its block
-    computes on, if other processes may lend it theirs."""
+    """Listens at a file of the run's folder, for one sender.
+
+    `memory` belongs to the GPU that the receiving block computes on, if it may map shared memory.
+    """
 
     def __init__(
         self, line: EndpointContext, channel: Channel, memory: GpuMemory | None = None
@@ -78,7 +80,7 @@ class SharedReceiver:
         return signal
 
     def _receive(self, stamp: Stamp) -> None:
-        """Sleeps until the next message."""
+        """Sleep until the next message."""
         line = self._line
         while not self._came:
             if self._lost:
@@ -102,7 +104,7 @@ class SharedReceiver:
             line.packed += perf_counter() - began
 
     def answer(self) -> None:
-        """Answers an offer that was sent before this call, if one was, and nothing else."""
+        """Answer an offer that was sent before this call, if any, and read nothing else."""
         if self._gpu_receiver is None:
             return
         try:
@@ -165,7 +167,7 @@ class SharedReceiver:
         self._taken = 0
 
     def _take_ring(self, data: bytes, stamp: Stamp) -> None:
-        """Maps the memory whose descriptor comes in the next packet."""
+        """Map the memory whose descriptor comes in the next packet."""
         channel = self._channel
         if len(data) != RING_HEADER.size:
             raise WireError(f"{channel}: {len(data)} bytes announce a ring")
@@ -213,7 +215,7 @@ class SharedReceiver:
         return int(fds[0])
 
     def _take(self, form: WireForm, slot: int) -> Tensor:
-        """Copies the payload out of its slot: whoever keeps the tensor pins no slot."""
+        """Copy the payload out of its slot, so that no tensor occupies a slot."""
         if self._gpu_receiver is not None and slot >= self._channel.capacity:
             return self._gpu_receiver.take(form, slot - self._channel.capacity)
         ring = self._ring

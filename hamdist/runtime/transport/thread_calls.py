@@ -1,7 +1,7 @@
-"""What other threads ask of the thread that steps the nodes of a process.
+"""Calls that other threads have made by the thread that steps the nodes of a process.
 
 Sockets belong to one thread, so a channel can change its ends only there: between two events, or
-where a call is blocked. When the loop has ended, whoever asks does it.
+where a call is blocked. When the loop has ended, the calling thread makes the call itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class ThreadCalls:
-    """waiting: whether somebody has asked."""
+    """Calls that wait for the loop's thread; `waiting` is true if there are some."""
 
     def __init__(self) -> None:
         self.waiting = False
@@ -25,9 +25,9 @@ class ThreadCalls:
         self._looping = False
 
     def ask(self, act: Callable[[], T], seconds: float) -> T:
-        """What `act` gives, called by the loop's thread; or by this one where there is no loop.
+        """Return the result of `act`, called by the loop's thread, or by this one if no loop runs.
 
-        Raises TimeoutError where the loop does not come to it.
+        Raises TimeoutError if the loop does not come to it within `seconds`.
         """
         future: Future[object] = Future()
         with self._lock:
@@ -38,7 +38,7 @@ class ThreadCalls:
         return future.result(seconds)  # type: ignore[return-value]
 
     def serve(self) -> None:
-        """Does what was asked for: for the loop's thread alone."""
+        """Make the waiting calls; only for the loop's thread."""
         while True:
             with self._lock:
                 if not self._asked:
@@ -55,12 +55,12 @@ class ThreadCalls:
                 future.set_result(result)
 
     def begin(self) -> None:
-        """The loop begins, in this thread."""
+        """Note that the loop begins, in this thread."""
         with self._lock:
             self._looping = True
 
     def end(self) -> None:
-        """The loop has ended."""
+        """Note that the loop has ended."""
         with self._lock:
             self.serve()
             self._looping = False

@@ -1,9 +1,9 @@
-"""Signals between processes: each channel goes its own way, which its receiver's address names.
+"""Signals between processes: the receiver's address names what carries a channel.
 
-shm://FILE         shared memory, between processes of one host (shared.py)
-gpu://FILE         the same; signals that lie on a GPU stay there, if both ends agree (lending.py)
+shm://FILE         shared memory, between processes of one host (shared_memory.py)
+gpu://FILE         the same; signals on a GPU stay there, if both ends agree (gpu_ring.py)
 ipc://FILE         ZeroMQ, between processes of one host (zeromq.py)
-tcp://HOST:PORT    ZeroMQ, between hosts; with the receiver's public key behind it (curve.py)
+tcp://HOST:PORT    ZeroMQ, between hosts; with the receiver's public key behind it (encryption.py)
 """
 
 from __future__ import annotations
@@ -44,17 +44,20 @@ TCP = "tcp://"
 
 
 def local_way(channel: Channel) -> str:
-    """How `channel` best goes between two processes of this host."""
+    """Return the best transport of `channel` between two processes of this host."""
     return SHM if takes(channel) else IPC
 
 
 class Endpoints:
-    """The ends of all channels that lead out of one process. abort: set to make blocked calls raise
-    `Aborted`. link_delay: seconds by which what comes is handed out later (late.py). keys: of this
-    process, for channels whose way or address carries a peer's key.
+    """The ends of all channels that lead out of one process.
 
-    They belong to the thread that sends and receives, but for `bind`, `connect` and `close`, which
-    come before and after.
+    They belong to the thread that sends and receives, except for `bind`, `connect` and `close`,
+    which come before and after.
+
+    Args:
+        abort: set to make blocked calls raise `Aborted`.
+        link_delay: seconds by which received signals are handed out later (delayed_receiver.py).
+        keys: of this process, for channels whose address carries a peer's key.
     """
 
     def __init__(
@@ -76,21 +79,24 @@ class Endpoints:
 
     @property
     def waiting(self) -> BlockedCall | None:
-        """The blocked call, if there is one."""
+        """Return the blocked call, if there is one."""
         return self._line.waiting
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Where the time of sending and receiving went: waiting, which is all that happens inside
-        calls of the operating system, and packing."""
+        """Return the seconds of 'waiting' (inside calls of the system) and of 'packing'."""
         return {"waiting": self._line.waited, "packing": self._line.packed}
 
     def bind(
         self, channel: Channel, way: str, limit: int = -1, memory: GpuMemory | None = None
     ) -> str:
-        """Opens the receiving end: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the
-        sender's public key. limit: bytes of a frame by tcp, at most (-1: any). memory: of the
-        receiving block's GPU, if signals may stay on one. Returns its address.
+        """Open the receiving end of a channel, and return its address.
+
+        Args:
+            channel: the channel.
+            way: 'shm', 'ipc', 'tcp://HOST', or 'tcp://HOST KEY' with the sender's public key.
+            limit: the most bytes of a frame by tcp (-1: any).
+            memory: of the receiving block's GPU, if signals may stay on one.
         """
         if self._link_delay:
             receiver: Receiver = DelayedReceiver(
@@ -132,8 +138,7 @@ class Endpoints:
         return ZmqReceiver(line, channel, self._context(), host, self._key_gate, limit)
 
     def allow(self, key: str) -> None:
-        """Lets the holder of a public key send to the receiving ends that ask for keys, from now
-        on: before it connects."""
+        """Allow the holder of a public key to send to this process; called before it connects."""
         if self._key_gate is None:
             from hamdist.runtime.transport.encryption import KeyGate
 
@@ -143,7 +148,7 @@ class Endpoints:
         self._key_gate.allow(key)
 
     def withdraw(self, key: str) -> None:
-        """Takes `allow` back, for connections to come."""
+        """Revoke `allow`, for connections to come."""
         if self._key_gate is not None:
             self._key_gate.withdraw(key)
 
@@ -156,9 +161,16 @@ class Endpoints:
         first: int = 1,
         gpu_sender: GpuRingSender | None = None,
     ) -> None:
-        """Opens the sending end. limit: as at the other end. log: what a receiver that begins again
-        is sent before all else, from signal `first` on. gpu_sender: of GPU memory, for an
-        address that asks for it."""
+        """Open the sending end of a channel.
+
+        Args:
+            channel: the channel.
+            address: of the receiving end.
+            limit: as at the other end.
+            log: signals to replay to a restarted receiver, from number `first` on.
+            first: number of the first signal to send.
+            gpu_sender: of GPU memory, for an address that asks for it.
+        """
         old = self._out.pop(channel.number, None)
         if old is not None:
             old.close()
@@ -172,13 +184,13 @@ class Endpoints:
         self._out[channel.number] = ReplaySender(self._line, channel, log, first, make)
 
     def answer_offers(self) -> None:
-        """Answers the offers of memory that have come. Before any signal is received."""
+        """Answer the offers of memory that have come; before any signal is received."""
         for end in self._in.values():
             if isinstance(end, SharedReceiver):
                 end.answer()
 
     def hear_answers(self) -> None:
-        """Takes the answers to this process's own offers. Before any signal is sent."""
+        """Take the answers to this process's own offers; before any signal is sent."""
         for end in self._out.values():
             if isinstance(end, SharedSender):
                 end.look()
@@ -199,7 +211,7 @@ class Endpoints:
         return ZmqSender(line, channel, self._context(), address, self._keys, own)
 
     def _context(self) -> zmq.Context[Any]:
-        """ZeroMQ's, with its thread: only in processes that have a channel for it."""
+        """Return ZeroMQ's context, which has a thread: only where a channel needs it."""
         if self._zmq is None:
             import zmq
 
@@ -207,8 +219,11 @@ class Endpoints:
         return self._zmq
 
     def send(self, channel: Channel, *signals: Signal) -> None:
-        """One message. Where it goes by shared memory the payloads are copied before this returns;
-        ZeroMQ may read large ones later, so nobody may write to them."""
+        """Send signals as one message.
+
+        Shared memory copies the payloads before this returns. ZeroMQ may read large ones later, so
+        they must not be written to.
+        """
         while True:
             end = self._out[channel.number]
             try:
@@ -232,7 +247,7 @@ class Endpoints:
             self._requests.serve()
 
     def close(self) -> None:
-        """Closes all ends and removes their files."""
+        """Close all ends and remove their files."""
         ends: list[Receiver | Sender] = [*self._in.values(), *self._out.values()]
         for end in ends:
             end.close()

@@ -2,7 +2,7 @@
 
 Each channel has its own queue of bounded length, so a slow receiver holds exactly its senders
 back. ipc sockets lie in a private folder (mode 0700); tcp sockets bind to one address and an
-ephemeral port, and let in who has a key (curve.py).
+ephemeral port, and admit peers with an allowed key (encryption.py).
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ SEAL = 64  # bytes that encryption adds to a frame, at most
 
 
 class ZmqSender:
-    """connects to `address`, which a ZmqReceiver has told; if it carries a key, with these keys.
-    limit: bytes of a frame, at most. Raises ClusterError for an address with a key without keys."""
+    """The sending end of a channel by ZeroMQ; frames have at most `limit` bytes.
+
+    Connects to the `address` of a ZmqReceiver, with `keys` if the address carries a key. Raises
+    ClusterError for an address with a key if there are no keys.
+    """
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class ZmqSender:
                 return
 
     def _pack(self, signals: Sequence[Signal]) -> list[Any]:
-        """The frames: the signals, and then the payloads that are apart, numbered from 1."""
+        """Return the frames: the signals, and then the separate payloads, numbered from 1."""
         parts: list[Any] = []
         frames: list[Any] = [b""]
         for signal in signals:
@@ -117,8 +120,13 @@ class ZmqSender:
 
 
 class ZmqReceiver:
-    """host: of a tcp address; None: an ipc socket. key_gate: lets in who may send (None: anybody).
-    limit: bytes of a frame, at most; who sends a larger one is cut off."""
+    """The receiving end of a channel by ZeroMQ.
+
+    Args:
+        host: of a tcp address; None: an ipc socket.
+        key_gate: admits the allowed senders (None: any).
+        limit: the most bytes of a frame; a sender of a larger one is disconnected.
+    """
 
     def __init__(
         self,
@@ -170,7 +178,7 @@ class ZmqReceiver:
         return self._came.popleft()
 
     def _taker(self, frames: Sequence[Any]) -> Callable[[WireForm, int], Tensor]:
-        """Copies the payload that is frame `index`."""
+        """Return a function that copies the payload in frame `index`."""
 
         def take(form: WireForm, index: int) -> Tensor:
             found = frames[index].buffer if 0 < index < len(frames) else b""

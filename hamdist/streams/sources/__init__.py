@@ -1,1 +1,1 @@
-"""Where items come from: arrays, data sets, text, drifting and generated signals."""
+"""Sources of items: arrays, data sets, text, drifting and generated signals."""

@@ -18,22 +18,26 @@ from hamdist.streams.sample import Sample, SampleSpec, generator
 class ArrayStream:
     """Batches of the rows of two tensors, in one seeded order.
 
-    x: (N, ...) inputs. y: (N,) integer classes, or (N, O) floating-point values.
-    classes: number of classes of integer targets; by default the largest one in `y` plus one.
-    tokens: how many different ones there are, where x holds their numbers.
-
     The order is one long sequence of rows: one permutation per epoch after the other, each drawn
-    from (seed, epoch) alone; `shuffled=False` takes the rows as they are. Batches are cut from
-    that sequence, so a batch may hold the end of one epoch and the beginning of the next.
-    `uneven=True` ends each epoch with a shorter batch instead (where `batch` does not divide N).
-    `endless=False` stops after one epoch, the last batch being the shorter one.
+    from (seed, epoch) alone. Batches are cut from that sequence, so a batch may hold the end of one
+    epoch and the beginning of the next.
 
     Items are fresh, contiguous tensors; x and y are kept by reference and never written. Beside
     them a running stream keeps at most N + B row numbers. Portable: each `samples()` gives the
     same items, in any process.
 
-    Raises SettingsError for `batch` below 1 or `classes` with floating-point targets, StreamError
-    for tensors that are empty, differ in length, or hold targets that are no targets.
+    Args:
+        x: inputs (N, ...).
+        y: integer classes (N,), or floating-point values (N, O).
+        shuffled: False to take the rows in their given order.
+        endless: False to stop after one epoch, the last batch being the shorter one.
+        classes: number of classes of integer targets; None for the largest one in `y` plus one.
+        uneven: True to end each epoch with a shorter batch (where `batch` does not divide N).
+        tokens: number of different tokens, where x holds their numbers.
+
+    Raises:
+        SettingsError: `batch` below 1, or `classes` with floating-point targets.
+        StreamError: tensors that are empty, differ in length, or hold targets that are no targets.
     """
 
     portable: bool = True
@@ -74,7 +78,7 @@ class ArrayStream:
 
     @property
     def spec(self) -> SampleSpec:
-        """Shapes of a full batch (of the only one, where an epoch is shorter than a batch)."""
+        """Return the shapes of a full batch (of the only one, if an epoch is shorter)."""
         cut = self._uneven or not self._endless
         batch = min(self._batch, len(self._x)) if cut else self._batch
         return SampleSpec(
@@ -87,7 +91,7 @@ class ArrayStream:
         )
 
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on: u (B, ...), y (B,) or (B, O)."""
+        """Yield the items from item 0 on: u (B, ...), y (B,) or (B, O)."""
         for rows in self._batches():
             yield Sample(self._x.index_select(0, rows), self._y.index_select(0, rows))
 
@@ -110,7 +114,7 @@ class ArrayStream:
 
 
 def _targets(y: Tensor, classes: int | None) -> tuple[Tensor, int | None]:
-    """Targets as losses take them (int64 classes, or float values), and the number of classes."""
+    """Return targets as losses take them (int64 classes, or floats), and the number of classes."""
     if y.is_floating_point():
         if classes is not None:
             raise SettingsError(

@@ -27,8 +27,15 @@ _NUMBERS = {character: number for number, character in enumerate(ALPHABET, start
 class CharacterStream:
     """Windows of a text at random places: u (B, T) int64, and y (B, T), the characters that follow.
 
-    ids: (length of the text,) int64. The places are drawn from `seed`. Endless and portable.
-    Raises SettingsError for `length` or `batch` below 1, StreamError for a text that is too short.
+    Endless and portable.
+
+    Args:
+        ids: the text's characters by number, (length of the text,) int64.
+        length: T.
+
+    Raises:
+        SettingsError: `length` or `batch` below 1.
+        StreamError: the text is too short.
     """
 
     portable: bool = True
@@ -56,7 +63,7 @@ class CharacterStream:
 
 
 def character_parts(path: Path | str | None = None) -> tuple[Tensor, Tensor]:
-    """A text's characters by number: the part to learn from, and its last tenth, held out.
+    """Return a text's characters by number: the part to learn from, and its last tenth, held out.
 
     path: a UTF-8 text file; None: `language_reference`. Raises StreamError where it cannot be read.
     """
@@ -67,15 +74,18 @@ def character_parts(path: Path | str | None = None) -> tuple[Tensor, Tensor]:
 
 
 def held_out_windows(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """x (N, T) and y (N, T): all windows of a text, one after the other."""
+    """Return x (N, T) and y (N, T), all windows of a text, one after the other."""
     windows = _windows(ids, length, length)
     return windows[:, :-1], windows[:, 1:]
 
 
 def language_reference() -> str:
-    """What Python ships of its language reference for `help()` (373,000 characters in 3.11), topic
-    by topic in alphabetical order; paragraphs that stand in several topics count once, so that none
-    is learned from and held out. It differs a little from one version of Python to the next."""
+    """Return the part of its language reference that Python ships for `help()`.
+
+    It has 373,000 characters in 3.11, and differs a little from one version of Python to the next.
+    The topics are in alphabetical order; a paragraph that occurs in several topics is taken once,
+    so that none is both learned and held out.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -88,7 +98,7 @@ def language_reference() -> str:
 
 
 def _windows(ids: Tensor, length: int, step: int) -> Tensor:
-    """(N, T + 1)."""
+    """Return windows (N, T + 1) of a text."""
     if len(ids) <= length:
         raise StreamError(
             f"a text of {len(ids)} characters (of a file, one in {HELD_OUT_SHARE} is held out) has "

@@ -46,7 +46,13 @@ _HOW = (
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """train: an endless stream of the training part. x (N, F), y (N,) int64: the held-out part."""
+    """A data set in two parts.
+
+    Attributes:
+        train: an endless stream of the training part.
+        x: the inputs (N, F) of the held-out part.
+        y: its targets (N,) int64.
+    """
 
     train: Stream
     x: Tensor
@@ -54,14 +60,18 @@ class DataSet:
 
 
 def digits(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = False) -> DataSet:
-    """scikit-learn's handwritten digits (embedded, no download): 1797 images of 8 x 8, 10 classes.
+    """Return scikit-learn's handwritten digits: 1797 images of 8 x 8, 10 classes, no download.
 
     Items: u (B, 64) of `dtype`, y (B,) int64. Of each class every fifth image, counted from the
     third, is held out (20 %, stratified). Pixels are standardised with the mean and the standard
     deviation of all pixels of the training part; per-pixel factors would blow up the pixels that
-    are nearly always blank. `seed` orders the training part.
+    are nearly always blank.
 
-    Raises SettingsError for `batch` below 1.
+    Args:
+        validation: hold out a sixth of the training part instead (sources/parts.py).
+
+    Raises:
+        SettingsError: `batch` is below 1.
     """
     pixels, targets = _digits()
     held = torch.zeros(len(targets), dtype=torch.bool)
@@ -76,9 +86,9 @@ def digits(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = Fals
 
 
 def _digits() -> tuple[Tensor, Tensor]:
-    """All digits: pixels (1797, 64) float64, targets (1797,) int64.
+    """Return all digits: pixels (1797, 64) float64, targets (1797,) int64.
 
-    Read from scikit-learn's own file where it lies: `import sklearn` takes a second.
+    They are read from scikit-learn's own file: `import sklearn` takes a second.
     """
     need_package("sklearn", "scikit-learn", "stream.source digits, which reads its data set")
     found = importlib.util.find_spec("sklearn")
@@ -103,16 +113,21 @@ def fashion_mnist(
     *,
     validation: bool = False,
 ) -> DataSet:
-    """Fashion-MNIST from IDX files on disk: 60 000 images of 28 x 28, 10 classes; 10 000 held out.
+    """Read Fashion-MNIST from IDX files: 60 000 images of 28 x 28, 10 classes, 10 000 held out.
 
-    Items: u (B, 784) of `dtype`, (pixel/255 - 0.286) / 0.353; y (B,) int64. The files, plain or
-    gzipped, are looked for in the folder `path` if it is given, else in share/datasets/
-    fashion-mnist of sys.prefix, /usr and /usr/local. Any data set of that format and size of
-    image will do; the number of images is free. The stream keeps bytes and scales batch by batch.
-    validation: a sixth of the training part is held out instead of the test part (parts.py).
+    Items: u (B, 784) of `dtype`, (pixel/255 - 0.286) / 0.353; y (B,) int64. The files may be
+    gzipped. Any data set of that format and size of image will do; the number of images is free.
+    The stream keeps bytes and scales batch by batch.
 
-    Raises StreamError where files are missing (and says how to get them) or no IDX files of such
-    images and labels (and names the file), SettingsError for `batch` below 1.
+    Args:
+        path: folder of the files; None: share/datasets/fashion-mnist of sys.prefix, /usr and
+            /usr/local.
+        validation: hold out a sixth of the training part instead (sources/parts.py).
+
+    Raises:
+        StreamError: files are missing (the message says how to get them) or are no IDX files of
+            such images and labels (it names the file).
+        SettingsError: `batch` is below 1.
     """
     folder = find_fashion_mnist(path)
     images, labels = _part(folder, "train")
@@ -125,19 +140,20 @@ def fashion_mnist(
 
 
 def fashion_mnist_folders() -> tuple[Path, ...]:
-    """Where `fashion_mnist` looks when it is given no path, in this order."""
+    """Return the folders in which `fashion_mnist` looks without a path, in this order."""
     prefixes = dict.fromkeys((sys.prefix, "/usr", "/usr/local"))
     return tuple(Path(prefix, "share", "datasets", "fashion-mnist") for prefix in prefixes)
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """The unsigned bytes of an IDX file, plain or gzipped, as a uint8 tensor of `dimensions` axes.
+    """Read the bytes of an IDX file, plain or gzipped, as a uint8 tensor of `dimensions` axes.
 
     Format: two zero bytes, the type (8: unsigned bytes), the number of dimensions, each dimension
     as a big-endian 32-bit number, then the bytes, the last dimension fastest.
 
-    Raises StreamError naming the file where it cannot be read, begins with another magic number,
-    holds nothing, ends early, or goes on after its last byte.
+    Raises:
+        StreamError: names the file that cannot be read, begins with another magic number, holds
+            nothing, ends early, or continues after its last byte.
     """
     raw = _read(path)
     magic = bytes((0, 0, 8, dimensions))
@@ -169,7 +185,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
 
 class _Standardised:
-    """A stream of bytes (B, H, W) as one of standardised, flat images (B, H*W)."""
+    """Standardised, flat images (B, H*W) of a stream of bytes (B, H, W)."""
 
     portable: bool = True
 
@@ -221,7 +237,7 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def _part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 28, 28) and labels (N,), both uint8, of one part of the data set."""
+    """Return images (N, 28, 28) and labels (N,), both uint8, of one part of the data set."""
     images_file, labels_file = (_file(folder, name) or folder / name for name in _FILES[part])
     images, labels = _remembered(images_file, 3), _remembered(labels_file, 1)
     if images.shape[1:] != (FASHION_SIDE, FASHION_SIDE):
@@ -243,8 +259,10 @@ def _part(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def _remembered(path: Path, dimensions: int) -> Tensor:
-    """`read_idx`, of a file that has not changed once a process: a run reads it for its stream and
-    again to be scored, and a study makes many runs."""
+    """Return `read_idx(path)`, read once per process while the file does not change.
+
+    A run reads it for its stream and again to be scored, and a study makes many runs.
+    """
     if not path.is_file():
         return read_idx(path, dimensions)
     found = path.stat()

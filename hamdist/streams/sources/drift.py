@@ -26,8 +26,12 @@ class DriftStream:
     all other concepts. Numbers are drawn in float64 and then rounded, so that both dtypes see the
     same stream. Equal seeds give equal items; memory is constant.
 
-    Raises SettingsError for features, period or batch below 1, classes below 2, or noise that is
-    negative or not finite.
+    Args:
+        noise: standard deviation around the centre.
+
+    Raises:
+        SettingsError: features, period or batch below 1, classes below 2, or noise that is
+            negative or not finite.
     """
 
     portable: bool = True
@@ -63,7 +67,7 @@ class DriftStream:
         return SampleSpec(u_shape, self._dtype, y_shape, torch.int64, self._classes)
 
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on; endless."""
+        """Yield the items from item 0 on, without end."""
         for concept in count():
             centres = self.centres(concept)
             random = generator("drift items", self._seed, concept)
@@ -71,21 +75,21 @@ class DriftStream:
                 yield Sample(*self._draw(centres, self._batch, random))
 
     def concept(self, item: int) -> int:
-        """The number of the concept in force at an item: 0, 1, 2, ..."""
+        """Return the number of the concept in force at an item: 0, 1, 2, ..."""
         return item // self._period
 
     def drifts(self, items: int) -> tuple[int, ...]:
-        """The items, among the first `items`, that are the first ones of a new concept."""
+        """Return the items, among the first `items`, that are the first of a new concept."""
         return tuple(range(self._period, items, self._period))
 
     def centres(self, concept: int) -> Tensor:
-        """The centres (C, F), float64, of the classes of a concept."""
+        """Return the centres (C, F), float64, of the classes of a concept."""
         random = generator("drift centres", self._seed, concept)
         shape = (self._classes, self._features)
         return torch.randn(shape, generator=random, dtype=torch.float64)
 
     def held_out(self, item: int, rows: int = HELD_OUT_ROWS) -> tuple[Tensor, Tensor]:
-        """x (rows, F) and y (rows,) of the concept in force at `item`; no row is in the stream.
+        """Return x (rows, F) and y (rows,) of the concept at `item`; no row is in the stream.
 
         Raises SettingsError for a negative item or for rows below 1.
         """

@@ -1,4 +1,4 @@
-"""Made-up sentences of two classes, in which few words decide and a negation turns them round."""
+"""Generates sentences of two classes, decided by few words and reversed by a negation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _STOP = "."
 
 
 def grammar_words() -> list[str]:
-    """Every word that `sentences` can use, in alphabetical order."""
+    """Return every word that `sentences` can use, in alphabetical order."""
     groups = [
         _SUBJECTS,
         _VERBS,
@@ -69,7 +69,7 @@ def grammar_words() -> list[str]:
 
 
 def sentences(count: int, seed: int, *, part: str = "train") -> list[tuple[str, int]]:
-    """`count` made-up sentences with their classes: 0 says something bad, 1 something good.
+    """Generate `count` sentences with their classes: 0 for a bad statement, 1 for a good one.
 
     Tokens are parted by spaces. A sentence makes one or two statements about a subject. One
     carries the class, by a good or a bad word, which a negation before it turns into its opposite;
@@ -90,7 +90,7 @@ def sentences(count: int, seed: int, *, part: str = "train") -> list[tuple[str, 
 
 
 class _Dice:
-    """Choices that depend on (purpose, seed, part, number) alone."""
+    """Random choices that depend on (purpose, seed, part, number) alone."""
 
     def __init__(self, purpose: str, seed: int, part: str, number: int) -> None:
         self._random = generator(f"{purpose} {part}", seed, number)

@@ -27,13 +27,17 @@ PACKAGE = "mnist1d"
 
 
 def mnist1d(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = False) -> DataSet:
-    """4,000 signals of 40 points, 10 classes; 1,000 held out. The data never depend on `seed`,
-    which orders the training part; they are the authors' (their seed 42).
+    """Return MNIST-1D: 4,000 signals of 40 points, 10 classes; 1,000 held out.
 
-    Items: u (B, 40) of `dtype`, mean 0 and deviation 1 over all; y (B,) int64. validation: a sixth
-    of the training part is held out instead of the test part (parts.py).
+    Items: u (B, 40) of `dtype`, mean 0 and deviation 1 over all; y (B,) int64. The data are the
+    authors' (their seed 42).
 
-    Raises StreamError where the package is not installed, SettingsError for `batch` below 1.
+    Args:
+        validation: hold out a sixth of the training part instead (sources/parts.py).
+
+    Raises:
+        StreamError: the package `mnist1d` is not installed.
+        SettingsError: `batch` is below 1.
     """
     if importlib.util.find_spec(PACKAGE) is None:
         raise StreamError(
@@ -49,9 +53,9 @@ def mnist1d(batch: int, seed: int, dtype: torch.dtype, *, validation: bool = Fal
 
 @lru_cache(maxsize=1)
 def _signals() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (4000, 40) float64, y (4000,), and the same of the 1,000 that are held out.
+    """Return x (4000, 40) float64, y (4000,), and the same of the 1,000 that are held out.
 
-    The package seeds the generators of Python, NumPy and torch; they are put back.
+    The package seeds the generators of Python, NumPy and torch; their states are restored.
     """
     from mnist1d.data import get_dataset_args, make_dataset
 

@@ -18,16 +18,23 @@ from hamdist.streams.sources.texts import padded
 
 
 class TokenStream:
-    """The tokens of N sequences, sequence after sequence, for a network that remembers.
+    """The tokens of N sequences, sequence after sequence, for a recurrent network.
 
-    sequences: N of them, each (T,) int64 with a T of its own, at least 1; labels: (N,) int64.
     Item: u (B,) int64, the next token of B sequences side by side; the last token of a sequence has
-    `end` and y (B,) int64, the labels; the others have no target, unless `every` token is given the
-    labels. The sequences of a batch are padded with 0 in front, to the longest of them.
+    `end` and y (B,) int64, the labels; the others have no target, unless `every` is set. The
+    sequences of a batch are padded with 0 in front, to the longest of them. Their order, `shuffled`
+    and `endless` are those of an `ArrayStream` of their numbers. Portable.
 
-    tokens: how many different ones there are, if that is known. The order of the sequences, and
-    `shuffled` and `endless`, are those of an `ArrayStream` of their numbers. Portable. Raises like
-    `ArrayStream`, and StreamError for what is no such sequence.
+    Args:
+        sequences: N of them, each (T,) int64 with a T of its own, at least 1.
+        labels: (N,) int64.
+        classes: number of classes; None for the largest label plus one.
+        tokens: number of different tokens, if it is known.
+        every: give every token the label of its sequence as target.
+
+    Raises:
+        SettingsError: as for `ArrayStream`.
+        StreamError: as for `ArrayStream`, and for a tensor that is no such sequence.
     """
 
     portable: bool = True
@@ -69,7 +76,7 @@ class TokenStream:
         return replace(self._rows.spec, tokens=self._tokens)
 
     def samples(self) -> Iterator[Sample]:
-        """The tokens from the first sequence's first one on."""
+        """Yield the tokens from the first one of the first sequence on."""
         for chosen in self._rows.samples():
             batch = [self._sequences[row] for row in chosen.u.tolist()]
             tokens = padded(batch, max(map(len, batch))).T.contiguous()

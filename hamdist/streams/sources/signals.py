@@ -1,4 +1,4 @@
-"""Real-valued targets over time, to be tracked (NILP): nothing to see, a number to follow.
+"""Real-valued targets over time, to be tracked (NILP): there is no input, only a number to follow.
 
 n: item, A: amplitude, P: period in seconds, t = n tau: time in seconds.
 """
@@ -38,10 +38,19 @@ class SignalStream:
 
     A patch begins at t_k and lasts for `dwell` seconds (rounded to whole items); v_k is uniform in
     [-A, A] (of a cosine with A/2 <= |v_k|), P_k uniform in [P/2, P], both drawn from (seed, k)
-    alone. `sinusoid` and `offset` differ in their defaults only, which are DEFAULTS.
+    alone.
 
-    Raises SettingsError for an amplitude or a period that is not above 0, tau that is not above 0,
-    a dwell shorter than tau, and values that are not finite.
+    Args:
+        kind: the form of the signal; `sinusoid` and `offset` differ in their defaults only.
+        amplitude: A; None for that of `kind` in DEFAULTS.
+        offset: offset; None for that of `kind` in DEFAULTS.
+        period: P, in seconds.
+        tau: seconds between items.
+        dwell: seconds of a patch.
+
+    Raises:
+        SettingsError: an amplitude, a period or tau that is not above 0, a dwell shorter than tau,
+            or a value that is not finite.
     """
 
     portable: bool = True
@@ -83,17 +92,17 @@ class SignalStream:
         return SampleSpec((1, 1), self._dtype, (1, 1), self._dtype)
 
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on; endless."""
+        """Yield the items from item 0 on, without end."""
         for n, z in enumerate(self._values()):
             u = torch.zeros(1, 1, dtype=self._dtype)
             yield Sample(u, torch.tensor([[z]], dtype=self._dtype), time=n * self._tau)
 
     def values(self, items: int) -> Tensor:
-        """z of the first `items` items, (items,), float64: for plots, and the error's scale."""
+        """Return z of the first `items` items, (items,), float64: for plots and scales."""
         return torch.tensor(list(islice(self._values(), items)), dtype=torch.float64)
 
     def jumps(self, items: int) -> tuple[int, ...]:
-        """The items, among the first `items`, that are the first ones of a new patch."""
+        """Return the items, among the first `items`, that are the first of a new patch."""
         if self._kind in (SignalKind.SINUSOID, SignalKind.OFFSET):
             return ()
         return tuple(range(self._items_of_patch, items, self._items_of_patch))

@@ -1,4 +1,4 @@
-"""Real texts of two classes, read from files and cut into tokens."""
+"""Reads real texts of two classes from files and cuts them into tokens."""
 
 from __future__ import annotations
 
@@ -34,22 +34,29 @@ class Texts:
 
 
 def tokenise(text: str) -> list[str]:
-    """Words (lower case, with their apostrophes) and the marks . , ! ? ; : in order; markup such as
-    <br /> is left out."""
+    """Return the words (lower case, with apostrophes) and the marks . , ! ? ; : in their order.
+
+    Markup such as <br /> is left out.
+    """
     return _TOKEN.findall(_MARKUP.sub(" ", text).lower())
 
 
 def read_texts(path: Path | str, count: int | None, seed: int) -> Texts:
-    """Real texts of two classes, tokenised, half of each class, in an order drawn from the seed.
+    """Read real texts of two classes, half of each, tokenised, in an order drawn from the seed.
 
-    path: a folder with pos/*.txt and neg/*.txt; a folder whose train and test folders hold those
-    (IMDb as it is unpacked; test is the held-out part); or a UTF-8 text file with label<TAB>text
-    lines, labels 0 and 1 or neg and pos. Where there is no test part, of each class every fifth
-    text, counted from the third, is held out. count: texts of the training part, None for all. At
-    most 1,000 texts are held out, the same ones for every seed.
+    Where there is no test part, of each class every fifth text, counted from the third, is held
+    out. At most 1,000 texts are held out, the same ones for every seed.
 
-    Raises StreamError where there is no such file or folder, where one cannot be read, for another
-    label, and where a class has too few texts; SettingsError for `count` below 1.
+    Args:
+        path: a folder with pos/*.txt and neg/*.txt; a folder whose train and test folders hold
+            those (IMDb as it is unpacked; test is the held-out part); or a UTF-8 text file with
+            label<TAB>text lines, labels 0 and 1 or neg and pos.
+        count: number of texts of the training part, None for all.
+
+    Raises:
+        StreamError: the path does not exist or cannot be read, a label is another one, or a class
+            has too few texts.
+        SettingsError: `count` is below 1.
     """
     if count is not None and count < 1:
         raise SettingsError(f"count is {count}; there is at least 1 text")
@@ -122,7 +129,7 @@ def _read_lines(path: Path) -> _ByClass:
 
 
 def _split(entries: _ByClass) -> tuple[_ByClass, _ByClass]:
-    """Without a test part: of each class every fifth text, from the third on, is held out."""
+    """Hold out, for want of a test part, every fifth text of each class, from the third on."""
     train: list[list[_Text]] = []
     test: list[list[_Text]] = []
     for texts in entries:
@@ -133,7 +140,7 @@ def _split(entries: _ByClass) -> tuple[_ByClass, _ByClass]:
 
 
 def _chosen(entries: _ByClass, count: int | None, seed: int) -> list[tuple[Sequence[str], int]]:
-    """`count` texts, half of each class (or all), the two classes mixed in a seeded order."""
+    """Return `count` texts, half of each class (or all), mixed in a seeded order."""
     picked: list[tuple[_Text, int]] = []
     for label, texts in enumerate(entries):
         order = torch.randperm(len(texts), generator=generator("texts", seed, label)).tolist()
@@ -144,7 +151,7 @@ def _chosen(entries: _ByClass, count: int | None, seed: int) -> list[tuple[Seque
 
 
 def read_text(path: Path) -> str:
-    """Raises StreamError."""
+    """Return the text of a UTF-8 file; raise StreamError where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
     except (OSError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ _WHO = "stream.canvas", "leave it out"
 
 
 class Canvas(Derived):
-    """A stream of square images as one of clips: each image moves over a canvas for S items.
+    """Stream of clips of square images: each image moves over a canvas for S items.
 
     Row b of clip n begins at a place and with a direction drawn from (seed, n) and goes on straight
     at `speed` pixels an item; at a border it turns back (a billiard). Item m = n S + j, 0 <= j < S:
@@ -31,12 +31,21 @@ class Canvas(Derived):
     P(x, p) has x at p (bilinear between pixels) and `background` elsewhere; so for the last F items
     of a clip the next one fades in, on its own way. With F = 0 clips are cut. The target is that
     of the clip that shows more: x_(n+1)'s from a >= 1/2 on. A finite stream ends with its last
-    image's first place; time stamps and sequence ends are those of x_n.
+    image's first place; time stamps and sequence ends are those of x_n. Portable where the wrapped
+    stream is.
 
-    Portable where the wrapped stream is. Raises SettingsError for a canvas smaller than the images,
-    S below 1, F outside 0 ... S - 1 and a speed that is not above 0; StreamError for a stream whose
-    inputs are not square images, (B, h, h), (B, C, h, h) or flat (B, h*h), that has several inputs
-    or late targets.
+    Args:
+        stream: yields images (B, h, h), (B, C, h, h) or flat (B, h*h).
+        side: H.
+        frames: S.
+        fade: F.
+        speed: pixels per item.
+        background: value of the canvas around the image.
+
+    Raises:
+        SettingsError: a canvas smaller than the images, S below 1, F outside 0 ... S - 1, or a
+            speed that is not above 0.
+        StreamError: inputs that are not square images, several inputs, or late targets.
     """
 
     def __init__(
@@ -72,12 +81,12 @@ class Canvas(Derived):
 
     @property
     def spec(self) -> SampleSpec:
-        """That of the wrapped stream, with canvases for images; flat where its images are."""
+        """Return the spec of the wrapped stream, with canvases for images."""
         inner = self._stream.spec
         return replace(inner, u_shape=canvas_shape(inner.u_shape, self._side))
 
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on."""
+        """Yield the items from item 0 on."""
         now: Sample | None = None
         n = 0
         for after in self._stream.samples():
@@ -91,8 +100,10 @@ class Canvas(Derived):
             yield replace(now, u=self._shown(now.u, n, 0))
 
     def places(self, clip: int, item: int, rows: int) -> Tensor:
-        """(rows, 2), right and down in pixels, float64: the upper left corners of a clip's images
-        `item` items after its beginning (before it where negative)."""
+        """Return the upper left corners of a clip's images `item` items after its beginning.
+
+        (rows, 2), right and down in pixels, float64; before the beginning where `item` is negative.
+        """
         room = self._side - self._small
         random = generator("canvas", self._seed, clip)
         start = room * torch.rand(rows, 2, generator=random, dtype=torch.float64)
@@ -123,7 +134,7 @@ class Canvas(Derived):
 
 
 def placed(images: Tensor, places: Tensor, side: int, background: float) -> Tensor:
-    """(B, C, H, H): images (B, C, h, h) on canvases of `side` H at places (B, 2), in pixels."""
+    """Return images (B, C, h, h) on canvases (B, C, H, H), at places (B, 2) in pixels; side: H."""
     small = images.shape[-1]
     # grid_sample's coordinates: pixel i of a side of n pixels lies at (2 i + 1) / n - 1, and canvas
     # pixel i shows image pixel i - p, so x_image = x H/h + (H - 2 p) / h - 1.
@@ -136,7 +147,7 @@ def placed(images: Tensor, places: Tensor, side: int, background: float) -> Tens
 
 
 def still(x: Tensor, side: int, background: float) -> Tensor:
-    """Held-out images (N, ...) on canvases, at places that depend on their number alone."""
+    """Return held-out images (N, ...) on canvases, at places that depend on their number alone."""
     images = x.reshape(square_images(tuple(x.shape), *_WHO))
     random = generator("canvas held-out")
     room = side - images.shape[-1]
@@ -145,17 +156,17 @@ def still(x: Tensor, side: int, background: float) -> Tensor:
 
 
 def canvas_shape(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
-    """The shape of a batch of canvases for that of a batch of images."""
+    """Return the shape of a batch of canvases for that of a batch of images."""
     return (shape[0], side * side) if len(shape) == 2 else (*shape[:-2], side, side)
 
 
 def square_images(
     shape: tuple[int, ...], needed_by: str, instead: str
 ) -> tuple[int, int, int, int]:
-    """(B, C, H, H) for the shape of a batch of square images, flat ones included.
+    """Return (B, C, H, H) for the shape of a batch of square images, flat ones included.
 
-    Raises StreamError for other shapes, in which `needed_by` is what needs them and `instead` what
-    to do without them.
+    Raises StreamError for other shapes; needed_by: the setting that needs such images, instead:
+    what to do without them, both for its message.
     """
     match shape:
         case (batch, flat) if math.isqrt(flat) ** 2 == flat:

@@ -1,4 +1,4 @@
-"""A stream with the targets of some of its readouts alone."""
+"""Removes the targets of readouts from a stream."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
 
 
 def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
-    """`stream` without the targets of other readouts; itself where it has none of these, or where
-    it lacks one that is asked for (which others have to say)."""
+    """Return `stream` without the targets of other readouts.
+
+    It is returned unchanged where it has no others, or where it lacks one of `readouts` (an error
+    that later checks report).
+    """
     known = stream.spec.targets
     if known is None or known.keys() <= set(readouts) or not set(readouts) <= known.keys():
         return stream
@@ -20,8 +23,7 @@ def with_targets_of(stream: Stream, readouts: Collection[str]) -> Stream:
 
 
 class Derived(ABC):
-    """A stream made of another one: portable where that is, and it yields the same items again
-    where that does."""
+    """Stream made of another one: portable where that is, and replaying where that does."""
 
     def __init__(self, stream: Stream) -> None:
         self.portable: bool = stream.portable
@@ -30,20 +32,20 @@ class Derived(ABC):
 
     @property
     def spec(self) -> SampleSpec:
-        """That of the wrapped stream."""
+        """Return the spec of the wrapped stream."""
         return self._stream.spec
 
     def report(self) -> dict[str, int]:
-        """The counts of the wrapped stream."""
+        """Return the counts of the wrapped stream."""
         return report_of(self._stream)
 
     @abstractmethod
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on."""
+        """Yield the items from item 0 on."""
 
 
 class Chosen(Derived):
-    """A stream in which the targets of other readouts than these are left out."""
+    """Stream in which the targets of other readouts than these are left out."""
 
     def __init__(self, stream: Stream, readouts: Collection[str]) -> None:
         super().__init__(stream)
@@ -52,7 +54,7 @@ class Chosen(Derived):
 
     @property
     def spec(self) -> SampleSpec:
-        """That of the wrapped stream, without what those readouts are compared with."""
+        """Return the spec of the wrapped stream, without the targets of those readouts."""
         own = self._stream.spec
         kept = {n: one for n, one in (own.targets or {}).items() if n in self._readouts}
         some = SampleSpec.several(own.u_shape, own.u_dtype, kept)
@@ -61,15 +63,15 @@ class Chosen(Derived):
         )
 
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on."""
+        """Return the items from item 0 on."""
         return self._chosen(self._stream.samples())
 
     def passed(self) -> int:
-        """Those of the wrapped stream."""
+        """Return the number of items that the wrapped stream has dropped."""
         return passed_over(self._stream)
 
     def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
-        """The wrapped stream's."""
+        """Return the items of the wrapped stream behind `given` and `passed` ones."""
         return self._chosen(samples_from(self._stream, given, passed))
 
     def _chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:

@@ -1,4 +1,4 @@
-"""A stream in another floating-point type."""
+"""Casts a stream to another floating-point type."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def in_dtype(stream: Stream, dtype: torch.dtype) -> Stream:
 
 
 class Cast(Chosen):
-    """A stream whose real-valued inputs and targets have type `dtype`."""
+    """Stream whose real-valued inputs and targets have type `dtype`."""
 
     def __init__(self, stream: Stream, dtype: torch.dtype) -> None:
         super().__init__(stream, ())
@@ -27,7 +27,7 @@ class Cast(Chosen):
 
     @property
     def spec(self) -> SampleSpec:
-        """That of the wrapped stream, in this type."""
+        """Return the spec of the wrapped stream, in this type."""
         own = self._stream.spec
         several = {n: replace(i, dtype=self._type(i.dtype)) for n, i in (own.inputs or {}).items()}
         targets = {n: replace(t, dtype=self._type(t.dtype)) for n, t in (own.targets or {}).items()}

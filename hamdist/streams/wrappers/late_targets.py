@@ -1,4 +1,4 @@
-"""Targets that come later than their inputs, and the way back to their own samples.
+"""Targets that come later than their inputs, and their assignment to their own samples.
 
 j: items by which a target comes late, n: number of an item.
 """
@@ -16,13 +16,20 @@ from hamdist.streams.wrappers.pace import Paced
 
 
 class Delayed(Derived):
-    """A stream whose targets come `delay` items after their inputs.
+    """Stream whose targets come `delay` items after their inputs.
 
-    Item n has the input of sample n and the target of sample n - delay, tagged with that number
-    (`Sample.late`), or with `tagged=False` as its own `y`. The first `delay` items have no target,
-    and a finite stream ends before its last `delay` targets come.
+    Item n has the input of sample n and the target of sample n - delay. The first `delay` items
+    have no target, and a finite stream ends before its last `delay` targets come. Portable where
+    the wrapped stream is.
 
-    Portable where the wrapped stream is. Raises SettingsError for a delay below 1.
+    Args:
+        stream: the stream whose targets are delayed.
+        delay: number of items.
+        tagged: True to tag the target with the number of its sample (`Sample.late`), False to give
+            it as the item's own `y`.
+
+    Raises:
+        SettingsError: the delay is below 1.
     """
 
     def __init__(self, stream: Stream, delay: int, *, tagged: bool = True) -> None:
@@ -34,7 +41,7 @@ class Delayed(Derived):
         self._names = tuple(stream.spec.targets or ())
 
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on."""
+        """Yield the items from item 0 on."""
         coming: deque[Target] = deque()
         for n, sample in enumerate(self._stream.samples()):
             coming.append(sample.y)
@@ -47,23 +54,27 @@ class Delayed(Derived):
                 yield replace(sample, y=None, late={n - self._delay: self._whole(due)})
 
     def _whole(self, y: Target) -> Target:
-        """`y` with None for the readouts that it leaves out: nothing more will come."""
+        """Return `y` with None for the readouts that it leaves out: nothing more will come."""
         return {name: y.get(name) for name in self._names} if isinstance(y, Mapping) else y
 
 
 class LateLabels(Derived):
-    """A stream whose samples are predicted when they come, and learned when their labels come.
+    """Stream whose samples are predicted when they come, and learned when their labels come.
 
-    Item n of the wrapped stream has in `y` the target of sample n - delay. Every item gives two
-    samples: first sample n - delay again, with its target, to learn from (of the first `delay`
-    items their own input, without one), then sample n without a target, to be predicted. So n is
-    predicted when the targets of 0 ... n - delay are learned: progressive validation with delay
-    (Grzenda et al. 2020; river's `progressive_val_score(delay=...)`). The readout keeps `delay`
-    predictions and scores each against its target (runtime/nodes/pulse.py), the stream as many
-    inputs. A finite stream ends before its last `delay` targets come.
+    Every item gives two samples: first sample n - delay again, with its target, to learn from (of
+    the first `delay` items their own input, without one), then sample n without a target, to be
+    predicted. So n is predicted when the targets of 0 ... n - delay are learned: progressive
+    validation with delay (Grzenda et al. 2020; river's `progressive_val_score(delay=...)`). The
+    readout keeps `delay` predictions and scores each against its target (runtime/nodes/pulse.py),
+    the stream as many inputs. A finite stream ends before its last `delay` targets come. Portable
+    where the wrapped stream is.
 
-    Portable where the wrapped stream is. Raises SettingsError for a delay below 1 and a paced
-    stream.
+    Args:
+        stream: item n has in `y` the target of sample n - delay.
+        delay: number of items by which targets come late.
+
+    Raises:
+        SettingsError: the delay is below 1, or the stream is paced.
     """
 
     def __init__(self, stream: Stream, delay: int) -> None:
@@ -74,11 +85,11 @@ class LateLabels(Derived):
 
     @property
     def spec(self) -> SampleSpec:
-        """That of the wrapped stream, with the delay."""
+        """Return the spec of the wrapped stream, with the delay."""
         return replace(self._stream.spec, late=self._delay)
 
     def samples(self) -> Iterator[Sample]:
-        """The passes from sample 0 on, two for each item."""
+        """Yield the passes from sample 0 on, two for each item."""
         waiting: deque[Sample] = deque()
         for n, item in enumerate(self._stream.samples()):
             waiting.append(replace(item, y=None))
@@ -88,7 +99,7 @@ class LateLabels(Derived):
 
 @dataclass(slots=True)
 class _Waiting:
-    """A sample, and what is known of its target. settled: nothing more will come."""
+    """A sample and the targets that have come for it; settled: nothing more will come."""
 
     sample: Sample
     y: Target
@@ -96,15 +107,15 @@ class _Waiting:
 
 
 class Rejoin(Derived):
-    """A stream in which each sample waits for the target that comes later.
+    """Stream in which each sample waits for the target that comes later.
 
     It is predicted and learned only then, so prequential scores are those of a stream without
     delay; `LateLabels` predicts it when it comes.
 
-    With `delay` = j, item n of the wrapped stream has in `y` the target of sample n - j. Without,
-    targets are tagged: `Sample.late` of any later item holds them by the number of their sample, in
-    any order, several or none in an item; a sample that has its target in `y` waits for none.
-    Where readouts have targets of their own, a sample waits until each has one (or None).
+    Without `delay` targets are tagged: `Sample.late` of any later item holds them by the number of
+    their sample, in any order, several or none in an item; a sample that has its target in `y`
+    waits for none. Where readouts have targets of their own, a sample waits until each has one (or
+    None).
 
     Samples leave in their order, each with its own target, as soon as that is there and all before
     it have left: j items later than without delay, and otherwise the same. A target of None, with
@@ -114,12 +125,18 @@ class Rejoin(Derived):
 
     `report`: `let_go`, samples that left without the target they waited for; `too_late`, targets
     that came after that; `awaiting_most`, the most samples that waited for a target, their own or
-    that of one before them.
+    that of one before them. Portable where the wrapped stream is.
 
-    Portable where the wrapped stream is. Raises SettingsError for a delay below 1, patience below 1
-    or below the delay, and a paced stream (samples that it drops have no number: rejoin first, then
-    pace); StreamError for a tag that names a sample to come, for a second target, and for
-    tags beside a delay.
+    Args:
+        stream: the stream with late targets.
+        delay: j, if item n of the stream has in `y` the target of sample n - j; None if targets
+            are tagged.
+        patience: largest number of samples that wait.
+
+    Raises:
+        SettingsError: a delay below 1, patience below 1 or below the delay, or a paced stream
+            (samples that it drops have no number: rejoin first, then pace).
+        StreamError: a tag that names a sample to come, a second target, or tags beside a delay.
     """
 
     def __init__(self, stream: Stream, delay: int | None = None, *, patience: int = 64) -> None:
@@ -137,11 +154,11 @@ class Rejoin(Derived):
         self._counts = _no_counts()
 
     def report(self) -> dict[str, int]:
-        """The counts, and those of the wrapped stream."""
+        """Return the counts, with those of the wrapped stream."""
         return {**report_of(self._stream), **self._counts}
 
     def samples(self) -> Iterator[Sample]:
-        """The samples from number 0 on."""
+        """Yield the samples from number 0 on."""
         self._counts = _no_counts()
         waiting: deque[_Waiting] = deque()
         first = 0  # the number of the sample that has waited longest
@@ -158,7 +175,7 @@ class Rejoin(Derived):
             yield self._leave(left)
 
     def _arrivals(self, n: int, item: Sample) -> Mapping[int, Target]:
-        """The targets that come with item n, by the number of their sample."""
+        """Return the targets that come with item n, by the number of their sample."""
         if self._delay is None:
             return item.late or {}
         if item.late is not None:

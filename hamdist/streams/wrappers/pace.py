@@ -18,29 +18,34 @@ LOOK_AT = 1000  # items taken in at once, from which on a source is watched for 
 
 
 class Paced(Derived):
-    """A stream whose samples arrive at their times, on a clock that runs while the network works.
+    """Stream whose samples arrive at their times, on a clock that runs while the network works.
 
     Sample n arrives n * `period` seconds after the first one; with `period=None` at its own time
-    stamp, counted from the first sample's. The first one arrives when it is asked for. Who asks
-    before the next sample has arrived waits for it. Who asks after several have arrived is given
+    stamp, counted from the first sample's. The first one arrives when it is requested. A request
+    before the next sample has arrived waits for it. A request after several have arrived returns
 
-        late = drop    the newest of them; the others are gone, with their targets
+        late = drop    the newest of them; the others are dropped, with their targets
         late = keep    the oldest of them; the others wait in a queue without bound
 
     The end of a sequence is never lost: the sample that is given in place of dropped ones carries
     the `end` of any of them, so that what follows is not taken for the same sequence.
 
-    `report`: `dropped`, how many samples were; or `waiting_most`, the most that had arrived and
-    waited behind the one given. What waits on its way to the blocks (engine.queue) has been given.
+    `report`: `dropped`, number of dropped samples; or `waiting_most`, the most that had arrived and
+    waited behind the one given. Samples on their way to the blocks (engine.queue) count as given.
 
-    A run that goes on from a snapshot goes on behind the item that was given last, if the wrapped
-    stream replays; the clock starts again with the next one, as if none had arrived meanwhile. With
-    `keep` it gets every item once; with `drop` which ones are given depends on the clock.
+    A run that continues from a snapshot continues behind the item that was given last, if the
+    wrapped stream replays; the clock starts again with the next one, as if none had arrived
+    meanwhile. With `keep` it gets every item once; with `drop` the clock decides which. Portable
+    where the wrapped stream is.
 
-    clock: seconds, never going back; sleep: waits for so many seconds. Portable where the wrapped
-    stream is. Raises SettingsError for a period that is not above 0; StreamError for a sample
-    without time stamp where it needs one, and for a source that takes longer to make its samples
-    than they take to arrive.
+    Args:
+        period: seconds between samples; None to use their time stamps.
+        late: drop or keep samples that the network is too slow for.
+
+    Raises:
+        SettingsError: a period that is not above 0.
+        StreamError: a sample without a time stamp where it needs one, or a source that takes longer
+            to make its samples than they take to arrive.
     """
 
     def __init__(
@@ -67,19 +72,19 @@ class Paced(Derived):
         self._counts = self._no_counts()
 
     def report(self) -> dict[str, int]:
-        """The counts, and those of the wrapped stream."""
+        """Return the counts, with those of the wrapped stream."""
         return {**report_of(self._stream), **self._counts}
 
     def samples(self) -> Iterator[Sample]:
-        """The samples that are given, from the first one on; the clock starts with it."""
+        """Return the samples from the first one on; the clock starts with it."""
         return self.samples_behind(0, 0)
 
     def passed(self) -> int:
-        """How many were dropped."""
+        """Return the number of dropped samples."""
         return self._counts.get("dropped", 0)
 
     def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
-        """Those after so many that were given and dropped; the next one arrives at once."""
+        """Return the samples after so many given and dropped ones; the next one arrives at once."""
         self._counts = self._no_counts()
         if passed:
             self._counts["dropped"] = passed
@@ -99,8 +104,7 @@ class Paced(Derived):
                 self._sleep(max(0.0, begun + coming[0] - self._clock()))
 
     def _arrivals(self, skip: int) -> Iterator[tuple[float, Sample]]:
-        """Each sample from item `skip` on and the time of its arrival, in seconds after the first
-        of them."""
+        """Yield each sample from item `skip` on with the seconds after the first of them."""
         first = None
         for n, sample in enumerate(samples_from(self._stream, skip)):
             if self._period is not None:
@@ -121,7 +125,7 @@ class Paced(Derived):
         arrived: deque[Sample],
         begun: float,
     ) -> tuple[float, Sample] | None:
-        """Moves what has arrived by now to `arrived`; returns the first one that has not."""
+        """Move the samples that have arrived by now to `arrived`; return the first that has not."""
         asked = self._clock()
         earliest = None if coming is None else coming[0]
         taken = 0
@@ -134,8 +138,10 @@ class Paced(Derived):
         return coming
 
     def _check_source(self, taken: int, making: float, arriving: float) -> None:
-        """Raises StreamError where samples arrive faster than the source makes them: each look
-        would take longer than the one before."""
+        """Raise StreamError where samples arrive faster than the source makes them.
+
+        Each request would then take longer than the one before.
+        """
         if making > arriving:
             raise StreamError(
                 f"the source took {making:.3g} s to make {taken} items that arrive within "

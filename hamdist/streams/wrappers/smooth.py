@@ -25,7 +25,7 @@ MOTION_PERIOD = 8  # samples from one turning point of the motion to the same on
 
 
 class Smooth(Derived):
-    """A stream in which each sample takes `frames` items, to fade into the next one.
+    """Stream in which each sample takes `frames` items, to fade into the next one.
 
     Item m = n S + j, 0 <= j < S:
 
@@ -38,13 +38,18 @@ class Smooth(Derived):
     `motion` moves the image as well, as a function of the item number alone: with
     p = 2 pi m / (8 S), `shift` moves it by (sin p, sin 2p) / 16 of its side to the right and
     down, `rotate` turns it clockwise by 15 sin p degrees; bilinear, the border's pixels continued.
-    That needs square images: (B, H, H), (B, C, H, H), or flat (B, H*H).
+    That needs square images: (B, H, H), (B, C, H, H), or flat (B, H*H). Portable where the wrapped
+    stream is.
 
-    Portable where the wrapped stream is.
+    Args:
+        stream: the samples, with floating-point inputs.
+        frames: S.
+        motion: none (`fade`), `shift` or `rotate`.
 
-    Raises SettingsError for `frames` below 1; StreamError for inputs that are not floating-point,
-    for a motion of inputs that are no square images, and, naming the item, for neighbouring
-    samples of different shapes and for late targets.
+    Raises:
+        SettingsError: `frames` is below 1.
+        StreamError: inputs that are not floating-point, a motion of inputs that are no square
+            images, and, naming the item, neighbouring samples of different shapes, or late targets.
     """
 
     def __init__(self, stream: Stream, frames: int, motion: Motion = Motion.FADE) -> None:
@@ -67,7 +72,7 @@ class Smooth(Derived):
             _as_images(spec.u_shape, motion)
 
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on; u has the shape of the wrapped stream's."""
+        """Yield the items from item 0 on; u has the shape of the wrapped stream's."""
         for item, sample in enumerate(self._faded()):
             if self._motion is Motion.FADE:
                 yield sample
@@ -113,12 +118,16 @@ class Smooth(Derived):
 
 
 class Withhold(Derived):
-    """A stream without the targets of a random share of its items.
+    """Stream without the targets of a random share of its items.
 
-    Whether item n keeps its target depends on (seed, n) and `share` alone, not on the stream.
-    Portable where the wrapped stream is.
+    The choice for item n depends on (seed, n) and `share` alone, not on the stream. Portable where
+    the wrapped stream is.
 
-    Raises SettingsError for a share outside 0 <= share < 1.
+    Args:
+        share: probability that an item loses its target.
+
+    Raises:
+        SettingsError: the share is outside 0 <= share < 1.
     """
 
     def __init__(self, stream: Stream, share: float, seed: int) -> None:
@@ -129,7 +138,7 @@ class Withhold(Derived):
         self._seed = seed
 
     def samples(self) -> Iterator[Sample]:
-        """The items from item 0 on, y None where it is withheld or was missing before."""
+        """Yield the items from item 0 on, y None where it is withheld or was missing before."""
         random = generator("withhold", self._seed)
         for sample in self._stream.samples():
             kept = torch.rand((), generator=random, dtype=torch.float64).item() >= self._share
@@ -137,13 +146,13 @@ class Withhold(Derived):
 
 
 def nearest_sample(item: int, frames: int) -> int:
-    """The sample whose target item `item` of a smooth stream carries."""
+    """Return the sample whose target item `item` of a smooth stream carries."""
     n, j = divmod(item, frames)
     return n + (2 * j >= frames)
 
 
 def first_item(sample: int, frames: int) -> int:
-    """The first item of a smooth stream that carries the target of sample `sample`."""
+    """Return the first item of a smooth stream that carries the target of sample `sample`."""
     return max(0, (sample - 1) * frames + (frames + 1) // 2)
 
 

@@ -1,4 +1,4 @@
-"""What the six models learn from: Iris, 100 images, 100 sequences; one sample at a time.
+"""Data of the six models: Iris, 100 images, 100 sequences; one sample at a time.
 
 N: samples, T: tokens.
 """
@@ -26,8 +26,11 @@ SEQUENCES, TOKENS = 100, 12
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Real files instead of what is at hand. images: a folder of IDX files; texts: two classes of
-    texts (hamdist.streams.sources.texts); glove: word vectors of 50 numbers."""
+    """Real files instead of the installed data.
+
+    `images`: a folder of IDX files; `texts`: two classes of texts (hamdist.streams.sources.texts);
+    `glove`: word vectors of 50 numbers.
+    """
 
     images: Path | None = None
     texts: Path | None = None
@@ -49,7 +52,7 @@ class Data:
 
 @lru_cache(maxsize=1)
 def iris(seed: int) -> Data:
-    """Iris as scikit-learn ships it: 150 flowers, 4 raw features, 3 classes."""
+    """Return Iris as scikit-learn ships it: 150 flowers, 4 raw features, 3 classes."""
     need_package("sklearn", "scikit-learn", "Iris, a data set of it")
     from sklearn.datasets import load_iris  # heavy: imported only where it is used
 

@@ -130,8 +130,11 @@ MODELS: Mapping[str, Callable[[int, int], tuple[nn.Module, nn.Module]]] = {
 
 
 def make_model(name: str, inputs: int, classes: int, seed: int) -> nn.Sequential:
-    """The model `name` as an `nn.Sequential` of `body` and `head`, with torch's initial weights
-    drawn from `seed` alone. inputs: features of a sample, or words of the vocabulary."""
+    """Return the model `name` as an `nn.Sequential` of `body` and `head`.
+
+    torch's initial weights are drawn from `seed` alone. `inputs`: features of a sample, or words of
+    the vocabulary.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         body, head = MODELS[name](inputs, classes)

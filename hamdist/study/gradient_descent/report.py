@@ -26,20 +26,20 @@ NAMES = {
 
 
 def in_order(rows: Iterable[ScenarioRow]) -> list[ScenarioRow]:
-    """Rows as the table has them: by model, then by scenario."""
+    """Return the rows in the order of the table: by model, then by scenario."""
     models, scenarios = list(MODELS), list(SCENARIOS)
     return sorted(rows, key=lambda r: (models.index(r.model), scenarios.index(r.scenario)))
 
 
 def recovery_line(row: ScenarioRow) -> str:
-    """What is said of a row as soon as it is finished."""
+    """Return the line that is printed as soon as a row is finished."""
     wrong = [cell.placement.value for cell in row.cells if not cell.passed]
     found = f"apart at {', '.join(wrong)}" if wrong else "equal"
     return f"{NAMES[row.model]}, {row.scenario}: {found} ({row.steps:,} steps, {row.seconds:.1f} s)"
 
 
 def recovery_table(rows: Sequence[ScenarioRow]) -> Table:
-    """Rows model x scenario; per placement the largest difference of losses / of weights."""
+    """Return rows model x scenario; per placement the largest difference of losses / of weights."""
     paper = any(row.from_pytorch is not None for row in rows)
     placements = [f"{p.value}: losses / weights" for p in Placement]
     titles = ["model", "scenario", "steps", "loss", *placements]
@@ -84,7 +84,7 @@ def _notes(rows: Sequence[ScenarioRow], *, paper: bool) -> list[str]:
 
 
 def records(rows: Sequence[ScenarioRow]) -> list[dict[str, Any]]:
-    """One record per cell."""
+    """Return one record per cell."""
     return [
         {
             "model": row.model,
@@ -107,7 +107,7 @@ def records(rows: Sequence[ScenarioRow]) -> list[dict[str, Any]]:
 
 
 def save_recovery(folder: Path, rows: Sequence[ScenarioRow], command: str) -> None:
-    """recovery.json, recovery.csv and recovery.md. Raises SettingsError where that fails."""
+    """Write recovery.json, recovery.csv and recovery.md. Raises SettingsError if that fails."""
     found = [{k: _finite(v) for k, v in record.items()} for record in records(rows)]
     whole = {"command": command, "cells": found}
     write_file(folder / "recovery.json", json.dumps(whole, indent=2, allow_nan=False) + "\n")
@@ -121,5 +121,5 @@ def save_recovery(folder: Path, rows: Sequence[ScenarioRow], command: str) -> No
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Return the value without NaN, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

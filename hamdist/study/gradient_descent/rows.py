@@ -26,7 +26,7 @@ def jobs(
     first_step: FirstStep = FirstStep.UNDAMPENED,
     paths: Paths | None = None,
 ) -> list[ScenarioJob]:
-    """The rows of `models` in all scenarios. epochs: None for the paper's.
+    """Return the rows of `models` in all scenarios; `epochs` None: those of the paper.
 
     Raises SettingsError for an unknown model.
     """
@@ -44,8 +44,10 @@ def jobs(
 
 
 class RowWorkers:
-    """Rows that are being worked out, by as many processes as there are cores; with one process, in
-    this one. `close` ends the processes; as a context it does so at the end."""
+    """Computes rows in as many processes as there are cores; with one process, in this one.
+
+    `close` ends the processes; as a context it does so at the end.
+    """
 
     def __init__(self, wanted: Sequence[ScenarioJob], processes: int | None = None) -> None:
         self._wanted = list(wanted)
@@ -61,7 +63,7 @@ class RowWorkers:
         self.close()
 
     def row(self, job: ScenarioJob) -> ScenarioRow:
-        """One row; raises what went wrong in it."""
+        """Return one row; raises the error of its computation."""
         if job not in self._done:
             if self._processes > 1:
                 self._start()
@@ -73,7 +75,7 @@ class RowWorkers:
         return self._done[job]
 
     def finished(self) -> Iterator[ScenarioRow]:
-        """All rows, as they are finished."""
+        """Yield all rows, as they are finished."""
         if self._processes == 1:
             yield from (self.row(job) for job in self._wanted)
             return
@@ -89,7 +91,7 @@ class RowWorkers:
         self._futures = {job: self._pool.submit(run_row, job) for job in longest_first}
 
     def close(self) -> None:
-        """Ends the processes, whatever they are doing."""
+        """End the processes, whatever they are doing."""
         if self._pool is None:
             return
         self._pool.close()

@@ -44,7 +44,7 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """lr, momentum, dampening: of SGD. tau: seconds of a tick."""
+    """A setting of SGD: lr, momentum, dampening; `tau` is the seconds of a tick."""
 
     lr: float
     momentum: float
@@ -61,7 +61,7 @@ SCENARIOS: Mapping[str, Scenario] = {
 
 
 class Placement(str, Enum):
-    """Where the network stands in Hamilton's equations."""
+    """The place of the network in Hamilton's equations."""
 
     OUTPUT = "output net"
     STATE = "state net"
@@ -91,7 +91,7 @@ def settings_of(
     steps: int,
     first_step: FirstStep = FirstStep.UNDAMPENED,
 ) -> Settings:
-    """The settings of one run; its prequential windows are single samples."""
+    """Return the settings of one run; its prequential windows are single samples."""
     s = scenario
     learning = {"lr": s.lr, "momentum": s.momentum, "dampening": s.dampening}
     fields = {
@@ -109,14 +109,17 @@ def settings_of(
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a training leaves. losses: (steps,), each before its sample was learned from. weights:
-    the model's `state_dict` at the end."""
+    """The result of a training.
+
+    `losses`: (steps,), each before its sample was learned from; `weights`: the model's `state_dict`
+    at the end.
+    """
 
     losses: Tensor
     weights: Mapping[str, Tensor]
 
     def apart(self, other: Trained) -> tuple[float, float]:
-        """The largest differences of losses and of weights; NaN where one is no number."""
+        """Return the largest differences of losses and of weights; NaN if one is no number."""
         pairs = [(self.weights[key], tensor) for key, tensor in other.weights.items()]
         weights = torch.cat([(a - b).abs().flatten() for a, b in pairs])
         return float((self.losses - other.losses).abs().max()), float(weights.max())
@@ -125,9 +128,9 @@ class Trained:
 def sgd(
     model: nn.Module, data: Data, scenario: Scenario, steps: int, *, zero_start: bool = False
 ) -> Trained:
-    """The oracle: torch.optim.SGD on the same model and samples in the same order.
+    """Train by the oracle: torch.optim.SGD on the same model and samples in the same order.
 
-    zero_start: the momentum begins at zero, b_{-1} = 0, as omega_0 = 0 does; by itself PyTorch
+    `zero_start`: the momentum begins at zero, b_{-1} = 0, as omega_0 = 0 does; by itself PyTorch
     begins with b_0 = G_0.
     """
     model = copy.deepcopy(model)
@@ -148,7 +151,7 @@ def sgd(
 
 
 def hamiltonian(model: nn.Module, data: Data, settings: Settings) -> Trained:
-    """The same by hamdist. Raises what `train` raises, KeyboardInterrupt where Ctrl-C ended it."""
+    """Train by hamdist. Raises the errors of `train`, KeyboardInterrupt if Ctrl-C ended it."""
     result = train(model, data.stream, settings)
     if result.interrupted:
         raise KeyboardInterrupt
@@ -159,7 +162,7 @@ def hamiltonian(model: nn.Module, data: Data, settings: Settings) -> Trained:
 
 @dataclass(frozen=True, slots=True)
 class ScenarioCell:
-    """One cell of the table: largest differences of losses and of weights from the oracle."""
+    """A cell of the table: largest differences of losses and of weights from the oracle."""
 
     placement: Placement
     losses: float
@@ -178,9 +181,11 @@ class ScenarioCell:
 
 @dataclass(frozen=True, slots=True)
 class ScenarioRow:
-    """One row of the table: a model in a scenario, at all placements. loss: mean of the first and
-    of the last epoch. from_pytorch: with the first step dampened, how far the weights end from
-    those of PyTorch, which does not dampen it."""
+    """A row of the table: a model in a scenario, at all placements.
+
+    `loss`: mean of the first and of the last epoch; `from_pytorch`: with the first step dampened,
+    the difference of the final weights from PyTorch's, which does not dampen it.
+    """
 
     model: str
     scenario: str
@@ -198,7 +203,7 @@ class ScenarioRow:
 
 @dataclass(frozen=True, slots=True)
 class ScenarioJob:
-    """What a row is made of. epochs: None for the paper's; steps: at most so many."""
+    """The specification of a row. `epochs` None: the paper's; `steps`: at most so many."""
 
     model: str
     scenario: str
@@ -209,7 +214,7 @@ class ScenarioJob:
 
 
 def run_row(job: ScenarioJob) -> ScenarioRow:
-    """One row, in this process and on one thread: SGD once, hamdist at every placement."""
+    """Compute a row, in this process and on one thread: SGD once, hamdist at every placement."""
     begun = time.perf_counter()
     scenario = SCENARIOS[job.scenario]
     data = data_of(job.model, job.paths)
@@ -242,7 +247,7 @@ def run_row(job: ScenarioJob) -> ScenarioRow:
 
 
 def model_of(name: str, data: Data) -> nn.Sequential:
-    """The model `name` for `data`, always with the same weights."""
+    """Return the model `name` for `data`, always with the same weights."""
     model = make_model(name, data.inputs, data.classes, SEED)
     if data.embedding is not None:
         model.get_parameter("body.0.weight").data.copy_(data.embedding)
@@ -250,7 +255,7 @@ def model_of(name: str, data: Data) -> nn.Sequential:
 
 
 def data_of(name: str, paths: Paths) -> Data:
-    """What the model `name` learns from."""
+    """Return the data of the model `name`."""
     if name in ("linear", "mlp"):
         return iris(SEED)
     if name in ("resnet", "vit"):

@@ -34,7 +34,7 @@ BlockObserver: TypeAlias = Callable[[str, int, FrozenRunBlock], None]
 
 
 class _Watched:
-    """A node that is looked at after each of its ticks."""
+    """A node whose block is observed after each of its ticks."""
 
     def __init__(self, node: HoldNode, look: BlockObserver) -> None:
         self.name = node.name
@@ -63,11 +63,18 @@ def watch(
     classes: int | None = None,
     prepare: Callable[[str, FrozenRunBlock], None] | None = None,
 ) -> None:
-    """Steps `graph` through `items` as the engine in one process does.
+    """Step `graph` through `items` as the engine in one process does.
 
-    look: called with (block's name, k, block) after tick k of each block; h and omega are then
-    those of k + 1, z is that of k, and in the sequential order omega is. classes: of class targets.
-    prepare: sets a block's first states. Raises LevelError where blocks are not held.
+    Raises LevelError if blocks are not held.
+
+    Args:
+        graph: the graph.
+        settings: of the run.
+        items: (u, target) of each item.
+        look: called with (block's name, k, block) after tick k of each block; h and omega are then
+            those of k + 1, z is that of k, and in the sequential order omega is.
+        classes: of class targets.
+        prepare: sets a block's first states.
     """
     stream = from_iterable(items, classes=classes)
     plan = make_plan(graph.copy(), settings, stream.spec)
@@ -96,8 +103,10 @@ def frozen(
     eta_omega: float | None = None,
     sign: int = -1,
 ) -> Settings:
-    """Level `local` with beta = 0 and phi = 1. tau in seconds, c in 1/seconds; eta_omega is 1/tau
-    unless given."""
+    """Return settings of level `local` with beta = 0 and phi = 1.
+
+    tau in seconds, c in 1/seconds; eta_omega is 1/tau unless given.
+    """
     return Settings.model_validate(
         {
             "level": "local",
@@ -117,7 +126,7 @@ def frozen(
 
 
 def in_float64(graph: Graph) -> Graph:
-    """A copy in float64, in evaluation mode: dropout would draw other masks on either side."""
+    """Return a copy in float64, in evaluation mode: dropout would draw other masks."""
     made = graph.copy()
     for spec in made.blocks.values():
         for module in (spec.module, spec.output):
@@ -127,7 +136,7 @@ def in_float64(graph: Graph) -> Graph:
 
 
 def omegas(block: FrozenRunBlock) -> list[Tensor]:
-    """The weight costates of a block and of its output module."""
+    """Return the weight costates of a block and of its output module."""
     output = block.output_weights if isinstance(block, HoldBlock) else None
     return [*block.weights.omega, *(output.omega if output is not None else [])]
 
@@ -150,16 +159,16 @@ class Backprop:
 
     @property
     def weights(self) -> int:
-        """P."""
+        """Return P."""
         return sum(t.numel() for own in self._theta.values() for t in own)
 
     def predictions(self, u: Tensor) -> dict[str, Tensor]:
-        """What each readout predicts from u (B, ...)."""
+        """Return the prediction of each readout from u (B, ...)."""
         predicted = self._module(u)
         return predicted if isinstance(predicted, dict) else {next(iter(self._losses)): predicted}
 
     def __call__(self, u: Tensor, y: Tensor) -> dict[str, list[Tensor]]:
-        """dL/dtheta by block, in the order of `omegas`. All readouts have the target y."""
+        """Return dL/dtheta by block, in the order of `omegas`. All readouts have the target y."""
         predictions = self.predictions(u)
         loss = torch.zeros((), dtype=u.dtype)
         for name, take in self._losses.items():
@@ -170,7 +179,7 @@ class Backprop:
 
 
 def _keys(graph: Graph, name: str, *, whole: bool) -> Iterator[str]:
-    """Names in the merged module of the weights of a block that learn."""
+    """Yield the names, in the merged module, of the weights of a block that learn."""
     spec = graph.blocks[name]
     for part, module in (("module", spec.module), ("output", spec.output)):
         prefix = f"blocks.{name}.{part}." if whole else ""
@@ -180,5 +189,5 @@ def _keys(graph: Graph, name: str, *, whole: bool) -> Iterator[str]:
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All of them as one vector (P,)."""
+    """Return all tensors as one vector (P,)."""
     return torch.cat([t.detach().reshape(-1) for t in tensors])

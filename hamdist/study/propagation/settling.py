@@ -70,12 +70,12 @@ class Relaxation:
 
     @property
     def gradient(self) -> list[float]:
-        """By tick: that of the layer whose increment is furthest off."""
+        """Return the difference by tick, of the layer whose increment is furthest off."""
         return [max(by_layer) for by_layer in zip(*self.omega, strict=True)]
 
 
 def is_chain(network: Network) -> bool:
-    """Whether the exact counts speak of this graph: a chain of state blocks."""
+    """Return True if the exact counts apply to this graph: a chain of state blocks."""
     graph = network.graph
     return (
         graph.acyclic
@@ -86,7 +86,7 @@ def is_chain(network: Network) -> bool:
 
 
 def relax(network: Network, order: Order, c_tau: float, ticks: int, seed: int) -> Relaxation:
-    """`ticks` ticks of a static input, from random h and z."""
+    """Run `ticks` ticks of a static input, from random h and z."""
     stream = timed_stream(StreamKind.STATIC, network.values, seed)
     u, y = stream.u(0.0), stream.y(0.0)
     late = order is Order.SEQUENTIAL
@@ -139,7 +139,7 @@ def relax(network: Network, order: Order, c_tau: float, ticks: int, seed: int) -
 
 
 def backprop_states(network: Network, u: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """h_l and delta_l = dL/dh_l of backpropagation, layer by layer."""
+    """Return h_l and delta_l = dL/dh_l of backpropagation, layer by layer."""
     states = []
     h = u
     for spec in network.graph.blocks.values():
@@ -159,8 +159,10 @@ def _apart(found: Tensor, exact: Tensor) -> float:
 def tick_counts(
     network: Network, steps: Sequence[float], seed: int
 ) -> tuple[list[CountRow], list[DecayFit]]:
-    """Counted beside expected: exactness at c tau = 1 in both orders, and the decay at each of
-    `steps`. The network is a chain (`is_chain`)."""
+    """Return counted and expected ticks of a chain (`is_chain`).
+
+    They are exactness at c tau = 1 in both orders, and the decay at each of `steps`.
+    """
     rows, decays = [], []
     for order in (Order.SIMULTANEOUS, Order.SEQUENTIAL):
         rows += _exact(network, order, seed)
@@ -201,7 +203,7 @@ def _decay(network: Network, a: float, seed: int) -> tuple[list[CountRow], Decay
 
 
 def settled(differences: Sequence[float], bound: float) -> int | None:
-    """The first tick from which on all `differences` are within `bound`."""
+    """Return the first tick from which on all `differences` are within `bound`."""
     beyond = [k for k, difference in enumerate(differences) if not difference <= bound]
     first = beyond[-1] + 1 if beyond else 0
     return first if first < len(differences) else None

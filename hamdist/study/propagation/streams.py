@@ -32,7 +32,7 @@ SLOWEST, FASTEST = 0.5, 1.5  # rad/s
 
 
 class StreamKind(str, Enum):
-    """How the input of a study moves in time."""
+    """The course of a study's input in time."""
 
     STATIC = "static"
     SMOOTH = "smooth"
@@ -41,7 +41,7 @@ class StreamKind(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class StreamShapes:
-    """Shapes of u and of the target, batch in front; classes: of class targets, else None."""
+    """Shapes of u and of the target, batch in front; `classes`: of class targets, else None."""
 
     u: tuple[int, ...]
     y: tuple[int, ...]
@@ -53,9 +53,13 @@ TimeCourse: TypeAlias = Callable[[float], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TimedStream:
-    """u and target at time t in seconds. begins: when it is switched on (-inf: it has always been).
-    looks: the times at which gradients are compared. forgotten: the share of earlier states that
-    may be left when they are."""
+    """u and target at time t in seconds.
+
+    Attributes:
+        begins: when it is switched on (-inf: always on).
+        looks: the times at which gradients are compared.
+        forgotten: the share of earlier states that may be left at those times.
+    """
 
     u: TimeCourse
     y: TimeCourse
@@ -65,7 +69,7 @@ class TimedStream:
 
 
 def timed_stream(kind: StreamKind, values: StreamShapes, seed: int) -> TimedStream:
-    """The stream of this kind and seed."""
+    """Return the stream of this kind and seed."""
     make = {StreamKind.STATIC: _static, StreamKind.SMOOTH: _smooth, StreamKind.RANDOM: _noise}[kind]
     u = make("u", values.u, seed)
     if values.classes is None:
@@ -114,7 +118,7 @@ def _classes(shape: tuple[int, ...], classes: int, seed: int) -> TimeCourse:
 
 
 def _held(draw: Callable[[int], Tensor]) -> TimeCourse:
-    """The sample of the period in which t lies; the latest one is kept."""
+    """Return the sample of the period in which t lies; the latest one is cached."""
     kept: tuple[int, Tensor] | None = None
 
     def at(t: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The whole study of speed: of which network, what is measured, and all that is found."""
+"""The whole study of speed: its network, its measurements, and its results."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ DEPTH = 3
 
 @dataclass(frozen=True, slots=True)
 class SpeedStudy:
-    """What is measured. speeds: c in hops per second. steps: c tau, in (0, 1]. seeds: how many;
-    each has its own weights and streams."""
+    """The measurements of a study.
+
+    `speeds`: c in hops per second; `steps`: c tau, in (0, 1]; `seeds`: how many, each with its own
+    weights and streams.
+    """
 
     speeds: tuple[float, ...] = (10.0, 30.0, 100.0, 300.0, 1000.0)
     steps: tuple[float, ...] = (1.0, 0.5, 0.1)
@@ -44,7 +47,7 @@ class SpeedStudy:
     seeds: int = 2
 
     def __post_init__(self) -> None:
-        """Raises SettingsError, in the words of the command's options."""
+        """Check the values. Raises SettingsError, in the words of the command's options."""
         for name, given in (
             ("speeds", self.speeds),
             ("steps-ratio", self.steps),
@@ -63,9 +66,9 @@ class SpeedStudy:
 
 
 def parse_study(asked: Mapping[str, str], seeds: int) -> SpeedStudy:
-    """The study with what is asked for: 'speeds', 'steps-ratio', 'streams', separated by commas.
+    """Return the study of the options 'speeds', 'steps-ratio', 'streams', separated by commas.
 
-    Raises SettingsError for what is no number or no stream.
+    Raises SettingsError for anything that is no number or no stream.
     """
     default = SpeedStudy()
     speeds, steps = (
@@ -98,14 +101,14 @@ def _streams(text: str) -> tuple[StreamKind, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is studied. make: its network, by seed. words: what it is."""
+    """The network under study: `make` returns it, by seed; `words` describe it."""
 
     make: Callable[[int], Network]
     words: str
 
 
 def tanh_network(depth: int | None = None, width: int | None = None) -> Subject:
-    """`depth` layers (3) of `width` neurons (16) with tanh, the last one linear."""
+    """Return `depth` layers (3) of `width` neurons (16) with tanh, the last one linear."""
     depth, width = depth or DEPTH, width or WIDTH
     sizes = [INPUTS, *[width] * (depth - 1), OUTPUTS]
 
@@ -116,7 +119,7 @@ def tanh_network(depth: int | None = None, width: int | None = None) -> Subject:
 
 
 def own_network(factory: ModelFactory, name: str, input_shape: Sequence[int]) -> Subject:
-    """What `factory` makes."""
+    """Return the network that `factory` makes."""
 
     def make(seed: int) -> Network:
         return cut(make_from_factory(factory, seed=seed, dtype=F64), input_shape)
@@ -125,8 +128,10 @@ def own_network(factory: ModelFactory, name: str, input_shape: Sequence[int]) ->
 
 
 def tanh_mlp(sizes: Sequence[int], seed: int) -> nn.Sequential:
-    """Linear, Tanh, ..., Linear between neighbouring `sizes`; W ~ N(0, 1/fan_in), b ~ N(0, 0.01),
-    float64."""
+    """Return Linear, Tanh, ..., Linear between neighbouring `sizes`, in float64.
+
+    W ~ N(0, 1/fan_in), b ~ N(0, 0.01).
+    """
     drawn = generator("tanh mlp", seed)
     children: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(sizes):
@@ -142,8 +147,10 @@ def tanh_mlp(sizes: Sequence[int], seed: int) -> nn.Sequential:
 
 
 def cut(model: nn.Module, input_shape: Sequence[int], batch: int = BATCH) -> Network:
-    """`model` cut into a chain of state blocks, one per layer, with the squared error as its loss:
-    Hamiltonian Learning's state net. Raises GraphError where it cannot be cut."""
+    """Cut `model` into a chain of state blocks, one per layer, with the squared error as its loss.
+
+    That is Hamiltonian Learning's state net. Raises GraphError if the model cannot be cut.
+    """
     spec = SampleSpec((batch, *input_shape), F64, (batch, 1), F64)
     settings = Settings.model_validate(
         {"level": "local", "dtype": "float64", "locality": {"readout": "state"}}
@@ -153,7 +160,7 @@ def cut(model: nn.Module, input_shape: Sequence[int], batch: int = BATCH) -> Net
 
 @dataclass(frozen=True, slots=True)
 class SpeedRow:
-    """One network on one stream, at one speed c (hops per second). ticks: that were run for it."""
+    """A network on a stream, at one speed c (hops per second); `ticks` were run for it."""
 
     stream: str
     c_tau: float
@@ -166,8 +173,11 @@ class SpeedRow:
 
 @dataclass(frozen=True, slots=True)
 class SpeedResult:
-    """network, command: in words. counts, decays: of static inputs, where the network is a chain;
-    decays of the first seed."""
+    """The results of a study of speed.
+
+    `network`, `command`: in words; `counts`, `decays`: of static inputs, if the network is a chain;
+    decays of the first seed.
+    """
 
     study: SpeedStudy
     network: str
@@ -183,8 +193,10 @@ def run_study(
     command: str = "",
     on_progress: Callable[[int, int, SpeedRow], None] = lambda *_: None,
 ) -> SpeedResult:
-    """All of it, in the calling thread. on_progress: called after every row with the number of
-    rows that are finished and of all rows."""
+    """Run the whole study, in the calling thread.
+
+    `on_progress` is called after every row with the number of finished rows and of all rows.
+    """
     points = list(itertools.product(study.streams, study.steps, study.speeds))
     rows: list[SpeedRow] = []
     counts: list[CountRow] = []

@@ -1,1 +1,1 @@
-"""Tables, plots and the HTML page of results; where two runs part."""
+"""Tables, plots and the HTML page of results; differences between two runs."""

@@ -127,7 +127,7 @@ def spread_of(values: Sequence[float]) -> float | None:
 def _paired(
     minuend: Sequence[Run], subtrahend: Sequence[Run], value: Callable[[Run], float | None]
 ) -> list[float]:
-    """Differences of `value`, for each seed that both have."""
+    """Return the differences of `value`, for each seed that both have."""
     others = {run.seed: value(run) for run in subtrahend}
     pairs = [(value(run), others.get(run.seed)) for run in minuend]
     return [a - b for a, b in pairs if a is not None and b is not None]
@@ -155,7 +155,7 @@ def _seconds(value: float) -> str:
 
 
 def _notes(group: Sequence[Run], baseline: Sequence[Run]) -> list[str]:
-    """The runs' warnings, each once, and what a reader of the numbers must know."""
+    """Return the runs' warnings, each once, and remarks on the numbers."""
     notes = list(dict.fromkeys(text for run in group for text in [*run.why, *run.warnings]))
     notes += compression_notes([run.compression for run in group])
     notes += outputs_notes(group)

@@ -1,4 +1,4 @@
-"""What compression did to a run's signals, in words."""
+"""The effect of compression on a run's signals, in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Compression = Mapping[str, Mapping[str, Compressed]]
 
 
 def compression_fact(compression: Compression) -> str:
-    """A line for every edge; of many edges their sum, and the edge that is off the most."""
+    """Return a line for every edge; of many edges their sum, and the largest error."""
     if not compression:
         return ""
     if len(compression) <= EDGES_SHOWN:
@@ -24,7 +24,7 @@ def compression_fact(compression: Compression) -> str:
 
 
 def compression_notes(of_runs: Sequence[Compression]) -> list[str]:
-    """All edges of several runs in one sentence; none where nothing was compressed."""
+    """Return all edges of several runs in one sentence; none if nothing was compressed."""
     parts = [c for compression in of_runs for c in _all(compression)]
     return [f"signals compressed: {_words(parts)}"] if parts else []
 
@@ -34,7 +34,7 @@ def _all(compression: Compression) -> list[Compressed]:
 
 
 def _words(parts: Sequence[Compressed]) -> str:
-    """'int8: 1,275 KiB, 73 % saved; decoded signals off by 0.56 %, at most 1.2 %'."""
+    """Return 'int8: 1,275 KiB, 73 % saved; decoded signals off by 0.56 %, at most 1.2 %'."""
     sent, saved = sum(c.sent for c in parts), sum(c.saved for c in parts)
     names = ", ".join(dict.fromkeys(c.codec for c in parts))
     signals = sum(c.signals for c in parts)

@@ -1,4 +1,4 @@
-"""Where two runs part: compares the digests that they have kept (runtime/results/digests.py)."""
+"""Differences between two runs, by their digests (runtime/results/digests.py)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ _SCHEMA: TypeAdapter[dict[str, DigestMap]] = TypeAdapter(dict[str, dict[str, Dig
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parting:
-    """Where one way of signals, or the weights of one block, part in two runs.
+    """The point at which one channel, or the weights of one block, differ in two runs.
 
-    kind: 'sent', 'taken' (both of a channel) or 'weights'; name: the channel ('state u->block0') or
-    the block. tick: where the digests differ for the first time (of signals the sender's), None
-    where only the latest ones do; equal: the last tick before where they are known to be equal.
+    Attributes:
+        kind: 'sent', 'taken' (both of a channel) or 'weights'.
+        name: the channel ('state u->block0') or the block.
+        tick: where the digests differ for the first time (of signals the sender's); None if only
+            the latest ones do.
+        equal: the last tick before at which they are known to be equal.
     """
 
     kind: str
@@ -44,8 +47,10 @@ class Parting:
 
 
 def partings(a: RunDigests, b: RunDigests) -> list[Parting]:
-    """All that differs, what differs first in front. Raises SettingsError for runs of which one has
-    edges or blocks that the other lacks."""
+    """Return all differences, the earliest first.
+
+    Raises SettingsError for runs of which one has edges or blocks that the other lacks.
+    """
     for kind in KINDS:
         alone = sorted(a.get(kind, {}).keys() ^ b.get(kind, {}).keys())
         if alone:
@@ -76,7 +81,7 @@ def _parting(kind: str, name: str, a: DigestTrack, b: DigestTrack) -> Iterator[P
 
 
 def digests_json(digests: RunDigests) -> str:
-    """The file that `read_digests` reads."""
+    """Return the content of the file that `read_digests` reads."""
     plain = {
         kind: {name: dataclasses.asdict(track) for name, track in tracks.items()}
         for kind, tracks in digests.items()
@@ -85,9 +90,9 @@ def digests_json(digests: RunDigests) -> str:
 
 
 def read_digests(run: Path) -> dict[str, RunDigests]:
-    """By file name: of a run's or a comparison's folder, or of one file, whose name is left out.
+    """Read the digests of a run's or a comparison's folder by file name, or of one file (name '').
 
-    Raises SettingsError where there are none, or where a file holds something else.
+    Raises SettingsError if there are none, or a file holds something else.
     """
     files = {"": run} if run.is_file() else {p.name: p for p in sorted(run.glob("digests*.json"))}
     if not files:
@@ -109,9 +114,9 @@ def _read(path: Path) -> RunDigests:
 
 
 def compared(first: Path, second: Path) -> dict[str, list[Parting]]:
-    """The partings of two runs, or of the runs that two comparisons have in common, by file name.
+    """Return the partings of two runs, or of all runs common to two comparisons, by file name.
 
-    Raises SettingsError where the two have none in common.
+    Raises SettingsError if the two have none in common.
     """
     a, b = read_digests(first), read_digests(second)
     if len(a) == len(b) == 1:  # whatever the files are called

@@ -1,4 +1,4 @@
-"""The files of a run or a comparison. Each is written whole, or not at all."""
+"""The files of a run or a comparison, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hamdist.study.run.run import Run
 
 
 def run_lines(runs: Iterable[Run]) -> str:
-    """JSON lines: one per window ("event": "window"), one per run ("event": "run")."""
+    """Return JSON lines: one per window ("event": "window"), one per run ("event": "run")."""
     return "".join(f"{to_json(record)}\n" for run in runs for record in _records(run))
 
 
@@ -35,7 +35,7 @@ def _records(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def run_summary(run: Run) -> dict[str, Any]:
-    """A run without its windows."""
+    """Return a run without its windows, as plain values."""
     record = run.as_json()
     for apart in ("windows", "window_seconds"):
         del record[apart]
@@ -45,7 +45,7 @@ def run_summary(run: Run) -> dict[str, Any]:
 
 
 def _scores(scores: Scores) -> dict[str, Any]:
-    """Of a model of several outputs with those of each, and the name of the main one."""
+    """Return the scores; with several outputs those of each, and the main one's name."""
     record: dict[str, Any] = {"loss": scores.loss, "accuracy": scores.accuracy}
     if scores.outputs:
         record["main"] = scores.main
@@ -54,12 +54,12 @@ def _scores(scores: Scores) -> dict[str, Any]:
 
 
 def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> dict[str, Any]:
-    """What summary.json of a comparison holds: {"rows": [...], "interrupted": ...}."""
+    """Return the content of a comparison's summary.json: {"rows": [...], "interrupted": ...}."""
     return {"rows": [dataclasses.asdict(row) for row in rows], "interrupted": interrupted}
 
 
 def rows_csv(rows: Sequence[AggregateRow]) -> str:
-    """One line per row; processes as 'name=bytes' and notes joined by '; '."""
+    """Return a line per row; processes as 'name=bytes' and notes joined by '; '."""
     names = [field.name for field in dataclasses.fields(AggregateRow)]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
@@ -75,17 +75,17 @@ def rows_csv(rows: Sequence[AggregateRow]) -> str:
 
 
 def summary_json(run: Run) -> str:
-    """summary.json of a single run."""
+    """Return the content of a single run's summary.json."""
     return to_json(run_summary(run), indent=2) + "\n"
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """JSON, with null for what is not finite."""
+    """Return JSON, with null for numbers that are not finite."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
-    """`value` with None for every number that JSON cannot hold."""
+    """Return `value` with None for every number that JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

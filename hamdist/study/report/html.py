@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a comparison: no script, no file beside it, no network."""
+"""A self-contained HTML page about a comparison: no script, no file beside it, no network."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ included.
 
 @dataclass(frozen=True, slots=True)
 class HtmlReport:
-    """What the page shows. plots: PNG by file name, in order. when: a date, as text."""
+    """The content of the page: `plots` are PNG by file name, in order, `when` is a date."""
 
     settings: Settings
     table: Table
@@ -61,7 +61,7 @@ class HtmlReport:
 
 
 def render(report: HtmlReport) -> str:
-    """The page."""
+    """Return the page."""
     title = escape(f"hamdist compare: {report.settings.name}")
     parts = [
         f"<h1>{title}</h1>",
@@ -78,7 +78,7 @@ def render(report: HtmlReport) -> str:
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole page of `parts`, all of them HTML as `title` is."""
+    """Return a whole page of `parts`, all of them HTML as `title` is."""
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -89,7 +89,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed the numbers."""
+    """Return the versions of the software that computed the numbers."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
@@ -101,7 +101,7 @@ def _version(package: str) -> str:
 
 
 def facts(command: str, when: str) -> str:
-    """How, when and with what the numbers were made."""
+    """Return how, when and with which software the numbers were computed."""
     known = {
         "command": command,
         "date": when,
@@ -118,7 +118,7 @@ def _interruption(report: HtmlReport) -> str:
 
 
 def html_table(table: Table) -> str:
-    """The table, without its notes."""
+    """Return the table, without its notes."""
     head = "".join(f"<th>{escape(title)}</th>" for title in table.titles)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
@@ -127,7 +127,7 @@ def html_table(table: Table) -> str:
 
 
 def html_notes(notes: Sequence[str]) -> str:
-    """A box of notes; nothing where there are none."""
+    """Return a box of notes; empty if there are none."""
     if not notes:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
@@ -135,7 +135,7 @@ def html_notes(notes: Sequence[str]) -> str:
 
 
 def html_figure(name: str, png: bytes) -> str:
-    """A picture, inside the page. name: of its file, which says what it shows."""
+    """Return a picture inside the page; `name` is that of its file, which describes it."""
     data = base64.b64encode(png).decode("ascii")
     words = name.removesuffix(".png").replace("-", " against ")
     return f'<figure><img alt="{escape(words)}" src="data:image/png;base64,{data}"></figure>'

@@ -1,4 +1,4 @@
-"""What a running run looks like: rich renderables for a terminal, plain lines elsewhere.
+"""The display of a running run: rich renderables for a terminal, plain lines elsewhere.
 
 Nothing here prints.
 """
@@ -26,7 +26,7 @@ SECONDS_TO_JUDGE = 1.0
 
 
 class RunView:
-    """The state of one run. batch: rows of an item, where they are known."""
+    """The state of one run; `batch` is the rows of an item, if they are known."""
 
     def __init__(self, title: str, batch: int | None) -> None:
         self.title = title
@@ -46,7 +46,7 @@ class RunView:
 
     @property
     def line(self) -> str:
-        """All of it but the blocks, on one line."""
+        """Return all of it but the blocks, on one line."""
         if self._last is None:
             return f"{self.title}: starting{self._phase}"
         return f"{self.title}: " + ", ".join(self._facts(self._last))
@@ -85,14 +85,14 @@ class RunView:
 
 
 def _bar(done: int, steps: int) -> Table:
-    """The bar on a line of its own."""
+    """Return the progress bar on a line of its own."""
     line = Table.grid()
     line.add_row(ProgressBar(total=steps, completed=done, width=BAR_WIDTH))
     return line
 
 
 def _metrics(last: Progress) -> list[str]:
-    """Prequential accuracy (or loss), of the last window and of the whole run."""
+    """Return the prequential accuracy (or loss) of the last window and of the whole run."""
     if not last.windows:
         return []
     latest, whole = last.windows[-1], merge_windows(last.windows)

@@ -1,4 +1,4 @@
-"""What a model of several outputs reached, output by output, in words."""
+"""Scores of a model of several outputs, output by output, in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hamdist.study.run.run import Run
 
 
 def outputs_fact(run: Run) -> str:
-    """A line for every output; none of a model that has one."""
+    """Return a line for every output; empty for a model with one."""
     if len(run.prequential) < 2:
         return ""
     lines = []
@@ -23,7 +23,7 @@ def outputs_fact(run: Run) -> str:
 
 
 def outputs_notes(group: Sequence[Run]) -> list[str]:
-    """The held-out scores of every output, means over the runs; which of them the table has."""
+    """Return the held-out scores of every output, as means over the runs."""
     scored = [run.held_out for run in group if run.held_out is not None and run.held_out.outputs]
     if not scored:
         return []

@@ -39,14 +39,14 @@ DPI = 150
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """x and y of one run, y in % or as a loss."""
+    """The curve of one run: x and y, y in % or as a loss."""
 
     x: np.ndarray
     y: np.ndarray
 
 
 def comparison_plots(runs: Sequence[Run]) -> dict[str, bytes]:
-    """PNG by file name: accuracy (or loss) against samples and against seconds, gap by level."""
+    """Return PNG by file name: accuracy (or loss) against samples and seconds, gap by level."""
     groups = _by_level(runs)
     real_valued = all(run.held_out.accuracy is None for run in runs if run.held_out is not None)
     return {
@@ -67,7 +67,7 @@ def _by_level(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _style(groups: dict[str, list[Run]], level: str) -> tuple[str, Dashes]:
-    """Colour and dashes of a level."""
+    """Return colour and dashes of a level."""
     if level == CENTRALISED:
         return BASELINE_COLOUR, "-"
     index = [name for name in groups if name != CENTRALISED].index(level)
@@ -80,7 +80,7 @@ def _curves(
     x_of: Callable[[Run, Sequence[Window]], list[float]],
     real_valued: bool,
 ) -> bytes:
-    """Prequential windows: each seed thin, their mean on a common grid thick."""
+    """Draw prequential windows: each seed thin, their mean on a common grid thick."""
     figure, axes = new_figure()
     for level, group in groups.items():
         curves = [_curve(run, x_of, real_valued) for run in group if run.windows]
@@ -119,7 +119,7 @@ def _curve(
 
 
 def joined(windows: Sequence[Window], most: int) -> list[Window]:
-    """At most `most` windows: neighbours joined, in equal numbers but for the last."""
+    """Return at most `most` windows: neighbours merged, in equal numbers but for the last."""
     size = max(1, -(-len(windows) // most))
     return [merge_windows(windows[i : i + size]) for i in range(0, len(windows), size)]
 
@@ -137,7 +137,7 @@ def _seconds(run: Run, windows: Sequence[Window]) -> list[float]:
 
 
 def _mean_curve(curves: Sequence[_Curve]) -> _Curve:
-    """The mean over seeds, where all seeds have values."""
+    """Return the mean over seeds, where all seeds have values."""
     grid = np.linspace(
         max(curve.x[0] for curve in curves),
         min(curve.x[-1] for curve in curves),
@@ -147,7 +147,7 @@ def _mean_curve(curves: Sequence[_Curve]) -> _Curve:
 
 
 def _gaps(groups: dict[str, list[Run]], real_valued: bool) -> bytes:
-    """One place per level: each seed a small point, mean and standard deviation beside them."""
+    """Draw each seed as a small point by level, mean and standard deviation beside them."""
     figure, axes = new_figure()
     levels = [level for level in groups if level != CENTRALISED]
     for place, level in enumerate(levels):
@@ -189,7 +189,7 @@ def _paired_gaps(baseline: Sequence[Run], group: Sequence[Run], real_valued: boo
 
 
 def new_figure() -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, in the style of all."""
+    """Return a figure with one pair of axes, in the common style."""
     import_matplotlib()
     from matplotlib.figure import Figure
 
@@ -202,7 +202,7 @@ def new_figure() -> tuple[Figure, Axes]:
 
 
 def import_matplotlib() -> None:
-    """Import it, whatever MPLBACKEND says: a notebook's backend need not be installed here."""
+    """Import matplotlib, whatever MPLBACKEND says: a notebook's backend may not be installed."""
     need_package("matplotlib", "matplotlib", "plots")
     backend = os.environ.pop("MPLBACKEND", None)
     import matplotlib
@@ -214,13 +214,13 @@ def import_matplotlib() -> None:
 
 
 def legend(figure: Figure, axes: Axes, columns: int = 5) -> None:
-    """Below the axes, where something in them has a label."""
+    """Draw the legend below the axes, if any curve has a label."""
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, handlelength=2.8)
 
 
 def png_of(figure: Figure) -> bytes:
-    """The picture."""
+    """Return the figure as PNG."""
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

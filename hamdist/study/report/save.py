@@ -52,7 +52,9 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
 
 
 def _write_settings(folder: Path, settings: Settings) -> None:
-    """settings.yaml has what was set, so that it reads as these settings; settings-all.yaml all."""
+    """Write settings.yaml with the changed values, so that it reads as these settings, and
+    settings-all.yaml with all of them.
+    """
     write_file(folder / "settings.yaml", to_yaml(settings, only_set=True))
     write_file(folder / "settings-all.yaml", to_yaml(settings))
 
@@ -63,14 +65,16 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """A `state_dict` as a safetensors file. Raises SettingsError where it cannot be written."""
+    """Write a `state_dict` as a safetensors file. Raises SettingsError if it cannot be written."""
     write_file(path, save(state))
 
 
 def as_it_was(settings: Settings, run: Run) -> Settings:
-    """`settings` with what was chosen at the start of `run` written down: its delays, and that its
-    signals went alone (runtime/placement/links.py); of level 'auto' the level and what went with
-    it."""
+    """Return `settings` with the choices made at the start of `run`.
+
+    Those are its delays, and that its signals went alone (runtime/placement/links.py); of level
+    'auto' the level and its values.
+    """
     settings = run.chosen or settings
     if settings.partition.delays != "auto":
         return settings

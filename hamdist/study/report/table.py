@@ -1,4 +1,4 @@
-"""The comparison as a table of texts, for the terminal and for the report."""
+"""A comparison as a table of texts, for the terminal and for the report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _COUNTS = {  # what streams count
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Column titles, one list of cells per row, and notes below."""
+    """A table: column titles, one list of cells per row, and notes below."""
 
     titles: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -40,14 +40,14 @@ class Table:
 
 
 def markdown(table: Table) -> str:
-    """The table for a README."""
+    """Return the table as Markdown."""
     lines = [table.titles, ["---"] * len(table.titles), *table.rows]
     body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return body + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in table.notes)
 
 
 def comparison_table(rows: Sequence[AggregateRow]) -> Table:
-    """Accuracies in %, gaps in points, spreads behind a ±; losses where there is no accuracy."""
+    """Return accuracies in %, gaps in points, spreads behind a ±; or else losses."""
     real_valued = all(row.held_out_accuracy is None for row in rows)
     columns = _loss_columns() if real_valued else _accuracy_columns()
     columns.update(_cost_columns())
@@ -98,12 +98,12 @@ def _cost_columns() -> dict[str, Callable[[AggregateRow], str]]:
 
 
 def run_title(run: Run, name: str) -> str:
-    """What stands above a run's facts. name: of its settings."""
+    """Return the title above a run's facts; `name` is that of its settings."""
     return f"{name}: {run.level} on {run.engine}, seed {run.seed}"
 
 
 def run_facts(run: Run) -> dict[str, str]:
-    """What a single run reached, name by name."""
+    """Return the results of a single run, by name."""
     facts = {
         "items": f"{run.samples:,} of {run.batch} rows, {run.ticks:,} ticks",
         "gone on from": f"item {run.resumed:,}" if run.resumed else "",
@@ -134,19 +134,19 @@ def run_facts(run: Run) -> dict[str, str]:
 
 
 def _delays(delays: Mapping[str, int]) -> str:
-    """Those that are not 1."""
+    """Return the delays that are not 1."""
     return ", ".join(f"{edge} {ticks}" for edge, ticks in delays.items() if ticks != 1)
 
 
 def _counts(counts: Mapping[str, int]) -> Iterator[str]:
-    """What a stream counted, without the zeros; that nothing was dropped is worth saying."""
+    """Yield the counts of a stream without zeros, except that nothing was dropped."""
     for name, number in counts.items():
         if number or name == "dropped":
             yield _COUNTS.get(name, f"{name} {{:,}}").format(number)
 
 
 def _edges(run: Run) -> str:
-    """KiB per item that crossed each edge; of many edges their sum, and the busiest one."""
+    """Return the KiB per item of each edge; of many edges their sum, and the busiest one."""
     sizes = {edge: size / run.samples / KIB for edge, size in run.bytes_per_edge.items()}
     if len(sizes) <= EDGES_SHOWN:
         return ", ".join(f"{edge} {size:.1f}" for edge, size in sizes.items())
@@ -192,7 +192,7 @@ def _tracking(found: Tracking) -> dict[str, str]:
 
 
 def finished_line(run: Run) -> str:
-    """A finished run on one line."""
+    """Return a finished run on one line."""
     head = f"seed {run.seed}, {run.level}: {run.seconds:.1f} s, {run.rows_per_second:,.0f} rows/s"
     if run.held_out is None:
         if run.failure is not None:
@@ -204,12 +204,12 @@ def finished_line(run: Run) -> str:
 
 
 def percent(value: float | None, spread: float | None = None, *, digits: int = 1) -> str:
-    """A share as percent, `–` where there is none: 0.8774, 0.0012 as '87.7 ± 0.1'."""
+    """Return a share as percent, `–` if there is none: 0.8774, 0.0012 as '87.7 ± 0.1'."""
     return _with_spread(value, spread, lambda v: f"{100 * v:.{digits}f}")
 
 
 def points(gap: float | None, spread: float | None = None) -> str:
-    """A difference of shares in points, with its sign: 0.0012 as '+0.12'."""
+    """Return a difference of shares in points, with its sign: 0.0012 as '+0.12'."""
     shown = percent(gap, spread, digits=2)
     return f"+{shown}" if gap is not None and gap >= 5e-5 else shown
 
@@ -237,7 +237,7 @@ def mebibytes(size: int) -> str:
 
 
 def processes(peaks: Mapping[str, int]) -> str:
-    """One line per process; beyond a few, the driver and the largest of the others."""
+    """Return a line per process; beyond a few, the driver and the largest of the others."""
     if not peaks:
         return MISSING
     if len(peaks) <= PROCESSES_SHOWN:

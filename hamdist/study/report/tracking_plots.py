@@ -39,8 +39,10 @@ TINY = 1e-6
 
 
 def record_plots(records: Mapping[str, Records], settings: Settings) -> dict[str, bytes]:
-    """PNG by file name: energies.png, weights.png and, of a run with mse and trajectories,
-    tracking.png. Nothing where nothing was recorded."""
+    """Return PNG by file name; none if nothing was recorded.
+
+    They are energies.png, weights.png and, of a run with mse and trajectories, tracking.png.
+    """
     if not records or not all(len(r.tick) > 1 for r in records.values()):
         return {}
     plots = {"energies.png": _energies(records, settings)}
@@ -52,7 +54,7 @@ def record_plots(records: Mapping[str, Records], settings: Settings) -> dict[str
 
 
 def _tracking(ticks: Trajectory, y: Trajectory, target: Trajectory, settings: Settings) -> bytes:
-    """The first output and its target at the start and at the end; below, the error all along."""
+    """Draw the first output and its target at the start and at the end; below, the whole error."""
     times, label = _time(ticks, settings)
     figure, start, end, whole = _start_end_whole(label)
     for axes, rows in ((start, _first(times)), (end, _last(times))):
@@ -72,7 +74,7 @@ def _tracking(ticks: Trajectory, y: Trajectory, target: Trajectory, settings: Se
 
 
 def _error(axes: Axes, times: Trajectory, error: Trajectory, size: float) -> None:
-    """Its rms in BINS parts of the run, as a share of the target's."""
+    """Draw its rms in BINS parts of the run, as a share of the target's."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     parts = np.array_split(np.arange(len(times)), min(BINS, len(times)))
@@ -92,7 +94,7 @@ def _error(axes: Axes, times: Trajectory, error: Trajectory, size: float) -> Non
 
 
 def _energies(records: Mapping[str, Records], settings: Settings) -> bytes:
-    """Sums over the network, at the start, at the end and all along."""
+    """Draw sums over the network, at the start, at the end and over the whole run."""
     from matplotlib.ticker import FormatStrFormatter
 
     ticks, total = lagrangian(records)
@@ -123,7 +125,7 @@ def _energies(records: Mapping[str, Records], settings: Settings) -> bytes:
 
 
 def _start_end_whole(label: str, *, shared: bool = True) -> tuple[Figure, Axes, Axes, Axes]:
-    """A figure of three panels: the first and the last tenth of a run, and below it all."""
+    """Return a figure of three panels: the first and the last tenth of a run, below it all."""
     figure = _figure(1.35)
     grid = figure.add_gridspec(2, 2, height_ratios=(3, 2))
     start = _dressed(figure.add_subplot(grid[0, 0]))
@@ -149,7 +151,7 @@ def _last(times: Trajectory) -> slice:
 
 
 def _weights(records: Mapping[str, Records], settings: Settings) -> bytes:
-    """|theta| of the network, and of its blocks where they are few."""
+    """Draw |theta| of the network, and of its blocks if they are few."""
     figure = _figure()
     axes = _dressed(figure.add_subplot())
     if 1 < len(records) <= MOST_BLOCKS:
@@ -175,7 +177,7 @@ def _weights(records: Mapping[str, Records], settings: Settings) -> bytes:
 
 
 def _time(ticks: Trajectory, settings: Settings) -> tuple[Trajectory, str]:
-    """The horizontal axis and its label."""
+    """Return the horizontal axis and its label."""
     times = seconds(ticks, settings)
     return (ticks, "tick") if times is None else (times, "time, s")
 

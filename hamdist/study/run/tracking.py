@@ -44,7 +44,7 @@ class Tracking:
 
 
 def seconds(ticks: Trajectory, settings: Settings) -> Trajectory | None:
-    """The times t_k of `ticks` (K,), or None where only the stream's time stamps knew them."""
+    """Return the times t_k of `ticks` (K,); None if only the stream's time stamps had them."""
     knobs = make_locality(settings.level, settings.locality)
     tau = make_dynamics(settings.dynamics, settings.learning, knobs).tau
     if tau is None:
@@ -70,13 +70,13 @@ def signals(records: Records) -> tuple[Trajectory, Trajectory, Trajectory] | Non
 def last_signals(
     records: Mapping[str, Records],
 ) -> tuple[Trajectory, Trajectory, Trajectory] | None:
-    """`signals` of the last readout that has some."""
+    """Return `signals` of the last readout that has some."""
     found = [s for r in records.values() for s in [signals(r)] if s is not None]
     return found[-1] if found else None
 
 
 def tracking(records: Mapping[str, Records], settings: Settings) -> Tracking | None:
-    """Of the last readout that recorded real values; None where none did."""
+    """Return the tracking of the last readout that recorded real values; None if none did."""
     if settings.loss is not Loss.MSE:
         return None
     found = last_signals(records)
@@ -87,7 +87,10 @@ def tracking(records: Mapping[str, Records], settings: Settings) -> Tracking | N
 
 
 def follow(y: Trajectory, target: Trajectory, times: Trajectory | None) -> Tracking | None:
-    """y, target: (K, B O). times: (K,) in seconds. None for a target that is zero throughout."""
+    """Return how well y follows the target, both (K, B O), at `times` (K,) in seconds.
+
+    None for a target that is zero throughout.
+    """
     size = rms(target)
     if not size:
         return None
@@ -111,19 +114,19 @@ def follow(y: Trajectory, target: Trajectory, times: Trajectory | None) -> Track
 
 
 def jumps(target: Trajectory) -> npt.NDArray[np.intp]:
-    """The entries of target (K, B O) at which it has jumped."""
+    """Return the entries of target (K, B O) at which it has jumped."""
     steps = np.abs(np.diff(target, axis=0)).max(axis=1)
     least = max(JUMP_SHARE * rms(target), JUMP_STEPS * float(steps.mean())) if len(steps) else 0
     return np.flatnonzero(steps > least) + 1
 
 
 def rms(values: Trajectory) -> float:
-    """The root of the mean square."""
+    """Return the root of the mean square."""
     return float(np.sqrt(np.mean(np.square(values))))
 
 
 def advice(settings: Settings) -> list[str]:
-    """What a user should know before a tracker runs."""
+    """Return the warnings before a tracker runs."""
     if settings.model.kind is not ModelKind.TRACKER or settings.stream.source is not Source.SIGNAL:
         return []
     return [*_pure_advice(settings), *_time_advice(settings)]

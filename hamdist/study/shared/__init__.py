@@ -1,1 +1,1 @@
-"""What all studies use: result folders, processes, recipes, limits."""
+"""Parts that all studies use: result folders, processes, recipes, limits."""

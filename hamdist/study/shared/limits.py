@@ -1,4 +1,4 @@
-"""What is refused before a run builds anything: sizes beyond memory; and what is said of time."""
+"""Limits that are checked before a run builds anything: sizes beyond memory, and times."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MOST_YEARS = 10
 
 
 def check_size(settings: Settings, *, own_model: bool = False, own_data: bool = False) -> None:
-    """Raises SettingsError where the least that a run takes is more memory than this host has.
+    """Raise SettingsError if the least memory of a run is more than this host has.
 
-    own_model, own_data: width and depth, or the batch, are not those of the settings.
+    `own_model`, `own_data`: width and depth, or the batch, are not those of the settings.
     """
     width, depth = (1, 0) if own_model else (settings.model.width, settings.model.depth)
     batch = 0 if own_data else settings.stream.batch
@@ -32,10 +32,10 @@ def check_size(settings: Settings, *, own_model: bool = False, own_data: bool = 
 
 
 def check_time(settings: Settings) -> list[str]:
-    """Return a warning where the arithmetic of the settings' model takes longer than anybody waits:
-    of an item and a weight six operations (a product and a sum, forward, back and of the gradient).
+    """Return a warning if the arithmetic of the settings' model takes unreasonably long.
 
-    It is no error: a stream may end before, and Ctrl-C keeps what was learned.
+    Counted are six operations for an item and a weight (a product and a sum, forward, back and of
+    the gradient). It is no error: a stream may end before, and Ctrl-C keeps the trained state.
     """
     width, depth, batch = settings.model.width, settings.model.depth, settings.stream.batch
     years = 6 * depth * width**2 * batch * (settings.steps or 0) / RATE / (365 * 24 * 3600)

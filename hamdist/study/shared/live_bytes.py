@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at a time: an exact count, by watching every operation."""
+"""Bytes of tensors that are alive at a time: an exact count, by intercepting every operation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, counts the memory that operations of this thread allocate, from its first tensor to
-    the end of its last one, what autograd saves included.
+    """Counts the memory that operations of this thread allocate inside, with autograd's saved
+    tensors.
 
-    now, peak: bytes, at present and the most so far. leaving_out: shapes of tensors that are not
-    counted, such as those of weights, whose gradients have them as well. Meta tensors have no
-    memory.
+    A tensor counts from its creation to the end of the last tensor on its memory. Meta tensors have
+    no memory.
+
+    Attributes:
+        now, peak: bytes, at present and the most so far.
+        leaving_out: shapes that are not counted, such as those of weights and their gradients.
     """
 
     def __init__(self, leaving_out: Iterable[Sequence[int]] = ()) -> None:
@@ -60,5 +63,5 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _bare(shape: Sequence[int]) -> tuple[int, ...]:
-    """Without the axes of length 1, which a gradient may have more of than its weight."""
+    """Return the shape without axes of length 1, which gradients may have in addition."""
     return tuple(n for n in shape if n != 1)

@@ -1,4 +1,4 @@
-"""Work shared out between processes of this machine: as many calls at a time as it has cores."""
+"""A pool of processes on this machine: as many calls at a time as it has cores."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """`number` processes that wait for calls. `close` ends them, whatever they are doing; as a
-    context it does so at the end."""
+    """A pool of `number` processes; `close`, or the end of the context, ends them at once."""
 
     def __init__(self, number: int) -> None:
         self._before = set(multiprocessing.active_children())
@@ -51,8 +50,7 @@ class Processes:
 
 
 def _end_together() -> None:
-    """In a worker: Ctrl-C ends it without a word, and so does the end of the process for which it
-    works, however that ended."""
+    """Make a worker end silently on Ctrl-C, and with the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_follow, daemon=True).start()
 

@@ -13,26 +13,26 @@ RECIPES = ShippedFiles("recipes", "recipe")
 
 
 def recipes() -> dict[str, str]:
-    """Names of the shipped recipes, in order, with what each is for (its first comment)."""
+    """Return the shipped recipes in order, with their descriptions (first comments)."""
     return RECIPES.descriptions()
 
 
 def load_settings(source: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Settings:
-    """Settings from the recipe `source`, or from the file of that path, with `overrides`.
+    """Load the recipe `source`, or the file of that path, with `overrides`.
 
-    Raises SettingsError where there is no such file or recipe, or its content is wrong.
+    Raises SettingsError if there is no such file or recipe, or its content is wrong.
     """
     return read_settings(*RECIPES.text(source), overrides)
 
 
 def needed_files(recipe: str) -> str:
-    """Return what `recipe` reads from disk: where it lies or, where it is missing, how to get it.
+    """Return a line about the files that `recipe` reads: their path, or how to get missing ones.
 
     Args:
         recipe: the name of a shipped recipe.
 
     Returns:
-        A line for a person; empty where the recipe needs no files.
+        Empty if the recipe needs no files.
     """
     # (torch, which settings must not wait for, nor find imported: runtime/process/portable.py)
     from hamdist.streams.sources.datasets import FASHION_INSTALL, find_fashion_mnist

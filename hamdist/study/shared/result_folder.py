@@ -1,10 +1,10 @@
 """The folder of a run's or a comparison's results: claimed at the start, written as it goes.
 
-    events.jsonl     what happens, a line each, flushed at once: `tail -f` shows the run
+    events.jsonl     events, a line each, flushed at once: `tail -f` shows the run
     metrics.jsonl    (of a comparison runs.jsonl) each prequential window when it is full; at the
                      end replaced by the whole, with the run itself
 
-Whoever writes holds a lock on events.jsonl, which ends with its process, however that ends.
+The writing process holds a lock on events.jsonl, which ends with the process in any case.
 """
 
 from __future__ import annotations
@@ -72,11 +72,16 @@ def free_folder(
     say: Callable[[str], None],
     take: Callable[[Path], bool] = lambda _: True,
 ) -> Path:
-    """Return the folder for new results: `folder`, or the first of folder-2, folder-3, ... that is
-    new or empty, which is said. overwrite: `folder` itself, without the files that hamdist wrote
-    there. take: makes it the caller's; False where somebody else was faster.
+    """Return the folder for new results.
 
-    Raises SettingsError where nothing can be written.
+    It is `folder`, or the first of folder-2, folder-3, ... that is new or empty, which is reported.
+    Raises SettingsError if it cannot be written.
+
+    Args:
+        folder: the first choice.
+        overwrite: take `folder` itself, without the files that hamdist wrote there.
+        say: called with reports.
+        take: claims a folder; False if another process was faster.
     """
     prepare_folder(folder)
     if overwrite:
@@ -99,8 +104,13 @@ def _numbered(folder: Path, number: int) -> Path:
 
 
 class ResultFolder:
-    """A claimed folder. path: where; key: of what is computed, by which an unfinished comparison
-    goes on. grows: the file of windows. say: told of what the user has to know."""
+    """A claimed folder of results.
+
+    Attributes:
+        path: of the folder.
+        key: of the computation, by which an unfinished comparison continues.
+        grows: the file of windows.
+    """
 
     def __init__(
         self,
@@ -123,7 +133,7 @@ class ResultFolder:
         self.tell("goes on" if self.goes_on else "started", key=key, process=os.getpid())
 
     def _unfinished(self, folder: Path, key: str) -> Path | None:
-        """The folder of a comparison of this key that has not ended, and that nobody works on."""
+        """Return the folder of an unfinished comparison of this key that no process uses."""
         numbered = (_numbered(folder, number) for number in itertools.count(2))
         for path in (folder, *itertools.takewhile(Path.is_dir, numbered)):
             if _key_of(path) == key and not _finished(path) and self._take(path, "a"):
@@ -151,12 +161,12 @@ class ResultFolder:
         return self
 
     def _warned(self, message: Warning | str, *where: Any, **more: Any) -> None:
-        """What Python is warned of is an event, and shown as before."""
+        """Write a Python warning as an event, and show it as before."""
         self.tell("warning", text=str(message))
         self._show(message, *where, **more)
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        """A run that failed before its first item leaves nothing."""
+        """Release the folder, and remove it if a run has failed before its first item."""
         warnings.showwarning = self._show
         self.tell("ended", error=None if error is None else str(error) or type(error).__name__)
         if self._events is not None:
@@ -174,18 +184,20 @@ class ResultFolder:
             self._line(self._events, {"time": round(time.time(), 3), "event": event, **values})
 
     def _line(self, file: IO[str], values: Mapping[str, Any]) -> None:
-        """What cannot be written is said once, and the run goes on without."""
+        """Write a line; a failure is reported once, and the run goes on."""
         try:
             file.write(json.dumps(values) + "\n")
             file.flush()
         except OSError as error:
             self._events = None
+            with contextlib.suppress(OSError):  # of what it holds back
+                file.close()
             self._say(f"Warning: {self.path}: events are written no more: {error.strerror}")
 
     def watch(
         self, level: str, seed: int, then: Callable[[Progress], object]
     ) -> Callable[[Progress], object]:
-        """What to call with the progress of a run: writes it, and calls `then`."""
+        """Return a function for a run's progress, which writes it and calls `then`."""
         head = {"level": level, "seed": seed}
         due, last, lost = 0.0, -1, 0
 
@@ -225,7 +237,7 @@ def _key_of(folder: Path) -> str | None:
 
 
 def _finished(folder: Path) -> bool:
-    """Whether a comparison has come to its end there."""
+    """Return True if a comparison has ended there."""
     try:
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
         return summary["interrupted"] is False

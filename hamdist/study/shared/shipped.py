@@ -12,13 +12,13 @@ SUFFIX = ".yaml"
 
 
 class ShippedFiles(NamedTuple):
-    """One kind of them. folder: in the package; one: what one of them is called."""
+    """A kind of shipped settings: `folder` in the package, and the word for `one` of them."""
 
     folder: str
     one: str
 
     def texts(self) -> dict[str, str]:
-        """YAML by name, in order."""
+        """Return the YAML by name, in order."""
         return {
             item.name.removesuffix(SUFFIX): item.read_text("utf-8")
             for item in sorted((files("hamdist") / self.folder).iterdir(), key=lambda i: i.name)
@@ -26,13 +26,13 @@ class ShippedFiles(NamedTuple):
         }
 
     def descriptions(self) -> dict[str, str]:
-        """What each is for (its first comment)."""
+        """Return the descriptions by name (first comments)."""
         return {name: t.partition("\n")[0].lstrip("# ") for name, t in self.texts().items()}
 
     def text(self, source: str) -> tuple[str, str]:
-        """The YAML of the one named `source`, or of the file of that path, and how errors call it.
+        """Return the YAML of the name or file `source`, and its name in errors.
 
-        Raises SettingsError where there is neither, or the file cannot be read.
+        Raises SettingsError if there is neither, or the file cannot be read.
         """
         shipped = self.texts()
         if source in shipped:

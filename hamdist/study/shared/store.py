@@ -1,6 +1,6 @@
-"""The finished runs of a study or a comparison on disk: one JSON file a run, named by its key.
+"""Finished runs of a study or a comparison on disk: one JSON file a run, named by its key.
 
-Each is written whole or not at all, so what was ended at any moment goes on where it was.
+Each is written whole or not at all, so an interrupted study continues from its finished runs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ RecordType = TypeVar("RecordType")
 
 
 class Store(Generic[RecordType]):
-    """Records in `folder`, which is made. read: makes one of plain values, or raises ValueError or
-    TypeError. Raises SettingsError where it cannot be written."""
+    """Records in `folder`, which is made. Raises SettingsError if it cannot be written.
+
+    `read` makes a record of plain values, or raises ValueError or TypeError.
+    """
 
     def __init__(self, folder: Path, read: Callable[[dict[str, Any]], RecordType]) -> None:
         prepare_folder(folder)
@@ -26,7 +28,7 @@ class Store(Generic[RecordType]):
         self._read = read
 
     def find(self, key: str) -> RecordType | None:
-        """The record of a run that was made. Raises SettingsError for a file that is none."""
+        """Return the record of a finished run. Raises SettingsError for a damaged file."""
         path = self._folder / f"{key}.json"
         try:
             values = json.loads(path.read_text("utf-8"))
@@ -43,5 +45,5 @@ class Store(Generic[RecordType]):
         return record
 
     def keep(self, key: str, text: str) -> None:
-        """Write the JSON `text` of a record. Raises SettingsError where it cannot be written."""
+        """Write the JSON `text` of a record. Raises SettingsError if it cannot be written."""
         write_file(self._folder / f"{key}.json", text + "\n")

@@ -29,8 +29,11 @@ LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 
 
 def study_plots(study: StudySettings, outcomes: Sequence[StudyOutcome]) -> dict[str, bytes]:
-    """PNG by file name: `accuracy-AXIS.png` for each axis with several values (loss where there is
-    no accuracy), and `accuracy-seconds.png`, prequential."""
+    """Return PNG by file name.
+
+    They are `accuracy-AXIS.png` for each axis with several values (loss if there is no accuracy),
+    and `accuracy-seconds.png`, prequential.
+    """
     lines = summary(outcomes)
     real_valued = all(line.accuracy is None for line in lines)
     word = "loss" if real_valued else "accuracy"
@@ -42,7 +45,7 @@ def study_plots(study: StudySettings, outcomes: Sequence[StudyOutcome]) -> dict[
 
 
 def _names(study: StudySettings, axis: Axis | None, line: SummaryLine | SweepCell) -> str:
-    """A curve's label: the side, and its place on the axes that the plot does not go along."""
+    """Return a curve's label: the side, and its place on the other axes."""
     others = [a for a in varied(study) if a is not axis]
     at = dict(line.point)
     return ", ".join([_side(line), *(f"{WORDS[a]} {at[a]}" for a in others)])
@@ -53,8 +56,8 @@ def _side(line: SummaryLine | SweepCell) -> str:
 
 
 def _styles(curves: Mapping[str, SummaryLine | SweepCell]) -> dict[str, tuple[str, Dashes, float]]:
-    """Colour, dashes and width by label: baselines are broad and grey; of the others each side has
-    a colour, and its curves differ in their dashes."""
+    """Return colour, dashes and width by label. Baselines are broad and grey; of the others each
+    side has a colour, and its curves differ in their dashes."""
     baselines = [name for name, one in curves.items() if one.trains is Trains.CENTRALISED]
     sides: dict[str, list[str]] = {}
     for name, one in curves.items():
@@ -125,7 +128,7 @@ def _percent(line: SummaryLine) -> tuple[float | None, float | None]:
 def _against_seconds(
     study: StudySettings, outcomes: Sequence[StudyOutcome], real_valued: bool
 ) -> bytes:
-    """The first seed's prequential windows."""
+    """Draw the first seed's prequential windows."""
     figure, axes = new_figure()
     labels = [_names(study, None, o.cell) for o in outcomes]
     styles = _styles({n: o.cell for n, o in zip(labels, outcomes, strict=True)})

@@ -49,15 +49,17 @@ Candidate = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class SweepJob:
-    """One run. settings: those of one level, with seed, steps and the part that it is scored on."""
+    """A run; `settings` are of one level, with seed, steps and the part it is scored on."""
 
     trains: Trains
     settings: Settings
 
     @property
     def key(self) -> str:
-        """A hash of what the result depends on. Settings that have their default are left out, so
-        that a key survives new settings."""
+        """Return a hash of everything that the result depends on.
+
+        Settings that have their default are left out, so that a key survives new settings.
+        """
         left_out = _NO_MATTER if self.trains is Trains.LEVEL else _NO_MATTER | _LEVELS_ALONE
         raw = self.settings.model_dump(mode="json", exclude_defaults=True, exclude=set(left_out))
         text = json.dumps([self.trains.value, raw], sort_keys=True, ensure_ascii=False)
@@ -66,7 +68,7 @@ class SweepJob:
 
 @dataclass(frozen=True, slots=True)
 class SweepCell:
-    """A side at a point of the grid. point: value by axis, of those that the study gives."""
+    """A side at a point of the grid; `point` has the value by axis of the study."""
 
     name: str
     side: SideSettings
@@ -77,15 +79,16 @@ class SweepCell:
 
     @property
     def label(self) -> str:
-        """For messages: `trace, depth 5`."""
+        """Return a label for messages: `trace, depth 5`."""
         return ", ".join([self.name, *(f"{axis.value} {value}" for axis, value in self.point)])
 
 
 def cells(study: StudySettings) -> list[SweepCell]:
-    """All of a study's, point by point. Where a side keeps nothing of the past, the side `frozen`
-    is added: training the last block alone is what such a level must beat.
+    """Return all cells of a study, point by point.
 
-    Raises SettingsError for settings that do not hold; every run's are looked at.
+    If a side keeps nothing of the past, the side `frozen` is added: training the last block alone
+    is the bound that such a level must exceed. Raises SettingsError for invalid settings of any
+    run.
     """
     given = [axis for axis in Axis if study.axes.of(axis)]
     points = [
@@ -135,7 +138,7 @@ def _keeps_nothing(settings: Settings) -> bool:
 
 
 def tuning_jobs(study: StudySettings, cell: SweepCell) -> list[tuple[Candidate, list[SweepJob]]]:
-    """By candidate, its runs on the validation part."""
+    """Return the runs on the validation part, by candidate."""
     samples = study.tune.samples or study.samples
     return [
         (
@@ -150,7 +153,7 @@ def tuning_jobs(study: StudySettings, cell: SweepCell) -> list[tuple[Candidate, 
 
 
 def final_jobs(study: StudySettings, cell: SweepCell, chosen: Candidate) -> list[SweepJob]:
-    """The runs on the test part, one a seed."""
+    """Return the runs on the test part, one a seed."""
     seeds = range(study.first_seed, study.first_seed + study.seeds)
     return [_job(study, cell, chosen, seed, Split.TEST, study.samples) for seed in seeds]
 
@@ -175,7 +178,7 @@ def _job(
 
 
 def _settings(study: StudySettings, cell: SweepCell, candidate: Candidate) -> Settings:
-    """`run`, the point, the side's `set` and the candidate, laid over each other in this order."""
+    """Merge `run`, the point, the side's `set` and the candidate, in this order."""
     raw: dict[str, Any] = {"name": study.name, "engine": {"kind": "inprocess", "actors": 1}}
     layers = [study.run, *(_nested(_AXES[axis], value) for axis, value in cell.point)]
     layers += [cell.side.set, *(_nested(key.split("."), value) for key, value in candidate.items())]
@@ -201,7 +204,7 @@ def _settings(study: StudySettings, cell: SweepCell, candidate: Candidate) -> Se
 
 
 def _check_run(study: StudySettings) -> None:
-    """Raises SettingsError where it is `run` that is wrong, not what a side lays over it."""
+    """Raise SettingsError if `run` itself is wrong, not the values that a side lays over it."""
     try:
         Settings.model_validate(study.run)
     except ValidationError as error:

@@ -30,9 +30,10 @@ def save_study(
     command: str,
     first: Axis | None = None,
 ) -> dict[str, Table]:
-    """study.yaml, study.json, study.csv, study.md, study.html and the plots; returns the tables.
+    """Write study.yaml, study.json, study.csv, study.md, study.html and the plots; return the
+    tables.
 
-    Raises SettingsError where a file cannot be written.
+    Raises SettingsError if a file cannot be written.
     """
     lines = summary(outcomes)
     tables = study_tables(study, lines, first)
@@ -49,7 +50,7 @@ def save_study(
 
 
 def record(line: SummaryLine) -> dict[str, Any]:
-    """A line as plain values, the point and what was chosen with a name for each."""
+    """Return a line as plain values, with a name for each part of the point and of the choice."""
     raw = dataclasses.asdict(line)
     point = {axis.value: value for axis, value in line.point}
     return {**raw, "trains": line.trains.value, "point": point, "notes": list(line.notes)}

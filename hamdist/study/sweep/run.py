@@ -41,9 +41,12 @@ OnRecord = Callable[[str, int, int, RunRecord], None]
 
 @dataclass(frozen=True, slots=True)
 class TuningResult:
-    """What a cell's tuning found. score: mean validation accuracy (or minus the loss) of `chosen`;
-    None where nothing was tuned. edge: settings whose chosen value is the lowest or highest of
-    three and more that were tried."""
+    """The result of a cell's tuning.
+
+    Attributes:
+        score: mean validation accuracy (or minus the loss) of `chosen`; None without tuning.
+        edge: settings whose chosen value is the lowest or highest of three and more.
+    """
 
     chosen: Candidate
     score: float | None
@@ -52,7 +55,7 @@ class TuningResult:
 
 @dataclass(frozen=True, slots=True)
 class StudyOutcome:
-    """A cell, what was chosen for it, and its final runs, one a seed."""
+    """A cell, its chosen values, and its final runs, one a seed."""
 
     cell: SweepCell
     choice: TuningResult
@@ -60,9 +63,9 @@ class StudyOutcome:
 
 
 def check(study: StudySettings, *, chosen: bool) -> list[SweepCell]:
-    """The cells of a study, all of whose settings hold. chosen: tune nothing, take `best`.
+    """Return the cells of a study, after a check of all settings. Raises SettingsError.
 
-    Raises SettingsError.
+    `chosen`: tune nothing, take `best`.
     """
     found = cells(study)
     for cell in found:
@@ -80,10 +83,15 @@ def run_study(
     chosen: bool = False,
     on_record: OnRecord | None = None,
 ) -> list[StudyOutcome]:
-    """All outcomes, cell by cell. folder: where `runs/` is, or will be. chosen: tune nothing, take
-    each side's `best`. on_record: called for each run with the phase's name, and how far it is.
+    """Run a study, and return all outcomes, cell by cell.
 
-    Raises SettingsError before anything runs, HamdistError where a run cannot be made.
+    Raises SettingsError before anything runs, HamdistError if a run fails.
+
+    Args:
+        study: its settings.
+        folder: where `runs/` is, or will be.
+        chosen: tune nothing, take each side's `best`.
+        on_record: called for each run with the phase's name and the counts.
     """
     all_cells = check(study, chosen=chosen)
     store = Store(folder / RUNS, lambda values: RunRecord(**values))
@@ -104,8 +112,7 @@ def run_study(
 
 
 def _best(study: StudySettings, cell: SweepCell) -> Candidate:
-    """The values that the side names. Raises SettingsError where it names other settings than it
-    tunes."""
+    """Return the side's `best` values. Raises SettingsError if they are not those that it tunes."""
     side = cell.side
     if set(side.best) != set(side.tune):
         raise SettingsError(
@@ -143,7 +150,7 @@ def _choose(
 
 
 def score(records: Sequence[RunRecord]) -> float:
-    """Mean accuracy over seeds, or minus the mean loss; minus infinity where a run failed."""
+    """Return the mean accuracy over seeds, or minus the mean loss; -inf if a run failed."""
     values = [-r.loss if r.accuracy is None and r.loss is not None else r.accuracy for r in records]
     known = [v for v in values if v is not None and math.isfinite(v)]
     return statistics.fmean(known) if len(known) == len(values) else -math.inf
@@ -159,7 +166,7 @@ def _at_edge(cell: SweepCell, chosen: Candidate) -> tuple[str, ...]:
 
 
 class _Runs:
-    """Makes runs, in parallel, and keeps them. As a context: its processes end at the end."""
+    """Makes runs, in parallel, and stores them; as a context it ends its processes."""
 
     def __init__(
         self, study: StudySettings, store: Store[RunRecord], on_record: OnRecord | None
@@ -177,7 +184,7 @@ class _Runs:
             self._processes.close()
 
     def make(self, phase: str, jobs: Sequence[SweepJob]) -> dict[str, RunRecord]:
-        """The records of `jobs` by key; of those only that are not kept yet a run is made."""
+        """Return the records of `jobs` by key, running those that are not stored yet."""
         wanted = {job.key: job for job in jobs}
         kept = {key: self._store.find(key) for key in wanted}
         found = {key: record for key, record in kept.items() if record is not None}

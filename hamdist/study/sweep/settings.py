@@ -94,7 +94,7 @@ class SideSettings(Section):
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
-        """Every combination of the values in `tune`; without any, one that sets nothing."""
+        """Return all combinations of the values in `tune`; without any, one that sets nothing."""
         return [dict(zip(self.tune, c, strict=True)) for c in product(*self.tune.values())]
 
 
@@ -155,7 +155,7 @@ class StudySettings(Section):
 
 
 def trains_of(name: str, side: SideSettings) -> tuple[Trains, Level | None]:
-    """How a side trains, and its level."""
+    """Return how a side trains, and its level."""
     level = side.level if side.level is not None else name
     if level in (Trains.CENTRALISED.value, Trains.FROZEN.value):
         return Trains(level), None
@@ -163,7 +163,7 @@ def trains_of(name: str, side: SideSettings) -> tuple[Trains, Level | None]:
 
 
 def _known_side(name: str, side: SideSettings) -> None:
-    """Raises ValueError where a side's level is unknown."""
+    """Raise ValueError if a side's level is unknown."""
     known = [level.value for level in Level] + ["centralised", "frozen"]
     if side.level is None and name not in known:
         raise ValueError(
@@ -173,14 +173,14 @@ def _known_side(name: str, side: SideSettings) -> None:
 
 
 def studies() -> dict[str, str]:
-    """Names of the shipped studies, in order, with what each is for (its first comment)."""
+    """Return the shipped studies in order, with their descriptions (first comments)."""
     return STUDIES.descriptions()
 
 
 def load_study(source: str, overrides: Sequence[Mapping[str, Any]] = ()) -> StudySettings:
-    """The shipped study `source`, or that of the file of that path, with `overrides` laid over it.
+    """Load the shipped study `source`, or the file of that path, with `overrides` laid over it.
 
-    Raises SettingsError where there is none, or its content is wrong.
+    Raises SettingsError if there is none, or its content is wrong.
     """
     return read_study(*STUDIES.text(source), overrides)
 
@@ -188,7 +188,7 @@ def load_study(source: str, overrides: Sequence[Mapping[str, Any]] = ()) -> Stud
 def read_study(
     text: str, origin: str, overrides: Sequence[Mapping[str, Any]] = ()
 ) -> StudySettings:
-    """A study from YAML `text`. Raises SettingsError naming `origin` and the line or the field."""
+    """Read a study from YAML. Raises SettingsError naming `origin` and the line or the field."""
     raw = mapping(read_yaml(text, origin), origin, "a study's settings")
     for override in overrides:
         raw = merge(raw, override)
@@ -196,6 +196,6 @@ def read_study(
 
 
 def study_yaml(study: StudySettings) -> str:
-    """The study in full, readable by `read_study`."""
+    """Return the study in full, readable by `read_study`."""
     text: str = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return text

@@ -17,10 +17,16 @@ from hamdist.study.sweep.work import RunRecord
 
 @dataclass(frozen=True, slots=True)
 class SummaryLine:
-    """One cell. accuracy: held out, over the seeds, as a share; loss where the targets are real
-    values. spread: standard deviation over seeds. gap: accuracy minus that of the centralised side
-    at the same point, by seed (below 0: behind it); of losses the centralised one minus its own.
-    seconds: of a run. chosen: what the tuning chose. tuned: its validation accuracy."""
+    """The summary of one cell.
+
+    Attributes:
+        accuracy: held out, over the seeds, as a share; loss if the targets are real values.
+        spread: standard deviation over seeds.
+        gap: accuracy minus that of the centralised side at the same point, by seed (below 0: behind
+            it); of losses the centralised one minus its own.
+        seconds: of a run.
+        chosen: result of the tuning; tuned: its validation accuracy.
+    """
 
     side: str
     trains: Trains
@@ -41,7 +47,7 @@ class SummaryLine:
 
 
 def summary(outcomes: Sequence[StudyOutcome]) -> list[SummaryLine]:
-    """One line per outcome, in their order."""
+    """Return one line per outcome, in their order."""
     baselines = {o.cell.point: o for o in reversed(outcomes) if o.cell.trains is Trains.CENTRALISED}
     return [_line(outcome, baselines[outcome.cell.point]) for outcome in outcomes]
 
@@ -72,7 +78,7 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome) -> SummaryLine:
 
 
 def _gaps(own: Sequence[RunRecord], other: Sequence[RunRecord]) -> list[float]:
-    """By seed; none unless both have finished with every seed of `own`."""
+    """Return the gaps by seed; none unless both have finished with every seed of `own`."""
     by_seed = {record.seed: record for record in other}
     gaps = []
     for record in own:

@@ -27,7 +27,7 @@ TITLES = {
 def study_tables(
     study: StudySettings, lines: Sequence[SummaryLine], first: Axis | None = None
 ) -> dict[str, Table]:
-    """By title. first: the axis that comes first."""
+    """Return the tables by title; `first` is the axis that comes first."""
     real_valued = all(line.accuracy is None for line in lines)
     axes = varied(study)
     axes.sort(key=lambda axis: axis is not first)
@@ -40,7 +40,7 @@ def study_tables(
 
 
 def varied(study: StudySettings) -> list[Axis]:
-    """The axes with several values."""
+    """Return the axes with several values."""
     return [axis for axis in Axis if len(study.axes.of(axis)) > 1]
 
 
@@ -74,7 +74,7 @@ def _all(
 def _along(
     axis: Axis, axes: Sequence[Axis], lines: Sequence[SummaryLine], real_valued: bool
 ) -> Table:
-    """A row for each side at each point of the other axes, a column for each value."""
+    """Return a row for each side at each point of the other axes, a column for each value."""
     others = [other for other in axes if other is not axis]
     values = list(dict.fromkeys(dict(line.point)[axis] for line in lines))
     rows: dict[tuple[str, Point], dict[Any, SummaryLine]] = {}
@@ -113,7 +113,7 @@ def gap(line: SummaryLine, real_valued: bool) -> str:
 
 
 def chosen(values: dict[str, Any]) -> str:
-    """`lr 0.3, delay_power 0.25`."""
+    """Return the values as `lr 0.3, delay_power 0.25`."""
     return (
         ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items()) or MISSING
     )

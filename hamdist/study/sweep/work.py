@@ -1,4 +1,4 @@
-"""One run of a study, in a process of its own or in this one, and what is kept of it."""
+"""Execution of one run of a study, in a process of its own or in this one, and its record."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ POINTS = 60  # of a curve
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What is kept of a run; JSON on disk.
+    """The record of a run; JSON on disk.
 
-    accuracy, loss: of the part that it was scored on, None where the run left the finite range (in
-    `failure`), accuracy None for real-valued targets as well. prequential: accuracy over the whole
-    run. rows: that it learned from. curve: prequential, per window (rows so far, seconds, accuracy,
-    loss). drifts: (item, accuracy before, lowest, items until it was back). settings: in full.
+    Attributes:
+        accuracy, loss: of the part that it was scored on; None if the run left the finite range
+            (`failure`), accuracy None for real-valued targets as well.
+        prequential: accuracy over the whole run.
+        rows: that it learned from.
+        curve: prequential, per window (rows so far, seconds, accuracy, loss).
+        drifts: (item, accuracy before, lowest, items until it was back).
+        settings: in full.
     """
 
     key: str
@@ -48,9 +52,11 @@ class RunRecord:
 
 
 def work(job: SweepJob) -> RunRecord:
-    """The run of a job, on one thread. Raises HamdistError for what is wrong with its settings,
-    KeyboardInterrupt where it was ended before its end (Ctrl-C, SIGTERM): half a run is no record.
-    A run that leaves the finite range is a record like others."""
+    """Run a job, on one thread, and return its record, also if it leaves the finite range.
+
+    Raises HamdistError for wrong settings, KeyboardInterrupt if it was ended early (Ctrl-C,
+    SIGTERM): half a run is no record.
+    """
     with torch_threads(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run keeps them
         try:
@@ -94,7 +100,7 @@ def _record(job: SweepJob, run: Run) -> RunRecord:
 
 
 def _lost(job: SweepJob, failure: str) -> RunRecord:
-    """Of a run that failed before there was anything to keep."""
+    """Return the record of a run that failed before it had a result."""
     return RunRecord(
         key=job.key,
         trains=job.trains.value,

@@ -1,1 +1,1 @@
-"""The proof: hamdist against oracles."""
+"""The proof: comparisons of hamdist with oracles."""

@@ -44,8 +44,9 @@ WITH_FILES = ("golden", "engines")  # checks(full, paths) with the golden files
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """checks: the checks of the topic, made one by one as they are asked for. answers: what is
-    found beside a difference is told where the check passes, too."""
+    """A group of checks, which are made one by one; `answers`: notes are shown for passed ones,
+    too.
+    """
 
     name: str
     title: str
@@ -55,8 +56,13 @@ class Topic:
 
 @dataclass(frozen=True, slots=True)
 class VerifyRow:
-    """A check that has run. difference: NaN where it could not be measured. note: of a failure,
-    where the difference is, or why there is none; of a topic that answers, what was found."""
+    """The result of a check.
+
+    Attributes:
+        difference: NaN if it could not be measured.
+        note: of a failure, where the difference is, or why there is none; of a topic with
+            `answers`, the answer.
+    """
 
     topic: str
     name: str
@@ -69,10 +75,10 @@ class VerifyRow:
 
 
 def topics(only: Sequence[str], folder: Path | None) -> list[Topic]:
-    """The topics named in `only` (none: all, or with a folder the golden files alone), in their
-    order; golden files come from `folder`.
+    """Return the topics named in `only` (none: all, or with a folder the golden files alone).
 
-    Raises SettingsError for an unknown name, and for a folder without golden files.
+    Golden files come from `folder`. Raises SettingsError for an unknown name, and for a folder
+    without golden files.
     """
     wrong = [name for name in only if name not in TOPICS]
     if wrong:
@@ -90,7 +96,7 @@ def topics(only: Sequence[str], folder: Path | None) -> list[Topic]:
 
 
 def own_model_topic(own: own_model.VerifiedModel) -> Topic:
-    """What is asked about a user's own module."""
+    """Return the topic about a user's own module."""
 
     def checks(full: bool) -> Generator[Check, None, None]:  # noqa: ARG001
         yield from own_model.checks(own)
@@ -111,9 +117,9 @@ def _checks_of(
 def run(
     chosen: Iterable[Topic], full: bool, starting: Callable[[Topic, Check], None]
 ) -> Iterator[VerifyRow]:
-    """Runs the checks; a row as soon as it is known. starting: called before each check.
+    """Run the checks, and yield each row as soon as it is known; `starting` is called before each.
 
-    What a check raises is the reason of its failure; only Ctrl-C ends the run.
+    An exception of a check is the reason of its failure; only Ctrl-C ends the run.
     """
     # Small networks: more threads would wait for each other. What settings are warned of, the
     # checks mean to do.
@@ -131,8 +137,9 @@ def run(
 
 @contextmanager
 def _noticing_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C was pressed. A run inside a check takes the first
-    one for itself, and ends early as if all were well. Outside the main thread it sees none."""
+    """Yield a function that returns True if Ctrl-C was pressed. A run inside a check handles the
+    first one itself, and ends early as if nothing had failed. Outside the main thread signals are
+    not seen."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -156,7 +163,7 @@ def _noticing_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _checks(topic: Topic, full: bool) -> Generator[Check, None, None]:
-    """The topic's checks; where they cannot be made, one that says so."""
+    """Yield the topic's checks; if they cannot be made, one that says so."""
     try:
         with closing(topic.checks(full)) as checks:
             yield from checks
@@ -185,8 +192,10 @@ def _row(topic: Topic, check: Check) -> VerifyRow:
 
 
 def to_json(rows: Iterable[VerifyRow]) -> str:
-    """{"rows": [{"name", "oracle", "difference", "bound", "passed"}]}, with "note" where a row has
-    one. A difference that is no finite number is null."""
+    """Return {"rows": [{"name", "oracle", "difference", "bound", "passed"}]}.
+
+    A row may have a "note". A difference that is no finite number is null.
+    """
     entries = []
     for row in rows:
         entry: dict[str, Any] = {

@@ -1,1 +1,1 @@
-"""What hamdist is compared with: golden trajectories, whole networks by autograd."""
+"""Oracles: golden trajectories, and whole networks by autograd."""

@@ -1,4 +1,4 @@
-"""One row of `hamdist verify`: what is compared with what, and how far apart the two may be."""
+"""One row of `hamdist verify`: two sides, and the largest allowed difference between them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAULTS = (
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A difference, and where it was found (or what was found on the way)."""
+    """A difference, and where it is (or a remark on it)."""
 
     difference: float
     where: str
@@ -34,9 +34,11 @@ class Difference:
 class Check:
     """A check that has not run yet.
 
-    name: what is checked. oracle: what it is compared with. measure: runs both sides and returns
-    their difference (the largest absolute one, unless `name` says otherwise). bound: the largest
-    difference with which the check passes; 0 asks for equality to the bit.
+    Attributes:
+        name: of the checked statement; oracle: the other side.
+        measure: runs both sides and returns their difference (the largest absolute one, unless
+            `name` says otherwise).
+        bound: the largest difference with which the check passes; 0: equal to the bit.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Check:
 
 
 def reason(error: Exception) -> str:
-    """One line about `error`."""
+    """Return one line about `error`."""
     first = str(error).strip().split("\n")[0]
     if isinstance(error, HamdistError):
         return first
@@ -54,7 +56,7 @@ def reason(error: Exception) -> str:
 
 
 def failure(name: str, error: Exception) -> Check:
-    """A check that fails with `error`."""
+    """Return a check that fails with `error`."""
 
     def measure() -> float:
         raise error

@@ -58,16 +58,18 @@ KINDS = {
 
 
 def shipped() -> Path:
-    """The folder of the golden files that come with hamdist: in the repository those of its tests,
-    which a wheel holds beside this module."""
+    """Return the folder of the golden files that come with hamdist.
+
+    In the repository those are its tests', which a wheel holds beside this module.
+    """
     installed = Path(__file__).parent / "golden_files"
     return installed if installed.is_dir() else Path(__file__).parents[4] / "tests" / "golden"
 
 
 def files(folder: Path) -> list[Path]:
-    """The .npz files in `folder`, by name.
+    """Return the .npz files in `folder`, by name.
 
-    Raises SettingsError where there are none, or where it cannot be read.
+    Raises SettingsError if there are none, or it cannot be read.
     """
     try:
         found = sorted(p for p in folder.iterdir() if p.suffix == ".npz")
@@ -89,7 +91,7 @@ def checks(full: bool, paths: Sequence[Path]) -> Generator[Check, None, None]:  
 
 
 def file_checks(path: Path) -> list[Check]:
-    """The checks of one file; of a file that is not understood one that fails with the reason."""
+    """Return the checks of one file; for an unreadable file one that fails with the reason."""
     try:
         data = read(path)
         _, module = KINDS[kind_of(data)]
@@ -107,7 +109,7 @@ def file_checks(path: Path) -> list[Check]:
 
 
 def read(path: Path) -> dict[str, Array]:
-    """The entries of `path`. Raises SettingsError where it is no file of plain arrays."""
+    """Return the entries of `path`. Raises SettingsError if it is no file of plain arrays."""
     try:
         with np.load(path, allow_pickle=False) as entries:
             return {key: entries[key] for key in entries.files}
@@ -116,7 +118,7 @@ def read(path: Path) -> dict[str, Array]:
 
 
 def kind_of(data: GoldenData) -> str:
-    """The kind of a file with these entries."""
+    """Return the kind of a file with these entries."""
     for kind, (entries, _) in KINDS.items():
         if all(e in data for e in entries):
             return kind
@@ -130,7 +132,7 @@ def kind_of(data: GoldenData) -> str:
 
 
 def entry(data: GoldenData, key: str, shape: Sequence[int] | None = None) -> Array:
-    """Raises SettingsError where `key` is missing or has another shape."""
+    """Return an entry. Raises SettingsError if `key` is missing or has another shape."""
     if key not in data:
         raise SettingsError(f"entry {key!r} is missing")
     if shape is not None and data[key].shape != tuple(shape):
@@ -154,7 +156,7 @@ def tensor(array: Array) -> Tensor:
 
 
 def distance(found: Array, expected: Array) -> float:
-    """max |a - b| / (|b| + FLOOR). NaN where one alone is NaN."""
+    """Return max |a - b| / (|b| + FLOOR); NaN if one alone is NaN."""
     if found.shape != expected.shape:
         raise SettingsError(f"shape {found.shape} instead of {expected.shape}")
     apart = np.abs(found - expected) / (np.abs(expected) + FLOOR)
@@ -163,8 +165,10 @@ def distance(found: Array, expected: Array) -> float:
 
 
 def worst(pairs: Mapping[str, tuple[Array, Array]]) -> Difference:
-    """The largest `distance` among (found, expected) by name, entry by entry along the first axis,
-    and where it is."""
+    """Return the largest `distance` among (found, expected), and where it is.
+
+    The pairs are compared by name, entry by entry along the first axis.
+    """
     largest = Difference(0.0, "")
     for name, (found, expected) in pairs.items():
         for k, (a, b) in enumerate(zip(found, expected, strict=True)):

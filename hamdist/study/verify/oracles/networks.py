@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def seeded(build: Callable[[], T], seed: int = 7) -> T:
-    """`build()` with torch's global generator seeded, and put back."""
+    """Return `build()` with torch's global generator seeded, and restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -31,7 +31,7 @@ def dense(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def chain(width: int = 8, depth: int = 5) -> nn.Sequential:
-    """Linear, Tanh, ..., Linear: `depth` layers with weights."""
+    """Return Linear, Tanh, ..., Linear: `depth` layers with weights."""
 
     def build() -> nn.Sequential:
         layers: list[nn.Module] = []
@@ -45,7 +45,7 @@ def chain(width: int = 8, depth: int = 5) -> nn.Sequential:
 
 
 def tied(frozen: int = 0) -> nn.Sequential:
-    """A chain of 5 whose fourth layer is its second one. frozen: so many layers do not learn."""
+    """Return a chain of 5 whose fourth layer is its second one; `frozen` layers do not learn."""
 
     def build() -> nn.Sequential:
         twice = dense(8, 8)
@@ -111,7 +111,7 @@ class Reversing(nn.Module):
 
 
 def with_activation(activation: nn.Module) -> nn.Sequential:
-    """The chain of 5 with another activation behind its second layer."""
+    """Return the chain of 5 with another activation behind its second layer."""
     made = chain()
     made[3] = activation
     return made
@@ -122,7 +122,7 @@ def _halved(grads: Any) -> Any:
 
 
 def hooked() -> nn.Sequential:
-    """The chain of 5 with hooks on its second layer, which change values and gradients."""
+    """Return the chain of 5 with hooks on its second layer, which change values and gradients."""
     made = chain()
     layer = made[2]
     layer.register_forward_pre_hook(lambda _, args: (0.7 * args[0],))
@@ -154,7 +154,7 @@ class Skips(nn.Module):
 
 
 def skip_graph(net: Skips) -> Graph:
-    """Two skips, edges of two ticks, a block that takes two arguments, two readouts."""
+    """Return a graph of two skips, edges of two ticks, a block with two arguments, two readouts."""
     return Graph(
         [
             BlockSpec("a", net.a, (INPUT,)),
@@ -168,7 +168,7 @@ def skip_graph(net: Skips) -> Graph:
 
 
 def cycle_graph() -> Graph:
-    """A cycle b <-> c, a self-edge on c, a skip a -> d, an edge of three ticks."""
+    """Return a cycle b <-> c, a self-edge on c, a skip a -> d, an edge of three ticks."""
     return seeded(
         lambda: Graph(
             [

@@ -48,12 +48,12 @@ class NodeRecord:
 
     @property
     def omega(self) -> list[list[Tensor]]:
-        """Of the block's own module."""
+        """Return omega of the block's own module."""
         return self.own.omega
 
     @property
     def theta(self) -> list[list[Tensor]]:
-        """Of the block's own module."""
+        """Return theta of the block's own module."""
         return self.own.theta
 
     def start(self) -> None:
@@ -80,7 +80,7 @@ class RecordedNodes:
         self.watches = [_watch(plan, name, self._mailbox) for name in plan.graph.blocks]
 
     def run(self, stream: Stream) -> None:
-        """Through the whole stream, as the engine in one process does."""
+        """Run the whole stream, as the engine in one process does."""
         run_loop([SourceNode(self._plan, stream, self._mailbox), *self.watches])
 
 

@@ -39,10 +39,8 @@ TRAJECTORIES = ("h", "z", "om", "th")
 
 
 class _Network:
-    """f_v, f^y and H' of a case, over all blocks at once, and its constants.
-
-    eta_z: by block; eta_omega, beta: by parameter.
-    """
+    """f_v, f^y and H' of a case, over all blocks at once, and its constants. eta_z: by block;
+    eta_omega, beta: by parameter."""
 
     def __init__(self, case: Mapping[str, StateArray], theta: Sequence[str]) -> None:
         spec = json.loads(str(case["spec"]))

@@ -101,7 +101,7 @@ def _check(
 
 
 def _apart(build: Callable[[], nn.Module], items: int, settings: Settings) -> float:
-    """The largest difference between losses, and between weights at the end."""
+    """Return the largest difference between losses, and between weights at the end."""
     own = build()
     model = skip_graph(own) if isinstance(own, Skips) else own
     result = train(model, Draws(items), settings)
@@ -118,7 +118,7 @@ def _apart(build: Callable[[], nn.Module], items: int, settings: Settings) -> fl
 
 
 def sgd(model: nn.Module, stream: Draws, learning: LearningSettings) -> list[Tensor]:
-    """Moves the weights of `model` item by item; the loss curve of each of its predictions."""
+    """Move the weights of `model` item by item; return each prediction's loss curve."""
     optimiser = torch.optim.SGD(
         model.parameters(), learning.lr, learning.momentum, learning.dampening
     )

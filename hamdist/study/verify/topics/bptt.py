@@ -1,4 +1,5 @@
-"""Checks of level `bptt`: backpropagation through time by the reversed stream (equations.md).
+"""Checks of level `bptt`: backpropagation through time by the reversed stream
+(docs: concepts/equations).
 
 The oracle is torch alone: nn.RNN, nn.GRU or nn.LSTM over whole sequences, autograd, and
 torch.optim.SGD; or the golden files rnn_bptt_*.
@@ -215,7 +216,9 @@ def _stored(case: SequenceCase) -> Difference:
 
 
 def checks(full: bool) -> Iterator[Check]:
-    """full: the sizes of the paper's sequence models (embedded tokens of 50 features, 30 units)."""
+    """Yield the checks; `full`: in the sizes of the paper (embedded tokens of 50 features, 30
+    units).
+    """
     sizes: dict[str, Any] = {}
     if full:
         lengths = tuple(5 + (7 * i) % 26 for i in range(100))

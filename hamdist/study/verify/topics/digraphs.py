@@ -5,7 +5,7 @@ J = df/dh at h*, g = dL/dh, s = -1 and eta_z = 0
 
     c z -> phi (I - J^T)^{-1} g,      omega / (tau phi) -> the gradient through the fixed point
 
-(equations.md). With s = +1, integrated forward, z grows by 1 + c tau in every tick.
+(docs: concepts/equations). With s = +1, integrated forward, z grows by 1 + c tau in every tick.
 """
 
 from __future__ import annotations

@@ -122,8 +122,10 @@ def _apart(model: Model, items: int, fields: Mapping[str, Any]) -> Difference:
 
 
 def difference(alone: RunResult, spread: RunResult) -> Difference:
-    """The largest difference between all that two runs leave, and where it is; infinite where one
-    has something that the other has not."""
+    """Return the largest difference between the results of two runs, and where it is.
+
+    It is infinite if one has an entry that the other has not.
+    """
     a, b = dict(_leavings(alone)), dict(_leavings(spread))
     odd = a.keys() ^ b.keys()
     if odd:

@@ -1,5 +1,5 @@
-"""A user's own module: whether level `backprop` equals autograd on it, and from which speed c on
-level `local` does, to 1 %.
+"""A user's own module: equality of level `backprop` with autograd, and the speed c from which on
+level `local` equals it, to 1 %.
 
 B: batch.
 """
@@ -44,8 +44,13 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class VerifiedModel:
-    """What is verified. input_shape: without the batch. classes: the loss is cross-entropy (None:
-    the squared error). blocks: to cut the model into (None: as the level does)."""
+    """The model to verify.
+
+    Attributes:
+        input_shape: without the batch.
+        classes: the loss is cross-entropy (None: the squared error).
+        blocks: to cut the model into (None: as the level does).
+    """
 
     factory: ModelFactory
     name: str
@@ -56,7 +61,7 @@ class VerifiedModel:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """`3,28,28` as (3, 28, 28). Raises SettingsError for anything else."""
+    """Return `3,28,28` as (3, 28, 28). Raises SettingsError for anything else."""
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -94,7 +99,7 @@ def checks(own: VerifiedModel) -> Generator[Check, None, None]:
 
 
 def make(own: VerifiedModel, dtype: torch.dtype) -> nn.Module:
-    """The model, with what would draw random numbers switched off: they would be others."""
+    """Return the model, without modules that draw random numbers, which would be others."""
     model = make_from_factory(own.factory, seed=SEED, dtype=dtype)
     for part in model.modules():
         if isinstance(part, (_DropoutNd, nn.RReLU)) or getattr(part, "dropout", False):
@@ -103,7 +108,7 @@ def make(own: VerifiedModel, dtype: torch.dtype) -> nn.Module:
 
 
 def vocabulary(model: nn.Module) -> int | None:
-    """How many tokens a model knows whose first weights are an embedding; None for others."""
+    """Return how many tokens a model has whose first weights are an embedding; None for others."""
     first = next((m for m in model.modules() if next(m.parameters(False), None) is not None), None)
     return first.num_embeddings if isinstance(first, (nn.Embedding, nn.EmbeddingBag)) else None
 
@@ -157,7 +162,7 @@ class Items:
 
 
 def _backprop(own: VerifiedModel, dtype: torch.dtype) -> Difference:
-    """The largest |a - b| / max(1, |b|) of losses, weights and buffers."""
+    """Return the largest |a - b| / max(1, |b|) of losses, weights and buffers."""
     plain = make(own, dtype)
     items = Items(own, plain, dtype)
     loss = _loss(own)
@@ -183,7 +188,7 @@ def _backprop(own: VerifiedModel, dtype: torch.dtype) -> Difference:
 
 
 def _local(own: VerifiedModel) -> Difference:
-    """The error at the smallest speed at which it is within the tolerance."""
+    """Return the error at the smallest speed at which it is within the tolerance."""
     model = make(own, torch.float64)
     items = Items(own, model, torch.float64)
     settings = _settings("local", own, torch.float64)
@@ -224,7 +229,7 @@ def _loss(own: VerifiedModel) -> LossFunction:
 
 
 def _sgd(model: nn.Module, items: Items, loss: LossFunction) -> list[float]:
-    """Moves the weights of `model`; the loss of every item."""
+    """Move the weights of `model`; return the loss of every item."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(parameters, LR)
     losses = []

@@ -4,7 +4,7 @@
     static input     exact from a known tick on, or to any error after a known number of ticks
     with eta         c z_l/phi -> (c/(c + eta))^(nu + 1 - l) delta_l,  omega -> phi G'/eta
 
-(equations.md, "What follows"; nu blocks, l from 1). Cycles are in digraphs.py.
+(docs: concepts/equations; nu blocks, l from 1). Cycles are in digraphs.py.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _smooth(full: bool) -> Iterator[Check]:
 def _from_order(
     order: int, measure: Measure, a: float, seed: int, richardson: bool = False
 ) -> float:
-    """How far the exponent of `measure` is from `order`."""
+    """Return how far the exponent of `measure` is from `order`."""
     network = tanh_network().make(seed)
     stream = timed_stream(StreamKind.SMOOTH, network.values, seed)
     exact = exact_gradients(network, stream)
@@ -138,7 +138,7 @@ def _dissipated() -> Iterator[Check]:
 
 
 def _fixed_point() -> tuple[float, float]:
-    """The largest relative differences, over the layers."""
+    """Return the largest relative differences, over the layers."""
     network = tanh_network(depth=DEPTH).make(0)
     stream = timed_stream(StreamKind.STATIC, network.values, 0)
     u, y = stream.u(0.0), stream.y(0.0)
