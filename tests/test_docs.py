@@ -119,7 +119,7 @@ def own_file(block: Block) -> None:
 def run_words(words: list[str], block: Block) -> None:
     """Runs a command of hamdist with few items; of the project's own scripts, says that they are
     there with these options."""
-    program, *arguments = words
+    program, *arguments = words[: words.index(">")] if ">" in words else words
     if program == "hamdist":
         parse(arguments, block)
         if block.why is None:

@@ -218,6 +218,7 @@ PRODUCT = {
     "trace, weights kept": {"level": "trace", "locality": {"memory": "trace+weights"}},
     "trace, by autograd": {"level": "trace", "engine": {"step": "autograd"}},
     "heads": {"level": "heads"},
+    "pipeline": {"level": "pipeline", "locality": {"microbatches": 2}},
     "backprop, tau": {"level": "backprop", "dynamics": {"tau": 0.25}},
 }
 RECIPE = {"lr": 0.1, "clip": 0.3, "average": 0.9, "warmup": 5, "decay": "linear"}
@@ -227,6 +228,8 @@ RECIPE = {"lr": 0.1, "clip": 0.3, "average": 0.9, "warmup": 5, "decay": "linear"
 @pytest.mark.parametrize("name", PRODUCT)
 def test_sgd_of_torchs_is_that_of_learning(name, inputs):
     """With clipping, averages, falling and delay-dependent steps, whitened inputs."""
+    if name == "pipeline":
+        inputs = "off"  # (refused with micro-batches)
     recipe = {**RECIPE, "inputs": inputs}
     engine = {"threads": 1}
     fields = {"engine": engine, **PRODUCT[name]}
@@ -288,6 +291,14 @@ def test_slices(name):
     whole = train(wide, learning=learning)
     sliced = train(wide, learning=learning, partition={"slices": {"block0": 3}})
     assert relative(sliced.model.parameters(), whole.model.parameters()) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad"])
+def test_micro_batches_make_one_step_and_are_one_item_of_a_scheduler(name):
+    make = OPTIMISERS[name]
+    result = train(level="pipeline", locality={"microbatches": 2}, optimizer=make, scheduler=course)
+    expected = by_hand(lambda named: [make(named.values())], course)
+    assert relative(result.model.parameters(), expected.parameters()) <= 1e-12
 
 
 def test_a_sequence_moves_once_by_the_sum_of_its_gradients():

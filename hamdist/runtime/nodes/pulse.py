@@ -1,4 +1,4 @@
-"""A block that pulses pass, as a node."""
+"""The node of a block that pulses pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hamdist.runtime.signals.signal import ready
 
 
 class PulseNode(Remembers):
-    """A block that pulses pass. seconds: spent in the block's own steps."""
+    """A block that pulses pass; `seconds` is the time spent in its own steps."""
 
     def __init__(
         self,
@@ -64,9 +64,10 @@ class PulseNode(Remembers):
         self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:
-        """Nothing is under way before the first sample."""
+        """Do nothing: no signal is under way before the first sample."""
 
     def step(self) -> None:
+        """Do the phase of the present event, and move to the next one."""
         phase = self.event.phase
         if phase is Phase.READ:
             self._read(self.event)
@@ -91,7 +92,7 @@ class PulseNode(Remembers):
                 return
 
     def _inputs(self, event: Event) -> list[Tensor] | None:
-        """The parents' states about the event's sample; None where the stream has ended."""
+        """Return the parents' states about the event's sample; None if the stream has ended."""
         inputs = []
         for edge in self._ports.into:
             signal = self._ports.state(edge, event)
@@ -121,7 +122,7 @@ class PulseNode(Remembers):
                 self._learn(event.sample, label.payload)
 
     def _learn(self, sample: int, label: Tensor | None) -> None:
-        """By the block's own readout, if it has one."""
+        """Let the block's local readout learn, if it has one."""
         if isinstance(self.block, (HeadBlock, PulseBlock)):
             begin = perf_counter()
             self.block.learn(sample, None if label is None else self._ports.own_label(label))
@@ -173,9 +174,9 @@ class PulseNode(Remembers):
     def _of_earlier(
         self, block: PulseReadout, n: int, reading: Reading | None
     ) -> tuple[int, Reading | None]:
-        """Where labels come late (streams/wrappers/late_targets.py): keeps the prediction of a
-        sample that came, in passes of odd number; scores it when its label has come, in the even
-        ones."""
+        """Score the prediction whose label has come late (streams/wrappers/late_targets.py). Passes
+        of odd number keep the prediction of the sample that came; the even ones score it when its
+        label has come."""
         item, asks = divmod(n, 2)
         if asks:
             if block.prediction is not None:
@@ -191,7 +192,7 @@ class PulseNode(Remembers):
 
     @property
     def device(self) -> torch.device:
-        """Where the block computes."""
+        """Return the device on which the block computes."""
         return self._ports.border.device
 
     def state(self) -> BlockState:

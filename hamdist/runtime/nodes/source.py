@@ -78,17 +78,17 @@ class SourceNode:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What the stream has counted: samples dropped, say."""
+        """Return the counts of the stream, such as dropped samples."""
         return report_of(self._stream)
 
     @property
     def samples(self) -> int:
-        """Samples that were sent; each counts once, though it may pass twice."""
+        """Return the number of samples sent; each counts once, though it may pass twice."""
         return self._sent // self._passes
 
     @property
     def passed(self) -> int:
-        """Items that the stream has passed over."""
+        """Return the number of items that the stream has passed over."""
         return passed_over(self._stream)
 
     def start(self) -> None:
@@ -97,7 +97,7 @@ class SourceNode:
             self._next = self._draw(0)
 
     def snapshot(self) -> dict[str, Any]:
-        """How far the stream was drawn, and what was seen of it."""
+        """Return the position in the stream, and the statistics of it so far."""
         ahead = self._next
         return {
             "event": self.event,
@@ -112,7 +112,7 @@ class SourceNode:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`, instead of `start`: the stream is drawn again up to there."""
+        """Continue from `state`, instead of `start`: the stream is drawn again up to there."""
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         check_names("stream", state, names)
         self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
@@ -148,7 +148,7 @@ class SourceNode:
         self.tick = self.event.tick
 
     def _part(self, name: str, u: Tensor, part: int) -> Tensor | None:
-        """What is sent of an input; None where a batch has fewer rows than parts."""
+        """Return the part of an input to send; None if a batch has fewer rows than parts."""
         if self._parts == 1 or name not in self._cut:
             return ready(u)
         rows = rows_of(len(u), self._parts, part)

@@ -43,7 +43,7 @@ def cut_batches(
 
 
 def _against(graph: Graph, learning: LearningSettings) -> list[str]:
-    """What micro-batches cannot go with."""
+    """Return the settings that exclude micro-batches."""
     reasons = []
     own = learning.blocks.values()
     if learning.heads is not None or any(b.heads not in (None, "off") for b in own):
@@ -62,7 +62,7 @@ def _against(graph: Graph, learning: LearningSettings) -> list[str]:
 def microbatch_warnings(
     knobs: Locality, graph: Graph, spec: SampleSpec, *, auto: bool
 ) -> list[str]:
-    """Says what micro-batches change. auto: hamdist chose their number."""
+    """Return warnings about micro-batches; `auto`: hamdist chose their number."""
     parts, told = knobs.microbatches, []
     if auto:
         told.append(f"locality.microbatches 'auto' is {parts}: batches have {spec.batch} row(s)")

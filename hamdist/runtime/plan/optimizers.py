@@ -103,7 +103,7 @@ def _check_once(learning: LearningSettings, functions: OptimizerRule) -> None:
 def _contradictions(
     name: str, d: DynamicsSettings, learning: LearningSettings, knobs: Locality
 ) -> Iterator[str]:
-    """Why blocks cannot have an optimiser (none: they can)."""
+    """Yield why blocks cannot have an optimiser."""
     if knobs.hold:
         yield (
             f"{name} with presentation 'hold': omega and its dissipation are part of Hamilton's "

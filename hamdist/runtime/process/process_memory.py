@@ -17,7 +17,7 @@ import psutil
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 RESET_HIGH_WATER_MARK = "5"
-RINGS = "/memfd:hamdist"  # of shared.py
+RINGS = "/memfd:hamdist"  # of transport/shared_memory.py
 
 
 def reset_peak(*, collect: bool = False) -> bool:

@@ -83,27 +83,40 @@ def train(
     on_progress: OnProgress | None = None,
     resume: str | Path | None = None,
 ) -> RunResult:
-    """Learns `model` on `stream` as `settings` say (those of one level: `Settings.for_level`).
+    """Train `model` on `stream` by `settings` (those of one level: `Settings.for_level`).
 
-    model: stays as it is; a copy is cut into blocks and trained. A `Graph` brings its own blocks
-    and losses. loss: (prediction, target) -> scalar mean over the batch, instead of
-    `settings.loss`, or one for each output of a model that has several. policy: where blocks begin,
-    instead of `settings.partition`. phi: the scale of the loss by tick (by sample, in levels of
-    presentation 'pulse'), instead of `settings.dynamics.phi`. optimizer: makes the torch.optim
-    optimiser (or several) of a list of parameters, for each block, instead of
-    `settings.learning.optimizer`; scheduler: the scheduler of an optimiser, stepped once per item.
-    on_progress: called about four times
-    a second, and for every phase of the start (`Progress.phase`), in the calling thread; it may end
-    the run (`Stop`: the result then says `stopped`), and what else it raises does so, too, with
-    what was learned so far as its `result`. The first Ctrl-C or SIGTERM ends the stream; the result
-    then says `interrupted`. resume: a folder of snapshots, or
-    one of them: the run goes on from it as if it had never stopped; a network that is cut in
-    another way, or another level, takes over the weights and the place in the stream.
+    The first Ctrl-C or SIGTERM ends the stream; the result then says `interrupted`.
 
-    Raises SettingsError, GraphError, LevelError before anything starts; StreamError, BlockError,
-    StallError, ClusterError when a run fails (everything it started has ended by then);
-    SnapshotError for a snapshot that cannot be gone on from, before anything starts. A
-    DivergedError brings what came before as its `result`.
+    Args:
+        model: is not changed; a copy is cut into blocks and trained. A `Graph` brings its own
+            blocks
+            and losses.
+        stream: the items to learn from.
+        settings: of the run.
+        loss: (prediction, target) -> scalar mean over the batch, instead of `settings.loss`, or one
+            for
+            each output of a model that has several.
+        policy: where blocks begin, instead of `settings.partition`.
+        phi: the scale of the loss by tick (by sample, in levels of presentation 'pulse'), instead
+            of
+            `settings.dynamics.phi`.
+        optimizer: makes the torch.optim optimiser (or several) of a list of parameters, for each
+            block,
+            instead of `settings.learning.optimizer`.
+        scheduler: makes the scheduler of an optimiser, stepped once per item.
+        on_progress: called about four times a second, and for every phase of the start
+            (`Progress.phase`), in the calling thread. It may end the run (`Stop`: the result then
+            says
+            `stopped`); any other exception does so, too, with the trained state as its `result`.
+        resume: a folder of snapshots, or one of them: the run continues from it as if it had never
+            stopped; a network that is cut in another way, or another level, takes over the weights
+            and
+            the place in the stream.
+
+    Raises:
+        SettingsError, GraphError, LevelError, SnapshotError: before anything starts.
+        StreamError, BlockError, StallError, ClusterError: the run failed; its processes have ended.
+        DivergedError: has the results up to then as its `result`.
     """
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         raise SettingsError(
@@ -174,8 +187,8 @@ def _spec_with_example(stream: Stream) -> SampleSpec:
 
 @dataclass(frozen=True)
 class _Work:
-    """What `train` was given. known_by: the stream's identity (resume.py). keeps: where snapshots
-    lie was said, or there are none. optimizer: of the user's functions."""
+    """Arguments of `train`, and the stream's identity (`known_by`, snapshots/resume.py). `keeps`:
+    the folder of snapshots was given, or there is none."""
 
     model: nn.Module | Graph
     spec: SampleSpec
@@ -217,7 +230,7 @@ class _Work:
         return graph, plan
 
     def resumed(self, where: str | Path) -> tuple[Graph, Plan, list[str]]:
-        """Goes on from the latest snapshot at `where`; with what there is to say about it."""
+        """Resume from the latest snapshot at `where`; also returns warnings."""
         told: list[str] = []
         snapshot = latest(where, told.append)
         warnings.warn(ChoiceWarning(origin(snapshot)), stacklevel=4)
@@ -287,17 +300,17 @@ class _Work:
 
 
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
-    """The plan with which `train` would begin. Raises what `train` raises before that."""
+    """Return the plan with which `train` would begin. Raises what `train` raises before that."""
     return _Work(model, spec, settings, None, None, None).planned()[1]
 
 
 def snapshot_model(
     snapshot: Snapshot, model: nn.Module | Graph, spec: SampleSpec, settings: Settings
 ) -> nn.Module:
-    """The plain module with the weights of a snapshot of a run of `settings` on `model`, or with
-    their averages where `learning.average` asks for them: as `RunResult.model`.
+    """Return the plain module with the weights of a snapshot of a run of `settings` on `model`.
 
-    Raises SnapshotError where they do not fit.
+    They are averages where `learning.average` asks for them, as in `RunResult.model`. Raises
+    SnapshotError if they do not fit.
     """
     graph = _Work(model, spec, settings, None, None, None).graph()
     return weights_of(snapshot, graph, averaged=True)

@@ -4,7 +4,7 @@ With beta = 0 and eta_omega = 1/tau
 
     omega_{k+1} = tau phi G_k,      phi G_k = phi dL/dtheta_k + z_k^T dh'/dtheta_k
 
-so omega is the local gradient of the moment t_k, scaled (equations.md; s = -1).
+so omega is the local gradient of the moment t_k, scaled (docs: concepts/equations; s = -1).
 B: batch, P: weights of the network.
 """
 

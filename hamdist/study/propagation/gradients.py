@@ -1,6 +1,6 @@
 """How local learning becomes backpropagation as its signals get faster.
 
-Local weight gradients of frozen blocks (watch.py) are compared with backpropagation's for the
+Local weight gradients of frozen blocks (frozen_run.py) are compared with backpropagation's for the
 input and the target of the same moment, G*_i = dL(u(t_i), target(t_i))/dtheta at moments t_i:
 
     error   = sqrt( sum_i |G_i - G*_i|^2 / sum_i |G*_i|^2 )
@@ -8,7 +8,7 @@ input and the target of the same moment, G*_i = dL(u(t_i), target(t_i))/dtheta a
 
 c is a velocity: hops per second of the stream's time. A tick takes tau = (c tau)/c seconds and
 shows u(k tau). What a block knows is a few hops old, so for a smooth stream error ~ 1/c and
-1 - cos ~ 1/c^2 (NILP; equations.md, "What follows"). Before every look the network runs for as
+1 - cos ~ 1/c^2 (NILP; docs: concepts/equations). Before every look the network runs for as
 many ticks as it needs to forget what it held, so that no look sees a transient.
 
 B: batch, P: weights of the network.
@@ -54,16 +54,18 @@ class Network:
 
     @property
     def hops(self) -> int:
-        """Hops of the longest way from the input to a readout and from there to a weight."""
+        """Return the hops of the longest path from the input to a readout and from there to a
+        weight.
+        """
         if not self.graph.acyclic:
             return CYCLE_HOPS
         return 2 * (self.graph.depth + 1)
 
 
 def as_network(graph: Graph, input_shape: Sequence[int], batch: int = 4) -> Network:
-    """`graph` (which stays as it is) for inputs of `input_shape`, given without the batch.
+    """Return `graph` (unchanged) for inputs of `input_shape`, given without the batch.
 
-    Raises GraphError where it does not take them, or where its readouts cannot share a target.
+    Raises GraphError if it does not take them, or if its readouts cannot share a target.
     """
     own = in_float64(graph)
     u = torch.zeros(batch, *input_shape, dtype=F64)
@@ -87,8 +89,10 @@ def as_network(graph: Graph, input_shape: Sequence[int], batch: int = 4) -> Netw
 
 @cache
 def ticks_to_settle(hops: int, c_tau: float, share: float) -> int:
-    """The smallest k with P[ Binomial(k, c tau) < hops ] <= share: a signal moves on with
-    probability c tau in a tick, and has come through when it has moved `hops` times."""
+    """Return the smallest k with P[ Binomial(k, c tau) < hops ] <= share.
+
+    A signal moves on with probability c tau in a tick, and arrives when it has moved `hops` times.
+    """
     k = hops
     while not_through(k, hops, c_tau) > share:
         k += 1
@@ -96,7 +100,7 @@ def ticks_to_settle(hops: int, c_tau: float, share: float) -> int:
 
 
 def not_through(k: int, hops: int, a: float) -> float:
-    """P[ Binomial(k, a) < hops ]."""
+    """Return P[ Binomial(k, a) < hops ]."""
     if a == 1:
         return float(k < hops)
     still, moved = math.log1p(-a), math.log(a)
@@ -114,7 +118,7 @@ def local_gradients(
     c_tau: float,
     target: TargetOf = TargetOf.CURRENT,
 ) -> tuple[list[Tensor], int]:
-    """The local gradient (P,) at each of the stream's looks, and the number of ticks run."""
+    """Return the local gradient (P,) at each of the stream's looks, and the number of ticks run."""
     tau = c_tau / c
     settle = ticks_to_settle(network.hops, c_tau, stream.forgotten) + 1
     windows = [_window(stream, t, tau, settle) for t in stream.looks]
@@ -137,14 +141,14 @@ def local_gradients(
 
 
 def _window(stream: TimedStream, t: float, tau: float, settle: int) -> int:
-    """Ticks to run for a look at t: `settle`, or as many as the stream has been on."""
+    """Return the ticks to run for a look at t: `settle`, or as many as the stream has been on."""
     if stream.begins == -math.inf:
         return settle
     return min(settle, math.floor((t - stream.begins) / tau + 1e-9) + 1)
 
 
 def exact_gradients(network: Network, stream: TimedStream) -> list[Tensor]:
-    """Backpropagation's gradient (P,) at each of the stream's looks."""
+    """Return backpropagation's gradient (P,) at each of the stream's looks."""
     by_look = [network.backprop(stream.u(t), stream.y(t)) for t in stream.looks]
     return [flat(g for own in by.values() for g in own) for by in by_look]
 
@@ -156,8 +160,10 @@ def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def one_minus_cos(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The mean of 1 - cos = |f/|f| - e/|e||^2 / 2, which loses no digits where it is small; 1 where
-    a gradient is zero and points nowhere."""
+    """Return the mean of 1 - cos = |f/|f| - e/|e||^2 / 2, which loses no digits where it is small.
+
+    It is 1 where a gradient is zero and has no direction.
+    """
     angles = []
     for f, e in zip(found, exact, strict=True):
         sizes = float(f.norm()), float(e.norm())

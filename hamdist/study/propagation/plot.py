@@ -34,7 +34,9 @@ ROOM = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One stream at one c tau: error and 1 - cos at each of `speeds` (ascending, hops/s)."""
+    """The curve of a stream at one c tau: error and 1 - cos at each of `speeds` (ascending,
+    hops/s).
+    """
 
     stream: str
     c_tau: float
@@ -45,7 +47,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class PlotLine:
-    """factor c^exponent."""
+    """The line factor c^exponent."""
 
     exponent: float
     factor: float
@@ -57,7 +59,7 @@ def speed_plots(
     decays: Sequence[DecayFit],
     title: str,
 ) -> dict[str, bytes]:
-    """The picture as 'png' and 'svg'. lines: the fits of error and of 1 - cos."""
+    """Return the picture as 'png' and 'svg'; `lines` are the fits of error and of 1 - cos."""
     import_matplotlib()
     from matplotlib.figure import Figure
 
@@ -133,7 +135,7 @@ def _against_c(
 
 
 def _draw_decays(axes: Axes, decays: Sequence[DecayFit], steps: Sequence[float]) -> None:
-    """One curve per c tau (of the first seed), against the hops made so far, k c tau."""
+    """Draw a curve per c tau (of the first seed), against the hops made so far, k c tau."""
     drawn: set[float] = set()
     for decay in decays:
         if decay.c_tau in drawn:

@@ -1,4 +1,4 @@
-"""What a study of speed found: exponents, tables, files."""
+"""The results of a study of speed: exponents, tables, files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SlopeFit:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a smooth stream's error and 1 - cos fall with c, at one c tau."""
+    """The exponents of a smooth stream's error and of 1 - cos, by c, at one c tau."""
 
     c_tau: float
     error: SlopeFit
@@ -47,7 +47,7 @@ class Fit:
 
 
 def fit(speeds: Sequence[float], values: Sequence[float]) -> SlopeFit | None:
-    """The slope over the fastest of `speeds`; None below two values, or where one is zero."""
+    """Return the slope over the fastest of `speeds`; None below two values, or if one is zero."""
     fastest = sorted(zip(speeds, values, strict=True), reverse=True)
     span = [p for p in fastest if p[0] * FITTED_SPAN >= fastest[0][0] * (1 - 1e-9)]
     points = span if len(span) >= FITTED_LEAST else fastest[:FITTED_LEAST]
@@ -64,8 +64,10 @@ def fit(speeds: Sequence[float], values: Sequence[float]) -> SlopeFit | None:
 
 
 def curves(rows: Sequence[SpeedRow]) -> list[Curve]:
-    """Over the seeds: root mean square of the error, mean of 1 - cos; one curve per stream and
-    c tau."""
+    """Return one curve per stream and c tau, over the seeds.
+
+    It has the root mean square of the error, and the mean of 1 - cos.
+    """
     groups: dict[tuple[str, float], dict[float, list[SpeedRow]]] = {}
     for row in rows:
         groups.setdefault((row.stream, row.c_tau), {}).setdefault(row.c, []).append(row)
@@ -100,7 +102,7 @@ def fits(found: Sequence[Curve]) -> list[Fit]:
 
 
 def speed_tables(result: SpeedResult) -> dict[str, Table]:
-    """By title: the error against c, 1 - cos against c, and the ticks that static inputs take."""
+    """Return tables by title: error against c, 1 - cos against c, the ticks of static inputs."""
     found = curves(result.rows)
     by_step = {f.c_tau: f for f in fits(found)}
     tables = {
@@ -149,7 +151,7 @@ def _exponent(slope: SlopeFit | None) -> str:
 
 
 def _facts(found: Sequence[Curve]) -> list[str]:
-    """What the numbers say, in sentences."""
+    """Return the conclusions from the numbers, in sentences."""
     facts = [
         f"smooth (0.5 to 1.5 rad/s), c τ = {f.c_tau:g}: error {_law(f.error)}, "
         f"1 - cos {_law(f.one_minus_cos)}"
@@ -176,7 +178,7 @@ def _law(slope: SlopeFit) -> str:
 
 
 def _tick_table(counts: Sequence[CountRow]) -> Table:
-    """One row per order, c tau, quantity and layer; the counts of all seeds."""
+    """Return a row per order, c tau, quantity and layer; the counts of all seeds."""
     groups: dict[tuple[str, float, str, int, float, int], list[int | None]] = {}
     for row in counts:
         key = (row.order, row.c_tau, row.quantity, row.layer, row.error, row.expected)
@@ -202,8 +204,10 @@ def _off(ticks: Sequence[int | None], expected: int) -> str:
 
 
 def save_speed(folder: Path, result: SpeedResult) -> None:
-    """speed.csv, speed.json, speed.md, speed.png and speed.svg. Raises SettingsError where a file
-    cannot be written."""
+    """Write speed.csv, speed.json, speed.md, speed.png and speed.svg.
+
+    Raises SettingsError if a file cannot be written.
+    """
     found = curves(result.rows)
     out = io.StringIO()
     writer = csv.DictWriter(
@@ -221,7 +225,7 @@ def save_speed(folder: Path, result: SpeedResult) -> None:
 
 
 def _lines(found: Sequence[Curve]) -> tuple[PlotLine | None, PlotLine | None]:
-    """The fitted lines to draw: of error and of 1 - cos, at the largest c tau."""
+    """Return the fitted lines to draw: of error and of 1 - cos, at the largest c tau."""
     made = sorted(fits(found), key=lambda f: -f.c_tau)
     if not made:
         return None, None
@@ -247,7 +251,7 @@ def _record(result: SpeedResult, found: Sequence[Curve]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Return the value without NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

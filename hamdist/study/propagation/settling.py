@@ -1,4 +1,4 @@
-"""How many ticks a static input takes, against the exact counts (equations.md, "What follows").
+"""Ticks that a static input takes, against the exact counts (docs: concepts/equations).
 
 A chain of nu state blocks, beta = eta = 0, from any states on. With c tau = 1
 
@@ -35,9 +35,14 @@ SPARE = 6  # ticks run beyond those expected
 
 @dataclass(frozen=True, slots=True)
 class CountRow:
-    """quantity: 'h' or 'z' of a layer (from 1), or 'omega', its increment in all layers (layer 0).
-    error: relative, to which the ticks are counted; 0: to round-off. ticks: None where it was not
-    reached. expected: by equations.md."""
+    """Ticks until a quantity is exact: 'h' or 'z' of a layer (from 1), or 'omega', its increment in
+    all layers (layer 0).
+
+    Attributes:
+        error: relative, to which the ticks are counted; 0: to round-off.
+        ticks: None if it was not reached.
+        expected: by docs: concepts/equations.
+    """
 
     order: str
     c_tau: float
@@ -51,8 +56,11 @@ class CountRow:
 
 @dataclass(frozen=True, slots=True)
 class DecayFit:
-    """By tick: the relative difference of omega's increment in the layer that is furthest off, and
-    P[ Binomial(k, c tau) <= 2 nu - 1 ]."""
+    """The decay at c tau, by tick.
+
+    `differences`: the relative difference of omega's increment in the layer that is furthest off;
+    `expected`: P[ Binomial(k, c tau) <= 2 nu - 1 ].
+    """
 
     c_tau: float
     differences: Sequence[float]

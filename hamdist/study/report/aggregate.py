@@ -56,7 +56,7 @@ class AggregateRow:
 
 
 def aggregate(runs: Iterable[Run]) -> list[AggregateRow]:
-    """One row per level, in the order in which the levels first appear.
+    """Return a row per level, in the order in which the levels first appear.
 
     Interrupted runs are left out. A gap is taken over the seeds for which both runs finished.
     """

@@ -22,7 +22,7 @@ KEY_LENGTH = 20
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """A run that a comparison will make. level: None for the centralised baseline."""
+    """A run that a comparison will make; `level` is None for the centralised baseline."""
 
     level: Level | None
     seed: int
@@ -33,10 +33,10 @@ class PlannedRun:
 
 
 def plan(settings: Settings) -> list[PlannedRun]:
-    """The runs of a comparison: the baseline with every seed (`seed`, `seed` + 1, ...), then the
-    levels, seed by seed. So no baseline shares the machine with an idle Ray.
+    """Return the runs of a comparison: the baseline with every seed, then the levels, seed by seed.
 
-    Raises SettingsError where nothing bounds the runs.
+    So no baseline shares the machine with an idle Ray. Raises SettingsError if nothing bounds the
+    runs.
     """
     if settings.steps is None:
         raise SettingsError(
@@ -62,13 +62,14 @@ def compare(
 ) -> Iterator[Run]:
     """Make the runs one after the other and yield each as it ends.
 
-    store: keeps those that finished; what is there is not made again. made_of: what the runs depend
-    on beside the settings, as text (the user's code).
-
     Each level has its own settings (`Settings.for_level`); the baseline has those of `backprop`.
-    plain: makes the module of the baseline, where that is another one than the levels'.
     The runs on Ray share one session and its actors. An interrupted run is the last one. Raises
     HamdistError as the runs do.
+
+    Args:
+        store: stores the finished runs; stored ones are not made again.
+        made_of: further dependencies of the runs, as text (the user's code).
+        plain: makes the module of the baseline, if it is another one than the levels'.
     """
     with ExitStack() as stack:
         for item in planned:
@@ -103,7 +104,7 @@ def run_key(settings: Settings, *made_of: object) -> str:
 
 
 def _kept_apart(settings: Settings) -> Settings:
-    """Each run with a folder for snapshots of its own, if they are taken at all."""
+    """Return the settings with a folder of its own for the run's snapshots, if it takes any."""
     kept = settings.snapshots
     if kept.path is None:
         return settings

@@ -1,4 +1,4 @@
-"""What the prequential accuracy does after each labelled drift of a stream.
+"""The prequential accuracy after each labelled drift of a stream.
 
 The measure, for a drift at item d with the next one at item e:
 
@@ -26,8 +26,11 @@ SETTLED = 3  # the last so-manieth part of a concept says what accuracy had been
 
 @dataclass(frozen=True, slots=True)
 class DriftRecovery:
-    """One drift. item: the first one of the new concept. before, lowest: accuracies in [0, 1].
-    items: until the accuracy was back; None where it was not before the next drift."""
+    """Recovery from a drift at `item`, the first one of the new concept.
+
+    `before`, `lowest`: accuracies in [0, 1]; `items`: until the accuracy was back, None if it was
+    not before the next drift.
+    """
 
     item: int
     before: float
@@ -36,7 +39,7 @@ class DriftRecovery:
 
 
 def recoveries(windows: Sequence[Window], drifts: Sequence[int]) -> tuple[DriftRecovery, ...]:
-    """Of each drift that has a measure. windows: prequential, in order."""
+    """Return the recovery from each drift with a measure; `windows` are in order."""
     if not windows:
         return ()
     edges = [0, *drifts, windows[-1].last + 1]
@@ -64,7 +67,7 @@ def _recovery(item: int, settled: Sequence[Window], new: Sequence[Window]) -> Dr
 
 
 def drift_fact(found: Sequence[DriftRecovery]) -> str:
-    """In words; empty where there was no drift."""
+    """Return the recoveries in words; empty if there was no drift."""
     if not found:
         return ""
     back = [one.items for one in found if one.items is not None]

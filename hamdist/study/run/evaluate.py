@@ -27,8 +27,13 @@ Targets: TypeAlias = Tensor | Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """loss: mean over rows. accuracy: share of rows predicted right; None for real values.
-    outputs: of a model of several, by name; loss and accuracy are then those of `main`."""
+    """Scores on held-out data.
+
+    Attributes:
+        loss: mean over rows.
+        accuracy: share of rows predicted right; None for real values.
+        outputs: of a model of several, by name; loss and accuracy are then those of `main`.
+    """
 
     loss: float
     accuracy: float | None
@@ -44,11 +49,10 @@ def evaluate(
     *,
     ignore_index: int = IGNORE_INDEX,
 ) -> Scores:
-    """Scores of `model` on x (N, ...) with targets y, (N,) classes or (N, O) values; of several
-    inputs and outputs by name.
+    """Return the scores of `model` on x (N, ...) with targets y, (N,) classes or (N, O) values.
 
-    `loss` is a mean over the batch. ignore_index: targets of this class do not count. The model is
-    set to evaluation meanwhile.
+    Several inputs and outputs are given by name. `loss` is a mean over the batch; targets of the
+    class `ignore_index` do not count. The model is set to evaluation meanwhile.
     """
     targets = y if isinstance(y, Mapping) else None
     return evaluate_items(model, _chunks(x, y), loss, targets, ignore_index=ignore_index)
@@ -62,12 +66,14 @@ def evaluate_items(
     *,
     ignore_index: int = IGNORE_INDEX,
 ) -> Scores:
-    """Scores of `model` over the rows of all items that have a target. targets: the names of the
-    outputs for which they have targets, where these are given by name.
+    """Return the scores of `model` over the rows of all items that have a target.
 
-    The model is set to evaluation meanwhile. Raises StreamError where an output has no target at
-    all, and for an item that the model or the loss does not take; GraphError for outputs that the
-    model does not have.
+    The model is set to evaluation meanwhile; `targets` names the outputs with targets, if they are
+    given by name.
+
+    Raises:
+        StreamError: an output has no target at all, or the model or the loss refuses an item.
+        GraphError: the model does not have such an output.
     """
     tallies: dict[str, _Tally] | None = None
     with _evaluating(model):
@@ -113,10 +119,10 @@ def _chunks(x: NetworkInputs, y: Targets) -> Iterator[Sample]:
 def evaluate_sequences(
     model: nn.Module, stream: Stream, loss: LossFunction, *, ignore_index: int = IGNORE_INDEX
 ) -> Scores:
-    """Scores of a model for sequences, (T, B, ...) -> (T, B, O), on those of a stream that ends:
-    over all rows of all tokens that have a target.
+    """Return the scores of a model for sequences, (T, B, ...) -> (T, B, O), on a stream that ends.
 
-    Raises StreamError where none has one.
+    They are taken over all rows of all tokens that have a target. Raises StreamError if none has
+    one.
     """
     tally = _Tally(loss, ignore_index)
     with _evaluating(model):
@@ -131,7 +137,7 @@ def evaluate_sequences(
 
 
 def _sequences(stream: Stream) -> Iterator[list[Sample]]:
-    """The tokens of each sequence, however the last one ends."""
+    """Yield the tokens of each sequence, however the last one ends."""
     tokens: list[Sample] = []
     for sample in stream.samples():
         tokens.append(sample)
@@ -143,7 +149,7 @@ def _sequences(stream: Stream) -> Iterator[list[Sample]]:
 
 
 class _Tally:
-    """Sums over rows. loss: a mean over what counts."""
+    """Sums over rows; `loss` is a mean over the rows that count."""
 
     def __init__(self, loss: LossFunction, ignore_index: int) -> None:
         self._loss = loss
@@ -169,7 +175,7 @@ class _Tally:
 
 @contextmanager
 def _naming(n: int) -> Iterator[None]:
-    """Inside, what the model or the loss raises is a StreamError of held-out item n."""
+    """Turn errors of the model or the loss into a StreamError of held-out item n."""
     try:
         yield
     except HamdistError:
@@ -180,7 +186,7 @@ def _naming(n: int) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is set to evaluation, and no graph is built."""
+    """Set the model to evaluation inside, and build no graph."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -17,10 +17,10 @@ from hamdist.study.run.run import build, torch_dtype
 def exported(
     where: str, factory: ModelFactory | None, told: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], str]:
-    """The `state_dict` of the whole model at the latest snapshot of a folder (or at the one that
-    `where` is), and its name. factory: makes the model, where the run had one of its own.
+    """Return the `state_dict` at the latest snapshot of a folder (or at one snapshot), and its
+    name.
 
-    Raises SnapshotError.
+    `factory` makes the model, if the run had one of the user's. Raises SnapshotError.
     """
     snapshot = latest(where, told)
     settings = earlier(snapshot)

@@ -31,8 +31,10 @@ def beside(plain: nn.Module, model: nn.Module | Graph) -> str:
 
 
 def warmed(model: nn.Module | Graph, file: Path) -> nn.Module:
-    """`model` with the weights of a `state_dict` in a safetensors file. Raises SettingsError naming
-    the file where it has none, or those of another model."""
+    """Return `model` with the weights of a `state_dict` in a safetensors file.
+
+    Raises SettingsError naming the file if it has none, or those of another model.
+    """
     if isinstance(model, Graph):
         raise SettingsError(
             f"--weights '{file}': a model that is a graph of blocks has no state_dict; go on from "

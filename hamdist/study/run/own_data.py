@@ -29,7 +29,7 @@ Classes = int | Mapping[str, int] | None
 
 @dataclass(frozen=True, slots=True)
 class OwnData:
-    """What to learn from, and what is held out (None: nothing)."""
+    """The stream to learn from, and the held-out one (None: nothing)."""
 
     train: Stream
     held_out: Stream | None = None
@@ -43,15 +43,21 @@ class OwnData:
 def load_stream(
     name: str, names: Names | None = None, model_loss: str | None = None
 ) -> Callable[[int], OwnData]:
-    """Makes the stream of a seed by the function `package.module:function` or `file.py:function`.
+    """Return a function that makes the stream of a seed by the user's function `name`.
 
-    The function is called anew for every run, with `seed=` where it takes one, while torch's global
-    generator is seeded with it. It returns a stream, or a stream and what is held out; each is a
-    `hamdist.streams.Stream`, a DataLoader, or an iterable of (u, y); what is held out may be one
-    pair (u, y) of tensors, and has to end. names: what the keys of batches mean;
-    model_loss: the output that is the model's own loss (see `from_iterable`).
+    The function is called anew for every run, with `seed=` if it takes one, while torch's global
+    generator is seeded with it. It returns a stream, or a stream and held-out data; each is a
+    `hamdist.streams.Stream`, a DataLoader, or an iterable of (u, y); held-out data may be one pair
+    (u, y) of tensors, and has to end.
 
-    Raises SettingsError for every way in which it can be wrong, StreamError for what it returns.
+    Args:
+        name: `package.module:function` or `file.py:function`.
+        names: the meaning of the keys of batches.
+        model_loss: the output that is the model's own loss (see `from_iterable`).
+
+    Raises:
+        SettingsError: the function cannot be used.
+        StreamError: its result cannot be used.
     """
     function = load_function(STREAM_OPTION, name)
     takes_seed = _takes_seed(function)
@@ -84,28 +90,27 @@ def _takes_seed(function: Callable[..., object]) -> bool:
 
 
 def _classes(spec: SampleSpec) -> Classes:
-    """What the held-out part need not say again."""
+    """Return the facts about classes that the held-out part shares."""
     if spec.targets is None:
         return spec.classes
     return {n: one.classes for n, one in spec.targets.items() if one.classes is not None} or None
 
 
 def _pair(made: object) -> bool:
-    """Whether `made` is (u, y), two tensors, and not a collection of such pairs."""
+    """Return True if `made` is (u, y), two tensors, and not a collection of such pairs."""
     arrays = (torch.Tensor, np.ndarray)
     return isinstance(made, (tuple, list)) and [isinstance(x, arrays) for x in made] == [True] * 2
 
 
 def _single(made: object) -> bool:
-    """Whether `made` is one batch."""
+    """Return True if `made` is one batch."""
     return _pair(made) or isinstance(made, Mapping)
 
 
 def _as_stream(
     made: object, classes: Classes, read: dict[str, Any], name: str, part: str
 ) -> Stream:
-    """read: how `from_iterable` reads batches. part: what of the function's result it is, for
-    errors."""
+    """Make a stream of a `part` of the result, with `read` as arguments of `from_iterable`."""
     if isinstance(made, Stream):
         return made
     try:
@@ -128,8 +133,10 @@ def _kind(made: object) -> str:
 
 
 def check_held_out(model: nn.Module, data: OwnData) -> None:
-    """Raises SettingsError where what is held out is of other shapes or types than what is learned
-    from, and the model does not take it: it is looked at only when the run is over."""
+    """Raise SettingsError if held-out data have other shapes or types than the model takes.
+
+    They are used only when the run is over.
+    """
     if data.held_out is None or _rows(data.held_out.spec) == _rows(data.train.spec):
         return
     spec = data.held_out.spec
@@ -151,5 +158,5 @@ def _shown(spec: SampleSpec) -> str:
 
 
 def _rows(spec: SampleSpec) -> dict[str, object]:
-    """Shapes without the batch, and types, of the inputs."""
+    """Return shapes without the batch, and types, of the inputs."""
     return {name: (shape[1:], dtype) for name, (shape, dtype) in spec.parents.items()}

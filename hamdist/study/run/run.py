@@ -95,7 +95,7 @@ class Run(RunFacts):
 
 
 class Timeline:
-    """When how many items had entered, from a run's progress; constant memory."""
+    """Times at which items entered, from a run's progress; in constant memory."""
 
     def __init__(self, then: OnProgress | None = None) -> None:
         self._points: list[tuple[int, float]] = [(0, 0.0)]
@@ -110,8 +110,10 @@ class Timeline:
             self._then(progress)
 
     def at(self, items: Sequence[int], end: tuple[int, float], resumed: int = 0) -> list[float]:
-        """Seconds at which each number of `items` had entered: 0 up to `resumed`. end: items and
-        seconds in all."""
+        """Return the seconds at which each number of `items` had entered: 0 up to `resumed`.
+
+        `end`: items and seconds in all.
+        """
         between = {point for point in self._points if resumed < point[0] < end[0]}
         points = sorted(between | {(min(resumed, end[0]), 0.0), end})
         samples, seconds = zip(*points, strict=True)
@@ -142,7 +144,7 @@ def run_level(
 
 @dataclass(frozen=True, slots=True)
 class _Begin:
-    """What a run begins with."""
+    """The start of a run: a snapshot, or weights."""
 
     resume: str | Path | None = None
     weights: Path | None = None
@@ -158,9 +160,9 @@ def run_centralised(
     frozen: bool = False,
     on_progress: OnProgress | None = None,
 ) -> tuple[Run, nn.Module]:
-    """The same with centralised training (baseline.py), with `frozen` of the last layer alone.
+    """Train centralised (baseline.py) and evaluate; with `frozen` the last layer alone.
 
-    plain: makes the module that is trained instead, from the model's weights (`beside`).
+    `plain` makes the module that is trained instead, from the model's weights (`beside`).
     """
     level = FROZEN if frozen else CENTRALISED
     return _run(settings, level, PYTORCH, factory, data, on_progress, {}, _Begin(plain=plain))
@@ -278,7 +280,7 @@ def _trained(
 def build(
     settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
 ) -> nn.Module | Graph:
-    """The model that the settings name, or that `factory` makes. Raises SettingsError."""
+    """Return the model that the settings name, or that `factory` makes. Raises SettingsError."""
     model = _plain_build(settings, spec, factory, dtype)
     if not settings.model.stabilise:
         return model
@@ -314,7 +316,7 @@ def _plain_build(
 
 
 def _only_loss(settings: Settings) -> LossFunction:
-    """Of a model of sequences."""
+    """Return the loss of a model of sequences."""
     if not isinstance(settings.loss, Loss):
         raise SettingsError(
             f"loss: names the outputs {', '.join(map(repr, settings.loss))}, but a "
@@ -334,7 +336,7 @@ def _score(
     dtype: torch.dtype,
     own: OwnData | None,
 ) -> Scores | None:
-    """None where nothing is held out."""
+    """Return the held-out scores; None if nothing is held out."""
     items = result.samples + result.stream.get("dropped", 0)
     if isinstance(model, MergedSequence):
         return _score_sequences(model, settings, own)
@@ -356,7 +358,7 @@ def _score_own(model: nn.Module, own: OwnData, losses: Losses, ignore_index: int
 def _score_sequences(
     model: MergedSequence, settings: Settings, data: OwnData | None
 ) -> Scores | None:
-    """On the held-out texts; None for a stream that has no held-out sequences."""
+    """Return the scores on the held-out texts; None for a stream that has none."""
     if data is not None:
         if data.held_out is None:
             return None
@@ -371,7 +373,7 @@ def _score_sequences(
 
 
 def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:
-    """Of the output by which the model is judged."""
+    """Return the windows of the main output."""
     windows = result.windows
     if scores is not None and scores.main in windows:
         return windows[scores.main]
@@ -380,7 +382,7 @@ def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:
 
 
 def _by_output(result: RunResult) -> dict[str, Window]:
-    """All windows in one, by readout."""
+    """Return all windows merged into one, by readout."""
     return {name: merge_windows(windows) for name, windows in result.windows.items() if windows}
 
 

@@ -1,4 +1,4 @@
-"""How well a net follows a signal, from what its run recorded; and what to know beforehand.
+"""The tracking error of a net that follows a signal, and warnings before such a run.
 
 The error is a share of the target's size: rms(y - target) / rms(target), the latter over the whole
 run, whatever part the error is of.
@@ -55,8 +55,10 @@ def seconds(ticks: Trajectory, settings: Settings) -> Trajectory | None:
 
 
 def signals(records: Records) -> tuple[Trajectory, Trajectory, Trajectory] | None:
-    """ticks (K,), prediction and target (K, B O) of a readout, where both are there; None for
-    targets that are no values of the prediction's shape, and without trajectories."""
+    """Return ticks (K,), prediction and target (K, B O) of a readout, if both were recorded.
+
+    None for targets that are no values of the prediction's shape, and without trajectories.
+    """
     y, target = records.prediction, records.target
     if y is None or target is None or y.shape != target.shape:
         return None
@@ -169,10 +171,10 @@ def _time_advice(settings: Settings) -> list[str]:
 
 
 def records_npz(records: Mapping[str, Records], settings: Settings) -> bytes:
-    """A .npz file of plain arrays (no pickle), for `numpy.load`.
+    """Return a .npz file of plain arrays (no pickle), for `numpy.load`.
 
     Of the network, at the ticks that all blocks have: tick, seconds (without it where only the
-    stream knew the time), lagrangian, hamiltonian, robust_hamiltonian. Of each block, as in
+    stream has the time), lagrangian, hamiltonian, robust_hamiltonian. Of each block, as in
     `Records`: BLOCK.tick, BLOCK.loss, BLOCK.work, BLOCK.kinetic, BLOCK.cost, BLOCK.theta_norm and,
     of a trajectory, BLOCK.h, BLOCK.z, BLOCK.prediction, BLOCK.target.
     """

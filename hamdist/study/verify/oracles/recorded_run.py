@@ -72,7 +72,7 @@ class NodeRecord:
 
 
 class RecordedNodes:
-    """All nodes of a plan (`watches`, in the graph's order), to be set before they are run."""
+    """The nodes of a plan (`watches`, in the graph's order), to be set before they are run."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

@@ -59,7 +59,7 @@ class _Node:
 
     @property
     def keys(self) -> list[str]:
-        """Of its parameters, in the order of the module's."""
+        """Return the names of its parameters, in the order of the module's."""
         return [f"{self.name}.{i}.{part}" for i in range(len(self.layers)) for part in "Wb"]
 
 
@@ -94,7 +94,7 @@ class Ticks:
 
     @property
     def classes(self) -> int | None:
-        """How many, where the loss is cross-entropy."""
+        """Return the number of classes, if the loss is cross-entropy."""
         wide = self.out.layers[-1][0] if self.out.layers else self.width(self.out)
         return wide if choice(self.data, "loss", ("mse", "ce")) == "ce" else None
 
@@ -204,7 +204,7 @@ def _settings(ticks: Ticks, delay_free: bool, **more: Any) -> Settings:
 
 
 def _own(ticks: Ticks, node: _Node) -> dict[str, Any]:
-    """What a block has otherwise: c, eta, beta by parameter."""
+    """Return the constants of a block that differ: c, eta, beta by parameter."""
     data = ticks.data
     own: dict[str, Any] = {
         key: number(data, f"{key}.{node.name}")
@@ -225,7 +225,7 @@ def _own(ticks: Ticks, node: _Node) -> dict[str, Any]:
 
 
 def _is_delay_free(ticks: Ticks, graph: Graph) -> bool:
-    """Whether the mask is that of HL Eq. 10 for this graph, and samples are shown accordingly."""
+    """Return True if the mask is that of HL Eq. 10, and samples are shown accordingly."""
     nu = len(ticks.nodes)
     mask = ticks.data.get("mask_node")
     if mask is None or nu < 2 or not ticks.state_readout or not graph.acyclic:
@@ -238,8 +238,7 @@ def _is_delay_free(ticks: Ticks, graph: Graph) -> bool:
 
 
 def _samples(ticks: Ticks, held: int) -> list[Sample]:
-    """What is shown, for `held` ticks each. Behind the K ticks of the file the last sample is shown
-    once more, so that every block comes to t_K."""
+    """Return what is shown, for `held` ticks each; the last sample once more, to come to t_K."""
     data = ticks.data
     u, y = tensor(data["u"]), tensor(data["yhat"])
     times = np.append(0.0, np.cumsum(data["tau"])) if data.get("stamped") else None
@@ -306,8 +305,7 @@ def run_ticks(ticks: Ticks) -> dict[str, Array]:
 
 
 def begins_at_rest(ticks: Ticks) -> bool:
-    """Whether a run of its own repeats the file: h, z and omega begin at zero, and the blocks move
-    as settings can say."""
+    """Return True if h, z and omega begin at zero, and settings can say how the blocks move."""
     costates = [f"om.{key}" for node in (*ticks.nodes, ticks.out) for key in node.keys]
     starts = [*costates, *(f"{q}.{node.name}" for q in ("h", "z") for node in ticks.nodes)]
     if any(ticks.data[key][0].any() for key in starts):
@@ -344,7 +342,7 @@ def recorded(ticks: Ticks, found: Mapping[str, Records | None]) -> dict[str, Arr
 
 
 def expected(ticks: Ticks) -> dict[str, Array]:
-    """The file's own trajectories; `L` as phi L."""
+    """Return the file's own trajectories; `L` as phi L."""
     wanted = {
         key: array
         for key, array in ticks.data.items()
@@ -356,17 +354,17 @@ def expected(ticks: Ticks) -> dict[str, Array]:
 
 
 def compared(found: Mapping[str, Array], wanted: Mapping[str, Array]) -> Difference:
-    """The largest distance over the entries that both have."""
+    """Return the largest distance over the entries that both have."""
     return worst({key: (found[key], wanted[key]) for key in wanted if key in found})
 
 
 def golden(data: GoldenData, name: str) -> list[Check]:
-    """The checks of a tick file."""
+    """Return the checks of a tick file."""
     return tick_checks(data, name, ORACLE)
 
 
 def tick_checks(data: GoldenData, name: str, oracle: str) -> list[Check]:
-    """The checks of a tick file's entries, of which `oracle` made the trajectories."""
+    """Return the checks of a tick file's entries, of which `oracle` made the trajectories."""
     ticks = read_ticks(data)
     made = [
         Check(

@@ -68,7 +68,7 @@ def _graph(data: GoldenData) -> Graph:
 
 
 def _by_neuron(data: GoldenData) -> Graph:
-    """Every neuron is a block that reads all of them; the first one is the readout."""
+    """Return a graph in which each neuron is a block that reads all; the first is the readout."""
     n = len(entry(data, "x0"))
     names = [f"x{i}" for i in range(n)]
     return Graph(
@@ -197,7 +197,7 @@ def _energies(data: GoldenData, found: Mapping[str, Array]) -> Difference:
 
 
 def golden(data: GoldenData, name: str) -> list[Check]:
-    """The checks of a tracking file."""
+    """Return the checks of a tracking file."""
     pure = entry(data, "W0").shape[1] == len(entry(data, "x0"))
     rtol = RTOL_PURE if pure else RTOL
     graph, neurons = _graph(data), _by_neuron(data)

@@ -258,7 +258,7 @@ WAVING = (1.0, 0.4, 0.0, 1.3)
 
 
 def cases() -> Iterator[tuple[str, NetworkCase]]:
-    """Names and cases: together every term of the equations, in every order."""
+    """Yield names and cases: together they have every term of the equations, in every order."""
     read = (("C", "u", "D"), ((4, "tanh"), (3, "linear")))
     for order in ("simultaneous", "omega_first", "sequential"):
         yield (

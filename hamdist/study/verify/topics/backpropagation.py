@@ -4,6 +4,7 @@ into blocks, and its batches into micro-batches."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,19 @@ from hamdist.study.verify.oracles.networks import (
 
 BOUND = 1e-12
 PARTS = 3
-ORACLE = "autograd on the whole network and torch.optim.SGD"
+ORACLE = "autograd on the whole network and torch.optim"
 PLAIN = {"lr": 0.1}
 MOMENTUM = {"lr": 0.05, "momentum": 0.5, "dampening": 0.3}
+OPTIMISERS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "Adam": {"amsgrad": True},
+    "AdamW": {"betas": [0.8, 0.95], "weight_decay": 0.1},
+    "RMSprop": {"momentum": 0.5, "centered": True},
+    "Adagrad": {"lr_decay": 0.1},
+    "Adafactor": {"weight_decay": 0.1},
+    "Muon": {"weight_decay": 0.1},
+}
+ADAMW = {"name": "adamw", **OPTIMISERS["AdamW"]}
 
 
 def checks(full: bool) -> Iterator[Check]:
@@ -59,15 +70,21 @@ def checks(full: bool) -> Iterator[Check]:
         ("masks of -inf, used in two blocks", lambda: seeded(Masked)),
     ):
         yield _check(what, build, items, PLAIN, 1.0, {})
+    for kind, options in OPTIMISERS.items():
+        if hasattr(torch.optim, kind):
+            named: dict[str, Any] = {"name": kind.lower(), **options}
+            learning_by = {"lr": 0.01, "optimizer": named}
+            yield _check(f"a chain of 5, {kind}", chain, items, learning_by, 1.0, {})
     yield from _in_parts(items)
 
 
 def _in_parts(items: int) -> Iterator[Check]:
     """Level `pipeline`: the last of the micro-batches has fewer rows."""
-    cases: list[tuple[str, Callable[[], nn.Module], Mapping[str, float], Mapping[str, int]]] = [
+    cases: list[tuple[str, Callable[[], nn.Module], Mapping[str, Any], Mapping[str, int]]] = [
         ("a chain of 5", chain, MOMENTUM, {}),
         ("a chain of 5, two blocks", chain, PLAIN, {"blocks": 2}),
         ("a chain of 5, edges of 3 ticks", chain, PLAIN, {"delay": 3}),
+        ("a chain of 5, AdamW", chain, {"lr": 0.01, "optimizer": ADAMW}, {}),
         ("two skips, two readouts", lambda: seeded(Skips), PLAIN, {}),
         ("tied weights, a layer in two blocks", tied, MOMENTUM, {}),
     ]
@@ -80,7 +97,7 @@ def _check(
     name: str,
     build: Callable[[], nn.Module],
     items: int,
-    learning: Mapping[str, float],
+    learning: Mapping[str, Any],
     tau: float,
     partition: Mapping[str, int],
     parts: int = 1,
@@ -117,11 +134,23 @@ def _apart(build: Callable[[], nn.Module], items: int, settings: Settings) -> fl
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
+def _torchs(weights: list[nn.Parameter], learning: LearningSettings) -> list[Any]:
+    """The optimisers that `learning` asks for, on the whole network."""
+    own = learning.optimizer
+    if own is None:
+        return [torch.optim.SGD(weights, learning.lr, learning.momentum, learning.dampening)]
+    kind = next(one for one in OPTIMISERS if one.lower() == own.name)
+    matrices = [w for w in weights if w.ndim == 2 or kind != "Muon"]
+    others = [w for w in weights if w.ndim != 2 and kind == "Muon"]
+    made = [getattr(torch.optim, kind)(matrices, lr=learning.lr, **OPTIMISERS[kind])]
+    if others:
+        made.append(torch.optim.AdamW(others, learning.lr, weight_decay=0.1))
+    return made
+
+
 def sgd(model: nn.Module, stream: Draws, learning: LearningSettings) -> list[Tensor]:
     """Move the weights of `model` item by item; return each prediction's loss curve."""
-    optimiser = torch.optim.SGD(
-        model.parameters(), learning.lr, learning.momentum, learning.dampening
-    )
+    optimisers = _torchs(list(model.parameters()), learning)
     curves: list[Sequence[float]] = []
     for sample in stream.samples():
         if not isinstance(sample.y, Tensor):
@@ -129,8 +158,9 @@ def sgd(model: nn.Module, stream: Draws, learning: LearningSettings) -> list[Ten
         predicted = model(sample.u)
         predictions = predicted if isinstance(predicted, tuple) else (predicted,)
         losses = torch.stack([functional.cross_entropy(p, sample.y) for p in predictions])
-        optimiser.zero_grad()
+        model.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         curves.append(losses.tolist())
     return list(torch.tensor(curves, dtype=F64).T)

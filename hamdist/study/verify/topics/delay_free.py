@@ -103,7 +103,7 @@ def _feed_forward(case: NetworkCase) -> float:
 
 
 def _own_target(case: NetworkCase) -> float:
-    """Of phi L, which is all that is taken in the tick of the last layer."""
+    """Return the difference of phi L, which is all that is taken in the tick of the last layer."""
     found = run_ticks(read_ticks(replay(case)))
     losses = [
         0.5 * np.square(states[-1] - case["yhat"][j * NU]).sum() / TAU

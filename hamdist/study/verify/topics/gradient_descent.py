@@ -49,8 +49,11 @@ SGD = "torch.optim.SGD, float64"
 
 
 def checks(full: bool) -> Iterator[Check]:
-    """One check per model, scenario and placement. full: the paper's epochs, in as many processes
-    as there are cores; else the first 25 samples, in this one."""
+    """Yield a check per model, scenario and placement.
+
+    `full`: the paper's epochs, in as many processes as there are cores; else the first 25 samples,
+    in this one.
+    """
     wanted = jobs() if full else jobs(steps=SMALL_STEPS)
     with RowWorkers(wanted, None if full else 1) as rows:
         for job in wanted:
@@ -82,13 +85,15 @@ class _Case:
 
     @property
     def keys(self) -> list[str]:
-        """Of the parameters, in the order of the model's."""
+        """Return the names of the parameters, in the order of the model's."""
         return [f"{i}.{part}" for i in range(len(self.layers)) for part in "Wb"]
 
 
 def golden(data: GoldenData, name: str) -> list[Check]:
-    """The checks of a file of torch.optim.SGD: the network as output net, as one state block, and
-    cut before its last layer."""
+    """Return the checks of a file of torch.optim.SGD.
+
+    The network runs as output net, as one state block, and cut before its last layer.
+    """
     case = _read(data)
     whole = len(case.layers) == 1
     return [
@@ -175,7 +180,7 @@ def _compared(case: _Case, placement: Placement) -> Difference:
 
 
 def _joined(moment: Iterable[Sequence[Tensor]]) -> list[Array]:
-    """All blocks' tensors in the order of the model's."""
+    """Return all blocks' tensors in the order of the model's."""
     return [tensor.numpy() for block in moment for tensor in block]
 
 

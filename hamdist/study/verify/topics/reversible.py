@@ -92,13 +92,13 @@ def checks(full: bool) -> Generator[Check, None, None]:
 
 
 def midpoint(depth: int) -> nn.Sequential:
-    """One f in all steps."""
+    """Return a net with one f in all steps."""
     step = Midpoint(dense(WIDTH, WIDTH), depth, TAU)
     return nn.Sequential(_linear(FEATURES, WIDTH), step, SecondHalf(), _linear(WIDTH, CLASSES))
 
 
 def midpoint_layers(depth: int) -> nn.Sequential:
-    """Each step with an f of its own."""
+    """Return a net in which each step has an f of its own."""
     first = MidpointStart(dense(WIDTH, WIDTH), TAU)
     steps = [Coupling(dense(WIDTH, WIDTH), 2 * TAU) for _ in range(depth - 1)]
     ends = _linear(FEATURES, WIDTH), _linear(2 * WIDTH, CLASSES)
@@ -106,7 +106,7 @@ def midpoint_layers(depth: int) -> nn.Sequential:
 
 
 def couplings(depth: int) -> nn.Sequential:
-    """Halves of RevNet blocks; F = tanh(LN(h) W + b)."""
+    """Return halves of RevNet blocks; F = tanh(LN(h) W + b)."""
     steps: list[nn.Module] = [
         Coupling(nn.Sequential(nn.LayerNorm(WIDTH, dtype=F64), *dense(WIDTH, WIDTH)), 0.3)
         for _ in range(depth)
@@ -116,7 +116,7 @@ def couplings(depth: int) -> nn.Sequential:
 
 
 def convolutions(depth: int) -> nn.Sequential:
-    """A small RevNet: couplings of convolutions, half-way a `Squeeze`."""
+    """Return a small RevNet: couplings of convolutions, half-way a `Squeeze`."""
     pixels = CHANNELS * SIDE**2
     stem = nn.Sequential(_linear(FEATURES, pixels), nn.Unflatten(1, (CHANNELS, SIDE, SIDE)))
     wide = [_convolution(CHANNELS // 2) for _ in range(depth // 2)]
@@ -156,7 +156,7 @@ def _settings(**sections: object) -> Settings:
 
 
 def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Difference:
-    """The largest difference of a weight's gradient, of the largest one of that weight."""
+    """Return the largest difference of a weight's gradient, relative to its largest entry."""
     settings = _settings(learning={"lr": 0.0})
     result = train(seeded(make), Draws(1), settings)
     found = {k: g for block in result.blocks.values() for k, g in block.omega.items()}
@@ -173,7 +173,7 @@ def _gradients(make: Callable[[], nn.Sequential], depth: int) -> Difference:
 
 
 def _trained(blocks: int, depth: int, items: int) -> float:
-    """The largest difference of a loss, and of a weight at the end."""
+    """Return the largest difference of a loss, and of a weight at the end."""
     size = depth // blocks
     settings = _settings(
         learning={"lr": 0.1, "momentum": 0.5, "dampening": 0.3},
@@ -203,7 +203,7 @@ def peak_bytes(model: nn.Sequential, stream: Stream, settings: Settings) -> int:
 
 
 def _memory(depth: int) -> Difference:
-    """Of a block per step and of all steps in one block, each with weights of its own."""
+    """Compare a block per step with all steps in one block, each with weights of its own."""
     apart, notes = 0.0, []
     for one_block in (False, True):
         peaks = []
@@ -234,7 +234,7 @@ class _Field(nn.Module):
 
 
 def golden(data: GoldenData, name: str) -> list[Check]:
-    """The checks of a file of the kind leapfrog (shared/golden/README.md)."""
+    """Return the checks of a file of the kind leapfrog (shared/golden/README.md)."""
     return _case_checks(data, name, ORACLE)
 
 

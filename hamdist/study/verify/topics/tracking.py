@@ -8,7 +8,8 @@ simultaneous):
     p_{k+1} = p_k + tau ( q (x_1 - z) e_1 - c p_k + c W^T (o' p_k) - eta p_k )
     P_{k+1} = P_k + tau ( r_w W_k + c (o' p_k) v^T - eta P_k ),    W_{k+1} = W_k - tau P_k / r
 
-The oracle of how well it follows is equations.md: the rms of the error as a share of the target's.
+The oracle of how well it follows is the rms of the error as a share of the target's
+(docs: concepts/equations).
 A horizon is one period of the sinusoid, 2 pi seconds.
 K: ticks, n: neurons.
 """
