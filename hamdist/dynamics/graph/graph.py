@@ -191,9 +191,9 @@ class Graph:
     def _depths(self) -> dict[str, int]:
         """Return the ticks until a sample reaches each block.
 
-        That is the longest path from the input in an acyclic graph (docs: concepts/time-and-
-        signals), the shortest where there are cycles. The input's own edges count from their second
-        tick. A block that no input reaches has depth 0.
+        That is the longest path from the input in an acyclic graph (docs:
+        concepts/time-and-signals), the shortest where there are cycles. The input's own edges
+        count from their second tick. A block that no input reaches has depth 0.
         """
         depths = {INPUT: -1, **{e.parent: -1 for e in self.out_of[INPUT]}}
         if self.acyclic:
