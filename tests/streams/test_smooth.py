@@ -194,6 +194,15 @@ class TestMotion:
 
 
 class TestErrors:
+    def test_motion_by_its_name(self) -> None:
+        def items(motion: Motion | str) -> list[Tensor]:
+            stream = Smooth(listed([point(0.0, 1), point(8.0, 2)]), 4, motion)
+            return [item.u for item in islice(stream.samples(), 6)]
+
+        assert all(map(torch.equal, items("fade"), items(Motion.FADE)))
+        with pytest.raises(SettingsError, match="motion is 'faded'; choose one of 'fade'"):
+            items("faded")
+
     def test_frames(self) -> None:
         with pytest.raises(SettingsError, match="frames is 0"):
             Smooth(listed([point(0, 0)]), 0)

@@ -52,9 +52,14 @@ class Smooth(Derived):
             images, and, naming the item, neighbouring samples of different shapes, or late targets.
     """
 
-    def __init__(self, stream: Stream, frames: int, motion: Motion = Motion.FADE) -> None:
+    def __init__(self, stream: Stream, frames: int, motion: Motion | str = Motion.FADE) -> None:
         if frames < 1:
             raise SettingsError(f"frames is {frames}; a sample takes at least 1 item")
+        try:
+            motion = Motion(motion)
+        except ValueError:
+            choices = ", ".join(repr(m.value) for m in Motion)
+            raise SettingsError(f"motion is {motion!r}; choose one of {choices}") from None
         spec = stream.spec
         if spec.inputs is not None:
             raise StreamError(

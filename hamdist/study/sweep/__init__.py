@@ -1,9 +1,8 @@
 """Studies: grids of runs, each side with settings chosen on a validation part.
 
 settings   what a study's file holds
-cells      from it to cells (a side at a point of the grid) and their runs, each with a key
+points     from it to cells (a side at a point of the grid) and their runs, each with a key
 work       one run, and its record
-store      the records on disk: a study that was ended goes on where it was
 run        tuning runs, the choice, final runs
 summary    means, spreads and gaps, by cell
 tables, plots, report: what is shown of it
