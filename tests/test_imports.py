@@ -15,6 +15,7 @@ ROOT = Path(hamdist.__file__).parent
 # Each place may import itself, and those named for it: a folder of hamdist/, or a file that lies
 # beside folders. A name stands for all that is below it; the most special entry of ALLOWED holds.
 DYNAMICS = "errors config"
+STATE = "dynamics/finite dynamics/saved_state"
 RUNTIME = "errors config dynamics streams"
 STUDY = f"{RUNTIME} runtime models loading"
 CLI = "errors config runtime models study launch cli/console cli/display cli/options cli/prepare"
@@ -24,15 +25,16 @@ ALLOWED = {
     "config/sections": "errors",
     "dynamics": "",
     "dynamics/native": "",
-    "dynamics/state": f"{DYNAMICS} dynamics/native",
+    "dynamics/finite": "dynamics/native",
+    "dynamics/saved_state": DYNAMICS,
     "dynamics/user_modules": DYNAMICS,
-    "dynamics/objective": f"{DYNAMICS} dynamics/native dynamics/state dynamics/user_modules",
+    "dynamics/objective": f"{DYNAMICS} dynamics/native {STATE} dynamics/user_modules",
     "dynamics/graph": f"{DYNAMICS} dynamics/objective dynamics/user_modules",
-    "dynamics/schedule": f"{DYNAMICS} dynamics/graph dynamics/state",
+    "dynamics/schedule": f"{DYNAMICS} dynamics/graph {STATE}",
     "dynamics/modules": f"{DYNAMICS} dynamics/graph dynamics/user_modules",
-    "dynamics/tracing": f"{DYNAMICS} dynamics/state dynamics/user_modules",
+    "dynamics/tracing": f"{DYNAMICS} {STATE} dynamics/user_modules",
     "dynamics/vjp": (
-        f"{DYNAMICS} dynamics/graph dynamics/native dynamics/objective dynamics/state "
+        f"{DYNAMICS} dynamics/graph dynamics/native dynamics/objective {STATE} "
         "dynamics/tracing dynamics/user_modules"
     ),
     "dynamics/slicing": (
@@ -42,13 +44,11 @@ ALLOWED = {
         f"{DYNAMICS} dynamics/graph dynamics/modules dynamics/objective dynamics/schedule "
         "dynamics/slicing dynamics/tracing dynamics/user_modules dynamics/vjp"
     ),
-    "dynamics/updates": (
-        f"{DYNAMICS} dynamics/graph dynamics/schedule dynamics/state dynamics/vjp"
-    ),
+    "dynamics/updates": (f"{DYNAMICS} dynamics/graph dynamics/schedule {STATE} dynamics/vjp"),
     # `blocks` does not import `schedule`: what a block computes does not know when.
     "dynamics/blocks": (
         f"{DYNAMICS} dynamics/graph dynamics/modules dynamics/native dynamics/objective "
-        "dynamics/state dynamics/updates dynamics/vjp"
+        f"{STATE} dynamics/updates dynamics/vjp"
     ),
     "streams": "errors config",
     "streams/sources": "errors config streams/sample",

@@ -14,8 +14,7 @@ import typer
 from hamdist.cli import compare, diff, export, recipes, run, settings, verify
 from hamdist.cli.cluster import cluster, launch
 from hamdist.cli.console import console, output
-from hamdist.cli.study import gradient_descent as recovery
-from hamdist.cli.study import propagation as speed
+from hamdist.cli.study import recovery, speed
 from hamdist.cli.study import sweep as grid
 
 __all__ = ["app"]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hamdist.config import Order
+from hamdist.dynamics.finite import OutOfRange
 from hamdist.dynamics.graph.graph import Combine
 from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope, mse
-from hamdist.dynamics.state.finite import OutOfRange
 from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import LocalFunction

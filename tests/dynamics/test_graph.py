@@ -301,7 +301,8 @@ WRONG_SHAPES = {
     ),
     "another dtype": (
         [spec("a", "u", module=nn.Linear(3, 5)), readout("r", "a")],
-        r"block 'a' \(Linear\) does not take its input u \(7, 3\): .*dtype",
+        r"block 'a' \(Linear\) does not take its input u \(7, 3\): .*dtype"
+        r".*its weights are float32, the input is float64: set dtype",
     ),
     "a pair": (
         [spec("a", "u", module=Pair()), readout("r", "a")],

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import hamdist
 from hamdist.dynamics.schedule.events import Kind, Phase, Stamp, emitted, source_events
-from hamdist.dynamics.schedule.schedule import make_schedule
+from hamdist.dynamics.schedule.make import make_schedule
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.vjp.gradient import Column, Outer, TableRows, dense
 from hamdist.errors import HamdistWarning, LevelError

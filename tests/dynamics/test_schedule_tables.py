@@ -27,8 +27,8 @@ from hamdist.dynamics.schedule.events import (
     source_events,
 )
 from hamdist.dynamics.schedule.hold import HoldSchedule
+from hamdist.dynamics.schedule.make import make_schedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
-from hamdist.dynamics.schedule.schedule import make_schedule
 from hamdist.errors import LevelError
 
 # -- pulse -------------------------------------------------------------------------------------

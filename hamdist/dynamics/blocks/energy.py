@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.readout_loss import Reading
-from hamdist.dynamics.state.remember import Remembers, known
+from hamdist.dynamics.saved_state.remember import Remembers, known
 
 LIMIT = 1 << 17
 LIMIT_BYTES = 1 << 28

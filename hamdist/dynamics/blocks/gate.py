@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.saved_state.remember import Remembers
 
 
 class Gate(Remembers):

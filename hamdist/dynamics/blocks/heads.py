@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.blocks.kept_passes import Block, BlockParts
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss, plain, scaled
-from hamdist.dynamics.state.finite import Scale
-from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.finite import Scale
+from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction

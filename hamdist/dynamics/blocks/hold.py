@@ -16,7 +16,7 @@ from hamdist.dynamics.blocks.energy import Energy
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, SavesPasses
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
-from hamdist.dynamics.state.remember import known
+from hamdist.dynamics.saved_state.remember import known
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import Gradient

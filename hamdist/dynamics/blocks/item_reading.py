@@ -16,7 +16,7 @@ from torch import Tensor
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.graph.inputs import rows_of
 from hamdist.dynamics.objective.prequential import counts
-from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.saved_state.remember import Remembers
 
 
 class ItemReading(Remembers):

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hamdist.dynamics.state.finite import Guard, Scale
-from hamdist.dynamics.state.remember import Remembers, taken
+from hamdist.dynamics.finite import Guard, Scale
+from hamdist.dynamics.saved_state.remember import Remembers, taken
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hamdist.dynamics.finite import Guard, unguarded
 from hamdist.dynamics.objective.losses import LossFunction, Slope, loss_and_slope
-from hamdist.dynamics.state.finite import Guard, unguarded
-from hamdist.dynamics.state.remember import Remembers, check_names
+from hamdist.dynamics.saved_state.remember import Remembers, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction, SeededLoss
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient

@@ -26,7 +26,7 @@ from torch import Tensor
 from hamdist.dynamics.blocks.kept_passes import BlockParts, SavesPasses
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, scaled, total
 from hamdist.dynamics.objective.losses import Slope
-from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.updates.constants import constant_tau
 from hamdist.dynamics.vjp.autograd import ForwardRecord
 from hamdist.dynamics.vjp.gradient import Gradient

@@ -117,9 +117,22 @@ def _run_on(
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise GraphError(
                 f"block {name!r} ({type(module).__name__}) does not take its input {given}: "
-                f"{reason}"
+                f"{reason}{_of_dtypes(module, shapes)}"
             ) from error
     raise GraphError(f"block {name!r} cannot be run on its input {given}")
+
+
+def _of_dtypes(module: nn.Module, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    """Return what to do where weights and inputs are of different floating-point types."""
+    weights = declared_dtype(module, torch.get_default_dtype())
+    others = {dtype for _, dtype in shapes if dtype.is_floating_point and dtype != weights}
+    if not others or not weights.is_floating_point:
+        return ""
+    words = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+    return (
+        f" (its weights are {str(weights).removeprefix('torch.')}, the input is {words}: set dtype "
+        "to one of them, which converts both)"
+    )
 
 
 def _check_same(

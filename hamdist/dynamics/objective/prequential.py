@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.objective.losses import class_axis
-from hamdist.dynamics.state.remember import Remembers, known
+from hamdist.dynamics.saved_state.remember import Remembers, known
 
 AT_ONCE = 64  # items that are counted together
 SMALL = 4096  # numbers of a prediction, up to which it is kept until then

@@ -8,8 +8,8 @@ from itertools import count
 from typing import NamedTuple, Protocol
 
 from hamdist.dynamics.graph.graph import Edge
+from hamdist.dynamics.saved_state.remember import known
 from hamdist.dynamics.schedule.microbatches import Pulses
-from hamdist.dynamics.state.remember import known
 
 
 @known("Phase")

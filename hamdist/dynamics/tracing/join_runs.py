@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.state.finite import LARGE
+from hamdist.dynamics.finite import LARGE
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed
 from hamdist.dynamics.tracing.recorder import Op, Recording, TakenOp
 from hamdist.dynamics.tracing.signal_columns import ColumnForm

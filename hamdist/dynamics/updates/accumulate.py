@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.vjp.gradient import (
     Column,
     Factors,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hamdist.config import AverageSettings
-from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.saved_state.remember import Remembers
 
 
 class Average(Remembers):

@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hamdist.config import MUON, VECTORS, OptimizerSettings, Order, optimizer_class
+from hamdist.dynamics.finite import OutOfRange, Scale
 from hamdist.dynamics.graph.patterns import fitting
-from hamdist.dynamics.state.finite import OutOfRange, Scale
-from hamdist.dynamics.state.remember import Remembers, check_names
+from hamdist.dynamics.saved_state.remember import Remembers, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, dense

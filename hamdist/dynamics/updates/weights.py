@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from hamdist.config import AdaptiveSettings, Order
-from hamdist.dynamics.state.finite import OutOfRange, Scale
-from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.finite import OutOfRange, Scale
+from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.whitening import InputWhitening

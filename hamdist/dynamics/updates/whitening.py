@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.state.remember import Remembers, taken
+from hamdist.dynamics.saved_state.remember import Remembers, taken
 from hamdist.dynamics.vjp.gradient import Column, Gradient, Outer, dense
 from hamdist.dynamics.vjp.layer_inputs import GradientsWithInputs, rows_of
 

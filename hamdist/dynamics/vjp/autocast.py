@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import Combine
-from hamdist.dynamics.state.remember import check_names
+from hamdist.dynamics.saved_state.remember import check_names
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.vjp.autograd import LocalFunction, OwnGenerator
 

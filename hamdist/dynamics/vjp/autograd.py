@@ -23,7 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from hamdist.dynamics.graph.graph import EXTRA, Combine, combined
 from hamdist.dynamics.objective.losses import CrossEntropy, LossFunction, mse
-from hamdist.dynamics.state.remember import (
+from hamdist.dynamics.saved_state.remember import (
     Remembers,
     Slot,
     check_names,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hamdist.dynamics.graph.graph import Combine, combined
-from hamdist.dynamics.state.remember import Slot, nested_slots
+from hamdist.dynamics.saved_state.remember import Slot, nested_slots
 from hamdist.dynamics.vjp.autograd import LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.vjp.kernels import KeptTensors

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.graph import Joining
-from hamdist.dynamics.state.remember import check_names
+from hamdist.dynamics.saved_state.remember import check_names
 from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 

@@ -32,11 +32,11 @@ from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
+from hamdist.dynamics.finite import bounded
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.dynamics.schedule.hold import HoldSchedule
-from hamdist.dynamics.state.finite import bounded
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights

@@ -15,9 +15,9 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.blocks.gate import Gate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout, Tick
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, BlockSpec, Edge
+from hamdist.dynamics.saved_state.remember import Remembers, taken
 from hamdist.dynamics.schedule.events import Event, Stamp
 from hamdist.dynamics.schedule.hold import HoldSchedule
-from hamdist.dynamics.state.remember import Remembers, taken
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import LocalFunction

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from hamdist.dynamics.state.finite import OutOfRange
+from hamdist.dynamics.finite import OutOfRange
 from hamdist.errors import BlockError, DivergedError, HamdistError
 from hamdist.runtime.nodes.factory import Node
 from hamdist.runtime.signals.interrupts import Aborted

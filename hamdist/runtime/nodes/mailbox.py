@@ -17,8 +17,8 @@ from dataclasses import replace
 from math import inf
 from typing import Any, Protocol
 
+from hamdist.dynamics.saved_state.remember import check_names
 from hamdist.dynamics.schedule.events import Stamp
-from hamdist.dynamics.state.remember import check_names
 from hamdist.errors import SnapshotError, StampError
 from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.signals.codec import Encoder

@@ -13,9 +13,9 @@ from hamdist.dynamics.blocks.heads import HeadBlock
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.graph.graph import BlockSpec, Edge
+from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
-from hamdist.dynamics.state.remember import Remembers
 from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import Ports, block_state, events_from, make_metrics, record

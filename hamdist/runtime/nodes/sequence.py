@@ -10,9 +10,9 @@ from torch import Tensor
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.graph.graph import BlockSpec
+from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
-from hamdist.dynamics.state.remember import Remembers
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import Ports, block_state, make_metrics, record
 from hamdist.runtime.plan.plan import Plan

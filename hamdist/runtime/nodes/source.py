@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.inputs import INPUT, by_parent, rows_of
+from hamdist.dynamics.saved_state.remember import check_names
 from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
-from hamdist.dynamics.state.remember import check_names
 from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import StreamError
 from hamdist.runtime.nodes.mailbox import Mailbox

@@ -30,7 +30,7 @@ from hamdist.dynamics.native import rows
 from hamdist.dynamics.partition.reversible_blocks import reversible_blocks
 from hamdist.dynamics.schedule.events import Schedule
 from hamdist.dynamics.schedule.levels import Locality, make_locality
-from hamdist.dynamics.schedule.schedule import make_schedule
+from hamdist.dynamics.schedule.make import make_schedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import Dynamics, TickSchedule, check_names, make_dynamics
 from hamdist.dynamics.updates.learning_rate import StepCourse, step_course

@@ -22,7 +22,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.state.remember import known
+from hamdist.dynamics.saved_state.remember import known
 from hamdist.runtime.signals.cast import to_host
 from hamdist.runtime.signals.signal import Channel, Signal
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hamdist.config import Compress
-from hamdist.dynamics.state.remember import Remembers
+from hamdist.dynamics.saved_state.remember import Remembers
 
 LEVELS = 127  # of an int8, on either side of zero
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.graph import INPUT, Graph
+from hamdist.dynamics.saved_state.remember import known
 from hamdist.dynamics.schedule.events import ALONE, Bundle, Kind, Schedule, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
-from hamdist.dynamics.state.remember import known
 from hamdist.runtime.signals.cast import to_host
 from hamdist.runtime.signals.codec import Codec
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hamdist.config import Decay, Settings
 from hamdist.dynamics.graph.graph import INPUT, OUTPUT_KEY, BlockSpec, Graph
 from hamdist.dynamics.graph.merged import merged_module
-from hamdist.dynamics.state.remember import Packing
+from hamdist.dynamics.saved_state.remember import Packing
 from hamdist.dynamics.updates.learning_rate import step_course
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import GraphError, SnapshotError

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.state.remember import Packing, check_names
+from hamdist.dynamics.saved_state.remember import Packing, check_names
 from hamdist.errors import SnapshotError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan

@@ -8,7 +8,7 @@
 A file is named after its node, the run, and the epoch of the process that wrote it, so that a
 process that was given up, or whose driver was lost, cannot write into what its successor has
 written. Nothing in a file can execute code:
-safetensors holds numbers, the rest is JSON that is checked (saving.py, `Manifest`).
+safetensors holds numbers, the rest is JSON that is checked (dynamics/saved_state, `Manifest`).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from torch import Tensor
 
 from hamdist.config import Settings, describe
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.state.remember import unpacked
+from hamdist.dynamics.saved_state.remember import unpacked
 from hamdist.errors import SnapshotError
 from hamdist.runtime.process.arithmetic import Arithmetic
 from hamdist.runtime.storage.store import Storage, storage
 
 FORMAT = 1
 # Formats whose states can be gone on from. Of others the weights and the place in the stream are
-# taken over. A state that gets another layout without defaults (saving.py) ends a format.
+# taken over. A state that gets another layout without defaults (remember.py) ends a format.
 STATE_FORMATS = (1,)
 MANIFEST = "manifest.json"
 _PREFIX = "tick-"

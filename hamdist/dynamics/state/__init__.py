@@ -1,1 +1,0 @@
-"""The state of blocks as plain data: what snapshots hold; finite range of values."""
