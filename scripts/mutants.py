@@ -198,10 +198,10 @@ MUTANTS = (
         f"{RUNTIME}/test_signal.py",
     ),
     Mutant(
-        "log: one signal fewer is kept than may be under way",
-        "log.let_go(count - channel.capacity + 1)",
-        "log.let_go(count - channel.capacity + 2)",
-        f"{RUNTIME}/test_keeping.py -m 'not ray'",
+        "metrics: joined windows count windows for items",
+        "items=sum(w.items for w in windows),",
+        "items=len(windows),",
+        f"{DYNAMICS}/test_metrics.py",
     ),
     Mutant(
         "late labels: scored with the prediction of the latest sample",
