@@ -12,8 +12,7 @@ import torch
 
 from hamdist.config import StreamSettings
 from hamdist.errors import StreamError
-from hamdist.streams import held_out, make_stream
-from hamdist.streams.sources import mnist1d
+from hamdist.streams import held_out, make_stream, mnist1d
 
 INSTALLED = importlib.util.find_spec("mnist1d") is not None
 

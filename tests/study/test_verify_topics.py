@@ -70,7 +70,7 @@ def test_a_wrong_message_is_found(monkeypatch):
     assert failed("backpropagation") == [
         f"two skips, two readouts, {how}: losses and weights of 60 steps"
         for how in ("plain", "momentum, tau = 0.25")
-    ]
+    ] + ["3 micro-batches of 4 rows, two skips, two readouts: losses and weights of 60 steps"]
 
 
 def test_a_costate_that_leaks_is_found(monkeypatch):
