@@ -67,9 +67,13 @@ def pages(*kinds: str) -> list[Path]:
 
 
 def runnable() -> list[Any]:
-    """Pages with Python or bash; those that start Ray are marked."""
+    """Pages with Python or bash, the site's as slow ones; those that start Ray are marked."""
     return [
-        pytest.param(page, marks=[pytest.mark.ray] if "--engine ray" in page.read_text() else [])
+        pytest.param(
+            page,
+            marks=[pytest.mark.slow] * (page.name != "README.md")
+            + [pytest.mark.ray] * ("--engine ray" in page.read_text()),
+        )
         for page in pages("python", "bash")
     ]
 
