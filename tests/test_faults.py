@@ -223,6 +223,7 @@ def test_soak(monkeypatch, capsys, tmp_path):
     assert "no sample lost or doubled" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(110)
 def test_a_kill():

@@ -284,6 +284,7 @@ def test_portable_bits_are_refused_where_torch_was_imported_without_them(session
             run({**engine, "bits": "portable"})
 
 
+@pytest.mark.slow
 @X86
 @pytest.mark.ray
 @pytest.mark.timeout(300)

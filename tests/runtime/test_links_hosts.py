@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent.parent
 SECONDS = 100
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(SECONDS + 15)
 def test_auto_over_two_raylets(leaves_no_socket):

@@ -126,6 +126,7 @@ def test_runs_of_which_one_has_more():
     assert not engines.difference(a, b).difference <= 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_every_level_and_golden_files_on_ray(session):
     paths = golden.files(golden.shipped())
