@@ -194,6 +194,17 @@ def test_clipping_goes_before_the_step():
     assert relative(result.model.parameters(), unclipped.model.parameters()) > 1e-4
 
 
+def test_omega_is_the_gradient_even_where_the_optimiser_uses_it_up():
+    def omega(foreach):
+        def nesterov(parameters):
+            return optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, foreach=foreach)
+
+        blocks = train(optimizer=nesterov).blocks
+        return [t for name in blocks for t in blocks[name].omega.values()]
+
+    assert relative(omega(True), omega(False)) <= 1e-12
+
+
 def test_items_without_target_are_items_of_a_scheduler():
     items = [(u, None if n % 3 == 0 else y) for n, (u, y) in enumerate(ITEMS)]
     make = OPTIMISERS["AdamW"]

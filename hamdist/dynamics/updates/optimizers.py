@@ -207,7 +207,7 @@ class BlockOptimizers(Remembers):
         groups = [group for one in self.optimizers for group in one.param_groups]
         rates = [group["lr"] for group in groups]
         for p, g in zip(self._parameters, gradients, strict=True):
-            p.grad = g
+            p.grad = g.clone()  # which some optimisers use up, as foreach with Nesterov's momentum
         if scale != 1:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * scale
@@ -316,7 +316,7 @@ class OptimizerWeights(Weights):
         """Move theta by the gradient that several `integrate` have gathered."""
         self.updates += 1
         if self.theta:
-            self.optimizers.step([o.clone() for o in self.omega], scale)
+            self.optimizers.step(self.omega, scale)
             if self.average is not None:
                 self.average.look()
 
@@ -326,7 +326,7 @@ class OptimizerWeights(Weights):
         if self._inputs is not None:
             g = self._inputs.applied(g)
         gain = self._gain(g, tau)
-        # Fresh tensors, for an optimiser may use them up.
+        # Fresh tensors: omega outlives the memory of gradients.
         own = [one.clone() if isinstance(one, Tensor) else dense(one) for one in g]
         if gain != 1:
             torch._foreach_mul_(own, gain)
