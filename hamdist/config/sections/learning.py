@@ -173,6 +173,20 @@ class LearningSettings(Section):
     blocks: dict[str, BlockLearningSettings] = {}
     """What single blocks have otherwise, by name (patterns as in a shell, names first)."""
 
+    @property
+    def any_heads(self) -> bool:
+        """Return True if a block has a readout of its own."""
+        return self.heads is not None or any(
+            b.heads not in (None, "off") for b in self.blocks.values()
+        )
+
+    @property
+    def any_inputs(self) -> bool:
+        """Return True if the inputs of a block are centred or whitened."""
+        return self.inputs != "off" or any(
+            b.inputs not in (None, "off") for b in self.blocks.values()
+        )
+
     @model_validator(mode="after")
     def _adam_is_not_dampened(self) -> LearningSettings:
         if self.adaptive is not None and self.dampening:

@@ -15,14 +15,13 @@ from hamdist.runtime.signals.signal import Signal, ready
 
 def against_ties(level: str, knobs: Locality, learning: LearningSettings) -> str | None:
     """Return why the users of a weight must lie in one block; None if several blocks may use it."""
-    blocks = learning.blocks.values()
     if not knobs.pulse or knobs.credit is Credit.HEADS or knobs.memory is Memory.REVERSIBLE:
         return f"level {level!r}"
     if Compensation.WEIGHT_PREDICTION in knobs.compensation:
         return "compensation 'weight-prediction'"
-    if learning.heads is not None or any(b.heads not in (None, "off") for b in blocks):
+    if learning.any_heads:
         return "learning.heads"
-    if learning.inputs != "off" or any(b.inputs not in (None, "off") for b in blocks):
+    if learning.any_inputs:
         return "learning.inputs"
     return None
 

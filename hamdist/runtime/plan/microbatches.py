@@ -45,10 +45,9 @@ def cut_batches(
 def _against(graph: Graph, learning: LearningSettings) -> list[str]:
     """Return the settings that exclude micro-batches."""
     reasons = []
-    own = learning.blocks.values()
-    if learning.heads is not None or any(b.heads not in (None, "off") for b in own):
+    if learning.any_heads:
         reasons.append("learning.heads, which move the weights whenever a micro-batch passes")
-    if learning.inputs != "off" or any(b.inputs not in (None, "off") for b in own):
+    if learning.any_inputs:
         reasons.append("learning.inputs, whose statistics are those of a whole batch")
     if any(block.loss is model_loss for block in graph.blocks.values()):
         reasons.append(

@@ -127,8 +127,7 @@ def _contradictions(
                 "one of them out (Nesterov's momentum: optimizer: {name: sgd, momentum: 0.9, "
                 "nesterov: true})"
             )
-    own_heads = any(b.heads not in (None, "off") for b in learning.blocks.values())
-    if knobs.credit is Credit.MESSAGES and (learning.heads is not None or own_heads):
+    if knobs.credit is Credit.MESSAGES and learning.any_heads:
         yield (
             f"learning.heads beside messages with {name}: a weight would have two optimisers; use "
             "level 'heads', or leave one of them out"
