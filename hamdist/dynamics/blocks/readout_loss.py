@@ -105,8 +105,8 @@ class ReadoutLoss(Remembers):
     ) -> tuple[list[Tensor | None], list[Gradient], Reading]:
         """Return phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and the reading.
 
-        share: of phi_k, as the target is part of an item. moves: the weights move in this tick; the
-        first phi lasts until they have. at_once: as in `LocalFunction.pull`.
+        share: of phi_k, as the target is part of a sample. moves: the weights move in this tick;
+        the first phi lasts until they have. at_once: as in `LocalFunction.pull`.
         """
         prediction, inputs = plain(record.output), record.inputs
         about, reading = self.look(prediction, target, k, share=share, moves=moves, inputs=inputs)

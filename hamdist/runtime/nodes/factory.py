@@ -27,8 +27,8 @@ from hamdist.config import Compensation, Credit, Memory, StepKind
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpdate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
-from hamdist.dynamics.blocks.item_reading import ItemReading
 from hamdist.dynamics.blocks.kept_passes import BlockParts
+from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
@@ -123,7 +123,7 @@ class _Parts(BlockParts):
         self.weights = self.make_weights(self.cell)
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
-        self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.item)
+        self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.sample_of)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
         self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
@@ -191,13 +191,13 @@ class _Parts(BlockParts):
         taker = self.make_loss(given, f"{seed_name}/loss")
         order, weight = plan.knobs.order, heads.weights[self.name]
         own_weights = self._weights(cell, own, [f"head.{name}" for name in cell.names])
-        course = own_weights.scaled_by(plan.course, plan.item)
+        course = own_weights.scaled_by(plan.course, plan.sample_of)
         head = Head(cell, own_weights, taker, weight, course, constant_tau(own))
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
             weights = Weights(self.cell.theta, beside, order, self.cell.names)
-        course = weights.scaled_by(plan.course, plan.item)
+        course = weights.scaled_by(plan.course, plan.sample_of)
         return HeadUpdate(head, self.cell, weights, self.dynamics, course)
 
 
@@ -207,7 +207,7 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
         return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
     if p.loss is not None:
         parts = p.microbatches
-        item = ItemReading(parts, plan.ignore_index) if parts > 1 else None
+        item = MicrobatchReading(parts, plan.ignore_index) if parts > 1 else None
         return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
     if p.name in plan.reversible:
         return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
