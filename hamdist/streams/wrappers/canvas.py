@@ -30,8 +30,8 @@ class Canvas(Derived):
         u_m = (1 - a) P(x_n, p_n(j)) + a P(x_(n+1), p_(n+1)(j - S)),   a = max(0, j - S + F) / F
 
     P(x, p) has x at p (bilinear between pixels) and `background` elsewhere; so in the last F
-    samples of a clip the next fades in, on its own way. With F = 0 clips are cut. The target is that
-    of the clip that shows more: x_(n+1)'s from a >= 1/2 on. A finite stream ends with its last
+    samples of a clip the next fades in, on its own way. With F = 0 clips are cut. The target is
+    that of the clip that shows more: x_(n+1)'s from a >= 1/2 on. A finite stream ends with its last
     image's first place; time stamps and sequence ends are those of x_n. Portable where the wrapped
     stream is.
 
