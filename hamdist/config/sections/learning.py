@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -170,6 +170,10 @@ class LearningSettings(Section):
     inputs: InputsSetting = "off"
     """Steps that do not depend on the mean (`centred`) or the correlation (`whitened`) of a layer's
     inputs."""
+    rules: dict[str, str | dict[str, Any]] = {}
+    """Rules of learning other than the level's, by block (patterns as in a shell, names first): the
+    name of a built-in one, `FILE.py:NAME` of a `hamdist.Rule`, whose code then runs, or a mapping
+    with `name` and the arguments of the class."""
     blocks: dict[str, BlockLearningSettings] = {}
     """What single blocks have otherwise, by name (patterns as in a shell, names first)."""
 

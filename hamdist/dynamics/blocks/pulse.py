@@ -168,7 +168,12 @@ class PulseReadout(Block):
         self._item = item
         self.prediction: Tensor | None = None  # the latest
 
-    STATE = ("cell", "weights", "_loss", "_item")
+    @property
+    def error(self) -> Tensor | None:
+        """Return phi dL/dy of the latest target."""
+        return self._loss.error
+
+    STATE: ClassVar[tuple[str, ...]] = ("cell", "weights", "_loss", "_item")
     ADDED: ClassVar[Mapping[str, Any]] = {"_item": None}
 
     def read(

@@ -72,6 +72,7 @@ class ReadoutLoss(Remembers):
         self._phi = dynamics.phi
         self._first_phi = dynamics.first_phi
         self._guard = guard
+        self.error: Tensor | None = None  # the latest phi dL/dprediction
 
     def snapshot(self) -> dict[str, Any]:
         return {"first_phi": self._first_phi, "random": self.random}
@@ -131,7 +132,8 @@ class ReadoutLoss(Remembers):
         phi = self.phi(k)
         if moves:
             self.past_first()
-        return slope(phi * share), Reading(prediction, target, value, phi)
+        self.error = slope(phi * share)
+        return self.error, Reading(prediction, target, value, phi)
 
     def value(
         self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()

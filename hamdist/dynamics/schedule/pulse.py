@@ -20,7 +20,9 @@ class PulseSchedule:
     one sample meet, over skips as well. With credit 'heads' nothing comes back: a block learns from
     sample n in the tick of its forward. Nor does anything come back to `silent` blocks (whose
     weights are frozen, as are those of all blocks before them): with d the least depth of the
-    others, the speed `inf` is then 2 (D - d) + 1 ticks a sample.
+    others, the speed `inf` is then 2 (D - d) + 1 ticks a sample. A block whose rule asks for the
+    error of the first readout, at depth R, gets it one tick after the loss, at n c + R + 1; one
+    whose rule asks for nothing is as with credit 'heads'.
 
     With M micro-batches a sample makes M pulses (microbatches.py), after the last of which weights
     move; `sample` is the number of the pulse then, and `item` tells whose part it is.
@@ -32,6 +34,9 @@ class PulseSchedule:
         self._D = graph.depth
         self._silent = silent
         self.one_way = knobs.credit is Credit.HEADS
+        self._back = {block.name: block.back for block in graph.blocks.values()}
+        self._error_at = graph.depths[graph.readouts[0]] + 1
+        self._first_readout = graph.readouts[0]
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
         self._pulses = Pulses(self.c, self.parts)
@@ -58,8 +63,11 @@ class PulseSchedule:
 
     def lag(self, block: str) -> int:
         """Return d_l = 2 (D - l), the ticks from a block's forward to its backward, if any."""
-        if self.one_way or block in self._readouts or block in self._silent:
+        back = self._back[block]
+        if self.one_way or block in self._readouts or block in self._silent or back == "none":
             return 0
+        if back == "error":
+            return max(1, self._error_at - self._depths[block])
         return 2 * (self._D - self._depths[block])
 
     def _forward_tick(self, block: str, sample: int) -> int:
@@ -73,7 +81,7 @@ class PulseSchedule:
         if block in self._readouts:
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.READ, n)
-        if self.one_way or block in self._silent:
+        if not self.lag(block):
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.FORWARD, n)
         behind = self._pulses.first(since - self._backward_tick(block, 0))
@@ -99,6 +107,13 @@ class PulseSchedule:
         if event.phase is not Phase.BACKWARD:
             return None
         tick = self._backward_tick(edge.child, event.sample)
+        return Stamp(tick, event.sample, self.sample_of(event.sample))
+
+    def error(self, event: Event) -> Stamp | None:
+        """Return the stamp of the first readout's error that a block reads in `event`."""
+        if event.phase is not Phase.BACKWARD:
+            return None
+        tick = self._forward_tick(self._first_readout, event.sample)
         return Stamp(tick, event.sample, self.sample_of(event.sample))
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
@@ -153,6 +168,11 @@ class PulseSchedule:
             wait = self._backward_tick(edge.parent, 0) - self._backward_tick(edge.child, 0)
         return self._pulses.most(wait)
 
+    def errors_in_flight(self, block: str) -> int:
+        """Return the most errors of the first readout that wait for `block`."""
+        wait = self._backward_tick(block, 0) - self._forward_tick(self._first_readout, 0)
+        return self._pulses.most(wait)
+
     def target_in_flight(self, readout: str) -> int:
         return (self._depths[readout] + 1) // self.c + 1
 
@@ -167,6 +187,6 @@ class PulseSchedule:
         """Samples (micro-batches, where there are) whose activations a block keeps at a time:
         floor(d_l / c) + 1; with credit 'heads', and where no messages come, none beyond the tick in
         which they pass."""
-        if self.one_way or block in self._silent:
+        if not self.lag(block) and block not in self._readouts:
             return 0
         return self._pulses.most(self.lag(block))

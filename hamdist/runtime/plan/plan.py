@@ -47,6 +47,7 @@ from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.plan.microbatches import cut_batches
 from hamdist.runtime.plan.optimizers import plan_optimizers
+from hamdist.runtime.plan.rules import check_rules, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
@@ -173,7 +174,7 @@ class Plan:
     @property
     def taught_by(self) -> str:
         """Return the readout whose labels travel with the signal."""
-        return "" if self.heads is None else self.heads.readout
+        return self.graph.readouts[0] if self.heads is None else self.heads.readout
 
     @property
     def last_tick(self) -> float:
@@ -238,6 +239,7 @@ def make_plan(
         schedule = make_schedule(graph, knobs, silent)
     check_resets(graph, schedule, dynamics, knobs)
     check_output_nets(graph, dynamics)
+    check_rules(graph, knobs, dynamics, settings.metrics)
     rule = plan_optimizers(graph, knobs, settings, optimizer)
     rewinds = knobs.memory is Memory.REVERSIBLE
     started = [b.name for b in graph.blocks.values() if b.initial is not None]
@@ -271,7 +273,7 @@ def make_plan(
         settings.engine.queue,
         clocked=clocked,
         bundle=settings.engine.bundle,
-        labels=heads is not None,
+        labels=heads is not None or any(r.signals.label for r in ruled(graph).values()),
         messages=knobs.credit is Credit.MESSAGES,
         silent=silent,
     )
