@@ -285,7 +285,7 @@ class Worker:
 
     def status(self, seen: int, every: int | None) -> WorkerStatus:
         """Return the status, in another thread; `seen`: windows that the caller has, of `every`
-        items.
+        samples.
         """
         measured = {n.name: n.metrics for n in self._nodes if n.metrics is not None}
         metrics = measured.pop(next(iter(measured), ""), None)

@@ -71,8 +71,8 @@ class SnapshotNews:
 class WorkerStatus:
     """Status of a running process; ticks and updates are by block.
 
-    The windows are those of its first readout from number `first` on, `every` items each (None: no
-    readout here); others: the latest ones of its other readouts.
+    The windows are those of its first readout from number `first` on, `every` samples each
+    (None: no readout here); others: the latest ones of its other readouts.
     """
 
     ticks: dict[str, int]

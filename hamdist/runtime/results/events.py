@@ -122,7 +122,7 @@ class WindowFull(RunEvent):
             readout=readout,
             first=window.first,
             last=window.last,
-            samples=window.items,
+            samples=window.samples,
             loss=window.mean_loss,
             accuracy=window.accuracy,
             correct=window.correct,
