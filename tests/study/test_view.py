@@ -291,6 +291,7 @@ def test_a_report_in_a_browser(tmp_path, browser):
         for level, a in (("centralised", 0.9), ("trace", 0.8), ("local", 0.95))
     ]
     save_comparison(tmp_path, runs, Settings(steps=80), command="x", interrupted=False)
+    browser.get_log("browser")  # of pages before
     browser.get(f"file://{tmp_path / 'report.html'}")
     until(browser, "document.querySelectorAll('#curves .u-legend .u-series').length == 4")
 
