@@ -23,7 +23,14 @@ from hamdist.dynamics.objective.losses import Losses, LossFunction, make_loss, m
 from hamdist.dynamics.objective.outputs import main_output
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
-from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError, StreamError
+from hamdist.errors import (
+    BlockError,
+    ChoiceWarning,
+    DivergedError,
+    HamdistWarning,
+    SettingsError,
+    StreamError,
+)
 from hamdist.models.build import (
     BASELINE_OPTION,
     CELLS,
@@ -219,6 +226,13 @@ def _run(
         if error.result is None:
             raise
         result, failure = error.result, str(error)
+    except BlockError as error:
+        if begin is None or begin.plain is None or error.tick:
+            raise
+        raise SettingsError(
+            f"{BASELINE_OPTION}: the {type(model).__name__} does not learn from this stream's "
+            f"first sample: {error.message}"
+        ) from error
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
     scores = plain = None
