@@ -334,7 +334,7 @@ def numbered(log):
     numbers = range(log.first, log.posted + 1)
     found = [log.at(n).stamp.sample for n in numbers]
     assert found == [signal.stamp.sample for signal in log.behind(log.first - 1)]
-    assert [] == log.behind(log.posted)
+    assert log.behind(log.posted) == []
     for outside in (log.first - 1, log.posted + 1):
         with pytest.raises(SnapshotError, match=f"signal {outside} of a channel that keeps"):
             log.at(outside)

@@ -129,7 +129,7 @@ def test_links_are_not_followed(tmp_path):
 
 def test_room_is_made_without_the_latest_undamaged_one(tmp_path):
     train(chain(), PortableStream(ITEMS), settings(tmp_path, every=8, keep=3))
-    first, second, third = sorted(p.name for p in tmp_path.iterdir())
+    _, second, third = sorted(p.name for p in tmp_path.iterdir())
     part = next((tmp_path / third).glob("block-0.*"))
     part.write_bytes(part.read_bytes()[:-1] + b"?")
     left = []
