@@ -29,7 +29,8 @@ ALLOWED = {
     "dynamics/saved_state": DYNAMICS,
     "dynamics/user_modules": DYNAMICS,
     "dynamics/objective": f"{DYNAMICS} dynamics/native {STATE} dynamics/user_modules",
-    "dynamics/graph": f"{DYNAMICS} dynamics/objective dynamics/user_modules",
+    "dynamics/rules": "errors",
+    "dynamics/graph": f"{DYNAMICS} dynamics/objective dynamics/rules dynamics/user_modules",
     "dynamics/schedule": f"{DYNAMICS} dynamics/graph {STATE}",
     "dynamics/modules": f"{DYNAMICS} dynamics/graph dynamics/user_modules",
     "dynamics/tracing": f"{DYNAMICS} {STATE} dynamics/user_modules",
@@ -48,7 +49,7 @@ ALLOWED = {
     # `blocks` does not import `schedule`: what a block computes does not know when.
     "dynamics/blocks": (
         f"{DYNAMICS} dynamics/graph dynamics/modules dynamics/native dynamics/objective "
-        f"{STATE} dynamics/updates dynamics/vjp"
+        f"dynamics/rules {STATE} dynamics/updates dynamics/vjp"
     ),
     "streams": "errors config",
     "streams/sources": "errors config streams/sample",
@@ -83,7 +84,7 @@ ALLOWED = {
         f"{RUNTIME} runtime/advice runtime/engines runtime/placement runtime/plan runtime/process "
         "runtime/results runtime/signals runtime/snapshots runtime/storage runtime/transport"
     ),
-    "runtime/train": f"{RUNTIME} runtime",
+    "runtime/train": f"{RUNTIME} runtime loading",
     "api": f"{RUNTIME} runtime",
     "study": "",
     "study/shared": STUDY,

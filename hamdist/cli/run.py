@@ -124,10 +124,10 @@ def _run(
             _print_run(result, own, said, folder.path)
     if result.failure is not None:
         complain(f"Error: {result.failure}")
-        complain(f"Stopped after {result.samples} items; the metrics so far are above.")
+        complain(f"Stopped after {result.samples} samples; the metrics so far are above.")
         raise typer.Exit(FAILED)
     if result.interrupted:
-        complain(f"Interrupted after {result.samples} items; the metrics so far are above.")
+        complain(f"Interrupted after {result.samples} samples; the metrics so far are above.")
         if result.snapshots:
             complain(f"Go on with --resume {result.snapshots[-1].rpartition('/')[0]}")
         raise typer.Exit(INTERRUPTED)

@@ -44,7 +44,7 @@ class _Event(BaseModel):
 
 
 class Started(_Event):
-    """The driver has started; `batch` is the rows of an item, None if unknown."""
+    """The driver has started; `batch` is the rows of a sample, None if unknown."""
 
     event: Literal["started"] = "started"
     title: str

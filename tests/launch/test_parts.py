@@ -465,6 +465,28 @@ def test_installed_code_does_not_travel():
     assert own_code("json:loads") is None
 
 
+def test_files_of_rules_travel(tmp_path, monkeypatch):
+    """The settings of the job name them as modules, which lie beside them."""
+    file = tmp_path / "shipped_rules.py"
+    file.write_text("import hamdist\nclass Mine(hamdist.Rule):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = f"{file}:Mine"
+    rules = {"a": mine, "b": {"name": mine, "gain": 2}, "c": "kolen-pollack"}
+    settings = Settings.model_validate({"learning": {"rules": rules}})
+    with packed(settings, JobSpec(id="x", model=None, storage=None, most=1)) as folder:
+        there = load_settings(str(folder / "settings.yaml"), []).learning.rules
+        assert (folder / file.name).read_text() == file.read_text()
+    renamed = "shipped_rules:Mine"
+    assert there == {"a": renamed, "b": {"name": renamed, "gain": 2}, "c": "kolen-pollack"}
+    gone = Settings.model_validate({"learning": {"rules": {"a": "gone.py:Mine"}}})
+    order = JobSpec(id="x", model=None, storage=None, most=1)
+    with (
+        pytest.raises(SettingsError, match=r"learning.rules.a 'gone.py:Mine'"),
+        packed(gone, order),
+    ):
+        pass
+
+
 def test_one_place_to_go():
     elsewhere = Settings.model_validate({"engine": {"kind": "ray", "address": "h:1"}})
     with pytest.raises(SettingsError, match="engine.address 'h:1': --cluster says where"):

@@ -116,8 +116,8 @@ ReceivingEnds: TypeAlias = dict[int, ReceivingEnd]
 class WorkerStatus:
     """Status of a running process; ticks and updates are by block.
 
-    The windows are those of its first readout from number `first` on, `every` items each (None: no
-    readout here).
+    The windows are those of its first readout from number `first` on, `every` samples each (None:
+    no readout here).
     """
 
     ticks: dict[str, int]
@@ -347,7 +347,7 @@ class Worker:
 
     def status(self, seen: int, every: int | None) -> WorkerStatus:
         """Return the status, in another thread; `seen`: windows that the caller has, of `every`
-        items.
+        samples.
         """
         metrics = next((n.metrics for n in self._nodes if n.metrics is not None), None)
         now = None if metrics is None else metrics.every  # before the windows, which it may join

@@ -49,6 +49,8 @@ class Ports:
         self._parents = [plan.channels.messages.get(e.index) for e in self.into]
         self._label = plan.channels.labels.get(name)
         self._labelled = [c for c in plan.channels.labels.values() if c.sender == name]
+        self._error = plan.channels.errors.get(name)
+        self._to_rules = [c for c in plan.channels.errors.values() if c.sender == name]
 
     def state(self, edge: Edge, event: Event) -> Signal | None:
         """Take the parent's state that `event` needs along `edge`; None if it needs none."""
@@ -70,6 +72,21 @@ class Ports:
         if signal.payload is not None:
             signal.payload = self.border.message(signal.payload)
         return signal
+
+    def messages(self, event: Event) -> list[Tensor | None]:
+        """Take what comes back for `event`: the children's messages, or the readout's error."""
+        if self._error is None or not isinstance(self._schedule, PulseSchedule):
+            found = [self.message(edge, event) for edge in self.out_of]
+            return [None if signal is None else signal.payload for signal in found]
+        stamp = self._schedule.error(event)
+        error = None if stamp is None else self._take(self._error, stamp, event).payload
+        return [None if error is None else self.border.message(error)]
+
+    def error_to_blocks(self, stamp: Stamp, error: Tensor | None) -> None:
+        """Send a readout's error to the blocks whose rules ask for it."""
+        for channel in self._to_rules:
+            payload = None if error is None else ready(error)
+            self._mailbox.post(channel, Signal(stamp, payload))
 
     def target(self, event: Event) -> Signal | None:
         """Take the target that a readout needs at `event`; None if it needs none."""

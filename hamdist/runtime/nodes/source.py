@@ -88,7 +88,7 @@ class SourceNode:
 
     @property
     def passed(self) -> int:
-        """Return the number of items that the stream has passed over."""
+        """Return the number of samples that the stream has passed over."""
         return passed_over(self._stream)
 
     def start(self) -> None:
@@ -205,9 +205,9 @@ class SourceNode:
         largest = max(self._plan.dynamics.speeds())
         if not 0 < self._tau * largest <= 1 + TOLERANCE:
             raise StreamError(
-                f"item {n}: a step of tau = {self._tau:g} s until the next item makes c tau = "
+                f"sample {n}: a step of tau = {self._tau:g} s until the next sample makes c tau = "
                 f"{self._tau * largest:g}, which has to lie in (0, 1]: use a smaller dynamics.c, "
-                "or a higher locality.speed (ticks per item); a stream of one item has no step"
+                "or a higher locality.speed (ticks per sample); a stream of one sample has no step"
             )
         return torch.tensor(self._tau, dtype=torch.float64)
 

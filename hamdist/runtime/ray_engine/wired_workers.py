@@ -181,7 +181,7 @@ class WiredWorkers(PlacedWorkers):
         """Restart a stream in this process, from the plan's snapshot.
 
         Raises:
-            StreamError: the stream is waiting for an item that does not come.
+            StreamError: the stream is waiting for a sample that does not come.
         """
         if self._local is None:
             return

@@ -63,7 +63,8 @@ class Progress:
     """Progress of a running engine.
 
     Attributes:
-        samples: items that entered the network; resumed: those of them before the snapshot that the
+        samples: samples that entered the network; resumed: those of them before the snapshot that
+        the
             run resumes from.
         phase: of the start (process/startup.py); None from the first tick on.
         replaced: actors that were lost so far.
@@ -124,9 +125,10 @@ class RunFacts:
     """The facts of a run, from the engine to the files: every layer adds its own fields.
 
     Attributes:
-        samples: items that entered; resumed: those of them before the snapshot that the run resumed
+        samples: samples that entered; resumed: those of them before the snapshot that the run
+        resumed
             from.
-        seconds: wall time from the first to the last tick, without that of the resumed items;
+        seconds: wall time from the first to the last tick, without that of the resumed samples;
             startup_seconds: the time before, startup: the same by phase (process/startup.py).
         bytes_per_edge: payload bytes that crossed each edge in both directions, by edge.
         compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones,
@@ -186,8 +188,8 @@ class RunFacts:
     digests: dict[str, DigestMap] = field(default_factory=dict, metadata=APART)
 
     @property
-    def items(self) -> int:
-        """Return the items that entered since then, in `seconds`."""
+    def new_samples(self) -> int:
+        """Return the number of samples that entered since the resume, in `seconds`."""
         return self.samples - self.resumed
 
     def shared(self) -> dict[str, Any]:
@@ -241,7 +243,7 @@ class RunResult(RunFacts):
 
 def _last(window: Window) -> str:
     right = "" if window.accuracy is None else f", {100 * window.accuracy:.1f} % right"
-    return f"loss {window.mean_loss:.4g}{right} over items {window.first} to {window.last}"
+    return f"loss {window.mean_loss:.4g}{right} over samples {window.first} to {window.last}"
 
 
 @dataclass(slots=True, kw_only=True)

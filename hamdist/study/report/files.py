@@ -40,7 +40,7 @@ def run_summary(run: Run) -> dict[str, Any]:
     for apart in ("windows", "window_seconds"):
         del record[apart]
     record["held_out"] = None if run.held_out is None else _scores(run.held_out)
-    record["samples_per_second"] = run.rows_per_second
+    record["rows_per_second"] = run.rows_per_second
     return record
 
 

@@ -36,7 +36,7 @@ _STUDIES = (
 FILES = (  # what --overwrite may remove: whatever these commands write
     *(EVENTS, "metrics.jsonl", "runs.jsonl", "settings*.yaml", "summary.json", "results.csv"),
     *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
-    *("accuracy-samples.png", "accuracy-seconds.png", "energies.png", "weights.png"),
+    *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png"),
     *("tracking.png", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
 )
 
@@ -166,7 +166,7 @@ class ResultFolder:
         self._show(message, *where, **more)
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        """Release the folder, and remove it if a run has failed before its first item."""
+        """Release the folder, and remove it if a run has failed before its first sample."""
         warnings.showwarning = self._show
         self.tell("ended", error=None if error is None else str(error) or type(error).__name__)
         if self._events is not None:
