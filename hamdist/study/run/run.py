@@ -50,7 +50,7 @@ from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.drift import DriftRecovery, recoveries
 from hamdist.study.run.evaluate import Scores, evaluate, evaluate_samples, evaluate_sequences
-from hamdist.study.run.initial_weights import beside, warmed
+from hamdist.study.run.initial_weights import beside, misfit, warmed
 from hamdist.study.run.own_data import OwnData, check_held_out
 from hamdist.study.run.tracking import Tracking, advice, tracking
 from hamdist.study.shared.limits import check_size, check_time
@@ -227,12 +227,8 @@ def _run(
             raise
         result, failure = error.result, str(error)
     except BlockError as error:
-        if begin is None or begin.plain is None or error.tick:
-            raise
-        raise SettingsError(
-            f"{BASELINE_OPTION}: the {type(model).__name__} does not learn from this stream's "
-            f"first sample: {error.message}"
-        ) from error
+        of_option = begin is not None and begin.plain is not None
+        raise (misfit(model, error) if of_option else error) from error.__cause__
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
     scores = plain = None
