@@ -345,7 +345,12 @@ def test_interrupted_before_anything_ran(train: FakeTrain, tiny: str, tmp_path: 
     assert command("run", tiny, "--out", str(tmp_path / "out")).exit_code == 130
     lines = (tmp_path / "out" / "events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    assert [e["event"] for e in events if e["event"] != "phase"] == ["started", "progress", "ended"]
+    assert [e["event"] for e in events if e["event"] != "phase"] == [
+        "started",
+        "run",
+        "progress",
+        "ended",
+    ]
     assert events[-1]["error"] == "KeyboardInterrupt"
 
 

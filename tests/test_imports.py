@@ -64,7 +64,7 @@ ALLOWED = {
     "runtime/process": f"{RUNTIME} runtime/results",
     "runtime/storage": f"{RUNTIME} runtime/process",
     "runtime/transport": f"{RUNTIME} runtime/process runtime/signals",
-    "runtime/plan": f"{RUNTIME} runtime/process runtime/signals runtime/storage",
+    "runtime/plan": (f"{RUNTIME} runtime/process runtime/results runtime/signals runtime/storage"),
     "runtime/nodes": f"{RUNTIME} runtime/plan runtime/results runtime/signals",
     "runtime/snapshots": (
         f"{RUNTIME} runtime/nodes runtime/plan runtime/process runtime/signals runtime/storage"

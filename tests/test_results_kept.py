@@ -279,21 +279,28 @@ def test_speed_after_a_resume_and_with_it_the_rest_of_the_time():
     assert run.rows_per_second == 20 * 4 / 2.0
 
 
-def test_progress_does_not_fall_while_an_actor_is_replaced():
+def test_progress_does_not_fall_while_an_actor_is_replaced(monkeypatch):
     """The source's actor is new and knows of no samples; the readout's has no windows yet."""
     pytest.importorskip("ray")
-    from hamdist.runtime.ray_engine.engine import _Watch
+    from hamdist.runtime.ray_engine import engine
 
+    monkeypatch.setattr(engine, "network_of", lambda *_: None)
     window = Window(0, 9, 10, 1.0, 1, 10)
-    actor = SimpleNamespace(blocks=["a"], status=None, every=1, windows=[window])
-    reached = iter([120, 0, 130])
-    worker_group = SimpleNamespace(actors=[actor], samples=lambda: next(reached))
+    actor = SimpleNamespace(name="actor 0", address="", blocks=["a"], status=None)
+    reached, windows = iter([120, 0, 130]), {"a": [window]}
+    worker_group = SimpleNamespace(
+        actors=[actor],
+        samples=lambda: next(reached),
+        windows=lambda: windows,
+        samples_of_processes=dict,
+    )
     limits = SimpleNamespace(stall_warning=1.0, stall_limit=2.0)
-    plan = SimpleNamespace(engine=limits, snapshot_policy=None, steps=200, resumed=0)
+    graph = SimpleNamespace(readouts=["a"])
+    plan = SimpleNamespace(engine=limits, snapshot_policy=None, steps=200, resumed=0, graph=graph)
     seen = []
-    watch = _Watch(plan, worker_group, seen.append)
+    watch = engine._Watch(plan, worker_group, seen.append)
     watch._report_progress()
-    actor.every, actor.windows = None, []
+    windows = {}
     watch._report_progress()
     watch._report_progress()
     assert [progress.samples for progress in seen] == [120, 120, 130]

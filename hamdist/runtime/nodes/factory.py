@@ -15,7 +15,7 @@ it stops when the end first arrives along any edge, in either direction.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -81,22 +81,6 @@ class Node(Protocol):
 def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
     """Return how many ticks the nodes have completed."""
     return max((node.event.tick + 1 for node in nodes), default=0)
-
-
-def time_use(
-    nodes: Sequence[PulseNode | HoldNode | SequenceNode], total: float, moving: Mapping[str, float]
-) -> dict[str, float]:
-    """Return how a process spent its time, in seconds by activity.
-
-    Args:
-        nodes: the nodes of the process.
-        total: seconds that the process ran.
-        moving: seconds of packing signals and of waiting for them.
-
-    Returns:
-        The steps of the blocks, packing and waiting, and the remainder under a name of its own.
-    """
-    return {"total": total, "step": sum(node.seconds for node in nodes), **moving}
 
 
 def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode | SequenceNode:

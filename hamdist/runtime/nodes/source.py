@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from threading import Event as Flag
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class SourceNode:
         self.tick: int | None = self.event.tick
         self._drawn: Iterator[Sample] | None = None
         self._items = 0  # drawn
+        self.seconds = 0.0  # of drawing samples
 
     @property
     def device(self) -> torch.device:
@@ -218,6 +220,7 @@ class SourceNode:
         n = n // self._passes + self._plan.skip
         if self._drawn is None or self.stop.is_set() or (steps is not None and n >= steps):
             return None
+        begin = perf_counter()
         try:
             sample = next(self._drawn, None)
         except StreamError:
@@ -226,6 +229,8 @@ class SourceNode:
             raise StreamError(
                 f"sample {n}: the stream raised {type(error).__name__}: {error}"
             ) from error
+        finally:
+            self.seconds += perf_counter() - begin
         if sample is None:
             return None
         self._items += 1

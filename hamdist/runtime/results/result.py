@@ -14,6 +14,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
+from hamdist.runtime.results.measured import PlacedNetwork, ProcessSample
 from hamdist.runtime.signals.codec import Compressed
 
 
@@ -68,6 +69,9 @@ class Progress:
             run resumes from.
         phase: of the start (process/startup.py); None from the first tick on.
         replaced: actors that were lost so far.
+        windows: of the first readout, called `readout`; others: those of the other readouts.
+        actors: what each process has measured of itself; network: the blocks and their places.
+        snapshots: the complete ones that are left; warnings: of the engine so far.
     """
 
     seconds: float
@@ -79,6 +83,12 @@ class Progress:
     phase: str | None = None
     replaced: Sequence[Replaced] = field(default_factory=list)
     resumed: int = 0
+    readout: str = ""
+    others: Mapping[str, Sequence[Window]] = field(default_factory=dict)
+    actors: Mapping[str, ProcessSample] = field(default_factory=dict)
+    network: PlacedNetwork | None = None
+    snapshots: Sequence[str] = field(default_factory=list)
+    warnings: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
