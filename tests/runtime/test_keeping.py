@@ -21,6 +21,7 @@ from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_plan, make_snapshot_policy
 from hamdist.runtime.ray_engine.engine import _Watch
+from hamdist.runtime.ray_engine.session import Session
 from hamdist.runtime.ray_engine.supervision import (
     LAST_SECONDS,
     PATIENCE_SECONDS,
@@ -67,6 +68,7 @@ class FakeCrew:
     told: list = field(default_factory=list)
     done = lost = stopped = called_off = late = local_forgot = False
     arithmetic = ()
+    session = Session()
 
     def too_late(self):
         return self.late
