@@ -111,6 +111,9 @@ def run_facts(run: Run) -> dict[str, str]:
         "time": f"{run.seconds:.1f} s",
         "start-up": startup_line(run.startup_seconds, run.startup),
         "speed": f"{run.rows_per_second:,.0f} rows/s",
+        "items/s": f"predicted {run.predicted:,.0f}, measured {run.items / run.seconds:,.0f}"
+        if run.predicted and run.seconds
+        else "",
         **_scores(run),
         "drifts": drift_fact(run.drifts),
         "staleness": f"{run.staleness} items",
