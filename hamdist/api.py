@@ -21,6 +21,7 @@ from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunc
 from hamdist.errors import ChoiceWarning, SettingsError
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.train.rules import NamedRule
 from hamdist.runtime.train.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
@@ -36,6 +37,7 @@ def train(
     phi: TickSchedule | None = None,
     optimizer: OptimizerFunction | None = None,
     scheduler: SchedulerFunction | None = None,
+    rules: Mapping[str, NamedRule] | None = None,
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
@@ -66,6 +68,9 @@ def train(
             `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or a list of optimisers.
         scheduler: makes the scheduler of an optimiser, which is stepped once per item:
             `lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1000)`.
+        rules: how blocks learn, by name or pattern of the block: a `hamdist.Rule`, the name of a
+            built-in one (`hamdist rules`), or a mapping with its name and arguments:
+            `{"block*": MyRule(), "block3": "kolen-pollack"}`; other blocks learn as the level says.
         classes: number of classes of the class targets of a DataLoader or iterable; None for as
             many as the model predicts.
         names: the meaning of the keys of its batches (see `streams.from_iterable`), instead of
@@ -116,6 +121,7 @@ def train(
         phi=phi,
         optimizer=optimizer,
         scheduler=scheduler,
+        rules=rules,
         on_progress=on_progress,
         resume=resume,
     )
@@ -230,7 +236,7 @@ def _as_stream(
     if isinstance(stream, Stream):
         if names is not None:
             raise SettingsError(
-                f"names has no effect on a {type(stream).__name__}, whose items are made: say it "
+                f"names has no effect on a {type(stream).__name__}, whose samples are made: say it "
                 "to hamdist.streams.from_loader or from_iterable"
             )
         return stream

@@ -29,7 +29,8 @@ ALLOWED = {
     "dynamics/saved_state": DYNAMICS,
     "dynamics/user_modules": DYNAMICS,
     "dynamics/objective": f"{DYNAMICS} dynamics/native {STATE} dynamics/user_modules",
-    "dynamics/graph": f"{DYNAMICS} dynamics/objective dynamics/user_modules",
+    "dynamics/rules": "errors",
+    "dynamics/graph": f"{DYNAMICS} dynamics/objective dynamics/rules dynamics/user_modules",
     "dynamics/schedule": f"{DYNAMICS} dynamics/graph {STATE}",
     "dynamics/modules": f"{DYNAMICS} dynamics/graph dynamics/user_modules",
     "dynamics/tracing": f"{DYNAMICS} {STATE} dynamics/user_modules",
@@ -48,7 +49,7 @@ ALLOWED = {
     # `blocks` does not import `schedule`: what a block computes does not know when.
     "dynamics/blocks": (
         f"{DYNAMICS} dynamics/graph dynamics/modules dynamics/native dynamics/objective "
-        f"{STATE} dynamics/updates dynamics/vjp"
+        f"dynamics/rules {STATE} dynamics/updates dynamics/vjp"
     ),
     "streams": "errors config",
     "streams/sources": "errors config streams/sample",
@@ -63,7 +64,7 @@ ALLOWED = {
     "runtime/process": f"{RUNTIME} runtime/results",
     "runtime/storage": f"{RUNTIME} runtime/process",
     "runtime/transport": f"{RUNTIME} runtime/process runtime/signals",
-    "runtime/plan": f"{RUNTIME} runtime/process runtime/signals runtime/storage",
+    "runtime/plan": (f"{RUNTIME} runtime/process runtime/results runtime/signals runtime/storage"),
     "runtime/timing": f"{RUNTIME} runtime/plan runtime/signals",
     "runtime/nodes": f"{RUNTIME} runtime/plan runtime/results runtime/signals",
     "runtime/snapshots": (
@@ -86,7 +87,7 @@ ALLOWED = {
         "runtime/results runtime/signals runtime/snapshots runtime/storage runtime/timing "
         "runtime/transport"
     ),
-    "runtime/train": f"{RUNTIME} runtime",
+    "runtime/train": f"{RUNTIME} runtime loading",
     "api": f"{RUNTIME} runtime",
     "study": "",
     "study/shared": STUDY,

@@ -206,14 +206,14 @@ def diverged(model, items, **fields):
 
 
 def test_the_finite_range_and_what_is_not_the_steps_fault():
-    """An item as large, a mask in a state, weights that never moved."""
+    """A sample as large, a mask in a state, weights that never moved."""
     items = [rows(n) for n in range(STEPS)]
     items[5] = (items[5][0] * 1e20, items[5][1])
     deep = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES))
     assert "h left the finite range" in diverged(made(lambda: deep), items)
     said = diverged(made(lambda: nn.Sequential(nn.Linear(6, CLASSES))), items)
     assert "loss left the finite range" in said
-    assert "the stream's item holds values up to" in said
+    assert "the stream's sample holds values up to" in said
 
     class Masks(nn.Module):  # one module, so that its signal holds what it returns
         def forward(self, x):
@@ -346,7 +346,7 @@ class Siamese(nn.Module):
 
 
 class Adversary(nn.Module):
-    """A generator behind a net of its own, a discriminator for both kinds of items."""
+    """A generator behind a net of its own, a discriminator for both kinds of samples."""
 
     def __init__(self):
         super().__init__()

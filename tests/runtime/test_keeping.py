@@ -15,7 +15,7 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, SnapshotError
-from hamdist.runtime.engines.worker import SnapshotNews, WorkerStatus
+from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerStatus
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
@@ -26,6 +26,7 @@ from hamdist.runtime.ray_engine.supervision import (
     PATIENCE_SECONDS,
     SnapshotSupervision,
 )
+from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.signals.sent_log import OBJECT_BYTES, SentLog
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
@@ -84,7 +85,9 @@ class FakeCrew:
         self.called_off = True
 
     def at(self, tick):
-        self.actors[0].status = WorkerStatus({"b": tick}, {}, 0, [], 0, None, None)
+        self.actors[0].status = WorkerStatus(
+            {"b": tick}, {}, 0, [], 0, None, {}, ProcessSample(), None
+        )
 
     def keep(self, tick):
         self.asked.append(tick)

@@ -21,7 +21,7 @@ def message_bytes(plan: Plan, channel: Channel) -> int:
     """Return the most bytes of one message on `channel`.
 
     That is B signals in a bundle, each a header and TIMES the bytes that the plan states; or
-    RAGGED, where items have lengths of their own.
+    RAGGED, where samples have lengths of their own.
     """
     one = TIMES * exact_bytes(plan, channel)
     if plan.one_length is None:

@@ -17,12 +17,8 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError, HamdistWarning
 from hamdist.runtime.advice.advice import thread_warnings
-from hamdist.runtime.engines.worker import (
-    SnapshotNews,
-    Worker,
-    WorkerReport,
-    WorkerStatus,
-)
+from hamdist.runtime.engines.worker import Worker
+from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport, WorkerStatus
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
 from hamdist.runtime.placement.assign_hosts import ActorOptions, options_of_actors
 from hamdist.runtime.placement.links import Probe, cluster_of, pairs

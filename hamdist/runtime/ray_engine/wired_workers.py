@@ -11,11 +11,8 @@ import ray
 
 from hamdist.config import DeviceSignals
 from hamdist.errors import ClusterError, StreamError
-from hamdist.runtime.engines.worker import (
-    ReceivingEnds,
-    Worker,
-    WorkerReport,
-)
+from hamdist.runtime.engines.worker import ReceivingEnds, Worker
+from hamdist.runtime.engines.worker_report import WorkerReport
 from hamdist.runtime.placement.assign_blocks import Costs, place
 from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.placement.links import least_delays
@@ -182,7 +179,7 @@ class WiredWorkers(PlacedWorkers):
         """Restart a stream in this process, from the plan's snapshot.
 
         Raises:
-            StreamError: the stream is waiting for an item that does not come.
+            StreamError: the stream is waiting for a sample that does not come.
         """
         if self._local is None:
             return

@@ -18,7 +18,8 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hamdist.runtime.engines.worker import ReceivingEnds, Worker, WorkerReport, WorkerStatus
+from hamdist.runtime.engines.worker import ReceivingEnds, Worker
+from hamdist.runtime.engines.worker_report import WorkerReport, WorkerStatus
 from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.placement.links import Probe
 from hamdist.runtime.plan.plan import Plan

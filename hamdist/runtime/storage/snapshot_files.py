@@ -81,7 +81,7 @@ class Manifest(_Checked):
         network: has to be equal for a run to resume (`fingerprint`).
         delays: ticks by edge.
         samples: that had entered the network, `skip` of them in an earlier run whose weights this
-            one has begun with; passed: items that the stream had passed over.
+            one has begun with; passed: samples that the stream had passed over.
         versions: of the software; time: when it was complete.
         stream: the identity of the stream (snapshots/resume.py).
         arithmetic: of the kinds of processes that computed it; switches: torch's (empty: unknown).

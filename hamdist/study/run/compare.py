@@ -40,7 +40,7 @@ def plan(settings: Settings) -> list[PlannedRun]:
     """
     if settings.steps is None:
         raise SettingsError(
-            "steps: a comparison needs the number of items of each run; set it in the settings "
+            "steps: a comparison needs the number of samples of each run; set it in the settings "
             "or with --steps"
         )
     levels = dict.fromkeys(settings.compare.levels)
