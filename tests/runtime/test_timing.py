@@ -86,14 +86,14 @@ class Watched(Mailbox):
 
     def __init__(self, inside):
         super().__init__(inside)
-        self.now, self.sent, self.taken = None, {}, []
+        self.now, self.sent, self.seen = None, {}, []
 
     def post(self, channel, signal):
         self.sent[channel.number, signal.stamp] = self.now
         super().post(channel, signal)
 
     def take(self, channel, stamp, tick):
-        self.taken.append((self.sent[channel.number, stamp], self.now, channel.number))
+        self.seen.append((self.sent[channel.number, stamp], self.now, channel.number))
         return super().take(channel, stamp, tick)
 
 
@@ -139,7 +139,7 @@ def test_steps_and_signals_are_those_of_the_engine(case):
     channels = {c.number for c in plan.channels.all() if c.bundle == 1}
     real = {
         (sender, taker, number)
-        for sender, taker, number in mailbox.taken
+        for sender, taker, number in mailbox.seen
         if begin <= taker[2] < begin + graph.ticks and number in channels
     }
     assert waits == real

@@ -140,7 +140,7 @@ class RunFacts:
             from.
         seconds: wall time from the first to the last tick, without that of the resumed samples;
             startup_seconds: the time before, startup: the same by phase (process/startup.py).
-        predicted: items a second by the timing model (runtime/timing), from the steps as measured
+        predicted: samples a second by the timing model (runtime/timing), from the steps as measured
             before the start; 0 where there is no prediction.
         bytes_per_edge: payload bytes that crossed each edge in both directions, by edge.
         compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones,

@@ -111,7 +111,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "time": f"{run.seconds:.1f} s",
         "start-up": startup_line(run.startup_seconds, run.startup),
         "speed": f"{run.rows_per_second:,.0f} rows/s",
-        "items/s": f"predicted {run.predicted:,.0f}, measured {run.items / run.seconds:,.0f}"
+        "samples/s": f"predicted {run.predicted:,.0f}, measured {run.new_samples / run.seconds:,.0f}"
         if run.predicted and run.seconds
         else "",
         **_scores(run),
