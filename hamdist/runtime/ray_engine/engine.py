@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
@@ -52,7 +53,7 @@ class RayEngine:
         costs = unmeasured_costs(plan)
         measured: Costs | None = None
         places = wants_costs(plan)
-        if places or plan.replan is not None:
+        if plan.engine.device == "cpu":  # (what a block takes on a GPU is not known before)
             with startup.phase("measure"):
                 try:
                     measured = measured_costs(plan, portable=stream.portable)
@@ -73,6 +74,8 @@ class RayEngine:
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
             notes += lending_notes(plan.engine, worker_group.lent, refusals)
             outcome.startup = startup.seconds
+            if measured is not None and measured.model is not None:
+                outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
             if auto:
                 outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
             outcome.warnings[:0] = notes
