@@ -123,7 +123,8 @@ class _Parts(BlockParts):
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
-        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native)
+        alone = len(self._plan.graph.readouts) == 1
+        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native, alone=alone)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
         combine, parents = self.spec.combine, len(self.spec.parents)
