@@ -236,7 +236,7 @@ def _as_stream(
     if isinstance(stream, Stream):
         if names is not None:
             raise SettingsError(
-                f"names has no effect on a {type(stream).__name__}, whose items are made: say it "
+                f"names has no effect on a {type(stream).__name__}, whose samples are made: say it "
                 "to hamdist.streams.from_loader or from_iterable"
             )
         return stream

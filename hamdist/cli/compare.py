@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,7 +30,15 @@ from hamdist.cli.options import (
     given,
     load,
 )
-from hamdist.cli.prepare import code_of, command_line, need_plots, own_stream, prepare, results_of
+from hamdist.cli.prepare import (
+    code_of,
+    command_line,
+    need_plots,
+    own_stream,
+    prepare,
+    results_of,
+    run_begun,
+)
 from hamdist.config import Level, Settings, did_you_mean
 from hamdist.errors import HamdistError, SettingsError
 
@@ -130,6 +139,7 @@ def _compare(
     data = own_stream(stream_name, settings)
     plain = prepare(None, baseline, "--baseline-model")
 
+    from hamdist.study.report.files import final_events
     from hamdist.study.report.save import save_comparison
     from hamdist.study.report.table import finished_line
     from hamdist.study.run.compare import compare as runs_of
@@ -145,10 +155,11 @@ def _compare(
     key = run_key(settings, code)
     with (
         Display() as display,
-        ResultFolder(out, overwrite=overwrite, key=key, grows="runs.jsonl", say=display.say) as own,
+        ResultFolder(out, overwrite=overwrite, key=key, say=display.say) as own,
     ):
         store = Store(own.path / RUNS, Run.from_json)
-        watch = _titles(display, own, planned, settings.stream.batch if data is None else None)
+        batch = settings.stream.batch if data is None else None
+        watch = _titles(display, own, planned, settings, batch)
         save = partial(save_comparison, own.path, finished, settings, command=command_line())
         try:
             for result in runs_of(
@@ -163,7 +174,8 @@ def _compare(
             ):
                 finished.append(result)
                 display.say(finished_line(result))
-                own.tell("finished", level=result.level, seed=result.seed)
+                for event in final_events(result):
+                    own.emit(event)
                 save(interrupted=True, drawn=False)
         except (HamdistError, KeyboardInterrupt):
             display.close()
@@ -177,14 +189,21 @@ def _compare(
 
 
 def _titles(
-    display: Display, folder: ResultFolder, planned: list[PlannedRun], batch: int | None
+    display: Display,
+    folder: ResultFolder,
+    planned: list[PlannedRun],
+    settings: Settings,
+    batch: int | None,
 ) -> Callable[[PlannedRun], OnProgress]:
     """Return a function that makes the progress display of a planned run."""
     numbers = {item: number for number, item in enumerate(planned, start=1)}
 
     def watch(item: PlannedRun) -> OnProgress:
         title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
-        return folder.watch(item.name, item.seed, display.watch(title, batch))
+        begun = run_begun(settings.model_copy(update={"seed": item.seed}), title, batch)
+        engine = begun.engine if item.level is not None else "pytorch"
+        begun = replace(begun, level=item.name, engine=engine)
+        return folder.watch(begun, display.watch(title, batch))
 
     return watch
 

@@ -27,7 +27,7 @@ from hamdist.cli.options import (
     changes,
     load,
 )
-from hamdist.cli.prepare import own_stream, prepare, results_of
+from hamdist.cli.prepare import own_stream, prepare, results_of, run_begun
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
 from hamdist.study.shared.result_folder import ResultFolder
@@ -102,21 +102,25 @@ def _run(
         data = own_stream(stream_name, own)
         folder = stack.enter_context(ResultFolder(out, overwrite=overwrite, say=display.say))
 
+        from hamdist.study.report.files import final_events
         from hamdist.study.report.save import save_run
         from hamdist.study.run.run import run_level
 
         display.say(f"Results go to {folder.path}")
         imports = {} if began is None else {"imports": time.perf_counter() - began}
-        show = display.watch(title, own.stream.batch if data is None else None)
+        batch = own.stream.batch if data is None else None
+        show = display.watch(title, batch)
         result, model = run_level(
             own,
             factory=factory,
             data=data,
-            on_progress=folder.watch(own.level.value, own.seed, show),
+            on_progress=folder.watch(run_begun(own, title, batch), show),
             before=imports,
             resume=resume,
             weights=weights,
         )
+        for event in final_events(result):
+            folder.emit(event)
         try:
             save_run(folder.path, result, model, own)
         finally:
@@ -124,10 +128,10 @@ def _run(
             _print_run(result, own, said, folder.path)
     if result.failure is not None:
         complain(f"Error: {result.failure}")
-        complain(f"Stopped after {result.samples} items; the metrics so far are above.")
+        complain(f"Stopped after {result.samples} samples; the metrics so far are above.")
         raise typer.Exit(FAILED)
     if result.interrupted:
-        complain(f"Interrupted after {result.samples} items; the metrics so far are above.")
+        complain(f"Interrupted after {result.samples} samples; the metrics so far are above.")
         if result.snapshots:
             complain(f"Go on with --resume {result.snapshots[-1].rpartition('/')[0]}")
         raise typer.Exit(INTERRUPTED)

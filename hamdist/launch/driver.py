@@ -33,7 +33,6 @@ from hamdist.launch.events import (
     DriverLost,
     Ended,
     FilesStay,
-    ProgressPace,
     ResultValues,
     Started,
     WarningEvent,
@@ -42,6 +41,7 @@ from hamdist.launch.events import (
     tell,
 )
 from hamdist.launch.package import SETTINGS, JobSpec, read_order
+from hamdist.runtime.results.progress_events import ProgressPace
 from hamdist.runtime.results.result import Progress
 from hamdist.study.shared.recipes import load_settings
 

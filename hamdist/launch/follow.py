@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hamdist.errors import ClusterError
-from hamdist.launch.events import DriverLost, Ended, File, FileChunk, FilesStay, RunEvent, from_line
+from hamdist.launch.events import DriverLost, Ended, File, FileChunk, FilesStay, JobEvent, from_line
 from hamdist.study.shared.result_folder import prepare_folder
 
 
@@ -132,7 +132,7 @@ class Results:
 
 def follow(
     lines: Iterable[str], results: Results, say: Callable[[str], None]
-) -> Iterator[RunEvent]:
+) -> Iterator[JobEvent]:
     """Yield the events of a log that concern no files; `say` is called with plain text."""
     try:
         for line in lines:

@@ -30,7 +30,6 @@ from hamdist.launch.events import (
     Ended,
     FilesStay,
     Progressed,
-    ProgressPace,
     Started,
     WarningEvent,
     file_events,
@@ -45,6 +44,7 @@ from hamdist.launch.submit import kept_at, make_id, resumed_from
 from hamdist.models.build import load_factory
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe
+from hamdist.runtime.results.progress_events import ProgressPace
 from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.study.run.own_data import load_stream
 from hamdist.study.shared.recipes import load_settings

@@ -183,7 +183,7 @@ def test_uneven_last_batch_missing_targets_and_a_stream_of_the_driver(session, l
 
     alone, spread = both(chain, source, {"actors": 3}, 60, **LEVELS[level])
     assert alone.samples == 60
-    assert sum(w.items for w in alone.windows["block4"]) == 56
+    assert sum(w.samples for w in alone.windows["block4"]) == 56
     assert_equal(alone, spread)
 
 

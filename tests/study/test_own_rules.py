@@ -173,6 +173,12 @@ def plain():
 
 def wider():
     return layers(nn.ReLU())
+
+def too_wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(65, 10))
+
+def too_few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
 """
 
 
@@ -266,7 +272,15 @@ def test_rules_are_listed_as_they_are():
     assert all(name in shown for name in HOMES)
 
 
-@pytest.mark.parametrize(("name", "said"), [("fails", "no weights"), ("gone", "has no 'gone'")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fails", "no weights"),
+        ("gone", "has no 'gone'"),
+        ("too_wide", "the Sequential does not learn from this stream's first sample"),
+        ("too_few", "IndexError: Target"),
+    ],
+)
 def test_errors_of_the_baselines_module_name_its_option(tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
     file = f"nets_{tmp_path.name}.py"
@@ -275,8 +289,9 @@ def test_errors_of_the_baselines_module_name_its_option(tmp_path, monkeypatch, n
     arguments += ["--engine", "inprocess", "--baseline-model", f"{file}:{name}"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
-    assert "--baseline-model" in done.output
+    assert "Error: --baseline-model" in done.output
     assert said in done.output
+    assert "Traceback" not in done.output
 
 
 # -- golden files ----------------------------------------------------------------------------------
@@ -300,6 +315,31 @@ def test_the_tolerance_of_a_file_is_its_entry(tmp_path, kind):
     np.savez(named, **data, rtol=-1.0)
     (row,) = rows_of(named)
     assert "entry 'rtol' is -1" in row.note
+    np.savez(named, **data, atol=-1.0)
+    (row,) = rows_of(named)
+    assert "entry 'atol' is -1" in row.note
+
+
+@pytest.mark.parametrize(
+    ("given", "passes"),
+    [
+        ({"rtol": 1e-9}, False),
+        ({"atol": 2e-3}, True),
+        ({"atol": 5e-4}, False),
+        ({"rtol": 1e-9, "atol": 2e-3}, True),
+        ({"rtol": 1e-9, "atol": 0.0}, False),
+    ],
+)
+def test_atol_is_numpys(tmp_path, given, passes):
+    """Oracle: numpy.isclose with the entries; one number of the file is off by 1e-3."""
+    data = dict(np.load(golden.shipped() / "layered3_sequential.npz"))
+    data["h.l3"] = data["h.l3"].copy()
+    data["h.l3"][-1, 0] += 1e-3
+    tolerances = {"rtol": golden.RTOL, "atol": golden.RTOL * golden.FLOOR, **given}
+    true = np.load(golden.shipped() / "layered3_sequential.npz")["h.l3"]
+    assert np.isclose(true, data["h.l3"], **tolerances).all() == passes
+    np.savez(tmp_path / "off.npz", **data, **given)
+    assert all(row.passed for row in rows_of(tmp_path / "off.npz")) == passes
 
 
 def test_activations_have_other_names(tmp_path):

@@ -35,7 +35,7 @@ RUNS = [
 ]
 ASKED = {
     "level", "engine", "seeds", "held_out_accuracy", "held_out_spread", "prequential_accuracy",
-    "gap_to_backprop", "wall_seconds", "samples_per_second", "peak_memory_bytes", "bytes_per_edge",
+    "gap_to_backprop", "wall_seconds", "rows_per_second", "peak_memory_bytes", "bytes_per_edge",
     "staleness",
 }  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_run_lines() -> None:
         "seed": 0,
         "first": 10,
         "last": 19,
-        "items": 10,
+        "samples": 10,
         "loss": 2.0,
         "correct": 36,
         "rows": 40,
@@ -69,7 +69,7 @@ def test_run_lines() -> None:
         "seconds": 2.0,
     }
     assert lines[5]["held_out"] == {"loss": 1.0, "accuracy": 0.8}
-    assert lines[5]["samples_per_second"] == 40.0
+    assert lines[5]["rows_per_second"] == 40.0
     assert "windows" not in lines[5]
 
 
@@ -113,7 +113,7 @@ def test_comparison_folder(tmp_path: Path) -> None:
     settings = Settings(name="try <this>", steps=20)
     save_comparison(tmp_path, RUNS, settings, command="hamdist compare x", interrupted=True)
     assert sorted(item.name for item in tmp_path.iterdir()) == [
-        "accuracy-samples.png",
+        "accuracy-rows.png",
         "accuracy-seconds.png",
         "gap.png",
         "report.html",
@@ -178,7 +178,7 @@ def test_plots_are_drawn_for_one_and_for_three_seeds(real_valued: bool) -> None:
             for level in ("centralised", "trace")
         ]
         drawn = comparison_plots(runs)
-        assert list(drawn) == ["accuracy-samples.png", "accuracy-seconds.png", "gap.png"]
+        assert list(drawn) == ["accuracy-rows.png", "accuracy-seconds.png", "gap.png"]
         assert {png_size(png) for png in drawn.values()} == {(1050, 645)}
 
 
@@ -197,7 +197,7 @@ def test_mean_curve_is_the_mean_where_all_seeds_have_values() -> None:
 def test_joined_windows_cover_the_same_items() -> None:
     windows = [Window(i, i, 1, 1.0, 1, 2) for i in range(7)]
     few = joined(windows, 3)
-    assert [(w.first, w.last, w.items) for w in few] == [(0, 2, 3), (3, 5, 3), (6, 6, 1)]
+    assert [(w.first, w.last, w.samples) for w in few] == [(0, 2, 3), (3, 5, 3), (6, 6, 1)]
     assert joined(windows, 100) == windows
 
 

@@ -71,7 +71,8 @@ class DynamicsSettings(Section):
     beta: Rate | None = None
     """Rate of the weights; not given: lr/tau."""
     phi: Rate | SignedCourseSettings | None = None
-    """Scale of the loss, or a course of it: by tick, where the presentation is not `hold` by item.
+    """Scale of the loss, or a course of it: by tick, where the presentation is not `hold` by
+    sample.
     """
     sign: Literal[-1, 1] = -1
     """-1: Hamiltonian Learning; 1: the original Hamilton equations, which diverge forward in time.

@@ -150,11 +150,11 @@ class LearningSettings(Section):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of lr that a decay falls to."""
     warmup: Annotated[int, Field(ge=0)] = 0
-    """Items over which the step size first rises."""
+    """Samples over which the step size first rises."""
     weight_decay: Rate = 0.0
     """As torch.optim.SGD has it; with `adaptive` as AdamW."""
     course: CourseSettings | None = None
-    """A factor of lr by item (of beta, where that is given), besides."""
+    """A factor of lr by sample (of beta, where that is given), besides."""
     adaptive: AdaptiveSettings | None = None
     """Adam's step; not given: one rate for all of a block's weights."""
     optimizer: Annotated[OptimizerSettings | None, BeforeValidator(_name_alone)] = None

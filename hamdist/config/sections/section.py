@@ -55,7 +55,7 @@ class CourseSettings(Section):
     cycle: bool = False
     """Begin again behind the last value."""
     every: Positive = 1
-    """Ticks (of a factor of the step size: items) that each value stands for."""
+    """Ticks (of a factor of the step size: samples) that each value stands for."""
     smooth: bool = False
     """Go on a straight line from one value to the next."""
 

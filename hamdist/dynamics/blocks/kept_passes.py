@@ -41,7 +41,7 @@ class Block(Remembers):
     """A block or an output net: its local function, weights, and the settings of their steps.
 
     With micro-batches a pass has the number of a pulse (schedule/microbatches.py), and the weights
-    move once an item, by the sum of the gradients of its pulses.
+    move once a sample, by the sum of the gradients of its pulses.
     """
 
     def __init__(self, parts: BlockParts) -> None:
@@ -79,7 +79,7 @@ class Block(Remembers):
     def learn_from(self, sample: int, g: Sequence[Gradient] | None, tau: float) -> None:
         """Take the gradients of one pass (None: no message came).
 
-        Behind the last pass of an item the weights move by the sum of its gradients.
+        Behind the last pass of a sample the weights move by the sum of its gradients.
         """
         if self._sum is not None:
             if g is not None:

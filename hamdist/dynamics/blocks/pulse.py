@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.heads import HeadUpdate
-from hamdist.dynamics.blocks.item_reading import ItemReading
 from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, SavesPasses
+from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.modules.reversible import InversePass, pieces_of
 from hamdist.dynamics.updates.constants import constant_tau
@@ -159,7 +159,7 @@ class PulseReadout(Block):
         parts: BlockParts,
         loss: ReadoutLoss,
         hands_back: Sequence[bool] = (),
-        item: ItemReading | None = None,
+        item: MicrobatchReading | None = None,
     ) -> None:
         super().__init__(parts)
         self._tau = constant_tau(parts.dynamics)
@@ -181,7 +181,7 @@ class PulseReadout(Block):
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Return the messages to the parents, and the reading (None without a target).
 
-        Of micro-batches the target comes with the first one, and the reading of the item is
+        Of micro-batches the target comes with the first one, and the reading of the sample is
         returned with the last one.
         """
         if self._item is None:
@@ -201,7 +201,7 @@ class PulseReadout(Block):
         target: Tensor | None,
         share: float = 1.0,
     ) -> tuple[list[Tensor | None], Reading | None]:
-        """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its item."""
+        """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its sample."""
         record = self.cell.forward(inputs, self._wanted) if inputs else None
         if record is not None:
             self.prediction = plain(record.output)

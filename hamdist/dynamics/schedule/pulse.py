@@ -24,7 +24,7 @@ class PulseSchedule:
     error of the first readout, at depth R, gets it one tick after the loss, at n c + R + 1; one
     whose rule asks for nothing is as with credit 'heads'.
 
-    With M micro-batches an item makes M pulses (microbatches.py), after the last of which weights
+    With M micro-batches a sample makes M pulses (microbatches.py), after the last of which weights
     move; `sample` is the number of the pulse then, and `item` tells whose part it is.
     """
 
@@ -47,9 +47,9 @@ class PulseSchedule:
         trip = 2 * self._D + 1 if self.one_way else 1 + max(map(self.lag, self._depths))
         return trip + SPACING * (self.parts - 1)
 
-    def item(self, sample: int) -> int:
-        """Return the item that a pulse belongs to."""
-        return sample // self.parts
+    def sample_of(self, pulse: int) -> int:
+        """Return the sample that a pulse belongs to."""
+        return pulse // self.parts
 
     @property
     def spacing(self) -> int:
@@ -100,24 +100,24 @@ class PulseSchedule:
         if edge.parent in self._silent:
             return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, 0)
         # Updates m with m c + 2D - l < n c + l have come before the forward of n.
-        version = max(0, self.item(event.sample) - self.lag(edge.parent) // self.c)
+        version = max(0, self.sample_of(event.sample) - self.lag(edge.parent) // self.c)
         return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
 
     def message(self, edge: Edge, event: Event) -> Stamp | None:
         if event.phase is not Phase.BACKWARD:
             return None
         tick = self._backward_tick(edge.child, event.sample)
-        return Stamp(tick, event.sample, self.item(event.sample))
+        return Stamp(tick, event.sample, self.sample_of(event.sample))
 
     def error(self, event: Event) -> Stamp | None:
         """Return the stamp of the first readout's error that a block reads in `event`."""
         if event.phase is not Phase.BACKWARD:
             return None
         tick = self._forward_tick(self._first_readout, event.sample)
-        return Stamp(tick, event.sample, self.item(event.sample))
+        return Stamp(tick, event.sample, self.sample_of(event.sample))
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
-        """Return the stamp of the item's target, which comes whole with its first pulse."""
+        """Return the stamp of the sample's target, which comes whole with its first pulse."""
         if event.sample % self.parts:
             return None
         return emitted(event.sample, self.c, self.parts)
@@ -128,21 +128,21 @@ class PulseSchedule:
         Where both have theirs in the same tick, the owner comes last.
         """
         sent = self._backward_tick(tie.user, event.sample)
-        return Stamp(sent, event.sample, self.item(event.sample))
+        return Stamp(sent, event.sample, self.sample_of(event.sample))
 
     def weight(self, tie: Tie, event: Event) -> Stamp | None:
-        """Return the stamp of the owner's weights before the user's forward pass of an item.
+        """Return the stamp of the owner's weights before the user's forward pass of a sample.
 
-        They are taken at the item's first pulse, the latest that were sent in an earlier tick.
+        They are taken at the sample's first pulse, the latest that were sent in an earlier tick.
         """
-        item = self.item(event.sample) - self.weight_lag(tie)
-        if item < 0 or event.sample % self.parts:
+        reader = self.sample_of(event.sample) - self.weight_lag(tie)
+        if reader < 0 or event.sample % self.parts:
             return None
-        last = (item + 1) * self.parts - 1
-        return Stamp(self._backward_tick(tie.owner, last), last, item + 1)
+        last = (reader + 1) * self.parts - 1
+        return Stamp(self._backward_tick(tie.owner, last), last, reader + 1)
 
     def weight_lag(self, tie: Tie) -> int:
-        """Return n - m: item n meets the user's weights after the updates by items 0 ... m."""
+        """Return n - m: sample n meets the user's weights after the updates by samples 0 ... m."""
         early = self._backward_tick(tie.owner, self.parts - 1) + 1 - self._depths[tie.user]
         return -(-early // self.c)
 

@@ -15,7 +15,7 @@ it stops when the end first arrives along any edge, in either direction.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -27,8 +27,8 @@ from hamdist.config import Compensation, Credit, Memory, StepKind
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpdate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
-from hamdist.dynamics.blocks.item_reading import ItemReading
 from hamdist.dynamics.blocks.kept_passes import BlockParts
+from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
 from hamdist.dynamics.blocks.rule_block import (
@@ -83,22 +83,6 @@ def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
     return max((node.event.tick + 1 for node in nodes), default=0)
 
 
-def time_use(
-    nodes: Sequence[PulseNode | HoldNode | SequenceNode], total: float, moving: Mapping[str, float]
-) -> dict[str, float]:
-    """Return how a process spent its time, in seconds by activity.
-
-    Args:
-        nodes: the nodes of the process.
-        total: seconds that the process ran.
-        moving: seconds of packing signals and of waiting for them.
-
-    Returns:
-        The steps of the blocks, packing and waiting, and the remainder under a name of its own.
-    """
-    return {"total": total, "step": sum(node.seconds for node in nodes), **moving}
-
-
 def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode | SequenceNode:
     """Make the node of block `name`, with a random generator of its own."""
     parts = _Parts(plan, name)
@@ -130,7 +114,7 @@ class _Parts(BlockParts):
         self.weights = self.make_weights(self.cell)
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
-        self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.item)
+        self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.sample_of)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
         self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
@@ -138,7 +122,8 @@ class _Parts(BlockParts):
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
-        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native)
+        alone = len(self._plan.graph.readouts) == 1
+        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native, alone=alone)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
         combine, parents = self.spec.combine, len(self.spec.parents)
@@ -212,13 +197,13 @@ class _Parts(BlockParts):
         taker = self.make_loss(given, f"{seed_name}/loss")
         order, weight = plan.knobs.order, heads.weights[self.name]
         own_weights = self._weights(cell.theta, own, [f"head.{name}" for name in cell.names])
-        course = own_weights.scaled_by(plan.course, plan.item)
+        course = own_weights.scaled_by(plan.course, plan.sample_of)
         head = Head(cell, own_weights, taker, weight, course, constant_tau(own))
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
             weights = Weights(self.cell.theta, beside, order, self.cell.names)
-        course = weights.scaled_by(plan.course, plan.item)
+        course = weights.scaled_by(plan.course, plan.sample_of)
         return HeadUpdate(head, self.cell, weights, self.dynamics, course)
 
 
@@ -233,7 +218,7 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
         return PulseNode(plan, p.spec, mailbox, block)
     if p.loss is not None:
         parts = p.microbatches
-        item = ItemReading(parts, plan.ignore_index) if parts > 1 else None
+        item = MicrobatchReading(parts, plan.ignore_index) if parts > 1 else None
         return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
     if p.name in plan.reversible:
         return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))

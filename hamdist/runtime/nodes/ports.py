@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hamdist.config import MetricsSettings, RecordedState
@@ -18,11 +21,13 @@ from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction, Rounding
 from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.gradient import norm_of
 from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import SnapshotError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.results.measured import Norms
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.cast import CastBorder, kept
 from hamdist.runtime.signals.signal import Channel, Signal, ready
@@ -223,20 +228,35 @@ def record(metrics: Prequential, sample: int, reading: Reading | None) -> None:
         metrics.record(sample, reading.prediction, reading.target, reading.loss)
 
 
-def block_state(
-    parts: Sequence[tuple[str, LocalFunction, Weights | None]],
-    h: Tensor | None,
-    z: Tensor | None,
-    stored: int = 0,
-) -> BlockState:
-    """Copy the state of a block to host memory.
+class BlockContents(NamedTuple):
+    """The tensors of a block, as they lie in it.
 
-    Args:
+    Attributes:
         parts: name prefix, local function and weights of each part of the block.
         h: the state, if the block holds one.
         z: the adjoint state, if the block holds one.
+    """
+
+    parts: Sequence[tuple[str, LocalFunction, Weights | None]]
+    h: Tensor | None
+    z: Tensor | None
+
+    def norms(self) -> Norms:
+        """Return the Euclidean norms of the state, the costates and the weights."""
+        h, z = (None if t is None else float(torch.linalg.vector_norm(t)) for t in self[1:])
+        weights = [w for _, _, w in self.parts if w is not None]
+        theta = norm_of([t.detach() for w in weights for t in w.theta])
+        return Norms(h, z, math.hypot(*(w.omega_norm() for w in weights)), theta)
+
+
+def block_state(contents: BlockContents, stored: int = 0) -> BlockState:
+    """Copy the state of a block to host memory.
+
+    Args:
+        contents: of the block.
         stored: states of earlier samples that the block stores.
     """
+    parts, h, z = contents
     theta: dict[str, Tensor] = {}
     omega: dict[str, Tensor] = {}
     average: dict[str, Tensor] = {}

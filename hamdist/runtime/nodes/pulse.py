@@ -19,7 +19,14 @@ from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.ports import Ports, block_state, events_from, make_metrics, record
+from hamdist.runtime.nodes.ports import (
+    BlockContents,
+    Ports,
+    block_state,
+    events_from,
+    make_metrics,
+    record,
+)
 from hamdist.runtime.nodes.ties import TiePorts
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
@@ -195,7 +202,10 @@ class PulseNode(Remembers):
         """Return the device on which the block computes."""
         return self._ports.border.device
 
-    def state(self) -> BlockState:
+    def contents(self) -> BlockContents:
         block = self.block
-        held = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
-        return block_state([("", block.cell, block.weights)], *held)
+        h, z = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
+        return BlockContents([("", block.cell, block.weights)], h, z)
+
+    def state(self) -> BlockState:
+        return block_state(self.contents())

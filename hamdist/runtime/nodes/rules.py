@@ -45,7 +45,7 @@ def applied_rule(
         return OwnGenerator(seed(what), device)
 
     def scale(weights: Weights) -> Scale:
-        return weights.scaled_by(partial(plan.scale, name), plan.item)
+        return weights.scaled_by(partial(plan.scale, name), plan.sample_of)
 
     view = BlockView(
         name=name,

@@ -111,10 +111,10 @@ class Plan:
         replan: where delays follow from the links, makes the plan with ticks by edge.
         native: linear layers on one row use the C code, in every process.
         snapshot_policy: how snapshots are taken, if they are.
-        skip: items of the stream that an earlier run has had; passed: that it passed over.
+        skip: samples of the stream that an earlier run has had; passed: that it passed over.
         memory_of: the memory that a process can share of a device (tests replace it).
         ignore_index: targets of this class have no loss.
-        one_length: why all items have the lengths of the first one; None: they need not.
+        one_length: why all samples have the lengths of the first one; None: they need not.
         optimizer: torch's rule, instead of the equations of the weights.
     """
 
@@ -157,11 +157,11 @@ class Plan:
 
     def course(self, sample: int) -> float:
         """Return the factor of the step size on `sample`, without the correction for a delay."""
-        return self.rate(self.item(sample))
+        return self.rate(self.sample_of(sample))
 
-    def item(self, sample: int) -> int:
-        """Return the stream's item that a sample shows, counted over resumed runs."""
-        return sample // self.spec.passes + self.skip
+    def sample_of(self, pass_: int) -> int:
+        """Return the sample that a pass shows (late ones pass twice), counted over resumed runs."""
+        return pass_ // self.spec.passes + self.skip
 
     @property
     def resumed(self) -> int:
@@ -257,8 +257,8 @@ def make_plan(
         )
     if spec.late and not knobs.pulse:
         raise LevelError(
-            f"labels that come {spec.late} items late with presentation "
-            f"{knobs.presentation.value!r}, whose states go from one item to the next: a sample "
+            f"labels that come {spec.late} samples late with presentation "
+            f"{knobs.presentation.value!r}, whose states go from one sample to the next: a sample "
             "cannot be shown again in between; use a level of presentation 'pulse' (trace, "
             "backprop, heads, reversible), or have samples wait for their labels (stream.relearn: "
             "wait, or hamdist.streams.Rejoin), whose scores know no delay"

@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
@@ -20,6 +21,7 @@ from hamdist.runtime.placement.step_costs import (
     unmeasured_costs,
     wants_costs,
 )
+from hamdist.runtime.plan.network import network_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
@@ -33,6 +35,7 @@ from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
 from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
 from hamdist.runtime.results.digests import joined
+from hamdist.runtime.results.measured import NetworkActor, PlacedNetwork
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.edge_codecs import CompressionMap
 from hamdist.streams.sample import Stream
@@ -50,7 +53,7 @@ class RayEngine:
         costs = unmeasured_costs(plan)
         measured: Costs | None = None
         places = wants_costs(plan)
-        if places or plan.replan is not None:
+        if plan.engine.device == "cpu":  # (what a block takes on a GPU is not known before)
             with startup.phase("measure"):
                 try:
                     measured = measured_costs(plan, portable=stream.portable)
@@ -71,6 +74,8 @@ class RayEngine:
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
             notes += lending_notes(plan.engine, worker_group.lent, refusals)
             outcome.startup = startup.seconds
+            if measured is not None and measured.model is not None:
+                outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
             if auto:
                 outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
             outcome.warnings[:0] = notes
@@ -91,7 +96,8 @@ class _Watch:
         self._warnings: list[str] = []
         self._note: str | None = None
         self._samples = plan.resumed
-        self._windows: list[Window] = []
+        self._windows: dict[str, list[Window]] = {}
+        self._network: PlacedNetwork | None = None
         self._head = HeadWatch()
         self._policy = (
             None
@@ -164,24 +170,29 @@ class _Watch:
         return address is None or answers(address)
 
     def _head_is_lost(self, now: float) -> bool:
-        """Return True if the head of a joined cluster is gone for good. Nothing can be replaced
-        then, and Ray would end this process after a minute. The run ends with an error that names
-        the cause."""
-        address = self._plan.engine.address
-        if address is None or self._ending.error is not None:
+        """Return True if the head of a joined cluster, or of a local Ray, is gone for good. Nothing
+        can be replaced then, and Ray would end this process after a minute. The run ends with an
+        error that names the cause."""
+        if self._ending.error is not None:
             return False
-        if self._head.lost(address, now):
+        text = self._worker_group.session.lost
+        address = self._plan.engine.address
+        if address is not None and self._head.lost(address, now):
+            text = (
+                f"the head of the Ray cluster at {address} has not answered for "
+                f"{HEAD_SECONDS:.0f} s; start it again"
+            )
+        if text:
             kept = self._plan.snapshot_policy
             self._ending.error = ClusterError(
-                f"the head of the Ray cluster at {address} has not answered for "
-                f"{HEAD_SECONDS:.0f} s; start it again, and go on "
+                f"{text}, and go on "
                 + (
                     "from the beginning: no snapshots were taken (snapshots.path)"
                     if kept is None
                     else f"from the latest snapshot: --resume {kept.path}"
                 )
             )
-        return self._ending.error is not None
+        return bool(text)
 
     def _lost_while_ending(self) -> bool:
         """Return True if an actor was lost while the run ends. A replacement would start behind the
@@ -241,21 +252,35 @@ class _Watch:
                 )
         # An actor that is replaced begins behind where it was: what was reached stays reached.
         self._samples = max(self._samples, self._worker_group.samples())
-        windows = next((a.windows for a in self._worker_group.actors if a.every is not None), [])
-        if windows and (not self._windows or windows[-1].last >= self._windows[-1].last):
-            self._windows = windows
+        for name, windows in self._worker_group.windows().items():
+            known = self._windows.get(name)
+            if windows and (not known or windows[-1].last >= known[-1].last):
+                self._windows[name] = windows
+        readout = self._plan.graph.readouts[0]
+        hosts = [NetworkActor(a.name, a.address, a.blocks) for a in self._worker_group.actors]
+        if self._network is None or self._network.actors != hosts:
+            self._network = network_of(self._plan, hosts)
         self._ending.report(
             Progress(
                 seconds=time.perf_counter() - self.started,
                 samples=self._samples,
                 steps=self._plan.steps,
                 resumed=self._plan.resumed,
-                windows=self._windows,
+                windows=self._windows.get(readout, []),
+                readout=readout,
+                others={n: w for n, w in self._windows.items() if n != readout},
                 blocks=blocks,
+                actors=self._worker_group.samples_of_processes(),
+                network=self._network,
+                snapshots=[] if self._policy is None else self._policy.snapshots,
+                warnings=self._all_warnings(),
                 note=self._note,
                 replaced=() if self._policy is None else tuple(self._policy.replaced),
             )
         )
+
+    def _all_warnings(self) -> list[str]:
+        return self._warnings + ([] if self._policy is None else self._policy.warnings)
 
     def _outcome(self) -> Outcome:
         actors = self._worker_group.actors
@@ -267,12 +292,7 @@ class _Watch:
                 sent[edge] = sent.get(edge, 0) + number
             for edge, done in report.compression.items():
                 compression.setdefault(edge, {}).update(done)
-        windows: dict[str, list[Window]] = {}
-        for actor in actors:
-            if actor.report is not None:
-                windows |= actor.report.windows
-            elif actor.every is not None:
-                windows |= dict.fromkeys(self._plan.graph.readouts[:1], actor.windows)
+        windows = self._worker_group.windows()
         memory = {a.name: a.report.peak_memory for a in actors if a.report is not None}
         outcome = Outcome(
             blocks={name: state for r in reports for name, state in r.blocks.items()},
@@ -288,11 +308,11 @@ class _Watch:
             smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
             stream=next((r.stream for r in reports if r.stream), {}),
             placement=self._worker_group.placement,
-            time_use={a.name: a.report.time_use for a in actors if a.report is not None},
+            time_use={a.name: dict(a.report.sample.seconds) for a in actors if a.report},
             digests=joined(report.digests for report in reports),
             records={name: rs for r in reports for name, rs in r.records.items()},
             snapshots=[] if self._policy is None else self._policy.snapshots,
             replaced=[] if self._policy is None else self._policy.replaced,
-            warnings=self._warnings + ([] if self._policy is None else self._policy.warnings),
+            warnings=self._all_warnings(),
         )
         return self._ending.note(outcome)

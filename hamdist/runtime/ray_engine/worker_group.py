@@ -11,14 +11,13 @@ import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError
-from hamdist.runtime.engines.worker import (
-    SnapshotNews,
-    WorkerReport,
-)
+from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport
 from hamdist.runtime.process.interrupts import deaf_to_interrupts
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, WorkerHandle, last_line
 from hamdist.runtime.ray_engine.wired_workers import WiredWorkers
+from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.transport.endpoint import socket_folder
 
 if TYPE_CHECKING:
@@ -175,6 +174,26 @@ class WorkerGroup(WiredWorkers):
             return self._local.status(0, None).samples
         known = [a.report or a.status for a in self.actors]
         return max((k.samples for k in known if k is not None), default=0)
+
+    def windows(self) -> dict[str, list[Window]]:
+        """Return the windows of all readouts, as far as they are known here."""
+        windows: dict[str, list[Window]] = {}
+        for actor in self.actors:
+            first = next((b for b in actor.blocks if b in self._plan.graph.readouts), None)
+            if actor.report is not None:
+                windows |= actor.report.windows
+            elif first is not None and actor.every is not None:
+                windows[first] = actor.windows
+                windows |= {} if actor.status is None else actor.status.others
+        return windows
+
+    def samples_of_processes(self) -> dict[str, ProcessSample]:
+        """Return the latest measurements by process."""
+        known = {a.name: a.report or a.status for a in self.actors}
+        samples = {name: one.sample for name, one in known.items() if one is not None}
+        if self._local is not None:
+            samples["driver"] = self._local.status(0, None).sample
+        return samples
 
     def reports(self) -> list[WorkerReport]:
         """Return the reports of the actors that have finished, and of a stream in the driver."""

@@ -95,7 +95,7 @@ def train(
         model: is not changed; a copy is cut into blocks and trained. A `Graph` brings its own
             blocks
             and losses.
-        stream: the items to learn from.
+        stream: the samples to learn from.
         settings: of the run.
         loss: (prediction, target) -> scalar mean over the batch, instead of `settings.loss`, or one
             for
@@ -107,7 +107,7 @@ def train(
         optimizer: makes the torch.optim optimiser (or several) of a list of parameters, for each
             block,
             instead of `settings.learning.optimizer`.
-        scheduler: makes the scheduler of an optimiser, stepped once per item.
+        scheduler: makes the scheduler of an optimiser, stepped once per sample.
         rules: of learning, by block or pattern, before those of `settings.learning.rules`.
         on_progress: called about four times a second, and for every phase of the start
             (`Progress.phase`), in the calling thread. It may end the run (`Stop`: the result then
@@ -186,7 +186,8 @@ def train(
 
 
 def _spec_with_example(stream: Stream) -> SampleSpec:
-    """The stream's spec, with the first item's inputs where a user's stream can be asked twice."""
+    """The stream's spec, with the first sample's inputs where a user's stream can be asked
+    twice."""
     spec, first = stream.spec, None
     if spec.example is None and stream.portable and not type(stream).__module__.startswith(OWN):
         first = next(iter(stream.samples()), None)
@@ -280,7 +281,7 @@ class _Work:
         graph, plan = own.in_folder_of_its_own(snapshot).planned()
         told.append(
             f"{snapshot} was taken of another run ({', '.join(other)} differ): its weights and its "
-            f"place in the stream ({snapshot.manifest.samples} items) are taken over; states, "
+            f"place in the stream ({snapshot.manifest.samples} samples) are taken over; states, "
             "costates, traces, signals under way and metrics begin anew"
         )
         then = snapshot.manifest

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from hamdist.runtime.results.events import Evaluated, RunEvent, RunFinished
 from hamdist.study.report.aggregate import AggregateRow
 from hamdist.study.run.evaluate import Scores
 from hamdist.study.run.run import Run
@@ -40,7 +41,7 @@ def run_summary(run: Run) -> dict[str, Any]:
     for apart in ("windows", "window_seconds"):
         del record[apart]
     record["held_out"] = None if run.held_out is None else _scores(run.held_out)
-    record["samples_per_second"] = run.rows_per_second
+    record["rows_per_second"] = run.rows_per_second
     return record
 
 
@@ -51,6 +52,20 @@ def _scores(scores: Scores) -> dict[str, Any]:
         record["main"] = scores.main
         record["outputs"] = {name: _scores(one) for name, one in scores.outputs.items()}
     return record
+
+
+def final_events(run: Run) -> list[RunEvent]:
+    """Return the events of a run's end: its scores, if there are some, and its figures."""
+    head: dict[str, Any] = {"level": run.level, "seed": run.seed}
+    events: list[RunEvent] = []
+    if run.held_out is not None:
+        scores = _scores(run.held_out)
+        outputs = scores.get("outputs", {})
+        own = {"loss": scores["loss"], "accuracy": scores["accuracy"], "outputs": outputs}
+        events.append(Evaluated(samples=run.samples, **own, **head))
+    names = [f.name for f in dataclasses.fields(RunFinished) if f.name not in ("time", *head)]
+    events.append(RunFinished(**{name: getattr(run, name) for name in names}, **head))
+    return events
 
 
 def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> dict[str, Any]:

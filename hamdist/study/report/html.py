@@ -41,7 +41,7 @@ Every run starts from the same weights (per seed) and sees the same samples in t
 <b>Held-out</b>: the merged model on data that it was not trained on. <b>Prequential</b>: every
 sample is predicted before it is learned from; over the whole run. <b>Gap</b>: level minus
 centralised, paired by seed, ± the standard deviation over seeds. <b>Wall</b>: first to last tick,
-without start-up. <b>KiB per edge, item</b>: what a child and its parent exchange about one item,
+without start-up. <b>KiB per edge, sample</b>: what a child and its parent exchange about one,
 both directions. <b>Staleness</b>: the most samples that lie between the activations of a message
 and those that it meets. Peak memory counts everything resident in a process, Python and torch
 included.

@@ -50,8 +50,8 @@ def comparison_plots(runs: Sequence[Run]) -> dict[str, bytes]:
     groups = _by_level(runs)
     real_valued = all(run.held_out.accuracy is None for run in runs if run.held_out is not None)
     return {
-        "accuracy-samples.png": _curves(
-            groups, "samples seen (items × batch)", _rows_seen, real_valued
+        "accuracy-rows.png": _curves(
+            groups, "rows seen (samples × batch)", _rows_seen, real_valued
         ),
         "accuracy-seconds.png": _curves(groups, "seconds", _seconds, real_valued),
         "gap.png": _gaps(groups, real_valued),

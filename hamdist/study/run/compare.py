@@ -59,7 +59,7 @@ def plan(settings: Settings) -> list[PlannedRun]:
     """
     if settings.steps is None:
         raise SettingsError(
-            "steps: a comparison needs the number of items of each run; set it in the settings "
+            "steps: a comparison needs the number of samples of each run; set it in the settings "
             "or with --steps"
         )
     levels: list[tuple[Level, str | None]] = [(one, None) for one in settings.compare.levels]

@@ -149,7 +149,7 @@ def _torchs(weights: list[nn.Parameter], learning: LearningSettings) -> list[Any
 
 
 def sgd(model: nn.Module, stream: Draws, learning: LearningSettings) -> list[Tensor]:
-    """Move the weights of `model` item by item; return each prediction's loss curve."""
+    """Move the weights of `model` sample by sample; return each prediction's loss curve."""
     optimisers = _torchs(list(model.parameters()), learning)
     curves: list[Sequence[float]] = []
     for sample in stream.samples():
