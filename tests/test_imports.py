@@ -65,12 +65,14 @@ ALLOWED = {
     "runtime/storage": f"{RUNTIME} runtime/process",
     "runtime/transport": f"{RUNTIME} runtime/process runtime/signals",
     "runtime/plan": (f"{RUNTIME} runtime/process runtime/results runtime/signals runtime/storage"),
+    "runtime/timing": f"{RUNTIME} runtime/plan runtime/signals",
     "runtime/nodes": f"{RUNTIME} runtime/plan runtime/results runtime/signals",
     "runtime/snapshots": (
         f"{RUNTIME} runtime/nodes runtime/plan runtime/process runtime/signals runtime/storage"
     ),
     "runtime/placement": (
-        f"{RUNTIME} runtime/nodes runtime/plan runtime/process runtime/signals runtime/transport"
+        f"{RUNTIME} runtime/nodes runtime/plan runtime/process runtime/signals runtime/timing "
+        "runtime/transport"
     ),
     "runtime/advice": (
         f"{RUNTIME} runtime/placement runtime/plan runtime/process runtime/results "
@@ -82,7 +84,8 @@ ALLOWED = {
     ),
     "runtime/ray_engine": (
         f"{RUNTIME} runtime/advice runtime/engines runtime/placement runtime/plan runtime/process "
-        "runtime/results runtime/signals runtime/snapshots runtime/storage runtime/transport"
+        "runtime/results runtime/signals runtime/snapshots runtime/storage runtime/timing "
+        "runtime/transport"
     ),
     "runtime/train": f"{RUNTIME} runtime loading",
     "api": f"{RUNTIME} runtime",

@@ -83,7 +83,8 @@ def _options(
 
 
 for _command in (  # in the order of use
-    *(settings.init, recipes.recipes, run.run, compare.compare, view.view, view.explain),
+    *(settings.init, recipes.recipes, recipes.rules, run.run, compare.compare),
+    *(view.view, view.explain),
     *(export.export, diff.diff),
     *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
 ):

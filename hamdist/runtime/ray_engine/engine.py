@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
@@ -52,7 +53,7 @@ class RayEngine:
         costs = unmeasured_costs(plan)
         measured: Costs | None = None
         places = wants_costs(plan)
-        if places or plan.replan is not None:
+        if plan.engine.device == "cpu":  # (what a block takes on a GPU is not known before)
             with startup.phase("measure"):
                 try:
                     measured = measured_costs(plan, portable=stream.portable)
@@ -73,6 +74,8 @@ class RayEngine:
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
             notes += lending_notes(plan.engine, worker_group.lent, refusals)
             outcome.startup = startup.seconds
+            if measured is not None and measured.model is not None:
+                outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
             if auto:
                 outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
             outcome.warnings[:0] = notes
@@ -168,24 +171,29 @@ class _Watch:
         return address is None or answers(address)
 
     def _head_is_lost(self, now: float) -> bool:
-        """Return True if the head of a joined cluster is gone for good. Nothing can be replaced
-        then, and Ray would end this process after a minute. The run ends with an error that names
-        the cause."""
-        address = self._plan.engine.address
-        if address is None or self._ending.error is not None:
+        """Return True if the head of a joined cluster, or of a local Ray, is gone for good. Nothing
+        can be replaced then, and Ray would end this process after a minute. The run ends with an
+        error that names the cause."""
+        if self._ending.error is not None:
             return False
-        if self._head.lost(address, now):
+        text = self._worker_group.session.lost
+        address = self._plan.engine.address
+        if address is not None and self._head.lost(address, now):
+            text = (
+                f"the head of the Ray cluster at {address} has not answered for "
+                f"{HEAD_SECONDS:.0f} s; start it again"
+            )
+        if text:
             kept = self._plan.snapshot_policy
             self._ending.error = ClusterError(
-                f"the head of the Ray cluster at {address} has not answered for "
-                f"{HEAD_SECONDS:.0f} s; start it again, and go on "
+                f"{text}, and go on "
                 + (
                     "from the beginning: no snapshots were taken (snapshots.path)"
                     if kept is None
                     else f"from the latest snapshot: --resume {kept.path}"
                 )
             )
-        return self._ending.error is not None
+        return bool(text)
 
     def _lost_while_ending(self) -> bool:
         """Return True if an actor was lost while the run ends. A replacement would start behind the

@@ -67,9 +67,10 @@ class WiredWorkers(PlacedWorkers):
             self.notes += self.unlike(dict(zip(self.actors, answers, strict=True)))
         if plan.replan is not None and measured is not None:
             with startup.phase("links"):
-                links = self._links()
-                plan = plan.replan(least_delays(plan, self.placement, measured, links))
-                self._plan = plan
+                self.links = self._links()
+                if measured.model is not None:
+                    delays = least_delays(measured.model, self.placement, self.links)
+                    plan = self._plan = plan.replan(delays)
         inside = self.inside()
         binds = [self.binds(i, inside) for i in range(len(inside))]
 

@@ -140,6 +140,8 @@ class RunFacts:
             from.
         seconds: wall time from the first to the last tick, without that of the resumed samples;
             startup_seconds: the time before, startup: the same by phase (process/startup.py).
+        predicted: samples a second by the timing model (runtime/timing), from the steps as measured
+            before the start; 0 where there is no prediction.
         bytes_per_edge: payload bytes that crossed each edge in both directions, by edge.
         compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones,
             bytes
@@ -175,6 +177,7 @@ class RunFacts:
     bytes_per_edge: dict[str, int]
     peak_memory: dict[str, int]
     startup_seconds: float = 0.0
+    predicted: float = 0.0
     staleness: int = 0
     resumed: int = 0
     smoothness: float | None = None

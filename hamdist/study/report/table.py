@@ -111,6 +111,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "time": f"{run.seconds:.1f} s",
         "start-up": startup_line(run.startup_seconds, run.startup),
         "speed": f"{run.rows_per_second:,.0f} rows/s",
+        "samples/s": _predicted(run),
         **_scores(run),
         "drifts": drift_fact(run.drifts),
         "staleness": f"{run.staleness} samples",
@@ -131,6 +132,13 @@ def run_facts(run: Run) -> dict[str, str]:
         for name, r in run.rounding.items()
     )
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _predicted(run: Run) -> str:
+    """Return the samples a second by the timing model beside those of the run."""
+    if not run.predicted or not run.seconds:
+        return ""
+    return f"predicted {run.predicted:,.0f}, measured {run.new_samples / run.seconds:,.0f}"
 
 
 def _delays(delays: Mapping[str, int]) -> str:
