@@ -11,11 +11,8 @@ import io
 import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
-
-import numpy as np
 
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.errors import need_package
@@ -32,120 +29,24 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES: tuple[Dashes, ...] = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 BASELINE_COLOUR = "#a8a8a8"
 BASELINE_WIDTH, CURVE_WIDTH = 5.0, 1.9
-POINTS = 60
 SIZE = (7.0, 4.3)
 DPI = 150
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """The curve of one run: x and y, y in % or as a loss."""
-
-    x: np.ndarray
-    y: np.ndarray
-
-
 def comparison_plots(runs: Sequence[Run]) -> dict[str, bytes]:
-    """Return PNG and SVG by file name: accuracy or loss by rows and seconds, gap by level."""
-    groups = _by_level(runs)
-    real_valued = all(run.held_out.accuracy is None for run in runs if run.held_out is not None)
-    return pictures(
-        {
-            "accuracy-rows": _curves(
-                groups, "rows seen (samples × batch)", _rows_seen, real_valued
-            ),
-            "accuracy-seconds": _curves(groups, "seconds", _seconds, real_valued),
-            "gap": _gaps(groups, real_valued),
-        }
-    )
-
-
-def _by_level(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return PNG and SVG by file name: the gap by level (curves are drawn by the page)."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.held_out is not None:
             groups.setdefault(run.level, []).append(run)
-    return groups
-
-
-def _style(groups: dict[str, list[Run]], level: str) -> tuple[str, Dashes]:
-    """Return colour and dashes of a level."""
-    if level == CENTRALISED:
-        return BASELINE_COLOUR, "-"
-    index = [name for name in groups if name != CENTRALISED].index(level)
-    return COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
-
-
-def _curves(
-    groups: dict[str, list[Run]],
-    x_label: str,
-    x_of: Callable[[Run, Sequence[Window]], list[float]],
-    real_valued: bool,
-) -> Figure:
-    """Draw prequential windows: each seed thin, their mean on a common grid thick."""
-    figure, axes = new_figure()
-    for level, group in groups.items():
-        curves = [_curve(run, x_of, real_valued) for run in group if run.windows]
-        if not curves:
-            continue
-        colour, dashes = _style(groups, level)
-        if len(curves) > 1:
-            for curve in curves:
-                axes.plot(curve.x, curve.y, color=colour, linewidth=0.7, alpha=0.35)
-        mean = _mean_curve(curves)
-        # The baseline is a broad grey line below the others, so that equal curves show both.
-        width = BASELINE_WIDTH if level == CENTRALISED else CURVE_WIDTH
-        axes.plot(mean.x, mean.y, label=level, color=colour, linestyle=dashes, linewidth=width)
-    axes.set_xlabel(x_label)
-    axes.set_xlim(left=0)
-    axes.set_title(
-        "Prequential (test-then-train) " + ("loss" if real_valued else "accuracy"), loc="left"
-    )
-    if real_valued:
-        axes.set_ylabel("loss, mean of a window")
-        axes.set_yscale("log")
-    else:
-        axes.set_ylabel("accuracy in a window, %")
-    legend(figure, axes)
-    return figure
-
-
-def _curve(
-    run: Run, x_of: Callable[[Run, Sequence[Window]], list[float]], real_valued: bool
-) -> _Curve:
-    windows = joined(run.windows, POINTS)
-    values = [
-        window.mean_loss if real_valued else 100 * (window.accuracy or 0.0) for window in windows
-    ]
-    return _Curve(np.array(x_of(run, windows)), np.array(values))
+    real_valued = all(run.held_out.accuracy is None for run in runs if run.held_out is not None)
+    return pictures({"gap": _gaps(groups, real_valued)})
 
 
 def joined(windows: Sequence[Window], most: int) -> list[Window]:
     """Return at most `most` windows: neighbours merged, in equal numbers but for the last."""
     size = max(1, -(-len(windows) // most))
     return [merge_windows(windows[i : i + size]) for i in range(0, len(windows), size)]
-
-
-def _rows_seen(run: Run, windows: Sequence[Window]) -> list[float]:
-    return [float((window.last + 1) * run.batch) for window in windows]
-
-
-def _seconds(run: Run, windows: Sequence[Window]) -> list[float]:
-    at = {
-        window.last: seconds
-        for window, seconds in zip(run.windows, run.window_seconds, strict=True)
-    }
-    return [at[window.last] for window in windows]
-
-
-def _mean_curve(curves: Sequence[_Curve]) -> _Curve:
-    """Return the mean over seeds, where all seeds have values."""
-    grid = np.linspace(
-        max(curve.x[0] for curve in curves),
-        min(curve.x[-1] for curve in curves),
-        max(len(curve.x) for curve in curves),
-    )
-    return _Curve(grid, np.mean([np.interp(grid, c.x, c.y) for c in curves], axis=0))
 
 
 def _gaps(groups: dict[str, list[Run]], real_valued: bool) -> Figure:
@@ -156,7 +57,7 @@ def _gaps(groups: dict[str, list[Run]], real_valued: bool) -> Figure:
         gaps = _paired_gaps(groups.get(CENTRALISED, []), groups[level], real_valued)
         if not gaps:
             continue
-        colour, _ = _style(groups, level)
+        colour = COLOURS[place % len(COLOURS)]
         axes.plot([place - 0.12] * len(gaps), gaps, "o", color=colour, markersize=4, alpha=0.5)
         spread = statistics.stdev(gaps) if len(gaps) > 1 else 0.0
         mean = statistics.fmean(gaps)
@@ -196,11 +97,15 @@ def new_figure() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
+    return figure, dressed(figure.add_subplot())
+
+
+def dressed(axes: Axes) -> Axes:
+    """Return `axes` in the common style."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
+    return axes
 
 
 def import_matplotlib() -> None:

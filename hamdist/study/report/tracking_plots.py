@@ -1,12 +1,11 @@
 """The plots of what a run recorded: target and output, energies and weights over time, as PNG
-bytes. matplotlib is imported when one is drawn; nothing touches its global state.
+and SVG. matplotlib is imported when one is drawn; nothing touches its global state.
 
 K: recorded ticks, O: outputs.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -22,7 +21,10 @@ from hamdist.study.report.plots import (
     DASHES,
     DPI,
     SIZE,
+    dressed,
     import_matplotlib,
+    legend,
+    pictures,
 )
 from hamdist.study.run.tracking import PARTS, Trajectory, last_signals, rms, seconds
 
@@ -39,21 +41,20 @@ TINY = 1e-6
 
 
 def record_plots(records: Mapping[str, Records], settings: Settings) -> dict[str, bytes]:
-    """Return PNG by file name; none if nothing was recorded.
+    """Return PNG and SVG by file name; none if nothing was recorded.
 
-    They are energies.png, weights.png and, of a run with mse and trajectories, tracking.png.
+    They are energies, weights and, of a run with mse and trajectories, tracking.
     """
     if not records or not all(len(r.tick) > 1 for r in records.values()):
         return {}
-    plots = {"energies.png": _energies(records, settings)}
-    plots["weights.png"] = _weights(records, settings)
+    plots = {"energies": _energies(records, settings), "weights": _weights(records, settings)}
     found = last_signals(records) if settings.loss is Loss.MSE else None
     if found is not None:
-        plots["tracking.png"] = _tracking(*found, settings)
-    return plots
+        plots["tracking"] = _tracking(*found, settings)
+    return pictures(plots)
 
 
-def _tracking(ticks: Trajectory, y: Trajectory, target: Trajectory, settings: Settings) -> bytes:
+def _tracking(ticks: Trajectory, y: Trajectory, target: Trajectory, settings: Settings) -> Figure:
     """Draw the first output and its target at the start and at the end; below, the whole error."""
     times, label = _time(ticks, settings)
     figure, start, end, whole = _start_end_whole(label)
@@ -69,8 +70,8 @@ def _tracking(ticks: Trajectory, y: Trajectory, target: Trajectory, settings: Se
         start.set_title("First tenth (the output leaves the picture)", loc="left")
     start.set_ylabel("value" if y.shape[1] == 1 else "value of the first output")
     _error(whole, times, y - target, rms(target))
-    _legend(figure, start)
-    return _png(figure)
+    legend(figure, start, MOST_BLOCKS + 1)
+    return figure
 
 
 def _error(axes: Axes, times: Trajectory, error: Trajectory, size: float) -> None:
@@ -93,7 +94,7 @@ def _error(axes: Axes, times: Trajectory, error: Trajectory, size: float) -> Non
     axes.set_title(f"Error, rms in {len(parts)} parts of the run", loc="left")
 
 
-def _energies(records: Mapping[str, Records], settings: Settings) -> bytes:
+def _energies(records: Mapping[str, Records], settings: Settings) -> Figure:
     """Draw sums over the network, at the start, at the end and over the whole run."""
     from matplotlib.ticker import FormatStrFormatter
 
@@ -120,17 +121,17 @@ def _energies(records: Mapping[str, Records], settings: Settings) -> bytes:
         whole.set_title(f"The whole run, logarithmic beyond ±{linear:g}", loc="left")
     start.set_ylabel("energy, all blocks")
     whole.set_ylabel("energy, all blocks")
-    _legend(figure, start)
-    return _png(figure)
+    legend(figure, start, MOST_BLOCKS + 1)
+    return figure
 
 
 def _start_end_whole(label: str, *, shared: bool = True) -> tuple[Figure, Axes, Axes, Axes]:
     """Return a figure of three panels: the first and the last tenth of a run, below it all."""
     figure = _figure(1.35)
     grid = figure.add_gridspec(2, 2, height_ratios=(3, 2))
-    start = _dressed(figure.add_subplot(grid[0, 0]))
-    end = _dressed(figure.add_subplot(grid[0, 1], sharey=start if shared else None))
-    whole = _dressed(figure.add_subplot(grid[1, :]))
+    start = dressed(figure.add_subplot(grid[0, 0]))
+    end = dressed(figure.add_subplot(grid[0, 1], sharey=start if shared else None))
+    whole = dressed(figure.add_subplot(grid[1, :]))
     start.set_title("First tenth", loc="left")
     end.set_title("Last tenth", loc="left")
     end.tick_params(labelleft=not shared)
@@ -150,10 +151,10 @@ def _last(times: Trajectory) -> slice:
     return slice(-len(times) // PARTS, None)
 
 
-def _weights(records: Mapping[str, Records], settings: Settings) -> bytes:
+def _weights(records: Mapping[str, Records], settings: Settings) -> Figure:
     """Draw |theta| of the network, and of its blocks if they are few."""
     figure = _figure()
-    axes = _dressed(figure.add_subplot())
+    axes = dressed(figure.add_subplot())
     if 1 < len(records) <= MOST_BLOCKS:
         for i, (name, own) in enumerate(records.items()):
             times, _ = _time(own.tick.double().numpy(), settings)
@@ -172,8 +173,8 @@ def _weights(records: Mapping[str, Records], settings: Settings) -> bytes:
     axes.set_ylabel("norm of the weights")
     axes.set_title("Norm of the weights", loc="left")
     if len(records) > 1:
-        _legend(figure, axes)
-    return _png(figure)
+        legend(figure, axes, MOST_BLOCKS + 1)
+    return figure
 
 
 def _time(ticks: Trajectory, settings: Settings) -> tuple[Trajectory, str]:
@@ -187,26 +188,3 @@ def _figure(height: float = 1.0) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(SIZE[0], height * SIZE[1]), dpi=DPI, layout="constrained")
-
-
-def _dressed(axes: Axes) -> Axes:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return axes
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=MOST_BLOCKS + 1,
-        frameon=False,
-        handlelength=2.8,
-    )
-
-
-def _png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()

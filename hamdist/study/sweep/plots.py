@@ -35,20 +35,17 @@ LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 def study_plots(study: StudySettings, outcomes: Sequence[StudyOutcome]) -> dict[str, bytes]:
     """Return PNG and SVG by file name.
 
-    They are `accuracy-AXIS` for each axis with several values (loss if there is no accuracy),
-    and `accuracy-seconds`, prequential.
+    They are `accuracy-AXIS` for each axis with several values (loss if there is no accuracy).
     """
     lines = summary(outcomes)
     real_valued = all(line.accuracy is None for line in lines)
     word = "loss" if real_valued else "accuracy"
-    plots = {
-        f"{word}-{axis.value}": _along(study, axis, lines, real_valued) for axis in varied(study)
-    }
-    plots[f"{word}-seconds"] = _against_seconds(study, outcomes, real_valued)
-    return pictures(plots)
+    return pictures(
+        {f"{word}-{axis.value}": _along(study, axis, lines, real_valued) for axis in varied(study)}
+    )
 
 
-def _names(study: StudySettings, axis: Axis | None, line: SummaryLine | SweepCell) -> str:
+def curve_name(study: StudySettings, axis: Axis | None, line: SummaryLine | SweepCell) -> str:
     """Return a curve's label: the side, and its place on the other axes."""
     others = [a for a in varied(study) if a is not axis]
     at = dict(line.point)
@@ -85,7 +82,7 @@ def _along(
     figure, axes = new_figure()
     curves: dict[str, list[SummaryLine]] = {}
     for line in lines:
-        curves.setdefault(_names(study, axis, line), []).append(line)
+        curves.setdefault(curve_name(study, axis, line), []).append(line)
     styles = _styles({name: own[0] for name, own in curves.items()})
     values = list(study.axes.of(axis))
     numbers = [v for v in values if isinstance(v, int)]
@@ -127,36 +124,3 @@ def _percent(line: SummaryLine) -> tuple[float | None, float | None]:
     if line.accuracy is None:
         return None, None
     return 100 * line.accuracy, None if line.spread is None else 100 * line.spread
-
-
-def _against_seconds(
-    study: StudySettings, outcomes: Sequence[StudyOutcome], real_valued: bool
-) -> Figure:
-    """Draw the first seed's prequential windows."""
-    figure, axes = new_figure()
-    labels = [_names(study, None, o.cell) for o in outcomes]
-    styles = _styles({n: o.cell for n, o in zip(labels, outcomes, strict=True)})
-    for label, outcome in zip(labels, outcomes, strict=True):
-        curve = outcome.records[0].curve
-        column, factor = (3, 1.0) if real_valued else (2, 100.0)
-        points = [
-            (x, factor * y)
-            for row in curve
-            if (x := row[1]) is not None and (y := row[column]) is not None
-        ]
-        if not points:
-            continue
-        colour, dashes, width = styles[label]
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            label=label,
-            color=colour,
-            linestyle=dashes,
-            linewidth=width,
-        )
-    axes.set_xlim(left=0)
-    axes.set_xlabel("seconds, one thread")
-    axes.set_ylabel("loss in a window" if real_valued else "prequential accuracy in a window, %")
-    legend(figure, axes, columns=LEGEND_COLUMNS)
-    return figure

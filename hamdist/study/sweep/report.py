@@ -6,21 +6,22 @@ import csv
 import dataclasses
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from hamdist.runtime.results.events import RunEvent, WindowFull
 from hamdist.study.report.files import to_json
 from hamdist.study.report.html import facts, html_figure, html_notes, html_table
 from hamdist.study.report.table import Table, markdown
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.sweep.plots import study_plots
+from hamdist.study.sweep.plots import curve_name, study_plots
 from hamdist.study.sweep.run import StudyOutcome
 from hamdist.study.sweep.settings import Axis, StudySettings, study_yaml
 from hamdist.study.sweep.summary import SummaryLine, summary
 from hamdist.study.sweep.tables import study_tables
-from hamdist.study.view.page import page
+from hamdist.study.view.page import baked, page, sections
 
 
 def save_study(
@@ -46,7 +47,7 @@ def save_study(
     write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2) + "\n")
     write_file(folder / "study.csv", _csv(rows))
     write_file(folder / "study.md", _markdown(study, tables, plots, command))
-    write_file(folder / "study.html", _html(study, tables, plots, command))
+    write_file(folder / "study.html", _html(study, tables, plots, command, outcomes))
     return tables
 
 
@@ -81,7 +82,11 @@ def _markdown(
 
 
 def _html(
-    study: StudySettings, tables: Mapping[str, Table], plots: Mapping[str, bytes], command: str
+    study: StudySettings,
+    tables: Mapping[str, Table],
+    plots: Mapping[str, bytes],
+    command: str,
+    outcomes: Sequence[StudyOutcome],
 ) -> str:
     title = escape(f"hamdist study: {study.name}")
     parts = [f"<h1>{title}</h1>", facts(command, time.strftime("%Y-%m-%d %H:%M %z"))]
@@ -93,7 +98,32 @@ def _html(
         *(html_figure(name, plots[name]) for name in plots if name.endswith(".svg")),
     ]
     parts.append(f"<h2>Settings</h2><pre>{escape(study_yaml(study))}</pre>")
-    return page(title, parts)
+    events = [event for outcome in outcomes for event in _curve(study, outcome)]
+    return page(title, [*parts[:2], sections("rows"), *parts[2:]], [baked(events)])
+
+
+def _curve(study: StudySettings, outcome: StudyOutcome) -> Iterator[RunEvent]:
+    """Yield the prequential windows of an outcome's first seed, counted in rows."""
+    head: dict[str, Any] = {"level": curve_name(study, None, outcome.cell)}
+    last = -1
+    for rows, seconds, accuracy, loss in outcome.records[0].curve:
+        if rows is None or seconds is None or loss is None:
+            continue
+        number, right = int(rows) - 1 - last, accuracy or 0.0
+        counted = 0 if accuracy is None else number
+        yield WindowFull(
+            readout="",
+            first=last + 1,
+            last=int(rows) - 1,
+            samples=number,
+            loss=loss,
+            accuracy=accuracy,
+            correct=round(right * number),
+            rows=counted,
+            seconds=seconds,
+            **head,
+        )
+        last = int(rows) - 1
 
 
 def _words(name: str) -> str:

@@ -37,9 +37,9 @@ def page(title: str, parts: Sequence[str], script: Sequence[str] = ()) -> str:
     )
 
 
-def sections() -> str:
-    """Return the parts that show a run: curves, network, actors, edges; empty ones hide."""
-    return asset("sections.html")
+def sections(unit: str = "samples") -> str:
+    """Return the parts that show a run: curves (against `unit`), network, actors, edges."""
+    return asset("sections.html").replace("{unit}", unit)
 
 
 def baked(events: Iterable[RunEvent]) -> str:

@@ -137,8 +137,9 @@
       const part = windows.slice(i, i + several);
       const samples = part.reduce((sum, w) => sum + w.samples, 0);
       const rows = part.reduce((sum, w) => sum + w.rows, 0);
+      const sum = part.filter((w) => w.rows);
       const value = loss ? part.reduce((sum, w) => sum + w.loss * w.samples, 0) / samples
-        : rows ? (100 * part.reduce((sum, w) => sum + w.correct, 0)) / rows : null;
+        : rows ? (100 * sum.reduce((all, w) => all + w.accuracy * w.rows, 0)) / rows : null;
       const last = part[part.length - 1];
       const at = seconds ? last.seconds : last.last + 1;
       if ((setting("log-x") && at <= 0) || (x.length && at <= x[x.length - 1])) continue;
@@ -176,14 +177,45 @@
         stroke: baseline ? css("--other") : PALETTE[s.style % PALETTE.length],
         dash: baseline ? [] : DASHES[s.style % DASHES.length], points: { show: s.windows.length < 3 } };
     });
-    const seconds = setting("against") === "seconds";
     const hidden = curves && curves.series.length === lines.length + 1 ? curves.series.map((s) => s.show) : null;
     if (curves) curves.destroy();
     curves = plot(box, data, lines, { logX: setting("log-x"), logY: setting("log-y"),
-      xLabel: seconds ? "seconds" : "samples",
+      xLabel: setting("against"),
       yLabel: setting("metric") === "loss" ? "prequential loss" : "prequential accuracy, %" });
     if (hidden) hidden.forEach((show, i) => { if (i && !show) curves.setSeries(i, { show: false }); });
     box.setAttribute("aria-label", `Curves of ${found.map((s) => s.label).join("; ")}`);
+  }
+
+  function saveSvg() { // the curves as they are shown now
+    if (!curves) return;
+    const [W, H, left, top, right, bottom] = [900, 560, 80, 20, 20, 110];
+    const scale = (name, from, to) => { const s = curves.scales[name], f = s.distr === 3 ? Math.log10 : (v) => v;
+      return (v) => from + ((f(v) - f(s.min)) / (f(s.max) - f(s.min))) * (to - from); };
+    const x = scale("x", left, W - right), y = scale("y", H - bottom, top);
+    const svg = make("svg", { xmlns: SVG, viewBox: `0 0 ${W} ${H}`, width: W, height: H, "font-family": "sans-serif", "font-size": 12 },
+      make("rect", { width: W, height: H, fill: "#fff" }));
+    const text = (at, down, anchor, words) => svg.append(make("text", { x: at, y: down, "text-anchor": anchor }, words));
+    curves.axes.forEach((axis, i) => (axis._splits ?? []).forEach((v, k) => {
+      const label = axis._values[k];
+      if (label === null || label === "") return;
+      const at = i ? y(v) : x(v);
+      svg.append(make("path", { d: i ? `M${left},${at}H${W - right}` : `M${at},${top}V${H - bottom}`, stroke: "#ddd", fill: "none" }));
+      if (i) text(left - 6, at + 4, "end", String(label)); else text(at, H - bottom + 16, "middle", String(label));
+    }));
+    text((left + W - right) / 2, H - bottom + 36, "middle", curves.axes[0].label);
+    text(left, top - 6, "start", curves.axes[1].label);
+    curves.series.slice(1).filter((s) => s.show).forEach((s, i) => {
+      const values = curves.data[curves.series.indexOf(s)];
+      const points = values.map((v, k) => [curves.data[0][k], v]).filter(([at, v]) => v !== null && v !== undefined && at >= curves.scales.x.min && at <= curves.scales.x.max);
+      const style = { stroke: s.stroke(), "stroke-width": s.width, "stroke-dasharray": (s.dash ?? []).join(" "), fill: "none" };
+      svg.append(make("path", { d: `M${points.map(([at, v]) => `${x(at).toFixed(1)},${y(v).toFixed(1)}`).join("L")}`, ...style }));
+      const at = left + (i % 3) * 270, down = H - bottom + 58 + Math.floor(i / 3) * 18;
+      svg.append(make("path", { d: `M${at},${down - 4}h32`, ...style }));
+      text(at + 38, down, "start", s.label);
+    });
+    const link = make("a", { href: URL.createObjectURL(new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" })), download: "curves.svg" });
+    link.click();
+    return svg;
   }
 
   // -- the network ------------------------------------------------------------------------------
@@ -499,6 +531,7 @@
   for (const id of ["metric", "against", "log-x", "log-y", "average"]) if (byId(id)) byId(id).addEventListener("input", renderCurves);
   if (byId("run")) byId("run").addEventListener("input", (e) => { chosenRun = e.target.value; chosenBlock = null; draw(); });
   for (const id of ["stop", "snapshot"]) if (byId(id)) byId(id).addEventListener("click", () => control(id));
+  if (byId("svg")) byId("svg").addEventListener("click", saveSvg);
   for (const table of document.querySelectorAll("table.sortable")) sortable(table);
   let resized = null;
   window.addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(draw, 150); });
@@ -508,5 +541,5 @@
     for (const event of JSON.parse(baked.textContent)) take(0, event);
     draw();
   } else poll();
-  window.hamdist = { runs, folders, take, draw }; // for tests, and for the curious
+  window.hamdist = { runs, folders, take, draw, saveSvg }; // for tests, and for the curious
 })();
