@@ -18,7 +18,7 @@ from hamdist.runtime.results.events import (
 MUCH = 0.25  # of the time of a process
 PLENTY = 0.6
 SHORT = 1e-3  # seconds of a process of which nothing is said
-Kind = TypeVar("Kind", bound=RunEvent)
+_Kind = TypeVar("_Kind", bound=RunEvent)
 Shares: TypeAlias = Mapping[str, Mapping[str, float]]  # of its time, by process and activity
 
 
@@ -42,7 +42,7 @@ def explain(
     return {name: list(_sentences(those)) for name, those in runs.items()}
 
 
-def _latest(events: Iterable[RunEvent], kind: type[Kind]) -> Kind | None:
+def _latest(events: Iterable[RunEvent], kind: type[_Kind]) -> _Kind | None:
     return next((e for e in reversed(list(events)) if isinstance(e, kind)), None)
 
 

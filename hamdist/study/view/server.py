@@ -27,7 +27,7 @@ HOST = "127.0.0.1"
 CHUNK = 2**20
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src "
-    "'unsafe-inline'; connect-src 'self'; img-src data: blob:; base-uri 'none'; frame-ancestors 'none'",
+    "'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
