@@ -57,7 +57,7 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 class ReadoutLoss(Remembers):
-    """The loss of one readout, and its scale phi. native: see `loss_and_slope`."""
+    """The loss of one readout, and its scale phi. native, alone: see `loss_and_slope`."""
 
     def __init__(
         self,
@@ -66,9 +66,11 @@ class ReadoutLoss(Remembers):
         guard: Guard = unguarded,
         *,
         native: bool = False,
+        alone: bool = True,
     ) -> None:
         self._loss = loss
         self._native = native
+        self._alone = alone
         self._phi = dynamics.phi
         self._first_phi = dynamics.first_phi
         self._guard = guard
@@ -139,7 +141,9 @@ class ReadoutLoss(Remembers):
         self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Slope]:
         """Return L, and phi dL/dprediction as a function of phi."""
-        value, slope = loss_and_slope(self._loss, prediction, target, native=self._native)
+        value, slope = loss_and_slope(
+            self._loss, prediction, target, native=self._native, alone=self._alone
+        )
         self._guard("loss", value, [*inputs, target])
         return value, slope
 

@@ -114,6 +114,7 @@ class _Parts(BlockParts):
         self.weights = self.make_weights(self.cell)
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
+        self.group, self.double_buffered = plan.knobs.accumulate, plan.knobs.double_buffered
         self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.sample_of)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
@@ -122,7 +123,8 @@ class _Parts(BlockParts):
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
-        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native)
+        alone = len(self._plan.graph.readouts) == 1
+        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native, alone=alone)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
         combine, parents = self.spec.combine, len(self.spec.parents)

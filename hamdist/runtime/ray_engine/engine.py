@@ -170,24 +170,29 @@ class _Watch:
         return address is None or answers(address)
 
     def _head_is_lost(self, now: float) -> bool:
-        """Return True if the head of a joined cluster is gone for good. Nothing can be replaced
-        then, and Ray would end this process after a minute. The run ends with an error that names
-        the cause."""
-        address = self._plan.engine.address
-        if address is None or self._ending.error is not None:
+        """Return True if the head of a joined cluster, or of a local Ray, is gone for good. Nothing
+        can be replaced then, and Ray would end this process after a minute. The run ends with an
+        error that names the cause."""
+        if self._ending.error is not None:
             return False
-        if self._head.lost(address, now):
+        text = self._worker_group.session.lost
+        address = self._plan.engine.address
+        if address is not None and self._head.lost(address, now):
+            text = (
+                f"the head of the Ray cluster at {address} has not answered for "
+                f"{HEAD_SECONDS:.0f} s; start it again"
+            )
+        if text:
             kept = self._plan.snapshot_policy
             self._ending.error = ClusterError(
-                f"the head of the Ray cluster at {address} has not answered for "
-                f"{HEAD_SECONDS:.0f} s; start it again, and go on "
+                f"{text}, and go on "
                 + (
                     "from the beginning: no snapshots were taken (snapshots.path)"
                     if kept is None
                     else f"from the latest snapshot: --resume {kept.path}"
                 )
             )
-        return self._ending.error is not None
+        return bool(text)
 
     def _lost_while_ending(self) -> bool:
         """Return True if an actor was lost while the run ends. A replacement would start behind the

@@ -305,15 +305,17 @@ def check_writable(store: Storage, nbytes: int = 0) -> None:
 
 
 def make_room(store: Storage) -> bool:
-    """Remove the oldest complete snapshot, but never the last one.
+    """Remove the oldest complete snapshot, but never the latest undamaged one.
 
     Returns:
         True if there was one to remove.
     """
     finished = [name for name in complete(store) if _finished(store, name)]
-    for name in finished[:0:-1]:
-        store.remove(name)
-        return True
+    whole = next((name for name in finished if _is_whole(store, name)), None)
+    for name in reversed(finished):
+        if whole not in (None, name):
+            store.remove(name)
+            return True
     return False
 
 
@@ -359,6 +361,13 @@ def conclude(
 def _finished(store: Storage, folder: str) -> bool:
     try:
         return bool(store.read(f"{folder}/{MANIFEST}"))
+    except SnapshotError:
+        return False
+
+
+def _is_whole(store: Storage, folder: str) -> bool:
+    try:
+        return bool(_whole(store, folder))
     except SnapshotError:
         return False
 
