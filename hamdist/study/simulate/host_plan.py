@@ -59,10 +59,12 @@ ByteRate = Annotated[float, _quantity("/s", "100Mbit/s or 12.5MB/s")]
 
 
 class LatencySettings(Section):
-    """A latency that varies: half of the signals are faster than `median`, 95 % than `p95`."""
+    """A latency that varies, log-normal. Seconds, one way."""
 
     median: Above0
+    """Half of the signals are faster."""
     p95: Above0
+    """95 % of the signals are faster."""
 
     @model_validator(mode="after")
     def _in_order(self) -> LatencySettings:
@@ -79,6 +81,7 @@ class LinkSettings(Section):
     jitter: Rate = 0.0
     """Standard deviation of the latency, as a share of it."""
     bandwidth: ByteRate = math.inf
+    """100Mbit/s, or 12.5MB/s."""
     loss: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of packets lost, and sent again."""
 
@@ -102,16 +105,21 @@ class HostSettings(Section):
     """A host."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    """In links and results; of a cluster, what `engine.blocks.NAME.host` may be."""
     machine: str | None = None
-    """One of MACHINES, whose figures are estimated; what else is given goes before."""
+    """A usual machine, whose figures are estimated; what else is given goes before."""
     cores: Above0 = 1
+    """Processors."""
     memory: Bytes = math.inf
+    """2GiB, or 512MB."""
     speed: Above0 | None = None
     """Of one core, relative to the host that simulates."""
     product: Above0 | None = None
     """Seconds of a fixed product, as `hamdist profile` measures them."""
     up: ByteRate = math.inf
+    """Bandwidth of all that leaves it."""
     down: ByteRate = math.inf
+    """Bandwidth of all that reaches it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -138,17 +146,22 @@ class FailureSettings(Section):
     per_hour: Rate = 0.0
     """Of each host, in the mean."""
     detection: Rate = 10.0
+    """Seconds until one is noticed."""
     startup: Rate = 5.0
+    """Seconds until the replacement runs."""
 
 
 class HostPlanSettings(Section):
-    """A cluster; see the top of this file."""
+    """The file of `hamdist simulate --hosts`."""
 
     hosts: Annotated[tuple[HostSettings, ...], Field(min_length=1)]
+    """All hosts."""
     links: dict[str, Any] = Field(default_factory=dict)
-    """The fields of LinkSettings, for all links; and those of single ones by 'a->b'."""
+    """`latency`, `jitter`, `bandwidth`, `loss` of all links, and of single ones by `a->b`."""
     failures: FailureSettings = FailureSettings()
+    """Of hosts."""
     pace: Above0 | None = None
+    """Samples a second that the stream gives; not given: as many as are taken."""
 
     @model_validator(mode="after")
     def _names_once(self) -> HostPlanSettings:
