@@ -25,7 +25,7 @@ from hamdist.config import EngineKind, Level
 from hamdist.errors import SettingsError
 
 if TYPE_CHECKING:
-    from hamdist.study.simulate.simulate import PlannedRun, Planner
+    from hamdist.study.simulate.simulate import PlacedRun, Planner
 
 
 def simulate(
@@ -92,7 +92,7 @@ def simulate(
             write_file(json_, to_json(result, indent=2) + "\n")
 
 
-def _swept(planner: Planner, own: Any, levels: str | None, folder: Path) -> PlannedRun:
+def _swept(planner: Planner, own: Any, levels: str | None, folder: Path) -> PlacedRun:
     """Return the winner of the sweep, whose settings are written beside those of the others."""
     from hamdist.study.simulate.simulate import simulate as simulated
     from hamdist.study.simulate.sweep import sweep, write_sweep

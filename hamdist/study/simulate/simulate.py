@@ -46,7 +46,7 @@ SAMPLES_TO_COUNT = 4096  # that are drawn to find the length of a sequence
 
 
 @dataclass(frozen=True)
-class PlannedRun:
+class PlacedRun:
     """A way to run settings on a cluster.
 
     Attributes:
@@ -166,7 +166,7 @@ class Planner:
             raise SettingsError(f"the blocks' steps could not be measured here: {reason}") from None
         return TimingModel(plan, seconds, source_host(plan) if stream.portable else None, **tokens)
 
-    def candidates(self, settings: Settings, model: TimingModel) -> Iterator[PlannedRun]:
+    def candidates(self, settings: Settings, model: TimingModel) -> Iterator[PlacedRun]:
         """Yield the ways to place the blocks on the cluster, with the delays of the settings.
 
         They are those that `engine` leaves open: the number of actors, and their hosts.
@@ -210,11 +210,11 @@ class Planner:
 
     def _candidate(
         self, settings: Settings, model: TimingModel, group: list[list[str]], hosts: list[int]
-    ) -> PlannedRun:
+    ) -> PlacedRun:
         period = model.timed(group, hosts, self.cluster).period()
-        return PlannedRun(settings, self.cluster, model, group, hosts, period)
+        return PlacedRun(settings, self.cluster, model, group, hosts, period)
 
-    def with_least_delays(self, one: PlannedRun) -> PlannedRun:
+    def with_least_delays(self, one: PlacedRun) -> PlacedRun:
         """Return the candidate with the fewest delays that keep every actor busy."""
         engine = one.settings.engine
         if engine.bundle == "auto":  # (a bundle would use the delays up, as in a run)
@@ -226,7 +226,7 @@ class Planner:
         settings = one.settings.model_copy(update={"engine": engine})
         return self._candidate(settings, model, [*map(list, one.placement)], [*one.hosts])
 
-    def best(self, settings: Settings) -> PlannedRun:
+    def best(self, settings: Settings) -> PlacedRun:
         """Return the fastest way to run settings, by the model, that the hosts have memory for."""
         found = sorted(self.candidates(settings, self.model(settings)), key=lambda one: -one.rate)
         if settings.partition.delays == "auto":
@@ -241,7 +241,7 @@ def at_level(settings: Settings, level: Level) -> Settings:
     return settings.for_level(level)
 
 
-def simulate(one: PlannedRun, seed: int = 0) -> dict[str, Any]:
+def simulate(one: PlacedRun, seed: int = 0) -> dict[str, Any]:
     """Simulate a candidate, with what disturbs it, and return the figures as plain values."""
     timed = one.timed()
     each = len(timed.owner)
@@ -293,7 +293,7 @@ def simulate(one: PlannedRun, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _snapshots(one: PlannedRun, timed: TimedGraph) -> SnapshotModel | None:
+def _snapshots(one: PlacedRun, timed: TimedGraph) -> SnapshotModel | None:
     """Return the snapshots that the settings ask for."""
     given = one.settings.snapshots
     if given.path is None:
@@ -311,7 +311,7 @@ def _snapshots(one: PlannedRun, timed: TimedGraph) -> SnapshotModel | None:
 
 
 def learn(
-    one: PlannedRun, rate: float, factory: ModelFactory | None, data: DataFactory | None
+    one: PlacedRun, rate: float, factory: ModelFactory | None, data: DataFactory | None
 ) -> tuple[Run, dict[str, Any]]:
     """Learn in one process what the candidate will, and return the run and its figures.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from hamdist.config import Compress, Level, Settings, to_yaml
 from hamdist.errors import ClusterError, GraphError, LevelError, SettingsError
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.simulate.simulate import PlannedRun, Planner, at_level
+from hamdist.study.simulate.simulate import PlacedRun, Planner, at_level
 
 BLOCKS = (2, 3, 4, 6, 8, 12, 16)
 CODECS = (Compress.NONE, Compress.BF16, Compress.INT8)
@@ -19,7 +19,7 @@ LIKE = 0.01  # candidates of one cut whose rates differ by less count as one
 
 def sweep(
     settings: Settings, planner: Planner, levels: Sequence[Level], say: Callable[[str], None]
-) -> list[PlannedRun]:
+) -> list[PlacedRun]:
     """Return the fastest candidates that fit the hosts' memory, the fastest first.
 
     Args:
@@ -31,7 +31,7 @@ def sweep(
     Raises:
         SettingsError: nothing can run, or no candidate fits the hosts' memory.
     """
-    found: list[PlannedRun] = []
+    found: list[PlacedRun] = []
     fault: Exception | None = None
     full: list[str] = []
     for own in _variants(settings, levels):
@@ -78,9 +78,9 @@ def _variants(settings: Settings, levels: Sequence[Level]) -> Iterator[Settings]
         yield at_level(varied, level)
 
 
-def _apart(found: Sequence[PlannedRun]) -> list[PlannedRun]:
+def _apart(found: Sequence[PlacedRun]) -> list[PlacedRun]:
     """Return the first candidates that are not nearly alike."""
-    kept: list[PlannedRun] = []
+    kept: list[PlacedRun] = []
     for one in found:
         alike = (
             one.settings.engine.compress == other.settings.engine.compress
@@ -94,7 +94,7 @@ def _apart(found: Sequence[PlannedRun]) -> list[PlannedRun]:
     return kept[:KEPT]
 
 
-def write_sweep(folder: Path, found: Sequence[PlannedRun]) -> list[Path]:
+def write_sweep(folder: Path, found: Sequence[PlacedRun]) -> list[Path]:
     """Write the settings of the winner, and of the runners-up; return the files."""
     files = []
     for i, one in enumerate(found):
