@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from pydantic import ValidationError
 from torch import nn
@@ -20,12 +20,19 @@ from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
 from hamdist.errors import ChoiceWarning, SettingsError
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.train.rules import NamedRule
 from hamdist.runtime.train.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
 from hamdist.streams.sample import SampleSpec
+from hamdist.trackers import tracked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hamdist.config.fields import SettingsFields
 
 
 def train(
@@ -41,8 +48,9 @@ def train(
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
+    trackers: Sequence[str | EventListener] = (),
     resume: str | Path | None = None,
-    **fields: Any,
+    **fields: Unpack[SettingsFields],
 ) -> RunResult:
     """Train `model` on `stream`; `result.model` is a plain module with the learned weights.
 
@@ -78,6 +86,8 @@ def train(
         on_progress: called with a `Progress` about four times a second, and at every phase of the
             start. By returning or raising `hamdist.Stop` it ends the run (`result.stopped`); any
             other exception ends the run, too, and gets the weights learned so far as its `result`.
+        trackers: names (`settings.trackers`), whose files go to `results/NAME-TIME`, and functions
+            of a `RunEvent`, called with each event of the run.
         resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run
             continues from it.
         **fields: fields of `Settings` by name, which take precedence over `settings`. `partition`
@@ -95,10 +105,14 @@ def train(
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     _check_arguments(model, settings, functions, on_progress)
+    given: dict[str, Any] = dict(fields)
     if isinstance(loss, str):
-        fields["loss"], loss = loss, None
-    policy = fields.pop("partition") if callable(fields.get("partition")) else None
-    settled = _settled(settings, fields)
+        given["loss"], loss = loss, None
+    policy = given.pop("partition") if callable(given.get("partition")) else None
+    names_of_trackers = [one for one in trackers if isinstance(one, str)]
+    if names_of_trackers:
+        given["trackers"] = names_of_trackers
+    settled = _settled(settings, given)
     ignored = settled.ignore_index
     losses = (
         {name: _loss(one, ignored) for name, one in loss.items()}
@@ -106,25 +120,27 @@ def train(
         else _loss(loss, ignored)
     )
     if isinstance(model, Graph):
-        _check_graph(settled, fields, loss, policy)
+        _check_graph(settled, given, loss, policy)
     key_names = settled.stream.names if names is None else names
     own_loss = settled.model_loss if loss is None else _model_loss(losses)
     stream = _as_stream(stream, classes, key_names, arguments_of(model), own_loss)
     if settled.model.stabilise:
         model = _stabilised(model, stream.spec)
-    return train_settings(
-        model,
-        stream,
-        settled,
-        loss=losses,
-        policy=policy,
-        phi=phi,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        rules=rules,
-        on_progress=on_progress,
-        resume=resume,
-    )
+    listeners = [one for one in trackers if not isinstance(one, str)]
+    with tracked(settled, listeners, on_progress) as note:
+        return train_settings(
+            model,
+            stream,
+            settled,
+            loss=losses,
+            policy=policy,
+            phi=phi,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            rules=rules,
+            on_progress=note,
+            resume=resume,
+        )
 
 
 def _model_loss(losses: object) -> str | None:
