@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hamdist import streams as streams
+    from hamdist.api import replay as replay
+    from hamdist.api import start as start
     from hamdist.api import train as train
     from hamdist.config import Level as Level
     from hamdist.config import Settings as Settings
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {  # the names of `__all__` by module; above, for type checkers, once more
-    "hamdist.api": "train",
+    "hamdist.api": "replay start train",
     "hamdist.config": "Level Settings",
     "hamdist.dynamics.partition.cuts": "CutPlace",
     "hamdist.dynamics.graph.graph": "BlockSpec Combine Graph",

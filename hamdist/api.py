@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,6 +20,8 @@ from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_los
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
 from hamdist.errors import ChoiceWarning, SettingsError
+from hamdist.runtime.live.begin import live_run, read_beginning, with_first_weights
+from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.train.train import train as train_settings
@@ -90,6 +93,105 @@ def train(
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     _check_arguments(model, settings, functions, on_progress)
+    work, read = _prepared(model, stream, settings, loss, classes, names, functions, fields)
+    return work(stream=read, on_progress=on_progress, resume=resume)
+
+
+def start(
+    model: nn.Module | Graph,
+    settings: Settings | None = None,
+    *,
+    example: Any,
+    idle: float | None = 0.01,
+    patience: int = 1024,
+    out: str | Path | None = None,
+    loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
+    phi: TickSchedule | None = None,
+    optimizer: OptimizerFunction | None = None,
+    scheduler: SchedulerFunction | None = None,
+    classes: int | Mapping[str, int] | None = None,
+    names: Names | None = None,
+    resume: str | Path | None = None,
+    **fields: Any,
+) -> LiveRun:
+    """Start a run that learns from what is said to it; `stop` gives the result of `train`.
+
+        with hamdist.start(model, level="trace", example=(x, y), classes=10) as run:
+            answer = run.predict(x).prediction
+            n = run.feed(x)
+            run.teach(n, y)
+
+    Args:
+        model: as of `train`, like all arguments that are not named here.
+        example: (u, y) of the kind that will be fed, for the shapes; nothing is learned of it.
+        idle: seconds of silence after which idle ticks let the samples under way come to their
+            ends; None: only while somebody waits for an answer.
+        patience: the most unlabelled samples that wait for a label, and answers for a reader.
+        out: a folder for the journal, with which `replay` repeats the run, and for snapshots.
+        resume: a snapshot, or a folder of them, of an earlier run with this `out`: what its
+            journal holds behind the snapshot comes first. Without a snapshot give the folder
+            `out` itself: all of the journal comes first.
+
+    Raises:
+        HamdistError: as of `train`, before the run starts.
+    """
+    functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
+    _check_arguments(model, settings, functions, None)
+    if patience < 1 or (idle is not None and idle < 0):
+        raise SettingsError(f"patience is {patience}, idle {idle}; at least 1, and 0 or None")
+    if out is not None and (settings is None or settings.snapshots.path is None):
+        fields = lay_over({"snapshots": {"path": f"{out}/snapshots"}}, fields)
+    if out is not None and resume is not None and Path(resume) == Path(out):
+        model = with_first_weights(model, read_beginning(out)[2])
+    work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
+    return live_run(
+        work,
+        model,
+        reader,
+        classes=classes,
+        idle=idle,
+        patience=patience,
+        out=out,
+        resume=resume,
+    )
+
+
+def replay(
+    out: str | Path, model: nn.Module | Graph, settings: Settings | None = None, **arguments: Any
+) -> RunResult:
+    """Repeat a live run from its journal, and return its result: equal to the bit, in any engine.
+
+    Args:
+        out: the folder that `start` was given.
+        model: of the same layers; its weights are replaced by those that the run began with.
+        settings, arguments: of `start`, where they are no plain settings (`loss`, `optimizer`), or
+            are to differ (`engine`).
+
+    Raises:
+        HamdistError: the journal is missing or damaged, or the model is another one.
+    """
+    facts, example, weights = read_beginning(out)
+    functions = {n: arguments.pop(n, None) for n in ("phi", "optimizer", "scheduler")}
+    loss, names = arguments.pop("loss", None), arguments.pop("names", None)
+    _check_arguments(model, settings, functions, None)
+    fields = lay_over(facts["settings"], {"snapshots": {"path": None}, **arguments})
+    model, classes = with_first_weights(model, weights), facts["classes"]
+    work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
+    patience = facts["patience"]
+    return live_run(work, model, reader, patience=patience, out=out, repeats=True).stop()
+
+
+def _prepared(
+    model: nn.Module | Graph,
+    stream: Stream | Iterable[Any],
+    settings: Settings | None,
+    loss: LossFunction | str | Mapping[str, LossFunction | str] | None,
+    classes: int | Mapping[str, int] | None,
+    names: Names | None,
+    functions: Mapping[str, Any],
+    fields: dict[str, Any],
+) -> tuple[partial[RunResult], Any]:
+    """Return the call that runs, and the stream: what `train` and `start` have in common."""
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
@@ -107,18 +209,8 @@ def train(
     stream = _as_stream(stream, classes, key_names, arguments_of(model), own_loss)
     if settled.model.stabilise:
         model = _stabilised(model, stream.spec)
-    return train_settings(
-        model,
-        stream,
-        settled,
-        loss=losses,
-        policy=policy,
-        phi=phi,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        on_progress=on_progress,
-        resume=resume,
-    )
+    options = {"loss": losses, "policy": policy, **functions}
+    return partial(train_settings, model, settings=settled, **options), stream
 
 
 def _model_loss(losses: object) -> str | None:

@@ -53,6 +53,7 @@ ALLOWED = {
     "streams": "errors config",
     "streams/sources": "errors config streams/sample",
     "streams/wrappers": "errors config streams/sample streams/replay",
+    "streams/entries": "errors config streams/sample",
     "streams/factory": "errors config streams/sample streams/sources streams/wrappers",
     "streams/__init__": "errors config streams",
     "loading": "errors",
@@ -84,6 +85,7 @@ ALLOWED = {
         "runtime/results runtime/signals runtime/snapshots runtime/storage runtime/transport"
     ),
     "runtime/train": f"{RUNTIME} runtime",
+    "runtime/live": f"{RUNTIME} runtime",
     "api": f"{RUNTIME} runtime",
     "study": "",
     "study/shared": STUDY,
@@ -117,6 +119,7 @@ RAY = {
     *("runtime/ray_engine/placed_workers.py", "runtime/ray_engine/wired_workers.py"),
     *("runtime/ray_engine/cluster_hosts.py", "runtime/ray_engine/local_ray.py"),
     *("runtime/ray_engine/processes.py", "runtime/ray_engine/worker_process.py"),
+    *("runtime/ray_engine/news.py",),
     *("runtime/ray_engine/tasks.py", "launch/jobs_api.py", "launch/doctor_job.py"),
 }
 

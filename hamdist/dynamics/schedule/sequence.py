@@ -53,6 +53,7 @@ class SequenceSchedule:
             )
         self._recurrent = {e.index for e in graph.edges if graph.recurrent(e)}
         self._depths = self._count(graph)
+        self._blocks = frozenset(graph.blocks)
         self._D = max(self._depths.values())
         self._truncation = knobs.truncation
         self.carries = carries
@@ -203,6 +204,14 @@ class SequenceSchedule:
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
         """Return bundles of one: between two sequences signals do not come at equal times."""
         return ALONE
+
+    def versions(self, event: Event) -> dict[str, int]:
+        return dict.fromkeys(self._blocks, _span(event).number)
+
+    @property
+    def idle(self) -> int:
+        """Return 0: nothing of a sequence waits for the next one."""
+        return 0
 
     @property
     def staleness(self) -> int:

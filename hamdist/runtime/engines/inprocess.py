@@ -19,6 +19,7 @@ from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
+from hamdist.streams.live import live_of
 from hamdist.streams.sample import Stream
 
 PROGRESS_SECONDS = 0.25
@@ -36,9 +37,13 @@ class InProcessEngine:
         source = SourceNode(plan, stream, mailbox)
         nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
         measured = [n for n in nodes if n.metrics is not None]
+        live = live_of(stream)
+        for node in nodes:
+            if live is not None and node.live is not None:
+                node.live.send = live.send
         snapshot_policy: InProcessSnapshots | None = None
         if sent_log is not None:
-            snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log)
+            snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log, live)
             snapshot_policy.restore()
         reset_peak()
         started = time.perf_counter()
@@ -71,6 +76,18 @@ class InProcessEngine:
             else snapshot_policy.stopping(source.stop.set)
         )
         ending = RunInterrupts(stop, on_progress)
+        source.waits_with(between)
+        if live is not None:
+            live.look = lambda: {n.name: n.state() for n in nodes}
+
+        def ahead(turn: int) -> int | None:
+            """While a live stream is silent, blocks finish what they have of a sequence."""
+            if turn or not source.silent:
+                return None
+            behind = [(n.tick, i) for i, n in enumerate(nodes, 1) if n.tick is not None]
+            free = [one for one in behind if nodes[one[1] - 1].event.sample < source.event.sample]
+            return min(free, default=(0, None))[1]
+
         with (
             torch_threads(plan.engine.threads),
             ending,
@@ -84,6 +101,7 @@ class InProcessEngine:
                     cut,
                     started=snapshot_policy is not None and snapshot_policy.on,
                     after_step=None if digests is None else digests.after_step,
+                    ahead=ahead if live is not None and live.whole else None,
                 )
             except DivergedError as error:
                 diverged = error

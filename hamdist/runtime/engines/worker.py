@@ -22,6 +22,7 @@ from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import HamdistError
 from hamdist.runtime.engines.message_limits import message_bytes, slot_bytes
 from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
+from hamdist.runtime.nodes.live import News, Outbox
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
@@ -158,6 +159,12 @@ class Worker:
         self._inside = inside
         self._nodes = [make_node(plan, name, self._mailbox) for name in blocks]
         self._source = None if stream is None else SourceNode(plan, stream, self._mailbox)
+        self._outbox = Outbox()
+        for node in self._nodes:
+            if node.live is not None:
+                node.live.send = self._outbox.put
+        if self._source is not None:
+            self._source.waits_with(self._look_up)
         self._channels = {c.number: c for c in plan.channels.all()}
         self._gpu_senders: dict[int, GpuRingSender] = {}
         self._snapshot_writer: SnapshotWriter | None = None
@@ -383,6 +390,10 @@ class Worker:
             waiter, awaited = channel.receiver, channel.sender
             what = f"the {channel}, {stamp}"
         return BlockedChannel(waiter, awaited, what, time.monotonic() - waiting.since)
+
+    def news(self, seen: int, seconds: float) -> tuple[int, list[News]]:
+        """Return what the blocks have for the driver (`Outbox.fetch`); in another thread."""
+        return self._outbox.fetch(seen, seconds)
 
     def stop_stream(self) -> None:
         """End the stream at its next sample; samples under way are finished."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.runtime.nodes.live import Answered, HandedOver, LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import (
     Ports,
@@ -33,6 +35,7 @@ from hamdist.runtime.nodes.ports import (
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import Signal, ready
+from hamdist.streams.sample import Emits
 
 
 class HoldNode(Remembers):
@@ -79,6 +82,7 @@ class HoldNode(Remembers):
         }
         self._target: Tensor | None = None
         self._no_more_targets = False
+        self.live: LiveBlock | None = None
         self._events = plan.schedule.events(spec.name)
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
@@ -92,7 +96,9 @@ class HoldNode(Remembers):
         "_target",
         "_no_more_targets",
         "_gate",
+        "live",
     )
+    ADDED: ClassVar[Mapping[str, Any]] = {"live": None}
 
     def snapshot(self) -> dict[str, Any]:
         own = {"shown": self._shown, "event": self.event, "tick": self.tick}
@@ -118,6 +124,8 @@ class HoldNode(Remembers):
     def step(self) -> None:
         event = self.event
         told = None if self._clock.stopped else self._ports.clock(event)
+        if self.live is not None and told is not None and not told.end:
+            told = self._hear(self.live, event, told)
         self._clock.advance(event.tick, event.tick % self._schedule.c == 0, told)
         inputs = [self._input(edge, event) for edge in self._ports.into]
         messages = [self._message(edge, event) for edge in self._ports.out_of]
@@ -135,6 +143,14 @@ class HoldNode(Remembers):
         self._do(event, inputs, messages)
         self.event = next(self._events)
         self.tick = self.event.tick
+
+    def _hear(self, live: LiveBlock, event: Event, told: Signal) -> Signal:
+        """Note what the stream says of the emission; return what concerns the clock."""
+        emission = live.hear(event.sample, told)
+        live.forget(event.sample - self._schedule.idle)
+        if emission.cut:
+            live.send(HandedOver(emission.cut, self.name, self.state()))
+        return replace(told, payload=None)
 
     def _input(self, edge: Edge, event: Event) -> Tensor:
         """Return the state that the edge shows in this tick. That is the state that arrived in this
@@ -182,14 +198,16 @@ class HoldNode(Remembers):
         self._clear(k)
         due = self._schedule.updates(k)
         updates = due and (self._gate is None or self._gate.open(inputs))
+        answered = self._answered(k)
         tick = Tick(
             k=k,
-            sample=event.sample,
+            sample=event.sample if self.live is None else self.live.index(event.sample),
             tau=self._clock.tau(k),
             moves=self._schedule.moves(self.name, k),
             updates=updates,
             target=self._target if self._compares(k) else None,
             measures=self._recorder is not None and self._recorder.due(k),
+            answers=answered is not None,
         )
         h, z = (block.h, block.z) if isinstance(block, HoldBlock) else (None, None)
         stamp = self._stamp(k, block.weights.updates)
@@ -210,9 +228,18 @@ class HoldNode(Remembers):
         if self._recorder is not None and block.energy is not None:
             self._recorder.add(k, block.energy, reading, h, z)
         if self.metrics is not None:
+            if answered is not None and self.live is not None and block.prediction is not None:
+                self.live.send(Answered(self.name, answered, block.prediction, event))
             sample = self._schedule.records(self.name, k)
             if sample is not None:
-                record(self.metrics, sample, reading)
+                told = None if self.live is None else self.live.of(sample)
+                record(self.metrics, sample if told is None else told.number, reading)
+
+    def _answered(self, k: int) -> int | None:
+        """Return the number of the sample whose prediction a live run gets in this tick."""
+        slot = self._schedule.answers(self.name, k) if self.live and self.metrics else None
+        told = None if slot is None or self.live is None else self.live.of(slot)
+        return told.number if told is not None and told.kind is Emits.SAMPLE else None
 
     def _clear(self, k: int) -> None:
         due = self._clock.due

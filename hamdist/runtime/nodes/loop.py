@@ -37,6 +37,7 @@ def run_loop(
     *,
     started: bool = False,
     after_step: Callable[[Node, int], None] | None = None,
+    ahead: Callable[[int], int | None] | None = None,
 ) -> None:
     """Step `nodes` in the order of their ticks until all have finished.
 
@@ -48,6 +49,8 @@ def run_loop(
         cut: acts whenever all nodes have reached its tick.
         started: True if the nodes continue from a snapshot and must not be started.
         after_step: called before `between`, with the node and the tick of the event.
+        ahead: called with the number of the node whose turn it is; returns that of one to be
+            stepped first, which needs nothing of it.
 
     Raises:
         DivergedError: a state, a costate or a loss left the finite range.
@@ -62,6 +65,14 @@ def run_loop(
         if cut is not None and tick >= cut.due:
             cut.reach(tick)
         node = nodes[i]
+        other = None if ahead is None else ahead(i)
+        if other is not None:
+            node = nodes[other]
+            (turn,) = (one for one in heap if one[2] == other)
+            heap.remove(turn)
+            heap.insert(0, (-1, *turn[1:]))  # so that it is the first of all
+            heapq.heapify(heap)
+            tick, late, i = turn
         _guarded(node, node.step)
         if after_step is not None:
             after_step(node, tick)

@@ -261,9 +261,14 @@ def make_plan(
             "backprop, heads, reversible), or have samples wait for their labels (stream.relearn: "
             "wait, or hamdist.streams.Rejoin), whose scores know no delay"
         )
+    if spec.live and dynamics.tau is None:
+        raise LevelError(
+            "dynamics.tau 'stamps' in a live run: how long a sample lasts shows only when the next "
+            "one comes, so its answer would wait for that; give dynamics.tau as a number"
+        )
     rate = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
-    clocked = knobs.hold and dynamics.clocked
+    clocked = (knobs.hold and dynamics.clocked) or spec.live > 0
     reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()
     channels = make_channels(
         graph,

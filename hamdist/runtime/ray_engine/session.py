@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +103,7 @@ class _Standing:
         )
 
 
-_current: Session | None = None
-_owner: int | None = None
+_inside: ContextVar[Session | None] = ContextVar("hamdist_session", default=None)
 _one_at_a_time = threading.Lock()
 _standing: _Standing | None = None  # a local Ray that waits for the next run of this process
 _idle_over: threading.Timer | None = None
@@ -150,8 +150,9 @@ def ray_session(engine: EngineSettings, *, stays: bool = True) -> Iterator[Sessi
     Raises:
         ClusterError: no cluster answers at `engine.address`, or another thread has a session.
     """
-    if _current is not None and _owner == threading.get_ident():
-        yield _current
+    current = _inside.get()
+    if current is not None:
+        yield current
         return
     patience = CLOSING_SECONDS if _closing.is_set() else 0
     if not _one_at_a_time.acquire(timeout=patience):
@@ -167,12 +168,12 @@ def ray_session(engine: EngineSettings, *, stays: bool = True) -> Iterator[Sessi
 
 @contextmanager
 def _outermost(engine: EngineSettings, stays: bool) -> Iterator[Session]:
-    global _current, _owner, _standing
+    global _standing
     standing = _opened(engine)
-    _current, _owner = standing.session, threading.get_ident()
+    before = _inside.set(standing.session)  # (of this thread, and of a live run that it starts)
     healthy = False
     try:
-        yield _current
+        yield standing.session
         healthy = True
     except ClusterError:
         raise  # (Ray may be what has failed: the next run starts another one)
@@ -180,7 +181,7 @@ def _outermost(engine: EngineSettings, stays: bool) -> Iterator[Session]:
         healthy = True
         raise
     finally:
-        _current = None
+        _inside.reset(before)
         if stays and healthy and standing.processes and engine.idle_seconds:
             _standing = standing
             _close_after(engine.idle_seconds)

@@ -32,6 +32,7 @@ class SnapshotSupervision:
         self, plan: Plan, worker_group: WorkerGroup, snapshot_policy: SnapshotPolicy
     ) -> None:
         self._worker_group = worker_group
+        self._live = worker_group.live
         self._policy = snapshot_policy
         self._blocks = plan.graph.blocks
         self._python_state = sorted(plan.graph.state)
@@ -166,6 +167,8 @@ class SnapshotSupervision:
             if kept.failure is not None:
                 self._failures.add(kept.failure)
                 self._tries_failed = True
+                if self._live is not None:
+                    self._live.saved(SnapshotError(kept.failure))
             for taken in kept.taken:
                 try:
                     complete = self._catalogue.put(taken)
@@ -174,6 +177,8 @@ class SnapshotSupervision:
                     self._tries_failed = True
                     continue
                 if complete is not None:
+                    if self._live is not None:
+                        self._live.saved(str(complete))
                     self._worker_group.complete(complete.tick)
                     self._asked_for_is_there(complete.tick)
 
@@ -191,6 +196,9 @@ class SnapshotSupervision:
         self._pace = (now, front)
         if self._due is None:
             self._due = now + self._seconds
+        if self._live is not None and self._live.wants_snapshot():
+            self._live.idle_until(self._ask(now, front) + 1)
+            return
         full = self._recovery is not None and self._full()
         if (now < self._due and not full) or front >= self._end:
             return

@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from hamdist.runtime.results.evaluate import Scores
 from hamdist.study.report.aggregate import AggregateRow
-from hamdist.study.run.evaluate import Scores
 from hamdist.study.run.run import Run
 
 

@@ -36,13 +36,13 @@ from hamdist.models.build import (
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
+from hamdist.runtime.results.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
 from hamdist.runtime.train.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.drift import DriftRecovery, recoveries
-from hamdist.study.run.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
 from hamdist.study.run.initial_weights import beside, warmed
 from hamdist.study.run.own_data import OwnData, check_held_out
 from hamdist.study.run.tracking import Tracking, advice, tracking
