@@ -29,6 +29,8 @@ from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
 from hamdist.streams.sample import SampleSpec
 
+COMPUTES = {"threads", "step", "bits", "blocks", "compress", "feedback"}  # bits depend on these
+
 
 def train(
     model: nn.Module | Graph,
@@ -174,7 +176,9 @@ def replay(
     functions = {n: arguments.pop(n, None) for n in ("phi", "optimizer", "scheduler")}
     loss, names = arguments.pop("loss", None), arguments.pop("names", None)
     _check_arguments(model, settings, functions, None)
-    fields = lay_over(facts["settings"], {"snapshots": {"path": None}, **arguments})
+    stored = facts["settings"]
+    engine = {n: one for n, one in stored.pop("engine", {}).items() if n in COMPUTES}
+    fields = lay_over({**stored, "engine": engine}, {"snapshots": {"path": None}, **arguments})
     model, classes = with_first_weights(model, weights), facts["classes"]
     work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
     patience = facts["patience"]

@@ -77,6 +77,7 @@ class EntryCourse:
         self._latest = nothing
         self.fed = 0
         self.rate = 1.0
+        self.open = False  # a sequence is under way
         self._index = 0
 
     def emission(self, entry: Entry, cut: int = 0) -> Sample | None:
@@ -89,6 +90,7 @@ class EntryCourse:
         if entry.sample is None:
             return None
         if entry.event == "feed":
+            self.open = not entry.sample.end
             self.fed, kind, sample = entry.number + 1, Emits.SAMPLE, entry.sample
             self._latest = sample
             if sample.y is None:

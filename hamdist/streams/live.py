@@ -116,6 +116,11 @@ class LiveStream:
         with self._changed:
             return self._accepted.unlabelled.find(number)
 
+    @property
+    def rests(self) -> bool:
+        """Return True if nobody waits for anything: that nothing moves is no stall."""
+        return self._parked and not self.awaited and not self._cuts
+
     def say(
         self,
         entry: Entry,
@@ -222,6 +227,8 @@ class LiveStream:
         """Return the states of all blocks at one emission, without a halt."""
         with self._changed:
             self._check()
+            if self.whole and self._accepted.open and self.look is None:
+                raise StreamError("weights, evaluate: a sequence is under way: feed its end first")
             self._cut += 1
             number = self._cut
             self._cuts[number] = {}
@@ -233,6 +240,8 @@ class LiveStream:
         """Return the snapshot that is taken at this call. Raises SnapshotError if it fails."""
         with self._changed:
             self._check()
+            if self.whole and self._accepted.open:
+                raise StreamError("snapshot: a sequence is under way: feed its end first")
             self._wants_snapshot, self._saved = True, None
             self._changed.notify_all()
             self._wait(lambda: self._saved is not None, parks=False)
@@ -314,16 +323,12 @@ class LiveStream:
     def _note(self, sample: Sample) -> None:
         told = sample.emission
         if told is None or told.kind is Emits.IDLE:
-            self._under_way = max(0, self._under_way - 1)
+            self._under_way = (
+                max(0, self._under_way - 1) if not told or not told.cut else self.drain
+            )
             return
         self._under_way, self._open = self.drain, not sample.end
         self._latest = time.monotonic()
-
-    @property
-    def silent(self) -> bool:
-        """Return True if the next emission is not there yet."""
-        with self._changed:
-            return not self._queue and not self._closed
 
     def _due(self) -> Entry | None:
         """Return the next entry; None where there is nothing to emit now."""
@@ -346,7 +351,7 @@ class LiveStream:
             return True
         if not self._under_way:
             return False
-        if self._drains or self.awaited:
+        if self._drains or self.awaited or (self.look is None and self._cuts):
             return True
         silent = time.monotonic() - self._latest
         return not self._lockstep and self._idle is not None and silent >= self._idle

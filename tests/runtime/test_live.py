@@ -3,6 +3,9 @@ said can be repeated to the bit."""
 
 from __future__ import annotations
 
+import os
+
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -245,7 +248,132 @@ def test_bad_input_is_refused_and_nothing_of_it_stays():
 
 def test_a_run_that_diverges_says_so_where_somebody_talks():
     u, y = next(iter(samples(1)))
-    with pytest.raises(hamdist.HamdistError, match="finite"), start("backprop") as run:
-        run.set(learning={"lr": 1e30})
-        for _ in range(20):
-            run.feed(u * 1e10, y)
+    run = start("backprop")
+    run.set(learning={"lr": 1e30})
+    with pytest.raises(hamdist.HamdistError, match="finite"):
+        [run.feed(u * 1e10, y) for _ in range(20)]
+    with pytest.raises(hamdist.HamdistError, match="finite"):
+        run.stop()
+
+
+def chat(run, number=40, seed=3, level="trace", kill=None):
+    """Say things at random: samples with and without labels, labels later, step sizes, pauses."""
+    drawn = torch.Generator().manual_seed(seed)
+    waiting = []
+    for k, (u, y) in enumerate(samples(number, seed=seed)):
+        what = int(torch.randint(8, (1,), generator=drawn))
+        if kill is not None:
+            kill(k)
+        if what < 3:
+            run.feed(u, y)
+        elif what < 5:
+            waiting.append((run.feed(u), y))
+        elif what == 5:
+            waiting.append((run.predict(u).number, y))
+        elif what == 6:
+            run.set(learning={"lr": 0.02 * (1 + k % 5)})
+            run.pause()
+            run.feed(u, y)
+            run.go_on()
+        elif waiting:
+            place = int(torch.randint(len(waiting), (1,), generator=drawn))
+            run.teach(*waiting.pop(place))
+        if k == number // 2:
+            run.settle()
+            run.snapshot()
+
+
+@pytest.mark.parametrize("level", ["trace", "pipeline"])
+def test_a_run_is_repeated_from_its_journal_to_the_bit(level, tmp_path):
+    with start(level, out=tmp_path / "live", idle=0.001) as run:
+        chat(run)
+    again = hamdist.replay(tmp_path / "live", network(level, seed=7))
+    assert equal(run.result, again)
+    assert again.windows == run.result.windows
+    assert again.samples == run.result.samples
+
+
+def test_a_run_of_a_held_level_is_repeated_too(tmp_path):
+    with start("local", out=tmp_path / "live") as run:
+        for k, (u, y) in enumerate(samples(12)):
+            run.feed(u, y) if k % 3 else run.predict(u)
+    assert equal(run.result, hamdist.replay(tmp_path / "live", network(seed=7)))
+
+
+def test_a_run_goes_on_behind_its_snapshot_and_loses_nothing_of_its_journal(tmp_path):
+    """What was acknowledged is in the journal, whatever has become of the process."""
+    where = tmp_path / "live"
+    said = list(samples(12))
+    with start("trace", out=tmp_path / "whole") as whole:
+        for u, y in said:
+            whole.feed(u, y)
+    with start("trace", out=where) as run:
+        for n, item in enumerate(said[:8]):
+            run.feed(*item)
+            if n == 4:
+                run.snapshot()
+    lines = (where / "journal.jsonl").read_bytes()
+    (where / "journal.jsonl").write_bytes(lines + b'{"event": "feed", "num')  # cut off
+    with start("trace", out=where, resume=where) as more:
+        assert more.status().fed == 8
+        for item in said[8:]:
+            more.feed(*item)
+    idle = [line for line in (where / "journal.jsonl").read_text().splitlines() if "idle" in line]
+    assert idle  # of the snapshot
+    assert equal(more.result, hamdist.replay(where, network(seed=7)))
+    assert more.result.samples == whole.result.samples == 12
+
+
+def test_without_a_snapshot_the_whole_journal_comes_first(tmp_path):
+    said = list(samples(6))
+    with start("backprop", out=tmp_path) as run:
+        for item in said[:4]:
+            run.feed(*item)
+        n = run.feed(said[4][0])
+    with pytest.raises(SettingsError, match="journal of an earlier run"):
+        start("backprop", out=tmp_path)
+    with start("backprop", network(seed=5), out=tmp_path, resume=tmp_path) as more:
+        more.teach(n, said[4][1])
+        more.feed(*said[5])
+    with start("backprop") as whole:
+        for item in said:
+            whole.feed(*item)
+    assert equal(more.result, whole.result)
+
+
+def test_a_journal_is_checked(tmp_path):
+    with start("trace", out=tmp_path) as run:
+        run.feed(*next(iter(samples(1))))
+        with pytest.raises(SettingsError, match="another run writes"):
+            start("trace", out=tmp_path, resume=tmp_path)
+    with pytest.raises(SettingsError, match="another model"):
+        hamdist.replay(tmp_path, nn.Linear(4, 3))
+    with pytest.raises(SettingsError, match="live run"):
+        hamdist.replay(tmp_path / "none", network())
+    (tmp_path / "journal.bin").write_bytes(b"x" * 100)
+    with pytest.raises(hamdist.HamdistError, match="line 1"):
+        hamdist.replay(tmp_path, network())
+
+
+@pytest.mark.ray
+def test_on_ray_answers_belong_to_their_questions_and_a_lost_actor_loses_nothing(session, tmp_path):
+    x, here = torch.zeros(16, 4), os.getpid()
+    ray = {"kind": "ray", "actors": 2}
+    for level in ("trace", "local", "bptt"):
+        more = options(level, loss="mse", engine=ray)
+        with hamdist.start(identity(level), example=(x, x), **more) as run:
+            for k in range(6):
+                u = torch.randn(16, 4)
+                assert torch.equal(run.predict(u, end=k % 3 == 2).prediction, u)
+            weights = run.weights()  # without steps: no label has come
+            assert torch.equal(weights["0.weight"], torch.eye(4))
+
+    def kill(k):
+        if k == 10:
+            pids = [p for p in psutil.process_iter() if "ray::WorkerActor" in " ".join(p.cmdline())]
+            next(p for p in pids if here in [q.pid for q in p.parents()]).kill()
+
+    with start("trace", out=tmp_path, idle=0.001, engine=ray) as run:
+        chat(run, kill=kill)
+    assert run.result.replaced
+    assert equal(run.result, hamdist.replay(tmp_path, network(seed=7)))

@@ -80,14 +80,6 @@ class InProcessEngine:
         if live is not None:
             live.look = lambda: {n.name: n.state() for n in nodes}
 
-        def ahead(turn: int) -> int | None:
-            """While a live stream is silent, blocks finish what they have of a sequence."""
-            if turn or not source.silent:
-                return None
-            behind = [(n.tick, i) for i, n in enumerate(nodes, 1) if n.tick is not None]
-            free = [one for one in behind if nodes[one[1] - 1].event.sample < source.event.sample]
-            return min(free, default=(0, None))[1]
-
         with (
             torch_threads(plan.engine.threads),
             ending,
@@ -101,7 +93,7 @@ class InProcessEngine:
                     cut,
                     started=snapshot_policy is not None and snapshot_policy.on,
                     after_step=None if digests is None else digests.after_step,
-                    ahead=ahead if live is not None and live.whole else None,
+                    by_token=plan.by_token,
                 )
             except DivergedError as error:
                 diverged = error

@@ -308,6 +308,7 @@ class Worker:
                     self._snapshot_writer,
                     started=goes_on,
                     after_step=None if self._digests is None else self._digests.after_step,
+                    by_token=self._plan.by_token,
                 )
                 self._mailbox.flush()
         except Aborted:

@@ -122,7 +122,7 @@ def _begun(
         if Path(resume) != folder:
             return resume
         kept = settings.snapshots.path
-        return kept if kept is not None and complete(storage(kept)) else None
+        return kept if kept is not None and any(complete(storage(kept))) else None
     facts = {
         "settings": settings.model_dump(mode="json", exclude_unset=True),
         "classes": classes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -70,7 +70,7 @@ class LiveBlock(Remembers):
             raise ValueError(f"the stream has said nothing of emission {slot}")
         numbers = tuple(signal.payload.tolist())
         self._emissions[slot] = numbers
-        told = _emission(numbers)
+        told = emission_of(numbers)
         self._latest = [slot, told.shown - (told.kind is Emits.IDLE)]
         if told.rate != self._rates[-1][1]:
             self._rates.append((told.shown, told.rate))
@@ -79,7 +79,7 @@ class LiveBlock(Remembers):
     def of(self, slot: int) -> Emission | None:
         """Return what was heard of an emission; None of one that is forgotten or to come."""
         numbers = self._emissions.get(slot)
-        return None if numbers is None else _emission(numbers)
+        return None if numbers is None else emission_of(numbers)
 
     def index(self, slot: int) -> int:
         """Return the number of an emission without the idle ones; an idle one has the latest's."""
@@ -115,7 +115,7 @@ class LiveBlock(Remembers):
         return None
 
 
-def _emission(numbers: Numbers) -> Emission:
+def emission_of(numbers: Sequence[float]) -> Emission:
     kind, index, number, rate, cut = numbers
     return Emission(Emits(int(kind)), int(index), int(number), rate, int(cut))
 

@@ -16,6 +16,7 @@ from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import StreamError
+from hamdist.runtime.nodes.live import emission_of
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CPU
@@ -87,11 +88,6 @@ class SourceNode:
         return self._sent // self._passes
 
     @property
-    def silent(self) -> bool:
-        """Return True if the blocks need not wait for the next token, and it is not there yet."""
-        return self._live is not None and self._live.whole and self._live.silent
-
-    @property
     def passed(self) -> int:
         """Return the number of items that the stream has passed over."""
         return passed_over(self._stream)
@@ -125,7 +121,7 @@ class SourceNode:
             "tau": self._tau,
             "time": self._check.last,
             "smoothness": self.smoothness.snapshot(),
-            "emission": None if self._emission is None else list(self._emission),
+            "emission": None if self._emission is None else [float(n) for n in self._emission],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -133,7 +129,7 @@ class SourceNode:
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         told = state.get("emission")
         check_names("stream", {n: one for n, one in state.items() if n != "emission"}, names)
-        self._emission = None if told is None else Emission(Emits(told[0]), *told[1:])
+        self._emission = None if told is None else emission_of(told)
         self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
         self._tau, self._check.last = state["tau"], state["time"]
         self.smoothness.restore(state["smoothness"])

@@ -171,6 +171,11 @@ class Plan:
         return manifest.samples - manifest.skip
 
     @property
+    def by_token(self) -> bool:
+        """Return True if blocks step by tokens of sequences instead of by ticks (loop.py)."""
+        return self.knobs.sequence and self.spec.live > 0
+
+    @property
     def taught_by(self) -> str:
         """Return the readout whose labels travel with the signal."""
         return "" if self.heads is None else self.heads.readout

@@ -17,6 +17,7 @@ from hamdist.runtime.results.result import Replaced
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
+TOKENS_AHEAD = 500  # of a live run, whose rate may rise at once; every actor hears in time
 PATIENCE_SECONDS = 20.0  # for all files of one
 LAST_SECONDS = 10.0  # for the one before the end
 
@@ -220,6 +221,8 @@ class SnapshotSupervision:
 
     def _ask(self, now: float, front: int) -> int:
         ahead = front + 1 + int(AHEAD_SECONDS * self._rate) + 2 * len(self._blocks)
+        if self._live is not None and self._live.whole:
+            ahead += TOKENS_AHEAD
         tick = int(min(ahead, self._end))
         if self._tries_failed:
             self._tries_failed = False
