@@ -1,13 +1,13 @@
 """The stream of a live run: what is said to it while it runs, in an order that can be repeated.
 
-A call of a user becomes an entry: a sample, the label of an earlier one, another step size. Entries
-are accepted in one order, in which they enter the journal (if there is one) and the network. Where
-nothing waits, the stream emits idle ticks, until what is under way has come to its end; each of
-them is an entry of the journal, too. So the journal is the stream, and repeats it.
+What a user says (a sample, the label of an earlier one, another step size) is an entry. Entries
+are accepted in one order, in which they enter the journal and the network. While nothing is said,
+idle ticks are emitted until what is under way has come to its end; each is an entry, too. So the
+journal is the stream, and repeats it.
 
 In one process (`lockstep`) either the caller works or the engine does: a call returns when all that
-it has brought about is done. Random numbers are then drawn in one order, and a silence is made up
-for at the next call.
+follows from it is done, random numbers are drawn in one order, and a silence is made up for at the
+next call.
 """
 
 from __future__ import annotations
@@ -15,29 +15,90 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 from hamdist.errors import StreamError
-from hamdist.streams.entries import Entry, EntryCourse, EntryLog
-from hamdist.streams.sample import Emits, Sample, SampleSpec
+from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec
 
 ROOM = 64  # entries that wait for the network
-LOOK_SECONDS = 0.05  # between two looks at what else the waiting thread has to do
+LOOK_SECONDS = 0.05  # between two looks of the waiting engine at what else it has to do
 
 
-def _nothing() -> None:
-    pass
+class Entry(NamedTuple):
+    """What was said to a live run.
+
+    Attributes:
+        event: feed, teach, set or idle; pause and go_on are only for the record.
+        number: of the sample (feed, teach).
+        sample: u, y and end of a fed one; of a label (teach) only y counts.
+        rate: factor of the step size (set).
+    """
+
+    event: str
+    number: int = 0
+    sample: Sample | None = None
+    rate: float = 1.0
 
 
-def _dropped(*_: object) -> None:
-    pass
+class EntryLog(Protocol):
+    """A journal (runtime/live/journal.py): `append` writes an entry before it returns."""
+
+    def append(self, entry: Entry) -> None: ...
+
+    def entries(self) -> Iterator[Entry]: ...
+
+
+class EntryCourse:
+    """Turns entries into emissions: the same in a live run and in its repetition.
+
+    Attributes:
+        unlabelled: the latest samples that may still get a label, by number.
+        open: a sequence is under way.
+    """
+
+    def __init__(self, spec: SampleSpec, nothing: Sample) -> None:
+        self.unlabelled: dict[int, Sample] = {}
+        self.fed, self.rate, self.open = 0, 1.0, False
+        self._patience, self._latest, self._shown = spec.live, nothing, 0
+
+    def find(self, number: int) -> Sample:
+        """Return a sample that waits for its label. Raises StreamError if it does not."""
+        if number not in self.unlabelled:
+            raise StreamError(
+                f"sample {number} waits for no label: it came with one, has been taught, was never "
+                f"fed, or more than {self._patience} unlabelled ones came after it (patience)"
+            )
+        return self.unlabelled[number]
+
+    def emission(self, entry: Entry, *, cut: bool = False) -> Sample | None:
+        """Return what the stream emits for an entry; None where it emits nothing."""
+        if entry.event == "set":
+            self.rate = entry.rate
+        if entry.event == "idle":
+            told = Emission(Emits.IDLE, self._shown, max(0, self.fed - 1), self.rate, cut)
+            return replace(self._latest, y=None, end=False, emission=told)
+        sample = entry.sample
+        if sample is None:
+            return None
+        kind = Emits.SAMPLE if entry.event == "feed" else Emits.AGAIN
+        if kind is Emits.AGAIN:
+            sample = replace(self.find(entry.number), y=sample.y)
+            del self.unlabelled[entry.number]
+        else:
+            self.fed, self.open, self._latest = entry.number + 1, not sample.end, sample
+            if sample.y is None:
+                self.unlabelled[entry.number] = sample
+            if len(self.unlabelled) > self._patience:
+                del self.unlabelled[next(iter(self.unlabelled))]
+        self._shown += 1
+        told = Emission(kind, self._shown - 1, entry.number, self.rate, cut)
+        return replace(sample, emission=told)
 
 
 class LiveStream:
-    """The stream of a live run: `say` and the like for the callers, `samples` for the engine.
-
-    for the engine's; all else is in between.
+    """The stream of a live run: `say` and the like for callers, `samples` for the engine.
 
     Args:
         spec: of the samples; its `live` is how many unlabelled samples wait for a label.
@@ -45,13 +106,14 @@ class LiveStream:
         idle: seconds of silence after which idle ticks begin; None: only where somebody waits.
         lockstep: see above.
         log: the journal; what it holds already comes first.
-        room: entries that wait, at most; `feed` waits for room.
 
     Attributes:
-        serve: called by the engine's thread while it waits for an entry.
-        look: makes a cut at once (in one process); else the next emission asks for it.
-        tick: of the next emission; drain: idle ones until nothing is under way (both are set by the
-            engine). Sequences, which nothing of the next one may enter, have `whole` set.
+        accepted: the course of what was said, emitted or not.
+        awaited: numbers of samples whose answers somebody waits for.
+        serve: called by the engine while it waits for an entry.
+        look: returns the states of all blocks at once (in one process).
+        tick: of the next emission; drain: idle ones until nothing is under way; whole: nothing may
+            be emitted within a sequence but its tokens. The engine sets these.
     """
 
     portable = False
@@ -64,78 +126,54 @@ class LiveStream:
         idle: float | None = 0.01,
         lockstep: bool = True,
         log: EntryLog | None = None,
-        room: int = ROOM,
     ) -> None:
         self.spec = spec
         self.replays = log is not None
-        self.serve: Callable[[], None] = _nothing
-        self.look: Callable[[], Mapping[str, Any]] | None = None
-        self.tick = self.drain = 0
+        self.accepted = EntryCourse(spec, nothing)
+        self.awaited: set[int] = set()
+        self.serve: Callable[[], object] = lambda: None
+        self.look: Callable[[], Any] | None = None
+        self.send: Callable[[Any], object] = lambda _: None  # takes what blocks have for the driver
+        self.started: Callable[..., object] = lambda *_: None  # called before the first tick
+        self.tick = self.drain = self.blocks = 0
         self.whole = False
-        self._idle, self._lockstep, self._log, self._room = idle, lockstep, log, room
-        self._nothing = nothing
+        self._idle, self._lockstep, self._log, self._nothing = idle, lockstep, log, nothing
         self._changed = threading.Condition()
         self._queue: deque[Entry] = deque()
         self._course = EntryCourse(spec, nothing)
-        self._accepted = EntryCourse(spec, nothing)  # what callers have said, emitted or not
-        self._known = 0
-        for entry in () if log is None else log.entries():
-            self._accepted.emission(entry)
-            self._known += 1
-        self._drawn = 0  # entries that the engine has
-        self._parked = self._closed = self._over = self._paused = False
+        self._drawn = 0  # entries that the engine has, or had in an earlier process
+        for entry in [] if log is None else log.entries():
+            self.accepted.emission(entry)
+            self._drawn += 1
+        self.paused = self._parked = self._closed = self._over = False
         self._error: BaseException | None = None
         self._latest = time.monotonic()  # emission of a sample
-        self._under_way = 0  # idle emissions that are due
-        self._open = False  # a sequence has begun
+        self._under_way = self._until_tick = 0
         self._drains = False
-        self._until_tick = 0
-        self.awaited: set[int] = set()  # numbers of samples whose answers somebody waits for
-        self._cuts: dict[int, dict[str, Any]] = {}
-        self._cut = self._cuts_sent = 0
-        self.blocks: tuple[str, ...] = ()
-        self.send: Callable[[Any], None] = _dropped  # takes what blocks have for the driver
-        self.started: Callable[..., None] = _dropped  # called before the first tick
-        self._wants_snapshot = False
-        self._saved: str | Exception | None = None
+        self._one_request = threading.Lock()
+        self._wanted: set[str] = set()  # 'cut', 'snapshot': asked for and not begun
+        self._states: dict[str, Any] | None = None  # of the blocks, of the present cut
+        self._given: Any = None
 
     # -- callers -------------------------------------------------------------------------------
-
-    @property
-    def fed(self) -> int:
-        """Return the number of samples that were accepted."""
-        return self._accepted.fed
 
     @property
     def waiting(self) -> int:
         """Return the number of entries that wait for the network."""
         return len(self._queue)
 
-    def unlabelled(self, number: int) -> Sample:
-        """Return a sample that waits for its label. Raises StreamError if it does not."""
-        with self._changed:
-            return self._accepted.unlabelled.find(number)
-
     @property
     def rests(self) -> bool:
         """Return True if nobody waits for anything: that nothing moves is no stall."""
-        return self._parked and not self.awaited and not self._cuts
+        return self._parked and not self.awaited and self._states is None
 
-    def say(
-        self,
-        entry: Entry,
-        *,
-        awaits: bool = False,
-        wait: bool = True,
-        noted: Callable[[int], object] = _dropped,
-    ) -> int:
-        """Accept an entry, in the order of the calls; return the number of its sample.
+    def say(self, entry: Entry, *, asks: set[int] | None = None, wait: bool = True) -> int:
+        """Accept an entry; return the number of its sample.
 
         Args:
             entry: its number is filled in where a sample is fed.
-            awaits: the caller waits for the answer to it.
+            asks: gets the number, before anything comes of it; its answer is waited for.
             wait: for room; else BlockingIOError where there is none.
-            noted: called with the number, before anything comes back of it.
         """
         with self._changed:
             self._check()
@@ -143,16 +181,16 @@ class LiveStream:
             if self._lockstep and self._idle is not None and silent >= self._idle:
                 self._drains = True
                 self._work()
-            if len(self._queue) >= self._room and not wait:
-                raise BlockingIOError(f"{self._room} entries wait")
-            self._wait(lambda: len(self._queue) < self._room)
+            if len(self._queue) >= ROOM and (not wait or (self._lockstep and self.paused)):
+                raise BlockingIOError(f"{ROOM} entries wait for the network")
+            self.wait(lambda: len(self._queue) < ROOM)
             if entry.event == "feed":
-                entry = entry._replace(number=self._accepted.fed)
-            self._accepted.emission(entry)  # (refuses a label that nobody waits for)
+                entry = entry._replace(number=self.accepted.fed)
+            self.accepted.emission(entry)  # (refuses a label that nobody waits for)
             self._write(entry)
             self._queue.append(entry)
-            noted(entry.number)
-            if awaits:
+            if asks is not None:
+                asks.add(entry.number)
                 self.awaited.add(entry.number)
             self._work()
             return entry.number
@@ -161,8 +199,8 @@ class LiveStream:
         """Stop emitting, or go on. What is accepted meanwhile waits."""
         with self._changed:
             self._check()
-            self._write(Entry("pause" if paused else "go_on", self.fed))
-            self._paused = paused
+            self._write(Entry("pause" if paused else "go_on", self.accepted.fed))
+            self.paused = paused
             self._work()
 
     def _write(self, entry: Entry) -> None:
@@ -171,100 +209,89 @@ class LiveStream:
 
     def _work(self) -> None:
         """Let the engine go on; in lockstep wait until it has no more to do."""
-        self._parked = False
-        self._changed.notify_all()
-        if self._lockstep:
-            self._wait(lambda: self._parked)
+        self.wait(lambda: self._parked or not self._lockstep, begin=True)
 
-    def _wait(self, done: Callable[[], bool], *, parks: bool = True) -> None:
-        while not done():
-            self._check()
-            if parks and self._lockstep and self._parked:
-                why = "the run is paused: go_on() first" if self._paused else "nothing moves"
-                raise StreamError(f"this call would wait for ever: {why}")
-            self._changed.wait(1.0)
+    def wait(self, done: Callable[[], bool], *, begin: bool = False) -> bool:
+        """Return True once `done()` holds, False if the run is over before.
 
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-        if self._closed:
-            raise StreamError("the run has been stopped: start another one")
-
-    def wait(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Return True once `done()` holds; False after `timeout` seconds, or if the run is over.
-
-        Raises the error that has ended the run.
+        begin: there is something new for the engine. Raises the error that has ended the run.
         """
-        end = None if timeout is None else time.monotonic() + timeout
         with self._changed:
-            self._parked = False
+            self._parked = self._parked and not begin
             self._changed.notify_all()
             while not done():
                 if self._error is not None:
                     raise self._error
-                left = 1.0 if end is None else min(1.0, end - time.monotonic())
-                if self._over or left <= 0:
+                if self._over:
                     return False
-                self._changed.wait(left)
+                self._changed.wait(1.0)
             return True
 
-    def drained(self) -> None:
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closed or self._over:
+            raise StreamError("the run has been stopped: start another one")
+
+    def settle(self) -> None:
         """Emit idle ticks until nothing is under way."""
         with self._changed:
             self._check()
             self._drains = True
             self._work()
-            self._wait(lambda: not self._drains)
+            self.wait(lambda: not self._drains)
 
-    def idle_until(self, tick: int) -> None:
-        """Emit idle ticks until the emission of `tick` (of a snapshot); from any thread."""
-        with self._changed:
-            self._until_tick = max(self._until_tick, tick)
-            self._parked = False
-            self._changed.notify_all()
+    def request(self, kind: str) -> Any:
+        """Return a cut (the states of all blocks at one emission), or take a snapshot.
 
-    def cut(self) -> dict[str, Any]:
-        """Return the states of all blocks at one emission, without a halt."""
-        with self._changed:
+        Raises the error with which that failed.
+        """
+        with self._one_request, self._changed:
             self._check()
-            if self.whole and self._accepted.open and self.look is None:
-                raise StreamError("weights, evaluate: a sequence is under way: feed its end first")
-            self._cut += 1
-            number = self._cut
-            self._cuts[number] = {}
-            self._work()
-            self._wait(lambda: len(self._cuts[number]) >= len(self.blocks))
-            return self._cuts.pop(number)
+            if self.whole and self.accepted.open and not (self.look and kind == "cut"):
+                raise StreamError(f"{kind}: a sequence is under way: feed its end first")
+            self._given = None
+            self._wanted.add(kind)
+            self.wait(lambda: self._given is not None, begin=True)
+            if isinstance(self._given, Exception):
+                raise self._given
+            return self._given
 
-    def snapshot(self) -> str:
-        """Return the snapshot that is taken at this call. Raises SnapshotError if it fails."""
-        with self._changed:
-            self._check()
-            if self.whole and self._accepted.open:
-                raise StreamError("snapshot: a sequence is under way: feed its end first")
-            self._wants_snapshot, self._saved = True, None
-            self._changed.notify_all()
-            self._wait(lambda: self._saved is not None, parks=False)
-            if isinstance(self._saved, Exception):
-                raise self._saved
-            return str(self._saved)
-
-    def wants_snapshot(self) -> bool:
-        """Return True, once, if a snapshot is asked for."""
-        wanted, self._wants_snapshot = self._wants_snapshot, False
+    def takes(self, kind: str) -> bool:
+        """Return True, once, if a request waits to be begun."""
+        wanted = kind in self._wanted
+        self._wanted.discard(kind)
         return wanted
 
-    def saved(self, snapshot: str | Exception) -> None:
-        """Note a complete snapshot, or that one has failed."""
+    def give(self, result: Any) -> None:
+        """Answer the present request, with an error where it failed."""
         with self._changed:
-            self._saved = snapshot
+            self._given = result
             self._changed.notify_all()
 
-    def close(self, error: BaseException | None = None) -> None:
-        """End the stream behind what was accepted, or at once with an error."""
+    def idle_until(self, tick: int) -> None:
+        """Emit idle ticks until the emission of `tick`, of a snapshot."""
+        self._until_tick = max(self._until_tick, tick)
+
+    def handed(self, block: str, state: Any) -> None:
+        """Note the state that a block has handed over for the present cut."""
+        with self._changed:
+            if self._states is not None:
+                self._states[block] = state
+                if len(self._states) == self.blocks:
+                    states, self._states = self._states, None
+                    self.give(states)
+
+    def answered(self, number: int) -> None:
+        """Note that an answer is there."""
+        with self._changed:
+            self.awaited.discard(number)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the stream behind what was accepted."""
         with self._changed:
             self._closed = True
-            self._error = self._error or error
             self._changed.notify_all()
 
     def finished(self, error: BaseException | None) -> None:
@@ -282,18 +309,15 @@ class LiveStream:
 
     def samples_from(self, n: int) -> Iterator[Sample]:
         """Yield the emissions from number n on: those of the journal, then live ones."""
-        if self._log is not None or n == 0:
+        if self._log is not None:
             self._course = EntryCourse(self.spec, self._nothing)
-            emitted = 0
-            entries = iter(()) if self._log is None else self._log.entries()
-            for _ in range(self._known if self._drawn == 0 else self._drawn):
+            entries, emitted = self._log.entries(), 0
+            for _ in range(self._drawn):
                 sample = self._course.emission(next(entries))
-                if sample is not None:
-                    emitted += 1
-                    if emitted > n:
-                        yield sample
-                        self._note(sample)
-            self._drawn = max(self._drawn, self._known)
+                emitted += sample is not None
+                if sample is not None and emitted > n:
+                    self._note(sample)
+                    yield sample
         while (live := self._next()) is not None:
             yield live
 
@@ -302,79 +326,54 @@ class LiveStream:
             with self._changed:
                 while (entry := self._due()) is not None:
                     self._drawn += 1
-                    cut = self._cut if self._cut > self._cuts_sent and self.look is None else 0
-                    sample = self._course.emission(entry, cut)
+                    cut = entry.sample is not None or entry.event == "idle"
+                    cut = cut and self.look is None and self.takes("cut")
+                    sample = self._course.emission(entry, cut=cut)
+                    self._states = {} if cut else self._states
                     if sample is not None:
-                        self._cuts_sent = max(self._cuts_sent, cut)
                         self._note(sample)
                         self._changed.notify_all()
                         return sample
                 if self._closed and not self._queue:
                     return None
-                if self._cut > self._cuts_sent and self.look is not None:
-                    self._cuts_sent = self._cut
-                    self._cuts[self._cut] = dict(self.look())
-                self._drains = False
-                self._parked = True
+                if self.look is not None and self.takes("cut"):
+                    self.give(self.look())
+                self._drains, self._parked = False, True
                 self._changed.notify_all()
                 self._changed.wait(LOOK_SECONDS)
             self.serve()
 
     def _note(self, sample: Sample) -> None:
         told = sample.emission
-        if told is None or told.kind is Emits.IDLE:
-            self._under_way = (
-                max(0, self._under_way - 1) if not told or not told.cut else self.drain
-            )
-            return
-        self._under_way, self._open = self.drain, not sample.end
-        self._latest = time.monotonic()
+        if told is not None and (told.kind is not Emits.IDLE or told.cut):
+            self._under_way, self._latest = self.drain, time.monotonic()
+        else:
+            self._under_way = max(0, self._under_way - 1)
 
     def _due(self) -> Entry | None:
         """Return the next entry; None where there is nothing to emit now."""
-        if self._paused and not self._closed:
+        if self.paused and not self._closed:
             return None
         if self._queue:
             return self._queue.popleft()
-        if (self.whole and self._open) or not self._idles():
+        if self._closed or (self.whole and self._course.open) or not self._idles():
             return None
-        entry = Entry("idle")
-        self._accepted.emission(entry)
-        self._write(entry)
-        return entry
+        self.accepted.emission(Entry("idle"))
+        self._write(Entry("idle"))
+        return Entry("idle")
 
     def _idles(self) -> bool:
         """Return True if an idle tick is due."""
-        if self._closed:
-            return False
-        if self.tick < self._until_tick or (self.look is None and self._cut > self._cuts_sent):
+        if self.tick < self._until_tick or (self.look is None and "cut" in self._wanted):
             return True
-        if not self._under_way:
-            return False
-        if self._drains or self.awaited or (self.look is None and self._cuts):
-            return True
+        if not self._under_way or self._drains or self.awaited or self._states is not None:
+            return self._under_way > 0
         silent = time.monotonic() - self._latest
         return not self._lockstep and self._idle is not None and silent >= self._idle
-
-    def answered(self, number: int) -> None:
-        """Note that an answer is there."""
-        with self._changed:
-            self.awaited.discard(number)
-            self._changed.notify_all()
-
-    def handed(self, cut: int, block: str, state: Any) -> None:
-        """Note the state that a block has handed over for a cut."""
-        with self._changed:
-            if cut in self._cuts:
-                self._cuts[cut][block] = state
-                self._changed.notify_all()
 
 
 def live_of(stream: object) -> LiveStream | None:
     """Return the live stream that a stream is made of, if it is one."""
-    while not isinstance(stream, LiveStream):
-        inner = getattr(stream, "_stream", None)
-        if inner is None:
-            return None
-        stream = inner
+    while stream is not None and not isinstance(stream, LiveStream):
+        stream = getattr(stream, "_stream", None)
     return stream

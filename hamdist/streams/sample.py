@@ -41,14 +41,14 @@ class Emission(NamedTuple):
         shown: number of the emissions before that were not idle.
         number: of the sample, counted from 0; of an idle one, of the latest sample.
         rate: factor of the step size, from this emission on.
-        cut: above 0, the number of a request for the blocks' weights as they are then.
+        cut: every block is to hand over its state.
     """
 
     kind: Emits
     shown: int
     number: int
     rate: float = 1.0
-    cut: int = 0
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -344,7 +344,7 @@ def test_without_a_snapshot_the_whole_journal_comes_first(tmp_path):
 def test_a_journal_is_checked(tmp_path):
     with start("trace", out=tmp_path) as run:
         run.feed(*next(iter(samples(1))))
-        with pytest.raises(SettingsError, match="another run writes"):
+        with pytest.raises(SettingsError, match="written by another run"):
             start("trace", out=tmp_path, resume=tmp_path)
     with pytest.raises(SettingsError, match="another model"):
         hamdist.replay(tmp_path, nn.Linear(4, 3))

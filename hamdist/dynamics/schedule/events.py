@@ -114,10 +114,6 @@ class Schedule(Protocol):
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:
         """Return the most signals of `kind` that may leave together on an edge."""
 
-    def versions(self, event: Event) -> dict[str, int]:
-        """Return the weight version with which each block passed the sample that a readout predicts
-        in `event`, as the stamps count them."""
-
     @property
     def idle(self) -> int:
         """Return the idle emissions after which nothing of the sample before is under way."""

@@ -96,10 +96,6 @@ class HoldSchedule:
         since = tick - self._lags[readout]
         return since // self.c if since >= 0 and since % self.c == 0 else None
 
-    def versions(self, event: Event) -> dict[str, int]:
-        shown = (event.tick - self._reach) // self.c * self.c
-        return {b: max(0, self.updates_before(shown + d)) for b, d in self._depths.items()}
-
     @property
     def idle(self) -> int:
         return (2 * self._reach + 1) // self.c + 1

@@ -91,16 +91,9 @@ class PulseSchedule:
             return emitted(event.sample, self.c, self.parts)
         if edge.parent in self._silent:
             return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, 0)
-        tick = self._forward_tick(edge.parent, event.sample)
-        return Stamp(tick, event.sample, self._version(edge.parent, event.sample))
-
-    def _version(self, block: str, sample: int) -> int:
         # Updates m with m c + 2D - l < n c + l have come before the forward of n.
-        return max(0, self.item(sample) - self.lag(block) // self.c)
-
-    def versions(self, event: Event) -> dict[str, int]:
-        moving = (block for block in self._depths if block not in self._silent)
-        return dict.fromkeys(self._silent, 0) | {b: self._version(b, event.sample) for b in moving}
+        version = max(0, self.item(event.sample) - self.lag(edge.parent) // self.c)
+        return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
 
     @property
     def idle(self) -> int:

@@ -53,7 +53,6 @@ class SequenceSchedule:
             )
         self._recurrent = {e.index for e in graph.edges if graph.recurrent(e)}
         self._depths = self._count(graph)
-        self._blocks = frozenset(graph.blocks)
         self._D = max(self._depths.values())
         self._truncation = knobs.truncation
         self.carries = carries
@@ -204,9 +203,6 @@ class SequenceSchedule:
     def bundle(self, edge: Edge, kind: Kind) -> Bundle:  # noqa: ARG002
         """Return bundles of one: between two sequences signals do not come at equal times."""
         return ALONE
-
-    def versions(self, event: Event) -> dict[str, int]:
-        return dict.fromkeys(self._blocks, _span(event).number)
 
     @property
     def idle(self) -> int:

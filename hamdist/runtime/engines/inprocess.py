@@ -38,9 +38,6 @@ class InProcessEngine:
         nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
         measured = [n for n in nodes if n.metrics is not None]
         live = live_of(stream)
-        for node in nodes:
-            if live is not None and node.live is not None:
-                node.live.send = live.send
         snapshot_policy: InProcessSnapshots | None = None
         if sent_log is not None:
             snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log, live)
@@ -78,6 +75,8 @@ class InProcessEngine:
         ending = RunInterrupts(stop, on_progress)
         source.waits_with(between)
         if live is not None:
+            for node in nodes:
+                node.live.send = live.send
             live.look = lambda: {n.name: n.state() for n in nodes}
 
         with (

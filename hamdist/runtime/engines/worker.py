@@ -6,10 +6,12 @@ the driver's process the driver runs one in a thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -22,7 +24,6 @@ from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import HamdistError
 from hamdist.runtime.engines.message_limits import message_bytes, slot_bytes
 from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
-from hamdist.runtime.nodes.live import News, Outbox
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
@@ -159,10 +160,9 @@ class Worker:
         self._inside = inside
         self._nodes = [make_node(plan, name, self._mailbox) for name in blocks]
         self._source = None if stream is None else SourceNode(plan, stream, self._mailbox)
-        self._outbox = Outbox()
+        self._news: SimpleQueue[Any] = SimpleQueue()  # what blocks of a live run have to say
         for node in self._nodes:
-            if node.live is not None:
-                node.live.send = self._outbox.put
+            node.live.send = self._news.put
         if self._source is not None:
             self._source.waits_with(self._look_up)
         self._channels = {c.number: c for c in plan.channels.all()}
@@ -392,9 +392,14 @@ class Worker:
             what = f"the {channel}, {stamp}"
         return BlockedChannel(waiter, awaited, what, time.monotonic() - waiting.since)
 
-    def news(self, seen: int, seconds: float) -> tuple[int, list[News]]:
-        """Return what the blocks have for the driver (`Outbox.fetch`); in another thread."""
-        return self._outbox.fetch(seen, seconds)
+    def news(self, seconds: float) -> list[Any]:
+        """Return what the blocks have for the driver; waits so long for something."""
+        found = []
+        with contextlib.suppress(Empty):
+            found.append(self._news.get(timeout=seconds))
+            while True:
+                found.append(self._news.get_nowait())
+        return found
 
     def stop_stream(self) -> None:
         """End the stream at its next sample; samples under way are finished."""

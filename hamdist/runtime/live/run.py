@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextvars
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,27 +18,54 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.errors import SettingsError, StreamError
-from hamdist.runtime.live.answers import Answer, LiveStatus, Predictions
 from hamdist.runtime.live.journal import Journal
-from hamdist.runtime.nodes.live import Answered, HandedOver, News
+from hamdist.runtime.nodes.live import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.evaluate import Scores, Targets, evaluate
-from hamdist.runtime.results.result import BlockState, Progress, RunResult
+from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.train.outcome import model_of
 from hamdist.streams.check import Checker
-from hamdist.streams.entries import Entry
 from hamdist.streams.iterable import IterableStream
-from hamdist.streams.live import LiveStream
+from hamdist.streams.live import Entry, LiveStream
 from hamdist.streams.sample import Sample, Stream
 from hamdist.streams.wrappers.chosen_targets import Chosen
 
-Work = Callable[[Stream, Callable[[Progress], object]], RunResult]
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The prediction of sample `number`: (B, ...), or a dict of them by readout."""
+
+    number: int
+    prediction: Tensor | dict[str, Tensor]
+    _plan: Plan = field(repr=False)
+    _news: Answered = field(repr=False)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Return the updates that each block's weights had had when the sample passed it (with
+        presentation 'hold': when its prediction was made), as the stamps of signals count them."""
+        plan, news = self._plan, self._news
+        edges = [edge for edge in plan.graph.edges if not edge.from_input]
+        sent = {edge.parent: plan.schedule.state(edge, news.event) for edge in edges}
+        others = {name: stamp.version for name, stamp in sent.items() if stamp is not None}
+        return {**others, news.readout: news.version}
+
+
+@dataclass(frozen=True, slots=True)
+class LiveStatus:
+    """Samples that were `fed`, and `answered`; what is `waiting` for the network; the engine's
+    latest report, of four a second."""
+
+    fed: int
+    answered: int
+    waiting: int
+    paused: bool
+    progress: Progress | None
 
 
 class LiveRun:
-    """A run that learns while one talks to it; `hamdist.start` makes one. As a context it stops the
-    run at the end.
+    """A run that learns while one talks to it (`hamdist.start`); as a context it stops at the end.
 
     Calls may come from several threads; they are accepted one after the other, and this order is
     the run. A call raises the error that has ended the run.
@@ -46,7 +73,7 @@ class LiveRun:
 
     def __init__(
         self,
-        work: Work,
+        work: Callable[[Stream, Callable[[Progress], object]], RunResult],
         stream: LiveStream,
         reader: IterableStream,
         settings: Settings,
@@ -57,19 +84,17 @@ class LiveRun:
         self.result: RunResult | None = None
         self._stream, self._reader, self._journal = stream, reader, journal
         self._losses = losses or make_losses(settings.loss, settings.ignore_index)
-        self._patience = stream.spec.live
-        self._answers: OrderedDict[int, Answer] = OrderedDict()
-        self._parts: dict[int, dict[str, Tensor]] = {}
+        self._answers: dict[int, Answer] = {}
+        self._parts: dict[int, dict[str, Tensor]] = {}  # answers of which a readout's part lacks
         self._from: dict[str, int] = {}  # by readout: the first number that is not there
         self._asked: set[int] = set()  # by predict, which takes its answer itself
-        self._paused = False
         self._progress: Progress | None = None
-        self._checks: list[Chosen] = []
+        self._wrappers: list[Chosen] = []
         self._started = threading.Event()
         self._error: BaseException | None = None
-        self._graph: Graph | None = None
-        self._made_plan: Plan | None = None
-        self._checker: Checker | None = None
+        self._graph: Graph
+        self._plan: Plan
+        self._checker: Checker
         stream.send, stream.started = self._receive, self._begin
         context = contextvars.copy_context()  # (with the caller's session of Ray)
         self._thread = threading.Thread(
@@ -82,7 +107,7 @@ class LiveRun:
             raise self._error
         atexit.register(self.stop)
 
-    def _run(self, work: Work) -> None:
+    def _run(self, work: Callable[..., RunResult]) -> None:
         try:
             self.result = work(self._stream, self._note)
         except BaseException as error:  # noqa: BLE001 (it is raised where somebody calls)
@@ -93,61 +118,43 @@ class LiveRun:
 
     def _begin(self, stream: Stream, graph: Graph, plan: Plan) -> None:
         """Note what the run is made of; called by the engine's thread before the first tick."""
-        self._graph, self._made_plan, self._checker = graph, plan, checker_of(plan)
-        self._stream.blocks = tuple(plan.graph.blocks)
+        self._graph, self._plan, self._checker = graph, plan, checker_of(plan)
+        self._stream.blocks = len(plan.graph.blocks)
         while isinstance(stream, Chosen):
-            self._checks.insert(0, stream)
+            self._wrappers.insert(0, stream)
             stream = stream._stream
         self._started.set()
 
     def _note(self, progress: Progress) -> None:
         self._progress = progress
 
-    @property
-    def _plan(self) -> Plan:
-        if self._made_plan is None:
-            raise RuntimeError("the run has not begun")
-        return self._made_plan
-
-    # -- what comes back ------------------------------------------------------------------------
-
-    def _receive(self, news: News) -> None:
+    def _receive(self, news: Answered | HandedOver) -> None:
         if isinstance(news, HandedOver):
-            self._stream.handed(news.cut, news.block, news.state)
+            self._stream.handed(news.block, news.state)
             return
         if news.number < self._from.get(news.readout, 0):
             return  # of an actor that was replaced, once more
         self._from[news.readout] = news.number + 1
         parts = self._parts.setdefault(news.number, {})
         parts[news.readout] = news.prediction
-        readouts = self._plan.graph.readouts
-        if len(parts) < len(readouts):
+        if len(parts) < len(self._plan.graph.readouts):
             return
         del self._parts[news.number]
-        self._put(news, parts if len(readouts) > 1 else news.prediction)
-
-    def _put(self, news: Answered, prediction: Tensor | dict[str, Tensor]) -> None:
-        answer = Answer(news.number, prediction, news.event, self._plan.schedule)
-        self._answers[news.number] = answer
-        for number in list(self._answers)[: -self._patience]:
+        prediction = parts if len(parts) > 1 else news.prediction
+        self._answers[news.number] = Answer(news.number, prediction, self._plan, news)
+        for number in list(self._answers)[: -self._stream.spec.live]:
             if number not in self._asked:
                 self._answers.pop(number, None)
         self._stream.answered(news.number)
 
     # -- talking --------------------------------------------------------------------------------
 
-    def _sample(self, u: Any, y: Any, end: bool) -> Sample:
-        """Return a sample for the stream. Raises StreamError for one that the run cannot use."""
-        n = self._stream.fed
-        sample = self._reader.sample(n, Sample(u, y, end))
-        self._check(n, sample)
+    def _sample(self, n: int, u: Any, y: Any, end: bool = False) -> Sample:
+        sample = checked = self._reader.sample(n, Sample(u, y, end))
+        for wrapper in self._wrappers:
+            (checked,) = wrapper.chosen(iter([checked]))
+        self._checker.check(n, checked)
         return sample
-
-    def _check(self, n: int, sample: Sample) -> None:
-        for wrapper in self._checks:
-            (sample,) = wrapper.chosen(iter([sample]))
-        if self._checker is not None:
-            self._checker.check(n, sample)
 
     def feed(self, u: Any, y: Any = None, *, end: bool = False, wait: bool = True) -> int:
         """Feed a sample; return its number.
@@ -161,30 +168,27 @@ class LiveRun:
         Raises:
             StreamError: the sample does not fit those before; nothing of it was accepted.
         """
-        return self._stream.say(Entry("feed", sample=self._sample(u, y, end)), wait=wait)
+        sample = self._sample(self._stream.accepted.fed, u, y, end)
+        return self._stream.say(Entry("feed", sample=sample), wait=wait)
 
     def predict(self, u: Any, *, end: bool = False, wait: bool = True) -> Answer:
         """Feed a sample without a label, and return its prediction. No weight moves by it."""
-        if self._paused:
+        if self._stream.paused:
             raise StreamError("the run is paused, so no answer comes: go_on() first")
-        entry = Entry("feed", sample=self._sample(u, None, end))
-        number = self._stream.say(entry, awaits=True, wait=wait, noted=self._asked.add)
+        entry = Entry("feed", sample=self._sample(self._stream.accepted.fed, u, None, end))
+        number = self._stream.say(entry, asks=self._asked, wait=wait)
         try:
-            self._stream.wait(lambda: number in self._answers)
+            if not self._stream.wait(lambda: number in self._answers):
+                raise StreamError(f"the run ended before the answer to sample {number}")
             return self._answers.pop(number)
-        except KeyError:
-            raise StreamError(f"the run ended before the answer to sample {number}") from None
         finally:
             self._asked.discard(number)
 
     def teach(self, number: int, y: Any, *, wait: bool = True) -> None:
         """Give the label of an earlier sample, which passes the network once more to be learned.
 
-        The score is that of the prediction of then (progressive validation with delay).
-
-        Raises:
-            StreamError: no such sample waits for a label, or states go from one sample to the next
-                at this level, so that none can be shown again in between.
+        The score is that of the prediction of then (progressive validation with delay). Raises
+        StreamError if the sample waits for no label, or if the level cannot show it again.
         """
         if not self._plan.knobs.pulse:
             raise StreamError(
@@ -192,13 +196,11 @@ class LiveRun:
                 "the next, so none can be shown again in between; use a level of presentation "
                 "'pulse' (trace, heads, backprop), or feed a sample when its label is there"
             )
-        earlier = self._stream.unlabelled(number)
+        earlier = self._stream.accepted.find(number)
         if y is None:
             raise StreamError(f"sample {number}: y is None; a label that never comes is not taught")
         u = earlier.u if earlier.inputs is None else earlier.inputs
-        label = self._reader.sample(number, Sample(u, y))  # type: ignore[arg-type]
-        self._check(number, label)
-        self._stream.say(Entry("teach", number, label), wait=wait)
+        self._stream.say(Entry("teach", number, self._sample(number, u, y)), wait=wait)
 
     def set(self, *, learning: Mapping[str, float]) -> None:
         """Change the learning rate from the next sample on: `learning={"lr": 0.05}`.
@@ -210,62 +212,47 @@ class LiveRun:
             raise SettingsError(f"set: learning is {dict(learning)}; give {{'lr': a number >= 0}}")
         if not self._plan.follows_lr or not known:
             raise SettingsError(
-                "set: the run's step size does not come from learning.lr (or that is 0): dynamics."
-                "beta is given; start it with learning={'lr': ...}"
+                "set: the step size does not come from learning.lr (dynamics.beta is given, or lr "
+                "is 0); start the run with learning={'lr': ...}"
             )
         self._stream.say(Entry("set", rate=lr / known))
 
     def pause(self) -> None:
         """Hold the network: what is fed waits until `go_on`."""
         self._stream.hold(paused=True)
-        self._paused = True
 
     def go_on(self) -> None:
         """End a pause."""
-        self._paused = False
         self._stream.hold(paused=False)
 
     def settle(self) -> None:
         """Emit idle ticks until all that is under way has come to its end."""
-        self._stream.drained()
+        self._stream.settle()
 
     # -- looking --------------------------------------------------------------------------------
 
     def predictions(self, *, follow: bool = False) -> Predictions:
-        """Return the predictions of fed samples in their order, as pairs of number and answer.
+        """Return pairs of number and answer of fed samples, in order, each once.
 
-        Args:
-            follow: go on with samples to come, until the run ends; else end with those fed by now.
+        Of those that nobody takes the latest `patience` stay. follow: go on with samples to come,
+        until the run ends; else end with those fed by now.
         """
-        return Predictions(partial(self._next, follow=follow))
+        return Predictions(self, follow)
 
-    def _next(self, number: int, *, follow: bool) -> tuple[int, Answer] | None:
-        """Return the first answer from `number` on that nobody has taken."""
+    def _following(self, number: int, follow: bool) -> tuple[int, Answer] | None:
+        """Return the first answer from `number` on that nobody has taken, when it is there."""
+        taken: list[int] = []
 
         def there() -> bool:
-            fed = self._stream.fed
-            if number < fed and not self._paused:
-                self._stream.awaited.add(fed - 1) if self._missing(fed - 1) else None
-            return self._first(number) is not None or not (follow or self._pending(number))
+            last, readouts = self._stream.accepted.fed - 1, self._plan.graph.readouts
+            missing = any(last >= max(number, self._from.get(name, 0)) for name in readouts)
+            if missing and not self._stream.paused:
+                self._stream.awaited.add(last)
+            taken.extend(n for n in sorted(self._answers) if n >= number and n not in self._asked)
+            return bool(taken) or not (follow or missing)
 
         self._stream.wait(there)
-        first = self._first(number)
-        return None if first is None else (first, self._answers.pop(first))
-
-    def _missing(self, number: int) -> bool:
-        return any(number >= self._from.get(name, 0) for name in self._plan.graph.readouts)
-
-    def _pending(self, number: int) -> bool:
-        last = self._stream.fed - 1
-        return last >= number and self._missing(last)
-
-    def _first(self, number: int) -> int | None:
-        waiting = (n for n in list(self._answers) if n >= number and n not in self._asked)
-        return min(waiting, default=None)
-
-    def _blocks(self) -> dict[str, BlockState]:
-        states: dict[str, BlockState] = self._stream.cut()
-        return {name: states[name] for name in self._plan.graph.blocks}
+        return (taken[0], self._answers.pop(taken[0])) if taken else None
 
     def model(self) -> nn.Module:
         """Return a plain module with the weights (or their averages) as they are now.
@@ -273,9 +260,9 @@ class LiveRun:
         All blocks' are of one emission of the stream (a consistent cut), and nothing waits for it.
         What is under way has not been learned yet: `settle` first, where it should be.
         """
-        if self._graph is None:
-            raise RuntimeError("the run has not begun")
-        return model_of(self._graph, self._plan, self._blocks())
+        states = self._stream.request("cut")
+        blocks = {name: states[name] for name in self._plan.graph.blocks}
+        return model_of(self._graph, self._plan, blocks)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the `state_dict` of `model()`."""
@@ -288,38 +275,25 @@ class LiveRun:
             return evaluate(self.model(), x, y, self._losses, ignore_index=ignored)
 
     def snapshot(self) -> str:
-        """Take a snapshot now; return its place, from which `start(resume=...)` goes on.
-
-        Raises:
-            SettingsError: the run keeps none: give `out`, or `snapshots={"path": ...}`.
-            SnapshotError: it could not be written.
-        """
+        """Take a snapshot; return its place, for `resume`. Raises SettingsError, SnapshotError."""
         if self._plan.snapshot_policy is None:
             raise SettingsError("snapshot: the run keeps none: give out=, or snapshots={'path': .}")
-        return self._stream.snapshot()
+        return str(self._stream.request("snapshot"))
 
     def status(self) -> LiveStatus:
         """Return where the run stands."""
-        known = self._progress
-        return LiveStatus(
-            fed=self._stream.fed,
-            answered=min((self._from.get(n, 0) for n in self._plan.graph.readouts), default=0),
-            waiting=self._stream.waiting,
-            paused=self._paused,
-            seconds=0.0 if known is None else known.seconds,
-            windows=[] if known is None else list(known.windows),
-            replaced=[] if known is None else list(known.replaced),
-        )
+        stream, readouts = self._stream, self._plan.graph.readouts
+        answered = min(self._from.get(name, 0) for name in readouts)
+        fed, waiting = stream.accepted.fed, stream.waiting
+        return LiveStatus(fed, answered, waiting, stream.paused, self._progress)
 
     # -- ending ---------------------------------------------------------------------------------
 
     def stop(self) -> RunResult:
         """End the stream behind what was fed, and return the result, as of `hamdist.train`."""
         self._end()
-        if self._error is not None:
-            raise self._error
-        if self.result is None:
-            raise StreamError("the run has no result")
+        if self._error is not None or self.result is None:
+            raise self._error or StreamError("the run has no result")
         return self.result
 
     def _end(self) -> None:
@@ -333,7 +307,30 @@ class LiveRun:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        if error is None:
-            self.stop()
-        else:
-            self._end()
+        self._end() if error is not None else self.stop()
+
+
+class Predictions:
+    """The predictions of a run, for `for` and `async for`."""
+
+    def __init__(self, run: LiveRun, follow: bool) -> None:
+        self._run, self._follow, self._number = run, follow, 0
+
+    def __iter__(self) -> Iterator[tuple[int, Answer]]:
+        return self
+
+    def __next__(self) -> tuple[int, Answer]:
+        found = self._run._following(self._number, self._follow)
+        if found is None:
+            raise StopIteration
+        self._number = found[0] + 1
+        return found
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Answer]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, Answer]:
+        found = await asyncio.to_thread(next, self, None)
+        if found is None:
+            raise StopAsyncIteration
+        return found

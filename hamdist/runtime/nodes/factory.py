@@ -128,7 +128,7 @@ class _Parts(BlockParts):
         self.weights = self.make_weights(self.cell)
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
-        self.live = LiveBlock(plan.spec.live) if plan.spec.live else None
+        self.live = LiveBlock(name, plan.spec.live, self.microbatches)
         self.scale = self._scaled(self.weights, partial(plan.scale, name))
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
@@ -136,8 +136,7 @@ class _Parts(BlockParts):
 
     def _scaled(self, weights: Weights, course: Scale) -> Scale:
         """Return the scale of beta by sample: the run's course, and what a live run sets."""
-        scale = weights.scaled_by(course, self._plan.item)
-        return scale if self.live is None else self.live.scaled(scale)
+        return self.live.scaled(weights.scaled_by(course, self._plan.item))
 
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""

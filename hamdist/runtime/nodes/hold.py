@@ -22,7 +22,7 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import LocalFunction
-from hamdist.runtime.nodes.live import Answered, HandedOver, LiveBlock
+from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import (
     Ports,
@@ -35,7 +35,7 @@ from hamdist.runtime.nodes.ports import (
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import Signal, ready
-from hamdist.streams.sample import Emits
+from hamdist.streams.sample import Emission, Emits
 
 
 class HoldNode(Remembers):
@@ -82,7 +82,7 @@ class HoldNode(Remembers):
         }
         self._target: Tensor | None = None
         self._no_more_targets = False
-        self.live: LiveBlock | None = None
+        self.live = LiveBlock(spec.name, plan.spec.live)
         self._events = plan.schedule.events(spec.name)
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
@@ -124,8 +124,10 @@ class HoldNode(Remembers):
     def step(self) -> None:
         event = self.event
         told = None if self._clock.stopped else self._ports.clock(event)
-        if self.live is not None and told is not None and not told.end:
-            told = self._hear(self.live, event, told)
+        if self.live.patience and told is not None and not told.end:
+            self.live.hear(event.sample, lambda: told, self.state)
+            self.live.forget(event.sample - self._schedule.idle)
+            told = replace(told, payload=None)  # (what is left concerns the clock)
         self._clock.advance(event.tick, event.tick % self._schedule.c == 0, told)
         inputs = [self._input(edge, event) for edge in self._ports.into]
         messages = [self._message(edge, event) for edge in self._ports.out_of]
@@ -143,14 +145,6 @@ class HoldNode(Remembers):
         self._do(event, inputs, messages)
         self.event = next(self._events)
         self.tick = self.event.tick
-
-    def _hear(self, live: LiveBlock, event: Event, told: Signal) -> Signal:
-        """Note what the stream says of the emission; return what concerns the clock."""
-        emission = live.hear(event.sample, told)
-        live.forget(event.sample - self._schedule.idle)
-        if emission.cut:
-            live.send(HandedOver(emission.cut, self.name, self.state()))
-        return replace(told, payload=None)
 
     def _input(self, edge: Edge, event: Event) -> Tensor:
         """Return the state that the edge shows in this tick. That is the state that arrived in this
@@ -201,7 +195,7 @@ class HoldNode(Remembers):
         answered = self._answered(k)
         tick = Tick(
             k=k,
-            sample=event.sample if self.live is None else self.live.index(event.sample),
+            sample=self.live.number(event.sample),
             tau=self._clock.tau(k),
             moves=self._schedule.moves(self.name, k),
             updates=updates,
@@ -228,18 +222,18 @@ class HoldNode(Remembers):
         if self._recorder is not None and block.energy is not None:
             self._recorder.add(k, block.energy, reading, h, z)
         if self.metrics is not None:
-            if answered is not None and self.live is not None and block.prediction is not None:
-                self.live.send(Answered(self.name, answered, block.prediction, event))
+            if answered is not None and block.prediction is not None:
+                self.live.answer(answered, block.prediction, stamp.version, event)
             sample = self._schedule.records(self.name, k)
             if sample is not None:
-                told = None if self.live is None else self.live.of(sample)
+                told = self.live.of(sample)
                 record(self.metrics, sample if told is None else told.number, reading)
 
-    def _answered(self, k: int) -> int | None:
-        """Return the number of the sample whose prediction a live run gets in this tick."""
-        slot = self._schedule.answers(self.name, k) if self.live and self.metrics else None
-        told = None if slot is None or self.live is None else self.live.of(slot)
-        return told.number if told is not None and told.kind is Emits.SAMPLE else None
+    def _answered(self, k: int) -> Emission | None:
+        """Return the emission of the sample whose prediction a live run gets in this tick."""
+        slot = self._schedule.answers(self.name, k) if self.live.patience and self.metrics else None
+        told = None if slot is None else self.live.of(slot)
+        return told if told is not None and told.kind is Emits.SAMPLE else None
 
     def _clear(self, k: int) -> None:
         due = self._clock.due

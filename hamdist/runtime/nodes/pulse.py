@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.tied import TiedFunction
-from hamdist.runtime.nodes.live import Answered, HandedOver, LiveBlock
+from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import Ports, block_state, events_from, make_metrics, record
 from hamdist.runtime.nodes.ties import TiePorts
@@ -53,7 +54,7 @@ class PulseNode(Remembers):
         self._events = plan.schedule.events(spec.name)
         self._late = plan.spec.late
         self._asked: list[Tensor] = []  # predictions that wait for their labels
-        self.live: LiveBlock | None = None
+        self.live = LiveBlock(spec.name, plan.spec.live)
         self._end: int | None = None
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
@@ -106,35 +107,6 @@ class PulseNode(Remembers):
                 inputs.append(signal.payload)
         return inputs if self._end is None else None  # (none: an empty micro-batch)
 
-    def _hear(self, event: Event) -> Emission | None:
-        """Return what the stream says of the emission that passes; None if it says nothing."""
-        if self.live is None:
-            return None
-        slot, part = divmod(event.sample, self._schedule.parts)
-        if part:
-            return self.live.of(slot)
-        told = self.live.hear(slot, self._ports.clock(event))
-        if told.cut:
-            self.live.send(HandedOver(told.cut, self.name, self.state()))
-        return told
-
-    def _number(self, event: Event) -> int:
-        """Return the number of the event's pulse without idle emissions."""
-        if self.live is None:
-            return event.sample
-        slot, part = divmod(event.sample, self._schedule.parts)
-        return self.live.index(slot) * self._schedule.parts + part
-
-    def _rests(self, event: Event) -> bool:
-        """Return True, with the update counted, if the event is of an idle emission."""
-        slot, part = divmod(event.sample, self._schedule.parts)
-        told = None if self.live is None else self.live.of(slot)
-        if told is None or told.kind is not Emits.IDLE:
-            return False
-        if part == self._schedule.parts - 1:
-            self.block.weights.rest()
-        return True
-
     def _forward(self, event: Event) -> None:
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
         inputs = self._inputs(event)
@@ -143,8 +115,8 @@ class PulseNode(Remembers):
             self._ports.to_children(stamp, None, end=True)
             self._ports.labels_to_children(stamp, None, end=True)
         elif not isinstance(self.block, PulseReadout):
-            self._hear(event)
-            number = self._number(event)
+            self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+            number = self.live.number(event.sample)
             if self._ties is not None:
                 self._ties.before_forward(event)
             begin = perf_counter()
@@ -154,8 +126,8 @@ class PulseNode(Remembers):
             if label is not None:
                 self._ports.labels_to_children(stamp, label.payload)
                 self._learn(number, label.payload)
-            if self.live is not None and not self._schedule.lag(self.name):
-                self.live.forget(event.sample // self._schedule.parts - 1)
+            if not self._schedule.lag(self.name):
+                self.live.forget(event.sample - self._schedule.parts)
 
     def _learn(self, sample: int, label: Tensor | None) -> None:
         """Let the block's local readout learn, if it has one."""
@@ -174,16 +146,19 @@ class PulseNode(Remembers):
         begin = perf_counter()
         to_parents: list[Tensor | None] = [None] * len(self._ports.into)
         if not self._rests(event):
-            to_parents = self.block.backward(self._number(event), messages)
+            to_parents = self.block.backward(self.live.number(event.sample), messages)
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, to_parents)
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)
-        if (
-            self.live is not None
-            and event.sample % self._schedule.parts == self._schedule.parts - 1
-        ):
-            self.live.forget(event.sample // self._schedule.parts)
+        self.live.forget(event.sample)
+
+    def _rests(self, event: Event) -> bool:
+        """Return True, with the update counted, if the event is of an idle emission."""
+        idle = self.live.idle(event.sample)
+        if idle and event.sample % self._schedule.parts == self._schedule.parts - 1:
+            self.block.weights.rest()
+        return idle
 
     def _message(self, edge: Edge, event: Event) -> Tensor | None:
         signal = self._ports.message(edge, event)
@@ -198,7 +173,7 @@ class PulseNode(Remembers):
             return
         target = self._ports.target(event)
         given = None if target is None else target.payload
-        told = self._hear(event)
+        told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
         if self._ties is not None:
             self._ties.before_forward(event)
             self._ties.before_backward(event)
@@ -206,7 +181,7 @@ class PulseNode(Remembers):
         messages: list[Tensor | None] = [None] * len(self._ports.into)
         reading: Reading | None = None
         if not self._rests(event):
-            messages, reading = self.block.read(self._number(event), inputs, given)
+            messages, reading = self.block.read(self.live.number(event.sample), inputs, given)
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, messages)
         if self._ties is not None:
@@ -214,30 +189,32 @@ class PulseNode(Remembers):
         sample, part = divmod(event.sample, self._schedule.parts)
         if part < self._schedule.parts - 1:
             return
-        if told is not None and self.live is not None:
-            sample, reading = self._live_reading(self.live, told, self.block, reading, event)
+        if told is not None:
+            sample, reading = (
+                told.number,
+                self._answer(self.block, told, reading, stamp.version, event),
+            )
         elif self._late:
             sample, reading = self._of_earlier(self.block, sample, reading)
         record(self.metrics, sample, reading)
 
-    def _live_reading(
+    def _answer(
         self,
-        live: LiveBlock,
-        told: Emission,
         block: PulseReadout,
+        told: Emission,
         reading: Reading | None,
+        version: int,
         event: Event,
-    ) -> tuple[int, Reading | None]:
-        """Answer a sample that has come; score the earlier answer where a label has come."""
-        prediction = block.prediction
-        if told.kind is Emits.SAMPLE and prediction is not None:
-            live.send(Answered(self.name, told.number, prediction, event))
-        if told.kind is not Emits.IDLE:
-            earlier = live.scores(told, prediction, reading)
-            if earlier is not None and reading is not None:
-                reading = block.scored(earlier, reading)
-        live.forget(event.sample // self._schedule.parts)
-        return told.number, reading
+    ) -> Reading | None:
+        """Answer a sample that has come; score its answer of then when its label has come."""
+        y = block.prediction
+        if told.kind is Emits.SAMPLE and y is not None:
+            self.live.answer(told, y, version, event)
+            if reading is None:
+                self.live.ask(told, y)
+        earlier = self.live.asked(told) if told.kind is Emits.AGAIN else None
+        self.live.forget(event.sample)
+        return reading if earlier is None or reading is None else block.scored(earlier, reading)
 
     def _of_earlier(
         self, block: PulseReadout, n: int, reading: Reading | None

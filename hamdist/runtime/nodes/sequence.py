@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -15,13 +16,12 @@ from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
-from hamdist.runtime.nodes.live import Answered, HandedOver, LiveBlock
+from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import Ports, block_state, make_metrics, record
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import ready
-from hamdist.streams.sample import Emits
 
 
 class SequenceNode(Remembers):
@@ -52,7 +52,7 @@ class SequenceNode(Remembers):
         }
         self._silent = spec.name in plan.silent and spec.loss is None
         self._over = False
-        self.live: LiveBlock | None = None
+        self.live = LiveBlock(spec.name, plan.spec.live)
         self.event = plan.schedule.forward(spec.name, plan.schedule.opening(), 0)
         self.tick: int | None = self.event.tick
 
@@ -85,10 +85,8 @@ class SequenceNode(Remembers):
         if last:
             self.event = self._schedule.closed(event)
         block = self.block
-        told = None if self.live is None else self.live.hear(event.sample, self._ports.clock(event))
-        if told is not None and told.cut and self.live is not None:
-            self.live.send(HandedOver(told.cut, self.name, self.state()))
-        idle = told is not None and told.kind is Emits.IDLE
+        told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+        idle = self.live.idle(event.sample)
         if isinstance(block, SequenceBlock):
             stays = self._back_out if last and not self._schedule.carries else ()
             begin = perf_counter()
@@ -101,15 +99,11 @@ class SequenceNode(Remembers):
             if idle:
                 return
             begin = perf_counter()
-            reading = block.forward(self._number(event.sample), inputs, given)
+            reading = block.forward(self.live.number(event.sample), inputs, given)
             self.seconds += perf_counter() - begin
             record(self.metrics, event.sample if told is None else told.number, reading)
-            if told is not None and self.live is not None and block.prediction is not None:
-                self.live.send(Answered(self.name, told.number, block.prediction, event))
-
-    def _number(self, sample: int) -> int:
-        """Return the number of a token without idle emissions."""
-        return sample if self.live is None else self.live.index(sample)
+            if told is not None and block.prediction is not None:
+                self.live.answer(told, block.prediction, stamp.version, event)
 
     def _inputs(self, event: Event) -> tuple[list[Tensor], bool]:
         """Return the parents' states, and True if this token is the last one of its sequence. The
@@ -132,8 +126,7 @@ class SequenceNode(Remembers):
         signals = [self._ports.message(edge, event) for edge in self._ports.out_of]
         messages = [None if s is None else s.payload for s in signals]
         begin = perf_counter()
-        told = None if self.live is None else self.live.of(event.sample)
-        idle = told is not None and told.kind is Emits.IDLE
+        idle = self.live.idle(event.sample)
         if self._schedule.begins(event) and not idle:
             self.block.begin()
         to_parents: list[Tensor | None] = [None] * len(self._ports.into)
@@ -142,7 +135,7 @@ class SequenceNode(Remembers):
         elif isinstance(self.block, SequenceBlock):
             to_parents = self.block.backward(messages)
         else:
-            to_parents = self.block.backward(self._number(event.sample))
+            to_parents = self.block.backward(self.live.number(event.sample))
         self.seconds += perf_counter() - begin
         ends = self._schedule.ends(event)
         self._ports.to_parents(stamp, to_parents, leaving_out=self._back_into if ends else ())
@@ -150,8 +143,8 @@ class SequenceNode(Remembers):
         if ends and idle:
             self.block.weights.rest()
         elif ends:
-            self.block.end(self._number(last))
-        if ends and self.live is not None:
+            self.block.end(self.live.number(last))
+        if ends:
             self.live.forget(last)
 
     def records(self) -> Records | None:

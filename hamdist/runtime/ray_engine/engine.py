@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
@@ -27,7 +27,7 @@ from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.auth_token import token_notes
 from hamdist.runtime.ray_engine.cluster_hosts import HEAD_SECONDS, HeadWatch, answers
-from hamdist.runtime.ray_engine.news import NewsFetcher
+from hamdist.runtime.ray_engine.news import news_fetched
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
@@ -107,8 +107,7 @@ class _Watch:
         """
         reset_peak()
         self._worker_group.start()
-        live = self._worker_group.live
-        with self._ending, nullcontext() if live is None else NewsFetcher(self._worker_group, live):
+        with self._ending, news_fetched(self._worker_group):
             try:
                 self._follow(self._stop)
             except KeyboardInterrupt:  # the second Ctrl-C: end at once, whatever state it is in

@@ -169,7 +169,7 @@ class SnapshotSupervision:
                 self._failures.add(kept.failure)
                 self._tries_failed = True
                 if self._live is not None:
-                    self._live.saved(SnapshotError(kept.failure))
+                    self._live.give(SnapshotError(kept.failure))
             for taken in kept.taken:
                 try:
                     complete = self._catalogue.put(taken)
@@ -179,7 +179,7 @@ class SnapshotSupervision:
                     continue
                 if complete is not None:
                     if self._live is not None:
-                        self._live.saved(str(complete))
+                        self._live.give(str(complete))
                     self._worker_group.complete(complete.tick)
                     self._asked_for_is_there(complete.tick)
 
@@ -197,7 +197,7 @@ class SnapshotSupervision:
         self._pace = (now, front)
         if self._due is None:
             self._due = now + self._seconds
-        if self._live is not None and self._live.wants_snapshot():
+        if self._live is not None and self._live.takes("snapshot"):
             self._live.idle_until(self._ask(now, front) + 1)
             return
         full = self._recovery is not None and self._full()

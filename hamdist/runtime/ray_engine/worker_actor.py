@@ -19,7 +19,6 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamdist.runtime.engines.worker import ReceivingEnds, Worker, WorkerReport, WorkerStatus
-from hamdist.runtime.nodes.live import News
 from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.placement.links import Link, Probe
 from hamdist.runtime.plan.plan import Plan
@@ -150,9 +149,9 @@ class WorkerActor:
     def status(self, seen: int, every: int | None) -> WorkerStatus:
         return self._prepared().status(seen, every)
 
-    def news(self, run: int, seen: int, seconds: float) -> tuple[int, list[News]]:
+    def news(self, run: int, seconds: float) -> list[Any]:
         host = self._of(run)
-        return (seen, []) if host is None else host.news(seen, seconds)
+        return [] if host is None else host.news(seconds)
 
     def stop_stream(self, run: int) -> None:
         host = self._of(run)

@@ -49,7 +49,7 @@ class InProcessSnapshots:
     def look(self) -> None:
         """Request a snapshot if one is due; called between two events."""
         self._look_for_failures()
-        wanted = self._live is not None and self._live.wants_snapshot()
+        wanted = self._live is not None and self._live.takes("snapshot")
         if wanted or time.monotonic() >= self._due:
             self._due = time.monotonic() + self._seconds
             tick = self._soon()
@@ -61,7 +61,7 @@ class InProcessSnapshots:
         if failure is not None:
             self._failures.add(failure)
             if self._live is not None:
-                self._live.saved(SnapshotError(failure))
+                self._live.give(SnapshotError(failure))
             self._catalogue.forget_tries(self.snapshot_writer.reached)
 
     def _soon(self) -> int:
@@ -80,7 +80,7 @@ class InProcessSnapshots:
     def _written(self, taken: WrittenFiles) -> None:
         complete = self._catalogue.put(taken)
         if complete is not None and self._live is not None:
-            self._live.saved(str(complete))
+            self._live.give(str(complete))
 
     @property
     def snapshots(self) -> list[str]:
