@@ -53,7 +53,6 @@ ALLOWED = {
     "streams": "errors config",
     "streams/sources": "errors config streams/sample",
     "streams/wrappers": "errors config streams/sample streams/replay",
-    "streams/entries": "errors config streams/sample",
     "streams/factory": "errors config streams/sample streams/sources streams/wrappers",
     "streams/__init__": "errors config streams",
     "loading": "errors",
