@@ -97,7 +97,9 @@ def network(theme: Theme) -> Picture:
         p.box(x, top, width, height)
         p.text(x + width / 2, top + 30, name, 15, weight="600")
         p.text(x + width / 2, top + 54, "h  z  θ  ω", 14, colour=theme.faint)
-        p.text(x + width / 2, top + 78, f"item n − {i}" if i else "item n", 13, colour=theme.faint)
+        p.text(
+            x + width / 2, top + 78, f"sample n − {i}" if i else "sample n", 13, colour=theme.faint
+        )
         if i + 1 < len(names):
             a, b = x + width + 6, x + width + gap - 6
             p.arrow(a, top + 32, b, top + 32, theme.forward)
@@ -125,7 +127,7 @@ def network(theme: Theme) -> Picture:
     for x, name, why in (
         (150, "local", "messages 2D ticks late"),
         (330, "trace", "late, but matched by memory"),
-        (530, "more hops per item", "less late"),
+        (530, "more hops per sample", "less late"),
         (710, "backprop", "nothing late: exact"),
     ):
         p.parts.append(f'<circle cx="{x}" cy="{y}" r="5" fill="{theme.forward}"/>')

@@ -33,8 +33,12 @@ if TYPE_CHECKING:
     from hamdist.dynamics.modules.reversible import Squeeze as Squeeze
     from hamdist.dynamics.modules.reversible import ToPair as ToPair
     from hamdist.dynamics.partition.cuts import CutPlace as CutPlace
+    from hamdist.dynamics.rules.rule import BlockView as BlockView
+    from hamdist.dynamics.rules.rule import Rule as Rule
+    from hamdist.dynamics.rules.rule import Signals as Signals
     from hamdist.errors import HamdistError as HamdistError
     from hamdist.errors import Stop as Stop
+    from hamdist.errors import TakeSnapshot as TakeSnapshot
     from hamdist.runtime.ray_engine.session import session as session
     from hamdist.runtime.results.result import RunResult as RunResult
 
@@ -50,7 +54,8 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
         "Coupling MeanHalf Midpoint MidpointStart SecondHalf Squeeze ToPair"
     ),
     "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
-    "hamdist.errors": "HamdistError Stop",
+    "hamdist.dynamics.rules.rule": "BlockView Rule Signals",
+    "hamdist.errors": "HamdistError Stop TakeSnapshot",
     "hamdist.runtime.ray_engine.session": "session",
     "hamdist.runtime.results.result": "RunResult",
 }

@@ -24,6 +24,7 @@ from hamdist.runtime.live.begin import live_run, read_beginning, with_first_weig
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.train.rules import NamedRule
 from hamdist.runtime.train.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
@@ -41,6 +42,7 @@ def train(
     phi: TickSchedule | None = None,
     optimizer: OptimizerFunction | None = None,
     scheduler: SchedulerFunction | None = None,
+    rules: Mapping[str, NamedRule] | None = None,
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
@@ -71,6 +73,9 @@ def train(
             `lambda params: torch.optim.AdamW(params, lr=1e-3)`; or a list of optimisers.
         scheduler: makes the scheduler of an optimiser, which is stepped once per item:
             `lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 1000)`.
+        rules: how blocks learn, by name or pattern of the block: a `hamdist.Rule`, the name of a
+            built-in one (`hamdist rules`), or a mapping with its name and arguments:
+            `{"block*": MyRule(), "block3": "kolen-pollack"}`; other blocks learn as the level says.
         classes: number of classes of the class targets of a DataLoader or iterable; None for as
             many as the model predicts.
         names: the meaning of the keys of its batches (see `streams.from_iterable`), instead of
@@ -95,7 +100,8 @@ def train(
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     _check_arguments(model, settings, functions, on_progress)
-    work, read = _prepared(model, stream, settings, loss, classes, names, functions, fields)
+    own = {**functions, "rules": rules}
+    work, read = _prepared(model, stream, settings, loss, classes, names, own, fields)
     return work(stream=read, on_progress=on_progress, resume=resume)
 
 
@@ -108,9 +114,6 @@ def start(
     patience: int = 1024,
     out: str | Path | None = None,
     loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
-    phi: TickSchedule | None = None,
-    optimizer: OptimizerFunction | None = None,
-    scheduler: SchedulerFunction | None = None,
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     resume: str | Path | None = None,
@@ -124,21 +127,20 @@ def start(
             run.teach(n, y)
 
     Args:
-        model: as of `train`, like all arguments that are not named here.
         example: (u, y) of the kind that will be fed, for the shapes; nothing is learned of it.
         idle: seconds of silence after which idle ticks let the samples under way come to their
             ends; None: only while somebody waits for an answer.
         patience: the most unlabelled samples that wait for a label, and answers for a reader.
         out: a folder for the journal, with which `replay` repeats the run, and for snapshots.
-        resume: a snapshot, or a folder of them, of an earlier run with this `out`: what its
-            journal holds behind the snapshot comes first. Without a snapshot give the folder
-            `out` itself: all of the journal comes first.
+        resume: `out` of an earlier run, whose journal goes on: from its latest snapshot, or from
+            the beginning; or one of its snapshots.
+        model, settings, loss, classes, names, **fields: as of `train`, all of whose other arguments
+            but `stream` and `on_progress` are taken, too.
 
     Raises:
         HamdistError: as of `train`, before the run starts.
     """
-    functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
-    _check_arguments(model, settings, functions, None)
+    functions = _functions(model, settings, fields)
     if patience < 1 or (idle is not None and idle < 0):
         raise SettingsError(f"patience is {patience}, idle {idle}; at least 1, and 0 or None")
     if out is not None and (settings is None or settings.snapshots.path is None):
@@ -146,43 +148,47 @@ def start(
     if out is not None and resume is not None and Path(resume) == Path(out):
         model = with_first_weights(model, read_beginning(out)[2])
     work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
-    return live_run(
-        work,
-        model,
-        reader,
-        classes=classes,
-        idle=idle,
-        patience=patience,
-        out=out,
-        resume=resume,
-    )
+    begin: dict[str, Any] = {
+        "classes": classes,
+        "idle": idle,
+        "patience": patience,
+        "out": out,
+        "resume": resume,
+    }
+    return live_run(work, model, reader, **begin)
 
 
 def replay(
-    out: str | Path, model: nn.Module | Graph, settings: Settings | None = None, **arguments: Any
+    out: str | Path, model: nn.Module | Graph, settings: Settings | None = None, **fields: Any
 ) -> RunResult:
     """Repeat a live run from its journal, and return its result: equal to the bit, in any engine.
 
     Args:
         out: the folder that `start` was given.
         model: of the same layers; its weights are replaced by those that the run began with.
-        settings, arguments: of `start`, where they are no plain settings (`loss`, `optimizer`), or
+        settings, **fields: of `start`, where they are no plain settings (`loss`, `optimizer`), or
             are to differ (`engine`).
 
     Raises:
         HamdistError: the journal is missing or damaged, or the model is another one.
     """
     facts, example, weights = read_beginning(out)
-    functions = {n: arguments.pop(n, None) for n in ("phi", "optimizer", "scheduler")}
-    loss, names = arguments.pop("loss", None), arguments.pop("names", None)
-    _check_arguments(model, settings, functions, None)
+    functions = _functions(model, settings, fields)
+    loss, names = fields.pop("loss", None), fields.pop("names", None)
     stored = facts["settings"]
     engine = {n: one for n, one in stored.pop("engine", {}).items() if n in COMPUTES}
-    fields = lay_over({**stored, "engine": engine}, {"snapshots": {"path": None}, **arguments})
+    fields = lay_over({**stored, "engine": engine}, {"snapshots": {"path": None}, **fields})
     model, classes = with_first_weights(model, weights), facts["classes"]
     work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
     patience = facts["patience"]
     return live_run(work, model, reader, patience=patience, out=out, repeats=True).stop()
+
+
+def _functions(model: object, settings: object, fields: dict[str, Any]) -> dict[str, Any]:
+    """Remove from `fields` what are no settings, and return it. Raises SettingsError."""
+    functions = {name: fields.pop(name, None) for name in _FUNCTIONS}
+    _check_arguments(model, settings, functions, None)
+    return {**functions, "rules": fields.pop("rules", None)}
 
 
 def _prepared(
@@ -326,7 +332,7 @@ def _as_stream(
     if isinstance(stream, Stream):
         if names is not None:
             raise SettingsError(
-                f"names has no effect on a {type(stream).__name__}, whose items are made: say it "
+                f"names has no effect on a {type(stream).__name__}, whose samples are made: say it "
                 "to hamdist.streams.from_loader or from_iterable"
             )
         return stream

@@ -198,15 +198,15 @@ MUTANTS = (
         f"{RUNTIME}/test_signal.py",
     ),
     Mutant(
-        "metrics: joined windows count windows for items",
+        "metrics: joined windows count windows for samples",
         "items=sum(w.items for w in windows),",
         "items=len(windows),",
         f"{DYNAMICS}/test_metrics.py",
     ),
     Mutant(
         "late labels: scored with the prediction of the latest sample",
-        "earlier = self._asked.pop(0) if item >= self._late else None",
-        "earlier = self._asked.pop() if item >= self._late else None",
+        "earlier = self._asked.pop(0) if sample >= self._late else None",
+        "earlier = self._asked.pop() if sample >= self._late else None",
         "tests/test_late_labels.py -m 'not ray'",
     ),
 )

@@ -89,24 +89,24 @@ def test_shown_in_a_notebook():
     """Without the numbers of all tensors: they took screens."""
     result = learned()
     (window,) = next(iter(result.windows.values()))
-    assert f"{100 * window.correct / window.rows:.1f} % right over items 0 to 11" in repr(result)
+    assert f"{100 * window.correct / window.rows:.1f} % right over samples 0 to 11" in repr(result)
     assert len(repr(result)) < 200
     assert "0.weight (5, 3), 0.bias (5,); 12 updates" in repr(result.blocks["block0"])
 
 
 def test_a_stream_that_is_shorter_than_the_run():
     (told,) = learned(loader(), steps=30).warnings
-    assert "the stream ended after 12 of 30 items" in told
+    assert "the stream ended after 12 of 30 samples" in told
     assert not learned(loader(), steps=12).warnings
     assert not learned(item for _ in range(3) for item in loader()).warnings
 
 
 @pytest.mark.parametrize("made", [loader, lambda: iter(items())])
 def test_going_on_with_a_stream_that_cannot_be_drawn_again(made, tmp_path):
-    """It went on with the first items once more, and said nothing."""
+    """It went on with the first samples once more, and said nothing."""
     kept = {"path": str(tmp_path), "every": 10}
     whole = learned(made(), snapshots=kept)
-    with pytest.warns(UserWarning, match="does not give the same items again"):
+    with pytest.warns(UserWarning, match="does not give the same samples again"):
         learned(made(), resume=tmp_path)
     on = learned(from_iterable(loader(), classes=2), resume=tmp_path)  # as the warning says
     assert torch.equal(on.model[0].weight, whole.model[0].weight)

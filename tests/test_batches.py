@@ -22,7 +22,7 @@ from hamdist.streams import from_iterable
 from hamdist.study.run.baseline import train_centralised
 
 B, T, V, ITEMS = 4, 5, 7, 9
-EMPTY = 4  # the item of which no target counts
+EMPTY = 4  # the sample of which no target counts
 
 
 def model():
@@ -87,7 +87,7 @@ def test_ignored_targets_are_left_out(ignored, loss):
     wanted, rows = by_sgd(ignored)
     assert distance(result.model, wanted) < 1e-12
     (windows,) = result.windows.values()
-    assert sum(w.items for w in windows) == ITEMS - 1
+    assert sum(w.samples for w in windows) == ITEMS - 1
     assert sum(w.correct for w in windows) == sum(right for _, right, _ in rows)
     assert sum(w.rows for w in windows) == sum(counted for _, _, counted in rows)
     assert sum(w.loss for w in windows) == pytest.approx(sum(one for one, _, _ in rows), abs=1e-12)
@@ -214,7 +214,7 @@ def test_names_are_for_batches():
 def test_classes_are_what_the_model_predicts():
     bad = items(-100)
     bad[3][1][0, 0] = V
-    with pytest.raises(StreamError, match=rf"item 3: .* is {V}, but with {V} classes"):
+    with pytest.raises(StreamError, match=rf"sample 3: .* is {V}, but with {V} classes"):
         learned(bad)
     same = learned(items(-100), classes=V)
     assert distance(learned(items(-100)).model, same.model) == 0

@@ -289,7 +289,7 @@ def test_a_comparison_is_written_below_results(name: str, folder: str) -> None:
 @pytest.mark.parametrize("name", ["run", "compare"])
 @pytest.mark.parametrize(
     "fault",
-    [StreamError("item 3 [of] the stream is NaN"), ClusterError("gone")],
+    [StreamError("sample 3 [of] the stream is NaN"), ClusterError("gone")],
 )
 def test_a_failed_run_ends_with_1_and_one_message(
     train: FakeTrain, tiny: str, name: str, fault: Exception
@@ -319,7 +319,7 @@ def test_interrupted_run_keeps_its_metrics(train: FakeTrain, tiny: str, tmp_path
     result = command("run", tiny, "--out", str(tmp_path / "out"))
     assert result.exit_code == 130
     assert "prequential accuracy" in result.stdout
-    assert "Interrupted after 6 items" in result.stderr
+    assert "Interrupted after 6 samples" in result.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["interrupted"] is True
     assert (tmp_path / "out" / "metrics.jsonl").exists()
@@ -345,7 +345,12 @@ def test_interrupted_before_anything_ran(train: FakeTrain, tiny: str, tmp_path: 
     assert command("run", tiny, "--out", str(tmp_path / "out")).exit_code == 130
     lines = (tmp_path / "out" / "events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    assert [e["event"] for e in events if e["event"] != "phase"] == ["started", "progress", "ended"]
+    assert [e["event"] for e in events if e["event"] != "phase"] == [
+        "started",
+        "run",
+        "progress",
+        "ended",
+    ]
     assert events[-1]["error"] == "KeyboardInterrupt"
 
 
@@ -377,7 +382,7 @@ def test_plain_lines_now_and_then(
 ) -> None:
     monkeypatch.setattr("hamdist.cli.display.PLAIN_SECONDS", 0.0)
     result = command("run", tiny)
-    assert "tiny, trace: item 3/6, tick 3, 12 rows/s, 0:01 left" in flat(result.stderr)
+    assert "tiny, trace: sample 3/6, tick 3, 12 rows/s, 0:01 left" in flat(result.stderr)
     assert len(train.asked) == 1
 
 
@@ -393,8 +398,8 @@ def test_live_view() -> None:
     console.print(view)
     text = console.export_text()
     assert "digits [trace]: starting" in text
-    # 10 items/s of 8 rows; 40 items are left
-    assert "item 20/60 · tick 28 · 80 rows/s · accuracy 100.0 % (run 75.0 %) · 0:04 left" in text
+    # 10 samples/s of 8 rows; 40 samples are left
+    assert "sample 20/60 · tick 28 · 80 rows/s · accuracy 100.0 % (run 75.0 %) · 0:04 left" in text
     assert "edge a->b blocks" in text
     assert "waiting for block[0]->x" in text
     assert "computing" in text

@@ -121,7 +121,7 @@ def own_file(block: Block) -> None:
 
 
 def run_words(words: list[str], block: Block) -> None:
-    """Runs a command of hamdist with few items; of the project's own scripts, says that they are
+    """Runs a command of hamdist with few samples; of the project's own scripts, says that they are
     there with these options."""
     program, *arguments = words[: words.index(">")] if ">" in words else words
     if program == "hamdist":
@@ -150,7 +150,7 @@ def parse(arguments: list[str], block: Block) -> None:
 
 
 def run_hamdist(arguments: list[str], block: Block) -> None:
-    """Runs a command of hamdist with few items; recipes in this process."""
+    """Runs a command of hamdist with few samples; recipes in this process."""
     command, *rest = arguments
     extra = FEW.get(command, [])
     if extra and "--engine" not in rest and not any(word.endswith(".yaml") for word in rest):

@@ -252,7 +252,7 @@ def test_stress_follows_from_the_seed():
 @pytest.mark.timeout(110)
 def test_stress_names_the_first_signal_that_differs(session, monkeypatch, capsys, tmp_path):
     """Of two runs, in the second of which the in-process engine's network gets another second
-    item. (Its streams are drawn by actors: what is patched here is this process's alone.)"""
+    sample. (Its streams are drawn by actors: what is patched here is this process's alone.)"""
     file = tmp_path / "stress.json"
     before, runs = Mailbox.post, []
 

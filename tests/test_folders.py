@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from hamdist.cli import app
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import BlockError, SettingsError
+from hamdist.runtime.results.events import RunBegun
 from hamdist.runtime.results.result import Progress, Replaced
 from hamdist.study.shared.result_folder import ResultFolder, free_folder
 
@@ -90,7 +91,7 @@ def test_an_interrupted_comparison_of_other_settings_or_code_is_not_gone_on_from
     def claimed(key):
         said = []
         with ResultFolder(folder / "out", overwrite=False, key=key, say=said.append) as one:
-            one.watch("trace", 0, print)(Progress(1.0, 1, 2, [], []))
+            one.watch(run_begun("trace", 0), print)(Progress(1.0, 1, 2, [], []))
         return one.path.name, one.goes_on
 
     assert claimed("a") == ("out", False)
@@ -126,16 +127,21 @@ def test_a_run_is_kept_and_overwrites_nothing(folder):
     assert (folder / "own" / "model.safetensors").read_bytes() == before
 
 
+def run_begun(level, seed):
+    return RunBegun(title="", engine="inprocess", level=level, seed=seed)
+
+
 def test_what_happens_is_on_disk_at_once(folder):
     lines = lambda name: [json.loads(x) for x in (folder / "o" / name).read_text().splitlines()]  # noqa: E731
     windows = [Window(0, 9, 10, 5.0, 8, 10), Window(10, 19, 10, 2.0, 9, 10)]
     with ResultFolder(folder / "o", overwrite=False, say=print) as own:
-        note = own.watch("trace", 3, lambda _: None)
+        note = own.watch(run_begun("trace", 3), lambda _: None)
         note(Progress(0.0, 0, 40, [], [], phase="plan"))
         note(Progress(1.0, 10, 40, windows[:1], []))
-        assert [e["event"] for e in lines("events.jsonl")] == ["started", "phase", "progress"]
-        [one] = lines("metrics.jsonl")
-        assert (one["level"], one["seed"], one["mean_loss"], one["accuracy"]) == (
+        names = ["started", "run", "phase", "window", "progress"]
+        assert [e["event"] for e in lines("events.jsonl")] == names
+        one = lines("events.jsonl")[3]
+        assert (one["level"], one["seed"], one["loss"], one["accuracy"]) == (
             "trace",
             3,
             0.5,
@@ -144,8 +150,10 @@ def test_what_happens_is_on_disk_at_once(folder):
         lost = Replaced("actor 1", ["b"], 7, 5, 1.5, 3)
         note(Progress(2.0, 20, 40, windows, [], replaced=[lost]))
         note(Progress(3.0, 20, 40, windows, [], replaced=[lost]))
-        assert [e["event"] for e in lines("events.jsonl")][3:] == ["replaced"]
-        assert [one["last"] for one in lines("metrics.jsonl")] == [9, 19]
+        names = [e["event"] for e in lines("events.jsonl")][5:]
+        assert names == ["replaced", "window", "progress", "progress"]
+        windows = [e["last"] for e in lines("events.jsonl") if e["event"] == "window"]
+        assert windows == [9, 19]
 
 
 def test_a_warning_is_an_event_and_shown_as_before(folder):
@@ -167,7 +175,9 @@ def test_a_run_that_failed_before_its_first_item_leaves_nothing(folder, begun):
         contextlib.suppress(BlockError),
         ResultFolder(folder / "new", overwrite=False, say=print) as own,
     ):
-        own.watch("trace", 0, print)(Progress(1.0, 1, 2, [], [], phase=None if begun else "plan"))
+        own.watch(run_begun("trace", 0), print)(
+            Progress(1.0, 1, 2, [], [], phase=None if begun else "plan")
+        )
         raise BlockError("a", 1, "no")
     assert (folder / "new").exists() == begun
     if begun:
@@ -180,7 +190,7 @@ def test_a_full_disk_ends_the_events_and_not_the_run(folder, monkeypatch):
     with ResultFolder(folder / "o", overwrite=False, say=said.append) as own:
         own._events.close()
         own._events = open("/dev/full", "w")  # noqa: SIM115
-        note = own.watch("trace", 0, lambda _: None)
+        note = own.watch(run_begun("trace", 0), lambda _: None)
         note(Progress(1.0, 1, 2, [], []))
         note(Progress(2.0, 2, 2, [], []))
     assert said == [f"Warning: {folder / 'o'}: events are written no more: No space left on device"]

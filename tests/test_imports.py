@@ -29,7 +29,8 @@ ALLOWED = {
     "dynamics/saved_state": DYNAMICS,
     "dynamics/user_modules": DYNAMICS,
     "dynamics/objective": f"{DYNAMICS} dynamics/native {STATE} dynamics/user_modules",
-    "dynamics/graph": f"{DYNAMICS} dynamics/objective dynamics/user_modules",
+    "dynamics/rules": "errors",
+    "dynamics/graph": f"{DYNAMICS} dynamics/objective dynamics/rules dynamics/user_modules",
     "dynamics/schedule": f"{DYNAMICS} dynamics/graph {STATE}",
     "dynamics/modules": f"{DYNAMICS} dynamics/graph dynamics/user_modules",
     "dynamics/tracing": f"{DYNAMICS} {STATE} dynamics/user_modules",
@@ -48,7 +49,7 @@ ALLOWED = {
     # `blocks` does not import `schedule`: what a block computes does not know when.
     "dynamics/blocks": (
         f"{DYNAMICS} dynamics/graph dynamics/modules dynamics/native dynamics/objective "
-        f"{STATE} dynamics/updates dynamics/vjp"
+        f"dynamics/rules {STATE} dynamics/updates dynamics/vjp"
     ),
     "streams": "errors config",
     "streams/sources": "errors config streams/sample",
@@ -63,13 +64,15 @@ ALLOWED = {
     "runtime/process": f"{RUNTIME} runtime/results",
     "runtime/storage": f"{RUNTIME} runtime/process",
     "runtime/transport": f"{RUNTIME} runtime/process runtime/signals",
-    "runtime/plan": f"{RUNTIME} runtime/process runtime/signals runtime/storage",
+    "runtime/plan": (f"{RUNTIME} runtime/process runtime/results runtime/signals runtime/storage"),
+    "runtime/timing": f"{RUNTIME} runtime/plan runtime/signals",
     "runtime/nodes": f"{RUNTIME} runtime/plan runtime/results runtime/signals",
     "runtime/snapshots": (
         f"{RUNTIME} runtime/nodes runtime/plan runtime/process runtime/signals runtime/storage"
     ),
     "runtime/placement": (
-        f"{RUNTIME} runtime/nodes runtime/plan runtime/process runtime/signals runtime/transport"
+        f"{RUNTIME} runtime/nodes runtime/plan runtime/process runtime/signals runtime/timing "
+        "runtime/transport"
     ),
     "runtime/advice": (
         f"{RUNTIME} runtime/placement runtime/plan runtime/process runtime/results "
@@ -81,16 +84,18 @@ ALLOWED = {
     ),
     "runtime/ray_engine": (
         f"{RUNTIME} runtime/advice runtime/engines runtime/placement runtime/plan runtime/process "
-        "runtime/results runtime/signals runtime/snapshots runtime/storage runtime/transport"
+        "runtime/results runtime/signals runtime/snapshots runtime/storage runtime/timing "
+        "runtime/transport"
     ),
-    "runtime/train": f"{RUNTIME} runtime",
+    "runtime/train": f"{RUNTIME} runtime loading",
     "runtime/live": f"{RUNTIME} runtime",
     "api": f"{RUNTIME} runtime",
     "study": "",
     "study/shared": STUDY,
     "study/run": f"{STUDY} study/shared",
-    "study/report": f"{STUDY} study/shared study/run",
-    "study/sweep": f"{STUDY} study/shared study/run study/report",
+    "study/view": f"{STUDY} study/shared",
+    "study/report": f"{STUDY} study/shared study/run study/view",
+    "study/sweep": f"{STUDY} study/shared study/run study/report study/view",
     "study/gradient_descent": f"{STUDY} study/shared study/report",
     "study/propagation": f"{STUDY} study/shared study/report",
     "study/verify": STUDY,
@@ -118,7 +123,6 @@ RAY = {
     *("runtime/ray_engine/placed_workers.py", "runtime/ray_engine/wired_workers.py"),
     *("runtime/ray_engine/cluster_hosts.py", "runtime/ray_engine/local_ray.py"),
     *("runtime/ray_engine/processes.py", "runtime/ray_engine/worker_process.py"),
-    *("runtime/ray_engine/news.py",),
     *("runtime/ray_engine/tasks.py", "launch/jobs_api.py", "launch/doctor_job.py"),
 }
 

@@ -198,7 +198,9 @@ def test_settings_and_what_does_not_go():
     assert isinstance(made, LateLabels)
     waits = StreamSettings(late_targets=5, relearn="wait")
     assert isinstance(make_stream(waits, seed=0, dtype=torch.float32), Rejoin)
-    with pytest.raises(LevelError, match="labels that come 4 items late with presentation 'hold'"):
+    with pytest.raises(
+        LevelError, match="labels that come 4 samples late with presentation 'hold'"
+    ):
         run(4, "local")
     with pytest.raises(SettingsError, match="LateLabels got a Paced stream"):
         LateLabels(Paced(Drifting(), 1.0), 2)

@@ -181,18 +181,20 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"level": "local"}, "'hold' carries states from one item to the next; pad all of them"),
+        ({"level": "local"}, "'hold' carries states from one sample to the next; pad all of them"),
         ({"engine": {"kind": "inprocess", "compress": "bf16"}}, "engine.compress is laid out for"),
     ],
 )
 def test_refused(fields, words):
-    with pytest.raises(StreamError, match=rf"item 1: .* has shape \(3, 9\).*{words}"):
+    with pytest.raises(StreamError, match=rf"sample 1: .* has shape \(3, 9\).*{words}"):
         learned("chain", **{"partition": {}, **fields})
 
 
 def test_a_model_of_one_length():
     items = [(torch.randint(V, (B, n)), torch.randint(V, (B,))) for n in (5, 6)]
-    with pytest.raises(StreamError, match=r"item 1: .*followed with one length \(at another.*pad"):
+    with pytest.raises(
+        StreamError, match=r"sample 1: .*followed with one length \(at another.*pad"
+    ):
         hamdist.train(Fixed(), items, classes=V, level="trace", engine={"kind": "inprocess"})
 
 

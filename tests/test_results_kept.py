@@ -54,7 +54,7 @@ OF_A_RUN = {
     *("metrics.jsonl", "model.safetensors", "settings-all.yaml", "settings.yaml", "summary.json")
 }
 OF_A_COMPARISON = {
-    *("accuracy-samples.png", "accuracy-seconds.png", "gap.png", "report.html", "results.csv"),
+    *("accuracy-rows.png", "accuracy-seconds.png", "gap.png", "report.html", "results.csv"),
     *("runs.jsonl", "settings-all.yaml", "settings.yaml", "summary.json"),
 }
 
@@ -213,7 +213,7 @@ def launch(path, capfd):
     assert isinstance(events[-1], Ended)
     assert events[-1].code == 0
     [reached] = [event for event in events if isinstance(event, ResultValues)]
-    assert reached.facts["items"].startswith("12 of 4 rows")
+    assert reached.facts["samples"].startswith("12 of 4 rows")
     return results.out
 
 
@@ -250,7 +250,7 @@ def test_the_legend_has_the_sign_of_the_table():
 
 
 def test_a_resumed_run_counts_its_own_items(tmp_path):
-    """Speed and times are of the items behind those that the snapshot had seen; bytes of all."""
+    """Speed and times are of the samples behind those that the snapshot had seen; bytes of all."""
     kept = {"path": str(tmp_path), "every": 20, "keep": 9}
     seen = []
     whole = train(chain(), PortableStream(40), settings({"kind": "inprocess"}, 40, level="trace"))
@@ -265,7 +265,7 @@ def test_a_resumed_run_counts_its_own_items(tmp_path):
     )
     before = latest(first, pytest.fail).manifest.samples
     assert 20 <= before < 40
-    assert (on.samples, on.resumed, on.items) == (40, before, 40 - before)
+    assert (on.samples, on.resumed, on.new_samples) == (40, before, 40 - before)
     assert {p.resumed for p in seen if p.phase is None} == {before}
     into = next(edge for edge in whole.bytes_per_edge if edge.startswith("u->"))
     assert on.bytes_per_edge[into] == whole.bytes_per_edge[into]
@@ -274,26 +274,33 @@ def test_a_resumed_run_counts_its_own_items(tmp_path):
 def test_speed_after_a_resume_and_with_it_the_rest_of_the_time():
     view = RunView("run", batch=8)
     view.update(Progress(2.0, 1020, 1060, [], [BlockProgress("a", 1, 1)], resumed=1000))
-    assert "item 1020/1060, tick 1, 80 rows/s, 0:04 left" in view.line
+    assert "sample 1020/1060, tick 1, 80 rows/s, 0:04 left" in view.line
     run = make_run("trace", samples=1020, resumed=1000)
     assert run.rows_per_second == 20 * 4 / 2.0
 
 
-def test_progress_does_not_fall_while_an_actor_is_replaced():
+def test_progress_does_not_fall_while_an_actor_is_replaced(monkeypatch):
     """The source's actor is new and knows of no samples; the readout's has no windows yet."""
     pytest.importorskip("ray")
-    from hamdist.runtime.ray_engine.engine import _Watch
+    from hamdist.runtime.ray_engine import engine
 
+    monkeypatch.setattr(engine, "network_of", lambda *_: None)
     window = Window(0, 9, 10, 1.0, 1, 10)
-    actor = SimpleNamespace(blocks=["a"], status=None, every=1, windows=[window])
-    reached = iter([120, 0, 130])
-    worker_group = SimpleNamespace(actors=[actor], samples=lambda: next(reached))
+    actor = SimpleNamespace(name="actor 0", address="", blocks=["a"], status=None)
+    reached, windows = iter([120, 0, 130]), {"a": [window]}
+    worker_group = SimpleNamespace(
+        actors=[actor],
+        samples=lambda: next(reached),
+        windows=lambda: windows,
+        samples_of_processes=dict,
+    )
     limits = SimpleNamespace(stall_warning=1.0, stall_limit=2.0)
-    plan = SimpleNamespace(engine=limits, snapshot_policy=None, steps=200, resumed=0)
+    graph = SimpleNamespace(readouts=["a"])
+    plan = SimpleNamespace(engine=limits, snapshot_policy=None, steps=200, resumed=0, graph=graph)
     seen = []
-    watch = _Watch(plan, worker_group, seen.append)
+    watch = engine._Watch(plan, worker_group, seen.append)
     watch._report_progress()
-    actor.every, actor.windows = None, []
+    windows = {}
     watch._report_progress()
     watch._report_progress()
     assert [progress.samples for progress in seen] == [120, 120, 130]

@@ -170,7 +170,8 @@ def paced(late, items=40):
 
 @pytest.mark.parametrize("blocks", [5, 2])
 def test_what_was_dropped_stays_dropped(tmp_path, blocks):
-    """Every item was given or dropped, once; cut in another way, the run counts its own samples."""
+    """Every sample was given or dropped, once; cut in another way, the run counts its own
+    samples."""
     kept = {"path": str(tmp_path), "every": 5, "keep": 100}
     chosen = settings({"kind": "inprocess"}, None, level="trace", snapshots=kept)
     whole = train(chain(), paced(Late.DROP), chosen)
@@ -200,7 +201,7 @@ def test_a_stream_that_cannot_go_on(tmp_path):
     alone = {"kind": "inprocess"}
     kept = settings(alone, None, level="trace", snapshots={"path": str(tmp_path), "every": 5})
     train(chain(), from_iterable(iter(batches(20)), classes=3), kept)
-    with pytest.warns(UserWarning, match="does not give the same items again"):
+    with pytest.warns(UserWarning, match="does not give the same samples again"):
         train(chain(), from_iterable(iter(batches(20)), classes=3), kept, resume=tmp_path)
 
 
@@ -209,8 +210,8 @@ def test_a_stream_that_cannot_go_on(tmp_path):
     [
         (PortableStream(9), Late.KEEP, None),
         (PortableStream(9), Late.DROP, "drops samples that come late"),
-        (from_iterable(iter(batches(9)), classes=3), Late.KEEP, "does not give the same items"),
-        (from_iterable(iter(batches(9)), classes=3), Late.DROP, "does not give the same items"),
+        (from_iterable(iter(batches(9)), classes=3), Late.KEEP, "does not give the same samples"),
+        (from_iterable(iter(batches(9)), classes=3), Late.DROP, "does not give the same samples"),
     ],
 )
 def test_what_is_told_of_a_stream_is_that_of_its_source(source, late, told):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,7 +30,15 @@ from hamdist.cli.options import (
     given,
     load,
 )
-from hamdist.cli.prepare import code_of, command_line, need_plots, own_stream, prepare, results_of
+from hamdist.cli.prepare import (
+    code_of,
+    command_line,
+    need_plots,
+    own_stream,
+    prepare,
+    results_of,
+    run_begun,
+)
 from hamdist.config import Level, Settings, did_you_mean
 from hamdist.errors import HamdistError, SettingsError
 
@@ -51,6 +60,14 @@ def compare(
     settings: SettingsArgument = DEFAULT_SETTINGS,
     levels: Annotated[
         str | None, typer.Option("--levels", metavar="A,B", help="Levels to compare.")
+    ] = None,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            "--rules",
+            metavar="A,B",
+            help="Levels and rules of learning to compare (hamdist rules, or FILE.py:NAME).",
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many seeds.")] = None,
     engine: EngineOption = None,
@@ -81,7 +98,11 @@ def compare(
 ) -> None:
     """Compare levels with centralised backpropagation on the same stream."""
     with exit_codes():
-        asked = {"levels": None if levels is None else _split_levels(levels), "seeds": seeds}
+        if levels is not None and rules is not None:
+            raise SettingsError("--levels and --rules: give one; --rules names levels, too")
+        named = None if rules is None else _split(rules) or _split_levels(rules)
+        levels_of = None if levels is None else _split_levels(levels)
+        asked = {"levels": levels_of, "rules": named, "seeds": seeds}
         options = changes(engine=engine, seed=seed, steps=steps, stabilise=stabilise)
         loaded = load(settings, set_, {**options, **given({"compare": given(asked) or None})})
         folder = results_of(loaded.name) if out is None else out
@@ -91,7 +112,7 @@ def compare(
 def _split_levels(text: str) -> list[str]:
     """Split a list of levels. Raises SettingsError for an unknown level, or an empty list."""
     known = [level.value for level in Level]
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = _split(text)
     wrong = [name for name in names if name not in known]
     if wrong or not names:
         raise SettingsError(
@@ -99,6 +120,10 @@ def _split_levels(text: str) -> list[str]:
             f"levels: {', '.join(known)}{did_you_mean(wrong[0], known) if wrong else ''}"
         )
     return names
+
+
+def _split(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _compare(
@@ -113,25 +138,28 @@ def _compare(
     factory = prepare(None, model_name)
     data = own_stream(stream_name, settings)
     plain = prepare(None, baseline, "--baseline-model")
-    code = code_of(model_name, stream_name, baseline)
 
+    from hamdist.study.report.files import final_events
     from hamdist.study.report.save import save_comparison
     from hamdist.study.report.table import finished_line
     from hamdist.study.run.compare import compare as runs_of
-    from hamdist.study.run.compare import plan, run_key
+    from hamdist.study.run.compare import plan, rule_and_level, run_key
     from hamdist.study.run.run import Run
     from hamdist.study.shared.result_folder import RUNS, ResultFolder
     from hamdist.study.shared.store import Store
 
     planned = plan(settings)
+    files = [rule_and_level(name)[0] for name in settings.compare.rules if ":" in name]
+    code = code_of(model_name, stream_name, baseline, *files)
     finished: list[Run] = []
     key = run_key(settings, code)
     with (
         Display() as display,
-        ResultFolder(out, overwrite=overwrite, key=key, grows="runs.jsonl", say=display.say) as own,
+        ResultFolder(out, overwrite=overwrite, key=key, say=display.say) as own,
     ):
         store = Store(own.path / RUNS, Run.from_json)
-        watch = _titles(display, own, planned, settings.stream.batch if data is None else None)
+        batch = settings.stream.batch if data is None else None
+        watch = _titles(display, own, planned, settings, batch)
         save = partial(save_comparison, own.path, finished, settings, command=command_line())
         try:
             for result in runs_of(
@@ -146,7 +174,8 @@ def _compare(
             ):
                 finished.append(result)
                 display.say(finished_line(result))
-                own.tell("finished", level=result.level, seed=result.seed)
+                for event in final_events(result):
+                    own.emit(event)
                 save(interrupted=True, drawn=False)
         except (HamdistError, KeyboardInterrupt):
             display.close()
@@ -160,14 +189,21 @@ def _compare(
 
 
 def _titles(
-    display: Display, folder: ResultFolder, planned: list[PlannedRun], batch: int | None
+    display: Display,
+    folder: ResultFolder,
+    planned: list[PlannedRun],
+    settings: Settings,
+    batch: int | None,
 ) -> Callable[[PlannedRun], OnProgress]:
     """Return a function that makes the progress display of a planned run."""
     numbers = {item: number for number, item in enumerate(planned, start=1)}
 
     def watch(item: PlannedRun) -> OnProgress:
         title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
-        return folder.watch(item.name, item.seed, display.watch(title, batch))
+        begun = run_begun(settings.model_copy(update={"seed": item.seed}), title, batch)
+        engine = begun.engine if item.level is not None else "pytorch"
+        begun = replace(begun, level=item.name, engine=engine)
+        return folder.watch(begun, display.watch(title, batch))
 
     return watch
 

@@ -30,7 +30,7 @@ LevelOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="The (first) seed.")]
-StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Items of the stream.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Samples of the stream.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder for the result's files.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Write into the folder, though it is not empty.")

@@ -27,7 +27,7 @@ from hamdist.cli.options import (
     changes,
     load,
 )
-from hamdist.cli.prepare import own_stream, prepare, results_of
+from hamdist.cli.prepare import own_stream, prepare, results_of, run_begun
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
 from hamdist.study.shared.result_folder import ResultFolder
@@ -66,6 +66,9 @@ def run(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Begin with a safetensors state_dict."),
     ] = None,
+    view: Annotated[
+        bool, typer.Option("--view", help="Show the run on a local page (see `hamdist view`).")
+    ] = False,
 ) -> None:
     """Train one network on a stream, at one level of locality."""
     with exit_codes():
@@ -75,7 +78,7 @@ def run(
         loaded = load(settings, set_, options)
         where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         begin = (resume, weights)
-        _run(loaded, model, stream, where, overwrite, begin, began=context.obj)
+        _run(loaded, model, stream, where, overwrite, begin, began=context.obj, shown=view)
 
 
 def _run(
@@ -87,6 +90,7 @@ def _run(
     begin: tuple[str | None, Path | None],
     *,
     began: float | None,
+    shown: bool = False,
 ) -> None:
     """out: the folder, or the first of those numbered behind it that is free. begin: snapshots, or
     weights. began: when the process did (`time.perf_counter`), where it did so for this run
@@ -100,23 +104,34 @@ def _run(
         display.note(f"{title}: starting (imports)")
         factory = prepare(None, model_name)
         data = own_stream(stream_name, own)
-        folder = stack.enter_context(ResultFolder(out, overwrite=overwrite, say=display.say))
+        folder = stack.enter_context(
+            ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
+        )
 
+        from hamdist.study.report.files import final_events
         from hamdist.study.report.save import save_run
         from hamdist.study.run.run import run_level
 
+        if shown:
+            from hamdist.cli.view import show_page
+            from hamdist.study.view.server import PageServer
+
+            show_page(stack.enter_context(PageServer([folder.path])), browser=True)
         display.say(f"Results go to {folder.path}")
         imports = {} if began is None else {"imports": time.perf_counter() - began}
-        show = display.watch(title, own.stream.batch if data is None else None)
+        batch = own.stream.batch if data is None else None
+        show = display.watch(title, batch)
         result, model = run_level(
             own,
             factory=factory,
             data=data,
-            on_progress=folder.watch(own.level.value, own.seed, show),
+            on_progress=folder.watch(run_begun(own, title, batch), show),
             before=imports,
             resume=resume,
             weights=weights,
         )
+        for event in final_events(result):
+            folder.emit(event)
         try:
             save_run(folder.path, result, model, own)
         finally:
@@ -124,10 +139,10 @@ def _run(
             _print_run(result, own, said, folder.path)
     if result.failure is not None:
         complain(f"Error: {result.failure}")
-        complain(f"Stopped after {result.samples} items; the metrics so far are above.")
+        complain(f"Stopped after {result.samples} samples; the metrics so far are above.")
         raise typer.Exit(FAILED)
     if result.interrupted:
-        complain(f"Interrupted after {result.samples} items; the metrics so far are above.")
+        complain(f"Interrupted after {result.samples} samples; the metrics so far are above.")
         if result.snapshots:
             complain(f"Go on with --resume {result.snapshots[-1].rpartition('/')[0]}")
         raise typer.Exit(INTERRUPTED)

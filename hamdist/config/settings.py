@@ -47,6 +47,9 @@ class CompareSettings(Section):
 
     levels: tuple[Level, ...] = (Level.BACKPROP, Level.TRACE, Level.LOCAL)
     """The levels."""
+    rules: tuple[str, ...] = ()
+    """Instead of the levels: names of levels and of rules of learning, each on all blocks
+    (`hamdist rules`, or FILE.py:NAME; `NAME@LEVEL` for a rule at another level than its own)."""
     seeds: Positive = 1
     """Runs of each, with seeds from `seed` on."""
 
@@ -61,7 +64,7 @@ class Settings(Section):
     dtype: DType = DType.FLOAT32
     """Type of weights, states and messages where no block has one of its own."""
     steps: Positive | None = None
-    """Items of the stream; not given: as many as it has."""
+    """Samples of the stream; not given: as many as it has."""
     level: Level = Level.TRACE
     """Preset of the knobs of locality; `auto` chooses one and says why."""
     loss: Loss | Annotated[dict[str, Loss], Field(min_length=1)] = Loss.CROSS_ENTROPY
@@ -72,7 +75,7 @@ class Settings(Section):
     model: ModelSettings = ModelSettings()
     """The shipped network, where no model is given in Python or by `--model`."""
     stream: StreamSettings = StreamSettings()
-    """Where items come from, how many rows at a time, how late, how smooth."""
+    """Where samples come from, how many rows at a time, how late, how smooth."""
     partition: PartitionSettings = PartitionSettings()
     """How the model is cut into blocks, and how long signals travel."""
     locality: LocalityOverrides = LocalityOverrides()

@@ -66,8 +66,8 @@ def _cause(value: Tensor, data: Iterable[Tensor]) -> str:
         largest = float(given.abs().max()) if given.is_floating_point() and given.numel() else 0.0
         if largest > LARGE:
             return (
-                f"the stream's item holds values up to {largest:.3g}: scale it, or leave such "
-                "items out"
+                f"the stream's sample holds values up to {largest:.3g}: scale it, or leave such "
+                "samples out"
             )
     if is_masked(value):
         return (

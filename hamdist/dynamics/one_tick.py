@@ -42,8 +42,8 @@ def tick(blocks: Sequence[TanhLayer], u: Tensor, target: Tensor | None, beta: fl
 
     Args:
         blocks: Two state blocks and the readout, in the order of the signal.
-        u: Input of the item that is shown now, (B, I).
-        target: Of the item that the readout predicts now, which was shown two ticks ago, (B, O).
+        u: Input of the sample that is shown now, (B, I).
+        target: Of the sample that the readout predicts now, which was shown two ticks ago, (B, O).
         beta: Rate of the weights.
     """
     h = [u, *(block.h for block in blocks[:-1])]  # what comes in: h_k of the parents,

@@ -26,8 +26,9 @@ from hamdist.launch.events import DoctorReport, Ended, Started, WarningEvent, te
 from hamdist.launch.host_facts import HostFacts, host_facts
 from hamdist.launch.package import read_order
 from hamdist.runtime.placement.assign_hosts import HostInfo
-from hamdist.runtime.placement.links import Link, Probe
+from hamdist.runtime.placement.links import Probe
 from hamdist.runtime.ray_engine.cluster_hosts import hosts
+from hamdist.runtime.timing.cluster_model import Link
 from hamdist.runtime.transport.encryption import new_keys
 from hamdist.runtime.transport.transport import TCP, local_way
 

@@ -31,8 +31,8 @@ from hamdist.runtime.results.result import Progress
 
 PREFIX = "#hamdist "
 PART_BYTES = 48 * 2**10
-LINES = 2000
 MOST_BLOCKS = 64
+MOST_NETWORK = 1000  # blocks of a network that goes into the log
 
 # No path, no hidden file: a name comes from the cluster and becomes a file of the user's.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=200)]
@@ -44,11 +44,13 @@ class _Event(BaseModel):
 
 
 class Started(_Event):
-    """The driver has started; `batch` is the rows of an item, None if unknown."""
+    """The driver has started; `batch` is the rows of a sample, None if unknown."""
 
     event: Literal["started"] = "started"
     title: str
     batch: int | None
+    level: str | None = None
+    seed: int | None = None
 
 
 class DriverLost(_Event):
@@ -60,8 +62,8 @@ class DriverLost(_Event):
 
 
 class Progressed(_Event):
-    """A `Progress` with two windows (all but the last one merged, and the last) and its first
-    blocks.
+    """A `Progress` with two windows (all but the last one merged, and the last), its first blocks,
+    and the measurements of its first processes; its network comes once.
     """
 
     event: Literal["moved"] = "moved"
@@ -129,7 +131,7 @@ class Ended(_Event):
     resume: str | None = None
 
 
-RunEvent = (
+JobEvent = (
     Started
     | DriverLost
     | Progressed
@@ -141,10 +143,10 @@ RunEvent = (
     | DoctorReport
     | Ended
 )
-_events: TypeAdapter[RunEvent] = TypeAdapter(Annotated[RunEvent, Field(discriminator="event")])
+_events: TypeAdapter[JobEvent] = TypeAdapter(Annotated[JobEvent, Field(discriminator="event")])
 
 
-def to_line(event: RunEvent) -> str:
+def to_line(event: JobEvent) -> str:
     """Return the event as ASCII, without the line's end."""
     return PREFIX + json.dumps(event.model_dump())
 
@@ -152,7 +154,7 @@ def to_line(event: RunEvent) -> str:
 _cut = False  # whether the last line was not written to its end
 
 
-def tell(event: RunEvent) -> bool:
+def tell(event: JobEvent) -> bool:
     """Write `event` into this process's log, in one write that no other output can split.
 
     Returns:
@@ -168,7 +170,7 @@ def tell(event: RunEvent) -> bool:
     return not _cut
 
 
-def from_line(line: str) -> tuple[str, RunEvent | None]:
+def from_line(line: str) -> tuple[str, JobEvent | None]:
     """Return the text of a line, and its event, if it has a readable one."""
     text, found, own = line.partition(PREFIX)
     if not found:
@@ -179,30 +181,21 @@ def from_line(line: str) -> tuple[str, RunEvent | None]:
         return line, None
 
 
-def moved(progress: Progress) -> Progressed:
+def moved(progress: Progress, *, network: bool = True) -> Progressed:
     windows = list(progress.windows)
     brief = windows[-1:]
     if len(windows) > 1:
         brief = [merge_windows(windows[:-1]), windows[-1]]
     blocks = progress.blocks[:MOST_BLOCKS]
-    return Progressed(progress=replace(progress, windows=brief, blocks=blocks))
+    actors = dict(list(progress.actors.items())[:MOST_BLOCKS])
+    known = progress.network if network else None
+    if known is not None and len(known.blocks) > MOST_NETWORK:
+        known = None
+    reduced = replace(progress, windows=brief, blocks=blocks, actors=actors, network=known)
+    return Progressed(progress=replace(reduced, others={}))
 
 
-class ProgressPace:
-    """Decides when progress is due: see the top of this file."""
-
-    def __init__(self) -> None:
-        self._next = 0.0
-
-    def due(self, seconds: float) -> bool:
-        """Return True if progress is due, `seconds` after the start."""
-        if seconds < self._next:
-            return False
-        self._next = seconds + max(1.0, seconds / LINES)
-        return True
-
-
-def file_events(path: Path, most: int) -> Iterator[RunEvent]:
+def file_events(path: Path, most: int) -> Iterator[JobEvent]:
     """Yield a file and its chunks; without chunks if it has more than `most` bytes."""
     size = path.stat().st_size
     yield File(name=path.name, size=size, sha256=_digest(path), sent=size <= most)

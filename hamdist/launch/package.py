@@ -9,15 +9,17 @@ from __future__ import annotations
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hamdist.config import EngineKind, Settings, describe, to_yaml
 from hamdist.errors import SettingsError
+from hamdist.loading import load_function
 
 SETTINGS = "settings.yaml"
 ORDER = "order.json"
@@ -76,14 +78,23 @@ def on_ray(settings: Settings) -> Settings:
 def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
     """Make the package in a temporary folder, which exists inside.
 
-    The modules of `order` have been imported.
+    The modules of `order` have been imported; those of rules are now.
     """
+    files = {rule_name(rule): f"learning.rules.{p}" for p, rule in settings.learning.rules.items()}
+    files = {name: field for name, field in files.items() if ":" in name}
+    for name, field in files.items():
+        load_function(field, name)
+    rules = {p: _renamed(rule) for p, rule in settings.learning.rules.items()}
+    learning = settings.learning.model_copy(update={"rules": rules})
+    if rules:
+        settings = settings.model_copy(update={"learning": learning})
     with TemporaryDirectory(prefix="hd-parcel-") as name:
         folder = Path(name)
         (folder / SETTINGS).write_text(to_yaml(settings, only_set=True), "utf-8")
         (folder / ORDER).write_text(order.model_dump_json(), "utf-8")
         named = {"--model": order.model, "--stream": order.stream}
         code = {own_code(name): option for option, name in named.items() if name is not None}
+        code |= {own_code(name): field for name, field in files.items()}
         for path, option in code.items():
             if path is not None:
                 _copy(path, folder, option)
@@ -108,6 +119,16 @@ def named_there(name: str) -> str:
     """
     where, _, function = name.rpartition(":")
     return f"{Path(where).stem}:{function}" if where.endswith(".py") else name
+
+
+def rule_name(rule: str | Mapping[str, Any]) -> str:
+    """Return the name of a rule of `learning.rules`."""
+    return rule if isinstance(rule, str) else str(rule.get("name", ""))
+
+
+def _renamed(rule: str | dict[str, Any]) -> str | dict[str, Any]:
+    name = named_there(rule_name(rule))
+    return name if isinstance(rule, str) else {**rule, "name": name}
 
 
 def own_code(name: str) -> Path | None:

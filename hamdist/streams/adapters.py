@@ -1,6 +1,6 @@
 """Foreign sources as streams: torch loaders, and any Python iterable.
 
-B: batch, O: outputs. Every item is a batch, its first dimension the batch dimension: nothing here
+B: batch, O: outputs. Every sample is a batch, its first dimension the batch dimension: nothing here
 adds one, since the first dimension of (3, 32) may be either. A source of single rows is batched
 by a DataLoader, or by x[None].
 """
@@ -32,7 +32,7 @@ def from_loader(
 
     The order and the seed are the loader's own; where it, its sampler, batch sampler or data set
     has `set_epoch`, that is called with 0, 1, ... before each epoch. A loader without
-    drop_last=True may end with a shorter batch, which not every level takes. The first item is
+    drop_last=True may end with a shorter batch, which not every level takes. The first sample is
     fetched at once and yielded later; tensors are copied, except where a DataLoader has collated
     them into fresh batches already.
 
@@ -74,12 +74,12 @@ def from_iterable(
     model_loss: str | None = None,
     ragged: bool | None = None,
 ) -> IterableStream:
-    """Return a stream of the items of any Python iterable, finite or not.
+    """Return a stream of the samples of any Python iterable, finite or not.
 
-    Each item is a Sample, (u, y), (u, None) where the target is missing, u alone, or a dict with
-    'u' and, if it has them, 'y', 'end' (bool), 'time' (seconds), 'late' (targets of earlier items
+    Each sample is a Sample, (u, y), (u, None) where the target is missing, u alone, or a dict with
+    'u' and, if it has them, 'y', 'end' (bool), 'time' (seconds), 'late' (targets of earlier samples
     by their number, for `Rejoin`). u: (B, ...), y: (B,) classes or (B, O) values; torch tensors or
-    numpy arrays, copied, so that the source may use its buffers again. Items are batches: a batch
+    numpy arrays, copied, so that the source may use its buffers again. Samples are batches: a batch
     dimension is never added. For a model with several inputs, u is a dict of them by the names of
     its arguments, or a tuple by position.
 
@@ -89,10 +89,10 @@ def from_iterable(
 
     Where readouts have targets of their own, y is a dict of them by the readout's name, as are
     classes and outputs: {'digit': (B,), 'angle': (B, 1)} with classes={'digit': 10}. The names are
-    those of the first item, of classes and of outputs; an item may leave out a target, or give None
-    for it.
+    those of the first sample, of classes and of outputs; a sample may leave out a target, or give
+    None for it.
 
-    The first item is fetched at once, for the shapes, and yielded later. An iterator allows one
+    The first sample is fetched at once, for the shapes, and yielded later. An iterator allows one
     call of `samples()`; an iterable that makes new iterators (a list, a class with __iter__) any
     number. Errors of the source itself pass through.
 
@@ -107,12 +107,14 @@ def from_iterable(
         model_loss: the model's output that is its own loss (loss `model`): all keys are then
             arguments, those of targets, too, and a number without meaning stands for the target of
             that output.
-        ragged: whether items may have lengths of their own behind the batch (each padded to its own
-            longest row); None to look at the items of a list, and to assume it of a DataLoader with
-            a `collate_fn` of its own.
+        ragged: whether samples may have lengths of their own behind the batch (each padded to its
+        own
+            longest row); None to look at the samples of a list, and to assume it of a DataLoader
+            with a `collate_fn` of its own.
 
     Raises:
-        StreamError: the source yields nothing or something else (names the item), its first item
+        StreamError: the source yields nothing or something else (names the sample), its first
+        sample
             leaves the kind of target open, an iterator gets a second call of `samples()`, or has
             other `epochs` than 1.
         SettingsError: `classes` and `outputs` for the same readout, or a number below 1.

@@ -26,7 +26,7 @@ TUPLES = (
 
 
 def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tuple[Any, Any]:
-    """Return u and y of item n, picked by the names of its keys.
+    """Return u and y of sample n, picked by the names of its keys.
 
     u is the only input or a dict of them by argument; y the target, a dict of them by output, or
     None. Raises StreamError for a missing key, and for names that contradict each other.
@@ -34,7 +34,7 @@ def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tu
     missing = [key for key in names if key not in item]
     if missing:
         raise StreamError(
-            f"item {n} has no {missing[0]!r}, which names= speaks of; it has "
+            f"sample {n} has no {missing[0]!r}, which names= speaks of; it has "
             f"{', '.join(map(repr, item))}"
         )
     targets = {name: item[key] for key, name in names.items() if _is_target(name)}
@@ -58,7 +58,7 @@ def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tu
 def default_names(
     n: int, item: Mapping[Any, Any], arguments: Sequence[str] | None
 ) -> dict[str, str]:
-    """Return names for the keys of item n: the target by its usual key, the others as inputs.
+    """Return names for the keys of sample n: the target by its usual key, the others as inputs.
 
     A single other key is the input, several are arguments of the model (`arguments`, where they are
     known). Raises StreamError, with the mapping to write, where a key may mean something else.
@@ -73,7 +73,7 @@ def default_names(
     guess = {str(key): "y" if key in targets[:1] else str(key) for key in item}
     takes = "" if arguments is None else f" ({', '.join(arguments)})"
     raise StreamError(
-        f"item {n} is a dict of {', '.join(map(repr, item)) or 'nothing'}; which of them are "
+        f"sample {n} is a dict of {', '.join(map(repr, item)) or 'nothing'}; which of them are "
         f"inputs is open: say it with names={guess} (in settings: stream.names), naming the only "
         f"input 'u', or each as an argument of the model{takes}, and the target 'y'; what is not "
         "named is left out"

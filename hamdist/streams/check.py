@@ -20,15 +20,15 @@ ALIGNMENT = 64  # bytes; what torch's CPU allocator gives, and vector instructio
 
 
 class Checker:
-    """Compares every item with the spec of its stream.
+    """Compares every sample with the spec of its stream.
 
     Args:
-        spec: shapes and types of the items.
-        equal_batches: all items must have the batch of `spec` (levels that hold samples mix
+        spec: shapes and types of the samples.
+        equal_batches: all samples must have the batch of `spec` (levels that hold samples mix
             neighbouring ones); otherwise batches may differ, the other dimensions may not.
-        stamped: time stamps are used, so every item needs one, later than the one before.
-        ignore_index: class targets of this number are no target; an item of them alone has none.
-        one_length: text for the error about an item of another length than the first one; None if
+        stamped: time stamps are used, so every sample needs one, later than the one before.
+        ignore_index: class targets of this number are no target; a sample of them alone has none.
+        one_length: text for the error about a sample of another length than the first one; None if
             each may have its own.
     """
 
@@ -60,12 +60,12 @@ class Checker:
         self._last = time
 
     def check(self, n: int, sample: Sample) -> Sample:
-        """Return item n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
+        """Return sample n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
 
         The sample itself is returned where it is so already.
 
         Raises:
-            StreamError: names the item, the field, the value received and the remedy, for a wrong
+            StreamError: names the sample, the field, the value received and the remedy, for a wrong
                 type, dtype or shape, another batch size (in y than in u, or, with equal_batches,
                 than before), NaN or infinity in floating-point values, class targets outside
                 0 ... classes - 1, targets by readout where there is one for all, or the other way
@@ -74,8 +74,9 @@ class Checker:
         """
         if sample.late is not None:
             raise StreamError(
-                f"item {n} brings targets of earlier samples ({', '.join(map(str, sample.late))}): "
-                "wrap the stream in hamdist.streams.Rejoin, so that they meet their samples"
+                f"sample {n} brings targets of earlier samples "
+                f"({', '.join(map(str, sample.late))}): wrap the stream in "
+                "hamdist.streams.Rejoin, so that they meet their samples"
             )
         if self._stamped:
             self._check_time(n, sample.time)
@@ -88,13 +89,13 @@ class Checker:
         return Sample(u, y, sample.end, sample.time)
 
     def _several(self, n: int, sample: Sample) -> Sample:
-        """Check an item of a model that has several inputs."""
+        """Check a sample of a model that has several inputs."""
         known, given = self._spec.inputs, sample.inputs
         if known is None or given is None or known.keys() != given.keys():
             has = "one input, u" if given is None else ", ".join(map(repr, given))
             first = "one input, u" if known is None else ", ".join(map(repr, known))
             raise StreamError(
-                f"item {n} has {has}, the first one had {first}: give every item the same inputs"
+                f"sample {n} has {has}, the first one had {first}: give all samples the same inputs"
             )
         inputs = {
             name: self._input(n, f"u[{name!r}]", given[name], one) for name, one in known.items()
@@ -104,8 +105,8 @@ class Checker:
         if len(set(batches.values())) > 1:
             rows = ", ".join(f"{name!r} {batch}" for name, batch in batches.items())
             raise StreamError(
-                f"item {n}: the inputs have different batches ({rows}): give every input of an "
-                "item the same rows"
+                f"sample {n}: the inputs have different batches ({rows}): give every input of an "
+                "sample the same rows"
             )
         u = next(iter(inputs.values()))
         y = self._targets(n, sample.y, u.shape[0])
@@ -114,13 +115,13 @@ class Checker:
     def _check_time(self, n: int, time: float | None) -> None:
         if time is None:
             raise StreamError(
-                f"item {n} has no time stamp, but dynamics.tau is 'stamps': give every item its "
-                "time in seconds, or set dynamics.tau"
+                f"sample {n} has no time stamp, but dynamics.tau is 'stamps': give every sample "
+                "its time in seconds, or set dynamics.tau"
             )
         if not self._last < time < math.inf:
             raise StreamError(
-                f"item {n} has time stamp {time:g} s, the one before {self._last:g} s: time stamps "
-                "have to increase from item to item; put the items in order, or set dynamics.tau"
+                f"sample {n} has time stamp {time:g} s, the one before {self._last:g} s: time "
+                "stamps have to increase; put the samples in order, or set dynamics.tau"
             )
         self._last = time
 
@@ -128,18 +129,18 @@ class Checker:
         _check_dtype(n, field, u, spec.dtype)
         if not self._fits(u, spec):
             raise StreamError(
-                f"item {n}: {field} has shape {tuple(u.shape)}, earlier ones had "
-                f"{_rows(spec.shape)}: every item is a batch, (B, ...), whose rows have one shape; "
-                f"reshape it, or add the batch dimension{self._why()}"
+                f"sample {n}: {field} has shape {tuple(u.shape)}, earlier ones had "
+                f"{_rows(spec.shape)}: every sample is a batch, (B, ...), whose rows have one "
+                f"shape; reshape it, or add the batch dimension{self._why()}"
             )
         if self._equal_batches and u.shape[0] != spec.shape[0]:
             raise StreamError(
-                f"item {n} has batch {u.shape[0]}, earlier ones had {spec.shape[0]}: drop shorter "
-                "batches (drop_last=True), or use a pulse level, which takes them"
+                f"sample {n} has batch {u.shape[0]}, earlier ones had {spec.shape[0]}: drop "
+                "shorter batches (drop_last=True), or use a pulse level, which takes them"
             )
         if u.shape[0] == 0:
             raise StreamError(
-                f"item {n}: {field} has batch 0: leave empty batches out of the stream"
+                f"sample {n}: {field} has batch 0: leave empty batches out of the stream"
             )
         _check_finite(n, field, u)
         return _own(u)
@@ -152,20 +153,20 @@ class Checker:
         if isinstance(y, Tensor) or not isinstance(y, Mapping):
             if known is not None:
                 raise StreamError(
-                    f"item {n}: y is one target, but this stream's targets are given by readout: "
+                    f"sample {n}: y is one target, but this stream's targets are given by readout: "
                     f"give a dict of {', '.join(map(repr, known))}"
                 )
             return self._target(n, "y", y, self._one, batch)
         if known is None:
             raise StreamError(
-                f"item {n}: y is a dict ({', '.join(map(repr, y))}), but this stream has one "
-                "target for every readout: give a tensor or None, or a dict from the first item on"
+                f"sample {n}: y is a dict ({', '.join(map(repr, y))}), but this stream has one "
+                "target for every readout: give a tensor or None, or dicts from sample 0 on"
             )
         strange = [name for name in y if name not in known]
         if strange:
             raise StreamError(
-                f"item {n}: y has a target for {strange[0]!r}, but this stream has targets for "
-                f"{', '.join(map(repr, known))}: every name is known from the first item on"
+                f"sample {n}: y has a target for {strange[0]!r}, but this stream has targets for "
+                f"{', '.join(map(repr, known))}: every name is known from the first sample on"
             )
         checked = {
             name: None if one is None else self._target(n, f"y[{name!r}]", one, known[name], batch)
@@ -186,13 +187,13 @@ class Checker:
         _check_dtype(n, field, y, spec.dtype)
         if not self._fits(y, spec):
             raise StreamError(
-                f"item {n}: {field} has shape {tuple(y.shape)}, expected {_rows(spec.shape)}: "
+                f"sample {n}: {field} has shape {tuple(y.shape)}, expected {_rows(spec.shape)}: "
                 f"targets are (B,) classes or (B, O) values; reshape it{self._why()}"
             )
         if y.shape[0] != batch:
             raise StreamError(
-                f"item {n}: {field} has batch {y.shape[0]}, but u has batch {batch}: "
-                "give one target per input, or None for the whole item"
+                f"sample {n}: {field} has batch {y.shape[0]}, but u has batch {batch}: "
+                "give one target per input, or None for the whole sample"
             )
         _check_finite(n, field, y)
         if spec.classes is None:
@@ -206,7 +207,7 @@ class Checker:
             where = tuple(strange.nonzero()[0].tolist())
             row = ", ".join(map(str, where))
             raise StreamError(
-                f"item {n}: {field}[{row}] is {y[where].item()}, but with {spec.classes} classes "
+                f"sample {n}: {field}[{row}] is {y[where].item()}, but with {spec.classes} classes "
                 f"targets are 0 to {spec.classes - 1}: correct the labels, or the number of "
                 "classes, or say with ignore_index which number is no class"
             )
@@ -230,10 +231,10 @@ def _ends(y: Tensor) -> tuple[float, float]:
 
 def _check_dtype(n: int, field: str, value: Tensor, dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor):
-        raise StreamError(f"item {n}: {field} is a {type(value).__name__}, not a torch tensor")
+        raise StreamError(f"sample {n}: {field} is a {type(value).__name__}, not a torch tensor")
     if value.dtype != dtype:
         raise StreamError(
-            f"item {n}: {field} has dtype {value.dtype}, expected {dtype}: convert it with "
+            f"sample {n}: {field} has dtype {value.dtype}, expected {dtype}: convert it with "
             f".to({dtype})"
         )
 
@@ -246,8 +247,8 @@ def _check_finite(n: int, field: str, value: Tensor) -> None:
     if len(bad):
         where = tuple(bad[0].tolist())
         raise StreamError(
-            f"item {n}: {field}{list(where)} is {value[where].item()} ({len(bad)} such values): "
-            "clean the data, or drop such items, before they enter the stream"
+            f"sample {n}: {field}{list(where)} is {value[where].item()} ({len(bad)} such values): "
+            "clean the data, or drop such samples, before they enter the stream"
         )
 
 

@@ -1,4 +1,4 @@
-"""Several passes over a source of items, with the number of the epoch set before each."""
+"""Several passes over a source of samples, with the number of the epoch set before each."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def epoch_setters(source: Any) -> list[Callable[[int], object]]:
 
 
 def is_ragged(source: Any) -> bool:
-    """Return True if the items of a source may have lengths of their own.
+    """Return True if the samples of a source may have lengths of their own.
 
-    The items of a list are compared; a loader that collates in its own way may pad each batch to
+    The samples of a list are compared; a loader that collates in its own way may pad each batch to
     its longest row.
     """
     if isinstance(source, (list, tuple)):
@@ -64,7 +64,7 @@ def is_ragged(source: Any) -> bool:
 
 
 def _shapes(item: Any) -> list[tuple[int, ...]]:
-    """Return the shapes behind the batch of the tensors in an item, missing ones left out."""
+    """Return the shapes behind the batch of the tensors in a sample, missing ones left out."""
     if isinstance(item, (Tensor, np.ndarray)):
         return [tuple(item.shape[1:])]
     if isinstance(item, Sample):

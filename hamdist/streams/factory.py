@@ -25,7 +25,7 @@ from hamdist.streams.sources.characters import CharacterStream, character_parts,
 from hamdist.streams.sources.datasets import DataSet, digits, fashion_mnist
 from hamdist.streams.sources.drift import DriftStream
 from hamdist.streams.sources.mnist1d import mnist1d
-from hamdist.streams.sources.parts import validation_items
+from hamdist.streams.sources.parts import validation_split
 from hamdist.streams.sources.sequences import TokenStream
 from hamdist.streams.sources.signals import SignalStream
 from hamdist.streams.sources.text_files import CLASSES, Texts
@@ -33,7 +33,7 @@ from hamdist.streams.sources.texts import Vocabulary, classes_of, corpus, padded
 from hamdist.streams.wrappers.canvas import Canvas, still
 from hamdist.streams.wrappers.late_targets import Delayed, LateLabels, Rejoin
 from hamdist.streams.wrappers.pace import Paced
-from hamdist.streams.wrappers.smooth import Smooth, Withhold, first_item, nearest_sample
+from hamdist.streams.wrappers.smooth import Smooth, Withhold, first_frame, nearest_sample
 
 
 def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> Stream:
@@ -116,18 +116,18 @@ def _paced(stream: Stream, pace: PaceSettings) -> Paced:
 
 
 def held_out(
-    settings: StreamSettings, *, seed: int, dtype: torch.dtype, items: int
+    settings: StreamSettings, *, seed: int, dtype: torch.dtype, samples: int
 ) -> tuple[Tensor, Tensor] | None:
     """Return x (N, F) and y (N,) int64 on which a run is evaluated.
 
     x is (N, T) int64 for tokens; y is (N, T) for characters. They are the held-out part of a data
-    set or of texts; of the drifting stream new rows of the concept in force at the run's last item.
-    With `evaluate: validation` a sixth of the training part instead (of the drifting stream the
-    same: its runs differ by seed). Never smooth or withheld; on a canvas where the stream's images
-    are.
+    set or of texts; of the drifting stream new rows of the concept in force at the run's last
+    sample. With `evaluate: validation` a sixth of the training part instead (of the drifting stream
+    the same: its runs differ by seed). Never smooth or withheld; on a canvas where the stream's
+    images are.
 
     Args:
-        items: number of items the run has read, including dropped ones.
+        samples: number of samples the run has read, including dropped ones.
 
     Returns:
         None for a signal, whose prequential loss says how well it is followed, for texts that are
@@ -148,7 +148,7 @@ def held_out(
     if settings.source is Source.CHARACTERS:
         return held_out_windows(character_parts(settings.path)[1], settings.characters.length)
     if settings.source is Source.DRIFT:
-        last = nearest_sample(max(items, 1) - 1, _frames(settings))
+        last = nearest_sample(max(samples, 1) - 1, _frames(settings))
         return _drift(settings, seed, dtype).held_out(last)
     data = _data_set(settings, seed, dtype)
     if settings.canvas is not None:
@@ -156,19 +156,19 @@ def held_out(
     return data.x, data.y
 
 
-def drifts(settings: StreamSettings, items: int) -> tuple[int, ...]:
-    """Return the items, among the first `items`, that are the first of a new concept.
+def drifts(settings: StreamSettings, samples: int) -> tuple[int, ...]:
+    """Return the samples, among the first `samples`, that are the first of a new concept.
 
-    In a smooth stream these are the items whose targets are the first of a new concept. The result
-    is () without drift, and where items may be dropped, which makes them unpredictable.
+    In a smooth stream these are the samples whose targets are the first of a new concept. The
+    result is () without drift, and where samples may be dropped, which makes them unpredictable.
     """
     dropping = settings.pace is not None and settings.pace.late is Late.DROP
     if settings.source is not Source.DRIFT or dropping:
         return ()
     frames = _frames(settings)
-    samples = range(settings.drift.period, items, settings.drift.period)
-    starts = (first_item(sample, frames) for sample in samples)
-    return tuple(start for start in starts if start < items)
+    sources = range(settings.drift.period, samples, settings.drift.period)
+    starts = (first_frame(source, frames) for source in sources)
+    return tuple(start for start in starts if start < samples)
 
 
 def _frames(settings: StreamSettings) -> int:
@@ -187,7 +187,7 @@ def _texts(settings: StreamSettings, seed: int) -> tuple[Texts, Vocabulary]:
     own = settings.sequences
     texts, vocabulary = corpus(own.count, seed, settings.path, own.vocabulary)
     if settings.evaluate is Split.VALIDATION:
-        train, held = validation_items(list(texts.train))
+        train, held = validation_split(list(texts.train))
         texts = replace(texts, train=train, held_out=held)
     return texts, vocabulary
 

@@ -1,4 +1,4 @@
-"""Any iterable of items as a stream: its spec from the first item, later ones checked."""
+"""Any iterable of samples as a stream: its spec from the first sample, later ones checked."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class IterableStream:
         nothing = object()
         first = next(items, nothing)
         if first is nothing:
-            raise StreamError(f"the source ({kind}) yields no item")
+            raise StreamError(f"the source ({kind}) yields no sample")
         ragged = is_ragged(given) if ragged is None else ragged
         learned = _learn(self.sample(0, first), classes, outputs)
         self._spec = replace(learned, ragged=ragged)
@@ -92,7 +92,7 @@ class IterableStream:
 
     @property
     def spec(self) -> SampleSpec:
-        """Return the spec that the first item and the arguments give."""
+        """Return the spec that the first sample and the arguments give."""
         return self._spec
 
     def live_spec(self, patience: int) -> SampleSpec:
@@ -100,7 +100,8 @@ class IterableStream:
         return replace(self._spec, live=patience)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the items from item 0 on; raise StreamError for a second call on an iterator."""
+        """Yield the samples from sample 0 on; raise StreamError for a second call on an
+        iterator."""
         if self._peeked is not None:
             items, self._peeked = self._peeked, None
         elif self._again:
@@ -117,16 +118,16 @@ class IterableStream:
         u, y, end, time, late = self._fields(n, item)
         inputs = self._inputs(n, u)
         if not isinstance(end, (bool, np.bool_)):
-            raise StreamError(f"item {n}: end is {end!r}; give True or False")
+            raise StreamError(f"sample {n}: end is {end!r}; give True or False")
         number = isinstance(time, (int, float, np.number)) and not isinstance(time, bool)
         if time is not None and not number:
-            raise StreamError(f"item {n}: time is {time!r}; give a number of seconds, or None")
+            raise StreamError(f"sample {n}: time is {time!r}; give a number of seconds, or None")
         first = self._tensor(n, "u", u) if inputs is None else next(iter(inputs.values()))
         if self._model_loss is not None:
             if y is not None:
                 raise StreamError(
-                    f"item {n} has a target, and loss 'model' has none: name it as an argument of "
-                    "the model, or give the output a loss"
+                    f"sample {n} has a target, and loss 'model' has none: name it as an argument "
+                    "of the model, or give the output a loss"
                 )
             y = {self._model_loss: torch.zeros(len(first), 1)}
         return Sample(
@@ -139,7 +140,7 @@ class IterableStream:
         )
 
     def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """Return (u, y, end, time, late) of an item in any of the accepted forms."""
+        """Return (u, y, end, time, late) of a sample in any of the accepted forms."""
         if isinstance(item, Sample):
             u = item.u if item.inputs is None else item.inputs
             return u, item.y, item.end, item.time, item.late
@@ -152,7 +153,8 @@ class IterableStream:
             strange = [str(key) for key in item if key not in _KEYS]
             if strange:
                 raise StreamError(
-                    f"item {n} is a dict with the unknown {', '.join(strange)}; an item is {_FORMS}"
+                    f"sample {n} is a dict with the unknown {', '.join(strange)}; "
+                    f"a sample is {_FORMS}"
                 )
             return (
                 item["u"],
@@ -167,7 +169,9 @@ class IterableStream:
             return item[0], item[1] if len(item) == 2 else None, False, None, None
         length = f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
         hint = TUPLES if length and len(item) > 2 else ""
-        raise StreamError(f"item {n} is a {type(item).__name__}{length}; an item is {_FORMS}{hint}")
+        raise StreamError(
+            f"sample {n} is a {type(item).__name__}{length}; a sample is {_FORMS}{hint}"
+        )
 
     def _default_names(self, n: int, item: Mapping[Any, Any]) -> Mapping[str, str]:
         if self._model_loss is not None:
@@ -186,7 +190,7 @@ class IterableStream:
         if not isinstance(u, Mapping):
             return None
         if not u:
-            raise StreamError(f"item {n}: u has no inputs; give at least one tensor")
+            raise StreamError(f"sample {n}: u has no inputs; give at least one tensor")
         return {str(name): self._tensor(n, f"u[{name!r}]", one) for name, one in u.items()}
 
     def _late(self, n: int, late: Any) -> dict[int, Target] | None:
@@ -197,8 +201,8 @@ class IterableStream:
         )
         if not numbered:
             raise StreamError(
-                f"item {n}: late is {_short(late)}; give a dict from the numbers of earlier items "
-                "to their targets"
+                f"sample {n}: late is {_short(late)}; give a dict from the numbers of earlier "
+                "samples to their targets"
             )
         return {number: self._target(n, f"late[{number}]", y) for number, y in late.items()}
 
@@ -225,14 +229,14 @@ class IterableStream:
             return tensor.clone(memory_format=torch.contiguous_format) if self._copied else tensor
         if not isinstance(value, np.ndarray):
             raise StreamError(
-                f"item {n}: {field} is a {type(value).__name__}; give a torch tensor or a numpy "
+                f"sample {n}: {field} is a {type(value).__name__}; give a torch tensor or a numpy "
                 "array, the batch in front"
             )
         try:  # a copy in the machine's byte order, which torch asks for
             return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
         except TypeError as error:
             raise StreamError(
-                f"item {n}: {field} is a numpy array of {value.dtype}, which torch has no dtype "
+                f"sample {n}: {field} is a numpy array of {value.dtype}, which torch has no dtype "
                 "for: convert it with astype"
             ) from error
 
@@ -267,11 +271,11 @@ def _size_of(sizes: Sizes, readout: str | None) -> int | None:
 
 
 def _learn(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
-    """Return the spec that the first item and the user's arguments define."""
+    """Return the spec that the first sample and the user's arguments define."""
     u = first.u
     for one in (first.inputs or {"": u}).values():
         if one.dim() == 0:
-            raise StreamError("item 0: u has no dimension: items are batches, (B, ...)")
+            raise StreamError("sample 0: u has no dimension: samples are batches, (B, ...)")
     made = with_example(_learn_targets(first, classes, outputs), first)
     if first.inputs is None:
         return made
@@ -289,12 +293,12 @@ def _learn_targets(first: Sample, classes: Sizes, outputs: Sizes) -> SampleSpec:
         return SampleSpec(tuple(u.shape), u.dtype, one.shape, one.dtype, one.classes)
     if isinstance(first.y, Tensor):
         raise StreamError(
-            "item 0: y is one target, but classes or outputs are given by readout: give y as a "
+            "sample 0: y is one target, but classes or outputs are given by readout: give y as a "
             "dict of the readouts' names, too"
         )
     names = list(dict.fromkeys(name for part in named for name in part))
     if not names:
-        raise StreamError("item 0: y is an empty dict: name the readouts, or give None")
+        raise StreamError("sample 0: y is an empty dict: name the readouts, or give None")
     targets = {
         name: _target_spec(
             f"y[{name!r}]", u, first.target(name), _size_of(classes, name), _size_of(outputs, name)
@@ -311,12 +315,12 @@ def _target_spec(
         integers = not y.dtype.is_floating_point
         if y.dtype == torch.bool:
             raise StreamError(
-                f"item 0: {field} has dtype {y.dtype}: convert targets that are classes with "
+                f"sample 0: {field} has dtype {y.dtype}: convert targets that are classes with "
                 "y.long(), real-valued ones to a floating-point dtype"
             )
         if not integers and classes is not None:
             raise StreamError(
-                f"item 0: {field} has dtype {y.dtype}, but classes={classes} says that "
+                f"sample 0: {field} has dtype {y.dtype}, but classes={classes} says that "
                 "targets are classes: convert them with y.long(), or leave classes out"
             )
         return TargetSpec(tuple(y.shape), y.dtype, classes)
@@ -327,7 +331,7 @@ def _target_spec(
     if classes is None:
         of = "" if field == "y" else f" as {field}"
         raise StreamError(
-            f"item 0 has no target{of}, so what targets are is open: give classes= for integer "
+            f"sample 0 has no target{of}, so what targets are is open: give classes= for integer "
             "targets, outputs= for real-valued ones"
         )
     return TargetSpec((batch,), torch.int64, classes)

@@ -1,4 +1,4 @@
-"""Continues a stream at the item where a run stopped."""
+"""Continues a stream at the sample where a run stopped."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from hamdist.streams.sample import Sample, Stream
 
 @runtime_checkable
 class Seekable(Protocol):
-    """Stream that can begin at any item without making those before it."""
+    """Stream that can begin at any sample without making those before it."""
 
     def samples_from(self, n: int) -> Iterator[Sample]:
-        """Return `samples()` without its first n items."""
+        """Return `samples()` without its first n samples."""
         ...
 
 
 @runtime_checkable
 class Passing(Protocol):
-    """Stream that may drop items of its source, such as those that arrive while the run is busy."""
+    """Stream that may drop samples of its source, such as those that arrive while the run is
+    busy."""
 
     def passed(self) -> int:
-        """Return the number of items dropped up to the latest one yielded."""
+        """Return the number of samples dropped up to the latest one yielded."""
         ...
 
     def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
-        """Return the items after `given` yielded and `passed` dropped ones."""
+        """Return the samples after `given` yielded and `passed` dropped ones."""
         ...
 
 
 def passed_over(stream: Stream) -> int:
-    """Return the number of items of its source that a stream has dropped so far."""
+    """Return the number of samples of its source that a stream has dropped so far."""
     return stream.passed() if isinstance(stream, Passing) else 0
 
 
 def replays(stream: Stream) -> bool:
-    """Return True if the stream yields the same items at every call of `samples()`.
+    """Return True if the stream yields the same samples at every call of `samples()`.
 
     Portable streams do, unless their attribute `replays` is False, and so do lists.
     """
@@ -45,15 +46,17 @@ def replays(stream: Stream) -> bool:
 
 
 def drops(stream: Stream) -> bool:
-    """Return True if the stream can continue behind its last item, the clock choosing the next."""
+    """Return True if the stream can continue behind its last sample, the clock choosing the
+    next."""
     return bool(getattr(stream, "drops", False))
 
 
 def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
-    """Return the samples of a stream from item n on.
+    """Return the samples of a stream from sample n on.
 
-    A stream that does not yield the same items again continues with its next item. passed: number
-    of items that it has dropped before. Raises StreamError where the stream ends before item n.
+    A stream that does not yield the same samples again continues with its next sample. passed:
+    number of samples that it has dropped before. Raises StreamError where the stream ends before
+    sample n.
     """
     if isinstance(stream, Passing):
         return stream.samples_behind(n, passed)
@@ -65,7 +68,7 @@ def samples_from(stream: Stream, n: int, passed: int = 0) -> Iterator[Sample]:
     for items in range(n):
         if next(drawn, None) is None:
             raise StreamError(
-                f"the stream has {items} items, but the snapshot was taken {n} items behind its "
-                "start: give the stream that the run had"
+                f"the stream has {items} samples, but the snapshot was taken {n} samples behind "
+                "its start: give the stream that the run had"
             )
     return drawn

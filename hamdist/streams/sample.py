@@ -1,4 +1,4 @@
-"""The items of a stream, and the protocol of a stream.
+"""The samples of a stream, and the protocol of a stream.
 
 HL's stream is a sequence of (u, y^, delta): input, target and tag at a time t_k. Here the tag is
 `Sample.end`, which closes a sequence; t_k is `Sample.time`; and `Sample.late` holds targets that
@@ -53,15 +53,16 @@ class Emission(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One item (u, y) of a stream; a batch counts as one item.
+    """One sample (u, y) of a stream; a batch counts as one sample.
 
     Attributes:
         u: input (B, ...).
         y: (B,) classes or (B, O) values, or None where the target is missing; or a mapping from
             the names of readouts to such targets.
-        end: True for the last item of a sequence.
-        time: time stamp in seconds, if the item has one.
-        late: targets that come with this item and belong to earlier ones, by their number (from 0);
+        end: True for the last sample of a sequence.
+        time: time stamp in seconds, if the sample has one.
+        late: targets that come with this sample and belong to earlier ones, by their number (from
+        0);
             None for a target that will never come. `Rejoin` brings both together.
         inputs: for a model with several inputs all of them, by the names of its arguments, or
             numbered ('0', '1', ...) by position; u is the first one then.
@@ -103,7 +104,7 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
-    """Shapes and types that every item of a stream has (shapes with the batch in front).
+    """Shapes and types that every sample of a stream has (shapes with the batch in front).
 
     Attributes:
         classes: number of classes, for targets that are class indices; None for real values.
@@ -111,10 +112,10 @@ class SampleSpec:
             those of the first one (`several` makes such a spec).
         tokens: number of different tokens, where u holds their numbers (int64, 0 ... tokens - 1).
         inputs: by name, where there are several; then u_shape and u_dtype are those of the first.
-        example: the inputs of a real item, by the names that blocks have for them, if available.
-        late: number of items by which labels come late, where each sample passes twice
+        example: the inputs of a real sample, by the names that blocks have for them, if available.
+        late: number of samples by which labels come late, where each sample passes twice
             (wrappers/late_targets.py); 0: once, with its label.
-        ragged: True if items may have lengths of their own, behind the batch.
+        ragged: True if samples may have lengths of their own, behind the batch.
         live: of a live run, the number of unlabelled samples that wait for a label; else 0.
     """
 
@@ -140,7 +141,7 @@ class SampleSpec:
     def several(
         cls, u_shape: tuple[int, ...], u_dtype: torch.dtype, targets: Mapping[str, TargetSpec]
     ) -> SampleSpec:
-        """Return the spec of a stream whose items have a target for each of several readouts."""
+        """Return the spec of a stream whose samples have a target for each of several readouts."""
         first = next(iter(targets.values()))
         return cls(u_shape, u_dtype, first.shape, first.dtype, first.classes, dict(targets))
 
@@ -164,7 +165,7 @@ class SampleSpec:
 
 
 def with_example(spec: SampleSpec, first: Sample) -> SampleSpec:
-    """Return `spec` with the inputs of a real item, for dry runs of models."""
+    """Return `spec` with the inputs of a real sample, for dry runs of models."""
     several = {f"u.{name}": u for name, u in (first.inputs or {}).items()}
     return replace(spec, example=several or {"u": first.u})
 
@@ -173,9 +174,9 @@ def with_example(spec: SampleSpec, first: Sample) -> SampleSpec:
 class Stream(Protocol):
     """An ordered, possibly endless source of samples.
 
-    `samples()` starts at item 0. A portable stream can be sent to another process (pickled by Ray)
-    and yields the same items there at every call; one that is not portable (a plain iterator, a
-    DataLoader) stays in the driver's process and may allow one call only.
+    `samples()` starts at sample 0. A portable stream can be sent to another process (pickled by
+    Ray) and yields the same samples there at every call; one that is not portable (a plain
+    iterator, a DataLoader) stays in the driver's process and may allow one call only.
     """
 
     portable: bool
@@ -205,7 +206,7 @@ def check_stream(wrapper: str, stream: object) -> None:
     if not isinstance(stream, Stream):
         raise StreamError(
             f"{wrapper} wraps a stream, not a {type(stream).__name__}; make one with "
-            "hamdist.streams.from_iterable(...) or from_loader(...), which say what items look like"
+            "hamdist.streams.from_iterable(...) or from_loader(...), which say how samples look"
         )
 
 

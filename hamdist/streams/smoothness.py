@@ -1,6 +1,6 @@
-"""Measures how slowly a stream changes, on its first items.
+"""Measures how slowly a stream changes, on its first samples.
 
-M: items observed, S: frames.
+M: samples observed, S: frames.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ MOST_VALUES = 4096
 
 
 class Smoothness:
-    """Estimates S, the number of items over which a stream decorrelates.
+    """Estimates S, the number of samples over which a stream decorrelates.
 
-    About 1 for independent samples, about S for samples that fade into each other over S items
-    (`Smooth`), a quarter more than S for samples that are held for S items; at most 64, which
+    About 1 for independent samples, about S for samples that fade into each other over S samples
+    (`Smooth`), a quarter more than S for samples that are held for S samples; at most 64, which
     means "64 or more". The estimate compares two distances between items: the mean one between
-    neighbours, and the mean one between items at least half the observation apart. Their ratio
+    neighbours, and the mean one between samples at least half the observation apart. Their ratio
     is 1 for independent samples and grows with S; which S it belongs to follows from the
     covariance of a cross-fade with a random start (`_ratios`).
 
-    Looks at the first 64 items only, and keeps of each at most 4096 values, always the same
-    positions: at most 1 MiB. Items whose shape differs from the first one's are left out.
+    Looks at the first 64 samples only, and keeps of each at most 4096 values, always the same
+    positions: at most 1 MiB. Samples whose shape differs from the first one's are left out.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Smoothness:
         self._items = list(state["items"])
 
     def observe(self, u: Tensor) -> None:
-        """Record the next item's input, (B, ...); ignore items from the 65th on."""
+        """Record the next sample's input, (B, ...); ignore samples from the 65th on."""
         if len(self._items) >= MOST_ITEMS:
             return
         if self._shape is None:
@@ -64,7 +64,8 @@ class Smoothness:
 
     @property
     def frames(self) -> float | None:
-        """Return the estimate, in items, from 1 to 64; None before 16 items have been observed."""
+        """Return the estimate, in samples, from 1 to 64; None before 16 samples have been
+        observed."""
         many = len(self._items)
         if many < FEWEST_ITEMS:
             return None
@@ -85,14 +86,14 @@ def _far(many: int) -> int:
 
 @lru_cache(maxsize=MOST_ITEMS)
 def _ratios(many: int) -> tuple[float, ...]:
-    """Return far/step for S = 1 ... 64, root mean squares, of a cross-fade seen for `many` items.
+    """Return far/step for S = 1 ... 64, root mean squares, of a cross-fade seen for `many` samples.
 
-    Item m of a cross-fade is sum_n L(m/S - n) x_n with the hat L(t) = max(0, 1 - |t|). For
+    Sample m of a cross-fade is sum_n L(m/S - n) x_n with the hat L(t) = max(0, 1 - |t|). For
     independent x_n and a random start its covariance over a lag l is, up to the variance of x,
 
         c(l) = 1/S sum_t L(t/S) L((t + l)/S)        (t an integer, from -S to S)
 
-    and the mean squared distance of items l apart is 2 (c(0) - c(l)).
+    and the mean squared distance of samples l apart is 2 (c(0) - c(l)).
     """
     lags = torch.arange(many, dtype=torch.float64)
     pairs = many - lags[_far(many) :]

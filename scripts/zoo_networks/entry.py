@@ -86,7 +86,7 @@ def texts(seed: int) -> dict[str, Tensor]:
 
 
 def classes(seed: int) -> Tensor:
-    """Return a class for each item."""
+    """Return a class for each sample."""
     return whole(seed + 100, CLASSES, BATCH)
 
 

@@ -164,13 +164,14 @@ def test_pull_of_a_loss():
     same(grads, [error.T @ x, error.sum(0)])
 
 
-def test_a_loss_that_ignores_the_prediction_moves_nothing():
-    cell = LocalFunction(linear(3, 4, 0), Combine.CONCAT, 0)
-    record = cell.forward([noise(0, 5, 3)], [True])
-    _, slope = loss_and_slope(lambda *_: torch.tensor(1.0, dtype=F64), record.output, record.output)
-    per_parent, grads = cell.pull(record, slope(1.0))
-    assert not per_parent[0].any()
-    assert not any(g.any() for g in grads)
+def test_a_loss_without_a_gradient():
+    """As with torch's backward: refused, unless other losses may have one."""
+    y = noise(0, 5, 3)
+    for constant in (lambda *_: torch.tensor(1.0, dtype=F64), lambda y, _: y.detach().sum()):
+        with pytest.raises(ValueError, match="the loss has no gradient"):
+            loss_and_slope(constant, y, y)
+        _, slope = loss_and_slope(constant, y, y, alone=False)
+        assert not slope(1.0).any()
 
 
 @pytest.mark.parametrize("stash", [False, True])

@@ -4,6 +4,7 @@ masks, constants, made-up inputs."""
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import math
 
@@ -206,14 +207,14 @@ def diverged(model, items, **fields):
 
 
 def test_the_finite_range_and_what_is_not_the_steps_fault():
-    """An item as large, a mask in a state, weights that never moved."""
+    """A sample as large, a mask in a state, weights that never moved."""
     items = [rows(n) for n in range(STEPS)]
     items[5] = (items[5][0] * 1e20, items[5][1])
     deep = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES))
     assert "h left the finite range" in diverged(made(lambda: deep), items)
     said = diverged(made(lambda: nn.Sequential(nn.Linear(6, CLASSES))), items)
     assert "loss left the finite range" in said
-    assert "the stream's item holds values up to" in said
+    assert "the stream's sample holds values up to" in said
 
     class Masks(nn.Module):  # one module, so that its signal holds what it returns
         def forward(self, x):
@@ -346,7 +347,7 @@ class Siamese(nn.Module):
 
 
 class Adversary(nn.Module):
-    """A generator behind a net of its own, a discriminator for both kinds of items."""
+    """A generator behind a net of its own, a discriminator for both kinds of samples."""
 
     def __init__(self):
         super().__init__()
@@ -548,6 +549,40 @@ def test_buffers_that_a_forward_assigns():
     result = check(made(lambda: chain), items)
     assert result.model[1].calls == STEPS
     assert result.model[1].last.shape == (2, 8)
+
+
+class Auxiliary(nn.Module):
+    """A second output with a batch norm, as GoogLeNet's and DeepLab's, which nothing learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+        self.aux = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True))
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return {"out": self.c(torch.tanh(self.b(h))), "aux": self.aux(h)}
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_statistics_behind_an_output_that_is_not_learned(blocks):
+    """They follow the samples as in torch, where the whole forward pass is run."""
+    items = [(x, {"out": y}) for x, y in (rows(n) for n in range(STEPS))]
+    model = made(Auxiliary)
+    expected = copy.deepcopy(model)
+    optimiser = torch.optim.SGD(expected.parameters(), lr=LR)
+    for x, y in items:
+        optimiser.zero_grad()
+        functional.cross_entropy(expected(x)["out"], y["out"]).backward()
+        optimiser.step()
+    result = hamdist.train(
+        model, from_iterable(items, classes=CLASSES), level="backprop", learning={"lr": LR},
+        partition={"blocks": blocks}, dtype="float64", engine={"kind": "inprocess"},
+    )  # fmt: skip
+    after = result.model.state_dict()
+    assert after["aux.1.num_batches_tracked"] == STEPS
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=ROUND_OFF)
 
 
 Pair = collections.namedtuple("Pair", "logits features")

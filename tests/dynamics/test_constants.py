@@ -367,10 +367,10 @@ def stamped(times):
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        ([0.0, 0.5, None, 1.0], "item 2 has no time stamp, but dynamics.tau is 'stamps'"),
-        ([0.0, 0.5, 2.0], r"item 1: a step of tau = 1.5 s .* makes c tau = 1.5"),
-        ([0.0, 0.5, 0.5], "item 2 has time stamp 0.5 s, .* time stamps have to increase"),
-        ([0.0], r"item 0: a step of tau = nan"),
+        ([0.0, 0.5, None, 1.0], "sample 2 has no time stamp, but dynamics.tau is 'stamps'"),
+        ([0.0, 0.5, 2.0], r"sample 1: a step of tau = 1.5 s .* makes c tau = 1.5"),
+        ([0.0, 0.5, 0.5], "sample 2 has time stamp 0.5 s, .* time stamps have to increase"),
+        ([0.0], r"sample 0: a step of tau = nan"),
     ],
 )
 def test_time_stamps_that_are_of_no_use(times, message):

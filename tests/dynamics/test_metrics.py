@@ -1,4 +1,4 @@
-"""Prequential windows against counting by hand, item by item."""
+"""Prequential windows against counting by hand, sample by sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hamdist.dynamics.objective.prequential import AT_ONCE, SMALL, Prequential
 
 
 def by_hand(items):
-    """(loss, correct, rows) of all items."""
+    """(loss, correct, rows) of all samples."""
     correct = rows = 0
     for prediction, target, _ in items:
         if target.is_floating_point():
@@ -35,10 +35,10 @@ def test_small_and_large_predictions_are_counted_alike(every):
     for n, (prediction, target, loss) in enumerate(items):
         metrics.record(n, prediction, target, loss)
     metrics.flush()
-    assert [w.items for w in metrics.windows[:-1]] == [every] * (len(metrics.windows) - 1)
+    assert [w.samples for w in metrics.windows[:-1]] == [every] * (len(metrics.windows) - 1)
     for window in metrics.windows:
         loss, correct, rows = by_hand(items[window.first : window.last + 1])
-        assert window.items == window.last + 1 - window.first
+        assert window.samples == window.last + 1 - window.first
         assert window.loss == pytest.approx(loss, rel=1e-6)
         assert (window.correct, window.rows) == (correct, rows)
     assert metrics.windows[-1].last == len(items) - 1

@@ -4,17 +4,25 @@ Oracle: torch.optim.SGD on that loss, float64."""
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import warnings
 
 import pytest
 import torch
 from dynamics.helpers import relative
+from runtime.test_engines_equal import assert_equal
+from runtime.test_recovery import Once, driver  # noqa: F401
+from runtime.test_snapshots import goes_on
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 
 import hamdist
+from hamdist.cli import app
 from hamdist.errors import GraphError, StreamError
+from hamdist.streams import from_iterable
 
 WORDS, LR = 11, 0.1
 
@@ -65,20 +73,25 @@ def model():
     return Causal().double()
 
 
-def by_sgd():
-    plain = model()
+def by_sgd(plain=None, batches=None):
+    plain = plain or model()
     optimiser = torch.optim.SGD(plain.parameters(), lr=LR)
-    for batch in loader():
+    for batch in batches or loader():
         optimiser.zero_grad()
         plain(**batch)["loss"].backward()
         optimiser.step()
     return plain
 
 
-def trained(data, level="backprop", **fields):
+def trained(data, level="backprop", net=None, **fields):
     options = {"loss": "model", "engine": {"kind": "inprocess"}, "partition": {"blocks": 3}}
     return hamdist.train(
-        model(), data, level=level, dtype="float64", learning={"lr": LR}, **{**options, **fields}
+        net or model(),
+        data,
+        level=level,
+        dtype="float64",
+        learning={"lr": LR},
+        **{**options, **fields},
     )
 
 
@@ -111,6 +124,85 @@ def test_both_engines_agree_to_the_bit():
     ]
     for a, b in zip(*(run.model.state_dict().values() for run in runs), strict=True):
         assert torch.equal(a, b)
+
+
+def halves(module, to_inputs, to_outputs):
+    return tuple(g / 2 for g in to_inputs)
+
+
+def doubles(module, given, made):
+    return 2 * made
+
+
+class Odd(Causal):
+    """With a sparse embedding, hooks on modules, and what kills its process."""
+
+    def __init__(self, mark=None):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 8, sparse=True)
+        self.mixed = nn.Sequential(nn.Linear(8, 8), Once(mark and 31, mark, "kill"))
+        self.mixed[0].register_full_backward_hook(halves)
+        self.head.register_forward_hook(doubles)
+
+
+def odd(mark=None):
+    torch.manual_seed(0)
+    return Odd(mark).double()
+
+
+class Collated:
+    """Batches that an actor can draw."""
+
+    portable = True
+
+    def __init__(self, steps=60):
+        self.steps = steps
+        self.batches = list(loader())
+        self.spec = from_iterable(self.batches, model_loss="loss").spec
+
+    def samples(self):
+        batches = itertools.islice(itertools.cycle(self.batches), self.steps)
+        return from_iterable(list(batches), model_loss="loss").samples()
+
+
+@pytest.mark.parametrize("level", ["trace", "backprop"])
+def test_on_from_a_snapshot(level, tmp_path):
+    """And the hooks, which a snapshot does not hold, go on to act; by SGD they do the same."""
+
+    def run(engine, resume, **fields):
+        return trained(Collated(18), level, odd(), engine=engine, resume=resume, **fields)
+
+    whole = goes_on(run, tmp_path, 7)
+    if level == "backprop":
+        expected = by_sgd(odd(), Collated(18).batches * 3).state_dict()
+        assert relative(whole.model.state_dict().values(), expected.values()) <= 1e-12
+
+
+@pytest.mark.ray
+def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path):  # noqa: F811
+    kept = {"path": str(tmp_path / "kept"), "every": 10}
+    engine = {"kind": "ray", "actors": 3}
+    spread = trained(Collated(), "trace", odd(tmp_path / "mark"), engine=engine, snapshots=kept)
+    assert len(spread.replaced) == 1
+    assert_equal(trained(Collated(), "trace", odd()), spread)
+
+
+def test_compare(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "causal.py").write_text(
+        "from dynamics.test_model_loss import loader, model\n\n\n"
+        "def data(seed):\n    return loader()\n"
+    )
+    arguments = ["compare", "--model", "causal.py:model", "--stream", "causal.py:data"]
+    arguments += ["--levels", "backprop", "--steps", "6", "--engine", "inprocess", "--out", "out"]
+    options = ["--set", "loss=model", "--set", "dtype=float64", "--set", "partition.blocks=3"]
+    done = CliRunner().invoke(app, [*arguments, *options])
+    assert done.exit_code == 0, done.output
+    files = (tmp_path / "out" / "runs").glob("*.json")
+    runs = [json.loads(file.read_text()) for file in files]
+    assert {run["level"] for run in runs} == {"centralised", "backprop"}
+    central, level = (sum(window["loss"] for window in run["windows"]) for run in runs)
+    assert level == pytest.approx(central, rel=1e-12) != 0
 
 
 def test_an_output_that_is_no_number_is_refused():

@@ -43,7 +43,7 @@ def train(model=net, items=ITEMS, level="backprop", **given):
 
 
 def by_hand(make, scheduler=None, *, model=net, items=ITEMS, clip=None):
-    """make: the optimisers of named parameters. Items whose target is None only count."""
+    """make: the optimisers of named parameters. Samples whose target is None only count."""
     own = model()
     optimisers = make({n: p for n, p in own.named_parameters() if p.requires_grad})
     schedulers = [scheduler(one) for one in optimisers] if scheduler else []

@@ -25,7 +25,7 @@ BOUND = 1e-12
 
 # -- schedule ------------------------------------------------------------------------------------
 
-# Item 0 makes the pulses 0 ... M - 1, item 1 those from M on.
+# Sample 0 makes the pulses 0 ... M - 1, sample 1 those from M on.
 TABLES = {
     (1, 2): """
 tick | b0
@@ -105,7 +105,7 @@ def test_events_by_hand(blocks, parts):
 @pytest.mark.parametrize("blocks", [2, 3, 5])
 def test_one_forward_one_backward(blocks, parts):
     """The oldest message comes before the next forward; D - l + 1 micro-batches are kept at most;
-    no weight moves while an item is in the network."""
+    no weight moves while a sample is in the network."""
     schedule = schedule_of(bare_chain(blocks), parts)
     trip = 2 * (blocks - 1) + 1
     assert schedule.c == trip + 2 * (parts - 1)
@@ -235,7 +235,7 @@ def batches(sizes, *, ignored=0.0, words=False):
 
 
 def by_sgd(model, items, loss, momentum=0.0):
-    """The losses by item and output, and the weights at the end."""
+    """The losses by sample and output, and the weights at the end."""
     step = torch.optim.SGD(model.parameters(), 0.3, momentum)
     curves = []
     for u, y in items:
@@ -319,7 +319,7 @@ def test_a_mean_over_what_is_not_ignored(build, parts):
 
 
 def test_real_targets_a_loss_of_the_users_and_a_first_step():
-    """mse (hamdist's: half the sum over outputs), and phi of the first item."""
+    """mse (hamdist's: half the sum over outputs), and phi of the first sample."""
     draw = torch.Generator().manual_seed(2)
     items = [
         (
@@ -361,8 +361,8 @@ def test_items_without_targets_and_of_one_readout():
         for key, theta in block.theta.items():
             torch.testing.assert_close(runs[1].blocks[name].theta[key], theta, rtol=0, atol=BOUND)
     for ones, others in zip(*(run.windows.values() for run in runs), strict=True):
-        assert [(w.first, w.last, w.items, w.rows) for w in ones] == [
-            (w.first, w.last, w.items, w.rows) for w in others
+        assert [(w.first, w.last, w.samples, w.rows) for w in ones] == [
+            (w.first, w.last, w.samples, w.rows) for w in others
         ]
 
 
@@ -394,8 +394,8 @@ def test_late_labels_and_a_mask_that_is_no_batch():
         for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=BOUND)
         (ones,), (others,) = one.windows.values(), other.windows.values()
-        assert [(w.items, w.correct, w.rows) for w in ones] == [
-            (w.items, w.correct, w.rows) for w in others
+        assert [(w.samples, w.correct, w.rows) for w in ones] == [
+            (w.samples, w.correct, w.rows) for w in others
         ]
 
 

@@ -272,7 +272,7 @@ def test_the_uncut_model_comes_back():
     assert result.model.lm_head.weight is result.model.transformer.wte.weight
     assert "transformer.wte.weight" in result.blocks["block0"].theta
     assert "lm_head.weight" not in result.blocks["block3"].theta
-    # A gradient and a weight an item, of 11 tokens in 8 dimensions.
+    # A gradient and a weight a sample, of 11 tokens in 8 dimensions.
     assert result.bytes_per_edge["block0<->block3"] == 2 * STEPS * 11 * 8 * 8
 
 

@@ -115,7 +115,7 @@ def test_an_activation_that_a_model_keeps_is_no_reason():
 
 
 def test_a_run_of_thousands_of_years():
-    """6 operations x 1000 layers x 1000^2 weights x batch 100 are 60 s of an item at 1e10 / s."""
+    """6 operations x 1000 layers x 1000^2 weights x batch 100 are 60 s of a sample at 1e10 / s."""
     sizes = {"model": {"depth": 1000, "width": 1000}, "stream": {"batch": 100}}
     year = 365 * 24 * 3600 // 60
     assert check_time(Settings(**sizes, steps=9 * year)) == []

@@ -168,13 +168,13 @@ def test_the_whole_way(machine, tmp_path):
     code, out, err = done(hamdist(machine, "launch", *wanted, "--out", "far", cwd=tmp_path))
     assert done(alone)[0] == 0
     assert code == 0, err
-    assert "items 40 of 32 rows" in out
+    assert "samples 40 of 32 rows" in out
     assert_equal(tmp_path / "alone", tmp_path / "far")
     name = re.search(r"digits-trace-\w+", out).group()
 
     # again, by another terminal, after it has ended
     code, out, err = done(hamdist(machine, "attach", "--out", "again", cwd=tmp_path))
-    assert (code, "items 40" in out) == (0, True), err
+    assert (code, "samples 40" in out) == (0, True), err
     assert_equal(tmp_path / "far", tmp_path / "again")
 
     # a long one: its terminal is killed as soon as the run has begun, and it goes on
@@ -183,7 +183,7 @@ def test_the_whole_way(machine, tmp_path):
     process = hamdist(machine, "launch", *endless, *slow, "--steps", "1000000", cwd=tmp_path)
     long = process.stdout.readline().strip()
     for line in process.stderr:
-        if "item " in line:
+        if "sample " in line:
             break
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -253,7 +253,7 @@ def test_a_lost_driver_and_a_stop_change_no_number(machine, tmp_path):
     run = hamdist(machine, "launch", *LOSSES, *slow, cwd=tmp_path)
     name = run.stdout.readline().strip()
     for line in run.stderr:
-        if "item " in line:
+        if "sample " in line:
             break
     code, _, err = done(hamdist(machine, "stop", name, "--out", "stopped", cwd=tmp_path))
     assert (code, f"--resume {name}" in err) == (0, True), err
@@ -275,7 +275,7 @@ def driver_on(machine):
 def metrics(folder):
     """The windows, without the times they took."""
     told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(w["first"], w["items"], w["loss"], w["correct"]) for w in told if "loss" in w]
+    return [(w["first"], w["samples"], w["loss"], w["correct"]) for w in told if "loss" in w]
 
 
 def assert_equal(one, other):

@@ -30,7 +30,6 @@ from hamdist.launch.events import (
     Ended,
     FilesStay,
     Progressed,
-    ProgressPace,
     Started,
     WarningEvent,
     file_events,
@@ -45,6 +44,7 @@ from hamdist.launch.submit import kept_at, make_id, resumed_from
 from hamdist.models.build import load_factory
 from hamdist.runtime.placement.assign_hosts import HostInfo
 from hamdist.runtime.placement.links import Probe
+from hamdist.runtime.results.progress_events import ProgressPace
 from hamdist.runtime.results.result import BlockProgress, Progress
 from hamdist.study.run.own_data import load_stream
 from hamdist.study.shared.recipes import load_settings
@@ -463,6 +463,28 @@ def test_installed_code_does_not_travel():
     load_factory("torch.nn:Identity")
     assert own_code("torch.nn:Identity") is None
     assert own_code("json:loads") is None
+
+
+def test_files_of_rules_travel(tmp_path, monkeypatch):
+    """The settings of the job name them as modules, which lie beside them."""
+    file = tmp_path / "shipped_rules.py"
+    file.write_text("import hamdist\nclass Mine(hamdist.Rule):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = f"{file}:Mine"
+    rules = {"a": mine, "b": {"name": mine, "gain": 2}, "c": "kolen-pollack"}
+    settings = Settings.model_validate({"learning": {"rules": rules}})
+    with packed(settings, JobSpec(id="x", model=None, storage=None, most=1)) as folder:
+        there = load_settings(str(folder / "settings.yaml"), []).learning.rules
+        assert (folder / file.name).read_text() == file.read_text()
+    renamed = "shipped_rules:Mine"
+    assert there == {"a": renamed, "b": {"name": renamed, "gain": 2}, "c": "kolen-pollack"}
+    gone = Settings.model_validate({"learning": {"rules": {"a": "gone.py:Mine"}}})
+    order = JobSpec(id="x", model=None, storage=None, most=1)
+    with (
+        pytest.raises(SettingsError, match=r"learning.rules.a 'gone.py:Mine'"),
+        packed(gone, order),
+    ):
+        pass
 
 
 def test_one_place_to_go():

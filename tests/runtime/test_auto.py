@@ -109,7 +109,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("source", [PortableStream, stream], ids=["portable", "asked once"])
 def test_a_run_is_that_of_the_settings_it_chose(source):
-    """And the items that were looked at come again."""
+    """And the samples that were looked at come again."""
     own = Settings.model_validate({"level": "auto", "steps": 80, "learning": {"lr": 0.1}})
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -130,7 +130,7 @@ def test_a_sequential_with_a_forward_of_its_own_keeps_it():
     assert list(result.blocks) == ["block0", "block1"]
     u, y = batches(5)[0]
     first = cross_entropy(model()(u), y)
-    assert result.windows["block1"][0].items == 5
+    assert result.windows["block1"][0].samples == 5
     one = train(model(), PortableStream(1), Settings(level="backprop", steps=1))
     assert one.windows["block1"][0].loss == pytest.approx(first.item(), rel=1e-6)
 

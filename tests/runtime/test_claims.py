@@ -125,7 +125,7 @@ def test_another_stream_is_warned_of(tmp_path, seed):
     on = run(tmp_path / "b", resume=tmp_path / "a", stream=Portable(seed), model=model)
     told = [text for text in on.warnings if "the stream is not that of" in text]
     assert len(told) == seed
-    assert all("first item" in text for text in told)
+    assert all("first sample" in text for text in told)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -282,7 +282,7 @@ def ports_of_actors():
 
 @pytest.mark.ray
 def test_a_run_under_attack_equals_the_undisturbed_one(session, leaves_no_socket):
-    """The stream itself attacks every port of the run before its item 100; it feeds the actors by
+    """The stream itself attacks every port of the run before its sample 100; it feeds the actors by
     tcp as well."""
     attacked = []
 

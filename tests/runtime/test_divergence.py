@@ -102,7 +102,7 @@ def test_the_weights_are_those_from_before():
     left = caught.value.result
     for name, weight in before.model.state_dict().items():
         assert torch.equal(left.model.state_dict()[name], weight)
-    assert sum(w.items for w in left.windows["block0"]) == 6
+    assert sum(w.samples for w in left.windows["block0"]) == 6
 
 
 def test_learning_that_runs_away():

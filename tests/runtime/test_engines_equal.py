@@ -58,6 +58,11 @@ LEVELS = {
     "trace, momentum": {"level": "trace", "learning": {"lr": 0.05, "momentum": 0.5}},
     "backprop": {"level": "backprop"},
     "pipeline": {"level": "pipeline", "locality": {"microbatches": 3}},
+    "double-buffered": {
+        "level": "trace",
+        "locality": {"accumulate": 10, "double_buffered": True},
+        "learning": {"lr": 0.05, "momentum": 0.5},
+    },
 }
 PLACEMENTS = {
     "2 actors": {"actors": 2},
@@ -183,7 +188,7 @@ def test_uneven_last_batch_missing_targets_and_a_stream_of_the_driver(session, l
 
     alone, spread = both(chain, source, {"actors": 3}, 60, **LEVELS[level])
     assert alone.samples == 60
-    assert sum(w.items for w in alone.windows["block4"]) == 56
+    assert sum(w.samples for w in alone.windows["block4"]) == 56
     assert_equal(alone, spread)
 
 

@@ -91,7 +91,7 @@ def test_a_users_exception_names_the_block_and_carries_its_traceback(leaves_noth
 def test_a_bad_sample_is_named(leaves_nothing, kind):
     made = batches(50)
     made[17][0][2, 3] = float("nan")
-    with pytest.raises(StreamError, match="item 17.*nan"):
+    with pytest.raises(StreamError, match="sample 17.*nan"):
         train(chain(), from_iterable(made, classes=CLASSES), settings(kind=kind))
 
 
@@ -245,7 +245,7 @@ def test_an_interrupted_run_keeps_what_it_has(leaves_nothing):
         assert result.interrupted
         assert result.samples >= sent[0]
         assert all(block.updates == result.samples for block in result.blocks.values())
-        assert sum(w.items for w in result.windows["block4"]) == result.samples
+        assert sum(w.samples for w in result.windows["block4"]) == result.samples
         alone = train(chain(), EndlessStream(), Settings(level="trace", steps=result.samples))
         for key, tensor in alone.model.state_dict().items():
             assert torch.equal(tensor, result.model.state_dict()[key])

@@ -154,7 +154,7 @@ def test_windows_of_an_endless_stream_are_joined():
         metrics.record(n, torch.zeros(1, 2), torch.tensor([0]), torch.tensor(float(n)))
     metrics.flush()
     assert len(metrics.windows) <= 8
-    assert sum(w.items for w in metrics.windows) == 1000
+    assert sum(w.samples for w in metrics.windows) == 1000
     assert sum(w.loss for w in metrics.windows) == sum(range(1000))
     assert metrics.windows[0].first == 0
     assert metrics.windows[-1].last == 999

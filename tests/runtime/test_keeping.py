@@ -15,17 +15,19 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, SnapshotError
-from hamdist.runtime.engines.worker import SnapshotNews, WorkerStatus
+from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerStatus
 from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.plan.plan import make_plan, make_snapshot_policy
 from hamdist.runtime.ray_engine.engine import _Watch
+from hamdist.runtime.ray_engine.session import Session
 from hamdist.runtime.ray_engine.supervision import (
     LAST_SECONDS,
     PATIENCE_SECONDS,
     SnapshotSupervision,
 )
+from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.signals.sent_log import OBJECT_BYTES, SentLog
 from hamdist.runtime.signals.signal import Channel, Signal
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue
@@ -66,6 +68,7 @@ class FakeCrew:
     told: list = field(default_factory=list)
     done = lost = stopped = called_off = late = local_forgot = False
     arithmetic = ()
+    session = Session()
 
     def too_late(self):
         return self.late
@@ -84,7 +87,9 @@ class FakeCrew:
         self.called_off = True
 
     def at(self, tick):
-        self.actors[0].status = WorkerStatus({"b": tick}, {}, 0, [], 0, None, None)
+        self.actors[0].status = WorkerStatus(
+            {"b": tick}, {}, 0, [], 0, None, {}, ProcessSample(), None
+        )
 
     def keep(self, tick):
         self.asked.append(tick)
@@ -327,6 +332,59 @@ def test_a_ledger_weighs_objects_too():
     sent_log.mark(11)
     sent_log.complete(11)  # the two latest stay
     assert sent_log.nbytes == 2 * OBJECT_BYTES + 24
+
+
+def numbered(log):
+    """The samples that a log has: those at its numbers, and those behind the one before them."""
+    numbers = range(log.first, log.posted + 1)
+    found = [log.at(n).stamp.sample for n in numbers]
+    assert found == [signal.stamp.sample for signal in log.behind(log.first - 1)]
+    assert log.behind(log.posted) == []
+    for outside in (log.first - 1, log.posted + 1):
+        with pytest.raises(SnapshotError, match=f"signal {outside} of a channel that keeps"):
+            log.at(outside)
+    return found
+
+
+def test_which_signals_a_log_has():
+    """Written out for a room of 3. Signal n is about sample n; at a cut the last three that were
+    posted may be under way, so those before them go, and no other."""
+    channel = Channel(7, Kind.STATE, "a", "b", "a->b", capacity=3)
+    size = OBJECT_BYTES + 8
+
+    def posted(many, **given):
+        sent_log = SentLog({"a"}, **given)
+        for n in range(1, many + 1):
+            assert sent_log.post(channel, Signal(Stamp(n, n, 0), torch.zeros(2))) == n
+            if n == 5:
+                sent_log.mark(50)
+        return sent_log, sent_log.log(channel)
+
+    sent_log, log = posted(9, replays=True)
+    assert numbered(log) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    sent_log.complete(50)
+    assert numbered(log) == [3, 4, 5, 6, 7, 8, 9]
+    sent_log.complete(50)  # known no more
+    assert numbered(log) == [3, 4, 5, 6, 7, 8, 9]
+    assert log.nbytes == 7 * size
+
+    for many, first in ((11, 1), (12, 10), (23, 10), (24, 22)):  # every fourth room is cleared
+        _, log = posted(many, replays=False)
+        assert numbered(log) == list(range(first, many + 1))
+
+    _, log = posted(32, replays=True, limit=16 * size)  # weighed at every 16th: the second is over
+    assert numbered(log) == [30, 31, 32]
+
+    log.begin(40, [Signal(Stamp(n, n, 0)) for n in (39, 40)])
+    assert (log.first, log.posted, log.nbytes) == (39, 40, 2 * OBJECT_BYTES)
+    assert numbered(log) == [39, 40]
+
+
+def test_a_relative_folder_is_made_absolute_by_the_driver(tmp_path, monkeypatch):
+    """Actors may have another current folder; a URL stays one."""
+    monkeypatch.chdir(tmp_path)
+    assert plan_of("kept").snapshot_policy.path == str(tmp_path / "kept")
+    assert plan_of("memory://kept").snapshot_policy.path == "memory://kept"
 
 
 @pytest.mark.parametrize("snapshots", [3, 30])

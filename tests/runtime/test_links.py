@@ -3,8 +3,7 @@ the in-process engine with the same delays."""
 
 from __future__ import annotations
 
-import itertools
-import math
+import dataclasses
 import threading
 import time
 
@@ -15,14 +14,26 @@ from runtime.networks import PortableStream, chain, stream
 from runtime.test_engines_equal import assert_equal
 
 from hamdist.config import EngineSettings, Settings
-from hamdist.dynamics.partition.apply_settings import delayed
-from hamdist.dynamics.schedule.events import Kind, Stamp
+from hamdist.dynamics.schedule.events import Kind, Phase, Stamp
 from hamdist.errors import WireError
-from hamdist.runtime.placement.assign_blocks import Costs
-from hamdist.runtime.placement.links import ROUNDS, Link, Probe, least_delays, pairs
+from hamdist.runtime.placement.links import (
+    MARGIN,
+    ROUNDS,
+    WORSE,
+    Probe,
+    cluster_of,
+    least_delays,
+)
 from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.timing.cluster_model import (
+    BYTES_PER_SECOND,
+    REMOTE_SECONDS,
+    Link,
+)
+from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.train.train import train
 from hamdist.runtime.transport.delayed_receiver import DelayedReceiver
 from hamdist.runtime.transport.endpoint import EndpointContext
@@ -143,62 +154,83 @@ def plan(graph, level="trace", outputs=1, **fields):
     return make_plan(graph, settings(level, **fields), source.spec)
 
 
-def test_by_the_formula():
-    """Blocks of 2 ms, two an actor: ticks of 4 ms; 25 ms of link and a quarter need 1 + 8."""
-    made = plan(bare_chain(4))
-    placement = [["b0", "b1"], ["b2", "b3"]]
-    costs = Costs((2e-3,) * 4)
-    assert pairs(made, placement) == {(0, 1)}
-    found = least_delays(made, placement, costs, {(0, 1): Link(25e-3)})
-    assert found == {"b0->b1": 1, "b1->b2": 9, "b2->b3": 1}
-    # 16 bytes a signal at 1,000 bytes/s take 16 ms a sample, which is then a tick
-    slow = {(0, 1): Link(25e-3, 1e3)}
-    assert least_delays(made, placement, costs, slow)["b1->b2"] == 1 + math.ceil(1.25 * 41 / 16)
-    # what actors spend on signals counts as work: 5 ms a tick
-    dear = Costs((2e-3,) * 4, ((0, 1, 9.0), (1, 2, 1e-3)))
-    assert least_delays(made, placement, dear, {(0, 1): Link(25e-3)})["b1->b2"] == 8
+def model_of(plan, forward, backward, readout):
+    """Blocks b0, b1, ... with the seconds of their passes; the last one is the readout."""
+    *blocks, last = plan.graph.blocks
+    phases = {Phase.FORWARD: forward, Phase.BACKWARD: backward}
+    seconds = dict.fromkeys(blocks, phases) | {last: {Phase.READ: readout}}
+    return TimingModel(plan, seconds, blocks[0])
 
 
-def test_bundles_need_as_much_more():
-    """Of 3: the first of them waits for the last, 2 ticks."""
-    made = plan(bare_chain(2), engine={"bundle": 3})
-    found = least_delays(made, [["b0"], ["b1"]], Costs((4e-3, 4e-3)), {(0, 1): Link(25e-3)})
-    assert found == {"b0->b1": 11}
+ALONE = {"bundle": "off"}
+
+
+def ring(d, f, g, r, link):
+    """Two blocks, a link of d ticks. Block 0 does, in each tick, the forward pass of a new sample,
+    then the backward pass of the one from 2 d ticks before, whose message it needs: once around,
+    f + link + r + link + g, the cycle spans 2 d + 1 samples. Every message costs either end
+    REMOTE; block 1 gets its targets across, too."""
+    each = REMOTE_SECONDS + 2 * 8 / BYTES_PER_SECOND
+    b0, b1 = f + g + 3 * each, r + 3 * each
+    return max(b0, b1, (b0 + b1 + 2 * link) / (2 * d + 1))
+
+
+@pytest.mark.parametrize("link", [0.0, 2e-3, 25e-3, 80e-3])
+def test_the_period_of_a_ring(link):
+    links = {(0, 1): Link(link)}
+    for d in (1, 2, 7):
+        model = model_of(plan(bare_chain(2, delay=d), engine=ALONE), 1e-3, 3e-3, 2e-3)
+        placement = [["b0"], ["b1"]]
+        timed = model.timed(placement, [0, 1], cluster_of(placement, links))
+        assert timed.period().seconds == pytest.approx(ring(d, 1e-3, 3e-3, 2e-3, link))
+
+
+@pytest.mark.parametrize("link", [0.0, 2e-3, 25e-3, 80e-3])
+def test_the_least_delay_of_a_ring(link):
+    model = model_of(plan(bare_chain(2)), 1e-3, 3e-3, 2e-3)
+    aim = ring(1, 1e-3, 3e-3, 2e-3, 0.0) * (1 + WORSE)
+    least = next(d for d in range(1, 99) if ring(d, 1e-3, 3e-3, 2e-3, MARGIN * link) <= aim)
+    assert least_delays(model, [["b0"], ["b1"]], {(0, 1): Link(link)}) == {"b0->b1": least}
 
 
 def test_one_sample_at_a_time_gains_nothing():
-    made = plan(bare_chain(2), "backprop")
-    found = least_delays(made, [["b0"], ["b1"]], Costs((4e-3, 4e-3)), {(0, 1): Link(25e-3)})
-    assert found == {"b0->b1": 1}
+    model = model_of(plan(bare_chain(2), "backprop"), 1e-3, 3e-3, 4e-3)
+    assert least_delays(model, [["b0"], ["b1"]], {(0, 1): Link(25e-3)}) == {"b0->b1": 1}
 
 
-def test_held_samples_have_shorter_ticks():
-    """At speed 4 a sample's 8 ms are four ticks of 2 ms."""
-    made = plan(bare_chain(2), "local", locality={"speed": 4})
-    found = least_delays(made, [["b0"], ["b1"]], Costs((8e-3, 8e-3)), {(0, 1): Link(25e-3)})
-    assert found == {"b0->b1": 1 + math.ceil(1.25 * 25 / 2)}
+def test_a_bundle_uses_its_delay_up():
+    """Of 3: the first of them waits for the last, two ticks, there and back."""
+    alone = model_of(plan(bare_chain(2), engine={"bundle": "off"}), 1e-3, 3e-3, 4e-3)
+    bundled = model_of(plan(bare_chain(2), engine={"bundle": 3}), 1e-3, 3e-3, 4e-3)
+    links = {(0, 1): Link(25e-3)}
+    (one,) = least_delays(alone, [["b0"], ["b1"]], links).values()
+    (three,) = least_delays(bundled, [["b0"], ["b1"]], links).values()
+    assert one + 1 <= three <= one + 2
 
 
-def test_no_smaller_delays_would_do():
-    """A diamond over three actors: every other choice that gives each crossing edge its time has
-    some larger delay."""
+@pytest.mark.parametrize("level", ["local", "trace"])
+def test_no_smaller_delays_would_do(level):
+    """A diamond over three actors, two ticks a sample: every choice that is smaller on some edges
+    and larger on none has a longer period."""
     graph = bare("a: u", "b: a", "c: a", "d: b c a")
-    made = plan(graph, outputs=3)
+    model = model_of(plan(graph, level, 3, locality={"speed": 2}), 1e-3, 5e-4, 1e-3)
+    if level == "local":
+        seconds = {name: {Phase.TICK: 2e-3} for name in graph.blocks}
+        model = TimingModel(model.plan, seconds, "a")
     placement = [["a"], ["b", "c"], ["d"]]
     links = {(0, 1): Link(2e-3), (1, 2): Link(1e-3), (0, 2): Link(3e-3)}
-    needs = {"a->b": 4, "a->c": 4, "b->d": 3, "c->d": 3, "a->d": 5}
-    found = least_delays(made, placement, Costs((1e-3, 5e-4, 5e-4, 1e-3)), links)
+    slower = {pair: Link(MARGIN * link.seconds) for pair, link in links.items()}
 
-    def enough(delays):
-        depths = delayed(graph, delays).depths
-        edges = [name.split("->") for name in delays]
-        return all(depths[c] - depths[p] >= needs[f"{p}->{c}"] for p, c in edges)
+    def period(delays, links):
+        other = dataclasses.replace(model, plan=with_delays(model.plan, delays))
+        return other.timed(placement, [0, 1, 2], cluster_of(placement, links)).period().seconds
 
-    assert enough(found)
-    ways = itertools.product(range(1, 6), repeat=len(needs))
-    for way in (dict(zip(needs, w, strict=True)) for w in ways):
-        smaller = all(way[e] <= found[e] for e in needs) and way != found
-        assert not (smaller and enough(way)), way
+    found = least_delays(model, placement, links)
+    aim = (1 + WORSE) * period(dict.fromkeys(found, 1), {})
+    assert period(found, slower) <= aim
+    assert max(found.values()) > 1
+    for name, d in found.items():
+        assert d == 1 or period({**found, name: d - 1}, slower) > aim
 
 
 # -- in a run --------------------------------------------------------------------------------------

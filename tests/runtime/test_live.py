@@ -115,7 +115,7 @@ def test_a_label_that_comes_later_is_learned_then():
             if n >= delay:
                 run.teach(n - delay, said[n - delay][1])
     (window,) = run.result.windows[next(iter(run.result.windows))]
-    assert (window.items, window.correct, window.first, window.last) == (20, right, 0, 19)
+    assert (window.samples, window.correct, window.first, window.last) == (20, right, 0, 19)
     assert window.loss == pytest.approx(float(sum(losses)), rel=1e-5)
     for name, weight in run.result.model.state_dict().items():
         torch.testing.assert_close(weight, by_hand.state_dict()[name])

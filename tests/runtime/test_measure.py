@@ -19,12 +19,11 @@ from torch import nn
 
 from hamdist.config import Settings
 from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.schedule.events import Phase
 from hamdist.runtime.advice.advice import placement_notes
 from hamdist.runtime.placement import step_costs as module
 from hamdist.runtime.placement.assign_blocks import Costs
 from hamdist.runtime.placement.step_costs import (
-    BYTES_PER_SECOND,
-    SIGNAL_SECONDS,
     Unmeasured,
     in_flight,
     measure,
@@ -33,6 +32,7 @@ from hamdist.runtime.placement.step_costs import (
     wants_costs,
 )
 from hamdist.runtime.plan.plan import make_plan
+from hamdist.runtime.timing.cluster_model import BYTES_PER_SECOND, LOCAL_SECONDS
 from hamdist.runtime.train.prepare import as_graph
 
 pytestmark = pytest.mark.timeout(60)
@@ -80,14 +80,15 @@ def worker(*seconds):
 def test_the_clock_of_the_modules(level):
     """A block whose module takes s forward and s backward takes 2 s a sample."""
     seconds = measure(plan_of(worker(1.0, 5.0, 2.0), level=level), Clock())
-    assert [seconds[f"block{i}"] for i in range(4)] == [2.0, 10.0, 4.0, 0.0]
-    assert seconds["u"] == 0.0
+    both = [{Phase.FORWARD: s, Phase.BACKWARD: s} for s in (1.0, 5.0, 2.0)]
+    assert [seconds[f"block{i}"] for i in range(4)] == [*both, {Phase.READ: 0.0}]
+    assert seconds["u"] == {Phase.EMIT: 0.0}
 
 
 def test_a_held_sample_is_worked_on_in_every_tick():
     held = plan_of(worker(1.0, 3.0), level="local", locality={"speed": 4})
     seconds = measure(held, Clock())
-    assert [seconds[f"block{i}"] for i in range(3)] == [8.0, 24.0, 0.0]
+    assert [seconds[f"block{i}"][Phase.TICK] for i in range(3)] == [8.0, 24.0, 0.0]
 
 
 CLOCKED = {"tau": "stamps", "c": 1.0, "beta": 0.01, "phi": 1.0, "eta": 0.1}
@@ -221,14 +222,14 @@ def test_samples_in_flight(fields, expected):
 
 def cross(*numbers):
     """Seconds of one end for float32 signals of these many numbers."""
-    return sum(SIGNAL_SECONDS + 4 * n / BYTES_PER_SECOND for n in numbers)
+    return sum(LOCAL_SECONDS + 4 * n / BYTES_PER_SECOND for n in numbers)
 
 
 def test_what_crosses_in_a_chain():
     """Batch 4, width 8: state and message of an edge; the targets (4 int64) go from the stream,
     which lives with block 0, to block 2."""
     costs = measured_costs(plan_of(chain(depth=3)), portable=True)
-    target = SIGNAL_SECONDS + 8 * 4 / BYTES_PER_SECOND
+    target = LOCAL_SECONDS + 8 * 4 / BYTES_PER_SECOND
     assert {(i, j): s for i, j, s in costs.crossings} == pytest.approx(
         {(0, 1): cross(32, 32), (1, 2): cross(32, 32), (0, 2): target}
     )

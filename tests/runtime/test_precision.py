@@ -328,7 +328,7 @@ def test_a_gpu_in_an_actor(session, leaves_no_socket):
 
 
 def residual(n, dtype=F32):
-    """Item n for a ResNet."""
+    """Sample n for a ResNet."""
     u, y = images(n)
     return u.to(dtype), y
 

@@ -227,10 +227,10 @@ def test_memory_does_not_grow_with_the_depth(form):
     assert few == many
     state = 2 * N * 5 * 8
     # The ends of the network are not reversible: they keep a record for use again, one state more;
-    # and the metrics keep guesses and targets that they have not counted yet. The first item, on
+    # and the metrics keep guesses and targets that they have not counted yet. The first sample, on
     # which the model was tried, is kept.
-    first_item = 5 * (2 + 3) * 8
-    assert many <= 11 * state + first_item
+    first_frame = 5 * (2 + 3) * 8
+    assert many <= 11 * state + first_frame
     # What is stored otherwise: at least the state of every step.
     assert peak(model(60), "backprop") - peak(model(5), "backprop") >= 55 * state
 

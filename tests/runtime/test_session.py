@@ -12,12 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from torch import nn
 
 import hamdist
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.ray_engine import local_ray as local_ray_module
 from hamdist.runtime.ray_engine import session as cluster
+from hamdist.streams import from_iterable
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -78,6 +81,47 @@ def test_a_ray_that_died_takes_no_run(session):
         ended.kill()
         ended.wait(10)
         assert not waiting.takes(EngineSettings(kind="ray", actors=2))
+
+
+@pytest.fixture
+def dead():
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        process = psutil.Process(ended.pid)
+        ended.wait(20)
+    return process
+
+
+def endless():
+    while True:
+        yield torch.randn(2, 4), torch.randint(3, (2,))
+
+
+def trained(**given):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    stream = from_iterable(endless(), classes=3)
+    engine = {"kind": "ray", "actors": 2}
+    return hamdist.train(net, stream, level="trace", engine=engine, **given)
+
+
+def test_a_local_ray_that_ended_is_named(session, dead, monkeypatch, tmp_path):
+    """Before a run, and during it: then with what was learned."""
+    names = sorted(session.needed.values())
+    assert names in ([], ["gcs_server", "raylet"])  # (none: a Ray of the user's)
+    monkeypatch.setattr(session, "needed", {dead: "raylet"})
+    with pytest.raises(ClusterError, match="the local Ray has ended: its raylet is gone"):
+        trained()
+    monkeypatch.setattr(session, "needed", {})
+
+    def end(progress):
+        if progress.samples > 20:
+            session.needed = {dead: "gcs_server"}
+
+    kept = {"path": str(tmp_path), "every": 10}
+    said = rf"its gcs_server is gone .* go on from the latest snapshot: --resume {tmp_path}"
+    with pytest.raises(ClusterError, match=said) as raised:
+        trained(on_progress=end, snapshots=kept)
+    assert raised.value.result.samples > 20  # type: ignore[attr-defined]
 
 
 def test_a_local_ray_starts_no_process_in_vain(session):

@@ -62,7 +62,7 @@ def run_of(model, source, items=ITEMS, **given):
 
 
 def few(depth, name):
-    """Fewer items where each stays for many ticks."""
+    """Fewer samples where each stays for many ticks."""
     return min(ITEMS, samples_for(name, depth))
 
 
@@ -243,7 +243,7 @@ def test_batch_one_by_the_c_code(tmp_path):
     "derived", [lambda s: s, lambda s: Withhold(s, 0.3, 1)], ids=["itself", "with targets withheld"]
 )
 def test_a_list_is_read_again(level, derived, tmp_path):
-    """Also where its first items have been looked at."""
+    """Also where its first samples have been looked at."""
 
     def run(engine, resume, **fields):
         chosen = settings(engine, ITEMS, level=level, **fields)

@@ -124,4 +124,4 @@ def test_the_display_says_what_it_waits_for():
     view.update(Progress(0.0, 0, 20, [], [], phase="ray"))
     assert view.line == "digits, trace: starting (Ray)"
     view.update(Progress(2.0, 4, 20, [], []))
-    assert view.line.startswith("digits, trace: item 4/20")
+    assert view.line.startswith("digits, trace: sample 4/20")

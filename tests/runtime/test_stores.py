@@ -15,7 +15,7 @@ from runtime.test_engines_equal import assert_equal
 from hamdist.config import Settings
 from hamdist.errors import SnapshotError
 from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
-from hamdist.runtime.storage.snapshot_files import latest
+from hamdist.runtime.storage.snapshot_files import latest, make_room
 from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.train import train
 
@@ -125,6 +125,19 @@ def test_links_are_not_followed(tmp_path):
     store.remove("tick-000000000008")
     assert store.folders() == []
     assert (target / "manifest.json").read_bytes() == b"x"
+
+
+def test_room_is_made_without_the_latest_undamaged_one(tmp_path):
+    train(chain(), PortableStream(ITEMS), settings(tmp_path, every=8, keep=3))
+    _, second, third = sorted(p.name for p in tmp_path.iterdir())
+    part = next((tmp_path / third).glob("block-0.*"))
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    left = []
+    while make_room(storage(tmp_path)):
+        left.append(sorted(p.name for p in tmp_path.iterdir()))
+    assert left == [[second, third], [second]]
+    (tmp_path / second / "manifest.json").unlink()
+    assert not make_room(storage(tmp_path))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hamdist.runtime.engines.worker import BlockedChannel
+from hamdist.runtime.engines.worker_report import BlockedChannel
 from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
 
 

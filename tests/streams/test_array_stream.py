@@ -14,7 +14,7 @@ from hamdist.streams import ArrayStream, Stream
 
 
 def rows(stream: ArrayStream, items: int | None = None) -> list[list[int]]:
-    """The row numbers of each item; the tensors of these tests hold their own row numbers."""
+    """The row numbers of each sample; the tensors of these tests hold their own row numbers."""
     result = []
     for sample in islice(stream.samples(), items):
         assert sample.y is not None

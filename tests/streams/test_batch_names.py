@@ -71,7 +71,11 @@ def test_names(item, names, inputs, target):
         ({"a": A, "id": B, "label": Y}, {"arguments": ["x"]}, r"names={'a': 'a'.*model \(x\)"),
         ({"a": A, "text": ["x"], "label": Y}, {}, r"'a', 'text', 'label'; which of them"),
         ({"a": A, "label": Y, "target": Y}, {}, "is open"),
-        ({"a": A}, {"names": {"b": "u"}}, "item 0 has no 'b', which names= speaks of; it has 'a'"),
+        (
+            {"a": A},
+            {"names": {"b": "u"}},
+            "sample 0 has no 'b', which names= speaks of; it has 'a'",
+        ),
         ({"a": A, "b": B}, {"names": {"a": "u", "b": "x"}}, "name one input 'u', or every input"),
         ({"a": A, "b": B}, {"names": {"a": "x", "b": "x"}}, "name one input"),
         ({"a": A, "b": Y, "c": Y}, {"names": {"a": "u", "b": "y", "c": "y.d"}}, "one target 'y'"),

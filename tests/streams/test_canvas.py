@@ -114,7 +114,7 @@ def test_from_settings() -> None:
     made = make_stream(own, seed=5, dtype=torch.float64)
     for one, other in zip(islice(made.samples(), 7), expected.samples(), strict=False):
         assert torch.equal(one.u, other.u)
-    part = held_out(own, seed=9, dtype=torch.float64, items=4)
+    part = held_out(own, seed=9, dtype=torch.float64, samples=4)
     assert part is not None
     assert torch.equal(part[0], still(data.x, 12, float(data.x.min())))
     assert torch.equal(part[1], data.y)
@@ -149,7 +149,7 @@ def test_what_is_no_image() -> None:
     [
         ({"source": "drift", "canvas": {}}, "moves images, which source 'drift' has not"),
         ({"canvas": {}, "smooth": {}}, "leave one of them out"),
-        ({"canvas": {"frames": 5, "fade": 5}}, "'fade' is 5, but a clip has 5 items"),
+        ({"canvas": {"frames": 5, "fade": 5}}, "'fade' is 5, but a clip has 5 samples"),
     ],
 )
 def test_settings_that_do_not_go_together(raw: dict[str, object], words: str) -> None:

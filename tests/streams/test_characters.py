@@ -60,7 +60,7 @@ def test_the_seed_decides() -> None:
 def test_held_out(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("x" * 81 + "abcdefghi")  # 90 characters
-    x, y = held_out(settings(path), seed=0, dtype=torch.float32, items=1)
+    x, y = held_out(settings(path), seed=0, dtype=torch.float32, samples=1)
     assert x.tolist() == [[67, 68, 69], [70, 71, 72]]
     assert y.tolist() == [[68, 69, 70], [71, 72, 73]]
 
@@ -73,7 +73,7 @@ def test_the_language_reference() -> None:
     assert len(text) > 200_000
     assert "statement" in text
     learned = len(text) - len(text) // 10
-    x, y = held_out(settings(length=64), seed=0, dtype=torch.float32, items=1)
+    x, y = held_out(settings(length=64), seed=0, dtype=torch.float32, samples=1)
     decoded = "".join(("\0" + ALPHABET)[i] for i in x[0])
     assert decoded[:20] == text[learned : learned + 20].translate(
         {ord(c): "\0" for c in "“”’‘–…—°ß"}
@@ -91,7 +91,7 @@ def test_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(StreamError, match=r"nowhere.*cannot be read"):
         made(settings(tmp_path / "nowhere"))
     with pytest.raises(StreamError, match=r"2 characters"):
-        held_out(settings(text), seed=0, dtype=torch.float32, items=1)
+        held_out(settings(text), seed=0, dtype=torch.float32, samples=1)
     with pytest.raises(StreamError, match="cannot fade"):
         made(settings(text, smooth={}))
     with pytest.raises(ValidationError, match="length"):

@@ -101,7 +101,7 @@ def test_result_is_contiguous_aligned_and_alone(u: Tensor) -> None:
     ],
 )
 def test_inputs(u: Tensor, message: str) -> None:
-    with pytest.raises(StreamError, match=f"^item 17:? ?{message}"):
+    with pytest.raises(StreamError, match=f"^sample 17:? ?{message}"):
         equal().check(17, Sample(u, GOOD_Y))
 
 
@@ -113,7 +113,7 @@ def test_opposite_infinities() -> None:
 
 
 def test_empty_batch() -> None:
-    with pytest.raises(StreamError, match="item 3: u has batch 0"):
+    with pytest.raises(StreamError, match="sample 3: u has batch 0"):
         free().check(3, Sample(torch.zeros(0, 3)))
 
 
@@ -137,5 +137,5 @@ def test_empty_batch() -> None:
 )
 def test_targets(spec: SampleSpec, y: Tensor, message: str) -> None:
     for checker in (equal(spec), free(spec)):
-        with pytest.raises(StreamError, match=f"^item 9: {message}"):
+        with pytest.raises(StreamError, match=f"^sample 9: {message}"):
             checker.check(9, Sample(GOOD_U, y))

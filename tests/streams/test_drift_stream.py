@@ -115,7 +115,7 @@ def test_arguments(field: str, value: float) -> None:
 
 
 def test_held_out_arguments() -> None:
-    with pytest.raises(SettingsError, match="item -1"):
+    with pytest.raises(SettingsError, match="sample -1"):
         stream().held_out(-1)
     with pytest.raises(SettingsError, match="0 of them"):
         stream().held_out(0, rows=0)

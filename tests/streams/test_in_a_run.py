@@ -34,7 +34,7 @@ TARGETS = {
 
 
 class TwoTargets:
-    """Endless items with a class and a place; of every third item one target is missing."""
+    """Endless samples with a class and a place; of every third sample one target is missing."""
 
     portable = True
     spec = SampleSpec.several((BATCH, FEATURES), F64, TARGETS)
@@ -50,7 +50,7 @@ class TwoTargets:
 
 
 class OneTarget:
-    """The classes of `TwoTargets`, numbered by their inputs: item n is all n."""
+    """The classes of `TwoTargets`, numbered by their inputs: sample n is all n."""
 
     portable = True
     spec = SampleSpec((BATCH, FEATURES), torch.float32, (BATCH,), torch.int64, CLASSES)
@@ -124,7 +124,7 @@ class TestTargetsByReadout:
         for name, module in (("trunk", trunk), ("kind", kind), ("place", place)):
             for key, value in module.state_dict().items():
                 assert (value - result.blocks[name].theta[key]).abs().max() <= 1e-12
-        counted = {name: sum(w.items for w in result.windows[name]) for name in losses}
+        counted = {name: sum(w.samples for w in result.windows[name]) for name in losses}
         assert counted == {"kind": 20, "place": 20}
         for name, loss in losses.items():
             assert sum(w.loss for w in result.windows[name]) == pytest.approx(loss, rel=1e-12)
@@ -197,7 +197,7 @@ class TestLateTargets:
         assert late.stream["awaiting_most"] == 4
 
     def test_nobody_rejoined_them(self) -> None:
-        with pytest.raises(StreamError, match="item 2 brings targets of earlier samples"):
+        with pytest.raises(StreamError, match="sample 2 brings targets of earlier samples"):
             train(chain(), Delayed(OneTarget(), 2), settings())
 
 
@@ -241,7 +241,7 @@ def test_time_stamps_that_stand_still() -> None:
                 yield Sample(sample.u, sample.y, time=min(float(n), 3.0))
 
     dynamics = {"tau": "stamps", "c": 1.0, "eta": 1.0, "beta": 0.1, "phi": 1.0}
-    with pytest.raises(StreamError, match="item 4 has time stamp 3 s, the one before 3 s"):
+    with pytest.raises(StreamError, match="sample 4 has time stamp 3 s, the one before 3 s"):
         train(chain(), Still(), settings(level="local", dynamics=dynamics))
 
 

@@ -1,4 +1,4 @@
-"""Oracle: hand-written items. Streams for models that take several inputs."""
+"""Oracle: hand-written samples. Streams for models that take several inputs."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_the_checker_takes_and_copies_them():
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
-        ({"x": A}, "item 3 has 'x', the first one had 'x', 'ids': give every item the same"),
-        (None, "item 3 has one input, u, the first one had 'x', 'ids'"),
+        ({"x": A}, "sample 3 has 'x', the first one had 'x', 'ids': give all samples the same"),
+        (None, "sample 3 has one input, u, the first one had 'x', 'ids'"),
         (
             {"x": A[:, :2], "ids": B},
-            r"item 3: u\['x'\] has shape \(2, 2\), earlier ones had \(B, 3",
+            r"sample 3: u\['x'\] has shape \(2, 2\), earlier ones had \(B, 3",
         ),
-        ({"x": A, "ids": B.float()}, r"item 3: u\['ids'\] has dtype torch.float32"),
+        ({"x": A, "ids": B.float()}, r"sample 3: u\['ids'\] has dtype torch.float32"),
         ({"x": A[:1], "ids": B}, "different batches .'x' 1, 'ids' 2."),
-        ({"x": A / 0, "ids": B}, r"item 3: u\['x'\]\[0, 0\] is nan"),
+        ({"x": A / 0, "ids": B}, r"sample 3: u\['x'\]\[0, 0\] is nan"),
     ],
 )
 def test_items_that_do_not_fit(inputs, said):
@@ -73,7 +73,7 @@ def test_items_that_do_not_fit(inputs, said):
 
 def test_several_where_there_was_one():
     check = Checker(stream((A, Y)).spec, equal_batches=False)
-    with pytest.raises(StreamError, match="item 0 has 'x', the first one had one input, u"):
+    with pytest.raises(StreamError, match="sample 0 has 'x', the first one had one input, u"):
         check.check(0, Sample(A, Y, inputs={"x": A}))
 
 

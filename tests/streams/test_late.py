@@ -44,7 +44,7 @@ def numbered(items: int) -> Stream:
 
 
 def late(items: int, targets: Mapping[int, Sequence[int]]) -> Stream:
-    """Items without targets of their own; item n brings those of the samples targets[n]."""
+    """Samples without targets of their own; sample n brings those of the samples targets[n]."""
     made = [
         sample(n, None, late={m: y(m) for m in targets[n]} if n in targets else None)
         for n in range(items)
@@ -53,7 +53,7 @@ def late(items: int, targets: Mapping[int, Sequence[int]]) -> Stream:
 
 
 def table(stream: Stream, items: int | None = None) -> list[tuple[int, int | None, bool, float]]:
-    """(number, target, end, time) of each item."""
+    """(number, target, end, time) of each sample."""
     return [
         (int(s.u), None if s.y is None else int(s.y), s.end, s.time)
         for s in islice(stream.samples(), items)
@@ -61,7 +61,7 @@ def table(stream: Stream, items: int | None = None) -> list[tuple[int, int | Non
 
 
 def steps(stream: Stream) -> list[tuple[int, int]]:
-    """(items drawn from the source so far, number) for each sample given."""
+    """(samples drawn from the source so far, number) for each sample given."""
     drawn = 0
     inner = stream._stream  # type: ignore[attr-defined]
 
@@ -133,7 +133,7 @@ class TestTags:
         assert stream.report() == {"let_go": 0, "too_late": 0, "awaiting_most": 3}
 
     def test_in_order_even_where_a_later_target_came_first(self) -> None:
-        # 1 is complete at item 2, but waits for 0, which is complete at item 3
+        # 1 is complete at sample 2, but waits for 0, which is complete at sample 3
         assert steps(Rejoin(late(5, {2: [1], 3: [0], 4: [2, 3, 4]}))) == [
             (4, 0),
             (4, 1),
@@ -163,9 +163,9 @@ class TestTags:
         assert stream.report() == {"let_go": 2, "too_late": 1, "awaiting_most": 2}
 
     def test_a_target_of_a_sample_to_come(self) -> None:
-        with pytest.raises(StreamError, match="item 1 brings the target of sample 2"):
+        with pytest.raises(StreamError, match="sample 1 brings the target of sample 2"):
             list(Rejoin(late(4, {1: [2]})).samples())
-        with pytest.raises(StreamError, match="item 1 brings the target of sample -1"):
+        with pytest.raises(StreamError, match="sample 1 brings the target of sample -1"):
             list(Rejoin(late(4, {1: [-1]})).samples())
 
     @pytest.mark.parametrize("first", [{0: y(0)}, {0: None}])
@@ -174,7 +174,9 @@ class TestTags:
         list(Rejoin(stream).samples())
         waits = [sample(0, None), sample(1, None), sample(2, None, late={1: first[0]})]
         twice = listed([*waits, sample(3, late={1: y(1)})])
-        with pytest.raises(StreamError, match=r"item 3 brings a second target \(y\) for sample 1"):
+        with pytest.raises(
+            StreamError, match=r"sample 3 brings a second target \(y\) for sample 1"
+        ):
             list(Rejoin(twice).samples())
 
 
@@ -291,7 +293,7 @@ class TestRefused:
             Rejoin(numbered(2), 5, patience=4)
 
     def test_tags_beside_a_delay(self) -> None:
-        with pytest.raises(StreamError, match="item 2 brings tagged targets.* delay 2"):
+        with pytest.raises(StreamError, match="sample 2 brings tagged targets.* delay 2"):
             list(Rejoin(Delayed(numbered(4), 2), 2).samples())
 
     def test_a_paced_stream(self) -> None:
@@ -304,7 +306,7 @@ class TestRefused:
         items = list(stream.samples())
         check.check(0, items[0])
         with pytest.raises(
-            StreamError, match=r"item 1 brings targets of earlier samples \(0\).*Rejoin"
+            StreamError, match=r"sample 1 brings targets of earlier samples \(0\).*Rejoin"
         ):
             check.check(1, items[1])
         with pytest.raises(StreamError, match="sample 1 brings targets .* rejoin first"):
@@ -313,7 +315,7 @@ class TestRefused:
     @pytest.mark.parametrize("wrong", [[y(0)], {"0": y(0)}, {True: y(0)}, 3])
     def test_tags_of_another_form(self, wrong: object) -> None:
         items = [{"u": torch.zeros(1, 1), "y": y(0), "late": wrong}]
-        with pytest.raises(StreamError, match="item 0: late is"):
+        with pytest.raises(StreamError, match="sample 0: late is"):
             from_iterable(items, classes=3)
 
 

@@ -33,7 +33,7 @@ def test_against_the_package() -> None:
     torch.manual_seed(1)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     own = StreamSettings.model_validate({"source": "mnist1d", "batch": 4000})
-    x, y = held_out(own, seed=7, dtype=torch.float64, items=1)
+    x, y = held_out(own, seed=7, dtype=torch.float64, samples=1)
     assert np.array_equal(x.numpy(), made["x_test"])
     assert np.array_equal(y.numpy(), made["y_test"])
     (epoch,) = islice(make_stream(own, seed=0, dtype=torch.float64).samples(), 1)

@@ -303,7 +303,7 @@ def test_portable_as_the_stream_within() -> None:
 
 def test_a_sample_without_time_stamp() -> None:
     clock = Clock()
-    with pytest.raises(StreamError, match=r"item 0 has no time stamp to arrive at"):
+    with pytest.raises(StreamError, match=r"sample 0 has no time stamp to arrive at"):
         next(paced(numbered(2), clock, Late.DROP, period=None).samples())
 
 

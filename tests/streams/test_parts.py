@@ -12,7 +12,7 @@ from fashion_files import write_fashion
 from hamdist.config import Source, StreamSettings
 from hamdist.errors import SettingsError
 from hamdist.streams import held_out, make_stream
-from hamdist.streams.sources.parts import validation_items, validation_rows
+from hamdist.streams.sources.parts import validation_rows, validation_split
 
 
 def settings(source: str, evaluate: str, **more: object) -> StreamSettings:
@@ -27,7 +27,7 @@ def rows(own: StreamSettings, many: int) -> list[tuple[float, ...]]:
 
 
 def held(own: StreamSettings, seed: int = 3) -> list[tuple[float, ...]]:
-    part = held_out(own, seed=seed, dtype=torch.float64, items=1)
+    part = held_out(own, seed=seed, dtype=torch.float64, samples=1)
     assert part is not None
     return [tuple(row.flatten().tolist()) for row in part[0]]
 
@@ -35,7 +35,7 @@ def held(own: StreamSettings, seed: int = 3) -> list[tuple[float, ...]]:
 def test_every_sixth_row_from_the_third_on() -> None:
     chosen = validation_rows(15).nonzero().squeeze(1).tolist()
     assert chosen == [2, 8, 14]
-    assert validation_items(list("abcdefghi")) == (list("abdefgh"), ["c", "i"])
+    assert validation_split(list("abcdefghi")) == (list("abdefgh"), ["c", "i"])
 
 
 @pytest.mark.parametrize("source", ["digits", "fashion-mnist"])

@@ -139,23 +139,23 @@ class TestSettings:
 
     def test_held_out(self) -> None:
         own = settings(batch=2, sequences={"length": 9})
-        x, y = held_out(own, seed=1, dtype=torch.float32, items=5)
+        x, y = held_out(own, seed=1, dtype=torch.float32, samples=5)
         assert (x.shape, x.dtype, y.shape) == ((200, 9), torch.int64, (200,))
         assert int(y.sum()) == 100
-        again = held_out(own, seed=2, dtype=torch.float32, items=5)
+        again = held_out(own, seed=2, dtype=torch.float32, samples=5)
         assert torch.equal(x, again[0])
 
     def test_held_out_tokens(self) -> None:
         own = settings(sequences={"length": 9, "view": "tokens"})
-        assert held_out(own, seed=1, dtype=torch.float32, items=5) is None
+        assert held_out(own, seed=1, dtype=torch.float32, samples=5) is None
         items = list(held_out_tokens(own, seed=1).samples())
-        x, y = held_out(settings(sequences={"length": 9}), seed=1, dtype=torch.float32, items=5)
+        x, y = held_out(settings(sequences={"length": 9}), seed=1, dtype=torch.float32, samples=5)
         assert [int(item.u) for item in items] == x[x > 0].tolist()
         assert [int(item.y) for item in items if item.end] == y.tolist()
 
     def test_a_signal_has_no_held_out_part(self) -> None:
         own = StreamSettings.model_validate({"source": "signal"})
-        assert held_out(own, seed=0, dtype=torch.float32, items=5) is None
+        assert held_out(own, seed=0, dtype=torch.float32, samples=5) is None
 
     def test_real_texts(self, tmp_path: Path) -> None:
         lines = [f"{i % 2}\tword{i} end" for i in range(4)]
@@ -163,4 +163,4 @@ class TestSettings:
         own = settings(batch=4, path=tmp_path / "t.tsv", sequences={"length": 3, "vocabulary": 1})
         item = next(make_stream(own, seed=0, dtype=torch.float32).samples())
         assert item.u.tolist() == [[0, 1, 2]] * 4  # only 'end' is in the vocabulary
-        assert held_out(own, seed=0, dtype=torch.float32, items=5) is None  # too few of them
+        assert held_out(own, seed=0, dtype=torch.float32, samples=5) is None  # too few of them

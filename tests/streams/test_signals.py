@@ -119,7 +119,7 @@ def test_a_signal_has_one_row() -> None:
         ({"period": math.inf}, "period is inf"),
         ({"tau": -1.0}, "tau is -1.0"),
         ({"offset": math.nan}, "offset is nan"),
-        ({"tau": 0.5, "dwell": 0.4}, "a patch lasts at least one item"),
+        ({"tau": 0.5, "dwell": 0.4}, "a patch lasts at least one sample"),
     ],
 )
 def test_refused(options, words: str) -> None:

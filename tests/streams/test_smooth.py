@@ -14,7 +14,7 @@ from torch import Tensor
 from hamdist.config import Motion
 from hamdist.errors import SettingsError, StreamError
 from hamdist.streams import ArrayStream, Sample, Smooth, Stream, Withhold, from_iterable
-from hamdist.streams.wrappers.smooth import first_item, nearest_sample
+from hamdist.streams.wrappers.smooth import first_frame, nearest_sample
 
 
 def listed(samples: Sequence[Sample]) -> Stream:
@@ -95,7 +95,7 @@ class TestFade:
         stream = Smooth(listed([point(n, n) for n in range(6)]), frames)
         drawn = labels(stream)
         assert drawn == [nearest_sample(m, frames) for m in range(len(drawn))]
-        assert [drawn.index(n) for n in range(6)] == [first_item(n, frames) for n in range(6)]
+        assert [drawn.index(n) for n in range(6)] == [first_frame(n, frames) for n in range(6)]
 
 
 def images(shape: tuple[int, ...], x: Tensor) -> Stream:
@@ -111,7 +111,7 @@ def frame(stream: Stream, item: int) -> Tensor:
 
 
 class TestMotion:
-    # frames 4: a period of 32 items; the turning point is item 8
+    # frames 4: a period of 32 samples; the turning point is sample 8
 
     def test_starts_where_the_image_is(self) -> None:
         x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -215,7 +215,7 @@ class TestErrors:
     def test_short_batch(self) -> None:
         x = torch.zeros(5, 3)
         source = ArrayStream(x, torch.zeros(5, 1), 2, 0, endless=False)
-        message = r"item 4 cannot fade: sample 1 has shape \(2, 3\), sample 2 has \(1, 3\)"
+        message = r"sample 4 cannot fade: sample 1 has shape \(2, 3\), sample 2 has \(1, 3\)"
         with pytest.raises(StreamError, match=message):
             list(Smooth(source, 4).samples())
 

@@ -73,7 +73,7 @@ def held(many: int) -> Smoothness:
 
 
 def test_held_samples() -> None:
-    # the documented quarter too much, up to where the ends of 64 items fall
+    # the documented quarter too much, up to where the ends of 64 samples fall
     assert held(8).frames == pytest.approx(1.25 * 8, rel=0.2)
 
 

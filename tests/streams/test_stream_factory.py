@@ -49,7 +49,7 @@ def test_digits() -> None:
     settings = StreamSettings(source=Source.DIGITS, batch=6)
     stream = make_stream(settings, seed=3, dtype=torch.float64)
     assert same(stream, digits(6, 3, torch.float64).train)
-    x, y = held_out(settings, seed=3, dtype=torch.float64, items=10)
+    x, y = held_out(settings, seed=3, dtype=torch.float64, samples=10)
     expected = digits(1, 0, torch.float64)
     assert torch.equal(x, expected.x)
     assert torch.equal(y, expected.y)
@@ -78,7 +78,7 @@ def test_held_out_of_drift_is_the_last_item_s_concept(frames: int | None) -> Non
     starts = drifts(settings, 60)
     for items in range(1, 61):
         concept = sum(start < items for start in starts)
-        x, y = held_out(settings, seed=2, dtype=torch.float32, items=items)
+        x, y = held_out(settings, seed=2, dtype=torch.float32, samples=items)
         expected = drift_stream().held_out(concept * 5)
         assert torch.equal(x, expected[0])
         assert torch.equal(y, expected[1])
@@ -104,7 +104,7 @@ def test_path_reaches_the_files(tmp_path: Path) -> None:
     with pytest.raises(StreamError, match=f"no Fashion-MNIST in {tmp_path}"):
         make_stream(settings, seed=0, dtype=torch.float32)
     with pytest.raises(StreamError, match=f"no Fashion-MNIST in {tmp_path}"):
-        held_out(settings, seed=0, dtype=torch.float32, items=1)
+        held_out(settings, seed=0, dtype=torch.float32, samples=1)
 
 
 def portable_streams() -> list[Stream]:

@@ -143,12 +143,12 @@ class TestChecker:
         ],
     )
     def test_refused(self, y: Any, words: str) -> None:
-        with pytest.raises(StreamError, match=f"item 7: {words}"):
+        with pytest.raises(StreamError, match=f"sample 7: {words}"):
             Checker(SPEC, equal_batches=False).check(7, Sample(U, y))
 
     def test_a_dict_where_there_is_one_target(self) -> None:
         single = SampleSpec((3, 2), torch.float32, (3,), torch.int64, 5)
-        with pytest.raises(StreamError, match="item 2: y is a dict"):
+        with pytest.raises(StreamError, match="sample 2: y is a dict"):
             Checker(single, equal_batches=False).check(2, Sample(U, {"digit": DIGIT}))
 
 
@@ -167,11 +167,11 @@ class TestTimeStamps:
     @pytest.mark.parametrize(
         ("times", "words"),
         [
-            ([0.0, None], "item 1 has no time stamp"),
-            ([0.0, 1.0, 1.0], "item 2 has time stamp 1 s, the one before 1 s"),
-            ([0.0, 2.0, 1.0], "item 2 has time stamp 1 s, the one before 2 s"),
-            ([0.0, float("nan")], "item 1 has time stamp nan"),
-            ([float("inf")], "item 0 has time stamp inf"),
+            ([0.0, None], "sample 1 has no time stamp"),
+            ([0.0, 1.0, 1.0], "sample 2 has time stamp 1 s, the one before 1 s"),
+            ([0.0, 2.0, 1.0], "sample 2 has time stamp 1 s, the one before 2 s"),
+            ([0.0, float("nan")], "sample 1 has time stamp nan"),
+            ([float("inf")], "sample 0 has time stamp inf"),
         ],
     )
     def test_refused(self, times: list[float | None], words: str) -> None:

@@ -1,4 +1,4 @@
-"""Foreign sources: every form of item, what may be asked twice, and what is refused."""
+"""Foreign sources: every form of sample, what may be asked twice, and what is refused."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class TestAskedAgain:
     def test_epochs_that_are_none(self) -> None:
         with pytest.raises(SettingsError, match="epochs is 0; at least 1"):
             from_iterable([(U, Y)], classes=3, epochs=0)
-        with pytest.raises(StreamError, match=r"\(list\) yields no item"):
+        with pytest.raises(StreamError, match=r"\(list\) yields no sample"):
             from_iterable([], classes=3, epochs=None)
 
     def test_an_iterable_again_and_again(self) -> None:
@@ -222,7 +222,7 @@ class TestLoader:
 
 class TestErrors:
     def test_empty(self) -> None:
-        with pytest.raises(StreamError, match=r"the source \(list\) yields no item"):
+        with pytest.raises(StreamError, match=r"the source \(list\) yields no sample"):
             from_iterable([])
 
     def test_not_iterable(self) -> None:
@@ -232,10 +232,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("item", "message"),
         [
-            (3, "is a int; an item is a Sample"),
-            ((U, Y, Y), "is a tuple of length 3; an item is.*names={0: .*weights of samples"),
+            (3, "is a int; a sample is a Sample"),
+            ((U, Y, Y), "is a tuple of length 3; a sample is.*names={0: .*weights of samples"),
             ((), "is a tuple of length 0"),
-            ({"x": U, "u": U}, "is a dict with the unknown x; an item is"),
+            ({"x": U, "u": U}, "is a dict with the unknown x; a sample is"),
             ({"y": Y}, "is a dict of 'y'; which of them are inputs is open: say it with names="),
             (([1.0], Y), ": u is a list; give a torch tensor or a numpy array"),
             ((None, Y), ": u is a NoneType"),
@@ -247,10 +247,10 @@ class TestErrors:
         ],
     )
     def test_items(self, item: Any, message: str) -> None:
-        with pytest.raises(StreamError, match=f"^item 0 ?{message}"):
+        with pytest.raises(StreamError, match=f"^sample 0 ?{message}"):
             from_iterable([item], classes=3)
         stream = from_iterable([(U, Y), (U, Y), item], classes=3)
-        with pytest.raises(StreamError, match=f"^item 2 ?{message}"):
+        with pytest.raises(StreamError, match=f"^sample 2 ?{message}"):
             list(stream.samples())
 
     @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ class TestErrors:
         [
             ((U, Y > 1), None, "y has dtype torch.bool: convert targets that are classes with"),
             ((U, Y.float()), 3, "y has dtype torch.float32, but classes=3"),
-            (U, None, "item 0 has no target.* give classes=.* outputs="),
-            (torch.tensor(1.0), 3, r"u has no dimension: items are batches"),
+            (U, None, "sample 0 has no target.* give classes=.* outputs="),
+            (torch.tensor(1.0), 3, r"u has no dimension: samples are batches"),
         ],
     )
     def test_first_item(self, item: Any, classes: int | None, message: str) -> None:

@@ -19,7 +19,7 @@ def make_run(
     windows: Sequence[Window] = (Window(0, 9, 10, 5.0, 30, 40), Window(10, 19, 10, 2.0, 36, 40)),
     **other: Any,
 ) -> Run:
-    """A run of 20 items of 4 rows in 2 seconds; see the arguments for the rest."""
+    """A run of 20 samples of 4 rows in 2 seconds; see the arguments for the rest."""
     numbers: dict[str, Any] = {
         "engine": "inprocess",
         "samples": 20,

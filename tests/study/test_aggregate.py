@@ -60,10 +60,10 @@ def test_rows_by_hand() -> None:
     assert trace.wall_seconds == pytest.approx(5.0)
     assert trace.startup_seconds == pytest.approx(0.5)
     # 80 rows in 2 s and in 8 s
-    assert trace.samples_per_second == pytest.approx((40 + 10) / 2)
+    assert trace.rows_per_second == pytest.approx((40 + 10) / 2)
     assert trace.peak_memory_by_process == {"driver": 250, "actor 0": 300}
     assert trace.peak_memory_bytes == 300
-    # (400 + 800)/2 edges/20 items = 30, and 60; inputs and targets do not count
+    # (400 + 800)/2 edges/20 samples = 30, and 60; inputs and targets do not count
     assert trace.bytes_per_edge == pytest.approx(45.0)
     assert central.bytes_per_edge == 0.0
     assert trace.staleness == 6
@@ -128,7 +128,7 @@ def test_nothing_measured() -> None:
     row = aggregate([make_run("trace", windows=(), samples=0, seconds=0.0, peak_memory={})])[0]
     assert row.prequential_accuracy is None
     assert row.gap_to_backprop is None
-    assert (row.samples_per_second, row.bytes_per_edge, row.peak_memory_bytes) == (0.0, 0.0, 0)
+    assert (row.rows_per_second, row.bytes_per_edge, row.peak_memory_bytes) == (0.0, 0.0, 0)
 
 
 def test_table_by_hand() -> None:
@@ -143,7 +143,7 @@ def test_table_by_hand() -> None:
         "gap, points": "-1.00 ± 1.41",
         "wall, s": "5.0",
         "rows/s": "25",
-        "KiB per edge, item": "0.0",
+        "KiB per edge, sample": "0.0",
         "peak, MiB": "driver 0\nactor 0 0",
         "staleness": "6",
     }

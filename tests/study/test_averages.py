@@ -33,7 +33,7 @@ def settings(**fields):
 def test_a_run_is_evaluated_and_written_with_the_average(tmp_path):
     own = settings()
     run, model = run_level(own)
-    x, y = held_out(own.stream, seed=0, dtype=torch.float64, items=40)
+    x, y = held_out(own.stream, seed=0, dtype=torch.float64, samples=40)
     assert run.plain is not None
     assert run.held_out == evaluate(model, x, y, cross_entropy)
     assert run.held_out_plain == evaluate(run.plain, x, y, cross_entropy)

@@ -19,12 +19,12 @@ from hamdist.streams.sample import Sample, SampleSpec
 from hamdist.study.run import baseline
 from hamdist.study.run.baseline import CENTRALISED, train_centralised
 
-STEPS, B, F, C = 40, 6, 5, 3  # items, batch, features, classes
-MISSING = {0, 7, 8, 21}  # items without target
+STEPS, B, F, C = 40, 6, 5, 3  # samples, batch, features, classes
+MISSING = {0, 7, 8, 21}  # samples without target
 
 
 class Items:
-    """A stream of random items; `fault` is raised instead of item `at`."""
+    """A stream of random samples; `fault` is raised instead of sample `at`."""
 
     portable = True
     spec = SampleSpec((B, F), torch.float64, (B,), torch.int64, classes=C)
@@ -105,7 +105,7 @@ def test_metrics_are_test_then_train() -> None:
         loss.backward()
         optimiser.step()
     windows = result.windows[CENTRALISED]
-    assert [w.items for w in windows] == [9, 9, 9, 9]
+    assert [w.samples for w in windows] == [9, 9, 9, 9]
     assert [w.first for w in windows] == [losses[i][0] for i in (0, 9, 18, 27)]
     assert [w.correct for w in windows] == [sum(right[i : i + 9]) for i in (0, 9, 18, 27)]
     assert [w.loss for w in windows] == pytest.approx(
@@ -150,8 +150,8 @@ def test_interrupted_keeps_what_was_reached() -> None:
 
 
 def test_failures_are_named() -> None:
-    with pytest.raises(StreamError, match="item 4"):
-        train_centralised(net(), Items(StreamError("item 4"), at=4), settings(lr=0.1))
+    with pytest.raises(StreamError, match="sample 4"):
+        train_centralised(net(), Items(StreamError("sample 4"), at=4), settings(lr=0.1))
     with pytest.raises(BlockError, match="'centralised' failed at tick 1: RuntimeError") as caught:
         train_centralised(nn.Linear(F + 1, C).double(), Items(), settings(lr=0.1))
     assert "Traceback" in caught.value.details
@@ -167,7 +167,7 @@ def test_progress_ends_with_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert [p.samples for p in seen] == [*range(1, STEPS + 1), STEPS]
     assert seen[-1].steps == STEPS
     assert (seen[-1].blocks[0].tick, seen[-1].blocks[0].updates) == (STEPS, STEPS - len(MISSING))
-    assert sum(window.items for window in seen[-1].windows) == STEPS - len(MISSING)
+    assert sum(window.samples for window in seen[-1].windows) == STEPS - len(MISSING)
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,10 @@ def test_numbers_of_a_run() -> None:
     run, model = run_level(own)
     assert (run.samples, run.batch, run.ticks, run.staleness) == (12, 4, 14, 2)
     assert run.rows_per_second == pytest.approx(16.0)
-    # 6 items had entered after 0.6 s, 12 after 3 s: linear between
+    # 6 samples had entered after 0.6 s, 12 after 3 s: linear between
     assert run.window_seconds == pytest.approx([0.1 * i for i in range(1, 7)]
                                                + [0.6 + 0.4 * i for i in range(1, 7)])  # fmt: skip
-    x, y = held_out(own.stream, seed=5, dtype=torch.float32, items=12)
+    x, y = held_out(own.stream, seed=5, dtype=torch.float32, samples=12)
     with torch.no_grad():
         prediction = model(x)
     assert run.held_out is not None

@@ -12,7 +12,7 @@ from hamdist.study.run.run import run_level
 
 
 def windows(*percents: int, size: int = 10) -> list[Window]:
-    """Of `size` items and 100 rows each, with so many per cent right."""
+    """Of `size` samples and 100 rows each, with so many per cent right."""
     return [
         Window(i * size, (i + 1) * size - 1, size, 0.0, right, 100)
         for i, right in enumerate(percents)
@@ -26,7 +26,7 @@ def test_fall_and_recovery() -> None:
         DriftRecovery(40, pytest.approx(0.94), pytest.approx(0.3), 40),
         DriftRecovery(80, pytest.approx(0.95), pytest.approx(0.2), None),
     )
-    words = "recovered from 1 of 2 within 40 items (at most 40); accuracy fell by 69.5 points on"
+    words = "recovered from 1 of 2 within 40 samples (at most 40); accuracy fell by 69.5 points on"
     assert drift_fact(found) == f"{words} average"
 
 
@@ -37,7 +37,7 @@ def test_it_is_back_within_two_points() -> None:
 
 def test_accuracy_that_never_fell_is_back_at_once() -> None:
     (one,) = recoveries(windows(80, 80, 80, 81, 82), (30,))
-    assert (one.lowest, one.items) == (pytest.approx(0.81), 10)
+    assert (one.lowest, one.samples) == (pytest.approx(0.81), 10)
 
 
 def test_windows_of_two_concepts_belong_to_neither() -> None:
@@ -65,10 +65,10 @@ def test_a_run_recovers_after_each_labelled_drift() -> None:
         }
     )
     run, _ = run_level(settings)
-    assert [one.item for one in run.drifts] == [300, 600]
+    assert [one.sample for one in run.drifts] == [300, 600]
     for one in run.drifts:
         assert one.before > 0.95
         assert one.lowest < 0.7 < one.before
-        assert one.items is not None
-        assert one.items < 300
+        assert one.samples is not None
+        assert one.samples < 300
     assert run_facts(run)["drifts"].startswith("recovered from 2 of 2")

@@ -43,7 +43,7 @@ from hamdist.study.sweep.work import RunRecord, work
 
 TINY = """
 name: tiny
-samples: 64
+rows: 64
 seeds: 2
 run:
   model: {kind: residual-mlp, width: 6, depth: 2}
@@ -125,7 +125,7 @@ class TestSettings:
             ({"axes": {"depth": [2, 2]}}, "'depth' has a value twice"),
             ({"axes": {"width": [2]}}, "axes.width: no such setting"),
             ({"seds": 2}, r"seds: no such setting; did you mean 'seeds'\?"),
-            ({"samples": 0}, "samples: Input should be greater than or equal to 1"),
+            ({"rows": 0}, "rows: Input should be greater than or equal to 1"),
             ({"address": "here:1"}, "'address' belongs to 'parallel: ray'"),
             ({"sides": {"trace": side("tarce")}}, "sides.trace.level"),
             ({"sides": {"trace": {"tune": {"learning.lr": []}}}}, "sides.trace.tune.learning.lr"),
@@ -137,7 +137,7 @@ class TestSettings:
 
     def test_a_baseline_is_needed(self) -> None:
         with pytest.raises(SettingsError, match="none is 'centralised'"):
-            read_study("samples: 8\nsides: {trace: {}}", "x")
+            read_study("rows: 8\nsides: {trace: {}}", "x")
 
     @pytest.mark.parametrize(
         ("text", "words"),
@@ -162,7 +162,7 @@ class TestSettings:
             ({"steps": 10}, "run.steps: a study sets it itself"),
             ({"engine": {"kind": "ray"}}, "run.engine.kind: the runs of a study are in-process"),
             ({"model": {"depht": 3}}, "in 'run': model.depht: no such setting"),
-            ({"stream": {"batch": 65}}, "samples is 64, less than a batch of 65 .centralised."),
+            ({"stream": {"batch": 65}}, "rows is 64, less than a batch of 65 .centralised."),
         ],
     )
     def test_settings_of_runs_are_checked_before_any_starts(
@@ -218,7 +218,7 @@ class TestCells:
             cells(tiny(sides=clash))
 
     def test_tuning_is_on_the_validation_part_with_seeds_of_its_own(self) -> None:
-        study = tiny(tune={"seeds": 2, "samples": 32})
+        study = tiny(tune={"seeds": 2, "rows": 32})
         cell = cells(study)[1]
         asked = tuning_jobs(study, cell)
         assert [candidate for candidate, _ in asked] == [
@@ -482,8 +482,8 @@ class TestReport:
         )
         (note,) = summary([central, drifted])[1].notes
         assert note == (
-            "trace: of the drifts of all seeds recovered from 2 of 2 within 20 items (at most 20); "
-            "accuracy fell by 40.0 points on average"
+            "trace: of the drifts of all seeds recovered from 2 of 2 within 20 samples (at most "
+            "20); accuracy fell by 40.0 points on average"
         )
 
     def test_tables(self) -> None:

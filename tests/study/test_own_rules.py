@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 import hamdist
 from hamdist.cli import app
 from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.errors import BlockError, GraphError, SettingsError
 from hamdist.study.verify import runner
 from hamdist.study.verify.oracles import golden
 
 HERE = {"kind": "inprocess"}
+FACTS = ("crosses", "keeps", "space", "time", "phase", "cost", "source")
 
 
 def items(many=10, dtype=torch.float32):
@@ -171,6 +173,12 @@ def plain():
 
 def wider():
     return layers(nn.ReLU())
+
+def too_wide():
+    return nn.Sequential(nn.Flatten(), nn.Linear(65, 10))
+
+def too_few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
 """
 
 
@@ -206,7 +214,73 @@ def test_compare_with_a_plain_module(tmp_path, monkeypatch):
     assert "with 2 of its 4 tensors taken from the model; its own are 3.weight, 3.bias" in output
 
 
-@pytest.mark.parametrize(("name", "said"), [("fails", "no weights"), ("gone", "has no 'gone'")])
+RULE = """
+import hamdist
+
+class Mine(hamdist.Rule):
+    on_readout = True
+
+    def backward(self, block, kept, message):
+        messages, g = block.vjp(kept, message)
+        return messages, {name: 0 * t for name, t in g.items()}
+"""
+
+
+def test_compare_rules(tmp_path, monkeypatch):
+    """A rule that moves nothing, beside levels and built-in ones; the baseline learns as ever."""
+    monkeypatch.chdir(tmp_path)
+    file = f"rules_{tmp_path.name}.py"
+    (tmp_path / file).write_text(RULE)
+    arguments = ["compare", "digits", "--steps", "40", "--engine", "inprocess", "--out", "out"]
+    names = f"backprop,kolen-pollack@backprop,{file}:Mine"
+    done = CliRunner().invoke(app, [*arguments, "--rules", names])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
+    held = {row["level"]: row["held_out_accuracy"] for row in rows}
+    assert list(held) == ["centralised", *names.split(",")]
+    assert held["backprop"] == held["centralised"] > 0.5
+    assert held["kolen-pollack@backprop"] > 0.5
+    assert held[f"{file}:Mine"] < 0.25
+    again = CliRunner().invoke(app, [*arguments, "--rules", names])  # all are kept: at once
+    assert again.exit_code == 0, again.output
+    (tmp_path / file).write_text(RULE.replace("0 * t", "t"))
+    wrong = CliRunner().invoke(app, [*arguments, "--rules", "trace", "--levels", "trace"])
+    assert wrong.exit_code == 2
+    assert "--levels and --rules: give one" in wrong.output
+    for names, said in (
+        ("trae", "is no rule"),
+        ("oja@trae", "'trae' is no level"),
+        (",", "nothing"),
+    ):
+        wrong = CliRunner().invoke(app, [*arguments, "--rules", names])
+        assert wrong.exit_code == 2
+        assert said in wrong.output
+
+
+def test_rules_are_listed_as_they_are():
+    done = CliRunner().invoke(app, ["rules", "--json"])
+    listed = json.loads(done.output)
+    assert [one["name"] for one in listed] == list(HOMES)
+    for one in listed:
+        assert set(one) == {"name", *FACTS}
+        assert all(one.values())
+        rule = built_in(one["name"])
+        sends_none = rule.signals.back != "message"
+        assert one["crosses"].startswith("nothing" if sends_none else "message")
+        assert ("label" in one["crosses"]) == rule.signals.label
+    shown = CliRunner().invoke(app, ["rules"]).output
+    assert all(name in shown for name in HOMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fails", "no weights"),
+        ("gone", "has no 'gone'"),
+        ("too_wide", "the Sequential does not learn from this stream's first sample"),
+        ("too_few", "IndexError: Target"),
+    ],
+)
 def test_errors_of_the_baselines_module_name_its_option(tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
     file = f"nets_{tmp_path.name}.py"
@@ -215,8 +289,9 @@ def test_errors_of_the_baselines_module_name_its_option(tmp_path, monkeypatch, n
     arguments += ["--engine", "inprocess", "--baseline-model", f"{file}:{name}"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
-    assert "--baseline-model" in done.output
+    assert "Error: --baseline-model" in done.output
     assert said in done.output
+    assert "Traceback" not in done.output
 
 
 # -- golden files ----------------------------------------------------------------------------------
@@ -240,6 +315,31 @@ def test_the_tolerance_of_a_file_is_its_entry(tmp_path, kind):
     np.savez(named, **data, rtol=-1.0)
     (row,) = rows_of(named)
     assert "entry 'rtol' is -1" in row.note
+    np.savez(named, **data, atol=-1.0)
+    (row,) = rows_of(named)
+    assert "entry 'atol' is -1" in row.note
+
+
+@pytest.mark.parametrize(
+    ("given", "passes"),
+    [
+        ({"rtol": 1e-9}, False),
+        ({"atol": 2e-3}, True),
+        ({"atol": 5e-4}, False),
+        ({"rtol": 1e-9, "atol": 2e-3}, True),
+        ({"rtol": 1e-9, "atol": 0.0}, False),
+    ],
+)
+def test_atol_is_numpys(tmp_path, given, passes):
+    """Oracle: numpy.isclose with the entries; one number of the file is off by 1e-3."""
+    data = dict(np.load(golden.shipped() / "layered3_sequential.npz"))
+    data["h.l3"] = data["h.l3"].copy()
+    data["h.l3"][-1, 0] += 1e-3
+    tolerances = {"rtol": golden.RTOL, "atol": golden.RTOL * golden.FLOOR, **given}
+    true = np.load(golden.shipped() / "layered3_sequential.npz")["h.l3"]
+    assert np.isclose(true, data["h.l3"], **tolerances).all() == passes
+    np.savez(tmp_path / "off.npz", **data, **given)
+    assert all(row.passed for row in rows_of(tmp_path / "off.npz")) == passes
 
 
 def test_activations_have_other_names(tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -35,7 +36,7 @@ RUNS = [
 ]
 ASKED = {
     "level", "engine", "seeds", "held_out_accuracy", "held_out_spread", "prequential_accuracy",
-    "gap_to_backprop", "wall_seconds", "samples_per_second", "peak_memory_bytes", "bytes_per_edge",
+    "gap_to_backprop", "wall_seconds", "rows_per_second", "peak_memory_bytes", "bytes_per_edge",
     "staleness",
 }  # fmt: skip
 
@@ -60,7 +61,7 @@ def test_run_lines() -> None:
         "seed": 0,
         "first": 10,
         "last": 19,
-        "items": 10,
+        "samples": 10,
         "loss": 2.0,
         "correct": 36,
         "rows": 40,
@@ -69,7 +70,7 @@ def test_run_lines() -> None:
         "seconds": 2.0,
     }
     assert lines[5]["held_out"] == {"loss": 1.0, "accuracy": 0.8}
-    assert lines[5]["samples_per_second"] == 40.0
+    assert lines[5]["rows_per_second"] == 40.0
     assert "windows" not in lines[5]
 
 
@@ -113,9 +114,12 @@ def test_comparison_folder(tmp_path: Path) -> None:
     settings = Settings(name="try <this>", steps=20)
     save_comparison(tmp_path, RUNS, settings, command="hamdist compare x", interrupted=True)
     assert sorted(item.name for item in tmp_path.iterdir()) == [
-        "accuracy-samples.png",
+        "accuracy-rows.png",
+        "accuracy-rows.svg",
         "accuracy-seconds.png",
+        "accuracy-seconds.svg",
         "gap.png",
+        "gap.svg",
         "report.html",
         "results.csv",
         "runs.jsonl",
@@ -126,13 +130,17 @@ def test_comparison_folder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["interrupted"] is True
     assert read_settings((tmp_path / "settings.yaml").read_text(), "x").name == "try <this>"
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/svg+xml;base64,") == 1  # the curves are drawn by the page
     assert "Ended early" in page
     assert "try &lt;this&gt;" in page
     assert "mind &lt;b&gt;&amp;&lt;/b&gt;" in page
     assert "hamdist compare x" in page
-    assert "<script" not in page
-    assert "http" not in page.replace("-equiv", "")
+    assert not re.search(r"""<(script|img|link)\b[^>]*(src|href)=["'](?!data:)""", page)
+    data = page.split('id="data">')[1].split("</script>")[0]
+    events = json.loads(data)
+    assert next(e["event"] for e in events if e["level"] == "trace") == "run"
+    windows = [e for e in events if e["event"] == "window" and e["level"] == "trace"]
+    assert [w["last"] for w in windows] == [w.last for w in RUNS[1].windows]
 
 
 def test_interrupted_before_any_run_finished(tmp_path: Path) -> None:
@@ -178,8 +186,11 @@ def test_plots_are_drawn_for_one_and_for_three_seeds(real_valued: bool) -> None:
             for level in ("centralised", "trace")
         ]
         drawn = comparison_plots(runs)
-        assert list(drawn) == ["accuracy-samples.png", "accuracy-seconds.png", "gap.png"]
-        assert {png_size(png) for png in drawn.values()} == {(1050, 645)}
+        names = ["accuracy-rows", "accuracy-seconds", "gap"]
+        assert list(drawn) == [f"{name}.{kind}" for kind in ("png", "svg") for name in names]
+        pngs = [picture for name, picture in drawn.items() if name.endswith(".png")]
+        assert {png_size(png) for png in pngs} == {(1050, 645)}
+        assert all(b"<svg" in drawn[f"{name}.svg"] for name in names)
 
 
 def test_mean_curve_is_the_mean_where_all_seeds_have_values() -> None:
@@ -197,7 +208,7 @@ def test_mean_curve_is_the_mean_where_all_seeds_have_values() -> None:
 def test_joined_windows_cover_the_same_items() -> None:
     windows = [Window(i, i, 1, 1.0, 1, 2) for i in range(7)]
     few = joined(windows, 3)
-    assert [(w.first, w.last, w.items) for w in few] == [(0, 2, 3), (3, 5, 3), (6, 6, 1)]
+    assert [(w.first, w.last, w.samples) for w in few] == [(0, 2, 3), (3, 5, 3), (6, 6, 1)]
     assert joined(windows, 100) == windows
 
 

@@ -18,7 +18,7 @@ from hamdist.cli import app
 from hamdist.config import Settings
 from hamdist.dynamics.objective.losses import cross_entropy, mse
 from hamdist.errors import GraphError, SettingsError, StreamError
-from hamdist.runtime.results.evaluate import evaluate, evaluate_items
+from hamdist.runtime.results.evaluate import evaluate, evaluate_samples
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 from hamdist.streams.sample import Sample
@@ -81,7 +81,7 @@ def test_centralised_and_backprop_are_sgd(names):
         assert relative(after.values(), expected.state_dict().values()) <= 1e-12
         assert set(result.windows) == set(names)
         for name, windows in result.windows.items():
-            assert sum(w.items for w in windows) == len(losses[name])
+            assert sum(w.samples for w in windows) == len(losses[name])
             assert sum(w.loss for w in windows) == pytest.approx(sum(losses[name]), rel=1e-12)
     if "kind" not in names:
         assert torch.equal(after["kind.0.weight"], model.state_dict()["kind.0.weight"])
@@ -140,10 +140,10 @@ def test_what_cannot_be_scored():
     model = made(TwoByTwo)
     (u, y), *_ = items()
     first = next(iter(u.values()))
-    with pytest.raises(StreamError, match="no held-out item has a target for 'angle'"):
-        evaluate_items(model, [Sample(first, {"kind": y["kind"]}, inputs=u)], mse, ["angle"])
+    with pytest.raises(StreamError, match="no held-out sample has a target for 'angle'"):
+        evaluate_samples(model, [Sample(first, {"kind": y["kind"]}, inputs=u)], mse, ["angle"])
     with pytest.raises(StreamError, match="nothing is held out"):
-        evaluate_items(model, [], mse, None)
+        evaluate_samples(model, [], mse, None)
 
 
 @pytest.mark.parametrize("names", [("x", "left"), ("0", "1")])
@@ -173,7 +173,10 @@ def test_outputs_that_are_not_there():
 
 @pytest.mark.parametrize(
     ("loss", "message"),
-    [({}, "loss: .*at least 1 item"), ({"a": "l1"}, "loss.a: .*'cross-entropy', 'mse' or 'model'")],
+    [
+        ({}, "loss: .*at least 1 item"),
+        ({"a": "l1"}, "loss.a: .*'cross-entropy', 'mse' or 'model'"),
+    ],
 )
 def test_losses_that_are_none(loss, message):
     with pytest.raises(ValueError, match="loss") as caught:
@@ -337,7 +340,7 @@ def test_held_out_rows_that_the_model_does_not_take_are_found_before_the_run():
 
 @pytest.mark.usefixtures("folder")
 def test_held_out_labels_that_are_none_do_not_cost_the_run():
-    with pytest.warns(UserWarning, match="no held-out score: held-out item 0: IndexError"):
+    with pytest.warns(UserWarning, match="no held-out score: held-out sample 0: IndexError"):
         run, model = one_net("strange")
     assert run.held_out is None
     assert isinstance(model, nn.Linear)
@@ -347,5 +350,5 @@ def test_held_out_labels_that_are_none_do_not_cost_the_run():
 def test_a_stream_that_ends_before_the_steps_says_so():
     for level in ("trace", "local", "backprop"):
         run, _ = one_net("held", steps=7, level=level)
-        assert any("ended after 6 of 7 items (steps): go" in text for text in run.warnings)
+        assert any("ended after 6 of 7 samples (steps): go" in text for text in run.warnings)
     assert not one_net("held", steps=None)[0].warnings

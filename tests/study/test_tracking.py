@@ -361,7 +361,7 @@ def test_levels_that_need_an_acyclic_graph_are_refused():
 
 def test_many_edges_are_summed_up():
     run, _ = run_level(recipe(30, {"partition": {"blocks": 5}}))
-    assert run_facts(run)["KiB per edge and item"].startswith("0.4 on 26 edges, at most 0.0 (")
+    assert run_facts(run)["KiB per edge and sample"].startswith("0.4 on 26 edges, at most 0.0 (")
 
 
 # -- plots ---------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def follow_run(jobs: Jobs, name: str, results: Results, *, stopped: bool = False
         report(error=ended.error)
         complain(f"Error: {ended.error}")
     if ended.interrupted:
-        complain(f"Stopped after {ended.samples} items.")
+        complain(f"Stopped after {ended.samples} samples.")
     if ended.resume is not None:
         complain(f"Go on: hamdist launch SETTINGS --resume {ended.resume}")
     if ended.code and not (stopped and ended.interrupted):

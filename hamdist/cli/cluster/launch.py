@@ -134,7 +134,7 @@ def stop(
 def runs(cluster: ClusterOption = None) -> None:
     """List the launched runs of a cluster, the latest first."""
     with exit_codes():
-        table = Table("id", "state", "level", "items", "began", "took", box=None, pad_edge=False)
+        table = Table("id", "state", "level", "samples", "began", "took", box=None, pad_edge=False)
         jobs = [job for job in jobs_of(cluster).all() if job.metadata.get("kind") == "run"]
         report(runs=[{**asdict(job), "metadata": dict(job.metadata)} for job in jobs])
         for job in jobs:

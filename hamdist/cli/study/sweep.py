@@ -45,9 +45,9 @@ WorkersOption = Annotated[
 GRIDS = {  # by command: its help
     "levels": "Levels beside centralised backpropagation, each side tuned on a validation part.",
     "depth": "The same, against the number of layers (axes.depth).",
-    "smoothness": "The same, against the items that a sample takes to fade into the next "
+    "smoothness": "The same, against the samples that a sample takes to fade into the next "
     "(axes.smoothness).",
-    "batch": "The same, against the rows of an item (axes.batch), of equally many samples.",
+    "batch": "The same, against the rows of a sample (axes.batch), of equally many samples.",
 }
 
 

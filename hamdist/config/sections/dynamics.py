@@ -5,7 +5,13 @@ from __future__ import annotations
 from enum import Enum
 from typing import Literal
 
-from hamdist.config.sections.section import Above0, CourseSettings, Rate, Section
+from hamdist.config.sections.section import (
+    Above0,
+    CourseSettings,
+    Rate,
+    Section,
+    SignedCourseSettings,
+)
 
 
 class Reset(str, Enum):
@@ -64,8 +70,9 @@ class DynamicsSettings(Section):
     """Dissipation of the weight costates."""
     beta: Rate | None = None
     """Rate of the weights; not given: lr/tau."""
-    phi: Rate | CourseSettings | None = None
-    """Scale of the loss, or a course of it: by tick, where the presentation is not `hold` by item.
+    phi: Rate | SignedCourseSettings | None = None
+    """Scale of the loss, or a course of it: by tick, where the presentation is not `hold` by
+    sample.
     """
     sign: Literal[-1, 1] = -1
     """-1: Hamiltonian Learning; 1: the original Hamilton equations, which diverge forward in time.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -150,11 +150,11 @@ class LearningSettings(Section):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of lr that a decay falls to."""
     warmup: Annotated[int, Field(ge=0)] = 0
-    """Items over which the step size first rises."""
+    """Samples over which the step size first rises."""
     weight_decay: Rate = 0.0
     """As torch.optim.SGD has it; with `adaptive` as AdamW."""
     course: CourseSettings | None = None
-    """A factor of lr by item (of beta, where that is given), besides."""
+    """A factor of lr by sample (of beta, where that is given), besides."""
     adaptive: AdaptiveSettings | None = None
     """Adam's step; not given: one rate for all of a block's weights."""
     optimizer: Annotated[OptimizerSettings | None, BeforeValidator(_name_alone)] = None
@@ -170,6 +170,10 @@ class LearningSettings(Section):
     inputs: InputsSetting = "off"
     """Steps that do not depend on the mean (`centred`) or the correlation (`whitened`) of a layer's
     inputs."""
+    rules: dict[str, str | dict[str, Any]] = {}
+    """Rules of learning other than the level's, by block (patterns as in a shell, names first): the
+    name of a built-in one, `FILE.py:NAME` of a `hamdist.Rule`, whose code then runs, or a mapping
+    with `name` and the arguments of the class."""
     blocks: dict[str, BlockLearningSettings] = {}
     """What single blocks have otherwise, by name (patterns as in a shell, names first)."""
 

@@ -141,10 +141,10 @@ class LocalityOverrides(Section):
     grouping: Grouping | None = None
     """What one block holds where `partition` does not say it."""
     speed: Speed | None = None
-    """Hops of a signal between two items; `depth`: the depth of the graph; `inf`: one item at a
+    """Hops of a signal between two samples; `depth`: the depth of the graph; `inf`: one sample at a
     time."""
     presentation: Presentation | None = None
-    """How an item is shown: held, as a travelling pulse, or in a sequence that comes back."""
+    """How a sample is shown: held, as a travelling pulse, or in a sequence that comes back."""
     moves: Moves | None = None
     """Which states move in a tick of `hold`: all, or one depth after the other (HL Eq. 10)."""
     memory: Memory | None = None
@@ -167,11 +167,17 @@ class LocalityOverrides(Section):
     order: Order | None = None
     """Order of the updates inside a tick (docs: concepts/equations)."""
     target: TargetOf | None = None
-    """Which target a readout of `hold` compares with: its own item's, or the current one."""
+    """Which target a readout of `hold` compares with: its own sample's, or the current one."""
     readout: Readout | None = None
     """The last block as output net (HL Eq. 4), or as a state."""
     truncation: Positive | None = None
-    """Items of a sequence that are gone through in reverse (level `bptt`); not given: all."""
+    """Samples of a sequence that are gone through in reverse (level `bptt`); not given: all."""
     microbatches: Microbatches | None = None
-    """Parts of an item's rows that travel one behind the other (level `pipeline`); `auto`: as many
+    """Parts of a sample's rows that travel one behind the other (level `pipeline`); `auto`: as many
     as have 8 rows or more each, 8 at most."""
+    accumulate: Positive | None = None
+    """Samples whose gradients make one step of a block, their mean (presentation 'pulse')."""
+    double_buffered: bool | None = None
+    """Of `accumulate` samples all blocks use the weights that the steps by all but the latest group
+    of earlier ones have made, forward and backward: every step is late by one, at any depth
+    (PipeDream-2BW)."""

@@ -21,7 +21,7 @@ class MetricsSettings(Section):
     """Measurements during a run."""
 
     window: Positive = 50
-    """Items of one prequential window."""
+    """Samples of one prequential window."""
     limit: Annotated[int, Field(ge=2)] = 2048
     """Windows that are kept; with more, neighbours are joined."""
     record: RecordedState | None = None

@@ -55,6 +55,13 @@ class CourseSettings(Section):
     cycle: bool = False
     """Begin again behind the last value."""
     every: Positive = 1
-    """Ticks (of a factor of the step size: items) that each value stands for."""
+    """Ticks (of a factor of the step size: samples) that each value stands for."""
     smooth: bool = False
     """Go on a straight line from one value to the next."""
+
+
+class SignedCourseSettings(CourseSettings):
+    """A number that changes with time, and may be negative."""
+
+    values: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=1)]
+    """The values, one after the other; the last one holds from then on."""

@@ -35,7 +35,7 @@ class Split(str, Enum):
 
 
 class View(str, Enum):
-    """An item of a text: one token of it, or all of it."""
+    """A sample of a text: one token of it, or all of it."""
 
     TOKENS = "tokens"
     SEQUENCES = "sequences"
@@ -88,7 +88,7 @@ class SmoothSettings(Section):
     """Turns a stream into one that changes slowly."""
 
     frames: Positive = 20
-    """Items that each takes."""
+    """Samples that each takes."""
     motion: Motion = Motion.FADE
     """What happens between two."""
 
@@ -99,17 +99,17 @@ class CanvasSettings(Section):
     side: Positive = 40
     """Pixels of a side."""
     frames: Positive = 20
-    """Items that each image stays for."""
+    """Samples that each image stays for."""
     fade: Annotated[int, Field(ge=0)] = 10
-    """Last items of a clip, over which the next image fades in."""
+    """Last samples of a clip, over which the next image fades in."""
     speed: Above0 = 1.0
-    """Pixels an item."""
+    """Pixels a sample."""
 
     @model_validator(mode="after")
     def _fades_inside(self) -> CanvasSettings:
         if self.fade >= self.frames:
             raise ValueError(
-                f"'fade' is {self.fade}, but a clip has {self.frames} items ('frames'): fewer of "
+                f"'fade' is {self.fade}, but a clip has {self.frames} samples ('frames'): fewer of "
                 "them can fade"
             )
         return self
@@ -123,7 +123,7 @@ class DriftSettings(Section):
     classes: Annotated[int, Field(ge=2)] = 4
     """Number of classes."""
     period: Positive = 500
-    """Items between two jumps."""
+    """Samples between two jumps."""
     noise: Rate = 0.5
     """Standard deviation of a row around its class."""
 
@@ -136,7 +136,7 @@ class SequenceSettings(Section):
     length: Positive = 20
     """Tokens of a sequence; of longer texts the last ones count."""
     view: View = View.SEQUENCES
-    """An item is one token of each text, or all of them."""
+    """A sample is one token of each text, or all of them."""
     targets: LabelledTokens = LabelledTokens.LAST
     """Which tokens carry the class."""
     vocabulary: Positive = 10_000
@@ -162,31 +162,31 @@ class SignalSettings(Section):
     period: Above0 = 2 * math.pi
     """Seconds."""
     tau: Above0 = 1e-3
-    """Seconds between two items."""
+    """Seconds between two samples."""
     dwell: Above0 = 5.0
     """Seconds of one patch."""
 
 
 class PaceSettings(Section):
-    """Items arrive in real time."""
+    """Samples arrive in real time."""
 
     period: Above0 | Literal["stamps"] = "stamps"
-    """Seconds between two items, or `stamps`: at their own time stamps."""
+    """Seconds between two samples, or `stamps`: at their own time stamps."""
     late: Late = Late.DROP
-    """What becomes of items that arrive while the network is busy."""
+    """What becomes of samples that arrive while the network is busy."""
 
 
 class StreamSettings(Section):
-    """Source of the items, and everything that is done to them."""
+    """Source of the samples, and everything that is done to them."""
 
     source: Source = Source.DIGITS
     """The stream."""
     batch: Positive = 32
-    """Rows of an item; of signals, and of texts seen token by token, 1 unless given."""
+    """Rows of a sample; of signals, and of texts seen token by token, 1 unless given."""
     path: Path | None = None
     """Folder of IDX files; of texts a folder or file; of characters a file."""
     smooth: SmoothSettings | None = None
-    """Let items fade, shift or rotate into each other."""
+    """Let samples fade, shift or rotate into each other."""
     canvas: CanvasSettings | None = None
     """Let images move over a larger canvas."""
     evaluate: Split = Split.TEST
@@ -200,22 +200,22 @@ class StreamSettings(Section):
     characters: CharacterSettings = CharacterSettings()
     """Of source `characters`."""
     missing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of items whose target is withheld."""
+    """Share of samples whose target is withheld."""
     late_targets: Annotated[int, Field(ge=0)] = 0
-    """Items by which targets come later than their inputs."""
+    """Samples by which targets come later than their inputs."""
     target_delay: Positive | None = None
-    """Rejoin each target with the input that came so many items before; not given: by the targets'
-    tags."""
+    """Rejoin each target with the input that came so many samples before; not given: by the
+    targets' tags."""
     relearn: Relearn | None = None
-    """What becomes of an item whose target comes late: shown again with it, or waiting for it; not
+    """What becomes of a sample whose target comes late: shown again with it, or waiting for it; not
     given: again (with a pace: wait)."""
     patience: Positive = 64
-    """Items that may wait for a target."""
+    """Samples that may wait for a target."""
     names: dict[str, str] | None = None
     """What the keys of a user's batches mean, by key: `u`, `y`, an argument of the model,
     `y.OUTPUT`."""
     pace: PaceSettings | None = None
-    """Let items arrive in real time."""
+    """Let samples arrive in real time."""
 
     @model_validator(mode="before")
     @classmethod
@@ -250,7 +250,7 @@ class StreamSettings(Section):
             )
         if max(late, delay or 0) > self.patience and not self.again:
             raise ValueError(
-                f"targets come {max(late, delay or 0)} items late, but 'patience' is "
+                f"targets come {max(late, delay or 0)} samples late, but 'patience' is "
                 f"{self.patience}: no sample would wait for its target; raise 'patience'"
             )
         return self
@@ -266,7 +266,7 @@ _IMAGES = (Source.DIGITS, Source.FASHION_MNIST)
 
 
 def _by_row(raw: Mapping[str, Any]) -> bool:
-    """Return True if items of these stream settings have one row by default."""
+    """Return True if samples of these stream settings have one row by default."""
     if raw.get("source") == Source.SEQUENCES.value:
         own = raw.get("sequences")
         view = own.get("view") if isinstance(own, Mapping) else getattr(own, "view", None)

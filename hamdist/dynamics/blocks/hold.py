@@ -6,7 +6,7 @@ B: batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class HoldBlock(SavesPasses):
             None  # of the tick before, where its weights still wait
         )
 
-    STATE = (
+    STATE: ClassVar[tuple[str, ...]] = (
         "cell",
         "weights",
         "h",

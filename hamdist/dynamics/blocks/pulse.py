@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.heads import HeadUpdate
-from hamdist.dynamics.blocks.item_reading import ItemReading
 from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, SavesPasses
+from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.modules.reversible import InversePass, pieces_of
 from hamdist.dynamics.updates.constants import constant_tau
@@ -59,7 +59,10 @@ class PulseBlock(SavesPasses):
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep its record until its message comes."""
-        if self._predicts is None:
+        if self.buffers is not None:
+            theta = self.buffers.theta(sample)
+            record = self.cell.forward_at(theta, inputs, self._wanted)
+        elif self._predicts is None:
             record = self.cell.forward(inputs, self._wanted)
         else:
             scale = self._scale(sample // self._parts)
@@ -159,7 +162,7 @@ class PulseReadout(Block):
         parts: BlockParts,
         loss: ReadoutLoss,
         hands_back: Sequence[bool] = (),
-        item: ItemReading | None = None,
+        item: MicrobatchReading | None = None,
     ) -> None:
         super().__init__(parts)
         self._tau = constant_tau(parts.dynamics)
@@ -168,7 +171,12 @@ class PulseReadout(Block):
         self._item = item
         self.prediction: Tensor | None = None  # the latest
 
-    STATE = ("cell", "weights", "_loss", "_item")
+    @property
+    def error(self) -> Tensor | None:
+        """Return phi dL/dy of the latest target."""
+        return self._loss.error
+
+    STATE: ClassVar[tuple[str, ...]] = ("cell", "weights", "_loss", "_item")
     ADDED: ClassVar[Mapping[str, Any]] = {"_item": None}
 
     def read(
@@ -176,7 +184,7 @@ class PulseReadout(Block):
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Return the messages to the parents, and the reading (None without a target).
 
-        Of micro-batches the target comes with the first one, and the reading of the item is
+        Of micro-batches the target comes with the first one, and the reading of the sample is
         returned with the last one.
         """
         if self._item is None:
@@ -185,7 +193,7 @@ class PulseReadout(Block):
         messages, reading = self._learn(sample, inputs, own, share)
         prediction = self.prediction if inputs else None
         self.prediction, reading = self._item.end(sample, prediction, reading)
-        if reading is not None:
+        if reading is not None and self.moves(sample):
             self._loss.past_first()
         return messages, reading
 
@@ -196,8 +204,12 @@ class PulseReadout(Block):
         target: Tensor | None,
         share: float = 1.0,
     ) -> tuple[list[Tensor | None], Reading | None]:
-        """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its item."""
-        record = self.cell.forward(inputs, self._wanted) if inputs else None
+        """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its sample."""
+        record = None
+        if inputs and self.buffers is not None:
+            record = self.cell.forward_at(self.buffers.theta(sample), inputs, self._wanted)
+        elif inputs:
+            record = self.cell.forward(inputs, self._wanted)
         if record is not None:
             self.prediction = plain(record.output)
         if record is None or target is None:
@@ -208,8 +220,8 @@ class PulseReadout(Block):
             record,
             target,
             sample // self._parts,
-            share=share,
-            moves=self._item is None,
+            share=share / self._group,
+            moves=self._item is None and self.moves(sample),
             at_once=self.at_once(sample, self._tau),
         )
         self.learn_from(sample, g, self._tau)

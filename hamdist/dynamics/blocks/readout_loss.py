@@ -57,7 +57,7 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 class ReadoutLoss(Remembers):
-    """The loss of one readout, and its scale phi. native: see `loss_and_slope`."""
+    """The loss of one readout, and its scale phi. native, alone: see `loss_and_slope`."""
 
     def __init__(
         self,
@@ -66,12 +66,15 @@ class ReadoutLoss(Remembers):
         guard: Guard = unguarded,
         *,
         native: bool = False,
+        alone: bool = True,
     ) -> None:
         self._loss = loss
         self._native = native
+        self._alone = alone
         self._phi = dynamics.phi
         self._first_phi = dynamics.first_phi
         self._guard = guard
+        self.error: Tensor | None = None  # the latest phi dL/dprediction
 
     def snapshot(self) -> dict[str, Any]:
         return {"first_phi": self._first_phi, "random": self.random}
@@ -105,8 +108,8 @@ class ReadoutLoss(Remembers):
     ) -> tuple[list[Tensor | None], list[Gradient], Reading]:
         """Return phi_k dL/dh_p per parent and phi_k dL/dtheta of an output net, and the reading.
 
-        share: of phi_k, as the target is part of an item. moves: the weights move in this tick; the
-        first phi lasts until they have. at_once: as in `LocalFunction.pull`.
+        share: of phi_k, as the target is part of a sample. moves: the weights move in this tick;
+        the first phi lasts until they have. at_once: as in `LocalFunction.pull`.
         """
         prediction, inputs = plain(record.output), record.inputs
         about, reading = self.look(prediction, target, k, share=share, moves=moves, inputs=inputs)
@@ -131,13 +134,16 @@ class ReadoutLoss(Remembers):
         phi = self.phi(k)
         if moves:
             self.past_first()
-        return slope(phi * share), Reading(prediction, target, value, phi)
+        self.error = slope(phi * share)
+        return self.error, Reading(prediction, target, value, phi)
 
     def value(
         self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Slope]:
         """Return L, and phi dL/dprediction as a function of phi."""
-        value, slope = loss_and_slope(self._loss, prediction, target, native=self._native)
+        value, slope = loss_and_slope(
+            self._loss, prediction, target, native=self._native, alone=self._alone
+        )
         self._guard("loss", value, [*inputs, target])
         return value, slope
 

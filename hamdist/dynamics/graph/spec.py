@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.graph.inputs import is_input
 from hamdist.dynamics.objective.losses import LossFunction
+from hamdist.dynamics.rules.rule import Rule
 
 OUTPUT_KEY = "output:"
 
@@ -183,6 +184,7 @@ class BlockSpec:
             be derived.
         initial: h_0 without the batch, where it is not zero (presentation 'hold').
         slices: number of blocks over which its neurons are spread (dynamics/slicing).
+        rule: how it learns, instead of by the level's own rule.
     """
 
     name: str
@@ -196,6 +198,12 @@ class BlockSpec:
     shape: tuple[int, ...] | None = None
     initial: Tensor | None = None
     slices: int = 1
+    rule: Rule | None = None
+
+    @property
+    def back(self) -> str:
+        """Return what comes back to the block about a sample: `message`, `error`, or `none`."""
+        return "message" if self.rule is None else self.rule.signals.back
 
     @property
     def has_state(self) -> bool:

@@ -87,12 +87,13 @@ def class_axis(prediction: Sequence[int], target: Sequence[int]) -> int:
 
 
 def loss_and_slope(
-    loss: LossFunction, y: Tensor, target: Tensor, *, native: bool = False
+    loss: LossFunction, y: Tensor, target: Tensor, *, native: bool = False, alone: bool = True
 ) -> tuple[Tensor, Slope]:
     """Return L(y, target), a scalar, and its slope.
 
     Both in closed form for hamdist's own losses where their targets are of the usual kind (native:
-    few numbers by the C code of native/rows.py); otherwise by autograd, from y on.
+    few numbers by the C code of native/rows.py); otherwise by autograd, from y on. Raises
+    ValueError for a loss without a gradient, if it is `alone`: others may learn something.
     """
     if loss is mse and target.dtype == y.dtype and target.shape == y.shape:
         apart = y - target
@@ -114,16 +115,23 @@ def loss_and_slope(
             return made
 
         return value, slope
-    return _by_autograd(loss, y, target)
+    return _by_autograd(loss, y, target, alone)
 
 
-def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
+def _by_autograd(
+    loss: LossFunction, y: Tensor, target: Tensor, alone: bool
+) -> tuple[Tensor, Slope]:
     leaf = y.detach().requires_grad_()
     with torch.enable_grad():
         value = loss(leaf, target)
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"the loss is {given}; return a tensor with one number, the batch's mean")
+    if alone and not value.requires_grad:
+        raise ValueError(
+            "the loss has no gradient, so nothing would learn: it does not depend on the "
+            "prediction, or was detached from it (detach, no_grad, argmax, numpy)"
+        )
     value = value.reshape(())
 
     def slope(phi: float) -> Tensor:

@@ -13,30 +13,30 @@ from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.objective.losses import class_axis
 from hamdist.dynamics.saved_state.remember import Remembers, known
 
-AT_ONCE = 64  # items that are counted together
+AT_ONCE = 64  # samples that are counted together
 SMALL = 4096  # numbers of a prediction, up to which it is kept until then
 
 
 @known("Window")
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Sums over the items first..last of the stream that had a target (a batch is one item).
+    """Sums over the samples first..last of the stream that had a target (a batch is one sample).
 
-    loss: sum over items of the batch-mean loss. correct, rows: rows predicted right, and rows in
+    loss: sum over samples of the batch-mean loss. correct, rows: rows predicted right, and rows in
     all, of class targets (both 0 for real-valued targets).
     """
 
     first: int
     last: int
-    items: int
+    samples: int
     loss: float
     correct: int
     rows: int
 
     @property
     def mean_loss(self) -> float:
-        """Return the mean loss per item; NaN without items."""
-        return self.loss / self.items if self.items else float("nan")
+        """Return the mean loss per sample; NaN without samples."""
+        return self.loss / self.samples if self.samples else float("nan")
 
     @property
     def accuracy(self) -> float | None:
@@ -49,7 +49,7 @@ def merge_windows(windows: Sequence[Window]) -> Window:
     return Window(
         first=windows[0].first,
         last=windows[-1].last,
-        items=sum(w.items for w in windows),
+        samples=sum(w.samples for w in windows),
         loss=sum(w.loss for w in windows),
         correct=sum(w.correct for w in windows),
         rows=sum(w.rows for w in windows),
@@ -95,9 +95,10 @@ def _right(guess: Tensor, target: Tensor, ignore_index: int) -> tuple[int, int]:
 
 @known("_Look")
 class _Look(NamedTuple):
-    """One item that is not counted yet: the prediction of class targets, or the classes (guess)."""
+    """One sample that is not counted yet: the prediction of class targets, or the classes
+    (guess)."""
 
-    item: int
+    sample: int
     prediction: Tensor | None
     guess: Tensor | None
     target: Tensor
@@ -105,7 +106,7 @@ class _Look(NamedTuple):
 
 
 class Prequential(Remembers):
-    """Collects a readout's losses into windows of `every` items.
+    """Collects a readout's losses into windows of `every` samples.
 
     With `limit` windows kept, neighbours are joined and `every` doubles: an endless stream is
     recorded in constant memory. ignore_index: class targets of this number are no rows.
@@ -122,15 +123,15 @@ class Prequential(Remembers):
 
     STATE = ("every", "windows", "_open", "_looks", "_items")
 
-    def record(self, item: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
-        """Record an item. prediction: (B, ...), never changed again; target: (B, ...)."""
+    def record(self, sample: int, prediction: Tensor, target: Tensor, loss: Tensor) -> None:
+        """Record a sample. prediction: (B, ...), never changed again; target: (B, ...)."""
         if prediction.dim() == 2 and prediction.numel() <= SMALL and target.dim() == 1:
             kept = None if target.is_floating_point() else prediction
-            self._looks.append(_Look(item, kept, None, target, loss))
+            self._looks.append(_Look(sample, kept, None, target, loss))
         else:
             with torch.no_grad():
                 guess = guessed(prediction, target)
-            self._looks.append(_Look(item, None, guess, target, loss))
+            self._looks.append(_Look(sample, None, guess, target, loss))
         self._items += 1
         if self._items >= self.every:
             self.flush()
@@ -138,7 +139,7 @@ class Prequential(Remembers):
             self._count()
 
     def _count(self) -> None:
-        """Add the recorded items to the open window."""
+        """Add the recorded samples to the open window."""
         looks, self._looks = self._looks, []
         if looks:
             self._open = [merge_windows([*self._open, _window(looks, self._ignore_index)])]
@@ -163,11 +164,11 @@ def _window(looks: Sequence[_Look], ignore_index: int) -> Window:
     for guess, target in _guesses(looks):
         right, known = _right(guess, target, ignore_index)
         correct, rows = correct + right, rows + known
-    return Window(looks[0].item, looks[-1].item, len(looks), sum(losses), correct, rows)
+    return Window(looks[0].sample, looks[-1].sample, len(looks), sum(losses), correct, rows)
 
 
 def _guesses(looks: Sequence[_Look]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the predicted and the right classes, row by row, of several items each."""
+    """Yield the predicted and the right classes, row by row, of several samples each."""
     waiting = [(look.prediction, look.target) for look in looks if look.prediction is not None]
     if waiting:
         predictions, targets = zip(*waiting, strict=True)

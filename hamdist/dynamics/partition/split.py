@@ -224,7 +224,7 @@ def split_module(
     it names them. An output of a model that returns several is named by its key in a dict, or
     `out0`, `out1`, ... in a tuple, and so is the block that predicts it. example: inputs of the
     right shapes and dtypes. together: the reason to keep the users of a weight in one block, if
-    any. ragged: items may have lengths of their own.
+    any. ragged: samples may have lengths of their own.
 
     A model that cannot be traced is one block, which `Graph.notes` explains. Raises GraphError
     where blocks, cuts or a policy require more than that, for impossible cuts, and for outputs that

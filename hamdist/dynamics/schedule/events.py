@@ -126,7 +126,7 @@ class Schedule(Protocol):
 def source_events(c: int, first: int = 0, parts: int = 1) -> Iterator[Event]:
     """Yield the events of the stream from sample `first` on: sample n leaves at tick n c - 1.
 
-    parts: of an item, which leave as separate pulses (microbatches.py).
+    parts: of a sample, which leave as separate pulses (microbatches.py).
     """
     pulses = Pulses(c, parts)
     for n in count(first):

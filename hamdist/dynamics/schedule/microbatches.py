@@ -1,7 +1,7 @@
 """Micro-batches: how a batch is cut into parts that travel one behind the other (GPipe: Huang et
 al. 2019), and in which ticks they enter.
 
-With M parts, item i enters as the pulses n = i M, ..., i M + M - 1, two ticks apart:
+With M parts, sample i enters as the pulses n = i M, ..., i M + M - 1, two ticks apart:
 
     forward of n at depth l      tick  (n div M) c + 2 (n mod M) + l
     backward                     2 (D - l) ticks later,    c = 2 (M - 1) + 2D + 1
@@ -27,14 +27,14 @@ def auto_microbatches(batch: int) -> int:
 
 
 class Pulses(NamedTuple):
-    """The ticks in which pulses enter. c: ticks between two items; parts: M."""
+    """The ticks in which pulses enter. c: ticks between two samples; parts: M."""
 
     c: int
     parts: int = 1
 
     @property
     def spacing(self) -> int:
-        """Return the ticks between two pulses, of an item at least."""
+        """Return the ticks between two pulses, of a sample at least."""
         return self.c if self.parts == 1 else SPACING
 
     def tick(self, pulse: int) -> int:

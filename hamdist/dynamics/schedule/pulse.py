@@ -10,6 +10,7 @@ from hamdist.dynamics.graph.graph import Edge, Graph, Tie
 from hamdist.dynamics.schedule.events import Bundle, Event, Kind, Phase, Stamp, emitted
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import SPACING, Pulses
+from hamdist.errors import LevelError
 
 
 class PulseSchedule:
@@ -20,10 +21,18 @@ class PulseSchedule:
     one sample meet, over skips as well. With credit 'heads' nothing comes back: a block learns from
     sample n in the tick of its forward. Nor does anything come back to `silent` blocks (whose
     weights are frozen, as are those of all blocks before them): with d the least depth of the
-    others, the speed `inf` is then 2 (D - d) + 1 ticks a sample.
+    others, the speed `inf` is then 2 (D - d) + 1 ticks a sample. A block whose rule asks for the
+    error of the first readout, at depth R, gets it one tick after the loss, at n c + R + 1; one
+    whose rule asks for nothing is as with credit 'heads'.
 
-    With M micro-batches an item makes M pulses (microbatches.py), after the last of which weights
-    move; `sample` is the number of the pulse then, and `item` tells whose part it is.
+    With M micro-batches a sample makes M pulses (microbatches.py), after the last of which weights
+    move; `sample` is the number of the pulse then, and `sample_of` tells whose part it is.
+
+    With `accumulate: k` a block moves once for k samples. Double-buffered, it moves in the same
+    ticks, but a sample of group g = n div k meets the weights after the first g - 1 steps in every
+    block. These are there in time if k c is more than any lag less c:
+
+        last message of group g - 2    (g - 1) k c - c + 2D  <  g k c    first forward of group g
     """
 
     def __init__(self, graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> None:
@@ -32,9 +41,20 @@ class PulseSchedule:
         self._D = graph.depth
         self._silent = silent
         self.one_way = knobs.credit is Credit.HEADS
+        self._back = {block.name: block.back for block in graph.blocks.values()}
+        self._error_at = graph.depths[graph.readouts[0]] + 1
+        self._first_readout = graph.readouts[0]
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
         self._pulses = Pulses(self.c, self.parts)
+        self.group = knobs.accumulate  # samples per step
+        self.double_buffered = knobs.double_buffered
+        if self.double_buffered and self.staleness > self.group:
+            raise LevelError(
+                f"locality.accumulate is {self.group}, double_buffered: messages are "
+                f"{self.staleness} samples late, so the step before the latest is not made yet "
+                f"when its weights are wanted; use accumulate {self.staleness} or more"
+            )
 
     def _ticks(self, speed: str) -> int:
         if speed == "depth":
@@ -42,9 +62,9 @@ class PulseSchedule:
         trip = 2 * self._D + 1 if self.one_way else 1 + max(map(self.lag, self._depths))
         return trip + SPACING * (self.parts - 1)
 
-    def item(self, sample: int) -> int:
-        """Return the item that a pulse belongs to."""
-        return sample // self.parts
+    def sample_of(self, pulse: int) -> int:
+        """Return the sample that a pulse belongs to."""
+        return pulse // self.parts
 
     @property
     def spacing(self) -> int:
@@ -58,8 +78,11 @@ class PulseSchedule:
 
     def lag(self, block: str) -> int:
         """Return d_l = 2 (D - l), the ticks from a block's forward to its backward, if any."""
-        if self.one_way or block in self._readouts or block in self._silent:
+        back = self._back[block]
+        if self.one_way or block in self._readouts or block in self._silent or back == "none":
             return 0
+        if back == "error":
+            return max(1, self._error_at - self._depths[block])
         return 2 * (self._D - self._depths[block])
 
     def _forward_tick(self, block: str, sample: int) -> int:
@@ -73,7 +96,7 @@ class PulseSchedule:
         if block in self._readouts:
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.READ, n)
-        if self.one_way or block in self._silent:
+        if not self.lag(block):
             for n in count(first):
                 yield Event(self._forward_tick(block, n), Phase.FORWARD, n)
         behind = self._pulses.first(since - self._backward_tick(block, 0))
@@ -91,22 +114,40 @@ class PulseSchedule:
             return emitted(event.sample, self.c, self.parts)
         if edge.parent in self._silent:
             return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, 0)
-        # Updates m with m c + 2D - l < n c + l have come before the forward of n.
-        version = max(0, self.item(event.sample) - self.lag(edge.parent) // self.c)
+        sample = self.sample_of(event.sample)
+        # Messages m with m c + 2D - l < n c + l have come before the forward of n.
+        version = max(0, sample - self.lag(edge.parent) // self.c) // self.group
+        if self.double_buffered:
+            version = self.buffered(sample)
         return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
 
     @property
     def idle(self) -> int:
         return (self.trip + SPACING * (self.parts - 1)) // self.c
 
+    def buffered(self, sample: int) -> int:
+        """Return the steps in the weights that a sample meets with double buffering."""
+        return max(0, sample // self.group - 1)
+
+    def _steps(self, pulse: int) -> int:
+        """Return the steps of a block before the message of a pulse comes to it."""
+        return self.sample_of(pulse) // self.group
+
     def message(self, edge: Edge, event: Event) -> Stamp | None:
         if event.phase is not Phase.BACKWARD:
             return None
         tick = self._backward_tick(edge.child, event.sample)
-        return Stamp(tick, event.sample, self.item(event.sample))
+        return Stamp(tick, event.sample, self._steps(event.sample))
+
+    def error(self, event: Event) -> Stamp | None:
+        """Return the stamp of the first readout's error that a block reads in `event`."""
+        if event.phase is not Phase.BACKWARD:
+            return None
+        tick = self._forward_tick(self._first_readout, event.sample)
+        return Stamp(tick, event.sample, self._steps(event.sample))
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
-        """Return the stamp of the item's target, which comes whole with its first pulse."""
+        """Return the stamp of the sample's target, which comes whole with its first pulse."""
         if event.sample % self.parts:
             return None
         return emitted(event.sample, self.c, self.parts)
@@ -117,21 +158,21 @@ class PulseSchedule:
         Where both have theirs in the same tick, the owner comes last.
         """
         sent = self._backward_tick(tie.user, event.sample)
-        return Stamp(sent, event.sample, self.item(event.sample))
+        return Stamp(sent, event.sample, self.sample_of(event.sample))
 
     def weight(self, tie: Tie, event: Event) -> Stamp | None:
-        """Return the stamp of the owner's weights before the user's forward pass of an item.
+        """Return the stamp of the owner's weights before the user's forward pass of a sample.
 
-        They are taken at the item's first pulse, the latest that were sent in an earlier tick.
+        They are taken at the sample's first pulse, the latest that were sent in an earlier tick.
         """
-        item = self.item(event.sample) - self.weight_lag(tie)
-        if item < 0 or event.sample % self.parts:
+        reader = self.sample_of(event.sample) - self.weight_lag(tie)
+        if reader < 0 or event.sample % self.parts:
             return None
-        last = (item + 1) * self.parts - 1
-        return Stamp(self._backward_tick(tie.owner, last), last, item + 1)
+        last = (reader + 1) * self.parts - 1
+        return Stamp(self._backward_tick(tie.owner, last), last, reader + 1)
 
     def weight_lag(self, tie: Tie) -> int:
-        """Return n - m: item n meets the user's weights after the updates by items 0 ... m."""
+        """Return n - m: sample n meets the user's weights after the updates by samples 0 ... m."""
         early = self._backward_tick(tie.owner, self.parts - 1) + 1 - self._depths[tie.user]
         return -(-early // self.c)
 
@@ -147,7 +188,8 @@ class PulseSchedule:
         return 2 + max(0, -(-(self._depths[tie.owner] - self._depths[tie.user]) // self.c))
 
     def delay(self, block: str) -> int:
-        return self.lag(block) // self.c
+        """Return the most steps of a block between its two passes of a sample."""
+        return 1 if self.double_buffered else -(-(self.lag(block) // self.c) // self.group)
 
     def in_flight(self, edge: Edge, kind: Kind) -> int:
         if kind is Kind.STATE:
@@ -155,6 +197,11 @@ class PulseSchedule:
             wait = self._depths[edge.child] - before
         else:
             wait = self._backward_tick(edge.parent, 0) - self._backward_tick(edge.child, 0)
+        return self._pulses.most(wait)
+
+    def errors_in_flight(self, block: str) -> int:
+        """Return the most errors of the first readout that wait for `block`."""
+        wait = self._backward_tick(block, 0) - self._forward_tick(self._first_readout, 0)
         return self._pulses.most(wait)
 
     def target_in_flight(self, readout: str) -> int:
@@ -165,12 +212,13 @@ class PulseSchedule:
 
     @property
     def staleness(self) -> int:
-        return max(self.delay(b) for b in self._depths)
+        """Return the most samples between the two passes of one."""
+        return max(self.lag(b) // self.c for b in self._depths)
 
     def stored(self, block: str) -> int:
         """Samples (micro-batches, where there are) whose activations a block keeps at a time:
         floor(d_l / c) + 1; with credit 'heads', and where no messages come, none beyond the tick in
         which they pass."""
-        if self.one_way or block in self._silent:
+        if not self.lag(block) and block not in self._readouts:
             return 0
         return self._pulses.most(self.lag(block))

@@ -67,8 +67,10 @@ class Flow:
         self.ops = trace.ops
         self.outputs = list(outputs)
         self._tensors = dict(_tensors(model))
+        self._parameters = {id(p) for p in model.parameters()}
         self._steady = self._only_read()
         self.needs = [_needs(op) for op in self.ops]
+        self._moving = [i for i, op in enumerate(self.ops) if self._moves_buffers(op)]
         self.live = self._living()
         self.weights = [self._weights(op) for op in self.ops]
         self.pure = self._pure()
@@ -82,10 +84,7 @@ class Flow:
 
     def _living(self) -> set[int]:
         """Return the ops that an output needs, and those that move a buffer."""
-        waiting = [i for i, _ in self.outputs]
-        for i, op in enumerate(self.ops):
-            if any(isinstance(self.trace.origin.get(m), WeightRef) for m in op.writes):
-                waiting.append(i)
+        waiting = [i for i, _ in self.outputs] + self._moving
         live: set[int] = set()
         while True:
             while waiting:
@@ -105,6 +104,12 @@ class Flow:
             return {}
         prefix = f"{op.step.target}." if op.step.target else ""
         return {id(t): n for n, t in self._tensors.items() if n.startswith(prefix)}
+
+    def _moves_buffers(self, op: Op[ColumnForm]) -> bool:
+        """Return True if an op may change buffers, and so is run even if nothing needs its result:
+        it writes to one, or calls a module that has some and was not looked into (a batch norm)."""
+        buffers = set(self._of_module(op)) - self._parameters
+        return bool(buffers or self._written_weights(op))
 
     def _written_weights(self, op: Op[ColumnForm]) -> list[WeightRef]:
         origins = [self.trace.origin.get(m) for m in op.writes]
@@ -154,7 +159,8 @@ class Flow:
 
     def _asked(self) -> set[int]:
         """Return the ops of blocks: `live`, without those that only free values need."""
-        waiting = [i for i, _ in self.outputs] + [i for i in self.live if self.ops[i].writes]
+        waiting = [i for i, _ in self.outputs] + self._moving
+        waiting += [i for i in self.live if self.ops[i].writes]
         asked: set[int] = set()
         while waiting:
             i = waiting.pop()

@@ -191,7 +191,7 @@ class Trace:
     """A joined program. ops: in the model's own order; output: a template; constants: by index.
 
     origin: of memory (as in `Recording`). whole: the modules that could not be traced, and why.
-    one_length: the reason for which all items have the lengths of the example, if that was open.
+    one_length: the reason for which all samples have the lengths of the example, if that was open.
     """
 
     ops: list[Op[ColumnForm]]

@@ -1,6 +1,6 @@
 """A model as a list of steps for any batch.
 
-It runs three times, each time with another batch (recorder.py), and where items may have lengths
+It runs three times, each time with another batch (recorder.py), and where samples may have lengths
 of their own, with other lengths, too. The runs have to take the same steps; a whole number that
 differs is the batch times something, plus something (traced_module.py, `SymbolicSize`). A submodule
 that cannot be traced, or does other things at another batch, stays whole, as one step.
@@ -49,9 +49,9 @@ def trace(
 ) -> Trace:
     """Return the steps of `model` on `inputs` (examples, (B, ...), by name); it stays as it is.
 
-    ragged: items may have lengths of their own, which is tried; where the model does not take them,
-    or cannot be traced then, `Trace.one_length` has the reason. Raises Unfollowed where its own
-    forward cannot be traced.
+    ragged: samples may have lengths of their own, which is tried; where the model does not take
+    them, or cannot be traced then, `Trace.one_length` has the reason. Raises Unfollowed where its
+    own forward cannot be traced.
     """
     probe = copied(model)
     whole = watch(probe)

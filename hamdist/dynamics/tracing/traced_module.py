@@ -59,7 +59,8 @@ class ConstantRef:
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """A dimension of an input, which may differ from item to item; base: that of the example."""
+    """A dimension of an input, which may differ from sample to sample; base: that of the
+    example."""
 
     name: str
     axis: int
@@ -75,7 +76,7 @@ class SymbolicSize:
     lengths: tuple[tuple[Length, int, int], ...] = ()
 
     def of(self, batch: int, length: Callable[[Length], int]) -> int:
-        """Return the number, for a batch and the lengths of an item."""
+        """Return the number, for a batch and the lengths of a sample."""
         found = self.per * batch + self.more
         for one, a, b in self.lengths:
             found += (a + b * batch) * length(one)

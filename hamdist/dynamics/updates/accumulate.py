@@ -1,4 +1,4 @@
-"""The gradients of an item's micro-batches, added up until its weights move (microbatches.py).
+"""The gradients of a sample's micro-batches, added up until its weights move (microbatches.py).
 
 Gradients that come as factors (vjp/gradient.py) stay so, their rows joined, as long as these are
 fewer numbers than the weight has: the product over all rows is then made once, where the weight

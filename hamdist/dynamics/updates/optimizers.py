@@ -6,7 +6,7 @@
 with s_k the factor of the step size by sample (learning_rate.py) and of its delay. g is handed over
 once per message, dense, as `.grad`; omega is then the latest g. Where several uses of a weight give
 gradients, g is their sum. One optimiser (or several) per block: nothing of it is seen elsewhere.
-A scheduler of torch.optim.lr_scheduler is stepped once per item, with or without a target.
+A scheduler of torch.optim.lr_scheduler is stepped once per sample, with or without a target.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class OptimizerRule:
         """Make the scheduler of each optimiser.
 
         Raises:
-            SettingsError: The user's function failed, or did not return a scheduler by item.
+            SettingsError: The user's function failed, or did not return a scheduler by sample.
         """
         if self.scheduler is None:
             return []
@@ -112,7 +112,7 @@ class OptimizerRule:
                 raise SettingsError(
                     f"scheduler: the function returned {_kind(one)}; return a scheduler of "
                     "torch.optim.lr_scheduler whose step() needs no measured loss: it is stepped "
-                    "once per item"
+                    "once per sample"
                 )
         return made
 
@@ -188,7 +188,7 @@ class BlockOptimizers(Remembers):
 
     Their state is what `state_dict` says, with weights by name instead of by number. A run that
     goes on with other arguments than before takes over the state of each weight; groups and
-    schedulers begin as the new arguments say, the latter at the item that has been reached.
+    schedulers begin as the new arguments say, the latter at the sample that has been reached.
     """
 
     def __init__(self, rule: OptimizerRule, block: str, named: Mapping[str, nn.Parameter]) -> None:
@@ -224,11 +224,11 @@ class BlockOptimizers(Remembers):
         """Return True if there are schedulers."""
         return bool(self._schedulers)
 
-    def advance(self, item: int) -> None:
-        """Step the schedulers up to `item`."""
-        while self._item < item:
+    def advance(self, sample: int) -> None:
+        """Step the schedulers up to `sample`."""
+        while self._item < sample:
             with warnings.catch_warnings():
-                if not self._item:  # (an item without target has no step of the optimiser)
+                if not self._item:  # (a sample without target has no step of the optimiser)
                     warnings.filterwarnings("ignore", r".*lr_scheduler\.step\(\)")
                 for one in self._schedulers:
                     one.step()

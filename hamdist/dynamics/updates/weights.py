@@ -75,8 +75,7 @@ class Weights(Remembers):
         self._eta = dynamics.eta_omega
         self._cost = dynamics.weight_cost
         self._first_cost = dynamics.first_cost if dynamics.weight_cost else None
-        self._decay = dynamics.decay
-        self._limit = dynamics.limit
+        self._decay, self._limit = dynamics.decay, dynamics.limit
         self._largest = min([self._limit, *(torch.finfo(t.dtype).max for t in self.theta)])
         self._bound = 0.0  # of |omega|
         self._omega_first = order is not Order.SIMULTANEOUS
@@ -104,11 +103,20 @@ class Weights(Remembers):
         """
         state = super().snapshot()
         if self._factors is not None:
-            g, gain = self._factors
-            if isinstance(g, Gradients):
-                g.settle()
-            state["_factors"] = list(g), gain
+            state["_factors"] = self._settled()
         return state
+
+    def _settled(self) -> tuple[list[Gradient], float]:
+        """Return g and a number, whose product is omega; nothing and 0 if it is not in factors."""
+        g, gain = self._factors or ((), 0.0)
+        if isinstance(g, Gradients):
+            g.settle()
+        return list(g), gain
+
+    def omega_norm(self) -> float:
+        """Return |omega|. Factors stay factors, on which the bits of later steps depend."""
+        g, gain = self._settled()
+        return abs(gain) * norm_of(g) if g else norm_of(self._omega or ())
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
@@ -118,11 +126,8 @@ class Weights(Remembers):
     def omega(self) -> list[Tensor]:
         """Return the weights' costates, never written to once they have been read here."""
         if self._factors is not None:
-            g, gain = self._factors
-            if isinstance(g, Gradients):
-                g.settle()
-            self._omega = [dense(one) * gain for one in g]
-            self._factors = None
+            g, gain = self._settled()
+            self._omega, self._factors = [dense(one) * gain for one in g], None
         if self._omega is None:
             self._omega = [torch.zeros_like(t) for t in self.theta]
         self._mine = False
@@ -130,9 +135,7 @@ class Weights(Remembers):
 
     @omega.setter
     def omega(self, omega: list[Tensor]) -> None:
-        self._omega = omega
-        self._factors = None
-        self._mine = False
+        self._omega, self._factors, self._mine = omega, None, False
         self._bound = math.inf  # not known
 
     def scaled_by(self, scale: Scale, item_of: Callable[[int], int]) -> Scale:  # noqa: ARG002

@@ -17,7 +17,7 @@ NEAR = 4  # frames between torch.jit.is_tracing and who asks
 @contextmanager
 def masks_stay() -> Iterator[None]:
     """Make transformers build every attention mask, whatever its values: a block then does the same
-    for every item. Elsewhere `torch.jit.is_tracing` says what it always says."""
+    for every sample. Elsewhere `torch.jit.is_tracing` says what it always says."""
     ask = sys.modules["torch.jit"].is_tracing
 
     def is_tracing() -> bool:

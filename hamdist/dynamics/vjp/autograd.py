@@ -147,7 +147,7 @@ class LocalFunction(Remembers):
         self.theta: list[Tensor] = [p.data for p in self._parameters]
         self._stash = stash
         self._watch = LayerInputs(module, self._parameters) if watched else None
-        self._random = OwnGenerator(seed, device) if _draws(module) else nullcontext()
+        self._random = OwnGenerator(seed, device) if draws(module) else nullcontext()
         self._foreign = _foreign(module)
         self._weights_at = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self._pieces = any(isinstance(m, TracedModule) for m in module.modules())
@@ -340,7 +340,7 @@ def _foreign(module: nn.Module) -> bool:
     )
 
 
-def _draws(module: nn.Module) -> bool:
+def draws(module: nn.Module) -> bool:
     """Return True if a forward pass may draw random numbers.
 
     Torch's own layers without dropout do not; a user's module may.

@@ -77,10 +77,10 @@ def _late(plan: Plan, settings: Settings) -> list[str]:
         kept = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
                    for r in plan.graph.readouts)  # fmt: skip
         return [
-            f"labels come {late} items late: a sample is scored by its prediction from when it "
-            f"came, and shown again with its label {late} items later, to learn from; {late} "
+            f"labels come {late} samples late: a sample is scored by its prediction from when it "
+            f"came, and shown again with its label {late} samples later, to learn from; {late} "
             f"predictions wait at the readout ({late * kept / 1024:.1f} KiB), as many inputs at "
-            "the stream, and every item passes the network twice"
+            "the stream, and every sample passes the network twice"
         ]
     if given.late_targets and not given.again:
         return [
@@ -128,11 +128,11 @@ def of_resumed(stream: Stream) -> list[str]:
             "clock, so the result is not that of a run that was never stopped"
         ]
     return [
-        "the stream does not give the same items again (a DataLoader or an iterator is not sure "
+        "the stream does not give the same samples again (a DataLoader or an iterator is not sure "
         "to): the run goes on with those that it gives now, from the first one on, so the result "
-        "is that of a run that was never stopped only if these are the items that follow; a list, "
-        "from_iterable(loader) of a loader with a seeded order, or a class with samples_from(n) is "
-        "gone on with where it was left"
+        "is that of a run that was never stopped only if these are the samples that follow; a "
+        "list, from_iterable(loader) of a loader with a seeded order, or a class with "
+        "samples_from(n) is gone on with where it was left"
     ]
 
 
@@ -290,12 +290,12 @@ def after(plan: Plan, outcome: Outcome) -> list[str]:
 
 
 def end_of_stream(plan: Plan, outcome: Outcome) -> list[str]:
-    """Warn if the stream ended before the run had all its items."""
+    """Warn if the stream ended before the run had all its samples."""
     items = plan.skip + outcome.samples
     if plan.steps is None or outcome.interrupted or items >= plan.steps:
         return []
     return [
-        f"the stream ended after {items:,} of {plan.steps:,} items (steps): go through it more "
+        f"the stream ended after {items:,} of {plan.steps:,} samples (steps): go through it more "
         "often (epochs=, of hamdist.streams.from_loader or from_iterable), or ask for fewer steps"
     ]
 

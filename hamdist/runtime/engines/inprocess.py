@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from contextlib import nullcontext
 
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import DivergedError
-from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
+from hamdist.runtime.engines.sampler import Sampler
+from hamdist.runtime.nodes.factory import make_node, ticks_of
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.network import network_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.process.threads import torch_threads
 from hamdist.runtime.results.digests import Digests
+from hamdist.runtime.results.measured import NetworkActor
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
@@ -23,6 +27,7 @@ from hamdist.streams.live import live_of
 from hamdist.streams.sample import Stream
 
 PROGRESS_SECONDS = 0.25
+DRIVER = "driver"  # the only process
 
 
 class InProcessEngine:
@@ -43,20 +48,32 @@ class InProcessEngine:
             snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log, live)
             snapshot_policy.restore()
         reset_peak()
+        sampler = Sampler(plan, [source, *nodes], mailbox)
         started = time.perf_counter()
         due = started
         diverged: DivergedError | None = None
 
+        actor = NetworkActor(DRIVER, socket.gethostname(), list(plan.graph.blocks))
+        network = network_of(plan, [actor])
+
         def progress() -> Progress:
+            windows = {n.name: list(n.metrics.windows) for n in measured if n.metrics}
+            readout = next(iter(windows), "")
             return Progress(
                 seconds=time.perf_counter() - started,
                 samples=source.samples,
                 steps=plan.steps,
                 resumed=plan.resumed,
-                windows=[w for n in measured[:1] if n.metrics for w in n.metrics.windows],
+                windows=windows.pop(readout, []),
+                readout=readout,
+                others=windows,
                 blocks=[
                     BlockProgress(n.name, n.event.tick, n.block.weights.updates) for n in nodes
                 ],
+                actors={DRIVER: sampler.sample()},
+                network=network,
+                snapshots=[] if snapshot_policy is None else snapshot_policy.snapshots,
+                warnings=[] if snapshot_policy is None else snapshot_policy.warnings,
             )
 
         def between() -> None:
@@ -65,6 +82,7 @@ class InProcessEngine:
                 snapshot_policy.look()
             if ending.reports and time.perf_counter() >= due:
                 due = time.perf_counter() + PROGRESS_SECONDS
+                sampler.look()
                 ending.report(progress())
 
         stop = (
@@ -72,7 +90,8 @@ class InProcessEngine:
             if snapshot_policy is None
             else snapshot_policy.stopping(source.stop.set)
         )
-        ending = RunInterrupts(stop, on_progress)
+        keep = None if snapshot_policy is None else snapshot_policy.request
+        ending = RunInterrupts(stop, on_progress, keep)
         source.waits_with(between)
         if live is not None:
             for node in nodes:
@@ -103,7 +122,7 @@ class InProcessEngine:
                     node.metrics.flush()
         if ending.reports:
             ending.report(progress())
-        seconds = time.perf_counter() - started
+        seconds, time_use = time.perf_counter() - started, sampler.seconds
         peak, own = peak_bytes(), own_bytes()  # before the states are copied
         blocks = {n.name: n.state() for n in nodes}
         outcome = Outcome(
@@ -113,12 +132,12 @@ class InProcessEngine:
             samples=source.samples,
             ticks=ticks_of(nodes),
             seconds=seconds,
-            time_use={"driver": time_use(nodes, seconds, {})},
+            time_use={DRIVER: time_use},
             startup={"blocks": started - created},
             bytes_per_edge=dict(mailbox.payload_bytes),
             compression=mailbox.compression,
-            peak_memory={"driver": peak},
-            own_memory={"driver": own},
+            peak_memory={DRIVER: peak},
+            own_memory={DRIVER: own},
             smoothness=source.smoothness.frames,
             placement=[list(plan.graph.blocks)],
             stream=source.counts,

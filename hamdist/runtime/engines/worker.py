@@ -10,20 +10,24 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
 from hamdist.config import DeviceSignals, Pin
-from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.schedule.events import Kind
 from hamdist.errors import HamdistError
 from hamdist.runtime.engines.message_limits import message_bytes, slot_bytes
-from hamdist.runtime.nodes.factory import make_node, ticks_of, time_use
+from hamdist.runtime.engines.sampler import Sampler
+from hamdist.runtime.engines.worker_report import (
+    BlockedChannel,
+    SnapshotNews,
+    WorkerReport,
+    WorkerStatus,
+)
+from hamdist.runtime.nodes.factory import make_node, ticks_of
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
@@ -31,14 +35,12 @@ from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.process.switches import set_switches
 from hamdist.runtime.process.threads import actor_options, pinned
-from hamdist.runtime.results.digests import DigestMap, Digests
-from hamdist.runtime.results.result import BlockState
+from hamdist.runtime.results.digests import Digests
 from hamdist.runtime.signals.cast import CastBorder
-from hamdist.runtime.signals.edge_codecs import CompressionMap
 from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.signals.signal import Channel
-from hamdist.runtime.snapshots.writer import SnapshotWriter, WrittenFiles
+from hamdist.runtime.snapshots.writer import SnapshotWriter
 from hamdist.runtime.transport.cuda_ipc import cuda_memory
 from hamdist.runtime.transport.gpu_ring import GpuMemory, GpuRingSender, Refusal
 from hamdist.runtime.transport.ring import GPU_SCHEME
@@ -51,57 +53,7 @@ if TYPE_CHECKING:
     from hamdist.runtime.transport.encryption import Keys
 
 ANSWER_SECONDS = 60.0  # a block's step may take long
-
-
-@dataclass(slots=True)
-class WorkerReport:
-    """Final report of a process; the fields are those of RunFacts, except for these.
-
-    `refusals`: channels between GPUs whose signals went through host memory; `error`: ended the
-    process; `aborted`: it was called off.
-    """
-
-    blocks: dict[str, BlockState] = field(default_factory=dict)
-    windows: dict[str, list[Window]] = field(default_factory=dict)
-    samples: int = 0
-    ticks: int = 0
-    seconds: float = 0.0
-    payload_bytes: dict[str, int] = field(default_factory=dict)
-    compression: CompressionMap = field(default_factory=dict)
-    peak_memory: int = 0
-    own_memory: int = 0
-    smoothness: float | None = None
-    stream: dict[str, int] = field(default_factory=dict)
-    records: dict[str, Records] = field(default_factory=dict)
-    time_use: dict[str, float] = field(default_factory=dict)
-    digests: Mapping[str, DigestMap] = field(default_factory=dict)
-    kept: SnapshotNews | None = None
-    refusals: list[Refusal] = field(default_factory=list)
-    error: HamdistError | None = None
-    aborted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class BlockedChannel:
-    """A blocked channel, for the watchdog; `seconds` is how long it has been blocked."""
-
-    waiter: str
-    awaited: str
-    what: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotNews:
-    """Files written since the last status, the failure of one, and the bytes of kept signals.
-
-    `forgot` says that signals were dropped: no process can restart from the latest snapshot.
-    """
-
-    taken: list[WrittenFiles]
-    failure: str | None
-    nbytes: int
-    forgot: bool = False
+LATEST = 128  # windows of a further readout in a status
 
 
 class ReceivingEnd(NamedTuple):
@@ -112,24 +64,6 @@ class ReceivingEnd(NamedTuple):
 
 
 ReceivingEnds: TypeAlias = dict[int, ReceivingEnd]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """Status of a running process; ticks and updates are by block.
-
-    The windows are those of its first readout from number `first` on, `every` items each (None: no
-    readout here).
-    """
-
-    ticks: dict[str, int]
-    updates: dict[str, int]
-    samples: int
-    windows: list[Window]
-    first: int
-    every: int | None
-    wait: BlockedChannel | None
-    kept: SnapshotNews | None = None
 
 
 class Worker:
@@ -174,6 +108,8 @@ class Worker:
             )
             if snapshot_policy.snapshot is not None:
                 self._snapshot_writer.restore(snapshot_policy.snapshot)
+
+        self._sampler = Sampler(plan, self._all_nodes(), self._mailbox, self._transport)
 
     def _all_nodes(self) -> list[Any]:
         return [*([self._source] if self._source is not None else []), *self._nodes]
@@ -299,6 +235,7 @@ class Worker:
         nodes = self._all_nodes()
         snapshot_policy = self._plan.snapshot_policy
         goes_on = snapshot_policy is not None and snapshot_policy.snapshot is not None
+        self._sampler.begin()
         self._requests.begin()
         try:
             with pinned(self._actor_options(index, actors)):
@@ -321,9 +258,9 @@ class Worker:
             report.kept = self._kept()
         report.ticks = ticks_of(self._nodes)
         report.seconds = time.perf_counter() - started
+        report.sample = self._sampler.sample()
         report.peak_memory = peak_bytes()  # before the states are copied
         report.own_memory = own_bytes()
-        report.time_use = time_use(self._nodes, report.seconds, self._transport.seconds)
         for node in self._nodes:
             report.blocks[node.name] = node.state()
             records = node.records()
@@ -352,12 +289,15 @@ class Worker:
             raise Aborted
         if self._requests.waiting:
             self._requests.serve()
+        self._sampler.look()
 
     def status(self, seen: int, every: int | None) -> WorkerStatus:
         """Return the status, in another thread; `seen`: windows that the caller has, of `every`
-        items.
+        samples.
         """
-        metrics = next((n.metrics for n in self._nodes if n.metrics is not None), None)
+        measured = {n.name: n.metrics for n in self._nodes if n.metrics is not None}
+        metrics = measured.pop(next(iter(measured), ""), None)
+        others = {name: other.windows[-LATEST:] for name, other in measured.items()}
         now = None if metrics is None else metrics.every  # before the windows, which it may join
         windows = [] if metrics is None else metrics.windows
         first = seen if every == now else 0
@@ -368,6 +308,8 @@ class Worker:
             windows=windows[first:],
             first=first,
             every=now,
+            others=others,
+            sample=self._sampler.sample(),
             wait=self._wait(),
             kept=self._kept(),
         )

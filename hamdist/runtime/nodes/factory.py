@@ -15,22 +15,28 @@ it stops when the end first arrives along any edge, in either direction.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hamdist.config import Compensation, Credit, Memory, StepKind
 from hamdist.dynamics.blocks.gate import RetrospectiveInput
 from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpdate
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
-from hamdist.dynamics.blocks.item_reading import ItemReading
 from hamdist.dynamics.blocks.kept_passes import BlockParts
+from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
+from hamdist.dynamics.blocks.rule_block import (
+    AppliedRule,
+    RelaxingBlock,
+    RuleBlock,
+    RuleReadout,
+)
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.finite import Scale, bounded
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining
@@ -50,6 +56,7 @@ from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
+from hamdist.runtime.nodes.rules import applied_rule
 from hamdist.runtime.nodes.sequence import SequenceNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CastBorder
@@ -75,22 +82,6 @@ class Node(Protocol):
 def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
     """Return how many ticks the nodes have completed."""
     return max((node.event.tick + 1 for node in nodes), default=0)
-
-
-def time_use(
-    nodes: Sequence[PulseNode | HoldNode | SequenceNode], total: float, moving: Mapping[str, float]
-) -> dict[str, float]:
-    """Return how a process spent its time, in seconds by activity.
-
-    Args:
-        nodes: the nodes of the process.
-        total: seconds that the process ran.
-        moving: seconds of packing signals and of waiting for them.
-
-    Returns:
-        The steps of the blocks, packing and waiting, and the remainder under a name of its own.
-    """
-    return {"total": total, "step": sum(node.seconds for node in nodes), **moving}
 
 
 def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode | SequenceNode:
@@ -128,6 +119,7 @@ class _Parts(BlockParts):
         self.weights = self.make_weights(self.cell)
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
+        self.group, self.double_buffered = plan.knobs.accumulate, plan.knobs.double_buffered
         self.live = LiveBlock(name, plan.spec.live, self.microbatches)
         self.scale = self._scaled(self.weights, partial(plan.scale, name))
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
@@ -136,12 +128,13 @@ class _Parts(BlockParts):
 
     def _scaled(self, weights: Weights, course: Scale) -> Scale:
         """Return the scale of beta by sample: the run's course, and what a live run sets."""
-        return self.live.scaled(weights.scaled_by(course, self._plan.item))
+        return self.live.scaled(weights.scaled_by(course, self._plan.sample_of))
 
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
-        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native)
+        alone = len(self._plan.graph.readouts) == 1
+        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native, alone=alone)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
         combine, parents = self.spec.combine, len(self.spec.parents)
@@ -155,6 +148,8 @@ class _Parts(BlockParts):
     def _cell(
         self, module: nn.Module, seed_name: str, combine: Combine, parents: int
     ) -> LocalFunction:
+        if self.spec.rule is not None:  # which linearises the module itself
+            return LocalFunction(module, combine, block_seed(self._plan.seed, seed_name))
         stash = self._plan.knobs.memory is Memory.TRACE_WEIGHTS
         watched = self.dynamics.inputs is not None  # (closed forms know what was read)
         seed = block_seed(self._plan.seed, seed_name)
@@ -177,13 +172,25 @@ class _Parts(BlockParts):
 
     def make_weights(self, cell: LocalFunction, prefix: str = "") -> Weights:
         names = [prefix + name for name in cell.names]
-        return self._weights(cell, self.dynamics, names)
+        return self._weights(cell.theta, self.dynamics, names)
 
-    def _weights(self, cell: LocalFunction, dynamics: Dynamics, names: Sequence[str]) -> Weights:
+    def _weights(
+        self, theta: Sequence[Tensor], dynamics: Dynamics, names: Sequence[str]
+    ) -> Weights:
         order, rule = self._plan.knobs.order, self._plan.optimizer
-        if rule is None or not cell.theta:
-            return Weights(cell.theta, dynamics, order, names)
-        return OptimizerWeights(cell.theta, dynamics, order, names, rule, self.name)
+        if rule is None or not theta:
+            return Weights(theta, dynamics, order, names)
+        return OptimizerWeights(theta, dynamics, order, names, rule, self.name)
+
+    def make_rule(self) -> AppliedRule:
+        """Make the block's rule, with weights for what it learns beside theta."""
+        own = replace(self.dynamics, average=None, betas=())
+        theta = dict(zip(self.cell.names, self.cell.theta, strict=True))
+
+        def weights(tensors: Sequence[Tensor], names: Sequence[str]) -> Weights:
+            return self._weights(list(tensors), own, names)
+
+        return applied_rule(self._plan, self.spec, self.spec.module, theta, weights)
 
     def make_taught(self) -> HeadUpdate | None:
         """Make the update of the block's local readout; None if the block has none."""
@@ -200,7 +207,7 @@ class _Parts(BlockParts):
             raise TypeError(f"{heads.readout!r} has no loss")
         taker = self.make_loss(given, f"{seed_name}/loss")
         order, weight = plan.knobs.order, heads.weights[self.name]
-        own_weights = self._weights(cell, own, [f"head.{name}" for name in cell.names])
+        own_weights = self._weights(cell.theta, own, [f"head.{name}" for name in cell.names])
         course = self._scaled(own_weights, plan.course)
         head = Head(cell, own_weights, taker, weight, course, constant_tau(own))
         weights = self.weights
@@ -215,9 +222,14 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     hands_back = [e.parent in plan.reversible for e in plan.graph.into[p.name]]
     if p.name in plan.silent and p.loss is None:
         return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
+    if p.spec.rule is not None and p.loss is not None:
+        return PulseNode(plan, p.spec, mailbox, RuleReadout(p, p.loss, p.make_rule()))
+    if p.spec.rule is not None:
+        block = RuleBlock(p, p.make_rule(), constant_tau(p.dynamics))
+        return PulseNode(plan, p.spec, mailbox, block)
     if p.loss is not None:
         parts = p.microbatches
-        item = ItemReading(parts, plan.ignore_index) if parts > 1 else None
+        item = MicrobatchReading(parts, plan.ignore_index) if parts > 1 else None
         return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
     if p.name in plan.reversible:
         return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
@@ -243,6 +255,10 @@ def _sequence_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> SequenceNode:
 def _hold_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> HoldNode:
     if p.loss is not None and not p.spec.state:
         return HoldNode(plan, p.spec, mailbox, HoldReadout(p, p.loss))
+    if p.spec.rule is not None:
+        h = p.border.own(plan.start(p.name))
+        relaxing = RelaxingBlock(p, h, p.make_rule(), plan.schedule.c)
+        return HoldNode(plan, p.spec, mailbox, relaxing)
     output = output_weights = None
     if p.spec.output is not None:
         output = p.make_cell(p.spec.output, f"{p.name}/{OUTPUT_KEY}")

@@ -25,6 +25,7 @@ from hamdist.dynamics.vjp.autograd import LocalFunction
 from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import (
+    BlockContents,
     Ports,
     block_state,
     events_from,
@@ -259,14 +260,17 @@ class HoldNode(Remembers):
         """Return the device on which the block computes."""
         return self._ports.border.device
 
-    def state(self) -> BlockState:
+    def contents(self) -> BlockContents:
         block = self.block
         if isinstance(block, HoldReadout):
-            return block_state([("", block.cell, block.weights)], None, None)
+            return BlockContents([("", block.cell, block.weights)], None, None)
         parts: list[tuple[str, LocalFunction, Weights | None]] = [("", block.cell, block.weights)]
         if block.output is not None:
             parts.append((OUTPUT_KEY, block.output, block.output_weights))
-        return block_state(parts, block.h, block.z)
+        return BlockContents(parts, block.h, block.z)
+
+    def state(self) -> BlockState:
+        return block_state(self.contents())
 
 
 class _Clock(Remembers):

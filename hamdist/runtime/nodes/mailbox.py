@@ -64,6 +64,8 @@ class Mailbox:
         self._bundles: dict[int, tuple[Channel, list[Signal]]] = {}
         self._due = inf  # the first tick at whose end a bundle has to leave
         self._sent: dict[int, int] = {}
+        self._posted: dict[int, int] = {}  # signals by channel, where no log counts them
+        self._taken: dict[int, int] = {}
         self._edges: dict[int, str] = {}
         self._encoders: dict[int, tuple[Channel, Encoder]] = {}
 
@@ -75,6 +77,12 @@ class Mailbox:
             edge = self._edges[number]
             by_edge[edge] = by_edge.get(edge, 0) + nbytes
         return by_edge
+
+    @property
+    def counts(self) -> tuple[Mapping[int, int], Mapping[int, int]]:
+        """Return how many signals were posted and taken here, by number of the channel."""
+        log = self._sent_log
+        return (self._posted, self._taken) if log is None else (log.posted, log.taken)
 
     @property
     def compression(self) -> CompressionMap:
@@ -97,7 +105,10 @@ class Mailbox:
                 self._sent[channel.number] = 0
                 self._edges[channel.number] = channel.edge
             self._sent[channel.number] += signal.payload.nbytes
-        number = 0 if self._sent_log is None else self._sent_log.post(channel, signal)
+        if self._sent_log is None:
+            number = self._posted[channel.number] = self._posted.get(channel.number, 0) + 1
+        else:
+            number = self._sent_log.post(channel, signal)
         if channel.receiver in self._inside:
             self._queues.setdefault(channel.number, deque()).append(signal)
         elif not self._resume or number >= self._resume.get(channel.number, 0):
@@ -128,7 +139,9 @@ class Mailbox:
                 tick,
                 f"on {channel} the schedule names {_words(stamp)}, but {found} was there",
             )
-        if self._sent_log is not None:
+        if self._sent_log is None:
+            self._taken[channel.number] = self._taken.get(channel.number, 0) + 1
+        else:
             self._sent_log.take(channel)
         if self.digests is not None:
             self.digests.take(channel, signal)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hamdist.config import MetricsSettings, RecordedState
@@ -18,11 +21,13 @@ from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction, Rounding
 from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.gradient import norm_of
 from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import SnapshotError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.results.measured import Norms
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.cast import CastBorder, kept
 from hamdist.runtime.signals.signal import Channel, Signal, ready
@@ -49,6 +54,8 @@ class Ports:
         self._parents = [plan.channels.messages.get(e.index) for e in self.into]
         self._label = plan.channels.labels.get(name)
         self._labelled = [c for c in plan.channels.labels.values() if c.sender == name]
+        self._error = plan.channels.errors.get(name)
+        self._to_rules = [c for c in plan.channels.errors.values() if c.sender == name]
 
     def state(self, edge: Edge, event: Event) -> Signal | None:
         """Take the parent's state that `event` needs along `edge`; None if it needs none."""
@@ -70,6 +77,21 @@ class Ports:
         if signal.payload is not None:
             signal.payload = self.border.message(signal.payload)
         return signal
+
+    def messages(self, event: Event) -> list[Tensor | None]:
+        """Take what comes back for `event`: the children's messages, or the readout's error."""
+        if self._error is None or not isinstance(self._schedule, PulseSchedule):
+            found = [self.message(edge, event) for edge in self.out_of]
+            return [None if signal is None else signal.payload for signal in found]
+        stamp = self._schedule.error(event)
+        error = None if stamp is None else self._take(self._error, stamp, event).payload
+        return [None if error is None else self.border.message(error)]
+
+    def error_to_blocks(self, stamp: Stamp, error: Tensor | None) -> None:
+        """Send a readout's error to the blocks whose rules ask for it."""
+        for channel in self._to_rules:
+            payload = None if error is None else ready(error)
+            self._mailbox.post(channel, Signal(stamp, payload))
 
     def target(self, event: Event) -> Signal | None:
         """Take the target that a readout needs at `event`; None if it needs none."""
@@ -211,20 +233,35 @@ def record(metrics: Prequential, sample: int, reading: Reading | None) -> None:
         metrics.record(sample, reading.prediction, reading.target, reading.loss)
 
 
-def block_state(
-    parts: Sequence[tuple[str, LocalFunction, Weights | None]],
-    h: Tensor | None,
-    z: Tensor | None,
-    stored: int = 0,
-) -> BlockState:
-    """Copy the state of a block to host memory.
+class BlockContents(NamedTuple):
+    """The tensors of a block, as they lie in it.
 
-    Args:
+    Attributes:
         parts: name prefix, local function and weights of each part of the block.
         h: the state, if the block holds one.
         z: the adjoint state, if the block holds one.
+    """
+
+    parts: Sequence[tuple[str, LocalFunction, Weights | None]]
+    h: Tensor | None
+    z: Tensor | None
+
+    def norms(self) -> Norms:
+        """Return the Euclidean norms of the state, the costates and the weights."""
+        h, z = (None if t is None else float(torch.linalg.vector_norm(t)) for t in self[1:])
+        weights = [w for _, _, w in self.parts if w is not None]
+        theta = norm_of([t.detach() for w in weights for t in w.theta])
+        return Norms(h, z, math.hypot(*(w.omega_norm() for w in weights)), theta)
+
+
+def block_state(contents: BlockContents, stored: int = 0) -> BlockState:
+    """Copy the state of a block to host memory.
+
+    Args:
+        contents: of the block.
         stored: states of earlier samples that the block stores.
     """
+    parts, h, z = contents
     theta: dict[str, Tensor] = {}
     omega: dict[str, Tensor] = {}
     average: dict[str, Tensor] = {}

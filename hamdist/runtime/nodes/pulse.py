@@ -13,14 +13,22 @@ from torch import Tensor
 from hamdist.dynamics.blocks.heads import HeadBlock
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import Reading
-from hamdist.dynamics.graph.graph import BlockSpec, Edge
+from hamdist.dynamics.blocks.rule_block import RuleBlock
+from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.ports import Ports, block_state, events_from, make_metrics, record
+from hamdist.runtime.nodes.ports import (
+    BlockContents,
+    Ports,
+    block_state,
+    events_from,
+    make_metrics,
+    record,
+)
 from hamdist.runtime.nodes.ties import TiePorts
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
@@ -36,7 +44,7 @@ class PulseNode(Remembers):
         plan: Plan,
         spec: BlockSpec,
         mailbox: Mailbox,
-        block: PulseBlock | ReversibleBlock | HeadBlock | PulseReadout,
+        block: PulseBlock | ReversibleBlock | HeadBlock | RuleBlock | PulseReadout,
     ) -> None:
         if not isinstance(plan.schedule, PulseSchedule):
             raise TypeError("a PulseNode needs a PulseSchedule")
@@ -85,13 +93,14 @@ class PulseNode(Remembers):
         # Once the stream has ended (after `_end` samples), forward events of later samples are
         # skipped, for backward events of the samples still inside come between them. The first
         # other event of a later sample follows all of those: then the node has finished. A readout
-        # has no other events, and a block with a head no backward ones, so they finish at once.
+        # has no other events, and a block to which nothing comes back no backward ones, so they
+        # finish at once.
         for event in self._events:
             if self._end is None or event.sample < self._end:
                 self.event = event
                 self.tick = event.tick
                 return
-            if event.phase is not Phase.FORWARD or isinstance(self.block, HeadBlock):
+            if event.phase is not Phase.FORWARD or not self._schedule.lag(self.name):
                 self.tick = None
                 return
 
@@ -108,7 +117,10 @@ class PulseNode(Remembers):
         return inputs if self._end is None else None  # (none: an empty micro-batch)
 
     def _forward(self, event: Event) -> None:
-        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        buffers, version = self.block.buffers, self.block.weights.updates
+        if buffers is not None:
+            version = buffers.version(event.sample)
+        stamp = Stamp(event.tick, event.sample, version)
         inputs = self._inputs(event)
         label = self._ports.label(event)
         if inputs is None:
@@ -125,13 +137,15 @@ class PulseNode(Remembers):
             self._ports.to_children(stamp, None if h is None else ready(h))
             if label is not None:
                 self._ports.labels_to_children(stamp, label.payload)
-                self._learn(number, label.payload)
+            if h is not None:
+                self._learn(number, None if label is None else label.payload)
             if not self._schedule.lag(self.name):
+                self._rests(event)
                 self.live.forget(event.sample - self._schedule.parts)
 
     def _learn(self, sample: int, label: Tensor | None) -> None:
-        """Let the block's local readout learn, if it has one."""
-        if isinstance(self.block, (HeadBlock, PulseBlock)):
+        """Let the block's local readout or its rule learn, if it has one."""
+        if isinstance(self.block, (HeadBlock, PulseBlock, RuleBlock)):
             begin = perf_counter()
             self.block.learn(sample, None if label is None else self._ports.own_label(label))
             self.seconds += perf_counter() - begin
@@ -140,7 +154,7 @@ class PulseNode(Remembers):
         if isinstance(self.block, (PulseReadout, HeadBlock)):
             return
         stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
-        messages = [self._message(edge, event) for edge in self._ports.out_of]
+        messages = self._ports.messages(event)
         if self._ties is not None:
             self._ties.before_backward(event)
         begin = perf_counter()
@@ -159,10 +173,6 @@ class PulseNode(Remembers):
         if idle and event.sample % self._schedule.parts == self._schedule.parts - 1:
             self.block.weights.rest()
         return idle
-
-    def _message(self, edge: Edge, event: Event) -> Tensor | None:
-        signal = self._ports.message(edge, event)
-        return None if signal is None else signal.payload
 
     def _read(self, event: Event) -> None:
         if not isinstance(self.block, PulseReadout) or self.metrics is None:
@@ -184,6 +194,7 @@ class PulseNode(Remembers):
             messages, reading = self.block.read(self.live.number(event.sample), inputs, given)
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, messages)
+        self._ports.error_to_blocks(stamp, None if reading is None else self.block.error)
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)
         sample, part = divmod(event.sample, self._schedule.parts)
@@ -240,7 +251,10 @@ class PulseNode(Remembers):
         """Return the device on which the block computes."""
         return self._ports.border.device
 
-    def state(self) -> BlockState:
+    def contents(self) -> BlockContents:
         block = self.block
-        held = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
-        return block_state([("", block.cell, block.weights)], *held)
+        h, z = (None, None) if isinstance(block, PulseReadout) else (block.h, block.z)
+        return BlockContents([("", block.cell, block.weights)], h, z)
+
+    def state(self) -> BlockState:
+        return block_state(self.contents())

@@ -18,7 +18,7 @@ from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
-from hamdist.runtime.nodes.ports import Ports, block_state, make_metrics, record
+from hamdist.runtime.nodes.ports import BlockContents, Ports, block_state, make_metrics, record
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import ready
@@ -156,7 +156,10 @@ class SequenceNode(Remembers):
         """Return the device on which the block computes."""
         return self._ports.border.device
 
-    def state(self) -> BlockState:
+    def contents(self) -> BlockContents:
         block = self.block
         h, z = (block.h, block.z) if isinstance(block, SequenceBlock) else (None, None)
-        return block_state([("", block.cell, block.weights)], h, z, block.stored)
+        return BlockContents([("", block.cell, block.weights)], h, z)
+
+    def state(self) -> BlockState:
+        return block_state(self.contents(), self.block.stored)

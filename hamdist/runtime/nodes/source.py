@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from threading import Event as Flag
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class SourceNode:
         self.tick: int | None = self.event.tick
         self._drawn: Iterator[Sample] | None = None
         self._items = 0  # drawn
+        self.seconds = 0.0  # of drawing samples
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +91,7 @@ class SourceNode:
 
     @property
     def passed(self) -> int:
-        """Return the number of items that the stream has passed over."""
+        """Return the number of samples that the stream has passed over."""
         return passed_over(self._stream)
 
     def waits_with(self, serve: Callable[[], None]) -> None:
@@ -225,9 +227,9 @@ class SourceNode:
         largest = max(self._plan.dynamics.speeds())
         if not 0 < self._tau * largest <= 1 + TOLERANCE:
             raise StreamError(
-                f"item {n}: a step of tau = {self._tau:g} s until the next item makes c tau = "
+                f"sample {n}: a step of tau = {self._tau:g} s until the next sample makes c tau = "
                 f"{self._tau * largest:g}, which has to lie in (0, 1]: use a smaller dynamics.c, "
-                "or a higher locality.speed (ticks per item); a stream of one item has no step"
+                "or a higher locality.speed (ticks per sample); a stream of one sample has no step"
             )
         return torch.tensor(self._tau, dtype=torch.float64)
 
@@ -240,6 +242,7 @@ class SourceNode:
             self._live.tick = self.event.tick
         if self._drawn is None or self.stop.is_set() or (steps is not None and n >= steps):
             return None
+        begin = perf_counter()
         try:
             sample = next(self._drawn, None)
         except (StreamError, Aborted):
@@ -248,6 +251,8 @@ class SourceNode:
             raise StreamError(
                 f"sample {n}: the stream raised {type(error).__name__}: {error}"
             ) from error
+        finally:
+            self.seconds += perf_counter() - begin
         if sample is None:
             return None
         self._items += 1

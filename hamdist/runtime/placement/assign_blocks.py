@@ -1,6 +1,7 @@
 """Assigns blocks to processes. The assignment changes no number, only time and memory.
 
-Neighbours in the order of the graph share an actor. The cost of a sample:
+Neighbours in the order of the graph share an actor. Candidates come from two bounds of the time
+that a sample takes:
 
     busy(a, b)  = seconds of blocks a ... b-1, + those of every exchange that leaves them
     latency     = sum of busy over all actors: one sample's way through the network and back
@@ -9,7 +10,8 @@ Neighbours in the order of the graph share an actor. The cost of a sample:
 The first term says that no actor is faster than its work; the second is Little's law: with k
 samples in the network at once, no more than k leave it in the time that one of them takes. At
 level `backprop` k = 1, so nothing is gained by a second actor; at level `pipeline` k counts the
-micro-batches.
+micro-batches. Both are cycles of the timing model (runtime/timing), whose period, over all cycles,
+then decides between the candidates.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from hamdist.dynamics.partition.cuts import balanced
 from hamdist.errors import SettingsError
 from hamdist.runtime.placement.requirements import apart, requirements
 from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.timing.model import TimingModel
 
 # `auto` takes a further actor, which costs 170 MiB, where it saves at least this part of T; and a
 # cut that is better by less is as good.
@@ -48,12 +51,14 @@ class Costs:
             the signals between them.
         in_flight: samples that the schedule has in the network at once.
         apart: pairs of blocks that cannot share an actor.
+        model: of the time that a sample takes, where the steps were measured.
     """
 
     seconds: tuple[float, ...]
     crossings: tuple[tuple[int, int, float], ...] = ()
     in_flight: float = math.inf
     apart: tuple[tuple[int, int], ...] = ()
+    model: TimingModel | None = None
 
     def busy(self, first: int, end: int) -> float:
         """Return the seconds that a sample takes the actor with the blocks first ... end - 1."""
@@ -67,6 +72,11 @@ class Costs:
     def of(self, starts: Sequence[int]) -> float:
         """Return T for actors whose first blocks are `starts`."""
         ends = [*starts[1:], len(self.seconds)]
+        if self.model is not None:
+            names = list(self.model.plan.graph.blocks)
+            groups = [names[a:b] for a, b in zip(starts, ends, strict=True)]
+            apart = any(math.isinf(self.busy(a, b)) for a, b in zip(starts, ends, strict=True))
+            return math.inf if apart else self.model.sample_seconds(groups)
         busy = [self.busy(a, b) for a, b in zip(starts, ends, strict=True)]
         return max(max(busy), sum(busy) / self.in_flight)
 

@@ -1,15 +1,14 @@
 """Links between hosts: how long they take, and the delays that hide it (`partition.delays: auto`).
 
-A block sends at tick k what its neighbour needs at tick k + d. With T seconds a tick and a link of
-L seconds no block waits if
+A block sends at tick k what its neighbour needs at tick k + d. The least d are taken with which the
+timing model (runtime/timing) finds no cycle of signals slower than the actors and the bandwidth of
+the links themselves, with links MARGIN times as slow as they are. Every tick more on an edge lets a
+cycle through it span more samples,
 
-    (d - 1) T >= L',        L' = MARGIN (latency + bytes / bandwidth),        T = P / c
+    period = seconds on the cycle / samples that it spans,
 
-P: seconds a sample of the busiest actor, or of the fullest link; c: ticks a sample. The least d are
-taken: an edge of a pulse beside a longer path waits for it anyway (dynamics/schedule/pulse.py) and
-gets less where that is enough. A bundle waits at its sender until it is full, which uses the delay
-up; so without a number for `engine.bundle` signals go alone, and with bundles of n
-(d - n) T >= L'.
+so the ticks that a cycle lacks follow from its seconds. A bundle waits at its sender until it is
+full, which uses the delay up; so without a number for `engine.bundle` signals go alone.
 """
 
 from __future__ import annotations
@@ -19,20 +18,18 @@ import statistics
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from hamdist.dynamics.graph.graph import Edge
-from hamdist.dynamics.partition.apply_settings import delayed
 from hamdist.dynamics.schedule.events import Kind, Stamp
-from hamdist.dynamics.schedule.hold import HoldSchedule
-from hamdist.dynamics.schedule.pulse import PulseSchedule
-from hamdist.runtime.placement.assign_blocks import Costs
-from hamdist.runtime.placement.step_costs import in_flight
 from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.plan.replan import with_delays
 from hamdist.runtime.signals.signal import Channel, Signal
+from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
+from hamdist.runtime.timing.model import TimingModel
+from hamdist.runtime.timing.timed_graph import Period
 from hamdist.runtime.transport.transport import Endpoints
 
 if TYPE_CHECKING:
@@ -41,21 +38,11 @@ if TYPE_CHECKING:
 # Ticks differ from each other: what just covers the mean tick still waits now and then (2 cores, 25
 # ms, ticks of 1.9 ms: waits of 0.30 s at 16 ticks, 0.29 at 20, 0.16 at 28, 0.19 at 40).
 MARGIN = 1.25
+WORSE = 0.005  # a period longer by this share is as good
 SMALL_ROUNDS = 9
 LARGE_ROUNDS = 3
 LARGE = 2**20  # bytes
 ROUNDS = SMALL_ROUNDS + LARGE_ROUNDS
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A direction between two hosts; `seconds` is the time of a small signal with packing."""
-
-    seconds: float
-    bytes_per_second: float = math.inf
-
-    def of(self, nbytes: int) -> float:
-        return self.seconds + nbytes / self.bytes_per_second
 
 
 class Probe:
@@ -126,77 +113,81 @@ def pairs(plan: Plan, placement: Sequence[Sequence[str]]) -> set[tuple[int, int]
 
 
 def least_delays(
-    plan: Plan,
-    placement: Sequence[Sequence[str]],
-    costs: Costs,
-    links: Mapping[tuple[int, int], Link],
+    model: TimingModel, placement: Sequence[Sequence[str]], links: Mapping[tuple[int, int], Link]
 ) -> dict[str, int]:
     """Return the fewest ticks that keep every actor busy, by edge between blocks.
 
-    A schedule that lets one sample into the network at a time gains nothing by delays: all are 1.
-
     Args:
-        plan: of the run.
+        model: of the run.
         placement: the blocks of each actor.
-        costs: of one sample.
         links: by pair of actors.
     """
-    edges = [e for e in plan.graph.edges if not e.from_input]
-    if in_flight(plan) < 2:
-        return {e.name: 1 for e in edges}
-    host = {name: i for i, blocks in enumerate(placement) for name in blocks}
-    sizes = {e.name: _bytes(plan, e) for e in edges}
-    crossing: dict[str, Link] = {}
-    load = dict.fromkeys(links, 0.0)
-    signals = plan.schedule.c if isinstance(plan.schedule, HoldSchedule) else 1  # a sample
-    for edge in edges:
-        a, b = sorted((host[edge.parent], host[edge.child]))
-        if a != b:
-            crossing[edge.name] = links[a, b]
-            load[a, b] += signals * sizes[edge.name] / links[a, b].bytes_per_second
-    period = max([*_busy(plan, placement, costs), *load.values()])
-    tick = period / plan.schedule.c
-    alone = _bundle(plan)
-    needs = {
-        name: alone + math.ceil(MARGIN * link.of(sizes[name]) / tick)
-        for name, link in crossing.items()
-    }
-    delays = {e.name: needs.get(e.name, 1) for e in edges}
-    return _lessened(plan, delays, needs) if isinstance(plan.schedule, PulseSchedule) else delays
+    return _Delays(model, placement, links).least()
 
 
-def _bundle(plan: Plan) -> int:
-    bundle = plan.engine.bundle
-    return bundle if isinstance(bundle, int) else 1
+def cluster_of(
+    placement: Sequence[Sequence[str]], links: Mapping[tuple[int, int], Link]
+) -> ClusterModel:
+    """Return a host for each actor, with links both ways."""
+    ways = {pair: link for (a, b), link in links.items() for pair in ((a, b), (b, a))}
+    hosts = [HostModel(f"actor {i}") for i in range(len(placement) + 1)]
+    return ClusterModel(hosts, ways)
 
 
-def _busy(plan: Plan, placement: Sequence[Sequence[str]], costs: Costs) -> list[float]:
-    """Return the seconds a sample takes each actor: its blocks' work, and their signals."""
-    places = {name: i for i, name in enumerate(plan.graph.blocks)}
-    found = []
-    for blocks in placement:
-        own = {places[name] for name in blocks}
-        work = sum(costs.seconds[i] for i in own)
-        found.append(work + sum(s for i, j, s in costs.crossings if (i in own) != (j in own)))
-    return found
-
-
-def _lessened(plan: Plan, delays: dict[str, int], needs: Mapping[str, int]) -> dict[str, int]:
-    """Return `delays` with 1 wherever the depths, which follow from the others, leave the time."""
-    for name in sorted(delays):
-        if delays[name] == 1:
-            continue
-        fewer = {**delays, name: 1}
-        graph = delayed(plan.graph, fewer)
-        depths = graph.depths
-        spans = {
-            e.name: depths[e.child] - depths[e.parent] for e in graph.edges if not e.from_input
+class _Delays:
+    def __init__(
+        self,
+        model: TimingModel,
+        placement: Sequence[Sequence[str]],
+        links: Mapping[tuple[int, int], Link],
+    ) -> None:
+        self._model, self._placement = model, placement
+        slower = {
+            pair: replace(link, seconds=MARGIN * link.seconds) for pair, link in links.items()
         }
-        if all(spans[edge] >= need for edge, need in needs.items()):
-            delays = fewer
-    return delays
+        at_once = {pair: replace(link, seconds=0.0) for pair, link in links.items()}
+        self._edges = [e.name for e in model.plan.graph.edges if not e.from_input]
+        ones = dict.fromkeys(self._edges, 1)
+        self._aim = self._period(ones, cluster_of(placement, at_once)).seconds * (1 + WORSE)
+        self._cluster = cluster_of(placement, slower)
 
+    def _period(self, delays: Mapping[str, int], cluster: ClusterModel) -> Period:
+        model = replace(self._model, plan=with_delays(self._model.plan, delays))
+        return model.timed(self._placement, range(len(self._placement)), cluster).period()
 
-def _bytes(plan: Plan, edge: Edge) -> int:
-    shape, dtype = plan.shapes[edge.parent]
-    return math.prod(shape) * dtype.itemsize
+    def least(self) -> dict[str, int]:
+        delays = dict.fromkeys(self._edges, 1)
+        period = self._period(delays, self._cluster)
+        while period.seconds > self._aim:
+            longer = self._longer(delays, period)
+            better = self._period(longer, self._cluster)
+            if better.seconds >= (1 - WORSE) * period.seconds:
+                break  # one sample at a time gains nothing by delays
+            delays, period = longer, better
+        aim = max(self._aim, period.seconds)
+        for name in sorted(name for name, d in delays.items() if d > 1):
+            delays[name] = self._fewest(delays, name, aim)
+        return delays
+
+    def _longer(self, delays: Mapping[str, int], period: Period) -> dict[str, int]:
+        """Return `delays` with the ticks that the critical cycle lacks, shared out over its edges.
+
+        Its seconds over its samples make the period; they have to make the aim.
+        """
+        signals = {name: n for name, n in period.signals.items() if name in delays}
+        seconds = sum(period.parts.values())
+        lacks = seconds / self._aim - seconds / period.seconds
+        ticks = lacks * self._model.steps.ticks / max(1, sum(signals.values()))
+        return {n: d + (max(1, math.ceil(ticks)) if n in signals else 0) for n, d in delays.items()}
+
+    def _fewest(self, delays: Mapping[str, int], name: str, aim: float) -> int:
+        """Return the least ticks of one edge with which the others reach the aim."""
+        low, high = 1, delays[name]  # high reaches it
+        middle = high - 1  # (most edges have none to spare)
+        while low < high:
+            if self._period({**delays, name: middle}, self._cluster).seconds <= aim:
+                high = middle
+            else:
+                low = middle + 1
+            middle = (low + high) // 2
+        return high

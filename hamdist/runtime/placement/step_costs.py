@@ -21,30 +21,30 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import Pipe
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hamdist.config import Balance
 from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.errors import HamdistError
-from hamdist.runtime.nodes.factory import Node, make_node
+from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
 from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.plan.signal_bytes import sent_bytes
 from hamdist.runtime.process.interrupts import deaf_to_interrupts
 from hamdist.runtime.process.threads import cores, torch_threads
+from hamdist.runtime.timing.cluster_model import LOCAL_SECONDS
+from hamdist.runtime.timing.model import TimingModel
+from hamdist.runtime.timing.timed_graph import StepSeconds, signal_seconds
 from hamdist.streams.sample import Sample, SampleSpec, TargetSpec
-
-# What an actor spends on one signal that crosses, sent or received, with its wait for a neighbour
-# that is as busy, and on its bytes (2 cores, two actors of 6-layer networks, W = 16 to 256).
-SIGNAL_SECONDS = 50e-6
-BYTES_PER_SECOND = 2e9
 
 ENOUGH_SECONDS = 0.3  # then FEWEST samples in a network that is full are enough
 GIVE_UP_SECONDS = 3.0
@@ -73,13 +73,26 @@ def measured_costs(plan: Plan, *, portable: bool) -> Costs:
 
     `portable` is true if an actor draws the stream.
     """
-    seconds = measure(plan)
-    names = list(plan.graph.blocks)
-    blocks = [seconds[name] for name in names]
-    source = source_host(plan) if portable else None
+    return costs_of(TimingModel(plan, measure(plan), source_host(plan) if portable else None))
+
+
+def costs_of(model: TimingModel) -> Costs:
+    """Return the costs of one sample by a model."""
+    plan, source = model.plan, model.source
+    order = {name: i for i, name in enumerate(plan.graph.blocks)}
+    seconds = [sum(model.seconds.get(name, {}).values()) for name in order]
     if source is not None:
-        blocks[names.index(source)] += seconds[INPUT]
-    return Costs(tuple(blocks), tuple(_crossings(plan, source)), in_flight(plan))
+        order[INPUT] = order[source]
+        seconds[order[source]] += sum(model.seconds.get(INPUT, {}).values())
+    crossings: dict[tuple[int, int], float] = defaultdict(float)
+    for arc in model.steps.arcs:
+        ends = [order.get(name) for name in (arc.channel.sender, arc.channel.receiver)]
+        first, second = sorted(-1 if end is None else end for end in ends)
+        if first >= 0 and first != second:
+            spent = signal_seconds(arc.channel, sent_bytes(plan, arc.channel), LOCAL_SECONDS)
+            crossings[first, second] += spent / model.steps.samples
+    pairs = tuple((i, j, spent) for (i, j), spent in crossings.items())
+    return Costs(tuple(seconds), pairs, in_flight(plan), model=model)
 
 
 def unmeasured_costs(plan: Plan) -> Costs | None:
@@ -110,40 +123,8 @@ def source_host(plan: Plan) -> str:
     return next(name for name in plan.graph.blocks if name in readers)
 
 
-def _crossings(plan: Plan, source: str | None) -> Iterator[tuple[int, int, float]]:
-    """Yield all pairs of blocks that exchange signals, with the seconds a sample that costs each
-    end.
-    """
-    order = list(plan.graph.blocks)
-    ticks = plan.schedule.c if isinstance(plan.schedule, HoldSchedule) else 1  # signals a sample
-    for edge in plan.graph.edges:
-        parent = source if edge.from_input else edge.parent
-        if parent is None or parent == edge.child:
-            continue
-        shape, dtype = (
-            plan.spec.parents[edge.parent] if edge.from_input else plan.shapes[edge.parent]
-        )
-        codec = plan.channels.states[edge.index].codec
-        number = _bytes(shape, dtype) if codec is None else codec.nbytes(shape[0])
-        once = SIGNAL_SECONDS + number / BYTES_PER_SECOND
-        a, b = sorted((order.index(parent), order.index(edge.child)))
-        yield a, b, once if edge.from_input else 2 * ticks * once
-    for tie in plan.graph.ties:
-        a, b = sorted((order.index(tie.owner), order.index(tie.user)))
-        yield a, b, 2 * (SIGNAL_SECONDS + _bytes((tie.numel,), torch.float32) / BYTES_PER_SECOND)
-    for readout in plan.graph.readouts if source is not None else ():
-        target = plan.spec.target(readout)
-        if target is not None and readout != source:
-            a, b = sorted((order.index(str(source)), order.index(readout)))
-            yield a, b, SIGNAL_SECONDS + _bytes(target.shape, target.dtype) / BYTES_PER_SECOND
-
-
-def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def measure(plan: Plan, clock: Callable[[], float] | None = None) -> dict[str, float]:
-    """Return the seconds of work for one sample, of every block and of the stream's checks (`u`).
+def measure(plan: Plan, clock: Callable[[], float] | None = None) -> StepSeconds:
+    """Return the seconds of work for one sample, by block (and 'u', the stream's checks) and phase.
 
     They are medians over samples in a network that is full. `clock` replaces the processor's.
     Raises Unmeasured if a block fails, or takes too long.
@@ -152,10 +133,13 @@ def measure(plan: Plan, clock: Callable[[], float] | None = None) -> dict[str, f
     answer = _in_child(_Trial(plan, clock).answer, GIVE_UP_SECONDS)
     if isinstance(answer, str):
         raise Unmeasured(answer)
-    return answer
+    return {
+        name: {Phase(value): seconds for value, seconds in phases.items()}
+        for name, phases in answer.items()
+    }
 
 
-_Answer: TypeAlias = dict[str, float] | str  # the seconds, or why there are none
+_Answer: TypeAlias = dict[str, dict[str, float]] | str  # the seconds, or why there are none
 
 
 def _in_child(work: Callable[[], _Answer], seconds: float) -> _Answer:
@@ -221,7 +205,7 @@ class _Trial:
         except HamdistError as error:
             return str(error).splitlines()[0]
 
-    def _seconds(self) -> dict[str, float]:
+    def _seconds(self) -> dict[str, dict[str, float]]:
         plan = self._plan
         mailbox = Mailbox({INPUT, *plan.graph.blocks})
         source = SourceNode(plan, _Examples(plan.spec, self._samples), mailbox)
@@ -235,41 +219,41 @@ class _Trial:
                 source.stop.set()
 
         run_loop(timed, between)
-        seconds: dict[str, float] = {}
+        seconds: dict[str, dict[str, float]] = {}
         c, steady = plan.schedule.c, range(self._full, source.samples)
         for node in timed:
-            if plan.knobs.sequence:
-                seconds[node.name] = sum(s for _, s in node.spent) / source.samples
-                continue
-            periods: dict[int, float] = defaultdict(float)
-            for tick, spent in node.spent:
-                periods[tick // c] += spent
-            seconds[node.name] = statistics.median(periods[i] for i in steady)
+            periods: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+            for event, spent in node.spent:
+                periods[event.phase.value][event.tick // c] += spent
+            seconds[node.name] = {
+                phase: sum(own.values()) / source.samples
+                if plan.knobs.sequence
+                else statistics.median(own[i] for i in steady)
+                for phase, own in periods.items()
+            }
         return seconds
 
 
 class _Timed:
-    """A node that records the time of its steps: (tick, seconds)."""
+    """A node that records the time of its steps: (event, seconds)."""
 
-    def __init__(self, node: Node, clock: Callable[[], float]) -> None:
+    def __init__(self, node: Any, clock: Callable[[], float]) -> None:
         self._node = node
         self._clock = clock
         self.name = node.name
         self.late = node.late
-        self.tick = node.tick
-        self.spent: list[tuple[int, float]] = []
+        self.event, self.tick = node.event, node.tick
+        self.spent: list[tuple[Event, float]] = []
 
     def start(self) -> None:
         self._node.start()
-        self.tick = self._node.tick
+        self.event, self.tick = self._node.event, self._node.tick
 
     def step(self) -> None:
-        tick = self.tick
         begin = self._clock()
         self._node.step()
-        if tick is not None:
-            self.spent.append((tick, self._clock() - begin))
-        self.tick = self._node.tick
+        self.spent.append((self.event, self._clock() - begin))
+        self.event, self.tick = self._node.event, self._node.tick
 
 
 class _Examples:

@@ -27,26 +27,26 @@ PAGE = 4096
 def why_one_length(
     graph: Graph, spec: SampleSpec, knobs: Locality, settings: Settings
 ) -> str | None:
-    """Return why all items must have the lengths of the first one; None if they need not."""
+    """Return why all samples must have the lengths of the first one; None if they need not."""
     if not spec.ragged:
         return (
-            "where items have lengths of their own, say ragged=True to hamdist.streams.from_loader "
-            "or from_iterable"
+            "where samples have lengths of their own, say ragged=True to "
+            "hamdist.streams.from_loader or from_iterable"
         )
     if not knobs.pulse:
         return (
-            f"presentation {knobs.presentation.value!r} carries states from one item to the next; "
-            "pad all of them to one length, or use a level of presentation 'pulse'"
+            f"presentation {knobs.presentation.value!r} carries states from one sample to the "
+            "next; pad all of them to one length, or use a level of presentation 'pulse'"
         )
     for name, asked in (
         ("partition.slices", bool(settings.partition.slices)),
         ("engine.compress", settings.engine.compress is not Compress.NONE),
     ):
         if asked:
-            return f"{name} is laid out for one length; pad all items to it, or leave {name} out"
+            return f"{name} is laid out for one length; pad all samples to it, or leave {name} out"
     if graph.one_length is None:
         return None
-    return f"the model was followed with one length ({graph.one_length}); pad all items to it"
+    return f"the model was followed with one length ({graph.one_length}); pad all samples to it"
 
 
 def least_bytes(graph: Graph, settings: Settings) -> int:

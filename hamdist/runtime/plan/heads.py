@@ -72,7 +72,7 @@ def plan_heads(
     weights = {}
     for name, block in graph.blocks.items():
         trained = any(p.requires_grad for p in block.module.parameters())
-        if name in graph.readouts or not trained:
+        if name in graph.readouts or not trained or block.rule is not None:
             continue
         pattern = fitting(name, own)
         weight = everywhere if pattern is None else own[pattern]

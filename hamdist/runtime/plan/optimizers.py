@@ -95,8 +95,8 @@ def _check_once(learning: LearningSettings, functions: OptimizerRule) -> None:
     varies = learning.decay is not Decay.NONE or learning.warmup or learning.course is not None
     if functions.scheduler is not None and varies:
         raise SettingsError(
-            "scheduler beside learning.decay, warmup or course: both change the step size by item; "
-            "give one of them"
+            "scheduler beside learning.decay, warmup or course: both change the step size by "
+            "sample; give one of them"
         )
 
 

@@ -47,6 +47,7 @@ from hamdist.runtime.plan.dtypes import taken, with_cast_plans
 from hamdist.runtime.plan.heads import Heads, plan_heads
 from hamdist.runtime.plan.microbatches import cut_batches
 from hamdist.runtime.plan.optimizers import plan_optimizers
+from hamdist.runtime.plan.rules import check_rules, ruled
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.switches import Switches, read_switches
 from hamdist.runtime.signals.cast import CastPlan
@@ -110,10 +111,10 @@ class Plan:
         replan: where delays follow from the links, makes the plan with ticks by edge.
         native: linear layers on one row use the C code, in every process.
         snapshot_policy: how snapshots are taken, if they are.
-        skip: items of the stream that an earlier run has had; passed: that it passed over.
+        skip: samples of the stream that an earlier run has had; passed: that it passed over.
         memory_of: the memory that a process can share of a device (tests replace it).
         ignore_index: targets of this class have no loss.
-        one_length: why all items have the lengths of the first one; None: they need not.
+        one_length: why all samples have the lengths of the first one; None: they need not.
         optimizer: torch's rule, instead of the equations of the weights.
     """
 
@@ -156,11 +157,11 @@ class Plan:
 
     def course(self, sample: int) -> float:
         """Return the factor of the step size on `sample`, without the correction for a delay."""
-        return self.rate(self.item(sample))
+        return self.rate(self.sample_of(sample))
 
-    def item(self, sample: int) -> int:
-        """Return the stream's item that a sample shows, counted over resumed runs."""
-        return sample // self.spec.passes + self.skip
+    def sample_of(self, pass_: int) -> int:
+        """Return the sample that a pass shows (late ones pass twice), counted over resumed runs."""
+        return pass_ // self.spec.passes + self.skip
 
     @property
     def resumed(self) -> int:
@@ -178,7 +179,7 @@ class Plan:
     @property
     def taught_by(self) -> str:
         """Return the readout whose labels travel with the signal."""
-        return "" if self.heads is None else self.heads.readout
+        return self.graph.readouts[0] if self.heads is None else self.heads.readout
 
     @property
     def last_tick(self) -> float:
@@ -243,6 +244,7 @@ def make_plan(
         schedule = make_schedule(graph, knobs, silent)
     check_resets(graph, schedule, dynamics, knobs)
     check_output_nets(graph, dynamics)
+    check_rules(graph, knobs, dynamics, settings.metrics)
     rule = plan_optimizers(graph, knobs, settings, optimizer)
     rewinds = knobs.memory is Memory.REVERSIBLE
     started = [b.name for b in graph.blocks.values() if b.initial is not None]
@@ -260,11 +262,16 @@ def make_plan(
         )
     if spec.late and not knobs.pulse:
         raise LevelError(
-            f"labels that come {spec.late} items late with presentation "
-            f"{knobs.presentation.value!r}, whose states go from one item to the next: a sample "
+            f"labels that come {spec.late} samples late with presentation "
+            f"{knobs.presentation.value!r}, whose states go from one sample to the next: a sample "
             "cannot be shown again in between; use a level of presentation 'pulse' (trace, "
             "backprop, heads, reversible), or have samples wait for their labels (stream.relearn: "
             "wait, or hamdist.streams.Rejoin), whose scores know no delay"
+        )
+    if spec.live and (knobs.accumulate > 1 or knobs.double_buffered):
+        raise LevelError(
+            "accumulated or double-buffered steps in a live run: they count samples in groups, and "
+            "idle ticks would break these up; leave locality.accumulate and double_buffered out"
         )
     if spec.live and dynamics.tau is None:
         raise LevelError(
@@ -281,7 +288,7 @@ def make_plan(
         settings.engine.queue,
         clocked=clocked,
         bundle=settings.engine.bundle,
-        labels=heads is not None,
+        labels=heads is not None or any(r.signals.label for r in ruled(graph).values()),
         messages=knobs.credit is Credit.MESSAGES,
         silent=silent,
     )

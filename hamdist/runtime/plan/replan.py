@@ -4,13 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
-from hamdist.config import Settings
+from hamdist.config import Credit, Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.partition.apply_settings import delayed
+from hamdist.dynamics.schedule.events import Schedule
+from hamdist.dynamics.schedule.make import make_schedule
+from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerRule
 from hamdist.runtime.plan.plan import Plan, make_plan
+from hamdist.runtime.signals.signal import Channel, make_channels
+
+
+def with_delays(plan: Plan, delays: Mapping[str, int]) -> Plan:
+    """Return `plan` with other ticks by edge, unchecked: for its time, not to be run."""
+    graph, knobs, old = delayed(plan.graph, delays), plan.knobs, plan.channels
+    schedule: Schedule
+    if isinstance(plan.schedule, SequenceSchedule):
+        schedule = SequenceSchedule(graph, knobs, carries=plan.schedule.carries)
+    else:
+        schedule = make_schedule(graph, knobs, plan.silent)
+    bundle = plan.engine.bundle
+    channels = make_channels(
+        graph,
+        schedule,
+        plan.engine.queue,
+        clocked=bool(old.clocks),
+        bundle="off" if bundle == "auto" else bundle,
+        labels=bool(old.labels),
+        messages=knobs.credit is Credit.MESSAGES,
+        silent=plan.silent,
+    )
+    codecs = {(one.kind, one.edge): one.codec for one in old.all()}
+    kinds: tuple[dict[Any, Channel], ...] = channels
+    for own in kinds:
+        own |= {key: one._replace(codec=codecs[one.kind, one.edge]) for key, one in own.items()}
+    return dataclasses.replace(plan, graph=graph, schedule=schedule, channels=channels)
 
 
 def replannable(

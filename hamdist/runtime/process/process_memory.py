@@ -46,6 +46,12 @@ def peak_bytes() -> int:
     return int(getattr(memory, "peak_wset", memory.rss))
 
 
+def resident_bytes() -> int:
+    """Return the resident bytes of this process now."""
+    now = _status("VmRSS")
+    return int(psutil.Process().memory_info().rss) if now is None else now
+
+
 def own_bytes() -> int:
     """Return the resident bytes of this process alone.
 

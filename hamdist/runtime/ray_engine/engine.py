@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
@@ -20,6 +21,7 @@ from hamdist.runtime.placement.step_costs import (
     unmeasured_costs,
     wants_costs,
 )
+from hamdist.runtime.plan.network import network_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
@@ -27,13 +29,13 @@ from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.auth_token import token_notes
 from hamdist.runtime.ray_engine.cluster_hosts import HEAD_SECONDS, HeadWatch, answers
-from hamdist.runtime.ray_engine.news import news_fetched
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
 from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
 from hamdist.runtime.results.digests import joined
+from hamdist.runtime.results.measured import NetworkActor, PlacedNetwork
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.edge_codecs import CompressionMap
 from hamdist.streams.sample import Stream
@@ -51,7 +53,7 @@ class RayEngine:
         costs = unmeasured_costs(plan)
         measured: Costs | None = None
         places = wants_costs(plan)
-        if places or plan.replan is not None:
+        if plan.engine.device == "cpu":  # (what a block takes on a GPU is not known before)
             with startup.phase("measure"):
                 try:
                     measured = measured_costs(plan, portable=stream.portable)
@@ -72,6 +74,8 @@ class RayEngine:
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
             notes += lending_notes(plan.engine, worker_group.lent, refusals)
             outcome.startup = startup.seconds
+            if measured is not None and measured.model is not None:
+                outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
             if auto:
                 outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
             outcome.warnings[:0] = notes
@@ -87,18 +91,20 @@ class _Watch:
         self._plan = plan
         self._worker_group = worker_group
         self._stop = threading.Event()
-        self._ending = RunInterrupts(self._stop.set, on_progress)
         self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
         self._warnings: list[str] = []
         self._note: str | None = None
         self._samples = plan.resumed
-        self._windows: list[Window] = []
+        self._windows: dict[str, list[Window]] = {}
+        self._network: PlacedNetwork | None = None
         self._head = HeadWatch()
         self._policy = (
             None
             if plan.snapshot_policy is None
             else SnapshotSupervision(plan, worker_group, plan.snapshot_policy)
         )
+        keep = None if self._policy is None else self._policy.request
+        self._ending = RunInterrupts(self._stop.set, on_progress, keep)
         self.started = time.perf_counter()
 
     def to_the_end(self) -> Outcome:
@@ -107,7 +113,7 @@ class _Watch:
         """
         reset_peak()
         self._worker_group.start()
-        with self._ending, news_fetched(self._worker_group):
+        with self._ending, self._worker_group.news_fetched():
             try:
                 self._follow(self._stop)
             except KeyboardInterrupt:  # the second Ctrl-C: end at once, whatever state it is in
@@ -165,24 +171,29 @@ class _Watch:
         return address is None or answers(address)
 
     def _head_is_lost(self, now: float) -> bool:
-        """Return True if the head of a joined cluster is gone for good. Nothing can be replaced
-        then, and Ray would end this process after a minute. The run ends with an error that names
-        the cause."""
-        address = self._plan.engine.address
-        if address is None or self._ending.error is not None:
+        """Return True if the head of a joined cluster, or of a local Ray, is gone for good. Nothing
+        can be replaced then, and Ray would end this process after a minute. The run ends with an
+        error that names the cause."""
+        if self._ending.error is not None:
             return False
-        if self._head.lost(address, now):
+        text = self._worker_group.session.lost
+        address = self._plan.engine.address
+        if address is not None and self._head.lost(address, now):
+            text = (
+                f"the head of the Ray cluster at {address} has not answered for "
+                f"{HEAD_SECONDS:.0f} s; start it again"
+            )
+        if text:
             kept = self._plan.snapshot_policy
             self._ending.error = ClusterError(
-                f"the head of the Ray cluster at {address} has not answered for "
-                f"{HEAD_SECONDS:.0f} s; start it again, and go on "
+                f"{text}, and go on "
                 + (
                     "from the beginning: no snapshots were taken (snapshots.path)"
                     if kept is None
                     else f"from the latest snapshot: --resume {kept.path}"
                 )
             )
-        return self._ending.error is not None
+        return bool(text)
 
     def _lost_while_ending(self) -> bool:
         """Return True if an actor was lost while the run ends. A replacement would start behind the
@@ -244,21 +255,35 @@ class _Watch:
                 )
         # An actor that is replaced begins behind where it was: what was reached stays reached.
         self._samples = max(self._samples, self._worker_group.samples())
-        windows = next((a.windows for a in self._worker_group.actors if a.every is not None), [])
-        if windows and (not self._windows or windows[-1].last >= self._windows[-1].last):
-            self._windows = windows
+        for name, windows in self._worker_group.windows().items():
+            known = self._windows.get(name)
+            if windows and (not known or windows[-1].last >= known[-1].last):
+                self._windows[name] = windows
+        readout = self._plan.graph.readouts[0]
+        hosts = [NetworkActor(a.name, a.address, a.blocks) for a in self._worker_group.actors]
+        if self._network is None or self._network.actors != hosts:
+            self._network = network_of(self._plan, hosts)
         self._ending.report(
             Progress(
                 seconds=time.perf_counter() - self.started,
                 samples=self._samples,
                 steps=self._plan.steps,
                 resumed=self._plan.resumed,
-                windows=self._windows,
+                windows=self._windows.get(readout, []),
+                readout=readout,
+                others={n: w for n, w in self._windows.items() if n != readout},
                 blocks=blocks,
+                actors=self._worker_group.samples_of_processes(),
+                network=self._network,
+                snapshots=[] if self._policy is None else self._policy.snapshots,
+                warnings=self._all_warnings(),
                 note=self._note,
                 replaced=() if self._policy is None else tuple(self._policy.replaced),
             )
         )
+
+    def _all_warnings(self) -> list[str]:
+        return self._warnings + ([] if self._policy is None else self._policy.warnings)
 
     def _outcome(self) -> Outcome:
         actors = self._worker_group.actors
@@ -270,12 +295,7 @@ class _Watch:
                 sent[edge] = sent.get(edge, 0) + number
             for edge, done in report.compression.items():
                 compression.setdefault(edge, {}).update(done)
-        windows: dict[str, list[Window]] = {}
-        for actor in actors:
-            if actor.report is not None:
-                windows |= actor.report.windows
-            elif actor.every is not None:
-                windows |= dict.fromkeys(self._plan.graph.readouts[:1], actor.windows)
+        windows = self._worker_group.windows()
         memory = {a.name: a.report.peak_memory for a in actors if a.report is not None}
         outcome = Outcome(
             blocks={name: state for r in reports for name, state in r.blocks.items()},
@@ -291,11 +311,11 @@ class _Watch:
             smoothness=next((r.smoothness for r in reports if r.smoothness is not None), None),
             stream=next((r.stream for r in reports if r.stream), {}),
             placement=self._worker_group.placement,
-            time_use={a.name: a.report.time_use for a in actors if a.report is not None},
+            time_use={a.name: dict(a.report.sample.seconds) for a in actors if a.report},
             digests=joined(report.digests for report in reports),
             records={name: rs for r in reports for name, rs in r.records.items()},
             snapshots=[] if self._policy is None else self._policy.snapshots,
             replaced=[] if self._policy is None else self._policy.replaced,
-            warnings=self._warnings + ([] if self._policy is None else self._policy.warnings),
+            warnings=self._all_warnings(),
         )
         return self._ending.note(outcome)

@@ -17,15 +17,11 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError, HamdistWarning
 from hamdist.runtime.advice.advice import thread_warnings
-from hamdist.runtime.engines.worker import (
-    SnapshotNews,
-    Worker,
-    WorkerReport,
-    WorkerStatus,
-)
+from hamdist.runtime.engines.worker import Worker
+from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport, WorkerStatus
 from hamdist.runtime.placement.assign_blocks import Costs, by_parameters
 from hamdist.runtime.placement.assign_hosts import ActorOptions, options_of_actors
-from hamdist.runtime.placement.links import Link, Probe, pairs
+from hamdist.runtime.placement.links import Probe, cluster_of, pairs
 from hamdist.runtime.placement.requirements import requirements
 from hamdist.runtime.placement.step_costs import source_host
 from hamdist.runtime.plan.block_settings import block_settings
@@ -37,6 +33,8 @@ from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.cluster_hosts import host_seconds, hosts
 from hamdist.runtime.ray_engine.session import Session
 from hamdist.runtime.signals.signal import Channel
+from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
+from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.transport.encryption import Keys
 from hamdist.runtime.transport.shared_memory import MAX_CAPACITY
 from hamdist.runtime.transport.transport import IPC, SHM, TCP, local_way
@@ -76,6 +74,7 @@ class PlacedWorkers:
         self.notes: list[str] = []  # what there is to say of the actors before the first tick
         self.local_forgot = False  # as Actor.forgot, of a stream in this process
         self.lent = 0  # channels between GPUs of one host, at the start
+        self.links: dict[tuple[int, int], Link] = {}  # by pair of actors, if they were measured
         # Told of an actor that died, or ended with an error; answers whether it is replaced.
         self.on_lost: Callable[[WorkerHandle, HamdistError | None, HamdistError], bool] | None = (
             None
@@ -103,6 +102,20 @@ class PlacedWorkers:
                 name = node["NodeManagerAddress"]
                 told += thread_warnings(actors, self._plan.engine.threads, processors, name)
         return told
+
+    def predicted(self, model: TimingModel) -> float:
+        """Return the samples a second by the model; 0 where nothing is known of the links."""
+        names = list(dict.fromkeys(actor.node for actor in self.actors))
+        if len(names) > 1 and not self.links:
+            return 0.0
+        own = range(len(self.actors))
+        if self.links:
+            timed = model.timed(self.placement, own, cluster_of(self.placement, self.links))
+        else:
+            late = {(0, 0): Link(self._plan.engine.link_delay)}
+            here = ClusterModel([HostModel(cores=cores())], late)
+            timed = model.timed(self.placement, [0 for _ in own], here)
+        return timed.samples / timed.period().seconds
 
     @property
     def plan(self) -> Plan:

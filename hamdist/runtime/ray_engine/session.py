@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -37,11 +37,23 @@ class Session:
     """A running Ray with its idle actors.
 
     A later run takes over the processes of an earlier one, which saves the seconds of importing
-    torch.
+    torch. needed: processes without which a local Ray cannot go on, with their names.
     """
 
     def __init__(self) -> None:
         self.idle: list[tuple[ActorOptions, Any]] = []
+        self.needed: dict[psutil.Process, str] = {}
+
+    @property
+    def lost(self) -> str:
+        """Return the error about a local Ray that has ended; empty as long as it runs."""
+        gone = [name for process, name in self.needed.items() if not _runs(process)]
+        if not gone:
+            return ""
+        return (
+            f"the local Ray has ended: its {' and '.join(gone)} is gone (was it killed, or out of "
+            "memory?); start the run again, outside of this hamdist.session() if there is one"
+        )
 
     def actors(self, options_of_actors: Sequence[ActorOptions]) -> list[Any]:
         """Return an actor for each element of `options_of_actors`: an idle one, or a new one.
@@ -94,16 +106,30 @@ class _Standing:
         """
         import ray
 
-        running = all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in self.processes)
         return (
             engine.address is None
             and self.cpus >= engine.processes()
             and ray.is_initialized()
-            and running
+            and all(map(_runs, self.processes))
         )
 
 
 _inside: ContextVar[Session | None] = ContextVar("hamdist_session", default=None)
+
+
+def _runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def _needed(processes: set[psutil.Process]) -> dict[psutil.Process, str]:
+    """Return the head's server and its raylet among the processes of a local Ray."""
+    found = {}
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found[process] = process.name()
+    return {process: name for process, name in found.items() if name in ("gcs_server", "raylet")}
+
+
 _one_at_a_time = threading.Lock()
 _standing: _Standing | None = None  # a local Ray that waits for the next run of this process
 _idle_over: threading.Timer | None = None
@@ -148,10 +174,13 @@ def ray_session(engine: EngineSettings, *, stays: bool = True) -> Iterator[Sessi
         stays: a local Ray then waits `engine.idle_seconds` for the next session of this process.
 
     Raises:
-        ClusterError: no cluster answers at `engine.address`, or another thread has a session.
+        ClusterError: no cluster answers at `engine.address`, the local Ray of the session around
+            this one has ended, or another thread has a session.
     """
     current = _inside.get()
     if current is not None:
+        if current.lost:
+            raise ClusterError(current.lost)
         yield current
         return
     patience = CLOSING_SECONDS if _closing.is_set() else 0
@@ -203,6 +232,7 @@ def _opened(engine: EngineSettings) -> _Standing:
     opened = Session()
     with ExitStack() as stack, ray_environment(engine):
         processes, cpus = stack.enter_context(_ray(engine))
+        opened.needed = _needed(processes)
         stack.callback(_end_idle, opened)
         return _Standing(opened, stack.pop_all(), cpus, processes)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from hamdist.dynamics.graph.graph import INPUT
-from hamdist.runtime.engines.worker import BlockedChannel
+from hamdist.runtime.engines.worker_report import BlockedChannel
 
 
 class Watchdog:

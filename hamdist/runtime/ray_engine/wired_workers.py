@@ -11,11 +11,8 @@ import ray
 
 from hamdist.config import DeviceSignals
 from hamdist.errors import ClusterError, StreamError
-from hamdist.runtime.engines.worker import (
-    ReceivingEnds,
-    Worker,
-    WorkerReport,
-)
+from hamdist.runtime.engines.worker import ReceivingEnds, Worker
+from hamdist.runtime.engines.worker_report import WorkerReport
 from hamdist.runtime.placement.assign_blocks import Costs, place
 from hamdist.runtime.placement.assign_hosts import ActorOptions
 from hamdist.runtime.placement.links import least_delays
@@ -70,9 +67,10 @@ class WiredWorkers(PlacedWorkers):
             self.notes += self.unlike(dict(zip(self.actors, answers, strict=True)))
         if plan.replan is not None and measured is not None:
             with startup.phase("links"):
-                links = self._links()
-                plan = plan.replan(least_delays(plan, self.placement, measured, links))
-                self._plan = plan
+                self.links = self._links()
+                if measured.model is not None:
+                    delays = least_delays(measured.model, self.placement, self.links)
+                    plan = self._plan = plan.replan(delays)
         inside = self.inside()
         binds = [self.binds(i, inside) for i in range(len(inside))]
 
@@ -181,7 +179,7 @@ class WiredWorkers(PlacedWorkers):
         """Restart a stream in this process, from the plan's snapshot.
 
         Raises:
-            StreamError: the stream is waiting for an item that does not come.
+            StreamError: the stream is waiting for a sample that does not come.
         """
         if self._local is None:
             return

@@ -18,13 +18,15 @@ import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hamdist.runtime.engines.worker import ReceivingEnds, Worker, WorkerReport, WorkerStatus
+from hamdist.runtime.engines.worker import ReceivingEnds, Worker
+from hamdist.runtime.engines.worker_report import WorkerReport, WorkerStatus
 from hamdist.runtime.placement.assign_hosts import ActorOptions
-from hamdist.runtime.placement.links import Link, Probe
+from hamdist.runtime.placement.links import Probe
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.leftovers import sweep
 from hamdist.runtime.process.switches import Switches, set_switches
+from hamdist.runtime.timing.cluster_model import Link
 from hamdist.runtime.transport.gpu_ring import Refusal
 from hamdist.streams.sample import Stream
 

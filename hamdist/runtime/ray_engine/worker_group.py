@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, HamdistError
-from hamdist.runtime.engines.worker import (
-    SnapshotNews,
-    WorkerReport,
-)
+from hamdist.runtime.engines.worker_report import SnapshotNews, WorkerReport
 from hamdist.runtime.process.interrupts import deaf_to_interrupts
 from hamdist.runtime.ray_engine.placed_workers import END_SECONDS, WorkerHandle, last_line
 from hamdist.runtime.ray_engine.wired_workers import WiredWorkers
+from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.transport.endpoint import socket_folder
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 5.0
 OBEY_SECONDS = 2.0
+NEWS_SECONDS = 1.0  # of a call for news, which returns as soon as there is some
+PAUSE_SECONDS = 0.1  # until an actor that was lost is asked again
 
 
 class WorkerGroup(WiredWorkers):
@@ -175,6 +177,57 @@ class WorkerGroup(WiredWorkers):
             return self._local.status(0, None).samples
         known = [a.report or a.status for a in self.actors]
         return max((k.samples for k in known if k is not None), default=0)
+
+    def windows(self) -> dict[str, list[Window]]:
+        """Return the windows of all readouts, as far as they are known here."""
+        windows: dict[str, list[Window]] = {}
+        for actor in self.actors:
+            first = next((b for b in actor.blocks if b in self._plan.graph.readouts), None)
+            if actor.report is not None:
+                windows |= actor.report.windows
+            elif first is not None and actor.every is not None:
+                windows[first] = actor.windows
+                windows |= {} if actor.status is None else actor.status.others
+        return windows
+
+    def samples_of_processes(self) -> dict[str, ProcessSample]:
+        """Return the latest measurements by process."""
+        known = {a.name: a.report or a.status for a in self.actors}
+        samples = {name: one.sample for name, one in known.items() if one is not None}
+        if self._local is not None:
+            samples["driver"] = self._local.status(0, None).sample
+        return samples
+
+    @contextlib.contextmanager
+    def news_fetched(self) -> Iterator[None]:
+        """Keep a call at every actor of a live run inside, and fetch the last news at the end.
+
+        An actor that was replaced tells again what it told since the snapshot; the receiver knows
+        it by its number.
+        """
+        live, over = self.live, threading.Event()
+
+        def fetch(index: int) -> None:
+            last = False
+            while live is not None and not last:
+                last = over.is_set()
+                call = self.actors[index].handle.news
+                try:
+                    for one in ray.get(call.remote(self.plan.run, 0 if last else NEWS_SECONDS)):
+                        live.send(one)
+                except RayError:  # it is replaced, or the run ends
+                    over.wait(PAUSE_SECONDS)
+
+        numbers = range(len(self.actors) if live is not None else 0)
+        threads = [threading.Thread(target=fetch, args=(i,), daemon=True) for i in numbers]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(10 * NEWS_SECONDS)
 
     def reports(self) -> list[WorkerReport]:
         """Return the reports of the actors that have finished, and of a stream in the driver."""

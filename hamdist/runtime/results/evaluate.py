@@ -55,10 +55,10 @@ def evaluate(
     class `ignore_index` do not count. The model is set to evaluation meanwhile.
     """
     targets = y if isinstance(y, Mapping) else None
-    return evaluate_items(model, _chunks(x, y), loss, targets, ignore_index=ignore_index)
+    return evaluate_samples(model, _chunks(x, y), loss, targets, ignore_index=ignore_index)
 
 
-def evaluate_items(
+def evaluate_samples(
     model: nn.Module,
     items: Iterable[Sample],
     loss: Losses,
@@ -66,13 +66,13 @@ def evaluate_items(
     *,
     ignore_index: int = IGNORE_INDEX,
 ) -> Scores:
-    """Return the scores of `model` over the rows of all items that have a target.
+    """Return the scores of `model` over the rows of all samples that have a target.
 
     The model is set to evaluation meanwhile; `targets` names the outputs with targets, if they are
     given by name.
 
     Raises:
-        StreamError: an output has no target at all, or the model or the loss refuses an item.
+        StreamError: an output has no target at all, or the model or the loss refuses a sample.
         GraphError: the model does not have such an output.
     """
     tallies: dict[str, _Tally] | None = None
@@ -90,11 +90,11 @@ def evaluate_items(
                     with _naming(n):
                         tally.add(found[name], target)
     if tallies is None:
-        raise StreamError("nothing is held out: the part to evaluate on has no item")
+        raise StreamError("nothing is held out: the part to evaluate on has no sample")
     for name, tally in tallies.items():
         if not tally.rows:
             what = "" if name == ONLY else f" for {name!r}"
-            raise StreamError(f"no held-out item has a target{what}")
+            raise StreamError(f"no held-out sample has a target{what}")
     if list(tallies) == [ONLY]:
         return tallies[ONLY].scores()
     scores = {name: tally.scores() for name, tally in tallies.items()}
@@ -175,13 +175,13 @@ class _Tally:
 
 @contextmanager
 def _naming(n: int) -> Iterator[None]:
-    """Turn errors of the model or the loss into a StreamError of held-out item n."""
+    """Turn errors of the model or the loss into a StreamError of held-out sample n."""
     try:
         yield
     except HamdistError:
         raise
     except Exception as error:  # a user's forward or loss may raise anything
-        raise StreamError(f"held-out item {n}: {type(error).__name__}: {error}") from error
+        raise StreamError(f"held-out sample {n}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
+from hamdist.runtime.results.measured import PlacedNetwork, ProcessSample
 from hamdist.runtime.signals.codec import Compressed
 
 
@@ -63,10 +64,14 @@ class Progress:
     """Progress of a running engine.
 
     Attributes:
-        samples: items that entered the network; resumed: those of them before the snapshot that the
+        samples: samples that entered the network; resumed: those of them before the snapshot that
+        the
             run resumes from.
         phase: of the start (process/startup.py); None from the first tick on.
         replaced: actors that were lost so far.
+        windows: of the first readout, called `readout`; others: those of the other readouts.
+        actors: what each process has measured of itself; network: the blocks and their places.
+        snapshots: the complete ones that are left; warnings: of the engine so far.
     """
 
     seconds: float
@@ -78,6 +83,12 @@ class Progress:
     phase: str | None = None
     replaced: Sequence[Replaced] = field(default_factory=list)
     resumed: int = 0
+    readout: str = ""
+    others: Mapping[str, Sequence[Window]] = field(default_factory=dict)
+    actors: Mapping[str, ProcessSample] = field(default_factory=dict)
+    network: PlacedNetwork | None = None
+    snapshots: Sequence[str] = field(default_factory=list)
+    warnings: Sequence[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +135,13 @@ class RunFacts:
     """The facts of a run, from the engine to the files: every layer adds its own fields.
 
     Attributes:
-        samples: items that entered; resumed: those of them before the snapshot that the run resumed
+        samples: samples that entered; resumed: those of them before the snapshot that the run
+        resumed
             from.
-        seconds: wall time from the first to the last tick, without that of the resumed items;
+        seconds: wall time from the first to the last tick, without that of the resumed samples;
             startup_seconds: the time before, startup: the same by phase (process/startup.py).
+        predicted: samples a second by the timing model (runtime/timing), from the steps as measured
+            before the start; 0 where there is no prediction.
         bytes_per_edge: payload bytes that crossed each edge in both directions, by edge.
         compression: by edge and direction ('h' forward, 'm' backward), of the compressed ones,
             bytes
@@ -163,6 +177,7 @@ class RunFacts:
     bytes_per_edge: dict[str, int]
     peak_memory: dict[str, int]
     startup_seconds: float = 0.0
+    predicted: float = 0.0
     staleness: int = 0
     resumed: int = 0
     smoothness: float | None = None
@@ -186,8 +201,8 @@ class RunFacts:
     digests: dict[str, DigestMap] = field(default_factory=dict, metadata=APART)
 
     @property
-    def items(self) -> int:
-        """Return the items that entered since then, in `seconds`."""
+    def new_samples(self) -> int:
+        """Return the number of samples that entered since the resume, in `seconds`."""
         return self.samples - self.resumed
 
     def shared(self) -> dict[str, Any]:
@@ -241,7 +256,7 @@ class RunResult(RunFacts):
 
 def _last(window: Window) -> str:
     right = "" if window.accuracy is None else f", {100 * window.accuracy:.1f} % right"
-    return f"loss {window.mean_loss:.4g}{right} over items {window.first} to {window.last}"
+    return f"loss {window.mean_loss:.4g}{right} over samples {window.first} to {window.last}"
 
 
 @dataclass(slots=True, kw_only=True)

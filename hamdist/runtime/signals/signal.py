@@ -73,6 +73,7 @@ class Channels(NamedTuple):
             on
             along the first of its edges that leads to a child.
         gradients, weights: by tie (nodes/ties.py).
+        errors: of the first readout, by the block whose rule asks for them.
     """
 
     states: dict[int, Channel]
@@ -82,11 +83,13 @@ class Channels(NamedTuple):
     labels: dict[str, Channel]
     gradients: dict[int, Channel]
     weights: dict[int, Channel]
+    errors: dict[str, Channel]
 
     def all(self) -> list[Channel]:
         edges = [*self.states.values(), *self.messages.values()]
         aside = [*self.targets.values(), *self.clocks.values(), *self.labels.values()]
-        return [*edges, *aside, *self.gradients.values(), *self.weights.values()]
+        ties = [*self.gradients.values(), *self.weights.values()]
+        return [*edges, *aside, *ties, *self.errors.values()]
 
 
 def make_channels(
@@ -102,6 +105,8 @@ def make_channels(
 ) -> Channels:
     """Make the channels of a graph, with room for the schedule's signals and `queue` more.
 
+    A block whose rule asks for no messages (`BlockSpec.back`) neither gets nor sends any.
+
     Args:
         graph: the graph.
         schedule: says how many signals are in flight.
@@ -114,7 +119,9 @@ def make_channels(
         messages: messages come back, but to `silent` blocks.
         silent: blocks that receive no messages.
     """
-    made = Channels({}, {}, {}, {}, {}, {}, {})
+    made = Channels({}, {}, {}, {}, {}, {}, {}, {})
+    apart = {b.name for b in graph.blocks.values() if b.back != "message"}
+    mute = apart - {*graph.readouts}
     numbers = count()
 
     def channel(
@@ -143,7 +150,8 @@ def make_channels(
             schedule.in_flight(edge, Kind.STATE),
             schedule.bundle(edge, Kind.STATE),
         )
-        if messages and not edge.from_input and edge.parent not in silent:
+        unread = edge.from_input or edge.parent in silent or edge.parent in apart
+        if messages and not unread and edge.child not in mute:
             made.messages[edge.index] = channel(
                 Kind.MESSAGE,
                 edge.child,
@@ -173,6 +181,13 @@ def make_channels(
         waiting = 1 // schedule.c + 1 if held else schedule.target_in_flight(block)
         made.clocks[block] = channel(Kind.CLOCK, INPUT, block, f"{INPUT}~>{block}", waiting, ALONE)
     if isinstance(schedule, PulseSchedule):
+        for spec in graph.blocks.values():
+            if spec.back == "error" and spec.loss is None:
+                sender, waiting = graph.readouts[0], schedule.errors_in_flight(spec.name)
+                name = f"{sender}=>{spec.name}"
+                made.errors[spec.name] = channel(
+                    Kind.MESSAGE, sender, spec.name, name, waiting, ALONE
+                )
         for tie in graph.ties:
             there, back = (schedule.tie_in_flight(tie, k) for k in (Kind.GRADIENT, Kind.WEIGHT))
             made.gradients[tie.index] = channel(

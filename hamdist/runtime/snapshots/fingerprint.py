@@ -25,6 +25,7 @@ def fingerprint(plan: Plan, settings: Settings) -> dict[str, Any]:
             "parents": list(block.parents),
             "parameters": {k: list(p.shape) for k, p in block.module.named_parameters()},
             "shape": list(plan.shapes[name][0]),
+            **({} if block.rule is None else {"rule": type(block.rule).__name__}),
             **({} if plan.optimizer is None else {"optimizer": plan.optimizer.kinds.get(name)}),
         }
         for name, block in plan.graph.blocks.items()

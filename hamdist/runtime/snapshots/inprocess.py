@@ -56,6 +56,10 @@ class InProcessSnapshots:
             if self.snapshot_writer.ask(tick) and wanted and self._live is not None:
                 self._live.idle_until(tick)
 
+    def request(self) -> None:
+        """Take a snapshot soon."""
+        self._due = 0.0
+
     def _look_for_failures(self) -> None:
         failure = self.snapshot_writer.failure()
         if failure is not None:

@@ -68,11 +68,11 @@ def other_bits_than(snapshot: Snapshot, plan: Plan) -> list[str]:
 
 
 def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, str]:
-    """Return the identity of a stream: its class, its shape, its length and its first item.
+    """Return the identity of a stream: its class, its shape, its length and its first sample.
 
     Args:
         stream: of the run.
-        example: the inputs of the first item by name, where they are known (train.py).
+        example: the inputs of the first sample by name, where they are known (train.py).
     """
     spec = stream.spec
     known = {
@@ -87,7 +87,7 @@ def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, 
         data.update(text.encode())
         for tensor in packing.tensors:
             data.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        known["first item"] = data.hexdigest()[:16]
+        known["first sample"] = data.hexdigest()[:16]
     return known
 
 
@@ -107,11 +107,11 @@ def origin(snapshot: Snapshot) -> str:
     """Return a line that says which run is resumed, and from where."""
     then = snapshot.manifest
     when = f", written at {then.time}" if then.time else ""
-    return f"going on from {snapshot}: run {then.run}, {then.samples} items{when}"
+    return f"going on from {snapshot}: run {then.run}, {then.samples} samples{when}"
 
 
 def ended(snapshot: Snapshot, settings: Settings) -> bool:
-    """Return True if the snapshot's run has had all its items, and `settings` ask for more."""
+    """Return True if the snapshot's run has had all its samples, and `settings` ask for more."""
     before = snapshot.manifest.settings.get("steps")
     more = before is not None and (settings.steps is None or settings.steps > before)
     return more and snapshot.state(INPUT)["node"]["tick"] is None

@@ -59,7 +59,7 @@ class WrittenFiles:
     Attributes:
         tick: of the cut.
         parts: files by node.
-        samples, passed: items the stream had given, and passed over, if it is in this process.
+        samples, passed: samples the stream had given, and passed over, if it is in this process.
     """
 
     tick: int

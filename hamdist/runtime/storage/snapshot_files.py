@@ -81,7 +81,7 @@ class Manifest(_Checked):
         network: has to be equal for a run to resume (`fingerprint`).
         delays: ticks by edge.
         samples: that had entered the network, `skip` of them in an earlier run whose weights this
-            one has begun with; passed: items that the stream had passed over.
+            one has begun with; passed: samples that the stream had passed over.
         versions: of the software; time: when it was complete.
         stream: the identity of the stream (snapshots/resume.py).
         arithmetic: of the kinds of processes that computed it; switches: torch's (empty: unknown).
@@ -305,15 +305,17 @@ def check_writable(store: Storage, nbytes: int = 0) -> None:
 
 
 def make_room(store: Storage) -> bool:
-    """Remove the oldest complete snapshot, but never the last one.
+    """Remove the oldest complete snapshot, but never the latest undamaged one.
 
     Returns:
         True if there was one to remove.
     """
     finished = [name for name in complete(store) if _finished(store, name)]
-    for name in finished[:0:-1]:
-        store.remove(name)
-        return True
+    whole = next((name for name in finished if _is_whole(store, name)), None)
+    for name in reversed(finished):
+        if whole not in (None, name):
+            store.remove(name)
+            return True
     return False
 
 
@@ -359,6 +361,13 @@ def conclude(
 def _finished(store: Storage, folder: str) -> bool:
     try:
         return bool(store.read(f"{folder}/{MANIFEST}"))
+    except SnapshotError:
+        return False
+
+
+def _is_whole(store: Storage, folder: str) -> bool:
+    try:
+        return bool(_whole(store, folder))
     except SnapshotError:
         return False
 

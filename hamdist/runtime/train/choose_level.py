@@ -1,8 +1,8 @@
 """Level `auto`: chooses the level, the scaling of steps and the averaging, with reasons.
 
-Measured on prototypes (learning on Fashion-MNIST; docs: concepts/staleness), with S items over
-which the stream decorrelates, c ticks an item, D the depth of the readout, L = D + 1 blocks, B rows
-a batch:
+Measured on prototypes (learning on Fashion-MNIST; docs: concepts/staleness), with S samples over
+which the stream decorrelates, c ticks a sample, D the depth of the readout, L = D + 1 blocks, B
+rows a batch:
 
     local      where S c >= 2.5 * 2D: a block without memory then equals backpropagation
     trace      where it is less: each message meets the activations of its own sample
@@ -99,7 +99,7 @@ def _level(settings: Settings, seen: LevelFacts) -> tuple[Level, str]:
         smooth = ticks >= needed
         over = "or more " if seen.frames >= MOST_ITEMS else ""
         measured = (
-            f"the stream decorrelates over about {seen.frames:.3g} items {over}of {c} tick(s), "
+            f"the stream decorrelates over about {seen.frames:.3g} samples {over}of {c} tick(s), "
             f"{'not less' if smooth else 'less'} than {ROUND_TRIPS} round trips of {trip} ticks"
         )
     if given.presentation is Presentation.HOLD:
@@ -151,11 +151,11 @@ def resolved(
 
     Args:
         settings: of any level.
-        stream: its first items are read.
+        stream: its first samples are read.
         graph_of: cuts the model.
 
     Returns:
-        The settings, the stream with its first items put back, and the reasons.
+        The settings, the stream with its first samples put back, and the reasons.
     """
     graph = graph_of(settings.model_copy(update={"level": Level.TRACE}))
     paced = settings.stream.pace is not None  # looking ahead would take its time
@@ -170,7 +170,8 @@ def resolved(
 
 
 def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
-    """Return the stream with its first items put back, their S, and True if one ends a sequence."""
+    """Return the stream with its first samples put back, their S, and True if one ends a
+    sequence."""
     samples = stream.samples()
     first = list(itertools.islice(samples, MOST_ITEMS))
     smoothness = Smoothness()
@@ -182,7 +183,7 @@ def looked_at(stream: Stream) -> tuple[Stream, float | None, bool]:
 
 
 class _Again(Derived):
-    """A stream whose first items were read ahead: the first iteration gives them again. Later
+    """A stream whose first samples were read ahead: the first iteration gives them again. Later
     iterations give what the stream then gives: the rest, if it cannot be repeated."""
 
     def __init__(self, stream: Stream, first: list[Sample], rest: Iterator[Sample]) -> None:
@@ -195,5 +196,5 @@ class _Again(Derived):
         return iter(self._stream.samples()) if asked and self.replays else self._begun
 
     def samples_from(self, n: int) -> Iterator[Sample]:
-        """Yield `samples()` without its first n items; for a stream that replays."""
+        """Yield `samples()` without its first n samples; for a stream that replays."""
         return samples_from(self._stream, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,12 +21,14 @@ from hamdist.dynamics.partition.split import (
     split_module,
     split_sequential,
 )
+from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.schedule.levels import Locality, make_locality
 from hamdist.dynamics.user_modules.copies import copied, unwrapped
 from hamdist.dynamics.user_modules.hooks import check_hooks
 from hamdist.errors import SettingsError
 from hamdist.runtime.nodes.ties import against_ties
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.plan.rules import with_rules
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.streams.wrappers.dtype import in_dtype
 
@@ -65,11 +68,13 @@ def graph_in_blocks(
     loss: Losses,
     policy: Policy | None,
     settings: Settings,
+    rules: Mapping[str, Rule] | None = None,
 ) -> Graph:
-    """Return the graph of blocks, with its slices and delays."""
+    """Return the graph of blocks, with its slices, delays and rules."""
     graph = as_graph(model, settings, spec, loss, policy)
     knobs = make_locality(settings.level, settings.locality)
-    return arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+    made = arranged(graph, settings.partition, knobs, spec.u_shape, spec.u_dtype, spec.parents)
+    return with_rules(made, rules) if rules else made
 
 
 def as_graph(

@@ -19,6 +19,7 @@ from hamdist.dynamics.partition.reversible_blocks import drift_warnings
 from hamdist.dynamics.partition.split import (
     Policy,
 )
+from hamdist.dynamics.rules.rule import Rule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import (
     OptimizerFunction,
@@ -30,6 +31,7 @@ from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, Setting
 from hamdist.runtime.advice.advice import before, end_of_stream, of_resumed
 from hamdist.runtime.advice.divergence import explained
 from hamdist.runtime.engines.inprocess import InProcessEngine
+from hamdist.runtime.nodes.rules import try_rules
 from hamdist.runtime.placement.step_costs import example_input
 from hamdist.runtime.plan.checks import least_bytes
 from hamdist.runtime.plan.plan import Plan, make_plan, make_snapshot_policy
@@ -60,6 +62,7 @@ from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.choose_level import resolved
 from hamdist.runtime.train.outcome import make_result
 from hamdist.runtime.train.prepare import graph_in_blocks, in_dtype_of, modules_of
+from hamdist.runtime.train.rules import NamedRule, make_rules
 from hamdist.streams.live import live_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 from hamdist.streams.wrappers.chosen_targets import with_targets_of
@@ -81,6 +84,7 @@ def train(
     phi: TickSchedule | None = None,
     optimizer: OptimizerFunction | None = None,
     scheduler: SchedulerFunction | None = None,
+    rules: Mapping[str, NamedRule] | None = None,
     on_progress: OnProgress | None = None,
     resume: str | Path | None = None,
 ) -> RunResult:
@@ -92,7 +96,7 @@ def train(
         model: is not changed; a copy is cut into blocks and trained. A `Graph` brings its own
             blocks
             and losses.
-        stream: the items to learn from.
+        stream: the samples to learn from.
         settings: of the run.
         loss: (prediction, target) -> scalar mean over the batch, instead of `settings.loss`, or one
             for
@@ -104,7 +108,8 @@ def train(
         optimizer: makes the torch.optim optimiser (or several) of a list of parameters, for each
             block,
             instead of `settings.learning.optimizer`.
-        scheduler: makes the scheduler of an optimiser, stepped once per item.
+        scheduler: makes the scheduler of an optimiser, stepped once per sample.
+        rules: of learning, by block or pattern, before those of `settings.learning.rules`.
         on_progress: called about four times a second, and for every phase of the start
             (`Progress.phase`), in the calling thread. It may end the run (`Stop`: the result then
             says
@@ -143,7 +148,10 @@ def train(
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)
             rule = OptimizerRule(function=optimizer, scheduler=scheduler)
-            work = _Work(model, spec, settings, losses, policy, phi, known_by, optimizer=rule)
+            own = make_rules({**(rules or {}), **settings.learning.rules, **(rules or {})})
+            work = _Work(
+                model, spec, settings, losses, policy, phi, known_by, optimizer=rule, rules=own
+            )
             told: list[str] = []
             if resume is None:
                 graph, plan = work.planned()
@@ -182,7 +190,8 @@ def train(
 
 
 def _spec_with_example(stream: Stream) -> SampleSpec:
-    """The stream's spec, with the first item's inputs where a user's stream can be asked twice."""
+    """The stream's spec, with the first sample's inputs where a user's stream can be asked
+    twice."""
     spec, first = stream.spec, None
     if spec.example is None and stream.portable and not type(stream).__module__.startswith(OWN):
         first = next(iter(stream.samples()), None)
@@ -203,11 +212,12 @@ class _Work:
     known_by: Mapping[str, str] = field(default_factory=dict)
     keeps: bool = True
     optimizer: OptimizerRule | None = None
+    rules: Mapping[str, Rule] = field(default_factory=dict)
 
     def graph(self) -> Graph:
         own = self.settings
         loss = make_losses(own.loss, own.ignore_index) if self.loss is None else self.loss
-        return graph_in_blocks(self.model, self.spec, loss, self.policy, own)
+        return graph_in_blocks(self.model, self.spec, loss, self.policy, own, self.rules)
 
     def planned(self, snapshot: Snapshot | None = None) -> tuple[Graph, Plan]:
         with unchanged(modules_of(self.model)):
@@ -217,6 +227,7 @@ class _Work:
             plan = make_plan(
                 graph, self.settings, self.spec, phi=self.phi, optimizer=self.optimizer
             )
+            try_rules(plan)
         if graph.state:
             graph.notes.append(
                 f"the model's forward changes {', '.join(sorted(graph.state))}: Python state, "
@@ -268,13 +279,13 @@ class _Work:
         if isinstance(self.model, Graph):
             model = graph_with_weights(self.model, snapshot)
         else:
-            before = replace(own, settings=earlier(snapshot), policy=None)
+            before = replace(own, settings=earlier(snapshot), policy=None, rules={})
             model = with_weights(self.model, weights_of(snapshot, before.graph()))
         own = replace(own, model=model)
         graph, plan = own.in_folder_of_its_own(snapshot).planned()
         told.append(
             f"{snapshot} was taken of another run ({', '.join(other)} differ): its weights and its "
-            f"place in the stream ({snapshot.manifest.samples} items) are taken over; states, "
+            f"place in the stream ({snapshot.manifest.samples} samples) are taken over; states, "
             "costates, traces, signals under way and metrics begin anew"
         )
         then = snapshot.manifest
@@ -305,7 +316,8 @@ class _Work:
 
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
     """Return the plan with which `train` would begin. Raises what `train` raises before that."""
-    return _Work(model, spec, settings, None, None, None).planned()[1]
+    rules = make_rules(settings.learning.rules)
+    return _Work(model, spec, settings, None, None, None, rules=rules).planned()[1]
 
 
 def snapshot_model(

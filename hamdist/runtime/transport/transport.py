@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hamdist.dynamics.schedule.events import Stamp
@@ -76,6 +77,7 @@ class Endpoints:
         self._in: dict[int, Receiver] = {}
         self._out: dict[int, Sender] = {}
         self._zmq: zmq.Context[Any] | None = None
+        self._waits: dict[int, float] = {}
 
     @property
     def waiting(self) -> BlockedCall | None:
@@ -86,6 +88,16 @@ class Endpoints:
     def seconds(self) -> dict[str, float]:
         """Return the seconds of 'waiting' (inside calls of the system) and of 'packing'."""
         return {"waiting": self._line.waited, "packing": self._line.packed}
+
+    @property
+    def waits(self) -> Mapping[int, float]:
+        """Return the seconds of waiting by number of the channel."""
+        return self._waits
+
+    def _waited(self, channel: Channel, before: float) -> None:
+        if self._line.waited > before:
+            spent = self._line.waited - before
+            self._waits[channel.number] = self._waits.get(channel.number, 0.0) + spent
 
     def bind(
         self, channel: Channel, way: str, limit: int = -1, memory: GpuMemory | None = None
@@ -224,6 +236,7 @@ class Endpoints:
         Shared memory copies the payloads before this returns. ZeroMQ may read large ones later, so
         they must not be written to.
         """
+        before = self._line.waited
         while True:
             end = self._out[channel.number]
             try:
@@ -232,14 +245,19 @@ class Endpoints:
                 self._serve()
                 if self._out[channel.number] is end:
                     continue  # (nothing of it was sent yet)
-            return  # a new end sends what is in the log, and so this
+            break  # a new end sends what is in the log, and so this
+        self._waited(channel, before)
 
     def receive(self, channel: Channel, stamp: Stamp) -> Signal:
+        before = self._line.waited
         while True:
             try:
-                return self._in[channel.number].receive(stamp)
+                signal = self._in[channel.number].receive(stamp)
             except Interrupted:
                 self._serve()
+            else:
+                self._waited(channel, before)
+                return signal
 
     def _serve(self) -> None:
         self._line.waiting = None

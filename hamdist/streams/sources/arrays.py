@@ -22,9 +22,9 @@ class ArrayStream:
     from (seed, epoch) alone. Batches are cut from that sequence, so a batch may hold the end of one
     epoch and the beginning of the next.
 
-    Items are fresh, contiguous tensors; x and y are kept by reference and never written. Beside
+    Samples are fresh, contiguous tensors; x and y are kept by reference and never written. Beside
     them a running stream keeps at most N + B row numbers. Portable: each `samples()` gives the
-    same items, in any process.
+    same samples, in any process.
 
     Args:
         x: inputs (N, ...).
@@ -91,7 +91,7 @@ class ArrayStream:
         )
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the items from item 0 on: u (B, ...), y (B,) or (B, O)."""
+        """Yield the samples from sample 0 on: u (B, ...), y (B,) or (B, O)."""
         for rows in self._batches():
             yield Sample(self._x.index_select(0, rows), self._y.index_select(0, rows))
 

@@ -19,12 +19,12 @@ HELD_OUT_ROWS = 1024
 
 
 class DriftStream:
-    """Gaussian classes whose centres jump every `period` items; endless and portable.
+    """Gaussian classes whose centres jump every `period` samples; endless and portable.
 
-    Item n: y (B,) int64 uniform over C classes, u (B, F) = centre[y] + noise * N(0, 1), of
+    Sample n: y (B,) int64 uniform over C classes, u (B, F) = centre[y] + noise * N(0, 1), of
     `dtype`. The centres are drawn from N(0, 1) for each concept k = n // period, independently of
     all other concepts. Numbers are drawn in float64 and then rounded, so that both dtypes see the
-    same stream. Equal seeds give equal items; memory is constant.
+    same stream. Equal seeds give equal samples; memory is constant.
 
     Args:
         noise: standard deviation around the centre.
@@ -67,20 +67,20 @@ class DriftStream:
         return SampleSpec(u_shape, self._dtype, y_shape, torch.int64, self._classes)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the items from item 0 on, without end."""
+        """Yield the samples from sample 0 on, without end."""
         for concept in count():
             centres = self.centres(concept)
             random = generator("drift items", self._seed, concept)
             for _ in range(self._period):
                 yield Sample(*self._draw(centres, self._batch, random))
 
-    def concept(self, item: int) -> int:
-        """Return the number of the concept in force at an item: 0, 1, 2, ..."""
-        return item // self._period
+    def concept(self, sample: int) -> int:
+        """Return the number of the concept in force at a sample: 0, 1, 2, ..."""
+        return sample // self._period
 
-    def drifts(self, items: int) -> tuple[int, ...]:
-        """Return the items, among the first `items`, that are the first of a new concept."""
-        return tuple(range(self._period, items, self._period))
+    def drifts(self, samples: int) -> tuple[int, ...]:
+        """Return the samples, among the first `samples`, that are the first of a new concept."""
+        return tuple(range(self._period, samples, self._period))
 
     def centres(self, concept: int) -> Tensor:
         """Return the centres (C, F), float64, of the classes of a concept."""
@@ -88,14 +88,14 @@ class DriftStream:
         shape = (self._classes, self._features)
         return torch.randn(shape, generator=random, dtype=torch.float64)
 
-    def held_out(self, item: int, rows: int = HELD_OUT_ROWS) -> tuple[Tensor, Tensor]:
-        """Return x (rows, F) and y (rows,) of the concept at `item`; no row is in the stream.
+    def held_out(self, sample: int, rows: int = HELD_OUT_ROWS) -> tuple[Tensor, Tensor]:
+        """Return x (rows, F) and y (rows,) of the concept at `sample`; no row is in the stream.
 
-        Raises SettingsError for a negative item or for rows below 1.
+        Raises SettingsError for a negative sample or for rows below 1.
         """
-        if item < 0 or rows < 1:
-            raise SettingsError(f"held-out rows of item {item}, {rows} of them: there are none")
-        concept = self.concept(item)
+        if sample < 0 or rows < 1:
+            raise SettingsError(f"held-out rows of sample {sample}, {rows} of them: there are none")
+        concept = self.concept(sample)
         random = generator("drift held-out", self._seed, concept)
         return self._draw(self.centres(concept), rows, random)
 

@@ -75,7 +75,7 @@ def sentences(count: int, seed: int, *, part: str = "train") -> list[tuple[str, 
     carries the class, by a good or a bad word, which a negation before it turns into its opposite;
     the other one uses a plain word, negated or not. So neither the class-bearing word nor the
     negation alone decides, and the deciding words stand anywhere. Lengths differ (5 to 36 tokens,
-    13 on average). Classes are balanced: of items 2n and 2n + 1 one is good.
+    13 on average). Classes are balanced: of samples 2n and 2n + 1 one is good.
 
     Sentence n depends on (seed, part, n) alone. Raises SettingsError for `count` below 1.
     """

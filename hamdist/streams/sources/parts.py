@@ -33,8 +33,8 @@ def without_test(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[~rows], y[~rows], x[rows], y[rows]
 
 
-def validation_items(items: list[T]) -> tuple[list[T], list[T]]:
-    """Split a list of items into those to learn from and the validation part."""
-    chosen = validation_rows(len(items)).tolist()
-    learned = [item for item, held in zip(items, chosen, strict=True) if not held]
-    return learned, [item for item, held in zip(items, chosen, strict=True) if held]
+def validation_split(values: list[T]) -> tuple[list[T], list[T]]:
+    """Split a list of samples into those to learn from and the validation part."""
+    chosen = validation_rows(len(values)).tolist()
+    learned = [value for value, held in zip(values, chosen, strict=True) if not held]
+    return learned, [value for value, held in zip(values, chosen, strict=True) if held]

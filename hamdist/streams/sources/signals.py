@@ -1,6 +1,6 @@
 """Real-valued targets over time, to be tracked (NILP): there is no input, only a number to follow.
 
-n: item, A: amplitude, P: period in seconds, t = n tau: time in seconds.
+n: sample, A: amplitude, P: period in seconds, t = n tau: time in seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEFAULTS = {
 class SignalStream:
     """The values z(t) of a signal at t = 0, tau, 2 tau, ...; endless and portable.
 
-    Item n: u (1, 1) zero (a tracker has no input), y (1, 1) = z(n tau), of `dtype`, time stamp
+    Sample n: u (1, 1) zero (a tracker has no input), y (1, 1) = z(n tau), of `dtype`, time stamp
     n tau. With t in seconds:
 
         sinusoid, offset   z(t) = offset + A sin(2 pi t / P)
@@ -36,8 +36,8 @@ class SignalStream:
         patched            z(t) = offset + v_k             in patch k = 0, 2, 4, ...
                            z(t) = offset + v_k cos(2 pi (t - t_k) / P_k)   in patch k = 1, 3, 5, ...
 
-    A patch begins at t_k and lasts for `dwell` seconds (rounded to whole items); v_k is uniform in
-    [-A, A] (of a cosine with A/2 <= |v_k|), P_k uniform in [P/2, P], both drawn from (seed, k)
+    A patch begins at t_k and lasts for `dwell` seconds (rounded to whole samples); v_k is uniform
+    in [-A, A] (of a cosine with A/2 <= |v_k|), P_k uniform in [P/2, P], both drawn from (seed, k)
     alone.
 
     Args:
@@ -45,7 +45,7 @@ class SignalStream:
         amplitude: A; None for that of `kind` in DEFAULTS.
         offset: offset; None for that of `kind` in DEFAULTS.
         period: P, in seconds.
-        tau: seconds between items.
+        tau: seconds between samples.
         dwell: seconds of a patch.
 
     Raises:
@@ -79,7 +79,7 @@ class SignalStream:
             raise SettingsError(f"offset is {self._offset}; give a finite number")
         if dwell < tau:
             raise SettingsError(
-                f"dwell is {dwell} s and tau is {tau} s: a patch lasts at least one item"
+                f"dwell is {dwell} s and tau is {tau} s: a patch lasts at least one sample"
             )
         self._period = period
         self._tau = tau
@@ -92,20 +92,20 @@ class SignalStream:
         return SampleSpec((1, 1), self._dtype, (1, 1), self._dtype)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the items from item 0 on, without end."""
+        """Yield the samples from sample 0 on, without end."""
         for n, z in enumerate(self._values()):
             u = torch.zeros(1, 1, dtype=self._dtype)
             yield Sample(u, torch.tensor([[z]], dtype=self._dtype), time=n * self._tau)
 
-    def values(self, items: int) -> Tensor:
-        """Return z of the first `items` items, (items,), float64: for plots and scales."""
-        return torch.tensor(list(islice(self._values(), items)), dtype=torch.float64)
+    def values(self, samples: int) -> Tensor:
+        """Return z of the first `samples` samples, (samples,), float64: for plots and scales."""
+        return torch.tensor(list(islice(self._values(), samples)), dtype=torch.float64)
 
-    def jumps(self, items: int) -> tuple[int, ...]:
-        """Return the items, among the first `items`, that are the first of a new patch."""
+    def jumps(self, samples: int) -> tuple[int, ...]:
+        """Return the samples, among the first `samples`, that are the first of a new patch."""
         if self._kind in (SignalKind.SINUSOID, SignalKind.OFFSET):
             return ()
-        return tuple(range(self._items_of_patch, items, self._items_of_patch))
+        return tuple(range(self._items_of_patch, samples, self._items_of_patch))
 
     def _values(self) -> Iterator[float]:
         if self._kind in (SignalKind.SINUSOID, SignalKind.OFFSET):

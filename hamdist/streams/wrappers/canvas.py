@@ -1,6 +1,6 @@
 """Images that move over a larger canvas: a moving-image stream made of a data set.
 
-B: batch, h: side of an image, H: side of the canvas, S: items of a clip, F: items of a fade.
+B: batch, h: side of an image, H: side of the canvas, S: samples of a clip, F: samples of a fade.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ _WHO = "stream.canvas", "leave it out"
 
 
 class Canvas(Derived):
-    """Stream of clips of square images: each image moves over a canvas for S items.
+    """Stream of clips of square images: each image moves over a canvas for S samples.
 
     Row b of clip n begins at a place and with a direction drawn from (seed, n) and goes on straight
-    at `speed` pixels an item; at a border it turns back (a billiard). Item m = n S + j, 0 <= j < S:
+    at `speed` pixels a sample; at a border it turns back (a billiard). Sample m = n S + j, 0 <= j <
+    S:
 
         u_m = (1 - a) P(x_n, p_n(j)) + a P(x_(n+1), p_(n+1)(j - S)),   a = max(0, j - S + F) / F
 
-    P(x, p) has x at p (bilinear between pixels) and `background` elsewhere; so for the last F items
-    of a clip the next one fades in, on its own way. With F = 0 clips are cut. The target is that
-    of the clip that shows more: x_(n+1)'s from a >= 1/2 on. A finite stream ends with its last
+    P(x, p) has x at p (bilinear between pixels) and `background` elsewhere; so in the last F
+    samples of a clip the next fades in, on its own way. With F = 0 clips are cut. The target is
+    that of the clip that shows more: x_(n+1)'s from a >= 1/2 on. A finite stream ends with its last
     image's first place; time stamps and sequence ends are those of x_n. Portable where the wrapped
     stream is.
 
@@ -39,7 +40,7 @@ class Canvas(Derived):
         side: H.
         frames: S.
         fade: F.
-        speed: pixels per item.
+        speed: pixels per sample.
         background: value of the canvas around the image.
 
     Raises:
@@ -68,11 +69,11 @@ class Canvas(Derived):
             raise SettingsError(f"stream.canvas.side is {side}, but the images have {small} pixels")
         if frames < 1 or not 0 <= fade < frames:
             raise SettingsError(
-                f"stream.canvas: a clip has frames >= 1 items and 0 <= fade < frames of them fade "
-                f"(received frames {frames}, fade {fade})"
+                f"stream.canvas: a clip has frames >= 1 samples and 0 <= fade < frames of them "
+                f"fade (received frames {frames}, fade {fade})"
             )
         if not (speed > 0 and math.isfinite(speed)):
-            raise SettingsError(f"stream.canvas.speed is {speed}; give pixels an item, above 0")
+            raise SettingsError(f"stream.canvas.speed is {speed}; give pixels a sample, above 0")
         super().__init__(stream)
         self._side, self._small = side, small
         self._frames, self._fade, self._speed = frames, fade, speed
@@ -86,7 +87,7 @@ class Canvas(Derived):
         return replace(inner, u_shape=canvas_shape(inner.u_shape, self._side))
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the items from item 0 on."""
+        """Yield the samples from sample 0 on."""
         now: Sample | None = None
         n = 0
         for after in self._stream.samples():
@@ -99,16 +100,16 @@ class Canvas(Derived):
         if now is not None:
             yield replace(now, u=self._shown(now.u, n, 0))
 
-    def places(self, clip: int, item: int, rows: int) -> Tensor:
-        """Return the upper left corners of a clip's images `item` items after its beginning.
+    def places(self, clip: int, frame: int, rows: int) -> Tensor:
+        """Return the upper left corners of a clip's images in its sample `frame`.
 
-        (rows, 2), right and down in pixels, float64; before the beginning where `item` is negative.
+        (rows, 2), right and down in pixels, float64; before its beginning if `frame` is negative.
         """
         room = self._side - self._small
         random = generator("canvas", self._seed, clip)
         start = room * torch.rand(rows, 2, generator=random, dtype=torch.float64)
         angle = 2 * math.pi * torch.rand(rows, generator=random, dtype=torch.float64)
-        way = start + item * self._speed * torch.stack([angle.cos(), angle.sin()], 1)
+        way = start + frame * self._speed * torch.stack([angle.cos(), angle.sin()], 1)
         # a billiard: the straight way on a line that is folded at 0 and at `room`
         return room - (way.remainder(2 * room) - room).abs() if room else torch.zeros_like(way)
 
@@ -127,9 +128,9 @@ class Canvas(Derived):
             last = j == self._frames - 1
             yield Sample(u, after.y if share >= 0.5 else now.y, now.end and last, now.time)
 
-    def _shown(self, u: Tensor, clip: int, item: int) -> Tensor:
+    def _shown(self, u: Tensor, clip: int, frame: int) -> Tensor:
         images = u.reshape(square_images(tuple(u.shape), *_WHO))
-        shown = placed(images, self.places(clip, item, len(u)), self._side, self._background)
+        shown = placed(images, self.places(clip, frame, len(u)), self._side, self._background)
         return shown.reshape(canvas_shape(tuple(u.shape), self._side))
 
 

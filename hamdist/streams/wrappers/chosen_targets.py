@@ -41,7 +41,7 @@ class Derived(ABC):
 
     @abstractmethod
     def samples(self) -> Iterator[Sample]:
-        """Yield the items from item 0 on."""
+        """Yield the samples from sample 0 on."""
 
 
 class Chosen(Derived):
@@ -62,15 +62,15 @@ class Chosen(Derived):
         return replace(own, **of_target)
 
     def samples(self) -> Iterator[Sample]:
-        """Return the items from item 0 on."""
+        """Return the samples from sample 0 on."""
         return self.chosen(self._stream.samples())
 
     def passed(self) -> int:
-        """Return the number of items that the wrapped stream has dropped."""
+        """Return the number of samples that the wrapped stream has dropped."""
         return passed_over(self._stream)
 
     def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
-        """Return the items of the wrapped stream behind `given` and `passed` ones."""
+        """Return the samples of the wrapped stream behind `given` and `passed` ones."""
         return self.chosen(samples_from(self._stream, given, passed))
 
     def chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:

@@ -1,6 +1,6 @@
 """Targets that come later than their inputs, and their assignment to their own samples.
 
-j: items by which a target comes late, n: number of an item.
+j: samples by which a target comes late, n: number of a sample.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from hamdist.streams.wrappers.pace import Paced
 
 
 class Delayed(Derived):
-    """Stream whose targets come `delay` items after their inputs.
+    """Stream whose targets come `delay` samples after their inputs.
 
-    Item n has the input of sample n and the target of sample n - delay. The first `delay` items
+    Sample n keeps its input and gets the target of sample n - delay. The first `delay` samples
     have no target, and a finite stream ends before its last `delay` targets come. Portable where
     the wrapped stream is.
 
     Args:
         stream: the stream whose targets are delayed.
-        delay: number of items.
+        delay: number of samples.
         tagged: True to tag the target with the number of its sample (`Sample.late`), False to give
-            it as the item's own `y`.
+            it as the sample's own `y`.
 
     Raises:
         SettingsError: the delay is below 1.
@@ -41,7 +41,7 @@ class Delayed(Derived):
         self._names = tuple(stream.spec.targets or ())
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the items from item 0 on."""
+        """Yield the samples from sample 0 on."""
         coming: deque[Target] = deque()
         for n, sample in enumerate(self._stream.samples()):
             coming.append(sample.y)
@@ -61,8 +61,8 @@ class Delayed(Derived):
 class LateLabels(Derived):
     """Stream whose samples are predicted when they come, and learned when their labels come.
 
-    Every item gives two samples: first sample n - delay again, with its target, to learn from (of
-    the first `delay` items their own input, without one), then sample n without a target, to be
+    Every sample gives two passes: first sample n - delay again, with its target, to learn from (of
+    the first `delay` samples their own input, without one), then sample n without a target, to be
     predicted. So n is predicted when the targets of 0 ... n - delay are learned: progressive
     validation with delay (Grzenda et al. 2020; river's `progressive_val_score(delay=...)`). The
     readout keeps `delay` predictions and scores each against its target (runtime/nodes/pulse.py),
@@ -70,8 +70,8 @@ class LateLabels(Derived):
     where the wrapped stream is.
 
     Args:
-        stream: item n has in `y` the target of sample n - delay.
-        delay: number of items by which targets come late.
+        stream: sample n has in `y` the target of sample n - delay.
+        delay: number of samples by which targets come late.
 
     Raises:
         SettingsError: the delay is below 1, or the stream is paced.
@@ -89,12 +89,12 @@ class LateLabels(Derived):
         return replace(self._stream.spec, late=self._delay)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the passes from sample 0 on, two for each item."""
+        """Yield the passes, two for each sample, from sample 0 on."""
         waiting: deque[Sample] = deque()
-        for n, item in enumerate(self._stream.samples()):
-            waiting.append(replace(item, y=None))
-            yield replace(waiting.popleft(), y=item.y) if n >= self._delay else waiting[-1]
-            yield replace(item, y=None)
+        for n, current in enumerate(self._stream.samples()):
+            waiting.append(replace(current, y=None))
+            yield replace(waiting.popleft(), y=current.y) if n >= self._delay else waiting[-1]
+            yield replace(current, y=None)
 
 
 @dataclass(slots=True)
@@ -112,13 +112,13 @@ class Rejoin(Derived):
     It is predicted and learned only then, so prequential scores are those of a stream without
     delay; `LateLabels` predicts it when it comes.
 
-    Without `delay` targets are tagged: `Sample.late` of any later item holds them by the number of
-    their sample, in any order, several or none in an item; a sample that has its target in `y`
+    Without `delay` targets are tagged: `Sample.late` of any later sample holds them by the number
+    of their sample, in any order, several or none in a sample; a sample that has its target in `y`
     waits for none. Where readouts have targets of their own, a sample waits until each has one (or
     None).
 
     Samples leave in their order, each with its own target, as soon as that is there and all before
-    it have left: j items later than without delay, and otherwise the same. A target of None, with
+    it have left: j samples later than without delay, and otherwise the same. A target of None, with
     its tag, says that there will be none. Where more than `patience` samples wait, the oldest
     leaves without a target. At the end of the stream those that wait leave with what they have.
     Input, end mark and time stamp are a sample's own; at most `patience` + 1 samples are kept.
@@ -129,7 +129,7 @@ class Rejoin(Derived):
 
     Args:
         stream: the stream with late targets.
-        delay: j, if item n of the stream has in `y` the target of sample n - j; None if targets
+        delay: j, if sample n of the stream has in `y` the target of sample n - j; None if targets
             are tagged.
         patience: largest number of samples that wait.
 
@@ -162,10 +162,10 @@ class Rejoin(Derived):
         self._counts = _no_counts()
         waiting: deque[_Waiting] = deque()
         first = 0  # the number of the sample that has waited longest
-        for n, item in enumerate(self._stream.samples()):
-            own = None if self._delay is not None else item.y
-            waiting.append(_Waiting(item, own, self._complete(own)))
-            for number, y in self._arrivals(n, item).items():
+        for n, current in enumerate(self._stream.samples()):
+            own = None if self._delay is not None else current.y
+            waiting.append(_Waiting(current, own, self._complete(own)))
+            for number, y in self._arrivals(n, current).items():
                 self._settle(n, number, y, waiting, first)
             while waiting and (waiting[0].settled or len(waiting) > self._patience):
                 yield self._leave(waiting.popleft())
@@ -174,21 +174,21 @@ class Rejoin(Derived):
         for left in waiting:
             yield self._leave(left)
 
-    def _arrivals(self, n: int, item: Sample) -> Mapping[int, Target]:
-        """Return the targets that come with item n, by the number of their sample."""
+    def _arrivals(self, n: int, current: Sample) -> Mapping[int, Target]:
+        """Return the targets that come with sample n, by the number of their sample."""
         if self._delay is None:
-            return item.late or {}
-        if item.late is not None:
+            return current.late or {}
+        if current.late is not None:
             raise StreamError(
-                f"item {n} brings tagged targets, but Rejoin was given the delay {self._delay}, "
+                f"sample {n} brings tagged targets, but Rejoin was given the delay {self._delay}, "
                 "which is for targets without tags: leave the delay out"
             )
-        return {n - self._delay: item.y} if n >= self._delay else {}
+        return {n - self._delay: current.y} if n >= self._delay else {}
 
     def _settle(self, n: int, number: int, y: Target, waiting: deque[_Waiting], first: int) -> None:
         if not 0 <= number <= n:
             raise StreamError(
-                f"item {n} brings the target of sample {number}, which has not come yet: samples "
+                f"sample {n} brings the target of sample {number}, which has not come yet: samples "
                 "are numbered from 0, and a target comes with its sample or later"
             )
         if number < first:
@@ -204,7 +204,7 @@ class Rejoin(Derived):
             entry.y = y
         if twice:
             raise StreamError(
-                f"item {n} brings a second target ({', '.join(twice)}) for sample {number}: give "
+                f"sample {n} brings a second target ({', '.join(twice)}) for sample {number}: give "
                 "each sample its target once"
             )
         entry.settled = self._delay is not None or y is None or self._complete(entry.y)
@@ -232,4 +232,4 @@ def _check_unpaced(wrapper: str, stream: Stream) -> None:
 
 def _check_delay(delay: int) -> None:
     if delay < 1:
-        raise SettingsError(f"delay is {delay}; a target comes at least 1 item late")
+        raise SettingsError(f"delay is {delay}; a target comes at least 1 sample late")

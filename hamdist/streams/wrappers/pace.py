@@ -14,7 +14,7 @@ from hamdist.streams.replay import samples_from
 from hamdist.streams.sample import Sample, Stream, check_stream, report_of
 from hamdist.streams.wrappers.chosen_targets import Derived
 
-LOOK_AT = 1000  # items taken in at once, from which on a source is watched for being too slow
+LOOK_AT = 1000  # samples taken in at once, from which on a source is watched for being too slow
 
 
 class Paced(Derived):
@@ -33,9 +33,9 @@ class Paced(Derived):
     `report`: `dropped`, number of dropped samples; or `waiting_most`, the most that had arrived and
     waited behind the one given. Samples on their way to the blocks (engine.queue) count as given.
 
-    A run that continues from a snapshot continues behind the item that was given last, if the
+    A run that continues from a snapshot continues behind the sample that was given last, if the
     wrapped stream replays; the clock starts again with the next one, as if none had arrived
-    meanwhile. With `keep` it gets every item once; with `drop` the clock decides which. Portable
+    meanwhile. With `keep` it gets every sample once; with `drop` the clock decides which. Portable
     where the wrapped stream is.
 
     Args:
@@ -104,7 +104,7 @@ class Paced(Derived):
                 self._sleep(max(0.0, begun + coming[0] - self._clock()))
 
     def _arrivals(self, skip: int) -> Iterator[tuple[float, Sample]]:
-        """Yield each sample from item `skip` on with the seconds after the first of them."""
+        """Yield each sample from sample `skip` on with the seconds after the first of them."""
         first = None
         for n, sample in enumerate(samples_from(self._stream, skip)):
             if self._period is not None:
@@ -112,8 +112,8 @@ class Paced(Derived):
                 continue
             if sample.time is None:
                 raise StreamError(
-                    f"item {skip + n} has no time stamp to arrive at: give every item its time in "
-                    "seconds, or set stream.pace.period to the seconds between two items"
+                    f"sample {skip + n} has no time stamp to arrive at: give every sample its time "
+                    "in seconds, or set stream.pace.period to the seconds between two samples"
                 )
             first = sample.time if first is None else first
             yield sample.time - first, sample
@@ -144,7 +144,7 @@ class Paced(Derived):
         """
         if making > arriving:
             raise StreamError(
-                f"the source took {making:.3g} s to make {taken} items that arrive within "
+                f"the source took {making:.3g} s to make {taken} samples that arrive within "
                 f"{arriving:.3g} s: it cannot keep up with its own pace; use a longer "
                 "stream.pace.period, or a source that is faster"
             )

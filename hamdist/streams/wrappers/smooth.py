@@ -25,17 +25,17 @@ MOTION_PERIOD = 8  # samples from one turning point of the motion to the same on
 
 
 class Smooth(Derived):
-    """Stream in which each sample takes `frames` items, to fade into the next one.
+    """Stream in which each sample of another stream takes `frames` samples, to fade into the next.
 
-    Item m = n S + j, 0 <= j < S:
+    Sample m = n S + j, 0 <= j < S:
 
         u_m = (1 - j/S) x_n + (j/S) x_(n+1)
 
     with the target, and the end mark, of the nearer sample (of x_n while j/S < 1/2). A missing
     target stays missing. Time stamps fade like the inputs, where both samples have one. A finite
-    stream of N samples gives (N - 1) S + 1 items, the last one being x_(N-1) itself.
+    source of N samples gives (N - 1) S + 1 samples, the last one being x_(N-1) itself.
 
-    `motion` moves the image as well, as a function of the item number alone: with
+    `motion` moves the image as well, as a function of the sample number alone: with
     p = 2 pi m / (8 S), `shift` moves it by (sin p, sin 2p) / 16 of its side to the right and
     down, `rotate` turns it clockwise by 15 sin p degrees; bilinear, the border's pixels continued.
     That needs square images: (B, H, H), (B, C, H, H), or flat (B, H*H). Portable where the wrapped
@@ -49,12 +49,13 @@ class Smooth(Derived):
     Raises:
         SettingsError: `frames` is below 1.
         StreamError: inputs that are not floating-point, a motion of inputs that are no square
-            images, and, naming the item, neighbouring samples of different shapes, or late targets.
+            images, and, naming the sample, neighbouring samples of different shapes, or late
+            targets.
     """
 
     def __init__(self, stream: Stream, frames: int, motion: Motion | str = Motion.FADE) -> None:
         if frames < 1:
-            raise SettingsError(f"frames is {frames}; a sample takes at least 1 item")
+            raise SettingsError(f"frames is {frames}; a sample takes at least 1 frame")
         try:
             motion = Motion(motion)
         except ValueError:
@@ -64,7 +65,7 @@ class Smooth(Derived):
         if spec.inputs is not None:
             raise StreamError(
                 f"Smooth moves one input, this stream has {', '.join(map(repr, spec.inputs))}: "
-                "make the items of such a stream smooth yourself"
+                "make the samples of such a stream smooth yourself"
             )
         if not spec.u_dtype.is_floating_point:
             raise StreamError(
@@ -77,12 +78,12 @@ class Smooth(Derived):
             _as_images(spec.u_shape, motion)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the items from item 0 on; u has the shape of the wrapped stream's."""
-        for item, sample in enumerate(self._faded()):
+        """Yield the samples from sample 0 on; u has the shape of the wrapped stream's."""
+        for number, sample in enumerate(self._faded()):
             if self._motion is Motion.FADE:
                 yield sample
             else:
-                yield replace(sample, u=self._moved(sample.u, item))
+                yield replace(sample, u=self._moved(sample.u, number))
 
     def _faded(self) -> Iterator[Sample]:
         frames = self._frames
@@ -96,7 +97,7 @@ class Smooth(Derived):
             if now is not None:
                 if now.u.shape != after.u.shape:
                     raise StreamError(
-                        f"item {(n - 1) * frames} cannot fade: sample {n - 1} has shape "
+                        f"sample {(n - 1) * frames} cannot fade: sample {n - 1} has shape "
                         f"{tuple(now.u.shape)}, sample {n} has {tuple(after.u.shape)}; batches "
                         "must be equal (drop_last=True)"
                     )
@@ -106,9 +107,9 @@ class Smooth(Derived):
         if now is not None:
             yield now
 
-    def _moved(self, u: Tensor, item: int) -> Tensor:
+    def _moved(self, u: Tensor, frame: int) -> Tensor:
         images = u.reshape(_as_images(tuple(u.shape), self._motion))
-        phase = 2.0 * math.pi * item / (MOTION_PERIOD * self._frames)
+        phase = 2.0 * math.pi * frame / (MOTION_PERIOD * self._frames)
         if self._motion is Motion.SHIFT:
             right, down = SHIFT_REACH * math.sin(phase), SHIFT_REACH * math.sin(2.0 * phase)
             rows = [[1.0, 0.0, -right], [0.0, 1.0, -down]]  # where each pixel comes from
@@ -123,13 +124,13 @@ class Smooth(Derived):
 
 
 class Withhold(Derived):
-    """Stream without the targets of a random share of its items.
+    """Stream without the targets of a random share of its samples.
 
-    The choice for item n depends on (seed, n) and `share` alone, not on the stream. Portable where
-    the wrapped stream is.
+    The choice for sample n depends on (seed, n) and `share` alone, not on the stream. Portable
+    where the wrapped stream is.
 
     Args:
-        share: probability that an item loses its target.
+        share: probability that a sample loses its target.
 
     Raises:
         SettingsError: the share is outside 0 <= share < 1.
@@ -143,21 +144,21 @@ class Withhold(Derived):
         self._seed = seed
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the items from item 0 on, y None where it is withheld or was missing before."""
+        """Yield the samples from sample 0 on, y None where it is withheld or was missing before."""
         random = generator("withhold", self._seed)
         for sample in self._stream.samples():
             kept = torch.rand((), generator=random, dtype=torch.float64).item() >= self._share
             yield sample if kept else replace(sample, y=None)
 
 
-def nearest_sample(item: int, frames: int) -> int:
-    """Return the sample whose target item `item` of a smooth stream carries."""
-    n, j = divmod(item, frames)
+def nearest_sample(frame: int, frames: int) -> int:
+    """Return the source's sample whose target sample `frame` of a smooth stream carries."""
+    n, j = divmod(frame, frames)
     return n + (2 * j >= frames)
 
 
-def first_item(sample: int, frames: int) -> int:
-    """Return the first item of a smooth stream that carries the target of sample `sample`."""
+def first_frame(sample: int, frames: int) -> int:
+    """Return the first sample of a smooth stream with the target of the source's `sample`."""
     return max(0, (sample - 1) * frames + (frames + 1) // 2)
 
 
@@ -167,7 +168,7 @@ def _between(now: Sample, after: Sample, j: int, frames: int) -> Sample:
     time = None
     if now.time is not None and after.time is not None:
         time = (1.0 - share) * now.time + share * after.time
-    # a sequence ends with the last item that belongs to its last sample
+    # a sequence ends with the last frame of its last sample
     end = now.end and j == (frames + 1) // 2 - 1
     return Sample(torch.lerp(now.u, after.u, share), nearer.y, end, time)
 

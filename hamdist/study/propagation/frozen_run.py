@@ -70,7 +70,7 @@ def watch(
     Args:
         graph: the graph.
         settings: of the run.
-        items: (u, target) of each item.
+        items: (u, target) of each sample.
         look: called with (block's name, k, block) after tick k of each block; h and omega are then
             those of k + 1, z is that of k, and in the sequential order omega is.
         classes: of class targets.

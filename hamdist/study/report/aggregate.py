@@ -25,9 +25,9 @@ class AggregateRow:
     seeds: how many runs it summarises. Accuracies are shares in [0, 1], None for real-valued
     targets. gap_to_backprop: the level's held-out accuracy minus the centralised one; loss_gap: the
     same of the losses. wall_seconds: first to last tick, startup_seconds what
-    came before. samples_per_second counts rows: items times batch. peak_memory_bytes: of the
+    came before. rows_per_second counts rows: samples times batch. peak_memory_bytes: of the
     largest process; all processes in peak_memory_by_process; each the largest over the seeds.
-    bytes_per_edge: payload bytes per edge and item, both directions, mean over the edges between
+    bytes_per_edge: payload bytes per edge and sample, both directions, mean over the edges between
     blocks (inputs and targets on their way in are not counted) and over seeds.
     staleness: in samples, the largest over the seeds.
     """
@@ -41,7 +41,7 @@ class AggregateRow:
     gap_to_backprop: float | None
     gap_spread: float | None
     wall_seconds: float
-    samples_per_second: float
+    rows_per_second: float
     peak_memory_bytes: int
     bytes_per_edge: float
     staleness: int
@@ -85,7 +85,7 @@ def _row(group: Sequence[Run], baseline: Sequence[Run]) -> AggregateRow:
         gap_to_backprop=mean_of(gaps),
         gap_spread=spread_of(gaps),
         wall_seconds=statistics.fmean(run.seconds for run in group),
-        samples_per_second=statistics.fmean(run.rows_per_second for run in group),
+        rows_per_second=statistics.fmean(run.rows_per_second for run in group),
         peak_memory_bytes=max(memory.values(), default=0),
         bytes_per_edge=statistics.fmean(_bytes_per_edge(run) for run in group),
         staleness=max(run.staleness for run in group),

@@ -26,7 +26,7 @@ SECONDS_TO_JUDGE = 1.0
 
 
 class RunView:
-    """The state of one run; `batch` is the rows of an item, if they are known."""
+    """The state of one run; `batch` is the rows of a sample, if they are known."""
 
     def __init__(self, title: str, batch: int | None) -> None:
         self.title = title
@@ -73,7 +73,7 @@ class RunView:
         rate = self._items_per_second()
         known = self.batch is not None
         speed = f"{rate * (self.batch or 1):,.0f} {'rows' if known else 'items'}/s"
-        facts = [f"item {last.samples}{of}", f"tick {ticks}", speed]
+        facts = [f"sample {last.samples}{of}", f"tick {ticks}", speed]
         facts += _metrics(last)
         if last.steps is not None and rate > 0 and last.seconds >= SECONDS_TO_JUDGE:
             facts.append(f"{_clock((last.steps - last.samples) / rate)} left")

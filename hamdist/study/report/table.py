@@ -90,8 +90,8 @@ def _loss_columns() -> dict[str, Callable[[AggregateRow], str]]:
 def _cost_columns() -> dict[str, Callable[[AggregateRow], str]]:
     return {
         "wall, s": lambda row: f"{row.wall_seconds:.1f}",
-        "rows/s": lambda row: f"{row.samples_per_second:,.0f}",
-        "KiB per edge, item": lambda row: f"{row.bytes_per_edge / KIB:.1f}",
+        "rows/s": lambda row: f"{row.rows_per_second:,.0f}",
+        "KiB per edge, sample": lambda row: f"{row.bytes_per_edge / KIB:.1f}",
         "peak, MiB": lambda row: processes(row.peak_memory_by_process),
         "staleness": lambda row: str(row.staleness),
     }
@@ -105,22 +105,23 @@ def run_title(run: Run, name: str) -> str:
 def run_facts(run: Run) -> dict[str, str]:
     """Return the results of a single run, by name."""
     facts = {
-        "items": f"{run.samples:,} of {run.batch} rows, {run.ticks:,} ticks",
-        "gone on from": f"item {run.resumed:,}" if run.resumed else "",
+        "samples": f"{run.samples:,} of {run.batch} rows, {run.ticks:,} ticks",
+        "gone on from": f"sample {run.resumed:,}" if run.resumed else "",
         "chosen": "; ".join(run.why),
         "time": f"{run.seconds:.1f} s",
         "start-up": startup_line(run.startup_seconds, run.startup),
         "speed": f"{run.rows_per_second:,.0f} rows/s",
+        "samples/s": _predicted(run),
         **_scores(run),
         "drifts": drift_fact(run.drifts),
-        "staleness": f"{run.staleness} items",
+        "staleness": f"{run.staleness} samples",
         "delays, ticks": _delays(run.delays),
         "stream": ", ".join(_counts(run.stream)),
         "tokens stored at once": ", ".join(f"{name} {n}" for name, n in run.stored.items()),
         "peak memory, MiB": ", ".join(processes(run.peak_memory).splitlines()),
     }
     if run.samples:
-        facts["KiB per edge and item"] = _edges(run)
+        facts["KiB per edge and sample"] = _edges(run)
     if run.replaced:
         seconds = max(r.seconds for r in run.replaced)
         facts["replaced"] = f"{len(run.replaced)} actors, in at most {seconds:.1f} s"
@@ -131,6 +132,13 @@ def run_facts(run: Run) -> dict[str, str]:
         for name, r in run.rounding.items()
     )
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _predicted(run: Run) -> str:
+    """Return the samples a second by the timing model beside those of the run."""
+    if not run.predicted or not run.seconds:
+        return ""
+    return f"predicted {run.predicted:,.0f}, measured {run.new_samples / run.seconds:,.0f}"
 
 
 def _delays(delays: Mapping[str, int]) -> str:
@@ -146,7 +154,7 @@ def _counts(counts: Mapping[str, int]) -> Iterator[str]:
 
 
 def _edges(run: Run) -> str:
-    """Return the KiB per item of each edge; of many edges their sum, and the busiest one."""
+    """Return the KiB per sample of each edge; of many edges their sum, and the busiest one."""
     sizes = {edge: size / run.samples / KIB for edge, size in run.bytes_per_edge.items()}
     if len(sizes) <= EDGES_SHOWN:
         return ", ".join(f"{edge} {size:.1f}" for edge, size in sizes.items())
@@ -197,7 +205,7 @@ def finished_line(run: Run) -> str:
     if run.held_out is None:
         if run.failure is not None:
             return f"{head}, {run.failure}"
-        return f"{head}, interrupted after {run.samples} items" if run.interrupted else head
+        return f"{head}, interrupted after {run.samples} samples" if run.interrupted else head
     if run.held_out.accuracy is None:
         return f"{head}, held-out loss {number(run.held_out.loss)}"
     return f"{head}, held-out {percent(run.held_out.accuracy)} %"

@@ -2,8 +2,8 @@
 
 The same model, stream, order, loss, optimiser (torch.optim.SGD, or what `learning` names, with its
 groups) and step size as the runs it is compared with, and the same
-moving average of the weights (`learning.average`) for evaluation. The step size of item n (from 0)
-follows the same course (dynamics/updates/learning_rate.py). Items without target are not
+moving average of the weights (`learning.average`) for evaluation. The step size of sample n (from
+0) follows the same course (dynamics/updates/learning_rate.py). Samples without target are not
 learned from, but count. The prequential loss comes from the forward pass that the gradient belongs
 to.
 
@@ -63,8 +63,8 @@ def train_centralised(
     Of a model that returns several outputs the losses add up, and `windows` has those of each.
 
     Raises LevelError for a decay without `steps`, SettingsError for `frozen` with a model that is
-    no nn.Sequential of several children with weights, StreamError for an unusable item, GraphError
-    for losses or targets of outputs that the model does not have, and BlockError named
+    no nn.Sequential of several children with weights, StreamError for an unusable sample,
+    GraphError for losses or targets of outputs that the model does not have, and BlockError named
     'centralised' where the model, the loss or their gradient fails.
     """
     entered = time.perf_counter()
@@ -89,8 +89,8 @@ def train_centralised(
         plain=None if averaged is None else trainer.model,
         blocks={},
         windows={name or CENTRALISED: own.windows for name, own in trainer.metrics.items()},
-        samples=trainer.items,
-        ticks=trainer.items,
+        samples=trainer.samples,
+        ticks=trainer.samples,
         seconds=seconds,
         startup_seconds=begun - entered,
         bytes_per_edge={},
@@ -102,7 +102,7 @@ def train_centralised(
 
 
 class _Trainer:
-    """Learns one item at a time. items: how many it was shown. metrics: by output."""
+    """Learns one sample at a time. samples: how many it was shown. metrics: by output."""
 
     def __init__(
         self,
@@ -130,16 +130,16 @@ class _Trainer:
         given = learning.average
         theta = [p.data for p in model.parameters() if p.requires_grad]
         self.average = None if isinstance(given, str) else Average(theta, given)
-        self.items = 0
+        self.samples = 0
         self.updates = 0
 
     def show(self, sample: Sample) -> None:
-        """Test on the item, then train on it; an item without target only counts. Where labels come
-        late, an item passes twice (streams/wrappers/late_targets.py)."""
+        """Test on the sample, then train on it; a sample without target only counts. Where labels
+        come late, a sample passes twice (streams/wrappers/late_targets.py)."""
         asks = bool(self._late) and self._passes % 2 == 1
         self._passes += 1
         names = [ONLY] if self.targets is None else self.targets
-        due = bool(self._late) and not asks and self.items >= self._late
+        due = bool(self._late) and not asks and self.samples >= self._late
         earlier = self._asked.pop(0) if due else None
         if asks or any(sample.target(name) is not None for name in names):
             try:
@@ -151,8 +151,8 @@ class _Trainer:
                 raise
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
-                raise BlockError(CENTRALISED, self.items, text, traceback.format_exc()) from error
-        self.items += asks or not self._late
+                raise BlockError(CENTRALISED, self.samples, text, traceback.format_exc()) from error
+        self.samples += asks or not self._late
 
     def _ask(self, sample: Sample) -> None:
         """Predicts what is scored when the label has come."""
@@ -173,7 +173,7 @@ class _Trainer:
                 if earlier is not None:
                     own = earlier[name]
                     value = loss(own, y)
-                self.metrics[name].record(self.items - self._late, own, y, value)
+                self.metrics[name].record(self.samples - self._late, own, y, value)
         if not found:
             return
         self.model.zero_grad()
@@ -184,7 +184,7 @@ class _Trainer:
             self.average.look()
 
     def _move(self) -> None:
-        factor = self.course(self.items)
+        factor = self.course(self.samples)
         groups = [group for one in self.optimisers for group in one.param_groups]
         for group, rate in zip(groups, self._rates, strict=True):
             group["lr"] = rate * factor
@@ -255,7 +255,7 @@ def _train(
     begun: float,
     on_progress: Callable[[Progress], object] | None,
 ) -> bool:
-    """Show every item; True where Ctrl-C came first."""
+    """Show every sample; True where Ctrl-C came first."""
     reported = begun
     interrupted = False
     passes = None if settings.steps is None else settings.steps * stream.spec.passes
@@ -278,10 +278,10 @@ def _train(
 def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
     return Progress(
         seconds=seconds,
-        samples=trainer.items,
+        samples=trainer.samples,
         steps=steps,
         windows=trainer.windows(),
-        blocks=[BlockProgress(CENTRALISED, trainer.items, trainer.updates)],
+        blocks=[BlockProgress(CENTRALISED, trainer.samples, trainer.updates)],
     )
 
 
@@ -291,7 +291,7 @@ def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
     sample = example_sample(spec)
 
     def step() -> None:
-        probe.items = 0
+        probe.samples = 0
         probe.show(sample)
 
     return faster_of({1, fair_threads(settings.engine)}, step)

@@ -1,13 +1,13 @@
 """The prequential accuracy after each labelled drift of a stream.
 
-The measure, for a drift at item d with the next one at item e:
+The measure, for a drift at sample d with the next one at sample e:
 
     before    accuracy over the windows of the last third of the concept that ends at d
     lowest    of a window that begins in d ... e
-    recovery  items from d to the end of the first window behind `lowest` whose accuracy is at
+    recovery  samples from d to the end of the first window behind `lowest` whose accuracy is at
               least `before` minus 2 points; None where there is none before e
 
-Windows that hold items of both concepts belong to neither. A drift without a whole window before
+Windows that hold samples of both concepts belong to neither. A drift without a whole window before
 and behind it has no measure, so `metrics.window` should be a small part of a concept.
 """
 
@@ -26,16 +26,16 @@ SETTLED = 3  # the last so-manieth part of a concept says what accuracy had been
 
 @dataclass(frozen=True, slots=True)
 class DriftRecovery:
-    """Recovery from a drift at `item`, the first one of the new concept.
+    """Recovery from a drift at `sample`, the first one of the new concept.
 
-    `before`, `lowest`: accuracies in [0, 1]; `items`: until the accuracy was back, None if it was
+    `before`, `lowest`: accuracies in [0, 1]; `samples`: until the accuracy was back, None if it was
     not before the next drift.
     """
 
-    item: int
+    sample: int
     before: float
     lowest: float
-    items: int | None
+    samples: int | None
 
 
 def recoveries(windows: Sequence[Window], drifts: Sequence[int]) -> tuple[DriftRecovery, ...]:
@@ -48,31 +48,31 @@ def recoveries(windows: Sequence[Window], drifts: Sequence[int]) -> tuple[DriftR
         for first, end in pairwise(edges)
     ]
     return tuple(
-        _recovery(item, old[-max(1, len(old) // SETTLED) :], new)
-        for item, old, new in zip(drifts, concepts, concepts[1:], strict=False)
+        _recovery(sample, old[-max(1, len(old) // SETTLED) :], new)
+        for sample, old, new in zip(drifts, concepts, concepts[1:], strict=False)
         if old and new
     )
 
 
-def _recovery(item: int, settled: Sequence[Window], new: Sequence[Window]) -> DriftRecovery:
+def _recovery(sample: int, settled: Sequence[Window], new: Sequence[Window]) -> DriftRecovery:
     before = merge_windows(settled).accuracy or 0.0
     accuracies = [window.accuracy or 0.0 for window in new]
     lowest = min(accuracies)
     back = None
     for window, accuracy in list(zip(new, accuracies, strict=True))[accuracies.index(lowest) :]:
         if accuracy >= before - TOLERANCE:
-            back = window.last + 1 - item
+            back = window.last + 1 - sample
             break
-    return DriftRecovery(item, before, lowest, back)
+    return DriftRecovery(sample, before, lowest, back)
 
 
 def drift_fact(found: Sequence[DriftRecovery]) -> str:
     """Return the recoveries in words; empty if there was no drift."""
     if not found:
         return ""
-    back = [one.items for one in found if one.items is not None]
+    back = [one.samples for one in found if one.samples is not None]
     told = f"recovered from {len(back)} of {len(found)}"
     if back:
-        told += f" within {statistics.fmean(back):.0f} items (at most {max(back)})"
+        told += f" within {statistics.fmean(back):.0f} samples (at most {max(back)})"
     fall = statistics.fmean(one.before - one.lowest for one in found)
     return f"{told}; accuracy fell by {100 * fall:.1f} points on average"

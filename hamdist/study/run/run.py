@@ -23,7 +23,14 @@ from hamdist.dynamics.objective.losses import Losses, LossFunction, make_loss, m
 from hamdist.dynamics.objective.outputs import main_output
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
-from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError, StreamError
+from hamdist.errors import (
+    BlockError,
+    ChoiceWarning,
+    DivergedError,
+    HamdistWarning,
+    SettingsError,
+    StreamError,
+)
 from hamdist.models.build import (
     BASELINE_OPTION,
     CELLS,
@@ -36,14 +43,19 @@ from hamdist.models.build import (
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
-from hamdist.runtime.results.evaluate import Scores, evaluate, evaluate_items, evaluate_sequences
+from hamdist.runtime.results.evaluate import (
+    Scores,
+    evaluate,
+    evaluate_samples,
+    evaluate_sequences,
+)
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
 from hamdist.runtime.train.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.drift import DriftRecovery, recoveries
-from hamdist.study.run.initial_weights import beside, warmed
+from hamdist.study.run.initial_weights import beside, misfit, warmed
 from hamdist.study.run.own_data import OwnData, check_held_out
 from hamdist.study.run.tracking import Tracking, advice, tracking
 from hamdist.study.shared.limits import check_size, check_time
@@ -59,10 +71,10 @@ class Run(RunFacts):
     """A run's numbers.
 
     level: a level's name, 'centralised' or 'frozen'. engine: an engine's name, or 'pytorch'.
-    batch: rows of an item. startup_seconds, startup: with what came before the engine.
+    batch: rows of a sample. startup_seconds, startup: with what came before the engine.
     windows: prequential, of the (last) readout; of a model of several outputs, of the one that
     `held_out` names as the main one. prequential: of such a model, all windows in one by output.
-    window_seconds: when each window's last item had entered, counted as `seconds` is (0 for those
+    window_seconds: when each window's last sample had entered, counted as `seconds` is (0 for those
     before `resumed`).
     held_out: None after an interruption or a failure, and for streams without held-out part; of
     averaged weights (`learning.average`), where there are some; held_out_plain: then of the weights
@@ -90,29 +102,28 @@ class Run(RunFacts):
 
     @property
     def rows_per_second(self) -> float:
-        """Rows (items times batch) per second."""
-        return self.items * self.batch / self.seconds if self.seconds > 0 else 0.0
+        """Rows (samples times batch) per second."""
+        return self.new_samples * self.batch / self.seconds if self.seconds > 0 else 0.0
 
 
 class Timeline:
-    """Times at which items entered, from a run's progress; in constant memory."""
+    """Times at which samples entered, from a run's progress; in constant memory."""
 
     def __init__(self, then: OnProgress | None = None) -> None:
         self._points: list[tuple[int, float]] = [(0, 0.0)]
         self._then = then
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Progress) -> object:
         if progress.phase is None:
             self._points.append((progress.samples, progress.seconds))
         if len(self._points) > TIMELINE_LIMIT:
             self._points = self._points[::2]
-        if self._then is not None:
-            self._then(progress)
+        return None if self._then is None else self._then(progress)
 
     def at(self, items: Sequence[int], end: tuple[int, float], resumed: int = 0) -> list[float]:
         """Return the seconds at which each number of `items` had entered: 0 up to `resumed`.
 
-        `end`: items and seconds in all.
+        `end`: samples and seconds in all.
         """
         between = {point for point in self._points if resumed < point[0] < end[0]}
         points = sorted(between | {(min(resumed, end[0]), 0.0), end})
@@ -219,6 +230,9 @@ def _run(
         if error.result is None:
             raise
         result, failure = error.result, str(error)
+    except BlockError as error:
+        of_option = begin is not None and begin.plain is not None
+        raise (misfit(model, error) if of_option else error) from error.__cause__
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
     scores = plain = None
@@ -343,7 +357,7 @@ def _score(
     losses = make_losses(settings.loss, settings.ignore_index)
     if own is not None:
         return _score_own(model, own, losses, settings.ignore_index)
-    part = held_out(settings.stream, seed=settings.seed, dtype=dtype, items=items)
+    part = held_out(settings.stream, seed=settings.seed, dtype=dtype, samples=items)
     ignored = settings.ignore_index
     return None if part is None else evaluate(model, *part, losses, ignore_index=ignored)
 
@@ -352,7 +366,7 @@ def _score_own(model: nn.Module, own: OwnData, losses: Losses, ignore_index: int
     if own.held_out is None:
         return None
     items, targets = own.held_out.samples(), own.train.spec.targets
-    return evaluate_items(model, items, losses, targets, ignore_index=ignore_index)
+    return evaluate_samples(model, items, losses, targets, ignore_index=ignore_index)
 
 
 def _score_sequences(

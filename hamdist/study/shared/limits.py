@@ -34,7 +34,7 @@ def check_size(settings: Settings, *, own_model: bool = False, own_data: bool = 
 def check_time(settings: Settings) -> list[str]:
     """Return a warning if the arithmetic of the settings' model takes unreasonably long.
 
-    Counted are six operations for an item and a weight (a product and a sum, forward, back and of
+    Counted are six operations for a sample and a weight (a product and a sum, forward, back and of
     the gradient). It is no error: a stream may end before, and Ctrl-C keeps the trained state.
     """
     width, depth, batch = settings.model.width, settings.model.depth, settings.stream.batch

@@ -1,8 +1,8 @@
 """The folder of a run's or a comparison's results: claimed at the start, written as it goes.
 
-    events.jsonl     events, a line each, flushed at once: `tail -f` shows the run
-    metrics.jsonl    (of a comparison runs.jsonl) each prequential window when it is full; at the
-                     end replaced by the whole, with the run itself
+    events.jsonl     events (runtime/results/events.py), a line each, flushed at once: `tail -f`
+                     shows the run
+    control.jsonl    requests to the run ({"request": "stop"}), a line each, by the live page
 
 The writing process holds a lock on events.jsonl, which ends with the process in any case.
 """
@@ -10,33 +10,49 @@ The writing process holds a lock on events.jsonl, which ends with the process in
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import itertools
 import json
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hamdist.errors import SettingsError
+from hamdist.errors import SettingsError, Stop, TakeSnapshot
+from hamdist.runtime.results.events import (
+    EventListener,
+    FolderEnded,
+    FolderStarted,
+    RunBegun,
+    RunEvent,
+    Warned,
+)
+from hamdist.runtime.results.progress_events import ProgressEvents
 
 if TYPE_CHECKING:
     from hamdist.runtime.results.result import Progress
 
-EVENTS, RUNS = "events.jsonl", "runs"
-PROGRESS_SECONDS = 5.0  # between two lines of progress
+EVENTS, RUNS, CONTROL = "events.jsonl", "runs", "control.jsonl"
+REQUESTS: Mapping[str, object] = {"stop": Stop, "snapshot": TakeSnapshot}
 _STUDIES = (
     *("speed.csv", "speed.json", "speed.md", "speed.png", "speed.svg"),
     *("recovery.csv", "recovery.json", "recovery.md"),
 )
 FILES = (  # what --overwrite may remove: whatever these commands write
-    *(EVENTS, "metrics.jsonl", "runs.jsonl", "settings*.yaml", "summary.json", "results.csv"),
+    *(
+        EVENTS,
+        CONTROL,
+        "metrics.jsonl",
+        "runs.jsonl",
+        "settings*.yaml",
+        "summary.json",
+        "results.csv",
+    ),
     *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
-    *("accuracy-samples.png", "accuracy-seconds.png", "energies.png", "weights.png"),
+    *("gap.svg", "accuracy-*.svg"),
+    *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png"),
     *("tracking.png", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
 )
 
@@ -109,7 +125,7 @@ class ResultFolder:
     Attributes:
         path: of the folder.
         key: of the computation, by which an unfinished comparison continues.
-        grows: the file of windows.
+        controls: it answers the requests of the live page.
     """
 
     def __init__(
@@ -118,19 +134,25 @@ class ResultFolder:
         *,
         overwrite: bool = False,
         key: str | None = None,
-        grows: str = "metrics.jsonl",
+        controls: bool = False,
         say: Callable[[str], None],
     ) -> None:
         self._say = say
+        self._controls = controls
+        self._read = 0  # bytes of requests
         self._moved = False
+        self._head: dict[str, Any] = {}
+        self._warned_of: set[tuple[str | None, int | None, str]] = set()
         self._events: IO[str] | None = None
-        self._grows = grows
+        self._listeners: list[EventListener] = []
         self.goes_on = False
         unfinished = self._unfinished(folder, key) if key and not overwrite else None
         self.path = unfinished or free_folder(folder, overwrite=overwrite, say=say, take=self._take)
         if self.goes_on:
             say(f"Going on with the comparison in {self.path}")
-        self.tell("goes on" if self.goes_on else "started", key=key, process=os.getpid())
+        self.emit(
+            FolderStarted(key=key, process=os.getpid(), goes_on=self.goes_on, controls=controls)
+        )
 
     def _unfinished(self, folder: Path, key: str) -> Path | None:
         """Return the folder of an unfinished comparison of this key that no process uses."""
@@ -162,69 +184,92 @@ class ResultFolder:
 
     def _warned(self, message: Warning | str, *where: Any, **more: Any) -> None:
         """Write a Python warning as an event, and show it as before."""
-        self.tell("warning", text=str(message))
+        self.emit(Warned(text=str(message), **self._head))
         self._show(message, *where, **more)
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        """Release the folder, and remove it if a run has failed before its first item."""
+        """Release the folder, and remove it if a run has failed before its first sample."""
         warnings.showwarning = self._show
-        self.tell("ended", error=None if error is None else str(error) or type(error).__name__)
+        told = None if error is None else str(error) or type(error).__name__
+        self.emit(FolderEnded(error=told))
         if self._events is not None:
             self._events.close()
         if error is not None and not self._moved and not self.goes_on:
-            for name in (EVENTS, self._grows):
-                (self.path / name).unlink(missing_ok=True)
+            (self.path / EVENTS).unlink(missing_ok=True)
             for empty in (self.path / RUNS, self.path):
                 with contextlib.suppress(OSError):  # there is something in it
                     empty.rmdir()
 
-    def tell(self, event: str, **values: Any) -> None:
-        """Write a line of events.jsonl."""
-        if self._events is not None:
-            self._line(self._events, {"time": round(time.time(), 3), "event": event, **values})
+    def listen(self, listener: EventListener) -> None:
+        """Call `listener` with every event from now on."""
+        self._listeners.append(listener)
 
-    def _line(self, file: IO[str], values: Mapping[str, Any]) -> None:
-        """Write a line; a failure is reported once, and the run goes on."""
+    def emit(self, event: RunEvent) -> None:
+        """Write an event, and hand it to the listeners; a warning that was told already is not
+        told again. A failure is reported once, and the run goes on.
+        """
+        if isinstance(event, Warned):
+            known = (event.level, event.seed, event.text)
+            if known in self._warned_of:
+                return
+            self._warned_of.add(known)
+        if self._events is not None:
+            try:
+                self._events.write(event.to_line() + "\n")
+                self._events.flush()
+            except OSError as error:
+                file, self._events = self._events, None
+                with contextlib.suppress(OSError):  # of what it holds back
+                    file.close()
+                text = f"events are written no more: {error.strerror}"
+                self._say(f"Warning: {self.path}: {text}")
+        for listener in self._listeners:
+            listener(event)
+
+    def _requested(self) -> object:
+        """Return the latest request that has come since the last call, as `on_progress` answers."""
+        if not self._controls:
+            return None
         try:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-        except OSError as error:
-            self._events = None
-            with contextlib.suppress(OSError):  # of what it holds back
-                file.close()
-            self._say(f"Warning: {self.path}: events are written no more: {error.strerror}")
+            with (self.path / CONTROL).open("rb") as file:
+                file.seek(self._read)
+                lines = file.read().splitlines()
+                self._read = file.tell()
+        except OSError:  # nobody has asked for anything
+            return None
+        asked = [name for name in REQUESTS for line in lines if name.encode() in line]
+        return REQUESTS[asked[0]] if asked else None
 
     def watch(
-        self, level: str, seed: int, then: Callable[[Progress], object]
+        self, begun: RunBegun, then: Callable[[Progress], object]
     ) -> Callable[[Progress], object]:
-        """Return a function for a run's progress, which writes it and calls `then`."""
-        head = {"level": level, "seed": seed}
-        due, last, lost = 0.0, -1, 0
+        """Return a function for a run's progress, which emits its events and calls `then`.
 
-        def note(progress: Progress) -> None:
-            nonlocal due, last, lost
-            then(progress)
-            if progress.phase is not None:
-                self.tell("phase", **head, phase=progress.phase)
-                return
-            self._moved = True
-            for one in progress.replaced[lost:]:
-                self.tell("replaced", **head, **dataclasses.asdict(one))
-            lost = len(progress.replaced)
-            full = [window for window in progress.windows if window.last > last]
-            if full and self._events is not None:
-                last = full[-1].last
-                with (self.path / self._grows).open("a", encoding="utf-8") as file:
-                    for window in full:
-                        values = dataclasses.asdict(window)
-                        means = {"mean_loss": window.mean_loss, "accuracy": window.accuracy}
-                        self._line(file, {"event": "window", **head, **values, **means})
-            if time.monotonic() >= due:
-                due = time.monotonic() + PROGRESS_SECONDS
-                seconds = round(progress.seconds, 3)
-                self.tell("progress", **head, samples=progress.samples, seconds=seconds)
+        Args:
+            begun: the event of the run's begin, emitted now; it names the run's level and seed.
+            then: called first; what it returns is returned.
+        """
+        self._head = {"level": begun.level, "seed": begun.seed}
+        self.emit(begun)
+        events = ProgressEvents(begun.level, begun.seed)
+
+        def note(progress: Progress) -> object:
+            answer = then(progress)
+            self._moved = self._moved or progress.phase is None
+            for event in events(progress):
+                self.emit(event)
+            return self._requested() or answer
 
         return note
+
+
+def ask_of(folder: Path, request: str) -> None:
+    """Leave a request (one of REQUESTS) to the run that writes `folder`. Raises SettingsError."""
+    try:
+        with (folder / CONTROL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"request": request}) + "\n")
+    except OSError as error:
+        raise SettingsError(f"{folder / CONTROL}: {error.strerror or error}") from None
 
 
 def _key_of(folder: Path) -> str | None:

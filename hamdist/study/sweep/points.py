@@ -139,12 +139,12 @@ def _keeps_nothing(settings: Settings) -> bool:
 
 def tuning_jobs(study: StudySettings, cell: SweepCell) -> list[tuple[Candidate, list[SweepJob]]]:
     """Return the runs on the validation part, by candidate."""
-    samples = study.tune.samples or study.samples
+    rows = study.tune.rows or study.rows
     return [
         (
             candidate,
             [
-                _job(study, cell, candidate, TUNING_SEEDS + i, Split.VALIDATION, samples)
+                _job(study, cell, candidate, TUNING_SEEDS + i, Split.VALIDATION, rows)
                 for i in range(study.tune.seeds)
             ],
         )
@@ -155,7 +155,7 @@ def tuning_jobs(study: StudySettings, cell: SweepCell) -> list[tuple[Candidate, 
 def final_jobs(study: StudySettings, cell: SweepCell, chosen: Candidate) -> list[SweepJob]:
     """Return the runs on the test part, one a seed."""
     seeds = range(study.first_seed, study.first_seed + study.seeds)
-    return [_job(study, cell, chosen, seed, Split.TEST, study.samples) for seed in seeds]
+    return [_job(study, cell, chosen, seed, Split.TEST, study.rows) for seed in seeds]
 
 
 def _job(
@@ -164,13 +164,13 @@ def _job(
     candidate: Candidate,
     seed: int,
     part: Split,
-    samples: int,
+    rows: int,
 ) -> SweepJob:
     settings = _settings(study, cell, candidate)
-    steps = samples // settings.stream.batch
+    steps = rows // settings.stream.batch
     if steps < 1:
         raise SettingsError(
-            f"samples is {samples}, less than a batch of {settings.stream.batch} ({cell.label})"
+            f"rows is {rows}, less than a batch of {settings.stream.batch} ({cell.label})"
         )
     stream = settings.stream.model_copy(update={"evaluate": part})
     more = {"seed": seed, "steps": steps, "stream": stream}
@@ -187,7 +187,7 @@ def _settings(study: StudySettings, cell: SweepCell, candidate: Candidate) -> Se
     for field in ("seed", "steps", "level", "levels", "compare"):
         if field in raw:
             raise SettingsError(
-                f"run.{field}: a study sets it itself (seeds, samples, sides); leave it out"
+                f"run.{field}: a study sets it itself (seeds, rows, sides); leave it out"
             )
     raw["level"] = (cell.level or Level.BACKPROP).value
     try:

@@ -1,7 +1,7 @@
 """The settings file of a study: a grid of runs, and the sides that are compared on it.
 
 name: fashion-depth
-samples: 120000                      # rows that each run learns from, whatever its batch
+rows: 120000                         # rows that each run learns from, whatever its batch
 seeds: 3
 run:                                 # what all runs have: settings as of `hamdist run`
   model: {kind: residual-mlp, width: 128}
@@ -34,8 +34,8 @@ STUDIES = ShippedFiles("studies", "study")
 
 
 class Axis(str, Enum):
-    """What a study can be a study of, beside the levels: layers, hops per sample, items that a
-    sample takes to fade into the next one, rows of an item."""
+    """What a study can be a study of, beside the levels: layers, hops per sample, samples that a
+    sample takes to fade into the next one, rows of a sample."""
 
     DEPTH = "depth"
     SPEED = "speed"
@@ -61,11 +61,11 @@ class AxesSettings(Section):
     depth: tuple[Positive, ...] = ()
     """Layers (`model.depth`)."""
     speed: tuple[Speed, ...] = ()
-    """Hops between two items (`locality.speed`)."""
+    """Hops between two samples (`locality.speed`)."""
     smoothness: tuple[Positive, ...] = ()
-    """Items that each takes to fade into the next (`stream.smooth.frames`)."""
+    """Samples that each takes to fade into the next (`stream.smooth.frames`)."""
     batch: tuple[Positive, ...] = ()
-    """Rows of an item."""
+    """Rows of a sample."""
 
     @model_validator(mode="after")
     def _none_twice(self) -> AxesSettings:
@@ -103,7 +103,7 @@ class TuneSettings(Section):
 
     seeds: Positive = 1
     """Runs of each candidate, with seeds that no final run has."""
-    samples: Positive | None = None
+    rows: Positive | None = None
     """Rows that they learn from; not given: the study's."""
 
 
@@ -112,7 +112,7 @@ class StudySettings(Section):
 
     name: str = "study"
     """Name of the study; its results go to a folder of that name."""
-    samples: Positive
+    rows: Positive
     """Rows that each run learns from, whatever its batch."""
     seeds: Positive = 3
     """Final runs of each side at each point."""

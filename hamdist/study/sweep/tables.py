@@ -19,7 +19,7 @@ WORDS = {
 TITLES = {
     Axis.DEPTH: "against depth L (layers with weights)",
     Axis.SPEED: "against speed c (hops a sample)",
-    Axis.SMOOTHNESS: "against smoothness S (items that a sample takes)",
+    Axis.SMOOTHNESS: "against smoothness S (samples that a sample takes)",
     Axis.BATCH: "against the batch (rows)",
 }
 
@@ -121,17 +121,17 @@ def chosen(values: dict[str, Any]) -> str:
 
 def _notes(study: StudySettings, lines: Sequence[SummaryLine]) -> list[str]:
     notes = [
-        f"mean ± standard deviation over {study.seeds} seeds on the test part; {study.samples:,} "
+        f"mean ± standard deviation over {study.seeds} seeds on the test part; {study.rows:,} "
         "rows learned from by each run; gap: accuracy minus that of centralised backpropagation, "
         "by seed"
     ]
     candidates = len(next(iter(study.sides.values())).candidates)
     if candidates > 1 and any(line.tuned is not None for line in lines):
-        samples = study.tune.samples or study.samples
+        rows = study.tune.rows or study.rows
         seeds = "one seed" if study.tune.seeds == 1 else f"{study.tune.seeds} seeds"
         notes.append(
             f"each side chose from {candidates} candidates by its accuracy on a sixth of the "
-            f"training part ({seeds}, {samples:,} rows), which no tuning run learned from"
+            f"training part ({seeds}, {rows:,} rows), which no tuning run learned from"
         )
     if any(line.memoryless for line in lines):
         notes.append(

@@ -30,7 +30,7 @@ class RunRecord:
         prequential: accuracy over the whole run.
         rows: that it learned from.
         curve: prequential, per window (rows so far, seconds, accuracy, loss).
-        drifts: (item, accuracy before, lowest, items until it was back).
+        drifts: (item, accuracy before, lowest, samples until it was back).
         settings: in full.
     """
 

@@ -8,7 +8,8 @@ The format is that of shared/golden/README.md. A file is known by what it holds,
     sgd       X, Y, order, lr, ...              torch.optim.SGD                     gradient_descent
     leapfrog  W, b, h0, N, kind, ...            the midpoint rule                   reversible
 
-An entry `rtol` is the tolerance of all checks of its file, instead of the usual one.
+The entries `rtol` and `atol` are the tolerances of all checks of their file, as numpy has them:
+|a - b| <= atol + rtol |b|; what is not given is as usual.
 
 This module finds and reads the files and measures distances; those named on the right run them.
 """
@@ -19,6 +20,7 @@ import importlib
 import zipfile
 import zlib
 from collections.abc import Generator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,6 +38,7 @@ GoldenData: TypeAlias = Mapping[str, Array]
 
 # |a - b| <= RTOL (|b| + FLOOR), which is numpy's rtol 1e-9, atol 1e-11.
 RTOL, FLOOR = 1e-9, 1e-2
+_floor = ContextVar("_floor", default=FLOOR)  # of the file that is checked
 ORACLE = "golden file"
 ORDERS = ("simultaneous", "omega_first", "sequential")
 
@@ -98,14 +101,31 @@ def file_checks(path: Path) -> list[Check]:
         made: list[Check] = importlib.import_module(f"hamdist.study.verify.{module}").golden(
             data, path.name
         )
-        if "rtol" in data:
-            rtol = number(data, "rtol")
-            if not 0 < rtol < 1:
-                raise SettingsError(f"entry 'rtol' is {rtol:g}; give a number between 0 and 1")
-            made = [replace(check, bound=rtol) for check in made]
+        made = [_within(check, data) for check in made]
     except FAULTS as error:
         return [failure(f"{path.name}: not understood: {reason(error)}", error)]
     return made
+
+
+def _within(check: Check, data: GoldenData) -> Check:
+    """Return the check with the tolerances that the file names."""
+    rtol, atol = (number(data, key) if key in data else None for key in ("rtol", "atol"))
+    if rtol is not None and not 0 < rtol < 1:
+        raise SettingsError(f"entry 'rtol' is {rtol:g}; give a number between 0 and 1")
+    if atol is not None and not 0 <= atol < np.inf:
+        raise SettingsError(f"entry 'atol' is {atol:g}; give a number from 0 on")
+    bound = check.bound if rtol is None else rtol
+    if atol is None or not bound:
+        return replace(check, bound=bound)
+
+    def measure() -> float | Difference:
+        token = _floor.set(atol / bound)
+        try:
+            return check.measure()
+        finally:
+            _floor.reset(token)
+
+    return replace(check, bound=bound, measure=measure)
 
 
 def read(path: Path) -> dict[str, Array]:
@@ -156,10 +176,12 @@ def tensor(array: Array) -> Tensor:
 
 
 def distance(found: Array, expected: Array) -> float:
-    """Return max |a - b| / (|b| + FLOOR); NaN if one alone is NaN."""
+    """Return max |a - b| / (|b| + floor), 0 where they are equal; NaN if one alone is NaN."""
     if found.shape != expected.shape:
         raise SettingsError(f"shape {found.shape} instead of {expected.shape}")
-    apart = np.abs(found - expected) / (np.abs(expected) + FLOOR)
+    apart = np.abs(found - expected)
+    with np.errstate(divide="ignore"):  # (infinitely far apart, where atol is 0)
+        apart = np.where(apart == 0, 0.0, apart / (np.abs(expected) + _floor.get() + (apart == 0)))
     apart = np.where(np.isnan(found) & np.isnan(expected), 0.0, apart)
     return float(np.max(apart, initial=0.0))
 

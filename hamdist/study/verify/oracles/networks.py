@@ -184,7 +184,7 @@ def cycle_graph() -> Graph:
 class Draws:
     """`items` batches of random inputs and classes; the same ones whenever and wherever asked.
 
-    missing: items without a target. ends: sequences of `ends` items, the last one marked.
+    missing: samples without a target. ends: sequences of `ends` samples, the last one marked.
     """
 
     portable = True

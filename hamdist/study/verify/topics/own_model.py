@@ -229,7 +229,7 @@ def _loss(own: VerifiedModel) -> LossFunction:
 
 
 def _sgd(model: nn.Module, items: Items, loss: LossFunction) -> list[float]:
-    """Move the weights of `model`; return the loss of every item."""
+    """Move the weights of `model`; return the loss of every sample."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(parameters, LR)
     losses = []

@@ -1,11 +1,11 @@
-"""What a readout reads of an item that comes in micro-batches (schedule/microbatches.py).
+"""What a readout reads of a sample that comes in micro-batches (schedule/microbatches.py).
 
-The loss of an item is a mean over its rows, or over those of its class targets that are not
+The loss of a sample is a mean over its rows, or over those of its class targets that are not
 ignored; with n_i of n of them in part i
 
     L = sum_i (n_i / n) L_i,        so that phi n_i/n stands in the place of phi.
 
-B: rows of the item.
+B: rows of the sample.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hamdist.dynamics.objective.prequential import counts
 from hamdist.dynamics.saved_state.remember import Remembers
 
 
-class ItemReading(Remembers):
-    """The target of the present item, and what was read of its parts so far."""
+class MicrobatchReading(Remembers):
+    """The target of the present sample, and what was read of its parts so far."""
 
     def __init__(self, parts: int, ignore_index: int) -> None:
         self._parts = parts
@@ -33,7 +33,7 @@ class ItemReading(Remembers):
     STATE = ("_target", "_share", "_predictions", "_loss")
 
     def begin(self, sample: int, target: Tensor | None) -> tuple[Tensor | None, float]:
-        """Begins with part `sample` of an item, whose whole target comes with the first one.
+        """Begins with part `sample` of a sample, whose whole target comes with the first one.
 
         Returns:
             The target of the part (None where nothing is learned of it), and n_i / n.
@@ -56,7 +56,7 @@ class ItemReading(Remembers):
 
         Returns:
             The prediction of all rows so far, (B, ...), and, with the last part, what was read of
-            the item.
+            the sample.
         """
         if prediction is not None:
             self._predictions.append(prediction)

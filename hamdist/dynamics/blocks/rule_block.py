@@ -1,0 +1,300 @@
+"""Blocks that learn by a rule (rules/rule.py): what a rule returns is checked, and acts.
+
+B: batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import Order
+from hamdist.dynamics.blocks.hold import HoldBlock, Tick, measured
+from hamdist.dynamics.blocks.kept_passes import BlockParts, SavesPasses
+from hamdist.dynamics.blocks.pulse import PulseReadout
+from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
+from hamdist.dynamics.finite import Scale
+from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule, Updates
+from hamdist.dynamics.saved_state.remember import Packing, Remembers, check_names
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.errors import GraphError, SnapshotError
+
+MakeWeights = Callable[[Sequence[Tensor], Sequence[str]], Weights]
+
+
+class AppliedRule(Remembers):
+    """A rule on one block: calls it, checks what it returns, and moves the memory that learns.
+
+    scale: of beta, by sample, made of the weights that it is for.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        view: BlockView,
+        make_weights: MakeWeights,
+        scale: Callable[[Weights], Scale],
+    ) -> None:
+        self.rule = rule
+        self.view = view
+        self.learns = rule.overrides("learn")
+        self.listens = rule.signals.back != "none"
+        self._who = f"rule {type(rule).__name__} of block {view.name!r}"
+        view.at("start", 0, len(view.h))
+        memory = rule.start(view)
+        if not isinstance(memory, dict):
+            raise GraphError(f"{self._who}: start() returned {_kind(memory)}, not a dict by name")
+        learned = {n: t.data for n, t in memory.items() if isinstance(t, nn.Parameter)}
+        view.memory = {**memory, **learned}
+        self.check_plain("start", view.memory)
+        self.learned = learned
+        self.weights = make_weights(list(learned.values()), [MEMORY + name for name in learned])
+        self._scale = scale(self.weights)
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"memory": self.view.memory, "weights": self.weights.snapshot()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        check_names(self._who, state, ("memory", "weights"))
+        self.view.memory = dict(state["memory"])
+        for name, tensor in self.learned.items():
+            tensor.copy_(state["memory"][name])
+            self.view.memory[name] = tensor
+        self.weights.restore(state["weights"])
+
+    def check_plain(self, method: str, value: object) -> None:
+        """Raise GraphError unless `value`, which `method` has left, is plain data."""
+        try:
+            _PlainData().packed(value)
+        except SnapshotError as error:
+            raise GraphError(f"{self._who}: {method}() keeps no plain data: {error}") from None
+
+    def forward(self, sample: int, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """Return h of `sample`, and what the rule keeps of it."""
+        self.view.at("forward", sample, len(inputs[0]))
+        h, kept = self._parts("forward", self.rule.forward(self.view, inputs), "h, kept")
+        return self._state("forward", h), kept
+
+    def learn(self, kept: Any, label: Tensor | None, sample: int) -> Updates:
+        self.view.at("learn", sample, self.view.batch)
+        return self.rule.learn(self.view, kept, label)
+
+    def backward(
+        self, kept: Any, message: Tensor, sample: int
+    ) -> tuple[list[Tensor | None], Updates]:
+        """Return the messages to the parents (None to those that want none), and the updates."""
+        self.view.at("backward", sample, len(message))
+        found = self.rule.backward(self.view, kept, message)
+        messages, updates = self._parts("backward", found, "messages, updates")
+        return self._messages("backward", messages), updates
+
+    def relax(
+        self, inputs: Sequence[Tensor], message: Tensor, tick: Tick, ticks: int
+    ) -> tuple[Tensor, list[Tensor | None], Updates]:
+        """Return the next h of a held block, the messages, and the updates."""
+        view = self.view
+        view.tick, view.age, view.ticks, view.learns = tick.k, tick.k % ticks, ticks, tick.updates
+        view.at("relax", tick.sample, len(message))
+        found = self.rule.relax(view, inputs, message)
+        h, messages, updates = self._parts("relax", found, "h, messages, updates")
+        return self._state("relax", h), self._messages("relax", messages), updates
+
+    def gradients(self, updates: Updates, sample: int, tau: float) -> list[Tensor] | None:
+        """Return the updates of theta in its order (None: there are none); memory moves."""
+        if not isinstance(updates, Mapping):
+            raise GraphError(f"{self._who}: its updates are {_kind(updates)}, not a dict by weight")
+        theta = self.view.theta
+        known = {**theta, **{MEMORY + name: t for name, t in self.learned.items()}}
+        for name, g in updates.items():
+            like = known.get(name)
+            if like is None:
+                raise GraphError(
+                    f"{self._who}: an update for {name!r}, which is no weight that learns; known: "
+                    f"{', '.join(known) or 'none'} (memory learns where `start` gives an "
+                    "nn.Parameter)"
+                )
+            if not isinstance(g, Tensor) or g.shape != like.shape:
+                raise GraphError(
+                    f"{self._who}: its update for {name!r} is {_kind(g)}, and the weight has shape "
+                    f"{tuple(like.shape)}"
+                )
+        if any(name.startswith(MEMORY) for name in updates):
+            own = _in_order(updates, self.learned, MEMORY)
+            self.weights.move(own, self._scale(sample), tau)
+        return _in_order(updates, theta) if any(name in theta for name in updates) else None
+
+    def _parts(self, method: str, found: Any, names: str) -> Any:
+        many = names.count(",") + 1
+        if not isinstance(found, tuple) or len(found) != many:
+            raise GraphError(f"{self._who}: {method}() returned {_kind(found)}, not ({names})")
+        return found
+
+    def _state(self, method: str, h: Any) -> Tensor:
+        shape = (self.view.batch, *self.view.shape)
+        if not isinstance(h, Tensor) or tuple(h.shape) != shape:
+            raise GraphError(f"{self._who}: {method}() gives h as {_kind(h)}, not of shape {shape}")
+        return plain(h)
+
+    def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
+        view = self.view
+        if not isinstance(messages, (list, tuple)) or len(messages) != len(self.view.inputs):
+            raise GraphError(
+                f"{self._who}: {method}() gives its messages as {_kind(messages)}; return a list "
+                f"with one for each of its {len(self.view.inputs)} parents"
+            )
+        for message, parent in zip(messages, self.view.inputs, strict=True):
+            shape = (view.batch, *parent)
+            if message is not None and tuple(getattr(message, "shape", ())) != shape:
+                raise GraphError(
+                    f"{self._who}: {method}() gives {_kind(message)} as the message to a parent "
+                    f"whose state has shape {shape}"
+                )
+        return [
+            plain(message) if want and message is not None else None
+            for message, want in zip(messages, view.wanted, strict=True)
+        ]
+
+
+def _in_order(updates: Updates, like: Mapping[str, Tensor], prefix: str = "") -> list[Tensor]:
+    return [
+        plain(updates[prefix + name]) if prefix + name in updates else torch.zeros_like(t)
+        for name, t in like.items()
+    ]
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    many = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"a {type(value).__name__}{many}"
+
+
+class _PlainData(Packing):
+    """A packing that copies nothing."""
+
+    def _tensor(self, tensor: Tensor) -> dict[str, Any]:
+        if tensor.requires_grad:
+            raise SnapshotError("a tensor has a graph: detach it, or keep what it was made of")
+        return {}
+
+
+class RuleBlock(SavesPasses):
+    """A state block that pulses pass, and that learns by a rule."""
+
+    def __init__(self, parts: BlockParts, rule: AppliedRule, tau: float) -> None:
+        super().__init__(parts)
+        self.rule = rule
+        self.h: Tensor | None = None
+        self.z: Tensor | None = None
+        self.trace: dict[int, Any] = {}
+        self._tau = tau
+
+    STATE = ("cell", "weights", "rule", "h", "z")
+
+    def held(self) -> Any:
+        return self.trace
+
+    def rebuild(self, records: Any) -> None:
+        self.trace = dict(records)
+
+    def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
+        """Return h of `sample`, and keep what the rule keeps of it."""
+        self.h, self.trace[sample] = self.rule.forward(sample, inputs)
+        self._guard("h", self.h, inputs)
+        return self.h
+
+    def learn(self, sample: int, label: Tensor | None) -> None:
+        """Make the step of the tick in which `sample` passes, if the rule has one."""
+        rule = self.rule
+        kept = self.trace[sample] if rule.listens else self.trace.pop(sample)
+        missing = rule.rule.signals.label and label is None
+        g = None
+        if rule.learns and not missing:
+            told = label if rule.rule.signals.label else None
+            g = rule.gradients(rule.learn(kept, told, sample), sample, self._tau)
+        if not rule.listens:
+            self.learn_from(sample, g, self._tau)
+        elif g is not None:
+            self.learn_from(sample, g, self._tau)
+            self.weights.updates -= 1  # a sample's update is counted with its message
+
+    def backward(self, sample: int, messages: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the messages to the parents; without any message nothing moves."""
+        kept, message = self.trace.pop(sample), total(messages)
+        if message is None:
+            self.learn_from(sample, None, self._tau)
+            return [None] * len(self._wanted)
+        self.z = scaled(message, self._tau)
+        self._guard("z", self.z)
+        to_parents, updates = self.rule.backward(kept, scaled(self.z, self._c), sample)
+        self.learn_from(sample, self.rule.gradients(updates, sample, self._tau), self._tau)
+        return to_parents
+
+
+class RuleReadout(PulseReadout):
+    """An output net that a pulse reaches, and that learns by a rule from its own error."""
+
+    def __init__(self, parts: BlockParts, loss: ReadoutLoss, rule: AppliedRule) -> None:
+        super().__init__(parts, loss)
+        self.rule = rule
+
+    STATE: ClassVar[tuple[str, ...]] = (*PulseReadout.STATE, "rule")
+
+    def _learn(
+        self,
+        sample: int,
+        inputs: Sequence[Tensor],
+        target: Tensor | None,
+        share: float = 1.0,  # noqa: ARG002  (rules know no micro-batches)
+    ) -> tuple[list[Tensor | None], Reading | None]:
+        self.prediction, kept = self.rule.forward(sample, inputs)
+        if target is None:
+            self.learn_from(sample, None, self._tau)
+            return [None] * len(self._wanted), None
+        error, reading = self._loss.look(self.prediction, target, sample, inputs=inputs)
+        to_parents, updates = self.rule.backward(kept, error, sample)
+        self.learn_from(sample, self.rule.gradients(updates, sample, self._tau), self._tau)
+        return to_parents, reading
+
+
+class RelaxingBlock(HoldBlock):
+    """A held block whose state, messages and updates are a rule's, tick by tick."""
+
+    def __init__(self, parts: BlockParts, h: Tensor, rule: AppliedRule, c: int) -> None:
+        super().__init__(parts, Order.OMEGA_FIRST, h)
+        self.rule = rule
+        self._ticks = c  # of a sample
+
+    STATE: ClassVar[tuple[str, ...]] = ("cell", "weights", "rule", "h", "z")
+
+    def held(self) -> Any:
+        return None
+
+    def rebuild(self, records: Any) -> None:
+        pass
+
+    def complete(self, messages: Sequence[Tensor | None]) -> None:
+        """Take the messages of the tick before: z is their sum."""
+        message = total(messages)
+        self.z = torch.zeros_like(self.h) if message is None else message
+        self._guard("z", self.z)
+
+    def tick(
+        self, inputs: Sequence[Tensor], tick: Tick, send: Callable[[Tensor], Tensor] = plain
+    ) -> tuple[list[Tensor | None], Reading | None]:
+        """Run one tick; `h` is then the state of the next. It has no reading."""
+        self.energy = measured([self.weights]) if tick.measures else None
+        self.rule.view.h = self.h
+        h, to_parents, updates = self.rule.relax(inputs, self.z, tick, self._ticks)
+        self._guard("h", h, inputs)
+        self.h = send(h)
+        if tick.updates:
+            g = self.rule.gradients(updates, tick.sample, tick.tau)
+            if g is None:
+                self.weights.rest()
+            else:
+                self.weights.move(g, self._scale(tick.sample), tick.tau)
+        return to_parents, None

@@ -1,0 +1,267 @@
+"""The interface of a learning rule, and what a rule may read and use of its block.
+
+A rule sees its block's weights and memory, the states of the block's parents, and what its signals
+name: messages of the children, the label, or the error of the readout. It returns signals and
+updates; when, where and with which step size they act is not its business.
+
+B: batch, n: numbers of a block's state, O: outputs of the readout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from hamdist.errors import GraphError
+
+Updates: TypeAlias = Mapping[str, Tensor]  # by name of a weight, or `memory:NAME`
+Messages: TypeAlias = Sequence[Tensor | None]  # by parent, each like its h; None: zeros
+
+MEMORY = "memory:"
+BACK = ("message", "error", "none")
+PRESENTATIONS = ("pulse", "hold")
+# Their arguments: input, weight, bias, and then what else says how the product is taken.
+PRODUCTS = (
+    *(functional.linear, functional.conv1d, functional.conv2d, functional.conv3d),
+    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
+)
+NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """The signals that a rule asks for, beside the parents' states.
+
+    Attributes:
+        back: what comes back about a sample: `message`, the sum of the children's messages;
+            `error`, phi dL/dy (B, O) of the first readout, sent to the block at once; `none`.
+        label: True if the sample's target travels along with it.
+    """
+
+    back: str = "message"
+    label: bool = False
+
+
+class Rule:
+    """A learning rule: how a block computes its state, its messages, and its updates.
+
+    Subclasses override the methods that their signals need:
+
+        pulse, back message or error:  forward, backward (and learn, in the tick of the forward)
+        pulse, back none:              forward, learn
+        hold:                          relax
+
+    All arrays are plain data: numbers, texts, tensors without a graph, and lists, tuples and
+    mappings of these, so that a run can be saved, resumed and sent. A rule keeps nothing in `self`
+    but constants: one object serves several blocks, in several processes.
+
+    Attributes:
+        presentation: `pulse` (levels trace, backprop, heads), or `hold` (levels local, group).
+        signals: what the rule asks for.
+        on_readout: True if the rule may be that of an output net, too, whose message is then its
+            own error. Patterns pass over readouts where it is False.
+    """
+
+    presentation: ClassVar[str] = "pulse"
+    signals: ClassVar[Signals] = Signals()
+    on_readout: ClassVar[bool] = False
+
+    def start(self, block: BlockView) -> dict[str, Any]:  # noqa: ARG002
+        """Return the memory that the block begins with, plain data by name.
+
+        A tensor that is an `nn.Parameter` is learned: updates for `memory:NAME` move it with the
+        step size, optimiser and clipping of the block's weights.
+        """
+        return {}
+
+    def forward(self, block: BlockView, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """Return h (B, ...) of a sample, and what is kept of it until `learn` and `backward`."""
+        return block.f(inputs), list(inputs)
+
+    def learn(self, block: BlockView, kept: Any, label: Tensor | None) -> Updates:
+        """Return the updates of the tick in which the sample passes, right behind `forward`.
+
+        label: None where the signals ask for none. A sample without a label has no call then.
+        """
+        raise NotImplementedError
+
+    def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
+        """Return one message for each parent, and the updates.
+
+        message: the sum of the children's messages (B, ...), like h; or the error (B, O). A sample
+        without either (its target is missing) has no call.
+        """
+        raise NotImplementedError
+
+    def relax(
+        self, block: BlockView, inputs: Sequence[Tensor], message: Tensor
+    ) -> tuple[Tensor, Messages, Updates]:
+        """Return the next h of a held block, the messages, and the updates of one tick.
+
+        message: the sum of the children's messages, zeros where none has come. Updates act in
+        ticks in which `block.learns`.
+        """
+        raise NotImplementedError
+
+    def overrides(self, method: str) -> bool:
+        """Return True if the class has a `method` of its own."""
+        return getattr(type(self), method) is not getattr(Rule, method)
+
+
+@dataclass
+class BlockView:
+    """What a rule may read and use of its block.
+
+    Attributes:
+        name: of the block; depth: ticks from the input; readout: True for an output net.
+        theta: the weights that are learned, by name; as they are now, and not to be written to.
+        memory: the rule's own plain data by name, which it may change.
+        shape: of h, inputs: of each parent's h, outputs: of the first readout's prediction; all
+            without the batch.
+        batch: B, of the sample.
+        sample: number of the sample.
+        h: state of a held block (B, ...); in `start` zeros like h.
+        tick: number of the tick of a held block; age: ticks since its sample is at the input;
+            ticks: of a sample.
+        learns: True in the ticks in which the weights of a held block move.
+    """
+
+    name: str
+    module: nn.Module
+    theta: dict[str, Tensor]
+    shape: tuple[int, ...]
+    inputs: list[tuple[int, ...]]
+    outputs: tuple[int, ...]
+    depth: int
+    readout: bool
+    wanted: list[bool]
+    join: Callable[[Sequence[Tensor]], list[Tensor]]
+    seed: Callable[[str], int]
+    random: Callable[[str], AbstractContextManager[None]] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    batch: int = 0
+    sample: int = 0
+    h: Tensor = field(default_factory=lambda: torch.zeros(0))
+    tick: int = 0
+    age: int = 0
+    ticks: int = 0
+    learns: bool = True
+
+    def at(self, phase: str, sample: int, batch: int) -> None:
+        """Move to a phase of a sample, or of a tick: random numbers begin anew."""
+        self.sample, self.batch = sample, batch
+        self._phase = phase
+        self._generator: torch.Generator | None = None
+        self._first = phase in ("forward", "relax")  # the pass in which buffers move
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Return a generator that depends on the run's seed, the block and the sample alone."""
+        if self._generator is None:
+            seed = self.seed(f"{self._phase} {self.sample} {self.tick}")
+            self._generator = torch.Generator().manual_seed(seed)
+        return self._generator
+
+    def randn_like(self, tensor: Tensor) -> Tensor:
+        """Return normal numbers of the shape, type and device of `tensor`."""
+        made = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
+        return made.to(tensor.device)
+
+    @property
+    def matrices(self) -> dict[str, Tensor]:
+        """Return the weights of two or more dimensions: those of linear layers, convolutions."""
+        owner = {n: self.module.get_submodule(n.rpartition(".")[0]) for n in self.theta}
+        return {
+            name: w
+            for name, w in self.theta.items()
+            if w.dim() > 1 and not isinstance(owner[name], NO_PRODUCT)
+        }
+
+    def f(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return f(inputs; theta), without a graph."""
+        with torch.no_grad():
+            return self._run([x.detach() for x in inputs], self.theta)
+
+    def vjp(
+        self,
+        inputs: Sequence[Tensor],
+        cotangent: Tensor,
+        feedback: Mapping[str, Tensor] | None = None,
+    ) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        """Return (cotangent^T df/dinput per parent, cotangent^T df/dtheta by weight) at `inputs`.
+
+        The module runs once more, with today's weights and the random numbers of the sample's
+        forward pass.
+
+        Args:
+            inputs: as `forward` got them.
+            cotangent: like h.
+            feedback: matrices by weight, through which the cotangent goes to the inputs of linear
+                layers and convolutions in place of the weights:
+                    dL/dx = B^T dL/d(W x),        dL/dW = dL/d(W x) x^T
+        """
+        leaves = [
+            x.detach().requires_grad_(want and x.is_floating_point())
+            for x, want in zip(inputs, self.wanted, strict=True)
+        ]
+        theta = {name: t.detach().requires_grad_() for name, t in self.theta.items()}
+        other = feedback if feedback and any(self.wanted) else {}
+        by_weight = {id(theta[name]): (name, b) for name, b in other.items()}
+        with torch.enable_grad(), _Feedback(by_weight) as used:
+            h = self._run(leaves, theta)
+        if by_weight.keys() - used.seen:
+            name = next(n for key, (n, _) in by_weight.items() if key not in used.seen)
+            raise GraphError(
+                f"block {self.name!r}: {name!r} is not the weight of a linear layer or a "
+                "convolution, so no other matrix can take its place on the way back"
+            )
+        wrt = [x for x in leaves if x.requires_grad] + list(theta.values())
+        found = torch.autograd.grad(h, wrt, cotangent, allow_unused=True) if h.requires_grad else []
+        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(found, wrt, strict=False)]
+        grads += [torch.zeros_like(w) for w in wrt[len(grads) :]]
+        there = iter(grads)
+        messages = [next(there) if x.requires_grad else None for x in leaves]
+        return messages, dict(zip(theta, there, strict=True))
+
+    def _run(self, inputs: Sequence[Tensor], theta: Mapping[str, Tensor]) -> Tensor:
+        values = dict(theta)
+        if not self._first:  # buffers (of BatchNorm, say) have moved in the forward pass
+            values |= {name: b.clone() for name, b in self.module.named_buffers()}
+        self._first = False
+        drawing = self.random(f"module {self.sample} {self.tick}") if self.random else nullcontext()
+        with drawing:
+            made = functional_call(self.module, values, tuple(self.join(inputs)))
+        if not isinstance(made, Tensor):
+            raise GraphError(f"block {self.name!r} returned {type(made).__name__}, not a tensor")
+        return made
+
+
+class _Feedback(TorchFunctionMode):
+    """Sends cotangents of products through other matrices: (name, B) by the weight's identity."""
+
+    def __init__(self, matrices: Mapping[int, tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self._matrices = matrices
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        key = id(args[1]) if func in PRODUCTS and len(args) > 1 else 0
+        if key not in self._matrices:
+            return func(*args, **kwargs)
+        self.seen.add(key)
+        x, w, *rest = args
+        out = func(x.detach(), w, *rest, **kwargs)
+        if not x.requires_grad:
+            return out
+        kwargs = {**kwargs, "bias": None} if "bias" in kwargs else kwargs
+        back = func(x, self._matrices[key][1], *([None, *rest[1:]] if rest else []), **kwargs)
+        return out + (back - back.detach())  # adds nothing to the value

@@ -1,0 +1,87 @@
+"""Measures the nodes of one process while they run, between two of their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.runtime.nodes.mailbox import Mailbox
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.process.process_memory import resident_bytes
+from hamdist.runtime.results.measured import EdgeCounts, Norms, ProcessSample
+from hamdist.runtime.transport.transport import Endpoints
+
+PAUSE_SECONDS = 1.0  # between two samples of the norms
+SHARE = 0.003  # of the time that they may take
+
+
+class Sampler:
+    """The measurements of one process.
+
+    Norms are taken in the thread of the nodes (`look`), where no step is under way, at most once
+    in PAUSE_SECONDS and for no more than SHARE of the time; all else is counted anyway.
+
+    Args:
+        plan: of the run.
+        nodes: of the process, with the stream if it is drawn here; as restored.
+        mailbox: of the process.
+        transport: to other processes; None if there are none.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        nodes: Sequence[Any],
+        mailbox: Mailbox,
+        transport: Endpoints | None = None,
+    ) -> None:
+        self._nodes = [node for node in nodes if node.name != INPUT]
+        self._source = next((node for node in nodes if node.name == INPUT), None)
+        self._mailbox = mailbox
+        self._transport = transport
+        self._edges = {c.number: c.edge for c in plan.channels.all()}
+        self._before = {n.name: n.seconds for n in self._nodes}  # of the run that this one resumes
+        self._norms: dict[str, Norms] = {}
+        self._due = self._began = perf_counter()
+
+    def begin(self) -> None:
+        """Start the clock: the first tick comes."""
+        self._due = self._began = perf_counter()
+
+    def look(self) -> None:
+        """Take the norms of all blocks, if they are due."""
+        now = perf_counter()
+        if now < self._due:
+            return
+        self._norms = {node.name: node.contents().norms() for node in self._nodes}
+        after = perf_counter()
+        self._due = after + max(PAUSE_SECONDS, (after - now) / SHARE)
+
+    @property
+    def _steps(self) -> dict[str, float]:
+        return {node.name: node.seconds - self._before[node.name] for node in self._nodes}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Return how the process has spent its time, as `RunFacts.time_use` says."""
+        total = perf_counter() - self._began
+        spent = {"total": total, "step": sum(self._steps.values())}
+        if self._source is not None:
+            spent["stream"] = self._source.seconds
+        return spent if self._transport is None else {**spent, **self._transport.seconds}
+
+    def sample(self) -> ProcessSample:
+        """Return all measurements; in any thread."""
+        posted, taken = (dict(counts) for counts in self._mailbox.counts)
+        waits: Mapping[int, float] = {} if self._transport is None else dict(self._transport.waits)
+        edges: dict[str, EdgeCounts] = {}
+        for number in {*posted, *taken}:
+            queued = posted.get(number, 0) - taken.get(number, 0)
+            edge = self._edges[number]
+            more = EdgeCounts(0, queued, waits.get(number, 0.0))
+            edges[edge] = edges.get(edge, EdgeCounts()) + more
+        for edge, nbytes in dict(self._mailbox.payload_bytes).items():
+            edges[edge] = edges.get(edge, EdgeCounts()) + EdgeCounts(nbytes)
+        return ProcessSample(self.seconds, resident_bytes(), self._norms, self._steps, edges)

@@ -1,0 +1,121 @@
+"""Rules on the blocks of a plan, and a dry run of each before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.dynamics.blocks.hold import Tick
+from hamdist.dynamics.blocks.rule_block import AppliedRule, MakeWeights
+from hamdist.dynamics.finite import Scale
+from hamdist.dynamics.graph.graph import BlockSpec, combined
+from hamdist.dynamics.rules.rule import BlockView, Rule
+from hamdist.dynamics.updates.weights import Weights
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.dynamics.vjp.autograd import OwnGenerator, block_seed, draws
+from hamdist.errors import GraphError, HamdistError, LevelError
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.plan.rules import ruled
+
+
+def applied_rule(
+    plan: Plan,
+    spec: BlockSpec,
+    module: nn.Module,
+    theta: Mapping[str, Tensor],
+    make_weights: MakeWeights,
+) -> AppliedRule:
+    """Return the rule of a block, applied to `module` with the weights `theta` that learn."""
+    name, graph = spec.name, plan.graph
+    if spec.rule is None:
+        raise TypeError(f"block {name!r} has no rule")
+    shapes = {**plan.spec.parents, **plan.shapes}
+    shape, dtype = shapes[name]
+    device = next((t.device for t in theta.values()), torch.device("cpu"))
+    dtype = next((t.dtype for t in theta.values()), dtype)
+
+    def seed(what: str) -> int:
+        return block_seed(plan.seed, f"{name}/rule/{what}")
+
+    def random(what: str) -> OwnGenerator:
+        return OwnGenerator(seed(what), device)
+
+    def scale(weights: Weights) -> Scale:
+        return weights.scaled_by(partial(plan.scale, name), plan.sample_of)
+
+    view = BlockView(
+        name=name,
+        module=module,
+        theta=dict(theta),
+        shape=shape[1:],
+        inputs=[shapes[parent][0][1:] for parent in spec.parents],
+        outputs=shapes[graph.readouts[0]][0][1:],
+        depth=graph.depths[name],
+        readout=spec.loss is not None,
+        wanted=[e.index in plan.channels.messages for e in graph.into[name]],
+        join=partial(combined, spec.combine),
+        seed=seed,
+        random=random if draws(module) else None,
+        h=torch.zeros(shape, dtype=dtype, device=device),
+    )
+    return AppliedRule(spec.rule, view, make_weights, scale)
+
+
+def try_rules(plan: Plan) -> None:
+    """Run every rule once, on a copy of its block and on zeros, so that its errors show early.
+
+    Raises GraphError, which names the rule, the block and the method.
+    """
+    for name, rule in ruled(plan.graph).items():
+        spec = plan.graph.blocks[name]
+        who = f"rule {type(rule).__name__} of block {name!r}"
+        if name in plan.cast_plans and plan.cast_plans[name].autocast:
+            raise LevelError(f"{who}: it computes without autocast; switch that off for this block")
+        try:
+            _try(plan, spec, rule)
+        except HamdistError:
+            raise
+        except Exception as error:
+            raise GraphError(f"{who}, in a dry run: {type(error).__name__}: {error}") from error
+
+
+def _try(plan: Plan, spec: BlockSpec, rule: Rule) -> None:
+    module = copied(spec.module)
+    theta = {n: p.data for n, p in module.named_parameters() if p.requires_grad}
+    dynamics = replace(plan.dynamics.of(spec.name), average=None, betas=())
+
+    def weights(tensors: Sequence[Tensor], names: Sequence[str]) -> Weights:
+        return Weights(tensors, dynamics, plan.knobs.order, names)
+
+    applied = applied_rule(plan, spec, module, theta, weights)
+    view, shapes = applied.view, {**plan.spec.parents, **plan.shapes}
+    inputs = [torch.zeros(s, dtype=t).to(view.h) for s, t in map(shapes.__getitem__, spec.parents)]
+    for i, (parent, x) in enumerate(zip(spec.parents, inputs, strict=True)):
+        if not shapes[parent][1].is_floating_point:
+            inputs[i] = torch.zeros(x.shape, dtype=shapes[parent][1], device=x.device)
+    if rule.presentation == "hold":
+        tick = Tick(0, 0, 1.0)
+        updates = applied.relax(inputs, torch.zeros_like(view.h), tick, plan.schedule.c)[2]
+        applied.gradients(updates, 0, 1.0)
+    else:
+        _try_pulse(plan, spec, applied, inputs)
+    applied.check_plain("a method", view.memory)
+
+
+def _try_pulse(plan: Plan, spec: BlockSpec, applied: AppliedRule, inputs: list[Tensor]) -> None:
+    h, kept = applied.forward(0, inputs)
+    applied.check_plain("forward", kept)
+    if applied.learns:
+        target = plan.spec.target(plan.taught_by)
+        label = None
+        if applied.rule.signals.label and target is not None:
+            label = torch.zeros(target.shape, dtype=target.dtype, device=h.device)
+        applied.gradients(applied.learn(kept, label, 0), 0, 1.0)
+    if applied.listens:
+        of_error = spec.back == "error" and spec.loss is None
+        message = h.new_zeros(plan.shapes[plan.graph.readouts[0]][0] if of_error else h.shape)
+        applied.gradients(applied.backward(kept, message, 0)[1], 0, 1.0)

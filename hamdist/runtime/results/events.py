@@ -1,0 +1,301 @@
+"""The events of a run: what happens, as it happens, the same from both engines.
+
+An engine reports `Progress` four times a second; `ProgressEvents` (progress_events.py) turns each
+report into the events that are new in it. An event is a dataclass here, and a line of JSON in
+`events.jsonl`: `time`, `event` (its name), `level` and `seed` of the run, and its own fields (docs:
+reference/events).
+Trackers, the live page and `hamdist explain` read these, and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time as clock
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from pydantic import TypeAdapter, ValidationError
+
+from hamdist.runtime.results.measured import (
+    EdgeCounts,
+    NetworkActor,
+    NetworkBlock,
+    NetworkEdge,
+    Norms,
+)
+
+if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
+    from hamdist.dynamics.objective.prequential import Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvent:
+    """Anything that happens in a run.
+
+    Attributes:
+        time: seconds since 1970.
+        level, seed: of the run; None for what concerns a whole folder of runs.
+    """
+
+    name: ClassVar[str]
+    time: float = field(default_factory=lambda: round(clock.time(), 3))
+    level: str | None = None
+    seed: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the event as plain values, null for numbers that are not finite."""
+        own = _plain(dataclasses.asdict(self))
+        head = {"time": own.pop("time"), "event": self.name}
+        return head | {k: v for k, v in own.items() if v is not None or k not in ("level", "seed")}
+
+    def to_line(self) -> str:
+        """Return the event as a line of JSON, without its end."""
+        return json.dumps(self.as_json(), ensure_ascii=False, allow_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderStarted(RunEvent):
+    """A process has claimed the folder (`goes_on`: of an unfinished comparison)."""
+
+    name: ClassVar[str] = "started"
+    key: str | None = None
+    process: int
+    goes_on: bool = False
+    controls: bool = False
+    """Whether it looks for requests (`control.jsonl`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunBegun(RunEvent):
+    """A run begins. `settings`: those that are set; `batch`: rows of a sample."""
+
+    name: ClassVar[str] = "run"
+    title: str
+    engine: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    batch: int | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseBegun(RunEvent):
+    """A phase of the start begins (process/startup.py)."""
+
+    name: ClassVar[str] = "phase"
+    phase: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPlaced(RunEvent):
+    """The graph of blocks and their places, before the first tick, and when a place changes."""
+
+    name: ClassVar[str] = "network"
+    blocks: Sequence[NetworkBlock]
+    edges: Sequence[NetworkEdge]
+    actors: Sequence[NetworkActor]
+    staleness: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowFull(RunEvent):
+    """A prequential window of a readout is full; `seconds`: since the first tick."""
+
+    name: ClassVar[str] = "window"
+    readout: str
+    first: int
+    last: int
+    samples: int
+    loss: float
+    """Mean over the window's samples."""
+    accuracy: float | None
+    correct: int
+    rows: int
+    seconds: float
+
+    @classmethod
+    def of(cls, window: Window, readout: str, seconds: float, **head: Any) -> WindowFull:
+        return cls(
+            readout=readout,
+            first=window.first,
+            last=window.last,
+            samples=window.samples,
+            loss=window.mean_loss,
+            accuracy=window.accuracy,
+            correct=window.correct,
+            rows=window.rows,
+            seconds=seconds,
+            **head,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunProgressed(RunEvent):
+    """How far the run is. `samples` include `resumed`, those of an earlier run."""
+
+    name: ClassVar[str] = "progress"
+    samples: int
+    steps: int | None
+    seconds: float
+    tick: int
+    resumed: int = 0
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlocksMeasured(RunEvent):
+    """Ticks, updates and norms by block; `waiting`: the edge and signal a block waits for."""
+
+    name: ClassVar[str] = "blocks"
+    tick: Mapping[str, int]
+    updates: Mapping[str, int]
+    norms: Mapping[str, Norms]
+    seconds: Mapping[str, float]
+    """In the steps of the block, since its process began."""
+    waiting: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorsMeasured(RunEvent):
+    """By process: seconds since its start (`RunFacts.time_use`), and resident bytes."""
+
+    name: ClassVar[str] = "actors"
+    seconds: Mapping[str, Mapping[str, float]]
+    memory: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgesMeasured(RunEvent):
+    """By edge: bytes sent so far, signals under way, and seconds of waiting so far."""
+
+    name: ClassVar[str] = "edges"
+    edges: Mapping[str, EdgeCounts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotComplete(RunEvent):
+    name: ClassVar[str] = "snapshot"
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorReplaced(RunEvent):
+    """An actor was lost and replaced; the fields are those of `Replaced`."""
+
+    name: ClassVar[str] = "replaced"
+    actor: str
+    blocks: Sequence[str]
+    tick: int | None
+    since: int
+    seconds: float
+    replayed: int
+    fault: str = ""
+    lost: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsChanged(RunEvent):
+    """Settings were changed while the run goes on: new values by dotted name, from `tick` on."""
+
+    name: ClassVar[str] = "settings"
+    changed: Mapping[str, Any]
+    tick: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned(RunEvent):
+    name: ClassVar[str] = "warning"
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(RunEvent):
+    """Scores on held-out data after `samples`; `outputs`: by output, where there are several."""
+
+    name: ClassVar[str] = "evaluation"
+    samples: int
+    loss: float
+    accuracy: float | None
+    outputs: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFinished(RunEvent):
+    """A run has ended; the fields are those of `RunFacts`."""
+
+    name: ClassVar[str] = "finished"
+    samples: int
+    seconds: float
+    stopped: bool = False
+    interrupted: bool = False
+    failure: str | None = None
+    startup: Mapping[str, float] = field(default_factory=dict)
+    time_use: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    bytes_per_edge: Mapping[str, int] = field(default_factory=dict)
+    peak_memory: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderEnded(RunEvent):
+    """The process releases the folder; `error`: why, if an error ended it."""
+
+    name: ClassVar[str] = "ended"
+    error: str | None = None
+
+
+EventListener: TypeAlias = Callable[[RunEvent], object]
+EVENTS: Mapping[str, type[RunEvent]] = {
+    cls.name: cls
+    for cls in (
+        *(FolderStarted, RunBegun, PhaseBegun, NetworkPlaced, WindowFull, RunProgressed),
+        *(BlocksMeasured, ActorsMeasured, EdgesMeasured, SnapshotComplete, ActorReplaced),
+        *(SettingsChanged, Warned, Evaluated, RunFinished, FolderEnded),
+    )
+}
+
+
+def from_values(values: Mapping[str, Any]) -> RunEvent | None:
+    """Return the event that `as_json` gave; None for one that this version does not know."""
+    cls = EVENTS.get(str(values.get("event")))
+    if cls is None:
+        return None
+    known = {one.name for one in dataclasses.fields(cls)}
+    try:
+        event: RunEvent = _adapter(cls.name).validate_python(
+            {name: value for name, value in values.items() if name in known}
+        )
+    except ValidationError:
+        return None
+    return event
+
+
+def read_events(lines: Iterable[str]) -> Iterator[RunEvent]:
+    """Yield the events of lines of JSON; a line that is cut off or unknown is passed over."""
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        event = from_values(values) if isinstance(values, dict) else None
+        if event is not None:
+            yield event
+
+
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(EVENTS[name])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Norms):
+        return _plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value

@@ -1,0 +1,126 @@
+"""Measurements of a run that goes on: its network, and samples of its processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+
+class Norms(NamedTuple):
+    """Euclidean norms of a block's tensors; None where it has no such tensor.
+
+    Attributes:
+        h: of the state; z: of its costate.
+        omega: of all weight costates together; theta: of all weights together.
+    """
+
+    h: float | None
+    z: float | None
+    omega: float
+    theta: float
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeCounts:
+    """Counts of one edge, in both directions together.
+
+    Attributes:
+        bytes: payload bytes that were sent.
+        queued: signals that were sent and that their receiver has not taken yet.
+        waited: seconds in which a process was blocked by this edge, for signals or for room.
+    """
+
+    bytes: int = 0
+    queued: int = 0
+    waited: float = 0.0
+
+    def __add__(self, other: EdgeCounts) -> EdgeCounts:
+        return EdgeCounts(
+            self.bytes + other.bytes, self.queued + other.queued, self.waited + other.waited
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSample:
+    """What one process has measured of itself, between two steps.
+
+    Attributes:
+        seconds: as `RunFacts.time_use`.
+        memory: resident bytes.
+        norms: by block; steps: seconds in its steps, by block.
+        edges: by edge. `queued` counts what was sent here minus what was taken here: the sum over
+            all processes is the number under way.
+    """
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    memory: int = 0
+    norms: Mapping[str, Norms] = field(default_factory=dict)
+    steps: Mapping[str, float] = field(default_factory=dict)
+    edges: Mapping[str, EdgeCounts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkBlock:
+    """A block of the graph.
+
+    Attributes:
+        shape: of its state, batch in front.
+        parameters: numbers that it learns.
+        depth: ticks from the input.
+        delay: updates or ticks by which its messages lag.
+    """
+
+    name: str
+    shape: Sequence[int]
+    dtype: str
+    parameters: int
+    depth: int
+    delay: int
+    readout: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkEdge:
+    """An edge; `parent` may be an input of the network. `delay` in ticks."""
+
+    name: str
+    parent: str
+    child: str
+    delay: int
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkActor:
+    """A process and its blocks."""
+
+    name: str
+    host: str
+    blocks: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedNetwork:
+    """The graph of a run, and where its blocks live.
+
+    Attributes:
+        staleness: samples, as `RunFacts.staleness`.
+    """
+
+    blocks: Sequence[NetworkBlock]
+    edges: Sequence[NetworkEdge]
+    actors: Sequence[NetworkActor] = ()
+    staleness: int = 0
+
+
+def summed(samples: Sequence[ProcessSample]) -> dict[str, EdgeCounts]:
+    """Return the counts by edge of all processes of a run together.
+
+    The processes are not sampled at the same instant: a signal that is taken meanwhile counts as
+    not under way.
+    """
+    edges: dict[str, EdgeCounts] = {}
+    for sample in samples:
+        for name, counts in sample.edges.items():
+            edges[name] = edges.get(name, EdgeCounts()) + counts
+    return {name: replace(one, queued=max(0, one.queued)) for name, one in edges.items()}

@@ -1,0 +1,129 @@
+"""From the progress of a run to its events.
+
+Measurements (`progress`, `blocks`, `actors`, `edges`) come at most once a second and ever less
+often: with pauses of max(1, t / 2000) seconds at time t, T seconds give at most
+2000 (1 + ln(T / 2000)) of each; of more than 100 blocks in proportion fewer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hamdist.runtime.results.events import (
+    ActorReplaced,
+    ActorsMeasured,
+    BlocksMeasured,
+    EdgesMeasured,
+    NetworkPlaced,
+    PhaseBegun,
+    RunEvent,
+    RunProgressed,
+    SnapshotComplete,
+    Warned,
+    WindowFull,
+)
+from hamdist.runtime.results.measured import NetworkActor, summed
+
+if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
+    from hamdist.runtime.results.result import Progress, Replaced
+
+LINES = 2000
+BLOCKS_AT_FULL_PACE = 100
+
+
+class ProgressPace:
+    """Decides when measurements are due: see the top of this file."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self, seconds: float, blocks: int = 1) -> bool:
+        """Return True if one is due, `seconds` after the start."""
+        if seconds < self._next:
+            return False
+        self._next = seconds + max(1.0, seconds / LINES) * max(1.0, blocks / BLOCKS_AT_FULL_PACE)
+        return True
+
+
+class ProgressEvents:
+    """Turns the progress of one run into events; call it with each `Progress`.
+
+    Attributes:
+        head: `level` and `seed` of its events.
+    """
+
+    def __init__(self, level: str | None = None, seed: int | None = None) -> None:
+        self.head: dict[str, Any] = {"level": level, "seed": seed}
+        self._last: dict[str, int] = {}  # sample of the last window, by readout
+        self._lost = 0
+        self._told: set[str] = set()  # warnings, and paths of snapshots
+        self._actors: Sequence[NetworkActor] | None = None
+        self._pace = ProgressPace()
+
+    def __call__(self, progress: Progress) -> list[RunEvent]:
+        """Return the events that are new in `progress`."""
+        head = self.head
+        if progress.phase is not None:
+            return [PhaseBegun(phase=progress.phase, **head)]
+        events: list[RunEvent] = []
+        net = progress.network
+        if net is not None and net.actors != self._actors:
+            self._actors = net.actors
+            parts = {one.name: getattr(net, one.name) for one in dataclasses.fields(net)}
+            events.append(NetworkPlaced(**parts, **head))
+        lost, self._lost = progress.replaced[self._lost :], len(progress.replaced)
+        events += [ActorReplaced(**_fields(one), **head) for one in lost]
+        events += [Warned(text=text, **head) for text in self._new(progress.warnings)]
+        events += [SnapshotComplete(path=path, **head) for path in self._new(progress.snapshots)]
+        events += self._windows(progress)
+        if self._pace.due(progress.seconds, len(progress.blocks)):
+            events += self._measured(progress)
+        return events
+
+    def _new(self, texts: Sequence[str]) -> list[str]:
+        new = [text for text in dict.fromkeys(texts) if text not in self._told]
+        self._told.update(new)
+        return new
+
+    def _windows(self, progress: Progress) -> Iterator[RunEvent]:
+        for readout, windows in {progress.readout: progress.windows, **progress.others}.items():
+            last = self._last.get(readout, -1)
+            for window in windows:
+                if window.last > last:
+                    yield WindowFull.of(window, readout, progress.seconds, **self.head)
+                    self._last[readout] = window.last
+
+    def _measured(self, progress: Progress) -> Iterator[RunEvent]:
+        head, blocks = self.head, progress.blocks
+        yield RunProgressed(
+            samples=progress.samples,
+            steps=progress.steps,
+            seconds=progress.seconds,
+            tick=max((block.tick for block in blocks), default=0),
+            resumed=progress.resumed,
+            note=progress.note,
+            **head,
+        )
+        samples = dict(progress.actors)
+        if not samples:
+            return
+        yield BlocksMeasured(
+            tick={b.block: b.tick for b in blocks},
+            updates={b.block: b.updates for b in blocks},
+            norms={name: norms for s in samples.values() for name, norms in s.norms.items()},
+            seconds={name: spent for s in samples.values() for name, spent in s.steps.items()},
+            waiting={b.block: b.waiting for b in blocks if b.waiting is not None},
+            **head,
+        )
+        yield ActorsMeasured(
+            seconds={name: s.seconds for name, s in samples.items()},
+            memory={name: s.memory for name, s in samples.items()},
+            **head,
+        )
+        yield EdgesMeasured(edges=summed(list(samples.values())), **head)
+
+
+def _fields(replaced: Replaced) -> dict[str, Any]:
+    return {one.name: getattr(replaced, one.name) for one in dataclasses.fields(replaced)}

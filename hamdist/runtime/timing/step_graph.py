@@ -1,0 +1,198 @@
+"""The steps of one period of a schedule, and the signals between them.
+
+The schedule that the nodes follow is unrolled for one period (c ticks: one sample; in presentation
+'sequence' one sequence), late enough that every signal has a sender. A signal that a step takes in
+period p left its sender in period p - `periods`. This is a marked graph (Commoner et al. 1971): the
+periods are the tokens that lie on an arc at the start.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.schedule.events import Event, Kind, Phase, Stamp, emitted, source_events
+from hamdist.dynamics.schedule.pulse import PulseSchedule
+from hamdist.dynamics.schedule.sequence import SequenceSchedule
+from hamdist.errors import SettingsError
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.signals.signal import Channel
+
+TOKENS = 4  # of a sequence, where the stream does not tell
+MOST_STEPS = 1_000_000
+_BACK = (Kind.MESSAGE, Kind.GRADIENT, Kind.WEIGHT)  # sent by backward passes
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An event of a node within the period; `tick` counts from the period's start."""
+
+    node: str
+    phase: Phase
+    tick: int
+
+
+@dataclass(frozen=True, slots=True)
+class SignalArc:
+    """A signal from a step to another.
+
+    Attributes:
+        source, target: places of the steps in `StepGraph.steps`.
+        periods: from sending to taking.
+        channel: that it crosses.
+    """
+
+    source: int
+    target: int
+    periods: int
+    channel: Channel
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """The steps of one period, in the order in which one process would do them.
+
+    Attributes:
+        steps: of all nodes.
+        arcs: signals between the steps.
+        ticks: of a period.
+        samples: that enter the network in a period.
+    """
+
+    steps: tuple[Step, ...]
+    arcs: tuple[SignalArc, ...]
+    ticks: int
+    samples: int
+
+
+def step_graph(plan: Plan, tokens: int = TOKENS) -> StepGraph:
+    """Unroll one period of the plan's schedule; `tokens`: of a sequence.
+
+    Raises SettingsError if a period has more than MOST_STEPS steps.
+    """
+    return _Unrolled(plan, tokens).graph()
+
+
+class _Unrolled:
+    """The events of one period that begins at tick `start`."""
+
+    def __init__(self, plan: Plan, tokens: int) -> None:
+        self._plan = plan
+        self._schedule = plan.schedule
+        self._nodes = [INPUT, *plan.graph.blocks]
+        if isinstance(self._schedule, SequenceSchedule):
+            opening = self._schedule.opening()
+            for _ in range(2):  # (what a sequence reads of the one before exists)
+                opening = self._schedule.following(opening._replace(length=tokens))
+            self._span = opening._replace(length=tokens)
+            self.start = opening.start - 1
+            self.ticks = self._schedule.following(self._span).start - opening.start
+            self.samples = tokens
+        else:
+            self.ticks, self.samples = self._schedule.c, 1
+            if self.ticks * len(self._nodes) > MOST_STEPS and plan.knobs.hold:
+                raise SettingsError(
+                    f"locality.speed: a sample makes {self.ticks:,} ticks of {len(self._nodes):,} "
+                    "blocks, too many steps to simulate; use a lower speed, or fewer blocks"
+                )
+            reach = 4 * plan.graph.depth + max(e.delay for e in plan.graph.edges) + 4
+            self.start = self.ticks * (4 + 4 * reach // self.ticks)
+        events = [
+            (event.tick, node != INPUT and self._late(node), i, event)
+            for i, node in enumerate(self._nodes)
+            for event in self._events(node)
+        ]
+        events.sort(key=lambda one: one[:3])
+        self._rows = [(self._nodes[i], event) for _, _, i, event in events]
+        self._ticks: dict[tuple[str, bool], list[int]] = {}
+        self._places: dict[tuple[str, bool], list[int]] = {}
+        for place, (node, event) in enumerate(self._rows):
+            for back in self._sends(event.phase):
+                self._ticks.setdefault((node, back), []).append(event.tick - self.start)
+                self._places.setdefault((node, back), []).append(place)
+
+    def _late(self, block: str) -> bool:
+        late = getattr(self._schedule, "late", None)
+        return late is not None and late(block)
+
+    @staticmethod
+    def _sends(phase: Phase) -> tuple[bool, ...]:
+        """Return which signals a phase sends: states and the like (False), messages (True)."""
+        if phase in (Phase.EMIT, Phase.FORWARD):
+            return (False,)
+        return (True,) if phase is Phase.BACKWARD else (False, True)
+
+    def _events(self, node: str) -> Iterator[Event]:
+        schedule, end = self._schedule, self.start + self.ticks
+        if isinstance(schedule, SequenceSchedule):
+            span, tokens = self._span, range(self.samples)
+            if node == INPUT:
+                return (schedule.emission(span, m) for m in tokens)
+            forward = [schedule.forward(node, span, m) for m in tokens]
+            return iter(
+                [
+                    *forward,
+                    *(schedule.backward(node, span, j) for j in range(schedule.reversed(span))),
+                ]
+            )
+        if node == INPUT:
+            parts = schedule.parts if isinstance(schedule, PulseSchedule) else 1
+            first = self.start // schedule.c * parts
+            own: Iterator[Event] = source_events(schedule.c, first, parts)
+        else:
+            own = schedule.events(node, self.start)  # type: ignore[attr-defined]
+        inside = takewhile(lambda event: event.tick < end + schedule.c, own)
+        return (event for event in inside if self.start <= event.tick < end)
+
+    def graph(self) -> StepGraph:
+        steps = tuple(
+            Step(node, event.phase, event.tick - self.start) for node, event in self._rows
+        )
+        arcs = tuple(
+            self._arc(place, channel, stamp)
+            for place, (node, event) in enumerate(self._rows)
+            if node != INPUT
+            for channel, stamp in self._takes(node, event)
+        )
+        return StepGraph(steps, arcs, self.ticks, self.samples)
+
+    def _takes(self, block: str, event: Event) -> Iterator[tuple[Channel, Stamp]]:
+        """Yield the signals that `event` takes, as the nodes do (nodes/ports.py, nodes/ties.py)."""
+        plan, schedule = self._plan, self._schedule
+        channels, graph = plan.channels, plan.graph
+        for i, edge in enumerate(graph.into[block]):
+            stamp = schedule.state(edge, event)
+            if stamp is not None:
+                yield channels.states[edge.index], stamp
+                if i == 0 and block in channels.labels:
+                    yield channels.labels[block], stamp
+        for edge in graph.out_of[block]:
+            stamp = schedule.message(edge, event) if edge.index in channels.messages else None
+            if stamp is not None:
+                yield channels.messages[edge.index], stamp
+        if block in channels.targets and event.phase is not Phase.BACKWARD:
+            stamp = schedule.target(block, event)
+            if stamp is not None:
+                yield channels.targets[block], stamp
+        if block in channels.clocks and event.tick % schedule.c == 0:
+            yield channels.clocks[block], emitted(event.sample, schedule.c)
+        if isinstance(schedule, PulseSchedule):
+            for tie in graph.ties:
+                if tie.owner == block and event.phase in (Phase.BACKWARD, Phase.READ):
+                    yield channels.gradients[tie.index], schedule.gradient(tie, event)
+                weights = schedule.weight(tie, event) if tie.user == block else None
+                if weights is not None and event.phase in (Phase.FORWARD, Phase.READ):
+                    yield channels.weights[tie.index], weights
+
+    def _arc(self, target: int, channel: Channel, stamp: Stamp) -> SignalArc:
+        """Return the arc of a signal. It leaves with the last one of its bundle."""
+        back = channel.kind in _BACK
+        ticks = self._ticks[channel.sender, back]
+        ago, tick = divmod(stamp.tick + channel.span - self.start, self.ticks)
+        at = bisect_left(ticks, tick)
+        if at == len(ticks):  # (a bundle that is not full leaves in the sender's next tick)
+            ago, at = ago + 1, 0
+        return SignalArc(self._places[channel.sender, back][at], target, -ago, channel)

@@ -1,0 +1,510 @@
+"""Built-in rules against plain torch: each formula once more, by hand, in float64.
+
+The oracles take the random matrices out of the blocks' memory, and nothing else of hamdist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from dynamics.helpers import F64, Network, layer, linear, noise, relative, settings
+from torch import nn
+from torch.nn import functional
+
+import hamdist
+from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.rules.feedback_alignment import SignSymmetry
+from hamdist.dynamics.rules.hebbian import Oja, SoftHebb
+from hamdist.dynamics.rules.local_losses import DifferenceTargetPropagation
+from hamdist.dynamics.rules.names import HOMES, built_in
+
+B, SIZES = 4, (5, 6, 7, 3)
+LR, ITEMS = 0.2, 12
+
+
+def items(many=ITEMS, missing=()):
+    u = noise(1, many, B, SIZES[0])
+    y = torch.randint(SIZES[-1], (many, B), generator=torch.Generator().manual_seed(2))
+    return [(x, None if n in missing else t) for n, (x, t) in enumerate(zip(u, y, strict=True))]
+
+
+def chain(*rules):
+    """Three layers, tanh between; rules: of each block, or one for all."""
+    rules = rules * 3 if len(rules) == 1 else rules
+    blocks = [
+        BlockSpec("a", layer(5, 6, 0), ("u",)),
+        BlockSpec("b", layer(6, 7, 1), ("a",)),
+        BlockSpec("r", linear(7, 3, 2), ("b",), loss=cross_entropy),
+    ]
+    return Graph([replace(b, rule=r) for b, r in zip(blocks, rules, strict=True)])
+
+
+def run(*rules, level="backprop", data=None, **learning):
+    given = {"learning": {"lr": LR, **learning}, "seed": 3}
+    return Network(chain(*rules), settings(level, **given), data or items())
+
+
+def memory(net, name):
+    return {k: t.clone() for k, t in net.nodes[name].block.rule.view.memory.items()}
+
+
+def weights(net):
+    return [t for name in "abr" for t in net.theta(name)]
+
+
+def plain():
+    made = [layer(5, 6, 0)[0], layer(6, 7, 1)[0], linear(7, 3, 2)]
+    return [(m.weight.detach().clone(), m.bias.detach().clone()) for m in made]
+
+
+def by_hand(back, after=None, decay=0.0, data=None):
+    """Train the chain by the formulas. back(l, W, delta, e): z of layer l - 1; after: behind a
+    step, with the steps of the matrices."""
+    theta = plain()
+    for u, y in data or items():
+        h = [u]
+        for n, (W, b) in enumerate(theta):
+            a = h[-1] @ W.T + b
+            h.append(a if n == 2 else torch.tanh(a))
+        e = (torch.softmax(h[-1], 1) - functional.one_hot(y, 3)) / len(u)
+        delta, steps = e, []
+        for n in (2, 1, 0):
+            W, b = theta[n]
+            steps.insert(0, (delta.T @ h[n] + decay * W, delta.sum(0) + decay * b))
+            if n:
+                delta = back(n, W, delta, e) * (1 - h[n] ** 2)
+        for (W, b), (dW, db) in zip(theta, steps, strict=True):
+            W -= LR * dW
+            b -= LR * db
+        if after is not None:
+            after([dW for dW, _ in steps])
+    return [t for pair in theta for t in pair]
+
+
+def test_feedback_alignment():
+    net = run(built_in("feedback-alignment")())
+    matrix = {1: memory(net, "b")["0.weight"], 2: memory(net, "r")["weight"]}
+    expected = by_hand(lambda n, W, delta, e: delta @ matrix[n])
+    assert relative(weights(net.run()), expected) <= 1e-13
+    assert relative(expected, by_hand(lambda n, W, delta, e: delta @ W)) > 1e-3
+
+
+@pytest.mark.parametrize("magnitude", ["uniform", "fixed"])
+def test_sign_symmetry(magnitude):
+    net = run(SignSymmetry(magnitude))
+    size = {1: SIZES[1] ** -0.5, 2: SIZES[2] ** -0.5}
+    if magnitude == "fixed":
+        size = {1: memory(net, "b")["0.weight"], 2: memory(net, "r")["weight"]}
+        assert min(float(s.min()) for s in size.values()) >= 0
+    expected = by_hand(lambda n, W, delta, e: delta @ (torch.sign(W) * size[n]))
+    assert relative(weights(net.run()), expected) <= 1e-13
+
+
+def test_batchwise_magnitudes_are_drawn_anew():
+    rule = SignSymmetry("batchwise")
+    net = run(rule)
+    view = net.nodes["b"].block.rule.view
+    drawn = []
+    for sample in (0, 1, 0):
+        view.at("backward", sample, B)
+        drawn.append(rule.feedback(view)["0.weight"].clone())
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert all(torch.equal(torch.sign(d), torch.sign(net.theta("b")[0])) for d in drawn)
+
+
+def test_kolen_pollack():
+    """B gets the update of W; with weight decay both become equal."""
+    net = run(built_in("kolen-pollack")(), weight_decay=0.3)
+    matrix = {1: memory(net, "b")["0.weight"], 2: memory(net, "r")["weight"]}
+    apart = matrix[2] - net.theta("r")[0]
+
+    def after(steps):
+        for n, b in matrix.items():
+            W = net_theta[n]
+            b -= LR * (steps[n] - 0.3 * W + 0.3 * b)
+            net_theta[n] = W - LR * steps[n]
+
+    net_theta = {1: plain()[1][0], 2: plain()[2][0]}
+    expected = by_hand(lambda n, W, delta, e: delta @ matrix[n], after, decay=0.3)
+    net.run()
+    assert relative(weights(net), expected) <= 1e-13
+    assert relative([memory(net, "r")["weight"]], [matrix[2]]) <= 1e-13
+    # What is between them is left by nothing but the decay.
+    left = memory(net, "r")["weight"] - net.theta("r")[0]
+    assert relative([left], [apart * (1 - LR * 0.3) ** ITEMS]) <= 1e-12
+
+
+def test_direct_feedback_alignment():
+    rule = built_in("direct-feedback-alignment")()
+    net = run(rule, rule, None)
+    matrix = {1: memory(net, "a")["B"], 2: memory(net, "b")["B"]}
+    assert [tuple(m.shape) for m in matrix.values()] == [(3, 6), (3, 7)]
+    expected = by_hand(lambda n, W, delta, e: e @ matrix[n])
+    assert relative(weights(net.run()), expected) <= 1e-13
+    assert net.plan.channels.messages == {}
+    assert {c.edge for c in net.plan.channels.errors.values()} == {"r=>a", "r=>b"}
+
+
+def test_the_error_comes_one_tick_behind_the_loss():
+    """By hand: depth of r is 2, so blocks hear of sample n at tick n + 3."""
+    rule = built_in("direct-feedback-alignment")()
+    net = run(rule, rule, None, level="trace")
+    events = []
+    net.run(after=lambda node, event: events.append((node.name, event.phase.value, *event[::2])))
+    backward = [(name, tick, n) for name, phase, tick, n in events if phase == "B"]
+    assert sorted(backward) == sorted((name, n + 3, n) for name in "ab" for n in range(ITEMS))
+    # a: 3 ticks between its passes, so 4 samples are kept; b: 2, so 3.
+    assert [net.plan.schedule.stored(name) for name in "ab"] == [4, 3]
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_convolutions_and_a_missing_target(name):
+    """Every rule runs on a convolution, where a target is missing nothing moves."""
+    rule = built_in(name)()
+    if rule.presentation == "hold" or isinstance(rule, Oja):
+        pytest.skip("held, or of linear layers alone")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)
+        ).double()
+    data = [(x[:, :5].reshape(B, 1, 1, 5).expand(B, 1, 5, 5), y) for x, y in items(6)]
+
+    def trained(data):
+        given = {"classes": 3, "level": "trace", "engine": {"kind": "inprocess"}}
+        cut = {"partition": {"cuts": ["3"]}, "learning": {"lr": LR}, "dtype": "float64"}
+        return hamdist.train(model, data, rules={"*": name}, **given, **cut).model.state_dict()
+
+    before, after = model.state_dict(), trained(data)
+    assert all(not torch.equal(before[k], after[k]) for k in before)
+    if not rule.overrides("learn"):
+        last = [(data[0][0], data[0][1])] + [(u, None) for u, _ in data[1:]]
+        once, alone = trained(last), trained(data[:1])
+        assert all(torch.equal(once[k], alone[k]) for k in once)
+
+
+# -- local losses and Hebbian rules ----------------------------------------------------------------
+
+
+def one_block(rule, data, lr=LR):
+    """The hidden block `a` in front of a readout; the state of `a` and what its rule remembers."""
+    graph = Graph(
+        [
+            BlockSpec("a", layer(5, 6, 0), ("u",), rule=rule),
+            BlockSpec("r", linear(6, 3, 1), ("a",), loss=cross_entropy),
+        ]
+    )
+    return Network(graph, settings("trace", learning={"lr": lr}, seed=3), data)
+
+
+def test_mono_forward():
+    """Autograd of the local loss, stepped by torch.optim.SGD."""
+    net = one_block(built_in("mono-forward")(), items())
+    W, b = (t.requires_grad_() for t in plain()[0])
+    M = memory(net, "a")["M"].requires_grad_()
+    assert tuple(M.shape) == (3, 6)
+    optimiser = torch.optim.SGD([W, b, M], LR)
+    for u, y in items():
+        optimiser.zero_grad()
+        functional.cross_entropy(torch.tanh(functional.linear(u, W, b)) @ M.T, y).backward()
+        optimiser.step()
+    net.run()
+    assert relative([*net.theta("a"), memory(net, "a")["M"]], [W, b, M]) <= 1e-13
+    assert net.plan.channels.messages == {}
+
+
+@pytest.mark.parametrize("decay", ["hebb", "oja", "sanger"])
+def test_oja(decay):
+    """Row by row, unit by unit, as the papers write it."""
+    net = one_block(Oja(decay), items())
+    W, b = plain()[0]
+    for u, _ in items():
+        dW = torch.zeros_like(W)
+        for x in u:
+            y = W @ x
+            for i in range(6):
+                to = {"hebb": 0, "oja": 6, "sanger": i + 1}[decay]
+                dW[i] += y[i] * (x - sum((y[k] * W[k] for k in range(to)), 0 * x))
+        W += LR * dW / B
+    assert relative(net.run().theta("a"), [W, b]) <= 1e-13
+
+
+def test_sanger_finds_the_principal_components():
+    """Of inputs whose covariance is known."""
+    scale = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.2], dtype=F64)
+    basis, _ = torch.linalg.qr(noise(9, 5, 5))
+    data = [(x * scale @ basis.T, y) for x, y in items(2000)]
+    net = one_block(Oja("sanger"), data, lr=0.005)
+    W = net.run().theta("a")[0][:2]
+    cosines = (functional.normalize(W, dim=1) @ basis[:, :2]).abs()
+    assert cosines.diagonal().min() > 0.95
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_soft_hebb(temperature):
+    net = one_block(SoftHebb(temperature), items())
+    W, b = plain()[0]
+    for u, _ in items():
+        dW = torch.zeros_like(W)
+        for x in u:
+            a = W @ x
+            y = torch.exp(a / temperature) / torch.exp(a / temperature).sum()
+            for i in range(6):
+                dW[i] += y[i] * (x - a[i] * W[i])
+        W += LR * dW / B
+    assert relative(net.run().theta("a"), [W, b]) <= 1e-13
+
+
+def test_synthetic_gradients():
+    """At level backprop: a step by the prediction, then the prediction learns from the message."""
+    rule = built_in("synthetic-gradients")()
+    net = run(None, rule, None)
+    theta = plain()
+    A, c = (memory(net, "b")[name] for name in "Ac")
+    assert not A.any()
+    for u, y in items():
+        (W0, b0), (W1, b1), (W2, b2) = theta
+        h0 = torch.tanh(u @ W0.T + b0)
+        h1 = torch.tanh(h0 @ W1.T + b1)
+        d = h1 @ A.T + c
+        z1 = d / B * (1 - h1**2)
+        step = (z1.T @ h0, z1.sum(0))
+        W1 -= LR * step[0]
+        b1 -= LR * step[1]
+        e = (torch.softmax(h1 @ W2.T + b2, 1) - functional.one_hot(y, 3)) / B
+        m = e @ W2
+        # The message comes when b has moved: today's weights, the input of then.
+        now = torch.tanh(h0 @ W1.T + b1)
+        z0 = (d / B * (1 - now**2)) @ W1 * (1 - h0**2)
+        A -= LR * (d / B - m).T @ h1
+        c -= LR * (d / B - m).sum(0)
+        W2 -= LR * e.T @ h1
+        b2 -= LR * e.sum(0)
+        W0 -= LR * z0.T @ u
+        b0 -= LR * z0.sum(0)
+    net.run()
+    found = [*weights(net), *memory(net, "b").values()]
+    assert relative(found, [*(t for pair in theta for t in pair), A, c]) <= 1e-13
+
+
+def test_target_propagation():
+    rule = DifferenceTargetPropagation(eta=0.3, noise=0.0)
+    net = run(rule, rule, None)
+    V, c = (memory(net, "b")[name] for name in "Vc")
+    assert memory(net, "a") == {}
+
+    def g(h):
+        return torch.tanh(h @ V.T + c)
+
+    theta = plain()
+    for u, y in items():
+        (W0, b0), (W1, b1), (W2, b2) = theta
+        h0 = torch.tanh(u @ W0.T + b0)
+        h1 = torch.tanh(h0 @ W1.T + b1)
+        e = (torch.softmax(h1 @ W2.T + b2, 1) - functional.one_hot(y, 3)) / B
+        target = h1 - 0.3 * B * (e @ W2)
+        target0 = h0 + g(target) - g(h1)  # Lee et al. 2015, Eq. 15
+        z1 = (h1 - target) / (0.3 * B) * (1 - h1**2)
+        z0 = (h0 - target0) / (0.3 * B) * (1 - h0**2)
+        back = g(h1)
+        wrong = (back - h0) / B * (1 - back**2)  # of 1/2 |g(f(x)) - x|^2
+        steps = [(z0.T @ u, z0.sum(0)), (z1.T @ h0, z1.sum(0)), (e.T @ h1, e.sum(0))]
+        for (W, b), (dW, db) in zip(theta, steps, strict=True):
+            W -= LR * dW
+            b -= LR * db
+        V -= LR * wrong.T @ h1
+        c -= LR * wrong.sum(0)
+    net.run()
+    found = [*weights(net), *memory(net, "b").values()]
+    assert relative(found, [*(t for pair in theta for t in pair), V, c]) <= 1e-12
+
+
+def test_inverses_learn_to_undo_their_blocks():
+    """With noise, over items whose states have a good inverse."""
+    net = one_chain = run(
+        DifferenceTargetPropagation(), DifferenceTargetPropagation(), None, data=items(200)
+    )
+    x = torch.tanh(noise(5, 64, 6))
+
+    def apart():
+        node = one_chain.nodes["b"].block.rule.view
+        h = node.f([x])
+        return float((torch.tanh(h @ node.memory["V"].T + node.memory["c"]) - x).square().mean())
+
+    before = apart()
+    net.run()
+    assert apart() < 0.5 * before
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+class Backprop(hamdist.Rule):
+    on_readout = True
+
+    def backward(self, block, kept, message):
+        return block.vjp(kept, message)
+
+
+def test_the_plain_vjp_is_backpropagation():
+    expected = by_hand(lambda n, W, delta, e: delta @ W)
+    assert relative(weights(run(Backprop()).run()), expected) <= 1e-13
+    assert relative(weights(run(Backprop(), None, Backprop()).run()), expected) <= 1e-13
+
+
+def test_dropout_of_the_forward_pass_is_that_of_the_backward_pass():
+    """Oracle: the same draws at level backprop's own rule would differ; a mask that is drawn anew
+    would send a message through units that were dropped."""
+
+    seen = []
+
+    class Sees(Backprop):
+        def backward(self, block, kept, message):
+            seen.append(block.f(kept) == 0)
+            return block.vjp(kept, message)
+
+    graph = chain(None, Sees(), None)
+    spec = graph.blocks["b"]
+    dropping = replace(spec, module=nn.Sequential(*spec.module, nn.Dropout(0.5)))
+    net = Network(
+        graph.over([graph.blocks["a"], dropping, graph.blocks["r"]]), settings("trace"), items()
+    )
+    h = {}
+    net.run(
+        after=lambda node, event: (
+            h.__setitem__(event.sample, node.block.h == 0)
+            if node.name == "b" and event.phase.value == "F"
+            else None
+        )
+    )
+    assert all(torch.equal(h[n], dropped) for n, dropped in enumerate(seen))
+    assert 0.3 < float(torch.cat(list(h.values())).double().mean()) < 0.7
+
+
+def wrong(**parts):
+    return type("Wrong", (hamdist.Rule,), parts)()
+
+
+def fails(self, *arguments):
+    raise KeyError("forgotten")
+
+
+def back(made):
+    return lambda self, block, kept, message: made(block, kept, message)
+
+
+REFUSED = {
+    "no backward": (wrong(), "needs a method backward"),
+    "no learn": (wrong(signals=hamdist.Signals(back="none")), "needs a method learn"),
+    "no relax": (wrong(presentation="hold"), "needs a method relax"),
+    "another presentation": (wrong(presentation="wave"), "presentation 'wave'"),
+    "an unknown signal": (wrong(signals=hamdist.Signals(back="all")), "signals.back 'all'"),
+    "memory with an object": (
+        wrong(start=lambda self, block: {"x": object()}, backward=fails),
+        r"start\(\) keeps no plain data: a object cannot be saved",
+    ),
+    "kept with a graph": (
+        wrong(
+            forward=lambda self, block, x: (block.f(x), x[0].clone().requires_grad_()),
+            backward=fails,
+        ),
+        r"forward\(\) keeps no plain data: a tensor has a graph",
+    ),
+    "h of another shape": (
+        wrong(forward=lambda self, block, x: (block.f(x)[:, :2], x), backward=fails),
+        r"forward\(\) gives h as a tensor of shape \(4, 2\), not of shape \(4, 7\)",
+    ),
+    "one value": (
+        wrong(forward=lambda self, block, x: block.f(x), backward=fails),
+        r"forward\(\) returned a tensor of shape \(4, 7\), not \(h, kept\)",
+    ),
+    "a message of another shape": (
+        wrong(backward=back(lambda b, k, m: ([m], {}))),
+        r"a tensor of shape \(4, 7\) as the message to a parent whose state has shape \(4, 6\)",
+    ),
+    "too many messages": (
+        wrong(backward=back(lambda b, k, m: ([None, None], {}))),
+        "a list of 2; return a list with one for each of its 1 parents",
+    ),
+    "an update of no weight": (
+        wrong(backward=back(lambda b, k, m: ([None], {"W": m}))),
+        r"an update for 'W', which is no weight that learns; known: 0.weight, 0.bias",
+    ),
+    "an update of another shape": (
+        wrong(backward=back(lambda b, k, m: ([None], {"0.bias": m}))),
+        r"its update for '0.bias' is a tensor of shape \(4, 7\), and the weight has shape \(7,\)",
+    ),
+    "its own error": (wrong(backward=fails), "block 'b'.*in a dry run: KeyError: 'forgotten'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_rule_may_not_do_is_found_before_anything_starts(case):
+    rule, said = REFUSED[case]
+    with pytest.raises(hamdist.HamdistError, match=said):
+        trained(chain(None, rule, None))
+
+
+def trained(graph, level="trace", **fields):
+    given = {"classes": 3, "level": level, "engine": {"kind": "inprocess"}, "dtype": "float64"}
+    return hamdist.train(graph, items(), **{**given, **fields})
+
+
+LEVELS = {
+    "local": ({}, "is of presentation 'pulse', the level of 'hold'; use level trace"),
+    "heads": ({}, "level 'heads' sends none"),
+    "pipeline": ({"locality": {"microbatches": 2}}, "use level 'backprop' instead of 'pipeline'"),
+    "trace": ({"locality": {"memory": "trace+weights"}}, "use memory 'trace'"),
+    "backprop": ({"learning": {"inputs": "centred"}}, "learning.inputs"),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_that_rules_do_not_fit(level):
+    fields, said = LEVELS[level]
+    with pytest.raises(hamdist.HamdistError, match=said):
+        trained(chain(None, Backprop(), None), level, **fields)
+
+
+def test_a_block_that_would_wait_for_ever():
+    direct = built_in("direct-feedback-alignment")()
+    with pytest.raises(
+        hamdist.HamdistError, match=r"block 'a' waits for messages.*\(b\) send none"
+    ):
+        trained(chain(None, direct, None))
+
+
+NAMES = {
+    "feedback-alignmnt": "did you mean 'feedback-alignment'",
+    "nowhere.py:Rule": "no file 'nowhere.py'",
+    "sign-symmetry?": "is no rule",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_rules(name):
+    with pytest.raises(hamdist.HamdistError, match=NAMES[name]):
+        trained(chain(None), rules={"b": name})
+    with pytest.raises(hamdist.HamdistError, match=NAMES[name]):
+        trained(chain(None), learning={"rules": {"b": name}})
+
+
+def test_patterns_arguments_and_readouts():
+    with pytest.raises(hamdist.HamdistError, match=r"rules.block\*: no such block; known: a, b, r"):
+        trained(chain(None), rules={"block*": "kolen-pollack"})
+    with pytest.raises(
+        hamdist.HamdistError, match=r"rules.r: DirectFeedbackAlignment is no rule of"
+    ):
+        trained(chain(None), rules={"r": "direct-feedback-alignment"})
+    with pytest.raises(hamdist.HamdistError, match="magnitude 'huge'"):
+        trained(chain(None), rules={"b": {"name": "sign-symmetry", "magnitude": "huge"}})
+    with pytest.raises(hamdist.HamdistError, match="called with size"):
+        trained(chain(None), rules={"b": {"name": "sign-symmetry", "size": 1}})
+    by_settings = trained(chain(None), learning={"rules": {"*": "direct-feedback-alignment"}})
+    by_name = trained(chain(None), rules={"[ab]": "direct-feedback-alignment"})
+    for name, block in by_settings.blocks.items():
+        assert all(torch.equal(t, by_name.blocks[name].theta[k]) for k, t in block.theta.items())
