@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from hamdist.errors import HamdistError as HamdistError
     from hamdist.errors import Stop as Stop
     from hamdist.errors import TakeSnapshot as TakeSnapshot
+    from hamdist.runtime.live.callbacks import BestWeights as BestWeights
+    from hamdist.runtime.live.callbacks import Callback as Callback
+    from hamdist.runtime.live.callbacks import EarlyStopping as EarlyStopping
+    from hamdist.runtime.live.callbacks import Evaluation as Evaluation
     from hamdist.runtime.ray_engine.session import session as session
     from hamdist.runtime.results.result import RunResult as RunResult
 
@@ -56,6 +60,7 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
     "hamdist.dynamics.rules.rule": "BlockView Rule Signals",
     "hamdist.errors": "HamdistError Stop TakeSnapshot",
+    "hamdist.runtime.live.callbacks": "BestWeights Callback EarlyStopping Evaluation",
     "hamdist.runtime.ray_engine.session": "session",
     "hamdist.runtime.results.result": "RunResult",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +22,7 @@ from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
 from hamdist.errors import ChoiceWarning, SettingsError
 from hamdist.runtime.live.begin import live_run, read_beginning, with_first_weights
+from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.result import Progress, RunResult
@@ -47,6 +49,7 @@ def train(
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
     resume: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
     **fields: Any,
 ) -> RunResult:
     """Train `model` on `stream`; `result.model` is a plain module with the learned weights.
@@ -85,6 +88,8 @@ def train(
             other exception ends the run, too, and gets the weights learned so far as its `result`.
         resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run
             continues from it.
+        callbacks: called as things happen (`hamdist.Callback`); the stream is then drawn in this
+            process, and fed to a run of `start`.
         **fields: fields of `Settings` by name, which take precedence over `settings`. `partition`
             may be a function, too: from the places where a block can begin (`CutPlace`) to the
             names of the modules that begin one.
@@ -102,7 +107,11 @@ def train(
     _check_arguments(model, settings, functions, on_progress)
     own = {**functions, "rules": rules}
     work, read = _prepared(model, stream, settings, loss, classes, names, own, fields)
-    return work(stream=read, on_progress=on_progress, resume=resume)
+    if not callbacks:
+        return work(stream=read, on_progress=on_progress, resume=resume)
+    if on_progress is not None or resume is not None:
+        raise SettingsError("callbacks: leave on_progress and resume out (start has resume)")
+    return _called_back(work, model, read, callbacks)
 
 
 def start(
@@ -117,6 +126,7 @@ def start(
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     resume: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
     **fields: Any,
 ) -> LiveRun:
     """Start a run that learns from what is said to it; `stop` gives the result of `train`.
@@ -134,6 +144,7 @@ def start(
         out: a folder for the journal, with which `replay` repeats the run, and for snapshots.
         resume: `out` of an earlier run, whose journal goes on: from its latest snapshot, or from
             the beginning; or one of its snapshots.
+        callbacks: called as things happen (`hamdist.Callback`).
         model, settings, loss, classes, names, **fields: as of `train`, all of whose other arguments
             but `stream` and `on_progress` are taken, too.
 
@@ -155,7 +166,22 @@ def start(
         "out": out,
         "resume": resume,
     }
-    return live_run(work, model, reader, **begin)
+    return live_run(work, model, reader, callbacks=callbacks, **begin)
+
+
+def _called_back(
+    work: partial[RunResult], model: Any, stream: Stream, callbacks: Sequence[Callback]
+) -> RunResult:
+    """Return the result of a live run that is fed all of the stream."""
+    samples = iter(stream.samples())
+    first, spec = next(samples), stream.spec
+    classes = {n: one.classes for n, one in (spec.targets or {}).items() if one.classes is not None}
+    reader = from_iterable([first], classes=classes or spec.classes)
+    with live_run(work, model, reader, patience=1, callbacks=callbacks) as run:
+        for sample in islice(chain([first], samples), work.keywords["settings"].steps):
+            u = sample.u if sample.inputs is None else sample.inputs
+            run.feed(u, sample.y, end=sample.end)
+    return run.stop()
 
 
 def replay(

@@ -377,3 +377,90 @@ def test_on_ray_answers_belong_to_their_questions_and_a_lost_actor_loses_nothing
         chat(run, kill=kill)
     assert run.result.replaced
     assert equal(run.result, hamdist.replay(tmp_path, network(seed=7)))
+
+
+class Told(hamdist.Callback):
+    def __init__(self):
+        self.told = []
+
+    def on_start(self, run):
+        self.told.append("start")
+
+    def on_sample(self, run, answer):
+        self.told.append(answer.number)
+
+    def on_window(self, run, event):
+        self.told.append("window")
+
+    def on_evaluate(self, run, scores, model):
+        self.told.append("evaluate")
+
+    def on_snapshot(self, run, event):
+        self.told.append("snapshot")
+
+    def on_end(self, run, result):
+        self.told.append("end")
+
+
+def test_callbacks_are_told_what_happens(tmp_path):
+    told, said = Told(), list(samples(6))
+    evaluation = hamdist.Evaluation(*said[0], every=3)
+    with start("backprop", callbacks=[told, evaluation], out=tmp_path) as run:
+        for u, y in said:
+            run.feed(u, y)
+        run.snapshot()
+        run.predict(said[0][0])
+    order = [one for one in told.told if one not in ("window", "snapshot")]
+    assert order == ["start", 0, 1, 2, "evaluate", 3, 4, 5, "evaluate", 6, "end"]
+
+
+class Settled(hamdist.Evaluation):
+    """Behind the update of the sample, which at speed inf comes with the next emission."""
+
+    def on_sample(self, run, answer):
+        run.settle()
+        super().on_sample(run, answer)
+
+
+def test_training_stops_early_and_gives_back_the_best_weights():
+    """By hand: the loss on held-out data after every second step, and where it was least."""
+    said, held_out = list(samples(40, seed=5)), next(iter(samples(1, seed=9, batch=6)))
+    by_hand, seen, stop = network(), [], None
+    for n, (u, y) in enumerate(said):
+        by_hand.zero_grad()
+        nn.functional.cross_entropy(by_hand(u), y).backward()
+        with torch.no_grad():
+            for p in by_hand.parameters():
+                p -= 0.8 * p.grad
+        if n % 2:
+            loss = float(nn.functional.cross_entropy(by_hand(held_out[0]), held_out[1]))
+            seen.append((loss, {k: w.clone() for k, w in by_hand.state_dict().items()}))
+            losses = [one[0] for one in seen]
+            if len(seen) - 1 - losses.index(min(losses)) >= 3:
+                stop = n + 1
+                break
+    assert stop is not None  # (else nothing is tested)
+    best = hamdist.BestWeights()
+    result = hamdist.train(
+        network(),
+        said,
+        classes=3,
+        level="backprop",
+        learning={"lr": 0.8},
+        callbacks=[Settled(*held_out, every=2), best, hamdist.EarlyStopping(3)],
+    )
+    assert result.samples == stop
+    loss, weights = min(seen, key=lambda one: one[0])
+    assert best.best.loss == pytest.approx(loss)
+    for name, weight in result.model.state_dict().items():
+        torch.testing.assert_close(weight, weights[name])
+
+
+def test_training_with_callbacks_is_training():
+    said = list(samples(8))
+    plain = hamdist.train(network(), said, classes=3, level="trace", steps=6)
+    called = hamdist.train(
+        network(), said, classes=3, level="trace", steps=6, callbacks=[hamdist.Callback()]
+    )
+    assert equal(plain, called)
+    assert plain.samples == called.samples == 6

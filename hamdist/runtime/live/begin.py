@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from hamdist.config import EngineKind, Level, Settings
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import SettingsError
+from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.journal import Journal, named, read_named
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.results.result import RunResult
@@ -34,6 +35,7 @@ def live_run(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     repeats: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> LiveRun:
     """Start a live run. Raises HamdistError before anything starts.
 
@@ -73,7 +75,7 @@ def live_run(
             done: RunResult = work(stream=stream, on_progress=on_progress, resume=resume)
             return done
 
-        return LiveRun(run, stream, reader, settings, work.keywords["loss"], journal)
+        return LiveRun(run, stream, reader, settings, work.keywords["loss"], journal, callbacks)
     except BaseException:
         if journal is not None:
             journal.close()

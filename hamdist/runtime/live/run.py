@@ -6,7 +6,8 @@ import asyncio
 import atexit
 import contextvars
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +18,15 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
-from hamdist.errors import SettingsError, StreamError
+from hamdist.errors import SettingsError, Stop, StreamError
+from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.live import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.evaluate import Scores, Targets, evaluate
+from hamdist.runtime.results.events import ActorReplaced, RunEvent, SnapshotComplete, WindowFull
+from hamdist.runtime.results.progress_events import ProgressEvents
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.train.outcome import model_of
 from hamdist.streams.check import Checker
@@ -79,6 +83,7 @@ class LiveRun:
         settings: Settings,
         losses: Losses | None,
         journal: Journal | None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.settings = settings
         self.result: RunResult | None = None
@@ -89,6 +94,9 @@ class LiveRun:
         self._from: dict[str, int] = {}  # by readout: the first number that is not there
         self._asked: set[int] = set()  # by predict, which takes its answer itself
         self._progress: Progress | None = None
+        self._callbacks, self._calling = list(callbacks), False
+        self._events_of = ProgressEvents(settings.level.value, settings.seed)
+        self._happened: deque[Answer | RunEvent] = deque()
         self._wrappers: list[Chosen] = []
         self._started = threading.Event()
         self._error: BaseException | None = None
@@ -106,6 +114,8 @@ class LiveRun:
             self._end()
             raise self._error
         atexit.register(self.stop)
+        for callback in self._callbacks:
+            callback.on_start(self)
 
     def _run(self, work: Callable[..., RunResult]) -> None:
         try:
@@ -127,6 +137,30 @@ class LiveRun:
 
     def _note(self, progress: Progress) -> None:
         self._progress = progress
+        if self._callbacks:
+            self._happened.extend(self._events_of(progress))
+
+    def _call(self) -> None:
+        """Tell the callbacks what has happened; within a callback nothing more is told."""
+        while self._callbacks and self._happened and not self._calling:
+            one, self._calling = self._happened.popleft(), True
+            try:
+                for callback in self._callbacks:
+                    if isinstance(one, Answer):
+                        callback.on_sample(self, one)
+                    elif isinstance(one, WindowFull):
+                        callback.on_window(self, one)
+                    elif isinstance(one, SnapshotComplete):
+                        callback.on_snapshot(self, one)
+                    elif isinstance(one, ActorReplaced):
+                        callback.on_loss_of_actor(self, one)
+            finally:
+                self._calling = False
+
+    def _say(self, entry: Entry, *, asks: set[int] | None = None, wait: bool) -> int:
+        number = self._stream.say(entry, asks=asks, wait=wait)
+        self._call()
+        return number
 
     def _receive(self, news: Answered | HandedOver) -> None:
         if isinstance(news, HandedOver):
@@ -141,7 +175,10 @@ class LiveRun:
             return
         del self._parts[news.number]
         prediction = parts if len(parts) > 1 else news.prediction
-        self._answers[news.number] = Answer(news.number, prediction, self._plan, news)
+        answer = Answer(news.number, prediction, self._plan, news)
+        self._answers[news.number] = answer
+        if self._callbacks:
+            self._happened.append(answer)
         for number in list(self._answers)[: -self._stream.spec.live]:
             if number not in self._asked:
                 self._answers.pop(number, None)
@@ -169,14 +206,14 @@ class LiveRun:
             StreamError: the sample does not fit those before; nothing of it was accepted.
         """
         sample = self._sample(self._stream.accepted.fed, u, y, end)
-        return self._stream.say(Entry("feed", sample=sample), wait=wait)
+        return self._say(Entry("feed", sample=sample), wait=wait)
 
     def predict(self, u: Any, *, end: bool = False, wait: bool = True) -> Answer:
         """Feed a sample without a label, and return its prediction. No weight moves by it."""
         if self._stream.paused:
             raise StreamError("the run is paused, so no answer comes: go_on() first")
         entry = Entry("feed", sample=self._sample(self._stream.accepted.fed, u, None, end))
-        number = self._stream.say(entry, asks=self._asked, wait=wait)
+        number = self._say(entry, asks=self._asked, wait=wait)
         try:
             if not self._stream.wait(lambda: number in self._answers):
                 raise StreamError(f"the run ended before the answer to sample {number}")
@@ -200,7 +237,7 @@ class LiveRun:
         if y is None:
             raise StreamError(f"sample {number}: y is None; a label that never comes is not taught")
         u = earlier.u if earlier.inputs is None else earlier.inputs
-        self._stream.say(Entry("teach", number, self._sample(number, u, y)), wait=wait)
+        self._say(Entry("teach", number, self._sample(number, u, y)), wait=wait)
 
     def set(self, *, learning: Mapping[str, float]) -> None:
         """Change the learning rate from the next sample on: `learning={"lr": 0.05}`.
@@ -271,8 +308,11 @@ class LiveRun:
     def evaluate(self, x: NetworkInputs, y: Targets) -> Scores:
         """Return the scores of `model()` on x (N, ...) with targets y. Nothing is learned of it."""
         with torch.inference_mode(False):
-            ignored = self.settings.ignore_index
-            return evaluate(self.model(), x, y, self._losses, ignore_index=ignored)
+            model, ignored = self.model(), self.settings.ignore_index
+            scores = evaluate(model, x, y, self._losses, ignore_index=ignored)
+        for callback in self._callbacks:
+            callback.on_evaluate(self, scores, model)
+        return scores
 
     def snapshot(self) -> str:
         """Take a snapshot; return its place, for `resume`. Raises SettingsError, SnapshotError."""
@@ -294,6 +334,9 @@ class LiveRun:
         self._end()
         if self._error is not None or self.result is None:
             raise self._error or StreamError("the run has no result")
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback.on_end(self, self.result)
         return self.result
 
     def _end(self) -> None:
@@ -306,8 +349,10 @@ class LiveRun:
     def __enter__(self) -> LiveRun:
         return self
 
-    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        self._end() if error is not None else self.stop()
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> bool:
+        stops = error is None or isinstance(error, Stop)
+        self.stop() if stops else self._end()
+        return stops
 
 
 class Predictions:
