@@ -17,7 +17,7 @@ import hamdist
 from hamdist.config import Settings
 from hamdist.dynamics.objective.losses import cross_entropy, make_loss
 from hamdist.errors import GraphError, SettingsError, StreamError
-from hamdist.runtime.results.evaluate import evaluate
+from hamdist.runtime.results.scores import evaluate
 from hamdist.streams import from_iterable
 from hamdist.study.run.baseline import train_centralised
 

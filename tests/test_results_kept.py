@@ -32,8 +32,8 @@ from hamdist.launch import driver
 from hamdist.launch.events import Ended, ResultValues
 from hamdist.launch.follow import Results, follow
 from hamdist.launch.package import JobSpec, packed
-from hamdist.runtime.results.evaluate import Scores
 from hamdist.runtime.results.result import BlockProgress, Progress
+from hamdist.runtime.results.scores import Scores
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.study.report.files import run_summary

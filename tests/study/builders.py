@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hamdist.dynamics.objective.prequential import Window
-from hamdist.runtime.results.evaluate import Scores
+from hamdist.runtime.results.scores import Scores
 from hamdist.study.run.run import Run
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.errors import SettingsError, Stop
-from hamdist.runtime.results.evaluate import Scores, Targets
 from hamdist.runtime.results.events import ActorReplaced, SnapshotComplete, WindowFull
 from hamdist.runtime.results.result import RunResult
+from hamdist.runtime.results.scores import Scores, Targets
 
 if TYPE_CHECKING:
     from hamdist.runtime.live.run import Answer, LiveRun

@@ -24,10 +24,10 @@ from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.live import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.results.evaluate import Scores, Targets, evaluate
 from hamdist.runtime.results.events import ActorReplaced, RunEvent, SnapshotComplete, WindowFull
 from hamdist.runtime.results.progress_events import ProgressEvents
 from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.results.scores import Scores, Targets, evaluate
 from hamdist.runtime.train.outcome import model_of
 from hamdist.streams.check import Checker
 from hamdist.streams.iterable import IterableStream

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hamdist.dynamics.objective.prequential import merge_windows
-from hamdist.runtime.results.evaluate import Scores
 from hamdist.runtime.results.events import (
     ActorsMeasured,
     BlocksMeasured,
@@ -25,6 +24,7 @@ from hamdist.runtime.results.events import (
     WindowFull,
     read_events,
 )
+from hamdist.runtime.results.scores import Scores
 from hamdist.study.report.aggregate import AggregateRow
 from hamdist.study.run.run import Run
 from hamdist.study.shared.result_folder import EVENTS

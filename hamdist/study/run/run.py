@@ -43,13 +43,8 @@ from hamdist.models.build import (
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
-from hamdist.runtime.results.evaluate import (
-    Scores,
-    evaluate,
-    evaluate_samples,
-    evaluate_sequences,
-)
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
+from hamdist.runtime.results.scores import Scores, evaluate, evaluate_samples, evaluate_sequences
 from hamdist.runtime.train.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
