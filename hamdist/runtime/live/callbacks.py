@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,36 +12,33 @@ from hamdist.runtime.results.events import ActorReplaced, SnapshotComplete, Wind
 from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.results.scores import Scores, Targets
 
-if TYPE_CHECKING:
-    from hamdist.runtime.live.run import Answer, LiveRun
-
 
 class Callback:
     """Base of callbacks, each of which does nothing.
 
-    They are called by the thread that feeds, within its call. One that raises `hamdist.Stop` ends
+    `run` is the `LiveRun`, `answer` an `Answer`. They are called by the thread that feeds, within its call. One that raises `hamdist.Stop` ends
     the run: the call raises it on, and the run as a context takes it for its end.
     """
 
-    def on_start(self, run: LiveRun) -> None:
+    def on_start(self, run: Any) -> None:
         """The run has begun."""
 
-    def on_sample(self, run: LiveRun, answer: Answer) -> None:
+    def on_sample(self, run: Any, answer: Any) -> None:
         """A sample has been answered."""
 
-    def on_window(self, run: LiveRun, event: WindowFull) -> None:
+    def on_window(self, run: Any, event: WindowFull) -> None:
         """A window of prequential metrics is full."""
 
-    def on_evaluate(self, run: LiveRun, scores: Scores, model: nn.Module) -> None:
+    def on_evaluate(self, run: Any, scores: Scores, model: nn.Module) -> None:
         """`run.evaluate` has scored a model."""
 
-    def on_snapshot(self, run: LiveRun, event: SnapshotComplete) -> None:
+    def on_snapshot(self, run: Any, event: SnapshotComplete) -> None:
         """A snapshot is complete."""
 
-    def on_loss_of_actor(self, run: LiveRun, event: ActorReplaced) -> None:
+    def on_loss_of_actor(self, run: Any, event: ActorReplaced) -> None:
         """An actor was lost, and has been replaced."""
 
-    def on_end(self, run: LiveRun, result: RunResult) -> None:
+    def on_end(self, run: Any, result: RunResult) -> None:
         """The run has ended; what changes in `result` the caller gets."""
 
 
@@ -56,7 +53,7 @@ class Evaluation(Callback):
             raise SettingsError(f"Evaluation: every is {every}; at least 1")
         self.x, self.y, self.every = x, y, every
 
-    def on_sample(self, run: LiveRun, answer: Answer) -> None:
+    def on_sample(self, run: Any, answer: Any) -> None:
         """Evaluate, if it is time."""
         if (answer.number + 1) % self.every == 0:
             run.evaluate(self.x, self.y)
@@ -88,7 +85,7 @@ class EarlyStopping(Callback):
             raise SettingsError("EarlyStopping: accuracy of targets that are no classes")
         return scores.accuracy or 0.0 if self.accuracy else -scores.loss
 
-    def on_evaluate(self, run: LiveRun, scores: Scores, model: nn.Module) -> None:  # noqa: ARG002
+    def on_evaluate(self, run: Any, scores: Scores, model: nn.Module) -> None:  # noqa: ARG002
         """Count an evaluation that was not better. Raises Stop."""
         self.worse = 0 if self.better(scores) else self.worse + 1
         if self.worse >= self.patience:
@@ -100,12 +97,12 @@ class BestWeights(EarlyStopping):
 
     weights: dict[str, Tensor] | None = None
 
-    def on_evaluate(self, run: LiveRun, scores: Scores, model: nn.Module) -> None:  # noqa: ARG002
+    def on_evaluate(self, run: Any, scores: Scores, model: nn.Module) -> None:  # noqa: ARG002
         """Keep the weights, if they are the best so far."""
         if self.better(scores):
             self.weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
 
-    def on_end(self, run: LiveRun, result: RunResult) -> None:  # noqa: ARG002
+    def on_end(self, run: Any, result: RunResult) -> None:  # noqa: ARG002
         """Give the result's model the best weights."""
         if self.weights is not None:
             result.model.load_state_dict(self.weights)
