@@ -16,8 +16,9 @@ from hamdist.runtime.results.scores import Scores, Targets
 class Callback:
     """Base of callbacks, each of which does nothing.
 
-    `run` is the `LiveRun`, `answer` an `Answer`. They are called by the thread that feeds, within its call. One that raises `hamdist.Stop` ends
-    the run: the call raises it on, and the run as a context takes it for its end.
+    `run` is the `LiveRun`, `answer` an `Answer`. They are called by the thread that feeds, within
+    its call. One that raises `hamdist.Stop` ends the run: the call raises it on, and the run as a
+    context takes it for its end.
     """
 
     def on_start(self, run: Any) -> None:
