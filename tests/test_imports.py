@@ -89,6 +89,7 @@ ALLOWED = {
         "runtime/transport"
     ),
     "runtime/train": f"{RUNTIME} runtime loading",
+    "runtime/live": f"{RUNTIME} runtime",
     "api": f"{RUNTIME} runtime trackers",
     "trackers": f"{RUNTIME} runtime",
     "study": "",
