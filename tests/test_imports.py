@@ -88,6 +88,7 @@ ALLOWED = {
         "runtime/transport"
     ),
     "runtime/train": f"{RUNTIME} runtime loading",
+    "runtime/live": f"{RUNTIME} runtime",
     "api": f"{RUNTIME} runtime",
     "study": "",
     "study/shared": STUDY,

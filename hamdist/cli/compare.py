@@ -33,7 +33,6 @@ from hamdist.cli.options import (
 from hamdist.cli.prepare import (
     code_of,
     command_line,
-    need_plots,
     own_stream,
     prepare,
     results_of,
@@ -134,7 +133,6 @@ def _compare(
     out: Path,
     overwrite: bool,
 ) -> None:
-    need_plots("compare")
     factory = prepare(None, model_name)
     data = own_stream(stream_name, settings)
     plain = prepare(None, baseline, "--baseline-model")
@@ -176,7 +174,7 @@ def _compare(
                 display.say(finished_line(result))
                 for event in final_events(result):
                     own.emit(event)
-                save(interrupted=True, drawn=False)
+                save(interrupted=True)
         except (HamdistError, KeyboardInterrupt):
             display.close()
             _conclude(finished, settings, own.path, partial(save, interrupted=True))

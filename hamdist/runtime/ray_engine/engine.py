@@ -115,7 +115,7 @@ class _Watch:
         """
         reset_peak()
         self._worker_group.start()
-        with self._ending:
+        with self._ending, self._worker_group.news_fetched():
             try:
                 self._follow(self._stop)
             except KeyboardInterrupt:  # the second Ctrl-C: end at once, whatever state it is in
@@ -224,7 +224,9 @@ class _Watch:
         self._worker_group.ask(now, POLL_SECONDS)
         ticks = {b: k for a in actors if a.status for b, k in a.status.ticks.items()}
         finished = {a.name: a.report is not None for a in actors}
-        still, speak = self._watchdog.look({**ticks, **finished}, now)
+        live = self._worker_group.live
+        rests = {"stream": now} if live is not None and live.rests else {}
+        still, speak = self._watchdog.look({**ticks, **finished, **rests}, now)
         over = self._watchdog.over(still)
         if speak or over:
             waits = [a.status.wait for a in actors if a.status and a.status.wait]
