@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hamdist.errors import need_package
 from hamdist.runtime.results.events import RunBegun
 from hamdist.study.shared.result_folder import prepare_folder
 
@@ -67,11 +66,6 @@ def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
     from hamdist.study.run.own_data import load_stream
 
     return load_stream(name, settings.stream.names, settings.model_loss)
-
-
-def need_plots(command: str) -> None:
-    """Raise SettingsError if the plots could not be drawn in the end."""
-    need_package("matplotlib", "matplotlib", f"`hamdist {command}`, which draws plots")
 
 
 def results_of(name: str) -> Path:
