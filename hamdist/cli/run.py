@@ -30,10 +30,12 @@ from hamdist.cli.options import (
 from hamdist.cli.prepare import own_stream, prepare, results_of, run_begun
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
-from hamdist.study.shared.result_folder import ResultFolder
+from hamdist.study.shared.result_folder import ResultFolder, write_file
 
 if TYPE_CHECKING:
     from hamdist.study.run.run import Run
+
+TRACED_TICKS = 500  # the last ones
 
 
 def run(
@@ -66,6 +68,10 @@ def run(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Begin with a safetensors state_dict."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Write a trace of its ticks, for Perfetto."),
+    ] = None,
     view: Annotated[
         bool, typer.Option("--view", help="Show the run on a local page (see `hamdist view`).")
     ] = False,
@@ -75,10 +81,22 @@ def run(
         options = changes(level=level, engine=engine, seed=seed, steps=steps, stabilise=stabilise)
         if snapshots is not None:
             options["snapshots"] = {"path": snapshots}
+        if trace is not None:
+            options["metrics"] = {"trace": TRACED_TICKS}
         loaded = load(settings, set_, options)
         where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         begin = (resume, weights)
-        _run(loaded, model, stream, where, overwrite, begin, began=context.obj, shown=view)
+        _run(
+            loaded,
+            model,
+            stream,
+            where,
+            overwrite,
+            begin,
+            began=context.obj,
+            shown=view,
+            trace=trace,
+        )
 
 
 def _run(
@@ -88,14 +106,14 @@ def _run(
     out: Path,
     overwrite: bool,
     begin: tuple[str | None, Path | None],
+    seen: tuple[bool, Path | None],
     *,
     began: float | None,
-    shown: bool = False,
 ) -> None:
     """out: the folder, or the first of those numbered behind it that is free. begin: snapshots, or
-    weights. began: when the process did (`time.perf_counter`), where it did so for this run
+    weights. seen: on a page; the file of a trace. began: when the process did (`time.perf_counter`), where it did so for this run
     alone."""
-    resume, weights = begin
+    (resume, weights), (shown, trace) = begin, seen
     if resume is not None and weights is not None:
         raise SettingsError("--resume and --weights: a run begins with one of them")
     own = settings.for_level(settings.level)
@@ -108,6 +126,7 @@ def _run(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )
 
+        from hamdist.runtime.results.trace import chrome_trace
         from hamdist.study.report.files import final_events
         from hamdist.study.report.save import save_run
         from hamdist.study.run.run import run_level
@@ -135,6 +154,8 @@ def _run(
         )
         for event in final_events(result):
             folder.emit(event)
+        if trace is not None:
+            write_file(trace, chrome_trace(result.trace))
         try:
             save_run(folder.path, result, model, own)
         finally:

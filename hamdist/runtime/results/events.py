@@ -286,7 +286,7 @@ def plain(value: Any) -> Any:
     """Return `value` as JSON holds it: null for numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Norms):
+    if hasattr(value, "_asdict"):  # a NamedTuple
         return plain(value._asdict())
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
