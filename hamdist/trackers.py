@@ -147,8 +147,7 @@ def _prometheus(_: Path, settings: Settings) -> Tracker:
     try:
         server, _thread = start_http_server(port, LOOPBACK, registry)
     except OSError as error:
-        reason = error.strerror or error
-        raise SettingsError(f"metrics.prometheus_port {port}: {reason}") from None
+        raise SettingsError(f"metrics.prometheus_port {port}: {error.strerror}") from None
     return Tracker(
         lambda run, name, value, _: gauge.labels(run, name).set(value), close=server.shutdown
     )

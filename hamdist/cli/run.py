@@ -85,18 +85,8 @@ def run(
             options["metrics"] = {"trace": TRACED_TICKS}
         loaded = load(settings, set_, options)
         where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        begin = (resume, weights)
-        _run(
-            loaded,
-            model,
-            stream,
-            where,
-            overwrite,
-            begin,
-            began=context.obj,
-            shown=view,
-            trace=trace,
-        )
+        begin, seen = (resume, weights), (view, trace)
+        _run(loaded, model, stream, where, overwrite, begin, seen, began=context.obj)
 
 
 def _run(
@@ -111,8 +101,8 @@ def _run(
     began: float | None,
 ) -> None:
     """out: the folder, or the first of those numbered behind it that is free. begin: snapshots, or
-    weights. seen: on a page; the file of a trace. began: when the process did (`time.perf_counter`), where it did so for this run
-    alone."""
+    weights. seen: on a page; the file of a trace. began: when the process did
+    (`time.perf_counter`), where it did so for this run alone."""
     (resume, weights), (shown, trace) = begin, seen
     if resume is not None and weights is not None:
         raise SettingsError("--resume and --weights: a run begins with one of them")
@@ -139,6 +129,8 @@ def _run(
             from hamdist.study.view.server import PageServer
 
             show_page(stack.enter_context(PageServer([folder.path])), browser=True)
+        if trace is not None:
+            write_file(trace, chrome_trace({}))  # (it can be written)
         display.say(f"Results go to {folder.path}")
         imports = {} if began is None else {"imports": time.perf_counter() - began}
         batch = own.stream.batch if data is None else None
@@ -154,10 +146,10 @@ def _run(
         )
         for event in final_events(result):
             folder.emit(event)
-        if trace is not None:
-            write_file(trace, chrome_trace(result.trace))
         try:
             save_run(folder.path, result, model, own)
+            if trace is not None:
+                write_file(trace, chrome_trace(result.trace))
         finally:
             display.close()
             _print_run(result, own, said, folder.path)
