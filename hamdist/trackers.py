@@ -183,8 +183,6 @@ def tracked(
         folder.mkdir(parents=True, exist_ok=True)
     all_: list[EventListener] = [*open_trackers(settings, folder), *listeners]
     events = ProgressEvents(settings.level.value, settings.seed)
-    raw = settings.model_dump(mode="json", exclude_unset=True)
-    engine = settings.engine.kind.value
 
     def emit(event: RunEvent) -> None:
         for listener in all_:
@@ -196,7 +194,7 @@ def tracked(
             emit(event)
         return answer
 
-    emit(RunBegun(title=settings.name, engine=engine, settings=raw, **events.head))
+    emit(RunBegun.of(settings, settings.name))
     try:
         yield note
     finally:

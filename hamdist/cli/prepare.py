@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hamdist.runtime.results.events import RunBegun
 from hamdist.study.shared.result_folder import prepare_folder
 
 if TYPE_CHECKING:
@@ -32,19 +31,6 @@ def prepare(
     from hamdist.models.build import load_factory
 
     return load_factory(model_name, option)
-
-
-def run_begun(settings: Settings, title: str, batch: int | None) -> RunBegun:
-    """Return the event with which a run of `settings` begins; `batch`: rows, if they are known."""
-    return RunBegun(
-        title=title,
-        engine=settings.engine.kind.value,
-        settings=settings.model_dump(mode="json", exclude_unset=True),
-        batch=batch,
-        steps=settings.steps,
-        level=settings.level.value,
-        seed=settings.seed,
-    )
 
 
 def code_of(*names: str | None) -> str:

@@ -27,9 +27,10 @@ from hamdist.cli.options import (
     changes,
     load,
 )
-from hamdist.cli.prepare import own_stream, prepare, results_of, run_begun
+from hamdist.cli.prepare import own_stream, prepare, results_of
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
+from hamdist.runtime.results.events import RunBegun
 from hamdist.study.shared.result_folder import ResultFolder, write_file
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _run(
             own,
             factory=factory,
             data=data,
-            on_progress=folder.watch(run_begun(own, title, batch), show),
+            on_progress=folder.watch(RunBegun.of(own, title, batch), show),
             before=imports,
             resume=resume,
             weights=weights,
