@@ -83,7 +83,8 @@ def _options(
 
 
 for _command in (  # in the order of use
-    *(settings.init, recipes.recipes, run.run, compare.compare, export.export, diff.diff),
+    *(settings.init, recipes.recipes, recipes.rules, run.run, compare.compare),
+    *(export.export, diff.diff),
     *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
 ):
     app.command()(with_output(_command))

@@ -61,6 +61,14 @@ def compare(
     levels: Annotated[
         str | None, typer.Option("--levels", metavar="A,B", help="Levels to compare.")
     ] = None,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            "--rules",
+            metavar="A,B",
+            help="Levels and rules of learning to compare (hamdist rules, or FILE.py:NAME).",
+        ),
+    ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many seeds.")] = None,
     engine: EngineOption = None,
     seed: SeedOption = None,
@@ -90,7 +98,11 @@ def compare(
 ) -> None:
     """Compare levels with centralised backpropagation on the same stream."""
     with exit_codes():
-        asked = {"levels": None if levels is None else _split_levels(levels), "seeds": seeds}
+        if levels is not None and rules is not None:
+            raise SettingsError("--levels and --rules: give one; --rules names levels, too")
+        named = None if rules is None else _split(rules) or _split_levels(rules)
+        levels_of = None if levels is None else _split_levels(levels)
+        asked = {"levels": levels_of, "rules": named, "seeds": seeds}
         options = changes(engine=engine, seed=seed, steps=steps, stabilise=stabilise)
         loaded = load(settings, set_, {**options, **given({"compare": given(asked) or None})})
         folder = results_of(loaded.name) if out is None else out
@@ -100,7 +112,7 @@ def compare(
 def _split_levels(text: str) -> list[str]:
     """Split a list of levels. Raises SettingsError for an unknown level, or an empty list."""
     known = [level.value for level in Level]
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = _split(text)
     wrong = [name for name in names if name not in known]
     if wrong or not names:
         raise SettingsError(
@@ -108,6 +120,10 @@ def _split_levels(text: str) -> list[str]:
             f"levels: {', '.join(known)}{did_you_mean(wrong[0], known) if wrong else ''}"
         )
     return names
+
+
+def _split(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _compare(
@@ -122,18 +138,19 @@ def _compare(
     factory = prepare(None, model_name)
     data = own_stream(stream_name, settings)
     plain = prepare(None, baseline, "--baseline-model")
-    code = code_of(model_name, stream_name, baseline)
 
     from hamdist.study.report.files import final_events
     from hamdist.study.report.save import save_comparison
     from hamdist.study.report.table import finished_line
     from hamdist.study.run.compare import compare as runs_of
-    from hamdist.study.run.compare import plan, run_key
+    from hamdist.study.run.compare import plan, rule_and_level, run_key
     from hamdist.study.run.run import Run
     from hamdist.study.shared.result_folder import RUNS, ResultFolder
     from hamdist.study.shared.store import Store
 
     planned = plan(settings)
+    files = [rule_and_level(name)[0] for name in settings.compare.rules if ":" in name]
+    code = code_of(model_name, stream_name, baseline, *files)
     finished: list[Run] = []
     key = run_key(settings, code)
     with (

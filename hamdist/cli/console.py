@@ -34,7 +34,7 @@ class CommandOutput:
     """The results of the running command; `as_json` prints them as one JSON document."""
 
     as_json: bool = False
-    document: dict[str, Any] = field(default_factory=dict)
+    document: Any = field(default_factory=dict)
 
 
 OUTPUT = CommandOutput()

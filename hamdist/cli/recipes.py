@@ -1,11 +1,15 @@
-"""`hamdist recipes`: the shipped recipes."""
+"""`hamdist recipes`, `hamdist rules`: the shipped recipes, and the built-in rules of learning."""
 
 from __future__ import annotations
+
+from importlib.resources import files
+from typing import cast
 
 from rich.table import Table
 from rich.text import Text
 
-from hamdist.cli.console import console, report
+from hamdist.cli.console import OUTPUT, console, report
+from hamdist.config import read_yaml
 
 
 def recipes() -> None:
@@ -19,3 +23,14 @@ def recipes() -> None:
     for name, *cells in rows:
         table.add_row(name, *map(Text, cells))
     console().print(table)
+
+
+def rules() -> None:
+    """List the built-in rules of learning: what crosses an edge, what is kept, locality, cost."""
+    text = (files("hamdist") / "dynamics" / "rules" / "facts.yaml").read_text("utf-8")
+    facts = cast(dict[str, dict[str, str]], read_yaml(text, "facts.yaml"))
+    OUTPUT.document = [{"name": name, **own} for name, own in facts.items()]
+    for name, own in facts.items():
+        console().print(Text(name, style="bold"))
+        for fact, said in own.items():
+            console().print(Text(f"  {fact:<8} {said}"))

@@ -20,21 +20,36 @@ D = 2
 
 
 def simulate(
-    model: Sequential, items, *, c, lr, momentum=0.0, stash=False, scales=(1, 1, 1), predict=False
+    model: Sequential,
+    items,
+    *,
+    c,
+    lr,
+    momentum=0.0,
+    stash=False,
+    scales=(1, 1, 1),
+    predict=False,
+    group=1,
 ):
     """Weights after all samples, and the loss of every sample that has a target.
 
     At tick k block l does F of sample n where k = n c + l, then B of n where k = n c + 2 D - l.
+    group: samples per step, by the mean of their gradients.
     """
     w = [model[2 * i].weight.detach().clone() for i in range(3)]
     b = [model[2 * i].bias.detach().clone() for i in range(3)]
     v = [(torch.zeros_like(w[i]), torch.zeros_like(b[i])) for i in range(3)]  # momentum
     h = {(-1, n): u for n, (u, _) in enumerate(items)}
     message, kept, losses = {}, {}, []
+    sums = [(0.0, 0.0)] * 3
 
-    def step(i, delta, x):
+    def step(i, n, delta, x):
         """delta: dL/d(pre-activation), x: the input that it meets."""
-        v[i] = (momentum * v[i][0] + delta.T @ x, momentum * v[i][1] + delta.sum(0))
+        sums[i] = (sums[i][0] + delta.T @ x / group, sums[i][1] + delta.sum(0) / group)
+        if (n + 1) % group:
+            return
+        v[i] = (momentum * v[i][0] + sums[i][0], momentum * v[i][1] + sums[i][1])
+        sums[i] = (0.0, 0.0)
         w[i] = w[i] - lr * scales[i] * v[i][0]
         b[i] = b[i] - lr * scales[i] * v[i][1]
 
@@ -55,7 +70,7 @@ def simulate(
                     continue
                 delta = message[i + 1, n] * (1 - out**2)
                 message[i, n] = delta @ (used if stash else w[i])
-                step(i, delta, x)
+                step(i, n, delta, x)
         n, rest = divmod(k - D, c)
         if rest == 0 and 0 <= n < len(items):  # the readout
             x, target = h[1, n], items[n][1]
@@ -65,7 +80,7 @@ def simulate(
                 losses.append(float(0.5 * error.square().sum() / len(x)))
                 delta = error / len(x)
                 message[2, n] = delta @ w[2]
-                step(2, delta, x)
+                step(2, n, delta, x)
     assert not kept
     return [t for pair in zip(w, b, strict=True) for t in pair], losses
 
@@ -110,6 +125,25 @@ def test_the_cases_differ():
         assert all(relative(one, other) > 1e-6 for other in made[:i])
     stashed = simulate(mlp(SIZES), items, c=5, lr=0.1, stash=True)[0]
     assert relative(made[-1], stashed) == 0  # nothing is stale at a round trip
+
+
+@pytest.mark.parametrize("memory", ["trace", "trace+weights"])
+@pytest.mark.parametrize(("group", "c"), [(2, 1), (3, 1), (5, 1), (3, 2)])
+def test_accumulate(group, c, memory):
+    """A block moves once for `group` messages, by the mean of their gradients."""
+    items = samples(60, 3, 4, 2)
+    config = trace(c, 0.1, memory=memory, momentum=0.6, locality={"accumulate": group})
+    oracle = {"c": c, "lr": 0.1, "momentum": 0.6, "stash": memory == "trace+weights"}
+    expected = check(items, config, **oracle, group=group)
+    assert relative(simulate(mlp(SIZES), items, **oracle)[0], expected) > 1e-4
+
+
+@pytest.mark.parametrize(("group", "delays"), [(2, (2, 1, 0)), (4, (1, 1, 0)), (5, (1, 1, 0))])
+def test_accumulated_steps_are_scaled_by_their_delay_in_steps(group, delays):
+    items = samples(60, 3, 4, 2)
+    recipe = {"compensation": "delay-scaled", "delay_power": 1.0, "accumulate": group}
+    scales = [1 / (1 + d) for d in delays]
+    check(items, trace(1, 0.1, locality=recipe), c=1, lr=0.1, scales=scales, group=group)
 
 
 @pytest.mark.parametrize(("c", "delays"), [(1, (4, 2, 0)), (2, (2, 1, 0)), (3, (1, 0, 0))])

@@ -58,6 +58,11 @@ LEVELS = {
     "trace, momentum": {"level": "trace", "learning": {"lr": 0.05, "momentum": 0.5}},
     "backprop": {"level": "backprop"},
     "pipeline": {"level": "pipeline", "locality": {"microbatches": 3}},
+    "double-buffered": {
+        "level": "trace",
+        "locality": {"accumulate": 10, "double_buffered": True},
+        "learning": {"lr": 0.05, "momentum": 0.5},
+    },
 }
 PLACEMENTS = {
     "2 actors": {"actors": 2},

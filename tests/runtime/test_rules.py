@@ -61,9 +61,10 @@ def test_a_killed_actor(session, driver, leaves_no_socket, tmp_path):
     assert any("block2" in lost.blocks for lost in result.replaced)
 
 
-def resumed(tmp_path, rules, level):
-    given = {"level": level, "partition": cut(), "learning": {"lr": 0.05, "momentum": 0.5}}
-    kept = {"path": str(tmp_path / "kept"), "every": 13, "keep": 9}
+def resumed(tmp_path, rules, **level):
+    given = {**level, "partition": cut(), "learning": {"lr": 0.05, "momentum": 0.5}}
+    every = 13 if level["level"] == "trace" else 150
+    kept = {"path": str(tmp_path / "kept"), "every": every, "keep": 9}
     whole = train(
         net(), PortableStream(ITEMS), settings(ALONE, ITEMS, snapshots=kept, **given), rules=rules
     )
@@ -86,7 +87,10 @@ def test_a_resumed_run(tmp_path, name):
     rules = MIXED if name == "mixed" else {"block*": name}
     held = name in HOMES and built_in(name).presentation == "hold"
     plain = train(net(), PortableStream(9), settings(ALONE, 9, level="trace", partition=cut()))
-    result = resumed(tmp_path, rules, "local" if held else "trace")
+    level = {"level": "trace"}
+    if held:
+        level = {"level": "local", "locality": {"speed": 9, "update": "last-tick"}}
+    result = resumed(tmp_path, rules, **level)
     assert result.samples == ITEMS
     assert result.model.state_dict().keys() == plain.model.state_dict().keys()
 

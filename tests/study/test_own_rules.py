@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 import hamdist
 from hamdist.cli import app
 from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.dynamics.rules.names import HOMES, built_in
 from hamdist.errors import BlockError, GraphError, SettingsError
 from hamdist.study.verify import runner
 from hamdist.study.verify.oracles import golden
 
 HERE = {"kind": "inprocess"}
+FACTS = ("crosses", "keeps", "space", "time", "phase", "cost", "source")
 
 
 def items(many=10, dtype=torch.float32):
@@ -210,6 +212,64 @@ def test_compare_with_a_plain_module(tmp_path, monkeypatch):
         assert "a rule of its own" not in written
     output, _, _ = compared(tmp_path, monkeypatch, "--baseline-model", "nets.py:wider")
     assert "with 2 of its 4 tensors taken from the model; its own are 3.weight, 3.bias" in output
+
+
+RULE = """
+import hamdist
+
+class Mine(hamdist.Rule):
+    on_readout = True
+
+    def backward(self, block, kept, message):
+        messages, g = block.vjp(kept, message)
+        return messages, {name: 0 * t for name, t in g.items()}
+"""
+
+
+def test_compare_rules(tmp_path, monkeypatch):
+    """A rule that moves nothing, beside levels and built-in ones; the baseline learns as ever."""
+    monkeypatch.chdir(tmp_path)
+    file = f"rules_{tmp_path.name}.py"
+    (tmp_path / file).write_text(RULE)
+    arguments = ["compare", "digits", "--steps", "40", "--engine", "inprocess", "--out", "out"]
+    names = f"backprop,kolen-pollack@backprop,{file}:Mine"
+    done = CliRunner().invoke(app, [*arguments, "--rules", names])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "out/summary.json").read_text())["rows"]
+    held = {row["level"]: row["held_out_accuracy"] for row in rows}
+    assert list(held) == ["centralised", *names.split(",")]
+    assert held["backprop"] == held["centralised"] > 0.5
+    assert held["kolen-pollack@backprop"] > 0.5
+    assert held[f"{file}:Mine"] < 0.25
+    again = CliRunner().invoke(app, [*arguments, "--rules", names])  # all are kept: at once
+    assert again.exit_code == 0, again.output
+    (tmp_path / file).write_text(RULE.replace("0 * t", "t"))
+    wrong = CliRunner().invoke(app, [*arguments, "--rules", "trace", "--levels", "trace"])
+    assert wrong.exit_code == 2
+    assert "--levels and --rules: give one" in wrong.output
+    for names, said in (
+        ("trae", "is no rule"),
+        ("oja@trae", "'trae' is no level"),
+        (",", "nothing"),
+    ):
+        wrong = CliRunner().invoke(app, [*arguments, "--rules", names])
+        assert wrong.exit_code == 2
+        assert said in wrong.output
+
+
+def test_rules_are_listed_as_they_are():
+    done = CliRunner().invoke(app, ["rules", "--json"])
+    listed = json.loads(done.output)
+    assert [one["name"] for one in listed] == list(HOMES)
+    for one in listed:
+        assert set(one) == {"name", *FACTS}
+        assert all(one.values())
+        rule = built_in(one["name"])
+        sends_none = rule.signals.back != "message"
+        assert one["crosses"].startswith("nothing" if sends_none else "message")
+        assert ("label" in one["crosses"]) == rule.signals.label
+    shown = CliRunner().invoke(app, ["rules"]).output
+    assert all(name in shown for name in HOMES)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,13 @@ from __future__ import annotations
 from enum import Enum
 from typing import Literal
 
-from hamdist.config.sections.section import Above0, CourseSettings, Rate, Section
+from hamdist.config.sections.section import (
+    Above0,
+    CourseSettings,
+    Rate,
+    Section,
+    SignedCourseSettings,
+)
 
 
 class Reset(str, Enum):
@@ -64,7 +70,7 @@ class DynamicsSettings(Section):
     """Dissipation of the weight costates."""
     beta: Rate | None = None
     """Rate of the weights; not given: lr/tau."""
-    phi: Rate | CourseSettings | None = None
+    phi: Rate | SignedCourseSettings | None = None
     """Scale of the loss, or a course of it: by tick, where the presentation is not `hold` by
     sample.
     """

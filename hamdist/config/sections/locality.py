@@ -175,3 +175,9 @@ class LocalityOverrides(Section):
     microbatches: Microbatches | None = None
     """Parts of a sample's rows that travel one behind the other (level `pipeline`); `auto`: as many
     as have 8 rows or more each, 8 at most."""
+    accumulate: Positive | None = None
+    """Samples whose gradients make one step of a block, their mean (presentation 'pulse')."""
+    double_buffered: bool | None = None
+    """Of `accumulate` samples all blocks use the weights that the steps by all but the latest group
+    of earlier ones have made, forward and backward: every step is late by one, at any depth
+    (PipeDream-2BW)."""

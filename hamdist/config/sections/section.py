@@ -58,3 +58,10 @@ class CourseSettings(Section):
     """Ticks (of a factor of the step size: samples) that each value stands for."""
     smooth: bool = False
     """Go on a straight line from one value to the next."""
+
+
+class SignedCourseSettings(CourseSettings):
+    """A number that changes with time, and may be negative."""
+
+    values: Annotated[tuple[Annotated[float, Field(allow_inf_nan=False)], ...], Field(min_length=1)]
+    """The values, one after the other; the last one holds from then on."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from hamdist.dynamics.finite import Guard, Scale
 from hamdist.dynamics.saved_state.remember import Remembers, taken
 from hamdist.dynamics.updates.accumulate import GradientSum
@@ -16,6 +18,7 @@ from hamdist.dynamics.vjp.autograd import LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 
 SUM = "gradients"  # its name in a snapshot, beside STATE
+BUFFERS = "buffers"
 
 
 @dataclass(slots=True)
@@ -24,6 +27,8 @@ class BlockParts:
 
     Attributes:
         microbatches: Number of parts of a batch.
+        group: Samples whose gradients make one step.
+        double_buffered: A sample meets the weights of the step before the latest.
         wanted: By parent, whether it gets messages.
         scale: Of beta, by sample.
     """
@@ -35,13 +40,16 @@ class BlockParts:
     scale: Scale
     guard: Guard
     microbatches: int = 1
+    group: int = 1
+    double_buffered: bool = False
 
 
 class Block(Remembers):
     """A block or an output net: its local function, weights, and the settings of their steps.
 
     With micro-batches a pass has the number of a pulse (schedule/microbatches.py), and the weights
-    move once a sample, by the sum of the gradients of its pulses.
+    move once a sample, by the sum of the gradients of its pulses; with `group`, once for so many
+    samples. (The loss of each is divided by their number.)
     """
 
     def __init__(self, parts: BlockParts) -> None:
@@ -53,18 +61,25 @@ class Block(Remembers):
         self._scale = parts.scale
         self._guard = parts.guard
         self._parts = parts.microbatches
-        self._sum = GradientSum() if self._parts > 1 else None
+        self._group = parts.group
+        self._sum = GradientSum() if self._parts * self._group > 1 else None
+        self.buffers = WeightBuffers(parts.weights, parts.group) if parts.double_buffered else None
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
         state = super().snapshot()
+        if self.buffers is not None:
+            state[BUFFERS] = self.buffers.snapshot()
         return state if self._sum is None else {**state, SUM: self._sum.snapshot()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; raise SnapshotError where it is that of another class."""
+        if self.buffers is not None:
+            before, state = taken(state, BUFFERS)
+            self.buffers.restore(before)
         if self._sum is not None:
-            found, state = taken(state, SUM)
-            self._sum.restore(found)
+            sums, state = taken(state, SUM)
+            self._sum.restore(sums)
         super().restore(state)
 
     def at_once(self, sample: int, tau: float) -> AtOnce | None:
@@ -76,22 +91,60 @@ class Block(Remembers):
             return None
         return self.weights.at_once(self._scale(sample), tau)
 
+    def moves(self, pulse: int) -> bool:
+        """Return True if the weights move with the message of a pulse."""
+        return not (pulse + 1) % (self._parts * self._group)
+
     def learn_from(self, sample: int, g: Sequence[Gradient] | None, tau: float) -> None:
         """Take the gradients of one pass (None: no message came).
 
-        Behind the last pass of a sample the weights move by the sum of its gradients.
+        Behind the last pass of a group of samples the weights move by the sum of its gradients.
         """
         if self._sum is not None:
             if g is not None:
                 self._sum.add(g)
-            sample, part = divmod(sample, self._parts)
-            if part < self._parts - 1:
+            if not self.moves(sample):
                 return
+            sample //= self._parts
             g = self._sum.take()
+            if self.buffers is not None:
+                self.buffers.keep()
         if g is None:
             self.weights.rest()
         else:
             self.weights.move(g, self._scale(sample), tau)
+
+
+class WeightBuffers(Remembers):
+    """Two versions of a block's weights: the latest, and the one before (PipeDream-2BW, Narayanan
+    et al. 2021). With group g = n div k of sample n
+
+        theta_g      after the steps by groups 0 ... g - 2
+
+    Args:
+        weights: the block's, which move when a group's last message comes.
+        group: k, samples per step.
+    """
+
+    def __init__(self, weights: Weights, group: int) -> None:
+        self._weights = weights
+        self._group = group
+        self._before: list[Tensor] | None = None
+
+    STATE = ("_before",)
+
+    def version(self, sample: int) -> int:
+        """Return the number of steps in the weights that a sample meets."""
+        return max(0, sample // self._group - 1)
+
+    def theta(self, sample: int) -> list[Tensor]:
+        """Return the weights that a sample meets, in fresh tensors."""
+        latest = self._before is None or self._weights.updates == self.version(sample)
+        return [t.clone() for t in (self._weights.theta if latest else self._before or [])]
+
+    def keep(self) -> None:
+        """Keep the weights before they move."""
+        self._before = [t.clone() for t in self._weights.theta]
 
 
 class SavesPasses(Block, ABC):

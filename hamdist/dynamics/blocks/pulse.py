@@ -59,7 +59,10 @@ class PulseBlock(SavesPasses):
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep its record until its message comes."""
-        if self._predicts is None:
+        if self.buffers is not None:
+            theta = self.buffers.theta(sample)
+            record = self.cell.forward_at(theta, inputs, self._wanted)
+        elif self._predicts is None:
             record = self.cell.forward(inputs, self._wanted)
         else:
             scale = self._scale(sample // self._parts)
@@ -190,7 +193,7 @@ class PulseReadout(Block):
         messages, reading = self._learn(sample, inputs, own, share)
         prediction = self.prediction if inputs else None
         self.prediction, reading = self._item.end(sample, prediction, reading)
-        if reading is not None:
+        if reading is not None and self.moves(sample):
             self._loss.past_first()
         return messages, reading
 
@@ -202,7 +205,11 @@ class PulseReadout(Block):
         share: float = 1.0,
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its sample."""
-        record = self.cell.forward(inputs, self._wanted) if inputs else None
+        record = None
+        if inputs and self.buffers is not None:
+            record = self.cell.forward_at(self.buffers.theta(sample), inputs, self._wanted)
+        elif inputs:
+            record = self.cell.forward(inputs, self._wanted)
         if record is not None:
             self.prediction = plain(record.output)
         if record is None or target is None:
@@ -213,8 +220,8 @@ class PulseReadout(Block):
             record,
             target,
             sample // self._parts,
-            share=share,
-            moves=self._item is None,
+            share=share / self._group,
+            moves=self._item is None and self.moves(sample),
             at_once=self.at_once(sample, self._tau),
         )
         self.learn_from(sample, g, self._tau)

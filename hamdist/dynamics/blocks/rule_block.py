@@ -28,15 +28,13 @@ MakeWeights = Callable[[Sequence[Tensor], Sequence[str]], Weights]
 class AppliedRule(Remembers):
     """A rule on one block: calls it, checks what it returns, and moves the memory that learns.
 
-    parents: shape of each parent's h, without the batch; scale: of beta, by sample, made of the
-    weights that it is for.
+    scale: of beta, by sample, made of the weights that it is for.
     """
 
     def __init__(
         self,
         rule: Rule,
         view: BlockView,
-        parents: Sequence[tuple[int, ...]],
         make_weights: MakeWeights,
         scale: Callable[[Weights], Scale],
     ) -> None:
@@ -45,7 +43,6 @@ class AppliedRule(Remembers):
         self.learns = rule.overrides("learn")
         self.listens = rule.signals.back != "none"
         self._who = f"rule {type(rule).__name__} of block {view.name!r}"
-        self._parents = list(parents)
         view.at("start", 0, len(view.h))
         memory = rule.start(view)
         if not isinstance(memory, dict):
@@ -95,11 +92,11 @@ class AppliedRule(Remembers):
         return self._messages("backward", messages), updates
 
     def relax(
-        self, inputs: Sequence[Tensor], message: Tensor, tick: Tick, age: int
+        self, inputs: Sequence[Tensor], message: Tensor, tick: Tick, ticks: int
     ) -> tuple[Tensor, list[Tensor | None], Updates]:
         """Return the next h of a held block, the messages, and the updates."""
         view = self.view
-        view.tick, view.age, view.learns = tick.k, age, tick.updates
+        view.tick, view.age, view.ticks, view.learns = tick.k, tick.k % ticks, ticks, tick.updates
         view.at("relax", tick.sample, len(message))
         found = self.rule.relax(view, inputs, message)
         h, messages, updates = self._parts("relax", found, "h, messages, updates")
@@ -143,12 +140,12 @@ class AppliedRule(Remembers):
 
     def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
         view = self.view
-        if not isinstance(messages, (list, tuple)) or len(messages) != len(self._parents):
+        if not isinstance(messages, (list, tuple)) or len(messages) != len(self.view.inputs):
             raise GraphError(
                 f"{self._who}: {method}() gives its messages as {_kind(messages)}; return a list "
-                f"with one for each of its {len(self._parents)} parents"
+                f"with one for each of its {len(self.view.inputs)} parents"
             )
-        for message, parent in zip(messages, self._parents, strict=True):
+        for message, parent in zip(messages, self.view.inputs, strict=True):
             shape = (view.batch, *parent)
             if message is not None and tuple(getattr(message, "shape", ())) != shape:
                 raise GraphError(
@@ -291,8 +288,7 @@ class RelaxingBlock(HoldBlock):
         """Run one tick; `h` is then the state of the next. It has no reading."""
         self.energy = measured([self.weights]) if tick.measures else None
         self.rule.view.h = self.h
-        found = self.rule.relax(inputs, self.z, tick, tick.k % self._ticks)
-        h, to_parents, updates = found
+        h, to_parents, updates = self.rule.relax(inputs, self.z, tick, self._ticks)
         self._guard("h", h, inputs)
         self.h = send(h)
         if tick.updates:

@@ -17,15 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.rules.rule import (
-    MEMORY,
-    BlockView,
-    Messages,
-    Rule,
-    RuleFacts,
-    Signals,
-    Updates,
-)
+from hamdist.dynamics.rules.rule import MEMORY, BlockView, Messages, Rule, Signals, Updates
 from hamdist.errors import SettingsError
 
 
@@ -38,16 +30,6 @@ class FeedbackAlignment(Rule):
     """Messages go through fixed random matrices (Lillicrap et al. 2016, Eq. 2)."""
 
     on_readout = True
-    facts = RuleFacts(
-        "message B^T delta (like the parent's h)",
-        "its inputs; B, of the size of the weights",
-        "neighbours",
-        "messages late by the round trip",
-        "one forward, one backward",
-        "1 forward, 2 forward and 1 backward with the message (recomputed)",
-        "Lillicrap, Cownden, Tweed, Akerman: Random synaptic feedback weights support error "
-        "backpropagation for deep learning, Nature Communications 7, 2016, Eq. 2",
-    )
 
     def start(self, block: BlockView) -> dict[str, Any]:
         return drawn(block)
@@ -67,17 +49,6 @@ class SignSymmetry(FeedbackAlignment):
         magnitude: `uniform`: that of the weights' initial spread, equal for all; `batchwise`: drawn
             anew for each sample; `fixed`: drawn once.
     """
-
-    facts = RuleFacts(
-        "message (sign(W) |B|)^T delta",
-        "its inputs; |B| where it is fixed",
-        "neighbours; signs of the weights are shared by both directions",
-        "messages late by the round trip",
-        "one forward, one backward",
-        "1 forward, 2 forward and 1 backward with the message (recomputed)",
-        "Liao, Leibo, Poggio: How important is weight symmetry in backpropagation?, AAAI 2016, "
-        "section 3 (uSF, brSF, frSF)",
-    )
 
     def __init__(self, magnitude: str = "fixed") -> None:
         if magnitude not in ("uniform", "batchwise", "fixed"):
@@ -102,17 +73,6 @@ class KolenPollack(FeedbackAlignment):
     W <- W - lr (delta x^T + lambda W),        B <- B - lr (delta x^T + lambda B)
     """
 
-    facts = RuleFacts(
-        "message B^T delta",
-        "its inputs; B, of the size of the weights",
-        "neighbours",
-        "messages late by the round trip",
-        "one forward, one backward",
-        "1 forward, 2 forward and 1 backward with the message (recomputed); a second update",
-        "Kolen, Pollack: Backpropagation without weight transport, ICNN 1994, Eq. 16; Akrout et "
-        "al.: Deep learning without weight transport, NeurIPS 2019, Eq. 16 and 17",
-    )
-
     def start(self, block: BlockView) -> dict[str, Any]:
         return {name: nn.Parameter(b) for name, b in drawn(block).items()}
 
@@ -128,16 +88,6 @@ class DirectFeedbackAlignment(Rule):
     """
 
     signals = Signals(back="error")
-    facts = RuleFacts(
-        "nothing; the readout's error (B, O) goes to every block",
-        "its inputs; B (n, O)",
-        "the block and the readout",
-        "errors late by the way to the readout",
-        "one forward",
-        "1 forward, and 1 forward and 1 backward with the error (recomputed)",
-        "Noekland: Direct feedback alignment provides learning in deep neural networks, NeurIPS "
-        "2016, Eq. 3",
-    )
 
     def start(self, block: BlockView) -> dict[str, Any]:
         rows = block.outputs[-1]

@@ -1,4 +1,4 @@
-"""The built-in rules by the names that settings and commands use."""
+"""The built-in rules by the names that settings and commands use (facts about them: facts.yaml)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ HOMES = {  # module and class
     "sign-symmetry": "feedback_alignment.SignSymmetry",
     "kolen-pollack": "feedback_alignment.KolenPollack",
     "direct-feedback-alignment": "feedback_alignment.DirectFeedbackAlignment",
+    "predictive-coding": "predictive_coding.PredictiveCoding",
+    "equilibrium-propagation": "predictive_coding.EquilibriumPropagation",
+    "mono-forward": "local_losses.MonoForward",
+    "synthetic-gradients": "local_losses.SyntheticGradients",
+    "target-propagation": "local_losses.DifferenceTargetPropagation",
+    "oja": "hebbian.Oja",
+    "soft-hebb": "hebbian.SoftHebb",
 }
 
 

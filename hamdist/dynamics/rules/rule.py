@@ -50,28 +50,6 @@ class Signals:
     label: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class RuleFacts:
-    """Facts about a built-in rule, as `hamdist rules` lists them.
-
-    Attributes:
-        crosses: what crosses an edge, besides h.
-        keeps: what a block keeps of a sample until its message comes, and besides.
-        space, time, phase: how local the rule is: whose signals a step needs, of which samples, in
-            how many passes.
-        cost: of a sample, in products with the weights.
-        source: paper and equation.
-    """
-
-    crosses: str
-    keeps: str
-    space: str
-    time: str
-    phase: str
-    cost: str
-    source: str
-
-
 class Rule:
     """A learning rule: how a block computes its state, its messages, and its updates.
 
@@ -90,13 +68,11 @@ class Rule:
         signals: what the rule asks for.
         on_readout: True if the rule may be that of an output net, too, whose message is then its
             own error. Patterns pass over readouts where it is False.
-        facts: of a built-in rule.
     """
 
     presentation: ClassVar[str] = "pulse"
     signals: ClassVar[Signals] = Signals()
     on_readout: ClassVar[bool] = False
-    facts: ClassVar[RuleFacts | None] = None
 
     def start(self, block: BlockView) -> dict[str, Any]:  # noqa: ARG002
         """Return the memory that the block begins with, plain data by name.
@@ -148,11 +124,13 @@ class BlockView:
         name: of the block; depth: ticks from the input; readout: True for an output net.
         theta: the weights that are learned, by name; as they are now, and not to be written to.
         memory: the rule's own plain data by name, which it may change.
-        shape: of h, without the batch; outputs: of the first readout's prediction.
+        shape: of h, inputs: of each parent's h, outputs: of the first readout's prediction; all
+            without the batch.
         batch: B, of the sample.
         sample: number of the sample.
         h: state of a held block (B, ...); in `start` zeros like h.
-        tick: number of the tick of a held block; age: ticks since its sample is at the input.
+        tick: number of the tick of a held block; age: ticks since its sample is at the input;
+            ticks: of a sample.
         learns: True in the ticks in which the weights of a held block move.
     """
 
@@ -160,6 +138,7 @@ class BlockView:
     module: nn.Module
     theta: dict[str, Tensor]
     shape: tuple[int, ...]
+    inputs: list[tuple[int, ...]]
     outputs: tuple[int, ...]
     depth: int
     readout: bool
@@ -173,6 +152,7 @@ class BlockView:
     h: Tensor = field(default_factory=lambda: torch.zeros(0))
     tick: int = 0
     age: int = 0
+    ticks: int = 0
     learns: bool = True
 
     def at(self, phase: str, sample: int, batch: int) -> None:

@@ -45,7 +45,7 @@ class Locality:
     speed: hops per sample (c in docs: concepts/time-and-signals), `inf`, or `depth`: D + 1.
     truncation: samples of a sequence in its reverse pass (None: all). gate: the tolerance of the
     stability gate, if there is one. lead, blend: see LocalityOverrides. microbatches: number of
-    parts of a batch; a plan (runtime/plan/plan.py) has a number.
+    parts of a batch; a plan (runtime/plan/plan.py) has a number. accumulate: samples per step.
     """
 
     grouping: Grouping
@@ -65,6 +65,8 @@ class Locality:
     readout: Readout = Readout.OUTPUT
     truncation: int | None = None
     microbatches: int | Literal["auto"] = 1
+    accumulate: int = 1
+    double_buffered: bool = False
 
     @property
     def pulse(self) -> bool:
@@ -129,6 +131,8 @@ def make_locality(level: Level, overrides: LocalityOverrides) -> Locality:
         given["compensation"] = asked
     if Compensation.WEIGHT_PREDICTION in given.get("compensation", ()):
         given.setdefault("memory", Memory.TRACE_WEIGHTS)
+    if given.get("double_buffered"):
+        given.setdefault("memory", Memory.TRACE_WEIGHTS)
     if isinstance(given.get("gate"), bool):
         given["gate"] = STILL if given["gate"] else None
     knobs = replace(PRESETS[level], **given)
@@ -152,6 +156,7 @@ def _contradictions(k: Locality) -> list[str]:
             "the other before any weight moves; use presentation 'pulse', speed 'inf' and credit "
             "'messages' (level 'pipeline')"
         )
+    reasons += _against_accumulation(k)
     if k.sequence:
         return reasons + _against_sequence(k)
     reasons += _against_recipes(k)
@@ -215,6 +220,31 @@ def _contradictions(k: Locality) -> list[str]:
                 "moves 'layer-by-layer' with update 'last-tick': in the last tick only the readout "
                 "moves; use update 'tick'"
             )
+    return reasons
+
+
+def _against_accumulation(k: Locality) -> list[str]:
+    """Return the reasons against one step for several samples beside the other knobs."""
+    reasons = []
+    if k.accumulate != 1 and not (k.pulse and k.credit is Credit.MESSAGES):
+        reasons.append(
+            f"accumulate {k.accumulate} with presentation {k.presentation.value!r} and credit "
+            f"{k.credit.value!r}: it counts the messages between two steps of a block; use "
+            "presentation 'pulse' and credit 'messages' (levels 'trace', 'backprop', 'pipeline')"
+        )
+    if not k.double_buffered:
+        return reasons
+    if k.memory is not Memory.TRACE_WEIGHTS or not k.pulse or k.microbatches != 1:
+        reasons.append(
+            f"double_buffered with presentation {k.presentation.value!r}, memory "
+            f"{k.memory.value!r} and microbatches {k.microbatches}: a message meets the weights of "
+            "its forward pass; use memory 'trace+weights' of whole samples (level 'trace')"
+        )
+    if Compensation.WEIGHT_PREDICTION in k.compensation:
+        reasons.append(
+            "double_buffered with compensation 'weight-prediction': both say which weights a "
+            "sample meets; leave one out"
+        )
     return reasons
 
 

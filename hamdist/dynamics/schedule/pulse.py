@@ -10,6 +10,7 @@ from hamdist.dynamics.graph.graph import Edge, Graph, Tie
 from hamdist.dynamics.schedule.events import Bundle, Event, Kind, Phase, Stamp, emitted
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import SPACING, Pulses
+from hamdist.errors import LevelError
 
 
 class PulseSchedule:
@@ -25,7 +26,13 @@ class PulseSchedule:
     whose rule asks for nothing is as with credit 'heads'.
 
     With M micro-batches a sample makes M pulses (microbatches.py), after the last of which weights
-    move; `sample` is the number of the pulse then, and `item` tells whose part it is.
+    move; `sample` is the number of the pulse then, and `sample_of` tells whose part it is.
+
+    With `accumulate: k` a block moves once for k samples. Double-buffered, it moves in the same
+    ticks, but a sample of group g = n div k meets the weights after the first g - 1 steps in every
+    block. These are there in time if k c is more than any lag less c:
+
+        last message of group g - 2    (g - 1) k c - c + 2D  <  g k c    first forward of group g
     """
 
     def __init__(self, graph: Graph, knobs: Locality, silent: frozenset[str] = frozenset()) -> None:
@@ -40,6 +47,14 @@ class PulseSchedule:
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
         self._pulses = Pulses(self.c, self.parts)
+        self.group = knobs.accumulate  # samples per step
+        self.double_buffered = knobs.double_buffered
+        if self.double_buffered and self.staleness > self.group:
+            raise LevelError(
+                f"locality.accumulate is {self.group}, double_buffered: messages are "
+                f"{self.staleness} samples late, so the step before the latest is not made yet "
+                f"when its weights are wanted; use accumulate {self.staleness} or more"
+            )
 
     def _ticks(self, speed: str) -> int:
         if speed == "depth":
@@ -99,22 +114,33 @@ class PulseSchedule:
             return emitted(event.sample, self.c, self.parts)
         if edge.parent in self._silent:
             return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, 0)
-        # Updates m with m c + 2D - l < n c + l have come before the forward of n.
-        version = max(0, self.sample_of(event.sample) - self.lag(edge.parent) // self.c)
+        sample = self.sample_of(event.sample)
+        # Messages m with m c + 2D - l < n c + l have come before the forward of n.
+        version = max(0, sample - self.lag(edge.parent) // self.c) // self.group
+        if self.double_buffered:
+            version = self.buffered(sample)
         return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
+
+    def buffered(self, sample: int) -> int:
+        """Return the steps in the weights that a sample meets with double buffering."""
+        return max(0, sample // self.group - 1)
+
+    def _steps(self, pulse: int) -> int:
+        """Return the steps of a block before the message of a pulse comes to it."""
+        return self.sample_of(pulse) // self.group
 
     def message(self, edge: Edge, event: Event) -> Stamp | None:
         if event.phase is not Phase.BACKWARD:
             return None
         tick = self._backward_tick(edge.child, event.sample)
-        return Stamp(tick, event.sample, self.sample_of(event.sample))
+        return Stamp(tick, event.sample, self._steps(event.sample))
 
     def error(self, event: Event) -> Stamp | None:
         """Return the stamp of the first readout's error that a block reads in `event`."""
         if event.phase is not Phase.BACKWARD:
             return None
         tick = self._forward_tick(self._first_readout, event.sample)
-        return Stamp(tick, event.sample, self.sample_of(event.sample))
+        return Stamp(tick, event.sample, self._steps(event.sample))
 
     def target(self, readout: str, event: Event) -> Stamp | None:  # noqa: ARG002
         """Return the stamp of the sample's target, which comes whole with its first pulse."""
@@ -158,7 +184,8 @@ class PulseSchedule:
         return 2 + max(0, -(-(self._depths[tie.owner] - self._depths[tie.user]) // self.c))
 
     def delay(self, block: str) -> int:
-        return self.lag(block) // self.c
+        """Return the most steps of a block between its two passes of a sample."""
+        return 1 if self.double_buffered else -(-(self.lag(block) // self.c) // self.group)
 
     def in_flight(self, edge: Edge, kind: Kind) -> int:
         if kind is Kind.STATE:
@@ -181,7 +208,8 @@ class PulseSchedule:
 
     @property
     def staleness(self) -> int:
-        return max(self.delay(b) for b in self._depths)
+        """Return the most samples between the two passes of one."""
+        return max(self.lag(b) // self.c for b in self._depths)
 
     def stored(self, block: str) -> int:
         """Samples (micro-batches, where there are) whose activations a block keeps at a time:

@@ -114,6 +114,7 @@ class _Parts(BlockParts):
         self.weights = self.make_weights(self.cell)
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
+        self.group, self.double_buffered = plan.knobs.accumulate, plan.knobs.double_buffered
         self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.sample_of)
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss

@@ -113,7 +113,10 @@ class PulseNode(Remembers):
         return inputs if self._end is None else None  # (none: an empty micro-batch)
 
     def _forward(self, event: Event) -> None:
-        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
+        buffers, version = self.block.buffers, self.block.weights.updates
+        if buffers is not None:
+            version = buffers.version(event.sample)
+        stamp = Stamp(event.tick, event.sample, version)
         inputs = self._inputs(event)
         label = self._ports.label(event)
         if inputs is None:

@@ -52,6 +52,7 @@ def applied_rule(
         module=module,
         theta=dict(theta),
         shape=shape[1:],
+        inputs=[shapes[parent][0][1:] for parent in spec.parents],
         outputs=shapes[graph.readouts[0]][0][1:],
         depth=graph.depths[name],
         readout=spec.loss is not None,
@@ -61,8 +62,7 @@ def applied_rule(
         random=random if draws(module) else None,
         h=torch.zeros(shape, dtype=dtype, device=device),
     )
-    parents = [shapes[parent][0][1:] for parent in spec.parents]
-    return AppliedRule(spec.rule, view, parents, make_weights, scale)
+    return AppliedRule(spec.rule, view, make_weights, scale)
 
 
 def try_rules(plan: Plan) -> None:
@@ -99,7 +99,7 @@ def _try(plan: Plan, spec: BlockSpec, rule: Rule) -> None:
             inputs[i] = torch.zeros(x.shape, dtype=shapes[parent][1], device=x.device)
     if rule.presentation == "hold":
         tick = Tick(0, 0, 1.0)
-        updates = applied.relax(inputs, torch.zeros_like(view.h), tick, 0)[2]
+        updates = applied.relax(inputs, torch.zeros_like(view.h), tick, plan.schedule.c)[2]
         applied.gradients(updates, 0, 1.0)
     else:
         _try_pulse(plan, spec, applied, inputs)

@@ -1,4 +1,6 @@
-"""Into how many parts a batch is cut (`locality.microbatches`), before a run."""
+"""Into how many parts a batch is cut (`locality.microbatches`), before a run, and what cannot go
+together with gradients that are added up.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,9 @@ def cut_batches(
     if parts == "auto":
         parts = auto_microbatches(spec.batch)
     knobs = replace(knobs, microbatches=parts)
+    if knobs.accumulate > 1 or knobs.double_buffered:
+        for reason in _against_sums(graph, learning):
+            raise LevelError(f"locality.accumulate {knobs.accumulate} with {reason}; leave it out")
     if parts == 1:
         return knobs
     if parts > spec.batch:
@@ -40,6 +45,19 @@ def cut_batches(
             "locality.microbatches 1"
         )
     return knobs
+
+
+def _against_sums(graph: Graph, learning: LearningSettings) -> list[str]:
+    """Return what excludes steps by the gradients of several samples."""
+    reasons = []
+    if learning.any_heads:
+        reasons.append("learning.heads, which move the weights whenever a sample passes")
+    if learning.any_inputs:
+        reasons.append("learning.inputs, whose statistics are those of one batch")
+    if graph.ties:
+        names = ", ".join(tie.name for tie in graph.ties)
+        reasons.append(f"weights that several blocks share ({names})")
+    return reasons
 
 
 def _against(graph: Graph, learning: LearningSettings) -> list[str]:

@@ -111,6 +111,8 @@ def _against(
         yield (f"memory {knobs.memory.value!r} keeps what a rule keeps itself; use memory 'trace'")
     if knobs.microbatches != 1:
         yield "a batch in micro-batches; use level 'backprop' instead of 'pipeline'"
+    if knobs.accumulate != 1:
+        yield "locality.accumulate, whose gradients are those of messages; leave it out"
     if knobs.hold and (knobs.order is not Order.OMEGA_FIRST or knobs.moves is not Moves.ALL):
         yield "a held rule needs order 'omega-first' and moves 'all'"
     others = [one.value for one in knobs.compensation if one is not Compensation.DELAY_SCALED]

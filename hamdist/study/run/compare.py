@@ -9,10 +9,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from hamdist.config import EngineKind, Level, Settings
+from hamdist.dynamics.schedule.levels import PRESETS
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
+from hamdist.runtime.train.rules import make_rule
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import DataFactory, Run, run_centralised, run_level
 from hamdist.study.shared.store import Store
@@ -22,14 +24,31 @@ KEY_LENGTH = 20
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """A run that a comparison will make; `level` is None for the centralised baseline."""
+    """A run that a comparison will make.
+
+    Attributes:
+        level: None for the centralised baseline.
+        rule: the name of a rule of learning that all blocks have, if they have one.
+    """
 
     level: Level | None
     seed: int
+    rule: str | None = None
 
     @property
     def name(self) -> str:
+        if self.rule is not None:
+            return self.rule.rpartition("/")[2]
         return CENTRALISED if self.level is None else self.level.value
+
+    def of(self, settings: Settings) -> Settings:
+        """Return the settings of this run (those of `backprop` for the baseline)."""
+        own = settings.for_level(self.level or Level.BACKPROP)
+        own = own.model_copy(update={"seed": self.seed})
+        if self.rule is not None:
+            rules = {"rules": {"*": rule_and_level(self.rule)[0]}}
+            own = own.model_copy(update={"learning": own.learning.model_copy(update=rules)})
+        return own
 
 
 def plan(settings: Settings) -> list[PlannedRun]:
@@ -43,10 +62,40 @@ def plan(settings: Settings) -> list[PlannedRun]:
             "steps: a comparison needs the number of samples of each run; set it in the settings "
             "or with --steps"
         )
-    levels = dict.fromkeys(settings.compare.levels)
+    levels: list[tuple[Level, str | None]] = [(one, None) for one in settings.compare.levels]
+    if settings.compare.rules:
+        levels = [_of_rule(name, settings.level) for name in settings.compare.rules]
+    levels = list(dict.fromkeys(levels))
+    names = [PlannedRun(level, 0, rule).name for level, rule in levels]
+    if len({*names}) < len(names):
+        raise SettingsError(f"compare.rules: two have the same name: {', '.join(names)}")
     seeds = range(settings.seed, settings.seed + settings.compare.seeds)
     baselines = [PlannedRun(None, seed) for seed in seeds]
-    return baselines + [PlannedRun(level, seed) for seed in seeds for level in levels]
+    return baselines + [PlannedRun(level, seed, rule) for seed in seeds for level, rule in levels]
+
+
+def rule_and_level(name: str) -> tuple[str, str]:
+    """Return the name of a rule, and the level behind `@` (empty: none)."""
+    rule, at, level = name.rpartition("@")
+    return (rule, level) if at else (name, "")
+
+
+def _of_rule(name: str, given: Level) -> tuple[Level, str | None]:
+    """Return the level of an entry of `compare.rules`, and the entry if it is a rule.
+
+    A rule is run at the level of the settings, where that has its presentation.
+    """
+    levels = {level.value: level for level in Level}
+    if name in levels:
+        return levels[name], None
+    rule, at = rule_and_level(name)
+    if at and at not in levels:
+        raise SettingsError(f"compare.rules {name!r}: {at!r} is no level: {', '.join(levels)}")
+    presentation = make_rule("compare.rules", rule).presentation
+    if at:
+        return levels[at], name
+    fits = given is not Level.AUTO and PRESETS[given].presentation.value == presentation
+    return given if fits else Level.TRACE if presentation == "pulse" else Level.LOCAL, name
 
 
 def compare(
@@ -74,9 +123,7 @@ def compare(
     with ExitStack() as stack:
         for item in planned:
             callback = None if on_progress is None else on_progress(item)
-            level = Level.BACKPROP if item.level is None else item.level
-            own = settings.for_level(level).model_copy(update={"seed": item.seed})
-            own = _kept_apart(own)
+            own = _kept_apart(item.of(settings), item.name)
             key = run_key(own, item.name, made_of)
             kept = None if store is None else store.find(key)
             if kept is not None:
@@ -90,6 +137,7 @@ def compare(
                 )
             else:
                 run, _ = run_level(own, factory=factory, data=data, on_progress=callback)
+                run.level = item.name
             if store is not None and not run.interrupted:
                 store.keep(key, json.dumps({"key": key, **run.as_json()}))
             yield run
@@ -103,10 +151,10 @@ def run_key(settings: Settings, *made_of: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
-def _kept_apart(settings: Settings) -> Settings:
+def _kept_apart(settings: Settings, name: str) -> Settings:
     """Return the settings with a folder of its own for the run's snapshots, if it takes any."""
     kept = settings.snapshots
     if kept.path is None:
         return settings
-    path = f"{kept.path.rstrip('/')}/{settings.level.value}-{settings.seed}"
+    path = f"{kept.path.rstrip('/')}/{name}-{settings.seed}"
     return settings.model_copy(update={"snapshots": kept.model_copy(update={"path": path})})

@@ -3,6 +3,7 @@ into blocks, and its batches into micro-batches."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from hamdist.study.verify.oracles.networks import (
 
 BOUND = 1e-12
 PARTS = 3
+GROUP = 4  # samples of a step
+BEHIND = 8  # the same with two versions: as many as the messages of a chain of 5 are late
 ORACLE = "autograd on the whole network and torch.optim"
 PLAIN = {"lr": 0.1}
 MOMENTUM = {"lr": 0.05, "momentum": 0.5, "dampening": 0.3}
@@ -76,6 +79,7 @@ def checks(full: bool) -> Iterator[Check]:
             learning_by = {"lr": 0.01, "optimizer": named}
             yield _check(f"a chain of 5, {kind}", chain, items, learning_by, 1.0, {})
     yield from _in_parts(items)
+    yield from _in_groups(items)
 
 
 def _in_parts(items: int) -> Iterator[Check]:
@@ -90,7 +94,19 @@ def _in_parts(items: int) -> Iterator[Check]:
     ]
     for name, build, learning, partition in cases:
         what = f"{PARTS} micro-batches of {BATCH} rows, {name}"
-        yield _check(what, build, items, learning, 1.0, partition, parts=PARTS)
+        in_parts = {"microbatches": PARTS}
+        yield _check(what, build, items, learning, 1.0, partition, in_parts, "pipeline")
+
+
+def _in_groups(items: int) -> Iterator[Check]:
+    """One step for several samples; with two versions every block is one step behind."""
+    adamw = {"lr": 0.01, "optimizer": ADAMW}
+    for rule, learning in (("momentum", MOMENTUM), ("AdamW", adamw)):
+        name = f"a chain of 5, a step for {GROUP} samples, {rule}"
+        yield _check(name, chain, items, learning, 1.0, {}, {"accumulate": GROUP})
+    buffered = {"accumulate": BEHIND, "double_buffered": True}
+    name = f"a chain of 5, two versions of the weights, a step for {BEHIND} samples"
+    yield _check(name, chain, items, PLAIN, 1.0, {}, buffered, "trace")
 
 
 def _check(
@@ -100,12 +116,13 @@ def _check(
     learning: Mapping[str, Any],
     tau: float,
     partition: Mapping[str, int],
-    parts: int = 1,
+    locality: Mapping[str, Any] | None = None,
+    level: str = "backprop",
 ) -> Check:
     settings = Settings.model_validate(
         {
-            "level": "backprop" if parts == 1 else "pipeline",
-            "locality": {"microbatches": parts},
+            "level": level,
+            "locality": locality or {},
             "dtype": "float64",
             "learning": learning,
             "dynamics": {"tau": tau},
@@ -123,7 +140,8 @@ def _apart(build: Callable[[], nn.Module], items: int, settings: Settings) -> fl
     model = skip_graph(own) if isinstance(own, Skips) else own
     result = train(model, Draws(items), settings)
     plain = build()
-    curves = sgd(plain, Draws(items), settings.learning)
+    group, behind = settings.locality.accumulate or 1, bool(settings.locality.double_buffered)
+    curves = sgd(plain, Draws(items), settings.learning, group, behind=behind)
     found = [torch.tensor([w.mean_loss for w in ws], dtype=F64) for ws in result.windows.values()]
     pairs = list(zip(found, curves, strict=True))
     if isinstance(model, Graph):
@@ -148,19 +166,40 @@ def _torchs(weights: list[nn.Parameter], learning: LearningSettings) -> list[Any
     return made
 
 
-def sgd(model: nn.Module, stream: Draws, learning: LearningSettings) -> list[Tensor]:
-    """Move the weights of `model` sample by sample; return each prediction's loss curve."""
+def sgd(
+    model: nn.Module,
+    stream: Draws,
+    learning: LearningSettings,
+    group: int = 1,
+    *,
+    behind: bool = False,
+) -> list[Tensor]:
+    """Move the weights of `model` once for `group` samples; return each prediction's loss curve.
+
+    behind: by gradients at the weights before the latest step (PipeDream-2BW).
+    """
     optimisers = _torchs(list(model.parameters()), learning)
+    used = copy.deepcopy(model) if behind else model  # the network that predicts
     curves: list[Sequence[float]] = []
-    for sample in stream.samples():
-        if not isinstance(sample.y, Tensor):
+    for n, sample in enumerate(stream.samples()):
+        if isinstance(sample.y, Tensor):
+            predicted = used(sample.u)
+            predictions = predicted if isinstance(predicted, tuple) else (predicted,)
+            losses = torch.stack([functional.cross_entropy(p, sample.y) for p in predictions])
+            (losses.sum() / group).backward()  # type: ignore[no-untyped-call]  # (of torch)
+            curves.append(losses.tolist())
+        elif group == 1:
             continue
-        predicted = model(sample.u)
-        predictions = predicted if isinstance(predicted, tuple) else (predicted,)
-        losses = torch.stack([functional.cross_entropy(p, sample.y) for p in predictions])
-        model.zero_grad()
-        losses.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if (n + 1) % group:
+            continue
+        before = copy.deepcopy(model.state_dict())
+        gradients = [p.grad for p in used.parameters()]
+        used.zero_grad()
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            p.grad = g
         for optimiser in optimisers:
             optimiser.step()
-        curves.append(losses.tolist())
+        model.zero_grad()
+        if behind:
+            used.load_state_dict(before)
     return list(torch.tensor(curves, dtype=F64).T)

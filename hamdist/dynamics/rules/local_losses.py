@@ -1,0 +1,113 @@
+"""Rules with a small learned model at each block: of the classes, of the message, of the inputs.
+
+Mono-Forward              G = M h, cross-entropy of G; M and theta learn at once
+                                                    Gong, Li and Abdulla 2025, arXiv:2501.09238
+synthetic gradients       d = A h + c predicts B z; theta learns by d at once, A and c when z
+                          comes                     Jaderberg et al. 2017, Eq. 2 and 3
+difference target         g(h) = tanh(V h + c) learns to undo f; with the displacement d of a
+propagation               state from its target: d_x = g(h) - g(h - d)
+                                                    Lee et al. 2015, Eq. 14 and 15
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hamdist.dynamics.rules.rule import BlockView, Messages, Rule, Signals, Updates
+from hamdist.errors import GraphError
+
+
+def _drawn(block: BlockView, outputs: int, inputs: int) -> nn.Parameter:
+    """Return a matrix (outputs, inputs) that learns, N(0, 1/inputs)."""
+    return nn.Parameter(block.randn_like(block.h.new_empty(outputs, inputs)) * inputs**-0.5)
+
+
+class MonoForward(Rule):
+    """Each block classifies by a matrix of its own; the label travels along, nothing comes back."""
+
+    signals = Signals(back="none", label=True)
+
+    def start(self, block: BlockView) -> dict[str, Any]:
+        return {"M": _drawn(block, block.outputs[-1], block.h[0].numel())}
+
+    def forward(self, block: BlockView, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        h = block.f(inputs)
+        return h, {"x": list(inputs), "h": h}
+
+    def learn(self, block: BlockView, kept: Any, label: Tensor | None) -> Updates:
+        h, M = (t.detach().requires_grad_() for t in (kept["h"], block.memory["M"]))
+        with torch.enable_grad():
+            loss = functional.cross_entropy(h.flatten(1) @ M.T, label)  # type: ignore[arg-type]
+        z, dM = torch.autograd.grad(loss, (h, M))
+        return {**block.vjp(kept["x"], z)[1], "memory:M": dM}
+
+
+class SyntheticGradients(Rule):
+    """A linear model of the message moves the weights at once, and learns when it comes."""
+
+    def start(self, block: BlockView) -> dict[str, Any]:
+        n = block.h[0].numel()
+        zeros = block.h.new_zeros
+        return {"A": nn.Parameter(zeros(n, n)), "c": nn.Parameter(zeros(n))}
+
+    def forward(self, block: BlockView, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        h = block.f(inputs)
+        d = h.flatten(1) @ block.memory["A"].T + block.memory["c"]
+        return h, {"x": list(inputs), "h": h, "d": d.view_as(h)}
+
+    def learn(self, block: BlockView, kept: Any, label: Tensor | None) -> Updates:  # noqa: ARG002
+        return block.vjp(kept["x"], kept["d"] / block.batch)[1]
+
+    def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
+        messages, _ = block.vjp(kept["x"], kept["d"] / block.batch)
+        wrong = kept["d"].flatten(1) / block.batch - message.flatten(1)
+        return messages, {"memory:A": wrong.T @ kept["h"].flatten(1), "memory:c": wrong.sum(0)}
+
+
+class DifferenceTargetPropagation(Rule):
+    """Displacements of states from their targets go down through learned inverses.
+
+    A message is z / eta of a state, d = eta B z its displacement: that of the readout is its own.
+
+    Args:
+        eta: size of a displacement; noise: of the inputs by which an inverse learns.
+    """
+
+    def __init__(self, eta: float = 0.1, noise: float = 0.1) -> None:
+        self.eta = eta
+        self.noise = noise
+
+    def start(self, block: BlockView) -> dict[str, Any]:
+        if len(block.wanted) != 1:
+            raise GraphError(
+                f"block {block.name!r}: target propagation inverts blocks of one parent, not of "
+                f"{len(block.wanted)}"
+            )
+        if not any(block.wanted):
+            return {}
+        inputs, n = block.inputs[0], block.h[0].numel()
+        many = torch.Size(inputs).numel()
+        return {"V": _drawn(block, many, n), "c": nn.Parameter(block.h.new_zeros(many))}
+
+    def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
+        _, updates = block.vjp(kept, message)
+        if not any(block.wanted):
+            return [None], updates
+        (x,), V, c = kept, block.memory["V"], block.memory["c"]
+
+        def g(h: Tensor) -> Tensor:
+            return torch.tanh(h.flatten(1) @ V.T + c)
+
+        h, step = block.f(kept), self.eta * block.batch
+        to_parent = (g(h) - g(h - step * message)).view_as(x) / step
+        there = x + self.noise * block.randn_like(x)
+        then = block.f([there])
+        back = g(then)
+        wrong = (back - there.flatten(1)) * (1 - back**2) / block.batch
+        own = {"memory:V": wrong.T @ then.flatten(1), "memory:c": wrong.sum(0)}
+        return [to_parent], {**updates, **own}

@@ -1,0 +1,79 @@
+"""Rules of held blocks whose states descend an energy.
+
+    F = L(y, target) + 1/(2B) sum_l |h_l - f_l(h_(l-1))|^2
+
+    predictive coding         h <- h - gamma B dF/dh, then theta <- theta - lr dF/dtheta
+                              (Whittington and Bogacz 2017, Eq. 2.16 to 2.19)
+    equilibrium propagation   the same with -beta L, then with +beta L:
+                              g = (dF/dtheta(+beta) - dF/dtheta(-beta)) / (2 beta)
+                              (Scellier and Bengio 2017, Theorem 1; Laborieux et al. 2021, Eq. 7)
+
+An iteration is a tick: a sample is held for `locality.speed` ticks. The first signal of a sample
+sets h = f, at the tick of the block's depth; messages are of the sample two ticks later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hamdist.dynamics.rules.rule import BlockView, Messages, Rule, Updates
+from hamdist.errors import GraphError
+
+
+class PredictiveCoding(Rule):
+    """States move against the energy in every tick; weights with `locality.update`: in the last
+    tick of a sample, or in every tick (incremental, Salvatori et al. 2024).
+
+    Args:
+        rate: gamma, the step of the states.
+    """
+
+    presentation = "hold"
+
+    def __init__(self, rate: float = 0.1) -> None:
+        self.rate = rate
+
+    def relax(
+        self, block: BlockView, inputs: Sequence[Tensor], message: Tensor
+    ) -> tuple[Tensor, Messages, Updates]:
+        if block.ticks < block.depth + 4:
+            raise GraphError(
+                f"block {block.name!r}: a sample is held for {block.ticks} ticks, in which states "
+                "do not come to rest; set locality.speed to 20 or more (and locality.update to "
+                "'last-tick')"
+            )
+        f = block.f(inputs)
+        if block.age == block.depth:
+            return f, [None] * len(inputs), {}
+        if block.age == block.depth + 1:
+            message = message * 0  # it is still about the sample before
+        error = (block.h - f) / block.batch
+        messages, updates = block.vjp(inputs, -error)  # dF/dh of the parents, dF/dtheta
+        return block.h - self.rate * block.batch * (error + message), messages, updates
+
+
+class EquilibriumPropagation(PredictiveCoding):
+    """Centred, with free states h = f: from half of a sample's ticks on the nudge is +beta.
+
+    The nudge is `dynamics.phi`, by tick: {values: [-beta, ..., beta, ...], cycle: true}, as many of
+    each as half of `locality.speed`; with `locality.update` 'last-tick'. The readout's own step is
+    beta times its gradient.
+
+    Args:
+        beta: the nudge; rate: gamma.
+    """
+
+    def __init__(self, beta: float = 0.1, rate: float = 0.1) -> None:
+        super().__init__(rate)
+        self.beta = beta
+
+    def relax(
+        self, block: BlockView, inputs: Sequence[Tensor], message: Tensor
+    ) -> tuple[Tensor, Messages, Updates]:
+        h, messages, g = super().relax(block, inputs, message)
+        if block.age == block.ticks // 2 - 1:
+            block.memory.update(g)  # of -beta
+        before = block.memory
+        return h, messages, {n: (g[n] - before.get(n, 0)) / (2 * self.beta) for n in g}
