@@ -231,7 +231,7 @@ class PulseReadout(Block):
         ]
         return messages, reading
 
-    def scored(self, prediction: Tensor, reading: Reading) -> Reading:
+    def scored(self, prediction: Tensor, reading: Reading, target: Tensor) -> Reading:
         """Return `reading` with an earlier prediction, compared with the target that was read."""
-        value, _ = self._loss.value(prediction, reading.target)
+        value, _ = self._loss.value(prediction, target)
         return replace(reading, prediction=prediction, loss=value)

@@ -13,18 +13,27 @@ B: batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.finite import Guard, unguarded
-from hamdist.dynamics.objective.losses import LossFunction, Slope, loss_and_slope
+from hamdist.dynamics.objective.losses import LossFunction, Slope, Weighted, loss_and_slope
 from hamdist.dynamics.saved_state.remember import Remembers, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction, SeededLoss
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
+
+# A target as it comes -> (y, weights of its rows).
+Parted: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def unweighted(target: Tensor) -> tuple[Tensor, None]:
+    """Return a target that has no weights."""
+    return target, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,11 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 class ReadoutLoss(Remembers):
-    """The loss of one readout, and its scale phi. native, alone: see `loss_and_slope`."""
+    """The loss of one readout, and its scale phi.
+
+    native, alone: see `loss_and_slope`. parted: takes a target apart from the weights of its rows,
+    where it has some.
+    """
 
     def __init__(
         self,
@@ -67,8 +80,12 @@ class ReadoutLoss(Remembers):
         *,
         native: bool = False,
         alone: bool = True,
+        parted: Parted = unweighted,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self._loss = loss
+        self._parted = parted
+        self._ignore_index = ignore_index
         self._native = native
         self._alone = alone
         self._phi = dynamics.phi
@@ -135,14 +152,23 @@ class ReadoutLoss(Remembers):
         if moves:
             self.past_first()
         self.error = slope(phi * share)
-        return self.error, Reading(prediction, target, value, phi)
+        return self.error, Reading(prediction, self.target(target), value, phi)
+
+    def target(self, target: Tensor) -> Tensor:
+        """Return a target without the weights of its rows."""
+        return self._parted(target)[0]
 
     def value(
         self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Slope]:
         """Return L, and phi dL/dprediction as a function of phi."""
+        loss = self._loss
+        target, weights = self._parted(target)
+        if weights is not None:
+            target = target.to(prediction.dtype) if target.is_floating_point() else target
+            loss = Weighted(loss, weights, self._ignore_index)
         value, slope = loss_and_slope(
-            self._loss, prediction, target, native=self._native, alone=self._alone
+            loss, prediction, target, native=self._native, alone=self._alone
         )
         self._guard("loss", value, [*inputs, target])
         return value, slope

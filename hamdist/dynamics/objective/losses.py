@@ -47,6 +47,13 @@ class CrossEntropy:
         or (B, ..., classes) with (B, ...), as language models have it. Raises ValueError where both
         fit.
         """
+        return self._of(prediction, target, "mean")
+
+    def of_rows(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the sums over what has a class in each row, (B,)."""
+        return self._of(prediction, target, "none").reshape(len(target), -1).sum(1)
+
+    def _of(self, prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
         if target.is_floating_point() and not _are_probabilities(target):
             raise ValueError(
                 f"cross-entropy of real-valued targets takes probabilities over axis 1, and these "
@@ -56,7 +63,9 @@ class CrossEntropy:
             )
         if prediction.dim() > 2 and class_axis(prediction.shape, target.shape) != 1:
             prediction = prediction.movedim(-1, 1)
-        return functional.cross_entropy(prediction, target, ignore_index=self.ignore_index)
+        return functional.cross_entropy(
+            prediction, target, ignore_index=self.ignore_index, reduction=reduction
+        )
 
 
 cross_entropy = CrossEntropy()
@@ -141,6 +150,45 @@ def _by_autograd(
         return torch.zeros_like(y) if found is None else found
 
     return value.detach(), slope
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A loss with weights of the rows: (1/n) sum_b w_b n_b l_b.
+
+    l_b is the loss of row b alone, a mean over n_b targets: 1, or the class targets that are not
+    ignored; n is their sum. So a weight of 2 counts as the row twice, in a batch that is no longer,
+    and weights of 1 change nothing. weights: (B,).
+    """
+
+    loss: LossFunction
+    weights: Tensor
+    ignore_index: int = IGNORE_INDEX
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the loss, a scalar."""
+        if isinstance(self.loss, CrossEntropy):
+            sums = self.loss.of_rows(prediction, target)
+        elif self.loss is mse:
+            sums = 0.5 * (prediction - target).square().reshape(len(target), -1).sum(1)
+        else:
+            pairs = zip(torch.split(prediction, 1), torch.split(target, 1), strict=True)
+            sums = torch.stack([self._sum(*pair) for pair in pairs])
+        return (sums * self.weights.to(sums)).sum() / max(counts(target, self.ignore_index), 1)
+
+    def _sum(self, prediction: Tensor, target: Tensor) -> Tensor:
+        n = counts(target, self.ignore_index)
+        return self.loss(prediction, target).reshape(()) * n if n else prediction.sum() * 0
+
+
+def counts(target: Tensor, ignore_index: int = IGNORE_INDEX) -> int:
+    """Return the number of targets over which a loss is the mean.
+
+    Of class targets (B, ...) those that are not ignored, of real-valued ones the rows.
+    """
+    if target.is_floating_point():
+        return len(target)
+    return int((target != ignore_index).sum())
 
 
 def model_loss(prediction: Tensor, _target: Tensor) -> Tensor:

@@ -124,7 +124,16 @@ class _Parts(BlockParts):
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
         alone = len(self._plan.graph.readouts) == 1
-        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native, alone=alone)
+        readout = self._plan.taught_by if self.spec.loss is None else self.name
+        return ReadoutLoss(
+            own,
+            self.dynamics,
+            self.guard,
+            native=self._plan.native,
+            alone=alone,
+            parted=partial(self._plan.spec.parted, readout),
+            ignore_index=self._plan.ignore_index,
+        )
 
     def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
         combine, parents = self.spec.combine, len(self.spec.parents)
@@ -219,7 +228,7 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
         return PulseNode(plan, p.spec, mailbox, block)
     if p.loss is not None:
         parts = p.microbatches
-        item = MicrobatchReading(parts, plan.ignore_index) if parts > 1 else None
+        item = MicrobatchReading(parts, plan.ignore_index, p.loss) if parts > 1 else None
         return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
     if p.name in plan.reversible:
         return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
