@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hamdist.dynamics.rules.rule import Signals as Signals
     from hamdist.errors import HamdistError as HamdistError
     from hamdist.errors import Stop as Stop
+    from hamdist.errors import TakeSnapshot as TakeSnapshot
     from hamdist.runtime.ray_engine.session import session as session
     from hamdist.runtime.results.result import RunResult as RunResult
 
@@ -52,7 +53,7 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     ),
     "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
     "hamdist.dynamics.rules.rule": "BlockView Rule Signals",
-    "hamdist.errors": "HamdistError Stop",
+    "hamdist.errors": "HamdistError Stop TakeSnapshot",
     "hamdist.runtime.ray_engine.session": "session",
     "hamdist.runtime.results.result": "RunResult",
 }

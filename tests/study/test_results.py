@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -114,8 +115,11 @@ def test_comparison_folder(tmp_path: Path) -> None:
     save_comparison(tmp_path, RUNS, settings, command="hamdist compare x", interrupted=True)
     assert sorted(item.name for item in tmp_path.iterdir()) == [
         "accuracy-rows.png",
+        "accuracy-rows.svg",
         "accuracy-seconds.png",
+        "accuracy-seconds.svg",
         "gap.png",
+        "gap.svg",
         "report.html",
         "results.csv",
         "runs.jsonl",
@@ -126,13 +130,17 @@ def test_comparison_folder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text())["interrupted"] is True
     assert read_settings((tmp_path / "settings.yaml").read_text(), "x").name == "try <this>"
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/svg+xml;base64,") == 1  # the curves are drawn by the page
     assert "Ended early" in page
     assert "try &lt;this&gt;" in page
     assert "mind &lt;b&gt;&amp;&lt;/b&gt;" in page
     assert "hamdist compare x" in page
-    assert "<script" not in page
-    assert "http" not in page.replace("-equiv", "")
+    assert not re.search(r"""<(script|img|link)\b[^>]*(src|href)=["'](?!data:)""", page)
+    data = page.split('id="data">')[1].split("</script>")[0]
+    events = json.loads(data)
+    assert next(e["event"] for e in events if e["level"] == "trace") == "run"
+    windows = [e for e in events if e["event"] == "window" and e["level"] == "trace"]
+    assert [w["last"] for w in windows] == [w.last for w in RUNS[1].windows]
 
 
 def test_interrupted_before_any_run_finished(tmp_path: Path) -> None:
@@ -178,8 +186,11 @@ def test_plots_are_drawn_for_one_and_for_three_seeds(real_valued: bool) -> None:
             for level in ("centralised", "trace")
         ]
         drawn = comparison_plots(runs)
-        assert list(drawn) == ["accuracy-rows.png", "accuracy-seconds.png", "gap.png"]
-        assert {png_size(png) for png in drawn.values()} == {(1050, 645)}
+        names = ["accuracy-rows", "accuracy-seconds", "gap"]
+        assert list(drawn) == [f"{name}.{kind}" for kind in ("png", "svg") for name in names]
+        pngs = [picture for name, picture in drawn.items() if name.endswith(".png")]
+        assert {png_size(png) for png in pngs} == {(1050, 645)}
+        assert all(b"<svg" in drawn[f"{name}.svg"] for name in names)
 
 
 def test_mean_curve_is_the_mean_where_all_seeds_have_values() -> None:

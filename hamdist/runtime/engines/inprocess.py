@@ -88,7 +88,8 @@ class InProcessEngine:
             if snapshot_policy is None
             else snapshot_policy.stopping(source.stop.set)
         )
-        ending = RunInterrupts(stop, on_progress)
+        keep = None if snapshot_policy is None else snapshot_policy.request
+        ending = RunInterrupts(stop, on_progress, keep)
         with (
             torch_threads(plan.engine.threads),
             ending,

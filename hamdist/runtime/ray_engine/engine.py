@@ -91,7 +91,6 @@ class _Watch:
         self._plan = plan
         self._worker_group = worker_group
         self._stop = threading.Event()
-        self._ending = RunInterrupts(self._stop.set, on_progress)
         self._watchdog = Watchdog(plan.engine.stall_warning, plan.engine.stall_limit)
         self._warnings: list[str] = []
         self._note: str | None = None
@@ -104,6 +103,8 @@ class _Watch:
             if plan.snapshot_policy is None
             else SnapshotSupervision(plan, worker_group, plan.snapshot_policy)
         )
+        keep = None if self._policy is None else self._policy.request
+        self._ending = RunInterrupts(self._stop.set, on_progress, keep)
         self.started = time.perf_counter()
 
     def to_the_end(self) -> Outcome:

@@ -126,6 +126,10 @@ class SnapshotSupervision:
             ]
         self._ask_in_time(now)
 
+    def request(self) -> None:
+        """Take a snapshot soon."""
+        self._due = 0.0
+
     def _look_for_forgotten(self) -> None:
         """Warn if an actor has dropped its signals, or end the run, as the setting says.
 

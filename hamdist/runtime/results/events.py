@@ -153,6 +153,8 @@ class BlocksMeasured(RunEvent):
     tick: Mapping[str, int]
     updates: Mapping[str, int]
     norms: Mapping[str, Norms]
+    seconds: Mapping[str, float]
+    """In the steps of the block, since its process began."""
     waiting: Mapping[str, str]
 
 

@@ -45,6 +45,10 @@ class InProcessSnapshots:
             self._due = time.monotonic() + self._seconds
             self.snapshot_writer.ask(self._soon())
 
+    def request(self) -> None:
+        """Take a snapshot soon."""
+        self._due = 0.0
+
     def _look_for_failures(self) -> None:
         failure = self.snapshot_writer.failure()
         if failure is not None:

@@ -1,4 +1,4 @@
-"""The plots of a comparison, as PNG bytes. matplotlib is imported when one is drawn.
+"""The plots of a comparison, as PNG and SVG. matplotlib is imported when one is drawn.
 
 Colours are those of Okabe and Ito, told apart by colour-blind readers; every curve also has its own
 dashes, and every bar of numbers its own place. Nothing touches matplotlib's global state.
@@ -11,7 +11,7 @@ import io
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -46,16 +46,18 @@ class _Curve:
 
 
 def comparison_plots(runs: Sequence[Run]) -> dict[str, bytes]:
-    """Return PNG by file name: accuracy (or loss) against samples and seconds, gap by level."""
+    """Return PNG and SVG by file name: accuracy or loss by rows and seconds, gap by level."""
     groups = _by_level(runs)
     real_valued = all(run.held_out.accuracy is None for run in runs if run.held_out is not None)
-    return {
-        "accuracy-rows.png": _curves(
-            groups, "rows seen (samples × batch)", _rows_seen, real_valued
-        ),
-        "accuracy-seconds.png": _curves(groups, "seconds", _seconds, real_valued),
-        "gap.png": _gaps(groups, real_valued),
-    }
+    return pictures(
+        {
+            "accuracy-rows": _curves(
+                groups, "rows seen (samples × batch)", _rows_seen, real_valued
+            ),
+            "accuracy-seconds": _curves(groups, "seconds", _seconds, real_valued),
+            "gap": _gaps(groups, real_valued),
+        }
+    )
 
 
 def _by_level(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -79,7 +81,7 @@ def _curves(
     x_label: str,
     x_of: Callable[[Run, Sequence[Window]], list[float]],
     real_valued: bool,
-) -> bytes:
+) -> Figure:
     """Draw prequential windows: each seed thin, their mean on a common grid thick."""
     figure, axes = new_figure()
     for level, group in groups.items():
@@ -105,7 +107,7 @@ def _curves(
     else:
         axes.set_ylabel("accuracy in a window, %")
     legend(figure, axes)
-    return png_of(figure)
+    return figure
 
 
 def _curve(
@@ -146,7 +148,7 @@ def _mean_curve(curves: Sequence[_Curve]) -> _Curve:
     return _Curve(grid, np.mean([np.interp(grid, c.x, c.y) for c in curves], axis=0))
 
 
-def _gaps(groups: dict[str, list[Run]], real_valued: bool) -> bytes:
+def _gaps(groups: dict[str, list[Run]], real_valued: bool) -> Figure:
     """Draw each seed as a small point by level, mean and standard deviation beside them."""
     figure, axes = new_figure()
     levels = [level for level in groups if level != CENTRALISED]
@@ -171,7 +173,7 @@ def _gaps(groups: dict[str, list[Run]], real_valued: bool) -> bytes:
     worse = "above" if real_valued else "below"
     title = f"Gap to centralised backpropagation ({worse} 0: worse than it)"
     axes.set_title(title, loc="left")
-    return png_of(figure)
+    return figure
 
 
 def _paired_gaps(baseline: Sequence[Run], group: Sequence[Run], real_valued: bool) -> list[float]:
@@ -219,8 +221,12 @@ def legend(figure: Figure, axes: Axes, columns: int = 5) -> None:
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, handlelength=2.8)
 
 
-def png_of(figure: Figure) -> bytes:
-    """Return the figure as PNG."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+def pictures(figures: Mapping[str, Figure]) -> dict[str, bytes]:
+    """Return each figure as PNG and as SVG, by file name; `figures` are by name without ending."""
+    made: dict[str, bytes] = {}
+    for kind, metadata in (("png", None), ("svg", {"Date": None})):
+        for name, figure in figures.items():
+            out = io.BytesIO()
+            figure.savefig(out, format=kind, metadata=metadata)
+            made[f"{name}.{kind}"] = out.getvalue()
+    return made

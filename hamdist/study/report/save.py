@@ -14,6 +14,7 @@ from hamdist.study.report.aggregate import aggregate
 from hamdist.study.report.digests_diff import digests_json
 from hamdist.study.report.files import (
     comparison_summary,
+    report_events,
     rows_csv,
     run_lines,
     summary_json,
@@ -115,9 +116,10 @@ def save_comparison(
     report = HtmlReport(
         settings=settings,
         table=comparison_table(rows),
-        plots=plots,
+        plots={name: plots[name] for name in ("gap.svg",) if name in plots},
         command=command,
         when=time.strftime("%Y-%m-%d %H:%M %z"),
         interrupted=interrupted,
+        events=report_events(runs, folder),
     )
     write_file(folder / "report.html", render(report))

@@ -108,13 +108,12 @@ class Timeline:
         self._points: list[tuple[int, float]] = [(0, 0.0)]
         self._then = then
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Progress) -> object:
         if progress.phase is None:
             self._points.append((progress.samples, progress.seconds))
         if len(self._points) > TIMELINE_LIMIT:
             self._points = self._points[::2]
-        if self._then is not None:
-            self._then(progress)
+        return None if self._then is None else self._then(progress)
 
     def at(self, items: Sequence[int], end: tuple[int, float], resumed: int = 0) -> list[float]:
         """Return the seconds at which each number of `items` had entered: 0 up to `resumed`.

@@ -6,6 +6,7 @@ Colours and dashes as in the plots of a comparison; matplotlib is imported when 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from hamdist.study.report.plots import (
     BASELINE_COLOUR,
@@ -16,7 +17,7 @@ from hamdist.study.report.plots import (
     Dashes,
     legend,
     new_figure,
-    png_of,
+    pictures,
 )
 from hamdist.study.sweep.points import SweepCell
 from hamdist.study.sweep.run import StudyOutcome
@@ -24,24 +25,27 @@ from hamdist.study.sweep.settings import Axis, StudySettings, Trains
 from hamdist.study.sweep.summary import SummaryLine, summary
 from hamdist.study.sweep.tables import TITLES, WORDS, varied
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LEGEND_COLUMNS = 3  # labels say more than a level's name
 LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 
 
 def study_plots(study: StudySettings, outcomes: Sequence[StudyOutcome]) -> dict[str, bytes]:
-    """Return PNG by file name.
+    """Return PNG and SVG by file name.
 
-    They are `accuracy-AXIS.png` for each axis with several values (loss if there is no accuracy),
-    and `accuracy-seconds.png`, prequential.
+    They are `accuracy-AXIS` for each axis with several values (loss if there is no accuracy),
+    and `accuracy-seconds`, prequential.
     """
     lines = summary(outcomes)
     real_valued = all(line.accuracy is None for line in lines)
     word = "loss" if real_valued else "accuracy"
     plots = {
-        f"{word}-{axis.value}.png": _along(study, axis, lines, real_valued)
-        for axis in varied(study)
+        f"{word}-{axis.value}": _along(study, axis, lines, real_valued) for axis in varied(study)
     }
-    return {**plots, f"{word}-seconds.png": _against_seconds(study, outcomes, real_valued)}
+    plots[f"{word}-seconds"] = _against_seconds(study, outcomes, real_valued)
+    return pictures(plots)
 
 
 def _names(study: StudySettings, axis: Axis | None, line: SummaryLine | SweepCell) -> str:
@@ -77,7 +81,7 @@ def _styles(curves: Mapping[str, SummaryLine | SweepCell]) -> dict[str, tuple[st
 
 def _along(
     study: StudySettings, axis: Axis, lines: Sequence[SummaryLine], real_valued: bool
-) -> bytes:
+) -> Figure:
     figure, axes = new_figure()
     curves: dict[str, list[SummaryLine]] = {}
     for line in lines:
@@ -116,7 +120,7 @@ def _along(
     axes.set_xlabel(TITLES[axis].removeprefix("against ").removeprefix("the "))
     axes.set_ylabel("held-out loss" if real_valued else "held-out accuracy, %")
     legend(figure, axes, columns=LEGEND_COLUMNS)
-    return png_of(figure)
+    return figure
 
 
 def _percent(line: SummaryLine) -> tuple[float | None, float | None]:
@@ -127,7 +131,7 @@ def _percent(line: SummaryLine) -> tuple[float | None, float | None]:
 
 def _against_seconds(
     study: StudySettings, outcomes: Sequence[StudyOutcome], real_valued: bool
-) -> bytes:
+) -> Figure:
     """Draw the first seed's prequential windows."""
     figure, axes = new_figure()
     labels = [_names(study, None, o.cell) for o in outcomes]
@@ -155,4 +159,4 @@ def _against_seconds(
     axes.set_xlabel("seconds, one thread")
     axes.set_ylabel("loss in a window" if real_valued else "prequential accuracy in a window, %")
     legend(figure, axes, columns=LEGEND_COLUMNS)
-    return png_of(figure)
+    return figure

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hamdist.study.report.files import to_json
-from hamdist.study.report.html import facts, html_figure, html_notes, html_table, page
+from hamdist.study.report.html import facts, html_figure, html_notes, html_table
 from hamdist.study.report.table import Table, markdown
 from hamdist.study.shared.result_folder import write_file
 from hamdist.study.sweep.plots import study_plots
@@ -20,6 +20,7 @@ from hamdist.study.sweep.run import StudyOutcome
 from hamdist.study.sweep.settings import Axis, StudySettings, study_yaml
 from hamdist.study.sweep.summary import SummaryLine, summary
 from hamdist.study.sweep.tables import study_tables
+from hamdist.study.view.page import page
 
 
 def save_study(
@@ -74,7 +75,7 @@ def _markdown(
 ) -> str:
     parts = [f"# {study.name}\n\n`{command}`\n"]
     parts += [f"\n## {title}\n\n{markdown(table)}" for title, table in tables.items()]
-    parts += [f"\n![{_words(name)}]({name})\n" for name in plots]
+    parts += [f"\n![{_words(name)}]({name})\n" for name in plots if name.endswith(".png")]
     parts.append(f"\n## Settings\n\n```yaml\n{study_yaml(study)}```\n")
     return "".join(parts)
 
@@ -87,7 +88,10 @@ def _html(
     for name, table in tables.items():
         parts.append(f'<h2>{escape(name)}</h2><div class="scroll">{html_table(table)}</div>')
         parts.append(html_notes(table.notes))
-    parts += ["<h2>Plots</h2>", *(html_figure(name, png) for name, png in plots.items())]
+    parts += [
+        "<h2>Plots</h2>",
+        *(html_figure(name, plots[name]) for name in plots if name.endswith(".svg")),
+    ]
     parts.append(f"<h2>Settings</h2><pre>{escape(study_yaml(study))}</pre>")
     return page(title, parts)
 
