@@ -133,12 +133,15 @@ class SampleSpec:
         """Return the spec of the targets of a readout; None where the stream has none for it."""
         if self.targets is not None:
             return self.targets.get(readout)
-        return TargetSpec(self.y_shape, self.y_dtype, self.classes)
+        return self._only
 
-    def parted(self, readout: str, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return a target of a readout, (B, ...), and the weights of its rows, if it has any."""
-        spec = self.target(readout) if self.weighted else None
-        return (target, None) if spec is None else parted(target, spec)
+    def parted(self, readout: str, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a target of a readout, (B, ...), and the weights of its rows."""
+        return parted(target, (self.targets or {}).get(readout, self._only))
+
+    @property
+    def _only(self) -> TargetSpec:
+        return TargetSpec(self.y_shape, self.y_dtype, self.classes)
 
 
 def with_weights(y: Tensor, weights: Tensor) -> Tensor:

@@ -13,27 +13,18 @@ B: batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
-from hamdist.config import IGNORE_INDEX
 from hamdist.dynamics.finite import Guard, unguarded
 from hamdist.dynamics.objective.losses import LossFunction, Slope, Weighted, loss_and_slope
 from hamdist.dynamics.saved_state.remember import Remembers, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction, SeededLoss
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
-
-# A target as it comes -> (y, weights of its rows).
-Parted: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-
-
-def unweighted(target: Tensor) -> tuple[Tensor, None]:
-    """Return a target that has no weights."""
-    return target, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +57,7 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 class ReadoutLoss(Remembers):
-    """The loss of one readout, and its scale phi.
-
-    native, alone: see `loss_and_slope`. parted: takes a target apart from the weights of its rows,
-    where it has some.
-    """
+    """The loss of one readout, and its scale phi. native: see `loss_and_slope`."""
 
     def __init__(
         self,
@@ -79,15 +66,9 @@ class ReadoutLoss(Remembers):
         guard: Guard = unguarded,
         *,
         native: bool = False,
-        alone: bool = True,
-        parted: Parted = unweighted,
-        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self._loss = loss
-        self._parted = parted
-        self._ignore_index = ignore_index
         self._native = native
-        self._alone = alone
         self._phi = dynamics.phi
         self._first_phi = dynamics.first_phi
         self._guard = guard
@@ -155,21 +136,15 @@ class ReadoutLoss(Remembers):
         return self.error, Reading(prediction, self.target(target), value, phi)
 
     def target(self, target: Tensor) -> Tensor:
-        """Return a target without the weights of its rows."""
-        return self._parted(target)[0]
+        """Return a target without the weights of its rows, if it has some."""
+        loss = self._loss.loss if isinstance(self._loss, SeededLoss) else self._loss
+        return loss.parted(target)[0] if isinstance(loss, Weighted) else target
 
     def value(
         self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Slope]:
         """Return L, and phi dL/dprediction as a function of phi."""
-        loss = self._loss
-        target, weights = self._parted(target)
-        if weights is not None:
-            target = target.to(prediction.dtype) if target.is_floating_point() else target
-            loss = Weighted(loss, weights, self._ignore_index)
-        value, slope = loss_and_slope(
-            loss, prediction, target, native=self._native, alone=self._alone
-        )
+        value, slope = loss_and_slope(self._loss, prediction, target, native=self._native)
         self._guard("loss", value, [*inputs, target])
         return value, slope
 

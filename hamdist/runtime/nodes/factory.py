@@ -41,7 +41,7 @@ from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.finite import bounded
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining
 from hamdist.dynamics.native import rows
-from hamdist.dynamics.objective.losses import LossFunction
+from hamdist.dynamics.objective.losses import LossFunction, Weighted
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.optimizers import OptimizerWeights
@@ -122,18 +122,12 @@ class _Parts(BlockParts):
 
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
-        own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
-        alone = len(self._plan.graph.readouts) == 1
-        readout = self._plan.taught_by if self.spec.loss is None else self.name
-        return ReadoutLoss(
-            own,
-            self.dynamics,
-            self.guard,
-            native=self._plan.native,
-            alone=alone,
-            parted=partial(self._plan.spec.parted, readout),
-            ignore_index=self._plan.ignore_index,
-        )
+        plan = self._plan
+        if plan.spec.weighted:
+            readout = plan.taught_by if self.spec.loss is None else self.name
+            loss = Weighted(loss, partial(plan.spec.parted, readout), plan.ignore_index)
+        own = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
+        return ReadoutLoss(own, self.dynamics, self.guard, native=plan.native)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
         combine, parents = self.spec.combine, len(self.spec.parents)

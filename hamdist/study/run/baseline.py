@@ -17,6 +17,7 @@ import itertools
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -169,16 +170,16 @@ class _Trainer:
         found = []
         for name, loss in losses.items():
             y = sample.target(name)
-            if y is not None:
-                y, weights = self._spec.parted(name, y)
-                loss = loss if weights is None else Weighted(loss, weights, self._ignore_index)
-            if y is not None and counts(y, self._ignore_index):
+            parted, plain = partial(self._spec.parted, name), y
+            if y is not None and self._spec.weighted:
+                plain, loss = parted(y)[0], Weighted(loss, parted, self._ignore_index)
+            if y is not None and plain is not None and counts(plain, self._ignore_index):
                 found.append(loss(predictions[name], y))
                 own, value = predictions[name].detach(), found[-1].detach()
                 if earlier is not None:
                     own = earlier[name]
                     value = loss(own, y)
-                self.metrics[name].record(self.samples - self._late, own, y, value)
+                self.metrics[name].record(self.samples - self._late, own, plain, value)
         if not found:
             return
         self.model.zero_grad()
