@@ -97,6 +97,7 @@ ALLOWED = {
     "study/sweep": f"{STUDY} study/shared study/run study/report study/view",
     "study/gradient_descent": f"{STUDY} study/shared study/report",
     "study/propagation": f"{STUDY} study/shared study/report",
+    "study/simulate": f"{STUDY} study/shared study/run",
     "study/verify": STUDY,
     "study/verify/oracles": STUDY,
     "study/verify/topics": (
