@@ -75,4 +75,4 @@ class MicrobatchReading(Remembers):
         if target is None or loss is None:
             return whole, None
         phi = 0.0 if reading is None else reading.phi
-        return whole, Reading(whole, self._alone(target), loss, phi)
+        return whole, Reading(whole, self._alone(target), loss, phi, target)

@@ -231,7 +231,7 @@ class PulseReadout(Block):
         ]
         return messages, reading
 
-    def scored(self, prediction: Tensor, reading: Reading, target: Tensor) -> Reading:
+    def scored(self, prediction: Tensor, reading: Reading) -> Reading:
         """Return `reading` with an earlier prediction, compared with the target that was read."""
-        value, _ = self._loss.value(prediction, target)
+        value, _ = self._loss.value(prediction, reading.given)
         return replace(reading, prediction=prediction, loss=value)

@@ -29,12 +29,14 @@ from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A readout's prediction (B, ...) of one sample, with target, loss (scalar) and phi."""
+    """A readout's prediction (B, ...) of one sample, with target, loss (scalar) and phi; given: the
+    target with the weights of its rows, if it has some."""
 
     prediction: Tensor
     target: Tensor
     loss: Tensor
     phi: float
+    given: Tensor
 
 
 def total(messages: Sequence[Tensor | None]) -> Tensor | None:
@@ -133,7 +135,7 @@ class ReadoutLoss(Remembers):
         if moves:
             self.past_first()
         self.error = slope(phi * share)
-        return self.error, Reading(prediction, self.target(target), value, phi)
+        return self.error, Reading(prediction, self.target(target), value, phi, target)
 
     def target(self, target: Tensor) -> Tensor:
         """Return a target without the weights of its rows, if it has some."""

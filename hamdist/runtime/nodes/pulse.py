@@ -178,11 +178,11 @@ class PulseNode(Remembers):
         if part < self._schedule.parts - 1:
             return
         if self._late:
-            sample, reading = self._of_earlier(self.block, sample, reading, given)
+            sample, reading = self._of_earlier(self.block, sample, reading)
         record(self.metrics, sample, reading)
 
     def _of_earlier(
-        self, block: PulseReadout, n: int, reading: Reading | None, target: Tensor | None
+        self, block: PulseReadout, n: int, reading: Reading | None
     ) -> tuple[int, Reading | None]:
         """Score the prediction whose label has come late (streams/wrappers/late_targets.py). Passes
         of odd number keep the prediction of the sample that came; the even ones score it when its
@@ -193,9 +193,9 @@ class PulseNode(Remembers):
                 self._asked.append(block.prediction)
             return item, None
         earlier = self._asked.pop(0) if item >= self._late else None
-        if earlier is None or reading is None or target is None:
+        if earlier is None or reading is None:
             return item, None
-        return item - self._late, block.scored(earlier, reading, target)
+        return item - self._late, block.scored(earlier, reading)
 
     def records(self) -> None:
         """A pulse has no energies at one time (refused by plan.py)."""
