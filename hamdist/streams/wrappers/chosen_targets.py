@@ -57,9 +57,9 @@ class Chosen(Derived):
         """Return the spec of the wrapped stream, without the targets of those readouts."""
         own = self._stream.spec
         kept = {n: one for n, one in (own.targets or {}).items() if n in self._readouts}
-        some = SampleSpec.several(own.u_shape, own.u_dtype, kept)
+        first = next(iter(kept.values()))
         return replace(
-            some, late=own.late, tokens=own.tokens, inputs=own.inputs, example=own.example
+            own, y_shape=first.shape, y_dtype=first.dtype, classes=first.classes, targets=kept
         )
 
     def samples(self) -> Iterator[Sample]:
