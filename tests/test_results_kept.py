@@ -33,12 +33,12 @@ from hamdist.launch.events import Ended, ResultValues
 from hamdist.launch.follow import Results, follow
 from hamdist.launch.package import JobSpec, packed
 from hamdist.runtime.results.result import BlockProgress, Progress
+from hamdist.runtime.results.scores import Scores
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.study.report.files import run_summary
 from hamdist.study.report.html import EXPLANATION
 from hamdist.study.report.live import RunView
-from hamdist.study.run.evaluate import Scores
 from hamdist.study.run.run import Run
 from hamdist.study.run.tracking import Tracking
 

@@ -145,6 +145,7 @@ def _compare(
     from hamdist.study.run.run import Run
     from hamdist.study.shared.result_folder import RUNS, ResultFolder
     from hamdist.study.shared.store import Store
+    from hamdist.trackers import open_trackers
 
     planned = plan(settings)
     files = [rule_and_level(name)[0] for name in settings.compare.rules if ":" in name]
@@ -155,6 +156,8 @@ def _compare(
         Display() as display,
         ResultFolder(out, overwrite=overwrite, key=key, say=display.say) as own,
     ):
+        for tracker in open_trackers(settings, own.path):
+            own.listen(tracker)
         store = Store(own.path / RUNS, Run.from_json)
         batch = settings.stream.batch if data is None else None
         watch = _titles(display, own, planned, settings, batch)
