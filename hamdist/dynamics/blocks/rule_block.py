@@ -6,13 +6,13 @@ B: batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from hamdist.config import Order
-from hamdist.dynamics.blocks.hold import HoldBlock, Tick, measured
+from hamdist.dynamics.blocks.hold import HoldBlock, Tick
 from hamdist.dynamics.blocks.kept_passes import BlockParts, SavesPasses
 from hamdist.dynamics.blocks.pulse import PulseReadout
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
@@ -46,11 +46,11 @@ class AppliedRule(Remembers):
         view.at("start", 0, len(view.h))
         memory = rule.start(view)
         if not isinstance(memory, dict):
-            raise GraphError(f"{self._who}: start() returned {_kind(memory)}, not a dict by name")
+            self._refuse("start", f"returned {_kind(memory)}, not a dict by name")
         learned = {n: t.data for n, t in memory.items() if isinstance(t, nn.Parameter)}
         view.memory = {**memory, **learned}
-        self.check_plain("start", view.memory)
         self.learned = learned
+        self.check_plain("start", view.memory)
         self.weights = make_weights(list(learned.values()), [MEMORY + name for name in learned])
         self._scale = scale(self.weights)
 
@@ -67,16 +67,18 @@ class AppliedRule(Remembers):
 
     def check_plain(self, method: str, value: object) -> None:
         """Raise GraphError unless `value`, which `method` has left, is plain data."""
+        live = [*self.view.theta.values(), *self.learned.values()] if method == "forward" else []
         try:
-            _PlainData().packed(value)
+            _PlainData(live).packed(value)
         except SnapshotError as error:
-            raise GraphError(f"{self._who}: {method}() keeps no plain data: {error}") from None
+            self._refuse(method, f"keeps no plain data: {error}")
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """Return h of `sample`, and what the rule keeps of it."""
         self.view.at("forward", sample, len(inputs[0]))
-        h, kept = self._parts("forward", self.rule.forward(self.view, inputs), "h, kept")
-        return self._state("forward", h), kept
+        found = self.rule.forward(self.view, inputs)
+        made: tuple[Tensor, Any] = self._checked("forward", found, "h", "kept")
+        return made
 
     def learn(self, kept: Any, label: Tensor | None, sample: int) -> Updates:
         self.view.at("learn", sample, self.view.batch)
@@ -88,8 +90,8 @@ class AppliedRule(Remembers):
         """Return the messages to the parents (None to those that want none), and the updates."""
         self.view.at("backward", sample, len(message))
         found = self.rule.backward(self.view, kept, message)
-        messages, updates = self._parts("backward", found, "messages, updates")
-        return self._messages("backward", messages), updates
+        made: tuple[Any, Updates] = self._checked("backward", found, "messages", "updates")
+        return made
 
     def relax(
         self, inputs: Sequence[Tensor], message: Tensor, tick: Tick, ticks: int
@@ -99,8 +101,10 @@ class AppliedRule(Remembers):
         view.tick, view.age, view.ticks, view.learns = tick.k, tick.k % ticks, ticks, tick.updates
         view.at("relax", tick.sample, len(message))
         found = self.rule.relax(view, inputs, message)
-        h, messages, updates = self._parts("relax", found, "h, messages, updates")
-        return self._state("relax", h), self._messages("relax", messages), updates
+        made: tuple[Tensor, Any, Updates] = self._checked(
+            "relax", found, "h", "messages", "updates"
+        )
+        return made
 
     def gradients(self, updates: Updates, sample: int, tau: float) -> list[Tensor] | None:
         """Return the updates of theta in its order (None: there are none); memory moves."""
@@ -126,36 +130,31 @@ class AppliedRule(Remembers):
             self.weights.move(own, self._scale(sample), tau)
         return _in_order(updates, theta) if any(name in theta for name in updates) else None
 
-    def _parts(self, method: str, found: Any, names: str) -> Any:
-        many = names.count(",") + 1
-        if not isinstance(found, tuple) or len(found) != many:
-            raise GraphError(f"{self._who}: {method}() returned {_kind(found)}, not ({names})")
-        return found
-
-    def _state(self, method: str, h: Any) -> Tensor:
-        shape = (self.view.batch, *self.view.shape)
-        if not isinstance(h, Tensor) or tuple(h.shape) != shape:
-            raise GraphError(f"{self._who}: {method}() gives h as {_kind(h)}, not of shape {shape}")
-        return plain(h)
-
-    def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
+    def _checked(self, method: str, found: Any, *names: str) -> Any:
+        """Return what `method` has returned, h and messages without graphs; raise GraphError."""
         view = self.view
-        if not isinstance(messages, (list, tuple)) or len(messages) != len(self.view.inputs):
-            raise GraphError(
-                f"{self._who}: {method}() gives its messages as {_kind(messages)}; return a list "
-                f"with one for each of its {len(self.view.inputs)} parents"
-            )
-        for message, parent in zip(messages, self.view.inputs, strict=True):
-            shape = (view.batch, *parent)
-            if message is not None and tuple(getattr(message, "shape", ())) != shape:
-                raise GraphError(
-                    f"{self._who}: {method}() gives {_kind(message)} as the message to a parent "
-                    f"whose state has shape {shape}"
-                )
-        return [
-            plain(message) if want and message is not None else None
-            for message, want in zip(messages, view.wanted, strict=True)
-        ]
+        if not isinstance(found, tuple) or len(found) != len(names):
+            self._refuse(method, f"returned {_kind(found)}, not ({', '.join(names)})")
+        made = dict(zip(names, found, strict=True))
+        h, messages = made.get("h"), made.get("messages")
+        shape = (view.batch, *view.shape)
+        if "h" in made and _shape(h) != shape:
+            self._refuse(method, f"gives h as {_kind(h)}, not of shape {shape}")
+        if "messages" in made:
+            many = len(view.inputs)
+            if not isinstance(messages, (list, tuple)) or len(messages) != many:
+                what = f"return a list with one for each of its {many} parents"
+                self._refuse(method, f"gives its messages as {_kind(messages)}; {what}")
+            for message, parent in zip(messages, view.inputs, strict=True):
+                if message is not None and _shape(message) != (view.batch, *parent):
+                    to = f"a parent whose state has shape {(view.batch, *parent)}"
+                    self._refuse(method, f"gives {_kind(message)} as the message to {to}")
+            pairs = zip(messages, view.wanted, strict=True)
+            made["messages"] = [plain(m) if want and m is not None else None for m, want in pairs]
+        return tuple(plain(one) if name == "h" else one for name, one in made.items())
+
+    def _refuse(self, method: str, text: str) -> NoReturn:
+        raise GraphError(f"{self._who}: {method}() {text}")
 
 
 def _in_order(updates: Updates, like: Mapping[str, Tensor], prefix: str = "") -> list[Tensor]:
@@ -165,19 +164,29 @@ def _in_order(updates: Updates, like: Mapping[str, Tensor], prefix: str = "") ->
     ]
 
 
+def _shape(value: object) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
 def _kind(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a tensor of shape {_shape(value)}"
     many = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
     return f"a {type(value).__name__}{many}"
 
 
 class _PlainData(Packing):
-    """A packing that copies nothing."""
+    """A packing that copies nothing. live: tensors that move in place."""
+
+    def __init__(self, live: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._live = {t.untyped_storage().data_ptr() for t in live}
 
     def _tensor(self, tensor: Tensor) -> dict[str, Any]:
         if tensor.requires_grad:
             raise SnapshotError("a tensor has a graph: detach it, or keep what it was made of")
+        if tensor.untyped_storage().data_ptr() in self._live:
+            raise SnapshotError("a tensor is a weight itself, which moves: keep a clone")
         return {}
 
 
@@ -209,13 +218,12 @@ class RuleBlock(SavesPasses):
     def learn(self, sample: int, label: Tensor | None) -> None:
         """Make the step of the tick in which `sample` passes, if the rule has one."""
         rule = self.rule
-        kept = self.trace[sample] if rule.listens else self.trace.pop(sample)
-        missing = rule.rule.signals.label and label is None
-        g = None
-        if rule.learns and not missing:
-            told = label if rule.rule.signals.label else None
-            g = rule.gradients(rule.learn(kept, told, sample), sample, self._tau)
+        kept, asks, g = self.trace[sample], rule.rule.signals.label, None
+        if rule.learns and not (asks and label is None):
+            updates = rule.learn(kept, label if asks else None, sample)
+            g = rule.gradients(updates, sample, self._tau)
         if not rule.listens:
+            del self.trace[sample]
             self.learn_from(sample, g, self._tau)
         elif g is not None:
             self.learn_from(sample, g, self._tau)
@@ -286,15 +294,11 @@ class RelaxingBlock(HoldBlock):
         self, inputs: Sequence[Tensor], tick: Tick, send: Callable[[Tensor], Tensor] = plain
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Run one tick; `h` is then the state of the next. It has no reading."""
-        self.energy = measured([self.weights]) if tick.measures else None
         self.rule.view.h = self.h
         h, to_parents, updates = self.rule.relax(inputs, self.z, tick, self._ticks)
         self._guard("h", h, inputs)
         self.h = send(h)
         if tick.updates:
             g = self.rule.gradients(updates, tick.sample, tick.tau)
-            if g is None:
-                self.weights.rest()
-            else:
-                self.weights.move(g, self._scale(tick.sample), tick.tau)
+            self.learn_from(tick.sample, g, tick.tau)
         return to_parents, None

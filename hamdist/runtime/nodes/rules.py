@@ -75,6 +75,8 @@ def try_rules(plan: Plan) -> None:
         who = f"rule {type(rule).__name__} of block {name!r}"
         if name in plan.cast_plans and plan.cast_plans[name].autocast:
             raise LevelError(f"{who}: it computes without autocast; switch that off for this block")
+        if plan.spec.ragged:
+            raise LevelError(f"{who}: rules know no samples of several lengths; pad them")
         try:
             _try(plan, spec, rule)
         except HamdistError:
@@ -92,30 +94,24 @@ def _try(plan: Plan, spec: BlockSpec, rule: Rule) -> None:
         return Weights(tensors, dynamics, plan.knobs.order, names)
 
     applied = applied_rule(plan, spec, module, theta, weights)
-    view, shapes = applied.view, {**plan.spec.parents, **plan.shapes}
-    inputs = [torch.zeros(s, dtype=t).to(view.h) for s, t in map(shapes.__getitem__, spec.parents)]
-    for i, (parent, x) in enumerate(zip(spec.parents, inputs, strict=True)):
-        if not shapes[parent][1].is_floating_point:
-            inputs[i] = torch.zeros(x.shape, dtype=shapes[parent][1], device=x.device)
+    shapes, readout = {**plan.spec.parents, **plan.shapes}, plan.graph.readouts[0]
+    h = applied.view.h
+    inputs = [
+        torch.zeros(s, dtype=h.dtype if t.is_floating_point else t, device=h.device)
+        for s, t in map(shapes.__getitem__, spec.parents)
+    ]
     if rule.presentation == "hold":
-        tick = Tick(0, 0, 1.0)
-        updates = applied.relax(inputs, torch.zeros_like(view.h), tick, plan.schedule.c)[2]
+        updates = applied.relax(inputs, h, Tick(0, 0, 1.0), plan.schedule.c)[2]
         applied.gradients(updates, 0, 1.0)
-    else:
-        _try_pulse(plan, spec, applied, inputs)
-    applied.check_plain("a method", view.memory)
-
-
-def _try_pulse(plan: Plan, spec: BlockSpec, applied: AppliedRule, inputs: list[Tensor]) -> None:
+        return
     h, kept = applied.forward(0, inputs)
     applied.check_plain("forward", kept)
     if applied.learns:
-        target = plan.spec.target(plan.taught_by)
-        label = None
-        if applied.rule.signals.label and target is not None:
-            label = torch.zeros(target.shape, dtype=target.dtype, device=h.device)
+        target = plan.spec.target(plan.taught_by) if rule.signals.label else None
+        label = None if target is None else torch.zeros(target.shape, dtype=target.dtype)
+        label = None if label is None else label.to(h.device)
         applied.gradients(applied.learn(kept, label, 0), 0, 1.0)
     if applied.listens:
-        of_error = spec.back == "error" and spec.loss is None
-        message = h.new_zeros(plan.shapes[plan.graph.readouts[0]][0] if of_error else h.shape)
-        applied.gradients(applied.backward(kept, message, 0)[1], 0, 1.0)
+        like = shapes[readout][0] if spec.back == "error" and spec.loss is None else h.shape
+        applied.gradients(applied.backward(kept, h.new_zeros(like), 0)[1], 0, 1.0)
+    applied.check_plain("backward", applied.view.memory)
