@@ -6,7 +6,7 @@ B: batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ from hamdist.dynamics.updates.weights import Weights
 from hamdist.errors import GraphError, SnapshotError
 
 MakeWeights = Callable[[Sequence[Tensor], Sequence[str]], Weights]
+RETURNS = {
+    "forward": ("h", "kept"),
+    "learn": ("updates",),
+    "backward": ("messages", "updates"),
+    "relax": ("h", "messages", "updates"),
+}
 
 
 class AppliedRule(Remembers):
@@ -38,31 +44,28 @@ class AppliedRule(Remembers):
         make_weights: MakeWeights,
         scale: Callable[[Weights], Scale],
     ) -> None:
-        self.rule = rule
-        self.view = view
+        self.rule, self.view = rule, view
         self.learns = rule.overrides("learn")
         self.listens = rule.signals.back != "none"
-        self._who = f"rule {type(rule).__name__} of block {view.name!r}"
         view.at("start", 0, len(view.h))
         memory = rule.start(view)
         if not isinstance(memory, dict):
             self._refuse("start", f"returned {_kind(memory)}, not a dict by name")
-        learned = {n: t.data for n, t in memory.items() if isinstance(t, nn.Parameter)}
-        view.memory = {**memory, **learned}
-        self.learned = learned
+        self.learned = {n: t.data for n, t in memory.items() if isinstance(t, nn.Parameter)}
+        view.memory = {**memory, **self.learned}
         self.check_plain("start", view.memory)
-        self.weights = make_weights(list(learned.values()), [MEMORY + name for name in learned])
+        names = [MEMORY + name for name in self.learned]
+        self.weights = make_weights(list(self.learned.values()), names)
         self._scale = scale(self.weights)
 
     def snapshot(self) -> dict[str, Any]:
         return {"memory": self.view.memory, "weights": self.weights.snapshot()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        check_names(self._who, state, ("memory", "weights"))
-        self.view.memory = dict(state["memory"])
+        check_names("rule", state, ("memory", "weights"))
         for name, tensor in self.learned.items():
             tensor.copy_(state["memory"][name])
-            self.view.memory[name] = tensor
+        self.view.memory = {**state["memory"], **self.learned}
         self.weights.restore(state["weights"])
 
     def check_plain(self, method: str, value: object) -> None:
@@ -73,95 +76,70 @@ class AppliedRule(Remembers):
         except SnapshotError as error:
             self._refuse(method, f"keeps no plain data: {error}")
 
-    def forward(self, sample: int, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        """Return h of `sample`, and what the rule keeps of it."""
-        self.view.at("forward", sample, len(inputs[0]))
-        found = self.rule.forward(self.view, inputs)
-        made: tuple[Tensor, Any] = self._checked("forward", found, "h", "kept")
-        return made
+    def call(self, method: str, sample: int, batch: int, *arguments: Any) -> Any:
+        """Call a method of the rule, and return what it returns (RETURNS), without graphs.
 
-    def learn(self, kept: Any, label: Tensor | None, sample: int) -> Updates:
-        self.view.at("learn", sample, self.view.batch)
-        return self.rule.learn(self.view, kept, label)
+        Messages to parents that want none are None. Raises GraphError for a wrong form.
+        """
+        view, names = self.view, RETURNS[method]
+        view.at(method, sample, batch)
+        found = getattr(self.rule, method)(view, *arguments)
+        if names == ("updates",):
+            return found
+        if not isinstance(found, tuple) or len(found) != len(names):
+            self._refuse(method, f"returned {_kind(found)}, not ({', '.join(names)})")
+        made = dict(zip(names, found, strict=True))
+        if "h" in made:
+            if _shape(made["h"]) != (batch, *view.shape):
+                what = f"gives h as {_kind(made['h'])}, not of shape {(batch, *view.shape)}"
+                self._refuse(method, what)
+            made["h"] = plain(made["h"])
+        if "messages" in made:
+            made["messages"] = self._messages(method, made["messages"])
+        return tuple(made.values())
 
-    def backward(
-        self, kept: Any, message: Tensor, sample: int
-    ) -> tuple[list[Tensor | None], Updates]:
-        """Return the messages to the parents (None to those that want none), and the updates."""
-        self.view.at("backward", sample, len(message))
-        found = self.rule.backward(self.view, kept, message)
-        made: tuple[Any, Updates] = self._checked("backward", found, "messages", "updates")
-        return made
+    def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
+        view, many = self.view, len(self.view.inputs)
+        if not isinstance(messages, (list, tuple)) or len(messages) != many:
+            what = f"return a list with one for each of its {many} parents"
+            self._refuse(method, f"gives its messages as {_kind(messages)}; {what}")
+        for message, parent in zip(messages, view.inputs, strict=True):
+            if message is not None and _shape(message) != (view.batch, *parent):
+                to = f"a parent whose state has shape {(view.batch, *parent)}"
+                self._refuse(method, f"gives {_kind(message)} as the message to {to}")
+        pairs = zip(messages, view.wanted, strict=True)
+        return [plain(m) if want and m is not None else None for m, want in pairs]
 
-    def relax(
-        self, inputs: Sequence[Tensor], message: Tensor, tick: Tick, ticks: int
-    ) -> tuple[Tensor, list[Tensor | None], Updates]:
-        """Return the next h of a held block, the messages, and the updates."""
-        view = self.view
-        view.tick, view.age, view.ticks, view.learns = tick.k, tick.k % ticks, ticks, tick.updates
-        view.at("relax", tick.sample, len(message))
-        found = self.rule.relax(view, inputs, message)
-        made: tuple[Tensor, Any, Updates] = self._checked(
-            "relax", found, "h", "messages", "updates"
-        )
-        return made
-
-    def gradients(self, updates: Updates, sample: int, tau: float) -> list[Tensor] | None:
+    def gradients(self, updates: Any, sample: int, tau: float) -> list[Tensor] | None:
         """Return the updates of theta in its order (None: there are none); memory moves."""
         if not isinstance(updates, Mapping):
-            raise GraphError(f"{self._who}: its updates are {_kind(updates)}, not a dict by weight")
+            self._refuse("rule", f"gives its updates as {_kind(updates)}, not a dict by weight")
         theta = self.view.theta
         known = {**theta, **{MEMORY + name: t for name, t in self.learned.items()}}
         for name, g in updates.items():
-            like = known.get(name)
-            if like is None:
-                raise GraphError(
-                    f"{self._who}: an update for {name!r}, which is no weight that learns; known: "
-                    f"{', '.join(known) or 'none'} (memory learns where `start` gives an "
-                    "nn.Parameter)"
+            if name not in known:
+                what = f"known: {', '.join(known)} (memory learns if `start` gives nn.Parameter)"
+                self._refuse(
+                    "rule", f"an update for {name!r}, which is no weight that learns; {what}"
                 )
-            if not isinstance(g, Tensor) or g.shape != like.shape:
-                raise GraphError(
-                    f"{self._who}: its update for {name!r} is {_kind(g)}, and the weight has shape "
-                    f"{tuple(like.shape)}"
-                )
+            if _shape(g) != _shape(known[name]):
+                what = f"and the weight has shape {_shape(known[name])}"
+                self._refuse("rule", f"its update for {name!r} is {_kind(g)}, {what}")
         if any(name.startswith(MEMORY) for name in updates):
             own = _in_order(updates, self.learned, MEMORY)
             self.weights.move(own, self._scale(sample), tau)
         return _in_order(updates, theta) if any(name in theta for name in updates) else None
 
-    def _checked(self, method: str, found: Any, *names: str) -> Any:
-        """Return what `method` has returned, h and messages without graphs; raise GraphError."""
-        view = self.view
-        if not isinstance(found, tuple) or len(found) != len(names):
-            self._refuse(method, f"returned {_kind(found)}, not ({', '.join(names)})")
-        made = dict(zip(names, found, strict=True))
-        h, messages = made.get("h"), made.get("messages")
-        shape = (view.batch, *view.shape)
-        if "h" in made and _shape(h) != shape:
-            self._refuse(method, f"gives h as {_kind(h)}, not of shape {shape}")
-        if "messages" in made:
-            many = len(view.inputs)
-            if not isinstance(messages, (list, tuple)) or len(messages) != many:
-                what = f"return a list with one for each of its {many} parents"
-                self._refuse(method, f"gives its messages as {_kind(messages)}; {what}")
-            for message, parent in zip(messages, view.inputs, strict=True):
-                if message is not None and _shape(message) != (view.batch, *parent):
-                    to = f"a parent whose state has shape {(view.batch, *parent)}"
-                    self._refuse(method, f"gives {_kind(message)} as the message to {to}")
-            pairs = zip(messages, view.wanted, strict=True)
-            made["messages"] = [plain(m) if want and m is not None else None for m, want in pairs]
-        return tuple(plain(one) if name == "h" else one for name, one in made.items())
-
     def _refuse(self, method: str, text: str) -> NoReturn:
-        raise GraphError(f"{self._who}: {method}() {text}")
+        where = "" if method == "rule" else f" {method}()"
+        raise GraphError(
+            f"rule {type(self.rule).__name__} of block {self.view.name!r}:{where} {text}"
+        )
 
 
 def _in_order(updates: Updates, like: Mapping[str, Tensor], prefix: str = "") -> list[Tensor]:
-    return [
-        plain(updates[prefix + name]) if prefix + name in updates else torch.zeros_like(t)
-        for name, t in like.items()
-    ]
+    found = {name: updates.get(prefix + name) for name in like}
+    return [torch.zeros_like(like[n]) if g is None else plain(g) for n, g in found.items()]
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
@@ -211,7 +189,7 @@ class RuleBlock(SavesPasses):
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep what the rule keeps of it."""
-        self.h, self.trace[sample] = self.rule.forward(sample, inputs)
+        self.h, self.trace[sample] = self.rule.call("forward", sample, len(inputs[0]), inputs)
         self._guard("h", self.h, inputs)
         return self.h
 
@@ -220,7 +198,8 @@ class RuleBlock(SavesPasses):
         rule = self.rule
         kept, asks, g = self.trace[sample], rule.rule.signals.label, None
         if rule.learns and not (asks and label is None):
-            updates = rule.learn(kept, label if asks else None, sample)
+            batch = 0 if self.h is None else len(self.h)
+            updates = rule.call("learn", sample, batch, kept, label if asks else None)
             g = rule.gradients(updates, sample, self._tau)
         if not rule.listens:
             del self.trace[sample]
@@ -237,9 +216,10 @@ class RuleBlock(SavesPasses):
             return [None] * len(self._wanted)
         self.z = scaled(message, self._tau)
         self._guard("z", self.z)
-        to_parents, updates = self.rule.backward(kept, scaled(self.z, self._c), sample)
+        arguments = (len(message), kept, scaled(self.z, self._c))
+        to_parents, updates = self.rule.call("backward", sample, *arguments)
         self.learn_from(sample, self.rule.gradients(updates, sample, self._tau), self._tau)
-        return to_parents
+        return cast(list[Tensor | None], to_parents)
 
 
 class RuleReadout(PulseReadout):
@@ -258,12 +238,13 @@ class RuleReadout(PulseReadout):
         target: Tensor | None,
         share: float = 1.0,  # noqa: ARG002  (rules know no micro-batches)
     ) -> tuple[list[Tensor | None], Reading | None]:
-        self.prediction, kept = self.rule.forward(sample, inputs)
+        self.prediction, kept = self.rule.call("forward", sample, len(inputs[0]), inputs)
         if target is None:
             self.learn_from(sample, None, self._tau)
             return [None] * len(self._wanted), None
-        error, reading = self._loss.look(self.prediction, target, sample, inputs=inputs)
-        to_parents, updates = self.rule.backward(kept, error, sample)
+        y = cast(Tensor, self.prediction)
+        error, reading = self._loss.look(y, target, sample, inputs=inputs)
+        to_parents, updates = self.rule.call("backward", sample, len(error), kept, error)
         self.learn_from(sample, self.rule.gradients(updates, sample, self._tau), self._tau)
         return to_parents, reading
 
@@ -294,8 +275,8 @@ class RelaxingBlock(HoldBlock):
         self, inputs: Sequence[Tensor], tick: Tick, send: Callable[[Tensor], Tensor] = plain
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Run one tick; `h` is then the state of the next. It has no reading."""
-        self.rule.view.h = self.h
-        h, to_parents, updates = self.rule.relax(inputs, self.z, tick, self._ticks)
+        self.rule.view.in_tick(self.h, tick.k, self._ticks, learns=tick.updates)
+        h, to_parents, updates = self.rule.call("relax", tick.sample, len(self.h), inputs, self.z)
         self._guard("h", h, inputs)
         self.h = send(h)
         if tick.updates:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from hamdist.dynamics.blocks.hold import Tick
 from hamdist.dynamics.blocks.rule_block import AppliedRule, MakeWeights
-from hamdist.dynamics.finite import Scale
 from hamdist.dynamics.graph.graph import BlockSpec, combined
 from hamdist.dynamics.rules.rule import BlockView, Rule
 from hamdist.dynamics.updates.weights import Weights
@@ -31,22 +31,15 @@ def applied_rule(
 ) -> AppliedRule:
     """Return the rule of a block, applied to `module` with the weights `theta` that learn."""
     name, graph = spec.name, plan.graph
-    if spec.rule is None:
-        raise TypeError(f"block {name!r} has no rule")
     shapes = {**plan.spec.parents, **plan.shapes}
     shape, dtype = shapes[name]
-    device = next((t.device for t in theta.values()), torch.device("cpu"))
-    dtype = next((t.dtype for t in theta.values()), dtype)
+    h = torch.zeros(shape, dtype=dtype)
+    h = h.to(next(iter(theta.values()), h))  # of the type and on the device of the weights
 
     def seed(what: str) -> int:
         return block_seed(plan.seed, f"{name}/rule/{what}")
 
-    def random(what: str) -> OwnGenerator:
-        return OwnGenerator(seed(what), device)
-
-    def scale(weights: Weights) -> Scale:
-        return weights.scaled_by(partial(plan.scale, name), plan.sample_of)
-
+    stochastic = draws(module)
     view = BlockView(
         name=name,
         module=module,
@@ -59,10 +52,12 @@ def applied_rule(
         wanted=[e.index in plan.channels.messages for e in graph.into[name]],
         join=partial(combined, spec.combine),
         seed=seed,
-        random=random if draws(module) else None,
-        h=torch.zeros(shape, dtype=dtype, device=device),
+        random=lambda what: OwnGenerator(seed(what), h.device) if stochastic else nullcontext(),
+        h=h,
     )
-    return AppliedRule(spec.rule, view, make_weights, scale)
+    scale = partial(plan.scale, name)
+    rule = cast(Rule, spec.rule)
+    return AppliedRule(rule, view, make_weights, lambda w: w.scaled_by(scale, plan.sample_of))
 
 
 def try_rules(plan: Plan) -> None:
@@ -100,18 +95,20 @@ def _try(plan: Plan, spec: BlockSpec, rule: Rule) -> None:
         torch.zeros(s, dtype=h.dtype if t.is_floating_point else t, device=h.device)
         for s, t in map(shapes.__getitem__, spec.parents)
     ]
+    batch = len(h)
     if rule.presentation == "hold":
-        updates = applied.relax(inputs, h, Tick(0, 0, 1.0), plan.schedule.c)[2]
-        applied.gradients(updates, 0, 1.0)
+        applied.view.in_tick(h, 0, plan.schedule.c, learns=True)
+        applied.gradients(applied.call("relax", 0, batch, inputs, h)[2], 0, 1.0)
         return
-    h, kept = applied.forward(0, inputs)
+    h, kept = applied.call("forward", 0, batch, inputs)
     applied.check_plain("forward", kept)
     if applied.learns:
         target = plan.spec.target(plan.taught_by) if rule.signals.label else None
         label = None if target is None else torch.zeros(target.shape, dtype=target.dtype)
         label = None if label is None else label.to(h.device)
-        applied.gradients(applied.learn(kept, label, 0), 0, 1.0)
+        applied.gradients(applied.call("learn", 0, batch, kept, label), 0, 1.0)
     if applied.listens:
         like = shapes[readout][0] if spec.back == "error" and spec.loss is None else h.shape
-        applied.gradients(applied.backward(kept, h.new_zeros(like), 0)[1], 0, 1.0)
+        found = applied.call("backward", 0, batch, kept, h.new_zeros(like))
+        applied.gradients(found[1], 0, 1.0)
     applied.check_plain("backward", applied.view.memory)

@@ -46,7 +46,7 @@ class PlannedRun:
         own = settings.for_level(self.level or Level.BACKPROP)
         own = own.model_copy(update={"seed": self.seed})
         if self.rule is not None:
-            rules = {"rules": {"*": rule_and_level(self.rule)[0]}}
+            rules = {"rules": {"*": self.rule}}
             own = own.model_copy(update={"learning": own.learning.model_copy(update=rules)})
         return own
 
@@ -74,12 +74,6 @@ def plan(settings: Settings) -> list[PlannedRun]:
     return baselines + [PlannedRun(level, seed, rule) for seed in seeds for level, rule in levels]
 
 
-def rule_and_level(name: str) -> tuple[str, str]:
-    """Return the name of a rule, and the level behind `@` (empty: none)."""
-    rule, at, level = name.rpartition("@")
-    return (rule, level) if at else (name, "")
-
-
 def _of_rule(name: str, given: Level) -> tuple[Level, str | None]:
     """Return the level of an entry of `compare.rules`, and the entry if it is a rule.
 
@@ -88,12 +82,7 @@ def _of_rule(name: str, given: Level) -> tuple[Level, str | None]:
     levels = {level.value: level for level in Level}
     if name in levels:
         return levels[name], None
-    rule, at = rule_and_level(name)
-    if at and at not in levels:
-        raise SettingsError(f"compare.rules {name!r}: {at!r} is no level: {', '.join(levels)}")
-    presentation = make_rule("compare.rules", rule).presentation
-    if at:
-        return levels[at], name
+    presentation = make_rule("compare.rules", name).presentation
     fits = given is not Level.AUTO and PRESETS[given].presentation.value == presentation
     return given if fits else Level.TRACE if presentation == "pulse" else Level.LOCAL, name
 
