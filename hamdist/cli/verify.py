@@ -48,11 +48,7 @@ def verify(
     ] = None,
     rule: Annotated[
         str | None,
-        typer.Option(
-            "--rule",
-            metavar="FILE.py:NAME",
-            help="Verify this rule of learning (or a built-in one), and nothing else.",
-        ),
+        typer.Option("--rule", metavar="FILE.py:NAME", help="Verify this rule, and nothing else."),
     ] = None,
     input_shape: Annotated[
         str | None,
@@ -71,7 +67,7 @@ def verify(
     """Prove it: every statement of the papers against an oracle of its own."""
     with exit_codes():
         of_model = {"input-shape": input_shape, "classes": classes, "batch": batch}
-        if rule is not None and given({"model": model, "golden": golden, "only": only}):
+        if rule is not None and (model or golden or only):
             raise SettingsError(f"--rule {rule!r} is verified alone: leave the others out")
         _check_options(model, {**of_model, "blocks": blocks}, {"golden": golden, "only": only})
         if json_ == STANDARD_OUTPUT:

@@ -6,7 +6,7 @@ B: batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +22,17 @@ from hamdist.dynamics.saved_state.remember import Packing, Remembers, check_name
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.errors import GraphError, SnapshotError
 
-MakeWeights = Callable[[Sequence[Tensor], Sequence[str]], Weights]
 RETURNS = {
-    "forward": ("h", "kept"),
-    "learn": ("updates",),
-    "backward": ("messages", "updates"),
-    "relax": ("h", "messages", "updates"),
+    "forward": ["h", "kept"],
+    "backward": ["messages", "updates"],
+    "relax": ["h", "messages", "updates"],
 }
 
 
 class AppliedRule(Remembers):
-    """A rule on one block: calls it, checks what it returns, and moves the memory that learns.
+    """A rule on one block: calls it, checks what it returns, and moves the memory that learns."""
 
-    scale: of beta, by sample, made of the weights that it is for.
-    """
-
-    def __init__(
-        self,
-        rule: Rule,
-        view: BlockView,
-        make_weights: MakeWeights,
-        scale: Callable[[Weights], Scale],
-    ) -> None:
+    def __init__(self, rule: Rule, view: BlockView) -> None:
         self.rule, self.view = rule, view
         self.learns = rule.overrides("learn")
         self.listens = rule.signals.back != "none"
@@ -54,9 +43,10 @@ class AppliedRule(Remembers):
         self.learned = {n: t.data for n, t in memory.items() if isinstance(t, nn.Parameter)}
         view.memory = {**memory, **self.learned}
         self.check_plain("start", view.memory)
-        names = [MEMORY + name for name in self.learned]
-        self.weights = make_weights(list(self.learned.values()), names)
-        self._scale = scale(self.weights)
+
+    def move_by(self, weights: Weights, scale: Scale) -> None:
+        """Take the steps of the memory that learns. scale: of beta, by sample."""
+        self.weights, self._scale = weights, scale
 
     def snapshot(self) -> dict[str, Any]:
         return {"memory": self.view.memory, "weights": self.weights.snapshot()}
@@ -81,18 +71,18 @@ class AppliedRule(Remembers):
 
         Messages to parents that want none are None. Raises GraphError for a wrong form.
         """
-        view, names = self.view, RETURNS[method]
+        view, names = self.view, RETURNS.get(method)
         view.at(method, sample, batch)
         found = getattr(self.rule, method)(view, *arguments)
-        if names == ("updates",):
+        if names is None:
             return found
         if not isinstance(found, tuple) or len(found) != len(names):
             self._refuse(method, f"returned {_kind(found)}, not ({', '.join(names)})")
         made = dict(zip(names, found, strict=True))
         if "h" in made:
-            if _shape(made["h"]) != (batch, *view.shape):
-                what = f"gives h as {_kind(made['h'])}, not of shape {(batch, *view.shape)}"
-                self._refuse(method, what)
+            shape = (batch, *view.shape)
+            if _shape(made["h"]) != shape:
+                self._refuse(method, f"gives h as {_kind(made['h'])}, not of shape {shape}")
             made["h"] = plain(made["h"])
         if "messages" in made:
             made["messages"] = self._messages(method, made["messages"])
@@ -109,6 +99,13 @@ class AppliedRule(Remembers):
                 self._refuse(method, f"gives {_kind(message)} as the message to {to}")
         pairs = zip(messages, view.wanted, strict=True)
         return [plain(m) if want and m is not None else None for m, want in pairs]
+
+    def back(
+        self, kept: Any, message: Tensor, sample: int, tau: float
+    ) -> tuple[list[Tensor | None], list[Tensor] | None]:
+        """Return the messages to the parents, and the updates of theta."""
+        messages, updates = self.call("backward", sample, len(message), kept, message)
+        return messages, self.gradients(updates, sample, tau)
 
     def gradients(self, updates: Any, sample: int, tau: float) -> list[Tensor] | None:
         """Return the updates of theta in its order (None: there are none); memory moves."""
@@ -216,10 +213,9 @@ class RuleBlock(SavesPasses):
             return [None] * len(self._wanted)
         self.z = scaled(message, self._tau)
         self._guard("z", self.z)
-        arguments = (len(message), kept, scaled(self.z, self._c))
-        to_parents, updates = self.rule.call("backward", sample, *arguments)
-        self.learn_from(sample, self.rule.gradients(updates, sample, self._tau), self._tau)
-        return cast(list[Tensor | None], to_parents)
+        to_parents, g = self.rule.back(kept, scaled(self.z, self._c), sample, self._tau)
+        self.learn_from(sample, g, self._tau)
+        return to_parents
 
 
 class RuleReadout(PulseReadout):
@@ -238,14 +234,14 @@ class RuleReadout(PulseReadout):
         target: Tensor | None,
         share: float = 1.0,  # noqa: ARG002  (rules know no micro-batches)
     ) -> tuple[list[Tensor | None], Reading | None]:
-        self.prediction, kept = self.rule.call("forward", sample, len(inputs[0]), inputs)
+        y, kept = self.rule.call("forward", sample, len(inputs[0]), inputs)
+        self.prediction = y
         if target is None:
             self.learn_from(sample, None, self._tau)
             return [None] * len(self._wanted), None
-        y = cast(Tensor, self.prediction)
         error, reading = self._loss.look(y, target, sample, inputs=inputs)
-        to_parents, updates = self.rule.call("backward", sample, len(error), kept, error)
-        self.learn_from(sample, self.rule.gradients(updates, sample, self._tau), self._tau)
+        to_parents, g = self.rule.back(kept, error, sample, self._tau)
+        self.learn_from(sample, g, self._tau)
         return to_parents, reading
 
 
@@ -258,12 +254,6 @@ class RelaxingBlock(HoldBlock):
         self._ticks = c  # of a sample
 
     STATE: ClassVar[tuple[str, ...]] = ("cell", "weights", "rule", "h", "z")
-
-    def held(self) -> Any:
-        return None
-
-    def rebuild(self, records: Any) -> None:
-        pass
 
     def complete(self, messages: Sequence[Tensor | None]) -> None:
         """Take the messages of the tick before: z is their sum."""

@@ -119,11 +119,9 @@ class BlockView:
         memory: the rule's own plain data by name, which it may change.
         shape: of h, inputs: of each parent's h, outputs: of the first readout's prediction; all
             without the batch.
-        batch: B, of the sample.
-        sample: number of the sample.
+        batch: B, of the sample; sample: its number.
         h: state of a held block (B, ...); in `start` zeros like h.
-        tick: number of the tick of a held block; age: ticks since its sample is at the input;
-            ticks: of a sample.
+        tick: of a held block; age: ticks since its sample is at the input; ticks: of a sample.
         learns: True in the ticks in which the weights of a held block move.
     """
 
@@ -135,7 +133,7 @@ class BlockView:
     outputs: tuple[int, ...]
     depth: int
     readout: bool
-    wanted: list[bool]
+    wanted: Sequence[bool]
     join: Callable[[Sequence[Tensor]], list[Tensor]]
     seed: Callable[[str], int]
     random: Callable[[str], AbstractContextManager[None]]
@@ -150,8 +148,7 @@ class BlockView:
 
     def at(self, phase: str, sample: int, batch: int) -> None:
         """Move to a phase of a sample, or of a tick: random numbers begin anew."""
-        self.sample, self.batch = sample, batch
-        self._phase = phase
+        self.sample, self.batch, self._phase = sample, batch, phase
         self._generator: torch.Generator | None = None
         self._first = phase in ("forward", "relax")  # the pass in which buffers move
 
@@ -169,8 +166,7 @@ class BlockView:
 
     def randn_like(self, tensor: Tensor) -> Tensor:
         """Return normal numbers of the shape, type and device of `tensor`."""
-        made = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
-        return made.to(tensor.device)
+        return torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype).to(tensor)
 
     @property
     def matrices(self) -> dict[str, Tensor]:
@@ -202,10 +198,8 @@ class BlockView:
                 layers and convolutions in place of the weights:
                     dL/dx = B^T dL/d(W x),        dL/dW = dL/d(W x) x^T
         """
-        leaves = [
-            x.detach().requires_grad_(want and x.is_floating_point())
-            for x, want in zip(inputs, self.wanted, strict=True)
-        ]
+        pairs = zip(inputs, self.wanted, strict=True)
+        leaves = [x.detach().requires_grad_(want and x.is_floating_point()) for x, want in pairs]
         theta = {name: t.detach().requires_grad_() for name, t in self.theta.items()}
         other = feedback if feedback and any(self.wanted) else {}
         by_weight = {id(theta[name]): (name, b) for name, b in other.items()}
@@ -213,10 +207,8 @@ class BlockView:
             h = self._run(leaves, theta)
         unused = [name for key, (name, _) in by_weight.items() if key not in used.seen]
         if unused:
-            raise GraphError(
-                f"block {self.name!r}: {unused[0]!r} is of no linear layer or convolution, so no "
-                "other matrix can take its place on the way back"
-            )
+            where = f"block {self.name!r}: {unused[0]!r} is of no linear layer or convolution"
+            raise GraphError(f"{where}, so no other matrix can take its place on the way back")
         wrt = [x for x in leaves if x.requires_grad] + list(theta.values())
         found: Sequence[Tensor] = [torch.zeros_like(w) for w in wrt]
         if h.requires_grad:

@@ -44,12 +44,10 @@ def ruled(graph: Graph) -> dict[str, Rule]:
 def check_rules(
     graph: Graph, knobs: Locality, dynamics: Dynamics, metrics: MetricsSettings
 ) -> None:
-    """Raise SettingsError or LevelError for rules that cannot run in this graph at this level."""
+    """Raise LevelError for rules that cannot run in this graph at this level."""
     for name, rule in ruled(graph).items():
-        for wrong, reason in _against_class(rule):
-            if wrong:
-                raise SettingsError(f"rule {type(rule).__name__}: {reason}")
-        for wrong, reason in _against(graph, name, rule, knobs, dynamics, metrics):
+        levels = _against(graph, name, rule, knobs, dynamics, metrics)
+        for wrong, reason in (*_against_class(rule), *levels):
             if wrong:
                 raise LevelError(f"block {name!r} with rule {type(rule).__name__}: {reason}")
     mute = {n for n, b in graph.blocks.items() if b.back != "message"} - {*graph.readouts}
@@ -96,7 +94,7 @@ def _against(
 ) -> Iterator[tuple[object, str]]:
     """Yield why a block of this run may not have a rule."""
     here, its, block = knobs.presentation.value, rule.presentation, graph.blocks[name]
-    fits = {"pulse": "trace, backprop or heads", "hold": "local or group"}[its]
+    fits = {"pulse": "trace, backprop or heads", "hold": "local or group"}.get(its)
     yield here != its, f"it is of presentation {its!r}, the level of {here!r}; use level {fits}"
     alone = knobs.credit is Credit.HEADS and block.back != "none"
     yield alone, f"it asks for {block.back!r}, but level 'heads' sends none; use 'trace'"

@@ -24,11 +24,9 @@ KEY_LENGTH = 20
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """A run that a comparison will make.
+    """A run that a comparison will make; `level` is None for the centralised baseline.
 
-    Attributes:
-        level: None for the centralised baseline.
-        rule: the name of a rule of learning that all blocks have, if they have one.
+    rule: the name of a rule of learning that all blocks have, if they have one.
     """
 
     level: Level | None
@@ -44,11 +42,9 @@ class PlannedRun:
     def of(self, settings: Settings) -> Settings:
         """Return the settings of this run (those of `backprop` for the baseline)."""
         own = settings.for_level(self.level or Level.BACKPROP)
-        own = own.model_copy(update={"seed": self.seed})
-        if self.rule is not None:
-            rules = {"rules": {"*": self.rule}}
-            own = own.model_copy(update={"learning": own.learning.model_copy(update=rules)})
-        return own
+        update = {} if self.rule is None else {"rules": {"*": self.rule}}
+        learning = own.learning.model_copy(update=update)
+        return own.model_copy(update={"seed": self.seed, "learning": learning})
 
 
 def plan(settings: Settings) -> list[PlannedRun]:
@@ -75,10 +71,7 @@ def plan(settings: Settings) -> list[PlannedRun]:
 
 
 def _of_rule(name: str, given: Level) -> tuple[Level, str | None]:
-    """Return the level of an entry of `compare.rules`, and the entry if it is a rule.
-
-    A rule is run at the level of the settings, where that has its presentation.
-    """
+    """Return the level of an entry of `compare.rules`, `given` if it fits; and a rule's name."""
     levels = {level.value: level for level in Level}
     if name in levels:
         return levels[name], None

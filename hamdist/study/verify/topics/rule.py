@@ -6,7 +6,7 @@ import copy
 import os
 import signal
 from collections.abc import Generator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +21,7 @@ from hamdist.runtime.nodes.factory import make_node
 from hamdist.runtime.nodes.loop import run_loop
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.ray_engine.session import ray_session
 from hamdist.runtime.results.result import RunResult
 from hamdist.runtime.train.rules import make_rule
@@ -34,19 +35,12 @@ TICKS = 40  # of a sample, for a held rule
 RAY = {"kind": "ray", "actors": ACTORS, "balance": "parameters"}
 
 
-@dataclass(frozen=True, slots=True)
-class _DiesOnce:
-    """A method of a rule that kills its process, unless that is the driver, at sample AT, once."""
-
-    method: Any
-    mark: str
-    driver: int
-
-    def __call__(self, block: Any, *arguments: Any) -> Any:
-        if block.sample == AT and os.getpid() != self.driver and not Path(self.mark).exists():
-            Path(self.mark).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.method(block, *arguments)
+def _dying(method: Any, mark: Path, driver: int, block: Any, *arguments: Any) -> Any:
+    """Call a rule's `method`; first kill this process, if it is an actor at sample AT, once."""
+    if block.sample == AT and os.getpid() != driver and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(block, *arguments)
 
 
 class VerifiedRule:
@@ -60,7 +54,7 @@ class VerifiedRule:
         self._ticks = TICKS if self._held else 1
 
     def checks(self) -> Generator[Check, None, None]:
-        yield Check("what it keeps is plain data", "a dry run", 0.0, self._tried)
+        yield Check("it keeps plain data", "a dry run", 0.0, lambda: float(not self._plan()))
         with ray_session(EngineSettings(kind=EngineKind.RAY, actors=ACTORS)):
             yield Check(f"on {ACTORS} Ray actors", IN_PROCESS, 0.0, self._apart)
             yield Check("there, an actor is killed", IN_PROCESS, 0.0, self._killed)
@@ -78,9 +72,8 @@ class VerifiedRule:
         stream = Draws(SAMPLES, missing={5})
         return train(chain(), stream, self._settings(**fields), rules=rules, resume=resume)
 
-    def _tried(self) -> float:
-        plan_of(chain(), self._settings(), Draws(SAMPLES).spec)
-        return 0.0
+    def _plan(self) -> Plan:
+        return plan_of(chain(), self._settings(), Draws(SAMPLES).spec)
 
     def _apart(self) -> Difference:
         return difference(self._run(), self._run(engine=RAY))
@@ -88,8 +81,8 @@ class VerifiedRule:
     def _killed(self) -> Difference:
         rule, method = copy.copy(self._rule), "relax" if self._held else "forward"
         with TemporaryDirectory() as folder:
-            dies = _DiesOnce(getattr(rule, method), f"{folder}/mark", os.getpid())
-            object.__setattr__(rule, method, dies)
+            own = getattr(rule, method), Path(folder, "mark"), os.getpid()
+            object.__setattr__(rule, method, partial(_dying, *own))
             kept = {"path": f"{folder}/kept", "every": 10 * self._ticks}
             result = self._run({"*": rule}, engine=RAY, snapshots=kept)
         lost = difference(self._run(), result)
@@ -103,22 +96,19 @@ class VerifiedRule:
             return difference(whole, self._run(resume=str(first)))
 
     def _poisoned(self) -> Difference:
-        pairs = zip(self._weights(poisoned=False), self._weights(poisoned=True), strict=True)
-        same = all(torch.equal(a, b) for a, b in pairs)
-        return Difference(0.0 if same else torch.inf, "" if same else "it reads other blocks")
-
-    def _weights(self, *, poisoned: bool) -> list[Tensor]:
-        """Return weights and memory of all blocks after a run."""
-        plan = plan_of(chain(), self._settings(), Draws(SAMPLES).spec)
+        plan = self._plan()
         mailbox = Mailbox({INPUT, *plan.graph.blocks})
         nodes: list[Any] = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
         own = [_tensors(node.block) for node in nodes]
         for node, mine in zip(nodes, own, strict=True):
-            if poisoned and hasattr(node.block, "rule"):
+            if hasattr(node.block, "rule"):
                 others = [t for o in own if o is not mine for t in o]
-                node.block.rule.call = _with_nan(node.block.rule.call, others)
-        run_loop([SourceNode(plan, Draws(SAMPLES), mailbox), *nodes])
-        return [t for mine in own for t in mine]
+                node.block.rule.call = partial(_with_nan, node.block.rule.call, others)
+        run_loop([SourceNode(plan, Draws(SAMPLES, missing={5}), mailbox), *nodes])
+        clean = [t for block in self._run().blocks.values() for t in block.theta.values()]
+        dirty = [t for node in nodes for t in node.block.weights.theta]
+        same = all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+        return Difference(0.0 if same else torch.inf, "" if same else "it reads other blocks")
 
     def _cosine(self) -> Difference:
         """Compare the gradients of the last sample, with weights that do not move."""
@@ -128,13 +118,13 @@ class VerifiedRule:
         loss = cross_entropy(model(sample.u), sample.target(""))  # type: ignore[arg-type]
         weights = dict(model.named_parameters())
         exact = dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
-        found = {}
+        cosines = {}
         for name, block in result.blocks.items():
-            a = torch.cat([g.flatten() for g in block.omega.values()])
-            b = torch.cat([exact[key].flatten() for key in block.omega])
-            found[name] = float(torch.cosine_similarity(a, b, dim=0))
-        note = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
-        return Difference(1 - sum(found.values()) / len(found), f"cosine by block: {note}")
+            pairs = [(g.flatten(), exact[key].flatten()) for key, g in block.omega.items()]
+            a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
+            cosines[name] = float(torch.cosine_similarity(a, b, dim=0))
+        note = ", ".join(f"{name} {value:.2f}" for name, value in cosines.items())
+        return Difference(1 - sum(cosines.values()) / len(cosines), f"cosine by block: {note}")
 
 
 def _tensors(block: Any) -> list[Tensor]:
@@ -143,12 +133,9 @@ def _tensors(block: Any) -> list[Tensor]:
     return [t for t in own if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _with_nan(call: Any, others: list[Tensor]) -> Any:
-    def inside(*arguments: Any) -> Any:
-        before = [t.clone() for t in others]
-        torch._foreach_mul_(others, torch.nan)
-        found = call(*arguments)
-        torch._foreach_copy_(others, before)
-        return found
-
-    return inside
+def _with_nan(call: Any, others: list[Tensor], *arguments: Any) -> Any:
+    before = [t.clone() for t in others]
+    torch._foreach_mul_(others, torch.nan)
+    found = call(*arguments)
+    torch._foreach_copy_(others, before)
+    return found
