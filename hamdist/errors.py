@@ -40,6 +40,10 @@ class Stop(Exception):
     """Request of `on_progress`, returned or raised, to end the run and keep what it has learned."""
 
 
+class TakeSnapshot:
+    """Request of `on_progress`, returned, for a snapshot soon, where the run takes some."""
+
+
 class SettingsError(HamdistError):
     """Error in a settings file, an override or an argument."""
 

@@ -66,6 +66,9 @@ def run(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Begin with a safetensors state_dict."),
     ] = None,
+    view: Annotated[
+        bool, typer.Option("--view", help="Show the run on a local page (see `hamdist view`).")
+    ] = False,
 ) -> None:
     """Train one network on a stream, at one level of locality."""
     with exit_codes():
@@ -75,7 +78,7 @@ def run(
         loaded = load(settings, set_, options)
         where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         begin = (resume, weights)
-        _run(loaded, model, stream, where, overwrite, begin, began=context.obj)
+        _run(loaded, model, stream, where, overwrite, begin, began=context.obj, shown=view)
 
 
 def _run(
@@ -87,6 +90,7 @@ def _run(
     begin: tuple[str | None, Path | None],
     *,
     began: float | None,
+    shown: bool = False,
 ) -> None:
     """out: the folder, or the first of those numbered behind it that is free. begin: snapshots, or
     weights. began: when the process did (`time.perf_counter`), where it did so for this run
@@ -100,12 +104,22 @@ def _run(
         display.note(f"{title}: starting (imports)")
         factory = prepare(None, model_name)
         data = own_stream(stream_name, own)
-        folder = stack.enter_context(ResultFolder(out, overwrite=overwrite, say=display.say))
+        folder = stack.enter_context(
+            ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
+        )
 
         from hamdist.study.report.files import final_events
         from hamdist.study.report.save import save_run
         from hamdist.study.run.run import run_level
+        from hamdist.trackers import open_trackers
 
+        for tracker in open_trackers(own, folder.path):
+            folder.listen(tracker)
+        if shown:
+            from hamdist.cli.view import show_page
+            from hamdist.study.view.server import PageServer
+
+            show_page(stack.enter_context(PageServer([folder.path])), browser=True)
         display.say(f"Results go to {folder.path}")
         imports = {} if began is None else {"imports": time.perf_counter() - began}
         batch = own.stream.batch if data is None else None

@@ -41,6 +41,7 @@ from hamdist.launch.events import (
     tell,
 )
 from hamdist.launch.package import SETTINGS, JobSpec, read_order
+from hamdist.runtime.results.measured import PlacedNetwork
 from hamdist.runtime.results.progress_events import ProgressPace
 from hamdist.runtime.results.result import Progress
 from hamdist.study.shared.recipes import load_settings
@@ -82,7 +83,14 @@ def _run(folder: Path, lost: str | None) -> Ended:
         data = load_stream(order.stream, settings.stream.names, settings.model_loss)
     resume = order.resume if lost is None else _found_again(order, lost)
     batch = settings.stream.batch if data is None else None
-    tell(Started(title=f"{settings.name}, {settings.level.value}", batch=batch))
+    tell(
+        Started(
+            title=f"{settings.name}, {settings.level.value}",
+            batch=batch,
+            level=settings.level.value,
+            seed=settings.seed,
+        )
+    )
 
     from hamdist.study.report.save import save_run
     from hamdist.study.report.table import run_facts, run_title
@@ -195,11 +203,13 @@ class _Teller:
 
     def __init__(self) -> None:
         self._pace = ProgressPace()
+        self._network: PlacedNetwork | None = None  # that was told
         self._began = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
         if progress.phase is not None or self._pace.due(time.monotonic() - self._began):
-            tell(moved(progress))
+            tell(moved(progress, network=progress.network != self._network))
+            self._network = progress.network
 
 
 def _end_with_the_job() -> None:

@@ -32,6 +32,7 @@ from hamdist.runtime.results.result import Progress
 PREFIX = "#hamdist "
 PART_BYTES = 48 * 2**10
 MOST_BLOCKS = 64
+MOST_NETWORK = 1000  # blocks of a network that goes into the log
 
 # No path, no hidden file: a name comes from the cluster and becomes a file of the user's.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=200)]
@@ -48,6 +49,8 @@ class Started(_Event):
     event: Literal["started"] = "started"
     title: str
     batch: int | None
+    level: str | None = None
+    seed: int | None = None
 
 
 class DriverLost(_Event):
@@ -59,8 +62,8 @@ class DriverLost(_Event):
 
 
 class Progressed(_Event):
-    """A `Progress` with two windows (all but the last one merged, and the last) and its first
-    blocks.
+    """A `Progress` with two windows (all but the last one merged, and the last), its first blocks,
+    and the measurements of its first processes; its network comes once.
     """
 
     event: Literal["moved"] = "moved"
@@ -178,14 +181,18 @@ def from_line(line: str) -> tuple[str, JobEvent | None]:
         return line, None
 
 
-def moved(progress: Progress) -> Progressed:
+def moved(progress: Progress, *, network: bool = True) -> Progressed:
     windows = list(progress.windows)
     brief = windows[-1:]
     if len(windows) > 1:
         brief = [merge_windows(windows[:-1]), windows[-1]]
     blocks = progress.blocks[:MOST_BLOCKS]
-    brief_progress = replace(progress, windows=brief, blocks=blocks, actors={}, others={})
-    return Progressed(progress=replace(brief_progress, network=None))
+    actors = dict(list(progress.actors.items())[:MOST_BLOCKS])
+    known = progress.network if network else None
+    if known is not None and len(known.blocks) > MOST_NETWORK:
+        known = None
+    reduced = replace(progress, windows=brief, blocks=blocks, actors=actors, network=known)
+    return Progressed(progress=replace(reduced, others={}))
 
 
 def file_events(path: Path, most: int) -> Iterator[JobEvent]:

@@ -42,7 +42,7 @@ class Sampler:
         self._mailbox = mailbox
         self._transport = transport
         self._edges = {c.number: c.edge for c in plan.channels.all()}
-        self._before = self._step()  # of the run that this one resumes
+        self._before = {n.name: n.seconds for n in self._nodes}  # of the run that this one resumes
         self._norms: dict[str, Norms] = {}
         self._due = self._began = perf_counter()
 
@@ -59,14 +59,15 @@ class Sampler:
         after = perf_counter()
         self._due = after + max(PAUSE_SECONDS, (after - now) / SHARE)
 
-    def _step(self) -> float:
-        return float(sum(node.seconds for node in self._nodes))
+    @property
+    def _steps(self) -> dict[str, float]:
+        return {node.name: node.seconds - self._before[node.name] for node in self._nodes}
 
     @property
     def seconds(self) -> dict[str, float]:
         """Return how the process has spent its time, as `RunFacts.time_use` says."""
         total = perf_counter() - self._began
-        spent = {"total": total, "step": self._step() - self._before}
+        spent = {"total": total, "step": sum(self._steps.values())}
         if self._source is not None:
             spent["stream"] = self._source.seconds
         return spent if self._transport is None else {**spent, **self._transport.seconds}
@@ -83,4 +84,4 @@ class Sampler:
             edges[edge] = edges.get(edge, EdgeCounts()) + more
         for edge, nbytes in dict(self._mailbox.payload_bytes).items():
             edges[edge] = edges.get(edge, EdgeCounts()) + EdgeCounts(nbytes)
-        return ProcessSample(self.seconds, resident_bytes(), self._norms, edges)
+        return ProcessSample(self.seconds, resident_bytes(), self._norms, self._steps, edges)

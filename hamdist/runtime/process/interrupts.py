@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
-from hamdist.errors import Stop
+from hamdist.errors import Stop, TakeSnapshot
 from hamdist.runtime.results.result import Outcome, Progress
 
 Handler = Callable[[int, FrameType | None], object]
@@ -84,7 +84,9 @@ class RunInterrupts:
     Args:
         stop: ends the stream; called once, from a signal handler or from `report`.
         on_progress: the user's. It ends the run by returning `Stop` or by raising it. Any other
-            exception ends the run, too, and is kept for the caller to raise (`error`).
+            exception ends the run, too, and is kept for the caller to raise (`error`). By returning
+            `TakeSnapshot` it asks for a snapshot.
+        keep: takes a snapshot soon; None where the run takes none.
 
     Attributes:
         interrupted: a signal came.
@@ -92,8 +94,14 @@ class RunInterrupts:
         error: the exception of `on_progress`.
     """
 
-    def __init__(self, stop: Callable[[], None], on_progress: OnProgress | None) -> None:
+    def __init__(
+        self,
+        stop: Callable[[], None],
+        on_progress: OnProgress | None,
+        keep: Callable[[], None] | None = None,
+    ) -> None:
         self._stop = stop
+        self._keep = keep
         self._on_progress = on_progress
         self.interrupted = False
         self.stopped = False
@@ -123,6 +131,8 @@ class RunInterrupts:
         if (answer is Stop or isinstance(answer, Stop)) and not self.stopped:
             self.stopped = True
             self._stop()
+        elif answer is TakeSnapshot and self._keep is not None:
+            self._keep()
 
     def note(self, outcome: Outcome) -> Outcome:
         """Write into `outcome` how the run ended."""

@@ -48,7 +48,7 @@ class ProcessSample:
     Attributes:
         seconds: as `RunFacts.time_use`.
         memory: resident bytes.
-        norms: by block.
+        norms: by block; steps: seconds in its steps, by block.
         edges: by edge. `queued` counts what was sent here minus what was taken here: the sum over
             all processes is the number under way.
     """
@@ -56,6 +56,7 @@ class ProcessSample:
     seconds: Mapping[str, float] = field(default_factory=dict)
     memory: int = 0
     norms: Mapping[str, Norms] = field(default_factory=dict)
+    steps: Mapping[str, float] = field(default_factory=dict)
     edges: Mapping[str, EdgeCounts] = field(default_factory=dict)
 
 

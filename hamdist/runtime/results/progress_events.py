@@ -113,6 +113,7 @@ class ProgressEvents:
             tick={b.block: b.tick for b in blocks},
             updates={b.block: b.updates for b in blocks},
             norms={name: norms for s in samples.values() for name, norms in s.norms.items()},
+            seconds={name: spent for s in samples.values() for name, spent in s.steps.items()},
             waiting={b.block: b.waiting for b in blocks if b.waiting is not None},
             **head,
         )

@@ -8,12 +8,29 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from hamdist.runtime.results.events import Evaluated, RunEvent, RunFinished
+from hamdist.dynamics.objective.prequential import merge_windows
+from hamdist.runtime.results.events import (
+    ActorsMeasured,
+    BlocksMeasured,
+    EdgesMeasured,
+    Evaluated,
+    NetworkPlaced,
+    RunBegun,
+    RunEvent,
+    RunFinished,
+    WindowFull,
+    read_events,
+)
+from hamdist.runtime.results.scores import Scores
 from hamdist.study.report.aggregate import AggregateRow
-from hamdist.study.run.evaluate import Scores
 from hamdist.study.run.run import Run
+from hamdist.study.shared.result_folder import EVENTS
+
+MOST_WINDOWS = 400  # of a run, on the page
+MEASUREMENTS = 60  # of a kind, the latest
 
 
 def run_lines(runs: Iterable[Run]) -> str:
@@ -66,6 +83,33 @@ def final_events(run: Run) -> list[RunEvent]:
     names = [f.name for f in dataclasses.fields(RunFinished) if f.name not in ("time", *head)]
     events.append(RunFinished(**{name: getattr(run, name) for name in names}, **head))
     return events
+
+
+def report_events(runs: Sequence[Run], folder: Path) -> list[RunEvent]:
+    """Return what the page of a comparison shows: of each run its windows, its scores and figures,
+    and, where `folder` has the events of the run, its network and the times of its actors.
+    """
+    events: list[RunEvent] = []
+    for run in runs:
+        head: dict[str, Any] = {"level": run.level, "seed": run.seed}
+        events.append(RunBegun(title=f"{run.level}, seed {run.seed}", engine=run.engine, **head))
+        size = max(1, -(-len(run.windows) // MOST_WINDOWS))
+        for i in range(0, len(run.windows), size):
+            part = run.windows[i : i + size]
+            seconds = run.window_seconds[i + len(part) - 1]
+            events.append(WindowFull.of(merge_windows(part), "", seconds, **head))
+        events += final_events(run)
+    shown = {(run.level, run.seed) for run in runs}
+    try:
+        lines = (folder / EVENTS).read_text("utf-8").splitlines()
+    except OSError:  # (of runs that were made without a folder)
+        return events
+    kinds = (NetworkPlaced, BlocksMeasured, ActorsMeasured, EdgesMeasured)
+    latest: dict[tuple[str | None, int | None, str], list[RunEvent]] = {}
+    for event in read_events(lines):
+        if isinstance(event, kinds) and (event.level, event.seed) in shown:
+            latest.setdefault((event.level, event.seed, event.name), []).append(event)
+    return events + [event for those in latest.values() for event in those[-MEASUREMENTS:]]
 
 
 def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> dict[str, Any]:

@@ -1,40 +1,21 @@
-"""A self-contained HTML page about a comparison: no script, no file beside it, no network."""
+"""A self-contained HTML page about a comparison: no file beside it, no network."""
 
 from __future__ import annotations
 
-import base64
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
 from hamdist.config import Settings, to_yaml
+from hamdist.runtime.results.events import RunEvent
 from hamdist.study.report.table import Table
+from hamdist.study.view.explain import explain
+from hamdist.study.view.figures import PageFigure
+from hamdist.study.view.page import FIGURES, baked, page, sections
 
 PACKAGES = ("hamdist", "torch", "ray", "numpy", "pyzmq")
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c1c1c; background: #fff; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; }
-h2 { font-size: 1.15rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .35rem .6rem; text-align: right; vertical-align: top; white-space: pre-line; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-td { white-space: pre; }
-thead th { border-bottom: 2px solid #1c1c1c; }
-tbody tr + tr td { border-top: 1px solid #ddd; }
-.notes, .interrupted { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .5rem 1rem; }
-.notes ul { margin: .2rem 0; padding-left: 1.1rem; }
-figure { margin: 1rem 0; }
-img { width: 46rem; max-width: 100%; height: auto; }
-pre { background: #f5f5f5; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
-dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
-"""
 
 EXPLANATION = """
 Every run starts from the same weights (per seed) and sees the same samples in the same order.
@@ -50,14 +31,20 @@ included.
 
 @dataclass(frozen=True, slots=True)
 class HtmlReport:
-    """The content of the page: `plots` are PNG by file name, in order, `when` is a date."""
+    """The content of the page.
+
+    Attributes:
+        when: a date.
+        events: of the runs; they become the curves, and `figures` are drawn below.
+    """
 
     settings: Settings
     table: Table
-    plots: Mapping[str, bytes]
+    figures: Sequence[PageFigure]
     command: str
     when: str
     interrupted: bool
+    events: Sequence[RunEvent] = ()
 
 
 def render(report: HtmlReport) -> str:
@@ -70,21 +57,22 @@ def render(report: HtmlReport) -> str:
         f'<h2>Results</h2><div class="scroll">{html_table(report.table)}</div>',
         f"<p>{EXPLANATION}</p>",
         html_notes(report.table.notes),
-        "<h2>Plots</h2>",
-        *[html_figure(name, png) for name, png in report.plots.items()],
+        _words(report.events),
+        sections() if report.events else "",
+        FIGURES if report.figures else "",
         f"<h2>Settings</h2><pre>{escape(to_yaml(report.settings))}</pre>",
     ]
-    return page(title, parts)
+    return page(title, parts, [baked(report.events, report.figures)])
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """Return a whole page of `parts`, all of them HTML as `title` is."""
+def _words(events: Sequence[RunEvent]) -> str:
+    """Return where the time of each run went, in words, as far as the events tell."""
+    texts = {name: texts for name, texts in explain(events).items() if len(texts) > 1}
+    items = "".join(
+        f"<li><b>{escape(name)}</b>: {escape('; '.join(said))}</li>" for name, said in texts.items()
+    )
     return (
-        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
+        f'<h2>Where the time went</h2><div class="advice"><ul>{items}</ul></div>' if items else ""
     )
 
 
@@ -123,7 +111,7 @@ def html_table(table: Table) -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def html_notes(notes: Sequence[str]) -> str:
@@ -132,10 +120,3 @@ def html_notes(notes: Sequence[str]) -> str:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f'<div class="notes"><b>Notes and warnings</b><ul>{items}</ul></div>'
-
-
-def html_figure(name: str, png: bytes) -> str:
-    """Return a picture inside the page; `name` is that of its file, which describes it."""
-    data = base64.b64encode(png).decode("ascii")
-    words = name.removesuffix(".png").replace("-", " against ")
-    return f'<figure><img alt="{escape(words)}" src="data:image/png;base64,{data}"></figure>'

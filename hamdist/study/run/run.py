@@ -44,12 +44,12 @@ from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
+from hamdist.runtime.results.scores import Scores, evaluate, evaluate_samples, evaluate_sequences
 from hamdist.runtime.train.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.drift import DriftRecovery, recoveries
-from hamdist.study.run.evaluate import Scores, evaluate, evaluate_samples, evaluate_sequences
 from hamdist.study.run.initial_weights import beside, misfit, warmed
 from hamdist.study.run.own_data import OwnData, check_held_out
 from hamdist.study.run.tracking import Tracking, advice, tracking
@@ -108,13 +108,12 @@ class Timeline:
         self._points: list[tuple[int, float]] = [(0, 0.0)]
         self._then = then
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Progress) -> object:
         if progress.phase is None:
             self._points.append((progress.samples, progress.seconds))
         if len(self._points) > TIMELINE_LIMIT:
             self._points = self._points[::2]
-        if self._then is not None:
-            self._then(progress)
+        return None if self._then is None else self._then(progress)
 
     def at(self, items: Sequence[int], end: tuple[int, float], resumed: int = 0) -> list[float]:
         """Return the seconds at which each number of `items` had entered: 0 up to `resumed`.

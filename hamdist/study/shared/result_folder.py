@@ -2,6 +2,7 @@
 
     events.jsonl     events (runtime/results/events.py), a line each, flushed at once: `tail -f`
                      shows the run
+    control.jsonl    requests to the run ({"request": "stop"}), a line each, by the live page
 
 The writing process holds a lock on events.jsonl, which ends with the process in any case.
 """
@@ -15,11 +16,11 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hamdist.errors import SettingsError
+from hamdist.errors import SettingsError, Stop, TakeSnapshot
 from hamdist.runtime.results.events import (
     EventListener,
     FolderEnded,
@@ -33,14 +34,24 @@ from hamdist.runtime.results.progress_events import ProgressEvents
 if TYPE_CHECKING:
     from hamdist.runtime.results.result import Progress
 
-EVENTS, RUNS = "events.jsonl", "runs"
+EVENTS, RUNS, CONTROL = "events.jsonl", "runs", "control.jsonl"
+REQUESTS: Mapping[str, object] = {"stop": Stop, "snapshot": TakeSnapshot}
 _STUDIES = (
     *("speed.csv", "speed.json", "speed.md", "speed.png", "speed.svg"),
     *("recovery.csv", "recovery.json", "recovery.md"),
 )
 FILES = (  # what --overwrite may remove: whatever these commands write
-    *(EVENTS, "metrics.jsonl", "runs.jsonl", "settings*.yaml", "summary.json", "results.csv"),
+    *(
+        EVENTS,
+        CONTROL,
+        "metrics.jsonl",
+        "runs.jsonl",
+        "settings*.yaml",
+        "summary.json",
+        "results.csv",
+    ),
     *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
+    "records.html",
     *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png"),
     *("tracking.png", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
 )
@@ -114,6 +125,7 @@ class ResultFolder:
     Attributes:
         path: of the folder.
         key: of the computation, by which an unfinished comparison continues.
+        controls: it answers the requests of the live page.
     """
 
     def __init__(
@@ -122,9 +134,12 @@ class ResultFolder:
         *,
         overwrite: bool = False,
         key: str | None = None,
+        controls: bool = False,
         say: Callable[[str], None],
     ) -> None:
         self._say = say
+        self._controls = controls
+        self._read = 0  # bytes of requests
         self._moved = False
         self._head: dict[str, Any] = {}
         self._warned_of: set[tuple[str | None, int | None, str]] = set()
@@ -135,7 +150,9 @@ class ResultFolder:
         self.path = unfinished or free_folder(folder, overwrite=overwrite, say=say, take=self._take)
         if self.goes_on:
             say(f"Going on with the comparison in {self.path}")
-        self.emit(FolderStarted(key=key, process=os.getpid(), goes_on=self.goes_on))
+        self.emit(
+            FolderStarted(key=key, process=os.getpid(), goes_on=self.goes_on, controls=controls)
+        )
 
     def _unfinished(self, folder: Path, key: str) -> Path | None:
         """Return the folder of an unfinished comparison of this key that no process uses."""
@@ -209,6 +226,20 @@ class ResultFolder:
         for listener in self._listeners:
             listener(event)
 
+    def _requested(self) -> object:
+        """Return the latest request that has come since the last call, as `on_progress` answers."""
+        if not self._controls:
+            return None
+        try:
+            with (self.path / CONTROL).open("rb") as file:
+                file.seek(self._read)
+                lines = file.read().splitlines()
+                self._read = file.tell()
+        except OSError:  # nobody has asked for anything
+            return None
+        asked = [name for name in REQUESTS for line in lines if name.encode() in line]
+        return REQUESTS[asked[0]] if asked else None
+
     def watch(
         self, begun: RunBegun, then: Callable[[Progress], object]
     ) -> Callable[[Progress], object]:
@@ -227,9 +258,18 @@ class ResultFolder:
             self._moved = self._moved or progress.phase is None
             for event in events(progress):
                 self.emit(event)
-            return answer
+            return self._requested() or answer
 
         return note
+
+
+def ask_of(folder: Path, request: str) -> None:
+    """Leave a request (one of REQUESTS) to the run that writes `folder`. Raises SettingsError."""
+    try:
+        with (folder / CONTROL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"request": request}) + "\n")
+    except OSError as error:
+        raise SettingsError(f"{folder / CONTROL}: {error.strerror or error}") from None
 
 
 def _key_of(folder: Path) -> str | None:

@@ -1,0 +1,137 @@
+"""`hamdist view` and `hamdist explain`: what runs do, as a page or in words."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
+from hamdist.cli.console import complain, console, exit_codes, note, report
+from hamdist.cli.prepare import results_of
+from hamdist.errors import HamdistError, SettingsError
+from hamdist.study.shared.result_folder import EVENTS
+
+if TYPE_CHECKING:
+    from hamdist.launch.jobs_api import Jobs
+    from hamdist.study.view.server import PageServer
+
+
+def view(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DIR|ID]...", help="Folders of results, or a launched run."),
+    ] = None,
+    latest: Annotated[
+        bool, typer.Option("--latest", help="The latest folder of results/ (as without DIR).")
+    ] = False,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Of the page; 0: any that is free.")
+    ] = 0,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")
+    ] = True,
+    cluster: ClusterOption = None,
+) -> None:
+    """Show runs while they go on, or afterwards, on a local page; Ctrl-C ends it."""
+    with exit_codes():
+        from hamdist.study.view.server import PageServer
+
+        if latest and names:
+            raise SettingsError("--latest with a DIR: name the folders, or leave --latest out")
+        with (
+            _folders(names or [str(latest_results())], cluster) as folders,
+            PageServer(folders, port) as server,
+        ):
+            show_page(server, browser=browser)
+            server.wait()
+
+
+def show_page(server: PageServer, *, browser: bool) -> None:
+    """Print the page's address, and open it."""
+    report(address=server.address)
+    console().print(Text(server.address), soft_wrap=True)
+    if browser and not webbrowser.open(server.address):
+        note("No browser was found: open the address yourself.")
+
+
+def explain(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR]", help="Folder of results.", show_default="the latest of results/"
+        ),
+    ] = None,
+) -> None:
+    """Say in words where the time of runs went, and what to change."""
+    with exit_codes():
+        from hamdist.runtime.results.events import read_events
+        from hamdist.study.view.explain import explain as in_words
+
+        where = latest_results() if folder is None else _with_events(folder)
+        with (where / EVENTS).open(encoding="utf-8") as file:
+            runs = in_words(read_events(file))
+        report(runs=runs)
+        for name, texts in runs.items():
+            console().print(Text(name, style="bold"))
+            for text in texts:
+                console().print(Text(f"• {text}"), soft_wrap=True)
+        if not runs:
+            complain(f"{where}: no run has begun there")
+
+
+def latest_results() -> Path:
+    """Return the folder of results/ whose events are the latest. Raises SettingsError if none."""
+    folder = results_of("x").parent
+    paths = sorted(folder.glob(f"*/{EVENTS}"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise SettingsError(f"{folder}: no folder there has {EVENTS}; name one")
+    return paths[-1].parent
+
+
+def _with_events(folder: Path) -> Path:
+    if not (folder / EVENTS).is_file():
+        raise SettingsError(
+            f"{str(folder)!r} has no {EVENTS}; give a folder of `hamdist run --out`"
+        )
+    return folder
+
+
+@contextmanager
+def _folders(names: list[str], cluster: str | None) -> Iterator[list[Path]]:
+    """Yield the folders to show; a launched run gets a temporary one that follows it."""
+    with tempfile.TemporaryDirectory(prefix="hamdist-view-") as scratch:
+        folders = []
+        for name in names:
+            if Path(name).exists():
+                folders.append(_with_events(Path(name)))
+                continue
+            try:
+                jobs = jobs_of(cluster)
+                job = jobs.find(name).id
+            except HamdistError as error:
+                raise SettingsError(
+                    f"{name!r} is no folder of results, and no launched run: {error}"
+                ) from None
+            folder = Path(scratch) / job
+            folder.mkdir()
+            threading.Thread(target=_follow, args=(jobs, job, folder), daemon=True).start()
+            folders.append(folder)
+        yield folders
+
+
+def _follow(jobs: Jobs, name: str, folder: Path) -> None:
+    """Write the events of a launched run, from its log, until it ends."""
+    from hamdist.launch.follow import mirror_events
+
+    try:
+        mirror_events(jobs.lines(name), folder / EVENTS)
+    except HamdistError as error:
+        complain(f"{name}: {error}")

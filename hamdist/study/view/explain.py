@@ -1,0 +1,139 @@
+"""Where the time of a run went, in words, and what to change: from its events alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias, TypeVar
+
+from hamdist.runtime.results.events import (
+    ActorReplaced,
+    ActorsMeasured,
+    BlocksMeasured,
+    EdgesMeasured,
+    NetworkPlaced,
+    RunEvent,
+    RunFinished,
+)
+
+MUCH = 0.25  # of the time of a process
+PLENTY = 0.6
+SHORT = 1e-3  # seconds of a process of which nothing is said
+_Kind = TypeVar("_Kind", bound=RunEvent)
+Shares: TypeAlias = Mapping[str, Mapping[str, float]]  # of its time, by process and activity
+
+
+def explain(
+    events: Iterable[RunEvent], level: str | None = None, seed: int | None = None
+) -> dict[str, list[str]]:
+    """Return sentences by run ('trace, seed 0'), each with its remedy.
+
+    Args:
+        events: of a folder.
+        level: of the only run to explain; None: all.
+        seed: of that run.
+    """
+    runs: dict[str, list[RunEvent]] = {}
+    for event in events:
+        other = level is not None and (event.level, event.seed) != (level, seed)
+        if event.level is None or other:
+            continue
+        name = event.level if event.seed is None else f"{event.level}, seed {event.seed}"
+        runs.setdefault(name, []).append(event)
+    return {name: list(_sentences(those)) for name, those in runs.items()}
+
+
+def _latest(events: Iterable[RunEvent], kind: type[_Kind]) -> _Kind | None:
+    return next((e for e in reversed(list(events)) if isinstance(e, kind)), None)
+
+
+def _sentences(events: list[RunEvent]) -> Iterator[str]:
+    end, measured = _latest(events, RunFinished), _latest(events, ActorsMeasured)
+    times = end.time_use if end is not None else {} if measured is None else measured.seconds
+    shares = {
+        name: {kind: spent / own["total"] for kind, spent in own.items()}
+        for name, own in times.items()
+        if own.get("total", 0.0) > SHORT
+    }
+    if not shares:
+        yield "no measurements yet: they come once a second, after the first tick"
+        return
+    start = 0.0 if end is None else sum(end.startup.values())
+    if end is not None and start > max(1.0, end.seconds):
+        phase = max(end.startup, key=lambda name: end.startup[name])
+        yield (
+            f"the start took {start:.1f} s, longer than the run's {end.seconds:.1f} s (most of it: "
+            f"{phase}, {end.startup[phase]:.1f} s): runs in one hamdist.session share it"
+        )
+    yield from (_one_process if len(shares) == 1 else _processes)(events, shares)
+    for name, share in _most(shares, "stream"):
+        yield (
+            f"drawing samples takes {share:.0%} of the time of {name}: a DataLoader with workers, "
+            "or data that is prepared once, make it shorter"
+        )
+    lost = [e.seconds for e in events if isinstance(e, ActorReplaced) and e.lost]
+    if lost:
+        yield f"{len(lost)} actors were lost and replaced, which took {sum(lost):.1f} s"
+
+
+def _most(shares: Shares, kind: str) -> list[tuple[str, float]]:
+    """Return the process that spends the most on `kind`, if that is much."""
+    name = max(shares, key=lambda one: shares[one].get(kind, 0.0))
+    share = shares[name].get(kind, 0.0)
+    return [(name, share)] if share > MUCH else []
+
+
+def _one_process(events: list[RunEvent], shares: Shares) -> Iterator[str]:
+    [(name, own)] = shares.items()
+    yield f"one process ({name}): {own['step']:.0%} of its time in the steps of its blocks"
+    block, share = _heaviest(events, name)
+    if block is not None:
+        remedy = "; on several cores, cut or slice it, and use engine.kind 'ray'"
+        yield f"{block} takes {share:.0%} of all steps{remedy if share > 0.5 else ''}"
+    if own["step"] < 0.5:
+        yield (
+            "the rest is Python around the steps (schedules, queues, metrics): larger batches, or "
+            "fewer blocks (partition.blocks), make it smaller"
+        )
+
+
+def _processes(events: list[RunEvent], shares: Shares) -> Iterator[str]:
+    busiest = max(shares, key=lambda name: shares[name].get("step", 0.0))
+    idlest = max(shares, key=lambda name: shares[name].get("waiting", 0.0))
+    step, waits = shares[busiest].get("step", 0.0), shares[idlest].get("waiting", 0.0)
+    if waits > MUCH:
+        counts = _latest(events, EdgesMeasured)
+        edges = {} if counts is None else counts.edges
+        edge = max(edges, key=lambda name: edges[name].waited, default=None)
+        most = "" if edge is None else f", most of all for {edge} ({edges[edge].waited:.1f} s)"
+        yield f"{idlest} waits {waits:.0%} of its time{most}"
+    if step > MUCH and shares[busiest].get("waiting", 0.0) < waits - 0.1:
+        block, share = _heaviest(events, busiest)
+        where = "" if block is None else f", {share:.0%} of them in block {block}"
+        yield (
+            f"{busiest} sets the pace: {step:.0%} of its time in steps{where}: cut {block or 'it'} "
+            "earlier (partition.cuts), slice it (partition.slices), or give it an actor alone "
+            "(engine.placement)"
+        )
+    elif min(own.get("waiting", 0.0) for own in shares.values()) > MUCH and step < PLENTY:
+        yield (
+            "every process waits: signals take long, or one sample at a time is in the network "
+            "(level 'backprop'); larger batches, fewer actors, level 'pipeline' or 'trace', or "
+            "delays that hide the links (partition.delays: auto) help"
+        )
+    for name, share in _most(shares, "packing"):
+        yield (
+            f"{name} packs signals {share:.0%} of its time: compression of wide edges "
+            "(engine.compression), or a cut where the state is narrower, make them smaller"
+        )
+
+
+def _heaviest(events: list[RunEvent], actor: str) -> tuple[str | None, float]:
+    """Return the actor's block with the longest steps, and its share of them."""
+    blocks, network = _latest(events, BlocksMeasured), _latest(events, NetworkPlaced)
+    if blocks is None or network is None:
+        return None, 0.0
+    those = {block for one in network.actors if one.name == actor for block in one.blocks}
+    seconds = {name: spent for name, spent in blocks.seconds.items() if name in those}
+    whole = sum(seconds.values())
+    block = max(seconds, key=lambda name: seconds[name], default=None)
+    return (block, seconds[block] / whole) if block is not None and whole else (None, 0.0)

@@ -1,0 +1,186 @@
+"""The server of the live page: on this machine alone, with a token, from folders of results.
+
+It reads `events.jsonl` and, for a button, writes a line into `control.jsonl`, which the process of
+the run looks for (study/shared/result_folder.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import secrets
+import threading
+from collections.abc import Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+from hamdist.errors import SettingsError
+from hamdist.runtime.results.events import read_events
+from hamdist.study.shared.result_folder import EVENTS, REQUESTS, ask_of
+from hamdist.study.view.explain import explain
+from hamdist.study.view.page import live_page
+
+HOST = "127.0.0.1"
+CHUNK = 2**20
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src "
+    "'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Reply(NamedTuple):
+    """An answer to a request."""
+
+    body: str
+    status: HTTPStatus = HTTPStatus.OK
+    kind: str = "application/json"
+
+
+class PageServer:
+    """Serves the live page of folders of results; as a context it ends with the block.
+
+    Args:
+        folders: of runs, each with an `events.jsonl` (or one to come).
+        port: 0 for any that is free.
+
+    Attributes:
+        address: of the page, with its token.
+
+    Raises:
+        SettingsError: the port is taken.
+    """
+
+    def __init__(self, folders: Sequence[Path], port: int = 0) -> None:
+        self.folders = list(folders)
+        self.token = secrets.token_urlsafe(16)
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                owner.answer(self)
+
+            do_POST = do_GET
+
+            def log_message(self, *_: object) -> None: ...
+
+        try:
+            self._http = ThreadingHTTPServer((HOST, port), Handler)
+        except OSError as error:
+            raise SettingsError(
+                f"--port {port}: {error.strerror or error}; leave it out for a free one"
+            ) from None
+        self._http.daemon_threads = True
+        self._hosts = {f"{name}:{self._http.server_port}" for name in (HOST, "localhost")}
+        self.address = f"http://{HOST}:{self._http.server_port}/?token={self.token}"
+        self._thread = threading.Thread(
+            target=self._http.serve_forever, name="hamdist-view", daemon=True
+        )
+
+    def __enter__(self) -> PageServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def wait(self) -> None:
+        """Serve until Ctrl-C."""
+        self._thread.join()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer one request."""
+        url = urlsplit(request.path)
+        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        reply = self._reply(request, url.path, query)
+        body = reply.body.encode("utf-8")
+        request.send_response(reply.status)
+        kind = {"Content-Type": f"{reply.kind}; charset=utf-8", "Content-Length": str(len(body))}
+        for name, value in {**kind, **HEADERS}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(body)
+
+    def _reply(self, request: BaseHTTPRequestHandler, path: str, query: dict[str, str]) -> Reply:
+        # (another Host: a page of another site whose name was bent to this address)
+        token = query.get("token", "") if path == "/" else request.headers.get("X-Token", "")
+        known = secrets.compare_digest(token.encode(), self.token.encode())
+        if request.headers.get("Host", "") not in self._hosts or not known:
+            text = "not allowed: open the address that hamdist has printed, with its token"
+            return Reply(text, HTTPStatus.FORBIDDEN, "text/plain")
+        if path == "/":
+            return Reply(live_page(), kind="text/html")
+        if path == "/folders":
+            told = [{"path": str(folder), "alive": is_alive(folder)} for folder in self.folders]
+            return Reply(json.dumps(told))
+        number = query.get("folder", "")
+        if not number.isdecimal() or int(number) >= len(self.folders):
+            return Reply(f"no folder {number!r}", HTTPStatus.NOT_FOUND, "text/plain")
+        folder = self.folders[int(number)]
+        if path == "/events" and query.get("from", "").isdecimal():
+            return Reply(json.dumps(events_from(folder, int(query["from"]))))
+        if path == "/explain":
+            return Reply(json.dumps(_explained(folder, query)))
+        if path == "/control" and request.command == "POST":
+            return _control(folder, query.get("action", ""))
+        return Reply(f"no such page: {path}", HTTPStatus.NOT_FOUND, "text/plain")
+
+
+def events_from(folder: Path, start: int) -> dict[str, Any]:
+    """Return whole lines of a folder's events from byte `start` on, as values.
+
+    Returns:
+        'events'; 'next': the byte to go on from; 'more': whether there are more at once.
+    """
+    try:
+        with (folder / EVENTS).open("rb") as file:
+            file.seek(start)
+            data = file.read(CHUNK)
+            while data and b"\n" not in data and (rest := file.read(CHUNK)):
+                data += rest  # (a line of a large network)
+    except OSError:
+        data = b""
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = whole.decode("utf-8", "replace").splitlines()
+    events = [event.as_json() for event in read_events(lines)]
+    return {"events": events, "next": start + len(whole), "more": len(data) >= CHUNK}
+
+
+def is_alive(folder: Path) -> bool:
+    """Return True if a process writes the folder's events: it holds their lock."""
+    try:
+        with (folder / EVENTS).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _explained(folder: Path, query: dict[str, str]) -> list[str]:
+    seed = int(query["seed"]) if query.get("seed", "").isdecimal() else None
+    try:
+        with (folder / EVENTS).open(encoding="utf-8") as file:
+            runs = explain(read_events(file), query.get("level"), seed)
+    except OSError:
+        return []
+    return [text for texts in runs.values() for text in texts]
+
+
+def _control(folder: Path, action: str) -> Reply:
+    if action not in REQUESTS or not is_alive(folder):
+        text = "the run has ended" if action in REQUESTS else f"no such request: {action!r}"
+        return Reply(text, HTTPStatus.CONFLICT, "text/plain")
+    try:
+        ask_of(folder, action)
+    except SettingsError as error:
+        return Reply(str(error), HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain")
+    return Reply(json.dumps({"asked": action}))
