@@ -53,7 +53,9 @@ class RayEngine:
         costs = unmeasured_costs(plan)
         measured: Costs | None = None
         places = wants_costs(plan)
-        if plan.engine.device == "cpu":  # (what a block takes on a GPU is not known before)
+        # (What a block takes on a GPU is not known before.)
+        devices = {plan.engine.device, *(one.device for one in plan.cast_plans.values())}
+        if places or plan.replan is not None or devices == {"cpu"}:
             with startup.phase("measure"):
                 try:
                     measured = measured_costs(plan, portable=stream.portable)
@@ -74,7 +76,7 @@ class RayEngine:
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
             notes += lending_notes(plan.engine, worker_group.lent, refusals)
             outcome.startup = startup.seconds
-            if measured is not None and measured.model is not None:
+            if measured is not None and measured.model is not None and devices == {"cpu"}:
                 outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
             if auto:
                 outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
