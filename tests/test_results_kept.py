@@ -54,7 +54,14 @@ OF_A_RUN = {
     *("metrics.jsonl", "model.safetensors", "settings-all.yaml", "settings.yaml", "summary.json")
 }
 OF_A_COMPARISON = {
-    *("accuracy-rows.png", "accuracy-seconds.png", "gap.png", "report.html", "results.csv"),
+    *(
+        "accuracy-rows.png",
+        "accuracy-seconds.png",
+        "gap.png",
+        "report.html",
+        "results.csv",
+        "results.tex",
+    ),
     *("runs.jsonl", "settings-all.yaml", "settings.yaml", "summary.json"),
 }
 

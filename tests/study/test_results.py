@@ -122,6 +122,7 @@ def test_comparison_folder(tmp_path: Path) -> None:
         "gap.svg",
         "report.html",
         "results.csv",
+        "results.tex",
         "runs.jsonl",
         "settings-all.yaml",
         "settings.yaml",

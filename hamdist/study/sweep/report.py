@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hamdist.study.report.files import to_json
+from hamdist.study.report.files import flat_tests, to_json
 from hamdist.study.report.html import facts, html_figure, html_notes, html_table
-from hamdist.study.report.table import Table, markdown
+from hamdist.study.report.table import Table, latex, markdown
 from hamdist.study.shared.result_folder import write_file
 from hamdist.study.sweep.plots import study_plots
 from hamdist.study.sweep.run import StudyOutcome
@@ -31,8 +31,8 @@ def save_study(
     command: str,
     first: Axis | None = None,
 ) -> dict[str, Table]:
-    """Write study.yaml, study.json, study.csv, study.md, study.html and the plots; return the
-    tables.
+    """Write study.yaml, study.json, study.csv, study.md, study.tex, study.html and the plots;
+    return the tables.
 
     Raises SettingsError if a file cannot be written.
     """
@@ -46,6 +46,7 @@ def save_study(
     write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2) + "\n")
     write_file(folder / "study.csv", _csv(rows))
     write_file(folder / "study.md", _markdown(study, tables, plots, command))
+    write_file(folder / "study.tex", "\n".join(map(latex, tables.values())))
     write_file(folder / "study.html", _html(study, tables, plots, command))
     return tables
 
@@ -59,14 +60,14 @@ def record(line: SummaryLine) -> dict[str, Any]:
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, list(flat_tests(rows[0])), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         flat = {name: row[name] for name in row}
         for name in ("point", "chosen"):
             flat[name] = "; ".join(f"{key}={value}" for key, value in row[name].items())
         flat["notes"] = "; ".join(row["notes"])
-        writer.writerow(flat)
+        writer.writerow(flat_tests(flat))
     return out.getvalue()
 
 
