@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from hamdist.config import Settings
 from hamdist.launch.cluster_file import ClusterSettings
+from hamdist.study.simulate.host_plan import HostPlanSettings
 from hamdist.study.sweep.settings import StudySettings
 
 EXPERIMENTAL = "Experimental"
@@ -35,6 +36,7 @@ def settings_page() -> str:
         (Settings, "", "Top level"),
         (StudySettings, "study", "Study files"),
         (ClusterSettings, "cluster", "Cluster files"),
+        (HostPlanSettings, "plan", "Plans of hosts"),
     ):
         schema = model.model_json_schema()
         default = Settings().model_dump(mode="json") if model is Settings else None

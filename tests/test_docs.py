@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 
 import hamdist
 from hamdist.cli import app
-from hamdist.config import Section, read_settings, read_yaml
+from hamdist.config import Section, checked, read_settings, read_yaml
 from hamdist.launch.cluster_file import ClusterSettings
+from hamdist.study.simulate.host_plan import HostPlanSettings
 from hamdist.study.sweep.settings import read_study
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +172,8 @@ def test_settings_of_pages_are_settings(page):
         assert isinstance(raw, dict)
         if "sides" in raw:
             read_study(block.text, str(block))
+        elif "hosts" in raw:
+            checked(HostPlanSettings, raw, str(block))
         elif "jobs" in raw:
             ClusterSettings(**{**raw, "token": None})
         else:

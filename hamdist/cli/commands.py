@@ -14,7 +14,7 @@ import typer
 from hamdist.cli import compare, diff, export, recipes, run, settings, verify, view
 from hamdist.cli.cluster import cluster, launch
 from hamdist.cli.console import console, output
-from hamdist.cli.study import recovery, speed
+from hamdist.cli.study import recovery, simulate, speed
 from hamdist.cli.study import sweep as grid
 
 __all__ = ["app"]
@@ -85,7 +85,7 @@ def _options(
 for _command in (  # in the order of use
     *(settings.init, recipes.recipes, recipes.rules, run.run, compare.compare),
     *(view.view, view.explain),
-    *(export.export, diff.diff),
+    *(export.export, diff.diff, simulate.simulate, simulate.profile),
     *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
 ):
     app.command()(with_output(_command))

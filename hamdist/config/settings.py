@@ -13,7 +13,7 @@ from hamdist.config.sections.dynamics import DynamicsSettings
 from hamdist.config.sections.engine import EngineSettings
 from hamdist.config.sections.learning import LearningSettings
 from hamdist.config.sections.locality import Level, LocalityOverrides
-from hamdist.config.sections.metrics import MetricsSettings
+from hamdist.config.sections.metrics import MetricsSettings, TrackerKind
 from hamdist.config.sections.model import ModelSettings
 from hamdist.config.sections.partition import PartitionSettings
 from hamdist.config.sections.section import Positive, Section, Seed
@@ -88,6 +88,9 @@ class Settings(Section):
     """Where blocks live, how they compute, how signals travel."""
     metrics: MetricsSettings = MetricsSettings()
     """What is measured while a run goes on."""
+    trackers: tuple[TrackerKind, ...] = ()
+    """Where scalars go besides the run's own files: `csv`, `tensorboard`, `mlflow`, `wandb`,
+    `prometheus`."""
     snapshots: SnapshotSettings = SnapshotSettings()
     """What is kept of a run, and what is done when a part of it is lost."""
     compare: CompareSettings = CompareSettings()

@@ -86,7 +86,7 @@ class IterableStream:
         if first is nothing:
             raise StreamError(f"the source ({kind}) yields no sample")
         ragged = is_ragged(given) if ragged is None else ragged
-        learned = _learn(self._sample(0, first), classes, outputs)
+        learned = _learn(self.sample(0, first), classes, outputs)
         self._spec = replace(learned, ragged=ragged)
         self._peeked: Iterator[Any] | None = chain([first], items)
 
@@ -94,6 +94,10 @@ class IterableStream:
     def spec(self) -> SampleSpec:
         """Return the spec that the first sample and the arguments give."""
         return self._spec
+
+    def live_spec(self, patience: int) -> SampleSpec:
+        """Return the spec of a live run whose samples are like the first item."""
+        return replace(self._spec, live=patience)
 
     def samples(self) -> Iterator[Sample]:
         """Yield the samples from sample 0 on; raise StreamError for a second call on an
@@ -107,9 +111,10 @@ class IterableStream:
                 f"this stream was made from an iterator ({self._kind}), which can be read once and "
                 f"has been: make a new stream, or give {AGAIN}"
             )
-        return (self._sample(n, item) for n, item in enumerate(items))
+        return (self.sample(n, item) for n, item in enumerate(items))
 
-    def _sample(self, n: int, item: Any) -> Sample:
+    def sample(self, n: int, item: Any) -> Sample:
+        """Return item n, in any of the accepted forms, as a sample. Raises StreamError."""
         u, y, end, time, late = self._fields(n, item)
         inputs = self._inputs(n, u)
         if not isinstance(end, (bool, np.bool_)):

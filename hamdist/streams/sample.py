@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias, runtime_checkable
+from enum import IntEnum
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,32 @@ from hamdist.errors import StreamError
 # (B,) classes or (B, O) values, for every readout; or a target by the name of its readout; None
 # (or a name that is not there) where it is missing.
 Target: TypeAlias = Tensor | Mapping[str, Tensor | None] | None
+
+
+class Emits(IntEnum):
+    """What the stream of a live run emits: nothing new, a sample, or an earlier one once more."""
+
+    IDLE = 0
+    SAMPLE = 1
+    AGAIN = 2
+
+
+class Emission(NamedTuple):
+    """What the stream of a live run (streams/live.py) tells all blocks about one emission.
+
+    Attributes:
+        kind: IDLE, SAMPLE or AGAIN (with the label that has come for it).
+        shown: number of the emissions before that were not idle.
+        number: of the sample, counted from 0; of an idle one, of the latest sample.
+        rate: factor of the step size, from this emission on.
+        cut: every block is to hand over its state.
+    """
+
+    kind: Emits
+    shown: int
+    number: int
+    rate: float = 1.0
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +66,7 @@ class Sample:
             None for a target that will never come. `Rejoin` brings both together.
         inputs: for a model with several inputs all of them, by the names of its arguments, or
             numbered ('0', '1', ...) by position; u is the first one then.
+        emission: in a live run, what this emission of the stream is.
     """
 
     u: Tensor
@@ -47,6 +75,7 @@ class Sample:
     time: float | None = None
     late: Mapping[int, Target] | None = None
     inputs: Mapping[str, Tensor] | None = None
+    emission: Emission | None = None
 
     def target(self, readout: str) -> Tensor | None:
         """Return the target of a readout, or None where it is missing."""
@@ -87,6 +116,7 @@ class SampleSpec:
         late: number of samples by which labels come late, where each sample passes twice
             (wrappers/late_targets.py); 0: once, with its label.
         ragged: True if samples may have lengths of their own, behind the batch.
+        live: of a live run, the number of unlabelled samples that wait for a label; else 0.
     """
 
     u_shape: tuple[int, ...]
@@ -100,6 +130,7 @@ class SampleSpec:
     example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     late: int = 0
     ragged: bool = False
+    live: int = 0
 
     @property
     def passes(self) -> int:

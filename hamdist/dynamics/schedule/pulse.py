@@ -121,6 +121,10 @@ class PulseSchedule:
             version = self.buffered(sample)
         return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
 
+    @property
+    def idle(self) -> int:
+        return (self.trip + SPACING * (self.parts - 1)) // self.c
+
     def buffered(self, sample: int) -> int:
         """Return the steps in the weights that a sample meets with double buffering."""
         return max(0, sample // self.group - 1)

@@ -38,7 +38,7 @@ from hamdist.dynamics.blocks.rule_block import (
     RuleReadout,
 )
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
-from hamdist.dynamics.finite import bounded
+from hamdist.dynamics.finite import Scale, bounded
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import LossFunction
@@ -53,6 +53,7 @@ from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import ClusterError
 from hamdist.runtime.nodes.hold import HoldNode
+from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.nodes.rules import applied_rule
@@ -86,11 +87,15 @@ def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
 def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode | SequenceNode:
     """Make the node of block `name`, with a random generator of its own."""
     parts = _Parts(plan, name)
+    node: PulseNode | HoldNode | SequenceNode
     if plan.knobs.sequence:
-        return _sequence_node(plan, parts, mailbox)
-    if plan.knobs.pulse:
-        return _pulse_node(plan, parts, mailbox)
-    return _hold_node(plan, parts, mailbox)
+        node = _sequence_node(plan, parts, mailbox)
+    elif plan.knobs.pulse:
+        node = _pulse_node(plan, parts, mailbox)
+    else:
+        node = _hold_node(plan, parts, mailbox)
+    node.live = parts.live
+    return node
 
 
 class _Parts(BlockParts):
@@ -115,10 +120,15 @@ class _Parts(BlockParts):
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
         self.group, self.double_buffered = plan.knobs.accumulate, plan.knobs.double_buffered
-        self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.sample_of)
+        self.live = LiveBlock(name, plan.spec.live, self.microbatches)
+        self.scale = self._scaled(self.weights, partial(plan.scale, name))
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
         self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
+
+    def _scaled(self, weights: Weights, course: Scale) -> Scale:
+        """Return the scale of beta by sample: the run's course, and what a live run sets."""
+        return self.live.scaled(weights.scaled_by(course, self._plan.sample_of))
 
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
@@ -198,13 +208,13 @@ class _Parts(BlockParts):
         taker = self.make_loss(given, f"{seed_name}/loss")
         order, weight = plan.knobs.order, heads.weights[self.name]
         own_weights = self._weights(cell.theta, own, [f"head.{name}" for name in cell.names])
-        course = own_weights.scaled_by(plan.course, plan.sample_of)
+        course = self._scaled(own_weights, plan.course)
         head = Head(cell, own_weights, taker, weight, course, constant_tau(own))
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
             weights = Weights(self.cell.theta, beside, order, self.cell.names)
-        course = weights.scaled_by(plan.course, plan.sample_of)
+        course = self._scaled(weights, plan.course)
         return HeadUpdate(head, self.cell, weights, self.dynamics, course)
 
 

@@ -131,7 +131,12 @@ class Ports:
             None in a run without clock signals, and in all ticks but the sample's first.
         """
         channel = self._channels.clocks.get(self._name)
-        if channel is None or event.tick % self._schedule.c:
+        if channel is None:
+            return None
+        if not isinstance(self._schedule, HoldSchedule):
+            stamp = self._schedule.target(self._name, event)
+            return None if stamp is None else self._take(channel, stamp, event)
+        if event.tick % self._schedule.c:
             return None
         return self._take(channel, emitted(event.sample, self._schedule.c), event)
 

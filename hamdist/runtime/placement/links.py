@@ -113,16 +113,20 @@ def pairs(plan: Plan, placement: Sequence[Sequence[str]]) -> set[tuple[int, int]
 
 
 def least_delays(
-    model: TimingModel, placement: Sequence[Sequence[str]], links: Mapping[tuple[int, int], Link]
+    model: TimingModel,
+    placement: Sequence[Sequence[str]],
+    hosts: Sequence[int],
+    cluster: ClusterModel,
 ) -> dict[str, int]:
     """Return the fewest ticks that keep every actor busy, by edge between blocks.
 
     Args:
         model: of the run.
         placement: the blocks of each actor.
-        links: by pair of actors.
+        hosts: of each actor, by its place in `cluster`.
+        cluster: hosts and links.
     """
-    return _Delays(model, placement, links).least()
+    return _Delays(model, placement, hosts, cluster).least()
 
 
 def cluster_of(
@@ -139,28 +143,26 @@ class _Delays:
         self,
         model: TimingModel,
         placement: Sequence[Sequence[str]],
-        links: Mapping[tuple[int, int], Link],
+        hosts: Sequence[int],
+        cluster: ClusterModel,
     ) -> None:
-        self._model, self._placement = model, placement
-        slower = {
-            pair: replace(link, seconds=MARGIN * link.seconds) for pair, link in links.items()
-        }
-        at_once = {pair: replace(link, seconds=0.0) for pair, link in links.items()}
+        self._model, self._placement, self._hosts = model, placement, hosts
         self._edges = [e.name for e in model.plan.graph.edges if not e.from_input]
         ones = dict.fromkeys(self._edges, 1)
-        self._aim = self._period(ones, cluster_of(placement, at_once)).seconds * (1 + WORSE)
-        self._cluster = cluster_of(placement, slower)
+        self._cluster = cluster.slowed(0.0)
+        self._aim = self._period(ones).seconds * (1 + WORSE)
+        self._cluster = cluster.slowed(MARGIN)
 
-    def _period(self, delays: Mapping[str, int], cluster: ClusterModel) -> Period:
+    def _period(self, delays: Mapping[str, int]) -> Period:
         model = replace(self._model, plan=with_delays(self._model.plan, delays))
-        return model.timed(self._placement, range(len(self._placement)), cluster).period()
+        return model.timed(self._placement, self._hosts, self._cluster).period()
 
     def least(self) -> dict[str, int]:
         delays = dict.fromkeys(self._edges, 1)
-        period = self._period(delays, self._cluster)
+        period = self._period(delays)
         while period.seconds > self._aim:
             longer = self._longer(delays, period)
-            better = self._period(longer, self._cluster)
+            better = self._period(longer)
             if better.seconds >= (1 - WORSE) * period.seconds:
                 break  # one sample at a time gains nothing by delays
             delays, period = longer, better
@@ -185,7 +187,7 @@ class _Delays:
         low, high = 1, delays[name]  # high reaches it
         middle = high - 1  # (most edges have none to spare)
         while low < high:
-            if self._period({**delays, name: middle}, self._cluster).seconds <= aim:
+            if self._period({**delays, name: middle}).seconds <= aim:
                 high = middle
             else:
                 low = middle + 1

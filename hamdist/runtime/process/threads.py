@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,3 +55,17 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def product_seconds() -> float:
+    """Return the seconds of a product of two 256 x 256 matrices on one thread: the least of a few,
+    as other processes may use the host.
+    """
+    with torch_threads(1):
+        a = torch.ones(256, 256)
+        times = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            torch.mm(a, a)
+            times.append(time.perf_counter() - begin)
+    return min(times)

@@ -15,7 +15,7 @@ from hamdist.runtime.engines.worker import ReceivingEnds, Worker
 from hamdist.runtime.engines.worker_report import WorkerReport
 from hamdist.runtime.placement.assign_blocks import Costs, place
 from hamdist.runtime.placement.assign_hosts import ActorOptions
-from hamdist.runtime.placement.links import least_delays
+from hamdist.runtime.placement.links import cluster_of, least_delays
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.startup import Startup
 from hamdist.runtime.ray_engine.placed_workers import (
@@ -69,7 +69,8 @@ class WiredWorkers(PlacedWorkers):
             with startup.phase("links"):
                 self.links = self._links()
                 if measured.model is not None:
-                    delays = least_delays(measured.model, self.placement, self.links)
+                    cluster = cluster_of(groups, self.links)
+                    delays = least_delays(measured.model, groups, range(len(groups)), cluster)
                     plan = self._plan = plan.replan(delays)
         inside = self.inside()
         binds = [self.binds(i, inside) for i in range(len(inside))]

@@ -9,12 +9,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -26,6 +24,7 @@ from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.arithmetic import Arithmetic, arithmetic
 from hamdist.runtime.process.leftovers import sweep
 from hamdist.runtime.process.switches import Switches, set_switches
+from hamdist.runtime.process.threads import product_seconds
 from hamdist.runtime.timing.cluster_model import Link
 from hamdist.runtime.transport.gpu_ring import Refusal
 from hamdist.streams.sample import Stream
@@ -151,6 +150,10 @@ class WorkerActor:
     def status(self, seen: int, every: int | None) -> WorkerStatus:
         return self._prepared().status(seen, every)
 
+    def news(self, run: int, seconds: float) -> list[Any]:
+        host = self._of(run)
+        return [] if host is None else host.news(seconds)
+
     def stop_stream(self, run: int) -> None:
         host = self._of(run)
         if host is not None:
@@ -221,16 +224,4 @@ def _reserved(actor_options: ActorOptions) -> dict[str, Any]:
 
 def timed_on(node: str) -> Any:
     """Return a reference to the seconds that a host takes for a fixed calculation."""
-    return ray.remote(_seconds).options(**_reserved(ActorOptions(node=node))).remote()
-
-
-def _seconds() -> float:
-    """Return the least of a few timings, as other processes may use the host."""
-    torch.set_num_threads(1)
-    a = torch.ones(256, 256)
-    times = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    return ray.remote(product_seconds).options(**_reserved(ActorOptions(node=node))).remote()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # What an actor spends on one message that it sends to or takes from another actor, and on its
 # bytes, without any wait: in packing, the ring or socket, and encryption (scripts/bench/links).
@@ -95,6 +95,13 @@ class ClusterModel:
 
     def link(self, sender: int, receiver: int) -> Link:
         return self.links.get((sender, receiver), _NO_LINK)
+
+    def slowed(self, factor: float) -> ClusterModel:
+        """Return the same cluster with latencies `factor` times as long."""
+        links = {
+            pair: replace(link, seconds=factor * link.seconds) for pair, link in self.links.items()
+        }
+        return replace(self, links=links)
 
     def rate(self, sender: int, receiver: int) -> float:
         """Return the bytes a second of a single transfer."""

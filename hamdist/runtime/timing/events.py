@@ -1,9 +1,9 @@
 """A run on a cluster event by event: where actors share processors, and transfers share links.
 
-The processors of a host with more runnable actors than cores are shared equally among them, as the
-system's scheduler does; the bandwidth of links, and of a host's way up and down, is shared by
-max-min fairness (Bertsekas and Gallager 1992, section 6.5.2), as TCP does roughly. Everything else
-is as in `recursion.py`, which is much faster, and gives the same times where nothing is shared.
+Jobs that run share what they need by max-min fairness (Bertsekas and Gallager 1992, section 6.5.2):
+actors the processors of their host, at most one each, as the system's scheduler does; transfers the
+bandwidth of a link and of a host's way up and down, as TCP does roughly. Everything else is as in
+`recursion.py`, which is much faster, and gives the same times where nothing is shared.
 """
 
 from __future__ import annotations
@@ -16,47 +16,19 @@ import numpy as np
 
 from hamdist.runtime.timing.cycle_ratio import Reals
 from hamdist.runtime.timing.disturbances import Disturbances
-from hamdist.runtime.timing.timed_graph import TimedArc, TimedGraph, Transfer
+from hamdist.runtime.timing.timed_graph import TimedArc, TimedGraph
 
 BLOCK = 64  # periods whose delays are drawn at once
 _Job = tuple[int, int]  # activity, period
+_Part = tuple[str, int, int]  # of what is shared: kind and host, or two hosts
 
 
-class _Processors:
-    """The jobs of one host: each progresses at the same rate, min(1, cores / jobs)."""
-
-    def __init__(self, cores: float) -> None:
-        self._cores = cores
-        self._jobs: list[tuple[float, _Job]] = []
-        self._progress = self._now = 0.0
-
-    def _rate(self) -> float:
-        return min(1.0, self._cores / max(1, len(self._jobs)))
-
-    def advance(self, now: float) -> None:
-        self._progress += (now - self._now) * self._rate()
-        self._now = now
-
-    def start(self, job: _Job, seconds: float) -> None:
-        heapq.heappush(self._jobs, (self._progress + seconds, job))
-
-    def next(self) -> float:
-        """Return when the first job ends if none begins before."""
-        if not self._jobs:
-            return math.inf
-        return self._now + max(0.0, self._jobs[0][0] - self._progress) / self._rate()
-
-    def finished(self) -> _Job:
-        return heapq.heappop(self._jobs)[1]
-
-
-class _Wires:
-    """The transfers under way on shared links."""
+class _Shares:
+    """Jobs that run at fair rates on shared parts of the cluster."""
 
     def __init__(self, timed: TimedGraph) -> None:
-        self._cluster = timed.cluster
-        self._left: dict[_Job, float] = {}
-        self._routes: dict[_Job, list[tuple[str, int, int]]] = {}
+        self._timed = timed
+        self._left: dict[_Job, float] = {}  # seconds of a processor, or bytes
         self._rates: dict[_Job, float] = {}
         self._now = 0.0
 
@@ -65,45 +37,51 @@ class _Wires:
             self._left[job] -= rate * (now - self._now)
         self._now = now
 
-    def start(self, job: _Job, way: Transfer) -> None:
-        self._left[job] = float(way.nbytes)
-        pair = ("link", way.sender, way.receiver)
-        self._routes[job] = [pair, ("up", way.sender, 0), ("down", way.receiver, 0)]
+    def start(self, job: _Job, amount: float) -> None:
+        self._left[job] = amount
         self._share()
 
-    def _capacity(self, part: tuple[str, int, int]) -> float:
-        kind, first, second = part
-        if kind == "link":
-            return self._cluster.link(first, second).bytes_per_second
-        return getattr(self._cluster.hosts[first], kind)  # type: ignore[no-any-return]
-
-    def _share(self) -> None:
-        """Give all transfers the same rate until a part of the network is full, and so on."""
-        parts: dict[tuple[str, int, int], set[_Job]] = defaultdict(set)
-        for job, route in self._routes.items():
-            for part in route:
-                parts[part].add(job)
-        room = {part: self._capacity(part) for part in parts}
-        self._rates = {}
-        while len(self._rates) < len(self._routes):
-            fair = {part: room[part] / len(jobs) for part, jobs in parts.items() if jobs}
-            full = min(fair, key=fair.__getitem__)
-            for job in list(parts[full]):
-                self._rates[job] = fair[full]
-                for part in self._routes[job]:
-                    parts[part].discard(job)
-                    room[part] -= fair[full]
+    def finish(self) -> _Job:
+        job = min(self._rates, key=lambda job: self._left[job] / self._rates[job])
+        del self._left[job]
+        self._share()
+        return job
 
     def next(self) -> float:
-        """Return when the first transfer ends if none begins before."""
+        """Return when the first job ends if none begins before."""
         left = (self._left[job] / rate for job, rate in self._rates.items())
         return self._now + max(0.0, min(left, default=math.inf))
 
-    def finished(self) -> _Job:
-        job = min(self._rates, key=lambda job: self._left[job] / self._rates[job])
-        del self._left[job], self._routes[job]
-        self._share()
-        return job
+    def _parts(self, job: _Job) -> list[tuple[_Part, float]]:
+        """Return what a job needs, with the capacity of each."""
+        way, cluster = self._timed.transfers.get(job[0]), self._timed.cluster
+        if way is None:
+            host = self._timed.resources[self._timed.owner[job[0]]].host
+            return [(("core", *job), 1.0), (("cores", host, 0), cluster.hosts[host].cores)]
+        pair = (way.sender, way.receiver)
+        return [
+            (("link", *pair), cluster.link(*pair).bytes_per_second),
+            (("up", way.sender, 0), cluster.hosts[way.sender].up),
+            (("down", way.receiver, 0), cluster.hosts[way.receiver].down),
+        ]
+
+    def _share(self) -> None:
+        """Raise the rates of all jobs equally until a part is full, then those of the others."""
+        users: dict[_Part, set[_Job]] = defaultdict(set)
+        room: dict[_Part, float] = {}
+        for job in self._left:
+            for part, capacity in self._parts(job):
+                users[part].add(job)
+                room[part] = capacity
+        self._rates = {}
+        while len(self._rates) < len(self._left):
+            fair = {part: room[part] / len(jobs) for part, jobs in users.items() if jobs}
+            full = min(fair, key=fair.__getitem__)
+            for job in list(users[full]):
+                self._rates[job] = fair[full]
+                for part, _ in self._parts(job):
+                    users[part].discard(job)
+                    room[part] -= fair[full]
 
 
 class EventSimulation:
@@ -123,67 +101,55 @@ class EventSimulation:
         self._drawn: dict[int, Reals] = {}
         self._came = np.full(len(self._arcs), -np.inf)
         hosts = timed.cluster.hosts
-        self._processors = {
-            host: _Processors(hosts[host].cores)
-            for host, actors in timed.actors_of.items()
-            if len(actors) > hosts[host].cores
-        }
-        self._wires = _Wires(timed)
-        self._heap: list[tuple[float, int, int, int]] = []  # time, 0: done, 1: arrived, job
+        self._crowded = {h for h, own in timed.actors_of.items() if len(own) > hosts[h].cores}
+        self._shares = _Shares(timed)
+        self._heap: list[tuple[float, int, int, int]] = []  # time, 0: done or 1: arrived, job
         self._missing: dict[_Job, int] = {}
         self._next = [(0, 0)] * len(timed.chains)  # of each resource: place in its chain, period
+        self._ends = np.zeros((0, len(timed.chains)))
 
     def run(self, periods: int) -> Reals:
         """Return when each resource has done its part of each period, (periods, resources)."""
-        timed = self._timed
-        ends = np.zeros((periods, len(timed.chains)))
+        timed, shares = self._timed, self._shares
+        self._ends = np.zeros((periods, len(timed.chains)))
         for resource in range(len(timed.chains)):
-            self._begin(resource, 0.0, periods)
+            self._begin(resource, 0.0)
         for i, owner in enumerate(timed.owner):
             if owner < 0 and not self._waits(i, 0):
-                self._wires.start((i, 0), timed.transfers[i])
-        sharers: list[_Processors | _Wires] = [*self._processors.values(), self._wires]
+                shares.start((i, 0), timed.transfers[i].nbytes)
         while True:
-            times = [sharer.next() for sharer in sharers]
-            first = min(times)
+            first = shares.next()
             now = min(first, self._heap[0][0] if self._heap else math.inf)
             if now == math.inf:
-                return ends
-            for sharer in sharers:
-                sharer.advance(now)
+                return self._ends
+            shares.advance(now)
             if now == first:
-                i, period = sharers[times.index(first)].finished()
-                self._done(i, period, now, ends)
-            else:
-                _, kind, i, period = heapq.heappop(self._heap)
-                if kind:
-                    self._arrived(i, period, now, periods)
-                else:
-                    self._done(i, period, now, ends)
+                self._done(*shares.finish(), now)
+                continue
+            _, arrived, i, period = heapq.heappop(self._heap)
+            (self._arrived if arrived else self._done)(i, period, now)
 
     def _waits(self, i: int, period: int) -> int:
-        job = (i, period)
-        if job not in self._missing:
-            self._missing[job] = sum(self._arcs[k].periods <= period for k in self._into[i])
-        return self._missing[job]
+        if (i, period) not in self._missing:
+            waits = sum(self._arcs[k].periods <= period for k in self._into[i])
+            self._missing[i, period] = waits
+        return self._missing[i, period]
 
-    def _begin(self, resource: int, now: float, periods: int) -> None:
+    def _begin(self, resource: int, now: float) -> None:
         """Begin the resource's next activity, if what it waits for has come."""
         place, period = self._next[resource]
-        if period == periods:
-            return
         i = self._timed.chains[resource][place]
-        if self._waits(i, period):
+        if period == len(self._ends) or self._waits(i, period):
             return
         del self._missing[i, period]
         host = self._timed.resources[resource].host
         lost = self._disturbances.lost_by(resource, period, now) if host >= 0 and not place else 0.0
-        if host in self._processors:
-            self._processors[host].start((i, period), self._timed.work[i] + lost)
+        if host in self._crowded:
+            self._shares.start((i, period), self._timed.work[i] + lost)
         else:
             heapq.heappush(self._heap, (now + self._timed.work[i] + lost, 0, i, period))
 
-    def _done(self, i: int, period: int, now: float, ends: Reals) -> None:
+    def _done(self, i: int, period: int, now: float) -> None:
         for k in self._out[i]:
             arc = self._arcs[k]
             when = max(now + self._seconds(k, period + arc.periods), float(self._came[k]))
@@ -192,22 +158,23 @@ class EventSimulation:
         resource = self._timed.owner[i]
         if resource < 0:
             return
-        chain, (place, _) = self._timed.chains[resource], self._next[resource]
-        last = place == len(chain) - 1
+        place, _ = self._next[resource]
+        last = place == len(self._timed.chains[resource]) - 1
         if last:
-            ends[period, resource] = now
+            self._ends[period, resource] = now
         self._next[resource] = (0, period + 1) if last else (place + 1, period)
-        self._begin(resource, now, len(ends))
+        self._begin(resource, now)
 
-    def _arrived(self, i: int, period: int, now: float, periods: int) -> None:
+    def _arrived(self, i: int, period: int, now: float) -> None:
         self._missing[i, period] = self._waits(i, period) - 1
         resource = self._timed.owner[i]
-        if resource < 0:
-            if not self._missing[i, period]:
-                del self._missing[i, period]
-                self._wires.start((i, period), self._timed.transfers[i])
-        elif self._next[resource] == (self._timed.chains[resource].index(i), period):
-            self._begin(resource, now, periods)
+        if resource >= 0:
+            place, at = self._next[resource]
+            if (self._timed.chains[resource][place], at) == (i, period):
+                self._begin(resource, now)
+        elif not self._missing[i, period]:
+            del self._missing[i, period]
+            self._shares.start((i, period), self._timed.transfers[i].nbytes)
 
     def _seconds(self, k: int, period: int) -> float:
         if self._draw is None:

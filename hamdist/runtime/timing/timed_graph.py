@@ -85,7 +85,7 @@ class TimedGraph:
             its seconds, and what it is, in words.
         transfers: by activity.
         arcs: between activities of different resources.
-        nbytes: bytes a period by edge, between hosts.
+        nbytes: bytes a period by hosts (sender, receiver).
         samples: that enter in a period.
     """
 
@@ -98,7 +98,7 @@ class TimedGraph:
     label: list[str] = field(default_factory=list)
     transfers: dict[int, Transfer] = field(default_factory=dict)
     arcs: list[TimedArc] = field(default_factory=list)
-    nbytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    nbytes: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
 
     def add(self, owner: int, work: float, label: str) -> int:
         self.owner.append(owner)
@@ -309,7 +309,7 @@ class _Timed:
             timed.work[place] += spent / self._speed(timed.owner[place])
         link = self._cluster.link(*ends)
         if ends[0] != ends[1]:
-            timed.nbytes[channel.edge] += nbytes
+            timed.nbytes[ends] += nbytes
         rate = self._cluster.rate(*ends)
         latency = link.seconds + link.lost(nbytes) * link.again
         if rate < math.inf:

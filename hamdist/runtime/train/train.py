@@ -63,6 +63,7 @@ from hamdist.runtime.train.choose_level import resolved
 from hamdist.runtime.train.outcome import make_result
 from hamdist.runtime.train.prepare import graph_in_blocks, in_dtype_of, modules_of
 from hamdist.runtime.train.rules import NamedRule, make_rules
+from hamdist.streams.live import live_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 from hamdist.streams.wrappers.chosen_targets import with_targets_of
 
@@ -164,6 +165,9 @@ def train(
         alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
         if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
             check_portable(plan.arithmetic, plan.switches, native=plan.native)
+        live = live_of(stream)
+        if live is not None:
+            live.started(stream, graph, plan)
         kept_at = None if plan.snapshot_policy is None else plan.snapshot_policy.path
         try:
             with claimed(kept_at, plan.run):

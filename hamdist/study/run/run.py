@@ -44,12 +44,12 @@ from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.process.startup import Startup, phases_to
 from hamdist.runtime.results.result import APART, Progress, RunFacts, RunResult
+from hamdist.runtime.results.scores import Scores, evaluate, evaluate_samples, evaluate_sequences
 from hamdist.runtime.train.train import train
 from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.drift import DriftRecovery, recoveries
-from hamdist.study.run.evaluate import Scores, evaluate, evaluate_samples, evaluate_sequences
 from hamdist.study.run.initial_weights import beside, misfit, warmed
 from hamdist.study.run.own_data import OwnData, check_held_out
 from hamdist.study.run.tracking import Tracking, advice, tracking

@@ -1,0 +1,185 @@
+"""`hamdist simulate`: a run on a cluster that a file describes; `hamdist profile`: its entries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from hamdist.cli.console import console, exit_codes, note, print_facts, print_rows, report, warn
+from hamdist.cli.options import (
+    LevelOption,
+    ModelOption,
+    SeedOption,
+    SetOption,
+    SettingsArgument,
+    StepsOption,
+    StreamOption,
+    changes,
+    load,
+)
+from hamdist.cli.prepare import own_stream, prepare, results_of
+from hamdist.config import EngineKind, Level
+from hamdist.errors import SettingsError
+
+if TYPE_CHECKING:
+    from hamdist.study.simulate.simulate import PlacedRun, Planner
+
+
+def simulate(
+    settings: SettingsArgument,
+    hosts: Annotated[
+        Path, typer.Option("--hosts", metavar="FILE", help="The cluster (how-to: simulate).")
+    ],
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Learn in one process what the cluster would learn.")
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Try cuts, placements, delays and codecs.")
+    ] = False,
+    levels: Annotated[
+        str | None, typer.Option("--levels", metavar="A,B", help="Levels for --sweep to try, too.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of --sweep.", show_default="results/NAME-simulated"),
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")
+    ] = None,
+    level: LevelOption = None,
+    seed: SeedOption = None,
+    steps: StepsOption = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    stream: StreamOption = None,
+) -> None:
+    """Predict a run on a cluster before there is one: throughput, limits, memory, and weights."""
+    with exit_codes():
+        if not sweep and (levels or out):
+            raise SettingsError("--levels and --out belong to --sweep")
+        options = changes(level=level, engine=EngineKind.RAY, seed=seed, steps=steps)
+        loaded = load(settings, set_, options)
+        factory = prepare(None, model)
+
+        from hamdist.study.report.files import to_json
+        from hamdist.study.shared.result_folder import write_file
+        from hamdist.study.simulate.host_plan import read_host_plan
+        from hamdist.study.simulate.simulate import Planner, at_level
+        from hamdist.study.simulate.simulate import learn as learn_it
+        from hamdist.study.simulate.simulate import simulate as simulated
+
+        own = at_level(loaded, loaded.level)
+        cluster, notes = read_host_plan(hosts)
+        for text in notes:
+            warn(text)
+        data = own_stream(stream, own)
+        planner = Planner(cluster, factory, data)
+        folder = out or results_of(f"{own.name}-simulated")
+        one = _swept(planner, loaded, levels, folder) if sweep else planner.best(own)
+        for text in one.too_full():
+            warn(f"memory: {text}")
+        result = simulated(one, own.seed)
+        if learn:
+            note("learning in one process with these delays ...")
+            _, learned = learn_it(one, result["samples_per_second"], factory, data)
+            result |= learned
+        _print(result)
+        report(**result)
+        if json_ is not None:
+            write_file(json_, to_json(result, indent=2) + "\n")
+
+
+def _swept(planner: Planner, own: Any, levels: str | None, folder: Path) -> PlacedRun:
+    """Return the winner of the sweep, whose settings are written beside those of the others."""
+    from hamdist.study.simulate.simulate import simulate as simulated
+    from hamdist.study.simulate.sweep import sweep, write_sweep
+
+    try:
+        others = [Level(name.strip()) for name in (levels or "").split(",") if name.strip()]
+    except ValueError as error:
+        raise SettingsError(f"--levels: {error}; the levels are {', '.join(Level)}") from None
+    prepare(folder, None)
+    found = sweep(own, planner, others, note)
+    rates = {id(one): simulated(one, own.seed)["samples_per_second"] for one in found}
+    found.sort(key=lambda one: -rates[id(one)])
+    files = write_sweep(folder, found)
+    rows = [["samples/s", "level", "blocks", "actors", "codec", "largest delay", "settings"]]
+    rows += [
+        [
+            f"{rates[id(one)]:,.1f}",
+            one.settings.level.value,
+            str(len(one.model.plan.graph.blocks)),
+            str(len(one.placement)),
+            str(getattr(one.settings.engine.compress, "value", "by edge")),
+            str(max(one.delays.values(), default=1)),
+            str(file),
+        ]
+        for one, file in zip(found, files, strict=True)
+    ]
+    print_rows("Sweep", rows)
+    return found[0]
+
+
+def _print(result: dict[str, Any]) -> None:
+    p = result["percentiles"]
+    facts = {
+        "samples/s": f"{result['samples_per_second']:,.1f} (p5 {p['p5']:,.1f}, p50 {p['p50']:,.1f},"
+        f" p95 {p['p95']:,.1f}; undisturbed {result['undisturbed']:,.1f})",
+        "critical": result["critical"],
+        "delays, ticks": ", ".join(f"{e} {d}" for e, d in result["delays"].items() if d != 1),
+        "staleness": f"{result['staleness']} samples",
+        "memory, MiB": ", ".join(f"{h} {n / 2**20:,.0f}" for h, n in result["memory"].items()),
+        "lost, s/h": ", ".join(
+            f"{cause} {s:,.1f}" for cause, s in result["lost_seconds_per_hour"].items() if s
+        ),
+    }
+    if "digest" in result:
+        score, name = result["accuracy"], "accuracy"
+        if score is None:
+            score, name = result["loss"], "loss"
+        facts[f"held-out {name}"] = "none" if score is None else f"{score:.4f}"
+        facts["digest of the weights"] = result["digest"]
+    print_facts("Simulated", {name: fact for name, fact in facts.items() if fact})
+    rows = [["actor", "host", "busy, %", "waiting, %", "blocks"]]
+    rows += [
+        [
+            str(i),
+            actor["host"],
+            f"{100 * actor['busy']:.0f}",
+            f"{100 * actor['waiting']:.0f}",
+            ", ".join(actor["blocks"]),
+        ]
+        for i, actor in enumerate(result["actors"])
+    ]
+    print_rows("Actors", rows)
+    links = [["link", "KiB per sample", "of its bandwidth, %"]]
+    links += [
+        [name, f"{link['bytes_per_sample'] / 1024:,.1f}", f"{100 * link['share']:.0f}"]
+        for name, link in result["links"].items()
+    ]
+    if links[1:]:
+        print_rows("Links", links)
+
+
+def profile() -> None:
+    """Measure this host, and print its entry for the file of `hamdist simulate --hosts`."""
+    with exit_codes():
+        import socket
+
+        import psutil
+
+        from hamdist.runtime.process.threads import cores, product_seconds
+
+        memory = psutil.virtual_memory().total
+        entry = {
+            "name": socket.gethostname(),
+            "cores": cores(),
+            "memory": f"{memory / 2**30:.1f}GiB",
+            "product": float(f"{product_seconds():.3g}"),
+        }
+        report(**entry)
+        text = ", ".join(f"{name}: {value}" for name, value in entry.items())
+        console().print(Text(f"- {{{text}}}"))

@@ -1,0 +1,338 @@
+"""`hamdist simulate`: what a run would do on a cluster that a file describes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from hamdist.config import EngineKind, Level, Settings, Spread
+from hamdist.errors import ClusterError, SettingsError
+from hamdist.models.build import ModelFactory
+from hamdist.runtime.placement.assign_blocks import place, split
+from hamdist.runtime.placement.assign_hosts import HostInfo, options_of_actors
+from hamdist.runtime.placement.links import least_delays
+from hamdist.runtime.placement.requirements import requirements
+from hamdist.runtime.placement.step_costs import Unmeasured, costs_of, measure, source_host
+from hamdist.runtime.plan.block_settings import block_settings
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.plan.replan import with_delays
+from hamdist.runtime.plan.signal_bytes import exact_bytes
+from hamdist.runtime.timing.cluster_model import ClusterModel
+from hamdist.runtime.timing.disturbances import (
+    COPY_BYTES_PER_SECOND,
+    Disturbances,
+    SnapshotModel,
+)
+from hamdist.runtime.timing.events import EventSimulation
+from hamdist.runtime.timing.model import TimingModel
+from hamdist.runtime.timing.recursion import Recursion
+from hamdist.runtime.timing.timed_graph import Period, TimedGraph
+from hamdist.runtime.train.train import plan_of
+from hamdist.streams import make_stream
+from hamdist.study.run.run import DataFactory, Run, build, run_level, torch_dtype
+
+WORKER_BYTES = 170 * 2**20  # of an actor's process without blocks (docs: concepts/limits)
+STEPS, EVENTS = 2_000_000, 100_000  # activities that are simulated, at most
+MOST_PERIODS, LEAST_PERIODS = 5_000, 60
+WINDOWS = 40  # over which the percentiles are taken
+MOST_ACTORS = 32
+SAMPLES_TO_COUNT = 4096  # that are drawn to find the length of a sequence
+
+
+@dataclass(frozen=True)
+class PlacedRun:
+    """A way to run settings on a cluster.
+
+    Attributes:
+        settings: of one level, for Ray.
+        model: of the plan with the candidate's delays.
+        placement: blocks of each actor; hosts: of each actor, by its place in `cluster`.
+        period: by the model.
+    """
+
+    settings: Settings
+    cluster: ClusterModel
+    model: TimingModel
+    placement: Sequence[Sequence[str]]
+    hosts: Sequence[int]
+    period: Period
+
+    @property
+    def rate(self) -> float:
+        """Return the samples a second without disturbances."""
+        return self.model.steps.samples / self.period.seconds
+
+    def timed(self) -> TimedGraph:
+        return self.model.timed(self.placement, self.hosts, self.cluster)
+
+    @property
+    def delays(self) -> dict[str, int]:
+        return {e.name: e.delay for e in self.model.plan.graph.edges if not e.from_input}
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that the actors of each host take, estimated: their processes, weights
+        with costates and averages, stored states, and signals that wait."""
+        found = dict.fromkeys((host.name for host in self.cluster.hosts), 0)
+        for blocks, host in zip(self.placement, self.hosts, strict=True):
+            own = sum(_block_bytes(self.model.plan, name, self.settings) for name in blocks)
+            found[self.cluster.hosts[host].name] += WORKER_BYTES + own
+        return found
+
+    def too_full(self) -> list[str]:
+        """Return the hosts whose memory does not suffice, in words."""
+        limits = {host.name: host.memory for host in self.cluster.hosts}
+        return [
+            f"{name} needs about {size / 2**20:,.0f} MiB of its {limits[name] / 2**20:,.0f}"
+            for name, size in self.memory().items()
+            if size > limits[name]
+        ]
+
+    def chosen(self) -> Settings:
+        """Return settings that run the candidate on a cluster with hosts of these names."""
+        own = self.settings
+        pins = {
+            name: block_settings(self.model.plan.graph, own.engine)[name].model_copy(
+                update={"host": self.cluster.hosts[host].name}
+            )
+            for blocks, host in zip(self.placement, self.hosts, strict=True)
+            for name in blocks
+            if len(self.cluster.hosts) > 1
+        }
+        engine = {
+            "actors": "auto",
+            "placement": tuple(map(tuple, self.placement)),
+            "blocks": pins or own.engine.blocks,
+            "bundle": "off" if self.model.plan.engine.bundle == "auto" else own.engine.bundle,
+        }
+        return own.model_copy(
+            update={
+                "engine": own.engine.model_copy(update=engine),
+                "partition": own.partition.model_copy(update={"delays": self.delays}),
+            }
+        )
+
+
+def _block_bytes(plan: Plan, name: str, settings: Settings) -> int:
+    block = plan.graph.blocks[name]
+    copies = 2 + (settings.learning.adaptive is not None) + (settings.learning.average != "off")
+    weights = sum(p.numel() * p.element_size() for p in block.module.parameters())
+    channels = [c for c in plan.channels.all() if c.receiver == name]
+    taken = {c.edge: exact_bytes(plan, c) for c in channels}
+    stored = getattr(plan.schedule, "stored", lambda _: 1)(name)
+    waiting = sum(c.capacity * exact_bytes(plan, c) for c in channels)
+    return copies * weights + (stored + 1) * sum(taken.values()) + waiting
+
+
+class Planner:
+    """Plans settings on a cluster; measures their steps on this host.
+
+    Args:
+        cluster: hosts and links.
+        factory: makes the model, instead of `settings.model`.
+        data: makes the stream of a seed, instead of `settings.stream`.
+    """
+
+    def __init__(
+        self, cluster: ClusterModel, factory: ModelFactory | None, data: DataFactory | None
+    ) -> None:
+        self.cluster, self._factory, self._data = cluster, factory, data
+
+    def model(self, settings: Settings) -> TimingModel:
+        """Return the measured steps of settings.
+
+        Raises SettingsError where they cannot be measured, and what `train` raises before a start.
+        """
+        dtype = torch_dtype(settings.dtype)
+        if self._data is None:
+            stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+        else:
+            stream = self._data(settings.seed).in_dtype(dtype).train
+        plan = plan_of(build(settings, stream.spec, self._factory, dtype), settings, stream.spec)
+        tokens = {}
+        if plan.knobs.sequence:
+            drawn = zip(range(SAMPLES_TO_COUNT), stream.samples(), strict=False)
+            tokens = {
+                "tokens": next((n + 1 for n, sample in drawn if sample.end), SAMPLES_TO_COUNT)
+            }
+        try:
+            seconds = measure(plan)
+        except Unmeasured as reason:
+            raise SettingsError(f"the blocks' steps could not be measured here: {reason}") from None
+        return TimingModel(plan, seconds, source_host(plan) if stream.portable else None, **tokens)
+
+    def candidates(self, settings: Settings, model: TimingModel) -> Iterator[PlacedRun]:
+        """Yield the ways to place the blocks on the cluster, with the delays of the settings.
+
+        They are those that `engine` leaves open: the number of actors, and their hosts.
+        Raises ClusterError if the cluster has no room for any.
+        """
+        engine, graph = settings.engine, model.plan.graph
+        costs, fault = costs_of(model), None
+        cpus = int(sum(min(host.cores, MOST_ACTORS) for host in self.cluster.hosts))
+        groups = [place(graph, engine, max(1, cpus), costs)]
+        if engine.actors == "auto" and engine.placement is None:
+            names = list(graph.blocks)
+            for parts in range(1, min(len(names), cpus, MOST_ACTORS) + 1):
+                starts = split(costs, parts)
+                ends = [*starts[1:], len(names)]
+                groups.append([names[a:b] for a, b in zip(starts, ends, strict=True)])
+        auto = (Spread.PACKED, Spread.SPREAD, Spread.PROFILE)
+        seen: list[Any] = []
+        for group in groups:
+            for spread in auto if engine.spread is Spread.AUTO else (engine.spread,):
+                try:
+                    hosts = self._hosts(model, settings, group, spread)
+                except (ClusterError, SettingsError) as error:
+                    fault = error
+                    continue
+                if (group, hosts) not in seen:
+                    seen.append((group, hosts))
+                    yield self._candidate(settings, model, group, hosts)
+        if not seen and fault is not None:
+            raise fault
+
+    def _hosts(
+        self, model: TimingModel, settings: Settings, group: list[list[str]], spread: Spread
+    ) -> list[int]:
+        hosts = self.cluster.hosts
+        infos = [HostInfo(str(i), h.name, h.name, h.cores) for i, h in enumerate(hosts)]
+        asked = block_settings(model.plan.graph, settings.engine)
+        busy = [sum(sum(model.seconds[name].values()) for name in own) for own in group]
+        speeds = {str(i): 1 / host.speed for i, host in enumerate(hosts)}
+        requests = [requirements(own, asked, settings.engine) for own in group]
+        return [int(o.node or 0) for o in options_of_actors(requests, infos, spread, busy, speeds)]
+
+    def _candidate(
+        self, settings: Settings, model: TimingModel, group: list[list[str]], hosts: list[int]
+    ) -> PlacedRun:
+        period = model.timed(group, hosts, self.cluster).period()
+        return PlacedRun(settings, self.cluster, model, group, hosts, period)
+
+    def with_least_delays(self, one: PlacedRun) -> PlacedRun:
+        """Return the candidate with the fewest delays that keep every actor busy."""
+        engine = one.settings.engine
+        if engine.bundle == "auto":  # (a bundle would use the delays up, as in a run)
+            engine = engine.model_copy(update={"bundle": "off"})
+        plan = dataclasses.replace(one.model.plan, engine=engine)
+        model = dataclasses.replace(one.model, plan=plan)
+        delays = least_delays(model, one.placement, one.hosts, self.cluster)
+        model = dataclasses.replace(model, plan=with_delays(plan, delays))
+        settings = one.settings.model_copy(update={"engine": engine})
+        return self._candidate(settings, model, [*map(list, one.placement)], [*one.hosts])
+
+    def best(self, settings: Settings) -> PlacedRun:
+        """Return the fastest way to run settings, by the model, that the hosts have memory for."""
+        found = sorted(self.candidates(settings, self.model(settings)), key=lambda one: -one.rate)
+        if settings.partition.delays == "auto":
+            found = sorted(map(self.with_least_delays, found), key=lambda one: -one.rate)
+        return next((one for one in found if not one.too_full()), found[0])
+
+
+def at_level(settings: Settings, level: Level) -> Settings:
+    """Return the settings of one level. Raises SettingsError for level 'auto'."""
+    if level is Level.AUTO:
+        raise SettingsError("level 'auto' is chosen when a run starts; name one: --level trace")
+    return settings.for_level(level)
+
+
+def simulate(one: PlacedRun, seed: int = 0) -> dict[str, Any]:
+    """Simulate a candidate, with what disturbs it, and return the figures as plain values."""
+    timed = one.timed()
+    each = len(timed.owner)
+    most = (EVENTS if timed.shared else STEPS) // each
+    periods = max(LEAST_PERIODS, min(MOST_PERIODS, most))
+    disturbances = Disturbances(timed, seed, _snapshots(one, timed))
+    kind = EventSimulation if timed.shared else Recursion
+    ends = kind(timed, disturbances).run(periods).max(axis=1)
+    steady = ends[periods // 5 :]  # (the network has filled)
+    seconds = float(steady[-1] - steady[0])
+    period = seconds / (len(steady) - 1)
+    marks = steady[np.linspace(0, len(steady) - 1, WINDOWS + 1).astype(int)]
+    counts = np.diff(np.linspace(0, len(steady) - 1, WINDOWS + 1).astype(int)) * timed.samples
+    rates = counts / np.maximum(np.diff(marks), 1e-12)
+    hosts = one.cluster.hosts
+    return {
+        "samples_per_second": timed.samples / period,
+        "percentiles": dict(
+            zip(("p5", "p50", "p95"), map(float, np.percentile(rates, [5, 50, 95])), strict=True)
+        ),
+        "undisturbed": one.rate,
+        "critical": one.period.words,
+        "delays": one.delays,
+        "staleness": -(-one.model.plan.schedule.staleness // one.model.plan.spec.passes),
+        "actors": [
+            {
+                "blocks": list(blocks),
+                "host": hosts[host].name,
+                "busy": min(1.0, timed.busy[i] / period),
+                "waiting": max(0.0, 1 - timed.busy[i] / period),
+            }
+            for i, (blocks, host) in enumerate(zip(one.placement, one.hosts, strict=True))
+        ],
+        "links": {
+            f"{hosts[a].name}->{hosts[b].name}": {
+                "bytes_per_sample": n / timed.samples,
+                "bytes_per_second": n / period,
+                "share": n / period / one.cluster.rate(a, b),
+            }
+            for (a, b), n in timed.nbytes.items()
+        },
+        "memory": one.memory(),
+        "lost_seconds_per_hour": {
+            cause: 3600 * lost / float(ends[-1])
+            for cause, lost in disturbances.lost_seconds.items()
+        },
+        "failures": disturbances.failures,
+        "simulated_by": "events" if timed.shared else "recursion",
+    }
+
+
+def _snapshots(one: PlacedRun, timed: TimedGraph) -> SnapshotModel | None:
+    """Return the snapshots that the settings ask for."""
+    given = one.settings.snapshots
+    if given.path is None:
+        return None
+    every = math.inf if given.every is None else given.every / timed.ticks
+    if given.seconds is not None or given.every is None:
+        every = min(every, (given.seconds or 30.0) / one.period.seconds)
+    blocks = one.model.plan.graph.blocks
+    sizes = [
+        sum(2 * p.numel() * p.element_size() for b in own for p in blocks[b].module.parameters())
+        for own in one.placement
+    ]
+    sizes += [0] * (len(timed.resources) - len(sizes))
+    return SnapshotModel(max(1, round(every)), [size / COPY_BYTES_PER_SECOND for size in sizes])
+
+
+def learn(
+    one: PlacedRun, rate: float, factory: ModelFactory | None, data: DataFactory | None
+) -> tuple[Run, dict[str, Any]]:
+    """Learn in one process what the candidate will, and return the run and its figures.
+
+    The digest is that of all weights; seconds are those of the cluster, at `rate` samples a second.
+    """
+    own = one.chosen()
+    update: dict[str, Any] = {"kind": EngineKind.INPROCESS, "placement": None, "digests": True}
+    update["blocks"] = one.settings.engine.blocks
+    settings = own.model_copy(update={"engine": own.engine.model_copy(update=update)})
+    run, _ = run_level(settings, factory=factory, data=data)
+    curve = [
+        {"seconds": (w.last + 1) / rate, "loss": w.mean_loss, "accuracy": w.accuracy}
+        for w in run.windows
+    ]
+    accuracy = None if run.held_out is None else run.held_out.accuracy
+    loss = None if run.held_out is None else run.held_out.loss
+    digest = digest_of({name: track.last for name, track in run.digests["weights"].items()})
+    return run, {"accuracy": accuracy, "loss": loss, "digest": digest, "curve": curve}
+
+
+def digest_of(weights: Mapping[str, str]) -> str:
+    """Return one digest of the digests of the weights, by block (runtime/results/digests.py)."""
+    text = "\n".join(f"{name} {digest}" for name, digest in sorted(weights.items()))
+    return blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,103 @@
+"""`hamdist simulate --sweep`: cuts, placements, actors, delays, codecs and levels, by the model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from hamdist.config import Compress, Level, Settings, to_yaml
+from hamdist.errors import ClusterError, GraphError, LevelError, SettingsError
+from hamdist.study.shared.result_folder import write_file
+from hamdist.study.simulate.simulate import PlacedRun, Planner, at_level
+
+BLOCKS = (2, 3, 4, 6, 8, 12, 16)
+CODECS = (Compress.NONE, Compress.BF16, Compress.INT8)
+KEPT = 5  # candidates that are simulated, and written
+LIKE = 0.01  # candidates of one cut whose rates differ by less count as one
+
+
+def sweep(
+    settings: Settings, planner: Planner, levels: Sequence[Level], say: Callable[[str], None]
+) -> list[PlacedRun]:
+    """Return the fastest candidates that fit the hosts' memory, the fastest first.
+
+    Args:
+        settings: that are varied; delays, codecs and blocks that they give are kept as one choice.
+        planner: of the cluster.
+        levels: to try, besides that of the settings.
+        say: receives a line about each cut.
+
+    Raises:
+        SettingsError: nothing can run, or no candidate fits the hosts' memory.
+    """
+    found: list[PlacedRun] = []
+    fault: Exception | None = None
+    full: list[str] = []
+    for own in _variants(settings, levels):
+        try:
+            model = planner.model(own)
+            here = list(planner.candidates(own, model))
+        except (ClusterError, GraphError, LevelError, SettingsError) as error:
+            fault = error
+            continue
+        here.sort(key=lambda one: -one.rate)
+        later = [planner.with_least_delays(one) for one in here[: 2 * KEPT]]
+        here = later if own.partition.delays == "auto" else [*here, *later]
+        full += [text for one in here for text in one.too_full()]
+        here = sorted((one for one in here if not one.too_full()), key=lambda one: -one.rate)
+        if here:
+            say(f"{_name(own)}: {here[0].rate:,.0f} samples/s, {here[0].period.words}")
+        found += here[:KEPT]
+    found.sort(key=lambda one: -one.rate)
+    if not found:
+        why = full[0] if full else str(fault)
+        raise SettingsError(f"--sweep: no way to run these settings on these hosts: {why}")
+    return _apart(found)
+
+
+def _name(settings: Settings) -> str:
+    codec = settings.engine.compress
+    compress = codec.value if isinstance(codec, Compress) else "by edge"
+    blocks = settings.partition.blocks or "default"
+    return f"{settings.level.value}, blocks {blocks}, compress {compress}"
+
+
+def _variants(settings: Settings, levels: Sequence[Level]) -> Iterator[Settings]:
+    """Yield settings of each level, cut and codec; those that are given come first."""
+    part, engine = settings.partition, settings.engine
+    cuts = [part]
+    if part.cuts is None and not part.slices:
+        cuts += [part.model_copy(update={"blocks": n}) for n in BLOCKS if n != part.blocks]
+    codecs = [engine.compress, *(codec for codec in CODECS if codec != engine.compress)]
+    for level, cut, codec in itertools.product(
+        dict.fromkeys([settings.level, *levels]), cuts, codecs
+    ):
+        compress = engine.model_copy(update={"compress": codec})
+        varied = settings.model_copy(update={"partition": cut, "engine": compress})
+        yield at_level(varied, level)
+
+
+def _apart(found: Sequence[PlacedRun]) -> list[PlacedRun]:
+    """Return the first candidates that are not nearly alike."""
+    kept: list[PlacedRun] = []
+    for one in found:
+        alike = (
+            one.settings.engine.compress == other.settings.engine.compress
+            and one.settings.partition.blocks == other.settings.partition.blocks
+            and one.settings.level == other.settings.level
+            and one.rate > (1 - LIKE) * other.rate
+            for other in kept
+        )
+        if not any(alike):
+            kept.append(one)
+    return kept[:KEPT]
+
+
+def write_sweep(folder: Path, found: Sequence[PlacedRun]) -> list[Path]:
+    """Write the settings of the winner, and of the runners-up; return the files."""
+    files = []
+    for i, one in enumerate(found):
+        files.append(folder / ("settings.yaml" if not i else f"runner-up-{i}.yaml"))
+        write_file(files[-1], to_yaml(one.chosen()))
+    return files

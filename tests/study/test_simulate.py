@@ -1,0 +1,240 @@
+"""`hamdist simulate`. Oracles: the in-process run with the same delays, closed forms of a pace and
+of a log-normal latency, hand-made files. Steps take what the tests say, not what a clock says."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from hamdist.cli import app
+from hamdist.config import Settings, read_settings
+from hamdist.dynamics.schedule.events import Phase
+from hamdist.errors import SettingsError
+from hamdist.study.run.run import run_level
+from hamdist.study.simulate import host_plan, simulate
+from hamdist.study.simulate.host_plan import MACHINES, read_host_plan
+from hamdist.study.simulate.simulate import digest_of
+
+TINY = """
+name: tiny
+level: trace
+steps: 40
+model: {width: 8, depth: 4}
+stream: {batch: 4}
+"""
+TWO = """
+hosts:
+  - {name: a, cores: 1, memory: 2GiB}
+  - {name: b, cores: 1, memory: 2GiB}
+links: {latency: 0.02, bandwidth: 100Mbit/s, "a->b": {bandwidth: 10Mbit/s}}
+"""
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Every phase of every block takes 2 ms."""
+
+    def measure(plan):
+        phases = dict.fromkeys((Phase.FORWARD, Phase.BACKWARD, Phase.READ, Phase.TICK), 2e-3)
+        return dict.fromkeys(plan.graph.blocks, phases) | {"u": {Phase.EMIT: 0.0}}
+
+    monkeypatch.setattr(simulate, "measure", measure)
+
+
+@pytest.fixture
+def simulated(tmp_path, told):
+    def run(plan, *options, code=0, settings=TINY):
+        (tmp_path / "s.yaml").write_text(settings)
+        (tmp_path / "plan.yaml").write_text(plan)
+        words = ["simulate", str(tmp_path / "s.yaml"), "--hosts", str(tmp_path / "plan.yaml")]
+        found = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "o.json"), *options])
+        assert found.exit_code == code, found.output
+        return json.loads((tmp_path / "o.json").read_text()) if not code else found.output
+
+    return run
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def read(tmp_path, text):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    return read_host_plan(path)
+
+
+def test_units_links_and_pairs(tmp_path):
+    cluster, notes = read(tmp_path, TWO + "pace: 50\nfailures: {per_hour: 2, detection: 1}\n")
+    assert [host.memory for host in cluster.hosts] == [2 * 2**30] * 2
+    there, back = cluster.link(0, 1), cluster.link(1, 0)
+    assert (there.bytes_per_second, back.bytes_per_second) == (1.25e6, 12.5e6)
+    assert there.seconds == back.seconds == 0.02
+    assert cluster.link(0, 0).seconds == 0
+    assert (cluster.pace, cluster.failures.per_hour, cluster.failures.detection) == (50, 2, 1)
+    assert notes == []
+
+
+def test_a_distribution_has_its_median_and_its_tail(tmp_path):
+    """exp(mu + sigma g) with the mean `seconds`: half lies below mu, 95 % below + 1.645 sigma."""
+    plan = "hosts: [{name: a}, {name: b}]\nlinks: {latency: {median: 0.05, p95: 0.1}}\n"
+    link = read(tmp_path, plan)[0].link(0, 1)
+    median = link.seconds * math.exp(-(link.sigma**2) / 2)
+    assert median == pytest.approx(0.05)
+    assert median * math.exp(1.6449 * link.sigma) == pytest.approx(0.1)
+    jitter = "hosts: [{name: a}, {name: b}]\nlinks: {latency: 0.05, jitter: 0.2}\n"
+    link = read(tmp_path, jitter)[0].link(0, 1)
+    assert link.seconds == 0.05
+    assert math.sqrt(math.expm1(link.sigma**2)) == pytest.approx(0.2)  # of a log-normal
+
+
+def test_usual_machines_are_estimates_and_products_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_plan, "product_seconds", lambda: 1e-3)
+    plan = "hosts: [{name: a, machine: laptop, cores: 2}, {name: b, product: 0.004}, {name: c}]\n"
+    cluster, (note,) = read(tmp_path, plan)
+    a, b, c = cluster.hosts
+    assert a.speed == pytest.approx(1e-3 / MACHINES["laptop"]["product"])
+    assert (a.cores, a.memory) == (2, 16 * 2**30)
+    assert (b.speed, c.speed) == (0.25, 1.0)
+    assert note.startswith("estimated, not measured: a (laptop);")
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("hosts: []", "hosts: .*at least 1"),
+        ("hosts: [{name: a}, {name: a}]", "two hosts are named 'a'"),
+        ("hosts: [{name: a, memory: 2}]", r"hosts.0.memory: write it with its unit, as 2GiB"),
+        ("hosts: [{name: a, up: 10Mbit}]", r"hosts.0.up: write it with its unit, as 100Mbit/s"),
+        ("hosts: [{name: a, machine: cray}]", "'cray' is none of raspberry-pi-4"),
+        ("hosts: [{name: a, speed: 1, product: 1}]", "'speed' or 'product', not both"),
+        ("hosts: [{name: a, cpus: 1}]", "hosts.0.cpus: no such setting"),
+        ("hosts: [{name: a}]\nlinks: {'a->x': {}}", "'a->x' is no pair of the hosts a"),
+        ("hosts: [{name: a}, {name: b}]\nlinks: {lag: 1}", "links: lag: no such setting"),
+        ("hosts: [{name: a}, {name: b}]\nlinks: {'a->b': 3}", "links.a->b: .* not 3"),
+        (
+            "hosts: [{name: a}, {name: b}]\nlinks: {jitter: 0.1, latency: {median: 1, p95: 2}}",
+            "'jitter', or a latency with 'median' and 'p95', not both",
+        ),
+        ("pace: 3", "hosts: Field required"),
+        ("hosts: [", "plan.yaml"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, plan, words):
+    with pytest.raises(SettingsError, match=words):
+        read(tmp_path, plan)
+
+
+def test_profile_prints_an_entry_that_a_plan_takes(tmp_path):
+    found = CliRunner().invoke(app, ["profile"])
+    assert found.exit_code == 0
+    cluster, _ = read(tmp_path, f"hosts:\n  {found.output}")
+    assert 0.05 < cluster.hosts[0].speed < 20  # (this host, measured twice)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_weights_and_accuracy_are_those_of_the_run(simulated):
+    """Two actors on two hosts, with the delays that the model chooses: an in-process run with
+    these delays has the same weights, to the bit."""
+    found = simulated(TWO, "--learn", "--set", "engine.actors=2", "--set", "partition.delays=auto")
+    assert {*found["links"]} == {"a->b", "b->a"}
+    assert max(found["delays"].values()) > 1
+    given = yaml.safe_load(TINY)
+    given |= {"partition": {"delays": found["delays"]}, "engine": {"digests": True}}
+    run, _ = run_level(Settings.model_validate(given))
+    assert run.held_out is not None
+    weights = {name: track.last for name, track in run.digests["weights"].items()}
+    assert found["digest"] == digest_of(weights)
+    assert found["accuracy"] == run.held_out.accuracy
+    assert found["curve"][-1]["seconds"] == pytest.approx(40 / found["samples_per_second"])
+
+
+@pytest.mark.ray
+def test_weights_are_those_of_a_run_on_ray(session, simulated):
+    """Through sockets, in two processes, with messages that come late."""
+    options = ["--set", "engine.actors=2", "--set", "partition.delays=auto"]
+    found = simulated(TWO, *options, "--learn")
+    engine = {"kind": "ray", "placement": [actor["blocks"] for actor in found["actors"]]}
+    engine |= {"link_delay": 0.003, "digests": True}
+    given = yaml.safe_load(TINY) | {"partition": {"delays": found["delays"]}, "engine": engine}
+    run, _ = run_level(Settings.model_validate(given))
+    weights = {name: track.last for name, track in run.digests["weights"].items()}
+    assert found["digest"] == digest_of(weights)
+    assert run.predicted > 0
+
+
+def test_auto_places_no_actor_behind_a_link_that_costs_more_than_it_brings(simulated):
+    """At 2 s one way, with delays of 1, one actor alone is the fastest."""
+    slow = TWO.replace("latency: 0.02", "latency: 2")
+    alone = simulated(slow)
+    assert len(alone["actors"]) == 1
+    assert "work" in alone["critical"]
+    both = simulated(slow, "--set", "engine.actors=2")
+    assert "block1->block2: 100 % wire" in both["critical"]
+    assert both["samples_per_second"] < alone["samples_per_second"]
+
+
+def test_the_pace_is_what_comes_out(simulated):
+    found = simulated(TWO + "pace: 5\n")
+    assert found["samples_per_second"] == pytest.approx(5)
+    assert found["critical"] == "limited by the stream's pace: 100 % work"
+
+
+def test_jitter_spreads_the_percentiles_and_the_seed_repeats_them(simulated):
+    plan = TWO.replace("latency: 0.02", "latency: 0.02, jitter: 0.5, loss: 0.01")
+    one, again = (simulated(plan, "--set", "engine.actors=2") for _ in range(2))
+    assert one == again
+    p = one["percentiles"]
+    assert p["p5"] < p["p50"] < p["p95"] <= 1.02 * one["undisturbed"]
+
+
+def test_more_actors_than_cores_and_failures_with_snapshots(simulated, tmp_path):
+    plan = "hosts: [{name: a, cores: 1}]\nfailures: {per_hour: 400, detection: 1, startup: 1}\n"
+    options = ["--set", "engine.actors=2", "--set", "engine.blocks={'*': {cpus: 0.5}}"]
+    found = simulated(plan, *options, "--set", f"snapshots={{path: {tmp_path}/k, every: 20}}")
+    assert found["simulated_by"] == "events"
+    assert "2 actors on 1 core(s) of a" in found["critical"]
+    assert found["failures"] > 0
+    assert found["lost_seconds_per_hour"]["failures"] > 0
+    assert found["samples_per_second"] < found["undisturbed"]
+
+
+def test_memory_is_a_limit(simulated):
+    small = TWO.replace("2GiB", "64MiB")
+    assert simulated(small)["memory"]["a"] > 64 * 2**20
+    assert "needs about" in simulated(small, "--sweep", code=2)
+
+
+def test_the_sweep_writes_settings_that_run(simulated, tmp_path):
+    out = tmp_path / "sweep"
+    found = simulated(TWO, "--sweep", "--levels", "local", "--out", str(out))
+    first, *others = sorted(out.iterdir(), key=lambda path: path.name != "settings.yaml")
+    assert first.name == "settings.yaml"
+    assert others
+    assert {path.name for path in others} <= {f"runner-up-{i}.yaml" for i in range(1, 5)}
+    settings = read_settings(first.read_text(), str(first))
+    assert settings.partition.delays == found["delays"]
+    assert settings.engine.placement == tuple(tuple(a["blocks"]) for a in found["actors"])
+    hosts = {name: b.host for name, b in settings.engine.blocks.items()}
+    assert hosts == {name: a["host"] for a in found["actors"] for name in a["blocks"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--levels", "trace"], "--levels and --out belong to --sweep"),
+        (["--sweep", "--levels", "warp"], "--levels: 'warp'"),
+        (["--level", "auto"], "level 'auto' is chosen when a run starts"),
+    ],
+)
+def test_wrong_options_are_named(simulated, options, words):
+    assert words in simulated(TWO, *options, code=2).replace("\n", " ")
+
+
+def test_a_cluster_without_room_is_refused(simulated):
+    assert "4 actors ask for 4 CPUs" in simulated(TWO, "--set", "engine.actors=4", code=1)
