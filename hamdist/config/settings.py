@@ -48,8 +48,7 @@ class CompareSettings(Section):
     levels: tuple[Level, ...] = (Level.BACKPROP, Level.TRACE, Level.LOCAL)
     """The levels."""
     rules: tuple[str, ...] = ()
-    """Instead of the levels: names of levels and of rules of learning, each on all blocks
-    (`hamdist rules`, or FILE.py:NAME; `NAME@LEVEL` for a rule at another level than its own)."""
+    """Instead of the levels: names of levels, and of rules of learning for all blocks."""
     seeds: Positive = 1
     """Runs of each, with seeds from `seed` on."""
 
