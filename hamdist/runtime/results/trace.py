@@ -52,6 +52,6 @@ def _events(span: TraceSpan, place: Mapping[str, int], flows: set[str]) -> Itera
     own = {"name": span.name, "cat": span.name.split()[0], "args": {"tick": span.tick}, **place}
     yield {"ph": "X", "ts": begin, "dur": duration, **own}
     if span.flow[1:] in flows:
-        arrow = {"ph": "s"} if span.flow[0] == ">" else {"ph": "f", "bp": "e"}
-        flow = {"name": "signal", "cat": "signal", "id": span.flow[1:], "ts": begin + duration}
-        yield {**arrow, **flow, **place}
+        left = {"ph": "s", "ts": begin}  # (it may be taken before the sender's call returns)
+        arrow = left if span.flow[0] == ">" else {"ph": "f", "bp": "e", "ts": begin + duration}
+        yield {**arrow, "name": "signal", "cat": "signal", "id": span.flow[1:], **place}
