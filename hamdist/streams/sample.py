@@ -85,7 +85,8 @@ class SampleSpec:
         inputs: by name, where there are several; then u_shape and u_dtype are those of the first.
         example: the inputs of a real sample, by the names that blocks have for them, if available.
         late: number of samples by which labels come late, where each sample passes twice
-            (wrappers/late_targets.py); 0: once, with its label.
+            (wrappers/late_targets.py); 0: once, with its label. kept: it passes once, and is
+            learned from with what blocks keep of that.
         ragged: True if samples may have lengths of their own, behind the batch.
         weighted: True if targets have the weights of their rows beside them (`with_weights`); the
             spec is that of the targets alone.
@@ -101,13 +102,14 @@ class SampleSpec:
     inputs: Mapping[str, InputSpec] | None = None
     example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     late: int = 0
+    kept: bool = False
     ragged: bool = False
     weighted: bool = False
 
     @property
     def passes(self) -> int:
         """Return how often each sample passes the network."""
-        return 2 if self.late else 1
+        return 2 if self.late and not self.kept else 1
 
     @classmethod
     def several(

@@ -14,7 +14,7 @@ from hamdist.dynamics.saved_state.remember import Remembers, taken
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 
 SUM = "gradients"  # its name in a snapshot, beside STATE
@@ -174,3 +174,17 @@ class SavesPasses(Block, ABC):
         self.rebuild(records)
         # Once more: rebuilding runs the module, which moves its buffers and random numbers.
         self.cell.restore(own["cell"])
+
+
+class KeepsTrace(SavesPasses):
+    """A block that keeps the record of every sample between its forward and backward pass."""
+
+    def __init__(self, parts: BlockParts) -> None:
+        super().__init__(parts)
+        self.trace: dict[int, ForwardRecord] = {}
+
+    def held(self) -> Any:
+        return {sample: self.cell.held(record) for sample, record in self.trace.items()}
+
+    def rebuild(self, records: Any) -> None:
+        self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}

@@ -29,7 +29,7 @@ from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpda
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
-from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.blocks.pulse import LateReadout, PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
 from hamdist.dynamics.blocks.rule_block import (
     AppliedRule,
@@ -220,6 +220,8 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     if p.spec.rule is not None:
         block = RuleBlock(p, p.make_rule(), constant_tau(p.dynamics))
         return PulseNode(plan, p.spec, mailbox, block)
+    if p.loss is not None and plan.knobs.late:
+        return PulseNode(plan, p.spec, mailbox, LateReadout(p, p.loss, plan.knobs.late))
     if p.loss is not None:
         parts = p.microbatches
         item = MicrobatchReading(parts, plan.ignore_index, p.loss) if parts > 1 else None

@@ -38,6 +38,7 @@ from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
 from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
+from hamdist.streams.wrappers.late_targets import LateLabels
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"
@@ -72,6 +73,8 @@ def train_centralised(
     reset_peak()
     losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
     model, stream = in_dtype_of(settings, model, stream)
+    if stream.spec.kept:  # (torch has no gradient of an old forward pass with today's weights)
+        stream = LateLabels(stream, stream.spec.late)
     own = copied(model)
     if frozen:
         _freeze(own)
