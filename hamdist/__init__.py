@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hamdist import streams as streams
+    from hamdist.api import replay as replay
+    from hamdist.api import start as start
     from hamdist.api import train as train
     from hamdist.config import Level as Level
     from hamdist.config import Settings as Settings
@@ -37,13 +39,17 @@ if TYPE_CHECKING:
     from hamdist.errors import HamdistError as HamdistError
     from hamdist.errors import Stop as Stop
     from hamdist.errors import TakeSnapshot as TakeSnapshot
+    from hamdist.runtime.live.callbacks import BestWeights as BestWeights
+    from hamdist.runtime.live.callbacks import Callback as Callback
+    from hamdist.runtime.live.callbacks import EarlyStopping as EarlyStopping
+    from hamdist.runtime.live.callbacks import Evaluation as Evaluation
     from hamdist.runtime.ray_engine.session import session as session
     from hamdist.runtime.results.result import RunResult as RunResult
 
 __version__ = "0.1.0"
 
 _HOMES = {  # the names of `__all__` by module; above, for type checkers, once more
-    "hamdist.api": "train",
+    "hamdist.api": "replay start train",
     "hamdist.config": "Level Settings",
     "hamdist.dynamics.partition.cuts": "CutPlace",
     "hamdist.dynamics.graph.graph": "BlockSpec Combine Graph",
@@ -54,6 +60,7 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
     "hamdist.dynamics.rules.rule": "BlockView Rule Signals",
     "hamdist.errors": "HamdistError Stop TakeSnapshot",
+    "hamdist.runtime.live.callbacks": "BestWeights Callback EarlyStopping Evaluation",
     "hamdist.runtime.ray_engine.session": "session",
     "hamdist.runtime.results.result": "RunResult",
 }

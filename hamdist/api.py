@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from pydantic import ValidationError
 from torch import nn
@@ -19,13 +21,25 @@ from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_los
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
 from hamdist.errors import ChoiceWarning, SettingsError
+from hamdist.runtime.live.begin import live_run, read_beginning, with_first_weights
+from hamdist.runtime.live.callbacks import Callback
+from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.train.rules import NamedRule
 from hamdist.runtime.train.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
 from hamdist.streams.sample import SampleSpec
+from hamdist.trackers import tracked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hamdist.config.fields import SettingsFields
+
+COMPUTES = {"threads", "step", "bits", "blocks", "compress", "feedback"}  # bits depend on these
 
 
 def train(
@@ -41,8 +55,10 @@ def train(
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
+    trackers: Sequence[str | EventListener] = (),
     resume: str | Path | None = None,
-    **fields: Any,
+    callbacks: Sequence[Callback] = (),
+    **fields: Unpack[SettingsFields],
 ) -> RunResult:
     """Train `model` on `stream`; `result.model` is a plain module with the learned weights.
 
@@ -78,8 +94,12 @@ def train(
         on_progress: called with a `Progress` about four times a second, and at every phase of the
             start. By returning or raising `hamdist.Stop` it ends the run (`result.stopped`); any
             other exception ends the run, too, and gets the weights learned so far as its `result`.
+        trackers: names (`settings.trackers`), whose files go to `results/NAME-TIME`, and functions
+            of a `RunEvent`, called with each event of the run.
         resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run
             continues from it.
+        callbacks: called as things happen (`hamdist.Callback`); the stream is then drawn in this
+            process, and fed to a run of `start`.
         **fields: fields of `Settings` by name, which take precedence over `settings`. `partition`
             may be a function, too: from the places where a block can begin (`CutPlace`) to the
             names of the modules that begin one.
@@ -95,6 +115,142 @@ def train(
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     _check_arguments(model, settings, functions, on_progress)
+    own, given = {**functions, "rules": rules}, dict[str, Any](fields)
+    chosen = [one for one in trackers if isinstance(one, str)]
+    given |= {"trackers": chosen} if chosen else {}
+    work, read = _prepared(model, stream, settings, loss, classes, names, own, given)
+    if not callbacks:
+        listeners = [one for one in trackers if not isinstance(one, str)]
+        with tracked(work.keywords["settings"], listeners, on_progress) as note:
+            return work(stream=read, on_progress=note, resume=resume)
+    if on_progress is not None or resume is not None or trackers:
+        raise SettingsError(
+            "callbacks: leave on_progress, trackers and resume out (start has resume)"
+        )
+    _check_no_trackers(work)
+    return _called_back(work, model, read, callbacks)
+
+
+def _check_no_trackers(work: partial[RunResult]) -> None:
+    if work.keywords["settings"].trackers:
+        raise SettingsError("trackers: a live run has callbacks instead; leave trackers out")
+
+
+def start(
+    model: nn.Module | Graph,
+    settings: Settings | None = None,
+    *,
+    example: Any,
+    idle: float | None = 0.01,
+    patience: int = 1024,
+    out: str | Path | None = None,
+    loss: LossFunction | str | Mapping[str, LossFunction | str] | None = None,
+    classes: int | Mapping[str, int] | None = None,
+    names: Names | None = None,
+    resume: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    **fields: Any,
+) -> LiveRun:
+    """Start a run that learns from what is said to it; `stop` gives the result of `train`.
+
+        with hamdist.start(model, level="trace", example=(x, y), classes=10) as run:
+            answer = run.predict(x).prediction
+            n = run.feed(x)
+            run.teach(n, y)
+
+    Args:
+        example: (u, y) of the kind that will be fed, for the shapes; nothing is learned of it.
+        idle: seconds of silence after which idle ticks let the samples under way come to their
+            ends; None: only while somebody waits for an answer.
+        patience: the most unlabelled samples that wait for a label, and answers for a reader.
+        out: a folder for the journal, with which `replay` repeats the run, and for snapshots.
+        resume: `out` of an earlier run, whose journal goes on: from its latest snapshot, or from
+            the beginning; or one of its snapshots.
+        callbacks: called as things happen (`hamdist.Callback`).
+        model, settings, loss, classes, names, **fields: as of `train`, all of whose other arguments
+            but `stream` and `on_progress` are taken, too.
+
+    Raises:
+        HamdistError: as of `train`, before the run starts.
+    """
+    functions = _functions(model, settings, fields)
+    if patience < 1 or (idle is not None and idle < 0):
+        raise SettingsError(f"patience is {patience}, idle {idle}; at least 1, and 0 or None")
+    if out is not None and (settings is None or settings.snapshots.path is None):
+        fields = lay_over({"snapshots": {"path": f"{out}/snapshots"}}, fields)
+    if out is not None and resume is not None and Path(resume) == Path(out):
+        model = with_first_weights(model, read_beginning(out)[2])
+    work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
+    _check_no_trackers(work)
+    begin: dict[str, Any] = {
+        "classes": classes,
+        "idle": idle,
+        "patience": patience,
+        "out": out,
+        "resume": resume,
+    }
+    return live_run(work, model, reader, callbacks=callbacks, **begin)
+
+
+def _called_back(
+    work: partial[RunResult], model: Any, stream: Stream, callbacks: Sequence[Callback]
+) -> RunResult:
+    """Return the result of a live run that is fed all of the stream."""
+    samples = iter(stream.samples())
+    first, spec = next(samples), stream.spec
+    classes = {n: one.classes for n, one in (spec.targets or {}).items() if one.classes is not None}
+    reader = from_iterable([first], classes=classes or spec.classes)
+    with live_run(work, model, reader, patience=1, callbacks=callbacks) as run:
+        for sample in islice(chain([first], samples), work.keywords["settings"].steps):
+            u = sample.u if sample.inputs is None else sample.inputs
+            run.feed(u, sample.y, end=sample.end)
+    return run.stop()
+
+
+def replay(
+    out: str | Path, model: nn.Module | Graph, settings: Settings | None = None, **fields: Any
+) -> RunResult:
+    """Repeat a live run from its journal, and return its result: equal to the bit, in any engine.
+
+    Args:
+        out: the folder that `start` was given.
+        model: of the same layers; its weights are replaced by those that the run began with.
+        settings, **fields: of `start`, where they are no plain settings (`loss`, `optimizer`), or
+            are to differ (`engine`).
+
+    Raises:
+        HamdistError: the journal is missing or damaged, or the model is another one.
+    """
+    facts, example, weights = read_beginning(out)
+    functions = _functions(model, settings, fields)
+    loss, names = fields.pop("loss", None), fields.pop("names", None)
+    stored = facts["settings"]
+    engine = {n: one for n, one in stored.pop("engine", {}).items() if n in COMPUTES}
+    fields = lay_over({**stored, "engine": engine}, {"snapshots": {"path": None}, **fields})
+    model, classes = with_first_weights(model, weights), facts["classes"]
+    work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
+    patience = facts["patience"]
+    return live_run(work, model, reader, patience=patience, out=out, repeats=True).stop()
+
+
+def _functions(model: object, settings: object, fields: dict[str, Any]) -> dict[str, Any]:
+    """Remove from `fields` what are no settings, and return it. Raises SettingsError."""
+    functions = {name: fields.pop(name, None) for name in _FUNCTIONS}
+    _check_arguments(model, settings, functions, None)
+    return {**functions, "rules": fields.pop("rules", None)}
+
+
+def _prepared(
+    model: nn.Module | Graph,
+    stream: Stream | Iterable[Any],
+    settings: Settings | None,
+    loss: LossFunction | str | Mapping[str, LossFunction | str] | None,
+    classes: int | Mapping[str, int] | None,
+    names: Names | None,
+    functions: Mapping[str, Any],
+    fields: dict[str, Any],
+) -> tuple[partial[RunResult], Any]:
+    """Return the call that runs, and the stream: what `train` and `start` have in common."""
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
@@ -112,19 +268,8 @@ def train(
     stream = _as_stream(stream, classes, key_names, arguments_of(model), own_loss)
     if settled.model.stabilise:
         model = _stabilised(model, stream.spec)
-    return train_settings(
-        model,
-        stream,
-        settled,
-        loss=losses,
-        policy=policy,
-        phi=phi,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        rules=rules,
-        on_progress=on_progress,
-        resume=resume,
-    )
+    options = {"loss": losses, "policy": policy, **functions}
+    return partial(train_settings, model, settings=settled, **options), stream
 
 
 def _model_loss(losses: object) -> str | None:

@@ -17,9 +17,9 @@ import hamdist
 from hamdist.config import Settings
 from hamdist.dynamics.objective.losses import cross_entropy, make_loss
 from hamdist.errors import GraphError, SettingsError, StreamError
+from hamdist.runtime.results.scores import evaluate
 from hamdist.streams import from_iterable
 from hamdist.study.run.baseline import train_centralised
-from hamdist.study.run.evaluate import evaluate
 
 B, T, V, ITEMS = 4, 5, 7, 9
 EMPTY = 4  # the sample of which no target counts

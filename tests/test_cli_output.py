@@ -31,7 +31,6 @@ metrics: {window: 4}
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY)
-    monkeypatch.setattr("hamdist.study.report.save.comparison_plots", lambda _: {})
     return tmp_path
 
 

@@ -46,7 +46,6 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "fourth.py").write_text(FOURTH)
-    monkeypatch.setattr("hamdist.study.report.save.comparison_plots", lambda _: {})
     return tmp_path
 
 

@@ -18,7 +18,8 @@ DYNAMICS = "errors config"
 STATE = "dynamics/finite dynamics/saved_state"
 RUNTIME = "errors config dynamics streams"
 STUDY = f"{RUNTIME} runtime models loading"
-CLI = "errors config runtime models study launch cli/console cli/display cli/options cli/prepare"
+CLI_PARTS = "cli/console cli/display cli/options cli/prepare"
+CLI = f"errors config runtime models study launch trackers {CLI_PARTS}"
 ALLOWED = {
     "errors": "",
     "config": "errors config/sections",
@@ -88,7 +89,9 @@ ALLOWED = {
         "runtime/transport"
     ),
     "runtime/train": f"{RUNTIME} runtime loading",
-    "api": f"{RUNTIME} runtime",
+    "runtime/live": f"{RUNTIME} runtime",
+    "api": f"{RUNTIME} runtime trackers",
+    "trackers": f"{RUNTIME} runtime",
     "study": "",
     "study/shared": STUDY,
     "study/run": f"{STUDY} study/shared",

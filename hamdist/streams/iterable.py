@@ -87,7 +87,7 @@ class IterableStream:
         if first is nothing:
             raise StreamError(f"the source ({kind}) yields no sample")
         ragged = is_ragged(given) if ragged is None else ragged
-        learned = _learn(self._sample(0, first, weigh=False), classes, outputs)
+        learned = _learn(self.sample(0, first, weigh=False), classes, outputs)
         weighted = WEIGHT in (self._names or {}).values()
         self._spec = replace(learned, ragged=ragged, weighted=weighted)
         self._peeked: Iterator[Any] | None = chain([first], items)
@@ -96,6 +96,10 @@ class IterableStream:
     def spec(self) -> SampleSpec:
         """Return the spec that the first sample and the arguments give."""
         return self._spec
+
+    def live_spec(self, patience: int) -> SampleSpec:
+        """Return the spec of a live run whose samples are like the first item."""
+        return replace(self._spec, live=patience)
 
     def samples(self) -> Iterator[Sample]:
         """Yield the samples from sample 0 on; raise StreamError for a second call on an
@@ -109,9 +113,10 @@ class IterableStream:
                 f"this stream was made from an iterator ({self._kind}), which can be read once and "
                 f"has been: make a new stream, or give {AGAIN}"
             )
-        return (self._sample(n, item) for n, item in enumerate(items))
+        return (self.sample(n, item) for n, item in enumerate(items))
 
-    def _sample(self, n: int, item: Any, *, weigh: bool = True) -> Sample:
+    def sample(self, n: int, item: Any, *, weigh: bool = True) -> Sample:
+        """Return item n, in any of the accepted forms, as a sample. Raises StreamError."""
         u, y, end, time, late, weights = self._fields(n, item)
         inputs = self._inputs(n, u)
         if not isinstance(end, (bool, np.bool_)):
@@ -127,32 +132,14 @@ class IterableStream:
                     "argument of the model, or give the output a loss"
                 )
             y = {self._model_loss: torch.zeros(len(first), 1)}
-        target = self._target(n, "y", y)
-        if weights is not None and weigh:
-            target = self._weighed(n, target, weights)
         return Sample(
             first,
-            target,
+            self._target(n, "y", y, weights if weigh else None),
             bool(end),
             None if time is None else float(time),
             self._late(n, late),
             inputs,
         )
-
-    def _weighed(self, n: int, y: Target, weights: Any) -> Target:
-        """Return the target with the weights of its rows."""
-        if isinstance(y, Mapping):
-            return {name: t if t is None else self._packed(n, t, weights) for name, t in y.items()}
-        return y if y is None else self._packed(n, y, weights)
-
-    def _packed(self, n: int, y: Tensor, weights: Any) -> Tensor:
-        given = self._tensor(n, WEIGHT, weights).double()
-        if given.numel() != len(y) or not bool(((given >= 0) & given.isfinite()).all()):
-            raise StreamError(
-                f"sample {n}: the weights are {_short(given)}, of shape {tuple(given.shape)}: give "
-                f"a number from 0 on for each of its {len(y)} rows"
-            )
-        return with_weights(y, given)
 
     def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
         """Return (u, y, end, time, late, weights) of a sample in any of the accepted forms."""
@@ -223,22 +210,31 @@ class IterableStream:
             )
         return {number: self._target(n, f"late[{number}]", y) for number, y in late.items()}
 
-    def _target(self, n: int, field: str, y: Any) -> Target:
-        """Return a target, or a dict of them by readout."""
+    def _target(self, n: int, field: str, y: Any, weights: Any = None) -> Target:
+        """Return a target, or a dict of them by readout, with the weights of the rows."""
         if y is None:
             return None
         if not isinstance(y, Mapping):
-            return self._values(n, field, y)
+            return self._values(n, field, y, weights)
         return {
-            str(name): None if one is None else self._values(n, f"{field}[{name!r}]", one)
+            str(name): None if one is None else self._values(n, f"{field}[{name!r}]", one, weights)
             for name, one in y.items()
         }
 
-    def _values(self, n: int, field: str, value: Any) -> Tensor:
-        """Return integer classes as int64, other targets unchanged."""
+    def _values(self, n: int, field: str, value: Any, weights: Any) -> Tensor:
+        """Return integer classes as int64, other targets unchanged; with weights, if given."""
         y = self._tensor(n, field, value)
         integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-        return y.to(torch.int64) if integers else y
+        y = y.to(torch.int64) if integers else y
+        if weights is None:
+            return y
+        given = self._tensor(n, WEIGHT, weights).double()
+        if given.numel() != len(y) or not bool(((given >= 0) & given.isfinite()).all()):
+            raise StreamError(
+                f"sample {n}: the weights are {_short(given)}, of shape {tuple(given.shape)}: give "
+                f"a number from 0 on for each of its {len(y)} rows"
+            )
+        return with_weights(y, given)
 
     def _tensor(self, n: int, field: str, value: Any) -> Tensor:
         if isinstance(value, Tensor):

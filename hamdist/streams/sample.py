@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias, runtime_checkable
+from enum import IntEnum
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,32 @@ from hamdist.errors import StreamError
 # (B,) classes or (B, O) values, for every readout; or a target by the name of its readout; None
 # (or a name that is not there) where it is missing.
 Target: TypeAlias = Tensor | Mapping[str, Tensor | None] | None
+
+
+class Emits(IntEnum):
+    """What the stream of a live run emits: nothing new, a sample, or an earlier one once more."""
+
+    IDLE = 0
+    SAMPLE = 1
+    AGAIN = 2
+
+
+class Emission(NamedTuple):
+    """What the stream of a live run (streams/live.py) tells all blocks about one emission.
+
+    Attributes:
+        kind: IDLE, SAMPLE or AGAIN (with the label that has come for it).
+        shown: number of the emissions before that were not idle.
+        number: of the sample, counted from 0; of an idle one, of the latest sample.
+        rate: factor of the step size, from this emission on.
+        cut: every block is to hand over its state.
+    """
+
+    kind: Emits
+    shown: int
+    number: int
+    rate: float = 1.0
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +66,7 @@ class Sample:
             None for a target that will never come. `Rejoin` brings both together.
         inputs: for a model with several inputs all of them, by the names of its arguments, or
             numbered ('0', '1', ...) by position; u is the first one then.
+        emission: in a live run, what this emission of the stream is.
     """
 
     u: Tensor
@@ -47,6 +75,7 @@ class Sample:
     time: float | None = None
     late: Mapping[int, Target] | None = None
     inputs: Mapping[str, Tensor] | None = None
+    emission: Emission | None = None
 
     def target(self, readout: str) -> Tensor | None:
         """Return the target of a readout, or None where it is missing."""
@@ -90,6 +119,7 @@ class SampleSpec:
         ragged: True if samples may have lengths of their own, behind the batch.
         weighted: True if targets have the weights of their rows beside them (`with_weights`); the
             spec is that of the targets alone.
+        live: of a live run, the number of unlabelled samples that wait for a label; else 0.
     """
 
     u_shape: tuple[int, ...]
@@ -105,6 +135,7 @@ class SampleSpec:
     kept: bool = False
     ragged: bool = False
     weighted: bool = False
+    live: int = 0
 
     @property
     def passes(self) -> int:
@@ -135,22 +166,12 @@ class SampleSpec:
         """Return the spec of the targets of a readout; None where the stream has none for it."""
         if self.targets is not None:
             return self.targets.get(readout)
-        return self._only
-
-    def parted(self, readout: str, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a target of a readout, (B, ...), and the weights of its rows."""
-        return parted(target, (self.targets or {}).get(readout, self._only))
-
-    @property
-    def _only(self) -> TargetSpec:
         return TargetSpec(self.y_shape, self.y_dtype, self.classes)
 
 
 def with_weights(y: Tensor, weights: Tensor) -> Tensor:
-    """Return a target (B, ...) and the weights of its rows, (B,), as one tensor, bit for bit.
-
-    It is (B, n + 1) of int64: the n numbers of a row, then its weight, those that are no integers
-    as the bits of their float64. `parted` takes them apart.
+    """Return y (B, ...) and the weights of its rows, (B,), bit for bit as one tensor, for `parted`:
+    (B, n + 1) of int64, the n numbers of a row and its weight, real ones as bits of their float64.
     """
     rows = y.reshape(len(y), -1)
     bits = rows.double().view(torch.int64) if rows.is_floating_point() else rows
@@ -158,10 +179,7 @@ def with_weights(y: Tensor, weights: Tensor) -> Tensor:
 
 
 def parted(target: Tensor, spec: TargetSpec) -> tuple[Tensor, Tensor]:
-    """Return y (B, ...) and the weights (B,) of float64 of what `with_weights` has made.
-
-    spec: of y, which may have another length on axis 1.
-    """
+    """Return y and the weights of what `with_weights` has made. spec: of y, but for its length."""
     weights = target[:, -1].contiguous().view(torch.float64)
     rows = target[:, :-1].contiguous()
     if spec.dtype.is_floating_point:

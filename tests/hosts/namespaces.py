@@ -7,6 +7,7 @@
         job = h.start(0, [...])              # the same without waiting; job.process, job.text
         h.cut(1); h.mend(1)                  # host 1's cable: nobody hears of it
         h.delay(1, 0.025, loss=0.01)         # seconds one way; only with hosts(3, delay=...)
+    h.delay(1, 0.1, rate=1.25e6, jitter=0.2, way="there")   # 10 Mbit/s out of host 1
         h.kill_ray(2); h.start_ray(2)        # SIGKILL to the host's raylet, or to the head's server
         h.kill(2); h.boot(2)                 # the whole host, as if its power was cut, and on again
         for p in h.processes(1): ...         # psutil.Process of all that runs on host 1
@@ -180,7 +181,7 @@ class Hosts:
             veth = f"link add v{i} type veth peer name eth0 netns {machine.pid}"
             self._ip(bridge.pid, veth)
         else:
-            machine.wire = _wire(machine.pid, "eth0", bridge.pid, f"v{i}")
+            machine.wire = _wire(machine.pid, "eth0", bridge.pid, f"v{i}", i)
             self.delay(i, self._delay)
         self._ip(machine.pid, f"addr add {self.ip(i)}/24 dev eth0", "link set eth0 up")
         self._ip(bridge.pid, f"link set v{i} up", f"link set v{i} master br0")
@@ -192,12 +193,25 @@ class Hosts:
     def mend(self, i: int) -> None:
         self._ip(self._bridge_pid, f"link set v{i} master br0")
 
-    def delay(self, i: int, seconds: float, loss: float = 0.0) -> None:
-        """What host i's cable does to each frame, one way. For hosts(..., delay=...)."""
+    def delay(
+        self,
+        i: int,
+        seconds: float,
+        loss: float = 0.0,
+        *,
+        rate: float = 0.0,
+        jitter: float = 0.0,
+        way: str = "both",
+    ) -> None:
+        """What host i's cable does to each frame from now on, one way. For hosts(..., delay=...).
+
+        loss: share of frames; rate: bytes a second (0: any number); jitter: standard deviation as a
+        share of seconds; way: `there` (out of host i), `back`, or both.
+        """
         wire = self._machines[i].wire
         if wire is None or wire.stdin is None:
             raise ValueError("hosts(..., delay=0.0) makes cables that can delay")
-        wire.stdin.write(f"{seconds} {loss}\n".encode())
+        wire.stdin.write(f"{seconds} {loss} {rate} {jitter} {way}\n".encode())
         wire.stdin.flush()
 
     def kill(self, i: int) -> None:
@@ -355,9 +369,9 @@ def _first(
     return snapshot_writer, int(inner[0]) if "--fork" in command else snapshot_writer.pid
 
 
-def _wire(pid_a: int, name_a: str, pid_b: int, name_b: str) -> subprocess.Popen[bytes]:
+def _wire(pid_a: int, name_a: str, pid_b: int, name_b: str, seed: int) -> subprocess.Popen[bytes]:
     wire = subprocess.Popen(
-        [sys.executable, str(HERE / "wire.py"), str(pid_a), name_a, str(pid_b), name_b],
+        [sys.executable, str(HERE / "wire.py"), str(pid_a), name_a, str(pid_b), name_b, str(seed)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -67,6 +67,27 @@ def test_cables(pair):
     pair.python(0, ASK, pair.ip(1), "20")
 
 
+SEND = """
+import socket, sys, time
+peer = socket.create_connection((sys.argv[1], 9), 20)
+begin = time.monotonic()
+sent = peer.sendall(bytes(int(sys.argv[2])))
+left = int(sys.argv[2])
+while left:
+    left -= len(peer.recv(min(left, 99)))
+print(time.monotonic() - begin)
+"""
+
+
+def test_a_narrow_cable_takes_its_time_one_way(pair):
+    """100 kB through 200 kB/s, back at once; then through both ways."""
+    pair.delay(1, 0.0, rate=2e5, way="back")  # to host 1
+    there = float(pair.python(0, SEND, pair.ip(1), "100000"))
+    assert 0.4 <= there < 5
+    pair.delay(1, 0.0, rate=2e5)
+    assert float(pair.python(0, SEND, pair.ip(1), "100000")) >= 0.4
+
+
 def test_a_killed_host_is_gone_and_comes_back(pair):
     listening = pair.processes(1)
     pair.kill(1)

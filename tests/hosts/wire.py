@@ -1,10 +1,14 @@
-"""A wire with delay and loss between two network namespaces, as the kernel here has no netem.
+"""A wire between two network namespaces that delays, drops and holds back, as the kernel here has
+no netem.
 
-    wire.py PID_A NAME_A PID_B NAME_B
+    wire.py PID_A NAME_A PID_B NAME_B [SEED]
 
 Makes a TAP device in the network namespace of each process, says "up", and carries frames from one
-to the other. Each line of input is "SECONDS LOSS": how long a frame takes from then on, one way,
-and the share of frames that are lost. Ends with its input.
+to the other. Each line of input is "SECONDS LOSS [RATE JITTER [WAY]]": how long a frame takes from
+then on, one way; the share of frames that are lost; bytes a second (0: any number), behind which
+frames queue; the standard deviation of SECONDS as a share of it (never below 0, and no frame
+overtakes another); and which way: `there` from A to B, `back`, or both. What is drawn follows from
+SEED and the order of the frames, for each way alone. Ends with its input.
 """
 
 import contextlib
@@ -23,6 +27,7 @@ TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI = 0x2, 0x1000
 FRAME = 65536
 AT_ONCE = 64  # frames taken from one side before the other's turn
+QUEUE_SECONDS = 0.5  # of frames that wait for a narrow wire; further ones are lost, as in a router
 
 
 def device(pid, name):
@@ -37,41 +42,70 @@ def device(pid, name):
     return file
 
 
-def carry(a, b):
+class Way:
+    """One direction: its properties, and the frames under way with their times."""
+
+    def __init__(self, seed):
+        self.seconds = self.loss = self.rate = self.jitter = 0.0
+        self.random = random.Random(seed)
+        self.waiting = deque()
+        self.free = 0.0  # when the wire has taken the frames before
+
+    def take(self, frame, now):
+        """Puts a frame on its way, or loses it."""
+        if self.random.random() < self.loss:
+            return
+        begin = max(now, self.free)
+        if begin - now > QUEUE_SECONDS:
+            return
+        self.free = begin + (len(frame) / self.rate if self.rate else 0.0)
+        late = self.seconds * max(0.0, self.random.gauss(1.0, self.jitter))
+        due = self.free + late
+        before = self.waiting[-1][0] if self.waiting else due
+        self.waiting.append((max(due, before), frame))
+
+
+def carry(a, b, seed):
     """Until the input ends. A frame never overtakes the one before it."""
-    seconds = loss = 0.0
-    waiting = {a: deque(), b: deque()}  # by destination: (when, frame)
+    ways = {b: Way(2 * seed), a: Way(2 * seed + 1)}  # by destination: there, back
     other = {a: b, b: a}
     selector = selectors.DefaultSelector()
     for file in (0, a, b):
         selector.register(file, selectors.EVENT_READ)
     while True:
-        first = min((queue[0][0] for queue in waiting.values() if queue), default=None)
+        first = min((way.waiting[0][0] for way in ways.values() if way.waiting), default=None)
         rest = None if first is None else max(0.0, first - time.monotonic())
         for key, _ in selector.select(rest):
             if key.fd == 0:
-                words = os.read(0, 4096).split()
-                if not words:
+                text = os.read(0, 4096).decode()
+                if not text:
                     return
-                seconds, loss = map(float, words[-2:])
+                for line in text.splitlines():
+                    adjust(ways[b], ways[a], line.split())
                 continue
             for _ in range(AT_ONCE):
                 try:
                     frame = os.read(key.fd, FRAME)
                 except BlockingIOError:
                     break
-                if random.random() >= loss:
-                    queue = waiting[other[key.fd]]
-                    due = time.monotonic() + seconds
-                    queue.append((max(due, queue[-1][0]) if queue else due, frame))
+                ways[other[key.fd]].take(frame, time.monotonic())
         now = time.monotonic()
-        for destination, queue in waiting.items():
-            while queue and queue[0][0] <= now:
+        for destination, way in ways.items():
+            while way.waiting and way.waiting[0][0] <= now:
                 # (the device may be down, or its queue full: the frame is lost)
                 with contextlib.suppress(OSError):
-                    os.write(destination, queue.popleft()[1])
+                    os.write(destination, way.waiting.popleft()[1])
 
 
-ends = device(sys.argv[1], sys.argv[2]), device(sys.argv[3], sys.argv[4])
-os.write(1, b"up\n")
-carry(*ends)
+def adjust(there, back, words):
+    chosen = {"there": [there], "back": [back]}.get(words[4] if len(words) > 4 else "")
+    for way in chosen or [there, back]:
+        way.seconds, way.loss = map(float, words[:2])
+        if len(words) > 3:
+            way.rate, way.jitter = map(float, words[2:4])
+
+
+if __name__ == "__main__":
+    ends = device(sys.argv[1], sys.argv[2]), device(sys.argv[3], sys.argv[4])
+    os.write(1, b"up\n")
+    carry(*ends, int(sys.argv[5]) if len(sys.argv) > 5 else 0)

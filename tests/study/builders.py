@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hamdist.dynamics.objective.prequential import Window
-from hamdist.study.run.evaluate import Scores
+from hamdist.runtime.results.scores import Scores
 from hamdist.study.run.run import Run
 
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from hamdist.config import Settings
 from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.runtime.results.scores import evaluate
 from hamdist.streams import held_out
 from hamdist.study.report.save import save_run
 from hamdist.study.run.baseline import baseline_warnings
-from hamdist.study.run.evaluate import evaluate
 from hamdist.study.run.run import run_centralised, run_level
 
 

@@ -14,11 +14,11 @@ from hamdist.dynamics.objective.losses import cross_entropy, mse
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import SettingsError
 from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.results.scores import evaluate
 from hamdist.streams import held_out
 from hamdist.streams.sample import Stream
 from hamdist.study.run import run as runs
 from hamdist.study.run.compare import PlannedRun, compare, plan
-from hamdist.study.run.evaluate import evaluate
 from hamdist.study.run.run import Timeline, run_level
 from hamdist.study.shared.recipes import load_settings, recipes
 
@@ -171,7 +171,7 @@ def test_timeline_is_bounded_and_keeps_its_shape() -> None:
 
 
 def test_evaluation_in_pieces_leaves_the_modes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hamdist.study.run.evaluate.CHUNK", 4)
+    monkeypatch.setattr("hamdist.runtime.results.scores.CHUNK", 4)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(10, 3, generator=generator, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.9), nn.BatchNorm1d(2)).double()

@@ -24,6 +24,7 @@ from hamdist.errors import ClusterError, SettingsError
 from hamdist.study.run.run import run_centralised, run_level
 from hamdist.study.shared.store import Store
 from hamdist.study.sweep import run as grid_run
+from hamdist.study.sweep.plots import study_figures
 from hamdist.study.sweep.points import TUNING_SEEDS, SweepJob, cells, final_jobs, tuning_jobs
 from hamdist.study.sweep.report import save_study
 from hamdist.study.sweep.run import StudyOutcome, TuningResult, check, run_study
@@ -513,10 +514,11 @@ class TestReport:
         found = outcomes(study, *([[0.8, 0.9]] * 8))
         save_study(tmp_path, study, found, command="hamdist study speed x", first=Axis.SPEED)
         names = {path.name for path in tmp_path.iterdir()}
-        plots = {"accuracy-speed.png", "accuracy-seconds.png"}
         texts = {f"study.{kind}" for kind in ("yaml", "json", "csv", "md", "html")}
-        assert names == plots | texts
-        assert all((tmp_path / p).read_bytes().startswith(b"\x89PNG") for p in plots)
+        assert names == texts
+        [figure] = study_figures(study, found)
+        assert [c.label for c in figure.curves] == ["centralised", "trace", "local", "frozen"]
+        assert all(list(c.y) == [pytest.approx(85.0)] * 2 for c in figure.curves)
         rows = json.loads((tmp_path / "study.json").read_text())["rows"]
         assert [row["side"] for row in rows[:4]] == ["centralised", "trace", "local", "frozen"]
         assert rows[0]["point"] == {"speed": 1}
@@ -524,6 +526,7 @@ class TestReport:
         assert [float(row["accuracy"]) for row in table] == [pytest.approx(0.85)] * 8
         assert read_study((tmp_path / "study.yaml").read_text(), "x") == study
         page = (tmp_path / "study.html").read_text()
+        assert '"figures": [{"title": "Held-out accuracy against' in page
         assert "frozen: the last block alone" in page
         assert "<h2>All sides</h2>" in page
         text = (tmp_path / "study.md").read_text()
@@ -579,8 +582,8 @@ def test_a_side_has_one_colour_and_its_curves_other_dashes() -> None:
     by_side: dict[str, list[str]] = {}
     for label, cell in curves.items():
         by_side.setdefault(cell.name, []).append(label)
-    colours = [{styles[label][0] for label in labels} for labels in by_side.values()]
+    colours = [{(styles[one] or [None])[0] for one in labels} for labels in by_side.values()]
     assert all(len(own) == 1 for own in colours)
     assert len({own.pop() for own in colours}) == len(by_side) > 1
-    for labels in by_side.values():
+    for labels in (own for side, own in by_side.items() if side != "centralised"):
         assert len({str(styles[label][1]) for label in labels}) == len(labels) == 2

@@ -11,9 +11,9 @@ from hamdist.config import Settings
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.objective.losses import cross_entropy
 from hamdist.errors import SettingsError, StreamError
+from hamdist.runtime.results.scores import evaluate_sequences
 from hamdist.streams import Sample, from_iterable, held_out_tokens
 from hamdist.study.report.table import run_facts
-from hamdist.study.run.evaluate import evaluate_sequences
 from hamdist.study.run.run import run_centralised, run_level
 
 

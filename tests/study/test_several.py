@@ -18,6 +18,7 @@ from hamdist.cli import app
 from hamdist.config import Settings
 from hamdist.dynamics.objective.losses import cross_entropy, mse
 from hamdist.errors import GraphError, SettingsError, StreamError
+from hamdist.runtime.results.scores import evaluate, evaluate_samples
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 from hamdist.streams.sample import Sample
@@ -26,7 +27,6 @@ from hamdist.study.report.files import run_summary
 from hamdist.study.report.table import comparison_table, run_facts
 from hamdist.study.run.baseline import train_centralised
 from hamdist.study.run.compare import compare, plan
-from hamdist.study.run.evaluate import evaluate, evaluate_samples
 from hamdist.study.run.own_data import load_stream
 from hamdist.study.run.run import run_level
 
@@ -117,7 +117,7 @@ def test_one_loss_for_all_outputs_and_one_target():
 
 
 def test_scores_by_output(monkeypatch):
-    monkeypatch.setattr("hamdist.study.run.evaluate.CHUNK", 5)
+    monkeypatch.setattr("hamdist.runtime.results.scores.CHUNK", 5)
     model, parts = made(TwoByTwo), items(40, 3)
     x = {k: torch.cat([u[k] for u, _ in parts]) for k in parts[0][0]}
     y = {k: torch.cat([t[k] for _, t in parts]) for k in parts[0][1]}

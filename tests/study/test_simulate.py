@@ -154,6 +154,20 @@ def test_weights_and_accuracy_are_those_of_the_run(simulated):
     assert found["curve"][-1]["seconds"] == pytest.approx(40 / found["samples_per_second"])
 
 
+@pytest.mark.ray
+def test_weights_are_those_of_a_run_on_ray(session, simulated):
+    """Through sockets, in two processes, with messages that come late."""
+    options = ["--set", "engine.actors=2", "--set", "partition.delays=auto"]
+    found = simulated(TWO, *options, "--learn")
+    engine = {"kind": "ray", "placement": [actor["blocks"] for actor in found["actors"]]}
+    engine |= {"link_delay": 0.003, "digests": True}
+    given = yaml.safe_load(TINY) | {"partition": {"delays": found["delays"]}, "engine": engine}
+    run, _ = run_level(Settings.model_validate(given))
+    weights = {name: track.last for name, track in run.digests["weights"].items()}
+    assert found["digest"] == digest_of(weights)
+    assert run.predicted > 0
+
+
 def test_auto_places_no_actor_behind_a_link_that_costs_more_than_it_brings(simulated):
     """At 2 s one way, with delays of 1, one actor alone is the fastest."""
     slow = TWO.replace("latency: 0.02", "latency: 2")

@@ -25,7 +25,7 @@ from hamdist.models.tracker import tracker
 from hamdist.streams.sample import SampleSpec, TargetSpec
 from hamdist.streams.sources.signals import SignalStream
 from hamdist.study.report.table import run_facts
-from hamdist.study.report.tracking_plots import record_plots
+from hamdist.study.report.tracking_plots import record_figures
 from hamdist.study.run.run import run_centralised, run_level
 from hamdist.study.run.tracking import (
     advice,
@@ -37,6 +37,7 @@ from hamdist.study.run.tracking import (
     tracking,
 )
 from hamdist.study.shared.recipes import load_settings
+from hamdist.study.view.page import baked
 
 F64 = torch.float64
 VALUES = SampleSpec((1, 1), F64, (1, 1), F64)
@@ -315,8 +316,7 @@ def test_files(tmp_path: Path, blocks):
     hamiltonian = loss + cost + work - kinetic
     np.testing.assert_allclose(data["hamiltonian"], hamiltonian, rtol=1e-9, atol=1e-12)
     assert data[f"{readout}.h"].shape == (len(y), 1, 5 // blocks)
-    for name in ("tracking", "energies", "weights"):
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "Target and output" in (out / "records.html").read_text()
 
 
 def test_the_original_sign_blows_up(tmp_path: Path):
@@ -337,7 +337,7 @@ def test_the_original_sign_blows_up(tmp_path: Path):
     assert any(t.shape == (5, 5) and not torch.equal(t, start) for t in weights.values())
     with np.load(out / "records.npz", allow_pickle=False) as data:
         assert len(data["tick"]) == tick
-    assert (out / "tracking.png").exists()
+    assert (out / "records.html").exists()
 
 
 def test_warnings_come_first_and_once(tmp_path: Path):
@@ -370,16 +370,14 @@ def test_many_edges_are_summed_up():
 def test_plots_of_what_was_recorded():
     numbers = dict(run_level(recipe(40))[0].records)
     settings = recipe(40)
-    assert record_plots(numbers, settings).keys() == {
-        "tracking.png",
-        "energies.png",
-        "weights.png",
-    }
+    titles = lambda *given: [figure.title for figure in record_figures(*given)]  # noqa: E731
+    energies = ["Energy of all blocks", "Norm of the weights"]
+    assert titles(numbers, settings)[:3] == [*energies, "Target and output"]
     only = {n: dataclasses.replace(r, prediction=None, target=None) for n, r in numbers.items()}
-    assert record_plots(only, settings).keys() == {"energies.png", "weights.png"}
+    assert titles(only, settings) == energies
     classes = settings.model_copy(update={"loss": "cross-entropy"})
-    assert "tracking.png" not in record_plots(numbers, classes)
-    assert record_plots({}, settings) == {}
+    assert titles(numbers, classes) == energies
+    assert titles({}, settings) == []
     assert records_npz(only, settings)
 
 
@@ -391,5 +389,8 @@ def test_plots_of_odd_numbers(value):
     y = flat.reshape(6, 1, 1)
     record = Records(torch.arange(6), *[flat] * 5, prediction=y, target=torch.zeros(6, 1, 1))
     settings = recipe(10)
-    for name, png in record_plots({"x": record, "y": record}, settings).items():
-        assert png.startswith(b"\x89PNG"), name
+    text = baked(figures=record_figures({"x": record, "y": record}, settings))
+    data = json.loads(text.split(">", 1)[1].rsplit("<", 1)[0])  # (strict JSON: no NaN)
+    assert len(data["figures"]) == 4
+    assert "NaN" not in text
+    assert "Infinity" not in text

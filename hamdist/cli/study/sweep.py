@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hamdist.cli.console import console, exit_codes, note, print_table, report
 from hamdist.cli.options import given
-from hamdist.cli.prepare import command_line, need_plots, prepare, results_of
+from hamdist.cli.prepare import command_line, prepare, results_of
 from hamdist.config import parse_override
 from hamdist.errors import SettingsError
 
@@ -86,7 +86,6 @@ def run_grid(
     axis = None if axis_name is None else Axis(axis_name)
     _check_axis(study, axis)
     folder = results_of(study.name) if out is None else out
-    need_plots("study")
     check(study, chosen=chosen)
     prepare(folder, None)
     note(f"{study.name}: runs are kept in {folder / 'runs'}; start it again to go on there")

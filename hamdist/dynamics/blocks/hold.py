@@ -28,7 +28,7 @@ class Tick(NamedTuple):
 
     k: its number. sample: shown at the input. tau: seconds. moves: True if the state moves (m_k).
     updates: True if the weights do. target: of the loss that is taken in this tick, if one is.
-    measures: True if the energies are recorded.
+    measures: True if the energies are recorded. answers: True if a prediction is asked for.
     """
 
     k: int
@@ -38,6 +38,7 @@ class Tick(NamedTuple):
     updates: bool = True
     target: Tensor | None = None
     measures: bool = False
+    answers: bool = False
 
 
 def _kept(h: Tensor) -> Tensor:
@@ -83,6 +84,7 @@ class HoldBlock(SavesPasses):
         self.energy: Energy | None = None
         self._sequential = order is Order.SEQUENTIAL
         self._loss = loss
+        self.prediction: Tensor | None = None  # of a readout, the latest
         self._start = h
         self._own: Tensor | None = None
         self._last: Tick | None = None  # the tick before; None before the first
@@ -210,6 +212,9 @@ class HoldBlock(SavesPasses):
             return None
         reading = None
         g: list[Gradient] | None = None
+        if tick.answers:
+            asked = None if self.output is None else self.output.forward([self.h], [False])
+            self.prediction = self.h if asked is None else plain(asked.output)
         if tick.target is not None:
             if self.output is None:
                 self._own, reading = self._loss.look(
@@ -237,6 +242,7 @@ class HoldReadout(Block):
     def __init__(self, parts: BlockParts, loss: ReadoutLoss) -> None:
         super().__init__(parts)
         self.energy: Energy | None = None
+        self.prediction: Tensor | None = None  # the latest
         self._loss = loss
 
     STATE = ("cell", "weights", "_loss")
@@ -259,8 +265,11 @@ class HoldReadout(Block):
             to_parents, g, reading = self._loss.take(
                 self.cell, record, tick.target, tick.k, moves=updates, at_once=at_once
             )
+            self.prediction = reading.prediction
             if self.energy is not None:
                 self.energy.loss = reading.phi * float(reading.loss)
+        elif tick.answers:
+            self.prediction = plain(self.cell.forward(inputs, self._wanted).output)
         if tick.updates:
             self.weights.move(g, self._scale(tick.sample), tick.tau)
         return to_parents, reading

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -147,21 +146,25 @@ class WeightBuffers(Remembers):
         self._before = [t.clone() for t in self._weights.theta]
 
 
-class SavesPasses(Block, ABC):
+class SavesPasses(Block):
     """A block that keeps records of forward passes, saved under RECORDS beside its STATE.
 
-    `cell` is one of STATE.
+    `cell` is one of STATE. trace: the records by sample, unless a subclass has others.
     """
 
     RECORDS: ClassVar[str] = "trace"
 
-    @abstractmethod
+    def __init__(self, parts: BlockParts) -> None:
+        super().__init__(parts)
+        self.trace: dict[int, ForwardRecord] = {}
+
     def held(self) -> Any:
         """Return the records as plain data (`LocalFunction.held`)."""
+        return {sample: self.cell.held(record) for sample, record in self.trace.items()}
 
-    @abstractmethod
     def rebuild(self, records: Any) -> None:
         """Set the records from the data of `held`, after everything else has been restored."""
+        self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""
@@ -174,17 +177,3 @@ class SavesPasses(Block, ABC):
         self.rebuild(records)
         # Once more: rebuilding runs the module, which moves its buffers and random numbers.
         self.cell.restore(own["cell"])
-
-
-class KeepsTrace(SavesPasses):
-    """A block that keeps the record of every sample between its forward and backward pass."""
-
-    def __init__(self, parts: BlockParts) -> None:
-        super().__init__(parts)
-        self.trace: dict[int, ForwardRecord] = {}
-
-    def held(self) -> Any:
-        return {sample: self.cell.held(record) for sample, record in self.trace.items()}
-
-    def rebuild(self, records: Any) -> None:
-        self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}

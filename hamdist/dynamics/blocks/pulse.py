@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.heads import HeadUpdate
-from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, KeepsTrace
+from hamdist.dynamics.blocks.kept_passes import Block, BlockParts, SavesPasses
 from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
 from hamdist.dynamics.modules.reversible import InversePass, pieces_of
@@ -23,7 +23,7 @@ from hamdist.dynamics.updates.constants import constant_tau
 from hamdist.dynamics.vjp.autograd import ForwardRecord
 
 
-class PulseBlock(KeepsTrace):
+class PulseBlock(SavesPasses):
     """A state block that a pulse passes: forward of sample n, later backward of n.
 
         h = f(h_parents; theta)
@@ -238,7 +238,7 @@ class PulseReadout(Block):
         return replace(reading, prediction=prediction, loss=value)
 
 
-class LateReadout(KeepsTrace, PulseReadout):
+class LateReadout(SavesPasses, PulseReadout):
     """An output net whose labels come `late` samples late: it keeps the records until then."""
 
     def __init__(self, parts: BlockParts, loss: ReadoutLoss, late: int) -> None:

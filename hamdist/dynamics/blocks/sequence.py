@@ -158,6 +158,7 @@ class SequenceReadout(SavesPasses):
         self._trace: deque[_Read] = deque(maxlen=truncation)
         self._loss = loss
         self._taken = False
+        self.prediction: Tensor | None = None  # the latest
 
     STATE = ("cell", "weights", "_way_back", "stored", "_loss", "_taken")
 
@@ -180,7 +181,7 @@ class SequenceReadout(SavesPasses):
     ) -> Reading | None:
         """Return the reading (None without a target)."""
         record = self.cell.forward(inputs, self._wanted)
-        prediction = record.output.detach()
+        prediction = self.prediction = record.output.detach()
         random = self._loss.random
         found = None if target is None else self._loss.value(prediction, target)
         self._trace.append(_Read(record, None if found is None else found[1], target, random))

@@ -115,6 +115,10 @@ class Schedule(Protocol):
         """Return the most signals of `kind` that may leave together on an edge."""
 
     @property
+    def idle(self) -> int:
+        """Return the idle emissions after which nothing of the sample before is under way."""
+
+    @property
     def staleness(self) -> int:
         """Return the most samples by which a message is older than the state that it meets."""
 

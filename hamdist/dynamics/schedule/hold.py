@@ -91,6 +91,15 @@ class HoldSchedule:
         last = self.c - 1 if self._knobs.target is TargetOf.CURRENT else 0
         return since // self.c if since >= 0 and since % self.c == last else None
 
+    def answers(self, readout: str, tick: int) -> int | None:
+        """Return the sample whose prediction stands at the readout in `tick`, at first."""
+        since = tick - self._lags[readout]
+        return since // self.c if since >= 0 and since % self.c == 0 else None
+
+    @property
+    def idle(self) -> int:
+        return (2 * self._reach + 1) // self.c + 1
+
     def target(self, readout: str, event: Event) -> Stamp | None:
         since = event.tick - self.target_lag(readout)
         return emitted(since // self.c, self.c) if since >= 0 and since % self.c == 0 else None

@@ -45,7 +45,6 @@ class PulseSchedule:
         self._silent = silent
         self.one_way = knobs.credit is Credit.HEADS
         self._back = {block.name: block.back for block in graph.blocks.values()}
-        self._error_at = graph.depths[graph.readouts[0]] + 1
         self._first_readout = graph.readouts[0]
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self._wait = 0  # ticks for late labels, which no speed takes into account
@@ -89,7 +88,7 @@ class PulseSchedule:
         if self.one_way or block in self._silent or back == "none":
             return 0
         if back == "error":
-            return max(1, self._error_at - self._depths[block])
+            return max(1, self._depths[self._first_readout] + 1 - self._depths[block])
         return 2 * (self._D - self._depths[block]) + self._wait
 
     def _forward_tick(self, block: str, sample: int) -> int:
@@ -127,6 +126,10 @@ class PulseSchedule:
         if self.double_buffered:
             version = self.buffered(sample)
         return Stamp(self._forward_tick(edge.parent, event.sample), event.sample, version)
+
+    @property
+    def idle(self) -> int:
+        return (self.trip + SPACING * (self.parts - 1)) // self.c
 
     def buffered(self, sample: int) -> int:
         """Return the steps in the weights that a sample meets with double buffering."""

@@ -205,6 +205,11 @@ class SequenceSchedule:
         return ALONE
 
     @property
+    def idle(self) -> int:
+        """Return 0: nothing of a sequence waits for the next one."""
+        return 0
+
+    @property
     def staleness(self) -> int:
         return 0
 

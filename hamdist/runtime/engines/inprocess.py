@@ -23,6 +23,7 @@ from hamdist.runtime.results.measured import NetworkActor
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.snapshots.inprocess import InProcessSnapshots
+from hamdist.streams.live import live_of
 from hamdist.streams.sample import Stream
 
 PROGRESS_SECONDS = 0.25
@@ -41,9 +42,10 @@ class InProcessEngine:
         source = SourceNode(plan, stream, mailbox)
         nodes = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
         measured = [n for n in nodes if n.metrics is not None]
+        live = live_of(stream)
         snapshot_policy: InProcessSnapshots | None = None
         if sent_log is not None:
-            snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log)
+            snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log, live)
             snapshot_policy.restore()
         reset_peak()
         sampler = Sampler(plan, [source, *nodes], mailbox)
@@ -90,6 +92,12 @@ class InProcessEngine:
         )
         keep = None if snapshot_policy is None else snapshot_policy.request
         ending = RunInterrupts(stop, on_progress, keep)
+        source.waits_with(between)
+        if live is not None:
+            for node in nodes:
+                node.live.send = live.send
+            live.look = lambda: {n.name: n.state() for n in nodes}
+
         with (
             torch_threads(plan.engine.threads),
             ending,
@@ -103,6 +111,7 @@ class InProcessEngine:
                     cut,
                     started=snapshot_policy is not None and snapshot_policy.on,
                     after_step=None if digests is None else digests.after_step,
+                    by_token=plan.by_token,
                 )
             except DivergedError as error:
                 diverged = error

@@ -6,9 +6,11 @@ the driver's process the driver runs one in a thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -92,6 +94,11 @@ class Worker:
         self._inside = inside
         self._nodes = [make_node(plan, name, self._mailbox) for name in blocks]
         self._source = None if stream is None else SourceNode(plan, stream, self._mailbox)
+        self._news: SimpleQueue[Any] = SimpleQueue()  # what blocks of a live run have to say
+        for node in self._nodes:
+            node.live.send = self._news.put
+        if self._source is not None:
+            self._source.waits_with(self._look_up)
         self._channels = {c.number: c for c in plan.channels.all()}
         self._gpu_senders: dict[int, GpuRingSender] = {}
         self._snapshot_writer: SnapshotWriter | None = None
@@ -238,6 +245,7 @@ class Worker:
                     self._snapshot_writer,
                     started=goes_on,
                     after_step=None if self._digests is None else self._digests.after_step,
+                    by_token=self._plan.by_token,
                 )
                 self._mailbox.flush()
         except Aborted:
@@ -325,6 +333,15 @@ class Worker:
             waiter, awaited = channel.receiver, channel.sender
             what = f"the {channel}, {stamp}"
         return BlockedChannel(waiter, awaited, what, time.monotonic() - waiting.since)
+
+    def news(self, seconds: float) -> list[Any]:
+        """Return what the blocks have for the driver; waits so long for something."""
+        found = []
+        with contextlib.suppress(Empty):
+            found.append(self._news.get(timeout=seconds))
+            while True:
+                found.append(self._news.get_nowait())
+        return found
 
     def stop_stream(self) -> None:
         """End the stream at its next sample; samples under way are finished."""

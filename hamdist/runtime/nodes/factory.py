@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -31,34 +32,37 @@ from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.pulse import LateReadout, PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
-from hamdist.dynamics.blocks.rule_block import (
-    AppliedRule,
-    RelaxingBlock,
-    RuleBlock,
-    RuleReadout,
-)
+from hamdist.dynamics.blocks.rule_block import AppliedRule, RelaxingBlock, RuleBlock, RuleReadout
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
-from hamdist.dynamics.finite import bounded
-from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining
+from hamdist.dynamics.finite import Scale, bounded
+from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining, combined
 from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import LossFunction, Weighted
+from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
-from hamdist.dynamics.vjp.autograd import LocalFunction, block_seed, seeded_loss
+from hamdist.dynamics.vjp.autograd import (
+    LocalFunction,
+    OwnGenerator,
+    block_seed,
+    draws,
+    seeded_loss,
+)
 from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import ClusterError
 from hamdist.runtime.nodes.hold import HoldNode
+from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
-from hamdist.runtime.nodes.rules import applied_rule
 from hamdist.runtime.nodes.sequence import SequenceNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CastBorder
+from hamdist.streams.sample import parted
 
 
 class Node(Protocol):
@@ -86,11 +90,15 @@ def ticks_of(nodes: Sequence[PulseNode | HoldNode | SequenceNode]) -> int:
 def make_node(plan: Plan, name: str, mailbox: Mailbox) -> PulseNode | HoldNode | SequenceNode:
     """Make the node of block `name`, with a random generator of its own."""
     parts = _Parts(plan, name)
+    node: PulseNode | HoldNode | SequenceNode
     if plan.knobs.sequence:
-        return _sequence_node(plan, parts, mailbox)
-    if plan.knobs.pulse:
-        return _pulse_node(plan, parts, mailbox)
-    return _hold_node(plan, parts, mailbox)
+        node = _sequence_node(plan, parts, mailbox)
+    elif plan.knobs.pulse:
+        node = _pulse_node(plan, parts, mailbox)
+    else:
+        node = _hold_node(plan, parts, mailbox)
+    node.live = parts.live
+    return node
 
 
 class _Parts(BlockParts):
@@ -115,17 +123,22 @@ class _Parts(BlockParts):
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
         self.group, self.double_buffered = plan.knobs.accumulate, plan.knobs.double_buffered
-        self.scale = self.weights.scaled_by(partial(plan.scale, name), plan.sample_of)
+        self.live = LiveBlock(name, plan.spec.live, self.microbatches)
+        self.scale = self._scaled(self.weights, partial(plan.scale, name))
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
         self.loss = None if loss is None else self.make_loss(loss, f"{name}/loss")
 
+    def _scaled(self, weights: Weights, course: Scale) -> Scale:
+        """Return the scale of beta by sample: the run's course, and what a live run sets."""
+        return self.live.scaled(weights.scaled_by(course, self._plan.sample_of))
+
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         plan = self._plan
-        if plan.spec.weighted:
-            readout = plan.taught_by if self.spec.loss is None else self.name
-            loss = Weighted(loss, partial(plan.spec.parted, readout), plan.ignore_index)
+        target = plan.spec.target(plan.taught_by if self.spec.loss is None else self.name)
+        if plan.spec.weighted and target is not None:
+            loss = Weighted(loss, partial(parted, spec=target), plan.ignore_index)
         own = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
         return ReadoutLoss(own, self.dynamics, self.guard, native=plan.native)
 
@@ -175,15 +188,36 @@ class _Parts(BlockParts):
             return Weights(theta, dynamics, order, names)
         return OptimizerWeights(theta, dynamics, order, names, rule, self.name)
 
-    def make_rule(self) -> AppliedRule:
+    def make_rule(self, rule: Rule) -> AppliedRule:
         """Make the block's rule, with weights for what it learns beside theta."""
-        own = replace(self.dynamics, average=None, betas=())
-        theta = dict(zip(self.cell.names, self.cell.theta, strict=True))
+        plan, spec, name = self._plan, self.spec, self.name
+        shapes, h = {**plan.spec.parents, **plan.shapes}, self.border.own(plan.start(name))
+        stochastic = draws(spec.module)
 
-        def weights(tensors: Sequence[Tensor], names: Sequence[str]) -> Weights:
-            return self._weights(list(tensors), own, names)
+        def seed(what: str) -> int:
+            return block_seed(plan.seed, f"{name}/rule/{what}")
 
-        return applied_rule(self._plan, self.spec, self.spec.module, theta, weights)
+        view = BlockView(
+            name=name,
+            module=spec.module,
+            theta=dict(zip(self.cell.names, self.cell.theta, strict=True)),
+            shape=tuple(h.shape[1:]),
+            inputs=[shapes[parent][0][1:] for parent in spec.parents],
+            outputs=shapes[plan.graph.readouts[0]][0][1:],
+            depth=plan.graph.depths[name],
+            readout=spec.loss is not None,
+            wanted=self.wanted,
+            join=partial(combined, spec.combine),
+            seed=seed,
+            random=lambda what: OwnGenerator(seed(what), h.device) if stochastic else nullcontext(),
+            h=h,
+        )
+        applied = AppliedRule(rule, view)
+        dynamics = replace(self.dynamics, average=None, betas=())
+        names = [MEMORY + key for key in applied.learned]
+        weights = self._weights(list(applied.learned.values()), dynamics, names)
+        applied.move_by(weights, self._scaled(weights, partial(plan.scale, name)))
+        return applied
 
     def make_taught(self) -> HeadUpdate | None:
         """Make the update of the block's local readout; None if the block has none."""
@@ -201,13 +235,13 @@ class _Parts(BlockParts):
         taker = self.make_loss(given, f"{seed_name}/loss")
         order, weight = plan.knobs.order, heads.weights[self.name]
         own_weights = self._weights(cell.theta, own, [f"head.{name}" for name in cell.names])
-        course = own_weights.scaled_by(plan.course, plan.sample_of)
+        course = self._scaled(own_weights, plan.course)
         head = Head(cell, own_weights, taker, weight, course, constant_tau(own))
         weights = self.weights
         if plan.knobs.credit is Credit.MESSAGES:  # whose steps have an omega of their own
             beside = replace(self.dynamics, average=None, weight_cost=0.0, decay=0.0)
             weights = Weights(self.cell.theta, beside, order, self.cell.names)
-        course = weights.scaled_by(plan.course, plan.sample_of)
+        course = self._scaled(weights, plan.course)
         return HeadUpdate(head, self.cell, weights, self.dynamics, course)
 
 
@@ -216,9 +250,9 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     if p.name in plan.silent and p.loss is None:
         return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
     if p.spec.rule is not None and p.loss is not None:
-        return PulseNode(plan, p.spec, mailbox, RuleReadout(p, p.loss, p.make_rule()))
+        return PulseNode(plan, p.spec, mailbox, RuleReadout(p, p.loss, p.make_rule(p.spec.rule)))
     if p.spec.rule is not None:
-        block = RuleBlock(p, p.make_rule(), constant_tau(p.dynamics))
+        block = RuleBlock(p, p.make_rule(p.spec.rule), constant_tau(p.dynamics))
         return PulseNode(plan, p.spec, mailbox, block)
     if p.loss is not None and plan.knobs.late:
         return PulseNode(plan, p.spec, mailbox, LateReadout(p, p.loss, plan.knobs.late))
@@ -252,7 +286,7 @@ def _hold_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> HoldNode:
         return HoldNode(plan, p.spec, mailbox, HoldReadout(p, p.loss))
     if p.spec.rule is not None:
         h = p.border.own(plan.start(p.name))
-        relaxing = RelaxingBlock(p, h, p.make_rule(), plan.schedule.c)
+        relaxing = RelaxingBlock(p, h, p.make_rule(p.spec.rule), plan.schedule.c)
         return HoldNode(plan, p.spec, mailbox, relaxing)
     output = output_weights = None
     if p.spec.output is not None:

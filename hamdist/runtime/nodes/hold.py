@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import (
     BlockContents,
@@ -34,6 +36,7 @@ from hamdist.runtime.nodes.ports import (
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import Signal, ready
+from hamdist.streams.sample import Emission, Emits
 
 
 class HoldNode(Remembers):
@@ -80,6 +83,7 @@ class HoldNode(Remembers):
         }
         self._target: Tensor | None = None
         self._no_more_targets = False
+        self.live = LiveBlock(spec.name, plan.spec.live)
         self._events = plan.schedule.events(spec.name)
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
@@ -93,7 +97,9 @@ class HoldNode(Remembers):
         "_target",
         "_no_more_targets",
         "_gate",
+        "live",
     )
+    ADDED: ClassVar[Mapping[str, Any]] = {"live": None}
 
     def snapshot(self) -> dict[str, Any]:
         own = {"shown": self._shown, "event": self.event, "tick": self.tick}
@@ -119,6 +125,10 @@ class HoldNode(Remembers):
     def step(self) -> None:
         event = self.event
         told = None if self._clock.stopped else self._ports.clock(event)
+        if self.live.patience and told is not None and not told.end:
+            self.live.hear(event.sample, lambda: told, self.state)
+            self.live.forget(event.sample - self._schedule.idle)
+            told = replace(told, payload=None)  # (what is left concerns the clock)
         self._clock.advance(event.tick, event.tick % self._schedule.c == 0, told)
         inputs = [self._input(edge, event) for edge in self._ports.into]
         messages = [self._message(edge, event) for edge in self._ports.out_of]
@@ -183,14 +193,16 @@ class HoldNode(Remembers):
         self._clear(k)
         due = self._schedule.updates(k)
         updates = due and (self._gate is None or self._gate.open(inputs))
+        answered = self._answered(k)
         tick = Tick(
             k=k,
-            sample=event.sample,
+            sample=self.live.number(event.sample),
             tau=self._clock.tau(k),
             moves=self._schedule.moves(self.name, k),
             updates=updates,
             target=self._target if self._compares(k) else None,
             measures=self._recorder is not None and self._recorder.due(k),
+            answers=answered is not None,
         )
         h, z = (block.h, block.z) if isinstance(block, HoldBlock) else (None, None)
         stamp = self._stamp(k, block.weights.updates)
@@ -211,9 +223,18 @@ class HoldNode(Remembers):
         if self._recorder is not None and block.energy is not None:
             self._recorder.add(k, block.energy, reading, h, z)
         if self.metrics is not None:
+            if answered is not None and block.prediction is not None:
+                self.live.answer(answered, block.prediction, stamp.version, event)
             sample = self._schedule.records(self.name, k)
             if sample is not None:
-                record(self.metrics, sample, reading)
+                told = self.live.of(sample)
+                record(self.metrics, sample if told is None else told.number, reading)
+
+    def _answered(self, k: int) -> Emission | None:
+        """Return the emission of the sample whose prediction a live run gets in this tick."""
+        slot = self._schedule.answers(self.name, k) if self.live.patience and self.metrics else None
+        told = None if slot is None else self.live.of(slot)
+        return told if told is not None and told.kind is Emits.SAMPLE else None
 
     def _clear(self, k: int) -> None:
         due = self._clock.due

@@ -5,9 +5,10 @@ from __future__ import annotations
 import heapq
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from hamdist.dynamics.finite import OutOfRange
+from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.errors import BlockError, DivergedError, HamdistError
 from hamdist.runtime.nodes.factory import Node
 from hamdist.runtime.signals.interrupts import Aborted
@@ -37,6 +38,7 @@ def run_loop(
     *,
     started: bool = False,
     after_step: Callable[[Node, int], None] | None = None,
+    by_token: bool = False,
 ) -> None:
     """Step `nodes` in the order of their ticks until all have finished.
 
@@ -48,6 +50,9 @@ def run_loop(
         cut: acts whenever all nodes have reached its tick.
         started: True if the nodes continue from a snapshot and must not be started.
         after_step: called before `between`, with the node and the tick of the event.
+        by_token: step what is left of each token of a sequence before the next one (live runs,
+            in which the next one may be long in coming). Every event waits for events that are
+            earlier in either order, so no wait is endless.
 
     Raises:
         DivergedError: a state, a costate or a loss left the finite range.
@@ -55,22 +60,41 @@ def run_loop(
     """
     for node in () if started else nodes:
         _guarded(node, node.start)
-    heap = [(node.tick, node.late, i) for i, node in enumerate(nodes) if node.tick is not None]
+    key = _by_token if by_token else _by_tick
+    heap = [(key(node), i) for i, node in enumerate(nodes) if node.tick is not None]
     heapq.heapify(heap)
     while heap:
-        tick, late, i = heap[0]
-        if cut is not None and tick >= cut.due:
-            cut.reach(tick)
-        node = nodes[i]
+        order, i = heap[0]
+        if cut is not None and (nodes[i].tick or 0) >= cut.due:
+            behind = [one for one in heap if (nodes[one[1]].tick or 0) < cut.due]
+            if behind:  # (by tokens only) before others pass the cut
+                order, i = min(behind)
+                heap.remove((order, i))
+                heap.insert(0, ((-1, *order[1:]), i))
+                heapq.heapify(heap)
+            else:
+                cut.reach(min(node.tick for node in nodes if node.tick is not None))
+        node, tick = nodes[i], nodes[i].tick or 0
         _guarded(node, node.step)
         if after_step is not None:
             after_step(node, tick)
         if node.tick is None:
             heapq.heappop(heap)
         else:
-            heapq.heapreplace(heap, (node.tick, late, i))
+            heapq.heapreplace(heap, (key(node), i))
         if between is not None:
             between()
+
+
+def _by_tick(node: Node) -> tuple[int, ...]:
+    return (node.tick or 0, node.late)
+
+
+def _by_token(node: Any) -> tuple[int, ...]:
+    """Return the order in which no event of a token waits for the token after it."""
+    event: Event = node.event
+    back = event.phase is Phase.BACKWARD
+    return (event.span.number if event.span else 0, back, 0 if back else event.sample, event.tick)
 
 
 def _guarded(node: Node, act: Callable[[], None]) -> None:

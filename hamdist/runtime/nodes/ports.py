@@ -90,8 +90,7 @@ class Ports:
     def error_to_blocks(self, stamp: Stamp, error: Tensor | None) -> None:
         """Send a readout's error to the blocks whose rules ask for it."""
         for channel in self._to_rules:
-            payload = None if error is None else ready(error)
-            self._mailbox.post(channel, Signal(stamp, payload))
+            self._mailbox.post(channel, Signal(stamp, None if error is None else ready(error)))
 
     def target(self, event: Event) -> Signal | None:
         """Take the target that a readout needs at `event`; None if it needs none."""
@@ -131,7 +130,12 @@ class Ports:
             None in a run without clock signals, and in all ticks but the sample's first.
         """
         channel = self._channels.clocks.get(self._name)
-        if channel is None or event.tick % self._schedule.c:
+        if channel is None:
+            return None
+        if not isinstance(self._schedule, HoldSchedule):
+            stamp = self._schedule.target(self._name, event)
+            return None if stamp is None else self._take(channel, stamp, event)
+        if event.tick % self._schedule.c:
             return None
         return self._take(channel, emitted(event.sample, self._schedule.c), event)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.vjp.tied import TiedFunction
+from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import (
     BlockContents,
@@ -31,6 +33,7 @@ from hamdist.runtime.nodes.ties import TiePorts
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.signal import ready
+from hamdist.streams.sample import Emission, Emits
 
 
 class PulseNode(Remembers):
@@ -60,12 +63,13 @@ class PulseNode(Remembers):
         self._late = 0 if plan.spec.kept else plan.spec.late
         self._waits = plan.knobs.late if isinstance(block, PulseReadout) else 0
         self._asked: list[Tensor] = []  # predictions that wait for their labels
+        self.live = LiveBlock(spec.name, plan.spec.live)
         self._end: int | None = None
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
 
-    STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "_asked")
-    ADDED: ClassVar[Mapping[str, Any]] = {"_asked": ()}
+    STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "_asked", "live")
+    ADDED: ClassVar[Mapping[str, Any]] = {"_asked": (), "live": None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
@@ -124,16 +128,21 @@ class PulseNode(Remembers):
             self._ports.to_children(stamp, None, end=True)
             self._ports.labels_to_children(stamp, None, end=True)
         elif not isinstance(self.block, PulseReadout):
+            self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+            number = self.live.number(event.sample)
             if self._ties is not None:
                 self._ties.before_forward(event)
             begin = perf_counter()
-            h = self.block.forward(event.sample, inputs) if inputs else None
+            h = self.block.forward(number, inputs) if inputs else None
             self.seconds += perf_counter() - begin
             self._ports.to_children(stamp, None if h is None else ready(h))
             if label is not None:
                 self._ports.labels_to_children(stamp, label.payload)
             if h is not None:
-                self._learn(event.sample, None if label is None else label.payload)
+                self._learn(number, None if label is None else label.payload)
+            if not self._schedule.lag(self.name):
+                self._rests(event)
+                self.live.forget(event.sample - self._schedule.parts)
 
     def _learn(self, sample: int, label: Tensor | None) -> None:
         """Let the block's local readout or its rule learn, if it has one."""
@@ -150,11 +159,21 @@ class PulseNode(Remembers):
         if self._ties is not None:
             self._ties.before_backward(event)
         begin = perf_counter()
-        to_parents = self.block.backward(event.sample, messages)
+        to_parents: list[Tensor | None] = [None] * len(self._ports.into)
+        if not self._rests(event):
+            to_parents = self.block.backward(self.live.number(event.sample), messages)
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, to_parents)
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)
+        self.live.forget(event.sample)
+
+    def _rests(self, event: Event) -> bool:
+        """Return True, with the update counted, if the event is of an idle emission."""
+        idle = self.live.idle(event.sample)
+        if idle and event.sample % self._schedule.parts == self._schedule.parts - 1:
+            self.block.weights.rest()
+        return idle
 
     def _read(self, event: Event) -> None:
         if not isinstance(self.block, PulseReadout) or self.metrics is None:
@@ -166,11 +185,15 @@ class PulseNode(Remembers):
             return
         target = self._ports.target(event) if inputs is not None else None
         given = None if target is None else target.payload
+        told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
         if self._ties is not None:
             self._ties.before_forward(event)
             self._ties.before_backward(event)
         begin = perf_counter()
-        messages, reading = self.block.read(event.sample, inputs or [], given)
+        messages: list[Tensor | None] = [None] * len(self._ports.into)
+        reading: Reading | None = None
+        if not self._rests(event):
+            messages, reading = self.block.read(self.live.number(event.sample), inputs or [], given)
         self.seconds += perf_counter() - begin
         if n < 0:
             return
@@ -181,9 +204,32 @@ class PulseNode(Remembers):
         sample, part = divmod(n, self._schedule.parts)
         if part < self._schedule.parts - 1:
             return
-        if self._late:
+        if told is not None:
+            sample, reading = (
+                told.number,
+                self._answer(self.block, told, reading, stamp.version, event),
+            )
+        elif self._late:
             sample, reading = self._of_earlier(self.block, sample, reading)
         record(self.metrics, sample, reading)
+
+    def _answer(
+        self,
+        block: PulseReadout,
+        told: Emission,
+        reading: Reading | None,
+        version: int,
+        event: Event,
+    ) -> Reading | None:
+        """Answer a sample that has come; score its answer of then when its label has come."""
+        y = block.prediction
+        if told.kind is Emits.SAMPLE and y is not None:
+            self.live.answer(told, y, version, event)
+            if reading is None:
+                self.live.ask(told, y)
+        earlier = self.live.asked(told) if told.kind is Emits.AGAIN else None
+        self.live.forget(event.sample)
+        return reading if earlier is None or reading is None else block.scored(earlier, reading)
 
     def _of_earlier(
         self, block: PulseReadout, n: int, reading: Reading | None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from time import perf_counter
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from hamdist.dynamics.graph.graph import BlockSpec
 from hamdist.dynamics.saved_state.remember import Remembers
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
+from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.ports import BlockContents, Ports, block_state, make_metrics, record
 from hamdist.runtime.plan.plan import Plan
@@ -48,10 +52,12 @@ class SequenceNode(Remembers):
         }
         self._silent = spec.name in plan.silent and spec.loss is None
         self._over = False
+        self.live = LiveBlock(spec.name, plan.spec.live)
         self.event = plan.schedule.forward(spec.name, plan.schedule.opening(), 0)
         self.tick: int | None = self.event.tick
 
-    STATE = ("block", "metrics", "seconds", "_over", "event", "tick")
+    STATE = ("block", "metrics", "seconds", "_over", "event", "tick", "live")
+    ADDED: ClassVar[Mapping[str, Any]] = {"live": None}
 
     def start(self) -> None:
         if self._schedule.carries and isinstance(self.block, SequenceBlock):
@@ -79,19 +85,25 @@ class SequenceNode(Remembers):
         if last:
             self.event = self._schedule.closed(event)
         block = self.block
+        told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
+        idle = self.live.idle(event.sample)
         if isinstance(block, SequenceBlock):
             stays = self._back_out if last and not self._schedule.carries else ()
             begin = perf_counter()
-            h = ready(block.forward(inputs))
+            h = ready(block.h if idle else block.forward(inputs))
             self.seconds += perf_counter() - begin
             self._ports.to_children(stamp, h, sequence_end=last, leaving_out=stays)
         elif self.metrics is not None:
             target = self._ports.target(event)
             given = None if target is None else target.payload
+            if idle:
+                return
             begin = perf_counter()
-            reading = block.forward(event.sample, inputs, given)
+            reading = block.forward(self.live.number(event.sample), inputs, given)
             self.seconds += perf_counter() - begin
-            record(self.metrics, event.sample, reading)
+            record(self.metrics, event.sample if told is None else told.number, reading)
+            if told is not None and block.prediction is not None:
+                self.live.answer(told, block.prediction, stamp.version, event)
 
     def _inputs(self, event: Event) -> tuple[list[Tensor], bool]:
         """Return the parents' states, and True if this token is the last one of its sequence. The
@@ -114,20 +126,26 @@ class SequenceNode(Remembers):
         signals = [self._ports.message(edge, event) for edge in self._ports.out_of]
         messages = [None if s is None else s.payload for s in signals]
         begin = perf_counter()
-        if self._schedule.begins(event):
+        idle = self.live.idle(event.sample)
+        if self._schedule.begins(event) and not idle:
             self.block.begin()
         to_parents: list[Tensor | None] = [None] * len(self._ports.into)
-        if self._silent:
+        if self._silent or idle:
             pass  # it keeps no tokens, and nobody waits for what it would say
         elif isinstance(self.block, SequenceBlock):
             to_parents = self.block.backward(messages)
         else:
-            to_parents = self.block.backward(event.sample)
+            to_parents = self.block.backward(self.live.number(event.sample))
         self.seconds += perf_counter() - begin
         ends = self._schedule.ends(event)
         self._ports.to_parents(stamp, to_parents, leaving_out=self._back_into if ends else ())
+        last = self._schedule.last(event)
+        if ends and idle:
+            self.block.weights.rest()
+        elif ends:
+            self.block.end(self.live.number(last))
         if ends:
-            self.block.end(self._schedule.last(event))
+            self.live.forget(last)
 
     def records(self) -> Records | None:
         """Return None: energies of sequences are not recorded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from threading import Event as Flag
 from time import perf_counter
 from typing import Any
@@ -17,13 +17,16 @@ from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TOLERANCE
 from hamdist.errors import StreamError
+from hamdist.runtime.nodes.live import emission_of
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CPU
+from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Signal, ready
 from hamdist.streams.check import Checker
+from hamdist.streams.live import live_of
 from hamdist.streams.replay import passed_over, samples_from
-from hamdist.streams.sample import Sample, Stream, report_of
+from hamdist.streams.sample import Emission, Emits, Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
 
@@ -53,18 +56,16 @@ class SourceNode:
         self._names = [e.parent for e in into]
         self._targets = plan.channels.targets
         self._clocks = list(plan.channels.clocks.values())
+        self._live = live_of(stream)
+        if self._live is not None:
+            self._live.drain, self._live.whole = plan.schedule.idle, plan.knobs.sequence
+        self._emission: Emission | None = None  # of the latest sample
         self._labels = [c for c in plan.channels.labels.values() if c.sender == INPUT]
-        self._ahead = plan.dynamics.tau is None or plan.knobs.sequence
+        sequences = plan.knobs.sequence and not plan.spec.live  # (whose ends are fed)
+        self._ahead = plan.dynamics.tau is None or sequences
         self._next: Sample | None = None  # drawn ahead, or not yet sent in all its parts
         self._tau = math.nan
-        stamped = plan.dynamics.tau is None
-        self._check = Checker(
-            plan.spec,
-            equal_batches=not plan.knobs.pulse,
-            stamped=stamped,
-            ignore_index=plan.ignore_index,
-            one_length=plan.one_length,
-        )
+        self._check = checker_of(plan)
         self.smoothness = Smoothness()
         self._passes = plan.spec.passes
         self._sent = 0
@@ -93,6 +94,17 @@ class SourceNode:
         """Return the number of samples that the stream has passed over."""
         return passed_over(self._stream)
 
+    def waits_with(self, serve: Callable[[], None]) -> None:
+        """Have `serve` called while a live stream has nothing to emit."""
+
+        def look() -> None:
+            serve()
+            if self._live is not None and self.stop.is_set():
+                self._live.close()
+
+        if self._live is not None:
+            self._live.serve = look
+
     def start(self) -> None:
         self._drawn = samples_from(self._stream, self._plan.skip * self._passes, self._plan.passed)
         if self._ahead:
@@ -111,12 +123,15 @@ class SourceNode:
             "tau": self._tau,
             "time": self._check.last,
             "smoothness": self.smoothness.snapshot(),
+            "emission": None if self._emission is None else [float(n) for n in self._emission],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, instead of `start`: the stream is drawn again up to there."""
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
-        check_names("stream", state, names)
+        told = state.get("emission")
+        check_names("stream", {n: one for n, one in state.items() if n != "emission"}, names)
+        self._emission = None if told is None else emission_of(told)
         self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
         self._tau, self._check.last = state["tau"], state["time"]
         self.smoothness.restore(state["smoothness"])
@@ -139,9 +154,12 @@ class SourceNode:
                 self._mailbox.post(channel, Signal(stamp, end=True))
             self.tick = None
             return
+        idle = self._emission is not None and self._emission.kind is Emits.IDLE
         end = sample.end or (self._ahead and self._next is None)
+        end = end or (idle and self._plan.knobs.sequence)  # (an empty sequence)
         given = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
-        inputs = {name: self._part(name, u, part) for name, u in given.items()}
+        nothing = idle and self._plan.knobs.pulse
+        inputs = {n: None if nothing else self._part(n, u, part) for n, u in given.items()}
         for name, channel in zip(self._names, self._inputs, strict=True):
             self._mailbox.post(channel, Signal(stamp, inputs[name], sequence_end=end))
         if not part:
@@ -168,10 +186,12 @@ class SourceNode:
             for channel in self._labels:
                 self._mailbox.post(channel, Signal(stamp, label, sequence_end=end))
         if self._clocks:
-            tau = self._time(sample)
+            told = self._time(sample)
+            if self._emission is not None:
+                told = torch.tensor(self._emission, dtype=torch.float64)
             for channel in self._clocks:
-                self._mailbox.post(channel, Signal(stamp, tau, sequence_end=end))
-        self._sent += 1
+                self._mailbox.post(channel, Signal(stamp, told, sequence_end=end))
+        self._sent += self._emission is None or self._emission.kind is Emits.SAMPLE
 
     def _following(self, *, last: bool) -> Event:
         """The next event. last: the sample was the last one of its sequence."""
@@ -217,13 +237,15 @@ class SourceNode:
         """Sample n, checked; None at the end of the stream, or when the run is stopped."""
         steps = self._plan.steps
         pass_ = n % self._passes
-        n = n // self._passes + self._plan.skip
+        n = self._sent if self._live is not None else n // self._passes + self._plan.skip
+        if self._live is not None:
+            self._live.tick = self.event.tick
         if self._drawn is None or self.stop.is_set() or (steps is not None and n >= steps):
             return None
         begin = perf_counter()
         try:
             sample = next(self._drawn, None)
-        except StreamError:
+        except (StreamError, Aborted):
             raise
         except Exception as error:
             raise StreamError(
@@ -234,10 +256,23 @@ class SourceNode:
         if sample is None:
             return None
         self._items += 1
+        self._emission = sample.emission
         sample = self._check.check(n, sample)
-        if pass_ == self._passes - 1:  # (not of what is shown again)
+        new = self._emission is None or self._emission.kind is Emits.SAMPLE
+        if new and pass_ == self._passes - 1:  # (not of what is shown again)
             self.smoothness.observe(sample.u)
         return sample
+
+
+def checker_of(plan: Plan) -> Checker:
+    """Return the gate that all samples of a run pass."""
+    return Checker(
+        plan.spec,
+        equal_batches=not plan.knobs.pulse,
+        stamped=plan.dynamics.tau is None,
+        ignore_index=plan.ignore_index,
+        one_length=plan.one_length,
+    )
 
 
 def _told(sample: Sample) -> dict[str, Any]:

@@ -31,12 +31,12 @@ def cut_batches(
         parts = auto_microbatches(spec.batch)
     knobs = replace(knobs, microbatches=parts, late=spec.late if spec.kept else 0)
     kept = knobs.pulse and knobs.memory in (Memory.TRACE, Memory.TRACE_WEIGHTS)
-    plain = not (_against_sums(graph, learning) or ruled(graph))
-    if knobs.late and not (kept and plain and parts == knobs.accumulate == 1):
+    summed = parts * knobs.accumulate > 1 or _against_sums(graph, learning) or ruled(graph)
+    if knobs.late and (summed or not kept):
         raise LevelError(
-            "labels that come late, with the trace kept (stream.relearn: trace), are for levels "
-            "'trace' and 'backprop' without micro-batches, locality.accumulate, learning.heads, "
-            "learning.inputs, rules, weights that several blocks share; use stream.relearn: again"
+            "labels that come late, with the trace kept (stream.relearn: trace): that goes with "
+            "'trace' and 'backprop', but not with micro-batches, locality.accumulate, heads, "
+            "learning.inputs, rules or weights of several blocks; use stream.relearn: again"
         )
     if knobs.accumulate > 1 or knobs.double_buffered:
         for reason in _against_sums(graph, learning):

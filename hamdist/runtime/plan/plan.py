@@ -172,6 +172,11 @@ class Plan:
         return manifest.samples - manifest.skip
 
     @property
+    def by_token(self) -> bool:
+        """Return True if blocks step by tokens of sequences instead of by ticks (loop.py)."""
+        return self.knobs.sequence and self.spec.live > 0
+
+    @property
     def taught_by(self) -> str:
         """Return the readout whose labels travel with the signal."""
         return self.graph.readouts[0] if self.heads is None else self.heads.readout
@@ -269,9 +274,19 @@ def make_plan(
             "backprop, heads, reversible), or have samples wait for their labels (stream.relearn: "
             "wait, or hamdist.streams.Rejoin), whose scores know no delay"
         )
+    if spec.live and (knobs.accumulate > 1 or knobs.double_buffered):
+        raise LevelError(
+            "accumulated or double-buffered steps in a live run: they count samples in groups, and "
+            "idle ticks would break these up; leave locality.accumulate and double_buffered out"
+        )
+    if spec.live and dynamics.tau is None:
+        raise LevelError(
+            "dynamics.tau 'stamps' in a live run: how long a sample lasts shows only when the next "
+            "one comes, so its answer would wait for that; give dynamics.tau as a number"
+        )
     rate = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
-    clocked = knobs.hold and dynamics.clocked
+    clocked = (knobs.hold and dynamics.clocked) or spec.live > 0
     reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()
     channels = make_channels(
         graph,

@@ -53,7 +53,9 @@ class RayEngine:
         costs = unmeasured_costs(plan)
         measured: Costs | None = None
         places = wants_costs(plan)
-        if plan.engine.device == "cpu":  # (what a block takes on a GPU is not known before)
+        # (What a block takes on a GPU is not known before.)
+        devices = {plan.engine.device, *(one.device for one in plan.cast_plans.values())}
+        if places or plan.replan is not None or devices == {"cpu"}:
             with startup.phase("measure"):
                 try:
                     measured = measured_costs(plan, portable=stream.portable)
@@ -74,7 +76,7 @@ class RayEngine:
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
             notes += lending_notes(plan.engine, worker_group.lent, refusals)
             outcome.startup = startup.seconds
-            if measured is not None and measured.model is not None:
+            if measured is not None and measured.model is not None and devices == {"cpu"}:
                 outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
             if auto:
                 outcome.delays = {e.name: e.delay for e in plan.graph.edges if not e.from_input}
@@ -113,7 +115,7 @@ class _Watch:
         """
         reset_peak()
         self._worker_group.start()
-        with self._ending:
+        with self._ending, self._worker_group.news_fetched():
             try:
                 self._follow(self._stop)
             except KeyboardInterrupt:  # the second Ctrl-C: end at once, whatever state it is in
@@ -222,7 +224,9 @@ class _Watch:
         self._worker_group.ask(now, POLL_SECONDS)
         ticks = {b: k for a in actors if a.status for b, k in a.status.ticks.items()}
         finished = {a.name: a.report is not None for a in actors}
-        still, speak = self._watchdog.look({**ticks, **finished}, now)
+        live = self._worker_group.live
+        rests = {"stream": now} if live is not None and live.rests else {}
+        still, speak = self._watchdog.look({**ticks, **finished, **rests}, now)
         over = self._watchdog.over(still)
         if speak or over:
             waits = [a.status.wait for a in actors if a.status and a.status.wait]

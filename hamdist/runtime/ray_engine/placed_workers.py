@@ -38,6 +38,7 @@ from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.transport.encryption import Keys
 from hamdist.runtime.transport.shared_memory import MAX_CAPACITY
 from hamdist.runtime.transport.transport import IPC, SHM, TCP, local_way
+from hamdist.streams.live import live_of
 from hamdist.streams.replay import replays
 from hamdist.streams.sample import Stream
 
@@ -59,6 +60,7 @@ class PlacedWorkers:
         # What cannot be drawn again a second time stays here, where its log keeps what it gave.
         keeps = plan.snapshot_policy is not None and plan.snapshot_policy.recover
         self._portable = stream.portable and (replays(stream) or not keeps)
+        self.live = live_of(stream)
         self._local: Worker | None = None
         self._keys: Keys | None = None  # this process's, where tcp sockets ask for one
         self._thread: threading.Thread | None = None

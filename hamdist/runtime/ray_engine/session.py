@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,9 @@ class _Standing:
         )
 
 
+_inside: ContextVar[Session | None] = ContextVar("hamdist_session", default=None)
+
+
 def _runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
@@ -126,8 +130,6 @@ def _needed(processes: set[psutil.Process]) -> dict[psutil.Process, str]:
     return {process: name for process, name in found.items() if name in ("gcs_server", "raylet")}
 
 
-_current: Session | None = None
-_owner: int | None = None
 _one_at_a_time = threading.Lock()
 _standing: _Standing | None = None  # a local Ray that waits for the next run of this process
 _idle_over: threading.Timer | None = None
@@ -175,10 +177,11 @@ def ray_session(engine: EngineSettings, *, stays: bool = True) -> Iterator[Sessi
         ClusterError: no cluster answers at `engine.address`, the local Ray of the session around
             this one has ended, or another thread has a session.
     """
-    if _current is not None and _owner == threading.get_ident():
-        if _current.lost:
-            raise ClusterError(_current.lost)
-        yield _current
+    current = _inside.get()
+    if current is not None:
+        if current.lost:
+            raise ClusterError(current.lost)
+        yield current
         return
     patience = CLOSING_SECONDS if _closing.is_set() else 0
     if not _one_at_a_time.acquire(timeout=patience):
@@ -194,12 +197,12 @@ def ray_session(engine: EngineSettings, *, stays: bool = True) -> Iterator[Sessi
 
 @contextmanager
 def _outermost(engine: EngineSettings, stays: bool) -> Iterator[Session]:
-    global _current, _owner, _standing
+    global _standing
     standing = _opened(engine)
-    _current, _owner = standing.session, threading.get_ident()
+    before = _inside.set(standing.session)  # (of this thread, and of a live run that it starts)
     healthy = False
     try:
-        yield _current
+        yield standing.session
         healthy = True
     except ClusterError:
         raise  # (Ray may be what has failed: the next run starts another one)
@@ -207,7 +210,7 @@ def _outermost(engine: EngineSettings, stays: bool) -> Iterator[Session]:
         healthy = True
         raise
     finally:
-        _current = None
+        _inside.reset(before)
         if stays and healthy and standing.processes and engine.idle_seconds:
             _standing = standing
             _close_after(engine.idle_seconds)

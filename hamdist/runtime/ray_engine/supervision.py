@@ -17,6 +17,7 @@ from hamdist.runtime.results.result import Replaced
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
+TOKENS_AHEAD = 500  # of a live run, whose rate may rise at once; every actor hears in time
 PATIENCE_SECONDS = 20.0  # for all files of one
 LAST_SECONDS = 10.0  # for the one before the end
 
@@ -32,6 +33,7 @@ class SnapshotSupervision:
         self, plan: Plan, worker_group: WorkerGroup, snapshot_policy: SnapshotPolicy
     ) -> None:
         self._worker_group = worker_group
+        self._live = worker_group.live
         self._policy = snapshot_policy
         self._blocks = plan.graph.blocks
         self._python_state = sorted(plan.graph.state)
@@ -170,6 +172,8 @@ class SnapshotSupervision:
             if kept.failure is not None:
                 self._failures.add(kept.failure)
                 self._tries_failed = True
+                if self._live is not None:
+                    self._live.give(SnapshotError(kept.failure))
             for taken in kept.taken:
                 try:
                     complete = self._catalogue.put(taken)
@@ -178,6 +182,8 @@ class SnapshotSupervision:
                     self._tries_failed = True
                     continue
                 if complete is not None:
+                    if self._live is not None:
+                        self._live.give(str(complete))
                     self._worker_group.complete(complete.tick)
                     self._asked_for_is_there(complete.tick)
 
@@ -195,6 +201,9 @@ class SnapshotSupervision:
         self._pace = (now, front)
         if self._due is None:
             self._due = now + self._seconds
+        if self._live is not None and self._live.takes("snapshot"):
+            self._live.idle_until(self._ask(now, front) + 1)
+            return
         full = self._recovery is not None and self._full()
         if (now < self._due and not full) or front >= self._end:
             return
@@ -216,6 +225,8 @@ class SnapshotSupervision:
 
     def _ask(self, now: float, front: int) -> int:
         ahead = front + 1 + int(AHEAD_SECONDS * self._rate) + 2 * len(self._blocks)
+        if self._live is not None and self._live.whole:
+            ahead += TOKENS_AHEAD
         tick = int(min(ahead, self._end))
         if self._tries_failed:
             self._tries_failed = False

@@ -150,6 +150,10 @@ class WorkerActor:
     def status(self, seen: int, every: int | None) -> WorkerStatus:
         return self._prepared().status(seen, every)
 
+    def news(self, run: int, seconds: float) -> list[Any]:
+        host = self._of(run)
+        return [] if host is None else host.news(seconds)
+
     def stop_stream(self, run: int) -> None:
         host = self._of(run)
         if host is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 5.0
 OBEY_SECONDS = 2.0
+NEWS_SECONDS = 1.0  # of a call for news, which returns as soon as there is some
+PAUSE_SECONDS = 0.1  # until an actor that was lost is asked again
 
 
 class WorkerGroup(WiredWorkers):
@@ -194,6 +197,37 @@ class WorkerGroup(WiredWorkers):
         if self._local is not None:
             samples["driver"] = self._local.status(0, None).sample
         return samples
+
+    @contextlib.contextmanager
+    def news_fetched(self) -> Iterator[None]:
+        """Keep a call at every actor of a live run inside, and fetch the last news at the end.
+
+        An actor that was replaced tells again what it told since the snapshot; the receiver knows
+        it by its number.
+        """
+        live, over = self.live, threading.Event()
+
+        def fetch(index: int) -> None:
+            last = False
+            while live is not None and not last:
+                last = over.is_set()
+                call = self.actors[index].handle.news
+                try:
+                    for one in ray.get(call.remote(self.plan.run, 0 if last else NEWS_SECONDS)):
+                        live.send(one)
+                except RayError:  # it is replaced, or the run ends
+                    over.wait(PAUSE_SECONDS)
+
+        numbers = range(len(self.actors) if live is not None else 0)
+        threads = [threading.Thread(target=fetch, args=(i,), daemon=True) for i in numbers]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(10 * NEWS_SECONDS)
 
     def reports(self) -> list[WorkerReport]:
         """Return the reports of the actors that have finished, and of a stream in the driver."""

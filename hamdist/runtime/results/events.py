@@ -48,7 +48,7 @@ class RunEvent:
 
     def as_json(self) -> dict[str, Any]:
         """Return the event as plain values, null for numbers that are not finite."""
-        own = _plain(dataclasses.asdict(self))
+        own = plain(dataclasses.asdict(self))
         head = {"time": own.pop("time"), "event": self.name}
         return head | {k: v for k, v in own.items() if v is not None or k not in ("level", "seed")}
 
@@ -118,18 +118,11 @@ class WindowFull(RunEvent):
 
     @classmethod
     def of(cls, window: Window, readout: str, seconds: float, **head: Any) -> WindowFull:
-        return cls(
-            readout=readout,
-            first=window.first,
-            last=window.last,
-            samples=window.samples,
-            loss=window.mean_loss,
-            accuracy=window.accuracy,
-            correct=window.correct,
-            rows=window.rows,
-            seconds=seconds,
-            **head,
-        )
+        sums: dict[str, Any] = {
+            n: getattr(window, n) for n in ("first", "last", "samples", "correct", "rows")
+        }
+        sums |= {"loss": window.mean_loss, "accuracy": window.accuracy}
+        return cls(readout=readout, seconds=seconds, **sums, **head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,13 +282,14 @@ def _adapter(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(EVENTS[name])
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return `value` as JSON holds it: null for numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Norms):
-        return _plain(value._asdict())
+        return plain(value._asdict())
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return value

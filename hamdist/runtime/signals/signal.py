@@ -19,6 +19,7 @@ from torch import Tensor
 from hamdist.dynamics.graph.graph import INPUT, Graph
 from hamdist.dynamics.saved_state.remember import known
 from hamdist.dynamics.schedule.events import ALONE, Bundle, Kind, Schedule, Stamp
+from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.runtime.signals.cast import to_host
 from hamdist.runtime.signals.codec import Codec
@@ -110,7 +111,8 @@ def make_channels(
         graph: the graph.
         schedule: says how many signals are in flight.
         queue: signals that may wait beyond those.
-        clocked: the stream sends every block the step of integration, and the end of a sequence.
+        clocked: the stream sends every block the step of integration, and the end of a sequence; in
+            a live run, what each of its emissions is.
         bundle: the most signals in one message; auto: half as many as the schedule allows, so that
             the other half of an edge's delay is left to hide the link.
         labels: labels travel with the signal to all blocks that are no readouts.
@@ -175,7 +177,8 @@ def make_channels(
             schedule.bundle(way, Kind.STATE),
         )
     for block in graph.blocks if clocked else ():
-        waiting = 1 // schedule.c + 1
+        held = isinstance(schedule, HoldSchedule)
+        waiting = 1 // schedule.c + 1 if held else schedule.target_in_flight(block)
         made.clocks[block] = channel(Kind.CLOCK, INPUT, block, f"{INPUT}~>{block}", waiting, ALONE)
     if isinstance(schedule, PulseSchedule):
         for spec in graph.blocks.values():

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from math import inf
 
+from hamdist.errors import SnapshotError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
 from hamdist.runtime.snapshots.writer import SnapshotWriter, Stateful, WrittenFiles
+from hamdist.streams.live import LiveStream
 
 
 class InProcessSnapshots:
@@ -20,11 +22,17 @@ class InProcessSnapshots:
     """
 
     def __init__(
-        self, plan: Plan, nodes: Sequence[Stateful], mailbox: Mailbox, sent_log: SentLog
+        self,
+        plan: Plan,
+        nodes: Sequence[Stateful],
+        mailbox: Mailbox,
+        sent_log: SentLog,
+        live: LiveStream | None = None,
     ) -> None:
         if plan.snapshot_policy is None:
             raise ValueError("the run keeps nothing")
         self._nodes = nodes
+        self._live = live
         self._policy = plan.snapshot_policy
         self._catalogue = SnapshotCatalogue(plan)
         self._failures = SnapshotFailures()
@@ -41,9 +49,12 @@ class InProcessSnapshots:
     def look(self) -> None:
         """Request a snapshot if one is due; called between two events."""
         self._look_for_failures()
-        if time.monotonic() >= self._due:
+        wanted = self._live is not None and self._live.takes("snapshot")
+        if wanted or time.monotonic() >= self._due:
             self._due = time.monotonic() + self._seconds
-            self.snapshot_writer.ask(self._soon())
+            tick = self._soon()
+            if self.snapshot_writer.ask(tick) and wanted and self._live is not None:
+                self._live.idle_until(tick)
 
     def request(self) -> None:
         """Take a snapshot soon."""
@@ -53,6 +64,8 @@ class InProcessSnapshots:
         failure = self.snapshot_writer.failure()
         if failure is not None:
             self._failures.add(failure)
+            if self._live is not None:
+                self._live.give(SnapshotError(failure))
             self._catalogue.forget_tries(self.snapshot_writer.reached)
 
     def _soon(self) -> int:
@@ -69,7 +82,9 @@ class InProcessSnapshots:
         return ask
 
     def _written(self, taken: WrittenFiles) -> None:
-        self._catalogue.put(taken)
+        complete = self._catalogue.put(taken)
+        if complete is not None and self._live is not None:
+            self._live.give(str(complete))
 
     @property
     def snapshots(self) -> list[str]:

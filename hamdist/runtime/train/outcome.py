@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
 from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
 from hamdist.dynamics.graph.merged import MergedSequence, merged_module
@@ -9,7 +14,7 @@ from hamdist.runtime.advice.advice import after
 from hamdist.runtime.nodes.ties import weight_lags
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.startup import Startup
-from hamdist.runtime.results.result import Outcome, RunResult
+from hamdist.runtime.results.result import BlockState, Outcome, RunResult
 from hamdist.runtime.signals.edge_codecs import in_edge_order
 
 
@@ -36,7 +41,6 @@ def make_result(
             own = output.state_dict()
             weights[name] |= {OUTPUT_KEY + key: tensor for key, tensor in own.items()}
     averages = {name: b.average for name, b in outcome.blocks.items() if b.average}
-    averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
     facts = {
         **outcome.shared(),
         "startup": startup.seconds,
@@ -57,13 +61,29 @@ def make_result(
         "warnings": [*outcome.warnings, *after(plan, outcome)],
     }
     return RunResult(
-        model=merged_module(graph, averaged, _whole(graph, plan)),
-        plain=merged_module(graph, weights, _whole(graph, plan)) if averages else None,
+        model=_merged(graph, plan, weights, averages),
+        plain=_merged(graph, plan, weights, {}) if averages else None,
         blocks=outcome.blocks,
         windows=outcome.windows,
         records={name: outcome.records[name] for name in graph.blocks if name in outcome.records},
         **facts,
     )
+
+
+def model_of(graph: Graph, plan: Plan, blocks: Mapping[str, BlockState]) -> nn.Module:
+    """Return the plain module with the weights of all blocks, or their averages."""
+    weights = {name: {**b.theta, **b.buffers} for name, b in blocks.items()}
+    return _merged(graph, plan, weights, {n: b.average for n, b in blocks.items() if b.average})
+
+
+def _merged(
+    graph: Graph,
+    plan: Plan,
+    weights: Mapping[str, Mapping[str, Any]],
+    averages: Mapping[str, Mapping[str, Tensor]],
+) -> nn.Module:
+    averaged = {name: {**own, **averages.get(name, {})} for name, own in weights.items()}
+    return merged_module(graph, averaged, _whole(graph, plan))
 
 
 def _whole(graph: Graph, plan: Plan) -> MergedSequence | None:

@@ -62,7 +62,8 @@ from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.choose_level import resolved
 from hamdist.runtime.train.outcome import make_result
 from hamdist.runtime.train.prepare import graph_in_blocks, in_dtype_of, modules_of
-from hamdist.runtime.train.rules import NamedRule, make_rules
+from hamdist.runtime.train.rules import NamedRule, make_rule
+from hamdist.streams.live import live_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 from hamdist.streams.wrappers.chosen_targets import with_targets_of
 
@@ -147,7 +148,8 @@ def train(
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)
             rule = OptimizerRule(function=optimizer, scheduler=scheduler)
-            own = make_rules({**(rules or {}), **settings.learning.rules, **(rules or {})})
+            named = {**(rules or {}), **settings.learning.rules, **(rules or {})}
+            own = {pattern: make_rule(f"rules.{pattern}", one) for pattern, one in named.items()}
             work = _Work(
                 model, spec, settings, losses, policy, phi, known_by, optimizer=rule, rules=own
             )
@@ -164,6 +166,9 @@ def train(
         alone = settings.engine.kind is EngineKind.INPROCESS  # (on Ray the actors show it)
         if alone and settings.engine.bits is Bits.PORTABLE and not is_pinned():
             check_portable(plan.arithmetic, plan.switches, native=plan.native)
+        live = live_of(stream)
+        if live is not None:
+            live.started(stream, graph, plan)
         kept_at = None if plan.snapshot_policy is None else plan.snapshot_policy.path
         try:
             with claimed(kept_at, plan.run):
@@ -312,7 +317,7 @@ class _Work:
 
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
     """Return the plan with which `train` would begin. Raises what `train` raises before that."""
-    rules = make_rules(settings.learning.rules)
+    rules = {p: make_rule(f"rules.{p}", one) for p, one in settings.learning.rules.items()}
     return _Work(model, spec, settings, None, None, None, rules=rules).planned()[1]
 
 

@@ -57,14 +57,13 @@ class Chosen(Derived):
         """Return the spec of the wrapped stream, without the targets of those readouts."""
         own = self._stream.spec
         kept = {n: one for n, one in (own.targets or {}).items() if n in self._readouts}
-        first = next(iter(kept.values()))
-        return replace(
-            own, y_shape=first.shape, y_dtype=first.dtype, classes=first.classes, targets=kept
-        )
+        some = SampleSpec.several(own.u_shape, own.u_dtype, kept)
+        of_target = {n: getattr(some, n) for n in ("y_shape", "y_dtype", "classes", "targets")}
+        return replace(own, **of_target)
 
     def samples(self) -> Iterator[Sample]:
         """Return the samples from sample 0 on."""
-        return self._chosen(self._stream.samples())
+        return self.chosen(self._stream.samples())
 
     def passed(self) -> int:
         """Return the number of samples that the wrapped stream has dropped."""
@@ -72,9 +71,10 @@ class Chosen(Derived):
 
     def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
         """Return the samples of the wrapped stream behind `given` and `passed` ones."""
-        return self._chosen(samples_from(self._stream, given, passed))
+        return self.chosen(samples_from(self._stream, given, passed))
 
-    def _chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+    def chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Yield `samples` as this stream gives them."""
         for sample in samples:
             if isinstance(sample.y, Mapping):
                 y = {n: one for n, one in sample.y.items() if n in self._readouts}

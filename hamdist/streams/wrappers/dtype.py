@@ -52,7 +52,8 @@ class Cast(Chosen):
             return {name: None if t is None else self._cast(t) for name, t in y.items()}
         return None if y is None else self._cast(y)
 
-    def _chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+    def chosen(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Yield `samples` as this stream gives them."""
         for sample in samples:
             yield replace(
                 sample,

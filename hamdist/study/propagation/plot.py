@@ -5,20 +5,23 @@ Colours tell the streams apart, dashes and markers c tau. Nothing touches matplo
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hamdist.errors import need_package
 from hamdist.study.propagation.settling import DecayFit
 from hamdist.study.propagation.streams import StreamKind
-from hamdist.study.report.plots import COLOURS, import_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+COLOURS = ("#0072B2", "#D55E00", "#009E73")  # of Okabe and Ito
 COLOUR_OF = {
     StreamKind.SMOOTH.value: COLOURS[0],
     StreamKind.RANDOM.value: COLOURS[1],
@@ -30,6 +33,18 @@ PANEL_WIDTH, HEIGHT, DPI = 4.6, 4.7, 150
 # Below these a static input's error is on its way to round-off; it would flatten all else.
 ERROR_FLOOR, ANGLE_FLOOR, DECAY_FLOOR = 1e-4, 1e-8, 1e-9
 ROOM = 3.0
+
+
+def import_matplotlib() -> None:
+    """Import matplotlib, whatever MPLBACKEND says: a notebook's backend may not be installed."""
+    need_package("matplotlib", "matplotlib", "plots")
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
 
 
 @dataclass(frozen=True, slots=True)

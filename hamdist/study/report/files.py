@@ -24,8 +24,8 @@ from hamdist.runtime.results.events import (
     WindowFull,
     read_events,
 )
+from hamdist.runtime.results.scores import Scores
 from hamdist.study.report.aggregate import AggregateRow
-from hamdist.study.run.evaluate import Scores
 from hamdist.study.run.run import Run
 from hamdist.study.shared.result_folder import EVENTS
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +12,8 @@ from hamdist.config import Settings, to_yaml
 from hamdist.runtime.results.events import RunEvent
 from hamdist.study.report.table import Table
 from hamdist.study.view.explain import explain
-from hamdist.study.view.page import baked, page, sections
+from hamdist.study.view.figures import PageFigure
+from hamdist.study.view.page import FIGURES, baked, page, sections
 
 PACKAGES = ("hamdist", "torch", "ray", "numpy", "pyzmq")
 
@@ -34,14 +34,13 @@ class HtmlReport:
     """The content of the page.
 
     Attributes:
-        plots: SVG by file name, in order.
         when: a date.
-        events: of the runs; they become the curves.
+        events: of the runs; they become the curves, and `figures` are drawn below.
     """
 
     settings: Settings
     table: Table
-    plots: Mapping[str, bytes]
+    figures: Sequence[PageFigure]
     command: str
     when: str
     interrupted: bool
@@ -60,10 +59,10 @@ def render(report: HtmlReport) -> str:
         html_notes(report.table.notes),
         _words(report.events),
         sections() if report.events else "",
-        *[html_figure(name, svg) for name, svg in report.plots.items()],
+        FIGURES if report.figures else "",
         f"<h2>Settings</h2><pre>{escape(to_yaml(report.settings))}</pre>",
     ]
-    return page(title, parts, [baked(report.events)] if report.events else [])
+    return page(title, parts, [baked(report.events, report.figures)])
 
 
 def _words(events: Sequence[RunEvent]) -> str:
@@ -121,10 +120,3 @@ def html_notes(notes: Sequence[str]) -> str:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f'<div class="notes"><b>Notes and warnings</b><ul>{items}</ul></div>'
-
-
-def html_figure(name: str, svg: bytes) -> str:
-    """Return a picture inside the page; `name` is that of its file, which describes it."""
-    data = base64.b64encode(svg).decode("ascii")
-    words = name.removesuffix(".svg").replace("-", " against ")
-    return f'<figure><img alt="{escape(words)}" src="data:image/svg+xml;base64,{data}"></figure>'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from safetensors.torch import save
@@ -21,12 +22,13 @@ from hamdist.study.report.files import (
     to_json,
 )
 from hamdist.study.report.html import HtmlReport, render
-from hamdist.study.report.plots import comparison_plots
+from hamdist.study.report.plots import gap_figures
 from hamdist.study.report.table import comparison_table
-from hamdist.study.report.tracking_plots import record_plots
+from hamdist.study.report.tracking_plots import record_figures
 from hamdist.study.run.run import Run
 from hamdist.study.run.tracking import records_npz
 from hamdist.study.shared.result_folder import write_file
+from hamdist.study.view.page import FIGURES, baked, page
 
 
 def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> None:
@@ -34,7 +36,7 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
     metrics.jsonl and summary.json, in this order: a disk that gets full has the weights. Of
     averaged weights also plain.safetensors, the weights as they were in the end; of a run with
     `partition.delays: auto` the settings have the delays that were chosen; of one with
-    `metrics.record` also records.npz and its plots; with `engine.digests` digests.json (diff.py).
+    `metrics.record` also records.npz and records.html; with `engine.digests` digests.json.
 
     Raises SettingsError where a file cannot be written.
     """
@@ -46,8 +48,11 @@ def save_run(folder: Path, run: Run, model: nn.Module, settings: Settings) -> No
     write_file(folder / "summary.json", summary_json(run))
     if run.records:
         write_file(folder / "records.npz", records_npz(run.records, settings))
-        for name, png in record_plots(run.records, settings).items():
-            write_file(folder / name, png)
+        figures = record_figures(run.records, settings)
+        if figures:
+            title = escape(f"hamdist: what {settings.name} recorded")
+            parts = [f"<h1>{title}</h1>", FIGURES]
+            write_file(folder / "records.html", page(title, parts, [baked(figures=figures)]))
     if run.digests:
         write_file(folder / "digests.json", digests_json(run.digests))
 
@@ -93,10 +98,9 @@ def save_comparison(
     *,
     command: str,
     interrupted: bool,
-    drawn: bool = True,
 ) -> None:
-    """Write runs.jsonl, results.csv, summary.json, settings.yaml, the plots (`drawn`) and
-    report.html; with `engine.digests` also digests-LEVEL-SEED.json of every run of hamdist's.
+    """Write runs.jsonl, results.csv, summary.json, settings.yaml and report.html; with
+    `engine.digests` also digests-LEVEL-SEED.json of every run of hamdist's.
 
     Raises SettingsError where a file cannot be written.
     """
@@ -110,13 +114,10 @@ def save_comparison(
         if run.digests:
             name = f"digests-{run.level}-{run.seed}.json"
             write_file(folder / name, digests_json(run.digests))
-    plots = comparison_plots(runs) if rows and drawn else {}
-    for name, png in plots.items():
-        write_file(folder / name, png)
     report = HtmlReport(
         settings=settings,
         table=comparison_table(rows),
-        plots={name: plots[name] for name in ("gap.svg",) if name in plots},
+        figures=gap_figures(runs),
         command=command,
         when=time.strftime("%Y-%m-%d %H:%M %z"),
         interrupted=interrupted,

@@ -51,7 +51,7 @@ FILES = (  # what --overwrite may remove: whatever these commands write
         "results.csv",
     ),
     *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
-    *("gap.svg", "accuracy-*.svg"),
+    "records.html",
     *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png"),
     *("tracking.png", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
 )

@@ -1,4 +1,4 @@
-"""The files of a study: Markdown, HTML, CSV, JSON, plots, and the settings that made them."""
+"""The files of a study: Markdown, HTML, CSV, JSON, and the settings that made them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import csv
 import dataclasses
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from hamdist.runtime.results.events import RunEvent, WindowFull
 from hamdist.study.report.files import to_json
-from hamdist.study.report.html import facts, html_figure, html_notes, html_table
+from hamdist.study.report.html import facts, html_notes, html_table
 from hamdist.study.report.table import Table, markdown
 from hamdist.study.shared.result_folder import write_file
-from hamdist.study.sweep.plots import study_plots
+from hamdist.study.sweep.plots import curve_name, study_figures
 from hamdist.study.sweep.run import StudyOutcome
 from hamdist.study.sweep.settings import Axis, StudySettings, study_yaml
 from hamdist.study.sweep.summary import SummaryLine, summary
 from hamdist.study.sweep.tables import study_tables
-from hamdist.study.view.page import page
+from hamdist.study.view.figures import PageFigure
+from hamdist.study.view.page import FIGURES, baked, page, sections
 
 
 def save_study(
@@ -31,22 +33,19 @@ def save_study(
     command: str,
     first: Axis | None = None,
 ) -> dict[str, Table]:
-    """Write study.yaml, study.json, study.csv, study.md, study.html and the plots; return the
-    tables.
+    """Write study.yaml, study.json, study.csv, study.md and study.html; return the tables.
 
     Raises SettingsError if a file cannot be written.
     """
     lines = summary(outcomes)
     tables = study_tables(study, lines, first)
-    plots = study_plots(study, outcomes)
-    for name, png in plots.items():
-        write_file(folder / name, png)
+    figures = study_figures(study, outcomes)
     write_file(folder / "study.yaml", study_yaml(study))
     rows = [record(line) for line in lines]
     write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2) + "\n")
     write_file(folder / "study.csv", _csv(rows))
-    write_file(folder / "study.md", _markdown(study, tables, plots, command))
-    write_file(folder / "study.html", _html(study, tables, plots, command))
+    write_file(folder / "study.md", _markdown(study, tables, command))
+    write_file(folder / "study.html", _html(study, tables, figures, command, outcomes))
     return tables
 
 
@@ -70,31 +69,50 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _markdown(
-    study: StudySettings, tables: Mapping[str, Table], plots: Mapping[str, bytes], command: str
-) -> str:
+def _markdown(study: StudySettings, tables: Mapping[str, Table], command: str) -> str:
     parts = [f"# {study.name}\n\n`{command}`\n"]
     parts += [f"\n## {title}\n\n{markdown(table)}" for title, table in tables.items()]
-    parts += [f"\n![{_words(name)}]({name})\n" for name in plots if name.endswith(".png")]
     parts.append(f"\n## Settings\n\n```yaml\n{study_yaml(study)}```\n")
     return "".join(parts)
 
 
 def _html(
-    study: StudySettings, tables: Mapping[str, Table], plots: Mapping[str, bytes], command: str
+    study: StudySettings,
+    tables: Mapping[str, Table],
+    figures: Sequence[PageFigure],
+    command: str,
+    outcomes: Sequence[StudyOutcome],
 ) -> str:
     title = escape(f"hamdist study: {study.name}")
     parts = [f"<h1>{title}</h1>", facts(command, time.strftime("%Y-%m-%d %H:%M %z"))]
     for name, table in tables.items():
         parts.append(f'<h2>{escape(name)}</h2><div class="scroll">{html_table(table)}</div>')
         parts.append(html_notes(table.notes))
-    parts += [
-        "<h2>Plots</h2>",
-        *(html_figure(name, plots[name]) for name in plots if name.endswith(".svg")),
-    ]
+    parts.append(FIGURES if figures else "")
     parts.append(f"<h2>Settings</h2><pre>{escape(study_yaml(study))}</pre>")
-    return page(title, parts)
+    events = [event for outcome in outcomes for event in _curve(study, outcome)]
+    return page(title, [*parts[:2], sections("rows"), *parts[2:]], [baked(events, figures)])
 
 
-def _words(name: str) -> str:
-    return name.removesuffix(".png").replace("-", " against ")
+def _curve(study: StudySettings, outcome: StudyOutcome) -> Iterator[RunEvent]:
+    """Yield the prequential windows of an outcome's first seed, counted in rows."""
+    head: dict[str, Any] = {"level": curve_name(study, None, outcome.cell)}
+    last = -1
+    for rows, seconds, accuracy, loss in outcome.records[0].curve:
+        if rows is None or seconds is None or loss is None:
+            continue
+        number, right = int(rows) - 1 - last, accuracy or 0.0
+        counted = 0 if accuracy is None else number
+        yield WindowFull(
+            readout="",
+            first=last + 1,
+            last=int(rows) - 1,
+            samples=number,
+            loss=loss,
+            accuracy=accuracy,
+            correct=round(right * number),
+            rows=counted,
+            seconds=seconds,
+            **head,
+        )
+        last = int(rows) - 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 
-from hamdist.runtime.results.events import RunEvent
+from hamdist.runtime.results.events import RunEvent, plain
+from hamdist.study.view.figures import PageFigure
 
 
 @cache
@@ -37,14 +39,21 @@ def page(title: str, parts: Sequence[str], script: Sequence[str] = ()) -> str:
     )
 
 
-def sections() -> str:
-    """Return the parts that show a run: curves, network, actors, edges; empty ones hide."""
-    return asset("sections.html")
+FIGURES = '<section><h2>Figures</h2><div id="figures"></div></section>'
 
 
-def baked(events: Iterable[RunEvent]) -> str:
-    """Return the script element that holds the events of a report."""
-    text = json.dumps([event.as_json() for event in events], ensure_ascii=False, allow_nan=False)
+def sections(unit: str = "samples") -> str:
+    """Return the parts that show a run: curves (against `unit`), network, actors, edges."""
+    return asset("sections.html").replace("{unit}", unit)
+
+
+def baked(events: Iterable[RunEvent] = (), figures: Iterable[PageFigure] = ()) -> str:
+    """Return the script element that holds the events and the figures of a report."""
+    data = {
+        "events": [event.as_json() for event in events],
+        "figures": [plain(dataclasses.asdict(figure)) for figure in figures],
+    }
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     safe = text.replace("<", "\\u003c")  # (no text can end the element)
     return f'<script type="application/json" id="data">{safe}</script>'
 

@@ -11,11 +11,10 @@ import json
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from hamdist.errors import SettingsError
@@ -26,14 +25,16 @@ from hamdist.study.view.page import live_page
 
 HOST = "127.0.0.1"
 CHUNK = 2**20
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
-)
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src "
+    "'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """An answer to a request."""
 
     body: str
@@ -101,14 +102,8 @@ class PageServer:
         reply = self._reply(request, url.path, query)
         body = reply.body.encode("utf-8")
         request.send_response(reply.status)
-        for name, value in {
-            "Content-Type": f"{reply.kind}; charset=utf-8",
-            "Content-Length": str(len(body)),
-            "Content-Security-Policy": POLICY,
-            "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-        }.items():
+        kind = {"Content-Type": f"{reply.kind}; charset=utf-8", "Content-Length": str(len(body))}
+        for name, value in {**kind, **HEADERS}.items():
             request.send_header(name, value)
         request.end_headers()
         request.wfile.write(body)
@@ -171,22 +166,19 @@ def is_alive(folder: Path) -> bool:
 
 
 def _explained(folder: Path, query: dict[str, str]) -> list[str]:
-    seed = query.get("seed", "")
+    seed = int(query["seed"]) if query.get("seed", "").isdecimal() else None
     try:
         with (folder / EVENTS).open(encoding="utf-8") as file:
-            known = explain(
-                read_events(file), query.get("level"), int(seed) if seed.isdecimal() else None
-            )
+            runs = explain(read_events(file), query.get("level"), seed)
     except OSError:
         return []
-    return [text for texts in known.values() for text in texts]
+    return [text for texts in runs.values() for text in texts]
 
 
 def _control(folder: Path, action: str) -> Reply:
-    if action not in REQUESTS:
-        return Reply(f"no such request: {action!r}", HTTPStatus.BAD_REQUEST, "text/plain")
-    if not is_alive(folder):
-        return Reply("the run has ended", HTTPStatus.CONFLICT, "text/plain")
+    if action not in REQUESTS or not is_alive(folder):
+        text = "the run has ended" if action in REQUESTS else f"no such request: {action!r}"
+        return Reply(text, HTTPStatus.CONFLICT, "text/plain")
     try:
         ask_of(folder, action)
     except SettingsError as error:

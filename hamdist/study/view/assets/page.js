@@ -36,6 +36,8 @@
     return `${number(x)} ${units[i]}`;
   }
 
+  const baked = byId("data") ? JSON.parse(byId("data").textContent) : { events: [], figures: [] };
+
   // -- what is known of each run ------------------------------------------------------------------
   const runs = new Map();
   const folders = []; // of a live page: {path, from, alive, controls, key}
@@ -137,8 +139,9 @@
       const part = windows.slice(i, i + several);
       const samples = part.reduce((sum, w) => sum + w.samples, 0);
       const rows = part.reduce((sum, w) => sum + w.rows, 0);
+      const sum = part.filter((w) => w.rows);
       const value = loss ? part.reduce((sum, w) => sum + w.loss * w.samples, 0) / samples
-        : rows ? (100 * part.reduce((sum, w) => sum + w.correct, 0)) / rows : null;
+        : rows ? (100 * sum.reduce((all, w) => all + w.accuracy * w.rows, 0)) / rows : null;
       const last = part[part.length - 1];
       const at = seconds ? last.seconds : last.last + 1;
       if ((setting("log-x") && at <= 0) || (x.length && at <= x[x.length - 1])) continue;
@@ -148,15 +151,58 @@
     return [x, y];
   }
 
+  function bars(u, spreads) { // of the points of figures
+    u.ctx.save();
+    spreads.forEach((spread, i) => spread.forEach((half, k) => {
+      const y = u.data[i + 1][k];
+      if (!half || y === null || y === undefined || !u.series[i + 1].show) return;
+      const at = u.valToPos(u.data[0][k], "x", true);
+      u.ctx.strokeStyle = u.series[i + 1].stroke();
+      u.ctx.lineWidth = 1.5;
+      u.ctx.beginPath();
+      u.ctx.moveTo(at, u.valToPos(y - half, "y", true));
+      u.ctx.lineTo(at, u.valToPos(y + half, "y", true));
+      u.ctx.stroke();
+    }));
+    u.ctx.restore();
+  }
+
+  function renderFigures() {
+    const box = byId("figures");
+    if (!box) return;
+    box.replaceChildren();
+    for (const figure of baked.figures) {
+      const target = make("div", { class: "plot figure" });
+      const button = make("button", {}, "Save as SVG");
+      box.append(make("h3", {}, figure.title), make("div", { class: "bar" }, button), target);
+      const tables = figure.curves.map((c) => [c.x, c.y.map((v) => (figure.log_y && v <= 0 ? null : v))]);
+      const data = uPlot.join(tables);
+      const spreads = figure.curves.map((c) => data[0].map((x) => c.spread[c.x.indexOf(x)]));
+      const reach = figure.curves.flatMap((c) => c.y.flatMap((v, i) => (v === null ? [] : [v - (c.spread[i] ?? 0), v + (c.spread[i] ?? 0)])));
+      const lines = figure.curves.map((c) => ({ label: c.label, spanGaps: true, width: c.style ? 2 : 5, value: (_, v) => number(v, 4),
+        stroke: c.style ? PALETTE[c.style[0] % PALETTE.length] : css("--other"), dash: c.style ? DASHES[c.style[1] % DASHES.length] : [],
+        points: { show: c.points, size: 8 } }));
+      const u = plot(target, data, lines, { logX: figure.log_x, logY: figure.log_y, xLabel: figure.x_label, yLabel: figure.y_label,
+        ticks: figure.ticks, reach: figure.log_y || !spreads.some((s) => s.some(Boolean)) ? null : reach, draw: (plotted) => bars(plotted, spreads) });
+      button.addEventListener("click", () => saveSvg(u, figure.title));
+    }
+  }
+
   function plot(target, data, lines, options = {}) {
     const width = Math.max(220, target.clientWidth);
     const axis = { stroke: css("--ink"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") } };
     const log = (on) => (on ? { distr: 3 } : {});
     target.replaceChildren();
+    const named = options.ticks && options.ticks.length ? options.ticks : null;
+    const places = named ? { range: [-0.5, named.length - 0.5] } : {};
+    const marks = named ? { incrs: [1], values: (_, at) => at.map((v) => named[v] ?? "") } : {};
+    const low = options.reach && Math.min(0, ...options.reach), high = options.reach && Math.max(...options.reach);
+    const room = options.reach ? { range: [Math.min(...options.reach) >= 0 && Math.min(...options.reach) > high / 2 ? Math.min(...options.reach) * 0.98 : low * 1.1, high > 0 ? high * 1.05 : 0.05 * Math.abs(low)] } : {};
     return new uPlot({
       width, height: options.height ?? Math.min(420, Math.max(220, width * 0.45)),
-      scales: { x: { time: false, ...log(options.logX) }, y: log(options.logY) },
-      axes: [{ ...axis, label: options.xLabel, labelSize: 22 }, { ...axis, label: options.yLabel, labelSize: 22, size: 60 }],
+      scales: { x: { time: false, ...log(options.logX), ...places }, y: { ...log(options.logY), ...room } },
+      hooks: options.draw ? { draw: [options.draw] } : {},
+      axes: [{ ...axis, label: options.xLabel, labelSize: 22, ...marks }, { ...axis, label: options.yLabel, labelSize: 22, size: 60 }],
       series: [{ label: options.xLabel, value: (_, v) => number(v, 6) }, ...lines],
       cursor: { drag: { x: true, y: false } },
     }, data, target);
@@ -176,14 +222,45 @@
         stroke: baseline ? css("--other") : PALETTE[s.style % PALETTE.length],
         dash: baseline ? [] : DASHES[s.style % DASHES.length], points: { show: s.windows.length < 3 } };
     });
-    const seconds = setting("against") === "seconds";
     const hidden = curves && curves.series.length === lines.length + 1 ? curves.series.map((s) => s.show) : null;
     if (curves) curves.destroy();
     curves = plot(box, data, lines, { logX: setting("log-x"), logY: setting("log-y"),
-      xLabel: seconds ? "seconds" : "samples",
+      xLabel: setting("against"),
       yLabel: setting("metric") === "loss" ? "prequential loss" : "prequential accuracy, %" });
     if (hidden) hidden.forEach((show, i) => { if (i && !show) curves.setSeries(i, { show: false }); });
     box.setAttribute("aria-label", `Curves of ${found.map((s) => s.label).join("; ")}`);
+  }
+
+  function saveSvg(u, name) { // the curves as they are shown now
+    if (!u) return undefined;
+    const [W, H, left, top, right, bottom] = [900, 560, 80, 20, 20, 110];
+    const scale = (name, from, to) => { const s = u.scales[name], f = s.distr === 3 ? Math.log10 : (v) => v;
+      return (v) => from + ((f(v) - f(s.min)) / (f(s.max) - f(s.min))) * (to - from); };
+    const x = scale("x", left, W - right), y = scale("y", H - bottom, top);
+    const svg = make("svg", { xmlns: SVG, viewBox: `0 0 ${W} ${H}`, width: W, height: H, "font-family": "sans-serif", "font-size": 12 },
+      make("rect", { width: W, height: H, fill: "#fff" }));
+    const text = (at, down, anchor, words) => svg.append(make("text", { x: at, y: down, "text-anchor": anchor }, words));
+    u.axes.forEach((axis, i) => (axis._splits ?? []).forEach((v, k) => {
+      const label = axis._values[k];
+      if (label === null || label === "") return;
+      const at = i ? y(v) : x(v);
+      svg.append(make("path", { d: i ? `M${left},${at}H${W - right}` : `M${at},${top}V${H - bottom}`, stroke: "#ddd", fill: "none" }));
+      if (i) text(left - 6, at + 4, "end", String(label)); else text(at, H - bottom + 16, "middle", String(label));
+    }));
+    text((left + W - right) / 2, H - bottom + 36, "middle", u.axes[0].label);
+    text(left, top - 6, "start", u.axes[1].label);
+    u.series.slice(1).filter((s) => s.show).forEach((s, i) => {
+      const values = u.data[u.series.indexOf(s)];
+      const points = values.map((v, k) => [u.data[0][k], v]).filter(([at, v]) => v !== null && v !== undefined && at >= u.scales.x.min && at <= u.scales.x.max);
+      const style = { stroke: s.stroke(), "stroke-width": s.width, "stroke-dasharray": (s.dash ?? []).join(" "), fill: "none" };
+      svg.append(make("path", { d: `M${points.map(([at, v]) => `${x(at).toFixed(1)},${y(v).toFixed(1)}`).join("L")}`, ...style }));
+      const at = left + (i % 3) * 270, down = H - bottom + 58 + Math.floor(i / 3) * 18;
+      svg.append(make("path", { d: `M${at},${down - 4}h32`, ...style }));
+      text(at + 38, down, "start", s.label);
+    });
+    const link = make("a", { href: URL.createObjectURL(new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" })), download: `${name.replace(/[^\w-]+/g, "-")}.svg` });
+    link.click();
+    return svg;
   }
 
   // -- the network ------------------------------------------------------------------------------
@@ -432,6 +509,7 @@
 
   function draw() {
     const run = runs.get(chosenRun);
+    if (baked.figures.length) renderFigures();
     renderCurves();
     if (run) {
       for (const render of [renderStatus, renderNetwork, renderBlock, renderActors, renderEdges, renderLog]) render(run);
@@ -499,14 +577,14 @@
   for (const id of ["metric", "against", "log-x", "log-y", "average"]) if (byId(id)) byId(id).addEventListener("input", renderCurves);
   if (byId("run")) byId("run").addEventListener("input", (e) => { chosenRun = e.target.value; chosenBlock = null; draw(); });
   for (const id of ["stop", "snapshot"]) if (byId(id)) byId(id).addEventListener("click", () => control(id));
+  if (byId("svg")) byId("svg").addEventListener("click", () => saveSvg(curves, "curves"));
   for (const table of document.querySelectorAll("table.sortable")) sortable(table);
   let resized = null;
   window.addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(draw, 150); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  const baked = byId("data");
-  if (baked) {
-    for (const event of JSON.parse(baked.textContent)) take(0, event);
+  if (byId("data")) {
+    for (const event of baked.events) take(0, event);
     draw();
   } else poll();
-  window.hamdist = { runs, folders, take, draw }; // for tests, and for the curious
+  window.hamdist = { runs, folders, take, draw, saveSvg }; // for tests, and for the curious
 })();

@@ -1,0 +1,1 @@
+"""A run that one can talk to: its handle, its journal."""

@@ -1,0 +1,149 @@
+"""The beginning of a live run, and its repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import EngineKind, Level, Settings
+from hamdist.dynamics.graph.graph import OUTPUT_KEY, Graph
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import SettingsError
+from hamdist.runtime.live.callbacks import Callback
+from hamdist.runtime.live.journal import Journal, named, read_named
+from hamdist.runtime.live.run import LiveRun
+from hamdist.runtime.results.result import RunResult
+from hamdist.runtime.storage.snapshot_files import complete
+from hamdist.runtime.storage.store import storage
+from hamdist.streams.iterable import IterableStream
+from hamdist.streams.live import LiveStream
+from hamdist.streams.sample import Sample
+
+
+def live_run(
+    work: Any,
+    model: nn.Module | Graph,
+    reader: IterableStream,
+    *,
+    patience: int,
+    classes: Any = None,
+    idle: float | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    repeats: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> LiveRun:
+    """Start a live run. Raises HamdistError before anything starts.
+
+    Args:
+        work: `train` with all arguments but the stream, `on_progress` and `resume`.
+        model: as the user gave it.
+        reader: a stream of the example, which turns what is fed into samples.
+        repeats: the journal in `out` is read, and nothing is added to it.
+    """
+    settings: Settings = work.keywords["settings"]
+    if settings.level is Level.AUTO:
+        raise SettingsError(
+            "level 'auto' is chosen by a look at the stream, which a live run does not have yet; "
+            "name one (trace learns from any)"
+        )
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise SettingsError("start() was called inside torch.autocast: call it outside")
+    if resume is not None and out is None:
+        raise SettingsError("resume: a live run goes on with its journal: give out=, too")
+    example = next(reader.samples())
+    journal = None if out is None else Journal(out, reads=repeats)
+    try:
+        if journal is not None and not repeats:
+            dumped = settings.model_dump(mode="json", exclude_unset=True)
+            facts = {"settings": dumped, "classes": classes, "patience": patience}
+            resume = _begun(journal, facts, settings, model, example, resume)
+        zeros = {n: torch.zeros_like(u) for n, u in (example.inputs or {}).items()}
+        stream = LiveStream(
+            reader.live_spec(patience),
+            Sample(torch.zeros_like(example.u), inputs=zeros or None),
+            idle=idle,
+            lockstep=settings.engine.kind is EngineKind.INPROCESS,
+            log=journal,
+        )
+
+        def run(stream: Any, on_progress: Any) -> RunResult:
+            done: RunResult = work(stream=stream, on_progress=on_progress, resume=resume)
+            return done
+
+        return LiveRun(run, stream, reader, settings, work.keywords["loss"], journal, callbacks)
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise
+
+
+def _begun(
+    journal: Journal,
+    facts: dict[str, Any],
+    settings: Settings,
+    model: nn.Module | Graph,
+    example: Sample,
+    resume: str | Path | None,
+) -> str | Path | None:
+    """Write the beginning of a new run; return the snapshot from which an earlier one goes on."""
+    where, kept = str(journal.folder), settings.snapshots.path
+    if (resume is None) != journal.new:
+        raise SettingsError(
+            f"out {where!r} holds no journal to go on with: leave resume out"
+            if journal.new
+            else f"out {where!r} holds the journal of an earlier run: resume={where!r} goes on "
+            "with it; or give another folder"
+        )
+    if resume is not None:
+        found = kept is not None and any(complete(storage(kept)))
+        return resume if Path(resume) != journal.folder else kept if found else None
+    u = example.u if example.inputs is None else example.inputs
+    tensors = {**named("u", u), **named("y", example.y), **named("weights", _weights(model))}
+    journal.write({"event": "begin", **facts}, tensors)
+    return None
+
+
+def read_beginning(out: str | Path) -> tuple[dict[str, Any], Any, Any]:
+    """Return the facts of a run, its example, and its first weights. Raises SettingsError."""
+    facts, read = next(Journal(out, reads=True).lines(), ({}, {}))
+    if facts.get("event") != "begin":
+        raise SettingsError(f"{out}: no journal of a live run; give the folder that it had as out=")
+    example = {"u": read_named("u", read), "y": read_named("y", read)}
+    return facts, example, read_named("weights", read)
+
+
+def with_first_weights(model: nn.Module | Graph, weights: Mapping[str, Tensor]) -> Any:
+    """Return a copy of `model` with the weights that a run began with. Raises SettingsError."""
+    own = model.copy() if isinstance(model, Graph) else copied(model)
+    strange = sorted(set(_weights(own)) ^ set(weights))
+    if strange:
+        raise SettingsError(f"the run was one of another model: {strange[0]!r} is in one of them")
+    for prefix, module in _modules(own).items():
+        state = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
+        try:
+            module.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            last = str(error).strip().splitlines()[-1].strip()
+            raise SettingsError(f"the run was one of another model: {last}") from None
+    return own
+
+
+def _modules(model: nn.Module | Graph) -> dict[str, nn.Module]:
+    if isinstance(model, nn.Module):
+        return {"": model}
+    outputs = {f"{b.name}/{OUTPUT_KEY}": b.output for b in model.blocks.values() if b.output}
+    return {**{f"{b.name}//": b.module for b in model.blocks.values()}, **outputs}
+
+
+def _weights(model: nn.Module | Graph) -> dict[str, Tensor]:
+    return {
+        prefix + name: value
+        for prefix, module in _modules(model).items()
+        for name, value in module.state_dict().items()
+        if isinstance(value, Tensor)
+    }

@@ -1,0 +1,381 @@
+"""The handle of a live run: feed, predict, teach, change, look, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextvars
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamdist.config import Settings
+from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.graph.inputs import NetworkInputs
+from hamdist.dynamics.objective.losses import Losses, make_losses
+from hamdist.errors import SettingsError, Stop, StreamError
+from hamdist.runtime.live.callbacks import Callback
+from hamdist.runtime.live.journal import Journal
+from hamdist.runtime.nodes.live import Answered, HandedOver
+from hamdist.runtime.nodes.source import checker_of
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.results.events import ActorReplaced, RunEvent, SnapshotComplete, WindowFull
+from hamdist.runtime.results.progress_events import ProgressEvents
+from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.results.scores import Scores, Targets, evaluate
+from hamdist.runtime.train.outcome import model_of
+from hamdist.streams.check import Checker
+from hamdist.streams.iterable import IterableStream
+from hamdist.streams.live import Entry, LiveStream
+from hamdist.streams.sample import Sample, Stream
+from hamdist.streams.wrappers.chosen_targets import Chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The prediction of sample `number`: (B, ...), or a dict of them by readout."""
+
+    number: int
+    prediction: Tensor | dict[str, Tensor]
+    _plan: Plan = field(repr=False)
+    _news: Answered = field(repr=False)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Return the updates that each block's weights had had when the sample passed it (with
+        presentation 'hold': when its prediction was made), as the stamps of signals count them."""
+        plan, news = self._plan, self._news
+        edges = [edge for edge in plan.graph.edges if not edge.from_input]
+        sent = {edge.parent: plan.schedule.state(edge, news.event) for edge in edges}
+        others = {name: stamp.version for name, stamp in sent.items() if stamp is not None}
+        return {**others, news.readout: news.version}
+
+
+@dataclass(frozen=True, slots=True)
+class LiveStatus:
+    """Samples that were `fed`, and `answered`; what is `waiting` for the network; the engine's
+    latest report, of four a second."""
+
+    fed: int
+    answered: int
+    waiting: int
+    paused: bool
+    progress: Progress | None
+
+
+class LiveRun:
+    """A run that learns while one talks to it (`hamdist.start`); as a context it stops at the end.
+
+    Calls may come from several threads; they are accepted one after the other, and this order is
+    the run. A call raises the error that has ended the run.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Stream, Callable[[Progress], object]], RunResult],
+        stream: LiveStream,
+        reader: IterableStream,
+        settings: Settings,
+        losses: Losses | None,
+        journal: Journal | None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.settings = settings
+        self.result: RunResult | None = None
+        self._stream, self._reader, self._journal = stream, reader, journal
+        self._losses = losses or make_losses(settings.loss, settings.ignore_index)
+        self._answers: dict[int, Answer] = {}
+        self._parts: dict[int, dict[str, Tensor]] = {}  # answers of which a readout's part lacks
+        self._from: dict[str, int] = {}  # by readout: the first number that is not there
+        self._asked: set[int] = set()  # by predict, which takes its answer itself
+        self._progress: Progress | None = None
+        self._callbacks, self._calling = list(callbacks), False
+        self._events_of = ProgressEvents(settings.level.value, settings.seed)
+        self._happened: deque[Answer | RunEvent] = deque()
+        self._wrappers: list[Chosen] = []
+        self._started = threading.Event()
+        self._error: BaseException | None = None
+        self._graph: Graph
+        self._plan: Plan
+        self._checker: Checker
+        stream.send, stream.started = self._receive, self._begin
+        context = contextvars.copy_context()  # (with the caller's session of Ray)
+        self._thread = threading.Thread(
+            target=context.run, args=(self._run, work), daemon=True, name="hamdist-run"
+        )
+        self._thread.start()
+        self._started.wait()
+        if self._error is not None:
+            self._end()
+            raise self._error
+        atexit.register(self.stop)
+        for callback in self._callbacks:
+            callback.on_start(self)
+
+    def _run(self, work: Callable[..., RunResult]) -> None:
+        try:
+            self.result = work(self._stream, self._note)
+        except BaseException as error:  # noqa: BLE001 (it is raised where somebody calls)
+            self._error = error
+        finally:
+            self._stream.finished(self._error)
+            self._started.set()
+
+    def _begin(self, stream: Stream, graph: Graph, plan: Plan) -> None:
+        """Note what the run is made of; called by the engine's thread before the first tick."""
+        self._graph, self._plan, self._checker = graph, plan, checker_of(plan)
+        self._stream.blocks = len(plan.graph.blocks)
+        while isinstance(stream, Chosen):
+            self._wrappers.insert(0, stream)
+            stream = stream._stream
+        self._started.set()
+
+    def _note(self, progress: Progress) -> None:
+        self._progress = progress
+        if self._callbacks:
+            self._happened.extend(self._events_of(progress))
+
+    def _call(self) -> None:
+        """Tell the callbacks what has happened; within a callback nothing more is told."""
+        while self._callbacks and self._happened and not self._calling:
+            one, self._calling = self._happened.popleft(), True
+            try:
+                for callback in self._callbacks:
+                    if isinstance(one, Answer):
+                        callback.on_sample(self, one)
+                    elif isinstance(one, WindowFull):
+                        callback.on_window(self, one)
+                    elif isinstance(one, SnapshotComplete):
+                        callback.on_snapshot(self, one)
+                    elif isinstance(one, ActorReplaced):
+                        callback.on_loss_of_actor(self, one)
+            finally:
+                self._calling = False
+
+    def _say(self, entry: Entry, *, asks: set[int] | None = None, wait: bool) -> int:
+        number = self._stream.say(entry, asks=asks, wait=wait)
+        self._call()
+        return number
+
+    def _receive(self, news: Answered | HandedOver) -> None:
+        if isinstance(news, HandedOver):
+            self._stream.handed(news.block, news.state)
+            return
+        if news.number < self._from.get(news.readout, 0):
+            return  # of an actor that was replaced, once more
+        self._from[news.readout] = news.number + 1
+        parts = self._parts.setdefault(news.number, {})
+        parts[news.readout] = news.prediction
+        if len(parts) < len(self._plan.graph.readouts):
+            return
+        del self._parts[news.number]
+        prediction = parts if len(parts) > 1 else news.prediction
+        answer = Answer(news.number, prediction, self._plan, news)
+        self._answers[news.number] = answer
+        if self._callbacks:
+            self._happened.append(answer)
+        for number in list(self._answers)[: -self._stream.spec.live]:
+            if number not in self._asked:
+                self._answers.pop(number, None)
+        self._stream.answered(news.number)
+
+    # -- talking --------------------------------------------------------------------------------
+
+    def _sample(self, n: int, u: Any, y: Any, end: bool = False) -> Sample:
+        sample = checked = self._reader.sample(n, Sample(u, y, end))
+        for wrapper in self._wrappers:
+            (checked,) = wrapper.chosen(iter([checked]))
+        self._checker.check(n, checked)
+        return sample
+
+    def feed(self, u: Any, y: Any = None, *, end: bool = False, wait: bool = True) -> int:
+        """Feed a sample; return its number.
+
+        Args:
+            u: (B, ...), as in `hamdist.train`; a dict where the model has several inputs.
+            y: its label, if it is known; else `teach` may bring it later.
+            end: the sample is the last one of its sequence.
+            wait: for room, where the network is slower; False raises BlockingIOError instead.
+
+        Raises:
+            StreamError: the sample does not fit those before; nothing of it was accepted.
+        """
+        sample = self._sample(self._stream.accepted.fed, u, y, end)
+        return self._say(Entry("feed", sample=sample), wait=wait)
+
+    def predict(self, u: Any, *, end: bool = False, wait: bool = True) -> Answer:
+        """Feed a sample without a label, and return its prediction. No weight moves by it."""
+        if self._stream.paused:
+            raise StreamError("the run is paused, so no answer comes: go_on() first")
+        entry = Entry("feed", sample=self._sample(self._stream.accepted.fed, u, None, end))
+        number = self._say(entry, asks=self._asked, wait=wait)
+        try:
+            if not self._stream.wait(lambda: number in self._answers):
+                raise StreamError(f"the run ended before the answer to sample {number}")
+            return self._answers.pop(number)
+        finally:
+            self._asked.discard(number)
+
+    def teach(self, number: int, y: Any, *, wait: bool = True) -> None:
+        """Give the label of an earlier sample, which passes the network once more to be learned.
+
+        The score is that of the prediction of then (progressive validation with delay). Raises
+        StreamError if the sample waits for no label, or if the level cannot show it again.
+        """
+        if not self._plan.knobs.pulse:
+            raise StreamError(
+                f"teach at level {self.settings.level.value!r}: its states go from one sample to "
+                "the next, so none can be shown again in between; use a level of presentation "
+                "'pulse' (trace, heads, backprop), or feed a sample when its label is there"
+            )
+        earlier = self._stream.accepted.find(number)
+        if y is None:
+            raise StreamError(f"sample {number}: y is None; a label that never comes is not taught")
+        u = earlier.u if earlier.inputs is None else earlier.inputs
+        self._say(Entry("teach", number, self._sample(number, u, y)), wait=wait)
+
+    def set(self, *, learning: Mapping[str, float]) -> None:
+        """Change the learning rate from the next sample on: `learning={"lr": 0.05}`.
+
+        Blocks with a rate of their own keep its ratio to the others'.
+        """
+        known, lr = self.settings.learning.lr, learning.get("lr")
+        if set(learning) != {"lr"} or not isinstance(lr, (int, float)) or not lr >= 0:
+            raise SettingsError(f"set: learning is {dict(learning)}; give {{'lr': a number >= 0}}")
+        if not self._plan.follows_lr or not known:
+            raise SettingsError(
+                "set: the step size does not come from learning.lr (dynamics.beta is given, or lr "
+                "is 0); start the run with learning={'lr': ...}"
+            )
+        self._stream.say(Entry("set", rate=lr / known))
+
+    def pause(self) -> None:
+        """Hold the network: what is fed waits until `go_on`."""
+        self._stream.hold(paused=True)
+
+    def go_on(self) -> None:
+        """End a pause."""
+        self._stream.hold(paused=False)
+
+    def settle(self) -> None:
+        """Emit idle ticks until all that is under way has come to its end."""
+        self._stream.settle()
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def predictions(self, *, follow: bool = False) -> Predictions:
+        """Return pairs of number and answer of fed samples, in order, each once.
+
+        Of those that nobody takes the latest `patience` stay. follow: go on with samples to come,
+        until the run ends; else end with those fed by now.
+        """
+        return Predictions(self, follow)
+
+    def _following(self, number: int, follow: bool) -> tuple[int, Answer] | None:
+        """Return the first answer from `number` on that nobody has taken, when it is there."""
+        taken: list[int] = []
+
+        def there() -> bool:
+            last, readouts = self._stream.accepted.fed - 1, self._plan.graph.readouts
+            missing = any(last >= max(number, self._from.get(name, 0)) for name in readouts)
+            if missing and not self._stream.paused:
+                self._stream.awaited.add(last)
+            taken.extend(n for n in sorted(self._answers) if n >= number and n not in self._asked)
+            return bool(taken) or not (follow or missing)
+
+        self._stream.wait(there)
+        return (taken[0], self._answers.pop(taken[0])) if taken else None
+
+    def model(self) -> nn.Module:
+        """Return a plain module with the weights (or their averages) as they are now.
+
+        All blocks' are of one emission of the stream (a consistent cut), and nothing waits for it.
+        What is under way has not been learned yet: `settle` first, where it should be.
+        """
+        states = self._stream.request("cut")
+        blocks = {name: states[name] for name in self._plan.graph.blocks}
+        return model_of(self._graph, self._plan, blocks)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the `state_dict` of `model()`."""
+        return {name: t.detach().clone() for name, t in self.model().state_dict().items()}
+
+    def evaluate(self, x: NetworkInputs, y: Targets) -> Scores:
+        """Return the scores of `model()` on x (N, ...) with targets y. Nothing is learned of it."""
+        with torch.inference_mode(False):
+            model, ignored = self.model(), self.settings.ignore_index
+            scores = evaluate(model, x, y, self._losses, ignore_index=ignored)
+        for callback in self._callbacks:
+            callback.on_evaluate(self, scores, model)
+        return scores
+
+    def snapshot(self) -> str:
+        """Take a snapshot; return its place, for `resume`. Raises SettingsError, SnapshotError."""
+        if self._plan.snapshot_policy is None:
+            raise SettingsError("snapshot: the run keeps none: give out=, or snapshots={'path': .}")
+        return str(self._stream.request("snapshot"))
+
+    def status(self) -> LiveStatus:
+        """Return where the run stands."""
+        stream, readouts = self._stream, self._plan.graph.readouts
+        answered = min(self._from.get(name, 0) for name in readouts)
+        fed, waiting = stream.accepted.fed, stream.waiting
+        return LiveStatus(fed, answered, waiting, stream.paused, self._progress)
+
+    # -- ending ---------------------------------------------------------------------------------
+
+    def stop(self) -> RunResult:
+        """End the stream behind what was fed, and return the result, as of `hamdist.train`."""
+        self._end()
+        if self._error is not None or self.result is None:
+            raise self._error or StreamError("the run has no result")
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback.on_end(self, self.result)
+        return self.result
+
+    def _end(self) -> None:
+        atexit.unregister(self.stop)
+        self._stream.close()
+        self._thread.join()
+        if self._journal is not None:
+            self._journal.close()
+
+    def __enter__(self) -> LiveRun:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> bool:
+        stops = error is None or isinstance(error, Stop)
+        self.stop() if stops else self._end()
+        return stops
+
+
+class Predictions:
+    """The predictions of a run, for `for` and `async for`."""
+
+    def __init__(self, run: LiveRun, follow: bool) -> None:
+        self._run, self._follow, self._number = run, follow, 0
+
+    def __iter__(self) -> Iterator[tuple[int, Answer]]:
+        return self
+
+    def __next__(self) -> tuple[int, Answer]:
+        found = self._run._following(self._number, self._follow)
+        if found is None:
+            raise StopIteration
+        self._number = found[0] + 1
+        return found
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Answer]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, Answer]:
+        found = await asyncio.to_thread(next, self, None)
+        if found is None:
+            raise StopAsyncIteration
+        return found

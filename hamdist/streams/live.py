@@ -1,0 +1,379 @@
+"""The stream of a live run: what is said to it while it runs, in an order that can be repeated.
+
+What a user says (a sample, the label of an earlier one, another step size) is an entry. Entries
+are accepted in one order, in which they enter the journal and the network. While nothing is said,
+idle ticks are emitted until what is under way has come to its end; each is an entry, too. So the
+journal is the stream, and repeats it.
+
+In one process (`lockstep`) either the caller works or the engine does: a call returns when all that
+follows from it is done, random numbers are drawn in one order, and a silence is made up for at the
+next call.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+from hamdist.errors import StreamError
+from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec
+
+ROOM = 64  # entries that wait for the network
+LOOK_SECONDS = 0.05  # between two looks of the waiting engine at what else it has to do
+
+
+class Entry(NamedTuple):
+    """What was said to a live run.
+
+    Attributes:
+        event: feed, teach, set or idle; pause and go_on are only for the record.
+        number: of the sample (feed, teach).
+        sample: u, y and end of a fed one; of a label (teach) only y counts.
+        rate: factor of the step size (set).
+    """
+
+    event: str
+    number: int = 0
+    sample: Sample | None = None
+    rate: float = 1.0
+
+
+class EntryLog(Protocol):
+    """A journal (runtime/live/journal.py): `append` writes an entry before it returns."""
+
+    def append(self, entry: Entry) -> None: ...
+
+    def entries(self) -> Iterator[Entry]: ...
+
+
+class EntryCourse:
+    """Turns entries into emissions: the same in a live run and in its repetition.
+
+    Attributes:
+        unlabelled: the latest samples that may still get a label, by number.
+        open: a sequence is under way.
+    """
+
+    def __init__(self, spec: SampleSpec, nothing: Sample) -> None:
+        self.unlabelled: dict[int, Sample] = {}
+        self.fed, self.rate, self.open = 0, 1.0, False
+        self._patience, self._latest, self._shown = spec.live, nothing, 0
+
+    def find(self, number: int) -> Sample:
+        """Return a sample that waits for its label. Raises StreamError if it does not."""
+        if number not in self.unlabelled:
+            raise StreamError(
+                f"sample {number} waits for no label: it came with one, has been taught, was never "
+                f"fed, or more than {self._patience} unlabelled ones came after it (patience)"
+            )
+        return self.unlabelled[number]
+
+    def emission(self, entry: Entry, *, cut: bool = False) -> Sample | None:
+        """Return what the stream emits for an entry; None where it emits nothing."""
+        if entry.event == "set":
+            self.rate = entry.rate
+        if entry.event == "idle":
+            told = Emission(Emits.IDLE, self._shown, max(0, self.fed - 1), self.rate, cut)
+            return replace(self._latest, y=None, end=False, emission=told)
+        sample = entry.sample
+        if sample is None:
+            return None
+        kind = Emits.SAMPLE if entry.event == "feed" else Emits.AGAIN
+        if kind is Emits.AGAIN:
+            sample = replace(self.find(entry.number), y=sample.y)
+            del self.unlabelled[entry.number]
+        else:
+            self.fed, self.open, self._latest = entry.number + 1, not sample.end, sample
+            if sample.y is None:
+                self.unlabelled[entry.number] = sample
+            if len(self.unlabelled) > self._patience:
+                del self.unlabelled[next(iter(self.unlabelled))]
+        self._shown += 1
+        told = Emission(kind, self._shown - 1, entry.number, self.rate, cut)
+        return replace(sample, emission=told)
+
+
+class LiveStream:
+    """The stream of a live run: `say` and the like for callers, `samples` for the engine.
+
+    Args:
+        spec: of the samples; its `live` is how many unlabelled samples wait for a label.
+        nothing: an input to show before the first sample.
+        idle: seconds of silence after which idle ticks begin; None: only where somebody waits.
+        lockstep: see above.
+        log: the journal; what it holds already comes first.
+
+    Attributes:
+        accepted: the course of what was said, emitted or not.
+        awaited: numbers of samples whose answers somebody waits for.
+        serve: called by the engine while it waits for an entry.
+        look: returns the states of all blocks at once (in one process).
+        tick: of the next emission; drain: idle ones until nothing is under way; whole: nothing may
+            be emitted within a sequence but its tokens. The engine sets these.
+    """
+
+    portable = False
+
+    def __init__(
+        self,
+        spec: SampleSpec,
+        nothing: Sample,
+        *,
+        idle: float | None = 0.01,
+        lockstep: bool = True,
+        log: EntryLog | None = None,
+    ) -> None:
+        self.spec = spec
+        self.replays = log is not None
+        self.accepted = EntryCourse(spec, nothing)
+        self.awaited: set[int] = set()
+        self.serve: Callable[[], object] = lambda: None
+        self.look: Callable[[], Any] | None = None
+        self.send: Callable[[Any], object] = lambda _: None  # takes what blocks have for the driver
+        self.started: Callable[..., object] = lambda *_: None  # called before the first tick
+        self.tick = self.drain = self.blocks = 0
+        self.whole = False
+        self._idle, self._lockstep, self._log, self._nothing = idle, lockstep, log, nothing
+        self._changed = threading.Condition()
+        self._queue: deque[Entry] = deque()
+        self._course = EntryCourse(spec, nothing)
+        self._drawn = 0  # entries that the engine has, or had in an earlier process
+        for entry in [] if log is None else log.entries():
+            self.accepted.emission(entry)
+            self._drawn += 1
+        self.paused = self._parked = self._closed = self._over = False
+        self._error: BaseException | None = None
+        self._latest = time.monotonic()  # emission of a sample
+        self._under_way = self._until_tick = 0
+        self._drains = False
+        self._one_request = threading.Lock()
+        self._wanted: set[str] = set()  # 'cut', 'snapshot': asked for and not begun
+        self._states: dict[str, Any] | None = None  # of the blocks, of the present cut
+        self._given: Any = None
+
+    # -- callers -------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Return the number of entries that wait for the network."""
+        return len(self._queue)
+
+    @property
+    def rests(self) -> bool:
+        """Return True if nobody waits for anything: that nothing moves is no stall."""
+        return self._parked and not self.awaited and self._states is None
+
+    def say(self, entry: Entry, *, asks: set[int] | None = None, wait: bool = True) -> int:
+        """Accept an entry; return the number of its sample.
+
+        Args:
+            entry: its number is filled in where a sample is fed.
+            asks: gets the number, before anything comes of it; its answer is waited for.
+            wait: for room; else BlockingIOError where there is none.
+        """
+        with self._changed:
+            self._check()
+            silent = time.monotonic() - self._latest
+            if self._lockstep and self._idle is not None and silent >= self._idle:
+                self._drains = True
+                self._work()
+            if len(self._queue) >= ROOM and (not wait or (self._lockstep and self.paused)):
+                raise BlockingIOError(f"{ROOM} entries wait for the network")
+            self.wait(lambda: len(self._queue) < ROOM)
+            if entry.event == "feed":
+                entry = entry._replace(number=self.accepted.fed)
+            self.accepted.emission(entry)  # (refuses a label that nobody waits for)
+            self._write(entry)
+            self._queue.append(entry)
+            if asks is not None:
+                asks.add(entry.number)
+                self.awaited.add(entry.number)
+            self._work()
+            return entry.number
+
+    def hold(self, *, paused: bool) -> None:
+        """Stop emitting, or go on. What is accepted meanwhile waits."""
+        with self._changed:
+            self._check()
+            self._write(Entry("pause" if paused else "go_on", self.accepted.fed))
+            self.paused = paused
+            self._work()
+
+    def _write(self, entry: Entry) -> None:
+        if self._log is not None:
+            self._log.append(entry)
+
+    def _work(self) -> None:
+        """Let the engine go on; in lockstep wait until it has no more to do."""
+        self.wait(lambda: self._parked or not self._lockstep, begin=True)
+
+    def wait(self, done: Callable[[], bool], *, begin: bool = False) -> bool:
+        """Return True once `done()` holds, False if the run is over before.
+
+        begin: there is something new for the engine. Raises the error that has ended the run.
+        """
+        with self._changed:
+            self._parked = self._parked and not begin
+            self._changed.notify_all()
+            while not done():
+                if self._error is not None:
+                    raise self._error
+                if self._over:
+                    return False
+                self._changed.wait(1.0)
+            return True
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closed or self._over:
+            raise StreamError("the run has been stopped: start another one")
+
+    def settle(self) -> None:
+        """Emit idle ticks until nothing is under way."""
+        with self._changed:
+            self._check()
+            self._drains = True
+            self._work()
+            self.wait(lambda: not self._drains)
+
+    def request(self, kind: str) -> Any:
+        """Return a cut (the states of all blocks at one emission), or take a snapshot.
+
+        Raises the error with which that failed.
+        """
+        with self._one_request, self._changed:
+            self._check()
+            if self.whole and self.accepted.open and not (self.look and kind == "cut"):
+                raise StreamError(f"{kind}: a sequence is under way: feed its end first")
+            self._given = None
+            self._wanted.add(kind)
+            self.wait(lambda: self._given is not None, begin=True)
+            if isinstance(self._given, Exception):
+                raise self._given
+            return self._given
+
+    def takes(self, kind: str) -> bool:
+        """Return True, once, if a request waits to be begun."""
+        wanted = kind in self._wanted
+        self._wanted.discard(kind)
+        return wanted
+
+    def give(self, result: Any) -> None:
+        """Answer the present request, with an error where it failed."""
+        with self._changed:
+            self._given = result
+            self._changed.notify_all()
+
+    def idle_until(self, tick: int) -> None:
+        """Emit idle ticks until the emission of `tick`, of a snapshot."""
+        self._until_tick = max(self._until_tick, tick)
+
+    def handed(self, block: str, state: Any) -> None:
+        """Note the state that a block has handed over for the present cut."""
+        with self._changed:
+            if self._states is not None:
+                self._states[block] = state
+                if len(self._states) == self.blocks:
+                    states, self._states = self._states, None
+                    self.give(states)
+
+    def answered(self, number: int) -> None:
+        """Note that an answer is there."""
+        with self._changed:
+            self.awaited.discard(number)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the stream behind what was accepted."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def finished(self, error: BaseException | None) -> None:
+        """Note that the engine has ended."""
+        with self._changed:
+            self._over = self._parked = True
+            self._error = error
+            self._changed.notify_all()
+
+    # -- engine --------------------------------------------------------------------------------
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the emissions from the first one on."""
+        return self.samples_from(0)
+
+    def samples_from(self, n: int) -> Iterator[Sample]:
+        """Yield the emissions from number n on: those of the journal, then live ones."""
+        if self._log is not None:
+            self._course = EntryCourse(self.spec, self._nothing)
+            entries, emitted = self._log.entries(), 0
+            for _ in range(self._drawn):
+                sample = self._course.emission(next(entries))
+                emitted += sample is not None
+                if sample is not None and emitted > n:
+                    self._note(sample)
+                    yield sample
+        while (live := self._next()) is not None:
+            yield live
+
+    def _next(self) -> Sample | None:
+        while True:
+            with self._changed:
+                while (entry := self._due()) is not None:
+                    self._drawn += 1
+                    cut = entry.sample is not None or entry.event == "idle"
+                    cut = cut and self.look is None and self.takes("cut")
+                    sample = self._course.emission(entry, cut=cut)
+                    self._states = {} if cut else self._states
+                    if sample is not None:
+                        self._note(sample)
+                        self._changed.notify_all()
+                        return sample
+                if self._closed and not self._queue:
+                    return None
+                if self.look is not None and self.takes("cut"):
+                    self.give(self.look())
+                self._drains, self._parked = False, True
+                self._changed.notify_all()
+                self._changed.wait(LOOK_SECONDS)
+            self.serve()
+
+    def _note(self, sample: Sample) -> None:
+        told = sample.emission
+        if told is not None and (told.kind is not Emits.IDLE or told.cut):
+            self._under_way, self._latest = self.drain, time.monotonic()
+        else:
+            self._under_way = max(0, self._under_way - 1)
+
+    def _due(self) -> Entry | None:
+        """Return the next entry; None where there is nothing to emit now."""
+        if self.paused and not self._closed:
+            return None
+        if self._queue:
+            return self._queue.popleft()
+        if self._closed or (self.whole and self._course.open) or not self._idles():
+            return None
+        self.accepted.emission(Entry("idle"))
+        self._write(Entry("idle"))
+        return Entry("idle")
+
+    def _idles(self) -> bool:
+        """Return True if an idle tick is due."""
+        if self.tick < self._until_tick or (self.look is None and "cut" in self._wanted):
+            return True
+        if not self._under_way or self._drains or self.awaited or self._states is not None:
+            return self._under_way > 0
+        silent = time.monotonic() - self._latest
+        return not self._lockstep and self._idle is not None and silent >= self._idle
+
+
+def live_of(stream: object) -> LiveStream | None:
+    """Return the live stream that a stream is made of, if it is one."""
+    while stream is not None and not isinstance(stream, LiveStream):
+        stream = getattr(stream, "_stream", None)
+    return stream

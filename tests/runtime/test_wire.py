@@ -1,0 +1,60 @@
+"""The wire of the tests' hosts (tests/hosts/wire.py), without namespaces. Oracles: the seconds of a
+queue by hand; the moments of a normal distribution."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+from hosts.wire import QUEUE_SECONDS, Way, adjust
+
+FRAME = bytes(1000)
+
+
+def sent(way, frames, now=0.0):
+    for _ in range(frames):
+        way.take(FRAME, now)
+    return [due for due, _ in way.waiting]
+
+
+def test_frames_queue_behind_each_other():
+    """1,000 bytes at 10 kB/s: one every 0.1 s, and 20 ms on the way; what waits long is lost."""
+    way = Way(1)
+    adjust(way, Way(2), ["0.02", "0", "10000", "0"])
+    assert sent(way, 9) == pytest.approx([0.1 * (i + 1) + 0.02 for i in range(6)])
+    assert way.free == pytest.approx(QUEUE_SECONDS + 0.1)
+
+
+def test_ways_differ_and_change():
+    there, back = Way(1), Way(2)
+    adjust(there, back, ["0.1", "0", "0", "0", "there"])
+    adjust(there, back, ["0.2", "0", "0", "0", "back"])
+    assert (sent(there, 1), sent(back, 1)) == ([0.1], [0.2])
+    adjust(there, back, ["0.5", "0"])
+    assert (sent(there, 1)[-1], sent(back, 1)[-1]) == (0.5, 0.5)
+
+
+def test_jitter_and_loss_follow_from_the_seed():
+    def times(seed, frames=4000):
+        way = Way(seed)
+        adjust(way, Way(0), ["0.1", "0.05", "0", "0.2"])
+        found = []
+        for n in range(frames):
+            way.take(FRAME, float(n))
+            found += [due - n for due, _ in way.waiting]
+            way.waiting.clear()
+        return found
+
+    one = times(7)
+    assert one == times(7)
+    assert one != times(8)
+    assert len(one) == pytest.approx(0.95 * 4000, rel=0.02)
+    assert statistics.mean(one) == pytest.approx(0.1, rel=0.02)
+    assert statistics.stdev(one) == pytest.approx(0.02, rel=0.1)
+
+
+def test_no_frame_overtakes_another():
+    way = Way(3)
+    adjust(way, Way(0), ["0.1", "0", "0", "1"])
+    due = sent(way, 200)
+    assert due == sorted(due)
