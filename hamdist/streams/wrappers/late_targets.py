@@ -72,9 +72,8 @@ class LateLabels(Derived):
     Args:
         stream: sample n has in `y` the target of sample n - delay.
         delay: number of samples by which targets come late.
-        kept: blocks keep what they need of a sample until its label comes, and it passes once: n is
-            predicted when the targets of 0 ... n - delay - 1 are learned (that of n - delay comes
-            with it), and learned with the activations of that pass, `delay` samples later.
+        kept: a sample passes once, and blocks keep what they need of that until its label comes,
+            with sample n + delay, which was predicted before that label is learned.
 
     Raises:
         SettingsError: the delay is below 1, or the stream is paced.

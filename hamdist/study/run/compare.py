@@ -122,8 +122,7 @@ def compare(
                     if plain is None or error.tick:
                         raise
                     raise SettingsError(
-                        "--baseline-model: it does not learn from this stream's first sample: "
-                        + error.message
+                        f"--baseline-model, first sample: {error.message}"
                     ) from error
             else:
                 run, _ = run_level(own, factory=factory, data=data, on_progress=callback)
