@@ -66,7 +66,7 @@ def verify(
         _check_options(model, {**of_model, "blocks": blocks}, {"golden": golden, "only": only})
         if json_ == STANDARD_OUTPUT:
             OUTPUT.as_json, json_ = True, None
-        _prepare_file(json_)
+        prepare_file(json_)
         if model is None:
             chosen = _topics(only or [], golden)
         else:
@@ -107,7 +107,7 @@ def _own_model(
     return own_model_topic(VerifiedModel(load_factory(name), name, shape, classes, batch, blocks))
 
 
-def _prepare_file(path: Path | None) -> None:
+def prepare_file(path: Path | None) -> None:
     """Raise SettingsError if `path` cannot be written, before anything is computed."""
     if path is not None:
         try:
