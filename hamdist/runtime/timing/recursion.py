@@ -3,10 +3,11 @@
     x_i(p) = w_i(p) + max( x_before(i)(p),  max over arcs j -> i of  x_j(p - k_ji) + s_ji(p) )
 
 with periods k and drawn seconds s. (A signal that would overtake another of its channel, which TCP
-forbids, gains nothing: its receiver takes them in order.) Within a period, the activities fall into layers, in which none waits for another but for those before it on its own
-resource; a layer is computed at once, all its chains by one running maximum of arrival minus work
-done before. No queue of events is needed. Where links are shared or processors are too few, the
-order is not known beforehand: `events.py`.
+forbids, gains nothing: its receiver takes them in order.) Within a period, the activities fall into
+layers, in which none waits for another but for those before it on its own resource; a layer is
+computed at once, all its chains by one running maximum of arrival minus work done before. No queue
+of events is needed. Where links are shared or processors are too few, the order is not known
+beforehand: `events.py`.
 """
 
 from __future__ import annotations
