@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from pydantic import ValidationError
 from torch import nn
@@ -25,12 +25,19 @@ from hamdist.runtime.live.begin import live_run, read_beginning, with_first_weig
 from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
+from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
 from hamdist.runtime.train.rules import NamedRule
 from hamdist.runtime.train.train import train as train_settings
 from hamdist.streams import Stream, from_iterable, from_loader
 from hamdist.streams.batch_names import Names
 from hamdist.streams.sample import SampleSpec
+from hamdist.trackers import tracked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hamdist.config.fields import SettingsFields
 
 COMPUTES = {"threads", "step", "bits", "blocks", "compress", "feedback"}  # bits depend on these
 
@@ -48,9 +55,10 @@ def train(
     classes: int | Mapping[str, int] | None = None,
     names: Names | None = None,
     on_progress: Callable[[Progress], object] | None = None,
+    trackers: Sequence[str | EventListener] = (),
     resume: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
-    **fields: Any,
+    **fields: Unpack[SettingsFields],
 ) -> RunResult:
     """Train `model` on `stream`; `result.model` is a plain module with the learned weights.
 
@@ -86,6 +94,8 @@ def train(
         on_progress: called with a `Progress` about four times a second, and at every phase of the
             start. By returning or raising `hamdist.Stop` it ends the run (`result.stopped`); any
             other exception ends the run, too, and gets the weights learned so far as its `result`.
+        trackers: names (`settings.trackers`), whose files go to `results/NAME-TIME`, and functions
+            of a `RunEvent`, called with each event of the run.
         resume: a folder of snapshots (`snapshots.path` of an earlier run), or one of them: the run
             continues from it.
         callbacks: called as things happen (`hamdist.Callback`); the stream is then drawn in this
@@ -105,13 +115,25 @@ def train(
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     _check_arguments(model, settings, functions, on_progress)
-    own = {**functions, "rules": rules}
-    work, read = _prepared(model, stream, settings, loss, classes, names, own, fields)
+    own, given = {**functions, "rules": rules}, dict[str, Any](fields)
+    chosen = [one for one in trackers if isinstance(one, str)]
+    given |= {"trackers": chosen} if chosen else {}
+    work, read = _prepared(model, stream, settings, loss, classes, names, own, given)
     if not callbacks:
-        return work(stream=read, on_progress=on_progress, resume=resume)
-    if on_progress is not None or resume is not None:
-        raise SettingsError("callbacks: leave on_progress and resume out (start has resume)")
+        listeners = [one for one in trackers if not isinstance(one, str)]
+        with tracked(work.keywords["settings"], listeners, on_progress) as note:
+            return work(stream=read, on_progress=note, resume=resume)
+    if on_progress is not None or resume is not None or trackers:
+        raise SettingsError(
+            "callbacks: leave on_progress, trackers and resume out (start has resume)"
+        )
+    _check_no_trackers(work)
     return _called_back(work, model, read, callbacks)
+
+
+def _check_no_trackers(work: partial[RunResult]) -> None:
+    if work.keywords["settings"].trackers:
+        raise SettingsError("trackers: a live run has callbacks instead; leave trackers out")
 
 
 def start(
@@ -159,6 +181,7 @@ def start(
     if out is not None and resume is not None and Path(resume) == Path(out):
         model = with_first_weights(model, read_beginning(out)[2])
     work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
+    _check_no_trackers(work)
     begin: dict[str, Any] = {
         "classes": classes,
         "idle": idle,

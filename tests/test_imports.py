@@ -18,7 +18,8 @@ DYNAMICS = "errors config"
 STATE = "dynamics/finite dynamics/saved_state"
 RUNTIME = "errors config dynamics streams"
 STUDY = f"{RUNTIME} runtime models loading"
-CLI = "errors config runtime models study launch cli/console cli/display cli/options cli/prepare"
+CLI_PARTS = "cli/console cli/display cli/options cli/prepare"
+CLI = f"errors config runtime models study launch trackers {CLI_PARTS}"
 ALLOWED = {
     "errors": "",
     "config": "errors config/sections",
@@ -89,7 +90,8 @@ ALLOWED = {
     ),
     "runtime/train": f"{RUNTIME} runtime loading",
     "runtime/live": f"{RUNTIME} runtime",
-    "api": f"{RUNTIME} runtime",
+    "api": f"{RUNTIME} runtime trackers",
+    "trackers": f"{RUNTIME} runtime",
     "study": "",
     "study/shared": STUDY,
     "study/run": f"{STUDY} study/shared",

@@ -141,13 +141,14 @@ def _compare(
     from hamdist.study.report.save import save_comparison
     from hamdist.study.report.table import finished_line
     from hamdist.study.run.compare import compare as runs_of
-    from hamdist.study.run.compare import plan, rule_and_level, run_key
+    from hamdist.study.run.compare import plan, run_key
     from hamdist.study.run.run import Run
     from hamdist.study.shared.result_folder import RUNS, ResultFolder
     from hamdist.study.shared.store import Store
+    from hamdist.trackers import open_trackers
 
     planned = plan(settings)
-    files = [rule_and_level(name)[0] for name in settings.compare.rules if ":" in name]
+    files = [name for name in settings.compare.rules if ":" in name]
     code = code_of(model_name, stream_name, baseline, *files)
     finished: list[Run] = []
     key = run_key(settings, code)
@@ -155,6 +156,8 @@ def _compare(
         Display() as display,
         ResultFolder(out, overwrite=overwrite, key=key, say=display.say) as own,
     ):
+        for tracker in open_trackers(settings, own.path):
+            own.listen(tracker)
         store = Store(own.path / RUNS, Run.from_json)
         batch = settings.stream.batch if data is None else None
         watch = _titles(display, own, planned, settings, batch)

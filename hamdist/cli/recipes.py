@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import cast
 
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +27,7 @@ def recipes() -> None:
 def rules() -> None:
     """List the built-in rules of learning: what crosses an edge, what is kept, locality, cost."""
     text = (files("hamdist") / "dynamics" / "rules" / "facts.yaml").read_text("utf-8")
-    facts = cast(dict[str, dict[str, str]], read_yaml(text, "facts.yaml"))
+    facts: dict[str, dict[str, str]] = read_yaml(text, "facts.yaml")
     OUTPUT.document = [{"name": name, **own} for name, own in facts.items()]
     for name, own in facts.items():
         console().print(Text(name, style="bold"))

@@ -111,7 +111,10 @@ def _run(
         from hamdist.study.report.files import final_events
         from hamdist.study.report.save import save_run
         from hamdist.study.run.run import run_level
+        from hamdist.trackers import open_trackers
 
+        for tracker in open_trackers(own, folder.path):
+            folder.listen(tracker)
         if shown:
             from hamdist.cli.view import show_page
             from hamdist.study.view.server import PageServer

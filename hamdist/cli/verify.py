@@ -46,6 +46,10 @@ def verify(
             help="Verify the module that this function makes, and nothing else.",
         ),
     ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", metavar="FILE.py:NAME", help="Verify this rule, and nothing else."),
+    ] = None,
     input_shape: Annotated[
         str | None,
         typer.Option("--input-shape", metavar="3,28,28", help="Of --model, without the batch."),
@@ -63,11 +67,15 @@ def verify(
     """Prove it: every statement of the papers against an oracle of its own."""
     with exit_codes():
         of_model = {"input-shape": input_shape, "classes": classes, "batch": batch}
+        if rule is not None and (model or golden or only):
+            raise SettingsError(f"--rule {rule!r} is verified alone: leave the others out")
         _check_options(model, {**of_model, "blocks": blocks}, {"golden": golden, "only": only})
         if json_ == STANDARD_OUTPUT:
             OUTPUT.as_json, json_ = True, None
         prepare_file(json_)
-        if model is None:
+        if rule is not None:
+            chosen = [_own_rule(rule)]
+        elif model is None:
             chosen = _topics(only or [], golden)
         else:
             chosen = [_own_model(model, input_shape, classes, batch or ROWS, blocks)]
@@ -90,6 +98,14 @@ def _topics(only: list[str], golden: Path | None) -> list[Topic]:
 
     names = [name.strip() for text in only for name in text.split(",") if name.strip()]
     return topics(names, golden)
+
+
+def _own_rule(name: str) -> Topic:
+    from hamdist.study.verify.runner import Topic
+    from hamdist.study.verify.topics.rule import VerifiedRule
+
+    own = VerifiedRule(name)
+    return Topic("rule", f"the rule {name}", lambda full: own.checks(), answers=True)  # noqa: ARG005
 
 
 def _own_model(

@@ -58,6 +58,7 @@ from hamdist.config.sections.locality import TargetOf as TargetOf
 from hamdist.config.sections.locality import Update as Update
 from hamdist.config.sections.metrics import MetricsSettings as MetricsSettings
 from hamdist.config.sections.metrics import RecordedState as RecordedState
+from hamdist.config.sections.metrics import TrackerKind as TrackerKind
 from hamdist.config.sections.model import ModelKind as ModelKind
 from hamdist.config.sections.model import ModelSettings as ModelSettings
 from hamdist.config.sections.optimizer import MUON as MUON

@@ -13,7 +13,7 @@ from hamdist.config.sections.dynamics import DynamicsSettings
 from hamdist.config.sections.engine import EngineSettings
 from hamdist.config.sections.learning import LearningSettings
 from hamdist.config.sections.locality import Level, LocalityOverrides
-from hamdist.config.sections.metrics import MetricsSettings
+from hamdist.config.sections.metrics import MetricsSettings, TrackerKind
 from hamdist.config.sections.model import ModelSettings
 from hamdist.config.sections.partition import PartitionSettings
 from hamdist.config.sections.section import Positive, Section, Seed
@@ -48,8 +48,7 @@ class CompareSettings(Section):
     levels: tuple[Level, ...] = (Level.BACKPROP, Level.TRACE, Level.LOCAL)
     """The levels."""
     rules: tuple[str, ...] = ()
-    """Instead of the levels: names of levels and of rules of learning, each on all blocks
-    (`hamdist rules`, or FILE.py:NAME; `NAME@LEVEL` for a rule at another level than its own)."""
+    """Instead of the levels: names of levels, and of rules of learning for all blocks."""
     seeds: Positive = 1
     """Runs of each, with seeds from `seed` on."""
 
@@ -88,6 +87,9 @@ class Settings(Section):
     """Where blocks live, how they compute, how signals travel."""
     metrics: MetricsSettings = MetricsSettings()
     """What is measured while a run goes on."""
+    trackers: tuple[TrackerKind, ...] = ()
+    """Where scalars go besides the run's own files: `csv`, `tensorboard`, `mlflow`, `wandb`,
+    `prometheus`."""
     snapshots: SnapshotSettings = SnapshotSettings()
     """What is kept of a run, and what is done when a part of it is lost."""
     compare: CompareSettings = CompareSettings()

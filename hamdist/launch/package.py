@@ -9,11 +9,10 @@ from __future__ import annotations
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -80,13 +79,16 @@ def packed(settings: Settings, order: JobSpec) -> Iterator[Path]:
 
     The modules of `order` have been imported; those of rules are now.
     """
-    files = {rule_name(rule): f"learning.rules.{p}" for p, rule in settings.learning.rules.items()}
-    files = {name: field for name, field in files.items() if ":" in name}
-    for name, field in files.items():
-        load_function(field, name)
-    rules = {p: _renamed(rule) for p, rule in settings.learning.rules.items()}
-    learning = settings.learning.model_copy(update={"rules": rules})
+    rules, files = {}, {}
+    for pattern, rule in settings.learning.rules.items():
+        own = {"name": rule} if isinstance(rule, str) else rule
+        field = f"learning.rules.{pattern}"
+        if ":" in (name := str(own.get("name"))):
+            load_function(field, name)
+            files[name] = field
+        rules[pattern] = {**own, "name": named_there(name)}
     if rules:
+        learning = settings.learning.model_copy(update={"rules": rules})
         settings = settings.model_copy(update={"learning": learning})
     with TemporaryDirectory(prefix="hd-parcel-") as name:
         folder = Path(name)
@@ -119,16 +121,6 @@ def named_there(name: str) -> str:
     """
     where, _, function = name.rpartition(":")
     return f"{Path(where).stem}:{function}" if where.endswith(".py") else name
-
-
-def rule_name(rule: str | Mapping[str, Any]) -> str:
-    """Return the name of a rule of `learning.rules`."""
-    return rule if isinstance(rule, str) else str(rule.get("name", ""))
-
-
-def _renamed(rule: str | dict[str, Any]) -> str | dict[str, Any]:
-    name = named_there(rule_name(rule))
-    return name if isinstance(rule, str) else {**rule, "name": name}
 
 
 def own_code(name: str) -> Path | None:

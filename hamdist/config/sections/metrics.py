@@ -17,6 +17,16 @@ class RecordedState(str, Enum):
     TRAJECTORY = "trajectory"
 
 
+class TrackerKind(str, Enum):
+    """Where a run's scalars go besides its own files."""
+
+    CSV = "csv"
+    TENSORBOARD = "tensorboard"
+    MLFLOW = "mlflow"
+    WANDB = "wandb"
+    PROMETHEUS = "prometheus"
+
+
 class MetricsSettings(Section):
     """Measurements during a run."""
 
@@ -28,3 +38,7 @@ class MetricsSettings(Section):
     """Record by tick and block: energies, or trajectories as well (presentation `hold`)."""
     record_every: Positive = 1
     """Ticks between two entries."""
+    trace: Positive | None = None
+    """Keep a trace of the last so many ticks of every process (`--trace`)."""
+    prometheus_port: Annotated[int, Field(ge=0, le=65535)] = 9400
+    """Port on this machine's loopback where the tracker `prometheus` shows `/metrics`."""

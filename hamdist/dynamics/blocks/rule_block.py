@@ -6,13 +6,13 @@ B: batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from hamdist.config import Order
-from hamdist.dynamics.blocks.hold import HoldBlock, Tick, measured
+from hamdist.dynamics.blocks.hold import HoldBlock, Tick
 from hamdist.dynamics.blocks.kept_passes import BlockParts, SavesPasses
 from hamdist.dynamics.blocks.pulse import PulseReadout
 from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss, plain, scaled, total
@@ -22,162 +22,146 @@ from hamdist.dynamics.saved_state.remember import Packing, Remembers, check_name
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.errors import GraphError, SnapshotError
 
-MakeWeights = Callable[[Sequence[Tensor], Sequence[str]], Weights]
+RETURNS = {
+    "forward": ["h", "kept"],
+    "backward": ["messages", "updates"],
+    "relax": ["h", "messages", "updates"],
+}
 
 
 class AppliedRule(Remembers):
-    """A rule on one block: calls it, checks what it returns, and moves the memory that learns.
+    """A rule on one block: calls it, checks what it returns, and moves the memory that learns."""
 
-    scale: of beta, by sample, made of the weights that it is for.
-    """
-
-    def __init__(
-        self,
-        rule: Rule,
-        view: BlockView,
-        make_weights: MakeWeights,
-        scale: Callable[[Weights], Scale],
-    ) -> None:
-        self.rule = rule
-        self.view = view
+    def __init__(self, rule: Rule, view: BlockView) -> None:
+        self.rule, self.view = rule, view
         self.learns = rule.overrides("learn")
         self.listens = rule.signals.back != "none"
-        self._who = f"rule {type(rule).__name__} of block {view.name!r}"
         view.at("start", 0, len(view.h))
         memory = rule.start(view)
         if not isinstance(memory, dict):
-            raise GraphError(f"{self._who}: start() returned {_kind(memory)}, not a dict by name")
-        learned = {n: t.data for n, t in memory.items() if isinstance(t, nn.Parameter)}
-        view.memory = {**memory, **learned}
+            self._refuse("start", f"returned {_kind(memory)}, not a dict by name")
+        self.learned = {n: t.data for n, t in memory.items() if isinstance(t, nn.Parameter)}
+        view.memory = {**memory, **self.learned}
         self.check_plain("start", view.memory)
-        self.learned = learned
-        self.weights = make_weights(list(learned.values()), [MEMORY + name for name in learned])
-        self._scale = scale(self.weights)
+
+    def move_by(self, weights: Weights, scale: Scale) -> None:
+        """Take the steps of the memory that learns. scale: of beta, by sample."""
+        self.weights, self._scale = weights, scale
 
     def snapshot(self) -> dict[str, Any]:
         return {"memory": self.view.memory, "weights": self.weights.snapshot()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        check_names(self._who, state, ("memory", "weights"))
-        self.view.memory = dict(state["memory"])
+        check_names("rule", state, ("memory", "weights"))
         for name, tensor in self.learned.items():
             tensor.copy_(state["memory"][name])
-            self.view.memory[name] = tensor
+        self.view.memory = {**state["memory"], **self.learned}
         self.weights.restore(state["weights"])
 
     def check_plain(self, method: str, value: object) -> None:
         """Raise GraphError unless `value`, which `method` has left, is plain data."""
+        live = [*self.view.theta.values(), *self.learned.values()] if method == "forward" else []
         try:
-            _PlainData().packed(value)
+            _PlainData(live).packed(value)
         except SnapshotError as error:
-            raise GraphError(f"{self._who}: {method}() keeps no plain data: {error}") from None
+            self._refuse(method, f"keeps no plain data: {error}")
 
-    def forward(self, sample: int, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        """Return h of `sample`, and what the rule keeps of it."""
-        self.view.at("forward", sample, len(inputs[0]))
-        h, kept = self._parts("forward", self.rule.forward(self.view, inputs), "h, kept")
-        return self._state("forward", h), kept
+    def call(self, method: str, sample: int, batch: int, *arguments: Any) -> Any:
+        """Call a method of the rule, and return what it returns (RETURNS), without graphs.
 
-    def learn(self, kept: Any, label: Tensor | None, sample: int) -> Updates:
-        self.view.at("learn", sample, self.view.batch)
-        return self.rule.learn(self.view, kept, label)
+        Messages to parents that want none are None. Raises GraphError for a wrong form.
+        """
+        view, names = self.view, RETURNS.get(method)
+        view.at(method, sample, batch)
+        found = getattr(self.rule, method)(view, *arguments)
+        if names is None:
+            return found
+        if not isinstance(found, tuple) or len(found) != len(names):
+            self._refuse(method, f"returned {_kind(found)}, not ({', '.join(names)})")
+        made = dict(zip(names, found, strict=True))
+        if "h" in made:
+            shape = (batch, *view.shape)
+            if _shape(made["h"]) != shape:
+                self._refuse(method, f"gives h as {_kind(made['h'])}, not of shape {shape}")
+            made["h"] = plain(made["h"])
+        if "messages" in made:
+            made["messages"] = self._messages(method, made["messages"])
+        return tuple(made.values())
 
-    def backward(
-        self, kept: Any, message: Tensor, sample: int
-    ) -> tuple[list[Tensor | None], Updates]:
-        """Return the messages to the parents (None to those that want none), and the updates."""
-        self.view.at("backward", sample, len(message))
-        found = self.rule.backward(self.view, kept, message)
-        messages, updates = self._parts("backward", found, "messages, updates")
-        return self._messages("backward", messages), updates
+    def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
+        view, many = self.view, len(self.view.inputs)
+        if not isinstance(messages, (list, tuple)) or len(messages) != many:
+            what = f"return a list with one for each of its {many} parents"
+            self._refuse(method, f"gives its messages as {_kind(messages)}; {what}")
+        for message, parent in zip(messages, view.inputs, strict=True):
+            if message is not None and _shape(message) != (view.batch, *parent):
+                to = f"a parent whose state has shape {(view.batch, *parent)}"
+                self._refuse(method, f"gives {_kind(message)} as the message to {to}")
+        pairs = zip(messages, view.wanted, strict=True)
+        return [plain(m) if want and m is not None else None for m, want in pairs]
 
-    def relax(
-        self, inputs: Sequence[Tensor], message: Tensor, tick: Tick, ticks: int
-    ) -> tuple[Tensor, list[Tensor | None], Updates]:
-        """Return the next h of a held block, the messages, and the updates."""
-        view = self.view
-        view.tick, view.age, view.ticks, view.learns = tick.k, tick.k % ticks, ticks, tick.updates
-        view.at("relax", tick.sample, len(message))
-        found = self.rule.relax(view, inputs, message)
-        h, messages, updates = self._parts("relax", found, "h, messages, updates")
-        return self._state("relax", h), self._messages("relax", messages), updates
+    def back(
+        self, kept: Any, message: Tensor, sample: int, tau: float
+    ) -> tuple[list[Tensor | None], list[Tensor] | None]:
+        """Return the messages to the parents, and the updates of theta."""
+        messages, updates = self.call("backward", sample, len(message), kept, message)
+        return messages, self.gradients(updates, sample, tau)
 
-    def gradients(self, updates: Updates, sample: int, tau: float) -> list[Tensor] | None:
+    def gradients(self, updates: Any, sample: int, tau: float) -> list[Tensor] | None:
         """Return the updates of theta in its order (None: there are none); memory moves."""
         if not isinstance(updates, Mapping):
-            raise GraphError(f"{self._who}: its updates are {_kind(updates)}, not a dict by weight")
+            self._refuse("rule", f"gives its updates as {_kind(updates)}, not a dict by weight")
         theta = self.view.theta
         known = {**theta, **{MEMORY + name: t for name, t in self.learned.items()}}
         for name, g in updates.items():
-            like = known.get(name)
-            if like is None:
-                raise GraphError(
-                    f"{self._who}: an update for {name!r}, which is no weight that learns; known: "
-                    f"{', '.join(known) or 'none'} (memory learns where `start` gives an "
-                    "nn.Parameter)"
+            if name not in known:
+                what = f"known: {', '.join(known)} (memory learns if `start` gives nn.Parameter)"
+                self._refuse(
+                    "rule", f"an update for {name!r}, which is no weight that learns; {what}"
                 )
-            if not isinstance(g, Tensor) or g.shape != like.shape:
-                raise GraphError(
-                    f"{self._who}: its update for {name!r} is {_kind(g)}, and the weight has shape "
-                    f"{tuple(like.shape)}"
-                )
+            if _shape(g) != _shape(known[name]):
+                what = f"and the weight has shape {_shape(known[name])}"
+                self._refuse("rule", f"its update for {name!r} is {_kind(g)}, {what}")
         if any(name.startswith(MEMORY) for name in updates):
             own = _in_order(updates, self.learned, MEMORY)
             self.weights.move(own, self._scale(sample), tau)
         return _in_order(updates, theta) if any(name in theta for name in updates) else None
 
-    def _parts(self, method: str, found: Any, names: str) -> Any:
-        many = names.count(",") + 1
-        if not isinstance(found, tuple) or len(found) != many:
-            raise GraphError(f"{self._who}: {method}() returned {_kind(found)}, not ({names})")
-        return found
-
-    def _state(self, method: str, h: Any) -> Tensor:
-        shape = (self.view.batch, *self.view.shape)
-        if not isinstance(h, Tensor) or tuple(h.shape) != shape:
-            raise GraphError(f"{self._who}: {method}() gives h as {_kind(h)}, not of shape {shape}")
-        return plain(h)
-
-    def _messages(self, method: str, messages: Any) -> list[Tensor | None]:
-        view = self.view
-        if not isinstance(messages, (list, tuple)) or len(messages) != len(self.view.inputs):
-            raise GraphError(
-                f"{self._who}: {method}() gives its messages as {_kind(messages)}; return a list "
-                f"with one for each of its {len(self.view.inputs)} parents"
-            )
-        for message, parent in zip(messages, self.view.inputs, strict=True):
-            shape = (view.batch, *parent)
-            if message is not None and tuple(getattr(message, "shape", ())) != shape:
-                raise GraphError(
-                    f"{self._who}: {method}() gives {_kind(message)} as the message to a parent "
-                    f"whose state has shape {shape}"
-                )
-        return [
-            plain(message) if want and message is not None else None
-            for message, want in zip(messages, view.wanted, strict=True)
-        ]
+    def _refuse(self, method: str, text: str) -> NoReturn:
+        where = "" if method == "rule" else f" {method}()"
+        raise GraphError(
+            f"rule {type(self.rule).__name__} of block {self.view.name!r}:{where} {text}"
+        )
 
 
 def _in_order(updates: Updates, like: Mapping[str, Tensor], prefix: str = "") -> list[Tensor]:
-    return [
-        plain(updates[prefix + name]) if prefix + name in updates else torch.zeros_like(t)
-        for name, t in like.items()
-    ]
+    found = {name: updates.get(prefix + name) for name in like}
+    return [torch.zeros_like(like[n]) if g is None else plain(g) for n, g in found.items()]
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _kind(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a tensor of shape {_shape(value)}"
     many = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
     return f"a {type(value).__name__}{many}"
 
 
 class _PlainData(Packing):
-    """A packing that copies nothing."""
+    """A packing that copies nothing. live: tensors that move in place."""
+
+    def __init__(self, live: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._live = {t.untyped_storage().data_ptr() for t in live}
 
     def _tensor(self, tensor: Tensor) -> dict[str, Any]:
         if tensor.requires_grad:
             raise SnapshotError("a tensor has a graph: detach it, or keep what it was made of")
+        if tensor.untyped_storage().data_ptr() in self._live:
+            raise SnapshotError("a tensor is a weight itself, which moves: keep a clone")
         return {}
 
 
@@ -202,20 +186,20 @@ class RuleBlock(SavesPasses):
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep what the rule keeps of it."""
-        self.h, self.trace[sample] = self.rule.forward(sample, inputs)
+        self.h, self.trace[sample] = self.rule.call("forward", sample, len(inputs[0]), inputs)
         self._guard("h", self.h, inputs)
         return self.h
 
     def learn(self, sample: int, label: Tensor | None) -> None:
         """Make the step of the tick in which `sample` passes, if the rule has one."""
         rule = self.rule
-        kept = self.trace[sample] if rule.listens else self.trace.pop(sample)
-        missing = rule.rule.signals.label and label is None
-        g = None
-        if rule.learns and not missing:
-            told = label if rule.rule.signals.label else None
-            g = rule.gradients(rule.learn(kept, told, sample), sample, self._tau)
+        kept, asks, g = self.trace[sample], rule.rule.signals.label, None
+        if rule.learns and not (asks and label is None):
+            batch = 0 if self.h is None else len(self.h)
+            updates = rule.call("learn", sample, batch, kept, label if asks else None)
+            g = rule.gradients(updates, sample, self._tau)
         if not rule.listens:
+            del self.trace[sample]
             self.learn_from(sample, g, self._tau)
         elif g is not None:
             self.learn_from(sample, g, self._tau)
@@ -229,8 +213,8 @@ class RuleBlock(SavesPasses):
             return [None] * len(self._wanted)
         self.z = scaled(message, self._tau)
         self._guard("z", self.z)
-        to_parents, updates = self.rule.backward(kept, scaled(self.z, self._c), sample)
-        self.learn_from(sample, self.rule.gradients(updates, sample, self._tau), self._tau)
+        to_parents, g = self.rule.back(kept, scaled(self.z, self._c), sample, self._tau)
+        self.learn_from(sample, g, self._tau)
         return to_parents
 
 
@@ -250,13 +234,14 @@ class RuleReadout(PulseReadout):
         target: Tensor | None,
         share: float = 1.0,  # noqa: ARG002  (rules know no micro-batches)
     ) -> tuple[list[Tensor | None], Reading | None]:
-        self.prediction, kept = self.rule.forward(sample, inputs)
+        y, kept = self.rule.call("forward", sample, len(inputs[0]), inputs)
+        self.prediction = y
         if target is None:
             self.learn_from(sample, None, self._tau)
             return [None] * len(self._wanted), None
-        error, reading = self._loss.look(self.prediction, target, sample, inputs=inputs)
-        to_parents, updates = self.rule.backward(kept, error, sample)
-        self.learn_from(sample, self.rule.gradients(updates, sample, self._tau), self._tau)
+        error, reading = self._loss.look(y, target, sample, inputs=inputs)
+        to_parents, g = self.rule.back(kept, error, sample, self._tau)
+        self.learn_from(sample, g, self._tau)
         return to_parents, reading
 
 
@@ -270,12 +255,6 @@ class RelaxingBlock(HoldBlock):
 
     STATE: ClassVar[tuple[str, ...]] = ("cell", "weights", "rule", "h", "z")
 
-    def held(self) -> Any:
-        return None
-
-    def rebuild(self, records: Any) -> None:
-        pass
-
     def complete(self, messages: Sequence[Tensor | None]) -> None:
         """Take the messages of the tick before: z is their sum."""
         message = total(messages)
@@ -286,15 +265,11 @@ class RelaxingBlock(HoldBlock):
         self, inputs: Sequence[Tensor], tick: Tick, send: Callable[[Tensor], Tensor] = plain
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Run one tick; `h` is then the state of the next. It has no reading."""
-        self.energy = measured([self.weights]) if tick.measures else None
-        self.rule.view.h = self.h
-        h, to_parents, updates = self.rule.relax(inputs, self.z, tick, self._ticks)
+        self.rule.view.in_tick(self.h, tick.k, self._ticks, learns=tick.updates)
+        h, to_parents, updates = self.rule.call("relax", tick.sample, len(self.h), inputs, self.z)
         self._guard("h", h, inputs)
         self.h = send(h)
         if tick.updates:
             g = self.rule.gradients(updates, tick.sample, tick.tau)
-            if g is None:
-                self.weights.rest()
-            else:
-                self.weights.move(g, self._scale(tick.sample), tick.tau)
+            self.learn_from(tick.sample, g, tick.tau)
         return to_parents, None

@@ -51,10 +51,9 @@ class SignSymmetry(FeedbackAlignment):
     """
 
     def __init__(self, magnitude: str = "fixed") -> None:
-        if magnitude not in ("uniform", "batchwise", "fixed"):
-            raise SettingsError(
-                f"sign-symmetry: magnitude {magnitude!r}; give 'uniform', 'batchwise' or 'fixed'"
-            )
+        known = ("uniform", "batchwise", "fixed")
+        if magnitude not in known:
+            raise SettingsError(f"sign-symmetry: magnitude {magnitude!r}; give one of {known}")
         self.magnitude = magnitude
 
     def start(self, block: BlockView) -> dict[str, Any]:
@@ -94,6 +93,5 @@ class DirectFeedbackAlignment(Rule):
         return {"B": block.randn_like(block.h.new_empty(rows, *block.shape)) * rows**-0.5}
 
     def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
-        z = torch.tensordot(message, block.memory["B"], dims=1)
-        messages, g = block.vjp(kept, z)
+        messages, g = block.vjp(kept, torch.tensordot(message, block.memory["B"], dims=1))
         return [None] * len(messages), g

@@ -42,11 +42,9 @@ class Oja(Rule):
             return {}
         ((name, W), *others) = block.matrices.items()
         if others or W.dim() != 2 or W.shape[1] != kept.shape[1]:
-            raise GraphError(
-                f"block {block.name!r}: {type(self).__name__} is of one linear layer of "
-                f"{kept.shape[1]} inputs; its weights are "
-                f"{ {n: tuple(w.shape) for n, w in block.matrices.items()} }"
-            )
+            shapes = {n: tuple(w.shape) for n, w in block.matrices.items()}
+            one = f"{type(self).__name__} is of one linear layer of {kept.shape[1]} inputs"
+            raise GraphError(f"block {block.name!r}: {one}; its weights are {shapes}")
         return {name: self.step(W, kept, kept @ W.T) / -len(kept)}
 
     def step(self, W: Tensor, x: Tensor, u: Tensor) -> Tensor:
@@ -65,7 +63,6 @@ class SoftHebb(Oja):
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
         self.temperature = temperature
 
     def step(self, W: Tensor, x: Tensor, u: Tensor) -> Tensor:

@@ -1,12 +1,9 @@
-"""Rules with a small learned model at each block: of the classes, of the message, of the inputs.
+"""Rules with a small learned model at each block: of the classes, or of the inputs.
 
-Mono-Forward              G = M h, cross-entropy of G; M and theta learn at once
-                                                    Gong, Li and Abdulla 2025, arXiv:2501.09238
-synthetic gradients       d = A h + c predicts B z; theta learns by d at once, A and c when z
-                          comes                     Jaderberg et al. 2017, Eq. 2 and 3
-difference target         g(h) = tanh(V h + c) learns to undo f; with the displacement d of a
-propagation               state from its target: d_x = g(h) - g(h - d)
-                                                    Lee et al. 2015, Eq. 14 and 15
+Mono-Forward    cross-entropy of M h; M and theta learn at once
+                (Gong, Li and Abdulla 2025, arXiv:2501.09238)
+difference      g(h) = tanh(V h + c) learns to undo f; with the displacement d of a state from
+target prop.    its target: d_x = g(h) - g(h - d)     (Lee et al. 2015, Eq. 14 and 15)
 """
 
 from __future__ import annotations
@@ -47,28 +44,6 @@ class MonoForward(Rule):
         return {**block.vjp(kept["x"], z)[1], "memory:M": dM}
 
 
-class SyntheticGradients(Rule):
-    """A linear model of the message moves the weights at once, and learns when it comes."""
-
-    def start(self, block: BlockView) -> dict[str, Any]:
-        n = block.h[0].numel()
-        zeros = block.h.new_zeros
-        return {"A": nn.Parameter(zeros(n, n)), "c": nn.Parameter(zeros(n))}
-
-    def forward(self, block: BlockView, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        h = block.f(inputs)
-        d = h.flatten(1) @ block.memory["A"].T + block.memory["c"]
-        return h, {"x": list(inputs), "h": h, "d": d.view_as(h)}
-
-    def learn(self, block: BlockView, kept: Any, label: Tensor | None) -> Updates:  # noqa: ARG002
-        return block.vjp(kept["x"], kept["d"] / block.batch)[1]
-
-    def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
-        messages, _ = block.vjp(kept["x"], kept["d"] / block.batch)
-        wrong = kept["d"].flatten(1) / block.batch - message.flatten(1)
-        return messages, {"memory:A": wrong.T @ kept["h"].flatten(1), "memory:c": wrong.sum(0)}
-
-
 class DifferenceTargetPropagation(Rule):
     """Displacements of states from their targets go down through learned inverses.
 
@@ -79,20 +54,15 @@ class DifferenceTargetPropagation(Rule):
     """
 
     def __init__(self, eta: float = 0.1, noise: float = 0.1) -> None:
-        self.eta = eta
-        self.noise = noise
+        self.eta, self.noise = eta, noise
 
     def start(self, block: BlockView) -> dict[str, Any]:
         if len(block.wanted) != 1:
-            raise GraphError(
-                f"block {block.name!r}: target propagation inverts blocks of one parent, not of "
-                f"{len(block.wanted)}"
-            )
-        if not any(block.wanted):
-            return {}
-        inputs, n = block.inputs[0], block.h[0].numel()
-        many = torch.Size(inputs).numel()
-        return {"V": _drawn(block, many, n), "c": nn.Parameter(block.h.new_zeros(many))}
+            many = len(block.wanted)
+            raise GraphError(f"block {block.name!r} has {many} parents: its inverse is of one")
+        n, m = block.h[0].numel(), torch.Size(block.inputs[0]).numel()
+        zeros = nn.Parameter(block.h.new_zeros(m))
+        return {"V": _drawn(block, m, n), "c": zeros} if any(block.wanted) else {}
 
     def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
         _, updates = block.vjp(kept, message)
@@ -105,9 +75,8 @@ class DifferenceTargetPropagation(Rule):
 
         h, step = block.f(kept), self.eta * block.batch
         to_parent = (g(h) - g(h - step * message)).view_as(x) / step
-        there = x + self.noise * block.randn_like(x)
+        there = x + self.noise * block.randn_like(x)  # of g: 1/2 |g(f(there)) - there|^2
         then = block.f([there])
-        back = g(then)
-        wrong = (back - there.flatten(1)) * (1 - back**2) / block.batch
+        wrong = (g(then) - there.flatten(1)) * (1 - g(then) ** 2) / block.batch
         own = {"memory:V": wrong.T @ then.flatten(1), "memory:c": wrong.sum(0)}
         return [to_parent], {**updates, **own}

@@ -39,11 +39,8 @@ class PredictiveCoding(Rule):
         self, block: BlockView, inputs: Sequence[Tensor], message: Tensor
     ) -> tuple[Tensor, Messages, Updates]:
         if block.ticks < block.depth + 4:
-            raise GraphError(
-                f"block {block.name!r}: a sample is held for {block.ticks} ticks, in which states "
-                "do not come to rest; set locality.speed to 20 or more (and locality.update to "
-                "'last-tick')"
-            )
+            held = f"block {block.name!r}: a sample is held for {block.ticks} ticks, in which "
+            raise GraphError(held + "states do not come to rest; set locality.speed to 20 or more")
         f = block.f(inputs)
         if block.age == block.depth:
             return f, [None] * len(inputs), {}
@@ -66,8 +63,7 @@ class EquilibriumPropagation(PredictiveCoding):
     """
 
     def __init__(self, beta: float = 0.1, rate: float = 0.1) -> None:
-        super().__init__(rate)
-        self.beta = beta
+        self.rate, self.beta = rate, beta
 
     def relax(
         self, block: BlockView, inputs: Sequence[Tensor], message: Tensor

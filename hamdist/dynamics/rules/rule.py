@@ -1,16 +1,12 @@
 """The interface of a learning rule, and what a rule may read and use of its block.
 
-A rule sees its block's weights and memory, the states of the block's parents, and what its signals
-name: messages of the children, the label, or the error of the readout. It returns signals and
-updates; when, where and with which step size they act is not its business.
-
 B: batch, n: numbers of a block's state, O: outputs of the readout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -26,8 +22,6 @@ Updates: TypeAlias = Mapping[str, Tensor]  # by name of a weight, or `memory:NAM
 Messages: TypeAlias = Sequence[Tensor | None]  # by parent, each like its h; None: zeros
 
 MEMORY = "memory:"
-BACK = ("message", "error", "none")
-PRESENTATIONS = ("pulse", "hold")
 # Their arguments: input, weight, bias, and then what else says how the product is taken.
 PRODUCTS = (
     *(functional.linear, functional.conv1d, functional.conv2d, functional.conv3d),
@@ -59,9 +53,8 @@ class Rule:
         pulse, back none:              forward, learn
         hold:                          relax
 
-    All arrays are plain data: numbers, texts, tensors without a graph, and lists, tuples and
-    mappings of these, so that a run can be saved, resumed and sent. A rule keeps nothing in `self`
-    but constants: one object serves several blocks, in several processes.
+    What is kept is plain data: numbers, texts, tensors without a graph, and lists, tuples and
+    mappings of these. `self` has constants alone: one object serves several blocks and processes.
 
     Attributes:
         presentation: `pulse` (levels trace, backprop, heads), or `hold` (levels local, group).
@@ -126,11 +119,9 @@ class BlockView:
         memory: the rule's own plain data by name, which it may change.
         shape: of h, inputs: of each parent's h, outputs: of the first readout's prediction; all
             without the batch.
-        batch: B, of the sample.
-        sample: number of the sample.
+        batch: B, of the sample; sample: its number.
         h: state of a held block (B, ...); in `start` zeros like h.
-        tick: number of the tick of a held block; age: ticks since its sample is at the input;
-            ticks: of a sample.
+        tick: of a held block; age: ticks since its sample is at the input; ticks: of a sample.
         learns: True in the ticks in which the weights of a held block move.
     """
 
@@ -142,10 +133,10 @@ class BlockView:
     outputs: tuple[int, ...]
     depth: int
     readout: bool
-    wanted: list[bool]
+    wanted: Sequence[bool]
     join: Callable[[Sequence[Tensor]], list[Tensor]]
     seed: Callable[[str], int]
-    random: Callable[[str], AbstractContextManager[None]] | None = None
+    random: Callable[[str], AbstractContextManager[None]]
     memory: dict[str, Any] = field(default_factory=dict)
     batch: int = 0
     sample: int = 0
@@ -157,10 +148,13 @@ class BlockView:
 
     def at(self, phase: str, sample: int, batch: int) -> None:
         """Move to a phase of a sample, or of a tick: random numbers begin anew."""
-        self.sample, self.batch = sample, batch
-        self._phase = phase
+        self.sample, self.batch, self._phase = sample, batch, phase
         self._generator: torch.Generator | None = None
         self._first = phase in ("forward", "relax")  # the pass in which buffers move
+
+    def in_tick(self, h: Tensor, k: int, ticks: int, *, learns: bool) -> None:
+        """Move a held block to tick k, with its state then. ticks: of a sample."""
+        self.h, self.tick, self.age, self.ticks, self.learns = h, k, k % ticks, ticks, learns
 
     @property
     def generator(self) -> torch.Generator:
@@ -172,18 +166,14 @@ class BlockView:
 
     def randn_like(self, tensor: Tensor) -> Tensor:
         """Return normal numbers of the shape, type and device of `tensor`."""
-        made = torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype)
-        return made.to(tensor.device)
+        return torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype).to(tensor)
 
     @property
     def matrices(self) -> dict[str, Tensor]:
         """Return the weights of two or more dimensions: those of linear layers, convolutions."""
         owner = {n: self.module.get_submodule(n.rpartition(".")[0]) for n in self.theta}
-        return {
-            name: w
-            for name, w in self.theta.items()
-            if w.dim() > 1 and not isinstance(owner[name], NO_PRODUCT)
-        }
+        products = {n for n, part in owner.items() if not isinstance(part, NO_PRODUCT)}
+        return {n: w for n, w in self.theta.items() if w.dim() > 1 and n in products}
 
     def f(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return f(inputs; theta), without a graph."""
@@ -208,36 +198,31 @@ class BlockView:
                 layers and convolutions in place of the weights:
                     dL/dx = B^T dL/d(W x),        dL/dW = dL/d(W x) x^T
         """
-        leaves = [
-            x.detach().requires_grad_(want and x.is_floating_point())
-            for x, want in zip(inputs, self.wanted, strict=True)
-        ]
+        pairs = zip(inputs, self.wanted, strict=True)
+        leaves = [x.detach().requires_grad_(want and x.is_floating_point()) for x, want in pairs]
         theta = {name: t.detach().requires_grad_() for name, t in self.theta.items()}
         other = feedback if feedback and any(self.wanted) else {}
         by_weight = {id(theta[name]): (name, b) for name, b in other.items()}
         with torch.enable_grad(), _Feedback(by_weight) as used:
             h = self._run(leaves, theta)
-        if by_weight.keys() - used.seen:
-            name = next(n for key, (n, _) in by_weight.items() if key not in used.seen)
-            raise GraphError(
-                f"block {self.name!r}: {name!r} is not the weight of a linear layer or a "
-                "convolution, so no other matrix can take its place on the way back"
-            )
+        unused = [name for key, (name, _) in by_weight.items() if key not in used.seen]
+        if unused:
+            where = f"block {self.name!r}: {unused[0]!r} is of no linear layer or convolution"
+            raise GraphError(f"{where}, so no other matrix can take its place on the way back")
         wrt = [x for x in leaves if x.requires_grad] + list(theta.values())
-        found = torch.autograd.grad(h, wrt, cotangent, allow_unused=True) if h.requires_grad else []
-        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(found, wrt, strict=False)]
-        grads += [torch.zeros_like(w) for w in wrt[len(grads) :]]
-        there = iter(grads)
-        messages = [next(there) if x.requires_grad else None for x in leaves]
-        return messages, dict(zip(theta, there, strict=True))
+        found: Sequence[Tensor] = [torch.zeros_like(w) for w in wrt]
+        if h.requires_grad:
+            found = torch.autograd.grad(h, wrt, cotangent, materialize_grads=True)
+        each = iter(found)
+        messages = [next(each) if x.requires_grad else None for x in leaves]
+        return messages, dict(zip(theta, each, strict=True))
 
     def _run(self, inputs: Sequence[Tensor], theta: Mapping[str, Tensor]) -> Tensor:
         values = dict(theta)
         if not self._first:  # buffers (of BatchNorm, say) have moved in the forward pass
             values |= {name: b.clone() for name, b in self.module.named_buffers()}
         self._first = False
-        drawing = self.random(f"module {self.sample} {self.tick}") if self.random else nullcontext()
-        with drawing:
+        with self.random(f"module {self.sample} {self.tick}"):
             made = functional_call(self.module, values, tuple(self.join(inputs)))
         if not isinstance(made, Tensor):
             raise GraphError(f"block {self.name!r} returned {type(made).__name__}, not a tensor")

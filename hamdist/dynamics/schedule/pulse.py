@@ -42,7 +42,6 @@ class PulseSchedule:
         self._silent = silent
         self.one_way = knobs.credit is Credit.HEADS
         self._back = {block.name: block.back for block in graph.blocks.values()}
-        self._error_at = graph.depths[graph.readouts[0]] + 1
         self._first_readout = graph.readouts[0]
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
@@ -82,7 +81,7 @@ class PulseSchedule:
         if self.one_way or block in self._readouts or block in self._silent or back == "none":
             return 0
         if back == "error":
-            return max(1, self._error_at - self._depths[block])
+            return max(1, self._depths[self._first_readout] + 1 - self._depths[block])
         return 2 * (self._D - self._depths[block])
 
     def _forward_tick(self, block: str, sample: int) -> int:

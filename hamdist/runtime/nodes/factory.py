@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -31,23 +32,25 @@ from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
 from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
-from hamdist.dynamics.blocks.rule_block import (
-    AppliedRule,
-    RelaxingBlock,
-    RuleBlock,
-    RuleReadout,
-)
+from hamdist.dynamics.blocks.rule_block import AppliedRule, RelaxingBlock, RuleBlock, RuleReadout
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.finite import Scale, bounded
-from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining
+from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining, combined
 from hamdist.dynamics.native import rows
-from hamdist.dynamics.objective.losses import LossFunction
+from hamdist.dynamics.objective.losses import LossFunction, Weighted
+from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
 from hamdist.dynamics.updates.optimizers import OptimizerWeights
 from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.autocast import AutocastFunction
-from hamdist.dynamics.vjp.autograd import LocalFunction, block_seed, seeded_loss
+from hamdist.dynamics.vjp.autograd import (
+    LocalFunction,
+    OwnGenerator,
+    block_seed,
+    draws,
+    seeded_loss,
+)
 from hamdist.dynamics.vjp.closed import closed_cell
 from hamdist.dynamics.vjp.joined import JoinedFunction
 from hamdist.dynamics.vjp.tied import TiedFunction
@@ -56,7 +59,6 @@ from hamdist.runtime.nodes.hold import HoldNode
 from hamdist.runtime.nodes.live import LiveBlock
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.nodes.pulse import PulseNode
-from hamdist.runtime.nodes.rules import applied_rule
 from hamdist.runtime.nodes.sequence import SequenceNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CastBorder
@@ -132,9 +134,12 @@ class _Parts(BlockParts):
 
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
-        own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
-        alone = len(self._plan.graph.readouts) == 1
-        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native, alone=alone)
+        plan = self._plan
+        if plan.spec.weighted:
+            readout = plan.taught_by if self.spec.loss is None else self.name
+            loss = Weighted(loss, partial(plan.spec.parted, readout), plan.ignore_index)
+        own = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
+        return ReadoutLoss(own, self.dynamics, self.guard, native=plan.native)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
         combine, parents = self.spec.combine, len(self.spec.parents)
@@ -182,15 +187,36 @@ class _Parts(BlockParts):
             return Weights(theta, dynamics, order, names)
         return OptimizerWeights(theta, dynamics, order, names, rule, self.name)
 
-    def make_rule(self) -> AppliedRule:
+    def make_rule(self, rule: Rule) -> AppliedRule:
         """Make the block's rule, with weights for what it learns beside theta."""
-        own = replace(self.dynamics, average=None, betas=())
-        theta = dict(zip(self.cell.names, self.cell.theta, strict=True))
+        plan, spec, name = self._plan, self.spec, self.name
+        shapes, h = {**plan.spec.parents, **plan.shapes}, self.border.own(plan.start(name))
+        stochastic = draws(spec.module)
 
-        def weights(tensors: Sequence[Tensor], names: Sequence[str]) -> Weights:
-            return self._weights(list(tensors), own, names)
+        def seed(what: str) -> int:
+            return block_seed(plan.seed, f"{name}/rule/{what}")
 
-        return applied_rule(self._plan, self.spec, self.spec.module, theta, weights)
+        view = BlockView(
+            name=name,
+            module=spec.module,
+            theta=dict(zip(self.cell.names, self.cell.theta, strict=True)),
+            shape=tuple(h.shape[1:]),
+            inputs=[shapes[parent][0][1:] for parent in spec.parents],
+            outputs=shapes[plan.graph.readouts[0]][0][1:],
+            depth=plan.graph.depths[name],
+            readout=spec.loss is not None,
+            wanted=self.wanted,
+            join=partial(combined, spec.combine),
+            seed=seed,
+            random=lambda what: OwnGenerator(seed(what), h.device) if stochastic else nullcontext(),
+            h=h,
+        )
+        applied = AppliedRule(rule, view)
+        dynamics = replace(self.dynamics, average=None, betas=())
+        names = [MEMORY + key for key in applied.learned]
+        weights = self._weights(list(applied.learned.values()), dynamics, names)
+        applied.move_by(weights, self._scaled(weights, partial(plan.scale, name)))
+        return applied
 
     def make_taught(self) -> HeadUpdate | None:
         """Make the update of the block's local readout; None if the block has none."""
@@ -223,13 +249,13 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     if p.name in plan.silent and p.loss is None:
         return PulseNode(plan, p.spec, mailbox, FrozenBlock(p, None))
     if p.spec.rule is not None and p.loss is not None:
-        return PulseNode(plan, p.spec, mailbox, RuleReadout(p, p.loss, p.make_rule()))
+        return PulseNode(plan, p.spec, mailbox, RuleReadout(p, p.loss, p.make_rule(p.spec.rule)))
     if p.spec.rule is not None:
-        block = RuleBlock(p, p.make_rule(), constant_tau(p.dynamics))
+        block = RuleBlock(p, p.make_rule(p.spec.rule), constant_tau(p.dynamics))
         return PulseNode(plan, p.spec, mailbox, block)
     if p.loss is not None:
         parts = p.microbatches
-        item = MicrobatchReading(parts, plan.ignore_index) if parts > 1 else None
+        item = MicrobatchReading(parts, plan.ignore_index, p.loss) if parts > 1 else None
         return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
     if p.name in plan.reversible:
         return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))
@@ -257,7 +283,7 @@ def _hold_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> HoldNode:
         return HoldNode(plan, p.spec, mailbox, HoldReadout(p, p.loss))
     if p.spec.rule is not None:
         h = p.border.own(plan.start(p.name))
-        relaxing = RelaxingBlock(p, h, p.make_rule(), plan.schedule.c)
+        relaxing = RelaxingBlock(p, h, p.make_rule(p.spec.rule), plan.schedule.c)
         return HoldNode(plan, p.spec, mailbox, relaxing)
     output = output_weights = None
     if p.spec.output is not None:

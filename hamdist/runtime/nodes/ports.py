@@ -90,8 +90,7 @@ class Ports:
     def error_to_blocks(self, stamp: Stamp, error: Tensor | None) -> None:
         """Send a readout's error to the blocks whose rules ask for it."""
         for channel in self._to_rules:
-            payload = None if error is None else ready(error)
-            self._mailbox.post(channel, Signal(stamp, payload))
+            self._mailbox.post(channel, Signal(stamp, None if error is None else ready(error)))
 
     def target(self, event: Event) -> Signal | None:
         """Take the target that a readout needs at `event`; None if it needs none."""

@@ -1,68 +1,18 @@
-"""Rules on the blocks of a plan, and a dry run of each before anything starts."""
+"""A dry run of the rules of a plan, before anything starts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
-from torch import Tensor, nn
 
-from hamdist.dynamics.blocks.hold import Tick
-from hamdist.dynamics.blocks.rule_block import AppliedRule, MakeWeights
-from hamdist.dynamics.finite import Scale
-from hamdist.dynamics.graph.graph import BlockSpec, combined
-from hamdist.dynamics.rules.rule import BlockView, Rule
-from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.user_modules.copies import copied
-from hamdist.dynamics.vjp.autograd import OwnGenerator, block_seed, draws
+from hamdist.dynamics.blocks.rule_block import AppliedRule
+from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import GraphError, HamdistError, LevelError
+from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.plan.rules import ruled
-
-
-def applied_rule(
-    plan: Plan,
-    spec: BlockSpec,
-    module: nn.Module,
-    theta: Mapping[str, Tensor],
-    make_weights: MakeWeights,
-) -> AppliedRule:
-    """Return the rule of a block, applied to `module` with the weights `theta` that learn."""
-    name, graph = spec.name, plan.graph
-    if spec.rule is None:
-        raise TypeError(f"block {name!r} has no rule")
-    shapes = {**plan.spec.parents, **plan.shapes}
-    shape, dtype = shapes[name]
-    device = next((t.device for t in theta.values()), torch.device("cpu"))
-    dtype = next((t.dtype for t in theta.values()), dtype)
-
-    def seed(what: str) -> int:
-        return block_seed(plan.seed, f"{name}/rule/{what}")
-
-    def random(what: str) -> OwnGenerator:
-        return OwnGenerator(seed(what), device)
-
-    def scale(weights: Weights) -> Scale:
-        return weights.scaled_by(partial(plan.scale, name), plan.sample_of)
-
-    view = BlockView(
-        name=name,
-        module=module,
-        theta=dict(theta),
-        shape=shape[1:],
-        inputs=[shapes[parent][0][1:] for parent in spec.parents],
-        outputs=shapes[graph.readouts[0]][0][1:],
-        depth=graph.depths[name],
-        readout=spec.loss is not None,
-        wanted=[e.index in plan.channels.messages for e in graph.into[name]],
-        join=partial(combined, spec.combine),
-        seed=seed,
-        random=random if draws(module) else None,
-        h=torch.zeros(shape, dtype=dtype, device=device),
-    )
-    return AppliedRule(spec.rule, view, make_weights, scale)
 
 
 def try_rules(plan: Plan) -> None:
@@ -70,52 +20,41 @@ def try_rules(plan: Plan) -> None:
 
     Raises GraphError, which names the rule, the block and the method.
     """
-    for name, rule in ruled(plan.graph).items():
-        spec = plan.graph.blocks[name]
+    rules = ruled(plan.graph)
+    plan = replace(plan, graph=plan.graph.copy()) if rules else plan
+    for name, rule in rules.items():
         who = f"rule {type(rule).__name__} of block {name!r}"
         if name in plan.cast_plans and plan.cast_plans[name].autocast:
             raise LevelError(f"{who}: it computes without autocast; switch that off for this block")
+        if plan.spec.ragged:
+            raise LevelError(f"{who}: rules know no samples of several lengths; pad them")
         try:
-            _try(plan, spec, rule)
+            block = make_node(plan, name, Mailbox({INPUT, *plan.graph.blocks})).block
+            _try(plan, name, block.rule)  # type: ignore[union-attr]  # it has one
         except HamdistError:
             raise
         except Exception as error:
             raise GraphError(f"{who}, in a dry run: {type(error).__name__}: {error}") from error
 
 
-def _try(plan: Plan, spec: BlockSpec, rule: Rule) -> None:
-    module = copied(spec.module)
-    theta = {n: p.data for n, p in module.named_parameters() if p.requires_grad}
-    dynamics = replace(plan.dynamics.of(spec.name), average=None, betas=())
-
-    def weights(tensors: Sequence[Tensor], names: Sequence[str]) -> Weights:
-        return Weights(tensors, dynamics, plan.knobs.order, names)
-
-    applied = applied_rule(plan, spec, module, theta, weights)
-    view, shapes = applied.view, {**plan.spec.parents, **plan.shapes}
-    inputs = [torch.zeros(s, dtype=t).to(view.h) for s, t in map(shapes.__getitem__, spec.parents)]
-    for i, (parent, x) in enumerate(zip(spec.parents, inputs, strict=True)):
-        if not shapes[parent][1].is_floating_point:
-            inputs[i] = torch.zeros(x.shape, dtype=shapes[parent][1], device=x.device)
+def _try(plan: Plan, name: str, applied: AppliedRule) -> None:
+    spec, rule, h = plan.graph.blocks[name], applied.rule, applied.view.h
+    shapes, readout = {**plan.spec.parents, **plan.shapes}, plan.graph.readouts[0]
+    inputs = [
+        torch.zeros(s, dtype=h.dtype if t.is_floating_point else t, device=h.device)
+        for s, t in map(shapes.__getitem__, spec.parents)
+    ]
     if rule.presentation == "hold":
-        tick = Tick(0, 0, 1.0)
-        updates = applied.relax(inputs, torch.zeros_like(view.h), tick, plan.schedule.c)[2]
-        applied.gradients(updates, 0, 1.0)
-    else:
-        _try_pulse(plan, spec, applied, inputs)
-    applied.check_plain("a method", view.memory)
-
-
-def _try_pulse(plan: Plan, spec: BlockSpec, applied: AppliedRule, inputs: list[Tensor]) -> None:
-    h, kept = applied.forward(0, inputs)
+        applied.view.in_tick(h, 0, plan.schedule.c, learns=True)
+        applied.gradients(applied.call("relax", 0, len(h), inputs, h)[2], 0, 1.0)
+        return
+    h, kept = applied.call("forward", 0, len(h), inputs)
     applied.check_plain("forward", kept)
     if applied.learns:
-        target = plan.spec.target(plan.taught_by)
-        label = None
-        if applied.rule.signals.label and target is not None:
-            label = torch.zeros(target.shape, dtype=target.dtype, device=h.device)
-        applied.gradients(applied.learn(kept, label, 0), 0, 1.0)
+        y = plan.spec.target(plan.taught_by) if rule.signals.label else None
+        label = None if y is None else torch.zeros(y.shape, dtype=y.dtype, device=h.device)
+        applied.gradients(applied.call("learn", 0, len(h), kept, label), 0, 1.0)
     if applied.listens:
-        of_error = spec.back == "error" and spec.loss is None
-        message = h.new_zeros(plan.shapes[plan.graph.readouts[0]][0] if of_error else h.shape)
-        applied.gradients(applied.backward(kept, message, 0)[1], 0, 1.0)
+        like = shapes[readout][0] if spec.back == "error" and spec.loss is None else h.shape
+        applied.back(kept, h.new_zeros(like), 0, 1.0)
+    applied.check_plain("backward", applied.view.memory)

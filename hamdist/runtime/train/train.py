@@ -62,7 +62,7 @@ from hamdist.runtime.storage.store import storage
 from hamdist.runtime.train.choose_level import resolved
 from hamdist.runtime.train.outcome import make_result
 from hamdist.runtime.train.prepare import graph_in_blocks, in_dtype_of, modules_of
-from hamdist.runtime.train.rules import NamedRule, make_rules
+from hamdist.runtime.train.rules import NamedRule, make_rule
 from hamdist.streams.live import live_of
 from hamdist.streams.sample import SampleSpec, Stream, with_example
 from hamdist.streams.wrappers.chosen_targets import with_targets_of
@@ -148,7 +148,8 @@ def train(
                 spec = replace(stream.spec, example=spec.example)
             known_by = identity(stream, spec.example)
             rule = OptimizerRule(function=optimizer, scheduler=scheduler)
-            own = make_rules({**(rules or {}), **settings.learning.rules, **(rules or {})})
+            named = {**(rules or {}), **settings.learning.rules, **(rules or {})}
+            own = {pattern: make_rule(f"rules.{pattern}", one) for pattern, one in named.items()}
             work = _Work(
                 model, spec, settings, losses, policy, phi, known_by, optimizer=rule, rules=own
             )
@@ -316,7 +317,7 @@ class _Work:
 
 def plan_of(model: nn.Module | Graph, settings: Settings, spec: SampleSpec) -> Plan:
     """Return the plan with which `train` would begin. Raises what `train` raises before that."""
-    rules = make_rules(settings.learning.rules)
+    rules = {p: make_rule(f"rules.{p}", one) for p, one in settings.learning.rules.items()}
     return _Work(model, spec, settings, None, None, None, rules=rules).planned()[1]
 
 

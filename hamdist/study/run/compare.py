@@ -24,11 +24,9 @@ KEY_LENGTH = 20
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """A run that a comparison will make.
+    """A run that a comparison will make; `level` is None for the centralised baseline.
 
-    Attributes:
-        level: None for the centralised baseline.
-        rule: the name of a rule of learning that all blocks have, if they have one.
+    rule: the name of a rule of learning that all blocks have, if they have one.
     """
 
     level: Level | None
@@ -44,11 +42,9 @@ class PlannedRun:
     def of(self, settings: Settings) -> Settings:
         """Return the settings of this run (those of `backprop` for the baseline)."""
         own = settings.for_level(self.level or Level.BACKPROP)
-        own = own.model_copy(update={"seed": self.seed})
-        if self.rule is not None:
-            rules = {"rules": {"*": rule_and_level(self.rule)[0]}}
-            own = own.model_copy(update={"learning": own.learning.model_copy(update=rules)})
-        return own
+        update = {} if self.rule is None else {"rules": {"*": self.rule}}
+        learning = own.learning.model_copy(update=update)
+        return own.model_copy(update={"seed": self.seed, "learning": learning})
 
 
 def plan(settings: Settings) -> list[PlannedRun]:
@@ -74,26 +70,12 @@ def plan(settings: Settings) -> list[PlannedRun]:
     return baselines + [PlannedRun(level, seed, rule) for seed in seeds for level, rule in levels]
 
 
-def rule_and_level(name: str) -> tuple[str, str]:
-    """Return the name of a rule, and the level behind `@` (empty: none)."""
-    rule, at, level = name.rpartition("@")
-    return (rule, level) if at else (name, "")
-
-
 def _of_rule(name: str, given: Level) -> tuple[Level, str | None]:
-    """Return the level of an entry of `compare.rules`, and the entry if it is a rule.
-
-    A rule is run at the level of the settings, where that has its presentation.
-    """
+    """Return the level of an entry of `compare.rules`, `given` if it fits; and a rule's name."""
     levels = {level.value: level for level in Level}
     if name in levels:
         return levels[name], None
-    rule, at = rule_and_level(name)
-    if at and at not in levels:
-        raise SettingsError(f"compare.rules {name!r}: {at!r} is no level: {', '.join(levels)}")
-    presentation = make_rule("compare.rules", rule).presentation
-    if at:
-        return levels[at], name
+    presentation = make_rule("compare.rules", name).presentation
     fits = given is not Level.AUTO and PRESETS[given].presentation.value == presentation
     return given if fits else Level.TRACE if presentation == "pulse" else Level.LOCAL, name
 

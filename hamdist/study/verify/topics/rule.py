@@ -1,0 +1,141 @@
+"""A user's own rule of learning: what has to hold of it, on a net of five layers in float64."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from collections.abc import Generator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hamdist.config import EngineKind, EngineSettings, Settings
+from hamdist.dynamics.graph.graph import INPUT
+from hamdist.dynamics.objective.losses import cross_entropy
+from hamdist.runtime.nodes.factory import make_node
+from hamdist.runtime.nodes.loop import run_loop
+from hamdist.runtime.nodes.mailbox import Mailbox
+from hamdist.runtime.nodes.source import SourceNode
+from hamdist.runtime.plan.plan import Plan
+from hamdist.runtime.ray_engine.session import ray_session
+from hamdist.runtime.results.result import RunResult
+from hamdist.runtime.train.rules import make_rule
+from hamdist.runtime.train.train import plan_of, train
+from hamdist.study.verify.oracles.check import Check, Difference
+from hamdist.study.verify.oracles.networks import Draws, chain
+from hamdist.study.verify.topics.engines import ACTORS, IN_PROCESS, difference
+
+SAMPLES, AT = 30, 17  # a process is lost at sample AT
+TICKS = 40  # of a sample, for a held rule
+RAY = {"kind": "ray", "actors": ACTORS, "balance": "parameters"}
+
+
+def _dying(method: Any, mark: Path, driver: int, block: Any, *arguments: Any) -> Any:
+    """Call a rule's `method`; first kill this process, if it is an actor at sample AT, once."""
+    if block.sample == AT and os.getpid() != driver and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return method(block, *arguments)
+
+
+class VerifiedRule:
+    """The checks of the rule `name`, a built-in one or FILE.py:NAME. Raises SettingsError."""
+
+    def __init__(self, name: str) -> None:
+        self._rule, self._named = make_rule("--rule", name), {"rules": {"*": name}}
+        held = {"level": "local", "locality": {"speed": TICKS, "update": "last-tick"}}
+        self._held = self._rule.presentation == "hold"
+        self._level: dict[str, Any] = held if self._held else {"level": "trace"}
+        self._ticks = TICKS if self._held else 1
+
+    def checks(self) -> Generator[Check, None, None]:
+        yield Check("it keeps plain data", "a dry run", 0.0, lambda: float(not self._plan()))
+        with ray_session(EngineSettings(kind=EngineKind.RAY, actors=ACTORS)):
+            yield Check(f"on {ACTORS} Ray actors", IN_PROCESS, 0.0, self._apart)
+            yield Check("there, an actor is killed", IN_PROCESS, 0.0, self._killed)
+        yield Check("a run goes on from a snapshot", IN_PROCESS, 0.0, self._resumed)
+        what = "weights and memory of all other blocks are NaN whenever the rule is called"
+        yield Check(what, IN_PROCESS, 0.0, self._poisoned)
+        yield Check("1 - cosine of its updates, at most 2", "backpropagation", 2.0, self._cosine)
+
+    def _settings(self, lr: float = 0.05, **fields: Any) -> Settings:
+        base = {"steps": SAMPLES, "dtype": "float64", "engine": {"kind": "inprocess"}}
+        learning = {"lr": lr, **self._named}
+        return Settings.model_validate({**base, **self._level, "learning": learning, **fields})
+
+    def _run(self, rules: Any = None, resume: str | None = None, **fields: Any) -> RunResult:
+        stream = Draws(SAMPLES, missing={5})
+        return train(chain(), stream, self._settings(**fields), rules=rules, resume=resume)
+
+    def _plan(self) -> Plan:
+        return plan_of(chain(), self._settings(), Draws(SAMPLES).spec)
+
+    def _apart(self) -> Difference:
+        return difference(self._run(), self._run(engine=RAY))
+
+    def _killed(self) -> Difference:
+        rule, method = copy.copy(self._rule), "relax" if self._held else "forward"
+        with TemporaryDirectory() as folder:
+            own = getattr(rule, method), Path(folder, "mark"), os.getpid()
+            object.__setattr__(rule, method, partial(_dying, *own))
+            kept = {"path": f"{folder}/kept", "every": 10 * self._ticks}
+            result = self._run({"*": rule}, engine=RAY, snapshots=kept)
+        lost = difference(self._run(), result)
+        return lost if result.replaced else Difference(torch.inf, "no process was lost")
+
+    def _resumed(self) -> Difference:
+        with TemporaryDirectory() as folder:
+            kept = {"path": folder, "every": AT * self._ticks, "keep": 9}
+            whole = self._run(snapshots=kept)
+            first = min(path for path in Path(folder).iterdir() if path.is_dir())
+            return difference(whole, self._run(resume=str(first)))
+
+    def _poisoned(self) -> Difference:
+        plan = self._plan()
+        mailbox = Mailbox({INPUT, *plan.graph.blocks})
+        nodes: list[Any] = [make_node(plan, name, mailbox) for name in plan.graph.blocks]
+        own = [_tensors(node.block) for node in nodes]
+        for node, mine in zip(nodes, own, strict=True):
+            if hasattr(node.block, "rule"):
+                others = [t for o in own if o is not mine for t in o]
+                node.block.rule.call = partial(_with_nan, node.block.rule.call, others)
+        run_loop([SourceNode(plan, Draws(SAMPLES, missing={5}), mailbox), *nodes])
+        clean = [t for block in self._run().blocks.values() for t in block.theta.values()]
+        dirty = [t for node in nodes for t in node.block.weights.theta]
+        same = all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+        return Difference(0.0 if same else torch.inf, "" if same else "it reads other blocks")
+
+    def _cosine(self) -> Difference:
+        """Compare the gradients of the last sample, with weights that do not move."""
+        level: dict[str, Any] = {} if self._held else {"level": "backprop"}
+        result = self._run(lr=0.0, **level)
+        model, sample = chain(), [*Draws(SAMPLES).samples()][-1]
+        loss = cross_entropy(model(sample.u), sample.target(""))  # type: ignore[arg-type]
+        weights = dict(model.named_parameters())
+        exact = dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
+        cosines = {}
+        for name, block in result.blocks.items():
+            pairs = [(g.flatten(), exact[key].flatten()) for key, g in block.omega.items()]
+            a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
+            cosines[name] = float(torch.cosine_similarity(a, b, dim=0))
+        note = ", ".join(f"{name} {value:.2f}" for name, value in cosines.items())
+        return Difference(1 - sum(cosines.values()) / len(cosines), f"cosine by block: {note}")
+
+
+def _tensors(block: Any) -> list[Tensor]:
+    memory = block.rule.view.memory.values() if hasattr(block, "rule") else []
+    own = [*block.weights.theta, *memory]
+    return [t for t in own if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _with_nan(call: Any, others: list[Tensor], *arguments: Any) -> Any:
+    before = [t.clone() for t in others]
+    torch._foreach_mul_(others, torch.nan)
+    found = call(*arguments)
+    torch._foreach_copy_(others, before)
+    return found

@@ -1,0 +1,204 @@
+"""Trackers: a run's events as scalars in TensorBoard, MLflow, Weights & Biases, Prometheus, CSV.
+
+Each needs its own package (an extra of hamdist's, of the same name), csv none.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hamdist.config import Settings, TrackerKind, to_yaml
+from hamdist.errors import SettingsError, need_package
+from hamdist.runtime.results.events import (
+    ActorsMeasured,
+    BlocksMeasured,
+    EdgesMeasured,
+    Evaluated,
+    EventListener,
+    FolderEnded,
+    RunBegun,
+    RunEvent,
+    RunProgressed,
+    WindowFull,
+)
+from hamdist.runtime.results.progress_events import ProgressEvents
+
+if TYPE_CHECKING:
+    from hamdist.runtime.process.interrupts import OnProgress
+
+LOOPBACK = "127.0.0.1"
+Log = Callable[[str, str, float, int], object]  # run, name, value, samples
+
+
+def scalars(event: RunEvent) -> Iterator[tuple[str, float | None]]:
+    """Yield the scalars of an event by name."""
+    if isinstance(event, (WindowFull, Evaluated)):
+        head = event.readout if isinstance(event, WindowFull) else "held_out"
+        yield from ((f"{head}/loss", event.loss), (f"{head}/accuracy", event.accuracy))
+    elif isinstance(event, RunProgressed) and event.seconds > 0:
+        yield "samples_per_second", (event.samples - event.resumed) / event.seconds
+    elif isinstance(event, BlocksMeasured):
+        for block, norms in event.norms.items():
+            yield from ((f"norm/{block}/{name}", x) for name, x in norms._asdict().items())
+    elif isinstance(event, ActorsMeasured):
+        yield from ((f"memory/{actor}", size) for actor, size in event.memory.items())
+        for actor, spent in event.seconds.items():
+            yield from ((f"seconds/{actor}/{kind}", x) for kind, x in spent.items())
+    elif isinstance(event, EdgesMeasured):
+        for edge, counts in event.edges.items():
+            names = ("bytes", "queued", "waited")
+            yield from ((f"edge/{edge}/{name}", getattr(counts, name)) for name in names)
+
+
+@dataclass
+class Tracker:
+    """A listener that logs the scalars of events, counted in samples, until the folder ends."""
+
+    log: Log
+    begin: Callable[[str, str], object] = lambda *_: None  # run, settings as YAML
+    close: Callable[[], object] = lambda: None
+    samples: int = 0
+
+    def __call__(self, event: RunEvent) -> None:
+        run = "-".join(str(part) for part in (event.level, event.seed) if part is not None)
+        if isinstance(event, RunBegun):
+            self.begin(run, to_yaml(Settings.model_validate(dict(event.settings)), only_set=True))
+        elif isinstance(event, RunProgressed):
+            self.samples = event.samples
+        at = event.last + 1 if isinstance(event, WindowFull) else self.samples
+        for name, value in scalars(event):
+            if value is not None and math.isfinite(value):
+                self.log(run, name, value, at)
+        if isinstance(event, FolderEnded):
+            self.close()
+
+
+def _csv(folder: Path, _: Settings) -> Tracker:
+    file = (folder / "metrics.csv").open("a", newline="", encoding="utf-8", buffering=1)
+    writer = csv.writer(file, lineterminator="\n")
+    if not file.tell():
+        writer.writerow(("run", "name", "value", "samples"))
+    return Tracker(lambda *row: writer.writerow(row), close=file.close)
+
+
+def _tensorboard(folder: Path, _: Settings) -> Tracker:
+    need_package("tensorboard", "tensorboard", "trackers: tensorboard")
+    module: Any = import_module("torch.utils.tensorboard")
+    writer = module.SummaryWriter(str(folder / "tensorboard"))
+    return Tracker(
+        lambda run, name, value, at: writer.add_scalar(f"{run}/{name}", value, at),
+        lambda run, text: writer.add_text(f"{run}/settings", f"```\n{text}```"),
+        writer.close,
+    )
+
+
+def _mlflow(folder: Path, settings: Settings) -> Tracker:
+    need_package("mlflow", "mlflow", "trackers: mlflow")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
+    known = client.get_experiment_by_name(settings.name)
+    experiment = known.experiment_id if known else client.create_experiment(settings.name)
+    runs: dict[str, str] = {}
+
+    def begin(run: str, text: str) -> None:
+        runs[run] = client.create_run(experiment, run_name=run).info.run_id
+        client.set_tag(runs[run], "settings", text)
+
+    def log(run: str, name: str, value: float, at: int) -> None:
+        client.log_metric(runs[run], re.sub(r"[^\w ./-]", "_", name), value, step=at)
+
+    return Tracker(log, begin, lambda: list(map(client.set_terminated, runs.values())))
+
+
+def _wandb(folder: Path, settings: Settings) -> Tracker:
+    need_package("wandb", "wandb", "trackers: wandb")
+    import wandb
+
+    mode: Any = os.environ.get(
+        "WANDB_MODE", "online" if "WANDB_API_KEY" in os.environ else "offline"
+    )
+    config = settings.model_dump(mode="json", exclude_unset=True)
+    run: Any = wandb.init(
+        project="hamdist", name=settings.name, dir=folder, mode=mode, config=config
+    )
+    return Tracker(
+        lambda name, what, value, at: run.log({f"{name}/{what}": value, "samples": at}),
+        close=run.finish,
+    )
+
+
+def _prometheus(_: Path, settings: Settings) -> Tracker:
+    need_package("prometheus_client", "prometheus", "trackers: prometheus")
+    from prometheus_client import CollectorRegistry, Gauge, start_http_server
+
+    registry, port = CollectorRegistry(), settings.metrics.prometheus_port
+    gauge = Gauge("hamdist", "The latest value.", ["run", "name"], registry=registry)
+    try:
+        server, _thread = start_http_server(port, LOOPBACK, registry)
+    except OSError as error:
+        reason = error.strerror or error
+        raise SettingsError(f"metrics.prometheus_port {port}: {reason}") from None
+    return Tracker(
+        lambda run, name, value, _: gauge.labels(run, name).set(value), close=server.shutdown
+    )
+
+
+_MAKERS: Mapping[TrackerKind, Callable[[Path, Settings], Tracker]] = {
+    TrackerKind.CSV: _csv,
+    TrackerKind.TENSORBOARD: _tensorboard,
+    TrackerKind.MLFLOW: _mlflow,
+    TrackerKind.WANDB: _wandb,
+    TrackerKind.PROMETHEUS: _prometheus,
+}
+
+
+def open_trackers(settings: Settings, folder: Path) -> list[Tracker]:
+    """Return the trackers of `settings.trackers`, with their files in `folder`.
+
+    Raises SettingsError if a package is missing.
+    """
+    return [_MAKERS[kind](folder, settings) for kind in dict.fromkeys(settings.trackers)]
+
+
+@contextmanager
+def tracked(
+    settings: Settings, listeners: Sequence[EventListener], then: OnProgress | None
+) -> Iterator[OnProgress | None]:
+    """Yield an `on_progress` that hands the run's events to its trackers and `listeners`."""
+    if not settings.trackers and not listeners:
+        yield then
+        return
+    folder = Path("results") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if settings.trackers:
+        folder.mkdir(parents=True, exist_ok=True)
+    all_: list[EventListener] = [*open_trackers(settings, folder), *listeners]
+    events = ProgressEvents(settings.level.value, settings.seed)
+    raw = settings.model_dump(mode="json", exclude_unset=True)
+    engine = settings.engine.kind.value
+
+    def emit(event: RunEvent) -> None:
+        for listener in all_:
+            listener(event)
+
+    def note(progress: Any) -> object:
+        answer = None if then is None else then(progress)
+        for event in events(progress):
+            emit(event)
+        return answer
+
+    emit(RunBegun(title=settings.name, engine=engine, settings=raw, **events.head))
+    try:
+        yield note
+    finally:
+        emit(FolderEnded())
