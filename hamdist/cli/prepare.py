@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hamdist.errors import need_package
+from hamdist.errors import SettingsError, need_package
 from hamdist.runtime.results.events import RunBegun
 from hamdist.study.shared.result_folder import prepare_folder
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hamdist.config import Settings
     from hamdist.models.build import ModelFactory
     from hamdist.study.run.run import DataFactory
+
+STANDARD_OUTPUT = Path("-")
 
 
 def prepare(
@@ -86,3 +88,12 @@ def command_line() -> str:
     """
     typed = shlex.join(["hamdist", *sys.argv[1:]])
     return typed.encode("utf-8", "backslashreplace").decode()
+
+
+def prepare_file(path: Path | None) -> None:
+    """Raise SettingsError if `path` cannot be written, before anything is computed."""
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise SettingsError(f"--json '{path}': cannot write there: {error.strerror}") from None

@@ -29,8 +29,13 @@ from hamdist.cli.options import (
     changes,
     load,
 )
-from hamdist.cli.prepare import own_stream, prepare, results_of
-from hamdist.cli.verify import STANDARD_OUTPUT, prepare_file
+from hamdist.cli.prepare import (
+    STANDARD_OUTPUT,
+    own_stream,
+    prepare,
+    prepare_file,
+    results_of,
+)
 from hamdist.config import EngineKind, Level
 from hamdist.errors import SettingsError
 
