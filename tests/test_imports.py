@@ -107,8 +107,9 @@ ALLOWED = {
         f"{STUDY} study/shared study/run study/gradient_descent study/propagation "
         "study/verify/oracles"
     ),
+    "serve": f"{RUNTIME} runtime",
     "launch": f"{STUDY} study",
-    "cli": f"{CLI} cli",
+    "cli": f"{CLI} api serve cli",
     "cli/study": CLI,
     "cli/cluster": CLI,
     "__main__": "cli",

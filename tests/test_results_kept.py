@@ -54,7 +54,7 @@ OF_A_RUN = {
     *("metrics.jsonl", "model.safetensors", "settings-all.yaml", "settings.yaml", "summary.json")
 }
 OF_A_COMPARISON = {
-    *("report.html", "results.csv"),
+    *("report.html", "results.csv", "results.tex"),
     *("runs.jsonl", "settings-all.yaml", "settings.yaml", "summary.json"),
 }
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
-from hamdist.cli import compare, diff, export, recipes, run, settings, verify, view
+from hamdist.cli import compare, diff, export, recipes, run, serve, settings, verify, view
 from hamdist.cli.cluster import cluster, launch
 from hamdist.cli.console import console, output
 from hamdist.cli.study import recovery, simulate, speed
@@ -84,7 +84,7 @@ def _options(
 
 for _command in (  # in the order of use
     *(settings.init, recipes.recipes, recipes.rules, run.run, compare.compare),
-    *(view.view, view.explain),
+    *(view.view, view.explain, serve.serve, serve.replay),
     *(export.export, diff.diff, simulate.simulate, simulate.profile),
     *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
 ):

@@ -1,7 +1,8 @@
 """Batches by key, or by place: which of their values are inputs, and which are targets.
 
 A key has a name: `u`, the only input; an argument of the model (`u.NAME` where that is called u or
-y); `y`, the target; `y.NAME`, the target of the output NAME. Keys without a name are left out.
+y); `y`, the target; `y.NAME`, the target of the output NAME; `weight`, the weights of the rows.
+Keys without a name are left out.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from hamdist.errors import StreamError
 Names: TypeAlias = Mapping[str, str] | Mapping[int, str]
 
 TARGETS = ("label", "labels", "target", "targets", "y")  # keys that need no name
+WEIGHT = "weight"  # the name of a key that has the weights of the rows
 TUPLES = (
     '; names={0: "u", 1: "y"} leaves the others out, names={0: "x", 1: "y", 2: "task"} hands the '
-    "third one to the model as its argument 'task'; weights of samples have no place in the loss: "
-    "draw rows as often as they weigh (torch's WeightedRandomSampler)"
+    'third one to the model as its argument \'task\', and names={0: "u", 1: "y", 2: "weight"} '
+    "weighs each row's loss by its number"
 )
 
 
-def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tuple[Any, Any]:
-    """Return u and y of sample n, picked by the names of its keys.
+def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tuple[Any, Any, Any]:
+    """Return u, y and the weights of the rows of sample n, picked by the names of its keys.
 
     u is the only input or a dict of them by argument; y the target, a dict of them by output, or
-    None. Raises StreamError for a missing key, and for names that contradict each other.
+    None; weights None where no key has that name. Raises StreamError for a missing key, and for
+    names that contradict each other.
     """
     missing = [key for key in names if key not in item]
     if missing:
@@ -37,22 +40,24 @@ def named_parts(n: int, item: Mapping[Any, Any], names: Mapping[str, str]) -> tu
             f"sample {n} has no {missing[0]!r}, which names= speaks of; it has "
             f"{', '.join(map(repr, item))}"
         )
+    weights = [item[key] for key, name in names.items() if name == WEIGHT]
     targets = {name: item[key] for key, name in names.items() if _is_target(name)}
     inputs = {
         name if name == "u" else name.removeprefix("u."): item[key]
         for key, name in names.items()
-        if name not in targets
+        if name not in targets and name != WEIGHT
     }
     alone = not ("u" in inputs and len(inputs) > 1) and not ("y" in targets and len(targets) > 1)
-    if not inputs or not alone or len(inputs) + len(targets) < len(names):
+    if not inputs or not alone or len(inputs) + len(targets) + bool(weights) < len(names):
         raise StreamError(
             f"names is {dict(names)}: name one input 'u', or every input as an argument of the "
-            "model, and one target 'y', or the target of every output 'y.NAME'"
+            "model, and one target 'y', or the target of every output 'y.NAME'; at most one "
+            "'weight'"
         )
-    u = inputs.get("u", inputs)
+    u, weight = inputs.get("u", inputs), next(iter(weights), None)
     if not targets or "y" in targets:
-        return u, targets.get("y")
-    return u, {name.removeprefix("y."): y for name, y in targets.items()}
+        return u, targets.get("y"), weight
+    return u, {name.removeprefix("y."): y for name, y in targets.items()}, weight
 
 
 def default_names(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hamdist.config import IGNORE_INDEX
 from hamdist.errors import StreamError
-from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec
+from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Target, TargetSpec, parted
 
 FEW = 64  # class targets
 ALIGNMENT = 64  # bytes; what torch's CPU allocator gives, and vector instructions like
@@ -184,6 +184,9 @@ class Checker:
 
     def _target(self, n: int, field: str, y: Tensor, spec: TargetSpec, batch: int) -> Tensor | None:
         """Return one checked target; None where all of its classes are ignored."""
+        given = y
+        if self._spec.weighted:
+            y, _ = parted(y, spec)
         _check_dtype(n, field, y, spec.dtype)
         if not self._fits(y, spec):
             raise StreamError(
@@ -197,10 +200,10 @@ class Checker:
             )
         _check_finite(n, field, y)
         if spec.classes is None:
-            return _own(y)
+            return _own(given)
         possible = 0 <= self._ignore_index < spec.classes
         if not possible and _within(y, spec.classes):
-            return _own(y)
+            return _own(given)
         ignored = y == self._ignore_index
         strange = ((y < 0) | (y >= spec.classes)) & ~ignored
         if strange.any():
@@ -211,7 +214,7 @@ class Checker:
                 f"targets are 0 to {spec.classes - 1}: correct the labels, or the number of "
                 "classes, or say with ignore_index which number is no class"
             )
-        return None if ignored.all() else _own(y)
+        return None if ignored.all() else _own(given)
 
 
 def _within(y: Tensor, classes: int) -> bool:

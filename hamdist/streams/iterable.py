@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hamdist.errors import HamdistWarning, SettingsError, StreamError
-from hamdist.streams.batch_names import TUPLES, Names, default_names, named_parts
+from hamdist.streams.batch_names import TUPLES, WEIGHT, Names, default_names, named_parts
 from hamdist.streams.epochs import AGAIN, Epochs, epoch_setters, is_ragged
 from hamdist.streams.sample import (
     InputSpec,
@@ -23,6 +23,7 @@ from hamdist.streams.sample import (
     Target,
     TargetSpec,
     with_example,
+    with_weights,
 )
 
 _FORMS = (
@@ -86,8 +87,9 @@ class IterableStream:
         if first is nothing:
             raise StreamError(f"the source ({kind}) yields no sample")
         ragged = is_ragged(given) if ragged is None else ragged
-        learned = _learn(self.sample(0, first), classes, outputs)
-        self._spec = replace(learned, ragged=ragged)
+        learned = _learn(self.sample(0, first, weigh=False), classes, outputs)
+        weighted = WEIGHT in (self._names or {}).values()
+        self._spec = replace(learned, ragged=ragged, weighted=weighted)
         self._peeked: Iterator[Any] | None = chain([first], items)
 
     @property
@@ -113,9 +115,9 @@ class IterableStream:
             )
         return (self.sample(n, item) for n, item in enumerate(items))
 
-    def sample(self, n: int, item: Any) -> Sample:
+    def sample(self, n: int, item: Any, *, weigh: bool = True) -> Sample:
         """Return item n, in any of the accepted forms, as a sample. Raises StreamError."""
-        u, y, end, time, late = self._fields(n, item)
+        u, y, end, time, late, weights = self._fields(n, item)
         inputs = self._inputs(n, u)
         if not isinstance(end, (bool, np.bool_)):
             raise StreamError(f"sample {n}: end is {end!r}; give True or False")
@@ -124,31 +126,50 @@ class IterableStream:
             raise StreamError(f"sample {n}: time is {time!r}; give a number of seconds, or None")
         first = self._tensor(n, "u", u) if inputs is None else next(iter(inputs.values()))
         if self._model_loss is not None:
-            if y is not None:
+            if y is not None or weights is not None:
                 raise StreamError(
-                    f"sample {n} has a target, and loss 'model' has none: name it as an argument "
-                    "of the model, or give the output a loss"
+                    f"sample {n} has a target or weight, and loss 'model' has none: name it as an "
+                    "argument of the model, or give the output a loss"
                 )
             y = {self._model_loss: torch.zeros(len(first), 1)}
+        target = self._target(n, "y", y)
+        if weights is not None and weigh:
+            target = self._weighed(n, target, weights)
         return Sample(
             first,
-            self._target(n, "y", y),
+            target,
             bool(end),
             None if time is None else float(time),
             self._late(n, late),
             inputs,
         )
 
-    def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """Return (u, y, end, time, late) of a sample in any of the accepted forms."""
+    def _weighed(self, n: int, y: Target, weights: Any) -> Target:
+        """Return the target with the weights of its rows."""
+        if isinstance(y, Mapping):
+            return {name: t if t is None else self._packed(n, t, weights) for name, t in y.items()}
+        return y if y is None else self._packed(n, y, weights)
+
+    def _packed(self, n: int, y: Tensor, weights: Any) -> Tensor:
+        given = self._tensor(n, WEIGHT, weights).double()
+        if given.numel() != len(y) or not bool(((given >= 0) & given.isfinite()).all()):
+            raise StreamError(
+                f"sample {n}: the weights are {_short(given)}, of shape {tuple(given.shape)}: give "
+                f"a number from 0 on for each of its {len(y)} rows"
+            )
+        return with_weights(y, given)
+
+    def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
+        """Return (u, y, end, time, late, weights) of a sample in any of the accepted forms."""
         if isinstance(item, Sample):
             u = item.u if item.inputs is None else item.inputs
-            return u, item.y, item.end, item.time, item.late
+            return u, item.y, item.end, item.time, item.late, None
         if isinstance(item, (tuple, list)) and self._names is not None:
             item = {str(place): value for place, value in enumerate(item)}
         if isinstance(item, Mapping) and (self._names is not None or "u" not in item):
             names = self._names or self._default_names(n, item)
-            return (*named_parts(n, item, names), False, None, None)
+            u, y, weights = named_parts(n, item, names)
+            return u, y, False, None, None, weights
         if isinstance(item, Mapping):
             strange = [str(key) for key in item if key not in _KEYS]
             if strange:
@@ -162,11 +183,12 @@ class IterableStream:
                 item.get("end", False),
                 item.get("time"),
                 item.get("late"),
+                None,
             )
         if isinstance(item, (Tensor, np.ndarray)):
-            return item, None, False, None, None
+            return item, None, False, None, None, None
         if isinstance(item, (tuple, list)) and len(item) in (1, 2):
-            return item[0], item[1] if len(item) == 2 else None, False, None, None
+            return item[0], item[1] if len(item) == 2 else None, False, None, None, None
         length = f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
         hint = TUPLES if length and len(item) > 2 else ""
         raise StreamError(

@@ -116,6 +116,8 @@ class SampleSpec:
         late: number of samples by which labels come late, where each sample passes twice
             (wrappers/late_targets.py); 0: once, with its label.
         ragged: True if samples may have lengths of their own, behind the batch.
+        weighted: True if targets have the weights of their rows beside them (`with_weights`); the
+            spec is that of the targets alone.
         live: of a live run, the number of unlabelled samples that wait for a label; else 0.
     """
 
@@ -130,6 +132,7 @@ class SampleSpec:
     example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     late: int = 0
     ragged: bool = False
+    weighted: bool = False
     live: int = 0
 
     @property
@@ -161,7 +164,39 @@ class SampleSpec:
         """Return the spec of the targets of a readout; None where the stream has none for it."""
         if self.targets is not None:
             return self.targets.get(readout)
+        return self._only
+
+    def parted(self, readout: str, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a target of a readout, (B, ...), and the weights of its rows."""
+        return parted(target, (self.targets or {}).get(readout, self._only))
+
+    @property
+    def _only(self) -> TargetSpec:
         return TargetSpec(self.y_shape, self.y_dtype, self.classes)
+
+
+def with_weights(y: Tensor, weights: Tensor) -> Tensor:
+    """Return a target (B, ...) and the weights of its rows, (B,), as one tensor, bit for bit.
+
+    It is (B, n + 1) of int64: the n numbers of a row, then its weight, those that are no integers
+    as the bits of their float64. `parted` takes them apart.
+    """
+    rows = y.reshape(len(y), -1)
+    bits = rows.double().view(torch.int64) if rows.is_floating_point() else rows
+    return torch.cat([bits, weights.double().reshape(-1, 1).view(torch.int64)], 1)
+
+
+def parted(target: Tensor, spec: TargetSpec) -> tuple[Tensor, Tensor]:
+    """Return y (B, ...) and the weights (B,) of float64 of what `with_weights` has made.
+
+    spec: of y, which may have another length on axis 1.
+    """
+    weights = target[:, -1].contiguous().view(torch.float64)
+    rows = target[:, :-1].contiguous()
+    if spec.dtype.is_floating_point:
+        rows = rows.view(torch.float64).to(spec.dtype)
+    behind = spec.shape[1:]
+    return rows.reshape(len(rows), *(-1 for _ in behind[:1]), *behind[1:]), weights
 
 
 def with_example(spec: SampleSpec, first: Sample) -> SampleSpec:

@@ -457,10 +457,27 @@ def multiplies(net, h):
     return torch.sparse.mm(net.kernel, h.T).T
 
 
+class Loads(dict):
+    """As transformers' mappings: loads what it does not have, and cannot."""
+
+    def items(self):
+        raise ValueError("could not find it")
+
+    keys = __iter__ = values = items
+
+
+class Listed(Net):
+    table = Loads(a=1)
+
+    def forward(self, x):
+        return super().forward(x) if self.table is not None else x
+
+
 SPARSE = torch.eye(8, dtype=F64).to_sparse()
 BETWEEN = {
     "an activation kept": (lambda: Net(keeps), 3),
     "activations collected": (lambda: Net(collects, {"seen": []}), None),
+    "a mapping that loads": (Listed, 3),
     "assert not isnan": (lambda: Net(asserts), None),
     "torch.distributions": (lambda: Net(samples), None),
     "a sparse constant": (lambda: Net(multiplies, {"kernel": SPARSE}), None),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dynamics.helpers import relative
 from zoo_networks import NETWORKS
-from zoo_networks.entry import WORDS
+from zoo_networks.entry import CLASSES
 
 import hamdist
 from hamdist.dynamics.objective.losses import cross_entropy
@@ -21,6 +21,7 @@ NAMES = (
     "LoRA on LlamaForCausalLM", "LoRA on BertForSequenceClassification",
 )  # fmt: skip
 LR = 0.05
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 def network(name):
@@ -40,8 +41,10 @@ def by_sgd(model, items):
 
 
 def trained(model, items, **fields):
+    most = 1 + max(int(y["logits"].max()) for _, y in items)
     return hamdist.train(
-        model, from_iterable(items, classes=WORDS), dtype="float64", learning={"lr": LR},
+        model, from_iterable(items, classes=max(most, CLASSES)), dtype="float64",
+        learning={"lr": LR},
         partition={"blocks": 3}, **{"level": "backprop", "engine": {"kind": "inprocess"}, **fields},
     )  # fmt: skip
 

@@ -233,7 +233,7 @@ class TestErrors:
         ("item", "message"),
         [
             (3, "is a int; a sample is a Sample"),
-            ((U, Y, Y), "is a tuple of length 3; a sample is.*names={0: .*weights of samples"),
+            ((U, Y, Y), "is a tuple of length 3; a sample is.*names={0: .*2: .weight.}"),
             ((), "is a tuple of length 0"),
             ({"x": U, "u": U}, "is a dict with the unknown x; a sample is"),
             ({"y": Y}, "is a dict of 'y'; which of them are inputs is open: say it with names="),

@@ -141,6 +141,7 @@ def test_table_by_hand() -> None:
         "held-out, %": "91.0 ± 4.2",
         "prequential, %": "82.5",
         "gap, points": "-1.00 ± 1.41",
+        "95 %": "-13.71 to +11.71",  # -+ 12.706 (t, one degree of freedom) times 1.41 / sqrt(2)
         "wall, s": "5.0",
         "rows/s": "25",
         "KiB per edge, sample": "0.0",

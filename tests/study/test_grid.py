@@ -514,7 +514,7 @@ class TestReport:
         found = outcomes(study, *([[0.8, 0.9]] * 8))
         save_study(tmp_path, study, found, command="hamdist study speed x", first=Axis.SPEED)
         names = {path.name for path in tmp_path.iterdir()}
-        texts = {f"study.{kind}" for kind in ("yaml", "json", "csv", "md", "html")}
+        texts = {f"study.{kind}" for kind in ("yaml", "json", "csv", "md", "tex", "html")}
         assert names == texts
         [figure] = study_figures(study, found)
         assert [c.label for c in figure.curves] == ["centralised", "trace", "local", "frozen"]

@@ -80,7 +80,9 @@ def test_csv_has_one_line_per_row() -> None:
     assert read[1]["held_out_spread"] == ""
     assert read[1]["peak_memory_by_process"] == "driver=100"
     assert read[1]["notes"] == "mind <b>&</b>"
-    assert set(read[0]) == {field.name for field in dataclasses.fields(rows[0])}
+    tests = {"low", "high", "p", "seeds_to_tell"}
+    expected = {field.name for field in dataclasses.fields(rows[0])} - {"gap_test", "loss_gap_test"}
+    assert set(read[0]) == expected | {f"{gap}_{t}" for gap in ("gap", "loss_gap") for t in tests}
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +116,7 @@ def test_comparison_folder(tmp_path: Path) -> None:
     assert sorted(item.name for item in tmp_path.iterdir()) == [
         "report.html",
         "results.csv",
+        "results.tex",
         "runs.jsonl",
         "settings-all.yaml",
         "settings.yaml",

@@ -13,18 +13,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hamdist.dynamics.blocks.readout_loss import Reading
+from hamdist.dynamics.blocks.readout_loss import Reading, ReadoutLoss
 from hamdist.dynamics.graph.inputs import rows_of
-from hamdist.dynamics.objective.prequential import counts
+from hamdist.dynamics.objective.losses import counts
 from hamdist.dynamics.saved_state.remember import Remembers
 
 
 class MicrobatchReading(Remembers):
-    """The target of the present sample, and what was read of its parts so far."""
+    """The target of the present sample, and what was read of its parts so far.
 
-    def __init__(self, parts: int, ignore_index: int) -> None:
+    loss: knows the target from the weights of its rows.
+    """
+
+    def __init__(self, parts: int, ignore_index: int, loss: ReadoutLoss) -> None:
         self._parts = parts
         self._ignore_index = ignore_index
+        self._alone = loss.target
         self._target: Tensor | None = None
         self._share = 0.0  # n_i / n of the present part
         self._predictions: list[Tensor] = []
@@ -45,8 +49,8 @@ class MicrobatchReading(Remembers):
             return None, 0.0
         rows = rows_of(len(self._target), self._parts, part)
         own = self._target[rows.start : rows.stop]
-        counted = counts(own, self._ignore_index)
-        self._share = counted / max(1, counts(self._target, self._ignore_index))
+        counted = counts(self._alone(own), self._ignore_index)
+        self._share = counted / max(1, counts(self._alone(self._target), self._ignore_index))
         return (own if counted else None), self._share
 
     def end(
@@ -71,4 +75,4 @@ class MicrobatchReading(Remembers):
         if target is None or loss is None:
             return whole, None
         phi = 0.0 if reading is None else reading.phi
-        return whole, Reading(whole, target, loss, phi)
+        return whole, Reading(whole, self._alone(target), loss, phi, target)

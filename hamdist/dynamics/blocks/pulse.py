@@ -233,5 +233,5 @@ class PulseReadout(Block):
 
     def scored(self, prediction: Tensor, reading: Reading) -> Reading:
         """Return `reading` with an earlier prediction, compared with the target that was read."""
-        value, _ = self._loss.value(prediction, reading.target)
+        value, _ = self._loss.value(prediction, reading.given)
         return replace(reading, prediction=prediction, loss=value)

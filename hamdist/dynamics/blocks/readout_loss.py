@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from hamdist.dynamics.finite import Guard, unguarded
-from hamdist.dynamics.objective.losses import LossFunction, Slope, loss_and_slope
+from hamdist.dynamics.objective.losses import LossFunction, Slope, Weighted, loss_and_slope
 from hamdist.dynamics.saved_state.remember import Remembers, check_names
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction, SeededLoss
@@ -29,12 +29,14 @@ from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A readout's prediction (B, ...) of one sample, with target, loss (scalar) and phi."""
+    """A readout's prediction (B, ...) of one sample, with target, loss (scalar) and phi; given: the
+    target with the weights of its rows, if it has some."""
 
     prediction: Tensor
     target: Tensor
     loss: Tensor
     phi: float
+    given: Tensor
 
 
 def total(messages: Sequence[Tensor | None]) -> Tensor | None:
@@ -57,7 +59,7 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 class ReadoutLoss(Remembers):
-    """The loss of one readout, and its scale phi. native, alone: see `loss_and_slope`."""
+    """The loss of one readout, and its scale phi. native: see `loss_and_slope`."""
 
     def __init__(
         self,
@@ -66,11 +68,9 @@ class ReadoutLoss(Remembers):
         guard: Guard = unguarded,
         *,
         native: bool = False,
-        alone: bool = True,
     ) -> None:
         self._loss = loss
         self._native = native
-        self._alone = alone
         self._phi = dynamics.phi
         self._first_phi = dynamics.first_phi
         self._guard = guard
@@ -135,15 +135,18 @@ class ReadoutLoss(Remembers):
         if moves:
             self.past_first()
         self.error = slope(phi * share)
-        return self.error, Reading(prediction, target, value, phi)
+        return self.error, Reading(prediction, self.target(target), value, phi, target)
+
+    def target(self, target: Tensor) -> Tensor:
+        """Return a target without the weights of its rows, if it has some."""
+        loss = self._loss.loss if isinstance(self._loss, SeededLoss) else self._loss
+        return loss.parted(target)[0] if isinstance(loss, Weighted) else target
 
     def value(
         self, prediction: Tensor, target: Tensor, inputs: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Slope]:
         """Return L, and phi dL/dprediction as a function of phi."""
-        value, slope = loss_and_slope(
-            self._loss, prediction, target, native=self._native, alone=self._alone
-        )
+        value, slope = loss_and_slope(self._loss, prediction, target, native=self._native)
         self._guard("loss", value, [*inputs, target])
         return value, slope
 

@@ -188,7 +188,8 @@ class SequenceReadout(SavesPasses):
         self.stored = max(self.stored, len(self._trace))
         if target is None or found is None:
             return None
-        return Reading(prediction, target, found[0], self._loss.phi(sample))
+        y, phi = self._loss.target(target), self._loss.phi(sample)
+        return Reading(prediction, y, found[0], phi, target)
 
     def begin(self) -> None:
         """Begin the reverse pass."""

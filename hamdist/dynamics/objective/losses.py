@@ -6,7 +6,7 @@ B: batch, O: outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -35,10 +35,11 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
 class CrossEntropy:
     """Softmax cross-entropy: the mean over the batch, and over all other axes that have a class.
 
-    ignore_index: targets of this class are left out of the mean.
+    ignore_index: targets of this class are left out of the mean. reduction: as torch's.
     """
 
     ignore_index: int = IGNORE_INDEX
+    reduction: str = "mean"
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the loss, a scalar; NaN, as torch has it, where no target counts.
@@ -56,7 +57,9 @@ class CrossEntropy:
             )
         if prediction.dim() > 2 and class_axis(prediction.shape, target.shape) != 1:
             prediction = prediction.movedim(-1, 1)
-        return functional.cross_entropy(prediction, target, ignore_index=self.ignore_index)
+        return functional.cross_entropy(
+            prediction, target, ignore_index=self.ignore_index, reduction=self.reduction
+        )
 
 
 cross_entropy = CrossEntropy()
@@ -87,13 +90,13 @@ def class_axis(prediction: Sequence[int], target: Sequence[int]) -> int:
 
 
 def loss_and_slope(
-    loss: LossFunction, y: Tensor, target: Tensor, *, native: bool = False, alone: bool = True
+    loss: LossFunction, y: Tensor, target: Tensor, *, native: bool = False
 ) -> tuple[Tensor, Slope]:
     """Return L(y, target), a scalar, and its slope.
 
     Both in closed form for hamdist's own losses where their targets are of the usual kind (native:
     few numbers by the C code of native/rows.py); otherwise by autograd, from y on. Raises
-    ValueError for a loss without a gradient, if it is `alone`: others may learn something.
+    ValueError for a loss without a gradient that is not 0 (as of a batch without a target).
     """
     if loss is mse and target.dtype == y.dtype and target.shape == y.shape:
         apart = y - target
@@ -115,19 +118,17 @@ def loss_and_slope(
             return made
 
         return value, slope
-    return _by_autograd(loss, y, target, alone)
+    return _by_autograd(loss, y, target)
 
 
-def _by_autograd(
-    loss: LossFunction, y: Tensor, target: Tensor, alone: bool
-) -> tuple[Tensor, Slope]:
+def _by_autograd(loss: LossFunction, y: Tensor, target: Tensor) -> tuple[Tensor, Slope]:
     leaf = y.detach().requires_grad_()
     with torch.enable_grad():
         value = loss(leaf, target)
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"the loss is {given}; return a tensor with one number, the batch's mean")
-    if alone and not value.requires_grad:
+    if value and not value.requires_grad:
         raise ValueError(
             "the loss has no gradient, so nothing would learn: it does not depend on the "
             "prediction, or was detached from it (detach, no_grad, argmax, numpy)"
@@ -141,6 +142,46 @@ def _by_autograd(
         return torch.zeros_like(y) if found is None else found
 
     return value.detach(), slope
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A loss with weights of the rows: (1/n) sum_b w_b n_b l_b.
+
+    l_b is the loss of row b alone, a mean over n_b targets: 1, or the class targets that are not
+    ignored; n is their sum. So a weight of 2 counts as the row twice, in a batch that is no longer,
+    and weights of 1 change nothing. parted: makes y and w (B,) of the target.
+    """
+
+    loss: LossFunction
+    parted: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ignore_index: int = IGNORE_INDEX
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the loss, a scalar."""
+        y, weights = self.parted(target)
+        if isinstance(self.loss, CrossEntropy):
+            sums = replace(self.loss, reduction="none")(prediction, y).reshape(len(y), -1).sum(1)
+        elif self.loss is mse:
+            sums = 0.5 * (prediction - y).square().reshape(len(y), -1).sum(1)
+        else:
+            pairs = zip(torch.split(prediction, 1), torch.split(y, 1), strict=True)
+            sums = torch.stack([self._sum(*pair) for pair in pairs])
+        return (sums * weights.to(sums)).sum() / max(counts(y, self.ignore_index), 1)
+
+    def _sum(self, prediction: Tensor, y: Tensor) -> Tensor:
+        n = counts(y, self.ignore_index)
+        return self.loss(prediction, y).reshape(()) * n if n else prediction.sum() * 0
+
+
+def counts(target: Tensor, ignore_index: int = IGNORE_INDEX) -> int:
+    """Return the number of targets over which a loss is the mean.
+
+    Of class targets (B, ...) those that are not ignored, of real-valued ones the rows.
+    """
+    if target.is_floating_point():
+        return len(target)
+    return int((target != ignore_index).sum())
 
 
 def model_loss(prediction: Tensor, _target: Tensor) -> Tensor:

@@ -67,16 +67,6 @@ def guessed(prediction: Tensor, target: Tensor) -> Tensor | None:
     return prediction.argmax(axis)
 
 
-def counts(target: Tensor, ignore_index: int = IGNORE_INDEX) -> int:
-    """Return the number of targets over which a loss is the mean.
-
-    Of class targets (B, ...) those that are not ignored, of real-valued ones the rows.
-    """
-    if target.is_floating_point():
-        return len(target)
-    return int((target != ignore_index).sum())
-
-
 def count_correct(
     prediction: Tensor, target: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> tuple[int, int]:

@@ -37,6 +37,7 @@ _LIBRARIES = {"torch", "numpy", "hamdist", "typing_extensions", *sys.stdlib_modu
     "__main__"
 }
 _BOOKKEEPING = {*vars(nn.Module())} - {"training"}
+_CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset, deque)
 _PLAIN = (bool, int, str, bytes, complex, type(None))
 
 
@@ -73,10 +74,14 @@ class Fingerprints:
         if id(value) in self.ids or len(self.ids) > MOST:
             return id(value)
         self.ids[id(value)] = value
-        if isinstance(value, Mapping):
+        # (what they hold, not what a class of its own would load, as transformers' mappings do)
+        if isinstance(value, dict):
+            return tuple((self._mark(k), self._mark(v)) for k, v in dict.items(value))
+        if isinstance(value, Mapping) and not is_foreign(type(value)):
             return tuple((self._mark(k), self._mark(v)) for k, v in value.items())
-        if isinstance(value, (list, tuple, set, frozenset, deque)):
-            return tuple(map(self._mark, value))
+        for kind in _CONTAINERS:
+            if isinstance(value, kind):
+                return tuple(map(self._mark, kind.__iter__(value)))
         if isinstance(value, (np.ndarray, np.generic)):
             return value.dtype.str, value.shape, value.tobytes()
         if isinstance(value, random.Random):

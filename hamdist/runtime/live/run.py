@@ -32,7 +32,7 @@ from hamdist.runtime.train.outcome import model_of
 from hamdist.streams.check import Checker
 from hamdist.streams.iterable import IterableStream
 from hamdist.streams.live import Entry, LiveStream
-from hamdist.streams.sample import Sample, Stream
+from hamdist.streams.sample import Sample, SampleSpec, Stream
 from hamdist.streams.wrappers.chosen_targets import Chosen
 
 
@@ -326,6 +326,16 @@ class LiveRun:
         answered = min(self._from.get(name, 0) for name in readouts)
         fed, waiting = stream.accepted.fed, stream.waiting
         return LiveStatus(fed, answered, waiting, stream.paused, self._progress)
+
+    @property
+    def running(self) -> bool:
+        """Return True until the run is stopped, or has failed."""
+        return self._thread.is_alive()
+
+    @property
+    def spec(self) -> SampleSpec:
+        """Return what samples look like that can be fed."""
+        return self._reader.spec
 
     # -- ending ---------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
 from hamdist.dynamics.finite import Scale, bounded
 from hamdist.dynamics.graph.graph import OUTPUT_KEY, Combine, Joining, combined
 from hamdist.dynamics.native import rows
-from hamdist.dynamics.objective.losses import LossFunction
+from hamdist.dynamics.objective.losses import LossFunction, Weighted
 from hamdist.dynamics.rules.rule import MEMORY, BlockView, Rule
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.updates.constants import Dynamics, constant_tau
@@ -134,9 +134,12 @@ class _Parts(BlockParts):
 
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
-        own = seeded_loss(loss, block_seed(self._plan.seed, seed_name), self.border.device)
-        alone = len(self._plan.graph.readouts) == 1
-        return ReadoutLoss(own, self.dynamics, self.guard, native=self._plan.native, alone=alone)
+        plan = self._plan
+        if plan.spec.weighted:
+            readout = plan.taught_by if self.spec.loss is None else self.name
+            loss = Weighted(loss, partial(plan.spec.parted, readout), plan.ignore_index)
+        own = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
+        return ReadoutLoss(own, self.dynamics, self.guard, native=plan.native)
 
     def make_cell(self, module: nn.Module, seed_name: str) -> LocalFunction:
         combine, parents = self.spec.combine, len(self.spec.parents)
@@ -252,7 +255,7 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
         return PulseNode(plan, p.spec, mailbox, block)
     if p.loss is not None:
         parts = p.microbatches
-        item = MicrobatchReading(parts, plan.ignore_index) if parts > 1 else None
+        item = MicrobatchReading(parts, plan.ignore_index, p.loss) if parts > 1 else None
         return PulseNode(plan, p.spec, mailbox, PulseReadout(p, p.loss, hands_back, item))
     if p.name in plan.reversible:
         return PulseNode(plan, p.spec, mailbox, ReversibleBlock(p, hands_back=any(hands_back)))

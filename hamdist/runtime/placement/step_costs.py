@@ -44,7 +44,7 @@ from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.timing.cluster_model import LOCAL_SECONDS
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.timed_graph import StepSeconds, signal_seconds
-from hamdist.streams.sample import Sample, SampleSpec, TargetSpec
+from hamdist.streams.sample import Sample, SampleSpec, TargetSpec, with_weights
 
 ENOUGH_SECONDS = 0.3  # then FEWEST samples in a network that is full are enough
 GIVE_UP_SECONDS = 3.0
@@ -275,9 +275,9 @@ class _Examples:
 def example_sample(spec: SampleSpec) -> Sample:
     """Return a synthetic sample of the shapes and types of `spec`, with all its targets."""
     y = (
-        _example_target(spec.target(""))
+        _example_target(spec.target(""), spec.weighted)
         if spec.targets is None
-        else {name: _example_target(spec.target(name)) for name in spec.targets}
+        else {name: _example_target(spec.target(name), spec.weighted) for name in spec.targets}
     )
     inputs = None if spec.inputs is None else example_inputs(spec)
     return Sample(example_input(spec), y, inputs=inputs)
@@ -306,5 +306,6 @@ def _example(spec: SampleSpec, parent: str, shape: tuple[int, ...], dtype: torch
     return torch.randn(shape, dtype=dtype, generator=generator)
 
 
-def _example_target(spec: TargetSpec | None) -> Tensor | None:
-    return None if spec is None else torch.zeros(spec.shape, dtype=spec.dtype)
+def _example_target(spec: TargetSpec | None, weighted: bool) -> Tensor | None:
+    y = None if spec is None else torch.zeros(spec.shape, dtype=spec.dtype)
+    return with_weights(y, torch.ones(len(y))) if weighted and y is not None else y

@@ -245,6 +245,12 @@ def make_plan(
     check_resets(graph, schedule, dynamics, knobs)
     check_output_nets(graph, dynamics)
     check_rules(graph, knobs, dynamics, settings.metrics)
+    labelled = [name for name, own in ruled(graph).items() if own.signals.label]
+    if spec.weighted and labelled:
+        raise LevelError(
+            f"the rule of block {labelled[0]!r} takes labels by a loss of its own, which has no "
+            "place for the weights of rows: leave the name 'weight' out, or use another rule"
+        )
     rule = plan_optimizers(graph, knobs, settings, optimizer)
     rewinds = knobs.memory is Memory.REVERSIBLE
     started = [b.name for b in graph.blocks.values() if b.initial is not None]
@@ -288,7 +294,7 @@ def make_plan(
         settings.engine.queue,
         clocked=clocked,
         bundle=settings.engine.bundle,
-        labels=heads is not None or any(r.signals.label for r in ruled(graph).values()),
+        labels=heads is not None or bool(labelled),
         messages=knobs.credit is Credit.MESSAGES,
         silent=silent,
     )

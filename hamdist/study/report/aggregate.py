@@ -14,6 +14,7 @@ from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.study.report.compression import compression_notes
 from hamdist.study.report.outputs import outputs_notes
+from hamdist.study.report.paired_test import PairedTest, paired_test
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import Run
 
@@ -24,12 +25,12 @@ class AggregateRow:
 
     seeds: how many runs it summarises. Accuracies are shares in [0, 1], None for real-valued
     targets. gap_to_backprop: the level's held-out accuracy minus the centralised one; loss_gap: the
-    same of the losses. wall_seconds: first to last tick, startup_seconds what
-    came before. rows_per_second counts rows: samples times batch. peak_memory_bytes: of the
-    largest process; all processes in peak_memory_by_process; each the largest over the seeds.
-    bytes_per_edge: payload bytes per edge and sample, both directions, mean over the edges between
-    blocks (inputs and targets on their way in are not counted) and over seeds.
-    staleness: in samples, the largest over the seeds.
+    same of the losses; gap_test, loss_gap_test: of both. wall_seconds: first to last tick,
+    startup_seconds what came before. rows_per_second counts rows: samples times batch.
+    peak_memory_bytes: of the largest process; all processes in peak_memory_by_process; each the
+    largest over the seeds. bytes_per_edge: payload bytes per edge and sample, both directions, mean
+    over the edges between blocks (inputs and targets on their way in are not counted) and over
+    seeds. staleness: in samples, the largest over the seeds.
     """
 
     level: str
@@ -53,6 +54,8 @@ class AggregateRow:
     startup_seconds: float
     peak_memory_by_process: dict[str, int]
     notes: tuple[str, ...]
+    gap_test: PairedTest | None = None
+    loss_gap_test: PairedTest | None = None
 
 
 def aggregate(runs: Iterable[Run]) -> list[AggregateRow]:
@@ -97,6 +100,8 @@ def _row(group: Sequence[Run], baseline: Sequence[Run]) -> AggregateRow:
         startup_seconds=statistics.fmean(run.startup_seconds for run in group),
         peak_memory_by_process=memory,
         notes=tuple(_notes(group, baseline)),
+        gap_test=paired_test(gaps),
+        loss_gap_test=paired_test(loss_gaps),
     )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hamdist.runtime.results.events import (
 )
 from hamdist.runtime.results.scores import Scores
 from hamdist.study.report.aggregate import AggregateRow
+from hamdist.study.report.paired_test import PairedTest
 from hamdist.study.run.run import Run
 from hamdist.study.shared.result_folder import EVENTS
 
@@ -119,9 +120,9 @@ def comparison_summary(rows: Sequence[AggregateRow], *, interrupted: bool) -> di
 
 def rows_csv(rows: Sequence[AggregateRow]) -> str:
     """Return a line per row; processes as 'name=bytes' and notes joined by '; '."""
-    names = [field.name for field in dataclasses.fields(AggregateRow)]
+    names = flat_tests({field.name: None for field in dataclasses.fields(AggregateRow)})
     out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer = csv.DictWriter(out, list(names), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         record = dataclasses.asdict(row)
@@ -129,8 +130,18 @@ def rows_csv(rows: Sequence[AggregateRow]) -> str:
             f"{name}={size}" for name, size in row.peak_memory_by_process.items()
         )
         record["notes"] = "; ".join(row.notes)
-        writer.writerow(record)
+        writer.writerow(flat_tests(record))
     return out.getvalue()
+
+
+def flat_tests(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with a column for each part of its paired tests."""
+    flat = {name: value for name, value in record.items() if not name.endswith("_test")}
+    for name in [name for name in record if name not in flat]:
+        parts = record[name] or {}
+        for part in dataclasses.fields(PairedTest):
+            flat[f"{name.removesuffix('_test')}_{part.name}"] = parts.get(part.name)
+    return flat
 
 
 def summary_json(run: Run) -> str:

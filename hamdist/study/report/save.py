@@ -23,7 +23,7 @@ from hamdist.study.report.files import (
 )
 from hamdist.study.report.html import HtmlReport, render
 from hamdist.study.report.plots import gap_figures
-from hamdist.study.report.table import comparison_table
+from hamdist.study.report.table import comparison_table, latex
 from hamdist.study.report.tracking_plots import record_figures
 from hamdist.study.run.run import Run
 from hamdist.study.run.tracking import records_npz
@@ -99,7 +99,7 @@ def save_comparison(
     command: str,
     interrupted: bool,
 ) -> None:
-    """Write runs.jsonl, results.csv, summary.json, settings.yaml and report.html; with
+    """Write runs.jsonl, results.csv, results.tex, summary.json, settings.yaml and report.html; with
     `engine.digests` also digests-LEVEL-SEED.json of every run of hamdist's.
 
     Raises SettingsError where a file cannot be written.
@@ -107,6 +107,7 @@ def save_comparison(
     rows = aggregate(runs)
     write_file(folder / "runs.jsonl", run_lines(runs))
     write_file(folder / "results.csv", rows_csv(rows))
+    write_file(folder / "results.tex", latex(comparison_table(rows)))
     _write_settings(folder, settings)
     summary = comparison_summary(rows, interrupted=interrupted)
     write_file(folder / "summary.json", to_json(summary, indent=2) + "\n")

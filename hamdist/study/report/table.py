@@ -11,6 +11,8 @@ from hamdist.runtime.process.startup import startup_line
 from hamdist.study.report.aggregate import AggregateRow
 from hamdist.study.report.compression import compression_fact
 from hamdist.study.report.outputs import outputs_fact
+from hamdist.study.report.paired_test import PairedTest, in_words
+from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.drift import drift_fact
 from hamdist.study.run.run import Run
 from hamdist.study.run.tracking import SETTLING, Tracking
@@ -51,7 +53,13 @@ def comparison_table(rows: Sequence[AggregateRow]) -> Table:
     real_valued = all(row.held_out_accuracy is None for row in rows)
     columns = _loss_columns() if real_valued else _accuracy_columns()
     columns.update(_cost_columns())
+    if all(row.gap_test is None and row.loss_gap_test is None for row in rows):
+        del columns["95 %"]
     notes = [f"{row.level}: {note}" for row in rows for note in row.notes]
+    for row in rows:
+        test = row.loss_gap_test if real_valued else row.gap_test
+        if test is not None and row.level != CENTRALISED:
+            notes.append(f"{row.level}: {in_words(test, row.seeds)}")
     slow = [row for row in rows if row.startup_seconds >= STARTUP_WORTH_SAYING]
     if slow:
         starts = ", ".join(f"{row.level} {row.startup_seconds:.1f} s" for row in slow)
@@ -73,6 +81,7 @@ def _accuracy_columns() -> dict[str, Callable[[AggregateRow], str]]:
         "held-out, %": lambda row: percent(row.held_out_accuracy, row.held_out_spread),
         "prequential, %": lambda row: percent(row.prequential_accuracy),
         "gap, points": lambda row: points(row.gap_to_backprop, row.gap_spread),
+        "95 %": lambda row: interval(row.gap_test if row.level != CENTRALISED else None, 100),
     }
 
 
@@ -84,6 +93,7 @@ def _loss_columns() -> dict[str, Callable[[AggregateRow], str]]:
         "held-out loss": lambda row: number(row.held_out_loss, row.held_out_loss_spread),
         "prequential loss": lambda row: number(row.prequential_loss),
         "loss gap": lambda row: number(row.loss_gap, row.loss_gap_spread),
+        "95 %": lambda row: interval(row.loss_gap_test if row.level != CENTRALISED else None),
     }
 
 
@@ -220,6 +230,36 @@ def points(gap: float | None, spread: float | None = None) -> str:
     """Return a difference of shares in points, with its sign: 0.0012 as '+0.12'."""
     shown = percent(gap, spread, digits=2)
     return f"+{shown}" if gap is not None and gap >= 5e-5 else shown
+
+
+def interval(test: PairedTest | None, unit: float = 1.0) -> str:
+    """Return the ends of a 95 % interval, times `unit` (100: in points)."""
+    if test is None:
+        return MISSING
+    return " to ".join(
+        f"{unit * end:+.{2 if unit > 1 else 4}{'f' if unit > 1 else 'g'}}"
+        for end in (test.low, test.high)
+    )
+
+
+def latex(table: Table) -> str:
+    """Return the table as LaTeX (booktabs), its notes as comments."""
+    titles, *rows = (
+        " & ".join(_in_latex(cell) for cell in cells) + r" \\"
+        for cells in (table.titles, *table.rows)
+    )
+    columns = "l" + "r" * (len(table.titles) - 1)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", titles, r"\midrule", *rows]
+    return "\n".join(
+        [*lines, r"\bottomrule", r"\end{tabular}", *(f"% {n}" for n in table.notes), ""]
+    )
+
+
+_LATEX = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$", "→": r"$\to$", "\n": ", "}
+
+
+def _in_latex(cell: str) -> str:
+    return "".join(_LATEX.get(c, rf"\{c}" if c in "#$%&_{}" else c) for c in cell)
 
 
 def number(value: float | None, spread: float | None = None) -> str:

@@ -16,16 +16,17 @@ from __future__ import annotations
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hamdist.config import EngineSettings, FirstStep, LearningSettings, Settings
 from hamdist.dynamics.graph.inputs import called
-from hamdist.dynamics.objective.losses import Losses, LossFunction, make_losses
+from hamdist.dynamics.objective.losses import Losses, LossFunction, Weighted, counts, make_losses
 from hamdist.dynamics.objective.outputs import ONLY, losses_of, tensors
-from hamdist.dynamics.objective.prequential import Prequential, Window, counts
+from hamdist.dynamics.objective.prequential import Prequential, Window
 from hamdist.dynamics.updates.average import Average
 from hamdist.dynamics.updates.learning_rate import step_course
 from hamdist.dynamics.updates.optimizers import OptimizerRule
@@ -74,7 +75,7 @@ def train_centralised(
     own = copied(model)
     if frozen:
         _freeze(own)
-    trainer = _Trainer(own, settings, losses, stream.spec.targets, stream.spec.late)
+    trainer = _Trainer(own, settings, losses, stream.spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
@@ -109,16 +110,18 @@ class _Trainer:
         model: nn.Module,
         settings: Settings,
         loss: Losses,
-        targets: Collection[str] | None,
-        late: int = 0,
+        spec: SampleSpec,
+        *,
+        late: bool = True,
     ) -> None:
         learning = settings.learning
-        self._late = late
+        self._late = spec.late if late else 0
+        self._spec = spec
         self._asked: list[dict[str, Tensor]] = []  # predictions that wait for their labels
         self._passes = 0
         self.model = model
         self.loss = loss
-        self.targets = targets
+        self.targets = spec.targets
         self._losses: dict[str, LossFunction] | None = None
         self._kept = settings.metrics
         self._ignore_index = settings.ignore_index
@@ -167,13 +170,16 @@ class _Trainer:
         found = []
         for name, loss in losses.items():
             y = sample.target(name)
-            if y is not None and counts(y, self._ignore_index):
+            parted, plain = partial(self._spec.parted, name), y
+            if y is not None and self._spec.weighted:
+                plain, loss = parted(y)[0], Weighted(loss, parted, self._ignore_index)
+            if y is not None and plain is not None and counts(plain, self._ignore_index):
                 found.append(loss(predictions[name], y))
                 own, value = predictions[name].detach(), found[-1].detach()
                 if earlier is not None:
                     own = earlier[name]
                     value = loss(own, y)
-                self.metrics[name].record(self.samples - self._late, own, y, value)
+                self.metrics[name].record(self.samples - self._late, own, plain, value)
         if not found:
             return
         self.model.zero_grad()
@@ -287,7 +293,7 @@ def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
 
 def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
     """1, or as many as the compared run has: whichever trains a copy of the model faster."""
-    probe = _Trainer(copied(trainer.model), settings, trainer.loss, trainer.targets)
+    probe = _Trainer(copied(trainer.model), settings, trainer.loss, spec, late=False)
     sample = example_sample(spec)
 
     def step() -> None:

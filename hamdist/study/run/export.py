@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
+from hamdist.config import Settings
+from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.snapshots.resume import earlier
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import snapshot_model
 from hamdist.streams.factory import make_stream
+from hamdist.streams.sample import Stream
 from hamdist.study.run.run import build, torch_dtype
 
 
@@ -24,9 +28,26 @@ def exported(
     """
     snapshot = latest(where, told)
     settings = earlier(snapshot)
-    dtype = torch_dtype(settings.dtype)
-    stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-    model = build(settings, stream.spec, factory, dtype)
+    model, stream = _made(settings, factory)
     learned = snapshot_model(snapshot, model, stream.spec, settings)
     state = {k: v.detach().clone().contiguous() for k, v in learned.state_dict().items()}
     return state, str(snapshot)
+
+
+def begun(settings: Settings, factory: ModelFactory | None, weights: str | None) -> Any:
+    """Return the model that a live run of `settings` begins with, a sample, and its classes.
+
+    weights: a snapshot's, instead of those that the model is made with.
+    """
+    if settings.model.stabilise:
+        raise SettingsError("model.stabilise: give a model that has its normalisation, by --model")
+    model, stream = _made(settings, factory)
+    if weights is not None:
+        model.load_state_dict(exported(weights, factory, lambda _: None)[0])
+    return model, next(iter(stream.samples())), stream.spec.classes
+
+
+def _made(settings: Settings, factory: ModelFactory | None) -> tuple[Any, Stream]:
+    dtype = torch_dtype(settings.dtype)
+    stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+    return build(settings, stream.spec, factory, dtype), stream

@@ -18,7 +18,7 @@ from hamdist.errors import SettingsError, StreamError
 from hamdist.loading import called, check_call, load_function, title
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.streams import Stream, from_iterable, from_loader
-from hamdist.streams.batch_names import Names
+from hamdist.streams.batch_names import WEIGHT, Names
 from hamdist.streams.sample import SampleSpec
 from hamdist.streams.wrappers.dtype import in_dtype
 
@@ -64,6 +64,9 @@ def load_stream(
     check_call(STREAM_OPTION, name, function, *(["seed"] if takes_seed else []))
 
     read = {"names": names, "model_loss": model_loss}
+    # (the scores of what is held out count every row once)
+    unweighted = names and {key: name for key, name in names.items() if name != WEIGHT}
+    scored = {**read, "names": unweighted}
 
     def make(seed: int) -> OwnData:
         with torch.random.fork_rng(devices=[]):
@@ -76,7 +79,7 @@ def load_stream(
             held_out = [[part] if _single(part) else part for part in parts[1:]]
             return OwnData(
                 train,
-                *(_as_stream(part, classes, read, name, "what is held out") for part in held_out),
+                *(_as_stream(part, classes, scored, name, "what is held out") for part in held_out),
             )
 
     return make

@@ -49,6 +49,7 @@ FILES = (  # what --overwrite may remove: whatever these commands write
         "settings*.yaml",
         "summary.json",
         "results.csv",
+        "results.tex",
     ),
     *("model.safetensors", "plain.safetensors", "records.npz", "report.html", "gap.png"),
     "records.html",

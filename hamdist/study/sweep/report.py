@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hamdist.runtime.results.events import RunEvent, WindowFull
-from hamdist.study.report.files import to_json
+from hamdist.study.report.files import flat_tests, to_json
 from hamdist.study.report.html import facts, html_notes, html_table
-from hamdist.study.report.table import Table, markdown
+from hamdist.study.report.table import Table, latex, markdown
 from hamdist.study.shared.result_folder import write_file
 from hamdist.study.sweep.plots import curve_name, study_figures
 from hamdist.study.sweep.run import StudyOutcome
@@ -33,7 +33,7 @@ def save_study(
     command: str,
     first: Axis | None = None,
 ) -> dict[str, Table]:
-    """Write study.yaml, study.json, study.csv, study.md and study.html; return the tables.
+    """Write study.yaml, .json, .csv, .md, .tex and .html; return the tables.
 
     Raises SettingsError if a file cannot be written.
     """
@@ -45,6 +45,7 @@ def save_study(
     write_file(folder / "study.json", to_json({"command": command, "rows": rows}, indent=2) + "\n")
     write_file(folder / "study.csv", _csv(rows))
     write_file(folder / "study.md", _markdown(study, tables, command))
+    write_file(folder / "study.tex", "\n".join(map(latex, tables.values())))
     write_file(folder / "study.html", _html(study, tables, figures, command, outcomes))
     return tables
 
@@ -58,14 +59,14 @@ def record(line: SummaryLine) -> dict[str, Any]:
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, list(flat_tests(rows[0])), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         flat = {name: row[name] for name in row}
         for name in ("point", "chosen"):
             flat[name] = "; ".join(f"{key}={value}" for key, value in row[name].items())
         flat["notes"] = "; ".join(row["notes"])
-        writer.writerow(flat)
+        writer.writerow(flat_tests(flat))
     return out.getvalue()
 
 

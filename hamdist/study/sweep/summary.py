@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hamdist.study.report.aggregate import mean_of, spread_of
+from hamdist.study.report.paired_test import PairedTest, paired_test
 from hamdist.study.run.drift import DriftRecovery, drift_fact
 from hamdist.study.sweep.points import Point
 from hamdist.study.sweep.run import StudyOutcome
@@ -24,6 +25,7 @@ class SummaryLine:
         spread: standard deviation over seeds.
         gap: accuracy minus that of the centralised side at the same point, by seed (below 0: behind
             it); of losses the centralised one minus its own.
+        gap_test: how sure the gap is.
         seconds: of a run.
         chosen: result of the tuning; tuned: its validation accuracy.
     """
@@ -44,6 +46,7 @@ class SummaryLine:
     chosen: dict[str, Any]
     tuned: float | None
     notes: tuple[str, ...] = field(default_factory=tuple)
+    gap_test: PairedTest | None = None
 
 
 def summary(outcomes: Sequence[StudyOutcome]) -> list[SummaryLine]:
@@ -74,6 +77,7 @@ def _line(outcome: StudyOutcome, baseline: StudyOutcome) -> SummaryLine:
         chosen=dict(outcome.choice.chosen),
         tuned=outcome.choice.score,
         notes=tuple(_notes(outcome)),
+        gap_test=paired_test(gaps),
     )
 
 

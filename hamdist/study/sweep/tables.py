@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hamdist.study.report.table import MISSING, Table, number, percent, points
+from hamdist.study.report.table import MISSING, Table, interval, number, percent, points
 from hamdist.study.sweep.points import Point
 from hamdist.study.sweep.settings import Axis, StudySettings, Trains
 from hamdist.study.sweep.summary import SummaryLine
@@ -47,11 +47,13 @@ def varied(study: StudySettings) -> list[Axis]:
 def _all(
     axes: Sequence[Axis], study: StudySettings, lines: Sequence[SummaryLine], real_valued: bool
 ) -> Table:
+    tested = any(line.gap_test is not None for line in lines)
     titles = [
         "side",
         *(WORDS[axis] for axis in axes),
         "held-out loss" if real_valued else "held-out, %",
         "loss gap" if real_valued else "gap, points",
+        *(["95 %", "p"] if tested else []),
         *([] if real_valued else ["prequential, %"]),
         "s a run",
         "chosen on validation",
@@ -62,6 +64,7 @@ def _all(
             *(str(dict(line.point)[axis]) for axis in axes),
             held_out(line, real_valued),
             gap(line, real_valued),
+            *(_test(line, real_valued) if tested else []),
             *([] if real_valued else [percent(line.prequential)]),
             f"{line.seconds:.1f}",
             chosen(line.chosen),
@@ -110,6 +113,15 @@ def gap(line: SummaryLine, real_valued: bool) -> str:
     if real_valued:
         return number(line.gap, line.gap_spread)
     return points(line.gap, line.gap_spread)
+
+
+def _test(line: SummaryLine, real_valued: bool) -> list[str]:
+    """Return the 95 % interval of the gap, and p."""
+    if line.trains is Trains.CENTRALISED or line.gap_test is None:
+        return [MISSING, MISSING]
+    p = line.gap_test.p
+    shown = "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return [interval(line.gap_test, 1.0 if real_valued else 100.0), shown]
 
 
 def chosen(values: dict[str, Any]) -> str:

@@ -20,8 +20,9 @@ import importlib
 import zipfile
 import zlib
 from collections.abc import Generator, Mapping, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -117,15 +118,9 @@ def _within(check: Check, data: GoldenData) -> Check:
     bound = check.bound if rtol is None else rtol
     if atol is None or not bound:
         return replace(check, bound=bound)
-
-    def measure() -> float | Difference:
-        token = _floor.set(atol / bound)
-        try:
-            return check.measure()
-        finally:
-            _floor.reset(token)
-
-    return replace(check, bound=bound, measure=measure)
+    context = copy_context()
+    context.run(_floor.set, atol / bound)
+    return replace(check, bound=bound, measure=partial(context.run, check.measure))
 
 
 def read(path: Path) -> dict[str, Array]:

@@ -1,0 +1,104 @@
+"""`hamdist serve` and `hamdist replay`: a live run over HTTP, and one again from its journal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from hamdist.cli.console import console, exit_codes, report
+from hamdist.cli.options import (
+    DEFAULT_SETTINGS,
+    EngineOption,
+    LevelOption,
+    ModelOption,
+    SetOption,
+    SettingsArgument,
+    changes,
+    load,
+)
+from hamdist.cli.prepare import prepare
+from hamdist.errors import SettingsError, need_package
+
+HOST = "127.0.0.1"
+
+
+def serve(
+    settings: SettingsArgument = DEFAULT_SETTINGS,
+    level: LevelOption = None,
+    engine: EngineOption = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="On this host.")] = 8000,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the journal and snapshots; an old one goes on.")
+    ] = Path("results/live"),
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="DIR|URL", help="Begin with those of a snapshot."),
+    ] = None,
+) -> None:
+    """Serve a run that learns from its clients, on this machine alone; Ctrl-C ends it.
+
+    Clients need the token that is printed, or that HAMDIST_TOKEN says.
+    """
+    with exit_codes():
+        need_package("starlette", "'hamdist[serve]'", "`hamdist serve`")
+        need_package("uvicorn", "'hamdist[serve]'", "`hamdist serve`")
+        import uvicorn
+
+        from hamdist.api import start
+        from hamdist.serve import make_app
+        from hamdist.study.report.save import save_weights
+        from hamdist.study.run.export import begun
+
+        loaded = load(settings, set_, changes(level=level, engine=engine))
+        loaded = loaded.for_level(loaded.level)
+        network, first, classes = begun(loaded, prepare(None, model), weights)
+        token = os.environ.get("HAMDIST_TOKEN") or secrets.token_urlsafe(16)
+        resume = out if (out / "journal.jsonl").exists() else None
+        begin: Any = {"example": first, "classes": classes, "out": out, "resume": resume}
+        with socket.socket() as listening, start(network, loaded, **begin) as run:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listening.bind((HOST, port))
+            except OSError as error:
+                raise SettingsError(f"--port {port}: {error.strerror}; 0: any free one") from None
+            listening.listen()
+            address = f"http://{HOST}:{listening.getsockname()[1]}"
+            report(address=address, token=token, out=str(out))
+            console().print(Text(f"{address}  Authorization: Bearer {token}"), soft_wrap=True)
+            config = uvicorn.Config(make_app(run, token), log_level="warning")
+            with contextlib.suppress(KeyboardInterrupt):  # (which uvicorn raises on at its end)
+                uvicorn.Server(config).run(sockets=[listening])
+        if run.result is not None:
+            save_weights(out / "model.safetensors", run.result.model.state_dict())
+            console().print(Text(f"{run.result.samples} samples; weights written to {out}"))
+
+
+def replay(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="out= (or --out) of a live run.")],
+    engine: EngineOption = None,
+    model: ModelOption = None,
+) -> None:
+    """Repeat a live run from its journal, and write its weights to DIR/replay.safetensors."""
+    with exit_codes():
+        from hamdist.api import replay as repeated
+        from hamdist.config import Settings
+        from hamdist.runtime.live.begin import read_beginning
+        from hamdist.study.report.save import save_weights
+        from hamdist.study.run.export import begun
+
+        settings = Settings.model_validate(read_beginning(folder)[0]["settings"])
+        network, *_ = begun(settings, prepare(None, model), None)
+        result = repeated(folder, network, **changes(engine=engine))
+        file = folder / "replay.safetensors"
+        save_weights(file, result.model.state_dict())
+        report(samples=result.samples, file=str(file))
+        console().print(Text(f"{result.samples} samples; weights written to {file}"))

@@ -1,0 +1,153 @@
+"""A live run over HTTP."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hamdist
+
+pytest.importorskip("starlette")
+uvicorn = pytest.importorskip("uvicorn")
+
+from hamdist.serve import make_app  # noqa: E402
+
+X, Y = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([1])
+NPZ = "application/x-npz"
+
+
+class Client:
+    def __init__(self, address):
+        self.address = address
+
+    def __call__(self, path, body=None, *, token="secret", **headers):
+        """Return status and body of a reply; body: JSON values, or bytes."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        if path in ("/snapshot", "/predict", "/learn"):
+            data = data or b""
+        request = urllib.request.Request(f"{self.address}{path}", data)
+        for name, value in {"Authorization": f"Bearer {token}", **headers}.items():
+            request.add_header(name.replace("_", "-"), value)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return reply.status, reply.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def json(self, path, body=None):
+        status, reply = self(path, body)
+        assert status == 200, reply
+        return json.loads(reply)
+
+
+@pytest.fixture
+def served(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    example = {"example": (X, Y), "classes": 2, "out": tmp_path, "idle": None}
+    with (
+        hamdist.start(model, level="backprop", learning={"lr": 0.1}, **example) as run,
+        socket.socket() as listening,
+    ):
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+        server = uvicorn.Server(uvicorn.Config(make_app(run, "secret"), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield run, Client(f"http://127.0.0.1:{listening.getsockname()[1]}"), model
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_predictions_and_labels_over_http(served):
+    run, client, model = served
+    answer = client.json("/predict", {"u": X.tolist()})
+    assert answer["number"] == 0
+    np.testing.assert_allclose(answer["prediction"], model(X).tolist(), rtol=1e-6)
+    assert set(answer["versions"]) == set(run._plan.graph.blocks)
+    assert client.json("/learn", {"u": X.tolist(), "y": [1]}) == {"number": 1}
+    assert client.json("/learn", {"u": X.tolist()}) == {"number": 2}
+    assert client.json("/learn", {"number": 2, "y": [0]}) == {"number": 2}
+    status = client.json("/status")
+    assert (status["fed"], status["answered"], status["waiting"], status["paused"]) == (3, 3, 0, 0)
+    assert b"hamdist_fed 3\n" in client("/metrics")[1]
+    assert client.json("/snapshot")["snapshot"].startswith(str(run._journal.folder))
+    sent = io.BytesIO()
+    np.savez(sent, u=X.numpy())
+    _, got = client("/predict", sent.getvalue(), Content_Type=NPZ, Accept=NPZ)
+    arrays = np.load(io.BytesIO(got), allow_pickle=False)
+    assert arrays["number"] == 3
+    assert arrays["prediction"].shape == (1, 2)
+
+
+def test_what_does_not_fit_is_refused(served):
+    run, client, _ = served
+    assert client("/status", token="")[0] == client("/status", token="x")[0] == 401
+    pickled = io.BytesIO()
+    np.savez(pickled, u=np.array([object()]))
+    for path, body, kind in (
+        ("/predict", {"u": [[1.0]]}, ""),
+        ("/predict", {"u": "text"}, ""),
+        ("/predict", {}, ""),
+        ("/learn", {"u": X.tolist(), "y": [5]}, ""),
+        ("/learn", {"number": 9, "y": [0]}, ""),
+        ("/learn", [1], ""),
+        ("/predict", b"not json", ""),
+        ("/predict", pickled.getvalue(), NPZ),
+    ):
+        status, reply = client(path, body, Content_Type=kind or "application/json")
+        assert status == 400, (path, body)
+        assert json.loads(reply)["error"]
+    assert run.status().fed == 0
+    run.stop()
+    assert client("/predict", {"u": X.tolist()})[0] == 503
+
+
+def test_clients_that_are_faster_than_the_network_come_again(served, monkeypatch):
+    monkeypatch.setattr("hamdist.serve.AT_ONCE", 3)
+    run, client, _ = served
+    hold, replies = threading.Event(), []
+    predict = run.predict
+    run.predict = lambda *u, **how: (hold.wait(30), predict(*u, **how))[1]
+    ask = lambda: replies.append(client("/predict", {"u": X.tolist()})[0])  # noqa: E731
+    clients = [threading.Thread(target=ask) for _ in range(5)]
+    for one in clients:
+        one.start()
+    while len(replies) < 2:  # (pytest has a time limit)
+        assert client.json("/status")["answered"] == 0
+    hold.set()
+    for one in clients:
+        one.join(30)
+    assert replies == [429] * 2 + [200] * 3
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_ends_in_order(tmp_path):
+    command = [sys.executable, "-m", "hamdist", "serve", "--port", "0", "--out", str(tmp_path)]
+    command = [*command, "--json"]
+    environment = {**os.environ, "HAMDIST_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        printed = ""
+        while not printed.endswith("}\n"):
+            printed += process.stdout.readline()
+        address = json.loads(printed)["address"]
+        assert Client(address).json("/status")["fed"] == 0
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0, process.stderr.read()
+    assert (tmp_path / "model.safetensors").exists()
