@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hamdist.errors import need_package
-from hamdist.runtime.results.events import RunBegun
 from hamdist.study.shared.result_folder import prepare_folder
 
 if TYPE_CHECKING:
@@ -35,19 +33,6 @@ def prepare(
     return load_factory(model_name, option)
 
 
-def run_begun(settings: Settings, title: str, batch: int | None) -> RunBegun:
-    """Return the event with which a run of `settings` begins; `batch`: rows, if they are known."""
-    return RunBegun(
-        title=title,
-        engine=settings.engine.kind.value,
-        settings=settings.model_dump(mode="json", exclude_unset=True),
-        batch=batch,
-        steps=settings.steps,
-        level=settings.level.value,
-        seed=settings.seed,
-    )
-
-
 def code_of(*names: str | None) -> str:
     """Return digests of the files that `--model` and `--stream` have named, which are imported."""
     found = []
@@ -67,11 +52,6 @@ def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
     from hamdist.study.run.own_data import load_stream
 
     return load_stream(name, settings.stream.names, settings.model_loss)
-
-
-def need_plots(command: str) -> None:
-    """Raise SettingsError if the plots could not be drawn in the end."""
-    need_package("matplotlib", "matplotlib", f"`hamdist {command}`, which draws plots")
 
 
 def results_of(name: str) -> Path:
