@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import prepare_folder
 
 if TYPE_CHECKING:
     from hamdist.config import Settings
     from hamdist.models.build import ModelFactory
     from hamdist.study.run.run import DataFactory
+
+STANDARD_OUTPUT = Path("-")
 
 
 def prepare(
@@ -66,3 +69,12 @@ def command_line() -> str:
     """
     typed = shlex.join(["hamdist", *sys.argv[1:]])
     return typed.encode("utf-8", "backslashreplace").decode()
+
+
+def prepare_file(path: Path | None) -> None:
+    """Raise SettingsError if `path` cannot be written, before anything is computed."""
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise SettingsError(f"--json '{path}': cannot write there: {error.strerror}") from None
