@@ -259,6 +259,38 @@ def test_soft_hebb(temperature):
     assert relative(net.run().theta("a"), [W, b]) <= 1e-13
 
 
+def test_synthetic_gradients():
+    """At level backprop: a step by the prediction, then the prediction learns from the message."""
+    rule = built_in("synthetic-gradients")()
+    net = run(None, rule, None)
+    theta = plain()
+    A, c = (memory(net, "b")[name] for name in "Ac")
+    assert not A.any()
+    for u, y in items():
+        (W0, b0), (W1, b1), (W2, b2) = theta
+        h0 = torch.tanh(u @ W0.T + b0)
+        h1 = torch.tanh(h0 @ W1.T + b1)
+        d = h1 @ A.T + c
+        z1 = d / B * (1 - h1**2)
+        step = (z1.T @ h0, z1.sum(0))
+        W1 -= LR * step[0]
+        b1 -= LR * step[1]
+        e = (torch.softmax(h1 @ W2.T + b2, 1) - functional.one_hot(y, 3)) / B
+        m = e @ W2
+        # The message comes when b has moved: today's weights, the input of then.
+        now = torch.tanh(h0 @ W1.T + b1)
+        z0 = (d / B * (1 - now**2)) @ W1 * (1 - h0**2)
+        A -= LR * (d / B - m).T @ h1
+        c -= LR * (d / B - m).sum(0)
+        W2 -= LR * e.T @ h1
+        b2 -= LR * e.sum(0)
+        W0 -= LR * z0.T @ u
+        b0 -= LR * z0.sum(0)
+    net.run()
+    found = [*weights(net), *memory(net, "b").values()]
+    assert relative(found, [*(t for pair in theta for t in pair), A, c]) <= 1e-13
+
+
 def test_target_propagation():
     rule = DifferenceTargetPropagation(eta=0.3, noise=0.0)
     net = run(rule, rule, None)

@@ -1,7 +1,9 @@
-"""Rules with a small learned model at each block: of the classes, or of the inputs.
+"""Rules with a small learned model at each block: of the classes, of the message, of the inputs.
 
 Mono-Forward    cross-entropy of M h; M and theta learn at once
                 (Gong, Li and Abdulla 2025, arXiv:2501.09238)
+synthetic       d = A h + c predicts B z; theta learns by d at once, A and c when z comes
+gradients       (Jaderberg et al. 2017, Eq. 2 and 3)
 difference      g(h) = tanh(V h + c) learns to undo f; with the displacement d of a state from
 target prop.    its target: d_x = g(h) - g(h - d)     (Lee et al. 2015, Eq. 14 and 15)
 """
@@ -42,6 +44,28 @@ class MonoForward(Rule):
             loss = functional.cross_entropy(h.flatten(1) @ M.T, label)  # type: ignore[arg-type]
         z, dM = torch.autograd.grad(loss, (h, M))
         return {**block.vjp(kept["x"], z)[1], "memory:M": dM}
+
+
+class SyntheticGradients(Rule):
+    """A linear model of the message moves the weights at once, and learns when it comes."""
+
+    def start(self, block: BlockView) -> dict[str, Any]:
+        n = block.h[0].numel()
+        zeros = block.h.new_zeros
+        return {"A": nn.Parameter(zeros(n, n)), "c": nn.Parameter(zeros(n))}
+
+    def forward(self, block: BlockView, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        h = block.f(inputs)
+        d = h.flatten(1) @ block.memory["A"].T + block.memory["c"]
+        return h, {"x": list(inputs), "h": h, "d": d.view_as(h)}
+
+    def learn(self, block: BlockView, kept: Any, label: Tensor | None) -> Updates:  # noqa: ARG002
+        return block.vjp(kept["x"], kept["d"] / block.batch)[1]
+
+    def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
+        messages, _ = block.vjp(kept["x"], kept["d"] / block.batch)
+        wrong = kept["d"].flatten(1) / block.batch - message.flatten(1)
+        return messages, {"memory:A": wrong.T @ kept["h"].flatten(1), "memory:c": wrong.sum(0)}
 
 
 class DifferenceTargetPropagation(Rule):

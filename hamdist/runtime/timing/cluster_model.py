@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 # What an actor spends on one message that it sends to or takes from another actor, and on its
-# bytes, without any wait: in packing, the ring or socket, and encryption (scripts/bench/links).
+# bytes, without any wait: in packing, the ring or socket, and encryption. Rough values, which no
+# benchmark of this repository has set: `scripts/bench/prediction` shows how far they lead.
 LOCAL_SECONDS, REMOTE_SECONDS = 50e-6, 120e-6
 BYTES_PER_SECOND = 2e9
 RETRANSMISSION = (

@@ -25,7 +25,7 @@ from hamdist.errors import SettingsError
 from hamdist.runtime.process.threads import product_seconds
 from hamdist.runtime.timing.cluster_model import ClusterModel, FailureModel, HostModel, Link
 
-# Cores, memory and seconds of `product_seconds`: estimated from published figures, not measured.
+# Cores, memory and seconds of `product_seconds`: estimates, not measured.
 MACHINES: dict[str, dict[str, Any]] = {
     "raspberry-pi-4": {"cores": 4, "memory": "4GiB", "product": 4.2e-3},
     "raspberry-pi-5": {"cores": 4, "memory": "8GiB", "product": 1.6e-3},
