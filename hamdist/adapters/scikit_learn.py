@@ -6,7 +6,6 @@ learner.predict_proba(X)
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,7 +56,7 @@ class Learner:
 
     def __getstate__(self) -> dict[str, Any]:
         self.probabilities(torch.zeros(1, next(self.model.parameters()).shape[1]))
-        return {**self.__dict__, "_run": None, "model": copy.deepcopy(self.model)}
+        return {**self.__dict__, "_run": None}
 
     def __del__(self) -> None:
         if self.__dict__.get("_run") is not None and self._run is not None:
