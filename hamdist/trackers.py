@@ -147,8 +147,7 @@ def _prometheus(_: Path, settings: Settings) -> Tracker:
     try:
         server, _thread = start_http_server(port, LOOPBACK, registry)
     except OSError as error:
-        reason = error.strerror or error
-        raise SettingsError(f"metrics.prometheus_port {port}: {reason}") from None
+        raise SettingsError(f"metrics.prometheus_port {port}: {error.strerror}") from None
     return Tracker(
         lambda run, name, value, _: gauge.labels(run, name).set(value), close=server.shutdown
     )
@@ -184,8 +183,6 @@ def tracked(
         folder.mkdir(parents=True, exist_ok=True)
     all_: list[EventListener] = [*open_trackers(settings, folder), *listeners]
     events = ProgressEvents(settings.level.value, settings.seed)
-    raw = settings.model_dump(mode="json", exclude_unset=True)
-    engine = settings.engine.kind.value
 
     def emit(event: RunEvent) -> None:
         for listener in all_:
@@ -197,7 +194,7 @@ def tracked(
             emit(event)
         return answer
 
-    emit(RunBegun(title=settings.name, engine=engine, settings=raw, **events.head))
+    emit(RunBegun.of(settings, settings.name))
     try:
         yield note
     finally:

@@ -99,7 +99,7 @@ ALLOWED = {
     "study/report": f"{STUDY} study/shared study/run study/view",
     "study/sweep": f"{STUDY} study/shared study/run study/report study/view",
     "study/gradient_descent": f"{STUDY} study/shared study/report",
-    "study/propagation": f"{STUDY} study/shared study/report",
+    "study/propagation": f"{STUDY} study/shared study/report study/view",
     "study/simulate": f"{STUDY} study/shared study/run",
     "study/verify": STUDY,
     "study/verify/oracles": STUDY,

@@ -28,9 +28,7 @@ def _hidden(monkeypatch, tmp_path):
     ("arguments", "package"),
     [
         ("run --steps 3 --engine inprocess", "scikit-learn"),
-        ("compare --steps 3 --engine inprocess", "matplotlib"),
         ("run --steps 3 --engine inprocess --set stream.source=mnist1d", "mnist1d"),
-        ("study speed --seeds 1", "matplotlib"),
     ],
 )
 def test_a_missing_package_is_named_with_the_way_to_get_it(arguments, package):

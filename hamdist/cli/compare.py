@@ -36,10 +36,10 @@ from hamdist.cli.prepare import (
     own_stream,
     prepare,
     results_of,
-    run_begun,
 )
 from hamdist.config import Level, Settings, did_you_mean
 from hamdist.errors import HamdistError, SettingsError
+from hamdist.runtime.results.events import RunBegun
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
@@ -201,7 +201,7 @@ def _titles(
 
     def watch(item: PlannedRun) -> OnProgress:
         title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
-        begun = run_begun(settings.model_copy(update={"seed": item.seed}), title, batch)
+        begun = RunBegun.of(settings.model_copy(update={"seed": item.seed}), title, batch)
         engine = begun.engine if item.level is not None else "pytorch"
         begun = replace(begun, level=item.name, engine=engine)
         return folder.watch(begun, display.watch(title, batch))

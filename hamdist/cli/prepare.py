@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hamdist.errors import need_package
-from hamdist.runtime.results.events import RunBegun
+from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import prepare_folder
 
 if TYPE_CHECKING:
     from hamdist.config import Settings
     from hamdist.models.build import ModelFactory
     from hamdist.study.run.run import DataFactory
+
+STANDARD_OUTPUT = Path("-")
 
 
 def prepare(
@@ -33,19 +34,6 @@ def prepare(
     from hamdist.models.build import load_factory
 
     return load_factory(model_name, option)
-
-
-def run_begun(settings: Settings, title: str, batch: int | None) -> RunBegun:
-    """Return the event with which a run of `settings` begins; `batch`: rows, if they are known."""
-    return RunBegun(
-        title=title,
-        engine=settings.engine.kind.value,
-        settings=settings.model_dump(mode="json", exclude_unset=True),
-        batch=batch,
-        steps=settings.steps,
-        level=settings.level.value,
-        seed=settings.seed,
-    )
 
 
 def code_of(*names: str | None) -> str:
@@ -69,11 +57,6 @@ def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
     return load_stream(name, settings.stream.names, settings.model_loss)
 
 
-def need_plots(command: str) -> None:
-    """Raise SettingsError if the plots could not be drawn in the end."""
-    need_package("matplotlib", "matplotlib", f"`hamdist {command}`, which draws plots")
-
-
 def results_of(name: str) -> Path:
     """Return the default folder of a comparison or a study; no name leads out of `results`."""
     return Path("results") / (re.sub(r"[^\w-]+", "-", name).strip("-") or "run")
@@ -86,3 +69,12 @@ def command_line() -> str:
     """
     typed = shlex.join(["hamdist", *sys.argv[1:]])
     return typed.encode("utf-8", "backslashreplace").decode()
+
+
+def prepare_file(path: Path | None) -> None:
+    """Raise SettingsError if `path` cannot be written, before anything is computed."""
+    if path is not None:
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise SettingsError(f"--json '{path}': cannot write there: {error.strerror}") from None

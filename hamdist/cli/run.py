@@ -27,13 +27,16 @@ from hamdist.cli.options import (
     changes,
     load,
 )
-from hamdist.cli.prepare import own_stream, prepare, results_of, run_begun
+from hamdist.cli.prepare import own_stream, prepare, results_of
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
-from hamdist.study.shared.result_folder import ResultFolder
+from hamdist.runtime.results.events import RunBegun
+from hamdist.study.shared.result_folder import ResultFolder, write_file
 
 if TYPE_CHECKING:
     from hamdist.study.run.run import Run
+
+TRACED_TICKS = 500  # the last ones
 
 
 def run(
@@ -66,6 +69,10 @@ def run(
         Path | None,
         typer.Option("--weights", metavar="FILE", help="Begin with a safetensors state_dict."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Write a trace of its ticks, for Perfetto."),
+    ] = None,
     view: Annotated[
         bool, typer.Option("--view", help="Show the run on a local page (see `hamdist view`).")
     ] = False,
@@ -75,10 +82,12 @@ def run(
         options = changes(level=level, engine=engine, seed=seed, steps=steps, stabilise=stabilise)
         if snapshots is not None:
             options["snapshots"] = {"path": snapshots}
+        if trace is not None:
+            options["metrics"] = {"trace": TRACED_TICKS}
         loaded = load(settings, set_, options)
         where = out or results_of(f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        begin = (resume, weights)
-        _run(loaded, model, stream, where, overwrite, begin, began=context.obj, shown=view)
+        begin, seen = (resume, weights), (view, trace)
+        _run(loaded, model, stream, where, overwrite, begin, seen, began=context.obj)
 
 
 def _run(
@@ -88,14 +97,14 @@ def _run(
     out: Path,
     overwrite: bool,
     begin: tuple[str | None, Path | None],
+    seen: tuple[bool, Path | None],
     *,
     began: float | None,
-    shown: bool = False,
 ) -> None:
     """out: the folder, or the first of those numbered behind it that is free. begin: snapshots, or
-    weights. began: when the process did (`time.perf_counter`), where it did so for this run
-    alone."""
-    resume, weights = begin
+    weights. seen: on a page; the file of a trace. began: when the process did
+    (`time.perf_counter`), where it did so for this run alone."""
+    (resume, weights), (shown, trace) = begin, seen
     if resume is not None and weights is not None:
         raise SettingsError("--resume and --weights: a run begins with one of them")
     own = settings.for_level(settings.level)
@@ -108,6 +117,7 @@ def _run(
             ResultFolder(out, overwrite=overwrite, controls=True, say=display.say)
         )
 
+        from hamdist.runtime.results.trace import chrome_trace
         from hamdist.study.report.files import final_events
         from hamdist.study.report.save import save_run
         from hamdist.study.run.run import run_level
@@ -120,6 +130,8 @@ def _run(
             from hamdist.study.view.server import PageServer
 
             show_page(stack.enter_context(PageServer([folder.path])), browser=True)
+        if trace is not None:
+            write_file(trace, chrome_trace({}))  # (it can be written)
         display.say(f"Results go to {folder.path}")
         imports = {} if began is None else {"imports": time.perf_counter() - began}
         batch = own.stream.batch if data is None else None
@@ -128,7 +140,7 @@ def _run(
             own,
             factory=factory,
             data=data,
-            on_progress=folder.watch(run_begun(own, title, batch), show),
+            on_progress=folder.watch(RunBegun.of(own, title, batch), show),
             before=imports,
             resume=resume,
             weights=weights,
@@ -137,6 +149,8 @@ def _run(
             folder.emit(event)
         try:
             save_run(folder.path, result, model, own)
+            if trace is not None:
+                write_file(trace, chrome_trace(result.trace))
         finally:
             display.close()
             _print_run(result, own, said, folder.path)

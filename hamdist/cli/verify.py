@@ -15,13 +15,13 @@ from rich.text import Text
 
 from hamdist.cli.console import OUTPUT, console, exit_codes, report
 from hamdist.cli.options import given
+from hamdist.cli.prepare import STANDARD_OUTPUT, prepare_file
 from hamdist.errors import FAILED, SettingsError
 
 if TYPE_CHECKING:
     from hamdist.study.verify.oracles.check import Check
     from hamdist.study.verify.runner import Topic, VerifyRow
 
-STANDARD_OUTPUT = Path("-")
 ROWS = 4  # of the input of a model of one's own
 
 
@@ -72,7 +72,7 @@ def verify(
         _check_options(model, {**of_model, "blocks": blocks}, {"golden": golden, "only": only})
         if json_ == STANDARD_OUTPUT:
             OUTPUT.as_json, json_ = True, None
-        _prepare_file(json_)
+        prepare_file(json_)
         if rule is not None:
             chosen = [_own_rule(rule)]
         elif model is None:
@@ -121,15 +121,6 @@ def _own_model(
         )
     shape = parse_shape(input_shape)
     return own_model_topic(VerifiedModel(load_factory(name), name, shape, classes, batch, blocks))
-
-
-def _prepare_file(path: Path | None) -> None:
-    """Raise SettingsError if `path` cannot be written, before anything is computed."""
-    if path is not None:
-        try:
-            path.open("a").close()
-        except OSError as error:
-            raise SettingsError(f"--json '{path}': cannot write there: {error.strerror}") from None
 
 
 def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:

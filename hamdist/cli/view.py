@@ -117,13 +117,11 @@ def _folders(names: list[str], cluster: str | None) -> Iterator[list[Path]]:
                 jobs = jobs_of(cluster)
                 job = jobs.find(name).id
             except HamdistError as error:
-                raise SettingsError(
-                    f"{name!r} is no folder of results, and no launched run: {error}"
-                ) from None
-            folder = Path(scratch) / job
-            folder.mkdir()
-            threading.Thread(target=_follow, args=(jobs, job, folder), daemon=True).start()
-            folders.append(folder)
+                text = f"{name!r} is no folder of results, and no launched run: {error}"
+                raise SettingsError(text) from None
+            folders.append(Path(scratch) / job)
+            folders[-1].mkdir()
+            threading.Thread(target=_follow, args=(jobs, job, folders[-1]), daemon=True).start()
         yield folders
 
 

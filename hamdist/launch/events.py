@@ -32,7 +32,6 @@ from hamdist.runtime.results.result import Progress
 PREFIX = "#hamdist "
 PART_BYTES = 48 * 2**10
 MOST_BLOCKS = 64
-MOST_NETWORK = 1000  # blocks of a network that goes into the log
 
 # No path, no hidden file: a name comes from the cluster and becomes a file of the user's.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][\w.-]*$", max_length=200)]
@@ -189,8 +188,6 @@ def moved(progress: Progress, *, network: bool = True) -> Progressed:
     blocks = progress.blocks[:MOST_BLOCKS]
     actors = dict(list(progress.actors.items())[:MOST_BLOCKS])
     known = progress.network if network else None
-    if known is not None and len(known.blocks) > MOST_NETWORK:
-        known = None
     reduced = replace(progress, windows=brief, blocks=blocks, actors=actors, network=known)
     return Progressed(progress=replace(reduced, others={}))
 

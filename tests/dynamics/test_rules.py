@@ -353,6 +353,23 @@ def test_dropout_of_the_forward_pass_is_that_of_the_backward_pass():
     assert 0.3 < float(torch.cat(list(h.values())).double().mean()) < 0.7
 
 
+def test_buffers_move_once_a_sample():
+    """Oracle: level backprop's own rule, on the same net with batch norm."""
+
+    def trained_with(*rules):
+        graph = chain(None, *rules, None)
+        spec = graph.blocks["b"]
+        normed = replace(spec, module=nn.Sequential(spec.module[0], nn.BatchNorm1d(7).double()))
+        net = Network(
+            graph.over([graph.blocks["a"], normed, graph.blocks["r"]]),
+            settings("backprop"),
+            items(),
+        ).run()
+        return [t.double() for t in net.nodes["b"].block.cell.module.state_dict().values()]
+
+    assert relative(trained_with(Backprop()), trained_with(None)) <= 1e-13
+
+
 def wrong(**parts):
     return type("Wrong", (hamdist.Rule,), parts)()
 
@@ -381,6 +398,10 @@ REFUSED = {
             backward=fails,
         ),
         r"forward\(\) keeps no plain data: a tensor has a graph",
+    ),
+    "a weight is kept": (
+        wrong(forward=lambda self, block, x: (block.f(x), block.theta["0.weight"]), backward=fails),
+        r"forward\(\) keeps no plain data: a tensor is a weight itself, which moves",
     ),
     "h of another shape": (
         wrong(forward=lambda self, block, x: (block.f(x)[:, :2], x), backward=fails),

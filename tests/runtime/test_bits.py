@@ -255,6 +255,7 @@ def test_actors_of_two_kinds(session, monkeypatch):
     assert_equal(alone, train(chain(), PortableStream(ITEMS), exact))
 
 
+@pytest.mark.slow
 @X86
 @pytest.mark.ray
 def test_a_replacement_on_another_kind_of_host(session, driver, monkeypatch, tmp_path):

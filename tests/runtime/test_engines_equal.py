@@ -143,9 +143,22 @@ def samples_for(level, graph_depth):
     return max(4, TICKS // c)
 
 
+SPREAD = ("local", "trace", "pipeline")  # levels whose four actors are not slow tests
+
+
 @pytest.mark.ray
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("level", "placement"),
+    [
+        pytest.param(
+            level,
+            p,
+            marks=[pytest.mark.slow] if p == "4 actors" and level not in SPREAD else [],
+        )
+        for level in LEVELS
+        for p in PLACEMENTS
+    ],
+)
 def test_chain(session, leaves_no_socket, level, placement):
     fields = LEVELS[level]
     if level == "group" and placement == "4 actors":

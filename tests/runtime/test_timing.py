@@ -294,6 +294,19 @@ def test_long_chains_of_one_actor_agree_with_short_ones():
     assert found == pytest.approx(EventSimulation(timed, Disturbances(timed)).run(300))
 
 
+def test_a_channel_has_room_for_so_many_signals():
+    """Labels and states go one way: the first block could run away from the last, but the channel
+    holds `capacity` signals, and one more is in the making."""
+    plan = plan_of(bare_chain(2), "heads")
+    model = model_of(plan, [1e-3, 9e-3])
+    timed = model.timed([["b0"], ["b1"]], [0, 0])
+    ends = Recursion(timed, Disturbances(timed)).run(200)
+    room = next(c.capacity for c in plan.channels.all() if c.edge == "b0->b1")
+    ahead = [np.searchsorted(ends[:, 0], ends[n, 1]) - n for n in range(100)]
+    assert max(ahead) <= room + 2
+    assert max(ahead) >= room - 1
+
+
 @pytest.mark.parametrize("cores", [1, 2, 3])
 def test_actors_share_processors(cores):
     """Four equally busy actors that never wait for long: their work over the cores."""
@@ -351,7 +364,7 @@ def test_failures_cost_detection_start_up_and_replay():
     _, failures, lost = seen[0]
     assert failures >= 2
     most = 0.75 + 50 * max(timed.busy)
-    assert 0.75 * failures <= lost <= most * failures
+    assert 0.75 * failures < lost <= most * failures  # (some steps were done once more)
 
 
 def test_the_pace_of_the_stream_holds_the_run_back():

@@ -353,6 +353,7 @@ def test_epochs_of_the_paper(monkeypatch):
     assert run_row(ScenarioJob("rnn", "GD-a", epochs=1, steps=7)).steps == 7
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes(tmp_path):
     before = set(multiprocessing.active_children())

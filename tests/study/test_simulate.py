@@ -179,8 +179,11 @@ def test_auto_places_no_actor_behind_a_link_that_costs_more_than_it_brings(simul
     assert both["samples_per_second"] < alone["samples_per_second"]
 
 
-def test_the_pace_is_what_comes_out(simulated):
+def test_the_pace_is_what_comes_out(simulated, tmp_path):
     found = simulated(TWO + "pace: 5\n")
+    files = [str(tmp_path / "s.yaml"), "--hosts", str(tmp_path / "plan.yaml")]
+    alone = CliRunner().invoke(app, ["simulate", *files, "--json", "-"]).stdout
+    assert json.loads(alone)["critical"] == found["critical"]
     assert found["samples_per_second"] == pytest.approx(5)
     assert found["critical"] == "limited by the stream's pace: 100 % work"
 

@@ -31,7 +31,7 @@ from hamdist.study.propagation.gradients import (
     relative_error,
     ticks_to_settle,
 )
-from hamdist.study.propagation.plot import speed_plots
+from hamdist.study.propagation.plot import speed_figures
 from hamdist.study.propagation.report import curves, fit, fits, save_speed, speed_tables
 from hamdist.study.propagation.settling import (
     backprop_states,
@@ -554,7 +554,7 @@ def test_tables(small):
 
 def test_files(small, tmp_path):
     save_speed(tmp_path, small)
-    names = {"speed.csv", "speed.json", "speed.md", "speed.png", "speed.svg"}
+    names = {"speed.csv", "speed.json", "speed.md", "speed.html"}
     assert {p.name for p in tmp_path.iterdir()} == names
     rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
     assert [float(r["error"]) for r in rows] == [r.error for r in small.rows]
@@ -564,8 +564,12 @@ def test_files(small, tmp_path):
     assert len(record["rows"]) == 8
     assert [f["c_tau"] for f in record["fits"]] == [1.0, 0.5]
     assert record["versions"] == versions()
-    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "speed.svg").read_text()
+    assert "Relative error of the gradient" in (tmp_path / "speed.html").read_text()
+    figures = speed_figures(curves(small.rows), (None, None), small.decays)
+    assert [f.title for f in figures][2:] == ["Static input: error by hops"]
+    smooth = [r.error for r in small.rows if (r.stream, r.c_tau) == ("smooth", 1.0)]
+    drawn = next(c for c in figures[0].curves if c.label == "smooth, c τ = 1")
+    assert list(drawn.y) == smooth
     text = (tmp_path / "speed.md").read_text()
     assert "`the command`" in text
     assert "| static | 1 | 0 | 0 | – |" in text
@@ -573,7 +577,7 @@ def test_files(small, tmp_path):
 
 def test_a_picture_without_static_inputs():
     rows = [SpeedRow("random", 0.3, 10.0, 0, math.nan, 1.0, 1)]
-    assert speed_plots(curves(rows), (None, None), [], "x")["png"].startswith(b"\x89PNG")
+    assert len(speed_figures(curves(rows), (None, None), [])) == 2
 
 
 def residual():

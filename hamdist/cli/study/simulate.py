@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes, note, print_facts, print_rows, report, warn
+from hamdist.cli.console import (
+    OUTPUT,
+    console,
+    exit_codes,
+    note,
+    print_facts,
+    print_rows,
+    report,
+    warn,
+)
 from hamdist.cli.options import (
     LevelOption,
     ModelOption,
@@ -20,7 +29,13 @@ from hamdist.cli.options import (
     changes,
     load,
 )
-from hamdist.cli.prepare import own_stream, prepare, results_of
+from hamdist.cli.prepare import (
+    STANDARD_OUTPUT,
+    own_stream,
+    prepare,
+    prepare_file,
+    results_of,
+)
 from hamdist.config import EngineKind, Level
 from hamdist.errors import SettingsError
 
@@ -47,7 +62,8 @@ def simulate(
         typer.Option("--out", help="Folder of --sweep.", show_default="results/NAME-simulated"),
     ] = None,
     json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the result there; -: print it alone."),
     ] = None,
     level: LevelOption = None,
     seed: SeedOption = None,
@@ -60,6 +76,9 @@ def simulate(
     with exit_codes():
         if not sweep and (levels or out):
             raise SettingsError("--levels and --out belong to --sweep")
+        if json_ == STANDARD_OUTPUT:
+            OUTPUT.as_json, json_ = True, None
+        prepare_file(json_)
         options = changes(level=level, engine=EngineKind.RAY, seed=seed, steps=steps)
         loaded = load(settings, set_, options)
         factory = prepare(None, model)

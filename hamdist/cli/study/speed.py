@@ -12,7 +12,7 @@ from rich.text import Text
 from hamdist.cli.console import console, exit_codes, note, print_table, report
 from hamdist.cli.display import PLAIN_SECONDS
 from hamdist.cli.options import ModelOption, OverwriteOption, given
-from hamdist.cli.prepare import command_line, need_plots, prepare
+from hamdist.cli.prepare import command_line, prepare
 from hamdist.cli.study.sweep import ChosenOption, StudySetOption, WorkersOption, run_grid
 from hamdist.errors import SettingsError
 from hamdist.study.shared.result_folder import free_folder
@@ -101,7 +101,6 @@ def _speed(
     out: Path,
     overwrite: bool,
 ) -> None:
-    need_plots("study speed")
     factory = prepare(None, model)
 
     from hamdist.study.propagation.report import save_speed, speed_tables

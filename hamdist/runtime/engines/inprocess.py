@@ -48,7 +48,8 @@ class InProcessEngine:
             snapshot_policy = InProcessSnapshots(plan, [source, *nodes], mailbox, sent_log, live)
             snapshot_policy.restore()
         reset_peak()
-        sampler = Sampler(plan, [source, *nodes], mailbox)
+        writer = None if snapshot_policy is None else snapshot_policy.snapshot_writer
+        sampler = Sampler(plan, [source, *nodes], mailbox, writer=writer)
         started = time.perf_counter()
         due = started
         diverged: DivergedError | None = None
@@ -133,6 +134,7 @@ class InProcessEngine:
             ticks=ticks_of(nodes),
             seconds=seconds,
             time_use={DRIVER: time_use},
+            trace={DRIVER: sampler.trace()},
             startup={"blocks": started - created},
             bytes_per_edge=dict(mailbox.payload_bytes),
             compression=mailbox.compression,

@@ -7,10 +7,12 @@ from time import perf_counter
 from typing import Any
 
 from hamdist.dynamics.graph.graph import INPUT
+from hamdist.runtime.engines.tracer import Tracer
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.process_memory import resident_bytes
 from hamdist.runtime.results.measured import EdgeCounts, Norms, ProcessSample
+from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.transport.transport import Endpoints
 
 PAUSE_SECONDS = 1.0  # between two samples of the norms
@@ -28,6 +30,7 @@ class Sampler:
         nodes: of the process, with the stream if it is drawn here; as restored.
         mailbox: of the process.
         transport: to other processes; None if there are none.
+        writer: of snapshots, for a trace (`metrics.trace`).
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Sampler:
         nodes: Sequence[Any],
         mailbox: Mailbox,
         transport: Endpoints | None = None,
+        writer: object = None,
     ) -> None:
         self._nodes = [node for node in nodes if node.name != INPUT]
         self._source = next((node for node in nodes if node.name == INPUT), None)
@@ -44,6 +48,8 @@ class Sampler:
         self._edges = {c.number: c.edge for c in plan.channels.all()}
         self._before = {n.name: n.seconds for n in self._nodes}  # of the run that this one resumes
         self._norms: dict[str, Norms] = {}
+        ticks = plan.metrics.trace
+        self._tracer = None if ticks is None else Tracer(ticks, nodes, mailbox, writer)
         self._due = self._began = perf_counter()
 
     def begin(self) -> None:
@@ -71,6 +77,10 @@ class Sampler:
         if self._source is not None:
             spent["stream"] = self._source.seconds
         return spent if self._transport is None else {**spent, **self._transport.seconds}
+
+    def trace(self) -> list[TraceSpan]:
+        """Return the trace of the last ticks; none without `metrics.trace`."""
+        return [] if self._tracer is None else list(self._tracer.spans)
 
     def sample(self) -> ProcessSample:
         """Return all measurements; in any thread."""

@@ -109,7 +109,9 @@ class Worker:
             if snapshot_policy.snapshot is not None:
                 self._snapshot_writer.restore(snapshot_policy.snapshot)
 
-        self._sampler = Sampler(plan, self._all_nodes(), self._mailbox, self._transport)
+        self._sampler = Sampler(
+            plan, self._all_nodes(), self._mailbox, self._transport, self._snapshot_writer
+        )
 
     def _all_nodes(self) -> list[Any]:
         return [*([self._source] if self._source is not None else []), *self._nodes]
@@ -258,7 +260,7 @@ class Worker:
             report.kept = self._kept()
         report.ticks = ticks_of(self._nodes)
         report.seconds = time.perf_counter() - started
-        report.sample = self._sampler.sample()
+        report.sample, report.trace = self._sampler.sample(), self._sampler.trace()
         report.peak_memory = peak_bytes()  # before the states are copied
         report.own_memory = own_bytes()
         for node in self._nodes:

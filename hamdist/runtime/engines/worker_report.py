@@ -11,6 +11,7 @@ from hamdist.errors import HamdistError
 from hamdist.runtime.results.digests import DigestMap
 from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.results.result import BlockState
+from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.signals.edge_codecs import CompressionMap
 from hamdist.runtime.snapshots.writer import WrittenFiles
 from hamdist.runtime.transport.gpu_ring import Refusal
@@ -37,6 +38,7 @@ class WorkerReport:
     stream: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
     sample: ProcessSample = field(default_factory=ProcessSample)
+    trace: list[TraceSpan] = field(default_factory=list)
     digests: Mapping[str, DigestMap] = field(default_factory=dict)
     kept: SnapshotNews | None = None
     refusals: list[Refusal] = field(default_factory=list)

@@ -314,6 +314,7 @@ class _Watch:
             stream=next((r.stream for r in reports if r.stream), {}),
             placement=self._worker_group.placement,
             time_use={a.name: dict(a.report.sample.seconds) for a in actors if a.report},
+            trace={a.name: a.report.trace for a in actors if a.report is not None},
             digests=joined(report.digests for report in reports),
             records={name: rs for r in reports for name, rs in r.records.items()},
             snapshots=[] if self._policy is None else self._policy.snapshots,

@@ -29,6 +29,7 @@ from hamdist.runtime.results.measured import (
 )
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
+    from hamdist.config import Settings
     from hamdist.dynamics.objective.prequential import Window
 
 
@@ -79,6 +80,13 @@ class RunBegun(RunEvent):
     settings: Mapping[str, Any] = field(default_factory=dict)
     batch: int | None = None
     steps: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, title: str, batch: int | None = None) -> RunBegun:
+        raw = settings.model_dump(mode="json", exclude_unset=True)
+        engine, level = settings.engine.kind.value, settings.level.value
+        head: dict[str, Any] = {"level": level, "seed": settings.seed, "steps": settings.steps}
+        return cls(title=title, engine=engine, settings=raw, batch=batch, **head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +294,7 @@ def plain(value: Any) -> Any:
     """Return `value` as JSON holds it: null for numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Norms):
+    if hasattr(value, "_asdict"):  # a NamedTuple
         return plain(value._asdict())
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}

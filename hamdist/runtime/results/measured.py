@@ -36,9 +36,8 @@ class EdgeCounts:
     waited: float = 0.0
 
     def __add__(self, other: EdgeCounts) -> EdgeCounts:
-        return EdgeCounts(
-            self.bytes + other.bytes, self.queued + other.queued, self.waited + other.waited
-        )
+        queued = self.queued + other.queued
+        return EdgeCounts(self.bytes + other.bytes, queued, self.waited + other.waited)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +63,8 @@ class ProcessSample:
 class NetworkBlock:
     """A block of the graph.
 
-    Attributes:
-        shape: of its state, batch in front.
-        parameters: numbers that it learns.
-        depth: ticks from the input.
-        delay: updates or ticks by which its messages lag.
+    `shape` of its state, batch first; `parameters` are numbers that it learns; `depth` is in ticks
+    from the input; its messages lag `delay` updates or ticks.
     """
 
     name: str
@@ -80,8 +76,7 @@ class NetworkBlock:
     readout: bool
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkEdge:
+class NetworkEdge(NamedTuple):
     """An edge; `parent` may be an input of the network. `delay` in ticks."""
 
     name: str
@@ -90,8 +85,7 @@ class NetworkEdge:
     delay: int
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkActor:
+class NetworkActor(NamedTuple):
     """A process and its blocks."""
 
     name: str
@@ -101,11 +95,7 @@ class NetworkActor:
 
 @dataclass(frozen=True, slots=True)
 class PlacedNetwork:
-    """The graph of a run, and where its blocks live.
-
-    Attributes:
-        staleness: samples, as `RunFacts.staleness`.
-    """
+    """The graph of a run, and where its blocks live; `staleness` as in `RunFacts`."""
 
     blocks: Sequence[NetworkBlock]
     edges: Sequence[NetworkEdge]

@@ -24,7 +24,7 @@ from hamdist.runtime.results.events import (
     Warned,
     WindowFull,
 )
-from hamdist.runtime.results.measured import NetworkActor, summed
+from hamdist.runtime.results.measured import NetworkActor, PlacedNetwork, summed
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
     from hamdist.runtime.results.result import Progress, Replaced
@@ -71,8 +71,7 @@ class ProgressEvents:
         net = progress.network
         if net is not None and net.actors != self._actors:
             self._actors = net.actors
-            parts = {one.name: getattr(net, one.name) for one in dataclasses.fields(net)}
-            events.append(NetworkPlaced(**parts, **head))
+            events.append(NetworkPlaced(**_fields(net), **head))
         lost, self._lost = progress.replaced[self._lost :], len(progress.replaced)
         events += [ActorReplaced(**_fields(one), **head) for one in lost]
         events += [Warned(text=text, **head) for text in self._new(progress.warnings)]
@@ -125,5 +124,5 @@ class ProgressEvents:
         yield EdgesMeasured(edges=summed(list(samples.values())), **head)
 
 
-def _fields(replaced: Replaced) -> dict[str, Any]:
-    return {one.name: getattr(replaced, one.name) for one in dataclasses.fields(replaced)}
+def _fields(of: PlacedNetwork | Replaced) -> dict[str, Any]:
+    return {one.name: getattr(of, one.name) for one in dataclasses.fields(of)}

@@ -15,6 +15,7 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
 from hamdist.runtime.results.measured import PlacedNetwork, ProcessSample
+from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.signals.codec import Compressed
 
 
@@ -163,6 +164,7 @@ class RunFacts:
         placement: the blocks of each process; can be given as `engine.placement`.
         time_use: by process, seconds of the whole run ('total'), in the steps of its blocks
             ('step'), and over sockets in packing ('packing') and blocked ('waiting').
+        trace: with `metrics.trace`, spans by process (`results.trace.chrome_trace` for Perfetto).
         digests: with `engine.digests`, of the signals that were 'sent' and 'taken' by channel
             ('state u->block0'), and of the 'weights' by block; `hamdist diff` compares two runs.
     """
@@ -199,6 +201,7 @@ class RunFacts:
     compression: dict[str, dict[str, Compressed]] = field(default_factory=dict)
     rounding: dict[str, Rounding] = field(default_factory=dict)
     digests: dict[str, DigestMap] = field(default_factory=dict, metadata=APART)
+    trace: dict[str, list[TraceSpan]] = field(default_factory=dict, metadata=APART)
 
     @property
     def new_samples(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hamdist.runtime.timing.cluster_model import Link
 from hamdist.runtime.timing.cycle_ratio import Reals
 from hamdist.runtime.timing.timed_graph import TimedArc, TimedGraph
 
@@ -63,25 +64,24 @@ class Disturbances:
 
         None if no arc varies. exp(sigma g - sigma^2 / 2) has the mean 1.
         """
-        means = np.array([arc.seconds for arc in arcs])
-        varying = np.array([i for i, a in enumerate(arcs) if _varies(a)], np.intp)
-        if not len(varying):
+        if not any(_varies(arc) for arc in arcs):
             return None
-        own = [(link, arcs[i].nbytes) for i in varying if (link := arcs[i].link) is not None]
+        own = [(arc.link or Link(), arc.nbytes) for arc in arcs]
+        means = np.array([arc.seconds for arc in arcs])
         mean, sigma, share, again = np.array(
             [(link.seconds, link.sigma, link.lost(n), link.again) for link, n in own], np.float32
         ).T
 
         def draw(rows: int) -> Reals:
-            more = self._random.standard_normal((rows, len(varying)), np.float32)
+            more = self._random.standard_normal((rows, len(arcs)), np.float32)
             more *= sigma
             more -= sigma**2 / 2
-            np.expm1(more, out=more)
+            np.exp(more, out=more)
+            more -= 1
             more *= mean
             if share.any():
                 more += again * ((self._random.random(more.shape, np.float32) < share) - share)
-            seconds = np.tile(means, (rows, 1))
-            seconds[:, varying] += more
+            seconds: Reals = more + means
             return seconds
 
         return draw

@@ -99,7 +99,6 @@ class EventSimulation:
             self._into[arc.target].append(k)
         self._draw = disturbances.delays(self._arcs)
         self._drawn: dict[int, Reals] = {}
-        self._came = np.full(len(self._arcs), -np.inf)
         hosts = timed.cluster.hosts
         self._crowded = {h for h, own in timed.actors_of.items() if len(own) > hosts[h].cores}
         self._shares = _Shares(timed)
@@ -152,8 +151,7 @@ class EventSimulation:
     def _done(self, i: int, period: int, now: float) -> None:
         for k in self._out[i]:
             arc = self._arcs[k]
-            when = max(now + self._seconds(k, period + arc.periods), float(self._came[k]))
-            self._came[k] = when
+            when = now + self._seconds(k, period + arc.periods)
             heapq.heappush(self._heap, (when, 1, arc.target, period + arc.periods))
         resource = self._timed.owner[i]
         if resource < 0:

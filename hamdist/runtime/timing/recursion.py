@@ -1,13 +1,13 @@
 """A run on a cluster, period by period, where every resource has its order of work (max-plus).
 
-    x_i(p) = w_i(p) + max( x_before(i)(p),  max over arcs j -> i of  arrival_ji(p) )
-    arrival_ji(p) = max( x_j(p - periods) + seconds_ji(p),  arrival_ji(p - 1) )
+    x_i(p) = w_i(p) + max( x_before(i)(p),  max over arcs j -> i of  x_j(p - k_ji) + s_ji(p) )
 
-with drawn seconds: signals of one channel never overtake each other (TCP). Within a period, the
-activities fall into layers, in which none waits for another but for those before it on its own
-resource; a layer is computed at once, all its chains by one running maximum of arrival minus work
-done before. No queue of events is needed. Where links are shared or processors are too few, the
-order is not known beforehand: `events.py`.
+with periods k and drawn seconds s. (A signal that would overtake another of its channel, which TCP
+forbids, gains nothing: its receiver takes them in order.) Within a period, the activities fall into
+layers, in which none waits for another but for those before it on its own resource; a layer is
+computed at once, all its chains by one running maximum of arrival minus work done before. No queue
+of events is needed. Where links are shared or processors are too few, the order is not known
+beforehand: `events.py`.
 """
 
 from __future__ import annotations
@@ -55,19 +55,16 @@ class _Layer:
         self.after = self.before + work
         self.chain = np.repeat(np.arange(len(chains)), lengths)
 
-    def ends(self, window: Reals, seconds: Reals, floor: Reals | None, lost: Reals | None) -> Reals:
+    def ends(self, window: Reals, seconds: Reals, lost: Reals | None) -> Reals:
         """Return the end times.
 
         Args:
             window: of the activities in the periods before and this one, flat.
             seconds: of the arcs.
-            floor: arrivals that these may not overtake, if any vary; receives the arrivals.
             lost: seconds that each resource loses before its first activity.
         """
         arrivals: Reals = window[self.source]
         arrivals += seconds
-        if floor is not None:
-            arrivals = np.maximum(arrivals, floor, out=floor)
         end = len(self.chain)
         ready: Reals = np.maximum(arrivals[:end], 0.0)
         for slot in self.slots:
@@ -118,10 +115,6 @@ class Recursion:
         flat = np.full((most + ROWS) * n, -np.inf)  # (nothing is awaited before the start)
         ends = np.empty((periods, len(self._lasts)))
         drawn = [disturbances.delays(layer.arcs) for layer in self._layers]
-        floors = [
-            None if draw is None else np.full(len(layer.arcs), -np.inf)
-            for layer, draw in zip(self._layers, drawn, strict=True)
-        ]
         for begin in range(0, periods, ROWS):
             rows = min(ROWS, periods - begin)
             seconds = [None if draw is None else draw(rows) for draw in drawn]
@@ -129,9 +122,9 @@ class Recursion:
                 window = flat[row * n : (row + most + 1) * n]
                 now, period = window[most * n :], begin + row
                 lost = disturbances.lost(period, ends[period - 1] if period else None)
-                for layer, floor, own in zip(self._layers, floors, seconds, strict=True):
+                for layer, own in zip(self._layers, seconds, strict=True):
                     taken = layer.seconds if own is None else own[row]
-                    now[layer.begin : layer.end] = layer.ends(window, taken, floor, lost)
+                    now[layer.begin : layer.end] = layer.ends(window, taken, lost)
                     if lost is not None:
                         lost[layer.owners] = 0.0  # (once a period)
                 ends[period] = now[self._lasts]

@@ -9,18 +9,20 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hamdist.study.propagation.plot import Curve, PlotLine, speed_plots
+from hamdist.study.propagation.plot import Curve, PlotLine, speed_figures
 from hamdist.study.propagation.settling import CountRow
 from hamdist.study.propagation.streams import PERIOD, SWITCHED_ON, StreamKind
 from hamdist.study.propagation.study import SpeedResult, SpeedRow
 from hamdist.study.report.html import versions
 from hamdist.study.report.table import MISSING, Table, markdown
 from hamdist.study.shared.result_folder import write_file
+from hamdist.study.view.page import FIGURES, baked, page
 
 FITTED_SPAN = 10.0  # exponents are those of the speeds within this factor of the fastest,
 FITTED_LEAST = 3  # and of so many at least
@@ -204,7 +206,7 @@ def _off(ticks: Sequence[int | None], expected: int) -> str:
 
 
 def save_speed(folder: Path, result: SpeedResult) -> None:
-    """Write speed.csv, speed.json, speed.md, speed.png and speed.svg.
+    """Write speed.csv, speed.json, speed.md and speed.html.
 
     Raises SettingsError if a file cannot be written.
     """
@@ -217,10 +219,12 @@ def save_speed(folder: Path, result: SpeedResult) -> None:
     writer.writerows(dataclasses.asdict(row) for row in result.rows)
     write_file(folder / "speed.csv", out.getvalue())
     write_file(folder / "speed.json", json.dumps(_record(result, found), indent=2) + "\n")
-    for kind, data in speed_plots(found, _lines(found), result.decays, result.network).items():
-        write_file(folder / f"speed.{kind}", data)
+    figures = speed_figures(found, _lines(found), result.decays)
+    title = escape(f"hamdist study speed: {result.network}")
+    parts = [f"<h1>{title}</h1>", FIGURES]
+    write_file(folder / "speed.html", page(title, parts, [baked(figures=figures)]))
     tables = "".join(f"\n## {name}\n\n{markdown(t)}" for name, t in speed_tables(result).items())
-    text = f"# {result.network}\n\n`{result.command}`\n\n![](speed.svg)\n{tables}"
+    text = f"# {result.network}\n\n`{result.command}`\n{tables}"
     write_file(folder / "speed.md", text)
 
 

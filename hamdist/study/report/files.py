@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.runtime.results.events import (
     ActorsMeasured,
     BlocksMeasured,
@@ -27,6 +26,7 @@ from hamdist.runtime.results.events import (
 from hamdist.runtime.results.scores import Scores
 from hamdist.study.report.aggregate import AggregateRow
 from hamdist.study.report.paired_test import PairedTest
+from hamdist.study.report.plots import joined
 from hamdist.study.run.run import Run
 from hamdist.study.shared.result_folder import EVENTS
 
@@ -94,11 +94,9 @@ def report_events(runs: Sequence[Run], folder: Path) -> list[RunEvent]:
     for run in runs:
         head: dict[str, Any] = {"level": run.level, "seed": run.seed}
         events.append(RunBegun(title=f"{run.level}, seed {run.seed}", engine=run.engine, **head))
-        size = max(1, -(-len(run.windows) // MOST_WINDOWS))
-        for i in range(0, len(run.windows), size):
-            part = run.windows[i : i + size]
-            seconds = run.window_seconds[i + len(part) - 1]
-            events.append(WindowFull.of(merge_windows(part), "", seconds, **head))
+        at = {w.last: seconds for w, seconds in zip(run.windows, run.window_seconds, strict=True)}
+        few = joined(run.windows, MOST_WINDOWS)
+        events += [WindowFull.of(window, "", at[window.last], **head) for window in few]
         events += final_events(run)
     shown = {(run.level, run.seed) for run in runs}
     try:

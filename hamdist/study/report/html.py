@@ -12,8 +12,7 @@ from hamdist.config import Settings, to_yaml
 from hamdist.runtime.results.events import RunEvent
 from hamdist.study.report.table import Table
 from hamdist.study.view.explain import explain
-from hamdist.study.view.figures import PageFigure
-from hamdist.study.view.page import FIGURES, baked, page, sections
+from hamdist.study.view.page import FIGURES, PageFigure, baked, page, sections
 
 PACKAGES = ("hamdist", "torch", "ray", "numpy", "pyzmq")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import Run
-from hamdist.study.view.figures import FigureCurve, PageFigure
+from hamdist.study.view.page import FigureCurve, PageFigure
 
 
 def gap_figures(runs: Sequence[Run]) -> list[PageFigure]:

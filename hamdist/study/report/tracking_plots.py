@@ -13,7 +13,7 @@ import torch
 from hamdist.config import Loss, Settings
 from hamdist.dynamics.blocks.energy import Records, hamiltonian, lagrangian, robust_hamiltonian
 from hamdist.study.run.tracking import Trajectory, last_signals, rms, seconds
-from hamdist.study.view.figures import FigureCurve, PageFigure
+from hamdist.study.view.page import FigureCurve, PageFigure
 
 BINS = 200
 MOST_BLOCKS = 5

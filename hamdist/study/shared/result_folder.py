@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 EVENTS, RUNS, CONTROL = "events.jsonl", "runs", "control.jsonl"
 REQUESTS: Mapping[str, object] = {"stop": Stop, "snapshot": TakeSnapshot}
 _STUDIES = (
-    *("speed.csv", "speed.json", "speed.md", "speed.png", "speed.svg"),
+    *("speed.csv", "speed.json", "speed.md", "speed.html"),
     *("recovery.csv", "recovery.json", "recovery.md"),
 )
 FILES = (  # what --overwrite may remove: whatever these commands write

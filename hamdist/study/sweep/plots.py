@@ -9,7 +9,7 @@ from hamdist.study.sweep.run import StudyOutcome
 from hamdist.study.sweep.settings import Axis, StudySettings, Trains
 from hamdist.study.sweep.summary import SummaryLine, summary
 from hamdist.study.sweep.tables import TITLES, WORDS, varied
-from hamdist.study.view.figures import FigureCurve, PageFigure
+from hamdist.study.view.page import FigureCurve, PageFigure
 
 LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 

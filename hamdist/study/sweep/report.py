@@ -21,8 +21,7 @@ from hamdist.study.sweep.run import StudyOutcome
 from hamdist.study.sweep.settings import Axis, StudySettings, study_yaml
 from hamdist.study.sweep.summary import SummaryLine, summary
 from hamdist.study.sweep.tables import study_tables
-from hamdist.study.view.figures import PageFigure
-from hamdist.study.view.page import FIGURES, baked, page, sections
+from hamdist.study.view.page import FIGURES, PageFigure, baked, page, sections
 
 
 def save_study(
