@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import pickle
+
+import numpy as np
 import pytest
+from sklearn.datasets import make_blobs
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from hamdist.adapters.scikit_learn import Classifier
 
-DOES_NOT_APPLY: dict[str, str] = {}
+
+def test_a_classifier_learns_and_is_copied_with_what_it_has_learned():
+    x, y = make_blobs(60, centers=3, random_state=0)
+    x = StandardScaler().fit_transform(x)
+    learner = Classifier(level="backprop", epochs=10)
+    assert learner.fit(x, y).score(x, y) > 0.8
+    before = learner.predict_proba(x)
+    copy = pickle.loads(pickle.dumps(learner))
+    np.testing.assert_array_equal(copy.predict_proba(x), before)
+    learner.partial_fit(x, y)
+    copy.partial_fit(x, y)
+    np.testing.assert_array_equal(copy.predict_proba(x), learner.predict_proba(x))
+    assert (before != learner.predict_proba(x)).any()
 
 
-@parametrize_with_checks([Classifier(epochs=20)], expected_failed_checks=lambda _: DOES_NOT_APPLY)
+@pytest.mark.slow
+@parametrize_with_checks([Classifier(epochs=20)])
 def test_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
