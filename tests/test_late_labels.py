@@ -4,11 +4,13 @@ an event queue of questions and answers, as river's `evaluate.progressive_val_sc
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
 from runtime.test_engines_equal import assert_equal
+from runtime.test_snapshots import folders, goes_on
 from torch import nn
 from torch.nn import functional
 
@@ -157,6 +159,110 @@ def test_other_levels_score_what_they_said(level):
     assert result.samples * 2 == other.samples
 
 
+def by_ticks(delay, c, items=ITEMS, lr=0.5):
+    """Three layers, tick by tick, written out: block l does forward n in tick n c + l and backward
+    n in tick (n + delay) c + 4 - l, with the activations of its forward pass and today's weights.
+
+    Returns the losses by sample, of the predictions at arrival, and the weights.
+    """
+    layers = [m for m in three() if isinstance(m, nn.Linear)]
+    W, b = ([getattr(m, name).detach().clone() for m in layers] for name in ("weight", "bias"))
+    samples = list(itertools.islice(Drifting().samples(), items))
+    h, sent, losses = {(n, -1): sample.u for n, sample in enumerate(samples)}, {}, {}
+    for tick in range((items + delay) * c + 5):
+        for at in range(3):  # forward
+            n, rest = divmod(tick - at, c)
+            if not rest and 0 <= n < items:
+                a = h[n, at - 1] @ W[at].T + b[at]
+                h[n, at] = torch.tanh(a) if at < 2 else a
+        for at in range(3):  # backward
+            n, rest = divmod(tick - (4 - at), c)
+            n -= delay
+            if rest or not 0 <= n < items - delay or samples[n].y is None:
+                continue
+            if at == 2:
+                p, y = h[n, 2], samples[n].y
+                losses[n] = functional.cross_entropy(p, y).item()
+                g = (p.softmax(1) - functional.one_hot(y, C)) / B
+            else:
+                g = sent.pop((n, at)) * (1 - h[n, at] ** 2)
+            sent[n, at - 1] = g @ W[at]
+            W[at] -= lr * g.T @ h[n, at - 1]
+            b[at] -= lr * g.sum(0)
+    return losses, [t for pair in zip(W, b, strict=True) for t in pair]
+
+
+def three():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        layers = [nn.Linear(F, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, C)]
+        return nn.Sequential(*layers).double()
+
+
+def kept(delay, level="trace", **fields):
+    given = {"resume": None, "partition": {"blocks": 3}, **fields}
+    resume = given.pop("resume")
+    stream = LateLabels(Delayed(Drifting(), delay, tagged=False), delay, kept=True)
+    return hamdist.train(three(), stream, settings(level, **given), resume=resume)
+
+
+@pytest.mark.parametrize("step", ["auto", "autograd"])
+@pytest.mark.parametrize(
+    ("level", "speed", "c"), [("trace", 1, 1), ("trace", 2, 2), ("backprop", "inf", 5)]
+)
+@pytest.mark.parametrize("delay", [1, 4, 30])
+def test_a_kept_trace_meets_its_label(delay, level, speed, c, step):
+    engine = {"kind": "inprocess", "step": step}
+    result = kept(delay, level, locality={"speed": speed}, engine=engine)
+    losses, weights = by_ticks(delay, c)
+    (windows,) = result.windows.values()
+    assert {w.first: pytest.approx(w.loss, abs=1e-12) for w in windows} == losses
+    pairs = zip(result.model.parameters(), weights, strict=True)
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-12
+    assert result.staleness == delay + 4 // c
+    assert result.samples == ITEMS
+    assert "learned with the trace of that time" in str(result.warnings)
+
+
+@pytest.mark.parametrize("level", ["trace", "backprop"])
+def test_a_kept_trace_goes_on(tmp_path, level):
+    """From each snapshot: in the first samples without a label, in the midst, behind the end."""
+
+    def of(engine, resume, **fields):
+        return kept(5, level, engine=engine, resume=resume, **fields)
+
+    goes_on(of, tmp_path, 4 if level == "trace" else 23)
+    whole, folder = kept(5, level), folders(tmp_path)[-1]
+    assert_equal(whole, kept(5, level, resume=folder))
+
+
+@pytest.mark.ray
+def test_a_kept_trace_in_both_engines(session, leaves_no_socket):
+    assert_equal(kept(4), kept(4, engine={"kind": "ray", "actors": 2}))
+
+
+def test_a_kept_trace_is_compared_with_what_is_shown_again():
+    """Centralised training has no gradient of an old forward pass with today's weights."""
+    stream = LateLabels(Delayed(Drifting(), 4, tagged=False), 4, kept=True)
+    central = train_centralised(net(), stream, settings())
+    assert progressive(4, net()) == scored(central.windows["centralised"])
+
+
+@pytest.mark.parametrize(
+    ("level", "fields"),
+    [
+        ("heads", {}),
+        ("local", {}),
+        ("pipeline", {"locality": {"microbatches": 2}}),
+        ("trace", {"locality": {"accumulate": 2}}),
+        ("trace", {"learning": {"lr": 0.5, "heads": {"norm": True}}}),
+    ],
+)
+def test_where_no_trace_is_kept(level, fields):
+    with pytest.raises(LevelError, match=r"with the trace kept .* use stream.relearn: again"):
+        kept(4, level, **fields)
+
+
 def test_several_readouts():
     class Two(nn.Module):
         def __init__(self):
@@ -196,6 +302,8 @@ def test_a_step_size_that_falls_does_so_by_samples():
 def test_settings_and_what_does_not_go():
     made = make_stream(StreamSettings(late_targets=5), seed=0, dtype=torch.float32)
     assert isinstance(made, LateLabels)
+    made = make_stream(StreamSettings(late_targets=5, relearn="trace"), seed=0, dtype=torch.float32)
+    assert (made.spec.kept, made.spec.passes, made.spec.late) == (True, 1, 5)
     waits = StreamSettings(late_targets=5, relearn="wait")
     assert isinstance(make_stream(waits, seed=0, dtype=torch.float32), Rejoin)
     with pytest.raises(

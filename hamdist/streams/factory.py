@@ -56,7 +56,8 @@ def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> S
         tagged = settings.target_delay is None and not settings.again
         stream = Delayed(stream, settings.late_targets, tagged=tagged)
     if settings.again:
-        return LateLabels(stream, settings.target_delay or settings.late_targets)
+        delay = settings.target_delay or settings.late_targets
+        return LateLabels(stream, delay, kept=settings.relearn == "trace")
     if settings.late_targets > 0 or settings.target_delay is not None:
         stream = Rejoin(stream, settings.target_delay, patience=settings.patience)
     return stream if settings.pace is None else _paced(stream, settings.pace)

@@ -132,32 +132,14 @@ class IterableStream:
                     "argument of the model, or give the output a loss"
                 )
             y = {self._model_loss: torch.zeros(len(first), 1)}
-        target = self._target(n, "y", y)
-        if weights is not None and weigh:
-            target = self._weighed(n, target, weights)
         return Sample(
             first,
-            target,
+            self._target(n, "y", y, weights if weigh else None),
             bool(end),
             None if time is None else float(time),
             self._late(n, late),
             inputs,
         )
-
-    def _weighed(self, n: int, y: Target, weights: Any) -> Target:
-        """Return the target with the weights of its rows."""
-        if isinstance(y, Mapping):
-            return {name: t if t is None else self._packed(n, t, weights) for name, t in y.items()}
-        return y if y is None else self._packed(n, y, weights)
-
-    def _packed(self, n: int, y: Tensor, weights: Any) -> Tensor:
-        given = self._tensor(n, WEIGHT, weights).double()
-        if given.numel() != len(y) or not bool(((given >= 0) & given.isfinite()).all()):
-            raise StreamError(
-                f"sample {n}: the weights are {_short(given)}, of shape {tuple(given.shape)}: give "
-                f"a number from 0 on for each of its {len(y)} rows"
-            )
-        return with_weights(y, given)
 
     def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
         """Return (u, y, end, time, late, weights) of a sample in any of the accepted forms."""
@@ -228,22 +210,31 @@ class IterableStream:
             )
         return {number: self._target(n, f"late[{number}]", y) for number, y in late.items()}
 
-    def _target(self, n: int, field: str, y: Any) -> Target:
-        """Return a target, or a dict of them by readout."""
+    def _target(self, n: int, field: str, y: Any, weights: Any = None) -> Target:
+        """Return a target, or a dict of them by readout, with the weights of the rows."""
         if y is None:
             return None
         if not isinstance(y, Mapping):
-            return self._values(n, field, y)
+            return self._values(n, field, y, weights)
         return {
-            str(name): None if one is None else self._values(n, f"{field}[{name!r}]", one)
+            str(name): None if one is None else self._values(n, f"{field}[{name!r}]", one, weights)
             for name, one in y.items()
         }
 
-    def _values(self, n: int, field: str, value: Any) -> Tensor:
-        """Return integer classes as int64, other targets unchanged."""
+    def _values(self, n: int, field: str, value: Any, weights: Any) -> Tensor:
+        """Return integer classes as int64, other targets unchanged; with weights, if given."""
         y = self._tensor(n, field, value)
         integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-        return y.to(torch.int64) if integers else y
+        y = y.to(torch.int64) if integers else y
+        if weights is None:
+            return y
+        given = self._tensor(n, WEIGHT, weights).double()
+        if given.numel() != len(y) or not bool(((given >= 0) & given.isfinite()).all()):
+            raise StreamError(
+                f"sample {n}: the weights are {_short(given)}, of shape {tuple(given.shape)}: give "
+                f"a number from 0 on for each of its {len(y)} rows"
+            )
+        return with_weights(y, given)
 
     def _tensor(self, n: int, field: str, value: Any) -> Tensor:
         if isinstance(value, Tensor):

@@ -114,7 +114,8 @@ class SampleSpec:
         inputs: by name, where there are several; then u_shape and u_dtype are those of the first.
         example: the inputs of a real sample, by the names that blocks have for them, if available.
         late: number of samples by which labels come late, where each sample passes twice
-            (wrappers/late_targets.py); 0: once, with its label.
+            (wrappers/late_targets.py); 0: once, with its label. kept: it passes once, and is
+            learned from with what blocks keep of that.
         ragged: True if samples may have lengths of their own, behind the batch.
         weighted: True if targets have the weights of their rows beside them (`with_weights`); the
             spec is that of the targets alone.
@@ -131,6 +132,7 @@ class SampleSpec:
     inputs: Mapping[str, InputSpec] | None = None
     example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     late: int = 0
+    kept: bool = False
     ragged: bool = False
     weighted: bool = False
     live: int = 0
@@ -138,7 +140,7 @@ class SampleSpec:
     @property
     def passes(self) -> int:
         """Return how often each sample passes the network."""
-        return 2 if self.late else 1
+        return 2 if self.late and not self.kept else 1
 
     @classmethod
     def several(
@@ -164,22 +166,12 @@ class SampleSpec:
         """Return the spec of the targets of a readout; None where the stream has none for it."""
         if self.targets is not None:
             return self.targets.get(readout)
-        return self._only
-
-    def parted(self, readout: str, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a target of a readout, (B, ...), and the weights of its rows."""
-        return parted(target, (self.targets or {}).get(readout, self._only))
-
-    @property
-    def _only(self) -> TargetSpec:
         return TargetSpec(self.y_shape, self.y_dtype, self.classes)
 
 
 def with_weights(y: Tensor, weights: Tensor) -> Tensor:
-    """Return a target (B, ...) and the weights of its rows, (B,), as one tensor, bit for bit.
-
-    It is (B, n + 1) of int64: the n numbers of a row, then its weight, those that are no integers
-    as the bits of their float64. `parted` takes them apart.
+    """Return y (B, ...) and the weights of its rows, (B,), bit for bit as one tensor, for `parted`:
+    (B, n + 1) of int64, the n numbers of a row and its weight, real ones as bits of their float64.
     """
     rows = y.reshape(len(y), -1)
     bits = rows.double().view(torch.int64) if rows.is_floating_point() else rows
@@ -187,10 +179,7 @@ def with_weights(y: Tensor, weights: Tensor) -> Tensor:
 
 
 def parted(target: Tensor, spec: TargetSpec) -> tuple[Tensor, Tensor]:
-    """Return y (B, ...) and the weights (B,) of float64 of what `with_weights` has made.
-
-    spec: of y, which may have another length on axis 1.
-    """
+    """Return y and the weights of what `with_weights` has made. spec: of y, but for its length."""
     weights = target[:, -1].contiguous().view(torch.float64)
     rows = target[:, :-1].contiguous()
     if spec.dtype.is_floating_point:

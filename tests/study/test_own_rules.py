@@ -276,7 +276,7 @@ def test_rules_are_listed_as_they_are():
     [
         ("fails", "no weights"),
         ("gone", "has no 'gone'"),
-        ("too_wide", "the Sequential does not learn from this stream's first sample"),
+        ("too_wide", "--baseline-model, first sample: RuntimeError: mat1"),
         ("too_few", "IndexError: Target"),
     ],
 )

@@ -73,6 +73,7 @@ class Relearn(str, Enum):
     """
 
     AGAIN = "again"
+    TRACE = "trace"
     WAIT = "wait"
 
 
@@ -238,10 +239,10 @@ class StreamSettings(Section):
                 "'canvas' and 'smooth': each has frames of its own; leave one of them out"
             )
         late, delay = self.late_targets, self.target_delay
-        if self.relearn is Relearn.AGAIN and self.pace is not None:
+        if self.relearn in (Relearn.AGAIN, Relearn.TRACE) and self.pace is not None:
             raise ValueError(
-                "'relearn' is 'again' with 'pace', whose samples come at times of their own: use "
-                "'wait', whose scores know no delay"
+                f"'relearn' is {self.relearn.value!r} with 'pace', whose samples come at times of "
+                "their own: use 'wait', whose scores know no delay"
             )
         if late and delay is not None and delay != late:
             raise ValueError(
@@ -257,7 +258,7 @@ class StreamSettings(Section):
 
     @property
     def again(self) -> bool:
-        """Return True if samples whose targets come late are shown again."""
+        """Return True if samples whose targets come late are predicted when they come."""
         late = self.late_targets > 0 or self.target_delay is not None
         return late and self.pace is None and self.relearn is not Relearn.WAIT
 

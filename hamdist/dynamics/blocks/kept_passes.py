@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from hamdist.dynamics.saved_state.remember import Remembers, taken
 from hamdist.dynamics.updates.accumulate import GradientSum
 from hamdist.dynamics.updates.constants import Dynamics
 from hamdist.dynamics.updates.weights import Weights
-from hamdist.dynamics.vjp.autograd import LocalFunction
+from hamdist.dynamics.vjp.autograd import ForwardRecord, LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 
 SUM = "gradients"  # its name in a snapshot, beside STATE
@@ -147,21 +146,25 @@ class WeightBuffers(Remembers):
         self._before = [t.clone() for t in self._weights.theta]
 
 
-class SavesPasses(Block, ABC):
+class SavesPasses(Block):
     """A block that keeps records of forward passes, saved under RECORDS beside its STATE.
 
-    `cell` is one of STATE.
+    `cell` is one of STATE. trace: the records by sample, unless a subclass has others.
     """
 
     RECORDS: ClassVar[str] = "trace"
 
-    @abstractmethod
+    def __init__(self, parts: BlockParts) -> None:
+        super().__init__(parts)
+        self.trace: dict[int, ForwardRecord] = {}
+
     def held(self) -> Any:
         """Return the records as plain data (`LocalFunction.held`)."""
+        return {sample: self.cell.held(record) for sample, record in self.trace.items()}
 
-    @abstractmethod
     def rebuild(self, records: Any) -> None:
         """Set the records from the data of `held`, after everything else has been restored."""
+        self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state, in tensors that later steps may overwrite: `packed` copies them."""

@@ -46,16 +46,9 @@ class PulseBlock(SavesPasses):
         self._predicts = predicts
         self.h: Tensor | None = None
         self.z: Tensor | None = None
-        self.trace: dict[int, ForwardRecord] = {}
         self._tau = constant_tau(parts.dynamics)
 
     STATE = ("cell", "weights", "taught", "h", "z")
-
-    def held(self) -> Any:
-        return {sample: self.cell.held(record) for sample, record in self.trace.items()}
-
-    def rebuild(self, records: Any) -> None:
-        self.trace = {sample: self.cell.rebuilt(record) for sample, record in records.items()}
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep its record until its message comes."""
@@ -205,6 +198,9 @@ class PulseReadout(Block):
         share: float = 1.0,
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its sample."""
+        return self._step(sample, self._forward(sample, inputs), target, share)
+
+    def _forward(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord | None:
         record = None
         if inputs and self.buffers is not None:
             record = self.cell.forward_at(self.buffers.theta(sample), inputs, self._wanted)
@@ -212,6 +208,11 @@ class PulseReadout(Block):
             record = self.cell.forward(inputs, self._wanted)
         if record is not None:
             self.prediction = plain(record.output)
+        return record
+
+    def _step(
+        self, sample: int, record: ForwardRecord | None, target: Tensor | None, share: float = 1.0
+    ) -> tuple[list[Tensor | None], Reading | None]:
         if record is None or target is None:
             self.learn_from(sample, self.cell.unmessaged(), self._tau)
             return [None] * len(self._wanted), None
@@ -227,7 +228,7 @@ class PulseReadout(Block):
         self.learn_from(sample, g, self._tau)
         messages = [
             with_state(message, h) if back and message is not None else message
-            for message, h, back in zip(to_parents, inputs, self._hands_back, strict=True)
+            for message, h, back in zip(to_parents, record.inputs, self._hands_back, strict=True)
         ]
         return messages, reading
 
@@ -235,3 +236,24 @@ class PulseReadout(Block):
         """Return `reading` with an earlier prediction, compared with the target that was read."""
         value, _ = self._loss.value(prediction, reading.given)
         return replace(reading, prediction=prediction, loss=value)
+
+
+class LateReadout(SavesPasses, PulseReadout):
+    """An output net whose labels come `late` samples late: it keeps the records until then."""
+
+    def __init__(self, parts: BlockParts, loss: ReadoutLoss, late: int) -> None:
+        PulseReadout.__init__(self, parts, loss)
+        self.trace = {}
+        self._late = late
+
+    def read(
+        self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
+    ) -> tuple[list[Tensor | None], Reading | None]:
+        """Predict `sample`, then learn from the one before it whose target this is."""
+        record = self._forward(sample, inputs)
+        if record is not None:
+            self.trace[sample] = record
+        n = sample - self._late
+        if n < 0:
+            return [None] * len(self._wanted), None
+        return self._step(n, self.trace.pop(n, None), target)

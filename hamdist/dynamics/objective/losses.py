@@ -149,8 +149,7 @@ class Weighted:
     """A loss with weights of the rows: (1/n) sum_b w_b n_b l_b.
 
     l_b is the loss of row b alone, a mean over n_b targets: 1, or the class targets that are not
-    ignored; n is their sum. So a weight of 2 counts as the row twice, in a batch that is no longer,
-    and weights of 1 change nothing. parted: makes y and w (B,) of the target.
+    ignored; n is their sum. Weights of 1 change nothing. parted: makes y and w (B,) of the target.
     """
 
     loss: LossFunction

@@ -299,6 +299,7 @@ class LocalFunction(Remembers):
         check_names("record", state, ("inputs", "wanted", "output", "kept"))
         record = self.forward(state["inputs"], state["wanted"])
         fill(self._slots(record), state["kept"])
+        record.output.data.copy_(state["output"])  # (a late loss reads it)
         return record
 
     def _wants(self, record: Any) -> list[bool]:

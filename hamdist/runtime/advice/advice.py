@@ -76,11 +76,12 @@ def _late(plan: Plan, settings: Settings) -> list[str]:
     if late:
         kept = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
                    for r in plan.graph.readouts)  # fmt: skip
+        then = f"shown again {late} samples later, to learn from: two passes, its input waits, too"
+        if plan.spec.kept:
+            then = f"learned with the trace of that time: every block keeps {late} samples more"
         return [
             f"labels come {late} samples late: a sample is scored by its prediction from when it "
-            f"came, and shown again with its label {late} samples later, to learn from; {late} "
-            f"predictions wait at the readout ({late * kept / 1024:.1f} KiB), as many inputs at "
-            "the stream, and every sample passes the network twice"
+            f"came ({late} predictions wait, {late * kept / 1024:.1f} KiB), and {then}"
         ]
     if given.late_targets and not given.again:
         return [

@@ -30,7 +30,7 @@ from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpda
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
-from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.blocks.pulse import LateReadout, PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
 from hamdist.dynamics.blocks.rule_block import AppliedRule, RelaxingBlock, RuleBlock, RuleReadout
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
@@ -62,6 +62,7 @@ from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.nodes.sequence import SequenceNode
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.signals.cast import CastBorder
+from hamdist.streams.sample import parted
 
 
 class Node(Protocol):
@@ -135,9 +136,9 @@ class _Parts(BlockParts):
     def make_loss(self, loss: LossFunction, seed_name: str) -> ReadoutLoss:
         """Make the loss of a readout, with random numbers drawn from the seed of that name."""
         plan = self._plan
-        if plan.spec.weighted:
-            readout = plan.taught_by if self.spec.loss is None else self.name
-            loss = Weighted(loss, partial(plan.spec.parted, readout), plan.ignore_index)
+        target = plan.spec.target(plan.taught_by if self.spec.loss is None else self.name)
+        if plan.spec.weighted and target is not None:
+            loss = Weighted(loss, partial(parted, spec=target), plan.ignore_index)
         own = seeded_loss(loss, block_seed(plan.seed, seed_name), self.border.device)
         return ReadoutLoss(own, self.dynamics, self.guard, native=plan.native)
 
@@ -253,6 +254,8 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     if p.spec.rule is not None:
         block = RuleBlock(p, p.make_rule(p.spec.rule), constant_tau(p.dynamics))
         return PulseNode(plan, p.spec, mailbox, block)
+    if p.loss is not None and plan.knobs.late:
+        return PulseNode(plan, p.spec, mailbox, LateReadout(p, p.loss, plan.knobs.late))
     if p.loss is not None:
         parts = p.microbatches
         item = MicrobatchReading(parts, plan.ignore_index, p.loss) if parts > 1 else None

@@ -60,7 +60,8 @@ class PulseNode(Remembers):
         )
         self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)
-        self._late = plan.spec.late
+        self._late = 0 if plan.spec.kept else plan.spec.late
+        self._waits = plan.knobs.late if isinstance(block, PulseReadout) else 0
         self._asked: list[Tensor] = []  # predictions that wait for their labels
         self.live = LiveBlock(spec.name, plan.spec.live)
         self._end: int | None = None
@@ -96,7 +97,7 @@ class PulseNode(Remembers):
         # has no other events, and a block to which nothing comes back no backward ones, so they
         # finish at once.
         for event in self._events:
-            if self._end is None or event.sample < self._end:
+            if self._end is None or event.sample < self._end + self._waits:
                 self.event = event
                 self.tick = event.tick
                 return
@@ -177,11 +178,12 @@ class PulseNode(Remembers):
     def _read(self, event: Event) -> None:
         if not isinstance(self.block, PulseReadout) or self.metrics is None:
             return
-        stamp = Stamp(event.tick, event.sample, self.block.weights.updates)
-        inputs = self._inputs(event)
-        if inputs is None:
+        n = event.sample - self._waits  # what is learned
+        stamp = Stamp(event.tick, n, self.block.weights.updates)
+        inputs = self._inputs(event) if self._end is None else None
+        if inputs is None and not self._waits:
             return
-        target = self._ports.target(event)
+        target = self._ports.target(event) if inputs is not None else None
         given = None if target is None else target.payload
         told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
         if self._ties is not None:
@@ -191,13 +193,15 @@ class PulseNode(Remembers):
         messages: list[Tensor | None] = [None] * len(self._ports.into)
         reading: Reading | None = None
         if not self._rests(event):
-            messages, reading = self.block.read(self.live.number(event.sample), inputs, given)
+            messages, reading = self.block.read(self.live.number(event.sample), inputs or [], given)
         self.seconds += perf_counter() - begin
+        if n < 0:
+            return
         self._ports.to_parents(stamp, messages)
         self._ports.error_to_blocks(stamp, None if reading is None else self.block.error)
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)
-        sample, part = divmod(event.sample, self._schedule.parts)
+        sample, part = divmod(n, self._schedule.parts)
         if part < self._schedule.parts - 1:
             return
         if told is not None:

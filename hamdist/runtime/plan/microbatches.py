@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hamdist.config import LearningSettings
+from hamdist.config import LearningSettings, Memory
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import model_loss
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import auto_microbatches
 from hamdist.errors import LevelError
+from hamdist.runtime.plan.rules import ruled
 from hamdist.streams.sample import SampleSpec
 
 
@@ -28,7 +29,15 @@ def cut_batches(
     parts = knobs.microbatches
     if parts == "auto":
         parts = auto_microbatches(spec.batch)
-    knobs = replace(knobs, microbatches=parts)
+    knobs = replace(knobs, microbatches=parts, late=spec.late if spec.kept else 0)
+    kept = knobs.pulse and knobs.memory in (Memory.TRACE, Memory.TRACE_WEIGHTS)
+    summed = parts * knobs.accumulate > 1 or _against_sums(graph, learning) or ruled(graph)
+    if knobs.late and (summed or not kept):
+        raise LevelError(
+            "labels that come late, with the trace kept (stream.relearn: trace): that goes with "
+            "'trace' and 'backprop', but not with micro-batches, locality.accumulate, heads, "
+            "learning.inputs, rules or weights of several blocks; use stream.relearn: again"
+        )
     if knobs.accumulate > 1 or knobs.double_buffered:
         for reason in _against_sums(graph, learning):
             raise LevelError(f"locality.accumulate {knobs.accumulate} with {reason}; leave it out")

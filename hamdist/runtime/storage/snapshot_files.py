@@ -310,12 +310,12 @@ def make_room(store: Storage) -> bool:
     Returns:
         True if there was one to remove.
     """
-    finished = [name for name in complete(store) if _finished(store, name)]
-    whole = next((name for name in finished if _is_whole(store, name)), None)
-    for name in reversed(finished):
-        if whole not in (None, name):
-            store.remove(name)
-            return True
+    with suppress(SnapshotError):
+        whole = latest(store.where, lambda _: None).folder
+        for name in sorted(complete(store)):
+            if name != whole and _finished(store, name):
+                store.remove(name)
+                return True
     return False
 
 
@@ -361,13 +361,6 @@ def conclude(
 def _finished(store: Storage, folder: str) -> bool:
     try:
         return bool(store.read(f"{folder}/{MANIFEST}"))
-    except SnapshotError:
-        return False
-
-
-def _is_whole(store: Storage, folder: str) -> bool:
-    try:
-        return bool(_whole(store, folder))
     except SnapshotError:
         return False
 

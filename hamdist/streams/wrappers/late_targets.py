@@ -72,24 +72,30 @@ class LateLabels(Derived):
     Args:
         stream: sample n has in `y` the target of sample n - delay.
         delay: number of samples by which targets come late.
+        kept: a sample passes once, and blocks keep what they need of that until its label comes,
+            with sample n + delay, which was predicted before that label is learned.
 
     Raises:
         SettingsError: the delay is below 1, or the stream is paced.
     """
 
-    def __init__(self, stream: Stream, delay: int) -> None:
+    def __init__(self, stream: Stream, delay: int, *, kept: bool = False) -> None:
         _check_delay(delay)
         _check_unpaced("LateLabels", stream)
         super().__init__(stream)
         self._delay = delay
+        self._kept = kept
 
     @property
     def spec(self) -> SampleSpec:
         """Return the spec of the wrapped stream, with the delay."""
-        return replace(self._stream.spec, late=self._delay)
+        return replace(self._stream.spec, late=self._delay, kept=self._kept)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the passes, two for each sample, from sample 0 on."""
+        """Yield the passes from sample 0 on: two for each sample; one with its trace kept."""
+        if self._kept:
+            yield from self._stream.samples()
+            return
         waiting: deque[Sample] = deque()
         for n, current in enumerate(self._stream.samples()):
             waiting.append(replace(current, y=None))

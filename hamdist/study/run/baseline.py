@@ -37,7 +37,8 @@ from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
-from hamdist.streams.sample import Sample, SampleSpec, Stream, report_of
+from hamdist.streams.sample import Sample, SampleSpec, Stream, parted, report_of
+from hamdist.streams.wrappers.late_targets import LateLabels
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"
@@ -72,6 +73,8 @@ def train_centralised(
     reset_peak()
     losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
     model, stream = in_dtype_of(settings, model, stream)
+    if stream.spec.kept:  # (torch has no gradient of an old forward pass with today's weights)
+        stream = LateLabels(stream, stream.spec.late)
     own = copied(model)
     if frozen:
         _freeze(own)
@@ -170,9 +173,10 @@ class _Trainer:
         found = []
         for name, loss in losses.items():
             y = sample.target(name)
-            parted, plain = partial(self._spec.parted, name), y
-            if y is not None and self._spec.weighted:
-                plain, loss = parted(y)[0], Weighted(loss, parted, self._ignore_index)
+            of, plain = self._spec.target(name), y
+            if y is not None and of is not None and self._spec.weighted:
+                plain = parted(y, of)[0]
+                loss = Weighted(loss, partial(parted, spec=of), self._ignore_index)
             if y is not None and plain is not None and counts(plain, self._ignore_index):
                 found.append(loss(predictions[name], y))
                 own, value = predictions[name].detach(), found[-1].detach()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hamdist.config import EngineKind, Level, Settings
 from hamdist.dynamics.schedule.levels import PRESETS
-from hamdist.errors import SettingsError
+from hamdist.errors import BlockError, SettingsError
 from hamdist.models.build import ModelFactory
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.ray_engine.session import ray_session
@@ -114,9 +114,16 @@ def compare(
             if item.level is not None and own.engine.kind is EngineKind.RAY:
                 stack.enter_context(ray_session(own.engine))
             if item.level is None:
-                run, _ = run_centralised(
-                    own, factory=factory, data=data, plain=plain, on_progress=callback
-                )
+                try:
+                    run, _ = run_centralised(
+                        own, factory=factory, data=data, plain=plain, on_progress=callback
+                    )
+                except BlockError as error:
+                    if plain is None or error.tick:
+                        raise
+                    raise SettingsError(
+                        f"--baseline-model, first sample: {error.message}"
+                    ) from error
             else:
                 run, _ = run_level(own, factory=factory, data=data, on_progress=callback)
                 run.level = item.name

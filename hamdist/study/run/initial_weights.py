@@ -9,7 +9,7 @@ from safetensors.torch import load
 from torch import nn
 
 from hamdist.dynamics.graph.graph import Graph
-from hamdist.errors import BlockError, HamdistError, SettingsError
+from hamdist.errors import SettingsError
 
 
 def beside(plain: nn.Module, model: nn.Module | Graph) -> str:
@@ -27,17 +27,6 @@ def beside(plain: nn.Module, model: nn.Module | Graph) -> str:
         f"centralised training is that of another module, a {type(plain).__name__} "
         f"(--baseline-model), with {len(fitting)} of its {len(own)} tensors taken from the model"
         + (f"; its own are {', '.join(rest)}" if rest else "")
-    )
-
-
-def misfit(plain: object, error: BlockError) -> HamdistError:
-    """Return the error about a module of --baseline-model that fails on the first sample; of a
-    later one `error` itself."""
-    if error.tick:
-        return error
-    return SettingsError(
-        f"--baseline-model: the {type(plain).__name__} does not learn from this stream's first "
-        f"sample: {error.message}"
     )
 
 

@@ -23,14 +23,7 @@ from hamdist.dynamics.objective.losses import Losses, LossFunction, make_loss, m
 from hamdist.dynamics.objective.outputs import main_output
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
-from hamdist.errors import (
-    BlockError,
-    ChoiceWarning,
-    DivergedError,
-    HamdistWarning,
-    SettingsError,
-    StreamError,
-)
+from hamdist.errors import ChoiceWarning, DivergedError, HamdistWarning, SettingsError, StreamError
 from hamdist.models.build import (
     BASELINE_OPTION,
     CELLS,
@@ -50,7 +43,7 @@ from hamdist.streams import drifts, held_out, held_out_tokens, make_stream
 from hamdist.streams.sample import SampleSpec, Stream
 from hamdist.study.run.baseline import CENTRALISED, FROZEN, baseline_warnings, train_centralised
 from hamdist.study.run.drift import DriftRecovery, recoveries
-from hamdist.study.run.initial_weights import beside, misfit, warmed
+from hamdist.study.run.initial_weights import beside, warmed
 from hamdist.study.run.own_data import OwnData, check_held_out
 from hamdist.study.run.tracking import Tracking, advice, tracking
 from hamdist.study.shared.limits import check_size, check_time
@@ -225,9 +218,6 @@ def _run(
         if error.result is None:
             raise
         result, failure = error.result, str(error)
-    except BlockError as error:
-        of_option = begin is not None and begin.plain is not None
-        raise (misfit(model, error) if of_option else error) from error.__cause__
     startup.add(result.startup)
     whole = not result.interrupted and failure is None
     scores = plain = None
