@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from river import base
 
-from hamdist.adapters.scikit_learn import Learner, Network, small_network
+from hamdist.adapters.scikit_learn import Learner, MakesNetwork, small_network
 
 
 class RiverClassifier(base.Classifier):  # type: ignore[misc]
@@ -23,7 +23,7 @@ class RiverClassifier(base.Classifier):  # type: ignore[misc]
         self,
         features: int = 64,
         classes: int = 16,
-        network: Network | None = None,
+        network: MakesNetwork | None = None,
         level: str = "trace",
         settings: Any = None,
         seed: int = 0,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hamdist.api import start
 from hamdist.runtime.live.run import LiveRun
 
-Network = Callable[[int, int], nn.Module]
+MakesNetwork = Callable[[int, int], nn.Module]
 
 
 def small_network(features: int, classes: int) -> nn.Module:
@@ -75,7 +75,7 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def __init__(
         self,
-        network: Network = small_network,
+        network: MakesNetwork = small_network,
         level: str = "trace",
         settings: Any = None,
         batch: int = 8,
