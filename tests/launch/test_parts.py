@@ -693,3 +693,28 @@ def test_no_second_one_and_no_port_of_others(tmp_path, bystander, monkeypatch):
         with pytest.raises(ClusterError, match=f"port {port} is not free.*--jobs-port"):
             one_host.start(tmp_path / "n", port=one_host._any_port(), jobs_port=port, cpus=None)
     assert not (tmp_path / "n").exists()
+
+
+def test_the_log_of_a_launched_run_becomes_events(tmp_path):
+    """`hamdist view ID`: the newest window each time, warnings and the end."""
+    from dataclasses import replace
+
+    from hamdist.launch.events import Started, WarningEvent, to_line
+    from hamdist.launch.follow import mirror_events
+    from hamdist.runtime.results.events import WindowFull, read_events
+
+    later = replace(PROGRESS, windows=[*PROGRESS.windows, Window(15, 28, 14, 7.0, 10, 14)])
+    told = [
+        Started(title="t", batch=4, level="trace", seed=1),
+        moved(PROGRESS),
+        WarningEvent(warning="mind"),
+        moved(later),
+        Ended(code=0),
+    ]
+    mirror_events([*map(to_line, told), "a print of the model"], tmp_path / "e.jsonl")
+    found = list(read_events((tmp_path / "e.jsonl").read_text().splitlines()))
+    assert [e.name for e in found if e.name not in ("progress", "blocks")] == [
+        *("run", "window", "warning", "window", "ended"),
+    ]
+    windows = [(e.first, e.last) for e in found if isinstance(e, WindowFull)]
+    assert windows == [(PROGRESS.windows[-1].first, PROGRESS.windows[-1].last), (15, 28)]

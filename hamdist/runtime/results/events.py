@@ -263,11 +263,8 @@ def from_values(values: Mapping[str, Any]) -> RunEvent | None:
     cls = EVENTS.get(str(values.get("event")))
     if cls is None:
         return None
-    known = {one.name for one in dataclasses.fields(cls)}
     try:
-        event: RunEvent = _adapter(cls.name).validate_python(
-            {name: value for name, value in values.items() if name in known}
-        )
+        event: RunEvent = _adapter(cls.name).validate_python(values)
     except ValidationError:
         return None
     return event

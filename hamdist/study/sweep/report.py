@@ -101,18 +101,10 @@ def _curve(study: StudySettings, outcome: StudyOutcome) -> Iterator[RunEvent]:
     for rows, seconds, accuracy, loss in outcome.records[0].curve:
         if rows is None or seconds is None or loss is None:
             continue
-        number, right = int(rows) - 1 - last, accuracy or 0.0
-        counted = 0 if accuracy is None else number
-        yield WindowFull(
-            readout="",
-            first=last + 1,
-            last=int(rows) - 1,
-            samples=number,
-            loss=loss,
-            accuracy=accuracy,
-            correct=round(right * number),
-            rows=counted,
-            seconds=seconds,
-            **head,
-        )
+        number = int(rows) - 1 - last
+        head |= {"correct": 0, "rows": 0}
+        if accuracy is not None:
+            head |= {"correct": round(accuracy * number), "rows": number}
+        head |= {"first": last + 1, "last": int(rows) - 1, "samples": number, "seconds": seconds}
+        yield WindowFull(readout="", loss=loss, accuracy=accuracy, **head)
         last = int(rows) - 1
