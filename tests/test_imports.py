@@ -108,6 +108,7 @@ ALLOWED = {
         "study/verify/oracles"
     ),
     "serve": f"{RUNTIME} runtime",
+    "adapters": f"{RUNTIME} runtime api",
     "launch": f"{STUDY} study",
     "cli": f"{CLI} api serve cli",
     "cli/study": CLI,

@@ -1,0 +1,45 @@
+"""Estimators of scikit-learn and of river around a live run."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+from sklearn.datasets import make_blobs
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from hamdist.adapters.scikit_learn import Classifier
+
+
+def test_a_classifier_learns_and_is_copied_with_what_it_has_learned():
+    x, y = make_blobs(60, centers=3, random_state=0)
+    x = StandardScaler().fit_transform(x)
+    learner = Classifier(level="backprop", epochs=10)
+    assert learner.fit(x, y).score(x, y) > 0.8
+    before = learner.predict_proba(x)
+    copy = deepcopy(learner)
+    np.testing.assert_array_equal(copy.predict_proba(x), before)
+    learner.partial_fit(x, y)
+    copy.partial_fit(x, y)
+    np.testing.assert_array_equal(copy.predict_proba(x), learner.predict_proba(x))
+    assert (before != learner.predict_proba(x)).any()
+
+
+@pytest.mark.slow
+@parametrize_with_checks([Classifier(epochs=20)])
+def test_the_checks_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+def test_the_checks_of_river():
+    pytest.importorskip("river")
+    from river import checks
+
+    from hamdist.adapters.river import RiverClassifier
+
+    model = RiverClassifier(level="backprop")
+    for check in checks.yield_checks(model):
+        check(model.clone())
