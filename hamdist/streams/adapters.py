@@ -101,8 +101,8 @@ def from_iterable(
         outputs: O, for real-valued targets of which the first one is missing.
         epochs: number of passes over the iterable (None: until the run has its steps).
         names: the meaning of the keys of a dict, or of the places of a tuple: 'u' (the only input),
-            'y' (the target), the name of an argument of the model, or 'y.NAME' (the target of its
-            output NAME); other keys are then left out.
+            'y' (the target), 'weight' (of the rows), the name of an argument of the model, or
+            'y.NAME' (the target of its output NAME); other keys are then left out.
         arguments: the names of the model's arguments, where they are known.
         model_loss: the model's output that is its own loss (loss `model`): all keys are then
             arguments, those of targets, too, and a number without meaning stands for the target of

@@ -36,7 +36,7 @@ SCENARIOS = {
     "leftovers": ("folders of killed runs", "runtime/test_leftovers.py"),
     "hanging-block": ("a block that hangs in its module", "runtime/test_failures.py -k watchdog"),
     "at-once": ("two runs that start at once on one cluster", "-m hosts hosts/test_head_raylets.py -k once"),
-    "session": ("a second run in one process; a Ray that died", "runtime/test_session.py"),
+    "session": ("a second run in one process; a Ray that died, before a run or in it", "runtime/test_session.py"),
 }  # fmt: skip
 
 

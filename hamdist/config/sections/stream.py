@@ -208,8 +208,8 @@ class StreamSettings(Section):
     """Rejoin each target with the input that came so many samples before; not given: by the
     targets' tags."""
     relearn: Relearn | None = None
-    """What becomes of a sample whose target comes late: shown again with it, or waiting for it; not
-    given: again (with a pace: wait)."""
+    """What becomes of a sample whose target comes late: shown again with it, learned with the trace
+    kept so long, or waiting for it; not given: again (with a pace: wait)."""
     patience: Positive = 64
     """Samples that may wait for a target."""
     names: dict[str, str] | None = None
