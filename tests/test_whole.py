@@ -79,7 +79,7 @@ def test_a_run_writes_its_results(command, folder):
     names = {p.name for p in out.iterdir()}
     assert {"metrics.jsonl", "summary.json", "settings.yaml", "model.safetensors"} <= names
     windows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert sum(w["samples"] for w in windows if "samples" in w) == 120
+    assert sum(w["samples"] for w in windows if w["event"] == "window") == 120
 
 
 def test_ctrl_c_keeps_the_metrics(command, folder):

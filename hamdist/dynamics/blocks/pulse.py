@@ -164,10 +164,10 @@ class PulseReadout(Block):
         self._item = item
         self.prediction: Tensor | None = None  # the latest
 
-    @property
-    def error(self) -> Tensor | None:
-        """Return phi dL/dy of the latest target."""
-        return self._loss.error
+    def take_error(self) -> Tensor | None:
+        """Return phi dL/dy of the latest target, and keep it no longer."""
+        error, self._loss.error = self._loss.error, None
+        return error
 
     STATE: ClassVar[tuple[str, ...]] = ("cell", "weights", "_loss", "_item")
     ADDED: ClassVar[Mapping[str, Any]] = {"_item": None}
@@ -198,7 +198,13 @@ class PulseReadout(Block):
         share: float = 1.0,
     ) -> tuple[list[Tensor | None], Reading | None]:
         """Run one pass. inputs: none of an empty micro-batch. share: of the loss of its sample."""
-        return self._step(sample, self._forward(sample, inputs), target, share)
+        messages, reading = self._step(sample, self._forward(sample, inputs), target, share)
+        if any(self._hands_back):
+            messages = [
+                with_state(message, h) if back and message is not None else message
+                for message, h, back in zip(messages, inputs, self._hands_back, strict=True)
+            ]
+        return messages, reading
 
     def _forward(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord | None:
         record = None
@@ -226,11 +232,7 @@ class PulseReadout(Block):
             at_once=self.at_once(sample, self._tau),
         )
         self.learn_from(sample, g, self._tau)
-        messages = [
-            with_state(message, h) if back and message is not None else message
-            for message, h, back in zip(to_parents, record.inputs, self._hands_back, strict=True)
-        ]
-        return messages, reading
+        return to_parents, reading
 
     def scored(self, prediction: Tensor, reading: Reading) -> Reading:
         """Return `reading` with an earlier prediction, compared with the target that was read."""

@@ -198,7 +198,7 @@ class PulseNode(Remembers):
         if n < 0:
             return
         self._ports.to_parents(stamp, messages)
-        self._ports.error_to_blocks(stamp, None if reading is None else self.block.error)
+        self._ports.error_to_blocks(stamp, self.block.take_error())
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)
         sample, part = divmod(n, self._schedule.parts)

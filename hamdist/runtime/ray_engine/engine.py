@@ -55,7 +55,7 @@ class RayEngine:
         places = wants_costs(plan)
         # (What a block takes on a GPU is not known before.)
         devices = {plan.engine.device, *(one.device for one in plan.cast_plans.values())}
-        if places or plan.replan is not None or devices == {"cpu"}:
+        if places or plan.replan is not None:
             with startup.phase("measure"):
                 try:
                     measured = measured_costs(plan, portable=stream.portable)

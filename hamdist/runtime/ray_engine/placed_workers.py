@@ -33,6 +33,7 @@ from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.cluster_hosts import host_seconds, hosts
 from hamdist.runtime.ray_engine.session import Session
 from hamdist.runtime.signals.signal import Channel
+from hamdist.runtime.timing.cycle_ratio import NoPeriodError
 from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.transport.encryption import Keys
@@ -115,7 +116,10 @@ class PlacedWorkers:
             late = {(0, 0): Link(self._plan.engine.link_delay)}
             here = ClusterModel([HostModel(cores=cores())], late)
             timed = model.timed(self.placement, [0 for _ in own], here)
-        return timed.samples / timed.period().seconds
+        try:
+            return timed.samples / timed.period().seconds
+        except NoPeriodError:  # (bundles of micro-batches, which ends of samples cut short)
+            return 0.0
 
     @property
     def plan(self) -> Plan:

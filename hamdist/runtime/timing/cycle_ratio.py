@@ -31,6 +31,13 @@ Places: TypeAlias = "NDArray[np.intp]"
 TOLERANCE = 1e-9  # of a ratio or value, relative to the seconds of the graph
 
 
+MOST_ROUNDS = 1000
+
+
+class NoPeriodError(ArithmeticError):
+    """The graph has no steady period: a cycle that takes time, and no period."""
+
+
 class CriticalCycle(NamedTuple):
     """The largest ratio, and the arcs of a cycle that has it, in order."""
 
@@ -46,7 +53,10 @@ def max_cycle_ratio(
     Args:
         sources, targets: (A,) nodes of each arc; every node has an arc out of it.
         seconds: (A,) not negative.
-        periods: (A,) not negative, with at least one on every cycle.
+        periods: (A,) not negative.
+
+    Raises:
+        NoPeriodError: a cycle takes time and has no period.
     """
     order = np.argsort(sources, kind="stable")
     sources, targets, periods = sources[order], targets[order], periods[order]
@@ -55,9 +65,11 @@ def max_cycle_ratio(
     first = np.searchsorted(sources, np.arange(n))
     small = TOLERANCE * max(float(seconds.max(initial=0.0)), 1e-30)
     policy, ratio = _best(seconds, first), -np.inf
-    while True:
+    for _ in range(MOST_ROUNDS):
         follows = targets[policy]
         largest, place = _largest(follows, seconds[policy], periods[policy])
+        if largest == np.inf:
+            raise NoPeriodError("a cycle takes time, but no period: its events wait for each other")
         if largest > ratio:
             ratio, start, cycle = largest, place, policy
         values = _values(follows, seconds[policy] - ratio * periods[policy])
@@ -67,6 +79,8 @@ def max_cycle_ratio(
         if not improved.any():
             break
         policy = np.where(improved, better, policy)
+    else:
+        raise NoPeriodError(f"no policy without a better arc in {MOST_ROUNDS} rounds")
     arcs: list[int] = []
     node = start
     while not arcs or node != start:
@@ -97,7 +111,8 @@ def _largest(follows: Places, seconds: Reals, periods: Places) -> tuple[float, i
     on_cycle[jump] = True
     total = np.bincount(least[on_cycle], seconds[on_cycle], n)
     tokens = np.bincount(least[on_cycle], periods[on_cycle], n)
-    ratios = np.where(tokens > 0, total / np.maximum(tokens, 1), -np.inf)
+    endless = np.where(total > 0, np.inf, -np.inf)
+    ratios = np.where(tokens > 0, total / np.maximum(tokens, 1), endless)
     return float(ratios.max()), int(ratios.argmax())
 
 
