@@ -188,10 +188,16 @@ class _Unrolled:
                     yield channels.weights[tie.index], weights
 
     def _arc(self, target: int, channel: Channel, stamp: Stamp) -> SignalArc:
-        """Return the arc of a signal. It leaves with the last one of its bundle."""
+        """Return the arc of a signal. It leaves with the last one of its bundle.
+
+        Bundles of micro-batches end with their sample (the next one waits for them): they are taken
+        for none.
+        """
         back = channel.kind in _BACK
+        in_parts = isinstance(self._schedule, PulseSchedule) and self._schedule.parts > 1
+        span = 0 if in_parts else channel.span
         ticks = self._ticks[channel.sender, back]
-        ago, tick = divmod(stamp.tick + channel.span - self.start, self.ticks)
+        ago, tick = divmod(stamp.tick + span - self.start, self.ticks)
         at = bisect_left(ticks, tick)
         if at == len(ticks):  # (a bundle that is not full leaves in the sender's next tick)
             ago, at = ago + 1, 0
