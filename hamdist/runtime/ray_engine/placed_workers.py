@@ -33,8 +33,8 @@ from hamdist.runtime.process.threads import cores
 from hamdist.runtime.ray_engine.cluster_hosts import host_seconds, hosts
 from hamdist.runtime.ray_engine.session import Session
 from hamdist.runtime.signals.signal import Channel
-from hamdist.runtime.timing.cycle_ratio import NoPeriodError
 from hamdist.runtime.timing.cluster_model import ClusterModel, HostModel, Link
+from hamdist.runtime.timing.cycle_ratio import NoPeriodError
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.transport.encryption import Keys
 from hamdist.runtime.transport.shared_memory import MAX_CAPACITY
