@@ -208,7 +208,10 @@ def _called_back(
 
 
 def replay(
-    out: str | Path, model: nn.Module | Graph, settings: Settings | None = None, **fields: Any
+    out: str | Path,
+    model: nn.Module | Graph | None = None,
+    settings: Settings | None = None,
+    **fields: Any,
 ) -> RunResult:
     """Repeat a live run from its journal, and return its result: equal to the bit, in any engine.
 
@@ -219,9 +222,14 @@ def replay(
             are to differ (`engine`).
 
     Raises:
-        HamdistError: the journal is missing or damaged, or the model is another one.
+        HamdistError: the journal is missing or damaged, or the model is missing or another one.
     """
     facts, example, weights = read_beginning(out)
+    if model is None:
+        raise SettingsError(
+            f"replay({str(out)!r}): give the model as well, as in replay(out, model): a journal "
+            "holds the weights of a model, but not its code"
+        )
     functions = _functions(model, settings, fields)
     loss, names = fields.pop("loss", None), fields.pop("names", None)
     stored = facts["settings"]

@@ -464,3 +464,15 @@ def test_training_with_callbacks_is_training():
     )
     assert equal(plain, called)
     assert plain.samples == called.samples == 6
+
+
+def test_what_a_run_cannot_know_is_refused(tmp_path):
+    model, example = nn.Linear(4, 3), (torch.zeros(2, 4), torch.tensor([0, 1]))
+    by_function = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)}
+    out = tmp_path / "live"
+    with hamdist.start(model, example=example, classes=3, out=out, **by_function) as run:
+        with pytest.raises(SettingsError, match="optimizer= is a function"):
+            run.set(learning={"lr": 0.05})
+        run.stop()
+    with pytest.raises(SettingsError, match="give the model as well"):
+        hamdist.replay(out)

@@ -252,6 +252,12 @@ class LiveRun:
                 "set: the step size does not come from learning.lr (dynamics.beta is given, or lr "
                 "is 0); start the run with learning={'lr': ...}"
             )
+        rule = self._plan.optimizer
+        if rule is not None and rule.function is not None:
+            raise SettingsError(
+                "set: optimizer= is a function of yours, whose step sizes it knows alone; give "
+                "scheduler= as well, or the optimiser by learning={'optimizer': ...}"
+            )
         self._stream.say(Entry("set", rate=lr / known))
 
     def pause(self) -> None:
