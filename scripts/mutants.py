@@ -57,8 +57,8 @@ MUTANTS = (
     # -- a sample that travels, and its message
     Mutant(
         "pulse: the costate without tau",
-        "self.z = scaled(message, self._tau)",
-        "self.z = message",
+        'self.z = scaled(message, self._tau)\n        self._guard("z", self.z)\n        at_once',
+        'self.z = message\n        self._guard("z", self.z)\n        at_once',
         f"{DYNAMICS}/test_trace_oracle.py -k unit_of_time",
     ),
     Mutant(
@@ -162,8 +162,8 @@ MUTANTS = (
     ),
     Mutant(
         "schedule: a stamp names one update too many",
-        "version = max(0, self.item(event.sample) - self.lag(edge.parent) // self.c)",
-        "version = max(0, self.item(event.sample) - self.lag(edge.parent) // self.c + 1)",
+        "version = max(0, sample - self.lag(edge.parent) // self.c) // self.group",
+        "version = max(0, sample - self.lag(edge.parent) // self.c + 1) // self.group",
         f"{DYNAMICS}/test_schedule_tables.py",
     ),
     Mutant(

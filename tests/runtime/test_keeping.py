@@ -68,6 +68,7 @@ class FakeCrew:
     told: list = field(default_factory=list)
     done = lost = stopped = called_off = late = local_forgot = False
     arithmetic = ()
+    live = None
     session = Session()
 
     def too_late(self):

@@ -27,6 +27,9 @@ from hamdist.streams.sample import Stream
 MAY_CHANGE = ("learning", "dynamics", "stream", "steps")
 
 
+_OF_METRICS = ("window", "limit", "record", "record_every")
+
+
 def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]:
     """Return what keeps `plan` from continuing with the snapshot's state.
 
@@ -39,9 +42,12 @@ def differences(snapshot: Snapshot, plan: Plan, settings: Settings) -> list[str]
 
 
 def _given(network: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a fingerprint without knobs left to the level, of which later versions have more."""
+    """Return a fingerprint without knobs left to the level, of which later versions have more, and
+    with those settings of metrics alone that are in the state.
+    """
     knobs = {name: one for name, one in network.get("locality", {}).items() if one is not None}
-    return {**network, "locality": knobs}
+    metrics = {name: network.get("metrics", {}).get(name) for name in _OF_METRICS}
+    return {**network, "locality": knobs, "metrics": metrics}
 
 
 def changed(snapshot: Snapshot, settings: Settings) -> list[str]:
