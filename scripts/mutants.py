@@ -199,8 +199,8 @@ MUTANTS = (
     ),
     Mutant(
         "metrics: joined windows count windows for samples",
-        "items=sum(w.items for w in windows),",
-        "items=len(windows),",
+        "samples=sum(w.samples for w in windows),",
+        "samples=len(windows),",
         f"{DYNAMICS}/test_metrics.py",
     ),
     Mutant(

@@ -237,15 +237,15 @@ class PulseNode(Remembers):
         """Score the prediction whose label has come late (streams/wrappers/late_targets.py). Passes
         of odd number keep the prediction of the sample that came; the even ones score it when its
         label has come."""
-        item, asks = divmod(n, 2)
+        sample, asks = divmod(n, 2)
         if asks:
             if block.prediction is not None:
                 self._asked.append(block.prediction)
-            return item, None
-        earlier = self._asked.pop(0) if item >= self._late else None
+            return sample, None
+        earlier = self._asked.pop(0) if sample >= self._late else None
         if earlier is None or reading is None:
-            return item, None
-        return item - self._late, block.scored(earlier, reading)
+            return sample, None
+        return sample - self._late, block.scored(earlier, reading)
 
     def records(self) -> None:
         """A pulse has no energies at one time (refused by plan.py)."""
