@@ -56,13 +56,19 @@ def cut_batches(
     return knobs
 
 
-def _against_sums(graph: Graph, learning: LearningSettings) -> list[str]:
-    """Return what excludes steps by the gradients of several samples."""
+def _against_parts(learning: LearningSettings, part: str, of: str) -> list[str]:
+    """Return what needs all gradients of a step at once; they come by `part`."""
     reasons = []
     if learning.any_heads:
-        reasons.append("learning.heads, which move the weights whenever a sample passes")
+        reasons.append(f"learning.heads, which move the weights whenever a {part} passes")
     if learning.any_inputs:
-        reasons.append("learning.inputs, whose statistics are those of one batch")
+        reasons.append(f"learning.inputs, whose statistics are those of {of} batch")
+    return reasons
+
+
+def _against_sums(graph: Graph, learning: LearningSettings) -> list[str]:
+    """Return what excludes steps by the gradients of several samples."""
+    reasons = _against_parts(learning, "sample", "one")
     if graph.ties:
         names = ", ".join(tie.name for tie in graph.ties)
         reasons.append(f"weights that several blocks share ({names})")
@@ -71,11 +77,7 @@ def _against_sums(graph: Graph, learning: LearningSettings) -> list[str]:
 
 def _against(graph: Graph, learning: LearningSettings) -> list[str]:
     """Return the settings that exclude micro-batches."""
-    reasons = []
-    if learning.any_heads:
-        reasons.append("learning.heads, which move the weights whenever a micro-batch passes")
-    if learning.any_inputs:
-        reasons.append("learning.inputs, whose statistics are those of a whole batch")
+    reasons = _against_parts(learning, "micro-batch", "a whole")
     if any(block.loss is model_loss for block in graph.blocks.values()):
         reasons.append(
             "the loss 'model': the model takes its mean itself, and how many rows or tokens of a "
