@@ -97,10 +97,13 @@ def simulate(
         data = own_stream(stream, own)
         planner = Planner(cluster, factory, data)
         folder = out or results_of(f"{own.name}-simulated")
-        one = _swept(planner, loaded, levels, folder) if sweep else planner.best(own)
+        if sweep:
+            one, result = _swept(planner, loaded, levels, folder)
+        else:
+            one = planner.best(own)
+            result = simulated(one, own.seed)
         for text in one.too_full():
             warn(f"memory: {text}")
-        result = simulated(one, own.seed)
         if learn:
             note("learning in one process with these delays ...")
             _, learned = learn_it(one, result["samples_per_second"], factory, data)
@@ -111,8 +114,10 @@ def simulate(
             write_file(json_, to_json(result, indent=2) + "\n")
 
 
-def _swept(planner: Planner, own: Any, levels: str | None, folder: Path) -> PlacedRun:
-    """Return the winner of the sweep, whose settings are written beside those of the others."""
+def _swept(
+    planner: Planner, own: Any, levels: str | None, folder: Path
+) -> tuple[PlacedRun, dict[str, Any]]:
+    """Return the winner of the sweep and its simulation; all settings are written."""
     from hamdist.study.simulate.simulate import simulate as simulated
     from hamdist.study.simulate.sweep import sweep, write_sweep
 
@@ -121,14 +126,13 @@ def _swept(planner: Planner, own: Any, levels: str | None, folder: Path) -> Plac
     except ValueError as error:
         raise SettingsError(f"--levels: {error}; the levels are {', '.join(Level)}") from None
     prepare(folder, None)
-    found = sweep(own, planner, others, note)
-    rates = {id(one): simulated(one, own.seed)["samples_per_second"] for one in found}
-    found.sort(key=lambda one: -rates[id(one)])
-    files = write_sweep(folder, found)
+    pairs = [(one, simulated(one, own.seed)) for one in sweep(own, planner, others, note)]
+    pairs.sort(key=lambda pair: -pair[1]["samples_per_second"])
+    files = write_sweep(folder, [one for one, _ in pairs])
     rows = [["samples/s", "level", "blocks", "actors", "codec", "largest delay", "settings"]]
     rows += [
         [
-            f"{rates[id(one)]:,.1f}",
+            f"{result['samples_per_second']:,.1f}",
             one.settings.level.value,
             str(len(one.model.plan.graph.blocks)),
             str(len(one.placement)),
@@ -136,10 +140,10 @@ def _swept(planner: Planner, own: Any, levels: str | None, folder: Path) -> Plac
             str(max(one.delays.values(), default=1)),
             str(file),
         ]
-        for one, file in zip(found, files, strict=True)
+        for (one, result), file in zip(pairs, files, strict=True)
     ]
     print_rows("Sweep", rows)
-    return found[0]
+    return pairs[0]
 
 
 def _print(result: dict[str, Any]) -> None:
