@@ -34,7 +34,7 @@ from hamdist.runtime.timing.cluster_model import (
     HostModel,
     Link,
 )
-from hamdist.runtime.timing.cycle_ratio import max_cycle_ratio
+from hamdist.runtime.timing.cycle_ratio import NoPeriodError, max_cycle_ratio
 from hamdist.runtime.timing.disturbances import Disturbances, SnapshotModel
 from hamdist.runtime.timing.events import EventSimulation
 from hamdist.runtime.timing.model import TimingModel
@@ -199,6 +199,13 @@ def test_no_cycle_is_slower(seed):
         assert targets[one] == sources[after]
 
 
+def test_events_that_wait_for_each_other_have_no_period():
+    """A cycle that takes time and no period would gain for ever."""
+    places, seconds = np.array([0, 1]), np.array([1.0, 2.0])
+    with pytest.raises(NoPeriodError, match="wait for each other"):
+        max_cycle_ratio(places, places[::-1].copy(), seconds, np.array([0, 0]))
+
+
 # -- periods ---------------------------------------------------------------------------------------
 
 
@@ -232,6 +239,16 @@ def test_the_slowest_block_is_the_bottleneck():
     each = REMOTE_SECONDS + 16 / BYTES_PER_SECOND
     assert period.seconds == pytest.approx(9e-3 + 4 * each)
     assert period.words == "limited by b1: 100 % work"
+
+
+def test_bundles_of_micro_batches_end_with_their_sample():
+    """A sample's last parts do not wait for the next sample's, which wait for them."""
+    fields = {"locality": {"microbatches": 4}, "partition": {"delay": 5}, "engine": {"bundle": 2}}
+    plan = own_plan(chain(), stream(60), level="pipeline", **fields)
+    model = model_of(plan, [1e-3] * len(plan.graph.blocks))
+    groups = [[name] for name in plan.graph.blocks]
+    period = model.timed(groups, [*range(len(groups))], hosts(len(groups))).period()
+    assert 0 < period.seconds < 1
 
 
 def test_a_slow_host_and_a_slow_link_are_named():

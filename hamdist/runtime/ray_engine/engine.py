@@ -53,8 +53,6 @@ class RayEngine:
         costs = unmeasured_costs(plan)
         measured: Costs | None = None
         places = wants_costs(plan)
-        # (What a block takes on a GPU is not known before.)
-        devices = {plan.engine.device, *(one.device for one in plan.cast_plans.values())}
         if places or plan.replan is not None:
             with startup.phase("measure"):
                 try:
@@ -76,6 +74,8 @@ class RayEngine:
             refusals = [refusal for report in worker_group.reports() for refusal in report.refusals]
             notes += lending_notes(plan.engine, worker_group.lent, refusals)
             outcome.startup = startup.seconds
+            # (What a block takes on a GPU is not known before.)
+            devices = {plan.engine.device, *(one.device for one in plan.cast_plans.values())}
             if measured is not None and measured.model is not None and devices == {"cpu"}:
                 outcome.predicted = worker_group.predicted(replace(measured.model, plan=plan))
             if auto:
