@@ -7,12 +7,13 @@ import copy
 
 import pytest
 import torch
-from dynamics.helpers import bare_chain, edge, knobs, mlp, relative, samples, settings
+from dynamics.helpers import Network, bare_chain, edge, knobs, mlp, relative, samples, settings
 
 from hamdist.dynamics.objective.losses import mse
 from hamdist.dynamics.schedule.events import Event, Phase, Stamp
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.errors import LevelError
+from hamdist.runtime.train.prepare import as_graph
 from hamdist.runtime.train.train import train
 from hamdist.streams import from_iterable
 
@@ -139,3 +140,20 @@ def test_table_of_two_versions():
 def test_refused(level, fields, reason):
     with pytest.raises(LevelError, match=reason):
         run(mlp(SIZES), samples(4, 3, 4, 2), level, **fields)
+
+
+def test_two_versions_are_all_that_a_block_keeps():
+    """However many samples are under way: those of a group share their weights."""
+    config = settings("trace", locality={"accumulate": 4, "double_buffered": True})
+    kept = []
+
+    def after(node, _):
+        if node.name == "block0":
+            weights = {id(t) for record in node.block.trace.values() for t in record.theta}
+            kept.append((len(node.block.trace), len(weights) // 2))
+
+    items = samples(30, 3, 4, 2)
+    graph = as_graph(mlp(SIZES), config, from_iterable(items).spec, mse)
+    Network(graph, config, items).run(after=after)
+    assert max(under_way for under_way, _ in kept) == 5
+    assert max(versions for _, versions in kept) == 2

@@ -81,6 +81,12 @@ class Block(Remembers):
             self._sum.restore(sums)
         super().restore(state)
 
+    def run(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord:
+        """Return the record of a forward pass with the weights that a sample meets."""
+        if self.buffers is None:
+            return self.cell.forward(inputs, self._wanted)
+        return self.cell.forward_at(self.buffers.theta(sample), inputs, self._wanted)
+
     def at_once(self, sample: int, tau: float) -> AtOnce | None:
         """Return the permission to move weights by the gradients of a pass before `learn_from`.
 
@@ -129,6 +135,7 @@ class WeightBuffers(Remembers):
         self._weights = weights
         self._group = group
         self._before: list[Tensor] | None = None
+        self._used: tuple[int, list[Tensor]] | None = None  # version and weights of the latest pass
 
     STATE = ("_before",)
 
@@ -137,13 +144,23 @@ class WeightBuffers(Remembers):
         return max(0, sample // self._group - 1)
 
     def theta(self, sample: int) -> list[Tensor]:
-        """Return the weights that a sample meets, in fresh tensors."""
-        latest = self._before is None or self._weights.updates == self.version(sample)
-        return [t.clone() for t in (self._weights.theta if latest else self._before or [])]
+        """Return the weights that a sample meets; nothing moves them, all of a group share them."""
+        version = self.version(sample)
+        if self._used is None or self._used[0] != version:
+            if self._before is None or self._weights.updates == version:
+                self._used = version, [t.clone() for t in self._weights.theta]
+            else:
+                self._used = version, self._before
+        return self._used[1]
 
     def keep(self) -> None:
         """Keep the weights before they move."""
         self._before = [t.clone() for t in self._weights.theta]
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; raise SnapshotError where it is that of another class."""
+        super().restore(state)
+        self._used = None
 
 
 class SavesPasses(Block):

@@ -52,11 +52,8 @@ class PulseBlock(SavesPasses):
 
     def forward(self, sample: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return h of `sample`, and keep its record until its message comes."""
-        if self.buffers is not None:
-            theta = self.buffers.theta(sample)
-            record = self.cell.forward_at(theta, inputs, self._wanted)
-        elif self._predicts is None:
-            record = self.cell.forward(inputs, self._wanted)
+        if self._predicts is None:
+            record = self.run(sample, inputs)
         else:
             scale = self._scale(sample // self._parts)
             at = self.weights.predicted(self._predicts, scale, self._tau)
@@ -207,11 +204,7 @@ class PulseReadout(Block):
         return messages, reading
 
     def _forward(self, sample: int, inputs: Sequence[Tensor]) -> ForwardRecord | None:
-        record = None
-        if inputs and self.buffers is not None:
-            record = self.cell.forward_at(self.buffers.theta(sample), inputs, self._wanted)
-        elif inputs:
-            record = self.cell.forward(inputs, self._wanted)
+        record = self.run(sample, inputs) if inputs else None
         if record is not None:
             self.prediction = plain(record.output)
         return record
