@@ -358,9 +358,9 @@ class LiveStream:
             return self._queue.popleft()
         if self._closed or (self.whole and self._course.open) or not self._idles():
             return None
-        self.accepted.emission(Entry("idle"))
-        self._write(Entry("idle"))
-        return Entry("idle")
+        idle = Entry("idle")
+        self._write(idle)
+        return idle
 
     def _idles(self) -> bool:
         """Return True if an idle tick is due."""
