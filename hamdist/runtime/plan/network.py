@@ -16,10 +16,9 @@ def network_of(plan: Plan, actors: Sequence[NetworkActor]) -> PlacedNetwork:
         shape, dtype = plan.shapes[name]
         modules = [m for m in (spec.module, spec.output) if m is not None]
         numbers = sum(p.numel() for m in modules for p in m.parameters())
-        place = graph.depths[name], plan.schedule.delay(name)
+        place = graph.depths[name], plan.delay(name)
         kind = str(dtype).removeprefix("torch.")
         loss = spec.loss is not None
         blocks.append(NetworkBlock(name, tuple(shape), kind, numbers, *place, loss))
     edges = [NetworkEdge(e.name, e.parent, e.child, e.delay) for e in graph.edges]
-    staleness = -(-plan.schedule.staleness // plan.spec.passes)
-    return PlacedNetwork(blocks, edges, list(actors), staleness)
+    return PlacedNetwork(blocks, edges, list(actors), plan.staleness)
