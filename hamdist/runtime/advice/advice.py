@@ -81,7 +81,7 @@ def _late(plan: Plan, settings: Settings) -> list[str]:
             then = f"learned with the trace of that time: every block keeps {late} samples more"
         return [
             f"labels come up to {late} samples late: a sample is scored by its prediction from "
-            f"when it came (up to {late} predictions wait, {late * kept / 1024:.1f} KiB), and {then}"
+            f"when it came (as many predictions wait, {late * kept / 1024:.1f} KiB), and {then}"
         ]
     if given.late_targets and not given.again:
         return [
