@@ -95,7 +95,7 @@ ALLOWED = {
     ),
     "runtime/train": f"{RUNTIME} runtime loading",
     "runtime/live": f"{RUNTIME} runtime",
-    "api": f"{RUNTIME} display runtime trackers",
+    "api": f"{RUNTIME} display runtime models trackers",
     "trackers": f"{RUNTIME} runtime",
     "study": "",
     "study/interface": f"{STUDY} study trackers",

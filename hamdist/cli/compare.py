@@ -126,8 +126,10 @@ def _compare(
     plain = prepare(None, baseline, "--baseline-model")
 
     from hamdist.study.interface.compare import Comparison, make_runs
+    from hamdist.study.run.compare import run_key
 
     files = [name for name in settings.compare.rules if ":" in name]
+    code = code_of(model_name, stream_name, baseline, *files)
     comparison = Comparison(settings=settings)
     try:
         with Display(settings) as display:
@@ -137,7 +139,8 @@ def _compare(
                 factory=factory,
                 data=data,
                 plain=plain,
-                code=code_of(model_name, stream_name, baseline, *files),
+                key=run_key(settings, code),
+                made_of=code,
                 out=out,
                 overwrite=overwrite,
                 command=command_line(),

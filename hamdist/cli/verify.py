@@ -16,7 +16,6 @@ from rich.text import Text
 from hamdist.cli.console import OUTPUT, console, exit_codes, report
 from hamdist.cli.prepare import STANDARD_OUTPUT, prepare_file
 from hamdist.errors import FAILED
-from hamdist.study.shared.result_folder import write_file
 
 if TYPE_CHECKING:
     from hamdist.study.verify.oracles.check import Check
@@ -85,11 +84,12 @@ def verify(
 
 def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
     """Print a row for each check as soon as it has run; exit code 1 if one failed."""
-    from hamdist.study.interface.verify import Verification, checked_rows
+    from hamdist.study.verify.runner import run as run_checks
+    from hamdist.study.verify.runner import to_json
 
     begin = time.monotonic()
     out = console()
-    verification = Verification()
+    rows: list[VerifyRow] = []
     status = out.status("") if out.is_terminal else None
     told = ""
 
@@ -103,17 +103,17 @@ def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:
 
     try:
         with status or nullcontext():
-            for row in checked_rows(verification, chosen, full, starting):
+            for row in run_checks(chosen, full, starting):
+                rows.append(row)
                 _print_row(out, row)
     finally:
-        rows = verification.rows
         failed = sum(not row.passed for row in rows)
         seconds = time.monotonic() - begin
         if json_ is not None:
-            write_file(json_, json.dumps(verification.as_json(), indent=1) + "\n")
-        report(**verification.as_json())
+            json_.write_text(to_json(rows) + "\n", "utf-8")
+        report(**json.loads(to_json(rows)))
         out.print(f"\n{len(rows) - failed} passed, {failed} failed, {seconds:.0f} s")
-    if not verification.passed:
+    if failed or not rows:
         raise typer.Exit(FAILED)
 
 

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe, Ito
 DASHES = ("", "8 4", "2 3", "8 3 2 3", "14 4")
 GREY = "#9aa0a6"
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 340, 64, 30, 16, 44
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 350, 64, 30, 16, 296
 LEGEND_LINE, IN_A_LINE = 18, 3
 TICKS = 5
 
@@ -68,27 +71,19 @@ class SvgPicture:
 class AxisScale:
     """Places of values between the pixels `start` and `end`."""
 
-    def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool) -> None:
-        self._log = log
+    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
         low, high = min(values), max(values)
-        if low == high:
-            low, high = (low / 2, low * 2) if log else (low - 0.5, high + 0.5)
-        margin = 0.0 if log else 0.03 * (high - low)
+        margin = 0.03 * (high - low) or 0.5
         self.low, self.high = low - margin, high + margin
         self._start, self._end = start, end
 
     def __call__(self, value: float) -> float:
         """Return the pixel of a value, rounded to tenths."""
-        low, high, at = (math.log10(v) if self._log else v for v in (self.low, self.high, value))
-        return round(self._start + (at - low) / (high - low) * (self._end - self._start), 1)
+        share = (value - self.low) / (self.high - self.low)
+        return round(self._start + share * (self._end - self._start), 1)
 
     def ticks(self) -> list[float]:
         """Return round numbers inside the scale: 1, 2 or 5 times a power of ten apart."""
-        if self._log:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            few = [10.0**p for p in powers if self.low <= 10.0**p <= self.high]
-            if len(few) > 1:
-                return few[:: -(-len(few) // (2 * TICKS))]
         rough = (self.high - self.low) / TICKS
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(k * power for k in (1, 2, 5, 10) if k * power >= rough)
@@ -96,104 +91,73 @@ class AxisScale:
         return [n * step for n in range(first, last + 1)]
 
 
+def drawn(figure: PageFigure, ax: Any = None) -> Any:
+    """Return the lines of a figure as an `SvgPicture`, or on `ax`, axes of matplotlib's."""
+    if ax is None:
+        return figure_svg(figure)
+    for curve in figure.curves:
+        ax.plot(curve.x, [math.nan if y is None else y for y in curve.y], label=curve.label)
+    ax.set(title=figure.title, xlabel=figure.x_label, ylabel=figure.y_label)
+    ax.legend()
+    return ax
+
+
 def figure_svg(figure: PageFigure) -> SvgPicture:
-    """Return the picture of a figure: its curves with bars and points, axes, a legend."""
-    curves = [(curve, _points(figure, curve)) for curve in figure.curves]
+    """Return the picture of a figure's lines on linear axes, with a legend."""
+    curves = [
+        (curve, [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if _is_number(y)])
+        for curve in figure.curves
+    ]
     curves = [(curve, points) for curve, points in curves if points]
-    lines = -(-len(curves) // IN_A_LINE)
-    height = HEIGHT + 8 + LEGEND_LINE * lines
-    parts = [_text(LEFT, 18, figure.title, "start", size=14)]
+    height = HEIGHT + LEGEND_LINE * -(-len(curves) // IN_A_LINE)
+    parts = [_text(LEFT, 18, figure.title, "start")]
     if curves:
-        ends = [v for _, points in curves for _, y, half in points for v in (y - half, y + half)]
-        ends = [v for v in ends if v > 0 or not figure.log_y]
-        xs = [x for _, points in curves for x, *_ in points] + [
-            x + side for x in range(len(figure.ticks)) for side in (-0.4, 0.4)
-        ]
-        x = AxisScale(xs, LEFT, WIDTH - RIGHT, log=figure.log_x)
-        y = AxisScale(ends, HEIGHT - BOTTOM, TOP, log=figure.log_y)
+        x = AxisScale([x for _, points in curves for x, _ in points], LEFT, WIDTH - RIGHT)
+        y = AxisScale([y for _, points in curves for _, y in points], BOTTOM, TOP)
         parts += _axes(figure, x, y)
         for number, (curve, points) in enumerate(curves):
-            parts += _curve(curve, points, x, y, number)
+            parts += _curve(curve, " ".join(f"{x(a)},{y(b)}" for a, b in points), number)
     else:
         parts.append(_text(WIDTH / 2, HEIGHT / 2, "nothing was measured yet", "middle"))
     return SvgPicture(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
         f'style="max-width:100%;height:auto" font-family="sans-serif" font-size="12" role="img">'
-        f"<title>{escape(figure.title)}</title>"
+        f"<title>{escape(figure.title or figure.y_label)}</title>"
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 
 
-def drawn(figure: PageFigure, ax: Any = None) -> Any:
-    """Return the figure as an `SvgPicture`, or drawn on `ax`, axes of matplotlib's."""
-    if ax is None:
-        return figure_svg(figure)
-    for curve in figure.curves:
-        y = [math.nan if value is None else value for value in curve.y]
-        ax.errorbar(curve.x, y, curve.spread or None, label=curve.label)
-    if figure.ticks:
-        ax.set_xticks(range(len(figure.ticks)), figure.ticks)
-    scales = {"xscale": "log" if figure.log_x else None, "yscale": "log" if figure.log_y else None}
-    ax.set(title=figure.title, xlabel=figure.x_label, ylabel=figure.y_label)
-    ax.set(**{name: scale for name, scale in scales.items() if scale})
-    ax.legend()
-    return ax
+def _is_number(y: float | None) -> TypeGuard[float]:
+    return y is not None and math.isfinite(y)
 
 
-def _points(figure: PageFigure, curve: FigureCurve) -> list[tuple[float, float, float]]:
-    """Return x, y and half the bar of the points that the axes can show."""
-    spread = list(curve.spread) or [None] * len(curve.x)
-    known = [
-        (x, y, half or 0.0)
-        for x, y, half in zip(curve.x, curve.y, spread, strict=True)
-        if y is not None and math.isfinite(y)
-    ]
-    return [p for p in known if (p[0] > 0 or not figure.log_x) and (p[1] > 0 or not figure.log_y)]
-
-
-def _text(x: float, y: float, words: str, anchor: str, size: int = 12) -> str:
+def _text(x: float, y: float, words: str, anchor: str, more: str = "") -> str:
     return (
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="#1c1c1c">'
-        f"{escape(words)}</text>"
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}" fill="#1c1c1c"{more}>{escape(words)}</text>'
     )
 
 
 def _axes(figure: PageFigure, x: AxisScale, y: AxisScale) -> Iterator[str]:
     grid = 'stroke="#ddd" fill="none"/>'
-    bottom = HEIGHT - BOTTOM
     for value in y.ticks():
         yield f'<path d="M{LEFT},{y(value)}H{WIDTH - RIGHT}" {grid}'
         yield _text(LEFT - 6, y(value) + 4, f"{value:.5g}", "end")
-    names: dict[float, str] = {value: f"{value:,.6g}" for value in x.ticks()}
-    if figure.ticks:
-        names = {float(place): name for place, name in enumerate(figure.ticks)}
-    for value, name in names.items():
-        yield f'<path d="M{x(value)},{TOP}V{bottom}" {grid}'
-        yield _text(x(value), bottom + 16, name, "middle")
-    yield _text((LEFT + WIDTH - RIGHT) / 2, bottom + 36, figure.x_label, "middle")
-    middle = (TOP + bottom) / 2
-    label = _text(14, middle, figure.y_label, "middle")
-    yield f'<g transform="rotate(-90 14 {middle})">{label}</g>'
+    for value in x.ticks():
+        yield f'<path d="M{x(value)},{TOP}V{BOTTOM}" {grid}'
+        yield _text(x(value), BOTTOM + 16, f"{value:,.6g}", "middle")
+    yield _text((LEFT + WIDTH - RIGHT) / 2, BOTTOM + 36, figure.x_label, "middle")
+    middle = (TOP + BOTTOM) / 2
+    yield _text(14, middle, figure.y_label, "middle", f' transform="rotate(-90 14 {middle})"')
 
 
-def _curve(
-    curve: FigureCurve,
-    points: Sequence[tuple[float, float, float]],
-    x: AxisScale,
-    y: AxisScale,
-    number: int,
-) -> Iterator[str]:
-    colour = GREY if curve.style is None else COLOURS[curve.style[0] % len(COLOURS)]
-    dash = "" if curve.style is None else DASHES[curve.style[1] % len(DASHES)]
-    look = f'stroke="{colour}" stroke-width="{4 if curve.style is None else 2}" fill="none"'
-    look += f' stroke-dasharray="{dash}"' if dash else ""
-    path = "L".join(f"{x(at)},{y(value)}" for at, value, _ in points)
-    yield f'<path d="M{path}" {look}/>'
-    for at, value, half in points:
-        if half:
-            yield f'<path d="M{x(at)},{y(max(value - half, y.low))}V{y(value + half)}" {look}/>'
-        if curve.points or len(points) == 1:
-            yield f'<circle cx="{x(at)}" cy="{y(value)}" r="4" fill="{colour}"/>'
+def _curve(curve: FigureCurve, points: str, number: int) -> Iterator[str]:
+    colour, dash, wide = GREY, "", 4
+    if curve.style is not None:
+        colour, wide = COLOURS[curve.style[0] % len(COLOURS)], 2
+        dash = DASHES[curve.style[1] % len(DASHES)]
+    look = f'stroke="{colour}" stroke-width="{wide}" stroke-dasharray="{dash}" fill="none"'
+    one = "" if " " in points else ' stroke-linecap="round"'  # (a single point is seen, too)
+    yield f'<path d="M{points}{"" if not one else "h0.1"}" {look}{one}/>'
     left = LEFT + number % IN_A_LINE * (WIDTH - LEFT - RIGHT) // IN_A_LINE
-    down = HEIGHT + 12 + number // IN_A_LINE * LEGEND_LINE
+    down = HEIGHT + number // IN_A_LINE * LEGEND_LINE
     yield f'<path d="M{left},{down - 4}h28" {look}/>' + _text(left + 34, down, curve.label, "start")

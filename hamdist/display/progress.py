@@ -89,25 +89,31 @@ class RunDisplay:
         elif self._cell is not None:
             self._cell.update(what)
 
-    def watch(self, title: str, batch: int | None, others: TimeLeft | None = None) -> OnProgress:
-        """Return the function to call with the progress of the run `title` (see `RunView`)."""
+    def watch(
+        self,
+        title: str,
+        batch: int | None,
+        others: TimeLeft | None = None,
+        then: OnProgress | None = None,
+    ) -> OnProgress:
+        """Return the function to call with a run's progress (see `RunView`), which calls `then`."""
         from hamdist.display.run_view import RunView
 
         view = self._view = RunView(title, batch, others)
         self._show(view)
         printed = time.monotonic()
 
-        def show(progress: Progress) -> None:
+        def show(progress: Progress) -> object:
             nonlocal printed
             view.update(progress)
             if progress.phase is not None:
                 LOGGER.debug("%s", view.line)
             self._show(view)
-            if self._plain is None or self._live is not None or self._cell is not None:
-                return
-            if time.monotonic() - printed >= PLAIN_SECONDS:
+            drawn = self._live is not None or self._cell is not None
+            if self._plain and not drawn and time.monotonic() - printed >= PLAIN_SECONDS:
                 printed = time.monotonic()
                 self._plain(view.line)
+            return None if then is None else then(progress)
 
         return show
 
@@ -123,13 +129,5 @@ def display_of(settings: Settings) -> RunDisplay:
 def shown(settings: Settings, batch: int | None, then: OnProgress | None) -> Iterator[Any]:
     """Yield an `on_progress` that shows a run's progress and calls `then`; None if it need not."""
     with display_of(settings) as display:
-        if display.silent:
-            yield then
-            return
-        show = display.watch(f"{settings.name}, {settings.level.value}", batch)
-
-        def note(progress: Progress) -> object:
-            show(progress)
-            return None if then is None else then(progress)
-
-        yield note
+        title = f"{settings.name}, {settings.level.value}"
+        yield then if display.silent else display.watch(title, batch, then=then)

@@ -88,18 +88,13 @@ def identity(stream: Stream, example: Mapping[str, Tensor] | None) -> dict[str, 
     if isinstance(stream, Sized):
         known["length"] = str(len(stream))
     if example is not None:
-        known["first sample"] = digest_of(example)
+        data, packing = hashlib.sha256(), Packing()
+        text = json.dumps(packing.packed({n: u.contiguous() for n, u in example.items()}))
+        data.update(text.encode())
+        for tensor in packing.tensors:
+            data.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        known["first sample"] = data.hexdigest()[:16]
     return known
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of the names, shapes, types and bytes of tensors."""
-    data, packing = hashlib.sha256(), Packing()
-    text = json.dumps(packing.packed({n: u.contiguous() for n, u in tensors.items()}))
-    data.update(text.encode())
-    for tensor in packing.tensors:
-        data.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return data.hexdigest()[:16]
 
 
 def other_stream(snapshot: Snapshot, now: Mapping[str, str]) -> list[str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -22,10 +19,9 @@ from hamdist.display.windows import columns, windows_figure
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import HamdistError, SettingsError
-from hamdist.models.build import ModelFactory, make_from_factory
+from hamdist.models.build import ModelFactory
 from hamdist.runtime.process.interrupts import OnProgress
 from hamdist.runtime.results.events import EventListener, RunBegun
-from hamdist.runtime.snapshots.resume import digest_of, identity
 from hamdist.study.report.aggregate import AggregateRow, aggregate
 from hamdist.study.report.files import final_events
 from hamdist.study.report.save import save_comparison
@@ -34,7 +30,7 @@ from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.compare import PlannedRun, plan, run_key
 from hamdist.study.run.compare import compare as runs_of
 from hamdist.study.run.own_data import data_of
-from hamdist.study.run.run import DataFactory, Run, torch_dtype
+from hamdist.study.run.run import DataFactory, Run
 from hamdist.study.shared.recipes import load_settings
 from hamdist.study.shared.result_folder import RUNS, ResultFolder
 from hamdist.study.shared.store import Store
@@ -113,7 +109,8 @@ def make_runs(
     factory: ModelFactory | None = None,
     data: DataFactory | None = None,
     plain: ModelFactory | None = None,
-    code: str = "",
+    key: str | None = None,
+    made_of: str = "",
     out: Path | None = None,
     overwrite: bool = False,
     command: str = "",
@@ -126,8 +123,9 @@ def make_runs(
         comparison: without runs.
         display: shows the progress.
         factory: makes the model; data: the stream of a seed; plain: the model of the baseline.
-        code: what tells these functions from others, for `out` to go on with.
-        out: a folder for files; of an earlier comparison that was ended, which goes on.
+        key: of the comparison; an earlier one of the same key that was ended goes on in `out`.
+        made_of: what tells these functions from others.
+        out: a folder for files.
         overwrite: write into it, though it is not empty.
         command: what the report says of its origin.
         listeners: called with the events; they need `out`.
@@ -140,7 +138,6 @@ def make_runs(
     planned = plan(settings)
     with ExitStack() as stack:
         if out is not None:
-            key = run_key(settings, code)
             folder = stack.enter_context(ResultFolder(out, overwrite=overwrite, key=key, say=say))
             for tracker in open_trackers(settings, folder.path):
                 folder.listen(tracker)
@@ -156,7 +153,7 @@ def make_runs(
         try:
             for run in runs_of(
                 settings, planned, factory=factory, data=data, plain=plain, on_progress=watch,
-                store=store, made_of=code,
+                store=store, made_of=made_of,
             ):  # fmt: skip
                 comparison.runs.append(run)
                 say(finished_line(run))
@@ -231,8 +228,8 @@ def compare(
         classes, names: as of `train`.
         loss: its name, or names by output.
         trackers: names, and functions of a `RunEvent`; they need `out`.
-        out: a folder for the report and its data; a comparison that was ended goes on there. None:
-            nothing is written.
+        out: a folder for the report and its data; a comparison by settings alone that was ended
+            goes on there. None: nothing is written.
         overwrite: write into it, though it is not empty.
         **fields: fields of `Settings` by name.
 
@@ -274,7 +271,7 @@ def compare(
                 factory=factory,
                 data=data,
                 plain=plain,
-                code="" if out is None else _made_of(whole, (factory, plain), data),
+                key=None if model or stream or baseline_model else run_key(whole),
                 out=None if out is None else Path(out),
                 overwrite=overwrite,
                 command=f"hamdist.compare(..., out={str(out)!r})",
@@ -284,26 +281,6 @@ def compare(
         error.result = comparison  # type: ignore[attr-defined]
         raise
     return comparison
-
-
-def _made_of(
-    settings: Settings, makers: Sequence[ModelFactory | None], data: DataFactory | None
-) -> str:
-    """Return what the models and the data are, as text, by which `out` knows its comparison."""
-    parts: list[object] = []
-    for make in (one for one in makers if one is not None):
-        model = make_from_factory(make, seed=settings.seed, dtype=torch_dtype(settings.dtype))
-        parts += [repr(model), digest_of({n: t.detach() for n, t in model.state_dict().items()})]
-        homes = {sys.modules[type(one).__module__] for one in model.modules()}
-        files = {getattr(home, "__file__", None) for home in homes}
-        code = [Path(file).read_bytes() for file in sorted(filter(None, files))]
-        parts += [hashlib.sha256(text).hexdigest() for text in code]
-    made = None if data is None else data(settings.seed)
-    for stream in () if made is None else (made.train, made.held_out):
-        if stream is not None:
-            first = next(iter(stream.samples()))
-            parts.append(identity(stream, dict(first.inputs or {"u": first.u})))
-    return json.dumps(parts)
 
 
 def _factory(name: str, model: object) -> ModelFactory:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from hamdist.display.table import Table, frame
+from hamdist.display.table import Table
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory, load_factory
-from hamdist.study.verify.oracles.check import Check
-from hamdist.study.verify.runner import Topic, VerifyRow, own_model_topic, run, to_json, topics
+from hamdist.study.verify.runner import Topic, VerifyRow, own_model_topic, run, topics
 from hamdist.study.verify.topics.own_model import VerifiedModel, parse_shape
 from hamdist.study.verify.topics.rule import VerifiedRule
 
@@ -32,12 +29,6 @@ class Verification:
     def passed(self) -> bool:
         """Return True if there are checks, and none failed."""
         return bool(self.rows) and all(row.passed for row in self.rows)
-
-    @property
-    def metrics(self) -> Any:
-        """Return the checks by column, as `RunResult.metrics` does windows."""
-        names = ("topic", "name", "oracle", "difference", "bound", "passed", "seconds", "note")
-        return frame({name: [getattr(row, name) for row in self.rows] for name in names})
 
     @property
     def table(self) -> Table:
@@ -58,11 +49,6 @@ class Verification:
 
     def _repr_html_(self) -> str:
         return self.table._repr_html_()
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the rows as plain values (see `verify.runner.to_json`)."""
-        values: dict[str, Any] = json.loads(to_json(self.rows))
-        return values
 
 
 def chosen_topics(
@@ -117,18 +103,6 @@ def _factory(model: nn.Module | ModelFactory) -> ModelFactory:
     return (lambda: copied(model)) if isinstance(model, nn.Module) else model
 
 
-def checked_rows(
-    verification: Verification,
-    chosen: Sequence[Topic],
-    full: bool,
-    starting: Callable[[Topic, Check], None] = lambda *_: None,
-) -> Iterator[VerifyRow]:
-    """Run the checks; each row is in `verification` when it is yielded."""
-    for row in run(chosen, full, starting):
-        verification.rows.append(row)
-        yield row
-
-
 def verify(
     model: nn.Module | Callable[[], nn.Module] | None = None,
     *,
@@ -167,7 +141,8 @@ def verify(
         batch=batch, blocks=blocks,
     )  # fmt: skip
     verification = Verification()
-    for row in checked_rows(verification, chosen, full):
+    for row in run(chosen, full, lambda *_: None):
+        verification.rows.append(row)
         if on_row is not None:
             on_row(row)
     return verification
