@@ -135,7 +135,7 @@ def test_a_recipe_whose_files_are_missing_says_so_before_anything_starts(
 ) -> None:
     monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path / "none",))
     monkeypatch.setattr("hamdist.study.run.run.train", None)  # whatever would be called fails
-    monkeypatch.setattr("hamdist.study.run.run.make_model", None)
+    monkeypatch.setattr("hamdist.models.build.make_model", None)
     for what in ("run", "compare"):
         result = command(what, "resnet", "--out", str(tmp_path / what))
         assert result.exit_code == 1
