@@ -90,7 +90,7 @@ ALLOWED = {
     ),
     "runtime/train": f"{RUNTIME} runtime loading",
     "runtime/live": f"{RUNTIME} runtime",
-    "api": f"{RUNTIME} runtime trackers",
+    "api": f"{RUNTIME} runtime models trackers",
     "trackers": f"{RUNTIME} runtime",
     "study": "",
     "study/shared": STUDY,
