@@ -15,9 +15,8 @@ from rich.text import Text
 
 from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
 from hamdist.cli.console import complain, console, exit_codes, note, report
-from hamdist.cli.prepare import results_of
 from hamdist.errors import HamdistError, SettingsError
-from hamdist.study.shared.result_folder import EVENTS
+from hamdist.study.shared.result_folder import EVENTS, results_of
 
 if TYPE_CHECKING:
     from hamdist.launch.jobs_api import Jobs

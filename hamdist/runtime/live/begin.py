@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ def live_run(
         if journal is not None and not repeats:
             dumped = settings.model_dump(mode="json", exclude_unset=True)
             facts = {"settings": dumped, "classes": classes, "patience": patience}
+            facts["layers"] = layers_of(model)
             resume = _begun(journal, facts, settings, model, example, resume)
         zeros = {n: torch.zeros_like(u) for n, u in (example.inputs or {}).items()}
         stream = LiveStream(
@@ -120,17 +123,27 @@ def read_beginning(out: str | Path) -> tuple[dict[str, Any], Any, Any]:
 def with_first_weights(model: nn.Module | Graph, weights: Mapping[str, Tensor]) -> Any:
     """Return a copy of `model` with the weights that a run began with. Raises SettingsError."""
     own = model.copy() if isinstance(model, Graph) else copied(model)
-    strange = sorted(set(_weights(own)) ^ set(weights))
-    if strange:
-        raise SettingsError(f"the run was one of another model: {strange[0]!r} is in one of them")
+    mine = _weights(own)
+    for name in sorted({*mine, *weights}):
+        kinds = [_kind(one.get(name)) for one in (mine, weights)]
+        if kinds[0] != kinds[1]:
+            told = f"{name!r} is {kinds[0]} in this one, and {kinds[1]} there"
+            raise SettingsError(f"the run was one of another model: {told}")
     for prefix, module in _modules(own).items():
         state = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
-        try:
-            module.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            last = str(error).strip().splitlines()[-1].strip()
-            raise SettingsError(f"the run was one of another model: {last}") from None
+        module.load_state_dict(state, strict=False)
     return own
+
+
+def _kind(value: Tensor | None) -> str:
+    return "missing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+
+
+def layers_of(model: nn.Module | Graph) -> str:
+    """Return the digest of the layers of a model: their classes and arguments, as torch prints
+    them."""
+    text = "\n".join(f"{prefix} {module!r}" for prefix, module in _modules(model).items())
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()
 
 
 def _modules(model: nn.Module | Graph) -> dict[str, nn.Module]:

@@ -67,6 +67,8 @@ class PulseNode(Remembers):
         self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)
         self._keeps, self._answers = plan.spec.kept, plan.spec.live
+        # Messages leave first, then weights move (loop.py). Shared weights are sent themselves.
+        block.defers = self._ties is None
         self.live = LiveBlock(spec.name, plan.spec.patience)
         self._end: int | None = None
         self.event = next(self._events)
@@ -84,6 +86,7 @@ class PulseNode(Remembers):
 
     def step(self) -> None:
         """Do the phase of the present event, and move to the next one."""
+        self.settle()
         phase = self.event.phase
         if phase is Phase.READ:
             self._read(self.event)
@@ -92,6 +95,23 @@ class PulseNode(Remembers):
         else:
             self._backward(self.event)
         self._advance()
+
+    @property
+    def backward(self) -> bool:
+        """Return True if the next event is a backward pass."""
+        return self.event.phase is Phase.BACKWARD
+
+    @property
+    def deferred(self) -> bool:
+        """Return True if the weights have still to move by messages that were read."""
+        return self.block.deferred
+
+    def settle(self) -> None:
+        """Make the step of the weights that waits, if there is one."""
+        if self.block.deferred:
+            begin = perf_counter()
+            self.block.settle()
+            self.seconds += perf_counter() - begin
 
     def _advance(self) -> None:
         # Once the stream has ended (after `_end` samples), forward events of later samples are
