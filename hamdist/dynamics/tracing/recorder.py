@@ -55,6 +55,8 @@ from hamdist.dynamics.tracing.traced_module import (
 from hamdist.dynamics.user_modules.hooks import hook_of
 from hamdist.dynamics.user_modules.libraries import masks_stay
 from hamdist.dynamics.user_modules.structure import filled, parts_of
+from hamdist.dynamics.vjp.autograd import SETS_REQUIRES_GRAD
+from hamdist.errors import GraphError
 
 # Torch's modules that only call others: they are gone through.
 CONTAINERS = (
@@ -125,6 +127,7 @@ def record(
     model: one that `watch` prepared. whole: modules that stay one step. Raises Unfollowed.
     """
     recorder = _Recorder(model, inputs, whole)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
     for part in model.modules():
         if type(part).__mro__[1].__name__ == "_Watched":
             object.__setattr__(part, "_hamdist_recorder", recorder)
@@ -142,6 +145,9 @@ def record(
     finally:
         for part in model.modules():
             vars(part).pop("_hamdist_recorder", None)
+        changed = learned ^ {name for name, p in model.named_parameters() if p.requires_grad}
+        if changed:
+            raise GraphError(SETS_REQUIRES_GRAD.format(min(changed)))
     if recorder.failure is not None:
         raise recorder.failure
     return recorder.finished(output)
@@ -220,6 +226,7 @@ class _Recorder(TorchFunctionMode):
         self._learned = {name for name, _ in model.named_parameters()}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._learn(tensor, WeightRef(name))
+        self._registered = set(self._known)
         for name, tensor in inputs.items():
             self._learn(tensor, Arg(name))
 
@@ -232,7 +239,8 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._attribute(func.__self__.__name__, args[0])
-        if name.startswith(_SETTERS):
+        weight = name == "requires_grad_" and id(args[0]) in self._registered
+        if name.startswith(_SETTERS) or weight:
             return func(*args, **kwargs)
         if name in ("__set__", "backward", "set_", "set_data") or name.startswith("register_"):
             raise self._fails(f"it calls {name} on a tensor")
@@ -255,6 +263,7 @@ class _Recorder(TorchFunctionMode):
             return run(*args, **kwargs)
         name = self._names[id(part)]
         if self._is_one_step(part, name):
+            self._check_weights(part)
             step = TracedStep(MODULE, name, args, kwargs)
             return self._take(step, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
         self._check_backward((args, kwargs))
@@ -278,6 +287,13 @@ class _Recorder(TorchFunctionMode):
             return name in self._whole
         kind = type(part).__mro__[2]  # behind the two of `watch`
         return kind.__module__.startswith(OWN) and kind not in CONTAINERS
+
+    def _check_weights(self, part: nn.Module) -> None:
+        """Fail where other tensors have taken the places of a module's weights for this call."""
+        with self._a_step():
+            for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+                if id(tensor) not in self._registered:
+                    raise self._fails(f"it calls a module with another {name!r} (functional_call)")
 
     @property
     def _innermost(self) -> str:

@@ -37,6 +37,10 @@ from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.errors import GraphError, SnapshotError
 
+SETS_REQUIRES_GRAD = (
+    "the model's forward sets requires_grad of its weight {!r}: which weights learn is asked once, "
+    "before a run; freeze it before, or use detach() in forward"
+)
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
@@ -238,9 +242,15 @@ class LocalFunction(Remembers):
         output = record.output
         found: Sequence[Tensor | None] = [None] * len(wrt)
         if wrt and output.requires_grad:
-            found = torch.autograd.grad(
-                output, wrt, cotangent, allow_unused=True, retain_graph=keep
-            )
+            try:
+                found = torch.autograd.grad(
+                    output, wrt, cotangent, allow_unused=True, retain_graph=keep
+                )
+            except RuntimeError:
+                for name, weight in zip(self.names, record.theta, strict=False):
+                    if not weight.requires_grad:
+                        raise RuntimeError(SETS_REQUIRES_GRAD.format(name)) from None
+                raise
         grads = [
             torch.zeros_like(w) if g is None else g.to_dense() if g.is_sparse else g
             for g, w in zip(found, wrt, strict=True)
