@@ -115,3 +115,27 @@ def test_weights_that_a_forward_freezes():
         learned(habit(frozen), batches(4))
     with pytest.raises(BlockError, match=r"forward sets requires_grad of its weight 'b.weight'"):
         learned(habit(later_frozen), batches(*[4] * 12))
+
+
+def less_the_mean(model, h):
+    return model.b(h - h.mean(0))
+
+
+def over_the_rows(model, h):
+    return model.b(h) / len(h)
+
+
+@pytest.mark.parametrize(
+    ("second", "warned"), [(less_the_mean, True), (over_the_rows, True), (its_own_weights, False)]
+)
+def test_rows_that_depend_on_others_in_micro_batches(second, warned):
+    """Oracle: SGD on the whole batch, from which such a run departs."""
+    plain, data = habit(second), batches(4, 4, 4)
+    sgd = apart_from_sgd(plain, data)[1].model
+    result = hamdist.train(
+        habit(second), data, level="pipeline", learning={"lr": LR}, dtype="float64",
+        locality={"microbatches": 2}, engine={"kind": "inprocess"},
+    )  # fmt: skip
+    apart = relative(result.model.parameters(), sgd.parameters())
+    assert ("depends on the other rows of the batch" in str(result.warnings)) == warned
+    assert (apart > 1e-6) == warned

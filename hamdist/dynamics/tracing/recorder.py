@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -54,8 +53,8 @@ from hamdist.dynamics.tracing.traced_module import (
 )
 from hamdist.dynamics.user_modules.hooks import hook_of
 from hamdist.dynamics.user_modules.libraries import masks_stay
+from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.user_modules.structure import filled, parts_of
-from hamdist.dynamics.vjp.autograd import SETS_REQUIRES_GRAD
 from hamdist.errors import GraphError
 
 # Torch's modules that only call others: they are gone through.
@@ -151,58 +150,6 @@ def record(
     if recorder.failure is not None:
         raise recorder.failure
     return recorder.finished(output)
-
-
-def _watched(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of `kind` that reports its calls to a recorder. (Of `kind` alone, so that
-    an object of it can become one, whatever other classes it has.)
-    """
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        recorder = vars(self).get("_hamdist_recorder")
-        run = partial(kind.__call__, self)
-        if recorder is None:
-            return run(*args, **kwargs)
-        return recorder.module(self, run, args, kwargs)
-
-    seen = type("_Watched", (kind,), {"__module__": __name__, "__call__": call})
-    return type(kind.__name__, (seen,), {"__module__": kind.__module__})
-
-
-class _Shell(nn.Module):
-    """Wrapper of a scripted module, whose class cannot be changed."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
-
-
-def watch(model: nn.Module) -> dict[str, Unfollowed]:
-    """Prepare a model, a copy without other users, for `record`; return the modules that have to
-    stay whole, because they are no Python classes (scripted ones).  Raises Unfollowed where the
-    model itself is one.
-    """
-    compiled = "it is compiled (torch.jit)"
-    if isinstance(model, torch.jit.ScriptModule):
-        raise Unfollowed(compiled, "", "")
-    scripted: dict[str, Unfollowed] = {}
-    for name, part in list(model.named_modules()):
-        if isinstance(part, torch.jit.ScriptModule):
-            continue
-        for child, inner in part._modules.items():
-            if isinstance(inner, torch.jit.ScriptModule):
-                part._modules[child] = _Shell(inner)
-                path = f"{name}.{child}" if name else child
-                scripted[path] = Unfollowed(compiled, path, "")
-    for part in model.modules():
-        kind = type(part)
-        if isinstance(part, torch.jit.ScriptModule):
-            continue
-        part.__class__ = _watched(kind)
-    return scripted
 
 
 class _Recorder(TorchFunctionMode):

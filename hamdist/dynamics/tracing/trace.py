@@ -25,12 +25,13 @@ from hamdist.dynamics.tracing.join_runs import (
     points_of_runs,
 )
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed
-from hamdist.dynamics.tracing.recorder import OWN, Op, TakenOp, record, watch
+from hamdist.dynamics.tracing.recorder import OWN, Op, TakenOp, record
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.tracing.traced_module import (
     Length,
     SymbolicSize,
 )
+from hamdist.dynamics.tracing.watched import watch
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.python_state import (
     Fingerprints,

@@ -33,14 +33,11 @@ from hamdist.dynamics.saved_state.remember import (
     nested_slots,
 )
 from hamdist.dynamics.tracing.traced_module import TracedModule
+from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.errors import GraphError, SnapshotError
 
-SETS_REQUIRES_GRAD = (
-    "the model's forward sets requires_grad of its weight {!r}: which weights learn is asked once, "
-    "before a run; freeze it before, or use detach() in forward"
-)
 _RANDOM = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
