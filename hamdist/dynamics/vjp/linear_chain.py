@@ -33,6 +33,7 @@ class Chain:
         self.layers = list(layers)
         self.weights = tuple(w for layer in layers for w in layer.weights)
         self.lasting = False
+        self.apart = False  # True: one layer after the other, in any case
         self._trained = [sum(w is not None for w in layer.weights) for layer in layers]
         for i, layer in enumerate(self.layers):
             layer.native = layer.whole()
@@ -57,7 +58,7 @@ class Chain:
         one = x if x.dim() == 2 else x.reshape(-1, self._into)
         rows = self._rows
         many = one.shape[0]
-        if rows is None or not rows.takes(many) or not rows.reads(one):
+        if rows is None or self.apart or not rows.takes(many) or not rows.reads(one):
             return self._one_by_one(old, x)
         old = old if old is not None and len(old) == 4 else None  # of such a call, too
         inner = like(old, 2, (many * rows.inner,), x)
