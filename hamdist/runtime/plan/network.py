@@ -12,7 +12,7 @@ from hamdist.runtime.plan.plan import Plan
 
 def network_of(plan: Plan, actors: Sequence[NetworkActor]) -> PlacedNetwork:
     """Return the network of `plan`, whose blocks live in `actors`."""
-    graph, schedule = plan.graph, plan.schedule
-    lags = {name: schedule.delay(name) for name in graph.blocks}
+    graph = plan.graph
+    lags = {name: plan.delay(name) for name in graph.blocks}
     network = as_network(graph.blocks, graph.edges, graph.depths, plan.shapes, lags, actors)
-    return replace(network, staleness=-(-schedule.staleness // plan.spec.passes))
+    return replace(network, staleness=plan.staleness)

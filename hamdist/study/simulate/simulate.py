@@ -259,7 +259,7 @@ def simulate(one: PlacedRun, seed: int = 0) -> dict[str, Any]:
         "undisturbed": one.rate,
         "critical": one.period.words,
         "delays": one.delays,
-        "staleness": -(-one.model.plan.schedule.staleness // one.model.plan.spec.passes),
+        "staleness": one.model.plan.staleness,
         "actors": [
             {
                 "blocks": list(blocks),
