@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hamdist.config import Settings, lay_over
+from hamdist.display.progress import shown
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.dynamics.updates.constants import TickSchedule
@@ -116,7 +117,11 @@ def train(
     work, read = prepared(model, stream, settings, loss, classes, names, own, given)
     if not callbacks:
         listeners = [one for one in trackers if not isinstance(one, str)]
-        with tracked(work.keywords["settings"], listeners, on_progress) as note:
+        own_settings = work.keywords["settings"]
+        with (
+            shown(own_settings, read.spec.batch, on_progress) as show,
+            tracked(own_settings, listeners, show) as note,
+        ):
             return work(stream=read, on_progress=note, resume=resume)
     if on_progress is not None or resume is not None or trackers:
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""`hamdist view` and `hamdist explain`: what runs do, as a page or in words."""
+"""`hamdist view`, `explain` and `draw`: what runs do, as a page, in words, as a picture."""
 
 from __future__ import annotations
 
@@ -15,9 +15,19 @@ from rich.text import Text
 
 from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
 from hamdist.cli.console import complain, console, exit_codes, note, report
-from hamdist.cli.prepare import results_of
+from hamdist.cli.options import (
+    DEFAULT_SETTINGS,
+    EngineOption,
+    LevelOption,
+    ModelOption,
+    SetOption,
+    StreamOption,
+    changes,
+    load,
+)
+from hamdist.cli.prepare import own_stream, prepare
 from hamdist.errors import HamdistError, SettingsError
-from hamdist.study.shared.result_folder import EVENTS
+from hamdist.study.shared.result_folder import EVENTS, results_of, write_file
 
 if TYPE_CHECKING:
     from hamdist.launch.jobs_api import Jobs
@@ -85,6 +95,41 @@ def explain(
                 console().print(Text(f"• {text}"), soft_wrap=True)
         if not runs:
             complain(f"{where}: no run has begun there")
+
+
+def draw(
+    settings: Annotated[
+        str,
+        typer.Argument(metavar="SETTINGS|DIR", help="A YAML file, a recipe, a folder of results."),
+    ] = DEFAULT_SETTINGS,
+    level: LevelOption = None,
+    engine: EngineOption = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    stream: StreamOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="File, .svg or .dot.", show_default="NAME.svg"),
+    ] = None,
+) -> None:
+    """Draw the network of a run: blocks, shapes, edges, delays, actors; colour: late messages."""
+    with exit_codes():
+        from hamdist.display.network import network_picture
+        from hamdist.study.run.picture import network_of_folder, network_of_settings
+
+        if Path(settings).is_dir():
+            network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
+        else:
+            own = load(settings, set_, changes(level=level, engine=engine))
+            factory, data = prepare(None, model), own_stream(stream, own)
+            network, name = network_of_settings(own, factory, data)
+        file = out or Path(f"{results_of(name).name}.svg")
+        if file.suffix not in (".svg", ".dot"):
+            raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")
+        picture = network_picture(network, name)
+        write_file(file, picture.dot if file.suffix == ".dot" else picture.svg)
+        report(file=str(file))
+        console().print(Text(f"Written to {file}"))
 
 
 def latest_results() -> Path:

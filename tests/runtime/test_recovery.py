@@ -17,7 +17,9 @@ from hamdist.errors import BlockError, ClusterError
 from hamdist.runtime.ray_engine.replacement import Replacement
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
-from hamdist.streams import from_iterable
+from hamdist.streams import LateLabels, from_iterable
+from hamdist.study.verify.oracles.networks import chain
+from hamdist.study.verify.topics.late_labels import Keyed
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(110)]
 
@@ -280,3 +282,18 @@ def test_ctrl_c_while_a_lost_stream_is_replaced(
     run = settings(ALONE, items, snapshots=kept, **given)
     on = train(calm, EndlessStream(), run, resume=tmp_path / "kept")
     assert_equal(alone, on)
+
+
+def test_labels_by_key_with_weights_of_rows_and_kept_traces(
+    session, driver, leaves_no_socket, tmp_path
+):
+    comes = {n: n + 1 + (7 * n) % 9 for n in range(ITEMS) if n % 7}
+
+    def source(items):
+        return LateLabels(Keyed(items, comes, weighed=True), patience=8, kept=True)
+
+    odd = chain()
+    odd[3] = nn.Sequential(nn.Tanh(), Once(31, tmp_path / "mark", "kill"))
+    result = both(tmp_path, odd, source, partition={"blocks": 3}, dtype="float64")
+    assert len(result.replaced) == 1
+    assert result.samples == ITEMS

@@ -7,9 +7,10 @@ import math
 import pytest
 from study.builders import make_run
 
+from hamdist.display.table import percent
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.study.report.aggregate import aggregate
-from hamdist.study.report.table import comparison_table, percent
+from hamdist.study.report.table import comparison_table
 
 RUNS = [
     make_run("centralised", 0, accuracy=0.90, loss=0.5, seconds=1.0, engine="pytorch"),

@@ -11,17 +11,10 @@ import urllib.request
 import pytest
 
 import hamdist
+from hamdist.display.network import NetworkActor, NetworkBlock, NetworkEdge, PlacedNetwork
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.runtime.results.events import FolderStarted, RunBegun, read_events
-from hamdist.runtime.results.measured import (
-    EdgeCounts,
-    NetworkActor,
-    NetworkBlock,
-    NetworkEdge,
-    Norms,
-    PlacedNetwork,
-    ProcessSample,
-)
+from hamdist.runtime.results.measured import EdgeCounts, Norms, ProcessSample
 from hamdist.runtime.results.result import BlockProgress, Progress, Replaced
 from hamdist.study.shared.result_folder import ResultFolder
 from hamdist.study.view.explain import explain

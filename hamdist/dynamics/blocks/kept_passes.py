@@ -195,6 +195,22 @@ class SavesPasses(Block):
         super().__init__(parts)
         self.trace: dict[int, ForwardRecord] = {}
 
+    def keep(self, pass_: int, sample: int | None, let_go: int | None) -> None:
+        """Keep the record of a pass for a sample's label, or drop it; let go of another sample's.
+
+        (The records of samples that wait have the keys -1, -2, ...: a sample is no pass.)
+        """
+        record = self.trace.pop(pass_, None)
+        if record is not None and sample is not None:
+            self.trace[-1 - sample] = record
+        self.trace.pop(pass_ if let_go is None else -1 - let_go, None)
+
+    def recall(self, pass_: int, sample: int) -> None:
+        """Make the record of a sample whose label has come that of the pass that brings it."""
+        record = self.trace.pop(-1 - sample, None)
+        if record is not None:
+            self.trace[pass_] = record
+
     def held(self) -> Any:
         """Return the records as plain data (`LocalFunction.held`)."""
         return {sample: self.cell.held(record) for sample, record in self.trace.items()}

@@ -72,16 +72,16 @@ def before(plan: Plan, settings: Settings) -> list[str]:
 
 def _late(plan: Plan, settings: Settings) -> list[str]:
     """Return the cost of labels that come late, as warnings."""
-    late, given = plan.spec.late, settings.stream
-    if late:
+    late, given = plan.spec.patience, settings.stream
+    if late and not plan.spec.live:
         kept = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
                    for r in plan.graph.readouts)  # fmt: skip
-        then = f"shown again {late} samples later, to learn from: two passes, its input waits, too"
+        then = "shown again when its label comes, to learn from: two passes, its input waits, too"
         if plan.spec.kept:
             then = f"learned with the trace of that time: every block keeps {late} samples more"
         return [
-            f"labels come {late} samples late: a sample is scored by its prediction from when it "
-            f"came ({late} predictions wait, {late * kept / 1024:.1f} KiB), and {then}"
+            f"labels come up to {late} samples late: a sample is scored by its prediction from "
+            f"when it came (as many predictions wait, {late * kept / 1024:.1f} KiB), and {then}"
         ]
     if given.late_targets and not given.again:
         return [

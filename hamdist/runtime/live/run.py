@@ -179,7 +179,7 @@ class LiveRun:
         self._answers[news.number] = answer
         if self._callbacks:
             self._happened.append(answer)
-        for number in list(self._answers)[: -self._stream.spec.live]:
+        for number in list(self._answers)[: -self._stream.spec.patience]:
             if number not in self._asked:
                 self._answers.pop(number, None)
         self._stream.answered(news.number)

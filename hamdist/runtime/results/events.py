@@ -20,13 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
-from hamdist.runtime.results.measured import (
-    EdgeCounts,
-    NetworkActor,
-    NetworkBlock,
-    NetworkEdge,
-    Norms,
-)
+from hamdist.display.network import NetworkActor, NetworkBlock, NetworkEdge
+from hamdist.runtime.results.measured import EdgeCounts, Norms
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
     from hamdist.config import Settings

@@ -59,50 +59,6 @@ class ProcessSample:
     edges: Mapping[str, EdgeCounts] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkBlock:
-    """A block of the graph.
-
-    `shape` of its state, batch first; `parameters` are numbers that it learns; `depth` is in ticks
-    from the input; its messages lag `delay` updates or ticks.
-    """
-
-    name: str
-    shape: Sequence[int]
-    dtype: str
-    parameters: int
-    depth: int
-    delay: int
-    readout: bool
-
-
-class NetworkEdge(NamedTuple):
-    """An edge; `parent` may be an input of the network. `delay` in ticks."""
-
-    name: str
-    parent: str
-    child: str
-    delay: int
-
-
-class NetworkActor(NamedTuple):
-    """A process and its blocks."""
-
-    name: str
-    host: str
-    blocks: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedNetwork:
-    """The graph of a run, and where its blocks live; `staleness` as in `RunFacts`."""
-
-    blocks: Sequence[NetworkBlock]
-    edges: Sequence[NetworkEdge]
-    actors: Sequence[NetworkActor] = ()
-    staleness: int = 0
-
-
 def summed(samples: Sequence[ProcessSample]) -> dict[str, EdgeCounts]:
     """Return the counts by edge of all processes of a run together.
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hamdist.display.network import NetworkActor, PlacedNetwork
 from hamdist.runtime.results.events import (
     ActorReplaced,
     ActorsMeasured,
@@ -24,7 +25,7 @@ from hamdist.runtime.results.events import (
     Warned,
     WindowFull,
 )
-from hamdist.runtime.results.measured import NetworkActor, PlacedNetwork, summed
+from hamdist.runtime.results.measured import summed
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
     from hamdist.runtime.results.result import Progress, Replaced

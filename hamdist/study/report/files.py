@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hamdist.display.windows import joined
 from hamdist.runtime.results.events import (
     ActorsMeasured,
     BlocksMeasured,
@@ -26,7 +27,6 @@ from hamdist.runtime.results.events import (
 from hamdist.runtime.results.scores import Scores
 from hamdist.study.report.aggregate import AggregateRow
 from hamdist.study.report.paired_test import PairedTest
-from hamdist.study.report.plots import joined
 from hamdist.study.run.run import Run
 from hamdist.study.shared.result_folder import EVENTS
 

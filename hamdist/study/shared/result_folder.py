@@ -14,6 +14,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -56,6 +57,11 @@ FILES = (  # what --overwrite may remove: whatever these commands write
     *("accuracy-rows.png", "accuracy-seconds.png", "energies.png", "weights.png"),
     *("tracking.png", "digests*.json", f"{RUNS}/*.json", *_STUDIES),
 )
+
+
+def results_of(name: str) -> Path:
+    """Return the default folder of a comparison or a study; no name leads out of `results`."""
+    return Path("results") / (re.sub(r"[^\w-]+", "-", name).strip("-") or "run")
 
 
 def prepare_folder(folder: Path) -> None:
