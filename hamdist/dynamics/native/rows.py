@@ -13,7 +13,6 @@ import sys
 from array import array
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, float32, float64, int64
@@ -43,10 +42,12 @@ def _gemm(dtype: torch.dtype) -> int:
     if sys.byteorder != "little":
         return 0
     name = {float32: "sgemm_", float64: "dgemm_"}[dtype]
-    for library in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
-        function = getattr(ctypes.CDLL(str(library)), name, None)
-        if function is not None:
-            return ctypes.cast(function, ctypes.c_void_p).value or 0
+    for library in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            function = getattr(ctypes.CDLL(f"{torch.__path__[0]}/lib/{library}"), name)
+        except (OSError, AttributeError):  # on another system, or hidden
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
     return 0
 
 
