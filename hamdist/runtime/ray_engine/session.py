@@ -77,6 +77,18 @@ class Session:
             for i, actor_options in enumerate(options_of_actors)
         ]
 
+    def keep_spares(self, options_of_actors: Sequence[ActorOptions], number: int) -> None:
+        """Start idle actors, unless so many wait already that one of these options fits.
+
+        They import torch while the run goes on; nobody waits for them.
+        """
+        from hamdist.runtime.ray_engine.worker_actor import start_actor
+
+        there = sum(own in options_of_actors for own, _ in self.idle)
+        for i in range(there, number):
+            actor_options = options_of_actors[i % len(options_of_actors)]
+            self.idle.append((actor_options, start_actor(actor_options)))
+
     def make_room(self) -> None:
         """End the idle actors, to free their processors."""
         _end([actor for _, actor in self.idle])
@@ -108,7 +120,7 @@ class _Standing:
 
         return (
             engine.address is None
-            and self.cpus >= engine.processes()
+            and self.cpus >= engine.processes() + engine.spares
             and ray.is_initialized()
             and all(map(_runs, self.processes))
         )
@@ -294,7 +306,7 @@ def _ray(engine: EngineSettings) -> Iterator[tuple[set[psutil.Process], int]]:
         with _joined(engine, engine.address):
             yield set(), 0
     else:
-        cpus = max(cores(), engine.processes())
+        cpus = max(cores(), engine.processes() + engine.spares)
         with local_ray(cpus) as processes:
             yield processes, cpus
 
