@@ -43,6 +43,7 @@ class Session:
     def __init__(self) -> None:
         self.idle: list[tuple[ActorOptions, Any]] = []
         self.needed: dict[psutil.Process, str] = {}
+        self._spares: list[Any] = []  # among the idle ones, those that may be starting still
 
     @property
     def lost(self) -> str:
@@ -66,7 +67,7 @@ class Session:
         for i, actor_options in enumerate(options_of_actors):
             while i not in found and (k := self._fitting(actor_options)) is not None:
                 _, actor = self.idle.pop(k)
-                if is_alive(actor):
+                if is_alive(actor, starting=any(actor is spare for spare in self._spares)):
                     found[i] = actor
                 else:  # its processor is wanted at once
                     _end([actor])
@@ -87,12 +88,13 @@ class Session:
         there = sum(own in options_of_actors for own, _ in self.idle)
         for i in range(there, number):
             actor_options = options_of_actors[i % len(options_of_actors)]
-            self.idle.append((actor_options, start_actor(actor_options)))
+            self._spares.append(start_actor(actor_options))
+            self.idle.append((actor_options, self._spares[-1]))
 
     def make_room(self) -> None:
         """End the idle actors, to free their processors."""
         _end([actor for _, actor in self.idle])
-        self.idle = []
+        self.idle, self._spares = [], []
 
     def _fitting(self, actor_options: ActorOptions) -> int | None:
         return next((k for k, (own, _) in enumerate(self.idle) if own == actor_options), None)
