@@ -27,7 +27,8 @@ from hamdist.cli.options import (
 )
 from hamdist.cli.prepare import own_stream, prepare
 from hamdist.errors import HamdistError, SettingsError
-from hamdist.study.shared.result_folder import EVENTS, results_of, write_file
+from hamdist.runtime.results.run_events import EVENTS
+from hamdist.study.shared.result_folder import results_of, write_file
 
 if TYPE_CHECKING:
     from hamdist.launch.jobs_api import Jobs
