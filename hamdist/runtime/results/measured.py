@@ -50,6 +50,7 @@ class ProcessSample:
         norms: by block; steps: seconds in its steps, by block.
         edges: by edge. `queued` counts what was sent here minus what was taken here: the sum over
             all processes is the number under way.
+        stream: counts of the stream, where it is drawn here.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class ProcessSample:
     norms: Mapping[str, Norms] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
     edges: Mapping[str, EdgeCounts] = field(default_factory=dict)
+    stream: Mapping[str, int] = field(default_factory=dict)
 
 
 def summed(samples: Sequence[ProcessSample]) -> dict[str, EdgeCounts]:

@@ -97,6 +97,7 @@ class ProgressEvents:
 
     def _measured(self, progress: Progress) -> Iterator[RunEvent]:
         head, blocks = self.head, progress.blocks
+        samples = dict(progress.actors)
         yield RunProgressed(
             samples=progress.samples,
             steps=progress.steps,
@@ -104,9 +105,9 @@ class ProgressEvents:
             tick=max((block.tick for block in blocks), default=0),
             resumed=progress.resumed,
             note=progress.note,
+            stream={name: n for s in samples.values() for name, n in s.stream.items()},
             **head,
         )
-        samples = dict(progress.actors)
         if not samples:
             return
         yield BlocksMeasured(
