@@ -30,8 +30,9 @@ class Answered(NamedTuple):
 
 
 class HandedOver(NamedTuple):
-    """The state of a block (`BlockState`) at the emission of a cut."""
+    """The state of a block (`BlockState`) at the emission of a cut, by its number."""
 
+    cut: int
     block: str
     state: Any
 
@@ -80,7 +81,7 @@ class LiveBlock(Remembers):
         if told.rate != self._rates[-1][1]:
             self._rates.append((told.shown, told.rate))
         if told.cut:
-            self.send(HandedOver(self._name, state()))
+            self.send(HandedOver(told.cut, self._name, state()))
         return told
 
     def of(self, pulse: int) -> Emission | None:
@@ -139,4 +140,4 @@ class LiveBlock(Remembers):
 def emission_of(numbers: Sequence[float]) -> Emission:
     """Return an emission from its fields as numbers."""
     kind, shown, number, rate, cut = numbers
-    return Emission(Emits(int(kind)), int(shown), int(number), rate, bool(cut))
+    return Emission(Emits(int(kind)), int(shown), int(number), rate, int(cut))

@@ -279,6 +279,11 @@ def make_plan(
             "accumulated or double-buffered steps in a live run: they count samples in groups, and "
             "idle ticks would break these up; leave locality.accumulate and double_buffered out"
         )
+    if spec.live and knobs.sequence and settings.snapshots.every is not None:
+        raise LevelError(
+            "snapshots.every in a live run of sequences: it counts ticks, and a snapshot within a "
+            "sequence would wait for tokens to come; give snapshots.seconds"
+        )
     if spec.live and dynamics.tau is None:
         raise LevelError(
             "dynamics.tau 'stamps' in a live run: how long a sample lasts shows only when the next "
