@@ -39,6 +39,10 @@ class EntryLog(Protocol):
 class EntryCourse:
     """Turns entries into emissions: the same in a live run and in its repetition.
 
+    Args:
+        spec: of the samples.
+        nothing: an input to show before the first sample.
+
     Attributes:
         unlabelled: the latest samples that may still get a label, by number.
         open: a sequence is under way.
@@ -47,7 +51,7 @@ class EntryCourse:
     def __init__(self, spec: SampleSpec, nothing: Sample) -> None:
         self.unlabelled: dict[int, Sample] = {}
         self.fed, self.rate, self.open = 0, 1.0, False
-        self._patience, self._latest, self._shown = spec.live, nothing, 0
+        self._patience, self._latest, self._shown = spec.patience, nothing, 0
 
     def find(self, number: int) -> Sample:
         """Return a sample that waits for its label. Raises StreamError if it does not."""
@@ -79,5 +83,5 @@ class EntryCourse:
             if len(self.unlabelled) > self._patience:
                 del self.unlabelled[next(iter(self.unlabelled))]
         self._shown += 1
-        told = Emission(kind, self._shown - 1, entry.number, self.rate, cut)
+        told = Emission(kind, self._shown - 1, entry.number, self.rate, cut, sample.y is None)
         return replace(sample, emission=told)

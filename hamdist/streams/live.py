@@ -29,7 +29,7 @@ class LiveStream:
     """The stream of a live run: `say` and the like for callers, `samples` for the engine.
 
     Args:
-        spec: of the samples; its `live` is how many unlabelled samples wait for a label.
+        spec: of the samples; its `patience` is how many unlabelled samples wait for a label.
         nothing: an input to show before the first sample.
         idle: seconds of silence after which idle ticks begin; None: only where somebody waits.
         lockstep: see above.

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, overload
 
-from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hamdist.config import Loss, Settings, describe, lay_over
+from hamdist.config import Loss, Settings, settled
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import arguments_of
 from hamdist.dynamics.modules.prenorm import stabilised
@@ -46,22 +45,23 @@ def prepared(
     if isinstance(loss, str):
         fields["loss"], loss = loss, None
     policy = fields.pop("partition") if callable(fields.get("partition")) else None
-    settled = _settled(settings, fields)
-    ignored = settled.ignore_index
+    merged = settled(settings, fields)
+    own = merged.for_level(merged.level)
+    ignored = own.ignore_index
     losses = (
         {name: _loss(one, ignored) for name, one in loss.items()}
         if isinstance(loss, Mapping)
         else _loss(loss, ignored)
     )
     if isinstance(model, Graph):
-        _check_graph(settled, fields, loss, policy)
-    key_names = settled.stream.names if names is None else names
-    own_loss = settled.model_loss if loss is None else _model_loss(losses)
+        _check_graph(own, fields, loss, policy)
+    key_names = own.stream.names if names is None else names
+    own_loss = own.model_loss if loss is None else _model_loss(losses)
     stream = _as_stream(stream, classes, key_names, arguments_of(model), own_loss)
-    if settled.model.stabilise:
+    if own.model.stabilise:
         model = _stabilised(model, stream.spec)
     options = {"loss": losses, "policy": policy, **functions}
-    return partial(train_settings, model, settings=settled, **options), stream
+    return partial(train_settings, model, settings=own, **options), stream
 
 
 def _model_loss(losses: object) -> str | None:
@@ -152,15 +152,6 @@ def _check_graph(
                 f"{name} has no effect on a Graph, which brings its own blocks and losses: say it "
                 "in its BlockSpecs, and leave it out here"
             )
-
-
-def _settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
-    base = {} if settings is None else settings.model_dump(mode="json", exclude_unset=True)
-    try:
-        merged = Settings.model_validate(lay_over(base, fields))
-    except ValidationError as error:
-        raise SettingsError(describe(error)) from None
-    return merged.for_level(merged.level)
 
 
 def _as_stream(
