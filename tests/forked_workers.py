@@ -20,11 +20,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 FORKS_AT = "HAMDIST_TEST_FORKS_AT"  # the socket's path
 MOST = 2**20
 STARTED = b"forked"
+PRELOADED = (
+    *("hamdist.runtime.engines.worker", "hamdist.runtime.placement.links"),
+    *("hamdist.runtime.train.train", "hamdist.study.report.digests_diff"),
+    *("jsonschema", "google.protobuf.descriptor_pb2", "pytest"),
+)
 
 
 @contextmanager
@@ -75,10 +81,9 @@ def ask() -> None:
 
 
 def fork_when_asked(listening: socket.socket) -> None:
-    import jsonschema  # type: ignore[import-untyped]  # noqa: F401  (of Ray)
-
+    for name in PRELOADED:
+        import_module(name)
     assert "ray" not in sys.modules  # (it keeps what its variables are when it is imported)
-
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
