@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from hamdist.runtime.live.callbacks import Evaluation as Evaluation
     from hamdist.runtime.ray_engine.session import session as session
     from hamdist.runtime.results.result import RunResult as RunResult
+    from hamdist.study.interface.compare import compare as compare
+    from hamdist.study.interface.study import study as study
+    from hamdist.study.interface.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -63,6 +66,9 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     "hamdist.runtime.live.callbacks": "BestWeights Callback EarlyStopping Evaluation",
     "hamdist.runtime.ray_engine.session": "session",
     "hamdist.runtime.results.result": "RunResult",
+    "hamdist.study.interface.compare": "compare",
+    "hamdist.study.interface.study": "study",
+    "hamdist.study.interface.verify": "verify",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted([*_HOME, "streams"])
@@ -73,7 +79,8 @@ def __getattr__(name: str) -> Any:
         return import_module("hamdist.streams")
     if name not in _HOME:
         raise AttributeError(f"module 'hamdist' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    home = import_module(_HOME[name])
+    return globals().get(name) or getattr(home, name)  # (`study`: the package, which can be called)
 
 
 def __dir__() -> list[str]:

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
-from hamdist.config import Loss, Settings, describe, lay_over
+from hamdist.config import Settings, lay_over
+from hamdist.display.progress import shown
 from hamdist.dynamics.graph.graph import Graph
-from hamdist.dynamics.graph.inputs import arguments_of
-from hamdist.dynamics.modules.prenorm import stabilised
-from hamdist.dynamics.objective.losses import LossFunction, make_loss, model_loss
+from hamdist.dynamics.objective.losses import LossFunction
 from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
-from hamdist.errors import ChoiceWarning, SettingsError
-from hamdist.runtime.live.begin import live_run, read_beginning, with_first_weights
+from hamdist.errors import HamdistError, SettingsError
+from hamdist.models.build import make_from_settings
+from hamdist.runtime.live.begin import layers_of, live_run, read_beginning, with_first_weights
 from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.run import LiveRun
-from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.results.run_events import RunEvents
+from hamdist.runtime.train.arguments import check_arguments, functions_of, prepared
 from hamdist.runtime.train.rules import NamedRule
-from hamdist.runtime.train.train import train as train_settings
-from hamdist.streams import Stream, from_iterable, from_loader
+from hamdist.streams import Stream, from_iterable, make_stream
 from hamdist.streams.batch_names import Names
-from hamdist.streams.sample import SampleSpec
-from hamdist.trackers import tracked
+from hamdist.trackers import listeners_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -114,26 +111,26 @@ def train(
             the result up to that point.
     """
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
-    _check_arguments(model, settings, functions, on_progress)
+    check_arguments(model, settings, functions, on_progress)
     own, given = {**functions, "rules": rules}, dict[str, Any](fields)
-    chosen = [one for one in trackers if isinstance(one, str)]
-    given |= {"trackers": chosen} if chosen else {}
-    work, read = _prepared(model, stream, settings, loss, classes, names, own, given)
+    given |= _named(trackers)
+    work, read = prepared(model, stream, settings, loss, classes, names, own, given)
     if not callbacks:
-        listeners = [one for one in trackers if not isinstance(one, str)]
-        with tracked(work.keywords["settings"], listeners, on_progress) as note:
-            return work(stream=read, on_progress=note, resume=resume)
-    if on_progress is not None or resume is not None or trackers:
-        raise SettingsError(
-            "callbacks: leave on_progress, trackers and resume out (start has resume)"
-        )
-    _check_no_trackers(work)
-    return _called_back(work, model, read, callbacks)
+        own_settings, batch = work.keywords["settings"], read.spec.batch
+        with (
+            shown(own_settings, batch, on_progress) as show,
+            RunEvents(own_settings, listeners_of(own_settings, trackers), batch) as events,
+        ):
+            return events.finish(work(stream=read, on_progress=events.over(show), resume=resume))
+    if on_progress is not None or resume is not None:
+        raise SettingsError("callbacks: leave on_progress and resume out (start has resume)")
+    return _called_back(work, model, read, callbacks, trackers)
 
 
-def _check_no_trackers(work: partial[RunResult]) -> None:
-    if work.keywords["settings"].trackers:
-        raise SettingsError("trackers: a live run has callbacks instead; leave trackers out")
+def _named(trackers: Sequence[str | EventListener]) -> dict[str, Any]:
+    """Return the names among trackers as the field of settings; nothing if there are none."""
+    names = [one for one in trackers if isinstance(one, str)]
+    return {"trackers": names} if names else {}
 
 
 def start(
@@ -149,6 +146,7 @@ def start(
     names: Names | None = None,
     resume: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
+    trackers: Sequence[str | EventListener] = (),
     **fields: Any,
 ) -> LiveRun:
     """Start a run that learns from what is said to it; `stop` gives the result of `train`.
@@ -167,21 +165,24 @@ def start(
         resume: `out` of an earlier run, whose journal goes on: from its latest snapshot, or from
             the beginning; or one of its snapshots.
         callbacks: called as things happen (`hamdist.Callback`).
+        trackers: as of `train`; their files lie in `out`, if there is one.
         model, settings, loss, classes, names, **fields: as of `train`, all of whose other arguments
             but `stream` and `on_progress` are taken, too.
 
     Raises:
         HamdistError: as of `train`, before the run starts.
     """
-    functions = _functions(model, settings, fields)
+    functions = functions_of(model, settings, fields)
     if patience < 1 or (idle is not None and idle < 0):
         raise SettingsError(f"patience is {patience}, idle {idle}; at least 1, and 0 or None")
     if out is not None and (settings is None or settings.snapshots.path is None):
         fields = lay_over({"snapshots": {"path": f"{out}/snapshots"}}, fields)
     if out is not None and resume is not None and Path(resume) == Path(out):
         model = with_first_weights(model, read_beginning(out)[2])
-    work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
-    _check_no_trackers(work)
+    fields |= _named(trackers)
+    work, reader = prepared(model, [example], settings, loss, classes, names, functions, fields)
+    own_settings = work.keywords["settings"]
+    listeners = listeners_of(own_settings, trackers, None if out is None else Path(out))
     begin: dict[str, Any] = {
         "classes": classes,
         "idle": idle,
@@ -189,19 +190,25 @@ def start(
         "out": out,
         "resume": resume,
     }
-    return live_run(work, model, reader, callbacks=callbacks, **begin)
+    return live_run(work, model, reader, callbacks=callbacks, listeners=listeners, **begin)
 
 
 def _called_back(
-    work: partial[RunResult], model: Any, stream: Stream, callbacks: Sequence[Callback]
+    work: partial[RunResult],
+    model: Any,
+    stream: Stream,
+    callbacks: Sequence[Callback],
+    trackers: Sequence[str | EventListener],
 ) -> RunResult:
     """Return the result of a live run that is fed all of the stream."""
     samples = iter(stream.samples())
     first, spec = next(samples), stream.spec
     classes = {n: one.classes for n, one in (spec.targets or {}).items() if one.classes is not None}
     reader = from_iterable([first], classes=classes or spec.classes)
-    with live_run(work, model, reader, patience=1, callbacks=callbacks) as run:
-        for sample in islice(chain([first], samples), work.keywords["settings"].steps):
+    settings = work.keywords["settings"]
+    own: Any = {"callbacks": callbacks, "listeners": listeners_of(settings, trackers)}
+    with live_run(work, model, reader, patience=1, **own) as run:
+        for sample in islice(chain([first], samples), settings.steps):
             u = sample.u if sample.inputs is None else sample.inputs
             run.feed(u, sample.y, end=sample.end)
     return run.stop()
@@ -217,7 +224,8 @@ def replay(
 
     Args:
         out: the folder that `start` was given.
-        model: of the same layers; its weights are replaced by those that the run began with.
+        model: of the same layers; its weights are replaced by those that the run began with. None
+            for the one that the run's settings name (`hamdist serve recipe`).
         settings, **fields: of `start`, where they are no plain settings (`loss`, `optimizer`), or
             are to differ (`engine`).
 
@@ -225,175 +233,40 @@ def replay(
         HamdistError: the journal is missing or damaged, or the model is missing or another one.
     """
     facts, example, weights = read_beginning(out)
-    if model is None:
-        raise SettingsError(
-            f"replay({str(out)!r}): give the model as well, as in replay(out, model): a journal "
-            "holds the weights of a model, but not its code"
-        )
-    functions = _functions(model, settings, fields)
+    model = _settings_model(out, facts, example) if model is None else model
+    functions = functions_of(model, settings, fields)
     loss, names = fields.pop("loss", None), fields.pop("names", None)
     stored = facts["settings"]
-    engine = {n: one for n, one in stored.pop("engine", {}).items() if n in COMPUTES}
-    fields = lay_over({**stored, "engine": engine}, {"snapshots": {"path": None}, **fields})
+    computes = {n: one for n, one in stored.pop("engine", {}).items() if n in COMPUTES}
+    began = lay_over({**stored, "engine": computes}, {"snapshots": {"path": None}})
+    if settings is not None:
+        began = lay_over(began, settings.model_dump(mode="json", exclude_unset=True))
     model, classes = with_first_weights(model, weights), facts["classes"]
-    work, reader = _prepared(model, [example], settings, loss, classes, names, functions, fields)
+    base = Settings.model_validate(began)
+    work, reader = prepared(model, [example], base, loss, classes, names, functions, fields)
     patience = facts["patience"]
     return live_run(work, model, reader, patience=patience, out=out, repeats=True).stop()
 
 
-def _functions(model: object, settings: object, fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove from `fields` what are no settings, and return it. Raises SettingsError."""
-    functions = {name: fields.pop(name, None) for name in _FUNCTIONS}
-    _check_arguments(model, settings, functions, None)
-    return {**functions, "rules": fields.pop("rules", None)}
+def _settings_model(out: str | Path, facts: Mapping[str, Any], example: Any) -> nn.Module | Graph:
+    """Return the model that the settings of a live run name, if it was that. Raises SettingsError.
 
-
-def _prepared(
-    model: nn.Module | Graph,
-    stream: Stream | Iterable[Any],
-    settings: Settings | None,
-    loss: LossFunction | str | Mapping[str, LossFunction | str] | None,
-    classes: int | Mapping[str, int] | None,
-    names: Names | None,
-    functions: Mapping[str, Any],
-    fields: dict[str, Any],
-) -> tuple[partial[RunResult], Any]:
-    """Return the call that runs, and the stream: what `train` and `start` have in common."""
-    if isinstance(loss, str):
-        fields["loss"], loss = loss, None
-    policy = fields.pop("partition") if callable(fields.get("partition")) else None
-    settled = _settled(settings, fields)
-    ignored = settled.ignore_index
-    losses = (
-        {name: _loss(one, ignored) for name, one in loss.items()}
-        if isinstance(loss, Mapping)
-        else _loss(loss, ignored)
-    )
-    if isinstance(model, Graph):
-        _check_graph(settled, fields, loss, policy)
-    key_names = settled.stream.names if names is None else names
-    own_loss = settled.model_loss if loss is None else _model_loss(losses)
-    stream = _as_stream(stream, classes, key_names, arguments_of(model), own_loss)
-    if settled.model.stabilise:
-        model = _stabilised(model, stream.spec)
-    options = {"loss": losses, "policy": policy, **functions}
-    return partial(train_settings, model, settings=settled, **options), stream
-
-
-def _model_loss(losses: object) -> str | None:
-    """Return the output whose loss the model computes itself, if `losses` (by output) has one."""
-    by_output = losses if isinstance(losses, Mapping) else {}
-    return next((name for name, one in by_output.items() if one is model_loss), None)
-
-
-def _stabilised(model: nn.Module | Graph, spec: SampleSpec) -> nn.Module:
-    if isinstance(model, Graph):
-        raise SettingsError(
-            "model.stabilise has no effect on a Graph, which brings its own blocks: make them of "
-            "hamdist.PreNorm, and leave it out here"
-        )
-    wrapped, notes = stabilised(
-        model, example_input(spec) if spec.inputs is None else example_inputs(spec)
-    )
-    for text in notes:
-        warnings.warn(ChoiceWarning(text), stacklevel=3)
-    return wrapped
-
-
-_FUNCTIONS = {
-    "phi": "function of the tick, or a number as dynamics={'phi': ...}",
-    "optimizer": (
-        "function of the parameters, lambda params: torch.optim.AdamW(params, lr=1e-3), or a name "
-        "as learning={'optimizer': 'adamw'}"
-    ),
-    "scheduler": "function of an optimiser, or use learning.decay and learning.warmup",
-}
-
-
-def _check_arguments(
-    model: object, settings: object, functions: Mapping[str, object], on_progress: object
-) -> None:
-    """Raise SettingsError for an argument of the wrong type."""
-    if not isinstance(model, (nn.Module, Graph)):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise SettingsError(f"model is {kind}; give an nn.Module, made, or a hamdist.Graph")
-    if settings is not None and not isinstance(settings, Settings):
-        raise SettingsError(
-            f"settings is a {type(settings).__name__}; give hamdist.Settings(...), or its fields "
-            "by name: train(model, stream, level='trace', steps=2000)"
-        )
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise SettingsError(f"{name} is {function!r}; give a {_FUNCTIONS[name]}")
-    if on_progress is not None and not callable(on_progress):
-        raise SettingsError(f"on_progress is {on_progress!r}; give a function of a Progress")
-
-
-@overload
-def _loss(loss: None, ignore_index: int) -> None: ...
-
-
-@overload
-def _loss(loss: LossFunction | str, ignore_index: int) -> LossFunction: ...
-
-
-def _loss(loss: LossFunction | str | None, ignore_index: int) -> LossFunction | None:
-    """Return the loss function; raise SettingsError for an unknown name or type."""
-    if loss is None or callable(loss):
-        return loss
-    known = [name.value for name in Loss]
-    if not isinstance(loss, str):
-        raise SettingsError(
-            f"loss is {loss!r}; give a function (prediction, target) -> scalar, or one of "
-            f"{', '.join(known)}"
-        )
-    if loss not in known:
-        raise SettingsError(f"loss {loss!r} is unknown; known: {', '.join(known)}")
-    return make_loss(Loss(loss), ignore_index)
-
-
-def _check_graph(
-    settings: Settings, fields: Mapping[str, Any], loss: object, policy: object
-) -> None:
-    """Raise SettingsError for settings that have no effect on a graph, which brings its blocks."""
-    given = {
-        "loss": loss is not None or "loss" in fields,
-        "partition": policy is not None or bool(settings.partition.model_fields_set),
-        "locality.readout": settings.locality.readout is not None,
-        "locality.grouping": settings.locality.grouping is not None,
-    }
-    for name, is_given in given.items():
-        if is_given:
-            raise SettingsError(
-                f"{name} has no effect on a Graph, which brings its own blocks and losses: say it "
-                "in its BlockSpecs, and leave it out here"
-            )
-
-
-def _settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
-    base = {} if settings is None else settings.model_dump(mode="json", exclude_unset=True)
+    Its layers say whether it was; weights of the same shapes may be those of another one.
+    """
+    settings = Settings.model_validate(facts["settings"])
+    dtype = getattr(torch, settings.dtype.value)
+    model: nn.Module | Graph | None = None
     try:
-        merged = Settings.model_validate(lay_over(base, fields))
-    except ValidationError as error:
-        raise SettingsError(describe(error)) from None
-    return merged.for_level(merged.level)
-
-
-def _as_stream(
-    stream: Stream | Iterable[Any],
-    classes: int | Mapping[str, int] | None,
-    names: Names | None,
-    arguments: Sequence[str] | None,
-    model_loss: str | None,
-) -> Stream:
-    if isinstance(stream, Stream):
-        if names is not None:
-            raise SettingsError(
-                f"names has no effect on a {type(stream).__name__}, whose samples are made: say it "
-                "to hamdist.streams.from_loader or from_iterable"
-            )
-        return stream
-    reading: dict[str, Any] = {"names": names, "arguments": arguments, "model_loss": model_loss}
-    if isinstance(stream, (DataLoader, IterableDataset)):
-        return from_loader(stream, classes=classes, **reading)
-    return from_iterable(stream, classes=classes, **reading)
+        stream: Stream = from_iterable([example], classes=facts["classes"])
+        if "stream" in settings.model_fields_set:
+            stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
+        model = make_from_settings(settings, stream.spec, None, dtype)
+    except HamdistError:
+        pass  # there is none
+    if model is None or layers_of(model) != facts["layers"]:
+        raise SettingsError(
+            f"replay({str(out)!r}): the run's model is not one that its settings name, and a "
+            "journal holds weights, but no code: give it as well, as in replay(out, model), or "
+            "`hamdist replay DIR --model file.py:function`"
+        )
+    return model

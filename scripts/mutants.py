@@ -205,8 +205,8 @@ MUTANTS = (
     ),
     Mutant(
         "late labels: scored with the prediction of the latest sample",
-        "earlier = self._asked.pop(0) if sample >= self._late else None",
-        "earlier = self._asked.pop() if sample >= self._late else None",
+        "return self._asked.pop(told.number, None)",
+        "return self._asked.pop(max(self._asked), None)",
         "tests/test_late_labels.py -m 'not ray'",
     ),
 )

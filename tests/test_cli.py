@@ -17,15 +17,15 @@ from typer.testing import CliRunner, Result
 
 import hamdist
 from hamdist.cli import app
-from hamdist.cli.prepare import results_of
 from hamdist.config import Settings
+from hamdist.display import run_view as live
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import BlockError, ClusterError, GraphError, StreamError
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.streams.sample import Stream
-from hamdist.streams.sources import datasets
-from hamdist.study.report import live
+from hamdist.streams.sources.images import ImageFiles
 from hamdist.study.run import run as runs
+from hamdist.study.shared.result_folder import results_of
 
 TINY = """
 name: tiny
@@ -120,7 +120,7 @@ def test_recipes() -> None:
 def test_recipes_say_which_files_they_need(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path,))
+    monkeypatch.setattr(ImageFiles, "folders", property(lambda _: (tmp_path,)))
     monkeypatch.setenv("COLUMNS", "250")
     if there:
         write_fashion(tmp_path)
@@ -133,9 +133,9 @@ def test_recipes_say_which_files_they_need(
 def test_a_recipe_whose_files_are_missing_says_so_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path / "none",))
+    monkeypatch.setattr(ImageFiles, "folders", property(lambda _: (tmp_path / "none",)))
     monkeypatch.setattr("hamdist.study.run.run.train", None)  # whatever would be called fails
-    monkeypatch.setattr("hamdist.study.run.run.make_model", None)
+    monkeypatch.setattr("hamdist.models.build.make_model", None)
     for what in ("run", "compare"):
         result = command(what, "resnet", "--out", str(tmp_path / what))
         assert result.exit_code == 1
@@ -380,7 +380,7 @@ def test_settings_cannot_name_code(tmp_path: Path) -> None:
 def test_plain_lines_now_and_then(
     train: FakeTrain, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hamdist.cli.display.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("hamdist.display.progress.PLAIN_SECONDS", 0.0)
     result = command("run", tiny)
     assert "tiny, trace: sample 3/6, tick 3, 12 rows/s, 0:01 left" in flat(result.stderr)
     assert len(train.asked) == 1

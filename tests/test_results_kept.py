@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from hamdist.cli import app
 from hamdist.cli.process import replaced
 from hamdist.config import Level, Settings, read_settings
+from hamdist.display.run_view import RunView
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.launch import driver
 from hamdist.launch.events import Ended, ResultValues
@@ -38,7 +39,6 @@ from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.study.report.files import run_summary
 from hamdist.study.report.html import EXPLANATION
-from hamdist.study.report.live import RunView
 from hamdist.study.run.run import Run
 from hamdist.study.run.tracking import Tracking
 

@@ -16,6 +16,7 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import hamdist
@@ -136,18 +137,29 @@ def test_clients_that_are_faster_than_the_network_come_again(served, monkeypatch
 
 
 @pytest.mark.slow
-def test_the_command_serves_and_ends_in_order(tmp_path):
-    command = [sys.executable, "-m", "hamdist", "serve", "--port", "0", "--out", str(tmp_path)]
-    command = [*command, "--json"]
+def test_the_command_serves_ends_in_order_and_is_repeated(tmp_path):
+    hamdist_ = [sys.executable, "-m", "hamdist"]
+    command = [*hamdist_, "serve", "digits", "--engine", "inprocess", "--level", "trace", "--json"]
     environment = {**os.environ, "HAMDIST_TOKEN": "secret", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+        [*command, "--port", "0", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
     ) as process:
-        printed = ""
-        while not printed.endswith("}\n"):
-            printed += process.stdout.readline()
-        address = json.loads(printed)["address"]
-        assert Client(address).json("/status")["fed"] == 0
-        process.send_signal(signal.SIGINT)
+        line = process.stderr.readline()
+        assert line.endswith("Bearer secret\n"), line + process.stderr.read()
+        client, x = Client(line.split()[0]), [[0.5] * 64] * 32
+        for k in range(5):
+            number = client.json("/predict", {"u": x})["number"]
+            client.json("/learn", {"number": number, "y": [k] * 32})
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, process.stderr.read()
-    assert (tmp_path / "model.safetensors").exists()
+        assert json.loads(process.stdout.read())["address"] == line.split()[0]
+    repeated = [*hamdist_, "replay", str(tmp_path), "--json"]
+    done = subprocess.run(repeated, capture_output=True, env=environment, text=True, timeout=60)
+    assert json.loads(done.stdout)["samples"] == 5, done.stderr
+    learned, again = (load_file(tmp_path / f"{n}.safetensors") for n in ("model", "replay"))
+    assert learned.keys() == again.keys()
+    assert all(torch.equal(w, again[name]) for name, w in learned.items())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,29 +28,19 @@ from hamdist.cli.options import (
     given,
     load,
 )
-from hamdist.cli.prepare import (
-    code_of,
-    command_line,
-    own_stream,
-    prepare,
-    results_of,
-)
+from hamdist.cli.prepare import code_of, command_line, own_stream, prepare
 from hamdist.config import Level, Settings, did_you_mean
-from hamdist.errors import HamdistError, SettingsError
-from hamdist.runtime.results.events import RunBegun
+from hamdist.errors import SettingsError
+from hamdist.study.shared.result_folder import results_of
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
 
-    from hamdist.runtime.process.interrupts import OnProgress
-    from hamdist.study.report.table import Table as StudyTable
-    from hamdist.study.run.compare import PlannedRun
-    from hamdist.study.run.run import Run
-    from hamdist.study.shared.result_folder import ResultFolder
+    from hamdist.display.table import Table as StudyTable
+    from hamdist.study.interface.compare import Comparison
 
 # A narrower terminal gets the comparison as two tables: how well (so many columns), at what cost.
-WIDE = 110
-QUALITY = 6
+FIRST_COST = "wall, s"  # title of the first column of costs
 
 
 def compare(
@@ -137,127 +125,81 @@ def _compare(
     data = own_stream(stream_name, settings)
     plain = prepare(None, baseline, "--baseline-model")
 
-    from hamdist.study.report.files import final_events
-    from hamdist.study.report.save import save_comparison
-    from hamdist.study.report.table import finished_line
-    from hamdist.study.run.compare import compare as runs_of
-    from hamdist.study.run.compare import plan, run_key
-    from hamdist.study.run.run import Run
-    from hamdist.study.shared.result_folder import RUNS, ResultFolder
-    from hamdist.study.shared.store import Store
-    from hamdist.trackers import open_trackers
+    from hamdist.study.interface.compare import Comparison, make_runs
+    from hamdist.study.run.compare import run_key
 
-    planned = plan(settings)
     files = [name for name in settings.compare.rules if ":" in name]
     code = code_of(model_name, stream_name, baseline, *files)
-    finished: list[Run] = []
-    key = run_key(settings, code)
-    with (
-        Display() as display,
-        ResultFolder(out, overwrite=overwrite, key=key, say=display.say) as own,
-    ):
-        for tracker in open_trackers(settings, own.path):
-            own.listen(tracker)
-        store = Store(own.path / RUNS, Run.from_json)
-        batch = settings.stream.batch if data is None else None
-        watch = _titles(display, own, planned, settings, batch)
-        save = partial(save_comparison, own.path, finished, settings, command=command_line())
-        try:
-            for result in runs_of(
-                settings,
-                planned,
+    comparison = Comparison(settings=settings)
+    try:
+        with Display(settings) as display:
+            make_runs(
+                comparison,
+                display,
                 factory=factory,
                 data=data,
                 plain=plain,
-                on_progress=watch,
-                store=store,
+                key=run_key(settings, code),
                 made_of=code,
-            ):
-                finished.append(result)
-                display.say(finished_line(result))
-                for event in final_events(result):
-                    own.emit(event)
-                save(interrupted=True)
-        except (HamdistError, KeyboardInterrupt):
-            display.close()
-            _conclude(finished, settings, own.path, partial(save, interrupted=True))
-            raise
-        display.close()
-        interrupted = finished[-1].interrupted
-        _conclude(finished, settings, own.path, partial(save, interrupted=interrupted), interrupted)
-    if interrupted:
+                out=out,
+                overwrite=overwrite,
+                command=command_line(),
+                say=display.say,
+            )
+    finally:
+        if comparison.folder is not None:
+            _conclude(comparison, comparison.folder)
+    if comparison.interrupted:
         raise KeyboardInterrupt
 
 
-def _titles(
-    display: Display,
-    folder: ResultFolder,
-    planned: list[PlannedRun],
-    settings: Settings,
-    batch: int | None,
-) -> Callable[[PlannedRun], OnProgress]:
-    """Return a function that makes the progress display of a planned run."""
-    numbers = {item: number for number, item in enumerate(planned, start=1)}
-
-    def watch(item: PlannedRun) -> OnProgress:
-        title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
-        begun = RunBegun.of(settings.model_copy(update={"seed": item.seed}), title, batch)
-        engine = begun.engine if item.level is not None else "pytorch"
-        begun = replace(begun, level=item.name, engine=engine)
-        return folder.watch(begun, display.watch(title, batch))
-
-    return watch
-
-
-def _conclude(
-    finished: list[Run],
-    settings: Settings,
-    out: Path,
-    save: Callable[[], None],
-    interrupted: bool = True,
-) -> None:
-    """Write the runs that finished to `out`, and print their table."""
-    from hamdist.study.report.aggregate import aggregate
+def _conclude(comparison: Comparison, out: Path) -> None:
+    """Print the table of the runs that finished, and where the report is."""
     from hamdist.study.report.files import comparison_summary
-    from hamdist.study.report.table import comparison_table
 
-    rows = aggregate(finished)
-    try:
-        if finished:
-            save()
-    finally:
-        if rows:
-            report(**comparison_summary(rows, interrupted=interrupted), out=str(out))
-            _print_comparison(comparison_table(rows), settings.name)
-        if interrupted:
-            complain(
-                f"Ended early: only the runs that finished are kept, in {out}; the same command "
-                "goes on from there."
-                if rows
-                else "No run finished."
-            )
-    if finished:
+    rows, interrupted = comparison.rows, comparison.interrupted
+    if rows:
+        report(**comparison_summary(rows, interrupted=interrupted), out=str(out))
+        _print_comparison(comparison.table, comparison.settings.name)
+    if interrupted:
+        complain(
+            f"Ended early: only the runs that finished are kept, in {out}; the same command goes "
+            "on from there."
+            if rows
+            else "No run finished."
+        )
+    if comparison.runs:
         console().print(Text(f"Report: {out / 'report.html'}"))
 
 
+def _table(cells: StudyTable, title: str, columns: Sequence[int]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        show_lines=any("\n" in row[i] for row in cells.rows for i in columns),
+    )
+    for i in columns:
+        side: JustifyMethod = "left" if i < LABELS else "right"
+        table.add_column(cells.titles[i], justify=side, overflow="fold")
+    for row in cells.rows:
+        table.add_row(*(Text(row[i]) for i in columns))
+    return table
+
+
 def _print_comparison(cells: StudyTable, title: str) -> None:
+    """Print a comparison; qualities and costs in two tables where one is wider than the screen."""
     screen = console()
     columns = range(len(cells.titles))
-    split = [columns] if screen.width >= WIDE else [columns[:QUALITY], [0, *columns[QUALITY:]]]
-    for part in split:
-        table = Table(
-            title=title,
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-            show_lines=any("\n" in row[i] for row in cells.rows for i in part),
-        )
-        for i in part:
-            side: JustifyMethod = "left" if i < LABELS else "right"
-            table.add_column(cells.titles[i], justify=side, overflow="fold")
-        for row in cells.rows:
-            table.add_row(*(Text(row[i]) for i in part))
+    tables = [_table(cells, title, columns)]
+    unlimited = screen.options.update_width(10 * screen.width)
+    if screen.measure(tables[0], options=unlimited).maximum > screen.width:
+        cost = cells.titles.index(FIRST_COST)
+        parts = columns[:cost], [0, *columns[cost:]]
+        tables = [_table(cells, title, part) for part in parts]
+    for table in tables:
         screen.print(table)
     for note in cells.notes:
         screen.print(Text(f"• {note}"), soft_wrap=True)

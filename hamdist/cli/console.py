@@ -22,7 +22,7 @@ from rich.text import Text
 from hamdist.errors import INTERRUPTED, BlockError, HamdistError, exit_code
 
 if TYPE_CHECKING:
-    from hamdist.study.report.table import Table as StudyTable
+    from hamdist.display.table import Table as StudyTable
 
 PLAIN_WIDTH = 132  # where there is no terminal
 LABELS = 2  # columns of a table that name its rows

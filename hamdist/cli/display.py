@@ -3,79 +3,42 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.live import Live
-from rich.text import Text
-
 from hamdist.cli.console import LINES, LOGGER, console, note
+from hamdist.display.progress import RunDisplay
 from hamdist.errors import ChoiceWarning
 
 if TYPE_CHECKING:
-    from hamdist.runtime.process.interrupts import OnProgress
-    from hamdist.runtime.results.result import Progress
-
-PLAIN_SECONDS = 5.0  # between two plain lines
+    from hamdist.config import Settings
 
 
-class Display:
-    """Shows progress on standard error: live on a terminal, a plain line now and then elsewhere."""
+class Display(RunDisplay):
+    """Shows progress on standard error; `settings` may leave the live display out."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings | None = None) -> None:
         self._console = console(stderr=True)
-        self._live: Live | None = None
-        if self._console.is_terminal and LOGGER.isEnabledFor(logging.INFO):
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        live = settings is None or settings.metrics.progress is not False
+        super().__init__(
+            self._console, live=live and LOGGER.isEnabledFor(logging.INFO), plain=self.say
+        )
 
     def __enter__(self) -> Display:
         LINES.console = self._console
-        if self._live is not None:
-            self._live.start()
+        super().__enter__()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the live display: lines printed from now on stay."""
-        if self._live is not None:
-            self._live.stop()
+        super().close()
         LINES.console = None
-
-    def note(self, text: str) -> None:
-        """Show the current activity, before a run can be watched."""
-        if self._live is not None:
-            self._live.update(Text(text, style="bold"), refresh=True)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
         note(text)
-
-    def watch(self, title: str, batch: int | None) -> OnProgress:
-        """Return the function to call with the progress of the run `title`."""
-        from hamdist.study.report.live import RunView
-
-        view = RunView(title, batch)
-        if self._live is not None:
-            self._live.update(view, refresh=True)
-        printed = time.monotonic()
-
-        def show(progress: Progress) -> None:
-            nonlocal printed
-            view.update(progress)
-            if progress.phase is not None:
-                LOGGER.debug("%s", view.line)
-            if self._live is not None:
-                self._live.update(view, refresh=True)
-            elif time.monotonic() - printed >= PLAIN_SECONDS:
-                printed = time.monotonic()
-                self.say(view.line)
-
-        return show
 
 
 @contextmanager

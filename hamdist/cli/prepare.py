@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -55,11 +54,6 @@ def own_stream(name: str | None, settings: Settings) -> DataFactory | None:
     from hamdist.study.run.own_data import load_stream
 
     return load_stream(name, settings.stream.names, settings.model_loss)
-
-
-def results_of(name: str) -> Path:
-    """Return the default folder of a comparison or a study; no name leads out of `results`."""
-    return Path("results") / (re.sub(r"[^\w-]+", "-", name).strip("-") or "run")
 
 
 def command_line() -> str:

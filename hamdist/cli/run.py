@@ -27,11 +27,11 @@ from hamdist.cli.options import (
     changes,
     load,
 )
-from hamdist.cli.prepare import own_stream, prepare, results_of
+from hamdist.cli.prepare import own_stream, prepare
 from hamdist.config import Settings
 from hamdist.errors import FAILED, INTERRUPTED, SettingsError
 from hamdist.runtime.results.events import RunBegun
-from hamdist.study.shared.result_folder import ResultFolder, write_file
+from hamdist.study.shared.result_folder import ResultFolder, results_of, write_file
 
 if TYPE_CHECKING:
     from hamdist.study.run.run import Run
@@ -109,7 +109,7 @@ def _run(
         raise SettingsError("--resume and --weights: a run begins with one of them")
     own = settings.for_level(settings.level)
     title = f"{own.name}, {own.level.value}"
-    with Display() as display, warning_at_once() as said, ExitStack() as stack:
+    with Display(own) as display, warning_at_once() as said, ExitStack() as stack:
         display.note(f"{title}: starting (imports)")
         factory = prepare(None, model_name)
         data = own_stream(stream_name, own)

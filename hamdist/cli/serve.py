@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import socket
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from hamdist.cli.console import console, exit_codes, report
+from hamdist.cli.console import OUTPUT, console, exit_codes, report
 from hamdist.cli.options import (
     DEFAULT_SETTINGS,
     EngineOption,
@@ -73,8 +74,11 @@ def serve(
             listening.listen()
             address = f"http://{HOST}:{listening.getsockname()[1]}"
             report(address=address, token=token, out=str(out))
-            console().print(Text(f"{address}  Authorization: Bearer {token}"), soft_wrap=True)
+            told = Text(f"{address}  Authorization: Bearer {token}")
+            console(stderr=OUTPUT.as_json).print(told, soft_wrap=True)  # now, not at the end
             config = uvicorn.Config(make_app(run, token), log_level="warning")
+            run.settle()  # Ray has set handlers of its own by then
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             with contextlib.suppress(KeyboardInterrupt):  # (which uvicorn raises on at its end)
                 uvicorn.Server(config).run(sockets=[listening])
         if run.result is not None:
@@ -91,12 +95,16 @@ def replay(
     with exit_codes():
         from hamdist.api import replay as repeated
         from hamdist.config import Settings
+        from hamdist.models.build import make_from_factory
         from hamdist.runtime.live.begin import read_beginning
         from hamdist.study.report.save import save_weights
-        from hamdist.study.run.export import begun
+        from hamdist.study.run.run import torch_dtype
 
-        settings = Settings.model_validate(read_beginning(folder)[0]["settings"])
-        network, *_ = begun(settings, prepare(None, model), None)
+        factory, network = prepare(None, model), None
+        if factory is not None:
+            began = Settings.model_validate(read_beginning(folder)[0]["settings"])
+            dtype = torch_dtype(began.dtype)
+            network = make_from_factory(factory, seed=began.seed, dtype=dtype)
         result = repeated(folder, network, **changes(engine=engine))
         file = folder / "replay.safetensors"
         save_weights(file, result.model.state_dict())

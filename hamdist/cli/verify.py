@@ -6,7 +6,7 @@ import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,15 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hamdist.cli.console import OUTPUT, console, exit_codes, report
-from hamdist.cli.options import given
 from hamdist.cli.prepare import STANDARD_OUTPUT, prepare_file
-from hamdist.errors import FAILED, SettingsError
+from hamdist.errors import FAILED
 
 if TYPE_CHECKING:
     from hamdist.study.verify.oracles.check import Check
     from hamdist.study.verify.runner import Topic, VerifyRow
-
-ROWS = 4  # of the input of a model of one's own
 
 
 def verify(
@@ -66,61 +63,23 @@ def verify(
 ) -> None:
     """Prove it: every statement of the papers against an oracle of its own."""
     with exit_codes():
-        of_model = {"input-shape": input_shape, "classes": classes, "batch": batch}
-        if rule is not None and (model or golden or only):
-            raise SettingsError(f"--rule {rule!r} is verified alone: leave the others out")
-        _check_options(model, {**of_model, "blocks": blocks}, {"golden": golden, "only": only})
         if json_ == STANDARD_OUTPUT:
             OUTPUT.as_json, json_ = True, None
         prepare_file(json_)
-        if rule is not None:
-            chosen = [_own_rule(rule)]
-        elif model is None:
-            chosen = _topics(only or [], golden)
-        else:
-            chosen = [_own_model(model, input_shape, classes, batch or ROWS, blocks)]
+        from hamdist.study.interface.verify import chosen_topics
+
+        chosen = chosen_topics(
+            model,
+            only=only or (),
+            golden=golden,
+            rule=rule,
+            input_shape=input_shape,
+            classes=classes,
+            batch=batch,
+            blocks=blocks,
+            option=lambda name: f"--{name.replace('_', '-')}",
+        )
         _verify(chosen, full, json_)
-
-
-def _check_options(model: str | None, of_model: dict[str, Any], of_topics: dict[str, Any]) -> None:
-    """Raise SettingsError for an option without effect."""
-    if model is None and given(of_model):
-        raise SettingsError(f"--{next(iter(given(of_model)))} belongs to --model: give both")
-    if model is not None and given(of_topics):
-        raise SettingsError(
-            f"--{next(iter(given(of_topics)))} chooses among the checks of hamdist, but --model "
-            f"{model!r} is verified alone: give one of them"
-        )
-
-
-def _topics(only: list[str], golden: Path | None) -> list[Topic]:
-    from hamdist.study.verify.runner import topics
-
-    names = [name.strip() for text in only for name in text.split(",") if name.strip()]
-    return topics(names, golden)
-
-
-def _own_rule(name: str) -> Topic:
-    from hamdist.study.verify.runner import Topic
-    from hamdist.study.verify.topics.rule import VerifiedRule
-
-    own = VerifiedRule(name)
-    return Topic("rule", f"the rule {name}", lambda full: own.checks(), answers=True)  # noqa: ARG005
-
-
-def _own_model(
-    name: str, input_shape: str | None, classes: int | None, batch: int, blocks: int | None
-) -> Topic:
-    from hamdist.models.build import load_factory
-    from hamdist.study.verify.runner import own_model_topic
-    from hamdist.study.verify.topics.own_model import VerifiedModel, parse_shape
-
-    if input_shape is None:
-        raise SettingsError(
-            f"--model {name!r}: say what it takes as well, without the batch: --input-shape 3,28,28"
-        )
-    shape = parse_shape(input_shape)
-    return own_model_topic(VerifiedModel(load_factory(name), name, shape, classes, batch, blocks))
 
 
 def _verify(chosen: list[Topic], full: bool, json_: Path | None) -> None:

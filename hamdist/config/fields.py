@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 Values = Mapping[str, Any]
 
 
-class SettingsFields(TypedDict, total=False):
-    """Keywords of `train`: the fields of `Settings` that are no arguments of its own."""
+class RunFields(TypedDict, total=False):
+    """Keywords of `train` and `compare`: fields of `Settings` that are no arguments of theirs."""
 
     name: str
     seed: int
@@ -24,5 +24,10 @@ class SettingsFields(TypedDict, total=False):
     engine: Values
     metrics: Values
     snapshots: Values
+
+
+class SettingsFields(RunFields, total=False):
+    """Keywords of `train`: all fields of `Settings` that are no arguments of its own."""
+
     compare: Values
     levels: Values

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from hamdist.config.merge import LevelOverrides, merge
+from hamdist.config.merge import LevelOverrides, lay_over, merge
 from hamdist.config.messages import describe
 from hamdist.config.sections.dynamics import DynamicsSettings
 from hamdist.config.sections.engine import EngineSettings
@@ -19,6 +20,7 @@ from hamdist.config.sections.partition import PartitionSettings
 from hamdist.config.sections.section import Positive, Section, Seed
 from hamdist.config.sections.snapshots import SnapshotSettings
 from hamdist.config.sections.stream import StreamSettings
+from hamdist.errors import SettingsError
 
 IGNORE_INDEX = -100  # PyTorch's: a target of this class has no loss
 
@@ -120,6 +122,15 @@ class Settings(Section):
     def for_level(self, level: Level) -> Settings:
         """Return these settings at `level`, merged with the overrides of `levels` for it."""
         return _merged(self, level)
+
+
+def settled(settings: Settings | None, fields: Mapping[str, Any]) -> Settings:
+    """Return `settings` (None: the defaults) with `fields` laid over them. Raises SettingsError."""
+    base = {} if settings is None else settings.model_dump(mode="json", exclude_unset=True)
+    try:
+        return Settings.model_validate(lay_over(base, fields))
+    except ValidationError as error:
+        raise SettingsError(describe(error)) from None
 
 
 def _merged(settings: Settings, level: Level) -> Settings:

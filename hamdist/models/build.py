@@ -38,11 +38,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hamdist.config import ModelKind, ModelSettings, PartitionSettings
+from hamdist.config import Loss, ModelKind, ModelSettings, PartitionSettings, Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Combine, Graph
 from hamdist.dynamics.modules.recurrent import Reads, RecurrentCell
 from hamdist.dynamics.modules.reversible import Coupling, MidpointStart
-from hamdist.dynamics.objective.losses import LossFunction
+from hamdist.dynamics.objective.losses import LossFunction, make_loss
 from hamdist.errors import SettingsError
 from hamdist.loading import called, check_call, load_function, title
 from hamdist.models.networks import NETWORKS, NORM_EPS, make_network
@@ -356,3 +356,34 @@ def make_from_factory(
             f"{option}: {title(factory)}() returned {type(model).__name__}, not a torch.nn.Module"
         )
     return model.to(dtype)
+
+
+def make_from_settings(
+    settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
+) -> nn.Module | Graph:
+    """Return the model that the settings name, or that `factory` makes. Raises SettingsError."""
+    if factory is not None:
+        return make_from_factory(factory, seed=settings.seed, dtype=dtype)
+    if settings.model.kind in CELLS:
+        partition = settings.partition
+        if partition.blocks is not None or partition.cuts is not None:
+            raise SettingsError(
+                f"partition: a {settings.model.kind.value} has a block for each cell; leave "
+                "'partition.blocks' and 'partition.cuts' out"
+            )
+        loss = only_loss(settings)
+        return make_recurrent(settings.model, spec, loss, seed=settings.seed, dtype=dtype)
+    if settings.model.kind is ModelKind.TRACKER:
+        partition = settings.partition
+        return make_tracker(settings.model, spec, partition, seed=settings.seed, dtype=dtype)
+    return make_model(settings.model, spec, seed=settings.seed, dtype=dtype)
+
+
+def only_loss(settings: Settings) -> LossFunction:
+    """Return the loss of a model of sequences."""
+    if not isinstance(settings.loss, Loss):
+        raise SettingsError(
+            f"loss: names the outputs {', '.join(map(repr, settings.loss))}, but a "
+            f"{settings.model.kind.value} has one; give one loss"
+        )
+    return make_loss(settings.loss, settings.ignore_index)

@@ -77,11 +77,12 @@ def from_iterable(
     """Return a stream of the samples of any Python iterable, finite or not.
 
     Each sample is a Sample, (u, y), (u, None) where the target is missing, u alone, or a dict with
-    'u' and, if it has them, 'y', 'end' (bool), 'time' (seconds), 'late' (targets of earlier samples
-    by their number, for `Rejoin`). u: (B, ...), y: (B,) classes or (B, O) values; torch tensors or
-    numpy arrays, copied, so that the source may use its buffers again. Samples are batches: a batch
-    dimension is never added. For a model with several inputs, u is a dict of them by the names of
-    its arguments, or a tuple by position.
+    'u' and, if it has them, 'y', 'end' (bool), 'time' (seconds), 'key' (a number or
+    text), 'late' (targets of earlier samples by their key, or number, for `LateLabels`). u:
+    (B, ...), y: (B,) classes or (B, O) values; torch tensors or numpy arrays, copied, so that the
+    source may use its buffers again. Samples are batches: a batch dimension is never added. For a
+    model with several inputs, u is a dict of them by the names of its arguments, or a tuple by
+    position.
 
     Other dicts (and similar objects, such as transformers' BatchEncoding) are batches by key:
     'label', 'labels', 'target', 'targets' or 'y' is the target, a single other key the input,

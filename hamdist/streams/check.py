@@ -69,14 +69,15 @@ class Checker:
                 type, dtype or shape, another batch size (in y than in u, or, with equal_batches,
                 than before), NaN or infinity in floating-point values, class targets outside
                 0 ... classes - 1, targets by readout where there is one for all, or the other way
-                round, or for an unknown readout; targets of earlier samples without a `Rejoin`;
+                round, or for an unknown readout; targets of earlier samples without `LateLabels`;
                 and, with `stamped`, time stamps that are missing or do not increase.
         """
         if sample.late is not None:
             raise StreamError(
                 f"sample {n} brings targets of earlier samples "
                 f"({', '.join(map(str, sample.late))}): wrap the stream in "
-                "hamdist.streams.Rejoin, so that they meet their samples"
+                "hamdist.streams.LateLabels (each sample is predicted when it comes), or in Rejoin "
+                "(it waits for its target)"
             )
         if self._stamped:
             self._check_time(n, sample.time)

@@ -22,8 +22,9 @@ from hamdist.errors import SettingsError
 from hamdist.streams.sample import Stream
 from hamdist.streams.sources.arrays import ArrayStream
 from hamdist.streams.sources.characters import CharacterStream, character_parts, held_out_windows
-from hamdist.streams.sources.datasets import DataSet, digits, fashion_mnist
+from hamdist.streams.sources.datasets import DataSet, digits
 from hamdist.streams.sources.drift import DriftStream
+from hamdist.streams.sources.images import IMAGE_FILES, read_images
 from hamdist.streams.sources.mnist1d import mnist1d
 from hamdist.streams.sources.parts import validation_split
 from hamdist.streams.sources.sequences import TokenStream
@@ -260,4 +261,13 @@ def _data_set(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DataSe
         return digits(settings.batch, seed, dtype, validation=validation)
     if settings.source is Source.MNIST_1D:
         return mnist1d(settings.batch, seed, dtype, validation=validation)
-    return fashion_mnist(settings.batch, seed, dtype, settings.path, validation=validation)
+    return read_images(
+        IMAGE_FILES[settings.source.value],
+        settings.batch,
+        seed,
+        dtype,
+        settings.path,
+        steps=settings.images.steps,
+        permutation=settings.images.permutation,
+        validation=validation,
+    )

@@ -28,14 +28,14 @@ from hamdist.streams.sample import (
 
 _FORMS = (
     "a Sample, (u, y), (u, None), u alone, or a dict of 'u' and, if known, 'y', 'end', 'time', "
-    "'late'; of other dicts and tuples names= says what is what"
+    "'late' or 'key'; of other dicts and tuples names= says what is what"
 )
 TAKEN = (
     "the model takes {key!r} as an argument, and here they are compared with its output as they "
     "are: what it would do with them itself (a language model shifts them by one) is left out. "
     "loss='model' learns the loss that it computes; names={names} says that this is meant"
 )
-_KEYS = ("u", "y", "end", "time", "late")
+_KEYS = ("u", "y", "end", "time", "late", "key")
 
 # A number for every readout, or by the name of the readout.
 Sizes: TypeAlias = int | Mapping[str, int] | None
@@ -99,7 +99,7 @@ class IterableStream:
 
     def live_spec(self, patience: int) -> SampleSpec:
         """Return the spec of a live run whose samples are like the first item."""
-        return replace(self._spec, live=patience)
+        return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:
         """Yield the samples from sample 0 on; raise StreamError for a second call on an
@@ -117,7 +117,9 @@ class IterableStream:
 
     def sample(self, n: int, item: Any, *, weigh: bool = True) -> Sample:
         """Return item n, in any of the accepted forms, as a sample. Raises StreamError."""
-        u, y, end, time, late, weights = self._fields(n, item)
+        u, y, end, time, late, key, weights = self._fields(n, item)
+        if key is not None and not _is_key(key):
+            raise StreamError(f"sample {n}: key is {_short(key)}; give a whole number or a text")
         inputs = self._inputs(n, u)
         if not isinstance(end, (bool, np.bool_)):
             raise StreamError(f"sample {n}: end is {end!r}; give True or False")
@@ -139,19 +141,20 @@ class IterableStream:
             None if time is None else float(time),
             self._late(n, late),
             inputs,
+            key=key,
         )
 
-    def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
-        """Return (u, y, end, time, late, weights) of a sample in any of the accepted forms."""
+    def _fields(self, n: int, item: Any) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
+        """Return (u, y, end, time, late, key, weights) of a sample in any of the accepted forms."""
         if isinstance(item, Sample):
             u = item.u if item.inputs is None else item.inputs
-            return u, item.y, item.end, item.time, item.late, None
+            return u, item.y, item.end, item.time, item.late, item.key, None
         if isinstance(item, (tuple, list)) and self._names is not None:
             item = {str(place): value for place, value in enumerate(item)}
         if isinstance(item, Mapping) and (self._names is not None or "u" not in item):
             names = self._names or self._default_names(n, item)
             u, y, weights = named_parts(n, item, names)
-            return u, y, False, None, None, weights
+            return u, y, False, None, None, None, weights
         if isinstance(item, Mapping):
             strange = [str(key) for key in item if key not in _KEYS]
             if strange:
@@ -165,12 +168,13 @@ class IterableStream:
                 item.get("end", False),
                 item.get("time"),
                 item.get("late"),
+                item.get("key"),
                 None,
             )
         if isinstance(item, (Tensor, np.ndarray)):
-            return item, None, False, None, None, None
+            return item, None, False, None, None, None, None
         if isinstance(item, (tuple, list)) and len(item) in (1, 2):
-            return item[0], item[1] if len(item) == 2 else None, False, None, None, None
+            return item[0], item[1] if len(item) == 2 else None, False, None, None, None, None
         length = f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
         hint = TUPLES if length and len(item) > 2 else ""
         raise StreamError(
@@ -197,18 +201,15 @@ class IterableStream:
             raise StreamError(f"sample {n}: u has no inputs; give at least one tensor")
         return {str(name): self._tensor(n, f"u[{name!r}]", one) for name, one in u.items()}
 
-    def _late(self, n: int, late: Any) -> dict[int, Target] | None:
+    def _late(self, n: int, late: Any) -> dict[int | str, Target] | None:
         if late is None:
             return None
-        numbered = isinstance(late, Mapping) and all(
-            isinstance(number, int) and not isinstance(number, bool) for number in late
-        )
-        if not numbered:
+        if not isinstance(late, Mapping) or not all(map(_is_key, late)):
             raise StreamError(
-                f"sample {n}: late is {_short(late)}; give a dict from the numbers of earlier "
-                "samples to their targets"
+                f"sample {n}: late is {_short(late)}; give a dict from the numbers or keys of "
+                "earlier samples to their targets"
             )
-        return {number: self._target(n, f"late[{number}]", y) for number, y in late.items()}
+        return {key: self._target(n, f"late[{key!r}]", y) for key, y in late.items()}
 
     def _target(self, n: int, field: str, y: Any, weights: Any = None) -> Target:
         """Return a target, or a dict of them by readout, with the weights of the rows."""
@@ -252,6 +253,10 @@ class IterableStream:
                 f"sample {n}: {field} is a numpy array of {value.dtype}, which torch has no dtype "
                 "for: convert it with astype"
             ) from error
+
+
+def _is_key(key: object) -> bool:
+    return isinstance(key, (int, str)) and not isinstance(key, bool)
 
 
 def _check_sizes(classes: Sizes, outputs: Sizes) -> None:

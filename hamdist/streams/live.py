@@ -53,6 +53,10 @@ class EntryLog(Protocol):
 class EntryCourse:
     """Turns entries into emissions: the same in a live run and in its repetition.
 
+    Args:
+        spec: of the samples.
+        nothing: an input to show before the first sample.
+
     Attributes:
         unlabelled: the latest samples that may still get a label, by number.
         open: a sequence is under way.
@@ -61,7 +65,7 @@ class EntryCourse:
     def __init__(self, spec: SampleSpec, nothing: Sample) -> None:
         self.unlabelled: dict[int, Sample] = {}
         self.fed, self.rate, self.open = 0, 1.0, False
-        self._patience, self._latest, self._shown = spec.live, nothing, 0
+        self._patience, self._latest, self._shown = spec.patience, nothing, 0
 
     def find(self, number: int) -> Sample:
         """Return a sample that waits for its label. Raises StreamError if it does not."""
@@ -93,7 +97,7 @@ class EntryCourse:
             if len(self.unlabelled) > self._patience:
                 del self.unlabelled[next(iter(self.unlabelled))]
         self._shown += 1
-        told = Emission(kind, self._shown - 1, entry.number, self.rate, cut)
+        told = Emission(kind, self._shown - 1, entry.number, self.rate, cut, sample.y is None)
         return replace(sample, emission=told)
 
 
@@ -101,7 +105,7 @@ class LiveStream:
     """The stream of a live run: `say` and the like for callers, `samples` for the engine.
 
     Args:
-        spec: of the samples; its `live` is how many unlabelled samples wait for a label.
+        spec: of the samples; its `patience` is how many unlabelled samples wait for a label.
         nothing: an input to show before the first sample.
         idle: seconds of silence after which idle ticks begin; None: only where somebody waits.
         lockstep: see above.

@@ -2,7 +2,7 @@
 
 HL's stream is a sequence of (u, y^, delta): input, target and tag at a time t_k. Here the tag is
 `Sample.end`, which closes a sequence; t_k is `Sample.time`; and `Sample.late` holds targets that
-come later than their inputs, by the number of the earlier sample to which they belong.
+come later than their inputs, by the number or key of the earlier sample to which they belong.
 
 B: batch, O: outputs.
 """
@@ -26,7 +26,7 @@ Target: TypeAlias = Tensor | Mapping[str, Tensor | None] | None
 
 
 class Emits(IntEnum):
-    """What the stream of a live run emits: nothing new, a sample, or an earlier one once more."""
+    """What a stream emits: nothing new, a sample, or an earlier one whose label has come."""
 
     IDLE = 0
     SAMPLE = 1
@@ -34,7 +34,8 @@ class Emits(IntEnum):
 
 
 class Emission(NamedTuple):
-    """What the stream of a live run (streams/live.py) tells all blocks about one emission.
+    """What a stream tells all blocks about one emission, in a live run (streams/live.py) and where
+    labels come late (wrappers/late_targets.py).
 
     Attributes:
         kind: IDLE, SAMPLE or AGAIN (with the label that has come for it).
@@ -42,6 +43,7 @@ class Emission(NamedTuple):
         number: of the sample, counted from 0; of an idle one, of the latest sample.
         rate: factor of the step size, from this emission on.
         cut: every block is to hand over its state.
+        waits: a sample's label may come in a later emission.
     """
 
     kind: Emits
@@ -49,6 +51,7 @@ class Emission(NamedTuple):
     number: int
     rate: float = 1.0
     cut: bool = False
+    waits: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,21 +64,23 @@ class Sample:
             the names of readouts to such targets.
         end: True for the last sample of a sequence.
         time: time stamp in seconds, if the sample has one.
-        late: targets that come with this sample and belong to earlier ones, by their number (from
-        0);
-            None for a target that will never come. `Rejoin` brings both together.
+        late: targets that come with this sample and belong to earlier ones, by their key, or by
+            their number (from 0) where they have none; None for a target that will never come.
+            `LateLabels` and `Rejoin` bring both together.
         inputs: for a model with several inputs all of them, by the names of its arguments, or
             numbered ('0', '1', ...) by position; u is the first one then.
-        emission: in a live run, what this emission of the stream is.
+        emission: in a live run and where labels come late, what this emission of the stream is.
+        key: by which a later sample names this one in `late`.
     """
 
     u: Tensor
     y: Target = None
     end: bool = False
     time: float | None = None
-    late: Mapping[int, Target] | None = None
+    late: Mapping[int | str, Target] | None = None
     inputs: Mapping[str, Tensor] | None = None
     emission: Emission | None = None
+    key: int | str | None = None
 
     def target(self, readout: str) -> Tensor | None:
         """Return the target of a readout, or None where it is missing."""
@@ -113,13 +118,14 @@ class SampleSpec:
         tokens: number of different tokens, where u holds their numbers (int64, 0 ... tokens - 1).
         inputs: by name, where there are several; then u_shape and u_dtype are those of the first.
         example: the inputs of a real sample, by the names that blocks have for them, if available.
-        late: number of samples by which labels come late, where each sample passes twice
-            (wrappers/late_targets.py); 0: once, with its label. kept: it passes once, and is
-            learned from with what blocks keep of that.
+        patience: number of unlabelled samples that may wait for their label, of a live run or where
+            labels come late (wrappers/late_targets.py); 0: a label comes with its sample or never.
+        kept: blocks keep what they have of such a sample, and learn from that.
+        emissions: of the stream for each sample; None if that is not the same for all.
         ragged: True if samples may have lengths of their own, behind the batch.
         weighted: True if targets have the weights of their rows beside them (`with_weights`); the
             spec is that of the targets alone.
-        live: of a live run, the number of unlabelled samples that wait for a label; else 0.
+        live: True for the stream of a live run, which may be idle.
     """
 
     u_shape: tuple[int, ...]
@@ -131,16 +137,12 @@ class SampleSpec:
     tokens: int | None = None
     inputs: Mapping[str, InputSpec] | None = None
     example: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
-    late: int = 0
+    patience: int = 0
     kept: bool = False
+    emissions: int | None = 1
     ragged: bool = False
     weighted: bool = False
-    live: int = 0
-
-    @property
-    def passes(self) -> int:
-        """Return how often each sample passes the network."""
-        return 2 if self.late and not self.kept else 1
+    live: bool = False
 
     @classmethod
     def several(

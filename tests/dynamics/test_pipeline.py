@@ -16,9 +16,12 @@ from torch.nn import functional
 import hamdist
 from hamdist.dynamics.schedule.events import Kind, Phase, Stamp, emitted, source_events
 from hamdist.dynamics.schedule.make import make_schedule
+from hamdist.dynamics.schedule.microbatches import auto_microbatches
 from hamdist.dynamics.updates.accumulate import GradientSum
+from hamdist.dynamics.updates.weights import Weights
 from hamdist.dynamics.vjp.gradient import Column, Outer, TableRows, dense
 from hamdist.errors import HamdistWarning, LevelError
+from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.streams import Delayed, LateLabels, from_iterable
 
 BOUND = 1e-12
@@ -399,6 +402,33 @@ def test_late_labels_and_a_mask_that_is_no_batch():
         ]
 
 
+# -- order of work ------------------------------------------------------------------------------
+
+
+def test_messages_leave_before_weights_move(monkeypatch):
+    # The blocks of one process pass the sample's last message on to each other, and out, first.
+    done = []
+    move, post = Weights.move, Mailbox.post
+
+    def moved(weights, *arguments):
+        done.append("move")
+        move(weights, *arguments)
+
+    def posted(mailbox, channel, signal):
+        if channel.kind is Kind.MESSAGE:
+            done.append(f"{channel.sender} {signal.stamp.sample}")
+        post(mailbox, channel, signal)
+
+    monkeypatch.setattr(Weights, "move", moved)
+    monkeypatch.setattr(Mailbox, "post", posted)
+    learned(seeded(mlp), batches([6] * 2), parts=2, partition={"blocks": 3})
+    for last in (1, 3):  # of the two samples
+        at = [done.index(f"block{block} {last}") for block in (2, 1)]
+        assert at == sorted(at)
+        assert done[at[1] + 1 : at[1] + 4] == ["move"] * 3
+    assert done.count("move") == 6
+
+
 # -- what a user is told -------------------------------------------------------------------------
 
 
@@ -416,9 +446,10 @@ def test_batch_norms_are_warned_of():
 
 
 def test_auto_says_its_number():
-    assert "'auto' is 4: batches have 32 row(s)" in told(
+    assert "'auto' is 2: batches have 32 row(s)" in told(
         seeded(mlp), batches([32] * 2), parts="auto"
     )
+    assert [auto_microbatches(rows) for rows in (15, 16, 64, 128, 256, 9999)] == [1, 2, 2, 4, 8, 8]
     assert "'auto' is 1: batches have 7 row(s)" in told(seeded(mlp), batches([7] * 2), parts="auto")
 
 

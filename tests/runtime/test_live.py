@@ -377,6 +377,7 @@ def test_on_ray_answers_belong_to_their_questions_and_a_lost_actor_loses_nothing
         chat(run, kill=kill)
     assert run.result.replaced
     assert equal(run.result, hamdist.replay(tmp_path, network(seed=7)))
+    assert equal(run.result, hamdist.replay(tmp_path, network(seed=7), engine=ray))
 
 
 class Told(hamdist.Callback):
@@ -474,5 +475,26 @@ def test_what_a_run_cannot_know_is_refused(tmp_path):
         with pytest.raises(SettingsError, match="optimizer= is a function"):
             run.set(learning={"lr": 0.05})
         run.stop()
-    with pytest.raises(SettingsError, match="give the model as well"):
+    with pytest.raises(SettingsError, match="give it as well"):
         hamdist.replay(out)
+
+
+def test_a_model_that_the_settings_name_is_made_again_for_a_replay(tmp_path):
+    """Another one of the same weights is not taken for it."""
+    torch.manual_seed(1)
+    layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)]  # as models/build.py says of an mlp
+    named = hamdist.Settings(level="backprop", model={"width": 8, "depth": 2}, dtype="float64")
+    said = [(u.double(), y) for u, y in samples(4)]
+    for layer, there in ((nn.ReLU(), True), (nn.Tanh(), False)):
+        layers[1], where = layer, tmp_path / str(there)
+        model = nn.Sequential(*layers).double()
+        with hamdist.start(model, named, example=said[0], classes=3, out=where) as run:
+            for item in said:
+                run.feed(*item)
+        if there:
+            assert equal(hamdist.replay(where), run.result)
+            with pytest.raises(SettingsError, match="'0.bias' is torch.float32"):
+                hamdist.replay(where, nn.Sequential(*layers).float())
+        else:
+            with pytest.raises(SettingsError, match="not one that its settings name"):
+                hamdist.replay(where)

@@ -6,11 +6,11 @@ import pytest
 from runtime.networks import PortableStream, chain
 
 from hamdist.config import Settings
+from hamdist.display.run_view import RunView
 from hamdist.errors import SettingsError
 from hamdist.runtime.process.startup import Startup, startup_line
 from hamdist.runtime.results.result import Progress
 from hamdist.runtime.train.train import train
-from hamdist.study.report.live import RunView
 
 pytestmark = pytest.mark.timeout(90)
 

@@ -168,6 +168,31 @@ class TestTags:
         with pytest.raises(StreamError, match="sample 1 brings the target of sample -1"):
             list(Rejoin(late(4, {1: [-1]})).samples())
 
+        with pytest.raises(StreamError, match="sample 1 brings the target of sample 'a'"):
+            list(Rejoin(listed([sample(0, None), sample(1, None, late={"a": y(1)})])).samples())
+
+    def test_keys(self) -> None:
+        keys = ["a", 7, "b", "a"]  # 'a' again, when the first one has its target
+        tags: list[Mapping[int | str, Tensor]] = [{}, {"a": y(0)}, {}, {"b": y(2), 7: y(1)}]
+        made = [
+            {"u": sample(n).u, "key": key, "late": late or None}
+            for n, (key, late) in enumerate(zip(keys, tags, strict=True))
+        ]
+        stream = Rejoin(from_iterable(made, classes=1000))
+        assert [t for _, t, _, _ in table(stream)] == [0, 1, 2, None]
+        assert stream.report() == {"let_go": 1, "too_late": 0, "awaiting_most": 2}
+
+    def test_keys_that_do_not_fit(self) -> None:
+        made = [{"u": sample(n).u, "key": "a"} for n in range(2)]
+        with pytest.raises(StreamError, match="sample 1 has the key 'a' of sample 0, which waits"):
+            list(Rejoin(from_iterable(made, classes=3)).samples())
+        with pytest.raises(StreamError, match=r"sample 0: key is 0\.5; give a whole number or"):
+            from_iterable([{"u": sample(0).u, "key": 0.5}], classes=3)
+        made[1] = {"u": sample(1).u, "key": "b", "late": {"c": y(0)}}  # let go long ago, or wrong
+        stream = Rejoin(from_iterable(made, classes=3))
+        list(stream.samples())
+        assert stream.report()["too_late"] == 1
+
     @pytest.mark.parametrize("first", [{0: y(0)}, {0: None}])
     def test_a_second_target(self, first: Mapping[int, Tensor | None]) -> None:
         stream = listed([sample(0), sample(1, None), sample(2, late={1: y(1)})])
@@ -312,7 +337,7 @@ class TestRefused:
         with pytest.raises(StreamError, match="sample 1 brings targets .* rejoin first"):
             list(Smooth(Delayed(numbered(3), 1), 2).samples())
 
-    @pytest.mark.parametrize("wrong", [[y(0)], {"0": y(0)}, {True: y(0)}, 3])
+    @pytest.mark.parametrize("wrong", [[y(0)], {0.5: y(0)}, {True: y(0)}, 3])
     def test_tags_of_another_form(self, wrong: object) -> None:
         items = [{"u": torch.zeros(1, 1), "y": y(0), "late": wrong}]
         with pytest.raises(StreamError, match="sample 0: late is"):

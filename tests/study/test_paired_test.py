@@ -7,8 +7,9 @@ import math
 import pytest
 from scipy import stats
 
+from hamdist.display.table import Table, latex
 from hamdist.study.report.paired_test import in_words, paired_test
-from hamdist.study.report.table import Table, interval, latex
+from hamdist.study.report.table import interval
 
 DIFFERENCES = [
     [-0.012, 0.004, -0.007],

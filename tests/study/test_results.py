@@ -17,14 +17,15 @@ from study.builders import make_run
 from torch import nn
 
 from hamdist.config import Settings, read_settings
+from hamdist.display.table import Table
+from hamdist.display.windows import joined
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import SettingsError
 from hamdist.study.report import files as results
 from hamdist.study.report.aggregate import aggregate
 from hamdist.study.report.html import HtmlReport, render
-from hamdist.study.report.plots import gap_figures, joined
+from hamdist.study.report.plots import gap_figures
 from hamdist.study.report.save import save_comparison, save_run
-from hamdist.study.report.table import Table
 from hamdist.study.shared import result_folder as folder
 
 RUNS = [

@@ -29,15 +29,10 @@ from hamdist.cli.options import (
     changes,
     load,
 )
-from hamdist.cli.prepare import (
-    STANDARD_OUTPUT,
-    own_stream,
-    prepare,
-    prepare_file,
-    results_of,
-)
+from hamdist.cli.prepare import STANDARD_OUTPUT, own_stream, prepare, prepare_file
 from hamdist.config import EngineKind, Level
 from hamdist.errors import SettingsError
+from hamdist.study.shared.result_folder import results_of
 
 if TYPE_CHECKING:
     from hamdist.study.simulate.simulate import PlacedRun, Planner

@@ -10,13 +10,9 @@ import typer
 from rich.text import Text
 
 from hamdist.cli.console import console, exit_codes, note, print_table, report
-from hamdist.cli.options import given
-from hamdist.cli.prepare import command_line, prepare, results_of
-from hamdist.config import parse_override
-from hamdist.errors import SettingsError
+from hamdist.cli.prepare import command_line
 
 if TYPE_CHECKING:
-    from hamdist.study.sweep.settings import Axis, StudySettings
     from hamdist.study.sweep.work import RunRecord
 
 StudyArgument = Annotated[
@@ -77,38 +73,28 @@ def run_grid(
     out: Path | None,
 ) -> None:
     """Run a study's runs that are not on disk yet, print the tables, and write the report."""
-    from hamdist.study.sweep.report import save_study
-    from hamdist.study.sweep.run import check, run_study
-    from hamdist.study.sweep.settings import Axis, load_study
+    from hamdist.study.interface.study import study
 
-    overrides = [parse_override(text) for text in set_ or []]
-    study = load_study(source, [*overrides, given({"workers": workers})])
-    axis = None if axis_name is None else Axis(axis_name)
-    _check_axis(study, axis)
-    folder = results_of(study.name) if out is None else out
-    check(study, chosen=chosen)
-    prepare(folder, None)
-    note(f"{study.name}: runs are kept in {folder / 'runs'}; start it again to go on there")
-    outcomes = run_study(study, folder, chosen=chosen, on_record=_say_record)
-    tables = save_study(folder, study, outcomes, command=command_line(), first=axis)
-    for title, table in tables.items():
+    made = study(
+        source,
+        axis_name,
+        out=out,
+        chosen=chosen,
+        workers=workers,
+        changes=set_ or [],
+        on_record=_say_record,
+        command=command_line(),
+        say=note,
+    )
+    for title, table in made.tables.items():
         print_table(table, title)
-    report(out=str(folder))
-    console().print(Text(f"Report: {folder / 'study.html'}"))
-
-
-def _check_axis(study: StudySettings, axis: Axis | None) -> None:
-    """Raise SettingsError if the study does not vary along the axis."""
-    if axis is not None and len(study.axes.of(axis)) < 2:
-        raise SettingsError(
-            f"axes.{axis.value}: a study of it needs several values "
-            f"(received {list(study.axes.of(axis))}); `hamdist study levels` needs none"
-        )
+    report(out=str(made.folder))
+    console().print(Text(f"Report: {made.folder / 'study.html'}"))
 
 
 def _say_record(phase: str, done: int, total: int, record: RunRecord) -> None:
     """Print a finished run on one line."""
-    from hamdist.study.report.table import percent
+    from hamdist.display.table import percent
 
     level = record.settings["level"] if record.trains == "level" else record.trains
     found = record.failure or f"{percent(record.accuracy, digits=2)} %, {record.seconds:.1f} s"

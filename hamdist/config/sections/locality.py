@@ -174,7 +174,7 @@ class LocalityOverrides(Section):
     """Samples of a sequence that are gone through in reverse (level `bptt`); not given: all."""
     microbatches: Microbatches | None = None
     """Parts of a sample's rows that travel one behind the other (level `pipeline`); `auto`: as many
-    as have 8 rows or more each, 8 at most."""
+    as have 32 rows each, 8 at most, and two of 8 rows or more."""
     accumulate: Positive | None = None
     """Samples whose gradients make one step of a block, their mean (presentation 'pulse')."""
     double_buffered: bool | None = None

@@ -38,6 +38,9 @@ class MetricsSettings(Section):
     """Record by tick and block: energies, or trajectories as well (presentation `hold`)."""
     record_every: Positive = 1
     """Ticks between two entries."""
+    progress: bool | None = None
+    """Show a bar: on a terminal and in a notebook (not given), also where there is neither (true),
+    or nowhere (false)."""
     trace: Positive | None = None
     """Keep a trace of the last so many ticks of every process (`--trace`)."""
     prometheus_port: Annotated[int, Field(ge=0, le=65535)] = 9400

@@ -62,6 +62,8 @@ class Block(Remembers):
         self._parts = parts.microbatches
         self._group = parts.group
         self._sum = GradientSum() if self._parts * self._group > 1 else None
+        self.defers = False  # True: a step by a sum of gradients waits for `settle`
+        self._waiting: tuple[list[Gradient] | None, float, float] | None = None  # that waits
         self.buffers = WeightBuffers(parts.weights, parts.group) if parts.double_buffered else None
 
     def snapshot(self) -> dict[str, Any]:
@@ -112,12 +114,30 @@ class Block(Remembers):
                 return
             sample //= self._parts
             g = self._sum.take()
-            if self.buffers is not None:
-                self.buffers.keep()
-        if g is None:
+            self._waiting = g, self._scale(sample), tau
+            if not self.defers:
+                self.settle()
+        elif g is None:
             self.weights.rest()
         else:
             self.weights.move(g, self._scale(sample), tau)
+
+    @property
+    def deferred(self) -> bool:
+        """Return True if a step of the weights waits for `settle`."""
+        return self._waiting is not None
+
+    def settle(self) -> None:
+        """Make the step that waits, if there is one; before anything else reads the weights."""
+        if self._waiting is None:
+            return
+        (g, scale, tau), self._waiting = self._waiting, None
+        if self.buffers is not None:
+            self.buffers.keep()
+        if g is None:
+            self.weights.rest()
+        else:
+            self.weights.move(g, scale, tau)
 
 
 class WeightBuffers(Remembers):
@@ -174,6 +194,22 @@ class SavesPasses(Block):
     def __init__(self, parts: BlockParts) -> None:
         super().__init__(parts)
         self.trace: dict[int, ForwardRecord] = {}
+
+    def keep(self, pass_: int, sample: int | None, let_go: int | None) -> None:
+        """Keep the record of a pass for a sample's label, or drop it; let go of another sample's.
+
+        (The records of samples that wait have the keys -1, -2, ...: a sample is no pass.)
+        """
+        record = self.trace.pop(pass_, None)
+        if record is not None and sample is not None:
+            self.trace[-1 - sample] = record
+        self.trace.pop(pass_ if let_go is None else -1 - let_go, None)
+
+    def recall(self, pass_: int, sample: int) -> None:
+        """Make the record of a sample whose label has come that of the pass that brings it."""
+        record = self.trace.pop(-1 - sample, None)
+        if record is not None:
+            self.trace[pass_] = record
 
     def held(self) -> Any:
         """Return the records as plain data (`LocalFunction.held`)."""

@@ -233,22 +233,18 @@ class PulseReadout(Block):
         return replace(reading, prediction=prediction, loss=value)
 
 
-class LateReadout(SavesPasses, PulseReadout):
-    """An output net whose labels come `late` samples late: it keeps the records until then."""
+class KeepingReadout(SavesPasses, PulseReadout):
+    """An output net that keeps the records of samples whose labels are to come."""
 
-    def __init__(self, parts: BlockParts, loss: ReadoutLoss, late: int) -> None:
+    def __init__(self, parts: BlockParts, loss: ReadoutLoss) -> None:
         PulseReadout.__init__(self, parts, loss)
         self.trace = {}
-        self._late = late
 
     def read(
         self, sample: int, inputs: Sequence[Tensor], target: Tensor | None
     ) -> tuple[list[Tensor | None], Reading | None]:
-        """Predict `sample`, then learn from the one before it whose target this is."""
+        """Predict where there are inputs; learn with a target, by the record of the pass."""
         record = self._forward(sample, inputs)
         if record is not None:
             self.trace[sample] = record
-        n = sample - self._late
-        if n < 0:
-            return [None] * len(self._wanted), None
-        return self._step(n, self.trace.pop(n, None), target)
+        return self._step(sample, None if target is None else self.trace.get(sample), target)

@@ -13,8 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from hamdist.display.network import NetworkPicture, network_picture
 from hamdist.dynamics.graph import checks as graph_checks
 from hamdist.dynamics.graph.inputs import INPUT, is_input
+from hamdist.dynamics.graph.network import as_network
 from hamdist.dynamics.graph.shapes import check_initial, declared_dtype, shape_of
 from hamdist.dynamics.graph.spec import (
     OUTPUT_KEY,
@@ -342,6 +344,14 @@ class Graph:
                 check_initial(self.blocks[name], declared[0])
                 waiting.remove(name)
         return found
+
+    def draw(self) -> NetworkPicture:
+        """Return a picture of the blocks and edges; `save` it as .svg or .dot."""
+        network = as_network(self.blocks, self.edges, self.depths, {}, {})
+        return network_picture(network, f"{len(self.blocks)} blocks")
+
+    def _repr_svg_(self) -> str:
+        return self.draw().svg
 
     # -- copies and the way back --------------------------------------------------------------
 

@@ -46,7 +46,6 @@ class Locality:
     truncation: samples of a sequence in its reverse pass (None: all). gate: the tolerance of the
     stability gate, if there is one. lead, blend: see LocalityOverrides. microbatches: number of
     parts of a batch; a plan (runtime/plan/plan.py) has a number. accumulate: samples per step.
-    late: samples by which labels come late, where blocks keep their records so much longer.
     """
 
     grouping: Grouping
@@ -68,7 +67,6 @@ class Locality:
     microbatches: int | Literal["auto"] = 1
     accumulate: int = 1
     double_buffered: bool = False
-    late: int = 0
 
     @property
     def pulse(self) -> bool:

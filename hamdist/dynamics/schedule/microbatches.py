@@ -17,13 +17,17 @@ from typing import NamedTuple
 
 SPACING = 2  # ticks between two parts of a batch
 MOST = 8  # parts that `auto` makes: M/(M + P - 1) is 0.89 for P = 2 actors
-ROWS = 8  # of a part, below which products of matrices are slow
+ROWS = 32  # of a part, below which products of matrices are slow (docs/pages/how-to/levels.md)
+FEWEST = 8  # rows of a part, where a batch makes two
 
 
 def auto_microbatches(batch: int) -> int:
-    """Returns how many parts `locality.microbatches: auto` makes of a batch: no more than MOST, of
-    ROWS rows at least."""
-    return max(1, min(MOST, batch // ROWS))
+    """Return how many parts `locality.microbatches: auto` makes of a batch.
+
+    Two of FEWEST rows or more, and more (MOST at most) where each has ROWS rows. The number
+    follows from the batch alone, so that both engines and a resumed run cut in the same way.
+    """
+    return max(1, min(2, batch // FEWEST), min(MOST, batch // ROWS))
 
 
 class Pulses(NamedTuple):

@@ -28,9 +28,6 @@ class PulseSchedule:
     With M micro-batches a sample makes M pulses (microbatches.py), after the last of which weights
     move; `sample` is the number of the pulse then, and `sample_of` tells whose part it is.
 
-    Labels that come j samples late (Locality.late) make every backward j c ticks later, that of an
-    output net as well: at its forward of sample n it takes the loss of n - j.
-
     With `accumulate: k` a block moves once for k samples. Double-buffered, it moves in the same
     ticks, but a sample of group g = n div k meets the weights after the first g - 1 steps in every
     block. These are there in time if k c is more than any lag less c:
@@ -47,10 +44,8 @@ class PulseSchedule:
         self._back = {block.name: block.back for block in graph.blocks.values()}
         self._first_readout = graph.readouts[0]
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
-        self._wait = 0  # ticks for late labels, which no speed takes into account
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
         self._pulses = Pulses(self.c, self.parts)
-        self._wait = knobs.late * self.c
         self.group = knobs.accumulate  # samples per step
         self.double_buffered = knobs.double_buffered
         if self.double_buffered and self.staleness > self.group:
@@ -83,13 +78,11 @@ class PulseSchedule:
     def lag(self, block: str) -> int:
         """Return d_l = 2 (D - l), the ticks from a block's forward to its backward, if any."""
         back = self._back[block]
-        if block in self._readouts:
-            return self._wait
-        if self.one_way or block in self._silent or back == "none":
+        if block in self._readouts or self.one_way or block in self._silent or back == "none":
             return 0
         if back == "error":
             return max(1, self._depths[self._first_readout] + 1 - self._depths[block])
-        return 2 * (self._D - self._depths[block]) + self._wait
+        return 2 * (self._D - self._depths[block])
 
     def _forward_tick(self, block: str, sample: int) -> int:
         return self._pulses.tick(sample) + self._depths[block]

@@ -53,6 +53,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         told += _no_links(settings)
     else:
         told += open_endpoints(plan.engine)
+        told += _unused_spares(plan)
     if plan.engine.address is None:
         told += thread_warnings(plan.engine.processes(), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
@@ -70,18 +71,28 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     return told
 
 
+def _unused_spares(plan: Plan) -> list[str]:
+    """Return a warning where no lost actor is replaced, so that spare ones wait in vain."""
+    if not plan.engine.spares or (plan.snapshot_policy and plan.snapshot_policy.recover):
+        return []
+    return [
+        f"engine.spares {plan.engine.spares} has no effect: no lost actor is replaced without "
+        "snapshots (snapshots.every or snapshots.seconds) and snapshots.recover"
+    ]
+
+
 def _late(plan: Plan, settings: Settings) -> list[str]:
     """Return the cost of labels that come late, as warnings."""
-    late, given = plan.spec.late, settings.stream
-    if late:
+    late, given = plan.spec.patience, settings.stream
+    if late and not plan.spec.live:
         kept = sum(math.prod(plan.shapes[r][0]) * plan.shapes[r][1].itemsize
                    for r in plan.graph.readouts)  # fmt: skip
-        then = f"shown again {late} samples later, to learn from: two passes, its input waits, too"
+        then = "shown again when its label comes, to learn from: two passes, its input waits, too"
         if plan.spec.kept:
             then = f"learned with the trace of that time: every block keeps {late} samples more"
         return [
-            f"labels come {late} samples late: a sample is scored by its prediction from when it "
-            f"came ({late} predictions wait, {late * kept / 1024:.1f} KiB), and {then}"
+            f"labels come up to {late} samples late: a sample is scored by its prediction from "
+            f"when it came (as many predictions wait, {late * kept / 1024:.1f} KiB), and {then}"
         ]
     if given.late_targets and not given.again:
         return [

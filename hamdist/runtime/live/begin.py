@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,9 @@ from hamdist.errors import SettingsError
 from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.journal import Journal, named, read_named
 from hamdist.runtime.live.run import LiveRun
+from hamdist.runtime.results.events import EventListener, FolderStarted
 from hamdist.runtime.results.result import RunResult
+from hamdist.runtime.results.run_events import EventFile
 from hamdist.runtime.storage.snapshot_files import complete
 from hamdist.runtime.storage.store import storage
 from hamdist.streams.iterable import IterableStream
@@ -36,6 +42,7 @@ def live_run(
     resume: str | Path | None = None,
     repeats: bool = False,
     callbacks: Sequence[Callback] = (),
+    listeners: Sequence[EventListener] = (),
 ) -> LiveRun:
     """Start a live run. Raises HamdistError before anything starts.
 
@@ -44,6 +51,7 @@ def live_run(
         model: as the user gave it.
         reader: a stream of the example, which turns what is fed into samples.
         repeats: the journal in `out` is read, and nothing is added to it.
+        listeners: called with the run's events, which `out` gets as a file, too.
     """
     settings: Settings = work.keywords["settings"]
     if settings.level is Level.AUTO:
@@ -61,6 +69,7 @@ def live_run(
         if journal is not None and not repeats:
             dumped = settings.model_dump(mode="json", exclude_unset=True)
             facts = {"settings": dumped, "classes": classes, "patience": patience}
+            facts["layers"] = layers_of(model)
             resume = _begun(journal, facts, settings, model, example, resume)
         zeros = {n: torch.zeros_like(u) for n, u in (example.inputs or {}).items()}
         stream = LiveStream(
@@ -75,7 +84,12 @@ def live_run(
             done: RunResult = work(stream=stream, on_progress=on_progress, resume=resume)
             return done
 
-        return LiveRun(run, stream, reader, settings, work.keywords["loss"], journal, callbacks)
+        told = [*listeners]
+        if journal is not None and not repeats:
+            told.append(EventFile(journal.folder, warnings.warn, "a"))
+            told[-1](FolderStarted(process=os.getpid(), goes_on=not journal.new))
+        loss = work.keywords["loss"]
+        return LiveRun(run, stream, reader, settings, loss, journal, callbacks, told)
     except BaseException:
         if journal is not None:
             journal.close()
@@ -120,17 +134,27 @@ def read_beginning(out: str | Path) -> tuple[dict[str, Any], Any, Any]:
 def with_first_weights(model: nn.Module | Graph, weights: Mapping[str, Tensor]) -> Any:
     """Return a copy of `model` with the weights that a run began with. Raises SettingsError."""
     own = model.copy() if isinstance(model, Graph) else copied(model)
-    strange = sorted(set(_weights(own)) ^ set(weights))
-    if strange:
-        raise SettingsError(f"the run was one of another model: {strange[0]!r} is in one of them")
+    mine = _weights(own)
+    for name in sorted({*mine, *weights}):
+        kinds = [_kind(one.get(name)) for one in (mine, weights)]
+        if kinds[0] != kinds[1]:
+            told = f"{name!r} is {kinds[0]} in this one, and {kinds[1]} there"
+            raise SettingsError(f"the run was one of another model: {told}")
     for prefix, module in _modules(own).items():
         state = {n[len(prefix) :]: t for n, t in weights.items() if n.startswith(prefix)}
-        try:
-            module.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            last = str(error).strip().splitlines()[-1].strip()
-            raise SettingsError(f"the run was one of another model: {last}") from None
+        module.load_state_dict(state, strict=False)
     return own
+
+
+def _kind(value: Tensor | None) -> str:
+    return "missing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+
+
+def layers_of(model: nn.Module | Graph) -> str:
+    """Return the digest of the layers of a model: their classes and arguments, as torch prints
+    them."""
+    text = "\n".join(f"{prefix} {module!r}" for prefix, module in _modules(model).items())
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()
 
 
 def _modules(model: nn.Module | Graph) -> dict[str, nn.Module]:

@@ -30,7 +30,7 @@ from hamdist.dynamics.blocks.heads import FrozenBlock, Head, HeadBlock, HeadUpda
 from hamdist.dynamics.blocks.hold import HoldBlock, HoldReadout
 from hamdist.dynamics.blocks.kept_passes import BlockParts
 from hamdist.dynamics.blocks.microbatch_reading import MicrobatchReading
-from hamdist.dynamics.blocks.pulse import LateReadout, PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.blocks.pulse import KeepingReadout, PulseBlock, PulseReadout, ReversibleBlock
 from hamdist.dynamics.blocks.readout_loss import ReadoutLoss
 from hamdist.dynamics.blocks.rule_block import AppliedRule, RelaxingBlock, RuleBlock, RuleReadout
 from hamdist.dynamics.blocks.sequence import SequenceBlock, SequenceReadout
@@ -123,7 +123,7 @@ class _Parts(BlockParts):
         parts = plan.knobs.microbatches
         self.microbatches = parts if isinstance(parts, int) else 1
         self.group, self.double_buffered = plan.knobs.accumulate, plan.knobs.double_buffered
-        self.live = LiveBlock(name, plan.spec.live, self.microbatches)
+        self.live = LiveBlock(name, plan.spec.patience, self.microbatches)
         self.scale = self._scaled(self.weights, partial(plan.scale, name))
         self.wanted = [e.index in plan.channels.messages for e in plan.graph.into[name]]
         loss = self.spec.loss
@@ -254,8 +254,8 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
     if p.spec.rule is not None:
         block = RuleBlock(p, p.make_rule(p.spec.rule), constant_tau(p.dynamics))
         return PulseNode(plan, p.spec, mailbox, block)
-    if p.loss is not None and plan.knobs.late:
-        return PulseNode(plan, p.spec, mailbox, LateReadout(p, p.loss, plan.knobs.late))
+    if p.loss is not None and plan.spec.kept:
+        return PulseNode(plan, p.spec, mailbox, KeepingReadout(p, p.loss))
     if p.loss is not None:
         parts = p.microbatches
         item = MicrobatchReading(parts, plan.ignore_index, p.loss) if parts > 1 else None
@@ -267,7 +267,7 @@ def _pulse_node(plan: Plan, p: _Parts, mailbox: Mailbox) -> PulseNode:
         return PulseNode(plan, p.spec, mailbox, HeadBlock(p, taught))
     predicts = None
     if Compensation.WEIGHT_PREDICTION in plan.knobs.compensation:
-        predicts = plan.schedule.delay(p.name)
+        predicts = plan.delay(p.name)
     return PulseNode(plan, p.spec, mailbox, PulseBlock(p, taught, predicts))
 
 

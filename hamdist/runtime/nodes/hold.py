@@ -83,7 +83,7 @@ class HoldNode(Remembers):
         }
         self._target: Tensor | None = None
         self._no_more_targets = False
-        self.live = LiveBlock(spec.name, plan.spec.live)
+        self.live = LiveBlock(spec.name, plan.spec.patience)
         self._events = plan.schedule.events(spec.name)
         self.event = next(self._events)
         self.tick: int | None = self.event.tick

@@ -1,14 +1,15 @@
-"""What a block of a live run hears of each emission of the stream, and what it has for the driver.
+"""What a block hears of each emission of the stream in a live run and where labels come late, and
+what it has for the driver.
 
 The stream tells every block on its clock channel (ports.py) whether an emission is idle, a sample,
-or an earlier one once more, and the factor of the step size from then on. Idle emissions move
-nothing, and are not counted: samples have the numbers that they would have without them.
+or an earlier one whose label has come, and the factor of the step size from then on. Idle emissions
+move nothing, and are not counted: samples have the numbers that they would have without them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -37,31 +38,36 @@ class HandedOver(NamedTuple):
 
 
 class LiveBlock(Remembers):
-    """The emissions that a block still works on; without patience, of a run that is not live.
+    """The emissions that a block still works on; without patience a stream tells nothing of them.
 
     Args:
         name: of the block.
-        patience: unlabelled samples whose predictions a readout keeps, to score them later.
+        patience: unlabelled samples whose predictions a readout keeps, to score them later (and,
+            where traces are kept, whose records every block keeps).
         parts: of an emission, which pass as separate pulses (micro-batches).
 
     Attributes:
         send: takes what is for the driver.
     """
 
-    STATE = ("_heard", "_latest", "_rates", "_asked")
+    STATE = ("_heard", "_latest", "_rates", "_asked", "_fed")
+    ADDED: ClassVar[Mapping[str, Any]] = {"_fed": 0}
 
     def __init__(self, name: str, patience: int, parts: int = 1) -> None:
         self.send: Callable[[Answered | HandedOver], object] = lambda _: None
         self._name, self.patience, self._parts = name, patience, parts
         self._heard: dict[int, Sequence[float]] = {}  # emissions by their number, as numbers
         self._latest: Sequence[int] = (-1, -1)  # its number, with and without idle ones
-        self._rates: list[tuple[int, float]] = [(0, 1.0)]  # by the number from which each holds
-        self._asked: dict[int, Tensor] = {}  # predictions of unlabelled samples
+        # By the number from which both hold: the factor, and how many emissions were of no sample.
+        self._rates: list[tuple[int, float, int]] = [(0, 1.0, 0)]
+        self._asked: dict[int, Tensor | None] = {}  # predictions of unlabelled samples
+        self._fed = 0  # samples
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Continue from `state`; None in files of earlier formats."""
         if state is not None:
             super().restore(state)
+            self._rates = [(one[0], one[1], one[2] if len(one) > 2 else 0) for one in self._rates]
 
     def hear(
         self, pulse: int, clock: Callable[[], Signal | None], state: Callable[[], object]
@@ -77,8 +83,13 @@ class LiveBlock(Remembers):
         self._heard[slot] = signal.payload.tolist()
         told = emission_of(self._heard[slot])
         self._latest = (slot, told.shown - (told.kind is Emits.IDLE))
-        if told.rate != self._rates[-1][1]:
-            self._rates.append((told.shown, told.rate))
+        _, rate, apart = self._rates[-1]
+        if told.kind is not Emits.IDLE:
+            self._fed = told.number if told.kind is Emits.SAMPLE else self._fed
+            apart = told.shown - self._fed
+            self._fed += told.kind is Emits.SAMPLE
+        if (told.rate, apart) != (rate, self._rates[-1][2]):
+            self._rates.append((told.shown, told.rate, apart))
         if told.cut:
             self.send(HandedOver(self._name, state()))
         return told
@@ -113,11 +124,12 @@ class LiveBlock(Remembers):
                 self._rates.pop(0)
 
     def scaled(self, scale: Scale) -> Scale:
-        """Return `scale` (of beta, by number) times the factor that was set."""
+        """Return the factor of beta by number: `scale` of the samples until then, as set since."""
 
         def factor(number: int) -> float:
-            rate = next(r for first, r in reversed(self._rates) if first <= number)
-            return scale(number) * rate
+            told = (one for one in reversed(self._rates) if one[0] <= number)
+            _, rate, apart = next(told, self._rates[0])
+            return scale(number - apart) * rate
 
         return factor if self.patience else scale
 
@@ -125,11 +137,14 @@ class LiveBlock(Remembers):
         """Send the prediction of a sample that has come."""
         self.send(Answered(self._name, told.number, prediction, version, event))
 
-    def ask(self, told: Emission, prediction: Tensor) -> None:
-        """Keep the prediction of an unlabelled sample."""
+    def ask(self, told: Emission, prediction: Tensor | None) -> int | None:
+        """Keep the prediction of an unlabelled sample; return the sample that is let go for it."""
         self._asked[told.number] = prediction
-        if len(self._asked) > self.patience:
-            del self._asked[min(self._asked)]
+        if len(self._asked) <= self.patience:
+            return None
+        oldest = min(self._asked)
+        del self._asked[oldest]
+        return oldest
 
     def asked(self, told: Emission) -> Tensor | None:
         """Return the prediction of then of a sample whose label has come."""
@@ -138,5 +153,5 @@ class LiveBlock(Remembers):
 
 def emission_of(numbers: Sequence[float]) -> Emission:
     """Return an emission from its fields as numbers."""
-    kind, shown, number, rate, cut = numbers
-    return Emission(Emits(int(kind)), int(shown), int(number), rate, bool(cut))
+    kind, shown, number, rate, *flags = numbers  # (one flag in files of earlier formats)
+    return Emission(Emits(int(kind)), int(shown), int(number), rate, *map(bool, flags))

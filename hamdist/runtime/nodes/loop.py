@@ -11,6 +11,7 @@ from hamdist.dynamics.finite import OutOfRange
 from hamdist.dynamics.schedule.events import Event, Phase
 from hamdist.errors import BlockError, DivergedError, HamdistError
 from hamdist.runtime.nodes.factory import Node
+from hamdist.runtime.nodes.pulse import PulseNode
 from hamdist.runtime.signals.interrupts import Aborted
 
 
@@ -42,7 +43,10 @@ def run_loop(
 ) -> None:
     """Step `nodes` in the order of their ticks until all have finished.
 
-    At one tick the nodes run in the given order, late ones last.
+    At one tick the nodes run in the given order, late ones last. Where a block moves its weights
+    once for several messages (micro-batches), the step by the last one, a third of a sample's
+    arithmetic, is left for after the backward passes that follow in this process, so that the next
+    process has its messages meanwhile. No pass of the block lies between, so no number changes.
 
     Args:
         nodes: the nodes of one process.
@@ -60,11 +64,22 @@ def run_loop(
     """
     for node in () if started else nodes:
         _guarded(node, node.start)
+    deferred: list[tuple[PulseNode, int]] = []
+
+    def settle() -> None:
+        for one, tick in deferred:
+            _guarded(one, one.settle, tick)
+            if after_step is not None:
+                after_step(one, tick)
+        deferred.clear()
+
     key = _by_token if by_token else _by_tick
     heap = [(key(node), i) for i, node in enumerate(nodes) if node.tick is not None]
     heapq.heapify(heap)
     while heap:
         order, i = heap[0]
+        if deferred and not _backward(nodes[i]):
+            settle()
         if cut is not None and (nodes[i].tick or 0) >= cut.due:
             behind = [one for one in heap if (nodes[one[1]].tick or 0) < cut.due]
             if behind:  # (by tokens only) before others pass the cut
@@ -73,10 +88,13 @@ def run_loop(
                 heap.insert(0, ((-1, *order[1:]), i))
                 heapq.heapify(heap)
             else:
+                settle()
                 cut.reach(min(node.tick for node in nodes if node.tick is not None))
         node, tick = nodes[i], nodes[i].tick or 0
         _guarded(node, node.step)
-        if after_step is not None:
+        if isinstance(node, PulseNode) and node.deferred:
+            deferred.append((node, tick))
+        elif after_step is not None:
             after_step(node, tick)
         if node.tick is None:
             heapq.heappop(heap)
@@ -84,6 +102,11 @@ def run_loop(
             heapq.heapreplace(heap, (key(node), i))
         if between is not None:
             between()
+    settle()
+
+
+def _backward(node: Node) -> bool:
+    return isinstance(node, PulseNode) and node.backward
 
 
 def _by_tick(node: Node) -> tuple[int, ...]:
@@ -97,15 +120,16 @@ def _by_token(node: Any) -> tuple[int, ...]:
     return (event.span.number if event.span else 0, back, 0 if back else event.sample, event.tick)
 
 
-def _guarded(node: Node, act: Callable[[], None]) -> None:
+def _guarded(node: Node, act: Callable[[], None], tick: int | None = None) -> None:
+    tick = node.tick or 0 if tick is None else tick
     try:
         act()
     except (HamdistError, Aborted):
         raise
     except OutOfRange as error:
-        tick, found = node.tick or 0, (error.quantity, error.norm, error.cause)
+        found = (error.quantity, error.norm, error.cause)
         raise DivergedError(node.name, tick, *found) from None
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         message = f"{type(error).__name__}: {first}" if first else type(error).__name__
-        raise BlockError(node.name, node.tick or 0, message, traceback.format_exc()) from error
+        raise BlockError(node.name, tick, message, traceback.format_exc()) from error

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from hamdist.dynamics.blocks.heads import HeadBlock
-from hamdist.dynamics.blocks.pulse import PulseBlock, PulseReadout, ReversibleBlock
+from hamdist.dynamics.blocks.kept_passes import SavesPasses
+from hamdist.dynamics.blocks.pulse import (
+    KeepingReadout,
+    PulseBlock,
+    PulseReadout,
+    ReversibleBlock,
+)
 from hamdist.dynamics.blocks.readout_loss import Reading
 from hamdist.dynamics.blocks.rule_block import RuleBlock
 from hamdist.dynamics.graph.graph import BlockSpec
@@ -60,20 +66,19 @@ class PulseNode(Remembers):
         )
         self._schedule = plan.schedule
         self._events = plan.schedule.events(spec.name)
-        self._late = 0 if plan.spec.kept else plan.spec.late
-        self._waits = plan.knobs.late if isinstance(block, PulseReadout) else 0
-        self._asked: list[Tensor] = []  # predictions that wait for their labels
-        self.live = LiveBlock(spec.name, plan.spec.live)
+        self._keeps, self._answers = plan.spec.kept, plan.spec.live
+        # Messages leave first, then weights move (loop.py). Shared weights are sent themselves.
+        block.defers = self._ties is None
+        self.live = LiveBlock(spec.name, plan.spec.patience)
         self._end: int | None = None
         self.event = next(self._events)
         self.tick: int | None = self.event.tick
 
-    STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "_asked", "live")
-    ADDED: ClassVar[Mapping[str, Any]] = {"_asked": (), "live": None}
+    STATE = ("block", "metrics", "seconds", "_end", "event", "tick", "live")
+    ADDED: ClassVar[Mapping[str, Any]] = {"live": None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
-        self._asked = list(self._asked)
+        super().restore({name: one for name, one in state.items() if name != "_asked"})  # (of 0.1)
         self._events = events_from(self._schedule, self.name, self.event)
 
     def start(self) -> None:
@@ -81,6 +86,7 @@ class PulseNode(Remembers):
 
     def step(self) -> None:
         """Do the phase of the present event, and move to the next one."""
+        self.settle()
         phase = self.event.phase
         if phase is Phase.READ:
             self._read(self.event)
@@ -90,6 +96,23 @@ class PulseNode(Remembers):
             self._backward(self.event)
         self._advance()
 
+    @property
+    def backward(self) -> bool:
+        """Return True if the next event is a backward pass."""
+        return self.event.phase is Phase.BACKWARD
+
+    @property
+    def deferred(self) -> bool:
+        """Return True if the weights have still to move by messages that were read."""
+        return self.block.deferred
+
+    def settle(self) -> None:
+        """Make the step of the weights that waits, if there is one."""
+        if self.block.deferred:
+            begin = perf_counter()
+            self.block.settle()
+            self.seconds += perf_counter() - begin
+
     def _advance(self) -> None:
         # Once the stream has ended (after `_end` samples), forward events of later samples are
         # skipped, for backward events of the samples still inside come between them. The first
@@ -97,7 +120,7 @@ class PulseNode(Remembers):
         # has no other events, and a block to which nothing comes back no backward ones, so they
         # finish at once.
         for event in self._events:
-            if self._end is None or event.sample < self._end + self._waits:
+            if self._end is None or event.sample < self._end:
                 self.event = event
                 self.tick = event.tick
                 return
@@ -161,12 +184,26 @@ class PulseNode(Remembers):
         begin = perf_counter()
         to_parents: list[Tensor | None] = [None] * len(self._ports.into)
         if not self._rests(event):
-            to_parents = self.block.backward(self.live.number(event.sample), messages)
+            number = self.live.number(event.sample)
+            self._recall(event, number)
+            to_parents = self.block.backward(number, messages)
         self.seconds += perf_counter() - begin
         self._ports.to_parents(stamp, to_parents)
         if self._ties is not None:
             self._ties.after_backward(stamp, self.block.weights.updates, self._end)
         self.live.forget(event.sample)
+
+    def _recall(self, event: Event, number: int) -> None:
+        """Keep the record of a sample whose label is to come, or recall it when that has come."""
+        told = self.live.of(event.sample) if self._keeps else None
+        if told is None or not isinstance(self.block, SavesPasses):
+            return
+        if told.kind is Emits.AGAIN:
+            self.block.recall(number, told.number)
+            if not isinstance(self.block, KeepingReadout):
+                self.live.asked(told)
+        elif told.waits and not isinstance(self.block, KeepingReadout):
+            self.block.keep(number, told.number, self.live.ask(told, None))
 
     def _rests(self, event: Event) -> bool:
         """Return True, with the update counted, if the event is of an idle emission."""
@@ -178,12 +215,12 @@ class PulseNode(Remembers):
     def _read(self, event: Event) -> None:
         if not isinstance(self.block, PulseReadout) or self.metrics is None:
             return
-        n = event.sample - self._waits  # what is learned
+        n = event.sample
         stamp = Stamp(event.tick, n, self.block.weights.updates)
-        inputs = self._inputs(event) if self._end is None else None
-        if inputs is None and not self._waits:
+        inputs = self._inputs(event)
+        if inputs is None:
             return
-        target = self._ports.target(event) if inputs is not None else None
+        target = self._ports.target(event)
         given = None if target is None else target.payload
         told = self.live.hear(event.sample, partial(self._ports.clock, event), self.state)
         if self._ties is not None:
@@ -193,10 +230,10 @@ class PulseNode(Remembers):
         messages: list[Tensor | None] = [None] * len(self._ports.into)
         reading: Reading | None = None
         if not self._rests(event):
-            messages, reading = self.block.read(self.live.number(event.sample), inputs or [], given)
+            number = self.live.number(event.sample)
+            self._recall(event, number)
+            messages, reading = self.block.read(number, inputs, given)
         self.seconds += perf_counter() - begin
-        if n < 0:
-            return
         self._ports.to_parents(stamp, messages)
         self._ports.error_to_blocks(stamp, self.block.take_error())
         if self._ties is not None:
@@ -205,12 +242,8 @@ class PulseNode(Remembers):
         if part < self._schedule.parts - 1:
             return
         if told is not None:
-            sample, reading = (
-                told.number,
-                self._answer(self.block, told, reading, stamp.version, event),
-            )
-        elif self._late:
-            sample, reading = self._of_earlier(self.block, sample, reading)
+            sample = told.number
+            reading = self._answer(self.block, told, reading, stamp.version, event)
         record(self.metrics, sample, reading)
 
     def _answer(
@@ -222,30 +255,18 @@ class PulseNode(Remembers):
         event: Event,
     ) -> Reading | None:
         """Answer a sample that has come; score its answer of then when its label has come."""
-        y = block.prediction
+        y, let_go = block.prediction, None
         if told.kind is Emits.SAMPLE and y is not None:
-            self.live.answer(told, y, version, event)
-            if reading is None:
-                self.live.ask(told, y)
+            if self._answers:
+                self.live.answer(told, y, version, event)
+            let_go = self.live.ask(told, y) if told.waits else None
+        if isinstance(block, KeepingReadout):
+            block.keep(self.live.number(event.sample), told.number if told.waits else None, let_go)
         earlier = self.live.asked(told) if told.kind is Emits.AGAIN else None
         self.live.forget(event.sample)
-        return reading if earlier is None or reading is None else block.scored(earlier, reading)
-
-    def _of_earlier(
-        self, block: PulseReadout, n: int, reading: Reading | None
-    ) -> tuple[int, Reading | None]:
-        """Score the prediction whose label has come late (streams/wrappers/late_targets.py). Passes
-        of odd number keep the prediction of the sample that came; the even ones score it when its
-        label has come."""
-        sample, asks = divmod(n, 2)
-        if asks:
-            if block.prediction is not None:
-                self._asked.append(block.prediction)
-            return sample, None
-        earlier = self._asked.pop(0) if sample >= self._late else None
-        if earlier is None or reading is None:
-            return sample, None
-        return sample - self._late, block.scored(earlier, reading)
+        if told.kind is not Emits.AGAIN:
+            return reading
+        return None if earlier is None or reading is None else block.scored(earlier, reading)
 
     def records(self) -> None:
         """A pulse has no energies at one time (refused by plan.py)."""

@@ -52,7 +52,7 @@ class SequenceNode(Remembers):
         }
         self._silent = spec.name in plan.silent and spec.loss is None
         self._over = False
-        self.live = LiveBlock(spec.name, plan.spec.live)
+        self.live = LiveBlock(spec.name, plan.spec.patience)
         self.event = plan.schedule.forward(spec.name, plan.schedule.opening(), 0)
         self.tick: int | None = self.event.tick
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from threading import Event as Flag
@@ -16,7 +17,7 @@ from hamdist.dynamics.saved_state.remember import check_names
 from hamdist.dynamics.schedule.events import Event, Stamp, source_events
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.dynamics.updates.constants import TOLERANCE
-from hamdist.errors import StreamError
+from hamdist.errors import SnapshotError, StreamError
 from hamdist.runtime.nodes.live import emission_of
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
@@ -25,7 +26,7 @@ from hamdist.runtime.signals.interrupts import Aborted
 from hamdist.runtime.signals.signal import Signal, ready
 from hamdist.streams.check import Checker
 from hamdist.streams.live import live_of
-from hamdist.streams.replay import passed_over, samples_from
+from hamdist.streams.replay import passed_over, replays, samples_from
 from hamdist.streams.sample import Emission, Emits, Sample, Stream, report_of
 from hamdist.streams.smoothness import Smoothness
 
@@ -67,7 +68,7 @@ class SourceNode:
         self._tau = math.nan
         self._check = checker_of(plan)
         self.smoothness = Smoothness()
-        self._passes = plan.spec.passes
+        self._before = 0  # emissions that were not idle, of an earlier run
         self._sent = 0
         self.stop = Flag()
         self.tick: int | None = self.event.tick
@@ -87,7 +88,7 @@ class SourceNode:
     @property
     def samples(self) -> int:
         """Return the number of samples sent; each counts once, though it may pass twice."""
-        return self._sent // self._passes
+        return self._sent
 
     @property
     def passed(self) -> int:
@@ -106,9 +107,21 @@ class SourceNode:
             self._live.serve = look
 
     def start(self) -> None:
-        self._drawn = samples_from(self._stream, self._plan.skip * self._passes, self._plan.passed)
+        self._drawn = self._behind(0, self._plan.passed)
         if self._ahead:
             self._next = self._draw(0)
+
+    def _behind(self, items: int, passed: int) -> Iterator[Sample]:
+        """Return what the stream gives behind the samples of an earlier run and `items` more."""
+        skip = self._plan.skip
+        if not self._plan.spec.patience or not skip or not replays(self._stream):
+            return samples_from(self._stream, skip + items, passed)
+        drawn = samples_from(self._stream, 0, passed)
+        for told in (sample.emission for sample in drawn):
+            self._before += told is not None and told.kind is not Emits.IDLE
+            if told is not None and told.kind is Emits.SAMPLE and told.number == skip - 1:
+                break
+        return itertools.islice(drawn, items, None)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the position in the stream, and the statistics of it so far."""
@@ -131,6 +144,11 @@ class SourceNode:
         names = ("event", "tick", "samples", "drawn", "passed", "next", "tau", "time", "smoothness")
         told = state.get("emission")
         check_names("stream", {n: one for n, one in state.items() if n != "emission"}, names)
+        if self._plan.spec.patience and told is None and state["drawn"]:
+            raise SnapshotError(
+                "the state of a stream with late labels was saved by an earlier version of "
+                "hamdist, which counted their samples in another way: begin anew with its weights"
+            )
         self._emission = None if told is None else emission_of(told)
         self.event, self.tick, self._sent = state["event"], state["tick"], state["samples"]
         self._tau, self._check.last = state["tau"], state["time"]
@@ -141,8 +159,7 @@ class SourceNode:
             first = self.event.sample + 1
             self._events = source_events(self._plan.schedule.c, first, self._parts)
         if self.tick is not None:
-            given = self._plan.skip * self._passes + self._items
-            self._drawn = samples_from(self._stream, given, state["passed"])
+            self._drawn = self._behind(self._items, state["passed"])
 
     def step(self) -> None:
         stamp = Stamp(self.event.tick, self.event.sample, 0)
@@ -158,7 +175,9 @@ class SourceNode:
         end = sample.end or (self._ahead and self._next is None)
         end = end or (idle and self._plan.knobs.sequence)  # (an empty sequence)
         given = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
-        nothing = idle and self._plan.knobs.pulse
+        told = self._emission
+        kept = self._plan.spec.kept and told is not None and told.kind is Emits.AGAIN
+        nothing = self._plan.knobs.pulse and (idle or kept)
         inputs = {n: None if nothing else self._part(n, u, part) for n, u in given.items()}
         for name, channel in zip(self._names, self._inputs, strict=True):
             self._mailbox.post(channel, Signal(stamp, inputs[name], sequence_end=end))
@@ -236,8 +255,7 @@ class SourceNode:
     def _draw(self, n: int) -> Sample | None:
         """Sample n, checked; None at the end of the stream, or when the run is stopped."""
         steps = self._plan.steps
-        pass_ = n % self._passes
-        n = self._sent if self._live is not None else n // self._passes + self._plan.skip
+        n = (self._sent if self._plan.spec.patience else n) + self._plan.skip
         if self._live is not None:
             self._live.tick = self.event.tick
         if self._drawn is None or self.stop.is_set() or (steps is not None and n >= steps):
@@ -256,10 +274,14 @@ class SourceNode:
         if sample is None:
             return None
         self._items += 1
-        self._emission = sample.emission
+        told = sample.emission
+        n = told.number if told is not None and told.kind is Emits.AGAIN else n
         sample = self._check.check(n, sample)
-        new = self._emission is None or self._emission.kind is Emits.SAMPLE
-        if new and pass_ == self._passes - 1:  # (not of what is shown again)
+        if told is not None and self._live is None:  # (counted in this run)
+            shown, number = told.shown - self._before, told.number - self._plan.skip
+            told = told._replace(shown=shown, number=number)
+        self._emission = told
+        if told is None or told.kind is Emits.SAMPLE:
             self.smoothness.observe(sample.u)
         return sample
 

@@ -129,7 +129,8 @@ def measure(plan: Plan, clock: Callable[[], float] | None = None) -> StepSeconds
     They are medians over samples in a network that is full. `clock` replaces the processor's.
     Raises Unmeasured if a block fails, or takes too long.
     """
-    plan = replace(plan, spec=replace(plan.spec, live=0))  # (nobody talks to a trial)
+    spec = replace(plan.spec, patience=0, kept=False, live=False)  # (nobody talks to a trial)
+    plan = replace(plan, spec=spec)
     answer = _in_child(_Trial(plan, clock).answer, GIVE_UP_SECONDS)
     if isinstance(answer, str):
         raise Unmeasured(answer)

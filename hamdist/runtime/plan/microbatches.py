@@ -29,10 +29,10 @@ def cut_batches(
     parts = knobs.microbatches
     if parts == "auto":
         parts = auto_microbatches(spec.batch)
-    knobs = replace(knobs, microbatches=parts, late=spec.late if spec.kept else 0)
+    knobs = replace(knobs, microbatches=parts)
     kept = knobs.pulse and knobs.memory in (Memory.TRACE, Memory.TRACE_WEIGHTS)
     summed = parts * knobs.accumulate > 1 or _against_sums(graph, learning) or ruled(graph)
-    if knobs.late and (summed or not kept):
+    if spec.kept and (summed or not kept):
         raise LevelError(
             "labels that come late, with the trace kept (stream.relearn: trace): that goes with "
             "'trace' and 'backprop', but not with micro-batches, locality.accumulate, heads, "

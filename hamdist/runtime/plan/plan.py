@@ -152,16 +152,27 @@ class Plan:
         """Return the factor of beta for the update of `block` on `sample`."""
         factor = self.course(sample)
         if Compensation.DELAY_SCALED in self.knobs.compensation:
-            factor *= float((1 + self.schedule.delay(block)) ** -self.knobs.delay_power)
+            factor *= float((1 + self.delay(block)) ** -self.knobs.delay_power)
         return factor
 
     def course(self, sample: int) -> float:
         """Return the factor of the step size on `sample`, without the correction for a delay."""
         return self.rate(self.sample_of(sample))
 
-    def sample_of(self, pass_: int) -> int:
-        """Return the sample that a pass shows (late ones pass twice), counted over resumed runs."""
-        return pass_ // self.spec.passes + self.skip
+    def sample_of(self, sample: int) -> int:
+        """Return the number of a sample, counted over resumed runs."""
+        return sample + self.skip
+
+    def delay(self, block: str) -> int:
+        """Return the most steps of a block between its two passes of a sample, where known."""
+        known = self.spec.kept and self.spec.emissions is not None
+        return self.schedule.delay(block) + (self.spec.patience if known else 0)
+
+    @property
+    def staleness(self) -> int:
+        """Return the most samples between the two passes of one, with those that a trace waits."""
+        late = self.spec.patience if self.spec.kept else 0
+        return -(-self.schedule.staleness // (self.spec.emissions or 1)) + late
 
     @property
     def resumed(self) -> int:
@@ -174,7 +185,7 @@ class Plan:
     @property
     def by_token(self) -> bool:
         """Return True if blocks step by tokens of sequences instead of by ticks (loop.py)."""
-        return self.knobs.sequence and self.spec.live > 0
+        return self.knobs.sequence and self.spec.live
 
     @property
     def taught_by(self) -> str:
@@ -186,11 +197,13 @@ class Plan:
         """Return the tick before which the last of `steps` samples has left the stream.
 
         A snapshot at that tick is one of a run of more steps, too, and a later one is not. Infinite
-        if it is unknown (in sequences, and where a sample is drawn ahead for its time).
+        if it is unknown (in sequences, where a sample is drawn ahead for its time, and where labels
+        come by tags).
         """
-        if self.steps is None or self.knobs.sequence or self.dynamics.tau is None:
+        emissions, unknown = self.spec.emissions, self.knobs.sequence or self.dynamics.tau is None
+        if self.steps is None or emissions is None or unknown:
             return math.inf
-        return (self.steps - self.skip) * self.spec.passes * self.schedule.c - 1
+        return (self.steps - self.skip) * emissions * self.schedule.c - 1
 
     def start(self, block: str) -> Tensor:
         """Return h_0 of a block, the batch in front."""
@@ -266,27 +279,29 @@ def make_plan(
             f"{knobs.presentation.value!r}: the energies are sums over the blocks at one time, but "
             "there the blocks work on different samples; use a level of presentation 'hold'"
         )
-    if spec.late and not knobs.pulse:
+    if spec.patience and not spec.live and not knobs.pulse:
         raise LevelError(
-            f"labels that come {spec.late} samples late with presentation "
+            f"labels that come up to {spec.patience} samples late with presentation "
             f"{knobs.presentation.value!r}, whose states go from one sample to the next: a sample "
             "cannot be shown again in between; use a level of presentation 'pulse' (trace, "
             "backprop, heads, reversible), or have samples wait for their labels (stream.relearn: "
             "wait, or hamdist.streams.Rejoin), whose scores know no delay"
         )
-    if spec.live and (knobs.accumulate > 1 or knobs.double_buffered):
+    if spec.patience and (knobs.accumulate > 1 or knobs.double_buffered):
         raise LevelError(
-            "accumulated or double-buffered steps in a live run: they count samples in groups, and "
-            "idle ticks would break these up; leave locality.accumulate and double_buffered out"
+            "accumulated or double-buffered steps in a live run, or with late labels: they count "
+            "samples in groups, and idle ticks and samples that are shown again would break these "
+            "up; leave locality.accumulate and double_buffered out"
         )
-    if spec.live and dynamics.tau is None:
+    if spec.patience and dynamics.tau is None:
         raise LevelError(
-            "dynamics.tau 'stamps' in a live run: how long a sample lasts shows only when the next "
-            "one comes, so its answer would wait for that; give dynamics.tau as a number"
+            "dynamics.tau 'stamps' in a live run, or with late labels: how long a sample lasts "
+            "shows only when the next one comes, so its answer would wait for that; give "
+            "dynamics.tau as a number"
         )
     rate = step_course(settings.learning, settings.steps)
     heads = plan_heads(graph, shapes, knobs, settings.learning)
-    clocked = (knobs.hold and dynamics.clocked) or spec.live > 0
+    clocked = (knobs.hold and dynamics.clocked) or spec.patience > 0
     reversible = reversible_blocks(graph, shapes) - silent if rewinds else frozenset()
     channels = make_channels(
         graph,

@@ -44,6 +44,10 @@ class WorkerGroup(WiredWorkers):
             self._end_actors()
             shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
 
+    def keep_spares(self) -> None:
+        """Have `engine.spares` actors wait that can take the place of one of these."""
+        self.session.keep_spares([a.actor_options for a in self.actors], self.plan.engine.spares)
+
     def withdraw(self, key: str) -> None:
         """Make all actors refuse the holder of this key from now on."""
         for actor in self.actors:

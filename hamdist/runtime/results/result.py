@@ -10,11 +10,15 @@ from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
 from hamdist.config import Settings
+from hamdist.display.figure import drawn
+from hamdist.display.network import PlacedNetwork
+from hamdist.display.table import Table, frame, html_table
+from hamdist.display.windows import columns, windows_figure
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
-from hamdist.runtime.results.measured import PlacedNetwork, ProcessSample
+from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.signals.codec import Compressed
 
@@ -255,6 +259,28 @@ class RunResult(RunFacts):
                 told.append(f"{readout}: {_last(windows[-1])}")
         told += [f"warning: {text}" for text in self.warnings]
         return f"RunResult({'; '.join(told)})"
+
+    @property
+    def metrics(self) -> Any:
+        """Return all windows by column: `readout` and those of `display.windows.columns`.
+
+        A pandas DataFrame if pandas is installed, else a dict of lists.
+        """
+        rows = [({"readout": name}, w) for name, those in self.windows.items() for w in those]
+        return frame(columns(rows))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Return the prequential accuracy (or loss) as an `SvgPicture`.
+
+        Args:
+            ax: axes of matplotlib's, on which it is drawn instead; they are returned.
+        """
+        return drawn(windows_figure("", self.windows), ax)
+
+    def _repr_html_(self) -> str:
+        lines = [[part] for part in repr(self).removeprefix("RunResult(")[:-1].split("; ")]
+        picture: str = self.plot().svg
+        return html_table(Table(["run"], lines)) + picture
 
 
 def _last(window: Window) -> str:

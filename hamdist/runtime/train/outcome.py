@@ -47,7 +47,7 @@ def make_result(
         "startup_seconds": sum(startup.seconds.values()),
         "compression": in_edge_order(outcome.compression, graph),
         "rounding": {n: b.rounding for n, b in outcome.blocks.items() if b.rounding is not None},
-        "staleness": -(-plan.schedule.staleness // plan.spec.passes),
+        "staleness": plan.staleness,
         "resumed": plan.resumed,
         "delays": {e.name: e.delay for e in plan.graph.edges if not e.from_input},
         "weight_lags": weight_lags(plan),

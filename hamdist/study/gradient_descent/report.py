@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hamdist.display.table import Table, markdown
 from hamdist.study.gradient_descent.models import MODELS
 from hamdist.study.gradient_descent.scenarios import BOUND, SCENARIOS, Placement, ScenarioRow
-from hamdist.study.report.table import Table, markdown
 from hamdist.study.shared.result_folder import write_file
 
 NAMES = {

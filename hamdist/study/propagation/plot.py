@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.study.propagation.settling import DecayFit
 from hamdist.study.propagation.streams import StreamKind
-from hamdist.study.view.page import FigureCurve, PageFigure
 
 COLOUR_OF = {StreamKind.SMOOTH.value: 0, StreamKind.RANDOM.value: 1, StreamKind.STATIC.value: 2}
 # Below these a static input's error is on its way to round-off; it would flatten all else.

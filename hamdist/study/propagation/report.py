@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from hamdist.display.table import MISSING, Table, markdown
 from hamdist.study.propagation.plot import Curve, PlotLine, speed_figures
 from hamdist.study.propagation.settling import CountRow
 from hamdist.study.propagation.streams import PERIOD, SWITCHED_ON, StreamKind
 from hamdist.study.propagation.study import SpeedResult, SpeedRow
 from hamdist.study.report.html import versions
-from hamdist.study.report.table import MISSING, Table, markdown
 from hamdist.study.shared.result_folder import write_file
 from hamdist.study.view.page import FIGURES, baked, page
 

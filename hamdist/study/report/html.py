@@ -9,10 +9,11 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
 from hamdist.config import Settings, to_yaml
+from hamdist.display.figure import PageFigure
+from hamdist.display.table import Table, html_notes, html_table
 from hamdist.runtime.results.events import RunEvent
-from hamdist.study.report.table import Table
 from hamdist.study.view.explain import explain
-from hamdist.study.view.page import FIGURES, PageFigure, baked, page, sections
+from hamdist.study.view.page import FIGURES, baked, page, sections
 
 PACKAGES = ("hamdist", "torch", "ray", "numpy", "pyzmq")
 
@@ -102,20 +103,3 @@ def _interruption(report: HtmlReport) -> str:
     if not report.interrupted:
         return ""
     return '<p class="interrupted">Ended early: only the runs that finished are shown.</p>'
-
-
-def html_table(table: Table) -> str:
-    """Return the table, without its notes."""
-    head = "".join(f"<th>{escape(title)}</th>" for title in table.titles)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows
-    )
-    return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def html_notes(notes: Sequence[str]) -> str:
-    """Return a box of notes; empty if there are none."""
-    if not notes:
-        return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<div class="notes"><b>Notes and warnings</b><ul>{items}</ul></div>'

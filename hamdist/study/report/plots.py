@@ -6,10 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from hamdist.dynamics.objective.prequential import Window, merge_windows
+from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import Run
-from hamdist.study.view.page import FigureCurve, PageFigure
 
 
 def gap_figures(runs: Sequence[Run]) -> list[PageFigure]:
@@ -31,12 +30,6 @@ def gap_figures(runs: Sequence[Run]) -> list[PageFigure]:
     title = f"Gap to centralised backpropagation ({worse} 0: worse than it)"
     y_label = "held-out loss above centralised" if real_valued else "points of accuracy"
     return [PageFigure(title, "level", y_label, curves, ticks=levels)] if curves else []
-
-
-def joined(windows: Sequence[Window], most: int) -> list[Window]:
-    """Return at most `most` windows: neighbours merged, in equal numbers but for the last."""
-    size = max(1, -(-len(windows) // most))
-    return [merge_windows(windows[i : i + size]) for i in range(0, len(windows), size)]
 
 
 def _paired_gaps(baseline: Sequence[Run], group: Sequence[Run], real_valued: bool) -> list[float]:

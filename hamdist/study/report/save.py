@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hamdist.config import Settings, to_yaml
+from hamdist.display.table import latex
 from hamdist.study.report.aggregate import aggregate
 from hamdist.study.report.digests_diff import digests_json
 from hamdist.study.report.files import (
@@ -23,7 +24,7 @@ from hamdist.study.report.files import (
 )
 from hamdist.study.report.html import HtmlReport, render
 from hamdist.study.report.plots import gap_figures
-from hamdist.study.report.table import comparison_table, latex
+from hamdist.study.report.table import comparison_table
 from hamdist.study.report.tracking_plots import record_figures
 from hamdist.study.run.run import Run
 from hamdist.study.run.tracking import records_npz

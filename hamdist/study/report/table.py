@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from hamdist.display.table import MISSING, Table, number, percent
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.runtime.process.startup import startup_line
 from hamdist.study.report.aggregate import AggregateRow
@@ -21,7 +20,6 @@ MIB = 2**20
 KIB = 2**10
 PROCESSES_SHOWN = 6
 EDGES_SHOWN = 12
-MISSING = "–"
 STARTUP_WORTH_SAYING = 1.0
 _COUNTS = {  # what streams count
     "dropped": "{:,} dropped while the network was busy",
@@ -30,22 +28,6 @@ _COUNTS = {  # what streams count
     "let_go": "{:,} let go without a target",
     "too_late": "{:,} targets too late",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table: column titles, one list of cells per row, and notes below."""
-
-    titles: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str]
-
-
-def markdown(table: Table) -> str:
-    """Return the table as Markdown."""
-    lines = [table.titles, ["---"] * len(table.titles), *table.rows]
-    body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    return body + "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in table.notes)
 
 
 def comparison_table(rows: Sequence[AggregateRow]) -> Table:
@@ -60,6 +42,7 @@ def comparison_table(rows: Sequence[AggregateRow]) -> Table:
         test = row.loss_gap_test if real_valued else row.gap_test
         if test is not None and row.level != CENTRALISED:
             notes.append(f"{row.level}: {in_words(test, row.seeds)}")
+    notes += _until_goal(rows)
     slow = [row for row in rows if row.startup_seconds >= STARTUP_WORTH_SAYING]
     if slow:
         starts = ", ".join(f"{row.level} {row.startup_seconds:.1f} s" for row in slow)
@@ -71,6 +54,20 @@ def comparison_table(rows: Sequence[AggregateRow]) -> Table:
         rows=[[cell(row) for cell in columns.values()] for row in rows],
         notes=notes,
     )
+
+
+def _until_goal(rows: Sequence[AggregateRow]) -> list[str]:
+    """Return how soon each level predicted as well as the goal says, as one note."""
+    goal = next((row.goal for row in rows), None)
+    if not goal:
+        return []
+    soon = [
+        f"{row.level} not at all"
+        if row.rows_to_goal is None or row.seconds_to_goal is None
+        else f"{row.level} {row.rows_to_goal:,.0f} ({row.seconds_to_goal:.2g} s)"
+        for row in rows
+    ]
+    return [f"rows (and seconds) to a window of {percent(goal, digits=0)} %: {', '.join(soon)}"]
 
 
 def _accuracy_columns() -> dict[str, Callable[[AggregateRow], str]]:
@@ -158,9 +155,9 @@ def _delays(delays: Mapping[str, int]) -> str:
 
 def _counts(counts: Mapping[str, int]) -> Iterator[str]:
     """Yield the counts of a stream without zeros, except that nothing was dropped."""
-    for name, number in counts.items():
-        if number or name == "dropped":
-            yield _COUNTS.get(name, f"{name} {{:,}}").format(number)
+    for name, count in counts.items():
+        if count or name == "dropped":
+            yield _COUNTS.get(name, f"{name} {{:,}}").format(count)
 
 
 def _edges(run: Run) -> str:
@@ -221,11 +218,6 @@ def finished_line(run: Run) -> str:
     return f"{head}, held-out {percent(run.held_out.accuracy)} %"
 
 
-def percent(value: float | None, spread: float | None = None, *, digits: int = 1) -> str:
-    """Return a share as percent, `–` if there is none: 0.8774, 0.0012 as '87.7 ± 0.1'."""
-    return _with_spread(value, spread, lambda v: f"{100 * v:.{digits}f}")
-
-
 def points(gap: float | None, spread: float | None = None) -> str:
     """Return a difference of shares in points, with its sign: 0.0012 as '+0.12'."""
     shown = percent(gap, spread, digits=2)
@@ -240,44 +232,6 @@ def interval(test: PairedTest | None, unit: float = 1.0) -> str:
         f"{unit * end:+.{2 if unit > 1 else 4}{'f' if unit > 1 else 'g'}}"
         for end in (test.low, test.high)
     )
-
-
-def latex(table: Table) -> str:
-    """Return the table as LaTeX (booktabs), its notes as comments."""
-    titles, *rows = (
-        " & ".join(_in_latex(cell) for cell in cells) + r" \\"
-        for cells in (table.titles, *table.rows)
-    )
-    columns = "l" + "r" * (len(table.titles) - 1)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", titles, r"\midrule", *rows]
-    return "\n".join(
-        [*lines, r"\bottomrule", r"\end{tabular}", *(f"% {n}" for n in table.notes), ""]
-    )
-
-
-_LATEX = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$", "→": r"$\to$", "\n": ", "}
-
-
-def _in_latex(cell: str) -> str:
-    return "".join(_LATEX.get(c, rf"\{c}" if c in "#$%&_{}" else c) for c in cell)
-
-
-def number(value: float | None, spread: float | None = None) -> str:
-    return _with_spread(value, spread, lambda v: f"{v:.4g}")
-
-
-def _with_spread(value: float | None, spread: float | None, text: Callable[[float], str]) -> str:
-    if value is None:
-        return MISSING
-    if not math.isfinite(value):
-        return "not finite"
-    # Adding 0.0 after rounding would keep '-0.0': a gap of nothing has no sign.
-    shown = text(value)
-    if not shown.strip("-0."):
-        shown = shown.removeprefix("-")
-    if spread is None or not math.isfinite(spread):
-        return shown
-    return f"{shown} ± {text(spread)}"
 
 
 def mebibytes(size: int) -> str:

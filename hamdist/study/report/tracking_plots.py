@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from hamdist.config import Loss, Settings
+from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.dynamics.blocks.energy import Records, hamiltonian, lagrangian, robust_hamiltonian
 from hamdist.study.run.tracking import Trajectory, last_signals, rms, seconds
-from hamdist.study.view.page import FigureCurve, PageFigure
 
 BINS = 200
 MOST_BLOCKS = 5

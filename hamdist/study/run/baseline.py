@@ -13,7 +13,6 @@ memory has to beat before it can be said to learn anything in its hidden blocks.
 
 from __future__ import annotations
 
-import itertools
 import time
 import traceback
 from collections.abc import Callable
@@ -37,8 +36,15 @@ from hamdist.runtime.process.process_memory import peak_bytes, reset_peak
 from hamdist.runtime.process.threads import cores, torch_threads
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.runtime.train.prepare import in_dtype_of
-from hamdist.streams.sample import Sample, SampleSpec, Stream, parted, report_of
-from hamdist.streams.wrappers.late_targets import LateLabels
+from hamdist.streams.sample import (
+    Emission,
+    Emits,
+    Sample,
+    SampleSpec,
+    Stream,
+    parted,
+    report_of,
+)
 
 CENTRALISED = "centralised"
 FROZEN = "frozen"
@@ -73,12 +79,12 @@ def train_centralised(
     reset_peak()
     losses = make_losses(settings.loss, settings.ignore_index) if loss is None else loss
     model, stream = in_dtype_of(settings, model, stream)
-    if stream.spec.kept:  # (torch has no gradient of an old forward pass with today's weights)
-        stream = LateLabels(stream, stream.spec.late)
     own = copied(model)
     if frozen:
         _freeze(own)
     trainer = _Trainer(own, settings, losses, stream.spec)
+    # (Samples whose labels come late are shown again, though their trace was to be kept: torch has
+    # no gradient of an old forward pass with today's weights.)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         threads = _threads(trainer, stream.spec, settings)
@@ -114,14 +120,10 @@ class _Trainer:
         settings: Settings,
         loss: Losses,
         spec: SampleSpec,
-        *,
-        late: bool = True,
     ) -> None:
         learning = settings.learning
-        self._late = spec.late if late else 0
         self._spec = spec
-        self._asked: list[dict[str, Tensor]] = []  # predictions that wait for their labels
-        self._passes = 0
+        self._asked: dict[int, dict[str, Tensor]] = {}  # predictions that wait for their labels
         self.model = model
         self.loss = loss
         self.targets = spec.targets
@@ -140,33 +142,34 @@ class _Trainer:
         self.updates = 0
 
     def show(self, sample: Sample) -> None:
-        """Test on the sample, then train on it; a sample without target only counts. Where labels
-        come late, a sample passes twice (streams/wrappers/late_targets.py)."""
-        asks = bool(self._late) and self._passes % 2 == 1
-        self._passes += 1
+        """Test on the sample, then train on it; a sample without target only counts. One whose
+        label comes late passes twice (streams/wrappers/late_targets.py)."""
+        told = sample.emission or Emission(Emits.SAMPLE, 0, self.samples, waits=False)
         names = [ONLY] if self.targets is None else self.targets
-        due = bool(self._late) and not asks and self.samples >= self._late
-        earlier = self._asked.pop(0) if due else None
+        asks = told.kind is Emits.SAMPLE and told.waits
         if asks or any(sample.target(name) is not None for name in names):
             try:
                 if asks:
-                    self._ask(sample)
+                    self._ask(sample, told.number)
                 else:
-                    self._learn(sample, earlier)
+                    self._learn(sample, told)
             except GraphError:
                 raise
             except Exception as error:
                 text = f"{type(error).__name__}: {error}"
                 raise BlockError(CENTRALISED, self.samples, text, traceback.format_exc()) from error
-        self.samples += asks or not self._late
+        self.samples += told.kind is Emits.SAMPLE
 
-    def _ask(self, sample: Sample) -> None:
+    def _ask(self, sample: Sample, number: int) -> None:
         """Predicts what is scored when the label has come."""
         with torch.no_grad():
             u = sample.u if sample.inputs is None else sample.inputs
-            self._asked.append(tensors(called(self.model, u)))
+            self._asked[number] = tensors(called(self.model, u))
+        if len(self._asked) > self._spec.patience:
+            del self._asked[min(self._asked)]
 
-    def _learn(self, sample: Sample, earlier: dict[str, Tensor] | None) -> None:
+    def _learn(self, sample: Sample, told: Emission) -> None:
+        earlier = self._asked.pop(told.number, None)
         u = sample.u if sample.inputs is None else sample.inputs
         predictions = tensors(called(self.model, u))
         losses = self._losses = self._losses or self._chosen(predictions)
@@ -183,7 +186,7 @@ class _Trainer:
                 if earlier is not None:
                     own = earlier[name]
                     value = loss(own, y)
-                self.metrics[name].record(self.samples - self._late, own, plain, value)
+                self.metrics[name].record(told.number, own, plain, value)
         if not found:
             return
         self.model.zero_grad()
@@ -268,9 +271,12 @@ def _train(
     """Show every sample; True where Ctrl-C came first."""
     reported = begun
     interrupted = False
-    passes = None if settings.steps is None else settings.steps * stream.spec.passes
+    steps, samples = settings.steps, iter(stream.samples())
     try:
-        for sample in itertools.islice(stream.samples(), passes):
+        while steps is None or trainer.samples < steps:
+            sample = next(samples, None)
+            if sample is None:
+                break
             trainer.show(sample)
             now = time.perf_counter()
             if on_progress is not None and now - reported >= PROGRESS_SECONDS:
@@ -297,7 +303,7 @@ def _progress(trainer: _Trainer, steps: int | None, seconds: float) -> Progress:
 
 def _threads(trainer: _Trainer, spec: SampleSpec, settings: Settings) -> int:
     """1, or as many as the compared run has: whichever trains a copy of the model faster."""
-    probe = _Trainer(copied(trainer.model), settings, trainer.loss, spec, late=False)
+    probe = _Trainer(copied(trainer.model), settings, trainer.loss, spec)
     sample = example_sample(spec)
 
     def step() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +60,47 @@ def load_stream(
         StreamError: its result cannot be used.
     """
     function = load_function(STREAM_OPTION, name)
-    takes_seed = _takes_seed(function)
-    check_call(STREAM_OPTION, name, function, *(["seed"] if takes_seed else []))
+    check_call(STREAM_OPTION, name, function, *(["seed"] if _takes_seed(function) else []))
+    return _maker(STREAM_OPTION, function, None, {"names": names, "model_loss": model_loss})
 
-    read = {"names": names, "model_loss": model_loss}
+
+def data_of(
+    stream: Iterable[Any] | Callable[..., object],
+    held_out: object,
+    names: Names | None,
+    model_loss: str | None,
+    classes: Classes,
+) -> Callable[[int], OwnData]:
+    """Return a function that makes the stream of a seed: of one that can be drawn again, or a
+    function as of `load_stream`. Raises SettingsError for an iterator.
+
+    Args:
+        held_out: what the scores are of, besides what the function returns; None: nothing.
+        stream, names, model_loss, classes: see `load_stream` and `from_iterable`.
+    """
+    if isinstance(stream, Iterator):
+        raise SettingsError(
+            f"stream is an iterator ({type(stream).__name__}), which can be drawn once, but every "
+            "run draws it anew: give a list, a DataLoader, or a function that makes it"
+        )
+    function: Any = stream
+    if not callable(stream) or isinstance(stream, Stream):
+        function = lambda: stream  # noqa: E731
+    takes = _takes_seed(function)
+
+    def parts(seed: int) -> object:
+        made = function(seed=seed) if takes else function()
+        return made if held_out is None else (made, held_out)
+
+    parts.__qualname__ = title(function) if callable(stream) else type(stream).__name__
+    return _maker("stream", parts, classes, {"names": names, "model_loss": model_loss})
+
+
+def _maker(
+    option: str, function: Callable[..., object], classes: Classes, read: dict[str, Any]
+) -> Callable[[int], OwnData]:
+    """Return a function that makes the data of a seed by a user's `function`."""
+    takes_seed, names = _takes_seed(function), read["names"]
     # (the scores of what is held out count every row once)
     unweighted = names and {key: name for key, name in names.items() if name != WEIGHT}
     scored = {**read, "names": unweighted}
@@ -71,15 +108,15 @@ def load_stream(
     def make(seed: int) -> OwnData:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = called(STREAM_OPTION, function, **({"seed": seed} if takes_seed else {}))
+            made = called(option, function, **({"seed": seed} if takes_seed else {}))
             parts = list(made) if isinstance(made, tuple) and len(made) == 2 else [made]
-            name = title(function)
-            train = _as_stream(parts[0], None, read, name, "what to learn from")
-            classes = _classes(train.spec)
+            name = f"{option}: {title(function)}()"
+            train = _as_stream(parts[0], classes, read, name, "what to learn from")
+            known = _classes(train.spec)
             held_out = [[part] if _single(part) else part for part in parts[1:]]
             return OwnData(
                 train,
-                *(_as_stream(part, classes, scored, name, "what is held out") for part in held_out),
+                *(_as_stream(part, known, scored, name, "what is held out") for part in held_out),
             )
 
     return make
@@ -123,9 +160,9 @@ def _as_stream(
         if plain and not _pair(made):
             return from_iterable(made, classes=classes, **read)  # type: ignore[arg-type]  # (plain)
     except StreamError as error:
-        raise StreamError(f"{STREAM_OPTION}: {name}(), {part}: {error}") from error
+        raise StreamError(f"{name}, {part}: {error}") from error
     raise SettingsError(
-        f"{STREAM_OPTION}: {name}() returned {_kind(made)}; return a stream (see "
+        f"{name} returned {_kind(made)}; return a stream (see "
         "hamdist.streams), a DataLoader or an iterable of (u, y), or a pair of these, the second "
         "of which is held out"
     )

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from hamdist.config import DType, Loss, ModelKind, Settings, Source, View
+from hamdist.config import DType, Settings, Source, View
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.merged import MergedSequence
 from hamdist.dynamics.modules.prenorm import stabilised
-from hamdist.dynamics.objective.losses import Losses, LossFunction, make_loss, make_losses
+from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.dynamics.objective.outputs import main_output
 from hamdist.dynamics.objective.prequential import Window, merge_windows
 from hamdist.dynamics.user_modules.python_state import functions_of
@@ -29,9 +29,8 @@ from hamdist.models.build import (
     CELLS,
     ModelFactory,
     make_from_factory,
-    make_model,
-    make_recurrent,
-    make_tracker,
+    make_from_settings,
+    only_loss,
 )
 from hamdist.runtime.placement.step_costs import example_input, example_inputs
 from hamdist.runtime.process.interrupts import OnProgress
@@ -280,7 +279,7 @@ def build(
     settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
 ) -> nn.Module | Graph:
     """Return the model that the settings name, or that `factory` makes. Raises SettingsError."""
-    model = _plain_build(settings, spec, factory, dtype)
+    model = make_from_settings(settings, spec, factory, dtype)
     if not settings.model.stabilise:
         return model
     if isinstance(model, Graph):
@@ -292,36 +291,6 @@ def build(
     for text in told:
         warnings.warn(ChoiceWarning(text), stacklevel=5)
     return made
-
-
-def _plain_build(
-    settings: Settings, spec: SampleSpec, factory: ModelFactory | None, dtype: torch.dtype
-) -> nn.Module | Graph:
-    if factory is not None:
-        return make_from_factory(factory, seed=settings.seed, dtype=dtype)
-    if settings.model.kind in CELLS:
-        partition = settings.partition
-        if partition.blocks is not None or partition.cuts is not None:
-            raise SettingsError(
-                f"partition: a {settings.model.kind.value} has a block for each cell; leave "
-                "'partition.blocks' and 'partition.cuts' out"
-            )
-        loss = _only_loss(settings)
-        return make_recurrent(settings.model, spec, loss, seed=settings.seed, dtype=dtype)
-    if settings.model.kind is ModelKind.TRACKER:
-        partition = settings.partition
-        return make_tracker(settings.model, spec, partition, seed=settings.seed, dtype=dtype)
-    return make_model(settings.model, spec, seed=settings.seed, dtype=dtype)
-
-
-def _only_loss(settings: Settings) -> LossFunction:
-    """Return the loss of a model of sequences."""
-    if not isinstance(settings.loss, Loss):
-        raise SettingsError(
-            f"loss: names the outputs {', '.join(map(repr, settings.loss))}, but a "
-            f"{settings.model.kind.value} has one; give one loss"
-        )
-    return make_loss(settings.loss, settings.ignore_index)
 
 
 def _stream(settings: Settings, dtype: torch.dtype) -> Stream:
@@ -362,13 +331,13 @@ def _score_sequences(
         if data.held_out is None:
             return None
         return evaluate_sequences(
-            model, data.held_out, _only_loss(settings), ignore_index=settings.ignore_index
+            model, data.held_out, only_loss(settings), ignore_index=settings.ignore_index
         )
     own = settings.stream
     if own.source is not Source.SEQUENCES or own.sequences.view is not View.TOKENS:
         return None
     stream = held_out_tokens(own, seed=settings.seed)
-    return evaluate_sequences(model, stream, _only_loss(settings))
+    return evaluate_sequences(model, stream, only_loss(settings))
 
 
 def _main_windows(result: RunResult, scores: Scores | None) -> list[Window]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from hamdist.display.figure import FigureCurve, PageFigure
 from hamdist.study.sweep.points import SweepCell
 from hamdist.study.sweep.run import StudyOutcome
 from hamdist.study.sweep.settings import Axis, StudySettings, Trains
 from hamdist.study.sweep.summary import SummaryLine, summary
 from hamdist.study.sweep.tables import TITLES, WORDS, varied
-from hamdist.study.view.page import FigureCurve, PageFigure
 
 LOGARITHMIC = (Axis.BATCH, Axis.SMOOTHNESS)
 

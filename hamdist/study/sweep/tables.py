@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hamdist.study.report.table import MISSING, Table, interval, number, percent, points
+from hamdist.display.table import MISSING, Table, number, percent
+from hamdist.study.report.table import interval, points
 from hamdist.study.sweep.points import Point
 from hamdist.study.sweep.settings import Axis, StudySettings, Trains
 from hamdist.study.sweep.summary import SummaryLine

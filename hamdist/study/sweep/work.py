@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hamdist.config import Settings
+from hamdist.display.windows import joined
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.errors import DivergedError
 from hamdist.runtime.process.threads import torch_threads
-from hamdist.study.report.plots import joined
 from hamdist.study.run.run import Run, run_centralised, run_level
 from hamdist.study.sweep.points import SweepJob
 from hamdist.study.sweep.settings import Trains

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness import explain, ours, sides
-from harness.configurations import compiled, eager
+from harness.configurations import MICRO_BATCHES, compiled, eager
 from harness.figures import Spread
 from harness.output import cores
 from harness.processes import together
@@ -16,6 +16,7 @@ from harness.works import Work
 CENTRALISED, TRACE, LOCAL = "centralised", "trace", "local"
 EAGER = "centralised, eager"  # the best one that is not compiled, where one that is takes part
 PIPELINING, BACKPROP = "pipelining", "backprop"
+PIPELINE = "pipeline"
 ARITHMETIC, ALONE = "arithmetic", "arithmetic, one process"
 EXCHANGE = "raw exchange"
 
@@ -63,9 +64,10 @@ class Lineup:
         self._ours: dict[str, ours.Ours] = {}
         together(processes.pair, "arithmetic.clear", [{}] * len(processes.pair))
 
-    def centralised(self) -> None:
-        possible = eager(cores())
-        if self._pace.compiled:
+    def centralised(self, threads: int | None = None) -> None:
+        """PyTorch in one process. threads: at most; None: as many as cores, and compiled."""
+        possible = eager(threads or cores())
+        if self._pace.compiled and threads is None:
             possible += compiled(cores())
         remote = self._processes.centralised
         self._take(CENTRALISED, sides.centralised(remote, self._work, possible, self._pace.pilot))
@@ -91,6 +93,15 @@ class Lineup:
             self._found.configurations[level] = str(side.configuration)
         if self._work.dims:
             self._arithmetic(ARITHMETIC, trace.shares())
+
+    def pipeline(self) -> None:
+        """hamdist's exact level on 2 actors, in two blocks, with the best number of parts."""
+        cuts = [ours.Configuration(PIPELINE, 2, microbatches=parts) for parts in MICRO_BATCHES[1:]]
+        side, pilot = sides.hamdist_best(self._work, cuts, self._pace.pilot)
+        self._found.pilots[PIPELINE] = pilot
+        self._ours[PIPELINE] = side
+        self._running[PIPELINE] = side.run
+        self._found.configurations[PIPELINE] = str(side.configuration)
 
     def backprop(self) -> None:
         """hamdist in-process: all layers in one block."""

@@ -20,7 +20,7 @@ WARM_UP = 0.2
 @dataclass(frozen=True)
 class Configuration:
     """blocks: of the network; None: one per layer. balance: what is even between the blocks.
-    delay: ticks of an edge."""
+    delay: ticks of an edge. microbatches: parts of a batch, at level `pipeline`."""
 
     level: str = "trace"
     blocks: int | None = 2
@@ -29,6 +29,7 @@ class Configuration:
     transport: str = "auto"
     kind: str = "ray"
     delay: int = 1
+    microbatches: int | None = None
 
     def settings(self, **more: Any) -> Settings:
         partition: dict[str, Any] = {"delay": self.delay}
@@ -38,6 +39,8 @@ class Configuration:
         if self.kind == "ray":
             engine |= {"actors": self.actors, "transport": self.transport}
         raw = {"level": self.level, "partition": partition, "engine": engine}
+        if self.microbatches is not None:
+            raw["locality"] = {"microbatches": self.microbatches}
         return Settings.model_validate({**raw, "learning": {"lr": LR}, **more})
 
     def __str__(self) -> str:
@@ -45,6 +48,8 @@ class Configuration:
         if self.blocks is not None:
             even = f" of equal {self.balance}" if self.blocks > 1 else ""
             blocks = f"{self.blocks} block{'s' if self.blocks > 1 else ''}{even}"
+        if self.microbatches is not None:
+            blocks += f", {self.microbatches} micro-batches"
         if self.kind != "ray":
             return f"{self.level}, {blocks}, in-process"
         actors = f"{self.actors} actor{'s' if self.actors > 1 else ''}"

@@ -13,6 +13,7 @@ from harness.contest import (
     EAGER,
     EXCHANGE,
     LOCAL,
+    PIPELINE,
     PIPELINING,
     TRACE,
     Contest,
@@ -21,9 +22,14 @@ from harness.figures import Row, Target, faster, missing, worst
 from harness.footprint import Footprint
 
 Contests = Mapping[tuple[int, int], Contest]  # of MLPs, by width and batch
+Exact = Mapping[str, Contest]  # of level `pipeline`, by work
 
 TRACE_TARGETS = {(1024, 1): 3.5, (256, 1): 2.5, (256, 32): 2.0, (1024, 32): 1.3}
 PIPELINING_TARGETS = {(1024, 1): 4.0, (1024, 32): 1.5}
+PIPELINE_TARGETS = {
+    CENTRALISED: ("one process with one thread", Target(1.7)),
+    PIPELINING: ("torch.distributed.pipelining", Target(1.3)),
+}
 LOCAL_TARGET = Target(0.85)
 EXCHANGE_TARGET = Target(2.0, at_least=False)
 BACKPROP_WORKS = (256, 1), (1024, 1)
@@ -45,6 +51,22 @@ def rows(contests: Contests) -> list[Row]:
     ]
     local = [_local(contests, key) for key in TRACE_TARGETS]
     return [*found, *local, worst("local against trace, all of them", local, LOCAL_TARGET)]
+
+
+def pipeline_rows(contests: Exact) -> list[Row]:
+    """Level `pipeline` against both others, on every work."""
+    return [
+        faster(
+            f"pipeline, 2 actors, {work}, against {words}",
+            contest.turns[PIPELINE],
+            contest.turns[side],
+            target,
+            configuration={one: contest.configurations[one] for one in (PIPELINE, side)},
+            profile=explain.sentence(contest.median(PIPELINE), contest.parts[PIPELINE]),
+        )
+        for work, contest in contests.items()
+        for side, (words, target) in PIPELINE_TARGETS.items()
+    ]
 
 
 def _label(key: tuple[int, int]) -> str:

@@ -1,32 +1,89 @@
-"""Labels that come late: scores and weights are those of progressive validation with delay."""
+"""Labels come late, of rows with weights: scores and weights are those of progressive validation
+with delay."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from hamdist.config import Settings
 from hamdist.runtime.train.train import train
+from hamdist.streams.sample import Sample, Stream, with_weights
 from hamdist.streams.wrappers.late_targets import Delayed, LateLabels
 from hamdist.study.verify.oracles.check import Check
-from hamdist.study.verify.oracles.networks import F64, Draws, chain
+from hamdist.study.verify.oracles.networks import BATCH, F64, Draws, chain
 
 BOUND = 1e-12
 ORACLE = "progressive validation with delay: questions and answers in the order of their times"
 RATE = 0.1
+PATIENCE = 16
 
 
 def checks(full: bool) -> Iterator[Check]:
     items = 600 if full else 60
     for delay in (1, 5, 20):
-        name = f"late labels, {delay} items: losses, hits and weights of {items} samples"
-        yield Check(name, ORACLE, BOUND, lambda delay=delay: _apart(items, delay))  # type: ignore[misc]
+        comes = {n: n + delay for n in range(items)}
+
+        def delayed(delay: int = delay) -> Stream:
+            return LateLabels(Delayed(Draws(items), delay, tagged=False), delay)
+
+        yield _check(f"{delay} items", items, delayed, comes)
+    comes = {n: n + 1 + (7 * n) % 12 for n in range(items) if n % 9}
+    for name, kept, weighed in (
+        ("by key, in any order or never", False, False),
+        ("by key, rows with weights", False, True),
+        ("by key, with kept traces", True, False),
+    ):
+        keyed = partial(LateLabels, Keyed(items, comes, weighed), patience=PATIENCE, kept=kept)
+        yield _check(name, items, keyed, comes, kept, weighed)
 
 
-def _apart(items: int, delay: int) -> float:
+class Keyed:
+    """The draws, with labels that come with the samples of `comes`, by key."""
+
+    portable = True
+
+    def __init__(self, items: int, comes: Mapping[int, int], weighed: bool) -> None:
+        self.spec = replace(Draws(items).spec, weighted=weighed)
+        self._items, self._comes = items, comes
+
+    def samples(self) -> Iterator[Sample]:
+        plain = list(Draws(self._items).samples())
+        for n, sample in enumerate(plain):
+            late: dict[int | str, Tensor | None] = {}
+            for m in [m for m in range(n) if self._comes.get(m) == n]:
+                y = plain[m].target("")
+                if y is not None and self.spec.weighted:
+                    y = with_weights(y, row_weights(m))
+                late[f"row {m}"] = y
+            yield Sample(sample.u, late=late, key=f"row {n}")
+
+
+def row_weights(n: int) -> Tensor:
+    """Return (BATCH,) weights of the rows of sample n, some of them 0."""
+    return ((torch.arange(BATCH) + n) % 3).to(F64) / 2
+
+
+def _check(
+    name: str,
+    items: int,
+    stream: Callable[[], Stream],
+    comes: Mapping[int, int],
+    kept: bool = False,
+    weighed: bool = False,
+) -> Check:
+    what = f"late labels, {name}: losses, hits and weights of {items} samples"
+    return Check(what, ORACLE, BOUND, lambda: _apart(items, stream(), comes, kept, weighed))
+
+
+def _apart(
+    items: int, stream: Stream, comes: Mapping[int, int], kept: bool, weighed: bool
+) -> float:
     settings = Settings.model_validate(
         {
             "level": "backprop",
@@ -35,10 +92,9 @@ def _apart(items: int, delay: int) -> float:
             "metrics": {"window": 1},
         }
     )
-    stream = LateLabels(Delayed(Draws(items), delay, tagged=False), delay)
     result = train(chain(), stream, settings)
     (windows,) = result.windows.values()
-    scores, weights = _progressive(items, delay)
+    scores, weights = _progressive(items, comes, kept, weighed)
     if [w.first for w in windows] != list(scores):
         return float("inf")
     own = torch.tensor([(w.loss, w.correct) for w in windows], dtype=F64)
@@ -47,22 +103,52 @@ def _apart(items: int, delay: int) -> float:
     return float(torch.stack(apart).max())
 
 
-def _progressive(items: int, delay: int) -> tuple[dict[int, tuple[float, int]], list[Tensor]]:
+def _progressive(
+    items: int, comes: Mapping[int, int], kept: bool, weighed: bool
+) -> tuple[dict[int, tuple[float, int]], list[Tensor]]:
     """(loss, hits) by sample, in the order in which labels come, and the weights at the end."""
     model = chain()
     optimiser = torch.optim.SGD(model.parameters(), RATE)
     samples = list(Draws(items).samples())
-    asked: dict[int, Tensor] = {}
+    asked: dict[int, list[Tensor]] = {}
     scores: dict[int, tuple[float, int]] = {}
     for now, sample in enumerate(samples):
-        answered = now - delay
-        if answered >= 0:
-            u, y, said = samples[answered].u, samples[answered].y, asked.pop(answered)
-            if isinstance(y, Tensor):
-                hits = int((said.argmax(1) == y).sum())
-                scores[answered] = functional.cross_entropy(said, y).item(), hits
-                optimiser.zero_grad()
-                functional.cross_entropy(model(u), y).backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-        asked[now] = model(sample.u).detach()
+        for n in [n for n in range(now) if comes.get(n) == now]:
+            u, y, then = samples[n].u, samples[n].y, asked.pop(n)
+            if not isinstance(y, Tensor):
+                continue
+            rows = row_weights(n) if weighed else torch.ones(BATCH, dtype=F64)
+            scores[n] = float(_loss(then[-1], y, rows)), int((then[-1].argmax(1) == y).sum())
+            optimiser.zero_grad()
+            _loss(model(u), y, rows).backward()  # type: ignore[no-untyped-call]
+            if kept:
+                _gradients(model, then, y)
+            optimiser.step()
+        asked[now] = _activations(model, sample.u)
     return scores, [p.detach() for p in model.parameters()]
+
+
+def _loss(prediction: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+    """(1 / B) sum_b w_b l_b."""
+    return (rows * functional.cross_entropy(prediction, y, reduction="none")).mean()
+
+
+def _activations(model: nn.Sequential, u: Tensor) -> list[Tensor]:
+    """The input, and what comes out of every activation and at the end."""
+    with torch.no_grad():
+        h = [u]
+        for layer in model:
+            h = [*h, layer(h[-1])] if isinstance(layer, nn.Linear) else [*h[:-1], layer(h[-1])]
+    return h
+
+
+def _gradients(model: nn.Sequential, h: list[Tensor], y: Tensor) -> None:
+    """Backpropagation by hand, with today's weights and the activations of then:
+
+    g_W = z^T h,      z_below = (z W) (1 - h^2)
+    """
+    z = (h[-1].softmax(1) - functional.one_hot(y, h[-1].shape[1])) / len(y)
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+    for layer, below in zip(reversed(linears), reversed(h[:-1]), strict=True):
+        layer.weight.grad, layer.bias.grad = z.T @ below, z.sum(0)
+        z = (z @ layer.weight.detach()) * (1 - below**2)

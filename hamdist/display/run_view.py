@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from html import escape
+from statistics import fmean
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hamdist.display.table import number, percent
 from hamdist.dynamics.objective.prequential import merge_windows
 from hamdist.runtime.process.startup import TITLES
 from hamdist.runtime.results.result import BlockProgress, Progress
-from hamdist.study.report.table import number, percent
 
 RATE_SECONDS = 5.0
 LINES_AROUND_BLOCKS = 7
@@ -25,12 +27,36 @@ BAR_WIDTH = 60
 SECONDS_TO_JUDGE = 1.0
 
 
-class RunView:
-    """The state of one run; `batch` is the rows of a sample, if they are known."""
+class TimeLeft:
+    """Time that several runs take, judged by those that have ended.
 
-    def __init__(self, title: str, batch: int | None) -> None:
+    Attributes:
+        more: runs after the one that goes on.
+        ended: seconds of each run that has ended.
+    """
+
+    def __init__(self, more: int = 0) -> None:
+        self.more = more
+        self.ended: list[float] = []
+
+    def after(self, whole: float) -> float:
+        """Return the seconds of the runs to come; `whole`: of the one that goes on, as judged."""
+        return self.more * (fmean(self.ended) if self.ended else whole)
+
+
+class RunView:
+    """The state of one run.
+
+    Attributes:
+        batch: rows of a sample, if they are known.
+        others: the time of further runs, where there are some.
+    """
+
+    def __init__(self, title: str, batch: int | None, others: TimeLeft | None = None) -> None:
         self.title = title
         self.batch = batch
+        self.others = others or TimeLeft()
+        self.over = False
         self._last: Progress | None = None
         self._phase = ""
         self._recent: deque[tuple[float, int]] = deque([(0.0, 0)])
@@ -50,6 +76,15 @@ class RunView:
         if self._last is None:
             return f"{self.title}: starting{self._phase}"
         return f"{self.title}: " + ", ".join(self._facts(self._last))
+
+    def _repr_html_(self) -> str:
+        last = self._last
+        done = 0 if last is None else last.samples
+        most = None if last is None else last.steps
+        if last is not None and self.over:
+            done = most = max(1, last.samples)
+        bar = f'value="{done}" max="{most}"' if most else ""
+        return f"<div><progress {bar}></progress> {escape(self.line)}</div>"
 
     def __rich_console__(self, console: Console, _: ConsoleOptions) -> RenderResult:
         last = self._last
@@ -76,7 +111,11 @@ class RunView:
         facts = [f"sample {last.samples}{of}", f"tick {ticks}", speed]
         facts += _metrics(last)
         if last.steps is not None and rate > 0 and last.seconds >= SECONDS_TO_JUDGE:
-            facts.append(f"{_clock((last.steps - last.samples) / rate)} left")
+            left = (last.steps - last.samples) / rate
+            facts.append(f"{_clock(left)} left")
+            if self.others.more:
+                whole = left + self.others.after(last.seconds + left)
+                facts.append(f"{_clock(whole)} with the {self.others.more} runs to come")
         return facts
 
     def _items_per_second(self) -> float:

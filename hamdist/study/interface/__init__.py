@@ -1,0 +1,1 @@
+"""Studies as functions: `hamdist.compare`, `hamdist.verify`, `hamdist.study`, and their results."""

@@ -1,0 +1,292 @@
+"""`hamdist.compare`, and what `hamdist compare` does: runs, their folder, their table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from hamdist.config import Settings, settled
+from hamdist.display.figure import drawn
+from hamdist.display.progress import RunDisplay, display_of
+from hamdist.display.run_view import TimeLeft
+from hamdist.display.table import Table, frame
+from hamdist.display.windows import columns, windows_figure
+from hamdist.dynamics.objective.prequential import merge_windows
+from hamdist.dynamics.user_modules.copies import copied
+from hamdist.errors import HamdistError, SettingsError
+from hamdist.models.build import ModelFactory
+from hamdist.runtime.process.interrupts import OnProgress
+from hamdist.runtime.results.events import EventListener, RunBegun
+from hamdist.study.report.aggregate import AggregateRow, aggregate
+from hamdist.study.report.files import final_events
+from hamdist.study.report.save import save_comparison
+from hamdist.study.report.table import comparison_table, finished_line
+from hamdist.study.run.baseline import CENTRALISED
+from hamdist.study.run.compare import PlannedRun, plan, run_key
+from hamdist.study.run.compare import compare as runs_of
+from hamdist.study.run.own_data import data_of
+from hamdist.study.run.run import DataFactory, Run
+from hamdist.study.shared.recipes import load_settings
+from hamdist.study.shared.result_folder import RUNS, ResultFolder
+from hamdist.study.shared.store import Store
+from hamdist.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hamdist.config.fields import RunFields
+    from hamdist.streams.batch_names import Names
+
+
+@dataclass(slots=True, kw_only=True, repr=False)
+class Comparison:
+    """The runs of a comparison that have ended; a notebook shows its table and its curves.
+
+    Attributes:
+        settings: of all runs together.
+        runs: in the order in which they were made.
+        folder: of their files, if there is one.
+        interrupted: not all runs were made.
+    """
+
+    settings: Settings
+    runs: list[Run] = field(default_factory=list)
+    folder: Path | None = None
+    interrupted: bool = True
+
+    @property
+    def rows(self) -> list[AggregateRow]:
+        """Return a row per level: means over the seeds, and the gap to centralised training."""
+        return aggregate(self.runs)
+
+    @property
+    def table(self) -> Table:
+        """Return the rows as text, as `hamdist compare` prints them."""
+        return comparison_table(self.rows)
+
+    @property
+    def metrics(self) -> Any:
+        """Return the windows of all runs by column: `level`, `seed`, and as `RunResult.metrics`."""
+        heads = [({"level": run.level, "seed": run.seed}, run) for run in self.runs]
+        return frame(columns([(head, window) for head, run in heads for window in run.windows]))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Return the curves by level, over all seeds, as a picture (see `RunResult.plot`)."""
+        groups: dict[str, list[Run]] = {}
+        for run in self.runs:
+            groups.setdefault(run.level, []).append(run)
+        curves = {
+            level: [merge_windows(those) for those in zip(*(r.windows for r in runs), strict=False)]
+            for level, runs in groups.items()
+        }
+        return drawn(windows_figure(self.settings.name, curves, baseline=CENTRALISED), ax)
+
+    def __repr__(self) -> str:
+        whole = ", interrupted" if self.interrupted else ""
+        return f"Comparison({self.settings.name}: {len(self.runs)} runs{whole})"
+
+    def _repr_html_(self) -> str:
+        picture: str = self.plot().svg
+        return self.table._repr_html_() + picture
+
+    def save(self, command: str) -> None:
+        """Write the report and its data into the folder, if there is one and a run has ended."""
+        if self.folder is not None and self.runs:
+            save_comparison(
+                self.folder, self.runs, self.settings, command=command, interrupted=self.interrupted
+            )
+
+
+def make_runs(
+    comparison: Comparison,
+    display: RunDisplay,
+    *,
+    factory: ModelFactory | None = None,
+    data: DataFactory | None = None,
+    plain: ModelFactory | None = None,
+    key: str | None = None,
+    made_of: str = "",
+    out: Path | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    listeners: Sequence[EventListener] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Make the runs of a comparison, which holds those that have ended, whatever ends it.
+
+    Args:
+        comparison: without runs.
+        display: shows the progress.
+        factory: makes the model; data: the stream of a seed; plain: the model of the baseline.
+        key: of the comparison; an earlier one of the same key that was ended goes on in `out`.
+        made_of: what tells these functions from others.
+        out: a folder for files.
+        overwrite: write into it, though it is not empty.
+        command: what the report says of its origin.
+        listeners: called with the events; they need `out`.
+        say: called with lines about runs that have ended.
+
+    Raises:
+        HamdistError: of the settings, or of a run.
+    """
+    settings, store, folder = comparison.settings, None, None
+    planned = plan(settings)
+    with ExitStack() as stack:
+        if out is not None:
+            folder = stack.enter_context(ResultFolder(out, overwrite=overwrite, key=key, say=say))
+            for tracker in open_trackers(settings, folder.path):
+                folder.listen(tracker)
+            for listener in listeners:
+                folder.listen(listener)
+            store = Store(folder.path / RUNS, Run.from_json)
+            comparison.folder = folder.path
+        elif settings.trackers or listeners:
+            raise SettingsError("trackers: a comparison has them for its folder; give out, too")
+        watch = _watches(
+            display, folder, planned, settings, None if data else settings.stream.batch
+        )
+        try:
+            for run in runs_of(
+                settings, planned, factory=factory, data=data, plain=plain, on_progress=watch,
+                store=store, made_of=made_of,
+            ):  # fmt: skip
+                comparison.runs.append(run)
+                say(finished_line(run))
+                if folder is not None:
+                    for event in final_events(run):
+                        folder.emit(event)
+                comparison.save(command)
+            comparison.interrupted = comparison.runs[-1].interrupted
+        finally:
+            display.close()
+            comparison.save(command)
+
+
+def _watches(
+    display: RunDisplay,
+    folder: ResultFolder | None,
+    planned: Sequence[PlannedRun],
+    settings: Settings,
+    batch: int | None,
+) -> Callable[[PlannedRun], OnProgress]:
+    """Return a function that makes the progress display of a planned run."""
+    numbers = {item: number for number, item in enumerate(planned, start=1)}
+    left = TimeLeft()
+
+    def watch(item: PlannedRun) -> OnProgress:
+        left.more = len(planned) - numbers[item]
+        title = f"[{numbers[item]}/{len(planned)}] seed {item.seed}, {item.name}"
+        show = display.watch(title, batch, left)
+        if folder is None:
+            return show
+        begun = RunBegun.of(settings.model_copy(update={"seed": item.seed}), title, batch)
+        engine = begun.engine if item.level is not None else "pytorch"
+        return folder.watch(replace(begun, level=item.name, engine=engine), show)
+
+    return watch
+
+
+def compare(
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    stream: Iterable[Any] | Callable[..., Any] | None = None,
+    settings: Settings | str | Path | None = None,
+    *,
+    levels: Sequence[str] = (),
+    rules: Sequence[str] = (),
+    seeds: int | None = None,
+    baseline_model: Callable[[], nn.Module] | None = None,
+    held_out: Any = None,
+    classes: int | Mapping[str, int] | None = None,
+    names: Names | None = None,
+    loss: str | Mapping[str, str] | None = None,
+    trackers: Sequence[str | EventListener] = (),
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    **fields: Unpack[RunFields],
+) -> Comparison:
+    """Compare levels with centralised backpropagation on the same stream.
+
+        found = hamdist.compare(model, stream, levels=["trace", "local"], seeds=3, steps=500)
+        found.rows, found.metrics, found.plot()
+
+    Args:
+        model: a module, of which every run trains a copy; or a function that makes it, called for
+            every run with torch's generator seeded; None: that of the settings.
+        stream: what `train` takes, drawn anew for every run; or a function that makes it, called
+            with `seed=` if it takes one, which may return what is held out as well; None: that of
+            the settings.
+        settings: of all runs; a recipe's name (`hamdist recipes`) or the path of a file will do.
+        levels, rules: what is compared, as of `hamdist compare`; none: as the settings say.
+        seeds: runs of each, with seeds from `seed` on.
+        baseline_model: makes the module of centralised training, where it is another one.
+        held_out: (u, y), or a stream that ends, for the scores; None: none, or as `stream` says.
+        classes, names: as of `train`.
+        loss: its name, or names by output.
+        trackers: names, and functions of a `RunEvent`; they need `out`.
+        out: a folder for the report and its data; a comparison by settings alone that was ended
+            goes on there. None: nothing is written.
+        overwrite: write into it, though it is not empty.
+        **fields: fields of `Settings` by name.
+
+    Returns:
+        The runs with their table and curves. The first Ctrl-C during a run ends the comparison
+        (`interrupted`).
+
+    Raises:
+        HamdistError: as of `train`; `error.result` is the comparison up to there.
+    """
+    if isinstance(settings, (str, Path)):
+        settings = load_settings(str(settings))
+    if levels and rules:
+        raise SettingsError("levels and rules: give one; rules names levels, too")
+    asked = {"levels": list(levels), "rules": list(rules), "seeds": seeds}
+    given: dict[str, Any] = {**fields, "compare": {n: one for n, one in asked.items() if one}}
+    given |= {} if loss is None else {"loss": loss}
+    chosen = [one for one in trackers if isinstance(one, str)]
+    whole = settled(settings, given | ({"trackers": chosen} if chosen else {}))
+    comparison = Comparison(settings=whole)
+    if stream is None and held_out is not None:
+        raise SettingsError("held_out belongs to stream: give both")
+    fixed = isinstance(model, nn.Module) and stream is not None and not callable(stream)
+    if fixed and whole.compare.seeds > 1:
+        raise SettingsError(
+            f"seeds is {whole.compare.seeds}, but the model and the stream are the same for every "
+            "seed, so that a spread over them says nothing: give functions that make them"
+        )
+    factory = None if model is None else _factory("model", model)
+    plain = None if baseline_model is None else _factory("baseline_model", baseline_model)
+    data = None
+    if stream is not None:
+        data = data_of(stream, held_out, names or whole.stream.names, whole.model_loss, classes)
+    try:
+        with display_of(whole) as display:
+            make_runs(
+                comparison,
+                display,
+                factory=factory,
+                data=data,
+                plain=plain,
+                key=None if model or stream or baseline_model else run_key(whole),
+                out=None if out is None else Path(out),
+                overwrite=overwrite,
+                command=f"hamdist.compare(..., out={str(out)!r})",
+                listeners=[one for one in trackers if not isinstance(one, str)],
+            )
+    except HamdistError as error:
+        error.result = comparison  # type: ignore[attr-defined]
+        raise
+    return comparison
+
+
+def _factory(name: str, model: object) -> ModelFactory:
+    """Return a function that makes the model. Raises SettingsError."""
+    if isinstance(model, nn.Module):
+        return lambda: copied(model)
+    if callable(model):
+        return model
+    raise SettingsError(f"{name} is {type(model).__name__}; give an nn.Module, or what makes one")
