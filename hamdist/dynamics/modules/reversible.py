@@ -90,16 +90,30 @@ class Coupling(InvertibleMap):
         return abs(self.leak * self.scale) / 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (b, c) for x = (a, b)."""
+        """Return the pair (b, c) for x = (a, b), halves of axis 1.
+
+        Args:
+            x: the pair, (B, 2 H, ...).
+        """
         a, b = halves(x)
         return torch.cat([b, torch.add(a, _field(self.f, self.leak, b), alpha=self.scale)], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return (a, b) for y = (b, c)."""
+        """Return the pair (a, b) for y = (b, c).
+
+        Args:
+            y: the pair, (B, 2 H, ...).
+        """
         b, c = halves(y)
         return torch.cat([torch.sub(c, _field(self.f, self.leak, b), alpha=self.scale), b], 1)
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
+        """Return the input of `forward`, the message to it, and the gradients.
+
+        Args:
+            y: the output of `forward`.
+            message: about y, of its shape.
+        """
         b, c = halves(y)
         m_b, m_c = halves(message)
         f, to_b, g = _pull(self.f, self.leak, b, self.scale * m_c, self.theta)
@@ -133,14 +147,28 @@ class MidpointStart(InvertibleMap):
         return abs(self.leak) * self.tau
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the pair (h_0, h_1) for x = h_0."""
+        """Return the pair (h_0, h_1), (B, 2 H, ...).
+
+        Args:
+            x: h_0, (B, H, ...).
+        """
         return torch.cat([x, torch.add(x, _field(self.f, self.leak, x), alpha=self.tau)], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return h_0 of the pair."""
+        """Return h_0, (B, H, ...).
+
+        Args:
+            y: the pair (h_0, h_1).
+        """
         return halves(y)[0]
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
+        """Return the input of `forward`, the message to it, and the gradients.
+
+        Args:
+            y: the output of `forward`.
+            message: about y, of its shape.
+        """
         m_0, m_1 = halves(message)
         h_0 = halves(y)[0].contiguous()
         _, to_0, g = _pull(self.f, self.leak, h_0, self.tau * m_1, self.theta)
@@ -154,14 +182,28 @@ class ToPair(InvertibleMap):
     """Pair of twice the same state: x -> (x, x), from (B, n, ...) to (B, 2n, ...)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (x, x)."""
+        """Return the pair (x, x), (B, 2 H, ...).
+
+        Args:
+            x: (B, H, ...).
+        """
         return torch.cat([x, x], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return x of (x, x)."""
+        """Return x, (B, H, ...).
+
+        Args:
+            y: the pair (x, x).
+        """
         return halves(y)[0]
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
+        """Return the input of `forward`, the message to it, and the gradients.
+
+        Args:
+            y: the output of `forward`.
+            message: about y, of its shape.
+        """
         m_a, m_b = halves(message)
         return InverseStep(halves(y)[0].contiguous(), m_a + m_b, [])
 
@@ -180,14 +222,28 @@ class Squeeze(InvertibleMap):
         self.factor = _count("Squeeze: factor", factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x (B, C, H, W) as (B, C k^2, H/k, W/k)."""
+        """Return an image of fewer, deeper pixels, (B, C k^2, H/k, W/k).
+
+        Args:
+            x: the image, (B, C, H, W).
+        """
         return nn.functional.pixel_unshuffle(x, self.factor)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return y (B, C k^2, H/k, W/k) as (B, C, H, W)."""
+        """Return the image (B, C, H, W).
+
+        Args:
+            y: the result of `forward`, (B, C k^2, H/k, W/k).
+        """
         return nn.functional.pixel_shuffle(y, self.factor)
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
+        """Return the input of `forward`, the message to it, and the gradients.
+
+        Args:
+            y: the output of `forward`.
+            message: about y, of its shape.
+        """
         return InverseStep(self.inverse(y), self.inverse(message), [])
 
     def extra_repr(self) -> str:
@@ -226,13 +282,21 @@ class Midpoint(nn.Module):
         return [*first, *[step] * (self.steps - len(first))]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the pair (h_{steps-1}, h_steps) for h_0, or for the pair before it."""
+        """Return the pair (h_{steps-1}, h_steps).
+
+        Args:
+            x: h_0, or the pair before it.
+        """
         for piece in self.pieces:
             x = piece(x)
         return x
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the input that led to the pair y."""
+        """Return the input that led to a pair.
+
+        Args:
+            y: the pair.
+        """
         return undone(self.pieces, y)
 
     def extra_repr(self) -> str:
@@ -247,7 +311,11 @@ class SecondHalf(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the second half of x on axis 1."""
+        """Return the second half of a pair, (B, H, ...).
+
+        Args:
+            x: the pair, (B, 2 H, ...).
+        """
         return halves(x)[1]
 
 
@@ -258,7 +326,11 @@ class MeanHalf(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mean of the two halves of x on axis 1."""
+        """Return the mean of the two halves of a pair, (B, H, ...).
+
+        Args:
+            x: the pair, (B, 2 H, ...).
+        """
         a, b = halves(x)
         return 0.5 * (a + b)
 
