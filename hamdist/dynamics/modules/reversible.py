@@ -22,49 +22,14 @@ B: batch, n: features of one state, or channels of an image.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.modules.pairs import InverseStep, InvertibleMap, halves
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.errors import SettingsError
-
-
-class InverseStep(NamedTuple):
-    """Result of one map run backwards.
-
-    x: its input; message: the vector-Jacobian product for x, of its shape; g: gradients by
-    parameter of the map.
-    """
-
-    x: Tensor
-    message: Tensor
-    g: list[Tensor]
-
-
-class InvertibleMap(nn.Module, ABC):
-    """One invertible map. Final classes define the inverse; they are used as plain modules."""
-
-    @property
-    def decay(self) -> float:
-        """Return |lambda| tau of the leak, in this one step."""
-        return 0.0
-
-    @property
-    def theta(self) -> list[nn.Parameter]:
-        """Return the parameters that learn."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    @abstractmethod
-    def inverse(self, y: Tensor) -> Tensor:
-        """The x with forward(x) = y."""
-
-    @abstractmethod
-    def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """The input that led to y, and the vector-Jacobian products of `message` (like y)."""
 
 
 class Coupling(InvertibleMap):
@@ -178,36 +143,6 @@ class MidpointStart(InvertibleMap):
         return f"tau={self.tau:g}" + (f", leak={self.leak:g}" if self.leak else "")
 
 
-class ToPair(InvertibleMap):
-    """Pair of twice the same state: x -> (x, x), from (B, n, ...) to (B, 2n, ...)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the pair (x, x), (B, 2 H, ...).
-
-        Args:
-            x: (B, H, ...).
-        """
-        return torch.cat([x, x], 1)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """Return x, (B, H, ...).
-
-        Args:
-            y: the pair (x, x).
-        """
-        return halves(y)[0]
-
-    def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """Return the input of `forward`, the message to it, and the gradients.
-
-        Args:
-            y: the output of `forward`.
-            message: about y, of its shape.
-        """
-        m_a, m_b = halves(message)
-        return InverseStep(halves(y)[0].contiguous(), m_a + m_b, [])
-
-
 class Squeeze(InvertibleMap):
     """Pixel unshuffle of images: fewer rows and columns, more channels, nothing lost.
 
@@ -304,37 +239,6 @@ class Midpoint(nn.Module):
         return f"steps={self.steps}, tau={self.tau:g}{leak}"
 
 
-class SecondHalf(nn.Module):
-    """Second state of a pair, h_N of a midpoint chain, from (B, 2n, ...) to (B, n, ...).
-
-    It is not invertible, so it belongs to the block of the readout.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the second half of a pair, (B, H, ...).
-
-        Args:
-            x: the pair, (B, 2 H, ...).
-        """
-        return halves(x)[1]
-
-
-class MeanHalf(nn.Module):
-    """Mean of the two states of a pair, from (B, 2n, ...) to (B, n, ...).
-
-    It is not invertible, so it belongs to the block of the readout.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mean of the two halves of a pair, (B, H, ...).
-
-        Args:
-            x: the pair, (B, 2 H, ...).
-        """
-        a, b = halves(x)
-        return 0.5 * (a + b)
-
-
 def pieces_of(module: nn.Module) -> list[InvertibleMap]:
     """Return the invertible maps that `module` consists of, in order.
 
@@ -388,17 +292,6 @@ class InversePass:
             for p, term in zip(self._parameters, g, strict=True)
         ]
         return InverseStep(y, message, whole)
-
-
-def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a and b, as views; raise ValueError for a tensor that cannot be halved on axis 1."""
-    if x.dim() < 2 or x.shape[1] % 2:
-        raise ValueError(
-            f"a pair of states is one tensor with an even number of features on axis 1, received "
-            f"{tuple(x.shape)}; give the module before it twice as many outputs, or use ToPair"
-        )
-    a, b = x.chunk(2, 1)
-    return a, b
 
 
 def _field(f: nn.Module, leak: float, h: Tensor) -> Tensor:
