@@ -24,11 +24,12 @@ from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.results.run_events import RunEvents
 from hamdist.runtime.train.arguments import check_arguments, functions_of, prepared
 from hamdist.runtime.train.rules import NamedRule
 from hamdist.streams import Stream, from_iterable, make_stream
 from hamdist.streams.batch_names import Names
-from hamdist.trackers import tracked
+from hamdist.trackers import listeners_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,28 +113,24 @@ def train(
     functions = {"phi": phi, "optimizer": optimizer, "scheduler": scheduler}
     check_arguments(model, settings, functions, on_progress)
     own, given = {**functions, "rules": rules}, dict[str, Any](fields)
-    chosen = [one for one in trackers if isinstance(one, str)]
-    given |= {"trackers": chosen} if chosen else {}
+    given |= _named(trackers)
     work, read = prepared(model, stream, settings, loss, classes, names, own, given)
     if not callbacks:
-        listeners = [one for one in trackers if not isinstance(one, str)]
-        own_settings = work.keywords["settings"]
+        own_settings, batch = work.keywords["settings"], read.spec.batch
         with (
-            shown(own_settings, read.spec.batch, on_progress) as show,
-            tracked(own_settings, listeners, show) as note,
+            shown(own_settings, batch, on_progress) as show,
+            RunEvents(own_settings, listeners_of(own_settings, trackers), batch) as events,
         ):
-            return work(stream=read, on_progress=note, resume=resume)
-    if on_progress is not None or resume is not None or trackers:
-        raise SettingsError(
-            "callbacks: leave on_progress, trackers and resume out (start has resume)"
-        )
-    _check_no_trackers(work)
-    return _called_back(work, model, read, callbacks)
+            return events.finish(work(stream=read, on_progress=events.over(show), resume=resume))
+    if on_progress is not None or resume is not None:
+        raise SettingsError("callbacks: leave on_progress and resume out (start has resume)")
+    return _called_back(work, model, read, callbacks, trackers)
 
 
-def _check_no_trackers(work: partial[RunResult]) -> None:
-    if work.keywords["settings"].trackers:
-        raise SettingsError("trackers: a live run has callbacks instead; leave trackers out")
+def _named(trackers: Sequence[str | EventListener]) -> dict[str, Any]:
+    """Return the names among trackers as the field of settings; nothing if there are none."""
+    names = [one for one in trackers if isinstance(one, str)]
+    return {"trackers": names} if names else {}
 
 
 def start(
@@ -149,6 +146,7 @@ def start(
     names: Names | None = None,
     resume: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
+    trackers: Sequence[str | EventListener] = (),
     **fields: Any,
 ) -> LiveRun:
     """Start a run that learns from what is said to it; `stop` gives the result of `train`.
@@ -167,6 +165,7 @@ def start(
         resume: `out` of an earlier run, whose journal goes on: from its latest snapshot, or from
             the beginning; or one of its snapshots.
         callbacks: called as things happen (`hamdist.Callback`).
+        trackers: as of `train`; their files lie in `out`, if there is one.
         model, settings, loss, classes, names, **fields: as of `train`, all of whose other arguments
             but `stream` and `on_progress` are taken, too.
 
@@ -180,8 +179,10 @@ def start(
         fields = lay_over({"snapshots": {"path": f"{out}/snapshots"}}, fields)
     if out is not None and resume is not None and Path(resume) == Path(out):
         model = with_first_weights(model, read_beginning(out)[2])
+    fields |= _named(trackers)
     work, reader = prepared(model, [example], settings, loss, classes, names, functions, fields)
-    _check_no_trackers(work)
+    own_settings = work.keywords["settings"]
+    listeners = listeners_of(own_settings, trackers, None if out is None else Path(out))
     begin: dict[str, Any] = {
         "classes": classes,
         "idle": idle,
@@ -189,19 +190,25 @@ def start(
         "out": out,
         "resume": resume,
     }
-    return live_run(work, model, reader, callbacks=callbacks, **begin)
+    return live_run(work, model, reader, callbacks=callbacks, listeners=listeners, **begin)
 
 
 def _called_back(
-    work: partial[RunResult], model: Any, stream: Stream, callbacks: Sequence[Callback]
+    work: partial[RunResult],
+    model: Any,
+    stream: Stream,
+    callbacks: Sequence[Callback],
+    trackers: Sequence[str | EventListener],
 ) -> RunResult:
     """Return the result of a live run that is fed all of the stream."""
     samples = iter(stream.samples())
     first, spec = next(samples), stream.spec
     classes = {n: one.classes for n, one in (spec.targets or {}).items() if one.classes is not None}
     reader = from_iterable([first], classes=classes or spec.classes)
-    with live_run(work, model, reader, patience=1, callbacks=callbacks) as run:
-        for sample in islice(chain([first], samples), work.keywords["settings"].steps):
+    settings = work.keywords["settings"]
+    own: Any = {"callbacks": callbacks, "listeners": listeners_of(settings, trackers)}
+    with live_run(work, model, reader, patience=1, **own) as run:
+        for sample in islice(chain([first], samples), settings.steps):
             u = sample.u if sample.inputs is None else sample.inputs
             run.feed(u, sample.y, end=sample.end)
     return run.stop()

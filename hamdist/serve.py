@@ -29,7 +29,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from hamdist.errors import HamdistError
-from hamdist.runtime.live.run import Answer, LiveRun
+from hamdist.runtime.live.answers import Answer
+from hamdist.runtime.live.run import LiveRun
 
 NPZ = "application/x-npz"
 LONGEST = 2**26  # bytes of a body

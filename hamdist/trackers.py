@@ -11,11 +11,10 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hamdist.config import Settings, TrackerKind, to_yaml
 from hamdist.errors import SettingsError, need_package
@@ -31,10 +30,6 @@ from hamdist.runtime.results.events import (
     RunProgressed,
     WindowFull,
 )
-from hamdist.runtime.results.progress_events import ProgressEvents
-
-if TYPE_CHECKING:
-    from hamdist.runtime.process.interrupts import OnProgress
 
 LOOPBACK = "127.0.0.1"
 Log = Callable[[str, str, float, int], object]  # run, name, value, samples
@@ -170,32 +165,16 @@ def open_trackers(settings: Settings, folder: Path) -> list[Tracker]:
     return [_MAKERS[kind](folder, settings) for kind in dict.fromkeys(settings.trackers)]
 
 
-@contextmanager
-def tracked(
-    settings: Settings, listeners: Sequence[EventListener], then: OnProgress | None
-) -> Iterator[OnProgress | None]:
-    """Yield an `on_progress` that hands the run's events to its trackers and `listeners`."""
-    if not settings.trackers and not listeners:
-        yield then
-        return
-    folder = Path("results") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if settings.trackers:
-        folder.mkdir(parents=True, exist_ok=True)
-    all_: list[EventListener] = [*open_trackers(settings, folder), *listeners]
-    events = ProgressEvents(settings.level.value, settings.seed)
+def listeners_of(
+    settings: Settings, trackers: Sequence[str | EventListener], folder: Path | None = None
+) -> list[EventListener]:
+    """Return the functions among `trackers`, and the trackers of `settings.trackers`.
 
-    def emit(event: RunEvent) -> None:
-        for listener in all_:
-            listener(event)
-
-    def note(progress: Any) -> object:
-        answer = None if then is None else then(progress)
-        for event in events(progress):
-            emit(event)
-        return answer
-
-    emit(RunBegun.of(settings, settings.name))
-    try:
-        yield note
-    finally:
-        emit(FolderEnded())
+    Their files lie in `folder`, or in results/NAME-TIME. Raises SettingsError.
+    """
+    functions = [one for one in trackers if not isinstance(one, str)]
+    if not settings.trackers:
+        return functions
+    where = folder or Path("results") / f"{settings.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    where.mkdir(parents=True, exist_ok=True)
+    return [*open_trackers(settings, where), *functions]

@@ -23,7 +23,7 @@ from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import BlockError, ClusterError, GraphError, StreamError
 from hamdist.runtime.results.result import BlockProgress, Progress, RunResult
 from hamdist.streams.sample import Stream
-from hamdist.streams.sources import datasets
+from hamdist.streams.sources.images import ImageFiles
 from hamdist.study.run import run as runs
 from hamdist.study.shared.result_folder import results_of
 
@@ -120,7 +120,7 @@ def test_recipes() -> None:
 def test_recipes_say_which_files_they_need(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path,))
+    monkeypatch.setattr(ImageFiles, "folders", property(lambda _: (tmp_path,)))
     monkeypatch.setenv("COLUMNS", "250")
     if there:
         write_fashion(tmp_path)
@@ -133,7 +133,7 @@ def test_recipes_say_which_files_they_need(
 def test_a_recipe_whose_files_are_missing_says_so_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path / "none",))
+    monkeypatch.setattr(ImageFiles, "folders", property(lambda _: (tmp_path / "none",)))
     monkeypatch.setattr("hamdist.study.run.run.train", None)  # whatever would be called fails
     monkeypatch.setattr("hamdist.models.build.make_model", None)
     for what in ("run", "compare"):

@@ -187,8 +187,8 @@ def test_a_run_that_failed_before_its_first_item_leaves_nothing(folder, begun):
 def test_a_full_disk_ends_the_events_and_not_the_run(folder, monkeypatch):
     said = []
     with ResultFolder(folder / "o", overwrite=False, say=said.append) as own:
-        own._events.close()
-        own._events = open("/dev/full", "w")  # noqa: SIM115
+        own._events._file.close()
+        own._events._file = open("/dev/full", "w")  # noqa: SIM115
         note = own.watch(run_begun("trace", 0), lambda _: None)
         note(Progress(1.0, 1, 2, [], []))
         note(Progress(2.0, 2, 2, [], []))

@@ -16,7 +16,8 @@ ROOT = Path(hamdist.__file__).parent
 # beside folders. A name stands for all that is below it; the most special entry of ALLOWED holds.
 DYNAMICS = "errors config"
 STATE = "dynamics/finite dynamics/saved_state"
-RUNTIME = "errors config dynamics streams"
+PICTURES = "display/figure display/network display/table display/windows"
+RUNTIME = f"errors config dynamics streams {PICTURES}"
 STUDY = f"{RUNTIME} runtime models loading display"
 CLI_PARTS = "cli/console cli/display cli/options cli/prepare"
 CLI = f"display errors config runtime models study launch trackers {CLI_PARTS}"
@@ -27,6 +28,7 @@ ALLOWED = {
     # Pictures and tables know nothing of runs; the view of a run does.
     "display": "config errors dynamics runtime",
     "display/figure": "",
+    "display/network": "display/figure",
     "display/table": "",
     "display/windows": "display/figure dynamics",
     "dynamics": "",
@@ -36,7 +38,9 @@ ALLOWED = {
     "dynamics/user_modules": DYNAMICS,
     "dynamics/objective": f"{DYNAMICS} dynamics/native {STATE} dynamics/user_modules",
     "dynamics/rules": "errors",
-    "dynamics/graph": f"{DYNAMICS} dynamics/objective dynamics/rules dynamics/user_modules",
+    "dynamics/graph": (
+        f"{DYNAMICS} display/network dynamics/objective dynamics/rules dynamics/user_modules"
+    ),
     "dynamics/schedule": f"{DYNAMICS} dynamics/graph {STATE}",
     "dynamics/modules": f"{DYNAMICS} dynamics/graph dynamics/user_modules",
     "dynamics/tracing": f"{DYNAMICS} {STATE} dynamics/user_modules",

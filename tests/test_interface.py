@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from typer.testing import CliRunner
 
 import hamdist
+from hamdist.cli import app
 from hamdist.display import progress, run_view
 from hamdist.display.figure import FigureCurve, PageFigure, figure_svg
 from hamdist.display.table import frame
@@ -214,3 +217,61 @@ def test_time_left_of_all_runs():
     assert "0:08 left, 0:28 with the 2 runs to come" in view.line
     left.ended += [20.0, 20.0]
     assert "0:48 with the 2 runs to come" in view.line
+
+
+# -- the network as a picture -------------------------------------------------------------------
+
+
+def test_a_graph_is_drawn(model, tmp_path):
+    blocks = [
+        hamdist.BlockSpec("a<b", nn.Linear(6, 8), ["u"]),
+        hamdist.BlockSpec("c", nn.Linear(8, 3), ["a<b"], loss="mse", delays={"a<b": 3}),
+    ]
+    graph = hamdist.Graph(blocks)
+    picture = graph.draw()
+    root = ElementTree.fromstring(picture.svg)
+    shown = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert shown == [
+        "2 blocks",
+        "3 ticks",
+        "u",
+        "input",
+        "a<b",
+        "56 weights",
+        "c (loss)",
+        "27 weights",
+    ]
+    dot = picture.save(tmp_path / "n.dot").read_text()
+    assert '"a<b" -> "c" [label="3 ticks"];' in dot
+    assert dot.count("{") == dot.count("}")
+    assert picture.save(tmp_path / "n.svg").read_text() == graph._repr_svg_()
+
+
+def test_draw_draws_what_runs(tmp_path, monkeypatch):
+    """The picture of settings is that of the run's own events, at a level that is late."""
+    from hamdist.study.run.picture import network_of_folder, network_of_settings
+
+    monkeypatch.chdir(tmp_path)
+    run = ["--engine", "inprocess", "--steps", "3", "--out", "o", "-q"]
+    assert CliRunner().invoke(app, ["run", "digits", *run]).exit_code == 0
+    placed, title = network_of_folder(tmp_path / "o" / "events.jsonl")
+    assert title == "o, trace"
+    assert [block.delay for block in placed.blocks] == [6, 4, 2, 0]
+    from hamdist.study.shared.recipes import load_settings
+
+    planned, _ = network_of_settings(load_settings("digits", [{"engine": {"kind": "inprocess"}}]))
+    read = [replace(block, shape=tuple(block.shape)) for block in placed.blocks]
+    assert (planned.blocks, planned.staleness) == (read, placed.staleness)
+    assert planned.edges == placed.edges
+    for arguments, words in (
+        (["draw", "o", "--out", "p.png"], "ends in .svg or .dot"),
+        (["draw", "digits", "--level", "auto"], "name one"),
+        (["draw", "results"], "no settings file"),
+    ):
+        done = CliRunner().invoke(app, arguments)
+        assert (done.exit_code, words in " ".join(done.stderr.split())) == (2, True), done.stderr
+    assert CliRunner().invoke(app, ["draw", "o", "--out", "p.svg"]).exit_code == 0
+    colours = [
+        e.get("fill") for e in ElementTree.parse("p.svg").iter("{http://www.w3.org/2000/svg}rect")
+    ]
+    assert len(set(colours[2:6])) == 4  # four blocks, four latenesses

@@ -84,7 +84,7 @@ def _options(
 
 for _command in (  # in the order of use
     *(settings.init, recipes.recipes, recipes.rules, run.run, compare.compare),
-    *(view.view, view.explain, serve.serve, serve.replay),
+    *(view.view, view.watch, view.explain, view.draw, serve.serve, serve.replay),
     *(export.export, diff.diff, simulate.simulate, simulate.profile),
     *(verify.verify, cluster.doctor, launch.launch, launch.attach, launch.stop, launch.runs),
 ):

@@ -1,4 +1,4 @@
-"""`hamdist view` and `hamdist explain`: what runs do, as a page or in words."""
+"""`hamdist view`, `watch`, `explain`, `draw`: runs as a page, live text, words, a picture."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ from rich.text import Text
 
 from hamdist.cli.cluster.cluster import ClusterOption, jobs_of
 from hamdist.cli.console import complain, console, exit_codes, note, report
+from hamdist.cli.display import Display
+from hamdist.cli.options import (
+    DEFAULT_SETTINGS,
+    EngineOption,
+    LevelOption,
+    ModelOption,
+    SetOption,
+    StreamOption,
+    changes,
+    load,
+)
+from hamdist.cli.prepare import own_stream, prepare
 from hamdist.errors import HamdistError, SettingsError
-from hamdist.study.shared.result_folder import EVENTS, results_of
+from hamdist.runtime.results.run_events import EVENTS
+from hamdist.study.shared.result_folder import results_of, write_file
 
 if TYPE_CHECKING:
     from hamdist.launch.jobs_api import Jobs
@@ -61,6 +74,36 @@ def show_page(server: PageServer, *, browser: bool) -> None:
         note("No browser was found: open the address yourself.")
 
 
+def watch(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DIR|ID]",
+            help="Folder of results, or a launched run.",
+            show_default="the latest of results/",
+        ),
+    ] = None,
+    cluster: ClusterOption = None,
+) -> None:
+    """Show runs while they go on, or afterwards, in this terminal; Ctrl-C ends it, not the run."""
+    with exit_codes(), _folders([name or str(latest_results())], cluster) as [folder]:
+        from hamdist.runtime.results.events import RunBegun
+        from hamdist.study.view.follow import FollowedRun, followed, line_of
+
+        run, show = None, None
+        with Display() as display:
+            for event in followed(folder):
+                line = line_of(event)
+                if line is not None:
+                    display.say(line)
+                if isinstance(event, RunBegun):
+                    run, show = FollowedRun(event), display.watch(event.title, event.batch)
+                progress = None if run is None else run.take(event)
+                if progress is not None and show is not None:
+                    show(progress)
+        _explain(folder)
+
+
 def explain(
     folder: Annotated[
         Path | None,
@@ -71,19 +114,57 @@ def explain(
 ) -> None:
     """Say in words where the time of runs went, and what to change."""
     with exit_codes():
-        from hamdist.runtime.results.events import read_events
-        from hamdist.study.view.explain import explain as in_words
+        _explain(latest_results() if folder is None else _with_events(folder))
 
-        where = latest_results() if folder is None else _with_events(folder)
-        with (where / EVENTS).open(encoding="utf-8") as file:
-            runs = in_words(read_events(file))
-        report(runs=runs)
-        for name, texts in runs.items():
-            console().print(Text(name, style="bold"))
-            for text in texts:
-                console().print(Text(f"• {text}"), soft_wrap=True)
-        if not runs:
-            complain(f"{where}: no run has begun there")
+
+def _explain(folder: Path) -> None:
+    from hamdist.runtime.results.events import read_events
+    from hamdist.study.view.explain import explain as in_words
+
+    with (folder / EVENTS).open(encoding="utf-8") as file:
+        runs = in_words(read_events(file))
+    report(runs=runs)
+    for name, texts in runs.items():
+        console().print(Text(name, style="bold"))
+        for text in texts:
+            console().print(Text(f"• {text}"), soft_wrap=True)
+    if not runs:
+        complain(f"{folder}: no run has begun there")
+
+
+def draw(
+    settings: Annotated[
+        str,
+        typer.Argument(metavar="SETTINGS|DIR", help="A YAML file, a recipe, a folder of results."),
+    ] = DEFAULT_SETTINGS,
+    level: LevelOption = None,
+    engine: EngineOption = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    stream: StreamOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="File, .svg or .dot.", show_default="NAME.svg"),
+    ] = None,
+) -> None:
+    """Draw the network of a run: blocks, shapes, edges, delays, actors; colour: late messages."""
+    with exit_codes():
+        from hamdist.display.network import network_picture
+        from hamdist.study.run.picture import network_of_folder, network_of_settings
+
+        if Path(settings).is_dir():
+            network, name = network_of_folder(_with_events(Path(settings)) / EVENTS)
+        else:
+            own = load(settings, set_, changes(level=level, engine=engine))
+            factory, data = prepare(None, model), own_stream(stream, own)
+            network, name = network_of_settings(own, factory, data)
+        file = out or Path(f"{results_of(name).name}.svg")
+        if file.suffix not in (".svg", ".dot"):
+            raise SettingsError(f"--out {str(file)!r}: name a file that ends in .svg or .dot")
+        picture = network_picture(network, name)
+        write_file(file, picture.dot if file.suffix == ".dot" else picture.svg)
+        report(file=str(file))
+        console().print(Text(f"Written to {file}"))
 
 
 def latest_results() -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -119,11 +119,16 @@ def figure_svg(figure: PageFigure) -> SvgPicture:
             parts += _curve(curve, " ".join(f"{x(a)},{y(b)}" for a, b in points), number)
     else:
         parts.append(_text(WIDTH / 2, HEIGHT / 2, "nothing was measured yet", "middle"))
-    return SvgPicture(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
-        f'style="max-width:100%;height:auto" font-family="sans-serif" font-size="12" role="img">'
-        f"<title>{escape(figure.title or figure.y_label)}</title>"
-        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'
+    return SvgPicture(svg_of(WIDTH, height, figure.title or figure.y_label, parts))
+
+
+def svg_of(width: int, height: int, title: str, parts: Iterable[str]) -> str:
+    """Return a whole SVG text on a white ground, which shrinks where there is less room."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        'style="max-width:100%;height:auto" font-family="sans-serif" font-size="12" role="img">'
+        f'<title>{escape(title)}</title><rect width="{width}" height="{height}" fill="#fff"/>'
+        f"{''.join(parts)}</svg>\n"
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from hamdist.config import Settings
+from hamdist.display.network import PlacedNetwork
 from hamdist.errors import (
     FAILED,
     INTERRUPTED,
@@ -41,7 +42,6 @@ from hamdist.launch.events import (
     tell,
 )
 from hamdist.launch.package import SETTINGS, JobSpec, read_order
-from hamdist.runtime.results.measured import PlacedNetwork
 from hamdist.runtime.results.progress_events import ProgressPace
 from hamdist.runtime.results.result import Progress
 from hamdist.study.shared.recipes import load_settings

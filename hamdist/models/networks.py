@@ -354,8 +354,8 @@ def _image(settings: ModelSettings, spec: SampleSpec) -> tuple[int, int, int]:
     if len(shape) != 3 or shape[1] != shape[2] or not spec.u_dtype.is_floating_point:
         raise SettingsError(
             f"model.kind: {settings.kind.value} takes square images (B, C, S, S) or (B, S*S), the "
-            f"stream yields {spec.u_dtype} of shape {spec.u_shape}; use the source 'fashion-mnist' "
-            "or 'digits'"
+            f"stream yields {spec.u_dtype} of shape {spec.u_shape}; use the source 'mnist', "
+            "'fashion-mnist', 'cifar10' or 'digits'"
         )
     return shape[0], shape[1], shape[2]
 

@@ -14,8 +14,9 @@ from hamdist.streams.sample import InputSpec, Sample, SampleSpec, Stream, Target
 from hamdist.streams.smoothness import Smoothness
 from hamdist.streams.sources.arrays import ArrayStream
 from hamdist.streams.sources.characters import CharacterStream
-from hamdist.streams.sources.datasets import DataSet, digits, fashion_mnist
+from hamdist.streams.sources.datasets import DataSet, digits
 from hamdist.streams.sources.drift import DriftStream
+from hamdist.streams.sources.images import cifar10, fashion_mnist, mnist
 from hamdist.streams.sources.mnist1d import mnist1d
 from hamdist.streams.sources.sequences import TokenStream
 from hamdist.streams.sources.signals import SignalStream
@@ -48,6 +49,7 @@ __all__ = [
     "TokenStream",
     "Vocabulary",
     "Withhold",
+    "cifar10",
     "digits",
     "drifts",
     "fashion_mnist",
@@ -57,6 +59,7 @@ __all__ = [
     "held_out_tokens",
     "load_glove",
     "make_stream",
+    "mnist",
     "mnist1d",
     "report_of",
     "token_sequences",

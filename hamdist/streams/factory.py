@@ -22,8 +22,9 @@ from hamdist.errors import SettingsError
 from hamdist.streams.sample import Stream
 from hamdist.streams.sources.arrays import ArrayStream
 from hamdist.streams.sources.characters import CharacterStream, character_parts, held_out_windows
-from hamdist.streams.sources.datasets import DataSet, digits, fashion_mnist
+from hamdist.streams.sources.datasets import DataSet, digits
 from hamdist.streams.sources.drift import DriftStream
+from hamdist.streams.sources.images import IMAGE_FILES, read_images
 from hamdist.streams.sources.mnist1d import mnist1d
 from hamdist.streams.sources.parts import validation_split
 from hamdist.streams.sources.sequences import TokenStream
@@ -41,6 +42,11 @@ def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> S
 
     Its source is made smooth, then targets are withheld, then late (and learned from when they
     come, or waited for), then it is paced in real time.
+
+    Args:
+        settings: of the stream.
+        seed: of the order of the samples, and of everything that is drawn.
+        dtype: of floating-point inputs.
 
     Raises:
         StreamError: a data set is missing, or a motion has inputs that are no square images.
@@ -158,10 +164,14 @@ def held_out(
 
 
 def drifts(settings: StreamSettings, samples: int) -> tuple[int, ...]:
-    """Return the samples, among the first `samples`, that are the first of a new concept.
+    """Return the samples that are the first of a new concept.
 
     In a smooth stream these are the samples whose targets are the first of a new concept. The
     result is () without drift, and where samples may be dropped, which makes them unpredictable.
+
+    Args:
+        settings: of the stream.
+        samples: how many are looked at, from the first one on.
     """
     dropping = settings.pace is not None and settings.pace.late is Late.DROP
     if settings.source is not Source.DRIFT or dropping:
@@ -177,7 +187,12 @@ def _frames(settings: StreamSettings) -> int:
 
 
 def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
-    """Return a stream of the held-out texts, once, one after the other, token by token."""
+    """Return a stream of the held-out texts, once, one after the other, token by token.
+
+    Args:
+        settings: of a stream of texts.
+        seed: of the texts, where they are made up.
+    """
     texts, vocabulary = _texts(settings, seed)
     ids = _cut(texts.held_out, vocabulary, settings.sequences.length)
     labels = classes_of(texts.held_out)
@@ -260,4 +275,13 @@ def _data_set(settings: StreamSettings, seed: int, dtype: torch.dtype) -> DataSe
         return digits(settings.batch, seed, dtype, validation=validation)
     if settings.source is Source.MNIST_1D:
         return mnist1d(settings.batch, seed, dtype, validation=validation)
-    return fashion_mnist(settings.batch, seed, dtype, settings.path, validation=validation)
+    return read_images(
+        IMAGE_FILES[settings.source.value],
+        settings.batch,
+        seed,
+        dtype,
+        settings.path,
+        steps=settings.images.steps,
+        permutation=settings.images.permutation,
+        validation=validation,
+    )

@@ -1,9 +1,10 @@
-"""The C code for one row against torch in float64, and cells that use it against autograd."""
+"""The C code for linear layers against torch in float64, and cells that use it against autograd."""
 
 from __future__ import annotations
 
 import copy
 import math
+import threading
 from array import array
 
 import pytest
@@ -271,6 +272,76 @@ def test_learns_as_by_autograd(module, constants, order, read):
     torch.testing.assert_close(weights[0].omega, weights[1].omega, **TIGHT)
     at_once = constants == "descent" and order is not Order.SIMULTANEOUS
     assert any(moved_at_once) == at_once
+
+
+@pytest.mark.skipif(not rows._gemm(F64), reason="torch's library hides its BLAS")
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("batch", [2, 3, 32])
+@pytest.mark.parametrize("stay", [False, True], ids=["all move", "one stays"])
+def test_several_rows_are_stepped_as_by_torch_to_the_bit(dtype, batch, stay):
+    """f = relu(x W^T + b); d, d W; W += alpha d^T x and b += beta 1^T d where the bound of the
+    gradient's norm, |d| (|x|^2 + R)^(1/2), is in the limit."""
+    sizes = [(40, 33), (7, 40), (3, 7)]
+    layers = [
+        (noise(i, *size).to(dtype), noise(9 + i, size[0]).to(dtype) if i != 1 else None, i < 2)
+        for i, size in enumerate(sizes)
+    ]
+    x, z = noise(20, batch, 33).to(dtype), (0.01 * noise(21, batch, 3)).to(dtype)
+    rates = array("d", [-0.1, -0.2, -0.3, 0.0, -0.5, -0.6])
+    inputs, outputs = [], []
+    for w, b, relu in layers:
+        inputs.append(outputs[-1] if outputs else x)
+        y = inputs[-1] @ w.t() if b is None else torch.addmm(b, inputs[-1], w.t())
+        outputs.append(y.relu() if relu else y)
+    slopes, message = {}, z
+    for i in (2, 1, 0):
+        slopes[i] = message * (outputs[i] > 0) if layers[i][2] else message
+        message = slopes[i] @ layers[i][0]
+    bounds = [
+        slopes[i].double().norm() * (inputs[i].double().square().sum() + batch * (i != 1)).sqrt()
+        for i in range(3)
+    ]
+    limit = float(max(bounds)) - 1e-6 if stay else math.inf
+    moving = [i for i in range(3) if bounds[i] <= limit]
+    assert len(moving) == 3 - stay
+    expected = [(w.clone(), None if b is None else b.clone()) for w, b, _ in layers]
+    for i in moving:
+        w, b = expected[i]
+        w.addmm_(slopes[i].t(), inputs[i], alpha=rates[2 * i])
+        if b is not None:
+            b += rates[2 * i + 1] * slopes[i].sum(0)
+
+    chain = rows.NativeLayers.of(layers)
+    assert chain.takes(batch)
+    inner, y = x.new_empty(batch * chain.inner), x.new_empty(batch, 3)
+    chain.forward(x, inner, y)
+    d, m = x.new_empty(batch * chain.all), x.new_empty(batch * chain.widest)
+    to = torch.empty_like(x)
+    moved = chain.pull(x, inner, y, z, d, m, to, rates, limit)
+    assert moved == sum(1 << i for i in moving)
+    assert all(map(torch.equal, [*chain.outputs(inner, 2, batch), y], outputs))
+    assert all(torch.equal(own, slopes[i]) for i, own in enumerate(chain.outputs(d, 3, batch)))
+    assert torch.equal(to, message)
+    for (w, b, _), (plain_w, plain_b) in zip(layers, expected, strict=True):
+        assert torch.equal(w, plain_w)
+        torch.testing.assert_close(b, plain_b)
+
+
+@pytest.mark.skipif(not rows._gemm(F64), reason="torch's library hides its BLAS")
+def test_another_thread_uses_torchs_number_of_threads():
+    """OpenMP counts by thread: a BLAS that took more than torch's would sum in another order."""
+    chain = rows.NativeLayers.of([(noise(1, 512, 2048).float(), None, False)])
+    x, ys = noise(2, 64, 2048).float(), [torch.empty(64, 512) for _ in range(2)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        chain.forward(x, x.new_empty(64), ys[0])
+        other = threading.Thread(target=chain.forward, args=(x, x.new_empty(64), ys[1]))
+        other.start()
+        other.join(60)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*ys)
 
 
 def test_a_record_can_be_pulled_again():

@@ -221,3 +221,78 @@ def test_events_cost_less_than_a_hundredth(tmp_path):
     plain, watched = (min(times) for times in zip(*pairs, strict=True))
     told = f"plain {plain:.3f} s, with events {watched:.3f} s: {watched / plain - 1:+.2%}"
     assert watched < 1.03 * plain, told  # (a hundredth, and the noise of a shared machine)
+
+
+def test_a_live_run_tells_changes_and_evaluations(tmp_path):
+    """What was said to the run is the oracle, and its own result."""
+    model, heard = nn.Linear(6, 3), []
+    rows = [(u, u[:, :3].argmax(1)) for u in torch.randn(6, 4, 6, generator=torch.Generator())]
+    x, y = rows[0]
+    begin = {
+        "level": "trace",
+        "classes": 3,
+        "engine": {"kind": "inprocess"},
+        "metrics": {"window": 2},
+    }
+    with hamdist.start(
+        model, example=rows[0], out=tmp_path / "o", trackers=[heard.append], **begin
+    ) as run:
+        for u, target in rows[:4]:
+            run.feed(u, target)
+        run.set(learning={"lr": 0.5})
+        run.settle()
+        scores = run.evaluate(x, y)
+    on_disk = list(read_events((tmp_path / "o" / "events.jsonl").read_text().splitlines()))
+    assert [e.as_json() for e in on_disk[1:]] == [e.as_json() for e in heard]
+    assert [e.name for e in (on_disk[0], heard[0], *heard[-2:])] == [
+        "started", "run", "finished", "ended",
+    ]  # fmt: skip
+    [change], [evaluation] = by_name(heard, "settings"), by_name(heard, "evaluation")
+    assert (change.changed, change.sample) == ({"learning.lr": 0.5}, 4)
+    assert (evaluation.samples, evaluation.loss) == (4, scores.loss)
+    assert evaluation.accuracy == scores.accuracy
+    assert sum(window.samples for window in by_name(heard, "window")) == 4
+    assert by_name(heard, "finished")[0].samples == run.result.samples
+
+
+def test_callbacks_and_trackers_of_train_hear_an_evaluation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    heard = []
+    x = torch.randn(8, 6, generator=torch.Generator())
+    callback = hamdist.Evaluation(x, x[:, :3].argmax(1), every=2)
+    more = {"callbacks": [callback], "trackers": [heard.append, "csv"]}
+    data = [(x, x[:, :3].argmax(1))] * 4
+    hamdist.train(
+        nn.Linear(6, 3), data, level="trace", classes=3, engine={"kind": "inprocess"}, **more
+    )
+    found = [event.loss for event in by_name(heard, "evaluation")]
+    assert found
+    [file] = tmp_path.glob("results/*/metrics.csv")
+    lines = [line.split(",") for line in file.read_text().splitlines()]
+    assert [float(line[2]) for line in lines if line[1] == "held_out/loss"] == found
+
+
+def test_the_end_of_train_is_told_and_why():
+    heard = []
+    data = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.long))] * 3
+    own = {
+        "level": "trace",
+        "classes": 3,
+        "engine": {"kind": "inprocess"},
+        "trackers": [heard.append],
+    }
+    result = hamdist.train(nn.Linear(6, 3), data, **own)
+    assert [e.name for e in heard[-2:]] == ["finished", "ended"]
+    assert heard[-2].seconds == result.seconds
+    with pytest.raises(hamdist.HamdistError, match="finite") as caught:
+        hamdist.train(
+            nn.Linear(6, 3), [(u * 1e20, y) for u, y in data], learning={"lr": 1e20}, **own
+        )
+    assert heard[-1].error == str(caught.value)
+    assert heard[-2].failure == heard[-1].error
+
+
+def test_drops_of_the_stream_are_told():
+    sample = ProcessSample(stream={"dropped": 3})
+    progress = Progress(0.1, 1, None, [], [], actors={"driver": sample})
+    assert ProgressEvents("trace", 0)(progress)[0].as_json()["stream"] == {"dropped": 3}

@@ -14,10 +14,11 @@ import torch
 from fashion_files import idx, write_fashion
 from torch import Tensor
 
+from hamdist.config import StreamSettings
 from hamdist.errors import SettingsError, StreamError
-from hamdist.streams import DataSet, digits, fashion_mnist
-from hamdist.streams.sources import datasets
-from hamdist.streams.sources.datasets import fashion_mnist_folders, read_idx
+from hamdist.streams import DataSet, cifar10, digits, fashion_mnist, make_stream, mnist
+from hamdist.streams.sources.image_bytes import read_idx
+from hamdist.streams.sources.images import FASHION, ImageFiles
 
 
 def epoch(data: DataSet, items: int) -> tuple[Tensor, Tensor]:
@@ -109,12 +110,13 @@ class TestFashionMnist:
             folder,
             *(Path(p, "share/datasets/fashion-mnist") for p in ("/usr", "/usr/local")),
         )
-        assert fashion_mnist_folders() == expected
+        assert FASHION.folders == expected
         assert len(fashion_mnist(1, 0, torch.float32).x) == 7
 
     def test_nowhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(datasets, "fashion_mnist_folders", lambda: (tmp_path / "a", tmp_path))
-        message = r"a \(all four files missing\); .*dataset-fashion-mnist.*git clone .*stream.path"
+        folders = tmp_path / "a", tmp_path
+        monkeypatch.setattr(ImageFiles, "folders", property(lambda _: folders))
+        message = r"a \(all 4 files missing\); .*dataset-fashion-mnist.*git clone .*stream.path"
         with pytest.raises(StreamError, match=message):
             fashion_mnist(1, 0, torch.float32)
 
@@ -144,7 +146,7 @@ class TestFashionMnist:
             fashion_mnist(1, 0, torch.float32, tmp_path)
 
     def test_on_disk(self) -> None:
-        installed = [folder for folder in fashion_mnist_folders() if folder.is_dir()]
+        installed = [folder for folder in FASHION.folders if folder.is_dir()]
         if not installed:
             pytest.skip("Fashion-MNIST is not installed (Debian package dataset-fashion-mnist)")
         data = fashion_mnist(100, 0, torch.float32)
@@ -160,6 +162,95 @@ class TestFashionMnist:
         assert counts.tolist() == [6000] * 10
         assert total / (60_000 * 784) == pytest.approx(0.0, abs=2e-3)
         assert squares / (60_000 * 784) == pytest.approx(1.0, abs=4e-3)
+
+
+def write_cifar(folder: Path) -> None:
+    """Two images a file; every byte of channel c of image i of file f is 100 c + 10 i + f."""
+    names = [f"data_batch_{f}.bin" for f in range(1, 6)] + ["test_batch.bin"]
+    for f, name in enumerate(names):
+        records = [
+            bytes([f]) + b"".join(bytes([100 * c + 10 * i + f] * 1024) for c in range(3))
+            for i in range(2)
+        ]
+        (folder / name).write_bytes(b"".join(records))
+
+
+class TestOtherImages:
+    def test_mnist(self, tmp_path: Path) -> None:
+        write_fashion(tmp_path)
+        data = mnist(4, 0, torch.float64, tmp_path)
+        expected = ((torch.arange(7, dtype=torch.float64) / 255 - 0.1307) / 0.3081).unsqueeze(1)
+        torch.testing.assert_close(data.x, expected.expand(7, 784), rtol=1e-14, atol=1e-14)
+        assert data.y.tolist() == list(range(7))
+
+    def test_cifar10(self, tmp_path: Path) -> None:
+        write_cifar(tmp_path)
+        data = cifar10(10, 0, torch.float64, tmp_path)
+        assert data.train.spec.u_shape == (10, 3, 32, 32)
+        sample = next(iter(data.train.samples()))
+        assert sample.y is not None
+        assert sorted(sample.y.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        means, stds = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        for i in range(2):
+            for c in range(3):
+                value = ((100 * c + 10 * i + 5) / 255 - means[c]) / stds[c]
+                torch.testing.assert_close(
+                    data.x[i, c], torch.full((32, 32), value, dtype=torch.float64)
+                )
+        assert data.y.tolist() == [5, 5]
+
+    @pytest.mark.parametrize("cut", [1, 3072])
+    def test_cifar10_cut_off(self, tmp_path: Path, cut: int) -> None:
+        write_cifar(tmp_path)
+        file = tmp_path / "data_batch_3.bin"
+        file.write_bytes(file.read_bytes()[:-cut])
+        with pytest.raises(
+            StreamError, match=r"data_batch_3.bin: \d+ bytes are no multiple of 3073"
+        ):
+            cifar10(1, 0, torch.float32, tmp_path)
+
+    def test_cifar10_label_out_of_range(self, tmp_path: Path) -> None:
+        write_cifar(tmp_path)
+        file = tmp_path / "test_batch.bin"
+        file.write_bytes(b"\x0a" + file.read_bytes()[1:])
+        with pytest.raises(StreamError, match=r"test_batch.bin: label 0 is 10"):
+            cifar10(1, 0, torch.float32, tmp_path)
+
+    def test_missing_files_say_how_to_get_them(self, tmp_path: Path) -> None:
+        with pytest.raises(StreamError, match=r"no CIFAR-10 in .*all 6 files.*cifar-10-binary.tar"):
+            cifar10(1, 0, torch.float32, tmp_path)
+        with pytest.raises(StreamError, match=r"no MNIST in .*all 4 files.*s3.amazonaws.com/mnist"):
+            mnist(1, 0, torch.float32, tmp_path)
+
+    def test_sequences_and_permutations(self, tmp_path: Path) -> None:
+        write_fashion(tmp_path)
+        pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28))
+        (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(pixels))
+        given = {"source": "mnist", "batch": 12, "path": tmp_path}
+
+        def rows(**images: int) -> Tensor:
+            settings = StreamSettings.model_validate({**given, "images": images})
+            stream = make_stream(settings, seed=0, dtype=torch.float64)
+            sample = next(iter(stream.samples()))
+            assert sample.u.shape == stream.spec.u_shape
+            return sample.u
+
+        flat = rows()
+        by_row, by_pixel = rows(steps=28), rows(steps=784)
+        assert torch.equal(by_row, flat.reshape(12, 28, 28))
+        assert torch.equal(by_pixel, flat.reshape(12, 784, 1))
+        mixed, again, other = rows(permutation=3), rows(permutation=3), rows(permutation=4)
+        assert torch.equal(mixed, again)
+        assert not torch.equal(mixed, other)
+        order = torch.randperm(784, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(mixed, flat[:, order])
+        assert torch.equal(rows(permutation=3, steps=28), mixed.reshape(12, 28, 28))
+        with pytest.raises(SettingsError, match=r"steps is 5.*784 numbers"):
+            rows(steps=5)
+
+    def test_images_of_another_source_are_refused(self) -> None:
+        with pytest.raises(ValueError, match=r"'images' belongs to mnist, fashion-mnist, cifar10"):
+            StreamSettings.model_validate({"source": "digits", "images": {"steps": 8}})
 
 
 class TestIdx:

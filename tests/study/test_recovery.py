@@ -20,6 +20,7 @@ from hamdist.cli import app
 from hamdist.config import FirstStep, Settings, merge
 from hamdist.errors import SettingsError, StreamError
 from hamdist.runtime.train.train import train
+from hamdist.streams.sources.images import ImageFiles
 from hamdist.study.gradient_descent import data, report, rows
 from hamdist.study.gradient_descent import scenarios as cells
 from hamdist.study.gradient_descent.data import Paths
@@ -165,7 +166,7 @@ def test_too_few_images(tmp_path):
 
 
 def test_digits_where_fashion_mnist_is_not_installed(monkeypatch):
-    monkeypatch.setattr(data, "fashion_mnist_folders", lambda: ())
+    monkeypatch.setattr(ImageFiles, "folders", property(lambda _: ()))
     images = data.images(0)
     assert "digits" in images.source
     items = shown(images, 100)

@@ -7,24 +7,19 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 
 import hamdist
+from hamdist.display.network import NetworkActor, NetworkBlock, NetworkEdge, PlacedNetwork
 from hamdist.dynamics.objective.prequential import Window
-from hamdist.runtime.results.events import FolderStarted, RunBegun, read_events
-from hamdist.runtime.results.measured import (
-    EdgeCounts,
-    NetworkActor,
-    NetworkBlock,
-    NetworkEdge,
-    Norms,
-    PlacedNetwork,
-    ProcessSample,
-)
+from hamdist.runtime.results.events import FolderStarted, RunBegun, RunProgressed, read_events
+from hamdist.runtime.results.measured import EdgeCounts, Norms, ProcessSample
 from hamdist.runtime.results.result import BlockProgress, Progress, Replaced
 from hamdist.study.shared.result_folder import ResultFolder
 from hamdist.study.view.explain import explain
+from hamdist.study.view.follow import FollowedRun
 from hamdist.study.view.page import baked
 from hamdist.study.view.server import PageServer, events_from, is_alive
 
@@ -311,3 +306,44 @@ def test_a_report_in_a_browser(tmp_path, browser):
     for button in ("#svg", "#figures button"):
         browser.find_element("css selector", button).click()
     assert browser.get_log("browser") == []
+
+
+def test_watch_shows_the_events_of_a_run_that_goes_on(folder, monkeypatch):
+    """The oracle is the progress that the events were made of."""
+    from typer.testing import CliRunner
+
+    from hamdist.cli import app
+
+    note = folder.watch(begun(), lambda _: None)
+    steps = [
+        lambda: note(progress(1.0, 20)),
+        lambda: note(progress(2.5, 40, replaced=[Replaced("actor 1", NAMES[1:], 30, 20, 1.5, 6)])),
+        lambda: folder.__exit__(None, None, None),
+    ]
+    monkeypatch.setattr("hamdist.study.view.follow.time.sleep", lambda _: steps.pop(0)())
+    monkeypatch.setattr("hamdist.display.progress.PLAIN_SECONDS", 0.0)
+    done = CliRunner().invoke(app, ["watch", str(folder.path)])
+    said = " ".join(done.stderr.split())
+    assert done.exit_code == 0
+    assert not steps  # it was there to the end
+    line = "tiny <b>run</b>: sample {}, tick {}, "
+    assert line.format("20/100", 20) in said
+    assert line.format("40/100", 40) in said
+    assert "accuracy 80.0 % (run 80.0 %)" in said
+    assert "actor 1 was lost, and is back from tick 20 after 1.5 s" in said
+    assert "actor 1 sets the pace" in done.stdout
+
+
+def test_progress_comes_out_of_its_events_again(folder):
+    seen = progress(1.0, 20)
+    folder.watch(begun(), lambda _: None)(seen)
+    run = FollowedRun(begun())
+    lines = (folder.path / "events.jsonl").read_text().splitlines()
+    found = [run.take(event) for event in read_events(lines)]
+    last = run.take(RunProgressed(samples=20, steps=100, seconds=1.0, tick=20))
+    for window, original in zip(last.windows, seen.windows, strict=True):
+        assert window.loss == pytest.approx(original.loss)
+        assert replace(window, loss=original.loss) == original
+    assert last.blocks == seen.blocks
+    assert (last.samples, last.seconds) == (20, 1.0)
+    assert sum(one is not None for one in found) == 2  # (as measured, and its blocks)

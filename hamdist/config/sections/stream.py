@@ -17,7 +17,9 @@ class Source(str, Enum):
     """The streams that settings can name."""
 
     DIGITS = "digits"
+    MNIST = "mnist"
     FASHION_MNIST = "fashion-mnist"
+    CIFAR10 = "cifar10"
     MNIST_1D = "mnist1d"
     DRIFT = "drift"
     SEQUENCES = "sequences"
@@ -116,6 +118,17 @@ class CanvasSettings(Section):
         return self
 
 
+class ImageSettings(Section):
+    """Images from files."""
+
+    steps: Positive | None = None
+    """Steps into which an image is cut, row by row: 784 of one pixel or 28 of one row are
+    sequential MNIST; not given: the image whole."""
+    permutation: Annotated[int, Field(ge=0)] | None = None
+    """Seed of a fixed order of the pixels, the same in every image (permuted MNIST); not given: as
+    they are."""
+
+
 class DriftSettings(Section):
     """The synthetic drifting stream: Gaussian classes that jump."""
 
@@ -185,11 +198,13 @@ class StreamSettings(Section):
     batch: Positive = 32
     """Rows of a sample; of signals, and of texts seen token by token, 1 unless given."""
     path: Path | None = None
-    """Folder of IDX files; of texts a folder or file; of characters a file."""
+    """Folder of the files of images; of texts a folder or file; of characters a file."""
     smooth: SmoothSettings | None = None
     """Let samples fade, shift or rotate into each other."""
     canvas: CanvasSettings | None = None
     """Let images move over a larger canvas."""
+    images: ImageSettings = ImageSettings()
+    """Of sources `mnist`, `fashion-mnist` and `cifar10`."""
     evaluate: Split = Split.TEST
     """What a run is scored on: the test part, or a sixth of the training part."""
     drift: DriftSettings = DriftSettings()
@@ -238,6 +253,14 @@ class StreamSettings(Section):
             raise ValueError(
                 "'canvas' and 'smooth': each has frames of its own; leave one of them out"
             )
+        if self.images != ImageSettings():
+            if self.source not in _FILES:
+                raise ValueError(
+                    f"'images' belongs to {', '.join(source.value for source in _FILES)}, not to "
+                    f"source {self.source.value!r}: leave it out"
+                )
+            if self.canvas is not None:
+                raise ValueError("'canvas' moves images, 'images' cuts them: give one")
         late, delay = self.late_targets, self.target_delay
         if self.relearn in (Relearn.AGAIN, Relearn.TRACE) and self.pace is not None:
             raise ValueError(
@@ -263,7 +286,8 @@ class StreamSettings(Section):
         return late and self.pace is None and self.relearn is not Relearn.WAIT
 
 
-_IMAGES = (Source.DIGITS, Source.FASHION_MNIST)
+_FILES = (Source.MNIST, Source.FASHION_MNIST, Source.CIFAR10)
+_IMAGES = (Source.DIGITS, Source.MNIST, Source.FASHION_MNIST)
 
 
 def _by_row(raw: Mapping[str, Any]) -> bool:

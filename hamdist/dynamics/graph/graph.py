@@ -13,8 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from hamdist.display.network import NetworkPicture, network_picture
 from hamdist.dynamics.graph import checks as graph_checks
 from hamdist.dynamics.graph.inputs import INPUT, is_input
+from hamdist.dynamics.graph.network import as_network
 from hamdist.dynamics.graph.shapes import check_initial, declared_dtype, shape_of
 from hamdist.dynamics.graph.spec import (
     OUTPUT_KEY,
@@ -243,7 +245,11 @@ class Graph:
         return names
 
     def borrowed(self, block: str) -> set[str]:
-        """Return the names of the weights of `block` that belong to another block."""
+        """Return the names of the weights of a block that belong to another block.
+
+        Args:
+            block: its name.
+        """
         return {key for tie in self.ties if tie.user == block for key in tie.theirs}
 
     @cached_property
@@ -284,9 +290,12 @@ class Graph:
         return frozenset(unmoved) if frozen else frozenset()
 
     def recurrent(self, edge: Edge) -> bool:
-        """Return True if `edge` leads from a block to itself or to one listed before it.
+        """Return True if an edge leads from a block to itself or to one listed before it.
 
         In a sequence such an edge carries the state of the previous token.
+
+        Args:
+            edge: of this graph.
         """
         if edge.from_input:
             return False
@@ -343,6 +352,14 @@ class Graph:
                 check_initial(self.blocks[name], declared[0])
                 waiting.remove(name)
         return found
+
+    def draw(self) -> NetworkPicture:
+        """Return a picture of the blocks and edges; `save` it as .svg or .dot."""
+        network = as_network(self.blocks, self.edges, self.depths, {}, {})
+        return network_picture(network, f"{len(self.blocks)} blocks")
+
+    def _repr_svg_(self) -> str:
+        return self.draw().svg
 
     # -- copies and the way back --------------------------------------------------------------
 

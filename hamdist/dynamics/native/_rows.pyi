@@ -1,4 +1,6 @@
-def chain_forward(layers: int, n: int, x: int, inner: int, y: int, flags: int, /) -> None: ...
+def chain_forward(
+    layers: int, n: int, x: int, inner: int, y: int, rows: int, gemm: int, flags: int, /
+) -> None: ...
 def chain_pull(
     layers: int,
     n: int,
@@ -10,6 +12,8 @@ def chain_pull(
     m: int,
     to: int,
     rates: int,
+    rows: int,
+    gemm: int,
     flags: int,
     limit: float,
     /,

@@ -1,4 +1,4 @@
-/* Linear layers on one row (batch 1), where a step is bound by reading and writing W.
+/* Linear layers. On one row (batch 1) a step is bound by reading and writing W:
 
        forward   y = f(W x + b)                          one pass that reads W
        pull      d = z f'(y),  m = W^T d                 one pass that reads and writes W,
@@ -12,7 +12,8 @@
    so that all clones, and processors of all kinds, have the same bits. Pointers come as integers (Tensor.data_ptr()); shapes and types
    are the caller's business (rows.py).
 
-   A chain steps several layers in one call, each of which reads the one before.
+   A chain steps several layers in one call, each of which reads the one before. On several rows the
+   products are those of a BLAS, whose function the caller gives; its bits are its own.
 
    W: (O, I), x, m: (I,), y, z, d: (O,), b: (O,) or NULL. */
 
@@ -72,33 +73,57 @@ static int arguments(PyObject *const *args, Py_ssize_t given, size_t *whole, int
 
 static PyObject *py_chain_forward(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    size_t a[6];
+    size_t a[8];
     (void)self;
-    if (!arguments(args, given, a, 6, NULL, 0))
+    if (!arguments(args, given, a, 8, NULL, 0))
         return NULL;
-    if (a[5] & DOUBLE)
-        chain_forward_f64((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4]);
+    if (a[5] == 1) {
+        if (a[7] & DOUBLE)
+            chain_forward_f64((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4]);
+        else
+            chain_forward_f32((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4]);
+        Py_RETURN_NONE;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    if (a[7] & DOUBLE)
+        many_forward_f64((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4], a[5],
+                         (Gemm_f64 *)a[6]);
     else
-        chain_forward_f32((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4]);
+        many_forward_f32((void *)a[0], a[1], (void *)a[2], (void *)a[3], (void *)a[4], a[5],
+                         (Gemm_f32 *)a[6]);
+    Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
 
 static PyObject *py_chain_pull(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    size_t a[11], most = 0;
+    size_t a[13], most = 0;
     double limit;
     unsigned long long moved;
     (void)self;
-    if (!arguments(args, given, a, 11, &limit, 1))
+    if (!arguments(args, given, a, 13, &limit, 1))
         return NULL;
     const Layer *layer = (void *)a[0];
+    if (a[10] != 1) {
+        Py_BEGIN_ALLOW_THREADS;
+        if (a[12] & DOUBLE)
+            moved = many_pull_f64(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                                  (void *)a[5], (void *)a[6], (void *)a[7], (void *)a[8],
+                                  (void *)a[9], a[10], (Gemm_f64 *)a[11], limit);
+        else
+            moved = many_pull_f32(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
+                                  (void *)a[5], (void *)a[6], (void *)a[7], (void *)a[8],
+                                  (void *)a[9], a[10], (Gemm_f32 *)a[11], limit);
+        Py_END_ALLOW_THREADS;
+        return PyLong_FromUnsignedLongLong(moved);
+    }
     for (size_t l = 0; l < a[1]; l++)
         if (layer[l].out > most)
             most = layer[l].out;
     size_t *active = malloc(most * sizeof(size_t));
     if (active == NULL)
         return PyErr_NoMemory();
-    if (a[10] & DOUBLE)
+    if (a[12] & DOUBLE)
         moved = chain_pull_f64(layer, a[1], (void *)a[2], (void *)a[3], (void *)a[4],
                                (void *)a[5], (void *)a[6], (void *)a[7], (void *)a[8],
                                (void *)a[9], active, limit);
@@ -163,11 +188,12 @@ static PyObject *py_norm(PyObject *self, PyObject *const *args, Py_ssize_t given
 
 static PyMethodDef METHODS[] = {
     {"chain_forward", (PyCFunction)(void (*)(void))py_chain_forward, METH_FASTCALL,
-     "chain_forward(layers, n, x, inner, y, flags): y; the outputs of the others go to `inner`."},
+     "chain_forward(layers, n, x, inner, y, rows, gemm, flags): y; the outputs of the others go to\n"
+     "`inner`. gemm: the address of a BLAS's function for several rows, 0 for one."},
     {"chain_pull", (PyCFunction)(void (*)(void))py_chain_pull, METH_FASTCALL,
-     "chain_pull(layers, n, x, inner, y, z, d, m, to, rates, flags, limit) -> bit l: layer l has\n"
-     "moved. m: room for the widest message; to: the first layer's, 0 where it is not wanted;\n"
-     "rates: alpha and beta of every layer, or 0. Where |d| sqrt(|x|^2 [alpha != 0] + [beta != 0])\n"
+     "chain_pull(layers, n, x, inner, y, z, d, m, to, rates, rows, gemm, flags, limit) -> bit l:\n"
+     "layer l has moved. m: room for the widest message; to: the first layer's, 0 where it is not wanted;\n"
+     "rates: alpha and beta of every layer, or 0. Where |d| sqrt(|x|^2 [alpha != 0] + R [beta != 0])\n"
      "is above the limit, or NaN, W and b of a layer stay as they are."},
     {"masked", (PyCFunction)(void (*)(void))py_masked, METH_FASTCALL,
      "masked(z, y, d, n, flags) -> |d|, where d is z, and 0 where y <= 0."},
@@ -182,7 +208,7 @@ static PyMethodDef METHODS[] = {
 };
 
 static struct PyModuleDef MODULE = {
-    PyModuleDef_HEAD_INIT, "_rows", "Linear layers on one row; see rows.py.", -1, METHODS,
+    PyModuleDef_HEAD_INIT, "_rows", "Linear layers; see rows.py.", -1, METHODS,
     NULL, NULL, NULL, NULL,
 };
 

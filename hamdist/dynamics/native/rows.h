@@ -250,6 +250,93 @@ static unsigned long long NAME(chain_pull)(const Layer *layer, size_t n, const R
     return moved;
 }
 
+/* -- several rows: x (R, I), y, z, d (R, O); a layer's part of `inner` and of d has R pad numbers.
+
+   A matrix of rows is the transposed one to the Fortran interface of a BLAS, which has columns:
+
+       y = x W^T + b      y^T = W x^T + b            (O, R), W^T as it lies: 'T', 'N'
+       m = d W            m^T = W^T d^T              (I, R): 'N', 'N'
+       W += alpha d^T x   W^T += alpha x^T d         (I, O): 'N', 'T'
+
+   Its integers have 4 or 8 bytes; where the lowest come first (rows.py sees to it), the address of
+   one of 8 serves both. */
+
+typedef void NAME(Gemm)(const char *, const char *, const int64_t *, const int64_t *,
+                        const int64_t *, const REAL *, const REAL *, const int64_t *,
+                        const REAL *, const int64_t *, const REAL *, REAL *, const int64_t *);
+
+CLONES static void NAME(cut)(REAL *y, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = y[i] < 0 ? 0 : y[i];
+}
+
+static void NAME(many_forward)(const Layer *layer, size_t n, const REAL *x, REAL *inner, REAL *y,
+                               size_t rows, NAME(Gemm) *gemm)
+{
+    const REAL one = 1, none = 0;
+    for (size_t l = 0; l < n; l++) {
+        REAL *to = l == n - 1 ? y : inner;
+        const int64_t out = layer[l].out, in = layer[l].in, many = rows;
+        const REAL *bias = (const REAL *)layer[l].b;
+        for (size_t r = 0; bias && r < rows; r++)
+            memcpy(to + r * layer[l].out, bias, layer[l].out * sizeof(REAL));
+        gemm("T", "N", &out, &many, &in, &one, (const REAL *)layer[l].w, &in, x, &in,
+             bias ? &one : &none, to, &out);
+        if (layer[l].relu)
+            NAME(cut)(to, rows * layer[l].out);
+        x = to;
+        inner += rows * layer[l].pad;
+    }
+}
+
+static unsigned long long NAME(many_pull)(const Layer *layer, size_t n, const REAL *x,
+                                          const REAL *inner, const REAL *y, const REAL *z,
+                                          REAL *d, REAL *m, REAL *to, const double *rates,
+                                          size_t rows, NAME(Gemm) *gemm, double limit)
+{
+    const REAL one = 1, none = 0;
+    unsigned long long moved = 0;
+    size_t at = 0;
+    for (size_t l = 0; l < n; l++)
+        at += rows * layer[l].pad;
+    for (size_t l = n; l-- > 0;) {
+        const size_t outs = rows * layer[l].out;
+        const int64_t out = layer[l].out, in = layer[l].in, many = rows;
+        at -= rows * layer[l].pad;
+        const REAL *f = l == n - 1 ? y : inner + at;
+        const REAL *h = l == 0 ? x : inner + at - rows * layer[l - 1].pad;
+        REAL *own = d + at, *message = l == 0 ? to : m;
+        const double alpha = rates ? rates[2 * l] : 0, beta = rates ? rates[2 * l + 1] : 0;
+        double squares;
+        if (layer[l].relu) {
+            squares = NAME(masked)(z, f, own, outs);
+        } else {
+            memcpy(own, z, outs * sizeof(REAL));
+            squares = NAME(squares)(own, outs);
+        }
+        if (message)
+            gemm("N", "N", &in, &many, &out, &one, (const REAL *)layer[l].w, &in, own, &out, &none,
+                 message, &in);
+        z = message;
+        if (alpha == 0 && beta == 0)
+            continue;
+        double reach = beta != 0 ? (double)rows : 0;
+        if (alpha != 0)
+            reach += NAME(squares)(h, rows * layer[l].in);
+        if (!(sqrt(squares * reach) <= limit)) /* NaN is above it */
+            continue;
+        const REAL step = (REAL)alpha;
+        if (alpha != 0)
+            gemm("N", "T", &in, &out, &many, &step, h, &in, own, &out, &one, (REAL *)layer[l].w,
+                 &in);
+        if (beta != 0 && layer[l].b)
+            NAME(columns)((REAL *)layer[l].b, own, rows, layer[l].out, (REAL)beta);
+        moved |= 1ULL << l;
+    }
+    return moved;
+}
+
 #undef AT
 #undef OF
 #undef VECTOR

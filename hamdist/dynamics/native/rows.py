@@ -1,14 +1,20 @@
-"""Linear layers on one row (batch 1), by the C code of native/rows.c.
+"""Linear layers by the C code of native/rows.c.
 
-There a step is bound by reading and writing W, and by what a call costs: one call makes f(W x + b),
-one both vector-Jacobian products and the update. B = 1; I, O: inputs and outputs.
+A step of a small batch is bound by reading and writing W, and by what a call costs: one call makes
+f(W x + b) of all layers, one both vector-Jacobian products and the updates. One row has code of its
+own; the products of several are those of torch's own BLAS, where its library offers them.
+R: rows; I, O: inputs and outputs.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from array import array
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 from torch import Tensor, float32, float64, int64
 
 try:
@@ -25,6 +31,24 @@ _PAD = 16  # numbers: 64 bytes of the smaller type
 def built() -> bool:
     """Return True if the C code was built."""
     return _rows is not None
+
+
+@cache
+def _gemm(dtype: torch.dtype) -> int:
+    """Return the address of torch's own function for products of matrices; 0 if it is hidden.
+
+    With it bits are those of torch.mm, as both call it alike.
+    """
+    if sys.byteorder != "little":
+        return 0
+    name = {float32: "sgemm_", float64: "dgemm_"}[dtype]
+    for library in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            function = getattr(ctypes.CDLL(f"{torch.__path__[0]}/lib/{library}"), name)
+        except (OSError, AttributeError):  # on another system, or hidden
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
 
 
 class NativeLayers:
@@ -48,10 +72,12 @@ class NativeLayers:
         self._layers = array("Q", [number for row in rows for number in row])
         self._at = self._layers.buffer_info()[0]
         self._flags = _FLAGS[self.dtype]
-        # Numbers of the outputs of all layers but the last, of all layers, of the widest message.
+        self._gemm = _gemm(self.dtype)
+        # Numbers by row: outputs of all layers but the last, of all layers, of the widest message.
         self.inner = max(sum(self._pads[:-1]), 1)
         self.all = sum(self._pads)
         self.widest = max(outs)
+        self._out = outs[-1]
 
     @classmethod
     def of(cls, layers: Sequence[tuple[Tensor, Tensor | None, bool]]) -> NativeLayers | None:
@@ -65,10 +91,25 @@ class NativeLayers:
         """Return True if x, of the right shape, is memory that the C code can read."""
         return x.dtype is self.dtype and x.is_cpu and x.is_contiguous()
 
+    def takes(self, rows: int) -> bool:
+        """Return True if so many rows can be stepped."""
+        return rows == 1 or (rows > 1 and self._gemm != 0)
+
     def forward(self, x: Tensor, inner: Tensor, y: Tensor) -> None:
-        """Write the output of the last layer to y, those of the others to `inner`. x: I numbers."""
+        """Write the output of the last layer to y, (R, O), those of the others to `inner`.
+
+        inner: room for R times `inner` numbers.
+        """
+        torch.get_num_threads()  # tells OpenMP torch's number, once in each Python thread
         _rows.chain_forward(
-            self._at, self.many, x.data_ptr(), inner.data_ptr(), y.data_ptr(), self._flags
+            self._at,
+            self.many,
+            x.data_ptr(),
+            inner.data_ptr(),
+            y.data_ptr(),
+            y.numel() // self._out,
+            self._gemm,
+            self._flags,
         )
 
     def pull(
@@ -85,13 +126,14 @@ class NativeLayers:
     ) -> int:
         """Compute products and updates by layer, from the last one on.
 
-        d = z, 0 behind a relu whose result is not above 0; the message W^T d, that of the first
-        layer to `to`; then W += alpha d x^T and b += beta d, unless the norm of d (x, 1)^T, of the
-        parts that move, is above the limit.
+        d = z, 0 behind a relu whose result is not above 0; the message d W, that of the first
+        layer to `to`; then W += alpha d^T x and b += beta times the sum of d's rows, unless the
+        norm of d^T (x, 1), of the parts that move, is above the limit.
 
-        d: room for `all` numbers, m: for `widest`. rates: alpha and beta of every layer; None:
-        nothing moves. Returns a number whose bit l is set if layer l has moved.
+        d: room for R times `all` numbers, m: for R times `widest`. rates: alpha and beta of every
+        layer; None: nothing moves. Returns a number whose bit l is set if layer l has moved.
         """
+        torch.get_num_threads()  # (as in `forward`)
         return _rows.chain_pull(
             self._at,
             self.many,
@@ -103,16 +145,18 @@ class NativeLayers:
             m.data_ptr(),
             0 if to is None else to.data_ptr(),
             0 if rates is None else rates.buffer_info()[0],
+            y.numel() // self._out,
+            self._gemm,
             self._flags,
             limit,
         )
 
-    def outputs(self, inner: Tensor, layers: int) -> list[Tensor]:
-        """Return the results of `forward`, or d of `pull`, for the first `layers`: (1, O) each."""
+    def outputs(self, inner: Tensor, layers: int, rows: int = 1) -> list[Tensor]:
+        """Return the results of `forward`, or d of `pull`, for the first `layers`: (R, O) each."""
         found, at = [], 0
         for (w, _, _), pad in zip(self._kept[:layers], self._pads, strict=False):
-            found.append(inner[at : at + w.shape[0]].view(1, -1))
-            at += pad
+            found.append(inner[at : at + rows * w.shape[0]].view(rows, -1))
+            at += rows * pad
         return found
 
 

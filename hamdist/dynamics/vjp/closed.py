@@ -5,7 +5,7 @@ program.py decides which modules have one; all others use `LocalFunction`, that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +17,9 @@ from hamdist.dynamics.saved_state.remember import Slot, nested_slots
 from hamdist.dynamics.vjp.autograd import LocalFunction
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient, Gradients
 from hamdist.dynamics.vjp.kernels import KeptTensors
+from hamdist.dynamics.vjp.linear_chain import Chain
 from hamdist.dynamics.vjp.program import ProgramStep, read_program
+from hamdist.errors import SnapshotError
 
 
 @dataclass(slots=True)
@@ -100,6 +102,19 @@ class ClosedFunction(LocalFunction):
                 if made is None:
                     g[i] = torch.zeros_like(self.theta[i])
         return to_parents, cast("list[Gradient]", g)
+
+    def rebuilt(self, state: Mapping[str, Any]) -> Any:
+        try:
+            return super().rebuilt(state)
+        except SnapshotError:  # (a snapshot of format 1 has several rows in layers of their own)
+            chains = [step.kernel for step in self._steps if isinstance(step.kernel, Chain)]
+            for chain in chains:
+                chain.apart = True
+            try:
+                return super().rebuilt(state)
+            finally:
+                for chain in chains:
+                    chain.apart = False
 
     def _wants(self, record: Any) -> list[bool]:
         return list(record.wanted)

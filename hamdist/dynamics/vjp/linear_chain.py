@@ -1,7 +1,7 @@
 """Linear layers, each read by the next one alone, as one kernel.
 
-Batches of one row run through all of them in one call of the C code (native/rows.py); other batches
-run one layer after the other.
+All of them run in one call of the C code (native/rows.py); where that does not apply, one layer
+after the other.
 
 R: rows (batch, times further dimensions); I, O: inputs and outputs.
 """
@@ -33,6 +33,7 @@ class Chain:
         self.layers = list(layers)
         self.weights = tuple(w for layer in layers for w in layer.weights)
         self.lasting = False
+        self.apart = False  # True: one layer after the other, in any case
         self._trained = [sum(w is not None for w in layer.weights) for layer in layers]
         for i, layer in enumerate(self.layers):
             layer.native = layer.whole()
@@ -56,11 +57,14 @@ class Chain:
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
         one = x if x.dim() == 2 else x.reshape(-1, self._into)
         rows = self._rows
-        if rows is None or one.shape[0] != 1 or not rows.reads(one):
+        many = one.shape[0]
+        if rows is None or self.apart or not rows.takes(many) or not rows.reads(one):
             return self._one_by_one(old, x)
-        old = old if old is not None and len(old) == 4 else None  # of a single row, too
-        inner = like(old, 2, (rows.inner,), x)
-        y = like(None if self.lasting else old, 3, (1, self._out), x)
+        old = old if old is not None and len(old) == 4 else None  # of such a call, too
+        inner = like(old, 2, (many * rows.inner,), x)
+        if old is None or inner is not old[2]:
+            inner.zero_()  # what pads the layers' outputs is part of the record
+        y = like(None if self.lasting else old, 3, (many, self._out), x)
         rows.forward(one, inner, y)
         return [y if x.dim() == 2 else y.view(*x.shape[:-1], self._out), one, inner, y]
 
@@ -85,10 +89,11 @@ class Chain:
         if rows is None or not rows.reads(one):
             kept = [kept[0], self._apart(x, inner, y)]
             return self._pull_one_by_one(kept, z, wanted, g)
+        many = x.shape[0]
         to = self.layers[0].lent(x) if wanted[0] else None
-        d = like(self._masked, 0, (rows.all,), x)
+        d = like(self._masked, 0, (many * rows.all,), x)
         self._masked = [self._masked[1], d]
-        m = self._message[0] = like(self._message, 0, (rows.widest,), x)
+        m = self._message[0] = like(self._message, 0, (many * rows.widest,), x)
         at_once = None if g is None else g.at_once
         limit = 0.0 if at_once is None else at_once.limit
         moved = rows.pull(x, inner, y, one, d, m, to, self._alphas(at_once), limit)
@@ -117,15 +122,17 @@ class Chain:
     def _factors(
         self, g: Gradients, rows: NativeLayers, x: Tensor, inner: Tensor, d: Tensor, moved: int
     ) -> None:
-        many = len(self.layers)
-        inputs = [x, *rows.outputs(inner, many - 1)]
-        for i, (layer, d_i) in enumerate(zip(self.layers, rows.outputs(d, many), strict=True)):
+        many, batch = len(self.layers), x.shape[0]
+        inputs = [x, *rows.outputs(inner, many - 1, batch)]
+        ds = rows.outputs(d, many, batch)
+        for i, (layer, d_i) in enumerate(zip(self.layers, ds, strict=True)):
             done = bool(moved >> i & 1)
             g.put(layer.weights, (Outer(d_i, inputs[i], done), Column(d_i, done)))
 
     def _apart(self, x: Tensor, inner: Tensor, y: Tensor) -> list[KeptTensors]:
         """Return the tensors that the layers would have kept, had they been called one by one."""
-        outputs = [*(self._rows.outputs(inner, len(self.layers) - 1) if self._rows else []), y]
+        many = len(self.layers) - 1
+        outputs = [*(self._rows.outputs(inner, many, x.shape[0]) if self._rows else []), y]
         return [[out, x_i, out] for x_i, out in zip([x, *outputs[:-1]], outputs, strict=True)]
 
     def _pull_one_by_one(

@@ -6,6 +6,7 @@ import socket
 import time
 from contextlib import nullcontext
 
+from hamdist.display.network import NetworkActor
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.errors import DivergedError
 from hamdist.runtime.engines.sampler import Sampler
@@ -19,7 +20,6 @@ from hamdist.runtime.process.interrupts import OnProgress, RunInterrupts
 from hamdist.runtime.process.process_memory import own_bytes, peak_bytes, reset_peak
 from hamdist.runtime.process.threads import torch_threads
 from hamdist.runtime.results.digests import Digests
-from hamdist.runtime.results.measured import NetworkActor
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.sent_log import SentLog
 from hamdist.runtime.snapshots.inprocess import InProcessSnapshots

@@ -94,4 +94,6 @@ class Sampler:
             edges[edge] = edges.get(edge, EdgeCounts()) + more
         for edge, nbytes in dict(self._mailbox.payload_bytes).items():
             edges[edge] = edges.get(edge, EdgeCounts()) + EdgeCounts(nbytes)
-        return ProcessSample(self.seconds, resident_bytes(), self._norms, self._steps, edges)
+        stream = {} if self._source is None else dict(self._source.counts)
+        spent, memory = self.seconds, resident_bytes()
+        return ProcessSample(spent, memory, self._norms, self._steps, edges, stream)

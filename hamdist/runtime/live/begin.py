@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from hamdist.errors import SettingsError
 from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.journal import Journal, named, read_named
 from hamdist.runtime.live.run import LiveRun
+from hamdist.runtime.results.events import EventListener, FolderStarted
 from hamdist.runtime.results.result import RunResult
+from hamdist.runtime.results.run_events import EventFile
 from hamdist.runtime.storage.snapshot_files import complete
 from hamdist.runtime.storage.store import storage
 from hamdist.streams.iterable import IterableStream
@@ -38,6 +42,7 @@ def live_run(
     resume: str | Path | None = None,
     repeats: bool = False,
     callbacks: Sequence[Callback] = (),
+    listeners: Sequence[EventListener] = (),
 ) -> LiveRun:
     """Start a live run. Raises HamdistError before anything starts.
 
@@ -46,6 +51,7 @@ def live_run(
         model: as the user gave it.
         reader: a stream of the example, which turns what is fed into samples.
         repeats: the journal in `out` is read, and nothing is added to it.
+        listeners: called with the run's events, which `out` gets as a file, too.
     """
     settings: Settings = work.keywords["settings"]
     if settings.level is Level.AUTO:
@@ -78,7 +84,12 @@ def live_run(
             done: RunResult = work(stream=stream, on_progress=on_progress, resume=resume)
             return done
 
-        return LiveRun(run, stream, reader, settings, work.keywords["loss"], journal, callbacks)
+        told = [*listeners]
+        if journal is not None and not repeats:
+            told.append(EventFile(journal.folder, warnings.warn, "a"))
+            told[-1](FolderStarted(process=os.getpid(), goes_on=not journal.new))
+        loss = work.keywords["loss"]
+        return LiveRun(run, stream, reader, settings, loss, journal, callbacks, told)
     except BaseException:
         if journal is not None:
             journal.close()

@@ -8,7 +8,6 @@ import contextvars
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,53 +18,31 @@ from hamdist.dynamics.graph.graph import Graph
 from hamdist.dynamics.graph.inputs import NetworkInputs
 from hamdist.dynamics.objective.losses import Losses, make_losses
 from hamdist.errors import SettingsError, Stop, StreamError
+from hamdist.runtime.live.answers import Answer, LiveStatus
 from hamdist.runtime.live.callbacks import Callback
 from hamdist.runtime.live.journal import Journal
 from hamdist.runtime.nodes.live import Answered, HandedOver
 from hamdist.runtime.nodes.source import checker_of
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.results.events import ActorReplaced, RunEvent, SnapshotComplete, WindowFull
-from hamdist.runtime.results.progress_events import ProgressEvents
+from hamdist.runtime.results.events import (
+    ActorReplaced,
+    Evaluated,
+    EventListener,
+    RunEvent,
+    SettingsChanged,
+    SnapshotComplete,
+    WindowFull,
+)
 from hamdist.runtime.results.result import Progress, RunResult
+from hamdist.runtime.results.run_events import RunEvents
 from hamdist.runtime.results.scores import Scores, Targets, evaluate
 from hamdist.runtime.train.outcome import model_of
 from hamdist.streams.check import Checker
+from hamdist.streams.entries import Entry
 from hamdist.streams.iterable import IterableStream
-from hamdist.streams.live import Entry, LiveStream
+from hamdist.streams.live import LiveStream
 from hamdist.streams.sample import Sample, SampleSpec, Stream
 from hamdist.streams.wrappers.chosen_targets import Chosen
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The prediction of sample `number`: (B, ...), or a dict of them by readout."""
-
-    number: int
-    prediction: Tensor | dict[str, Tensor]
-    _plan: Plan = field(repr=False)
-    _news: Answered = field(repr=False)
-
-    @property
-    def versions(self) -> dict[str, int]:
-        """Return the updates that each block's weights had had when the sample passed it (with
-        presentation 'hold': when its prediction was made), as the stamps of signals count them."""
-        plan, news = self._plan, self._news
-        edges = [edge for edge in plan.graph.edges if not edge.from_input]
-        sent = {edge.parent: plan.schedule.state(edge, news.event) for edge in edges}
-        others = {name: stamp.version for name, stamp in sent.items() if stamp is not None}
-        return {**others, news.readout: news.version}
-
-
-@dataclass(frozen=True, slots=True)
-class LiveStatus:
-    """Samples that were `fed`, and `answered`; what is `waiting` for the network; the engine's
-    latest report, of four a second."""
-
-    fed: int
-    answered: int
-    waiting: int
-    paused: bool
-    progress: Progress | None
 
 
 class LiveRun:
@@ -84,6 +61,7 @@ class LiveRun:
         losses: Losses | None,
         journal: Journal | None,
         callbacks: Sequence[Callback] = (),
+        listeners: Sequence[EventListener] = (),
     ) -> None:
         self.settings = settings
         self.result: RunResult | None = None
@@ -95,7 +73,7 @@ class LiveRun:
         self._asked: set[int] = set()  # by predict, which takes its answer itself
         self._progress: Progress | None = None
         self._callbacks, self._calling = list(callbacks), False
-        self._events_of = ProgressEvents(settings.level.value, settings.seed)
+        self._events = RunEvents(settings, listeners, reader.spec.batch)
         self._happened: deque[Answer | RunEvent] = deque()
         self._wrappers: list[Chosen] = []
         self._started = threading.Event()
@@ -136,9 +114,9 @@ class LiveRun:
         self._started.set()
 
     def _note(self, progress: Progress) -> None:
-        self._progress = progress
+        self._progress, events = progress, self._events(progress)
         if self._callbacks:
-            self._happened.extend(self._events_of(progress))
+            self._happened.extend(events)
 
     def _call(self) -> None:
         """Tell the callbacks what has happened; within a callback nothing more is told."""
@@ -164,7 +142,7 @@ class LiveRun:
 
     def _receive(self, news: Answered | HandedOver) -> None:
         if isinstance(news, HandedOver):
-            self._stream.handed(news.block, news.state)
+            self._stream.handed(*news)
             return
         if news.number < self._from.get(news.readout, 0):
             return  # of an actor that was replaced, once more
@@ -259,6 +237,8 @@ class LiveRun:
                 "scheduler= as well, or the optimiser by learning={'optimizer': ...}"
             )
         self._stream.say(Entry("set", rate=lr / known))
+        told: dict[str, Any] = {"sample": self._stream.accepted.fed, **self._events.head}
+        self._events.emit(SettingsChanged(changed={"learning.lr": lr}, **told))
 
     def pause(self) -> None:
         """Hold the network: what is fed waits until `go_on`."""
@@ -316,6 +296,8 @@ class LiveRun:
         with torch.inference_mode(False):
             model, ignored = self.model(), self.settings.ignore_index
             scores = evaluate(model, x, y, self._losses, ignore_index=ignored)
+        answered = self.status().answered
+        self._events.emit(Evaluated.of(scores, answered, **self._events.head))
         for callback in self._callbacks:
             callback.on_evaluate(self, scores, model)
         return scores
@@ -361,6 +343,10 @@ class LiveRun:
         self._thread.join()
         if self._journal is not None:
             self._journal.close()
+        events, self._events = self._events, RunEvents(self.settings, (), None)
+        if self.result is not None:
+            events.finish(self.result)
+        events.end(self._error)
 
     def __enter__(self) -> LiveRun:
         return self

@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 
+from hamdist.display.network import NetworkActor, PlacedNetwork
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.errors import ClusterError, DivergedError, HamdistError, SnapshotError, StallError
 from hamdist.runtime.advice.advice import lending_notes, placement_notes, unmeasured_notes
@@ -35,7 +36,6 @@ from hamdist.runtime.ray_engine.supervision import SnapshotSupervision
 from hamdist.runtime.ray_engine.watchdog import Watchdog, explain
 from hamdist.runtime.ray_engine.worker_group import WorkerGroup
 from hamdist.runtime.results.digests import joined
-from hamdist.runtime.results.measured import NetworkActor, PlacedNetwork
 from hamdist.runtime.results.result import BlockProgress, Outcome, Progress
 from hamdist.runtime.signals.edge_codecs import CompressionMap
 from hamdist.streams.sample import Stream
@@ -66,6 +66,7 @@ class RayEngine:
             worker_group = stack.enter_context(WorkerGroup(plan, stream, session))
             auto = plan.replan is not None
             plan = worker_group.wire(startup, costs, measured)
+            worker_group.keep_spares()
             notes += worker_group.notes
             notes += placement_notes(plan, worker_group.placement, costs)
             notes += worker_group.crowded() if plan.engine.address is not None else []

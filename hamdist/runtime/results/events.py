@@ -20,17 +20,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
-from hamdist.runtime.results.measured import (
-    EdgeCounts,
-    NetworkActor,
-    NetworkBlock,
-    NetworkEdge,
-    Norms,
-)
+from hamdist.display.network import NetworkActor, NetworkBlock, NetworkEdge
+from hamdist.runtime.results.measured import EdgeCounts, Norms
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
     from hamdist.config import Settings
     from hamdist.dynamics.objective.prequential import Window
+    from hamdist.runtime.results.result import RunFacts
+    from hamdist.runtime.results.scores import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +141,8 @@ class RunProgressed(RunEvent):
     tick: int
     resumed: int = 0
     note: str | None = None
+    stream: Mapping[str, int] = field(default_factory=dict)
+    """What the stream counts: samples dropped, waiting, targets too late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +198,13 @@ class ActorReplaced(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsChanged(RunEvent):
-    """Settings were changed while the run goes on: new values by dotted name, from `tick` on."""
+    """Settings were changed while the run goes on: new values by dotted name, from `tick` on, or
+    from `sample` on."""
 
     name: ClassVar[str] = "settings"
     changed: Mapping[str, Any]
     tick: int | None = None
+    sample: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,12 @@ class Evaluated(RunEvent):
     accuracy: float | None
     outputs: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, scores: Scores, samples: int, **head: Any) -> Evaluated:
+        each = {n: {"loss": o.loss, "accuracy": o.accuracy} for n, o in scores.outputs.items()}
+        own: dict[str, Any] = {"loss": scores.loss, "accuracy": scores.accuracy, "outputs": each}
+        return cls(samples=samples, **own, **head)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished(RunEvent):
@@ -237,6 +244,11 @@ class RunFinished(RunEvent):
     time_use: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     bytes_per_edge: Mapping[str, int] = field(default_factory=dict)
     peak_memory: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, facts: RunFacts, failure: str | None, **head: Any) -> RunFinished:
+        names = {one.name for one in dataclasses.fields(cls)} - {"time", "level", "seed", "failure"}
+        return cls(**{name: getattr(facts, name) for name in names}, failure=failure, **head)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,7 @@ class ProcessSample:
         norms: by block; steps: seconds in its steps, by block.
         edges: by edge. `queued` counts what was sent here minus what was taken here: the sum over
             all processes is the number under way.
+        stream: counts of the stream, where it is drawn here.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -57,50 +58,7 @@ class ProcessSample:
     norms: Mapping[str, Norms] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
     edges: Mapping[str, EdgeCounts] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkBlock:
-    """A block of the graph.
-
-    `shape` of its state, batch first; `parameters` are numbers that it learns; `depth` is in ticks
-    from the input; its messages lag `delay` updates or ticks.
-    """
-
-    name: str
-    shape: Sequence[int]
-    dtype: str
-    parameters: int
-    depth: int
-    delay: int
-    readout: bool
-
-
-class NetworkEdge(NamedTuple):
-    """An edge; `parent` may be an input of the network. `delay` in ticks."""
-
-    name: str
-    parent: str
-    child: str
-    delay: int
-
-
-class NetworkActor(NamedTuple):
-    """A process and its blocks."""
-
-    name: str
-    host: str
-    blocks: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedNetwork:
-    """The graph of a run, and where its blocks live; `staleness` as in `RunFacts`."""
-
-    blocks: Sequence[NetworkBlock]
-    edges: Sequence[NetworkEdge]
-    actors: Sequence[NetworkActor] = ()
-    staleness: int = 0
+    stream: Mapping[str, int] = field(default_factory=dict)
 
 
 def summed(samples: Sequence[ProcessSample]) -> dict[str, EdgeCounts]:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hamdist.display.network import NetworkActor, PlacedNetwork
 from hamdist.runtime.results.events import (
     ActorReplaced,
     ActorsMeasured,
@@ -24,7 +25,7 @@ from hamdist.runtime.results.events import (
     Warned,
     WindowFull,
 )
-from hamdist.runtime.results.measured import NetworkActor, PlacedNetwork, summed
+from hamdist.runtime.results.measured import summed
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
     from hamdist.runtime.results.result import Progress, Replaced
@@ -96,6 +97,7 @@ class ProgressEvents:
 
     def _measured(self, progress: Progress) -> Iterator[RunEvent]:
         head, blocks = self.head, progress.blocks
+        samples = dict(progress.actors)
         yield RunProgressed(
             samples=progress.samples,
             steps=progress.steps,
@@ -103,9 +105,9 @@ class ProgressEvents:
             tick=max((block.tick for block in blocks), default=0),
             resumed=progress.resumed,
             note=progress.note,
+            stream={name: n for s in samples.values() for name, n in s.stream.items()},
             **head,
         )
-        samples = dict(progress.actors)
         if not samples:
             return
         yield BlocksMeasured(

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from hamdist.config import Settings
 from hamdist.display.figure import drawn
+from hamdist.display.network import PlacedNetwork
 from hamdist.display.table import Table, frame, html_table
 from hamdist.display.windows import columns, windows_figure
 from hamdist.dynamics.blocks.energy import Records
 from hamdist.dynamics.objective.prequential import Window
 from hamdist.dynamics.vjp.autocast import Rounding
 from hamdist.runtime.results.digests import DigestMap
-from hamdist.runtime.results.measured import PlacedNetwork, ProcessSample
+from hamdist.runtime.results.measured import ProcessSample
 from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.signals.codec import Compressed
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from hamdist.errors import StreamError, need_package
 from hamdist.streams import ArrayStream, Stream, fashion_mnist
-from hamdist.streams.sources.datasets import fashion_mnist_folders
+from hamdist.streams.sources.images import FASHION
 from hamdist.streams.sources.texts import classes_of, corpus, load_glove, padded
 from hamdist.study.gradient_descent.models import EMBEDDING, SIDE
 
@@ -68,7 +68,7 @@ def images(seed: int, path: Path | None = None) -> Data:
 
     Raises StreamError for files that are not there, or hold too few images of a class.
     """
-    if path is None and not any(folder.is_dir() for folder in fashion_mnist_folders()):
+    if path is None and not any(folder.is_dir() for folder in FASHION.folders):
         pixels, y, source = *_digits(), "digits (scikit-learn) at 28 x 28"
     else:
         held = fashion_mnist(1, seed, DTYPE, path)

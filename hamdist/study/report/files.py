@@ -24,11 +24,11 @@ from hamdist.runtime.results.events import (
     WindowFull,
     read_events,
 )
+from hamdist.runtime.results.run_events import EVENTS
 from hamdist.runtime.results.scores import Scores
 from hamdist.study.report.aggregate import AggregateRow
 from hamdist.study.report.paired_test import PairedTest
 from hamdist.study.run.run import Run
-from hamdist.study.shared.result_folder import EVENTS
 
 MOST_WINDOWS = 400  # of a run, on the page
 MEASUREMENTS = 60  # of a kind, the latest
@@ -77,12 +77,8 @@ def final_events(run: Run) -> list[RunEvent]:
     head: dict[str, Any] = {"level": run.level, "seed": run.seed}
     events: list[RunEvent] = []
     if run.held_out is not None:
-        scores = _scores(run.held_out)
-        outputs = scores.get("outputs", {})
-        own = {"loss": scores["loss"], "accuracy": scores["accuracy"], "outputs": outputs}
-        events.append(Evaluated(samples=run.samples, **own, **head))
-    names = [f.name for f in dataclasses.fields(RunFinished) if f.name not in ("time", *head)]
-    events.append(RunFinished(**{name: getattr(run, name) for name in names}, **head))
+        events.append(Evaluated.of(run.held_out, run.samples, **head))
+    events.append(RunFinished.of(run, run.failure, **head))
     return events
 
 

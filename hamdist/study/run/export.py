@@ -10,12 +10,13 @@ from torch import Tensor
 from hamdist.config import Settings
 from hamdist.errors import SettingsError
 from hamdist.models.build import ModelFactory
+from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.snapshots.resume import earlier
 from hamdist.runtime.storage.snapshot_files import latest
-from hamdist.runtime.train.train import snapshot_model
+from hamdist.runtime.train.train import plan_of, snapshot_model
 from hamdist.streams.factory import make_stream
 from hamdist.streams.sample import Stream
-from hamdist.study.run.run import build, torch_dtype
+from hamdist.study.run.run import DataFactory, build, torch_dtype
 
 
 def exported(
@@ -45,6 +46,19 @@ def begun(settings: Settings, factory: ModelFactory | None, weights: str | None)
     if weights is not None:
         model.load_state_dict(exported(weights, factory, lambda _: None)[0])
     return model, next(iter(stream.samples())), stream.spec.classes
+
+
+def planned(
+    settings: Settings, factory: ModelFactory | None, data: DataFactory | None
+) -> tuple[Plan, Stream]:
+    """Return the plan with which a run of `settings` would begin, and its stream."""
+    if data is None:
+        model, stream = _made(settings, factory)
+    else:
+        dtype = torch_dtype(settings.dtype)
+        stream = data(settings.seed).in_dtype(dtype).train
+        model = build(settings, stream.spec, factory, dtype)
+    return plan_of(model, settings, stream.spec), stream
 
 
 def _made(settings: Settings, factory: ModelFactory | None) -> tuple[Any, Stream]:

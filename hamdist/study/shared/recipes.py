@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hamdist.config import Settings, Source, read_settings
+from hamdist.config import Settings, read_settings
 from hamdist.errors import StreamError
 from hamdist.study.shared.shipped import ShippedFiles
 
@@ -35,12 +35,13 @@ def needed_files(recipe: str) -> str:
         Empty if the recipe needs no files.
     """
     # (torch, which settings must not wait for, nor find imported: runtime/process/portable.py)
-    from hamdist.streams.sources.datasets import FASHION_INSTALL, find_fashion_mnist
+    from hamdist.streams.sources.images import IMAGE_FILES, find_images
 
     stream = load_settings(recipe).stream
-    if stream.source is not Source.FASHION_MNIST:
+    files = IMAGE_FILES.get(stream.source.value)
+    if files is None:
         return ""
     try:
-        return f"Fashion-MNIST (in {find_fashion_mnist(stream.path)})"
+        return f"{files.title} (in {find_images(files, stream.path)})"
     except StreamError:
-        return f"Fashion-MNIST: {FASHION_INSTALL}"
+        return f"{files.title}: {files.install}"

@@ -10,7 +10,6 @@ The writing process holds a lock on events.jsonl, which ends with the process in
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from hamdist.errors import SettingsError, Stop, TakeSnapshot
 from hamdist.runtime.results.events import (
@@ -31,11 +30,12 @@ from hamdist.runtime.results.events import (
     Warned,
 )
 from hamdist.runtime.results.progress_events import ProgressEvents
+from hamdist.runtime.results.run_events import EVENTS, EventFile
 
 if TYPE_CHECKING:
     from hamdist.runtime.results.result import Progress
 
-EVENTS, RUNS, CONTROL = "events.jsonl", "runs", "control.jsonl"
+RUNS, CONTROL = "runs", "control.jsonl"
 REQUESTS: Mapping[str, object] = {"stop": Stop, "snapshot": TakeSnapshot}
 _STUDIES = (
     *("speed.csv", "speed.json", "speed.md", "speed.html"),
@@ -150,7 +150,7 @@ class ResultFolder:
         self._moved = False
         self._head: dict[str, Any] = {}
         self._warned_of: set[tuple[str | None, int | None, str]] = set()
-        self._events: IO[str] | None = None
+        self._events: EventFile | None = None
         self._listeners: list[EventListener] = []
         self.goes_on = False
         unfinished = self._unfinished(folder, key) if key and not overwrite else None
@@ -172,17 +172,9 @@ class ResultFolder:
 
     def _take(self, folder: Path, mode: str = "x") -> bool:
         try:
-            events = (folder / EVENTS).open(mode, encoding="utf-8")
-        except FileExistsError:
+            self._events = EventFile(folder, self._say, mode)
+        except (FileExistsError, BlockingIOError):
             return False
-        try:
-            fcntl.flock(events, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            events.close()
-            return False
-        except OSError:  # a file system without locks
-            pass
-        self._events = events
         return True
 
     def __enter__(self) -> ResultFolder:
@@ -213,7 +205,7 @@ class ResultFolder:
 
     def emit(self, event: RunEvent) -> None:
         """Write an event, and hand it to the listeners; a warning that was told already is not
-        told again. A failure is reported once, and the run goes on.
+        told again.
         """
         if isinstance(event, Warned):
             known = (event.level, event.seed, event.text)
@@ -221,15 +213,7 @@ class ResultFolder:
                 return
             self._warned_of.add(known)
         if self._events is not None:
-            try:
-                self._events.write(event.to_line() + "\n")
-                self._events.flush()
-            except OSError as error:
-                file, self._events = self._events, None
-                with contextlib.suppress(OSError):  # of what it holds back
-                    file.close()
-                text = f"events are written no more: {error.strerror}"
-                self._say(f"Warning: {self.path}: {text}")
+            self._events(event)
         for listener in self._listeners:
             listener(event)
 

@@ -33,9 +33,8 @@ from hamdist.runtime.timing.events import EventSimulation
 from hamdist.runtime.timing.model import TimingModel
 from hamdist.runtime.timing.recursion import Recursion
 from hamdist.runtime.timing.timed_graph import Period, TimedGraph
-from hamdist.runtime.train.train import plan_of
-from hamdist.streams import make_stream
-from hamdist.study.run.run import DataFactory, Run, build, run_level, torch_dtype
+from hamdist.study.run.export import planned
+from hamdist.study.run.run import DataFactory, Run, run_level
 
 WORKER_BYTES = 170 * 2**20  # of an actor's process without blocks (docs: concepts/limits)
 STEPS, EVENTS = 2_000_000, 100_000  # activities that are simulated, at most
@@ -148,12 +147,7 @@ class Planner:
 
         Raises SettingsError where they cannot be measured, and what `train` raises before a start.
         """
-        dtype = torch_dtype(settings.dtype)
-        if self._data is None:
-            stream = make_stream(settings.stream, seed=settings.seed, dtype=dtype)
-        else:
-            stream = self._data(settings.seed).in_dtype(dtype).train
-        plan = plan_of(build(settings, stream.spec, self._factory, dtype), settings, stream.spec)
+        plan, stream = planned(settings, self._factory, self._data)
         tokens = {}
         if plan.knobs.sequence:
             drawn = zip(range(SAMPLES_TO_COUNT), stream.samples(), strict=False)

@@ -19,7 +19,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from hamdist.errors import SettingsError
 from hamdist.runtime.results.events import read_events
-from hamdist.study.shared.result_folder import EVENTS, REQUESTS, ask_of
+from hamdist.runtime.results.run_events import EVENTS
+from hamdist.study.shared.result_folder import REQUESTS, ask_of
 from hamdist.study.view.explain import explain
 from hamdist.study.view.page import live_page
 

@@ -393,7 +393,7 @@
     const now = run.blocks ?? { tick: {}, updates: {}, norms: {}, waiting: {} };
     const norms = now.norms[block.name] ?? {};
     const facts = { shape: `${block.shape.join(" × ")} (${block.dtype})`, parameters: number(block.parameters, 6),
-      actor: run.actorOf.get(block.name) ?? "–", depth: `${block.depth} ticks`, "messages late by": block.delay,
+      actor: run.actorOf.get(block.name) ?? "–", depth: `${block.depth} ticks`, "messages late by": block.delay === null ? "–" : `${block.delay} updates`,
       tick: now.tick[block.name] ?? "–", updates: now.updates[block.name] ?? "–",
       "|h|": number(norms.h), "|z|": number(norms.z), "|ω|": number(norms.omega), "|θ|": number(norms.theta),
       "share of steps": percent(blockLoads(run).get(block.name) ?? NaN), "waits for": now.waiting[block.name] ?? "nothing" };

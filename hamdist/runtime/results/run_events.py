@@ -1,0 +1,122 @@
+"""The events of one run, from its progress to those who listen; and their file."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hamdist.runtime.results.events import (
+    EventListener,
+    FolderEnded,
+    RunBegun,
+    RunEvent,
+    RunFinished,
+)
+from hamdist.runtime.results.progress_events import ProgressEvents
+
+if TYPE_CHECKING:
+    from hamdist.config import Settings
+    from hamdist.runtime.results.result import Progress, RunFacts
+
+EVENTS = "events.jsonl"
+Result = TypeVar("Result", bound="RunFacts")
+
+
+class EventFile:
+    """`events.jsonl` of a folder, locked while it is open, a line an event, flushed at once.
+
+    A disk that gets full is told by `say`, once, and the run goes on.
+
+    Raises FileExistsError (`mode` 'x'), and BlockingIOError if another process writes it.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], object], mode: str = "x") -> None:
+        self._say, self._folder = say, folder
+        self._file = (folder / EVENTS).open(mode, encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise
+        except OSError:  # a file system without locks
+            pass
+
+    def __call__(self, event: RunEvent) -> None:
+        """Write an event."""
+        if self._file.closed:
+            return
+        try:
+            self._file.write(event.to_line() + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.close()
+            self._say(f"Warning: {self._folder}: events are written no more: {error.strerror}")
+
+    def close(self) -> None:
+        """Release the folder."""
+        with contextlib.suppress(OSError):  # of what it holds back
+            self._file.close()
+
+
+class RunEvents:
+    """Hands the events of one run to listeners, whichever thread they come from.
+
+    As a context it tells the end.
+    """
+
+    def __init__(
+        self, settings: Settings, listeners: Sequence[EventListener], batch: int | None
+    ) -> None:
+        self._listeners = list(listeners)
+        self._of = ProgressEvents(settings.level.value, settings.seed)
+        self.head = self._of.head
+        self._lock = threading.RLock()
+        self.emit(RunBegun.of(settings, settings.name, batch))
+
+    def emit(self, event: RunEvent) -> None:
+        """Hand over an event."""
+        with self._lock:
+            for listener in self._listeners:
+                listener(event)
+
+    def __call__(self, progress: Progress) -> list[RunEvent]:
+        """Hand over the events that are new in `progress`, and return them."""
+        events = self._of(progress)
+        for event in events:
+            self.emit(event)
+        return events
+
+    def over(self, then: Any) -> Any:
+        """Return an `on_progress` that calls `then`, too; `then` itself if nobody listens."""
+        if not self._listeners:
+            return then
+
+        def note(progress: Progress) -> object:
+            answer = None if then is None else then(progress)
+            self(progress)
+            return answer
+
+        return note
+
+    def finish(self, result: Result, failure: str | None = None) -> Result:
+        """Tell the figures of the run, and return them."""
+        self.emit(RunFinished.of(result, failure, **self.head))
+        return result
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Tell that nothing more comes; `error`: what has ended the run."""
+        told = None if error is None else str(error) or type(error).__name__
+        result = getattr(error, "result", None)
+        if result is not None:
+            self.finish(result, told)
+        self.emit(FolderEnded(error=told))
+
+    def __enter__(self) -> RunEvents:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        self.end(error)
