@@ -98,7 +98,11 @@ class IterableStream:
         return self._spec
 
     def live_spec(self, patience: int) -> SampleSpec:
-        """Return the spec of a live run whose samples are like the first item."""
+        """Return the spec of a live run whose samples are like the first item.
+
+        Args:
+            patience: samples that may wait for their labels.
+        """
         return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:
@@ -116,7 +120,16 @@ class IterableStream:
         return (self.sample(n, item) for n, item in enumerate(items))
 
     def sample(self, n: int, item: Any, *, weigh: bool = True) -> Sample:
-        """Return item n, in any of the accepted forms, as a sample. Raises StreamError."""
+        """Return an item, in any of the accepted forms, as a sample.
+
+        Args:
+            n: its number, for messages.
+            item: what the source yielded.
+            weigh: False: weights of rows are left out.
+
+        Raises:
+            StreamError: it has another form, or not that of the first item.
+        """
         u, y, end, time, late, key, weights = self._fields(n, item)
         if key is not None and not _is_key(key):
             raise StreamError(f"sample {n}: key is {_short(key)}; give a whole number or a text")
