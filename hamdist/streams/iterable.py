@@ -42,7 +42,19 @@ Sizes: TypeAlias = int | Mapping[str, int] | None
 
 
 class IterableStream:
-    """Stream that `from_loader` and `from_iterable` return; it stays in its process."""
+    """Stream of a user's iterable or loader, as `from_iterable` makes it; it stays in its process.
+
+    Args:
+        source: yields the items.
+        classes: number of classes of integer targets, by readout where there are several.
+        outputs: numbers of an output's features, likewise.
+        copied: True: tensors of an item are copied, since the source writes to them again.
+        epochs: how often the source is read; None: without an end.
+        names: what the keys of mappings mean.
+        arguments: names of the model's arguments.
+        ragged: True: items may have other shapes than the first one; None: where the model allows.
+        model_loss: name of the output that is the model's own loss.
+    """
 
     portable: bool = False
 

@@ -136,7 +136,11 @@ class Rule:
         raise NotImplementedError
 
     def overrides(self, method: str) -> bool:
-        """Return True if the class has a `method` of its own."""
+        """Return True if the class has a method of its own.
+
+        Args:
+            method: its name.
+        """
         return getattr(type(self), method) is not getattr(Rule, method)
 
 
@@ -178,13 +182,26 @@ class BlockView:
     learns: bool = True
 
     def at(self, phase: str, sample: int, batch: int) -> None:
-        """Move to a phase of a sample, or of a tick: random numbers begin anew."""
+        """Move to a phase of a sample, or of a tick: random numbers begin anew.
+
+        Args:
+            phase: 'forward', 'backward', 'learn' or 'relax'.
+            sample: its number.
+            batch: B of it.
+        """
         self.sample, self.batch, self._phase = sample, batch, phase
         self._generator: torch.Generator | None = None
         self._first = phase in ("forward", "relax")  # the pass in which buffers move
 
     def in_tick(self, h: Tensor, k: int, ticks: int, *, learns: bool) -> None:
-        """Move a held block to tick k, with its state then. ticks: of a sample."""
+        """Move a held block to a tick.
+
+        Args:
+            h: its state then, (B, ...).
+            k: the tick.
+            ticks: of a sample.
+            learns: True if weights move in it.
+        """
         self.h, self.tick, self.age, self.ticks, self.learns = h, k, k % ticks, ticks, learns
 
     @property
