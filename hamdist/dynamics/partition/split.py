@@ -50,8 +50,8 @@ __all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential
 def check_made(model: nn.Module, *, sent: bool = False) -> None:
     """Raise GraphError for a model that is not ready to be cut.
 
-    That is a lazy module without weights, a tensor without values (meta), one whose elements share memory, and, where modules
-    are sent to other processes, a scripted module.
+    That is a lazy module without weights, a tensor without values (meta), one whose elements share
+    memory, and, where modules are sent to other processes, a scripted module.
     """
     for name, part in model.named_modules():
         if sent and isinstance(part, torch.jit.ScriptModule):
