@@ -19,6 +19,7 @@ tempfile.tempdir = os.environ["TMPDIR"]
 atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 import torch
+from forked_workers import forked_workers
 
 from hamdist.config import EngineSettings
 from hamdist.runtime.ray_engine.local_ray import RAY_SETTINGS
@@ -53,7 +54,7 @@ def _only_new_objects_are_collected():
 @pytest.fixture(scope="session")
 def session():
     """A local Ray with room for four actors, for the whole test session."""
-    with ray_session(EngineSettings(kind="ray", actors=4)) as opened:
+    with forked_workers(), ray_session(EngineSettings(kind="ray", actors=4)) as opened:
         yield opened
 
 

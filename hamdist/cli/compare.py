@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
     from hamdist.study.interface.compare import Comparison
 
 # A narrower terminal gets the comparison as two tables: how well (so many columns), at what cost.
-WIDE = 110
-QUALITY = 6
+FIRST_COST = "wall, s"  # title of the first column of costs
 
 
 def compare(
@@ -172,24 +172,34 @@ def _conclude(comparison: Comparison, out: Path) -> None:
         console().print(Text(f"Report: {out / 'report.html'}"))
 
 
+def _table(cells: StudyTable, title: str, columns: Sequence[int]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        show_lines=any("\n" in row[i] for row in cells.rows for i in columns),
+    )
+    for i in columns:
+        side: JustifyMethod = "left" if i < LABELS else "right"
+        table.add_column(cells.titles[i], justify=side, overflow="fold")
+    for row in cells.rows:
+        table.add_row(*(Text(row[i]) for i in columns))
+    return table
+
+
 def _print_comparison(cells: StudyTable, title: str) -> None:
+    """Print a comparison; qualities and costs in two tables where one is wider than the screen."""
     screen = console()
     columns = range(len(cells.titles))
-    split = [columns] if screen.width >= WIDE else [columns[:QUALITY], [0, *columns[QUALITY:]]]
-    for part in split:
-        table = Table(
-            title=title,
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-            show_lines=any("\n" in row[i] for row in cells.rows for i in part),
-        )
-        for i in part:
-            side: JustifyMethod = "left" if i < LABELS else "right"
-            table.add_column(cells.titles[i], justify=side, overflow="fold")
-        for row in cells.rows:
-            table.add_row(*(Text(row[i]) for i in part))
+    tables = [_table(cells, title, columns)]
+    unlimited = screen.options.update_width(10 * screen.width)
+    if screen.measure(tables[0], options=unlimited).maximum > screen.width:
+        cost = cells.titles.index(FIRST_COST)
+        parts = columns[:cost], [0, *columns[cost:]]
+        tables = [_table(cells, title, part) for part in parts]
+    for table in tables:
         screen.print(table)
     for note in cells.notes:
         screen.print(Text(f"• {note}"), soft_wrap=True)

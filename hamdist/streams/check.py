@@ -60,9 +60,13 @@ class Checker:
         self._last = time
 
     def check(self, n: int, sample: Sample) -> Sample:
-        """Return sample n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
+        """Return a sample with u and y contiguous, aligned to 64 bytes, and alone in their storage.
 
         The sample itself is returned where it is so already.
+
+        Args:
+            n: its number.
+            sample: as the stream yielded it.
 
         Raises:
             StreamError: names the sample, the field, the value received and the remedy, for a wrong

@@ -14,7 +14,9 @@ from runtime.test_engines_equal import LEVELS, assert_equal, settings
 from torch import nn
 
 from hamdist.errors import BlockError, ClusterError
+from hamdist.runtime.ray_engine import worker_actor
 from hamdist.runtime.ray_engine.replacement import Replacement
+from hamdist.runtime.ray_engine.session import Session
 from hamdist.runtime.storage.snapshot_files import latest
 from hamdist.runtime.train.train import train
 from hamdist.streams import LateLabels, from_iterable
@@ -110,7 +112,7 @@ def both(
     for module in calm.modules():
         if isinstance(module, Once):
             module.at = None
-    more = {k: v for k, v in (engine or {}).items() if k != "transport"}
+    more = {k: v for k, v in (engine or {}).items() if k not in ("transport", "spares")}
     alone = train(
         calm, source(items), settings({**ALONE, **more}, items, **given), **(functions or {})
     )
@@ -162,6 +164,32 @@ def test_two_at_once_and_one_again(session, driver, leaves_no_socket, tmp_path):
     )
     result = both(tmp_path, odd)
     assert len(result.replaced) == 3
+
+
+def test_a_spare_takes_the_place_of_a_killed_actor(
+    session, driver, leaves_no_socket, tmp_path, monkeypatch
+):
+    session.make_room()
+    started, given = [], []
+    start, actors = worker_actor.start_actor, Session.actors
+
+    def noted(options):
+        started.append(start(options))
+        return started[-1]
+
+    def handed(self, options_of_actors):
+        given.append(actors(self, options_of_actors))
+        return given[-1]
+
+    monkeypatch.setattr(worker_actor, "start_actor", noted)
+    monkeypatch.setattr(Session, "actors", handed)
+    odd = net((2, Once(31, tmp_path / "mark", "kill")))
+    result = both(tmp_path, odd, engine={"spares": 1})
+    assert len(result.replaced) == 1
+    first, replacing = given
+    assert first == started[:3]
+    assert replacing == [started[3]]  # the spare
+    assert len(started) == 5  # and another one waits
 
 
 def test_a_hung_actor(session, driver, leaves_no_socket, tmp_path):

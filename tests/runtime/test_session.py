@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import hamdist
 from hamdist.config import EngineSettings
 from hamdist.errors import ClusterError, SettingsError
 from hamdist.runtime.ray_engine import local_ray as local_ray_module
+from hamdist.runtime.ray_engine import processes
 from hamdist.runtime.ray_engine import session as cluster
 from hamdist.streams import from_iterable
 
@@ -126,7 +128,8 @@ def test_a_local_ray_that_ended_is_named(session, dead, monkeypatch, tmp_path):
 
 def test_a_local_ray_starts_no_process_in_vain(session):
     commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
-    assert [c for c in commands if "raylet/raylet" in c and "worker_process.py" in c]
+    script = processes.PARAMETERS["setup_worker_path"]
+    assert [c for c in commands if "raylet/raylet" in c and script in c]
     assert not [c for c in commands if re.search(r"/(monitor|log_monitor|dashboard)\.py", c)]
 
 
@@ -148,3 +151,26 @@ def test_a_ray_that_does_not_come_up_is_one_clear_error(monkeypatch, tmp_path):
 def test_a_session_names_a_wrong_field():
     with pytest.raises(SettingsError, match=r"actorz"), hamdist.session(actorz=2):
         pass
+
+
+def test_a_ray_of_a_thread_does_not_outlast_it(monkeypatch):
+    """Linux ends its processes with the thread; this process would end a minute later."""
+    for there, thread in ((False, None), (True, threading.main_thread())):
+        closed = []
+        with ExitStack() as stack:
+            stack.callback(closed.append, "closed")
+            own = {} if thread is None else {"thread": thread}
+
+            def work(stack=stack, own=own):
+                made = cluster._Standing(cluster.Session(), stack.pop_all(), 1, {1}, **own)
+                monkeypatch.setattr(cluster, "_opened", lambda _: made)
+                monkeypatch.setattr(cluster, "_close_after", lambda _: None)
+                with cluster._outermost(EngineSettings(), stays=True):
+                    pass
+
+            runner = threading.Thread(target=work)
+            runner.start()
+            runner.join(10)
+        assert (closed == []) is there
+        assert (cluster._standing is not None) is there
+        monkeypatch.setattr(cluster, "_standing", None)

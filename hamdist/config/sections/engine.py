@@ -91,7 +91,7 @@ class StepKind(str, Enum):
     """Implementation of a block's step.
 
     closed: in closed form where its module has one, by torch. native: as closed, and linear layers
-    on one row (batch 1) by C code. auto: native where hamdist was installed with it and a process
+    by C code. auto: native where hamdist was installed with it and a process
     has one thread. autograd: by autograd alone.
     """
 
@@ -185,6 +185,10 @@ class EngineSettings(Section):
     """One process, or Ray actors. The numbers are the same."""
     actors: Positive | Literal["auto"] = "auto"
     """How many processes; `auto`: as many as pay."""
+    spares: Annotated[int, Field(ge=0)] = 0
+    """Further processes that wait, with torch loaded, to replace lost actors: one is then replaced
+    without the seconds that a process takes to start. Each takes about 250 MiB, and the CPUs and
+    GPUs of an actor."""
     placement: tuple[tuple[str, ...], ...] | None = None
     """The blocks of each actor, by name; not given: neighbours together, balanced."""
     balance: Balance = Balance.TIME
@@ -192,8 +196,8 @@ class EngineSettings(Section):
     threads: Positive = 1
     """Threads of each process."""
     step: StepKind = StepKind.AUTO
-    """How a block's step is computed: `closed` forms of torch, `native` C code for one row, `auto`,
-    or `autograd`; equal to round-off."""
+    """How a block's step is computed: `closed` forms of torch, `native` C code for linear layers,
+    `auto`, or `autograd`; equal to round-off."""
     bits: Bits = Bits.WARN
     """What is done where processes compute other bits: `warn`, refuse (`exact`), or make x86 hosts
     agree (`portable`)."""
@@ -237,7 +241,7 @@ class EngineSettings(Section):
     studies."""
 
     def processes(self, auto: int = 1) -> int:
-        """Return the number of processes of a run on this host; `auto` where that is left open."""
+        """Return the number of actors of a run on this host; `auto` where that is left open."""
         if self.kind is EngineKind.INPROCESS:
             return 1
         if self.placement is not None:
@@ -249,6 +253,11 @@ class EngineSettings(Section):
         if self.kind is EngineKind.INPROCESS and self.actors not in (1, "auto"):
             raise ValueError(
                 f"'actors' is {self.actors} with kind 'inprocess', which is one process: leave it "
+                "out, or use kind 'ray' (--engine ray)"
+            )
+        if self.kind is EngineKind.INPROCESS and self.spares:
+            raise ValueError(
+                f"'spares' is {self.spares} with kind 'inprocess', which has no actors: leave it "
                 "out, or use kind 'ray' (--engine ray)"
             )
         return self

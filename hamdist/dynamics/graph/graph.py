@@ -244,7 +244,11 @@ class Graph:
         return names
 
     def borrowed(self, block: str) -> set[str]:
-        """Return the names of the weights of `block` that belong to another block."""
+        """Return the names of the weights of a block that belong to another block.
+
+        Args:
+            block: its name.
+        """
         return {key for tie in self.ties if tie.user == block for key in tie.theirs}
 
     @cached_property
@@ -285,9 +289,12 @@ class Graph:
         return frozenset(unmoved) if frozen else frozenset()
 
     def recurrent(self, edge: Edge) -> bool:
-        """Return True if `edge` leads from a block to itself or to one listed before it.
+        """Return True if an edge leads from a block to itself or to one listed before it.
 
         In a sequence such an edge carries the state of the previous token.
+
+        Args:
+            edge: of this graph.
         """
         if edge.from_input:
             return False

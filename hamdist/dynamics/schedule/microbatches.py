@@ -43,6 +43,8 @@ class Pulses(NamedTuple):
 
     def tick(self, pulse: int) -> int:
         """Return the tick in which pulse n meets depth 0."""
+        if self.parts == 1:
+            return pulse * self.c
         item, part = divmod(pulse, self.parts)
         return item * self.c + part * self.spacing
 

@@ -43,6 +43,7 @@ class PulseSchedule:
         self.one_way = knobs.credit is Credit.HEADS
         self._back = {block.name: block.back for block in graph.blocks.values()}
         self._first_readout = graph.readouts[0]
+        self._lags = {block: self._lag(block) for block in self._depths}
         self.parts = knobs.microbatches if isinstance(knobs.microbatches, int) else 1
         self.c = knobs.speed if isinstance(knobs.speed, int) else self._ticks(knobs.speed)
         self._pulses = Pulses(self.c, self.parts)
@@ -58,7 +59,7 @@ class PulseSchedule:
     def _ticks(self, speed: str) -> int:
         if speed == "depth":
             return self._D + 1
-        trip = 2 * self._D + 1 if self.one_way else 1 + max(map(self.lag, self._depths))
+        trip = 2 * self._D + 1 if self.one_way else 1 + max(self._lags.values())
         return trip + SPACING * (self.parts - 1)
 
     def sample_of(self, pulse: int) -> int:
@@ -77,6 +78,9 @@ class PulseSchedule:
 
     def lag(self, block: str) -> int:
         """Return d_l = 2 (D - l), the ticks from a block's forward to its backward, if any."""
+        return self._lags[block]
+
+    def _lag(self, block: str) -> int:
         back = self._back[block]
         if block in self._readouts or self.one_way or block in self._silent or back == "none":
             return 0

@@ -302,9 +302,10 @@ class Add:
         g: Gradients | None,  # noqa: ARG002
     ) -> tuple[Tensor | None, ...]:
         a, b = wanted
+        second = z if self._sign == 1 else z * self._sign
         return (
-            z.sum_to_size(kept[1]) if a else None,
-            (z if self._sign == 1 else z * self._sign).sum_to_size(kept[2]) if b else None,
+            (z if z.shape == kept[1] else z.sum_to_size(kept[1])) if a else None,
+            (second if z.shape == kept[2] else second.sum_to_size(kept[2])) if b else None,
         )
 
 

@@ -53,6 +53,7 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         told += _no_links(settings)
     else:
         told += open_endpoints(plan.engine)
+        told += _unused_spares(plan)
     if plan.engine.address is None:
         told += thread_warnings(plan.engine.processes(), plan.engine.threads, cores())
     told += compression_warnings(plan.channels, plan.graph, plan.engine)
@@ -68,6 +69,16 @@ def before(plan: Plan, settings: Settings) -> list[str]:
         told += reset_warnings(plan, plan.schedule)
         told += _one_hop(plan)
     return told
+
+
+def _unused_spares(plan: Plan) -> list[str]:
+    """Return a warning where no lost actor is replaced, so that spare ones wait in vain."""
+    if not plan.engine.spares or (plan.snapshot_policy and plan.snapshot_policy.recover):
+        return []
+    return [
+        f"engine.spares {plan.engine.spares} has no effect: no lost actor is replaced without "
+        "snapshots (snapshots.every or snapshots.seconds) and snapshots.recover"
+    ]
 
 
 def _late(plan: Plan, settings: Settings) -> list[str]:

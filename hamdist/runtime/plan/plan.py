@@ -293,6 +293,11 @@ def make_plan(
             "samples in groups, and idle ticks and samples that are shown again would break these "
             "up; leave locality.accumulate and double_buffered out"
         )
+    if spec.live and knobs.sequence and settings.snapshots.every is not None:
+        raise LevelError(
+            "snapshots.every in a live run of sequences: it counts ticks, and a snapshot within a "
+            "sequence would wait for tokens to come; give snapshots.seconds"
+        )
     if spec.patience and dynamics.tau is None:
         raise LevelError(
             "dynamics.tau 'stamps' in a live run, or with late labels: how long a sample lasts "

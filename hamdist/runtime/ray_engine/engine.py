@@ -66,6 +66,7 @@ class RayEngine:
             worker_group = stack.enter_context(WorkerGroup(plan, stream, session))
             auto = plan.replan is not None
             plan = worker_group.wire(startup, costs, measured)
+            worker_group.keep_spares()
             notes += worker_group.notes
             notes += placement_notes(plan, worker_group.placement, costs)
             notes += worker_group.crowded() if plan.engine.address is not None else []

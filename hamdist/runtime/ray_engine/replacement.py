@@ -118,6 +118,7 @@ class Replacement:
                     lost=actor.name not in self._present,
                 )
             )
+        self._worker_group.keep_spares()
 
     def _try_often(self, lost: dict[str, WorkerHandle], error: HamdistError) -> int:
         """Return how many signals were replayed; adds actors that are lost meanwhile to `lost`."""

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -43,6 +43,7 @@ class Session:
     def __init__(self) -> None:
         self.idle: list[tuple[ActorOptions, Any]] = []
         self.needed: dict[psutil.Process, str] = {}
+        self._spares: list[Any] = []  # among the idle ones, those that may be starting still
 
     @property
     def lost(self) -> str:
@@ -66,7 +67,7 @@ class Session:
         for i, actor_options in enumerate(options_of_actors):
             while i not in found and (k := self._fitting(actor_options)) is not None:
                 _, actor = self.idle.pop(k)
-                if is_alive(actor):
+                if is_alive(actor, starting=any(actor is spare for spare in self._spares)):
                     found[i] = actor
                 else:  # its processor is wanted at once
                     _end([actor])
@@ -77,10 +78,23 @@ class Session:
             for i, actor_options in enumerate(options_of_actors)
         ]
 
+    def keep_spares(self, options_of_actors: Sequence[ActorOptions], number: int) -> None:
+        """Start idle actors, unless so many wait already that one of these options fits.
+
+        They import torch while the run goes on; nobody waits for them.
+        """
+        from hamdist.runtime.ray_engine.worker_actor import start_actor
+
+        there = sum(own in options_of_actors for own, _ in self.idle)
+        for i in range(there, number):
+            actor_options = options_of_actors[i % len(options_of_actors)]
+            self._spares.append(start_actor(actor_options))
+            self.idle.append((actor_options, self._spares[-1]))
+
     def make_room(self) -> None:
         """End the idle actors, to free their processors."""
         _end([actor for _, actor in self.idle])
-        self.idle = []
+        self.idle, self._spares = [], []
 
     def _fitting(self, actor_options: ActorOptions) -> int | None:
         return next((k for k, (own, _) in enumerate(self.idle) if own == actor_options), None)
@@ -93,12 +107,14 @@ class _Standing:
     Attributes:
         cpus: processors that Ray was started with.
         processes: of a local Ray that was started here, else empty.
+        thread: that started them. Linux ends them with it (Ray asks for PR_SET_PDEATHSIG).
     """
 
     session: Session
     closing: ExitStack
     cpus: int
     processes: set[psutil.Process]
+    thread: threading.Thread = field(default_factory=threading.current_thread)
 
     def takes(self, engine: EngineSettings) -> bool:
         """Return True if a run of these settings can use the session: Ray runs, and has room for
@@ -108,7 +124,7 @@ class _Standing:
 
         return (
             engine.address is None
-            and self.cpus >= engine.processes()
+            and self.cpus >= engine.processes() + engine.spares
             and ray.is_initialized()
             and all(map(_runs, self.processes))
         )
@@ -211,7 +227,8 @@ def _outermost(engine: EngineSettings, stays: bool) -> Iterator[Session]:
         raise
     finally:
         _inside.reset(before)
-        if stays and healthy and standing.processes and engine.idle_seconds:
+        lasts = standing.thread is threading.main_thread()
+        if stays and lasts and healthy and standing.processes and engine.idle_seconds:
             _standing = standing
             _close_after(engine.idle_seconds)
         else:
@@ -294,7 +311,7 @@ def _ray(engine: EngineSettings) -> Iterator[tuple[set[psutil.Process], int]]:
         with _joined(engine, engine.address):
             yield set(), 0
     else:
-        cpus = max(cores(), engine.processes())
+        cpus = max(cores(), engine.processes() + engine.spares)
         with local_ray(cpus) as processes:
             yield processes, cpus
 

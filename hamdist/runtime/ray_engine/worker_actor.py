@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 THREADS_OF_AN_ACTOR = 8
 ANSWER_SECONDS = 5.0
+SLOW_SECONDS = 60.0  # of the start of an actor on a busy host
 
 
 class WorkerActor:
@@ -183,10 +184,10 @@ class WorkerActor:
         return self._host
 
 
-def is_alive(actor: Any) -> bool:
-    """Return True if an idle actor still answers."""
+def is_alive(actor: Any, *, starting: bool = False) -> bool:
+    """Return True if an idle actor still answers, or one that is starting does at last."""
     try:
-        ray.get(actor.where.remote(), timeout=ANSWER_SECONDS)
+        ray.get(actor.where.remote(), timeout=SLOW_SECONDS if starting else ANSWER_SECONDS)
     except (RayError, GetTimeoutError):
         return False
     return True

@@ -44,6 +44,10 @@ class WorkerGroup(WiredWorkers):
             self._end_actors()
             shutil.rmtree(socket_folder(self._plan.run), ignore_errors=True)
 
+    def keep_spares(self) -> None:
+        """Have `engine.spares` actors wait that can take the place of one of these."""
+        self.session.keep_spares([a.actor_options for a in self.actors], self.plan.engine.spares)
+
     def withdraw(self, key: str) -> None:
         """Make all actors refuse the holder of this key from now on."""
         for actor in self.actors:
@@ -55,6 +59,11 @@ class WorkerGroup(WiredWorkers):
             actor.handle.keep.remote(self._plan.run, tick) for actor in self.running.values()
         ]
         self._too_late = self._local is not None and not self._local.keep(tick)
+
+    def heard(self, seconds: float) -> None:
+        """Wait until all actors have heard of the latest `keep`, so long at most."""
+        if self._keep_calls:
+            ray.wait(self._keep_calls, num_returns=len(self._keep_calls), timeout=seconds)
 
     def too_late(self) -> bool:
         """Return True if an actor had passed the tick of the latest `keep` when the request

@@ -18,6 +18,8 @@ from hamdist.study.report.paired_test import PairedTest, paired_test
 from hamdist.study.run.baseline import CENTRALISED
 from hamdist.study.run.run import Run
 
+GOAL = 0.95  # of the baseline's accuracy
+
 
 @dataclass(frozen=True, slots=True)
 class AggregateRow:
@@ -30,7 +32,10 @@ class AggregateRow:
     peak_memory_bytes: of the largest process; all processes in peak_memory_by_process; each the
     largest over the seeds. bytes_per_edge: payload bytes per edge and sample, both directions, mean
     over the edges between blocks (inputs and targets on their way in are not counted) and over
-    seeds. staleness: in samples, the largest over the seeds.
+    seeds. staleness: in samples, the largest over the seeds. goal: a prequential accuracy that the
+    baseline reached (GOAL of that in its last window, in whole per cent); rows_to_goal,
+    seconds_to_goal: at the end of the first window that reached it, means over the seeds; None
+    where a run did not reach it.
     """
 
     level: str
@@ -56,6 +61,9 @@ class AggregateRow:
     notes: tuple[str, ...]
     gap_test: PairedTest | None = None
     loss_gap_test: PairedTest | None = None
+    goal: float | None = None
+    rows_to_goal: float | None = None
+    seconds_to_goal: float | None = None
 
 
 def aggregate(runs: Iterable[Run]) -> list[AggregateRow]:
@@ -68,10 +76,12 @@ def aggregate(runs: Iterable[Run]) -> list[AggregateRow]:
         if run.held_out is not None or not run.interrupted:
             groups.setdefault(run.level, []).append(run)
     baseline = groups.get(CENTRALISED, [])
-    return [_row(group, baseline) for group in groups.values()]
+    goal = _goal(baseline)
+    return [_row(group, baseline, goal) for group in groups.values()]
 
 
-def _row(group: Sequence[Run], baseline: Sequence[Run]) -> AggregateRow:
+def _row(group: Sequence[Run], baseline: Sequence[Run], goal: float | None) -> AggregateRow:
+    rows_to_goal, seconds_to_goal = _until(group, goal)
     accuracies = _present(_accuracy(run) for run in group)
     losses = _present(_loss(run) for run in group)
     gaps = _paired(group, baseline, _accuracy)
@@ -102,7 +112,30 @@ def _row(group: Sequence[Run], baseline: Sequence[Run]) -> AggregateRow:
         notes=tuple(_notes(group, baseline)),
         gap_test=paired_test(gaps),
         loss_gap_test=paired_test(loss_gaps),
+        goal=goal,
+        rows_to_goal=rows_to_goal,
+        seconds_to_goal=seconds_to_goal,
     )
+
+
+def _goal(baseline: Sequence[Run]) -> float | None:
+    """Return the accuracy until which rows and seconds are counted; None without class targets."""
+    last = mean_of(_present(run.windows[-1].accuracy for run in baseline if run.windows))
+    return None if last is None else math.floor(100 * GOAL * last) / 100
+
+
+def _until(group: Sequence[Run], goal: float | None) -> tuple[float | None, float | None]:
+    """Return the rows and seconds until the runs reached `goal`, means over them."""
+    reached = []
+    for run in group:
+        for window, seconds in zip(run.windows, run.window_seconds, strict=True):
+            if goal is not None and window.accuracy is not None and window.accuracy >= goal:
+                reached.append(((window.last + 1) * run.batch, seconds))
+                break
+        else:
+            return None, None
+    rows, seconds_of_runs = zip(*reached, strict=True)
+    return statistics.fmean(rows), statistics.fmean(seconds_of_runs)
 
 
 def _accuracy(run: Run) -> float | None:

@@ -42,6 +42,7 @@ def comparison_table(rows: Sequence[AggregateRow]) -> Table:
         test = row.loss_gap_test if real_valued else row.gap_test
         if test is not None and row.level != CENTRALISED:
             notes.append(f"{row.level}: {in_words(test, row.seeds)}")
+    notes += _until_goal(rows)
     slow = [row for row in rows if row.startup_seconds >= STARTUP_WORTH_SAYING]
     if slow:
         starts = ", ".join(f"{row.level} {row.startup_seconds:.1f} s" for row in slow)
@@ -53,6 +54,20 @@ def comparison_table(rows: Sequence[AggregateRow]) -> Table:
         rows=[[cell(row) for cell in columns.values()] for row in rows],
         notes=notes,
     )
+
+
+def _until_goal(rows: Sequence[AggregateRow]) -> list[str]:
+    """Return how soon each level predicted as well as the goal says, as one note."""
+    goal = next((row.goal for row in rows), None)
+    if not goal:
+        return []
+    soon = [
+        f"{row.level} not at all"
+        if row.rows_to_goal is None or row.seconds_to_goal is None
+        else f"{row.level} {row.rows_to_goal:,.0f} ({row.seconds_to_goal:.2g} s)"
+        for row in rows
+    ]
+    return [f"rows (and seconds) to a window of {percent(goal, digits=0)} %: {', '.join(soon)}"]
 
 
 def _accuracy_columns() -> dict[str, Callable[[AggregateRow], str]]:
