@@ -220,7 +220,7 @@ def test_prometheus(tmp_path):
 
 
 def test_the_dashboard_asks_for_what_prometheus_gets(here):
-    """Every panel of cluster-configs/grafana.json finds a metric of a run, and has its own place."""
+    """Every panel of cluster-configs/grafana.json finds a metric of a run, and has a place."""
     heard = []
     trained(heard.append)
     names = {name for event in heard for name, _ in scalars(event)} | {"seconds/actor 0/waiting"}
