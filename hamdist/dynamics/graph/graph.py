@@ -152,6 +152,7 @@ class Graph:
         self.out_of[INPUT] = [e for e in self.edges if e.from_input]
         self.notes: list[str] = []
         self.one_length: str | None = None
+        self.one_row: str | None = None
         self.state: set[str] = set()  # Python state that forwards change, once shapes are known
         self.example: Mapping[str, Tensor] = {}
         self.depths = self._depths()
@@ -384,7 +385,7 @@ class Graph:
         shared = self.shared if shared is None else shared
         made = Graph(blocks, original=self.original, sliced=self.sliced, shared=shared)
         made.notes, made.example = list(self.notes), self.example
-        made.one_length = self.one_length
+        made.one_length, made.one_row = self.one_length, self.one_row
         return made
 
     @property
