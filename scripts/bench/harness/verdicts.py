@@ -25,9 +25,12 @@ Contests = Mapping[tuple[int, int], Contest]  # of MLPs, by width and batch
 Exact = Mapping[str, Contest]  # of level `pipeline`, by work
 
 TRACE_TARGETS = {
-    **{(256, 1): 4.5, (1024, 1): 4.0},
-    **{(256, 8): 3.0, (1024, 8): 3.0},
-    **{(256, 32): 2.3, (1024, 32): 2.2},
+    (256, 1): 4.5,
+    (1024, 1): 4.0,
+    (256, 8): 3.0,
+    (1024, 8): 3.0,
+    (256, 32): 2.3,
+    (1024, 32): 2.2,
 }
 PIPELINING_TARGETS = {(1024, 1): 6.0, (1024, 32): 3.0}
 PIPELINE_TARGETS = {
