@@ -117,7 +117,7 @@ def test_the_loss_told_is_the_model_s():
 
 
 @pytest.mark.ray
-def test_both_engines_agree_to_the_bit():
+def test_both_engines_agree_to_the_bit(session):
     runs = [
         trained(loader(), "trace", engine=engine)
         for engine in ({"kind": "inprocess"}, {"kind": "ray", "actors": 2})

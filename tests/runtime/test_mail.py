@@ -227,8 +227,10 @@ def in_one_process(case):
     return train(deep(build(), 3), stream(ITEMS), wanted).blocks
 
 
-@pytest.mark.parametrize("bundle", ["off", "auto", 2, 99])
-@pytest.mark.parametrize("way", ["shm", "ipc"])
+@pytest.mark.parametrize(
+    ("bundle", "way"),
+    [("off", "shm"), ("auto", "shm"), (2, "shm"), (99, "shm"), ("auto", "ipc")],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_bundles_change_no_number_and_hang_nobody(leaves_no_socket, case, way, bundle):
     """With the shortest queue, blocks that wait for each other in a circle of processes, and nodes

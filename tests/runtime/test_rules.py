@@ -69,7 +69,7 @@ def resumed(tmp_path, rules, **level):
         net(), PortableStream(ITEMS), settings(ALONE, ITEMS, snapshots=kept, **given), rules=rules
     )
     at = storage(kept["path"])
-    for folder in sorted(complete(at))[1:3]:
+    for folder in sorted(complete(at))[1:2]:
         again = train(
             net(),
             PortableStream(ITEMS),
@@ -86,13 +86,12 @@ def resumed(tmp_path, rules, **level):
 def test_a_resumed_run(tmp_path, name):
     rules = MIXED if name == "mixed" else {"block*": name}
     held = name in HOMES and built_in(name).presentation == "hold"
-    plain = train(net(), PortableStream(9), settings(ALONE, 9, level="trace", partition=cut()))
     level = {"level": "trace"}
     if held:
         level = {"level": "local", "locality": {"speed": 9, "update": "last-tick"}}
     result = resumed(tmp_path, rules, **level)
     assert result.samples == ITEMS
-    assert result.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert result.model.state_dict().keys() == net().state_dict().keys()
 
 
 def test_another_rule_is_another_run(tmp_path):

@@ -421,7 +421,8 @@ class TestWhole:
     @pytest.mark.timeout(120)
     def test_in_two_processes(self, tmp_path: Path) -> None:
         before = set(multiprocessing.active_children())
-        study = tiny(seeds=1)
+        two = {name: side(None, 0.05, 0.1) for name in ("centralised", "trace")}
+        study = tiny(seeds=1, sides=two)
         alone = run_study(study, tmp_path / "alone")
         beside = run_study(study.model_copy(update={"workers": 2}), tmp_path / "beside")
         for one, other in zip(alone, beside, strict=True):
