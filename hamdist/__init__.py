@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from hamdist.dynamics.graph.graph import BlockSpec as BlockSpec
     from hamdist.dynamics.graph.graph import Combine as Combine
     from hamdist.dynamics.graph.graph import Graph as Graph
+    from hamdist.dynamics.modules.pairs import MeanHalf as MeanHalf
+    from hamdist.dynamics.modules.pairs import SecondHalf as SecondHalf
+    from hamdist.dynamics.modules.pairs import ToPair as ToPair
     from hamdist.dynamics.modules.prenorm import Normed as Normed
     from hamdist.dynamics.modules.prenorm import PreNorm as PreNorm
     from hamdist.dynamics.modules.prenorm import stabilised as stabilised
     from hamdist.dynamics.modules.recurrent import Reads as Reads
     from hamdist.dynamics.modules.recurrent import RecurrentCell as RecurrentCell
     from hamdist.dynamics.modules.reversible import Coupling as Coupling
-    from hamdist.dynamics.modules.reversible import MeanHalf as MeanHalf
     from hamdist.dynamics.modules.reversible import Midpoint as Midpoint
     from hamdist.dynamics.modules.reversible import MidpointStart as MidpointStart
-    from hamdist.dynamics.modules.reversible import SecondHalf as SecondHalf
     from hamdist.dynamics.modules.reversible import Squeeze as Squeeze
-    from hamdist.dynamics.modules.reversible import ToPair as ToPair
     from hamdist.dynamics.partition.cuts import CutPlace as CutPlace
     from hamdist.dynamics.rules.rule import BlockView as BlockView
     from hamdist.dynamics.rules.rule import Rule as Rule
@@ -57,9 +57,8 @@ _HOMES = {  # the names of `__all__` by module; above, for type checkers, once m
     "hamdist.dynamics.partition.cuts": "CutPlace",
     "hamdist.dynamics.graph.graph": "BlockSpec Combine Graph",
     "hamdist.dynamics.modules.recurrent": "Reads RecurrentCell",
-    "hamdist.dynamics.modules.reversible": (
-        "Coupling MeanHalf Midpoint MidpointStart SecondHalf Squeeze ToPair"
-    ),
+    "hamdist.dynamics.modules.pairs": "MeanHalf SecondHalf ToPair",
+    "hamdist.dynamics.modules.reversible": "Coupling Midpoint MidpointStart Squeeze",
     "hamdist.dynamics.modules.prenorm": "Normed PreNorm stabilised",
     "hamdist.dynamics.rules.rule": "BlockView Rule Signals",
     "hamdist.errors": "HamdistError Stop TakeSnapshot",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,33 @@ def learned(stream=None, net=None, **fields):
 
 def no_mean(prediction, target):
     return nn.functional.cross_entropy(prediction, target, reduction="none")
+
+
+def documented():
+    """All public functions, classes and methods, by name, with their own documentation; a method
+    that takes the place of a base's has that one's."""
+    for module in (hamdist, hamdist.streams):
+        for name in module.__all__:
+            found = getattr(module, name)
+            yield f"{module.__name__}.{name}", found, inspect.getdoc(found) or ""
+            for key, member in vars(found).items() if inspect.isclass(found) else ():
+                method = member.fget if isinstance(member, property) else member
+                method = getattr(method, "__func__", method)
+                own = str(getattr(method, "__module__", "")).startswith("hamdist")
+                if not key.startswith("_") and callable(method) and own:
+                    docs = [inspect.getdoc(vars(base).get(key)) or "" for base in found.__mro__]
+                    yield f"{module.__name__}.{name}.{key}", method, "\n".join(docs)
+
+
+def test_public_names_say_what_they_take():
+    names = 0
+    for name, found, text in documented():
+        names += 1
+        assert text.strip(), f"{name} has no docstring"
+        if not inspect.isclass(found) and callable(found) and not inspect.ismodule(found):
+            takes = [p for p in inspect.signature(found).parameters if p not in ("self", "cls")]
+            assert not takes or "Args:" in text, f"{name} takes {takes}, its docstring has no Args"
+    assert names > 190
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,11 @@ class Settings(Section):
         return self
 
     def for_level(self, level: Level) -> Settings:
-        """Return these settings at `level`, merged with the overrides of `levels` for it."""
+        """Return these settings at a level, merged with the overrides of `levels` for it.
+
+        Args:
+            level: the level.
+        """
         return _merged(self, level)
 
 

@@ -30,6 +30,7 @@ class Checker:
         ignore_index: class targets of this number are no target; a sample of them alone has none.
         one_length: text for the error about a sample of another length than the first one; None if
             each may have its own.
+        one_row: text for the error about a sample of one row; None if it may be.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Checker:
         stamped: bool = False,
         ignore_index: int = IGNORE_INDEX,
         one_length: str | None = "",
+        one_row: str | None = None,
     ) -> None:
         self._spec = spec
-        self._one_length = one_length
+        self._one_length, self._one_row = one_length, one_row
         self._ignore_index = ignore_index
         self._equal_batches = equal_batches
         self._stamped = stamped
@@ -60,9 +62,13 @@ class Checker:
         self._last = time
 
     def check(self, n: int, sample: Sample) -> Sample:
-        """Return sample n with u and y contiguous, aligned to 64 bytes, and alone in their storage.
+        """Return a sample with u and y contiguous, aligned to 64 bytes, and alone in their storage.
 
         The sample itself is returned where it is so already.
+
+        Args:
+            n: its number.
+            sample: as the stream yielded it.
 
         Raises:
             StreamError: names the sample, the field, the value received and the remedy, for a wrong
@@ -142,6 +148,12 @@ class Checker:
         if u.shape[0] == 0:
             raise StreamError(
                 f"sample {n}: {field} has batch 0: leave empty batches out of the stream"
+            )
+        if u.shape[0] == 1 < spec.shape[0] and self._one_row is not None:
+            raise StreamError(
+                f"sample {n}: {field} has batch 1, with which the model does something else "
+                f"({self._one_row}), and blocks were cut for more: leave such batches out "
+                "(drop_last=True), or write that line without regard to the number of rows"
             )
         _check_finite(n, field, u)
         return _own(u)

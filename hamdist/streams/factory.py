@@ -43,6 +43,11 @@ def make_stream(settings: StreamSettings, *, seed: int, dtype: torch.dtype) -> S
     Its source is made smooth, then targets are withheld, then late (and learned from when they
     come, or waited for), then it is paced in real time.
 
+    Args:
+        settings: of the stream.
+        seed: of the order of the samples, and of everything that is drawn.
+        dtype: of floating-point inputs.
+
     Raises:
         StreamError: a data set is missing, or a motion has inputs that are no square images.
         SettingsError: a source without a validation part is to be scored on one.
@@ -159,10 +164,14 @@ def held_out(
 
 
 def drifts(settings: StreamSettings, samples: int) -> tuple[int, ...]:
-    """Return the samples, among the first `samples`, that are the first of a new concept.
+    """Return the samples that are the first of a new concept.
 
     In a smooth stream these are the samples whose targets are the first of a new concept. The
     result is () without drift, and where samples may be dropped, which makes them unpredictable.
+
+    Args:
+        settings: of the stream.
+        samples: how many are looked at, from the first one on.
     """
     dropping = settings.pace is not None and settings.pace.late is Late.DROP
     if settings.source is not Source.DRIFT or dropping:
@@ -178,7 +187,12 @@ def _frames(settings: StreamSettings) -> int:
 
 
 def held_out_tokens(settings: StreamSettings, *, seed: int) -> TokenStream:
-    """Return a stream of the held-out texts, once, one after the other, token by token."""
+    """Return a stream of the held-out texts, once, one after the other, token by token.
+
+    Args:
+        settings: of a stream of texts.
+        seed: of the texts, where they are made up.
+    """
     texts, vocabulary = _texts(settings, seed)
     ids = _cut(texts.held_out, vocabulary, settings.sequences.length)
     labels = classes_of(texts.held_out)

@@ -42,7 +42,19 @@ Sizes: TypeAlias = int | Mapping[str, int] | None
 
 
 class IterableStream:
-    """Stream that `from_loader` and `from_iterable` return; it stays in its process."""
+    """Stream of a user's iterable or loader, as `from_iterable` makes it; it stays in its process.
+
+    Args:
+        source: yields the items.
+        classes: number of classes of integer targets, by readout where there are several.
+        outputs: numbers of an output's features, likewise.
+        copied: True: tensors of an item are copied, since the source writes to them again.
+        epochs: how often the source is read; None: without an end.
+        names: what the keys of mappings mean.
+        arguments: names of the model's arguments.
+        ragged: True: items may have other shapes than the first one; None: where the model allows.
+        model_loss: name of the output that is the model's own loss.
+    """
 
     portable: bool = False
 
@@ -98,7 +110,11 @@ class IterableStream:
         return self._spec
 
     def live_spec(self, patience: int) -> SampleSpec:
-        """Return the spec of a live run whose samples are like the first item."""
+        """Return the spec of a live run whose samples are like the first item.
+
+        Args:
+            patience: samples that may wait for their labels.
+        """
         return replace(self._spec, patience=patience, live=True, emissions=None)
 
     def samples(self) -> Iterator[Sample]:
@@ -116,7 +132,16 @@ class IterableStream:
         return (self.sample(n, item) for n, item in enumerate(items))
 
     def sample(self, n: int, item: Any, *, weigh: bool = True) -> Sample:
-        """Return item n, in any of the accepted forms, as a sample. Raises StreamError."""
+        """Return an item, in any of the accepted forms, as a sample.
+
+        Args:
+            n: its number, for messages.
+            item: what the source yielded.
+            weigh: False: weights of rows are left out.
+
+        Raises:
+            StreamError: it has another form, or not that of the first item.
+        """
         u, y, end, time, late, key, weights = self._fields(n, item)
         if key is not None and not _is_key(key):
             raise StreamError(f"sample {n}: key is {_short(key)}; give a whole number or a text")

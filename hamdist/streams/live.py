@@ -16,89 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from hamdist.errors import StreamError
-from hamdist.streams.sample import Emission, Emits, Sample, SampleSpec
+from hamdist.streams.entries import ROOM, Entry, EntryCourse, EntryLog
+from hamdist.streams.sample import Emits, Sample, SampleSpec
 
-ROOM = 64  # entries that wait for the network
 LOOK_SECONDS = 0.05  # between two looks of the waiting engine at what else it has to do
-
-
-class Entry(NamedTuple):
-    """What was said to a live run.
-
-    Attributes:
-        event: feed, teach, set or idle; pause and go_on are only for the record.
-        number: of the sample (feed, teach).
-        sample: u, y and end of a fed one; of a label (teach) only y counts.
-        rate: factor of the step size (set).
-    """
-
-    event: str
-    number: int = 0
-    sample: Sample | None = None
-    rate: float = 1.0
-
-
-class EntryLog(Protocol):
-    """A journal (runtime/live/journal.py): `append` writes an entry before it returns."""
-
-    def append(self, entry: Entry) -> None: ...
-
-    def entries(self) -> Iterator[Entry]: ...
-
-
-class EntryCourse:
-    """Turns entries into emissions: the same in a live run and in its repetition.
-
-    Args:
-        spec: of the samples.
-        nothing: an input to show before the first sample.
-
-    Attributes:
-        unlabelled: the latest samples that may still get a label, by number.
-        open: a sequence is under way.
-    """
-
-    def __init__(self, spec: SampleSpec, nothing: Sample) -> None:
-        self.unlabelled: dict[int, Sample] = {}
-        self.fed, self.rate, self.open = 0, 1.0, False
-        self._patience, self._latest, self._shown = spec.patience, nothing, 0
-
-    def find(self, number: int) -> Sample:
-        """Return a sample that waits for its label. Raises StreamError if it does not."""
-        if number not in self.unlabelled:
-            raise StreamError(
-                f"sample {number} waits for no label: it came with one, has been taught, was never "
-                f"fed, or more than {self._patience} unlabelled ones came after it (patience)"
-            )
-        return self.unlabelled[number]
-
-    def emission(self, entry: Entry, *, cut: bool = False) -> Sample | None:
-        """Return what the stream emits for an entry; None where it emits nothing."""
-        if entry.event == "set":
-            self.rate = entry.rate
-        if entry.event == "idle":
-            told = Emission(Emits.IDLE, self._shown, max(0, self.fed - 1), self.rate, cut)
-            return replace(self._latest, y=None, end=False, emission=told)
-        sample = entry.sample
-        if sample is None:
-            return None
-        kind = Emits.SAMPLE if entry.event == "feed" else Emits.AGAIN
-        if kind is Emits.AGAIN:
-            sample = replace(self.find(entry.number), y=sample.y)
-            del self.unlabelled[entry.number]
-        else:
-            self.fed, self.open, self._latest = entry.number + 1, not sample.end, sample
-            if sample.y is None:
-                self.unlabelled[entry.number] = sample
-            if len(self.unlabelled) > self._patience:
-                del self.unlabelled[next(iter(self.unlabelled))]
-        self._shown += 1
-        told = Emission(kind, self._shown - 1, entry.number, self.rate, cut, sample.y is None)
-        return replace(sample, emission=told)
 
 
 class LiveStream:
@@ -116,6 +40,7 @@ class LiveStream:
         awaited: numbers of samples whose answers somebody waits for.
         serve: called by the engine while it waits for an entry.
         look: returns the states of all blocks at once (in one process).
+        wanted: 'cut' or 'snapshot', while somebody waits for it.
         tick: of the next emission; drain: idle ones until nothing is under way; whole: nothing may
             be emitted within a sequence but its tokens. The engine sets these.
     """
@@ -152,11 +77,13 @@ class LiveStream:
         self.paused = self._parked = self._closed = self._over = False
         self._error: BaseException | None = None
         self._latest = time.monotonic()  # emission of a sample
-        self._under_way = self._until_tick = 0
+        self._under_way, self._until_tick = 0, -1
         self._drains = False
         self._one_request = threading.Lock()
-        self._wanted: set[str] = set()  # 'cut', 'snapshot': asked for and not begun
+        self.wanted: str | None = None
         self._states: dict[str, Any] | None = None  # of the blocks, of the present cut
+        self._cuts = self._kept = 0  # of cuts; of samples before the latest snapshot
+        self._stops_between = False  # sequences: a snapshot waits for the end of the present one
         self._given: Any = None
 
     # -- callers -------------------------------------------------------------------------------
@@ -185,8 +112,9 @@ class LiveStream:
             if self._lockstep and self._idle is not None and silent >= self._idle:
                 self._drains = True
                 self._work()
-            if len(self._queue) >= ROOM and (not wait or (self._lockstep and self.paused)):
-                raise BlockingIOError(f"{ROOM} entries wait for the network")
+            if len(self._queue) >= ROOM and (not wait or self.paused):
+                held = ", and the run is paused: go_on() first" if self.paused else ""
+                raise BlockingIOError(f"{ROOM} entries wait for the network{held}")
             self.wait(lambda: len(self._queue) < ROOM)
             if entry.event == "feed":
                 entry = entry._replace(number=self.accepted.fed)
@@ -254,37 +182,53 @@ class LiveStream:
             self._check()
             if self.whole and self.accepted.open and not (self.look and kind == "cut"):
                 raise StreamError(f"{kind}: a sequence is under way: feed its end first")
-            self._given = None
-            self._wanted.add(kind)
-            self.wait(lambda: self._given is not None, begin=True)
+            self._given, self.wanted = None, kind
+            try:
+                if not self.wait(lambda: self._given is not None, begin=True):
+                    raise StreamError(f"{kind}: the run has ended before")
+            finally:
+                self.wanted = self._states = None
             if isinstance(self._given, Exception):
                 raise self._given
             return self._given
 
-    def takes(self, kind: str) -> bool:
-        """Return True, once, if a request waits to be begun."""
-        wanted = kind in self._wanted
-        self._wanted.discard(kind)
-        return wanted
-
-    def give(self, result: Any) -> None:
-        """Answer the present request, with an error where it failed."""
+    def give(self, kind: str, result: Any) -> None:
+        """Answer the present request, if it is of this kind, with an error where it failed."""
         with self._changed:
-            self._given = result
-            self._changed.notify_all()
+            if self.wanted == kind:
+                self._given, self.wanted, self._states = result, None, None
+                self._changed.notify_all()
+
+    def begin_again(self) -> None:
+        """Ask all blocks for their states once more: one may have been lost with its own."""
+        with self._changed:
+            self._states = None
+
+    def free(self, *, wanted: bool) -> bool:
+        """Return True if a snapshot can be taken now: not within a sequence.
+
+        There only tokens may be emitted, and blocks that stop at a tick would wait for tokens to
+        come. So the next sequence waits until `idle_until` is called. wanted: a user waits for the
+        snapshot; else there is one only if samples came since the latest.
+        """
+        with self._changed:
+            self._stops_between = self.whole and (wanted or self._course.fed > self._kept)
+            return not self.whole or (self._stops_between and not self._course.open)
 
     def idle_until(self, tick: int) -> None:
-        """Emit idle ticks until the emission of `tick`, of a snapshot."""
-        self._until_tick = max(self._until_tick, tick)
+        """Emit idle ticks until the emission of `tick`, at which a snapshot is taken."""
+        with self._changed:
+            self._stops_between, self._kept = False, self._course.fed
+            self._until_tick = max(self._until_tick, tick)
+            self._changed.notify_all()
 
-    def handed(self, block: str, state: Any) -> None:
+    def handed(self, cut: int, block: str, state: Any) -> None:
         """Note the state that a block has handed over for the present cut."""
         with self._changed:
-            if self._states is not None:
+            if self._states is not None and cut == self._cuts:
                 self._states[block] = state
                 if len(self._states) == self.blocks:
-                    states, self._states = self._states, None
-                    self.give(states)
+                    self.give("cut", self._states)
 
     def answered(self, number: int) -> None:
         """Note that an answer is there."""
@@ -330,9 +274,10 @@ class LiveStream:
             with self._changed:
                 while (entry := self._due()) is not None:
                     self._drawn += 1
-                    cut = entry.sample is not None or entry.event == "idle"
-                    cut = cut and self.look is None and self.takes("cut")
-                    sample = self._course.emission(entry, cut=cut)
+                    reaches = entry.sample is not None or entry.event == "idle"
+                    cut = reaches and self._cut_is_due()
+                    self._cuts += cut
+                    sample = self._course.emission(entry, cut=self._cuts if cut else 0)
                     self._states = {} if cut else self._states
                     if sample is not None:
                         self._note(sample)
@@ -340,9 +285,10 @@ class LiveStream:
                         return sample
                 if self._closed and not self._queue:
                     return None
-                if self.look is not None and self.takes("cut"):
-                    self.give(self.look())
-                self._drains, self._parked = False, True
+                if self.look is not None and self.wanted == "cut":
+                    self.give("cut", self.look())
+                if not self._stops_between or self._course.open:
+                    self._drains, self._parked = False, True
                 self._changed.notify_all()
                 self._changed.wait(LOOK_SECONDS)
             self.serve()
@@ -356,22 +302,29 @@ class LiveStream:
 
     def _due(self) -> Entry | None:
         """Return the next entry; None where there is nothing to emit now."""
-        if self.paused and not self._closed:
-            return None
-        if self._queue:
+        between = self.whole and not self._course.open and not self._closed
+        waits = between and (self._stops_between or self.tick < self._until_tick)
+        if self._queue and not waits and (not self.paused or self._closed):
             return self._queue.popleft()
         if self._closed or (self.whole and self._course.open) or not self._idles():
             return None
-        idle = Entry("idle")
+        idle = Entry("idle", self._drawn)  # (before what waits in the queue)
         self._write(idle)
         return idle
 
+    def _cut_is_due(self) -> bool:
+        return self.look is None and self.wanted == "cut" and self._states is None
+
     def _idles(self) -> bool:
-        """Return True if an idle tick is due."""
-        if self.tick < self._until_tick or (self.look is None and "cut" in self._wanted):
+        """Return True if an idle tick is due, in a pause only for those who look at the run."""
+        if self.tick < self._until_tick or self._cut_is_due():
             return True
-        if not self._under_way or self._drains or self.awaited or self._states is not None:
+        if self._lockstep and self._stops_between:
+            return True  # (the step behind it takes the snapshot)
+        if not self._under_way or self._states is not None:
             return self._under_way > 0
+        if self.paused or self._drains or self.awaited:
+            return not self.paused
         silent = time.monotonic() - self._latest
         return not self._lockstep and self._idle is not None and silent >= self._idle
 

@@ -42,7 +42,7 @@ class Emission(NamedTuple):
         shown: number of the emissions before that were not idle.
         number: of the sample, counted from 0; of an idle one, of the latest sample.
         rate: factor of the step size, from this emission on.
-        cut: every block is to hand over its state.
+        cut: number of the cut (from 1) for which every block is to hand over its state; else 0.
         waits: a sample's label may come in a later emission.
     """
 
@@ -50,7 +50,7 @@ class Emission(NamedTuple):
     shown: int
     number: int
     rate: float = 1.0
-    cut: bool = False
+    cut: int = 0
     waits: bool = True
 
 
@@ -83,7 +83,11 @@ class Sample:
     key: int | str | None = None
 
     def target(self, readout: str) -> Tensor | None:
-        """Return the target of a readout, or None where it is missing."""
+        """Return the target of a readout, or None where it is missing.
+
+        Args:
+            readout: its name.
+        """
         return self.y.get(readout) if isinstance(self.y, Mapping) else self.y
 
 
@@ -148,7 +152,13 @@ class SampleSpec:
     def several(
         cls, u_shape: tuple[int, ...], u_dtype: torch.dtype, targets: Mapping[str, TargetSpec]
     ) -> SampleSpec:
-        """Return the spec of a stream whose samples have a target for each of several readouts."""
+        """Return the spec of a stream whose samples have a target for each of several readouts.
+
+        Args:
+            u_shape: of the inputs, (B, ...).
+            u_dtype: their type.
+            targets: by readout.
+        """
         first = next(iter(targets.values()))
         return cls(u_shape, u_dtype, first.shape, first.dtype, first.classes, dict(targets))
 
@@ -165,7 +175,11 @@ class SampleSpec:
         return self.u_shape[0]
 
     def target(self, readout: str) -> TargetSpec | None:
-        """Return the spec of the targets of a readout; None where the stream has none for it."""
+        """Return the spec of the targets of a readout; None where the stream has none for it.
+
+        Args:
+            readout: its name.
+        """
         if self.targets is not None:
             return self.targets.get(readout)
         return TargetSpec(self.y_shape, self.y_dtype, self.classes)
@@ -208,9 +222,11 @@ class Stream(Protocol):
     portable: bool
 
     @property
-    def spec(self) -> SampleSpec: ...
+    def spec(self) -> SampleSpec:
+        """Return the shapes and types of the samples."""
 
-    def samples(self) -> Iterator[Sample]: ...
+    def samples(self) -> Iterator[Sample]:
+        """Yield the samples, from sample 0 on."""
 
 
 @runtime_checkable
@@ -223,7 +239,11 @@ class Reporting(Protocol):
 
 
 def report_of(stream: Stream) -> dict[str, int]:
-    """Return the counts of a stream by name; none for a stream that does not count."""
+    """Return the counts of a stream by name; none for a stream that does not count.
+
+    Args:
+        stream: the stream, once it has been drawn.
+    """
     return stream.report() if isinstance(stream, Reporting) else {}
 
 

@@ -43,12 +43,20 @@ class Smoothness:
         return {"shape": self._shape, "picked": self._picked, "items": self._items}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from the data that `snapshot` returned."""
+        """Continue from the data of an earlier `snapshot`.
+
+        Args:
+            state: what it returned.
+        """
         self._shape, self._picked = state["shape"], state["picked"]
         self._items = list(state["items"])
 
     def observe(self, u: Tensor) -> None:
-        """Record the next sample's input, (B, ...); ignore samples from the 65th on."""
+        """Record the next sample's input; ignore samples from the 65th on.
+
+        Args:
+            u: the input, (B, ...).
+        """
         if len(self._items) >= MOST_ITEMS:
             return
         if self._shape is None:

@@ -14,7 +14,12 @@ class CallableModule(ModuleType):
     """This package as `hamdist.study`, where Python itself puts it once it is imported."""
 
     def __call__(self, *settings: Any, **options: Any) -> Any:
-        """Run a study (interface/study.py)."""
+        """Run a study.
+
+        Args:
+            *settings: the study's name or file (interface/study.py).
+            **options: as of `hamdist study`.
+        """
         return import_module("hamdist.study.interface.study").study(*settings, **options)
 
 

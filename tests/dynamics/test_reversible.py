@@ -12,16 +12,13 @@ from torch import nn
 
 from hamdist.config import Grouping, ModelKind, ModelSettings, PartitionSettings
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
+from hamdist.dynamics.modules.pairs import InvertibleMap, MeanHalf, SecondHalf, ToPair
 from hamdist.dynamics.modules.reversible import (
     Coupling,
     InversePass,
-    InvertibleMap,
-    MeanHalf,
     Midpoint,
     MidpointStart,
-    SecondHalf,
     Squeeze,
-    ToPair,
     pieces_of,
     undone,
 )

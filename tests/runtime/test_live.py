@@ -4,14 +4,21 @@ said can be repeated to the bit."""
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from faults.talk import SAID, kill_an_actor, talk
 from torch import nn
 
 import hamdist
 from hamdist.errors import SettingsError, StreamError
+from hamdist.streams.live import LiveStream
+from hamdist.streams.sample import Sample, SampleSpec
 
 LEVELS = ["local", "group", "delay-free", "trace", "heads", "reversible", "backprop", "pipeline"]
 
@@ -256,37 +263,13 @@ def test_a_run_that_diverges_says_so_where_somebody_talks():
         run.stop()
 
 
-def chat(run, number=40, seed=3, level="trace", kill=None):
-    """Say things at random: samples with and without labels, labels later, step sizes, pauses."""
-    drawn = torch.Generator().manual_seed(seed)
-    waiting = []
-    for k, (u, y) in enumerate(samples(number, seed=seed)):
-        what = int(torch.randint(8, (1,), generator=drawn))
-        if kill is not None:
-            kill(k)
-        if what < 3:
-            run.feed(u, y)
-        elif what < 5:
-            waiting.append((run.feed(u), y))
-        elif what == 5:
-            waiting.append((run.predict(u).number, y))
-        elif what == 6:
-            run.set(learning={"lr": 0.02 * (1 + k % 5)})
-            run.pause()
-            run.feed(u, y)
-            run.go_on()
-        elif waiting:
-            place = int(torch.randint(len(waiting), (1,), generator=drawn))
-            run.teach(*waiting.pop(place))
-        if k == number // 2:
-            run.settle()
-            run.snapshot()
+OFTEN = dict.fromkeys(SAID, 1)
 
 
 @pytest.mark.parametrize("level", ["trace", "pipeline"])
 def test_a_run_is_repeated_from_its_journal_to_the_bit(level, tmp_path):
     with start(level, out=tmp_path / "live", idle=0.001) as run:
-        chat(run)
+        assert min(talk(run, samples(60), said=OFTEN).values()) > 0
     again = hamdist.replay(tmp_path / "live", network(level, seed=7))
     assert equal(run.result, again)
     assert again.windows == run.result.windows
@@ -357,7 +340,7 @@ def test_a_journal_is_checked(tmp_path):
 
 @pytest.mark.ray
 def test_on_ray_answers_belong_to_their_questions_and_a_lost_actor_loses_nothing(session, tmp_path):
-    x, here = torch.zeros(16, 4), os.getpid()
+    x = torch.zeros(16, 4)
     ray = {"kind": "ray", "actors": 2}
     for level in ("trace", "local", "bptt"):
         more = options(level, loss="mse", engine=ray)
@@ -368,16 +351,101 @@ def test_on_ray_answers_belong_to_their_questions_and_a_lost_actor_loses_nothing
             weights = run.weights()  # without steps: no label has come
             assert torch.equal(weights["0.weight"], torch.eye(4))
 
-    def kill(k):
-        if k == 10:
-            pids = [p for p in psutil.process_iter() if "ray::WorkerActor" in " ".join(p.cmdline())]
-            next(p for p in pids if here in [q.pid for q in p.parents()]).kill()
-
-    with start("trace", out=tmp_path, idle=0.001, engine=ray) as run:
-        chat(run, kill=kill)
-    assert run.result.replaced
-    assert equal(run.result, hamdist.replay(tmp_path, network(seed=7)))
+    lose_one("trace", tmp_path, ray)
+    with start("trace", out=tmp_path, resume=tmp_path, engine=ray) as run:
+        run.feed(*next(iter(samples(1))))
     assert equal(run.result, hamdist.replay(tmp_path, network(seed=7), engine=ray))
+    assert equal(run.result, hamdist.replay(tmp_path, network(seed=7)))
+
+
+def lose_one(level, out, engine):
+    """Say 200 things, kill an actor in between, and repeat all of it in one process."""
+    with start(level, out=out, idle=0.001, engine=engine, snapshots={"seconds": 1}) as run:
+        kill = lambda k: kill_an_actor(k) if k == 70 else None  # noqa: E731
+        talk(run, samples(200), before=kill, said=OFTEN, sequences=level == "bptt")
+    assert run.result.replaced
+    again = hamdist.replay(out, network(seed=7))
+    assert equal(run.result, again)
+    assert again.windows == run.result.windows
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["bptt", "pipeline", "backprop"])
+def test_a_lost_actor_loses_nothing_at_other_levels(level, session, tmp_path):
+    lose_one(level, tmp_path, {"kind": "ray", "actors": 2})
+
+
+def test_a_snapshot_waits_for_the_end_of_a_sequence():
+    """Blocks that stop at a tick within one would wait for tokens that have not been said."""
+    for looks in (False, True):
+        with tempfile.TemporaryDirectory() as out:
+            often = {"snapshots": {"seconds": 1e-6}}
+            with start("bptt", network(), out=out, **often) as run:
+                for k, (u, _) in enumerate(samples(12)):
+                    assert run.predict(u, end=k % 4 == 3).number == k
+                    if looks and k % 4 == 3:
+                        assert Path(run.snapshot()).parent == Path(out) / "snapshots"
+            assert run.result.snapshots
+            assert equal(run.result, hamdist.replay(out, network(seed=7)))
+    with pytest.raises(hamdist.HamdistError, match=r"snapshots\.every"):
+        start("bptt", snapshots={"path": out, "every": 5})
+
+
+def test_each_who_looks_gets_what_was_asked_for():
+    """Neither a snapshot by the clock nor a state of an earlier cut answers a question."""
+    example = Sample(torch.zeros(1, 4), torch.tensor([0]))
+    spec = SampleSpec((1, 4), torch.float32, (1,), torch.int64, 3, live=8)
+    stream, found = LiveStream(spec, example, lockstep=False), []
+    stream.blocks, stream.drain = 2, 4
+    asks = threading.Thread(target=lambda: found.append(stream.request("cut")))
+    asks.start()
+    for drawn in stream.samples():
+        if drawn.emission.cut:
+            break
+    stream.give("snapshot", "a place")
+    for cut, block in ((0, "a"), (1, "a"), (0, "b"), (1, "b")):
+        stream.handed(cut, block, f"{block} of cut {cut}")
+    asks.join(10)
+    assert found == [{"a": "a of cut 1", "b": "b of cut 1"}]
+
+
+def test_a_pause_has_room_for_so_many(tmp_path):
+    u, y = next(iter(samples(1)))
+    with start("trace") as run:
+        run.pause()
+        assert [run.feed(u, y) for _ in range(64)] == [*range(64)]
+        with pytest.raises(BlockingIOError, match="go_on"):
+            run.feed(u, y)
+        run.go_on()
+        assert run.feed(u, y) == 64
+
+
+DRIVER = """
+import sys
+from runtime.test_live import samples, start
+run = start("trace", out=sys.argv[1], snapshots={"seconds": 0.05})
+for item in samples(10**6):
+    print(run.feed(*item), flush=True)
+"""
+
+
+def test_a_killed_driver_loses_no_sample_that_was_acknowledged(tmp_path):
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=path, text=True) as driver:
+        heard = [int(driver.stdout.readline()) for _ in range(60)]
+        driver.kill()
+        heard += map(int, driver.stdout.read().splitlines())
+    with start("trace", out=tmp_path, resume=tmp_path) as run:
+        fed = run.status().fed  # (what was accepted may be one more than was told)
+        assert fed in (len(heard), len(heard) + 1)
+        for item in list(samples(fed + 5))[fed:]:
+            run.feed(*item)
+    assert run.result.samples == fed + 5
+    again = hamdist.replay(tmp_path, network(seed=7))
+    assert equal(run.result, again)
+    assert again.windows == run.result.windows
 
 
 class Told(hamdist.Callback):

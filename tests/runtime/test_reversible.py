@@ -16,15 +16,8 @@ from torch import nn
 
 from hamdist.config import ModelKind, ModelSettings, Settings
 from hamdist.dynamics.graph.graph import BlockSpec, Graph
-from hamdist.dynamics.modules.reversible import (
-    Coupling,
-    MeanHalf,
-    Midpoint,
-    MidpointStart,
-    SecondHalf,
-    Squeeze,
-    ToPair,
-)
+from hamdist.dynamics.modules.pairs import MeanHalf, SecondHalf, ToPair
+from hamdist.dynamics.modules.reversible import Coupling, Midpoint, MidpointStart, Squeeze
 from hamdist.dynamics.objective.losses import mse
 from hamdist.errors import LevelError
 from hamdist.models.build import make_model

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -150,3 +151,26 @@ def test_a_ray_that_does_not_come_up_is_one_clear_error(monkeypatch, tmp_path):
 def test_a_session_names_a_wrong_field():
     with pytest.raises(SettingsError, match=r"actorz"), hamdist.session(actorz=2):
         pass
+
+
+def test_a_ray_of_a_thread_does_not_outlast_it(monkeypatch):
+    """Linux ends its processes with the thread; this process would end a minute later."""
+    for there, thread in ((False, None), (True, threading.main_thread())):
+        closed = []
+        with ExitStack() as stack:
+            stack.callback(closed.append, "closed")
+            own = {} if thread is None else {"thread": thread}
+
+            def work(stack=stack, own=own):
+                made = cluster._Standing(cluster.Session(), stack.pop_all(), 1, {1}, **own)
+                monkeypatch.setattr(cluster, "_opened", lambda _: made)
+                monkeypatch.setattr(cluster, "_close_after", lambda _: None)
+                with cluster._outermost(EngineSettings(), stays=True):
+                    pass
+
+            runner = threading.Thread(target=work)
+            runner.start()
+            runner.join(10)
+        assert (closed == []) is there
+        assert (cluster._standing is not None) is there
+        monkeypatch.setattr(cluster, "_standing", None)

@@ -152,6 +152,7 @@ class Graph:
         self.out_of[INPUT] = [e for e in self.edges if e.from_input]
         self.notes: list[str] = []
         self.one_length: str | None = None
+        self.one_row: str | None = None
         self.state: set[str] = set()  # Python state that forwards change, once shapes are known
         self.example: Mapping[str, Tensor] = {}
         self.depths = self._depths()
@@ -244,7 +245,11 @@ class Graph:
         return names
 
     def borrowed(self, block: str) -> set[str]:
-        """Return the names of the weights of `block` that belong to another block."""
+        """Return the names of the weights of a block that belong to another block.
+
+        Args:
+            block: its name.
+        """
         return {key for tie in self.ties if tie.user == block for key in tie.theirs}
 
     @cached_property
@@ -285,9 +290,12 @@ class Graph:
         return frozenset(unmoved) if frozen else frozenset()
 
     def recurrent(self, edge: Edge) -> bool:
-        """Return True if `edge` leads from a block to itself or to one listed before it.
+        """Return True if an edge leads from a block to itself or to one listed before it.
 
         In a sequence such an edge carries the state of the previous token.
+
+        Args:
+            edge: of this graph.
         """
         if edge.from_input:
             return False
@@ -377,7 +385,7 @@ class Graph:
         shared = self.shared if shared is None else shared
         made = Graph(blocks, original=self.original, sliced=self.sliced, shared=shared)
         made.notes, made.example = list(self.notes), self.example
-        made.one_length = self.one_length
+        made.one_length, made.one_row = self.one_length, self.one_row
         return made
 
     @property

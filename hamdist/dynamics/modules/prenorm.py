@@ -44,7 +44,11 @@ class PreNorm(nn.Module):
         self.alpha = alpha
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return h + alpha branch(LN(h)), of the shape of h."""
+        """Return h + alpha branch(LN(h)), of the shape of h.
+
+        Args:
+            h: (B, ..., H).
+        """
         made: Tensor = h + self.alpha * self.branch(self.norm(h))
         return made
 
@@ -66,7 +70,11 @@ class Normed(nn.Module):
         self.branch = branch
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return branch(LN(h))."""
+        """Return branch(LN(h)).
+
+        Args:
+            h: (B, ..., H).
+        """
         made: Tensor = self.branch(self.norm(h))
         return made
 

@@ -53,7 +53,11 @@ class RecurrentCell(nn.Module):
         return slice(0, self.cell.hidden_size)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the next state (B, S); the last of `inputs` is the state before."""
+        """Return the next state, (B, S).
+
+        Args:
+            *inputs: inputs (B, ...), and as the last one the state before, (B, S).
+        """
         *given, state = inputs
         x = given[0] if len(given) == 1 else torch.cat(given, dim=-1)
         if isinstance(self.cell, nn.LSTMCell):
@@ -81,7 +85,11 @@ class Reads(nn.Module):
         self.parts = parts
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the module's output for its parts of the inputs."""
+        """Return the module's output for its parts of the inputs.
+
+        Args:
+            *inputs: the block's arguments, (B, ...) each.
+        """
         seen = (
             x if part is None else x[..., part] for x, part in zip(inputs, self.parts, strict=True)
         )

@@ -22,49 +22,14 @@ B: batch, n: features of one state, or channels of an image.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hamdist.dynamics.modules.pairs import InverseStep, InvertibleMap, halves
 from hamdist.dynamics.user_modules.hooks import is_usual
 from hamdist.errors import SettingsError
-
-
-class InverseStep(NamedTuple):
-    """Result of one map run backwards.
-
-    x: its input; message: the vector-Jacobian product for x, of its shape; g: gradients by
-    parameter of the map.
-    """
-
-    x: Tensor
-    message: Tensor
-    g: list[Tensor]
-
-
-class InvertibleMap(nn.Module, ABC):
-    """One invertible map. Final classes define the inverse; they are used as plain modules."""
-
-    @property
-    def decay(self) -> float:
-        """Return |lambda| tau of the leak, in this one step."""
-        return 0.0
-
-    @property
-    def theta(self) -> list[nn.Parameter]:
-        """Return the parameters that learn."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    @abstractmethod
-    def inverse(self, y: Tensor) -> Tensor:
-        """The x with forward(x) = y."""
-
-    @abstractmethod
-    def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        """The input that led to y, and the vector-Jacobian products of `message` (like y)."""
 
 
 class Coupling(InvertibleMap):
@@ -90,16 +55,30 @@ class Coupling(InvertibleMap):
         return abs(self.leak * self.scale) / 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (b, c) for x = (a, b)."""
+        """Return the pair (b, c) for x = (a, b), halves of axis 1.
+
+        Args:
+            x: the pair, (B, 2 H, ...).
+        """
         a, b = halves(x)
         return torch.cat([b, torch.add(a, _field(self.f, self.leak, b), alpha=self.scale)], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return (a, b) for y = (b, c)."""
+        """Return the pair (a, b) for y = (b, c).
+
+        Args:
+            y: the pair, (B, 2 H, ...).
+        """
         b, c = halves(y)
         return torch.cat([torch.sub(c, _field(self.f, self.leak, b), alpha=self.scale), b], 1)
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
+        """Return the input of `forward`, the message to it, and the gradients.
+
+        Args:
+            y: the output of `forward`.
+            message: about y, of its shape.
+        """
         b, c = halves(y)
         m_b, m_c = halves(message)
         f, to_b, g = _pull(self.f, self.leak, b, self.scale * m_c, self.theta)
@@ -133,14 +112,28 @@ class MidpointStart(InvertibleMap):
         return abs(self.leak) * self.tau
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the pair (h_0, h_1) for x = h_0."""
+        """Return the pair (h_0, h_1), (B, 2 H, ...).
+
+        Args:
+            x: h_0, (B, H, ...).
+        """
         return torch.cat([x, torch.add(x, _field(self.f, self.leak, x), alpha=self.tau)], 1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return h_0 of the pair."""
+        """Return h_0, (B, H, ...).
+
+        Args:
+            y: the pair (h_0, h_1).
+        """
         return halves(y)[0]
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
+        """Return the input of `forward`, the message to it, and the gradients.
+
+        Args:
+            y: the output of `forward`.
+            message: about y, of its shape.
+        """
         m_0, m_1 = halves(message)
         h_0 = halves(y)[0].contiguous()
         _, to_0, g = _pull(self.f, self.leak, h_0, self.tau * m_1, self.theta)
@@ -148,22 +141,6 @@ class MidpointStart(InvertibleMap):
 
     def extra_repr(self) -> str:
         return f"tau={self.tau:g}" + (f", leak={self.leak:g}" if self.leak else "")
-
-
-class ToPair(InvertibleMap):
-    """Pair of twice the same state: x -> (x, x), from (B, n, ...) to (B, 2n, ...)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (x, x)."""
-        return torch.cat([x, x], 1)
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """Return x of (x, x)."""
-        return halves(y)[0]
-
-    def back(self, y: Tensor, message: Tensor) -> InverseStep:
-        m_a, m_b = halves(message)
-        return InverseStep(halves(y)[0].contiguous(), m_a + m_b, [])
 
 
 class Squeeze(InvertibleMap):
@@ -180,14 +157,28 @@ class Squeeze(InvertibleMap):
         self.factor = _count("Squeeze: factor", factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x (B, C, H, W) as (B, C k^2, H/k, W/k)."""
+        """Return an image of fewer, deeper pixels, (B, C k^2, H/k, W/k).
+
+        Args:
+            x: the image, (B, C, H, W).
+        """
         return nn.functional.pixel_unshuffle(x, self.factor)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return y (B, C k^2, H/k, W/k) as (B, C, H, W)."""
+        """Return the image (B, C, H, W).
+
+        Args:
+            y: the result of `forward`, (B, C k^2, H/k, W/k).
+        """
         return nn.functional.pixel_shuffle(y, self.factor)
 
     def back(self, y: Tensor, message: Tensor) -> InverseStep:
+        """Return the input of `forward`, the message to it, and the gradients.
+
+        Args:
+            y: the output of `forward`.
+            message: about y, of its shape.
+        """
         return InverseStep(self.inverse(y), self.inverse(message), [])
 
     def extra_repr(self) -> str:
@@ -226,41 +217,26 @@ class Midpoint(nn.Module):
         return [*first, *[step] * (self.steps - len(first))]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the pair (h_{steps-1}, h_steps) for h_0, or for the pair before it."""
+        """Return the pair (h_{steps-1}, h_steps).
+
+        Args:
+            x: h_0, or the pair before it.
+        """
         for piece in self.pieces:
             x = piece(x)
         return x
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Return the input that led to the pair y."""
+        """Return the input that led to a pair.
+
+        Args:
+            y: the pair.
+        """
         return undone(self.pieces, y)
 
     def extra_repr(self) -> str:
         leak = f", leak={self.leak:g}" if self.leak else ""
         return f"steps={self.steps}, tau={self.tau:g}{leak}"
-
-
-class SecondHalf(nn.Module):
-    """Second state of a pair, h_N of a midpoint chain, from (B, 2n, ...) to (B, n, ...).
-
-    It is not invertible, so it belongs to the block of the readout.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the second half of x on axis 1."""
-        return halves(x)[1]
-
-
-class MeanHalf(nn.Module):
-    """Mean of the two states of a pair, from (B, 2n, ...) to (B, n, ...).
-
-    It is not invertible, so it belongs to the block of the readout.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mean of the two halves of x on axis 1."""
-        a, b = halves(x)
-        return 0.5 * (a + b)
 
 
 def pieces_of(module: nn.Module) -> list[InvertibleMap]:
@@ -316,17 +292,6 @@ class InversePass:
             for p, term in zip(self._parameters, g, strict=True)
         ]
         return InverseStep(y, message, whole)
-
-
-def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a and b, as views; raise ValueError for a tensor that cannot be halved on axis 1."""
-    if x.dim() < 2 or x.shape[1] % 2:
-        raise ValueError(
-            f"a pair of states is one tensor with an even number of features on axis 1, received "
-            f"{tuple(x.shape)}; give the module before it twice as many outputs, or use ToPair"
-        )
-    a, b = x.chunk(2, 1)
-    return a, b
 
 
 def _field(f: nn.Module, leak: float, h: Tensor) -> Tensor:

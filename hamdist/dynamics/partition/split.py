@@ -273,7 +273,7 @@ def split_module(
         starts = cuts.grouped(grouping)
     made = graph(cuts.runs(starts, names), losses, delay=partition.delay, state=state_readout)
     made.notes += stays(followed.whole, model)
-    made.one_length = followed.one_length
+    made.one_length, made.one_row = followed.one_length, followed.one_row
     return made
 
 

@@ -72,40 +72,75 @@ class Rule:
 
         A tensor that is an `nn.Parameter` is learned: updates for `memory:NAME` move it with the
         step size, optimiser and clipping of the block's weights.
+
+        Args:
+            block: with its weights and shapes; h is zeros.
         """
         return {}
 
     def forward(self, block: BlockView, inputs: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        """Return h (B, ...) of a sample, and what is kept of it until `learn` and `backward`."""
+        """Compute the state of a sample.
+
+        Args:
+            block: the block.
+            inputs: the parents' states, (B, ...) each.
+
+        Returns:
+            h (B, ...), and what is kept of the sample until `learn` and `backward`: plain data.
+        """
         return block.f(inputs), list(inputs)
 
     def learn(self, block: BlockView, kept: Any, label: Tensor | None) -> Updates:
         """Return the updates of the tick in which the sample passes, right behind `forward`.
 
-        label: None where the signals ask for none. A sample without a label has no call then.
+        Args:
+            block: the block.
+            kept: what `forward` kept.
+            label: of the sample, (B, ...); None where the signals ask for none. A sample without a
+                label has no call then.
+
+        Returns:
+            Gradient-like tensors by weight: the optimiser moves against them.
         """
         raise NotImplementedError
 
     def backward(self, block: BlockView, kept: Any, message: Tensor) -> tuple[Messages, Updates]:
-        """Return one message for each parent, and the updates.
+        """Compute what goes back to the parents, and the updates.
 
-        message: the sum of the children's messages (B, ...), like h; or the error (B, O). A sample
-        without either (its target is missing) has no call.
+        Args:
+            block: the block.
+            kept: what `forward` kept.
+            message: the sum of the children's messages (B, ...), like h; or the error (B, O). A
+                sample without either (its target is missing) has no call.
+
+        Returns:
+            One message for each parent, like its state (None: no message), and the updates as of
+            `learn`.
         """
         raise NotImplementedError
 
     def relax(
         self, block: BlockView, inputs: Sequence[Tensor], message: Tensor
     ) -> tuple[Tensor, Messages, Updates]:
-        """Return the next h of a held block, the messages, and the updates of one tick.
+        """Compute one tick of a held block.
 
-        message: the sum of the children's messages, zeros where none has come. Updates act in
-        ticks in which `block.learns`.
+        Args:
+            block: with its state h and its tick.
+            inputs: the parents' states, (B, ...) each.
+            message: the sum of the children's messages, like h; zeros where none has come.
+
+        Returns:
+            The next h, one message for each parent, and the updates, which act in ticks in which
+            `block.learns`.
         """
         raise NotImplementedError
 
     def overrides(self, method: str) -> bool:
-        """Return True if the class has a `method` of its own."""
+        """Return True if the class has a method of its own.
+
+        Args:
+            method: its name.
+        """
         return getattr(type(self), method) is not getattr(Rule, method)
 
 
@@ -147,13 +182,26 @@ class BlockView:
     learns: bool = True
 
     def at(self, phase: str, sample: int, batch: int) -> None:
-        """Move to a phase of a sample, or of a tick: random numbers begin anew."""
+        """Move to a phase of a sample, or of a tick: random numbers begin anew.
+
+        Args:
+            phase: 'forward', 'backward', 'learn' or 'relax'.
+            sample: its number.
+            batch: B of it.
+        """
         self.sample, self.batch, self._phase = sample, batch, phase
         self._generator: torch.Generator | None = None
         self._first = phase in ("forward", "relax")  # the pass in which buffers move
 
     def in_tick(self, h: Tensor, k: int, ticks: int, *, learns: bool) -> None:
-        """Move a held block to tick k, with its state then. ticks: of a sample."""
+        """Move a held block to a tick.
+
+        Args:
+            h: its state then, (B, ...).
+            k: the tick.
+            ticks: of a sample.
+            learns: True if weights move in it.
+        """
         self.h, self.tick, self.age, self.ticks, self.learns = h, k, k % ticks, ticks, learns
 
     @property
@@ -165,7 +213,11 @@ class BlockView:
         return self._generator
 
     def randn_like(self, tensor: Tensor) -> Tensor:
-        """Return normal numbers of the shape, type and device of `tensor`."""
+        """Return normal numbers of the shape, type and device of a tensor, from `generator`.
+
+        Args:
+            tensor: of any shape.
+        """
         return torch.randn(tensor.shape, generator=self.generator, dtype=tensor.dtype).to(tensor)
 
     @property
@@ -176,7 +228,11 @@ class BlockView:
         return {n: w for n, w in self.theta.items() if w.dim() > 1 and n in products}
 
     def f(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return f(inputs; theta), without a graph."""
+        """Return f(inputs; theta), (B, ...), without a graph.
+
+        Args:
+            inputs: the parents' states, (B, ...) each.
+        """
         with torch.no_grad():
             return self._run([x.detach() for x in inputs], self.theta)
 

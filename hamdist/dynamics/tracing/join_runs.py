@@ -37,7 +37,7 @@ def points_of_runs(batches: Sequence[int], lengths: Sequence[Length]) -> list[Tr
 
     They show how numbers depend on the batch and on each length; one more run checks that.
     """
-    own, second, third = batches
+    own, second, third, *_ = batches
     points: list[TracePoint] = [(batch, {}) for batch in batches]
     for one in lengths:
         points += [(own, {one: other_length(one, 1)}), (second, {one: other_length(one, 2)})]
@@ -50,8 +50,10 @@ def other_length(length: Length, by: int) -> int:
 
 
 def batches_of_runs(inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
-    own = min(next(iter(inputs.values())).shape[0], MOST_BATCH)
-    return (own, *(b for b in BATCHES if b != own))[:3]
+    """Return three small batches; behind them that of the stream, where it is larger."""
+    rows = next(iter(inputs.values())).shape[0]
+    own = min(rows, MOST_BATCH)
+    return (*(own, *(b for b in BATCHES if b != own))[:3], *([rows] if rows > own else []))
 
 
 class _Apart(Exception):
@@ -192,6 +194,7 @@ class Trace:
 
     origin: of memory (as in `Recording`). whole: the modules that could not be traced, and why.
     one_length: the reason for which all samples have the lengths of the example, if that was open.
+    one_row: what it does otherwise with a batch of one row.
     """
 
     ops: list[Op[ColumnForm]]
@@ -200,6 +203,7 @@ class Trace:
     origin: dict[int, object]
     whole: dict[str, Unfollowed]
     one_length: str | None = None
+    one_row: str | None = None
 
 
 def _folded(made: Trace, run: Recording) -> Trace:

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -54,7 +53,9 @@ from hamdist.dynamics.tracing.traced_module import (
 )
 from hamdist.dynamics.user_modules.hooks import hook_of
 from hamdist.dynamics.user_modules.libraries import masks_stay
+from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.user_modules.structure import filled, parts_of
+from hamdist.errors import GraphError
 
 # Torch's modules that only call others: they are gone through.
 CONTAINERS = (
@@ -125,6 +126,7 @@ def record(
     model: one that `watch` prepared. whole: modules that stay one step. Raises Unfollowed.
     """
     recorder = _Recorder(model, inputs, whole)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
     for part in model.modules():
         if type(part).__mro__[1].__name__ == "_Watched":
             object.__setattr__(part, "_hamdist_recorder", recorder)
@@ -142,61 +144,12 @@ def record(
     finally:
         for part in model.modules():
             vars(part).pop("_hamdist_recorder", None)
+        changed = learned ^ {name for name, p in model.named_parameters() if p.requires_grad}
+        if changed:
+            raise GraphError(SETS_REQUIRES_GRAD.format(min(changed)))
     if recorder.failure is not None:
         raise recorder.failure
     return recorder.finished(output)
-
-
-def _watched(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of `kind` that reports its calls to a recorder. (Of `kind` alone, so that
-    an object of it can become one, whatever other classes it has.)
-    """
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        recorder = vars(self).get("_hamdist_recorder")
-        run = partial(kind.__call__, self)
-        if recorder is None:
-            return run(*args, **kwargs)
-        return recorder.module(self, run, args, kwargs)
-
-    seen = type("_Watched", (kind,), {"__module__": __name__, "__call__": call})
-    return type(kind.__name__, (seen,), {"__module__": kind.__module__})
-
-
-class _Shell(nn.Module):
-    """Wrapper of a scripted module, whose class cannot be changed."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
-
-
-def watch(model: nn.Module) -> dict[str, Unfollowed]:
-    """Prepare a model, a copy without other users, for `record`; return the modules that have to
-    stay whole, because they are no Python classes (scripted ones).  Raises Unfollowed where the
-    model itself is one.
-    """
-    compiled = "it is compiled (torch.jit)"
-    if isinstance(model, torch.jit.ScriptModule):
-        raise Unfollowed(compiled, "", "")
-    scripted: dict[str, Unfollowed] = {}
-    for name, part in list(model.named_modules()):
-        if isinstance(part, torch.jit.ScriptModule):
-            continue
-        for child, inner in part._modules.items():
-            if isinstance(inner, torch.jit.ScriptModule):
-                part._modules[child] = _Shell(inner)
-                path = f"{name}.{child}" if name else child
-                scripted[path] = Unfollowed(compiled, path, "")
-    for part in model.modules():
-        kind = type(part)
-        if isinstance(part, torch.jit.ScriptModule):
-            continue
-        part.__class__ = _watched(kind)
-    return scripted
 
 
 class _Recorder(TorchFunctionMode):
@@ -220,6 +173,7 @@ class _Recorder(TorchFunctionMode):
         self._learned = {name for name, _ in model.named_parameters()}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self._learn(tensor, WeightRef(name))
+        self._registered = set(self._known)
         for name, tensor in inputs.items():
             self._learn(tensor, Arg(name))
 
@@ -232,7 +186,8 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._attribute(func.__self__.__name__, args[0])
-        if name.startswith(_SETTERS):
+        weight = name == "requires_grad_" and id(args[0]) in self._registered
+        if name.startswith(_SETTERS) or weight:
             return func(*args, **kwargs)
         if name in ("__set__", "backward", "set_", "set_data") or name.startswith("register_"):
             raise self._fails(f"it calls {name} on a tensor")
@@ -255,6 +210,7 @@ class _Recorder(TorchFunctionMode):
             return run(*args, **kwargs)
         name = self._names[id(part)]
         if self._is_one_step(part, name):
+            self._check_weights(part)
             step = TracedStep(MODULE, name, args, kwargs)
             return self._take(step, args, kwargs, lambda: run(*args, **kwargs), name, own=part)
         self._check_backward((args, kwargs))
@@ -278,6 +234,13 @@ class _Recorder(TorchFunctionMode):
             return name in self._whole
         kind = type(part).__mro__[2]  # behind the two of `watch`
         return kind.__module__.startswith(OWN) and kind not in CONTAINERS
+
+    def _check_weights(self, part: nn.Module) -> None:
+        """Fail where other tensors have taken the places of a module's weights for this call."""
+        with self._a_step():
+            for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+                if id(tensor) not in self._registered:
+                    raise self._fails(f"it calls a module with another {name!r} (functional_call)")
 
     @property
     def _innermost(self) -> str:

@@ -25,12 +25,13 @@ from hamdist.dynamics.tracing.join_runs import (
     points_of_runs,
 )
 from hamdist.dynamics.tracing.recorded_calls import Unfollowed
-from hamdist.dynamics.tracing.recorder import OWN, Op, TakenOp, record, watch
+from hamdist.dynamics.tracing.recorder import OWN, Op, TakenOp, record
 from hamdist.dynamics.tracing.signal_columns import ColumnForm
 from hamdist.dynamics.tracing.traced_module import (
     Length,
     SymbolicSize,
 )
+from hamdist.dynamics.tracing.watched import watch
 from hamdist.dynamics.user_modules.copies import copied
 from hamdist.dynamics.user_modules.python_state import (
     Fingerprints,
@@ -140,7 +141,15 @@ def _traced(
         runs.append(record(probe, _rows(inputs, batch, run, sizes), call, names))
         _check_state(probe, state, _state(probe, names))
     _check_kept(probe, before, names)
-    return joined_runs(runs, points, whole)
+    made = joined_runs(runs, points, whole)
+    if all(batch > 1 for batch, _ in points):
+        try:
+            alone = record(probe, _rows(inputs, 1, 0), call, names)
+            joined_runs([runs[0], alone, *runs[1:]], [points[0], (1, {}), *points[1:]], whole)
+        except Unfollowed as why:  # (a model that fails with one row does so anywhere)
+            if not why.reason.startswith("it raised"):
+                made.one_row = f"{why.reason} {why.line}".strip()
+    return made
 
 
 def _lengths(probe: nn.Module, inputs: Mapping[str, Tensor], call: Call) -> list[Length]:

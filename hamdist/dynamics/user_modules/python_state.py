@@ -32,6 +32,10 @@ from torch import Tensor, nn
 from hamdist.dynamics.user_modules.hooks import hooks_of
 from hamdist.errors import GraphError
 
+SETS_REQUIRES_GRAD = (
+    "the model's forward sets requires_grad of its weight {!r}: which weights learn is asked once, "
+    "before a run; freeze it before, or use detach() in forward"
+)
 MOST = 20_000  # values that are looked at in one attribute
 _LIBRARIES = {"torch", "numpy", "hamdist", "typing_extensions", *sys.stdlib_module_names} - {
     "__main__"

@@ -33,6 +33,7 @@ from hamdist.dynamics.saved_state.remember import (
     nested_slots,
 )
 from hamdist.dynamics.tracing.traced_module import TracedModule
+from hamdist.dynamics.user_modules.python_state import SETS_REQUIRES_GRAD
 from hamdist.dynamics.vjp.gradient import AtOnce, Gradient
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.errors import GraphError, SnapshotError
@@ -238,9 +239,15 @@ class LocalFunction(Remembers):
         output = record.output
         found: Sequence[Tensor | None] = [None] * len(wrt)
         if wrt and output.requires_grad:
-            found = torch.autograd.grad(
-                output, wrt, cotangent, allow_unused=True, retain_graph=keep
-            )
+            try:
+                found = torch.autograd.grad(
+                    output, wrt, cotangent, allow_unused=True, retain_graph=keep
+                )
+            except RuntimeError:
+                for name, weight in zip(self.names, record.theta, strict=False):
+                    if not weight.requires_grad:
+                        raise RuntimeError(SETS_REQUIRES_GRAD.format(name)) from None
+                raise
         grads = [
             torch.zeros_like(w) if g is None else g.to_dense() if g.is_sparse else g
             for g, w in zip(found, wrt, strict=True)

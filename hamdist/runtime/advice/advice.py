@@ -21,12 +21,14 @@ from hamdist.config import (
     TransportKind,
 )
 from hamdist.dynamics.blocks.dissipation import dissipation_warnings
+from hamdist.dynamics.graph.inputs import INPUT, by_parent
 from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.levels import make_locality
 from hamdist.dynamics.user_modules.python_state import modules_of
 from hamdist.dynamics.vjp.layer_inputs import LayerInputs
 from hamdist.runtime.placement.assign_blocks import Costs, split
 from hamdist.runtime.placement.requirements import idle_block_settings
+from hamdist.runtime.placement.step_costs import example_sample
 from hamdist.runtime.plan.block_settings import block_settings
 from hamdist.runtime.plan.microbatches import microbatch_warnings
 from hamdist.runtime.plan.plan import Plan
@@ -60,7 +62,9 @@ def before(plan: Plan, settings: Settings) -> list[str]:
     told += _late(plan, settings)
     asked = make_locality(settings.level, settings.locality)
     auto = asked.microbatches == "auto"
-    told += microbatch_warnings(plan.knobs, plan.graph, plan.spec, auto=auto)
+    sample = example_sample(plan.spec)
+    inputs = {INPUT: sample.u} if sample.inputs is None else by_parent(sample.inputs)
+    told += microbatch_warnings(plan.knobs, plan.graph, plan.spec, inputs, auto=auto)
     told += _losses(plan)
     told += _alone(plan)
     told += _as_they_are(plan)

@@ -22,31 +22,74 @@ class Callback:
     """
 
     def on_start(self, run: Any) -> None:
-        """The run has begun."""
+        """Hear that the run has begun.
+
+        Args:
+            run: the `LiveRun`.
+        """
 
     def on_sample(self, run: Any, answer: Any) -> None:
-        """A sample has been answered."""
+        """Hear that a sample has been answered.
+
+        Args:
+            run: the `LiveRun`.
+            answer: its number, prediction (B, ...) and weight versions (`Answer`).
+        """
 
     def on_window(self, run: Any, event: WindowFull) -> None:
-        """A window of prequential metrics is full."""
+        """Hear that a window of prequential metrics is full.
+
+        Args:
+            run: the `LiveRun`.
+            event: the readout and the window.
+        """
 
     def on_evaluate(self, run: Any, scores: Scores, model: nn.Module) -> None:
-        """`run.evaluate` has scored a model."""
+        """Hear that `run.evaluate` has scored a model.
+
+        Args:
+            run: the `LiveRun`.
+            scores: loss, and accuracy of class targets.
+            model: with the weights that were scored; a copy, which may be kept.
+        """
 
     def on_snapshot(self, run: Any, event: SnapshotComplete) -> None:
-        """A snapshot is complete."""
+        """Hear that a snapshot is complete.
+
+        Args:
+            run: the `LiveRun`.
+            event: its place and tick.
+        """
 
     def on_loss_of_actor(self, run: Any, event: ActorReplaced) -> None:
-        """An actor was lost, and has been replaced."""
+        """Hear that an actor was lost, and has been replaced.
+
+        Args:
+            run: the `LiveRun`.
+            event: the actor, its blocks, and how long it took.
+        """
 
     def on_end(self, run: Any, result: RunResult) -> None:
-        """The run has ended; what changes in `result` the caller gets."""
+        """Hear that the run has ended.
+
+        Args:
+            run: the `LiveRun`.
+            result: what the caller gets; changes to it are seen there.
+        """
 
 
 class Evaluation(Callback):
-    """Evaluates the run on held-out x (N, ...) with targets y, whenever `every` more samples came.
+    """Evaluates the run on held-out data whenever `every` more samples have been answered.
 
     The weights are those of one emission (a consistent cut), and nothing is learned of it.
+
+    Args:
+        x: the inputs, (N, ...).
+        y: their targets, (N, ...).
+        every: number of samples.
+
+    Raises:
+        SettingsError: `every` is below 1.
     """
 
     def __init__(self, x: NetworkInputs, y: Targets, every: int) -> None:
@@ -63,7 +106,13 @@ class Evaluation(Callback):
 class EarlyStopping(Callback):
     """Stops the run when `patience` evaluations in a row were not better than the best.
 
-    accuracy: more of it is better; else a smaller loss, by more than `least`.
+    Args:
+        patience: number of evaluations.
+        accuracy: True: more accuracy is better; False: less loss.
+        least: the difference from which on scores are better.
+
+    Raises:
+        SettingsError: by `on_evaluate`, for `accuracy` of targets that are no classes.
     """
 
     def __init__(self, patience: int = 3, *, accuracy: bool = False, least: float = 0.0) -> None:
@@ -72,7 +121,11 @@ class EarlyStopping(Callback):
         self.worse = 0
 
     def better(self, scores: Scores) -> bool:
-        """Return True, and remember the scores, if they are the best so far."""
+        """Return True, and remember the scores, if they are the best so far.
+
+        Args:
+            scores: of an evaluation.
+        """
         value, best = self._value(scores), -float("inf")
         if self.best is not None:
             best = self._value(self.best)

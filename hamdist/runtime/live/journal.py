@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hamdist.errors import SettingsError, SnapshotError
-from hamdist.streams.live import Entry
+from hamdist.streams.entries import ROOM, Entry
 from hamdist.streams.sample import Sample
 
 LINES, TENSORS = "journal.jsonl", "journal.bin"
@@ -102,14 +103,30 @@ class Journal:
             raise SnapshotError(f"{path}, line {number}: damaged: {error}") from None
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the entries that reach the network, from the first one on."""
+        """Yield the entries that reach the network, from the first one on, in that order.
+
+        It is the order of acceptance, but for idle ticks: they may have come before what waited.
+        """
+        waiting: deque[Entry] = deque()
+        reached = 0
         for line, read in self.lines():
-            if line["event"] in _REACH:
-                u, y = read_named("u", read), read_named("y", read)
-                inputs = u if isinstance(u, dict) else None
-                first: Any = next(iter(inputs.values())) if inputs else u
-                sample = Sample(first, y, line.get("end", False), inputs=inputs) if read else None
-                yield Entry(line["event"], line["number"], sample, line.get("rate", 1.0))
+            if line["event"] not in _REACH:
+                continue
+            u, y = read_named("u", read), read_named("y", read)
+            inputs = u if isinstance(u, dict) else None
+            first: Any = next(iter(inputs.values())) if inputs else u
+            sample = Sample(first, y, line.get("end", False), inputs=inputs) if read else None
+            entry = Entry(line["event"], line["number"], sample, line.get("rate", 1.0))
+            idle = entry.event == "idle"
+            if not idle:
+                waiting.append(entry)
+            while waiting and (reached < entry.number if idle else len(waiting) > ROOM):
+                yield waiting.popleft()
+                reached += 1
+            if idle:
+                yield entry
+                reached += 1
+        yield from waiting
 
     def close(self) -> None:
         for file in self._files:

@@ -38,8 +38,9 @@ from hamdist.runtime.results.run_events import RunEvents
 from hamdist.runtime.results.scores import Scores, Targets, evaluate
 from hamdist.runtime.train.outcome import model_of
 from hamdist.streams.check import Checker
+from hamdist.streams.entries import Entry
 from hamdist.streams.iterable import IterableStream
-from hamdist.streams.live import Entry, LiveStream
+from hamdist.streams.live import LiveStream
 from hamdist.streams.sample import Sample, SampleSpec, Stream
 from hamdist.streams.wrappers.chosen_targets import Chosen
 
@@ -141,7 +142,7 @@ class LiveRun:
 
     def _receive(self, news: Answered | HandedOver) -> None:
         if isinstance(news, HandedOver):
-            self._stream.handed(news.block, news.state)
+            self._stream.handed(*news)
             return
         if news.number < self._from.get(news.readout, 0):
             return  # of an actor that was replaced, once more

@@ -31,8 +31,9 @@ class Answered(NamedTuple):
 
 
 class HandedOver(NamedTuple):
-    """The state of a block (`BlockState`) at the emission of a cut."""
+    """The state of a block (`BlockState`) at the emission of a cut, by its number."""
 
+    cut: int
     block: str
     state: Any
 
@@ -91,7 +92,7 @@ class LiveBlock(Remembers):
         if (told.rate, apart) != (rate, self._rates[-1][2]):
             self._rates.append((told.shown, told.rate, apart))
         if told.cut:
-            self.send(HandedOver(self._name, state()))
+            self.send(HandedOver(told.cut, self._name, state()))
         return told
 
     def of(self, pulse: int) -> Emission | None:
@@ -153,5 +154,5 @@ class LiveBlock(Remembers):
 
 def emission_of(numbers: Sequence[float]) -> Emission:
     """Return an emission from its fields as numbers."""
-    kind, shown, number, rate, *flags = numbers  # (one flag in files of earlier formats)
-    return Emission(Emits(int(kind)), int(shown), int(number), rate, *map(bool, flags))
+    kind, shown, number, rate, cut, *waits = numbers  # (files of earlier formats say no `waits`)
+    return Emission(Emits(int(kind)), int(shown), int(number), rate, int(cut), *map(bool, waits))

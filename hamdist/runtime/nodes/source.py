@@ -294,6 +294,7 @@ def checker_of(plan: Plan) -> Checker:
         stamped=plan.dynamics.tau is None,
         ignore_index=plan.ignore_index,
         one_length=plan.one_length,
+        one_row=plan.one_row,
     )
 
 

@@ -4,18 +4,26 @@ together with gradients that are added up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hamdist.config import LearningSettings, Memory
 from hamdist.dynamics.graph.graph import Graph
+from hamdist.dynamics.graph.spec import combined
 from hamdist.dynamics.objective.losses import model_loss
 from hamdist.dynamics.schedule.levels import Locality
 from hamdist.dynamics.schedule.microbatches import auto_microbatches
+from hamdist.dynamics.user_modules.copies import copied
 from hamdist.errors import LevelError
 from hamdist.runtime.plan.rules import ruled
 from hamdist.streams.sample import SampleSpec
+
+WIDE = torch.complex128  # (holds everything)
+CLOSE = 1e-3  # relative to the largest value; products of fewer rows round in another order
 
 
 def cut_batches(
@@ -88,9 +96,10 @@ def _against(graph: Graph, learning: LearningSettings) -> list[str]:
 
 
 def microbatch_warnings(
-    knobs: Locality, graph: Graph, spec: SampleSpec, *, auto: bool
+    knobs: Locality, graph: Graph, spec: SampleSpec, inputs: Mapping[str, Tensor], *, auto: bool
 ) -> list[str]:
-    """Return warnings about micro-batches; `auto`: hamdist chose their number."""
+    """Return warnings about micro-batches; `auto`: hamdist chose their number. inputs: of a sample,
+    by parent."""
     parts, told = knobs.microbatches, []
     if auto:
         told.append(f"locality.microbatches 'auto' is {parts}: batches have {spec.batch} row(s)")
@@ -102,4 +111,34 @@ def microbatch_warnings(
             "statistics, and note them once each, so the run is not the one of the whole batch; "
             "use LayerNorm or GroupNorm, or locality.microbatches 1"
         )
+    mixing = [] if parts == 1 else _mixing(graph, inputs, spec.batch)
+    if mixing:
+        told.append(
+            f"locality.microbatches {parts}: what block {mixing[0]!r} makes of a row depends on "
+            "the other rows of the batch, or on their number, so the run is not the one of the "
+            "whole batch; leave that out of the model, or use locality.microbatches 1"
+        )
     return told
+
+
+def _mixing(graph: Graph, inputs: Mapping[str, Tensor], batch: int) -> list[str]:
+    """Return the blocks that make something else of half a batch: each is run on both."""
+    whole = dict(inputs)
+    found, waiting = [], list(graph.blocks.values())
+    while ready := [b for b in waiting if all(p in whole for p in b.parents)]:
+        for block in ready:
+            module = copied(block.module).eval()
+            given = [whole[parent] for parent in block.parents]
+            half = [h[: batch // 2] if len(h) == batch else h for h in given]
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                h = module(*combined(block.combine, [one.clone() for one in given]))
+                try:
+                    part = module(*combined(block.combine, half))
+                except RuntimeError:  # (in a run it is the block's error)
+                    part = h[:0]
+            apart = (h[: len(part)].to(WIDE) - part.to(WIDE)).abs()
+            if not len(part) or apart.max() > CLOSE * h.to(WIDE).abs().max():
+                found.append(block.name)
+            whole[block.name] = h
+            waiting.remove(block)
+    return found

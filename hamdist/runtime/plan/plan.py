@@ -115,6 +115,7 @@ class Plan:
         memory_of: the memory that a process can share of a device (tests replace it).
         ignore_index: targets of this class have no loss.
         one_length: why all samples have the lengths of the first one; None: they need not.
+        one_row: why no sample may have one row alone; None: it may.
         optimizer: torch's rule, instead of the equations of the weights.
     """
 
@@ -146,6 +147,7 @@ class Plan:
     memory_of: Callable[[torch.device], Any] | None = None
     ignore_index: int = IGNORE_INDEX
     one_length: str | None = None
+    one_row: str | None = None
     optimizer: OptimizerRule | None = None
 
     def scale(self, block: str, sample: int) -> float:
@@ -293,6 +295,11 @@ def make_plan(
             "samples in groups, and idle ticks and samples that are shown again would break these "
             "up; leave locality.accumulate and double_buffered out"
         )
+    if spec.live and knobs.sequence and settings.snapshots.every is not None:
+        raise LevelError(
+            "snapshots.every in a live run of sequences: it counts ticks, and a snapshot within a "
+            "sequence would wait for tokens to come; give snapshots.seconds"
+        )
     if spec.patience and dynamics.tau is None:
         raise LevelError(
             "dynamics.tau 'stamps' in a live run, or with late labels: how long a sample lasts "
@@ -342,6 +349,7 @@ def make_plan(
         native=native,
         ignore_index=settings.ignore_index,
         one_length=why_one_length(graph, spec, knobs, settings),
+        one_row=graph.one_row,
     )
 
 

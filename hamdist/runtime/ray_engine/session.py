@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -107,12 +107,14 @@ class _Standing:
     Attributes:
         cpus: processors that Ray was started with.
         processes: of a local Ray that was started here, else empty.
+        thread: that started them. Linux ends them with it (Ray asks for PR_SET_PDEATHSIG).
     """
 
     session: Session
     closing: ExitStack
     cpus: int
     processes: set[psutil.Process]
+    thread: threading.Thread = field(default_factory=threading.current_thread)
 
     def takes(self, engine: EngineSettings) -> bool:
         """Return True if a run of these settings can use the session: Ray runs, and has room for
@@ -225,7 +227,8 @@ def _outermost(engine: EngineSettings, stays: bool) -> Iterator[Session]:
         raise
     finally:
         _inside.reset(before)
-        if stays and healthy and standing.processes and engine.idle_seconds:
+        lasts = standing.thread is threading.main_thread()
+        if stays and lasts and healthy and standing.processes and engine.idle_seconds:
             _standing = standing
             _close_after(engine.idle_seconds)
         else:

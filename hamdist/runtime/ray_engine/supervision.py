@@ -17,7 +17,6 @@ from hamdist.runtime.results.result import Replaced
 from hamdist.runtime.snapshots.catalogue import SnapshotCatalogue, SnapshotFailures
 
 AHEAD_SECONDS = 1.0  # how far ahead of everybody a snapshot is asked for
-TOKENS_AHEAD = 500  # of a live run, whose rate may rise at once; every actor hears in time
 PATIENCE_SECONDS = 20.0  # for all files of one
 LAST_SECONDS = 10.0  # for the one before the end
 
@@ -48,6 +47,7 @@ class SnapshotSupervision:
         self._end = plan.last_tick
         self._due: float | None = None
         self._asked: tuple[int, float] | None = None  # the tick of the latest, and when
+        self._for_user: int | None = None  # the tick of one that the user of a live run waits for
         self._pace: tuple[float, int] | None = None  # when, and where the first block was
         self._rate = 0.0
         self._last: int | None = None  # the tick of the one before the end
@@ -101,7 +101,7 @@ class SnapshotSupervision:
         self._collect()
         self._look_for_forgotten()
         if self._asked is not None and self._worker_group.too_late():
-            self._asked = self._last = None
+            self._asked = self._last = self._for_user = None
             self._due = now  # again, further ahead
         self._give_up_the_silent(now)
         if self._losses and self._recovery is not None:
@@ -109,7 +109,9 @@ class SnapshotSupervision:
             before = len(self._recovery.replaced)
             self._recovery.replace(losses)
             # (they have not all heard of it, and have their time again)
-            self._asked = self._last = self._last_by = self._pace = None
+            self._asked = self._last = self._last_by = self._pace = self._for_user = None
+            if self._live is not None:
+                self._live.begin_again()
             unlike, self._recovery.unlike = self._recovery.unlike, []
             same = "" if unlike else "; no number has changed"
             if self._python_state:
@@ -172,8 +174,7 @@ class SnapshotSupervision:
             if kept.failure is not None:
                 self._failures.add(kept.failure)
                 self._tries_failed = True
-                if self._live is not None:
-                    self._live.give(SnapshotError(kept.failure))
+                self._give(SnapshotError(kept.failure))
             for taken in kept.taken:
                 try:
                     complete = self._catalogue.put(taken)
@@ -182,10 +183,16 @@ class SnapshotSupervision:
                     self._tries_failed = True
                     continue
                 if complete is not None:
-                    if self._live is not None:
-                        self._live.give(str(complete))
+                    if self._for_user is not None and complete.tick >= self._for_user:
+                        self._give(str(complete))
                     self._worker_group.complete(complete.tick)
                     self._asked_for_is_there(complete.tick)
+
+    def _give(self, found: str | SnapshotError) -> None:
+        """Answer the user who waits for a snapshot."""
+        if self._live is not None and self._for_user is not None:
+            self._live.give("snapshot", found)
+            self._for_user = None
 
     def _asked_for_is_there(self, tick: int) -> None:
         """Drop the signals before the complete snapshot of `tick`, and allow the next one."""
@@ -201,16 +208,16 @@ class SnapshotSupervision:
         self._pace = (now, front)
         if self._due is None:
             self._due = now + self._seconds
-        if self._live is not None and self._live.takes("snapshot"):
-            self._live.idle_until(self._ask(now, front) + 1)
+        if self._live is not None and self._live.wanted == "snapshot" and self._for_user is None:
+            self._for_user = self._ask(now, front, wanted=True)
             return
         full = self._recovery is not None and self._full()
         if (now < self._due and not full) or front >= self._end:
             return
         if self._asked is not None and now - self._asked[1] < PATIENCE_SECONDS:
             return
-        self._due = now + self._seconds
-        self._ask(now, front)
+        if self._ask(now, front) is not None:
+            self._due = now + self._seconds
 
     def _full(self) -> bool:
         """Return True if an actor keeps so many signals that a snapshot is due. That is half of
@@ -223,16 +230,24 @@ class SnapshotSupervision:
         ticks = [k for a in self._worker_group.actors if a.status for k in a.status.ticks.values()]
         return max(ticks, default=0)
 
-    def _ask(self, now: float, front: int) -> int:
+    def _ask(self, now: float, front: int, *, wanted: bool = False) -> int | None:
+        """Request a snapshot, and return its tick; None within a sequence of a live run."""
+        live = self._live
+        if live is not None and not live.free(wanted=wanted):
+            return None
+        between = live is not None and live.whole
         ahead = front + 1 + int(AHEAD_SECONDS * self._rate) + 2 * len(self._blocks)
-        if self._live is not None and self._live.whole:
-            ahead += TOKENS_AHEAD
+        if live is not None and between:  # (no block passes this tick before the stream goes on)
+            ahead = live.tick + len(self._blocks) + 2
         tick = int(min(ahead, self._end))
         if self._tries_failed:
             self._tries_failed = False
             self._catalogue.forget_tries(tick)
         self._asked = (tick, now)
         self._worker_group.keep(tick)
+        if live is not None and (wanted or between):
+            self._worker_group.heard(AHEAD_SECONDS)
+            live.idle_until(tick + 1)
         return tick
 
     def last(self, now: float) -> bool:
@@ -244,9 +259,9 @@ class SnapshotSupervision:
             self._last = self._ask(now, self._front())
             self._last_by = self._last_by or now + LAST_SECONDS
         latest = self._catalogue.latest
-        if self._last is None:
+        if self._losses:
             return False  # what was lost is replaced first
-        if latest is not None and latest.tick >= self._last:
+        if latest is not None and self._last is not None and latest.tick >= self._last:
             return True
         if self._last_by is None or now <= self._last_by:
             return False

@@ -60,6 +60,11 @@ class WorkerGroup(WiredWorkers):
         ]
         self._too_late = self._local is not None and not self._local.keep(tick)
 
+    def heard(self, seconds: float) -> None:
+        """Wait until all actors have heard of the latest `keep`, so long at most."""
+        if self._keep_calls:
+            ray.wait(self._keep_calls, num_returns=len(self._keep_calls), timeout=seconds)
+
     def too_late(self) -> bool:
         """Return True if an actor had passed the tick of the latest `keep` when the request
         arrived.

@@ -40,6 +40,7 @@ class InProcessSnapshots:
         self.on = plan.snapshot_policy.snapshot is not None
         self._seconds = plan.snapshot_policy.seconds or inf
         self._due = time.monotonic() + self._seconds
+        self._for_user: int | None = None  # the tick of one that a user waits for
 
     def restore(self) -> None:
         """Restore the state of the snapshot that the run resumes from."""
@@ -49,12 +50,14 @@ class InProcessSnapshots:
     def look(self) -> None:
         """Request a snapshot if one is due; called between two events."""
         self._look_for_failures()
-        wanted = self._live is not None and self._live.takes("snapshot")
-        if wanted or time.monotonic() >= self._due:
-            self._due = time.monotonic() + self._seconds
+        live, now = self._live, time.monotonic()
+        wanted = live is not None and live.wanted == "snapshot" and self._for_user is None
+        if (wanted or now >= self._due) and (live is None or live.free(wanted=wanted)):
+            self._due = now + self._seconds
             tick = self._soon()
-            if self.snapshot_writer.ask(tick) and wanted and self._live is not None:
-                self._live.idle_until(tick)
+            if self.snapshot_writer.ask(tick) and live is not None and (wanted or live.whole):
+                self._for_user = tick if wanted else self._for_user
+                live.idle_until(tick)
 
     def request(self) -> None:
         """Take a snapshot soon."""
@@ -64,8 +67,7 @@ class InProcessSnapshots:
         failure = self.snapshot_writer.failure()
         if failure is not None:
             self._failures.add(failure)
-            if self._live is not None:
-                self._live.give(SnapshotError(failure))
+            self._give(SnapshotError(failure))
             self._catalogue.forget_tries(self.snapshot_writer.reached)
 
     def _soon(self) -> int:
@@ -83,8 +85,13 @@ class InProcessSnapshots:
 
     def _written(self, taken: WrittenFiles) -> None:
         complete = self._catalogue.put(taken)
-        if complete is not None and self._live is not None:
-            self._live.give(str(complete))
+        if complete is not None and self._for_user is not None and complete.tick >= self._for_user:
+            self._give(str(complete))
+
+    def _give(self, found: str | SnapshotError) -> None:
+        if self._live is not None and self._for_user is not None:
+            self._live.give("snapshot", found)
+            self._for_user = None
 
     @property
     def snapshots(self) -> list[str]:

@@ -49,12 +49,14 @@ class CharacterStream:
 
     @property
     def spec(self) -> SampleSpec:
+        """Return the shapes and types of the samples."""
         shape = (self._batch, self._windows.shape[1] - 1)
         return SampleSpec(
             shape, torch.int64, shape, torch.int64, classes=CHARACTERS, tokens=CHARACTERS
         )
 
     def samples(self) -> Iterator[Sample]:
+        """Yield windows of the text and the characters that follow, endlessly."""
         random = generator("windows", self._seed)
         while True:
             rows = torch.randint(len(self._windows), (self._batch,), generator=random)

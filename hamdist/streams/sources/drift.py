@@ -63,6 +63,7 @@ class DriftStream:
 
     @property
     def spec(self) -> SampleSpec:
+        """Return the shapes and types of the samples."""
         u_shape, y_shape = (self._batch, self._features), (self._batch,)
         return SampleSpec(u_shape, self._dtype, y_shape, torch.int64, self._classes)
 
@@ -75,23 +76,40 @@ class DriftStream:
                 yield Sample(*self._draw(centres, self._batch, random))
 
     def concept(self, sample: int) -> int:
-        """Return the number of the concept in force at a sample: 0, 1, 2, ..."""
+        """Return the number of the concept in force at a sample: 0, 1, 2, ...
+
+        Args:
+            sample: its number.
+        """
         return sample // self._period
 
     def drifts(self, samples: int) -> tuple[int, ...]:
-        """Return the samples, among the first `samples`, that are the first of a new concept."""
+        """Return the samples that are the first of a new concept.
+
+        Args:
+            samples: how many are looked at, from the first one on.
+        """
         return tuple(range(self._period, samples, self._period))
 
     def centres(self, concept: int) -> Tensor:
-        """Return the centres (C, F), float64, of the classes of a concept."""
+        """Return the centres (C, F), float64, of the classes of a concept.
+
+        Args:
+            concept: its number.
+        """
         random = generator("drift centres", self._seed, concept)
         shape = (self._classes, self._features)
         return torch.randn(shape, generator=random, dtype=torch.float64)
 
     def held_out(self, sample: int, rows: int = HELD_OUT_ROWS) -> tuple[Tensor, Tensor]:
-        """Return x (rows, F) and y (rows,) of the concept at `sample`; no row is in the stream.
+        """Return x (rows, F) and y (rows,) of the concept at a sample; no row is in the stream.
 
-        Raises SettingsError for a negative sample or for rows below 1.
+        Args:
+            sample: its number.
+            rows: how many.
+
+        Raises:
+            SettingsError: a negative sample, or rows below 1.
         """
         if sample < 0 or rows < 1:
             raise SettingsError(f"held-out rows of sample {sample}, {rows} of them: there are none")

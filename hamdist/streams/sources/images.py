@@ -127,8 +127,20 @@ def fashion_mnist(
 ) -> DataSet:
     """Read Fashion-MNIST from IDX files: 60 000 images of 28 x 28, 10 classes, 10 000 held out.
 
-    Samples: u (B, 784) of `dtype`, (pixel/255 - 0.286) / 0.353; y (B,) int64. Arguments and errors
-    as of `read_images`.
+    Samples: u (B, 784) of `dtype`, (pixel/255 - 0.286) / 0.353; y (B,) int64.
+
+    Args:
+        batch: rows of a sample.
+        seed: of the order of the samples.
+        dtype: of u.
+        path: folder of the files; None: share/datasets/fashion-mnist of sys.prefix, /usr and
+            /usr/local.
+        validation: hold out a sixth of the training part instead (sources/parts.py).
+
+    Raises:
+        StreamError: files are missing (the message says how to get them) or are none of such images
+            and labels (it names the file).
+        SettingsError: `batch` is below 1.
     """
     return read_images(FASHION, batch, seed, dtype, path, validation=validation)
 
@@ -143,8 +155,19 @@ def mnist(
 ) -> DataSet:
     """Read MNIST from IDX files: 60 000 images of 28 x 28, 10 digits, 10 000 held out.
 
-    Samples: u (B, 784) of `dtype`, (pixel/255 - 0.1307) / 0.3081; y (B,) int64. Arguments and
-    errors as of `read_images`.
+    Samples: u (B, 784) of `dtype`, (pixel/255 - 0.1307) / 0.3081; y (B,) int64.
+
+    Args:
+        batch: rows of a sample.
+        seed: of the order of the samples.
+        dtype: of u.
+        path: folder of the files; None: share/datasets/mnist of sys.prefix, /usr and /usr/local.
+        validation: hold out a sixth of the training part instead (sources/parts.py).
+
+    Raises:
+        StreamError: files are missing (the message says how to get them) or are none of such images
+            and labels (it names the file).
+        SettingsError: `batch` is below 1.
     """
     return read_images(MNIST, batch, seed, dtype, path, validation=validation)
 
@@ -160,7 +183,19 @@ def cifar10(
     """Read CIFAR-10's binary version: 50 000 images of 3 x 32 x 32, 10 classes, 10 000 held out.
 
     Samples: u (B, 3, 32, 32) of `dtype`, standardised by channel with (0.4914, 0.4822, 0.4465) and
-    (0.2470, 0.2435, 0.2616); y (B,) int64. Arguments and errors as of `read_images`.
+    (0.2470, 0.2435, 0.2616); y (B,) int64.
+
+    Args:
+        batch: rows of a sample.
+        seed: of the order of the samples.
+        dtype: of u.
+        path: folder of the files; None: share/datasets/cifar10 of sys.prefix, /usr and /usr/local.
+        validation: hold out a sixth of the training part instead (sources/parts.py).
+
+    Raises:
+        StreamError: files are missing (the message says how to get them) or are none of such images
+            and labels (it names the file).
+        SettingsError: `batch` is below 1.
     """
     return read_images(CIFAR10, batch, seed, dtype, path, validation=validation)
 

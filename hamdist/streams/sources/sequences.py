@@ -73,6 +73,7 @@ class TokenStream:
 
     @property
     def spec(self) -> SampleSpec:
+        """Return the shapes and types of the samples."""
         return replace(self._rows.spec, tokens=self._tokens)
 
     def samples(self) -> Iterator[Sample]:

@@ -89,6 +89,7 @@ class SignalStream:
 
     @property
     def spec(self) -> SampleSpec:
+        """Return the shapes and types of the samples."""
         return SampleSpec((1, 1), self._dtype, (1, 1), self._dtype)
 
     def samples(self) -> Iterator[Sample]:
@@ -98,11 +99,19 @@ class SignalStream:
             yield Sample(u, torch.tensor([[z]], dtype=self._dtype), time=n * self._tau)
 
     def values(self, samples: int) -> Tensor:
-        """Return z of the first `samples` samples, (samples,), float64: for plots and scales."""
+        """Return z of the first samples, (samples,), float64: for plots and scales.
+
+        Args:
+            samples: how many.
+        """
         return torch.tensor(list(islice(self._values(), samples)), dtype=torch.float64)
 
     def jumps(self, samples: int) -> tuple[int, ...]:
-        """Return the samples, among the first `samples`, that are the first of a new patch."""
+        """Return the samples that are the first of a new patch.
+
+        Args:
+            samples: how many are looked at, from the first one on.
+        """
         if self._kind in (SignalKind.SINUSOID, SignalKind.OFFSET):
             return ()
         return tuple(range(self._items_of_patch, samples, self._items_of_patch))

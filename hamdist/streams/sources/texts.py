@@ -25,7 +25,11 @@ HELD_OUT_SENTENCES = 200
 
 
 class Vocabulary:
-    """Words and their numbers: 0 stands for padding, 1 for every unknown word."""
+    """Words and their numbers: 0 stands for padding, 1 for every unknown word.
+
+    Args:
+        words: those that are known; the first one has number 2.
+    """
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words: tuple[str, ...] = (PAD, UNKNOWN, *words)
@@ -33,9 +37,13 @@ class Vocabulary:
 
     @classmethod
     def of(cls, texts: Iterable[Sequence[str]], most: int = WORDS) -> Vocabulary:
-        """Return the `most` most frequent words of tokenised texts, the most frequent first.
+        """Return the most frequent words of tokenised texts, the most frequent first.
 
         Words that are equally frequent are in alphabetical order.
+
+        Args:
+            texts: of tokens.
+            most: number of words.
         """
         counts = Counter(token for text in texts for token in text)
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
@@ -45,7 +53,11 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, tokens: Sequence[str]) -> Tensor:
-        """Return the numbers of the tokens, (len(tokens),) int64."""
+        """Return the numbers of the tokens, (len(tokens),) int64.
+
+        Args:
+            tokens: words.
+        """
         unknown = self._numbers[UNKNOWN]
         numbers = [self._numbers.get(token, unknown) for token in tokens]
         return torch.tensor(numbers, dtype=torch.int64)

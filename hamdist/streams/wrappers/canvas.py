@@ -101,9 +101,12 @@ class Canvas(Derived):
             yield replace(now, u=self._shown(now.u, n, 0))
 
     def places(self, clip: int, frame: int, rows: int) -> Tensor:
-        """Return the upper left corners of a clip's images in its sample `frame`.
+        """Return the upper left corners of a clip's images: (rows, 2), right and down in pixels.
 
-        (rows, 2), right and down in pixels, float64; before its beginning if `frame` is negative.
+        Args:
+            clip: its number.
+            frame: the sample of the clip; negative: before its beginning.
+            rows: number of images.
         """
         room = self._side - self._small
         random = generator("canvas", self._seed, clip)

@@ -84,7 +84,12 @@ class Paced(Derived):
         return self._counts.get("dropped", 0)
 
     def samples_behind(self, given: int, passed: int) -> Iterator[Sample]:
-        """Return the samples after so many given and dropped ones; the next one arrives at once."""
+        """Return the samples after those that came before; the next one arrives at once.
+
+        Args:
+            given: samples that were given to the network.
+            passed: samples that were dropped.
+        """
         self._counts = self._no_counts()
         if passed:
             self._counts["dropped"] = passed

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 
 from hamdist.config import Settings
 from hamdist.dynamics.graph.graph import INPUT, BlockSpec, Graph
-from hamdist.dynamics.modules.reversible import (
-    Coupling,
-    Midpoint,
-    MidpointStart,
-    SecondHalf,
-    Squeeze,
-    ToPair,
-)
+from hamdist.dynamics.modules.pairs import SecondHalf, ToPair
+from hamdist.dynamics.modules.reversible import Coupling, Midpoint, MidpointStart, Squeeze
 from hamdist.dynamics.objective.losses import mse
 from hamdist.runtime.train.train import train
 from hamdist.streams.adapters import from_iterable
