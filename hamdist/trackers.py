@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,20 @@ from hamdist.runtime.results.events import (
     RunProgressed,
     WindowFull,
 )
+from hamdist.runtime.results.measured import Histogram
 
 LOOPBACK = "127.0.0.1"
-Log = Callable[[str, str, float, int], object]  # run, name, value, samples
+REPORT = "report.html"
+Log = Callable[[str, dict[str, float], int], object]  # run, values by name, samples
+LogHistograms = Callable[[str, Mapping[str, Histogram], int], object]
 
 
 def scalars(event: RunEvent) -> Iterator[tuple[str, float | None]]:
     """Yield the scalars of an event by name."""
     if isinstance(event, (WindowFull, Evaluated)):
         head = event.readout if isinstance(event, WindowFull) else "held_out"
-        yield from ((f"{head}/loss", event.loss), (f"{head}/accuracy", event.accuracy))
+        head += "/" if head else ""  # (centralised training has no readout)
+        yield from ((f"{head}loss", event.loss), (f"{head}accuracy", event.accuracy))
     elif isinstance(event, RunProgressed) and event.seconds > 0:
         yield "samples_per_second", (event.samples - event.resumed) / event.seconds
     elif isinstance(event, BlocksMeasured):
@@ -62,6 +67,7 @@ class Tracker:
     log: Log
     begin: Callable[[str, str], object] = lambda *_: None  # run, settings as YAML
     close: Callable[[], object] = lambda: None
+    histograms: LogHistograms = lambda *_: None
     samples: int = 0
 
     def __call__(self, event: RunEvent) -> None:
@@ -71,9 +77,13 @@ class Tracker:
         elif isinstance(event, RunProgressed):
             self.samples = event.samples
         at = event.last + 1 if isinstance(event, WindowFull) else self.samples
-        for name, value in scalars(event):
-            if value is not None and math.isfinite(value):
-                self.log(run, name, value, at)
+        values = {n: v for n, v in scalars(event) if v is not None and math.isfinite(v)}
+        if values:
+            self.log(run, values, at)
+        if isinstance(event, BlocksMeasured) and event.histograms:
+            parts = event.histograms.items()
+            named = {f"{block}/{kind}": one for block, own in parts for kind, one in own.items()}
+            self.histograms(run, named, at)
         if isinstance(event, FolderEnded):
             self.close()
 
@@ -83,37 +93,66 @@ def _csv(folder: Path, _: Settings) -> Tracker:
     writer = csv.writer(file, lineterminator="\n")
     if not file.tell():
         writer.writerow(("run", "name", "value", "samples"))
-    return Tracker(lambda *row: writer.writerow(row), close=file.close)
+
+    def log(run: str, values: dict[str, float], at: int) -> None:
+        writer.writerows((run, name, value, at) for name, value in values.items())
+
+    return Tracker(log, close=file.close)
 
 
 def _tensorboard(folder: Path, _: Settings) -> Tracker:
     need_package("tensorboard", "tensorboard", "trackers: tensorboard")
     module: Any = import_module("torch.utils.tensorboard")
     writer = module.SummaryWriter(str(folder / "tensorboard"))
+
+    def log(run: str, values: dict[str, float], at: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(f"{run}/{name}", value, at)
+
+    def histograms(run: str, named: Mapping[str, Histogram], at: int) -> None:
+        for name, one in named.items():
+            edges, total = one.edges, sum(one.counts)
+            middles = [(a + b) / 2 for a, b in pairwise(edges)]
+            sums = [sum(n * m**p for n, m in zip(one.counts, middles, strict=True)) for p in (1, 2)]
+            writer.add_histogram_raw(
+                f"{run}/{name}", one.low, one.high, total, *sums, edges[1:], list(one.counts), at
+            )
+
     return Tracker(
-        lambda run, name, value, at: writer.add_scalar(f"{run}/{name}", value, at),
+        log,
         lambda run, text: writer.add_text(f"{run}/settings", f"```\n{text}```"),
         writer.close,
+        histograms,
     )
 
 
 def _mlflow(folder: Path, settings: Settings) -> Tracker:
     need_package("mlflow", "mlflow", "trackers: mlflow")
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
     client = MlflowClient(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
     known = client.get_experiment_by_name(settings.name)
-    experiment = known.experiment_id if known else client.create_experiment(settings.name)
+    files = (folder / "mlflow").resolve().as_uri()
+    experiment = known.experiment_id if known else client.create_experiment(settings.name, files)
     runs: dict[str, str] = {}
 
     def begin(run: str, text: str) -> None:
         runs[run] = client.create_run(experiment, run_name=run).info.run_id
-        client.set_tag(runs[run], "settings", text)
+        client.log_text(runs[run], text, "settings.yaml")
 
-    def log(run: str, name: str, value: float, at: int) -> None:
-        client.log_metric(runs[run], re.sub(r"[^\w ./-]", "_", name), value, step=at)
+    def log(run: str, values: dict[str, float], at: int) -> None:
+        now = int(1000 * time.time())
+        names = {re.sub(r"[^\w ./-]", "_", name): value for name, value in values.items()}
+        client.log_batch(runs[run], [Metric(name, v, now, at) for name, v in names.items()])
 
-    return Tracker(log, begin, lambda: list(map(client.set_terminated, runs.values())))
+    def close() -> None:
+        for one in runs.values():
+            if (folder / REPORT).is_file():
+                client.log_artifact(one, str(folder / REPORT))
+            client.set_terminated(one)
+
+    return Tracker(log, begin, close)
 
 
 def _wandb(folder: Path, settings: Settings) -> Tracker:
@@ -127,10 +166,20 @@ def _wandb(folder: Path, settings: Settings) -> Tracker:
     run: Any = wandb.init(
         project="hamdist", name=settings.name, dir=folder, mode=mode, config=config
     )
-    return Tracker(
-        lambda name, what, value, at: run.log({f"{name}/{what}": value, "samples": at}),
-        close=run.finish,
-    )
+
+    def log(name: str, values: Mapping[str, Any], at: int) -> None:
+        run.log({**{f"{name}/{what}": value for what, value in values.items()}, "samples": at})
+
+    def histograms(name: str, named: Mapping[str, Histogram], at: int) -> None:
+        shown = {n: (list(one.counts), one.edges) for n, one in named.items()}
+        log(name, {n: wandb.Histogram(np_histogram=one) for n, one in shown.items()}, at)
+
+    def close() -> None:
+        if (folder / REPORT).is_file():
+            run.log_artifact(str(folder / REPORT), name="report", type="report")
+        run.finish()
+
+    return Tracker(log, close=close, histograms=histograms)
 
 
 def _prometheus(_: Path, settings: Settings) -> Tracker:
@@ -143,9 +192,12 @@ def _prometheus(_: Path, settings: Settings) -> Tracker:
         server, _thread = start_http_server(port, LOOPBACK, registry)
     except OSError as error:
         raise SettingsError(f"metrics.prometheus_port {port}: {error.strerror}") from None
-    return Tracker(
-        lambda run, name, value, _: gauge.labels(run, name).set(value), close=server.shutdown
-    )
+
+    def log(run: str, values: dict[str, float], _: int) -> None:
+        for name, value in values.items():
+            gauge.labels(run, name).set(value)
+
+    return Tracker(log, close=server.shutdown)
 
 
 _MAKERS: Mapping[TrackerKind, Callable[[Path, Settings], Tracker]] = {

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import re
+import struct
+import time
 import urllib.request
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,8 +19,9 @@ from torch import nn
 import hamdist
 from hamdist.config import Settings
 from hamdist.config.fields import SettingsFields
+from hamdist.runtime.engines import inprocess, sampler
 from hamdist.runtime.results.events import WindowFull
-from hamdist.trackers import open_trackers
+from hamdist.trackers import open_trackers, scalars
 
 
 def batches():
@@ -74,7 +81,8 @@ def test_tensorboard(here):
     assert "trace-0/settings/text_summary" in found.Tags()["tensors"]
 
 
-def test_mlflow(here):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what mlflow is built on
+def test_mlflow(here, tmp_path):
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     pytest.importorskip("sqlalchemy", reason="sqlalchemy, for mlflow's files, is not installed")
     from mlflow import MlflowClient
@@ -85,6 +93,107 @@ def test_mlflow(here):
     history = client.get_metric_history(run.info.run_id, f"{readout}/loss")
     assert [(m.step, m.value) for m in history] == expected
     assert run.info.status == "FINISHED"
+    text = Path(client.download_artifacts(run.info.run_id, "settings.yaml", str(tmp_path)))
+    assert "level: trace" in text.read_text()
+
+
+REPORTED = {"levels": ["trace"], "steps": 20, "classes": 3, "engine": {"kind": "inprocess"}}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_report_is_an_artefact_in_mlflow(tmp_path):
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    pytest.importorskip("sqlalchemy", reason="sqlalchemy, for mlflow's files, is not installed")
+    from mlflow import MlflowClient
+
+    out = tmp_path / "o"
+    hamdist.compare(
+        nn.Linear(6, 3), list(batches()), out=out, trackers=["mlflow"], **REPORTED
+    )  # fmt: skip
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("run").experiment_id])
+    assert {run.info.run_name for run in runs} == {"centralised-0", "trace-0"}
+    for run in runs:
+        found = client.download_artifacts(run.info.run_id, "report.html", str(tmp_path))
+        assert Path(found).read_text() == (out / "report.html").read_text()
+    assert not (Path.cwd() / "mlruns").exists()
+
+
+def wandb_records(data):
+    """Yield the records of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
+    at, part = 7, b""
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:  # the rest of a block is empty
+            at += 2**15 - at % 2**15
+            continue
+        size, kind = struct.unpack_from("<HB", data, at + 4)
+        part += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield part
+            part = b""
+
+
+def test_wandb(here, monkeypatch):
+    """Its offline file is read with its own messages: the values, the step, the settings."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    readout, expected = losses(trained("wandb", metrics={"histograms": True}))
+    [file] = here().glob("wandb/offline-run-*/run-*.wandb")
+    found, end = [], time.monotonic() + 20
+    while not found or not found[-1].HasField("exit"):  # (its own process writes it)
+        assert time.monotonic() < end
+        found = [wandb_internal_pb2.Record.FromString(d) for d in wandb_records(file.read_bytes())]
+    rows = [
+        {".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+        for record in found
+        if record.HasField("history")
+    ]
+    name = f"trace-0/{readout}/loss"
+    assert [(row["samples"], row[name]) for row in rows if name in row] == expected
+    config = {i.key: i.value_json for r in found if r.HasField("run") for i in r.run.config.update}
+    assert config["level"] == '"trace"'
+    drawn = [v for row in rows for k, v in row.items() if k == "trace-0/block0/theta.values"]
+    assert [sum(values) for values in drawn] == [6 * 8 + 8] * len(drawn)
+    assert drawn
+
+
+def test_histograms_are_those_of_the_weights(here, monkeypatch):
+    """The oracle is numpy's own, of the weights in the end; the bits of the run stay."""
+    heard = []
+    monkeypatch.setattr(sampler, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(sampler, "SHARE", math.inf)
+    monkeypatch.setattr(inprocess, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("hamdist.runtime.results.progress_events.ProgressPace.due", lambda *_: True)
+    result = trained(heard.append, metrics={"histograms": True})
+    monkeypatch.undo()
+    plain = trained()
+    for name, weight in plain.model.state_dict().items():
+        assert torch.equal(weight, result.model.state_dict()[name])
+    last = [event for event in heard if event.name == "blocks"][-1]
+    for block, state in result.blocks.items():
+        own = last.histograms[block]
+        for kind, tensors in (("theta", state.theta), ("omega", state.omega)):
+            flat = torch.cat([t.flatten() for t in tensors.values()]).numpy()
+            counts, edges = np.histogram(flat, len(own[kind].counts))
+            assert own[kind].low == pytest.approx(edges[0])
+            assert own[kind].high == pytest.approx(edges[-1])
+            off = np.abs(np.array(own[kind].counts) - counts).sum()
+            assert off <= 2  # (a number on an edge)
+            assert sum(own[kind].counts) == len(flat)
+
+
+def test_histograms_in_tensorboard(here):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained("tensorboard", metrics={"histograms": True})
+    found = EventAccumulator(str(here() / "tensorboard")).Reload()
+    [first, *_] = found.Histograms("trace-0/block0/theta")
+    assert first.histogram_value.num == 6 * 8 + 8
 
 
 def test_prometheus(tmp_path):
@@ -108,6 +217,21 @@ def test_prometheus(tmp_path):
     with pytest.raises(hamdist.HamdistError, match="prometheus_port"):
         open_trackers(settings, tmp_path)
     tracker.close()
+
+
+def test_the_dashboard_asks_for_what_prometheus_gets(here):
+    """Every panel of cluster-configs/grafana.json finds a metric of a run, and has a place."""
+    heard = []
+    trained(heard.append)
+    names = {name for event in heard for name, _ in scalars(event)} | {"seconds/actor 0/waiting"}
+    root = Path(hamdist.__file__).parents[1]
+    board = json.loads((root / "cluster-configs" / "grafana.json").read_text())
+    for panel in board["panels"]:
+        [target] = panel["targets"]
+        kind, pattern = re.search(r'hamdist\{name=(~?)"([^"]+)"\}', target["expr"]).groups()
+        assert any(re.fullmatch(pattern, name) if kind else pattern == name for name in names)
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
+    assert len({*places}) == len({p["id"] for p in board["panels"]}) == len(board["panels"])
 
 
 def test_functions_hear_every_event(here):

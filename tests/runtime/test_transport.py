@@ -4,6 +4,7 @@ calls can be called off, files go away."""
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import threading
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import zmq
 
+from hamdist.config import EngineSettings
 from hamdist.dynamics.schedule.events import Kind, Stamp
 from hamdist.errors import ClusterError, WireError
 from hamdist.runtime.process.leftovers import sweep
@@ -43,6 +45,36 @@ def pair(request, leaves_no_socket):
 
 def signal(n, size=4):
     return Signal(Stamp(n, n, 0), torch.full((size,), float(n)))
+
+
+def test_ports_of_a_range():
+    """Each channel takes one that is free; with none left the error names the range."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        receiver = Endpoints(RUN, threading.Event(), ports=range(taken, taken + 40))
+        try:
+            channels = [Channel(n, Kind.STATE, "a", "b", "a->b", 4) for n in range(3)]
+            addresses = [receiver.bind(c, WAYS["tcp"]) for c in channels]
+            ports = [int(address.rpartition(":")[2]) for address in addresses]
+            assert len(set(ports)) == 3
+            assert all(taken < port < taken + 40 for port in ports)
+            sender = Endpoints(RUN, threading.Event())
+            sender.connect(channels[2], addresses[2])
+            sender.send(channels[2], signal(0))
+            assert receiver.receive(channels[2], Stamp(0, 0, 0)).stamp == Stamp(0, 0, 0)
+            sender.close()
+        finally:
+            receiver.close()
+        full = Endpoints(RUN, threading.Event(), ports=range(taken, taken + 1))
+        with pytest.raises(ClusterError, match=rf"engine.ports {taken}-{taken}: all 1 ports are"):
+            full.bind(CHANNEL, WAYS["tcp"])
+        full.close()
+
+
+@pytest.mark.parametrize("ports", ["40000", "40100-40000", "80-90", "a-b", "1024-70000"])
+def test_ranges_of_ports_are_checked(ports):
+    with pytest.raises(ValueError, match=r"'ports' is .*give the first and the last one"):
+        EngineSettings(kind="ray", ports=ports)
 
 
 @pytest.mark.parametrize("size", [1, 20_000, 300_000])

@@ -163,6 +163,18 @@ def test_words_name_the_block_that_slows_the_run_down(folder):
     assert explain(events, "local", 0) == {}
 
 
+def test_an_actor_waits_for_edges_of_its_own(folder):
+    """Most of all was waited for block0->block1, but not by actor 2, which has block2 alone."""
+    hosts = [NetworkActor(f"actor {i}", "here", [name]) for i, name in enumerate(NAMES)]
+    waits = {"total": 10.0, "step": 1.0, "waiting": 8.0}
+    idle = ProcessSample(waits, edges={"block1->block2": EdgeCounts(500, 0, 3.0)})
+    actors = {**SAMPLES, "actor 2": idle}
+    report = replace(progress(1.0, 20), actors=actors, network=replace(NETWORK, actors=hosts))
+    folder.watch(begun(), lambda _: None)(report)
+    [texts] = explain(read_events((folder.path / "events.jsonl").read_text().splitlines())).values()
+    assert texts[0] == "actor 2 waits 80% of its time, most of all for block1->block2 (3.0 s)"
+
+
 def test_text_cannot_leave_the_data_of_a_report():
     text = baked([begun()])
     assert text.count("<") == 2  # of the element itself

@@ -145,6 +145,17 @@ def _device(value: str) -> str:
     return value
 
 
+def _ports(value: str) -> str:
+    first, dash, last = value.partition("-")
+    known = dash and first.strip().isdecimal() and last.strip().isdecimal()
+    if not known or not 1024 <= int(first) <= int(last) <= 65535:
+        raise ValueError(
+            f"'ports' is {value!r}: give the first and the last one, of 1024 to 65535, such as "
+            "'40000-40099'"
+        )
+    return value
+
+
 Device = Annotated[str, AfterValidator(_device)]
 
 
@@ -207,6 +218,10 @@ class EngineSettings(Section):
     """Ray cluster to join, HOST:PORT; not given: a local Ray is started."""
     transport: TransportKind = TransportKind.AUTO
     """How signals cross between actors; `auto`: shared memory on one host, tcp between hosts."""
+    ports: Annotated[str, AfterValidator(_ports)] | None = None
+    """`FIRST-LAST`: ports on which actors receive signals by tcp, for hosts behind a firewall: one
+    for each edge and direction that comes from another host, to each host; not given: any that are
+    free."""
     encryption: Annotated[Encryption, BeforeValidator(as_written)] = Encryption.AUTO
     """Encryption of signals that go by tcp; `on` refuses a Ray cluster without a token."""
     device_signals: DeviceSignals = DeviceSignals.AUTO
@@ -239,6 +254,14 @@ class EngineSettings(Section):
     link_delay: Rate = 0.0
     """Experimental. Seconds by which every message between two actors comes late, for tests and
     studies."""
+
+    @property
+    def port_range(self) -> range | None:
+        """Return the ports of `ports`; None for any."""
+        if self.ports is None:
+            return None
+        first, last = map(int, self.ports.split("-"))
+        return range(first, last + 1)
 
     def processes(self, auto: int = 1) -> int:
         """Return the number of actors of a run on this host; `auto` where that is left open."""

@@ -41,6 +41,8 @@ class MetricsSettings(Section):
     progress: bool | None = None
     """Show a bar: on a terminal and in a notebook (not given), also where there is neither (true),
     or nowhere (false)."""
+    histograms: bool = False
+    """Histograms of weights, states and costates as events, for trackers that show them."""
     trace: Positive | None = None
     """Keep a trace of the last so many ticks of every process (`--trace`)."""
     prometheus_port: Annotated[int, Field(ge=0, le=65535)] = 9400

@@ -165,6 +165,8 @@ def _no_links(settings: Settings) -> list[str]:
             f"engine.link_delay {settings.engine.link_delay:g} has no effect in one process: it "
             "makes messages between actors late"
         )
+    if settings.engine.ports is not None:
+        told.append(f"engine.ports {settings.engine.ports!r} has no effect in one process")
     if settings.engine.device_signals is not DeviceSignals.AUTO:
         told.append(
             f"engine.device_signals {settings.engine.device_signals.value!r} has no effect in one "

@@ -11,7 +11,7 @@ from hamdist.runtime.engines.tracer import Tracer
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
 from hamdist.runtime.process.process_memory import resident_bytes
-from hamdist.runtime.results.measured import EdgeCounts, Norms, ProcessSample
+from hamdist.runtime.results.measured import EdgeCounts, Histogram, Norms, ProcessSample
 from hamdist.runtime.results.trace import TraceSpan
 from hamdist.runtime.transport.transport import Endpoints
 
@@ -48,6 +48,8 @@ class Sampler:
         self._edges = {c.number: c.edge for c in plan.channels.all()}
         self._before = {n.name: n.seconds for n in self._nodes}  # of the run that this one resumes
         self._norms: dict[str, Norms] = {}
+        self._draws = plan.metrics.histograms
+        self._histograms: dict[str, dict[str, Histogram]] = {}
         ticks = plan.metrics.trace
         self._tracer = None if ticks is None else Tracer(ticks, nodes, mailbox, writer)
         self._due = self._began = perf_counter()
@@ -62,6 +64,8 @@ class Sampler:
         if now < self._due:
             return
         self._norms = {node.name: node.contents().norms() for node in self._nodes}
+        if self._draws:
+            self._histograms = {node.name: node.contents().histograms() for node in self._nodes}
         after = perf_counter()
         self._due = after + max(PAUSE_SECONDS, (after - now) / SHARE)
 
@@ -96,4 +100,5 @@ class Sampler:
             edges[edge] = edges.get(edge, EdgeCounts()) + EdgeCounts(nbytes)
         stream = {} if self._source is None else dict(self._source.counts)
         spent, memory = self.seconds, resident_bytes()
-        return ProcessSample(spent, memory, self._norms, self._steps, edges, stream)
+        own = self._norms, self._steps, edges, stream, self._histograms
+        return ProcessSample(spent, memory, *own)

@@ -81,7 +81,9 @@ class Worker:
         self._abort = threading.Event()
         self._requests = ThreadCalls()
         delay = plan.engine.link_delay
-        self._transport = Endpoints(plan.run, self._abort, delay, keys, self._requests)
+        self._transport = Endpoints(
+            plan.run, self._abort, delay, keys, self._requests, plan.engine.port_range
+        )
         inside = {*blocks, INPUT} if stream is not None else set(blocks)
         snapshot_policy = plan.snapshot_policy
         self._sent_log: SentLog | None = None

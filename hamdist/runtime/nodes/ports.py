@@ -27,7 +27,7 @@ from hamdist.dynamics.vjp.tied import TiedFunction
 from hamdist.errors import SnapshotError
 from hamdist.runtime.nodes.mailbox import Mailbox
 from hamdist.runtime.plan.plan import Plan
-from hamdist.runtime.results.measured import Norms
+from hamdist.runtime.results.measured import Histogram, Norms
 from hamdist.runtime.results.result import BlockState
 from hamdist.runtime.signals.cast import CastBorder, kept
 from hamdist.runtime.signals.signal import Channel, Signal, ready
@@ -232,6 +232,9 @@ def record(metrics: Prequential, sample: int, reading: Reading | None) -> None:
         metrics.record(sample, reading.prediction, reading.target, reading.loss)
 
 
+BINS = 64  # of a histogram
+
+
 class BlockContents(NamedTuple):
     """The tensors of a block, as they lie in it.
 
@@ -251,6 +254,28 @@ class BlockContents(NamedTuple):
         weights = [w for _, _, w in self.parts if w is not None]
         theta = norm_of([t.detach() for w in weights for t in w.theta])
         return Norms(h, z, math.hypot(*(w.omega_norm() for w in weights)), theta)
+
+    def histograms(self) -> dict[str, Histogram]:
+        """Return the histograms of the weights, their costates, the state and its costate."""
+        # (copies: to read omega makes it dense, and what comes later would have other bits)
+        weights = [copy.copy(w) for _, _, w in self.parts if w is not None]
+        tensors: dict[str, list[Tensor | None]] = {
+            "theta": [t for w in weights for t in w.theta],
+            "omega": [t for w in weights for t in w.omega],
+            "h": [self.h],
+            "z": [self.z],
+        }
+        found = {kind: [t for t in own if t is not None] for kind, own in tensors.items()}
+        return {kind: histogram_of(own) for kind, own in found.items() if own}
+
+
+def histogram_of(tensors: Sequence[Tensor]) -> Histogram:
+    """Return the histogram of all finite numbers of tensors together."""
+    flat = torch.cat([t.detach().float().flatten() for t in tensors])
+    flat = flat[flat.isfinite()]
+    low, high = (float(flat.min()), float(flat.max())) if len(flat) else (0.0, 0.0)
+    high = high if high > low else low + 1.0
+    return Histogram(low, high, [int(n) for n in torch.histc(flat, BINS, low, high)])
 
 
 def block_state(contents: BlockContents, stored: int = 0) -> BlockState:

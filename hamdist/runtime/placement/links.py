@@ -48,11 +48,13 @@ ROUNDS = SMALL_ROUNDS + LARGE_ROUNDS
 class Probe:
     """An end of links under measurement, in an actor's process.
 
-    `link_delay` and `keys` are those of the run.
+    `link_delay`, `keys` and `ports` are those of the run.
     """
 
-    def __init__(self, run: int, link_delay: float, keys: Keys | None = None) -> None:
-        self._endpoints = Endpoints(run, threading.Event(), link_delay, keys)
+    def __init__(
+        self, run: int, link_delay: float, keys: Keys | None = None, ports: range | None = None
+    ) -> None:
+        self._endpoints = Endpoints(run, threading.Event(), link_delay, keys, ports=ports)
         self._mine: list[int] = []
 
     @staticmethod

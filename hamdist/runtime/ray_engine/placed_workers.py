@@ -222,9 +222,13 @@ class PlacedWorkers:
             first, second = self.actors[a], self.actors[b]
             binds[b][there.number] = self._way_between(there, first.node, first.key, second)
             binds[a][back.number] = self._way_between(back, second.node, second.key, first)
-        run, late = self._plan.run, self._plan.engine.link_delay
+        run, late, ports = (
+            self._plan.run,
+            self._plan.engine.link_delay,
+            self._plan.engine.port_range,
+        )
         addresses: dict[int, str] = {}
-        for opened in self._all("probe", lambda i: (run, late, binds[i])):
+        for opened in self._all("probe", lambda i: (run, late, ports, binds[i])):
             addresses |= opened
         self._all("join_probe", lambda _: (addresses,))
         links: dict[tuple[int, int], Link] = {}

@@ -66,9 +66,11 @@ class WorkerActor:
         self._keys = new_keys()
         return self._keys.public
 
-    def probe(self, run: int, link_delay: float, binds: Mapping[int, str]) -> dict[int, str]:
+    def probe(
+        self, run: int, link_delay: float, ports: range | None, binds: Mapping[int, str]
+    ) -> dict[int, str]:
         """Open the receiving ends of links to measure, by channel, and return their addresses."""
-        self._probe = Probe(run, link_delay, self._keys)
+        self._probe = Probe(run, link_delay, self._keys, ports)
         return self._probe.open(binds)
 
     def join_probe(self, addresses: Mapping[int, str]) -> None:

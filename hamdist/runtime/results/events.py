@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from pydantic import TypeAdapter, ValidationError
 
 from hamdist.display.network import NetworkActor, NetworkBlock, NetworkEdge
-from hamdist.runtime.results.measured import EdgeCounts, Norms
+from hamdist.runtime.results.measured import EdgeCounts, Histogram, Norms
 
 if TYPE_CHECKING:  # (a command's folder is there before torch is imported)
     from hamdist.config import Settings
@@ -156,6 +156,8 @@ class BlocksMeasured(RunEvent):
     seconds: Mapping[str, float]
     """In the steps of the block, since its process began."""
     waiting: Mapping[str, str]
+    histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
+    """By block of `theta`, `omega`, `h`, `z`, with `metrics.histograms`."""
 
 
 @dataclass(frozen=True, kw_only=True)

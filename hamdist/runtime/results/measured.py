@@ -21,6 +21,20 @@ class Norms(NamedTuple):
     theta: float
 
 
+class Histogram(NamedTuple):
+    """How many numbers lie in each of the equal bins between `low` and `high`."""
+
+    low: float
+    high: float
+    counts: Sequence[int]
+
+    @property
+    def edges(self) -> list[float]:
+        """Return the edges of the bins, one more than there are bins."""
+        bins = len(self.counts)
+        return [self.low + (self.high - self.low) * k / bins for k in range(bins + 1)]
+
+
 @dataclass(frozen=True, slots=True)
 class EdgeCounts:
     """Counts of one edge, in both directions together.
@@ -51,6 +65,7 @@ class ProcessSample:
         edges: by edge. `queued` counts what was sent here minus what was taken here: the sum over
             all processes is the number under way.
         stream: counts of the stream, where it is drawn here.
+        histograms: by block and kind of tensor, with `metrics.histograms`.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -59,6 +74,7 @@ class ProcessSample:
     steps: Mapping[str, float] = field(default_factory=dict)
     edges: Mapping[str, EdgeCounts] = field(default_factory=dict)
     stream: Mapping[str, int] = field(default_factory=dict)
+    histograms: Mapping[str, Mapping[str, Histogram]] = field(default_factory=dict)
 
 
 def summed(samples: Sequence[ProcessSample]) -> dict[str, EdgeCounts]:

@@ -115,6 +115,7 @@ class ProgressEvents:
             updates={b.block: b.updates for b in blocks},
             norms={name: norms for s in samples.values() for name, norms in s.norms.items()},
             seconds={name: spent for s in samples.values() for name, spent in s.steps.items()},
+            histograms={name: own for s in samples.values() for name, own in s.histograms.items()},
             waiting={b.block: b.waiting for b in blocks if b.waiting is not None},
             **head,
         )

@@ -58,6 +58,7 @@ class Endpoints:
     Args:
         abort: set to make blocked calls raise `Aborted`.
         link_delay: seconds by which received signals are handed out later (delayed_receiver.py).
+        ports: on which to receive by tcp; None: any.
         keys: of this process, for channels whose address carries a peer's key.
     """
 
@@ -68,7 +69,9 @@ class Endpoints:
         link_delay: float = 0.0,
         keys: Keys | None = None,
         requests: ThreadCalls | None = None,
+        ports: range | None = None,
     ) -> None:
+        self._ports = ports
         self._line = EndpointContext(run, abort, requests)
         self._requests = requests
         self._keys = keys
@@ -145,9 +148,9 @@ class Endpoints:
             return ZmqReceiver(line, channel, self._context(), None)
         host = bare.removeprefix(TCP)
         if key is None:
-            return ZmqReceiver(line, channel, self._context(), host, limit=limit)
+            return ZmqReceiver(line, channel, self._context(), host, None, limit, self._ports)
         self.allow(key)
-        return ZmqReceiver(line, channel, self._context(), host, self._key_gate, limit)
+        return ZmqReceiver(line, channel, self._context(), host, self._key_gate, limit, self._ports)
 
     def allow(self, key: str) -> None:
         """Allow the holder of a public key to send to this process; called before it connects."""

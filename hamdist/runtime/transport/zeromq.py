@@ -126,6 +126,10 @@ class ZmqReceiver:
         host: of a tcp address; None: an ipc socket.
         key_gate: admits the allowed senders (None: any).
         limit: the most bytes of a frame; a sender of a larger one is disconnected.
+        ports: of which a free one is taken; None: any.
+
+    Raises:
+        ClusterError: none of the ports is free.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class ZmqReceiver:
         host: str | None,
         key_gate: KeyGate | None = None,
         limit: int = NO_LIMIT,
+        ports: range | None = None,
     ) -> None:
         self._line = line
         self._channel = channel
@@ -150,7 +155,7 @@ class ZmqReceiver:
             self._socket.setsockopt(zmq.MAXMSGSIZE, limit if limit == NO_LIMIT else limit + SEAL)
             if key_gate is not None:
                 key_gate.guard(self._socket)
-            self._socket.bind(f"tcp://{host}:*")
+            _bind(self._socket, host, ports)
             bare = str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
             self.address = bare if key_gate is None else f"{bare} {key_gate.public}"
             return
@@ -198,3 +203,23 @@ class ZmqReceiver:
         self._socket.close()
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+
+
+def _bind(socket: Any, host: str, ports: range | None) -> None:
+    """Open a socket on a free port of a host. Raises ClusterError if none of `ports` is."""
+    if ports is None:
+        socket.bind(f"tcp://{host}:*")
+        return
+    for port in ports:
+        try:
+            socket.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EADDRINUSE:
+                raise
+        else:
+            return
+    socket.close()
+    raise ClusterError(
+        f"engine.ports {ports[0]}-{ports[-1]}: all {len(ports)} ports are taken on {host}; give "
+        "more: every edge that comes from another host takes one for each direction"
+    )

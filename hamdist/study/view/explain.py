@@ -72,7 +72,8 @@ def _sentences(events: list[RunEvent]) -> Iterator[str]:
         )
     lost = [e.seconds for e in events if isinstance(e, ActorReplaced) and e.lost]
     if lost:
-        yield f"{len(lost)} actors were lost and replaced, which took {sum(lost):.1f} s"
+        what = "1 actor was" if len(lost) == 1 else f"{len(lost)} actors were"
+        yield f"{what} lost and replaced, which took {sum(lost):.1f} s"
 
 
 def _most(shares: Shares, kind: str) -> list[tuple[str, float]]:
@@ -101,8 +102,11 @@ def _processes(events: list[RunEvent], shares: Shares) -> Iterator[str]:
     idlest = max(shares, key=lambda name: shares[name].get("waiting", 0.0))
     step, waits = shares[busiest].get("step", 0.0), shares[idlest].get("waiting", 0.0)
     if waits > MUCH:
-        counts = _latest(events, EdgesMeasured)
+        counts, network = _latest(events, EdgesMeasured), _latest(events, NetworkPlaced)
+        own = _blocks_of(network, idlest)
+        ends = {e.name: {e.parent, e.child} for e in (() if network is None else network.edges)}
         edges = {} if counts is None else counts.edges
+        edges = {name: one for name, one in edges.items() if ends.get(name, set()) & own}
         edge = max(edges, key=lambda name: edges[name].waited, default=None)
         most = "" if edge is None else f", most of all for {edge} ({edges[edge].waited:.1f} s)"
         yield f"{idlest} waits {waits:.0%} of its time{most}"
@@ -132,8 +136,13 @@ def _heaviest(events: list[RunEvent], actor: str) -> tuple[str | None, float]:
     blocks, network = _latest(events, BlocksMeasured), _latest(events, NetworkPlaced)
     if blocks is None or network is None:
         return None, 0.0
-    those = {block for one in network.actors if one.name == actor for block in one.blocks}
+    those = _blocks_of(network, actor)
     seconds = {name: spent for name, spent in blocks.seconds.items() if name in those}
     whole = sum(seconds.values())
     block = max(seconds, key=lambda name: seconds[name], default=None)
     return (block, seconds[block] / whole) if block is not None and whole else (None, 0.0)
+
+
+def _blocks_of(network: NetworkPlaced | None, actor: str) -> set[str]:
+    actors = () if network is None else network.actors
+    return {block for one in actors if one.name == actor for block in one.blocks}

@@ -50,7 +50,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. ratio: None where it could not be measured; `profile` then says why.
+    """One figure. ratio: None where there is none; `profile` then says why. run: False where it was
+    left out, which is no missed target.
 
     medians: by side, in `unit`. profile: where the time goes, or what
     else explains the ratio; it is asked for where a target is missed.
@@ -63,14 +64,19 @@ class Row:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     profile: str = ""
     unit: str = "seconds"
+    run: bool = True
 
     @property
     def reached(self) -> bool | None:
-        """Whether the target is; None where there is none."""
-        return None if self.target is None else self.target.reached(self.ratio)
+        """Whether the target is; None where there is none, or nothing was run."""
+        if self.target is None or not self.run:
+            return None
+        return self.target.reached(self.ratio)
 
     @property
     def verdict(self) -> str:
+        if not self.run:
+            return "not run"
         return {True: "reached", False: "missed", None: ""}[self.reached]
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,17 +103,19 @@ def faster(name: str, ours: Spread, theirs: Spread, target: Target, **rest: Any)
 
 
 def missing(name: str, target: Target, reason: str) -> Row:
-    """A row that could not be measured: a missed one."""
-    return Row(name, None, target, profile=f"not measured: {reason}")
+    """A row that was not run."""
+    return Row(name, None, target, profile=f"not measured: {reason}", run=False)
 
 
 def worst(name: str, rows: Sequence[Row], target: Target) -> Row:
-    """One row for several that share a target: reached where all of them reach it."""
-    found = [row.ratio for row in rows]
-    known = [ratio for ratio in found if ratio is not None]
+    """One row for several that share a target: reached where all of them reach it, and missed where
+    one of them misses it."""
+    known = [row.ratio for row in rows if row.ratio is not None]
+    missed = [row for row in rows if row.run and not target.reached(row.ratio)]
+    whole = all(row.ratio is not None for row in rows)
     ratio = None
-    if known and len(known) == len(found):
+    if whole or (missed and all(row.ratio is not None for row in missed)):
         ratio = min(known) if target.at_least else max(known)
-    missed = [row for row in rows if not target.reached(row.ratio)]
     profile = "; ".join(f"{row.name}: {row.profile}" for row in missed)
-    return Row(name, ratio, target, configuration={"of": [r.name for r in rows]}, profile=profile)
+    of = {"of": [row.name for row in rows]}
+    return Row(name, ratio, target, {}, of, profile, run=whole or bool(missed))

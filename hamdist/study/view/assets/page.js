@@ -25,6 +25,7 @@
 
   function number(x, digits = 3) {
     if (x === null || x === undefined || !Number.isFinite(x)) return "–";
+    if (Number.isInteger(x) && Math.abs(x) < 1e12) return x.toLocaleString("en");
     return Math.abs(x) >= 1e5 || (x !== 0 && Math.abs(x) < 1e-3)
       ? x.toExponential(digits - 1) : Number(x.toPrecision(digits)).toLocaleString("en");
   }
@@ -339,7 +340,8 @@
     rows.forEach((column, i) => column.forEach((node, j) => place.set(node.name,
       [10 + i * DX, height / 2 + (j - (column.length - 1) / 2) * DY - H / 2])));
     const width = columns.length * DX - DX + W + 20;
-    const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, width: Math.min(width, 2400), height: Math.min(height, 1600), role: "group", "aria-label": "network of blocks" });
+    const fit = Math.max(0.65 * width, Math.min(width, 2400, box.clientWidth - 4)); // all of it, where it stays readable
+    const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, width: fit, height: (height * fit) / width, role: "group", "aria-label": "network of blocks" });
     for (const edge of edges) {
       const [x1, y1] = place.get(edge.from), [x2, y2] = place.get(edge.to);
       const sum = edge.parts.map((p) => rates.get(p)).filter(Boolean).reduce((a, r) => ({
@@ -393,7 +395,7 @@
     const now = run.blocks ?? { tick: {}, updates: {}, norms: {}, waiting: {} };
     const norms = now.norms[block.name] ?? {};
     const facts = { shape: `${block.shape.join(" × ")} (${block.dtype})`, parameters: number(block.parameters, 6),
-      actor: run.actorOf.get(block.name) ?? "–", depth: `${block.depth} ticks`, "messages late by": block.delay === null ? "–" : `${block.delay} updates`,
+      actor: run.actorOf.get(block.name) ?? "–", depth: `${block.depth} tick${block.depth === 1 ? "" : "s"}`, "messages late by": block.delay === null ? "–" : `${block.delay} updates`,
       tick: now.tick[block.name] ?? "–", updates: now.updates[block.name] ?? "–",
       "|h|": number(norms.h), "|z|": number(norms.z), "|ω|": number(norms.omega), "|θ|": number(norms.theta),
       "share of steps": percent(blockLoads(run).get(block.name) ?? NaN), "waits for": now.waiting[block.name] ?? "nothing" };
