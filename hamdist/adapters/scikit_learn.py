@@ -1,4 +1,4 @@
-"""A live run as a classifier of scikit-learn's.
+"""Live runs as a classifier and a regressor of scikit-learn's.
 
 learner = Classifier(level="trace").partial_fit(X, y, classes=[0, 1, 2])
 learner.predict_proba(X)
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -30,32 +30,38 @@ def small_network(features: int, classes: int) -> nn.Module:
 
 class Learner:
     """A network that learns in a live run, begun when it is needed; copies begin their own, with
-    its weights (momentum and the like begin anew)."""
+    its weights (momentum and the like begin anew). classes: None for real targets."""
 
-    def __init__(self, network: nn.Module, classes: int, level: str, settings: Any) -> None:
+    def __init__(self, network: nn.Module, classes: int | None, level: str, settings: Any) -> None:
         self.model, self._classes, self._level = network, classes, level
-        self._settings = dict(settings or {})
+        self._settings = {} if classes is not None else {"loss": "mse"}
+        self._settings |= settings or {}
         self._run: LiveRun | None = None
         self._learned = False
 
     def learn(self, u: Tensor, y: Tensor) -> None:
-        """Learn from u (B, features) with classes y (B,)."""
+        """Learn from u (B, features) with classes y (B,), or real values (B, outputs)."""
         if self._run is None:
-            example = {"example": (u, y), "classes": self._classes, "idle": None}
+            example: dict[str, Any] = {"example": (u, y), "classes": self._classes, "idle": None}
             self._run = start(self.model, level=self._level, **{**example, **self._settings})
         self._run.feed(u, y)
         self._learned = True
 
-    def probabilities(self, u: Tensor) -> Tensor:
-        """Return (B, classes), behind all that was learned."""
+    def outputs(self, u: Tensor) -> Tensor:
+        """Return (B, outputs) of float64, behind all that was learned."""
         if self._run is not None and self._learned:
             self._run.settle()
             self.model, self._learned = self._run.model().eval(), False
         with torch.no_grad():
-            return torch.softmax(self.model(u).double(), 1)
+            made: Tensor = self.model(u)
+        return made.double()
+
+    def probabilities(self, u: Tensor) -> Tensor:
+        """Return (B, classes)."""
+        return torch.softmax(self.outputs(u), 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.probabilities(torch.zeros(1, next(self.model.parameters()).shape[1]))
+        self.outputs(torch.zeros(1, next(self.model.parameters()).shape[1]))
         return {**self.__dict__, "_run": None}
 
     def __del__(self) -> None:
@@ -63,15 +69,8 @@ class Learner:
             self._run._end()
 
 
-class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """A network that learns locally. It has to be a chain whose first weight is (units, features).
-
-    Args:
-        network: makes the module of the numbers of features and classes.
-        level: of locality; settings: other arguments of `hamdist.start`.
-        batch: rows of a sample; epochs: passes of `fit` (`partial_fit` makes one).
-        random_state: of the weights and of the order.
-    """
+class _Estimator(BaseEstimator):  # type: ignore[misc]
+    """What both estimators have in common: arguments, and learning row by row."""
 
     def __init__(
         self,
@@ -85,45 +84,98 @@ class Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.network, self.level, self.settings = network, level, settings
         self.batch, self.epochs, self.random_state = batch, epochs, random_state
 
+    def _begin(self, features: int, outputs: int, classes: int | None) -> None:
+        random = check_random_state(self.random_state)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.randint(2**31))
+            network = self.network(features, outputs)
+        self.learner_ = Learner(network, classes, self.level, self.settings)
+        self.order_ = random
+
+    def _learn(self, u: Tensor, y: Tensor, epochs: int) -> None:
+        for _ in range(epochs):
+            rows = self.order_.permutation(len(u)) if epochs > 1 else np.arange(len(u))
+            for first in range(0, len(u), self.batch):
+                some = torch.from_numpy(rows[first : first + self.batch])
+                self.learner_.learn(u[some], y[some])
+
+    def _inputs(self, X: Any) -> Tensor:
+        check_is_fitted(self)
+        return torch.from_numpy(validate_data(self, X, reset=False, dtype=np.float32))
+
+
+class Classifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
+    """A network that learns locally. It has to be a chain whose first weight is (units, features).
+
+    Args:
+        network: makes the module of the numbers of features and classes.
+        level: of locality; settings: other arguments of `hamdist.start`.
+        batch: rows of a sample; epochs: passes of `fit` (`partial_fit` makes one).
+        random_state: of the weights and of the order.
+    """
+
     def fit(self, X: Any, y: Any) -> Classifier:
         """Learn anew from X (N, features) and y (N,)."""
         self.__dict__.pop("learner_", None)
-        return self._learn(X, y, None, self.epochs)
+        return self._take(X, y, None, self.epochs)
 
     def partial_fit(self, X: Any, y: Any, classes: Sequence[Any] | None = None) -> Classifier:
         """Learn on. classes: all that will come, at the first call."""
-        return self._learn(X, y, classes, 1)
+        return self._take(X, y, classes, 1)
 
-    def _learn(self, X: Any, y: Any, classes: Any, epochs: int) -> Classifier:
+    def _take(self, X: Any, y: Any, classes: Any, epochs: int) -> Classifier:
         new = "learner_" not in self.__dict__
         X, y = validate_data(self, X, y, reset=new, dtype=np.float32)
         check_classification_targets(y)
         if new:
             self.classes_ = np.unique(y if classes is None else classes)
-            random = check_random_state(self.random_state)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(random.randint(2**31))
-                network = self.network(X.shape[1], len(self.classes_))
-            self.learner_ = Learner(network, len(self.classes_), self.level, self.settings)
-            self.order_ = random
+            self._begin(X.shape[1], len(self.classes_), len(self.classes_))
         places = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
         if (self.classes_[places] != y).any():
             raise ValueError("y has a class that is not in classes")
-        u, labels = torch.from_numpy(X), torch.from_numpy(places)
-        for _ in range(epochs):
-            rows = self.order_.permutation(len(u)) if epochs > 1 else np.arange(len(u))
-            for first in range(0, len(u), self.batch):
-                some = torch.from_numpy(rows[first : first + self.batch])
-                self.learner_.learn(u[some], labels[some])
+        self._learn(torch.from_numpy(X), torch.from_numpy(places), epochs)
         return self
 
     def predict_proba(self, X: Any) -> Any:
         """Return (N, classes)."""
-        check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=np.float32)
-        return self.learner_.probabilities(torch.from_numpy(X)).numpy()
+        u = self._inputs(X)
+        return self.learner_.probabilities(u).numpy()
 
     def predict(self, X: Any) -> Any:
         """Return the classes, (N,)."""
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
+
+
+class Regressor(RegressorMixin, _Estimator):  # type: ignore[misc]
+    """A network that learns real values locally, of one column or several; as `Classifier`.
+
+    Inputs and targets should have a mean near 0 and a spread near 1 (`StandardScaler`,
+    `TransformedTargetRegressor`).
+    """
+
+    def fit(self, X: Any, y: Any) -> Regressor:
+        """Learn anew from X (N, features) and y (N,) or (N, outputs)."""
+        self.__dict__.pop("learner_", None)
+        return self._take(X, y, self.epochs)
+
+    def partial_fit(self, X: Any, y: Any) -> Regressor:
+        """Learn on."""
+        return self._take(X, y, 1)
+
+    def _take(self, X: Any, y: Any, epochs: int) -> Regressor:
+        new = "learner_" not in self.__dict__
+        how: Any = {"dtype": np.float32, "multi_output": True, "y_numeric": True}
+        X, y = validate_data(self, X, y, reset=new, **how)
+        columns = np.ascontiguousarray(y.reshape(len(y), -1), np.float32)
+        if new:
+            self.flat_ = y.ndim == 1
+            self._begin(X.shape[1], columns.shape[1], None)
+        self._learn(torch.from_numpy(X), torch.from_numpy(columns), epochs)
+        return self
+
+    def predict(self, X: Any) -> Any:
+        """Return the values, (N,) or (N, outputs)."""
+        u = self._inputs(X)
+        values = self.learner_.outputs(u).numpy()
+        return values[:, 0] if self.flat_ else values

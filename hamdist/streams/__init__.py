@@ -2,7 +2,8 @@
 
 `make_stream` makes a stream of settings; `from_loader` and `from_iterable` wrap a user's data;
 `ArrayStream` takes tensors. `LateLabels` learns from late targets, `Rejoin` holds samples until
-their targets come, `Paced` yields samples in real time. The protocol `Stream` in `sample.py`
+their targets come, `Paced` yields samples in real time. `socket`, `files` and `mqtt` take them from
+outside. The protocol `Stream` in `sample.py`
 defines a stream.
 """
 
@@ -16,6 +17,7 @@ from hamdist.streams.sources.arrays import ArrayStream
 from hamdist.streams.sources.characters import CharacterStream
 from hamdist.streams.sources.datasets import DataSet, digits
 from hamdist.streams.sources.drift import DriftStream
+from hamdist.streams.sources.feeds import files, mqtt, read_json, socket
 from hamdist.streams.sources.images import cifar10, fashion_mnist, mnist
 from hamdist.streams.sources.mnist1d import mnist1d
 from hamdist.streams.sources.sequences import TokenStream
@@ -53,6 +55,7 @@ __all__ = [
     "digits",
     "drifts",
     "fashion_mnist",
+    "files",
     "from_iterable",
     "from_loader",
     "held_out",
@@ -61,6 +64,9 @@ __all__ = [
     "make_stream",
     "mnist",
     "mnist1d",
+    "mqtt",
+    "read_json",
     "report_of",
+    "socket",
     "token_sequences",
 ]

@@ -342,7 +342,7 @@ def test_a_journal_is_checked(tmp_path):
 def test_on_ray_answers_belong_to_their_questions_and_a_lost_actor_loses_nothing(session, tmp_path):
     x = torch.zeros(16, 4)
     ray = {"kind": "ray", "actors": 2}
-    for level in ("trace", "local", "bptt"):
+    for level in ("trace", "local", "bptt", "pipeline"):
         more = options(level, loss="mse", engine=ray)
         with hamdist.start(identity(level), example=(x, x), **more) as run:
             for k in range(6):

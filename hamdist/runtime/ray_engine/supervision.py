@@ -208,15 +208,15 @@ class SnapshotSupervision:
         self._pace = (now, front)
         if self._due is None:
             self._due = now + self._seconds
-        if self._live is not None and self._live.wanted == "snapshot" and self._for_user is None:
-            self._for_user = self._ask(now, front, wanted=True)
+        asked = self._asked is not None and now - self._asked[1] < PATIENCE_SECONDS
+        if self._live is not None and self._live.wanted == "snapshot":
+            if self._for_user is None or not asked:
+                self._for_user = self._ask(now, front, wanted=True)
             return
         full = self._recovery is not None and self._full()
         if (now < self._due and not full) or front >= self._end:
             return
-        if self._asked is not None and now - self._asked[1] < PATIENCE_SECONDS:
-            return
-        if self._ask(now, front) is not None:
+        if not asked and self._ask(now, front) is not None:
             self._due = now + self._seconds
 
     def _full(self) -> bool:

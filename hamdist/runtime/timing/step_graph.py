@@ -15,6 +15,7 @@ from itertools import takewhile
 
 from hamdist.dynamics.graph.graph import INPUT
 from hamdist.dynamics.schedule.events import Event, Kind, Phase, Stamp, emitted, source_events
+from hamdist.dynamics.schedule.hold import HoldSchedule
 from hamdist.dynamics.schedule.pulse import PulseSchedule
 from hamdist.dynamics.schedule.sequence import SequenceSchedule
 from hamdist.errors import SettingsError
@@ -177,8 +178,13 @@ class _Unrolled:
             stamp = schedule.target(block, event)
             if stamp is not None:
                 yield channels.targets[block], stamp
-        if block in channels.clocks and event.tick % schedule.c == 0:
-            yield channels.clocks[block], emitted(event.sample, schedule.c)
+        if block in channels.clocks and isinstance(schedule, HoldSchedule):
+            if event.tick % schedule.c == 0:
+                yield channels.clocks[block], emitted(event.sample, schedule.c)
+        elif block in channels.clocks and event.phase is not Phase.BACKWARD:
+            stamp = schedule.target(block, event)  # (of a live run, with a sample's first pulse)
+            if stamp is not None:
+                yield channels.clocks[block], stamp
         if isinstance(schedule, PulseSchedule):
             for tie in graph.ties:
                 if tie.owner == block and event.phase in (Phase.BACKWARD, Phase.READ):
