@@ -60,7 +60,7 @@ def called(option: str, function: Callable[..., object], **given: Any) -> object
     """Call the user's function and return its result; raise SettingsError if it fails."""
     try:
         return function(**given)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SettingsError(f"{option}: {title(function)}() failed: {_short(error)}") from error
 
 
@@ -98,7 +98,7 @@ def _imported(module_name: str, said: str) -> ModuleType:
                 f"{said}: no module {error.name!r} in the current directory or on the Python path"
             ) from None
         raise SettingsError(f"{said}: its import failed: {_short(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SettingsError(f"{said}: its import failed: {_short(error)}") from error
 
 
@@ -107,7 +107,7 @@ def _search(folder: Path) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """Return type, message and place of an error in a user's code."""
     text = f"{type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -21,4 +21,6 @@ def made(value):
 def lock(): return made(threading.Lock())
 def generator(): return made(x for x in "abc")
 def without(): return nn.Sequential(nn.Flatten())
+def meta(): return nn.Linear(64, 10, device="meta")
+def leaves(): raise SystemExit(7)
 """

@@ -81,6 +81,8 @@ CASES = [  # arguments; exit code; what the line of error says
     (["tiny.yaml", "--model", "models_here.py:without"], 2, "the model has no weights"),
     (["tiny.yaml", "--model", "models_here.py:lock"], 2, "the model's 1.guard is a lock"),
     (["tiny.yaml", "--model", "models_here.py:generator"], 2, "model's 1.guard is a generator"),
+    (["tiny.yaml", "--model", "models_here.py:meta"], 2, "'weight' lies on the meta device"),
+    (["tiny.yaml", "--model", "models_here.py:leaves"], 2, r"leaves\(\) failed: SystemExit: 7"),
     (["tiny.yaml", "--level", "backprob"], 2, "level: .*did you mean 'backprop'"),
     (["tiny.yaml", "--snapshots", "file"], 1, "file: cannot be read: Not a directory"),
     (["tiny.yaml", "--resume", "damaged", "--steps", "20"], 1, "random generator"),

@@ -263,6 +263,8 @@ class IterableStream:
         return with_weights(y, given)
 
     def _tensor(self, n: int, field: str, value: Any) -> Tensor:
+        if isinstance(value, Tensor) and value.is_meta:
+            raise StreamError(f"sample {n}: {field} lies on the meta device and has no values")
         if isinstance(value, Tensor):
             tensor = value.detach()
             return tensor.clone(memory_format=torch.contiguous_format) if self._copied else tensor

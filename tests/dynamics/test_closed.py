@@ -13,6 +13,7 @@ from torch.nn import functional
 from hamdist.config import Order
 from hamdist.dynamics.finite import OutOfRange
 from hamdist.dynamics.graph.graph import Combine
+from hamdist.dynamics.native import rows
 from hamdist.dynamics.objective.losses import cross_entropy, loss_and_slope, mse
 from hamdist.dynamics.updates.constants import Constant, Dynamics
 from hamdist.dynamics.updates.weights import Weights
@@ -364,3 +365,17 @@ def test_slopes_equal_autograd(rows):
         value, slope = loss_and_slope(loss, y, target)
         torch.testing.assert_close(value, expected.detach(), **TIGHT)
         torch.testing.assert_close(slope(3.0), by_autograd, **TIGHT)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 3), (1, 5), (3, 3), (3, 5), (2, 3, 2), (2, 4, 2)])
+def test_another_width_is_refused_as_by_torch(native, layers, shape):
+    """Not read over its end, and not taken as other rows: (2, 4, 2) holds 4 rows of 4."""
+    module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))).double()
+    made = closed_cell(module, Combine.CONCAT, 1, 1, native=native and rows.built())
+    x = torch.ones(shape, dtype=torch.float64)
+    with pytest.raises(RuntimeError):
+        module(x)
+    with pytest.raises(RuntimeError, match="a linear layer of 4 inputs got a tensor"):
+        made.forward([x], [False])

@@ -50,8 +50,8 @@ __all__ = ["Policy", "check_made", "is_chain", "split_module", "split_sequential
 def check_made(model: nn.Module, *, sent: bool = False) -> None:
     """Raise GraphError for a model that is not ready to be cut.
 
-    That is a lazy module without weights, a tensor whose elements share memory, and, where modules
-    are sent to other processes, a scripted module.
+    That is a lazy module without weights, a tensor without values (meta), one whose elements share
+    memory, and, where modules are sent to other processes, a scripted module.
     """
     for name, part in model.named_modules():
         if sent and isinstance(part, torch.jit.ScriptModule):
@@ -64,6 +64,11 @@ def check_made(model: nn.Module, *, sent: bool = False) -> None:
             raise GraphError(
                 f"{name!r} has no shape yet (a lazy module): call the model once on an example, "
                 "which makes its weights, before you train it"
+            )
+        if tensor.is_meta:
+            raise GraphError(
+                f"{name!r} lies on the meta device and has no values: give the model some "
+                "(.to_empty(device='cpu'), then an initialisation or load_state_dict)"
             )
         if tensor.layout != torch.strided:
             raise GraphError(

@@ -63,6 +63,13 @@ def like(old: KeptTensors | None, place: int, shape: tuple[int, ...], x: Tensor)
     return x.new_empty(shape)
 
 
+def rows_of_width(x: Tensor, width: int) -> Tensor:
+    """Return x, (..., I), as (R, I). Raises RuntimeError for another width, as torch's layer."""
+    if x.shape[-1] != width:
+        raise RuntimeError(f"a linear layer of {width} inputs got a tensor {tuple(x.shape)}")
+    return x if x.dim() == 2 else x.reshape(-1, width)
+
+
 class Linear:
     """f = x W^T + b, or the relu of it; with d = z (behind a relu: where f > 0)
     z^T df/dx = d W, z^T df/dW = d^T x, z^T df/db = sum of d's rows.
@@ -100,7 +107,7 @@ class Linear:
         return self._w, self._b, self.relu
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
-        flat = x if x.dim() == 2 else x.reshape(-1, self.into)
+        flat = rows_of_width(x, self.into)
         y = like(old, 2, (flat.shape[0], self.out), x)
         if self._b is None:
             torch.mm(flat, self._w_t, out=y)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hamdist.dynamics.native.rows import NativeLayers
 from hamdist.dynamics.vjp.gradient import AtOnce, Column, Gradients, Outer
-from hamdist.dynamics.vjp.kernels import KeptTensors, Linear, like
+from hamdist.dynamics.vjp.kernels import KeptTensors, Linear, like, rows_of_width
 
 
 class Chain:
@@ -55,7 +55,7 @@ class Chain:
         self.layers[0].lends = lends
 
     def forward(self, old: KeptTensors | None, x: Tensor) -> KeptTensors:
-        one = x if x.dim() == 2 else x.reshape(-1, self._into)
+        one = rows_of_width(x, self._into)
         rows = self._rows
         many = one.shape[0]
         if rows is None or self.apart or not rows.takes(many) or not rows.reads(one):
