@@ -70,7 +70,7 @@ def test_every_answer_belongs_to_its_question(level):
     x = torch.zeros(16, 4)
     settings = options(level, loss="mse")
     with hamdist.start(identity(level), example=(x, x), **settings) as run:
-        for _ in range(5):  # asked and answered
+        for k in range(5):  # asked and answered
             u = torch.randn(16, 4)
             answer = run.predict(u, end=level == "bptt")
             assert answer.number == k
