@@ -48,7 +48,10 @@ def _outputs(cell: dict[str, Any], stem: str) -> Iterator[tuple[str, bytes, str]
     """Yield file name, content and text of the page for every output of a cell."""
     for n, output in enumerate(cell.get("outputs", [])):
         data = output.get("data", {})
-        if "image/png" in data:
+        rich = "".join(data.get("image/svg+xml", data.get("text/html", "")))
+        if rich:  # (no empty line: Markdown would take the rest for text)
+            yield "", b"", "\n".join(line for line in rich.splitlines() if line.strip())
+        elif "image/png" in data:
             name = f"{stem}-{n}.png"
             yield name, base64.b64decode("".join(data["image/png"])), f"![]({name})"
         else:

@@ -105,12 +105,17 @@ class RunView:
     def _facts(self, last: Progress) -> list[str]:
         ticks = max((block.tick for block in last.blocks), default=0)
         of = f"/{last.steps}" if last.steps is not None else ""
-        rate = self._items_per_second()
+        rate = self._samples_per_second()
         known = self.batch is not None
-        speed = f"{rate * (self.batch or 1):,.0f} {'rows' if known else 'items'}/s"
+        speed = f"{rate * (self.batch or 1):,.0f} {'rows' if known else 'samples'}/s"
         facts = [f"sample {last.samples}{of}", f"tick {ticks}", speed]
         facts += _metrics(last)
-        if last.steps is not None and rate > 0 and last.seconds >= SECONDS_TO_JUDGE:
+        if (
+            not self.over
+            and last.steps is not None
+            and rate > 0
+            and last.seconds >= SECONDS_TO_JUDGE
+        ):
             left = (last.steps - last.samples) / rate
             facts.append(f"{_clock(left)} left")
             if self.others.more:
@@ -118,9 +123,9 @@ class RunView:
                 facts.append(f"{_clock(whole)} with the {self.others.more} runs to come")
         return facts
 
-    def _items_per_second(self) -> float:
-        (first, items), (last, more) = self._recent[0], self._recent[-1]
-        return (more - items) / (last - first) if last > first else 0.0
+    def _samples_per_second(self) -> float:
+        (first, samples), (last, more) = self._recent[0], self._recent[-1]
+        return (more - samples) / (last - first) if last > first else 0.0
 
 
 def _bar(done: int, steps: int) -> Table:

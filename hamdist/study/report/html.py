@@ -60,7 +60,8 @@ def render(report: HtmlReport) -> str:
         _words(report.events),
         sections() if report.events else "",
         FIGURES if report.figures else "",
-        f"<h2>Settings</h2><pre>{escape(to_yaml(report.settings))}</pre>",
+        "<h2>Settings</h2><details><summary>All of them</summary>"
+        f"<pre>{escape(to_yaml(report.settings))}</pre></details>",
     ]
     return page(title, parts, [baked(report.events, report.figures)])
 
