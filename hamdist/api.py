@@ -19,8 +19,9 @@ from hamdist.dynamics.updates.constants import TickSchedule
 from hamdist.dynamics.updates.optimizers import OptimizerFunction, SchedulerFunction
 from hamdist.errors import HamdistError, SettingsError
 from hamdist.models.build import make_from_settings
+from hamdist.runtime.live.answers import LiveStatus
 from hamdist.runtime.live.begin import layers_of, live_run, read_beginning, with_first_weights
-from hamdist.runtime.live.callbacks import Callback
+from hamdist.runtime.live.callbacks import Callback, EndsWhen
 from hamdist.runtime.live.run import LiveRun
 from hamdist.runtime.results.events import EventListener
 from hamdist.runtime.results.result import Progress, RunResult
@@ -146,6 +147,7 @@ def start(
     names: Names | None = None,
     resume: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
+    until: Callable[[LiveStatus], bool] | None = None,
     trackers: Sequence[str | EventListener] = (),
     **fields: Any,
 ) -> LiveRun:
@@ -165,6 +167,8 @@ def start(
         resume: `out` of an earlier run, whose journal goes on: from its latest snapshot, or from
             the beginning; or one of its snapshots.
         callbacks: called as things happen (`hamdist.Callback`).
+        until: called with `run.status()` behind every answer; the run ends when it returns True:
+            the call that talks raises `hamdist.Stop`, which the run as a context takes for its end.
         trackers: as of `train`; their files lie in `out`, if there is one.
         model, settings, loss, classes, names, **fields: as of `train`, all of whose other arguments
             but `stream` and `on_progress` are taken, too.
@@ -190,7 +194,9 @@ def start(
         "out": out,
         "resume": resume,
     }
-    return live_run(work, model, reader, callbacks=callbacks, listeners=listeners, **begin)
+    ends = [] if until is None else [EndsWhen(until)]
+    told: dict[str, Any] = {"callbacks": [*callbacks, *ends], "listeners": listeners}
+    return live_run(work, model, reader, **told, **begin)
 
 
 def _called_back(

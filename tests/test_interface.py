@@ -161,6 +161,17 @@ def test_a_figure_is_drawn_where_its_values_are():
     assert lines.count(path) == 2
 
 
+def test_the_time_left_is_judged_by_the_runs_that_ended(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "hamdist.study.interface.compare.TimeLeft.__setattr__",
+        lambda self, name, value: (object.__setattr__(self, name, value), seen.append(self))[0],
+    )
+    found = hamdist.compare(model, list(rows(6)), levels=["trace"], steps=6, classes=3, **ALONE)
+    assert seen[0].ended == [run.startup_seconds + run.seconds for run in found.runs]
+    assert seen[0].more == 0  # none after the last
+
+
 # -- progress -----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@ said can be repeated to the bit."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -523,6 +524,39 @@ def test_training_stops_early_and_gives_back_the_best_weights():
     assert best.best.loss == pytest.approx(loss)
     for name, weight in result.model.state_dict().items():
         torch.testing.assert_close(weight, weights[name])
+
+
+def test_a_run_ends_when_its_condition_holds():
+    with start("backprop", until=lambda status: status.answered >= 5) as run:
+        for item in samples(100):
+            run.feed(*item)
+    assert run.result.samples == 5
+    with pytest.raises(SettingsError, match="until is 5"):
+        start("backprop", until=5)
+
+
+def blocks_of_memory():
+    """Of Python's objects. (gc.get_objects would take part in what another thread does.)"""
+    gc.collect()
+    return sys.getallocatedblocks()
+
+
+@pytest.mark.parametrize("level", ["trace", "local", "bptt"])
+def test_an_endless_run_keeps_no_more_with_every_sample(level, tmp_path):
+    with start(level, patience=4, out=tmp_path, metrics={"window": 120}) as run:
+        counts = []
+        for k, (u, y) in enumerate(samples(960)):
+            n = run.feed(u, y if k % 2 else None, end=k % 3 == 2)
+            if k % 4 == 2 and level == "trace":
+                run.teach(n, y)
+            if k % 240 == 239:
+                run.settle()
+                counts.append(blocks_of_memory())
+        for _ in range(5):
+            run.feed(u, y, end=True)
+            run.snapshot()
+    assert counts[3] - counts[1] < 480, counts  # less than an object a sample (windows are some)
+    assert len([*(tmp_path / "snapshots").glob("tick*")]) <= 3  # the latest ones stay
 
 
 def test_training_with_callbacks_is_training():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,6 +102,24 @@ class Evaluation(Callback):
         """Evaluate, if it is time."""
         if (answer.number + 1) % self.every == 0:
             run.evaluate(self.x, self.y)
+
+
+class EndsWhen(Callback):
+    """Stops the run when a condition of its `status()` holds (`start(until=)`), sample by sample.
+
+    Args:
+        until: returns True at the end.
+    """
+
+    def __init__(self, until: Callable[[Any], bool]) -> None:
+        if not callable(until):
+            raise SettingsError(f"until is {until!r}; give a function of the run's status")
+        self.until = until
+
+    def on_sample(self, run: Any, answer: Any) -> None:
+        """Stop the run, if it is time. Raises Stop."""
+        if self.until(run.status()):
+            raise Stop(f"until= holds behind sample {answer.number}")
 
 
 class EarlyStopping(Callback):

@@ -46,7 +46,7 @@ class RunEvent:
 
     def as_json(self) -> dict[str, Any]:
         """Return the event as plain values, null for numbers that are not finite."""
-        own = plain(dataclasses.asdict(self))
+        own = plain(self)
         head = {"time": own.pop("time"), "event": self.name}
         return head | {k: v for k, v in own.items() if v is not None or k not in ("level", "seed")}
 
@@ -307,6 +307,8 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if hasattr(value, "_asdict"):  # a NamedTuple
         return plain(value._asdict())
+    if dataclasses.is_dataclass(value):
+        return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

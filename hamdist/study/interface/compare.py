@@ -147,15 +147,15 @@ def make_runs(
             comparison.folder = folder.path
         elif settings.trackers or listeners:
             raise SettingsError("trackers: a comparison has them for its folder; give out, too")
-        watch = _watches(
-            display, folder, planned, settings, None if data else settings.stream.batch
-        )
+        left, batch = TimeLeft(), None if data else settings.stream.batch
+        watch = _watches(display, folder, planned, settings, batch, left)
         try:
             for run in runs_of(
                 settings, planned, factory=factory, data=data, plain=plain, on_progress=watch,
                 store=store, made_of=made_of,
             ):  # fmt: skip
                 comparison.runs.append(run)
+                left.ended.append(run.startup_seconds + run.seconds)
                 say(finished_line(run))
                 if folder is not None:
                     for event in final_events(run):
@@ -173,10 +173,10 @@ def _watches(
     planned: Sequence[PlannedRun],
     settings: Settings,
     batch: int | None,
+    left: TimeLeft,
 ) -> Callable[[PlannedRun], OnProgress]:
     """Return a function that makes the progress display of a planned run."""
     numbers = {item: number for number, item in enumerate(planned, start=1)}
-    left = TimeLeft()
 
     def watch(item: PlannedRun) -> OnProgress:
         left.more = len(planned) - numbers[item]
